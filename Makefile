@@ -1,0 +1,36 @@
+# Everything below builds .venv by itself; PYTHON chooses the interpreter (3.11 to 3.13).
+PYTHON ?= $(firstword $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p; done))
+CONFIG ?= configs/mimo_vl/easy_vqa.py
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+
+.PHONY: demo test lint format bench clean
+
+$(VENV)/.core: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.core  ## train, score, export and report the demo (or CONFIG=your.py, with ARGS="--data.train rows.jsonl")
+	$(VENV)/bin/jvlm train $(CONFIG) $(ARGS)
+
+test: $(VENV)/.test
+	$(RUN) pytest $(ARGS)
+
+lint: $(VENV)/.test
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+format: $(VENV)/.test
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+bench: $(VENV)/.test
+	$(VENV)/bin/python tools/bench.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

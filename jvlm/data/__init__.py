@@ -1,0 +1,1 @@
+"""Rows of conversations to packed batches: everything that happens on the host."""

@@ -1,0 +1,37 @@
+"""Errors about data, which always say which row, which field, and what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a conversation came from: file and 1-based row (line of a JSONL, record of a shard)."""
+
+    file: str = "<memory>"
+    row: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row}"
+
+
+class RowError(ValueError):
+    """A row that cannot be used."""
+
+    def __init__(self, origin: Origin, field: str, problem: str, fix: str):
+        self.origin, self.field, self.problem, self.fix = origin, field, problem, fix
+        super().__init__(f"{origin}, field {field!r}: {problem}. {fix}")
+
+    def __reduce__(self):  # exceptions pickle by their args alone; workers send these to the main process
+        return RowError, (self.origin, self.field, self.problem, self.fix)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A row left out of training, kept so that it can be counted and listed."""
+
+    file: str
+    row: int
+    field: str
+    reason: str

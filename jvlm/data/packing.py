@@ -1,0 +1,231 @@
+"""Conversations into rows of fixed shape, over tokens and patches together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from jvlm.data.errors import Origin, Rejected, RowError
+from jvlm.data.vision import MediaPatches
+from jvlm.models.batch import PackedBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One conversation as arrays: s tokens, p patches of c values.
+
+    Attributes:
+      turns: number of the last assistant turn begun at each token, from 1; 0 before the first.
+      frame_ids, window_ids: as in `MediaPatches`, counted on over all media.
+      sizes: (original, resized) (width, height) of each medium.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    loss_weights: np.ndarray
+    turns: np.ndarray
+    vision_index: np.ndarray
+    patches: np.ndarray
+    frame_ids: np.ndarray
+    window_ids: np.ndarray
+    patch_positions: np.ndarray
+    sizes: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    origin: Origin
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_patches(self) -> int:
+        return len(self.patches)
+
+
+def join_media(media: Sequence[MediaPatches], patch_values: int) -> dict[str, np.ndarray]:
+    """The patch arrays of an `Example` from its media in order."""
+    frames, windows, frame_ids, window_ids = 0, 0, [], []
+    for medium in media:
+        frame_ids.append(medium.frame_ids + frames)
+        window_ids.append(medium.window_ids + windows)
+        frames, windows = int(frame_ids[-1][-1]), int(window_ids[-1][-1])
+    none = np.zeros(0, np.int32)
+    return {
+        "patches": np.concatenate([np.zeros((0, patch_values), np.uint8), *(m.patches for m in media)]),
+        "frame_ids": np.concatenate([none, *frame_ids]),
+        "window_ids": np.concatenate([none, *window_ids]),
+        "patch_positions": np.concatenate([np.zeros((0, 2), np.int32), *(m.positions for m in media)]),
+    }
+
+
+def bucket(size: int, step: int) -> int:
+    """The smallest of step x (1, 2, 3, 4, 6, 8, 12, 16, 24, ...) that holds ``size``."""
+    units, power = -(-size // step), 1
+    while True:
+        for candidate in (power, power + power // 2):
+            if candidate >= units:
+                return candidate * step
+        power *= 2
+
+
+def check_fits(example: Example, row_tokens: int, row_patches: int, max_length: int | None = None) -> None:
+    """Raise RowError if the conversation cannot be packed into such a row."""
+    limit = min(row_tokens, max_length or row_tokens)
+    if example.length > limit:
+        raise RowError(
+            example.origin,
+            "messages",
+            f"{example.length} tokens do not fit {limit}",
+            "Raise the row length, lower max_pixels, or set on_too_long='truncate'",
+        )
+    if example.num_patches > row_patches:
+        raise RowError(
+            example.origin,
+            "images",
+            f"{example.num_patches} patches do not fit {row_patches}",
+            "Raise the patches of a row or lower max_pixels",
+        )
+
+
+def truncate(example: Example, max_tokens: int) -> Example | None:
+    """Drop whole turns from the end until the conversation fits; never cuts a turn or an image.
+
+    Returns None when not even the first assistant turn fits. Media behind the cut go with their tokens.
+    """
+    fitting = [t for t in range(1, int(example.turns.max(initial=0)) + 1) if _end_of(example, t) <= max_tokens]
+    if not fitting:
+        return None
+    end = _end_of(example, fitting[-1])
+    features = int(example.vision_index[:end].max(initial=-1)) + 1
+    group = example.num_patches // max(int(example.vision_index.max(initial=-1)) + 1, 1)
+    patches = features * group
+    media = sum(1 for _ in example.sizes) if patches == example.num_patches else _media_within(example, end)
+    return dataclasses.replace(
+        example,
+        tokens=example.tokens[:end],
+        positions=example.positions[:end],
+        loss_weights=example.loss_weights[:end],
+        turns=example.turns[:end],
+        vision_index=example.vision_index[:end],
+        patches=example.patches[:patches],
+        frame_ids=example.frame_ids[:patches],
+        window_ids=example.window_ids[:patches],
+        patch_positions=example.patch_positions[:patches],
+        sizes=example.sizes[:media],
+    )
+
+
+def _end_of(example: Example, turn: int) -> int:
+    """First token after the learnt part of an assistant turn."""
+    inside = np.flatnonzero((example.turns == turn) & (example.loss_weights > 0))
+    return int(inside[-1]) + 1 if inside.size else len(example.tokens) + 1
+
+
+def _media_within(example: Example, end: int) -> int:
+    is_media = example.vision_index >= 0
+    starts = np.flatnonzero(is_media & ~np.concatenate([[False], is_media[:-1]]))
+    return int((starts < end).sum())
+
+
+def first_fit(examples: Sequence[Example], row_tokens: int, row_patches: int) -> list[list[int]]:
+    """Indices of the examples of each row, in order; each goes to the first row with room for both."""
+    rows: list[list[int]] = []
+    room: list[list[int]] = []
+    for index, example in enumerate(examples):
+        for row, left in zip(rows, room, strict=True):
+            if example.length <= left[0] and example.num_patches <= left[1]:
+                row.append(index)
+                left[0] -= example.length
+                left[1] -= example.num_patches
+                break
+        else:
+            rows.append([index])
+            room.append([row_tokens - example.length, row_patches - example.num_patches])
+    return rows
+
+
+def best_fit_decreasing(examples: Sequence[Example], row_tokens: int, row_patches: int) -> list[list[int]]:
+    """As `first_fit`, longest first, each into the fullest row that still has room."""
+
+    def load(example: Example) -> float:
+        return max(example.length / row_tokens, example.num_patches / max(row_patches, 1))
+
+    order = sorted(range(len(examples)), key=lambda i: (-load(examples[i]), i))
+    rows: list[list[int]] = []
+    room: list[list[int]] = []
+    for index in order:
+        example = examples[index]
+        open_rows = [
+            (left[0], r) for r, left in enumerate(room) if example.length <= left[0] and example.num_patches <= left[1]
+        ]
+        if open_rows:
+            _, r = min(open_rows)
+            rows[r].append(index)
+            room[r][0] -= example.length
+            room[r][1] -= example.num_patches
+        else:
+            rows.append([index])
+            room.append([row_tokens - example.length, row_patches - example.num_patches])
+    return rows
+
+
+def assemble(
+    rows: Sequence[Sequence[Example]],
+    row_tokens: int,
+    row_patches: int,
+    *,
+    patch_values: int | None = None,
+    max_segment_length: int | None = None,
+    max_frame_patches: int | None = None,
+) -> PackedBatch:
+    """Lay out rows of examples as one batch. Rows may be empty; ``patch_values`` is needed if all are."""
+    B = len(rows)
+    if patch_values is None:
+        patch_values = next(e.patches.shape[1] for row in rows for e in row)
+    batch = PackedBatch(
+        tokens=np.zeros((B, row_tokens), np.int32),
+        segment_ids=np.zeros((B, row_tokens), np.int32),
+        positions=np.zeros((B, row_tokens, 3), np.int32),
+        loss_weights=np.zeros((B, row_tokens), np.float32),
+        patches=np.zeros((B, row_patches, patch_values), np.uint8),
+        patch_segment_ids=np.zeros((B, row_patches), np.int32),
+        patch_window_ids=np.zeros((B, row_patches), np.int32),
+        patch_positions=np.zeros((B, row_patches, 2), np.int32),
+        vision_index=np.full((B, row_tokens), -1, np.int32),
+        max_segment_length=max_segment_length,
+        max_frame_patches=max_frame_patches,
+    )
+    for b, row in enumerate(rows):
+        s = p = features = frames = windows = 0
+        for number, example in enumerate(row, 1):
+            S, P = slice(s, s + example.length), slice(p, p + example.num_patches)
+            batch.tokens[b, S] = example.tokens
+            batch.segment_ids[b, S] = number
+            batch.positions[b, S] = example.positions
+            batch.loss_weights[b, S] = example.loss_weights
+            batch.vision_index[b, S] = np.where(example.vision_index >= 0, example.vision_index + features, -1)
+            batch.patches[b, P] = example.patches
+            batch.patch_segment_ids[b, P] = example.frame_ids + frames
+            batch.patch_window_ids[b, P] = example.window_ids + windows
+            batch.patch_positions[b, P] = example.patch_positions
+            if example.num_patches:
+                features += int(example.vision_index.max()) + 1
+                frames += int(example.frame_ids[-1])
+                windows += int(example.window_ids[-1])
+            s, p = S.stop, P.stop
+    return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """What the pipeline yields: a batch, and what was learnt about the data on the way.
+
+    Attributes:
+      conversations: number of conversations in the batch.
+      rejected: rows left out while these were gathered.
+    """
+
+    batch: PackedBatch
+    conversations: int
+    rejected: tuple[Rejected, ...]

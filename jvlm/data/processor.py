@@ -1,0 +1,229 @@
+"""The processor: conversations in, packed batches out; token ids in, text out. One path for training and serving."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jvlm.data import boxes, mrope, packing
+from jvlm.data.errors import Origin, RowError
+from jvlm.data.images import open_image
+from jvlm.data.packing import Example
+from jvlm.data.rows import Conversation, Message, fill_objects, parse_row
+from jvlm.data.template import ChatTemplate
+from jvlm.data.vision import MediaPatches, PixelLimits, vision_for
+from jvlm.models.batch import PackedBatch
+from jvlm.models.vlm import VLMConfig
+
+SETTINGS = "jvlm_processor.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessorConfig:
+    """How rows become tokens and pixels; saved with every model so that training and inference agree.
+
+    Attributes:
+      limits: resize limits for images and frames.
+      box_format: "json" writes [x1, y1, x2, y2] (MiMo-VL, Qwen2.5-VL); "qwen_tokens" writes <|box_start|>(x1,y1)...
+      default_system: replaces the system turn that the template would insert; None leaves it to the template.
+    """
+
+    limits: PixelLimits = PixelLimits()
+    box_format: boxes.BoxFormat = "json"
+    default_system: str | None = None
+
+
+class Processor:
+    """Tokenizer, chat template and vision layout of one model.
+
+    Args:
+      tokenizer: a fast transformers tokenizer with a chat template.
+      model: gives the special token ids and the encoder's geometry.
+      config: resize limits and formats.
+      media_roots: folders in which relative media paths are looked up.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        model: VLMConfig,
+        config: ProcessorConfig = ProcessorConfig(),
+        *,
+        media_roots: tuple[str, ...] = (),
+        generation: dict[str, Any] | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.model = model
+        self.config = config
+        self.media_roots = media_roots
+        self.generation = generation or {}
+        self.vision = vision_for(model.encoder)
+        self.template = ChatTemplate(tokenizer)
+        self._check_tokenizer()
+
+    def _check_tokenizer(self) -> None:
+        names = {"<|image_pad|>": self.model.image_token_id, "<|video_pad|>": self.model.video_token_id}
+        for name, expected in names.items():
+            found = self.tokenizer.convert_tokens_to_ids(name)
+            if found != expected:
+                raise ValueError(f"the tokenizer gives {name} the id {found}, the model's configuration {expected}")
+
+    def __call__(self, conversation: Any) -> Example:
+        return self.encode(conversation)
+
+    def encode(self, row: Any, *, generation_prompt: bool = False) -> Example:
+        """One conversation as arrays.
+
+        Args:
+          row: an ms-swift row or a checked `Conversation`.
+          generation_prompt: end with the opening of an assistant turn; a final assistant turn is then dropped.
+
+        Raises:
+          RowError: anything wrong with the row or its media.
+        """
+        conversation = parse_row(row)
+        origin = conversation.origin
+        media = self._media(conversation)
+        messages = self._fill(conversation, media)
+        if generation_prompt and messages[-1].role == "assistant":
+            messages = messages[:-1]
+        ids, weights, turns = self.template.tokenize(messages, generation_prompt=generation_prompt, origin=origin)
+        return self._expand(ids, weights, turns, media, conversation)
+
+    def pack(
+        self,
+        conversations: Sequence[Any],
+        *,
+        row_tokens: int | None = None,
+        row_patches: int | None = None,
+        generation_prompt: bool = False,
+    ) -> PackedBatch:
+        """A batch of the conversations in the order given.
+
+        Without ``row_tokens`` everything shares one row, whose shape is rounded up to a bucket. With it, rows of
+        that shape are filled first-fit; a conversation's row and segment are in the order of the list.
+
+        Raises:
+          RowError: a bad row, or one that does not fit the shape asked for.
+        """
+        examples = [self.encode(c, generation_prompt=generation_prompt) for c in conversations]
+        if not examples:
+            raise ValueError("pack needs at least one conversation")
+        tokens = row_tokens or packing.bucket(sum(e.length for e in examples), 64)
+        patches = row_patches
+        if patches is None:
+            most = sum(e.num_patches for e in examples)
+            patches = packing.bucket(most, 64 * self.vision.patches_per_feature) if most else 0
+        for example in examples:
+            packing.check_fits(example, tokens, patches)
+        rows = packing.first_fit(examples, tokens, patches)
+        return packing.assemble([[examples[i] for i in row] for row in rows], tokens, patches)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of generated ids, special tokens left out."""
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def _media(self, conversation: Conversation) -> list[MediaPatches]:
+        limits = dataclasses.replace(self.config.limits, **dict(conversation.limits))
+        images, videos = iter(enumerate(conversation.images)), iter(enumerate(conversation.videos))
+        media = []
+        for kind in conversation.media_order():
+            if kind == "image":
+                index, source = next(images)
+                media.append(self._load([source], f"images[{index}]", conversation.origin, limits, self._one))
+            else:
+                index, frames = next(videos)
+                field = f"videos[{index}]"
+                media.append(self._load(frames, field, conversation.origin, limits, self.vision.video))
+        return media
+
+    def _one(self, images: list, limits: PixelLimits) -> MediaPatches:
+        return self.vision.image(images[0], limits)
+
+    def _load(self, sources, field: str, origin: Origin, limits: PixelLimits, make: Callable) -> MediaPatches:
+        roots = self.media_roots
+        if origin.file != Origin.file:
+            roots = (str(Path(origin.file).parent), *roots)
+        pictures = [open_image(s, origin=origin, field=field, roots=roots) for s in sources]
+        if len({p.size for p in pictures}) > 1:
+            sizes = sorted({p.size for p in pictures})
+            raise RowError(origin, field, f"frames of different sizes {sizes}", "Give frames of one size")
+        try:
+            return make(pictures, limits)
+        except ValueError as error:
+            raise RowError(origin, field, str(error), "Crop the picture, or change its pixel limits") from error
+
+    def _fill(self, conversation: Conversation, media: list[MediaPatches]) -> tuple[Message, ...]:
+        messages = conversation.messages
+        if self.config.default_system is not None and messages[0].role != "system":
+            messages = (Message("system", self.config.default_system, 0.0), *messages)
+        refs, rendered = list(conversation.refs), []
+        pictures = [m for m, kind in zip(media, conversation.media_order(), strict=True) if kind == "image"]
+        for index, (box, image) in enumerate(zip(conversation.boxes, conversation.box_images, strict=True)):
+            if image >= len(pictures):
+                raise RowError(
+                    conversation.origin, f"objects.bbox[{index}]", "a box without a picture", "Add the image"
+                )
+            picture = pictures[image]
+            real = conversation.box_type == "real"
+            size = picture.original if real else (1, 1)
+            if real and any(not 0 <= v <= size[i % 2] for i, v in enumerate(box)):
+                raise RowError(
+                    conversation.origin,
+                    f"objects.bbox[{index}]",
+                    f"{list(box)} is outside the picture of {size[0]} x {size[1]}",
+                    "Give pixels of the original picture, or bbox_type 'norm1'",
+                )
+            rendered.append(boxes.render_box(boxes.scale_box(box, size, picture.resized), self.config.box_format))
+        return tuple(dataclasses.replace(m, content=fill_objects(m.content, refs, rendered)) for m in messages)
+
+    def _expand(self, ids, weights, turns, media: list[MediaPatches], conversation: Conversation) -> Example:
+        """Replace each media placeholder by as many as the medium has tokens, and lay out ids and positions."""
+        kinds = {"image": self.model.image_token_id, "video": self.model.video_token_id}
+        expected = [kinds[kind] for kind in conversation.media_order()]
+        places = np.flatnonzero(np.isin(ids, list(kinds.values())))
+        if [int(i) for i in ids[places]] != expected:
+            raise RowError(
+                conversation.origin,
+                "messages",
+                f"{len(places)} media tokens in the text for {len(expected)} media",
+                "Write <image> or <video>; a literal media token in the text is not allowed",
+            )
+        counts = np.ones(len(ids), np.int64)
+        counts[places] = [m.feature_of_token.size for m in media]
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        vision_index = np.full(starts[-1], -1, np.int32)
+        spans, features = [], 0
+        for place, medium in zip(places, media, strict=True):
+            begin, count = int(starts[place]), medium.feature_of_token.size
+            vision_index[begin : begin + count] = medium.feature_of_token + features
+            features += count
+            spans.append(mrope.MediaSpan(begin, medium.grid, medium.temporal_step))
+        return Example(
+            tokens=np.repeat(ids, counts),
+            positions=mrope.mrope_positions(int(starts[-1]), spans),
+            loss_weights=np.repeat(weights, counts),
+            turns=np.repeat(turns, counts),
+            vision_index=vision_index,
+            **packing.join_media(media, self.vision.patch_values),
+            sizes=tuple((m.original, m.resized) for m in media),
+            origin=conversation.origin,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """The part of the processor that Hugging Face's files have no place for."""
+        return dataclasses.asdict(self.config)
+
+
+def read_settings(folder: Path) -> ProcessorConfig | None:
+    """The `ProcessorConfig` saved in a folder, if there is one."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text())
+    return ProcessorConfig(**{**values, "limits": PixelLimits(**values["limits"])})

@@ -1,0 +1,100 @@
+"""Conversations to token ids through the checkpoint's own chat template, with the weight of every token's loss."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from jvlm.data.errors import Origin, RowError
+from jvlm.data.rows import Message, split_media
+
+_MARK = re.compile("\ue000(\\d+)\ue001")
+
+# ChatML as Qwen2.5-VL ships it: used when a tokenizer folder brings no template of its own.
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class ChatTemplate:
+    """Renders messages and tokenizes them.
+
+    The template is rendered twice, once with markers in place of the assistant's words: that tells which characters
+    are learnt, for any template, without parsing it.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = QWEN_TEMPLATE
+        special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
+        self._special = re.compile("|".join(map(re.escape, reversed(special)))) if special else re.compile("(?!)")
+
+    def render(self, messages: tuple[Message, ...], *, generation_prompt: bool) -> str:
+        """The prompt as text, one media placeholder per tag."""
+        blocks = [{"role": m.role, "content": _content(m.content)} for m in messages]
+        return self._apply(blocks, generation_prompt)
+
+    def tokenize(
+        self, messages: tuple[Message, ...], *, generation_prompt: bool, origin: Origin
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids int32 [n], loss weights float32 [n], turn int32 [n]) before media placeholders are expanded.
+
+        An assistant turn is learnt up to and including its end-of-turn token. ``turn`` is the number of the last
+        turn whose learnt part has begun, counting assistant turns from 1.
+        """
+        text, spans = self._spans(messages, generation_prompt, origin)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = np.asarray(encoded["input_ids"], np.int32)
+        starts = np.asarray([start for start, _ in encoded["offset_mapping"]], np.int64)
+        weights, turn = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.int32)
+        for number, (begin, end, weight) in enumerate(spans, 1):
+            weights[(starts >= begin) & (starts < end)] = weight
+            turn[starts >= begin] = number
+        return ids, weights, turn
+
+    def _spans(self, messages, generation_prompt, origin) -> tuple[str, list[tuple[int, int, float]]]:
+        text = self.render(messages, generation_prompt=generation_prompt)
+        learnt = [m for m in messages if m.role == "assistant"]
+        if not learnt:
+            return text, []
+        marked = [
+            {"role": m.role, "content": f"\ue000{i}\ue001" if m.role == "assistant" else _content(m.content)}
+            for i, m in enumerate(messages)
+        ]
+        pieces = _MARK.split(self._apply(marked, generation_prompt))
+        rebuilt, spans, at = [pieces[0]], [], len(pieces[0])
+        for number, after in zip(pieces[1::2], pieces[2::2], strict=True):
+            message = messages[int(number)]
+            words = message.content
+            closing = self._special.match(after)
+            end = at + len(words) + (closing.end() if closing else 0)
+            spans.append((at, end, message.loss_weight))
+            rebuilt += [words, after]
+            at += len(words) + len(after)
+        if "".join(rebuilt) != text or len(spans) != len(learnt):
+            raise RowError(
+                origin,
+                "messages",
+                "the chat template changes the words of an assistant turn, so what to learn cannot be told apart",
+                "Write the turn as the template renders it: trimmed, and without media tags",
+            )
+        return text, spans
+
+    def _apply(self, blocks: list[dict], generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(blocks, tokenize=False, add_generation_prompt=generation_prompt)
+
+
+def _content(content: str) -> str | list[dict[str, str]]:
+    blocks = split_media(content)
+    return blocks if any(b["type"] != "text" for b in blocks) else content

@@ -1,0 +1,92 @@
+"""Host side of the Qwen vision tower: resize, flatten, window order, and the ids that go with it.
+
+Units: "patch" is patch_size pixels; "merged" is merge x merge patches, which become one token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from jvlm.data.images import smart_resize
+from jvlm.data.vision import MediaPatches, PixelLimits, register
+from jvlm.models.encoders.qwen_vit import QwenViTConfig
+
+
+def window_order(grid: tuple[int, int, int], window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Order of merged cells by attention window, and the window number (from 1) of each.
+
+    Args:
+      grid: (t, h, w) in merged units. Windows never span frames; those at the edges are smaller.
+      window: side of a window in merged units.
+
+    Returns:
+      (order [t h w], window_ids [t h w]): ``order[i]`` is the raster index of the i-th cell.
+    """
+    t, h, w = grid
+    across = -(-w // window)
+    row, column = np.divmod(np.arange(h * w, dtype=np.int32), w)
+    number = (row // window) * across + column // window
+    order = np.argsort(number, kind="stable")
+    _, number = np.unique(number[order], return_inverse=True)
+    frames = np.arange(t, dtype=np.int32)[:, None]
+    return (frames * (h * w) + order).ravel(), (frames * (number.max() + 1) + number + 1).ravel().astype(np.int32)
+
+
+@register(QwenViTConfig)
+class QwenVision:
+    """Turns pictures and frame lists into `MediaPatches` for one encoder configuration."""
+
+    def __init__(self, config: QwenViTConfig):
+        self.config = config
+        self.factor = config.patch_size * config.spatial_merge_size
+        self.patch_values = config.patch_values
+        self.patches_per_feature = config.spatial_merge_size**2
+
+    def image(self, image: Image.Image, limits: PixelLimits) -> MediaPatches:
+        """An image; it counts as one pair of equal frames."""
+        return self._media([image], limits.min_pixels, limits.max_pixels, 0.0)
+
+    def video(self, frames: list[Image.Image], limits: PixelLimits) -> MediaPatches:
+        """Frames sampled at ``limits.fps``; an incomplete last pair repeats its last frame."""
+        seconds = self.config.temporal_patch_size / limits.fps
+        step = seconds * self.config.tokens_per_second
+        return self._media(frames, limits.video_min_pixels, limits.video_max_pixels, step)
+
+    def size(self, height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+        """(height, width) after the resize."""
+        return smart_resize(height, width, self.factor, min_pixels, max_pixels)
+
+    def _media(self, frames, min_pixels, max_pixels, temporal_step) -> MediaPatches:
+        width, height = frames[0].size
+        new_height, new_width = self.size(height, width, min_pixels, max_pixels)
+        resized = [f.resize((new_width, new_height), Image.Resampling.BICUBIC) for f in frames]
+        pixels = np.stack([np.asarray(f, np.uint8) for f in resized])
+        lacking = -len(pixels) % self.config.temporal_patch_size
+        pixels = np.concatenate([pixels, np.repeat(pixels[-1:], lacking, axis=0)])
+        return self._arrange(pixels, temporal_step, (width, height))
+
+    def _arrange(self, pixels: np.ndarray, temporal_step: float, original: tuple[int, int]) -> MediaPatches:
+        config = self.config
+        p, m, tp = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+        T, H, W, C = pixels.shape
+        t, h, w = T // tp, H // p // m, W // p // m
+        # (t, frame, h, mh, y, w, mw, x, C) -> (t, h, w, mh, mw, C, frame, y, x): merged cells in raster order
+        blocks = pixels.reshape(t, tp, h, m, p, w, m, p, C).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+        cells = blocks.reshape(t * h * w, m * m, config.patch_values)
+        order, windows = window_order((t, h, w), config.window_size // self.factor)
+        frame, cell = np.divmod(order, h * w)
+        row, column = np.divmod(cell, w)
+        inner = np.stack(np.divmod(np.arange(m * m), m), -1)
+        positions = np.stack([row, column], -1)[:, None] * m + inner
+        return MediaPatches(
+            patches=cells[order].reshape(-1, config.patch_values),
+            frame_ids=np.repeat(frame + 1, m * m).astype(np.int32),
+            window_ids=np.repeat(windows, m * m),
+            positions=positions.reshape(-1, 2).astype(np.int32),
+            feature_of_token=np.argsort(order).astype(np.int32),
+            grid=(t, h, w),
+            temporal_step=temporal_step,
+            original=original,
+            resized=(W, H),
+        )

@@ -1,0 +1,1 @@
+"""Encoders, connectors, decoders, and their assembly."""

@@ -1,0 +1,58 @@
+"""The packed batch: the one input type of every model.
+
+Axes: B rows, S tokens of a row, P patches of a row, c values of a flattened patch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedBatch:
+    """Conversations packed into rows of fixed shape, built on the host.
+
+    Everything that depends on the data (image grids, window order, M-RoPE ids, which vision feature feeds which
+    token) is computed before the device sees it. Segments are contiguous in every row.
+
+    Attributes:
+      tokens: token ids; a media placeholder where a vision feature goes.
+      segment_ids: number of the conversation in its row, from 1; 0 is padding.
+      positions: rotary ids (t, h, w); three equal ids for text and for models with 1-D rotary embeddings.
+      loss_weights: weight of each token as a target; 0 for prompt, media and padding.
+      patches: pixels, uint8 0..255 or already normalised floats, in the order the encoder wants them.
+      patch_segment_ids: number of the frame in its row, from 1; 0 is padding.
+      patch_window_ids: number of the attention window in its row, from 1; 0 is padding.
+      patch_positions: (h, w) of the patch in its frame.
+      vision_index: which vision feature of the row feeds this token; -1 for text.
+      max_segment_length: no conversation is longer (static); lets attention skip what is out of reach.
+      max_frame_patches: no frame has more patches (static).
+    """
+
+    tokens: Int[Array | np.ndarray, "B S"]
+    segment_ids: Int[Array | np.ndarray, "B S"]
+    positions: Int[Array | np.ndarray, "B S 3"]
+    loss_weights: Float[Array | np.ndarray, "B S"]
+    patches: Num[Array | np.ndarray, "B P c"]
+    patch_segment_ids: Int[Array | np.ndarray, "B P"]
+    patch_window_ids: Int[Array | np.ndarray, "B P"]
+    patch_positions: Int[Array | np.ndarray, "B P 2"]
+    vision_index: Int[Array | np.ndarray, "B S"]
+    max_segment_length: int | None = dataclasses.field(default=None, metadata={"static": True})
+    max_frame_patches: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def text_padding(self) -> float:
+        """Share of the token places that hold nothing (host arrays only)."""
+        return float(np.mean(np.asarray(self.segment_ids) == 0))
+
+    @property
+    def patch_padding(self) -> float:
+        """Share of the patch places that hold nothing (host arrays only)."""
+        ids = np.asarray(self.patch_segment_ids)
+        return float(np.mean(ids == 0)) if ids.size else 0.0

@@ -1,0 +1,156 @@
+"""Parts shared by the towers: linear maps, norms, rotary embeddings, stacks of layers.
+
+Parameters carry ``axes``, the logical name of each dimension; nothing here knows how they are sharded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, Num
+
+RematPolicy = Literal["none", "full", "dots", "attention"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """How a model computes: passed to every tower, so that they never disagree.
+
+    Attributes:
+      param_dtype: how parameters are stored.
+      compute_dtype: inputs of matrix products. Norms, softmax, rotary angles, logits and loss stay float32.
+      remat: what the backward pass recomputes: nothing, every layer, all but matrix products, or all but attention.
+      attention: implementation name for `jvlm_kernels.segment_attention`, None for the first that fits.
+      initializer_range: standard deviation of new weights.
+    """
+
+    param_dtype: DType = "float32"
+    compute_dtype: DType = "bfloat16"
+    remat: RematPolicy = "none"
+    attention: str | None = None
+    initializer_range: float = 0.02
+
+
+class Linear(nnx.Module):
+    """``x @ kernel + bias`` in the compute dtype."""
+
+    def __init__(self, d_in: int, d_out: int, axes: tuple[str, str], *, bias: bool, numerics: Numerics, rngs: nnx.Rngs):
+        dtype = jnp.dtype(numerics.param_dtype)
+        self.compute_dtype = numerics.compute_dtype
+        init = jax.random.normal(rngs.params(), (d_in, d_out), dtype) * jnp.asarray(numerics.initializer_range, dtype)
+        self.kernel = nnx.Param(init, axes=axes)
+        self.bias = nnx.Param(jnp.zeros((d_out,), dtype), axes=axes[1:]) if bias else None
+
+    def __call__(self, x: Float[Array, "*L i"]) -> Float[Array, "*L o"]:
+        dtype = jnp.dtype(self.compute_dtype)
+        y = x.astype(dtype) @ self.kernel[...].astype(dtype)
+        return y if self.bias is None else y + self.bias[...].astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm in float32, scaled in the dtype of its input (as in Llama)."""
+
+    def __init__(self, width: int, eps: float, *, numerics: Numerics):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((width,), jnp.dtype(numerics.param_dtype)), axes=("norm",))
+
+    def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L d"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return x32.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, width: int, hidden: int, *, bias: bool, numerics: Numerics, rngs: nnx.Rngs):
+        common = {"bias": bias, "numerics": numerics, "rngs": rngs}
+        self.gate = Linear(width, hidden, ("embed", "mlp"), **common)
+        self.up = Linear(width, hidden, ("embed", "mlp"), **common)
+        self.down = Linear(hidden, width, ("mlp", "embed"), **common)
+
+    def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L d"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def rotary_frequencies(size: int, theta: float) -> np.ndarray:
+    """``theta ** -(2i / size)`` for i < size / 2, float32."""
+    return (1.0 / theta ** (np.arange(0, size, 2, dtype=np.float32) / size)).astype(np.float32)
+
+
+def rotary_angles(
+    positions: Int[Array | np.ndarray, "*L a"], axis_of: np.ndarray, frequencies: np.ndarray
+) -> Float[Array, "*L f"]:
+    """Angle of each frequency from the position axis it reads: M-RoPE, and 2-D rotary, in one line."""
+    return jnp.asarray(positions)[..., axis_of].astype(jnp.float32) * frequencies
+
+
+def rotate(x: Num[Array, "B S H D"], angles: Float[Array, "B S f"]) -> Num[Array, "B S H D"]:
+    """Rotary embedding, halves convention (D = 2f), in float32, cast back."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+
+
+def save_attention(x: Array) -> Array:
+    """Name an attention output, so that the remat policy "attention" can keep it."""
+    return checkpoint_name(x, "attention")
+
+
+def _rematerialise(step: Callable, policy: RematPolicy) -> Callable:
+    if policy == "none":
+        return step
+    policies = {
+        "full": None,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    }
+    return jax.checkpoint(step, policy=policies[policy], prevent_cse=False)
+
+
+class LayerStack(nnx.Module):
+    """``depth`` equal layers with parameters stacked on a leading axis, run by one scan.
+
+    A parameter may also hold a tuple of per-layer arrays (see `unstack`): the layers then run one after the
+    other, which lets decoding update each layer's cache in place and read weights without slicing copies.
+    """
+
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs):
+        self.depth = depth
+        self.layer = nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), depth))
+
+    def __call__(
+        self, body: Callable[[nnx.Module, Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, remat: RematPolicy
+    ) -> tuple[Any, Any]:
+        """``carry, y = body(layer, carry, x)`` for each layer; returns the last carry and the ys of all layers.
+
+        With unstacked parameters xs must be a sequence of per-layer values, and the ys are a list of them.
+        """
+        graph, state = nnx.split(self.layer)
+
+        def step(carry, inputs):
+            layer_state, x = inputs
+            return body(nnx.merge(graph, layer_state), carry, x)
+
+        if not is_unstacked(state):
+            return jax.lax.scan(_rematerialise(step, remat), carry, (state, xs))
+        ys = []
+        for index in range(self.depth):
+            layer_state = jax.tree.map(lambda value, i=index: value[i], state, is_leaf=lambda v: isinstance(v, tuple))
+            carry, y = step(carry, (layer_state, xs[index]))
+            ys.append(y)
+        return carry, ys
+
+
+def is_unstacked(state: Any) -> bool:
+    """Whether a state holds tuples of per-layer arrays instead of stacked ones."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, tuple))
+    return any(isinstance(leaf, tuple) for leaf in leaves)

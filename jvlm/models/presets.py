@@ -1,0 +1,71 @@
+"""The published sizes, as configurations. Values and their sources: MiMo-VL and Qwen2.5-VL reports and configs."""
+
+from __future__ import annotations
+
+from jvlm.models.connectors.patch_merger import PatchMergerConfig
+from jvlm.models.decoders.qwen2 import Qwen2Config
+from jvlm.models.encoders.qwen_vit import QwenViTConfig
+from jvlm.models.vlm import VLMConfig
+
+
+def _qwen2_5_vl(vit_width: int, **decoder) -> VLMConfig:
+    return VLMConfig(
+        architecture="qwen2_5_vl",
+        encoder=QwenViTConfig(intermediate_size=vit_width),
+        connector=PatchMergerConfig(),
+        decoder=Qwen2Config(**decoder),
+    )
+
+
+PRESETS: dict[str, VLMConfig] = {
+    # The vision tower is that of Qwen2.5-VL-72B, so its width is 3456. Vocabulary, eps and theta are those of
+    # MiMo-7B: the MiMo-VL config.json itself is not public in our sources, so a checkpoint's own values win.
+    "mimo_vl_7b": _qwen2_5_vl(
+        3456,
+        vocab_size=151680,
+        hidden_size=4096,
+        num_layers=36,
+        num_heads=32,
+        num_kv_heads=8,
+        intermediate_size=11008,
+        rms_norm_eps=1e-5,
+        rope_theta=640000.0,
+    ),
+    "qwen2_5_vl_3b": _qwen2_5_vl(
+        3420,
+        vocab_size=151936,
+        hidden_size=2048,
+        num_layers=36,
+        num_heads=16,
+        num_kv_heads=2,
+        intermediate_size=11008,
+        tie_word_embeddings=True,
+    ),
+    "qwen2_5_vl_7b": _qwen2_5_vl(
+        3420,
+        vocab_size=152064,
+        hidden_size=3584,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        intermediate_size=18944,
+    ),
+    "qwen2_5_vl_32b": _qwen2_5_vl(
+        3456,
+        vocab_size=152064,
+        hidden_size=5120,
+        num_layers=64,
+        num_heads=40,
+        num_kv_heads=8,
+        intermediate_size=27648,
+    ),
+    "qwen2_5_vl_72b": _qwen2_5_vl(
+        3456,
+        vocab_size=152064,
+        hidden_size=8192,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        intermediate_size=29568,
+    ),
+}

@@ -1,0 +1,123 @@
+"""The assembly: encoder, connector, decoder.
+
+Axes: B rows, S tokens, P patches, F vision features, D decoder width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jvlm.models import registry
+from jvlm.models.batch import PackedBatch
+from jvlm.models.layers import Numerics
+
+TOWERS = ("encoder", "connector", "decoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class VLMConfig:
+    """A vision-language model: three parts, its special token ids and its numerics.
+
+    Attributes:
+      architecture: name of the weight table and of the host-side vision layout, e.g. "qwen2_5_vl".
+      encoder, connector, decoder: the three parts; their types choose the modules.
+      image_token_id, video_token_id: placeholders that vision features replace.
+      vision_start_token_id, vision_end_token_id, vision_pad_token_id: other media tokens, never generated.
+      bos_token_id, eos_token_id: as in the checkpoint's configuration.
+      numerics: dtypes, recomputation and attention implementation.
+    """
+
+    architecture: str
+    encoder: registry.EncoderConfig
+    connector: registry.ConnectorConfig
+    decoder: registry.DecoderConfig
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    vision_pad_token_id: int = 151654
+    bos_token_id: int | None = 151643
+    eos_token_id: int | None = 151645
+    numerics: Numerics = Numerics()
+
+    @property
+    def media_token_ids(self) -> tuple[int, ...]:
+        """Tokens that stand for media or bracket them: generation must never sample one."""
+        ids = (
+            self.image_token_id,
+            self.video_token_id,
+            self.vision_start_token_id,
+            self.vision_end_token_id,
+            self.vision_pad_token_id,
+        )
+        return tuple(sorted(set(ids)))
+
+
+class VLM(nnx.Module):
+    """A vision-language model. Call it with a `PackedBatch` for logits."""
+
+    def __init__(self, config: VLMConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        common = {"numerics": config.numerics, "rngs": rngs}
+        self.encoder = registry.build(config.encoder, **common)
+        self.connector = registry.build(
+            config.connector, d_in=config.encoder.hidden_size, d_out=config.decoder.hidden_size, **common
+        )
+        self.decoder = registry.build(config.decoder, **common)
+
+    def __call__(self, batch: PackedBatch) -> Float[Array, "B S V"]:
+        """Logits for every token, float32. Compiled once per shape; may be used inside a larger ``jit``."""
+        return _logits(*nnx.split(self), batch)
+
+    def encode(self, batch: PackedBatch) -> Float[Array, "B F D"]:
+        """Vision features of every row, as the decoder sees them; `PackedBatch.vision_index` points into them."""
+        with jax.named_scope("encoder"):
+            features = self.encoder(batch)
+        with jax.named_scope("connector"):
+            return self.connector(features, batch)
+
+    def embed(self, batch: PackedBatch) -> Float[Array, "B S D"]:
+        """Token embeddings with vision features in the places of the media tokens."""
+        x_BSD = self.decoder.embed(jnp.asarray(batch.tokens))
+        if batch.patches.shape[1] == 0:
+            return x_BSD
+        index = jnp.asarray(batch.vision_index)
+        features = jnp.take_along_axis(self.encode(batch), jnp.maximum(index, 0)[..., None], axis=1)
+        return jnp.where((index >= 0)[..., None], features.astype(x_BSD.dtype), x_BSD)
+
+    def hidden(self, batch: PackedBatch) -> tuple[Float[Array, "B S D"], Any]:
+        """Last hidden states, and the keys and values of every layer for a cache."""
+        x_BSD = self.embed(batch)
+        with jax.named_scope("decoder"):
+            return self.decoder(
+                x_BSD,
+                jnp.asarray(batch.positions),
+                jnp.asarray(batch.segment_ids),
+                max_segment_length=batch.max_segment_length,
+            )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graph: nnx.GraphDef, state: nnx.State, batch: PackedBatch):
+    model = nnx.merge(graph, state)
+    return model.decoder.logits(model.hidden(batch)[0])
+
+
+def abstract(config: VLMConfig) -> VLM:
+    """A model of shapes without arrays: for counting, loading and planning."""
+    return nnx.eval_shape(lambda: VLM(config, rngs=nnx.Rngs(0)))
+
+
+def parameter_counts(model: VLM) -> dict[str, int]:
+    """Number of parameters of each tower."""
+    return {
+        tower: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(getattr(model, tower), nnx.Param)))
+        for tower in TOWERS
+    }

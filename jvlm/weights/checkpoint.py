@@ -1,0 +1,263 @@
+"""Whole models to and from folders: Hugging Face snapshots and jvlm run folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jvlm.data.processor import SETTINGS, Processor, ProcessorConfig, read_settings
+from jvlm.data.vision import PixelLimits
+from jvlm.models import vlm
+from jvlm.models.layers import Numerics
+from jvlm.models.vlm import VLM, VLMConfig
+from jvlm.weights import safetensors_files, table
+
+ShardingOf = Callable[[str, nnx.Variable], jax.sharding.Sharding]
+
+
+def load(
+    path: str | Path,
+    *,
+    numerics: Numerics | None = None,
+    sharding: ShardingOf | None = None,
+    step: int | None = None,
+) -> tuple[VLM, Processor]:
+    """A model and its processor from a Hugging Face snapshot folder or a jvlm run folder.
+
+    Every parameter is read tensor by tensor into its (sharded) array; no second copy of the model exists.
+
+    Args:
+      path: the folder.
+      numerics: dtypes and implementations; the default is float32 parameters and, on CPU, float32 compute
+        (bfloat16 elsewhere). For a run folder the default is what it was trained with.
+      sharding: gives the sharding of a parameter from its path and variable; None puts it on the first device.
+      step: which checkpoint of a run folder; None is the latest.
+
+    Raises:
+      FileNotFoundError: no such folder, or one that holds neither kind of model.
+      jvlm.weights.table.WeightError: wrong, missing or extra tensors, all of them listed.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder (nothing is downloaded: give a local snapshot)")
+    from jvlm.weights import run_folder
+
+    if run_folder.is_run(folder):
+        return run_folder.load(folder, numerics=numerics, sharding=sharding, step=step)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has neither config.json (Hugging Face) nor experiment.json (jvlm run)")
+    config = read_config(folder, numerics)
+    return load_weights(folder, config, sharding), load_processor(folder, config)
+
+
+def default_numerics() -> Numerics:
+    """float32 parameters; float32 compute on CPU, where bfloat16 is slower, and bfloat16 elsewhere."""
+    return Numerics(compute_dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def read_config(folder: Path, numerics: Numerics | None = None) -> VLMConfig:
+    """The model configuration of a Hugging Face folder."""
+    values = json.loads((folder / "config.json").read_text())
+    architecture = table.architecture_for(values.get("model_type"))
+    config = dataclasses.replace(architecture.read_config(values), numerics=numerics or default_numerics())
+    preprocessor = _read_json(folder / "preprocessor_config.json")
+    if preprocessor:
+        encoder = dataclasses.replace(
+            config.encoder,
+            image_mean=tuple(preprocessor.get("image_mean", config.encoder.image_mean)),
+            image_std=tuple(preprocessor.get("image_std", config.encoder.image_std)),
+        )
+        config = dataclasses.replace(config, encoder=encoder)
+    return config
+
+
+def parameters(model: VLM) -> dict[str, nnx.Variable]:
+    """Dotted path -> variable, for every parameter of a model."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): variable for path, variable in flat}
+
+
+def load_weights(folder: Path, config: VLMConfig, sharding: ShardingOf | None = None) -> VLM:
+    """The model of a Hugging Face folder; see `load`."""
+    model = vlm.abstract(config)
+    architecture = table.architectures()[config.architecture]
+    variables = parameters(model)
+    shapes = {path: tuple(v.get_value().shape) for path, v in variables.items()}
+    expected = table.entries(config, shapes)
+    with safetensors_files.Tensors(folder) as tensors:
+        stored = _canonical_names(tensors, architecture, tied="lm_head.weight" not in {e.name for e in expected})
+        table.check(expected, {name: tensors.shape(raw) for name, raw in stored.items()}, str(folder))
+        by_path: dict[str, list[table.Entry]] = {}
+        for entry in expected:
+            by_path.setdefault(entry.path, []).append(entry)
+        for path, variable in variables.items():
+            reader = _Reader(by_path[path], stored, tensors, variable.get_value())
+            place = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            variable.set_value(jax.make_array_from_callback(shapes[path], place, reader))
+            variable.set_metadata(stored=reader.dtypes)
+    nnx.update(model, nnx.from_flat_state([(tuple(p.split(".")), v) for p, v in variables.items()]))
+    return model
+
+
+def _canonical_names(tensors, architecture: table.Architecture, tied: bool) -> dict[str, str]:
+    stored: dict[str, str] = {}
+    for raw in tensors.names():
+        name = architecture.canonical(raw)
+        # transformers, too, ignores a separate head when the configuration ties it to the embedding
+        if name is None or (tied and name == "lm_head.weight"):
+            continue
+        if name in stored:
+            raise table.WeightError(f"{tensors.folder} holds {name} twice: as {stored[name]} and as {raw}")
+        stored[name] = raw
+    return stored
+
+
+class _Reader:
+    """Gives any slice of one parameter, reading the tensors it needs and nothing else."""
+
+    def __init__(self, entries: list[table.Entry], stored: dict[str, str], tensors, aval):
+        self.entries, self.stored, self.tensors = entries, stored, tensors
+        self.shape, self.dtype = aval.shape, aval.dtype
+        dtypes = tuple(tensors.dtype(stored[e.name]).name for e in entries)
+        self.dtypes = dtypes[0] if len(set(dtypes)) == 1 else dtypes
+
+    def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
+        if self.entries[0].layer is None:
+            return np.ascontiguousarray(self._read(self.entries[0])[index], self.dtype)
+        chosen = self.entries[index[0]]
+        out = None
+        for i, entry in enumerate(chosen):
+            value = self._read(entry)[index[1:]]
+            if out is None:
+                out = np.empty((len(chosen), *value.shape), self.dtype)
+            out[i] = value
+        return out
+
+    def _read(self, entry: table.Entry) -> np.ndarray:
+        return entry.to_param(self.tensors.read(self.stored[entry.name]))
+
+
+def load_processor(folder: Path, config: VLMConfig) -> Processor:
+    """The processor of a Hugging Face folder: its tokenizer, template, pixel limits and generation defaults."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    template = _read_json(folder / "chat_template.json").get("chat_template")
+    if template and not tokenizer.chat_template:
+        tokenizer.chat_template = template
+    return Processor(
+        tokenizer,
+        config,
+        read_settings(folder) or _settings_from_preprocessor(folder),
+        generation=_read_json(folder / "generation_config.json"),
+    )
+
+
+def _settings_from_preprocessor(folder: Path) -> ProcessorConfig:
+    values = _read_json(folder / "preprocessor_config.json")
+    size = values.get("size") or {}
+    default = PixelLimits()
+    image_min = values.get("min_pixels") or size.get("shortest_edge") or default.min_pixels
+    image_max = values.get("max_pixels") or size.get("longest_edge") or default.max_pixels
+    video = _read_json(folder / "video_preprocessor_config.json")
+    size = video.get("size") or {}
+    return ProcessorConfig(
+        limits=PixelLimits(
+            min_pixels=image_min,
+            max_pixels=image_max,
+            video_min_pixels=video.get("min_pixels") or size.get("shortest_edge") or default.video_min_pixels,
+            video_max_pixels=video.get("max_pixels") or size.get("longest_edge") or default.video_max_pixels,
+        )
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def save(
+    model: VLM,
+    processor: Processor,
+    path: str | Path,
+    format: Literal["hf"] = "hf",
+    *,
+    dtype: str | None = None,
+    layout: str = "released",
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a Hugging Face folder that transformers, vLLM and SGLang load.
+
+    Args:
+      dtype: of every tensor; None keeps each as it was stored in the checkpoint it came from (its parameter
+        dtype if it came from none).
+      layout: tensor names, "released" (as published checkpoints) or "transformers" (as >= 4.52 in memory).
+      max_shard_bytes: start a new file above this size.
+    """
+    if format != "hf":
+        raise ValueError(f"unknown format {format!r}; supported: 'hf' (runs are written by `jvlm train`)")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    architecture = table.architectures()[model.config.architecture]
+    if layout not in architecture.layouts:
+        raise ValueError(f"unknown layout {layout!r}; known: {', '.join(architecture.layouts)}")
+    variables = parameters(model)
+    expected = table.entries(model.config, {p: tuple(v.get_value().shape) for p, v in variables.items()})
+    rename = architecture.layouts[layout]
+    tensors = []
+    for entry in expected:
+        variable = variables[entry.path]
+        target = np.dtype(jnp.dtype(dtype or stored_dtype(variable, entry.layer)))
+        tensors.append((rename(entry.name), target, entry.shape, _writer(variable, entry, target)))
+    _remove_stale_weights(folder)
+    safetensors_files.write(folder, tensors, max_shard_bytes)
+    names = [t[1].name for t in tensors if t[0].endswith("embed_tokens.weight")]
+    write_sidecars(folder, model.config, processor, names[0])
+
+
+def stored_dtype(variable: nnx.Variable, layer: int | None) -> str:
+    """The dtype a parameter had in the checkpoint it came from, or has now."""
+    stored = variable.get_metadata().get("stored")
+    if stored is None:
+        return str(variable.get_value().dtype)
+    return stored if isinstance(stored, str) else stored[layer or 0]
+
+
+def _writer(variable: nnx.Variable, entry: table.Entry, dtype: np.dtype) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        value = variable.get_value()
+        value = np.asarray(value if entry.layer is None else value[entry.layer])
+        return entry.to_checkpoint(value).astype(dtype)
+
+    return read
+
+
+def _remove_stale_weights(folder: Path) -> None:
+    for old in [*folder.glob("model*.safetensors"), *folder.glob(safetensors_files.INDEX)]:
+        old.unlink()
+
+
+def write_sidecars(folder: Path, config: VLMConfig, processor: Processor, dtype: str) -> None:
+    """Everything of a Hugging Face folder but the weights."""
+    architecture = table.architectures()[config.architecture]
+    _write_json(folder / "config.json", {**architecture.write_config(config), "torch_dtype": dtype})
+    processor.tokenizer.save_pretrained(str(folder))
+    # older readers look here, newer ones for chat_template.jinja, which the tokenizer writes
+    _write_json(folder / "chat_template.json", {"chat_template": processor.tokenizer.chat_template})
+    for name, values in architecture.write_preprocessors(config, processor.config.limits).items():
+        _write_json(folder / name, values)
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    generation["pad_token_id"] = processor.tokenizer.pad_token_id
+    _write_json(folder / "generation_config.json", {**generation, **processor.generation})
+    _write_json(folder / SETTINGS, processor.settings())
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,166 @@
+"""One reversible table per architecture: Hugging Face tensor name <-> parameter path, with an einops pattern.
+
+The table drives loading, export, conversion and name checks. A ``{i}`` in a name is a layer of a stacked parameter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import einops
+import numpy as np
+
+from jvlm.data.vision import PixelLimits
+from jvlm.models.vlm import VLMConfig
+
+
+class WeightError(ValueError):
+    """A checkpoint that does not match its architecture; lists everything that is wrong."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of a table.
+
+    Attributes:
+      name: tensor name in the checkpoint, ``{i}`` for the layer.
+      path: dotted parameter path in the model; a stacked parameter has a leading layer axis.
+      pattern: einops pattern from checkpoint to parameter (without the layer axis); None leaves it as it is.
+    """
+
+    name: str
+    path: str
+    pattern: str | None = None
+
+    @property
+    def layered(self) -> bool:
+        return "{i}" in self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """All that is known about one family of checkpoints.
+
+    Attributes:
+      name: as in `VLMConfig.architecture`.
+      model_types: values of ``model_type`` in config.json that belong here.
+      rules: the table, given a configuration.
+      sizes: axis lengths that einops needs to take composed axes apart.
+      canonical: maps any known spelling of a tensor name to the one of the table; None drops the tensor.
+      layouts: named spellings for writing, each a map from table name to checkpoint name.
+      read_config, write_config: config.json <-> `VLMConfig`; both as plain dicts on the JSON side.
+      write_preprocessors: file name -> content of the image and video processor files.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    rules: Callable[[VLMConfig], tuple[Rule, ...]]
+    sizes: Callable[[VLMConfig], dict[str, int]]
+    canonical: Callable[[str], str | None]
+    layouts: dict[str, Callable[[str], str]]
+    read_config: Callable[[dict[str, Any]], VLMConfig]
+    write_config: Callable[[VLMConfig], dict[str, Any]]
+    write_preprocessors: Callable[[VLMConfig, PixelLimits], dict[str, dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint: its name, place and shapes in both worlds."""
+
+    name: str
+    path: str
+    layer: int | None
+    pattern: str | None
+    shape: tuple[int, ...]
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    def to_param(self, tensor: np.ndarray) -> np.ndarray:
+        """Checkpoint layout to parameter layout (a view where possible)."""
+        return tensor if self.pattern is None else einops.rearrange(tensor, self.pattern, **self._used(self.pattern))
+
+    def to_checkpoint(self, value: np.ndarray) -> np.ndarray:
+        """Parameter layout to checkpoint layout."""
+        if self.pattern is None:
+            return value
+        reverse = " -> ".join(reversed(self.pattern.split(" -> ")))
+        return einops.rearrange(value, reverse, **self._used(reverse))
+
+    def _used(self, pattern: str) -> dict[str, int]:
+        """einops wants lengths for the axes composed on the left side only."""
+        composed = re.findall(r"\(([^)]*)\)", pattern.split(" -> ")[0])
+        wanted = {axis for group in composed for axis in group.split()}
+        return {axis: size for axis, size in self.sizes if axis in wanted}
+
+
+def entries(config: VLMConfig, shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
+    """Every tensor that a checkpoint of this configuration holds, in table order.
+
+    Args:
+      shapes: parameter path -> shape, of the whole (abstract) model.
+
+    Raises:
+      WeightError: the table and the model disagree about which parameters exist.
+    """
+    architecture = architectures()[config.architecture]
+    rules = architecture.rules(config)
+    if {r.path for r in rules} != set(shapes):
+        lines = [f"parameter without a rule: {p}" for p in sorted(set(shapes) - {r.path for r in rules})]
+        lines += [f"rule without a parameter: {p}" for p in sorted({r.path for r in rules} - set(shapes))]
+        raise WeightError("table and model disagree:\n  " + "\n  ".join(lines))
+    return list(_entries(rules, architecture.sizes(config), shapes))
+
+
+def _entries(rules: Iterable[Rule], sizes: dict[str, int], shapes) -> Iterator[Entry]:
+    for rule in rules:
+        shape = shapes[rule.path][1:] if rule.layered else shapes[rule.path]
+        used = tuple(sizes.items())
+        probe = Entry(rule.name, rule.path, None, rule.pattern, (), used)
+        # A view of one zero: gives the checkpoint's shape without its memory.
+        stored = probe.to_checkpoint(np.broadcast_to(np.zeros((), np.uint8), shape)).shape
+        for layer in range(shapes[rule.path][0]) if rule.layered else (None,):
+            name = rule.name.replace("{i}", str(layer)) if rule.layered else rule.name
+            yield Entry(name, rule.path, layer, rule.pattern, stored, used)
+
+
+def check(expected: Iterable[Entry], found: dict[str, tuple[int, ...]], source: str) -> None:
+    """Compare a checkpoint's tensors (canonical name -> shape) with the expected ones.
+
+    Raises:
+      WeightError: one error listing every missing, extra and wrongly shaped tensor.
+    """
+    expected = {e.name: e.shape for e in expected}
+    lines = [f"missing: {name} {expected[name]}" for name in expected if name not in found]
+    lines += [f"unexpected: {name} {found[name]}" for name in sorted(found) if name not in expected]
+    lines += [
+        f"wrong shape: {name} is {found[name]}, expected {expected[name]}"
+        for name in expected
+        if name in found and tuple(found[name]) != expected[name]
+    ]
+    if lines:
+        raise WeightError(
+            f"{source} does not match its configuration ({len(lines)} problems):\n  " + "\n  ".join(lines)
+        )
+
+
+@functools.cache
+def architectures() -> dict[str, Architecture]:
+    """Every architecture in ``jvlm/weights/architectures``, by name; adding one adds a file."""
+    from jvlm.weights import architectures as package
+
+    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    return {module.ARCHITECTURE.name: module.ARCHITECTURE for module in modules}
+
+
+def architecture_for(model_type: str | None) -> Architecture:
+    """The architecture of a config.json. Raises WeightError naming what is supported."""
+    for architecture in architectures().values():
+        if model_type in architecture.model_types:
+            return architecture
+    known = sorted(t for a in architectures().values() for t in a.model_types)
+    raise WeightError(f"model_type {model_type!r} is not supported; supported: {', '.join(known)}")

@@ -1,0 +1,1 @@
+"""One attention call, several implementations behind it."""
