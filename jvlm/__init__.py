@@ -13,7 +13,7 @@ _PUBLIC = {
     "Processor": "jvlm.data.processor",
     "VLM": "jvlm.models.vlm",
     "generate": "jvlm.inference.generate",
-    "load": "jvlm.weights.checkpoint",
+    "load": "jvlm.weights.loading",
     "save": "jvlm.weights.checkpoint",
 }
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from jvlm.inference.generate import generate
     from jvlm.models.batch import PackedBatch
     from jvlm.models.vlm import VLM
-    from jvlm.weights.checkpoint import load, save
+    from jvlm.weights.checkpoint import save
+    from jvlm.weights.loading import load
 
 
 def __getattr__(name: str):

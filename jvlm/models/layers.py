@@ -128,11 +128,18 @@ class LayerStack(nnx.Module):
         self.layer = nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), depth))
 
     def __call__(
-        self, body: Callable[[nnx.Module, Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, remat: RematPolicy
+        self,
+        body: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+        carry: Any,
+        xs: Any,
+        *,
+        remat: RematPolicy,
+        unroll: bool = False,
     ) -> tuple[Any, Any]:
         """``carry, y = body(layer, carry, x)`` for each layer; returns the last carry and the ys of all layers.
 
-        With unstacked parameters xs must be a sequence of per-layer values, and the ys are a list of them.
+        With ``unroll``, or unstacked parameters, the layers run one after the other: xs must be a sequence of
+        per-layer values, and the ys are a list of them.
         """
         graph, state = nnx.split(self.layer)
 
@@ -140,7 +147,7 @@ class LayerStack(nnx.Module):
             layer_state, x = inputs
             return body(nnx.merge(graph, layer_state), carry, x)
 
-        if not is_unstacked(state):
+        if not (unroll or is_unstacked(state)):
             return jax.lax.scan(_rematerialise(step, remat), carry, (state, xs))
         ys = []
         for index in range(self.depth):

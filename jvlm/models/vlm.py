@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -113,6 +114,19 @@ def _logits(graph: nnx.GraphDef, state: nnx.State, batch: PackedBatch):
 def abstract(config: VLMConfig) -> VLM:
     """A model of shapes without arrays: for counting, loading and planning."""
     return nnx.eval_shape(lambda: VLM(config, rngs=nnx.Rngs(0)))
+
+
+def parameters(model: VLM) -> dict[str, nnx.Variable]:
+    """Dotted path -> variable, for every parameter of a model."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): variable for path, variable in flat}
+
+
+def bind(template: VLM, values: Mapping[str, Any]) -> VLM:
+    """The model of a template (abstract or not) with its parameters taken from path -> array."""
+    graph, state = nnx.split(template)
+    bound = [(path, v.replace(values[".".join(map(str, path))])) for path, v in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(bound))
 
 
 def parameter_counts(model: VLM) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Whole models to and from folders: Hugging Face snapshots and jvlm run folders."""
+"""Hugging Face folders: reading them into sharded arrays, writing them."""
 
 from __future__ import annotations
 
@@ -17,45 +17,10 @@ from jvlm.data.processor import SETTINGS, Processor, ProcessorConfig, read_setti
 from jvlm.data.vision import PixelLimits
 from jvlm.models import vlm
 from jvlm.models.layers import Numerics
-from jvlm.models.vlm import VLM, VLMConfig
+from jvlm.models.vlm import VLM, VLMConfig, parameters
 from jvlm.weights import safetensors_files, table
 
 ShardingOf = Callable[[str, nnx.Variable], jax.sharding.Sharding]
-
-
-def load(
-    path: str | Path,
-    *,
-    numerics: Numerics | None = None,
-    sharding: ShardingOf | None = None,
-    step: int | None = None,
-) -> tuple[VLM, Processor]:
-    """A model and its processor from a Hugging Face snapshot folder or a jvlm run folder.
-
-    Every parameter is read tensor by tensor into its (sharded) array; no second copy of the model exists.
-
-    Args:
-      path: the folder.
-      numerics: dtypes and implementations; the default is float32 parameters and, on CPU, float32 compute
-        (bfloat16 elsewhere). For a run folder the default is what it was trained with.
-      sharding: gives the sharding of a parameter from its path and variable; None puts it on the first device.
-      step: which checkpoint of a run folder; None is the latest.
-
-    Raises:
-      FileNotFoundError: no such folder, or one that holds neither kind of model.
-      jvlm.weights.table.WeightError: wrong, missing or extra tensors, all of them listed.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder (nothing is downloaded: give a local snapshot)")
-    from jvlm.weights import run_folder
-
-    if run_folder.is_run(folder):
-        return run_folder.load(folder, numerics=numerics, sharding=sharding, step=step)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has neither config.json (Hugging Face) nor experiment.json (jvlm run)")
-    config = read_config(folder, numerics)
-    return load_weights(folder, config, sharding), load_processor(folder, config)
 
 
 def default_numerics() -> Numerics:
@@ -77,12 +42,6 @@ def read_config(folder: Path, numerics: Numerics | None = None) -> VLMConfig:
         )
         config = dataclasses.replace(config, encoder=encoder)
     return config
-
-
-def parameters(model: VLM) -> dict[str, nnx.Variable]:
-    """Dotted path -> variable, for every parameter of a model."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(map(str, path)): variable for path, variable in flat}
 
 
 def load_weights(folder: Path, config: VLMConfig, sharding: ShardingOf | None = None) -> VLM:
@@ -256,6 +215,11 @@ def write_sidecars(folder: Path, config: VLMConfig, processor: Processor, dtype:
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     generation["pad_token_id"] = processor.tokenizer.pad_token_id
     _write_json(folder / "generation_config.json", {**generation, **processor.generation})
+    write_settings(folder, processor)
+
+
+def write_settings(folder: Path, processor: Processor) -> None:
+    """The processor's own settings, which Hugging Face's files have no place for."""
     _write_json(folder / SETTINGS, processor.settings())
 
 

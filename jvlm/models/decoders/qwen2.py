@@ -146,7 +146,8 @@ class Qwen2Decoder(nnx.Module):
         """Hidden states after the last norm, and the keys and values of every layer.
 
         Without ``step``: the cache returned holds this call's keys and values. With it: new tokens are written
-        into ``cache`` at ``step.place`` and attend to the places that ``step.visible`` allows.
+        into ``cache`` at ``step.place`` and attend to the places that ``step.visible`` allows; the cache is then a
+        list of each layer's own, so that donated ones are updated in place.
         """
         config = self.config
         axis_of = np.repeat([0, 1, 2], config.mrope_section)
@@ -157,7 +158,7 @@ class Qwen2Decoder(nnx.Module):
 
         if cache is None and layers.is_unstacked(nnx.state(self.blocks)):
             cache = [None] * config.num_layers
-        x_BSD, cache = self.blocks(body, x_BSD, cache, remat=self.numerics.remat)
+        x_BSD, cache = self.blocks(body, x_BSD, cache, remat=self.numerics.remat, unroll=step is not None)
         return self.norm(x_BSD), cache
 
     def logits(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:

@@ -37,7 +37,7 @@ class QwenViTConfig(EncoderConfig):
     spatial_merge_size: int = 2
     window_size: int = 112
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
-    tokens_per_second: float = 2
+    tokens_per_second: int = 2
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
 

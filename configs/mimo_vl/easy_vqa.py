@@ -1,0 +1,66 @@
+"""The demo: a MiMo-VL of about a million parameters learns easy-VQA, with boxes, on two CPU cores."""
+
+from pathlib import Path
+
+from jvlm.data.pipeline import DataConfig
+from jvlm.data.processor import ProcessorConfig
+from jvlm.data.vision import PixelLimits
+from jvlm.models.connectors.patch_merger import PatchMergerConfig
+from jvlm.models.decoders.qwen2 import Qwen2Config
+from jvlm.models.encoders.qwen_vit import QwenViTConfig
+from jvlm.models.layers import Numerics
+from jvlm.models.vlm import VLMConfig
+from jvlm.training.config import CheckpointConfig, EvaluationConfig, Experiment, OptimizerConfig
+
+DATA = Path(__file__).parent / "easy_vqa_data"
+PIXELS = 64 * 64
+
+
+def get_config() -> Experiment:
+    """Pictures of 64 x 64 are 8 x 8 patches, 16 tokens; a picture and its questions are about 200 tokens."""
+    model = VLMConfig(
+        architecture="qwen2_5_vl",
+        encoder=QwenViTConfig(
+            depth=2,
+            hidden_size=128,
+            num_heads=4,
+            intermediate_size=256,
+            patch_size=8,
+            temporal_patch_size=2,
+            window_size=32,
+            fullatt_block_indexes=(1,),
+        ),
+        connector=PatchMergerConfig(),
+        decoder=Qwen2Config(
+            vocab_size=464,
+            hidden_size=128,
+            num_layers=2,
+            num_heads=2,
+            num_kv_heads=1,
+            intermediate_size=384,
+            rope_theta=10000.0,
+            mrope_section=(8, 12, 12),
+            tie_word_embeddings=True,
+            max_position_embeddings=4096,
+        ),
+        image_token_id=462,
+        video_token_id=463,
+        vision_start_token_id=459,
+        vision_end_token_id=460,
+        vision_pad_token_id=461,
+        bos_token_id=450,
+        eos_token_id=452,
+        numerics=Numerics(compute_dtype="float32"),
+    )
+    return Experiment(
+        name="easy_vqa",
+        model=model,
+        tokenizer=str(DATA / "tokenizer"),
+        processor=ProcessorConfig(limits=PixelLimits(min_pixels=PIXELS, max_pixels=PIXELS)),
+        data=DataConfig(train=(str(DATA / "train.arrayrecord"),), rows=16, row_tokens=384, row_patches=192),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.05, weight_decay=0.05),
+        checkpoint=CheckpointConfig(every=250),
+        evaluation=EvaluationConfig(data=(str(DATA / "test.arrayrecord"),)),
+        steps=1000,
+        log_every=25,
+    )

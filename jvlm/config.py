@@ -1,0 +1,78 @@
+"""Typed, frozen configuration trees to and from plain values (for JSON), and what differs between two of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from jvlm.models import registry
+
+T = TypeVar("T")
+_POLYMORPHIC = (registry.EncoderConfig, registry.ConnectorConfig, registry.DecoderConfig)
+
+
+def to_dict(config: Any) -> Any:
+    """Plain values; parts chosen by type carry it under "type"."""
+    if dataclasses.is_dataclass(config):
+        values = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {"type": type(config).__name__, **values} if isinstance(config, _POLYMORPHIC) else values
+    if isinstance(config, tuple | list):
+        return [to_dict(v) for v in config]
+    return config
+
+
+def from_dict(kind: type[T], values: Any, path: str = "") -> T:
+    """The inverse of `to_dict`.
+
+    Raises:
+      ValueError: an unknown field (naming the nearest known one) or a value of the wrong type.
+    """
+    if kind in _POLYMORPHIC:
+        values = dict(values)
+        kind = registry.config_type(values.pop("type"))
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(kind, values, path)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if values is None and type(None) in arguments:
+            return None
+        (kind,) = [a for a in arguments if a is not type(None)]
+        return from_dict(kind, values, path)
+    if origin is tuple and isinstance(values, list):
+        kinds = [arguments[0]] * len(values) if arguments[-1] is Ellipsis else arguments
+        return tuple(from_dict(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, values, strict=True)))
+    if origin is typing.Literal:
+        if values not in arguments:
+            raise ValueError(f"{path}: {values!r} is not one of {arguments}")
+        return values
+    if kind is float and isinstance(values, int) and not isinstance(values, bool):
+        return float(values)
+    if not isinstance(values, kind):
+        raise ValueError(f"{path}: {values!r} is not of type {kind}")
+    return values
+
+
+def _dataclass(kind: type, values: Any, path: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{path or 'configuration'}: {values!r} is not a group of fields")
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ValueError(f"unknown field {path + name!r}; {hint}")
+    return kind(**{name: from_dict(hints[name], value, f"{path}{name}.") for name, value in values.items()})
+
+
+def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
+    """Lines "field: before -> after" for two plain values of the same shape."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted({*before, *after}):
+            yield from differences(before.get(key), after.get(key), f"{path}.{key}" if path else key)
+    elif before != after:
+        yield f"{path}: {before!r} -> {after!r}"

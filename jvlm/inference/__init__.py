@@ -1,0 +1,1 @@
+"""Generation: sampling, the compiled engine, files of prompts, and chat."""

@@ -1,0 +1,173 @@
+"""How the next token is chosen: greedy, or drawn after the filters that transformers calls logits warpers.
+
+Axes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """Names and meanings as in transformers' ``GenerationConfig``.
+
+    Attributes:
+      max_new_tokens: generation stops after so many tokens.
+      temperature: divides the logits; 0 takes the likeliest token and makes top_k, top_p and seed idle.
+      top_k: keep the k likeliest tokens; 0 keeps all.
+      top_p: keep the likeliest tokens whose probabilities reach p together; 1 keeps all.
+      repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or answer.
+      seed: with the number of the conversation, decides every draw; the batch it is in does not matter.
+      stop_token_ids: a sequence ends with any of these; None takes the model's own end tokens.
+
+    Raises:
+      ValueError: a value outside its range, naming the field.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+        self._check("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or a positive number")
+        self._check("top_k", self.top_k >= 0 and self.top_k == int(self.top_k), "0 (off) or a number of tokens")
+        self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)")
+        self._check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "positive; 1 is off")
+        self._check("seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
+        if self.stop_token_ids is not None:
+            object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
+
+    def _check(self, field: str, ok: bool, wanted: str) -> None:
+        if not ok:
+            raise ValueError(f"sampling.{field} is {getattr(self, field)!r}; it must be {wanted}")
+
+    @property
+    def kind(self) -> Kind:
+        sampled = self.temperature > 0
+        filtered = sampled and (self.top_k > 0 or self.top_p < 1)
+        return Kind(sampled, filtered, self.repetition_penalty != 1)
+
+
+class Kind(NamedTuple):
+    """What must be compiled in: draw instead of taking the best, filter before drawing, penalise repetition."""
+
+    sampled: bool
+    filtered: bool
+    penalised: bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Knobs:
+    """The numbers of a `SamplingConfig` as arrays, so that changing one compiles nothing.
+
+    ``numbers`` [B] is each row's conversation number, which makes its draws its own.
+    """
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    repetition_penalty: Float[Array, ""]
+    seed: Int[Array, ""]
+    numbers: Int[Array, " B"]
+
+    @classmethod
+    def of(cls, config: SamplingConfig, numbers: np.ndarray) -> Knobs:
+        return cls(
+            temperature=jnp.float32(config.temperature),
+            top_k=jnp.int32(config.top_k),
+            top_p=jnp.float32(config.top_p),
+            repetition_penalty=jnp.float32(config.repetition_penalty),
+            seed=jnp.uint32(config.seed),
+            numbers=jnp.asarray(numbers, jnp.int32),
+        )
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    kind: Kind,
+    knobs: Knobs,
+    step: Int[Array, ""],
+    *,
+    banned: Bool[Array | np.ndarray, " V"],
+    seen: Bool[Array, "B V"] | None = None,
+) -> Int[Array, " B"]:
+    """The next token of each row.
+
+    Filters run in transformers' order: repetition penalty, temperature, top-k, top-p.
+
+    Args:
+      step: number of the token within its answer; part of the random key.
+      banned: tokens that are never chosen.
+      seen: tokens of prompt and answer so far; needed when ``kind.penalised``.
+    """
+    logits = jnp.where(banned, -jnp.inf, logits)
+    if kind.penalised:
+        logits = penalise_repetition(logits, seen, knobs.repetition_penalty)
+    if not kind.sampled:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / knobs.temperature
+    if kind.filtered:
+        logits = keep_top_p(keep_top_k(logits, knobs.top_k), knobs.top_p)
+
+    def noise(number):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(knobs.seed), number), step)
+        return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
+
+    return jnp.argmax(logits + jax.vmap(noise)(knobs.numbers), axis=-1).astype(jnp.int32)
+
+
+def penalise_repetition(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, ""]
+) -> Float[Array, "B V"]:
+    """Positive logits of seen tokens divided by the penalty, negative ones multiplied (CTRL, arXiv 1909.05858)."""
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, ""]) -> Float[Array, "B V"]:
+    """-inf below the k-th largest logit of each row; ties with it stay. k = 0 keeps all."""
+    k = jnp.where(k <= 0, logits.shape[-1], jnp.minimum(k, logits.shape[-1]))
+    keys = _ordered(logits)
+    least = _largest_key(keys, lambda above: jnp.sum(above, axis=-1) >= k)
+    return jnp.where(keys >= least[:, None], logits, -jnp.inf)
+
+
+def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, ""]) -> Float[Array, "B V"]:
+    """-inf for tokens outside the smallest set of likeliest ones whose probabilities reach p; ties stay."""
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    keys = _ordered(logits)
+    least = _largest_key(keys, lambda above: jnp.sum(jnp.where(above, probabilities, 0.0), axis=-1) >= p)
+    return jnp.where((keys >= least[:, None]) | (p >= 1), logits, -jnp.inf)
+
+
+def _ordered(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
+    """uint32 keys in the order of the floats."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest_key(keys: Int[Array, "B V"], enough: Callable[[Array], Array]) -> Int[Array, " B"]:
+    """The largest key t of each row for which the tokens with keys >= t are enough.
+
+    One bit at a time from the top: 32 passes over the row, which is less than a sort and exact.
+    """
+
+    def settle(i, least):
+        candidate = least | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(enough(keys >= candidate[:, None]), candidate, least)
+
+    return jax.lax.fori_loop(0, 32, settle, jnp.zeros(keys.shape[0], jnp.uint32))

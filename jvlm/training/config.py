@@ -1,0 +1,135 @@
+"""An experiment: one typed, frozen tree. Any field can be overridden on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from jvlm.data.pipeline import DataConfig
+from jvlm.data.processor import ProcessorConfig
+from jvlm.models.vlm import VLMConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and cosine decay.
+
+    Attributes:
+      learning_rate: peak; used by every tower that has none of its own.
+      encoder_lr, connector_lr, decoder_lr: a tower's own peak; 0 freezes the tower: no gradient, no state, no change.
+      warmup: share of the steps with linear warm-up.
+      final_ratio: learning rate at the end, as a share of the peak.
+      weight_decay: of matrices; norms and biases have none.
+      clip: largest norm of the whole gradient.
+    """
+
+    learning_rate: float = 1e-5
+    encoder_lr: float | None = None
+    connector_lr: float | None = None
+    decoder_lr: float | None = None
+    warmup: float = 0.03
+    final_ratio: float = 0.0
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0
+
+    def rate_of(self, tower: str) -> float:
+        """Peak learning rate of "encoder", "connector" or "decoder"."""
+        own = getattr(self, f"{tower}_lr")
+        return self.learning_rate if own is None else own
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept.
+
+    Attributes:
+      every: steps between checkpoints; one is also written at the end.
+      keep: how many of the latest stay.
+      keep_every: steps whose checkpoints always stay; None keeps none beyond ``keep``.
+    """
+
+    every: int = 500
+    keep: int = 2
+    keep_every: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Scoring by generation after training.
+
+    Attributes:
+      data: files of rows whose assistant turns are the expected answers; empty skips scoring.
+      ask: "alone" asks each question in a conversation of its own; "chain" in order, after the model's own answers.
+      max_rows: of the files; None takes all.
+      text_only_floor: also score the most frequent training answer to the same words, blind to the picture.
+    """
+
+    data: tuple[str, ...] = ()
+    ask: Literal["alone", "chain"] = "alone"
+    max_new_tokens: int = 64
+    batch_size: int = 64
+    max_rows: int | None = None
+    text_only_floor: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Writing the result as a Hugging Face folder (``<output>/hf``).
+
+    Attributes:
+      enabled: whether to export after training.
+      dtype: of the tensors; None keeps what the model came with.
+      verify: read the folder back and compare the answers to this many questions of the evaluation data.
+    """
+
+    enabled: bool = True
+    dtype: str | None = None
+    verify: int = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that defines a run; saved in it as experiment.json.
+
+    Attributes:
+      name: of the run; also its folder under ``output_root``.
+      model: the architecture, when training from random weights; with ``init_from`` the folder's own is used and
+        only ``model.numerics`` counts.
+      init_from: Hugging Face or run folder whose weights and processor to start from.
+      tokenizer: folder of the tokenizer, when training from random weights.
+      steps: optimizer steps; None derives them from ``epochs``.
+      epochs: passes over the data, used when ``steps`` is None; the number of steps is estimated by packing a sample.
+      accumulation: batches whose gradients make one step; the loss is averaged over all their tokens.
+      loss_chunk: tokens whose logits exist at a time.
+      log_every: steps between log lines.
+    """
+
+    name: str
+    model: VLMConfig | None = None
+    init_from: str | None = None
+    tokenizer: str | None = None
+    processor: ProcessorConfig | None = None
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+    steps: int | None = None
+    epochs: float = 3.0
+    accumulation: int = 1
+    loss_chunk: int = 4096
+    seed: int = 42
+    log_every: int = 5
+    output_root: str = "runs"
+
+    def __post_init__(self):
+        for name in ("accumulation", "log_every", "loss_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.init_from is None and (self.model is None or self.tokenizer is None):
+            raise ValueError("give init_from (a folder to start from), or both model and tokenizer")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")

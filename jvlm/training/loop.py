@@ -1,0 +1,300 @@
+"""The training loop: batch, loss, gradient, update, log."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jvlm import config as config_tree
+from jvlm.data import packing, pipeline
+from jvlm.data.errors import Rejected
+from jvlm.data.packing import PackedRows
+from jvlm.data.processor import Processor, ProcessorConfig
+from jvlm.models import vlm
+from jvlm.models.vlm import TOWERS, VLM
+from jvlm.training import optimizer
+from jvlm.training import step as stepping
+from jvlm.training.checkpoint import Checkpoints
+from jvlm.training.config import Experiment
+from jvlm.training.log import TrainingLog, clock
+from jvlm.training.step import TrainState
+from jvlm.weights import checkpoint, loading
+from jvlm.weights.run_folder import EXPERIMENT, PROCESSOR
+
+REJECTED = "rejected.jsonl"
+# A restart may change these; anything else would make the rest of the run another experiment.
+_FREE = ("checkpoint", "evaluation", "export", "log_every", "output_root", "data.read_threads", "data.prefetch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a finished run leaves: the model, its folder, and how long it trained (seconds, restarts included)."""
+
+    model: VLM
+    processor: Processor
+    folder: Path
+    steps: int
+    seconds: float
+    compilations: int
+    rejected: int
+
+
+def train(experiment: Experiment) -> Result:
+    """Train to the end, resuming from the folder's last checkpoint if there is one.
+
+    Raises:
+      ValueError: the folder holds a different experiment; data too bad; a loss that is not finite.
+    """
+    model, processor = start_model(experiment)
+    experiment = resolve(experiment, model, processor)
+    folder = Path(experiment.output_root) / experiment.name
+    prepare_folder(folder, experiment, processor)
+    template, values = split(model)
+    learnt = {p: v for p, v in vlm.parameters(template).items() if optimizer.trainable(experiment.optimizer, p)}
+    tx = optimizer.make(experiment.optimizer, experiment.steps, learnt)
+    params = {path: values[path] for path in learnt}
+    frozen = {path: value for path, value in values.items() if path not in learnt}
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    print(describe(experiment, template))
+    step_fn = stepping.make_step(template, tx, experiment.loss_chunk)
+    dataset, source = pipeline.training_data(processor, experiment.data, seed=experiment.seed)
+    batches = iter(dataset)
+
+    with Checkpoints(folder, experiment.checkpoint) as checkpoints:
+        start = checkpoints.latest() or 0
+        seen = _Seen(folder, len(source), experiment.data)
+        if start:
+            state, frozen, data = checkpoints.restore(start, state, frozen)
+            batches.set_state(data["iterator"])
+            seen.restore(data["seen"], start)
+        with TrainingLog(folder, start, experiment.steps) as log:
+            if start:
+                log.say(f"resuming after step {start}")
+            meter = _Meter(experiment, seen)
+            for step in range(start + 1, experiment.steps + 1):
+                batch = meter.next_batch(batches, step)
+                state, metrics = step_fn(state, frozen, batch)
+                meter.wait_for(metrics)
+                if step % experiment.log_every == 0 or step in (start + 1, experiment.steps):
+                    log.write(step, meter.line(metrics, step))
+                checkpoints.save(
+                    step,
+                    state,
+                    frozen,
+                    {"iterator": batches.get_state(), "seen": seen.state()},
+                    force=step == experiment.steps,
+                )
+                log.advance()
+            seconds = log.elapsed()
+    batches.close()
+    compilations = step_fn._cache_size()
+    print(f"{experiment.steps} steps in {clock(seconds)}, {compilations} compilation(s), {seen.summary()}")
+    model = vlm.bind(template, {**frozen, **state.params})
+    return Result(model, processor, folder, experiment.steps, seconds, compilations, seen.rejected)
+
+
+def start_model(experiment: Experiment) -> tuple[VLM, Processor]:
+    """The model to start from: a folder's weights, or random ones."""
+    if experiment.init_from is not None:
+        numerics = experiment.model.numerics if experiment.model else None
+        model, processor = loading.load(experiment.init_from, numerics=numerics)
+        if experiment.processor is not None:
+            processor = Processor(processor.tokenizer, model.config, experiment.processor)
+    else:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(experiment.tokenizer, local_files_only=True)
+        config = experiment.model
+        model = nnx.jit(lambda: VLM(config, rngs=nnx.Rngs(experiment.seed)))()
+        processor = Processor(tokenizer, config, experiment.processor or ProcessorConfig())
+    if experiment.data.media_root:
+        processor.media_roots = (experiment.data.media_root,)
+    return model, processor
+
+
+def resolve(experiment: Experiment, model: VLM, processor: Processor) -> Experiment:
+    """The experiment with everything filled in that was left to be derived."""
+    steps = experiment.steps or estimate_steps(experiment, processor)
+    return dataclasses.replace(experiment, model=model.config, processor=processor.config, steps=steps)
+
+
+def estimate_steps(experiment: Experiment, processor: Processor, sample: int = 512) -> int:
+    """Steps that ``epochs`` take, from packing up to ``sample`` rows spread evenly over the data."""
+    data = experiment.data
+    source = pipeline.RowSource(data.train)
+    encode = pipeline.Encode(processor, data)
+    chosen = np.unique(np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int))
+    examples = [e for e in (encode.map(source[int(i)]) for i in chosen) if not isinstance(e, Rejected)]
+    if not examples:
+        raise ValueError(f"none of {len(chosen)} rows sampled from {', '.join(source.files)} can be used")
+    rows = len(packing.best_fit_decreasing(examples, data.row_tokens, data.row_patches))
+    per_step = data.rows * experiment.accumulation
+    return max(1, math.ceil(experiment.epochs * rows * len(source) / len(chosen) / per_step))
+
+
+def prepare_folder(folder: Path, experiment: Experiment, processor: Processor) -> None:
+    """Create the run folder, or check that it holds this same experiment."""
+    resolved = config_tree.to_dict(experiment)
+    path = folder / EXPERIMENT
+    if path.is_file():
+        changed = [
+            line
+            for line in config_tree.differences(json.loads(path.read_text()), resolved)
+            if not line.startswith(_FREE)
+        ]
+        if changed:
+            raise ValueError(
+                f"{folder} holds another experiment; remove it or choose another --name. Differences:\n  "
+                + "\n  ".join(changed)
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    processor.tokenizer.save_pretrained(str(folder / PROCESSOR))
+    checkpoint.write_settings(folder / PROCESSOR, processor)
+    path.write_text(json.dumps(resolved, indent=2) + "\n")
+
+
+def split(model: VLM) -> tuple[VLM, dict[str, jax.Array]]:
+    """(template without arrays, path -> array)."""
+    values = {path: v.get_value() for path, v in vlm.parameters(model).items()}
+    return vlm.bind(model, {p: jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in values.items()}), values
+
+
+def describe(experiment: Experiment, template: VLM) -> str:
+    """The start-up table: tower, parameters, trainable, learning rate; and the shape of a step."""
+    counts = vlm.parameter_counts(template)
+    lines = [f"{'tower':<12}{'parameters':>16}{'trainable':>16}{'learning rate':>16}"]
+    for tower in TOWERS:
+        rate = experiment.optimizer.rate_of(tower)
+        learnt = counts[tower] if rate > 0 else 0
+        lines.append(f"{tower:<12}{counts[tower]:>16,}{learnt:>16,}{rate if rate > 0 else 'frozen':>16}")
+    data = experiment.data
+    device = jax.devices()[0]
+    numerics = experiment.model.numerics
+    lines.append(
+        f"{experiment.steps} steps of {experiment.accumulation} x {data.rows} rows of {data.row_tokens} tokens and "
+        f"{data.row_patches} patches, on {jax.device_count()} x {device.device_kind}, {numerics.param_dtype} "
+        f"parameters, {numerics.compute_dtype} compute"
+    )
+    return "\n".join(lines)
+
+
+class _Seen:
+    """Counts conversations read and rows left out; lists the latter in rejected.jsonl."""
+
+    def __init__(self, folder: Path, rows: int, config: pipeline.DataConfig):
+        self.path, self.rows, self.config = folder / REJECTED, rows, config
+        self.conversations = self.rejected = 0
+
+    def add(self, packed: PackedRows, step: int) -> None:
+        self.conversations += packed.conversations
+        self.rejected += len(packed.rejected)
+        if packed.rejected:
+            with open(self.path, "a") as file:
+                for row in packed.rejected:
+                    file.write(json.dumps({**dataclasses.asdict(row), "step": step}) + "\n")
+            self._check()
+
+    def _check(self) -> None:
+        read = self.conversations + self.rejected
+        if self.config.on_bad_row == "skip" and read >= 100 and self.rejected > self.config.max_bad_fraction * read:
+            raise ValueError(
+                f"{self.rejected} of {read} rows were left out, more than data.max_bad_fraction = "
+                f"{self.config.max_bad_fraction}; they are listed in {self.path}"
+            )
+
+    def epoch(self) -> float:
+        return (self.conversations + self.rejected) / self.rows
+
+    def state(self) -> dict[str, int]:
+        return {"conversations": self.conversations, "rejected": self.rejected}
+
+    def restore(self, state: dict[str, int], step: int) -> None:
+        self.conversations, self.rejected = state["conversations"], state["rejected"]
+        if self.path.is_file():
+            lines = [json.loads(text) for text in self.path.read_text().splitlines()]
+            kept = [line for line in lines if line["step"] <= step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def summary(self) -> str:
+        where = f" (listed in {self.path})" if self.rejected else ""
+        return f"{self.conversations} conversations = {self.epoch():.2f} epochs, {self.rejected} rows left out{where}"
+
+
+class _Meter:
+    """Measures where the time goes and how full the rows are, between two log lines."""
+
+    def __init__(self, experiment: Experiment, seen: _Seen):
+        self.experiment, self.seen = experiment, seen
+        self._pending: dict[str, Any] | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since = time.perf_counter()
+        self._waited = 0.0
+        self._text: list[float] = []
+        self._patches: list[float] = []
+
+    def next_batch(self, batches: grain.DatasetIterator, step: int):
+        """The next step's batches, stacked for accumulation."""
+        began = time.perf_counter()
+        packed = list(itertools.islice(_endless(batches), self.experiment.accumulation))
+        self._waited += time.perf_counter() - began
+        for rows in packed:
+            self.seen.add(rows, step)
+            self._text.append(rows.batch.text_padding)
+            self._patches.append(rows.batch.patch_padding)
+        return stepping.stack([rows.batch for rows in packed])
+
+    def wait_for(self, metrics: dict[str, jax.Array]) -> None:
+        """Let the device run one step ahead of the host, no more."""
+        if self._pending is not None:
+            jax.block_until_ready(self._pending)
+        self._pending = metrics
+
+    def line(self, metrics: dict[str, jax.Array], step: int) -> dict[str, float]:
+        values = {name: float(value) for name, value in metrics.items()}
+        if not math.isfinite(values["loss"]):
+            raise ValueError(f"the loss is {values['loss']} at step {step}; lower the learning rate or check the data")
+        seconds = time.perf_counter() - self._since
+        data = self.experiment.data
+        places = len(self._text) * data.rows * data.row_tokens
+        text_padding, patch_padding = float(np.mean(self._text)), float(np.mean(self._patches))
+        optimizer_config = self.experiment.optimizer
+        rates = {
+            f"learning_rate/{t}": float(optimizer.schedule(optimizer_config, t, self.experiment.steps)(step - 1))
+            for t in TOWERS
+            if optimizer_config.rate_of(t) > 0
+        }
+        highest = max(rates.values())
+        # one number where the towers agree, as ms-swift users expect; a number each where they do not
+        rates = {"learning_rate": highest} if len(set(rates.values())) == 1 else {"learning_rate": highest, **rates}
+        line = {
+            **{name: values.pop(name) for name in ("loss", "grad_norm")},
+            **rates,
+            "token_acc": values.pop("token_acc"),
+            "epoch": round(self.seen.epoch(), 3),
+            "data_wait": self._waited / seconds,
+            "padding_text": text_padding,
+            "padding_patches": patch_padding,
+            "tokens_per_s": places * (1 - text_padding) / seconds,
+            **values,
+        }
+        self._reset()
+        return line
+
+
+def _endless(batches: grain.DatasetIterator) -> Iterator[PackedRows]:
+    while True:
+        yield next(batches)

@@ -1,0 +1,57 @@
+"""AdamW with a learning rate for each tower. A tower at 0 is frozen: it takes no part in the gradient at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import optax
+from flax import nnx
+
+from jvlm.models.vlm import TOWERS
+from jvlm.training.config import OptimizerConfig
+
+
+def tower_of(path: str) -> str:
+    """The tower of a dotted parameter path."""
+    return path.partition(".")[0]
+
+
+def trainable(config: OptimizerConfig, path: str) -> bool:
+    """Whether a parameter is learnt under this configuration."""
+    return config.rate_of(tower_of(path)) > 0
+
+
+def schedule(config: OptimizerConfig, tower: str, steps: int) -> optax.Schedule:
+    """Linear warm-up to the tower's peak, then cosine decay over the rest of the steps."""
+    peak, warmup = config.rate_of(tower), round(config.warmup * steps)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=peak / (warmup + 1),
+        peak_value=peak,
+        warmup_steps=warmup,
+        decay_steps=max(steps, warmup + 1),
+        end_value=peak * config.final_ratio,
+    )
+
+
+def make(config: OptimizerConfig, steps: int, variables: Mapping[str, nnx.Variable]) -> optax.GradientTransformation:
+    """The transformation for the learnt parameters (path -> array).
+
+    Args:
+      variables: the learnt parameters; their ``axes`` tell matrices from norms and biases.
+    """
+    decayed = {path: len(v.get_metadata()["axes"]) > 1 for path, v in variables.items()}
+    towers = {path: tower_of(path) for path in variables}
+    rates = {t: optax.scale_by_learning_rate(schedule(config, t, steps)) for t in TOWERS}
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.partition(rates, towers),
+    )
+
+
+def tower_norms(gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Gradient norm of each tower that is learnt."""
+    present = [t for t in TOWERS if any(tower_of(p) == t for p in gradients)]
+    return {t: optax.global_norm([g for p, g in gradients.items() if tower_of(p) == t]) for t in present}

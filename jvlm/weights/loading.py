@@ -1,0 +1,43 @@
+"""`jvlm.load`: one call for every kind of folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jvlm.data.processor import Processor
+from jvlm.models.layers import Numerics
+from jvlm.models.vlm import VLM
+from jvlm.weights import checkpoint, run_folder
+
+
+def load(
+    path: str | Path,
+    *,
+    numerics: Numerics | None = None,
+    sharding: checkpoint.ShardingOf | None = None,
+    step: int | None = None,
+) -> tuple[VLM, Processor]:
+    """A model and its processor from a Hugging Face snapshot folder or a jvlm run folder.
+
+    Every parameter is read tensor by tensor into its (sharded) array; no second copy of the model exists.
+
+    Args:
+      path: the folder.
+      numerics: dtypes and implementations; the default is float32 parameters and, on CPU, float32 compute
+        (bfloat16 elsewhere). For a run folder the default is what it was trained with.
+      sharding: gives the sharding of a parameter from its path and variable; None puts it on the first device.
+      step: which checkpoint of a run folder; None is the latest.
+
+    Raises:
+      FileNotFoundError: no such folder, or one that holds neither kind of model.
+      jvlm.weights.table.WeightError: wrong, missing or extra tensors, all of them listed.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder (nothing is downloaded: give a local snapshot)")
+    if run_folder.is_run(folder):
+        return run_folder.load(folder, numerics=numerics, sharding=sharding, step=step)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has neither config.json (Hugging Face) nor experiment.json (jvlm run)")
+    config = checkpoint.read_config(folder, numerics)
+    return checkpoint.load_weights(folder, config, sharding), checkpoint.load_processor(folder, config)

@@ -1,0 +1,64 @@
+"""A jvlm run folder as a source of models.
+
+    experiment.json          the resolved experiment, model and processor included
+    processor/               tokenizer and settings
+    checkpoints/STEP/params  Orbax, dotted parameter path -> array
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from jvlm import config as config_tree
+from jvlm.data.processor import Processor
+from jvlm.models import vlm
+from jvlm.models.layers import Numerics
+from jvlm.models.vlm import VLM, VLMConfig
+from jvlm.weights import checkpoint
+from jvlm.weights.table import WeightError
+
+EXPERIMENT, CHECKPOINTS, PROCESSOR = "experiment.json", "checkpoints", "processor"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a jvlm run."""
+    return (folder / EXPERIMENT).is_file()
+
+
+def model_config(folder: Path, numerics: Numerics | None = None) -> VLMConfig:
+    """The model configuration of a run."""
+    values = json.loads((folder / EXPERIMENT).read_text())
+    config = config_tree.from_dict(VLMConfig, values["model"], "model.")
+    return dataclasses.replace(config, numerics=numerics or config.numerics)
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps whose checkpoints are complete, ascending."""
+    found = (folder / CHECKPOINTS).glob("*/params")
+    return sorted(int(p.parent.name) for p in found if p.parent.name.isdigit())
+
+
+def load(
+    folder: Path, *, numerics: Numerics | None, sharding: checkpoint.ShardingOf | None, step: int | None
+) -> tuple[VLM, Processor]:
+    """The model of a run at a step (None: the latest), and its processor; see `jvlm.weights.checkpoint.load`."""
+    available = steps(folder)
+    if not available:
+        raise WeightError(f"{folder} has no complete checkpoint yet")
+    if step is not None and step not in available:
+        raise WeightError(f"{folder} has no checkpoint of step {step}; it has {available}")
+    config = model_config(folder, numerics)
+    model = vlm.abstract(config)
+    wanted = {}
+    for path, variable in vlm.parameters(model).items():
+        place = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted[path] = jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype, sharding=place)
+    source = folder.absolute() / CHECKPOINTS / str(available[-1] if step is None else step) / "params"
+    with ocp.StandardCheckpointer() as checkpointer:
+        values = checkpointer.restore(source, wanted)
+    return vlm.bind(model, values), checkpoint.load_processor(folder / PROCESSOR, config)

@@ -1,0 +1,45 @@
+"""Fixtures of the whole suite. Shape annotations are checked at run time in every test."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from jaxtyping import install_import_hook
+
+# Before anything imports jvlm: the hook rewrites modules as they are loaded. Not `jvlm.models.batch`, whose dataclass
+# jax and flax also fill with things that are no arrays.
+_CHECKED = "layers vlm presets registry encoders connectors decoders".split()
+install_import_hook([*(f"jvlm.models.{name}" for name in _CHECKED), "jvlm_kernels"], "beartype.beartype")
+
+import pytest
+import torch
+
+from tests import support
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A folder with a small byte-level BPE tokenizer of the Qwen2 kind."""
+    return support.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, tokenizer_folder):
+    """A random checkpoint with its own head, loaded in transformers and in jvlm."""
+    return support.Tiny.create(tmp_path_factory.mktemp("tiny"), tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_tied(tmp_path_factory, tokenizer_folder):
+    """As `tiny`, with the head tied to the embedding and other sizes."""
+    return support.Tiny.create(
+        tmp_path_factory.mktemp("tied"),
+        tokenizer_folder,
+        tie_word_embeddings=True,
+        num_key_value_heads=1,
+        rms_norm_eps=1e-5,
+        rope_theta=640000.0,
+        vision_config={"depth": 2, "fullatt_block_indexes": [0], "window_size": 56},
+    )
