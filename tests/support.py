@@ -352,3 +352,53 @@ def hf_positions(positions: np.ndarray) -> Any:
     import torch
 
     return torch.from_numpy(np.asarray(positions, np.int64).T[:, None].copy())
+
+
+# Prepended to programs that measure themselves: peak of anonymous memory, so pages mapped from files do not count.
+MEMORY_PROBE = """
+import threading, time
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+class Peak:
+    def __enter__(self):
+        self.start = self.most = anonymous()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+    def watch(self):
+        while not self.done.is_set():
+            self.most = max(self.most, anonymous())
+            time.sleep(0.002)
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
+    @property
+    def growth(self):
+        return max(self.most, anonymous()) - self.start
+"""
+
+
+def write_big_checkpoint(folder: Path, tokenizer: Path, *, shards: int = 1) -> int:
+    """A checkpoint of about 300 MB in bfloat16 with many tensors; returns the bytes of its largest tensor in float32."""
+    import ml_dtypes
+
+    config = tiny_config(
+        token_ids(tokenizer),
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=4096,
+        rope_scaling={"type": "mrope", "mrope_section": [8, 12, 12]},
+        vision_config={"out_hidden_size": 1024},
+    )
+    write_folder(folder, tokenizer, config, limits=(4 * 784, 64 * 784))
+    noise = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32).astype(ml_dtypes.bfloat16)
+    shapes = tensor_shapes(config)
+    write_tensors(folder, {name: np.resize(noise, shape) for name, shape in shapes.items()}, shards)
+    return 4 * max(int(np.prod(shape)) for shape in shapes.values())

@@ -14,7 +14,8 @@ BoxFormat = Literal["json", "qwen_tokens"]
 Box = tuple[float, float, float, float]
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-_BARE = re.compile(rf"[\[(]{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}[\])]")
+# [x1, y1, x2, y2], (x1, y1, x2, y2), and Qwen's own (x1,y1),(x2,y2)
+_BARE = re.compile(rf"[\[(]{_NUMBER},{_NUMBER}(?:,|\)\s*,\s*\(){_NUMBER},{_NUMBER}[\])]")
 
 
 def scale_box(box: Sequence[float], source: tuple[float, float], target: tuple[float, float]) -> list[float]:
@@ -35,7 +36,8 @@ def parse_boxes(text: str) -> list[dict]:
     """Every box in a model's answer, as ``{"bbox_2d": [x1, y1, x2, y2], "label": str}``.
 
     Reads MiMo's fenced JSON list first (after any ``</think>``); if the text holds no valid JSON of that kind, bare
-    ``[x1, y1, x2, y2]`` or ``(...)`` groups. An answer without boxes gives an empty list.
+    ``[x1, y1, x2, y2]``, ``(x1, y1, x2, y2)`` or ``(x1,y1),(x2,y2)`` groups. An answer without boxes gives an empty
+    list.
     """
     text = text.rpartition("</think>")[2]
     fenced = re.search(r"```(?:json)?\s*(.*?)```", text, re.DOTALL)

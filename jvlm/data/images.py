@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,19 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jvlm.data.errors import Origin, RowError
+
+# What Pillow raises for damaged files, in pixels or in EXIF.
+_UNDECODABLE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    SyntaxError,
+    LookupError,
+    struct.error,
+)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -61,23 +75,24 @@ def open_image(
         elif isinstance(source, str | Path) and str(source).startswith("data:"):
             image = Image.open(io.BytesIO(base64.b64decode(str(source).partition("base64,")[2], validate=True)))
         elif isinstance(source, str | Path):
-            image = Image.open(_find(str(source), roots, origin, field))
+            image = Image.open(find_file(str(source), roots, origin, field))
         else:
             raise RowError(
                 origin, field, f"a {type(source).__name__} is not a picture", "Give a path, bytes, image or array"
             )
         image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
     except RowError:
         raise
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except _UNDECODABLE as error:
         shown = source if isinstance(source, str | Path) else type(source).__name__
         raise RowError(
             origin, field, f"{str(shown)[:200]} cannot be decoded ({error})", "Replace or remove the picture"
         ) from error
-    return _to_rgb(ImageOps.exif_transpose(image))
 
 
-def _find(path: str, roots: tuple[str, ...], origin: Origin, field: str) -> Path:
+def find_file(path: str, roots: tuple[str, ...], origin: Origin, field: str) -> Path:
+    """The media file of a row: absolute, or relative to one of ``roots``. Raises RowError naming the places tried."""
     if path.startswith(("http://", "https://")):
         raise RowError(origin, field, f"{path} is a URL", "jvlm reads no network at run time: download it first")
     path = path.removeprefix("file://")

@@ -10,6 +10,7 @@ from collections import deque
 from typing import Any, Literal
 
 import grain
+from absl import flags
 
 from jvlm.data import packing
 from jvlm.data.errors import Origin, Rejected, RowError
@@ -209,6 +210,8 @@ def training_data(
         grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=4 * config.read_threads)
     )
     if config.worker_processes:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's processes read absl flags, which only absl programs parse
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.worker_processes))
     packed = PackDataset(stream, config, processor.vision.patch_values, frame_patches(processor, config))
     return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.prefetch), source

@@ -75,7 +75,11 @@ def parse_row(row: Any, origin: Origin = Origin()) -> Conversation:
             hint = f"Did you mean {near[0]!r}?" if near else f"Known fields: {', '.join(sorted(_FIELDS))}"
             raise RowError(origin, key, "unknown field", hint)
     images, videos = _listed(row, "images", "image", origin), _listed(row, "videos", "video", origin)
+    listed = {"images": len(images), "videos": len(videos)}
     messages = _messages(row.get("messages"), images, videos, origin)
+    for field, media in (("images", images), ("videos", videos)):
+        if 0 < listed[field] < len(media):
+            raise RowError(origin, field, "given both here and inside messages", "Keep one place, so the order is clear")
     refs, boxes, box_type, box_images = _objects(row.get("objects"), len(images), origin)
     conversation = Conversation(
         messages=messages,
@@ -153,7 +157,7 @@ def _flatten(content: Any, images: list, videos: list, origin: Origin, field: st
     parts = []
     for block in content:
         kind = block.get("type") if isinstance(block, dict) else None
-        if kind == "text":
+        if kind == "text" and isinstance(block.get("text"), str):
             parts.append(block["text"])
         elif kind in ("image", "image_url"):
             source = block.get("image", block.get("image_url", block.get("url")))
@@ -165,7 +169,12 @@ def _flatten(content: Any, images: list, videos: list, origin: Origin, field: st
                 videos.append(block["video"])
             parts.append("<video>")
         else:
-            raise RowError(origin, field, f"block of type {kind!r}", "Use text, image, image_url or video blocks")
+            raise RowError(
+                origin,
+                field,
+                f"cannot read a block of type {kind!r}",
+                'Use {"type": "text", "text": "..."}, image, image_url or video blocks',
+            )
     return "".join(parts)
 
 
@@ -174,26 +183,36 @@ def _objects(value: Any, images: int, origin: Origin):
         return (), (), "real", ()
     if not isinstance(value, dict) or not set(value) <= {"ref", "bbox", "bbox_type", "image_id"}:
         raise RowError(origin, "objects", "not of the known form", "Use ref, bbox, bbox_type and image_id")
-    refs, boxes = tuple(value.get("ref") or ()), tuple(tuple(b) for b in value.get("bbox") or ())
+    for key in ("ref", "bbox", "image_id"):
+        if not isinstance(value.get(key, []), list | tuple | type(None)):
+            raise RowError(origin, f"objects.{key}", f"{value[key]!r} is not a list", "Give a list, one entry per tag")
+    refs, boxes = tuple(value.get("ref") or ()), tuple(value.get("bbox") or ())
+    for index, ref in enumerate(refs):
+        if not isinstance(ref, str):
+            raise RowError(origin, f"objects.ref[{index}]", f"{ref!r} is not text", "Give a string")
     box_type = value.get("bbox_type", "real")
     if box_type not in ("real", "norm1"):
         raise RowError(origin, "objects.bbox_type", f"unknown {box_type!r}", "Use 'real' or 'norm1'")
     for index, box in enumerate(boxes):
-        field = f"objects.bbox[{index}]"
-        if len(box) not in (2, 4) or not all(isinstance(v, int | float) for v in box):
-            raise RowError(origin, field, f"{list(box)} is not a point or box", "Give 2 or 4 numbers")
-        if len(box) == 4 and (box[0] > box[2] or box[1] > box[3]):
-            raise RowError(origin, field, f"{list(box)} has its corners swapped", "Order them x1, y1, x2, y2")
-        if box_type == "norm1" and not all(0 <= v <= 1 for v in box):
-            raise RowError(origin, field, f"{list(box)} is outside 0..1", "Use bbox_type 'real' for pixels")
+        _check_box(box, box_type, origin, f"objects.bbox[{index}]")
     image_ids = value.get("image_id")
     image_ids = tuple(image_ids) if image_ids is not None else (0,) * len(boxes)
     if len(image_ids) != len(boxes):
         raise RowError(origin, "objects.image_id", f"{len(image_ids)} ids for {len(boxes)} boxes", "Give one per box")
     for image_id in image_ids:
-        if not 0 <= image_id < max(images, 1):
-            raise RowError(origin, "objects.image_id", f"{image_id} with {images} images", "Count from 0")
-    return refs, boxes, box_type, image_ids
+        if not isinstance(image_id, int) or not 0 <= image_id < max(images, 1):
+            raise RowError(origin, "objects.image_id", f"{image_id!r} with {images} images", "Count from 0")
+    return refs, tuple(map(tuple, boxes)), box_type, image_ids
+
+
+def _check_box(box: Any, box_type: str, origin: Origin, field: str) -> None:
+    is_numbers = isinstance(box, list | tuple) and all(isinstance(v, int | float) for v in box)
+    if not is_numbers or len(box) not in (2, 4):
+        raise RowError(origin, field, f"{box!r} is not a point or box", "Give 2 or 4 numbers")
+    if len(box) == 4 and (box[0] > box[2] or box[1] > box[3]):
+        raise RowError(origin, field, f"{list(box)} has its corners swapped", "Order them x1, y1, x2, y2")
+    if box_type == "norm1" and not all(0 <= v <= 1 for v in box):
+        raise RowError(origin, field, f"{list(box)} is outside 0..1", "Use bbox_type 'real' for pixels")
 
 
 def _limits(value: Any, origin: Origin) -> tuple[tuple[str, float], ...]:

@@ -51,7 +51,8 @@ class ChatTemplate:
         """(ids int32 [n], loss weights float32 [n], turn int32 [n]) before media placeholders are expanded.
 
         An assistant turn is learnt up to and including its end-of-turn token. ``turn`` is the number of the last
-        turn whose learnt part has begun, counting assistant turns from 1.
+        turn whose learnt part has begun, counting assistant turns from 1. In a prompt nothing is learnt: both are 0
+        with ``generation_prompt``, and templates may then shorten earlier turns (drop their thinking, say).
         """
         text, spans = self._spans(messages, generation_prompt, origin)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -66,7 +67,7 @@ class ChatTemplate:
     def _spans(self, messages, generation_prompt, origin) -> tuple[str, list[tuple[int, int, float]]]:
         text = self.render(messages, generation_prompt=generation_prompt)
         learnt = [m for m in messages if m.role == "assistant"]
-        if not learnt:
+        if generation_prompt or not learnt:
             return text, []
         marked = [
             {"role": m.role, "content": f"\ue000{i}\ue001" if m.role == "assistant" else _content(m.content)}

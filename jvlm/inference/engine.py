@@ -6,7 +6,6 @@ Axes: B rows, S tokens of the longest prompt (rounded up), P patches, T places o
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,8 +24,9 @@ from jvlm.models.batch import PackedBatch
 from jvlm.models.decoders.qwen2 import DecodeStep
 from jvlm.models.vlm import VLM
 
-TOKEN_STEP = 64
-FEATURE_STEP = 16
+# Shapes are rounded up to 1, 2, 3, 4, 6, 8, 12, ... of these, so that few are ever compiled.
+TOKEN_STEP = 16
+FEATURE_STEP = 4
 
 
 @jax.tree_util.register_dataclass
@@ -58,17 +58,20 @@ class Completion:
 
 
 class Engine:
-    """Generates for one model. Parameters are prepared once; call `update` after they have changed."""
+    """Generates for one model. Parameters are prepared once; call `update` after they have changed.
 
-    def __init__(self, model: VLM, processor: Processor):
+    Args:
+      ahead: start each step before the tokens of the last are read, so that an accelerator never waits for the
+        host; costs one step too many at the end. None: wherever the backend is not CPU.
+    """
+
+    def __init__(self, model: VLM, processor: Processor, *, ahead: bool | None = None):
         self.config, self.processor = model.config, processor
+        self.ahead = jax.default_backend() != "cpu" if ahead is None else ahead
         self.banned = _banned(model, len(processor.tokenizer))
-        self._prefill_graph = self._decode_graph = None
+        self._graph: Any = None
         self._known: list[Any] = []
         self.update(model)
-        self._prefill = jax.jit(self._prefill_step)
-        self._begin = jax.jit(self._begin_step, static_argnums=(0, 1))
-        self._decode = jax.jit(self._decode_step, static_argnums=0, donate_argnums=2)
 
     def update(self, model: VLM) -> None:
         """Take the parameters that the model holds now; free if they are the same arrays as before."""
@@ -76,10 +79,21 @@ class Engine:
         leaves, tree = jax.tree.flatten(state)
         if len(leaves) == len(self._known) and all(a is b for a, b in zip(leaves, self._known, strict=True)):
             return
-        self._known = self._prefill_leaves = leaves
-        self._prefill_graph = graph, tree
-        self._decode_leaves, tree = jax.tree.flatten(decoding_state(model.decoder))
-        self._decode_graph = nnx.graphdef(model.decoder), tree
+        self._known = leaves
+        decoder_graph, _ = nnx.split(model.decoder)
+        self._decoder_leaves, decoder_tree = jax.tree.flatten(decoding_state(model.decoder))
+        if self._graph != (graph, tree):
+            self._graph, self._decoder_graph = (graph, tree), (decoder_graph, decoder_tree)
+            self._prefill = jax.jit(self._prefill_step)
+            self._begin = jax.jit(self._begin_step, static_argnums=(0, 1))
+            self._decode = jax.jit(self._decode_step, static_argnums=(0, 1), donate_argnums=3)
+
+    def release(self) -> None:
+        """Let go of the parameters, not of what is compiled; `update` takes them again.
+
+        Training wants this after generating: on CPU the engine's views keep old parameters alive.
+        """
+        self._known, self._decoder_leaves = [], []
 
     @property
     def compilations(self) -> dict[str, int]:
@@ -92,7 +106,7 @@ class Engine:
             return frozenset(sampling.stop_token_ids)
         own = self.processor.generation.get("eos_token_id")
         own = own if isinstance(own, list) else [own]
-        return frozenset(i for i in (*own, self.config.eos_token_id) if i is not None)
+        return frozenset(int(i) for i in (*own, self.config.eos_token_id) if i is not None)
 
     def steps(
         self, examples: Sequence[Example], sampling: SamplingConfig, numbers: Sequence[int] | None = None
@@ -105,23 +119,28 @@ class Engine:
           examples: prompts, ended with the opening of an assistant turn.
           numbers: of the conversations, for the random draws; 0, 1, ... if not given.
         """
-        B = 1 << (len(examples) - 1).bit_length()
+        count, B = len(examples), 1 << (len(examples) - 1).bit_length()
         batch, lengths = self._batch(examples, B)
-        knobs = np.zeros(B, np.int32)
-        knobs[: len(examples)] = range(len(examples)) if numbers is None else numbers
-        knobs = Knobs.of(sampling, knobs)
+        rows = np.zeros(B, np.int32)
+        rows[:count] = range(count) if numbers is None else numbers
+        knobs = Knobs.of(sampling, rows)
         places = packing.bucket(int(lengths.max()) + sampling.max_new_tokens, TOKEN_STEP)
-        kind, stop = sampling.kind, self.stop_tokens(sampling)
-        logits, cache = self._prefill(self._prefill_leaves, batch, lengths)
-        token, state = self._begin(kind, places, logits, cache, batch, lengths, knobs)
-        running = np.arange(B) < len(examples)
+        kind, stop, leaves = sampling.kind, list(self.stop_tokens(sampling)), self._decoder_leaves
+        logits, cache = self._prefill(self._known, batch, lengths)
+        token, state = self._begin(kind, places, leaves, logits, cache, batch, lengths, knobs)
+        del logits, cache
+        running = np.ones(count, bool)
         for left in reversed(range(sampling.max_new_tokens)):
-            chosen = np.asarray(token)
-            yield [int(t) if r else None for t, r in zip(chosen, running, strict=True)][: len(examples)]
-            running &= ~np.isin(chosen, list(stop))
+            if left and self.ahead:
+                upcoming, state = self._decode(kind, places, leaves, state, token, knobs)
+            chosen = np.asarray(token)[:count]
+            yield [int(t) if r else None for t, r in zip(chosen, running, strict=True)]
+            running &= ~np.isin(chosen, stop)
             if not left or not running.any():
                 return
-            token, state = self._decode(kind, self._decode_leaves, state, token, knobs)
+            if not self.ahead:
+                upcoming, state = self._decode(kind, places, leaves, state, token, knobs)
+            token = upcoming
 
     def completion(self, tokens: Sequence[int], sampling: SamplingConfig) -> Completion:
         """The tokens that `steps` gave for one example, and how they ended."""
@@ -140,19 +159,14 @@ class Engine:
 
     def _prefill_step(self, leaves, batch: PackedBatch, lengths):
         """Logits after each prompt's last token, and the cache of the prompt, [layers, B, S, ...]."""
-        graph, tree = self._prefill_graph
+        graph, tree = self._graph
         model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
         hidden, cache = model.hidden(batch)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
         return model.decoder.logits(last), cache
 
-    def _begin_step(self, kind: Kind, places: int, logits, cache, batch: PackedBatch, lengths, knobs: Knobs):
-        """The first token, and the state for the next: the cache taken apart by layer and widened to all places."""
-
-        def widen(x, layer):
-            return jnp.pad(x[layer], ((0, 0), (0, places - x.shape[2])) + ((0, 0),) * (x.ndim - 3))
-
-        layers = jax.tree.leaves(cache)[0].shape[0]
+    def _begin_step(self, kind: Kind, places: int, leaves, logits, cache, batch: PackedBatch, lengths, knobs: Knobs):
+        """The first token, and the state for the next."""
         seen = None
         if kind.penalised:
             tokens = jnp.where(batch.segment_ids > 0, batch.tokens, logits.shape[1])
@@ -160,29 +174,30 @@ class Engine:
             seen = jnp.zeros(logits.shape, bool).at[rows, tokens].set(True, mode="drop")
         token = sample(logits, kind, knobs, jnp.int32(0), banned=self.banned, seen=seen)
         return token, DecodeState(
-            cache=[jax.tree.map(functools.partial(widen, layer=i), cache) for i in range(layers)],
+            cache=self._decoder(leaves).open_cache(cache, places),
             place=lengths,
             position=batch.positions.max((1, 2)) + 1,
             step=jnp.int32(1),
             seen=seen,
         )
 
-    def _decode_step(self, kind: Kind, leaves, state: DecodeState, token, knobs: Knobs):
+    def _decoder(self, leaves):
+        graph, tree = self._decoder_graph
+        return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+
+    def _decode_step(self, kind: Kind, places: int, leaves, state: DecodeState, token, knobs: Knobs):
         """Run the tokens last chosen through the decoder and choose the next."""
-        graph, tree = self._decode_graph
-        decoder = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-        B, T = jax.tree.leaves(state.cache)[0].shape[:2]
+        decoder = self._decoder(leaves)
+        B = len(token)
         hidden, cache = decoder(
             decoder.embed(token[:, None]),
             jnp.broadcast_to(state.position[:, None, None], (B, 1, 3)),
             jnp.ones((B, 1), jnp.int32),
             cache=state.cache,
-            step=DecodeStep(state.place, (jnp.arange(T) <= state.place[:, None]).astype(jnp.int32)),
+            step=DecodeStep(state.place, (jnp.arange(places) <= state.place[:, None]).astype(jnp.int32)),
         )
         seen = None if state.seen is None else state.seen.at[jnp.arange(B), token].set(True)
-        chosen = sample(
-            decoder.logits(hidden[:, 0]), kind, knobs, state.step, banned=self.banned, seen=seen
-        )
+        chosen = sample(decoder.logits(hidden[:, 0]), kind, knobs, state.step, banned=self.banned, seen=seen)
         return chosen, DecodeState(cache, state.place + 1, state.position + 1, state.step + 1, seen)
 
 

@@ -53,6 +53,7 @@ def generate(
       ValueError, TypeError: a sampling value outside its range, or an unknown one.
     """
     config = SamplingConfig(**sampling)
+    _check_batch_size(batch_size)
     engine = engine_for(model, processor)
     texts: list[str] = []
     for start in range(0, len(conversations), batch_size * _WINDOW):
@@ -76,9 +77,11 @@ def complete(
     batch_size: int,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
-    """Completions of prompts, in their order; prompts of like length run together."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    """Completions of prompts, in their order; prompts of like length run together.
+
+    ``numbers`` are the conversations' own, for random draws and ``on_token``.
+    """
+    _check_batch_size(batch_size)
     order = sorted(range(len(examples)), key=lambda i: (examples[i].length, examples[i].num_patches))
     done: dict[int, Completion] = {}
     for start in range(0, len(order), batch_size):
@@ -103,12 +106,21 @@ def answer_text(processor: Processor, completion: Completion) -> str:
 def stream(model: VLM, processor: Processor, conversation: Any, **sampling: Any) -> Iterator[str]:
     """The answer to one conversation in pieces, as they become readable; they join up to `generate`'s answer."""
     config = SamplingConfig(**sampling)
-    engine = engine_for(model, processor)
     example = processor.encode(conversation, generation_prompt=True)
-    stop, text = engine.stop_tokens(config), TextStream(processor)
-    for (token,) in engine.steps([example], config):
+    return stream_example(engine_for(model, processor), example, config)
+
+
+def stream_example(engine: Engine, example: Example, sampling: SamplingConfig) -> Iterator[str]:
+    """`stream` of a prompt that is encoded already."""
+    stop, text = engine.stop_tokens(sampling), TextStream(engine.processor)
+    for (token,) in engine.steps([example], sampling):
         piece = "" if token in stop else text.add(token)
         if piece:
             yield piece
     if rest := text.finish():
         yield rest
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")

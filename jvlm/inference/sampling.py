@@ -106,29 +106,44 @@ def sample(
     banned: Bool[Array | np.ndarray, " V"],
     seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
-    """The next token of each row.
-
-    Filters run in transformers' order: repetition penalty, temperature, top-k, top-p.
+    """The next token of each row: the best of `adjust`'s logits, or one drawn by their softmax.
 
     Args:
-      step: number of the token within its answer; part of the random key.
+      step: number of the token within its answer; with seed and row number it is the random key.
+    """
+    logits = adjust(logits, kind, knobs, banned=banned, seen=seen)
+    if kind.sampled:
+
+        def noise(number):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(knobs.seed), number), step)
+            return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
+
+        logits += jax.vmap(noise)(knobs.numbers)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def adjust(
+    logits: Float[Array, "B V"],
+    kind: Kind,
+    knobs: Knobs,
+    *,
+    banned: Bool[Array | np.ndarray, " V"],
+    seen: Bool[Array, "B V"] | None = None,
+) -> Float[Array, "B V"]:
+    """Logits after all filters, in transformers' order: repetition penalty, temperature, top-k, top-p.
+
+    Args:
       banned: tokens that are never chosen.
       seen: tokens of prompt and answer so far; needed when ``kind.penalised``.
     """
     logits = jnp.where(banned, -jnp.inf, logits)
     if kind.penalised:
         logits = penalise_repetition(logits, seen, knobs.repetition_penalty)
-    if not kind.sampled:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / knobs.temperature
+    if kind.sampled:
+        logits = logits / knobs.temperature
     if kind.filtered:
         logits = keep_top_p(keep_top_k(logits, knobs.top_k), knobs.top_p)
-
-    def noise(number):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(knobs.seed), number), step)
-        return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
-
-    return jnp.argmax(logits + jax.vmap(noise)(knobs.numbers), axis=-1).astype(jnp.int32)
+    return logits
 
 
 def penalise_repetition(

@@ -28,7 +28,9 @@ def decoding_state(module: nnx.Module) -> nnx.State:
 
 
 def _on_one_cpu(value: Any) -> bool:
-    return isinstance(value, jax.Array) and {d.platform for d in value.devices()} == {"cpu"} and len(value.devices()) == 1
+    return (
+        isinstance(value, jax.Array) and {d.platform for d in value.devices()} == {"cpu"} and len(value.devices()) == 1
+    )
 
 
 def _views(stacked: jax.Array) -> tuple[jax.Array, ...]:

@@ -46,7 +46,7 @@ class TrainingLog:
         kept = [line for line in read(folder) if line["step_number"] <= start]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._before = kept[-1]["elapsed_seconds"] if kept else 0.0
-        self._file = open(self.path, "a", buffering=1)
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (closed in __exit__)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
         self._began = time.perf_counter()

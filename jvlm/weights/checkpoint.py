@@ -60,7 +60,8 @@ def load_weights(folder: Path, config: VLMConfig, sharding: ShardingOf | None = 
         for path, variable in variables.items():
             reader = _Reader(by_path[path], stored, tensors, variable.get_value())
             place = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            variable.set_value(jax.make_array_from_callback(shapes[path], place, reader))
+            # waiting keeps the host's buffers of one parameter alive, not those of several in flight
+            variable.set_value(jax.make_array_from_callback(shapes[path], place, reader).block_until_ready())
             variable.set_metadata(stored=reader.dtypes)
     nnx.update(model, nnx.from_flat_state([(tuple(p.split(".")), v) for p, v in variables.items()]))
     return model
@@ -70,13 +71,23 @@ def _canonical_names(tensors, architecture: table.Architecture, tied: bool) -> d
     stored: dict[str, str] = {}
     for raw in tensors.names():
         name = architecture.canonical(raw)
-        # transformers, too, ignores a separate head when the configuration ties it to the embedding
-        if name is None or (tied and name == "lm_head.weight"):
+        if name is None:
             continue
         if name in stored:
             raise table.WeightError(f"{tensors.folder} holds {name} twice: as {stored[name]} and as {raw}")
         stored[name] = raw
+    if tied and "lm_head.weight" in stored:
+        _check_tied_head(tensors, stored.pop("lm_head.weight"), stored.get("model.embed_tokens.weight"))
     return stored
+
+
+def _check_tied_head(tensors, head: str, embedding: str | None) -> None:
+    """A stored copy of the embedding is harmless; transformers 4 drops another head, transformers 5 uses it."""
+    if embedding is not None and tensors.read(head).tobytes() != tensors.read(embedding).tobytes():
+        raise table.WeightError(
+            f"{tensors.folder}: tie_word_embeddings is true, yet {head} differs from {embedding}; set it to false in "
+            "config.json to keep the head, or remove the tensor to keep the tie"
+        )
 
 
 class _Reader:

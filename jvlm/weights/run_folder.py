@@ -1,8 +1,8 @@
 """A jvlm run folder as a source of models.
 
-    experiment.json          the resolved experiment, model and processor included
-    processor/               tokenizer and settings
-    checkpoints/STEP/params  Orbax, dotted parameter path -> array
+experiment.json          the resolved experiment, model and processor included
+processor/               tokenizer and settings
+checkpoints/STEP/params  Orbax, dotted parameter path -> array
 """
 
 from __future__ import annotations

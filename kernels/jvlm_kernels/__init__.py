@@ -4,6 +4,14 @@ The import name is ``jvlm_kernels`` because the PyPI package ``kernels`` is prob
 """
 
 from jvlm_kernels.attention.api import Unavailable, implementations, segment_attention
+from jvlm_kernels.attention.decode import cached_attention, open_cache
 from jvlm_kernels.attention.reference import reference_attention
 
-__all__ = ["Unavailable", "implementations", "reference_attention", "segment_attention"]
+__all__ = [
+    "Unavailable",
+    "cached_attention",
+    "implementations",
+    "open_cache",
+    "reference_attention",
+    "segment_attention",
+]

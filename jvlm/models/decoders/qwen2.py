@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from jvlm_kernels import segment_attention
+from jvlm_kernels import cached_attention, open_cache, segment_attention
 
 from jvlm.models import layers
 from jvlm.models.registry import DecoderConfig, register
@@ -52,7 +52,7 @@ class Qwen2Config(DecoderConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeStep:
-    """Where new tokens go in the cache: place [B] of the first new token, and who may be seen [B, T] (1 or 0)."""
+    """One new token a row: its place in the cache, and which places it sees (1 or 0), its own among them."""
 
     place: Int[Array, " B"]
     visible: Int[Array, "B T"]
@@ -87,9 +87,7 @@ class DecoderAttention(nnx.Module):
                 implementation=self.implementation,
             )
         else:
-            rows, places = jnp.arange(B)[:, None], step.place[:, None] + jnp.arange(S)
-            cache = (cache[0].at[rows, places].set(k), cache[1].at[rows, places].set(v))
-            mixed = segment_attention(q, *cache, segments, step.visible, implementation=self.implementation)
+            mixed, cache = cached_attention(q, k, v, cache, step.place, step.visible)
         return self.out(layers.save_attention(mixed).reshape(B, S, -1)), cache
 
 
@@ -145,9 +143,8 @@ class Qwen2Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], Any]:
         """Hidden states after the last norm, and the keys and values of every layer.
 
-        Without ``step``: the cache returned holds this call's keys and values. With it: new tokens are written
-        into ``cache`` at ``step.place`` and attend to the places that ``step.visible`` allows; the cache is then a
-        list of each layer's own, so that donated ones are updated in place.
+        Without ``step``: the cache returned holds this call's keys and values. With it: the new token of each row
+        is written into ``cache``, as `open_cache` made it, and sees what the step allows; segments are not used.
         """
         config = self.config
         axis_of = np.repeat([0, 1, 2], config.mrope_section)
@@ -160,6 +157,10 @@ class Qwen2Decoder(nnx.Module):
             cache = [None] * config.num_layers
         x_BSD, cache = self.blocks(body, x_BSD, cache, remat=self.numerics.remat, unroll=step is not None)
         return self.norm(x_BSD), cache
+
+    def open_cache(self, cache: Any, places: int) -> list[Any]:
+        """The cache of a prompt, widened to ``places``: for each layer its own, so that it is updated in place."""
+        return [open_cache(cache[0][i], cache[1][i], places) for i in range(self.config.num_layers)]
 
     def logits(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """Float32 scores over the vocabulary."""

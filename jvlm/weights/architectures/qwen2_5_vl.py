@@ -119,7 +119,8 @@ def _read_config(values: dict[str, Any]) -> VLMConfig:
         rms_norm_eps=text.get("rms_norm_eps", 1e-6),
         rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e6))),
         mrope_section=tuple(rope.get("mrope_section") or _default_section(half_head)),
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        # before transformers 5 the nested configuration alone may say so
+        tie_word_embeddings=bool(values.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         max_position_embeddings=text.get("max_position_embeddings", 128000),
     )
     ids = {**text, **values}

@@ -1,0 +1,224 @@
+"""The command line: ``jvlm train | generate | chat | data check | data shard``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jvlm.training.config import Experiment
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status. Errors of the user's making are one message, not a traceback."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not getattr(arguments, "takes_fields", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return arguments.run(arguments, rest)
+    except (ValueError, FileNotFoundError, FileExistsError, KeyError) as error:
+        if arguments.traceback:
+            raise
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"jvlm: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\njvlm: interrupted; run the same command to go on", file=sys.stderr)
+        return 130
+
+
+def load_experiment(config: str, overrides: list[str]) -> Experiment:
+    """The experiment of a config file, with fields overridden.
+
+    Args:
+      config: path of a Python file with ``get_config()``, or its name under ``configs/`` ("mimo_vl/easy_vqa").
+      overrides: ``--field.path value ...``.
+
+    Raises:
+      FileNotFoundError: no such file. ValueError: it has no ``get_config``. SystemExit: a wrong field or value,
+      after naming the nearest right one.
+    """
+    import tyro
+
+    from jvlm.training.config import Experiment
+
+    path = _find_config(config)
+    spec = importlib.util.spec_from_file_location("jvlm_experiment", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} defines no get_config()")
+    experiment = module.get_config()
+    if not isinstance(experiment, Experiment):
+        raise ValueError(f"get_config() of {path} returned a {type(experiment).__name__}, not an Experiment")
+    return tyro.cli(
+        Experiment,
+        args=overrides,
+        default=experiment,
+        prog=f"jvlm train {config}",
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        use_underscores=True,
+    )
+
+
+def _find_config(config: str) -> Path:
+    tried = [Path(config), CONFIGS / config, CONFIGS / f"{config}.py"]
+    for path in tried:
+        if path.is_file():
+            return path
+    known = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.glob("*/*.py"))
+    raise FileNotFoundError(f"no config at {', '.join(map(str, tried))}; shipped: {', '.join(known)}")
+
+
+def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from jvlm import job
+
+    job.run(load_experiment(arguments.config, rest))
+    return 0
+
+
+def _sampling(arguments: argparse.Namespace, processor):
+    from jvlm.inference.sampling import SamplingConfig
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return SamplingConfig(**given)
+
+
+def _load(arguments: argparse.Namespace):
+    import dataclasses
+
+    from jvlm.weights.loading import load
+
+    model, processor = load(arguments.model)
+    limits = {n: getattr(arguments, n) for n in ("min_pixels", "max_pixels") if getattr(arguments, n) is not None}
+    if limits:
+        changed = dataclasses.replace(processor.config.limits, **limits)
+        processor.config = dataclasses.replace(processor.config, limits=changed)
+    return model, processor
+
+
+def _generate(arguments: argparse.Namespace, _: list[str]) -> int:
+    single, file = arguments.prompt is not None, arguments.data is not None
+    if single == file or (file and arguments.output is None):
+        raise ValueError("give either --prompt (with any number of --image), or --data and --output")
+    model, processor = _load(arguments)
+    sampling = _sampling(arguments, processor)
+    if file:
+        from jvlm.inference.batch_file import generate_file
+
+        generate_file(
+            model,
+            processor,
+            Path(arguments.data),
+            Path(arguments.output),
+            sampling,
+            batch_size=arguments.batch_size,
+            on_bad_row=arguments.on_bad_row,
+        )
+        return 0
+    import dataclasses
+
+    from jvlm.inference.generate import stream
+
+    lacking = len(arguments.image) - arguments.prompt.count("<image>")
+    content = "<image>" * max(lacking, 0) + arguments.prompt
+    row = {"messages": [{"role": "user", "content": content}], "images": arguments.image}
+    for piece in stream(model, processor, row, **dataclasses.asdict(sampling)):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _chat(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jvlm.inference.chat import chat
+
+    model, processor = _load(arguments)
+    chat(model, processor, _sampling(arguments, processor), arguments.system)
+    return 0
+
+
+def _check(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jvlm.data.check import check
+
+    report = check(arguments.files, _processor(arguments.model))
+    print(report.text())
+    return 1 if report.rejected else 0
+
+
+def _shard(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jvlm.data.check import shard
+
+    print(shard(arguments.files, Path(arguments.output), arguments.rows_per_shard))
+    return 0
+
+
+def _processor(model: str | None):
+    """The processor of a folder, without its weights; None without a folder."""
+    if model is None:
+        return None
+    from jvlm.weights import checkpoint, run_folder
+
+    folder = Path(model)
+    if run_folder.is_run(folder):
+        return checkpoint.load_processor(folder / run_folder.PROCESSOR, run_folder.model_config(folder))
+    return checkpoint.load_processor(folder, checkpoint.read_config(folder))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jvlm", description="Train, run and export vision-language models in JAX.")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train, score, export and report an experiment", add_help=False)
+    train.add_argument("config", help="a Python file with get_config(), or its name under configs/")
+    train.set_defaults(run=_train, takes_fields=True)
+
+    generate = commands.add_parser("generate", help="answer one prompt, or every row of a JSONL file")
+    _add_model(generate)
+    generate.add_argument("--prompt", help="the question; <image> tags say where pictures go (default: in front)")
+    generate.add_argument("--image", action="append", default=[], help="a picture; may be repeated")
+    generate.add_argument("--data", help="JSONL of rows to answer")
+    generate.add_argument("--output", help="JSONL to write; an unfinished one is continued")
+    generate.add_argument("--batch_size", type=int, default=8)
+    generate.add_argument("--on_bad_row", choices=("error", "skip"), default="error")
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="talk with a model in the terminal")
+    _add_model(chat)
+    chat.add_argument("--system", help="system prompt")
+    chat.set_defaults(run=_chat)
+
+    data = commands.add_parser("data", help="look at data, or write shards").add_subparsers(required=True)
+    check = data.add_parser("check", help="count rows that can and cannot be used, and say why")
+    check.add_argument("files", nargs="+")
+    check.add_argument("--model", help="folder whose tokenizer and pixel limits to count tokens with")
+    check.set_defaults(run=_check)
+    shard = data.add_parser("shard", help="write rows and their pictures as ArrayRecord shards")
+    shard.add_argument("files", nargs="+")
+    shard.add_argument("--output", required=True, help="folder")
+    shard.add_argument("--rows_per_shard", type=int, default=10_000)
+    shard.set_defaults(run=_shard)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a Hugging Face folder or a jvlm run folder")
+    parser.add_argument("--max_new_tokens", type=int)
+    parser.add_argument("--temperature", type=float, help="0 (default) takes the most likely token")
+    parser.add_argument("--top_k", type=int)
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--repetition_penalty", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--min_pixels", type=int, help="smallest picture after resizing (default: the model's)")
+    parser.add_argument("--max_pixels", type=int, help="largest picture after resizing (default: the model's)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

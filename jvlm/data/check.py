@@ -1,0 +1,124 @@
+"""Looking at data before training on it, and writing shards that carry their pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from jvlm.data.errors import RowError
+from jvlm.data.images import find_file, open_image
+from jvlm.data.processor import Processor
+from jvlm.data.rows import parse_row
+from jvlm.data.shards import SHARD_SUFFIX, RowSource, write_shard
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckReport:
+    """What a check found: rows that can be used, those that cannot and why, and token counts if they were made."""
+
+    rows: int
+    rejected: tuple[RowError, ...]
+    tokens: tuple[int, ...]
+    media_tokens: tuple[int, ...]
+
+    def text(self) -> str:
+        """For the terminal: counts, percentiles, then every rejected row."""
+        lines = [f"{self.rows - len(self.rejected)} of {self.rows} rows can be used"]
+        for name, values in (("tokens", self.tokens), ("media tokens", self.media_tokens)):
+            if values:
+                marks = ", ".join(f"{p} % {np.percentile(values, p):.0f}" for p in (0, 50, 90, 99, 100))
+                lines.append(f"{name} of a row: {marks}; {sum(values):,} in all")
+        if self.rejected:
+            reasons = Counter(error.field for error in self.rejected)
+            lines.append("rejected by field: " + ", ".join(f"{field} {n}" for field, n in reasons.most_common()))
+            lines += [f"  {error}" for error in self.rejected]
+        return "\n".join(lines)
+
+
+def check(files: Sequence[str], processor: Processor | None) -> CheckReport:
+    """Read every row and its media as training would.
+
+    Args:
+      processor: also counts tokens; without one, rows are checked and pictures decoded only.
+    """
+    source = RowSource(files)
+    rejected, tokens, media = [], [], []
+    for index in tqdm(range(len(source)), desc="checking", unit="row"):
+        origin, row = source[index]
+        try:
+            if isinstance(row, RowError):
+                raise row
+            conversation = parse_row(row, origin)
+            if processor is None:
+                roots = (str(Path(origin.file).parent),)
+                for field, picture in _pictures(conversation):
+                    open_image(picture, origin=origin, field=field, roots=roots)
+            else:
+                example = processor.encode(conversation)
+                tokens.append(example.length)
+                media.append(int((example.vision_index >= 0).sum()))
+        except RowError as error:
+            rejected.append(error)
+    return CheckReport(len(source), tuple(rejected), tuple(tokens), tuple(media))
+
+
+def _pictures(conversation) -> Iterator[tuple[str, Any]]:
+    for i, image in enumerate(conversation.images):
+        yield f"images[{i}]", image
+    for i, frames in enumerate(conversation.videos):
+        for frame in frames:
+            yield f"videos[{i}]", frame
+
+
+def shard(files: Sequence[str], output: Path, rows_per_shard: int) -> str:
+    """Write rows as shards of ``rows_per_shard`` in a folder, media files read into them. Returns a summary.
+
+    Raises:
+      RowError: a row that cannot be used; nothing is left out silently.
+      FileExistsError: the folder holds shards already.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    if any(output.glob(f"*{SHARD_SUFFIX}")):
+        raise FileExistsError(f"{output} holds shards already; remove them or choose another folder")
+    source = RowSource(files)
+    rows = iter(tqdm((_embedded(*source[i]) for i in range(len(source))), total=len(source), unit="row"))
+    count = -(-len(source) // rows_per_shard)
+    total = 0
+    for number in range(count):
+        path = output / f"rows-{number:05d}-of-{count:05d}{SHARD_SUFFIX}"
+        total += write_shard(path, itertools.islice(rows, rows_per_shard))
+    return f"{total} rows in {count} shard(s) under {output}"
+
+
+def _embedded(origin, row: Any) -> dict[str, Any]:
+    if isinstance(row, RowError):
+        raise row
+    parse_row(row, origin)
+    roots = (str(Path(origin.file).parent),)
+
+    def embed(source: Any, field: str) -> Any:
+        if isinstance(source, list):
+            return [embed(item, field) for item in source]
+        if isinstance(source, dict) and source.get("bytes"):
+            return source
+        path = source.get("path") if isinstance(source, dict) else source
+        if not isinstance(path, str) or path.startswith("data:"):
+            return source
+        return {"bytes": find_file(path, roots, origin, field).read_bytes(), "path": path}
+
+    media = {field: embed(row[field], field) for field in ("images", "image", "videos", "video") if field in row}
+    messages = json.loads(json.dumps(row["messages"]))
+    for index, message in enumerate(messages):
+        for block in message["content"] if isinstance(message["content"], list) else ():
+            for key in ("image", "video"):
+                if key in block:
+                    block[key] = embed(block[key], f"messages[{index}].content")
+    return {**row, **media, "messages": messages}

@@ -1,0 +1,1 @@
+"""Asking a model the questions of rows whose answers are known."""

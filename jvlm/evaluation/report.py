@@ -1,0 +1,92 @@
+"""A run as one HTML page that needs nothing else: numbers, curves, pictures with answers and boxes."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from jvlm.data.images import open_image
+from jvlm.evaluation.score import Answer
+
+_WIDTH, _HEIGHT = 560, 220
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One line of a plot: the SVG points, the last value, and the labels of the axes' ends."""
+
+    title: str
+    points: str
+    first: str
+    last: str
+    top: str
+    bottom: str
+    steps: int
+
+
+def curve(title: str, lines: Sequence[dict[str, Any]], key: str) -> Curve:
+    """A curve of one logged number over the steps."""
+    values = [(line["step_number"], line[key]) for line in lines if key in line]
+    lowest, highest = min(v for _, v in values), max(v for _, v in values)
+    span, last = (highest - lowest) or 1.0, values[-1][0]
+    points = " ".join(f"{_WIDTH * s / last:.1f},{_HEIGHT - _HEIGHT * (v - lowest) / span:.1f}" for s, v in values)
+    return Curve(title, points, f"{values[0][1]:.3g}", f"{values[-1][1]:.3g}", f"{highest:.3g}", f"{lowest:.3g}", last)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture of the test set with every question asked about it."""
+
+    name: str
+    source: str
+    width: int
+    height: int
+    answers: tuple[Answer, ...]
+
+    @property
+    def expected(self) -> list[tuple[float, ...]]:
+        return [tuple(b) for a in self.answers for b in a.question.boxes]
+
+    @property
+    def predicted(self) -> list[tuple[float, ...]]:
+        return [tuple(b) for a in self.answers for b in a.predicted]
+
+
+def pictures(answers: Sequence[Answer], roots: tuple[str, ...], count: int = 18) -> list[Picture]:
+    """The first pictures of the answers, rows with one image only, each with all its answers."""
+    by_row: dict[Any, list[Answer]] = {}
+    for answer in answers:
+        by_row.setdefault(answer.question.origin, []).append(answer)
+    found = []
+    for origin, group in by_row.items():
+        images = group[0].question.conversation.images
+        if len(images) != 1 or len(found) == count:
+            continue
+        image = open_image(images[0], origin=origin, roots=(str(Path(origin.file).parent), *roots))
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        found.append(Picture(f"{Path(origin.file).name} #{origin.row}", source, *image.size, tuple(group)))
+    return found
+
+
+def write(path: Path, *, title: str, headline: Sequence[tuple[str, str, str]], **content: Any) -> None:
+    """Write the page.
+
+    Args:
+      headline: (number, label, note) of the large figures on top.
+      content: "curves", "pictures", "facts" (label -> text), "bars" ((label, share, floor or None) each).
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("jvlm.evaluation", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("report.html.jinja").render(
+        title=title, headline=headline, width=_WIDTH, height=_HEIGHT, **content
+    )
+    path.write_text(page)

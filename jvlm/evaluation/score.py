@@ -1,0 +1,186 @@
+"""Ask, compare, count."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+from tqdm import tqdm
+
+from jvlm.data import boxes
+from jvlm.data.errors import RowError
+from jvlm.data.processor import Processor
+from jvlm.data.rows import Conversation, Message, parse_row
+from jvlm.data.shards import RowSource
+from jvlm.evaluation.questions import Question, normalise, questions_of
+from jvlm.inference.generate import generate
+from jvlm.models.vlm import VLM
+
+YES_NO = frozenset(("yes", "no"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A question and what the model said.
+
+    Attributes:
+      score: 1 or 0 for words, mean IoU for boxes.
+      predicted: boxes of the answer in pixels of the original picture.
+      parsed: whether an answer that should hold boxes does.
+    """
+
+    question: Question
+    response: str
+    score: float
+    predicted: tuple[tuple[float, ...], ...] = ()
+    parsed: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What was reached; shares are of 1. ``accuracy`` counts answers in words, ``mean_iou`` answers with boxes."""
+
+    questions: int
+    accuracy: float | None
+    yes_no: float | None
+    other: float | None
+    boxes: int
+    mean_iou: float | None
+    iou_at_half: float | None
+    unparsed_boxes: int
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer]) -> Scores:
+        words = [a for a in answers if not a.question.boxes]
+        boxed = [a for a in answers if a.question.boxes]
+        yes_no = [a for a in words if normalise(a.question.expected) in YES_NO]
+        other = [a for a in words if normalise(a.question.expected) not in YES_NO]
+        return cls(
+            questions=len(words),
+            accuracy=_mean(words),
+            yes_no=_mean(yes_no),
+            other=_mean(other),
+            boxes=len(boxed),
+            mean_iou=_mean(boxed),
+            iou_at_half=float(np.mean([a.score >= 0.5 for a in boxed])) if boxed else None,
+            unparsed_boxes=sum(not a.parsed for a in boxed),
+        )
+
+
+def _mean(answers: Sequence[Answer]) -> float | None:
+    return float(np.mean([a.score for a in answers])) if answers else None
+
+
+def load_rows(patterns: Sequence[str], max_rows: int | None = None) -> list[Conversation]:
+    """The checked rows of files. Raises the RowError of the first bad one: a test set must be whole."""
+    source = RowSource(patterns)
+    rows = []
+    for index in range(min(len(source), max_rows or len(source))):
+        origin, row = source[index]
+        if isinstance(row, RowError):
+            raise row
+        rows.append(parse_row(row, origin))
+    return rows
+
+
+def ask(
+    model: VLM,
+    processor: Processor,
+    rows: Sequence[Conversation],
+    *,
+    ask: str = "alone",
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+) -> list[Answer]:
+    """Answers to every question of the rows, greedy, in order of row and turn.
+
+    Args:
+      ask: "alone" or "chain", as in `jvlm.training.config.EvaluationConfig`.
+    """
+    questions = [questions_of(row) for row in rows]
+    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    with tqdm(total=sum(map(len, questions)), desc="asking", unit="question", dynamic_ncols=True) as bar:
+
+        def run(conversations: list[Conversation]) -> list[str]:
+            texts: list[str] = []
+            block = batch_size * 8
+            for start in range(0, len(conversations), block):
+                texts += generate(model, processor, conversations[start : start + block], **settings)
+                bar.update(min(block, len(conversations) - start))
+            return texts
+
+        flat = [q for of_row in questions for q in of_row]
+        responses = run([q.conversation for q in flat]) if ask == "alone" else _chain(rows, questions, run)
+    return [score(q, r, processor) for q, r in zip(flat, responses, strict=True)]
+
+
+def _chain(rows: Sequence[Conversation], questions: list[list[Question]], run) -> list[str]:
+    """Turn by turn over all rows, each turn after the model's own earlier answers."""
+    said: list[list[str]] = [[] for _ in rows]
+    for turn in range(max(map(len, questions))):
+        going = [i for i, of_row in enumerate(questions) if turn < len(of_row)]
+        for i, text in zip(going, run([_with_answers(rows[i], said[i]) for i in going]), strict=True):
+            said[i].append(text)
+    return [text for texts in said for text in texts]
+
+
+def _with_answers(row: Conversation, said: list[str]) -> Conversation:
+    """The row up to its next question, with the model's own answers in place of the reference ones."""
+    messages: list[Message] = []
+    answers = iter(said)
+    for message in row.messages:
+        if message.role == "assistant":
+            own = next(answers, None)
+            if own is None:
+                break
+            message = Message("assistant", own, 0.0)
+        messages.append(message)
+    text = "".join(m.content for m in messages)
+    boxes_used = text.count("<bbox>")
+    return dataclasses.replace(
+        row,
+        messages=tuple(messages),
+        images=row.images[: text.count("<image>")],
+        videos=row.videos[: text.count("<video>")],
+        refs=row.refs[: text.count("<ref-object>")],
+        boxes=row.boxes[:boxes_used],
+        box_images=row.box_images[:boxes_used],
+    )
+
+
+def score(question: Question, response: str, processor: Processor) -> Answer:
+    """Exact match for words; for boxes the mean IoU of the best one-to-one assignment (a missing box counts 0)."""
+    if not question.boxes:
+        return Answer(question, response, float(normalise(response) == normalise(question.expected)))
+    found = [box["bbox_2d"] for box in boxes.parse_boxes(response)]
+    original, resized = processor.encode(question.conversation).sizes[0]
+    predicted = tuple(tuple(boxes.scale_box(box, resized, original)) for box in found)
+    expected = question.boxes
+    if question.conversation.box_type == "norm1":
+        expected = tuple(tuple(boxes.scale_box(box, (1, 1), original)) for box in expected)
+    table = np.array([[boxes.iou(e, p) for p in predicted] for e in expected]).reshape(len(expected), len(predicted))
+    pairs = linear_sum_assignment(-table)
+    return Answer(question, response, float(table[pairs].sum() / len(expected)), predicted, bool(predicted))
+
+
+def write(answers: Sequence[Answer], path: Path) -> None:
+    """One JSON line for each answer."""
+    with open(path, "w") as file:
+        for answer in answers:
+            line: dict[str, Any] = {
+                "file": answer.question.origin.file,
+                "row": answer.question.origin.row,
+                "turn": answer.question.turn,
+                "question": answer.question.text,
+                "expected": answer.question.expected,
+                "response": answer.response,
+                "score": round(answer.score, 4),
+            }
+            if answer.question.boxes:
+                line |= {"boxes": answer.question.boxes, "predicted": answer.predicted, "parsed": answer.parsed}
+            file.write(json.dumps(line) + "\n")

@@ -1,0 +1,139 @@
+"""Talking with a model in the terminal. Commands are those of ms-swift's ``infer``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from jvlm.data import boxes
+from jvlm.data.errors import RowError
+from jvlm.data.packing import Example
+from jvlm.data.processor import Processor
+from jvlm.inference.generate import engine_for, stream_example
+from jvlm.inference.sampling import SamplingConfig
+from jvlm.models.vlm import VLM
+
+HELP = """Commands: quit or exit; clear (forget the conversation); reset-system (give a new system prompt);
+multi-line (input goes on until a line that ends with #); single-line (back to one line).
+Write <image> where a picture goes; you will be asked for its path. Ctrl-C ends an answer."""
+
+_COMMANDS = ("quit", "exit", "clear", "reset-system", "multi-line", "single-line")
+_TAG = re.compile("<(image|video|bbox|ref-object)>")
+
+
+@dataclasses.dataclass
+class Session:
+    """The conversation so far, and how input is read."""
+
+    system: str | None
+    multi_line: bool = False
+    turns: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    images: list[str] = dataclasses.field(default_factory=list)
+
+    def clear(self) -> None:
+        self.turns, self.images = [], []
+
+    def row(self) -> dict[str, Any]:
+        """The conversation as an ms-swift row."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return {"messages": [*system, *self.turns], "images": list(self.images)}
+
+
+def chat(
+    model: VLM,
+    processor: Processor,
+    sampling: SamplingConfig = SamplingConfig(),
+    system: str | None = None,
+    *,
+    read: Callable[[str], str] = input,
+    write: Callable[[str], None] | None = None,
+) -> None:
+    """Ask and answer until ``quit``, ``exit``, Ctrl-C at the prompt or the end of input.
+
+    Answers are shown as they are made. Boxes in them, which are in pixels of the picture as the model sees it, are
+    shown again in pixels of the original picture, the last one if there are several.
+
+    Args:
+      system: the system turn; None leaves it to the model's template.
+      read: shows a prompt and returns a line, as `input` does, raising EOFError at the end.
+      write: shows text as it stands, without a newline of its own.
+    """
+    engine = engine_for(model, processor)
+    show = write or _print
+    session = Session(system)
+    show(HELP + "\n")
+    while True:
+        try:
+            query = _read_query(session, read)
+            if query in ("quit", "exit"):
+                return
+            if not query or _command(query, session, read):
+                continue
+            images = [read("Path of the picture <<< ").strip() for _ in range(query.count("<image>"))]
+        except (EOFError, KeyboardInterrupt):
+            show("\n")
+            return
+        session.turns.append({"role": "user", "content": query})
+        session.images += images
+        try:
+            example = processor.encode(session.row(), generation_prompt=True)
+        except RowError as error:
+            show(f"{error}\n")
+            session.turns.pop()
+            del session.images[len(session.images) - len(images) :]
+            continue
+        answer = ""
+        try:
+            for piece in stream_example(engine, example, sampling):
+                show(piece)
+                answer += piece
+        except KeyboardInterrupt:
+            show(" [stopped]")
+        show("\n" + original_boxes(answer, example))
+        # what looks like a tag in an answer stands for no picture
+        session.turns.append({"role": "assistant", "content": _TAG.sub(r"\1", answer)})
+
+
+def original_boxes(answer: str, example: Example) -> str:
+    """A line with the boxes of an answer in pixels of the last picture's original; empty if there are none."""
+    found = boxes.parse_boxes(answer) if example.sizes else []
+    if not found:
+        return ""
+    original, resized = example.sizes[-1]
+    scaled = [
+        {**box, "bbox_2d": [round(v) for v in boxes.scale_box(box["bbox_2d"], resized, original)]} for box in found
+    ]
+    width, height = original
+    return f"[in pixels of the original picture, {width} x {height}: {json.dumps(scaled, ensure_ascii=False)}]\n"
+
+
+def _print(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _read_query(session: Session, read: Callable[[str], str]) -> str:
+    if not session.multi_line:
+        return read("<<< ").strip()
+    lines = [read("<<<[M] ")]
+    while lines[-1].strip() not in _COMMANDS and not lines[-1].rstrip().endswith("#"):
+        lines.append(read(""))
+    if lines[-1].strip() in _COMMANDS:
+        return lines[-1].strip()
+    return "\n".join(lines).rstrip().removesuffix("#").strip()
+
+
+def _command(query: str, session: Session, read: Callable[[str], str]) -> bool:
+    """Carry out a command; False if the query is not one."""
+    if query == "clear":
+        session.clear()
+    elif query == "reset-system":
+        session.system = read("<<<[S] ").strip() or None
+        session.clear()
+    elif query in ("multi-line", "single-line"):
+        session.multi_line = query == "multi-line"
+    else:
+        return False
+    return True

@@ -1,0 +1,136 @@
+"""A file of rows to a file of answers, interrupted and continued."""
+
+import json
+
+import pytest
+
+import jvlm
+from jvlm.data.errors import RowError
+from jvlm.inference.batch_file import FileResult, generate_file
+from jvlm.inference.sampling import SamplingConfig
+from tests.inference.support import prompt
+from tests.support import picture
+
+SAMPLING = SamplingConfig(max_new_tokens=5, temperature=1.5, seed=1)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Rows of one picture each, and the folder that their relative paths start from."""
+    folder = tmp_path_factory.mktemp("rows")
+    rows = []
+    for i in range(5):
+        picture(84, 56, seed=i).save(folder / f"{i}.png")
+        rows.append({**prompt(f"<image>what is {i}?", images=[f"{i}.png"]), "id": i})
+    return folder, rows
+
+
+@pytest.fixture
+def data(rows, tmp_path):
+    """A function that writes lines (rows, or text as it stands) to a file beside the pictures."""
+    folder, _ = rows
+
+    def write(lines, name):
+        path = folder / name
+        path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+        return path
+
+    return write
+
+
+def answer(tiny, data, output, **options):
+    return generate_file(tiny.model, tiny.processor, data, output, SAMPLING, batch_size=2, **options)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, rows):
+    """Input, and the bytes of an output made in one go."""
+    folder, lines = rows
+    path, output = folder / "whole.jsonl", folder / "whole_out.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert answer(tiny, path, output) == FileResult(answered=5, bad=0, found=0)
+    return path, output.read_bytes()
+
+
+def test_each_line_is_the_row_with_its_answer_and_counts(tiny, rows, whole, monkeypatch):
+    folder, lines = rows
+    monkeypatch.chdir(folder)
+    texts = jvlm.generate(tiny.model, tiny.processor, lines, max_new_tokens=5, temperature=1.5, seed=1, batch_size=2)
+    found = [json.loads(line) for line in whole[1].splitlines()]
+    assert [line["response"] for line in found] == texts
+    for line, row in zip(found, lines, strict=True):
+        assert row.items() <= line.items()
+        assert line["prompt_tokens"] == tiny.processor.encode(row, generation_prompt=True).length
+        assert (line["response_tokens"], line["finish"]) == (5, "length")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.55, 0.97])
+def test_an_interrupted_output_is_continued_to_the_same_bytes(tiny, whole, tmp_path, kept):
+    path, expected = whole
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(expected[: int(kept * len(expected))])
+    found = expected[: int(kept * len(expected))].count(b"\n")
+    assert answer(tiny, path, output) == FileResult(answered=5 - found, bad=0, found=found)
+    assert output.read_bytes() == expected
+
+
+def test_a_finished_output_is_left_alone(tiny, whole, tmp_path):
+    path, expected = whole
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(expected)
+    assert answer(tiny, path, output) == FileResult(answered=0, bad=0, found=5)
+    assert output.read_bytes() == expected
+
+
+def test_an_output_of_other_rows_is_refused_and_kept_naming_both_files(tiny, rows, whole, data, tmp_path):
+    other = data([*rows[1][:1], prompt("something else"), *rows[1][2:]], "other.jsonl")
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(whole[1])
+    with pytest.raises(ValueError, match=r"out\.jsonl, line 2, is not an answer to row 2 of .*other\.jsonl"):
+        answer(tiny, other, output)
+    assert output.read_bytes() == whole[1]
+
+
+def test_an_output_longer_than_its_input_is_refused(tiny, rows, whole, data, tmp_path):
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(whole[1])
+    with pytest.raises(ValueError, match=r"out\.jsonl, line 3, has no row among the 2 of .*short\.jsonl"):
+        answer(tiny, data(rows[1][:2], "short.jsonl"), output)
+
+
+def test_a_bad_row_stops_with_its_name_and_keeps_the_answers_before_it(tiny, rows, whole, data, tmp_path):
+    bad = {**prompt("<image>what?"), "images": ["missing.png"]}
+    path, output = data([*rows[1][:3], bad, rows[1][4]], "bad.jsonl"), tmp_path / "out.jsonl"
+    with pytest.raises(RowError, match=r"bad\.jsonl, row 4, field 'images\[0\]': file not found"):
+        answer(tiny, path, output)
+    assert output.read_bytes() == b"".join(whole[1].splitlines(keepends=True)[:3])
+
+
+def test_bad_rows_are_skipped_counted_and_not_tried_again(tiny, rows, data, tmp_path, capsys):
+    lines = ["{not json", rows[1][1], {"messages": []}, rows[1][3]]
+    path, output = data(lines, "skip.jsonl"), tmp_path / "out.jsonl"
+    assert answer(tiny, path, output, on_bad_row="skip") == FileResult(answered=2, bad=2, found=0)
+    found = read(output)
+    assert ["error" in line for line in found] == [True, False, True, False]
+    assert "skip.jsonl, row 1" in found[0]["error"]
+    assert found[2]["messages"] == []
+    assert "2 rows answered, 2 bad rows" in capsys.readouterr().out
+    assert answer(tiny, path, output, on_bad_row="skip") == FileResult(answered=0, bad=0, found=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "rows.arrayrecord"}, r"rows\.arrayrecord: give a \*\.jsonl file"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"on_bad_row": "ignore"}, "on_bad_row is 'ignore'"),
+    ],
+)
+def test_wrong_arguments_are_refused(tiny, tmp_path, options, message):
+    arguments = {"data": "rows.jsonl", "output": tmp_path / "out.jsonl"} | options
+    with pytest.raises(ValueError, match=message):
+        generate_file(tiny.model, tiny.processor, **arguments)

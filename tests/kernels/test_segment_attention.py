@@ -1,0 +1,300 @@
+"""`segment_attention` against a brute force in float64 that knows nothing of blocks or masks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jvlm_kernels
+from jvlm_kernels import Unavailable, implementations, segment_attention
+from jvlm_kernels.attention import api, xla
+from tests.support import ROOT, run_python
+
+HEAD = 8
+
+
+def brute_force(q, k, v, q_segments, kv_segments, *, causal=False, window=None, scale=None, weights=None, **_):
+    """One query at a time over the keys it may see.
+
+    Returns (out, logsumexp, (dq, dk, dv)), the gradients of ``sum(out * weights) + sum(logsumexp * weights[..., 0])``.
+    """
+    q, k, v, q_segments, kv_segments = (np.asarray(x, np.float64) for x in (q, k, v, q_segments, kv_segments))
+    B, S, H, D = q.shape
+    group, scale = H // k.shape[2], D**-0.5 if scale is None else scale
+    weights = np.zeros(q.shape) if weights is None else weights
+    out, logsumexp = np.zeros(q.shape), np.full((B, S, H), -np.inf)
+    dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+    for b, s in np.ndindex(B, S):
+        keys = [
+            t
+            for t in range(k.shape[1])
+            if q_segments[b, s] == kv_segments[b, t] != 0
+            and not (causal and t > s)
+            and not (window is not None and abs(s - t) >= window)
+        ]
+        for h in range(H) if keys else ():
+            K, V = k[b, keys, h // group], v[b, keys, h // group]
+            scores = K @ q[b, s, h] * scale
+            p = np.exp(scores - scores.max())
+            logsumexp[b, s, h] = np.log(p.sum()) + scores.max()
+            p /= p.sum()
+            out[b, s, h] = p @ V
+            dp = V @ weights[b, s, h]
+            ds = p * (dp - p @ dp + weights[b, s, h, 0]) * scale
+            dq[b, s, h] = ds @ K
+            dk[b, keys, h // group] += np.outer(ds, q[b, s, h])
+            dv[b, keys, h // group] += np.outer(p, weights[b, s, h])
+    return out, logsumexp, (dq, dk, dv)
+
+
+def rows_of(lengths, total):
+    """Contiguous segment ids of the given lengths, then padding."""
+    ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    return jnp.asarray(np.pad(ids, (0, total - len(ids))), jnp.int32)
+
+
+def inputs(S, T=None, heads=4, kv_heads=2, seed=0, lengths=None):
+    rng = np.random.default_rng(seed)
+    T = S if T is None else T
+    sizes = ((S, heads), (T, kv_heads), (T, kv_heads))
+    qkv = [jnp.asarray(rng.standard_normal((2, n, h, HEAD)), jnp.float32) for n, h in sizes]
+    if T != S:
+        return *qkv, *(jnp.asarray(rng.integers(0, 3, (2, n)), jnp.int32) for n in (S, T))
+    lengths = lengths or ([S // 3, S // 2], [S // 5] * 4)
+    segments = jnp.stack([rows_of(part, S) for part in lengths])
+    return *qkv, segments, segments
+
+
+def with_segments(args, ids):
+    return *args[:3], jnp.asarray(ids, jnp.int32), jnp.asarray(ids, jnp.int32)
+
+
+# strategy -> sizes, options
+CASES = {
+    "dense": (inputs(40), {}),
+    "dense, causal": (inputs(40), {"causal": True}),
+    "dense, one head each": (inputs(24, heads=2, kv_heads=2), {"causal": True}),
+    "dense, one key head": (inputs(24, heads=4, kv_heads=1), {}),
+    "dense, window": (inputs(40), {"window": 5}),
+    "dense, causal window": (inputs(40), {"causal": True, "window": 5}),
+    "dense, window of one": (inputs(24), {"window": 1}),
+    "dense, own scale": (inputs(24), {"scale": 0.7}),
+    "dense, other key length": (inputs(12, T=30), {}),
+    "dense, scattered segments": (
+        with_segments(inputs(20), np.random.default_rng(5).integers(0, 4, (2, 20))),
+        {"causal": True},
+    ),
+    "one query": (inputs(1, T=30), {}),
+    "all padding": (with_segments(inputs(16), np.zeros((2, 16))), {}),
+    "local": (inputs(60, lengths=([10, 4, 10, 9, 10], [1, 2, 3, 10, 10, 10, 10, 10])), {"max_segment_length": 10}),
+    "local, causal": (inputs(60, lengths=([10, 4, 10, 9], [10] * 6)), {"max_segment_length": 10, "causal": True}),
+    "local, not a multiple": (inputs(61, lengths=([7] * 8, [3, 7, 5] * 4)), {"max_segment_length": 7}),
+    "local, causal window": (
+        inputs(60, lengths=([10] * 5, [9] * 6)),
+        {"max_segment_length": 10, "causal": True, "window": 4},
+    ),
+    "local, window": (inputs(60, lengths=([10] * 5, [9] * 6)), {"max_segment_length": 10, "window": 4}),
+    "promise longer than the row": (inputs(40), {"max_segment_length": 64, "causal": True}),
+    "chunked": (inputs(50), {}),
+    "chunked, causal": (inputs(50), {"causal": True}),
+    "chunked, causal window": (inputs(50), {"causal": True, "window": 7}),
+    "chunked, other key length": (inputs(37, T=50), {}),
+}
+
+
+def weights_of(args):
+    """What the gradient tests multiply the outputs with."""
+    return np.random.default_rng(1).standard_normal(args[0].shape).astype(np.float32)
+
+
+@functools.cache
+def expected_of(case):
+    args, options = CASES[case]
+    return brute_force(*args, **options, weights=weights_of(args))
+
+
+def attend(args, implementation, **options):
+    """(out, logsumexp, gradients) in one compilation."""
+    weights = weights_of(args)
+
+    def total(q, k, v, *segments):
+        out, logsumexp = segment_attention(
+            q, k, v, *segments, **options, implementation=implementation, return_logsumexp=True
+        )
+        finite = jnp.where(jnp.isfinite(logsumexp), logsumexp, 0.0)
+        return (out * weights).sum() + (finite * weights[..., 0]).sum(), (out, logsumexp)
+
+    (_, (out, logsumexp)), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*args)
+    return out, logsumexp, gradients
+
+
+@functools.cache
+def found_of(case, implementation):
+    """What a case gives; strategies take over at smaller sizes, and it must be the one the case is named after."""
+    args, options = CASES[case]
+    with pytest.MonkeyPatch.context() as patch:
+        wanted = case.split(",")[0]
+        if wanted == "chunked":
+            patch.setattr(xla, "_DENSE_SCORES", 100)
+            patch.setattr(xla, "_CHUNK", 16)
+        spec = api.AttentionSpec(options.get("causal", False), None, 1.0, options.get("max_segment_length"))
+        chosen = xla._plan(spec, args[0].shape[1], args[1].shape[1]).__name__
+        assert chosen == f"_{wanted}" or wanted not in ("dense", "local", "chunked")
+        return attend(args, implementation, **options)
+
+
+every_case = pytest.mark.parametrize("case", CASES)
+every_implementation = pytest.mark.parametrize("implementation", implementations())
+
+
+@every_implementation
+@every_case
+def test_outputs_and_logsumexp_equal_the_brute_force(case, implementation):
+    out, logsumexp, _ = found_of(case, implementation)
+    expected, expected_logsumexp, _ = expected_of(case)
+    assert (out.dtype, logsumexp.dtype) == (jnp.float32, jnp.float32)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    np.testing.assert_allclose(logsumexp, expected_logsumexp, atol=2e-6)
+
+
+@every_implementation
+@every_case
+def test_gradients_equal_the_brute_force(case, implementation):
+    for found, expected in zip(found_of(case, implementation)[2], expected_of(case)[2], strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@every_implementation
+@every_case
+def test_queries_that_see_nothing_give_zeros_and_neither_take_nor_give_a_gradient(case, implementation):
+    out, logsumexp, (dq, dk, dv) = jax.tree.map(np.asarray, found_of(case, implementation))
+    blind, unseen = ~np.isfinite(expected_of(case)[1]), np.asarray(CASES[case][0][4]) == 0
+    assert not out[blind].any()
+    assert (logsumexp[blind] == -np.inf).all()
+    assert not dq[blind].any()
+    assert not dk[unseen].any()
+    assert not dv[unseen].any()
+
+
+@every_implementation
+@pytest.mark.parametrize("case", ["dense, causal", "local", "chunked, causal"])
+def test_bfloat16_inputs_are_summed_in_float32(case, implementation):
+    args, options = CASES[case]
+    halves = [x.astype(jnp.bfloat16) for x in args[:3]]
+    out, logsumexp, _ = attend([*halves, *args[3:]], implementation, **options)
+    expected, expected_logsumexp, _ = brute_force(*(np.asarray(x, np.float32) for x in halves), *args[3:], **options)
+    assert (out.dtype, logsumexp.dtype) == (jnp.bfloat16, jnp.float32)
+    # results and softmax weights are rounded to 8 bits, scores are not
+    np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=2e-2)
+    np.testing.assert_allclose(logsumexp, expected_logsumexp, atol=2e-2)
+
+
+@every_implementation
+def test_large_scores_do_not_overflow(implementation):
+    q, k, v, *segments = inputs(16)
+    args = (1e3 * q, 1e3 * k, v, *segments)
+    out, logsumexp, _ = attend(args, implementation)
+    expected = brute_force(*args)
+    np.testing.assert_allclose(out, expected[0], atol=1e-3)
+    np.testing.assert_allclose(logsumexp, expected[1], rtol=1e-5)
+
+
+def test_the_memory_of_long_rows_follows_their_length_not_its_square():
+    """Compiled, not run: temporary memory of forward and backward at twice the length."""
+
+    def temporary(S):
+        def loss(q, k, v, segments):
+            return segment_attention(q, k, v, segments, segments, causal=True).sum()
+
+        shapes = [jax.ShapeDtypeStruct((1, S, h, 64), jnp.float32) for h in (4, 2, 2)]
+        ids = jax.ShapeDtypeStruct((1, S), jnp.int32)
+        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes, ids).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(8192) < 2.5 * temporary(4096)
+
+
+def test_the_cost_of_windows_follows_the_promised_length():
+    def flops(S, **options):
+        shapes = [jax.ShapeDtypeStruct((1, S, 2, 16), jnp.float32)] * 3
+        ids = jax.ShapeDtypeStruct((1, S), jnp.int32)
+        call = jax.jit(lambda q, k, v, s: segment_attention(q, k, v, s, s, **options))
+        return call.lower(*shapes, ids).compile().cost_analysis()["flops"]
+
+    assert flops(2048, max_segment_length=64) < 2.5 * flops(1024, max_segment_length=64)
+    assert flops(2048, max_segment_length=64) < flops(2048) / 5
+
+
+GOOD = [np.zeros((1, 8, h, HEAD), np.float32) for h in (4, 2, 2)] + [np.ones((1, 8), np.int32)] * 2
+
+
+def changed(**places):
+    args = list(GOOD)
+    for place, value in places.items():
+        args["q k v q_segments kv_segments".split().index(place)] = value
+    return [jnp.asarray(a) for a in args]
+
+
+REFUSED = {
+    "an unknown implementation": (changed(), {"implementation": "flash"}, "unknown implementation 'flash'; known: xla"),
+    "heads that do not divide": (
+        changed(q=np.zeros((1, 8, 3, HEAD), np.float32)),
+        {},
+        "3 query heads are not a multiple of 2",
+    ),
+    "another head size": (changed(q=np.zeros((1, 8, 4, 4), np.float32)), {}, "do not fit together"),
+    "segments of another length": (changed(q_segments=np.ones((1, 7), np.int32)), {}, "do not fit"),
+    "causal with other key length": (
+        changed(q=np.zeros((1, 4, 4, HEAD), np.float32), q_segments=np.ones((1, 4), np.int32)),
+        {"causal": True},
+        "causal attention needs equal lengths, got S=4 and T=8",
+    ),
+    "a promise with other key length": (
+        changed(q=np.zeros((1, 4, 4, HEAD), np.float32), q_segments=np.ones((1, 4), np.int32)),
+        {"max_segment_length": 4},
+        "max_segment_length needs equal lengths, got S=4 and T=8",
+    ),
+    "a window of nothing": (changed(), {"window": 0}, "window must be positive, got 0"),
+    "a promise of nothing": (changed(), {"max_segment_length": 0}, "max_segment_length must be positive, got 0"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_call_that_makes_no_sense_is_refused(kind):
+    args, options, says = REFUSED[kind]
+    # the shape annotations, checked in tests only, may be the first to object
+    with pytest.raises((ValueError, TypeError), match=says if "do not fit" not in says else None):
+        segment_attention(*args, **options)
+
+
+def test_when_nothing_can_run_every_reason_is_given(monkeypatch):
+    def unable(name):
+        def check(*_):
+            raise Unavailable(f"{name} has its reasons")
+
+        return check
+
+    for name in implementations():
+        module = __import__(api._MODULES[name], fromlist=["check"])
+        monkeypatch.setattr(module, "check", unable(name))
+    with pytest.raises(Unavailable, match=r"xla: xla has its reasons; reference: reference has its reasons"):
+        segment_attention(*changed())
+    with pytest.raises(Unavailable, match=r"call: reference: reference has its reasons$"):
+        segment_attention(*changed(), implementation="reference")
+
+
+def test_the_next_implementation_is_taken_when_the_first_cannot_run(monkeypatch):
+    def check(*_):
+        raise Unavailable("not today")
+
+    monkeypatch.setattr(xla, "check", check)
+    args = inputs(16)
+    np.testing.assert_allclose(segment_attention(*args), brute_force(*args)[0], atol=2e-6)
+
+
+def test_our_folder_of_kernels_is_not_taken_for_the_package_of_that_name():
+    """transformers probes for a package called kernels, from the repository's root too."""
+    assert ROOT.joinpath("kernels").is_dir()
+    assert jvlm_kernels.__name__ == "jvlm_kernels"
+    run_python("from transformers.utils import is_kernels_available; assert not is_kernels_available()")

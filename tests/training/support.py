@@ -1,0 +1,77 @@
+"""A small experiment on the demo's tokenizer and pictures made here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jvlm.cli import load_experiment
+from jvlm.training.config import Experiment
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
+
+
+def write_rows(folder: Path, count: int = 24, *, video: bool = False) -> Path:
+    """A JSONL of conversations about coloured pictures of several sizes; some have no picture, some two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    names = list(COLOURS)
+    rows = []
+    for index in range(count):
+        images, tags, said = [], "", []
+        for _ in range(index % 3):
+            colour = names[int(rng.integers(len(names)))]
+            size = (int(rng.integers(24, 60)), int(rng.integers(24, 60)))
+            Image.new("RGB", size, COLOURS[colour]).save(folder / f"{index}_{len(images)}.png")
+            images.append(f"{index}_{len(images)}.png")
+            tags += "<image>"
+            said.append(colour)
+        messages = [
+            {"role": "user", "content": f"{tags}what color is the shape?"},
+            {"role": "assistant", "content": " ".join(said) or "no"},
+            {"role": "user", "content": "is there a red shape?"},
+            {"role": "assistant", "content": "yes" if "red" in said else "no"},
+        ]
+        rows.append({"messages": messages, "images": images})
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def experiment(folder: Path, rows: Path, *overrides: str, **changes: Any) -> Experiment:
+    """The demo's experiment, small, on ``rows``, with its run under ``folder``."""
+    fields = {
+        "--name": "run",
+        "--output_root": str(folder),
+        "--data.train": str(rows),
+        "--data.rows": "2",
+        "--data.row_tokens": "192",
+        "--data.row_patches": "192",
+        "--data.pack_window": "6",
+        "--processor.limits.min_pixels": "1024",
+        "--model.encoder.hidden_size": "32",
+        "--model.encoder.num_heads": "2",
+        "--model.encoder.intermediate_size": "48",
+        "--model.decoder.hidden_size": "32",
+        "--model.decoder.num_heads": "2",
+        "--model.decoder.num_kv_heads": "1",
+        "--model.decoder.intermediate_size": "48",
+        "--steps": "8",
+        "--log_every": "1",
+        "--checkpoint.every": "3",
+    }
+    arguments = [value for pair in fields.items() for value in pair]
+    arguments += ["--model.decoder.mrope_section", "2", "3", "3", "--evaluation.data"]
+    result = load_experiment("mimo_vl/easy_vqa", [*arguments, *overrides])
+    return dataclasses.replace(result, **changes)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Step -> loss of a run's log."""
+    lines = (folder / "run" / "logging.jsonl").read_text().splitlines()
+    return {line["step_number"]: line["loss"] for line in map(json.loads, lines)}

@@ -1,0 +1,120 @@
+"""The data pipeline: nothing lost, same order again, state restored."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jvlm.data import pipeline
+from jvlm.data.check import check, shard
+from jvlm.training import loop
+from tests.training import support
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    rows = support.write_rows(folder)
+    experiment = support.experiment(folder, rows)
+    return experiment, loop.start_model(experiment)[1], rows
+
+
+def _batches(setup, **changes):
+    experiment, processor, _ = setup
+    config = dataclasses.replace(experiment.data, **changes)
+    return list(pipeline.training_data(processor, config, seed=3, epochs=1)[0])
+
+
+def _same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def _conversations(batches):
+    """Every packed conversation as (tokens, number of patch values, their sum), whatever its place."""
+    found = []
+    for packed in batches:
+        batch = packed.batch
+        for row in range(len(batch.tokens)):
+            for segment in range(1, batch.segment_ids[row].max() + 1):
+                inside = batch.segment_ids[row] == segment
+                features = batch.vision_index[row][inside]
+                group = 4
+                patches = [batch.patches[row, group * f : group * f + group] for f in features[features >= 0]]
+                found.append((tuple(batch.tokens[row][inside]), len(patches), int(np.sum(patches, dtype=np.int64))))
+    return sorted(found)
+
+
+def test_an_epoch_holds_every_conversation_once(setup):
+    _, processor, rows = setup
+    expected = []
+    for line in rows.read_text().splitlines():
+        example = processor.encode(pipeline.parse_row(json.loads(line), pipeline.Origin(str(rows), 1)))
+        count = int((example.vision_index >= 0).sum())
+        expected.append((tuple(example.tokens), count, int(example.patches.sum(dtype=np.int64))))
+    assert _conversations(_batches(setup)) == sorted(expected)
+
+
+def test_the_same_seed_gives_the_same_batches_and_shuffling_changes_the_order(setup):
+    first, again, ordered = _batches(setup), _batches(setup), _batches(setup, shuffle=False)
+    assert all(_same(a.batch, b.batch) for a, b in zip(first, again, strict=True))
+    assert not _same(first[0].batch, ordered[0].batch)
+    assert _conversations(first) == _conversations(ordered)
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_an_iterator_restored_anywhere_continues_as_if_never_stopped(setup, processes):
+    experiment, processor, _ = setup
+    config = dataclasses.replace(experiment.data, worker_processes=processes)
+
+    def fresh():
+        return iter(pipeline.training_data(processor, config, seed=5)[0])
+
+    iterator = fresh()
+    states, batches = [json.dumps(iterator.get_state())], []
+    for _ in range(9):
+        batches.append(next(iterator).batch)
+        states.append(json.dumps(iterator.get_state()))
+    iterator.close()
+    for start in (0, 1, 4, 8):
+        restored = fresh()
+        restored.set_state(json.loads(states[start]))
+        for expected in batches[start : start + 3]:
+            assert _same(next(restored).batch, expected)
+        restored.close()
+
+
+def test_every_batch_has_the_same_shapes_even_the_last(setup):
+    shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(p.batch)) for p in _batches(setup, rows=5)}
+    assert len(shapes) == 1
+
+
+def test_shards_give_the_same_batches_as_the_jsonl_they_were_made_from(setup, tmp_path):
+    _, _, rows = setup
+    shard([str(rows)], tmp_path / "shards", rows_per_shard=10)
+    assert len(list((tmp_path / "shards").iterdir())) == 3
+    from_shards = _batches(setup, train=(str(tmp_path / "shards" / "*.arrayrecord"),))
+    assert all(_same(a.batch, b.batch) for a, b in zip(from_shards, _batches(setup), strict=True))
+
+
+def test_check_counts_good_rows_and_names_each_bad_one(setup, tmp_path):
+    _, processor, rows = setup
+    good = rows.read_text().splitlines()[0]
+    path = tmp_path / "mixed.jsonl"
+    lacking = {"messages": [{"role": "user", "content": "<image>"}], "images": ["gone.png"]}
+    path.write_text(f"{good}\n{json.dumps(lacking)}\n[1]\n")
+    report = check([str(path)], processor)
+    assert (report.rows, len(report.rejected), len(report.tokens)) == (3, 2, 1)
+    assert "gone.png" in report.text()
+    assert f"{path}, row 3" in report.text()
+
+
+def test_a_pattern_without_files_and_an_unknown_kind_of_file_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\*.jsonl"):
+        pipeline.RowSource([str(tmp_path / "nothing*.jsonl")])
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    with pytest.raises(ValueError, match=r"rows.csv: rows are read from"):
+        pipeline.RowSource([str(tmp_path / "rows.csv")])

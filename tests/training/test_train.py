@@ -1,0 +1,171 @@
+"""The training job as a whole: resuming, freezing, accumulation, counting."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jvlm.data import pipeline
+from jvlm.models import vlm
+from jvlm.training import loop, optimizer
+from jvlm.training import step as stepping
+from tests.training import support
+
+WORKER = """
+import sys
+from pathlib import Path
+from jvlm.training import loop
+from tests.training import support
+loop.train(support.experiment(Path(sys.argv[1]), Path(sys.argv[2]), "--steps", "14"))
+"""
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return support.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def _values(model):
+    return {path: np.asarray(v.get_value()) for path, v in vlm.parameters(model).items()}
+
+
+@pytest.mark.parametrize("kill_after", [4, 11])
+def test_losses_after_kill_9_are_bit_equal_to_an_unbroken_run(tmp_path, rows, unbroken, kill_after):
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", WORKER, str(tmp_path), str(rows)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_env())
+    deadline = time.monotonic() + 120
+    while len(_lines(run)) < kill_after:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(_lines(run)) < 14
+    subprocess.run(command, check=True, capture_output=True, env=_env())
+    assert support.losses(tmp_path) == unbroken
+    assert list(support.losses(tmp_path)) == list(range(1, 15))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("unbroken")
+    subprocess.run([sys.executable, "-c", WORKER, str(folder), str(rows)], check=True, capture_output=True, env=_env())
+    return support.losses(folder)
+
+
+def _env():
+    return {**os.environ, "PYTHONPATH": str(loop.Path(__file__).parents[2])}
+
+
+def _lines(run):
+    path = run / "logging.jsonl"
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def test_one_compilation_serves_rows_of_text_of_one_image_and_of_two(tmp_path, rows):
+    result = loop.train(support.experiment(tmp_path, rows))
+    assert result.compilations == 1
+    assert result.steps == 8
+
+
+@pytest.mark.parametrize("tower", vlm.TOWERS)
+def test_a_tower_at_learning_rate_0_stays_bit_equal_and_the_others_move(tmp_path, rows, tower, capsys):
+    experiment = support.experiment(tmp_path, rows, f"--optimizer.{tower}_lr", "0", "--steps", "2")
+    before = _values(loop.start_model(experiment)[0])
+    after = _values(loop.train(experiment).model)
+    for path, value in before.items():
+        frozen = path.startswith(f"{tower}.")
+        assert np.array_equal(value, after[path]) == frozen, path
+    table = capsys.readouterr().out
+    (line,) = [text for text in table.splitlines() if text.startswith(tower)]
+    assert line.split()[2:] == ["0", "frozen"]
+
+
+def test_every_parameter_changes_when_nothing_is_frozen(tmp_path, rows):
+    experiment = support.experiment(tmp_path, rows, "--steps", "2")
+    before = _values(loop.start_model(experiment)[0])
+    after = _values(loop.train(experiment).model)
+    assert [p for p in before if np.array_equal(before[p], after[p])] == []
+
+
+def test_accumulated_gradients_equal_those_of_one_large_batch(tmp_path, rows):
+    experiment = support.experiment(tmp_path, rows, "--optimizer.clip", "1e9")
+    model, processor = loop.start_model(experiment)
+    template, values = loop.split(model)
+    data = dataclasses.replace(experiment.data, rows=4)
+    large = next(iter(pipeline.training_data(processor, data, seed=0)[0])).batch
+    halves = [jax.tree.map(lambda x, i=i: x[i : i + 2], large) for i in (0, 2)]
+    tx = optimizer.make(experiment.optimizer, 10, vlm.parameters(template))
+    step = stepping.make_step(template, tx, loss_chunk=64)
+
+    def run(batches):
+        copies = {path: value.copy() for path, value in values.items()}
+        state = stepping.TrainState(jax.numpy.zeros((), int), copies, tx.init(copies))
+        return step(state, {}, stepping.stack(batches))[1]
+
+    one, two = run([large]), run(halves)
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], rtol=2e-5, err_msg=name)
+
+
+def test_loss_does_not_depend_on_the_chunk_of_logits(tmp_path, rows):
+    experiment = support.experiment(tmp_path, rows)
+    model, processor = loop.start_model(experiment)
+    batch = next(iter(pipeline.training_data(processor, experiment.data, seed=0)[0])).batch
+    from jvlm.training.loss import loss_sums
+
+    whole, parts = loss_sums(model, batch, 10_000), loss_sums(model, batch, 37)
+    for name in whole:
+        np.testing.assert_allclose(whole[name], parts[name], rtol=1e-5)
+    logits = np.asarray(model(batch), np.float64)[:, :-1]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(log_p, batch.tokens[:, 1:, None], -1)[..., 0]
+    np.testing.assert_allclose(whole["loss"], -(chosen * batch.loss_weights[:, 1:]).sum(), rtol=1e-5)
+
+
+def test_another_experiment_in_the_same_folder_is_refused_naming_the_fields(tmp_path, rows):
+    loop.train(support.experiment(tmp_path, rows, "--steps", "1"))
+    with pytest.raises(ValueError, match=r"another experiment(.|\n)*optimizer.learning_rate: 0.\d+ -> 0.5"):
+        loop.train(support.experiment(tmp_path, rows, "--steps", "1", "--optimizer.learning_rate", "0.5"))
+
+
+def test_rows_left_out_are_counted_and_listed_with_their_reason(tmp_path, rows):
+    long = {"messages": [{"role": "user", "content": "is there " * 400}, {"role": "assistant", "content": "no"}]}
+    bad = tmp_path / "rows.jsonl"
+    lines = [json.loads(line) for line in rows.read_text().splitlines() if '"images": []' in line]
+    unknown = {**lines[0], "image_s": []}
+    bad.write_text("".join(json.dumps(r) + "\n" for r in [*lines, long, unknown]) + "{not json\n")
+    options = ("--data.on_bad_row", "skip", "--data.row_patches", "0", "--data.max_bad_fraction", "1")
+    result = loop.train(support.experiment(tmp_path, bad, *options, "--steps", "4"))
+    listed = [json.loads(line) for line in (result.folder / "rejected.jsonl").read_text().splitlines()]
+    assert result.rejected == len(listed) > 0
+    found = {line["row"] - len(lines): line for line in listed}
+    assert "do not fit" in found[1]["reason"]
+    assert found[2]["field"] == "image_s"
+    assert "not JSON" in found[3]["reason"]
+
+
+def test_a_bad_row_stops_the_run_by_default_and_is_named(tmp_path, rows):
+    bad = tmp_path / "rows.jsonl"
+    bad.write_text('{"messages": [{"role": "user", "content": "<image>hi"}, {"role": "assistant", "content": "yes"}]}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 1, field 'images': 1 <image> tags but 0 entries"):
+        loop.train(support.experiment(tmp_path, bad))
+
+
+def test_the_log_line_has_what_ms_swift_users_know_and_where_the_time_goes(tmp_path, rows):
+    result = loop.train(support.experiment(tmp_path, rows, "--steps", "2"))
+    line = json.loads((result.folder / "logging.jsonl").read_text().splitlines()[-1])
+    expected = "loss grad_norm learning_rate token_acc step elapsed remaining memory(GiB) speed(s/it) data_wait "
+    expected += "padding_text padding_patches tokens_per_s"
+    assert set(expected.split()) <= set(line)
+    assert line["step"] == "2/2"
+    assert list((result.folder / "tensorboard").iterdir())
