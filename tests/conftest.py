@@ -11,12 +11,17 @@ from jaxtyping import install_import_hook
 _CHECKED = "layers vlm presets registry encoders connectors decoders".split()
 install_import_hook([*(f"jvlm.models.{name}" for name in _CHECKED), "jvlm_kernels"], "beartype.beartype")
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-from tests import support
+from tests import support  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    # of flax's own annotations, which beartype reads along with ours
+    config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
 
 
 @pytest.fixture(scope="session")

@@ -241,7 +241,9 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
 
 
-def reference_patches(frames: Sequence[Image.Image], height: int, width: int) -> tuple[np.ndarray, tuple[int, int, int]]:
+def reference_patches(
+    frames: Sequence[Image.Image], height: int, width: int
+) -> tuple[np.ndarray, tuple[int, int, int]]:
     """float32 pixel_values and grid (t, h, w) in patches of transformers 4.49, written from its description."""
     pixels = np.stack([np.asarray(f.resize((width, height), Image.Resampling.BICUBIC), np.float64) for f in frames])
     if len(pixels) % 2:
@@ -321,9 +323,7 @@ def hf_inputs(tiny: Tiny, row: dict[str, Any], *, generation_prompt: bool = Fals
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(tiny.folder))
-    text = tokenizer.apply_chat_template(
-        chat_messages(row), tokenize=False, add_generation_prompt=generation_prompt
-    )
+    text = tokenizer.apply_chat_template(chat_messages(row), tokenize=False, add_generation_prompt=generation_prompt)
     inputs: dict[str, Any] = {}
     grids: dict[str, list] = {"image": [], "video": []}
     if row.get("images"):
@@ -383,7 +383,7 @@ class Peak:
 
 
 def write_big_checkpoint(folder: Path, tokenizer: Path, *, shards: int = 1) -> int:
-    """A checkpoint of about 300 MB in bfloat16 with many tensors; returns the bytes of its largest tensor in float32."""
+    """About 300 MB of bfloat16 in many tensors; returns the bytes of the largest of them in float32."""
     import ml_dtypes
 
     config = tiny_config(

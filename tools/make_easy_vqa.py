@@ -2,8 +2,8 @@
 
     python tools/make_easy_vqa.py easy_vqa.tar configs/mimo_vl/easy_vqa_data
 
-One row a picture: all its questions as turns of one conversation, in an order drawn from the picture's number, then
-"where is the ...?" with a box read off the pixels, answered in MiMo's JSON form.
+One row a picture: all its questions as turns of one conversation, in random order, and among them "where is the ...?"
+with a box read off the pixels, answered in MiMo's JSON form.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COLOURS = {
     "yellow": (255, 255, 0),
 }
 SHAPES = ("circle", "rectangle", "triangle")
-VOCABULARY = 450  # before the special tokens: bytes, digits, and the phrases that questions are made of
+VOCABULARY = 530  # before the special tokens: bytes, numbers to 99, and the phrases that questions are made of
 SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
     "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
@@ -73,6 +73,21 @@ def find_kind(questions: list[tuple[str, str]], colour: str) -> str | None:
     return None
 
 
+def turns(seed: str, asked: list[tuple[str, str]], label: str) -> list[tuple[str, str]]:
+    """The picture's questions in random order, with one for the box among them.
+
+    Half the pictures ask for "the shape", anywhere. The others name it, which gives the other answers away: most of
+    them at the end, a quarter at the start, so that a model has seen the question asked of a bare picture too.
+    """
+    draw = random.Random(seed)
+    order = draw.sample(asked, len(asked))
+    named = draw.random() < 0.5
+    name = label if named else "shape"
+    place = draw.choices((0, len(order)), (1, 3))[0] if named else draw.randint(0, len(order))
+    answer = f'```json\n[{{"bbox_2d": <bbox>, "label": "{name}"}}]\n```'
+    return [*order[:place], (f"where is the {name}?", answer), *order[place:]]
+
+
 def rows(archive: tarfile.TarFile, split: str):
     """The conversations of one split, in order of the picture's number."""
     asked = defaultdict(list)
@@ -83,11 +98,8 @@ def rows(archive: tarfile.TarFile, split: str):
         colour, box = find_shape(Image.open(io.BytesIO(png)))
         kind = find_kind(asked[number], colour) or "shape"
         label = f"{colour} {kind}"
-        turns = asked[number]
-        random.Random(f"{split}{number}").shuffle(turns)
-        answer = f'```json\n[{{"bbox_2d": <bbox>, "label": "{label}"}}]\n```'
         messages = []
-        for index, (question, reply) in enumerate([*turns, (f"where is the {label}?", answer)]):
+        for index, (question, reply) in enumerate(turns(f"{split}{number}", asked[number], label)):
             messages.append({"role": "user", "content": ("" if index else "<image>") + question})
             messages.append({"role": "assistant", "content": reply})
         yield {
@@ -100,16 +112,16 @@ def rows(archive: tarfile.TarFile, split: str):
 
 def chat_texts(row) -> list[str]:
     """What lies between the special tokens when a row is rendered, roles included."""
-    filled = row["messages"][-1]["content"].replace("<bbox>", str(row["objects"]["bbox"][0]))
-    contents = [m["content"].replace("<image>", "") for m in row["messages"][:-1]] + [filled]
-    turns = [f"{m['role']}\n" for m in row["messages"]]
-    return ["system\nYou are a helpful assistant.", "\n", *contents, *turns]
+    box = str(row["objects"]["bbox"][0])
+    contents = [m["content"].replace("<image>", "").replace("<bbox>", box) for m in row["messages"]]
+    roles = [f"{m['role']}\n" for m in row["messages"]]
+    return ["system\nYou are a helpful assistant.", "\n", *contents, *roles]
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE of Qwen's kind (digits apart, any text encodable), small enough for the demo."""
+    """A byte-level BPE of Qwen's kind (any text encodable), with numbers to 99, small enough for the demo."""
     tokenizer = Tokenizer(models.BPE())
-    pattern = Regex(r"\p{N}|[^\p{N}]+")
+    pattern = Regex(r"\p{N}{1,2}|[^\p{N}]+")
     split = pre_tokenizers.Split(pattern, behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
@@ -135,7 +147,9 @@ def main() -> None:
             (arguments.target / f"easy_vqa_{name}").write_bytes(text)
     for split, content in splits.items():
         print(split, write_shard(arguments.target / f"{split}{SHARD_SUFFIX}", content), "pictures")
-    tokenizer = train_tokenizer([text for row in splits["train"] for text in chat_texts(row)], VOCABULARY)
+    texts = [text for row in splits["train"] for text in chat_texts(row)]
+    texts += [str(n) for n in range(10, 100)] * 5000  # often enough for each to be one token
+    tokenizer = train_tokenizer(texts, VOCABULARY)
     from transformers import PreTrainedTokenizerFast
 
     fast = PreTrainedTokenizerFast(

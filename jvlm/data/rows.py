@@ -79,7 +79,9 @@ def parse_row(row: Any, origin: Origin = Origin()) -> Conversation:
     messages = _messages(row.get("messages"), images, videos, origin)
     for field, media in (("images", images), ("videos", videos)):
         if 0 < listed[field] < len(media):
-            raise RowError(origin, field, "given both here and inside messages", "Keep one place, so the order is clear")
+            raise RowError(
+                origin, field, "given both here and inside messages", "Keep one place, so the order is clear"
+            )
     refs, boxes, box_type, box_images = _objects(row.get("objects"), len(images), origin)
     conversation = Conversation(
         messages=messages,

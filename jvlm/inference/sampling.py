@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Knobs:
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
     repetition_penalty: Float[Array, ""]
-    seed: Int[Array, ""]
+    seed: UInt[Array, ""]
     numbers: Int[Array, " B"]
 
     @classmethod
@@ -169,13 +169,13 @@ def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, ""]) -> Float[Array,
     return jnp.where((keys >= least[:, None]) | (p >= 1), logits, -jnp.inf)
 
 
-def _ordered(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
+def _ordered(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:
     """uint32 keys in the order of the floats."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _largest_key(keys: Int[Array, "B V"], enough: Callable[[Array], Array]) -> Int[Array, " B"]:
+def _largest_key(keys: UInt[Array, "B V"], enough: Callable[[Array], Array]) -> UInt[Array, " B"]:
     """The largest key t of each row for which the tokens with keys >= t are enough.
 
     One bit at a time from the top: 32 passes over the row, which is less than a sort and exact.

@@ -29,14 +29,20 @@ class Numerics:
       compute_dtype: inputs of matrix products. Norms, softmax, rotary angles, logits and loss stay float32.
       remat: what the backward pass recomputes: nothing, every layer, all but matrix products, or all but attention.
       attention: implementation name for `jvlm_kernels.segment_attention`, None for the first that fits.
-      initializer_range: standard deviation of new weights.
+      initializer_range: standard deviation of new weights; None scales each by its inputs, 1 / sqrt(fan in), which
+        small models trained from nothing need.
     """
 
     param_dtype: DType = "float32"
     compute_dtype: DType = "bfloat16"
     remat: RematPolicy = "none"
     attention: str | None = None
-    initializer_range: float = 0.02
+    initializer_range: float | None = 0.02
+
+    def new_weight(self, key: Array, shape: tuple[int, int], fan_in: int) -> Float[Array, "a b"]:
+        """A normal matrix in the parameter dtype."""
+        scale = fan_in**-0.5 if self.initializer_range is None else self.initializer_range
+        return jax.random.normal(key, shape, jnp.dtype(self.param_dtype)) * jnp.asarray(scale, self.param_dtype)
 
 
 class Linear(nnx.Module):
@@ -45,8 +51,7 @@ class Linear(nnx.Module):
     def __init__(self, d_in: int, d_out: int, axes: tuple[str, str], *, bias: bool, numerics: Numerics, rngs: nnx.Rngs):
         dtype = jnp.dtype(numerics.param_dtype)
         self.compute_dtype = numerics.compute_dtype
-        init = jax.random.normal(rngs.params(), (d_in, d_out), dtype) * jnp.asarray(numerics.initializer_range, dtype)
-        self.kernel = nnx.Param(init, axes=axes)
+        self.kernel = nnx.Param(numerics.new_weight(rngs.params(), (d_in, d_out), d_in), axes=axes)
         self.bias = nnx.Param(jnp.zeros((d_out,), dtype), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "*L i"]) -> Float[Array, "*L o"]:

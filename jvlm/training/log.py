@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import psutil
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 LOG = "logging.jsonl"
@@ -47,6 +46,9 @@ class TrainingLog:
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._before = kept[-1]["elapsed_seconds"] if kept else 0.0
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (closed in __exit__)
+        # tensorboardX imports torch wherever torch is installed; importing jvlm must not
+        from tensorboardX import SummaryWriter
+
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
         self._began = time.perf_counter()

@@ -47,18 +47,17 @@ def read_config(folder: Path, numerics: Numerics | None = None) -> VLMConfig:
 def load_weights(folder: Path, config: VLMConfig, sharding: ShardingOf | None = None) -> VLM:
     """The model of a Hugging Face folder; see `load`."""
     model = vlm.abstract(config)
-    architecture = table.architectures()[config.architecture]
     variables = parameters(model)
     shapes = {path: tuple(v.get_value().shape) for path, v in variables.items()}
     expected = table.entries(config, shapes)
     with safetensors_files.Tensors(folder) as tensors:
-        stored = _canonical_names(tensors, architecture, tied="lm_head.weight" not in {e.name for e in expected})
-        table.check(expected, {name: tensors.shape(raw) for name, raw in stored.items()}, str(folder))
+        stored = match(tensors, config, expected)
+        dtypes = tensors.dtypes(stored.values())
         by_path: dict[str, list[table.Entry]] = {}
         for entry in expected:
             by_path.setdefault(entry.path, []).append(entry)
         for path, variable in variables.items():
-            reader = _Reader(by_path[path], stored, tensors, variable.get_value())
+            reader = _Reader(by_path[path], stored, tensors, dtypes, variable.get_value())
             place = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
             # waiting keeps the host's buffers of one parameter alive, not those of several in flight
             variable.set_value(jax.make_array_from_callback(shapes[path], place, reader).block_until_ready())
@@ -67,7 +66,9 @@ def load_weights(folder: Path, config: VLMConfig, sharding: ShardingOf | None = 
     return model
 
 
-def _canonical_names(tensors, architecture: table.Architecture, tied: bool) -> dict[str, str]:
+def match(tensors: safetensors_files.Tensors, config: VLMConfig, expected: list[table.Entry]) -> dict[str, str]:
+    """Table name -> stored name of every expected tensor. Raises WeightError listing all that is wrong."""
+    architecture = table.architectures()[config.architecture]
     stored: dict[str, str] = {}
     for raw in tensors.names():
         name = architecture.canonical(raw)
@@ -76,14 +77,16 @@ def _canonical_names(tensors, architecture: table.Architecture, tied: bool) -> d
         if name in stored:
             raise table.WeightError(f"{tensors.folder} holds {name} twice: as {stored[name]} and as {raw}")
         stored[name] = raw
-    if tied and "lm_head.weight" in stored:
-        _check_tied_head(tensors, stored.pop("lm_head.weight"), stored.get("model.embed_tokens.weight"))
+    tied = stored.pop("lm_head.weight", None) if all(e.name != "lm_head.weight" for e in expected) else None
+    table.check(expected, {name: tensors.shape(raw) for name, raw in stored.items()}, str(tensors.folder))
+    if tied is not None:
+        _check_tied_head(tensors, tied, stored["model.embed_tokens.weight"])
     return stored
 
 
-def _check_tied_head(tensors, head: str, embedding: str | None) -> None:
+def _check_tied_head(tensors: safetensors_files.Tensors, head: str, embedding: str) -> None:
     """A stored copy of the embedding is harmless; transformers 4 drops another head, transformers 5 uses it."""
-    if embedding is not None and tensors.read(head).tobytes() != tensors.read(embedding).tobytes():
+    if not np.array_equal(tensors.read(head), tensors.read(embedding)):
         raise table.WeightError(
             f"{tensors.folder}: tie_word_embeddings is true, yet {head} differs from {embedding}; set it to false in "
             "config.json to keep the head, or remove the tensor to keep the tie"
@@ -93,11 +96,11 @@ def _check_tied_head(tensors, head: str, embedding: str | None) -> None:
 class _Reader:
     """Gives any slice of one parameter, reading the tensors it needs and nothing else."""
 
-    def __init__(self, entries: list[table.Entry], stored: dict[str, str], tensors, aval):
+    def __init__(self, entries: list[table.Entry], stored: dict[str, str], tensors, dtypes, aval):
         self.entries, self.stored, self.tensors = entries, stored, tensors
         self.shape, self.dtype = aval.shape, aval.dtype
-        dtypes = tuple(tensors.dtype(stored[e.name]).name for e in entries)
-        self.dtypes = dtypes[0] if len(set(dtypes)) == 1 else dtypes
+        names = tuple(dtypes[stored[e.name]].name for e in entries)
+        self.dtypes = names[0] if len(set(names)) == 1 else names
 
     def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
         if self.entries[0].layer is None:
@@ -186,8 +189,10 @@ def save(
         variable = variables[entry.path]
         target = np.dtype(jnp.dtype(dtype or stored_dtype(variable, entry.layer)))
         tensors.append((rename(entry.name), target, entry.shape, _writer(variable, entry, target)))
-    _remove_stale_weights(folder)
-    safetensors_files.write(folder, tensors, max_shard_bytes)
+    written = safetensors_files.write(folder, tensors, max_shard_bytes)
+    for old in [*folder.glob("model*.safetensors"), *folder.glob(safetensors_files.INDEX)]:
+        if old.name not in written:
+            old.unlink()
     names = [t[1].name for t in tensors if t[0].endswith("embed_tokens.weight")]
     write_sidecars(folder, model.config, processor, names[0])
 
@@ -207,11 +212,6 @@ def _writer(variable: nnx.Variable, entry: table.Entry, dtype: np.dtype) -> Call
         return entry.to_checkpoint(value).astype(dtype)
 
     return read
-
-
-def _remove_stale_weights(folder: Path) -> None:
-    for old in [*folder.glob("model*.safetensors"), *folder.glob(safetensors_files.INDEX)]:
-        old.unlink()
 
 
 def write_sidecars(folder: Path, config: VLMConfig, processor: Processor, dtype: str) -> None:

@@ -43,22 +43,27 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(p.parent.name) for p in found if p.parent.name.isdigit())
 
 
-def load(
-    folder: Path, *, numerics: Numerics | None, sharding: checkpoint.ShardingOf | None, step: int | None
-) -> tuple[VLM, Processor]:
-    """The model of a run at a step (None: the latest), and its processor; see `jvlm.weights.checkpoint.load`."""
+def params_folder(folder: Path, step: int | None = None) -> Path:
+    """Where the parameters of a step (None: the latest) are. Raises WeightError naming the steps there are."""
     available = steps(folder)
     if not available:
         raise WeightError(f"{folder} has no complete checkpoint yet")
     if step is not None and step not in available:
         raise WeightError(f"{folder} has no checkpoint of step {step}; it has {available}")
+    return folder.absolute() / CHECKPOINTS / str(available[-1] if step is None else step) / "params"
+
+
+def load(
+    folder: Path, *, numerics: Numerics | None, sharding: checkpoint.ShardingOf | None, step: int | None
+) -> tuple[VLM, Processor]:
+    """The model of a run at a step (None: the latest), and its processor; see `jvlm.weights.checkpoint.load`."""
+    source = params_folder(folder, step)
     config = model_config(folder, numerics)
     model = vlm.abstract(config)
     wanted = {}
     for path, variable in vlm.parameters(model).items():
         place = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted[path] = jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype, sharding=place)
-    source = folder.absolute() / CHECKPOINTS / str(available[-1] if step is None else step) / "params"
     with ocp.StandardCheckpointer() as checkpointer:
         values = checkpointer.restore(source, wanted)
     return vlm.bind(model, values), checkpoint.load_processor(folder / PROCESSOR, config)

@@ -44,6 +44,9 @@ class Tensors:
         return self
 
     def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._stack.close()
 
     def names(self) -> list[str]:
@@ -52,11 +55,16 @@ class Tensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
-    def dtype(self, name: str) -> np.dtype:
-        code = self._slice(name).get_dtype()
-        if code not in _DTYPES:
-            raise WeightError(f"{name} is stored as {code}; supported: {', '.join(_DTYPES)}")
-        return _DTYPES[code]
+    def dtypes(self, names: Iterable[str]) -> dict[str, np.dtype]:
+        """Name -> dtype. Raises WeightError listing every tensor of a dtype that is not read (quantised ones)."""
+        codes = {name: self._slice(name).get_dtype() for name in names}
+        unknown = [f"{name} is stored as {code}" for name, code in codes.items() if code not in _DTYPES]
+        if unknown:
+            raise WeightError(
+                f"{self.folder}: {len(unknown)} tensors of a dtype that is not supported "
+                f"({', '.join(_DTYPES)} are):\n  " + "\n  ".join(unknown)
+            )
+        return {name: _DTYPES[code] for name, code in codes.items()}
 
     def read(self, name: str) -> np.ndarray:
         return self._files[self._where[name]].get_tensor(name)
@@ -99,8 +107,8 @@ def write(
     folder: Path,
     tensors: Iterable[tuple[str, np.dtype, tuple[int, ...], Callable[[], np.ndarray]]],
     max_shard_bytes: int = 5 * 10**9,
-) -> None:
-    """Write tensors in shards with an index, reading one at a time.
+) -> set[str]:
+    """Write tensors in shards with an index, reading one at a time. Returns the names of the files.
 
     Args:
       tensors: (name, dtype, shape, read) for each; ``read()`` is called once, when its turn comes.
@@ -120,9 +128,11 @@ def write(
         file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         total += _write_file(folder / file, shard)
         weight_map.update({name: file for name, *_ in shard})
-    if not single:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    if single:
+        return {file}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return {INDEX, *weight_map.values()}
 
 
 def _write_file(path: Path, shard: list) -> int:

@@ -8,7 +8,8 @@ from jvlm.data.boxes import iou, parse_boxes, render_box, scale_box
 
 ANSWERS = {
     "MiMo's fenced list": (
-        'Here:\n```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "cat"}, {"bbox_2d": [5, 6, 7.5, 8], "label": "dog"}]\n```',
+        'Here:\n```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "cat"}, '
+        '{"bbox_2d": [5, 6, 7.5, 8], "label": "dog"}]\n```',
         [([1, 2, 30, 40], "cat"), ([5, 6, 7.5, 8], "dog")],
     ),
     "a fence without a language": ('```\n[{"bbox_2d": [1, 2, 3, 4]}]\n```', [([1, 2, 3, 4], "")]),

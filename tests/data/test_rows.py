@@ -58,7 +58,9 @@ def test_content_blocks_equal_tags_and_lists():
         {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
     )
     found = parse_row(blocks)
-    expected = parse_row(row("<image>or<image><video>", images=["a.png", {"url": "b.png"}], videos=[["1.png", "2.png"]]))
+    expected = parse_row(
+        row("<image>or<image><video>", images=["a.png", {"url": "b.png"}], videos=[["1.png", "2.png"]])
+    )
     assert found == expected
 
 
@@ -152,7 +154,11 @@ BAD = {
         r"objects.bbox\[0\]",
         "outside 0..1",
     ),
-    "unknown bbox_type": (row("<bbox>", objects={"bbox": [[0, 0, 1, 3]], "bbox_type": "x"}), "objects.bbox_type", "'x'"),
+    "unknown bbox_type": (
+        row("<bbox>", objects={"bbox": [[0, 0, 1, 3]], "bbox_type": "x"}),
+        "objects.bbox_type",
+        "'x'",
+    ),
     "image_id of another length": (
         row("<bbox>", objects={"bbox": [[0, 0, 1, 3]], "image_id": [0, 0]}),
         "objects.image_id",

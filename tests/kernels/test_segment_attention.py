@@ -4,15 +4,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jvlm_kernels
 import numpy as np
 import pytest
-
-import jvlm_kernels
 from jvlm_kernels import Unavailable, implementations, segment_attention
 from jvlm_kernels.attention import api, xla
+
 from tests.support import ROOT, run_python
 
 HEAD = 8
+# Dozens of tiny programs: less work for the compiler halves the time. The models' tests compile as everyone does.
+_QUICK = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
 
 def brute_force(q, k, v, q_segments, kv_segments, *, causal=False, window=None, scale=None, weights=None, **_):
@@ -71,7 +73,9 @@ def with_segments(args, ids):
     return *args[:3], jnp.asarray(ids, jnp.int32), jnp.asarray(ids, jnp.int32)
 
 
-# strategy -> sizes, options
+STRATEGIES = ("dense", "staircase", "local", "chunked")
+
+# strategy of xla, and what is special -> inputs, options
 CASES = {
     "dense": (inputs(40), {}),
     "dense, causal": (inputs(40), {"causal": True}),
@@ -97,6 +101,11 @@ CASES = {
     ),
     "local, window": (inputs(60, lengths=([10] * 5, [9] * 6)), {"max_segment_length": 10, "window": 4}),
     "promise longer than the row": (inputs(40), {"max_segment_length": 64, "causal": True}),
+    "staircase": (inputs(60), {"causal": True}),
+    "staircase, window": (inputs(60), {"causal": True, "window": 20}),
+    "staircase, short window": (inputs(60), {"causal": True, "window": 3}),
+    "staircase, promise": (inputs(60, lengths=([35, 20], [12] * 4)), {"causal": True, "max_segment_length": 35}),
+    "staircase, one key head": (inputs(50, kv_heads=1), {"causal": True}),
     "chunked": (inputs(50), {}),
     "chunked, causal": (inputs(50), {"causal": True}),
     "chunked, causal window": (inputs(50), {"causal": True, "window": 7}),
@@ -126,7 +135,8 @@ def attend(args, implementation, **options):
         finite = jnp.where(jnp.isfinite(logsumexp), logsumexp, 0.0)
         return (out * weights).sum() + (finite * weights[..., 0]).sum(), (out, logsumexp)
 
-    (_, (out, logsumexp)), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*args)
+    compiled = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True), compiler_options=_QUICK)
+    (_, (out, logsumexp)), gradients = compiled(*args)
     return out, logsumexp, gradients
 
 
@@ -139,17 +149,22 @@ def found_of(case, implementation):
         if wanted == "chunked":
             patch.setattr(xla, "_DENSE_SCORES", 100)
             patch.setattr(xla, "_CHUNK", 16)
+        if wanted == "staircase":
+            patch.setattr(xla, "_STEP", 16)
         spec = api.AttentionSpec(options.get("causal", False), None, 1.0, options.get("max_segment_length"))
         chosen = xla._plan(spec, args[0].shape[1], args[1].shape[1]).__name__
-        assert chosen == f"_{wanted}" or wanted not in ("dense", "local", "chunked")
+        assert chosen == f"_{wanted}" or wanted not in STRATEGIES
         return attend(args, implementation, **options)
 
 
-every_case = pytest.mark.parametrize("case", CASES)
 every_implementation = pytest.mark.parametrize("implementation", implementations())
+# the strategies are xla's own: the others compute them as they compute the dense cases
+every_case = pytest.mark.parametrize(
+    ("case", "implementation"),
+    [(c, i) for c in CASES for i in implementations() if i == "xla" or c.split(",")[0] not in STRATEGIES[1:]],
+)
 
 
-@every_implementation
 @every_case
 def test_outputs_and_logsumexp_equal_the_brute_force(case, implementation):
     out, logsumexp, _ = found_of(case, implementation)
@@ -159,14 +174,12 @@ def test_outputs_and_logsumexp_equal_the_brute_force(case, implementation):
     np.testing.assert_allclose(logsumexp, expected_logsumexp, atol=2e-6)
 
 
-@every_implementation
 @every_case
 def test_gradients_equal_the_brute_force(case, implementation):
     for found, expected in zip(found_of(case, implementation)[2], expected_of(case)[2], strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@every_implementation
 @every_case
 def test_queries_that_see_nothing_give_zeros_and_neither_take_nor_give_a_gradient(case, implementation):
     out, logsumexp, (dq, dk, dv) = jax.tree.map(np.asarray, found_of(case, implementation))
@@ -179,7 +192,7 @@ def test_queries_that_see_nothing_give_zeros_and_neither_take_nor_give_a_gradien
 
 
 @every_implementation
-@pytest.mark.parametrize("case", ["dense, causal", "local", "chunked, causal"])
+@pytest.mark.parametrize("case", ["dense, causal", "staircase", "local"])
 def test_bfloat16_inputs_are_summed_in_float32(case, implementation):
     args, options = CASES[case]
     halves = [x.astype(jnp.bfloat16) for x in args[:3]]
@@ -223,7 +236,8 @@ def test_the_cost_of_windows_follows_the_promised_length():
         return call.lower(*shapes, ids).compile().cost_analysis()["flops"]
 
     assert flops(2048, max_segment_length=64) < 2.5 * flops(1024, max_segment_length=64)
-    assert flops(2048, max_segment_length=64) < flops(2048) / 5
+    all_pairs = 2 * 2 * 2048 * 2048 * 2 * 16  # two products of every query with every key
+    assert flops(2048, max_segment_length=64) < all_pairs / 4
 
 
 GOOD = [np.zeros((1, 8, h, HEAD), np.float32) for h in (4, 2, 2)] + [np.ones((1, 8), np.int32)] * 2

@@ -9,8 +9,7 @@ import pytest
 import torch
 from flax import nnx
 
-from jvlm.data import packing
-from jvlm.weights import checkpoint, table
+from jvlm.weights import table
 from tests.support import hf_inputs, hf_positions, new_layout, picture
 
 ROW = {"row_tokens": 256, "row_patches": 640}
@@ -99,7 +98,9 @@ def test_a_left_padded_batch_of_transformers_equals_our_packed_row(tiny):
     longest = max(s["input_ids"].shape[1] for s in singles)
 
     def left_pad(name, value):
-        return torch.cat([torch.nn.functional.pad(s[name], (longest - s[name].shape[1], 0), value=value) for s in singles])
+        return torch.cat(
+            [torch.nn.functional.pad(s[name], (longest - s[name].shape[1], 0), value=value) for s in singles]
+        )
 
     pixels = [s for s in singles if "pixel_values" in s]
     with torch.no_grad():

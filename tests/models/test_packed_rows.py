@@ -61,9 +61,7 @@ def with_numerics(model, **changes):
 def one_copy_per_layer(model):
     """The same model with a tuple of per-layer arrays in place of every stacked parameter."""
     graph, state = nnx.split(model)
-    flat = [
-        (path, v.replace(tuple(v.get_value())) if "layer" in path else v) for path, v in nnx.to_flat_state(state)
-    ]
+    flat = [(path, v.replace(tuple(v.get_value())) if "layer" in path else v) for path, v in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
@@ -109,7 +107,7 @@ def test_a_picture_reaches_the_words_after_it_and_none_before(tiny, examples):
     assert (np.abs(after[begin:] - before[begin:]).max(-1) > 1e-4).all()
 
 
-def test_padding_is_finite_and_an_empty_row_gets_no_gradient(tiny, examples):
+def test_rows_of_nothing_but_padding_give_finite_logits(tiny, examples):
     batch = packing.assemble([[], []], TOKENS, PATCHES, patch_values=1176)
     assert np.isfinite(np.asarray(tiny.model(batch))).all()
 

@@ -156,7 +156,9 @@ def test_rows_left_out_are_counted_and_listed_with_their_reason(tmp_path, rows):
 
 def test_a_bad_row_stops_the_run_by_default_and_is_named(tmp_path, rows):
     bad = tmp_path / "rows.jsonl"
-    bad.write_text('{"messages": [{"role": "user", "content": "<image>hi"}, {"role": "assistant", "content": "yes"}]}\n')
+    bad.write_text(
+        '{"messages": [{"role": "user", "content": "<image>hi"}, {"role": "assistant", "content": "yes"}]}\n'
+    )
     with pytest.raises(ValueError, match=r"rows.jsonl, row 1, field 'images': 1 <image> tags but 0 entries"):
         loop.train(support.experiment(tmp_path, bad))
 

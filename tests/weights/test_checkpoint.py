@@ -160,12 +160,23 @@ def test_an_export_loads_in_transformers_and_gives_the_same_logits(exported, tin
     np.testing.assert_allclose(np.asarray(tiny.model(batch))[0, : len(theirs)], theirs, atol=1e-4)
 
 
+def test_an_export_of_a_model_trained_from_nothing_has_a_config_that_transformers_reads(tiny, tmp_path):
+    from transformers import AutoConfig
+
+    model, processor = jvlm.load(tiny.folder, numerics=Numerics(initializer_range=None))
+    jvlm.save(model, processor, tmp_path)
+    text = AutoConfig.from_pretrained(str(tmp_path)).text_config
+    assert (text.hidden_size, text.num_hidden_layers, text.rope_parameters["rope_theta"]) == (64, 2, 1e6)
+
+
 def test_the_tokenizer_of_an_export_is_the_same_in_transformers(exported, tiny):
     from transformers import AutoTokenizer
 
     original, written = (AutoTokenizer.from_pretrained(str(f)) for f in (tiny.folder, exported))
     messages = support.chat_messages(ROW)
-    assert written.apply_chat_template(messages, tokenize=False) == original.apply_chat_template(messages, tokenize=False)
+    assert written.apply_chat_template(messages, tokenize=False) == original.apply_chat_template(
+        messages, tokenize=False
+    )
     text = "the cat <|im_end|>\n<|vision_start|>é 640 x 480"
     assert written(text)["input_ids"] == original(text)["input_ids"]
     assert (written.eos_token_id, written.pad_token_id) == (original.eos_token_id, original.pad_token_id)
@@ -299,7 +310,7 @@ def test_a_truncated_file_is_named(make, tensors):
     folder = make(tensors, shards=2)
     file = folder / "model-00002-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(jvlm.weights.table.WeightError, match="model-00002-of-00002.safetensors is not a readable"):
+    with pytest.raises(jvlm.weights.table.WeightError, match=r"model-00002-of-00002.safetensors is not a readable"):
         jvlm.load(folder)
 
 

@@ -113,10 +113,8 @@ class Qwen2Decoder(nnx.Module):
     def __init__(self, config: Qwen2Config, *, numerics: layers.Numerics, rngs: nnx.Rngs):
         self.config = config
         self.numerics = numerics
-        dtype = jnp.dtype(numerics.param_dtype)
         V, D = config.vocab_size, config.hidden_size
-        scale = jnp.asarray(numerics.initializer_range, dtype)
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (V, D), dtype) * scale, axes=("vocab", "embed"))
+        self.embedding = nnx.Param(numerics.new_weight(rngs.params(), (V, D), D), axes=("vocab", "embed"))
         self.blocks = layers.LayerStack(
             lambda r: DecoderBlock(config, numerics=numerics, rngs=r), config.num_layers, rngs=rngs
         )

@@ -80,6 +80,8 @@ def segment_attention(
       Unavailable: the implementation asked for (or every one) cannot run this call; says why for each.
     """
     _check_shapes(q, k, v, q_segments, kv_segments, causal, window)
+    if max_segment_length is not None and max_segment_length < 1:
+        raise ValueError(f"max_segment_length must be positive, got {max_segment_length}")
     if max_segment_length is not None and q.shape[1] != k.shape[1]:
         raise ValueError(f"max_segment_length needs equal lengths, got S={q.shape[1]} and T={k.shape[1]}")
     spec = AttentionSpec(causal, window, q.shape[-1] ** -0.5 if scale is None else scale, max_segment_length)

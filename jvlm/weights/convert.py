@@ -1,0 +1,244 @@
+"""Checkpoints to Hugging Face folders, one tensor in memory at a time.
+
+The source is a Hugging Face folder or a jvlm run. Nothing here builds a model: names and shapes come from the weight
+table, so a checkpoint of any size converts on a machine that holds its largest tensor twice.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
+import numpy as np
+import tensorstore as ts
+
+from jvlm.models import vlm
+from jvlm.models.layers import Numerics
+from jvlm.models.vlm import VLMConfig
+from jvlm.weights import checkpoint, run_folder, safetensors_files, table
+from jvlm.weights.table import Entry, WeightError
+
+DType = Literal["keep", "float32", "bfloat16", "float16"]
+DTYPES: tuple[DType, ...] = ("keep", "float32", "bfloat16", "float16")
+
+# What holds weights in a snapshot; every other file goes along.
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".partial")
+
+
+class Source(Protocol):
+    """Where tensors come from: all of them checked against the table before the first is read."""
+
+    config: VLMConfig
+    entries: list[Entry]
+
+    def dtype(self, entry: Entry) -> np.dtype:
+        """How the tensor is stored."""
+        ...
+
+    def read(self, entry: Entry) -> np.ndarray:
+        """The tensor in the checkpoint's layout. Calls come in the order of ``entries``."""
+        ...
+
+    def write_sidecars(self, target: Path, dtype: str | None) -> None:
+        """Every other file of the folder; ``dtype`` is the new one of all tensors, or None."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    layout: str = "released",
+    dtype: DType = "keep",
+    max_shard_bytes: int = 5 * 10**9,
+    step: int | None = None,
+    on_tensor: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, reading and writing one tensor at a time.
+
+    Args:
+      source: a Hugging Face folder, or a jvlm run.
+      target: a folder that does not exist or is empty. config.json is written last: without it nothing loads.
+      layout: tensor names, "released" (as published checkpoints) or "transformers" (as >= 4.52 in memory).
+      dtype: of every tensor; "keep" leaves each as it is stored.
+      max_shard_bytes: start a new file above this size.
+      step: which checkpoint of a run; None is the latest.
+      on_tensor: called with name, number (from 1) and count as each tensor is written.
+
+    Raises:
+      FileNotFoundError: no such source. FileExistsError: the target is not empty.
+      WeightError: wrong, missing or extra tensors, all of them listed, before anything is written; or a value that
+        float16 cannot hold.
+    """
+    source, target = Path(source), Path(target)
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not an empty folder; give a new one")
+    opened = _open(source, step)
+    try:
+        layouts = table.architectures()[opened.config.architecture].layouts
+        if layout not in layouts:
+            raise ValueError(f"unknown layout {layout!r}; known: {', '.join(layouts)}")
+        target.mkdir(parents=True, exist_ok=True)
+        tensors = []
+        for number, entry in enumerate(opened.entries, 1):
+            name = layouts[layout](entry.name)
+            wanted = opened.dtype(entry) if dtype == "keep" else np.dtype(dtype)
+            notify = None if on_tensor is None else (lambda n=name, i=number: on_tensor(n, i, len(opened.entries)))
+            tensors.append((name, wanted, entry.shape, _reader(opened, entry, wanted, notify)))
+        safetensors_files.write(target, tensors, max_shard_bytes)
+        opened.write_sidecars(target, None if dtype == "keep" else dtype)
+    finally:
+        opened.close()
+
+
+def _reader(source: Source, entry: Entry, dtype: np.dtype, notify: Callable[[], None] | None):
+    def read() -> np.ndarray:
+        if notify is not None:
+            notify()
+        value = source.read(entry)
+        if value.dtype == dtype:
+            return value
+        with np.errstate(over="ignore"):
+            cast = value.astype(dtype)
+        if dtype == np.float16 and np.isinf(cast).any() and not np.isinf(value).any():
+            most = np.abs(value.astype(np.float32)).max()
+            raise WeightError(f"{entry.name} holds {most:g}, which float16 (up to 65504) cannot; use bfloat16")
+        return cast
+
+    return read
+
+
+def _open(source: Path, step: int | None) -> Source:
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is not a folder (nothing is downloaded: give a local snapshot)")
+    if run_folder.is_run(source):
+        return _Run(source, step)
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source} has neither config.json (Hugging Face) nor experiment.json (jvlm run)")
+    if step is not None:
+        raise ValueError(f"step {step}: {source} is a Hugging Face folder, which has no steps")
+    return _Snapshot(source)
+
+
+def _entries_of(config: VLMConfig) -> tuple[list[Entry], dict[str, tuple[int, ...]]]:
+    """The tensors of a model in table order, and the shapes of its parameters by path."""
+    shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(config)).items()}
+    return table.entries(config, shapes), shapes
+
+
+class _Snapshot:
+    """A Hugging Face folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        # numerics given, because their default would start the device to ask for its kind
+        self.config = checkpoint.read_config(folder, Numerics())
+        self.entries, _ = _entries_of(self.config)
+        self.tensors = safetensors_files.Tensors(folder)
+        try:
+            self.stored = checkpoint.match(self.tensors, self.config, self.entries)
+            self.dtypes = self.tensors.dtypes(self.stored.values())
+        except WeightError:
+            self.close()
+            raise
+
+    def dtype(self, entry: Entry) -> np.dtype:
+        return self.dtypes[self.stored[entry.name]]
+
+    def read(self, entry: Entry) -> np.ndarray:
+        return self.tensors.read(self.stored[entry.name])
+
+    def write_sidecars(self, target: Path, dtype: str | None) -> None:
+        for file in sorted(self.folder.iterdir()):
+            if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name != "config.json":
+                shutil.copyfile(file, target / file.name)
+        values = json.loads((self.folder / "config.json").read_text())
+        if dtype is not None:
+            _set_dtype(values, dtype)
+        (target / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        self.tensors.close()
+
+
+def _set_dtype(values: dict[str, Any], dtype: str) -> None:
+    """Change the dtype that a config.json announces, under its old or new name, in every part that does."""
+    parts = [values, *(v for v in values.values() if isinstance(v, dict))]
+    for part in parts:
+        for key in ("torch_dtype", "dtype"):
+            if key in part:
+                part[key] = dtype
+    if not {"torch_dtype", "dtype"} & set(values):
+        values["torch_dtype"] = dtype
+
+
+class _Run:
+    """A jvlm run: parameters stacked over layers, read chunk by chunk through tensorstore."""
+
+    def __init__(self, folder: Path, step: int | None):
+        self.folder = folder
+        self.config = run_folder.model_config(folder)
+        self.params = run_folder.params_folder(folder, step)
+        self.entries, shapes = _entries_of(self.config)
+        self.arrays = _open_arrays(self.params, shapes)
+        self._path, self._rows, self._block = "", range(0), None
+
+    def dtype(self, entry: Entry) -> np.dtype:
+        return self.arrays[entry.path].dtype.numpy_dtype
+
+    def read(self, entry: Entry) -> np.ndarray:
+        array = self.arrays[entry.path]
+        if entry.layer is None:
+            return entry.to_checkpoint(array.read().result())
+        if entry.path != self._path or entry.layer not in self._rows:
+            # A chunk is decoded whole, so all its layers are read at once and kept until their turn.
+            per_chunk = array.chunk_layout.read_chunk.shape[0]
+            first = entry.layer - entry.layer % per_chunk
+            self._path, self._rows = entry.path, range(first, min(first + per_chunk, array.shape[0]))
+            self._block = None
+            self._block = array[self._rows.start : self._rows.stop].read().result()
+        return entry.to_checkpoint(self._block[entry.layer - self._rows.start])
+
+    def write_sidecars(self, target: Path, dtype: str | None) -> None:
+        processor = checkpoint.load_processor(self.folder / run_folder.PROCESSOR, self.config)
+        embedding = next(e for e in self.entries if e.name.endswith("embed_tokens.weight"))
+        checkpoint.write_sidecars(target, self.config, processor, dtype or self.dtype(embedding).name)
+
+    def close(self) -> None:
+        self.arrays = {}
+
+
+def _open_arrays(params: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Parameter path -> tensorstore array of an Orbax checkpoint.
+
+    Raises:
+      WeightError: missing, extra or wrongly shaped parameters, all of them listed.
+    """
+    metadata = json.loads((params / "_METADATA").read_text())
+    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+    stored = {".".join(k["key"] for k in v["key_metadata"]) for v in metadata["tree_metadata"].values()}
+    lines = [f"missing: {path} {shapes[path]}" for path in shapes if path not in stored]
+    lines += [f"unexpected: {path}" for path in sorted(stored - set(shapes))]
+    arrays = {}
+    for path in shapes:
+        if path not in stored:
+            continue
+        kvstore = {"driver": "ocdbt", "base": params.absolute().as_uri() + "/", "path": path + "/"}
+        arrays[path] = ts.open({"driver": driver, "kvstore": kvstore}, open=True, read=True).result()
+        if arrays[path].shape != shapes[path]:
+            lines.append(f"wrong shape: {path} is {arrays[path].shape}, expected {shapes[path]}")
+    if lines:
+        raise WeightError(
+            f"{params} does not match its configuration ({len(lines)} problems):\n  " + "\n  ".join(lines)
+        )
+    return arrays
