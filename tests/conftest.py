@@ -1,8 +1,14 @@
 """Fixtures of the whole suite. Shape annotations are checked at run time in every test."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests start processes and build the same small models again and again: each program is compiled once.
+_CACHE = tempfile.TemporaryDirectory(prefix="jvlm-test-xla-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 
 from jaxtyping import install_import_hook
 

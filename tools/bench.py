@@ -265,9 +265,8 @@ def main() -> None:
         train(model, processor, oracle, arguments.rounds),
         *(decode(model, processor, oracle, arguments.rounds, rows) for rows in (1, 8)),
     ]
-    print(
-        f"{count / 1e6:.1f} M parameters, float32, {os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}, torch {torch.__version__}"
-    )
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}, torch {torch.__version__}"
+    print(f"{count / 1e6:.1f} M parameters, float32, {machine}")
     print(f"{'':<20}{'jvlm':>12}{'torch':>12}{'ratio':>8}   torch's best way, check")
     for r in results:
         print(

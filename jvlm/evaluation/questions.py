@@ -61,9 +61,9 @@ def questions_of(row: Conversation) -> list[Question]:
 def _question(row: Conversation, messages: list[Message], index: int, media: list[str], turn: int) -> Question:
     refs, boxes = list(row.refs), list(range(len(row.boxes)))
     for earlier in row.messages[: index - 1]:
-        _consume(earlier.content, refs, boxes)
-    prompt_refs, prompt_boxes = _consume(messages[-1].content, refs, boxes)
-    answer_refs, answer_boxes = _consume(row.messages[index].content, refs, boxes)
+        consume(earlier.content, refs, boxes)
+    prompt_refs, prompt_boxes = consume(messages[-1].content, refs, boxes)
+    answer_refs, answer_boxes = consume(row.messages[index].content, refs, boxes)
     count = Counter(media)
     conversation = dataclasses.replace(
         row,
@@ -78,7 +78,7 @@ def _question(row: Conversation, messages: list[Message], index: int, media: lis
     return Question(conversation, expected, tuple(row.boxes[i] for i in answer_boxes), turn)
 
 
-def _consume(text: str, refs: list[str], boxes: list[int]) -> tuple[list[str], list[int]]:
+def consume(text: str, refs: list[str], boxes: list[int]) -> tuple[list[str], list[int]]:
     """Take from both queues what a text's tags use."""
     taken_refs = [refs.pop(0) for _ in range(min(text.count("<ref-object>"), len(refs)))]
     taken_boxes = [boxes.pop(0) for _ in range(min(text.count("<bbox>"), len(boxes)))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from jvlm.data.errors import RowError
 from jvlm.data.processor import Processor
 from jvlm.data.rows import Conversation, Message, parse_row
 from jvlm.data.shards import RowSource
-from jvlm.evaluation.questions import Question, normalise, questions_of
+from jvlm.evaluation.questions import Question, consume, normalise, questions_of
 from jvlm.inference.generate import generate
 from jvlm.models.vlm import VLM
 
+_TAG = re.compile(r"<(image|video|bbox|ref-object)>")
 YES_NO = frozenset(("yes", "no"))
 
 
@@ -124,32 +126,41 @@ def _chain(rows: Sequence[Conversation], questions: list[list[Question]], run) -
     said: list[list[str]] = [[] for _ in rows]
     for turn in range(max(map(len, questions))):
         going = [i for i, of_row in enumerate(questions) if turn < len(of_row)]
-        for i, text in zip(going, run([_with_answers(rows[i], said[i]) for i in going]), strict=True):
+        for i, text in zip(
+            going, run([_with_answers(rows[i], questions[i][turn], said[i]) for i in going]), strict=True
+        ):
             said[i].append(text)
     return [text for texts in said for text in texts]
 
 
-def _with_answers(row: Conversation, said: list[str]) -> Conversation:
-    """The row up to its next question, with the model's own answers in place of the reference ones."""
+def _with_answers(row: Conversation, question: Question, said: list[str]) -> Conversation:
+    """The row up to a question, with the model's own answers in place of the reference ones.
+
+    Words of the model that look like tags are taken apart, so that they stand for nothing.
+    """
     messages: list[Message] = []
+    refs, places = list(row.refs), list(range(len(row.boxes)))
+    kept_refs: list[str] = []
+    kept: list[int] = []
     answers = iter(said)
     for message in row.messages:
         if message.role == "assistant":
             own = next(answers, None)
             if own is None:
                 break
-            message = Message("assistant", own, 0.0)
+            consume(message.content, refs, places)
+            message = Message("assistant", _TAG.sub(r"< \1>", own), 0.0)
+        else:
+            used_refs, used = consume(message.content, refs, places)
+            kept_refs += used_refs
+            kept += used
         messages.append(message)
-    text = "".join(m.content for m in messages)
-    boxes_used = text.count("<bbox>")
     return dataclasses.replace(
-        row,
+        question.conversation,
         messages=tuple(messages),
-        images=row.images[: text.count("<image>")],
-        videos=row.videos[: text.count("<video>")],
-        refs=row.refs[: text.count("<ref-object>")],
-        boxes=row.boxes[:boxes_used],
-        box_images=row.box_images[:boxes_used],
+        refs=tuple(kept_refs),
+        boxes=tuple(row.boxes[i] for i in kept),
+        box_images=tuple(row.box_images[i] for i in kept),
     )
 
 

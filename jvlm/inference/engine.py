@@ -20,8 +20,7 @@ from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.inference.sampling import Kind, Knobs, SamplingConfig, sample
 from jvlm.inference.weights import decoding_state
-from jvlm.models.batch import PackedBatch
-from jvlm.models.decoders.qwen2 import DecodeStep
+from jvlm.models.batch import DecodeStep, PackedBatch
 from jvlm.models.vlm import VLM
 
 # Shapes are rounded up to 1, 2, 3, 4, 6, 8, 12, ... of these, so that few are ever compiled.

@@ -1,6 +1,6 @@
-"""The packed batch: the one input type of every model.
+"""The input types of every model: the packed batch, and a step of decoding.
 
-Axes: B rows, S tokens of a row, P patches of a row, c values of a flattened patch.
+Axes: B rows, S tokens of a row, P patches of a row, c values of a flattened patch, T places of a cache.
 """
 
 from __future__ import annotations
@@ -56,3 +56,12 @@ class PackedBatch:
         """Share of the patch places that hold nothing (host arrays only)."""
         ids = np.asarray(self.patch_segment_ids)
         return float(np.mean(ids == 0)) if ids.size else 0.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeStep:
+    """One new token a row: its place in the cache, and which places it sees (1 or 0), its own among them."""
+
+    place: Int[Array, " B"]
+    visible: Int[Array, "B T"]

@@ -47,10 +47,11 @@ class Checkpoints:
         """Write if it is time to (or ``force``); returns whether it was. Arrays are copied before this returns."""
         if force and self.latest() == step:
             return False
+        params = {**frozen, **state.params}
         return self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave({**frozen, **state.params}),
+                params=ocp.args.StandardSave(params, save_args={p: _chunks(p, v) for p, v in params.items()}),
                 optimizer=ocp.args.StandardSave(state.optimizer),
                 data=ocp.args.JsonSave(data),
             ),
@@ -71,3 +72,10 @@ class Checkpoints:
         params = {path: found.params[path] for path in state.params}
         restored = TrainState(state.step + step, params, found.optimizer)
         return restored, {path: found.params[path] for path in frozen}, found.data
+
+
+def _chunks(path: str, value: jax.Array) -> ocp.SaveArgs:
+    """Stacked parameters are stored a layer to a chunk, so that a converter need not read more than one."""
+    if ".layer." not in path:
+        return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=max(value.nbytes // value.shape[0], 1), shard_axes=(0,))

@@ -159,9 +159,8 @@ def prepare_folder(folder: Path, experiment: Experiment, processor: Processor) -
                 f"{folder} holds another experiment; remove it or choose another --name. Differences:\n  "
                 + "\n  ".join(changed)
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    processor.tokenizer.save_pretrained(str(folder / PROCESSOR))
-    checkpoint.write_settings(folder / PROCESSOR, processor)
+    (folder / PROCESSOR).mkdir(parents=True, exist_ok=True)
+    checkpoint.write_processor(folder / PROCESSOR, experiment.model, processor)
     path.write_text(json.dumps(resolved, indent=2) + "\n")
 
 

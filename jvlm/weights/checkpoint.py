@@ -218,19 +218,19 @@ def write_sidecars(folder: Path, config: VLMConfig, processor: Processor, dtype:
     """Everything of a Hugging Face folder but the weights."""
     architecture = table.architectures()[config.architecture]
     _write_json(folder / "config.json", {**architecture.write_config(config), "torch_dtype": dtype})
-    processor.tokenizer.save_pretrained(str(folder))
+    write_processor(folder, config, processor)
     # older readers look here, newer ones for chat_template.jinja, which the tokenizer writes
     _write_json(folder / "chat_template.json", {"chat_template": processor.tokenizer.chat_template})
     for name, values in architecture.write_preprocessors(config, processor.config.limits).items():
         _write_json(folder / name, values)
+
+
+def write_processor(folder: Path, config: VLMConfig, processor: Processor) -> None:
+    """Tokenizer, chat template, generation defaults, and jvlm's own settings: what `load_processor` reads."""
+    processor.tokenizer.save_pretrained(str(folder))
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     generation["pad_token_id"] = processor.tokenizer.pad_token_id
     _write_json(folder / "generation_config.json", {**generation, **processor.generation})
-    write_settings(folder, processor)
-
-
-def write_settings(folder: Path, processor: Processor) -> None:
-    """The processor's own settings, which Hugging Face's files have no place for."""
     _write_json(folder / SETTINGS, processor.settings())
 
 

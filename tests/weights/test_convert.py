@@ -152,7 +152,7 @@ def write_run(folder, tiny, parameters, *, steps=(7,), save_args=None):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "experiment.json").write_text(json.dumps({"model": config_tree.to_dict(tiny.model.config)}))
     tiny.processor.tokenizer.save_pretrained(str(folder / "processor"))
-    checkpoint.write_settings(folder / "processor", tiny.processor)
+    checkpoint.write_processor(folder / "processor", tiny.model.config, tiny.processor)
     with ocp.CheckpointManager(folder.absolute() / "checkpoints", item_names=("params",)) as manager:
         for step in steps:
             scaled = {path: value * (step / steps[-1]) for path, value in parameters.items()}

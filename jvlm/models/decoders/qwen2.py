@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from jvlm_kernels import cached_attention, open_cache, segment_attention
 
 from jvlm.models import layers
+from jvlm.models.batch import DecodeStep
 from jvlm.models.registry import DecoderConfig, register
 
 
@@ -47,15 +47,6 @@ class Qwen2Config(DecoderConfig):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeStep:
-    """One new token a row: its place in the cache, and which places it sees (1 or 0), its own among them."""
-
-    place: Int[Array, " B"]
-    visible: Int[Array, "B T"]
 
 
 class DecoderAttention(nnx.Module):

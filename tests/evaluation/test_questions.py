@@ -1,0 +1,114 @@
+"""Questions out of rows, and their scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jvlm.data.rows import parse_row
+from jvlm.evaluation import score
+from jvlm.evaluation.questions import TextOnlyFloor, questions_of
+from jvlm.evaluation.score import Scores
+from jvlm.training import loop
+from tests.training import support
+
+PICTURE = np.zeros((32, 64, 3), np.uint8)
+
+
+def _row(*turns, **fields):
+    messages = []
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return parse_row({"messages": messages, **fields})
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processor")
+    return loop.start_model(support.experiment(folder, support.write_rows(folder, 1)))[1]
+
+
+def test_each_turn_is_asked_alone_with_the_pictures_seen_so_far():
+    row = _row(("<image>first?", "a"), ("second?", "b"), ("<image>third?", "c"), images=[PICTURE, PICTURE + 1])
+    asked = questions_of(row)
+    contents = [[m.content for m in q.conversation.messages] for q in asked]
+    assert contents == [["<image>first?"], ["<image>second?"], ["<image><image>third?"]]
+    assert [len(q.conversation.images) for q in asked] == [1, 1, 2]
+    assert [q.expected for q in asked] == ["a", "b", "c"]
+
+
+def test_a_system_turn_stays_and_no_answer_is_given_away():
+    row = parse_row(
+        {
+            "messages": [
+                {"role": "system", "content": "be brief"},
+                {"role": "user", "content": "one?"},
+                {"role": "assistant", "content": "secret"},
+                {"role": "user", "content": "two?"},
+                {"role": "assistant", "content": "2"},
+            ]
+        }
+    )
+    assert [m.content for m in questions_of(row)[1].conversation.messages] == ["be brief", "two?"]
+
+
+def test_references_and_boxes_go_to_the_turns_that_use_them():
+    row = _row(
+        ("<image>where is <ref-object>?", "at <bbox>"),
+        ("what is at <bbox>?", "<ref-object>"),
+        images=[PICTURE],
+        objects={"ref": ["the cat", "a dog"], "bbox": [[1, 2, 3, 4], [5, 6, 7, 8]]},
+    )
+    first, second = questions_of(row)
+    assert (first.conversation.refs, first.boxes, first.conversation.boxes) == (("the cat",), ((1, 2, 3, 4),), ())
+    assert (second.expected, second.boxes, second.conversation.boxes) == ("a dog", (), ((5, 6, 7, 8),))
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [("Yes", 1), (" yes. ", 1), ("<think>no?</think>\n\nyes", 1), ("no", 0), ("yes it is", 0), ("", 0)],
+)
+def test_words_count_when_they_match_exactly_but_for_case_space_full_stop_and_thinking(processor, response, right):
+    (question,) = questions_of(_row(("is it?", "yes")))
+    assert score.score(question, response, processor).score == right
+
+
+def test_a_box_is_compared_in_pixels_of_the_original_picture(processor):
+    row = _row(("<image>where?", "<bbox>"), images=[PICTURE], objects={"bbox": [[16, 8, 48, 24]]})
+    (question,) = questions_of(row)
+    (_, (width, height)) = processor.encode(question.conversation).sizes[0]
+    inside = [round(v * s) for v, s in zip((0.25, 0.25, 0.75, 0.75), (width, height) * 2, strict=True)]
+    answer = score.score(question, f'```json\n[{{"bbox_2d": {inside}, "label": "x"}}]\n```', processor)
+    assert answer.score == pytest.approx(1.0)
+    assert answer.predicted[0] == pytest.approx((16, 8, 48, 24))
+    half = score.score(question, str([inside[0], inside[1], inside[2], (inside[1] + inside[3]) // 2]), processor)
+    assert half.score == pytest.approx(0.5, abs=0.1)
+    nothing = score.score(question, "I see no such thing", processor)
+    assert (nothing.score, nothing.parsed) == (0.0, False)
+
+
+def test_several_boxes_are_matched_one_to_one_and_a_missing_one_counts_zero(processor):
+    row = _row(("<image>where?", "<bbox><bbox>"), images=[PICTURE], objects={"bbox": [[0, 0, 8, 8], [32, 0, 64, 32]]})
+    (question,) = questions_of(row)
+    ((_, resized),) = processor.encode(question.conversation).sizes
+    second = [resized[0] // 2, 0, resized[0], resized[1]]
+    assert score.score(question, str(second), processor).score == pytest.approx(0.5)
+    assert score.score(question, f"{second} {second}", processor).score == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_text_only_floor_is_the_most_frequent_training_answer_to_the_same_words():
+    train = [_row(("red?", "yes")), _row(("red?", "no")), _row(("red?", "no")), _row(("blue?", "yes"))]
+    test = [q for row in (_row(("red?", "no")), _row(("blue?", "no")), _row(("new?", "no"))) for q in questions_of(row)]
+    floor = TextOnlyFloor(train)
+    # "new?" was never asked: the answers of all training questions are tied, the first seen wins
+    assert [floor.answer(q) for q in test] == ["no", "yes", "yes"]
+    assert floor.accuracy(test) == pytest.approx(1 / 3)
+
+
+def test_scores_keep_words_and_boxes_apart(processor):
+    row = _row(("<image>red?", "yes"), ("where?", "<bbox>"), images=[PICTURE], objects={"bbox": [[0, 0, 64, 32]]})
+    words, boxed = questions_of(row)
+    ((_, resized),) = processor.encode(boxed.conversation).sizes
+    answers = [score.score(words, "no", processor), score.score(boxed, str([0, 0, *resized]), processor)]
+    result = Scores.of(answers)
+    assert (result.questions, result.accuracy, result.boxes, result.mean_iou) == (1, 0.0, 1, pytest.approx(1.0))

@@ -1,0 +1,94 @@
+"""The main job on a small experiment: what the demo promises, and the command line in front of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import jvlm
+from jvlm import cli, job
+from tests.training import support
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    rows = support.write_rows(folder, 12)
+    experiment = support.experiment(folder, rows, "--evaluation.data", str(rows), "--evaluation.max_new_tokens", "6")
+    return job.run(experiment), rows
+
+
+def test_the_run_leaves_scores_answers_an_export_and_a_report(finished):
+    folder, rows = finished
+    scores = json.loads((folder / "scores.json").read_text())
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert scores["questions"] == len(answers) == 2 * len(rows.read_text().splitlines())
+    assert scores["accuracy"] == pytest.approx(sum(a["score"] for a in answers) / len(answers), abs=1e-4)
+    assert 0 < scores["text_only_floor"]["accuracy"] <= 1
+    page = (folder / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_run_folder_and_export_answer_alike(finished):
+    folder, rows = finished
+    row = json.loads(rows.read_text().splitlines()[2])
+    row["images"] = [str(rows.parent / name) for name in row["images"]]
+    row["messages"] = row["messages"][:1]
+    texts = []
+    for path in (folder, folder / "hf"):
+        model, processor = jvlm.load(path)
+        texts.append(jvlm.generate(model, processor, [row], max_new_tokens=8))
+    assert texts[0] == texts[1]
+
+
+def test_training_continues_from_an_export_and_from_a_run(finished, tmp_path):
+    folder, rows = finished
+    for name, source in (("from_run", folder), ("from_hf", folder / "hf")):
+        options = ("--init_from", str(source), "--name", name, "--steps", "1", "--export.enabled", "False")
+        result = job.run(support.experiment(tmp_path, rows, *options))
+        line = json.loads((result / "logging.jsonl").read_text().splitlines()[0])
+        before = json.loads((folder / "logging.jsonl").read_text().splitlines()[0])
+        assert line["loss"] < before["loss"]
+
+
+def test_a_wrong_field_is_refused_naming_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        cli.load_experiment("mimo_vl/easy_vqa", ["--optimizer.learning_rat", "1"])
+    assert "--optimizer.learning_rate" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "nowhere.py"], "no config at nowhere.py"),
+        (["train", "mimo_vl/easy_vqa", "--data.train", "gone.jsonl", "--output_root", "{tmp}"], "'gone.jsonl'"),
+        (["train", "mimo_vl/easy_vqa", "--data.rows", "0"], "data.rows must be at least 1"),
+        (["generate", "--model", "gone", "--prompt", "hi"], "gone is not a folder"),
+        (["generate", "--model", "gone"], "give either --prompt"),
+        (["data", "check", "gone.jsonl"], "no data file matches 'gone.jsonl'"),
+    ],
+)
+def test_a_mistake_gives_one_message_and_status_2(arguments, said, capsys, tmp_path):
+    try:
+        status = cli.main([a.format(tmp=tmp_path) for a in arguments])
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2
+    output = "".join(capsys.readouterr())
+    assert said in output
+    assert "Traceback" not in output
+
+
+def test_the_command_line_generates_and_checks(finished, tmp_path, capsys):
+    folder, rows = finished
+    picture = str(rows.parent / "2_0.png")
+    arguments = ["generate", "--model", str(folder / "hf"), "--image", picture, "--prompt", "what color is the shape?"]
+    assert cli.main([*arguments, "--max_new_tokens", "4"]) == 0
+    assert cli.main(["data", "check", str(rows), "--model", str(folder)]) == 0
+    assert "12 of 12 rows can be used" in capsys.readouterr().out
+    output = tmp_path / "answers.jsonl"
+    arguments = ["generate", "--model", str(folder), "--data", str(rows), "--output", str(output)]
+    assert cli.main([*arguments, "--max_new_tokens", "4"]) == 0
+    assert len(output.read_text().splitlines()) == 12
