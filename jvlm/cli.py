@@ -22,11 +22,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return arguments.run(arguments, rest)
-    except (ValueError, FileNotFoundError, FileExistsError, KeyError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         if arguments.traceback:
             raise
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"jvlm: {message}", file=sys.stderr)
+        print(f"jvlm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\njvlm: interrupted; run the same command to go on", file=sys.stderr)

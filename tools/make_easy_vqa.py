@@ -2,8 +2,8 @@
 
     python tools/make_easy_vqa.py easy_vqa.tar configs/mimo_vl/easy_vqa_data
 
-One row a picture: all its questions as turns of one conversation, in random order, and among them "where is the ...?"
-with a box read off the pixels, answered in MiMo's JSON form.
+One row a picture: all its questions as turns of one conversation, and among them "where is the shape?" with a box read
+off the pixels, answered in MiMo's JSON form.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from jvlm.data.shards import SHARD_SUFFIX, write_shard
 from jvlm.data.template import QWEN_TEMPLATE
 
-# What the official generator draws with, so that "the red shape" can be named for every picture.
+# What the official generator draws with.
 COLOURS = {
     "black": (0, 0, 0),
     "blue": (0, 0, 255),
@@ -34,9 +34,10 @@ COLOURS = {
     "teal": (0, 128, 128),
     "yellow": (255, 255, 0),
 }
-SHAPES = ("circle", "rectangle", "triangle")
+# How much of its box a shape fills.
+FILLED = {"circle": 0.785, "rectangle": 1.0, "triangle": 0.5}
 VOCABULARY = 530  # before the special tokens: bytes, numbers to 99, and the phrases that questions are made of
-BOX_WEIGHT = 3.0  # of the one turn about a box against a dozen about words
+FIRST_WEIGHT = 3.0  # of the turns that cannot be answered from what was said before
 SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
     "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
@@ -44,49 +45,40 @@ SPECIAL_TOKENS = (
 
 
 def find_shape(image: Image.Image) -> tuple[str, list[int]]:
-    """Colour name and (x1, y1, x2, y2) of the one shape, edges at half coverage."""
+    """Name ("blue circle") and (x1, y1, x2, y2) of the one shape, edges at half coverage."""
     pixels = np.asarray(image.convert("RGB")).astype(np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     values, counts = np.unique(border, axis=0, return_counts=True)
     background = values[counts.argmax()]
     inside = np.abs(pixels - background).max(-1) > 40
-    name, colour = min(
-        COLOURS.items(), key=lambda item: np.median(np.abs(pixels[inside] - np.asarray(item[1])).sum(-1))
-    )
+    name, colour = min(COLOURS.items(), key=lambda c: np.median(np.abs(pixels[inside] - np.asarray(c[1])).sum(-1)))
     direction = np.asarray(colour, np.float32) - background
-    coverage = ((pixels - background) @ direction) / (direction @ direction)
+    coverage = np.clip(((pixels - background) @ direction) / (direction @ direction), 0, 1)
     ys, xs = np.nonzero(coverage > 0.5)
-    return name, [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
+    x1, y1, x2, y2 = int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
+    filled = coverage[y1:y2, x1:x2].mean()
+    kind = min(FILLED, key=lambda k: abs(FILLED[k] - filled))
+    return f"{name} {kind}", [x1, y1, x2, y2]
 
 
-def find_kind(questions: list[tuple[str, str]], colour: str) -> str | None:
-    """The shape's kind if the picture's own questions tell it; None if they don't."""
-    for question, answer in questions:
-        if answer in SHAPES:
-            return answer
-        for shape in SHAPES:
-            asks = f" {shape}" in question
-            says_no = " not " in question or "is no " in question
-            if asks and answer in ("yes", "no") and (answer == "yes") != says_no:
-                return shape
-            if asks and answer in COLOURS and question.startswith("what"):
-                return shape
-    return None
+def turns(seed: str, asked: list[tuple[str, str]], name: str) -> list[tuple[str, str, float]]:
+    """(question, answer, loss weight) of a picture's turns: all its questions, and one for the box.
 
-
-def turns(seed: str, asked: list[tuple[str, str]], label: str) -> list[tuple[str, str]]:
-    """The picture's questions in random order, with one for the box among them.
-
-    Half the pictures ask for "the shape", anywhere. The others name it, which gives the other answers away: most of
-    them at the end, a quarter at the start, so that a model has seen the question asked of a bare picture too.
+    Answers give one another away ("is there a circle?" - "yes"), so only what comes first must be seen. The first
+    three turns ask for place, shape and colour in random order, and weigh more; the rest follows in random order.
     """
     draw = random.Random(seed)
     order = draw.sample(asked, len(asked))
-    named = draw.random() < 0.5
-    name = label if named else "shape"
-    place = draw.choices((0, len(order)), (1, 3))[0] if named else draw.randint(0, len(order))
-    answer = f'```json\n[{{"bbox_2d": <bbox>, "label": "{name}"}}]\n```'
-    return [*order[:place], (f"where is the {name}?", answer), *order[place:]]
+
+    def about(words) -> tuple[str, str] | None:
+        fitting = (t for t in order if t[1] in words or (t[1] in ("yes", "no") and any(f" {w}" in t[0] for w in words)))
+        return next(fitting, None)
+
+    where = ("where is the shape?", f'```json\n[{{"bbox_2d": <bbox>, "label": "{name}"}}]\n```')
+    first = [t for t in (where, about(FILLED), about(COLOURS)) if t is not None]
+    rest = [t for t in order if t not in first]
+    draw.shuffle(first)
+    return [(*t, FIRST_WEIGHT) for t in first] + [(*t, 1.0) for t in rest]
 
 
 def rows(archive: tarfile.TarFile, split: str):
@@ -96,14 +88,11 @@ def rows(archive: tarfile.TarFile, split: str):
         asked[number].append((question, answer))
     for number in sorted(asked):
         png = archive.extractfile(f"easy_vqa/{split}/images/{number}.png").read()
-        colour, box = find_shape(Image.open(io.BytesIO(png)))
-        kind = find_kind(asked[number], colour) or "shape"
-        label = f"{colour} {kind}"
+        name, box = find_shape(Image.open(io.BytesIO(png)))
         messages = []
-        for index, (question, reply) in enumerate(turns(f"{split}{number}", asked[number], label)):
-            messages.append({"role": "user", "content": ("" if index else "<image>") + question})
-            weight = {"loss_scale": BOX_WEIGHT} if "<bbox>" in reply else {}
-            messages.append({"role": "assistant", "content": reply, **weight})
+        for question, reply, weight in turns(f"{split}{number}", asked[number], name):
+            messages.append({"role": "user", "content": ("" if messages else "<image>") + question})
+            messages.append({"role": "assistant", "content": reply, "loss_scale": weight})
         yield {
             "id": f"easy-vqa-{split}-{number}",
             "messages": messages,

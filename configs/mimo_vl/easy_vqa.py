@@ -38,7 +38,7 @@ def get_config() -> Experiment:
             num_heads=2,
             num_kv_heads=1,
             intermediate_size=384,
-            rope_theta=100.0,
+            rope_theta=10.0,
             mrope_section=(2, 15, 15),
             tie_word_embeddings=True,
             max_position_embeddings=4096,
