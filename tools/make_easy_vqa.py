@@ -37,15 +37,15 @@ COLOURS = {
 # How much of its box a shape fills.
 FILLED = {"circle": 0.785, "rectangle": 1.0, "triangle": 0.5}
 VOCABULARY = 530  # before the special tokens: bytes, numbers to 99, and the phrases that questions are made of
-FIRST_WEIGHT = 3.0  # of the turns that cannot be answered from what was said before
+FIRST_WEIGHT, BOX_WEIGHT = 3.0, 6.0  # of the turns that cannot be answered from what was said before
 SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
     "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
 ).split()
 
 
-def find_shape(image: Image.Image) -> tuple[str, list[int]]:
-    """Name ("blue circle") and (x1, y1, x2, y2) of the one shape, edges at half coverage."""
+def find_shape(image: Image.Image) -> tuple[tuple[str, str], list[int]]:
+    """(colour, kind) as far as the pixels tell, and (x1, y1, x2, y2) of the one shape, edges at half coverage."""
     pixels = np.asarray(image.convert("RGB")).astype(np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     values, counts = np.unique(border, axis=0, return_counts=True)
@@ -58,7 +58,12 @@ def find_shape(image: Image.Image) -> tuple[str, list[int]]:
     x1, y1, x2, y2 = int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
     filled = coverage[y1:y2, x1:x2].mean()
     kind = min(FILLED, key=lambda k: abs(FILLED[k] - filled))
-    return f"{name} {kind}", [x1, y1, x2, y2]
+    return (name, kind), [x1, y1, x2, y2]
+
+
+def told(asked: list[tuple[str, str]], words) -> str | None:
+    """The colour or kind that the picture's own answers give, if they do; a clipped shape can mislead the pixels."""
+    return next((answer for _, answer in asked if answer in words), None)
 
 
 def turns(seed: str, asked: list[tuple[str, str]], name: str) -> list[tuple[str, str, float]]:
@@ -78,7 +83,7 @@ def turns(seed: str, asked: list[tuple[str, str]], name: str) -> list[tuple[str,
     first = [t for t in (where, about(FILLED), about(COLOURS)) if t is not None]
     rest = [t for t in order if t not in first]
     draw.shuffle(first)
-    return [(*t, FIRST_WEIGHT) for t in first] + [(*t, 1.0) for t in rest]
+    return [(*t, BOX_WEIGHT if t is where else FIRST_WEIGHT) for t in first] + [(*t, 1.0) for t in rest]
 
 
 def rows(archive: tarfile.TarFile, split: str):
@@ -88,7 +93,8 @@ def rows(archive: tarfile.TarFile, split: str):
         asked[number].append((question, answer))
     for number in sorted(asked):
         png = archive.extractfile(f"easy_vqa/{split}/images/{number}.png").read()
-        name, box = find_shape(Image.open(io.BytesIO(png)))
+        seen, box = find_shape(Image.open(io.BytesIO(png)))
+        name = " ".join(told(asked[number], words) or word for words, word in zip((COLOURS, FILLED), seen, strict=True))
         messages = []
         for question, reply, weight in turns(f"{split}{number}", asked[number], name):
             messages.append({"role": "user", "content": ("" if messages else "<image>") + question})

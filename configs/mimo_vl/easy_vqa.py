@@ -57,7 +57,7 @@ def get_config() -> Experiment:
         model=model,
         tokenizer=str(DATA / "tokenizer"),
         processor=ProcessorConfig(limits=PixelLimits(PIXELS, PIXELS, PIXELS, PIXELS)),
-        data=DataConfig(train=(str(DATA / "train.arrayrecord"),), rows=8, row_tokens=384, row_patches=192),
+        data=DataConfig(train=(str(DATA / "train.arrayrecord"),), rows=8, row_tokens=384, row_patches=384, alone=0.8),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.03, weight_decay=0.05),
         checkpoint=CheckpointConfig(every=250),
         evaluation=EvaluationConfig(data=(str(DATA / "test.arrayrecord"),)),

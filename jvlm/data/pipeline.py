@@ -10,6 +10,7 @@ from collections import deque
 from typing import Any, Literal
 
 import grain
+import numpy as np
 from absl import flags
 
 from jvlm.data import packing
@@ -18,6 +19,7 @@ from jvlm.data.packing import Example, PackedRows
 from jvlm.data.processor import Processor
 from jvlm.data.rows import Conversation, parse_row
 from jvlm.data.shards import RowSource
+from jvlm.data.turns import turns_alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,9 @@ class DataConfig:
       on_bad_row: stop, or leave the row out; either way rows left out are counted and listed.
       max_bad_fraction: with "skip", stop when more than this share of the rows read was bad.
       shuffle: new order each epoch, from the seed.
+      alone: share of the conversations, drawn anew each epoch, of which a single turn is learnt, without its history
+        (jvlm.data.turns). Where answers give one another away, this is what teaches a model to look. The turn is
+        drawn in proportion to its loss weight.
       pack_window: conversations considered together for packing.
       read_threads: threads that decode and encode.
       worker_processes: processes instead of threads; 0 is none. For data too heavy for one process.
@@ -52,6 +57,7 @@ class DataConfig:
     on_bad_row: Literal["error", "skip"] = "error"
     max_bad_fraction: float = 0.001
     shuffle: bool = True
+    alone: float = 0.0
     pack_window: int = 128
     read_threads: int = 4
     worker_processes: int = 0
@@ -61,20 +67,25 @@ class DataConfig:
         for name in ("rows", "row_tokens", "pack_window", "read_threads", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.alone <= 1:
+            raise ValueError(f"data.alone is a share, got {self.alone}")
 
 
-class Encode(grain.transforms.Map):
+class Encode(grain.transforms.RandomMap):
     """(origin, row) to an `Example`, or to a `Rejected` where the config allows leaving rows out."""
 
     def __init__(self, processor: Processor, config: DataConfig):
         self.processor, self.config = processor, config
 
-    def map(self, element: tuple[Origin, Any]) -> Example | Rejected:
+    def random_map(self, element: tuple[Origin, Any], rng: np.random.Generator) -> Example | Rejected:
         origin, row = element
         try:
             if isinstance(row, RowError):
                 raise row
-            example = self.processor.encode(_with_origin(row, origin))
+            conversation = parse_row(row, origin)
+            if rng.random() < self.config.alone:
+                conversation = _one_turn(conversation, rng)
+            example = self.processor.encode(conversation)
             _check_learnable(example)
         except RowError as error:
             if self.config.on_bad_row == "error":
@@ -99,8 +110,13 @@ class Encode(grain.transforms.Map):
         return example
 
 
-def _with_origin(row: Any, origin: Origin) -> Conversation:
-    return parse_row(row, origin)
+def _one_turn(conversation: Conversation, rng: np.random.Generator) -> Conversation:
+    """A turn drawn in proportion to its loss weight; the conversation as it is if none has any."""
+    turns = [turn for turn in turns_alone(conversation) if turn.messages[-1].loss_weight > 0]
+    if not turns:
+        return conversation
+    weights = np.asarray([turn.messages[-1].loss_weight for turn in turns])
+    return turns[rng.choice(len(turns), p=weights / weights.sum())]
 
 
 def _check_learnable(example: Example) -> None:
@@ -205,7 +221,7 @@ def training_data(
     dataset = grain.MapDataset.source(source).seed(seed)
     if config.shuffle:
         dataset = dataset.shuffle()
-    dataset = dataset.repeat(epochs).map(Encode(processor, config))
+    dataset = dataset.repeat(epochs).random_map(Encode(processor, config))
     stream = dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=4 * config.read_threads)
     )

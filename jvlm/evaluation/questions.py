@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jvlm.data.errors import Origin
-from jvlm.data.rows import Conversation, Message, fill_objects
+from jvlm.data.rows import Conversation, fill_objects
+from jvlm.data.turns import consume, turns_alone
 
 _MEDIA = re.compile("<image>|<video>")
 
@@ -40,49 +41,22 @@ class Question:
 
 
 def questions_of(row: Conversation) -> list[Question]:
-    """Every assistant turn of a row as a question in a conversation of its own.
-
-    The pictures seen so far come along; earlier questions and answers do not, so nothing gives the answer away.
-    """
-    system = [m for m in row.messages if m.role == "system"]
-    media: list[str] = []
-    prompt: Message | None = None
-    found = []
-    for index, message in enumerate(row.messages):
-        if message.role == "user":
-            own = _MEDIA.findall(message.content)
-            prompt = dataclasses.replace(message, content="".join(media) + message.content)
-            media += own
-        elif message.role == "assistant" and prompt is not None:
-            found.append(_question(row, [*system, prompt], index, media, len(found)))
-    return found
+    """Every assistant turn of a row as a question; see `jvlm.data.turns.turns_alone`."""
+    return [_question(alone, turn) for turn, alone in enumerate(turns_alone(row))]
 
 
-def _question(row: Conversation, messages: list[Message], index: int, media: list[str], turn: int) -> Question:
-    refs, boxes = list(row.refs), list(range(len(row.boxes)))
-    for earlier in row.messages[: index - 1]:
-        consume(earlier.content, refs, boxes)
-    prompt_refs, prompt_boxes = consume(messages[-1].content, refs, boxes)
-    answer_refs, answer_boxes = consume(row.messages[index].content, refs, boxes)
-    count = Counter(media)
+def _question(alone: Conversation, turn: int) -> Question:
+    *prompt, answer = alone.messages
+    refs, boxes = list(alone.refs), list(range(len(alone.boxes)))
+    asked_refs, asked_boxes = consume(prompt[-1].content, refs, boxes)
     conversation = dataclasses.replace(
-        row,
-        messages=tuple(messages),
-        images=row.images[: count["<image>"]],
-        videos=row.videos[: count["<video>"]],
-        refs=tuple(prompt_refs),
-        boxes=tuple(row.boxes[i] for i in prompt_boxes),
-        box_images=tuple(row.box_images[i] for i in prompt_boxes),
+        alone,
+        messages=tuple(prompt),
+        refs=tuple(asked_refs),
+        boxes=tuple(alone.boxes[i] for i in asked_boxes),
+        box_images=tuple(alone.box_images[i] for i in asked_boxes),
     )
-    expected = fill_objects(row.messages[index].content, list(answer_refs), [])
-    return Question(conversation, expected, tuple(row.boxes[i] for i in answer_boxes), turn)
-
-
-def consume(text: str, refs: list[str], boxes: list[int]) -> tuple[list[str], list[int]]:
-    """Take from both queues what a text's tags use."""
-    taken_refs = [refs.pop(0) for _ in range(min(text.count("<ref-object>"), len(refs)))]
-    taken_boxes = [boxes.pop(0) for _ in range(min(text.count("<bbox>"), len(boxes)))]
-    return taken_refs, taken_boxes
+    return Question(conversation, fill_objects(answer.content, refs, []), tuple(alone.boxes[i] for i in boxes), turn)
 
 
 def normalise(answer: str) -> str:

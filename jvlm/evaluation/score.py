@@ -18,7 +18,8 @@ from jvlm.data.errors import RowError
 from jvlm.data.processor import Processor
 from jvlm.data.rows import Conversation, Message, parse_row
 from jvlm.data.shards import RowSource
-from jvlm.evaluation.questions import Question, consume, normalise, questions_of
+from jvlm.data.turns import consume
+from jvlm.evaluation.questions import Question, normalise, questions_of
 from jvlm.inference.generate import generate
 from jvlm.models.vlm import VLM
 

@@ -136,7 +136,9 @@ def estimate_steps(experiment: Experiment, processor: Processor, sample: int = 5
     source = pipeline.RowSource(data.train)
     encode = pipeline.Encode(processor, data)
     chosen = np.unique(np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int))
-    examples = [e for e in (encode.map(source[int(i)]) for i in chosen) if not isinstance(e, Rejected)]
+    rng = np.random.default_rng(experiment.seed)
+    encoded = (encode.random_map(source[int(i)], rng) for i in chosen)
+    examples = [e for e in encoded if not isinstance(e, Rejected)]
     if not examples:
         raise ValueError(f"none of {len(chosen)} rows sampled from {', '.join(source.files)} can be used")
     rows = len(packing.best_fit_decreasing(examples, data.row_tokens, data.row_patches))

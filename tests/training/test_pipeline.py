@@ -65,6 +65,24 @@ def test_the_same_seed_gives_the_same_batches_and_shuffling_changes_the_order(se
     assert _conversations(first) == _conversations(ordered)
 
 
+def test_alone_learns_single_turns_drawn_by_weight_and_keeps_the_pictures(setup, tmp_path):
+    experiment, processor, rows = setup
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    for line in lines:
+        line["images"] = [str(rows.parent / name) for name in line["images"]]
+        line["messages"][1]["loss_scale"] = 0
+    weighted = tmp_path / "rows.jsonl"
+    weighted.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = dataclasses.replace(experiment.data, alone=1.0, train=(str(weighted),))
+    batches = list(pipeline.training_data(processor, config, seed=3, epochs=1)[0])
+    assert sum(b.conversations for b in batches) == len(lines)
+    texts = [processor.tokenizer.decode(tokens) for tokens, _, _ in _conversations(batches)]
+    assert all(text.count("<|im_start|>assistant") == 1 for text in texts)
+    assert not any("what color" in text for text in texts)
+    features = sum(count for _, count, _ in _conversations(batches))
+    assert features == sum(count for _, count, _ in _conversations(_batches(setup)))
+
+
 @pytest.mark.parametrize("processes", [0, 1])
 def test_an_iterator_restored_anywhere_continues_as_if_never_stopped(setup, processes):
     experiment, processor, _ = setup
