@@ -17,10 +17,10 @@ from jaxtyping import install_import_hook
 _CHECKED = "layers vlm presets registry encoders connectors decoders".split()
 install_import_hook([*(f"jvlm.models.{name}" for name in _CHECKED), "jvlm_kernels"], "beartype.beartype")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from tests import support  # noqa: E402
+from tests import support
 
 torch.set_num_threads(1)
 

@@ -37,7 +37,7 @@ COLOURS = {
 # How much of its box a shape fills.
 FILLED = {"circle": 0.785, "rectangle": 1.0, "triangle": 0.5}
 VOCABULARY = 530  # before the special tokens: bytes, numbers to 99, and the phrases that questions are made of
-FIRST_WEIGHT, BOX_WEIGHT = 3.0, 6.0  # of the turns that cannot be answered from what was said before
+FIRST_WEIGHT, BOX_WEIGHT = 3.0, 5.0  # of the turns that cannot be answered from what was said before
 SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
     "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
