@@ -75,7 +75,10 @@ class Checkpoints:
 
 
 def _chunks(path: str, value: jax.Array) -> ocp.SaveArgs:
-    """Stacked parameters are stored a layer to a chunk, so that a converter need not read more than one."""
-    if ".layer." not in path:
+    """Stacked parameters are stored a layer to a chunk, so that a converter need not read more than one.
+
+    Small ones are not: chunks under a MiB only cost time.
+    """
+    if ".layer." not in path or value.nbytes < value.shape[0] * 2**20:
         return ocp.SaveArgs()
-    return ocp.SaveArgs(chunk_byte_size=max(value.nbytes // value.shape[0], 1), shard_axes=(0,))
+    return ocp.SaveArgs(chunk_byte_size=value.nbytes // value.shape[0], shard_axes=(0,))
