@@ -39,8 +39,8 @@ def get_config() -> Experiment:
             num_kv_heads=1,
             intermediate_size=384,
             # rows and columns of a 4 x 4 grid must differ in angle: the high frequencies are theirs
-            rope_theta=2000.0,
-            mrope_section=(2, 4, 26),
+            rope_theta=500.0,
+            mrope_section=(1, 3, 28),
             tie_word_embeddings=True,
             max_position_embeddings=4096,
         ),
@@ -62,6 +62,6 @@ def get_config() -> Experiment:
         optimizer=OptimizerConfig(learning_rate=1.2e-3, warmup=0.03, weight_decay=0.05, beta2=0.99),
         checkpoint=CheckpointConfig(every=250),
         evaluation=EvaluationConfig(data=(str(DATA / "test.arrayrecord"),), max_new_tokens=40, batch_size=128),
-        steps=1750,
+        steps=1800,
         log_every=50,
     )
