@@ -33,6 +33,8 @@ class Curve:
 def curve(title: str, lines: Sequence[dict[str, Any]], key: str) -> Curve:
     """A curve of one logged number over the steps."""
     values = [(line["step_number"], line[key]) for line in lines if key in line]
+    if len(values) > 5:
+        values = values[1:]  # the untrained model would flatten the rest
     lowest, highest = min(v for _, v in values), max(v for _, v in values)
     span, last = (highest - lowest) or 1.0, values[-1][0]
     points = " ".join(f"{_WIDTH * s / last:.1f},{_HEIGHT - _HEIGHT * (v - lowest) / span:.1f}" for s, v in values)
