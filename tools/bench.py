@@ -10,6 +10,7 @@ or one conversation at a time where that is faster for it. Rounds alternate betw
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -260,18 +261,17 @@ def main() -> None:
         oracle = make_checkpoint(Path(folder))
         model, processor = jvlm.load(folder)
     count = sum(vlm.parameter_counts(model).values())
-    results = [
-        prefill(model, processor, oracle, arguments.rounds),
-        train(model, processor, oracle, arguments.rounds),
-        *(decode(model, processor, oracle, arguments.rounds, rows) for rows in (1, 8)),
-    ]
     machine = f"{os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}, torch {torch.__version__}"
     print(f"{count / 1e6:.1f} M parameters, float32, {machine}")
-    print(f"{'':<20}{'jvlm':>12}{'torch':>12}{'ratio':>8}   torch's best way, check")
-    for r in results:
+    print(f"{'':<20}{'jvlm':>12}{'torch':>12}{'ratio':>8}   torch's best way, check", flush=True)
+    results = []
+    for measure in (prefill, *(functools.partial(decode, rows=rows) for rows in (1, 8)), train):
+        r = measure(model, processor, oracle, arguments.rounds)
+        results.append(r)
         print(
             f"{r['name']:<20}{r['jvlm']:>10,.0f}  {r['torch']:>10,.0f}  {r['ratio']:>6.2f}x   "
-            f"{r['torch way']}, {r['check']}; {r['unit']}"
+            f"{r['torch way']}, {r['check']}; {r['unit']}",
+            flush=True,
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
