@@ -174,7 +174,7 @@ def train(model: VLM, processor: Processor, oracle, rounds: int) -> dict[str, An
     batch = processor.pack(rows)
     template, values = split(model)
     tx = optimizer.make(OptimizerConfig(learning_rate=1e-6), 1000, vlm.parameters(template))
-    step = stepping.make_step(template, tx, loss_chunk=512)
+    step = stepping.make_step(template, tx)
     copies = {path: jnp.array(value) for path, value in values.items()}
     state = stepping.TrainState(jnp.zeros((), jnp.int32), copies, tx.init(copies))
     stacked = stepping.stack([batch])

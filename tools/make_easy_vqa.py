@@ -107,6 +107,20 @@ def rows(archive: tarfile.TarFile, split: str):
         }
 
 
+def shape_question(row):
+    """The row with one turn only, that asks what the shape is; None if the picture has no such question.
+
+    The first stage learns these alone: shapes are the hardest thing to see here, and everything else drowns them out.
+    """
+    messages = row["messages"]
+    for question, answer in zip(messages[::2], messages[1::2], strict=True):
+        if answer["content"] in FILLED:
+            text = "<image>" + question["content"].removeprefix("<image>")
+            turn = [{"role": "user", "content": text}, {"role": "assistant", "content": answer["content"]}]
+            return {"id": f"{row['id']}-shape", "messages": turn, "images": row["images"]}
+    return None
+
+
 def chat_texts(row) -> list[str]:
     """What lies between the special tokens when a row is rendered, roles included."""
     box = str(row["objects"]["bbox"][0])
@@ -144,6 +158,8 @@ def main() -> None:
             (arguments.target / f"easy_vqa_{name}").write_bytes(text)
     for split, content in splits.items():
         print(split, write_shard(arguments.target / f"{split}{SHARD_SUFFIX}", content), "pictures")
+    shapes = filter(None, map(shape_question, splits["train"]))
+    print("shapes", write_shard(arguments.target / f"shapes{SHARD_SUFFIX}", shapes), "pictures")
     texts = [text for row in splits["train"] for text in chat_texts(row)]
     texts += [str(n) for n in range(10, 100)] * 5000  # often enough for each to be one token
     tokenizer = train_tokenizer(texts, VOCABULARY)

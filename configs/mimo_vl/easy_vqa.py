@@ -10,7 +10,7 @@ from jvlm.models.decoders.qwen2 import Qwen2Config
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.layers import Numerics
 from jvlm.models.vlm import VLMConfig
-from jvlm.training.config import CheckpointConfig, EvaluationConfig, Experiment, OptimizerConfig
+from jvlm.training.config import CheckpointConfig, EvaluationConfig, Experiment, OptimizerConfig, Stage
 
 DATA = Path(__file__).parent / "easy_vqa_data"
 PIXELS = 64 * 64
@@ -53,15 +53,20 @@ def get_config() -> Experiment:
         eos_token_id=532,
         numerics=Numerics(compute_dtype="float32", initializer_range=None),
     )
+    optimizer = OptimizerConfig(learning_rate=1.2e-3, warmup=0.03, weight_decay=0.05, beta2=0.99)
+    # Circles, rectangles and triangles are the hardest to tell apart. Learnt first and alone, they take under a minute;
+    # among other questions, where little of the gradient is theirs, they are not learnt in all of the time.
+    shapes = DataConfig(train=(str(DATA / "shapes.arrayrecord"),), rows=8, row_tokens=128, row_patches=192)
     return Experiment(
         name="easy_vqa",
+        stages=(Stage("shapes", shapes, optimizer, steps=450),),
         model=model,
         tokenizer=str(DATA / "tokenizer"),
         processor=ProcessorConfig(limits=PixelLimits(PIXELS, PIXELS, PIXELS, PIXELS)),
-        data=DataConfig(train=(str(DATA / "train.arrayrecord"),), rows=8, row_tokens=384, row_patches=192),
-        optimizer=OptimizerConfig(learning_rate=1.2e-3, warmup=0.03, weight_decay=0.05, beta2=0.99),
+        data=DataConfig(train=(str(DATA / "train.arrayrecord"),), rows=6, row_tokens=512, row_patches=192),
+        optimizer=optimizer,
         checkpoint=CheckpointConfig(every=250),
         evaluation=EvaluationConfig(data=(str(DATA / "test.arrayrecord"),), max_new_tokens=40, batch_size=128),
-        steps=1800,
+        steps=1600,
         log_every=50,
     )

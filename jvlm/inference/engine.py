@@ -25,6 +25,7 @@ from jvlm.models.vlm import VLM
 
 # Shapes are rounded up to 1, 2, 3, 4, 6, 8, 12, ... of these, so that few are ever compiled.
 TOKEN_STEP = 16
+LANES = 128  # a TPU's kernel for decoding takes caches of whole lanes
 FEATURE_STEP = 4
 
 
@@ -85,7 +86,7 @@ class Engine:
             self._graph, self._decoder_graph = (graph, tree), (decoder_graph, decoder_tree)
             self._prefill = jax.jit(self._prefill_step)
             self._begin = jax.jit(self._begin_step, static_argnums=(0, 1))
-            self._decode = jax.jit(self._decode_step, static_argnums=(0, 1), donate_argnums=3)
+            self._decode = jax.jit(self._decode_step, static_argnums=0, donate_argnums=2)
 
     def release(self) -> None:
         """Let go of the parameters, not of what is compiled; `update` takes them again.
@@ -123,7 +124,8 @@ class Engine:
         rows = np.zeros(B, np.int32)
         rows[:count] = range(count) if numbers is None else numbers
         knobs = Knobs.of(sampling, rows)
-        places = packing.bucket(int(lengths.max()) + sampling.max_new_tokens, TOKEN_STEP)
+        on_cpu = jax.default_backend() == "cpu"
+        places = packing.bucket(int(lengths.max()) + sampling.max_new_tokens, TOKEN_STEP if on_cpu else LANES)
         kind, stop, leaves = sampling.kind, list(self.stop_tokens(sampling)), self._decoder_leaves
         logits, cache = self._prefill(self._known, batch, lengths)
         token, state = self._begin(kind, places, leaves, logits, cache, batch, lengths, knobs)
@@ -131,14 +133,14 @@ class Engine:
         running = np.ones(count, bool)
         for left in reversed(range(sampling.max_new_tokens)):
             if left and self.ahead:
-                upcoming, state = self._decode(kind, places, leaves, state, token, knobs)
+                upcoming, state = self._decode(kind, leaves, state, token, knobs)
             chosen = np.asarray(token)[:count]
             yield [int(t) if r else None for t, r in zip(chosen, running, strict=True)]
             running &= ~np.isin(chosen, stop)
             if not left or not running.any():
                 return
             if not self.ahead:
-                upcoming, state = self._decode(kind, places, leaves, state, token, knobs)
+                upcoming, state = self._decode(kind, leaves, state, token, knobs)
             token = upcoming
 
     def completion(self, tokens: Sequence[int], sampling: SamplingConfig) -> Completion:
@@ -184,7 +186,7 @@ class Engine:
         graph, tree = self._decoder_graph
         return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
-    def _decode_step(self, kind: Kind, places: int, leaves, state: DecodeState, token, knobs: Knobs):
+    def _decode_step(self, kind: Kind, leaves, state: DecodeState, token, knobs: Knobs):
         """Run the tokens last chosen through the decoder and choose the next."""
         decoder = self._decoder(leaves)
         B = len(token)
@@ -193,7 +195,7 @@ class Engine:
             jnp.broadcast_to(state.position[:, None, None], (B, 1, 3)),
             jnp.ones((B, 1), jnp.int32),
             cache=state.cache,
-            step=DecodeStep(state.place, (jnp.arange(places) <= state.place[:, None]).astype(jnp.int32)),
+            step=DecodeStep(state.place),
         )
         seen = None if state.seen is None else state.seen.at[jnp.arange(B), token].set(True)
         chosen = sample(decoder.logits(hidden[:, 0]), kind, knobs, state.step, banned=self.banned, seen=seen)

@@ -61,7 +61,6 @@ class PackedBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeStep:
-    """One new token a row: its place in the cache, and which places it sees (1 or 0), its own among them."""
+    """One new token a row: its place in the cache, where it sees all that is before it and itself."""
 
     place: Int[Array, " B"]
-    visible: Int[Array, "B T"]

@@ -91,11 +91,28 @@ class ExportConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of the training that comes before the experiment's own data; the next one goes on from its weights.
+
+    Optimizer state and schedule begin anew. A stage is a run of its own in ``<output>/stages/<name>``.
+
+    Attributes:
+      steps: optimizer steps; None derives them from the experiment's ``epochs``.
+    """
+
+    name: str
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    steps: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """Everything that defines a run; saved in it as experiment.json.
 
     Attributes:
       name: of the run; also its folder under ``output_root``.
+      stages: trained first, in order: alignment before instruction, short rows before long ones.
       model: the architecture, when training from random weights; with ``init_from`` the folder's own is used and
         only ``model.numerics`` counts.
       init_from: Hugging Face or run folder whose weights and processor to start from.
@@ -103,11 +120,11 @@ class Experiment:
       steps: optimizer steps; None derives them from ``epochs``.
       epochs: passes over the data, used when ``steps`` is None; the number of steps is estimated by packing a sample.
       accumulation: batches whose gradients make one step; the loss is averaged over all their tokens.
-      loss_chunk: tokens whose logits exist at a time.
       log_every: steps between log lines.
     """
 
     name: str
+    stages: tuple[Stage, ...] = ()
     model: VLMConfig | None = None
     init_from: str | None = None
     tokenizer: str | None = None
@@ -120,16 +137,18 @@ class Experiment:
     steps: int | None = None
     epochs: float = 3.0
     accumulation: int = 1
-    loss_chunk: int = 4096
     seed: int = 42
     log_every: int = 5
     output_root: str = "runs"
 
     def __post_init__(self):
-        for name in ("accumulation", "log_every", "loss_chunk"):
+        for name in ("accumulation", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.init_from is None and (self.model is None or self.tokenizer is None):
             raise ValueError("give init_from (a folder to start from), or both model and tokenizer")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names) or not all(name.replace("-", "_").isidentifier() for name in names):
+            raise ValueError(f"stages need names of letters, digits, - and _, each its own; got {', '.join(names)}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")

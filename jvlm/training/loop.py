@@ -27,7 +27,7 @@ from jvlm.models.vlm import TOWERS, VLM
 from jvlm.training import optimizer
 from jvlm.training import step as stepping
 from jvlm.training.checkpoint import Checkpoints
-from jvlm.training.config import Experiment
+from jvlm.training.config import EvaluationConfig, Experiment
 from jvlm.training.log import TrainingLog, clock
 from jvlm.training.step import TrainState
 from jvlm.weights import checkpoint, loading
@@ -52,11 +52,45 @@ class Result:
 
 
 def train(experiment: Experiment) -> Result:
-    """Train to the end, resuming from the folder's last checkpoint if there is one.
+    """Train the stages and then the experiment's own data, each to its end or from its last checkpoint on.
 
     Raises:
       ValueError: the folder holds a different experiment; data too bad; a loss that is not finite.
     """
+    results: list[Result] = []
+    for number, run in enumerate(runs_of(experiment), 1):
+        if experiment.stages:
+            print(f"stage {number} of {len(experiment.stages) + 1}: {run.name}")
+        results.append(_train_one(run))
+    return dataclasses.replace(
+        results[-1],
+        steps=sum(r.steps for r in results),
+        seconds=sum(r.seconds for r in results),
+        compilations=sum(r.compilations for r in results),
+        rejected=sum(r.rejected for r in results),
+    )
+
+
+def runs_of(experiment: Experiment) -> list[Experiment]:
+    """The stages as experiments of their own, each going on from the one before it, and the experiment itself."""
+    runs, start = [], experiment.init_from
+    for stage in experiment.stages:
+        run = dataclasses.replace(
+            experiment,
+            name=f"{experiment.name}/stages/{stage.name}",
+            init_from=start,
+            data=stage.data,
+            optimizer=stage.optimizer,
+            steps=stage.steps,
+            stages=(),
+            evaluation=EvaluationConfig(),
+        )
+        runs.append(run)
+        start = str(Path(run.output_root) / run.name)
+    return [*runs, dataclasses.replace(experiment, init_from=start)]
+
+
+def _train_one(experiment: Experiment) -> Result:
     model, processor = start_model(experiment)
     experiment = resolve(experiment, model, processor)
     folder = Path(experiment.output_root) / experiment.name
@@ -66,9 +100,11 @@ def train(experiment: Experiment) -> Result:
     tx = optimizer.make(experiment.optimizer, experiment.steps, learnt)
     params = {path: values[path] for path in learnt}
     frozen = {path: value for path, value in values.items() if path not in learnt}
+    # everything lives on the device it will come back on: a step has one signature, hence one compilation
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    state, frozen = jax.device_put((state, frozen), jax.devices()[0])
     print(describe(experiment, template))
-    step_fn = stepping.make_step(template, tx, experiment.loss_chunk)
+    step_fn = stepping.make_step(template, tx)
     dataset, source = pipeline.training_data(processor, experiment.data, seed=experiment.seed)
     batches = iter(dataset)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from jvlm_kernels import linear_cross_entropy
 
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
@@ -12,8 +13,11 @@ from jvlm.models.vlm import VLM
 Sums = dict[str, Float[Array, ""]]
 
 
-def loss_sums(model: VLM, batch: PackedBatch, chunk: int) -> Sums:
+def loss_sums(model: VLM, batch: PackedBatch, block: int | None = None) -> Sums:
     """Unnormalised sums over the targets of a batch, so that batches of different sizes add up exactly.
+
+    Args:
+      block: vocabulary entries whose logits exist at a time; None chooses by memory.
 
     Returns:
       "loss": weighted cross-entropy in nats; "weight": sum of the weights; "correct": targets (of weight > 0) that
@@ -21,41 +25,22 @@ def loss_sums(model: VLM, batch: PackedBatch, chunk: int) -> Sums:
     """
     hidden, _ = model.hidden(batch)
     with jax.named_scope("loss"):
-        return _sums(model, hidden, batch, chunk)
+        targets, weights = _next_tokens(batch)
+        kernel, vocabulary_first = model.decoder.output_kernel()
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        found = linear_cross_entropy(hidden, kernel, targets, weights, vocabulary_first=vocabulary_first, block=block)
+        return {
+            "loss": found.loss.sum(),
+            "weight": weights.sum(),
+            "correct": found.correct.sum().astype(jnp.float32),
+            "targets": (weights > 0).sum().astype(jnp.float32),
+        }
 
 
-def _sums(model: VLM, hidden, batch: PackedBatch, chunk: int) -> Sums:
+def _next_tokens(batch: PackedBatch):
+    """(targets, weights), each [B * S]: position t predicts token t + 1, the last of a conversation nothing."""
     tokens, weights = jnp.asarray(batch.tokens), jnp.asarray(batch.loss_weights)
     segments = jnp.asarray(batch.segment_ids)
     same = segments[:, 1:] == segments[:, :-1]
-    # position t predicts token t + 1; the last of a row predicts nothing
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))).reshape(-1)
-    weights = jnp.pad(weights[:, 1:] * same, ((0, 0), (0, 1))).reshape(-1)
-    x = hidden.reshape(-1, hidden.shape[-1])
-
-    def part(x, targets, weights) -> Sums:
-        logits = model.decoder.logits(x)
-        log_total = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        learnt = weights > 0
-        return {
-            "loss": jnp.sum(weights * (log_total - chosen)),
-            "weight": jnp.sum(weights),
-            "correct": jnp.sum(learnt & (logits.argmax(-1) == targets)).astype(jnp.float32),
-            "targets": jnp.sum(learnt).astype(jnp.float32),
-        }
-
-    count = -(-x.shape[0] // chunk)
-    if count == 1:
-        return part(x, targets, weights)
-    pad = count * chunk - x.shape[0]
-    split = [
-        jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1)).reshape(count, chunk, *a.shape[1:])
-        for a in (x, targets, weights)
-    ]
-
-    def step(total: Sums, inputs) -> tuple[Sums, None]:
-        return jax.tree.map(jnp.add, total, part(*inputs)), None
-
-    zero = {name: jnp.zeros((), jnp.float32) for name in ("loss", "weight", "correct", "targets")}
-    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), zero, tuple(split))[0]
+    return targets, jnp.pad(weights[:, 1:] * same, ((0, 0), (0, 1))).reshape(-1)

@@ -54,4 +54,4 @@ def make(config: OptimizerConfig, steps: int, variables: Mapping[str, nnx.Variab
 def tower_norms(gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Gradient norm of each tower that is learnt."""
     present = [t for t in TOWERS if any(tower_of(p) == t for p in gradients)]
-    return {t: optax.global_norm([g for p, g in gradients.items() if tower_of(p) == t]) for t in present}
+    return {t: optax.tree.norm([g for p, g in gradients.items() if tower_of(p) == t]) for t in present}

@@ -33,7 +33,7 @@ class TrainState:
 Step = Callable[[TrainState, Params, PackedBatch], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def make_step(template: VLM, tx: optax.GradientTransformation, loss_chunk: int) -> Step:
+def make_step(template: VLM, tx: optax.GradientTransformation) -> Step:
     """``(state, frozen, batches) -> (state, metrics)``, with ``batches`` stacked on a leading accumulation axis.
 
     The loss is averaged over the weights of all accumulated batches, so it equals that of one large batch.
@@ -41,7 +41,7 @@ def make_step(template: VLM, tx: optax.GradientTransformation, loss_chunk: int) 
     """
 
     def sums(params: Params, frozen: Params, batch: PackedBatch):
-        result = loss_sums(vlm.bind(template, {**frozen, **params}), batch, loss_chunk)
+        result = loss_sums(vlm.bind(template, {**frozen, **params}), batch)
         return result["loss"], result
 
     gradient = jax.value_and_grad(sums, has_aux=True)
@@ -57,7 +57,7 @@ def make_step(template: VLM, tx: optax.GradientTransformation, loss_chunk: int) 
         metrics = {
             "loss": total["loss"] / weight,
             "token_acc": total["correct"] / jnp.maximum(total["targets"], 1),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             **{f"grad_norm/{tower}": norm for tower, norm in optimizer.tower_norms(grads).items()},
         }
         with jax.named_scope("update"):

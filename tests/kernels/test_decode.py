@@ -1,33 +1,129 @@
-"""Attention to a cache equals attention to the whole sequence."""
+"""Attention to a cache equals attention to the whole sequence, contiguous or paged, with every implementation."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jvlm_kernels import cached_attention, open_cache, reference_attention
+from jvlm_kernels import (
+    Unavailable,
+    cached_attention,
+    decode_attention,
+    decode_implementations,
+    extend_cache,
+    open_cache,
+    reference_attention,
+)
 
-T, D = 24, 8
+D = 16
+every_implementation = pytest.mark.parametrize("implementation", decode_implementations())
 
 
-@pytest.mark.parametrize(("rows", "heads", "kv_heads"), [(1, 4, 2), (3, 4, 1), (1, 2, 1)])
-def test_tokens_one_by_one_equal_causal_attention_over_the_whole_sequence(rows, heads, kv_heads):
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(rows, T, h, D)).astype(np.float32) for h in (heads, kv_heads, kv_heads))
-    segments = np.ones((rows, T), np.int32)
-    expected, _ = reference_attention(*map(jnp.asarray, (q, k, v, segments, segments)), causal=True)
+def options_of(implementation):
+    return {"implementation": implementation, "interpret": implementation.startswith("pallas")}
+
+
+def brute_force(q, k, v, lengths, window=None):
+    """float64, one token at a time. k and v [B, T, K, D] hold each sequence from place 0 on."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    B, S, H, _ = q.shape
+    out = np.zeros(q.shape)
+    for b, s, h in np.ndindex(B, S, H):
+        place = int(lengths[b]) - S + s
+        first = 0 if window is None else max(0, place - window + 1)
+        if place >= 0:
+            keys = slice(first, place + 1)
+            scores = k[b, keys, h // (H // k.shape[2])] @ q[b, s, h] * D**-0.5
+            weights = np.exp(scores - scores.max())
+            out[b, s, h] = weights @ v[b, keys, h // (H // k.shape[2])] / weights.sum()
+    return out
+
+
+def random_call(B, S, heads, kv_heads, T, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(B, n, h, D)).astype(np.float32) for n, h in ((S, heads), (T, kv_heads), (T, kv_heads))]
+
+
+def paged(k, v, size, seed=0):
+    """(pages, block tables) that hold the same keys and values at random places, among pages of rubbish."""
+    B, T, K, _ = k.shape
+    count = -(-T // size)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(B * count + 3)
+    keys = rng.normal(size=(len(order), K, D, size)).astype(np.float32)
+    values = rng.normal(size=(len(order), K, size, D)).astype(np.float32)
+    tables = order[: B * count].reshape(B, count)
+    for b, n in np.ndindex(B, count):
+        part = slice(n * size, (n + 1) * size)
+        keys[tables[b, n]] = k[b, part].transpose(1, 2, 0)
+        values[tables[b, n]] = v[b, part].transpose(1, 0, 2)
+    return tuple(map(jnp.asarray, (keys, values))), jnp.asarray(tables, jnp.int32)
+
+
+CASES = {
+    "one row": {"heads": 4, "kv_heads": 2, "lengths": [77]},
+    "rows of different lengths": {"heads": 4, "kv_heads": 1, "lengths": [1, 130, 256, 97]},
+    "one head each": {"heads": 2, "kv_heads": 2, "lengths": [200, 3]},
+    "a few new tokens": {"heads": 4, "kv_heads": 2, "lengths": [5, 190], "S": 5},
+    "new tokens before the beginning": {"heads": 4, "kv_heads": 2, "lengths": [2, 0, 60], "S": 3},
+    "window": {"heads": 4, "kv_heads": 2, "lengths": [250, 30], "window": 40},
+    "window, a few new tokens": {"heads": 2, "kv_heads": 1, "lengths": [250, 133], "window": 10, "S": 4},
+}
+
+
+@every_implementation
+@pytest.mark.parametrize("pages", [None, 32], ids=["contiguous", "paged"])
+@pytest.mark.parametrize("case", CASES)
+def test_new_tokens_see_their_past_and_nothing_else(case, pages, implementation):
+    settings = dict(CASES[case])
+    lengths, S, window = np.array(settings.pop("lengths")), settings.pop("S", 1), settings.pop("window", None)
+    q, k, v = random_call(len(lengths), S, T=256, **settings)
+    expected = brute_force(q, k, v, lengths, window)
+    if pages is None:
+        cache, tables = open_cache(jnp.asarray(k), jnp.asarray(v), 256), None
+    else:
+        cache, tables = paged(k, v, pages)
+    found = decode_attention(
+        jnp.asarray(q),
+        cache,
+        jnp.asarray(lengths),
+        block_tables=tables,
+        window=window,
+        **options_of(implementation),
+    )
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+@every_implementation
+def test_bfloat16_is_summed_in_float32(implementation):
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in random_call(2, 1, 4, 2, 256))
+    found = decode_attention(q, open_cache(k, v, 256), jnp.asarray([256, 100]), **options_of(implementation))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float32), brute_force(q, k, v, [256, 100]), atol=2e-2)
+
+
+@pytest.mark.parametrize("pages", [None, 8], ids=["contiguous", "paged"])
+@pytest.mark.parametrize(("rows", "heads", "kv_heads", "new"), [(1, 4, 2, 1), (3, 4, 1, 2), (1, 2, 1, 3)])
+def test_tokens_put_in_one_by_one_equal_causal_attention_over_the_whole_sequence(rows, heads, kv_heads, new, pages):
+    T = 24
+    q, k, v = random_call(rows, T, heads, kv_heads, T)
+    segments = jnp.ones((rows, T), jnp.int32)
+    expected, _ = reference_attention(*map(jnp.asarray, (q, k, v)), segments, segments, causal=True)
     # rows begin with prompts of different lengths, and the places behind a prompt hold rubbish
     lengths = 5 + 2 * np.arange(rows)
     longest = int(lengths.max())
     held = np.arange(longest) < lengths[:, None]
     prompt = [np.where(held[..., None, None], x[:, :longest], 1e3).astype(np.float32) for x in (k, v)]
-    cache = open_cache(*map(jnp.asarray, prompt), T)
+    if pages is None:
+        cache, tables = open_cache(*map(jnp.asarray, prompt), T), None
+    else:
+        full = [np.pad(x, ((0, 0), (0, T - longest), (0, 0), (0, 0)), constant_values=1e3) for x in prompt]
+        cache, tables = paged(*full, pages)
     step = jax.jit(cached_attention)
-    for i in range(T - longest):
-        place = lengths + i
-        new = [jnp.asarray(np.take_along_axis(x, place[:, None, None, None], axis=1)) for x in (q, k, v)]
-        visible = (np.arange(T) <= place[:, None]).astype(np.int32)
-        out, cache = step(*new, cache, jnp.asarray(place, jnp.int32), jnp.asarray(visible))
-        wanted = np.take_along_axis(np.asarray(expected), place[:, None, None, None], axis=1)
+    for i in range(0, T - longest - new + 1, new):
+        places = (lengths + i)[:, None] + np.arange(new)
+        fresh = [jnp.asarray(np.take_along_axis(x, places[:, :, None, None], axis=1)) for x in (q, k, v)]
+        out, cache = step(*fresh, cache, jnp.asarray(lengths + i, jnp.int32), block_tables=tables)
+        wanted = np.take_along_axis(np.asarray(expected), places[:, :, None, None], axis=1)
         np.testing.assert_allclose(out, wanted, atol=1e-5)
 
 
@@ -41,18 +137,45 @@ def test_a_donated_cache_is_updated_in_place(rows):
         jax.ShapeDtypeStruct((rows, kv_heads, places, D), jnp.float32),
     )
     place = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    visible = jax.ShapeDtypeStruct((rows, places), jnp.int32)
-    memory = (
-        jax.jit(cached_attention, donate_argnums=3).lower(q, k, v, cache, place, visible).compile().memory_analysis()
-    )
+    memory = jax.jit(cached_attention, donate_argnums=3).lower(q, k, v, cache, place).compile().memory_analysis()
     held = 4 * rows * kv_heads * D * places
     assert memory.alias_size_in_bytes == 2 * held
     assert memory.temp_size_in_bytes < held
 
 
-def test_more_than_one_new_token_is_refused():
-    cache = open_cache(jnp.zeros((1, 4, 2, D)), jnp.zeros((1, 4, 2, D)), 8)
-    new = jnp.zeros((1, 2, 2, D))
+@pytest.mark.parametrize("pages", [None, 8], ids=["contiguous", "paged"])
+def test_what_lies_behind_the_cache_is_not_written(pages):
+    _, k, v = random_call(2, 1, 2, 2, 16)
+    new = jnp.full((2, 3, 2, D), 7.0)
+    cache, tables = (open_cache(jnp.asarray(k), jnp.asarray(v), 16), None) if pages is None else paged(k, v, pages)
+    after = extend_cache(cache, new, new, jnp.asarray([14, 16]), block_tables=tables)
+    assert [int((x == 7).sum()) for x in after] == [2 * 2 * D] * 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"lengths": jnp.ones(3, jnp.int32)}, "do not fit 2 sequences"),
+        ({"cache": open_cache(jnp.zeros((3, 8, 2, D)), jnp.zeros((3, 8, 2, D)), 8)}, "pages need block_tables"),
+        ({"block_tables": jnp.zeros((3, 1), jnp.int32)}, "do not fit 2 sequences"),
+        ({"window": 0}, "window must be positive"),
+        ({"implementation": "flash"}, "unknown implementation 'flash'"),
+    ],
+)
+def test_a_call_that_makes_no_sense_is_refused(changed, says):
+    call = {
+        "cache": open_cache(jnp.zeros((2, 8, 2, D)), jnp.zeros((2, 8, 2, D)), 8),
+        "lengths": jnp.ones(2, jnp.int32),
+        **changed,
+    }
     # by the shape annotation, which tests check, or else by the function itself
-    with pytest.raises((ValueError, TypeError), match=r"one new token a row, got 2|B 1 H D"):
-        cached_attention(new, new, new, cache, jnp.zeros(1, jnp.int32), jnp.ones((1, 8), jnp.int32))
+    with pytest.raises((ValueError, TypeError), match=f"{says}|did not match the type annotation|Type-check"):
+        decode_attention(jnp.zeros((2, 1, 4, D)), **call)
+
+
+def test_a_kernel_asked_for_on_the_wrong_device_says_so():
+    if jax.default_backend() == "tpu":
+        pytest.skip("this is the right device")
+    cache = open_cache(jnp.zeros((1, 128, 2, D)), jnp.zeros((1, 128, 2, D)), 128)
+    with pytest.raises(Unavailable, match=r"pallas_tpu: runs on tpu, the device here is"):
+        decode_attention(jnp.zeros((1, 1, 4, D)), cache, jnp.ones(1, jnp.int32), implementation="pallas_tpu")

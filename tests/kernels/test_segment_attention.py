@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import jvlm_kernels
 import numpy as np
 import pytest
-from jvlm_kernels import Unavailable, implementations, segment_attention
-from jvlm_kernels.attention import api, xla
+from jvlm_kernels import Unavailable, implementations, platforms, segment_attention
+from jvlm_kernels.attention import api, tuning, xla
 
 from tests.support import ROOT, run_python
 
@@ -17,7 +17,9 @@ HEAD = 8
 _QUICK = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
 
-def brute_force(q, k, v, q_segments, kv_segments, *, causal=False, window=None, scale=None, weights=None, **_):
+def brute_force(
+    q, k, v, q_segments, kv_segments, *, causal=False, window=None, scale=None, q_offset=0, weights=None, **_
+):
     """One query at a time over the keys it may see.
 
     Returns (out, logsumexp, (dq, dk, dv)), the gradients of ``sum(out * weights) + sum(logsumexp * weights[..., 0])``.
@@ -28,13 +30,15 @@ def brute_force(q, k, v, q_segments, kv_segments, *, causal=False, window=None, 
     weights = np.zeros(q.shape) if weights is None else weights
     out, logsumexp = np.zeros(q.shape), np.full((B, S, H), -np.inf)
     dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+    offsets = np.broadcast_to(q_offset, B)
     for b, s in np.ndindex(B, S):
+        place = s + offsets[b]
         keys = [
             t
             for t in range(k.shape[1])
             if q_segments[b, s] == kv_segments[b, t] != 0
-            and not (causal and t > s)
-            and not (window is not None and abs(s - t) >= window)
+            and not (causal and t > place)
+            and not (window is not None and abs(place - t) >= window)
         ]
         for h in range(H) if keys else ():
             K, V = k[b, keys, h // group], v[b, keys, h // group]
@@ -73,7 +77,8 @@ def with_segments(args, ids):
     return *args[:3], jnp.asarray(ids, jnp.int32), jnp.asarray(ids, jnp.int32)
 
 
-STRATEGIES = ("dense", "staircase", "local", "chunked")
+STRATEGIES = ("dense", "staircase", "local", "blocked")
+BLOCK = 16
 
 # strategy of xla, and what is special -> inputs, options
 CASES = {
@@ -106,10 +111,28 @@ CASES = {
     "staircase, short window": (inputs(60), {"causal": True, "window": 3}),
     "staircase, promise": (inputs(60, lengths=([35, 20], [12] * 4)), {"causal": True, "max_segment_length": 35}),
     "staircase, one key head": (inputs(50, kv_heads=1), {"causal": True}),
-    "chunked": (inputs(50), {}),
-    "chunked, causal": (inputs(50), {"causal": True}),
-    "chunked, causal window": (inputs(50), {"causal": True, "window": 7}),
-    "chunked, other key length": (inputs(37, T=50), {}),
+    "blocked": (inputs(50), {}),
+    "blocked, causal": (inputs(50), {"causal": True}),
+    "blocked, causal window": (inputs(50), {"causal": True, "window": 7}),
+    "blocked, other key length": (inputs(37, T=50), {}),
+    "blocked, one head each": (inputs(50, heads=2, kv_heads=2), {"causal": True}),
+    "blocked, one key head": (inputs(50, heads=4, kv_heads=1), {}),
+    "blocked, many segments": (inputs(64, lengths=([16, 15, 1, 1, 17, 8], [1] * 33)), {"causal": True}),
+    "blocked, one long segment": (inputs(64, lengths=([64], [63])), {"causal": True}),
+    "blocked, promise": (inputs(64, lengths=([20, 20, 3, 20], [9] * 7)), {"max_segment_length": 20}),
+    "blocked, causal promise": (
+        inputs(64, lengths=([20, 20, 3, 20], [9] * 7)),
+        {"max_segment_length": 20, "causal": True},
+    ),
+    "blocked, an empty row": (inputs(48, lengths=([48], [])), {"causal": True}),
+    "blocked, scattered segments": (
+        with_segments(inputs(40), np.random.default_rng(5).integers(0, 4, (2, 40))),
+        {"causal": True},
+    ),
+    "blocked, falling segments": (with_segments(inputs(48), np.arange(95, -1, -1).reshape(2, 48) // 7), {}),
+    "blocked, a part of the queries": (inputs(20, T=60), {"causal": True, "q_offset": 30}),
+    "blocked, an offset each row": (inputs(20, T=60), {"causal": True, "window": 9, "q_offset": jnp.asarray([40, 3])}),
+    "dense, a part of the queries": (inputs(12, T=30), {"causal": True, "q_offset": 7}),
 }
 
 
@@ -130,7 +153,14 @@ def attend(args, implementation, **options):
 
     def total(q, k, v, *segments):
         out, logsumexp = segment_attention(
-            q, k, v, *segments, **options, implementation=implementation, return_logsumexp=True
+            q,
+            k,
+            v,
+            *segments,
+            **options,
+            implementation=implementation,
+            interpret=implementation.startswith("pallas"),
+            return_logsumexp=True,
         )
         finite = jnp.where(jnp.isfinite(logsumexp), logsumexp, 0.0)
         return (out * weights).sum() + (finite * weights[..., 0]).sum(), (out, logsumexp)
@@ -146,22 +176,36 @@ def found_of(case, implementation):
     args, options = CASES[case]
     with pytest.MonkeyPatch.context() as patch:
         wanted = case.split(",")[0]
-        if wanted == "chunked":
+        if wanted == "blocked":
             patch.setattr(xla, "_DENSE_SCORES", 100)
-            patch.setattr(xla, "_CHUNK", 16)
+            patch.setattr(xla, "_BLOCK", BLOCK)
+            # the steps of a staircase and the neighbours of a block would do for these small sizes
+            patch.setattr(xla, "_STEPS", 0)
+            patch.setattr(xla, "_local", None)
         if wanted == "staircase":
             patch.setattr(xla, "_STEP", 16)
-        spec = api.AttentionSpec(options.get("causal", False), None, 1.0, options.get("max_segment_length"))
-        chosen = xla._plan(spec, args[0].shape[1], args[1].shape[1]).__name__
-        assert chosen == f"_{wanted}" or wanted not in STRATEGIES
+        small_blocks(patch, args)
+        spec = api.AttentionSpec(
+            options.get("causal", False), None, 1.0, options.get("max_segment_length"), "q_offset" in options
+        )
+        chosen = xla._strategy(spec, args[0].shape[1], args[1].shape[1])
+        assert wanted not in STRATEGIES or chosen is getattr(xla, f"_{wanted}", None)
         return attend(args, implementation, **options)
 
 
+def small_blocks(patch, args):
+    """Blocks so small that these rows have several; two key heads together where there is one query head each."""
+    heads = 2 if args[0].shape[2] == args[1].shape[2] else 1
+    patch.setattr(tuning, "tpu_blocks", lambda *_: tuning.Blocks(BLOCK, 2 * BLOCK, heads))
+    patch.setattr(tuning, "cuda_blocks", lambda *_: tuning.Blocks(2 * BLOCK, BLOCK))
+    platforms._function.cache_clear()
+
+
 every_implementation = pytest.mark.parametrize("implementation", implementations())
-# the strategies are xla's own: the others compute them as they compute the dense cases
+# tiles are xla's own; the Pallas kernels and the reference know only one way
 every_case = pytest.mark.parametrize(
     ("case", "implementation"),
-    [(c, i) for c in CASES for i in implementations() if i == "xla" or c.split(",")[0] not in STRATEGIES[1:]],
+    [(c, i) for c in CASES for i in implementations() if i == "xla" or c.split(",")[0] not in ("staircase", "local")],
 )
 
 
@@ -251,7 +295,11 @@ def changed(**places):
 
 
 REFUSED = {
-    "an unknown implementation": (changed(), {"implementation": "flash"}, "unknown implementation 'flash'; known: xla"),
+    "an unknown implementation": (
+        changed(),
+        {"implementation": "flash"},
+        "unknown implementation .flash.; known: pallas_tpu",
+    ),
     "heads that do not divide": (
         changed(q=np.zeros((1, 8, 3, HEAD), np.float32)),
         {},
@@ -262,12 +310,12 @@ REFUSED = {
     "causal with other key length": (
         changed(q=np.zeros((1, 4, 4, HEAD), np.float32), q_segments=np.ones((1, 4), np.int32)),
         {"causal": True},
-        "causal attention needs equal lengths, got S=4 and T=8",
+        "causal attention needs equal lengths or a q_offset, got S=4 and T=8",
     ),
     "a promise with other key length": (
         changed(q=np.zeros((1, 4, 4, HEAD), np.float32), q_segments=np.ones((1, 4), np.int32)),
         {"max_segment_length": 4},
-        "max_segment_length needs equal lengths, got S=4 and T=8",
+        "max_segment_length needs queries and keys to be the same row",
     ),
     "a window of nothing": (changed(), {"window": 0}, "window must be positive, got 0"),
     "a promise of nothing": (changed(), {"max_segment_length": 0}, "max_segment_length must be positive, got 0"),
@@ -290,7 +338,7 @@ def test_when_nothing_can_run_every_reason_is_given(monkeypatch):
         return check
 
     for name in implementations():
-        module = __import__(api._MODULES[name], fromlist=["check"])
+        module = platforms.module(api._OPERATION.modules[name])
         monkeypatch.setattr(module, "check", unable(name))
     with pytest.raises(Unavailable, match=r"xla: xla has its reasons; reference: reference has its reasons"):
         segment_attention(*changed())

@@ -44,7 +44,7 @@ def write_rows(folder: Path, count: int = 24, *, video: bool = False) -> Path:
 
 
 def experiment(folder: Path, rows: Path, *overrides: str, **changes: Any) -> Experiment:
-    """The demo's experiment, small, on ``rows``, with its run under ``folder``."""
+    """The demo's experiment, small and without stages, on ``rows``, with its run under ``folder``."""
     fields = {
         "--name": "run",
         "--output_root": str(folder),
@@ -68,7 +68,7 @@ def experiment(folder: Path, rows: Path, *overrides: str, **changes: Any) -> Exp
     arguments = [value for pair in fields.items() for value in pair]
     arguments += ["--model.decoder.mrope_section", "2", "3", "3", "--evaluation.data"]
     result = load_experiment("mimo_vl/easy_vqa", [*arguments, *overrides])
-    return dataclasses.replace(result, **changes)
+    return dataclasses.replace(result, **{"stages": (), **changes})
 
 
 def losses(folder: Path) -> dict[int, float]:

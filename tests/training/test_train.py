@@ -18,6 +18,7 @@ from jvlm.data import pipeline
 from jvlm.models import vlm
 from jvlm.training import loop, optimizer
 from jvlm.training import step as stepping
+from jvlm.training.config import OptimizerConfig, Stage
 from tests.training import support
 
 WORKER = """
@@ -90,6 +91,29 @@ def test_a_tower_at_learning_rate_0_stays_bit_equal_and_the_others_move(tmp_path
     assert line.split()[2:] == ["0", "frozen"]
 
 
+def test_a_stage_goes_on_from_the_one_before_it_and_a_restart_repeats_nothing(tmp_path, rows, capsys):
+    data = support.experiment(tmp_path, rows).data
+    stage = Stage("warm-up", dataclasses.replace(data, rows=1), OptimizerConfig(encoder_lr=0.0), steps=3)
+    experiment = support.experiment(tmp_path, rows, "--steps", "2", stages=(stage,))
+    result = loop.train(experiment)
+    assert (result.steps, result.compilations) == (5, 2)
+    assert "stage 1 of 2: run/stages/warm-up" in capsys.readouterr().out
+    first, second = loop.runs_of(experiment)
+    begun, learnt = _values(loop.start_model(first)[0]), _values(loop.start_model(second)[0])
+    changed = {path.partition(".")[0] for path in begun if not np.array_equal(begun[path], learnt[path])}
+    assert changed == {"connector", "decoder"}
+    again = loop.train(experiment)
+    assert again.compilations == 0
+    assert all(np.array_equal(x, y) for x, y in zip(*(_values(r.model).values() for r in (result, again)), strict=True))
+
+
+@pytest.mark.parametrize("names", [("a", "a"), ("a b",), ("..",)])
+def test_stages_need_names_that_can_be_folders(tmp_path, rows, names):
+    data = support.experiment(tmp_path, rows).data
+    with pytest.raises(ValueError, match="stages need names"):
+        support.experiment(tmp_path, rows, stages=tuple(Stage(name, data) for name in names))
+
+
 def test_every_parameter_changes_when_nothing_is_frozen(tmp_path, rows):
     experiment = support.experiment(tmp_path, rows, "--steps", "2")
     before = _values(loop.start_model(experiment)[0])
@@ -105,7 +129,7 @@ def test_accumulated_gradients_equal_those_of_one_large_batch(tmp_path, rows):
     large = next(iter(pipeline.training_data(processor, data, seed=0)[0])).batch
     halves = [jax.tree.map(lambda x, i=i: x[i : i + 2], large) for i in (0, 2)]
     tx = optimizer.make(experiment.optimizer, 10, vlm.parameters(template))
-    step = stepping.make_step(template, tx, loss_chunk=64)
+    step = stepping.make_step(template, tx)
 
     def run(batches):
         copies = {path: value.copy() for path, value in values.items()}
@@ -123,7 +147,7 @@ def test_loss_does_not_depend_on_the_chunk_of_logits(tmp_path, rows):
     batch = next(iter(pipeline.training_data(processor, experiment.data, seed=0)[0])).batch
     from jvlm.training.loss import loss_sums
 
-    whole, parts = loss_sums(model, batch, 10_000), loss_sums(model, batch, 37)
+    whole, parts = loss_sums(model, batch), loss_sums(model, batch, block=37)
     for name in whole:
         np.testing.assert_allclose(whole[name], parts[name], rtol=1e-5)
     logits = np.asarray(model(batch), np.float64)[:, :-1]

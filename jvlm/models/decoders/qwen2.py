@@ -78,7 +78,7 @@ class DecoderAttention(nnx.Module):
                 implementation=self.implementation,
             )
         else:
-            mixed, cache = cached_attention(q, k, v, cache, step.place, step.visible)
+            mixed, cache = cached_attention(q, k, v, cache, step.place)
         return self.out(layers.save_attention(mixed).reshape(B, S, -1)), cache
 
 
@@ -154,5 +154,10 @@ class Qwen2Decoder(nnx.Module):
     def logits(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """Float32 scores over the vocabulary."""
         dtype = jnp.dtype(self.numerics.compute_dtype)
-        kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
+        kernel, vocabulary_first = self.output_kernel()
+        kernel = kernel.T if vocabulary_first else kernel
         return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+
+    def output_kernel(self) -> tuple[Float[Array, "V D"] | Float[Array, "D V"], bool]:
+        """The matrix behind `logits`, as it is stored, and whether its vocabulary comes first."""
+        return (self.embedding[...], True) if self.head is None else (self.head.kernel[...], False)

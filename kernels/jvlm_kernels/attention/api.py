@@ -1,4 +1,4 @@
-"""The one attention call and the choice of its implementation.
+"""The one attention call, the choice of its implementation, and its gradient.
 
 Shapes: B rows, S queries, T keys, H query heads, K key/value heads (H a multiple of K), D head size.
 """
@@ -6,15 +6,16 @@ Shapes: B rows, S queries, T keys, H query heads, K key/value heads (H a multipl
 from __future__ import annotations
 
 import dataclasses
-import importlib
-from collections.abc import Callable
+import functools
 
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jvlm_kernels.platforms import Operation
 
-class Unavailable(Exception):
-    """Why an implementation cannot run one particular call."""
+OUT_NAME, LOGSUMEXP_NAME = "segment_attention_out", "segment_attention_logsumexp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,32 +23,40 @@ class AttentionSpec:
     """The static part of a call: what an implementation may decide on before it sees values.
 
     Attributes:
-      causal: key index must not exceed query index; needs S == T.
+      causal: key index must not exceed query index.
       window: a query sees keys fewer than ``window`` places away (behind it, when causal); None is no limit.
       scale: multiplies the query-key products.
       max_segment_length: promise that no segment is longer and that equal ids are contiguous. It needs
         ``q_segments`` and ``kv_segments`` to be the same ids; implementations use it to skip keys out of reach.
+      shifted: whether queries have places of their own among the keys (``q_offset``).
+      interpret: run a Pallas kernel in the interpreter, on any device.
     """
 
     causal: bool
     window: int | None
     scale: float
     max_segment_length: int | None
+    shifted: bool = False
+    interpret: bool = False
 
 
-Implementation = Callable[..., tuple[Array, Array]]
-
-# Best first. A module offers ``check(spec, q, k, v) -> None`` (raises Unavailable) and
-# ``attention(spec, q, k, v, q_segments, kv_segments) -> (out, logsumexp)``.
-_MODULES = {
-    "xla": "jvlm_kernels.attention.xla",
-    "reference": "jvlm_kernels.attention.reference",
-}
+# Each offers ``forward(spec, q, k, v, q_segments, kv_segments, offsets) -> (out, logsumexp)`` and
+# ``backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_out, d_logsumexp) -> (dq, dk, dv)``;
+# offsets are int32 [B].
+_OPERATION = Operation(
+    "segment_attention",
+    {
+        "pallas_tpu": "jvlm_kernels.attention.tpu",
+        "pallas_gpu": "jvlm_kernels.attention.gpu",
+        "xla": "jvlm_kernels.attention.xla",
+        "reference": "jvlm_kernels.attention.reference",
+    },
+)
 
 
 def implementations() -> tuple[str, ...]:
     """Names accepted by ``implementation=``, in order of preference."""
-    return tuple(_MODULES)
+    return tuple(_OPERATION.modules)
 
 
 def segment_attention(
@@ -61,48 +70,66 @@ def segment_attention(
     window: int | None = None,
     scale: float | None = None,
     max_segment_length: int | None = None,
+    q_offset: int | Int[Array, ""] | Int[Array, " B"] | None = None,
     implementation: str | None = None,
+    interpret: bool = False,
     return_logsumexp: bool = False,
 ) -> Float[Array, "B S H D"] | tuple[Float[Array, "B S H D"], Float[Array, "B S H"]]:
     """Softmax attention in which a query sees the keys of its own segment only.
 
     Segment 0 is padding: it sees nothing and is seen by nothing. A query that sees no key gives zeros, a
-    logsumexp of -inf and zero gradients. Scores and softmax are float32 whatever the inputs.
+    logsumexp of -inf and zero gradients. Scores and softmax are float32 whatever the inputs. Cost follows the blocks
+    of scores that segments touch, if ids ascend along the row; the result is right for ids in any order.
+
+    Under `jax.checkpoint`, the policy ``save_only_these_names("segment_attention_out",
+    "segment_attention_logsumexp")`` keeps what the backward pass needs, so that it computes no second forward pass.
 
     Args:
       scale: defaults to D ** -0.5.
       max_segment_length: see `AttentionSpec`; a hint for speed that never changes the result while it is true.
-      implementation: a name of `implementations()`; None takes the first that supports the call.
+      q_offset: place of the first query among the keys, for causal and window, where queries are a part of a longer
+        row (context parallelism); one number or one a row. None is 0 and, when causal, needs S == T.
+      implementation: a name of `implementations()`; None takes the first that supports dtype, shape and the device
+        that the program is compiled for, also when that is not a device of this machine.
+      interpret: run the named Pallas implementation in the interpreter, for tests.
       return_logsumexp: also return the float32 logsumexp of the scaled scores.
 
     Raises:
       ValueError: shapes that do not fit together, or an unknown implementation.
       Unavailable: the implementation asked for (or every one) cannot run this call; says why for each.
     """
-    _check_shapes(q, k, v, q_segments, kv_segments, causal, window)
+    _check_shapes(q, k, v, q_segments, kv_segments, causal, window, q_offset)
     if max_segment_length is not None and max_segment_length < 1:
         raise ValueError(f"max_segment_length must be positive, got {max_segment_length}")
-    if max_segment_length is not None and q.shape[1] != k.shape[1]:
-        raise ValueError(f"max_segment_length needs equal lengths, got S={q.shape[1]} and T={k.shape[1]}")
-    spec = AttentionSpec(causal, window, q.shape[-1] ** -0.5 if scale is None else scale, max_segment_length)
-    names = implementations() if implementation is None else (implementation,)
-    reasons = []
-    for name in names:
-        if name not in _MODULES:
-            raise ValueError(f"unknown implementation {name!r}; known: {', '.join(_MODULES)}")
-        module = importlib.import_module(_MODULES[name])
-        try:
-            module.check(spec, q, k, v)
-        except Unavailable as reason:
-            reasons.append(f"{name}: {reason}")
-            continue
-        with jax.named_scope(f"segment_attention_{name}"):
-            out, logsumexp = module.attention(spec, q, k, v, q_segments, kv_segments)
-        return (out, logsumexp) if return_logsumexp else out
-    raise Unavailable("no attention implementation can run this call: " + "; ".join(reasons))
+    if max_segment_length is not None and (q.shape[1] != k.shape[1] or q_offset is not None):
+        raise ValueError("max_segment_length needs queries and keys to be the same row, without q_offset")
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    spec = AttentionSpec(causal, window, scale, max_segment_length, q_offset is not None, interpret)
+    names = _OPERATION.runnable(implementation, interpret, spec, q, k, v)
+    offsets = jnp.broadcast_to(jnp.asarray(0 if q_offset is None else q_offset, jnp.int32), q.shape[:1])
+    out, logsumexp = _attend(spec, names, q, k, v, q_segments, kv_segments, offsets)
+    return (out, logsumexp) if return_logsumexp else out
 
 
-def _check_shapes(q, k, v, q_segments, kv_segments, causal, window) -> None:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(spec, names, q, k, v, q_segments, kv_segments, offsets):
+    return _OPERATION.run(spec, names, "forward", q, k, v, q_segments, kv_segments, offsets)
+
+
+def _attend_forward(spec, names, *inputs):
+    out, logsumexp = _attend(spec, names, *inputs)
+    out, logsumexp = checkpoint_name(out, OUT_NAME), checkpoint_name(logsumexp, LOGSUMEXP_NAME)
+    return (out, logsumexp), (*inputs, out, logsumexp)
+
+
+def _attend_backward(spec, names, saved, cotangents):
+    return (*_OPERATION.run(spec, names, "backward", *saved, *cotangents), None, None, None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _check_shapes(q, k, v, q_segments, kv_segments, causal, window, q_offset) -> None:
     B, S, H, D = q.shape
     T, K = k.shape[1:3]
     if k.shape != (B, T, K, D) or v.shape != k.shape:
@@ -111,7 +138,9 @@ def _check_shapes(q, k, v, q_segments, kv_segments, causal, window) -> None:
         raise ValueError(f"{H} query heads are not a multiple of {K} key/value heads")
     if q_segments.shape != (B, S) or kv_segments.shape != (B, T):
         raise ValueError(f"segment ids {q_segments.shape}, {kv_segments.shape} do not fit q {q.shape}, k {k.shape}")
-    if causal and S != T:
-        raise ValueError(f"causal attention needs equal lengths, got S={S} and T={T}")
+    if causal and S != T and q_offset is None:
+        raise ValueError(f"causal attention needs equal lengths or a q_offset, got S={S} and T={T}")
+    if q_offset is not None and jnp.shape(q_offset) not in ((), (B,)):
+        raise ValueError(f"q_offset is one number or one a row ({B}), got shape {jnp.shape(q_offset)}")
     if window is not None and window < 1:
         raise ValueError(f"window must be positive, got {window}")

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+
+PLATFORM = None
 
 
 def check(spec, q, k, v) -> None:
     """Runs everywhere."""
 
 
-def attention(spec, q, k, v, q_segments, kv_segments):
-    return reference_attention(
-        q, k, v, q_segments, kv_segments, causal=spec.causal, window=spec.window, scale=spec.scale
-    )
+def forward(spec, q, k, v, q_segments, kv_segments, offsets):
+    """(out [B, S, H, D], logsumexp [B, S, H])."""
+    places = {"causal": spec.causal, "window": spec.window, "q_offset": offsets}
+    return reference_attention(q, k, v, q_segments, kv_segments, scale=spec.scale, **places)
 
 
-def reference_attention(q, k, v, q_segments, kv_segments, *, causal=False, window=None, scale=None):
+def backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_out, d_logsumexp):
+    """(dq, dk, dv), by differentiating the forward pass."""
+    _, pull = jax.vjp(lambda q, k, v: forward(spec, q, k, v, q_segments, kv_segments, offsets), q, k, v)
+    return pull((d_out, d_logsumexp))
+
+
+def reference_attention(q, k, v, q_segments, kv_segments, *, causal=False, window=None, scale=None, q_offset=0):
     """(out [B, S, H, D], logsumexp [B, S, H]) of `segment_attention`, with an [S, T] mask in memory."""
     groups = q.shape[2] // k.shape[2]
     k_BTHD = jnp.repeat(k, groups, axis=2).astype(jnp.float32)
@@ -23,11 +32,12 @@ def reference_attention(q, k, v, q_segments, kv_segments, *, causal=False, windo
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores_BHST = jnp.einsum("bshd,bthd->bhst", q.astype(jnp.float32), k_BTHD) * scale
     visible_BST = (q_segments[:, :, None] == kv_segments[:, None, :]) & (q_segments[:, :, None] > 0)
-    distance_ST = jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])[None, :]
+    place_BS = jnp.arange(q.shape[1]) + jnp.reshape(q_offset, (-1, 1))
+    distance_BST = place_BS[:, :, None] - jnp.arange(k.shape[1])
     if causal:
-        visible_BST &= distance_ST >= 0
+        visible_BST &= distance_BST >= 0
     if window is not None:
-        visible_BST &= jnp.abs(distance_ST) < window
+        visible_BST &= jnp.abs(distance_BST) < window
     visible = visible_BST[:, None]
     top = jnp.max(jnp.where(visible, scores_BHST, -jnp.inf), axis=-1, keepdims=True)
     top = jnp.where(jnp.isfinite(top), top, 0.0)

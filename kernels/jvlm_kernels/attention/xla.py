@@ -1,146 +1,125 @@
 """Attention in plain XLA operations, on every device.
 
-Four strategies, chosen in `_plan` and nowhere else:
+Four strategies, chosen in `_strategy` and nowhere else. Three cut a row into tiles of fixed places:
 
 - dense: all S x T scores at once, for short rows and for decoding;
 - staircase: each chunk of queries against the keys it can reach, for causal rows of moderate length: half the work;
 - local: with a promised segment length M, blocks of M queries see the neighbouring blocks only, so cost and memory
-  follow S * M; this is what the windows of a ViT use;
-- chunked: one chunk of queries after the other, so memory follows S.
+  follow S * M; this is what the windows of a ViT use.
 
-All end in `_block`, whose backward pass recomputes the scores instead of keeping them (as in FlashAttention, arXiv
-2205.14135): on CPU that is faster than reading them back from memory.
+The fourth, blocked, is for everything longer: a loop over the blocks of scores that segments touch and no others
+(`jvlm_kernels.attention.blocks`), so memory follows S and cost what is in the row.
+
+No backward pass keeps scores; all recompute them (FlashAttention, arXiv 2205.14135): on CPU that is faster than
+reading them back from memory.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from jvlm_kernels.attention import blocks
+
+PLATFORM = None
 # Largest S * T computed at once.
 _DENSE_SCORES = 768 * 768
-_CHUNK = 256
+# Queries and keys of a block of the blocked strategy.
+_BLOCK = 256
 # A staircase is unrolled: steps of at least so many queries, and at most so many steps.
 _STEP, _STEPS = 128, 8
-_HIDDEN = -1e30
+_HIDDEN, _LOWEST = -1e30, -1e20
 
 
 def check(spec, q, k, v) -> None:
     """Runs everywhere."""
 
 
-def attention(spec, q, k, v, q_segments, kv_segments):
-    strategy = _plan(spec, q.shape[1], k.shape[1])
-    return strategy(spec, q, k, v, q_segments, kv_segments)
+def forward(spec, q, k, v, q_segments, kv_segments, offsets):
+    """(out [B, S, H, D], logsumexp [B, S, H])."""
+    strategy = _strategy(spec, q.shape[1], k.shape[1])
+    if strategy is None:
+        return _blocked_forward(spec, q, k, v, q_segments, kv_segments, offsets)
+    tiling = strategy(spec, q_segments, kv_segments, offsets)
+    tiles = zip(tiling.queries(q), tiling.keys(k), tiling.keys(v), tiling.places, strict=True)
+    outs, sums = zip(*(_tile_forward(spec, *tile) for tile in tiles), strict=True)
+    return tiling.join(outs), tiling.join(sums)
 
 
-def _plan(spec, S: int, T: int):
+def backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_out, d_logsumexp):
+    """(dq, dk, dv) from what the forward pass left."""
+    strategy = _strategy(spec, q.shape[1], k.shape[1])
+    if strategy is None:
+        return _blocked_backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_out, d_logsumexp)
+    tiling = strategy(spec, q_segments, kv_segments, offsets)
+    (q_tiles, k_tiles, v_tiles), pull = jax.vjp(
+        lambda q, k, v: (tiling.queries(q), tiling.keys(k), tiling.keys(v)), q, k, v
+    )
+    left = (tiling.queries(x) for x in (out, logsumexp, d_out, d_logsumexp))
+    tiles = zip(q_tiles, k_tiles, v_tiles, tiling.places, *left, strict=True)
+    d_q, d_k, d_v = zip(*(_tile_backward(spec, *tile) for tile in tiles), strict=True)
+    return pull((list(d_q), list(d_k), list(d_v)))
+
+
+def _strategy(spec, S: int, T: int) -> Callable | None:
+    """How to cut a call into tiles; None for the blocked loop."""
     M = spec.max_segment_length
     if M is not None and (2 if spec.causal else 3) * M < T:
         return _local
-    if spec.causal and _STEP < S <= _STEP * _STEPS:
+    if spec.causal and not spec.shifted and _STEP < S <= _STEP * _STEPS:
         return _staircase
-    return _dense if S == 1 or S * T <= _DENSE_SCORES else _chunked
+    return _dense if S == 1 or S * T <= _DENSE_SCORES else None
 
 
-def _dense(spec, q, k, v, q_segments, kv_segments):
-    q_index, kv_index = jnp.arange(q.shape[1]), jnp.arange(k.shape[1])
-    return _block(spec, q, k, v, q_segments, kv_segments, q_index, kv_index)
+@dataclasses.dataclass(frozen=True)
+class _Tiling:
+    """How operands are cut into tiles, by linear functions, and outputs joined.
+
+    Attributes:
+      places: of each tile the ids of queries and keys and their places in the row.
+    """
+
+    queries: Callable
+    keys: Callable
+    places: list[tuple]
+    join: Callable
 
 
-def _staircase(spec, q, k, v, q_segments, kv_segments):
-    S = q.shape[1]
+def _dense(spec, q_segments, kv_segments, offsets) -> _Tiling:
+    q_index, kv_index = jnp.arange(q_segments.shape[1]), jnp.arange(kv_segments.shape[1])
+    if spec.shifted:
+        q_index = q_index + offsets[:, None]
+    places = [(q_segments, kv_segments, q_index, kv_index)]
+    return _Tiling(lambda x: [x], lambda x: [x], places, lambda tiles: tiles[0])
+
+
+def _staircase(spec, q_segments, kv_segments, offsets) -> _Tiling:
+    S = q_segments.shape[1]
     reach = min(spec.max_segment_length or S, spec.window or S)
+    starts = range(0, S, _STEP)
+    rows = [slice(start, min(start + _STEP, S)) for start in starts]
+    seen = [slice(max(0, start - reach + 1), min(start + _STEP, S)) for start in starts]
     index = jnp.arange(S)
-    steps = []
-    for start in range(0, S, _STEP):
-        rows, keys = slice(start, min(start + _STEP, S)), slice(max(0, start - reach + 1), min(start + _STEP, S))
-        step = (q[:, rows], k[:, keys], v[:, keys], q_segments[:, rows], kv_segments[:, keys])
-        steps.append(_block(spec, *step, index[rows], index[keys]))
-    return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*steps, strict=True))
+    return _Tiling(
+        lambda x: [x[:, r] for r in rows],
+        lambda x: [x[:, s] for s in seen],
+        [(q_segments[:, r], kv_segments[:, s], index[r], index[s]) for r, s in zip(rows, seen, strict=True)],
+        functools.partial(jnp.concatenate, axis=1),
+    )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _block(spec, q, k, v, q_segments, kv_segments, q_index, kv_index):
-    """One dense block. Leading axes of any number; indices give the places in the row."""
-    scores = _scores(spec, q, k, q_segments, kv_segments, q_index, kv_index)
-    top = scores.max(-1, keepdims=True)
-    sees = top > 0.1 * _HIDDEN
-    weights = jnp.exp(scores - top)
-    total = weights.sum(-1)
-    out = jnp.einsum("...kgst,...tkd->...skgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    out = out * _queries_first(jnp.where(sees[..., 0], 1.0 / total, 0.0))[..., None]
-    logsumexp = _queries_first(jnp.where(sees[..., 0], jnp.log(total) + top[..., 0], -jnp.inf))
-    return out.astype(q.dtype).reshape(q.shape), logsumexp.reshape(q.shape[:-1])
-
-
-def _scores(spec, q, k, q_segments, kv_segments, q_index, kv_index):
-    """Scaled scores [..., K, G, S, T] in float32; those that must not be seen hold a large negative number."""
-    scores = jnp.einsum("...skgd,...tkd->...kgst", _grouped(q, k), k, preferred_element_type=jnp.float32)
-    visible = (q_segments[..., :, None] == kv_segments[..., None, :]) & (q_segments[..., :, None] > 0)
-    distance = q_index[..., :, None] - kv_index[..., None, :]
-    if spec.causal:
-        visible &= distance >= 0
-    if spec.window is not None:
-        visible &= jnp.abs(distance) < spec.window
-    return jnp.where(visible[..., None, None, :, :], scores * spec.scale, _HIDDEN)
-
-
-def _grouped(x, k):
-    """[..., S, H, D] to [..., S, K, G, D]."""
-    K = k.shape[-2]
-    return x.reshape(*x.shape[:-2], K, x.shape[-2] // K, x.shape[-1])
-
-
-def _queries_first(x):
-    """[..., K, G, S] to [..., S, K, G]."""
-    return jnp.moveaxis(x, -1, -3)
-
-
-def _block_forward(spec, q, k, v, *places):
-    out, logsumexp = _block(spec, q, k, v, *places)
-    return (out, logsumexp), (q, k, v, places, out, logsumexp)
-
-
-def _block_backward(spec, saved, cotangents):
-    q, k, v, places, out, logsumexp = saved
-    d_out, d_logsumexp = cotangents
-    scores = _scores(spec, q, k, *places)
-    # Queries that see nothing have a logsumexp of -inf: 0 in its place makes every weight exp(-1e30) = 0.
-    seen = jnp.isfinite(logsumexp)
-    normaliser = jnp.moveaxis(_grouped_heads(jnp.where(seen, logsumexp, 0.0), k), -3, -1)[..., None]
-    weights = jnp.exp(scores - normaliser)
-    d_out_32 = d_out.astype(jnp.float32)
-    delta = (d_out_32 * out.astype(jnp.float32)).sum(-1) - jnp.where(seen, d_logsumexp, 0.0)
-    d_out_SKGD = _grouped(d_out.astype(v.dtype), k)
-    d_v = jnp.einsum("...kgst,...skgd->...tkd", weights.astype(v.dtype), d_out_SKGD, preferred_element_type=jnp.float32)
-    d_weights = jnp.einsum("...skgd,...tkd->...kgst", d_out_SKGD, v, preferred_element_type=jnp.float32)
-    delta = jnp.moveaxis(_grouped_heads(delta, k), -3, -1)[..., None]
-    d_scores = (weights * (d_weights - delta) * spec.scale).astype(q.dtype)
-    d_q = jnp.einsum("...kgst,...tkd->...skgd", d_scores, k, preferred_element_type=jnp.float32)
-    d_k = jnp.einsum("...kgst,...skgd->...tkd", d_scores, _grouped(q, k), preferred_element_type=jnp.float32)
-    return d_q.reshape(q.shape).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None, None, None
-
-
-def _grouped_heads(x, k):
-    """[..., S, H] to [..., S, K, G]."""
-    K = k.shape[-2]
-    return x.reshape(*x.shape[:-1], K, x.shape[-1] // K)
-
-
-_block.defvjp(_block_forward, _block_backward)
-
-
-def _local(spec, q, k, v, q_segments, kv_segments):
-    B, S, M = q.shape[0], q.shape[1], spec.max_segment_length
+def _local(spec, q_segments, kv_segments, offsets) -> _Tiling:
+    S, M = q_segments.shape[1], spec.max_segment_length
     count = -(-S // M)
-    pad = count * M - S
 
     def split(x):
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(B, count, M, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, count * M - S)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(x.shape[0], count, M, *x.shape[2:])
 
     def neighbours(x):
         x = split(x)
@@ -152,36 +131,197 @@ def _local(spec, q, k, v, q_segments, kv_segments):
 
     index = jnp.arange(count * M).reshape(count, M)
     around = jnp.arange(-M, M if spec.causal else 2 * M)
-    out, logsumexp = _block(
-        spec,
-        split(q),
-        neighbours(k),
-        neighbours(v),
-        split(q_segments),
-        neighbours(kv_segments),
-        index,
-        index[:, :1] + around,
+    return _Tiling(
+        lambda x: [split(x)],
+        lambda x: [neighbours(x)],
+        [(split(q_segments), neighbours(kv_segments), index, index[:, :1] + around)],
+        lambda tiles: tiles[0].reshape(tiles[0].shape[0], count * M, *tiles[0].shape[3:])[:, :S],
     )
-    return out.reshape(B, count * M, *q.shape[2:])[:, :S], logsumexp.reshape(B, count * M, -1)[:, :S]
 
 
-def _chunked(spec, q, k, v, q_segments, kv_segments):
-    B, S = q.shape[:2]
-    count = -(-S // _CHUNK)
-    pad = count * _CHUNK - S
+def _tile_forward(spec, q, k, v, places):
+    """One dense tile, with leading axes of any number."""
+    scores = _scores(spec, q, k, *places)
+    top = scores.max(-1, keepdims=True)
+    sees = top > 0.1 * _HIDDEN
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1)
+    out = jnp.einsum("...kgst,...tkd->...skgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = out * _queries_first(jnp.where(sees[..., 0], 1.0 / total, 0.0))[..., None]
+    logsumexp = _queries_first(jnp.where(sees[..., 0], jnp.log(total) + top[..., 0], -jnp.inf))
+    return out.astype(q.dtype).reshape(q.shape), logsumexp.reshape(q.shape[:-1])
 
-    def chunks(x):
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, count, _CHUNK, *x.shape[2:]), 1, 0)
 
-    def step(_, inputs):
-        q_chunk, segments_chunk, index = inputs
-        return None, _block(spec, q_chunk, k, v, segments_chunk, kv_segments, index, jnp.arange(k.shape[1]))
+def _tile_backward(spec, q, k, v, places, out, logsumexp, d_out, d_logsumexp):
+    scores = _scores(spec, q, k, *places)
+    logsumexp, delta = _normalisers(out, logsumexp, d_out, d_logsumexp)
+    weights = jnp.exp(scores - _queries_last(_grouped(logsumexp, k))[..., None])
+    d_out_SKGD = _grouped(d_out.astype(v.dtype), k, -2)
+    d_v = jnp.einsum("...kgst,...skgd->...tkd", weights.astype(v.dtype), d_out_SKGD, preferred_element_type=jnp.float32)
+    d_weights = jnp.einsum("...skgd,...tkd->...kgst", d_out_SKGD, v, preferred_element_type=jnp.float32)
+    delta = _queries_last(_grouped(delta, k))[..., None]
+    d_scores = (weights * (d_weights - delta) * spec.scale).astype(q.dtype)
+    d_q = jnp.einsum("...kgst,...tkd->...skgd", d_scores, k, preferred_element_type=jnp.float32)
+    d_k = jnp.einsum("...kgst,...skgd->...tkd", d_scores, _grouped(q, k, -2), preferred_element_type=jnp.float32)
+    return d_q.reshape(q.shape).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
-    index = jnp.arange(count * _CHUNK).reshape(count, _CHUNK)
-    _, (out, logsumexp) = jax.lax.scan(step, None, (chunks(q), chunks(q_segments), index))
 
-    def join(x):
-        return jnp.moveaxis(x, 0, 1).reshape(B, count * _CHUNK, *x.shape[3:])[:, :S]
+def _normalisers(out, logsumexp, d_out, d_logsumexp):
+    """(logsumexp, delta) [..., S, H] as the backward pass needs them.
 
-    return join(out), join(logsumexp)
+    Queries that see nothing have a logsumexp of -inf: 0 in its place makes every weight exp(_HIDDEN) = 0.
+    """
+    seen = jnp.isfinite(logsumexp)
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(seen, d_logsumexp, 0.0)
+    return jnp.where(seen, logsumexp, 0.0), delta
+
+
+def _scores(spec, q, k, q_segments, kv_segments, q_index, kv_index):
+    """Scaled scores [..., K, G, S, T] in float32; those that must not be seen hold a large negative number."""
+    scores = jnp.einsum("...skgd,...tkd->...kgst", _grouped(q, k, -2), k, preferred_element_type=jnp.float32)
+    visible = _visible(spec, q_segments, kv_segments, q_index, kv_index)
+    return jnp.where(visible[..., None, None, :, :], scores * spec.scale, _HIDDEN)
+
+
+def _visible(spec, q_segments, kv_segments, q_index, kv_index):
+    """Mask [..., S, T]."""
+    visible = (q_segments[..., :, None] == kv_segments[..., None, :]) & (q_segments[..., :, None] > 0)
+    distance = q_index[..., :, None] - kv_index[..., None, :]
+    if spec.causal:
+        visible &= distance >= 0
+    if spec.window is not None:
+        visible &= jnp.abs(distance) < spec.window
+    return visible
+
+
+def _grouped(x, k, axis: int = -1):
+    """The axis of query heads split into [K, G]."""
+    K, axis = k.shape[-2], axis % x.ndim
+    return x.reshape(*x.shape[:axis], K, x.shape[axis] // K, *x.shape[axis + 1 :])
+
+
+def _queries_first(x):
+    """[..., K, G, S] to [..., S, K, G]."""
+    return jnp.moveaxis(x, -1, -3)
+
+
+def _queries_last(x):
+    """[..., S, K, G] to [..., K, G, S]."""
+    return jnp.moveaxis(x, -3, -1)
+
+
+class _Blocked:
+    """A call cut into blocks, each a matrix a head: queries [B * N, K, G * block, D] and keys [B * M, K, block, D]."""
+
+    def __init__(self, spec, q, k, q_segments, kv_segments, offsets):
+        self.spec, self.offsets = spec, offsets
+        (self.B, self.S, self.H, self.D), (_, self.T, self.K, _) = q.shape, k.shape
+        self.N, self.M, self.G = -(-self.S // _BLOCK), -(-self.T // _BLOCK), self.H // self.K
+        self.q_ids, self.kv_ids = self._ids(q_segments), self._ids(kv_segments)
+        found = blocks.visited(spec, q_segments, kv_segments, offsets, _BLOCK, _BLOCK)
+        size = self.B * blocks.most_visits(spec, self.S, self.T, _BLOCK, _BLOCK)
+        self.visits = blocks.list_visits(*found, size, fill=False)
+
+    @staticmethod
+    def _split(x):
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % _BLOCK)) + ((0, 0),) * (x.ndim - 2))
+
+    def _ids(self, segments):
+        return self._split(segments).reshape(-1, _BLOCK)
+
+    def queries(self, x):
+        """[B, S, H, ...] to [B * N, K, G * block, ...]."""
+        x = self._split(x).reshape(self.B * self.N, _BLOCK, self.K, self.G, *x.shape[3:])
+        x = jnp.moveaxis(x, 1, 3)
+        return x.reshape(self.B * self.N, self.K, self.G * _BLOCK, *x.shape[4:])
+
+    def from_queries(self, x):
+        """The inverse of `queries`."""
+        x = jnp.moveaxis(x.reshape(self.B * self.N, self.K, self.G, _BLOCK, *x.shape[3:]), 3, 1)
+        return x.reshape(self.B, self.N * _BLOCK, self.H, *x.shape[4:])[:, : self.S]
+
+    def keys(self, x):
+        """[B, T, K, D] to [B * M, K, block, D]."""
+        return jnp.moveaxis(self._split(x).reshape(self.B * self.M, _BLOCK, self.K, self.D), 1, 2)
+
+    def from_keys(self, x):
+        """The inverse of `keys`."""
+        return jnp.moveaxis(x, 2, 1).reshape(self.B, self.M * _BLOCK, self.K, self.D)[:, : self.T]
+
+    def scores(self, line, partner, q, k):
+        """Scaled scores [K, G * block, block] of query block ``line`` and key block ``partner``, hidden ones low."""
+        row = line // self.N
+        q_index = line % self.N * _BLOCK + jnp.arange(_BLOCK) + self.offsets[row]
+        kv_index = partner * _BLOCK + jnp.arange(_BLOCK)
+        ids = self.q_ids[line], self.kv_ids[row * self.M + partner]
+        visible = jnp.tile(_visible(self.spec, *ids, q_index, kv_index), (self.G, 1))
+        scores = jnp.einsum("kqd,ktd->kqt", q, k, preferred_element_type=jnp.float32)
+        return jnp.where(visible, scores * self.spec.scale, _HIDDEN)
+
+    def for_each_partner(self, line, step, carry):
+        """``carry = step(partner, index of its keys, carry)`` over the key blocks that a query block visits."""
+
+        def body(visit, carry):
+            partner = blocks.partner_of(self.visits.items[visit])
+            return step(partner, line // self.N * self.M + partner, carry)
+
+        return lax.fori_loop(self.visits.starts[line], self.visits.starts[line + 1], body, carry)
+
+
+def _blocked_forward(spec, q, k, v, q_segments, kv_segments, offsets):
+    cut = _Blocked(spec, q, k, q_segments, kv_segments, offsets)
+    k, v, dtype = cut.keys(k), cut.keys(v), q.dtype
+
+    def one_line(inputs):
+        line, q = inputs
+
+        def step(partner, at, carry):
+            top, total, sums = carry
+            scores = cut.scores(line, partner, q, k[at])
+            now = jnp.maximum(top, scores.max(-1))
+            weights, shrink = jnp.exp(scores - now[..., None]), jnp.exp(top - now)
+            more = jnp.einsum("kqt,ktd->kqd", weights.astype(v.dtype), v[at], preferred_element_type=jnp.float32)
+            return now, total * shrink + weights.sum(-1), sums * shrink[..., None] + more
+
+        zeros = jnp.zeros(q.shape[:-1], jnp.float32)
+        start = zeros + _LOWEST, zeros, jnp.zeros(q.shape, jnp.float32)
+        top, total, sums = cut.for_each_partner(line, step, start)
+        seen = total > 0
+        divisor = jnp.where(seen, total, 1.0)
+        return (sums / divisor[..., None]).astype(dtype), jnp.where(seen, top + jnp.log(divisor), -jnp.inf)
+
+    out, logsumexp = lax.map(one_line, (jnp.arange(cut.B * cut.N), cut.queries(q)))
+    return cut.from_queries(out), cut.from_queries(logsumexp)
+
+
+def _blocked_backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_out, d_logsumexp):
+    cut = _Blocked(spec, q, k, q_segments, kv_segments, offsets)
+    logsumexp, delta = _normalisers(out, logsumexp, d_out, d_logsumexp)
+    dtypes = q.dtype, k.dtype, v.dtype
+    d_out = cut.queries(d_out.astype(v.dtype))
+    q, k, v, logsumexp, delta = cut.queries(q), cut.keys(k), cut.keys(v), cut.queries(logsumexp), cut.queries(delta)
+
+    def product(pattern, a, b):
+        return jnp.einsum(pattern, a, b, preferred_element_type=jnp.float32)
+
+    def one_line(carry, inputs):
+        line, q, d_out, logsumexp, delta = inputs
+
+        def step(partner, at, carry):
+            d_q, d_k, d_v = carry
+            weights = jnp.exp(cut.scores(line, partner, q, k[at]) - logsumexp[..., None])
+            d_scores = weights * (product("kqd,ktd->kqt", d_out, v[at]) - delta[..., None]) * spec.scale
+            d_scores = d_scores.astype(q.dtype)
+            return (
+                d_q + product("kqt,ktd->kqd", d_scores, k[at]),
+                d_k.at[at].add(product("kqt,kqd->ktd", d_scores, q)),
+                d_v.at[at].add(product("kqt,kqd->ktd", weights.astype(v.dtype), d_out)),
+            )
+
+        d_q, d_k, d_v = cut.for_each_partner(line, step, (jnp.zeros(q.shape, jnp.float32), *carry))
+        return (d_k, d_v), d_q.astype(dtypes[0])
+
+    none = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    lines = (jnp.arange(cut.B * cut.N), q, d_out, logsumexp, delta)
+    (d_k, d_v), d_q = lax.scan(one_line, none, lines)
+    return cut.from_queries(d_q), cut.from_keys(d_k).astype(dtypes[1]), cut.from_keys(d_v).astype(dtypes[2])

@@ -1,0 +1,42 @@
+"""Decode attention in plain XLA operations, on every device: all places at once, those out of reach masked."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+PLATFORM = None
+_HIDDEN = -1e30
+
+
+def check(spec, q, keys, values) -> None:
+    """Runs everywhere."""
+
+
+def attend(spec, q, keys, values, lengths, tables):
+    """(out [B, S, H, D],)."""
+    B, S, H, D = q.shape
+    if spec.paged:
+        keys, values = _joined(keys, values, tables)
+    K, T = keys.shape[1], keys.shape[3]
+    place_BS = lengths[:, None] - S + jnp.arange(S)
+    behind_BST = place_BS[:, :, None] - jnp.arange(T)
+    visible_BST = behind_BST >= 0
+    if spec.window is not None:
+        visible_BST &= behind_BST < spec.window
+    # [B, K, G * S, D]: for one new token, without moving anything
+    q_BKXD = jnp.moveaxis(q.reshape(B, S, K, H // K, D), 1, 3).reshape(B, K, -1, D)
+    scores = jnp.einsum("bkxd,bkdt->bkxt", q_BKXD * spec.scale, keys, preferred_element_type=jnp.float32)
+    mask = jnp.tile(visible_BST, (1, H // K, 1))[:, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, _HIDDEN), axis=-1)
+    out = jnp.einsum("bkxt,bktd->bkxd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    out = jnp.moveaxis(out.reshape(B, K, H // K, S, D), 3, 1).reshape(q.shape)
+    return (jnp.where(place_BS[:, :, None, None] >= 0, out, 0.0).astype(q.dtype),)
+
+
+def _joined(keys, values, tables):
+    """The pages of each sequence laid side by side: keys [B, K, D, N * Z], values [B, K, N * Z, D]."""
+    k_BNKDZ, v_BNKZD = keys[tables], values[tables]
+    B, N, K, D, Z = k_BNKDZ.shape
+    k = jnp.moveaxis(k_BNKDZ, 1, 3).reshape(B, K, D, N * Z)
+    return k, jnp.moveaxis(v_BNKZD, 1, 2).reshape(B, K, N * Z, D)

@@ -1,0 +1,111 @@
+"""`linear_cross_entropy` against plain logits in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jvlm_kernels import linear_cross_entropy
+
+N, D, V = 24, 8, 50
+
+
+def call(seed=0, vocabulary_first=False):
+    rng = np.random.default_rng(seed)
+    kernel = rng.standard_normal((V, D) if vocabulary_first else (D, V)).astype(np.float32)
+    targets = rng.integers(0, V, N).astype(np.int32)
+    targets[3] = -100
+    weights = rng.uniform(0.5, 2, N).astype(np.float32)
+    weights[7] = 0
+    return tuple(map(jnp.asarray, (rng.standard_normal((N, D)).astype(np.float32), kernel, targets, weights)))
+
+
+def plain(hidden, kernel, targets, weights, vocabulary_first=False, z_loss=0.0, d_loss=None, d_logsumexp=None):
+    """((loss, logsumexp, correct), (d_hidden, d_kernel, d_weights)) written out."""
+    hidden, kernel, targets, weights = (np.asarray(x) for x in (hidden, kernel, targets, weights))
+    hidden, kernel = np.float64(hidden), np.float64(kernel.T if vocabulary_first else kernel)
+    weights = np.where(targets == -100, 0.0, np.float64(weights))
+    learnt, rows = weights != 0, np.arange(len(targets))
+    words = np.where(targets == -100, 0, targets)
+    logits = hidden @ kernel
+    total = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    unweighted = total - logits[rows, words] + z_loss * total**2
+    outputs = weights * unweighted, np.where(learnt, total, 0), learnt & (logits.argmax(-1) == words)
+    p = np.exp(logits - total[:, None])
+    one_hot = np.eye(kernel.shape[1])[words]
+    d_logits = (d_loss * weights)[:, None] * (p * (1 + 2 * z_loss * total[:, None]) - one_hot)
+    d_logits += (d_logsumexp * learnt)[:, None] * p
+    d_kernel = hidden.T @ d_logits
+    gradients = d_logits @ kernel.T, d_kernel.T if vocabulary_first else d_kernel, d_loss * unweighted * learnt
+    return outputs, gradients
+
+
+@pytest.mark.parametrize("vocabulary_first", [False, True])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("block", [None, 50, 25, 16, 7, 1])
+def test_loss_and_gradients_equal_plain_logits(block, z_loss, vocabulary_first):
+    hidden, kernel, targets, weights = call(vocabulary_first=vocabulary_first)
+    rng = np.random.default_rng(1)
+    d_loss, d_logsumexp = rng.standard_normal((2, N)).astype(np.float32)
+
+    @jax.jit
+    def total(hidden, kernel, weights):
+        found = linear_cross_entropy(
+            hidden, kernel, targets, weights, vocabulary_first=vocabulary_first, z_loss=z_loss, block=block
+        )
+        return (found.loss * d_loss).sum() + (found.logsumexp * d_logsumexp).sum(), found
+
+    gradients, found = jax.grad(total, (0, 1, 2), has_aux=True)(hidden, kernel, weights)
+    outputs, expected = plain(
+        hidden, kernel, targets, weights, vocabulary_first, z_loss, np.float64(d_loss), np.float64(d_logsumexp)
+    )
+    for ours, theirs in zip(found, outputs, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=3e-5)
+
+
+def test_memory_follows_the_block_not_the_vocabulary():
+    """Compiled, not run: the temporary memory of loss and gradients, the kernel's gradient aside."""
+    tokens, size, words = 2048, 64, 1 << 16
+
+    def temporary(**options):
+        def loss(hidden, kernel, targets):
+            return linear_cross_entropy(hidden, kernel, targets, **options).loss.sum()
+
+        shapes = [((tokens, size), jnp.float32), ((size, words), jnp.float32), ((tokens,), jnp.int32)]
+        arguments = [jax.ShapeDtypeStruct(*s) for s in shapes]
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    all_logits = 4 * tokens * words
+    assert temporary(block=words) >= all_logits
+    assert temporary(block=2048) < all_logits / 8
+    assert temporary() < all_logits / 2
+
+
+def test_bfloat16_products_are_summed_in_float32_and_the_kernel_keeps_its_dtype():
+    hidden, kernel, targets, weights = call()
+    narrow = jnp.asarray(hidden, jnp.bfloat16)
+    run = jax.grad(lambda h, k: linear_cross_entropy(h, k, targets, weights).loss.sum(), (0, 1))
+    d_hidden, d_kernel = run(narrow, kernel)
+    assert (d_hidden.dtype, d_kernel.dtype) == (jnp.bfloat16, jnp.float32)
+    zero = np.zeros(N)
+    rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (hidden, kernel)]
+    _, expected = plain(*rounded, targets, weights, d_loss=zero + 1, d_logsumexp=zero)
+    np.testing.assert_allclose(d_kernel, expected[1], atol=5e-2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"kernel": np.zeros((D + 1, V), np.float32)}, "do not fit"),
+        ({"targets": np.zeros(N - 1, np.int32)}, "do not fit"),
+        ({"block": 0}, "block must be positive"),
+    ],
+)
+def test_a_call_that_makes_no_sense_is_refused(changed, says):
+    hidden, kernel, targets, weights = call()
+    arguments = {"hidden": hidden, "kernel": kernel, "targets": targets, "weights": weights, **changed}
+    # the shape annotations, checked in tests only, may be the first to object
+    with pytest.raises((ValueError, TypeError), match=f"{says}|did not match the type annotation|Type-check"):
+        linear_cross_entropy(**{k: jnp.asarray(v) if k != "block" else v for k, v in arguments.items()})

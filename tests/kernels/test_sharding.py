@@ -1,0 +1,29 @@
+"""Kernels inside `jax.shard_map`: split rows and heads, context parallelism, split vocabulary."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import ROOT
+
+CASES = [
+    (case, implementation)
+    for case in ("attention_over_rows_and_heads", "context_parallelism", "ring")
+    for implementation in ("xla", "pallas_tpu", "pallas_gpu")
+]
+
+
+@pytest.mark.parametrize(("case", "implementation"), [*CASES, ("split_vocabulary", "xla")])
+def test_parts_equal_the_whole(case, implementation):
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.many_devices", case, implementation],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]

@@ -1,0 +1,329 @@
+"""Blocks of scores that segment attention visits on rows of real lengths. It counts; nothing is run or timed.
+
+    python tools/kernel_work.py                         # the demo's rows
+    python tools/kernel_work.py --data FOLDER           # and real sets, packed to 8,192 and 32,768 tokens
+
+One line of the table is one attention of one kind of row; its counts are means over the rows, for one head.
+
+- row: places of a row, in tokens (decoder) or patches (ViT); used: share of them that is not padding.
+- visited: blocks that `jvlm_kernels` finds to be needed; empty: those that the TPU kernel computes besides, one for
+  each block of queries without anything to see, so that its output gets written.
+- ideal: blocks with at least one visible pair; with empty: visited and empty blocks over ideal ones.
+- area/pairs: scores in visited blocks over visible pairs (the sum of squares of the segments, about half if causal).
+- splash: blocks that JAX's public splash attention computes at the same block sizes. Its mask is static and segment
+  ids are compared inside a block, so it computes every block that causality allows; all of them if not causal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import runpy
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jvlm_kernels.attention import blocks, tuning
+from jvlm_kernels.attention.api import AttentionSpec
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from jvlm.data import packing, pipeline
+from jvlm.data.errors import Origin
+from jvlm.data.packing import Example
+from jvlm.data.processor import Processor
+from jvlm.data.rows import parse_row
+from jvlm.models.presets import PRESETS
+from jvlm.models.vlm import VLMConfig
+
+DEMO = Path(__file__).parents[1] / "configs/mimo_vl/easy_vqa.py"
+LENGTHS = (8192, 32768)
+# Conversations packed together: the pipeline's own number at 8,192 tokens, and in proportion.
+WINDOW = pipeline.DataConfig().pack_window / 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Segment ids of packed rows: tokens [B, S]; frames and windows [B, P], of patches."""
+
+    name: str
+    model: VLMConfig
+    tokens: np.ndarray
+    frames: np.ndarray
+    windows: np.ndarray
+    max_segment_length: int | None
+    max_frame_patches: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Counts of one attention, summed over ``rows`` rows of ``row`` places; blocks are those of one head."""
+
+    name: str
+    attention: str
+    rows: int
+    row: int
+    used: int
+    segments: int
+    block_q: int
+    block_kv: int
+    visited: int
+    empty: int
+    ideal: int
+    pairs: int
+    splash: int
+
+    @property
+    def excess(self) -> float:
+        """Visited blocks over ideal ones."""
+        return self.visited / self.ideal
+
+    @property
+    def excess_with_empty(self) -> float:
+        """Blocks computed over ideal ones."""
+        return (self.visited + self.empty) / self.ideal
+
+
+def intervals(segments_S: np.ndarray) -> list[tuple[int, int]]:
+    """(begin, end) of each segment of a row.
+
+    Raises:
+      ValueError: a segment in two parts.
+    """
+    edges = np.flatnonzero(np.diff(segments_S, prepend=-1, append=-1))
+    ids = segments_S[edges[:-1]]
+    if len(np.unique(ids[ids > 0])) != (ids > 0).sum():
+        raise ValueError("a segment lies in two parts")
+    return [(int(a), int(b)) for a, b, n in zip(edges[:-1], edges[1:], ids, strict=True) if n > 0]
+
+
+def visible_pairs(segments_S: np.ndarray, *, causal: bool) -> int:
+    """Pairs of a query and a key that it sees."""
+    lengths = [end - begin for begin, end in intervals(segments_S)]
+    return sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
+
+
+def ideal_blocks(segments_S: np.ndarray, *, causal: bool, block_q: int, block_kv: int) -> int:
+    """Blocks with at least one visible pair, segment by segment: no range of ids is compared here."""
+    S = len(segments_S)
+    seen = np.zeros((-(-S // block_q), -(-S // block_kv)), bool)
+    for begin, end in intervals(segments_S):
+        for i in range(begin // block_q, (end - 1) // block_q + 1):
+            last = min(end, (i + 1) * block_q) - 1 if causal else end - 1
+            seen[i, begin // block_kv : last // block_kv + 1] = True
+    return int(seen.sum())
+
+
+def splash_blocks(S: int, *, causal: bool, block_q: int, block_kv: int) -> int:
+    """Blocks that a static mask leaves to splash attention, for a row padded to whole blocks."""
+    last_query = (np.arange(-(-S // block_q)) + 1) * block_q - 1
+    first_key = np.arange(-(-S // block_kv)) * block_kv
+    return int((first_key <= last_query[:, None]).sum()) if causal else len(last_query) * len(first_key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _visits(spec: AttentionSpec, segments_S, block_q: int, block_kv: int):
+    """(blocks visited, lines without any)."""
+    row, none = segments_S[None], jnp.zeros(1, jnp.int32)
+    some, _ = blocks.visited(spec, row, row, none, block_q, block_kv)
+    return some.sum(), (~some.any(-1)).sum()
+
+
+def count(
+    rows: Rows, attention: str, segments_BS: np.ndarray, spec: AttentionSpec, platform: str, heads: tuple[int, int, int]
+) -> Work:
+    """The work of one attention; ``heads`` are query heads, key heads and head size."""
+    H, K, D = heads
+    B, S = segments_BS.shape
+    sizes_of = {"tpu": tuning.tpu_blocks, "cuda": tuning.cuda_blocks}[platform]
+    sizes = sizes_of(spec, S, S, H // K, K, D, jnp.dtype(rows.model.numerics.compute_dtype))
+    cut = {"causal": spec.causal, "block_q": sizes.q, "block_kv": sizes.kv}
+    visits = [_visits(spec, jnp.asarray(row), sizes.q, sizes.kv) for row in segments_BS]
+    return Work(
+        rows.name,
+        attention,
+        rows=B,
+        row=S,
+        used=int((segments_BS > 0).sum()),
+        segments=sum(len(intervals(row)) for row in segments_BS),
+        block_q=sizes.q,
+        block_kv=sizes.kv,
+        visited=sum(int(visited) for visited, _ in visits),
+        empty=sum(int(empty) for _, empty in visits) if platform == "tpu" else 0,
+        ideal=sum(ideal_blocks(row, **cut) for row in segments_BS),
+        pairs=sum(visible_pairs(row, causal=spec.causal) for row in segments_BS),
+        splash=B * splash_blocks(S, **cut),
+    )
+
+
+def measure(rows: Rows, platform: str = "tpu") -> Iterator[Work]:
+    """The three attentions of a model, called as it calls them: decoder, ViT within windows, ViT within frames."""
+    encoder, decoder = rows.model.encoder, rows.model.decoder
+    text = decoder.num_heads, decoder.num_kv_heads, decoder.head_dim
+    vision = encoder.num_heads, encoder.num_heads, encoder.head_dim
+
+    def spec(causal: bool, head_size: int, reach: int | None) -> AttentionSpec:
+        return AttentionSpec(causal, None, head_size**-0.5, reach)
+
+    yield count(rows, "decoder", rows.tokens, spec(True, text[2], rows.max_segment_length), platform, text)
+    within = spec(False, vision[2], encoder.window_patches)
+    yield count(rows, "ViT, windows", rows.windows, within, platform, vision)
+    yield count(rows, "ViT, frames", rows.frames, spec(False, vision[2], rows.max_frame_patches), platform, vision)
+
+
+def demo_rows(batches: int | None = None) -> Rows:
+    """The demo's rows from its own pipeline: an epoch, or some batches of it."""
+    experiment = runpy.run_path(str(DEMO))["get_config"]()
+    tokenizer = AutoTokenizer.from_pretrained(experiment.tokenizer, local_files_only=True)
+    processor = Processor(tokenizer, experiment.model, experiment.processor)
+    stream, _ = pipeline.training_data(processor, experiment.data, seed=experiment.seed, epochs=1)
+    chosen = [packed.batch for _, packed in zip(range(batches or 10**9), stream, strict=False)]
+    ids = {
+        "tokens": np.concatenate([b.segment_ids for b in chosen]),
+        "frames": np.concatenate([b.patch_segment_ids for b in chosen]),
+        "windows": np.concatenate([b.patch_window_ids for b in chosen]),
+    }
+    limits = chosen[0].max_segment_length, chosen[0].max_frame_patches
+    return Rows("demo", experiment.model, **ids, max_segment_length=limits[0], max_frame_patches=limits[1])
+
+
+def ask(question: str, answer: str) -> list[dict[str, str]]:
+    """A turn about one more picture."""
+    return [{"role": "user", "content": f"<image>{question}"}, {"role": "assistant", "content": answer}]
+
+
+def _receipt(row: dict[str, Any]) -> list[dict[str, str]]:
+    return ask("Read the receipt.", "\n".join(line["text"] for line in row["lines"]))
+
+
+def _question(row: dict[str, Any]) -> list[dict[str, str]]:
+    options = [f"\n- {option}" for option in row.get("choices") or row.get("options") or ()]
+    return ask(row["question"].replace("<image1>", "").strip() + "".join(options), str(row["answer"]))
+
+
+def _screen(row: dict[str, Any]) -> list[dict[str, str]]:
+    return ask(f"{row['task']}: {row['subtask']}", f"{row['explanation']}\n{row['action']} {row['point']}".strip())
+
+
+def _boxes(row: dict[str, Any]) -> list[dict[str, str]]:
+    found = [{"bbox_2d": o["box"], "label": o["label"]} for o in row["objects"]]
+    return ask("Find every cell.", json.dumps(found))
+
+
+# Of each distribution: folders under the data folder, and how their rows become turns.
+SETS = {
+    "receipts": {"sroie_train": _receipt},
+    "screens": {"screenagent": _screen},
+    "questions": {"tabmwp_dev1k": _question, "scienceqa_a": _question, "mathvision_other": _question},
+    "short": {
+        "crohme_train": lambda row: ask("Write the formula.", row["latex"]),
+        "sroie_lines_train": lambda row: ask("Read the line.", row["text"]),
+        "nlvr_dev": lambda row: ask(f"True or false? {row['sentence']}", row["label"]),
+        "openclipart": lambda row: ask("What is this?", row["title"]),
+        "bccd_train": _boxes,
+    },
+}
+
+
+def conversations(folder: Path, turns, limit: int) -> Iterator[tuple[Origin, dict[str, Any]]]:
+    """Rows of a set; those of one session are one conversation with a picture a turn."""
+    file = folder / "data.jsonl"
+    grouped = defaultdict(list)
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        row = json.loads(line)
+        grouped[row.get("session", number)].append((number, row))
+    for members in list(grouped.values())[:limit]:
+        messages = [message for _, row in members for message in turns(row)]
+        yield Origin(str(file), members[0][0]), {"messages": messages, "images": [row["image"] for _, row in members]}
+
+
+def encode(processor: Processor, origin: Origin, row: dict[str, Any]) -> Example:
+    """An example without its pixels, which are never looked at here."""
+    example = processor.encode(parse_row(row, origin))
+    return dataclasses.replace(example, patches=np.zeros((example.num_patches, 0), np.uint8))
+
+
+def real_examples(data: Path, limit: int) -> tuple[Processor, dict[str, list[Example]]]:
+    """Examples of each distribution of `SETS`, and of all together, as MiMo-VL-7B would see them."""
+    folder = data / "tokenizers/qwen2_5_vl"
+    template = (folder / "chat_template.jinja").read_text()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), chat_template=template)
+    processor = Processor(tokenizer, PRESETS["mimo_vl_7b"])
+    found = {}
+    for name, sets in SETS.items():
+        parts = [conversations(data / part, turns, limit) for part, turns in sets.items()]
+        found[name] = [encode(processor, origin, row) for part in parts for origin, row in part]
+    return processor, {**found, "all of these": [e for examples in found.values() for e in examples]}
+
+
+def pack(name: str, examples: list[Example], row_tokens: int, processor: Processor) -> Rows:
+    """Shuffled, cut to whole turns where too long, and packed best-fit a window at a time, as the pipeline does.
+
+    A row has the patches that the fullest row needs, rounded up to a multiple of 512.
+    """
+    group = processor.vision.patches_per_feature
+    order = np.random.default_rng(0).permutation(len(examples))
+    fitting = [
+        packing.truncate(examples[i], row_tokens) if examples[i].length > row_tokens else examples[i] for i in order
+    ]
+    kept = [e for e in fitting if e is not None]
+    cut, lost = sum(e.length > row_tokens for e in examples), len(examples) - len(kept)
+    if cut:
+        print(f"{name}, {row_tokens}: of {len(examples)} conversations {cut - lost} are cut and {lost} left out")
+    rows: list[list[Example]] = []
+    window = int(WINDOW * row_tokens)
+    for start in range(0, len(kept), window):
+        part = kept[start : start + window]
+        rows += [[part[i] for i in row] for row in packing.best_fit_decreasing(part, row_tokens, group * row_tokens)]
+    row_patches = -(-max(sum(e.num_patches for e in row) for row in rows) // 512) * 512
+    batch = packing.assemble(rows, row_tokens, row_patches, patch_values=0)
+    config = pipeline.DataConfig(row_tokens=row_tokens, row_patches=row_patches)
+    return Rows(
+        name,
+        processor.model,
+        tokens=batch.segment_ids,
+        frames=batch.patch_segment_ids,
+        windows=batch.patch_window_ids,
+        max_segment_length=None,
+        max_frame_patches=pipeline.frame_patches(processor, config),
+    )
+
+
+def table(works: list[Work]) -> str:
+    """Markdown, one line for each `Work`."""
+    head = "rows of|attention|rows|row|used|segments|block|visited|empty|ideal|splash"
+    head += "|visited/ideal|with empty|area/pairs|visited/splash"
+    lines = [head.split("|"), ["---", "---", *["---:"] * 13]]
+    for w in works:
+        means = [f"{n / w.rows:,.1f}" for n in (w.segments, w.visited, w.empty, w.ideal, w.splash)]
+        area = w.visited * w.block_q * w.block_kv / w.pairs
+        line = [w.name, w.attention, f"{w.rows}", f"{w.row:,}", f"{w.used / w.rows / w.row:.0%}", means[0]]
+        line += [f"{w.block_q} x {w.block_kv}", *means[1:], f"{w.excess:.3f}", f"{w.excess_with_empty:.3f}"]
+        lines.append([*line, f"{area:.2f}", f"{w.visited / w.splash:.3f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of real sets, and of the tokenizer they are read with")
+    parser.add_argument("--limit", type=int, default=300, help="conversations of a set (default: 300)")
+    parser.add_argument("--platform", choices=("tpu", "cuda"), default="tpu", help="whose block sizes (default: tpu)")
+    options = parser.parse_args()
+    works = list(measure(demo_rows(), options.platform))
+    if options.data is None or not options.data.is_dir():
+        print(f"real sets are left out: {options.data or 'no --data'} is not a folder")
+    else:
+        processor, distributions = real_examples(options.data, options.limit)
+        for name, examples in distributions.items():
+            for length in LENGTHS:
+                works += measure(pack(name, examples, length, processor), options.platform)
+    print(table(works))
+
+
+if __name__ == "__main__":
+    main()
