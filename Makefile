@@ -2,9 +2,10 @@
 PYTHON ?= $(firstword $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p; done))
 CONFIG ?= configs/mimo_vl/easy_vqa.py
 VENV := .venv
+LIBTPU := libtpu==0.0.42.1
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench bench-kernels tune clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,6 +14,8 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.core
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	# the TPU's compiler, beside the packages and not among them: where it is installed, JAX looks for a TPU
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tpu-compiler $(LIBTPU)
 	touch $@
 
 demo: $(VENV)/.core  ## train, score, export and report the demo (or CONFIG=your.py, with ARGS="--data.train rows.jsonl")
@@ -31,6 +34,12 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(VENV)/bin/python tools/bench.py $(ARGS)
+
+bench-kernels: $(VENV)/.test
+	$(VENV)/bin/python tools/bench_kernels.py $(ARGS)
+
+tune: $(VENV)/.core  ## measure the kernels' block sizes on the TPU or GPU at hand and write them to their table
+	$(VENV)/bin/python tools/tune_kernels.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -67,6 +67,6 @@ def get_config() -> Experiment:
         optimizer=optimizer,
         checkpoint=CheckpointConfig(every=250),
         evaluation=EvaluationConfig(data=(str(DATA / "test.arrayrecord"),), max_new_tokens=40, batch_size=128),
-        steps=1600,
+        steps=1500,
         log_every=50,
     )

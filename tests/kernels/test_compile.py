@@ -1,0 +1,96 @@
+"""The kernels pass the compilers of the devices that this machine does not have."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jvlm_kernels import decode_attention, segment_attention
+
+from tests.support import ROOT
+
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+MIB = 1 << 20
+# where `make test` puts it
+COMPILER = Path(sys.prefix) / "tpu-compiler"
+has_compiler = COMPILER.is_dir() or importlib.util.find_spec("libtpu") is not None
+
+
+@pytest.mark.skipif(not has_compiler, reason="the TPU compiler (pip install libtpu) is absent")
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_forward_and_backward_compile_for_tpu_at_real_shapes(topology, capsys):
+    command = [sys.executable, "tools/compile_kernels.py", topology, "--ours", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(COMPILER)}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(lines) == 8
+    for line in lines:
+        # forward, gradient of queries, gradient of keys and values; decoding has no gradient
+        assert line["kernels"] == (1 if line["kernel"] == "decode_attention" else 3), line
+        assert 0 < line["vmem"] <= 64 * MIB, line
+    by_name = {line["call"]: line for line in lines}
+    # 32k x 32k scores of 32 heads would be 64 GiB even in bfloat16
+    assert by_name["MiMo-VL decoder, 32k"]["temporary"] < 1024 * MIB
+    assert by_name["decoding, rows"]["temporary"] < 64 * MIB
+
+
+def _shapes(S, heads, kv_heads, head_size, dtype=jnp.bfloat16):
+    operands = [jax.ShapeDtypeStruct((1, S, h, head_size), dtype) for h in (heads, kv_heads, kv_heads)]
+    return [*operands, jax.ShapeDtypeStruct((1, S), jnp.int32)]
+
+
+def _kernels_for_cuda(function, *shapes) -> list[str]:
+    """Names of the Triton kernels in the program exported for CUDA."""
+    text = jax.export.export(jax.jit(function), platforms=["cuda"])(*shapes).mlir_module()
+    assert "__gpu$xla.gpu.triton" in text, "no Triton kernel in the program"
+    found = ("segment_attention_forward", "segment_attention_d_queries", "segment_attention_d_keys", "decode_attention")
+    return [name for name in found if f'name = "{name}"' in text]
+
+
+@pytest.mark.parametrize(
+    ("S", "heads", "kv_heads", "head_size", "causal"),
+    [(8192, 32, 8, 128, True), (16384, 16, 16, 80, False), (4900, 16, 16, 72, False), (2048, 16, 4, 96, False)],
+)
+def test_forward_and_backward_lower_for_cuda(S, heads, kv_heads, head_size, causal):
+    def total(q, k, v, ids):
+        return segment_attention(q, k, v, ids, ids, causal=causal).astype(jnp.float32).sum()
+
+    found = _kernels_for_cuda(jax.grad(total, (0, 1, 2)), *_shapes(S, heads, kv_heads, head_size))
+    assert found == ["segment_attention_forward", "segment_attention_d_queries", "segment_attention_d_keys"]
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_decoding_lowers_for_cuda(paged):
+    rows, places = (512, 64) if paged else (4, 8192)
+    cache = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, 8, 128, places), (rows, 8, places, 128))]
+    q = jax.ShapeDtypeStruct((4, 1, 32, 128), jnp.bfloat16)
+    tables = [jax.ShapeDtypeStruct((4, 128), jnp.int32)] if paged else []
+
+    def decode(q, keys, values, lengths, tables=None):
+        return decode_attention(q, (keys, values), lengths, block_tables=tables)
+
+    assert _kernels_for_cuda(decode, q, *cache, jax.ShapeDtypeStruct((4,), jnp.int32), *tables) == ["decode_attention"]
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("head_size", [64, 80, 128])
+def test_natively_on_a_gpu(head_size):
+    """What the CPU tests see in the interpreter."""
+    S = 512
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, S, h, head_size)) for i, h in enumerate((4, 2, 2)))
+    ids = jnp.repeat(jnp.asarray([[1, 2, 3, 0]] * 2), jnp.asarray([100, 300, 87, 25]), axis=1)
+
+    def total(q, k, v, name):
+        return jnp.sin(segment_attention(q, k, v, ids, ids, causal=True, implementation=name)).sum()
+
+    ours, theirs = (jax.grad(total, (0, 1, 2))(q, k, v, name) for name in ("pallas_gpu", "reference"))
+    for x, y in zip(ours, theirs, strict=True):
+        assert jnp.abs(x - y).max() < 1e-3

@@ -1,0 +1,120 @@
+"""Measure block sizes of the attention kernels on the accelerator at hand, and write the table that calls consult.
+
+    make tune
+
+For each call of the models (decoder rows, ViT windows and frames, perceiver) it times forward and backward with every
+candidate, and keeps the fastest. Run it on one accelerator of the kind that the table is for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jvlm_kernels import Unavailable, platforms, segment_attention
+from jvlm_kernels.attention import tuning
+from jvlm_kernels.attention.api import AttentionSpec
+
+SEED = 0
+CANDIDATES = {
+    "tpu": [
+        tuning.Blocks(q, kv, h) for q, kv, h in itertools.product((128, 256, 512), (128, 256, 512, 1024), (1, 2, 4))
+    ],
+    "cuda": [tuning.Blocks(q, kv) for q, kv in itertools.product((32, 64, 128), (32, 64, 128))],
+}
+# name -> (length, query heads, key heads, head size, causal, lengths of segments, promise)
+CALLS = {
+    "decoder": (8192, 32, 8, 128, True, (200, 3000), None),
+    "decoder, 32k": (32768, 32, 8, 128, True, (200, 6000), None),
+    "ViT, windows": (16384, 16, 16, 80, False, (16, 64), 64),
+    "ViT, frames": (16384, 16, 16, 80, False, (256, 4096), None),
+    "perceiver": (4096, 16, 4, 96, False, (256, 1024), None),
+}
+
+
+def packed(length: int, segments: tuple[int, int]) -> np.ndarray:
+    """Ids of one row, filled with segments of lengths drawn between the two given."""
+    rng = np.random.default_rng(SEED)
+    lengths = rng.integers(segments[0], segments[1] + 1, length // segments[0] + 1)
+    return np.repeat(np.arange(1, len(lengths) + 1), lengths)[:length].astype(np.int32)
+
+
+def seconds(function, operands, rounds: int) -> float:
+    """Median time of one call."""
+    jax.block_until_ready(function(*operands))
+    taken = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        jax.block_until_ready(function(*operands))
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def tune(platform: str, rounds: int) -> dict[str, dict[str, int]]:
+    """Key of each call -> the fastest block sizes."""
+    best: dict[str, dict[str, int]] = {}
+    rule = f"{platform}_blocks"
+    for name, (length, heads, kv_heads, head_size, causal, segments, promise) in CALLS.items():
+        keys = jax.random.split(jax.random.key(SEED), 3)
+        shapes = [(1, length, h, head_size) for h in (heads, kv_heads, kv_heads)]
+        q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+        ids = jnp.asarray(packed(length, segments))[None]
+        found = []
+        for blocks in CANDIDATES[platform]:
+            if kv_heads % blocks.heads:
+                continue
+
+            def total(q, k, v, causal=causal, promise=promise, ids=ids):
+                settings = {
+                    "causal": causal,
+                    "max_segment_length": promise,
+                    "implementation": IMPLEMENTATIONS[platform],
+                }
+                return segment_attention(q, k, v, ids, ids, **settings).astype(jnp.float32).sum()
+
+            chosen = getattr(tuning, rule)
+            setattr(tuning, rule, lambda *_, blocks=blocks: blocks)
+            platforms._function.cache_clear()
+            try:
+                taken = seconds(jax.jit(jax.grad(total, (0, 1, 2))), (q, k, v), rounds)
+            except (Unavailable, jax.errors.JaxRuntimeError) as error:
+                print(f"{name:<16}{blocks}  does not run: {str(error).splitlines()[0][:80]}", flush=True)
+                continue
+            finally:
+                setattr(tuning, rule, chosen)
+            print(f"{name:<16}{blocks}  {1e3 * taken:8.2f} ms", flush=True)
+            found.append((taken, blocks))
+        spec = AttentionSpec(causal, None, 1.0, promise)
+        _, blocks = min(found, key=lambda pair: pair[0])
+        best[tuning.key_of(spec, length, heads // kv_heads, head_size)] = vars(blocks)
+    return best
+
+
+IMPLEMENTATIONS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10, help="timed calls of each candidate")
+    arguments = parser.parse_args()
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    if platform not in CANDIDATES:
+        print(f"tuning needs a TPU or a GPU; JAX finds only {jax.default_backend()}", file=sys.stderr)
+        return 1
+    table = {"device": jax.devices()[0].device_kind, "blocks": tune(platform, arguments.rounds)}
+    path = Path(tuning.__file__).with_name(f"tuned_{platform}.json")
+    path.write_text(json.dumps(table, indent=2) + "\n")
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
