@@ -22,7 +22,7 @@ demo: $(VENV)/.core  ## train, score, export and report the demo (or CONFIG=your
 	$(VENV)/bin/jvlm train $(CONFIG) $(ARGS)
 
 test: $(VENV)/.test
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.test
 	$(RUN) ruff check .

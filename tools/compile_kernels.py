@@ -3,7 +3,7 @@
     python tools/compile_kernels.py v5e:2x2 v5p:2x2x1 v6e:2x2 tpu7x:2x2x1
 
 Needs libtpu (`pip install libtpu`, or PYTHONPATH=.venv/tpu-compiler after `make test`) and no TPU. For each call at the
-shapes of real models, forward and backward together, it prints a Markdown row: vector memory of the largest kernel,
+shapes of real models, forward and backward together, it prints a Markdown row: vector memory reserved for a kernel,
 temporary memory of the whole program, seconds to compile. A kernel that does not compile ends it with its error.
 """
 
@@ -76,9 +76,8 @@ def splash_attention(shape: Shape) -> Callable | None:
         return None
     size = (shape.queries, shape.keys)
     mask = masks.CausalMask(size) if shape.causal else masks.FullMask(size)
-    block = {"block_q": 512, "block_kv": 512, "block_kv_compute": 512}
-    back = {f"{name}_dkv": value for name, value in block.items()}
-    sizes = splash.BlockSizes(**block, **back, block_q_dq=512, block_kv_dq=512)
+    names = "q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq".split()
+    sizes = splash.BlockSizes(**{f"block_{name}": 512 for name in names})
     groups = shape.heads // shape.kv_heads
 
     def total(q, k, v, q_ids, kv_ids):

@@ -35,7 +35,7 @@ def test_forward_and_backward_compile_for_tpu_at_real_shapes(topology, capsys):
     for line in lines:
         # forward, gradient of queries, gradient of keys and values; decoding has no gradient
         assert line["kernels"] == (1 if line["kernel"] == "decode_attention" else 3), line
-        assert 0 < line["vmem"] <= 64 * MIB, line
+        assert 0 < line["vmem"] <= 16 * MIB, line
     by_name = {line["call"]: line for line in lines}
     # 32k x 32k scores of 32 heads would be 64 GiB even in bfloat16
     assert by_name["MiMo-VL decoder, 32k"]["temporary"] < 1024 * MIB
@@ -49,8 +49,10 @@ def _shapes(S, heads, kv_heads, head_size, dtype=jnp.bfloat16):
 
 def _kernels_for_cuda(function, *shapes) -> list[str]:
     """Names of the Triton kernels in the program exported for CUDA."""
-    text = jax.export.export(jax.jit(function), platforms=["cuda"])(*shapes).mlir_module()
-    assert "__gpu$xla.gpu.triton" in text, "no Triton kernel in the program"
+    call = "__gpu$xla.gpu.triton"
+    unstable = [jax.export.DisabledSafetyCheck.custom_call(call)]
+    text = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=unstable)(*shapes).mlir_module()
+    assert call in text, "no Triton kernel in the program"
     found = ("segment_attention_forward", "segment_attention_d_queries", "segment_attention_d_keys", "decode_attention")
     return [name for name in found if f'name = "{name}"' in text]
 

@@ -201,7 +201,7 @@ def test_a_policy_can_keep_the_output_so_that_there_is_no_second_forward_pass(im
             return (jnp.cos(out) * weights).sum()
 
         text = str(jax.make_jaxpr(jax.grad(jax.checkpoint(block, policy=policy)))(q))
-        return text.count(f"segment_attention_{implementation}_forward")
+        return text.count("custom_vmap_call[")  # an implementation, in whichever direction
 
     names = jax.checkpoint_policies.save_only_these_names(api.OUT_NAME, api.LOGSUMEXP_NAME)
-    assert count(jax.checkpoint_policies.nothing_saveable) == count(names) + 1
+    assert (count(jax.checkpoint_policies.nothing_saveable), count(names)) == (3, 2)

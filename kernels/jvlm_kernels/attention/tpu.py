@@ -27,7 +27,7 @@ LANES = 128
 _HIDDEN = -1e30  # of a score that must not be seen
 _LOWEST = -1e20  # a running maximum begins here, so that exp(_HIDDEN - maximum) is 0 in a line that sees nothing
 _VISITS_BYTES = 512 * 1024  # of scalar memory
-_VMEM_BYTES = 64 * 1024 * 1024
+_VMEM_BYTES = 16 * 1024 * 1024
 
 
 def check(spec, q, k, v) -> None:

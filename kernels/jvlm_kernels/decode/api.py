@@ -33,8 +33,7 @@ class DecodeSpec:
     interpret: bool
 
 
-# Each offers ``attend(spec, q, keys, values, lengths, tables) -> (out,)``, with an empty table for each sequence of a
-# cache that is not paged.
+# Each offers ``attend(spec, q, keys, values, lengths, tables) -> (out,)``; tables are zeros where the cache is not paged.
 _OPERATION = Operation(
     "decode_attention",
     {
@@ -94,7 +93,7 @@ def decode_attention(
         raise ValueError(f"window must be positive, got {window}")
     spec = DecodeSpec(float(D**-0.5 if scale is None else scale), window, block_tables is not None, interpret)
     names = _OPERATION.runnable(implementation, interpret, spec, q, keys, values)
-    tables = jnp.zeros((B, 0), jnp.int32) if block_tables is None else block_tables.astype(jnp.int32)
+    tables = jnp.zeros((B, 1), jnp.int32) if block_tables is None else block_tables.astype(jnp.int32)
     (out,) = _OPERATION.run(spec, names, "attend", q, keys, values, lengths.astype(jnp.int32), tables)
     return out
 

@@ -96,7 +96,6 @@ def attend(spec, q, keys, values, lengths, tables):
         ]
     else:
         of_head = [pl.BlockSpec((None, None, *x.shape[2:]), lambda p, h, b: (b, h, 0, 0)) for x in (keys, values)]
-        tables = jnp.zeros((B, 1), jnp.int32)
     operands = (rows, keys, values)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, spec, S, block, of_part),
