@@ -6,9 +6,9 @@
 One line of the table is one attention of one kind of row; its counts are means over the rows, for one head.
 
 - row: places of a row, in tokens (decoder) or patches (ViT); used: share of them that is not padding.
-- visited: blocks that `jvlm_kernels` finds to be needed; empty: those that the TPU kernel computes besides, one for
-  each block of queries without anything to see, so that its output gets written.
-- ideal: blocks with at least one visible pair; with empty: visited and empty blocks over ideal ones.
+- visited: blocks that `jvlm_kernels` finds to be needed; empty: steps in which the TPU kernel computes nothing and only
+  writes zeros, one for each block of queries that sees nothing.
+- ideal: blocks with at least one visible pair; with empty: steps of the TPU kernel over ideal blocks.
 - area/pairs: scores in visited blocks over visible pairs (the sum of squares of the segments, about half if causal).
 - splash: blocks that JAX's public splash attention computes at the same block sizes. Its mask is static and segment
   ids are compared inside a block, so it computes every block that causality allows; all of them if not causal.
@@ -85,7 +85,7 @@ class Work:
 
     @property
     def excess_with_empty(self) -> float:
-        """Blocks computed over ideal ones."""
+        """Steps of the kernel over ideal blocks."""
         return (self.visited + self.empty) / self.ideal
 
 

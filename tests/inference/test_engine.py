@@ -95,7 +95,7 @@ def test_a_decode_step_copies_neither_the_cache_nor_a_weight(tiny, shared_engine
     logits, cache = shared_engine._prefill(shared_engine._known, batch, lengths)
     leaves = shared_engine._decoder_leaves
     token, state = shared_engine._begin(config.kind, places, leaves, logits, cache, batch, lengths, knobs)
-    lowered = shared_engine._decode.lower(config.kind, places, leaves, state, token, knobs)
+    lowered = shared_engine._decode.lower(config.kind, leaves, state, token, knobs)
     memory = lowered.compile().memory_analysis()
     keys = state.cache[0][0].nbytes
     assert memory.alias_size_in_bytes >= 2 * keys * len(state.cache)

@@ -103,9 +103,8 @@ def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "tpu_blocks", lambda *_: tuning.Blocks(BLOCK_Q, BLOCK_KV))
         patch.setattr(tuning, "cuda_blocks", lambda *_: tuning.Blocks(BLOCK_Q, BLOCK_KV))
-        patch.setattr(xla, "_BLOCK", 16)
+        patch.setattr(xla, "_SHORT_BLOCK", 16)
         patch.setattr(xla, "_DENSE_SCORES", 0)
-        patch.setattr(xla, "_STEPS", 0)
         platforms._function.cache_clear()
         yield
     platforms._function.cache_clear()

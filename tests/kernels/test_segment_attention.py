@@ -77,7 +77,7 @@ def with_segments(args, ids):
     return *args[:3], jnp.asarray(ids, jnp.int32), jnp.asarray(ids, jnp.int32)
 
 
-STRATEGIES = ("dense", "staircase", "local", "blocked")
+STRATEGIES = ("dense", "local", "blocked")
 BLOCK = 16
 
 # strategy of xla, and what is special -> inputs, options
@@ -106,11 +106,6 @@ CASES = {
     ),
     "local, window": (inputs(60, lengths=([10] * 5, [9] * 6)), {"max_segment_length": 10, "window": 4}),
     "promise longer than the row": (inputs(40), {"max_segment_length": 64, "causal": True}),
-    "staircase": (inputs(60), {"causal": True}),
-    "staircase, window": (inputs(60), {"causal": True, "window": 20}),
-    "staircase, short window": (inputs(60), {"causal": True, "window": 3}),
-    "staircase, promise": (inputs(60, lengths=([35, 20], [12] * 4)), {"causal": True, "max_segment_length": 35}),
-    "staircase, one key head": (inputs(50, kv_heads=1), {"causal": True}),
     "blocked": (inputs(50), {}),
     "blocked, causal": (inputs(50), {"causal": True}),
     "blocked, causal window": (inputs(50), {"causal": True, "window": 7}),
@@ -178,12 +173,9 @@ def found_of(case, implementation):
         wanted = case.split(",")[0]
         if wanted == "blocked":
             patch.setattr(xla, "_DENSE_SCORES", 100)
-            patch.setattr(xla, "_BLOCK", BLOCK)
-            # the steps of a staircase and the neighbours of a block would do for these small sizes
-            patch.setattr(xla, "_STEPS", 0)
+            patch.setattr(xla, "_SHORT_BLOCK", BLOCK)
+            # the neighbours of a block would do for these small sizes
             patch.setattr(xla, "_local", None)
-        if wanted == "staircase":
-            patch.setattr(xla, "_STEP", 16)
         small_blocks(patch, args)
         spec = api.AttentionSpec(
             options.get("causal", False), None, 1.0, options.get("max_segment_length"), "q_offset" in options
@@ -205,7 +197,7 @@ every_implementation = pytest.mark.parametrize("implementation", implementations
 # tiles are xla's own; the Pallas kernels and the reference know only one way
 every_case = pytest.mark.parametrize(
     ("case", "implementation"),
-    [(c, i) for c in CASES for i in implementations() if i == "xla" or c.split(",")[0] not in ("staircase", "local")],
+    [(c, i) for c in CASES for i in implementations() if i == "xla" or c.split(",")[0] != "local"],
 )
 
 
@@ -236,7 +228,7 @@ def test_queries_that_see_nothing_give_zeros_and_neither_take_nor_give_a_gradien
 
 
 @every_implementation
-@pytest.mark.parametrize("case", ["dense, causal", "staircase", "local"])
+@pytest.mark.parametrize("case", ["dense, causal", "local"])
 def test_bfloat16_inputs_are_summed_in_float32(case, implementation):
     args, options = CASES[case]
     halves = [x.astype(jnp.bfloat16) for x in args[:3]]

@@ -1,14 +1,14 @@
 """Attention in plain XLA operations, on every device.
 
-Four strategies, chosen in `_strategy` and nowhere else. Three cut a row into tiles of fixed places:
+Three strategies, chosen in `_strategy` and nowhere else. Two cut a row into tiles of fixed places:
 
 - dense: all S x T scores at once, for short rows and for decoding;
-- staircase: each chunk of queries against the keys it can reach, for causal rows of moderate length: half the work;
 - local: with a promised segment length M, blocks of M queries see the neighbouring blocks only, so cost and memory
   follow S * M; this is what the windows of a ViT use.
 
-The fourth, blocked, is for everything longer: a loop over the blocks of scores that segments touch and no others
-(`jvlm_kernels.attention.blocks`), so memory follows S and cost what is in the row.
+The third, blocked, is for everything longer: a loop over the blocks of scores that segments touch and no others
+(`jvlm_kernels.attention.blocks`), so memory follows S and cost what is in the row. On CPU it beats the dense form from
+rows of 256 on, because its blocks stay in the cache.
 
 No backward pass keeps scores; all recompute them (FlashAttention, arXiv 2205.14135): on CPU that is faster than
 reading them back from memory.
@@ -17,7 +17,6 @@ reading them back from memory.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -28,11 +27,9 @@ from jvlm_kernels.attention import blocks
 
 PLATFORM = None
 # Largest S * T computed at once.
-_DENSE_SCORES = 768 * 768
-# Queries and keys of a block of the blocked strategy.
-_BLOCK = 256
-# A staircase is unrolled: steps of at least so many queries, and at most so many steps.
-_STEP, _STEPS = 128, 8
+_DENSE_SCORES = 256 * 256
+# Queries and keys of a block of the blocked strategy, in rows up to a length and in longer ones.
+_SHORT, _SHORT_BLOCK, _LONG_BLOCK = 768, 128, 256
 _HIDDEN, _LOWEST = -1e30, -1e20
 
 
@@ -71,8 +68,6 @@ def _strategy(spec, S: int, T: int) -> Callable | None:
     M = spec.max_segment_length
     if M is not None and (2 if spec.causal else 3) * M < T:
         return _local
-    if spec.causal and not spec.shifted and _STEP < S <= _STEP * _STEPS:
-        return _staircase
     return _dense if S == 1 or S * T <= _DENSE_SCORES else None
 
 
@@ -96,21 +91,6 @@ def _dense(spec, q_segments, kv_segments, offsets) -> _Tiling:
         q_index = q_index + offsets[:, None]
     places = [(q_segments, kv_segments, q_index, kv_index)]
     return _Tiling(lambda x: [x], lambda x: [x], places, lambda tiles: tiles[0])
-
-
-def _staircase(spec, q_segments, kv_segments, offsets) -> _Tiling:
-    S = q_segments.shape[1]
-    reach = min(spec.max_segment_length or S, spec.window or S)
-    starts = range(0, S, _STEP)
-    rows = [slice(start, min(start + _STEP, S)) for start in starts]
-    seen = [slice(max(0, start - reach + 1), min(start + _STEP, S)) for start in starts]
-    index = jnp.arange(S)
-    return _Tiling(
-        lambda x: [x[:, r] for r in rows],
-        lambda x: [x[:, s] for s in seen],
-        [(q_segments[:, r], kv_segments[:, s], index[r], index[s]) for r, s in zip(rows, seen, strict=True)],
-        functools.partial(jnp.concatenate, axis=1),
-    )
 
 
 def _local(spec, q_segments, kv_segments, offsets) -> _Tiling:
@@ -216,43 +196,43 @@ class _Blocked:
     def __init__(self, spec, q, k, q_segments, kv_segments, offsets):
         self.spec, self.offsets = spec, offsets
         (self.B, self.S, self.H, self.D), (_, self.T, self.K, _) = q.shape, k.shape
-        self.N, self.M, self.G = -(-self.S // _BLOCK), -(-self.T // _BLOCK), self.H // self.K
+        self.block = _SHORT_BLOCK if max(self.S, self.T) <= _SHORT else _LONG_BLOCK
+        self.N, self.M, self.G = -(-self.S // self.block), -(-self.T // self.block), self.H // self.K
         self.q_ids, self.kv_ids = self._ids(q_segments), self._ids(kv_segments)
-        found = blocks.visited(spec, q_segments, kv_segments, offsets, _BLOCK, _BLOCK)
-        size = self.B * blocks.most_visits(spec, self.S, self.T, _BLOCK, _BLOCK)
+        found = blocks.visited(spec, q_segments, kv_segments, offsets, self.block, self.block)
+        size = self.B * blocks.most_visits(spec, self.S, self.T, self.block, self.block)
         self.visits = blocks.list_visits(*found, size, fill=False)
 
-    @staticmethod
-    def _split(x):
-        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % _BLOCK)) + ((0, 0),) * (x.ndim - 2))
+    def _split(self, x):
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % self.block)) + ((0, 0),) * (x.ndim - 2))
 
     def _ids(self, segments):
-        return self._split(segments).reshape(-1, _BLOCK)
+        return self._split(segments).reshape(-1, self.block)
 
     def queries(self, x):
         """[B, S, H, ...] to [B * N, K, G * block, ...]."""
-        x = self._split(x).reshape(self.B * self.N, _BLOCK, self.K, self.G, *x.shape[3:])
+        x = self._split(x).reshape(self.B * self.N, self.block, self.K, self.G, *x.shape[3:])
         x = jnp.moveaxis(x, 1, 3)
-        return x.reshape(self.B * self.N, self.K, self.G * _BLOCK, *x.shape[4:])
+        return x.reshape(self.B * self.N, self.K, self.G * self.block, *x.shape[4:])
 
     def from_queries(self, x):
         """The inverse of `queries`."""
-        x = jnp.moveaxis(x.reshape(self.B * self.N, self.K, self.G, _BLOCK, *x.shape[3:]), 3, 1)
-        return x.reshape(self.B, self.N * _BLOCK, self.H, *x.shape[4:])[:, : self.S]
+        x = jnp.moveaxis(x.reshape(self.B * self.N, self.K, self.G, self.block, *x.shape[3:]), 3, 1)
+        return x.reshape(self.B, self.N * self.block, self.H, *x.shape[4:])[:, : self.S]
 
     def keys(self, x):
         """[B, T, K, D] to [B * M, K, block, D]."""
-        return jnp.moveaxis(self._split(x).reshape(self.B * self.M, _BLOCK, self.K, self.D), 1, 2)
+        return jnp.moveaxis(self._split(x).reshape(self.B * self.M, self.block, self.K, self.D), 1, 2)
 
     def from_keys(self, x):
         """The inverse of `keys`."""
-        return jnp.moveaxis(x, 2, 1).reshape(self.B, self.M * _BLOCK, self.K, self.D)[:, : self.T]
+        return jnp.moveaxis(x, 2, 1).reshape(self.B, self.M * self.block, self.K, self.D)[:, : self.T]
 
     def scores(self, line, partner, q, k):
         """Scaled scores [K, G * block, block] of query block ``line`` and key block ``partner``, hidden ones low."""
         row = line // self.N
-        q_index = line % self.N * _BLOCK + jnp.arange(_BLOCK) + self.offsets[row]
-        kv_index = partner * _BLOCK + jnp.arange(_BLOCK)
+        q_index = line % self.N * self.block + jnp.arange(self.block) + self.offsets[row]
+        kv_index = partner * self.block + jnp.arange(self.block)
         ids = self.q_ids[line], self.kv_ids[row * self.M + partner]
         visible = jnp.tile(_visible(self.spec, *ids, q_index, kv_index), (self.G, 1))
         scores = jnp.einsum("kqd,ktd->kqt", q, k, preferred_element_type=jnp.float32)
