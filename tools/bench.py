@@ -179,6 +179,7 @@ def train(model: VLM, processor: Processor, oracle, rounds: int) -> dict[str, An
     step = stepping.make_step(template, tx)
     copies = {path: jnp.array(value) for path, value in values.items()}
     state = stepping.TrainState(jnp.zeros((), jnp.int32), copies, tx.init(copies))
+    state = jax.device_put(state, jax.devices()[0])  # as in the training loop: the second step compiles nothing
     stacked = stepping.stack([batch])
     first_loss: dict[str, float] = {}
 
