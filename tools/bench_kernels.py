@@ -10,14 +10,13 @@ and results. A competitor whose memory would not fit is left out and says so.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jvlm_kernels import linear_cross_entropy, segment_attention
+from timing import seconds
 
 HEADS, KV_HEADS, HEAD_SIZE, SEGMENT = 8, 2, 64, 512
 TOKENS, HIDDEN, VOCABULARY = 4096, 512, 32768
@@ -68,13 +67,7 @@ def measured(function: Callable, operands, arguments: tuple[int, ...], rounds: i
     temporary = program.memory_analysis().temp_size_in_bytes
     if temporary > MOST_MEMORY:
         return None
-    jax.block_until_ready(program(*operands))
-    taken = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        jax.block_until_ready(program(*operands))
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken), temporary
+    return seconds(program, operands, rounds), temporary
 
 
 def table(title: str, column: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jvlm_kernels.attention import blocks, tuning
@@ -70,7 +71,8 @@ class Canvas:
 def draw() -> Canvas:
     """The matrix of blocks, queries down and keys across, and its legend."""
     spec = AttentionSpec(True, None, HEAD_SIZE**-0.5, None)
-    sizes = tuning.tpu_blocks(spec, PLACES, PLACES, HEADS // KEY_HEADS, KEY_HEADS, HEAD_SIZE, jnp.dtype("bfloat16"))
+    q, k = (jax.ShapeDtypeStruct((1, PLACES, heads, HEAD_SIZE), jnp.bfloat16) for heads in (HEADS, KEY_HEADS))
+    sizes = tuning.tpu_blocks(spec, q, k)
     row = np.zeros(PLACES, np.int32)
     row[: sum(LENGTHS)] = np.repeat(np.arange(1, len(LENGTHS) + 1), LENGTHS)
     some, every = _blocks(spec, row, sizes)

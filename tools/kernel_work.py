@@ -141,7 +141,8 @@ def count(
     H, K, D = heads
     B, S = segments_BS.shape
     sizes_of = {"tpu": tuning.tpu_blocks, "cuda": tuning.cuda_blocks}[platform]
-    sizes = sizes_of(spec, S, S, H // K, K, D, jnp.dtype(rows.model.numerics.compute_dtype))
+    q, k = (jax.ShapeDtypeStruct((B, S, heads, D), rows.model.numerics.compute_dtype) for heads in (H, K))
+    sizes = sizes_of(spec, q, k)
     cut = {"causal": spec.causal, "block_q": sizes.q, "block_kv": sizes.kv}
     visits = [_visits(spec, jnp.asarray(row), sizes.q, sizes.kv) for row in segments_BS]
     return Work(

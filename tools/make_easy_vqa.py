@@ -92,8 +92,8 @@ def rows(archive: tarfile.TarFile, split: str):
     for question, answer, number in json.load(archive.extractfile(f"easy_vqa/{split}/questions.json")):
         asked[number].append((question, answer))
     for number in sorted(asked):
-        png = archive.extractfile(f"easy_vqa/{split}/images/{number}.png").read()
-        seen, box = find_shape(Image.open(io.BytesIO(png)))
+        picture = Image.open(archive.extractfile(f"easy_vqa/{split}/images/{number}.png")).convert("RGB")
+        seen, box = find_shape(picture)
         name = " ".join(told(asked[number], words) or word for words, word in zip((COLOURS, FILLED), seen, strict=True))
         messages = []
         for question, reply, weight in turns(f"{split}{number}", asked[number], name):
@@ -102,9 +102,16 @@ def rows(archive: tarfile.TarFile, split: str):
         yield {
             "id": f"easy-vqa-{split}-{number}",
             "messages": messages,
-            "images": [{"bytes": png, "path": f"{split}/{number}.png"}],
+            "images": [{"bytes": as_webp(picture), "path": f"{split}/{number}.webp"}],
             "objects": {"bbox": [box]},
         }
+
+
+def as_webp(picture: Image.Image) -> bytes:
+    """The same pixels in less than half of PNG's bytes."""
+    file = io.BytesIO()
+    picture.save(file, "WEBP", lossless=True, quality=100, method=6)
+    return file.getvalue()
 
 
 def shape_question(row):

@@ -9,21 +9,22 @@ candidate, and keeps the fastest. Run it on one accelerator of the kind that the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jvlm_kernels import Unavailable, platforms, segment_attention
+from jvlm_kernels import Unavailable, segment_attention
 from jvlm_kernels.attention import tuning
 from jvlm_kernels.attention.api import AttentionSpec
+from timing import seconds
 
 SEED = 0
+IMPLEMENTATIONS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 CANDIDATES = {
     "tpu": [
         tuning.Blocks(q, kv, h) for q, kv, h in itertools.product((128, 256, 512), (128, 256, 512, 1024), (1, 2, 4))
@@ -47,58 +48,34 @@ def packed(length: int, segments: tuple[int, int]) -> np.ndarray:
     return np.repeat(np.arange(1, len(lengths) + 1), lengths)[:length].astype(np.int32)
 
 
-def seconds(function, operands, rounds: int) -> float:
-    """Median time of one call."""
-    jax.block_until_ready(function(*operands))
-    taken = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        jax.block_until_ready(function(*operands))
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
-
-
 def tune(platform: str, rounds: int) -> dict[str, dict[str, int]]:
     """Key of each call -> the fastest block sizes."""
     best: dict[str, dict[str, int]] = {}
-    rule = f"{platform}_blocks"
     for name, (length, heads, kv_heads, head_size, causal, segments, promise) in CALLS.items():
         keys = jax.random.split(jax.random.key(SEED), 3)
         shapes = [(1, length, h, head_size) for h in (heads, kv_heads, kv_heads)]
         q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
         ids = jnp.asarray(packed(length, segments))[None]
+        settings = {"causal": causal, "max_segment_length": promise, "implementation": IMPLEMENTATIONS[platform]}
         found = []
         for blocks in CANDIDATES[platform]:
             if kv_heads % blocks.heads:
                 continue
 
-            def total(q, k, v, causal=causal, promise=promise, ids=ids):
-                settings = {
-                    "causal": causal,
-                    "max_segment_length": promise,
-                    "implementation": IMPLEMENTATIONS[platform],
-                }
-                return segment_attention(q, k, v, ids, ids, **settings).astype(jnp.float32).sum()
+            def total(q, k, v, ids, options={**settings, "blocks": blocks}):  # noqa: B006
+                return segment_attention(q, k, v, ids, ids, **options).astype(jnp.float32).sum()
 
-            chosen = getattr(tuning, rule)
-            setattr(tuning, rule, lambda *_, blocks=blocks: blocks)
-            platforms._function.cache_clear()
             try:
-                taken = seconds(jax.jit(jax.grad(total, (0, 1, 2))), (q, k, v), rounds)
+                taken = seconds(jax.jit(jax.grad(total, (0, 1, 2))), (q, k, v, ids), rounds)
             except (Unavailable, jax.errors.JaxRuntimeError) as error:
                 print(f"{name:<16}{blocks}  does not run: {str(error).splitlines()[0][:80]}", flush=True)
                 continue
-            finally:
-                setattr(tuning, rule, chosen)
             print(f"{name:<16}{blocks}  {1e3 * taken:8.2f} ms", flush=True)
             found.append((taken, blocks))
         spec = AttentionSpec(causal, None, 1.0, promise)
         _, blocks = min(found, key=lambda pair: pair[0])
-        best[tuning.key_of(spec, length, heads // kv_heads, head_size)] = vars(blocks)
+        best[tuning.key_of(spec, length, heads // kv_heads, head_size)] = dataclasses.asdict(blocks)
     return best
-
-
-IMPLEMENTATIONS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 
 
 def main() -> int:

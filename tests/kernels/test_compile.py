@@ -1,6 +1,5 @@
 """The kernels pass the compilers of the devices that this machine does not have."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,12 +15,9 @@ from tests.support import ROOT
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 MIB = 1 << 20
-# where `make test` puts it
-COMPILER = Path(sys.prefix) / "tpu-compiler"
-has_compiler = COMPILER.is_dir() or importlib.util.find_spec("libtpu") is not None
+COMPILER = Path(sys.prefix) / "tpu-compiler"  # where `make test` puts it
 
 
-@pytest.mark.skipif(not has_compiler, reason="the TPU compiler (pip install libtpu) is absent")
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_forward_and_backward_compile_for_tpu_at_real_shapes(topology, capsys):
     command = [sys.executable, "tools/compile_kernels.py", topology, "--ours", "--json"]
@@ -82,10 +78,9 @@ def test_decoding_lowers_for_cuda(paged):
     assert _kernels_for_cuda(decode, q, *cache, jax.ShapeDtypeStruct((4,), jnp.int32), *tables) == ["decode_attention"]
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 @pytest.mark.parametrize("head_size", [64, 80, 128])
-def test_natively_on_a_gpu(head_size):
-    """What the CPU tests see in the interpreter."""
+def test_natively_on_the_device_at_hand(head_size):
+    """What the device gets by itself: a Pallas kernel on a GPU or TPU, where other tests see the interpreter's."""
     S = 512
     q, k, v = (jax.random.normal(jax.random.key(i), (2, S, h, head_size)) for i, h in enumerate((4, 2, 2)))
     ids = jnp.repeat(jnp.asarray([[1, 2, 3, 0]] * 2), jnp.asarray([100, 300, 87, 25]), axis=1)
@@ -93,6 +88,6 @@ def test_natively_on_a_gpu(head_size):
     def total(q, k, v, name):
         return jnp.sin(segment_attention(q, k, v, ids, ids, causal=True, implementation=name)).sum()
 
-    ours, theirs = (jax.grad(total, (0, 1, 2))(q, k, v, name) for name in ("pallas_gpu", "reference"))
+    ours, theirs = (jax.grad(total, (0, 1, 2))(q, k, v, name) for name in (None, "reference"))
     for x, y in zip(ours, theirs, strict=True):
         assert jnp.abs(x - y).max() < 1e-3

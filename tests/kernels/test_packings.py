@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jvlm_kernels import platforms, reference_attention, segment_attention
-from jvlm_kernels.attention import api, blocks, tuning, xla
+from jvlm_kernels import reference_attention, segment_attention
+from jvlm_kernels.attention import api, blocks, tuning
 
 S, BLOCK_Q, BLOCK_KV = 96, 16, 32
 KERNELS = ("xla", "pallas_tpu", "pallas_gpu")
@@ -97,17 +97,8 @@ def test_the_list_of_visits_says_what_the_map_says(first, second, causal, fill):
         np.testing.assert_array_equal(np.unique(line), lines)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_blocks():
-    """Blocks so small that these rows have several."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "tpu_blocks", lambda *_: tuning.Blocks(BLOCK_Q, BLOCK_KV))
-        patch.setattr(tuning, "cuda_blocks", lambda *_: tuning.Blocks(BLOCK_Q, BLOCK_KV))
-        patch.setattr(xla, "_SHORT_BLOCK", 16)
-        patch.setattr(xla, "_DENSE_SCORES", 0)
-        platforms._function.cache_clear()
-        yield
-    platforms._function.cache_clear()
+# so small that these rows have several
+BLOCKS = tuning.Blocks(BLOCK_Q, BLOCK_KV)
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "causal"))
@@ -128,6 +119,7 @@ def attend(q, k, v, weights, segments, *, implementation, causal):
                 implementation=implementation,
                 interpret=implementation.startswith("pallas"),
                 return_logsumexp=True,
+                blocks=BLOCKS,
             )
         seen = jnp.isfinite(logsumexp)
         return (out * weights).sum() + jnp.where(seen, logsumexp * weights[..., 0], 0.0).sum(), (out, logsumexp)

@@ -169,28 +169,25 @@ def attend(args, implementation, **options):
 def found_of(case, implementation):
     """What a case gives; strategies take over at smaller sizes, and it must be the one the case is named after."""
     args, options = CASES[case]
-    with pytest.MonkeyPatch.context() as patch:
-        wanted = case.split(",")[0]
-        if wanted == "blocked":
-            patch.setattr(xla, "_DENSE_SCORES", 100)
-            patch.setattr(xla, "_SHORT_BLOCK", BLOCK)
-            # the neighbours of a block would do for these small sizes
-            patch.setattr(xla, "_local", None)
-        small_blocks(patch, args)
-        spec = api.AttentionSpec(
-            options.get("causal", False), None, 1.0, options.get("max_segment_length"), "q_offset" in options
-        )
+    wanted = case.split(",")[0]
+    settings = {} if wanted != "blocked" and implementation == "xla" else {"blocks": small_blocks(args)}
+    spec = api.AttentionSpec(
+        options.get("causal", False),
+        None,
+        1.0,
+        options.get("max_segment_length"),
+        "q_offset" in options,
+        blocks=settings.get("blocks"),
+    )
+    if implementation == "xla" and wanted in STRATEGIES:
         chosen = xla._strategy(spec, args[0].shape[1], args[1].shape[1])
-        assert wanted not in STRATEGIES or chosen is getattr(xla, f"_{wanted}", None)
-        return attend(args, implementation, **options)
+        assert chosen is getattr(xla, f"_{wanted}") if wanted != "blocked" else chosen is None
+    return attend(args, implementation, **options, **settings)
 
 
-def small_blocks(patch, args):
-    """Blocks so small that these rows have several; two key heads together where there is one query head each."""
-    heads = 2 if args[0].shape[2] == args[1].shape[2] else 1
-    patch.setattr(tuning, "tpu_blocks", lambda *_: tuning.Blocks(BLOCK, 2 * BLOCK, heads))
-    patch.setattr(tuning, "cuda_blocks", lambda *_: tuning.Blocks(2 * BLOCK, BLOCK))
-    platforms._function.cache_clear()
+def small_blocks(args):
+    """So small that these rows have several; two key heads together where there is one query head each."""
+    return tuning.Blocks(BLOCK, 2 * BLOCK, 2 if args[0].shape[2] == args[1].shape[2] else 1)
 
 
 every_implementation = pytest.mark.parametrize("implementation", implementations())

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jvlm_kernels.attention.tuning import Blocks
 from jvlm_kernels.platforms import Operation
 
 OUT_NAME, LOGSUMEXP_NAME = "segment_attention_out", "segment_attention_logsumexp"
@@ -30,6 +31,7 @@ class AttentionSpec:
         ``q_segments`` and ``kv_segments`` to be the same ids; implementations use it to skip keys out of reach.
       shifted: whether queries have places of their own among the keys (``q_offset``).
       interpret: run a Pallas kernel in the interpreter, on any device.
+      blocks: sizes of a Pallas kernel's blocks; None takes the measured ones, or a rule.
     """
 
     causal: bool
@@ -38,6 +40,7 @@ class AttentionSpec:
     max_segment_length: int | None
     shifted: bool = False
     interpret: bool = False
+    blocks: Blocks | None = None
 
 
 # Each offers ``forward(spec, q, k, v, q_segments, kv_segments, offsets) -> (out, logsumexp)`` and
@@ -74,6 +77,7 @@ def segment_attention(
     implementation: str | None = None,
     interpret: bool = False,
     return_logsumexp: bool = False,
+    blocks: Blocks | None = None,
 ) -> Float[Array, "B S H D"] | tuple[Float[Array, "B S H D"], Float[Array, "B S H"]]:
     """Softmax attention in which a query sees the keys of its own segment only.
 
@@ -93,6 +97,7 @@ def segment_attention(
         that the program is compiled for, also when that is not a device of this machine.
       interpret: run the named Pallas implementation in the interpreter, for tests.
       return_logsumexp: also return the float32 logsumexp of the scaled scores.
+      blocks: sizes of the Pallas kernels' blocks, instead of the measured ones (`jvlm_kernels.attention.tuning`).
 
     Raises:
       ValueError: shapes that do not fit together, or an unknown implementation.
@@ -104,7 +109,7 @@ def segment_attention(
     if max_segment_length is not None and (q.shape[1] != k.shape[1] or q_offset is not None):
         raise ValueError("max_segment_length needs queries and keys to be the same row, without q_offset")
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    spec = AttentionSpec(causal, window, scale, max_segment_length, q_offset is not None, interpret)
+    spec = AttentionSpec(causal, window, scale, max_segment_length, q_offset is not None, interpret, blocks)
     names = _OPERATION.runnable(implementation, interpret, spec, q, k, v)
     offsets = jnp.broadcast_to(jnp.asarray(0 if q_offset is None else q_offset, jnp.int32), q.shape[:1])
     out, logsumexp = _attend(spec, names, q, k, v, q_segments, kv_segments, offsets)

@@ -9,7 +9,6 @@ Shapes: B rows, N query blocks, M key blocks, D head size padded to a power of t
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -20,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jvlm_kernels import shapes
 from jvlm_kernels.attention import blocks, tuning
+from jvlm_kernels.attention.plan import Plan, check_dtypes, normalisers, pad_to, padded_ids
 from jvlm_kernels.errors import Unavailable
 
 PLATFORM = "cuda"
@@ -30,47 +30,18 @@ _LARGEST_HEAD = 256
 
 def check(spec, q, k, v) -> None:
     """Static reasons not to run."""
-    if q.dtype != k.dtype or k.dtype != v.dtype or q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise Unavailable(f"takes float32, bfloat16 or float16, the same for all; got {q.dtype}, {k.dtype}, {v.dtype}")
+    check_dtypes(q, k, v, jnp.float32, jnp.bfloat16, jnp.float16)
     if q.shape[-1] > _LARGEST_HEAD:
         raise Unavailable(f"a head of {q.shape[-1]} does not fit shared memory; at most {_LARGEST_HEAD}")
-    plan = _Plan.of(spec, q, k)
-    if not blocks.fits(plan.B, plan.N, plan.M):
-        raise Unavailable(f"{plan.B} rows of {plan.N} x {plan.M} blocks are too many to number")
+    _plan(spec, q, k)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Sizes of a call."""
+def _plan(spec, q, k) -> _Plan:
+    return _Plan.of(spec, q, k, tuning.cuda_blocks(spec, q, k))
 
-    B: int
-    S: int
-    T: int
-    H: int
-    K: int
-    D: int
-    block_q: int
-    block_kv: int
-    visits: int
 
-    @staticmethod
-    def of(spec, q, k) -> _Plan:
-        (B, S, H, D), (_, T, K, _) = q.shape, k.shape
-        sizes = tuning.cuda_blocks(spec, S, T, H // K, K, D, q.dtype)
-        visits = B * blocks.most_visits(spec, S, T, sizes.q, sizes.kv)
-        return _Plan(B, S, T, H, K, D, sizes.q, sizes.kv, visits)
-
-    @property
-    def N(self) -> int:
-        return -(-self.S // self.block_q)
-
-    @property
-    def M(self) -> int:
-        return -(-self.T // self.block_kv)
-
-    @property
-    def G(self) -> int:
-        return self.H // self.K
+class _Plan(Plan):
+    """Sizes of a call, and the layout that the kernels want."""
 
     @property
     def head(self) -> int:
@@ -86,11 +57,8 @@ class _Plan:
         return self._padded(x, self.M * self.block_kv)
 
     def _padded(self, x, length: int):
-        widths = [(0, 0)] * x.ndim
-        widths[1] = (0, length - x.shape[1])
-        if x.ndim == 4:
-            widths[3] = (0, self.head - x.shape[3])
-        return jnp.pad(x, widths)
+        x = pad_to(x, 1, length)
+        return pad_to(x, 3, self.head) if x.ndim == 4 else x
 
     @property
     def params(self) -> plgpu.CompilerParams:
@@ -208,10 +176,9 @@ def _call(kernel, spec, plan: _Plan, name: str, grid, visits, offsets, operands,
 
 
 def _prepare(spec, plan: _Plan, q_segments, kv_segments, offsets):
-    """Ids in whole blocks, padding of queries 0 and of keys -1 so that they never meet; and the blocks to visit."""
-    q_ids, kv_ids = plan.queries(jnp.maximum(q_segments, 0)), plan.keys(jnp.maximum(kv_segments, 0))
-    found = blocks.visited(spec, q_segments, kv_segments, offsets, plan.block_q, plan.block_kv)
-    return q_ids, jnp.where(kv_ids > 0, kv_ids, -1), found
+    """Ids in whole blocks, and the blocks to visit."""
+    q_ids, kv_ids = padded_ids(q_segments, kv_segments, plan.N * plan.block_q, plan.M * plan.block_kv)
+    return q_ids, kv_ids, plan.visited(spec, q_segments, kv_segments, offsets)
 
 
 def _by_query(plan: _Plan):
@@ -226,7 +193,7 @@ def _by_query(plan: _Plan):
 
 def forward(spec, q, k, v, q_segments, kv_segments, offsets):
     """(out [B, S, H, D], logsumexp [B, S, H])."""
-    plan = _Plan.of(spec, q, k)
+    plan = _plan(spec, q, k)
     q_ids, kv_ids, found = _prepare(spec, plan, q_segments, kv_segments, offsets)
     visits = blocks.list_visits(*found, plan.visits, fill=False)
     a_block, all_keys, ids, all_ids, sums = _by_query(plan)
@@ -251,11 +218,9 @@ def forward(spec, q, k, v, q_segments, kv_segments, offsets):
 
 def backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_out, d_logsumexp):
     """(dq, dk, dv) from what the forward pass left."""
-    plan = _Plan.of(spec, q, k)
+    plan = _plan(spec, q, k)
     q_ids, kv_ids, found = _prepare(spec, plan, q_segments, kv_segments, offsets)
-    seen = jnp.isfinite(logsumexp)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(seen, d_logsumexp, 0.0)
-    lse = jnp.where(seen, logsumexp, -_LOWEST)
+    lse, delta = normalisers(out, logsumexp, d_out, d_logsumexp, -_LOWEST)
     operands = (
         *(plan.queries(q), plan.keys(k), plan.keys(v), plan.queries(d_out.astype(q.dtype))),
         *(plan.queries(lse), plan.queries(delta)),

@@ -10,7 +10,6 @@ heads, N query blocks, M key blocks, Q = G * block_q, D head size padded to the 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -20,60 +19,28 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jvlm_kernels import shapes
 from jvlm_kernels.attention import blocks, tuning
+from jvlm_kernels.attention.plan import Plan, check_dtypes, normalisers, pad_to, padded_ids
 from jvlm_kernels.errors import Unavailable
+from jvlm_kernels.mosaic import HIDDEN, LANES, LOWEST, VMEM_BYTES, OnlineSoftmax, dot
 
 PLATFORM = "tpu"
-LANES = 128
-_HIDDEN = -1e30  # of a score that must not be seen
-_LOWEST = -1e20  # a running maximum begins here, so that exp(_HIDDEN - maximum) is 0 in a line that sees nothing
 _VISITS_BYTES = 512 * 1024  # of scalar memory
-_VMEM_BYTES = 16 * 1024 * 1024
 
 
 def check(spec, q, k, v) -> None:
     """Static reasons not to run."""
-    if q.dtype != k.dtype or k.dtype != v.dtype or q.dtype not in (jnp.float32, jnp.bfloat16):
-        raise Unavailable(f"takes float32 or bfloat16, the same for all, got {q.dtype}, {k.dtype}, {v.dtype}")
-    plan = _Plan.of(spec, q, k)
+    check_dtypes(q, k, v, jnp.float32, jnp.bfloat16)
+    plan = _plan(spec, q, k)
     if plan.visits * 4 > _VISITS_BYTES:
         raise Unavailable(f"a list of {plan.visits} blocks does not fit into scalar memory")
-    if not blocks.fits(plan.B, plan.N, plan.M):
-        raise Unavailable(f"{plan.B} rows of {plan.N} x {plan.M} blocks are too many to number")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Sizes of a call. ``heads`` key heads are computed in one grid step."""
+def _plan(spec, q, k) -> _Plan:
+    return _Plan.of(spec, q, k, tuning.tpu_blocks(spec, q, k))
 
-    B: int
-    S: int
-    T: int
-    H: int
-    K: int
-    D: int
-    block_q: int
-    block_kv: int
-    heads: int
-    visits: int
 
-    @staticmethod
-    def of(spec, q, k) -> _Plan:
-        (B, S, H, D), (_, T, K, _) = q.shape, k.shape
-        sizes = tuning.tpu_blocks(spec, S, T, H // K, K, D, q.dtype)
-        visits = B * blocks.most_visits(spec, S, T, sizes.q, sizes.kv)
-        return _Plan(B, S, T, H, K, D, sizes.q, sizes.kv, sizes.heads, visits)
-
-    @property
-    def N(self) -> int:
-        return -(-self.S // self.block_q)
-
-    @property
-    def M(self) -> int:
-        return -(-self.T // self.block_kv)
-
-    @property
-    def G(self) -> int:
-        return self.H // self.K
+class _Plan(Plan):
+    """Sizes of a call, and the layout that the kernels want."""
 
     @property
     def Q(self) -> int:
@@ -85,7 +52,7 @@ class _Plan:
 
     def queries(self, x):
         """[B, S, H, ...] to [B, K, N, Q, ...], padded."""
-        x = _pad(x, 1, self.N * self.block_q)
+        x = pad_to(x, 1, self.N * self.block_q)
         x = x.reshape(self.B, self.N, self.block_q, self.K, self.G, *x.shape[3:])
         x = jnp.moveaxis(x, (3, 4), (1, 3))
         return x.reshape(self.B, self.K, self.N, self.Q, *x.shape[5:])
@@ -98,7 +65,7 @@ class _Plan:
 
     def keys(self, x):
         """[B, T, K, D] to [B, K, M, block_kv, D], padded."""
-        x = _pad(x, 1, self.M * self.block_kv).reshape(self.B, self.M, self.block_kv, self.K, -1)
+        x = pad_to(x, 1, self.M * self.block_kv).reshape(self.B, self.M, self.block_kv, self.K, -1)
         return jnp.moveaxis(x, 3, 1)
 
     def from_keys(self, x):
@@ -108,20 +75,7 @@ class _Plan:
 
     def lanes_of(self, x):
         """The head size padded to whole lanes."""
-        return _pad(x, -1, self.lanes)
-
-
-def _pad(x, axis: int, size: int):
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, widths)
-
-
-def _dot(a, b, contract: tuple[int, int]):
-    """Matrix product summed in float32; float32 operands are not rounded."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+        return pad_to(x, -1, self.lanes)
 
 
 def _column(row):
@@ -151,56 +105,51 @@ def _for_both(item, step) -> None:
 
 def _scores_by_query(spec, plan, q, k, q_column, kv_ids, q_first, kv_first, masked: bool):
     """Scaled scores [Q, block_kv]."""
-    scores = _dot(q, k, (1, 1)) * spec.scale
+    scores = dot(q, k, (1, 1)) * spec.scale
     if not masked:
         return scores
     mask = _visible(spec, plan, q_column, kv_ids, q_first, kv_first, keys_first=False)
     scores = scores.reshape(plan.G, plan.block_q, plan.block_kv)
-    return jnp.where(mask[None], scores, _HIDDEN).reshape(plan.Q, plan.block_kv)
+    return jnp.where(mask[None], scores, HIDDEN).reshape(plan.Q, plan.block_kv)
 
 
-def _forward_kernel(spec, plan: _Plan, items, offsets, q, k, v, q_ids, kv_ids, out, lse, column, top, total, sums):
+def _visit_of_queries(plan: _Plan, items, offsets):
+    """(item, number of the key block, place of the first query among the keys) of this grid step."""
     item = items[pl.program_id(1)]
-    line, j = blocks.line_of(item), blocks.partner_of(item)
-    q_first = lax.rem(line, plan.N) * plan.block_q + offsets[lax.div(line, plan.N)]
+    line = blocks.line_of(item)
+    return item, blocks.partner_of(item), lax.rem(line, plan.N) * plan.block_q + offsets[lax.div(line, plan.N)]
+
+
+def _forward_kernel(spec, plan: _Plan, items, offsets, q, k, v, q_ids, kv_ids, out, lse, column, *scratch):
+    item, j, q_first = _visit_of_queries(plan, items, offsets)
+
+    softmax = OnlineSoftmax(*scratch)
 
     @pl.when(blocks.is_first(item))
     def begin():
         column[...] = _column(q_ids[...])
-        top[...] = jnp.full_like(top, _LOWEST)
-        total[...] = jnp.zeros_like(total)
-        sums[...] = jnp.zeros_like(sums)
+        softmax.begin()
 
     def step(masked: bool):
         for h in range(plan.heads):
             scores = _scores_by_query(
                 spec, plan, q[h], k[h], column[:, :1], kv_ids[...], q_first, j * plan.block_kv, masked
             )
-            before = top[h]
-            now = jnp.maximum(before, scores.max(1, keepdims=True))
-            weights = jnp.exp(scores - now[:, :1])
-            shrink = jnp.exp(before - now)
-            top[h] = now
-            total[h] = total[h] * shrink + weights.sum(1, keepdims=True)
-            sums[h] = sums[h] * shrink[:, :1] + _dot(weights.astype(v.dtype), v[h], (1, 0))
+            softmax.add(h, scores, v[h])
 
     _for_both(item, step)
 
     @pl.when(blocks.is_last(item))
     def end():
         for h in range(plan.heads):
-            seen = total[h] > 0
-            divisor = jnp.where(seen, total[h], 1.0)
-            out[h] = (sums[h] / divisor[:, :1]).astype(out.dtype)
-            lse[h] = jnp.where(seen, top[h] + jnp.log(divisor), -jnp.inf).T[:1]
+            mean, logsumexp = softmax.result(h)
+            out[h], lse[h] = mean.astype(out.dtype), logsumexp.T[:1]
 
 
 def _d_queries_kernel(
     spec, plan: _Plan, items, offsets, q, k, v, d_out, lse, delta, q_ids, kv_ids, d_q, column, lse_col, delta_col, sums
 ):
-    item = items[pl.program_id(1)]
-    line, j = blocks.line_of(item), blocks.partner_of(item)
-    q_first = lax.rem(line, plan.N) * plan.block_q + offsets[lax.div(line, plan.N)]
+    item, j, q_first = _visit_of_queries(plan, items, offsets)
 
     @pl.when(blocks.is_first(item))
     def begin():
@@ -215,9 +164,9 @@ def _d_queries_kernel(
                 spec, plan, q[h], k[h], column[:, :1], kv_ids[...], q_first, j * plan.block_kv, masked
             )
             weights = jnp.exp(scores - lse_col[h, :, :1])
-            d_weights = _dot(d_out[h], v[h], (1, 1))
+            d_weights = dot(d_out[h], v[h], (1, 1))
             d_scores = weights * (d_weights - delta_col[h, :, :1]) * spec.scale
-            sums[h] += _dot(d_scores.astype(k.dtype), k[h], (1, 0))
+            sums[h] += dot(d_scores.astype(k.dtype), k[h], (1, 0))
 
     _for_both(item, step)
 
@@ -246,14 +195,14 @@ def _d_keys_kernel(
             kv_first = lax.rem(line, plan.M) * plan.block_kv
             mask = _visible(spec, plan, ids, column[:, :1], q_first, kv_first, keys_first=True)
         for h in range(plan.heads):
-            scores = _dot(k[h], q[h], (1, 1)) * spec.scale
+            scores = dot(k[h], q[h], (1, 1)) * spec.scale
             if masked:
-                scores = jnp.where(mask, scores, _HIDDEN)
+                scores = jnp.where(mask, scores, HIDDEN)
             weights = jnp.exp(scores - lse[h])
-            sums_v[h] += _dot(weights.astype(d_out.dtype), d_out[h], (1, 0))
-            d_weights = _dot(v[h], d_out[h], (1, 1))
+            sums_v[h] += dot(weights.astype(d_out.dtype), d_out[h], (1, 0))
+            d_weights = dot(v[h], d_out[h], (1, 1))
             d_scores = weights * (d_weights - delta[h]) * spec.scale
-            sums_k[h] += _dot(d_scores.astype(q.dtype), q[h], (1, 0))
+            sums_k[h] += dot(d_scores.astype(q.dtype), q[h], (1, 0))
 
     _for_both(item, step)
 
@@ -308,7 +257,7 @@ class _Call:
                 scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch],
             ),
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
+                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
             ),
             interpret=self.spec.interpret,
             name=name,
@@ -316,18 +265,16 @@ class _Call:
 
 
 def _prepare(spec, plan: _Plan, q_segments, kv_segments, offsets):
-    """Ids laid out in blocks, padding of queries 0 and of keys -1 so that they never meet; and the blocks to visit."""
-    q_ids = _pad(jnp.maximum(q_segments, 0), 1, plan.N * plan.block_q)
-    kv_ids = _pad(jnp.maximum(kv_segments, 0), 1, plan.M * plan.block_kv)
+    """Ids laid out in blocks, and the blocks to visit."""
+    q_ids, kv_ids = padded_ids(q_segments, kv_segments, plan.N * plan.block_q, plan.M * plan.block_kv)
     q_ids = q_ids.reshape(plan.B, plan.N, 1, plan.block_q)
-    kv_ids = jnp.where(kv_ids > 0, kv_ids, -1).reshape(plan.B, plan.M, 1, plan.block_kv)
-    found = blocks.visited(spec, q_segments, kv_segments, offsets, plan.block_q, plan.block_kv)
-    return q_ids, kv_ids, found
+    kv_ids = kv_ids.reshape(plan.B, plan.M, 1, plan.block_kv)
+    return q_ids, kv_ids, plan.visited(spec, q_segments, kv_segments, offsets)
 
 
 def forward(spec, q, k, v, q_segments, kv_segments, offsets):
     """(out [B, S, H, D], logsumexp [B, S, H])."""
-    plan = _Plan.of(spec, q, k)
+    plan = _plan(spec, q, k)
     q_ids, kv_ids, found = _prepare(spec, plan, q_segments, kv_segments, offsets)
     call = _Call(spec, plan, blocks.list_visits(*found, plan.visits, fill=True), offsets, lines="queries")
     heads, Q, D = plan.heads, plan.Q, plan.lanes
@@ -354,12 +301,11 @@ def forward(spec, q, k, v, q_segments, kv_segments, offsets):
 
 def backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_out, d_logsumexp):
     """(dq, dk, dv) from what the forward pass left."""
-    plan = _Plan.of(spec, q, k)
+    plan = _plan(spec, q, k)
     q_ids, kv_ids, found = _prepare(spec, plan, q_segments, kv_segments, offsets)
     heads, Q, D = plan.heads, plan.Q, plan.lanes
-    seen = jnp.isfinite(logsumexp)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(seen, d_logsumexp, 0.0)
-    rows = [plan.queries(x)[:, :, :, None] for x in (jnp.where(seen, logsumexp, -_LOWEST), delta)]
+    logsumexp, delta = normalisers(out, logsumexp, d_out, d_logsumexp, -LOWEST)
+    rows = [plan.queries(x)[:, :, :, None] for x in (logsumexp, delta)]
     operands = (
         plan.queries(plan.lanes_of(q)),
         plan.keys(plan.lanes_of(k)),

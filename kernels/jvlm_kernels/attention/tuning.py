@@ -40,28 +40,31 @@ def key_of(spec, length: int, groups: int, head_size: int) -> str:
     return f"length{_power_of_two(length)}-groups{groups}-head{-(-head_size // _LANES) * _LANES}-{seen}"
 
 
-def tpu_blocks(spec, S: int, T: int, groups: int, kv_heads: int, head_size: int, dtype) -> Blocks:
-    """Sizes for a TPU call, from the table or by rule.
+def tpu_blocks(spec, q, k) -> Blocks:
+    """Sizes for a TPU call: as the call asks, from the table, or by rule.
 
     The rule: about 1,024 query rows in a matrix (all the heads of a group together) against 512 keys fill the matrix
     unit and fit vector memory; where segments are short, blocks of 128 skip more, and several heads share a grid step
     to pay for its overhead. All of this fits 16 MiB of vector memory.
     """
-    found = table("tpu").get(key_of(spec, max(S, T), groups, head_size))
+    (_, S, H, D), (_, T, K, _) = q.shape, k.shape
+    groups = H // K
+    found = spec.blocks or table("tpu").get(key_of(spec, max(S, T), groups, D))
     if found is None:
         reach = min(r for r in (spec.window, spec.max_segment_length, max(S, T)) if r is not None)
         short = reach <= 256
         queries = 128 if short else max(128, _LANES * (1024 // groups // _LANES))
         found = Blocks(min(queries, 512), 128 if short else 512, 4 if short and groups == 1 else 1)
-    heads = max(h for h in range(1, found.heads + 1) if kv_heads % h == 0)
+    heads = max(h for h in range(1, found.heads + 1) if K % h == 0)
     return Blocks(min(found.q, _whole_lanes(S)), min(found.kv, _whole_lanes(T)), heads)
 
 
-def cuda_blocks(spec, S: int, T: int, groups: int, kv_heads: int, head_size: int, dtype) -> Blocks:
-    """Sizes for a GPU call, from the table or by rule: shared memory bounds block x head size."""
-    found = table("cuda").get(key_of(spec, max(S, T), groups, head_size))
+def cuda_blocks(spec, q, k) -> Blocks:
+    """Sizes for a GPU call: as the call asks, from the table, or by rule: shared memory bounds block x head size."""
+    (_, S, H, D), (_, T, K, _) = q.shape, k.shape
+    found = spec.blocks or table("cuda").get(key_of(spec, max(S, T), H // K, D))
     if found is None:
-        found = Blocks(64, 64) if head_size > 128 or dtype.itemsize > 2 else Blocks(128, 64)
+        found = Blocks(64, 64) if D > 128 or q.dtype.itemsize > 2 else Blocks(128, 64)
     return Blocks(min(found.q, max(16, _power_of_two(S))), min(found.kv, max(16, _power_of_two(T))), 1)
 
 

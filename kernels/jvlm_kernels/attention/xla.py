@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jvlm_kernels.attention import blocks
+from jvlm_kernels.attention.plan import Plan, normalisers, pad_to, padded_ids
+from jvlm_kernels.attention.tuning import Blocks
 
 PLATFORM = None
 # Largest S * T computed at once.
@@ -64,8 +66,10 @@ def backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_
 
 
 def _strategy(spec, S: int, T: int) -> Callable | None:
-    """How to cut a call into tiles; None for the blocked loop."""
+    """How to cut a call into tiles; None for the blocked loop, as whoever asks for block sizes wants it."""
     M = spec.max_segment_length
+    if spec.blocks is not None:
+        return None
     if M is not None and (2 if spec.causal else 3) * M < T:
         return _local
     return _dense if S == 1 or S * T <= _DENSE_SCORES else None
@@ -134,7 +138,7 @@ def _tile_forward(spec, q, k, v, places):
 
 def _tile_backward(spec, q, k, v, places, out, logsumexp, d_out, d_logsumexp):
     scores = _scores(spec, q, k, *places)
-    logsumexp, delta = _normalisers(out, logsumexp, d_out, d_logsumexp)
+    logsumexp, delta = normalisers(out, logsumexp, d_out, d_logsumexp, 0.0)
     weights = jnp.exp(scores - _queries_last(_grouped(logsumexp, k))[..., None])
     d_out_SKGD = _grouped(d_out.astype(v.dtype), k, -2)
     d_v = jnp.einsum("...kgst,...skgd->...tkd", weights.astype(v.dtype), d_out_SKGD, preferred_element_type=jnp.float32)
@@ -144,16 +148,6 @@ def _tile_backward(spec, q, k, v, places, out, logsumexp, d_out, d_logsumexp):
     d_q = jnp.einsum("...kgst,...tkd->...skgd", d_scores, k, preferred_element_type=jnp.float32)
     d_k = jnp.einsum("...kgst,...skgd->...tkd", d_scores, _grouped(q, k, -2), preferred_element_type=jnp.float32)
     return d_q.reshape(q.shape).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
-
-
-def _normalisers(out, logsumexp, d_out, d_logsumexp):
-    """(logsumexp, delta) [..., S, H] as the backward pass needs them.
-
-    Queries that see nothing have a logsumexp of -inf: 0 in its place makes every weight exp(_HIDDEN) = 0.
-    """
-    seen = jnp.isfinite(logsumexp)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(seen, d_logsumexp, 0.0)
-    return jnp.where(seen, logsumexp, 0.0), delta
 
 
 def _scores(spec, q, k, q_segments, kv_segments, q_index, kv_index):
@@ -190,51 +184,54 @@ def _queries_last(x):
     return jnp.moveaxis(x, -3, -1)
 
 
-class _Blocked:
-    """A call cut into blocks, each a matrix a head: queries [B * N, K, G * block, D] and keys [B * M, K, block, D]."""
-
-    def __init__(self, spec, q, k, q_segments, kv_segments, offsets):
-        self.spec, self.offsets = spec, offsets
-        (self.B, self.S, self.H, self.D), (_, self.T, self.K, _) = q.shape, k.shape
-        self.block = _SHORT_BLOCK if max(self.S, self.T) <= _SHORT else _LONG_BLOCK
-        self.N, self.M, self.G = -(-self.S // self.block), -(-self.T // self.block), self.H // self.K
-        self.q_ids, self.kv_ids = self._ids(q_segments), self._ids(kv_segments)
-        found = blocks.visited(spec, q_segments, kv_segments, offsets, self.block, self.block)
-        size = self.B * blocks.most_visits(spec, self.S, self.T, self.block, self.block)
-        self.visits = blocks.list_visits(*found, size, fill=False)
-
-    def _split(self, x):
-        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % self.block)) + ((0, 0),) * (x.ndim - 2))
-
-    def _ids(self, segments):
-        return self._split(segments).reshape(-1, self.block)
+class _Blocked(Plan):
+    """A call whose blocks are a matrix each head: queries [B * N, K, G * block_q, D], keys [B * M, K, block_kv, D]."""
 
     def queries(self, x):
-        """[B, S, H, ...] to [B * N, K, G * block, ...]."""
-        x = self._split(x).reshape(self.B * self.N, self.block, self.K, self.G, *x.shape[3:])
+        """[B, S, H, ...] to [B * N, K, G * block_q, ...]."""
+        x = pad_to(x, 1, self.N * self.block_q)
+        x = x.reshape(self.B * self.N, self.block_q, self.K, self.G, *x.shape[3:])
         x = jnp.moveaxis(x, 1, 3)
-        return x.reshape(self.B * self.N, self.K, self.G * self.block, *x.shape[4:])
+        return x.reshape(self.B * self.N, self.K, self.G * self.block_q, *x.shape[4:])
 
     def from_queries(self, x):
         """The inverse of `queries`."""
-        x = jnp.moveaxis(x.reshape(self.B * self.N, self.K, self.G, self.block, *x.shape[3:]), 3, 1)
-        return x.reshape(self.B, self.N * self.block, self.H, *x.shape[4:])[:, : self.S]
+        x = jnp.moveaxis(x.reshape(self.B * self.N, self.K, self.G, self.block_q, *x.shape[3:]), 3, 1)
+        return x.reshape(self.B, self.N * self.block_q, self.H, *x.shape[4:])[:, : self.S]
 
     def keys(self, x):
-        """[B, T, K, D] to [B * M, K, block, D]."""
-        return jnp.moveaxis(self._split(x).reshape(self.B * self.M, self.block, self.K, self.D), 1, 2)
+        """[B, T, K, D] to [B * M, K, block_kv, D]."""
+        x = pad_to(x, 1, self.M * self.block_kv)
+        return jnp.moveaxis(x.reshape(self.B * self.M, self.block_kv, self.K, self.D), 1, 2)
 
     def from_keys(self, x):
         """The inverse of `keys`."""
-        return jnp.moveaxis(x, 2, 1).reshape(self.B, self.M * self.block, self.K, self.D)[:, : self.T]
+        return jnp.moveaxis(x, 2, 1).reshape(self.B, self.M * self.block_kv, self.K, self.D)[:, : self.T]
+
+
+def _blocked(spec, q, k) -> _Blocked:
+    block = _SHORT_BLOCK if max(q.shape[1], k.shape[1]) <= _SHORT else _LONG_BLOCK
+    return _Blocked.of(spec, q, k, spec.blocks or Blocks(block, block))
+
+
+class _Walk:
+    """The blocks of a call that are visited, and their scores."""
+
+    def __init__(self, spec, cut: _Blocked, q_segments, kv_segments, offsets):
+        self.spec, self.cut, self.offsets = spec, cut, offsets
+        q_ids, kv_ids = padded_ids(q_segments, kv_segments, cut.N * cut.block_q, cut.M * cut.block_kv)
+        self.q_ids, self.kv_ids = q_ids.reshape(-1, cut.block_q), kv_ids.reshape(-1, cut.block_kv)
+        found = cut.visited(spec, q_segments, kv_segments, offsets)
+        self.visits = blocks.list_visits(*found, cut.visits, fill=False)
 
     def scores(self, line, partner, q, k):
-        """Scaled scores [K, G * block, block] of query block ``line`` and key block ``partner``, hidden ones low."""
-        row = line // self.N
-        q_index = line % self.N * self.block + jnp.arange(self.block) + self.offsets[row]
-        kv_index = partner * self.block + jnp.arange(self.block)
-        ids = self.q_ids[line], self.kv_ids[row * self.M + partner]
-        visible = jnp.tile(_visible(self.spec, *ids, q_index, kv_index), (self.G, 1))
+        """Scaled scores [K, G * block_q, block_kv] of a query block and a key block, hidden ones low."""
+        cut = self.cut
+        row = line // cut.N
+        q_index = line % cut.N * cut.block_q + jnp.arange(cut.block_q) + self.offsets[row]
+        kv_index = partner * cut.block_kv + jnp.arange(cut.block_kv)
+        ids = self.q_ids[line], self.kv_ids[row * cut.M + partner]
+        visible = jnp.tile(_visible(self.spec, *ids, q_index, kv_index), (cut.G, 1))
         scores = jnp.einsum("kqd,ktd->kqt", q, k, preferred_element_type=jnp.float32)
         return jnp.where(visible, scores * self.spec.scale, _HIDDEN)
 
@@ -243,13 +240,14 @@ class _Blocked:
 
         def body(visit, carry):
             partner = blocks.partner_of(self.visits.items[visit])
-            return step(partner, line // self.N * self.M + partner, carry)
+            return step(partner, line // self.cut.N * self.cut.M + partner, carry)
 
         return lax.fori_loop(self.visits.starts[line], self.visits.starts[line + 1], body, carry)
 
 
 def _blocked_forward(spec, q, k, v, q_segments, kv_segments, offsets):
-    cut = _Blocked(spec, q, k, q_segments, kv_segments, offsets)
+    cut = _blocked(spec, q, k)
+    walk = _Walk(spec, cut, q_segments, kv_segments, offsets)
     k, v, dtype = cut.keys(k), cut.keys(v), q.dtype
 
     def one_line(inputs):
@@ -257,7 +255,7 @@ def _blocked_forward(spec, q, k, v, q_segments, kv_segments, offsets):
 
         def step(partner, at, carry):
             top, total, sums = carry
-            scores = cut.scores(line, partner, q, k[at])
+            scores = walk.scores(line, partner, q, k[at])
             now = jnp.maximum(top, scores.max(-1))
             weights, shrink = jnp.exp(scores - now[..., None]), jnp.exp(top - now)
             more = jnp.einsum("kqt,ktd->kqd", weights.astype(v.dtype), v[at], preferred_element_type=jnp.float32)
@@ -265,7 +263,7 @@ def _blocked_forward(spec, q, k, v, q_segments, kv_segments, offsets):
 
         zeros = jnp.zeros(q.shape[:-1], jnp.float32)
         start = zeros + _LOWEST, zeros, jnp.zeros(q.shape, jnp.float32)
-        top, total, sums = cut.for_each_partner(line, step, start)
+        top, total, sums = walk.for_each_partner(line, step, start)
         seen = total > 0
         divisor = jnp.where(seen, total, 1.0)
         return (sums / divisor[..., None]).astype(dtype), jnp.where(seen, top + jnp.log(divisor), -jnp.inf)
@@ -275,8 +273,9 @@ def _blocked_forward(spec, q, k, v, q_segments, kv_segments, offsets):
 
 
 def _blocked_backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_out, d_logsumexp):
-    cut = _Blocked(spec, q, k, q_segments, kv_segments, offsets)
-    logsumexp, delta = _normalisers(out, logsumexp, d_out, d_logsumexp)
+    cut = _blocked(spec, q, k)
+    walk = _Walk(spec, cut, q_segments, kv_segments, offsets)
+    logsumexp, delta = normalisers(out, logsumexp, d_out, d_logsumexp, 0.0)
     dtypes = q.dtype, k.dtype, v.dtype
     d_out = cut.queries(d_out.astype(v.dtype))
     q, k, v, logsumexp, delta = cut.queries(q), cut.keys(k), cut.keys(v), cut.queries(logsumexp), cut.queries(delta)
@@ -289,7 +288,7 @@ def _blocked_backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logs
 
         def step(partner, at, carry):
             d_q, d_k, d_v = carry
-            weights = jnp.exp(cut.scores(line, partner, q, k[at]) - logsumexp[..., None])
+            weights = jnp.exp(walk.scores(line, partner, q, k[at]) - logsumexp[..., None])
             d_scores = weights * (product("kqd,ktd->kqt", d_out, v[at]) - delta[..., None]) * spec.scale
             d_scores = d_scores.astype(q.dtype)
             return (
@@ -298,7 +297,7 @@ def _blocked_backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logs
                 d_v.at[at].add(product("kqt,kqd->ktd", weights.astype(v.dtype), d_out)),
             )
 
-        d_q, d_k, d_v = cut.for_each_partner(line, step, (jnp.zeros(q.shape, jnp.float32), *carry))
+        d_q, d_k, d_v = walk.for_each_partner(line, step, (jnp.zeros(q.shape, jnp.float32), *carry))
         return (d_k, d_v), d_q.astype(dtypes[0])
 
     none = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jvlm_kernels import shapes
+from jvlm_kernels.attention.plan import check_dtypes
 from jvlm_kernels.errors import Unavailable
 
 PLATFORM = "cuda"
@@ -29,10 +30,7 @@ _LOG2E = math.log2(math.e)
 def check(spec, q, keys, values) -> None:
     """Static reasons not to run."""
     D, places = keys.shape[2:]
-    if keys.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or not q.dtype == keys.dtype == values.dtype:
-        raise Unavailable(
-            f"takes float32, bfloat16 or float16, the same for all; got {q.dtype}, {keys.dtype}, {values.dtype}"
-        )
+    check_dtypes(q, keys, values, jnp.float32, jnp.bfloat16, jnp.float16)
     if D & (D - 1) or not 16 <= D <= 256:
         raise Unavailable(f"needs a head size that is a power of two from 16 to 256, got {D}")
     if places % 16 or (spec.paged and places & (places - 1)):

@@ -16,22 +16,20 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jvlm_kernels import shapes
 from jvlm_kernels.attention import blocks
+from jvlm_kernels.attention.plan import check_dtypes
 from jvlm_kernels.errors import Unavailable
+from jvlm_kernels.mosaic import HIDDEN, LANES, VMEM_BYTES, OnlineSoftmax, dot
 
 PLATFORM = "tpu"
 _SUBLANES = 16  # of bfloat16, the narrower of the types taken
-_LANES = 128
 _BLOCK = 512
-_HIDDEN, _LOWEST = -1e30, -1e20
-_VMEM_BYTES = 16 * 1024 * 1024
 
 
 def check(spec, q, keys, values) -> None:
     """Static reasons not to run."""
-    if keys.dtype not in (jnp.float32, jnp.bfloat16) or values.dtype != keys.dtype or q.dtype != keys.dtype:
-        raise Unavailable(f"takes float32 or bfloat16, the same for all; got {q.dtype}, {keys.dtype}, {values.dtype}")
-    if not spec.paged and keys.shape[3] % _LANES:
-        raise Unavailable(f"needs a cache of whole lanes of {_LANES} places, got {keys.shape[3]}")
+    check_dtypes(q, keys, values, jnp.float32, jnp.bfloat16)
+    if not spec.paged and keys.shape[3] % LANES:
+        raise Unavailable(f"needs a cache of whole lanes of {LANES} places, got {keys.shape[3]}")
     if not spec.paged and not blocks.fits(q.shape[0], 1, keys.shape[3] // block_of(spec, keys)):
         raise Unavailable(f"{q.shape[0]} sequences of {keys.shape[3]} places have too many blocks to number")
 
@@ -41,7 +39,7 @@ def block_of(spec, keys) -> int:
     places = keys.shape[3]
     if spec.paged:
         return places
-    return max(z for z in range(_LANES, min(_BLOCK, places) + 1, _LANES) if places % z == 0)
+    return max(z for z in range(LANES, min(_BLOCK, places) + 1, LANES) if places % z == 0)
 
 
 def in_reach(spec, lengths, new: int, block: int, count: int):
@@ -53,26 +51,21 @@ def in_reach(spec, lengths, new: int, block: int, count: int):
     return some
 
 
-def _kernel(spec, S: int, K: int, block: int, items, lengths, tables, q, keys, values, out, top, total, sums):
+def _kernel(spec, S: int, K: int, block: int, items, lengths, tables, q, keys, values, out, *scratch):
     item = items[pl.program_id(0)]
     length = lengths[blocks.line_of(item)]
 
-    @pl.when(blocks.is_first(item))
-    def begin():
-        top[...] = jnp.full_like(top, _LOWEST)
-        total[...] = jnp.zeros_like(total)
-        sums[...] = jnp.zeros_like(sums)
-
-    pl.when(blocks.is_masked(item))(lambda: _step(spec, S, K, block, item, length, q, keys, values, top, total, sums))
+    softmax = OnlineSoftmax(*scratch)
+    pl.when(blocks.is_first(item))(softmax.begin)
+    pl.when(blocks.is_masked(item))(lambda: _step(spec, S, K, block, item, length, q, keys, values, softmax))
 
     @pl.when(blocks.is_last(item))
     def end():
         for h in range(K):
-            divisor = jnp.where(total[h] > 0, total[h], 1.0)
-            out[h] = (sums[h] / divisor[:, :1]).astype(out.dtype)
+            out[h] = softmax.result(h)[0].astype(out.dtype)
 
 
-def _step(spec, S: int, K: int, block: int, item, length, q, keys, values, top, total, sums):
+def _step(spec, S: int, K: int, block: int, item, length, q, keys, values, softmax: OnlineSoftmax):
     shape = (q.shape[1], block)
     # row r is new token r % S; the padding rows at the end repeat them
     place = length - S + lax.rem(lax.broadcasted_iota(jnp.int32, shape, 0), S)
@@ -80,17 +73,8 @@ def _step(spec, S: int, K: int, block: int, item, length, q, keys, values, top, 
     visible = behind >= 0
     if spec.window is not None:
         visible &= behind < spec.window
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dot = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
     for h in range(K):
-        scores = jnp.where(visible, dot(q[h], keys[h]) * spec.scale, _HIDDEN)
-        before = top[h]
-        now = jnp.maximum(before, scores.max(1, keepdims=True))
-        weights = jnp.exp(scores - now[:, :1])
-        shrink = jnp.exp(before - now)
-        top[h] = now
-        total[h] = total[h] * shrink + weights.sum(1, keepdims=True)
-        sums[h] = sums[h] * shrink[:, :1] + dot(weights.astype(values.dtype), values[h])
+        softmax.add(h, jnp.where(visible, dot(q[h], keys[h]) * spec.scale, HIDDEN), values[h])
 
 
 def attend(spec, q, keys, values, lengths, tables):
@@ -130,12 +114,12 @@ def attend(spec, q, keys, values, lengths, tables):
             ],
             out_specs=pl.BlockSpec((None, K, Q, D), own),
             scratch_shapes=[
-                pltpu.VMEM((K, Q, _LANES), jnp.float32),
-                pltpu.VMEM((K, Q, _LANES), jnp.float32),
+                pltpu.VMEM((K, Q, LANES), jnp.float32),
+                pltpu.VMEM((K, Q, LANES), jnp.float32),
                 pltpu.VMEM((K, Q, D), jnp.float32),
             ],
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
         interpret=spec.interpret,
         name="decode_attention",
     )(visits.items, lengths, tables.reshape(-1), *operands)
