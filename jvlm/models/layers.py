@@ -20,6 +20,15 @@ RematPolicy = Literal["none", "full", "dots", "attention"]
 DType = Literal["float32", "bfloat16", "float16"]
 
 
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": jax.nn.silu,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Numerics:
     """How a model computes: passed to every tower, so that they never disagree.
@@ -95,6 +104,34 @@ class RMSNorm(nnx.Module):
         return x32.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """Mean and variance normalised in float32, then scale and bias."""
+
+    def __init__(self, width: int, eps: float, *, numerics: Numerics):
+        self.eps = eps
+        dtype = jnp.dtype(numerics.param_dtype)
+        self.scale = nnx.Param(jnp.ones((width,), dtype), axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros((width,), dtype), axes=("norm",))
+
+    def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L d"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - x32.mean(axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """``down(act(up(x)))`` with biases."""
+
+    def __init__(self, width: int, hidden: int, activation: str, *, numerics: Numerics, rngs: nnx.Rngs):
+        self.activation = activation
+        self.up = Linear(width, hidden, ("embed", "mlp"), bias=True, numerics=numerics, rngs=rngs)
+        self.down = Linear(hidden, width, ("mlp", "embed"), bias=True, numerics=numerics, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L d"]:
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
 class SwiGLU(nnx.Module):
     """``down(silu(gate(x)) * up(x))``."""
 
@@ -106,6 +143,21 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L d"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def normalise_pixels(
+    patches: Num[Array | np.ndarray, "*L c"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Num[Array, "*L c"]:
+    """Bytes to (x / 255 - mean) / std, channel by channel; floats are taken as normalised already.
+
+    Patches are flattened with the channel first.
+    """
+    patches = jnp.asarray(patches)
+    if patches.dtype != jnp.uint8:
+        return patches
+    repeats = patches.shape[-1] // len(mean)
+    wide_mean, wide_std = (np.repeat(np.asarray(x, np.float32), repeats) for x in (mean, std))
+    return (patches.astype(jnp.float32) * np.float32(1 / 255) - wide_mean) / wide_std
 
 
 def rotary_frequencies(size: int, theta: float) -> np.ndarray:

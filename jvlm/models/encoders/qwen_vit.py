@@ -128,7 +128,7 @@ class QwenViT(nnx.Module):
     def __call__(self, batch: PackedBatch) -> Float[Array, "B P D"]:
         """One feature per patch, in the order of the batch."""
         config = self.config
-        x_BPD = self.patch_embed(self._normalise(batch.patches))
+        x_BPD = self.patch_embed(layers.normalise_pixels(batch.patches, config.image_mean, config.image_std))
         frequencies = layers.rotary_frequencies(config.head_dim // 2, 10000.0)
         axis_of = np.repeat([0, 1], len(frequencies))
         angles = layers.rotary_angles(batch.patch_positions, axis_of, np.tile(frequencies, 2))
@@ -141,13 +141,3 @@ class QwenViT(nnx.Module):
         if not layers.is_unstacked(nnx.state(self.blocks)):
             full = jnp.asarray(full)
         return self.blocks(body, x_BPD, full, remat=self.numerics.remat)[0]
-
-    def _normalise(self, patches):
-        """Bytes to (x / 255 - mean) / std; floats are taken as normalised already."""
-        patches = jnp.asarray(patches)
-        if patches.dtype != jnp.uint8:
-            return patches
-        repeats = self.config.patch_values // self.config.in_channels
-        std = np.repeat(np.asarray(self.config.image_std, np.float32), repeats)
-        mean = np.repeat(np.asarray(self.config.image_mean, np.float32), repeats)
-        return (patches.astype(jnp.float32) * np.float32(1 / 255) - mean) / std
