@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,35 +52,52 @@ def load_weights(folder: Path, config: VLMConfig, sharding: ShardingOf | None = 
     expected = table.entries(config, shapes)
     with safetensors_files.Tensors(folder) as tensors:
         stored = match(tensors, config, expected)
-        dtypes = tensors.dtypes(stored.values())
-        by_path: dict[str, list[table.Entry]] = {}
-        for entry in expected:
-            by_path.setdefault(entry.path, []).append(entry)
-        for path, variable in variables.items():
-            reader = _Reader(by_path[path], stored, tensors, dtypes, variable.get_value())
-            place = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            # waiting keeps the host's buffers of one parameter alive, not those of several in flight
-            variable.set_value(jax.make_array_from_callback(shapes[path], place, reader).block_until_ready())
-            variable.set_metadata(stored=reader.dtypes)
+        read_parameters(variables, expected, stored, tensors, sharding)
     nnx.update(model, nnx.from_flat_state([(tuple(p.split(".")), v) for p, v in variables.items()]))
     return model
 
 
+def read_parameters(
+    variables: Mapping[str, nnx.Variable],
+    expected: Iterable[table.Entry],
+    stored: Mapping[str, str],
+    tensors: safetensors_files.Tensors,
+    sharding: ShardingOf | None = None,
+) -> None:
+    """Fill abstract variables, by path, with what the tensors hold; ``stored`` names the tensor of each entry."""
+    dtypes = tensors.dtypes(stored.values())
+    by_path: dict[str, list[table.Entry]] = {}
+    for entry in expected:
+        by_path.setdefault(entry.path, []).append(entry)
+    for path, variable in variables.items():
+        aval = variable.get_value()
+        reader = _Reader(by_path[path], stored, tensors, dtypes, aval)
+        place = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        # waiting keeps the host's buffers of one parameter alive, not those of several in flight
+        variable.set_value(jax.make_array_from_callback(aval.shape, place, reader).block_until_ready())
+        variable.set_metadata(stored=reader.dtypes)
+
+
 def match(tensors: safetensors_files.Tensors, config: VLMConfig, expected: list[table.Entry]) -> dict[str, str]:
     """Table name -> stored name of every expected tensor. Raises WeightError listing all that is wrong."""
-    architecture = table.architectures()[config.architecture]
+    stored = canonical_names(tensors, table.architectures()[config.architecture].canonical)
+    tied = stored.pop("lm_head.weight", None) if all(e.name != "lm_head.weight" for e in expected) else None
+    table.check(expected, {name: tensors.shape(raw) for name, raw in stored.items()}, str(tensors.folder))
+    if tied is not None:
+        _check_tied_head(tensors, tied, stored["model.embed_tokens.weight"])
+    return stored
+
+
+def canonical_names(tensors: safetensors_files.Tensors, canonical: Callable[[str], str | None]) -> dict[str, str]:
+    """Table name -> stored name of every tensor that ``canonical`` keeps."""
     stored: dict[str, str] = {}
     for raw in tensors.names():
-        name = architecture.canonical(raw)
+        name = canonical(raw)
         if name is None:
             continue
         if name in stored:
             raise table.WeightError(f"{tensors.folder} holds {name} twice: as {stored[name]} and as {raw}")
         stored[name] = raw
-    tied = stored.pop("lm_head.weight", None) if all(e.name != "lm_head.weight" for e in expected) else None
-    table.check(expected, {name: tensors.shape(raw) for name, raw in stored.items()}, str(tensors.folder))
-    if tied is not None:
-        _check_tied_head(tensors, tied, stored["model.embed_tokens.weight"])
     return stored
 
 

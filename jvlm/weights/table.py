@@ -43,6 +43,12 @@ class Rule:
         return "{i}" in self.name
 
 
+def linear(name: str, path: str, *, bias: bool) -> list[Rule]:
+    """Weight and bias of a linear map, which torch stores outputs first."""
+    rules = [Rule(f"{name}.weight", f"{path}.kernel", "o i -> i o")]
+    return [*rules, Rule(f"{name}.bias", f"{path}.bias")] if bias else rules
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """All that is known about one family of checkpoints.
@@ -108,12 +114,17 @@ def entries(config: VLMConfig, shapes: dict[str, tuple[int, ...]]) -> list[Entry
       WeightError: the table and the model disagree about which parameters exist.
     """
     architecture = architectures()[config.architecture]
-    rules = architecture.rules(config)
+    return expand(architecture.rules(config), architecture.sizes(config), shapes)
+
+
+def expand(rules: Iterable[Rule], sizes: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
+    """Every tensor of a table, a line each layer; see `entries`."""
+    rules = list(rules)
     if {r.path for r in rules} != set(shapes):
         lines = [f"parameter without a rule: {p}" for p in sorted(set(shapes) - {r.path for r in rules})]
         lines += [f"rule without a parameter: {p}" for p in sorted({r.path for r in rules} - set(shapes))]
         raise WeightError("table and model disagree:\n  " + "\n  ".join(lines))
-    return list(_entries(rules, architecture.sizes(config), shapes))
+    return list(_entries(rules, sizes, shapes))
 
 
 def _entries(rules: Iterable[Rule], sizes: dict[str, int], shapes) -> Iterator[Entry]:

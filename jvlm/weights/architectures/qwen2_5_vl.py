@@ -10,14 +10,7 @@ from jvlm.models.connectors.patch_merger import PatchMergerConfig
 from jvlm.models.decoders.qwen2 import Qwen2Config
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.vlm import VLMConfig
-from jvlm.weights.table import Architecture, Rule, WeightError
-
-_T = "o i -> i o"
-
-
-def _linear(name: str, path: str, *, bias: bool) -> list[Rule]:
-    rules = [Rule(f"{name}.weight", f"{path}.kernel", _T)]
-    return [*rules, Rule(f"{name}.bias", f"{path}.bias")] if bias else rules
+from jvlm.weights.table import Architecture, Rule, WeightError, linear
 
 
 def _rules(config: VLMConfig) -> tuple[Rule, ...]:
@@ -27,31 +20,27 @@ def _rules(config: VLMConfig) -> tuple[Rule, ...]:
         Rule("visual.patch_embed.proj.weight", "encoder.patch_embed.kernel", "d c t y x -> (c t y x) d"),
         Rule(f"{vit}.norm1.weight", f"{to_vit}.norm1.scale"),
         Rule(f"{vit}.norm2.weight", f"{to_vit}.norm2.scale"),
-        *_linear(f"{vit}.attn.qkv", f"{to_vit}.attention.qkv", bias=True),
-        *_linear(f"{vit}.attn.proj", f"{to_vit}.attention.out", bias=True),
+        *linear(f"{vit}.attn.qkv", f"{to_vit}.attention.qkv", bias=True),
+        *linear(f"{vit}.attn.proj", f"{to_vit}.attention.out", bias=True),
         *(r for part in ("gate", "up", "down") for r in _mlp(vit, to_vit, part, bias=True)),
         Rule("visual.merger.ln_q.weight", "connector.norm.scale"),
-        *_linear("visual.merger.mlp.0", "connector.hidden", bias=True),
-        *_linear("visual.merger.mlp.2", "connector.out", bias=True),
+        *linear("visual.merger.mlp.0", "connector.hidden", bias=True),
+        *linear("visual.merger.mlp.2", "connector.out", bias=True),
         Rule("model.embed_tokens.weight", "decoder.embedding"),
-        *(
-            r
-            for part in "qkv"
-            for r in _linear(f"{llm}.self_attn.{part}_proj", f"{to_llm}.attention.{part}", bias=True)
-        ),
-        *_linear(f"{llm}.self_attn.o_proj", f"{to_llm}.attention.out", bias=False),
+        *(r for part in "qkv" for r in linear(f"{llm}.self_attn.{part}_proj", f"{to_llm}.attention.{part}", bias=True)),
+        *linear(f"{llm}.self_attn.o_proj", f"{to_llm}.attention.out", bias=False),
         *(r for part in ("gate", "up", "down") for r in _mlp(llm, to_llm, part, bias=False)),
         Rule(f"{llm}.input_layernorm.weight", f"{to_llm}.norm1.scale"),
         Rule(f"{llm}.post_attention_layernorm.weight", f"{to_llm}.norm2.scale"),
         Rule("model.norm.weight", "decoder.norm.scale"),
     ]
     if not config.decoder.tie_word_embeddings:
-        rules.append(Rule("lm_head.weight", "decoder.head.kernel", _T))
+        rules.append(Rule("lm_head.weight", "decoder.head.kernel", "o i -> i o"))
     return tuple(rules)
 
 
 def _mlp(name: str, path: str, part: str, *, bias: bool) -> list[Rule]:
-    return _linear(f"{name}.mlp.{part}_proj", f"{path}.mlp.{part}", bias=bias)
+    return linear(f"{name}.mlp.{part}_proj", f"{path}.mlp.{part}", bias=bias)
 
 
 def _sizes(config: VLMConfig) -> dict[str, int]:

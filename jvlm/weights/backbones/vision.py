@@ -1,0 +1,70 @@
+"""Rules that the packed ViT's families share: their checkpoints differ in names and in which parts they have."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jvlm.models.encoders.vit import ViTConfig
+from jvlm.weights.table import Rule, linear
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTNames:
+    """What a family calls the parts of a ViT. ``layer`` contains ``{i}``; the names below it follow a layer.
+
+    Attributes:
+      positions: einops pattern of the position table, where it has more axes than [places, channels].
+    """
+
+    patch: str
+    position: str
+    layer: str
+    norms: tuple[str, str]
+    qkv: tuple[str, str, str]
+    out: str
+    mlp: tuple[str, str]
+    after: str
+    before: str = ""
+    class_token: str = ""
+    class_pattern: str | None = None
+    position_pattern: str | None = None
+    scales: tuple[str, str] = ("", "")
+
+
+def vit_rules(config: ViTConfig, names: ViTNames, path: str) -> list[Rule]:
+    """The table of a ViT whose parameters lie under ``path`` ("encoder." or nothing)."""
+    layer, to = names.layer, f"{path}blocks.layer"
+    rules = [
+        Rule(f"{names.patch}.weight", f"{path}patch_embed.kernel", "d c y x -> (c y x) d"),
+        Rule(names.position, f"{path}positions", names.position_pattern),
+        *(r for n, name in enumerate(names.norms, 1) for r in layer_norm(f"{layer}.{name}", f"{to}.norm{n}")),
+        *(
+            r
+            for part, name in zip("qkv", names.qkv, strict=True)
+            for r in linear(f"{layer}.{name}", f"{to}.attention.{part}", bias=True)
+        ),
+        *linear(f"{layer}.{names.out}", f"{to}.attention.out", bias=True),
+        *linear(f"{layer}.{names.mlp[0]}", f"{to}.mlp.up", bias=True),
+        *linear(f"{layer}.{names.mlp[1]}", f"{to}.mlp.down", bias=True),
+    ]
+    if config.patch_bias:
+        rules.append(Rule(f"{names.patch}.bias", f"{path}patch_embed.bias"))
+    if config.class_token:
+        rules.append(Rule(names.class_token, f"{path}class_token", names.class_pattern))
+    if config.norm_before:
+        rules += layer_norm(names.before, f"{path}norm_before")
+    if config.layer_scale:
+        rules += [Rule(f"{layer}.{name}", f"{to}.scale{n}") for n, name in enumerate(names.scales, 1)]
+    if config.norm_after:
+        rules += layer_norm(names.after, f"{path}norm_after")
+    return rules
+
+
+def layer_norm(name: str, path: str) -> list[Rule]:
+    """Scale and bias of a LayerNorm."""
+    return [Rule(f"{name}.weight", f"{path}.scale"), Rule(f"{name}.bias", f"{path}.bias")]
+
+
+def vit_sizes(config: ViTConfig) -> dict[str, int]:
+    """Axis lengths for the patterns of `vit_rules`."""
+    return {"c": config.in_channels, "y": config.patch_size, "x": config.patch_size}
