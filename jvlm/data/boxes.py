@@ -1,69 +1,147 @@
-"""Boxes: from a row's ``objects`` into text, and from generated text back to the original picture.
-
-Qwen2.5-VL and MiMo-VL speak in absolute pixels of the *resized* picture.
-"""
+"""Points and boxes, always in a declared space; how they are written is in `jvlm.data.box_formats`."""
 
 from __future__ import annotations
 
-import json
-import re
+import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
-BoxFormat = Literal["json", "qwen_tokens"]
-Box = tuple[float, float, float, float]
-
-_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-# [x1, y1, x2, y2], (x1, y1, x2, y2), and Qwen's own (x1,y1),(x2,y2)
-_BARE = re.compile(rf"[\[(]{_NUMBER},{_NUMBER}(?:,|\)\s*,\s*\(){_NUMBER},{_NUMBER}[\])]")
+Space = Literal["original", "resized", "norm1", "norm1000"]
 
 
-def scale_box(box: Sequence[float], source: tuple[float, float], target: tuple[float, float]) -> list[float]:
-    """Move points (x, y, x, y, ...) from a picture of size ``source`` (width, height) to one of size ``target``."""
-    return [value / source[i % 2] * target[i % 2] for i, value in enumerate(box)]
+class Sizes(NamedTuple):
+    """(width, height) in pixels of a picture as it was given, and as the encoder sees it."""
+
+    original: tuple[int, int]
+    resized: tuple[int, int]
 
 
-def render_box(box: Sequence[float], form: BoxFormat) -> str:
-    """Text of a box or point given in resized pixels, rounded to whole pixels."""
-    values = [round(v) for v in box]
-    if form == "json":
-        return json.dumps(values)
-    points = ",".join(f"({x},{y})" for x, y in zip(values[::2], values[1::2], strict=True))
-    return f"<|box_start|>{points}<|box_end|>"
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """x to the right and y down, from the top left corner.
 
+    Attributes:
+      space: "original" or "resized" pixels, shares 0..1 of the picture ("norm1"), or thousandths, 0..999 once
+        written ("norm1000"). Values are kept as they are; rounding is a matter of the text.
 
-def parse_boxes(text: str) -> list[dict]:
-    """Every box in a model's answer, as ``{"bbox_2d": [x1, y1, x2, y2], "label": str}``.
-
-    Reads MiMo's fenced JSON list first (after any ``</think>``); if the text holds no valid JSON of that kind, bare
-    ``[x1, y1, x2, y2]``, ``(x1, y1, x2, y2)`` or ``(x1,y1),(x2,y2)`` groups. An answer without boxes gives an empty
-    list.
+    Raises:
+      ValueError: a number that is not finite.
     """
-    text = text.rpartition("</think>")[2]
-    fenced = re.search(r"```(?:json)?\s*(.*?)```", text, re.DOTALL)
-    try:
-        found = json.loads(fenced.group(1) if fenced else text)
-    except json.JSONDecodeError:
-        found = None
-    items = found if isinstance(found, list) else [found]
-    boxes = [
-        {"bbox_2d": [float(v) for v in item["bbox_2d"]], "label": str(item.get("label", ""))}
-        for item in items
-        if isinstance(item, dict) and _is_box(item.get("bbox_2d"))
-    ]
-    if boxes:
-        return boxes
-    return [{"bbox_2d": [float(v) for v in match.groups()], "label": ""} for match in _BARE.finditer(text)]
+
+    x: float
+    y: float
+    space: Space
+
+    def __post_init__(self):
+        _check_finite(self)
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        return (self.x, self.y)
+
+    def to(self, space: Space, sizes: Sizes | None = None) -> Point:
+        """The same point in another space; ``sizes`` of its picture are needed wherever pixels are involved."""
+        return Point(*_move(self, space, sizes), space)
 
 
-def _is_box(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(isinstance(v, int | float) for v in value)
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """A rectangle from its top left corner (x1, y1) to its bottom right corner (x2, y2); ``space`` as in `Point`.
+
+    Raises:
+      ValueError: a number that is not finite, or corners in the wrong order.
+    """
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    space: Space
+
+    def __post_init__(self):
+        _check_finite(self)
+        if self.x1 > self.x2 or self.y1 > self.y2:
+            raise ValueError(f"{list(self.values)} has its corners swapped; order them x1, y1, x2, y2")
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        return (self.x1, self.y1, self.x2, self.y2)
+
+    @property
+    def area(self) -> float:
+        return (self.x2 - self.x1) * (self.y2 - self.y1)
+
+    def to(self, space: Space, sizes: Sizes | None = None) -> Box:
+        """The same box in another space; ``sizes`` of its picture are needed wherever pixels are involved."""
+        return Box(*_move(self, space, sizes), space)
+
+    def holds(self, point: Point) -> bool:
+        """Whether a point of the same space lies in the box, edges included."""
+        _check_same_space(self, point)
+        return self.x1 <= point.x <= self.x2 and self.y1 <= point.y <= self.y2
 
 
-def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two (x1, y1, x2, y2) boxes; 0 when both are empty."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
+Place = Point | Box
+
+
+def place(values: Sequence[float], space: Space) -> Place:
+    """A `Point` of two numbers or a `Box` of four."""
+    if len(values) not in (2, 4):
+        raise ValueError(f"{list(values)} is not a point or box: give 2 or 4 numbers")
+    return Point(*values, space) if len(values) == 2 else Box(*values, space)
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes of the same space; 0 when both are empty."""
+    _check_same_space(a, b)
+    width = min(a.x2, b.x2) - max(a.x1, b.x1)
+    height = min(a.y2, b.y2) - max(a.y1, b.y1)
     both = max(width, 0) * max(height, 0)
-    area = sum(max(box[2] - box[0], 0) * max(box[3] - box[1], 0) for box in (a, b))
-    return both / (area - both) if area > both else 0.0
+    union = a.area + b.area - both
+    return both / union if union > 0 else 0.0
+
+
+# Two points agree when they are no farther apart than this share of the picture on either axis.
+POINT_REACH = 0.05
+
+
+def agreement(expected: Place, found: Place, sizes: Sizes) -> float:
+    """How well a place was found, 0..1: IoU of two boxes; 1 or 0 where a point is involved.
+
+    A point agrees with a box that holds it, and with a point within `POINT_REACH` of the picture's sides.
+    """
+    expected, found = expected.to("norm1", sizes), found.to("norm1", sizes)
+    if isinstance(expected, Box) and isinstance(found, Box):
+        return iou(expected, found)
+    if isinstance(expected, Box):
+        return float(expected.holds(found))
+    if isinstance(found, Box):
+        return float(found.holds(expected))
+    return float(max(abs(expected.x - found.x), abs(expected.y - found.y)) <= POINT_REACH)
+
+
+def _check_finite(place: Place) -> None:
+    if not all(map(math.isfinite, place.values)):
+        raise ValueError(f"{list(place.values)} holds a number that is not finite")
+
+
+def _check_same_space(a: Place, b: Place) -> None:
+    if a.space != b.space:
+        raise ValueError(f"a place in {a.space} cannot be compared with one in {b.space}; convert one with .to()")
+
+
+def _extent(space: Space, sizes: Sizes | None) -> tuple[float, float]:
+    """Width and height of a picture in a space."""
+    if space in ("norm1", "norm1000"):
+        return (1.0, 1.0) if space == "norm1" else (1000.0, 1000.0)
+    if sizes is None:
+        raise ValueError(f"the size of the picture is needed to convert from or to {space} pixels")
+    return sizes.original if space == "original" else sizes.resized
+
+
+def _move(place: Place, space: Space, sizes: Sizes | None) -> tuple[float, ...]:
+    if place.space == space:
+        return place.values
+    source, target = _extent(place.space, sizes), _extent(space, sizes)
+    return tuple(value / source[i % 2] * target[i % 2] for i, value in enumerate(place.values))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jvlm.data.boxes import Sizes
 from jvlm.data.errors import Origin, Rejected, RowError
 from jvlm.data.vision import MediaPatches
 from jvlm.models.batch import PackedBatch
@@ -19,7 +20,7 @@ class Example:
     Attributes:
       turns: number of the last assistant turn begun at each token, from 1; 0 before the first.
       frame_ids, window_ids: as in `MediaPatches`, counted on over all media.
-      sizes: (original, resized) (width, height) of each medium.
+      sizes: of each medium.
     """
 
     tokens: np.ndarray
@@ -31,7 +32,7 @@ class Example:
     frame_ids: np.ndarray
     window_ids: np.ndarray
     patch_positions: np.ndarray
-    sizes: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    sizes: tuple[Sizes, ...]
     origin: Origin
 
     @property

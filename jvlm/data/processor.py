@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jvlm.data import boxes, mrope, packing
+from jvlm.data import box_formats, mrope, packing
+from jvlm.data.boxes import Place, Sizes, Space
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.images import open_image
 from jvlm.data.packing import Example
@@ -29,12 +30,14 @@ class ProcessorConfig:
 
     Attributes:
       limits: resize limits for images and frames.
-      box_format: "json" writes [x1, y1, x2, y2] (MiMo-VL, Qwen2.5-VL); "qwen_tokens" writes <|box_start|>(x1,y1)...
+      box_format: how boxes and points are written, a name of `jvlm.data.box_formats.FORMATS`.
+      box_space: replaces the space of the format's numbers.
       default_system: replaces the system turn that the template would insert; None leaves it to the template.
     """
 
     limits: PixelLimits = PixelLimits()
-    box_format: boxes.BoxFormat = "json"
+    box_format: box_formats.FormatName = "json"
+    box_space: Space | None = None
     default_system: str | None = None
 
 
@@ -128,6 +131,14 @@ class Processor:
         """Text of generated ids, special tokens left out."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def write_place(self, place: Place, sizes: Sizes) -> str:
+        """The text of a box or point as this model was taught to write it."""
+        return box_formats.render(place, self.config.box_format, sizes, space=self.config.box_space)
+
+    def read_places(self, text: str) -> list[box_formats.Named]:
+        """The boxes and points of this model's answer, in the space that it was taught."""
+        return box_formats.parse(text, self.config.box_format, space=self.config.box_space)
+
     def _media(self, conversation: Conversation) -> list[MediaPatches]:
         limits = dataclasses.replace(self.config.limits, **dict(conversation.limits))
         images, videos = iter(enumerate(conversation.images)), iter(enumerate(conversation.videos))
@@ -169,17 +180,15 @@ class Processor:
                 raise RowError(
                     conversation.origin, f"objects.bbox[{index}]", "a box without a picture", "Add the image"
                 )
-            picture = pictures[image]
-            real = conversation.box_type == "real"
-            size = picture.original if real else (1, 1)
-            if real and any(not 0 <= v <= size[i % 2] for i, v in enumerate(box)):
+            sizes = Sizes(pictures[image].original, pictures[image].resized)
+            if any(not 0 <= v <= sizes.original[i % 2] for i, v in enumerate(box.to("original", sizes).values)):
                 raise RowError(
                     conversation.origin,
                     f"objects.bbox[{index}]",
-                    f"{list(box)} is outside the picture of {size[0]} x {size[1]}",
+                    f"{list(box.values)} is outside the picture of {sizes.original[0]} x {sizes.original[1]}",
                     "Give pixels of the original picture, or bbox_type 'norm1'",
                 )
-            rendered.append(boxes.render_box(boxes.scale_box(box, size, picture.resized), self.config.box_format))
+            rendered.append(self.write_place(box, sizes))
         return tuple(dataclasses.replace(m, content=fill_objects(m.content, refs, rendered)) for m in messages)
 
     def _expand(self, ids, weights, turns, media: list[MediaPatches], conversation: Conversation) -> Example:
@@ -211,7 +220,7 @@ class Processor:
             turns=np.repeat(turns, counts),
             vision_index=vision_index,
             **packing.join_media(media, self.vision.patch_values),
-            sizes=tuple((m.original, m.resized) for m in media),
+            sizes=tuple(Sizes(m.original, m.resized) for m in media),
             origin=conversation.origin,
         )
 

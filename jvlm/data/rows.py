@@ -7,6 +7,7 @@ import difflib
 import re
 from typing import Any
 
+from jvlm.data.boxes import Place, place
 from jvlm.data.errors import Origin, RowError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -37,7 +38,6 @@ class Conversation:
       images: anything `jvlm.data.images.open_image` opens.
       videos: each a list of frames.
       refs, boxes: what <ref-object> and <bbox> stand for, in order of appearance.
-      box_type: "real" for pixels of the original picture, "norm1" for 0..1.
       box_images: which image each box is on.
       limits: this row's own resize limits and frame rate.
       extra: fields carried along.
@@ -47,8 +47,7 @@ class Conversation:
     images: tuple[Any, ...] = ()
     videos: tuple[tuple[Any, ...], ...] = ()
     refs: tuple[str, ...] = ()
-    boxes: tuple[tuple[float, ...], ...] = ()
-    box_type: str = "real"
+    boxes: tuple[Place, ...] = ()
     box_images: tuple[int, ...] = ()
     limits: tuple[tuple[str, float], ...] = ()
     extra: tuple[tuple[str, Any], ...] = ()
@@ -82,14 +81,13 @@ def parse_row(row: Any, origin: Origin = Origin()) -> Conversation:
             raise RowError(
                 origin, field, "given both here and inside messages", "Keep one place, so the order is clear"
             )
-    refs, boxes, box_type, box_images = _objects(row.get("objects"), len(images), origin)
+    refs, boxes, box_images = _objects(row.get("objects"), len(images), origin)
     conversation = Conversation(
         messages=messages,
         images=tuple(images),
         videos=tuple(_frames(v, origin) for v in videos),
         refs=refs,
         boxes=boxes,
-        box_type=box_type,
         box_images=box_images,
         limits=_limits(row.get("chat_template_kwargs"), origin),
         extra=tuple((k, row[k]) for k in row if k in _CARRIED),
@@ -182,7 +180,7 @@ def _flatten(content: Any, images: list, videos: list, origin: Origin, field: st
 
 def _objects(value: Any, images: int, origin: Origin):
     if value is None:
-        return (), (), "real", ()
+        return (), (), ()
     if not isinstance(value, dict) or not set(value) <= {"ref", "bbox", "bbox_type", "image_id"}:
         raise RowError(origin, "objects", "not of the known form", "Use ref, bbox, bbox_type and image_id")
     for key in ("ref", "bbox", "image_id"):
@@ -204,7 +202,8 @@ def _objects(value: Any, images: int, origin: Origin):
     for image_id in image_ids:
         if not isinstance(image_id, int) or not 0 <= image_id < max(images, 1):
             raise RowError(origin, "objects.image_id", f"{image_id!r} with {images} images", "Count from 0")
-    return refs, tuple(map(tuple, boxes)), box_type, image_ids
+    space = "original" if box_type == "real" else "norm1"
+    return refs, tuple(place(box, space) for box in boxes), image_ids
 
 
 def _check_box(box: Any, box_type: str, origin: Origin, field: str) -> None:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from jvlm.data.boxes import Place
 from jvlm.data.errors import Origin
 from jvlm.data.rows import Conversation, fill_objects
 from jvlm.data.turns import consume, turns_alone
@@ -21,13 +22,15 @@ class Question:
     Attributes:
       conversation: what the model is given; ends with the user's turn.
       expected: the words of the reference answer; boxes are left as <bbox> tags.
-      boxes: reference boxes (x1, y1, x2, y2) in pixels of the original picture; empty for an answer in words.
+      boxes: reference boxes and points; empty for an answer in words.
+      box_images: which image each of them is on.
       turn: which assistant turn of its row, from 0.
     """
 
     conversation: Conversation
     expected: str
-    boxes: tuple[tuple[float, ...], ...]
+    boxes: tuple[Place, ...]
+    box_images: tuple[int, ...]
     turn: int
 
     @property
@@ -56,7 +59,13 @@ def _question(alone: Conversation, turn: int) -> Question:
         boxes=tuple(alone.boxes[i] for i in asked_boxes),
         box_images=tuple(alone.box_images[i] for i in asked_boxes),
     )
-    return Question(conversation, fill_objects(answer.content, refs, []), tuple(alone.boxes[i] for i in boxes), turn)
+    return Question(
+        conversation=conversation,
+        expected=fill_objects(answer.content, refs, []),
+        boxes=tuple(alone.boxes[i] for i in boxes),
+        box_images=tuple(alone.box_images[i] for i in boxes),
+        turn=turn,
+    )
 
 
 def normalise(answer: str) -> str:

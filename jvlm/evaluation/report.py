@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from jvlm.data.boxes import Box
 from jvlm.data.images import open_image
 from jvlm.evaluation.score import Answer
 
@@ -52,12 +53,12 @@ class Picture:
     answers: tuple[Answer, ...]
 
     @property
-    def expected(self) -> list[tuple[float, ...]]:
-        return [tuple(b) for a in self.answers for b in a.question.boxes]
+    def expected(self) -> list[Box]:
+        return [place for a in self.answers for place in a.reference if isinstance(place, Box)]
 
     @property
-    def predicted(self) -> list[tuple[float, ...]]:
-        return [tuple(b) for a in self.answers for b in a.predicted]
+    def predicted(self) -> list[Box]:
+        return [place for a in self.answers for place in a.predicted if isinstance(place, Box)]
 
 
 def pictures(answers: Sequence[Answer], roots: tuple[str, ...], count: int = 18) -> list[Picture]:

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
-from jvlm.data import boxes
+from jvlm.data.boxes import Box, Place, agreement
 from jvlm.data.errors import RowError
 from jvlm.data.processor import Processor
 from jvlm.data.rows import Conversation, Message, parse_row
@@ -33,14 +33,15 @@ class Answer:
 
     Attributes:
       score: 1 or 0 for words, mean IoU for boxes.
-      predicted: boxes of the answer in pixels of the original picture.
+      reference, predicted: boxes and points, expected and answered, in pixels of the original picture.
       parsed: whether an answer that should hold boxes does.
     """
 
     question: Question
     response: str
     score: float
-    predicted: tuple[tuple[float, ...], ...] = ()
+    reference: tuple[Place, ...] = ()
+    predicted: tuple[Place, ...] = ()
     parsed: bool = True
 
 
@@ -166,18 +167,28 @@ def _with_answers(row: Conversation, question: Question, said: list[str]) -> Con
 
 
 def score(question: Question, response: str, processor: Processor) -> Answer:
-    """Exact match for words; for boxes the mean IoU of the best one-to-one assignment (a missing box counts 0)."""
+    """Exact match for words; for boxes and points the mean agreement (`jvlm.data.boxes`) of the best one-to-one
+    assignment, in which one that is missing counts 0. Points in an answer count only where points are expected."""
     if not question.boxes:
         return Answer(question, response, float(normalise(response) == normalise(question.expected)))
-    found = [box["bbox_2d"] for box in boxes.parse_boxes(response)]
-    original, resized = processor.encode(question.conversation).sizes[0]
-    predicted = tuple(tuple(boxes.scale_box(box, resized, original)) for box in found)
-    expected = question.boxes
-    if question.conversation.box_type == "norm1":
-        expected = tuple(tuple(boxes.scale_box(box, (1, 1), original)) for box in expected)
-    table = np.array([[boxes.iou(e, p) for p in predicted] for e in expected]).reshape(len(expected), len(predicted))
+    places = [item.place for item in processor.read_places(response)]
+    if all(isinstance(expected, Box) for expected in question.boxes):
+        places = [place for place in places if isinstance(place, Box)]
+    media = processor.encode(question.conversation).sizes
+    images = [s for s, kind in zip(media, question.conversation.media_order(), strict=True) if kind == "image"]
+    sizes = [images[number] for number in question.box_images]
+    table = np.array(
+        [[agreement(e, p, s) for p in places] for e, s in zip(question.boxes, sizes, strict=True)]
+    ).reshape(len(question.boxes), len(places))
     pairs = linear_sum_assignment(-table)
-    return Answer(question, response, float(table[pairs].sum() / len(expected)), predicted, bool(predicted))
+    return Answer(
+        question,
+        response,
+        score=float(table[pairs].sum() / len(question.boxes)),
+        reference=tuple(e.to("original", s) for e, s in zip(question.boxes, sizes, strict=True)),
+        predicted=tuple(place.to("original", sizes[0]) for place in places),
+        parsed=bool(places),
+    )
 
 
 def write(answers: Sequence[Answer], path: Path) -> None:
@@ -194,5 +205,7 @@ def write(answers: Sequence[Answer], path: Path) -> None:
                 "score": round(answer.score, 4),
             }
             if answer.question.boxes:
-                line |= {"boxes": answer.question.boxes, "predicted": answer.predicted, "parsed": answer.parsed}
+                line["boxes"] = [place.values for place in answer.reference]
+                line["predicted"] = [place.values for place in answer.predicted]
+                line["parsed"] = answer.parsed
             file.write(json.dumps(line) + "\n")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from jvlm.data import boxes
+from jvlm.data.boxes import Box
 from jvlm.data.errors import RowError
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
@@ -92,21 +92,22 @@ def chat(
                 answer += piece
         except KeyboardInterrupt:
             show(" [stopped]")
-        show("\n" + original_boxes(answer, example))
+        show("\n" + original_boxes(answer, processor, example))
         # what looks like a tag in an answer stands for no picture
         session.turns.append({"role": "assistant", "content": _TAG.sub(r"\1", answer)})
 
 
-def original_boxes(answer: str, example: Example) -> str:
+def original_boxes(answer: str, processor: Processor, example: Example) -> str:
     """A line with the boxes of an answer in pixels of the last picture's original; empty if there are none."""
-    found = boxes.parse_boxes(answer) if example.sizes else []
-    if not found:
+    found = processor.read_places(answer) if example.sizes else []
+    boxed = [item for item in found if isinstance(item.place, Box)]
+    if not boxed:
         return ""
-    original, resized = example.sizes[-1]
+    sizes = example.sizes[-1]
     scaled = [
-        {**box, "bbox_2d": [round(v) for v in boxes.scale_box(box["bbox_2d"], resized, original)]} for box in found
+        {"bbox_2d": [round(v) for v in item.place.to("original", sizes).values], "label": item.label} for item in boxed
     ]
-    width, height = original
+    width, height = sizes.original
     return f"[in pixels of the original picture, {width} x {height}: {json.dumps(scaled, ensure_ascii=False)}]\n"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, Qwen2_5_VLProcessor
 
-from jvlm.data.boxes import parse_boxes
+from jvlm.data.boxes import Box
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.data.rows import parse_row
@@ -202,11 +202,12 @@ def answer(processor, row):
 @pytest.mark.parametrize("form", ["json", "qwen_tokens"])
 def test_boxes_are_written_in_pixels_of_the_resized_picture_and_read_back(tiny, form):
     config = dataclasses.replace(tiny.processor.config, box_format=form)
-    example, text = answer(Processor(tiny.processor.tokenizer, tiny.model.config, config), BOXED)
+    processor = Processor(tiny.processor.tokenizer, tiny.model.config, config)
+    example, text = answer(processor, BOXED)
     ((original, resized),) = example.sizes
     assert (original, resized) == ((200, 100), (196, 112))
-    found = [box["bbox_2d"] for box in parse_boxes(text)]
-    assert found == [[20, 11, 98, 56], [0, 0, 196, 112]]
+    found = [item.place for item in processor.read_places(text)]
+    assert found == [Box(20, 11, 98, 56, "resized"), Box(0, 0, 196, 112, "resized")]
     assert text.startswith("[20, 11, 98, 56]" if form == "json" else "<|box_start|>(20,11),(98,56)<|box_end|>")
     question = tiny.processor.tokenizer.decode(example.tokens[example.loss_weights == 0])
     assert "where is the cat? and a dog?" in question
@@ -215,6 +216,20 @@ def test_boxes_are_written_in_pixels_of_the_resized_picture_and_read_back(tiny, 
 def test_boxes_given_as_shares_and_points_land_in_the_same_pixels(tiny):
     row = {**BOXED, "objects": {**BOXED["objects"], "bbox": [[0.1, 0.1, 0.5, 0.5], [1, 1]], "bbox_type": "norm1"}}
     assert answer(tiny.processor, row)[1].startswith("[20, 11, 98, 56] and [196, 112]")
+
+
+@pytest.mark.parametrize(
+    ("form", "space", "expected"),
+    [
+        ("ferret", None, "[100, 100, 500, 500] and [0, 0, 999, 999]"),
+        ("mm1_5", None, "<100,100,500,500> and <0,0,999,999>"),
+        ("json", "norm1000", "[100, 100, 500, 500] and [0, 0, 999, 999]"),
+        ("json", "original", "[20, 10, 100, 50] and [0, 0, 200, 100]"),
+    ],
+)
+def test_boxes_are_written_in_the_format_and_space_of_the_configuration(tiny, form, space, expected):
+    config = dataclasses.replace(tiny.processor.config, box_format=form, box_space=space)
+    assert answer(Processor(tiny.processor.tokenizer, tiny.model.config, config), BOXED)[1].startswith(expected)
 
 
 def test_a_box_is_scaled_by_the_picture_it_is_on(tiny):

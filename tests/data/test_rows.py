@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 
+from jvlm.data.boxes import Box
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.rows import fill_objects, parse_row
 
@@ -37,7 +38,7 @@ def test_a_whole_row_is_read():
     assert [m.loss_weight for m in conversation.messages] == [0, 0, 0.5, 0, 0]
     assert conversation.images == ("a.png",)
     assert conversation.videos == (("1.png", "2.png"),)
-    assert (conversation.refs, conversation.boxes) == (("the cat",), ((1, 2, 3, 4),))
+    assert (conversation.refs, conversation.boxes) == (("the cat",), (Box(1, 2, 3, 4, "original"),))
     assert conversation.media_order() == ["image", "video"]
     assert dict(conversation.limits) == {"max_pixels": 50176, "fps": 1.0}
     assert dict(conversation.extra) == {"id": "seven"}

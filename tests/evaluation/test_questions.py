@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from jvlm.data.boxes import Box
 from jvlm.data.rows import parse_row
 from jvlm.evaluation import score
 from jvlm.evaluation.questions import TextOnlyFloor, questions_of
@@ -60,8 +61,9 @@ def test_references_and_boxes_go_to_the_turns_that_use_them():
         objects={"ref": ["the cat", "a dog"], "bbox": [[1, 2, 3, 4], [5, 6, 7, 8]]},
     )
     first, second = questions_of(row)
-    assert (first.conversation.refs, first.boxes, first.conversation.boxes) == (("the cat",), ((1, 2, 3, 4),), ())
-    assert (second.expected, second.boxes, second.conversation.boxes) == ("a dog", (), ((5, 6, 7, 8),))
+    answered, given = Box(1, 2, 3, 4, "original"), Box(5, 6, 7, 8, "original")
+    assert (first.conversation.refs, first.boxes, first.conversation.boxes) == (("the cat",), (answered,), ())
+    assert (second.expected, second.boxes, second.conversation.boxes) == ("a dog", (), (given,))
 
 
 @pytest.mark.parametrize(
@@ -80,11 +82,33 @@ def test_a_box_is_compared_in_pixels_of_the_original_picture(processor):
     inside = [round(v * s) for v, s in zip((0.25, 0.25, 0.75, 0.75), (width, height) * 2, strict=True)]
     answer = score.score(question, f'```json\n[{{"bbox_2d": {inside}, "label": "x"}}]\n```', processor)
     assert answer.score == pytest.approx(1.0)
-    assert answer.predicted[0] == pytest.approx((16, 8, 48, 24))
+    assert answer.predicted[0].values == pytest.approx((16, 8, 48, 24))
     half = score.score(question, str([inside[0], inside[1], inside[2], (inside[1] + inside[3]) // 2]), processor)
     assert half.score == pytest.approx(0.5, abs=0.1)
     nothing = score.score(question, "I see no such thing", processor)
     assert (nothing.score, nothing.parsed) == (0.0, False)
+
+
+def test_a_box_is_compared_on_the_picture_it_is_on_whatever_comes_before(processor):
+    row = _row(
+        ("<video><image><image>where?", "<bbox>"),
+        images=[PICTURE, np.zeros((64, 32, 3), np.uint8)],
+        videos=[[np.zeros((96, 16, 3), np.uint8)] * 2],
+        objects={"bbox": [[0.5, 0.5, 1, 1]], "bbox_type": "norm1", "image_id": [1]},
+    )
+    (question,) = questions_of(row)
+    width, height = processor.encode(question.conversation).sizes[2].resized
+    answer = score.score(question, str([width // 2, height // 2, width, height]), processor)
+    assert answer.score == pytest.approx(1.0)
+    assert answer.reference[0].values == answer.predicted[0].values == pytest.approx((16, 32, 32, 64))
+
+
+def test_a_point_is_right_inside_the_expected_box_and_near_the_expected_point(processor):
+    row = _row(("<image>click", "<bbox>"), images=[PICTURE], objects={"bbox": [[48, 8]]})
+    (question,) = questions_of(row)
+    width, height = processor.encode(question.conversation).sizes[0].resized
+    assert score.score(question, f"click({width * 3 // 4}, {height // 4})", processor).score == 1
+    assert score.score(question, f"click({width // 4}, {height // 4})", processor).score == 0
 
 
 def test_several_boxes_are_matched_one_to_one_and_a_missing_one_counts_zero(processor):

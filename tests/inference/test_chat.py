@@ -120,7 +120,7 @@ def test_boxes_of_an_answer_are_shown_in_pixels_of_the_original_picture(tiny, mo
     scripted_model(monkeypatch, answer)
     shown = talk(tiny, "<image>where?", str(tmp_path / "p.png"), "quit").shown
     assert '300 x 150: [{"bbox_2d": [0, 0, 300, 150], "label": "all"}]' in shown
-    assert original_boxes("no box here", example) == ""
+    assert original_boxes("no box here", tiny.processor, example) == ""
 
 
 def test_end_of_input_ends_the_chat(tiny):

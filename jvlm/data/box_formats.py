@@ -1,0 +1,159 @@
+"""Points and boxes as text: written the way each family was trained, and read back from what models answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from jvlm.data.boxes import Place, Point, Sizes, Space, place
+
+FormatName = Literal["json", "qwen_tokens", "ferret", "mm1_5"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxFormat:
+    """How places are written.
+
+    Attributes:
+      space: that the numbers are in.
+      floor: cut fractions off instead of rounding them to the nearest whole number.
+      box, point: templates over x1, y1, x2, y2 and x, y.
+      named: template of a thing and its place, over label and place; JSON has none, it is a list of objects.
+    """
+
+    space: Space
+    floor: bool
+    box: str
+    point: str
+    named: str | None
+
+
+# Literal forms: MiMo-VL and Qwen2.5-VL (absolute pixels of the resized picture), Qwen-VL's own tokens (the same pixels
+# for Qwen2.5-VL; Qwen2-VL uses them with norm1000), Ferret (vocabulary 1000, truncated, plain digits), and what
+# readers of the MM1.5 paper report, which does not publish its own.
+FORMATS: dict[FormatName, BoxFormat] = {
+    "json": BoxFormat("resized", False, "[{x1}, {y1}, {x2}, {y2}]", "[{x}, {y}]", None),
+    "qwen_tokens": BoxFormat(
+        "resized",
+        False,
+        "<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>",
+        "<|box_start|>({x},{y})<|box_end|>",
+        "<|object_ref_start|>{label}<|object_ref_end|>{place}",
+    ),
+    "ferret": BoxFormat("norm1000", True, "[{x1}, {y1}, {x2}, {y2}]", "[{x}, {y}]", "{label} {place}"),
+    "mm1_5": BoxFormat("norm1000", True, "<{x1},{y1},{x2},{y2}>", "<{x},{y}>", "{label} {place}"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A place and what is there; the label is empty where a text gives none."""
+
+    label: str
+    place: Place
+
+
+def render(place: Place, form: FormatName, sizes: Sizes | None = None, *, space: Space | None = None) -> str:
+    """The text of a place.
+
+    Args:
+      sizes: of its picture; needed unless the place is in the space of the text already.
+      space: replaces the format's own.
+    """
+    style = FORMATS[form]
+    space = space or style.space
+    values = [_number(v, space, style.floor) for v in place.to(space, sizes).values]
+    names = ("x", "y") if isinstance(place, Point) else ("x1", "y1", "x2", "y2")
+    template = style.point if isinstance(place, Point) else style.box
+    return template.format(**dict(zip(names, values, strict=True)))
+
+
+def _number(value: float, space: Space, floor: bool) -> str:
+    if space == "norm1":
+        return f"{value:.3f}"
+    # a whole number that arithmetic has brought a hair below itself must not fall into the bin before
+    whole = math.floor(value + 1e-6) if floor else round(value)
+    return str(min(max(whole, 0), 999) if space == "norm1000" else whole)
+
+
+def render_named(
+    found: Sequence[Named], form: FormatName, sizes: Sizes | None = None, *, space: Space | None = None
+) -> str:
+    """A whole answer: MiMo's fenced JSON list, or labels with their places, one a line."""
+    texts = [render(item.place, form, sizes, space=space) for item in found]
+    named = FORMATS[form].named
+    if named is not None:
+        return "\n".join(
+            named.format(label=item.label, place=text) if item.label else text
+            for item, text in zip(found, texts, strict=True)
+        )
+    keys = ["point_2d" if isinstance(item.place, Point) else "bbox_2d" for item in found]
+    items = [
+        f'{{"{key}": {text}, "label": {json.dumps(item.label, ensure_ascii=False)}}}'
+        for key, item, text in zip(keys, found, texts, strict=True)
+    ]
+    return "```json\n[" + ", ".join(items) + "]\n```"
+
+
+_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+_TWO, _FOUR = ",".join([_NUMBER] * 2), ",".join([_NUMBER] * 4)
+# [x1, y1, x2, y2], (x1, y1, x2, y2), <x1,y1,x2,y2>, Qwen's own (x1,y1),(x2,y2), and the same for points
+_GROUP = re.compile(rf"\[{_FOUR}\]|\({_FOUR}\)|<{_FOUR}>|\({_TWO}\)\s*,\s*\({_TWO}\)|\[{_TWO}\]|\({_TWO}\)|<{_TWO}>")
+_AROUND = re.compile(r"<\|(?:object_ref|box)_(?:start|end)\|>")
+
+
+def parse(text: str, form: FormatName, *, space: Space | None = None) -> list[Named]:
+    """Every box and point of a model's answer, in order; none gives an empty list.
+
+    What stands before the last ``</think>`` does not count. A JSON list of objects (fenced or not) is read first;
+    a text without one is searched for ``[...]``, ``(...)`` and ``<...>`` of two or four numbers and Qwen's pairs of
+    points, whatever the format, since models mix them up. Boxes with swapped corners are no boxes.
+
+    Args:
+      form: tells the space of the numbers, and whether labels are the words before a place.
+      space: replaces the format's own.
+    """
+    style = FORMATS[form]
+    space = space or style.space
+    text = text.rpartition("</think>")[2]
+    return list(_from_json(text, space)) or list(_from_groups(text, space, labelled=style.named is not None))
+
+
+def _from_json(text: str, space: Space) -> Iterator[Named]:
+    fenced = re.search(r"```(?:json)?\s*(.*?)```", text, re.DOTALL)
+    try:
+        found = json.loads(fenced.group(1) if fenced else text)
+    except (ValueError, RecursionError):  # not JSON; or numbers too long, or lists too deep, to be meant
+        return
+    for item in found if isinstance(found, list) else [found]:
+        for key, count in (("bbox_2d", 4), ("point_2d", 2)):
+            values = item.get(key) if isinstance(item, dict) else None
+            if isinstance(values, list) and len(values) == count and (made := _place(values, space)):
+                yield Named(str(item.get("label", "")), made)
+
+
+def _from_groups(text: str, space: Space, *, labelled: bool) -> Iterator[Named]:
+    end = 0
+    for match in _GROUP.finditer(text):
+        made = _place([float(v) for v in match.groups() if v is not None], space)
+        if made is not None:
+            yield Named(_label(text[end : match.start()]) if labelled else "", made)
+        end = match.end()
+
+
+def _label(before: str) -> str:
+    """The words before a place, on its own line and without what separates it from the place before."""
+    return _AROUND.sub("", before.rpartition("\n")[2]).strip().lstrip(",;.: ").strip()
+
+
+def _place(values: Sequence[Any], space: Space) -> Place | None:
+    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+        return None
+    try:
+        return place([float(v) for v in values], space)
+    except (ValueError, OverflowError):
+        return None
