@@ -1,4 +1,109 @@
 """Vision towers and language models on their own: Hugging Face folders that become the encoder or decoder of a new VLM.
 
-One file per family; each offers ``BACKBONE``, so adding one adds a file.
+One file per family; each offers ``BACKBONES``, so adding one adds a file.
 """
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from flax import nnx
+
+from jvlm.models import registry
+from jvlm.models.layers import Numerics
+from jvlm.weights import checkpoint, safetensors_files, table
+from jvlm.weights.table import Rule, WeightError
+
+TowerConfig = registry.EncoderConfig | registry.DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A family of towers.
+
+    Attributes:
+      model_types: values of ``model_type`` in config.json that belong here.
+      tower: which part of a model it becomes.
+      rules: the table, given the tower's configuration; paths begin in the tower.
+      sizes: axis lengths that the patterns need.
+      canonical: maps any known spelling of a tensor name to the one of the table; None drops the tensor.
+      read_config: config.json to the tower's configuration.
+    """
+
+    model_types: tuple[str, ...]
+    tower: Literal["encoder", "decoder"]
+    rules: Callable[[Any], Iterable[Rule]]
+    canonical: Callable[[str], str | None]
+    read_config: Callable[[dict[str, Any]], TowerConfig]
+    sizes: Callable[[Any], dict[str, int]] = lambda config: {}
+
+
+def read_config(folder: str | Path) -> TowerConfig:
+    """The encoder or decoder configuration of a folder's config.json.
+
+    Raises:
+      FileNotFoundError: no config.json.
+      WeightError: a family or an option that is not supported.
+    """
+    return _open(Path(folder))[1]
+
+
+def load(
+    folder: str | Path, config: TowerConfig, numerics: Numerics, sharding: checkpoint.ShardingOf | None = None
+) -> dict[str, nnx.Variable]:
+    """Parameters of a tower, by their path in the whole model.
+
+    Args:
+      config: of the tower that they are for; it must be the one that the folder describes.
+
+    Raises:
+      WeightError: another family or size, or tensors that are wrong, missing or superfluous, all of them listed.
+    """
+    folder = Path(folder)
+    backbone, found = _open(folder)
+    if found != config:
+        differences = [
+            f"{field.name}: {getattr(found, field.name)!r} in the folder, {getattr(config, field.name, None)!r} here"
+            for field in dataclasses.fields(found)
+            if getattr(found, field.name) != getattr(config, field.name, None)
+        ]
+        raise WeightError(f"{folder} holds another {backbone.tower}:\n  " + "\n  ".join(differences))
+    build = functools.partial(registry.build, config, numerics=numerics)
+    module = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    variables = {".".join(map(str, path)): variable for path, variable in state}
+    shapes = {path: tuple(v.get_value().shape) for path, v in variables.items()}
+    expected = table.expand(backbone.rules(config), backbone.sizes(config), shapes)
+    with safetensors_files.Tensors(folder) as tensors:
+        stored = checkpoint.canonical_names(tensors, backbone.canonical)
+        table.check(expected, {name: tensors.shape(raw) for name, raw in stored.items()}, str(folder))
+        checkpoint.read_parameters(variables, expected, stored, tensors, sharding)
+    return {f"{backbone.tower}.{path}": variable for path, variable in variables.items()}
+
+
+def _open(folder: Path) -> tuple[Backbone, TowerConfig]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: a tower is read from a local Hugging Face folder")
+    values = json.loads(path.read_text())
+    for backbone in backbones():
+        if values.get("model_type") in backbone.model_types:
+            return backbone, backbone.read_config(values)
+    known = ", ".join(sorted(t for b in backbones() for t in b.model_types))
+    raise WeightError(
+        f"{path}: model_type {values.get('model_type')!r} is not supported as a tower; supported: {known}"
+    )
+
+
+@functools.cache
+def backbones() -> tuple[Backbone, ...]:
+    """Every family."""
+    modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
+    return tuple(b for module in modules for b in getattr(module, "BACKBONES", ()))

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
+from jvlm.models import layers
 from jvlm.models.encoders.vit import ViTConfig
-from jvlm.weights.table import Rule, linear
+from jvlm.weights.backbones import Backbone
+from jvlm.weights.table import Rule, WeightError, linear
+
+_ACTIVATIONS: dict[str, layers.Activation] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,3 +79,29 @@ def layer_norm(name: str, path: str) -> list[Rule]:
 def vit_sizes(config: ViTConfig) -> dict[str, int]:
     """Axis lengths for the patterns of `vit_rules`."""
     return {"c": config.in_channels, "y": config.patch_size, "x": config.patch_size}
+
+
+def grid_of(values: dict[str, Any], image_size: int, patch_size: int) -> int:
+    """Places of the position table along a side, from config.json and the family's default sizes in pixels."""
+    side = values.get("image_size", image_size)
+    if not isinstance(side, int):
+        raise WeightError(f"image_size {side} is not supported; position tables are square")
+    return side // values.get("patch_size", patch_size)
+
+
+def activation_of(values: dict[str, Any], default: str) -> layers.Activation:
+    """The activation that ``hidden_act`` names."""
+    name = values.get("hidden_act", default)
+    if name not in _ACTIVATIONS:
+        raise WeightError(f"hidden_act {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def vit_backbone(
+    model_types: tuple[str, ...],
+    names: ViTNames,
+    canonical: Callable[[str], str | None],
+    read_config: Callable[[dict[str, Any]], ViTConfig],
+) -> Backbone:
+    """The entry of a family."""
+    return Backbone(model_types, "encoder", lambda c: vit_rules(c, names, ""), canonical, read_config, vit_sizes)
