@@ -1,4 +1,4 @@
-"""The command line: ``jvlm train | generate | chat | data check | data shard``."""
+"""The command line: ``jvlm train | replay | generate | chat | data check | data shard``."""
 
 from __future__ import annotations
 
@@ -79,6 +79,14 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     from jvlm import job
 
     job.run(load_experiment(arguments.config, rest))
+    return 0
+
+
+def _replay(arguments: argparse.Namespace, _: list[str]) -> int:
+    from jvlm.training.replay import replay
+
+    for line in replay(Path(arguments.folder)):
+        print(line, flush=True)
     return 0
 
 
@@ -178,6 +186,10 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train, score, export and report an experiment", add_help=False)
     train.add_argument("config", help="a Python file with get_config(), or its name under configs/")
     train.set_defaults(run=_train, takes_fields=True)
+
+    replay = commands.add_parser("replay", help="say which tower and which conversation of a stopped run is not finite")
+    replay.add_argument("folder", help="<run>/nonfinite/FIRST-LAST, as the run named it")
+    replay.set_defaults(run=_replay)
 
     generate = commands.add_parser("generate", help="answer one prompt, or every row of a JSONL file")
     _add_model(generate)

@@ -225,8 +225,10 @@ class PackedRows:
     Attributes:
       conversations: number of conversations in the batch.
       rejected: rows left out while these were gathered.
+      origins: for each row of the batch, where its segments 1, 2, ... came from.
     """
 
     batch: PackedBatch
     conversations: int
     rejected: tuple[Rejected, ...]
+    origins: tuple[tuple[Origin, ...], ...] = ()

@@ -173,7 +173,7 @@ class PackIterator(grain.DatasetIterator):
             max_segment_length=config.max_length,
             max_frame_patches=self.dataset.max_frame_patches,
         )
-        return PackedRows(batch, count, tuple(rejected))
+        return PackedRows(batch, count, tuple(rejected), tuple(tuple(e.origin for e in row) for row in rows))
 
     def _next_window(self) -> bool:
         """Fill the queue from the next window; False at the end of the data."""

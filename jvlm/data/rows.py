@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from typing import Any
 
@@ -139,7 +140,9 @@ def _loss_weight(message: dict, role: str, origin: Origin, field: str) -> float:
     loss, scale = message.get("loss"), message.get("loss_scale")
     if loss not in (None, True, False):
         raise RowError(origin, f"{field}.loss", f"{loss!r} is not true or false", "Write true or false")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float) or scale < 0):
+    if scale is not None and (
+        isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf
+    ):
         raise RowError(origin, f"{field}.loss_scale", f"{scale!r} is not a weight", "Write a number >= 0")
     if role != "assistant":
         if loss or scale:

@@ -33,7 +33,7 @@ class Curve:
 
 def curve(title: str, lines: Sequence[dict[str, Any]], key: str) -> Curve:
     """A curve of one logged number over the steps."""
-    values = [(line["step_number"], line[key]) for line in lines if key in line]
+    values = [(line["step_number"], line[key]) for line in lines if line.get(key) is not None]
     if len(values) > 5:
         values = values[1:]  # the untrained model would flatten the rest
     lowest, highest = min(v for _, v in values), max(v for _, v in values)

@@ -43,6 +43,10 @@ class Checkpoints:
         """The last complete step."""
         return self._manager.latest_step()
 
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written after this step."""
+        return self._manager.should_save(step)
+
     def save(self, step: int, state: TrainState, frozen: Params, data: dict[str, Any], *, force: bool = False) -> bool:
         """Write if it is time to (or ``force``); returns whether it was. Arrays are copied before this returns."""
         if force and self.latest() == step:

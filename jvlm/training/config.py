@@ -121,6 +121,8 @@ class Experiment:
       epochs: passes over the data, used when ``steps`` is None; the number of steps is estimated by packing a sample.
       accumulation: batches whose gradients make one step; the loss is averaged over all their tokens.
       log_every: steps between log lines.
+      stop_after_skips: a step whose loss or gradient is not finite is skipped; after so many in a row the run stops
+        and writes their batches for `jvlm replay`. 1 stops at the first, and costs the overlap of host and device.
     """
 
     name: str
@@ -139,10 +141,11 @@ class Experiment:
     accumulation: int = 1
     seed: int = 42
     log_every: int = 5
+    stop_after_skips: int = 10
     output_root: str = "runs"
 
     def __post_init__(self):
-        for name in ("accumulation", "log_every"):
+        for name in ("accumulation", "log_every", "stop_after_skips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.init_from is None and (self.model is None or self.tokenizer is None):

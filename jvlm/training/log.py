@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,10 @@ class TrainingLog:
         self._bar.update(1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line for a step; ``values`` are plain numbers, written in full to file and shortened to the screen."""
+        """One line for a step; ``values`` are plain numbers, written in full to file and shortened to the screen.
+
+        What is not finite is null in the file, as JSON wants it, and left out of the curves.
+        """
         here = time.perf_counter() - self._began
         pace = here / max(step - self.start, 1)
         line = {
@@ -84,9 +88,11 @@ class TrainingLog:
         shown = {k: _short(v) for k, v in line.items() if not k.startswith("grad_norm/")}
         self._bar.write(str(shown).replace("'", ""))
         self._bar.set_postfix(loss=_short(values["loss"]), acc=_short(values["token_acc"]), refresh=False)
-        self._file.write(json.dumps({**line, "step_number": step, "elapsed_seconds": self.elapsed()}) + "\n")
+        plain = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
+        self._file.write(json.dumps({**plain, "step_number": step, "elapsed_seconds": self.elapsed()}) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            if plain[name] is not None:
+                self._board.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""

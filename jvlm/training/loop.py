@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -29,13 +28,17 @@ from jvlm.training import step as stepping
 from jvlm.training.checkpoint import Checkpoints
 from jvlm.training.config import EvaluationConfig, Experiment
 from jvlm.training.log import TrainingLog, clock
+from jvlm.training.nonfinite import Guard
 from jvlm.training.step import TrainState
 from jvlm.weights import checkpoint, loading
 from jvlm.weights.run_folder import EXPERIMENT, PROCESSOR
 
 REJECTED = "rejected.jsonl"
 # A restart may change these; anything else would make the rest of the run another experiment.
-_FREE = ("checkpoint", "evaluation", "export", "log_every", "output_root", "data.read_threads", "data.prefetch")
+_FREE = (
+    *("checkpoint", "evaluation", "export", "log_every", "stop_after_skips", "output_root"),
+    *("data.read_threads", "data.prefetch"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,7 @@ def train(experiment: Experiment) -> Result:
     """Train the stages and then the experiment's own data, each to its end or from its last checkpoint on.
 
     Raises:
-      ValueError: the folder holds a different experiment; data too bad; a loss that is not finite.
+      ValueError: the folder holds a different experiment; data too bad; too many steps in a row were not finite.
     """
     results: list[Result] = []
     for number, run in enumerate(runs_of(experiment), 1):
@@ -110,33 +113,43 @@ def _train_one(experiment: Experiment) -> Result:
 
     with Checkpoints(folder, experiment.checkpoint) as checkpoints:
         start = checkpoints.latest() or 0
+        guard = Guard(folder, experiment.stop_after_skips)
         seen = _Seen(folder, len(source), experiment.data)
         if start:
             state, frozen, data = checkpoints.restore(start, state, frozen)
             batches.set_state(data["iterator"])
             seen.restore(data["seen"], start)
+            guard.restore(data["skips"])
         with TrainingLog(folder, start, experiment.steps) as log:
             if start:
                 log.say(f"resuming after step {start}")
             meter = _Meter(experiment, seen)
             for step in range(start + 1, experiment.steps + 1):
-                batch = meter.next_batch(batches, step)
-                state, metrics = step_fn(state, frozen, batch)
-                meter.wait_for(metrics)
-                if step % experiment.log_every == 0 or step in (start + 1, experiment.steps):
-                    log.write(step, meter.line(metrics, step))
+                packed = meter.next_batch(batches, step)
+                state, metrics = step_fn(state, frozen, stepping.stack([rows.batch for rows in packed]))
+                guard.ran(step, packed, metrics)
+                to_log = step % experiment.log_every == 0 or step in (start + 1, experiment.steps)
+                if to_log or checkpoints.due(step):
+                    guard.settle()
+                if guard.stops:
+                    raise ValueError(guard.dump({**frozen, **state.params}))
+                if to_log:
+                    log.write(step, meter.line(metrics, step, guard.skipped))
                 checkpoints.save(
                     step,
                     state,
                     frozen,
-                    {"iterator": batches.get_state(), "seen": seen.state()},
+                    {"iterator": batches.get_state(), "seen": seen.state(), "skips": guard.state()},
                     force=step == experiment.steps,
                 )
                 log.advance()
             seconds = log.elapsed()
     batches.close()
     compilations = step_fn._cache_size()
-    print(f"{experiment.steps} steps in {clock(seconds)}, {compilations} compilation(s), {seen.summary()}")
+    print(
+        f"{experiment.steps} steps in {clock(seconds)}, {compilations} compilation(s), {seen.summary()}"
+        + guard.summary()
+    )
     model = vlm.bind(template, {**frozen, **state.params})
     return Result(model, processor, folder, experiment.steps, seconds, compilations, seen.rejected)
 
@@ -274,7 +287,6 @@ class _Meter:
 
     def __init__(self, experiment: Experiment, seen: _Seen):
         self.experiment, self.seen = experiment, seen
-        self._pending: dict[str, Any] | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -283,8 +295,8 @@ class _Meter:
         self._text: list[float] = []
         self._patches: list[float] = []
 
-    def next_batch(self, batches: grain.DatasetIterator, step: int):
-        """The next step's batches, stacked for accumulation."""
+    def next_batch(self, batches: grain.DatasetIterator, step: int) -> list[PackedRows]:
+        """The next step's batches, as many as are accumulated."""
         began = time.perf_counter()
         packed = list(itertools.islice(_endless(batches), self.experiment.accumulation))
         self._waited += time.perf_counter() - began
@@ -292,25 +304,17 @@ class _Meter:
             self.seen.add(rows, step)
             self._text.append(rows.batch.text_padding)
             self._patches.append(rows.batch.patch_padding)
-        return stepping.stack([rows.batch for rows in packed])
+        return packed
 
-    def wait_for(self, metrics: dict[str, jax.Array]) -> None:
-        """Let the device run one step ahead of the host, no more."""
-        if self._pending is not None:
-            jax.block_until_ready(self._pending)
-        self._pending = metrics
-
-    def line(self, metrics: dict[str, jax.Array], step: int) -> dict[str, float]:
-        values = {name: float(value) for name, value in metrics.items()}
-        if not math.isfinite(values["loss"]):
-            raise ValueError(f"the loss is {values['loss']} at step {step}; lower the learning rate or check the data")
+    def line(self, metrics: dict[str, jax.Array], step: int, skipped: int) -> dict[str, float]:
+        values = {name: float(value) for name, value in metrics.items() if name != "skipped"}
         seconds = time.perf_counter() - self._since
         data = self.experiment.data
         places = len(self._text) * data.rows * data.row_tokens
         text_padding, patch_padding = float(np.mean(self._text)), float(np.mean(self._patches))
-        optimizer_config = self.experiment.optimizer
+        optimizer_config, updates = self.experiment.optimizer, step - skipped
         rates = {
-            f"learning_rate/{t}": float(optimizer.schedule(optimizer_config, t, self.experiment.steps)(step - 1))
+            f"learning_rate/{t}": float(optimizer.schedule(optimizer_config, t, self.experiment.steps)(updates - 1))
             for t in TOWERS
             if optimizer_config.rate_of(t) > 0
         }
@@ -327,6 +331,7 @@ class _Meter:
             "padding_patches": patch_padding,
             "tokens_per_s": places * (1 - text_padding) / seconds,
             **values,
+            "skipped": skipped,
         }
         self._reset()
         return line

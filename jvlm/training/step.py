@@ -37,7 +37,8 @@ def make_step(template: VLM, tx: optax.GradientTransformation) -> Step:
     """``(state, frozen, batches) -> (state, metrics)``, with ``batches`` stacked on a leading accumulation axis.
 
     The loss is averaged over the weights of all accumulated batches, so it equals that of one large batch.
-    ``state`` is donated. Metrics: loss, token_acc, grad_norm, and a norm for each learnt tower.
+    ``state`` is donated. Metrics: loss, token_acc, grad_norm, a norm for each learnt tower, and skipped: 1 where the
+    loss or the gradient is not finite. Such a step leaves parameters and optimizer, its count included, as they were.
     """
 
     def sums(params: Params, frozen: Params, batch: PackedBatch):
@@ -62,7 +63,12 @@ def make_step(template: VLM, tx: optax.GradientTransformation) -> Step:
         }
         with jax.named_scope("update"):
             updates, opt_state = tx.update(grads, state.optimizer, state.params)
-            params = optax.apply_updates(state.params, updates)
+            new = (optax.apply_updates(state.params, updates), opt_state)
+            # the norm is finite only if every gradient is
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            keep = functools.partial(jnp.where, finite)
+            params, opt_state = jax.tree.map(keep, new, (state.params, state.optimizer))
+        metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step

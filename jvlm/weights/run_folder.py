@@ -60,10 +60,15 @@ def load(
     source = params_folder(folder, step)
     config = model_config(folder, numerics)
     model = vlm.abstract(config)
+    values = read_params(source, model, sharding)
+    return vlm.bind(model, values), checkpoint.load_processor(folder / PROCESSOR, config)
+
+
+def read_params(source: Path, model: VLM, sharding: checkpoint.ShardingOf | None = None) -> dict[str, jax.Array]:
+    """Dotted path -> array, of parameters that Orbax wrote; on the first device if no ``sharding`` is given."""
     wanted = {}
     for path, variable in vlm.parameters(model).items():
         place = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted[path] = jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype, sharding=place)
     with ocp.StandardCheckpointer() as checkpointer:
-        values = checkpointer.restore(source, wanted)
-    return vlm.bind(model, values), checkpoint.load_processor(folder / PROCESSOR, config)
+        return checkpointer.restore(source.absolute(), wanted)

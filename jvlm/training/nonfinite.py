@@ -1,0 +1,145 @@
+"""Steps whose loss or gradient is not finite: counted, and after too many in a row written down for `jvlm replay`.
+
+A dump is a folder of the run:
+
+nonfinite/FIRST-LAST/report.json             the steps, and where the conversations of their batches came from
+                     STEP.PROCESS.npz        the batches of a step as this process had them, one field an array
+                     params                  Orbax; the parameters that met them: skipped steps change nothing
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jvlm.data.errors import Origin
+from jvlm.data.packing import PackedRows
+from jvlm.models.batch import PackedBatch
+from jvlm.training.step import Params
+
+NONFINITE, REPORT, PARAMS = "nonfinite", "report.json", "params"
+
+
+class Guard:
+    """Watches the steps of a run, and lets the device run one of them ahead of the host, no more.
+
+    Args:
+      folder: of the run.
+      stop_after: skipped steps in a row that stop it.
+    """
+
+    def __init__(self, folder: Path, stop_after: int):
+        self.folder, self.stop_after = folder, stop_after
+        self.skipped = 0
+        self._row: list[tuple[int, Sequence[PackedRows]]] = []
+        self._before = 0  # skipped in a row before a restart; their batches are gone
+        self._pending: tuple[int, Sequence[PackedRows], Any] | None = None
+
+    @property
+    def stops(self) -> bool:
+        """Whether too many steps in a row were skipped."""
+        return self._before + len(self._row) >= self.stop_after
+
+    def ran(self, step: int, packed: Sequence[PackedRows], metrics: dict[str, jax.Array]) -> None:
+        """A step was handed to the device; waits for the one before it.
+
+        After a skipped step each one is waited for, so that when the run stops, none that changes the parameters
+        stands between them and the batches that are written.
+        """
+        last, self._pending = self._pending, (step, packed, metrics)
+        if last is not None:
+            self._judge(*last)
+        if self._row or self._before or self.stop_after == 1:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the last step."""
+        if self._pending is not None:
+            self._judge(*self._pending)
+            self._pending = None
+
+    def _judge(self, step: int, packed: Sequence[PackedRows], metrics: dict[str, jax.Array]) -> None:
+        if float(metrics["skipped"]):
+            self.skipped += 1
+            self._row.append((step, packed))
+        else:
+            self._row, self._before = [], 0
+
+    def dump(self, params: Params) -> str:
+        """Write the skipped batches and the parameters; returns what to tell the user."""
+        first, last = self._row[0][0], self._row[-1][0]
+        folder = (self.folder / NONFINITE / f"{first}-{last}").absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        process = jax.process_index()
+        for step, packed in self._row:
+            arrays = {f"{i}.{n}": a for i, rows in enumerate(packed) for n, a in _arrays(rows.batch).items()}
+            np.savez_compressed(folder / f"{step}.{process}.npz", **arrays)
+        steps = {
+            str(step): {
+                "static": _static(packed[0].batch),
+                "origins": [[[dataclasses.astuple(o) for o in row] for row in rows.origins] for rows in packed],
+            }
+            for step, packed in self._row
+        }
+        (folder / f"{process}.{REPORT}").write_text(json.dumps(steps, indent=2) + "\n")
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder / PARAMS, params, force=True)
+        row = f"{first} to {last}" if last > first else f"{first}"
+        return (
+            f"loss or gradient not finite, {self._before + len(self._row)} steps in a row (stop_after_skips); the "
+            f"batches of steps {row} are in {folder}. See which conversation it is with: jvlm replay {folder}"
+        )
+
+    def state(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "in_a_row": self._before + len(self._row)}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.skipped, self._before = state["skipped"], state["in_a_row"]
+
+    def summary(self) -> str:
+        return f", {self.skipped} steps skipped: not finite" if self.skipped else ""
+
+
+def _arrays(batch: PackedBatch) -> dict[str, np.ndarray]:
+    return {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if not f.metadata.get("static")}
+
+
+def _static(batch: PackedBatch) -> dict[str, Any]:
+    return {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.metadata.get("static")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Dumped:
+    """One batch of a dump: its step, its number among the accumulated ones, and the origins of each row's segments."""
+
+    step: int
+    number: int
+    batch: PackedBatch
+    origins: tuple[tuple[Origin, ...], ...]
+
+
+def read(folder: Path) -> list[Dumped]:
+    """The batches of a dump, of every process that wrote one.
+
+    Raises:
+      FileNotFoundError: there are none.
+    """
+    found = []
+    for report in sorted(folder.glob(f"*.{REPORT}")):
+        process = report.name.partition(".")[0]
+        for step, said in json.loads(report.read_text()).items():
+            with np.load(folder / f"{step}.{process}.npz") as file:
+                for number, origins in enumerate(said["origins"]):
+                    fields = {n.partition(".")[2]: file[n] for n in file.files if n.startswith(f"{number}.")}
+                    rows = tuple(tuple(Origin(*o) for o in row) for row in origins)
+                    found.append(Dumped(int(step), number, PackedBatch(**fields, **said["static"]), rows))
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no batches; a run that stops names the folder it writes them to")
+    return sorted(found, key=lambda d: (d.step, d.number))
