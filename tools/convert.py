@@ -2,6 +2,8 @@
 
 python tools/convert.py SNAPSHOT TARGET --dtype bfloat16    another dtype, shard size or naming
 python tools/convert.py RUN TARGET --step 1000              a jvlm run, for transformers, vLLM and SGLang
+python tools/convert.py FILE.gguf TARGET                    a language model (Llama) in one GGUF file
+python tools/convert.py FILE.onnx TARGET                    a DINOv2 backbone in one ONNX file
 """
 
 from __future__ import annotations
@@ -9,11 +11,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from jvlm.weights.convert import DTYPES, convert
+from jvlm.weights.single_files import unpack
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -29,13 +33,15 @@ def size(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status. Errors of the user's making are one message, not a traceback."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="a Hugging Face folder or a jvlm run")
+    parser.add_argument("source", type=Path, help="a Hugging Face folder, a jvlm run, a .gguf or .onnx file")
     parser.add_argument("target", type=Path, help="a new folder")
     parser.add_argument("--layout", default="released", help="tensor names: released (default) or transformers")
     parser.add_argument("--dtype", default="keep", choices=DTYPES, help="of every tensor (default: as stored)")
     parser.add_argument("--shard-size", default="5GB", type=size, metavar="SIZE", help="of one file (default: 5GB)")
     parser.add_argument("--step", type=int, help="checkpoint of a run (default: the latest)")
     options = parser.parse_args(argv)
+    if options.source.suffix in (".gguf", ".onnx"):
+        return _run(lambda: unpack(options.source, options.target), options.target)
     with tqdm(unit="tensor", disable=None) as bar:
 
         def show(name: str, number: int, count: int) -> None:
@@ -43,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
             bar.set_postfix_str(name, refresh=False)
             bar.update(number - bar.n)
 
-        try:
-            convert(
+        return _run(
+            lambda: convert(
                 options.source,
                 options.target,
                 layout=options.layout,
@@ -52,12 +58,18 @@ def main(argv: list[str] | None = None) -> int:
                 max_shard_bytes=options.shard_size,
                 step=options.step,
                 on_tensor=show,
-            )
-        except (ValueError, FileNotFoundError, FileExistsError) as error:
-            bar.close()
-            print(f"convert: {error}", file=sys.stderr)
-            return 2
-    print(f"wrote {options.target}")
+            ),
+            options.target,
+        )
+
+
+def _run(job: Callable[[], None], target: Path) -> int:
+    try:
+        job()
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {target}")
     return 0
 
 
