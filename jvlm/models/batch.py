@@ -58,6 +58,11 @@ class PackedBatch:
         return float(np.mean(ids == 0)) if ids.size else 0.0
 
 
+def axes(field: str) -> tuple[str, str]:
+    """Logical axes of the first two dimensions of a field of `PackedBatch`; the others are never split."""
+    return ("batch", "patches" if field.startswith("patch") else "sequence")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeStep:

@@ -16,6 +16,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Num
 
+from jvlm.models import placement
+
 RematPolicy = Literal["none", "full", "dots", "attention"]
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -81,13 +83,13 @@ class Linear(nnx.Module):
 
     def __init__(self, d_in: int, d_out: int, axes: tuple[str, str], *, bias: bool, numerics: Numerics, rngs: nnx.Rngs):
         dtype = jnp.dtype(numerics.param_dtype)
-        self.compute_dtype = numerics.compute_dtype
+        self.compute_dtype, self.axes = numerics.compute_dtype, axes
         self.kernel = nnx.Param(numerics.new_weight(rngs.params(), (d_in, d_out), d_in), axes=axes)
         self.bias = nnx.Param(jnp.zeros((d_out,), dtype), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "*L i"]) -> Float[Array, "*L o"]:
         dtype = jnp.dtype(self.compute_dtype)
-        y = project(x.astype(dtype), self.kernel[...].astype(dtype))
+        y = project(x.astype(dtype), placement.current().weight(self.kernel[...].astype(dtype), self.axes))
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
 

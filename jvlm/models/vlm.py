@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jvlm.models import registry
+from jvlm.models import placement, registry
 from jvlm.models.batch import PackedBatch
 from jvlm.models.layers import Numerics
 
@@ -90,7 +90,7 @@ class VLM(nnx.Module):
         if batch.patches.shape[1] == 0:
             return x_BSD
         index = jnp.asarray(batch.vision_index)
-        features = jnp.take_along_axis(self.encode(batch), jnp.maximum(index, 0)[..., None], axis=1)
+        features = placement.current().pick(self.encode(batch), index)
         return jnp.where((index >= 0)[..., None], features.astype(x_BSD.dtype), x_BSD)
 
     def hidden(self, batch: PackedBatch) -> tuple[Float[Array, "B S D"], Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from jvlm_kernels import linear_cross_entropy
 
+from jvlm.models import placement
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
 
@@ -27,8 +27,9 @@ def loss_sums(model: VLM, batch: PackedBatch, block: int | None = None) -> Sums:
     with jax.named_scope("loss"):
         targets, weights = _next_tokens(batch)
         kernel, vocabulary_first = model.decoder.output_kernel()
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        found = linear_cross_entropy(hidden, kernel, targets, weights, vocabulary_first=vocabulary_first, block=block)
+        found = placement.current().cross_entropy(
+            hidden, kernel, targets, weights, vocabulary_first=vocabulary_first, block=block
+        )
         return {
             "loss": found.loss.sum(),
             "weight": weights.sum(),
@@ -38,9 +39,9 @@ def loss_sums(model: VLM, batch: PackedBatch, block: int | None = None) -> Sums:
 
 
 def _next_tokens(batch: PackedBatch):
-    """(targets, weights), each [B * S]: position t predicts token t + 1, the last of a conversation nothing."""
+    """(targets, weights), each [B, S]: position t predicts token t + 1, the last of a conversation nothing."""
     tokens, weights = jnp.asarray(batch.tokens), jnp.asarray(batch.loss_weights)
     segments = jnp.asarray(batch.segment_ids)
     same = segments[:, 1:] == segments[:, :-1]
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))).reshape(-1)
-    return targets, jnp.pad(weights[:, 1:] * same, ((0, 0), (0, 1))).reshape(-1)
+    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    return targets, jnp.pad(weights[:, 1:] * same, ((0, 0), (0, 1)))

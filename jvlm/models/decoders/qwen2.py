@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from jvlm_kernels import cached_attention, open_cache, segment_attention
+from jvlm_kernels import cached_attention, open_cache
 
-from jvlm.models import layers
+from jvlm.models import layers, placement
 from jvlm.models.batch import DecodeStep
 from jvlm.models.registry import DecoderConfig, register
 
@@ -67,12 +67,13 @@ class DecoderAttention(nnx.Module):
         v = self.v(x_BSD).reshape(B, S, self.kv_heads, self.head_dim)
         if step is None:
             cache = (k, v)
-            mixed = segment_attention(
+            mixed = placement.current().attention(
                 q,
                 k,
                 v,
                 segments,
                 segments,
+                along="sequence",
                 causal=True,
                 max_segment_length=max_length,
                 implementation=self.implementation,
@@ -118,7 +119,7 @@ class Qwen2Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Embeddings of token ids, in the compute dtype."""
-        return self.embedding[...][tokens].astype(jnp.dtype(self.numerics.compute_dtype))
+        return placement.current().lookup(self.embedding[...], tokens, self.numerics.compute_dtype)
 
     def __call__(
         self,

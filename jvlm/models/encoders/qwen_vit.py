@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
-from jvlm_kernels import segment_attention
 
-from jvlm.models import layers
+from jvlm.models import layers, placement
 from jvlm.models.batch import PackedBatch
 from jvlm.models.registry import EncoderConfig, register
 
@@ -92,8 +91,15 @@ class VisionAttention(nnx.Module):
 
     def _attend(self, q, k, v, segments, max_length: int | None):
         segments = jnp.asarray(segments)
-        return segment_attention(
-            q, k, v, segments, segments, max_segment_length=max_length, implementation=self.implementation
+        return placement.current().attention(
+            q,
+            k,
+            v,
+            segments,
+            segments,
+            along="patches",
+            max_segment_length=max_length,
+            implementation=self.implementation,
         )
 
 

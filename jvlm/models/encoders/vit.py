@@ -14,9 +14,8 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
-from jvlm_kernels import segment_attention
 
-from jvlm.models import layers
+from jvlm.models import layers, placement
 from jvlm.models.batch import PackedBatch
 from jvlm.models.registry import EncoderConfig, register
 
@@ -78,12 +77,13 @@ class ViTAttention(nnx.Module):
         B, P, _ = x_BPD.shape
         q, k, v = (part(x_BPD).reshape(B, P, self.heads, -1) for part in (self.q, self.k, self.v))
         segments = jnp.asarray(batch.patch_segment_ids)
-        mixed = segment_attention(
+        mixed = placement.current().attention(
             q,
             k,
             v,
             segments,
             segments,
+            along="patches",
             max_segment_length=batch.max_frame_patches,
             implementation=self.implementation,
         )
@@ -139,7 +139,9 @@ class ViT(nnx.Module):
             is_class = at_BP2[..., 0] < 0
             x_BPD = jnp.where(is_class[..., None], self.class_token[...].astype(x_BPD.dtype), x_BPD)
             place_BP = jnp.where(is_class, 0, place_BP + 1)
-        x_BPD = x_BPD + self.positions[...][place_BP].astype(x_BPD.dtype)
+        x_BPD = x_BPD + placement.current().lookup(
+            self.positions[...], place_BP, x_BPD.dtype, axes=("position", "embed"), along="patches"
+        )
         if self.norm_before is not None:
             x_BPD = self.norm_before(x_BPD)
         x_BPD, _ = self.blocks(

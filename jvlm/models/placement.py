@@ -1,0 +1,98 @@
+"""Where arrays live. Models name the axes of an array; whoever runs them decides which are split, and over what.
+
+`Whole` is the answer of one device: nothing is split. `jvlm.parallel` has the other one. A model calls `current()`
+while it is traced and never asks which of the two it got.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Num
+from jvlm_kernels import segment_attention
+from jvlm_kernels.linear_cross_entropy import CrossEntropy, linear_cross_entropy
+
+# Axes that are split together with what they carry: tokens of a row, patches of a row, vision features of a row.
+Along = Literal["sequence", "patches", "features"]
+
+
+class Whole:
+    """Everything on one device. Axes: B rows, S queries, T keys, H and K heads, D width, V vocabulary, F features."""
+
+    def constrain(self, x: Num[Array, "..."], axes: tuple[str | None, ...]) -> Num[Array, "..."]:
+        """An activation whose dimensions have these logical axes ("batch", "sequence", "patches", "embed", "mlp")."""
+        return x
+
+    def weight(self, value: Float[Array, "..."], axes: tuple[str, ...]) -> Float[Array, "..."]:
+        """A parameter about to be used by every row: gathered over the axes that only store it."""
+        return value
+
+    def attention(
+        self,
+        q: Float[Array, "B S H D"],
+        k: Float[Array, "B T K D"],
+        v: Float[Array, "B T K D"],
+        q_segments: Int[Array, "B S"],
+        kv_segments: Int[Array, "B T"],
+        *,
+        along: Along,
+        **options: Any,
+    ) -> Float[Array, "B S H D"]:
+        """`jvlm_kernels.segment_attention` with its ``options``.
+
+        Where queries and keys are the same row, pass the same array of segments twice.
+        """
+        return segment_attention(q, k, v, q_segments, kv_segments, **options)
+
+    def lookup(
+        self,
+        table: Float[Array, "V D"],
+        index: Int[Array, "B S"],
+        dtype: DTypeLike,
+        *,
+        axes: tuple[str, str] = ("vocab", "embed"),
+        along: Along = "sequence",
+    ) -> Float[Array, "B S D"]:
+        """Rows of a table of embeddings, as stored, cast to ``dtype``; ``axes`` are the table's."""
+        return table[index].astype(dtype)
+
+    def pick(self, features: Float[Array, "B F D"], index: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Feature ``index`` of the row for each token; what negative numbers give is not said."""
+        return jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
+
+    def cross_entropy(
+        self,
+        hidden: Float[Array, "B S D"],
+        kernel: Float[Array, "V D"] | Float[Array, "D V"],
+        targets: Int[Array, "B S"],
+        weights: Float[Array, "B S"],
+        **options: Any,
+    ) -> CrossEntropy:
+        """`jvlm_kernels.linear_cross_entropy` with its ``options``; every field is [B, S]."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        found = linear_cross_entropy(flat, kernel, targets.reshape(-1), weights.reshape(-1), **options)
+        return CrossEntropy(*(x.reshape(targets.shape) for x in found))
+
+
+_WHOLE = Whole()
+_CURRENT: contextvars.ContextVar[Whole | None] = contextvars.ContextVar("placement", default=None)
+
+
+def current() -> Whole:
+    """The placement that the model being traced runs under."""
+    return _CURRENT.get() or _WHOLE
+
+
+@contextlib.contextmanager
+def use(placement: Whole) -> Iterator[None]:
+    """Trace models under a placement. A compiled function keeps the one it was traced under: enter it inside."""
+    token = _CURRENT.set(placement)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
