@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+
+from jvlm.models import vlm
+from jvlm.models.vlm import VLM
 
 _A = -0.75  # of the cubic convolution, as in torch
 
@@ -44,3 +50,22 @@ def _cubic(old: int, new: int, scale: float) -> np.ndarray:
     weights = np.zeros((new, old))
     np.add.at(weights, (np.arange(new)[:, None], np.clip(taps, 0, old - 1)), np.where(distance <= 1, near, far))
     return weights
+
+
+def with_grid(model: VLM, grid: int) -> VLM:
+    """The same model for frames of ``grid`` x ``grid`` patches: position tables interpolated, all else shared.
+
+    Raises:
+      ValueError: the encoder has no position table.
+    """
+    config = model.config
+    if not hasattr(config.encoder, "grid"):
+        raise ValueError(f"{type(config.encoder).__name__} has no position table: it takes pictures of any size")
+    parts = {name: getattr(config, name) for name in ("encoder", "connector")}
+    parts = {name: dataclasses.replace(part, grid=grid) for name, part in parts.items() if hasattr(part, "grid")}
+    values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
+    for path, class_token in (("encoder.positions", config.encoder.class_token), ("connector.positions", False)):
+        if path in values:
+            table = resize_positions(np.asarray(values[path], np.float32), grid, class_token=class_token)
+            values[path] = jnp.asarray(table, values[path].dtype)
+    return vlm.bind(vlm.abstract(dataclasses.replace(config, **parts)), values)

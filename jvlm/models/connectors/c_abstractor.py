@@ -1,0 +1,113 @@
+"""C-Abstractor: regnet stages around an adaptive average pooling (Honeybee, arXiv 2312.06742), as MM1 and MM1.5 use it.
+
+Source of the details: khanrc/honeybee's projectors and timm's RegStage (bottleneck ratio 1, depthwise 3 x 3,
+squeeze-and-excitation 1/4, SiLU, LayerNorm over channels), written anew.
+
+Axes: B rows, N frames, h w places, d channels of the encoder, C width inside, D width of the decoder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jvlm.models import layers
+from jvlm.models.batch import PackedBatch
+from jvlm.models.connectors.pooled_mlp import FrameGridConfig, Readout, adaptive_average_pool, frames_of
+from jvlm.models.registry import register
+
+_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class CAbstractorConfig(FrameGridConfig):
+    """The defaults are Honeybee's, and MM1.5's 144 features of 48 x 48 patches; MM1.5 does not publish the rest.
+
+    Attributes:
+      depth: blocks of each of the two stages; 0 leaves the pooling alone.
+      readout_depth: linear maps to the decoder's width.
+      positions: a learnt vector for each place, added before the first stage.
+    """
+
+    hidden_size: int = 1024
+    depth: int = 3
+    readout_depth: int = 2
+    positions: bool = True
+
+
+class DepthwiseConv(nnx.Module):
+    """3 x 3 convolution of each channel by itself, zeros around the frame."""
+
+    def __init__(self, width: int, *, numerics: layers.Numerics, rngs: nnx.Rngs):
+        self.compute_dtype = numerics.compute_dtype
+        self.kernel = nnx.Param(numerics.new_weight(rngs.params(), (9, width), 9), axes=("position", "mlp"))
+
+    def __call__(self, x: Float[Array, "*L h w C"]) -> Float[Array, "*L h w C"]:
+        dtype = jnp.dtype(self.compute_dtype)
+        h, w, _ = x.shape[-3:]
+        around = [(0, 0)] * (x.ndim - 3) + [(1, 1), (1, 1), (0, 0)]
+        padded, kernel = jnp.pad(x.astype(dtype), around), self.kernel[...].astype(dtype)
+        # nine shifted products: XLA fuses them, and is slow at convolutions with a group for each channel
+        return sum(padded[..., i : i + h, j : j + w, :] * kernel[3 * i + j] for i in range(3) for j in range(3))
+
+
+class RegBlock(nnx.Module):
+    """1 x 1, depthwise 3 x 3, squeeze-and-excitation, 1 x 1, and the shortcut; a norm after each convolution."""
+
+    def __init__(self, d_in: int, width: int, *, numerics: layers.Numerics, rngs: nnx.Rngs):
+        common = {"numerics": numerics, "rngs": rngs}
+
+        def norm() -> layers.LayerNorm:
+            return layers.LayerNorm(width, _EPS, numerics=numerics)
+
+        squeezed = round(d_in / 4)
+        self.conv1 = layers.Linear(d_in, width, ("embed", "mlp"), bias=False, **common)
+        self.norm1 = norm()
+        self.conv2 = DepthwiseConv(width, **common)
+        self.norm2 = norm()
+        self.squeeze = layers.Linear(width, squeezed, ("mlp", "embed"), bias=True, **common)
+        self.excite = layers.Linear(squeezed, width, ("embed", "mlp"), bias=True, **common)
+        self.conv3 = layers.Linear(width, width, ("mlp", "embed"), bias=False, **common)
+        self.norm3 = norm()
+        self.shortcut = layers.Linear(d_in, width, ("embed", "mlp"), bias=False, **common) if d_in != width else None
+        self.shortcut_norm = norm() if d_in != width else None
+
+    def __call__(self, x: Float[Array, "*L h w d"]) -> Float[Array, "*L h w C"]:
+        y = jax.nn.silu(self.norm1(self.conv1(x)))
+        y = jax.nn.silu(self.norm2(self.conv2(y)))
+        mean = y.astype(jnp.float32).mean((-3, -2), keepdims=True).astype(y.dtype)
+        y = y * jax.nn.sigmoid(self.excite(jax.nn.silu(self.squeeze(mean))))
+        y = self.norm3(self.conv3(y))
+        return jax.nn.silu(y + (x if self.shortcut is None else self.shortcut_norm(self.shortcut(x))))
+
+
+@register(CAbstractorConfig)
+class CAbstractor(nnx.Module):
+    """Position vectors, a regnet stage, pooling to out_grid x out_grid, another stage, and a readout."""
+
+    def __init__(self, config: CAbstractorConfig, *, d_in: int, d_out: int, numerics: layers.Numerics, rngs: nnx.Rngs):
+        self.config = config
+        common = {"numerics": numerics, "rngs": rngs}
+        width = config.hidden_size if config.depth else d_in
+        table = numerics.new_weight(rngs.params(), (config.grid**2, d_in), d_in) if config.positions else None
+        self.positions = None if table is None else nnx.Param(table, axes=("position", "embed"))
+        self.stage1 = nnx.List(RegBlock(width if i else d_in, width, **common) for i in range(config.depth))
+        self.stage2 = nnx.List(RegBlock(width, width, **common) for _ in range(config.depth))
+        self.readout = Readout(width, d_out, config.readout_depth, "silu", **common)
+
+    def __call__(self, features: Float[Array, "B P d"], batch: PackedBatch) -> Float[Array, "B F D"]:
+        """out_grid^2 features a frame, in rows from the top."""
+        config = self.config
+        x = frames_of(features, config)
+        if self.positions is not None:
+            x = x + self.positions[...].reshape(config.grid, config.grid, -1).astype(x.dtype)
+        for block in self.stage1:
+            x = block(x)
+        x = adaptive_average_pool(x, config.out_grid)
+        for block in self.stage2:
+            x = block(x)
+        return self.readout(x.reshape(len(x), -1, x.shape[-1]))
