@@ -23,7 +23,7 @@ from jvlm.data.packing import PackedRows
 from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.models import vlm
 from jvlm.models.vlm import TOWERS, VLM
-from jvlm.training import optimizer
+from jvlm.training import flops, optimizer
 from jvlm.training import step as stepping
 from jvlm.training.checkpoint import Checkpoints
 from jvlm.training.config import EvaluationConfig, Experiment
@@ -123,7 +123,7 @@ def _train_one(experiment: Experiment) -> Result:
         with TrainingLog(folder, start, experiment.steps) as log:
             if start:
                 log.say(f"resuming after step {start}")
-            meter = _Meter(experiment, seen)
+            meter = _Meter(experiment, seen, template)
             for step in range(start + 1, experiment.steps + 1):
                 packed = meter.next_batch(batches, step)
                 state, metrics = step_fn(state, frozen, stepping.stack([rows.batch for rows in packed]))
@@ -285,13 +285,21 @@ class _Seen:
 class _Meter:
     """Measures where the time goes and how full the rows are, between two log lines."""
 
-    def __init__(self, experiment: Experiment, seen: _Seen):
-        self.experiment, self.seen = experiment, seen
+    def __init__(self, experiment: Experiment, seen: _Seen, template: VLM):
+        self.experiment, self.seen, self.template = experiment, seen, template
+        self._learnt = {tower: experiment.optimizer.rate_of(tower) > 0 for tower in TOWERS}
+        self._peak = flops.peak(jax.devices()[0].device_kind)
+        self._counted = True
+        try:
+            flops.of_batch(template, [], self._learnt)
+        except TypeError as error:  # a new architecture can be trained before its arithmetic is declared
+            self._counted = False
+            print(f"the log has no tflops_per_s and mfu: {error}")
         self._reset()
 
     def _reset(self) -> None:
         self._since = time.perf_counter()
-        self._waited = 0.0
+        self._waited = self._flops = 0.0
         self._text: list[float] = []
         self._patches: list[float] = []
 
@@ -300,6 +308,8 @@ class _Meter:
         began = time.perf_counter()
         packed = list(itertools.islice(_endless(batches), self.experiment.accumulation))
         self._waited += time.perf_counter() - began
+        if self._counted:
+            self._flops += flops.of_batch(self.template, [rows.batch for rows in packed], self._learnt).total
         for rows in packed:
             self.seen.add(rows, step)
             self._text.append(rows.batch.text_padding)
@@ -330,11 +340,19 @@ class _Meter:
             "padding_text": text_padding,
             "padding_patches": patch_padding,
             "tokens_per_s": places * (1 - text_padding) / seconds,
+            **self._speed(seconds),
             **values,
             "skipped": skipped,
         }
         self._reset()
         return line
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """Useful arithmetic of a device; its share of what the device could do, where that is known."""
+        if not self._counted:
+            return {}
+        each = self._flops / seconds / (jax.device_count() / jax.process_count())
+        return {"tflops_per_s": each / 1e12, **({"mfu": each / self._peak} if self._peak else {})}
 
 
 def _endless(batches: grain.DatasetIterator) -> Iterator[PackedRows]:

@@ -191,7 +191,7 @@ def test_the_log_line_has_what_ms_swift_users_know_and_where_the_time_goes(tmp_p
     result = loop.train(support.experiment(tmp_path, rows, "--steps", "2"))
     line = json.loads((result.folder / "logging.jsonl").read_text().splitlines()[-1])
     expected = "loss grad_norm learning_rate token_acc step elapsed remaining memory(GiB) speed(s/it) data_wait "
-    expected += "padding_text padding_patches tokens_per_s"
+    expected += "padding_text padding_patches tokens_per_s tflops_per_s skipped"
     assert set(expected.split()) <= set(line)
     assert line["step"] == "2/2"
     assert list((result.folder / "tensorboard").iterdir())

@@ -1,0 +1,159 @@
+"""The declared arithmetic, against XLA's own count of unscanned models and against brute force."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvlm.models import vlm
+from jvlm.models.batch import PackedBatch
+from jvlm.models.connectors.patch_merger import PatchMergerConfig
+from jvlm.models.encoders.qwen_vit import QwenViTConfig
+from jvlm.models.layers import Numerics
+from jvlm.models.presets import PRESETS
+from jvlm.models.vlm import VLMConfig
+from jvlm.training import flops
+
+TOKENS, PATCHES = 256, 512
+DECODER = type(PRESETS["mimo_vl_7b"].decoder)
+CONFIG = VLMConfig(
+    architecture="qwen2_5_vl",
+    encoder=QwenViTConfig(depth=2, hidden_size=640, num_heads=8, intermediate_size=1600, fullatt_block_indexes=(0, 1)),
+    connector=PatchMergerConfig(),
+    decoder=DECODER(
+        vocab_size=2048,
+        hidden_size=960,
+        num_layers=2,
+        num_heads=6,
+        num_kv_heads=2,
+        intermediate_size=2560,
+        mrope_section=(20, 30, 30),
+    ),
+    numerics=Numerics(compute_dtype="float32", attention="reference"),
+)
+
+
+def _full_batch() -> PackedBatch:
+    """One row, one conversation and one picture that fill it, every token learnt but the first."""
+    index = np.full((1, TOKENS), -1, np.int32)
+    index[0, : PATCHES // 4] = np.arange(PATCHES // 4)
+    weights = np.ones((1, TOKENS), np.float32)
+    return PackedBatch(
+        tokens=np.ones((1, TOKENS), np.int32),
+        segment_ids=np.ones((1, TOKENS), np.int32),
+        positions=np.zeros((1, TOKENS, 3), np.int32),
+        loss_weights=weights,
+        patches=np.zeros((1, PATCHES, CONFIG.encoder.patch_values), np.float32),
+        patch_segment_ids=np.ones((1, PATCHES), np.int32),
+        patch_window_ids=np.ones((1, PATCHES), np.int32),
+        patch_positions=np.zeros((1, PATCHES, 2), np.int32),
+        vision_index=index,
+    )
+
+
+def _unscanned(variables):
+    """Path -> shape, or a tuple of shapes where layers are stacked."""
+    found = {}
+    for path, variable in variables.items():
+        value = variable.get_value()
+        shapes = [value.shape[1:]] * value.shape[0] if ".layer." in path else None
+        make = lambda shape, d=value.dtype: jax.ShapeDtypeStruct(shape, d)  # noqa: E731
+        found[path] = tuple(make(s) for s in shapes) if shapes else make(value.shape)
+    return found
+
+
+def _by_xla(learnt: dict[str, bool]) -> float:
+    template = vlm.abstract(CONFIG)
+    values, batch = _unscanned(vlm.parameters(template)), _full_batch()
+    moving = {p: v for p, v in values.items() if learnt[p.partition(".")[0]]}
+
+    def loss(moving, still, patches):
+        model = vlm.bind(template, {**still, **moving})
+        return (model(dataclasses.replace(batch, patches=patches)).astype(jnp.float32) ** 2).sum()
+
+    still = {p: v for p, v in values.items() if p not in moving}
+    lowered = jax.jit(jax.grad(loss) if moving else loss).lower(moving, still, batch.patches)
+    return lowered.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("learnt", ["encoder connector decoder", "connector decoder", "connector", "decoder", ""])
+def test_it_is_what_xla_counts_within_3_percent_whatever_is_frozen(learnt):
+    learnt = {tower: tower in learnt.split() for tower in vlm.TOWERS}
+    template = vlm.abstract(CONFIG)
+    counts = flops.Counts.of([_full_batch()])
+    counted = flops.training(template, counts, learnt)
+    # XLA counts what the reference attention and the logits of all tokens compute: no half, and one token more
+    attention = flops.forward(template, counts)["decoder"].attention
+    passes = 3 if any(learnt.values()) else 1
+    expected = counted.total + passes * attention + counted.head / counts.targets
+    assert _by_xla(learnt) == pytest.approx(expected, rel=0.03)
+
+
+def test_a_packed_batch_costs_the_sum_of_its_conversations_and_padding_nothing():
+    template, batch = vlm.abstract(CONFIG), _full_batch()
+    learnt = dict.fromkeys(vlm.TOWERS, True)
+    segments, patches = np.zeros((2, TOKENS), np.int32), np.zeros((2, PATCHES), np.int32)
+    lengths, sizes = {(0, 1): 100, (0, 2): 30, (1, 1): 7}, {(0, 1): 64, (0, 2): 16, (1, 1): 4}
+    for (row, number), length in lengths.items():
+        start = int((segments[row] > 0).sum())
+        segments[row, start : start + length] = number
+        start = int((patches[row] > 0).sum())
+        patches[row, start : start + sizes[row, number]] = number
+    packed = dataclasses.replace(
+        batch,
+        segment_ids=segments,
+        loss_weights=(segments > 0).astype(np.float32),
+        patch_segment_ids=patches,
+        patch_window_ids=patches,
+        vision_index=np.where(np.arange(TOKENS) < (patches > 0).sum(1, keepdims=True) // 4, 0, -1),
+    )
+    alone = []
+    for key, length in lengths.items():
+        frame = np.asarray([sizes[key]])
+        counts = flops.Counts(np.asarray([length]), frame, frame, sizes[key] // 4, length - 1)
+        alone.append(flops.training(template, counts, learnt).total)
+    assert flops.of_batch(template, [packed], learnt).total == pytest.approx(sum(alone), rel=1e-12)
+
+
+def test_windows_and_full_attention_of_the_vision_tower_are_counted_by_pairs():
+    config = dataclasses.replace(CONFIG, encoder=dataclasses.replace(CONFIG.encoder, fullatt_block_indexes=(1,)))
+    counts = flops.Counts(np.asarray([8]), np.asarray([24, 8]), np.asarray([16, 8, 8]), 8, 4)
+    work = flops.forward(vlm.abstract(config), counts)["encoder"]
+    pairs = sum(n * n for n in (24, 8)) + sum(n * n for n in (16, 8, 8))
+    assert work.attention == 4 * pairs * config.encoder.hidden_size
+
+
+def test_adapters_cost_their_own_products_and_no_gradient_of_the_frozen_weights():
+    template, counts = vlm.abstract(CONFIG), flops.Counts.of([_full_batch()])
+    frozen = dict.fromkeys(vlm.TOWERS, False)
+    work = flops.forward(template, counts)["decoder"]
+    found = flops.training(template, counts, frozen, {"decoder": 8}).decoder
+    own = sum(3 * 2 * p.uses * 8 * (p.d_in + p.d_out) for p in work.products)
+    assert found == pytest.approx(2 * work.linear + 3 * work.attention + own)
+
+
+def test_a_7b_model_needs_about_six_flop_for_each_parameter_and_token():
+    template = vlm.abstract(PRESETS["qwen2_5_vl_7b"])
+    counts = flops.Counts(np.asarray([64]), np.zeros(0, int), np.zeros(0, int), 0, 64)
+    learnt = dict.fromkeys(vlm.TOWERS, True)
+    parameters = vlm.parameter_counts(template)["decoder"] - 152064 * 3584  # the embedding is looked up
+    assert flops.training(template, counts, learnt).total == pytest.approx(6 * 64 * parameters, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [
+        ("TPU v5 lite", 197),
+        ("TPU v5p", 459),
+        ("TPU v5", 459),
+        ("TPU v6 lite", 918),
+        ("NVIDIA H200", 989),
+        ("cpu", None),
+    ],
+)
+def test_peaks_of_devices_are_those_of_their_data_sheets(kind, teraflops):
+    assert flops.peak(kind) == (None if teraflops is None else teraflops * 1e12)
