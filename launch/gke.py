@@ -1,0 +1,156 @@
+"""Bring a config to TPUs of Google Kubernetes Engine: a JobSet, or xpk where the cluster was made by xpk.
+
+    python launch/gke.py CONFIG --name mimo-4 --topology v5p:4x4x4 --output gs://bucket/runs --slices 2 [--dry-run] \
+        [--xpk --cluster mine --zone us-east5-a] -- --data.train gs://bucket/rows.jsonl
+
+The cluster and its TPU node pools exist already (README.md). JobSet starts all workers again after a preemption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import source
+import train
+from cloud import Cloud, CommandError, Retry, stamped
+from jobset import GkeSpec
+from queued import STATE_FOLDER
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Submit, follow, delete; returns the exit status: 0 done, 1 failed, 2 wrong arguments, 130 Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    arguments = _parser().parse_args(argv[:cut])
+    try:
+        return _run(arguments, argv[cut + 1 :])
+    except CommandError as error:
+        print(f"launch: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, FileNotFoundError) as error:
+        print(f"launch: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace, fields: list[str]) -> int:
+    if arguments.xpk and not (arguments.cluster and arguments.zone):
+        raise ValueError("--xpk needs --cluster and --zone")
+    revision = source.commit(arguments.dirty)
+    source.require(revision, arguments.config)
+    names = "name topology output slices spot reservation restarts namespace service_account queue image".split()
+    spec = GkeSpec(
+        revision=revision,
+        train=train.command(arguments.config, arguments.name, arguments.output, fields),
+        **{name: getattr(arguments, name) for name in names},
+    )
+    folder = STATE_FOLDER / spec.name
+    if arguments.dry_run:
+        _print_commands(spec, arguments, folder)
+        return 0
+    cloud = Cloud(retry=Retry(seconds=arguments.retry_seconds), say=stamped)
+    archive = source.archive(revision, folder)
+    if arguments.xpk:
+        code = folder / "code"
+        with tarfile.open(archive) as packed:
+            packed.extractall(code, filter="data")
+        cloud.run(spec.xpk(arguments.cluster, arguments.zone, arguments.project, str(code)), retry=False)
+        ending = spec.xpk_delete(arguments.cluster, arguments.zone, arguments.project)
+        cloud.say(f"submitted; it holds its chips until it ends, or: {shlex.join(ending)}")
+        return 0
+    manifest = folder / "jobset.json"
+    manifest.write_text(json.dumps(spec.manifest(), indent=2) + "\n")
+    cloud.run(spec.upload(str(archive)))
+    cloud.run(spec.apply(str(manifest)))
+    cloud.say(f"submitted {spec.name}: {spec.slices} x {spec.machines} machines of {spec.topology}")
+    try:
+        return _follow(spec, cloud, arguments.poll)
+    except KeyboardInterrupt:
+        cloud.say(f"the job goes on without you. Its chips are held until it ends, or: {shlex.join(spec.delete())}")
+        return 130
+
+
+def _follow(spec: GkeSpec, cloud: Cloud, poll: float) -> int:
+    """Print worker 0's log until the JobSet has ended; then name failed pods, and delete it."""
+    printed, restarts = 0, 0
+    while True:
+        status = cloud.json(spec.get(), expect="missing").get("status", {})
+        ended = {c["type"] for c in status.get("conditions", []) if c.get("status") == "True"} & {"Completed", "Failed"}
+        if status.get("restarts", 0) != restarts:
+            restarts, printed = status["restarts"], 0
+            cloud.say(f"all workers were started again, {restarts} of {spec.restarts} times")
+        try:
+            text = cloud.run(spec.logs(), retry=False)
+        except CommandError as error:
+            # no pod yet, or one that is still fetching the code
+            cloud.say(f"no log yet: {error.output[-120:]}")
+            text = ""
+        if len(text) > printed:
+            print(text[printed:], end="", flush=True)
+            printed = len(text)
+        if ended:
+            break
+        time.sleep(poll)
+    for pod in cloud.json(spec.pods()).get("items", []):
+        for container in pod.get("status", {}).get("containerStatuses", []):
+            code = container.get("state", {}).get("terminated", {}).get("exitCode", 0)
+            if code:
+                cloud.say(f"FAILED {pod['metadata']['name']}: exit status {code}")
+    cloud.run(spec.delete())
+    cloud.say("JobSet deleted. A node pool without autoscaling goes on being billed: gcloud container node-pools list")
+    return 1 if "Failed" in ended else 0
+
+
+def _print_commands(spec: GkeSpec, arguments: argparse.Namespace, folder: Path) -> None:
+    archive = folder / f"jvlm-{spec.revision[:12]}.tar.gz"
+    steps = [["git", "archive", "--format=tar.gz", f"--output={archive}", spec.revision]]
+    if arguments.xpk:
+        where = (arguments.cluster, arguments.zone, arguments.project)
+        steps += [
+            ["mkdir", "-p", str(folder / "code")],
+            ["tar", "-xzf", str(archive), "-C", str(folder / "code")],
+            spec.xpk(*where, str(folder / "code")),
+            spec.xpk_delete(*where),
+        ]
+    else:
+        steps += [spec.upload(str(archive)), spec.apply(str(folder / "jobset.json")), spec.logs(), spec.get()]
+        steps += [spec.pods(), spec.delete()]
+    for command in steps:
+        print(shlex.join(command))
+    if not arguments.xpk:
+        print(f"# {folder / 'jobset.json'}\n{json.dumps(spec.manifest(), indent=2)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a file of the commit with get_config(), or its name under configs/")
+    parser.add_argument("--name", required=True, help="of the JobSet and of the run")
+    parser.add_argument("--topology", required=True, help="of a slice: v5p:4x4x4, v6e:16x16, v5e:4x8")
+    parser.add_argument("--output", required=True, help="gs:// folder; the run is its sub-folder NAME")
+    parser.add_argument("--slices", type=int, default=1)
+    tier = parser.add_mutually_exclusive_group()
+    tier.add_argument("--spot", action="store_true", help="on node pools of spot machines")
+    tier.add_argument("--reservation", help="on node pools of this reservation")
+    parser.add_argument("--restarts", type=int, default=100, help="after failures and preemptions")
+    parser.add_argument("--namespace", default="default")
+    parser.add_argument("--service_account", default="default", help="Kubernetes account that may use the bucket")
+    parser.add_argument("--queue", help="Kueue's LocalQueue")
+    parser.add_argument("--image", default=GkeSpec.image, help="container with Python 3.11 to 3.13 and bash")
+    parser.add_argument("--xpk", action="store_true", help="submit with xpk")
+    parser.add_argument("--cluster", help="xpk's cluster")
+    parser.add_argument("--zone", help="of xpk's cluster")
+    parser.add_argument("--project", help="of xpk's cluster")
+    parser.add_argument("--dirty", action="store_true", help="ship uncommitted changes too")
+    parser.add_argument("--poll", type=float, default=30.0, help="seconds between looks")
+    parser.add_argument("--retry_seconds", type=float, default=5.0, help="first wait after a passing failure")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and the manifest, run none")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
