@@ -17,3 +17,10 @@ def result(shape: Sequence[int], dtype, operands: Sequence[jax.Array]) -> jax.Sh
         return jnp.broadcast_to(functools.reduce(operator.add, (x.ravel()[0].astype(dtype) for x in operands)), shape)
 
     return jax.eval_shape(example, *operands)
+
+
+def varying(values, operands: Sequence[jax.Array]):
+    """A tree of arrays, a loop's first values, marked as varying over every mesh axis that an operand varies over."""
+    # not 0 * x, which a NaN would pass on
+    zero = functools.reduce(operator.add, (0 * jnp.isnan(x.ravel()[0]) for x in operands))
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), values)

@@ -13,8 +13,14 @@ from jvlm_kernels import linear_cross_entropy, reference_attention, segment_atte
 
 def attention_over_rows_and_heads(implementation):
     """Each device has its own rows and heads."""
+    _over_rows_and_heads(implementation, 64)
+    if implementation == "xla":
+        _over_rows_and_heads(implementation, 300)  # rows of a length that XLA's attention walks in blocks
+
+
+def _over_rows_and_heads(implementation, length):
     mesh = _mesh(data=2, model=2)
-    q, k, v, segments, weights = _packed_row(B=2, S=64)
+    q, k, v, segments, weights = _packed_row(B=2, S=length)
     split = P("data", None, "model")
 
     @_sharded(implementation, mesh=mesh, in_specs=(split, split, split, P("data")), out_specs=split)

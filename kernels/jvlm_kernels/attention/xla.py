@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jvlm_kernels import shapes
 from jvlm_kernels.attention import blocks
 from jvlm_kernels.attention.plan import Plan, normalisers, pad_to, padded_ids
 from jvlm_kernels.attention.tuning import Blocks
@@ -248,6 +249,7 @@ class _Walk:
 def _blocked_forward(spec, q, k, v, q_segments, kv_segments, offsets):
     cut = _blocked(spec, q, k)
     walk = _Walk(spec, cut, q_segments, kv_segments, offsets)
+    operands = q, k, v, q_segments, kv_segments, offsets
     k, v, dtype = cut.keys(k), cut.keys(v), q.dtype
 
     def one_line(inputs):
@@ -262,7 +264,7 @@ def _blocked_forward(spec, q, k, v, q_segments, kv_segments, offsets):
             return now, total * shrink + weights.sum(-1), sums * shrink[..., None] + more
 
         zeros = jnp.zeros(q.shape[:-1], jnp.float32)
-        start = zeros + _LOWEST, zeros, jnp.zeros(q.shape, jnp.float32)
+        start = shapes.varying((zeros + _LOWEST, zeros, jnp.zeros(q.shape, jnp.float32)), operands)
         top, total, sums = walk.for_each_partner(line, step, start)
         seen = total > 0
         divisor = jnp.where(seen, total, 1.0)
@@ -275,6 +277,7 @@ def _blocked_forward(spec, q, k, v, q_segments, kv_segments, offsets):
 def _blocked_backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_out, d_logsumexp):
     cut = _blocked(spec, q, k)
     walk = _Walk(spec, cut, q_segments, kv_segments, offsets)
+    operands = q, k, v, q_segments, kv_segments, offsets, d_out, d_logsumexp
     logsumexp, delta = normalisers(out, logsumexp, d_out, d_logsumexp, 0.0)
     dtypes = q.dtype, k.dtype, v.dtype
     d_out = cut.queries(d_out.astype(v.dtype))
@@ -297,10 +300,11 @@ def _blocked_backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logs
                 d_v.at[at].add(product("kqt,kqd->ktd", weights.astype(v.dtype), d_out)),
             )
 
-        d_q, d_k, d_v = walk.for_each_partner(line, step, (jnp.zeros(q.shape, jnp.float32), *carry))
+        start = shapes.varying(jnp.zeros(q.shape, jnp.float32), operands)
+        d_q, d_k, d_v = walk.for_each_partner(line, step, (start, *carry))
         return (d_k, d_v), d_q.astype(dtypes[0])
 
-    none = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    none = shapes.varying((jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)), operands)
     lines = (jnp.arange(cut.B * cut.N), q, d_out, logsumexp, delta)
     (d_k, d_v), d_q = lax.scan(one_line, none, lines)
     return cut.from_queries(d_q), cut.from_keys(d_k).astype(dtypes[1]), cut.from_keys(d_v).astype(dtypes[2])
