@@ -106,8 +106,10 @@ def _load(arguments: argparse.Namespace):
     model, processor = load(arguments.model)
     limits = {n: getattr(arguments, n) for n in ("min_pixels", "max_pixels") if getattr(arguments, n) is not None}
     if limits:
-        changed = dataclasses.replace(processor.config.limits, **limits)
-        processor.config = dataclasses.replace(processor.config, limits=changed)
+        known = {f.name for f in dataclasses.fields(processor.media)}
+        for name in set(limits) - known:
+            raise ValueError(f"--{name} is not for this model; its pictures have {', '.join(sorted(known))}")
+        processor.media = dataclasses.replace(processor.media, **limits)
     return model, processor
 
 

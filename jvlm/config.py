@@ -9,10 +9,12 @@ import typing
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+from jvlm.data import vision
 from jvlm.models import registry
 
 T = TypeVar("T")
-_POLYMORPHIC = (registry.EncoderConfig, registry.ConnectorConfig, registry.DecoderConfig)
+_PARTS = (registry.EncoderConfig, registry.ConnectorConfig, registry.DecoderConfig, registry.MLPConfig)
+_POLYMORPHIC = (*_PARTS, vision.MediaConfig)
 
 
 def to_dict(config: Any) -> Any:
@@ -33,7 +35,9 @@ def from_dict(kind: type[T], values: Any, path: str = "") -> T:
     """
     if kind in _POLYMORPHIC:
         values = dict(values)
-        kind = registry.config_type(values.pop("type"))
+        if "type" not in values:
+            raise ValueError(f'{path or "configuration"}: needs a "type"')
+        kind = (registry.config_type if kind in _PARTS else vision.media_type)(values.pop("type"))
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, values, path)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

@@ -151,7 +151,7 @@ def prefill(model: VLM, processor: Processor, oracle, rounds: int) -> dict[str, 
     @jax.jit
     def run_packed(values, batch):
         bound = vlm.bind(template, values)
-        return bound.decoder.logits(bound.hidden(batch)[0][0, last])
+        return bound.decoder.logits(bound.hidden(batch).hidden[0, last])
 
     def ours():
         return np.asarray(run_packed(values, batch))

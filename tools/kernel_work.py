@@ -165,7 +165,7 @@ def count(
 def measure(rows: Rows, platform: str = "tpu") -> Iterator[Work]:
     """The three attentions of a model, called as it calls them: decoder, ViT within windows, ViT within frames."""
     encoder, decoder = rows.model.encoder, rows.model.decoder
-    text = decoder.num_heads, decoder.num_kv_heads, decoder.head_dim
+    text = decoder.num_heads, decoder.num_kv_heads, decoder.head_size
     vision = encoder.num_heads, encoder.num_heads, encoder.head_dim
 
     def spec(causal: bool, head_size: int, reach: int | None) -> AttentionSpec:
@@ -267,7 +267,7 @@ def pack(name: str, examples: list[Example], row_tokens: int, processor: Process
 
     A row has the patches that the fullest row needs, rounded up to a multiple of 512.
     """
-    group = processor.vision.patches_per_feature
+    group = processor.vision.patch_group
     order = np.random.default_rng(0).permutation(len(examples))
     fitting = [
         packing.truncate(examples[i], row_tokens) if examples[i].length > row_tokens else examples[i] for i in order

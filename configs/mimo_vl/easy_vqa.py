@@ -6,7 +6,7 @@ from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.data.vision import PixelLimits
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
-from jvlm.models.decoders.qwen2 import Qwen2Config
+from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.layers import Numerics
 from jvlm.models.vlm import VLMConfig
@@ -31,7 +31,7 @@ def get_config() -> Experiment:
             fullatt_block_indexes=(1,),
         ),
         connector=PatchMergerConfig(),
-        decoder=Qwen2Config(
+        decoder=TransformerConfig(
             vocab_size=544,
             hidden_size=128,
             num_layers=2,
@@ -62,7 +62,7 @@ def get_config() -> Experiment:
         stages=(Stage("shapes", shapes, optimizer, steps=450),),
         model=model,
         tokenizer=str(DATA / "tokenizer"),
-        processor=ProcessorConfig(limits=PixelLimits(PIXELS, PIXELS, PIXELS, PIXELS)),
+        processor=ProcessorConfig(media=PixelLimits(PIXELS, PIXELS, PIXELS, PIXELS)),
         data=DataConfig(train=(str(DATA / "train.arrayrecord"),), rows=6, row_tokens=512, row_patches=192),
         optimizer=optimizer,
         checkpoint=CheckpointConfig(every=250),

@@ -19,7 +19,9 @@ class Example:
 
     Attributes:
       turns: number of the last assistant turn begun at each token, from 1; 0 before the first.
-      frame_ids, window_ids: as in `MediaPatches`, counted on over all media.
+      vision_index: which feature feeds the token; -1 for text.
+      media: number of the medium that the token stands for, from 1, the marks around its features included; 0 for text.
+      feature_frames, frame_ids, window_ids: as in `MediaPatches`, counted on over all media.
       sizes: of each medium.
     """
 
@@ -28,6 +30,8 @@ class Example:
     loss_weights: np.ndarray
     turns: np.ndarray
     vision_index: np.ndarray
+    media: np.ndarray
+    feature_frames: np.ndarray
     patches: np.ndarray
     frame_ids: np.ndarray
     window_ids: np.ndarray
@@ -46,14 +50,16 @@ class Example:
 
 def join_media(media: Sequence[MediaPatches], patch_values: int) -> dict[str, np.ndarray]:
     """The patch arrays of an `Example` from its media in order."""
-    frames, windows, frame_ids, window_ids = 0, 0, [], []
+    frames, windows, frame_ids, window_ids, feature_frames = 0, 0, [], [], []
     for medium in media:
+        feature_frames.append(medium.feature_frames + frames)
         frame_ids.append(medium.frame_ids + frames)
         window_ids.append(medium.window_ids + windows)
         frames, windows = int(frame_ids[-1][-1]), int(window_ids[-1][-1])
     none = np.zeros(0, np.int32)
     return {
         "patches": np.concatenate([np.zeros((0, patch_values), np.uint8), *(m.patches for m in media)]),
+        "feature_frames": np.concatenate([none, *feature_frames]),
         "frame_ids": np.concatenate([none, *frame_ids]),
         "window_ids": np.concatenate([none, *window_ids]),
         "patch_positions": np.concatenate([np.zeros((0, 2), np.int32), *(m.positions for m in media)]),
@@ -98,10 +104,10 @@ def truncate(example: Example, max_tokens: int) -> Example | None:
     if not fitting:
         return None
     end = _end_of(example, fitting[-1])
-    features = int(example.vision_index[:end].max(initial=-1)) + 1
-    group = example.num_patches // max(int(example.vision_index.max(initial=-1)) + 1, 1)
-    patches = features * group
-    media = sum(1 for _ in example.sizes) if patches == example.num_patches else _media_within(example, end)
+    last = int(example.vision_index[:end].max(initial=-1))
+    frames = int(example.feature_frames[last]) if last >= 0 else 0
+    features, patches = (int(np.searchsorted(f, frames, "right")) for f in (example.feature_frames, example.frame_ids))
+    media = int(example.media[:end].max(initial=0))
     return dataclasses.replace(
         example,
         tokens=example.tokens[:end],
@@ -109,6 +115,8 @@ def truncate(example: Example, max_tokens: int) -> Example | None:
         loss_weights=example.loss_weights[:end],
         turns=example.turns[:end],
         vision_index=example.vision_index[:end],
+        media=example.media[:end],
+        feature_frames=example.feature_frames[:features],
         patches=example.patches[:patches],
         frame_ids=example.frame_ids[:patches],
         window_ids=example.window_ids[:patches],
@@ -121,12 +129,6 @@ def _end_of(example: Example, turn: int) -> int:
     """First token after the learnt part of an assistant turn."""
     inside = np.flatnonzero((example.turns == turn) & (example.loss_weights > 0))
     return int(inside[-1]) + 1 if inside.size else len(example.tokens) + 1
-
-
-def _media_within(example: Example, end: int) -> int:
-    is_media = example.vision_index >= 0
-    starts = np.flatnonzero(is_media & ~np.concatenate([[False], is_media[:-1]]))
-    return int((starts < end).sum())
 
 
 def first_fit(examples: Sequence[Example], row_tokens: int, row_patches: int) -> list[list[int]]:
@@ -211,7 +213,7 @@ def assemble(
             batch.patch_window_ids[b, P] = example.window_ids + windows
             batch.patch_positions[b, P] = example.patch_positions
             if example.num_patches:
-                features += int(example.vision_index.max()) + 1
+                features += len(example.feature_frames)
                 frames += int(example.frame_ids[-1])
                 windows += int(example.window_ids[-1])
             s, p = S.stop, P.stop

@@ -32,7 +32,7 @@ class DataConfig:
       rows: rows of a batch (of one accumulation step).
       row_tokens, row_patches: places of a row; row_patches 0 is a text-only run.
       max_length: longest conversation in tokens; None allows a whole row. A small value makes attention cheaper.
-      max_frame_patches: most patches an image or frame may have; None reads it off the pixel limits.
+      max_frame_patches: most patches an image or frame may have; None reads it off the media configuration.
       on_too_long: stop, leave the conversation out, or drop whole turns from its end.
       on_bad_row: stop, or leave the row out; either way rows left out are counted and listed.
       max_bad_fraction: with "skip", stop when more than this share of the rows read was bad.
@@ -234,10 +234,8 @@ def training_data(
 
 
 def frame_patches(processor: Processor, config: DataConfig) -> int | None:
-    """Most patches of one image or frame: what the pixel limits allow, if that is less than a row."""
+    """Most patches of one image or frame: what the media configuration allows, if that is less than a row."""
     if config.max_frame_patches is not None:
         return config.max_frame_patches
-    limits = processor.config.limits
-    encoder = processor.model.encoder
-    most = max(limits.max_pixels, limits.video_max_pixels) // encoder.patch_size**2
-    return most if most < config.row_patches else None
+    most = processor.vision.max_frame_patches(processor.media)
+    return most if most is not None and most < config.row_patches else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from jvlm import config as config_tree
 from jvlm.data import box_formats, mrope, packing
 from jvlm.data.boxes import Place, Sizes, Space
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.images import open_image
 from jvlm.data.packing import Example
 from jvlm.data.rows import Conversation, Message, fill_objects, parse_row
-from jvlm.data.template import ChatTemplate
-from jvlm.data.vision import MediaPatches, PixelLimits, vision_for
+from jvlm.data.template import ChatTemplate, style_of
+from jvlm.data.vision import MediaConfig, MediaPatches, default_media, vision_for
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLMConfig
 
@@ -29,13 +31,13 @@ class ProcessorConfig:
     """How rows become tokens and pixels; saved with every model so that training and inference agree.
 
     Attributes:
-      limits: resize limits for images and frames.
+      media: how images and videos become frames; None takes what the model's encoder is used to.
       box_format: how boxes and points are written, a name of `jvlm.data.box_formats.FORMATS`.
       box_space: replaces the space of the format's numbers.
       default_system: replaces the system turn that the template would insert; None leaves it to the template.
     """
 
-    limits: PixelLimits = PixelLimits()
+    media: MediaConfig | None = None
     box_format: box_formats.FormatName = "json"
     box_space: Space | None = None
     default_system: str | None = None
@@ -47,7 +49,7 @@ class Processor:
     Args:
       tokenizer: a fast transformers tokenizer with a chat template.
       model: gives the special token ids and the encoder's geometry.
-      config: resize limits and formats.
+      config: media and formats.
       media_roots: folders in which relative media paths are looked up.
     """
 
@@ -65,14 +67,38 @@ class Processor:
         self.config = config
         self.media_roots = media_roots
         self.generation = generation or {}
-        self.vision = vision_for(model.encoder)
-        self.template = ChatTemplate(tokenizer)
+        self._tokenized: dict[str, np.ndarray] = {}
+        self.media = config.media or default_media(model)
+        self.style = style_of(model.architecture)
+        self.template = ChatTemplate(tokenizer, self.style)
+        # without a placeholder of its own, a video is written as an image is
+        self.video_token_id = model.image_token_id if model.video_token_id is None else model.video_token_id
         self._check_tokenizer()
+        self.mark_ids = tuple(self._id_of(mark) for mark in self.vision.marks)
+        merged = self.vision.merged_mark
+        self.merged_mark = None if merged is None else self._id_of(merged)
+
+    @property
+    def media(self) -> MediaConfig:
+        """How images and videos become frames."""
+        return self.config.media
+
+    @media.setter
+    def media(self, value: MediaConfig) -> None:
+        self.config = dataclasses.replace(self.config, media=value)
+        self.vision = vision_for(self.model, value)
+
+    def _id_of(self, token: str) -> int:
+        """The id of a special token. Raises ValueError if the tokenizer lacks it."""
+        found = self.tokenizer.convert_tokens_to_ids(token)
+        if found is None or found == self.tokenizer.unk_token_id:
+            raise ValueError(f"the tokenizer has no token {token}")
+        return found
 
     def _check_tokenizer(self) -> None:
-        names = {"<|image_pad|>": self.model.image_token_id, "<|video_pad|>": self.model.video_token_id}
+        names = {self.style.image: self.model.image_token_id, self.style.video: self.model.video_token_id}
         for name, expected in names.items():
-            found = self.tokenizer.convert_tokens_to_ids(name)
+            found = None if name is None else self.tokenizer.convert_tokens_to_ids(name)
             if found != expected:
                 raise ValueError(f"the tokenizer gives {name} the id {found}, the model's configuration {expected}")
 
@@ -121,7 +147,7 @@ class Processor:
         patches = row_patches
         if patches is None:
             most = sum(e.num_patches for e in examples)
-            patches = packing.bucket(most, 64 * self.vision.patches_per_feature) if most else 0
+            patches = packing.bucket(most, 64 * self.vision.patch_group) if most else 0
         for example in examples:
             packing.check_fits(example, tokens, patches)
         rows = packing.first_fit(examples, tokens, patches)
@@ -140,23 +166,40 @@ class Processor:
         return box_formats.parse(text, self.config.box_format, space=self.config.box_space)
 
     def _media(self, conversation: Conversation) -> list[MediaPatches]:
-        limits = dataclasses.replace(self.config.limits, **dict(conversation.limits))
+        config = self._row_media(conversation)
         images, videos = iter(enumerate(conversation.images)), iter(enumerate(conversation.videos))
         media = []
         for kind in conversation.media_order():
             if kind == "image":
                 index, source = next(images)
-                media.append(self._load([source], f"images[{index}]", conversation.origin, limits, self._one))
+                make = functools.partial(self._image, config, index, len(conversation.images))
+                media.append(self._load([source], f"images[{index}]", conversation.origin, make))
             else:
                 index, frames = next(videos)
-                field = f"videos[{index}]"
-                media.append(self._load(frames, field, conversation.origin, limits, self.vision.video))
+                make = functools.partial(self._video, config)
+                media.append(self._load(frames, f"videos[{index}]", conversation.origin, make))
         return media
 
-    def _one(self, images: list, limits: PixelLimits) -> MediaPatches:
-        return self.vision.image(images[0], limits)
+    def _row_media(self, conversation: Conversation) -> MediaConfig:
+        """The media configuration with what the row changes."""
+        known = {f.name for f in dataclasses.fields(self.media)}
+        for name, _ in conversation.limits:
+            if name not in known:
+                raise RowError(
+                    conversation.origin,
+                    f"chat_template_kwargs.{name}",
+                    "not a setting of this model's pictures",
+                    f"Use {', '.join(sorted(known))}",
+                )
+        return dataclasses.replace(self.media, **dict(conversation.limits))
 
-    def _load(self, sources, field: str, origin: Origin, limits: PixelLimits, make: Callable) -> MediaPatches:
+    def _image(self, config: MediaConfig, index: int, count: int, pictures: list) -> MediaPatches:
+        return self.vision.image(pictures[0], config, index=index, count=count)
+
+    def _video(self, config: MediaConfig, frames: list) -> MediaPatches:
+        return self.vision.video(frames, config)
+
+    def _load(self, sources, field: str, origin: Origin, make: Callable[[list], MediaPatches]) -> MediaPatches:
         roots = self.media_roots
         if origin.file != Origin.file:
             roots = (str(Path(origin.file).parent), *roots)
@@ -165,9 +208,9 @@ class Processor:
             sizes = sorted({p.size for p in pictures})
             raise RowError(origin, field, f"frames of different sizes {sizes}", "Give frames of one size")
         try:
-            return make(pictures, limits)
+            return make(pictures)
         except ValueError as error:
-            raise RowError(origin, field, str(error), "Crop the picture, or change its pixel limits") from error
+            raise RowError(origin, field, str(error), "Crop the picture, or change its limits") from error
 
     def _fill(self, conversation: Conversation, media: list[MediaPatches]) -> tuple[Message, ...]:
         messages = conversation.messages
@@ -192,8 +235,8 @@ class Processor:
         return tuple(dataclasses.replace(m, content=fill_objects(m.content, refs, rendered)) for m in messages)
 
     def _expand(self, ids, weights, turns, media: list[MediaPatches], conversation: Conversation) -> Example:
-        """Replace each media placeholder by as many as the medium has tokens, and lay out ids and positions."""
-        kinds = {"image": self.model.image_token_id, "video": self.model.video_token_id}
+        """Replace each media placeholder by the tokens that stand for its medium, and lay out ids and positions."""
+        kinds = {"image": self.model.image_token_id, "video": self.video_token_id}
         expected = [kinds[kind] for kind in conversation.media_order()]
         places = np.flatnonzero(np.isin(ids, list(kinds.values())))
         if [int(i) for i in ids[places]] != expected:
@@ -203,30 +246,66 @@ class Processor:
                 f"{len(places)} media tokens in the text for {len(expected)} media",
                 "Write <image> or <video>; a literal media token in the text is not allowed",
             )
+        written = [self._written(medium, placeholder) for medium, placeholder in zip(media, expected, strict=True)]
         counts = np.ones(len(ids), np.int64)
-        counts[places] = [m.feature_of_token.size for m in media]
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        vision_index = np.full(starts[-1], -1, np.int32)
-        spans, features = [], 0
-        for place, medium in zip(places, media, strict=True):
-            begin, count = int(starts[place]), medium.feature_of_token.size
-            vision_index[begin : begin + count] = medium.feature_of_token + features
-            features += count
-            spans.append(mrope.MediaSpan(begin, medium.grid, medium.temporal_step))
+        counts[places] = [len(tokens) for tokens, _ in written]
+        tokens, number = np.repeat(ids, counts), np.zeros(counts.sum(), np.int32)
+        vision_index = np.full(len(tokens), -1, np.int32)
+        starts, features = np.concatenate([[0], np.cumsum(counts)])[places], 0
+        for n, (begin, medium, (own, fed)) in enumerate(zip(starts, media, written, strict=True), 1):
+            tokens[begin : begin + len(own)], number[begin : begin + len(own)] = own, n
+            vision_index[begin + np.flatnonzero(fed)] = medium.feature_of_token + features
+            features += medium.feature_frames.size
+        arrays = {
+            "tokens": tokens,
+            "loss_weights": np.repeat(weights, counts),
+            "turns": np.repeat(turns, counts),
+            "vision_index": vision_index,
+            "media": number,
+        }
+        if self.merged_mark is not None:
+            is_mark = tokens == self.merged_mark
+            kept = ~(is_mark & np.concatenate([[False], is_mark[:-1]]))
+            arrays = {name: values[kept] for name, values in arrays.items()}
         return Example(
-            tokens=np.repeat(ids, counts),
-            positions=mrope.mrope_positions(int(starts[-1]), spans),
-            loss_weights=np.repeat(weights, counts),
-            turns=np.repeat(turns, counts),
-            vision_index=vision_index,
+            **arrays,
+            positions=self._positions(np.where(arrays["vision_index"] >= 0, arrays["media"], 0), media),
             **packing.join_media(media, self.vision.patch_values),
             sizes=tuple(Sizes(m.original, m.resized) for m in media),
             origin=conversation.origin,
         )
 
+    def _written(self, medium: MediaPatches, placeholder: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, whether a feature feeds each of them) of a medium."""
+        pieces = [
+            np.full(run, placeholder, np.int32) if isinstance(run, int) else self._marks_of(run) for run in medium.runs
+        ]
+        fed = [np.full(len(p), isinstance(run, int)) for p, run in zip(pieces, medium.runs, strict=True)]
+        return np.concatenate(pieces), np.concatenate(fed)
+
+    def _marks_of(self, text: str) -> np.ndarray:
+        if text not in self._tokenized:
+            self._tokenized[text] = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        return self._tokenized[text]
+
+    def _positions(self, number: np.ndarray, media: list[MediaPatches]) -> np.ndarray:
+        """Rotary ids [s, 3] of every token: M-RoPE's if the decoder turns by three, else places three times.
+
+        ``number`` is the medium whose feature feeds the token, from 1; 0 for text and marks.
+        """
+        length = len(number)
+        if self.model.decoder.mrope_section is None:
+            return np.repeat(np.arange(length, dtype=np.int32)[:, None], 3, 1)
+        spans = [
+            mrope.MediaSpan(int(np.argmax(number == n)), medium.grid, medium.temporal_step)
+            for n, medium in enumerate(media, 1)
+            if medium.grid is not None
+        ]
+        return mrope.mrope_positions(length, spans)
+
     def settings(self) -> dict[str, Any]:
         """The part of the processor that Hugging Face's files have no place for."""
-        return dataclasses.asdict(self.config)
+        return config_tree.to_dict(self.config)
 
 
 def read_settings(folder: Path) -> ProcessorConfig | None:
@@ -234,5 +313,4 @@ def read_settings(folder: Path) -> ProcessorConfig | None:
     path = folder / SETTINGS
     if not path.is_file():
         return None
-    values = json.loads(path.read_text())
-    return ProcessorConfig(**{**values, "limits": PixelLimits(**values["limits"])})
+    return config_tree.from_dict(ProcessorConfig, json.loads(path.read_text()), "processor.")

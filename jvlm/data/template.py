@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -25,6 +26,53 @@ QWEN_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+IDEFICS2_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].capitalize() }}"
+    "{% if message['content'] and message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'text' %}{{ content['text'] }}"
+    "{% elif content['type'] == 'image' %}{{ '<image>' }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatStyle:
+    """How a family's templates are used.
+
+    Attributes:
+      template: for tokenizers that bring none.
+      image, video: placeholders that templates write; without one for videos, they are given as images.
+      always_blocks: the template takes content as a list of blocks only, never as a string.
+      special_tokens: the tokenizer adds its own (a beginning of text) to what the template writes.
+      space_after_image: a space is put between an image and a word that follows at once.
+    """
+
+    template: str
+    image: str
+    video: str | None = None
+    always_blocks: bool = False
+    special_tokens: bool = False
+    space_after_image: bool = False
+
+
+# By `VLMConfig.architecture`.
+STYLES: dict[str, ChatStyle] = {
+    "qwen2_5_vl": ChatStyle(QWEN_TEMPLATE, "<|image_pad|>", "<|video_pad|>"),
+    # The space: as transformers 5, whose tokenizers no longer begin a word by themselves after a special token.
+    "idefics2": ChatStyle(
+        IDEFICS2_TEMPLATE, "<image>", always_blocks=True, special_tokens=True, space_after_image=True
+    ),
+}
+
+
+def style_of(architecture: str) -> ChatStyle:
+    """The style of an architecture. Raises KeyError naming the known ones."""
+    if architecture not in STYLES:
+        raise KeyError(f"no chat style for {architecture!r}; known: {', '.join(STYLES)}")
+    return STYLES[architecture]
+
 
 class ChatTemplate:
     """Renders messages and tokenizes them.
@@ -33,16 +81,16 @@ class ChatTemplate:
     are learnt, for any template, without parsing it.
     """
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, style: ChatStyle):
+        self.tokenizer, self.style = tokenizer, style
         if not tokenizer.chat_template:
-            tokenizer.chat_template = QWEN_TEMPLATE
+            tokenizer.chat_template = style.template
         special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
         self._special = re.compile("|".join(map(re.escape, reversed(special)))) if special else re.compile("(?!)")
 
     def render(self, messages: tuple[Message, ...], *, generation_prompt: bool) -> str:
         """The prompt as text, one media placeholder per tag."""
-        blocks = [{"role": m.role, "content": _content(m.content)} for m in messages]
+        blocks = [{"role": m.role, "content": self._content(m.content)} for m in messages]
         return self._apply(blocks, generation_prompt)
 
     def tokenize(
@@ -55,7 +103,7 @@ class ChatTemplate:
         with ``generation_prompt``, and templates may then shorten earlier turns (drop their thinking, say).
         """
         text, spans = self._spans(messages, generation_prompt, origin)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(text, add_special_tokens=self.style.special_tokens, return_offsets_mapping=True)
         ids = np.asarray(encoded["input_ids"], np.int32)
         starts = np.asarray([start for start, _ in encoded["offset_mapping"]], np.int64)
         weights, turn = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.int32)
@@ -70,7 +118,7 @@ class ChatTemplate:
         if generation_prompt or not learnt:
             return text, []
         marked = [
-            {"role": m.role, "content": f"\ue000{i}\ue001" if m.role == "assistant" else _content(m.content)}
+            {"role": m.role, "content": self._content(f"\ue000{i}\ue001" if m.role == "assistant" else m.content)}
             for i, m in enumerate(messages)
         ]
         pieces = _MARK.split(self._apply(marked, generation_prompt))
@@ -93,9 +141,15 @@ class ChatTemplate:
         return text, spans
 
     def _apply(self, blocks: list[dict], generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(blocks, tokenize=False, add_generation_prompt=generation_prompt)
+        text = self.tokenizer.apply_chat_template(blocks, tokenize=False, add_generation_prompt=generation_prompt)
+        if self.style.space_after_image:
+            text = re.sub(rf"{re.escape(self.style.image)}(?=[^\s<])", f"{self.style.image} ", text)
+        return text
 
-
-def _content(content: str) -> str | list[dict[str, str]]:
-    blocks = split_media(content)
-    return blocks if any(b["type"] != "text" for b in blocks) else content
+    def _content(self, content: str) -> str | list[dict[str, str]]:
+        blocks = split_media(content)
+        if self.style.video is None:
+            blocks = [{"type": "image"} if b["type"] == "video" else b for b in blocks]
+        if self.style.always_blocks:
+            return blocks or [{"type": "text", "text": ""}]
+        return blocks if any(b["type"] != "text" for b in blocks) else content

@@ -68,7 +68,7 @@ class Engine:
     def __init__(self, model: VLM, processor: Processor, *, ahead: bool | None = None):
         self.config, self.processor = model.config, processor
         self.ahead = jax.default_backend() != "cpu" if ahead is None else ahead
-        self.banned = _banned(model, len(processor.tokenizer))
+        self.banned = _banned(model, processor)
         self._graph: Any = None
         self._known: list[Any] = []
         self.update(model)
@@ -148,7 +148,7 @@ class Engine:
         return Completion(tuple(tokens), bool(tokens) and tokens[-1] in self.stop_tokens(sampling))
 
     def _batch(self, examples: Sequence[Example], rows: int) -> tuple[PackedBatch, np.ndarray]:
-        step = FEATURE_STEP * self.processor.vision.patches_per_feature
+        step = FEATURE_STEP * self.processor.vision.patch_group
         most = max(e.num_patches for e in examples)
         patches = packing.bucket(most, step) if most else 0
         tokens = packing.bucket(max(e.length for e in examples), TOKEN_STEP)
@@ -162,7 +162,7 @@ class Engine:
         """Logits after each prompt's last token, and the cache of the prompt, [layers, B, S, ...]."""
         graph, tree = self._graph
         model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-        hidden, cache = model.hidden(batch)
+        hidden, cache, _ = model.hidden(batch)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
         return model.decoder.logits(last), cache
 
@@ -190,7 +190,7 @@ class Engine:
         """Run the tokens last chosen through the decoder and choose the next."""
         decoder = self._decoder(leaves)
         B = len(token)
-        hidden, cache = decoder(
+        hidden, cache, _ = decoder(
             decoder.embed(token[:, None]),
             jnp.broadcast_to(state.position[:, None, None], (B, 1, 3)),
             jnp.ones((B, 1), jnp.int32),
@@ -202,8 +202,9 @@ class Engine:
         return chosen, DecodeState(cache, state.place + 1, state.position + 1, state.step + 1, seen)
 
 
-def _banned(model: VLM, tokens: int) -> np.ndarray:
-    banned = np.arange(model.config.decoder.vocab_size) >= tokens
-    media = np.asarray(model.config.media_token_ids)
+def _banned(model: VLM, processor: Processor) -> np.ndarray:
+    """Ids without a token, and those that only media may bring."""
+    banned = np.arange(model.config.decoder.vocab_size) >= len(processor.tokenizer)
+    media = np.asarray([*model.config.media_token_ids, *processor.mark_ids])
     banned[media[media < len(banned)]] = True
     return banned

@@ -1,4 +1,4 @@
-"""The input types of every model: the packed batch, and a step of decoding.
+"""What goes into and through every model: the packed batch, a step of decoding, and what a decoder gives.
 
 Axes: B rows, S tokens of a row, P patches of a row, c values of a flattened patch, T places of a cache.
 """
@@ -6,6 +6,7 @@ Axes: B rows, S tokens of a row, P patches of a row, c values of a flattened pat
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,7 +30,8 @@ class PackedBatch:
       patch_segment_ids: number of the frame in its row, from 1; 0 is padding.
       patch_window_ids: number of the attention window in its row, from 1; 0 is padding.
       patch_positions: (h, w) of the patch in its frame.
-      vision_index: which vision feature of the row feeds this token; -1 for text.
+      vision_index: which vision feature of the row feeds this token; -1 for text. Features are counted in the order
+        of their frames: where each frame has n, feature j is one of frame j // n + 1.
       max_segment_length: no conversation is longer (static); lets attention skip what is out of reach.
       max_frame_patches: no frame has more patches (static).
     """
@@ -45,6 +47,10 @@ class PackedBatch:
     vision_index: Int[Array | np.ndarray, "B S"]
     max_segment_length: int | None = dataclasses.field(default=None, metadata={"static": True})
     max_frame_patches: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def most_frames(self, features: int) -> int:
+        """Most frames that a row can hold when each feeds ``features`` tokens: what a connector lays out."""
+        return max(1, min(self.tokens.shape[1] // features, self.patches.shape[1]))
 
     @property
     def text_padding(self) -> float:
@@ -69,3 +75,17 @@ class DecodeStep:
     """One new token a row: its place in the cache, where it sees all that is before it and itself."""
 
     place: Int[Array, " B"]
+
+
+class DecoderOutput(NamedTuple):
+    """What a pass through the decoder gives.
+
+    Attributes:
+      hidden: states after the last norm.
+      cache: keys and values of every layer.
+      aux: what layers report beside it (balance losses, router statistics), by name, one entry a layer that has it.
+    """
+
+    hidden: Float[Array, "B S D"]
+    cache: Any
+    aux: dict[str, Array]

@@ -162,9 +162,33 @@ def normalise_pixels(
     return (patches.astype(jnp.float32) * np.float32(1 / 255) - wide_mean) / wide_std
 
 
-def rotary_frequencies(size: int, theta: float) -> np.ndarray:
-    """``theta ** -(2i / size)`` for i < size / 2, float32."""
-    return (1.0 / theta ** (np.arange(0, size, 2, dtype=np.float32) / size)).astype(np.float32)
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies for contexts ``factor`` times longer than the pre-training's.
+
+    "linear" divides all of them. "llama3" divides those with wavelengths above
+    ``original_max_position_embeddings / low_freq_factor`` tokens, keeps those below the same over
+    ``high_freq_factor``, and goes smoothly from one to the other between (Llama 3.1).
+    """
+
+    kind: Literal["linear", "llama3"] = "llama3"
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __call__(self, frequencies: np.ndarray) -> np.ndarray:
+        if self.kind == "linear":
+            return (frequencies / np.float32(self.factor)).astype(np.float32)
+        turns = self.original_max_position_embeddings * frequencies / (2 * np.pi)
+        kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+        return (frequencies * (kept + (1 - kept) / self.factor)).astype(np.float32)
+
+
+def rotary_frequencies(size: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+    """``theta ** -(2i / size)`` for i < size / 2, float32, and scaled."""
+    plain = (1.0 / theta ** (np.arange(0, size, 2, dtype=np.float32) / size)).astype(np.float32)
+    return plain if scaling is None else scaling(plain)
 
 
 def rotary_angles(

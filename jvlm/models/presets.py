@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
-from jvlm.models.decoders.qwen2 import Qwen2Config
+from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.vlm import VLMConfig
 
@@ -13,7 +13,7 @@ def _qwen2_5_vl(vit_width: int, **decoder) -> VLMConfig:
         architecture="qwen2_5_vl",
         encoder=QwenViTConfig(intermediate_size=vit_width),
         connector=PatchMergerConfig(),
-        decoder=Qwen2Config(**decoder),
+        decoder=TransformerConfig(mrope_section=(16, 24, 24), **decoder),
     )
 
 

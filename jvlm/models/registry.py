@@ -1,4 +1,4 @@
-"""Three small registries: encoders, connectors and decoders, found by the type of their configuration."""
+"""Small registries: encoders, connectors, decoders and their MLPs, found by the type of their configuration."""
 
 from __future__ import annotations
 
@@ -24,6 +24,20 @@ class ConnectorConfig:
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Base of every decoder configuration."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    """Base of what a decoder layer may have in place of the dense SwiGLU (a mixture of experts, say).
+
+    Its module lies in ``decoders``, is built with ``width=`` and called with (x [B, S, D], segments [B, S]); it returns
+    (y [B, S, D], a dict of arrays to report, which may be empty). Padding has segment 0.
+
+    Attributes:
+      every: every n-th layer has it, the n-th being the first.
+    """
+
+    every: int = 1
 
 
 _BUILDERS: dict[type, Callable[..., nnx.Module]] = {}
@@ -58,7 +72,7 @@ def config_type(name: str) -> type:
 
 
 def load_all() -> None:
-    """Import every file of the three folders, so that adding an architecture only adds files."""
+    """Import every file of the folders, so that adding an architecture only adds files."""
     for folder in ("encoders", "connectors", "decoders"):
         package = importlib.import_module(f"jvlm.models.{folder}")
         for module in pkgutil.iter_modules(package.__path__):

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jvlm.models import placement, registry
-from jvlm.models.batch import PackedBatch
+from jvlm.models.batch import DecoderOutput, PackedBatch
 from jvlm.models.layers import Numerics
 
 TOWERS = ("encoder", "connector", "decoder")
@@ -29,8 +29,9 @@ class VLMConfig:
     Attributes:
       architecture: name of the weight table and of the host-side vision layout, e.g. "qwen2_5_vl".
       encoder, connector, decoder: the three parts; their types choose the modules.
-      image_token_id, video_token_id: placeholders that vision features replace.
-      vision_start_token_id, vision_end_token_id, vision_pad_token_id: other media tokens, never generated.
+      image_token_id, video_token_id: placeholders that vision features replace; without one of its own, a video is
+        a list of images.
+      vision_start_token_id, vision_end_token_id, vision_pad_token_id: other media tokens of Qwen's.
       bos_token_id, eos_token_id: as in the checkpoint's configuration.
       numerics: dtypes, recomputation and attention implementation.
     """
@@ -40,10 +41,10 @@ class VLMConfig:
     connector: registry.ConnectorConfig
     decoder: registry.DecoderConfig
     image_token_id: int = 151655
-    video_token_id: int = 151656
-    vision_start_token_id: int = 151652
-    vision_end_token_id: int = 151653
-    vision_pad_token_id: int = 151654
+    video_token_id: int | None = 151656
+    vision_start_token_id: int | None = 151652
+    vision_end_token_id: int | None = 151653
+    vision_pad_token_id: int | None = 151654
     bos_token_id: int | None = 151643
     eos_token_id: int | None = 151645
     numerics: Numerics = Numerics()
@@ -58,7 +59,7 @@ class VLMConfig:
             self.vision_end_token_id,
             self.vision_pad_token_id,
         )
-        return tuple(sorted(set(ids)))
+        return tuple(sorted({i for i in ids if i is not None}))
 
 
 class VLM(nnx.Module):
@@ -93,8 +94,8 @@ class VLM(nnx.Module):
         features = placement.current().pick(self.encode(batch), index)
         return jnp.where((index >= 0)[..., None], features.astype(x_BSD.dtype), x_BSD)
 
-    def hidden(self, batch: PackedBatch) -> tuple[Float[Array, "B S D"], Any]:
-        """Last hidden states, and the keys and values of every layer for a cache."""
+    def hidden(self, batch: PackedBatch) -> DecoderOutput:
+        """Last hidden states, the keys and values of every layer for a cache, and what layers report."""
         x_BSD = self.embed(batch)
         with jax.named_scope("decoder"):
             return self.decoder(
@@ -108,7 +109,7 @@ class VLM(nnx.Module):
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(graph: nnx.GraphDef, state: nnx.State, batch: PackedBatch):
     model = nnx.merge(graph, state)
-    return model.decoder.logits(model.hidden(batch)[0])
+    return model.decoder.logits(model.hidden(batch).hidden)
 
 
 def abstract(config: VLMConfig) -> VLM:

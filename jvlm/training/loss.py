@@ -23,7 +23,7 @@ def loss_sums(model: VLM, batch: PackedBatch, block: int | None = None) -> Sums:
       "loss": weighted cross-entropy in nats; "weight": sum of the weights; "correct": targets (of weight > 0) that
       are the most likely token; "targets": their number.
     """
-    hidden, _ = model.hidden(batch)
+    hidden = model.hidden(batch).hidden
     with jax.named_scope("loss"):
         targets, weights = _next_tokens(batch)
         kernel, vocabulary_first = model.decoder.output_kernel()

@@ -59,7 +59,7 @@ class _Look:
                 encoded = model.encoder(batch)
                 features = (encoded, model.connector(encoded, batch))
             (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
-            return features, model.hidden(batch)[0], sums, gradients
+            return features, model.hidden(batch).hidden, sums, gradients
 
         self._run = jax.jit(both)
 

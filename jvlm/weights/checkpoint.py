@@ -14,12 +14,12 @@ import numpy as np
 from flax import nnx
 
 from jvlm.data.processor import SETTINGS, Processor, ProcessorConfig, read_settings
-from jvlm.data.vision import PixelLimits
 from jvlm.models import vlm
 from jvlm.models.layers import Numerics
 from jvlm.models.vlm import VLM, VLMConfig, parameters
 from jvlm.weights import safetensors_files, table
 
+EMBEDDING = "decoder.embedding"
 ShardingOf = Callable[[str, nnx.Variable], jax.sharding.Sharding]
 
 
@@ -84,7 +84,8 @@ def match(tensors: safetensors_files.Tensors, config: VLMConfig, expected: list[
     tied = stored.pop("lm_head.weight", None) if all(e.name != "lm_head.weight" for e in expected) else None
     table.check(expected, {name: tensors.shape(raw) for name, raw in stored.items()}, str(tensors.folder))
     if tied is not None:
-        _check_tied_head(tensors, tied, stored["model.embed_tokens.weight"])
+        embedding = next(e.name for e in expected if e.path == EMBEDDING)
+        _check_tied_head(tensors, tied, stored[embedding])
     return stored
 
 
@@ -136,36 +137,23 @@ class _Reader:
 
 
 def load_processor(folder: Path, config: VLMConfig) -> Processor:
-    """The processor of a Hugging Face folder: its tokenizer, template, pixel limits and generation defaults."""
+    """The processor of a Hugging Face folder: its tokenizer, template, media settings and generation defaults."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     template = _read_json(folder / "chat_template.json").get("chat_template")
     if template and not tokenizer.chat_template:
         tokenizer.chat_template = template
+    settings = read_settings(folder)
+    if settings is None:
+        architecture = table.architectures()[config.architecture]
+        files = {name: _read_json(folder / name) for name in architecture.preprocessors}
+        settings = ProcessorConfig(media=architecture.read_media(files))
     return Processor(
         tokenizer,
         config,
-        read_settings(folder) or _settings_from_preprocessor(folder),
+        settings,
         generation=_read_json(folder / "generation_config.json"),
-    )
-
-
-def _settings_from_preprocessor(folder: Path) -> ProcessorConfig:
-    values = _read_json(folder / "preprocessor_config.json")
-    size = values.get("size") or {}
-    default = PixelLimits()
-    image_min = values.get("min_pixels") or size.get("shortest_edge") or default.min_pixels
-    image_max = values.get("max_pixels") or size.get("longest_edge") or default.max_pixels
-    video = _read_json(folder / "video_preprocessor_config.json")
-    size = video.get("size") or {}
-    return ProcessorConfig(
-        limits=PixelLimits(
-            min_pixels=image_min,
-            max_pixels=image_max,
-            video_min_pixels=video.get("min_pixels") or size.get("shortest_edge") or default.video_min_pixels,
-            video_max_pixels=video.get("max_pixels") or size.get("longest_edge") or default.video_max_pixels,
-        )
     )
 
 
@@ -210,8 +198,8 @@ def save(
     for old in [*folder.glob("model*.safetensors"), *folder.glob(safetensors_files.INDEX)]:
         if old.name not in written:
             old.unlink()
-    names = [t[1].name for t in tensors if t[0].endswith("embed_tokens.weight")]
-    write_sidecars(folder, model.config, processor, names[0])
+    embedding = next(i for i, entry in enumerate(expected) if entry.path == EMBEDDING)
+    write_sidecars(folder, model.config, processor, tensors[embedding][1].name)
 
 
 def stored_dtype(variable: nnx.Variable, layer: int | None) -> str:
@@ -238,7 +226,7 @@ def write_sidecars(folder: Path, config: VLMConfig, processor: Processor, dtype:
     write_processor(folder, config, processor)
     # older readers look here, newer ones for chat_template.jinja, which the tokenizer writes
     _write_json(folder / "chat_template.json", {"chat_template": processor.tokenizer.chat_template})
-    for name, values in architecture.write_preprocessors(config, processor.config.limits).items():
+    for name, values in architecture.write_preprocessors(config, processor.media).items():
         _write_json(folder / name, values)
 
 

@@ -211,7 +211,7 @@ class _Run:
 
     def write_sidecars(self, target: Path, dtype: str | None) -> None:
         processor = checkpoint.load_processor(self.folder / run_folder.PROCESSOR, self.config)
-        embedding = next(e for e in self.entries if e.name.endswith("embed_tokens.weight"))
+        embedding = next(e for e in self.entries if e.path == checkpoint.EMBEDDING)
         checkpoint.write_sidecars(target, self.config, processor, dtype or self.dtype(embedding).name)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import einops
 import numpy as np
 
-from jvlm.data.vision import PixelLimits
+from jvlm.data.vision import MediaConfig
 from jvlm.models.vlm import VLMConfig
 
 
@@ -32,21 +32,18 @@ class Rule:
       name: tensor name in the checkpoint, ``{i}`` for the layer.
       path: dotted parameter path in the model; a stacked parameter has a leading layer axis.
       pattern: einops pattern from checkpoint to parameter (without the layer axis); None leaves it as it is.
+      first, step: entry k of the stacked parameter is layer ``first + k * step`` of the checkpoint.
     """
 
     name: str
     path: str
     pattern: str | None = None
+    first: int = 0
+    step: int = 1
 
     @property
     def layered(self) -> bool:
         return "{i}" in self.name
-
-
-def linear(name: str, path: str, *, bias: bool) -> list[Rule]:
-    """Weight and bias of a linear map, which torch stores outputs first."""
-    rules = [Rule(f"{name}.weight", f"{path}.kernel", "o i -> i o")]
-    return [*rules, Rule(f"{name}.bias", f"{path}.bias")] if bias else rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +58,9 @@ class Architecture:
       canonical: maps any known spelling of a tensor name to the one of the table; None drops the tensor.
       layouts: named spellings for writing, each a map from table name to checkpoint name.
       read_config, write_config: config.json <-> `VLMConfig`; both as plain dicts on the JSON side.
-      write_preprocessors: file name -> content of the image and video processor files.
+      read_media: file name -> content of the folder's processor files, as a media configuration.
+      write_preprocessors: the inverse: the processor files' names and contents.
+      preprocessors: names of those files.
     """
 
     name: str
@@ -72,7 +71,9 @@ class Architecture:
     layouts: dict[str, Callable[[str], str]]
     read_config: Callable[[dict[str, Any]], VLMConfig]
     write_config: Callable[[VLMConfig], dict[str, Any]]
-    write_preprocessors: Callable[[VLMConfig, PixelLimits], dict[str, dict[str, Any]]]
+    read_media: Callable[[dict[str, dict[str, Any]]], MediaConfig]
+    write_preprocessors: Callable[[VLMConfig, MediaConfig], dict[str, dict[str, Any]]]
+    preprocessors: tuple[str, ...] = ("preprocessor_config.json",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _entries(rules: Iterable[Rule], sizes: dict[str, int], shapes) -> Iterator[E
         # A view of one zero: gives the checkpoint's shape without its memory.
         stored = probe.to_checkpoint(np.broadcast_to(np.zeros((), np.uint8), shape)).shape
         for layer in range(shapes[rule.path][0]) if rule.layered else (None,):
-            name = rule.name.replace("{i}", str(layer)) if rule.layered else rule.name
+            name = rule.name.replace("{i}", str(rule.first + layer * rule.step)) if rule.layered else rule.name
             yield Entry(name, rule.path, layer, rule.pattern, stored, used)
 
 

@@ -22,6 +22,8 @@ def example(number, tokens, features):
         loss_weights=np.ones(tokens, np.float32),
         turns=np.ones(tokens, np.int32),
         vision_index=np.where(np.arange(tokens) < features, np.arange(tokens), -1).astype(np.int32),
+        media=(np.arange(tokens) < features).astype(np.int32),
+        feature_frames=frames[::4],
         patches=np.full((4 * features, 6), number, np.uint8),
         frame_ids=frames,
         window_ids=frames,

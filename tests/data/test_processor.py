@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, Qwen2_5_VLProcessor
 
+from jvlm import config as config_tree
 from jvlm.data.boxes import Box
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.processor import Processor, ProcessorConfig
@@ -320,8 +321,8 @@ def test_media_are_found_beside_their_data_file_and_in_the_roots(tiny, tmp_path)
 def test_settings_survive_their_file(tmp_path):
     from jvlm.data.processor import SETTINGS, read_settings
 
-    config = ProcessorConfig(PixelLimits(max_pixels=50176, fps=1.0), "qwen_tokens", "be brief")
-    (tmp_path / SETTINGS).write_text(json.dumps(dataclasses.asdict(config)))
+    config = ProcessorConfig(PixelLimits(max_pixels=50176, fps=1.0), "qwen_tokens", default_system="be brief")
+    (tmp_path / SETTINGS).write_text(json.dumps(config_tree.to_dict(config)))
     assert read_settings(tmp_path) == config
 
 

@@ -12,10 +12,10 @@ from jvlm.data.mrope import MediaSpan, mrope_positions
 from jvlm.data.vision import PixelLimits
 from jvlm.data.vision.qwen import QwenVision, window_order
 from jvlm.models import layers
-from jvlm.models.encoders.qwen_vit import QwenViTConfig
+from jvlm.models.presets import PRESETS
 from tests import support
 
-VISION = QwenVision(QwenViTConfig())
+VISION = QwenVision(PRESETS["qwen2_5_vl_7b"])
 RESIZES = json.loads((support.GOLDEN / "smart_resize.json").read_text())
 LARGE, EVALUATION = 16384 * 784, 4096 * 784
 

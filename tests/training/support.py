@@ -53,7 +53,7 @@ def experiment(folder: Path, rows: Path, *overrides: str, **changes: Any) -> Exp
         "--data.row_tokens": "192",
         "--data.row_patches": "192",
         "--data.pack_window": "6",
-        "--processor.limits.min_pixels": "1024",
+        "--processor.media.min_pixels": "1024",
         "--model.encoder.hidden_size": "32",
         "--model.encoder.num_heads": "2",
         "--model.encoder.intermediate_size": "48",

@@ -1,6 +1,6 @@
-"""Host side of the vision towers: what each encoder needs computed from pictures before the device sees them.
+"""Host side of the vision towers: what each model needs computed from pictures before the device sees them.
 
-One file per encoder; each registers itself, so adding one adds a file.
+One file per way of turning media into frames, with its configuration; each registers itself, so adding one adds a file.
 """
 
 from __future__ import annotations
@@ -8,16 +8,23 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
+from jvlm.models.vlm import VLMConfig
+
 
 @dataclasses.dataclass(frozen=True)
-class PixelLimits:
-    """Resize limits in pixels, and the frame rate assumed for a video given as a list of frames.
+class MediaConfig:
+    """Base of the configurations that say how media become frames: limits, splitting, marks around features."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelLimits(MediaConfig):
+    """Qwen's: resize limits in pixels, and the frame rate assumed for a video given as a list of frames.
 
     The defaults are Qwen2.5-VL's: 4 to 16,384 tokens an image; 128 to 768 tokens a frame at 2 frames a second.
     """
@@ -31,60 +38,106 @@ class PixelLimits:
 
 @dataclasses.dataclass(frozen=True)
 class MediaPatches:
-    """One image or video, ready for the encoder. n patches, n / merge^2 tokens.
+    """One image or video, ready for the encoder: n patches in frames, f features, t tokens that features feed.
 
     Attributes:
-      patches: uint8 [n, c] in window order.
-      frame_ids, window_ids: int32 [n], from 1, contiguous and ascending.
-      positions: int32 [n, 2], (h, w) in patches within the frame.
-      feature_of_token: int32 [tokens], which feature (in window order) feeds each token (in raster order).
-      grid: (t, h, w) in merged units.
+      patches: uint8 [n, c] in the order the encoder wants them.
+      frame_ids, window_ids: int32 [n], from 1, contiguous and ascending. A tile or crop is a frame.
+      positions: int32 [n, 2], (h, w) in patches within the frame, or places of the encoder's position table.
+      feature_frames: int32 [f], the frame of each feature, ascending.
+      feature_of_token: int32 [t], which feature feeds each of the tokens.
+      layout: what stands in the text for the medium: strings, which are tokenized as they are, and numbers, for so many
+        of the t tokens; empty is all of them in one run.
+      grid: (t, h, w) of one run of tokens, for M-RoPE; None has text's positions.
       temporal_step: M-RoPE distance between frame pairs (seconds x tokens per second); 0 for an image.
-      original, resized: (width, height) in pixels.
+      original, resized: (width, height) in pixels; boxes are converted from one to the other.
     """
 
     patches: np.ndarray
     frame_ids: np.ndarray
     window_ids: np.ndarray
     positions: np.ndarray
+    feature_frames: np.ndarray
     feature_of_token: np.ndarray
-    grid: tuple[int, int, int]
-    temporal_step: float
     original: tuple[int, int]
     resized: tuple[int, int]
+    layout: tuple[str | int, ...] = ()
+    grid: tuple[int, int, int] | None = None
+    temporal_step: float = 0.0
+
+    @property
+    def runs(self) -> tuple[str | int, ...]:
+        """The layout, written out."""
+        return self.layout or (self.feature_of_token.size,)
 
 
 class Vision(Protocol):
-    """The host side of one encoder."""
+    """The host side of one model.
 
-    def image(self, image: Image.Image, limits: PixelLimits) -> MediaPatches: ...
+    Attributes:
+      patch_values: values of a flattened patch.
+      patch_group: the patches of a row come in multiples of this.
+      marks: special tokens that layouts write around features; never generated.
+      merged_mark: of two of these side by side one is kept; None if there is no such mark.
+    """
 
-    def video(self, frames: list[Image.Image], limits: PixelLimits) -> MediaPatches: ...
+    patch_values: int
+    patch_group: int
+    marks: tuple[str, ...]
+    merged_mark: str | None
 
-    @property
-    def patch_values(self) -> int: ...
+    def image(self, image: Image.Image, config: MediaConfig, *, index: int, count: int) -> MediaPatches:
+        """Image ``index`` (from 0) of the ``count`` images of a conversation."""
+        ...
 
-    @property
-    def patches_per_feature(self) -> int: ...
+    def video(self, frames: Sequence[Image.Image], config: MediaConfig) -> MediaPatches:
+        """A video, as frames of one size."""
+        ...
+
+    def max_frame_patches(self, config: MediaConfig) -> int | None:
+        """Most patches of a frame; None if there is no limit."""
+        ...
 
 
-_VISIONS: dict[type, Callable[..., Vision]] = {}
+_VISIONS: dict[type, Callable[[VLMConfig], Vision]] = {}
+_DEFAULTS: dict[type, type] = {}
 
 
-def register(config_type: type) -> Callable[[type], type]:
-    """Class decorator naming the encoder configuration that a `Vision` serves."""
+def register(media: type, *encoders: type) -> Callable[[type], type]:
+    """Class decorator: the `Vision` of a media configuration, the default one of models with these encoders."""
 
     def add(vision_type: type) -> type:
-        _VISIONS[config_type] = vision_type
+        _VISIONS[media] = vision_type
+        _DEFAULTS.update(dict.fromkeys(encoders, media))
         return vision_type
 
     return add
 
 
-def vision_for(encoder: object) -> Vision:
-    """The host side of an encoder configuration."""
+def _load_all() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    if type(encoder) not in _VISIONS:
-        raise TypeError(f"no host-side vision for {type(encoder).__name__}; known: {[t.__name__ for t in _VISIONS]}")
-    return _VISIONS[type(encoder)](encoder)
+
+
+def media_type(name: str) -> type:
+    """The media configuration of a name, as stored with a processor."""
+    _load_all()
+    known = {t.__name__: t for t in _VISIONS}
+    if name not in known:
+        raise KeyError(f"unknown configuration {name!r}; known: {sorted(known)}")
+    return known[name]
+
+
+def default_media(model: VLMConfig) -> MediaConfig:
+    """The media configuration of a model that brings none. Raises TypeError naming the encoders that have one."""
+    _load_all()
+    if type(model.encoder) not in _DEFAULTS:
+        known = ", ".join(t.__name__ for t in _DEFAULTS)
+        raise TypeError(f"no host-side vision for {type(model.encoder).__name__}; known: {known}")
+    return _DEFAULTS[type(model.encoder)]()
+
+
+def vision_for(model: VLMConfig, config: MediaConfig) -> Vision:
+    """The host side of a model."""
+    _load_all()
+    return _VISIONS[type(config)](model)

@@ -5,12 +5,15 @@ Units: "patch" is patch_size pixels; "merged" is merge x merge patches, which be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
 from jvlm.data.images import smart_resize
 from jvlm.data.vision import MediaPatches, PixelLimits, register
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
+from jvlm.models.vlm import VLMConfig
 
 
 def window_order(grid: tuple[int, int, int], window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -33,25 +36,32 @@ def window_order(grid: tuple[int, int, int], window: int) -> tuple[np.ndarray, n
     return (frames * (h * w) + order).ravel(), (frames * (number.max() + 1) + number + 1).ravel().astype(np.int32)
 
 
-@register(QwenViTConfig)
+@register(PixelLimits, QwenViTConfig)
 class QwenVision:
     """Turns pictures and frame lists into `MediaPatches` for one encoder configuration."""
 
-    def __init__(self, config: QwenViTConfig):
-        self.config = config
+    marks = ()
+    merged_mark = None
+
+    def __init__(self, model: VLMConfig):
+        self.config = config = model.encoder
         self.factor = config.patch_size * config.spatial_merge_size
         self.patch_values = config.patch_values
-        self.patches_per_feature = config.spatial_merge_size**2
+        self.patch_group = config.spatial_merge_size**2
 
-    def image(self, image: Image.Image, limits: PixelLimits) -> MediaPatches:
+    def image(self, image: Image.Image, limits: PixelLimits, *, index: int = 0, count: int = 1) -> MediaPatches:
         """An image; it counts as one pair of equal frames."""
         return self._media([image], limits.min_pixels, limits.max_pixels, 0.0)
 
-    def video(self, frames: list[Image.Image], limits: PixelLimits) -> MediaPatches:
+    def video(self, frames: Sequence[Image.Image], limits: PixelLimits) -> MediaPatches:
         """Frames sampled at ``limits.fps``; an incomplete last pair repeats its last frame."""
         seconds = self.config.temporal_patch_size / limits.fps
         step = seconds * self.config.tokens_per_second
         return self._media(frames, limits.video_min_pixels, limits.video_max_pixels, step)
+
+    def max_frame_patches(self, limits: PixelLimits) -> int:
+        """As the pixel limits allow; a pair of frames is one."""
+        return max(limits.max_pixels, limits.video_max_pixels) // self.config.patch_size**2
 
     def size(self, height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
         """(height, width) after the resize."""
@@ -84,9 +94,10 @@ class QwenVision:
             frame_ids=np.repeat(frame + 1, m * m).astype(np.int32),
             window_ids=np.repeat(windows, m * m),
             positions=positions.reshape(-1, 2).astype(np.int32),
+            feature_frames=(frame + 1).astype(np.int32),
             feature_of_token=np.argsort(order).astype(np.int32),
-            grid=(t, h, w),
-            temporal_step=temporal_step,
             original=original,
             resized=(W, H),
+            grid=(t, h, w),
+            temporal_step=temporal_step,
         )

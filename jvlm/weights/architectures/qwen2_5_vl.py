@@ -7,40 +7,27 @@ from typing import Any
 
 from jvlm.data.vision import PixelLimits
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
-from jvlm.models.decoders.qwen2 import Qwen2Config
+from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.vlm import VLMConfig
-from jvlm.weights.table import Architecture, Rule, WeightError, linear
+from jvlm.weights.rules import linear, norm, swiglu, transformer
+from jvlm.weights.table import Architecture, Rule, WeightError
 
 
 def _rules(config: VLMConfig) -> tuple[Rule, ...]:
     vit, to_vit = "visual.blocks.{i}", "encoder.blocks.layer"
-    llm, to_llm = "model.layers.{i}", "decoder.blocks.layer"
-    rules = [
+    return (
         Rule("visual.patch_embed.proj.weight", "encoder.patch_embed.kernel", "d c t y x -> (c t y x) d"),
-        Rule(f"{vit}.norm1.weight", f"{to_vit}.norm1.scale"),
-        Rule(f"{vit}.norm2.weight", f"{to_vit}.norm2.scale"),
+        *norm(f"{vit}.norm1", f"{to_vit}.norm1"),
+        *norm(f"{vit}.norm2", f"{to_vit}.norm2"),
         *linear(f"{vit}.attn.qkv", f"{to_vit}.attention.qkv", bias=True),
         *linear(f"{vit}.attn.proj", f"{to_vit}.attention.out", bias=True),
-        *(r for part in ("gate", "up", "down") for r in _mlp(vit, to_vit, part, bias=True)),
-        Rule("visual.merger.ln_q.weight", "connector.norm.scale"),
+        *swiglu(f"{vit}.mlp", f"{to_vit}.mlp", bias=True),
+        *norm("visual.merger.ln_q", "connector.norm"),
         *linear("visual.merger.mlp.0", "connector.hidden", bias=True),
         *linear("visual.merger.mlp.2", "connector.out", bias=True),
-        Rule("model.embed_tokens.weight", "decoder.embedding"),
-        *(r for part in "qkv" for r in linear(f"{llm}.self_attn.{part}_proj", f"{to_llm}.attention.{part}", bias=True)),
-        *linear(f"{llm}.self_attn.o_proj", f"{to_llm}.attention.out", bias=False),
-        *(r for part in ("gate", "up", "down") for r in _mlp(llm, to_llm, part, bias=False)),
-        Rule(f"{llm}.input_layernorm.weight", f"{to_llm}.norm1.scale"),
-        Rule(f"{llm}.post_attention_layernorm.weight", f"{to_llm}.norm2.scale"),
-        Rule("model.norm.weight", "decoder.norm.scale"),
-    ]
-    if not config.decoder.tie_word_embeddings:
-        rules.append(Rule("lm_head.weight", "decoder.head.kernel", "o i -> i o"))
-    return tuple(rules)
-
-
-def _mlp(name: str, path: str, part: str, *, bias: bool) -> list[Rule]:
-    return linear(f"{name}.mlp.{part}_proj", f"{path}.mlp.{part}", bias=bias)
+        *transformer(config.decoder),
+    )
 
 
 def _sizes(config: VLMConfig) -> dict[str, int]:
@@ -98,7 +85,7 @@ def _read_config(values: dict[str, Any]) -> VLMConfig:
         raise WeightError(
             f"vision_config.out_hidden_size {vision['out_hidden_size']} must equal hidden_size {text['hidden_size']}"
         )
-    decoder = Qwen2Config(
+    decoder = TransformerConfig(
         vocab_size=text["vocab_size"],
         hidden_size=text["hidden_size"],
         num_layers=text["num_hidden_layers"],
@@ -187,6 +174,23 @@ def _write_config(config: VLMConfig) -> dict[str, Any]:
     }
 
 
+_IMAGE, _VIDEO = "preprocessor_config.json", "video_preprocessor_config.json"
+
+
+def _read_media(files: dict[str, dict[str, Any]]) -> PixelLimits:
+    default = PixelLimits()
+
+    def pixels(file: str, name: str, edge: str, fallback: int) -> int:
+        return files[file].get(name) or (files[file].get("size") or {}).get(edge) or fallback
+
+    return PixelLimits(
+        min_pixels=pixels(_IMAGE, "min_pixels", "shortest_edge", default.min_pixels),
+        max_pixels=pixels(_IMAGE, "max_pixels", "longest_edge", default.max_pixels),
+        video_min_pixels=pixels(_VIDEO, "min_pixels", "shortest_edge", default.video_min_pixels),
+        video_max_pixels=pixels(_VIDEO, "max_pixels", "longest_edge", default.video_max_pixels),
+    )
+
+
 def _write_preprocessors(config: VLMConfig, limits: PixelLimits) -> dict[str, dict[str, Any]]:
     vit = config.encoder
     common = {
@@ -210,7 +214,7 @@ def _write_preprocessors(config: VLMConfig, limits: PixelLimits) -> dict[str, di
     image = {**common, **area(limits.min_pixels, limits.max_pixels), "image_processor_type": "Qwen2VLImageProcessor"}
     video = {**common, **area(limits.video_min_pixels, limits.video_max_pixels), "fps": limits.fps}
     video["video_processor_type"] = "Qwen2VLVideoProcessor"
-    return {"preprocessor_config.json": image, "video_preprocessor_config.json": video}
+    return {_IMAGE: image, _VIDEO: video}
 
 
 ARCHITECTURE = Architecture(
@@ -222,5 +226,7 @@ ARCHITECTURE = Architecture(
     layouts={"released": lambda name: name, "transformers": _new_layout},
     read_config=_read_config,
     write_config=_write_config,
+    read_media=_read_media,
     write_preprocessors=_write_preprocessors,
+    preprocessors=(_IMAGE, _VIDEO),
 )

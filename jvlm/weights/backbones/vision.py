@@ -9,7 +9,8 @@ from typing import Any
 from jvlm.models import layers
 from jvlm.models.encoders.vit import ViTConfig
 from jvlm.weights.backbones import Backbone
-from jvlm.weights.table import Rule, WeightError, linear
+from jvlm.weights.rules import linear, norm
+from jvlm.weights.table import Rule, WeightError
 
 _ACTIVATIONS: dict[str, layers.Activation] = {
     "gelu": "gelu",
@@ -48,7 +49,7 @@ def vit_rules(config: ViTConfig, names: ViTNames, path: str) -> list[Rule]:
     rules = [
         Rule(f"{names.patch}.weight", f"{path}patch_embed.kernel", "d c y x -> (c y x) d"),
         Rule(names.position, f"{path}positions", names.position_pattern),
-        *(r for n, name in enumerate(names.norms, 1) for r in layer_norm(f"{layer}.{name}", f"{to}.norm{n}")),
+        *(r for n, name in enumerate(names.norms, 1) for r in norm(f"{layer}.{name}", f"{to}.norm{n}", bias=True)),
         *(
             r
             for part, name in zip("qkv", names.qkv, strict=True)
@@ -63,17 +64,12 @@ def vit_rules(config: ViTConfig, names: ViTNames, path: str) -> list[Rule]:
     if config.class_token:
         rules.append(Rule(names.class_token, f"{path}class_token", names.class_pattern))
     if config.norm_before:
-        rules += layer_norm(names.before, f"{path}norm_before")
+        rules += norm(names.before, f"{path}norm_before", bias=True)
     if config.layer_scale:
         rules += [Rule(f"{layer}.{name}", f"{to}.scale{n}") for n, name in enumerate(names.scales, 1)]
     if config.norm_after:
-        rules += layer_norm(names.after, f"{path}norm_after")
+        rules += norm(names.after, f"{path}norm_after", bias=True)
     return rules
-
-
-def layer_norm(name: str, path: str) -> list[Rule]:
-    """Scale and bias of a LayerNorm."""
-    return [Rule(f"{name}.weight", f"{path}.scale"), Rule(f"{name}.bias", f"{path}.bias")]
 
 
 def vit_sizes(config: ViTConfig) -> dict[str, int]:
