@@ -51,7 +51,7 @@ def load_weights(folder: Path, config: VLMConfig, sharding: ShardingOf | None = 
     shapes = {path: tuple(v.get_value().shape) for path, v in variables.items()}
     expected = table.entries(config, shapes)
     with safetensors_files.Tensors(folder) as tensors:
-        stored = match(tensors, config, expected)
+        stored = match(tensors, table.architectures()[config.architecture].canonical, expected)
         read_parameters(variables, expected, stored, tensors, sharding)
     nnx.update(model, nnx.from_flat_state([(tuple(p.split(".")), v) for p, v in variables.items()]))
     return model
@@ -78,9 +78,11 @@ def read_parameters(
         variable.set_metadata(stored=reader.dtypes)
 
 
-def match(tensors: safetensors_files.Tensors, config: VLMConfig, expected: list[table.Entry]) -> dict[str, str]:
+def match(
+    tensors: safetensors_files.Tensors, canonical: Callable[[str], str | None], expected: list[table.Entry]
+) -> dict[str, str]:
     """Table name -> stored name of every expected tensor. Raises WeightError listing all that is wrong."""
-    stored = canonical_names(tensors, table.architectures()[config.architecture].canonical)
+    stored = _canonical_names(tensors, canonical)
     tied = stored.pop("lm_head.weight", None) if all(e.name != "lm_head.weight" for e in expected) else None
     table.check(expected, {name: tensors.shape(raw) for name, raw in stored.items()}, str(tensors.folder))
     if tied is not None:
@@ -89,7 +91,7 @@ def match(tensors: safetensors_files.Tensors, config: VLMConfig, expected: list[
     return stored
 
 
-def canonical_names(tensors: safetensors_files.Tensors, canonical: Callable[[str], str | None]) -> dict[str, str]:
+def _canonical_names(tensors: safetensors_files.Tensors, canonical: Callable[[str], str | None]) -> dict[str, str]:
     """Table name -> stored name of every tensor that ``canonical`` keeps."""
     stored: dict[str, str] = {}
     for raw in tensors.names():

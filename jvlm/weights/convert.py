@@ -146,7 +146,9 @@ class _Snapshot:
         self.entries, _ = _entries_of(self.config)
         self.tensors = safetensors_files.Tensors(folder)
         try:
-            self.stored = checkpoint.match(self.tensors, self.config, self.entries)
+            self.stored = checkpoint.match(
+                self.tensors, table.architectures()[self.config.architecture].canonical, self.entries
+            )
             self.dtypes = self.tensors.dtypes(self.stored.values())
         except WeightError:
             self.close()

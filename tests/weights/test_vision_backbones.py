@@ -59,8 +59,7 @@ def load(folder):
     config = backbones.read_config(folder)
     module = registry.build(config, numerics=NUMERICS, rngs=nnx.Rngs(0))
     values = backbones.load(folder, config, NUMERICS)
-    state = [(tuple(path.removeprefix("encoder.").split(".")), v) for path, v in values.items()]
-    nnx.update(module, nnx.from_flat_state(state))
+    nnx.update(module, nnx.from_flat_state([(tuple(path.split(".")[1:]), v) for path, v in values.items()]))
     return module
 
 

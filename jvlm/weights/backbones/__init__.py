@@ -14,11 +14,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jvlm.models import registry
+from jvlm.models.decoders.transformer import TransformerConfig
+from jvlm.models.encoders.vit import ViTConfig
 from jvlm.models.layers import Numerics
 from jvlm.weights import checkpoint, safetensors_files, table
+from jvlm.weights.positions import resize_positions
 from jvlm.weights.table import Rule, WeightError
 
 TowerConfig = registry.EncoderConfig | registry.DecoderConfig
@@ -31,7 +36,7 @@ class Backbone:
     Attributes:
       model_types: values of ``model_type`` in config.json that belong here.
       tower: which part of a model it becomes.
-      rules: the table, given the tower's configuration; paths begin in the tower.
+      rules: the table, given the tower's configuration; paths are those of the whole model.
       sizes: axis lengths that the patterns need.
       canonical: maps any known spelling of a tensor name to the one of the table; None drops the tensor.
       read_config: config.json to the tower's configuration.
@@ -61,31 +66,54 @@ def load(
     """Parameters of a tower, by their path in the whole model.
 
     Args:
-      config: of the tower that they are for; it must be the one that the folder describes.
+      config: of the tower that they are for. It must be what the folder describes, but may have another grid (the
+        position table is interpolated) and more words (each new one begins as the mean of the old ones).
 
     Raises:
       WeightError: another family or size, or tensors that are wrong, missing or superfluous, all of them listed.
     """
     folder = Path(folder)
     backbone, found = _open(folder)
-    if found != config:
-        differences = [
-            f"{field.name}: {getattr(found, field.name)!r} in the folder, {getattr(config, field.name, None)!r} here"
-            for field in dataclasses.fields(found)
-            if getattr(found, field.name) != getattr(config, field.name, None)
-        ]
-        raise WeightError(f"{folder} holds another {backbone.tower}:\n  " + "\n  ".join(differences))
-    build = functools.partial(registry.build, config, numerics=numerics)
+    _check_same(folder, backbone, found, config)
+    build = functools.partial(registry.build, found, numerics=numerics)
     module = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
     state = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    variables = {".".join(map(str, path)): variable for path, variable in state}
+    variables = {".".join((backbone.tower, *map(str, path))): variable for path, variable in state}
     shapes = {path: tuple(v.get_value().shape) for path, v in variables.items()}
-    expected = table.expand(backbone.rules(config), backbone.sizes(config), shapes)
+    expected = table.expand(backbone.rules(found), backbone.sizes(found), shapes)
     with safetensors_files.Tensors(folder) as tensors:
-        stored = checkpoint.canonical_names(tensors, backbone.canonical)
-        table.check(expected, {name: tensors.shape(raw) for name, raw in stored.items()}, str(folder))
+        stored = checkpoint.match(tensors, backbone.canonical, expected)
         checkpoint.read_parameters(variables, expected, stored, tensors, sharding)
-    return {f"{backbone.tower}.{path}": variable for path, variable in variables.items()}
+    return _resized(variables, found, config)
+
+
+def _check_same(folder: Path, backbone: Backbone, found: TowerConfig, config: TowerConfig) -> None:
+    free = {"grid", "image_mean", "image_std", "mrope_section", "max_position_embeddings"}
+    differences = [
+        f"{field.name}: {getattr(found, field.name)!r} in the folder, {getattr(config, field.name, None)!r} here"
+        for field in dataclasses.fields(found)
+        if field.name not in free and getattr(found, field.name) != getattr(config, field.name, None)
+    ]
+    if getattr(config, "vocab_size", 0) > getattr(found, "vocab_size", 0):
+        differences = [line for line in differences if not line.startswith("vocab_size:")]
+    if differences:
+        raise WeightError(f"{folder} holds another {backbone.tower}:\n  " + "\n  ".join(differences))
+
+
+def _resized(variables: dict[str, nnx.Variable], found: TowerConfig, config: TowerConfig) -> dict[str, nnx.Variable]:
+    """Position tables at the wanted size; new words begin as the mean of the old ones."""
+    if isinstance(found, ViTConfig) and found.grid != config.grid:
+        table_of = variables["encoder.positions"]
+        resized = resize_positions(np.asarray(table_of.get_value()), config.grid, class_token=found.class_token)
+        table_of.set_value(jnp.asarray(resized))
+    elif isinstance(found, TransformerConfig) and found.vocab_size < config.vocab_size:
+        new = config.vocab_size - found.vocab_size
+        for path, axis in (("decoder.embedding", 0), ("decoder.head.kernel", 1)):
+            if path in variables:
+                value = variables[path].get_value()
+                mean = jnp.repeat(value.mean(axis, keepdims=True), new, axis)
+                variables[path].set_value(jnp.concatenate([value, mean.astype(value.dtype)], axis))
+    return variables
 
 
 def _open(folder: Path) -> tuple[Backbone, TowerConfig]:

@@ -44,7 +44,7 @@ class ViTNames:
 
 
 def vit_rules(config: ViTConfig, names: ViTNames, path: str) -> list[Rule]:
-    """The table of a ViT whose parameters lie under ``path`` ("encoder." or nothing)."""
+    """The table of a ViT whose parameters lie under ``path``."""
     layer, to = names.layer, f"{path}blocks.layer"
     rules = [
         Rule(f"{names.patch}.weight", f"{path}patch_embed.kernel", "d c y x -> (c y x) d"),
@@ -100,4 +100,6 @@ def vit_backbone(
     read_config: Callable[[dict[str, Any]], ViTConfig],
 ) -> Backbone:
     """The entry of a family."""
-    return Backbone(model_types, "encoder", lambda c: vit_rules(c, names, ""), canonical, read_config, vit_sizes)
+    return Backbone(
+        model_types, "encoder", lambda c: vit_rules(c, names, "encoder."), canonical, read_config, vit_sizes
+    )
