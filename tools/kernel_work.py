@@ -291,7 +291,7 @@ def pack(name: str, examples: list[Example], row_tokens: int, processor: Process
         frames=batch.patch_segment_ids,
         windows=batch.patch_window_ids,
         max_segment_length=None,
-        max_frame_patches=pipeline.frame_patches(processor, config),
+        max_frame_patches=pipeline.frame_patches(processor.vision, processor.media, config),
     )
 
 

@@ -20,6 +20,7 @@ from jvlm.data.processor import Processor
 from jvlm.data.rows import Conversation, parse_row
 from jvlm.data.shards import RowSource
 from jvlm.data.turns import turns_alone
+from jvlm.data.vision import MediaConfig, Vision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,13 +230,14 @@ def training_data(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's processes read absl flags, which only absl programs parse
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.worker_processes))
-    packed = PackDataset(stream, config, processor.vision.patch_values, frame_patches(processor, config))
+    most = frame_patches(processor.vision, processor.media, config)
+    packed = PackDataset(stream, config, processor.vision.patch_values, most)
     return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.prefetch), source
 
 
-def frame_patches(processor: Processor, config: DataConfig) -> int | None:
+def frame_patches(vision: Vision, media: MediaConfig, config: DataConfig) -> int | None:
     """Most patches of one image or frame: what the media configuration allows, if that is less than a row."""
     if config.max_frame_patches is not None:
         return config.max_frame_patches
-    most = processor.vision.max_frame_patches(processor.media)
+    most = vision.max_frame_patches(media)
     return most if most is not None and most < config.row_patches else None

@@ -89,8 +89,11 @@ def current() -> Whole:
 
 
 @contextlib.contextmanager
-def use(placement: Whole) -> Iterator[None]:
-    """Trace models under a placement. A compiled function keeps the one it was traced under: enter it inside."""
+def use(placement: Whole | None) -> Iterator[None]:
+    """Trace models under a placement; None is `Whole`.
+
+    A compiled function keeps the one it was traced under: enter this inside of it.
+    """
     token = _CURRENT.set(placement)
     try:
         yield

@@ -8,6 +8,7 @@ from typing import Literal
 from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.models.vlm import VLMConfig
+from jvlm.parallel.mesh import ParallelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Experiment:
         only ``model.numerics`` counts.
       init_from: Hugging Face or run folder whose weights and processor to start from.
       tokenizer: folder of the tokenizer, when training from random weights.
+      parallel: the mesh of devices, and what is split over its axes; a restart may change it.
       steps: optimizer steps; None derives them from ``epochs``.
       epochs: passes over the data, used when ``steps`` is None; the number of steps is estimated by packing a sample.
       accumulation: batches whose gradients make one step; the loss is averaged over all their tokens.
@@ -132,6 +134,7 @@ class Experiment:
     tokenizer: str | None = None
     processor: ProcessorConfig | None = None
     data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

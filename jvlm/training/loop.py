@@ -12,7 +12,6 @@ from pathlib import Path
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -22,14 +21,15 @@ from jvlm.data.errors import Rejected
 from jvlm.data.packing import PackedRows
 from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.models import vlm
-from jvlm.models.vlm import TOWERS, VLM
+from jvlm.models.vlm import TOWERS, VLM, VLMConfig
+from jvlm.parallel.layout import Layout
 from jvlm.training import flops, optimizer
+from jvlm.training import program as planning
 from jvlm.training import step as stepping
 from jvlm.training.checkpoint import Checkpoints
 from jvlm.training.config import EvaluationConfig, Experiment
 from jvlm.training.log import TrainingLog, clock
 from jvlm.training.nonfinite import Guard
-from jvlm.training.step import TrainState
 from jvlm.weights import checkpoint, loading
 from jvlm.weights.run_folder import EXPERIMENT, PROCESSOR
 
@@ -37,7 +37,7 @@ REJECTED = "rejected.jsonl"
 # A restart may change these; anything else would make the rest of the run another experiment.
 _FREE = (
     *("checkpoint", "evaluation", "export", "log_every", "stop_after_skips", "output_root"),
-    *("data.read_threads", "data.prefetch"),
+    *("data.read_threads", "data.prefetch", "parallel"),
 )
 
 
@@ -94,20 +94,15 @@ def runs_of(experiment: Experiment) -> list[Experiment]:
 
 
 def _train_one(experiment: Experiment) -> Result:
-    model, processor = start_model(experiment)
+    layout = Layout.of(experiment.parallel)
+    model, processor = start_model(experiment, layout.parameter)
     experiment = resolve(experiment, model, processor)
     folder = Path(experiment.output_root) / experiment.name
     prepare_folder(folder, experiment, processor)
     template, values = split(model)
-    learnt = {p: v for p, v in vlm.parameters(template).items() if optimizer.trainable(experiment.optimizer, p)}
-    tx = optimizer.make(experiment.optimizer, experiment.steps, learnt)
-    params = {path: values[path] for path in learnt}
-    frozen = {path: value for path, value in values.items() if path not in learnt}
-    # everything lives on the device it will come back on: a step has one signature, hence one compilation
-    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-    state, frozen = jax.device_put((state, frozen), jax.devices()[0])
-    print(describe(experiment, template))
-    step_fn = stepping.make_step(template, tx)
+    program = planning.plan(experiment)
+    state, frozen = program.begin(values)
+    print(describe(experiment, template, layout))
     dataset, source = pipeline.training_data(processor, experiment.data, seed=experiment.seed)
     batches = iter(dataset)
 
@@ -126,7 +121,7 @@ def _train_one(experiment: Experiment) -> Result:
             meter = _Meter(experiment, seen, template)
             for step in range(start + 1, experiment.steps + 1):
                 packed = meter.next_batch(batches, step)
-                state, metrics = step_fn(state, frozen, stepping.stack([rows.batch for rows in packed]))
+                state, metrics = program.step(state, frozen, stepping.stack([rows.batch for rows in packed]))
                 guard.ran(step, packed, metrics)
                 to_log = step % experiment.log_every == 0 or step in (start + 1, experiment.steps)
                 if to_log or checkpoints.due(step):
@@ -145,7 +140,7 @@ def _train_one(experiment: Experiment) -> Result:
                 log.advance()
             seconds = log.elapsed()
     batches.close()
-    compilations = step_fn._cache_size()
+    compilations = program.step._cache_size()
     print(
         f"{experiment.steps} steps in {clock(seconds)}, {compilations} compilation(s), {seen.summary()}"
         + guard.summary()
@@ -154,11 +149,15 @@ def _train_one(experiment: Experiment) -> Result:
     return Result(model, processor, folder, experiment.steps, seconds, compilations, seen.rejected)
 
 
-def start_model(experiment: Experiment) -> tuple[VLM, Processor]:
-    """The model to start from: a folder's weights, or random ones."""
+def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None = None) -> tuple[VLM, Processor]:
+    """The model to start from: a folder's weights, or random ones.
+
+    Args:
+      sharding: of a parameter, from its path and variable; None puts all on the first device.
+    """
     if experiment.init_from is not None:
         numerics = experiment.model.numerics if experiment.model else None
-        model, processor = loading.load(experiment.init_from, numerics=numerics)
+        model, processor = loading.load(experiment.init_from, numerics=numerics, sharding=sharding)
         if experiment.processor is not None:
             processor = Processor(processor.tokenizer, model.config, experiment.processor)
     else:
@@ -166,11 +165,22 @@ def start_model(experiment: Experiment) -> tuple[VLM, Processor]:
 
         tokenizer = AutoTokenizer.from_pretrained(experiment.tokenizer, local_files_only=True)
         config = experiment.model
-        model = nnx.jit(lambda: VLM(config, rngs=nnx.Rngs(experiment.seed)))()
+        model = random_model(config, experiment.seed, sharding)
         processor = Processor(tokenizer, config, experiment.processor or ProcessorConfig())
     if experiment.data.media_root:
         processor.media_roots = (experiment.data.media_root,)
     return model, processor
+
+
+def random_model(config: VLMConfig, seed: int, sharding: checkpoint.ShardingOf | None) -> VLM:
+    """A new model, each parameter made where it will live."""
+    template = vlm.abstract(config)
+    places = {path: sharding(path, v) for path, v in vlm.parameters(template).items()} if sharding else None
+
+    def values() -> dict[str, jax.Array]:
+        return {path: v.get_value() for path, v in vlm.parameters(VLM(config, rngs=nnx.Rngs(seed))).items()}
+
+    return vlm.bind(template, jax.jit(values, out_shardings=places)())
 
 
 def resolve(experiment: Experiment, model: VLM, processor: Processor) -> Experiment:
@@ -221,7 +231,7 @@ def split(model: VLM) -> tuple[VLM, dict[str, jax.Array]]:
     return vlm.bind(model, {p: jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in values.items()}), values
 
 
-def describe(experiment: Experiment, template: VLM) -> str:
+def describe(experiment: Experiment, template: VLM, layout: Layout) -> str:
     """The start-up table: tower, parameters, trainable, learning rate; and the shape of a step."""
     counts = vlm.parameter_counts(template)
     lines = [f"{'tower':<12}{'parameters':>16}{'trainable':>16}{'learning rate':>16}"]
@@ -230,12 +240,14 @@ def describe(experiment: Experiment, template: VLM) -> str:
         learnt = counts[tower] if rate > 0 else 0
         lines.append(f"{tower:<12}{counts[tower]:>16,}{learnt:>16,}{rate if rate > 0 else 'frozen':>16}")
     data = experiment.data
-    device = jax.devices()[0]
+    kind = layout.mesh.devices.flat[0].device_kind
+    axes = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items() if size > 1)
+    devices = f"{layout.mesh.size} x {kind}" + (f" ({axes})" if axes else "")
     numerics = experiment.model.numerics
     lines.append(
         f"{experiment.steps} steps of {experiment.accumulation} x {data.rows} rows of {data.row_tokens} tokens and "
-        f"{data.row_patches} patches, on {jax.device_count()} x {device.device_kind}, {numerics.param_dtype} "
-        f"parameters, {numerics.compute_dtype} compute"
+        f"{data.row_patches} patches, on {devices}, {numerics.param_dtype} parameters, "
+        f"{numerics.compute_dtype} compute"
     )
     return "\n".join(lines)
 

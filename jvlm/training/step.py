@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jvlm.models import placement as placements
 from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
@@ -33,21 +34,28 @@ class TrainState:
 Step = Callable[[TrainState, Params, PackedBatch], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def make_step(template: VLM, tx: optax.GradientTransformation) -> Step:
+def make_step(
+    template: VLM, tx: optax.GradientTransformation, *, placement: placements.Whole | None = None, **options: Any
+) -> Step:
     """``(state, frozen, batches) -> (state, metrics)``, with ``batches`` stacked on a leading accumulation axis.
 
     The loss is averaged over the weights of all accumulated batches, so it equals that of one large batch.
     ``state`` is donated. Metrics: loss, token_acc, grad_norm, a norm for each learnt tower, and skipped: 1 where the
     loss or the gradient is not finite. Such a step leaves parameters and optimizer, its count included, as they were.
+
+    Args:
+      placement: how the model is split; None keeps it whole.
+      options: of `jax.jit`: shardings of what goes in and comes out.
     """
 
     def sums(params: Params, frozen: Params, batch: PackedBatch):
-        result = loss_sums(vlm.bind(template, {**frozen, **params}), batch)
+        with placements.use(placement):
+            result = loss_sums(vlm.bind(template, {**frozen, **params}), batch)
         return result["loss"], result
 
     gradient = jax.value_and_grad(sums, has_aux=True)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, **options)
     def step(state: TrainState, frozen: Params, batches: PackedBatch):
         if batches.tokens.shape[0] == 1:
             (_, total), grads = gradient(state.params, frozen, jax.tree.map(lambda x: x[0], batches))

@@ -1,0 +1,96 @@
+"""The mesh: devices in at most five axes, the slow network outermost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from jvlm.parallel.rules import AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How devices share the work.
+
+    Attributes:
+      data: devices that hold the same parameters and other rows. -1 is the devices that the other axes leave over.
+      fsdp: devices with other rows that also store the parameters in parts and gather each where it is used.
+      tensor: devices that split heads, hidden units of MLPs and the vocabulary.
+      context: devices that split the tokens of a row, and its patches.
+      expert: devices that split the experts; they have other rows too.
+      data_slices, fsdp_slices: how many of ``data`` and ``fsdp`` cross the slow network between slices; their product
+        is the number of slices. None takes all of them as data.
+      rules: name of the table from logical axes to mesh axes (jvlm.parallel.rules).
+      override: lines that replace some of the table, as "heads=" or "embed=fsdp+context".
+      largest_whole: MiB of the largest parameter that may stay whole on every device of a mesh that splits parameters.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
+    data_slices: int | None = None
+    fsdp_slices: int = 1
+    rules: str = "standard"
+    override: tuple[str, ...] = ()
+    largest_whole: float = 4.0
+
+    def __post_init__(self):
+        sizes = {name: getattr(self, name) for name in AXES}
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"parallel.{name} must be positive, or -1 for the rest, got {size}")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"only one axis can be -1, the rest; got {sizes}")
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Size of each axis on so many devices. Raises ValueError where they do not multiply to them."""
+        sizes = {name: getattr(self, name) for name in AXES}
+        rest = [name for name, size in sizes.items() if size == -1]
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        if rest and devices % fixed == 0:
+            sizes[rest[0]] = devices // fixed
+        if math.prod(sizes.values()) != devices:
+            shown = " x ".join(f"{name} {getattr(self, name)}" for name in AXES)
+            raise ValueError(f"a mesh of {shown} does not fit {devices} devices; set parallel.* so that it does")
+        return sizes
+
+
+def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a configuration over devices (None: all of them), which may be those of a described topology.
+
+    Neighbours on ``tensor`` and ``context``, which talk most, are neighbours in the network of the chips.
+
+    Raises:
+      ValueError: sizes that do not fit the devices, or the slices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = config.sizes(len(devices))
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    across = {"data": slices // config.fsdp_slices if config.data_slices is None else config.data_slices}
+    across["fsdp"] = config.fsdp_slices
+    if math.prod(across.values()) != slices:
+        raise ValueError(
+            f"parallel.data_slices {across['data']} x parallel.fsdp_slices {across['fsdp']} are not the {slices} "
+            "slice(s) that the devices are in"
+        )
+    for name, count in across.items():
+        if sizes[name] % count:
+            raise ValueError(f"parallel.{name} = {sizes[name]} is no multiple of the {count} slices it crosses")
+    outer = tuple(across.get(name, 1) for name in AXES)
+    inner = tuple(sizes[name] // count for name, count in zip(AXES, outer, strict=True))
+    if slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    elif devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    else:
+        # in the order of processes, so that the rows of one host are side by side
+        grid = np.asarray(devices).reshape(inner)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

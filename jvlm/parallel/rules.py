@@ -1,0 +1,66 @@
+"""Rules: from the names that models give to axes to the mesh axes that split them. One line each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+Rules = Mapping[str, tuple[str, ...]]
+
+_STANDARD: dict[str, str] = {
+    # activations
+    "batch": "data fsdp expert",
+    "sequence": "context",
+    "patches": "context",
+    "features": "context",
+    # parameters, and the activations they make
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "experts": "expert",
+    "patch": "",
+    "position": "",
+    "norm": "",
+}
+
+TABLES: Mapping[str, Rules] = MappingProxyType(
+    {
+        name: MappingProxyType({axis: tuple(axes.split()) for axis, axes in table.items()})
+        for name, table in {
+            "standard": _STANDARD,
+            # parameters also stored in parts over `context`: less memory for long rows, more to gather
+            "store_over_context": {**_STANDARD, "embed": "fsdp context"},
+            # every device holds all parameters
+            "replicated": {**_STANDARD, **dict.fromkeys("embed heads kv_heads mlp vocab experts".split(), "")},
+        }.items()
+    }
+)
+
+
+def table(name: str, override: Sequence[str] = ()) -> Rules:
+    """A table by name, with the lines of ``override`` ("heads=tensor", "embed=fsdp+context", "vocab=") in place.
+
+    Raises:
+      ValueError: an unknown table, or a line that cannot be read.
+    """
+    if name not in TABLES:
+        raise ValueError(f"parallel.rules: no table {name!r}; there are {', '.join(TABLES)}")
+    rules = dict(TABLES[name])
+    for line in override:
+        axis, equals, axes = line.partition("=")
+        chosen = tuple(a for a in axes.split("+") if a)
+        unknown = [a for a in chosen if a not in AXES]
+        if not equals or unknown:
+            raise ValueError(
+                f"parallel.override: {line!r} should read axis=mesh axes joined by +, of {', '.join(AXES)}"
+            )
+        if axis not in rules:
+            near = difflib.get_close_matches(axis, rules, n=1)
+            raise ValueError(f"parallel.override: no axis {axis!r}; {f'did you mean {near[0]!r}?' if near else ''}")
+        rules[axis] = chosen
+    return rules

@@ -1,0 +1,152 @@
+"""What a model does when it is split: the placement of `jvlm.models.placement` on a mesh.
+
+Products of matrices are left to XLA's partitioner. What it cannot split well, or not at all (Pallas kernels), runs in
+`jax.shard_map` here. Shapes as in jvlm.models.placement; inside a shard_map they are one device's part.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jvlm_kernels import CrossEntropy, linear_cross_entropy
+
+from jvlm.models.placement import Along, Whole
+from jvlm.parallel import context
+from jvlm.parallel.layout import Layout
+
+
+class Sharded(Whole):
+    """A placement over the mesh of a layout."""
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+
+    def constrain(self, x, axes):
+        return lax.with_sharding_constraint(x, self.layout.sharding(axes, x.shape))
+
+    def weight(self, value, axes):
+        stored = self.layout.sharding(axes, value.shape)
+        used = self.layout.sharding([None if self._is_storage(a) else a for a in axes], value.shape)
+        return value if stored == used else _gathered(value, used, stored)
+
+    def _is_storage(self, axis: str | None) -> bool:
+        """Whether the mesh axes of a parameter's axis also split rows: then they only store it. Experts stay apart."""
+        rows = {*self.layout.splits("batch"), *self.layout.splits("sequence")} - {*self.layout.splits("experts")}
+        return bool(rows.intersection(self.layout.splits(axis)))
+
+    def _map(self, function, in_specs, out_specs):
+        return jax.shard_map(function, mesh=self.layout.mesh, in_specs=in_specs, out_specs=out_specs)
+
+    def attention(self, q, k, v, q_segments, kv_segments, *, along: Along, **options: Any):
+        layout = self.layout
+        rows, columns, heads = (layout.splits(axis) for axis in ("batch", along, "heads"))
+        _check_divides(layout, "rows", q.shape[0], rows)
+        _check_divides(layout, f"queries along {along}", q.shape[1], columns)
+        _check_divides(layout, f"keys along {along}", k.shape[1], columns)
+        count = layout.size(heads)
+        _check_divides(layout, "attention heads", q.shape[2], heads)
+        if k.shape[2] % count:
+            # each device needs the key heads of its query heads: repeated until there is one for each
+            if count % k.shape[2]:
+                raise ValueError(f"{k.shape[2]} key heads and {heads} = {count} do not divide one another")
+            k, v = (jnp.repeat(x, count // k.shape[2], axis=2) for x in (k, v))
+        same_row = q_segments is kv_segments
+        part = functools.partial(context.attention, axes=columns, same_row=same_row, **options)
+        wide, ids = P(rows, columns, heads), P(rows, columns)
+        return self._map(part, (wide, wide, wide, ids, ids), wide)(q, k, v, q_segments, kv_segments)
+
+    def lookup(self, table, index, dtype, *, axes=("vocab", "embed"), along: Along = "sequence"):
+        rows, columns = self.layout.splits("batch"), self.layout.splits(along)
+        stored = self.layout.spec(axes, table.shape)
+        words, width = _names(stored[0]), tuple(a for a in _names(stored[1]) if a in rows)
+
+        def part(table, index):
+            if width:
+                index = lax.all_gather(index, width, axis=0, tiled=True)
+            if words:
+                index = index - lax.axis_index(words) * table.shape[0]
+                own = (index >= 0) & (index < table.shape[0])
+                found = jnp.where(own[..., None], table[jnp.where(own, index, 0)], 0).astype(dtype)
+                found = lax.psum(found, words)
+            else:
+                found = table[index].astype(dtype)
+            # every device has a part of the width for the rows of all; it wants all of the width for its own
+            return lax.all_to_all(found, width, split_axis=0, concat_axis=2, tiled=True) if width else found
+
+        return self._map(part, (P(words or None, width or None), P(rows, columns)), P(rows, columns))(table, index)
+
+    def pick(self, features, index):
+        rows, columns, parts = (self.layout.splits(axis) for axis in ("batch", "sequence", "features"))
+        _check_divides(self.layout, "vision features", features.shape[1], parts)
+
+        def part(features, index):
+            if parts:
+                features = lax.all_gather(features, parts, axis=1, tiled=True)
+            return Whole.pick(self, features, index)
+
+        return self._map(part, (P(rows, parts), P(rows, columns)), P(rows, columns))(features, index)
+
+    def cross_entropy(self, hidden, kernel, targets, weights, *, vocabulary_first=False, **options: Any):
+        axes = ("vocab", "embed") if vocabulary_first else ("embed", "vocab")
+        kernel = self.weight(kernel.astype(hidden.dtype), axes)
+        rows, columns = self.layout.splits("batch"), self.layout.splits("sequence")
+        vocabulary = 0 if vocabulary_first else 1
+        words = _names(self.layout.spec(axes, kernel.shape)[vocabulary])
+        if self.layout.splits("vocab") and not words:
+            # a vocabulary that does not divide: the tokens are split over its devices instead
+            more = self.layout.splits("vocab")
+            if hidden.shape[1] % self.layout.size((*columns, *more)) == 0:
+                columns = (*columns, *more)
+
+        def part(hidden, kernel, targets, weights):
+            varying = (*rows, *columns)
+            kernel = lax.pcast(kernel, varying, to="varying") if varying else kernel
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            found = linear_cross_entropy(
+                flat,
+                kernel,
+                targets.reshape(-1),
+                weights.reshape(-1),
+                vocabulary_first=vocabulary_first,
+                axis_name=words or None,
+                **options,
+            )
+            return CrossEntropy(*(x.reshape(targets.shape) for x in found))
+
+        split = P(words or None) if vocabulary_first else P(None, words or None)
+        tokens = P(rows, columns)
+        return self._map(part, (tokens, split, tokens, tokens), CrossEntropy(tokens, tokens, tokens))(
+            hidden, kernel, targets, weights
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(value, used, stored):
+    """``value`` laid out as ``used``; its gradient goes back as ``stored``, so that it is scattered, not gathered."""
+    return lax.with_sharding_constraint(value, used)
+
+
+def _gathered_forward(value, used, stored):
+    return _gathered(value, used, stored), None
+
+
+def _gathered_backward(used, stored, _, cotangent):
+    return (lax.with_sharding_constraint(cotangent, stored),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
+
+
+def _check_divides(layout: Layout, what: str, length: int, axes: tuple[str, ...]) -> None:
+    if length % layout.size(axes):
+        by = f"{' x '.join(axes)} = {layout.size(axes)}"
+        raise ValueError(f"{length} {what} do not divide by {by}; choose another mesh")
