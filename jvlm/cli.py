@@ -15,7 +15,11 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status. Errors of the user's making are one message, not a traceback."""
+    """Run a command; returns the exit status. Errors of the user's making are one message, not a traceback.
+
+    0 done; 2 a mistake to mend; 75 training was asked to stop (SIGTERM, Ctrl-C, preemption), has saved, and goes on
+    with the same command; 130 a second Ctrl-C, nothing saved.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and not getattr(arguments, "takes_fields", False):
@@ -77,8 +81,13 @@ def _find_config(config: str) -> Path:
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     from jvlm import job
+    from jvlm.training.interruption import EXIT_STATUS, Interrupted
 
-    job.run(load_experiment(arguments.config, rest))
+    try:
+        job.run(load_experiment(arguments.config, rest))
+    except Interrupted as stopped:
+        print(f"jvlm: {stopped}", file=sys.stderr)
+        return EXIT_STATUS
     return 0
 
 

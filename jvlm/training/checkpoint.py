@@ -1,27 +1,52 @@
-"""Checkpoints of a run: parameters, optimizer and data position together, written in the background by Orbax."""
+"""Checkpoints of a run: parameters, optimizer and data position together, written in the background by Orbax.
+
+Beside the data position lie fingerprints of all arrays, taken on the devices before they are written. They are compared
+with what is read, on whatever mesh: a checkpoint that is restored is the one that was saved, to the bit.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax import lax
+from jax.experimental import multihost_utils
 
 from jvlm.training.config import CheckpointConfig
 from jvlm.training.step import Params, TrainState
 from jvlm.weights.run_folder import CHECKPOINTS
 
+DAMAGED = "damaged"
+_UNFINISHED = "orbax-checkpoint-tmp"
+# Reading fails with these for reasons that lie not in the files: trying an older step would only hide them.
+_ELSEWHERE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
+GIB = 2**30
+
+
+class Damaged(ValueError):
+    """A checkpoint whose files are missing, cut short or changed."""
+
 
 class Checkpoints:
     """The checkpoints of one run folder. Use as a context manager: leaving it waits for the last write.
 
-    A checkpoint exists whole or not at all: Orbax writes beside it and renames.
+    A checkpoint exists whole or not at all: Orbax writes beside it and renames, and the oldest one goes only after.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig):
+        self.folder, self.config = folder, config
+        self._path = (folder / CHECKPOINTS).absolute()
+        for path in sorted(self._path.glob(f"*{_UNFINISHED}*")):
+            print(f"removing {path}: a checkpoint that was being written when the run ended")
         self._manager = ocp.CheckpointManager(
-            (folder / CHECKPOINTS).absolute(),
+            self._path,
             options=ocp.CheckpointManagerOptions(
                 save_interval_steps=config.every,
                 max_to_keep=config.keep,
@@ -39,9 +64,44 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.close()
 
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written."""
+        self._manager.wait_until_finished()
+
     def latest(self) -> int | None:
         """The last complete step."""
         return self._manager.latest_step()
+
+    def check_space(self, state: TrainState, frozen: Params, ahead: Sequence[int]) -> None:
+        """Whether the disk has room for the checkpoints that will lie on it at a time; asks local disks only.
+
+        Args:
+          ahead: steps that will be run.
+
+        Raises:
+          ValueError: it has not, with both numbers.
+        """
+        if "://" in str(self.folder):
+            return
+        size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.optimizer, frozen)))
+        config, present = self.config, self._manager.all_steps()
+        passing = sum(not self._stays(step) for step in present)
+        more = most = 0
+        for step in (s for s in ahead if s % config.every == 0 or s == ahead[-1]):
+            more, passing = more + 1, passing + (not self._stays(step))
+            most = max(most, more)  # the oldest goes only when the new one is whole
+            if passing > config.keep:
+                more, passing = more - 1, passing - 1
+        free = shutil.disk_usage(self._path).free
+        if most * size > free:
+            raise ValueError(
+                f"{self._path} has {free / GIB:.2f} GiB free, but {most} more checkpoints of {size / GIB:.2f} GiB will "
+                f"lie there at a time; make room, or lower checkpoint.keep = {config.keep} or raise "
+                f"checkpoint.keep_every = {config.keep_every}"
+            )
+
+    def _stays(self, step: int) -> bool:
+        return self.config.keep_every is not None and step % self.config.keep_every == 0
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after this step."""
@@ -49,7 +109,7 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, frozen: Params, data: dict[str, Any], *, force: bool = False) -> bool:
         """Write if it is time to (or ``force``); returns whether it was. Arrays are copied before this returns."""
-        if force and self.latest() == step:
+        if (force and self.latest() == step) or not (force or self.due(step)):
             return False
         params = {**frozen, **state.params}
         return self._manager.save(
@@ -57,25 +117,106 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params, save_args={p: _chunks(p, v) for p, v in params.items()}),
                 optimizer=ocp.args.StandardSave(state.optimizer),
-                data=ocp.args.JsonSave(data),
+                data=ocp.args.JsonSave(
+                    {"run": data, "checksum": _checksum(data), "fingerprints": fingerprints((params, state.optimizer))}
+                ),
             ),
             force=force,
         )
 
+    def restore_latest(
+        self, state: TrainState, frozen: Params
+    ) -> tuple[int, TrainState, Params, dict[str, Any]] | None:
+        """The last good checkpoint: its step, state and frozen parameters, and data position; None if there is none.
+
+        Arrays come in the shapes and shardings of those given, however they were laid out when saved. Steps that are
+        damaged are named and put aside, in ``<run>/damaged``.
+
+        Raises:
+          ValueError: there are checkpoints, and every one is damaged.
+        """
+        problems = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return (step, *self.restore(step, state, frozen))
+            except Damaged as error:
+                problems.append(f"step {step}: {error}")
+                print(f"CHECKPOINT DAMAGED, put aside in {self._put_aside(step, str(error))}: {problems[-1]}")
+        if problems:
+            raise ValueError(
+                f"every checkpoint of {self.folder} is damaged:\n  "
+                + "\n  ".join(problems)
+                + f"\nThey are in {self.folder / DAMAGED}. Nothing is left to go on from: the same command starts anew"
+            )
+        return None
+
     def restore(self, step: int, state: TrainState, frozen: Params) -> tuple[TrainState, Params, dict[str, Any]]:
-        """The state at a step, in the shapes and shardings of the given one, and the data position."""
+        """As `restore_latest`, of one step. Raises Damaged."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, ({**frozen, **state.params}, state.optimizer))
-        found = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract[0]),
-                optimizer=ocp.args.StandardRestore(abstract[1]),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
+        try:
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract[0]),
+                    optimizer=ocp.args.StandardRestore(abstract[1]),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
+        except Exception as error:  # Orbax raises no less for a file that is cut short
+            if any(word in str(error) for word in _ELSEWHERE):
+                raise
+            raise Damaged(f"it cannot be read ({type(error).__name__}: {str(error)[:300]})") from error
+        data = found.data
+        if not isinstance(data, dict) or "run" not in data or _checksum(data["run"]) != data.get("checksum"):
+            raise Damaged("the data position is not what was saved")
+        now = fingerprints((found.params, found.optimizer))
+        changed = sorted(k for k, v in data["fingerprints"].items() if now.get(k) != v)
+        if changed:
+            raise Damaged(f"{len(changed)} of {len(now)} arrays are not what was saved: {', '.join(changed[:5])}")
         params = {path: found.params[path] for path in state.params}
         restored = TrainState(state.step + step, params, found.optimizer)
-        return restored, {path: found.params[path] for path in frozen}, found.data
+        return restored, {path: found.params[path] for path in frozen}, data["run"]
+
+    def _put_aside(self, step: int, reason: str) -> Path:
+        target = self.folder / DAMAGED / str(step)
+        if jax.process_index() == 0:
+            number = 1
+            while target.exists():
+                number += 1
+                target = self.folder / DAMAGED / f"{step}-{number}"
+            target.parent.mkdir(exist_ok=True)
+            (self._path / str(step)).rename(target.absolute())
+            (target / "reason.txt").write_text(reason + "\n")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
+        self._manager.reload()
+        return target
+
+
+def fingerprints(tree: Any) -> dict[str, int]:
+    """A number for each array of a tree, by its path: the same on every mesh, another if any bit changes."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): int(n) for (path, _), n in zip(leaves, _sums(tree), strict=True)}
+
+
+@jax.jit
+def _sums(tree: Any) -> list[jax.Array]:
+    return [_fingerprint(x) for x in jax.tree.leaves(tree)]
+
+
+def _fingerprint(x: jax.Array) -> jax.Array:
+    """Sum of the elements' bits, each times an odd number of its own, modulo 2 ** 32: no single change leaves it."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = x.astype(unsigned) if x.dtype == bool else lax.bitcast_convert_type(x, unsigned)
+    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        place += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+
+
+def _checksum(data: Any) -> int:
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
 
 
 def _chunks(path: str, value: jax.Array) -> ocp.SaveArgs:

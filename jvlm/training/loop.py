@@ -28,10 +28,12 @@ from jvlm.training import program as planning
 from jvlm.training import step as stepping
 from jvlm.training.checkpoint import Checkpoints
 from jvlm.training.config import EvaluationConfig, Experiment
+from jvlm.training.goodput import Goodput
+from jvlm.training.interruption import Interrupted, StopRequests
 from jvlm.training.log import TrainingLog, clock
 from jvlm.training.nonfinite import Guard
 from jvlm.weights import checkpoint, loading
-from jvlm.weights.run_folder import EXPERIMENT, PROCESSOR
+from jvlm.weights.run_folder import CHECKPOINTS, EXPERIMENT, PROCESSOR
 
 REJECTED = "rejected.jsonl"
 # A restart may change these; anything else would make the rest of the run another experiment.
@@ -58,7 +60,9 @@ def train(experiment: Experiment) -> Result:
     """Train the stages and then the experiment's own data, each to its end or from its last checkpoint on.
 
     Raises:
-      ValueError: the folder holds a different experiment; data too bad; too many steps in a row were not finite.
+      ValueError: the folder holds a different experiment; data too bad; too many steps in a row were not finite; no
+        checkpoint can be read; too little space for the checkpoints.
+      Interrupted: a signal or a preemption notice asked to stop; the last step is saved.
     """
     results: list[Result] = []
     for number, run in enumerate(runs_of(experiment), 1):
@@ -107,21 +111,30 @@ def _train_one(experiment: Experiment) -> Result:
     batches = iter(dataset)
 
     with Checkpoints(folder, experiment.checkpoint) as checkpoints:
-        start = checkpoints.latest() or 0
+        start, useful = 0, 0.0
         guard = Guard(folder, experiment.stop_after_skips)
         seen = _Seen(folder, len(source), experiment.data)
-        if start:
-            state, frozen, data = checkpoints.restore(start, state, frozen)
+        restored = checkpoints.restore_latest(state, frozen)
+        if restored is not None:
+            start, state, frozen, data = restored
             batches.set_state(data["iterator"])
             seen.restore(data["seen"], start)
             guard.restore(data["skips"])
-        with TrainingLog(folder, start, experiment.steps) as log:
+            useful = data["useful"]
+        checkpoints.check_space(state, frozen, range(start + 1, experiment.steps + 1))
+        with (
+            TrainingLog(folder, start, experiment.steps) as log,
+            Goodput(folder, useful) as goodput,
+            StopRequests() as requests,
+        ):
             if start:
                 log.say(f"resuming after step {start}")
             meter = _Meter(experiment, seen, template)
             for step in range(start + 1, experiment.steps + 1):
                 packed = meter.next_batch(batches, step)
-                state, metrics = program.step(state, frozen, stepping.stack([rows.batch for rows in packed]))
+                batch, began = stepping.stack([rows.batch for rows in packed]), time.perf_counter()
+                state, metrics = program.step(state, frozen, batch)
+                goodput.ran(began, metrics)
                 guard.ran(step, packed, metrics)
                 to_log = step % experiment.log_every == 0 or step in (start + 1, experiment.steps)
                 if to_log or checkpoints.due(step):
@@ -129,15 +142,27 @@ def _train_one(experiment: Experiment) -> Result:
                 if guard.stops:
                     raise ValueError(guard.dump({**frozen, **state.params}))
                 if to_log:
-                    log.write(step, meter.line(metrics, step, guard.skipped))
+                    log.write(step, {**meter.line(metrics, step, guard.skipped), "goodput": goodput.share()})
+                asked = requests.after(step)
                 checkpoints.save(
                     step,
                     state,
                     frozen,
-                    {"iterator": batches.get_state(), "seen": seen.state(), "skips": guard.state()},
-                    force=step == experiment.steps,
+                    {
+                        "iterator": batches.get_state(),
+                        "seen": seen.state(),
+                        "skips": guard.state(),
+                        "useful": goodput.seconds(),
+                    },
+                    force=step == experiment.steps or asked is not None,
                 )
                 log.advance()
+                if asked and step < experiment.steps:
+                    checkpoints.wait()
+                    raise Interrupted(
+                        f"stopped by {asked} after step {step} of {experiment.steps}, which is saved in "
+                        f"{folder / CHECKPOINTS}; the same command goes on from there"
+                    )
             seconds = log.elapsed()
     batches.close()
     compilations = program.step._cache_size()

@@ -19,14 +19,14 @@ from jvlm.models import vlm
 from jvlm.training import loop, optimizer
 from jvlm.training import step as stepping
 from jvlm.training.config import OptimizerConfig, Stage
+from jvlm.training.interruption import EXIT_STATUS, StopRequests
 from tests.training import support
 
-WORKER = """
-import sys
+CONFIG = """
 from pathlib import Path
-from jvlm.training import loop
 from tests.training import support
-loop.train(support.experiment(Path(sys.argv[1]), Path(sys.argv[2]), "--steps", "14"))
+def get_config():
+    return support.experiment(Path({folder!r}), Path({rows!r}), "--steps", "14", "--export.enabled", "False")
 """
 
 
@@ -39,28 +39,47 @@ def _values(model):
     return {path: np.asarray(v.get_value()) for path, v in vlm.parameters(model).items()}
 
 
-@pytest.mark.parametrize("kill_after", [4, 11])
-def test_losses_after_kill_9_are_bit_equal_to_an_unbroken_run(tmp_path, rows, unbroken, kill_after):
+@pytest.mark.parametrize(
+    ("sent", "after", "status"), [(signal.SIGKILL, 4, -signal.SIGKILL), (signal.SIGTERM, 8, EXIT_STATUS)]
+)
+def test_losses_after_being_killed_or_asked_to_stop_are_bit_equal_to_an_unbroken_run(
+    tmp_path, rows, unbroken, sent, after, status
+):
     run = tmp_path / "run"
-    command = [sys.executable, "-c", WORKER, str(tmp_path), str(rows)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_env())
+    process = subprocess.Popen(_command(tmp_path, rows), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=_env())
     deadline = time.monotonic() + 120
-    while len(_lines(run)) < kill_after:
-        assert process.poll() is None, "the run ended before it could be killed"
+    while len(_lines(run)) < after:
+        assert process.poll() is None, "the run ended before it could be stopped"
         assert time.monotonic() < deadline
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(_lines(run)) < 14
-    subprocess.run(command, check=True, capture_output=True, env=_env())
+        time.sleep(0.005)
+    process.send_signal(sent)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == status
+    stopped_at = len(_lines(run))
+    assert after <= stopped_at < 14
+    if sent == signal.SIGTERM:
+        assert f"stopped by SIGTERM after step {stopped_at} of 14, which is saved in" in said
+        assert max(int(p.name) for p in (run / "checkpoints").iterdir()) == stopped_at
+    subprocess.run(_command(tmp_path, rows), check=True, capture_output=True, env=_env())
     assert support.losses(tmp_path) == unbroken
     assert list(support.losses(tmp_path)) == list(range(1, 15))
+    shares = [json.loads(line)["goodput"] for line in _lines(run)]
+    assert all(0 <= share <= 1 for share in shares)
+    if sent == signal.SIGTERM:
+        assert shares[stopped_at] < shares[stopped_at - 1], "the time of a restart is not useful"
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("unbroken")
-    subprocess.run([sys.executable, "-c", WORKER, str(folder), str(rows)], check=True, capture_output=True, env=_env())
+    subprocess.run(_command(folder, rows), check=True, capture_output=True, env=_env())
     return support.losses(folder)
+
+
+def _command(folder, rows):
+    config = folder / "config.py"
+    config.write_text(CONFIG.format(folder=str(folder), rows=str(rows)))
+    return [sys.executable, "-m", "jvlm.cli", "train", str(config)]
 
 
 def _env():
@@ -70,6 +89,17 @@ def _env():
 def _lines(run):
     path = run / "logging.jsonl"
     return path.read_text().splitlines() if path.is_file() else []
+
+
+def test_a_first_ctrl_c_asks_to_stop_after_the_step_and_a_second_stops_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequests() as requests:
+        assert requests.after(1) is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests.after(2) == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_one_compilation_serves_rows_of_text_of_one_image_and_of_two(tmp_path, rows):

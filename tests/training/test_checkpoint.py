@@ -1,0 +1,167 @@
+"""Checkpoints under fire: killed while they are written, damaged on disk, no room, another layout."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvlm.training.checkpoint import Checkpoints, fingerprints
+from jvlm.training.config import CheckpointConfig
+from jvlm.training.step import TrainState
+
+# Restores the last checkpoint, checks that it is that step's, then saves step after step until it is killed.
+WRITER = """
+import sys
+from pathlib import Path
+from tests.training import test_checkpoint as t
+with t.Checkpoints(Path(sys.argv[1]), t.CheckpointConfig(every=1, keep=1)) as checkpoints:
+    found = checkpoints.restore_latest(*t.state_of(0))
+    start = 0
+    if found is not None:
+        start, state, frozen, data = found
+        t.check(start, state, frozen, data)
+    print("restored", start, flush=True)
+    for step in range(start + 1, 10**6):
+        checkpoints.save(step, *t.state_of(step), {"position": step})
+        checkpoints.wait()
+        print("saved", step, flush=True)
+"""
+
+
+def state_of(step: int):
+    """(state, frozen) with values that tell the step; 4 MiB, so that writing takes a while."""
+    params = {
+        "decoder.a": jnp.arange(2**19, dtype=jnp.float32) + step,
+        "decoder.b": jnp.full((3, 5), step, jnp.bfloat16),
+    }
+    moments = {path: value * 2 for path, value in params.items()}
+    state = TrainState(jnp.zeros((), jnp.int32), params, {"count": jnp.asarray(step, jnp.int32), "mu": moments})
+    return state, {"encoder.c": jnp.full((7,), step, jnp.float32)}
+
+
+def check(step, state, frozen, data):
+    expected, still = state_of(step)
+    pairs = zip(
+        jax.tree.leaves((state.params, state.optimizer, frozen)),
+        jax.tree.leaves((expected.params, expected.optimizer, still)),
+        strict=True,
+    )
+    assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+    assert int(state.step) == step
+    assert data == {"position": step}
+
+
+def _written(folder: Path, steps, **config) -> None:
+    with Checkpoints(folder, CheckpointConfig(every=1, keep=5, **config)) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, *state_of(step), {"position": step})
+
+
+def test_kill_9_while_saving_never_loses_the_last_checkpoint_even_if_one_is_kept(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    saved, draw = 0, random.Random(0)
+    for _ in range(3):
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True)
+        line = process.stdout.readline().split()
+        while line[0] == "removing":
+            line = process.stdout.readline().split()
+        assert line[0] == "restored"
+        assert int(line[1]) >= saved, "a checkpoint that was whole is gone"
+        saved = int(process.stdout.readline().split()[1])
+        time.sleep(draw.uniform(0, 0.25))
+        process.send_signal(signal.SIGKILL)
+        rest = process.communicate()[0].split("\n")
+        whole = [int(text.split()[1]) for text in rest[:-1] if text.startswith("saved")]
+        saved = max([saved, *whole])
+    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep=1)) as checkpoints:
+        step, *found = checkpoints.restore_latest(*state_of(0))
+    assert step >= saved >= 3
+    check(step, *found)
+
+
+def _largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def _cut(folder):
+    path = _largest(folder / "params")
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _flip(folder):
+    path = _largest(folder / "optimizer")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def _lose(folder):
+    _largest(folder / "params").unlink()
+
+
+def _move(folder):
+    (path,) = [p for p in (folder / "data").iterdir() if p.name == "metadata"]
+    path.write_text(path.read_text().replace('"position": 3', '"position": 2'))
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip, _lose, _move])
+def test_a_damaged_step_is_named_put_aside_and_passed_over(tmp_path, capsys, damage):
+    _written(tmp_path, (1, 2, 3))
+    damage(tmp_path / "checkpoints" / "3")
+    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep=5)) as checkpoints:
+        step, *found = checkpoints.restore_latest(*state_of(0))
+        assert step == 2
+        check(2, *found)
+        assert "CHECKPOINT DAMAGED" in capsys.readouterr().out
+        assert (tmp_path / "damaged" / "3" / "reason.txt").read_text().strip()
+        assert checkpoints.save(3, *state_of(3), {"position": 3})
+    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep=5)) as checkpoints:
+        check(*checkpoints.restore_latest(*state_of(0)))
+
+
+def test_if_every_step_is_damaged_the_run_does_not_start_over_by_itself(tmp_path):
+    _written(tmp_path, (1, 2))
+    for step in (1, 2):
+        _cut(tmp_path / "checkpoints" / str(step))
+    with (
+        Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints,
+        pytest.raises(ValueError, match=r"every(.|\n)*step 2(.|\n)*step 1"),
+    ):
+        checkpoints.restore_latest(*state_of(0))
+
+
+def test_no_room_for_the_checkpoints_is_said_before_training(tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep=2)) as checkpoints:
+        checkpoints.check_space(*state_of(0), range(1, 10**6))
+    with (
+        Checkpoints(tmp_path, CheckpointConfig(every=1, keep=10**6)) as checkpoints,
+        pytest.raises(ValueError, match=r"GiB free, but 500000 more checkpoints of 0.00 GiB"),
+    ):
+        checkpoints.check_space(*state_of(0), range(1, 500_001))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+def test_a_fingerprint_changes_with_any_bit_and_with_the_order_and_not_with_the_layout(dtype):
+    rng = np.random.default_rng(0)
+    values = jnp.asarray(rng.integers(0, 2, (4, 6, 8)) if dtype == "bool" else rng.normal(size=(4, 6, 8)) * 50).astype(
+        dtype
+    )
+    (first,) = fingerprints({"x": values}).values()
+    raw = np.asarray(values).view(np.uint8).copy()
+    for _ in range(20):
+        changed = raw.copy()
+        place = int(rng.integers(raw.size))
+        changed.reshape(-1)[place] ^= 1 if dtype == "bool" else 1 << int(rng.integers(8))
+        assert fingerprints({"x": jnp.asarray(changed.view(values.dtype).reshape(values.shape))}) != {"['x']": first}
+    assert fingerprints({"x": values[::-1]}) != {"['x']": first}

@@ -1,0 +1,58 @@
+"""Profiles: a trace of the steps asked for, and names that say which part of the model an operation belongs to."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+
+import jax
+import pytest
+
+from jvlm.data import pipeline
+from jvlm.models import vlm
+from jvlm.training import loop, optimizer
+from jvlm.training import step as stepping
+from tests.training import support
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return support.write_rows(tmp_path_factory.mktemp("rows"), 6)
+
+
+def test_a_trace_of_the_steps_asked_for_lies_in_the_run_folder(tmp_path, rows):
+    result = loop.train(support.experiment(tmp_path, rows, "--profile", "2:3", "--steps", "4"))
+    (space,) = (result.folder / "profile").rglob("*.xplane.pb")
+    assert space.stat().st_size > 1000
+    (trace,) = (result.folder / "profile").rglob("*.trace.json.gz")
+    names = [event.get("name", "") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+    assert sum(name == "PjitFunction(step)" for name in names) == 2
+
+
+def test_the_compiled_step_names_every_part_forwards_and_backwards(tmp_path, rows):
+    experiment = support.experiment(tmp_path, rows)
+    model, processor = loop.start_model(experiment)
+    template, values = loop.split(model)
+    tx = optimizer.make(experiment.optimizer, experiment.steps, vlm.parameters(template))
+    step = stepping.make_step(template, tx)
+    batch = next(iter(pipeline.training_data(processor, experiment.data, seed=0)[0])).batch
+    state = stepping.TrainState(jax.numpy.zeros((), int), values, tx.init(values))
+    text = step.lower(state, {}, stepping.stack([batch])).compile().as_text()
+    names = set(re.findall(r'op_name="([^"]+)"', text))
+    for parts in (
+        *(("encoder", part) for part in ("attention", "mlp", "norm")),
+        *(("decoder", part) for part in ("attention", "mlp", "norm")),
+        ("connector",),
+    ):
+        for way in ("jvp", "transpose"):
+            pattern = f"{way}.*" + r".*/".join(parts)
+            assert any(re.search(pattern, name) for name in names), f"no operation is named {parts} in the {way}"
+    assert any("loss" in name for name in names)
+    assert any("update" in name for name in names)
+
+
+@pytest.mark.parametrize("text", ["10", "3:2", "0:4", "a:b"])
+def test_a_wrong_range_of_steps_is_refused(tmp_path, rows, text):
+    with pytest.raises(ValueError, match="profile is FIRST:LAST"):
+        support.experiment(tmp_path, rows, profile=text)
