@@ -1,12 +1,15 @@
 """Grain pipeline: rows -> shuffled -> encoded -> packed over tokens and patches -> prefetched batches.
 
-The iterator's state is a small JSON value; restoring it costs one packing window, whatever the size of the data.
+The iterator's state is a small JSON value (jvlm.data.position), good for any number of processes; restoring it costs
+one packing window, whatever the size of the data.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import grain
@@ -16,6 +19,7 @@ from absl import flags
 from jvlm.data import packing
 from jvlm.data.errors import Origin, Rejected, RowError
 from jvlm.data.packing import Example, PackedRows
+from jvlm.data.position import Progress, Share, go_on
 from jvlm.data.processor import Processor
 from jvlm.data.rows import Conversation, parse_row
 from jvlm.data.shards import RowSource
@@ -30,7 +34,7 @@ class DataConfig:
     Attributes:
       train: files or globs of JSONL and ArrayRecord rows.
       media_root: folder for relative media paths, after the data file's own.
-      rows: rows of a batch (of one accumulation step).
+      rows: rows of a batch (of one accumulation step), all processes together.
       row_tokens, row_patches: places of a row; row_patches 0 is a text-only run.
       max_length: longest conversation in tokens; None allows a whole row. A small value makes attention cheaper.
       max_frame_patches: most patches an image or frame may have; None reads it off the media configuration.
@@ -125,113 +129,155 @@ def _check_learnable(example: Example) -> None:
         raise RowError(example.origin, "messages", "no assistant turn to learn from", "Add one, or set its loss true")
 
 
-class PackDataset(grain.IterDataset):
-    """Packs a stream of examples into batches of ``rows`` rows."""
+class _Windows(grain.MapDataset):
+    """The rows of a process's windows, from its present one on. Places after the end of the data are None."""
 
-    def __init__(self, parent: grain.IterDataset, config: DataConfig, patch_values: int, max_frame_patches: int | None):
+    def __init__(self, parent: grain.MapDataset, window: int, progress: Progress):
         super().__init__(parent)
-        self.config, self.patch_values, self.max_frame_patches = config, patch_values, max_frame_patches
+        self.window, self.progress = window, progress
+
+    def __len__(self) -> int:
+        places = len(self._parent)
+        if places >= sys.maxsize // 2:
+            return sys.maxsize
+        position, share = self.progress.position, self.progress.share
+        items = len(position.open) + max(-(-places // self.window) - position.next, 0)
+        mine = -(-(items - share.index) // share.count) - self.progress.done
+        return max(mine, 0) * self.window
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        item, within = divmod(index, self.window)
+        window, _ = dataclasses.replace(self.progress, done=self.progress.done + item).item
+        place = window * self.window + within
+        return self._parent[place] if place < len(self._parent) else None
+
+
+class PackDataset(grain.IterDataset):
+    """Packs a process's share of the encoded rows into batches of ``rows`` rows."""
+
+    def __init__(
+        self,
+        parent: grain.MapDataset,
+        config: DataConfig,
+        rows: int,
+        share: Share,
+        patch_values: int,
+        max_frame_patches: int | None,
+    ):
+        super().__init__(parent)
+        self.config, self.rows, self.share = config, rows, share
+        self.patch_values, self.max_frame_patches = patch_values, max_frame_patches
 
     def __iter__(self) -> PackIterator:
-        return PackIterator(self._parent.__iter__(), self)
+        return PackIterator(self)
+
+    def stream(self, progress: Progress) -> grain.DatasetIterator:
+        """Examples and rejected rows from the present window on."""
+        config = self.config
+        stream = _Windows(self._parent, config.pack_window, progress).to_iter_dataset(
+            grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=4 * config.read_threads)
+        )
+        if config.worker_processes:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain's processes read absl flags, which only absl programs parse
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.worker_processes))
+        return iter(stream)
+
+    def window_size(self, window: int) -> int:
+        """Rows of a window; fewer, or none, at the end of the data."""
+        return max(0, min(self.config.pack_window, len(self._parent) - window * self.config.pack_window))
 
 
 class PackIterator(grain.DatasetIterator):
-    """Takes ``pack_window`` examples at a time and packs them best-fit; the last batch is filled with empty rows.
+    """Packs a window at a time, best fit; the last batch is filled with empty rows.
 
-    State: the parent's state before the current window, and how many of the window's rows have been given out.
+    State: see `jvlm.data.position`; restored from those of all processes.
     """
 
-    def __init__(self, parent: grain.DatasetIterator, dataset: PackDataset):
-        super().__init__(parent)
+    def __init__(self, dataset: PackDataset):
+        super().__init__()
         self.dataset = dataset
-        self._window_state = parent.get_state()
+        self._stream: grain.DatasetIterator | None = None
+        self._begin(Progress(share=dataset.share))
+
+    def _begin(self, progress: Progress) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._progress = progress
+        self._stream = self.dataset.stream(progress)
         self._queue: deque[list[Example]] = deque()
         self._rejected: list[Rejected] = []
-        self._given = 0
 
     def __next__(self) -> PackedRows:
-        config = self.dataset.config
+        config, count = self.dataset.config, self.dataset.rows
         rows: list[list[Example]] = []
         rejected: list[Rejected] = []
-        while len(rows) < config.rows:
+        while len(rows) < count:
             if not self._queue and not self._next_window():
                 break
             rejected += self._rejected
             self._rejected = []
-            while self._queue and len(rows) < config.rows:
+            while self._queue and len(rows) < count:
                 rows.append(self._queue.popleft())
-                self._given += 1
+                self._progress = dataclasses.replace(self._progress, given=self._progress.given + 1)
+            if not self._queue:
+                self._progress = dataclasses.replace(self._progress, done=self._progress.done + 1, given=0)
         if not rows and not rejected:
             raise StopIteration
-        count = sum(map(len, rows))
-        rows += [[]] * (config.rows - len(rows))
         batch = packing.assemble(
-            rows,
+            rows + [[]] * (count - len(rows)),
             config.row_tokens,
             config.row_patches,
             patch_values=self.dataset.patch_values,
             max_segment_length=config.max_length,
             max_frame_patches=self.dataset.max_frame_patches,
         )
-        return PackedRows(batch, count, tuple(rejected), tuple(tuple(e.origin for e in row) for row in rows))
+        origins = tuple(tuple(e.origin for e in row) for row in rows)
+        return PackedRows(batch, sum(map(len, rows)), tuple(rejected), origins)
 
     def _next_window(self) -> bool:
-        """Fill the queue from the next window; False at the end of the data."""
+        """Fill the queue from the present window; False at the end of the data."""
         config = self.dataset.config
-        self._window_state = self._parent.get_state()
-        self._given = 0
-        examples: list[Example] = []
-        read = 0
-        while len(examples) < config.pack_window:
-            try:
-                element = next(self._parent)
-            except StopIteration:
-                break
-            read += 1
-            if isinstance(element, Rejected):
-                self._rejected.append(element)
-            else:
-                examples.append(element)
+        window, before = self._progress.item
+        elements = [next(self._stream) for _ in range(self.dataset.window_size(window))]
+        examples = [e for e in elements if not isinstance(e, Rejected)]
+        given = max(before, self._progress.given)
+        if not given:  # what a window rejects is reported with its first row
+            self._rejected = [e for e in elements if isinstance(e, Rejected)]
         packed = packing.best_fit_decreasing(examples, config.row_tokens, config.row_patches)
-        self._queue.extend([examples[i] for i in row] for row in packed)
-        return read > 0
+        self._queue.extend([examples[i] for i in row] for row in packed[given:])
+        self._progress = dataclasses.replace(self._progress, given=given)
+        return bool(elements)
 
-    def get_state(self) -> dict[str, Any]:
-        return {"window": self._window_state, "given": self._given}
+    def get_state(self) -> list[dict[str, Any]]:
+        """Of this process. A checkpoint gathers those of all, in any order."""
+        return [self._progress.state()]
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state(state["window"])
-        self._queue.clear()
-        self._rejected = []
-        self._window_state, given = state["window"], state["given"]
-        if given:
-            self._next_window()
-            # what a window rejects is reported with its first row, which has been given out
-            self._rejected = []
-            for _ in range(given):
-                self._queue.popleft()
-            self._given = given
+    def set_state(self, state: Sequence[dict[str, Any]]) -> None:
+        self._begin(go_on(state, self.dataset.share))
+
+    def close(self) -> None:
+        super().close()
+        self._stream.close()
 
 
 def training_data(
-    processor: Processor, config: DataConfig, *, seed: int, epochs: int | None = None
+    processor: Processor, config: DataConfig, *, seed: int, epochs: int | None = None, share: Share = Share()
 ) -> tuple[grain.IterDataset, RowSource]:
-    """The batches of a run (endless unless ``epochs`` is given), and the rows they come from."""
+    """A process's share of the batches of a run (endless unless ``epochs`` is given), and the rows they come from.
+
+    Raises:
+      ValueError: the rows of a batch cannot be shared evenly by so many processes.
+    """
     source = RowSource(config.train)
     dataset = grain.MapDataset.source(source).seed(seed)
     if config.shuffle:
         dataset = dataset.shuffle()
-    dataset = dataset.repeat(epochs).random_map(Encode(processor, config))
-    stream = dataset.to_iter_dataset(
-        grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=4 * config.read_threads)
-    )
-    if config.worker_processes:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain's processes read absl flags, which only absl programs parse
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.worker_processes))
-    most = frame_patches(processor.vision, processor.media, config)
-    packed = PackDataset(stream, config, processor.vision.patch_values, most)
+    encoded = dataset.repeat(epochs).random_map(Encode(processor, config))
+    values, most = processor.vision.patch_values, frame_patches(processor.vision, processor.media, config)
+    packed = PackDataset(encoded, config, share.of(config.rows), share, values, most)
     return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.prefetch), source
 
 

@@ -14,11 +14,13 @@ import grain
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from jvlm import config as config_tree
 from jvlm.data import packing, pipeline
 from jvlm.data.errors import Rejected
 from jvlm.data.packing import PackedRows
+from jvlm.data.position import Share
 from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.models import vlm
 from jvlm.models.vlm import TOWERS, VLM, VLMConfig
@@ -107,7 +109,9 @@ def _train_one(experiment: Experiment) -> Result:
     program = planning.plan(experiment)
     state, frozen = program.begin(values)
     print(describe(experiment, template, layout))
-    dataset, source = pipeline.training_data(processor, experiment.data, seed=experiment.seed)
+    dataset, source = pipeline.training_data(
+        processor, experiment.data, seed=experiment.seed, share=Share(jax.process_index(), jax.process_count())
+    )
     batches = iter(dataset)
 
     with Checkpoints(folder, experiment.checkpoint) as checkpoints:
@@ -144,18 +148,10 @@ def _train_one(experiment: Experiment) -> Result:
                 if to_log:
                     log.write(step, {**meter.line(metrics, step, guard.skipped), "goodput": goodput.share()})
                 asked = requests.after(step)
-                checkpoints.save(
-                    step,
-                    state,
-                    frozen,
-                    {
-                        "iterator": batches.get_state(),
-                        "seen": seen.state(),
-                        "skips": guard.state(),
-                        "useful": goodput.seconds(),
-                    },
-                    force=step == experiment.steps or asked is not None,
-                )
+                if asked or step == experiment.steps or checkpoints.due(step):
+                    data = _of_all({"iterator": batches.get_state(), "seen": seen.state()})
+                    data |= {"skips": guard.state(), "useful": goodput.seconds()}
+                    checkpoints.save(step, state, frozen, data, force=True)
                 log.advance()
                 if asked and step < experiment.steps:
                     checkpoints.wait()
@@ -172,6 +168,17 @@ def _train_one(experiment: Experiment) -> Result:
     )
     model = vlm.bind(template, {**frozen, **state.params})
     return Result(model, processor, folder, experiment.steps, seconds, compilations, seen.rejected)
+
+
+def _of_all(own: dict[str, list]) -> dict[str, list]:
+    """Lists of plain values of every process, joined; the same for all."""
+    if jax.process_count() == 1:
+        return own
+    text = np.frombuffer(json.dumps(own).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.asarray(len(text)))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - len(text))))
+    found = [json.loads(bytes(row[:length])) for row, length in zip(texts, lengths, strict=True)]
+    return {name: [value for values in found for value in values[name]] for name in own}
 
 
 def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None = None) -> tuple[VLM, Processor]:
@@ -302,13 +309,18 @@ class _Seen:
             )
 
     def epoch(self) -> float:
-        return (self.conversations + self.rejected) / self.rows
+        return (self.conversations + self.rejected) * jax.process_count() / self.rows
 
-    def state(self) -> dict[str, int]:
-        return {"conversations": self.conversations, "rejected": self.rejected}
+    def state(self) -> list[dict[str, int]]:
+        """Of this process; a checkpoint has those of all."""
+        return [{"conversations": self.conversations, "rejected": self.rejected}]
 
-    def restore(self, state: dict[str, int], step: int) -> None:
-        self.conversations, self.rejected = state["conversations"], state["rejected"]
+    def restore(self, states: list[dict[str, int]], step: int) -> None:
+        """Each process goes on from its share of what all have seen."""
+        index, count = jax.process_index(), jax.process_count()
+        for name in ("conversations", "rejected"):
+            total = sum(state[name] for state in states)
+            setattr(self, name, total // count + (index < total % count))
         if self.path.is_file():
             lines = [json.loads(text) for text in self.path.read_text().splitlines()]
             kept = [line for line in lines if line["step"] <= step]

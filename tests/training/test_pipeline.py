@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 from jvlm.data import pipeline
 from jvlm.data.check import check, shard
+from jvlm.data.position import Share
 from jvlm.training import loop
 from tests.training import support
 
@@ -136,3 +138,56 @@ def test_a_pattern_without_files_and_an_unknown_kind_of_file_are_refused(tmp_pat
     (tmp_path / "rows.csv").write_text("a,b\n")
     with pytest.raises(ValueError, match=r"rows.csv: rows are read from"):
         pipeline.RowSource([str(tmp_path / "rows.csv")])
+
+
+def _rows_of(packed):
+    return [(o.file, o.row) for row in packed.origins for o in row]
+
+
+@pytest.mark.parametrize("window", [1, 4, 6, 100])
+@pytest.mark.parametrize("steps", [(1, 1), (2, 3), (3, 0)])
+def test_each_row_comes_once_an_epoch_while_processes_come_and_go(setup, window, steps):
+    """Two processes, then three, then one, each restored from the states of those before."""
+    experiment, processor, rows = setup
+    config = dataclasses.replace(experiment.data, rows=6, pack_window=window, row_tokens=96, row_patches=96)
+    seen, states = [], None
+    for count, steps_here in ((2, steps[0]), (3, steps[1]), (1, None)):
+        found = []
+        for index in range(count):
+            dataset, _ = pipeline.training_data(processor, config, seed=3, epochs=1, share=Share(index, count))
+            iterator = iter(dataset)
+            if states is not None:
+                iterator.set_state(json.loads(json.dumps(states)))
+            for packed in itertools.islice(iterator, steps_here):
+                assert len(packed.batch.tokens) == 6 // count
+                seen += _rows_of(packed)
+            found += iterator.get_state()
+            iterator.close()
+        states = found[::-1]
+    assert sorted(seen) == [(str(rows), number + 1) for number in range(len(rows.read_text().splitlines()))]
+
+
+def test_processes_restored_in_the_same_number_go_on_with_the_same_batches(setup):
+    experiment, processor, _ = setup
+    config = dataclasses.replace(experiment.data, rows=6, pack_window=4)
+
+    def start(states=None):
+        found = [iter(pipeline.training_data(processor, config, seed=9, share=Share(i, 3))[0]) for i in range(3)]
+        for iterator in found if states else ():
+            iterator.set_state(states)
+        return found
+
+    unbroken = start()
+    for _ in range(3):
+        states = [state for iterator in unbroken for state in (next(iterator), iterator.get_state()[0])[1:]]
+    again = start(states)
+    for _ in range(4):
+        assert all(_same(next(a).batch, next(b).batch) for a, b in zip(unbroken, again, strict=True))
+    for iterator in unbroken + again:
+        iterator.close()
+
+
+def test_rows_that_processes_cannot_share_evenly_are_refused(setup):
+    experiment, processor, _ = setup
+    with pytest.raises(ValueError, match=r"data.rows = 2 cannot be shared evenly by 3 processes"):
+        pipeline.training_data(processor, experiment.data, seed=0, share=Share(0, 3))
