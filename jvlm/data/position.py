@@ -38,7 +38,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """What was left when the processes last began: ``open`` windows (number, packed rows given out), all from ``next``."""
+    """What was left when the processes last began: open windows (number, packed rows given out); all from ``next``."""
 
     next: int = 0
     open: tuple[tuple[int, int], ...] = ()
