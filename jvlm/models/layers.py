@@ -6,6 +6,7 @@ Parameters carry ``axes``, the logical name of each dimension; nothing here know
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -56,6 +57,20 @@ class Numerics:
         return jax.random.normal(key, shape, jnp.dtype(self.param_dtype)) * jnp.asarray(scale, self.param_dtype)
 
 
+def scoped(name: str) -> Callable[[Callable], Callable]:
+    """Decorator: what a function computes carries this name in profiles and in the compiled program."""
+
+    def add(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with jax.named_scope(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    return add
+
+
 @jax.custom_vjp
 def project(x: Float[Array, "*L i"], kernel: Float[Array, "i o"]) -> Float[Array, "*L o"]:
     """``x @ kernel``, with the weight's gradient written as one contraction.
@@ -100,6 +115,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones((width,), jnp.dtype(numerics.param_dtype)), axes=("norm",))
 
+    @scoped("norm")
     def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L d"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
@@ -115,6 +131,7 @@ class LayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), dtype), axes=("norm",))
         self.bias = nnx.Param(jnp.zeros((width,), dtype), axes=("norm",))
 
+    @scoped("norm")
     def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L d"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 - x32.mean(axis=-1, keepdims=True)
@@ -130,6 +147,7 @@ class MLP(nnx.Module):
         self.up = Linear(width, hidden, ("embed", "mlp"), bias=True, numerics=numerics, rngs=rngs)
         self.down = Linear(hidden, width, ("mlp", "embed"), bias=True, numerics=numerics, rngs=rngs)
 
+    @scoped("mlp")
     def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L d"]:
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
@@ -143,6 +161,7 @@ class SwiGLU(nnx.Module):
         self.up = Linear(width, hidden, ("embed", "mlp"), **common)
         self.down = Linear(hidden, width, ("mlp", "embed"), **common)
 
+    @scoped("mlp")
     def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L d"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 

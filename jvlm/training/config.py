@@ -123,6 +123,8 @@ class Experiment:
       epochs: passes over the data, used when ``steps`` is None; the number of steps is estimated by packing a sample.
       accumulation: batches whose gradients make one step; the loss is averaged over all their tokens.
       log_every: steps between log lines.
+      profile: "10:13" traces the 10th to the 13th step of a start, both included, for xprof or TensorBoard, into
+        ``<output>/profile``; empty is none.
       stop_after_skips: a step whose loss or gradient is not finite is skipped; after so many in a row the run stops
         and writes their batches for `jvlm replay`. 1 stops at the first, and costs the overlap of host and device.
     """
@@ -144,6 +146,7 @@ class Experiment:
     accumulation: int = 1
     seed: int = 42
     log_every: int = 5
+    profile: str = ""
     stop_after_skips: int = 10
     output_root: str = "runs"
 
@@ -156,5 +159,16 @@ class Experiment:
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names) or not all(name.replace("-", "_").isidentifier() for name in names):
             raise ValueError(f"stages need names of letters, digits, - and _, each its own; got {', '.join(names)}")
+        profiled_steps(self.profile)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+
+def profiled_steps(text: str) -> range:
+    """The steps that `Experiment.profile` names, counted from 1 since the start."""
+    if not text:
+        return range(0)
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise ValueError(f"profile is FIRST:LAST, as in 10:13, got {text!r}")
+    return range(int(first), int(last) + 1)

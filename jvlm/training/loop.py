@@ -34,13 +34,14 @@ from jvlm.training.goodput import Goodput
 from jvlm.training.interruption import Interrupted, StopRequests
 from jvlm.training.log import TrainingLog, clock
 from jvlm.training.nonfinite import Guard
+from jvlm.training.profile import Profile
 from jvlm.weights import checkpoint, loading
 from jvlm.weights.run_folder import CHECKPOINTS, EXPERIMENT, PROCESSOR
 
 REJECTED = "rejected.jsonl"
 # A restart may change these; anything else would make the rest of the run another experiment.
 _FREE = (
-    *("checkpoint", "evaluation", "export", "log_every", "stop_after_skips", "output_root"),
+    *("checkpoint", "evaluation", "export", "log_every", "stop_after_skips", "profile", "output_root"),
     *("data.read_threads", "data.prefetch", "parallel"),
 )
 
@@ -130,15 +131,19 @@ def _train_one(experiment: Experiment) -> Result:
             TrainingLog(folder, start, experiment.steps) as log,
             Goodput(folder, useful) as goodput,
             StopRequests() as requests,
+            Profile(folder, experiment.profile) as profile,
         ):
             if start:
                 log.say(f"resuming after step {start}")
             meter = _Meter(experiment, seen, template)
             for step in range(start + 1, experiment.steps + 1):
+                profile.before(step - start)
                 packed = meter.next_batch(batches, step)
                 batch, began = stepping.stack([rows.batch for rows in packed]), time.perf_counter()
-                state, metrics = program.step(state, frozen, batch)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = program.step(state, frozen, batch)
                 goodput.ran(began, metrics)
+                profile.ran(step - start, metrics)
                 guard.ran(step, packed, metrics)
                 to_log = step % experiment.log_every == 0 or step in (start + 1, experiment.steps)
                 if to_log or checkpoints.due(step):

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -105,6 +106,7 @@ class DecoderAttention(nnx.Module):
         self.q_norm = layers.RMSNorm(self.head_size, **norm) if config.qk_norm else None
         self.k_norm = layers.RMSNorm(self.head_size, **norm) if config.qk_norm else None
 
+    @layers.scoped("attention")
     def __call__(self, x_BSD, context: Context, cache):
         B, S, _ = x_BSD.shape
         q = self.q(x_BSD).reshape(B, S, self.heads, self.head_size)
@@ -151,7 +153,8 @@ class DecoderBlock(nnx.Module):
         x_BSD = x_BSD + mixed
         y_BSD, aux = self.norm2(x_BSD), {}
         if self.reports:
-            y_BSD, aux = self.mlp(y_BSD, context.segments)
+            with jax.named_scope("mlp"):
+                y_BSD, aux = self.mlp(y_BSD, context.segments)
         else:
             y_BSD = self.mlp(y_BSD)
         return x_BSD + y_BSD, cache, aux

@@ -72,6 +72,7 @@ class VisionAttention(nnx.Module):
         self.qkv = layers.Linear(D, 3 * D, ("embed", "heads"), bias=True, numerics=numerics, rngs=rngs)
         self.out = layers.Linear(D, D, ("heads", "embed"), bias=True, numerics=numerics, rngs=rngs)
 
+    @layers.scoped("attention")
     def __call__(self, x_BPD, angles, is_full, batch: PackedBatch):
         """``is_full``: attend within the frame, else within the window; a bool, or a traced one inside a scan."""
         qkv = self.qkv(x_BPD).reshape(*x_BPD.shape[:2], 3, self.heads, self.head_dim)

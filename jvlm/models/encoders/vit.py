@@ -73,6 +73,7 @@ class ViTAttention(nnx.Module):
         self.v = layers.Linear(D, D, ("embed", "heads"), **common)
         self.out = layers.Linear(D, D, ("heads", "embed"), **common)
 
+    @layers.scoped("attention")
     def __call__(self, x_BPD, batch: PackedBatch):
         B, P, _ = x_BPD.shape
         q, k, v = (part(x_BPD).reshape(B, P, self.heads, -1) for part in (self.q, self.k, self.v))
