@@ -118,6 +118,7 @@ class Experiment:
         only ``model.numerics`` counts.
       init_from: Hugging Face or run folder whose weights and processor to start from.
       tokenizer: folder of the tokenizer, when training from random weights.
+      topologies: TPU pods that it is made for, as tools/plan.py names them ("v5p:4x4x4"), which says how it fits there.
       parallel: the mesh of devices, and what is split over its axes; a restart may change it.
       steps: optimizer steps; None derives them from ``epochs``.
       epochs: passes over the data, used when ``steps`` is None; the number of steps is estimated by packing a sample.
@@ -136,6 +137,7 @@ class Experiment:
     tokenizer: str | None = None
     processor: ProcessorConfig | None = None
     data: DataConfig = DataConfig()
+    topologies: tuple[str, ...] = ()
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

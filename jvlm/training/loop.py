@@ -42,7 +42,7 @@ REJECTED = "rejected.jsonl"
 # A restart may change these; anything else would make the rest of the run another experiment.
 _FREE = (
     *("checkpoint", "evaluation", "export", "log_every", "stop_after_skips", "profile", "output_root"),
-    *("data.read_threads", "data.prefetch", "parallel"),
+    *("data.read_threads", "data.prefetch", "parallel", "topologies"),
 )
 
 

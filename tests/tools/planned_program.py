@@ -1,0 +1,63 @@
+"""Run by test_plan.py with libtpu: a program whose traffic is known, compiled for a TPU that is not there."""
+
+import json
+import os
+import sys
+
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-8",
+    TPU_WORKER_HOSTNAMES="localhost",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+)
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tools.planning.chips import Topology
+from tools.planning.program import available_memory, devices_of, measure
+
+STEPS, ROWS, WIDTH = 7, 256, 512
+
+
+def main() -> None:
+    topology = Topology.parse("v5e:4x4")
+    devices = devices_of(topology)
+    mesh = Mesh(mesh_utils.create_device_mesh((4, 4), devices), ("outer", "inner"))
+
+    def part(x, weights):
+        """Each turn gathers a weight over `outer`, multiplies, and sums over `inner`."""
+
+        def turn(x, weight):
+            whole = lax.all_gather(weight, "outer", axis=0, tiled=True)
+            return lax.pcast(jnp.tanh(lax.psum(x @ whole, "inner")), "inner", to="varying"), None
+
+        return lax.scan(turn, x, weights)[0]
+
+    split = jax.shard_map(
+        part, mesh=mesh, in_specs=(P("outer", "inner"), P(None, "outer")), out_specs=P("outer", "inner")
+    )
+    arguments = (
+        jax.ShapeDtypeStruct((4 * ROWS, 4 * WIDTH), jnp.float32, sharding=NamedSharding(mesh, P("outer", "inner"))),
+        jax.ShapeDtypeStruct((STEPS, WIDTH, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P(None, "outer"))),
+    )
+    found = measure(lambda: jax.jit(split).lower(*arguments), mesh, topology)
+    huge = jax.ShapeDtypeStruct((1 << 18, 1 << 16), jnp.float32, sharding=NamedSharding(mesh, P()))
+    refused = measure(lambda: jax.jit(lambda x: jnp.sin(x) @ x.T).lower(huge), mesh, topology)
+    wires = {
+        wire.axes: {"kinds": dict(wire.kinds), "bandwidth": wire.bandwidth, "network": wire.network}
+        for wire in found.wires
+    }
+    answer = {"flops": found.flops, "hbm": found.hbm, "fits": found.fits, "wires": wires, "mesh": dict(found.mesh)}
+    limit = available_memory(devices[0])
+    answer |= {"limit": limit, "refused": [refused.fits, refused.memory.peak]}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""tools/plan.py and its parts, with the TPU's compiler and no TPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support import ROOT
+from tools.planning import hlo, picture
+from tools.planning.chips import GIB, Topology, smaller
+from tools.planning.program import Compiled, Memory
+
+COMPILER = Path(sys.prefix) / "tpu-compiler"  # where `make test` puts it
+
+
+def with_compiler(*command, timeout=600):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(COMPILER)])}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.fixture(scope="module")
+def known():
+    """What is read off a compiled program whose products and collectives can be counted by hand."""
+    done = with_compiler("-m", "tests.tools.planned_program")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_products_count_as_often_as_their_loop_runs(known):
+    assert known["flops"] == 7 * 2 * 256 * 512 * 512
+    assert known["mesh"] == {"outer": 4, "inner": 4}
+
+
+def test_bytes_are_counted_by_kind_and_mesh_axis(known):
+    bfloat16, float32 = 2, 4  # XLA casts the weight to what the product wants before it sends it
+    gathered = 7 * (512 * 512 * bfloat16) * 3 / 4
+    summed = 7 * 2 * (256 * 512 * float32) * 3 / 4
+    assert known["wires"]["outer"]["kinds"] == {"all-gather": gathered}
+    assert known["wires"]["inner"]["kinds"] == {"all-reduce": summed}
+    for wire in known["wires"].values():
+        assert wire["network"] == "ici"
+        assert wire["bandwidth"] == 45e9  # four chips in a line of a torus that is not closed: one link each way
+
+
+def test_memory_traffic_is_that_of_the_arguments_and_what_does_not_stay_on_the_chip(known):
+    arguments = (256 * 512 + 7 * 128 * 512) * 4
+    everything = 7 * 2 * (512 * 512 + 3 * 256 * 512) * 4
+    assert arguments < known["hbm"] < everything
+
+
+def test_a_program_that_is_too_large_is_measured_against_what_the_compiler_gives(known):
+    assert known["limit"] == pytest.approx(15.75 * GIB)
+    fits, needed = known["refused"]
+    assert not fits
+    assert needed >= 256 * GIB  # the product of 2^18 x 2^18 in float32
+
+
+def test_replica_groups_in_each_notation():
+    lists = hlo._groups("replica_groups={{0,2},{1,3}}, x")
+    assert lists.tolist() == [[0, 2], [1, 3]]
+    assert hlo._groups("replica_groups=[2,2]<=[2,2]T(1,0), x").tolist() == lists.tolist()
+    assert hlo._groups("replica_groups=mesh['a'=2,'b'=2] {'a'}, x").tolist() == lists.tolist()
+    assert hlo._groups("replica_groups=[4]<=[4], x").tolist() == [[0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize("name", ["v5p:4x4", "v5e:4x4x4", "h100:8", "v5p-128", "v6e:16"])
+def test_a_topology_that_is_none_is_refused(name):
+    with pytest.raises(ValueError, match=name):
+        Topology.parse(name)
+
+
+def test_topologies_halve_down_to_a_machine():
+    names, topology = [], Topology.parse("v5p:4x4x4*2")
+    while topology:
+        names.append(topology.name)
+        topology = smaller(topology)
+    assert names == ["v5p:4x4x4*2", "v5p:4x4x4", "v5p:2x4x4", "v5p:2x2x4", "v5p:2x2x2", "v5p:1x2x2"]
+
+
+def test_the_picture_shows_each_part_in_proportion(tmp_path):
+    memory = Memory(parameters=8 * GIB, optimizer=0.0, batch=0.0, temporary=4 * GIB, code=0.0)
+    compiled = Compiled({}, memory, True, 16 * GIB, 0.0, 0.0, (), 0.0)
+    picture.draw(tmp_path / "plan.png", "one", [("v5e:4x4", compiled)])
+    pixels = np.asarray(Image.open(tmp_path / "plan.png"))
+    row = pixels[picture.TOP + picture.BAR // 2, picture.LEFT : picture.WIDTH - picture.RIGHT]
+    colours = {name: tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for name, c in picture.COLOURS.items()}
+    wide = {name: int((row == colour).all(axis=-1).sum()) for name, colour in colours.items()}
+    assert wide["parameters"] == pytest.approx(2 * wide["temporary"], abs=3)
+    assert wide["parameters"] == pytest.approx(len(row) / 2, abs=3)

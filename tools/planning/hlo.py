@@ -1,0 +1,322 @@
+"""What a compiled program moves and multiplies, read off its text.
+
+XLA's own `cost_analysis` counts the body of a loop once, and does not see whose links a collective uses. Here every
+instruction counts as often as the loops around it run.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+BITS = {"pred": 8, "s4": 4, "u4": 4, "c64": 64, "c128": 128}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d+[a-z0-9]*|pred)\[([\d,]*)\](\{[^}]*\})?")
+_CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
+_OPCODE = re.compile(r"^([a-z][\w\-]*)\(")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]+)\] \{([^}]*)\}")
+_LIST = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
+_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
+# Moves nothing: other instructions count what it stands for.
+_FREE = frozenset(
+    "parameter constant get-tuple-element tuple bitcast while conditional call iota after-all partition-id replica-id "
+    "opt-barrier add-dependency async-start async-update async-done domain all-gather-done all-reduce-done "
+    "collective-permute-done copy-done send send-done recv recv-done".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array: bytes an element, sizes, and whether it lives in memory other than HBM (VMEM, SMEM)."""
+
+    bits: int
+    sizes: tuple[int, ...]
+    on_chip: bool
+
+    @property
+    def bytes(self) -> float:
+        return math.prod(self.sizes) * self.bits / 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A line of a computation: its results, opcode, names of operands, and all that follows the opcode."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+    @property
+    def bytes(self) -> float:
+        return sum(shape.bytes for shape in self.shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of the program: how often it runs, what it moves each time, between whom.
+
+    Attributes:
+      sent: bytes that each device sends, at least, each time.
+      groups: partitions that talk to each other, as rows.
+    """
+
+    kind: str
+    name: str
+    times: int
+    sent: float
+    groups: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """A program for one device.
+
+    Attributes:
+      flops: of matrix products outside kernels, recomputation included.
+      hbm: bytes read and written by instructions, as far as their text says.
+      kernels: number of Pallas calls in the text, each once.
+    """
+
+    collectives: tuple[Collective, ...]
+    flops: float
+    hbm: float
+    kernels: int
+
+
+def read(text: str) -> Traffic:
+    """The traffic of a compiled program's text (`compiled.as_text()`)."""
+    program = _parse(text)
+    found, flops, hbm = [], 0.0, 0.0
+    for name, times in _times(program).items():
+        fused = name in program.fused
+        inside = {i.name: i for i in program.computations[name]}
+        for one in inside.values():
+            kind = _kind(one)
+            if kind:
+                found.append(_collective(one, kind, name, times, inside, program))
+            if one.opcode in ("dot", "convolution"):
+                flops += times * _product_flops(one, inside)
+            if not fused and one.opcode not in _FREE:
+                hbm += times * _moved(one, inside, program)
+    kernels = text.count('custom_call_target="tpu_custom_call"')
+    return Traffic(tuple(found), flops, hbm, kernels)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    computations: dict[str, list[Instruction]]
+    entry: str
+    fused: frozenset[str]
+
+
+def _parse(text: str) -> _Program:
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            head = _COMPUTATION.match(line)
+            if head:
+                current = head[2]
+                computations[current] = []
+                entry = current if head[1] else entry
+        elif line.startswith("}"):
+            current = None
+        else:
+            found = _INSTRUCTION.match(line)
+            if found:
+                computations[current].append(_instruction(found[2], found[3], bool(found[1])))
+    fused = {
+        called
+        for instructions in computations.values()
+        for one in instructions
+        if one.opcode not in ("while", "conditional", "call", "async-start")
+        for _, called in _CALLED.findall(one.rest)
+    }
+    return _Program(computations, entry, frozenset(fused))
+
+
+def _instruction(name: str, text: str, root: bool) -> Instruction:
+    types, rest = _split_type(text)
+    opcode = _OPCODE.match(rest)
+    operands = ()
+    if opcode:
+        inside = _parenthesised(rest[opcode.end() - 1 :])
+        operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    shapes = tuple(_shape(*found) for found in _ARRAY.findall(types))
+    return Instruction(name, shapes, opcode[1] if opcode else "", operands, rest, root)
+
+
+def _split_type(text: str) -> tuple[str, str]:
+    if not text.startswith("("):
+        kind, _, rest = text.partition(" ")
+        return kind, rest
+    inside = _parenthesised(text)
+    return inside, text[len(inside) :].lstrip()
+
+
+def _parenthesised(text: str) -> str:
+    depth = 0
+    for index, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[: index + 1]
+    return text
+
+
+def _shape(kind: str, sizes: str, layout: str) -> Shape:
+    bits = BITS.get(kind) or int(re.search(r"\d+", kind)[0])
+    return Shape(bits, tuple(int(n) for n in sizes.split(",") if n), bool(re.search(r"S\([1-9]\)", layout)))
+
+
+def _times(program: _Program) -> dict[str, int]:
+    """How often each computation runs: once for each call, times the trips of the loops around it.
+
+    Of a conditional's branches each counts, as if all were taken: which is taken is not in the text.
+    """
+    times: dict[str, int] = collections.Counter({program.entry: 1})
+    for name in _callers_first(program):
+        for one in program.computations[name]:
+            for called, trips in _calls(one, program):
+                times[called] += times[name] * trips
+    return {name: count for name, count in times.items() if count and name in program.computations}
+
+
+def _calls(one: Instruction, program: _Program) -> Iterator[tuple[str, int]]:
+    called = _CALLED.findall(one.rest)
+    trips = _trips(one, dict(called), program) if one.opcode == "while" else 1
+    for how, name in called:
+        yield name, trips if how == "body" else 1
+    for branches in _BRANCHES.findall(one.rest):
+        for called in branches.split(","):
+            yield called.strip().lstrip("%"), 1
+
+
+def _trips(loop: Instruction, called: dict[str, str], program: _Program) -> int:
+    """As XLA noted it, or the bound that a counter from 0 is compared with; 1 for a loop of unknown length."""
+    if found := _TRIPS.search(loop.rest):
+        return int(found[1])
+    condition = program.computations.get(called.get("condition", ""), [])
+    bounds = [int(c[1]) for i in condition if (c := re.match(r"constant\((\d+)\)", i.rest))]
+    return max(bounds, default=1)
+
+
+def _callers_first(program: _Program) -> list[str]:
+    order, seen = [], set()
+
+    def visit(name: str) -> None:
+        seen.add(name)
+        for one in program.computations[name]:
+            for called, _ in _calls(one, program):
+                if called in program.computations and called not in seen:
+                    visit(called)
+        order.append(name)
+
+    visit(program.entry)
+    return order[::-1]
+
+
+def _kind(one: Instruction) -> str | None:
+    opcode = one.opcode.removesuffix("-start")
+    return opcode if opcode in KINDS else None
+
+
+def _collective(one, kind, computation, times, inside, program) -> Collective:
+    groups = _groups(one.rest)
+    size = groups.shape[1]
+    operands = sum(inside[name].bytes for name in one.operands if name in inside)
+    if kind == "all-gather":
+        # results of a -start are operands and results together
+        whole = one.bytes - operands if one.opcode.endswith("-start") else one.bytes
+        sent = whole * (size - 1) / size
+    elif kind == "collective-permute":
+        sent = operands
+    else:
+        sent = operands * (size - 1) / size
+        if kind == "all-reduce" and "all-reduce-scatter" in computation:
+            kind = "reduce-scatter"  # XLA for TPU writes it as a fusion of this name
+        elif kind == "all-reduce":
+            sent *= 2
+    return Collective(kind, one.name, times, sent, groups)
+
+
+def _groups(text: str) -> np.ndarray:
+    if found := _IOTA.search(text):
+        shape, dims = ([int(n) for n in found[i].split(",")] for i in (1, 2))
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        if found[3]:
+            ids = ids.transpose([int(n) for n in found[3].split(",")])
+        return ids.reshape(-1, shape[-1]) if len(shape) > 1 else ids.reshape(shape[0], -1)
+    if found := _MESH.search(text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        chosen = re.findall(r"'(\w+)'", found[2])
+        order = [i for i, name in enumerate(sizes) if name not in chosen] + [list(sizes).index(c) for c in chosen]
+        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values())).transpose(order)
+        return ids.reshape(-1, math.prod(sizes[name] for name in chosen))
+    found = _LIST.search(text) or _PAIRS.search(text)
+    if not found:
+        return np.zeros((1, 1), int)
+    rows = [[int(n) for n in row.split(",") if n] for row in re.findall(r"\{([\d, ]*)\}", found[1])]
+    longest = max(map(len, rows))
+    return np.array([row for row in rows if len(row) == longest])
+
+
+def _product_flops(one: Instruction, inside: dict[str, Instruction]) -> float:
+    right = inside.get(one.operands[1]) if len(one.operands) > 1 else None
+    if right is None or not right.shapes:
+        return 0.0
+    sizes, out = right.shapes[0].sizes, math.prod(one.shapes[0].sizes)
+    if one.opcode == "dot":
+        contracted = re.search(r"rhs_contracting_dims=\{([\d,]*)\}", one.rest)
+        return 2.0 * out * math.prod(sizes[int(n)] for n in contracted[1].split(",") if n)
+    labels = re.search(r"dim_labels=\w+_(\w+)->", one.rest)
+    if not labels:
+        return 0.0
+    groups = int(found[1]) if (found := re.search(r"batch_group_count=(\d+)", one.rest)) else 1
+    return 2.0 * out * math.prod(n for n, label in zip(sizes, labels[1], strict=True) if label != "o") / groups
+
+
+def _moved(one: Instruction, inside: dict[str, Instruction], program: _Program) -> float:
+    """Bytes of HBM that an instruction reads and writes: operands and results, and of slices the slice alone."""
+    if one.opcode in ("dynamic-slice", "slice", "gather"):
+        return 2 * _in_hbm(one)
+    if one.opcode in ("dynamic-update-slice", "scatter"):
+        update = inside.get(one.operands[1]) if len(one.operands) > 1 else None
+        return 2 * _in_hbm(update) if update else _in_hbm(one)
+    called = next((name for how, name in _CALLED.findall(one.rest) if how == "calls"), None)
+    body = program.computations.get(called, []) if one.opcode == "fusion" else []
+    parameters = {int(i.rest[len("parameter(") :].split(")")[0]): i.name for i in body if i.opcode == "parameter"}
+    total = 0.0
+    for index, name in enumerate(one.operands):
+        operand = inside.get(name)
+        if operand is None or operand.opcode in ("constant", "tuple"):
+            continue
+        users = [i for i in body if parameters.get(index) in i.operands]
+        if users and all(i.opcode == "dynamic-slice" and i.operands[0] == parameters[index] for i in users):
+            total += sum(i.bytes for i in users) if _in_hbm(operand) else 0.0
+        elif users and all(i.opcode == "dynamic-update-slice" and i.operands[0] == parameters[index] for i in users):
+            continue  # written in place
+        else:
+            total += _in_hbm(operand)
+    root = next((i for i in body if i.root), None)
+    if root is not None and root.opcode == "dynamic-update-slice":
+        update = next((i for i in body if i.name == root.operands[1]), None)
+        return total + (update.bytes if update and _in_hbm(one) else 0.0)
+    return total + _in_hbm(one)
+
+
+def _in_hbm(one: Instruction) -> float:
+    return sum(shape.bytes for shape in one.shapes if not shape.on_chip)

@@ -1,0 +1,217 @@
+"""Compile a training step, or a prefill, for chips that are not there, and measure what came out."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from jvlm.training import program
+from jvlm.training.config import Experiment
+
+from . import hlo
+from .chips import Topology
+
+GIGA = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of HBM on each chip. ``temporary``: activations, gradients and buffers, at their highest together."""
+
+    parameters: float = 0.0
+    optimizer: float = 0.0
+    batch: float = 0.0
+    temporary: float = 0.0
+    code: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Wire:
+    """What each chip sends over one set of mesh axes in a step, by kind of collective.
+
+    Attributes:
+      bandwidth: bytes a second that a chip can send to its partners, all links towards them together.
+      network: "ici" within a slice, "dcn" between slices.
+    """
+
+    axes: str
+    kinds: Mapping[str, float]
+    bandwidth: float
+    network: str
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.kinds.values())
+
+    @property
+    def seconds(self) -> float:
+        return self.bytes / self.bandwidth
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program that was compiled for a topology, or did not fit: then without traffic. All figures are of a chip.
+
+    Attributes:
+      limit: bytes of HBM that a program may use.
+      flops, hbm: see `hlo.Traffic`.
+      seconds: to lower, compile and read it.
+    """
+
+    mesh: Mapping[str, int]
+    memory: Memory
+    fits: bool
+    limit: float
+    flops: float
+    hbm: float
+    wires: tuple[Wire, ...]
+    seconds: float
+
+
+def devices_of(topology: Topology) -> Sequence[jax.Device]:
+    """Described devices. Raises ValueError for a topology that the compiler does not know."""
+    slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **slices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"topology {topology.name}: {str(error).splitlines()[0]}") from None
+    return described.devices
+
+
+def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
+    """The training step of an experiment, exactly as the loop would run it on that topology.
+
+    Raises:
+      ValueError: a mesh that does not fit the topology, rows or parameters.
+    """
+    planned = program.plan(experiment, devices_of(topology))
+    return measure(
+        planned.lower,
+        planned.layout.mesh,
+        topology,
+        parameters=_bytes((planned.state.params, planned.frozen)),
+        optimizer=_bytes(planned.state.optimizer),
+        batch=_bytes(planned.batches),
+    )
+
+
+def measure(lower: Callable[[], jax.stages.Lowered], mesh: Mesh, topology: Topology, **sizes: float) -> Compiled:
+    """Compile what ``lower()`` lowers; ``sizes`` are the parts of its arguments in bytes of a device."""
+    began = time.perf_counter()
+    cores = mesh.size // topology.chips
+    shape = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    limit = available_memory(mesh.devices.flat[0])
+    sizes = {name: cores * size for name, size in sizes.items()}
+    lowered = lower()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = cores * _needed(str(error))
+        memory = Memory(**sizes, temporary=max(needed - sum(sizes.values()), 0.0))
+        return Compiled(shape, memory, False, cores * limit, 0.0, 0.0, (), time.perf_counter() - began)
+    found = compiled.memory_analysis()
+    traffic = hlo.read(compiled.as_text())
+    fresh = found.output_size_in_bytes - found.alias_size_in_bytes  # results that are not arguments again
+    memory = Memory(
+        **sizes,
+        temporary=cores * float(found.temp_size_in_bytes + fresh),
+        code=cores * float(found.generated_code_size_in_bytes),
+    )
+    return Compiled(
+        mesh=shape,
+        memory=memory,
+        fits=memory.peak <= cores * limit,
+        limit=cores * limit,
+        flops=cores * traffic.flops,
+        hbm=cores * traffic.hbm,
+        wires=_wires(traffic, mesh, topology),
+        seconds=time.perf_counter() - began,
+    )
+
+
+@functools.cache
+def available_memory(device: jax.Device) -> float:
+    """Bytes of HBM that the compiler lets a program have: what it says when it refuses one that is far too large."""
+    side = 2**20
+    huge = jax.ShapeDtypeStruct((side, side), np.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: jax.numpy.sin(x) @ jax.numpy.cos(x)).lower(huge).compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"(?:available HBM \(|Used \S+ of )([\d.]+)([KMGT])", str(error))
+        if found:
+            return float(found[1]) * GIGA[found[2]]
+        raise
+    raise RuntimeError(f"the compiler gave {device} two matrices of {side} x {side}")
+
+
+def _needed(message: str) -> float:
+    """Bytes that a refused program asked for. Any other failure is raised again."""
+    found = re.search(r"(?:HLO temporaries \(|Used )([\d.]+)([KMGT])", message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
+        raise RuntimeError(f"the program does not compile: {message[:2000]}")
+    return float(found[1]) * GIGA[found[2]]
+
+
+def _bytes(tree: Any) -> float:
+    """Of a tree of abstract arrays with shardings, on one device."""
+    return float(
+        sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+    )
+
+
+def _wires(traffic: hlo.Traffic, mesh: Mesh, topology: Topology) -> tuple[Wire, ...]:
+    """Bytes by the mesh axes that differ within the groups of each collective."""
+    kinds: dict[str, dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
+    bandwidths: dict[str, tuple[float, str]] = {}
+    flat = list(mesh.devices.flat)
+    places = np.stack(np.unravel_index(np.arange(len(flat)), mesh.devices.shape), axis=1)
+    names = np.array(mesh.axis_names)
+    for one in traffic.collectives:
+        if one.groups.shape[1] < 2:
+            continue
+        members = places[one.groups]
+        differ = (members != members[:, :1]).any(axis=(0, 1))
+        axes = "+".join(names[differ])
+        kinds[axes][one.kind] += one.times * one.sent
+        partners = one.groups[0]
+        if one.kind == "collective-permute":
+            # a pair says little: take all that are reached along these axes
+            same = (places[:, ~differ] == places[one.groups[0][0], ~differ]).all(axis=1)
+            partners = np.flatnonzero(same)
+        bandwidths[axes] = _bandwidth([flat[i] for i in partners], topology)
+    wires = (Wire(axes, dict(found), *bandwidths[axes]) for axes, found in kinds.items())
+    return tuple(sorted(wires, key=lambda wire: -wire.seconds))
+
+
+def _bandwidth(devices: Sequence[jax.Device], topology: Topology) -> tuple[float, str]:
+    """Bytes a second a chip can send to the others of a group, and over which network."""
+    chip = topology.chip
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        return chip.dcn, "dcn"
+    coordinates = np.array([device.coords for device in devices])
+    links = 0
+    for dimension, size in enumerate(topology.shape):
+        count = len(set(coordinates[:, dimension].tolist()))
+        if count > 1:
+            links += 2 if count == size and _is_ring(topology, size) else 1
+    return (links * chip.link if links else chip.hbm_bandwidth), "ici"  # cores of one chip need no link
+
+
+def _is_ring(topology: Topology, size: int) -> bool:
+    """Whether a side of the torus is closed: whole cubes of four in three dimensions, sides of 16 in two."""
+    return size % 4 == 0 if len(topology.shape) == 3 else size == 16

@@ -1,0 +1,93 @@
+"""Try neighbours of a plan, as many as the time allows: fewer chips, other settings, larger batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jvlm.parallel import rules
+from jvlm.training.config import Experiment
+
+from .chips import GIB, smaller
+
+REMAT = ("none", "dots", "attention", "full")
+
+
+def search(plan: Callable, experiment: Experiment, first: Any, load: Any, seconds: float) -> str:
+    """What was tried around a plan, as Markdown, and the best of it.
+
+    Args:
+      plan: (experiment, topology, load) -> a plan with ``topology``, ``compiled`` and ``bound``.
+      seconds: no new compilation begins after; at least one is tried.
+    """
+    ends = time.monotonic() + seconds
+    tried = [("as it is", experiment, first)]
+    lines = [_row("as it is", first)]
+    for what, changed, topology in _candidates(experiment, first, tried):
+        if len(tried) > 1 and time.monotonic() > ends:
+            lines.append("| (out of time) | | | |")
+            break
+        try:
+            found = plan(changed, topology, load)
+        except ValueError as error:
+            lines.append(f"| {what} | {str(error).splitlines()[0][:80]} | | |")
+            continue
+        tried.append((what, changed, found))
+        lines.append(_row(what, found))
+    fitting = [t for t in tried if t[2].compiled.fits]
+    head = ["| tried | GiB of a chip | MFU at most | tokens/s at most |", "| --- | ---: | ---: | ---: |"]
+    return "\n".join([*head, *lines, "", *_verdicts(first, fitting), ""])
+
+
+def _candidates(experiment: Experiment, first: Any, tried: list) -> Iterator[tuple[str, Experiment, Any]]:
+    """What to try next, given what was found so far."""
+    here = first.topology
+    numerics = experiment.model.numerics
+    for policy in REMAT:
+        if policy != numerics.remat:
+            changed = dataclasses.replace(numerics, remat=policy)
+            model = dataclasses.replace(experiment.model, numerics=changed)
+            yield f"remat {policy}", dataclasses.replace(experiment, model=model), here
+    for table in rules.TABLES:
+        if table != experiment.parallel.rules:
+            parallel = dataclasses.replace(experiment.parallel, rules=table)
+            yield f"rules {table}", dataclasses.replace(experiment, parallel=parallel), here
+    rows = experiment.data.rows
+    while tried[-1][2].compiled.fits or rows == experiment.data.rows:
+        if not first.compiled.fits:
+            break
+        rows *= 2
+        data = dataclasses.replace(experiment.data, rows=rows)
+        yield f"{rows} rows", dataclasses.replace(experiment, data=data), here
+        if not tried[-1][2].compiled.fits:
+            break
+    topology = smaller(here) if first.compiled.fits else None
+    while topology is not None:
+        yield f"on {topology.name}", experiment, topology
+        if not tried[-1][2].compiled.fits:
+            break
+        topology = smaller(topology)
+
+
+def _row(what: str, plan: Any) -> str:
+    size = f"{plan.compiled.memory.peak / GIB:.1f} of {plan.compiled.limit / GIB:.1f}"
+    if not plan.compiled.fits:
+        return f"| {what} | {size}, does not fit | | |"
+    return f"| {what} | {size} | {100 * plan.bound.mfu:.1f} % | {plan.bound.tokens_per_second:,.0f} |"
+
+
+def _verdicts(first: Any, fitting: list) -> list[str]:
+    if not fitting:
+        return ["Nothing that was tried fits."]
+    here = [t for t in fitting if t[2].topology == first.topology]
+    lines = []
+    if here:
+        fastest = max(here, key=lambda t: t[2].bound.tokens_per_second)
+        largest = max(here, key=lambda t: t[1].data.rows)
+        lines.append(f"Fastest bound of what fits on {first.topology.name}: {fastest[0]}.")
+        lines.append(f"Largest batch tried that fits: {largest[1].data.rows} rows.")
+    least = min(fitting, key=lambda t: t[2].topology.chips)
+    lines.append(f"Smallest topology tried that fits: {least[2].topology.name}.")
+    return [f"- {line}" for line in lines]
