@@ -14,7 +14,7 @@ _PUBLIC = {
     "VLM": "jvlm.models.vlm",
     "generate": "jvlm.inference.generate",
     "load": "jvlm.weights.loading",
-    "save": "jvlm.weights.checkpoint",
+    "save": "jvlm.weights.saving",
 }
 
 __all__ = ["PackedBatch", "Processor", "VLM", "__version__", "generate", "load", "save"]  # noqa: RUF022
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from jvlm.inference.generate import generate
     from jvlm.models.batch import PackedBatch
     from jvlm.models.vlm import VLM
-    from jvlm.weights.checkpoint import save
     from jvlm.weights.loading import load
+    from jvlm.weights.saving import save
 
 
 def __getattr__(name: str):

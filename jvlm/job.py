@@ -19,8 +19,9 @@ from jvlm.training import log
 from jvlm.training.config import Experiment
 from jvlm.training.log import clock
 from jvlm.training.loop import Result, train
-from jvlm.weights.checkpoint import save
+from jvlm.weights import table
 from jvlm.weights.loading import load
+from jvlm.weights.saving import save
 
 ANSWERS, SCORES, EXPORT, REPORT = "answers.jsonl", "scores.json", "hf", "report.html"
 
@@ -37,6 +38,8 @@ class Floor:
 def run(experiment: Experiment) -> Path:
     """Train, score, export, read the export back, and write the report. Returns the run folder."""
     began = time.perf_counter()
+    if experiment.export.enabled and experiment.model is not None:
+        table.architecture_of(experiment.model)  # better refused now than after the training
     result = train(experiment)
     answers, scores, floor = [], None, None
     if experiment.evaluation.data:

@@ -17,7 +17,9 @@ _CARRIED = frozenset(
     "id channel tools label margin solution rejected_response rejected_messages rejected_images rejected_videos".split()
 )
 _FIELDS = frozenset("messages images image videos video objects chat_template_kwargs".split()) | _CARRIED
-_TEMPLATE_KWARGS = frozenset("min_pixels max_pixels video_min_pixels video_max_pixels fps".split())
+_TEMPLATE_KWARGS = frozenset(
+    "min_pixels max_pixels video_min_pixels video_max_pixels fps min_tiles max_tiles num_frames".split()
+)
 _TAG = re.compile(r"(<image>|<video>)")
 _OBJECT_TAG = re.compile(r"(<ref-object>|<bbox>)")
 

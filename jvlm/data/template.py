@@ -60,6 +60,8 @@ class ChatStyle:
 # By `VLMConfig.architecture`.
 STYLES: dict[str, ChatStyle] = {
     "qwen2_5_vl": ChatStyle(QWEN_TEMPLATE, "<|image_pad|>", "<|video_pad|>"),
+    # MM1.5 publishes neither template nor tokenizer.
+    "mm1_5": ChatStyle(QWEN_TEMPLATE, "<|image_pad|>", "<|video_pad|>"),
     # The space: as transformers 5, whose tokenizers no longer begin a word by themselves after a special token.
     "idefics2": ChatStyle(
         IDEFICS2_TEMPLATE, "<image>", always_blocks=True, special_tokens=True, space_after_image=True

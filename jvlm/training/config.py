@@ -7,6 +7,7 @@ from typing import Literal
 
 from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
+from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.mesh import ParallelConfig
 
@@ -108,6 +109,19 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdaptConfig:
+    """What becomes of the model of ``init_from`` before it is trained.
+
+    Attributes:
+      grid: patches along the side of a picture: position tables are interpolated, for larger or smaller pictures.
+      experts: a dense decoder's MLPs become the start of experts (`jvlm.weights.upcycling`).
+    """
+
+    grid: int | None = None
+    experts: MoEConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """Everything that defines a run; saved in it as experiment.json.
 
@@ -117,6 +131,7 @@ class Experiment:
       model: the architecture, when training from random weights; with ``init_from`` the folder's own is used and
         only ``model.numerics`` counts.
       init_from: Hugging Face or run folder whose weights and processor to start from.
+      adapt: changes to that model; none to one that starts from random weights.
       tokenizer: folder of the tokenizer, when training from random weights.
       topologies: TPU pods that it is made for, as tools/plan.py names them ("v5p:4x4x4"), which says how it fits there.
       parallel: the mesh of devices, and what is split over its axes; a restart may change it.
@@ -134,6 +149,7 @@ class Experiment:
     stages: tuple[Stage, ...] = ()
     model: VLMConfig | None = None
     init_from: str | None = None
+    adapt: AdaptConfig = AdaptConfig()
     tokenizer: str | None = None
     processor: ProcessorConfig | None = None
     data: DataConfig = DataConfig()
@@ -158,6 +174,8 @@ class Experiment:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.init_from is None and (self.model is None or self.tokenizer is None):
             raise ValueError("give init_from (a folder to start from), or both model and tokenizer")
+        if self.init_from is None and self.adapt != AdaptConfig():
+            raise ValueError("adapt changes the model of init_from, which is not given: change model instead")
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names) or not all(name.replace("-", "_").isidentifier() for name in names):
             raise ValueError(f"stages need names of letters, digits, - and _, each its own; got {', '.join(names)}")

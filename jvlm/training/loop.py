@@ -29,13 +29,13 @@ from jvlm.training import flops, optimizer
 from jvlm.training import program as planning
 from jvlm.training import step as stepping
 from jvlm.training.checkpoint import Checkpoints
-from jvlm.training.config import EvaluationConfig, Experiment
+from jvlm.training.config import AdaptConfig, EvaluationConfig, Experiment
 from jvlm.training.goodput import Goodput
 from jvlm.training.interruption import Interrupted, StopRequests
 from jvlm.training.log import TrainingLog, clock
 from jvlm.training.nonfinite import Guard
 from jvlm.training.profile import Profile
-from jvlm.weights import checkpoint, loading
+from jvlm.weights import checkpoint, loading, positions, upcycling
 from jvlm.weights.run_folder import CHECKPOINTS, EXPERIMENT, PROCESSOR
 
 REJECTED = "rejected.jsonl"
@@ -83,12 +83,11 @@ def train(experiment: Experiment) -> Result:
 
 def runs_of(experiment: Experiment) -> list[Experiment]:
     """The stages as experiments of their own, each going on from the one before it, and the experiment itself."""
-    runs, start = [], experiment.init_from
+    runs = []
     for stage in experiment.stages:
         run = dataclasses.replace(
             experiment,
             name=f"{experiment.name}/stages/{stage.name}",
-            init_from=start,
             data=stage.data,
             optimizer=stage.optimizer,
             steps=stage.steps,
@@ -97,7 +96,8 @@ def runs_of(experiment: Experiment) -> list[Experiment]:
         )
         runs.append(run)
         start = str(Path(run.output_root) / run.name)
-    return [*runs, dataclasses.replace(experiment, init_from=start)]
+        experiment = dataclasses.replace(experiment, init_from=start, adapt=AdaptConfig())  # once is enough
+    return [*runs, experiment]
 
 
 def _train_one(experiment: Experiment) -> Result:
@@ -195,8 +195,13 @@ def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None =
     if experiment.init_from is not None:
         numerics = experiment.model.numerics if experiment.model else None
         model, processor = loading.load(experiment.init_from, numerics=numerics, sharding=sharding)
-        if experiment.processor is not None:
-            processor = Processor(processor.tokenizer, model.config, experiment.processor)
+        if experiment.adapt.grid is not None:
+            model = positions.with_grid(model, experiment.adapt.grid)
+        if experiment.adapt.experts is not None:
+            model = upcycling.upcycle(model, experiment.adapt.experts, seed=experiment.seed)
+        if experiment.processor is not None or experiment.adapt != AdaptConfig():
+            settings = experiment.processor or processor.config
+            processor = Processor(processor.tokenizer, model.config, settings, generation=processor.generation)
     else:
         from transformers import AutoTokenizer
 

@@ -21,18 +21,21 @@ def loss_sums(model: VLM, batch: PackedBatch, block: int | None = None) -> Sums:
 
     Returns:
       "loss": weighted cross-entropy in nats; "weight": sum of the weights; "correct": targets (of weight > 0) that
-      are the most likely token; "targets": their number.
+      are the most likely token; "targets": their number. What layers report comes as "aux/" and its name, averaged
+      over those layers and times "weight"; "aux/loss" among it is part of what is minimised.
     """
-    hidden = model.hidden(batch).hidden
+    hidden, _, aux = model.hidden(batch)
     with jax.named_scope("loss"):
         targets, weights = _next_tokens(batch)
         kernel, vocabulary_first = model.decoder.output_kernel()
         found = placement.current().cross_entropy(
             hidden, kernel, targets, weights, vocabulary_first=vocabulary_first, block=block
         )
+        total = weights.sum()
         return {
+            **{f"aux/{name}": value.mean() * total for name, value in aux.items()},
             "loss": found.loss.sum(),
-            "weight": weights.sum(),
+            "weight": total,
             "correct": found.correct.sum().astype(jnp.float32),
             "targets": (weights > 0).sum().astype(jnp.float32),
         }

@@ -40,8 +40,9 @@ def make_step(
     """``(state, frozen, batches) -> (state, metrics)``, with ``batches`` stacked on a leading accumulation axis.
 
     The loss is averaged over the weights of all accumulated batches, so it equals that of one large batch.
-    ``state`` is donated. Metrics: loss, token_acc, grad_norm, a norm for each learnt tower, and skipped: 1 where the
-    loss or the gradient is not finite. Such a step leaves parameters and optimizer, its count included, as they were.
+    ``state`` is donated. Metrics: loss, token_acc, grad_norm, a norm for each learnt tower, what layers report (a
+    mixture of experts: aux_loss, which is minimised beside the loss, and router/...), and skipped: 1 where the loss or
+    the gradient is not finite. Such a step leaves parameters and optimizer, its count included, as they were.
 
     Args:
       placement: how the model is split; None keeps it whole.
@@ -51,7 +52,7 @@ def make_step(
     def sums(params: Params, frozen: Params, batch: PackedBatch):
         with placements.use(placement):
             result = loss_sums(vlm.bind(template, {**frozen, **params}), batch)
-        return result["loss"], result
+        return result["loss"] + result.get("aux/loss", 0.0), result
 
     gradient = jax.value_and_grad(sums, has_aux=True)
 
@@ -68,6 +69,7 @@ def make_step(
             "token_acc": total["correct"] / jnp.maximum(total["targets"], 1),
             "grad_norm": optax.tree.norm(grads),
             **{f"grad_norm/{tower}": norm for tower, norm in optimizer.tower_norms(grads).items()},
+            **_reported(total, weight),
         }
         with jax.named_scope("update"):
             updates, opt_state = tx.update(grads, state.optimizer, state.params)
@@ -80,6 +82,11 @@ def make_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+def _reported(total: dict[str, jax.Array], weight: jax.Array) -> dict[str, jax.Array]:
+    reports = {name.removeprefix("aux/"): value / weight for name, value in total.items() if name.startswith("aux/")}
+    return {"aux_loss" if name == "loss" else name: value for name, value in reports.items()}
 
 
 def _accumulate(gradient, params: Params, frozen: Params, batches: PackedBatch):

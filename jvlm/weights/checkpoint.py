@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def load_weights(folder: Path, config: VLMConfig, sharding: ShardingOf | None = 
     shapes = {path: tuple(v.get_value().shape) for path, v in variables.items()}
     expected = table.entries(config, shapes)
     with safetensors_files.Tensors(folder) as tensors:
-        stored = match(tensors, table.architectures()[config.architecture].canonical, expected)
+        stored = match(tensors, table.architecture_of(config).canonical, expected)
         read_parameters(variables, expected, stored, tensors, sharding)
     nnx.update(model, nnx.from_flat_state([(tuple(p.split(".")), v) for p, v in variables.items()]))
     return model
@@ -148,7 +148,7 @@ def load_processor(folder: Path, config: VLMConfig) -> Processor:
         tokenizer.chat_template = template
     settings = read_settings(folder)
     if settings is None:
-        architecture = table.architectures()[config.architecture]
+        architecture = table.architecture_of(config)
         files = {name: _read_json(folder / name) for name in architecture.preprocessors}
         settings = ProcessorConfig(media=architecture.read_media(files))
     return Processor(
@@ -166,26 +166,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 def save(
     model: VLM,
     processor: Processor,
-    path: str | Path,
-    format: Literal["hf"] = "hf",
+    folder: Path,
     *,
-    dtype: str | None = None,
-    layout: str = "released",
-    max_shard_bytes: int = 5 * 10**9,
+    dtype: str | None,
+    layout: str,
+    max_shard_bytes: int,
 ) -> None:
-    """Write a Hugging Face folder that transformers, vLLM and SGLang load.
-
-    Args:
-      dtype: of every tensor; None keeps each as it was stored in the checkpoint it came from (its parameter
-        dtype if it came from none).
-      layout: tensor names, "released" (as published checkpoints) or "transformers" (as >= 4.52 in memory).
-      max_shard_bytes: start a new file above this size.
-    """
-    if format != "hf":
-        raise ValueError(f"unknown format {format!r}; supported: 'hf' (runs are written by `jvlm train`)")
-    folder = Path(path)
+    """Write a Hugging Face folder; see `jvlm.weights.saving.save`."""
+    architecture = table.architecture_of(model.config)
     folder.mkdir(parents=True, exist_ok=True)
-    architecture = table.architectures()[model.config.architecture]
     if layout not in architecture.layouts:
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(architecture.layouts)}")
     variables = parameters(model)
@@ -223,7 +212,7 @@ def _writer(variable: nnx.Variable, entry: table.Entry, dtype: np.dtype) -> Call
 
 def write_sidecars(folder: Path, config: VLMConfig, processor: Processor, dtype: str) -> None:
     """Everything of a Hugging Face folder but the weights."""
-    architecture = table.architectures()[config.architecture]
+    architecture = table.architecture_of(config)
     _write_json(folder / "config.json", {**architecture.write_config(config), "torch_dtype": dtype})
     write_processor(folder, config, processor)
     # older readers look here, newer ones for chat_template.jinja, which the tokenizer writes

@@ -85,7 +85,7 @@ def convert(
         raise FileExistsError(f"{target} exists and is not an empty folder; give a new one")
     opened = _open(source, step)
     try:
-        layouts = table.architectures()[opened.config.architecture].layouts
+        layouts = table.architecture_of(opened.config).layouts
         if layout not in layouts:
             raise ValueError(f"unknown layout {layout!r}; known: {', '.join(layouts)}")
         target.mkdir(parents=True, exist_ok=True)
@@ -146,9 +146,7 @@ class _Snapshot:
         self.entries, _ = _entries_of(self.config)
         self.tensors = safetensors_files.Tensors(folder)
         try:
-            self.stored = checkpoint.match(
-                self.tensors, table.architectures()[self.config.architecture].canonical, self.entries
-            )
+            self.stored = checkpoint.match(self.tensors, table.architecture_of(self.config).canonical, self.entries)
             self.dtypes = self.tensors.dtypes(self.stored.values())
         except WeightError:
             self.close()

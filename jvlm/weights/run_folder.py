@@ -53,6 +53,19 @@ def params_folder(folder: Path, step: int | None = None) -> Path:
     return folder.absolute() / CHECKPOINTS / str(available[-1] if step is None else step) / "params"
 
 
+def save(model: VLM, processor: Processor, folder: Path) -> None:
+    """Write a model as a run folder of one checkpoint, at step 0. Raises WeightError if the folder holds a run."""
+    if is_run(folder):
+        raise WeightError(f"{folder} holds a run already; choose another folder")
+    (folder / PROCESSOR).mkdir(parents=True, exist_ok=True)
+    checkpoint.write_processor(folder / PROCESSOR, model.config, processor)
+    values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute() / CHECKPOINTS / "0" / "params", values)
+    # last: a folder with this file is whole
+    (folder / EXPERIMENT).write_text(json.dumps({"model": config_tree.to_dict(model.config)}, indent=2) + "\n")
+
+
 def load(
     folder: Path, *, numerics: Numerics | None, sharding: checkpoint.ShardingOf | None, step: int | None
 ) -> tuple[VLM, Processor]:

@@ -114,7 +114,7 @@ def entries(config: VLMConfig, shapes: dict[str, tuple[int, ...]]) -> list[Entry
     Raises:
       WeightError: the table and the model disagree about which parameters exist.
     """
-    architecture = architectures()[config.architecture]
+    architecture = architecture_of(config)
     return expand(architecture.rules(config), architecture.sizes(config), shapes)
 
 
@@ -167,6 +167,18 @@ def architectures() -> dict[str, Architecture]:
 
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     return {module.ARCHITECTURE.name: module.ARCHITECTURE for module in modules}
+
+
+def architecture_of(config: VLMConfig) -> Architecture:
+    """The checkpoints of a model's family. Raises WeightError if there is no such thing."""
+    known = architectures()
+    if config.architecture not in known:
+        raise WeightError(
+            f"models of architecture {config.architecture!r} have no Hugging Face form, since no public checkpoint of "
+            f"it exists; known: {', '.join(known)}. Save them as a jvlm run folder: "
+            "jvlm.save(..., format='jvlm'), or export.enabled = False in an experiment"
+        )
+    return known[config.architecture]
 
 
 def architecture_for(model_type: str | None) -> Architecture:

@@ -40,6 +40,11 @@ class FrameGridConfig(ConnectorConfig):
         """Places of a frame in the batch's patches."""
         return self.grid**2 + self.class_token
 
+    @property
+    def frame_features(self) -> int:
+        """Features of a frame."""
+        return self.out_grid**2
+
 
 def frames_of(features: Float[Array, "B P d"], config: FrameGridConfig) -> Float[Array, "B N h w d"]:
     """Features as pictures, without class tokens: frames have one size, so a row is cut where they begin."""

@@ -1,0 +1,29 @@
+"""MM1.5's second stage: text-rich pictures as 2 x 2 tiles of 672 pixels and an overview, 720 tokens a picture.
+
+    jvlm train mm1_5/continual --data.train ... --init_from runs/mm1_5_pretrain
+
+Published and kept: static tiles of 1344 x 1344 pixels, 256 rows a step, 30,000 steps, peak learning rate 1e-5, cosine
+decay to 0, every tower learnt. The position tables go from 27 x 27 to 48 x 48 places as the stage begins.
+"""
+
+from jvlm.data.pipeline import DataConfig
+from jvlm.data.processor import ProcessorConfig
+from jvlm.data.vision.tiled import TiledMedia
+from jvlm.models.mm1_5 import GRID_672
+from jvlm.training.config import AdaptConfig, Experiment, ExportConfig, OptimizerConfig
+
+
+def get_config() -> Experiment:
+    """Four pictures, of five frames each, in a row."""
+    return Experiment(
+        name="mm1_5_continual",
+        init_from="runs/mm1_5_pretrain",
+        adapt=AdaptConfig(grid=GRID_672),
+        processor=ProcessorConfig(media=TiledMedia(splitting="static"), box_format="mm1_5"),
+        data=DataConfig(rows=32, row_tokens=4096, row_patches=20 * (GRID_672**2 + 1), on_bad_row="skip"),
+        optimizer=OptimizerConfig(learning_rate=1e-5),
+        export=ExportConfig(enabled=False),
+        steps=30_000,
+        accumulation=8,
+        log_every=20,
+    )

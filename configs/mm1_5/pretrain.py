@@ -1,0 +1,34 @@
+"""MM1.5's first stage: 378 pixels, no tiles, 144 tokens a picture; captions, interleaved documents and text, 50:10:40.
+
+    jvlm train mm1_5/pretrain --data.train ... --tokenizer DIR    # Qwen2.5-VL's: the presets have its vocabulary
+
+Published and kept: resolution, tokens, row length, 512 rows a step, steps, every tower learnt. Not published: learning
+rate, warm-up and decay (those here are of the usual size). jvlm has AdamW, not AdaFactor, and one list of data: mix the
+files in the ratio wanted. Both towers begin at random; the paper begins from a CLIP tower and a language model.
+"""
+
+import dataclasses
+
+from jvlm.data.pipeline import DataConfig
+from jvlm.data.processor import ProcessorConfig
+from jvlm.data.vision.tiled import TiledMedia
+from jvlm.models.layers import Numerics
+from jvlm.models.mm1_5 import GRID_378, MM1_5, at_grid
+from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
+
+
+def get_config() -> Experiment:
+    """Up to 16 pictures of 27 x 27 patches and a class token in a row."""
+    model = at_grid(MM1_5["mm1_5_3b"], GRID_378)
+    return Experiment(
+        name="mm1_5_pretrain",
+        model=dataclasses.replace(model, numerics=Numerics(remat="attention")),
+        tokenizer="tokenizer",
+        processor=ProcessorConfig(media=TiledMedia(splitting="none"), box_format="mm1_5"),
+        data=DataConfig(rows=64, row_tokens=4096, row_patches=16 * (GRID_378**2 + 1), on_bad_row="skip"),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup=0.01, final_ratio=0.1),
+        export=ExportConfig(enabled=False),
+        steps=200_000,
+        accumulation=8,
+        log_every=20,
+    )

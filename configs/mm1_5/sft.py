@@ -1,0 +1,30 @@
+"""MM1.5's instruction stage: each picture as 4 to 9 tiles of 672 pixels and an overview after them, with an index.
+
+    jvlm train mm1_5/sft --data.train ... --init_from runs/mm1_5_continual
+    jvlm train mm1_5/sft --data.train videos.jsonl ... --init_from runs/mm1_5_sft --name mm1_5_video
+
+Published and kept: (4, 9) tiles, 144 tokens a tile, no tiles from three pictures on, overview last, index (k,i,j), 24
+frames of a video, 256 rows a step, 23,000 steps, peak learning rate 2e-5, cosine decay to 0, every tower learnt;
+pictures, several pictures and text 80:10:10, which the data files have to be mixed in.
+"""
+
+from jvlm.data.pipeline import DataConfig
+from jvlm.data.processor import ProcessorConfig
+from jvlm.data.vision.tiled import TiledMedia
+from jvlm.models.mm1_5 import GRID_672
+from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
+
+
+def get_config() -> Experiment:
+    """A row holds a video, or two pictures of ten frames and what is said about them."""
+    return Experiment(
+        name="mm1_5_sft",
+        init_from="runs/mm1_5_continual",
+        processor=ProcessorConfig(media=TiledMedia(), box_format="mm1_5"),
+        data=DataConfig(rows=32, row_tokens=4096, row_patches=24 * (GRID_672**2 + 1), on_bad_row="skip"),
+        optimizer=OptimizerConfig(learning_rate=2e-5),
+        export=ExportConfig(enabled=False),
+        steps=23_000,
+        accumulation=8,
+        log_every=20,
+    )

@@ -1,0 +1,158 @@
+"""Host side of towers that see pictures of one size only: MM1.5's tiles, a whole picture, the frames of a video.
+
+Every frame has as many patches as every other, so a row of frames is a plain array (`FrameGridConfig`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from jvlm.data import tiles
+from jvlm.data.vision import MediaConfig, MediaPatches, register
+from jvlm.models.encoders.vit import CLASS_PLACE
+from jvlm.models.vlm import VLMConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TiledMedia(MediaConfig):
+    """How pictures become tiles; the defaults are MM1.5's final recipe. What is not published is an option.
+
+    Attributes:
+      splitting: "dynamic" chooses a grid of min_tiles to max_tiles for each picture (`jvlm.data.tiles`), "static"
+        always takes ``static_grid``, "none" takes the whole picture as one frame.
+      split_below: pictures are split only in conversations with fewer pictures than this.
+      overview: where the whole picture comes as one more frame; a picture of a single tile has none.
+      whole_fit: the whole picture is stretched to the square ("squash"), or keeps its aspect and is padded ("pad").
+      indicator: what tells the model which tile it sees: an index before each, or separators between them.
+      index: template of the index: image from 0, row and column from 1, or both 0 for an overview.
+      separators: before an overview, between columns, between rows.
+      max_upscale: see `jvlm.data.tiles.choose_grid`.
+      placement, colour: of a picture on its grid, and of the rest.
+      num_frames: of a video, spread evenly over the frames given; each is a whole picture.
+    """
+
+    splitting: Literal["dynamic", "static", "none"] = "dynamic"
+    min_tiles: int = 4
+    max_tiles: int = 9
+    static_grid: tuple[int, int] = (2, 2)
+    split_below: int = 3
+    overview: Literal["last", "first", "none"] = "last"
+    whole_fit: Literal["squash", "pad"] = "squash"
+    indicator: Literal["index", "separator", "none"] = "index"
+    index: str = "({image},{row},{column})"
+    separators: tuple[str, str, str] = (":", ",", "\n")
+    max_upscale: float | None = None
+    placement: tiles.Placement = "corner"
+    colour: tiles.Colour = (0, 0, 0)
+    num_frames: int = 24
+
+    def __post_init__(self):
+        tiles.candidate_grids(self.min_tiles, self.max_tiles)  # refuses limits that contradict each other
+        if self.num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, got {self.num_frames}")
+
+    def grid_of(self, size: tuple[int, int], side: int, count: int) -> tiles.Grid:
+        """(rows, columns) of one of ``count`` pictures, of (height, width) pixels, in tiles of ``side`` pixels."""
+        if self.splitting == "none" or count >= self.split_below:
+            return (1, 1)
+        if self.splitting == "static":
+            return self.static_grid
+        grids = tiles.candidate_grids(self.min_tiles, self.max_tiles)
+        return tiles.choose_grid(size, side, grids, self.max_upscale)
+
+
+@register(TiledMedia)
+class TiledVision:
+    """Turns pictures and frame lists into frames of the encoder's size.
+
+    Raises:
+      ValueError: encoder and connector that do not agree about the patches of a frame.
+    """
+
+    marks = ()
+    merged_mark = None
+
+    def __init__(self, model: VLMConfig):
+        encoder, connector = model.encoder, model.connector
+        for name in ("grid", "class_token"):
+            theirs = getattr(connector, name, getattr(encoder, name))
+            if theirs != getattr(encoder, name):
+                raise ValueError(
+                    f"connector.{name} is {theirs}, encoder.{name} {getattr(encoder, name)}: make them equal"
+                )
+        self.encoder, self.features = encoder, connector.frame_features
+        self.side = encoder.grid * encoder.patch_size
+        self.patch_values = encoder.patch_values
+        self.patch_group = encoder.grid**2 + encoder.class_token
+
+    def image(self, image: Image.Image, config: TiledMedia, *, index: int = 0, count: int = 1) -> MediaPatches:
+        """Tiles and overview of a picture, or the whole picture as one frame."""
+        size = image.height, image.width
+        grid = config.grid_of(size, self.side, count)
+        if grid == (1, 1):
+            return self._media([self._whole(image, config)], (self.features,), image.size, (self.side, self.side))
+        options = {"max_upscale": config.max_upscale, "placement": config.placement, "colour": config.colour}
+        frames = tiles.split(image, grid, self.side, **options)
+        places = [(row, column) for row in range(1, grid[0] + 1) for column in range(1, grid[1] + 1)]
+        pieces: list[list[str | int]] = [[*self._before(config, index, place), self.features] for place in places]
+        if config.overview != "none":
+            at = len(frames) if config.overview == "last" else 0
+            frames.insert(at, self._whole(image, config))
+            pieces.insert(at, [*self._before(config, index, (0, 0)), self.features])
+        height, width = tiles.fitted_size(size, grid, self.side, config.max_upscale)
+        return self._media(frames, tuple(part for piece in pieces for part in piece), image.size, (width, height))
+
+    def video(self, frames: Sequence[Image.Image], config: TiledMedia) -> MediaPatches:
+        """Frames as whole pictures, one after the other, without marks."""
+        chosen = np.linspace(0, len(frames) - 1, min(config.num_frames, len(frames))).round().astype(int)
+        pictures = [self._whole(frames[i], config) for i in chosen]
+        return self._media(pictures, (self.features * len(pictures),), frames[0].size, (self.side, self.side))
+
+    def max_frame_patches(self, config: TiledMedia) -> int:
+        """Those of every frame."""
+        return self.patch_group
+
+    def _before(self, config: TiledMedia, image: int, place: tuple[int, int]) -> list[str]:
+        """What stands before a tile, or before the overview at (0, 0)."""
+        row, column = place
+        if config.indicator == "index":
+            return [config.index.format(image=image, row=row, column=column)]
+        if config.indicator == "none" or place == (1, 1):
+            return []
+        overview, between_columns, between_rows = config.separators
+        return [overview if place == (0, 0) else between_rows if column == 1 else between_columns]
+
+    def _whole(self, image: Image.Image, config: TiledMedia) -> Image.Image:
+        if config.whole_fit == "squash":
+            return image.resize((self.side, self.side), Image.Resampling.BICUBIC)
+        (frame,) = tiles.split(image, (1, 1), self.side, placement=config.placement, colour=config.colour)
+        return frame
+
+    def _media(self, frames: list[Image.Image], layout, original, resized) -> MediaPatches:
+        p, g, first = self.encoder.patch_size, self.encoder.grid, int(self.encoder.class_token)
+        pixels = np.stack([np.asarray(frame, np.uint8) for frame in frames])
+        n, channels = len(frames), pixels.shape[-1]
+        # (frame, h, y, w, x, c) -> (frame, h, w, c, y, x)
+        cells = pixels.reshape(n, g, p, g, p, channels).transpose(0, 1, 3, 5, 2, 4).reshape(n, g * g, self.patch_values)
+        places = np.stack(np.divmod(np.arange(g * g, dtype=np.int32), g), -1)
+        if first:
+            cells = np.concatenate([np.zeros((n, 1, self.patch_values), np.uint8), cells], 1)
+            places = np.concatenate([np.array([CLASS_PLACE], np.int32), places])
+        numbers = np.arange(1, n + 1, dtype=np.int32)
+        ids = np.repeat(numbers, self.patch_group)
+        return MediaPatches(
+            patches=cells.reshape(-1, self.patch_values),
+            frame_ids=ids,
+            window_ids=ids,
+            positions=np.tile(places, (n, 1)),
+            feature_frames=np.repeat(numbers, self.features),
+            feature_of_token=np.arange(n * self.features, dtype=np.int32),
+            original=original,
+            resized=resized,
+            layout=layout,
+        )

@@ -1,0 +1,62 @@
+"""Experts from a dense model: sparse upcycling, arXiv 2212.05055."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jvlm.models import vlm
+from jvlm.models.decoders.moe import MoEConfig
+from jvlm.models.vlm import VLM
+
+_LAYER = "decoder.blocks.layer."
+_EXPERT_PARTS = ("gate", "up", "down")
+
+
+def upcycle(model: VLM, experts: MoEConfig, *, seed: int = 0) -> VLM:
+    """A dense model with the MLP of every ``experts.every``-th decoder layer as each of its experts' start.
+
+    All experts are equal and the router is new, so the model computes what it did before, and training tells the
+    experts apart.
+
+    Raises:
+      ValueError: the model has experts already, experts of another width than its MLPs, or gates that do not sum to 1.
+    """
+    dense = model.config.decoder
+    if dense.mlp is not None:
+        raise ValueError(f"the decoder has {type(dense.mlp).__name__} in place of MLPs already")
+    if experts.intermediate_size != dense.intermediate_size:
+        raise ValueError(
+            f"experts.intermediate_size {experts.intermediate_size} must be that of the dense MLPs, "
+            f"{dense.intermediate_size}"
+        )
+    if not experts.renormalise:
+        raise ValueError("without renormalise the gates sum to less than 1: the model would no longer be the same")
+    config = dataclasses.replace(model.config, decoder=dataclasses.replace(dense, mlp=experts))
+    target = vlm.abstract(config)
+    old = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
+    new = {}
+    for path, variable in vlm.parameters(target).items():
+        shape = variable.get_value().shape
+        if path.endswith(".mlp.router"):
+            keys = jax.random.split(jax.random.key(seed), shape[0])
+            new[path] = jnp.stack([config.numerics.new_weight(key, shape[1:], shape[1]) for key in keys])
+        else:
+            new[path] = _from_dense(path, shape, old, config.decoder.period)
+    return vlm.bind(target, new)
+
+
+def _from_dense(path: str, shape: tuple[int, ...], old: dict[str, jax.Array], period: int) -> jax.Array:
+    if not path.startswith(_LAYER):
+        return old[path]
+    rest, slot = path.removeprefix(_LAYER), 0
+    if period > 1:  # the layers of a period lie apart: slots.N.
+        _, number, rest = rest.split(".", 2)
+        slot = int(number)
+    part = rest.removeprefix("mlp.")
+    if part in _EXPERT_PARTS:
+        layers = old[f"{_LAYER}mlp.{part}.kernel"][slot::period]
+        return jnp.broadcast_to(layers[:, None], shape)
+    return old[_LAYER + rest][slot::period]

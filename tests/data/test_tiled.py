@@ -1,0 +1,109 @@
+"""MM1.5's pictures: how many frames and tokens, in which order, what stands between them, and the pixels of each."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jvlm.data import tiles
+from jvlm.data.vision import vision_for
+from jvlm.data.vision.tiled import TiledMedia, TiledVision
+from jvlm.models.connectors.c_abstractor import CAbstractorConfig
+from jvlm.models.decoders.transformer import TransformerConfig
+from jvlm.models.encoders.vit import ViTConfig
+from jvlm.models.mm1_5 import GRID_378, GRID_672, MM1_5, at_grid
+from jvlm.models.vlm import VLMConfig
+from tests.support import picture
+
+SMALL = VLMConfig(
+    architecture="mm1_5",
+    encoder=ViTConfig(depth=1, hidden_size=8, num_heads=1, intermediate_size=8, patch_size=4, grid=4, class_token=True),
+    connector=CAbstractorConfig(grid=4, out_grid=2),
+    decoder=TransformerConfig(),
+)
+SIDE, N, F = 16, 17, 4  # pixels, patches with the class token, features of a frame
+
+
+def pixels_of(medium):
+    """[frames, side, side, 3] put together again from the patches, and the class tokens' patches."""
+    cells = medium.patches.reshape(-1, N, 3, 4, 4)
+    picture = cells[:, 1:].reshape(-1, 4, 4, 3, 4, 4).transpose(0, 1, 4, 2, 5, 3).reshape(-1, SIDE, SIDE, 3)
+    return picture, cells[:, 0]
+
+
+def test_frames_are_the_tiles_in_rows_and_the_overview_after_them():
+    image = picture(40, 20)
+    medium = TiledVision(SMALL).image(image, TiledMedia(), index=1, count=2)
+    grid = tiles.choose_grid((20, 40), SIDE, tiles.candidate_grids(4, 9))
+    assert grid == (2, 4)
+    frames, class_patches = pixels_of(medium)
+    whole = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    expected = [np.asarray(t) for t in tiles.split(image, grid, SIDE)]
+    np.testing.assert_array_equal(frames, np.stack([*expected, whole]))
+    assert not class_patches.any()
+    np.testing.assert_array_equal(medium.positions[:N], [(-1, -1), *np.ndindex(4, 4)])
+    np.testing.assert_array_equal(medium.positions, np.tile(medium.positions[:N], (9, 1)))
+    np.testing.assert_array_equal(medium.frame_ids, np.repeat(np.arange(1, 10), N))
+    np.testing.assert_array_equal(medium.feature_frames, np.repeat(np.arange(1, 10), F))
+    indices = [f"(1,{row},{column})" for row in (1, 2) for column in (1, 2, 3, 4)] + ["(1,0,0)"]
+    assert medium.layout == tuple(part for index in indices for part in (index, F))
+    assert (medium.original, medium.resized) == ((40, 20), (64, 32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout"),
+    [
+        ({"indicator": "separator"}, (F, ",", F, "\n", F, ",", F, ":", F)),
+        ({"indicator": "none"}, (F, F, F, F, F)),
+        ({"indicator": "none", "overview": "none"}, (F, F, F, F)),
+        ({"overview": "first"}, ("(0,0,0)", F, "(0,1,1)", F, "(0,1,2)", F, "(0,2,1)", F, "(0,2,2)", F)),
+        ({"index": "{row}{column} ", "overview": "none"}, ("11 ", F, "12 ", F, "21 ", F, "22 ", F)),
+        ({"splitting": "none"}, (F,)),
+        ({"min_tiles": 1, "max_tiles": 1}, (F,)),
+    ],
+)  # fmt: skip
+def test_what_stands_between_tiles_is_an_option(changes, layout):
+    media = dataclasses.replace(TiledMedia(splitting="dynamic", max_tiles=4), **changes)
+    medium = TiledVision(SMALL).image(picture(30, 30), media)
+    assert medium.layout == layout
+    assert medium.feature_of_token.tolist() == list(range(sum(part for part in layout if isinstance(part, int))))
+
+
+@pytest.mark.parametrize(("count", "frames"), [(1, 5), (2, 5), (3, 1), (8, 1)])
+def test_from_three_pictures_on_none_is_split(count, frames):
+    vision, media = TiledVision(SMALL), TiledMedia(splitting="static")
+    assert vision.image(picture(50, 20), media, index=0, count=count).frame_ids[-1] == frames
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens"), [((500, 500), 720), ((480, 640), 1008), ((1080, 1920), 1296), ((3508, 2480), 1440)]
+)
+def test_the_number_of_tokens_is_the_published_one(size, tokens):
+    model = MM1_5["mm1_5_3b"]
+    rows, columns = TiledMedia().grid_of(size, GRID_672 * model.encoder.patch_size, 1)
+    assert (rows * columns + 1) * vision_for(model, TiledMedia()).features == tokens
+
+
+def test_a_video_is_24_whole_frames_of_144_tokens():
+    vision = TiledVision(at_grid(MM1_5["mm1_5_3b"], GRID_378))
+    frames = [Image.new("RGB", (64, 48), (i, 0, 0)) for i in range(93)]
+    medium = vision.video(frames, TiledMedia())
+    assert medium.layout == (24 * 144,)
+    assert medium.patches.shape == (24 * (27**2 + 1), 3 * 14 * 14)
+    red = medium.patches.reshape(24, 27**2 + 1, -1)[:, 1, 0]
+    assert red.tolist() == [round(i * 92 / 23) for i in range(24)]
+    assert vision.video(frames[:5], TiledMedia()).layout == (5 * 144,)
+
+
+def test_a_padded_whole_picture_keeps_its_aspect():
+    media = TiledMedia(splitting="none", whole_fit="pad", placement="centre", colour=(1, 2, 3))
+    frames, _ = pixels_of(TiledVision(SMALL).image(Image.new("RGB", (32, 16), (200, 200, 200)), media))
+    assert (frames[0, 4:12] == 200).all()
+    assert (frames[0, [*range(4), *range(12, 16)]] == [1, 2, 3]).all()
+
+
+def test_towers_that_disagree_about_a_frame_are_refused():
+    wrong = dataclasses.replace(SMALL, connector=CAbstractorConfig(grid=5, out_grid=2))
+    with pytest.raises(ValueError, match=r"connector.grid is 5, encoder.grid 4"):
+        TiledVision(wrong)
