@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import random
 import signal
@@ -15,9 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvlm.parallel.mesh import ParallelConfig
+from jvlm.training import loop
+from jvlm.training import program as planning
 from jvlm.training.checkpoint import Checkpoints, fingerprints
 from jvlm.training.config import CheckpointConfig
 from jvlm.training.step import TrainState
+from tests.training import support
 
 # Restores the last checkpoint, checks that it is that step's, then saves step after step until it is killed.
 WRITER = """
@@ -165,3 +171,53 @@ def test_a_fingerprint_changes_with_any_bit_and_with_the_order_and_not_with_the_
         changed.reshape(-1)[place] ^= 1 if dtype == "bool" else 1 << int(rng.integers(8))
         assert fingerprints({"x": jnp.asarray(changed.view(values.dtype).reshape(values.shape))}) != {"['x']": first}
     assert fingerprints({"x": values[::-1]}) != {"['x']": first}
+
+
+MESHES = """
+import sys
+from pathlib import Path
+from tests.training import test_checkpoint
+test_checkpoint.across_meshes(Path(sys.argv[1]))
+"""
+
+
+def across_meshes(folder: Path) -> None:
+    """Saves on one device, goes on upon eight, and comes back to one. Runs with eight CPU devices."""
+    experiment = support.experiment(folder, support.write_rows(folder, 4), "--data.rows", "4")
+    model, processor = loop.start_model(experiment)
+    experiment = loop.resolve(experiment, model, processor)
+    _, values = loop.split(model)
+
+    def program(**axes: int) -> planning.Program:
+        devices = jax.devices()[: math.prod(axes.values())]
+        return planning.plan(dataclasses.replace(experiment, parallel=ParallelConfig(**axes)), devices)
+
+    def drawn(x):
+        key = jax.random.key(x.size)
+        return jax.random.normal(key, x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x + 7
+
+    state, frozen = program(data=1).begin(values)
+    state = dataclasses.replace(state, optimizer=jax.tree.map(drawn, state.optimizer))
+    saved = [np.asarray(x).tobytes() for x in jax.tree.leaves((state.params, state.optimizer))]
+    assert len(jax.devices()) == 8
+    assert len(set(saved)) > 15
+    with Checkpoints(folder, CheckpointConfig(every=1)) as checkpoints:
+        checkpoints.save(1, state, frozen, {"position": 1})
+    meshes = ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1})
+    for step, axes in enumerate(meshes, 1):
+        here = program(**axes)
+        with Checkpoints(folder, CheckpointConfig(every=1)) as checkpoints:
+            found, state, frozen, data = checkpoints.restore_latest(*here.begin(jax.tree.map(jnp.zeros_like, values)))
+            assert (found, int(state.step), data) == (step, step, {"position": step})
+            assert saved == [np.asarray(x).tobytes() for x in jax.tree.leaves((state.params, state.optimizer))]
+            for x, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(here.state), strict=True):
+                assert x.sharding.is_equivalent_to(wanted.sharding, x.ndim)
+            checkpoints.save(step + 1, state, frozen, {"position": step + 1})
+
+
+def test_a_checkpoint_of_one_device_is_restored_on_a_mesh_of_eight_and_back_to_the_bit(tmp_path):
+    flags = "--xla_force_host_platform_device_count=8"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "XLA_FLAGS": flags}
+    done = subprocess.run([sys.executable, "-c", MESHES, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "DAMAGED" not in done.stdout
