@@ -23,5 +23,5 @@ gpus=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
 export JAX_LOCAL_DEVICE_IDS=$gpus
 
 # SIGTERM comes 120 s before the time limit or a preemption: jvlm saves and ends. --requeue puts a preempted job back
-# in the queue, and it goes on from its newest checkpoint. --kill-on-bad-exit: one dead process ends the others.
+# in the queue, and it goes on from its newest checkpoint; a job that ran out of time is submitted again by hand. --kill-on-bad-exit: one dead process ends the others.
 exec srun --kill-on-bad-exit=1 .venv/bin/jvlm train "$@" --distributed true

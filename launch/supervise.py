@@ -14,11 +14,17 @@ from queued import Spec
 
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
 GONE = ("", "SUSPENDING", "SUSPENDED", "DELETING", "FAILED")
+# `jvlm train` ends so after SIGTERM (jvlm/training/interruption.py)
+SAVED_AND_STOPPED = "75"
 STATUS = re.compile(r"JVLM-STATUS worker=(\S+) state=(\w+) code=(\S+) time=(\S+)")
 
 
 class Preempted(Exception):
     """The machines are gone; a new set may go on from the last checkpoint."""
+
+
+class Stopped(Exception):
+    """The job saved and ended because it was told to; the machines may be there still."""
 
 
 class RunFailed(Exception):
@@ -33,6 +39,10 @@ class Worker:
     state: str
     code: str
     ended: str
+
+    @property
+    def stopped(self) -> bool:
+        return self.state == "exited" and self.code == SAVED_AND_STOPPED
 
     @property
     def failed(self) -> bool:
@@ -97,10 +107,15 @@ class Supervisor:
                 if start:
                     self._ship_and_start()
                 self.started = True
+                self.cloud.say("following worker 0; Ctrl-C leaves the job running")
                 failed = self._follow()
             except Preempted as reason:
                 self.started = False
                 self._again(str(reason))
+                start = True
+                continue
+            except Stopped:
+                self._count_preemption("the job was told to stop, and saved")
                 start = True
                 continue
             if not failed:
@@ -193,6 +208,14 @@ class Supervisor:
             turn += 1
             if workers is not None:
                 expected = max(expected, len(workers))
+                if any(w.stopped for w in workers):
+                    # one that is told to stop takes the others with it, by saving or by dying of its silence
+                    if all(w.state != "running" for w in workers):
+                        self._print_log(offset)
+                        raise Stopped
+                    time.sleep(self.policy.follow)
+                    turn = 0
+                    continue
                 failed = sorted((w for w in workers if w.failed), key=lambda w: (not w.ended.isdigit(), w.ended))
                 if failed:
                     return failed
@@ -227,13 +250,16 @@ class Supervisor:
 
     def _again(self, why: str) -> None:
         """Delete what is left and ask for new machines."""
+        self._count_preemption(why)
+        self.delete()
+        self._create()
+
+    def _count_preemption(self, why: str) -> None:
         self._preempted += 1
         if self._preempted > self.policy.preemptions:
             self.delete()
-            raise RunFailed(f"{why}; new machines were asked for {self.policy.preemptions} times already; deleted")
-        self.cloud.say(f"{why}; asking for new machines, {self._preempted} of {self.policy.preemptions} times")
-        self.delete()
-        self._create()
+            raise RunFailed(f"{why}; it went on {self.policy.preemptions} times already; deleted")
+        self.cloud.say(f"{why}; going on, {self._preempted} of {self.policy.preemptions} times")
 
     def _finish(self) -> None:
         if self.policy.keep:

@@ -1,13 +1,11 @@
 """A scripted gcloud: one process a call, its world in a JSON file beside it. Imitates queued resources, ssh and scp.
 
-The world: {"exists": bool, "states": [...], "states_after": {...}, "refuse": [[verb, error], ...], "status": [...],
-"calls": [...]}. `states` are the answers of describe in turn, the last one stays; each creation takes the next list of
-`lives`. `status` holds, for each life, the workers' lines in turn.
+Each creation takes the next of the world's `lives`: its `states` are the answers of describe in turn, its `status` the
+workers' lines; the last of each stays. `refuse` holds [verb, error] for calls to fail once; `calls` collects arguments.
 """
 
 import json
 import sys
-import time
 from pathlib import Path
 
 WORLD = Path(__file__).resolve().with_name("world.json")
@@ -21,10 +19,17 @@ def main() -> int:
     what = f"ssh {command.split('worker.sh ')[1].split()[0]}" if "worker.sh " in command else verb
     world["calls"].append(arguments)
     status, out, err = answer(world, verb, what)
-    WORLD.write_text(json.dumps(world))
+    save(world)
     sys.stdout.write(out)
     sys.stderr.write(err)
     return status
+
+
+def save(world):
+    """At once or not at all: the launcher may end this process at any time."""
+    fresh = WORLD.with_suffix(".new")
+    fresh.write_text(json.dumps(world))
+    fresh.replace(WORLD)
 
 
 def answer(world, verb, what):
@@ -55,9 +60,6 @@ def answer(world, verb, what):
         return 0, "", ""
     if what == "ssh status":
         lines = world["status"].pop(0) if len(world["status"]) > 1 else world["status"][0]
-        if lines == "hang":
-            WORLD.write_text(json.dumps(world))
-            time.sleep(30)
         if lines == "gone":
             world["states"] = ["SUSPENDED"]
             return 1, "", "ERROR: [/usr/bin/ssh] exited with return code [255].\n"

@@ -121,8 +121,7 @@ def measure(lower: Callable[[], jax.stages.Lowered], mesh: Mesh, topology: Topol
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = cores * _needed(str(error))
-        memory = Memory(**sizes, temporary=max(needed - sum(sizes.values()), 0.0))
+        memory = Memory(**sizes, temporary=cores * _temporaries(str(error), sum(sizes.values()) / cores))
         return Compiled(shape, memory, False, cores * limit, 0.0, 0.0, (), time.perf_counter() - began)
     found = compiled.memory_analysis()
     traffic = hlo.read(compiled.as_text())
@@ -159,12 +158,13 @@ def available_memory(device: jax.Device) -> float:
     raise RuntimeError(f"the compiler gave {device} two matrices of {side} x {side}")
 
 
-def _needed(message: str) -> float:
-    """Bytes that a refused program asked for. Any other failure is raised again."""
-    found = re.search(r"(?:HLO temporaries \(|Used )([\d.]+)([KMGT])", message)
+def _temporaries(message: str, arguments: float) -> float:
+    """Bytes that a refused program asked for beside its arguments. Any other failure is raised again."""
+    found = re.search(r"(HLO temporaries \(|Used )([\d.]+)([KMGT])", message)
     if "RESOURCE_EXHAUSTED" not in message or not found:
         raise RuntimeError(f"the program does not compile: {message[:2000]}")
-    return float(found[1]) * GIGA[found[2]]
+    size = float(found[2]) * GIGA[found[3]]
+    return max(size - arguments, 0.0) if found[1].startswith("Used") else size
 
 
 def _bytes(tree: Any) -> float:
