@@ -81,8 +81,11 @@ def _find_config(config: str) -> Path:
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     from jvlm import job
+    from jvlm.parallel import hosts
     from jvlm.training.interruption import EXIT_STATUS, Interrupted
 
+    if arguments.distributed == "true" or arguments.coordinator:
+        hosts.initialise(arguments.coordinator, arguments.num_processes, arguments.process_id)
     try:
         job.run(load_experiment(arguments.config, rest))
     except Interrupted as stopped:
@@ -196,6 +199,12 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train, score, export and report an experiment", add_help=False)
     train.add_argument("config", help="a Python file with get_config(), or its name under configs/")
+    train.add_argument(
+        "--distributed", choices=("true", "false"), help="join the processes of a TPU pod or a SLURM job"
+    )
+    train.add_argument("--coordinator", help="host:port of process 0, where nothing announces it")
+    train.add_argument("--num_processes", type=int, help="how many there are (with --coordinator)")
+    train.add_argument("--process_id", type=int, help="which one this is, from 0 (with --coordinator)")
     train.set_defaults(run=_train, takes_fields=True)
 
     replay = commands.add_parser("replay", help="say which tower and which conversation of a stopped run is not finite")

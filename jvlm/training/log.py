@@ -38,11 +38,16 @@ class TrainingLog:
     Args:
       folder: of the run.
       start, steps: first step to run and number of steps in all.
+      writes: whether to write at all; one process of many does.
     """
 
-    def __init__(self, folder: Path, start: int, steps: int):
+    def __init__(self, folder: Path, start: int, steps: int, *, writes: bool = True):
+        self.start, self.steps, self.writes = start, steps, writes
+        self._began = time.perf_counter()
+        self._before = 0.0
+        if not writes:
+            return
         self.path = folder / LOG
-        self.start, self.steps = start, steps
         kept = [line for line in read(folder) if line["step_number"] <= start]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._before = kept[-1]["elapsed_seconds"] if kept else 0.0
@@ -52,12 +57,13 @@ class TrainingLog:
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
-        self._began = time.perf_counter()
 
     def __enter__(self) -> TrainingLog:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if not self.writes:
+            return
         self._bar.close()
         self._board.close()
         self._file.close()
@@ -68,13 +74,16 @@ class TrainingLog:
 
     def advance(self) -> None:
         """One step further on the bar."""
-        self._bar.update(1)
+        if self.writes:
+            self._bar.update(1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line for a step; ``values`` are plain numbers, written in full to file and shortened to the screen.
 
         What is not finite is null in the file, as JSON wants it, and left out of the curves.
         """
+        if not self.writes:
+            return
         here = time.perf_counter() - self._began
         pace = here / max(step - self.start, 1)
         line = {
@@ -96,7 +105,8 @@ class TrainingLog:
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
-        self._bar.write(text)
+        if self.writes:
+            self._bar.write(text)
 
 
 def _short(value: Any) -> Any:

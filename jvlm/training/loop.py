@@ -7,14 +7,12 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import grain
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from jvlm import config as config_tree
 from jvlm.data import packing, pipeline
@@ -24,6 +22,7 @@ from jvlm.data.position import Share
 from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.models import vlm
 from jvlm.models.vlm import TOWERS, VLM, VLMConfig
+from jvlm.parallel import hosts
 from jvlm.parallel.layout import Layout
 from jvlm.training import flops, optimizer
 from jvlm.training import program as planning
@@ -70,7 +69,7 @@ def train(experiment: Experiment) -> Result:
     results: list[Result] = []
     for number, run in enumerate(runs_of(experiment), 1):
         if experiment.stages:
-            print(f"stage {number} of {len(experiment.stages) + 1}: {run.name}")
+            hosts.say(f"stage {number} of {len(experiment.stages) + 1}: {run.name}")
         results.append(_train_one(run))
     return dataclasses.replace(
         results[-1],
@@ -109,16 +108,17 @@ def _train_one(experiment: Experiment) -> Result:
     template, values = split(model)
     program = planning.plan(experiment)
     state, frozen = program.begin(values)
-    print(describe(experiment, template, layout))
+    hosts.say(describe(experiment, template, layout))
+    part = hosts.part_of(program.batches.tokens)
     dataset, source = pipeline.training_data(
-        processor, experiment.data, seed=experiment.seed, share=Share(jax.process_index(), jax.process_count())
+        processor, experiment.data, seed=experiment.seed, share=Share(part.index, part.count)
     )
     batches = iter(dataset)
 
     with Checkpoints(folder, experiment.checkpoint) as checkpoints:
         start, useful = 0, 0.0
         guard = Guard(folder, experiment.stop_after_skips)
-        seen = _Seen(folder, len(source), experiment.data)
+        seen = _Seen(folder, len(source), experiment.data, counts=part.counts)
         restored = checkpoints.restore_latest(state, frozen)
         if restored is not None:
             start, state, frozen, data = restored
@@ -128,7 +128,7 @@ def _train_one(experiment: Experiment) -> Result:
             useful = data["useful"]
         checkpoints.check_space(state, frozen, range(start + 1, experiment.steps + 1))
         with (
-            TrainingLog(folder, start, experiment.steps) as log,
+            TrainingLog(folder, start, experiment.steps, writes=hosts.is_first()) as log,
             Goodput(folder, useful) as goodput,
             StopRequests() as requests,
             Profile(folder, experiment.profile) as profile,
@@ -139,7 +139,8 @@ def _train_one(experiment: Experiment) -> Result:
             for step in range(start + 1, experiment.steps + 1):
                 profile.before(step - start)
                 packed = meter.next_batch(batches, step)
-                batch, began = stepping.stack([rows.batch for rows in packed]), time.perf_counter()
+                own = stepping.stack([rows.batch for rows in packed])
+                batch, began = hosts.place(own, part.rows, program.batches), time.perf_counter()
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = program.step(state, frozen, batch)
                 goodput.ran(began, metrics)
@@ -154,7 +155,7 @@ def _train_one(experiment: Experiment) -> Result:
                     log.write(step, {**meter.line(metrics, step, guard.skipped), "goodput": goodput.share()})
                 asked = requests.after(step)
                 if asked or step == experiment.steps or checkpoints.due(step):
-                    data = _of_all({"iterator": batches.get_state(), "seen": seen.state()})
+                    data = {"iterator": hosts.join(batches.get_state() if part.counts else []), "seen": seen.state()}
                     data |= {"skips": guard.state(), "useful": goodput.seconds()}
                     checkpoints.save(step, state, frozen, data, force=True)
                 log.advance()
@@ -167,23 +168,12 @@ def _train_one(experiment: Experiment) -> Result:
             seconds = log.elapsed()
     batches.close()
     compilations = program.step._cache_size()
-    print(
+    hosts.say(
         f"{experiment.steps} steps in {clock(seconds)}, {compilations} compilation(s), {seen.summary()}"
         + guard.summary()
     )
     model = vlm.bind(template, {**frozen, **state.params})
     return Result(model, processor, folder, experiment.steps, seconds, compilations, seen.rejected)
-
-
-def _of_all(own: dict[str, list]) -> dict[str, list]:
-    """Lists of plain values of every process, joined; the same for all."""
-    if jax.process_count() == 1:
-        return own
-    text = np.frombuffer(json.dumps(own).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.asarray(len(text)))
-    texts = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - len(text))))
-    found = [json.loads(bytes(row[:length])) for row, length in zip(texts, lengths, strict=True)]
-    return {name: [value for values in found for value in values[name]] for name in own}
 
 
 def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None = None) -> tuple[VLM, Processor]:
@@ -227,7 +217,7 @@ def random_model(config: VLMConfig, seed: int, sharding: checkpoint.ShardingOf |
 
 def resolve(experiment: Experiment, model: VLM, processor: Processor) -> Experiment:
     """The experiment with everything filled in that was left to be derived."""
-    steps = experiment.steps or estimate_steps(experiment, processor)
+    steps = hosts.agree(experiment.steps or estimate_steps(experiment, processor))
     return dataclasses.replace(experiment, model=model.config, processor=processor.config, steps=steps)
 
 
@@ -262,9 +252,12 @@ def prepare_folder(folder: Path, experiment: Experiment, processor: Processor) -
                 f"{folder} holds another experiment; remove it or choose another --name. Differences:\n  "
                 + "\n  ".join(changed)
             )
-    (folder / PROCESSOR).mkdir(parents=True, exist_ok=True)
-    checkpoint.write_processor(folder / PROCESSOR, experiment.model, processor)
-    path.write_text(json.dumps(resolved, indent=2) + "\n")
+    hosts.wait("checked the run folder")
+    if hosts.is_first():
+        (folder / PROCESSOR).mkdir(parents=True, exist_ok=True)
+        checkpoint.write_processor(folder / PROCESSOR, experiment.model, processor)
+        path.write_text(json.dumps(resolved, indent=2) + "\n")
+    hosts.wait("wrote the run folder")
 
 
 def split(model: VLM) -> tuple[VLM, dict[str, jax.Array]]:
@@ -297,11 +290,14 @@ def describe(experiment: Experiment, template: VLM, layout: Layout) -> str:
 class _Seen:
     """Counts conversations read and rows left out; lists the latter in rejected.jsonl."""
 
-    def __init__(self, folder: Path, rows: int, config: pipeline.DataConfig):
-        self.path, self.rows, self.config = folder / REJECTED, rows, config
-        self.conversations = self.rejected = 0
+    def __init__(self, folder: Path, rows: int, config: pipeline.DataConfig, *, counts: bool):
+        name = REJECTED if hosts.is_first() else f"{jax.process_index()}.{REJECTED}"
+        self.path, self.rows, self.config = folder / name, rows, config
+        self.counts, self.conversations, self.rejected = counts, 0, 0
 
     def add(self, packed: PackedRows, step: int) -> None:
+        if not self.counts:  # another process reads the same
+            return
         self.conversations += packed.conversations
         self.rejected += len(packed.rejected)
         if packed.rejected:
@@ -319,11 +315,12 @@ class _Seen:
             )
 
     def epoch(self) -> float:
-        return (self.conversations + self.rejected) * jax.process_count() / self.rows
+        """Passes over the data, of all processes; each must ask."""
+        return sum(sum(state.values()) for state in self.state()) / self.rows
 
     def state(self) -> list[dict[str, int]]:
-        """Of this process; a checkpoint has those of all."""
-        return [{"conversations": self.conversations, "rejected": self.rejected}]
+        """Of every process; each must ask."""
+        return hosts.gather({"conversations": self.conversations, "rejected": self.rejected})
 
     def restore(self, states: list[dict[str, int]], step: int) -> None:
         """Each process goes on from its share of what all have seen."""
@@ -337,8 +334,12 @@ class _Seen:
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def summary(self) -> str:
-        where = f" (listed in {self.path})" if self.rejected else ""
-        return f"{self.conversations} conversations = {self.epoch():.2f} epochs, {self.rejected} rows left out{where}"
+        """What was read, by all processes; each must ask."""
+        states = self.state()
+        conversations, rejected = (sum(state[name] for state in states) for name in ("conversations", "rejected"))
+        epochs = (conversations + rejected) / self.rows
+        where = f" (listed in {self.path})" if rejected else ""
+        return f"{conversations} conversations = {epochs:.2f} epochs, {rejected} rows left out{where}"
 
 
 class _Meter:
@@ -353,7 +354,7 @@ class _Meter:
             flops.of_batch(template, [], self._learnt)
         except TypeError as error:  # a new architecture can be trained before its arithmetic is declared
             self._counted = False
-            print(f"the log has no tflops_per_s and mfu: {error}")
+            hosts.say(f"the log has no tflops_per_s and mfu: {error}")
         self._reset()
 
     def _reset(self) -> None:
@@ -365,10 +366,11 @@ class _Meter:
     def next_batch(self, batches: grain.DatasetIterator, step: int) -> list[PackedRows]:
         """The next step's batches, as many as are accumulated."""
         began = time.perf_counter()
-        packed = list(itertools.islice(_endless(batches), self.experiment.accumulation))
+        packed = list(itertools.islice(batches, self.experiment.accumulation))
         self._waited += time.perf_counter() - began
         if self._counted:
-            self._flops += flops.of_batch(self.template, [rows.batch for rows in packed], self._learnt).total
+            own = flops.of_batch(self.template, [rows.batch for rows in packed], self._learnt).total
+            self._flops += own * self.seen.counts
         for rows in packed:
             self.seen.add(rows, step)
             self._text.append(rows.batch.text_padding)
@@ -380,7 +382,8 @@ class _Meter:
         seconds = time.perf_counter() - self._since
         data = self.experiment.data
         places = len(self._text) * data.rows * data.row_tokens
-        text_padding, patch_padding = float(np.mean(self._text)), float(np.mean(self._patches))
+        own = [float(np.mean(self._text)), float(np.mean(self._patches)), self._waited, self._flops]
+        text_padding, patch_padding, waited, arithmetic = np.asarray(hosts.gather(own)).mean(0).tolist()
         optimizer_config, updates = self.experiment.optimizer, step - skipped
         rates = {
             f"learning_rate/{t}": float(optimizer.schedule(optimizer_config, t, self.experiment.steps)(updates - 1))
@@ -395,25 +398,20 @@ class _Meter:
             **rates,
             "token_acc": values.pop("token_acc"),
             "epoch": round(self.seen.epoch(), 3),
-            "data_wait": self._waited / seconds,
+            "data_wait": waited / seconds,
             "padding_text": text_padding,
             "padding_patches": patch_padding,
             "tokens_per_s": places * (1 - text_padding) / seconds,
-            **self._speed(seconds),
+            **self._speed(arithmetic / seconds),
             **values,
             "skipped": skipped,
         }
         self._reset()
         return line
 
-    def _speed(self, seconds: float) -> dict[str, float]:
+    def _speed(self, arithmetic: float) -> dict[str, float]:
         """Useful arithmetic of a device; its share of what the device could do, where that is known."""
         if not self._counted:
             return {}
-        each = self._flops / seconds / (jax.device_count() / jax.process_count())
+        each = arithmetic / (jax.device_count() / jax.process_count())
         return {"tflops_per_s": each / 1e12, **({"mfu": each / self._peak} if self._peak else {})}
-
-
-def _endless(batches: grain.DatasetIterator) -> Iterator[PackedRows]:
-    while True:
-        yield next(batches)
