@@ -36,9 +36,13 @@ _CORPUS = (
 )
 
 
-def make_tokenizer(folder: Path) -> Path:
-    """A byte-level BPE tokenizer of the Qwen2 kind, trained on a few sentences, with the real chat template."""
+def make_tokenizer(folder: Path, special: Sequence[str] = SPECIAL_TOKENS, begin: str = "", **settings: Any) -> Path:
+    """A byte-level BPE tokenizer of the Qwen2 kind, trained on a few sentences, with the real chat template.
+
+    ``begin`` is a special token put before every text; ``settings`` replace those of tokenizer_config.json.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     tokenizer = Tokenizer(models.BPE())
@@ -54,10 +58,14 @@ def make_tokenizer(folder: Path) -> Path:
         vocab_size=320, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+    if begin:
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+        )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
+    values = {
         "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
@@ -67,8 +75,9 @@ def make_tokenizer(folder: Path) -> Path:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 131072,
         "chat_template": (GOLDEN / "chat_template.jinja").read_text(),
+        **settings,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
     return folder
 
 

@@ -31,7 +31,7 @@ class ProcessorConfig:
     """How rows become tokens and pixels; saved with every model so that training and inference agree.
 
     Attributes:
-      media: how images and videos become frames; None takes what the model's encoder is used to.
+      media: how images and videos become frames; None takes the architecture's.
       box_format: how boxes and points are written, a name of `jvlm.data.box_formats.FORMATS`.
       box_space: replaces the space of the format's numbers.
       default_system: replaces the system turn that the template would insert; None leaves it to the template.
@@ -75,6 +75,9 @@ class Processor:
         self.video_token_id = model.image_token_id if model.video_token_id is None else model.video_token_id
         self._check_tokenizer()
         self.mark_ids = tuple(self._id_of(mark) for mark in self.vision.marks)
+        found = (tokenizer.convert_tokens_to_ids(token) for token in self.style.stops)
+        # a base model's tokenizer may lack them
+        self.stop_ids = tuple(i for i in found if i is not None and i != tokenizer.unk_token_id)
         merged = self.vision.merged_mark
         self.merged_mark = None if merged is None else self._id_of(merged)
 

@@ -18,7 +18,8 @@ _CARRIED = frozenset(
 )
 _FIELDS = frozenset("messages images image videos video objects chat_template_kwargs".split()) | _CARRIED
 _TEMPLATE_KWARGS = frozenset(
-    "min_pixels max_pixels video_min_pixels video_max_pixels fps min_tiles max_tiles num_frames".split()
+    "min_pixels max_pixels video_min_pixels video_max_pixels fps min_tiles max_tiles num_frames longest_edge "
+    "shortest_edge".split()
 )
 _TAG = re.compile(r"(<image>|<video>)")
 _OBJECT_TAG = re.compile(r"(<ref-object>|<bbox>)")

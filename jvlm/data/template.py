@@ -46,6 +46,7 @@ class ChatStyle:
       image, video: placeholders that templates write; without one for videos, they are given as images.
       always_blocks: the template takes content as a list of blocks only, never as a string.
       special_tokens: the tokenizer adds its own (a beginning of text) to what the template writes.
+      stops: tokens that end a turn, beside the end of text.
       space_after_image: a space is put between an image and a word that follows at once.
     """
 
@@ -55,6 +56,7 @@ class ChatStyle:
     always_blocks: bool = False
     special_tokens: bool = False
     space_after_image: bool = False
+    stops: tuple[str, ...] = ()
 
 
 # By `VLMConfig.architecture`.
@@ -64,7 +66,12 @@ STYLES: dict[str, ChatStyle] = {
     "mm1_5": ChatStyle(QWEN_TEMPLATE, "<|image_pad|>", "<|video_pad|>"),
     # The space: as transformers 5, whose tokenizers no longer begin a word by themselves after a special token.
     "idefics2": ChatStyle(
-        IDEFICS2_TEMPLATE, "<image>", always_blocks=True, special_tokens=True, space_after_image=True
+        IDEFICS2_TEMPLATE,
+        "<image>",
+        always_blocks=True,
+        special_tokens=True,
+        space_after_image=True,
+        stops=("<end_of_utterance>",),
     ),
 }
 
@@ -107,11 +114,12 @@ class ChatTemplate:
         text, spans = self._spans(messages, generation_prompt, origin)
         encoded = self.tokenizer(text, add_special_tokens=self.style.special_tokens, return_offsets_mapping=True)
         ids = np.asarray(encoded["input_ids"], np.int32)
-        starts = np.asarray([start for start, _ in encoded["offset_mapping"]], np.int64)
+        # a token that begins with the space before an answer is part of it
+        starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
         weights, turn = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.int32)
         for number, (begin, end, weight) in enumerate(spans, 1):
-            weights[(starts >= begin) & (starts < end)] = weight
-            turn[starts >= begin] = number
+            weights[(ends > begin) & (starts < end)] = weight
+            turn[ends > begin] = number
         return ids, weights, turn
 
     def _spans(self, messages, generation_prompt, origin) -> tuple[str, list[tuple[int, int, float]]]:

@@ -106,7 +106,7 @@ class Engine:
             return frozenset(sampling.stop_token_ids)
         own = self.processor.generation.get("eos_token_id")
         own = own if isinstance(own, list) else [own]
-        return frozenset(int(i) for i in (*own, self.config.eos_token_id) if i is not None)
+        return frozenset(int(i) for i in (*own, self.config.eos_token_id, *self.processor.stop_ids) if i is not None)
 
     def steps(
         self, examples: Sequence[Example], sampling: SamplingConfig, numbers: Sequence[int] | None = None

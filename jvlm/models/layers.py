@@ -153,16 +153,18 @@ class MLP(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """``down(silu(gate(x)) * up(x))``."""
+    """``down(silu(gate(x)) * up(x))``, to ``d_out`` channels if not as many as came in."""
 
-    def __init__(self, width: int, hidden: int, *, bias: bool, numerics: Numerics, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, hidden: int, *, d_out: int | None = None, bias: bool, numerics: Numerics, rngs: nnx.Rngs
+    ):
         common = {"bias": bias, "numerics": numerics, "rngs": rngs}
         self.gate = Linear(width, hidden, ("embed", "mlp"), **common)
         self.up = Linear(width, hidden, ("embed", "mlp"), **common)
-        self.down = Linear(hidden, width, ("mlp", "embed"), **common)
+        self.down = Linear(hidden, d_out or width, ("mlp", "embed"), **common)
 
     @scoped("mlp")
-    def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L d"]:
+    def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L o"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 

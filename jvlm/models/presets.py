@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
+from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
+from jvlm.models.encoders.vit import ViTConfig
 from jvlm.models.vlm import VLMConfig
 
 
@@ -67,5 +69,31 @@ PRESETS: dict[str, VLMConfig] = {
         num_heads=64,
         num_kv_heads=8,
         intermediate_size=29568,
+    ),
+    # The effective values of HuggingFaceM4/idefics2-8b: most are transformers' defaults, not in its config.json.
+    "idefics2_8b": VLMConfig(
+        architecture="idefics2",
+        encoder=ViTConfig(),
+        connector=PerceiverConfig(),
+        decoder=TransformerConfig(
+            vocab_size=32003,
+            hidden_size=4096,
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=8,
+            intermediate_size=14336,
+            rms_norm_eps=1e-5,
+            qkv_bias=False,
+            rope_theta=10000.0,
+            sliding_window=4096,
+            max_position_embeddings=32768,
+        ),
+        image_token_id=32001,
+        video_token_id=None,
+        vision_start_token_id=None,
+        vision_end_token_id=None,
+        vision_pad_token_id=None,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
 }

@@ -20,6 +20,11 @@ class EncoderConfig:
 class ConnectorConfig:
     """Base of every connector configuration."""
 
+    @property
+    def frame_features(self) -> int | None:
+        """Features that a frame gives whatever its size; None where the number follows from the frame's patches."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:

@@ -17,6 +17,7 @@ from flax import nnx
 
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
+from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.encoders.vit import ViTConfig
 from jvlm.models.registry import ConnectorConfig, EncoderConfig
@@ -261,6 +262,18 @@ def _connector(config: ConnectorConfig, connector: nnx.Module, counts: Counts) -
 @_connector.register
 def _(config: PatchMergerConfig, connector, counts):
     return Work(_products(connector, counts.features))  # no entry: the norm before it is learnt too
+
+
+@_connector.register
+def _(config: PerceiverConfig, connector, counts):
+    """Keys and values are made of patches and latents; each latent meets its frame's patches and latents."""
+    latents = config.latents * len(counts.frames)
+    attention, mlp = connector.blocks.layer.attention, connector.blocks.layer.mlp
+    made = [(connector.projection, counts.patches), (attention.q, latents), (attention.out, latents), (mlp, latents)]
+    made += [(part, counts.patches + latents) for part in (attention.k, attention.v)]
+    products = tuple(product for part, uses in made for product in _products(part, uses))
+    pairs = config.depth * config.latents * float((counts.frames + config.latents).sum())
+    return Work(products, 4 * pairs * config.num_heads * config.head_dim)
 
 
 def _decoder_attention(template: VLM, counts: Counts) -> float:

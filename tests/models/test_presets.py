@@ -28,8 +28,8 @@ def shapes_of(name):
     return {e.name: e.shape for e in table.entries(config, shapes)}
 
 
-def test_every_preset_is_in_the_table():
-    assert set(PRESETS) == set(PUBLISHED)
+def test_every_preset_of_the_architecture_is_in_the_table():
+    assert {name for name, config in PRESETS.items() if config.architecture == "qwen2_5_vl"} == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -72,7 +72,9 @@ class MediaPatches:
 
 
 class Vision(Protocol):
-    """The host side of one model.
+    """The host side of one model, made from it and its media configuration.
+
+    The methods are given a configuration of the same type again, in which a row may have changed limits, not marks.
 
     Attributes:
       patch_values: values of a flattened patch.
@@ -99,16 +101,16 @@ class Vision(Protocol):
         ...
 
 
-_VISIONS: dict[type, Callable[[VLMConfig], Vision]] = {}
-_DEFAULTS: dict[type, type] = {}
+_VISIONS: dict[type, Callable[[VLMConfig, MediaConfig], Vision]] = {}
+_DEFAULTS: dict[str, type] = {}
 
 
-def register(media: type, *encoders: type) -> Callable[[type], type]:
-    """Class decorator: the `Vision` of a media configuration, the default one of models with these encoders."""
+def register(media: type, *architectures: str) -> Callable[[type], type]:
+    """Class decorator: the `Vision` of a media configuration, which is the default one of these architectures."""
 
     def add(vision_type: type) -> type:
         _VISIONS[media] = vision_type
-        _DEFAULTS.update(dict.fromkeys(encoders, media))
+        _DEFAULTS.update(dict.fromkeys(architectures, media))
         return vision_type
 
     return add
@@ -129,15 +131,14 @@ def media_type(name: str) -> type:
 
 
 def default_media(model: VLMConfig) -> MediaConfig:
-    """The media configuration of a model that brings none. Raises TypeError naming the encoders that have one."""
+    """The media configuration of a model that brings none. Raises KeyError naming the architectures that have one."""
     _load_all()
-    if type(model.encoder) not in _DEFAULTS:
-        known = ", ".join(t.__name__ for t in _DEFAULTS)
-        raise TypeError(f"no host-side vision for {type(model.encoder).__name__}; known: {known}")
-    return _DEFAULTS[type(model.encoder)]()
+    if model.architecture not in _DEFAULTS:
+        raise KeyError(f"no media configuration for {model.architecture!r}; known: {', '.join(_DEFAULTS)}")
+    return _DEFAULTS[model.architecture]()
 
 
 def vision_for(model: VLMConfig, config: MediaConfig) -> Vision:
     """The host side of a model."""
     _load_all()
-    return _VISIONS[type(config)](model)
+    return _VISIONS[type(config)](model, config)

@@ -12,7 +12,6 @@ from PIL import Image
 
 from jvlm.data.images import smart_resize
 from jvlm.data.vision import MediaPatches, PixelLimits, register
-from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.vlm import VLMConfig
 
 
@@ -36,14 +35,14 @@ def window_order(grid: tuple[int, int, int], window: int) -> tuple[np.ndarray, n
     return (frames * (h * w) + order).ravel(), (frames * (number.max() + 1) + number + 1).ravel().astype(np.int32)
 
 
-@register(PixelLimits, QwenViTConfig)
+@register(PixelLimits, "qwen2_5_vl")
 class QwenVision:
     """Turns pictures and frame lists into `MediaPatches` for one encoder configuration."""
 
     marks = ()
     merged_mark = None
 
-    def __init__(self, model: VLMConfig):
+    def __init__(self, model: VLMConfig, limits: PixelLimits = PixelLimits()):
         self.config = config = model.encoder
         self.factor = config.patch_size * config.spatial_merge_size
         self.patch_values = config.patch_values

@@ -1,0 +1,221 @@
+"""Idefics2 checkpoints (``Idefics2ForConditionalGeneration``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jvlm.data.vision.edges import EdgeLimits
+from jvlm.models.connectors.perceiver import PerceiverConfig
+from jvlm.models.decoders.transformer import TransformerConfig
+from jvlm.models.vlm import VLMConfig
+from jvlm.weights.backbones import siglip
+from jvlm.weights.backbones.vision import vit_rules, vit_sizes
+from jvlm.weights.rules import linear, norm, swiglu, transformer
+from jvlm.weights.table import Architecture, Rule, WeightError
+
+_PERCEIVER = "model.connector.perceiver_resampler"
+_PREPROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
+# What Idefics2's vision tower has where config.json is silent.
+_VISION = {"image_size": 224, "patch_size": 32}
+
+
+def _rules(config: VLMConfig) -> tuple[Rule, ...]:
+    layer, to = f"{_PERCEIVER}.layers.{{i}}", "connector.blocks.layer"
+    vision = vit_rules(config.encoder, siglip.NAMES, "encoder.")
+    return (
+        *(Rule(f"model.vision_model.{r.name}", r.path, r.pattern) for r in vision),
+        *swiglu("model.connector.modality_projection", "connector.projection", bias=False),
+        Rule(f"{_PERCEIVER}.latents", "connector.latents"),
+        *norm(f"{layer}.input_latents_norm", f"{to}.norm1"),
+        *norm(f"{layer}.input_context_norm", f"{to}.norm_patches"),
+        *norm(f"{layer}.post_attention_layernorm", f"{to}.norm2"),
+        *(r for p in "qkv" for r in linear(f"{layer}.self_attn.{p}_proj", f"{to}.attention.{p}", bias=False)),
+        *linear(f"{layer}.self_attn.o_proj", f"{to}.attention.out", bias=False),
+        *swiglu(f"{layer}.mlp", f"{to}.mlp", bias=False),
+        *norm(f"{_PERCEIVER}.norm", "connector.norm"),
+        *transformer(config.decoder, "model.text_model"),
+    )
+
+
+def _canonical(name: str) -> str | None:
+    return None if name.endswith("rotary_emb.inv_freq") else name
+
+
+def _read_config(values: dict[str, Any]) -> VLMConfig:
+    """config.json with whatever keys are left out filled with transformers' defaults, as the released one needs."""
+    text, perceiver = values.get("text_config") or {}, values.get("perceiver_config") or {}
+    vision = {**_VISION, **(values.get("vision_config") or {})}
+    for owner, part in (("text_config", text), ("perceiver_config", perceiver)):
+        if part.get("hidden_act", "silu") != "silu":
+            raise WeightError(f"{owner}: hidden_act {part['hidden_act']!r} is not supported; supported: silu")
+    if text.get("model_type", "mistral") != "mistral":
+        raise WeightError(f"text_config: model_type {text['model_type']!r} is not supported; supported: mistral")
+    decoder = _read_mistral(text, tied=bool(values.get("tie_word_embeddings")))
+    width = perceiver.get("hidden_size", 4096)
+    if width != decoder.hidden_size:
+        raise WeightError(f"perceiver_config.hidden_size {width} must equal text_config's {decoder.hidden_size}")
+    default = PerceiverConfig()
+    return VLMConfig(
+        architecture="idefics2",
+        encoder=siglip.read_config(vision),
+        connector=PerceiverConfig(
+            projection_size=decoder.intermediate_size,
+            latents=perceiver.get("resampler_n_latents", default.latents),
+            depth=perceiver.get("resampler_depth", default.depth),
+            num_heads=perceiver.get("resampler_n_heads", default.num_heads),
+            num_kv_heads=perceiver.get("num_key_value_heads", default.num_kv_heads),
+            head_dim=perceiver.get("resampler_head_dim", default.head_dim),
+            norm_eps=perceiver.get("rms_norm_eps", default.norm_eps),
+        ),
+        decoder=decoder,
+        image_token_id=values.get("image_token_id", 32001),
+        video_token_id=None,
+        vision_start_token_id=None,
+        vision_end_token_id=None,
+        vision_pad_token_id=None,
+        bos_token_id=text.get("bos_token_id", 1),
+        eos_token_id=text.get("eos_token_id", 2),
+    )
+
+
+def _read_mistral(text: dict[str, Any], *, tied: bool) -> TransformerConfig:
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise WeightError(f"text_config: rope type {kind!r} is not supported; supported: default")
+    return TransformerConfig(
+        vocab_size=text.get("vocab_size", 32000),
+        hidden_size=text.get("hidden_size", 4096),
+        num_layers=text.get("num_hidden_layers", 32),
+        num_heads=text.get("num_attention_heads", 32),
+        num_kv_heads=text.get("num_key_value_heads", 8),
+        head_dim=text.get("head_dim"),
+        intermediate_size=text.get("intermediate_size", 14336),
+        rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+        qkv_bias=False,
+        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 10000.0))),
+        sliding_window=text.get("sliding_window", 4096),
+        tie_word_embeddings=tied,
+        max_position_embeddings=text.get("max_position_embeddings", 4096 * 32),
+    )
+
+
+def _write_mistral(config: TransformerConfig) -> dict[str, Any]:
+    plain = TransformerConfig(
+        qkv_bias=False,
+        **{
+            name: getattr(config, name)
+            for name in "vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size "
+            "rms_norm_eps rope_theta sliding_window tie_word_embeddings max_position_embeddings".split()
+        },
+    )
+    if plain != config:
+        raise WeightError(f"config.json cannot say what this decoder has beside a Mistral's parts: {config}")
+    return {
+        "model_type": "mistral",
+        "attention_dropout": 0.0,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "sliding_window": config.sliding_window,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _write_config(config: VLMConfig) -> dict[str, Any]:
+    vit, perceiver, llm = config.encoder, config.connector, config.decoder
+    if perceiver.projection_size != llm.intermediate_size:
+        raise WeightError(
+            f"config.json has one width for the projection ({perceiver.projection_size}) and the decoder's MLP "
+            f"({llm.intermediate_size}): make them equal to export"
+        )
+    return {
+        "architectures": ["Idefics2ForConditionalGeneration"],
+        "model_type": "idefics2",
+        "image_token_id": config.image_token_id,
+        "tie_word_embeddings": llm.tie_word_embeddings,
+        "use_cache": True,
+        "perceiver_config": {
+            "model_type": "idefics2_perceiver",
+            "hidden_act": "silu",
+            "hidden_size": llm.hidden_size,
+            "num_key_value_heads": perceiver.num_kv_heads,
+            "resampler_depth": perceiver.depth,
+            "resampler_head_dim": perceiver.head_dim,
+            "resampler_n_heads": perceiver.num_heads,
+            "resampler_n_latents": perceiver.latents,
+            "rms_norm_eps": perceiver.norm_eps,
+        },
+        "text_config": {
+            **_write_mistral(llm),
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": config.eos_token_id,
+            "pad_token_id": 0,
+            "initializer_range": config.numerics.initializer_range or 0.02,
+        },
+        "vision_config": {
+            "model_type": "idefics2_vision",
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": vit.hidden_size,
+            "image_size": vit.grid * vit.patch_size,
+            "intermediate_size": vit.intermediate_size,
+            "layer_norm_eps": vit.norm_eps,
+            "num_attention_heads": vit.num_heads,
+            "num_channels": vit.in_channels,
+            "num_hidden_layers": vit.depth,
+            "patch_size": vit.patch_size,
+        },
+    }
+
+
+def _read_media(files: dict[str, dict[str, Any]]) -> EdgeLimits:
+    values, default = files[_PREPROCESSOR], EdgeLimits()
+    size = values.get("size") or {}
+    return EdgeLimits(
+        longest_edge=size.get("longest_edge", default.longest_edge),
+        shortest_edge=size.get("shortest_edge", default.shortest_edge),
+        split=bool(values.get("do_image_splitting", False)),  # transformers' own default
+    )
+
+
+def _write_preprocessors(config: VLMConfig, media: EdgeLimits) -> dict[str, dict[str, Any]]:
+    preprocessor = {
+        "do_convert_rgb": True,
+        "do_image_splitting": media.split,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(config.encoder.image_mean),
+        "image_std": list(config.encoder.image_std),
+        "image_processor_type": "Idefics2ImageProcessor",
+        "processor_class": "Idefics2Processor",
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "size": {"longest_edge": media.longest_edge, "shortest_edge": media.shortest_edge},
+    }
+    processor = {"image_seq_len": config.connector.latents, "processor_class": "Idefics2Processor"}
+    return {_PREPROCESSOR: preprocessor, _PROCESSOR: processor}
+
+
+ARCHITECTURE = Architecture(
+    name="idefics2",
+    model_types=("idefics2",),
+    rules=_rules,
+    sizes=lambda config: vit_sizes(config.encoder),
+    canonical=_canonical,
+    layouts={"released": lambda name: name, "transformers": lambda name: name},
+    read_config=_read_config,
+    write_config=_write_config,
+    read_media=_read_media,
+    write_preprocessors=_write_preprocessors,
+)
