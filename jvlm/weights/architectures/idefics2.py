@@ -9,14 +9,25 @@ from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.vlm import VLMConfig
 from jvlm.weights.backbones import siglip
+from jvlm.weights.backbones import text as language
 from jvlm.weights.backbones.vision import vit_rules, vit_sizes
 from jvlm.weights.rules import linear, norm, swiglu, transformer
 from jvlm.weights.table import Architecture, Rule, WeightError
 
 _PERCEIVER = "model.connector.perceiver_resampler"
 _PREPROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
-# What Idefics2's vision tower has where config.json is silent.
+# What the towers have where config.json is silent.
 _VISION = {"image_size": 224, "patch_size": 32}
+_TEXT = {
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096 * 32,
+}
 
 
 def _rules(config: VLMConfig) -> tuple[Rule, ...]:
@@ -45,12 +56,11 @@ def _read_config(values: dict[str, Any]) -> VLMConfig:
     """config.json with whatever keys are left out filled with transformers' defaults, as the released one needs."""
     text, perceiver = values.get("text_config") or {}, values.get("perceiver_config") or {}
     vision = {**_VISION, **(values.get("vision_config") or {})}
-    for owner, part in (("text_config", text), ("perceiver_config", perceiver)):
-        if part.get("hidden_act", "silu") != "silu":
-            raise WeightError(f"{owner}: hidden_act {part['hidden_act']!r} is not supported; supported: silu")
+    if perceiver.get("hidden_act", "silu") != "silu":
+        raise WeightError(f"perceiver_config: hidden_act {perceiver['hidden_act']!r} is not supported; supported: silu")
     if text.get("model_type", "mistral") != "mistral":
         raise WeightError(f"text_config: model_type {text['model_type']!r} is not supported; supported: mistral")
-    decoder = _read_mistral(text, tied=bool(values.get("tie_word_embeddings")))
+    decoder = language.read_config({**_TEXT, **text, "tie_word_embeddings": values.get("tie_word_embeddings")})
     width = perceiver.get("hidden_size", 4096)
     if width != decoder.hidden_size:
         raise WeightError(f"perceiver_config.hidden_size {width} must equal text_config's {decoder.hidden_size}")
@@ -75,28 +85,6 @@ def _read_config(values: dict[str, Any]) -> VLMConfig:
         vision_pad_token_id=None,
         bos_token_id=text.get("bos_token_id", 1),
         eos_token_id=text.get("eos_token_id", 2),
-    )
-
-
-def _read_mistral(text: dict[str, Any], *, tied: bool) -> TransformerConfig:
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise WeightError(f"text_config: rope type {kind!r} is not supported; supported: default")
-    return TransformerConfig(
-        vocab_size=text.get("vocab_size", 32000),
-        hidden_size=text.get("hidden_size", 4096),
-        num_layers=text.get("num_hidden_layers", 32),
-        num_heads=text.get("num_attention_heads", 32),
-        num_kv_heads=text.get("num_key_value_heads", 8),
-        head_dim=text.get("head_dim"),
-        intermediate_size=text.get("intermediate_size", 14336),
-        rms_norm_eps=text.get("rms_norm_eps", 1e-6),
-        qkv_bias=False,
-        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 10000.0))),
-        sliding_window=text.get("sliding_window", 4096),
-        tie_word_embeddings=tied,
-        max_position_embeddings=text.get("max_position_embeddings", 4096 * 32),
     )
 
 
