@@ -66,7 +66,7 @@ class TiledMedia(MediaConfig):
         return tiles.choose_grid(size, side, grids, self.max_upscale)
 
 
-@register(TiledMedia)
+@register(TiledMedia, "mm1_5")
 class TiledVision:
     """Turns pictures and frame lists into frames of the encoder's size.
 
@@ -77,7 +77,7 @@ class TiledVision:
     marks = ()
     merged_mark = None
 
-    def __init__(self, model: VLMConfig):
+    def __init__(self, model: VLMConfig, config: TiledMedia = TiledMedia()):
         encoder, connector = model.encoder, model.connector
         for name in ("grid", "class_token"):
             theirs = getattr(connector, name, getattr(encoder, name))

@@ -36,10 +36,6 @@ class FrameGridConfig(ConnectorConfig):
             raise ValueError(f"out_grid {self.out_grid} must be between 1 and grid {self.grid}")
 
     @property
-    def frame_features(self) -> int:
-        return self.out_grid**2
-
-    @property
     def frame_places(self) -> int:
         """Places of a frame in the batch's patches."""
         return self.grid**2 + self.class_token
