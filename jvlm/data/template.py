@@ -45,6 +45,7 @@ class ChatStyle:
       template: for tokenizers that bring none.
       image, video: placeholders that templates write; without one for videos, they are given as images.
       always_blocks: the template takes content as a list of blocks only, never as a string.
+      inline: the template takes strings only: placeholders are written among the words.
       special_tokens: the tokenizer adds its own (a beginning of text) to what the template writes.
       stops: tokens that end a turn, beside the end of text.
       space_after_image: a space is put between an image and a word that follows at once.
@@ -54,16 +55,20 @@ class ChatStyle:
     image: str
     video: str | None = None
     always_blocks: bool = False
+    inline: bool = False
     special_tokens: bool = False
     space_after_image: bool = False
     stops: tuple[str, ...] = ()
 
 
+COMPOSED = "composed"
 # By `VLMConfig.architecture`.
 STYLES: dict[str, ChatStyle] = {
     "qwen2_5_vl": ChatStyle(QWEN_TEMPLATE, "<|image_pad|>", "<|video_pad|>"),
     # MM1.5 publishes neither template nor tokenizer.
     "mm1_5": ChatStyle(QWEN_TEMPLATE, "<|image_pad|>", "<|video_pad|>"),
+    # The template is the language model's, which knows no images.
+    COMPOSED: ChatStyle(QWEN_TEMPLATE, "<|image_pad|>", inline=True),
     # The space: as transformers 5, whose tokenizers no longer begin a word by themselves after a special token.
     "idefics2": ChatStyle(
         IDEFICS2_TEMPLATE,
@@ -160,6 +165,8 @@ class ChatTemplate:
         blocks = split_media(content)
         if self.style.video is None:
             blocks = [{"type": "image"} if b["type"] == "video" else b for b in blocks]
+        if self.style.inline:
+            return "".join(self.style.image if b["type"] == "image" else b["text"] for b in blocks)
         if self.style.always_blocks:
             return blocks or [{"type": "text", "text": ""}]
         return blocks if any(b["type"] != "text" for b in blocks) else content

