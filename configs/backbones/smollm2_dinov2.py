@@ -7,10 +7,9 @@ Only the projector learns, which is how the three papers begin: it puts what the
 finds it.
 """
 
-from jvlm.data.vision.tiled import TiledMedia
-
 from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
+from jvlm.data.vision.tiled import TiledMedia
 from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
 from jvlm.models.layers import Numerics
 from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
