@@ -76,6 +76,11 @@ def bucket(size: int, step: int) -> int:
         power *= 2
 
 
+def patch_step(group: int, least: int) -> int:
+    """The smallest number of patches from ``least`` on that whole groups fill: a step for `bucket`."""
+    return -(-least // group) * group
+
+
 def check_fits(example: Example, row_tokens: int, row_patches: int, max_length: int | None = None) -> None:
     """Raise RowError if the conversation cannot be packed into such a row."""
     limit = min(row_tokens, max_length or row_tokens)

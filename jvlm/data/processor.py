@@ -150,7 +150,7 @@ class Processor:
         patches = row_patches
         if patches is None:
             most = sum(e.num_patches for e in examples)
-            patches = packing.bucket(most, 64 * self.vision.patch_group) if most else 0
+            patches = packing.bucket(most, packing.patch_step(self.vision.patch_group, 256)) if most else 0
         for example in examples:
             packing.check_fits(example, tokens, patches)
         rows = packing.first_fit(examples, tokens, patches)

@@ -26,7 +26,7 @@ from jvlm.models.vlm import VLM
 # Shapes are rounded up to 1, 2, 3, 4, 6, 8, 12, ... of these, so that few are ever compiled.
 TOKEN_STEP = 16
 LANES = 128  # a TPU's kernel for decoding takes caches of whole lanes
-FEATURE_STEP = 4
+PATCH_STEP = 16
 
 
 @jax.tree_util.register_dataclass
@@ -148,7 +148,7 @@ class Engine:
         return Completion(tuple(tokens), bool(tokens) and tokens[-1] in self.stop_tokens(sampling))
 
     def _batch(self, examples: Sequence[Example], rows: int) -> tuple[PackedBatch, np.ndarray]:
-        step = FEATURE_STEP * self.processor.vision.patch_group
+        step = packing.patch_step(self.processor.vision.patch_group, PATCH_STEP)
         most = max(e.num_patches for e in examples)
         patches = packing.bucket(most, step) if most else 0
         tokens = packing.bucket(max(e.length for e in examples), TOKEN_STEP)

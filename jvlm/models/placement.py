@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -64,6 +64,24 @@ class Whole:
     def pick(self, features: Float[Array, "B F D"], index: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Feature ``index`` of the row for each token; what negative numbers give is not said."""
         return jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
+
+    def experts(
+        self,
+        function: Callable[..., tuple[Array, Array]],
+        x: Float[Array, "B S D"],
+        expert: Int[Array, "B S k"],
+        gate: Float[Array, "B S k"],
+        weights: tuple[Float[Array, "E _ _"], ...],
+        axes: tuple[tuple[str, ...], ...],
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B S k"]]:
+        """``function(x, expert, gate, *weights)`` where tokens and their experts' weights are in one place.
+
+        Args:
+          function: returns (what the experts add, 1 for choices that an expert took). Both are sums over experts, so
+            that each device may do its own; choices that are none of its experts' have numbers outside 0..E.
+          axes: of each of the weights, "experts" first; hidden units may be split as well.
+        """
+        return function(x, expert, gate, *weights)
 
     def cross_entropy(
         self,

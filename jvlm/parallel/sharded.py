@@ -91,6 +91,31 @@ class Sharded(Whole):
 
         return self._map(part, (P(rows, parts), P(rows, columns)), P(rows, columns))(features, index)
 
+    def experts(self, function, x, expert, gate, weights, axes):
+        rows, columns = self.layout.splits("batch"), self.layout.splits("sequence")
+        weights = tuple(self.weight(w, a) for w, a in zip(weights, axes, strict=True))
+        kept = [[a if not self._is_storage(a) else None for a in names] for names in axes]
+        specs = [self.layout.spec(names, w.shape) for names, w in zip(kept, weights, strict=True)]
+        owners = _names(specs[0][0])  # each has experts of its own
+        hidden = tuple({name for spec in specs for part in spec[1:] for name in _names(part)})
+        shared = tuple(a for a in owners if a in rows)  # they have rows of their own too: they exchange tokens
+        apart = tuple(a for a in owners if a not in rows)
+
+        def part(x, expert, gate, *weights):
+            if shared:
+                x, expert, gate = (lax.all_gather(a, shared, axis=0, tiled=True) for a in (x, expert, gate))
+            if owners:
+                expert = expert - lax.axis_index(owners) * weights[0].shape[0]
+            y, taken = function(x, expert, gate, *weights)
+            y = lax.psum(y, (*apart, *hidden)) if apart or hidden else y
+            taken = lax.psum(taken, apart) if apart else taken
+            if shared:
+                y, taken = (lax.psum_scatter(a, shared, scatter_dimension=0, tiled=True) for a in (y, taken))
+            return y, taken
+
+        tokens = P(rows, columns)
+        return self._map(part, (tokens, tokens, tokens, *specs), (tokens, tokens))(x, expert, gate, *weights)
+
     def cross_entropy(self, hidden, kernel, targets, weights, *, vocabulary_first=False, **options: Any):
         axes = ("vocab", "embed") if vocabulary_first else ("embed", "vocab")
         kernel = self.weight(kernel.astype(hidden.dtype), axes)

@@ -2,7 +2,7 @@
 
 Sources: arXiv 2006.16668 (GShard), 2202.08906 (ST-MoE), and AXLearn's layers, which MM1.5 was trained with.
 
-Axes: B rows, S tokens, T = B S, k choices of a token, E experts, C places of an expert, D width, F hidden.
+Axes: B rows, S tokens, T = B S, k choices of a token, N = T k, E experts, C places of an expert, D width, F hidden.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class MoEConfig(MLPConfig):
         softmax over all experts gave them, as in Switch).
       capacity_factor: an expert takes at most this many times the mean load, first choices before second ones, and
         drops the rest; shapes are then fixed and all products dense. None drops nothing: products follow the load.
+        On a mesh the load is that of the rows whose devices share their experts.
       balance_weight, z_weight: of the load balance loss and the router z-loss in the training loss.
     """
 
@@ -63,9 +64,16 @@ class Routing(NamedTuple):
       report: "loss" for the training, and statistics over the tokens that are no padding.
     """
 
-    expert: Int[Array, "T k"]
-    gate: Float[Array, "T k"]
+    expert: Int[Array, "B S k"]
+    gate: Float[Array, "B S k"]
     report: dict[str, Array]
+
+
+_MATRICES = {
+    "gate": ("experts", "embed", "mlp"),
+    "up": ("experts", "embed", "mlp"),
+    "down": ("experts", "mlp", "embed"),
+}
 
 
 @register(MoEConfig)
@@ -76,15 +84,15 @@ class MoE(nnx.Module):
         self.config, self.numerics = config, numerics
         E, D, F = config.experts, width, config.intermediate_size
 
-        def weight(d_in: int, d_out: int, axes: tuple[str, str]) -> nnx.Param:
+        def weight(name: str, d_in: int, d_out: int) -> nnx.Param:
             keys = jax.random.split(rngs.params(), E)
             value = jax.vmap(lambda key: numerics.new_weight(key, (d_in, d_out), d_in))(keys)
-            return nnx.Param(value, axes=("experts", *axes))
+            return nnx.Param(value, axes=_MATRICES[name])
 
         self.router = nnx.Param(numerics.new_weight(rngs.params(), (D, E), D), axes=("embed", "experts"))
-        self.gate = weight(D, F, ("embed", "mlp"))
-        self.up = weight(D, F, ("embed", "mlp"))
-        self.down = weight(F, D, ("mlp", "embed"))
+        self.gate = weight("gate", D, F)
+        self.up = weight("up", D, F)
+        self.down = weight("down", F, D)
 
     def __call__(
         self, x_BSD: Float[Array, "B S D"], segments: Int[Array, "B S"]
@@ -96,87 +104,90 @@ class MoE(nnx.Module):
         "router/load_max" and "router/load_min", the fullest and emptiest expert's load over the mean; and
         "router/dropped", the share of choices that found no place.
         """
-        B, S, D = x_BSD.shape
-        valid_T = segments.reshape(-1) > 0
-        x_TD = jnp.where(valid_T[:, None], x_BSD.reshape(-1, D), 0)
-        routing = self.route(x_TD, valid_T)
-        if self.config.capacity_factor is None:
-            y_TD, dropped = self._all(x_TD, routing), jnp.zeros((), jnp.float32)
-        else:
-            y_TD, dropped = self._at_most(x_TD, routing)
-        return y_TD.reshape(B, S, D), {**routing.report, "router/dropped": dropped}
+        valid_BS = segments > 0
+        x_BSD = jnp.where(valid_BS[..., None], x_BSD, 0)
+        routing = self.route(x_BSD, valid_BS)
+        dtype = jnp.dtype(self.numerics.compute_dtype)
+        y_BSD, taken_BSk = placement.current().experts(
+            self._everything if self.config.capacity_factor is None else self._what_fits,
+            x_BSD.astype(dtype),
+            routing.expert,
+            routing.gate,
+            tuple(getattr(self, name)[...].astype(dtype) for name in _MATRICES),
+            tuple(_MATRICES.values()),
+        )
+        asked = jnp.maximum(valid_BS.sum() * self.config.top_k, 1)
+        dropped = (asked - taken_BSk.sum()) / asked * valid_BS.any()
+        return y_BSD.astype(x_BSD.dtype), {**routing.report, "router/dropped": dropped}
 
-    def route(self, x_TD: Float[Array, "T D"], valid_T: Bool[Array, " T"]) -> Routing:
+    def route(self, x_BSD: Float[Array, "B S D"], valid_BS: Bool[Array, "B S"]) -> Routing:
         """Softmax over all experts in float32, then the ``top_k`` most likely."""
         config, E = self.config, self.config.experts
         router = placement.current().weight(self.router[...].astype(jnp.float32), ("embed", "experts"))
-        logits_TE = jnp.matmul(x_TD.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
-        log_probs_TE = jax.nn.log_softmax(logits_TE)
-        probs_TE = jnp.exp(log_probs_TE)
-        gate_Tk, expert_Tk = jax.lax.top_k(probs_TE, config.top_k)
+        logits_BSE = jnp.matmul(x_BSD.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+        log_probs_BSE = jax.nn.log_softmax(logits_BSE)
+        probs_BSE = jnp.exp(log_probs_BSE)
+        gate_BSk, expert_BSk = jax.lax.top_k(probs_BSE, config.top_k)
         if config.renormalise:
-            gate_Tk = gate_Tk / gate_Tk.sum(-1, keepdims=True)
-        weight_T = valid_T.astype(jnp.float32)
-        tokens = jnp.maximum(weight_T.sum(), 1.0)
+            gate_BSk = gate_BSk / gate_BSk.sum(-1, keepdims=True)
+        weight_BS = valid_BS.astype(jnp.float32)
+        tokens = jnp.maximum(weight_BS.sum(), 1.0)
 
         def mean(values: Array) -> Array:
-            return jnp.tensordot(weight_T, values, 1) / tokens
+            return jnp.tensordot(weight_BS, values, 2) / tokens
 
-        first_E = mean(jax.nn.one_hot(expert_Tk[:, 0], E))
-        balance = E * jnp.sum(first_E * mean(probs_TE))
-        z = mean(jnp.square(jax.nn.logsumexp(logits_TE, -1)))
-        load_E = mean(jax.nn.one_hot(expert_Tk, E).sum(1)) * (E / config.top_k)
+        first_E = mean(jax.nn.one_hot(expert_BSk[..., 0], E))
+        balance = E * jnp.sum(first_E * mean(probs_BSE))
+        z = mean(jnp.square(jax.nn.logsumexp(logits_BSE, -1)))
+        load_E = mean(jax.nn.one_hot(expert_BSk, E).sum(-2)) * (E / config.top_k)
         report = {
             "loss": config.balance_weight * balance + config.z_weight * z,
             "router/balance": balance,
             "router/z": z,
-            "router/entropy": mean(-jnp.sum(probs_TE * log_probs_TE, -1)) / max(math.log(E), 1e-9),
+            "router/entropy": mean(-jnp.sum(probs_BSE * log_probs_BSE, -1)) / max(math.log(E), 1e-9),
             "router/load_max": load_E.max(),
             "router/load_min": load_E.min(),
         }
-        expert_Tk = jnp.where(valid_T[:, None], expert_Tk, E)
-        return Routing(expert_Tk, jnp.where(valid_T[:, None], gate_Tk, 0.0), report)
+        expert_BSk = jnp.where(valid_BS[..., None], expert_BSk, E)
+        return Routing(expert_BSk, jnp.where(valid_BS[..., None], gate_BSk, 0.0), report)
 
-    def _experts(self) -> tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]:
-        dtype = jnp.dtype(self.numerics.compute_dtype)
-        return tuple(
-            placement.current().weight(part[...].astype(dtype), part.get_metadata()["axes"][-3:])
-            for part in (self.gate, self.up, self.down)
-        )
-
-    def _all(self, x_TD: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
+    def _everything(self, x_BSD, expert_BSk, gate_BSk, gate, up, down):
         """Every choice: rows sorted by expert, one grouped product for each matrix."""
-        T, k = routing.expert.shape
-        order = jnp.argsort(routing.expert.reshape(-1), stable=True)
-        sizes = jnp.bincount(routing.expert.reshape(-1), length=self.config.experts + 1)[:-1].astype(jnp.int32)
-        # rows behind the last group are padding's: whatever a kernel leaves there must not get out
-        grouped = (jnp.arange(T * k) < sizes.sum())[:, None]
-        gate, up, down = self._experts()
-        x = x_TD[order // k].astype(gate.dtype)
+        E, k = len(gate), expert_BSk.shape[-1]
+        x_TD, expert_N = x_BSD.reshape(-1, x_BSD.shape[-1]), _numbered(expert_BSk.reshape(-1), E)
+        order = jnp.argsort(expert_N, stable=True)
+        sizes = jnp.bincount(expert_N, length=E + 1)[:-1].astype(jnp.int32)
+        # rows behind the last group are nobody's: whatever a kernel leaves there must not get out
+        grouped = (jnp.arange(len(order)) < sizes.sum())[:, None]
+        x = jnp.where(grouped, x_TD[order // k], 0)
         hidden = jax.nn.silu(jax.lax.ragged_dot(x, gate, sizes)) * jax.lax.ragged_dot(x, up, sizes)
-        y = jnp.where(grouped, jax.lax.ragged_dot(hidden, down, sizes), 0)
-        back = jnp.argsort(order)
-        return _combine(y[back].reshape(T, k, -1), routing.gate, x_TD.dtype)
+        y = jnp.where(grouped, jax.lax.ragged_dot(hidden, down, sizes), 0)[jnp.argsort(order)]
+        return _combine(y, gate_BSk, x_BSD.dtype), (expert_N < E).astype(jnp.float32).reshape(expert_BSk.shape)
 
-    def _at_most(self, x_TD: Float[Array, "T D"], routing: Routing) -> tuple[Float[Array, "T D"], Float[Array, ""]]:
-        """As many choices as experts have places: (what they add, share of the choices dropped)."""
-        (T, k), E = routing.expert.shape, self.config.experts
-        C = self.config.capacity(T)
-        chosen = routing.expert.T.reshape(-1)  # all first choices, then all second ones: so places are given away
+    def _what_fits(self, x_BSD, expert_BSk, gate_BSk, gate, up, down):
+        """As many choices as experts have places."""
+        (B, S, k), E = expert_BSk.shape, len(gate)
+        T, C = B * S, self.config.capacity(B * S)
+        # all first choices, then all second ones: in this order places are given away
+        chosen = _numbered(expert_BSk.reshape(T, k).T.reshape(-1), E)
         before = jnp.cumsum(jax.nn.one_hot(chosen, E, dtype=jnp.int32), axis=0)
         rank = jnp.take_along_axis(before, jnp.minimum(chosen, E - 1)[:, None], axis=1)[:, 0] - 1
         kept = (chosen < E) & (rank < C)
         place = jnp.where(kept, chosen * C + rank, E * C)
-        gate, up, down = self._experts()
-        x = jnp.zeros((E * C, x_TD.shape[1]), gate.dtype)
-        x = x.at[place].set(jnp.tile(x_TD.astype(gate.dtype), (k, 1)), mode="drop").reshape(E, C, -1)
+        x = jnp.zeros((E * C, x_BSD.shape[-1]), x_BSD.dtype)
+        x = x.at[place].set(jnp.tile(x_BSD.reshape(T, -1), (k, 1)), mode="drop").reshape(E, C, -1)
         hidden = jax.nn.silu(jnp.einsum("ecd,edf->ecf", x, gate)) * jnp.einsum("ecd,edf->ecf", x, up)
         y = jnp.einsum("ecf,efd->ecd", hidden, down).reshape(E * C, -1)
         found = jnp.where(kept[:, None], y[jnp.minimum(place, E * C - 1)], 0)
-        asked = jnp.maximum((chosen < E).sum(), 1)
-        dropped = ((chosen < E) & ~kept).sum() / asked
-        return _combine(found.reshape(k, T, -1).swapaxes(0, 1), routing.gate, x_TD.dtype), dropped.astype(jnp.float32)
+        by_token = found.reshape(k, T, -1).swapaxes(0, 1)
+        return _combine(by_token, gate_BSk, x_BSD.dtype), kept.astype(jnp.float32).reshape(k, T).T.reshape(B, S, k)
 
 
-def _combine(y_TkD, gate_Tk, dtype):
-    return jnp.einsum("tkd,tk->td", y_TkD.astype(jnp.float32), gate_Tk).astype(dtype)
+def _numbered(expert, count: int):
+    """Numbers of this device's experts, and ``count`` for all others."""
+    return jnp.where((expert >= 0) & (expert < count), expert, count)
+
+
+def _combine(y, gate_BSk, dtype):
+    y_BSkD = y.reshape(*gate_BSk.shape, -1).astype(jnp.float32)
+    return jnp.einsum("bskd,bsk->bsd", y_BSkD, gate_BSk).astype(dtype)
