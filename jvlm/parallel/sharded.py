@@ -100,14 +100,17 @@ class Sharded(Whole):
         hidden = tuple({name for spec in specs for part in spec[1:] for name in _names(part)})
         shared = tuple(a for a in owners if a in rows)  # they have rows of their own too: they exchange tokens
         apart = tuple(a for a in owners if a not in rows)
+        same = (*apart, *hidden)  # devices that see the same tokens and add up what they find
 
         def part(x, expert, gate, *weights):
+            if same:  # said here, not left to where they first meet: a gather forgets it in its gradient
+                x, gate = (lax.pcast(a, same, to="varying") for a in (x, gate))
             if shared:
                 x, expert, gate = (lax.all_gather(a, shared, axis=0, tiled=True) for a in (x, expert, gate))
             if owners:
                 expert = expert - lax.axis_index(owners) * weights[0].shape[0]
             y, taken = function(x, expert, gate, *weights)
-            y = lax.psum(y, (*apart, *hidden)) if apart or hidden else y
+            y = lax.psum(y, same) if same else y
             taken = lax.psum(taken, apart) if apart else taken
             if shared:
                 y, taken = (lax.psum_scatter(a, shared, scatter_dimension=0, tiled=True) for a in (y, taken))

@@ -23,6 +23,8 @@ MESHES = {
     "context": {"context": 8},
     "data_fsdp_tensor": {"data": 2, "fsdp": 2, "tensor": 2},
     "fsdp_context_tensor": {"fsdp": 2, "context": 2, "tensor": 2},
+    "expert_fsdp": {"expert": 4, "fsdp": 2},
+    "expert_context_tensor": {"expert": 2, "context": 2, "tensor": 2},
 }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
+from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.layers import Numerics
@@ -48,7 +51,14 @@ def qwen2_5_vl() -> VLMConfig:
     )
 
 
-ARCHITECTURES = {"qwen2_5_vl": qwen2_5_vl}
+def experts(capacity_factor: float | None = None) -> VLMConfig:
+    """As `qwen2_5_vl`, with experts in every second layer."""
+    model = qwen2_5_vl()
+    mlp = MoEConfig(experts=8, intermediate_size=32, capacity_factor=capacity_factor)
+    return dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, mlp=mlp))
+
+
+ARCHITECTURES = {"qwen2_5_vl": qwen2_5_vl, "experts": experts}
 
 
 def experiment(architecture: str, parallel: ParallelConfig = ParallelConfig(), **changes) -> Experiment:
