@@ -33,9 +33,9 @@ from planning.program import Compiled, compile_step
 from planning.roofline import Bound, Load, bound
 
 from jvlm.cli import load_experiment
-from jvlm.data.pipeline import frame_patches
 from jvlm.data.processor import ProcessorConfig
 from jvlm.training.config import Experiment
+from jvlm.training.program import abstract_batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def prepare(config: str, fields: list[str]) -> Experiment:
 def assumed_load(experiment: Experiment, conversation: int | None, image: int | None) -> Load:
     """What fills the rows, unless it is given: the longest conversations and the largest images that may be."""
     data = experiment.data
-    largest = frame_patches(experiment.processor, experiment.model, data) or data.row_patches
+    largest = abstract_batches(experiment).max_frame_patches or data.row_patches
     return Load(conversation or data.max_length or data.row_tokens, image or largest)
 
 

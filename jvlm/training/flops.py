@@ -18,6 +18,7 @@ from flax import nnx
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
 from jvlm.models.connectors.perceiver import PerceiverConfig
+from jvlm.models.connectors.pooled_mlp import FrameGridConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.encoders.vit import ViTConfig
 from jvlm.models.registry import ConnectorConfig, EncoderConfig
@@ -220,9 +221,12 @@ def _products(part: nnx.Module, uses: float, entry: str | None = None) -> tuple[
         axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
         if len(axes) < 2 or "vocab" in axes or "position" in axes:
             continue  # norms and biases; tables that are looked up; the head, which is counted apart
-        if len(axes) > 2:
+        if axes[0] == "experts":  # each vector meets as many as it chooses
+            stacked = math.prod(shape[:-3]) * part.config.mlp.top_k
+        elif len(axes) == 2:
+            stacked = math.prod(shape[:-2])
+        else:
             raise TypeError(f"{'.'.join(map(str, path))}: no rule says how many vectors meet a weight of axes {axes}")
-        stacked = math.prod(shape[: len(shape) - 2])
         found.append(Product(uses * stacked, *shape[-2:], entry=path[0] == entry))
     return tuple(found)
 
@@ -274,6 +278,19 @@ def _(config: PerceiverConfig, connector, counts):
     products = tuple(product for part, uses in made for product in _products(part, uses))
     pairs = config.depth * config.latents * float((counts.frames + config.latents).sum())
     return Work(products, 4 * pairs * config.num_heads * config.head_dim)
+
+
+@_connector.register
+def _(config: FrameGridConfig, connector, counts):
+    """Without the pooling and the depthwise convolutions, which are little beside the rest."""
+    frames, products = len(counts.frames), []
+    for path, variable in nnx.to_flat_state(nnx.state(connector, nnx.Param)):
+        axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
+        if len(axes) == 2 and "position" not in axes:
+            once = path[-2] in ("squeeze", "excite")  # of a frame's mean
+            uses = frames if once else frames * config.grid**2 if path[0] == "stage1" else counts.features
+            products.append(Product(uses, *shape))
+    return Work(tuple(products))
 
 
 def _decoder_attention(template: VLM, counts: Counts) -> float:

@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
+from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
+from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
+from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.layers import Numerics
 from jvlm.models.presets import PRESETS
@@ -157,3 +161,35 @@ def test_a_7b_model_needs_about_six_flop_for_each_parameter_and_token():
 )
 def test_peaks_of_devices_are_those_of_their_data_sheets(kind, teraflops):
     assert flops.peak(kind) == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_experts_cost_what_each_token_chooses_and_the_router():
+    decoder = dataclasses.replace(CONFIG.decoder, num_layers=4)
+    experts = MoEConfig(every=2, experts=5, top_k=3, intermediate_size=decoder.intermediate_size)
+    counts = flops.Counts.of([_full_batch()])
+    linear = [
+        flops.forward(vlm.abstract(dataclasses.replace(CONFIG, decoder=d)), counts)["decoder"].linear
+        for d in (decoder, dataclasses.replace(decoder, mlp=experts))
+    ]
+    D, F = decoder.hidden_size, decoder.intermediate_size
+    assert linear[1] - linear[0] == 2 * TOKENS * 2 * (2 * 3 * D * F + 5 * D)  # in two layers, two more experts each
+
+
+@pytest.mark.parametrize(
+    "config", [CAbstractorConfig(grid=16, out_grid=8, hidden_size=512, depth=2), PooledMLPConfig(grid=16, out_grid=8)]
+)
+def test_a_connector_of_frames_costs_what_xla_counts_within_4_percent(config):
+    frames, width = 2, 640
+    model = dataclasses.replace(
+        CONFIG, connector=config, encoder=dataclasses.replace(CONFIG.encoder, hidden_size=width)
+    )
+    template = vlm.abstract(model)
+    counts = flops.Counts(
+        np.zeros(0), np.full(frames, config.frame_places), np.zeros(0), frames * config.out_grid**2, 0
+    )
+    graph, state = nnx.split(template.connector)
+    features = jax.ShapeDtypeStruct((1, frames * config.frame_places, width), np.float32)
+    lowered = jax.jit(lambda state, x: nnx.merge(graph, state)(x, _full_batch())).lower(state, features)
+    pooling = 2 * frames * width * (config.out_grid * config.grid**2 + config.out_grid**2 * config.grid)
+    counted = flops.forward(template, counts)["connector"].linear + pooling
+    assert lowered.cost_analysis()["flops"] == pytest.approx(counted, rel=0.04)
