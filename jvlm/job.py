@@ -48,6 +48,7 @@ def run(experiment: Experiment) -> Path:
     if experiment.export.enabled:
         exported = export(experiment, result, answers)
     write_report(experiment, result, answers, scores, floor, exported, time.perf_counter() - began)
+    result.home.push()
     print(f"report: {result.folder / REPORT}")
     return result.folder
 

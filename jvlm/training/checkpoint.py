@@ -10,12 +10,12 @@ import json
 import shutil
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from jax import lax
 from jax.experimental import multihost_utils
 
@@ -35,14 +35,17 @@ class Damaged(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Use as a context manager: leaving it waits for the last write.
+    """The checkpoints of one run. Use as a context manager: leaving it waits for the last write.
 
     A checkpoint exists whole or not at all: Orbax writes beside it and renames, and the oldest one goes only after.
+
+    Args:
+      folder: of the run, absolute or in an object store.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig):
-        self.folder, self.config = folder, config
-        self._path = (folder / CHECKPOINTS).absolute()
+    def __init__(self, folder: epath.PathLike, config: CheckpointConfig):
+        self.folder, self.config = epath.Path(folder), config
+        self._path = self.folder / CHECKPOINTS
         for path in sorted(self._path.glob(f"*{_UNFINISHED}*")):
             print(f"removing {path}: a checkpoint that was being written when the run ended")
         self._manager = ocp.CheckpointManager(
@@ -85,9 +88,12 @@ class Checkpoints:
             return
         size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.optimizer, frozen)))
         config, present = self.config, self._manager.all_steps()
+        if not ahead:
+            return
         passing = sum(not self._stays(step) for step in present)
         more = most = 0
-        for step in (s for s in ahead if s % config.every == 0 or s == ahead[-1]):
+        first = () if present else (ahead[0],)  # Orbax always writes the first step of a run
+        for step in (s for s in ahead if s % config.every == 0 or s == ahead[-1] or s in first):
             more, passing = more + 1, passing + (not self._stays(step))
             most = max(most, more)  # the oldest goes only when the new one is whole
             if passing > config.keep:
@@ -177,15 +183,15 @@ class Checkpoints:
         restored = TrainState(state.step + step, params, found.optimizer)
         return restored, {path: found.params[path] for path in frozen}, data["run"]
 
-    def _put_aside(self, step: int, reason: str) -> Path:
+    def _put_aside(self, step: int, reason: str) -> epath.Path:
         target = self.folder / DAMAGED / str(step)
         if jax.process_index() == 0:
             number = 1
             while target.exists():
                 number += 1
                 target = self.folder / DAMAGED / f"{step}-{number}"
-            target.parent.mkdir(exist_ok=True)
-            (self._path / str(step)).rename(target.absolute())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (self._path / str(step)).rename(target)
             (target / "reason.txt").write_text(reason + "\n")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"damaged checkpoint {step}")

@@ -141,6 +141,8 @@ class Experiment:
       epochs: passes over the data, used when ``steps`` is None; the number of steps is estimated by packing a sample.
       accumulation: batches whose gradients make one step; the loss is averaged over all their tokens.
       log_every: steps between log lines.
+      output_root: folder of runs, or a place in an object store as gs://bucket/runs; then small files are also in
+        ``runs/gs/bucket/runs``.
       profile: "10:13" traces the 10th to the 13th step of a start, both included, for xprof or TensorBoard, into
         ``<output>/profile``; empty is none.
       stop_after_skips: a step whose loss or gradient is not finite is skipped; after so many in a row the run stops

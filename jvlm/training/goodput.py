@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from jvlm.parallel import hosts
+
 CLOCK = "clock.json"
 
 
@@ -26,10 +28,7 @@ class Goodput:
     """
 
     def __init__(self, folder: Path, useful: float = 0.0):
-        path = folder / CLOCK
-        if not path.is_file():
-            path.write_text(json.dumps({"began": time.time()}) + "\n")
-        self._began = json.loads(path.read_text())["began"]
+        self._began = hosts.agree(_first_begun(folder / CLOCK) if hosts.is_first() else None)
         self._useful = useful
         self._done = 0.0
         self._first = True
@@ -60,3 +59,9 @@ class Goodput:
     def share(self) -> float:
         """Useful / wall time."""
         return self._useful / max(time.time() - self._began, 1e-9)
+
+
+def _first_begun(path: Path) -> float:
+    if not path.is_file():
+        path.write_text(json.dumps({"began": time.time()}) + "\n")
+    return json.loads(path.read_text())["began"]

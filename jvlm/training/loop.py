@@ -30,6 +30,7 @@ from jvlm.training import step as stepping
 from jvlm.training.checkpoint import Checkpoints
 from jvlm.training.config import AdaptConfig, EvaluationConfig, Experiment
 from jvlm.training.goodput import Goodput
+from jvlm.training.home import Home
 from jvlm.training.interruption import Interrupted, StopRequests
 from jvlm.training.log import TrainingLog, clock
 from jvlm.training.nonfinite import Guard
@@ -47,15 +48,20 @@ _FREE = (
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a finished run leaves: the model, its folder, and how long it trained (seconds, restarts included)."""
+    """What a finished run leaves: the model, its places, and how long it trained (seconds, restarts included)."""
 
     model: VLM
     processor: Processor
-    folder: Path
+    home: Home
     steps: int
     seconds: float
     compilations: int
     rejected: int
+
+    @property
+    def folder(self) -> Path:
+        """Where the small files are; see `Home`."""
+        return self.home.folder
 
 
 def train(experiment: Experiment) -> Result:
@@ -94,7 +100,7 @@ def runs_of(experiment: Experiment) -> list[Experiment]:
             evaluation=EvaluationConfig(),
         )
         runs.append(run)
-        start = str(Path(run.output_root) / run.name)
+        start = str(Home(run.output_root, run.name).folder)
         # once is enough
         experiment = dataclasses.replace(
             experiment, init_from=start, adapt=AdaptConfig(), encoder_from=None, decoder_from=None
@@ -106,8 +112,11 @@ def _train_one(experiment: Experiment) -> Result:
     layout = Layout.of(experiment.parallel)
     model, processor = start_model(experiment, layout.parameter)
     experiment = resolve(experiment, model, processor)
-    folder = Path(experiment.output_root) / experiment.name
+    home = Home(experiment.output_root, experiment.name)
+    folder = home.folder
+    home.pull()
     prepare_folder(folder, experiment, processor)
+    home.share()
     template, values = split(model)
     program = planning.plan(experiment)
     state, frozen = program.begin(values)
@@ -118,9 +127,9 @@ def _train_one(experiment: Experiment) -> Result:
     )
     batches = iter(dataset)
 
-    with Checkpoints(folder, experiment.checkpoint) as checkpoints:
+    with Checkpoints(home.store, experiment.checkpoint) as checkpoints:
         start, useful = 0, 0.0
-        guard = Guard(folder, experiment.stop_after_skips)
+        guard = Guard(folder, home.store, experiment.stop_after_skips)
         seen = _Seen(folder, len(source), experiment.data, counts=part.counts)
         restored = checkpoints.restore_latest(state, frozen)
         if restored is not None:
@@ -153,7 +162,9 @@ def _train_one(experiment: Experiment) -> Result:
                 if to_log or checkpoints.due(step):
                     guard.settle()
                 if guard.stops:
-                    raise ValueError(guard.dump({**frozen, **state.params}))
+                    said = guard.dump({**frozen, **state.params})
+                    home.push()
+                    raise ValueError(said)
                 if to_log:
                     log.write(step, {**meter.line(metrics, step, guard.skipped), "goodput": goodput.share()})
                 asked = requests.after(step)
@@ -161,12 +172,13 @@ def _train_one(experiment: Experiment) -> Result:
                     data = {"iterator": hosts.join(batches.get_state() if part.counts else []), "seen": seen.state()}
                     data |= {"skips": guard.state(), "useful": goodput.seconds()}
                     checkpoints.save(step, state, frozen, data, force=True)
+                    home.push()
                 log.advance()
                 if asked and step < experiment.steps:
                     checkpoints.wait()
                     raise Interrupted(
                         f"stopped by {asked} after step {step} of {experiment.steps}, which is saved in "
-                        f"{folder / CHECKPOINTS}; the same command goes on from there"
+                        f"{home.store / CHECKPOINTS}; the same command goes on from there"
                     )
             seconds = log.elapsed()
     batches.close()
@@ -176,7 +188,8 @@ def _train_one(experiment: Experiment) -> Result:
         + guard.summary()
     )
     model = vlm.bind(template, {**frozen, **state.params})
-    return Result(model, processor, folder, experiment.steps, seconds, compilations, seen.rejected)
+    home.push()
+    return Result(model, processor, home, experiment.steps, seconds, compilations, seen.rejected)
 
 
 def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None = None) -> tuple[VLM, Processor]:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from jvlm.data.errors import Origin
 from jvlm.data.packing import PackedRows
@@ -31,12 +32,12 @@ class Guard:
     """Watches the steps of a run, and lets the device run one of them ahead of the host, no more.
 
     Args:
-      folder: of the run.
+      folder, store: of the run, for batches and for parameters (jvlm.training.home).
       stop_after: skipped steps in a row that stop it.
     """
 
-    def __init__(self, folder: Path, stop_after: int):
-        self.folder, self.stop_after = folder, stop_after
+    def __init__(self, folder: Path, store: epath.Path, stop_after: int):
+        self.folder, self.store, self.stop_after = folder, store, stop_after
         self.skipped = 0
         self._row: list[tuple[int, Sequence[PackedRows]]] = []
         self._before = 0  # skipped in a row before a restart; their batches are gone
@@ -90,7 +91,7 @@ class Guard:
         }
         (folder / f"{process}.{REPORT}").write_text(json.dumps(steps, indent=2) + "\n")
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder / PARAMS, params, force=True)
+            checkpointer.save(self.store / NONFINITE / folder.name / PARAMS, params, force=True)
         row = f"{first} to {last}" if last > first else f"{first}"
         return (
             f"loss or gradient not finite, {self._before + len(self._row)} steps in a row (stop_after_skips); the "

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
@@ -31,7 +32,7 @@ def replay(folder: Path) -> Iterator[str]:
     batches = nonfinite.read(folder)
     run = folder.absolute().parents[1]
     template = vlm.abstract(run_folder.model_config(run))
-    params = run_folder.read_params(folder / nonfinite.PARAMS, template)
+    params = run_folder.read_params(epath.Path(folder.absolute() / nonfinite.PARAMS), template)
     yield _line("parameters", ((tower_of(p), p, v) for p, v in params.items()))
     look = _Look(template)
     for dumped in batches:

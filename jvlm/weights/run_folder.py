@@ -3,6 +3,7 @@
 experiment.json          the resolved experiment, model and processor included
 processor/               tokenizer and settings
 checkpoints/STEP/params  Orbax, dotted parameter path -> array
+checkpoints.at           in the local copy of a run in an object store: where its checkpoints are
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from jvlm import config as config_tree
 from jvlm.data.processor import Processor
@@ -22,7 +24,7 @@ from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.weights import checkpoint
 from jvlm.weights.table import WeightError
 
-EXPERIMENT, CHECKPOINTS, PROCESSOR = "experiment.json", "checkpoints", "processor"
+EXPERIMENT, CHECKPOINTS, PROCESSOR, POINTER = "experiment.json", "checkpoints", "processor", "checkpoints.at"
 
 
 def is_run(folder: Path) -> bool:
@@ -37,20 +39,26 @@ def model_config(folder: Path, numerics: Numerics | None = None) -> VLMConfig:
     return dataclasses.replace(config, numerics=numerics or config.numerics)
 
 
+def checkpoints(folder: Path) -> epath.Path:
+    """Where the checkpoints of a run are, on disk or in an object store."""
+    pointer = folder / POINTER
+    return epath.Path(pointer.read_text().strip() if pointer.is_file() else folder.absolute() / CHECKPOINTS)
+
+
 def steps(folder: Path) -> list[int]:
     """Steps whose checkpoints are complete, ascending."""
-    found = (folder / CHECKPOINTS).glob("*/params")
+    found = checkpoints(folder).glob("*/params")
     return sorted(int(p.parent.name) for p in found if p.parent.name.isdigit())
 
 
-def params_folder(folder: Path, step: int | None = None) -> Path:
+def params_folder(folder: Path, step: int | None = None) -> epath.Path:
     """Where the parameters of a step (None: the latest) are. Raises WeightError naming the steps there are."""
     available = steps(folder)
     if not available:
         raise WeightError(f"{folder} has no complete checkpoint yet")
     if step is not None and step not in available:
         raise WeightError(f"{folder} has no checkpoint of step {step}; it has {available}")
-    return folder.absolute() / CHECKPOINTS / str(available[-1] if step is None else step) / "params"
+    return checkpoints(folder) / str(available[-1] if step is None else step) / "params"
 
 
 def save(model: VLM, processor: Processor, folder: Path) -> None:
@@ -77,11 +85,11 @@ def load(
     return vlm.bind(model, values), checkpoint.load_processor(folder / PROCESSOR, config)
 
 
-def read_params(source: Path, model: VLM, sharding: checkpoint.ShardingOf | None = None) -> dict[str, jax.Array]:
+def read_params(source: epath.Path, model: VLM, sharding: checkpoint.ShardingOf | None = None) -> dict[str, jax.Array]:
     """Dotted path -> array, of parameters that Orbax wrote; on the first device if no ``sharding`` is given."""
     wanted = {}
     for path, variable in vlm.parameters(model).items():
         place = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted[path] = jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype, sharding=place)
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(source.absolute(), wanted)
+        return checkpointer.restore(source, wanted)

@@ -1,0 +1,94 @@
+"""Where a run lives: a folder on disk, or a place in an object store (gs://, s3://) with a local copy of small files.
+
+Arrays go straight to the store, through Orbax and tensorstore. Everything else (log, curves, configuration, reports) is
+written by libraries that append to files, which object stores cannot: it is written to a local folder and copied.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import jax
+from etils import epath
+
+from jvlm.parallel import hosts
+from jvlm.weights.run_folder import CHECKPOINTS, POINTER, PROCESSOR
+
+LOCAL_COPIES = "runs"
+# in the folder of a run, but runs or processes of their own, or about this machine only
+_APART = ("stages", "processes", CHECKPOINTS, POINTER)
+
+
+class Home:
+    """The places of one run.
+
+    Attributes:
+      folder: small files. On disk it is the same for all processes; the local copies of a store are each process's own.
+      store: arrays. The same for all processes.
+
+    Args:
+      root: `Experiment.output_root`; with "://" an object store, whose local copy lies under ``runs/``.
+      name: `Experiment.name`.
+    """
+
+    def __init__(self, root: str, name: str):
+        self.store = epath.Path(root) / name
+        self._remote: epath.Path | None = None
+        self._copied: dict[Path, tuple[int, int]] = {}
+        if "://" in root:
+            part = () if hosts.is_first() else ("processes", str(jax.process_index()))
+            self.folder = Path(LOCAL_COPIES, root.replace("://", "/"), name, *part)
+            self._remote = self.store.joinpath(*part)
+        else:
+            self.folder = Path(root) / name
+            self.store = self.store.absolute()
+
+    def pull(self) -> None:
+        """Fill the local copy from the store, and note in it where the checkpoints are."""
+        if self._remote is None:
+            return
+        for source in {self.store, self._remote}:
+            self._pull(source, self.folder)
+        (self.folder / POINTER).write_text(f"{self.store / CHECKPOINTS}\n")
+
+    def share(self) -> None:
+        """Give the other processes what the first has written."""
+        if hosts.is_first():
+            self.push()
+        hosts.wait("the run folder is in the store")
+        if not hosts.is_first():
+            self.pull()
+
+    def _pull(self, source: epath.Path, target: Path) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        for path in source.iterdir() if source.is_dir() else ():
+            if path.is_dir():
+                # arrays stay in the store; other processes' files, other stages' and traces are not needed to go on
+                if path.name == PROCESSOR:
+                    self._pull(path, target / path.name)
+            else:
+                self._copy(path, target / path.name)
+                self._copied[target / path.name] = _stamp(target / path.name)
+
+    def push(self) -> None:
+        """Copy to the store what has changed since the last time."""
+        if self._remote is None:
+            return
+        for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
+            relative, stamp = path.relative_to(self.folder), _stamp(path)
+            if relative.parts[0] in _APART or self._copied.get(path) == stamp:
+                continue
+            target = self._remote / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._copy(epath.Path(path), target)
+            self._copied[path] = stamp
+
+    def _copy(self, source: epath.Path, target: Path | epath.Path) -> None:
+        with source.open("rb") as reader, target.open("wb") as writer:
+            shutil.copyfileobj(reader, writer)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
