@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jvlm.models import vlm
+from jvlm.models import registry, vlm
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
+from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
@@ -192,4 +193,29 @@ def test_a_connector_of_frames_costs_what_xla_counts_within_4_percent(config):
     lowered = jax.jit(lambda state, x: nnx.merge(graph, state)(x, _full_batch())).lower(state, features)
     pooling = 2 * frames * width * (config.out_grid * config.grid**2 + config.out_grid**2 * config.grid)
     counted = flops.forward(template, counts)["connector"].linear + pooling
+    assert lowered.cost_analysis()["flops"] == pytest.approx(counted, rel=0.04)
+
+
+def test_the_perceiver_costs_what_xla_counts_within_4_percent():
+    config = PerceiverConfig(projection_size=1024, latents=32, depth=2, num_heads=8, num_kv_heads=2, head_dim=64)
+    numerics = Numerics(compute_dtype="float32", attention="reference")
+    module = nnx.eval_shape(lambda: registry.build(config, d_in=768, d_out=1536, numerics=numerics, rngs=nnx.Rngs(0)))
+    batch = _full_batch()
+    batch = dataclasses.replace(batch, tokens=batch.tokens[:, :32])  # room for the latents of one frame
+    graph, state = nnx.split(module)
+    flat = nnx.to_flat_state(state)
+
+    def run(values, features):
+        bound = [(path, variable.replace(value)) for (path, variable), value in zip(flat, values, strict=True)]
+        return nnx.merge(graph, nnx.from_flat_state(bound))(features, batch)
+
+    shapes = []
+    for path, variable in flat:
+        value = variable.get_value()
+        one = jax.ShapeDtypeStruct(value.shape["layer" in path :], value.dtype)
+        shapes.append((one,) * value.shape[0] if "layer" in path else one)  # unscanned
+    features = jax.ShapeDtypeStruct((1, PATCHES, 768), np.float32)
+    lowered = jax.jit(run).lower(shapes, features)
+    counts = flops.Counts(np.asarray([32]), np.asarray([PATCHES]), np.zeros(0, int), 32, 0)
+    counted = flops._connector(config, module, counts).total
     assert lowered.cost_analysis()["flops"] == pytest.approx(counted, rel=0.04)
