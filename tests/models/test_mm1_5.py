@@ -11,7 +11,10 @@ from flax import nnx
 import jvlm
 from jvlm import job
 from jvlm.cli import load_experiment
+from jvlm.data.processor import Processor
 from jvlm.models import vlm
+from jvlm.models.connectors.perceiver import PerceiverConfig
+from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.mm1_5 import MM1_5
 from jvlm.training import loop
@@ -90,6 +93,28 @@ def test_conversations_of_a_row_do_not_see_one_another(run):
         alone = processor.pack([chat], row_tokens=packed.tokens.shape[1], row_patches=packed.patches.shape[1])
         found = np.asarray(model(alone))[0, alone.segment_ids[0] == 1]
         np.testing.assert_allclose(found, logits[packed.segment_ids[0] == number], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "connector",
+    [
+        PooledMLPConfig(grid=4, out_grid=3),
+        PerceiverConfig(projection_size=48, latents=5, depth=1, num_heads=2, num_kv_heads=1, head_dim=16),
+    ],
+    ids=["pooling", "perceiver"],
+)
+def test_other_connectors_take_its_place(run, connector):
+    """Each conversation's logits are those it has alone, and its picture's features reach them."""
+    trained, tokenizer = run[0].model.config, run[0].processor.tokenizer
+    config = dataclasses.replace(trained, connector=connector)
+    processor = Processor(tokenizer, config, run[0].processor.config)
+    model = loop.random_model(config, 0, None)
+    batch = processor.pack(CHATS)
+    assert int((batch.vision_index >= 0).sum()) == (5 + 10 + 3 + 4) * connector.frame_features
+    logits = np.asarray(model(batch))[0]
+    dark = dataclasses.replace(batch, patches=np.where(batch.patch_segment_ids[..., None] > 5, 0, batch.patches))
+    changed = np.abs(np.asarray(model(dark))[0] - logits).max(-1) > 1e-5
+    assert {int(n) for n in batch.segment_ids[0][changed]} == {2, 4, 5}  # the third has no picture, the first kept its
 
 
 def test_tiles_and_frames_become_the_right_number_of_tokens(run):
