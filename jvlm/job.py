@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 import jvlm
 from jvlm.data.rows import Conversation
 from jvlm.evaluation import report, score
@@ -15,6 +17,7 @@ from jvlm.evaluation.questions import TextOnlyFloor, normalise
 from jvlm.evaluation.score import YES_NO, Answer, Scores
 from jvlm.inference.generate import generate
 from jvlm.models import vlm
+from jvlm.parallel import hosts
 from jvlm.training import log
 from jvlm.training.config import Experiment
 from jvlm.training.log import clock
@@ -36,11 +39,29 @@ class Floor:
 
 
 def run(experiment: Experiment) -> Path:
-    """Train, score, export, read the export back, and write the report. Returns the run folder."""
+    """Train, score, export, read the export back, and write the report. Returns the run folder.
+
+    Of several processes all train; the first does the rest by itself, with the whole model on one device, while the
+    others wait.
+    """
     began = time.perf_counter()
     if experiment.export.enabled and experiment.model is not None:
         table.architecture_of(experiment.model)  # better refused now than after the training
     result = train(experiment)
+    if jax.process_count() > 1:
+        values = {path: v.get_value() for path, v in vlm.parameters(result.model).items()}
+        whole = hosts.bring(values)
+        if hosts.is_first():
+            result = dataclasses.replace(result, model=vlm.bind(result.model, whole))
+            _finish(experiment, result, began)
+        hosts.wait("the first process has scored and exported")
+    else:
+        _finish(experiment, result, began)
+    return result.folder
+
+
+def _finish(experiment: Experiment, result: Result, began: float) -> None:
+    """All that comes after training; ``began`` is when the job did, by `time.perf_counter`."""
     answers, scores, floor = [], None, None
     if experiment.evaluation.data:
         answers, scores, floor = evaluate(experiment, result)
@@ -50,7 +71,6 @@ def run(experiment: Experiment) -> Path:
     write_report(experiment, result, answers, scores, floor, exported, time.perf_counter() - began)
     result.home.push()
     print(f"report: {result.folder / REPORT}")
-    return result.folder
 
 
 def evaluate(experiment: Experiment, result: Result) -> tuple[list[Answer], Scores, Floor | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -31,6 +31,15 @@ class Whole:
     def weight(self, value: Float[Array, "..."], axes: tuple[str, ...]) -> Float[Array, "..."]:
         """A parameter about to be used by every row: gathered over the axes that only store it."""
         return value
+
+    def local(
+        self, function: Callable[..., Array], arrays: Sequence[Array], axes: Sequence[tuple[str | None, ...]]
+    ) -> Array:
+        """``function`` of the parts of arrays with these axes, each on its own device; the result has the first's axes.
+
+        For what needs no other part, and what XLA does not split, or not rightly.
+        """
+        return function(*arrays)
 
     def attention(
         self,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -137,7 +136,11 @@ def place(batches: PackedBatch, rows: tuple[int, ...], shapes: PackedBatch) -> P
     return jax.tree.map(of, batches, shapes)
 
 
-def fetch(values: dict[str, jax.Array]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each array as a whole on the host, one after the other; every process must iterate to the end."""
+def bring(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Each array as a whole on the first device of process 0; nothing elsewhere. Every process must call it."""
+    found = {}
     for path, value in values.items():
-        yield path, multihost_utils.process_allgather(value, tiled=True)
+        whole = multihost_utils.process_allgather(value, tiled=True)
+        if is_first():
+            found[path] = jax.device_put(whole, jax.local_devices()[0])
+    return found

@@ -66,12 +66,18 @@ class ParallelConfig:
 def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a configuration over devices (None: all of them), which may be those of a described topology.
 
-    Neighbours on ``tensor`` and ``context``, which talk most, are neighbours in the network of the chips.
-
     Raises:
       ValueError: sizes that do not fit the devices, or the slices.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    grid = arrange(config, list(jax.devices() if devices is None else devices))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(config: ParallelConfig, devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as an array with the axes of the mesh.
+
+    Neighbours on ``tensor`` and ``context``, which talk most, are neighbours in the network of the chips.
+    """
     sizes = config.sizes(len(devices))
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     across = {"data": slices // config.fsdp_slices if config.data_slices is None else config.data_slices}
@@ -87,10 +93,8 @@ def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = Non
     outer = tuple(across.get(name, 1) for name in AXES)
     inner = tuple(sizes[name] // count for name, count in zip(AXES, outer, strict=True))
     if slices > 1:
-        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
-    elif devices[0].platform == "tpu":
-        grid = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
-    else:
-        # in the order of processes, so that the rows of one host are side by side
-        grid = np.asarray(devices).reshape(inner)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    if devices[0].platform == "tpu":
+        return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    # in the order of processes, so that the rows of one host are side by side
+    return np.asarray(devices).reshape(inner)

@@ -42,12 +42,19 @@ class Sharded(Whole):
     def _map(self, function, in_specs, out_specs):
         return jax.shard_map(function, mesh=self.layout.mesh, in_specs=in_specs, out_specs=out_specs)
 
+    def local(self, function, arrays, axes):
+        specs = tuple(self.layout.spec(names, x.shape) for names, x in zip(axes, arrays, strict=True))
+        return self._map(function, specs, specs[0])(*arrays)
+
     def attention(self, q, k, v, q_segments, kv_segments, *, along: Along, **options: Any):
         layout = self.layout
         rows, columns, heads = (layout.splits(axis) for axis in ("batch", along, "heads"))
         _check_divides(layout, "rows", q.shape[0], rows)
-        _check_divides(layout, f"queries along {along}", q.shape[1], columns)
-        _check_divides(layout, f"keys along {along}", k.shape[1], columns)
+        same_row = q_segments is kv_segments
+        # what is added belongs to segment 0: it sees nothing and nothing sees it
+        S, parts = q.shape[1], layout.size(columns)
+        q, q_segments = _padded(q, parts), _padded(q_segments, parts)
+        k, v, kv_segments = (_padded(x, parts) for x in (k, v, kv_segments))
         count = layout.size(heads)
         _check_divides(layout, "attention heads", q.shape[2], heads)
         if k.shape[2] % count:
@@ -55,10 +62,9 @@ class Sharded(Whole):
             if count % k.shape[2]:
                 raise ValueError(f"{k.shape[2]} key heads and {heads} = {count} do not divide one another")
             k, v = (jnp.repeat(x, count // k.shape[2], axis=2) for x in (k, v))
-        same_row = q_segments is kv_segments
         part = functools.partial(context.attention, axes=columns, same_row=same_row, **options)
         wide, ids = P(rows, columns, heads), P(rows, columns)
-        return self._map(part, (wide, wide, wide, ids, ids), wide)(q, k, v, q_segments, kv_segments)
+        return self._map(part, (wide, wide, wide, ids, ids), wide)(q, k, v, q_segments, kv_segments)[:, :S]
 
     def lookup(self, table, index, dtype, *, axes=("vocab", "embed"), along: Along = "sequence"):
         rows, columns = self.layout.splits("batch"), self.layout.splits(along)
@@ -82,7 +88,7 @@ class Sharded(Whole):
 
     def pick(self, features, index):
         rows, columns, parts = (self.layout.splits(axis) for axis in ("batch", "sequence", "features"))
-        _check_divides(self.layout, "vision features", features.shape[1], parts)
+        features = _padded(features, self.layout.size(parts))
 
         def part(features, index):
             if parts:
@@ -172,6 +178,12 @@ _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if part is None else (part,) if isinstance(part, str) else tuple(part)
+
+
+def _padded(x: jax.Array, parts: int) -> jax.Array:
+    """Zeros behind the second dimension, so that it divides into parts."""
+    lacking = -x.shape[1] % parts
+    return jnp.pad(x, [(0, 0), (0, lacking)] + [(0, 0)] * (x.ndim - 2)) if lacking else x
 
 
 def _check_divides(layout: Layout, what: str, length: int, axes: tuple[str, ...]) -> None:

@@ -9,16 +9,47 @@ import numpy as np
 from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.models.batch import PackedBatch
+from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
+from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
+from jvlm.models.encoders.vit import ViTConfig
 from jvlm.models.layers import Numerics
 from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, OptimizerConfig
 
-ROWS, TOKENS, PATCHES = 8, 128, 256
+ROWS, TOKENS = 8, 128
+PATCHES = {"qwen2_5_vl": 256, "idefics2": 256, "mm1_5": 17 * 8}
+# places of a frame in these batches, and its features
+FRAMES = {"qwen2_5_vl": (48, 12), "idefics2": (48, 4), "mm1_5": (17, 4)}
+# each axis alone, then together; "one" is what the others are compared with
+MESHES = {
+    "one": {"data": 1},
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"tensor": 8},
+    "context": {"context": 8},
+    "expert": {"expert": 4},
+    "data context": {"data": 2, "context": 4},
+    "data fsdp tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp context tensor": {"fsdp": 2, "context": 2, "tensor": 2},
+    "expert context tensor": {"expert": 2, "context": 2, "tensor": 2},
+}
+
+
+NUMERICS = Numerics(compute_dtype="float32", initializer_range=None)
+_DECODER = TransformerConfig(
+    vocab_size=160,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=2,
+    intermediate_size=96,
+    mrope_section=(2, 1, 1),
+)
 
 
 def qwen2_5_vl() -> VLMConfig:
@@ -36,29 +67,45 @@ def qwen2_5_vl() -> VLMConfig:
             fullatt_block_indexes=(1,),
         ),
         connector=PatchMergerConfig(),
-        decoder=TransformerConfig(
-            vocab_size=160,
-            hidden_size=64,
-            num_layers=2,
-            num_heads=8,
-            num_kv_heads=2,
-            intermediate_size=96,
-            mrope_section=(2, 1, 1),
-        ),
+        decoder=_DECODER,
         image_token_id=150,
         video_token_id=151,
-        numerics=Numerics(compute_dtype="float32", initializer_range=None),
+        numerics=NUMERICS,
     )
 
 
-def experts(capacity_factor: float | None = None) -> VLMConfig:
-    """As `qwen2_5_vl`, with experts in every second layer."""
-    model = qwen2_5_vl()
-    mlp = MoEConfig(experts=8, intermediate_size=32, capacity_factor=capacity_factor)
-    return dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, mlp=mlp))
+def idefics2() -> VLMConfig:
+    """Frames of any size become 4 features."""
+    return VLMConfig(
+        architecture="idefics2",
+        encoder=ViTConfig(depth=2, hidden_size=32, num_heads=8, intermediate_size=64, patch_size=4, grid=8),
+        connector=PerceiverConfig(
+            projection_size=48, latents=4, depth=2, num_heads=8, num_kv_heads=2, head_dim=8, norm_eps=1e-6
+        ),
+        decoder=dataclasses.replace(_DECODER, mrope_section=None, qkv_bias=False, sliding_window=24),
+        image_token_id=150,
+        numerics=NUMERICS,
+    )
 
 
-ARCHITECTURES = {"qwen2_5_vl": qwen2_5_vl, "experts": experts}
+def mm1_5() -> VLMConfig:
+    """Frames of 4 x 4 patches and a class token; experts in every second layer."""
+    encoder = ViTConfig(
+        depth=2, hidden_size=32, num_heads=8, intermediate_size=64, patch_size=4, grid=4, class_token=True
+    )
+    return VLMConfig(
+        architecture="mm1_5",
+        encoder=encoder,
+        connector=CAbstractorConfig(grid=4, class_token=True, out_grid=2, hidden_size=32, depth=1),
+        decoder=dataclasses.replace(
+            _DECODER, mrope_section=None, qkv_bias=False, mlp=MoEConfig(every=2, experts=4, intermediate_size=32)
+        ),
+        image_token_id=150,
+        numerics=NUMERICS,
+    )
+
+
+ARCHITECTURES = {"qwen2_5_vl": qwen2_5_vl, "idefics2": idefics2, "mm1_5": mm1_5}
 
 
 def experiment(architecture: str, parallel: ParallelConfig = ParallelConfig(), **changes) -> Experiment:
@@ -68,7 +115,7 @@ def experiment(architecture: str, parallel: ParallelConfig = ParallelConfig(), *
         model=ARCHITECTURES[architecture](),
         tokenizer="none",
         processor=ProcessorConfig(),
-        data=DataConfig(rows=ROWS, row_tokens=TOKENS, row_patches=PATCHES),
+        data=DataConfig(rows=ROWS, row_tokens=TOKENS, row_patches=PATCHES[architecture]),
         parallel=parallel,
         optimizer=OptimizerConfig(clip=1e9),
         steps=10,
@@ -76,32 +123,36 @@ def experiment(architecture: str, parallel: ParallelConfig = ParallelConfig(), *
     )
 
 
-def batch(config: VLMConfig, seed: int = 0) -> PackedBatch:
-    """Rows of several conversations and padding: one of text alone, one full of pictures, one a long picture."""
+def batch(config: VLMConfig, seed: int = 0, text_only: int = 1) -> PackedBatch:
+    """Rows of several conversations and padding: the first of text alone, one full of pictures, others with some."""
     rng = np.random.default_rng(seed)
-    B, S, P, group = ROWS, TOKENS, PATCHES, config.connector.merge**2
+    B, S, P = ROWS, TOKENS, PATCHES[config.architecture]
+    places, per_frame = FRAMES[config.architecture]
     arrays = {name: np.zeros((B, S), np.int32) for name in ("tokens", "segment_ids")}
     arrays["vision_index"] = np.full((B, S), -1, np.int32)
-    arrays["positions"] = rng.integers(0, 50, (B, S, 3)).astype(np.int32)
     frames, windows = np.zeros((B, P), np.int32), np.zeros((B, P), np.int32)
+    at = rng.integers(0, 4, (B, P, 2)).astype(np.int32)
     for row in range(B):
         cuts = np.sort(rng.choice(np.arange(8, S - 8), 3 if row != 2 else 0, replace=False))
         arrays["segment_ids"][row, : S - 6] = (np.arange(S - 6)[:, None] >= cuts).sum(1) + 1
         arrays["tokens"][row, : S - 6] = rng.integers(0, 140, S - 6)
-        features = (0, P // group - 2, 40)[min(row, 2)]
-        places = np.sort(rng.choice(S - 6, features, replace=False))
+        count = 0 if row < text_only else P // places if row == text_only else 2
+        features = count * per_frame
+        chosen = np.sort(rng.choice(S - 6, features, replace=False))
         # not in order: as windows have it
-        arrays["vision_index"][row, places] = rng.permutation(features)
-        arrays["tokens"][row, places] = config.image_token_id
-        used = features * group
-        frames[row, :used] = 1 if row == 2 else np.arange(used) // 48 + 1
-        windows[row, :used] = np.arange(used) // 16 + 1
-    values = config.encoder.patch_values
+        arrays["vision_index"][row, chosen] = rng.permutation(features)
+        arrays["tokens"][row, chosen] = config.image_token_id
+        frames[row, : count * places] = np.arange(count * places) // places + 1
+        windows[row, : count * places] = np.arange(count * places) // 16 + 1
+        if getattr(config.encoder, "class_token", False):
+            at[row, : count * places : places] = -1
     return PackedBatch(
         loss_weights=rng.choice([0.0, 0.5, 1.0], (B, S)).astype(np.float32),
-        patches=rng.integers(0, 256, (B, P, values)).astype(np.uint8),
+        positions=rng.integers(0, 50, (B, S, 3)).astype(np.int32),
+        patches=rng.integers(0, 256, (B, P, config.encoder.patch_values)).astype(np.uint8),
         patch_segment_ids=frames,
         patch_window_ids=windows,
-        patch_positions=rng.integers(0, 9, (B, P, 2)).astype(np.int32),
+        patch_positions=at,
+        max_frame_patches=places if getattr(config.encoder, "class_token", False) else None,
         **arrays,
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jvlm.models import layers
+from jvlm.models import layers, placement
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.pooled_mlp import FrameGridConfig, Readout, adaptive_average_pool, frames_of
 from jvlm.models.registry import register
@@ -48,10 +48,16 @@ class DepthwiseConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "*L h w C"]) -> Float[Array, "*L h w C"]:
         dtype = jnp.dtype(self.compute_dtype)
-        frames = x.astype(dtype).reshape(-1, *x.shape[-3:])
-        kernel = self.kernel[...].astype(dtype).reshape(3, 3, 1, -1)
-        layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": x.shape[-1]}
-        return jax.lax.conv_general_dilated(frames, kernel, (1, 1), "SAME", **layout).reshape(x.shape)
+        # by parts: XLA's partitioner gets the kernel's gradient wrong where channels and frames are split
+        axes = (*("batch", "features")[: x.ndim - 3], None, None, "mlp")
+        operands = (x.astype(dtype), self.kernel[...].astype(dtype))
+        return placement.current().local(_convolve, operands, (axes, (None, "mlp")))
+
+
+def _convolve(x: Float[Array, "*L h w C"], kernel: Float[Array, "9 C"]) -> Float[Array, "*L h w C"]:
+    frames, kernel = x.reshape(-1, *x.shape[-3:]), kernel.reshape(3, 3, 1, -1)
+    layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": x.shape[-1]}
+    return jax.lax.conv_general_dilated(frames, kernel, (1, 1), "SAME", **layout).reshape(x.shape)
 
 
 class RegBlock(nnx.Module):
