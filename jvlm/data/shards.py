@@ -31,7 +31,7 @@ class RowSource:
     """
 
     def __init__(self, patterns: Sequence[str]):
-        self.files = [path for pattern in patterns for path in _matching(pattern)]
+        self.files = [path for pattern in patterns for path in matching(pattern)]
         self._readers = [_open(path) for path in self.files]
         self._starts = np.cumsum([0, *(len(r) for r in self._readers)])
         if not self._starts[-1]:
@@ -51,7 +51,8 @@ class RowSource:
         return f"RowSource({self.files})"
 
 
-def _matching(pattern: str) -> list[str]:
+def matching(pattern: str) -> list[str]:
+    """Files of a path or glob, sorted. Raises FileNotFoundError if there is none."""
     found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern] * Path(pattern).is_file()
     if not found:
         raise FileNotFoundError(f"no data file matches {pattern!r} (looked in {Path.cwd()})")

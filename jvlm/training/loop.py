@@ -20,6 +20,7 @@ from jvlm.data.errors import Rejected
 from jvlm.data.packing import PackedRows
 from jvlm.data.position import Share
 from jvlm.data.processor import Processor, ProcessorConfig
+from jvlm.data.shards import matching
 from jvlm.models import vlm
 from jvlm.models.vlm import TOWERS, VLM, VLMConfig
 from jvlm.parallel import hosts
@@ -68,12 +69,16 @@ def train(experiment: Experiment) -> Result:
     """Train the stages and then the experiment's own data, each to its end or from its last checkpoint on.
 
     Raises:
+      FileNotFoundError: data of any stage, or to evaluate on, is not there; said before the first one is trained.
       ValueError: the folder holds a different experiment; data too bad; too many steps in a row were not finite; no
         checkpoint can be read; too little space for the checkpoints.
       Interrupted: a signal or a preemption notice asked to stop; the last step is saved.
     """
     results: list[Result] = []
-    for number, run in enumerate(runs_of(experiment), 1):
+    runs = runs_of(experiment)
+    for pattern in (p for run in runs for p in (*run.data.train, *run.evaluation.data)):
+        matching(pattern)
+    for number, run in enumerate(runs, 1):
         if experiment.stages:
             hosts.say(f"stage {number} of {len(experiment.stages) + 1}: {run.name}")
         results.append(_train_one(run))
