@@ -48,9 +48,12 @@ class PackedBatch:
     max_segment_length: int | None = dataclasses.field(default=None, metadata={"static": True})
     max_frame_patches: int | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def most_frames(self, features: int) -> int:
-        """Most frames that a row can hold when each feeds ``features`` tokens: what a connector lays out."""
-        return max(1, min(self.tokens.shape[1] // features, self.patches.shape[1]))
+    def most_frames(self, features: int, least_patches: int = 1) -> int:
+        """Most frames that a row can hold when each feeds ``features`` tokens: what a connector lays out.
+
+        ``least_patches`` says that no frame has fewer.
+        """
+        return max(1, min(self.tokens.shape[1] // features, self.patches.shape[1] // least_patches))
 
     @property
     def text_padding(self) -> float:

@@ -17,6 +17,8 @@ from jaxtyping import Array, Float
 
 from jvlm.models import placement, registry
 from jvlm.models.batch import DecoderOutput, PackedBatch
+from jvlm.models.connectors.perceiver import frames_of_features
+from jvlm.models.decoders.cross_attention import Media, frames_in_reach
 from jvlm.models.layers import Numerics
 
 TOWERS = ("encoder", "connector", "decoder")
@@ -50,6 +52,11 @@ class VLMConfig:
     numerics: Numerics = Numerics()
 
     @property
+    def reads_features(self) -> bool:
+        """Whether text reads features by cross-attention, instead of having them among its tokens."""
+        return self.decoder.cross_attention_every > 0
+
+    @property
     def media_token_ids(self) -> tuple[int, ...]:
         """Tokens that stand for media or bracket them: generation must never sample one."""
         ids = (
@@ -69,9 +76,12 @@ class VLM(nnx.Module):
         self.config = config
         common = {"numerics": config.numerics, "rngs": rngs}
         self.encoder = registry.build(config.encoder, **common)
-        self.connector = registry.build(
-            config.connector, d_in=config.encoder.hidden_size, d_out=config.decoder.hidden_size, **common
-        )
+        widths = {"d_in": config.encoder.hidden_size, "d_out": config.decoder.hidden_size}
+        if config.reads_features and config.connector.frame_features is None:
+            raise ValueError("cross_attention_every needs a connector with a fixed number of features a frame")
+        self.connector = registry.build(config.connector, **widths, **common)
+        if config.reads_features:
+            self.connector.frame_tokens = 1
         self.decoder = registry.build(config.decoder, **common)
 
     def __call__(self, batch: PackedBatch) -> Float[Array, "B S V"]:
@@ -88,20 +98,34 @@ class VLM(nnx.Module):
     def embed(self, batch: PackedBatch) -> Float[Array, "B S D"]:
         """Token embeddings with vision features in the places of the media tokens."""
         x_BSD = self.decoder.embed(jnp.asarray(batch.tokens))
+        if self.config.reads_features:
+            return x_BSD
         if batch.patches.shape[1] == 0:
             return x_BSD
         index = jnp.asarray(batch.vision_index)
         features = placement.current().pick(self.encode(batch), index)
         return jnp.where((index >= 0)[..., None], features.astype(x_BSD.dtype), x_BSD)
 
+    def _media(self, batch: PackedBatch) -> Media | None:
+        """What cross-attention layers read: a token with a feature opens the feature's frame."""
+        if not self.config.reads_features or batch.patches.shape[1] == 0:
+            return None
+        features, n = self.encode(batch), self.config.connector.frame_features
+        frames = frames_of_features(jnp.asarray(batch.patch_segment_ids), n, features.shape[1] // n)
+        index = jnp.asarray(batch.vision_index)
+        opened = jnp.where(index >= 0, index // n + 1, 0)
+        reach = self.config.decoder.cross_attention_reach
+        return Media(features, frames, *frames_in_reach(opened, jnp.asarray(batch.segment_ids), reach))
+
     def hidden(self, batch: PackedBatch) -> DecoderOutput:
         """Last hidden states, the keys and values of every layer for a cache, and what layers report."""
-        x_BSD = self.embed(batch)
+        x_BSD, media = self.embed(batch), self._media(batch)
         with jax.named_scope("decoder"):
             return self.decoder(
                 x_BSD,
                 jnp.asarray(batch.positions),
                 jnp.asarray(batch.segment_ids),
+                media=media,
                 max_segment_length=batch.max_segment_length,
             )
 

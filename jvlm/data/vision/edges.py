@@ -96,6 +96,9 @@ class EdgeVision:
         self.patch_size, self.grid, self.patch_values = encoder.patch_size, encoder.grid, encoder.patch_values
         self.patch_group = 1
         self.frame_features = model.connector.frame_features
+        # a picture that is read by cross-attention stands in the text as one token
+        self.in_text = not model.reads_features
+        self.least_patches = getattr(model.connector, "min_frame_patches", 1)
         self.marks = (config.mark,) if config.mark else ()
         self.merged_mark = config.mark or None
 
@@ -118,7 +121,12 @@ class EdgeVision:
         features = [self.frame_features or count for count in counts]
         numbers = np.arange(1, len(frames) + 1, dtype=np.int32)
         frame_ids = np.repeat(numbers, counts)
-        layout = [part for n in features for part in (config.mark, n, config.mark) if part != ""]
+        if min(counts) < self.least_patches:
+            raise ValueError(f"a frame of {min(counts)} patches, less than min_frame_patches {self.least_patches}")
+        fed = features if self.in_text else [1] * len(features)
+        begins = np.cumsum([0, *features[:-1]])
+        of_token = np.concatenate([begin + np.arange(n) for begin, n in zip(begins, fed, strict=True)])
+        layout = [part for n in fed for part in (config.mark, n, config.mark) if part != ""]
         height, width = sizes[-1]
         return MediaPatches(
             patches=np.concatenate([patches for patches, _ in frames]),
@@ -126,7 +134,7 @@ class EdgeVision:
             window_ids=frame_ids,
             positions=np.concatenate([places for _, places in frames]),
             feature_frames=np.repeat(numbers, features),
-            feature_of_token=np.arange(sum(features), dtype=np.int32),
+            feature_of_token=of_token.astype(np.int32),
             layout=tuple(layout),
             original=pictures[-1].size,
             resized=(width, height),

@@ -23,6 +23,8 @@ class PerceiverConfig(ConnectorConfig):
     Attributes:
       projection_size: width inside the gated MLP before the resampler.
       latents: features of a frame, whatever its size.
+      min_frame_patches: no frame has fewer patches. With features among the tokens these say how many frames fit a row;
+        where text reads them by cross-attention this must, so give the number: 729 for sides of 378 pixels.
       norm_eps: of the resampler's norms. The released configuration says nothing of it: transformers used the text
         model's 1e-5 up to 4.47, and 1e-6 from 4.48 on.
     """
@@ -33,6 +35,7 @@ class PerceiverConfig(ConnectorConfig):
     num_heads: int = 16
     num_kv_heads: int = 4
     head_dim: int = 96
+    min_frame_patches: int = 1
     norm_eps: float = 1e-6
 
     def __post_init__(self):
@@ -97,6 +100,7 @@ class Perceiver(nnx.Module):
 
     def __init__(self, config: PerceiverConfig, *, d_in: int, d_out: int, numerics: layers.Numerics, rngs: nnx.Rngs):
         self.config, self.numerics = config, numerics
+        self.frame_tokens = config.latents  # fewer where text reads features by cross-attention
         common = {"numerics": numerics, "rngs": rngs}
         self.projection = layers.SwiGLU(d_in, config.projection_size, d_out=d_out, bias=False, **common)
         latents = numerics.new_weight(rngs.params(), (config.latents, d_out), d_out)
@@ -110,10 +114,10 @@ class Perceiver(nnx.Module):
         """Features of every frame that the row has room for; those of frames that it does not have mean nothing."""
         frames = jnp.asarray(batch.patch_segment_ids)
         patches_BPD = self.projection(features)
-        B, N, n = len(frames), batch.most_frames(self.config.latents), self.config.latents
+        B, N, n = len(frames), self.most_frames(batch), self.config.latents
         latents = self.latents[...].astype(patches_BPD.dtype)
         latents_BFD = jnp.broadcast_to(jnp.tile(latents, (N, 1)), (B, N * n, latents.shape[-1]))
-        latent_frames = frames_of_features(frames, N, n)
+        latent_frames = frames_of_features(frames, n, N)
         latents_BFD, _ = self.blocks(
             lambda block, x, _: (block(x, patches_BPD, latent_frames, frames), None),
             latents_BFD,
@@ -122,8 +126,12 @@ class Perceiver(nnx.Module):
         )
         return self.norm(latents_BFD)
 
+    def most_frames(self, batch: PackedBatch) -> int:
+        """Frames that a row has room for: by the tokens that each takes, and by its patches."""
+        return batch.most_frames(self.frame_tokens, self.config.min_frame_patches)
 
-def frames_of_features(patch_frames: Int[Array, "B P"], frames: int, features: int) -> Int[Array, "B F"]:
+
+def frames_of_features(patch_frames: Int[Array, "B P"], features: int, frames: int) -> Int[Array, "B F"]:
     """The frame of each feature where every frame has as many; 0 for frames that the row does not have."""
     ids = jnp.repeat(jnp.arange(1, frames + 1, dtype=patch_frames.dtype), features)
     return jnp.where(ids <= patch_frames.max(axis=1, keepdims=True), ids, 0)

@@ -18,6 +18,7 @@ from jvlm_kernels import cached_attention, open_cache
 
 from jvlm.models import layers, placement, registry
 from jvlm.models.batch import DecoderOutput, DecodeStep
+from jvlm.models.decoders.cross_attention import GatedCrossAttention, Media, Reach
 from jvlm.models.registry import DecoderConfig, register
 
 
@@ -33,6 +34,9 @@ class TransformerConfig(DecoderConfig):
         is plain rotary embedding.
       rope_scaling: how the frequencies are changed for contexts longer than the pre-training's.
       sliding_window: a token sees tokens fewer than so many places behind it; None sees all.
+      cross_attention_every: 0 has features among the tokens; n has a gated cross-attention layer before every n-th
+        layer, the first included, through which text reads them (`jvlm.models.decoders.cross_attention`).
+      cross_attention_reach: a token reads the last frame before it in its conversation (Flamingo, Idefics1), or all.
       mlp: what every ``mlp.every``-th layer has in place of the dense SwiGLU; None: SwiGLU everywhere.
     """
 
@@ -50,6 +54,8 @@ class TransformerConfig(DecoderConfig):
     rope_scaling: layers.RopeScaling | None = None
     mrope_section: tuple[int, int, int] | None = None
     sliding_window: int | None = None
+    cross_attention_every: int = 0
+    cross_attention_reach: Reach = "last"
     mlp: registry.MLPConfig | None = None
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 128000
@@ -73,7 +79,11 @@ class TransformerConfig(DecoderConfig):
     @property
     def period(self) -> int:
         """After how many layers their kinds repeat. A scan runs over groups of so many layers."""
-        return math.lcm(self.mlp.every if self.mlp else 1)
+        return math.lcm(self.mlp.every if self.mlp else 1, self.cross_attention_every or 1)
+
+    def has_cross_attention(self, index: int) -> bool:
+        """Whether text reads features before layer ``index`` (from 0)."""
+        return bool(self.cross_attention_every) and index % self.cross_attention_every == 0
 
     def has_mlp(self, index: int) -> bool:
         """Whether layer ``index`` (from 0) has ``mlp`` in place of the dense SwiGLU."""
@@ -87,6 +97,7 @@ class Context(NamedTuple):
     segments: Int[Array, "B S"]
     max_segment_length: int | None
     step: DecodeStep | None
+    media: Media | None
 
 
 class DecoderAttention(nnx.Module):
@@ -135,10 +146,11 @@ class DecoderAttention(nnx.Module):
 
 
 class DecoderBlock(nnx.Module):
-    """Pre-norm block: causal attention, then an MLP."""
+    """Pre-norm block: causal attention, then an MLP. Features may be read before; their keys are cached beside."""
 
     def __init__(self, config: TransformerConfig, index: int, *, numerics: layers.Numerics, rngs: nnx.Rngs):
         D, common = config.hidden_size, {"numerics": numerics, "rngs": rngs}
+        self.cross = GatedCrossAttention(config, **common) if config.has_cross_attention(index) else None
         self.norm1 = layers.RMSNorm(D, config.rms_norm_eps, numerics=numerics)
         self.attention = DecoderAttention(config, **common)
         self.norm2 = layers.RMSNorm(D, config.rms_norm_eps, numerics=numerics)
@@ -149,7 +161,12 @@ class DecoderBlock(nnx.Module):
             self.mlp = layers.SwiGLU(D, config.intermediate_size, bias=False, **common)
 
     def __call__(self, x_BSD, context: Context, cache):
+        kept = None
+        if self.cross is not None:
+            cache, kept = cache or (None, None)
+            x_BSD, kept = self.cross(x_BSD, context.media, kept)
         mixed, cache = self.attention(self.norm1(x_BSD), context, cache)
+        cache = cache if self.cross is None else (cache, kept)
         x_BSD = x_BSD + mixed
         y_BSD, aux = self.norm2(x_BSD), {}
         if self.reports:
@@ -211,6 +228,7 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B S 3"],
         segments: Int[Array, "B S"],
         *,
+        media: Media | None = None,
         max_segment_length: int | None = None,
         cache: Any = None,
         step: DecodeStep | None = None,
@@ -219,8 +237,11 @@ class Transformer(nnx.Module):
 
         Without ``step``: the cache returned holds this call's keys and values. With it: the new token of each row
         is written into ``cache``, as `open_cache` made it, and sees what the step allows; segments are not used.
+
+        Args:
+          media: what cross-attention layers read; None where the batch has no pictures.
         """
-        context = Context(self._angles(positions), segments, max_segment_length, step)
+        context = Context(self._angles(positions), segments, max_segment_length, step, media)
 
         def body(block, x, layer_cache):
             x, layer_cache, aux = block(x, context, layer_cache)
@@ -243,12 +264,17 @@ class Transformer(nnx.Module):
     def open_cache(self, cache: Any, places: int) -> list[Any]:
         """The cache of a prompt, widened to ``places``: for each layer its own, so that it is updated in place."""
 
-        def layer(keys_values: tuple[Array, Array], index: int) -> Any:
-            return open_cache(keys_values[0][index], keys_values[1][index], places)
+        def layer(slot: int, own: Any, index: int) -> Any:
+            kept = None
+            if self.config.has_cross_attention(slot):
+                own, kept = own
+            opened = open_cache(own[0][index], own[1][index], places)
+            # each layer has its own copy of all, because the cache is donated from step to step
+            return (opened, jax.tree.map(lambda x: x[index], kept)) if self.config.has_cross_attention(slot) else opened
 
         if self.config.period == 1:
-            return [layer(cache, i) for i in range(self.blocks.depth)]
-        return [tuple(layer(slot, i) for slot in cache) for i in range(self.blocks.depth)]
+            return [layer(0, cache, i) for i in range(self.blocks.depth)]
+        return [tuple(layer(s, own, i) for s, own in enumerate(cache)) for i in range(self.blocks.depth)]
 
     def logits(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """Float32 scores over the vocabulary."""

@@ -1,0 +1,42 @@
+"""Idefics2's first stage: pictures of up to 384 pixels and the text around them, and the paper's other architecture.
+
+    jvlm train idefics2/pretrain --tokenizer DIR --data.train rows.jsonl
+    jvlm train idefics2/pretrain --tokenizer DIR --data.train rows.jsonl --model.decoder.cross_attention_every 4
+
+The first has 64 features of each picture among the tokens; the second reads them through gated cross-attention before
+every fourth layer, all else equal: the comparison of arXiv 2405.02246, section 3.2. Published and kept: 2,048 tokens,
+learning rate 1e-4, weight decay 0.1. The authors start from SigLIP and Mistral and train adapters in them; here towers
+begin at random unless they are brought in with `jvlm.weights.backbones`. For the second stage, at 980 pixels, the
+position table is resized with `jvlm.weights.positions.with_grid(model, 70)`.
+"""
+
+import dataclasses
+
+from jvlm.data.pipeline import DataConfig
+from jvlm.data.processor import ProcessorConfig
+from jvlm.data.vision.edges import EdgeLimits
+from jvlm.models.presets import PRESETS
+from jvlm.training.config import Experiment, OptimizerConfig
+
+GRID = 27
+
+
+def get_config() -> Experiment:
+    """Pictures are 27 x 27 patches; a row has room for 31 of them, whichever way they are read."""
+    model = PRESETS["idefics2_8b"]
+    model = dataclasses.replace(
+        model,
+        encoder=dataclasses.replace(model.encoder, grid=GRID),
+        connector=dataclasses.replace(model.connector, min_frame_patches=GRID**2),
+    )
+    return Experiment(
+        name="idefics2_pretrain",
+        model=model,
+        tokenizer="tokenizers/idefics2",
+        processor=ProcessorConfig(media=EdgeLimits(longest_edge=384, shortest_edge=378, split=False)),
+        data=DataConfig(rows=16, row_tokens=2048, row_patches=31 * GRID**2, max_frame_patches=GRID**2),
+        optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=0.1, beta2=0.999),
+        steps=80_000,
+        accumulation=16,
+        log_every=20,
+    )

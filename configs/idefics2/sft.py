@@ -1,0 +1,30 @@
+"""Idefics2-8B, fine-tuned on conversations about pictures: whole images, or four crops and the image.
+
+    jvlm train idefics2/sft --init_from DIR --data.train rows.jsonl
+    jvlm train idefics2/sft --init_from DIR --data.train rows.jsonl --processor.media.no-split
+
+Published: conversations of up to 1,024 tokens, sides of 378 to 980 pixels, splitting for half of the samples (give the
+halves as two runs' data, or choose one way). Learning rate, batch and steps of the fine-tuning are not published. All
+of the language model learnt at once diverges, its authors say, and they trained adapters: here the connector learns and
+the towers stand still unless you give them a rate.
+"""
+
+from jvlm.data.pipeline import DataConfig
+from jvlm.data.processor import ProcessorConfig
+from jvlm.data.vision.edges import EdgeLimits
+from jvlm.training.config import Experiment, OptimizerConfig
+
+
+def get_config() -> Experiment:
+    """A row of 2,048 tokens has room for six split images, or for twenty-four thousand patches of any."""
+    return Experiment(
+        name="idefics2_sft",
+        init_from="idefics2-8b",
+        processor=ProcessorConfig(media=EdgeLimits()),
+        data=DataConfig(
+            rows=8, row_tokens=2048, row_patches=24_576, max_length=1024, max_frame_patches=4900, on_too_long="truncate"
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-4, encoder_lr=0.0, decoder_lr=0.0, beta2=0.999),
+        epochs=1.0,
+        accumulation=4,
+    )

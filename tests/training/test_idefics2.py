@@ -1,0 +1,83 @@
+"""Training Idefics2: one compilation whatever the pictures, a loss that falls, an export that answers the same."""
+
+import numpy as np
+import pytest
+
+import jvlm
+from jvlm import config as config_tree
+from jvlm.cli import load_experiment
+from jvlm.models import vlm
+from jvlm.training import loop
+from tests.idefics2 import write_folder
+from tests.training import support
+
+STEPS = 8
+
+
+def experiment(folder, start, rows, *overrides):
+    fields = {
+        "--init_from": str(start),
+        "--output_root": str(folder),
+        "--name": "run",
+        "--data.train": str(rows),
+        "--data.rows": "2",
+        "--data.row_tokens": "256",
+        "--data.row_patches": "256",
+        "--data.max_frame_patches": "64",
+        "--data.pack_window": "6",
+        "--data.read_threads": "1",
+        "--processor.media.longest_edge": "112",
+        "--processor.media.shortest_edge": "28",
+        "--optimizer.learning_rate": "3e-3",
+        "--optimizer.decoder_lr": "3e-3",
+        "--accumulation": "1",
+        "--steps": str(STEPS),
+        "--log_every": "1",
+    }
+    return load_experiment("idefics2/sft", [*(v for pair in fields.items() for v in pair), *overrides])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run of the config on rows of none, one and two pictures, split: (result, folder)."""
+    folder = tmp_path_factory.mktemp("idefics2")
+    write_folder(folder / "start", split=True)
+    return loop.train(experiment(folder, folder / "start", support.write_rows(folder / "data", 24))), folder
+
+
+def test_mixed_counts_of_pictures_need_one_compilation_and_the_loss_falls(run):
+    result, folder = run
+    assert result.compilations == 1
+    assert result.processor.media.split
+    losses = list(support.losses(folder).values())
+    assert len(losses) == STEPS
+    assert np.mean(losses[-2:]) < 0.8 * np.mean(losses[:2])
+
+
+def test_the_frozen_tower_keeps_every_bit_and_the_export_answers_the_same(run, tmp_path):
+    result, folder = run
+    before, _ = jvlm.load(folder / "start")
+    np.testing.assert_array_equal(before.encoder.positions[...], result.model.encoder.positions[...])
+    assert not np.array_equal(before.connector.latents[...], result.model.connector.latents[...])
+    jvlm.save(result.model, result.processor, tmp_path / "hf", format="hf")
+    model, processor = jvlm.load(tmp_path / "hf")
+    assert processor.media == result.processor.media
+    row = {
+        "messages": [{"role": "user", "content": "<image>what color?"}],
+        "images": [str(folder / "data" / "1_0.png")],
+    }
+    answers = [
+        jvlm.generate(m, p, [row], max_new_tokens=8) for m, p in ((result.model, result.processor), (model, processor))
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(("field", "config"), [("0", "among the tokens"), ("4", "by cross-attention")])
+def test_the_papers_two_architectures_are_one_field_apart(field, config):
+    wanted = load_experiment("idefics2/pretrain", ["--model.decoder.cross_attention_every", field]).model
+    plain = load_experiment("idefics2/pretrain", []).model
+    assert wanted.reads_features == (config == "by cross-attention")
+    counts = vlm.parameter_counts(vlm.abstract(wanted))
+    assert (counts["decoder"] > vlm.parameter_counts(vlm.abstract(plain))["decoder"]) == wanted.reads_features
+    back = config_tree.from_dict(type(wanted), config_tree.to_dict(wanted))
+    assert back == wanted
