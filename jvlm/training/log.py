@@ -94,7 +94,7 @@ class TrainingLog:
             "memory(GiB)": round(memory_gib(), 2),
             "speed(s/it)": round(pace, 4),
         }
-        shown = {k: _short(v) for k, v in line.items() if not k.startswith("grad_norm/")}
+        shown = {k: _short(v) for k, v in line.items() if not k.startswith(("grad_norm/", "router/"))}
         self._bar.write(str(shown).replace("'", ""))
         self._bar.set_postfix(loss=_short(values["loss"]), acc=_short(values["token_acc"]), refresh=False)
         plain = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}

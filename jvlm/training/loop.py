@@ -209,7 +209,7 @@ def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None =
         if experiment.adapt.grid is not None:
             model = positions.with_grid(model, experiment.adapt.grid)
         if experiment.adapt.experts is not None:
-            model = upcycling.upcycle(model, experiment.adapt.experts, seed=experiment.seed)
+            model = upcycling.upcycle(model, experiment.adapt.experts, seed=experiment.seed, sharding=sharding)
         if experiment.processor is not None or experiment.adapt != AdaptConfig():
             settings = experiment.processor or processor.config
             processor = Processor(processor.tokenizer, model.config, settings, generation=processor.generation)

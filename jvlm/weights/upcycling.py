@@ -10,16 +10,20 @@ import jax.numpy as jnp
 from jvlm.models import vlm
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.vlm import VLM
+from jvlm.weights import checkpoint
 
 _LAYER = "decoder.blocks.layer."
 _EXPERT_PARTS = ("gate", "up", "down")
 
 
-def upcycle(model: VLM, experts: MoEConfig, *, seed: int = 0) -> VLM:
+def upcycle(model: VLM, experts: MoEConfig, *, seed: int = 0, sharding: checkpoint.ShardingOf | None = None) -> VLM:
     """A dense model with the MLP of every ``experts.every``-th decoder layer as each of its experts' start.
 
     All experts are equal and the router is new, so the model computes what it did before, and training tells the
     experts apart.
+
+    Args:
+      sharding: of a parameter, from its path and variable, as experts take many times the room; None leaves it to XLA.
 
     Raises:
       ValueError: the model has experts already, experts of another width than its MLPs, or gates that do not sum to 1.
@@ -37,15 +41,21 @@ def upcycle(model: VLM, experts: MoEConfig, *, seed: int = 0) -> VLM:
     config = dataclasses.replace(model.config, decoder=dataclasses.replace(dense, mlp=experts))
     target = vlm.abstract(config)
     old = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
-    new = {}
-    for path, variable in vlm.parameters(target).items():
-        shape = variable.get_value().shape
-        if path.endswith(".mlp.router"):
-            keys = jax.random.split(jax.random.key(seed), shape[0])
-            new[path] = jnp.stack([config.numerics.new_weight(key, shape[1:], shape[1]) for key in keys])
-        else:
-            new[path] = _from_dense(path, shape, old, config.decoder.period)
-    return vlm.bind(target, new)
+    variables = vlm.parameters(target)
+
+    def values(old: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        new = {}
+        for path, variable in variables.items():
+            shape = variable.get_value().shape
+            if path.endswith(".mlp.router"):
+                keys = jax.random.split(jax.random.key(seed), shape[0])
+                new[path] = jnp.stack([config.numerics.new_weight(key, shape[1:], shape[1]) for key in keys])
+            else:
+                new[path] = _from_dense(path, shape, old, config.decoder.period)
+        return new
+
+    places = {path: sharding(path, v) for path, v in variables.items()} if sharding else None
+    return vlm.bind(target, jax.jit(values, out_shardings=places)(old))
 
 
 def _from_dense(path: str, shape: tuple[int, ...], old: dict[str, jax.Array], period: int) -> jax.Array:

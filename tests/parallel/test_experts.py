@@ -7,7 +7,8 @@ from tests.support import run_python
 
 def test_experts_on_every_mesh_equal_those_on_one_device():
     code = "from tests.parallel.experts_on_meshes import main; main()"
-    lines = run_python(code, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    lines = run_python(code, timeout=400, **devices)
     found = [json.loads(line) for line in lines.splitlines()]
     assert len(found) == 6
     for line in found:
