@@ -158,7 +158,7 @@ def forward(template: VLM, counts: Counts) -> dict[str, Work]:
     """
     config = template.config
     encoder = _products(template.encoder, counts.patches, entry="patch_embed")
-    decoder = _products(template.decoder, counts.tokens)
+    decoder = _products(template.decoder, counts.tokens, _features_read(template, counts))
     return {
         "encoder": Work(encoder, _encoder_attention(config.encoder, template.encoder, counts)),
         "connector": _connector(config.connector, template.connector, counts),
@@ -214,8 +214,13 @@ def _both_ways(work: Work, gradient_wanted: bool, learnt: bool, rank: int) -> fl
     return flops
 
 
-def _products(part: nnx.Module, uses: float, entry: str | None = None) -> tuple[Product, ...]:
-    """Every matrix of a part that each of ``uses`` vectors meets; stacked layers count each."""
+def _products(
+    part: nnx.Module, uses: float, features_read: float = 0.0, *, entry: str | None = None
+) -> tuple[Product, ...]:
+    """Every matrix of a part that each of ``uses`` vectors meets; stacked layers count each.
+
+    Keys and values of cross-attention are made of ``features_read`` features instead.
+    """
     found = []
     for path, variable in nnx.to_flat_state(nnx.state(part, nnx.Param)):
         axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
@@ -227,7 +232,8 @@ def _products(part: nnx.Module, uses: float, entry: str | None = None) -> tuple[
             stacked = math.prod(shape[:-2])
         else:
             raise TypeError(f"{'.'.join(map(str, path))}: no rule says how many vectors meet a weight of axes {axes}")
-        found.append(Product(uses * stacked, *shape[-2:], entry=path[0] == entry))
+        met = features_read if "cross" in path and path[-2] in ("k", "v") else uses
+        found.append(Product(met * stacked, *shape[-2:], entry=path[0] == entry))
     return tuple(found)
 
 
@@ -297,8 +303,18 @@ def _decoder_attention(template: VLM, counts: Counts) -> float:
     """Causal: each query meets half of its segment, or of its window where that is shorter."""
     config, lengths = template.config.decoder, counts.segments.astype(np.float64)
     reach = np.minimum(lengths, getattr(config, "sliding_window", None) or np.inf)
-    pairs = float((lengths * reach - reach**2 / 2).sum())
-    return 4 * config.num_layers * pairs * _width(template.decoder)
+    pairs = config.num_layers * float((lengths * reach - reach**2 / 2).sum())
+    if template.config.reads_features and len(counts.frames):
+        # each token counted as reading one frame, as most do: text before the first picture reads none
+        layers = config.num_layers // config.cross_attention_every
+        pairs += layers * counts.tokens * template.config.connector.frame_features
+    return 4 * pairs * _width(template.decoder)
+
+
+def _features_read(template: VLM, counts: Counts) -> float:
+    """Features that cross-attention makes keys and values of."""
+    config = template.config
+    return float(config.connector.frame_features * len(counts.frames)) if config.reads_features else 0.0
 
 
 def of_batch(template: VLM, batches: Iterable[PackedBatch], learnt: Mapping[str, bool]) -> Parts:

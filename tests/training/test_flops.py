@@ -219,3 +219,15 @@ def test_the_perceiver_costs_what_xla_counts_within_4_percent():
     counts = flops.Counts(np.asarray([32]), np.asarray([PATCHES]), np.zeros(0, int), 32, 0)
     counted = flops._connector(config, module, counts).total
     assert lowered.cost_analysis()["flops"] == pytest.approx(counted, rel=0.04)
+
+
+def test_cross_attention_makes_keys_of_features_and_all_else_of_tokens():
+    plain = PRESETS["idefics2_8b"]
+    reading = dataclasses.replace(plain, decoder=dataclasses.replace(plain.decoder, cross_attention_every=4))
+    frames = np.asarray([729] * 3)
+    counts = flops.Counts(np.asarray([500, 300]), frames, frames, 192, 100)
+    before, after = (flops.forward(vlm.abstract(config), counts)["decoder"] for config in (plain, reading))
+    tokens, features, layers, width, kv, hidden = 800, 3 * 64, 8, 4096, 1024, 14336
+    of_token, of_feature = 2 * width * width + 3 * width * hidden, 2 * width * kv
+    assert after.linear - before.linear == pytest.approx(2 * layers * (tokens * of_token + features * of_feature))
+    assert after.attention - before.attention == pytest.approx(4 * layers * tokens * 64 * width, rel=1e-6)
