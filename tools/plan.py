@@ -33,7 +33,6 @@ from planning.program import Compiled, compile_step
 from planning.roofline import Bound, Load, bound
 
 from jvlm.cli import load_experiment
-from jvlm.data.processor import ProcessorConfig
 from jvlm.training.config import Experiment
 from jvlm.training.program import abstract_batches
 
@@ -68,7 +67,7 @@ def prepare(config: str, fields: list[str]) -> Experiment:
     experiment = load_experiment(config, fields)
     if experiment.model is None:
         raise ValueError(f"{config} takes its model from {experiment.init_from}; planning needs `model` in the config")
-    return dataclasses.replace(experiment, processor=experiment.processor or ProcessorConfig(), stages=())
+    return dataclasses.replace(experiment, stages=())
 
 
 def assumed_load(experiment: Experiment, conversation: int | None, image: int | None) -> Load:

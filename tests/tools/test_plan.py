@@ -94,3 +94,28 @@ def test_the_picture_shows_each_part_in_proportion(tmp_path):
     wide = {name: int((row == colour).all(axis=-1).sum()) for name, colour in colours.items()}
     assert wide["parameters"] == pytest.approx(2 * wide["temporary"], abs=3)
     assert wide["parameters"] == pytest.approx(len(row) / 2, abs=3)
+
+
+@pytest.fixture(scope="module")
+def stages():
+    """Bytes on each chip of the four MiMo-VL stages, on each pod that they name."""
+    done = with_compiler("-m", "tests.tools.planned_stages")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_stage_lies_on_the_pods_it_names_with_room_for_its_activations(stages):
+    """Compiling them takes minutes each: `make plan` does."""
+    assert {key.split()[0] for key in stages} == {"stage1", "stage2", "stage3", "stage4"}
+    for key, sizes in stages.items():
+        assert sizes["state"] + sizes["frozen"] + sizes["batches"] < sizes["limit"] / 4, key
+
+
+def test_what_is_learnt_is_stored_with_its_moments_and_everything_is_split(stages):
+    parameters, connector, vit = 8_306_217_216, 47_196_416, 636_401_664  # as published
+    for key, sizes in stages.items():
+        stage = key.split()[0]
+        parts = sizes["chips"] // (4 if stage == "stage4" else 1)  # its `context` axis stores nothing
+        learnt = {"stage1": connector, "stage2": connector + vit}.get(stage, parameters)
+        assert sizes["state"] * parts == pytest.approx(3 * 4 * learnt, rel=0.05), key  # norms and biases are whole
+        assert sizes["frozen"] * parts == pytest.approx(4 * (parameters - learnt), rel=0.05), key

@@ -104,9 +104,9 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
         planned.lower,
         planned.layout.mesh,
         topology,
-        parameters=_bytes((planned.state.params, planned.frozen)),
-        optimizer=_bytes(planned.state.optimizer),
-        batch=_bytes(planned.batches),
+        parameters=bytes_of((planned.state.params, planned.frozen)),
+        optimizer=bytes_of(planned.state.optimizer),
+        batch=bytes_of(planned.batches),
     )
 
 
@@ -167,7 +167,7 @@ def _temporaries(message: str, arguments: float) -> float:
     return max(size - arguments, 0.0) if found[1].startswith("Used") else size
 
 
-def _bytes(tree: Any) -> float:
+def bytes_of(tree: Any) -> float:
     """Of a tree of abstract arrays with shardings, on one device."""
     return float(
         sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))

@@ -33,7 +33,9 @@ class Load:
         data, encoder = experiment.data, experiment.model.encoder
         rows = data.rows * experiment.accumulation
         window = getattr(encoder, "window_patches", self.image)
-        features = min(rows * data.row_patches // 4, rows * data.row_tokens)
+        features = min(
+            rows * data.row_patches // getattr(encoder, "spatial_merge_size", 1) ** 2, rows * data.row_tokens
+        )
         tokens = rows * data.row_tokens
         return flops.Counts(
             _pieces(rows, data.row_tokens, self.conversation),

@@ -1,0 +1,33 @@
+"""MiMo-VL-7B, stage 1: the projector alone learns on image-caption pairs. arXiv 2506.03569, Table 1.
+
+Batch size, schedule and warm-up are not published; those here are ours. Give the data and what to start from:
+
+    jvlm train mimo_vl/stage1 --init_from gs://bucket/mimo-vl-7b-start --data.train gs://bucket/captions.arrayrecord
+
+The start is the tower of Qwen2.5-VL-72B, MiMo-7B-Base, and a random projector.
+"""
+
+import dataclasses
+
+from jvlm.data.pipeline import DataConfig
+from jvlm.models.layers import Numerics
+from jvlm.models.presets import PRESETS
+from jvlm.parallel.mesh import ParallelConfig
+from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
+
+ROWS, ROW_TOKENS, BUDGET = 256, 8192, 300e9
+
+
+def get_config() -> Experiment:
+    """Captions are short, pictures fill the rows: three quarters of the tokens are media."""
+    return Experiment(
+        name="mimo_vl_stage1",
+        topologies=("v5e:16x16", "v5p:4x4x4", "v6e:16x16"),
+        model=dataclasses.replace(PRESETS["mimo_vl_7b"], numerics=Numerics(remat="attention")),
+        init_from="mimo_vl_7b_start",
+        data=DataConfig(rows=ROWS, row_tokens=ROW_TOKENS, row_patches=3 * ROW_TOKENS, max_frame_patches=16384),
+        optimizer=OptimizerConfig(encoder_lr=0.0, connector_lr=1e-3, decoder_lr=0.0),
+        parallel=ParallelConfig(data=1, fsdp=-1),
+        export=ExportConfig(enabled=False),
+        steps=round(BUDGET / (ROWS * ROW_TOKENS)),
+    )

@@ -1,0 +1,32 @@
+"""MiMo-VL-7B, stage 2: projector and vision tower learn on captions and interleaved pages. arXiv 2506.03569, Table 1.
+
+The table prints the two learning rates in the wrong order; the authors corrected them (GitHub XiaomiMiMo/MiMo-VL,
+issue 29). Batch size, schedule and warm-up are not published; those here are ours.
+
+    jvlm train mimo_vl/stage2 --init_from gs://bucket/runs/mimo_vl_stage2 --data.train gs://bucket/interleaved.arrayrecord
+"""
+
+import dataclasses
+
+from jvlm.data.pipeline import DataConfig
+from jvlm.models.layers import Numerics
+from jvlm.models.presets import PRESETS
+from jvlm.parallel.mesh import ParallelConfig
+from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
+
+ROWS, ROW_TOKENS, BUDGET = 256, 8192, 167e9
+
+
+def get_config() -> Experiment:
+    """As stage 1, with the tower learnt at a tenth of the projector's rate."""
+    return Experiment(
+        name="mimo_vl_stage2",
+        topologies=("v5e:16x16", "v5p:4x4x4", "v6e:16x16"),
+        model=dataclasses.replace(PRESETS["mimo_vl_7b"], numerics=Numerics(remat="attention")),
+        init_from="mimo_vl_stage1",
+        data=DataConfig(rows=ROWS, row_tokens=ROW_TOKENS, row_patches=3 * ROW_TOKENS, max_frame_patches=16384),
+        optimizer=OptimizerConfig(encoder_lr=1e-5, connector_lr=1e-4, decoder_lr=0.0),
+        parallel=ParallelConfig(data=1, fsdp=-1),
+        export=ExportConfig(enabled=False),
+        steps=round(BUDGET / (ROWS * ROW_TOKENS)),
+    )

@@ -1,0 +1,31 @@
+"""MiMo-VL-7B, stage 3: everything learns on the whole mixture, rows of 8 K. arXiv 2506.03569, Table 1.
+
+Batch size, schedule and warm-up are not published; those here are ours.
+
+    jvlm train mimo_vl/stage3 --init_from gs://bucket/runs/mimo_vl_stage2 --data.train gs://bucket/mixture.arrayrecord
+"""
+
+import dataclasses
+
+from jvlm.data.pipeline import DataConfig
+from jvlm.models.layers import Numerics
+from jvlm.models.presets import PRESETS
+from jvlm.parallel.mesh import ParallelConfig
+from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
+
+ROWS, ROW_TOKENS, BUDGET = 256, 8192, 1.4e12
+
+
+def get_config() -> Experiment:
+    """Half of the tokens are media: text, OCR, grounding, video, GUI, instructions and reasoning are mixed."""
+    return Experiment(
+        name="mimo_vl_stage3",
+        topologies=("v5e:16x16", "v5p:4x4x4", "v6e:16x16"),
+        model=dataclasses.replace(PRESETS["mimo_vl_7b"], numerics=Numerics(remat="attention")),
+        init_from="mimo_vl_stage2",
+        data=DataConfig(rows=ROWS, row_tokens=ROW_TOKENS, row_patches=2 * ROW_TOKENS, max_frame_patches=16384),
+        optimizer=OptimizerConfig(learning_rate=1e-5),
+        parallel=ParallelConfig(data=1, fsdp=-1),
+        export=ExportConfig(enabled=False),
+        steps=round(BUDGET / (ROWS * ROW_TOKENS)),
+    )

@@ -1,0 +1,35 @@
+"""Run by test_plan.py with libtpu: the shards of each MiMo-VL stage on the pods that its config names, not compiled."""
+
+import json
+import os
+import sys
+
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-8",
+    TPU_WORKER_HOSTNAMES="localhost",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+)
+
+from jvlm.cli import load_experiment
+from jvlm.training import program
+from tools.planning.chips import Topology
+from tools.planning.program import available_memory, bytes_of, devices_of
+
+
+def main() -> None:
+    found = {}
+    for stage in (1, 2, 3, 4):
+        experiment = load_experiment(f"mimo_vl/stage{stage}", [])
+        for name in experiment.topologies:
+            devices = devices_of(Topology.parse(name))
+            planned = program.plan(experiment, devices)
+            parts = {"state": planned.state, "frozen": planned.frozen, "batches": planned.batches}
+            sizes = {part: bytes_of(tree) for part, tree in parts.items()}
+            found[f"stage{stage} {name}"] = {**sizes, "limit": available_memory(devices[0]), "chips": len(devices)}
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
