@@ -51,22 +51,24 @@ def upcycle(model: VLM, experts: MoEConfig, *, seed: int = 0, sharding: checkpoi
                 keys = jax.random.split(jax.random.key(seed), shape[0])
                 new[path] = jnp.stack([config.numerics.new_weight(key, shape[1:], shape[1]) for key in keys])
             else:
-                new[path] = _from_dense(path, shape, old, config.decoder.period)
+                new[path] = _from_dense(path, shape, old, dense.period, config.decoder.period)
         return new
 
     places = {path: sharding(path, v) for path, v in variables.items()} if sharding else None
     return vlm.bind(target, jax.jit(values, out_shardings=places)(old))
 
 
-def _from_dense(path: str, shape: tuple[int, ...], old: dict[str, jax.Array], period: int) -> jax.Array:
+def _from_dense(path: str, shape: tuple[int, ...], old: dict[str, jax.Array], before: int, period: int) -> jax.Array:
+    """A parameter from the dense model's, whose layers repeat after ``before`` layers, a divisor of ``period``."""
     if not path.startswith(_LAYER):
         return old[path]
     rest, slot = path.removeprefix(_LAYER), 0
     if period > 1:  # the layers of a period lie apart: slots.N.
         _, number, rest = rest.split(".", 2)
         slot = int(number)
+    source = f"{_LAYER}slots.{slot % before}." if before > 1 else _LAYER
+    rows = slice(slot // before, None, period // before)
     part = rest.removeprefix("mlp.")
     if part in _EXPERT_PARTS:
-        layers = old[f"{_LAYER}mlp.{part}.kernel"][slot::period]
-        return jnp.broadcast_to(layers[:, None], shape)
-    return old[_LAYER + rest][slot::period]
+        return jnp.broadcast_to(old[f"{source}mlp.{part}.kernel"][rows][:, None], shape)
+    return old[source + rest][rows]

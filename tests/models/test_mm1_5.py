@@ -181,6 +181,28 @@ def test_an_upcycled_model_computes_what_the_dense_one_did(run, dense):
         upcycle(sparse, experts)
 
 
+def test_each_layer_keeps_its_own_parameters_whatever_else_alternates(run):
+    """Cross-attention before every second layer, experts in every third: layers lie in groups of two, then of six."""
+    config = run[0].model.config
+    decoder = dataclasses.replace(config.decoder, mlp=None, num_layers=12, cross_attention_every=2)
+    template = vlm.abstract(dataclasses.replace(config, decoder=decoder))
+    shapes = {path: v.get_value().shape for path, v in vlm.parameters(template).items()}
+    rng = np.random.default_rng(0)
+    dense = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+    experts = MoEConfig(every=3, experts=2, intermediate_size=decoder.intermediate_size)
+    sparse = {p: v.get_value() for p, v in vlm.parameters(upcycle(vlm.bind(template, dense), experts)).items()}
+    at = "decoder.blocks.layer.slots"
+    for layer in range(12):
+        old, new = ((f"{at}.{layer % period}", layer // period) for period in (2, 6))
+        before = dense[f"{old[0]}.attention.q.kernel"][old[1]]
+        np.testing.assert_array_equal(sparse[f"{new[0]}.attention.q.kernel"][new[1]], before)
+        up = dense[f"{old[0]}.mlp.up.kernel"][old[1]]
+        if (layer + 1) % 3:
+            np.testing.assert_array_equal(sparse[f"{new[0]}.mlp.up.kernel"][new[1]], up)
+        else:
+            np.testing.assert_array_equal(sparse[f"{new[0]}.mlp.up"][new[1]], np.stack([up, up]))
+
+
 def test_a_model_goes_on_with_larger_tiles_and_experts(run, dense, tmp_path):
     result, folder = run
     larger = with_grid(dense, 6)
