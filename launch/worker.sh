@@ -42,7 +42,8 @@ case $1 in
     export PATH="$code/.venv/bin:$PATH"
     cd "$code"
     # A session of its own outlives the ssh connection, and is the process group that stop ends.
-    setsid bash -c 'echo $$ >"$0/pid.new"; mv "$0/pid.new" "$0/pid"
+    # trap: SIGTERM goes to the whole group, and the exit status is to be written after the job has saved.
+    setsid bash -c 'trap : TERM; echo $$ >"$0/pid.new"; mv "$0/pid.new" "$0/pid"
       "$@"; status=$?; echo "$status $(date +%s)" >"$0/exit.new"; mv "$0/exit.new" "$0/exit"' \
       "$job" "$@" >>"$job/log" 2>&1 </dev/null &
     until [ -s "$job/pid" ]; do sleep 0.01; done

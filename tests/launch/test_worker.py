@@ -76,11 +76,12 @@ def test_the_log_is_read_on_from_where_the_last_look_ended(worker):
 
 
 def test_stop_lets_the_job_save_and_a_new_start_ends_the_old_job(worker):
-    run = worker('trap "echo saved; exit 0" TERM; echo up; while true; do sleep 0.05; done')
+    run = worker('trap "echo saved; exit 75" TERM; echo up; while true; do sleep 0.05; done')
     run("start", "jvlm")
     time.sleep(0.2)
     run("stop", "5")
     assert run("tail", "1") == "saved\n"
+    assert run.state() == ("exited", "75")
     run("start", "jvlm")
     first = (run.home / "jvlm-job" / "pid").read_text()
     run("start", "jvlm")
