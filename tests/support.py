@@ -411,3 +411,17 @@ def write_big_checkpoint(folder: Path, tokenizer: Path, *, shards: int = 1) -> i
     shapes = tensor_shapes(config)
     write_tensors(folder, {name: np.resize(noise, shape) for name, shape in shapes.items()}, shards)
     return 4 * max(int(np.prod(shape)) for shape in shapes.values())
+
+
+def raw_tensors(folder: Path) -> dict[str, tuple[Any, tuple[int, ...], bytes]]:
+    """Tensor name -> (dtype, shape, bytes), read by the safetensors library through torch."""
+    import torch
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                value = tensors.get_tensor(name)
+                found[name] = (value.dtype, tuple(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes())
+    return found

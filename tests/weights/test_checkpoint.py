@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
 import jvlm
 from jvlm.models import vlm
@@ -63,17 +62,6 @@ def cast(tensors, kind):
 KINDS = ["float32", "bfloat16", "float16", "bf16 text, fp32 vision", "mixed within a stack"]
 
 
-def raw(folder):
-    """Tensor name -> (dtype, shape, bytes), read by the safetensors library through torch."""
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                value = tensors.get_tensor(name)
-                found[name] = (value.dtype, tuple(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes())
-    return found
-
-
 def logits_of(folder):
     """jvlm's logits for ROW, without padding."""
     model, processor = jvlm.load(folder)
@@ -93,7 +81,7 @@ def test_a_round_trip_is_byte_identical_for_every_dtype(make, tensors, tmp_path,
     folder = make(cast(tensors, kind), shards=shards)
     jvlm.save(*jvlm.load(folder), tmp_path, max_shard_bytes=200_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert raw(tmp_path) == raw(folder)
+    assert support.raw_tensors(tmp_path) == support.raw_tensors(folder)
 
 
 @pytest.mark.parametrize("layout", ["released", "transformers"])
@@ -101,13 +89,13 @@ def test_a_round_trip_is_byte_identical_in_both_layouts(make, tensors, tmp_path,
     new = {support.new_layout(n): v for n, v in tensors.items()}
     folder = make(new if layout == "transformers" else tensors)
     jvlm.save(*jvlm.load(folder), tmp_path, layout=layout)
-    assert raw(tmp_path) == raw(folder)
+    assert support.raw_tensors(tmp_path) == support.raw_tensors(folder)
 
 
 def test_a_round_trip_of_a_tied_model_writes_no_head(tiny_tied, tmp_path):
     jvlm.save(tiny_tied.model, tiny_tied.processor, tmp_path)
-    assert raw(tmp_path) == raw(tiny_tied.folder)
-    assert "lm_head.weight" not in raw(tmp_path)
+    assert support.raw_tensors(tmp_path) == support.raw_tensors(tiny_tied.folder)
+    assert "lm_head.weight" not in support.raw_tensors(tmp_path)
 
 
 def test_a_stored_copy_of_the_embedding_as_head_of_a_tied_model_is_harmless(make, tensors, tiny):
@@ -207,7 +195,7 @@ def test_an_export_loads_in_jvlm_with_the_same_processor(exported, tiny):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_an_export_can_change_the_dtype(tiny, tensors, tmp_path, dtype):
     jvlm.save(tiny.model, tiny.processor, tmp_path, dtype=dtype)
-    for name, (found, _, data) in raw(tmp_path).items():
+    for name, (found, _, data) in support.raw_tensors(tmp_path).items():
         assert found == getattr(torch, dtype), name
         assert data == torch.from_numpy(tensors[name]).to(found).view(torch.uint8).numpy().tobytes(), name
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == dtype
@@ -369,14 +357,14 @@ def test_copies_of_a_folder_are_independent_of_it(make, tensors, tmp_path):
     model, processor = jvlm.load(folder)
     shutil.rmtree(folder)
     jvlm.save(model, processor, tmp_path)
-    assert set(raw(tmp_path)) == set(tensors)
+    assert set(support.raw_tensors(tmp_path)) == set(tensors)
 
 
 def test_saving_over_its_own_source_keeps_every_byte(make, tensors):
     folder = make(cast(tensors, "bfloat16"), shards=3)
-    before = raw(folder)
+    before = support.raw_tensors(folder)
     jvlm.save(*jvlm.load(folder), folder)
-    assert raw(folder) == before
+    assert support.raw_tensors(folder) == before
 
 
 def test_loading_needs_little_more_memory_than_the_model(tokenizer_folder, tmp_path):

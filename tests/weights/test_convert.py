@@ -20,17 +20,6 @@ from jvlm.weights.table import WeightError
 from tests import support
 
 
-def raw(folder):
-    """Tensor name -> (dtype, shape, bytes), read by the safetensors library through torch."""
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                value = tensors.get_tensor(name)
-                found[name] = (value.dtype, tuple(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes())
-    return found
-
-
 @pytest.fixture(scope="module")
 def source(tiny, tokenizer_folder, tmp_path_factory):
     """A sharded snapshot of mixed dtypes with files of every kind beside the weights."""
@@ -48,7 +37,7 @@ def source(tiny, tokenizer_folder, tmp_path_factory):
 def test_a_plain_copy_is_byte_identical_and_brings_every_other_file(source, tmp_path):
     target = tmp_path / "new"
     convert(source, target)
-    assert raw(target) == raw(source)
+    assert support.raw_tensors(target) == support.raw_tensors(source)
     others = {f.name for f in source.iterdir() if ".safetensors" not in f.name} - {"pytorch_model.bin"}
     assert {f.name for f in target.iterdir()} == others | {"model.safetensors"}
     for name in others - {"config.json"}:
@@ -58,19 +47,19 @@ def test_a_plain_copy_is_byte_identical_and_brings_every_other_file(source, tmp_
 
 def test_the_other_layout_and_back_is_byte_identical(source, tmp_path):
     convert(source, tmp_path / "new", layout="transformers", max_shard_bytes=100_000)
-    assert set(raw(tmp_path / "new")) == {support.new_layout(n) for n in raw(source)}
+    assert set(support.raw_tensors(tmp_path / "new")) == {support.new_layout(n) for n in support.raw_tensors(source)}
     index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == set(raw(tmp_path / "new"))
-    assert index["metadata"]["total_size"] == sum(len(data) for _, _, data in raw(source).values())
+    assert set(index["weight_map"]) == set(support.raw_tensors(tmp_path / "new"))
+    assert index["metadata"]["total_size"] == sum(len(data) for _, _, data in support.raw_tensors(source).values())
     convert(tmp_path / "new", tmp_path / "back")
-    assert raw(tmp_path / "back") == raw(source)
+    assert support.raw_tensors(tmp_path / "back") == support.raw_tensors(source)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_new_dtype_is_torchs_own_rounding_and_is_announced(source, tmp_path, dtype):
     convert(source, tmp_path / "new", dtype=dtype)
     wanted = getattr(torch, dtype)
-    found = raw(tmp_path / "new")
+    found = support.raw_tensors(tmp_path / "new")
     for file in source.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
@@ -175,13 +164,13 @@ def test_a_run_gives_the_tensors_of_the_model_it_holds(tiny, parameters, tmp_pat
     save_args = CHUNKS[chunks] and jax.tree.map(lambda _: CHUNKS[chunks], parameters)
     run = write_run(tmp_path / "run", tiny, parameters, steps=(3, 7), save_args=save_args)
     convert(run, tmp_path / "new", max_shard_bytes=100_000)
-    assert raw(tmp_path / "new") == raw(tiny.folder)
+    assert support.raw_tensors(tmp_path / "new") == support.raw_tensors(tiny.folder)
     model, processor = jvlm.load(tmp_path / "new")
     assert model.config == tiny.model.config
     assert processor.config == tiny.processor.config
     convert(run, tmp_path / "early", step=3, dtype="bfloat16")
     expected = (tiny.torch_model.lm_head.weight.detach() * (3 / 7)).bfloat16()
-    dtype, _, data = raw(tmp_path / "early")["lm_head.weight"]
+    dtype, _, data = support.raw_tensors(tmp_path / "early")["lm_head.weight"]
     assert dtype == torch.bfloat16
     found = torch.frombuffer(bytearray(data), dtype=torch.bfloat16).reshape(expected.shape)
     torch.testing.assert_close(found, expected)
@@ -191,10 +180,10 @@ def test_a_run_converts_as_it_loads_and_saves(tiny, parameters, tmp_path):
     halves = {path: value.astype(jnp.bfloat16) for path, value in parameters.items()}
     run = write_run(tmp_path / "run", tiny, halves)
     convert(run, tmp_path / "new")
-    assert {dtype for dtype, *_ in raw(tmp_path / "new").values()} == {torch.bfloat16}
+    assert {dtype for dtype, *_ in support.raw_tensors(tmp_path / "new").values()} == {torch.bfloat16}
     model, processor = jvlm.load(run)
     jvlm.save(model, processor, tmp_path / "saved", dtype="bfloat16")
-    assert raw(tmp_path / "new") == raw(tmp_path / "saved")
+    assert support.raw_tensors(tmp_path / "new") == support.raw_tensors(tmp_path / "saved")
     names = [sorted(f.name for f in (tmp_path / which).iterdir()) for which in ("new", "saved")]
     assert names[0] == names[1]
 

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, Idefics2Config, Idefics2ForConditionalGeneration
 
 import jvlm
@@ -14,6 +13,7 @@ from jvlm.models.presets import PRESETS
 from jvlm.weights import table
 from jvlm.weights.convert import convert
 from jvlm.weights.table import WeightError
+from tests import support
 from tests.idefics2 import CASES, create, hf_inputs, hf_processor
 
 ARCHITECTURE = table.architectures()["idefics2"]
@@ -85,20 +85,14 @@ def test_names_and_shapes_equal_those_of_transformers(values):
     assert released_shapes() == {n: tuple(p.shape) for n, p in model.named_parameters()}
 
 
-def raw(folder):
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                value = tensors.get_tensor(name)
-                found[name] = (value.dtype, tuple(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes())
-    return found
-
-
 def test_a_round_trip_is_byte_identical_and_the_export_loads_in_transformers(tiny, tmp_path):
     jvlm.save(tiny.model, tiny.processor, tmp_path / "saved", format="hf")
     convert(tiny.folder, tmp_path / "converted")
-    assert raw(tmp_path / "saved") == raw(tmp_path / "converted") == raw(tiny.folder)
+    assert (
+        support.raw_tensors(tmp_path / "saved")
+        == support.raw_tensors(tmp_path / "converted")
+        == support.raw_tensors(tiny.folder)
+    )
     row = CASES["adjacent pictures"]
     with torch.no_grad():
         expected = tiny.torch_model(**hf_inputs(tiny, row)).logits

@@ -43,6 +43,38 @@ class ViTNames:
     scales: tuple[str, str] = ("", "")
 
 
+# CLIP's names below a layer and of its embeddings, which SigLIP kept.
+CLIP_NAMES = {
+    "patch": "embeddings.patch_embedding",
+    "position": "embeddings.position_embedding.weight",
+    "layer": "encoder.layers.{i}",
+    "norms": ("layer_norm1", "layer_norm2"),
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": "self_attn.out_proj",
+    "mlp": ("mlp.fc1", "mlp.fc2"),
+    "after": "post_layernorm",
+}
+
+
+def clip_config(
+    values: dict[str, Any], *, patch_size: int, activation: str, norm_eps: float, **switches: Any
+) -> ViTConfig:
+    """A configuration under CLIP's keys, from config.json of the tower or of the whole model, and its defaults."""
+    values = values.get("vision_config") or values
+    return ViTConfig(
+        depth=values.get("num_hidden_layers", 12),
+        hidden_size=values.get("hidden_size", 768),
+        num_heads=values.get("num_attention_heads", 12),
+        intermediate_size=values.get("intermediate_size", 3072),
+        in_channels=values.get("num_channels", 3),
+        patch_size=values.get("patch_size", patch_size),
+        grid=grid_of(values, 224, patch_size),
+        activation=activation_of(values, activation),
+        norm_eps=values.get("layer_norm_eps", norm_eps),
+        **switches,
+    )
+
+
 def vit_rules(config: ViTConfig, names: ViTNames, path: str) -> list[Rule]:
     """The table of a ViT whose parameters lie under ``path``."""
     layer, to = names.layer, f"{path}blocks.layer"
