@@ -1,7 +1,7 @@
 """MiMo-VL-7B, stage 4: everything learns on long rows: documents, films, reasoning. arXiv 2506.03569, Table 1.
 
 Batch size, schedule and warm-up are not published; those here are ours. A row of 32 K is split over four devices
-(`context`). Chips of 16 GiB (256 v5e) need smaller batches: see docs/plan.md.
+(`context`). 256 chips of 16 GiB (v5e) take 32 rows over eight: `--data.rows 32 --parallel.context 8`.
 
     jvlm train mimo_vl/stage4 --init_from gs://bucket/runs/mimo_vl_stage3 --data.train gs://bucket/long.arrayrecord
 """
