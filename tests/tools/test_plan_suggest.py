@@ -1,0 +1,49 @@
+"""What tools/plan.py suggests, with a compiler whose answers are a formula."""
+
+import types
+
+import pytest
+
+from jvlm.cli import load_experiment
+from tools.planning import suggest
+from tools.planning.chips import GIB, Topology
+
+WEIGHTS = {"none": 4.0, "dots": 3.0, "attention": 2.0, "full": 1.0}
+
+
+def plan(experiment, topology, load):
+    """Memory grows with rows for each chip, less where more is computed again; that costs speed."""
+    size = WEIGHTS[experiment.model.numerics.remat] * experiment.data.rows / topology.chips * GIB
+    compiled = types.SimpleNamespace(memory=types.SimpleNamespace(peak=size), limit=10 * GIB, fits=size <= 10 * GIB)
+    speed = WEIGHTS[experiment.model.numerics.remat] * topology.chips
+    return types.SimpleNamespace(
+        topology=topology, compiled=compiled, bound=types.SimpleNamespace(mfu=0.5, tokens_per_second=speed)
+    )
+
+
+@pytest.fixture(scope="module")
+def found():
+    experiment = load_experiment("mimo_vl/stage4", ["--data.rows", "64"])
+    first = plan(experiment, Topology.parse("v5p:4x4x4"), None)
+    return suggest.search(plan, experiment, first, None, seconds=60)
+
+
+def test_the_fastest_setting_that_fits_is_named(found):
+    assert "Fastest bound of what fits on v5p:4x4x4: remat none." in found
+
+
+def test_rows_are_doubled_until_they_do_not_fit(found):
+    assert "Largest batch tried that fits: 256 rows." in found  # 8 GiB; 512 rows would be 16
+    assert "| 512 rows | 16.0 of 10.0, does not fit |" in found
+
+
+def test_chips_are_halved_until_it_does_not_fit(found):
+    assert "Smallest topology tried that fits: v5p:2x2x4." in found  # 8 GiB; 8 chips would be 16
+
+
+def test_no_compilation_begins_after_the_time_is_up():
+    experiment = load_experiment("mimo_vl/stage4", [])
+    found = suggest.search(plan, experiment, plan(experiment, Topology.parse("v5p:4x4x4"), None), None, seconds=0)
+    assert "out of time" in found
+    assert found.count("GiB") == 1
+    assert found.count("| remat") == 1
