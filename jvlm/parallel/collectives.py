@@ -13,6 +13,10 @@ from jax.sharding import Mesh
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _CALL = re.compile(rf"= .*? ({'|'.join(_KINDS)})(?:-start)?\(")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? "
+    r"\{('axis_\d+'(?:,'axis_\d+')*)\}"
+)
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
 
@@ -43,7 +47,7 @@ def _axes(line: str, mesh: Mesh) -> str:
         )
         return " ".join(axis for axis, any_differ in zip(sizes, differ.any(1), strict=True) if any_differ) or "none"
     found = _replica_groups(line)
-    if found is None or not found:
+    if not found:  # written as {}: all devices together
         return " ".join(sizes)
     groups = {frozenset(group) for group in found}
     for count in range(len(sizes) + 1):
@@ -56,14 +60,30 @@ def _axes(line: str, mesh: Mesh) -> str:
     raise ValueError(f"no axes of {dict(mesh.shape)} join these devices: {sorted(map(sorted, groups))}")
 
 
-def _replica_groups(line: str) -> list[list[int]] | None:
+def _replica_groups(line: str) -> list[list[int]]:
+    """In the three ways XLA writes them; [] for all devices. Raises ValueError for a fourth."""
+    named = _MESH.search(line)
+    if named:
+        sizes = dict(re.findall(r"'(axis_\d+)'=(\d+)", named[1]))
+        shape = [int(size) for size in sizes.values()]
+        devices = _iota(named[2] or str(math.prod(shape)), named[3]).reshape(shape)
+        chosen = [list(sizes).index(axis) for axis in re.findall(r"axis_\d+", named[4])]
+        kept = [axis for axis in range(len(shape)) if axis not in chosen]
+        return devices.transpose(*kept, *chosen).reshape(-1, math.prod(shape[axis] for axis in chosen)).tolist()
     iota = _IOTA.search(line)
     if iota:
-        shape = [int(n) for n in iota[3].split(",")]
-        order = [int(n) for n in iota[4].split(",")] if iota[4] else list(range(len(shape)))
-        return np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(int(iota[1]), int(iota[2])).tolist()
+        return _iota(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2])).tolist()
     listed = _LISTED.search(line)
-    return _groups(listed[1]) if listed else None
+    if listed or "replica_groups={}" in line:
+        return _groups(listed[1]) if listed else []
+    raise ValueError(f"cannot read which devices take part in: {line.strip()}")
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """Numbers of devices counted through a shape, its dimensions then reordered."""
+    lengths = [int(n) for n in shape.split(",")]
+    counted = np.arange(math.prod(lengths)).reshape(lengths)
+    return counted.transpose([int(n) for n in order.split(",")]) if order else counted
 
 
 def _groups(text: str) -> list[list[int]]:
