@@ -1,0 +1,119 @@
+"""The same numbers on every shape of mesh, and exactly the collectives that are written down."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from jvlm.parallel import collectives
+from tests.parallel import models
+from tests.support import ROOT
+
+LISTINGS = Path(__file__).parent / "collectives"
+# Every axis, and every architecture; `python -m tests.parallel.many_devices ARCHITECTURE one MESH ...` runs any other.
+CASES = {
+    "qwen2_5_vl": ("fsdp context tensor",),
+    "idefics2": ("data context",),
+    "mm1_5": ("expert context tensor",),
+}
+# Half the time to compile; the numbers are as good.
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+# Collectives of a step may wait for one another on as many threads as there are cores; with few that is for ever.
+_THREADS = {"PJRT_NPROC": "64", "NPROC": "64"}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def found(request):
+    """(architecture, mesh -> what many_devices says)."""
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.parallel.many_devices", request.param, "one", *CASES[request.param]],
+        cwd=ROOT,
+        env={**os.environ, **_THREADS, "XLA_FLAGS": _FLAGS, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    return request.param, {line["mesh"]: line for line in lines}
+
+
+def test_loss_and_gradients_equal_those_of_one_device(found):
+    architecture, lines = found
+    assert set(lines) == {"one", *CASES[architecture]}
+    for line in lines.values():
+        assert np.isfinite(line["loss"]), line
+        assert line["loss_difference"] < 1e-5, line
+        assert line["gradient_difference"] < 1e-5, line
+        assert line["largest_gradient"] > 1e-3, line
+
+
+def test_the_compiled_step_has_the_collectives_written_down_and_no_others(found):
+    architecture, lines = found
+    text = "".join(f"{mesh}\n" + "".join(f"  {sent}\n" for sent in lines[mesh]["collectives"]) for mesh in lines)
+    path = LISTINGS / f"{architecture}.txt"
+    written = path.read_text() if path.is_file() else ""
+    difference = "".join(difflib.unified_diff(written.splitlines(True), text.splitlines(True), str(path), "compiled"))
+    assert not difference, f"\n{difference}\nIf this is meant, write it to {path}."
+
+
+def test_no_collective_on_one_device_and_every_axis_in_the_listing_belongs_to_its_mesh(found):
+    _, lines = found
+    assert lines["one"]["collectives"] == []
+    for mesh, line in lines.items():
+        axes = {axis for axis, size in models.MESHES[mesh].items() if size > 1}
+        named = {axis for sent in line["collectives"] for axis in sent.partition(" over ")[2].partition(":")[0].split()}
+        assert named == axes
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "%a = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add",
+            "tensor",
+        ),
+        ("%a = f32[8]{0} all-reduce(%x), replica_groups=[4,2]<=[8], to_apply=%add", "tensor"),
+        ("%a = f32[8]{0} all-gather-start(%x), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}", "data context"),
+        ("%a = f32[8]{0} all-reduce(%x), replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", "tensor"),
+        (
+            "%a = f32[] all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%x",
+            "context tensor",
+        ),
+        (
+            "%a = f32[] all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2], "
+            "device_ids=([4,2]T(1,0)) {'axis_1'}, to_apply=%x",
+            "data",
+        ),
+        ("%a = f32[8]{0} all-reduce(%x), replica_groups={}, to_apply=%add", "data context tensor"),
+        ("%a = f32[8]{0} collective-permute(%x), source_target_pairs={{0,2},{1,3},{4,6},{5,7}}", "context"),
+        ("%a = (f32[8]{0}, f32[2]{0}) all-to-all(%x, %y), replica_groups={{0,4},{1,5},{2,6},{3,7}}", "data"),
+    ],
+)
+def test_groups_of_devices_are_named_by_mesh_axes(line, said):
+    mesh = AbstractMesh((2, 1, 1, 2, 2), ("data", "fsdp", "expert", "context", "tensor"))
+    (listed,) = collectives.listing(f"ENTRY %main {{\n  {line}\n}}", mesh)
+    assert listed.partition(" over ")[2] == f"{said}: 1"
+
+
+def test_a_way_of_writing_groups_that_is_not_known_is_an_error():
+    with pytest.raises(ValueError, match="cannot read which devices"):
+        collectives.listing("%a = f32[] all-reduce(%x), replica_groups=all", AbstractMesh((2,), ("data",)))
+
+
+def test_devices_that_no_axes_join_are_an_error():
+    mesh = AbstractMesh((2, 2), ("data", "tensor"))
+    with pytest.raises(ValueError, match=r"no axes of .* join these devices"):
+        collectives.listing("%a = f32[] all-reduce(%x), replica_groups={{0,3},{1,2}}, to_apply=%add", mesh)
