@@ -46,7 +46,7 @@ def run(experiment: Experiment) -> Path:
     """
     began = time.perf_counter()
     if experiment.export.enabled and experiment.model is not None:
-        table.architecture_of(experiment.model)  # better refused now than after the training
+        table.export_form(experiment.model)  # better refused now than after the training
     result = train(experiment)
     if jax.process_count() > 1:
         values = {path: v.get_value() for path, v in vlm.parameters(result.model).items()}

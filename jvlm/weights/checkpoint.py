@@ -173,7 +173,7 @@ def save(
     max_shard_bytes: int,
 ) -> None:
     """Write a Hugging Face folder; see `jvlm.weights.saving.save`."""
-    architecture = table.architecture_of(model.config)
+    architecture = table.export_form(model.config)
     folder.mkdir(parents=True, exist_ok=True)
     if layout not in architecture.layouts:
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(architecture.layouts)}")

@@ -173,12 +173,23 @@ def architecture_of(config: VLMConfig) -> Architecture:
     """The checkpoints of a model's family. Raises WeightError if there is no such thing."""
     known = architectures()
     if config.architecture not in known:
-        raise WeightError(
-            f"models of architecture {config.architecture!r} have no Hugging Face form, since no public checkpoint of "
-            f"it exists; known: {', '.join(known)}. Save them as a jvlm run folder: "
-            "jvlm.save(..., format='jvlm'), or export.enabled = False in an experiment"
-        )
+        raise _no_public_form(f"architecture {config.architecture!r}")
     return known[config.architecture]
+
+
+def export_form(config: VLMConfig) -> Architecture:
+    """As `architecture_of`, for writing a checkpoint: also refuses variants that no public checkpoint has."""
+    if getattr(config.decoder, "cross_attention_every", 0):
+        raise _no_public_form(f"architecture {config.architecture!r} with gated cross-attention")
+    return architecture_of(config)
+
+
+def _no_public_form(kind: str) -> WeightError:
+    return WeightError(
+        f"models of {kind} have no Hugging Face form, since no public checkpoint of it exists; known: "
+        f"{', '.join(architectures())}. Save them as a jvlm run folder: jvlm.save(..., format='jvlm'), or "
+        "export.enabled = False in an experiment"
+    )
 
 
 def architecture_for(model_type: str | None) -> Architecture:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jvlm
 from jvlm.data import packing
 from jvlm.data.errors import RowError
 from jvlm.inference.generate import complete, engine_for
@@ -16,6 +17,7 @@ from jvlm.models import vlm
 from jvlm.models.decoders.cross_attention import Media, frames_in_reach
 from jvlm.models.vlm import VLM
 from jvlm.weights import checkpoint
+from jvlm.weights.table import WeightError
 from tests.idefics2 import CASES, FAKE, IMAGE, LATENTS, write_folder
 
 NAMES = ("three pictures of different sizes", "text only", "several turns")
@@ -158,6 +160,17 @@ def grown(example, tokens):
         name: np.append(getattr(example, name), v).astype(getattr(example, name).dtype) for name, v in values.items()
     }
     return dataclasses.replace(example, positions=positions, **longer)
+
+
+def test_a_saved_model_is_the_same_after_loading_and_has_no_hugging_face_form(folder, tmp_path):
+    model, processor = build(folder, gate=0.8)
+    jvlm.save(model, processor, tmp_path / "saved", format="jvlm")
+    loaded, again = jvlm.load(tmp_path / "saved")
+    batch = packing.assemble([[processor.encode(CASES[n]) for n in NAMES]], *SHAPE)
+    np.testing.assert_array_equal(loaded(batch), model(batch))
+    assert again.encode(CASES[NAMES[0]]).tokens.tolist() == processor.encode(CASES[NAMES[0]]).tokens.tolist()
+    with pytest.raises(WeightError, match="gated cross-attention have no Hugging Face form"):
+        jvlm.save(model, processor, tmp_path / "hf")
 
 
 def test_it_learns_and_the_gates_open(folder):
