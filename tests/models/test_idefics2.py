@@ -77,6 +77,20 @@ def test_golden_features_and_logits():
     np.testing.assert_allclose(logits[real], outputs["logits"][real], atol=1e-4)
 
 
+def test_golden_greedy_tokens():
+    """Each is the most likely after those before it, which is what greedy decoding means."""
+    folder = GOLDEN / "idefics2_tiny"
+    model = checkpoint.load_weights(folder, checkpoint.read_config(folder))
+    inputs, outputs = load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors")
+    generated, length = outputs["generated"], inputs["input_ids"].shape[1]
+    np.testing.assert_array_equal(generated[:, :length], inputs["input_ids"])
+    new = generated.shape[1] - length
+    mask = np.pad(inputs["attention_mask"], ((0, 0), (0, new)), constant_values=1)
+    logits = np.asarray(model(lay_out({**inputs, "input_ids": generated, "attention_mask": mask}, model.config)))
+    assert new == 12
+    np.testing.assert_array_equal(logits[:, length - 1 : -1].argmax(-1), generated[:, length:])
+
+
 def lay_out(inputs, config):
     """The golden inputs, a row each: pictures cut to what their mask says, in patches with their places."""
     tokens, real = inputs["input_ids"].astype(np.int32), inputs["attention_mask"] > 0
