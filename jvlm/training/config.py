@@ -114,10 +114,13 @@ class AdaptConfig:
 
     Attributes:
       grid: patches along the side of a picture: position tables are interpolated, for larger or smaller pictures.
+      grid_scale: ratio that places the interpolation's samples, where it is not that of the sizes: (70 + 0.1) / 27 for
+        SigLIP's step from 27 to 70 in Idefics2.
       experts: a dense decoder's MLPs become the start of experts (`jvlm.weights.upcycling`).
     """
 
     grid: int | None = None
+    grid_scale: float | None = None
     experts: MoEConfig | None = None
 
 

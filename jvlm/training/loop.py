@@ -207,7 +207,7 @@ def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None =
         numerics = experiment.model.numerics if experiment.model else None
         model, processor = loading.load(experiment.init_from, numerics=numerics, sharding=sharding)
         if experiment.adapt.grid is not None:
-            model = positions.with_grid(model, experiment.adapt.grid)
+            model = positions.with_grid(model, experiment.adapt.grid, experiment.adapt.grid_scale)
         if experiment.adapt.experts is not None:
             model = upcycling.upcycle(model, experiment.adapt.experts, seed=experiment.seed, sharding=sharding)
         if experiment.processor is not None or experiment.adapt != AdaptConfig():

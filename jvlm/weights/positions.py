@@ -52,8 +52,11 @@ def _cubic(old: int, new: int, scale: float) -> np.ndarray:
     return weights
 
 
-def with_grid(model: VLM, grid: int) -> VLM:
+def with_grid(model: VLM, grid: int, scale: float | None = None) -> VLM:
     """The same model for frames of ``grid`` x ``grid`` patches: position tables interpolated, all else shared.
+
+    Args:
+      scale: see `resize_positions`.
 
     Raises:
       ValueError: the encoder has no position table.
@@ -66,6 +69,6 @@ def with_grid(model: VLM, grid: int) -> VLM:
     values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
     for path, class_token in (("encoder.positions", config.encoder.class_token), ("connector.positions", False)):
         if path in values:
-            table = resize_positions(np.asarray(values[path], np.float32), grid, class_token=class_token)
+            table = resize_positions(np.asarray(values[path], np.float32), grid, class_token=class_token, scale=scale)
             values[path] = jnp.asarray(table, values[path].dtype)
     return vlm.bind(vlm.abstract(dataclasses.replace(config, **parts)), values)
