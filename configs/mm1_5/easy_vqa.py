@@ -1,4 +1,4 @@
-"""A toy MM1.5 with experts on the demo's data: tiles, index, C-Abstractor and router in a minute on two cores.
+"""A toy MM1.5 with experts on the demo's data: tiles, index, C-Abstractor and router.
 
     jvlm train mm1_5/easy_vqa
 
@@ -13,7 +13,7 @@ from jvlm.data.vision.tiled import TiledMedia
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
-from jvlm.models.encoders.vit import ViTConfig
+from jvlm.models.encoders.vit import clip_vit
 from jvlm.models.layers import Numerics
 from jvlm.models.vlm import VLMConfig
 from jvlm.training.config import CheckpointConfig, EvaluationConfig, Experiment, ExportConfig, OptimizerConfig
@@ -26,19 +26,7 @@ def get_config() -> Experiment:
     grid = 4
     model = VLMConfig(
         architecture="mm1_5",
-        encoder=ViTConfig(
-            depth=2,
-            hidden_size=64,
-            num_heads=2,
-            intermediate_size=128,
-            patch_size=8,
-            grid=grid,
-            activation="quick_gelu",
-            patch_bias=False,
-            class_token=True,
-            norm_before=True,
-            norm_after=False,
-        ),
+        encoder=clip_vit(depth=2, hidden_size=64, num_heads=2, intermediate_size=128, patch_size=8, grid=grid),
         connector=CAbstractorConfig(grid=grid, out_grid=2, hidden_size=64, depth=1),
         decoder=TransformerConfig(
             vocab_size=544,

@@ -23,6 +23,10 @@ RematPolicy = Literal["none", "full", "dots", "attention"]
 DType = Literal["float32", "bfloat16", "float16"]
 
 
+# Of pixels between 0 and 1, as CLIP and Qwen have them.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

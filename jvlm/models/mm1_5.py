@@ -13,30 +13,14 @@ import dataclasses
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
-from jvlm.models.encoders.qwen_vit import CLIP_MEAN, CLIP_STD
-from jvlm.models.encoders.vit import ViTConfig
+from jvlm.models.encoders.vit import clip_vit
 from jvlm.models.vlm import VLMConfig
 
 # Patches along the side of a frame.
 GRID_378, GRID_672 = 27, 48
 
 # As apple/DFN5B-CLIP-ViT-H-14-378, the public tower of the same recipe: the last layer's output, before the final norm.
-VIT_H = ViTConfig(
-    depth=32,
-    hidden_size=1280,
-    num_heads=16,
-    intermediate_size=5120,
-    patch_size=14,
-    grid=GRID_672,
-    activation="quick_gelu",
-    norm_eps=1e-5,
-    patch_bias=False,
-    class_token=True,
-    norm_before=True,
-    norm_after=False,
-    image_mean=CLIP_MEAN,
-    image_std=CLIP_STD,
-)
+VIT_H = clip_vit(depth=32, hidden_size=1280, num_heads=16, intermediate_size=5120, patch_size=14, grid=GRID_672)
 
 
 def _model(**decoder) -> VLMConfig:

@@ -9,6 +9,8 @@ import pytest
 
 from tests.support import ROOT
 
+WAIT = 'until [ -e "$HOME/go" ]; do sleep 0.02; done'
+
 
 class Worker:
     """A home folder with unpacked code and an installed jvlm."""
@@ -35,9 +37,20 @@ class Worker:
         return words["state"], words["code"]
 
     def wait(self, state):
+        self._until(lambda: self.state()[0], state)
+
+    def wait_for_log(self, text):
+        """Until the job has written exactly this."""
+        self._until(lambda: self("tail", "99"), text)
+
+    def let_go(self):
+        """What jobs that run `WAIT` wait for."""
+        (self.home / "go").touch()
+
+    def _until(self, look, wanted):
         deadline = time.monotonic() + 10
-        while self.state()[0] != state:
-            assert time.monotonic() < deadline, self.state()
+        while (found := look()) != wanted:
+            assert time.monotonic() < deadline, f"{found!r}, not {wanted!r}"
             time.sleep(0.05)
 
 
@@ -55,20 +68,22 @@ def worker(tmp_path):
 
 
 def test_a_job_outlives_the_connection_and_leaves_its_exit_status(worker):
-    run = worker('echo "$@"; echo oops >&2; sleep 0.3; exit 7')
+    run = worker(f'echo "$@"; echo oops >&2; {WAIT}; exit 7')
     assert run.state() == ("idle", "-")
     run("start", "jvlm", "train", "my config", "--steps", "3")  # returns at once, as ssh must
     assert run.state()[0] == "running"
+    run.let_go()
     run.wait("exited")
     assert run.state() == ("exited", "7")
     assert run("tail", "9") == "train my config --steps 3\noops\n"
 
 
 def test_the_log_is_read_on_from_where_the_last_look_ended(worker):
-    run = worker("echo one; sleep 0.4; echo two")
+    run = worker(f"echo one; {WAIT}; echo two")
     run("start", "jvlm")
-    time.sleep(0.2)
+    run.wait_for_log("one\n")
     assert run("log", "0") == "JVLM-LOG 4\none\n"
+    run.let_go()
     run.wait("exited")
     assert run("log", "4") == "JVLM-LOG 8\ntwo\n"
     assert run("log", "8") == "JVLM-LOG 8\n"
@@ -78,7 +93,7 @@ def test_the_log_is_read_on_from_where_the_last_look_ended(worker):
 def test_stop_lets_the_job_save_and_a_new_start_ends_the_old_job(worker):
     run = worker('trap "echo saved; exit 75" TERM; echo up; while true; do sleep 0.05; done')
     run("start", "jvlm")
-    time.sleep(0.2)
+    run.wait_for_log("up\n")  # its trap is set
     run("stop", "5")
     assert run("tail", "1") == "saved\n"
     assert run.state() == ("exited", "75")

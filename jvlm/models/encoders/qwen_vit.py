@@ -18,9 +18,6 @@ from jvlm.models import layers, placement
 from jvlm.models.batch import PackedBatch
 from jvlm.models.registry import EncoderConfig, register
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 @dataclasses.dataclass(frozen=True)
 class QwenViTConfig(EncoderConfig):
@@ -37,8 +34,8 @@ class QwenViTConfig(EncoderConfig):
     window_size: int = 112
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
     tokens_per_second: int = 2
-    image_mean: tuple[float, ...] = CLIP_MEAN
-    image_std: tuple[float, ...] = CLIP_STD
+    image_mean: tuple[float, ...] = layers.CLIP_MEAN
+    image_std: tuple[float, ...] = layers.CLIP_STD
 
     def __post_init__(self):
         if self.hidden_size % (4 * self.num_heads):

@@ -10,6 +10,7 @@ Axes: B rows, P patches, D width.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -61,6 +62,21 @@ class ViTConfig(EncoderConfig):
     def patch_values(self) -> int:
         """Pixels of one flattened patch, in the order channel, y, x."""
         return self.in_channels * self.patch_size**2
+
+
+def clip_vit(**fields: Any) -> ViTConfig:
+    """CLIP's form: class token, a norm before the layers and none after, quick GELU; ``fields`` give the sizes."""
+    form = {
+        "activation": "quick_gelu",
+        "norm_eps": 1e-5,
+        "patch_bias": False,
+        "class_token": True,
+        "norm_before": True,
+        "norm_after": False,
+        "image_mean": layers.CLIP_MEAN,
+        "image_std": layers.CLIP_STD,
+    }
+    return ViTConfig(**{**form, **fields})
 
 
 class ViTAttention(nnx.Module):

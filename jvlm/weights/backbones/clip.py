@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from jvlm.models.encoders.qwen_vit import CLIP_MEAN, CLIP_STD
-from jvlm.models.encoders.vit import ViTConfig
+from jvlm.models.encoders.vit import ViTConfig, clip_vit
 from jvlm.weights.backbones.vision import CLIP_NAMES, ViTNames, clip_config, vit_backbone
 
 # "layrn": so in every checkpoint
@@ -22,18 +21,7 @@ def canonical(name: str) -> str | None:
 
 def read_config(values: dict[str, Any]) -> ViTConfig:
     """config.json of the tower or of the whole model."""
-    return clip_config(
-        values,
-        patch_size=32,
-        activation="quick_gelu",
-        norm_eps=1e-5,
-        patch_bias=False,
-        class_token=True,
-        norm_before=True,
-        norm_after=False,
-        image_mean=CLIP_MEAN,
-        image_std=CLIP_STD,
-    )
+    return clip_config(clip_vit, values, patch_size=32, activation="quick_gelu", norm_eps=1e-5)
 
 
 BACKBONES = (vit_backbone(("clip", "clip_vision_model"), NAMES, canonical, read_config),)

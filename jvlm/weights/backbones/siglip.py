@@ -21,7 +21,7 @@ def canonical(name: str) -> str | None:
 
 def read_config(values: dict[str, Any]) -> ViTConfig:
     """config.json of the tower or of the whole model."""
-    return clip_config(values, patch_size=16, activation="gelu_pytorch_tanh", norm_eps=1e-6)
+    return clip_config(ViTConfig, values, patch_size=16, activation="gelu_pytorch_tanh", norm_eps=1e-6)
 
 
 BACKBONES = (vit_backbone(("siglip", "siglip_vision_model"), NAMES, canonical, read_config),)

@@ -57,11 +57,11 @@ CLIP_NAMES = {
 
 
 def clip_config(
-    values: dict[str, Any], *, patch_size: int, activation: str, norm_eps: float, **switches: Any
+    make: Callable[..., ViTConfig], values: dict[str, Any], *, patch_size: int, activation: str, norm_eps: float
 ) -> ViTConfig:
-    """A configuration under CLIP's keys, from config.json of the tower or of the whole model, and its defaults."""
+    """``make`` of the sizes under CLIP's keys, from config.json of the tower or of the whole model, or by default."""
     values = values.get("vision_config") or values
-    return ViTConfig(
+    return make(
         depth=values.get("num_hidden_layers", 12),
         hidden_size=values.get("hidden_size", 768),
         num_heads=values.get("num_attention_heads", 12),
@@ -71,7 +71,6 @@ def clip_config(
         grid=grid_of(values, 224, patch_size),
         activation=activation_of(values, activation),
         norm_eps=values.get("layer_norm_eps", norm_eps),
-        **switches,
     )
 
 

@@ -1,0 +1,24 @@
+"""Qwen2.5-VL-72B, all parameters on rows of 32 K: the settings of MiMo-VL stage 4 for the larger model.
+
+jvlm train qwen2_5_vl/72b --init_from gs://bucket/Qwen2.5-VL-72B-Instruct --data.train gs://bucket/long.arrayrecord
+"""
+
+import dataclasses
+
+from jvlm.cli import load_experiment
+from jvlm.models.layers import Numerics
+from jvlm.models.presets import PRESETS
+from jvlm.training.config import Experiment
+
+
+def get_config() -> Experiment:
+    """128 rows, each over four devices."""
+    base = load_experiment("mimo_vl/stage4", [])
+    return dataclasses.replace(
+        base,
+        name="qwen2_5_vl_72b",
+        topologies=("v5p:8x8x8",),
+        init_from="Qwen2.5-VL-72B-Instruct",
+        model=dataclasses.replace(PRESETS["qwen2_5_vl_72b"], numerics=Numerics(remat="attention")),
+        data=dataclasses.replace(base.data, rows=128),
+    )
