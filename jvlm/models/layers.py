@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Num
+from jvlm_kernels import RESIDUAL_NAMES
 
 from jvlm.models import placement
 
@@ -230,18 +230,13 @@ def rotate(x: Num[Array, "B S H D"], angles: Float[Array, "B S f"]) -> Num[Array
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
-def save_attention(x: Array) -> Array:
-    """Name an attention output, so that the remat policy "attention" can keep it."""
-    return checkpoint_name(x, "attention")
-
-
 def _rematerialise(step: Callable, policy: RematPolicy) -> Callable:
     if policy == "none":
         return step
     policies = {
         "full": None,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+        "attention": jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES),
     }
     return jax.checkpoint(step, policy=policies[policy], prevent_cse=False)
 

@@ -55,7 +55,7 @@ def attention(
         k, v, kv_segments = (_with_neighbours(x, axes, behind, ahead) for x in (k, v, kv_segments))
         offset = behind
     else:
-        k, v, kv_segments = (lax.all_gather(x, axes, axis=1, tiled=True) for x in (k, v, kv_segments))
+        k, v, kv_segments = (_gathered(x, axes) for x in (k, v, kv_segments))
         offset = lax.axis_index(axes) * length
     placed = {"q_offset": offset} if causal or window is not None else {}
     return segment_attention(q, k, v, q_segments, kv_segments, causal=causal, window=window, **placed, **options)
@@ -65,6 +65,14 @@ def _reach(window: int | None, max_segment_length: int | None) -> int | None:
     """How many places away a key can be, in whole vector registers; None where it can be anywhere."""
     bounds = [bound - 1 for bound in (window, max_segment_length) if bound is not None]
     return -(-min(bounds) // 8) * 8 if bounds else None
+
+
+def _gathered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The whole of a row. Parts arrive in a dimension of their own: XLA for TPU then scatters the gradient's sum, where
+    along the second dimension it would sum the whole on every device and cut.
+    """
+    parts = jnp.moveaxis(lax.all_gather(x, axes), 0, 1)
+    return parts.reshape(x.shape[0], -1, *x.shape[2:])
 
 
 def _with_neighbours(x: jax.Array, axes: tuple[str, ...], behind: int, ahead: int) -> jax.Array:

@@ -127,10 +127,12 @@ class Sharded(Whole):
 
     def cross_entropy(self, hidden, kernel, targets, weights, *, vocabulary_first=False, **options: Any):
         axes = ("vocab", "embed") if vocabulary_first else ("embed", "vocab")
-        kernel = self.weight(kernel.astype(hidden.dtype), axes)
+        kernel = kernel.astype(hidden.dtype)
         rows, columns = self.layout.splits("batch"), self.layout.splits("sequence")
-        vocabulary = 0 if vocabulary_first else 1
-        words = _names(self.layout.spec(axes, kernel.shape)[vocabulary])
+        vocabulary, width = (0, 1) if vocabulary_first else (1, 0)
+        stored = self.layout.spec(axes, kernel.shape)
+        words = _names(stored[vocabulary])
+        parts = _names(stored[width]) if self._is_storage("embed") else ()
         if self.layout.splits("vocab") and not words:
             # a vocabulary that does not divide: the tokens are split over its devices instead
             more = self.layout.splits("vocab")
@@ -138,8 +140,10 @@ class Sharded(Whole):
                 columns = (*columns, *more)
 
         def part(hidden, kernel, targets, weights):
-            varying = (*rows, *columns)
-            kernel = lax.pcast(kernel, varying, to="varying") if varying else kernel
+            # gathered here and not before: its gradient is then scattered as it is summed
+            kernel = lax.all_gather(kernel, parts, axis=width, tiled=True) if parts else kernel
+            others = tuple(a for a in (*rows, *columns) if a not in parts)
+            kernel = lax.pcast(kernel, others, to="varying") if others else kernel
             flat = hidden.reshape(-1, hidden.shape[-1])
             found = linear_cross_entropy(
                 flat,
@@ -152,9 +156,8 @@ class Sharded(Whole):
             )
             return CrossEntropy(*(x.reshape(targets.shape) for x in found))
 
-        split = P(words or None) if vocabulary_first else P(None, words or None)
         tokens = P(rows, columns)
-        return self._map(part, (tokens, split, tokens, tokens), CrossEntropy(tokens, tokens, tokens))(
+        return self._map(part, (tokens, P(*stored), tokens, tokens), CrossEntropy(tokens, tokens, tokens))(
             hidden, kernel, targets, weights
         )
 

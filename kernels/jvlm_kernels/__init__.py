@@ -3,13 +3,14 @@
 The import name is ``jvlm_kernels`` because the PyPI package ``kernels`` is probed for by transformers.
 """
 
-from jvlm_kernels.attention.api import implementations, segment_attention
+from jvlm_kernels.attention.api import RESIDUAL_NAMES, implementations, segment_attention
 from jvlm_kernels.attention.reference import reference_attention
 from jvlm_kernels.decode.api import cached_attention, decode_attention, decode_implementations, extend_cache, open_cache
 from jvlm_kernels.errors import Unavailable
 from jvlm_kernels.linear_cross_entropy import CrossEntropy, linear_cross_entropy
 
 __all__ = [
+    "RESIDUAL_NAMES",
     "CrossEntropy",
     "Unavailable",
     "cached_attention",

@@ -157,13 +157,16 @@ def plain_gradients(tiny, examples):
     return loss_and_gradients(tiny.model, examples)
 
 
+def rows_of(examples):
+    return packing.assemble([[examples[0], examples[1]]], 128, 64)
+
+
+def loss(model, batch):
+    return -(jax.nn.log_softmax(model(batch))[:, :-1, 5] * batch.loss_weights[:, 1:]).sum()
+
+
 def loss_and_gradients(model, examples):
-    batch = packing.assemble([[examples[0], examples[1]]], 128, 64)
-
-    def loss(model, batch):
-        return -(jax.nn.log_softmax(model(batch))[:, :-1, 5] * batch.loss_weights[:, 1:]).sum()
-
-    value, grads = nnx.jit(nnx.value_and_grad(loss))(model, batch)
+    value, grads = nnx.jit(nnx.value_and_grad(loss))(model, rows_of(examples))
     return float(value), {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(grads)}
 
 
@@ -173,3 +176,15 @@ def test_recomputation_changes_neither_loss_nor_gradients(tiny, examples, plain_
     assert value == pytest.approx(plain_gradients[0], rel=1e-6)
     for path, expected in plain_gradients[1].items():
         np.testing.assert_allclose(grads[path], expected, atol=1e-5, rtol=1e-4, err_msg=path)
+
+
+def test_attention_that_is_kept_is_not_computed_again(tiny, examples):
+    def forward_kernels(remat):
+        graph, state = nnx.split(with_numerics(tiny.model, remat=remat))
+        gradient = jax.jit(jax.grad(lambda state, batch: loss(nnx.merge(graph, state), batch)))
+        text = gradient.trace(state, rows_of(examples)).lower(lowering_platforms=("tpu",)).as_text()
+        return text.count('kernel_name = "segment_attention_forward"')
+
+    # the decoder's, and the tower's of frames and of windows; scans are written once
+    assert forward_kernels("none") == forward_kernels("attention") == 3
+    assert forward_kernels("full") == 6

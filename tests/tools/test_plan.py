@@ -70,6 +70,46 @@ def test_replica_groups_in_each_notation():
     assert hlo._groups("replica_groups=[4]<=[4], x").tolist() == [[0], [1], [2], [3]]
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "result", "how", "flops"),
+    [
+        # four rows of a batch as a window that meets one place at a time
+        ("8,16,1", "4,32,8", "4,32,16", "window={size=4 pad=3_3 rhs_reversal=1}, dim_labels=fb0_0oi->0fb", 4 * 32 * 8),
+        ("1,32,8", "8,16,1", "1,32,16", "window={size=1}, dim_labels=0bf_io0->0bf", 32 * 8),
+        # summed over the batch: a weight's gradient
+        ("4,8,32", "4,8,16", "32,16,1", "window={size=4}, dim_labels=0fb_0io->bf0", 4 * 8 * 32),
+        # a real convolution: nine places, less those beyond the edge
+        ("1,5,5,3", "3,3,3,16", "1,5,5,16", "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f", 13 * 13 * 3),
+    ],
+)
+def test_products_that_are_written_as_convolutions(left, right, result, how, flops):
+    text = (
+        "ENTRY %main (a: f32[1]) -> f32[1] {\n"
+        f"  %a = f32[{left}]{{0}} parameter(0)\n  %b = f32[{right}]{{0}} parameter(1)\n"
+        f"  ROOT %c = f32[{result}]{{0}} convolution(%a, %b), {how}\n}}"
+    )
+    assert hlo.read(text).flops == 2 * 16 * flops
+
+
+def test_a_branch_counts_as_often_as_it_is_said_to_be_taken():
+    branch = (
+        "%{0} (p: f32[8]) -> f32[8] {{\n  %p.{0} = f32[8]{{0}} parameter(0)\n"
+        "  ROOT %s.{0} = f32[8]{{0}} all-reduce(%p.{0}), replica_groups={{{{0,1}}}}, "
+        'metadata={{op_name="part/{0}/sum"}}\n}}\n'
+    )
+    text = (
+        branch.format("often")
+        + branch.format("rarely")
+        + (
+            "ENTRY %main (i: s32[], x: f32[8]) -> f32[8] {\n  %i = s32[] parameter(0)\n  %x = f32[8]{0} parameter(1)\n"
+            "  ROOT %c = f32[8]{0} conditional(%i, %x, %x), branch_computations={%often, %rarely}\n}"
+        )
+    )
+    assert [one.times for one in hlo.read(text).collectives] == [1, 1]
+    found = hlo.read(text, {"part/often": 0.75, "part/rarely": 0.25}).collectives
+    assert {one.name: one.times for one in found} == {"s.often": 0.75, "s.rarely": 0.25}
+
+
 @pytest.mark.parametrize("name", ["v5p:4x4", "v5e:4x4x4", "h100:8", "v5p-128", "v6e:16"])
 def test_a_topology_that_is_none_is_refused(name):
     with pytest.raises(ValueError, match=name):

@@ -10,7 +10,8 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -76,7 +77,7 @@ class Collective:
 
     kind: str
     name: str
-    times: int
+    times: float
     sent: float
     groups: np.ndarray
 
@@ -97,17 +98,22 @@ class Traffic:
     kernels: int
 
 
-def read(text: str) -> Traffic:
-    """The traffic of a compiled program's text (`compiled.as_text()`)."""
+def read(text: str, taken: Mapping[str, float] = MappingProxyType({})) -> Traffic:
+    """The traffic of a compiled program's text (`compiled.as_text()`).
+
+    Args:
+      taken: how often a branch of a conditional is taken, by what the names of the operations in it contain. Which is
+        taken is not in the text: without an entry here each branch counts, as if all were taken.
+    """
     program = _parse(text)
     found, flops, hbm = [], 0.0, 0.0
-    for name, times in _times(program).items():
+    for name, times in _times(program, taken).items():
         fused = name in program.fused
         inside = {i.name: i for i in program.computations[name]}
         for one in inside.values():
             kind = _kind(one)
             if kind:
-                found.append(_collective(one, kind, name, times, inside, program))
+                found.append(_collective(one, kind, name, times, inside))
             if one.opcode in ("dot", "convolution"):
                 flops += times * _product_flops(one, inside)
             if not fused and one.opcode not in _FREE:
@@ -182,17 +188,19 @@ def _shape(kind: str, sizes: str, layout: str) -> Shape:
     return Shape(bits, tuple(int(n) for n in sizes.split(",") if n), bool(re.search(r"S\([1-9]\)", layout)))
 
 
-def _times(program: _Program) -> dict[str, int]:
-    """How often each computation runs: once for each call, times the trips of the loops around it.
-
-    Of a conditional's branches each counts, as if all were taken: which is taken is not in the text.
-    """
-    times: dict[str, int] = collections.Counter({program.entry: 1})
+def _times(program: _Program, taken: Mapping[str, float]) -> dict[str, float]:
+    """How often each computation runs: once for each call, times the trips of the loops around it."""
+    times: dict[str, float] = collections.defaultdict(float, {program.entry: 1.0})
     for name in _callers_first(program):
         for one in program.computations[name]:
             for called, trips in _calls(one, program):
-                times[called] += times[name] * trips
+                share = _share(program.computations.get(called, []), taken) if one.opcode == "conditional" else 1.0
+                times[called] += times[name] * trips * share
     return {name: count for name, count in times.items() if count and name in program.computations}
+
+
+def _share(branch: list[Instruction], taken: Mapping[str, float]) -> float:
+    return next((share for one in branch for part, share in taken.items() if part in one.rest), 1.0)
 
 
 def _calls(one: Instruction, program: _Program) -> Iterator[tuple[str, int]]:
@@ -234,7 +242,7 @@ def _kind(one: Instruction) -> str | None:
     return opcode if opcode in KINDS else None
 
 
-def _collective(one, kind, computation, times, inside, program) -> Collective:
+def _collective(one, kind, computation, times, inside) -> Collective:
     groups = _groups(one.rest)
     size = groups.shape[1]
     operands = sum(inside[name].bytes for name in one.operands if name in inside)
@@ -275,18 +283,40 @@ def _groups(text: str) -> np.ndarray:
 
 
 def _product_flops(one: Instruction, inside: dict[str, Instruction]) -> float:
-    right = inside.get(one.operands[1]) if len(one.operands) > 1 else None
-    if right is None or not right.shapes:
+    operands = [inside.get(name) for name in one.operands[:2]]
+    if len(operands) < 2 or not all(operand and operand.shapes for operand in operands):
         return 0.0
-    sizes, out = right.shapes[0].sizes, math.prod(one.shapes[0].sizes)
+    left, right = (operand.shapes[0].sizes for operand in operands)
+    result = one.shapes[0].sizes
     if one.opcode == "dot":
         contracted = re.search(r"rhs_contracting_dims=\{([\d,]*)\}", one.rest)
-        return 2.0 * out * math.prod(sizes[int(n)] for n in contracted[1].split(",") if n)
-    labels = re.search(r"dim_labels=\w+_(\w+)->", one.rest)
+        return 2.0 * math.prod(result) * math.prod(right[int(n)] for n in contracted[1].split(",") if n)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
     if not labels:
         return 0.0
+    places = [dict(zip(labels[i + 1], sizes, strict=True)) for i, sizes in enumerate((left, right, result))]
     groups = int(found[1]) if (found := re.search(r"batch_group_count=(\d+)", one.rest)) else 1
-    return 2.0 * out * math.prod(n for n, label in zip(sizes, labels[1], strict=True) if label != "o") / groups
+    spatial = sorted(label for label in places[1] if label.isdigit())
+    meetings = math.prod(
+        _meetings(one.rest, index, *(of[label] for of in places)) for index, label in enumerate(spatial)
+    )
+    return 2.0 * places[2]["b"] * places[2]["f"] * places[1]["i"] * meetings / groups
+
+
+def _meetings(text: str, index: int, inputs: int, window: int, outputs: int) -> int:
+    """Pairs of an output and a place of the window that meet an input, along one spatial dimension.
+
+    XLA for TPU writes products with a batch as convolutions whose windows lie in padding but for one place.
+    """
+
+    def setting(name: str, default: str) -> list[int]:
+        found = re.search(rf"window=\{{[^}}]*\b{name}=([\d_x\-]+)", text)
+        return [int(n) for n in (found[1].split("x")[index] if found else default).split("_")]
+
+    (stride,), (before, *_) = setting("stride", "1"), setting("pad", "0_0")
+    (spread,), (dilation,) = setting("lhs_dilate", "1"), setting("rhs_dilate", "1")
+    place = np.arange(outputs)[:, None] * stride + np.arange(window) * dilation - before
+    return int(((place >= 0) & (place <= (inputs - 1) * spread) & (place % spread == 0)).sum())
 
 
 def _moved(one: Instruction, inside: dict[str, Instruction], program: _Program) -> float:

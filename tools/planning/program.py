@@ -9,6 +9,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from jvlm.models.encoders.qwen_vit import QwenViTConfig
+from jvlm.models.vlm import VLMConfig
 from jvlm.training import program
 from jvlm.training.config import Experiment
 
@@ -107,11 +110,33 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
         parameters=bytes_of((planned.state.params, planned.frozen)),
         optimizer=bytes_of(planned.state.optimizer),
         batch=bytes_of(planned.batches),
+        taken=branches_taken(experiment.model),
     )
 
 
-def measure(lower: Callable[[], jax.stages.Lowered], mesh: Mesh, topology: Topology, **sizes: float) -> Compiled:
-    """Compile what ``lower()`` lowers; ``sizes`` are the parts of its arguments in bytes of a device."""
+def branches_taken(model: VLMConfig) -> dict[str, float]:
+    """How often the branches of a model's conditionals are taken, as `hlo.read` wants it."""
+    encoder = model.encoder
+    if not isinstance(encoder, QwenViTConfig):
+        return {}
+    frames = len(encoder.fullatt_block_indexes) / encoder.depth
+    return {"attention/cond/branch_1_fun": frames, "attention/cond/branch_0_fun": 1 - frames}
+
+
+def measure(
+    lower: Callable[[], jax.stages.Lowered],
+    mesh: Mesh,
+    topology: Topology,
+    *,
+    taken: Mapping[str, float] = MappingProxyType({}),
+    **sizes: float,
+) -> Compiled:
+    """Compile what ``lower()`` lowers.
+
+    Args:
+      taken: see `hlo.read`.
+      sizes: the parts of its arguments, in bytes of a device.
+    """
     began = time.perf_counter()
     cores = mesh.size // topology.chips
     shape = {axis: size for axis, size in mesh.shape.items() if size > 1}
@@ -124,11 +149,13 @@ def measure(lower: Callable[[], jax.stages.Lowered], mesh: Mesh, topology: Topol
         memory = Memory(**sizes, temporary=cores * _temporaries(str(error), sum(sizes.values()) / cores))
         return Compiled(shape, memory, False, cores * limit, 0.0, 0.0, (), time.perf_counter() - began)
     found = compiled.memory_analysis()
-    traffic = hlo.read(compiled.as_text())
-    fresh = found.output_size_in_bytes - found.alias_size_in_bytes  # results that are not arguments again
+    traffic = hlo.read(compiled.as_text(), taken)
+    # The most that lives at a time, which is what the compiler holds against its limit. `temp_size_in_bytes` is more:
+    # it counts places that are used one after the other as if they were used together.
+    arguments = sum(sizes.values()) / cores
     memory = Memory(
         **sizes,
-        temporary=cores * float(found.temp_size_in_bytes + fresh),
+        temporary=cores * (float(found.peak_memory_in_bytes) - arguments),
         code=cores * float(found.generated_code_size_in_bytes),
     )
     return Compiled(

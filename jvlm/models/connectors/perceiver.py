@@ -73,7 +73,7 @@ class PerceiverAttention(nnx.Module):
             along="features",
             implementation=self.implementation,
         )
-        return self.out(layers.save_attention(mixed).reshape(B, F, -1))
+        return self.out(mixed.reshape(B, F, -1))
 
 
 class PerceiverBlock(nnx.Module):

@@ -94,7 +94,7 @@ class GatedCrossAttention(nnx.Module):
         return self.q(self.norm1(x_BSD)).reshape(*x_BSD.shape[:2], self.heads, self.head_size)
 
     def _add(self, x_BSD, mixed_BSHd):
-        mixed = self.out(layers.save_attention(mixed_BSHd).reshape(*x_BSD.shape[:2], -1))
+        mixed = self.out(mixed_BSHd.reshape(*x_BSD.shape[:2], -1))
         return x_BSD + jnp.tanh(self.attention_gate[...]).astype(x_BSD.dtype) * mixed
 
     def _read(self, q, k, v, media: Media):

@@ -142,7 +142,7 @@ class DecoderAttention(nnx.Module):
             )
         else:
             mixed, cache = cached_attention(q, k, v, cache, context.step.place, window=self.window)
-        return self.out(layers.save_attention(mixed).reshape(B, S, -1)), cache
+        return self.out(mixed.reshape(B, S, -1)), cache
 
 
 class DecoderBlock(nnx.Module):

@@ -66,14 +66,16 @@ class VisionAttention(nnx.Module):
         D = config.hidden_size
         self.heads, self.head_dim, self.window_patches = config.num_heads, config.head_dim, config.window_patches
         self.implementation = numerics.attention
+        # head by head, so that a part of the outputs is whole heads
         self.qkv = layers.Linear(D, 3 * D, ("embed", "heads"), bias=True, numerics=numerics, rngs=rngs)
         self.out = layers.Linear(D, D, ("heads", "embed"), bias=True, numerics=numerics, rngs=rngs)
 
     @layers.scoped("attention")
     def __call__(self, x_BPD, angles, is_full, batch: PackedBatch):
         """``is_full``: attend within the frame, else within the window; a bool, or a traced one inside a scan."""
-        qkv = self.qkv(x_BPD).reshape(*x_BPD.shape[:2], 3, self.heads, self.head_dim)
-        q, k, v = layers.rotate(qkv[:, :, 0], angles), layers.rotate(qkv[:, :, 1], angles), qkv[:, :, 2]
+        qkv = self.qkv(x_BPD).reshape(*x_BPD.shape[:2], self.heads, 3, self.head_dim)
+        q, k, v = (qkv[..., part, :] for part in range(3))
+        q, k = layers.rotate(q, angles), layers.rotate(k, angles)
 
         def frames(q, k, v):
             return self._attend(q, k, v, batch.patch_segment_ids, batch.max_frame_patches)
@@ -85,7 +87,7 @@ class VisionAttention(nnx.Module):
             mixed = (frames if is_full else windows)(q, k, v)
         else:
             mixed = jax.lax.cond(is_full, frames, windows, q, k, v)
-        return self.out(layers.save_attention(mixed).reshape(x_BPD.shape))
+        return self.out(mixed.reshape(x_BPD.shape))
 
     def _attend(self, q, k, v, segments, max_length: int | None):
         segments = jnp.asarray(segments)

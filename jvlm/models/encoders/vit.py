@@ -104,7 +104,7 @@ class ViTAttention(nnx.Module):
             max_segment_length=batch.max_frame_patches,
             implementation=self.implementation,
         )
-        return self.out(layers.save_attention(mixed).reshape(B, P, -1))
+        return self.out(mixed.reshape(B, P, -1))
 
 
 class ViTBlock(nnx.Module):

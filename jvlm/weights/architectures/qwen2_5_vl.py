@@ -20,7 +20,8 @@ def _rules(config: VLMConfig) -> tuple[Rule, ...]:
         Rule("visual.patch_embed.proj.weight", "encoder.patch_embed.kernel", "d c t y x -> (c t y x) d"),
         *norm(f"{vit}.norm1", f"{to_vit}.norm1"),
         *norm(f"{vit}.norm2", f"{to_vit}.norm2"),
-        *linear(f"{vit}.attn.qkv", f"{to_vit}.attention.qkv", bias=True),
+        Rule(f"{vit}.attn.qkv.weight", f"{to_vit}.attention.qkv.kernel", "(qkv h k) i -> i (h qkv k)"),
+        Rule(f"{vit}.attn.qkv.bias", f"{to_vit}.attention.qkv.bias", "(qkv h k) -> (h qkv k)"),
         *linear(f"{vit}.attn.proj", f"{to_vit}.attention.out", bias=True),
         *swiglu(f"{vit}.mlp", f"{to_vit}.mlp", bias=True),
         *norm("visual.merger.ln_q", "connector.norm"),
@@ -32,7 +33,8 @@ def _rules(config: VLMConfig) -> tuple[Rule, ...]:
 
 def _sizes(config: VLMConfig) -> dict[str, int]:
     vit = config.encoder
-    return {"c": vit.in_channels, "t": vit.temporal_patch_size, "y": vit.patch_size, "x": vit.patch_size}
+    patch = {"c": vit.in_channels, "t": vit.temporal_patch_size, "y": vit.patch_size, "x": vit.patch_size}
+    return {**patch, "qkv": 3, "h": vit.num_heads, "k": vit.head_dim}
 
 
 def _canonical(name: str) -> str | None:

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 from jvlm_kernels.attention.tuning import Blocks
 from jvlm_kernels.platforms import Operation
 
-OUT_NAME, LOGSUMEXP_NAME = "segment_attention_out", "segment_attention_logsumexp"
+# What the backward pass needs of the forward one, by the names that `jax.checkpoint` policies know.
+RESIDUAL_NAMES = OUT_NAME, LOGSUMEXP_NAME = "segment_attention_out", "segment_attention_logsumexp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,8 @@ def segment_attention(
     logsumexp of -inf and zero gradients. Scores and softmax are float32 whatever the inputs. Cost follows the blocks
     of scores that segments touch, if ids ascend along the row; the result is right for ids in any order.
 
-    Under `jax.checkpoint`, the policy ``save_only_these_names("segment_attention_out",
-    "segment_attention_logsumexp")`` keeps what the backward pass needs, so that it computes no second forward pass.
+    Under `jax.checkpoint`, the policy ``save_only_these_names(*RESIDUAL_NAMES)`` keeps what the backward pass needs, so
+    that it computes no second forward pass.
 
     Args:
       scale: defaults to D ** -0.5.
