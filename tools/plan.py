@@ -27,7 +27,7 @@ os.environ.update(
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
 )
 
-from planning import picture, suggest
+from planning import listing, picture, suggest
 from planning.chips import GIB, Topology
 from planning.program import Compiled, compile_step
 from planning.roofline import Bound, Load, bound
@@ -158,10 +158,12 @@ def _run(arguments: argparse.Namespace, fields: list[str]) -> int:
         f"{data.row_patches} patches\n\nAssumed: full rows, conversations of {load.conversation} tokens, images of "
         f"{load.image} patches.\n"
     )
-    plans = []
+    plans, changed = [], False
     for name in names:
         plans.append(plan(experiment, Topology.parse(name), load))
         print(report(plans[-1], experiment, arguments.price), flush=True)
+        if arguments.collectives and plans[-1].compiled.fits:
+            changed |= _collectives(plans[-1], experiment.name, Path(arguments.collectives), arguments.update)
         if arguments.suggest:
             print(suggest.search(plan, experiment, plans[-1], load, 60 * arguments.suggest), flush=True)
     if arguments.json:
@@ -169,7 +171,20 @@ def _run(arguments: argparse.Namespace, fields: list[str]) -> int:
     if arguments.picture:
         bars = [(p.topology.name, p.compiled) for p in plans]
         picture.draw(Path(arguments.picture), f"{experiment.name}: memory of a chip, training", bars)
-    return 0 if all(p.compiled.fits for p in plans) else 1
+    return 0 if all(p.compiled.fits for p in plans) and not changed else 1
+
+
+def _collectives(plan: Plan, name: str, folder: Path, update: bool) -> bool:
+    """Compare with the file in the folder, or write it; returns whether they differ."""
+    path = listing.path_of(folder, name, plan.topology)
+    if update:
+        path.write_text(listing.text(plan.compiled))
+        print(f"wrote {path}\n")
+        return False
+    difference = listing.difference(path, plan.compiled)
+    if difference:
+        print(f"Collectives have changed; if this is meant, run again with --update:\n\n{difference}")
+    return bool(difference)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -180,6 +195,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image", type=int, help="patches of an image (default: the most there may be)")
     parser.add_argument("--price", type=float, help="of a chip-hour")
     parser.add_argument("--suggest", type=float, metavar="MINUTES", help="try other topologies, settings and batches")
+    parser.add_argument("--collectives", metavar="FOLDER", help="compare with the list of collectives in this folder")
+    parser.add_argument("--update", action="store_true", help="write that list instead")
     parser.add_argument("--json", help="file to write")
     parser.add_argument("--picture", help="PNG to write")
     return parser

@@ -1,7 +1,7 @@
 """MiMo-VL-7B, stage 4: everything learns on long rows: documents, films, reasoning. arXiv 2506.03569, Table 1.
 
 Batch size, schedule and warm-up are not published; those here are ours. A row of 32 K is split over four devices
-(`context`). 256 chips of 16 GiB (v5e) take 32 rows over eight: `--data.rows 32 --parallel.context 8`.
+(`context`).
 
     jvlm train mimo_vl/stage4 --init_from gs://bucket/runs/mimo_vl_stage3 --data.train gs://bucket/long.arrayrecord
 """
@@ -21,7 +21,7 @@ def get_config() -> Experiment:
     """Half of the tokens are media. Rows of 32 K, each over four devices."""
     return Experiment(
         name="mimo_vl_stage4",
-        topologies=("v5p:4x4x4", "v6e:16x16"),
+        topologies=("v5p:4x4x4", "v6e:16x16", "v5e:16x16"),
         model=dataclasses.replace(PRESETS["mimo_vl_7b"], numerics=Numerics(remat="attention")),
         init_from="mimo_vl_stage3",
         data=DataConfig(rows=ROWS, row_tokens=ROW_TOKENS, row_patches=2 * ROW_TOKENS, max_frame_patches=16384),

@@ -10,15 +10,20 @@ from collections import Counter
 import numpy as np
 from jax.sharding import Mesh
 
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-_CALL = re.compile(rf"= .*? ({'|'.join(_KINDS)})(?:-start)?\(")
-_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? "
-    r"\{('axis_\d+'(?:,'axis_\d+')*)\}"
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
 )
-_LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
-_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
+_CALL = re.compile(rf"= .*? ({'|'.join(KINDS)})(?:-start)?\(")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
+_LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
+_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 
 
 def listing(program: str, mesh: Mesh) -> list[str]:
@@ -31,52 +36,58 @@ def listing(program: str, mesh: Mesh) -> list[str]:
     for line in program.splitlines():
         call = _CALL.search(line)
         if call:
-            counts[f"{call[1]} over {_axes(line, mesh)}"] += 1
+            counts[f"{call[1]} over {axes(groups(line), mesh, whole='source_target_pairs=' not in line)}"] += 1
     return [f"{name}: {count}" for name, count in sorted(counts.items())]
 
 
-def _axes(line: str, mesh: Mesh) -> str:
+def axes(groups: np.ndarray | None, mesh: Mesh, *, whole: bool) -> str:
+    """The mesh axes along which the devices of each group lie, as "fsdp context"; "none" for devices alone.
+
+    Args:
+      groups: a row for each group, of devices numbered by their place in the mesh; None is all of them together.
+      whole: each row must be all that the axes join; pairs that send to one another, and parts of an axis, are not.
+
+    Raises:
+      ValueError: no set of axes joins these devices.
+    """
     sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
-    # a compiled program numbers devices by their place in the mesh
-    places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-    pairs = _PAIRS.search(line)
-    if pairs:
-        moved = np.asarray(_groups(pairs[1]))
-        differ = np.stack(np.unravel_index(moved[:, 0], places.shape)) != np.stack(
-            np.unravel_index(moved[:, 1], places.shape)
-        )
-        return " ".join(axis for axis, any_differ in zip(sizes, differ.any(1), strict=True) if any_differ) or "none"
-    found = _replica_groups(line)
-    if not found:  # written as {}: all devices together
+    if groups is None:
         return " ".join(sizes)
-    groups = {frozenset(group) for group in found}
-    for count in range(len(sizes) + 1):
-        for chosen in itertools.combinations(range(len(sizes)), count):
-            kept = [axis for axis in range(len(sizes)) if axis not in chosen]
-            size = math.prod(places.shape[axis] for axis in chosen)
-            expected = places.transpose(*kept, *chosen).reshape(-1, size)
-            if groups == {frozenset(group) for group in expected.tolist()}:
-                return " ".join(list(sizes)[axis] for axis in chosen) or "none"
-    raise ValueError(f"no axes of {dict(mesh.shape)} join these devices: {sorted(map(sorted, groups))}")
+    places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    at = np.stack(np.unravel_index(groups, places.shape))
+    differ = (at != at[..., :1]).any(axis=(1, 2))
+    chosen = [axis for axis in range(len(sizes)) if differ[axis]]
+    if whole:
+        kept = [axis for axis in range(len(sizes)) if axis not in chosen]
+        size = math.prod(places.shape[axis] for axis in chosen)
+        expected = places.transpose(*kept, *chosen).reshape(-1, size)
+        if {frozenset(group) for group in groups.tolist()} != {frozenset(group) for group in expected.tolist()}:
+            raise ValueError(
+                f"no axes of {dict(mesh.shape)} join these devices: {sorted(map(sorted, groups.tolist()))}"
+            )
+    return " ".join(itertools.compress(sizes, differ)) or "none"
 
 
-def _replica_groups(line: str) -> list[list[int]]:
-    """In the three ways XLA writes them; [] for all devices. Raises ValueError for a fourth."""
-    named = _MESH.search(line)
-    if named:
-        sizes = dict(re.findall(r"'(axis_\d+)'=(\d+)", named[1]))
-        shape = [int(size) for size in sizes.values()]
-        devices = _iota(named[2] or str(math.prod(shape)), named[3]).reshape(shape)
-        chosen = [list(sizes).index(axis) for axis in re.findall(r"axis_\d+", named[4])]
-        kept = [axis for axis in range(len(shape)) if axis not in chosen]
-        return devices.transpose(*kept, *chosen).reshape(-1, math.prod(shape[axis] for axis in chosen)).tolist()
-    iota = _IOTA.search(line)
-    if iota:
-        return _iota(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2])).tolist()
-    listed = _LISTED.search(line)
-    if listed or "replica_groups={}" in line:
-        return _groups(listed[1]) if listed else []
-    raise ValueError(f"cannot read which devices take part in: {line.strip()}")
+def groups(line: str) -> np.ndarray | None:
+    """Devices that talk to one another in an instruction, a row each group or pair; None for all together.
+
+    Raises:
+      ValueError: a way of writing them that is not known.
+    """
+    if named := _MESH.search(line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        devices = _iota(named[2] or str(math.prod(sizes.values())), named[3]).reshape(tuple(sizes.values()))
+        chosen = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", named[4])]
+        kept = [axis for axis in range(len(sizes)) if axis not in chosen]
+        return devices.transpose(*kept, *chosen).reshape(-1, math.prod(devices.shape[axis] for axis in chosen))
+    if iota := _IOTA.search(line):
+        shape = [int(n) for n in iota[1].split(",")]
+        return _iota(iota[2], iota[3]).reshape(shape[0], -1)
+    if listed := _PAIRS.search(line) or _LISTED.search(line):
+        return np.array([[int(n) for n in group.split(",") if n] for group in re.findall(r"\{([\d, ]*)\}", listed[1])])
+    if "replica_groups={}" in line:
+        return None
+    raise ValueError(f"cannot read which devices take part in: {line.strip()[:500]}")
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:
@@ -84,7 +95,3 @@ def _iota(shape: str, order: str | None) -> np.ndarray:
     lengths = [int(n) for n in shape.split(",")]
     counted = np.arange(math.prod(lengths)).reshape(lengths)
     return counted.transpose([int(n) for n in order.split(",")]) if order else counted
-
-
-def _groups(text: str) -> list[list[int]]:
-    return [[int(n) for n in group.split(",") if n] for group in re.findall(r"\{([\d,]*)\}", text)]

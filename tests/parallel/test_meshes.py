@@ -108,6 +108,12 @@ def test_groups_of_devices_are_named_by_mesh_axes(line, said):
     assert listed.partition(" over ")[2] == f"{said}: 1"
 
 
+def test_devices_that_are_alone_are_joined_by_nothing():
+    alone = collectives.groups("replica_groups=[4]<=[4], x")
+    assert alone.tolist() == [[0], [1], [2], [3]]
+    assert collectives.axes(alone, AbstractMesh((4,), ("data",)), whole=True) == "none"
+
+
 def test_a_way_of_writing_groups_that_is_not_known_is_an_error():
     with pytest.raises(ValueError, match="cannot read which devices"):
         collectives.listing("%a = f32[] all-reduce(%x), replica_groups=all", AbstractMesh((2,), ("data",)))

@@ -62,14 +62,6 @@ def test_a_program_that_is_too_large_is_measured_against_what_the_compiler_gives
     assert needed >= 256 * GIB  # the product of 2^18 x 2^18 in float32
 
 
-def test_replica_groups_in_each_notation():
-    lists = hlo._groups("replica_groups={{0,2},{1,3}}, x")
-    assert lists.tolist() == [[0, 2], [1, 3]]
-    assert hlo._groups("replica_groups=[2,2]<=[2,2]T(1,0), x").tolist() == lists.tolist()
-    assert hlo._groups("replica_groups=mesh['a'=2,'b'=2] {'a'}, x").tolist() == lists.tolist()
-    assert hlo._groups("replica_groups=[4]<=[4], x").tolist() == [[0], [1], [2], [3]]
-
-
 @pytest.mark.parametrize(
     ("left", "right", "result", "how", "flops"),
     [

@@ -15,7 +15,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+from jvlm.parallel import collectives
+
 BITS = {"pred": 8, "s4": 4, "u4": 4, "c64": 64, "c128": 128}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -25,10 +26,6 @@ _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
 _OPCODE = re.compile(r"^([a-z][\w\-]*)\(")
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]+)\] \{([^}]*)\}")
-_LIST = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
-_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 # Moves nothing: other instructions count what it stands for.
 _FREE = frozenset(
     "parameter constant get-tuple-element tuple bitcast while conditional call iota after-all partition-id replica-id "
@@ -72,7 +69,7 @@ class Collective:
 
     Attributes:
       sent: bytes that each device sends, at least, each time.
-      groups: partitions that talk to each other, as rows.
+      groups: see `jvlm.parallel.collectives.groups`; all devices are one row.
     """
 
     kind: str
@@ -106,6 +103,7 @@ def read(text: str, taken: Mapping[str, float] = MappingProxyType({})) -> Traffi
         taken is not in the text: without an entry here each branch counts, as if all were taken.
     """
     program = _parse(text)
+    partitions = int(named[1]) if (named := re.search(r"\bnum_partitions=(\d+)", text)) else 1
     found, flops, hbm = [], 0.0, 0.0
     for name, times in _times(program, taken).items():
         fused = name in program.fused
@@ -113,7 +111,7 @@ def read(text: str, taken: Mapping[str, float] = MappingProxyType({})) -> Traffi
         for one in inside.values():
             kind = _kind(one)
             if kind:
-                found.append(_collective(one, kind, name, times, inside))
+                found.append(_collective(one, kind, name, times, inside, partitions))
             if one.opcode in ("dot", "convolution"):
                 flops += times * _product_flops(one, inside)
             if not fused and one.opcode not in _FREE:
@@ -239,11 +237,12 @@ def _callers_first(program: _Program) -> list[str]:
 
 def _kind(one: Instruction) -> str | None:
     opcode = one.opcode.removesuffix("-start")
-    return opcode if opcode in KINDS else None
+    return opcode if opcode in collectives.KINDS else None
 
 
-def _collective(one, kind, computation, times, inside) -> Collective:
-    groups = _groups(one.rest)
+def _collective(one, kind, computation, times, inside, partitions) -> Collective:
+    groups = collectives.groups(one.rest)
+    groups = np.arange(partitions)[None] if groups is None else groups
     size = groups.shape[1]
     operands = sum(inside[name].bytes for name in one.operands if name in inside)
     if kind == "all-gather":
@@ -259,27 +258,6 @@ def _collective(one, kind, computation, times, inside) -> Collective:
         elif kind == "all-reduce":
             sent *= 2
     return Collective(kind, one.name, times, sent, groups)
-
-
-def _groups(text: str) -> np.ndarray:
-    if found := _IOTA.search(text):
-        shape, dims = ([int(n) for n in found[i].split(",")] for i in (1, 2))
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if found[3]:
-            ids = ids.transpose([int(n) for n in found[3].split(",")])
-        return ids.reshape(-1, shape[-1]) if len(shape) > 1 else ids.reshape(shape[0], -1)
-    if found := _MESH.search(text):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        chosen = re.findall(r"'(\w+)'", found[2])
-        order = [i for i, name in enumerate(sizes) if name not in chosen] + [list(sizes).index(c) for c in chosen]
-        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values())).transpose(order)
-        return ids.reshape(-1, math.prod(sizes[name] for name in chosen))
-    found = _LIST.search(text) or _PAIRS.search(text)
-    if not found:
-        return np.zeros((1, 1), int)
-    rows = [[int(n) for n in row.split(",") if n] for row in re.findall(r"\{([\d, ]*)\}", found[1])]
-    longest = max(map(len, rows))
-    return np.array([row for row in rows if len(row) == longest])
 
 
 def _product_flops(one: Instruction, inside: dict[str, Instruction]) -> float:

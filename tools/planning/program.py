@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.vlm import VLMConfig
+from jvlm.parallel.collectives import axes as axes_of
 from jvlm.training import program
 from jvlm.training.config import Experiment
 
@@ -48,18 +49,27 @@ class Wire:
     """What each chip sends over one set of mesh axes in a step, by kind of collective.
 
     Attributes:
+      kinds: bytes in a step.
+      counts: instructions in the program.
       bandwidth: bytes a second that a chip can send to its partners, all links towards them together.
       network: "ici" within a slice, "dcn" between slices.
     """
 
     axes: str
     kinds: Mapping[str, float]
+    counts: Mapping[str, int]
     bandwidth: float
     network: str
 
     @property
     def bytes(self) -> float:
         return sum(self.kinds.values())
+
+    @property
+    def listing(self) -> list[str]:
+        """A line for each kind, as files under tests/parallel/collectives have them."""
+        kinds = sorted(self.kinds)
+        return [f"{k} over {self.axes}: {self.counts[k]}, {self.kinds[k] / 1e9:.2f} GB" for k in kinds]
 
     @property
     def seconds(self) -> float:
@@ -202,32 +212,23 @@ def bytes_of(tree: Any) -> float:
 
 
 def _wires(traffic: hlo.Traffic, mesh: Mesh, topology: Topology) -> tuple[Wire, ...]:
-    """Bytes by the mesh axes that differ within the groups of each collective."""
+    """Bytes by the mesh axes along which the devices of each collective lie."""
     kinds: dict[str, dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
-    bandwidths: dict[str, tuple[float, str]] = {}
-    flat = list(mesh.devices.flat)
-    places = np.stack(np.unravel_index(np.arange(len(flat)), mesh.devices.shape), axis=1)
-    names = np.array(mesh.axis_names)
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for one in traffic.collectives:
-        if one.groups.shape[1] < 2:
-            continue
-        members = places[one.groups]
-        differ = (members != members[:, :1]).any(axis=(0, 1))
-        axes = "+".join(names[differ])
-        kinds[axes][one.kind] += one.times * one.sent
-        partners = one.groups[0]
-        if one.kind == "collective-permute":
-            # a pair says little: take all that are reached along these axes
-            same = (places[:, ~differ] == places[one.groups[0][0], ~differ]).all(axis=1)
-            partners = np.flatnonzero(same)
-        bandwidths[axes] = _bandwidth([flat[i] for i in partners], topology)
-    wires = (Wire(axes, dict(found), *bandwidths[axes]) for axes, found in kinds.items())
+        if one.groups.shape[1] > 1:
+            axes = axes_of(one.groups, mesh, whole=False)
+            kinds[axes][one.kind] += one.times * one.sent
+            counts[axes][one.kind] += 1
+    wires = (Wire(axes, found, counts[axes], *_bandwidth(axes, mesh, topology)) for axes, found in kinds.items())
     return tuple(sorted(wires, key=lambda wire: -wire.seconds))
 
 
-def _bandwidth(devices: Sequence[jax.Device], topology: Topology) -> tuple[float, str]:
-    """Bytes a second a chip can send to the others of a group, and over which network."""
+def _bandwidth(axes: str, mesh: Mesh, topology: Topology) -> tuple[float, str]:
+    """Bytes a second that a chip can send to the others along mesh axes, and over which network."""
     chip = topology.chip
+    along = tuple(slice(None) if axis in axes.split() else 0 for axis in mesh.axis_names)
+    devices = mesh.devices[along].flatten()
     if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
         return chip.dcn, "dcn"
     coordinates = np.array([device.coords for device in devices])
