@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jvlm.models import placement as placements
@@ -103,6 +104,4 @@ def _accumulate(gradient, params: Params, frozen: Params, batches: PackedBatch):
 
 def stack(batches: Sequence[PackedBatch]) -> PackedBatch:
     """Batches on a new leading axis, for accumulation."""
-    import numpy as np
-
     return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
