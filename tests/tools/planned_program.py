@@ -19,6 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jvlm.parallel.mesh import ParallelConfig, make_mesh
 from tools.planning.chips import Topology
 from tools.planning.program import available_memory, devices_of, measure
 
@@ -55,8 +56,19 @@ def main() -> None:
     }
     answer = {"flops": found.flops, "hbm": found.hbm, "fits": found.fits, "wires": wires, "mesh": dict(found.mesh)}
     limit = available_memory(devices[0])
-    answer |= {"limit": limit, "refused": [refused.fits, refused.memory.peak]}
+    answer |= {"limit": limit, "refused": [refused.fits, refused.memory.peak], "slices": two_slices()}
     json.dump(answer, sys.stdout)
+
+
+def two_slices() -> list[dict]:
+    """What a sum over `data` sends, whose two devices are in slices of their own."""
+    topology = Topology.parse("v5e:2x2*2")
+    mesh = make_mesh(ParallelConfig(data=2, fsdp=4), devices_of(topology))
+    summed = jax.shard_map(lambda x: lax.psum(x, "data"), mesh=mesh, in_specs=P(("data", "fsdp")), out_specs=P("fsdp"))
+    sharding = NamedSharding(mesh, P(("data", "fsdp")))
+    argument = jax.ShapeDtypeStruct((8 * ROWS, WIDTH), jnp.float32, sharding=sharding)
+    found = measure(lambda: jax.jit(summed).lower(argument), mesh, topology)
+    return [{"axes": wire.axes, "kinds": dict(wire.kinds), "network": wire.network} for wire in found.wires]
 
 
 if __name__ == "__main__":

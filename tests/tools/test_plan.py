@@ -49,6 +49,12 @@ def test_bytes_are_counted_by_kind_and_mesh_axis(known):
         assert wire["bandwidth"] == 45e9  # four chips in a line of a torus that is not closed: one link each way
 
 
+def test_what_slices_send_each_other_is_found(known):
+    (wire,) = known["slices"]
+    assert (wire["axes"], wire["network"]) == ("data", "dcn")
+    assert wire["kinds"] == {"all-reduce": 256 * 512 * 4}  # two of them: half is sent, and half of the sum comes back
+
+
 def test_memory_traffic_is_that_of_the_arguments_and_what_does_not_stay_on_the_chip(known):
     arguments = (256 * 512 + 7 * 128 * 512) * 4
     everything = 7 * 2 * (512 * 512 + 3 * 256 * 512) * 4
@@ -134,6 +140,19 @@ def stages():
     done = with_compiler("-m", "tests.tools.planned_stages")
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_stage_fits_its_pod_and_sends_what_is_written_down(tmp_path):
+    """The whole step of MiMo-VL stage 1, compiled for 64 chips of v5p; `make plan` does it for every config and pod."""
+    command = "mimo_vl/stage1 --topology v5p:4x4x4 --collectives tests/parallel/collectives --json".split()
+    done = with_compiler("tools/plan.py", *command, str(tmp_path / "plan.json"), timeout=1200)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    (found,) = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"]
+    assert found["peak"] < 0.5 * found["limit"]
+    assert found["memory"]["parameters"] >= 4 * 8_306_217_216 / 64
+    # forward, and backward through a frozen decoder, which is computed once more on the way
+    assert 1.3 < found["bound"]["executed"] * 64 / sum(found["bound"]["arithmetic"].values()) < 1.5
 
 
 def test_every_stage_lies_on_the_pods_it_names_with_room_for_its_activations(stages):

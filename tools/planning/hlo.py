@@ -26,6 +26,8 @@ _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
 _OPCODE = re.compile(r"^([a-z][\w\-]*)\(")
+# Slices talk through their hosts: XLA writes what is sent there, and what it is for, as an attribute.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 # Moves nothing: other instructions count what it stands for.
 _FREE = frozenset(
     "parameter constant get-tuple-element tuple bitcast while conditional call iota after-all partition-id replica-id "
@@ -69,14 +71,15 @@ class Collective:
 
     Attributes:
       sent: bytes that each device sends, at least, each time.
-      groups: see `jvlm.parallel.collectives.groups`; all devices are one row.
+      groups: see `jvlm.parallel.collectives.groups`; all devices are one row. None between slices: the text names the
+        slices alone, and ``sent`` is what each device hands to the host.
     """
 
     kind: str
     name: str
     times: float
     sent: float
-    groups: np.ndarray
+    groups: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,10 +240,15 @@ def _callers_first(program: _Program) -> list[str]:
 
 def _kind(one: Instruction) -> str | None:
     opcode = one.opcode.removesuffix("-start")
+    between = _BETWEEN_SLICES.search(one.rest) if opcode == "send" else None
+    if between:
+        return between[1].lower().replace("_", "-")
     return opcode if opcode in collectives.KINDS else None
 
 
 def _collective(one, kind, computation, times, inside, partitions) -> Collective:
+    if one.opcode == "send":
+        return Collective(kind, one.name, times, one.shapes[0].bytes, None)
     groups = collectives.groups(one.rest)
     groups = np.arange(partitions)[None] if groups is None else groups
     size = groups.shape[1]

@@ -216,12 +216,24 @@ def _wires(traffic: hlo.Traffic, mesh: Mesh, topology: Topology) -> tuple[Wire, 
     kinds: dict[str, dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for one in traffic.collectives:
-        if one.groups.shape[1] > 1:
+        sent = one.sent
+        if one.groups is None:
+            axes, slices = _between_slices(mesh), topology.slices
+            sent *= (2 if one.kind == "all-reduce" else 1) * (slices - 1) / slices
+        elif one.groups.shape[1] > 1:
             axes = axes_of(one.groups, mesh, whole=False)
-            kinds[axes][one.kind] += one.times * one.sent
-            counts[axes][one.kind] += 1
+        else:
+            continue
+        kinds[axes][one.kind] += one.times * sent
+        counts[axes][one.kind] += 1
     wires = (Wire(axes, found, counts[axes], *_bandwidth(axes, mesh, topology)) for axes, found in kinds.items())
     return tuple(sorted(wires, key=lambda wire: -wire.seconds))
+
+
+def _between_slices(mesh: Mesh) -> str:
+    """The axes along which the slice of a device differs."""
+    slices = np.vectorize(lambda device: getattr(device, "slice_index", 0))(mesh.devices)
+    return " ".join(name for i, name in enumerate(mesh.axis_names) if (slices != slices.take([0], axis=i)).any())
 
 
 def _bandwidth(axes: str, mesh: Mesh, topology: Topology) -> tuple[float, str]:
