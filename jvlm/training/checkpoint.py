@@ -2,6 +2,9 @@
 
 Beside the data position lie fingerprints of all arrays, taken on the devices before they are written. They are compared
 with what is read, on whatever mesh: a checkpoint that is restored is the one that was saved, to the bit.
+
+Each process reads its parts without waiting for the others, and then all hear what each has met: where one finds a step
+damaged, all go on to the one before, and none waits for a process that has failed.
 """
 
 from __future__ import annotations
@@ -9,25 +12,26 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jax import lax
-from jax.experimental import multihost_utils
 
+from jvlm.parallel import hosts
 from jvlm.training.config import CheckpointConfig
 from jvlm.training.step import Params, TrainState
-from jvlm.weights.run_folder import CHECKPOINTS
+from jvlm.weights.run_folder import CHECKPOINTS, by_itself
 
 DAMAGED = "damaged"
 _UNFINISHED = "orbax-checkpoint-tmp"
 # Reading fails with these for reasons that lie not in the files: trying an older step would only hide them.
 _ELSEWHERE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 GIB = 2**30
+T = TypeVar("T")
 
 
 class Damaged(ValueError):
@@ -47,7 +51,7 @@ class Checkpoints:
         self.folder, self.config = epath.Path(folder), config
         self._path = self.folder / CHECKPOINTS
         for path in sorted(self._path.glob(f"*{_UNFINISHED}*")):
-            print(f"removing {path}: a checkpoint that was being written when the run ended")
+            hosts.say(f"removing {path}: a checkpoint that was being written when the run ended")
         self._manager = ocp.CheckpointManager(
             self._path,
             options=ocp.CheckpointManagerOptions(
@@ -142,12 +146,13 @@ class Checkpoints:
           ValueError: there are checkpoints, and every one is damaged.
         """
         problems = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in hosts.agree(sorted(self._manager.all_steps(), reverse=True)):
             try:
                 return (step, *self.restore(step, state, frozen))
             except Damaged as error:
                 problems.append(f"step {step}: {error}")
-                print(f"CHECKPOINT DAMAGED, put aside in {self._put_aside(step, str(error))}: {problems[-1]}")
+                target = self._put_aside(step, str(error))
+                hosts.say(f"CHECKPOINT DAMAGED, put aside in {target}: {problems[-1]}")
         if problems:
             raise ValueError(
                 f"every checkpoint of {self.folder} is damaged:\n  "
@@ -157,35 +162,41 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, state: TrainState, frozen: Params) -> tuple[TrainState, Params, dict[str, Any]]:
-        """As `restore_latest`, of one step. Raises Damaged."""
+        """As `restore_latest`, of one step. Raises Damaged: on every process, whichever found it so."""
+        found = _together(lambda: self._read(step, state, frozen))
+        now = fingerprints((found.params, found.optimizer))
+        saved = found.data["fingerprints"]
+        _together(lambda: _compare(saved, now))
+        params = {path: found.params[path] for path in state.params}
+        restored = TrainState(state.step + step, params, found.optimizer)
+        return restored, {path: found.params[path] for path in frozen}, found.data["run"]
+
+    def _read(self, step: int, state: TrainState, frozen: Params) -> Any:
+        """This process's parts of the arrays, and the data position. Communicates with nobody. Raises Damaged."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, ({**frozen, **state.params}, state.optimizer))
+        wanted = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract[0]),
+            optimizer=ocp.args.StandardRestore(abstract[1]),
+            data=ocp.args.JsonRestore(),
+        )
         try:
-            found = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(abstract[0]),
-                    optimizer=ocp.args.StandardRestore(abstract[1]),
-                    data=ocp.args.JsonRestore(),
-                ),
-            )
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=by_itself()) as reader:
+                found = reader.restore(self._path / str(step), args=wanted)
         except Exception as error:  # Orbax raises no less for a file that is cut short
-            if any(word in str(error) for word in _ELSEWHERE):
+            first = error
+            while first.__cause__ is not None:  # Orbax says where it happened, tensorstore beneath it what
+                first = first.__cause__
+            if any(word in f"{error} {first}" for word in _ELSEWHERE):
                 raise
-            raise Damaged(f"it cannot be read ({type(error).__name__}: {str(error)[:300]})") from error
+            raise Damaged(f"it cannot be read ({type(first).__name__}: {str(first)[:300]})") from error
         data = found.data
         if not isinstance(data, dict) or "run" not in data or _checksum(data["run"]) != data.get("checksum"):
             raise Damaged("the data position is not what was saved")
-        now = fingerprints((found.params, found.optimizer))
-        changed = sorted(k for k, v in data["fingerprints"].items() if now.get(k) != v)
-        if changed:
-            raise Damaged(f"{len(changed)} of {len(now)} arrays are not what was saved: {', '.join(changed[:5])}")
-        params = {path: found.params[path] for path in state.params}
-        restored = TrainState(state.step + step, params, found.optimizer)
-        return restored, {path: found.params[path] for path in frozen}, data["run"]
+        return found
 
     def _put_aside(self, step: int, reason: str) -> epath.Path:
         target = self.folder / DAMAGED / str(step)
-        if jax.process_index() == 0:
+        if hosts.is_first():
             number = 1
             while target.exists():
                 number += 1
@@ -193,16 +204,51 @@ class Checkpoints:
             target.parent.mkdir(parents=True, exist_ok=True)
             (self._path / str(step)).rename(target)
             (target / "reason.txt").write_text(reason + "\n")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
+        hosts.wait(f"step {step} is put aside")
         self._manager.reload()
         return target
 
 
+def _together(work: Callable[[], T]) -> T:
+    """What ``work`` gives, which must communicate with nobody; where it raises on one process, all raise.
+
+    Damaged on all if that is all that any of them met; otherwise what hinders reading goes before it.
+    """
+    result = failed = None
+    try:
+        result = work()
+    except Exception as error:  # noqa: BLE001  (raised below, once the others know)
+        failed = error
+    heard = hosts.gather(None if failed is None else [isinstance(failed, Damaged), f"{failed}"])
+    met = [(number, *one) for number, one in enumerate(heard) if one is not None]
+    if not met:
+        return result
+    hinders = [(number, text) for number, damaged, text in met if not damaged]
+    if hinders:
+        if failed is not None and not isinstance(failed, Damaged):
+            raise failed
+        raise OSError(f"process {hinders[0][0]} cannot read the checkpoint: {hinders[0][1]}") from failed
+    number, _, text = met[0]
+    raise Damaged(text if len(heard) == 1 else f"process {number} says: {text}") from failed
+
+
+def _compare(saved: dict[str, int], now: dict[str, int]) -> None:
+    changed = sorted(k for k, v in saved.items() if now.get(k) != v)
+    if changed:
+        raise Damaged(f"{len(changed)} of {len(now)} arrays are not what was saved: {', '.join(changed[:5])}")
+
+
 def fingerprints(tree: Any) -> dict[str, int]:
-    """A number for each array of a tree, by its path: the same on every mesh, another if any bit changes."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path): int(n) for (path, _), n in zip(leaves, _sums(tree), strict=True)}
+    """A number for each array of a tree, by its path: the same on every mesh, another if any bit changes.
+
+    Raises:
+      TypeError: complex arrays, which no device turns into bits.
+    """
+    leaves = [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    for path, x in leaves:
+        if jnp.iscomplexobj(x):
+            raise TypeError(f"{path} is {x.dtype}: complex arrays have no fingerprint; keep their two parts instead")
+    return {path: int(n) for (path, _), n in zip(leaves, _sums(tree), strict=True)}
 
 
 @jax.jit
@@ -212,13 +258,19 @@ def _sums(tree: Any) -> list[jax.Array]:
 
 def _fingerprint(x: jax.Array) -> jax.Array:
     """Sum of the elements' bits, each times an odd number of its own, modulo 2 ** 32: no single change leaves it."""
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = x.astype(unsigned) if x.dtype == bool else lax.bitcast_convert_type(x, unsigned)
-    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
-    for axis in reversed(range(x.ndim)):
-        place += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= x.shape[axis]
+    bits = _bits(x)
+    place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        place += lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
     return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """Unsigned numbers of at most 32 bits; elements of 8 bytes become two, on a last axis."""
+    if x.dtype == bool or (jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8):
+        return x.astype(jnp.uint8)
+    return lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32))
 
 
 def _checksum(data: Any) -> int:

@@ -91,5 +91,11 @@ def read_params(source: epath.Path, model: VLM, sharding: checkpoint.ShardingOf 
     for path, variable in vlm.parameters(model).items():
         place = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted[path] = jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype, sharding=place)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=by_itself()) as checkpointer:
         return checkpointer.restore(source, wanted)
+
+
+def by_itself() -> ocp.options.MultiprocessingOptions:
+    """For reading: each process reads its parts, and waits for nobody, who may have failed."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})

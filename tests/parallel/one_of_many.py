@@ -6,29 +6,102 @@ python -m tests.parallel.one_of_many JOB ADDRESS PROCESSES PROCESS [ARGUMENT ...
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jvlm.data import pipeline
-from jvlm.data.position import Share
+from jvlm import job
 from jvlm.parallel import hosts
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training import loop, program
 from jvlm.training import step as stepping
+from jvlm.training.checkpoint import Checkpoints
+from jvlm.training.config import CheckpointConfig
+from jvlm.training.step import TrainState
 from tests.parallel import models
-from tests.training import support
+from tests.training import support, test_checkpoint
 
 
 def train(folder: str, rows: str, *overrides: str) -> None:
-    """The demo, small, as every process of a run runs it."""
-    loop.train(support.experiment(Path(folder), Path(rows), "--data.rows", "4", *overrides))
+    """The demo, small, as every process of a run runs it; says which rows it learns from."""
+    _say_what_is_read()
+    job.run(support.experiment(Path(folder), Path(rows), "--data.rows", "4", *overrides))
 
 
-def step(data: str, context: str, folder: str, rows: str) -> None:
-    """A step on a batch whose first rows, so the first hosts, have no pictures; and an epoch of data, shared."""
+def train_and_die(folder: str, rows: str, step: str, *overrides: str) -> None:
+    """As `train`, but the last process is killed when it is to save this step, which all have run."""
+    save = Checkpoints.save
+
+    def kill(checkpoints: Checkpoints, now: int, *arguments, **options):
+        if now == int(step) and jax.process_index() == jax.process_count() - 1:
+            while now not in support.losses(Path(folder)):
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save(checkpoints, now, *arguments, **options)
+
+    Checkpoints.save = kill
+    train(folder, rows, *overrides)
+
+
+def _say_what_is_read() -> None:
+    add = loop._Seen.add
+
+    def said(seen, packed, step: int) -> None:
+        if seen.counts:
+            print(json.dumps({"step": step, "seen": [o.row for row in packed.origins for o in row]}), flush=True)
+        add(seen, packed, step)
+
+    loop._Seen.add = said
+
+
+def damaged(folder: str) -> None:
+    """Writes four steps, the last two of which cannot be read by one process, and goes on from what is left."""
+    mesh = jax.make_mesh((jax.process_count(),), ("fsdp",))
+    parts, whole = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())
+
+    def put(value: np.ndarray, place: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
+
+    def state_of(step: int):
+        params = {"decoder.a": put(np.arange(2**15, dtype=np.float32) + step, parts)}
+        state = TrainState(put(np.int32(0), whole), params, {"mu": put(np.arange(2**15) / np.float32(step + 1), parts)})
+        return state, {"encoder.c": put(np.full(7, step, np.float32), whole)}
+
+    with Checkpoints(Path(folder), CheckpointConfig(every=1, keep=9)) as checkpoints:
+        for number in range(1, 5):
+            checkpoints.save(number, *state_of(number), {"position": number})
+    hosts.wait("written")
+    if jax.process_index() == 1:
+        for number, damage in ((3, test_checkpoint.flip), (4, test_checkpoint.cut)):
+            damage(Path(folder) / "checkpoints" / str(number) / "params" / "ocdbt.process_1")
+    hosts.wait("damaged")
+    with Checkpoints(Path(folder), CheckpointConfig(every=1, keep=9)) as checkpoints:
+        found, state, frozen, data = checkpoints.restore_latest(*state_of(0))
+        both = (jax.tree.leaves((s.params, s.optimizer, f)) for s, f in ((state, frozen), state_of(found)))
+        equal = all(np.array_equal(a.addressable_data(0), b.addressable_data(0)) for a, b in zip(*both, strict=True))
+        again = checkpoints.save(found + 1, *state_of(found + 1), {"position": found + 1})
+    print(json.dumps({"step": found, "data": data, "equal": equal, "again": again}))
+    try:
+        with Checkpoints(Path(folder), CheckpointConfig(every=1, keep=9)) as checkpoints:
+            if jax.process_index() == 1:
+                checkpoints._read = _refused
+            checkpoints.restore_latest(*state_of(0))
+    except OSError as error:
+        print(json.dumps(str(error)))
+
+
+def _refused(*_):
+    raise OSError("PERMISSION_DENIED: no access")
+
+
+def step(data: str, context: str, folder: str, rows: str, *overrides: str) -> None:
+    """A step on a batch whose first rows, so the first hosts, have no pictures; then goes on with a run."""
     parallel = ParallelConfig(data=int(data), context=int(context))
     experiment = models.experiment("qwen2_5_vl", parallel)
     planned = program.plan(experiment)
@@ -38,20 +111,13 @@ def step(data: str, context: str, folder: str, rows: str) -> None:
     own = jax.tree.map(lambda x: x[np.asarray(part.rows)], whole)
     placed = hosts.place(stepping.stack([own]), part.rows, planned.batches)
     _, metrics = planned.step(state, frozen, placed)
-
-    read = support.experiment(Path(folder), Path(rows))
-    processor = loop.start_model(
-        read, lambda path, variable: jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    )[1]
-    share = Share(part.index, part.count)
-    batches = pipeline.training_data(processor, read.data, seed=3, epochs=1, share=share)[0]
-    seen = [origin.row for packed in batches for row in packed.origins for origin in row]
     said = {"rows": part.rows, "index": part.index, "counts": part.counts, "patches": int(own.patch_segment_ids.any())}
-    print(json.dumps({**said, "loss": float(metrics["loss"]), "norm": float(metrics["grad_norm"]), "seen": seen}))
+    print(json.dumps({**said, "loss": float(metrics["loss"]), "norm": float(metrics["grad_norm"])}))
+    train(folder, rows, *overrides)
 
 
 if __name__ == "__main__":
-    job, address, processes, process, *rest = sys.argv[1:]
+    name, address, processes, process, *rest = sys.argv[1:]
     if int(processes) > 1:
         hosts.initialise(address, int(processes), int(process), timeout=120)
-    globals()[job](*rest)
+    globals()[name](*rest)

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-import collections
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
+import jvlm
+from jvlm.models import vlm
 from jvlm.parallel import hosts
 from jvlm.training import loop, program
 from jvlm.training import step as stepping
-from jvlm.weights.loading import load
 from tests.parallel import models
 from tests.support import ROOT
 from tests.training import support
 
+STEPS = 4
+SHARDED = f"--checkpoint.every 2 --data.pack_window 2 --parallel.data 2 --parallel.fsdp 2 --steps {STEPS}".split()
 
-def _run(job, processes, *arguments):
-    """Standard output of each process. A hang is a failure after the timeout."""
+
+def _run(job, processes, *arguments, devices=1, dies=False):
+    """Standard output of each process, of so many devices. A hang is a failure after the timeout.
+
+    With ``dies`` the last process is killed by itself, and then the others here: by themselves they end only when they
+    miss its heartbeat, which takes a minute.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.parallel.one_of_many", job, address, str(processes), str(n), *arguments],
@@ -40,23 +51,50 @@ def _run(job, processes, *arguments):
         for n in range(processes)
     ]
     try:
+        if dies:
+            started[-1].wait(timeout=600)
+            for process in started[:-1]:
+                process.kill()
         ended = [process.communicate(timeout=600) for process in started]
     finally:
         for process in started:
             process.kill()
     for process, (_, error) in zip(started, ended, strict=True):
-        assert process.returncode == 0, error[-3000:]
+        assert process.returncode == (-signal.SIGKILL if dies else 0), error[-3000:]
     return [out for out, _ in ended]
 
 
+def _seen(outs):
+    """Step -> rows that were learnt from, of all processes."""
+    lines = [json.loads(line) for out in outs for line in out.splitlines() if line.startswith('{"step"')]
+    return {
+        step: sorted(r for line in lines if line["step"] == step for r in line["seen"]) for step in range(1, STEPS + 1)
+    }
+
+
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return support.write_rows(tmp_path_factory.mktemp("rows"))
+def killed(tmp_path_factory):
+    """A run on two processes of two devices, one of them killed when it was to save step 4: only step 2 is whole.
+
+    One step takes the whole of four windows, and the four steps an epoch. All rows say the same, so that the losses do
+    not depend on which process reads which.
+    """
+    folder = tmp_path_factory.mktemp("killed")
+    rows = support.write_rows(folder, 32, alike=True)
+    seen = _seen(_run("train_and_die", 2, str(folder), str(rows), str(STEPS), *SHARDED, devices=2, dies=True))
+    return folder, rows, seen, support.losses(folder)
 
 
-def test_four_processes_two_of_them_with_text_alone_have_the_loss_of_one_and_share_an_epoch(tmp_path, rows):
+def _copy(killed, folder):
+    """The killed run once more, and the rows it reads."""
+    shutil.copytree(killed[0], folder, dirs_exist_ok=True)
+    return str(folder), str(killed[1])
+
+
+def test_four_processes_two_of_them_with_text_alone_have_the_loss_of_one_and_go_on_with_a_run_of_two(tmp_path, killed):
     """The mesh splits rows over pairs of hosts, and each row over the two hosts of a pair."""
-    said = [json.loads(out.splitlines()[-1]) for out in _run("step", 4, "2", "2", str(tmp_path), str(rows))]
+    outs = _run("step", 4, "2", "2", *_copy(killed, tmp_path), *SHARDED, "--export.enabled", "False")
+    said = [json.loads(next(line for line in out.splitlines() if line.startswith('{"rows"'))) for out in outs]
     experiment = models.experiment("qwen2_5_vl")
     alone = program.plan(experiment, jax.devices()[:1])
     state, frozen = alone.begin(loop.split(loop.random_model(experiment.model, 0, alone.layout.parameter))[1])
@@ -66,24 +104,59 @@ def test_four_processes_two_of_them_with_text_alone_have_the_loss_of_one_and_sha
         assert one["loss"] == pytest.approx(float(metrics["loss"]), abs=1e-5)
         assert one["norm"] == pytest.approx(float(metrics["grad_norm"]), abs=1e-5)
     assert [one["patches"] for one in said] == [0, 0, 1, 1]
+    assert [(one["index"], one["counts"]) for one in said] == [(0, True), (0, False), (1, True), (1, False)]
     assert [one["rows"] for one in said] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
-    assert said[0]["seen"] == said[1]["seen"]
-    assert said[2]["seen"] == said[3]["seen"]
-    counted = collections.Counter(row for one in said if one["counts"] for row in one["seen"])
-    assert counted == dict.fromkeys(range(1, len(rows.read_text().splitlines()) + 1), 1)
+    _went_on(killed, outs, tmp_path)
 
 
-def test_a_run_on_two_processes_is_one_run(tmp_path, rows):
-    """Parameters in parts on both; one log, one checkpoint, one voice; its weights load on one device."""
-    outs = _run("train", 2, str(tmp_path), str(rows), "--parallel.fsdp", "2", "--parallel.data", "1", "--steps", "3")
-    assert "3 steps in" in outs[0]
-    assert [line for line in outs[1].splitlines() if not line.startswith("[Gloo]")] == []
-    losses = support.losses(tmp_path)
-    assert list(losses) == [1, 2, 3]
-    assert losses[3] < losses[1]
-    lines = [json.loads(line) for line in (tmp_path / "run" / "logging.jsonl").read_text().splitlines()]
-    assert lines[-1]["epoch"] > 1
-    assert load(tmp_path / "run")[0].config == loop.start_model(support.experiment(tmp_path, rows))[0].config
+def test_one_process_goes_on_with_a_run_of_two(tmp_path, killed):
+    outs = _run("train", 1, *_copy(killed, tmp_path), *SHARDED, "--export.enabled", "False", devices=4)
+    _went_on(killed, outs, tmp_path)
+
+
+def _went_on(killed, outs, folder):
+    """Losses of an unbroken run, and each row once."""
+    _, rows, before, losses = killed
+    after = _seen(outs)
+    assert support.losses(folder) == pytest.approx(losses, abs=1e-5)
+    assert [support.losses(folder)[step] for step in (1, 2)] == [losses[step] for step in (1, 2)]
+    assert after[1] == after[2] == []
+    read = [row for seen in (before[1], before[2], after[3], after[4]) for row in seen]
+    assert sorted(read) == list(range(1, len(rows.read_text().splitlines()) + 1))
+
+
+def test_a_run_on_two_processes_goes_on_to_the_bit_and_ends_as_one_run(tmp_path, killed):
+    """Parameters in parts on both; one log, one checkpoint, one voice; scored and exported as it was saved."""
+    score = ("--evaluation.data", str(killed[1]), "--evaluation.max_rows", "2", "--evaluation.max_new_tokens", "4")
+    outs = _run("train", 2, *_copy(killed, tmp_path), *SHARDED, *score, devices=2)
+    assert support.losses(tmp_path) == killed[3]
+    assert list(killed[3]) == [1, 2, 3, 4]
+    assert killed[3][4] < killed[3][1]
+    assert {step: rows for step, rows in _seen(outs).items() if rows} == {step: killed[2][step] for step in (3, 4)}
+    assert "4 steps in" in outs[0]
+    assert [line for line in outs[1].splitlines() if not line.startswith(("[Gloo]", '{"step"'))] == []
+    run = tmp_path / "run"
+    lines = [json.loads(line) for line in (run / "logging.jsonl").read_text().splitlines()]
+    assert lines[-1]["epoch"] == 1
+    assert json.loads((run / "scores.json").read_text())["questions"] == 4
+    assert (run / "report.html").is_file()
+    saved, exported = (jvlm.load(folder)[0] for folder in (run, run / "hf"))
+    exported = vlm.parameters(exported)
+    for path, variable in vlm.parameters(saved).items():
+        assert np.array_equal(variable.get_value(), exported[path].get_value()), path
+
+
+def test_processes_agree_on_what_is_damaged_even_if_only_one_can_see_it(tmp_path):
+    """A part of one process cut short, a bit of another turned; then a process that is not let at the files."""
+    outs = _run("damaged", 2, str(tmp_path))
+    for out in outs:
+        found = json.loads(out.splitlines()[-2])
+        assert found == {"step": 2, "data": {"position": 2}, "equal": True, "again": True}
+        assert "PERMISSION_DENIED" in json.loads(out.splitlines()[-1])
+    assert "step 4: process 1 says: it cannot be read" in outs[0]
+    assert "DAMAGED" not in outs[1]
+    assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["3", "4"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "3"]
 
 
 def test_one_process_alone_communicates_with_nobody():

@@ -16,17 +16,20 @@ from jvlm.training.config import Experiment
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
 
 
-def write_rows(folder: Path, count: int = 24, *, video: bool = False) -> Path:
-    """A JSONL of conversations about coloured pictures of several sizes; some have no picture, some two."""
+def write_rows(folder: Path, count: int = 24, *, alike: bool = False) -> Path:
+    """A JSONL of conversations about coloured pictures of several sizes; some have no picture, some two.
+
+    With ``alike`` all are the same one: what is learnt then does not depend on their order.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     names = list(COLOURS)
     rows = []
     for index in range(count):
         images, tags, said = [], "", []
-        for _ in range(index % 3):
-            colour = names[int(rng.integers(len(names)))]
-            size = (int(rng.integers(24, 60)), int(rng.integers(24, 60)))
+        for _ in range(1 if alike else index % 3):
+            colour = names[0 if alike else int(rng.integers(len(names)))]
+            size = (32, 48) if alike else (int(rng.integers(24, 60)), int(rng.integers(24, 60)))
             Image.new("RGB", size, COLOURS[colour]).save(folder / f"{index}_{len(images)}.png")
             images.append(f"{index}_{len(images)}.png")
             tags += "<image>"

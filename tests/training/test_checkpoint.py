@@ -100,13 +100,13 @@ def _largest(folder: Path) -> Path:
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-def _cut(folder):
-    path = _largest(folder / "params")
+def cut(folder):
+    path = _largest(folder)
     os.truncate(path, path.stat().st_size // 2)
 
 
-def _flip(folder):
-    path = _largest(folder / "optimizer")
+def flip(folder):
+    path = _largest(folder)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
@@ -121,7 +121,7 @@ def _move(folder):
     path.write_text(path.read_text().replace('"position": 3', '"position": 2'))
 
 
-@pytest.mark.parametrize("damage", [_cut, _flip, _lose, _move])
+@pytest.mark.parametrize("damage", [cut, flip, _lose, _move])
 def test_a_damaged_step_is_named_put_aside_and_passed_over(tmp_path, capsys, damage):
     _written(tmp_path, (1, 2, 3))
     damage(tmp_path / "checkpoints" / "3")
@@ -139,7 +139,7 @@ def test_a_damaged_step_is_named_put_aside_and_passed_over(tmp_path, capsys, dam
 def test_if_every_step_is_damaged_the_run_does_not_start_over_by_itself(tmp_path):
     _written(tmp_path, (1, 2))
     for step in (1, 2):
-        _cut(tmp_path / "checkpoints" / str(step))
+        cut(tmp_path / "checkpoints" / str(step))
     with (
         Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints,
         pytest.raises(ValueError, match=r"every(.|\n)*step 2(.|\n)*step 1"),
@@ -157,8 +157,18 @@ def test_no_room_for_the_checkpoints_is_said_before_training(tmp_path):
         checkpoints.check_space(*state_of(0), range(1, 500_001))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool", "float64", "int64"])
 def test_a_fingerprint_changes_with_any_bit_and_with_the_order_and_not_with_the_layout(dtype):
+    with jax.enable_x64(dtype.endswith("64")):
+        _check_fingerprint(dtype)
+
+
+def test_complex_arrays_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"\['x'\] is complex64"):
+        fingerprints({"x": jnp.ones(3, jnp.complex64)})
+
+
+def _check_fingerprint(dtype):
     rng = np.random.default_rng(0)
     values = jnp.asarray(rng.integers(0, 2, (4, 6, 8)) if dtype == "bool" else rng.normal(size=(4, 6, 8)) * 50).astype(
         dtype
