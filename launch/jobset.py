@@ -86,7 +86,7 @@ class GkeSpec:
         mount = [{"name": "code", "mountPath": "/code"}]
         fetch = f"set -o pipefail; gcloud storage cat {shlex.quote(self.code)} | tar -xz -C /code"
         # exec: the training is the process that gets SIGTERM, and saves before it goes
-        train = f"cd /code && pip install -q -c constraints.txt -e '.[tpu]' && exec {shlex.join(self.train)}"
+        train = f"cd /code && pip install -q -c constraints.txt -e '.[tpu,gcs]' && exec {shlex.join(self.train)}"
         pod = {
             "restartPolicy": "Never",
             "serviceAccountName": self.service_account,
@@ -162,7 +162,7 @@ class GkeSpec:
     def xpk(self, cluster: str, zone: str, project: str | None, folder: str) -> list[str]:
         """`xpk workload create`: builds an image from the folder of the code, and submits it to the cluster's queue."""
         generation, _, shape = self.topology.partition(":")
-        train = f"pip install -q -c constraints.txt -e '.[tpu]' && {shlex.join(self.train)}"
+        train = f"pip install -q -c constraints.txt -e '.[tpu,gcs]' && {shlex.join(self.train)}"
         tier = ["--spot"] if self.spot else [f"--reservation={self.reservation}"] if self.reservation else []
         return [
             *["xpk", "workload", "create", f"--workload={self.name}", f"--cluster={cluster}", f"--zone={zone}"],

@@ -178,7 +178,7 @@ class Supervisor:
         steps = (
             ("shipping the code", self.spec.copy(self.archive)),
             ("unpacking", self.spec.unpack(self.archive)),
-            ("installing", self.spec.worker("install", "tpu")),
+            ("installing", self.spec.worker("install", "tpu,gcs")),
             ("starting", self.spec.worker("start", *self.spec.train)),
         )
         for what, command in steps:

@@ -124,7 +124,7 @@ def _print_commands(spec: Spec) -> None:
         ("again and again until its state is ACTIVE", spec.describe()),
         ("ship", spec.copy(archive)),
         ("unpack", spec.unpack(archive)),
-        ("install", spec.worker("install", "tpu")),
+        ("install", spec.worker("install", "tpu,gcs")),
         ("start, detached", spec.worker("start", *spec.train)),
         ("again and again: worker 0's log", spec.worker("log", "0", everywhere=False)),
         ("again and again: has a worker ended?", spec.worker("status")),

@@ -1,5 +1,6 @@
 """Fixtures of the whole suite. Shape annotations are checked at run time in every test."""
 
+import logging
 import os
 import tempfile
 
@@ -21,6 +22,7 @@ import pytest
 import torch
 
 from tests import support
+from tests.bucket import Bucket
 
 torch.set_num_threads(1)
 
@@ -54,3 +56,21 @@ def tiny_tied(tmp_path_factory, tokenizer_folder):
         rope_theta=640000.0,
         vision_config={"depth": 2, "fullatt_block_indexes": [0], "window_size": 56},
     )
+
+
+@pytest.fixture(scope="session")
+def bucket_server():
+    """gs://bucket on this machine, for gcsfs and tensorstore of this process and of those it starts."""
+    with Bucket() as bucket, pytest.MonkeyPatch.context() as patch:
+        for name, value in bucket.environment.items():
+            patch.setenv(name, value)
+        logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns at each request that nobody is logged in
+        yield bucket
+
+
+@pytest.fixture
+def bucket(bucket_server):
+    """The same, empty."""
+    bucket_server.objects.clear()
+    yield bucket_server
+    assert bucket_server.unknown == []

@@ -13,6 +13,7 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_module
 
+from jvlm.data import stores
 from jvlm.data.errors import Origin, RowError
 
 SHARD_SUFFIX = ".arrayrecord"
@@ -23,7 +24,8 @@ class RowSource:
     """Random access to the rows of several files, as Grain's data sources want it.
 
     Args:
-      patterns: paths or globs of ``*.jsonl`` and ``*.arrayrecord`` files; order matters, globs are sorted.
+      patterns: paths or globs of ``*.jsonl`` and ``*.arrayrecord`` files; order matters, globs are sorted. Those in
+        an object store are copied to this machine (`jvlm.data.stores`).
 
     Raises:
       FileNotFoundError: a pattern that matches nothing.
@@ -52,7 +54,12 @@ class RowSource:
 
 
 def matching(pattern: str) -> list[str]:
-    """Files of a path or glob, sorted. Raises FileNotFoundError if there is none."""
+    """Files of a path or glob, sorted; of remote ones local copies. Raises FileNotFoundError if there is none."""
+    if stores.is_remote(pattern):
+        found = [str(path) for path in stores.matching(pattern)]
+        if not found:
+            raise FileNotFoundError(f"no data file matches {pattern!r}")
+        return found
     found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern] * Path(pattern).is_file()
     if not found:
         raise FileNotFoundError(f"no data file matches {pattern!r} (looked in {Path.cwd()})")

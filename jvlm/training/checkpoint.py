@@ -21,13 +21,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax import lax
 
+from jvlm.data import stores
 from jvlm.parallel import hosts
 from jvlm.training.config import CheckpointConfig
 from jvlm.training.step import Params, TrainState
 from jvlm.weights.run_folder import CHECKPOINTS, by_itself
 
 DAMAGED = "damaged"
-_UNFINISHED = "orbax-checkpoint-tmp"
 # Reading fails with these for reasons that lie not in the files: trying an older step would only hide them.
 _ELSEWHERE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 GIB = 2**30
@@ -50,8 +50,9 @@ class Checkpoints:
     def __init__(self, folder: epath.PathLike, config: CheckpointConfig):
         self.folder, self.config = epath.Path(folder), config
         self._path = self.folder / CHECKPOINTS
-        for path in sorted(self._path.glob(f"*{_UNFINISHED}*")):
-            hosts.say(f"removing {path}: a checkpoint that was being written when the run ended")
+        for path in sorted(self._path.iterdir()) if self._path.is_dir() else ():
+            if not ocp.utils.is_checkpoint_finalized(path):
+                hosts.say(f"removing {path}: a checkpoint that was being written when the run ended")
         self._manager = ocp.CheckpointManager(
             self._path,
             options=ocp.CheckpointManagerOptions(
@@ -88,7 +89,7 @@ class Checkpoints:
         Raises:
           ValueError: it has not, with both numbers.
         """
-        if "://" in str(self.folder):
+        if stores.is_remote(self.folder):
             return
         size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.optimizer, frozen)))
         config, present = self.config, self._manager.all_steps()
@@ -179,16 +180,16 @@ class Checkpoints:
             optimizer=ocp.args.StandardRestore(abstract[1]),
             data=ocp.args.JsonRestore(),
         )
+        unreadable = ""
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=by_itself()) as reader:
                 found = reader.restore(self._path / str(step), args=wanted)
         except Exception as error:  # Orbax raises no less for a file that is cut short
-            first = error
-            while first.__cause__ is not None:  # Orbax says where it happened, tensorstore beneath it what
-                first = first.__cause__
-            if any(word in f"{error} {first}" for word in _ELSEWHERE):
+            unreadable = f"it cannot be read ({_cause(error)[:300]})"
+            if any(word in f"{error} {unreadable}" for word in _ELSEWHERE):
                 raise
-            raise Damaged(f"it cannot be read ({type(first).__name__}: {str(first)[:300]})") from error
+        if unreadable:  # said here, because the error holds Orbax's other reads, which it has left unfinished
+            raise Damaged(unreadable)
         data = found.data
         if not isinstance(data, dict) or "run" not in data or _checksum(data["run"]) != data.get("checksum"):
             raise Damaged("the data position is not what was saved")
@@ -202,8 +203,9 @@ class Checkpoints:
                 number += 1
                 target = self.folder / DAMAGED / f"{step}-{number}"
             target.parent.mkdir(parents=True, exist_ok=True)
+            # before the arrays: a folder in an object store is there once something lies in it
+            (target.parent / f"{target.name}.txt").write_text(reason + "\n")
             (self._path / str(step)).rename(target)
-            (target / "reason.txt").write_text(reason + "\n")
         hosts.wait(f"step {step} is put aside")
         self._manager.reload()
         return target
@@ -230,6 +232,13 @@ def _together(work: Callable[[], T]) -> T:
         raise OSError(f"process {hinders[0][0]} cannot read the checkpoint: {hinders[0][1]}") from failed
     number, _, text = met[0]
     raise Damaged(text if len(heard) == 1 else f"process {number} says: {text}") from failed
+
+
+def _cause(error: BaseException) -> str:
+    """Orbax says where it happened, tensorstore beneath it what."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 def _compare(saved: dict[str, int], now: dict[str, int]) -> None:

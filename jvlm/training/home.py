@@ -6,12 +6,12 @@ written by libraries that append to files, which object stores cannot: it is wri
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import jax
 from etils import epath
 
+from jvlm.data import stores
 from jvlm.parallel import hosts
 from jvlm.weights.run_folder import CHECKPOINTS, POINTER, PROCESSOR
 
@@ -33,10 +33,10 @@ class Home:
     """
 
     def __init__(self, root: str, name: str):
-        self.store = epath.Path(root) / name
+        self.store = stores.at(root) / name
         self._remote: epath.Path | None = None
         self._copied: dict[Path, tuple[int, int]] = {}
-        if "://" in root:
+        if stores.is_remote(root):
             part = () if hosts.is_first() else ("processes", str(jax.process_index()))
             self.folder = Path(LOCAL_COPIES, root.replace("://", "/"), name, *part)
             self._remote = self.store.joinpath(*part)
@@ -68,7 +68,7 @@ class Home:
                 if path.name == PROCESSOR:
                     self._pull(path, target / path.name)
             else:
-                self._copy(path, target / path.name)
+                stores.copy(path, target / path.name)
                 self._copied[target / path.name] = _stamp(target / path.name)
 
     def push(self) -> None:
@@ -81,12 +81,8 @@ class Home:
                 continue
             target = self._remote / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._copy(epath.Path(path), target)
+            stores.copy(path, target)
             self._copied[path] = stamp
-
-    def _copy(self, source: epath.Path, target: Path | epath.Path) -> None:
-        with source.open("rb") as reader, target.open("wb") as writer:
-            shutil.copyfileobj(reader, writer)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -36,7 +36,7 @@ from jvlm.training.interruption import Interrupted, StopRequests
 from jvlm.training.log import TrainingLog, clock
 from jvlm.training.nonfinite import Guard
 from jvlm.training.profile import Profile
-from jvlm.weights import backbones, checkpoint, loading, positions, upcycling
+from jvlm.weights import backbones, checkpoint, loading, positions, run_folder, upcycling
 from jvlm.weights.run_folder import CHECKPOINTS, EXPERIMENT, PROCESSOR
 
 REJECTED = "rejected.jsonl"
@@ -216,11 +216,11 @@ def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None =
     else:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(experiment.tokenizer, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(run_folder.local(experiment.tokenizer)), local_files_only=True)
         config = experiment.model
         backbones.add_placeholder(tokenizer, config)
         model = random_model(config, experiment.seed, sharding)
-        towers = [folder for folder in (experiment.encoder_from, experiment.decoder_from) if folder is not None]
+        towers = [run_folder.local(place) for place in (experiment.encoder_from, experiment.decoder_from) if place]
         model = backbones.fill(model, towers, sharding)
         processor = Processor(tokenizer, config, experiment.processor or ProcessorConfig())
     if experiment.data.media_root:

@@ -22,7 +22,8 @@ def load(
     Every parameter is read tensor by tensor into its (sharded) array; no second copy of the model exists.
 
     Args:
-      path: the folder.
+      path: the folder; of one in an object store (gs://...) the small files, and safetensors, are copied to this
+        machine, under ``copies/``, and the arrays of a run are read from there.
       numerics: dtypes and implementations; the default is float32 parameters and, on CPU, float32 compute
         (bfloat16 elsewhere). For a run folder the default is what it was trained with.
       sharding: gives the sharding of a parameter from its path and variable; None puts it on the first device.
@@ -32,9 +33,9 @@ def load(
       FileNotFoundError: no such folder, or one that holds neither kind of model.
       jvlm.weights.table.WeightError: wrong, missing or extra tensors, all of them listed.
     """
-    folder = Path(path)
+    folder = run_folder.local(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder (nothing is downloaded: give a local snapshot)")
+        raise FileNotFoundError(f"{folder} is not a folder (nothing is downloaded from a hub: give a snapshot)")
     if run_folder.is_run(folder):
         return run_folder.load(folder, numerics=numerics, sharding=sharding, step=step)
     if not (folder / "config.json").is_file():

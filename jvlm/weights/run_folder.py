@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jvlm import config as config_tree
+from jvlm.data import stores
 from jvlm.data.processor import Processor
 from jvlm.models import vlm
 from jvlm.models.layers import Numerics
@@ -25,6 +26,17 @@ from jvlm.weights import checkpoint
 from jvlm.weights.table import WeightError
 
 EXPERIMENT, CHECKPOINTS, PROCESSOR, POINTER = "experiment.json", "checkpoints", "processor", "checkpoints.at"
+
+
+def local(place: str | Path) -> Path:
+    """The folder of a run or of a Hugging Face model on disk: itself, or a local copy of a remote one.
+
+    The arrays of a run stay in the store, and the copy says where.
+    """
+    folder = stores.model_folder(place, (PROCESSOR,))
+    if stores.is_remote(place) and is_run(folder):
+        (folder / POINTER).write_text(f"{stores.at(str(place)) / CHECKPOINTS}\n")
+    return folder
 
 
 def is_run(folder: Path) -> bool:
@@ -47,8 +59,9 @@ def checkpoints(folder: Path) -> epath.Path:
 
 def steps(folder: Path) -> list[int]:
     """Steps whose checkpoints are complete, ascending."""
-    found = checkpoints(folder).glob("*/params")
-    return sorted(int(p.parent.name) for p in found if p.parent.name.isdigit())
+    found = [p.parent for p in checkpoints(folder).glob("*/params") if p.parent.name.isdigit()]
+    # on disk a step is given its name when it is whole; in a store, a file more
+    return sorted(int(p.name) for p in found if ocp.utils.is_checkpoint_finalized(p))
 
 
 def params_folder(folder: Path, step: int | None = None) -> epath.Path:

@@ -155,7 +155,7 @@ def test_processes_agree_on_what_is_damaged_even_if_only_one_can_see_it(tmp_path
         assert "PERMISSION_DENIED" in json.loads(out.splitlines()[-1])
     assert "step 4: process 1 says: it cannot be read" in outs[0]
     assert "DAMAGED" not in outs[1]
-    assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["3", "4"]
+    assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["3", "3.txt", "4", "4.txt"]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "3"]
 
 

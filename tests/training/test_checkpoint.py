@@ -130,7 +130,8 @@ def test_a_damaged_step_is_named_put_aside_and_passed_over(tmp_path, capsys, dam
         assert step == 2
         check(2, *found)
         assert "CHECKPOINT DAMAGED" in capsys.readouterr().out
-        assert (tmp_path / "damaged" / "3" / "reason.txt").read_text().strip()
+        assert (tmp_path / "damaged" / "3.txt").read_text().strip()
+        assert {p.name for p in (tmp_path / "damaged" / "3").iterdir()} >= {"params", "optimizer", "data"}
         assert checkpoints.save(3, *state_of(3), {"position": 3})
     with Checkpoints(tmp_path, CheckpointConfig(every=1, keep=5)) as checkpoints:
         check(*checkpoints.restore_latest(*state_of(0)))

@@ -1,71 +1,83 @@
-"""A run in an object store: a local folder stands in for it, under a scheme of its own."""
+"""A run in an object store: Google Cloud Storage's interface, on this machine."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from etils import epath
 
 import jvlm
+from jvlm.data import stores
 from jvlm.models import vlm
 from jvlm.training import loop
 from jvlm.training.home import Home
+from jvlm.weights import run_folder
 from tests.training import support
 
-STORE = {}
-
-
-@epath.register_path_cls("store://")
-class _Store(type(epath.Path("/"))):
-    """store://bucket/... is a folder on disk, which is all that paths, Orbax and tensorstore see of it."""
-
-    def __new__(cls, path: str):
-        return epath.Path(STORE["folder"] / path.removeprefix("store://"))
+RUN = "runs/run/"
 
 
 @pytest.fixture
-def store(tmp_path, monkeypatch):
-    STORE["folder"] = tmp_path / "store"
+def store(tmp_path, monkeypatch, bucket):
+    """The files of the run in the bucket; this machine is an empty folder."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    return STORE["folder"] / "bucket" / "runs" / "run"
+    return bucket.objects
 
 
-def test_a_run_in_a_store_goes_on_from_there_on_another_machine(store, tmp_path):
+def _values(model):
+    return {path: np.asarray(variable.get_value()) for path, variable in vlm.parameters(model).items()}
+
+
+def _steps(store):
+    words = (name.removeprefix(RUN).split("/") for name in store if name.endswith("/params/manifest.ocdbt"))
+    return sorted(word[1] for word in words if word[0] == "checkpoints" and len(word) == 4)
+
+
+def test_a_run_in_a_store_goes_on_from_there_on_another_machine_and_past_a_damaged_step(store, tmp_path, capsys):
     rows = support.write_rows(tmp_path / "rows", 6)
-    remote = ("--output_root", "store://bucket/runs", "--checkpoint.every", "2")
-    result = loop.train(support.experiment(tmp_path, rows, *remote, "--steps", "8", "--checkpoint.keep", "9"))
-    assert result.folder == Home("store://bucket/runs", "run").folder
-    assert {p.name for p in (store / "checkpoints").iterdir() if p.name.isdigit()} == set("12468")
+    remote = ("--output_root", "gs://bucket/runs", "--checkpoint.every", "2", "--checkpoint.keep", "9")
+    result = loop.train(support.experiment(tmp_path, rows, *remote, "--steps", "6"))
+    assert result.folder == Home("gs://bucket/runs", "run").folder
+    assert _steps(store) == list("1246")
     assert not (result.folder / "checkpoints").exists()
     for name in ("experiment.json", "logging.jsonl", "clock.json", "processor/tokenizer.json"):
-        assert (store / name).read_bytes() == (result.folder / name).read_bytes()
-    loaded, _ = jvlm.load(result.folder)
-    values = {p: np.asarray(v.get_value()) for p, v in vlm.parameters(result.model).items()}
-    assert all(np.array_equal(values[p], v.get_value()) for p, v in vlm.parameters(loaded).items())
+        assert store[RUN + name][1] == (result.folder / name).read_bytes()
+    values = _values(result.model)
+    for place in (result.folder, "gs://bucket/runs/run"):
+        loaded = _values(jvlm.load(place)[0])
+        assert all(np.array_equal(values[path], loaded[path]) for path in values)
+    assert not list(Path("copies").rglob("checkpoints"))
 
-    # the machine is lost, and with it two checkpoints
-    losses = [json.loads(line)["loss"] for line in (store / "logging.jsonl").read_text().splitlines()]
+    # the machine is lost; of one checkpoint a file is cut short, of another the end was not written
+    losses = [json.loads(line)["loss"] for line in store[RUN + "logging.jsonl"][1].splitlines()]
     shutil.rmtree(result.folder)
-    for step in ("6", "8"):
-        shutil.rmtree(store / "checkpoints" / step)
-    again = loop.train(support.experiment(tmp_path, rows, *remote, "--steps", "8", "--checkpoint.keep", "9"))
+    data = max((n for n in store if n.startswith(RUN + "checkpoints/4/params/")), key=lambda n: len(store[n][1]))
+    store[data] = (store[data][0], store[data][1][: len(store[data][1]) // 2])
+    stores.at(f"gs://bucket/{RUN}checkpoints/6/commit_success.txt").unlink()
+    assert run_folder.steps(run_folder.local("gs://bucket/runs/run")) == [1, 2, 4]
+    capsys.readouterr()
+    again = loop.train(support.experiment(tmp_path, rows, *remote, "--steps", "6"))
+    said = capsys.readouterr().out
+    assert "removing gs://bucket/runs/run/checkpoints/6" in said
+    assert "CHECKPOINT DAMAGED, put aside in gs://bucket/runs/run/damaged/4: step 4" in said
+    assert {name for name in store if name.startswith(RUN + "damaged/")} > {RUN + "damaged/4.txt"}
     assert [json.loads(line)["loss"] for line in (again.folder / "logging.jsonl").read_text().splitlines()] == losses
-    assert all(np.array_equal(values[p], v.get_value()) for p, v in vlm.parameters(again.model).items())
+    assert all(np.array_equal(values[p], v) for p, v in _values(again.model).items())
 
 
 def test_only_what_changed_is_copied_again(store):
-    home = Home("store://bucket/runs", "run")
+    home = Home("gs://bucket/runs", "run")
     home.pull()
     (home.folder / "a.txt").write_text("1")
     home.push()
-    (store / "a.txt").write_text("left alone")
+    first = store[RUN + "a.txt"]
     home.push()
-    assert (store / "a.txt").read_text() == "left alone"
+    assert store[RUN + "a.txt"] is first
     (home.folder / "a.txt").write_text("22")
     home.push()
-    assert (store / "a.txt").read_text() == "22"
-    assert not (store / "checkpoints.at").exists()
+    assert store[RUN + "a.txt"][1] == b"22"
+    assert RUN + "checkpoints.at" not in store

@@ -1,0 +1,116 @@
+"""Object stores (gs://bucket/...): their paths, and local copies of what cannot be read from there.
+
+Arrays of runs are read and written in the store itself, by Orbax and tensorstore. Readers of rows and of safetensors
+want files on a disk: these are copied once, under ``copies/``, and again only when their size or time has changed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from etils import epath
+
+COPIES = Path("copies")
+# what etils reaches a store through, unless TensorFlow is installed
+_THROUGH = {"gs": ("gcsfs", "jvlm[gcs]"), "s3": ("s3fs", "s3fs")}
+# kinds of weights that are not read; every other file of a model's folder is copied
+_OTHER_WEIGHTS = (".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+GIB = 2**30
+
+
+def is_remote(place: str | os.PathLike) -> bool:
+    """Whether a path is one of an object store."""
+    return "://" in str(place)
+
+
+def at(place: str) -> epath.Path:
+    """A path on disk or in a store.
+
+    Raises:
+      ValueError: what reaches such a store is not installed; the message says how to.
+    """
+    scheme, remote, _ = place.partition("://")
+    package, install = _THROUGH.get(scheme, ("", "")) if remote else ("", "")
+    if package and not any(importlib.util.find_spec(name) for name in (package, "tensorflow")):
+        raise ValueError(f"{place}: {scheme}:// is reached through {package}: pip install '{install}'")
+    return epath.Path(place)
+
+
+def copy(source: epath.PathLike, target: epath.PathLike) -> None:
+    """Copy one file, between disk and store either way."""
+    with epath.Path(source).open("rb") as reader, epath.Path(target).open("wb") as writer:
+        shutil.copyfileobj(reader, writer, 2**20)
+
+
+def place_of(remote: str | os.PathLike) -> Path:
+    """Where the local copy of a remote file or folder is."""
+    return COPIES / str(remote).replace("://", "/")
+
+
+def fetch(files: Iterable[epath.Path]) -> list[Path]:
+    """Local copies of remote files, each as new as its source; says what it copies, and where to.
+
+    Raises:
+      ValueError: too little space on the disk, with both numbers.
+    """
+    targets, missing = [], []
+    for file in files:
+        target, found = place_of(file), file.stat()
+        targets.append(target)
+        there = target.stat() if target.is_file() else None
+        if there is None or (there.st_size, int(there.st_mtime)) != (found.length, found.mtime):
+            missing.append((file, target, found))
+    if missing:
+        _check_space(missing)
+        size = sum(found.length for _, _, found in missing)
+        print(f"copying {len(missing)} files, {size / GIB:.2f} GiB, to {COPIES.absolute()}: {missing[0][0]} ...")
+    for file, target, found in missing:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # processes of one machine may copy the same file; each renames a whole one
+        part = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        copy(file, part)
+        os.utime(part, (found.mtime, found.mtime))
+        part.replace(target)
+    return targets
+
+
+def _check_space(missing: list) -> None:
+    COPIES.mkdir(parents=True, exist_ok=True)
+    size, free = sum(found.length for *_, found in missing), shutil.disk_usage(COPIES).free
+    if size > free:
+        raise ValueError(
+            f"{missing[0][0]} and {len(missing) - 1} more files to copy are {size / GIB:.2f} GiB, but "
+            f"{COPIES.absolute()} has {free / GIB:.2f} GiB free; make room, or start where there is more"
+        )
+
+
+def matching(pattern: str) -> list[Path]:
+    """Local copies of the remote files that match a path or glob, sorted; empty if none does."""
+    folder, _, name = pattern.rpartition("/")
+    parent = at(folder)
+    found = parent.glob(name) if any(c in pattern for c in "*?[") else [parent / name]
+    return fetch(sorted(path for path in found if path.exists() and not path.is_dir()))
+
+
+def model_folder(place: str | os.PathLike, inside: tuple[str, ...] = ()) -> Path:
+    """A model's folder on disk: itself, or a local copy of the files in a remote one.
+
+    Args:
+      inside: folders in it to copy too. Others (checkpoints, other formats) are not.
+
+    Raises:
+      FileNotFoundError: no such remote folder. ValueError: no way to the store, or too little space.
+    """
+    if not is_remote(place):
+        return Path(place)
+    remote = at(str(place))
+    if not remote.is_dir():
+        raise FileNotFoundError(f"{place} is not a folder, or not one that this machine may read")
+    folders = [remote, *(remote / name for name in inside if (remote / name).is_dir())]
+    files = [path for folder in folders for path in folder.iterdir() if not path.is_dir()]
+    fetch(sorted(path for path in files if not path.name.endswith(_OTHER_WEIGHTS)))
+    return place_of(remote)
