@@ -32,7 +32,7 @@ _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _FREE = frozenset(
     "parameter constant get-tuple-element tuple bitcast while conditional call iota after-all partition-id replica-id "
     "opt-barrier add-dependency async-start async-update async-done domain all-gather-done all-reduce-done "
-    "collective-permute-done copy-done send send-done recv recv-done".split()
+    "collective-permute-done copy-done slice-done send send-done recv recv-done".split()
 )
 
 
@@ -309,29 +309,59 @@ def _moved(one: Instruction, inside: dict[str, Instruction], program: _Program) 
     """Bytes of HBM that an instruction reads and writes: operands and results, and of slices the slice alone."""
     if one.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * _in_hbm(one)
+    if one.opcode in ("copy-start", "slice-start"):
+        # named are source, what arrives, and a flag: often it arrives in memory of the core
+        arrays = [shape for shape in one.shapes if shape.sizes]
+        size = min(shape.bytes for shape in arrays)
+        return size * sum(not shape.on_chip for shape in arrays)
     if one.opcode in ("dynamic-update-slice", "scatter"):
         update = inside.get(one.operands[1]) if len(one.operands) > 1 else None
         return 2 * _in_hbm(update) if update else _in_hbm(one)
-    called = next((name for how, name in _CALLED.findall(one.rest) if how == "calls"), None)
-    body = program.computations.get(called, []) if one.opcode == "fusion" else []
-    parameters = {int(i.rest[len("parameter(") :].split(")")[0]): i.name for i in body if i.opcode == "parameter"}
+    body = _body(one, program)
     total = 0.0
     for index, name in enumerate(one.operands):
         operand = inside.get(name)
         if operand is None or operand.opcode in ("constant", "tuple"):
             continue
-        users = [i for i in body if parameters.get(index) in i.operands]
-        if users and all(i.opcode == "dynamic-slice" and i.operands[0] == parameters[index] for i in users):
-            total += sum(i.bytes for i in users) if _in_hbm(operand) else 0.0
-        elif users and all(i.opcode == "dynamic-update-slice" and i.operands[0] == parameters[index] for i in users):
-            continue  # written in place
-        else:
-            total += _in_hbm(operand)
+        read = _read(body, index, program)
+        total += _in_hbm(operand) if read is None else min(read, _in_hbm(operand))
     root = next((i for i in body if i.root), None)
     if root is not None and root.opcode == "dynamic-update-slice":
         update = next((i for i in body if i.name == root.operands[1]), None)
         return total + (update.bytes if update and _in_hbm(one) else 0.0)
     return total + _in_hbm(one)
+
+
+def _body(one: Instruction, program: _Program) -> list[Instruction]:
+    """What a fusion does; nothing for other instructions."""
+    called = next((name for how, name in _CALLED.findall(one.rest) if how == "calls"), None)
+    return program.computations.get(called, []) if one.opcode == "fusion" else []
+
+
+def _read(body: list[Instruction], index: int, program: _Program) -> float | None:
+    """Bytes that a fusion reads of its operand, where it takes slices alone; None where it takes all of it.
+
+    What is only written into, in place, is not read.
+    """
+    names = {i.name for i in body if i.opcode == "parameter" and i.rest.startswith(f"parameter({index})")}
+    total, found = 0.0, False
+    for one in body:
+        at = [place for place, name in enumerate(one.operands) if name in names]
+        if not at:
+            continue
+        found = True
+        if one.opcode == "bitcast":
+            names.add(one.name)
+        elif one.opcode == "dynamic-slice" and at == [0]:
+            total += one.bytes
+        elif one.opcode == "fusion":
+            inner = [_read(_body(one, program), place, program) for place in at]
+            if None in inner:
+                return None
+            total += sum(inner)
+        elif not (one.opcode == "dynamic-update-slice" and at == [0]):
+            return None
+    return total if found else None
 
 
 def _in_hbm(one: Instruction) -> float:
