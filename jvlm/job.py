@@ -21,10 +21,9 @@ from jvlm.parallel import hosts
 from jvlm.training import log
 from jvlm.training.config import Experiment
 from jvlm.training.log import clock
-from jvlm.training.loop import Result, train
-from jvlm.weights import table
+from jvlm.training.loop import Result, split, train
+from jvlm.weights import checkpoint, run_folder, table
 from jvlm.weights.loading import load
-from jvlm.weights.saving import save
 
 ANSWERS, SCORES, EXPORT, REPORT = "answers.jsonl", "scores.json", "hf", "report.html"
 
@@ -41,22 +40,19 @@ class Floor:
 def run(experiment: Experiment) -> Path:
     """Train, score, export, read the export back, and write the report. Returns the run folder.
 
-    Of several processes all train; the first does the rest by itself, with the whole model on one device, while the
-    others wait.
+    Of several processes all train; the first does the rest by itself, from the last checkpoint, while the others wait:
+    it scores with the model on a device of its own, and exports one tensor after another.
     """
     began = time.perf_counter()
     if experiment.export.enabled and experiment.model is not None:
         table.export_form(experiment.model)  # better refused now than after the training
     result = train(experiment)
     if jax.process_count() > 1:
-        values = {path: v.get_value() for path, v in vlm.parameters(result.model).items()}
-        whole = hosts.bring(values)
-        if hosts.is_first():
-            result = dataclasses.replace(result, model=vlm.bind(result.model, whole))
-            _finish(experiment, result, began)
-        hosts.wait("the first process has scored and exported")
-    else:
+        # parts of it are on other hosts, and the memory is needed
+        result = dataclasses.replace(result, model=split(result.model)[0])
+    if hosts.is_first():
         _finish(experiment, result, began)
+    hosts.wait("the first process has scored and exported")
     return result.folder
 
 
@@ -78,8 +74,11 @@ def evaluate(experiment: Experiment, result: Result) -> tuple[list[Answer], Scor
     config = experiment.evaluation
     rows = score.load_rows(config.data, config.max_rows)
     began = time.perf_counter()
+    model = result.model
+    if jax.process_count() > 1:
+        model, _ = load(result.folder, numerics=model.config.numerics, step=result.last)
     answers = score.ask(
-        result.model,
+        model,
         result.processor,
         rows,
         ask=config.ask,
@@ -133,7 +132,11 @@ def export(experiment: Experiment, result: Result, answers: Sequence[Answer]) ->
       ValueError: the folder read back answers differently.
     """
     folder = result.folder / EXPORT
-    save(result.model, result.processor, folder, dtype=experiment.export.dtype)
+    saved = None
+    if jax.process_count() > 1:
+        shapes = {path: v.get_value().shape for path, v in vlm.parameters(result.model).items()}
+        saved = run_folder.Arrays(run_folder.params_folder(result.folder, result.last), shapes).read
+    checkpoint.save(result.model, result.processor, folder, dtype=experiment.export.dtype, read=saved)
     again = answers[: experiment.export.verify]
     if not again:
         print(f"exported to {folder} (nothing to compare answers on)")

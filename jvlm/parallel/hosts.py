@@ -134,13 +134,3 @@ def place(batches: PackedBatch, rows: tuple[int, ...], shapes: PackedBatch) -> P
         return jax.make_array_from_callback(shape.shape, shape.sharding, part)
 
     return jax.tree.map(of, batches, shapes)
-
-
-def bring(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Each array as a whole on the first device of process 0; nothing elsewhere. Every process must call it."""
-    found = {}
-    for path, value in values.items():
-        whole = multihost_utils.process_allgather(value, tiled=True)
-        if is_first():
-            found[path] = jax.device_put(whole, jax.local_devices()[0])
-    return found

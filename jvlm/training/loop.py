@@ -49,12 +49,18 @@ _FREE = (
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a finished run leaves: the model, its places, and how long it trained (seconds, restarts included)."""
+    """What a finished run leaves: the model, its places, and how long it trained (seconds, restarts included).
+
+    Attributes:
+      steps: of all stages.
+      last: the step whose checkpoint holds this model.
+    """
 
     model: VLM
     processor: Processor
     home: Home
     steps: int
+    last: int
     seconds: float
     compilations: int
     rejected: int
@@ -194,7 +200,7 @@ def _train_one(experiment: Experiment) -> Result:
     )
     model = vlm.bind(template, {**frozen, **state.params})
     home.push()
-    return Result(model, processor, home, experiment.steps, seconds, compilations, seen.rejected)
+    return Result(model, processor, home, experiment.steps, experiment.steps, seconds, compilations, seen.rejected)
 
 
 def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None = None) -> tuple[VLM, Processor]:

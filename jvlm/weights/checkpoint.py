@@ -20,6 +20,7 @@ from jvlm.models.vlm import VLM, VLMConfig, parameters
 from jvlm.weights import safetensors_files, table
 
 EMBEDDING = "decoder.embedding"
+ReadLayer = Callable[[str, int | None], np.ndarray]
 ShardingOf = Callable[[str, nnx.Variable], jax.sharding.Sharding]
 
 
@@ -169,10 +170,16 @@ def save(
     folder: Path,
     *,
     dtype: str | None,
-    layout: str,
-    max_shard_bytes: int,
+    layout: str = "released",
+    max_shard_bytes: int = 5 * 10**9,
+    read: ReadLayer | None = None,
 ) -> None:
-    """Write a Hugging Face folder; see `jvlm.weights.saving.save`."""
+    """Write a Hugging Face folder; see `jvlm.weights.saving.save`.
+
+    Args:
+      read: gives a parameter's value by path, or one layer of it; None takes those of the model, which may otherwise
+        be without arrays.
+    """
     architecture = table.export_form(model.config)
     folder.mkdir(parents=True, exist_ok=True)
     if layout not in architecture.layouts:
@@ -184,7 +191,7 @@ def save(
     for entry in expected:
         variable = variables[entry.path]
         target = np.dtype(jnp.dtype(dtype or stored_dtype(variable, entry.layer)))
-        tensors.append((rename(entry.name), target, entry.shape, _writer(variable, entry, target)))
+        tensors.append((rename(entry.name), target, entry.shape, _writer(read or _values(variables), entry, target)))
     written = safetensors_files.write(folder, tensors, max_shard_bytes)
     for old in [*folder.glob("model*.safetensors"), *folder.glob(safetensors_files.INDEX)]:
         if old.name not in written:
@@ -201,13 +208,16 @@ def stored_dtype(variable: nnx.Variable, layer: int | None) -> str:
     return stored if isinstance(stored, str) else stored[layer or 0]
 
 
-def _writer(variable: nnx.Variable, entry: table.Entry, dtype: np.dtype) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        value = variable.get_value()
-        value = np.asarray(value if entry.layer is None else value[entry.layer])
-        return entry.to_checkpoint(value).astype(dtype)
+def _values(variables: Mapping[str, nnx.Variable]) -> ReadLayer:
+    def read(path: str, layer: int | None) -> np.ndarray:
+        value = variables[path].get_value()
+        return np.asarray(value if layer is None else value[layer])
 
     return read
+
+
+def _writer(values: ReadLayer, entry: table.Entry, dtype: np.dtype) -> Callable[[], np.ndarray]:
+    return lambda: entry.to_checkpoint(values(entry.path, entry.layer)).astype(dtype)
 
 
 def write_sidecars(folder: Path, config: VLMConfig, processor: Processor, dtype: str) -> None:

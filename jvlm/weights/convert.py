@@ -14,7 +14,6 @@ from typing import Any, Literal, Protocol
 
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
 import numpy as np
-import tensorstore as ts
 
 from jvlm.models import vlm
 from jvlm.models.layers import Numerics
@@ -188,26 +187,14 @@ class _Run:
     def __init__(self, folder: Path, step: int | None):
         self.folder = folder
         self.config = run_folder.model_config(folder)
-        self.params = run_folder.params_folder(folder, step)
         self.entries, shapes = _entries_of(self.config)
-        self.arrays = _open_arrays(self.params, shapes)
-        self._path, self._rows, self._block = "", range(0), None
+        self.arrays = run_folder.Arrays(run_folder.params_folder(folder, step), shapes)
 
     def dtype(self, entry: Entry) -> np.dtype:
-        return self.arrays[entry.path].dtype.numpy_dtype
+        return self.arrays.dtype(entry.path)
 
     def read(self, entry: Entry) -> np.ndarray:
-        array = self.arrays[entry.path]
-        if entry.layer is None:
-            return entry.to_checkpoint(array.read().result())
-        if entry.path != self._path or entry.layer not in self._rows:
-            # A chunk is decoded whole, so all its layers are read at once and kept until their turn.
-            per_chunk = array.chunk_layout.read_chunk.shape[0]
-            first = entry.layer - entry.layer % per_chunk
-            self._path, self._rows = entry.path, range(first, min(first + per_chunk, array.shape[0]))
-            self._block = None
-            self._block = array[self._rows.start : self._rows.stop].read().result()
-        return entry.to_checkpoint(self._block[entry.layer - self._rows.start])
+        return entry.to_checkpoint(self.arrays.read(entry.path, entry.layer))
 
     def write_sidecars(self, target: Path, dtype: str | None) -> None:
         processor = checkpoint.load_processor(self.folder / run_folder.PROCESSOR, self.config)
@@ -215,30 +202,4 @@ class _Run:
         checkpoint.write_sidecars(target, self.config, processor, dtype or self.dtype(embedding).name)
 
     def close(self) -> None:
-        self.arrays = {}
-
-
-def _open_arrays(params: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Parameter path -> tensorstore array of an Orbax checkpoint.
-
-    Raises:
-      WeightError: missing, extra or wrongly shaped parameters, all of them listed.
-    """
-    metadata = json.loads((params / "_METADATA").read_text())
-    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-    stored = {".".join(k["key"] for k in v["key_metadata"]) for v in metadata["tree_metadata"].values()}
-    lines = [f"missing: {path} {shapes[path]}" for path in shapes if path not in stored]
-    lines += [f"unexpected: {path}" for path in sorted(stored - set(shapes))]
-    arrays = {}
-    for path in shapes:
-        if path not in stored:
-            continue
-        kvstore = {"driver": "ocdbt", "base": params.absolute().as_uri() + "/", "path": path + "/"}
-        arrays[path] = ts.open({"driver": driver, "kvstore": kvstore}, open=True, read=True).result()
-        if arrays[path].shape != shapes[path]:
-            lines.append(f"wrong shape: {path} is {arrays[path].shape}, expected {shapes[path]}")
-    if lines:
-        raise WeightError(
-            f"{params} does not match its configuration ({len(lines)} problems):\n  " + "\n  ".join(lines)
-        )
-    return arrays
+        self.arrays.close()

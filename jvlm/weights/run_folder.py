@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
 from jvlm import config as config_tree
@@ -96,6 +101,57 @@ def load(
     model = vlm.abstract(config)
     values = read_params(source, model, sharding)
     return vlm.bind(model, values), checkpoint.load_processor(folder / PROCESSOR, config)
+
+
+class Arrays:
+    """The parameters of a checkpoint in host memory, each when it is asked for.
+
+    Args:
+      params: where Orbax wrote them, on disk or in an object store.
+      shapes: by dotted path.
+
+    Raises:
+      WeightError: missing, extra or wrongly shaped parameters, all of them listed.
+    """
+
+    def __init__(self, params: epath.Path, shapes: Mapping[str, tuple[int, ...]]):
+        metadata = json.loads((params / "_METADATA").read_text())
+        driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+        stored = {".".join(k["key"] for k in v["key_metadata"]) for v in metadata["tree_metadata"].values()}
+        lines = [f"missing: {path} {shapes[path]}" for path in shapes if path not in stored]
+        lines += [f"unexpected: {path}" for path in sorted(stored - set(shapes))]
+        self._arrays: dict[str, Any] = {}
+        for path in (path for path in shapes if path in stored):
+            kvstore = {"driver": "ocdbt", "base": params.absolute().as_uri() + "/", "path": path + "/"}
+            self._arrays[path] = ts.open({"driver": driver, "kvstore": kvstore}, open=True, read=True).result()
+            if self._arrays[path].shape != shapes[path]:
+                lines.append(f"wrong shape: {path} is {self._arrays[path].shape}, expected {shapes[path]}")
+        if lines:
+            raise WeightError(
+                f"{params} does not match its configuration ({len(lines)} problems):\n  " + "\n  ".join(lines)
+            )
+        self._path, self._rows, self._block = "", range(0), None
+
+    def dtype(self, path: str) -> np.dtype:
+        """As it is stored."""
+        return self._arrays[path].dtype.numpy_dtype
+
+    def read(self, path: str, layer: int | None = None) -> np.ndarray:
+        """A parameter, or one layer of a stacked one; layers asked for in order are read once."""
+        array = self._arrays[path]
+        if layer is None:
+            return array.read().result()
+        if path != self._path or layer not in self._rows:
+            # A chunk is decoded whole, so all its layers are read at once and kept until their turn.
+            per_chunk = array.chunk_layout.read_chunk.shape[0]
+            first = layer - layer % per_chunk
+            self._path, self._rows = path, range(first, min(first + per_chunk, array.shape[0]))
+            self._block = None
+            self._block = array[self._rows.start : self._rows.stop].read().result()
+        return self._block[layer - self._rows.start]
+
+    def close(self) -> None:
+        self._arrays, self._block, self._path = {}, None, ""
 
 
 def read_params(source: epath.Path, model: VLM, sharding: checkpoint.ShardingOf | None = None) -> dict[str, jax.Array]:
