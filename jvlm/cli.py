@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from jvlm.training.config import Experiment
 
+T = TypeVar("T")
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -47,8 +49,6 @@ def load_experiment(config: str, overrides: list[str]) -> Experiment:
       FileNotFoundError: no such file. ValueError: it has no ``get_config``. SystemExit: a wrong field or value,
       after naming the nearest right one.
     """
-    import tyro
-
     from jvlm.training.config import Experiment
 
     path = _find_config(config)
@@ -60,11 +60,18 @@ def load_experiment(config: str, overrides: list[str]) -> Experiment:
     experiment = module.get_config()
     if not isinstance(experiment, Experiment):
         raise ValueError(f"get_config() of {path} returned a {type(experiment).__name__}, not an Experiment")
+    return _fields(Experiment, experiment, overrides, f"jvlm train {config}")
+
+
+def _fields(kind: type[T], default: T, fields: list[str], program: str) -> T:
+    """A dataclass with the fields of a command line in place. Raises SystemExit, after naming the nearest right one."""
+    import tyro
+
     return tyro.cli(
-        Experiment,
-        args=overrides,
-        default=experiment,
-        prog=f"jvlm train {config}",
+        kind,
+        args=fields,
+        default=default,
+        prog=program,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         use_underscores=True,
     )
@@ -110,26 +117,33 @@ def _sampling(arguments: argparse.Namespace, processor):
     return SamplingConfig(**given)
 
 
-def _load(arguments: argparse.Namespace):
-    import dataclasses
+def _load(arguments: argparse.Namespace, fields: list[str]):
+    """(model, processor, layout): on all devices, or on the mesh that ``fields`` ask for as --parallel.tensor 4."""
+    from jvlm.inference import serving
+    from jvlm.weights import loading
 
-    from jvlm.weights.loading import load
-
-    model, processor = load(arguments.model)
+    config = loading.read_config(arguments.model)
+    if arguments.param_dtype:
+        numerics = dataclasses.replace(config.numerics, param_dtype=arguments.param_dtype)
+        config = dataclasses.replace(config, numerics=numerics)
+    asked = _fields(serving.Serving, serving.Serving(), fields, f"jvlm {arguments.command}").parallel
+    layout = serving.layout(config, asked if fields else None)
+    place = layout.parameter if layout else None
+    model, processor = loading.load(arguments.model, numerics=config.numerics, sharding=place)
     limits = {n: getattr(arguments, n) for n in ("min_pixels", "max_pixels") if getattr(arguments, n) is not None}
     if limits:
         known = {f.name for f in dataclasses.fields(processor.media)}
         for name in set(limits) - known:
             raise ValueError(f"--{name} is not for this model; its pictures have {', '.join(sorted(known))}")
         processor.media = dataclasses.replace(processor.media, **limits)
-    return model, processor
+    return model, processor, layout
 
 
-def _generate(arguments: argparse.Namespace, _: list[str]) -> int:
+def _generate(arguments: argparse.Namespace, rest: list[str]) -> int:
     single, file = arguments.prompt is not None, arguments.data is not None
     if single == file or (file and arguments.output is None):
         raise ValueError("give either --prompt (with any number of --image), or --data and --output")
-    model, processor = _load(arguments)
+    model, processor, layout = _load(arguments, rest)
     sampling = _sampling(arguments, processor)
     if file:
         from jvlm.inference.batch_file import generate_file
@@ -142,26 +156,25 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> int:
             sampling,
             batch_size=arguments.batch_size,
             on_bad_row=arguments.on_bad_row,
+            layout=layout,
         )
         return 0
-    import dataclasses
-
     from jvlm.inference.generate import stream
 
     lacking = len(arguments.image) - arguments.prompt.count("<image>")
     content = "<image>" * max(lacking, 0) + arguments.prompt
     row = {"messages": [{"role": "user", "content": content}], "images": arguments.image}
-    for piece in stream(model, processor, row, **dataclasses.asdict(sampling)):
+    for piece in stream(model, processor, row, layout=layout, **dataclasses.asdict(sampling)):
         print(piece, end="", flush=True)
     print()
     return 0
 
 
-def _chat(arguments: argparse.Namespace, _: list[str]) -> int:
+def _chat(arguments: argparse.Namespace, rest: list[str]) -> int:
     from jvlm.inference.chat import chat
 
-    model, processor = _load(arguments)
-    chat(model, processor, _sampling(arguments, processor), arguments.system)
+    model, processor, layout = _load(arguments, rest)
+    chat(model, processor, _sampling(arguments, processor), arguments.system, layout=layout)
     return 0
 
 
@@ -219,12 +232,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--output", help="JSONL to write; an unfinished one is continued")
     generate.add_argument("--batch_size", type=int, default=8)
     generate.add_argument("--on_bad_row", choices=("error", "skip"), default="error")
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=_generate, takes_fields=True, command="generate")
 
     chat = commands.add_parser("chat", help="talk with a model in the terminal")
     _add_model(chat)
     chat.add_argument("--system", help="system prompt")
-    chat.set_defaults(run=_chat)
+    chat.set_defaults(run=_chat, takes_fields=True, command="chat")
 
     data = commands.add_parser("data", help="look at data, or write shards").add_subparsers(required=True)
     check = data.add_parser("check", help="count rows that can and cannot be used, and say why")
@@ -240,7 +253,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "All devices share the work; --parallel.tensor, --parallel.data and others of `parallel` say how."
     parser.add_argument("--model", required=True, help="a Hugging Face folder or a jvlm run folder")
+    parser.add_argument("--param_dtype", choices=("float32", "bfloat16"), help="of the parameters (default: float32)")
     parser.add_argument("--max_new_tokens", type=int)
     parser.add_argument("--temperature", type=float, help="0 (default) takes the most likely token")
     parser.add_argument("--top_k", type=int)

@@ -15,9 +15,11 @@ from jvlm.data.rows import Conversation
 from jvlm.evaluation import report, score
 from jvlm.evaluation.questions import TextOnlyFloor, normalise
 from jvlm.evaluation.score import YES_NO, Answer, Scores
+from jvlm.inference import serving
 from jvlm.inference.generate import generate
 from jvlm.models import vlm
 from jvlm.parallel import hosts
+from jvlm.parallel.layout import Layout
 from jvlm.training import log
 from jvlm.training.config import Experiment
 from jvlm.training.log import clock
@@ -84,6 +86,7 @@ def evaluate(experiment: Experiment, result: Result) -> tuple[list[Answer], Scor
         ask=config.ask,
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
+        layout=_layout(result),
     )
     seconds = time.perf_counter() - began
     scores = Scores.of(answers)
@@ -94,6 +97,11 @@ def evaluate(experiment: Experiment, result: Result) -> tuple[list[Answer], Scor
     (result.folder / SCORES).write_text(json.dumps(values, indent=2) + "\n")
     print(summary(scores, floor, seconds))
     return answers, scores, floor
+
+
+def _layout(result: Result) -> Layout | None:
+    """Where to generate: on all devices of the only process; of several the first has the model on one device."""
+    return serving.layout(result.model.config) if jax.process_count() == 1 else None
 
 
 def text_only_floor(experiment: Experiment, answers: Sequence[Answer]) -> Floor:
@@ -141,17 +149,19 @@ def export(experiment: Experiment, result: Result, answers: Sequence[Answer]) ->
     if not again:
         print(f"exported to {folder} (nothing to compare answers on)")
         return f"{folder}, not compared"
-    model, processor = load(folder, numerics=result.model.config.numerics)
+    layout = _layout(result)
+    place = layout.parameter if layout else None
+    model, processor = load(folder, numerics=result.model.config.numerics, sharding=place)
     if experiment.evaluation.ask == "alone":
         prompts = [a.question.conversation for a in again]
-        settings = {"max_new_tokens": experiment.evaluation.max_new_tokens}
+        settings = {"max_new_tokens": experiment.evaluation.max_new_tokens, "layout": layout}
         texts = generate(model, processor, prompts, batch_size=experiment.evaluation.batch_size, **settings)
     else:
         rows = score.load_rows(experiment.evaluation.data, experiment.evaluation.max_rows)
         kept = {a.question.origin for a in again}
         rows = [row for row in rows if row.origin in kept]
         again = [a for a in answers if a.question.origin in kept]
-        texts = [a.response for a in score.ask(model, processor, rows, ask="chain")]
+        texts = [a.response for a in score.ask(model, processor, rows, ask="chain", layout=layout)]
     different = [(a, t) for a, t in zip(again, texts, strict=True) if a.response != t]
     if different:
         answer, text = different[0]

@@ -22,6 +22,7 @@ from jvlm.data.turns import consume
 from jvlm.evaluation.questions import Question, normalise, questions_of
 from jvlm.inference.generate import generate
 from jvlm.models.vlm import VLM
+from jvlm.parallel.layout import Layout
 
 _TAG = re.compile(r"<(image|video|bbox|ref-object)>")
 YES_NO = frozenset(("yes", "no"))
@@ -100,14 +101,16 @@ def ask(
     ask: str = "alone",
     max_new_tokens: int = 64,
     batch_size: int = 64,
+    layout: Layout | None = None,
 ) -> list[Answer]:
     """Answers to every question of the rows, greedy, in order of row and turn.
 
     Args:
       ask: "alone" or "chain", as in `jvlm.training.config.EvaluationConfig`.
+      layout: as in `jvlm.generate`.
     """
     questions = [questions_of(row) for row in rows]
-    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "layout": layout}
     with tqdm(total=sum(map(len, questions)), desc="asking", unit="question", dynamic_ncols=True) as bar:
 
         def run(conversations: list[Conversation]) -> list[str]:

@@ -19,6 +19,7 @@ from jvlm.inference.engine import Engine
 from jvlm.inference.generate import answer_text, complete, engine_for
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models.vlm import VLM
+from jvlm.parallel.layout import Layout
 
 _ADDED = frozenset(("response", "prompt_tokens", "response_tokens", "finish", "error"))
 
@@ -40,13 +41,15 @@ def generate_file(
     sampling: SamplingConfig = SamplingConfig(),
     batch_size: int = 8,
     on_bad_row: Literal["error", "skip"] = "error",
+    layout: Layout | None = None,
 ) -> FileResult:
     """Answer every row of a JSONL file.
 
     Output line n is input row n with ``response``, ``prompt_tokens``, ``response_tokens`` (a stop token included)
     and ``finish`` ("stop" or "length") added; or with ``error`` for a bad row, if ``on_bad_row`` is "skip". Every
     batch is written when it is done. If the output exists, its lines are kept, a half-written last one is cut, and
-    the rows after them are answered; random draws depend on the row, not on where a restart fell.
+    the rows after them are answered; random draws depend on the row, not on where a restart fell. ``layout``: as in
+    `jvlm.generate`.
 
     Raises:
       RowError: a bad row, unless skipped; answers before it are in the file.
@@ -61,7 +64,7 @@ def generate_file(
         raise ValueError(f"on_bad_row is {on_bad_row!r}; it must be 'error' or 'skip'")
     source = RowSource([str(data)])
     found = resume(source, data, output)
-    engine = engine_for(model, processor)
+    engine = engine_for(model, processor, layout)
     answered = bad = 0
     output.parent.mkdir(parents=True, exist_ok=True)
     with (

@@ -15,6 +15,7 @@ from jvlm.data.processor import Processor
 from jvlm.inference.generate import engine_for, stream_example
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models.vlm import VLM
+from jvlm.parallel.layout import Layout
 
 HELP = """Commands: quit or exit; clear (forget the conversation); reset-system (give a new system prompt);
 multi-line (input goes on until a line that ends with #); single-line (back to one line).
@@ -48,6 +49,7 @@ def chat(
     sampling: SamplingConfig = SamplingConfig(),
     system: str | None = None,
     *,
+    layout: Layout | None = None,
     read: Callable[[str], str] = input,
     write: Callable[[str], None] | None = None,
 ) -> None:
@@ -58,10 +60,11 @@ def chat(
 
     Args:
       system: the system turn; None leaves it to the model's template.
+      layout: as in `generate`.
       read: shows a prompt and returns a line, as `input` does, raising EOFError at the end.
       write: shows text as it stands, without a newline of its own.
     """
-    engine = engine_for(model, processor)
+    engine = engine_for(model, processor, layout)
     show = write or _print
     session = Session(system)
     show(HELP + "\n")

@@ -10,43 +10,24 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int
 
 from jvlm.data import packing
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
-from jvlm.inference.sampling import Kind, Knobs, SamplingConfig, sample
+from jvlm.inference import serving
+from jvlm.inference.program import Steps, Structure
+from jvlm.inference.sampling import Knobs, SamplingConfig
 from jvlm.inference.weights import decoding_state
-from jvlm.models.batch import DecodeStep, PackedBatch
-from jvlm.models.vlm import VLM
+from jvlm.models.batch import PackedBatch
+from jvlm.models.vlm import VLM, VLMConfig
+from jvlm.parallel.layout import Layout
 
 # Shapes are rounded up to 1, 2, 3, 4, 6, 8, 12, ... of these, so that few are ever compiled.
 TOKEN_STEP = 16
 LANES = 128  # a TPU's kernel for decoding takes caches of whole lanes
 PATCH_STEP = 16
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """All that changes from token to token; donated, so that the cache is updated in place.
-
-    Attributes:
-      cache: for each layer, arrays [B, T, ...].
-      place: place in the cache of the token that comes next.
-      position: its rotary position, the same on all axes.
-      step: number of tokens chosen so far.
-      seen: tokens of prompt and answer, kept only when repetition is penalised.
-    """
-
-    cache: list[Any]
-    place: Int[Array, " B"]
-    position: Int[Array, " B"]
-    step: Int[Array, ""]
-    seen: Bool[Array, "B V"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,44 +42,49 @@ class Engine:
     """Generates for one model. Parameters are prepared once; call `update` after they have changed.
 
     Args:
+      layout: the devices to share the work, all of this process, as `serving.layout` gives it; None is one device.
       ahead: start each step before the tokens of the last are read, so that an accelerator never waits for the
         host; costs one step too many at the end. None: wherever the backend is not CPU.
+
+    Raises:
+      ValueError: a layout that cannot generate, or that the model does not divide by.
     """
 
-    def __init__(self, model: VLM, processor: Processor, *, ahead: bool | None = None):
+    def __init__(self, model: VLM, processor: Processor, layout: Layout | None = None, *, ahead: bool | None = None):
         self.config, self.processor = model.config, processor
         self.ahead = jax.default_backend() != "cpu" if ahead is None else ahead
-        self.banned = _banned(model, processor)
-        self._graph: Any = None
-        self._known: list[Any] = []
+        self.layout = serving.checked(layout, model.config)
+        self.banned = banned_tokens(model.config, len(processor.tokenizer), processor.mark_ids)
+        self._steps: Steps | None = None
+        self._given: list[Any] = []
         self.update(model)
 
     def update(self, model: VLM) -> None:
-        """Take the parameters that the model holds now; free if they are the same arrays as before."""
-        graph, state = nnx.split(model)
-        leaves, tree = jax.tree.flatten(state)
-        if len(leaves) == len(self._known) and all(a is b for a, b in zip(leaves, self._known, strict=True)):
+        """Take the parameters that the model holds now; free if they are the same arrays as before.
+
+        On a layout, those that are not where they will be used are copied there.
+        """
+        given = jax.tree.leaves(nnx.state(model))
+        if len(given) == len(self._given) and all(a is b for a, b in zip(given, self._given, strict=True)):
             return
-        self._known = leaves
-        decoder_graph, _ = nnx.split(model.decoder)
-        self._decoder_leaves, decoder_tree = jax.tree.flatten(decoding_state(model.decoder))
-        if self._graph != (graph, tree):
-            self._graph, self._decoder_graph = (graph, tree), (decoder_graph, decoder_tree)
-            self._prefill = jax.jit(self._prefill_step)
-            self._begin = jax.jit(self._begin_step, static_argnums=(0, 1))
-            self._decode = jax.jit(self._decode_step, static_argnums=0, donate_argnums=2)
+        self._given = given
+        placed = model if self.layout is None else serving.place(model, self.layout)
+        whole, self._leaves = Structure.of(placed, nnx.state(placed))
+        decoder, self._decoder_leaves = Structure.of(placed.decoder, decoding_state(placed.decoder))
+        if self._steps is None or (self._steps.model, self._steps.decoder) != (whole, decoder):
+            self._steps = Steps(whole, decoder, self.banned, self.layout)
 
     def release(self) -> None:
         """Let go of the parameters, not of what is compiled; `update` takes them again.
 
         Training wants this after generating: on CPU the engine's views keep old parameters alive.
         """
-        self._known, self._decoder_leaves = [], []
+        self._given, self._leaves, self._decoder_leaves = [], [], []
 
     @property
     def compilations(self) -> dict[str, int]:
         """How many times each step has been compiled."""
-        return {"prefill": self._prefill._cache_size(), "decode": self._decode._cache_size()}
+        return {"prefill": self._steps.prefill._cache_size(), "decode": self._steps.decode._cache_size()}
 
     def stop_tokens(self, sampling: SamplingConfig) -> frozenset[int]:
         """The tokens that end a sequence."""
@@ -119,33 +105,41 @@ class Engine:
           examples: prompts, ended with the opening of an assistant turn.
           numbers: of the conversations, for the random draws; 0, 1, ... if not given.
         """
-        count, B = len(examples), 1 << (len(examples) - 1).bit_length()
+        count, B = len(examples), self._rows(len(examples))
         batch, lengths = self._batch(examples, B)
         rows = np.zeros(B, np.int32)
         rows[:count] = range(count) if numbers is None else numbers
         knobs = Knobs.of(sampling, rows)
+        if self.layout is not None:
+            batch, lengths, knobs = serving.place_batch(self.layout, batch, lengths, knobs)
         on_cpu = jax.default_backend() == "cpu"
         places = packing.bucket(int(lengths.max()) + sampling.max_new_tokens, TOKEN_STEP if on_cpu else LANES)
         kind, stop, leaves = sampling.kind, list(self.stop_tokens(sampling)), self._decoder_leaves
-        logits, cache = self._prefill(self._known, batch, lengths)
-        token, state = self._begin(kind, places, leaves, logits, cache, batch, lengths, knobs)
+        logits, cache = self._steps.prefill(self._leaves, batch, lengths)
+        token, state = self._steps.begin(kind, places, leaves, logits, cache, batch, lengths, knobs)
         del logits, cache
         running = np.ones(count, bool)
         for left in reversed(range(sampling.max_new_tokens)):
             if left and self.ahead:
-                upcoming, state = self._decode(kind, leaves, state, token, knobs)
+                upcoming, state = self._steps.decode(kind, leaves, state, token, knobs)
             chosen = np.asarray(token)[:count]
             yield [int(t) if r else None for t, r in zip(chosen, running, strict=True)]
             running &= ~np.isin(chosen, stop)
             if not left or not running.any():
                 return
             if not self.ahead:
-                upcoming, state = self._decode(kind, leaves, state, token, knobs)
+                upcoming, state = self._steps.decode(kind, leaves, state, token, knobs)
             token = upcoming
 
     def completion(self, tokens: Sequence[int], sampling: SamplingConfig) -> Completion:
         """The tokens that `steps` gave for one example, and how they ended."""
         return Completion(tuple(tokens), bool(tokens) and tokens[-1] in self.stop_tokens(sampling))
+
+    def _rows(self, count: int) -> int:
+        """Rows of a batch of so many prompts: few sizes, and as many for each device."""
+        rows = 1 << (count - 1).bit_length()
+        parts = 1 if self.layout is None else self.layout.size(self.layout.splits("batch"))
+        return -(-rows // parts) * parts
 
     def _batch(self, examples: Sequence[Example], rows: int) -> tuple[PackedBatch, np.ndarray]:
         step = packing.patch_step(self.processor.vision.patch_group, PATCH_STEP)
@@ -158,53 +152,10 @@ class Engine:
         lengths[: len(examples)] = [e.length for e in examples]
         return batch, lengths
 
-    def _prefill_step(self, leaves, batch: PackedBatch, lengths):
-        """Logits after each prompt's last token, and the cache of the prompt, [layers, B, S, ...]."""
-        graph, tree = self._graph
-        model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-        hidden, cache, _ = model.hidden(batch)
-        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-        return model.decoder.logits(last), cache
 
-    def _begin_step(self, kind: Kind, places: int, leaves, logits, cache, batch: PackedBatch, lengths, knobs: Knobs):
-        """The first token, and the state for the next."""
-        seen = None
-        if kind.penalised:
-            tokens = jnp.where(batch.segment_ids > 0, batch.tokens, logits.shape[1])
-            rows = jnp.arange(len(tokens))[:, None]
-            seen = jnp.zeros(logits.shape, bool).at[rows, tokens].set(True, mode="drop")
-        token = sample(logits, kind, knobs, jnp.int32(0), banned=self.banned, seen=seen)
-        return token, DecodeState(
-            cache=self._decoder(leaves).open_cache(cache, places),
-            place=lengths,
-            position=batch.positions.max((1, 2)) + 1,
-            step=jnp.int32(1),
-            seen=seen,
-        )
-
-    def _decoder(self, leaves):
-        graph, tree = self._decoder_graph
-        return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-
-    def _decode_step(self, kind: Kind, leaves, state: DecodeState, token, knobs: Knobs):
-        """Run the tokens last chosen through the decoder and choose the next."""
-        decoder = self._decoder(leaves)
-        B = len(token)
-        hidden, cache, _ = decoder(
-            decoder.embed(token[:, None]),
-            jnp.broadcast_to(state.position[:, None, None], (B, 1, 3)),
-            jnp.ones((B, 1), jnp.int32),
-            cache=state.cache,
-            step=DecodeStep(state.place),
-        )
-        seen = None if state.seen is None else state.seen.at[jnp.arange(B), token].set(True)
-        chosen = sample(decoder.logits(hidden[:, 0]), kind, knobs, state.step, banned=self.banned, seen=seen)
-        return chosen, DecodeState(cache, state.place + 1, state.position + 1, state.step + 1, seen)
-
-
-def _banned(model: VLM, processor: Processor) -> np.ndarray:
-    """Ids without a token, and those that only media may bring."""
-    banned = np.arange(model.config.decoder.vocab_size) >= len(processor.tokenizer)
-    media = np.asarray([*model.config.media_token_ids, *processor.mark_ids])
-    banned[media[media < len(banned)]] = True
-    return banned
+def banned_tokens(config: VLMConfig, tokens: int, marks: Sequence[int]) -> np.ndarray:
+    """Ids without one of so many tokens, and those that only media may bring, ``marks`` among them."""
+    found = np.arange(config.decoder.vocab_size) >= tokens
+    media = np.asarray([*config.media_token_ids, *marks])
+    found[media[media < len(found)]] = True
+    return found

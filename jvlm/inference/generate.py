@@ -14,6 +14,7 @@ from jvlm.inference.engine import Completion, Engine
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.inference.text import TextStream
 from jvlm.models.vlm import VLM
+from jvlm.parallel.layout import Layout
 
 # Prompts encoded at a time, in batches: sorted by length within, so that a batch pads little, at bounded memory.
 _WINDOW = 8
@@ -21,11 +22,15 @@ _WINDOW = 8
 _ENGINES: weakref.WeakKeyDictionary[VLM, Engine] = weakref.WeakKeyDictionary()
 
 
-def engine_for(model: VLM, processor: Processor) -> Engine:
-    """The model's engine with its present parameters; made once, so that nothing is compiled twice."""
+def engine_for(model: VLM, processor: Processor, layout: Layout | None = None) -> Engine:
+    """The model's engine with its present parameters; made once, so that nothing is compiled twice.
+
+    Args:
+      layout: the devices to use, as `jvlm.inference.serving.layout` gives it; None is one device.
+    """
     engine = _ENGINES.get(model)
-    if engine is None or engine.processor is not processor:
-        engine = _ENGINES[model] = Engine(model, processor)
+    if engine is None or engine.processor is not processor or engine.layout != layout:
+        engine = _ENGINES[model] = Engine(model, processor, layout)
     else:
         engine.update(model)
     return engine
@@ -38,6 +43,7 @@ def generate(
     *,
     batch_size: int = 8,
     on_token: Callable[[int, int], None] | None = None,
+    layout: Layout | None = None,
     **sampling: Any,
 ) -> list[str]:
     """The answer to each conversation, in the order given.
@@ -46,6 +52,7 @@ def generate(
       conversations: ms-swift rows; a final assistant turn is dropped, and answered anew.
       batch_size: conversations that run together.
       on_token: called with (index of the conversation, token id) as tokens arrive.
+      layout: the devices to use, as `jvlm.inference.serving.layout` gives it; None is one device.
       sampling: fields of `SamplingConfig`: max_new_tokens, temperature, top_k, top_p, ...
 
     Raises:
@@ -54,7 +61,7 @@ def generate(
     """
     config = SamplingConfig(**sampling)
     _check_batch_size(batch_size)
-    engine = engine_for(model, processor)
+    engine = engine_for(model, processor, layout)
     texts: list[str] = []
     for start in range(0, len(conversations), batch_size * _WINDOW):
         window = conversations[start : start + batch_size * _WINDOW]
@@ -103,11 +110,13 @@ def answer_text(processor: Processor, completion: Completion) -> str:
     return processor.decode(completion.tokens[:-1] if completion.stopped else completion.tokens)
 
 
-def stream(model: VLM, processor: Processor, conversation: Any, **sampling: Any) -> Iterator[str]:
+def stream(
+    model: VLM, processor: Processor, conversation: Any, *, layout: Layout | None = None, **sampling: Any
+) -> Iterator[str]:
     """The answer to one conversation in pieces, as they become readable; they join up to `generate`'s answer."""
     config = SamplingConfig(**sampling)
     example = processor.encode(conversation, generation_prompt=True)
-    return stream_example(engine_for(model, processor), example, config)
+    return stream_example(engine_for(model, processor, layout), example, config)
 
 
 def stream_example(engine: Engine, example: Example, sampling: SamplingConfig) -> Iterator[str]:

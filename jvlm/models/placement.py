@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
-from jvlm_kernels import segment_attention
+from jvlm_kernels import cached_attention, open_cache, segment_attention
 from jvlm_kernels.linear_cross_entropy import CrossEntropy, linear_cross_entropy
 
 # Axes that are split together with what they carry: tokens of a row, patches of a row, vision features of a row.
@@ -57,6 +57,28 @@ class Whole:
         Where queries and keys are the same row, pass the same array of segments twice.
         """
         return segment_attention(q, k, v, q_segments, kv_segments, **options)
+
+    def keep(self, x: Float[Array, "B T K D"], heads: int) -> Float[Array, "B T N D"]:
+        """Keys or values that a cache will hold for so many query ``heads``; N is K, or more where devices want own."""
+        return x
+
+    def open_cache(
+        self, k: Float[Array, "B S N D"], v: Float[Array, "B S N D"], places: int
+    ) -> tuple[Float[Array, "B N D T"], Float[Array, "B N T D"]]:
+        """`jvlm_kernels.open_cache` of what was kept."""
+        return open_cache(k, v, places)
+
+    def cached_attention(
+        self,
+        q: Float[Array, "B S H D"],
+        k: Float[Array, "B S K D"],
+        v: Float[Array, "B S K D"],
+        cache: tuple[Float[Array, "B N D T"], Float[Array, "B N T D"]],
+        place: Int[Array, " B"],
+        **options: Any,
+    ) -> tuple[Float[Array, "B S H D"], tuple[Float[Array, "B N D T"], Float[Array, "B N T D"]]]:
+        """`jvlm_kernels.cached_attention` with its ``options`` and a cache of `open_cache`'s."""
+        return cached_attention(q, k, v, cache, place, **options)
 
     def lookup(
         self,

@@ -52,17 +52,20 @@ class Layout:
     def spec(self, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
         """How an array is split. Dimensions before those of ``axes`` (stacks of layers) are not.
 
-        A mesh axis splits the first dimension that asks for it, and none that it does not divide.
+        A mesh axis splits none that it does not divide, and of those that ask for it the one whose line in the table
+        comes first.
         """
         used: set[str] = set()
-        parts: list[tuple[str, ...]] = [()] * (len(shape) - len(axes))
-        for axis, length in zip(axes, shape[len(parts) :], strict=True):
+        first = len(shape) - len(axes)
+        parts: list[tuple[str, ...]] = [()] * len(shape)
+        splits, lines = [self.splits(axis) for axis in axes], list(self.rules)
+        for i in sorted(range(len(axes)), key=lambda i: lines.index(axes[i]) if axes[i] else -1):
             chosen: tuple[str, ...] = ()
-            for name in self.splits(axis):
-                if name not in used and length % self.size((*chosen, name)) == 0:
+            for name in splits[i]:
+                if name not in used and shape[first + i] % self.size((*chosen, name)) == 0:
                     chosen += (name,)
             used.update(chosen)
-            parts.append(chosen)
+            parts[first + i] = chosen
         return PartitionSpec(*(part if len(part) > 1 else part[0] if part else None for part in parts))
 
     def sharding(self, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:

@@ -16,13 +16,13 @@ _STANDARD: dict[str, str] = {
     "sequence": "context",
     "patches": "context",
     "features": "context",
-    # parameters, and the activations they make
-    "embed": "fsdp",
+    # parameters, and the activations they make; of two axes of one parameter the upper has the choice
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
     "experts": "expert",
+    "embed": "fsdp",
     "patch": "",
     "position": "",
     "norm": "",
@@ -35,6 +35,10 @@ TABLES: Mapping[str, Rules] = MappingProxyType(
             "standard": _STANDARD,
             # parameters also stored in parts over `context`: less memory for long rows, more to gather
             "store_over_context": {**_STANDARD, "embed": "fsdp context"},
+            # generation reads every parameter for each token: a device reads its part where it lies, and nothing is
+            # gathered. `embed` is split only where the other side of a matrix does not divide. A new token is one: no
+            # row is split, and `fsdp` is more rows.
+            "serving": {**_STANDARD, **dict.fromkeys("sequence patches features".split(), ""), "embed": "tensor"},
             # every device holds all parameters
             "replicated": {**_STANDARD, **dict.fromkeys("embed heads kv_heads mlp vocab experts".split(), "")},
         }.items()

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jvlm_kernels import CrossEntropy, linear_cross_entropy
 
@@ -55,21 +56,46 @@ class Sharded(Whole):
         S, parts = q.shape[1], layout.size(columns)
         q, q_segments = _padded(q, parts), _padded(q_segments, parts)
         k, v, kv_segments = (_padded(x, parts) for x in (k, v, kv_segments))
-        count = layout.size(heads)
-        _check_divides(layout, "attention heads", q.shape[2], heads)
-        if k.shape[2] % count:
-            # each device needs the key heads of its query heads: repeated until there is one for each
-            if count % k.shape[2]:
-                raise ValueError(f"{k.shape[2]} key heads and {heads} = {count} do not divide one another")
-            k, v = (jnp.repeat(x, count // k.shape[2], axis=2) for x in (k, v))
+        k, v = (self._for_heads(x, q.shape[2]) for x in (k, v))
         part = functools.partial(context.attention, axes=columns, same_row=same_row, **options)
         wide, ids = P(rows, columns, heads), P(rows, columns)
         return self._map(part, (wide, wide, wide, ids, ids), wide)(q, k, v, q_segments, kv_segments)[:, :S]
+
+    def _for_heads(self, x, count: int):
+        """Keys or values [B, T, K, D] with a head for each part of ``count`` query heads: repeated where K is fewer."""
+        axes, K = self.layout.splits("heads"), x.shape[2]
+        parts = self.layout.size(axes)
+        _check_divides(self.layout, "attention heads", count, axes)
+        if K % parts == 0:
+            return x
+        if parts % K:
+            raise ValueError(f"{K} key heads and {' x '.join(axes)} = {parts} do not divide one another")
+        return jnp.repeat(x, parts // K, axis=2)
+
+    def keep(self, x, heads: int):
+        spec = P(self.layout.splits("batch"), P.UNCONSTRAINED, self.layout.splits("heads"))
+        return self._at(self._for_heads(x, heads), spec)
+
+    def open_cache(self, k, v, places):
+        spec = P(self.layout.splits("batch"), self.layout.splits("heads"))
+        return tuple(self._at(x, spec) for x in Whole.open_cache(self, k, v, places))
+
+    def _at(self, x, spec: P):
+        return lax.with_sharding_constraint(x, NamedSharding(self.layout.mesh, spec))
+
+    def cached_attention(self, q, k, v, cache, place, **options: Any):
+        rows, heads = (self.layout.splits(axis) for axis in ("batch", "heads"))
+        _check_divides(self.layout, "rows", q.shape[0], rows)
+        k, v = (self._for_heads(x, q.shape[2]) for x in (k, v))
+        part = functools.partial(Whole.cached_attention, self, **options)
+        wide, kept = P(rows, None, heads), P(rows, heads)
+        return self._map(part, (wide, wide, wide, (kept, kept), P(rows)), (wide, (kept, kept)))(q, k, v, cache, place)
 
     def lookup(self, table, index, dtype, *, axes=("vocab", "embed"), along: Along = "sequence"):
         rows, columns = self.layout.splits("batch"), self.layout.splits(along)
         stored = self.layout.spec(axes, table.shape)
         words, width = _names(stored[0]), tuple(a for a in _names(stored[1]) if a in rows)
+        apart = () if width else _names(stored[1])  # parts of the width with devices that want the same rows
 
         def part(table, index):
             if width:
@@ -84,7 +110,9 @@ class Sharded(Whole):
             # every device has a part of the width for the rows of all; it wants all of the width for its own
             return lax.all_to_all(found, width, split_axis=0, concat_axis=2, tiled=True) if width else found
 
-        return self._map(part, (P(words or None, width or None), P(rows, columns)), P(rows, columns))(table, index)
+        split, tokens = P(words or None, width or apart or None), P(rows, columns)
+        found = self._map(part, (split, tokens), P(rows, columns, apart or None))(table, index)
+        return self._at(found, tokens) if apart else found
 
     def pick(self, features, index):
         rows, columns, parts = (self.layout.splits(axis) for axis in ("batch", "sequence", "features"))
@@ -100,7 +128,7 @@ class Sharded(Whole):
     def experts(self, function, x, expert, gate, weights, axes):
         rows, columns = self.layout.splits("batch"), self.layout.splits("sequence")
         weights = tuple(self.weight(w, a) for w, a in zip(weights, axes, strict=True))
-        kept = [[a if not self._is_storage(a) else None for a in names] for names in axes]
+        kept = [[None if a == "embed" or self._is_storage(a) else a for a in names] for names in axes]
         specs = [self.layout.spec(names, w.shape) for names, w in zip(kept, weights, strict=True)]
         owners = _names(specs[0][0])  # each has experts of its own
         hidden = tuple({name for spec in specs for part in spec[1:] for name in _names(part)})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jvlm.data.processor import Processor
 from jvlm.models.layers import Numerics
-from jvlm.models.vlm import VLM
+from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.weights import checkpoint, run_folder
 
 
@@ -34,11 +34,18 @@ def load(
       jvlm.weights.table.WeightError: wrong, missing or extra tensors, all of them listed.
     """
     folder = run_folder.local(path)
+    config = read_config(folder, numerics)
+    if run_folder.is_run(folder):
+        return run_folder.load(folder, numerics=numerics, sharding=sharding, step=step)
+    return checkpoint.load_weights(folder, config, sharding), checkpoint.load_processor(folder, config)
+
+
+def read_config(folder: Path, numerics: Numerics | None = None) -> VLMConfig:
+    """The model in a folder of either kind, on disk, without its weights. Raises FileNotFoundError as `load` does."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder (nothing is downloaded from a hub: give a snapshot)")
     if run_folder.is_run(folder):
-        return run_folder.load(folder, numerics=numerics, sharding=sharding, step=step)
+        return run_folder.model_config(folder, numerics)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has neither config.json (Hugging Face) nor experiment.json (jvlm run)")
-    config = checkpoint.read_config(folder, numerics)
-    return checkpoint.load_weights(folder, config, sharding), checkpoint.load_processor(folder, config)
+    return checkpoint.read_config(folder, numerics)

@@ -71,7 +71,7 @@ def pointers(arrays):
 
 
 def test_decoding_shares_the_memory_of_the_models_parameters(tiny, shared_engine):
-    owned = pointers(shared_engine._known)
+    owned = pointers(shared_engine._given)
     for begin, end in pointers(shared_engine._decoder_leaves):
         assert any(low <= begin and end <= high for low, high in owned)
     assert len(shared_engine._decoder_leaves) > len(jax.tree.leaves(nnx.state(tiny.model.decoder)))
@@ -92,10 +92,10 @@ def test_a_decode_step_copies_neither_the_cache_nor_a_weight(tiny, shared_engine
     batch, lengths = shared_engine._batch([encode(tiny, "what is the answer?")] * rows, rows)
     knobs = Knobs.of(config, np.arange(rows))
     places = packing.bucket(int(lengths.max()) + config.max_new_tokens, TOKEN_STEP)
-    logits, cache = shared_engine._prefill(shared_engine._known, batch, lengths)
+    logits, cache = shared_engine._steps.prefill(shared_engine._leaves, batch, lengths)
     leaves = shared_engine._decoder_leaves
-    token, state = shared_engine._begin(config.kind, places, leaves, logits, cache, batch, lengths, knobs)
-    lowered = shared_engine._decode.lower(config.kind, leaves, state, token, knobs)
+    token, state = shared_engine._steps.begin(config.kind, places, leaves, logits, cache, batch, lengths, knobs)
+    lowered = shared_engine._steps.decode.lower(config.kind, leaves, state, token, knobs)
     memory = lowered.compile().memory_analysis()
     keys = state.cache[0][0].nbytes
     assert memory.alias_size_in_bytes >= 2 * keys * len(state.cache)

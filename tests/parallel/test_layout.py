@@ -53,6 +53,17 @@ def test_a_table_and_lines_that_override_it_change_what_is_split(variables):
     assert override["decoder.blocks.layer.mlp.down.kernel"].spec == P(None, ("fsdp", "tensor"), None)
 
 
+def test_a_serving_table_splits_embed_only_where_the_other_side_does_not_divide(variables):
+    found = {p: s.spec for p, s in _layout("serving", fsdp=2, tensor=4).parameters(variables).items()}
+    assert found["decoder.blocks.layer.attention.q.kernel"] == P(None, None, "tensor")
+    assert found["decoder.blocks.layer.mlp.down.kernel"] == P(None, "tensor", None)
+    assert found["decoder.embedding"] == P("tensor", None)
+    assert found["encoder.patch_embed.kernel"] == P(None, "tensor")
+    odd = _layout("serving", tensor=64).parameters(variables)  # 160 words, an MLP of 96
+    assert odd["decoder.embedding"].spec == P(None, "tensor")
+    assert odd["decoder.blocks.layer.mlp.down.kernel"].spec == P(None, None, "tensor")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -25,12 +25,12 @@ CASES = {
     "mm1_5": ("expert context tensor",),
 }
 # Half the time to compile; the numbers are as good.
-_FLAGS = (
+FLAGS = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 # Collectives of a step may wait for one another on as many threads as there are cores; with few that is for ever.
-_THREADS = {"PJRT_NPROC": "64", "NPROC": "64"}
+THREADS = {"PJRT_NPROC": "64", "NPROC": "64"}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -39,7 +39,7 @@ def found(request):
     result = subprocess.run(
         [sys.executable, "-m", "tests.parallel.many_devices", request.param, "one", *CASES[request.param]],
         cwd=ROOT,
-        env={**os.environ, **_THREADS, "XLA_FLAGS": _FLAGS, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        env={**os.environ, **THREADS, "XLA_FLAGS": FLAGS, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
         capture_output=True,
         text=True,
         timeout=900,

@@ -80,7 +80,7 @@ class GatedCrossAttention(nnx.Module):
             k, v = (p(media.features).reshape(B, F, self.kv_heads, self.head_size) for p in (self.k, self.v))
             first, last = (x.max(1, keepdims=True) for x in (media.first, media.last))
             seen = (media.frames >= first) & (media.frames <= last) & (media.frames > 0)
-            kept = (k, v, seen.astype(jnp.int32))
+            kept = (*(placement.current().keep(x, self.heads) for x in (k, v)), seen.astype(jnp.int32))
             mixed = self._read(self._queries(x_BSD), k, v, media)
             x_BSD = self._add(x_BSD, mixed)
         elif kept is not None:

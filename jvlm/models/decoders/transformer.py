@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from jvlm_kernels import cached_attention, open_cache
 
 from jvlm.models import layers, placement, registry
 from jvlm.models.batch import DecoderOutput, DecodeStep
@@ -127,7 +126,7 @@ class DecoderAttention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = layers.rotate(q, context.angles), layers.rotate(k, context.angles)
         if context.step is None:
-            cache = (k, v)
+            cache = tuple(placement.current().keep(x, self.heads) for x in (k, v))
             mixed = placement.current().attention(
                 q,
                 k,
@@ -141,7 +140,8 @@ class DecoderAttention(nnx.Module):
                 implementation=self.implementation,
             )
         else:
-            mixed, cache = cached_attention(q, k, v, cache, context.step.place, window=self.window)
+            place = context.step.place
+            mixed, cache = placement.current().cached_attention(q, k, v, cache, place, window=self.window)
         return self.out(mixed.reshape(B, S, -1)), cache
 
 
@@ -268,7 +268,8 @@ class Transformer(nnx.Module):
             kept = None
             if self.config.has_cross_attention(slot):
                 own, kept = own
-            opened = open_cache(own[0][index], own[1][index], places)
+            k, v = own[0][index], own[1][index]
+            opened = placement.current().open_cache(k, v, places)
             # each layer has its own copy of all, because the cache is donated from step to step
             return (opened, jax.tree.map(lambda x: x[index], kept)) if self.config.has_cross_attention(slot) else opened
 

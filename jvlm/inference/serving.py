@@ -1,0 +1,109 @@
+"""Which devices share a generating model, and where its parameters and prompts live on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jvlm.inference.sampling import Knobs
+from jvlm.models import vlm
+from jvlm.models.batch import PackedBatch
+from jvlm.models.vlm import TOWERS, VLM, VLMConfig
+from jvlm.parallel.layout import Layout
+from jvlm.parallel.mesh import ParallelConfig
+
+RULES = "serving"
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """What a command line can say of a generating model's devices."""
+
+    parallel: ParallelConfig = ParallelConfig(rules=RULES)
+
+
+def parallel(config: VLMConfig, devices: int) -> ParallelConfig:
+    """The mesh for so many devices when none is asked for: heads over as many as divide them, rows over the rest.
+
+    Each device then keeps key heads of its own. More of ``tensor`` than there are key heads stores some of them twice,
+    for parameters that fit no other way: to be asked for.
+    """
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0 and not _problem(config, size)]
+    own = [size for size in sizes if all(count % size == 0 for _, count in _heads(config))]
+    return ParallelConfig(data=-1, tensor=max(own), rules=RULES)
+
+
+def layout(
+    config: VLMConfig, asked: ParallelConfig | None = None, devices: Sequence[jax.Device] | None = None
+) -> Layout | None:
+    """The layout of a model over devices (None: all); None for one device. ``asked`` is `parallel`'s unless given."""
+    devices = jax.devices() if devices is None else devices
+    found = Layout.of(asked or parallel(config, len(devices)), devices)
+    return checked(found, config)
+
+
+def checked(layout: Layout | None, config: VLMConfig) -> Layout | None:
+    """A layout that can generate with a model; None for one device.
+
+    Raises:
+      ValueError: a mesh axis that nothing would use, or heads that do not divide.
+    """
+    if layout is None or layout.mesh.size == 1:
+        return None
+    split = {axis for axis in ("sequence", "patches", "features") if layout.splits(axis)}
+    used = {name for axes in layout.rules.values() for name in axes}
+    idle = [name for name, size in layout.mesh.shape.items() if size > 1 and name not in used]
+    if split or idle:
+        names = idle or sorted({name for axis in split for name in layout.splits(axis)})
+        raise ValueError(
+            f"parallel.{names[0]} = {layout.mesh.shape[names[0]]}: a step of generation has one token a row, so tokens "
+            f"and patches are not split; give these devices to data or tensor, with parallel.rules {RULES}"
+        )
+    problem = _problem(config, layout.size(layout.splits("heads")))
+    if problem:
+        raise ValueError(problem)
+    return layout
+
+
+def place(model: VLM, layout: Layout) -> VLM:
+    """The model with its parameters where they will be used; those that are there already are not copied.
+
+    Raises:
+      ValueError: devices of other processes: generation has one.
+    """
+    if layout.mesh.is_multi_process:
+        processes = {device.process_index for device in layout.mesh.devices.flat}
+        raise ValueError(f"generation runs in one process; this mesh has devices of {len(processes)}")
+    variables = vlm.parameters(model)
+    values = {path: jax.device_put(v.get_value(), layout.parameter(path, v)) for path, v in variables.items()}
+    return vlm.bind(model, values)
+
+
+def place_batch(
+    layout: Layout, batch: PackedBatch, lengths: np.ndarray, knobs: Knobs
+) -> tuple[PackedBatch, jax.Array, Knobs]:
+    """Prompts on the devices that have their rows."""
+    rows = layout.sharding(("batch",), lengths.shape)
+    return (
+        jax.device_put(batch, layout.batch(batch)),
+        jax.device_put(lengths, rows),
+        dataclasses.replace(jax.device_put(knobs, layout.whole()), numbers=jax.device_put(knobs.numbers, rows)),
+    )
+
+
+def _heads(config: VLMConfig) -> list[tuple[str, int]]:
+    """Every number of heads in a model, with the name of its field."""
+    parts = {name: getattr(config, name) for name in TOWERS}
+    fields = ("num_heads", "num_kv_heads")
+    return [(f"{name}.{f}", getattr(part, f)) for name, part in parts.items() for f in fields if hasattr(part, f)]
+
+
+def _problem(config: VLMConfig, parts: int) -> str | None:
+    """Why heads cannot be split into so many parts; key heads may also be repeated."""
+    for name, count in _heads(config):
+        if count % parts and not (name.endswith("kv_heads") and parts % count == 0):
+            return f"model.{name} = {count} and tensor = {parts} do not divide; choose another parallel.tensor"
+    return None

@@ -1,0 +1,129 @@
+"""Run by test_meshes.py in a process of its own with 8 CPU devices: generation on meshes against one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+
+from jvlm.data.packing import Example
+from jvlm.inference import serving
+from jvlm.inference.engine import Engine
+from jvlm.inference.sampling import SamplingConfig
+from jvlm.parallel.mesh import ParallelConfig
+from jvlm.parallel.rules import AXES
+from jvlm.training import loop
+from tests.parallel import models
+
+NEW = 5
+
+
+def _changed(config, **decoder):
+    return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **decoder))
+
+
+MODELS = {
+    "qwen2_5_vl": models.qwen2_5_vl(),
+    "idefics2": _changed(models.idefics2(), vocab_size=161),  # divided by nothing, as the published 32003
+    "mm1_5": models.mm1_5(),
+    "gated": _changed(models.idefics2(), cross_attention_every=2),
+}
+SETTINGS = {"greedy": {}, "sampled": {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2}}
+
+
+def prompts(config, count: int = 3) -> list[Example]:
+    """One of text alone, the others with one picture and with two."""
+    rng = np.random.default_rng(0)
+    places, features = models.FRAMES[config.architecture]
+    found = []
+    for frames in range(count):
+        length = 9 + 11 * frames
+        index = np.full(length, -1, np.int32)
+        at = np.sort(rng.choice(length, frames * features, replace=False))
+        index[at] = rng.permutation(frames * features)
+        tokens = np.where(index >= 0, config.image_token_id, rng.integers(0, 140, length)).astype(np.int32)
+        patches, ids = frames * places, np.arange(frames * places, dtype=np.int32)
+        positions = rng.integers(0, 4, (patches, 2)).astype(np.int32)
+        if getattr(config.encoder, "class_token", False):
+            positions[::places] = -1
+        found.append(
+            Example(
+                tokens=tokens,
+                positions=np.repeat(np.arange(length, dtype=np.int32)[:, None], 3, axis=1),
+                loss_weights=np.zeros(length, np.float32),
+                turns=np.zeros(length, np.int32),
+                vision_index=index,
+                media=np.zeros(length, np.int32),
+                feature_frames=np.arange(frames * features, dtype=np.int32) // features + 1,
+                patches=rng.integers(0, 256, (patches, config.encoder.patch_values)).astype(np.uint8),
+                frame_ids=ids // places + 1,
+                window_ids=ids // 16 + 1,
+                patch_positions=positions,
+                sizes=(),
+                origin=None,
+            )
+        )
+    return found
+
+
+def processor(config) -> SimpleNamespace:
+    """What the engine asks of one."""
+    vision = SimpleNamespace(patch_group=models.FRAMES[config.architecture][0])
+    return SimpleNamespace(tokenizer=range(150), mark_ids=(), stop_ids=(), generation={}, vision=vision)
+
+
+def run(model, fields: dict | None, kinds: list[str]) -> dict:
+    """Logits after the prompts and tokens, on one device or a mesh; with how often steps were compiled."""
+    layout = None
+    if fields:
+        fields = {"data": 1, "rules": serving.RULES, **fields}
+        count = math.prod(fields.get(axis, 1) for axis in AXES)
+        layout = serving.layout(model.config, ParallelConfig(**fields), jax.devices()[:count])
+    engine, logits = Engine(model, processor(model.config), layout), []
+    prefill = engine._steps.prefill
+
+    def observed(*arguments):
+        found = prefill(*arguments)
+        logits.append(np.asarray(found[0]))
+        return found
+
+    engine._steps.prefill = observed
+    tokens = {}
+    for kind in kinds:
+        settings = SamplingConfig(max_new_tokens=NEW, stop_token_ids=(), **SETTINGS[kind])
+        tokens[kind] = list(engine.steps(prompts(model.config), settings))
+    engine._steps.prefill = prefill
+    return {"logits": logits[0][:3], "tokens": tokens, "compilations": engine.compilations}
+
+
+def main(cases: str) -> None:
+    """One JSON line for each mesh of a JSON object: architecture -> mesh -> fields of `ParallelConfig`, and "kinds"."""
+    for architecture, meshes in json.loads(cases).items():
+        model = loop.random_model(MODELS[architecture], 0, None)
+        kinds = sorted({kind for fields in meshes.values() for kind in fields["kinds"]})
+        expected = run(model, None, kinds)
+        for name, fields in meshes.items():
+            began = time.process_time()
+            kinds = fields.pop("kinds")
+            found = run(model, fields, kinds)
+            line = {
+                "architecture": architecture,
+                "mesh": name,
+                "difference": float(np.abs(found["logits"] - expected["logits"]).max()),
+                "largest": float(np.abs(expected["logits"]).max()),
+                "same": {kind: found["tokens"][kind] == expected["tokens"][kind] for kind in kinds},
+                "different_tokens": len({t for steps in expected["tokens"].values() for step in steps for t in step}),
+                "compilations": found["compilations"],
+                "seconds": round(time.process_time() - began, 1),
+            }
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
