@@ -152,6 +152,29 @@ def test_what_lies_behind_the_cache_is_not_written(pages):
     assert [int((x == 7).sum()) for x in after] == [2 * 2 * D] * 2
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_kernel_that_writes_keys_changes_one_place_of_each_row(dtype):
+    rng = np.random.default_rng(0)
+    keys, k, v = (rng.normal(size=s) for s in ((5, 2, D, 384), (5, 1, 2, D), (5, 1, 2, D)))
+    place = np.array([0, 127, 128, 383, 384])  # the last is behind the cache
+    cache = jnp.asarray(keys, dtype), jnp.zeros((5, 2, 384, D), dtype)
+    kernel = {"implementation": "pallas_tpu", "interpret": True}
+    found, _ = extend_cache(cache, jnp.asarray(k, dtype), jnp.asarray(v, dtype), jnp.asarray(place), **kernel)
+    expected = np.array(cache[0])
+    for row in range(4):
+        expected[row, :, :, place[row]] = np.asarray(jnp.asarray(k, dtype))[row, 0]
+    np.testing.assert_array_equal(np.asarray(found), expected)
+
+
+@pytest.mark.parametrize(("new", "pages", "says"), [(2, None, "one new token"), (1, 128, "the same page")])
+def test_the_kernel_that_writes_keys_refuses_what_it_cannot_write(new, pages, says):
+    cache, k = open_cache(*[jnp.zeros((2, 128, 2, D))] * 2, 128), jnp.zeros((2, new, 2, D))
+    tables = jnp.zeros((2, 1), jnp.int32) if pages else None
+    kernel = {"implementation": "pallas_tpu", "interpret": True}
+    with pytest.raises(Unavailable, match=says):
+        extend_cache(cache, k, k, jnp.zeros(2, jnp.int32), block_tables=tables, **kernel)
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [

@@ -119,7 +119,11 @@ class DecoderAttention(nnx.Module):
     @layers.scoped("attention")
     def __call__(self, x_BSD, context: Context, cache):
         B, S, _ = x_BSD.shape
-        q = self.q(x_BSD).reshape(B, S, self.heads, self.head_size)
+        q = self.q(x_BSD)
+        if context.step is not None:
+            # else XLA for TPU turns the weight around, a copy in every step, to have its product by heads at once
+            q = jax.lax.optimization_barrier(q)
+        q = q.reshape(B, S, self.heads, self.head_size)
         k = self.k(x_BSD).reshape(B, S, self.kv_heads, self.head_size)
         v = self.v(x_BSD).reshape(B, S, self.kv_heads, self.head_size)
         if self.q_norm is not None:

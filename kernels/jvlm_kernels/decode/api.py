@@ -33,6 +33,14 @@ class DecodeSpec:
     interpret: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class WriteSpec:
+    """The static part of writing keys; fields as in `DecodeSpec`."""
+
+    paged: bool
+    interpret: bool
+
+
 # Each offers ``attend(spec, q, keys, values, lengths, tables) -> (out,)``; tables are zeros for a cache without pages.
 _OPERATION = Operation(
     "decode_attention",
@@ -41,6 +49,12 @@ _OPERATION = Operation(
         "pallas_gpu": "jvlm_kernels.decode.gpu",
         "xla": "jvlm_kernels.decode.xla",
     },
+    rows=False,
+)
+# Each offers ``write(spec, keys, k, row, at) -> (keys,)``. Values need no kernel: they are scattered in place.
+_WRITING = Operation(
+    "extend_cache",
+    {"pallas_tpu": "jvlm_kernels.decode.write_tpu", "xla": "jvlm_kernels.decode.write_xla"},
     rows=False,
 )
 
@@ -115,10 +129,15 @@ def extend_cache(
     place: Int[Array, " B"],
     *,
     block_tables: Int[Array, "B N"] | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
 ) -> Cache:
     """Write the keys and values of S new tokens at ``place`` and behind it; in place, if the cache is donated.
 
     Places outside the cache (or the table) are not written.
+
+    Args:
+      implementation, interpret: of the keys' writing, "pallas_tpu" or "xla"; as in `segment_attention`.
     """
     keys, values = cache
     at = place[:, None] + jnp.arange(k.shape[1])
@@ -128,13 +147,12 @@ def extend_cache(
         size = keys.shape[3]
         page, at = jnp.divmod(at, size)
         row = jnp.take_along_axis(block_tables, page, axis=1, mode="fill", fill_value=keys.shape[0])
-    # One index for each head: XLA keeps this a scatter and runs it in place. With one for each row, a batch of one
-    # becomes a slice update, which CPU fuses into the products that follow and pays for with copies of the cache.
-    row, at, head = row[..., None], at[..., None], jnp.arange(k.shape[2])
-    return (
-        keys.at[row, head, :, at].set(k.astype(keys.dtype), mode="drop"),
-        values.at[row, head, at].set(v.astype(values.dtype), mode="drop"),
-    )
+    spec = WriteSpec(block_tables is not None, interpret)
+    names = _WRITING.runnable(implementation, interpret, spec, keys, k)
+    (keys,) = _WRITING.run(spec, names, "write", keys, k, row, at)
+    # one index for each head, as in write_xla
+    values = values.at[row[..., None], jnp.arange(v.shape[2]), at[..., None]].set(v.astype(values.dtype), mode="drop")
+    return keys, values
 
 
 def cached_attention(
