@@ -90,12 +90,14 @@ class Traffic:
       flops: of matrix products outside kernels, recomputation included.
       hbm: bytes read and written by instructions, as far as their text says.
       kernels: number of Pallas calls in the text, each once.
+      kept: bytes that loops fill layer by layer and others read: what the backward pass needs of the forward one.
     """
 
     collectives: tuple[Collective, ...]
     flops: float
     hbm: float
     kernels: int
+    kept: float
 
 
 def read(text: str, taken: Mapping[str, float] = MappingProxyType({})) -> Traffic:
@@ -120,7 +122,9 @@ def read(text: str, taken: Mapping[str, float] = MappingProxyType({})) -> Traffi
             if not fused and one.opcode not in _FREE:
                 hbm += times * _moved(one, inside, program)
     kernels = text.count('custom_call_target="tpu_custom_call"')
-    return Traffic(tuple(found), flops, hbm, kernels)
+    # a program reserves their place before its first loop
+    kept = sum(_in_hbm(i) for i in program.computations[program.entry] if '"AllocateBuffer"' in i.rest)
+    return Traffic(tuple(found), flops, hbm, kernels, kept)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ COLOURS = {
     "parameters": "#3b6ea8",
     "optimizer": "#6fa3d8",
     "batch": "#8f8f8f",
+    "activations": "#b3541e",
     "temporary": "#e0a458",
     "code": "#444444",
 }
@@ -32,7 +33,7 @@ def draw(path: Path, title: str, bars: Sequence[tuple[str, Compiled]]) -> None:
     for name, colour in COLOURS.items():
         canvas.rectangle((x, 50, x + 14, 64), colour)
         canvas.text((x + 20, 48), name, "black", small)
-        x += 130
+        x += 120
     most = max(1.0, *(c.memory.peak / c.limit for _, c in bars))
     scale = (WIDTH - LEFT - RIGHT) / most
     for index, (label, compiled) in enumerate(bars):

@@ -31,11 +31,17 @@ GIGA = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of HBM on each chip. ``temporary``: activations, gradients and buffers, at their highest together."""
+    """Bytes of HBM on each chip.
+
+    Attributes:
+      activations: kept by the forward pass for the backward one, for all layers; 0 where a program does not say.
+      temporary: everything else that comes and goes: gradients, gathered weights, a layer's own, at their highest.
+    """
 
     parameters: float = 0.0
     optimizer: float = 0.0
     batch: float = 0.0
+    activations: float = 0.0
     temporary: float = 0.0
     code: float = 0.0
 
@@ -165,7 +171,8 @@ def measure(
     arguments = sum(sizes.values()) / cores
     memory = Memory(
         **sizes,
-        temporary=cores * (float(found.peak_memory_in_bytes) - arguments),
+        activations=cores * traffic.kept,
+        temporary=cores * (float(found.peak_memory_in_bytes) - arguments - traffic.kept),
         code=cores * float(found.generated_code_size_in_bytes),
     )
     return Compiled(
