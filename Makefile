@@ -9,7 +9,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_vl/72b
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo test lint format backbones bench bench-kernels tune plan clean
+.PHONY: demo test lint format backbones bench bench-kernels tune plan meshes clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +63,9 @@ plan: $(VENV)/.test  ## what the large configs need on the pods they name, and w
 		PYTHONPATH=$(VENV)/tpu-compiler $(VENV)/bin/python tools/plan.py $$config \
 			--collectives tests/parallel/collectives $(ARGS) || exit 1; \
 	done
+
+meshes: $(VENV)/.test  ## loss and gradients of every architecture on every shape of mesh against one device; ten minutes
+	$(RUN) tests.parallel.every_mesh
 
 clean:
 	rm -rf $(VENV) build *.egg-info

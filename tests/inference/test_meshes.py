@@ -14,8 +14,7 @@ from jvlm.parallel import rules
 from jvlm.parallel.layout import Layout
 from tests.inference.support import prompt
 from tests.parallel import models
-from tests.parallel.test_meshes import FLAGS, THREADS
-from tests.support import run_python
+from tests.support import cpu_devices, run_python
 
 # 8 query heads and 2 key heads: over 4 or 8 devices key heads are repeated.
 CASES = {
@@ -30,7 +29,7 @@ CASES = {
 def found():
     """What many_devices says of each case."""
     code = f"from tests.inference.many_devices import main; main({json.dumps(CASES)!r})"
-    lines = run_python(code, timeout=500, JAX_PLATFORMS="cpu", XLA_FLAGS=FLAGS, **THREADS)
+    lines = run_python(code, timeout=500, **cpu_devices(8))
     return [json.loads(line) for line in lines.splitlines()]
 
 
@@ -94,6 +93,5 @@ sharded.Sharded.__init__ = lambda self, layout: (made.append(dict(layout.mesh.sh
 assert cli.main({arguments!r}) == 0 and cli.main({arguments + mesh!r}) == 0
 print(*(f"{{shape['data']}}x{{shape['tensor']}}" for shape in made))
 """
-    flags = "--xla_force_host_platform_device_count=2"
-    found = run_python(code, timeout=300, JAX_PLATFORMS="cpu", XLA_FLAGS=flags, **THREADS)
+    found = run_python(code, timeout=300, **cpu_devices(2))
     assert found == f"{expected}\n{expected}\n1x2 1x2\n"

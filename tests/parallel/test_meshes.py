@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,38 +12,22 @@ from jax.sharding import AbstractMesh
 
 from jvlm.parallel import collectives
 from tests.parallel import models
-from tests.support import ROOT
+from tests.support import cpu_devices, run_python
 
 LISTINGS = Path(__file__).parent / "collectives"
-# Every axis, and every architecture; `python -m tests.parallel.many_devices ARCHITECTURE one MESH ...` runs any other.
+# Every axis, and every architecture. `make meshes` runs every axis alone as well.
 CASES = {
     "qwen2_5_vl": ("fsdp context tensor",),
     "idefics2": ("data context",),
     "mm1_5": ("expert context tensor",),
 }
-# Half the time to compile; the numbers are as good.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true --xla_cpu_collective_call_terminate_timeout_seconds=600"
-)
-# Collectives of a step may wait for one another on as many threads as there are cores; with few that is for ever.
-THREADS = {"PJRT_NPROC": "64", "NPROC": "64"}
 
 
 @pytest.fixture(scope="module", params=CASES)
 def found(request):
     """(architecture, mesh -> what many_devices says)."""
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.many_devices", request.param, "one", *CASES[request.param]],
-        cwd=ROOT,
-        env={**os.environ, **THREADS, "XLA_FLAGS": FLAGS, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    code = f"from tests.parallel.many_devices import main; main({request.param!r}, 'one', *{CASES[request.param]!r})"
+    lines = [json.loads(line) for line in run_python(code, timeout=900, **cpu_devices(8)).splitlines()]
     return request.param, {line["mesh"]: line for line in lines}
 
 
