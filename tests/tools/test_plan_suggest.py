@@ -14,7 +14,9 @@ WEIGHTS = {"none": 4.0, "dots": 3.0, "attention": 2.0, "full": 1.0}
 def plan(experiment, topology, load):
     """Memory grows with rows for each chip, less where more is computed again; that costs speed."""
     size = WEIGHTS[experiment.model.numerics.remat] * experiment.data.rows / topology.chips * GIB
-    compiled = types.SimpleNamespace(memory=types.SimpleNamespace(peak=size), limit=10 * GIB, fits=size <= 10 * GIB)
+    mesh = {"fsdp": 16, "context": 4} if experiment.parallel.context > 1 else {"fsdp": 64}
+    memory = types.SimpleNamespace(peak=size)
+    compiled = types.SimpleNamespace(mesh=mesh, memory=memory, limit=10 * GIB, fits=size <= 10 * GIB)
     speed = WEIGHTS[experiment.model.numerics.remat] * topology.chips
     return types.SimpleNamespace(
         topology=topology, compiled=compiled, bound=types.SimpleNamespace(mfu=0.5, tokens_per_second=speed)
@@ -39,6 +41,17 @@ def test_rows_are_doubled_until_they_do_not_fit(found):
 
 def test_chips_are_halved_until_it_does_not_fit(found):
     assert "Smallest topology tried that fits: v5p:2x2x4." in found  # 8 GiB; 8 chips would be 16
+
+
+def test_rules_are_tried_that_come_to_something_else(found):
+    assert [line.split("|")[1].strip() for line in found.splitlines() if "| rules" in line] == [
+        "rules store_over_context",
+        "rules replicated",
+    ]
+    experiment = load_experiment("mimo_vl/stage3", [])
+    found = suggest.search(plan, experiment, plan(experiment, Topology.parse("v5p:4x4x4"), None), None, seconds=60)
+    assert "| rules replicated" in found
+    assert "store_over_context" not in found  # there is no `context` to store over
 
 
 def test_no_compilation_begins_after_the_time_is_up():

@@ -158,6 +158,8 @@ def measure(
     shape = {axis: size for axis, size in mesh.shape.items() if size > 1}
     limit = available_memory(mesh.devices.flat[0])
     sizes = {name: cores * size for name, size in sizes.items()}
+    if sum(sizes.values()) > cores * limit:  # the compiler would find out too, minutes later
+        return Compiled(shape, Memory(**sizes), False, cores * limit, 0.0, 0.0, (), time.perf_counter() - began)
     lowered = lower()
     try:
         compiled = lowered.compile()

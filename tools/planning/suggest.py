@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jvlm.parallel import rules
+from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment
 
 from .chips import GIB, smaller
 
 REMAT = ("none", "dots", "attention", "full")
+TABLES = ("standard", "store_over_context", "replicated")  # those for training
 
 
 def search(plan: Callable, experiment: Experiment, first: Any, load: Any, seconds: float) -> str:
@@ -50,9 +52,12 @@ def _candidates(experiment: Experiment, first: Any, tried: list) -> Iterator[tup
             changed = dataclasses.replace(numerics, remat=policy)
             model = dataclasses.replace(experiment.model, numerics=changed)
             yield f"remat {policy}", dataclasses.replace(experiment, model=model), here
-    for table in rules.TABLES:
-        if table != experiment.parallel.rules:
-            parallel = dataclasses.replace(experiment.parallel, rules=table)
+    seen = [_effective(experiment.parallel, first.compiled.mesh)]
+    for table in TABLES:
+        parallel = dataclasses.replace(experiment.parallel, rules=table)
+        effective = _effective(parallel, first.compiled.mesh)
+        if effective not in seen:
+            seen.append(effective)
             yield f"rules {table}", dataclasses.replace(experiment, parallel=parallel), here
     rows = experiment.data.rows
     while tried[-1][2].compiled.fits or rows == experiment.data.rows:
@@ -69,6 +74,12 @@ def _candidates(experiment: Experiment, first: Any, tried: list) -> Iterator[tup
         if not tried[-1][2].compiled.fits:
             break
         topology = smaller(topology)
+
+
+def _effective(parallel: ParallelConfig, mesh: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """What a configuration's rules come to on a mesh of these axes; the others have one device."""
+    lines = rules.table(parallel.rules, parallel.override)
+    return {axis: tuple(name for name in names if name in mesh) for axis, names in lines.items()}
 
 
 def _row(what: str, plan: Any) -> str:
