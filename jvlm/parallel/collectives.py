@@ -57,15 +57,16 @@ def axes(groups: np.ndarray | None, mesh: Mesh, *, whole: bool) -> str:
     at = np.stack(np.unravel_index(groups, places.shape))
     differ = (at != at[..., :1]).any(axis=(1, 2))
     chosen = [axis for axis in range(len(sizes)) if differ[axis]]
-    if whole:
-        kept = [axis for axis in range(len(sizes)) if axis not in chosen]
-        size = math.prod(places.shape[axis] for axis in chosen)
-        expected = places.transpose(*kept, *chosen).reshape(-1, size)
-        if {frozenset(group) for group in groups.tolist()} != {frozenset(group) for group in expected.tolist()}:
-            raise ValueError(
-                f"no axes of {dict(mesh.shape)} join these devices: {sorted(map(sorted, groups.tolist()))}"
-            )
-    return " ".join(itertools.compress(sizes, differ)) or "none"
+    joined = " ".join(itertools.compress(sizes, differ)) or "none"
+    kept = [axis for axis in range(len(sizes)) if axis not in chosen]
+    size = math.prod(places.shape[axis] for axis in chosen)
+    expected = places.transpose(*kept, *chosen).reshape(-1, size)
+    if not whole or {frozenset(group) for group in groups.tolist()} == {frozenset(g) for g in expected.tolist()}:
+        return joined
+    if len(chosen) == 1:  # devices that keep the same of what does not divide by the axis
+        return f"part of {joined}"
+    shown = sorted(map(sorted, groups.tolist()))
+    raise ValueError(f"no axes of {dict(mesh.shape)} join these devices: {shown}")
 
 
 def groups(line: str) -> np.ndarray | None:

@@ -95,6 +95,13 @@ def test_devices_that_are_alone_are_joined_by_nothing():
     assert collectives.axes(alone, AbstractMesh((4,), ("data",)), whole=True) == "none"
 
 
+def test_devices_may_be_joined_by_a_part_of_an_axis():
+    halves = collectives.groups("replica_groups={{0,1,2,3},{4,5,6,7}}, x")
+    mesh = AbstractMesh((1, 8), ("data", "tensor"))
+    assert collectives.axes(halves, mesh, whole=True) == "part of tensor"
+    assert collectives.axes(halves, mesh, whole=False) == "tensor"
+
+
 def test_a_way_of_writing_groups_that_is_not_known_is_an_error():
     with pytest.raises(ValueError, match="cannot read which devices"):
         collectives.listing("%a = f32[] all-reduce(%x), replica_groups=all", AbstractMesh((2,), ("data",)))

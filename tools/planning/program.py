@@ -235,7 +235,9 @@ def _wires(traffic: hlo.Traffic, mesh: Mesh, topology: Topology) -> tuple[Wire, 
             continue
         kinds[axes][one.kind] += one.times * sent
         counts[axes][one.kind] += 1
-    wires = (Wire(axes, found, counts[axes], *_bandwidth(axes, mesh, topology)) for axes, found in kinds.items())
+    wires = (
+        Wire(axes, dict(found), dict(counts[axes]), *_bandwidth(axes, mesh, topology)) for axes, found in kinds.items()
+    )
     return tuple(sorted(wires, key=lambda wire: -wire.seconds))
 
 
