@@ -199,7 +199,7 @@ def _processor(model: str | None):
         return None
     from jvlm.weights import checkpoint, run_folder
 
-    folder = Path(model)
+    folder = run_folder.local(model)
     if run_folder.is_run(folder):
         return checkpoint.load_processor(folder / run_folder.PROCESSOR, run_folder.model_config(folder))
     return checkpoint.load_processor(folder, checkpoint.read_config(folder))

@@ -43,7 +43,7 @@ def run(experiment: Experiment) -> Path:
     """Train, score, export, read the export back, and write the report. Returns the run folder.
 
     Of several processes all train; the first does the rest by itself, from the last checkpoint, while the others wait:
-    it scores with the model on a device of its own, and exports one tensor after another.
+    it scores with the model on its own devices, and exports one tensor after another.
     """
     began = time.perf_counter()
     if experiment.export.enabled and experiment.model is not None:
@@ -52,9 +52,7 @@ def run(experiment: Experiment) -> Path:
     if jax.process_count() > 1:
         # parts of it are on other hosts, and the memory is needed
         result = dataclasses.replace(result, model=split(result.model)[0])
-    if hosts.is_first():
-        _finish(experiment, result, began)
-    hosts.wait("the first process has scored and exported")
+    hosts.together(lambda: _finish(experiment, result, began) if hosts.is_first() else None)
     return result.folder
 
 
@@ -77,8 +75,10 @@ def evaluate(experiment: Experiment, result: Result) -> tuple[list[Answer], Scor
     rows = score.load_rows(config.data, config.max_rows)
     began = time.perf_counter()
     model = result.model
+    layout = _layout(result)
     if jax.process_count() > 1:
-        model, _ = load(result.folder, numerics=model.config.numerics, step=result.last)
+        place = layout.parameter if layout else None
+        model, _ = load(result.folder, numerics=model.config.numerics, step=result.last, sharding=place)
     answers = score.ask(
         model,
         result.processor,
@@ -86,7 +86,7 @@ def evaluate(experiment: Experiment, result: Result) -> tuple[list[Answer], Scor
         ask=config.ask,
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
-        layout=_layout(result),
+        layout=layout,
     )
     seconds = time.perf_counter() - began
     scores = Scores.of(answers)
@@ -100,8 +100,8 @@ def evaluate(experiment: Experiment, result: Result) -> tuple[list[Answer], Scor
 
 
 def _layout(result: Result) -> Layout | None:
-    """Where to generate: on all devices of the only process; of several the first has the model on one device."""
-    return serving.layout(result.model.config) if jax.process_count() == 1 else None
+    """Where to generate: on all devices of this process."""
+    return serving.layout(result.model.config, devices=jax.local_devices())
 
 
 def text_only_floor(experiment: Experiment, answers: Sequence[Answer]) -> Floor:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from jvlm.models.batch import PackedBatch
+
+T = TypeVar("T")
 
 
 def initialise(
@@ -65,6 +68,32 @@ def join(values: list[Any]) -> list[Any]:
 def agree(value: Any) -> Any:
     """The JSON value of process 0, on every process."""
     return gather(value)[0]
+
+
+class Failed(ValueError):
+    """Another process failed."""
+
+
+def together(work: Callable[[], T]) -> T:
+    """What ``work`` gives, which must communicate with nobody; every process must call it.
+
+    Where it raises on one process all raise, once all are done: so none waits for one that has failed.
+
+    Raises:
+      Failed: on the others; it names the process, and what that said.
+    """
+    result = failed = None
+    try:
+        result = work()
+    except Exception as error:  # noqa: BLE001  (raised below, once the others know)
+        failed = error
+    said = gather(None if failed is None else f"{type(failed).__name__}: {failed}")
+    if failed is not None:
+        raise failed
+    for process, text in enumerate(said):
+        if text is not None:
+            raise Failed(f"process {process} failed: {text}")
+    return result
 
 
 def say(text: str) -> None:

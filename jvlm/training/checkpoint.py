@@ -164,10 +164,10 @@ class Checkpoints:
 
     def restore(self, step: int, state: TrainState, frozen: Params) -> tuple[TrainState, Params, dict[str, Any]]:
         """As `restore_latest`, of one step. Raises Damaged: on every process, whichever found it so."""
-        found = _together(lambda: self._read(step, state, frozen))
+        found = _agreed(lambda: self._read(step, state, frozen))
         now = fingerprints((found.params, found.optimizer))
         saved = found.data["fingerprints"]
-        _together(lambda: _compare(saved, now))
+        _agreed(lambda: _compare(saved, now))
         params = {path: found.params[path] for path in state.params}
         restored = TrainState(state.step + step, params, found.optimizer)
         return restored, {path: found.params[path] for path in frozen}, found.data["run"]
@@ -211,27 +211,21 @@ class Checkpoints:
         return target
 
 
-def _together(work: Callable[[], T]) -> T:
-    """What ``work`` gives, which must communicate with nobody; where it raises on one process, all raise.
+def _agreed(work: Callable[[], T]) -> T:
+    """As `hosts.together`; but what one process finds damaged is Damaged for all."""
 
-    Damaged on all if that is all that any of them met; otherwise what hinders reading goes before it.
-    """
-    result = failed = None
-    try:
-        result = work()
-    except Exception as error:  # noqa: BLE001  (raised below, once the others know)
-        failed = error
-    heard = hosts.gather(None if failed is None else [isinstance(failed, Damaged), f"{failed}"])
-    met = [(number, *one) for number, one in enumerate(heard) if one is not None]
-    if not met:
-        return result
-    hinders = [(number, text) for number, damaged, text in met if not damaged]
-    if hinders:
-        if failed is not None and not isinstance(failed, Damaged):
-            raise failed
-        raise OSError(f"process {hinders[0][0]} cannot read the checkpoint: {hinders[0][1]}") from failed
-    number, _, text = met[0]
-    raise Damaged(text if len(heard) == 1 else f"process {number} says: {text}") from failed
+    def judge() -> tuple[T | None, str | None]:
+        try:
+            return work(), None
+        except Damaged as error:
+            return None, str(error)
+
+    result, damage = hosts.together(judge)
+    said = hosts.gather(damage)
+    for process, text in enumerate(said):
+        if text is not None:
+            raise Damaged(text if len(said) == 1 else f"process {process} says: {text}")
+    return result
 
 
 def _cause(error: BaseException) -> str:

@@ -40,8 +40,9 @@ def load(
     return checkpoint.load_weights(folder, config, sharding), checkpoint.load_processor(folder, config)
 
 
-def read_config(folder: Path, numerics: Numerics | None = None) -> VLMConfig:
-    """The model in a folder of either kind, on disk, without its weights. Raises FileNotFoundError as `load` does."""
+def read_config(path: str | Path, numerics: Numerics | None = None) -> VLMConfig:
+    """The model that a folder of either kind holds, without its weights. Raises FileNotFoundError as `load` does."""
+    folder = run_folder.local(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder (nothing is downloaded from a hub: give a snapshot)")
     if run_folder.is_run(folder):

@@ -120,9 +120,10 @@ class Arrays:
         stored = {".".join(k["key"] for k in v["key_metadata"]) for v in metadata["tree_metadata"].values()}
         lines = [f"missing: {path} {shapes[path]}" for path in shapes if path not in stored]
         lines += [f"unexpected: {path}" for path in sorted(stored - set(shapes))]
+        base = params.as_uri() if stores.is_remote(params) else params.absolute().as_uri()
         self._arrays: dict[str, Any] = {}
         for path in (path for path in shapes if path in stored):
-            kvstore = {"driver": "ocdbt", "base": params.absolute().as_uri() + "/", "path": path + "/"}
+            kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": path + "/"}
             self._arrays[path] = ts.open({"driver": driver, "kvstore": kvstore}, open=True, read=True).result()
             if self._arrays[path].shape != shapes[path]:
                 lines.append(f"wrong shape: {path} is {self._arrays[path].shape}, expected {shapes[path]}")

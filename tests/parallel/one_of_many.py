@@ -92,7 +92,7 @@ def damaged(folder: str) -> None:
             if jax.process_index() == 1:
                 checkpoints._read = _refused
             checkpoints.restore_latest(*state_of(0))
-    except OSError as error:
+    except (OSError, hosts.Failed) as error:
         print(json.dumps(str(error)))
 
 

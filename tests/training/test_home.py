@@ -51,6 +51,8 @@ def test_a_run_in_a_store_goes_on_from_there_on_another_machine_and_past_a_damag
         loaded = _values(jvlm.load(place)[0])
         assert all(np.array_equal(values[path], loaded[path]) for path in values)
     assert not list(Path("copies").rglob("checkpoints"))
+    arrays = run_folder.Arrays(run_folder.params_folder(result.folder), {path: v.shape for path, v in values.items()})
+    assert all(np.array_equal(values[path], arrays.read(path)) for path in values)
 
     # the machine is lost; of one checkpoint a file is cut short, of another the end was not written
     losses = [json.loads(line)["loss"] for line in store[RUN + "logging.jsonl"][1].splitlines()]
