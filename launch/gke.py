@@ -22,6 +22,9 @@ from cloud import Cloud, CommandError, Retry, stamped
 from jobset import GkeSpec
 from queued import STATE_FOLDER
 
+# of failed containers: the first to end says why, the others that it was gone
+LOGS_KEPT = 16
+
 
 def main(argv: list[str] | None = None) -> int:
     """Submit, follow, delete; returns the exit status: 0 done, 1 failed, 2 wrong arguments, 130 Ctrl-C."""
@@ -69,14 +72,14 @@ def _run(arguments: argparse.Namespace, fields: list[str]) -> int:
     cloud.run(spec.apply(str(manifest)))
     cloud.say(f"submitted {spec.name}: {spec.slices} x {spec.machines} machines of {spec.topology}")
     try:
-        return _follow(spec, cloud, arguments.poll)
+        return _follow(spec, cloud, arguments.poll, folder)
     except KeyboardInterrupt:
         cloud.say(f"the job goes on without you. Its chips are held until it ends, or: {shlex.join(spec.delete())}")
         return 130
 
 
-def _follow(spec: GkeSpec, cloud: Cloud, poll: float) -> int:
-    """Print worker 0's log until the JobSet has ended; then name failed pods, and delete it."""
+def _follow(spec: GkeSpec, cloud: Cloud, poll: float, folder: Path) -> int:
+    """Print worker 0's log until the JobSet has ended; then name failed pods, keep their logs, and delete it."""
     printed, restarts = 0, 0
     while True:
         status = cloud.json(spec.get(), expect="missing").get("status", {})
@@ -96,14 +99,37 @@ def _follow(spec: GkeSpec, cloud: Cloud, poll: float) -> int:
         if ended:
             break
         time.sleep(poll)
-    for pod in cloud.json(spec.pods()).get("items", []):
-        for container in pod.get("status", {}).get("containerStatuses", []):
-            code = container.get("state", {}).get("terminated", {}).get("exitCode", 0)
-            if code:
-                cloud.say(f"FAILED {pod['metadata']['name']}: exit status {code}")
+    _report(spec, cloud, folder)
     cloud.run(spec.delete())
     cloud.say("JobSet deleted. A node pool without autoscaling goes on being billed: gcloud container node-pools list")
     return 1 if "Failed" in ended else 0
+
+
+def _report(spec: GkeSpec, cloud: Cloud, folder: Path) -> None:
+    """Name the containers that failed, the first to end first, and keep the ends of their logs."""
+    failed = []
+    for pod in cloud.json(spec.pods()).get("items", []):
+        status = pod.get("status", {})
+        for container in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
+            ended = container.get("state", {}).get("terminated", {})
+            if ended.get("exitCode", 0):
+                failed.append(
+                    (ended.get("finishedAt", ""), pod["metadata"]["name"], container["name"], ended["exitCode"])
+                )
+    tails = []
+    for number, (when, pod, container, code) in enumerate(sorted(failed)):
+        name = f"{pod}, container {container}, exit status {code} {when}".strip()
+        cloud.say(f"FAILED {name}")
+        if number >= LOGS_KEPT:
+            continue
+        try:
+            tails.append(f"== {name}\n{cloud.run(spec.tail(pod, container))}")
+        except CommandError as error:
+            cloud.say(f"no log of {pod}: {error.output[-200:]}")
+    if tails:
+        (folder / "failed.log").write_text("\n".join(tails))
+        print("\n".join(tails[0].splitlines()[-40:]), flush=True)
+        cloud.say(f"the ends of {len(tails)} logs are in {folder / 'failed.log'}")
 
 
 def _print_commands(spec: GkeSpec, arguments: argparse.Namespace, folder: Path) -> None:

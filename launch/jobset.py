@@ -152,6 +152,10 @@ class GkeSpec:
         """The log of worker 0 of slice 0, as far as it has got."""
         return self._kubectl("logs", f"--selector={self._first()}", "--container=jvlm", "--tail=-1")
 
+    def tail(self, pod: str, container: str) -> list[str]:
+        """The end of the log of one container."""
+        return self._kubectl("logs", pod, f"--container={container}", "--tail=200")
+
     def _first(self) -> str:
         slice_0 = f"jobset.sigs.k8s.io/jobset-name={self.name},jobset.sigs.k8s.io/job-index=0"
         return f"{slice_0},batch.kubernetes.io/job-completion-index=0"

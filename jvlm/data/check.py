@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from jvlm.data.errors import RowError
 from jvlm.data.images import find_file, open_image
 from jvlm.data.processor import Processor
 from jvlm.data.rows import parse_row
 from jvlm.data.shards import SHARD_SUFFIX, RowSource, write_shard
+from jvlm.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def check(files: Sequence[str], processor: Processor | None) -> CheckReport:
     """
     source = RowSource(files)
     rejected, tokens, media = [], [], []
-    for index in tqdm(range(len(source)), desc="checking", unit="row"):
+    for index in Progress(range(len(source)), desc="checking", unit="row"):
         origin, row = source[index]
         try:
             if isinstance(row, RowError):
@@ -89,7 +89,7 @@ def shard(files: Sequence[str], output: Path, rows_per_shard: int) -> str:
     if any(output.glob(f"*{SHARD_SUFFIX}")):
         raise FileExistsError(f"{output} holds shards already; remove them or choose another folder")
     source = RowSource(files)
-    rows = iter(tqdm((_embedded(*source[i]) for i in range(len(source))), total=len(source), unit="row"))
+    rows = iter(Progress((_embedded(*source[i]) for i in range(len(source))), total=len(source), unit="row"))
     count = -(-len(source) // rows_per_shard)
     total = 0
     for number in range(count):

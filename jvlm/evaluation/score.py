@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from tqdm import tqdm
 
 from jvlm.data.boxes import Box, Place, agreement
 from jvlm.data.errors import RowError
@@ -23,6 +22,7 @@ from jvlm.evaluation.questions import Question, normalise, questions_of
 from jvlm.inference.generate import generate
 from jvlm.models.vlm import VLM
 from jvlm.parallel.layout import Layout
+from jvlm.progress import Progress
 
 _TAG = re.compile(r"<(image|video|bbox|ref-object)>")
 YES_NO = frozenset(("yes", "no"))
@@ -111,7 +111,7 @@ def ask(
     """
     questions = [questions_of(row) for row in rows]
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "layout": layout}
-    with tqdm(total=sum(map(len, questions)), desc="asking", unit="question", dynamic_ncols=True) as bar:
+    with Progress(total=sum(map(len, questions)), desc="asking", unit="question") as bar:
 
         def run(conversations: list[Conversation]) -> list[str]:
             texts: list[str] = []

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
@@ -20,6 +18,7 @@ from jvlm.inference.generate import answer_text, complete, engine_for
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models.vlm import VLM
 from jvlm.parallel.layout import Layout
+from jvlm.progress import Progress
 
 _ADDED = frozenset(("response", "prompt_tokens", "response_tokens", "finish", "error"))
 
@@ -69,7 +68,7 @@ def generate_file(
     output.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(output, "a", encoding="utf-8") as file,
-        tqdm(total=len(source), initial=found, desc="answering", unit="row", dynamic_ncols=True) as bar,
+        Progress(total=len(source), initial=found, desc="answering", unit="row") as bar,
     ):
         for start in range(found, len(source), batch_size):
             numbers = range(start, min(start + batch_size, len(source)))

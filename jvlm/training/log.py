@@ -56,7 +56,8 @@ class TrainingLog:
         from tensorboardX import SummaryWriter
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
+        # the log lines are enough where there is no terminal
+        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None)
 
     def __enter__(self) -> TrainingLog:
         return self

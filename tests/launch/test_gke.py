@@ -20,14 +20,21 @@ looks = sum(call[1:3] == ["get", "jobset"] for call in calls)
 if sys.argv[1:3] == ["get", "jobset"]:
     ended = [{"type": "END", "status": "True"}] if looks >= 3 else []
     print(json.dumps({"status": {"restarts": int(looks >= 2), "conditions": ended}}))
-if sys.argv[1] == "logs":
+if sys.argv[1] == "logs" and not sys.argv[2].startswith("--"):
+    if sys.argv[2].endswith("-5"):
+        sys.exit("Error from server (NotFound): pods not found")
+    print(f"log of {sys.argv[2]}\\nValueError: row 7 has no image")
+elif sys.argv[1] == "logs":
     if looks == 1:
         sys.exit("Error from server (BadRequest): container jvlm in pod mimo is waiting to start: PodInitializing")
     print("step 1" if looks == 2 else "step 1\\nstep 2")
 if sys.argv[1:3] == ["get", "pods"]:
-    state = {"terminated": {"exitCode": CODE}}
-    pod = {"metadata": {"name": "mimo-slice-1-3"}, "status": {"containerStatuses": [{"state": state}]}}
-    print(json.dumps({"items": [pod]}))
+    pods, kinds = [], {4: "container", 3: "container", 5: "initContainer", 6: "container"}
+    for second, (worker, kind) in zip((9, 7, 8, 6), kinds.items(), strict=True):
+        ended = {"exitCode": CODE if worker < 6 else 0, "finishedAt": f"2026-01-01T00:00:0{second}Z"}
+        container = {"name": "fetch" if kind[0] == "i" else "jvlm", "state": {"terminated": ended}}
+        pods.append({"metadata": {"name": f"mimo-slice-1-{worker}"}, "status": {f"{kind}Statuses": [container]}})
+    print(json.dumps({"items": pods}))
 """
 
 
@@ -74,10 +81,17 @@ def test_a_jobset_is_submitted_followed_through_a_restart_and_deleted(cluster, t
     assert calls[0][-1] in pod["initContainers"][0]["command"][-1]
 
 
-def test_a_jobset_that_failed_names_the_pod(cluster):
+def test_a_jobset_that_failed_names_the_pods_in_order_and_keeps_the_ends_of_their_logs(cluster, tmp_path):
     done, calls = cluster(*RUN, "--poll", "0.01", end="Failed", code=137)
     assert done.returncode == 1
-    assert "FAILED mimo-slice-1-3: exit status 137" in done.stderr
+    named = [line.partition("FAILED ")[2].split(",")[0] for line in done.stderr.splitlines() if "FAILED" in line]
+    assert named == ["mimo-slice-1-3", "mimo-slice-1-5", "mimo-slice-1-4"]
+    assert "mimo-slice-1-5, container fetch, exit status 137" in done.stderr
+    assert "no log of mimo-slice-1-5" in done.stderr
+    kept = (tmp_path / "runs" / "launch" / "mimo" / "failed.log").read_text()
+    assert kept.index("log of mimo-slice-1-3") < kept.index("log of mimo-slice-1-4")
+    assert "row 7 has no image" in done.stdout
+    assert ["kubectl", "logs", "mimo-slice-1-5", "--container=fetch", "--tail=200", "--namespace=default"] in calls
     assert calls[-1][1] == "delete"
 
 
