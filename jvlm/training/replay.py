@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
@@ -32,7 +31,9 @@ def replay(folder: Path) -> Iterator[str]:
     batches = nonfinite.read(folder)
     run = folder.absolute().parents[1]
     template = vlm.abstract(run_folder.model_config(run))
-    params = run_folder.read_params(epath.Path(folder.absolute() / nonfinite.PARAMS), template)
+    # beside the checkpoints: of a run in an object store, there
+    store = run_folder.checkpoints(run).parent
+    params = run_folder.read_params(store / nonfinite.NONFINITE / folder.name / nonfinite.PARAMS, template)
     yield _line("parameters", ((tower_of(p), p, v) for p, v in params.items()))
     look = _Look(template)
     for dumped in batches:
