@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from jvlm.training.config import Experiment
 
 T = TypeVar("T")
+_OF_THE_USER = (ValueError, FileNotFoundError, FileExistsError, KeyboardInterrupt)
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -28,14 +30,19 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return arguments.run(arguments, rest)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except _OF_THE_USER as error:
         if arguments.traceback:
             raise
-        print(f"jvlm: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+        return _say(error)
+
+
+def _say(error: BaseException) -> int:
+    """Print an error as its user should see it; returns the exit status."""
+    if isinstance(error, KeyboardInterrupt):
         print("\njvlm: interrupted; run the same command to go on", file=sys.stderr)
         return 130
+    print(f"jvlm: {error}", file=sys.stderr)
+    return 2
 
 
 def load_experiment(config: str, overrides: list[str]) -> Experiment:
@@ -87,6 +94,8 @@ def _find_config(config: str) -> Path:
 
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
+    import jax
+
     from jvlm import job
     from jvlm.parallel import hosts
     from jvlm.training.interruption import EXIT_STATUS, Interrupted
@@ -98,6 +107,13 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     except Interrupted as stopped:
         print(f"jvlm: {stopped}", file=sys.stderr)
         return EXIT_STATUS
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        known = isinstance(error, _OF_THE_USER)
+        if arguments.traceback or not known:
+            traceback.print_exc()
+        hosts.leave(_say(error) if known else 1)
     return 0
 
 

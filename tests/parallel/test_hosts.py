@@ -27,11 +27,11 @@ STEPS = 4
 SHARDED = f"--checkpoint.every 2 --data.pack_window 2 --parallel.data 2 --parallel.fsdp 2 --steps {STEPS}".split()
 
 
-def _run(job, processes, *arguments, devices=1, dies=False):
+def _run(job, processes, *arguments, devices=1, last=0):
     """Standard output of each process, of so many devices. A hang is a failure after the timeout.
 
-    With ``dies`` the last process is killed by itself, and then the others here: by themselves they end only when they
-    miss its heartbeat, which takes a minute.
+    Where the ``last`` process is to end with another exit status, the others are killed then: by themselves they end
+    only when they miss its heartbeat, which takes a minute.
     """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -51,7 +51,7 @@ def _run(job, processes, *arguments, devices=1, dies=False):
         for n in range(processes)
     ]
     try:
-        if dies:
+        if last:
             started[-1].wait(timeout=600)
             for process in started[:-1]:
                 process.kill()
@@ -60,7 +60,8 @@ def _run(job, processes, *arguments, devices=1, dies=False):
         for process in started:
             process.kill()
     for process, (_, error) in zip(started, ended, strict=True):
-        assert process.returncode == (-signal.SIGKILL if dies else 0), error[-3000:]
+        assert process.returncode == 0 or last, error[-3000:]
+    assert started[-1].returncode == last, ended[-1][1][-3000:]
     return [out for out, _ in ended]
 
 
@@ -81,7 +82,9 @@ def killed(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("killed")
     rows = support.write_rows(folder, 32, alike=True)
-    seen = _seen(_run("train_and_die", 2, str(folder), str(rows), str(STEPS), *SHARDED, devices=2, dies=True))
+    seen = _seen(
+        _run("train_and_die", 2, str(folder), str(rows), str(STEPS), *SHARDED, devices=2, last=-signal.SIGKILL)
+    )
     return folder, rows, seen, support.losses(folder)
 
 
@@ -147,8 +150,11 @@ def test_a_run_on_two_processes_goes_on_to_the_bit_and_ends_as_one_run(tmp_path,
 
 
 def test_processes_agree_on_what_is_damaged_even_if_only_one_can_see_it(tmp_path):
-    """A part of one process cut short, a bit of another turned; then a process that is not let at the files."""
-    outs = _run("damaged", 2, str(tmp_path))
+    """A part of one process cut short, a bit of another turned; then a process that is not let at the files.
+
+    In the end one leaves without the other, at once.
+    """
+    outs = _run("damaged", 2, str(tmp_path), last=3)
     for out in outs:
         found = json.loads(out.splitlines()[-2])
         assert found == {"step": 2, "data": {"position": 2}, "equal": True, "again": True}
