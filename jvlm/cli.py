@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -45,12 +46,15 @@ def _say(error: BaseException) -> int:
     return 2
 
 
-def load_experiment(config: str, overrides: list[str]) -> Experiment:
+def load_experiment(
+    config: str, overrides: list[str], change: Callable[[Experiment], Experiment] = lambda experiment: experiment
+) -> Experiment:
     """The experiment of a config file, with fields overridden.
 
     Args:
       config: path of a Python file with ``get_config()``, or its name under ``configs/`` ("mimo_vl/easy_vqa").
       overrides: ``--field.path value ...``.
+      change: what becomes of it before the fields are.
 
     Raises:
       FileNotFoundError: no such file. ValueError: it has no ``get_config``. SystemExit: a wrong field or value,
@@ -67,7 +71,7 @@ def load_experiment(config: str, overrides: list[str]) -> Experiment:
     experiment = module.get_config()
     if not isinstance(experiment, Experiment):
         raise ValueError(f"get_config() of {path} returned a {type(experiment).__name__}, not an Experiment")
-    return _fields(Experiment, experiment, overrides, f"jvlm train {config}")
+    return _fields(Experiment, change(experiment), overrides, f"jvlm train {config}")
 
 
 def _fields(kind: type[T], default: T, fields: list[str], program: str) -> T:
@@ -136,16 +140,17 @@ def _sampling(arguments: argparse.Namespace, processor):
 def _load(arguments: argparse.Namespace, fields: list[str]):
     """(model, processor, layout): on all devices, or on the mesh that ``fields`` ask for as --parallel.tensor 4."""
     from jvlm.inference import serving
-    from jvlm.weights import loading
+    from jvlm.weights import loading, run_folder
 
-    config = loading.read_config(arguments.model)
+    folder = run_folder.local(arguments.model)
+    config = loading.read_config(folder)
     if arguments.param_dtype:
         numerics = dataclasses.replace(config.numerics, param_dtype=arguments.param_dtype)
         config = dataclasses.replace(config, numerics=numerics)
     asked = _fields(serving.Serving, serving.Serving(), fields, f"jvlm {arguments.command}").parallel
     layout = serving.layout(config, asked if fields else None)
     place = layout.parameter if layout else None
-    model, processor = loading.load(arguments.model, numerics=config.numerics, sharding=place)
+    model, processor = loading.load(folder, numerics=config.numerics, sharding=place)
     limits = {n: getattr(arguments, n) for n in ("min_pixels", "max_pixels") if getattr(arguments, n) is not None}
     if limits:
         known = {f.name for f in dataclasses.fields(processor.media)}

@@ -1,7 +1,9 @@
-"""Compile an experiment's training step for TPU pods on this machine; say what it needs and how fast it may be.
+"""Compile an experiment's steps for TPU pods on this machine; say what they need and how fast they may be.
 
     python tools/plan.py mimo_vl/stage4 --topology v5p:4x4x4 v6e:16x16 --price 4.2 --picture plan.png
     python tools/plan.py mimo_vl/stage4 --topology v5p:4x4x4 --suggest 20 -- --data.rows 64
+    python tools/plan.py mimo_vl/stage4 --what decode --topology v5e:2x4 --rows 64 --places 8192
+    python tools/plan.py mimo_vl/stage4 --what prefill --topology v5e:2x4 --rows 1 --prompt 32768 --patches 65536
 
 No TPU is used: libtpu's compiler is (`pip install libtpu`, or PYTHONPATH=.venv/tpu-compiler after `make test`). Memory
 is the compiler's. Times are bounds from the chips' data sheets: nothing was measured, and no run will be faster.
@@ -27,44 +29,23 @@ os.environ.update(
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
 )
 
-from planning import listing, picture, suggest
-from planning.chips import GIB, Topology
-from planning.program import Compiled, compile_step
-from planning.roofline import Bound, Load, bound
+from planning import generation, listing, picture, suggest
+from planning.chips import Topology
+from planning.program import compile_step
+from planning.report import Plan
+from planning.roofline import Load, bound
 
 from jvlm.cli import load_experiment
+from jvlm.inference.program import Sizes
 from jvlm.training.config import Experiment
 from jvlm.training.program import abstract_batches
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """One experiment on one topology."""
-
-    topology: Topology
-    compiled: Compiled
-    bound: Bound | None
-
-    def values(self) -> dict:
-        """For JSON; bytes, FLOP and seconds."""
-        wires = [{**dataclasses.asdict(w), "bytes": w.bytes, "seconds": w.seconds} for w in self.compiled.wires]
-        found = {
-            "topology": self.topology.name,
-            "chips": self.topology.chips,
-            **dataclasses.asdict(self.compiled),
-            "wires": wires,
-            "peak": self.compiled.memory.peak,
-            "compile_seconds": self.compiled.seconds,
-        }
-        if self.bound:
-            names = ("overlapped", "serial", "limited_by")
-            found["bound"] = {**dataclasses.asdict(self.bound), **{n: getattr(self.bound, n) for n in names}}
-        return found
-
-
-def prepare(config: str, fields: list[str]) -> Experiment:
+def prepare(config: str, fields: list[str], what: str = "train") -> Experiment:
     """An experiment with all that planning needs. Raises ValueError for what it lacks."""
-    experiment = load_experiment(config, fields)
+    experiment = (
+        load_experiment(config, fields) if what == "train" else load_experiment(config, fields, generation.served)
+    )
     if experiment.model is None:
         raise ValueError(f"{config} takes its model from {experiment.init_from}; planning needs `model` in the config")
     return dataclasses.replace(experiment, stages=())
@@ -78,61 +59,9 @@ def assumed_load(experiment: Experiment, conversation: int | None, image: int | 
 
 
 def plan(experiment: Experiment, topology: Topology, load: Load) -> Plan:
-    """Compile and judge."""
+    """Compile the training step, and judge."""
     compiled = compile_step(experiment, topology)
     return Plan(topology, compiled, bound(experiment, compiled, topology, load) if compiled.fits else None)
-
-
-def report(plan: Plan, experiment: Experiment, price: float | None) -> str:
-    """A plan as Markdown."""
-    compiled, topology = plan.compiled, plan.topology
-    mesh = ", ".join(f"{axis} {size}" for axis, size in compiled.mesh.items()) or "one device"
-    memory = ", ".join(f"{name} {size / GIB:.2f}" for name, size in dataclasses.asdict(compiled.memory).items())
-    verdict = "fits" if compiled.fits else "DOES NOT FIT"
-    lines = [
-        f"## {topology.name}: {topology.chips} chips, {mesh}",
-        "",
-        f"- memory of a chip: {compiled.memory.peak / GIB:.2f} of {compiled.limit / GIB:.2f} GiB, **{verdict}** "
-        f"({memory})",
-    ]
-    best = plan.bound
-    if best is None:
-        return "\n".join([*lines, f"- compiled in {compiled.seconds:.0f} s", ""])
-    total = sum(best.arithmetic.values())
-    shares = ", ".join(f"{part} {100 * flop / total:.1f} %" for part, flop in best.arithmetic.items())
-    lines += [
-        f"- arithmetic of a step: {total / 1e15:.1f} PFLOP ({shares}); a chip executes "
-        f"{best.executed / 1e12:.0f} TFLOP of it, recomputation included",
-        f"- a step takes at least {best.overlapped:.2f} s: compute {best.compute:.2f}, memory {best.hbm:.2f}, network "
-        f"{best.network:.2f} s; {best.serial:.2f} s if nothing overlapped",
-        f"- **MFU at most {100 * best.mfu:.1f} %** (limited by {best.limited_by}; {100 * best.mfu_serial:.1f} % "
-        f"without overlap), {best.tokens_per_second:,.0f} tokens and {best.images_per_second:,.1f} images a second",
-    ]
-    lines += budget(plan, experiment, price)
-    if compiled.wires:
-        kinds = sorted({kind for wire in compiled.wires for kind in wire.kinds})
-        lines += [
-            "",
-            f"| GB a chip sends over | {' | '.join(kinds)} | GB/s | s |",
-            "| --- |" + " ---: |" * (len(kinds) + 2),
-        ]
-        for wire in compiled.wires:
-            sizes = " | ".join(f"{wire.kinds.get(kind, 0) / 1e9:.2f}" for kind in kinds)
-            network = "" if wire.network == "ici" else " (data centre)"
-            lines.append(f"| {wire.axes}{network} | {sizes} | {wire.bandwidth / 1e9:.0f} | {wire.seconds:.3f} |")
-    return "\n".join([*lines, "", f"Compiled and read in {compiled.seconds:.0f} s.", ""])
-
-
-def budget(plan: Plan, experiment: Experiment, price: float | None) -> list[str]:
-    """What all of the experiment's steps take and cost at the bound."""
-    if experiment.steps is None:
-        return []
-    seconds = experiment.steps * plan.bound.overlapped
-    hours = seconds / 3600 * plan.topology.chips
-    tokens = experiment.steps * plan.bound.tokens
-    time = f"{hours:,.0f} chip-hours, {seconds / 86400:.1f} days"
-    line = f"- {experiment.steps:,} steps, {tokens / 1e9:,.1f} G tokens: at least {time}"
-    return [line + (f", {hours * price:,.0f} at {price} a chip-hour" if price else "")]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,31 +76,41 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, fields: list[str]) -> int:
-    experiment = prepare(arguments.config, fields)
+    what = arguments.what
+    if arguments.suggest and what != "train":
+        raise ValueError(f"--suggest looks for better training steps; it cannot be given with --what {what}")
+    experiment = prepare(arguments.config, fields, what)
     names = arguments.topology or experiment.topologies
     if not names:
         raise ValueError(f"{arguments.config} names no topologies; give --topology v5p:4x4x4")
     load = assumed_load(experiment, arguments.conversation, arguments.image)
-    data = experiment.data
-    print(
-        f"# {experiment.name}: {experiment.accumulation} x {data.rows} rows of {data.row_tokens} tokens and "
-        f"{data.row_patches} patches\n\nAssumed: full rows, conversations of {load.conversation} tokens, images of "
-        f"{load.image} patches.\n"
-    )
+    if what == "train":
+        print(_training_header(experiment, load))
+    else:
+        sizes = _sizes(arguments, experiment)
+        asked = experiment.parallel if any(f.startswith("--parallel") for f in fields) else None
+        print(_generation_header(experiment, what, sizes, load))
     plans, changed = [], False
     for name in names:
-        plans.append(plan(experiment, Topology.parse(name), load))
-        print(report(plans[-1], experiment, arguments.price), flush=True)
-        if arguments.collectives and plans[-1].compiled.fits:
-            changed |= _collectives(plans[-1], experiment.name, Path(arguments.collectives), arguments.update)
+        topology = Topology.parse(name)
+        if what == "train":
+            found = plan(experiment, topology, load)
+        else:
+            found = generation.plan(experiment.model, asked, topology, sizes, what, load.image)
+        plans.append(found)
+        print(found.text(experiment, arguments.price), flush=True)
+        if arguments.collectives and found.compiled.fits:
+            step = experiment.name if what == "train" else f"{experiment.name}_{what}"
+            changed |= _collectives(found, step, Path(arguments.collectives), arguments.update)
         if arguments.suggest:
-            print(suggest.search(plan, experiment, plans[-1], load, 60 * arguments.suggest), flush=True)
+            print(suggest.search(plan, experiment, found, load, 60 * arguments.suggest), flush=True)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps([p.values() for p in plans], indent=2) + "\n")
     if arguments.picture:
         bars = [(p.topology.name, p.compiled) for p in plans]
-        picture.draw(Path(arguments.picture), f"{experiment.name}: memory of a chip, training", bars)
-    return 0 if all(p.compiled.fits for p in plans) and not changed else 1
+        step = "training" if what == "train" else what
+        picture.draw(Path(arguments.picture), f"{experiment.name}: memory of a chip, {step}", bars)
+    return 0 if all(p.fits for p in plans) and not changed else 1
 
 
 def _collectives(plan: Plan, name: str, folder: Path, update: bool) -> bool:
@@ -187,12 +126,50 @@ def _collectives(plan: Plan, name: str, folder: Path, update: bool) -> bool:
     return bool(difference)
 
 
+def _sizes(arguments: argparse.Namespace, experiment: Experiment) -> Sizes:
+    data = experiment.data
+    prompt = data.row_tokens if arguments.prompt is None else arguments.prompt
+    if arguments.what == "decode" and arguments.prompt is None:
+        prompt = 1  # a step of decoding sees the cache alone
+    patches = data.row_patches if arguments.patches is None else arguments.patches
+    places = arguments.places or (arguments.prompt or data.row_tokens)
+    return generation.rounded(experiment.model, arguments.rows, prompt, patches, places)
+
+
+def _training_header(experiment: Experiment, load: Load) -> str:
+    data = experiment.data
+    return (
+        f"# {experiment.name}: {experiment.accumulation} x {data.rows} rows of {data.row_tokens} tokens and "
+        f"{data.row_patches} patches\n\nAssumed: full rows, conversations of {load.conversation} tokens, images of "
+        f"{load.image} patches.\n"
+    )
+
+
+def _generation_header(experiment: Experiment, what: str, sizes: Sizes, load: Load) -> str:
+    numerics = experiment.model.numerics
+    kept = f"parameters in {numerics.param_dtype}, products in {numerics.compute_dtype}"
+    if what == "decode":
+        return (
+            f"# {experiment.name}: one token for each of {sizes.rows} sequences, a cache of {sizes.places} places\n\n"
+            f"Assumed: the cache is full; {kept}.\n"
+        )
+    return (
+        f"# {experiment.name}: {sizes.rows} prompts of {sizes.tokens} tokens and {sizes.patches} patches, then a cache "
+        f"of {sizes.places} places\n\nAssumed: full prompts, images of {load.image} patches; {kept}.\n"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a Python file with get_config(), or its name under configs/")
+    parser.add_argument("--what", choices=("train", "prefill", "decode"), default="train", help="the step to compile")
     parser.add_argument("--topology", nargs="+", help="such as v5p:4x4x4 or v6e:16x16*2 (default: the config's)")
     parser.add_argument("--conversation", type=int, help="tokens of a conversation (default: the longest there may be)")
     parser.add_argument("--image", type=int, help="patches of an image (default: the most there may be)")
+    parser.add_argument("--rows", type=int, default=8, help="prefill, decode: sequences that run together")
+    parser.add_argument("--prompt", type=int, help="prefill: tokens of a prompt (default: the config's row)")
+    parser.add_argument("--patches", type=int, help="prefill: patches of a prompt (default: the config's row)")
+    parser.add_argument("--places", type=int, help="prefill, decode: of the cache (default: the prompt's tokens)")
     parser.add_argument("--price", type=float, help="of a chip-hour")
     parser.add_argument("--suggest", type=float, metavar="MINUTES", help="try other topologies, settings and batches")
     parser.add_argument("--collectives", metavar="FOLDER", help="compare with the list of collectives in this folder")

@@ -15,11 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
-from jvlm.inference.sampling import Kind, Knobs, sample
-from jvlm.models import placement
+from jvlm.data.packing import assemble
+from jvlm.inference import serving
+from jvlm.inference.sampling import Kind, Knobs, SamplingConfig, sample
+from jvlm.inference.weights import decoding_state
+from jvlm.models import placement, vlm
 from jvlm.models.batch import DecodeStep, PackedBatch
+from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.layout import Layout
 from jvlm.parallel.sharded import Sharded
 
@@ -120,3 +125,100 @@ class Steps:
             chosen = sample(logits, kind, knobs, state.step, banned=self.banned, seen=seen)
             after = DecodeState(cache, state.place + 1, state.position + 1, state.step + 1, seen)
             return placement.current().constrain(chosen, ("batch",)), after.by_rows()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of one bucket of shapes: rows, tokens of a prompt, patches of a row, places of the cache."""
+
+    rows: int
+    tokens: int
+    patches: int
+    places: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The steps for one bucket, and abstract values with shardings for their arguments.
+
+    Attributes:
+      leaves, decoder_leaves: parameters as `prefill`, and as `begin` and `decode`, take them.
+      logits, kept: what `prefill` gives: scores, and the cache of the prompt.
+    """
+
+    config: VLMConfig
+    layout: Layout
+    steps: Steps
+    sizes: Sizes
+    kind: Kind
+    leaves: list[jax.ShapeDtypeStruct]
+    decoder_leaves: list[jax.ShapeDtypeStruct]
+    batch: PackedBatch
+    lengths: jax.ShapeDtypeStruct
+    knobs: Knobs
+    logits: jax.ShapeDtypeStruct
+    kept: Any
+
+    def lower_prefill(self) -> jax.stages.Lowered:
+        """The pass over the prompts, lowered from shapes."""
+        return self.steps.prefill.lower(self.leaves, self.batch, self.lengths)
+
+    def lower_begin(self) -> jax.stages.Lowered:
+        """The step from a prompt's cache to one of all places, lowered from shapes."""
+        return self.steps.begin.lower(self.kind, self.sizes.places, *self._after_prefill)
+
+    @property
+    def _after_prefill(self) -> tuple:
+        return self.decoder_leaves, self.logits, self.kept, self.batch, self.lengths, self.knobs
+
+    def decode_arguments(self) -> tuple[DecodeState, jax.ShapeDtypeStruct]:
+        """(state, token) before a step, where the compiled `begin` leaves them."""
+        begin = self.lower_begin()
+        token, state = jax.tree.map(_at, begin.out_info, begin.compile().output_shardings)
+        return state, token
+
+    def lower_decode(self, state: DecodeState, token: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+        """A step of decoding, lowered from shapes."""
+        return self.steps.decode.lower(self.kind, self.decoder_leaves, state, token, self.knobs)
+
+
+def plan(config: VLMConfig, layout: Layout, sizes: Sizes, sampling: SamplingConfig = SamplingConfig()) -> Program:
+    """The program of a model on a layout, whose devices may be described and not present.
+
+    Raises:
+      ValueError: a layout that cannot generate, or rows or parameters that it does not divide.
+    """
+    template = vlm.abstract(config)
+    placed = {p: _at(v.get_value(), layout.parameter(p, v)) for p, v in vlm.parameters(template).items()}
+    model = vlm.bind(template, placed)
+    whole, leaves = Structure.of(model, nnx.state(model))
+    decoder, decoder_leaves = Structure.of(model.decoder, decoding_state(model.decoder))
+    banned = np.zeros(config.decoder.vocab_size, bool)  # which ones changes nothing that is compiled
+    steps = Steps(whole, decoder, banned, serving.checked(layout, config))
+    row = assemble([[]], sizes.tokens, sizes.patches, patch_values=config.encoder.patch_values)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((sizes.rows, *x.shape[1:]), x.dtype), row)
+    batch = jax.tree.map(_at, batch, layout.batch(batch))
+    knobs = jax.eval_shape(lambda: Knobs.of(sampling, np.zeros(sizes.rows, np.int32)))
+    places = serving.knob_places(layout, knobs)
+    lengths = _at(jax.ShapeDtypeStruct((sizes.rows,), jnp.int32), places.numbers)
+    logits, kept = jax.eval_shape(steps.prefill, leaves, batch, lengths)
+    rows, heads = layout.splits("batch"), layout.splits("heads")
+    specs = {5: PartitionSpec(None, rows, None, heads), 3: PartitionSpec(None, rows)}  # as `Sharded.keep` leaves them
+    return Program(
+        config=config,
+        layout=layout,
+        steps=steps,
+        sizes=sizes,
+        kind=sampling.kind,
+        leaves=leaves,
+        decoder_leaves=decoder_leaves,
+        batch=batch,
+        lengths=lengths,
+        knobs=jax.tree.map(_at, knobs, places),
+        logits=_at(logits, layout.sharding(("batch", "vocab"), logits.shape)),
+        kept=jax.tree.map(lambda x: _at(x, NamedSharding(layout.mesh, specs[x.ndim])), kept),
+    )
+
+
+def _at(value: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)

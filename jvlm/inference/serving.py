@@ -86,12 +86,15 @@ def place_batch(
     layout: Layout, batch: PackedBatch, lengths: np.ndarray, knobs: Knobs
 ) -> tuple[PackedBatch, jax.Array, Knobs]:
     """Prompts on the devices that have their rows."""
-    rows = layout.sharding(("batch",), lengths.shape)
-    return (
-        jax.device_put(batch, layout.batch(batch)),
-        jax.device_put(lengths, rows),
-        dataclasses.replace(jax.device_put(knobs, layout.whole()), numbers=jax.device_put(knobs.numbers, rows)),
-    )
+    places = knob_places(layout, knobs)
+    values = (batch, lengths, knobs)
+    return jax.device_put(values, (layout.batch(batch), places.numbers, places))
+
+
+def knob_places(layout: Layout, knobs: Knobs) -> Knobs:
+    """Shardings: each row's number with the row, the others everywhere."""
+    whole = jax.tree.map(lambda _: layout.whole(), knobs)
+    return dataclasses.replace(whole, numbers=layout.sharding(("batch",), knobs.numbers.shape))
 
 
 def _heads(config: VLMConfig) -> list[tuple[str, int]]:

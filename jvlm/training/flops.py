@@ -198,6 +198,22 @@ def inference(template: VLM, counts: Counts) -> Parts:
     return Parts(**{part: work.total for part, work in forward(template, counts).items()})
 
 
+def decoding(template: VLM, rows: int, past: int) -> tuple[Parts, float]:
+    """One step of generation for so many rows, each token meeting ``past`` places; and how much of it is attention.
+
+    Pictures were read with the prompt: only cross-attention still meets the features of one frame.
+    """
+    config = template.config.decoder
+    reach = min(past, getattr(config, "sliding_window", None) or past)
+    pairs = float(rows) * config.num_layers * reach
+    if template.config.reads_features:
+        pairs += rows * (config.num_layers // config.cross_attention_every) * template.config.connector.frame_features
+    attention = 4 * pairs * _width(template.decoder)
+    linear = sum(product.flops for product in _products(template.decoder, rows))
+    head = Product(rows, config.hidden_size, config.vocab_size)
+    return Parts(0.0, 0.0, linear + attention, head.flops), attention
+
+
 def _both_ways(work: Work, gradient_wanted: bool, learnt: bool, rank: int) -> float:
     """Forward and backward FLOP of a part; ``gradient_wanted`` says that what comes into it needs a gradient."""
     flops = work.total

@@ -19,7 +19,7 @@ COMPILER = Path(sys.prefix) / "tpu-compiler"  # where `make test` puts it
 
 
 def with_compiler(*command, timeout=600):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(COMPILER)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", COMPILER)))}
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
     )
@@ -171,3 +171,50 @@ def test_what_is_learnt_is_stored_with_its_moments_and_everything_is_split(stage
         for part, published in (("state", 3 * 4 * learnt), ("frozen", 4 * (parameters - learnt))):
             # norms and biases are whole on each chip: little, but many times
             assert published <= sizes[part] * parts <= 1.2 * published, (key, part)
+
+
+@pytest.fixture(scope="module")
+def decoding():
+    """Plans of a step of decoding on eight chips, for models of two layers; see planned_generation."""
+    done = with_compiler("-m", "tests.tools.planned_generation")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+BFLOAT16, FLOAT32, CHIPS = 2, 4, 8
+ROWS, PLACES, LAYERS, WIDTH, HEADS, HEAD, HIDDEN = 32, 16384, 2, 1024, 8, 128, 2048
+CASES = pytest.mark.parametrize(("case", "kv_heads", "vocabulary"), [("even", 8, 4096), ("odd", 4, 4097)])
+
+
+@CASES
+def test_a_step_of_decoding_reads_parameters_and_cache_once_and_copies_neither(decoding, case, kv_heads, vocabulary):
+    plan = decoding[case]
+    cache = LAYERS * 2 * ROWS * PLACES * HEAD * BFLOAT16  # one key head a chip: four are stored twice
+    assert plan["memory"]["cache"] == cache
+    assert plan["memory"]["temporary"] < cache / 100
+    matrices = LAYERS * WIDTH * (2 * HEADS * HEAD + 2 * kv_heads * HEAD + 3 * HIDDEN) + WIDTH * vocabulary
+    read = matrices * BFLOAT16 / CHIPS + cache
+    assert read < plan["hbm"] < 1.05 * read
+    assert plan["flops"] == pytest.approx(2 * ROWS * matrices / CHIPS, rel=1e-3)
+    attention = 4 * LAYERS * ROWS * PLACES * HEADS * HEAD
+    assert sum(plan["bound"]["arithmetic"].values()) == 2 * ROWS * matrices + attention
+    assert plan["bound"]["tokens"] == ROWS
+
+
+@CASES
+def test_a_step_of_decoding_gathers_no_parameter(decoding, case, kv_heads, vocabulary):
+    (wire,) = decoding[case]["wires"]
+    # after attention and MLP of each layer; and the token's embedding, or the scores where the vocabulary is not split
+    around = 2 * (CHIPS - 1) / CHIPS
+    last = WIDTH * BFLOAT16 if case == "even" else vocabulary * FLOAT32
+    assert wire["kinds"]["all-reduce"] == pytest.approx(
+        around * ROWS * (2 * LAYERS * WIDTH * BFLOAT16 + last), rel=0.01
+    )
+    key_matrix = WIDTH * kv_heads * HEAD * BFLOAT16
+    assert sum(size for kind, size in wire["kinds"].items() if kind != "all-reduce") < key_matrix
+
+
+def test_a_search_for_better_steps_of_decoding_is_refused_by_name():
+    done = with_compiler("tools/plan.py", "mimo_vl/stage4", "--what", "decode", "--suggest", "1")
+    assert done.returncode == 2
+    assert "--suggest looks for better training steps; it cannot be given with --what decode" in done.stderr

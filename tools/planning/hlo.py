@@ -34,6 +34,10 @@ _FREE = frozenset(
     "opt-barrier add-dependency async-start async-update async-done domain all-gather-done all-reduce-done "
     "collective-permute-done copy-done slice-done send send-done recv recv-done".split()
 )
+# These read part of their first operand; those write part of it, as large as the operand of this number.
+_SLICES = ("dynamic-slice", "slice", "gather")
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
+_COST = re.compile(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,16 +315,21 @@ def _meetings(text: str, index: int, inputs: int, window: int, outputs: int) -> 
 
 def _moved(one: Instruction, inside: dict[str, Instruction], program: _Program) -> float:
     """Bytes of HBM that an instruction reads and writes: operands and results, and of slices the slice alone."""
-    if one.opcode in ("dynamic-slice", "slice", "gather"):
+    if one.opcode in _SLICES:
         return 2 * _in_hbm(one)
     if one.opcode in ("copy-start", "slice-start"):
         # named are source, what arrives, and a flag: often it arrives in memory of the core
         arrays = [shape for shape in one.shapes if shape.sizes]
         size = min(shape.bytes for shape in arrays)
         return size * sum(not shape.on_chip for shape in arrays)
-    if one.opcode in ("dynamic-update-slice", "scatter"):
-        update = inside.get(one.operands[1]) if len(one.operands) > 1 else None
+    if one.opcode in _IN_PLACE:
+        update = inside.get(one.operands[_IN_PLACE[one.opcode]])
         return 2 * _in_hbm(update) if update else _in_hbm(one)
+    if one.opcode == "custom-call":
+        if "ConcatBitcast" in one.rest:
+            return 0.0
+        if said := _COST.search(one.rest):  # by the kernel itself: one that works in place touches little
+            return float(said[1])
     body = _body(one, program)
     total = 0.0
     for index, name in enumerate(one.operands):
@@ -329,11 +338,23 @@ def _moved(one: Instruction, inside: dict[str, Instruction], program: _Program) 
             continue
         read = _read(body, index, program)
         total += _in_hbm(operand) if read is None else min(read, _in_hbm(operand))
+    named = {i.name: i for i in body}
     root = next((i for i in body if i.root), None)
-    if root is not None and root.opcode == "dynamic-update-slice":
-        update = next((i for i in body if i.name == root.operands[1]), None)
-        return total + (update.bytes if update and _in_hbm(one) else 0.0)
-    return total + _in_hbm(one)
+    results = [named[n] for n in root.operands] if root and root.opcode == "tuple" else [root] if root else []
+    if len(results) != len(one.shapes):
+        return total + _in_hbm(one)
+    return total + sum(
+        _written(made, named) for made, shape in zip(results, one.shapes, strict=True) if not shape.on_chip
+    )
+
+
+def _written(made: Instruction, named: dict[str, Instruction]) -> float:
+    """Bytes of a fusion's result that it writes: of one that is updated in place the update."""
+    view = made
+    while view.opcode == "bitcast" and view.operands[0] in named:
+        view = named[view.operands[0]]
+    update = named.get(view.operands[_IN_PLACE[view.opcode]]) if view.opcode in _IN_PLACE else None
+    return update.bytes if update else made.bytes
 
 
 def _body(one: Instruction, program: _Program) -> list[Instruction]:
@@ -355,15 +376,17 @@ def _read(body: list[Instruction], index: int, program: _Program) -> float | Non
             continue
         found = True
         if one.opcode == "bitcast":
+            if one.root:  # all of it goes on to whoever reads the fusion
+                return None
             names.add(one.name)
-        elif one.opcode == "dynamic-slice" and at == [0]:
+        elif one.opcode in _SLICES and at == [0]:
             total += one.bytes
         elif one.opcode == "fusion":
             inner = [_read(_body(one, program), place, program) for place in at]
             if None in inner:
                 return None
             total += sum(inner)
-        elif not (one.opcode == "dynamic-update-slice" and at == [0]):
+        elif not (one.opcode in _IN_PLACE and at == [0]):
             return None
     return total if found else None
 

@@ -14,6 +14,7 @@ from .program import Compiled
 COLOURS = {
     "parameters": "#3b6ea8",
     "optimizer": "#6fa3d8",
+    "cache": "#7fb069",
     "batch": "#8f8f8f",
     "activations": "#b3541e",
     "temporary": "#e0a458",

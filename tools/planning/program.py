@@ -1,4 +1,4 @@
-"""Compile a training step, or a prefill, for chips that are not there, and measure what came out."""
+"""Compile a step for chips that are not there, and measure what came out."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Memory:
 
     parameters: float = 0.0
     optimizer: float = 0.0
+    cache: float = 0.0
     batch: float = 0.0
     activations: float = 0.0
     temporary: float = 0.0
@@ -145,36 +146,41 @@ def measure(
     topology: Topology,
     *,
     taken: Mapping[str, float] = MappingProxyType({}),
+    made: Mapping[str, float] = MappingProxyType({}),
+    resident: float = 0.0,
     **sizes: float,
 ) -> Compiled:
     """Compile what ``lower()`` lowers.
 
     Args:
       taken: see `hlo.read`.
-      sizes: the parts of its arguments, in bytes of a device.
+      made: parts of its results that are no arguments again, in bytes of a device.
+      resident: bytes of ``sizes`` that are no arguments of it, but in memory all the same.
+      sizes: the parts of its arguments, and of what is resident, in bytes of a device.
     """
     began = time.perf_counter()
     cores = mesh.size // topology.chips
     shape = {axis: size for axis, size in mesh.shape.items() if size > 1}
     limit = available_memory(mesh.devices.flat[0])
-    sizes = {name: cores * size for name, size in sizes.items()}
+    known = sum(sizes.values()) - resident + sum(made.values())
+    sizes = {n: cores * (sizes.get(n, 0.0) + made.get(n, 0.0)) for n in (*sizes, *(set(made) - set(sizes)))}
     if sum(sizes.values()) > cores * limit:  # the compiler would find out too, minutes later
         return Compiled(shape, Memory(**sizes), False, cores * limit, 0.0, 0.0, (), time.perf_counter() - began)
     lowered = lower()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        memory = Memory(**sizes, temporary=cores * _temporaries(str(error), sum(sizes.values()) / cores))
+        memory = Memory(**sizes, temporary=cores * _temporaries(str(error), known))
         return Compiled(shape, memory, False, cores * limit, 0.0, 0.0, (), time.perf_counter() - began)
     found = compiled.memory_analysis()
     traffic = hlo.read(compiled.as_text(), taken)
     # The most that lives at a time, which is what the compiler holds against its limit. `temp_size_in_bytes` is more:
     # it counts places that are used one after the other as if they were used together.
-    arguments = sum(sizes.values()) / cores
+    kept = max(traffic.kept - sum(made.values()), 0.0)  # results may be filled layer by layer too
     memory = Memory(
         **sizes,
-        activations=cores * traffic.kept,
-        temporary=cores * (float(found.peak_memory_in_bytes) - arguments - traffic.kept),
+        activations=cores * kept,
+        temporary=cores * (float(found.peak_memory_in_bytes) - known - kept),
         code=cores * float(found.generated_code_size_in_bytes),
     )
     return Compiled(
@@ -235,6 +241,7 @@ def _wires(traffic: hlo.Traffic, mesh: Mesh, topology: Topology) -> tuple[Wire, 
             continue
         kinds[axes][one.kind] += one.times * sent
         counts[axes][one.kind] += 1
+    # plain dicts: dataclasses.asdict of Python 3.11 copies no others
     wires = (
         Wire(axes, dict(found), dict(counts[axes]), *_bandwidth(axes, mesh, topology)) for axes, found in kinds.items()
     )

@@ -28,19 +28,16 @@ class Load:
     conversation: int
     image: int
 
-    def counts(self, experiment: Experiment, template: VLM) -> flops.Counts:
-        """Of one step: all accumulated batches."""
-        data, encoder = experiment.data, experiment.model.encoder
-        rows = data.rows * experiment.accumulation
+    def counts(self, template: VLM, rows: int, row_tokens: int, row_patches: int) -> flops.Counts:
+        """Of so many full rows."""
+        encoder = template.config.encoder
         window = getattr(encoder, "window_patches", self.image)
-        features = min(
-            rows * data.row_patches // getattr(encoder, "spatial_merge_size", 1) ** 2, rows * data.row_tokens
-        )
-        tokens = rows * data.row_tokens
+        tokens = rows * row_tokens
+        features = min(rows * row_patches // getattr(encoder, "spatial_merge_size", 1) ** 2, tokens)
         return flops.Counts(
-            _pieces(rows, data.row_tokens, self.conversation),
-            _pieces(rows, data.row_patches, self.image),
-            _pieces(rows, data.row_patches, window),
+            _pieces(rows, row_tokens, self.conversation),
+            _pieces(rows, row_patches, self.image),
+            _pieces(rows, row_patches, window),
             features,
             tokens - features,
         )
@@ -88,23 +85,29 @@ class Bound:
         return max(("compute", "hbm", "network"), key=lambda name: getattr(self, name))
 
 
-def bound(experiment: Experiment, compiled: Compiled, topology: Topology, load: Load, training: bool = True) -> Bound:
-    """The roofline of a compiled step."""
-    template = vlm.abstract(experiment.model)
-    counts = load.counts(experiment, template)
+def bound(experiment: Experiment, compiled: Compiled, topology: Topology, load: Load) -> Bound:
+    """The roofline of a compiled training step."""
+    template, data = vlm.abstract(experiment.model), experiment.data
+    counts = load.counts(template, data.rows * experiment.accumulation, data.row_tokens, data.row_patches)
     learnt = {tower: experiment.optimizer.rate_of(tower) > 0 for tower in TOWERS}
-    parts = flops.training(template, counts, learnt) if training else flops.inference(template, counts)
-    chip, chips = topology.chip, topology.chips
     # A kernel's products are not in the program's text. Its backward pass makes five products for the forward's two.
-    attention = sum(work.attention for work in flops.forward(template, counts).values())
-    executed = compiled.flops + attention * (3.5 if training else 1.0) / chips
+    attention = 3.5 * sum(work.attention for work in flops.forward(template, counts).values())
+    parts = flops.training(template, counts, learnt)
+    return judge(parts, attention, counts.tokens, len(counts.frames), compiled, topology)
+
+
+def judge(
+    parts: flops.Parts, attention: float, tokens: int, images: int, compiled: Compiled, topology: Topology
+) -> Bound:
+    """The roofline of a compiled program that needs ``parts``; ``attention`` is FLOP that its kernels execute."""
+    chip, chips = topology.chip, topology.chips
+    executed = compiled.flops + attention / chips
     compute = executed / chip.flops
     hbm = compiled.hbm / chip.hbm_bandwidth
     # different axes use different links, and may talk at once
     network = max((wire.seconds for wire in compiled.wires), default=0.0)
     best = max(compute, hbm, network)
     peak = parts.total / (chips * chip.flops)
-    images = len(counts.frames)
     return Bound(
         arithmetic={part: getattr(parts, part) for part in flops.PARTS},
         executed=executed,
@@ -113,8 +116,8 @@ def bound(experiment: Experiment, compiled: Compiled, topology: Topology, load: 
         network=network,
         mfu=peak / best,
         mfu_serial=peak / (compute + hbm + network),
-        tokens_per_second=counts.tokens / best,
+        tokens_per_second=tokens / best,
         images_per_second=images / best,
-        tokens=counts.tokens,
+        tokens=tokens,
         images=images,
     )

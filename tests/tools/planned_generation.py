@@ -1,0 +1,44 @@
+"""Run by test_plan.py with libtpu: steps of decoding of small models, compiled for eight chips that are not there."""
+
+import dataclasses
+import json
+import os
+import sys
+
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-8",
+    TPU_WORKER_HOSTNAMES="localhost",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+)
+
+from jvlm.inference.program import Sizes
+from jvlm.models.decoders.transformer import TransformerConfig
+from jvlm.models.layers import Numerics
+from jvlm.parallel.mesh import ParallelConfig
+from tests.parallel import models
+from tools.planning import generation
+from tools.planning.chips import Topology
+
+SIZES = Sizes(rows=32, tokens=16, patches=0, places=16384)
+DECODER = TransformerConfig(
+    vocab_size=4096, hidden_size=1024, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=128, intermediate_size=2048
+)
+# fewer key heads than chips, and a vocabulary that eight do not divide
+CASES = {"even": DECODER, "odd": dataclasses.replace(DECODER, num_kv_heads=4, vocab_size=4097)}
+
+
+def main() -> None:
+    """A JSON object: case -> what the plan says."""
+    topology, asked = Topology.parse("v5e:2x4"), ParallelConfig(tensor=8, rules="serving")
+    found = {}
+    for name, decoder in CASES.items():
+        numerics = Numerics(param_dtype="bfloat16", compute_dtype="bfloat16")
+        config = dataclasses.replace(models.qwen2_5_vl(), decoder=decoder, numerics=numerics)
+        found[name] = generation.plan(config, asked, topology, SIZES, "decode", 0).values()
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The steps of generation on chips that are not there: the pass over prompts, and the step that makes a token a row."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jvlm.data import packing
+from jvlm.data.vision import default_media, vision_for
+from jvlm.inference import program, serving
+from jvlm.inference.engine import LANES, PATCH_STEP, TOKEN_STEP
+from jvlm.inference.program import Program, Sizes
+from jvlm.models import vlm
+from jvlm.models.vlm import VLMConfig
+from jvlm.parallel.layout import Layout
+from jvlm.parallel.mesh import ParallelConfig
+from jvlm.training import flops
+from jvlm.training.config import Experiment
+
+from .chips import Topology
+from .program import Compiled, branches_taken, bytes_of, devices_of, measure
+from .report import Plan, What
+from .roofline import Bound, Load, judge
+
+DTYPE = "bfloat16"  # of served parameters, unless the command line says otherwise
+
+
+def served(experiment: Experiment) -> Experiment:
+    """An experiment as it would be served: parameters in `DTYPE`, a mesh for generation; training's says nothing."""
+    if experiment.model is None:
+        return experiment
+    numerics = dataclasses.replace(experiment.model.numerics, param_dtype=DTYPE, remat="none")
+    model = dataclasses.replace(experiment.model, numerics=numerics)
+    return dataclasses.replace(experiment, model=model, parallel=serving.Serving().parallel)
+
+
+def rounded(config: VLMConfig, rows: int, prompt: int, patches: int, places: int) -> Sizes:
+    """The bucket of shapes that the engine would compile for on a TPU. Raises ValueError for a cache too short."""
+    if places < prompt:
+        raise ValueError(f"--places {places} do not hold a prompt of {prompt} tokens")
+    step = packing.patch_step(vision_for(config, default_media(config)).patch_group, PATCH_STEP)
+    return Sizes(
+        rows,
+        packing.bucket(prompt, TOKEN_STEP),
+        packing.bucket(patches, step) if patches else 0,
+        packing.bucket(places, LANES),
+    )
+
+
+def plan(
+    config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: Sizes, what: What, image: int
+) -> Plan:
+    """Compile the engine's step, and judge; images of so many patches."""
+    planned = prepare(config, asked, topology, sizes)
+    if what == "decode":
+        compiled = compile_decode(planned, topology)
+        return Plan(topology, compiled, bound_decode(planned, compiled, topology) if compiled.fits else None, what)
+    compiled, opening = compile_prefill(planned, topology)
+    best = bound_prefill(planned, compiled, opening, topology, image) if compiled.fits else None
+    return Plan(topology, compiled, best, what, opening)
+
+
+def prepare(config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: Sizes) -> Program:
+    """The engine's program on a topology; on the mesh that the engine takes by itself, unless one is asked for."""
+    devices = devices_of(topology)
+    return program.plan(config, Layout.of(asked or serving.parallel(config, len(devices)), devices), sizes)
+
+
+def compile_prefill(planned: Program, topology: Topology) -> tuple[Compiled, Compiled]:
+    """The pass over the prompts, and the step after it that gives their cache the places of the answers.
+
+    Both caches exist together for a moment. Parameters stay.
+    """
+    parameters, batch, kept = (bytes_of(x) for x in (planned.leaves, planned.batch, planned.kept))
+    sizes, mesh = {"parameters": parameters, "batch": batch}, planned.layout.mesh
+    taken = branches_taken(planned.config)
+    first = measure(planned.lower_prefill, mesh, topology, taken=taken, made={"cache": kept}, **sizes)
+    opened = {"cache": bytes_of(planned.decode_arguments()[0].cache)}
+    idle = parameters + batch
+    then = measure(planned.lower_begin, mesh, topology, made=opened, resident=idle, cache=kept, **sizes)
+    return first, then
+
+
+def compile_decode(planned: Program, topology: Topology) -> Compiled:
+    """One step for all rows. All parameters stay on the chips, the vision tower's too, which no such step reads."""
+    state, token = planned.decode_arguments()
+    parameters = bytes_of(planned.leaves)
+    return measure(
+        lambda: planned.lower_decode(state, token),
+        planned.layout.mesh,
+        topology,
+        resident=parameters - bytes_of(planned.decoder_leaves),
+        parameters=parameters,
+        cache=bytes_of(state.cache),
+        batch=bytes_of((token, state.place, state.position, planned.knobs)),
+    )
+
+
+def bound_prefill(planned: Program, compiled: Compiled, then: Compiled, topology: Topology, image: int) -> Bound:
+    """The roofline of full rows of one prompt and images of so many patches, the opening of their cache included."""
+    template, sizes = vlm.abstract(planned.config), planned.sizes
+    load = Load(conversation=sizes.tokens, image=image)
+    counts = load.counts(template, sizes.rows, sizes.tokens, sizes.patches)
+    counts = dataclasses.replace(counts, targets=sizes.rows)  # the head sees the last token alone
+    attention = sum(work.attention for work in flops.forward(template, counts).values())
+    both = dataclasses.replace(compiled, hbm=compiled.hbm + then.hbm)
+    return judge(flops.inference(template, counts), attention, counts.tokens, len(counts.frames), both, topology)
+
+
+def bound_decode(planned: Program, compiled: Compiled, topology: Topology) -> Bound:
+    """The roofline of a step with the whole cache filled."""
+    template, sizes = vlm.abstract(planned.config), planned.sizes
+    parts, attention = flops.decoding(template, sizes.rows, sizes.places)
+    return judge(parts, attention, sizes.rows, 0, compiled, topology)
