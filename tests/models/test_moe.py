@@ -11,6 +11,7 @@ from flax import nnx
 from torch.nn import functional as F
 
 from jvlm.models import registry
+from jvlm.models.decoders import moe
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.layers import Numerics
 
@@ -130,6 +131,18 @@ def test_a_token_is_answered_alone_as_in_its_row(inputs):
     whole, _ = apply(module, x, SEGMENTS)
     other, _ = apply(module, np.where((SEGMENTS == 2)[..., None], -3 * x, x), SEGMENTS)
     np.testing.assert_array_equal(other[SEGMENTS == 1], whole[SEGMENTS == 1])
+
+
+def test_on_tpu_a_step_of_decoding_by_all_experts_gives_what_the_chosen_ones_give():
+    """Among the choices are those of other devices' experts, which have numbers outside."""
+    rng = np.random.default_rng(0)
+    expert = jnp.asarray(rng.integers(-2, 7, (9, 1, 2)))
+    x, share = (rng.normal(size=shape).astype(np.float32) for shape in ((9, 1, D), (9, 1, 2)))
+    weights = [rng.normal(size=shape).astype(np.float32) for shape in ((5, D, 7), (5, D, 7), (5, 7, D))]
+    found, expected = (f(x, expert, share, *weights) for f in (moe._by_all_experts, moe._by_chosen_experts))
+    assert np.abs(expected[0]).max() > 1
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_a_batch_of_padding_alone_gives_zeros_and_finite_statistics():

@@ -151,18 +151,11 @@ class MoE(nnx.Module):
         expert_BSk = jnp.where(valid_BS[..., None], expert_BSk, E)
         return Routing(expert_BSk, jnp.where(valid_BS[..., None], gate_BSk, 0.0), report)
 
-    def _everything(self, x_BSD, expert_BSk, gate_BSk, gate, up, down):
-        """Every choice: rows sorted by expert, one grouped product for each matrix."""
-        E, k = len(gate), expert_BSk.shape[-1]
-        x_TD, expert_N = x_BSD.reshape(-1, x_BSD.shape[-1]), _numbered(expert_BSk.reshape(-1), E)
-        order = jnp.argsort(expert_N, stable=True)
-        sizes = jnp.bincount(expert_N, length=E + 1)[:-1].astype(jnp.int32)
-        # rows behind the last group are nobody's: whatever a kernel leaves there must not get out
-        grouped = (jnp.arange(len(order)) < sizes.sum())[:, None]
-        x = jnp.where(grouped, x_TD[order // k], 0)
-        hidden = jax.nn.silu(jax.lax.ragged_dot(x, gate, sizes)) * jax.lax.ragged_dot(x, up, sizes)
-        y = jnp.where(grouped, jax.lax.ragged_dot(hidden, down, sizes), 0)[jnp.argsort(order)]
-        return _combine(y, gate_BSk, x_BSD.dtype), (expert_N < E).astype(jnp.float32).reshape(expert_BSk.shape)
+    def _everything(self, x_BSD, *choices_and_weights):
+        """Every choice."""
+        if x_BSD.shape[1] > 1:
+            return _by_chosen_experts(x_BSD, *choices_and_weights)
+        return jax.lax.platform_dependent(x_BSD, *choices_and_weights, tpu=_by_all_experts, default=_by_chosen_experts)
 
     def _what_fits(self, x_BSD, expert_BSk, gate_BSk, gate, up, down):
         """As many choices as experts have places."""
@@ -191,3 +184,32 @@ def _numbered(expert, count: int):
 def _combine(y, gate_BSk, dtype):
     y_BSkD = y.reshape(*gate_BSk.shape, -1).astype(jnp.float32)
     return jnp.einsum("bskd,bsk->bsd", y_BSkD, gate_BSk).astype(dtype)
+
+
+def _by_chosen_experts(x_BSD, expert_BSk, gate_BSk, gate, up, down):
+    """(what the experts add, choices taken): rows sorted by expert, one grouped product for each matrix."""
+    E, k = len(gate), expert_BSk.shape[-1]
+    x_TD, expert_N = x_BSD.reshape(-1, x_BSD.shape[-1]), _numbered(expert_BSk.reshape(-1), E)
+    order = jnp.argsort(expert_N, stable=True)
+    sizes = jnp.bincount(expert_N, length=E + 1)[:-1].astype(jnp.int32)
+    # rows behind the last group are nobody's: whatever a kernel leaves there must not get out
+    grouped = (jnp.arange(len(order)) < sizes.sum())[:, None]
+    x = jnp.where(grouped, x_TD[order // k], 0)
+    hidden = jax.nn.silu(jax.lax.ragged_dot(x, gate, sizes)) * jax.lax.ragged_dot(x, up, sizes)
+    y = jnp.where(grouped, jax.lax.ragged_dot(hidden, down, sizes), 0)[jnp.argsort(order)]
+    return _combine(y, gate_BSk, x_BSD.dtype), (expert_N < E).astype(jnp.float32).reshape(expert_BSk.shape)
+
+
+def _by_all_experts(x_BSD, expert_BSk, gate_BSk, gate, up, down):
+    """As `_by_chosen_experts`, for rows of one token: each by every expert, and what was not chosen weighs nothing.
+
+    For a step of decoding on TPU: it reads all weights anyway and has arithmetic to spare, and a grouped product is a
+    kernel there, for which XLA would copy the weights out of their stack of layers in each step.
+    """
+    E = len(gate)
+    expert_Bk, x_BD = _numbered(expert_BSk[:, 0], E), x_BSD[:, 0]
+    share_BE = (jax.nn.one_hot(expert_Bk, E) * gate_BSk[:, 0, :, None].astype(jnp.float32)).sum(1)
+    hidden = jax.nn.silu(jnp.einsum("bd,edf->ebf", x_BD, gate)) * jnp.einsum("bd,edf->ebf", x_BD, up)
+    y = jnp.einsum("ebf,efd->ebd", hidden, down)
+    added = jnp.einsum("ebd,be->bd", y.astype(jnp.float32), share_BE).astype(x_BSD.dtype)
+    return added[:, None], (expert_Bk < E).astype(jnp.float32)[:, None]
