@@ -14,6 +14,7 @@ os.environ.update(
 )
 
 from jvlm.inference.program import Sizes
+from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.layers import Numerics
 from jvlm.parallel.mesh import ParallelConfig
@@ -26,7 +27,11 @@ DECODER = TransformerConfig(
     vocab_size=4096, hidden_size=1024, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=128, intermediate_size=2048
 )
 # fewer key heads than chips, and a vocabulary that eight do not divide
-CASES = {"even": DECODER, "odd": dataclasses.replace(DECODER, num_kv_heads=4, vocab_size=4097)}
+CASES = {
+    "even": DECODER,
+    "odd": dataclasses.replace(DECODER, num_kv_heads=4, vocab_size=4097),
+    "experts": dataclasses.replace(DECODER, mlp=MoEConfig(every=2, experts=8, intermediate_size=8192)),
+}
 
 
 def main() -> None:

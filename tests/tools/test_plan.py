@@ -183,25 +183,35 @@ def decoding():
 
 BFLOAT16, FLOAT32, CHIPS = 2, 4, 8
 ROWS, PLACES, LAYERS, WIDTH, HEADS, HEAD, HIDDEN = 32, 16384, 2, 1024, 8, 128, 2048
-CASES = pytest.mark.parametrize(("case", "kv_heads", "vocabulary"), [("even", 8, 4096), ("odd", 4, 4097)])
+DENSE = 3 * WIDTH * HIDDEN
 
 
-@CASES
-def test_a_step_of_decoding_reads_parameters_and_cache_once_and_copies_neither(decoding, case, kv_heads, vocabulary):
+@pytest.mark.parametrize(
+    ("case", "kv_heads", "vocabulary", "mlps"),
+    [
+        ("even", 8, 4096, 2 * DENSE),
+        ("odd", 4, 4097, 2 * DENSE),
+        ("experts", 8, 4096, DENSE + 8 * (3 * WIDTH * 8192 + WIDTH)),
+    ],
+)
+def test_a_step_of_decoding_reads_parameters_and_cache_once_and_copies_neither(
+    decoding, case, kv_heads, vocabulary, mlps
+):
     plan = decoding[case]
     cache = LAYERS * 2 * ROWS * PLACES * HEAD * BFLOAT16  # one key head a chip: four are stored twice
     assert plan["memory"]["cache"] == cache
     assert plan["memory"]["temporary"] < cache / 100
-    matrices = LAYERS * WIDTH * (2 * HEADS * HEAD + 2 * kv_heads * HEAD + 3 * HIDDEN) + WIDTH * vocabulary
+    matrices = LAYERS * WIDTH * 2 * (HEADS + kv_heads) * HEAD + mlps + WIDTH * vocabulary
     read = matrices * BFLOAT16 / CHIPS + cache
     assert read < plan["hbm"] < 1.05 * read
     assert plan["flops"] == pytest.approx(2 * ROWS * matrices / CHIPS, rel=1e-3)
     attention = 4 * LAYERS * ROWS * PLACES * HEADS * HEAD
-    assert sum(plan["bound"]["arithmetic"].values()) == 2 * ROWS * matrices + attention
+    unchosen = 6 * 3 * WIDTH * 8192 if case == "experts" else 0  # of eight, two are needed, and all are computed
+    assert sum(plan["bound"]["arithmetic"].values()) == 2 * ROWS * (matrices - unchosen) + attention
     assert plan["bound"]["tokens"] == ROWS
 
 
-@CASES
+@pytest.mark.parametrize(("case", "kv_heads", "vocabulary"), [("even", 8, 4096), ("odd", 4, 4097)])
 def test_a_step_of_decoding_gathers_no_parameter(decoding, case, kv_heads, vocabulary):
     (wire,) = decoding[case]["wires"]
     # after attention and MLP of each layer; and the token's embedding, or the scores where the vocabulary is not split

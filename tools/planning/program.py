@@ -174,13 +174,16 @@ def measure(
         return Compiled(shape, memory, False, cores * limit, 0.0, 0.0, (), time.perf_counter() - began)
     found = compiled.memory_analysis()
     traffic = hlo.read(compiled.as_text(), taken)
-    # The most that lives at a time, which is what the compiler holds against its limit. `temp_size_in_bytes` is more:
-    # it counts places that are used one after the other as if they were used together.
+    # Two figures, each of which may be too high. The most that lives at a time, which the compiler holds against its
+    # limit, has in it what is fetched ahead into memory of the core. `temp_size_in_bytes` counts places that are used
+    # one after the other as if they were used together.
+    fresh = found.output_size_in_bytes - found.alias_size_in_bytes - sum(made.values())
+    beside = min(found.peak_memory_in_bytes - known, found.temp_size_in_bytes + fresh)
     kept = max(traffic.kept - sum(made.values()), 0.0)  # results may be filled layer by layer too
     memory = Memory(
         **sizes,
         activations=cores * kept,
-        temporary=cores * (float(found.peak_memory_in_bytes) - known - kept),
+        temporary=cores * max(beside - kept, 0.0),
         code=cores * float(found.generated_code_size_in_bytes),
     )
     return Compiled(
