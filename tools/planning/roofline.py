@@ -90,8 +90,10 @@ def bound(experiment: Experiment, compiled: Compiled, topology: Topology, load: 
     template, data = vlm.abstract(experiment.model), experiment.data
     counts = load.counts(template, data.rows * experiment.accumulation, data.row_tokens, data.row_patches)
     learnt = {tower: experiment.optimizer.rate_of(tower) > 0 for tower in TOWERS}
-    # A kernel's products are not in the program's text. Its backward pass makes five products for the forward's two.
-    attention = 3.5 * sum(work.attention for work in flops.forward(template, counts).values())
+    # A kernel's products are not in the program's text. Its backward pass makes five products for the forward's two,
+    # which are made once more unless the policy keeps what came of them.
+    passes = 4.5 if experiment.model.numerics.remat in ("full", "dots") else 3.5
+    attention = passes * sum(work.attention for work in flops.forward(template, counts).values())
     parts = flops.training(template, counts, learnt)
     return judge(parts, attention, counts.tokens, len(counts.frames), compiled, topology)
 
