@@ -22,6 +22,7 @@ ACCELERATORS = {
 }
 # generation -> the name that xpk gives its accelerator types, which it reads with a topology too (v5p-4x4x4)
 XPK_NAMES = {"v5e": "v5litepod"}
+USERS_MISTAKE = 2  # exit status of `jvlm` (jvlm.cli.main)
 IMAGE = "python:3.11"
 FETCHER = "gcr.io/google.com/cloudsdktool/google-cloud-cli:slim"
 
@@ -109,7 +110,14 @@ class GkeSpec:
                 }
             ],
         }
-        job = {"parallelism": self.machines, "completions": self.machines, "backoffLimit": 0}
+        # a mistake of the user's stays one however often it is tried; the JobSet knows it by the reason of the Job
+        mistake = {"containerName": "jvlm", "operator": "In", "values": [USERS_MISTAKE]}
+        job = {
+            "parallelism": self.machines,
+            "completions": self.machines,
+            "backoffLimit": 0,
+            "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": mistake}]},
+        }
         labels = {"kueue.x-k8s.io/queue-name": self.queue} if self.queue else {}
         return {
             "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -122,7 +130,10 @@ class GkeSpec:
                 "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
             },
             "spec": {
-                "failurePolicy": {"maxRestarts": self.restarts},
+                "failurePolicy": {
+                    "maxRestarts": self.restarts,
+                    "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+                },
                 "replicatedJobs": [
                     {
                         "name": "slice",

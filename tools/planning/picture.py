@@ -32,6 +32,8 @@ def draw(path: Path, title: str, bars: Sequence[tuple[str, Compiled]]) -> None:
     canvas.text((20, 14), title, "black", font)
     x = LEFT
     for name, colour in COLOURS.items():
+        if not any(getattr(compiled.memory, name) for _, compiled in bars):
+            continue
         canvas.rectangle((x, 50, x + 14, 64), colour)
         canvas.text((x + 20, 48), name, "black", small)
         x += 120
