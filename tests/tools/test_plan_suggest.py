@@ -1,12 +1,14 @@
-"""What tools/plan.py suggests, with a compiler whose answers are a formula."""
+"""What tools/plan.py assumes and suggests, with a compiler whose answers are a formula."""
 
 import types
 
 import pytest
 
 from jvlm.cli import load_experiment
+from jvlm.models import vlm
 from tools.planning import suggest
 from tools.planning.chips import GIB, Topology
+from tools.planning.roofline import Load
 
 WEIGHTS = {"none": 4.0, "dots": 3.0, "attention": 2.0, "full": 1.0}
 
@@ -60,3 +62,21 @@ def test_no_compilation_begins_after_the_time_is_up():
     assert "out of time" in found
     assert found.count("GiB") == 1
     assert found.count("| remat") == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "features"),
+    [
+        ("mimo_vl/stage4", [], 65536 // 4),  # four patches feed a token
+        ("idefics2/pretrain", [], 31 * 64),  # whatever the size of a picture
+        ("idefics2/pretrain", ["--model.decoder.cross_attention_every", "4"], 31),  # a mark each, read from aside
+        ("mm1_5/pretrain", [], 16 * 144),
+    ],
+)
+def test_full_rows_have_the_features_that_their_pictures_become(config, fields, features):
+    experiment = load_experiment(config, fields)
+    data = experiment.data
+    image = data.max_frame_patches or 27 * 27 + 1
+    load = Load(data.row_tokens, image)
+    counts = load.counts(vlm.abstract(experiment.model), 3, data.row_tokens, data.row_patches)
+    assert (counts.features, counts.targets) == (3 * features, 3 * (data.row_tokens - features))

@@ -30,13 +30,17 @@ class Load:
 
     def counts(self, template: VLM, rows: int, row_tokens: int, row_patches: int) -> flops.Counts:
         """Of so many full rows."""
-        encoder = template.config.encoder
+        encoder, connector = template.config.encoder, template.config.connector
         window = getattr(encoder, "window_patches", self.image)
-        tokens = rows * row_tokens
-        features = min(rows * row_patches // getattr(encoder, "spatial_merge_size", 1) ** 2, tokens)
+        frames, tokens = _pieces(rows, row_patches, self.image), rows * row_tokens
+        if connector.frame_features is None:
+            features = rows * row_patches // getattr(encoder, "spatial_merge_size", 1) ** 2
+        else:  # one token stands for a frame that is read by cross-attention
+            features = len(frames) * (1 if template.config.reads_features else connector.frame_features)
+        features = min(features, tokens)
         return flops.Counts(
             _pieces(rows, row_tokens, self.conversation),
-            _pieces(rows, row_patches, self.image),
+            frames,
             _pieces(rows, row_patches, window),
             features,
             tokens - features,
