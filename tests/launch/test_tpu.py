@@ -1,5 +1,6 @@
 """The launcher as a user runs it, against a gcloud that the test wrote."""
 
+import functools
 import json
 import os
 import shlex
@@ -226,14 +227,19 @@ def interrupt(world, until, *arguments):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # what a shell starts with & is deaf to Ctrl-C, and so is all that it starts: these tests too, perhaps
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    seen = ""
-    while until not in seen:
-        line = process.stderr.readline()
-        assert line, seen
-        seen += line
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=30)[1]
+    try:
+        seen = ""
+        while until not in seen:
+            line = process.stderr.readline()
+            assert line, seen
+            seen += line
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=30)[1]
+    finally:
+        process.kill()
     return process.returncode, seen + rest
 
 
