@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, cpu_devices
 
 CASES = [
     (case, implementation)
@@ -20,7 +20,7 @@ def test_parts_equal_the_whole(case, implementation):
     result = subprocess.run(
         [sys.executable, "-m", "tests.kernels.many_devices", case, implementation],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        env={**os.environ, **cpu_devices(4)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -23,6 +23,7 @@ from jvlm.training import program as planning
 from jvlm.training.checkpoint import Checkpoints, fingerprints
 from jvlm.training.config import CheckpointConfig
 from jvlm.training.step import TrainState
+from tests.support import ROOT, cpu_devices
 from tests.training import support
 
 # Restores the last checkpoint, checks that it is that step's, then saves step after step until it is killed.
@@ -227,8 +228,7 @@ def across_meshes(folder: Path) -> None:
 
 
 def test_a_checkpoint_of_one_device_is_restored_on_a_mesh_of_eight_and_back_to_the_bit(tmp_path):
-    flags = "--xla_force_host_platform_device_count=8"
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "XLA_FLAGS": flags}
+    env = {**os.environ, **cpu_devices(8), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", MESHES, str(tmp_path)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "DAMAGED" not in done.stdout
