@@ -18,13 +18,9 @@ import sys
 import time
 from collections.abc import Callable
 
-# The TPU compiler asks for a machine's description before it is told a topology; these say that there is none.
-os.environ.update(
-    JAX_PLATFORMS="cpu",
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_ACCELERATOR_TYPE="v5litepod-8",
-    TPU_WORKER_HOSTNAMES="localhost",
-)
+from planning.environment import WITHOUT_A_TPU
+
+os.environ.update(WITHOUT_A_TPU)
 
 import jax
 import jax.numpy as jnp

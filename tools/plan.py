@@ -19,15 +19,9 @@ import os
 import sys
 from pathlib import Path
 
-# The compiler asks for a machine's description before it is told a topology; these say that there is none. The last
-# lets two plans run at a time: neither holds a TPU.
-os.environ.update(
-    JAX_PLATFORMS="cpu",
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_ACCELERATOR_TYPE="v5litepod-8",
-    TPU_WORKER_HOSTNAMES="localhost",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-)
+from planning.environment import WITHOUT_A_TPU
+
+os.environ.update(WITHOUT_A_TPU)
 
 from planning import generation, listing, picture, suggest
 from planning.chips import Topology

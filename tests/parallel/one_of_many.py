@@ -40,8 +40,11 @@ def train_and_die(folder: str, rows: str, step: str, *overrides: str) -> None:
 
     def kill(checkpoints: Checkpoints, now: int, *arguments, **options):
         if now == int(step) and jax.process_index() == jax.process_count() - 1:
+            deadline = time.monotonic() + 60
             while now not in support.losses(Path(folder)):
-                time.sleep(0.05)
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"process 0 has not logged step {now}, which all have run")
+                time.sleep(0.05)  # between two looks at the log
             os.kill(os.getpid(), signal.SIGKILL)
         return save(checkpoints, now, *arguments, **options)
 

@@ -2,16 +2,7 @@
 
 import dataclasses
 import json
-import os
 import sys
-
-os.environ.update(
-    JAX_PLATFORMS="cpu",
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_ACCELERATOR_TYPE="v5litepod-8",
-    TPU_WORKER_HOSTNAMES="localhost",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-)
 
 from jvlm.inference.program import Sizes
 from jvlm.models.decoders.moe import MoEConfig

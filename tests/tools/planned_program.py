@@ -1,16 +1,7 @@
 """Run by test_plan.py with libtpu: a program whose traffic is known, compiled for a TPU that is not there."""
 
 import json
-import os
 import sys
-
-os.environ.update(
-    JAX_PLATFORMS="cpu",
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_ACCELERATOR_TYPE="v5litepod-8",
-    TPU_WORKER_HOSTNAMES="localhost",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-)
 
 import jax
 import jax.numpy as jnp

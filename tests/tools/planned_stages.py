@@ -1,16 +1,7 @@
 """Run by test_plan.py with libtpu: the shards of each MiMo-VL stage on the pods that its config names, not compiled."""
 
 import json
-import os
 import sys
-
-os.environ.update(
-    JAX_PLATFORMS="cpu",
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_ACCELERATOR_TYPE="v5litepod-8",
-    TPU_WORKER_HOSTNAMES="localhost",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-)
 
 from jvlm.cli import load_experiment
 from jvlm.training import program

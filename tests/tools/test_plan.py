@@ -13,13 +13,15 @@ from PIL import Image
 from tests.support import ROOT
 from tools.planning import hlo, picture
 from tools.planning.chips import GIB, Topology, smaller
+from tools.planning.environment import WITHOUT_A_TPU
 from tools.planning.program import Compiled, Memory
 
 COMPILER = Path(sys.prefix) / "tpu-compiler"  # where `make test` puts it
 
 
 def with_compiler(*command, timeout=600):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", COMPILER)))}
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", COMPILER)))
+    environment = {**os.environ, **WITHOUT_A_TPU, "PYTHONPATH": path}
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
     )
