@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from jvlm.data.errors import MISTAKES
+
 if TYPE_CHECKING:
     from jvlm.training.config import Experiment
 
 T = TypeVar("T")
-_OF_THE_USER = (ValueError, FileNotFoundError, FileExistsError, KeyboardInterrupt)
+_OF_THE_USER = (*MISTAKES, KeyboardInterrupt)
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -114,10 +116,13 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     except BaseException as error:
         if not jax.distributed.is_initialized():
             raise
-        known = isinstance(error, _OF_THE_USER)
+        elsewhere = isinstance(error, hosts.Failed)
+        known = isinstance(error, _OF_THE_USER) or elsewhere
         if arguments.traceback or not known:
             traceback.print_exc()
-        hosts.leave(_say(error) if known else 1)
+        status = _say(error) if known else 1
+        # a mistake is one on every process: whoever starts them again must not, whichever ends first
+        hosts.leave(1 if elsewhere and not error.mistake else status)
     return 0
 
 

@@ -1,8 +1,11 @@
-"""Errors about data, which always say which row, which field, and what to do."""
+"""Errors about data, which say which row, which field, and what to do; and what kinds are the user's to mend."""
 
 from __future__ import annotations
 
 import dataclasses
+
+# Trying again helps against other errors, never against these.
+MISTAKES = (ValueError, FileNotFoundError, FileExistsError)
 
 
 @dataclasses.dataclass(frozen=True)

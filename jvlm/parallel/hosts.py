@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jvlm.data.errors import MISTAKES
 from jvlm.models.batch import PackedBatch
 
 T = TypeVar("T")
@@ -73,8 +74,12 @@ def agree(value: Any) -> Any:
     return gather(value)[0]
 
 
-class Failed(ValueError):
-    """Another process failed."""
+class Failed(RuntimeError):
+    """Another process failed; ``mistake`` says that it was for one of `MISTAKES`."""
+
+    def __init__(self, said: str, mistake: bool):
+        super().__init__(said)
+        self.mistake = mistake
 
 
 def together(work: Callable[[], T]) -> T:
@@ -90,12 +95,13 @@ def together(work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:  # noqa: BLE001  (raised below, once the others know)
         failed = error
-    said = gather(None if failed is None else f"{type(failed).__name__}: {failed}")
+    said = gather(None if failed is None else [f"{type(failed).__name__}: {failed}", isinstance(failed, MISTAKES)])
     if failed is not None:
         raise failed
-    for process, text in enumerate(said):
-        if text is not None:
-            raise Failed(f"process {process} failed: {text}")
+    for process, other in enumerate(said):
+        if other is not None:
+            text, mistake = other
+            raise Failed(f"process {process} failed: {text}", mistake)
     return result
 
 

@@ -90,16 +90,28 @@ def damaged(folder: str) -> None:
         equal = all(np.array_equal(a.addressable_data(0), b.addressable_data(0)) for a, b in zip(*both, strict=True))
         again = checkpoints.save(found + 1, *state_of(found + 1), {"position": found + 1})
     print(json.dumps({"step": found, "data": data, "equal": equal, "again": again}))
-    try:
-        with Checkpoints(Path(folder), CheckpointConfig(every=1, keep=9)) as checkpoints:
-            if jax.process_index() == 1:
-                checkpoints._read = _refused
-            checkpoints.restore_latest(*state_of(0))
-    except (OSError, hosts.Failed) as error:
-        print(json.dumps(str(error)), flush=True)
+    with Checkpoints(Path(folder), CheckpointConfig(every=1, keep=9)) as checkpoints:
+        if jax.process_index() == 1:
+            checkpoints._read = _refused
+        _say_how_it_fails(lambda: checkpoints.restore_latest(*state_of(0)))
+    _say_how_it_fails(lambda: hosts.together(_mistaken if jax.process_index() == 1 else str))
     if jax.process_index() == 1:
         hosts.leave(3, seconds=1)
     hosts.wait("one that has left")
+
+
+def _say_how_it_fails(work) -> None:
+    """What kind of error it is, whether it is a mistake to mend, and what it says."""
+    try:
+        work()
+    except (OSError, ValueError) as error:
+        print(json.dumps([type(error).__name__, None, str(error)]), flush=True)
+    except hosts.Failed as error:
+        print(json.dumps(["Failed", error.mistake, str(error)]), flush=True)
+
+
+def _mistaken():
+    raise ValueError("no such thing")
 
 
 def _refused(*_):

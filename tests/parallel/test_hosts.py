@@ -155,10 +155,13 @@ def test_processes_agree_on_what_is_damaged_even_if_only_one_can_see_it(tmp_path
     In the end one leaves without the other, at once.
     """
     outs = _run("damaged", 2, str(tmp_path), last=3)
-    for out in outs:
-        found = json.loads(out.splitlines()[-2])
+    for process, out in enumerate(outs):
+        found, refused, mistaken = map(json.loads, out.splitlines()[-3:])
         assert found == {"step": 2, "data": {"position": 2}, "equal": True, "again": True}
-        assert "PERMISSION_DENIED" in json.loads(out.splitlines()[-1])
+        assert refused[:2] == [["Failed", False], ["OSError", None]][process]
+        assert "PERMISSION_DENIED" in refused[2]
+        assert mistaken[:2] == [["Failed", True], ["ValueError", None]][process]
+        assert "no such thing" in mistaken[2]
     assert "step 4: process 1 says: it cannot be read" in outs[0]
     assert "DAMAGED" not in outs[1]
     assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["3", "3.txt", "4", "4.txt"]

@@ -67,13 +67,13 @@ class VisionAttention(nnx.Module):
         self.heads, self.head_dim, self.window_patches = config.num_heads, config.head_dim, config.window_patches
         self.implementation = numerics.attention
         # head by head, so that a part of the outputs is whole heads
-        self.qkv = layers.Linear(D, 3 * D, ("embed", "heads"), bias=True, numerics=numerics, rngs=rngs)
+        self.qkv_by_head = layers.Linear(D, 3 * D, ("embed", "heads"), bias=True, numerics=numerics, rngs=rngs)
         self.out = layers.Linear(D, D, ("heads", "embed"), bias=True, numerics=numerics, rngs=rngs)
 
     @layers.scoped("attention")
     def __call__(self, x_BPD, angles, is_full, batch: PackedBatch):
         """``is_full``: attend within the frame, else within the window; a bool, or a traced one inside a scan."""
-        qkv = self.qkv(x_BPD).reshape(*x_BPD.shape[:2], self.heads, 3, self.head_dim)
+        qkv = self.qkv_by_head(x_BPD).reshape(*x_BPD.shape[:2], self.heads, 3, self.head_dim)
         q, k, v = (qkv[..., part, :] for part in range(3))
         q, k = layers.rotate(q, angles), layers.rotate(k, angles)
 
