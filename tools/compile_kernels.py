@@ -1,10 +1,12 @@
-"""Compile the kernels for TPU topologies with the real compiler, on any machine, beside JAX's splash attention.
+"""Compile the kernels for TPUs and GPUs with the real compilers, on any machine, beside JAX's own attention kernels.
 
-    python tools/compile_kernels.py v5e:2x2 v5p:2x2x1 v6e:2x2 tpu7x:2x2x1
+    PYTHONPATH=.venv/tpu-compiler python tools/compile_kernels.py v5e:2x2 v5p:2x2x1 v6e:2x2 tpu7x:2x2x1
+    PYTHONPATH=.venv/gpu-compiler python tools/compile_kernels.py a100 h100 h200 b200
 
-Needs libtpu (`pip install libtpu`, or PYTHONPATH=.venv/tpu-compiler after `make test`) and no TPU. For each call at the
-shapes of real models, forward and backward together, it prints a Markdown row: vector memory reserved for a kernel,
-temporary memory of the whole program, seconds to compile. A kernel that does not compile ends it with its error.
+Needs no TPU and no GPU, but the compilers, which `make test` puts into those folders. For each call at the shapes of
+real models, forward and backward together, it prints a Markdown row: what the kernels need of a core (vector memory;
+or registers of a thread, bytes spilled from them, shared memory of a block), temporary memory of the whole program,
+seconds to compile. A kernel of ours that does not compile ends it with its error.
 """
 
 from __future__ import annotations
@@ -18,16 +20,18 @@ import sys
 import time
 from collections.abc import Callable
 
-from planning.environment import WITHOUT_A_TPU
+from planning.environment import WITHOUT_A_GPU, WITHOUT_A_TPU
 
-os.environ.update(WITHOUT_A_TPU)
+os.environ.update(WITHOUT_A_TPU | WITHOUT_A_GPU)
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.experimental.pallas.ops.gpu import attention as triton_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jvlm_kernels import decode_attention, segment_attention
+from planning import gpus, machine_code
 
 MIB = 1 << 20
 
@@ -88,20 +92,70 @@ def splash_attention(shape: Shape) -> Callable | None:
     return jax.grad(total, (0, 1, 2))
 
 
-def compiled(function: Callable, operands, device) -> dict[str, float]:
-    """Compile for one device: {"vmem": bytes, "temporary": bytes, "kernels": number, "seconds": of compilation}."""
-    sharding = jax.sharding.SingleDeviceSharding(device)
+def jax_triton(shape: Shape) -> Callable | None:
+    """The same with JAX's own Pallas attention for GPUs; None where its blocks of 128 do not fit the lengths."""
+    if shape.queries != shape.keys or shape.queries % 128:
+        return None
+    groups = shape.heads // shape.kv_heads
+
+    def total(q, k, v, ids, _):
+        k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+        scale = shape.head_size**-0.5
+        return triton_attention.mha(q, k, v, ids, sm_scale=scale, causal=shape.causal).astype(jnp.float32).sum()
+
+    return jax.grad(total, (0, 1, 2))
+
+
+class Tpu:
+    """libtpu's compiler for one chip of a topology, such as v5e:2x2."""
+
+    columns = ("vector memory, MiB",)
+    other = "splash", splash_attention
+
+    def __init__(self, topology: str) -> None:
+        self.device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+
+    def compile(self, lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, dict[str, float]]:
+        program = lowered.compile()
+        text = program.as_text()
+        scoped = re.findall(r'"scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', text)
+        kernels = text.count('custom_call_target="tpu_custom_call"')
+        return program, {"kernels": kernels, "vmem": max(map(int, scoped), default=0)}
+
+    def row(self, found: dict) -> list[str]:
+        return [f"{found['vmem'] / MIB:.1f}"]
+
+
+class Gpu:
+    """XLA's compiler and NVIDIA's assembler for a GPU, such as h200; kernels in the order of their names."""
+
+    columns = ("registers", "spilled, bytes", "shared memory, KiB", "matrix instructions")
+    other = "jax.experimental.pallas.ops.gpu", jax_triton
+    kernels = r"segment_attention_\w+|decode_attention\w*|mha_\w+"
+
+    def __init__(self, name: str) -> None:
+        self.device = gpus.devices(name)[0]
+
+    def compile(self, lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, dict[str, object]]:
+        program, kernels = machine_code.compile_with_kernels(lowered, self.kernels)
+        return program, {"kernels": len(kernels), "code": [dataclasses.asdict(kernel) for kernel in kernels]}
+
+    def row(self, found: dict) -> list[str]:
+        code = found["code"]
+        kinds = sorted({kind for kernel in code for kind in kernel["products"]})
+        shared = ", ".join(f"{kernel['shared'] / 1024:.0f}" for kernel in code)
+        each = [", ".join(str(kernel[what]) for kernel in code) for what in ("registers", "spilled")]
+        return [*each, shared, ", ".join(kinds)]
+
+
+def compiled(function: Callable, operands, compiler: Tpu | Gpu) -> dict[str, object]:
+    """Compile for one device: what the kernels need, "temporary" bytes, "seconds" of compilation."""
+    sharding = jax.sharding.SingleDeviceSharding(compiler.device)
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in operands]
     began = time.perf_counter()
-    program = jax.jit(function).lower(*arguments).compile()
-    text = program.as_text()
-    scoped = re.findall(r'"scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', text)
-    return {
-        "kernels": text.count('custom_call_target="tpu_custom_call"'),
-        "vmem": max(map(int, scoped), default=0),
-        "temporary": program.memory_analysis().temp_size_in_bytes,
-        "seconds": time.perf_counter() - began,
-    }
+    program, found = compiler.compile(jax.jit(function).lower(*arguments))
+    temporary = program.memory_analysis().temp_size_in_bytes
+    return {**found, "temporary": temporary, "seconds": time.perf_counter() - began}
 
 
 def attention_operands(shape: Shape) -> list[tuple]:
@@ -123,32 +177,41 @@ def decode(q, keys, values, lengths, tables=None):
     return decode_attention(q, (keys, values), lengths, block_tables=tables)
 
 
+def calls(compiler: Tpu | Gpu, ours_alone: bool) -> list[tuple[str, str, Callable | None, list[tuple]]]:
+    """(call, kernel, function, operands) of all that is compiled for a device."""
+    found = [(s.name, "segment_attention", ours(s), attention_operands(s)) for s in SHAPES]
+    if not ours_alone:
+        name, other = compiler.other
+        found += [(s.name, name, other(s), attention_operands(s)) for s in SHAPES]
+    paged = {"decoding, rows": False, "decoding, pages": True}
+    return found + [(name, "decode_attention", decode, decode_operands(paged[name])) for name in paged]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("topologies", nargs="+", help="such as v5e:2x2; one device of it is compiled for")
-    parser.add_argument("--ours", action="store_true", help="leave splash attention out")
+    parser.add_argument(
+        "devices", nargs="+", help="TPU topologies such as v5e:2x2, or GPUs; one device is compiled for"
+    )
+    parser.add_argument("--ours", action="store_true", help="leave JAX's own kernels out")
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     arguments = parser.parse_args()
-    if not arguments.json:
-        print("| device | call | kernel | custom calls | vector memory, MiB | temporary memory, MiB | compiled in, s |")
-        print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
-    for topology in arguments.topologies:
-        device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-        calls = [(s.name, "segment_attention", ours(s), attention_operands(s)) for s in SHAPES]
-        if not arguments.ours:
-            calls += [(s.name, "splash", splash_attention(s), attention_operands(s)) for s in SHAPES]
-        names = {False: "decoding, rows", True: "decoding, pages"}
-        calls += [(names[p], "decode_attention", decode, decode_operands(p)) for p in (False, True)]
-        for name, kernel, function, operands in calls:
+    heading: tuple[str, ...] = ()
+    for name in arguments.devices:
+        compiler = Gpu(name) if name in gpus.GPUS else Tpu(name)
+        for call, kernel, function, operands in calls(compiler, arguments.ours):
             if function is None:
                 continue
-            found = compiled(function, operands, device)
-            line = {"device": device.device_kind, "call": name, "kernel": kernel, **found}
+            found = compiled(function, operands, compiler)
+            kind = compiler.device.device_kind
             if arguments.json:
-                print(json.dumps(line), flush=True)
-            else:
-                sizes = f"{found['vmem'] / MIB:.1f} | {found['temporary'] / MIB:,.0f} | {found['seconds']:.1f}"
-                print(f"| {device.device_kind} | {name} | {kernel} | {found['kernels']} | {sizes} |", flush=True)
+                print(json.dumps({"device": kind, "call": call, "kernel": kernel, **found}), flush=True)
+                continue
+            if heading != compiler.columns:
+                heading = compiler.columns
+                names = ("device", "call", "kernel", "kernels", *heading, "temporary memory, MiB", "compiled in, s")
+                print(f"| {' | '.join(names)} |\n|{' --- |' * 3}{' ---: |' * (len(names) - 3)}")
+            sizes = [*compiler.row(found), f"{found['temporary'] / MIB:,.0f}", f"{found['seconds']:.1f}"]
+            print(f"| {' | '.join([kind, call, kernel, str(found['kernels']), *sizes])} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""What NVIDIA's assembler makes of the kernels of a program compiled for a GPU.
+
+XLA writes the kernels' PTX and how each is launched when it is asked to; `ptxas -v` says what a kernel needs of a
+multiprocessor (`pip install nvidia-cuda-nvcc`, or a CUDA toolkit).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Of one block of threads.
+
+    Attributes:
+      registers: of a thread.
+      spilled: bytes a thread keeps in memory because it has no register for them, written and read.
+      shared: bytes of shared memory.
+      products: matrix instructions in the code, by kind: Hopper's "wgmma.mma_async", or "mma.sync", which every
+        generation has.
+    """
+
+    name: str
+    threads: int
+    registers: int
+    spilled: int
+    shared: int
+    products: dict[str, int]
+
+
+def compile_with_kernels(lowered: jax.stages.Lowered, wanted: str) -> tuple[jax.stages.Compiled, list[Kernel]]:
+    """The compiled program, and those of its kernels whose names match the pattern ``wanted``, in order of names."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = lowered.compile(compiler_options={"xla_dump_to": folder})
+        launches = "\n".join(path.read_text() for path in Path(folder).glob("*.thunk_sequence.txt"))
+        found = [
+            _read(path, launches)
+            for path in Path(folder).glob("*.ptx")
+            if re.search(rf"\.entry (?:{wanted})\(", path.read_text())
+        ]
+    return program, sorted(found, key=lambda kernel: kernel.name)
+
+
+def _read(ptx: Path, launches: str) -> Kernel:
+    """One kernel, from the file that holds it alone."""
+    text = ptx.read_text()
+    (name,) = re.findall(r"\.entry (\w+)\(", text)
+    target = re.search(r"\.target (\w+)", text)[1]
+    command = [_ptxas(), "-v", f"--gpu-name={target}", str(ptx), "--output-file", str(ptx.with_suffix(".cubin"))]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    if said.returncode:
+        raise RuntimeError(f"ptxas refuses {name}: {said.stderr}")
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said.stderr)
+    launch = re.search(rf"\b{name}\b.* threads: \[(\d+), 1, 1\].*?shared_memory: (\d+) bytes", launches)
+    kinds = re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", text)
+    return Kernel(
+        name=name,
+        threads=int(launch[1]),
+        registers=int(re.search(r"Used (\d+) registers", said.stderr)[1]),
+        spilled=sum(map(int, spills.groups())),
+        shared=int(launch[2]),
+        products={kind: kinds.count(kind) for kind in sorted(set(kinds))},
+    )
+
+
+def _ptxas() -> str:
+    """The assembler on the path, or beside the compiler of XLA."""
+    inside = [Path(folder) / "nvidia/cu13/bin/ptxas" for folder in sys.path]
+    found = next((str(path) for path in inside if path.is_file()), None) or shutil.which("ptxas")
+    if found is None:
+        raise FileNotFoundError(
+            "no ptxas: pip install nvidia-cuda-nvcc, or PYTHONPATH=.venv/gpu-compiler after `make test`"
+        )
+    return found
