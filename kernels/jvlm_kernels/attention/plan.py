@@ -23,7 +23,8 @@ class Plan:
     """Sizes of a call.
 
     Attributes:
-      heads: key heads computed together.
+      itemsize: bytes of an element.
+      sizes: how the kernel cuts its work.
       visits: places of the list of blocks to visit, for all rows.
     """
 
@@ -33,9 +34,8 @@ class Plan:
     H: int
     K: int
     D: int
-    block_q: int
-    block_kv: int
-    heads: int
+    itemsize: int
+    sizes: Blocks
     visits: int
 
     @classmethod
@@ -43,10 +43,22 @@ class Plan:
         """Raises `Unavailable` for more blocks than a list of visits can number."""
         (B, S, H, D), (_, T, K, _) = q.shape, k.shape
         visits = B * blocks.most_visits(spec, S, T, sizes.q, sizes.kv)
-        plan = cls(B, S, T, H, K, D, sizes.q, sizes.kv, sizes.heads, visits)
+        plan = cls(B, S, T, H, K, D, q.dtype.itemsize, sizes, visits)
         if not blocks.fits(B, plan.N, plan.M):
             raise Unavailable(f"{B} rows of {plan.N} x {plan.M} blocks are too many to number")
         return plan
+
+    @property
+    def block_q(self) -> int:
+        return self.sizes.q
+
+    @property
+    def block_kv(self) -> int:
+        return self.sizes.kv
+
+    @property
+    def heads(self) -> int:
+        return self.sizes.heads
 
     @property
     def N(self) -> int:

@@ -1,7 +1,7 @@
 """Block sizes for each kind of call, and nothing else. The tables are JSON beside this file; `make tune` writes them.
 
-A key says what was measured: the queries of a key head in powers of two, head size in lanes, and how far a query
-sees ("row" without a promise). A call takes the entry that fits; one that has none gets the rule below.
+A key says what was measured: the queries of a key head in powers of two, head size in lanes, how far a query sees
+("row" without a promise) and, on GPUs, which kernel. A call takes the entry that fits; one that has none gets the rule.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ _LANES = 128
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Queries and keys of a block, and key heads computed together."""
+    """How a kernel cuts its work.
+
+    Attributes:
+      q, kv: queries and keys of a block.
+      heads: key heads computed together, on TPU.
+      warps: warps of 32 threads that compute a block, on GPUs.
+    """
 
     q: int
     kv: int
     heads: int = 1
+    warps: int = 4
 
 
 @functools.cache
@@ -33,11 +40,12 @@ def table(platform: str) -> dict[str, Blocks]:
     return {key: Blocks(**entry) for key, entry in json.loads(path.read_text())["blocks"].items()}
 
 
-def key_of(spec, length: int, groups: int, head_size: int) -> str:
-    """The table's key for a call."""
+def key_of(spec, length: int, groups: int, head_size: int, kernel: str | None = None) -> str:
+    """The table's key for a call, or for one kernel of it."""
     reach = min(r for r in (spec.window, spec.max_segment_length, length) if r is not None)
     seen = "row" if reach >= length else f"reach{_power_of_two(reach)}"
-    return f"length{_power_of_two(length)}-groups{groups}-head{-(-head_size // _LANES) * _LANES}-{seen}"
+    call = f"length{_power_of_two(length)}-groups{groups}-head{-(-head_size // _LANES) * _LANES}-{seen}"
+    return call if kernel is None else f"{call}-{kernel}"
 
 
 def tpu_blocks(spec, q, k) -> Blocks:
@@ -59,13 +67,34 @@ def tpu_blocks(spec, q, k) -> Blocks:
     return Blocks(min(found.q, _whole_lanes(S)), min(found.kv, _whole_lanes(T)), heads)
 
 
-def cuda_blocks(spec, q, k) -> Blocks:
-    """Sizes for a GPU call: as the call asks, from the table, or by rule: shared memory bounds block x head size."""
+CUDA_KERNELS = "forward", "d_queries", "d_keys"
+
+
+def cuda_blocks(spec, q, k, kernel: str) -> Blocks:
+    """Sizes for one of `CUDA_KERNELS`: as the call asks, from the table, or by rule."""
     (_, S, H, D), (_, T, K, _) = q.shape, k.shape
-    found = spec.blocks or table("cuda").get(key_of(spec, max(S, T), H // K, D))
-    if found is None:
-        found = Blocks(64, 64) if D > 128 or q.dtype.itemsize > 2 else Blocks(128, 64)
-    return Blocks(min(found.q, max(16, _power_of_two(S))), min(found.kv, max(16, _power_of_two(T))), 1)
+    found = spec.blocks or table("cuda").get(key_of(spec, max(S, T), H // K, D, kernel))
+    found = found or _cuda_rule(kernel, D, q.dtype.itemsize)
+    q_size, kv_size = (min(size, max(16, _power_of_two(length))) for size, length in ((found.q, S), (found.kv, T)))
+    return dataclasses.replace(found, q=q_size, kv=kv_size, heads=1)
+
+
+def _cuda_rule(kernel: str, head_size: int, itemsize: int) -> Blocks:
+    """What the compiler for Hopper keeps in registers, with as few instructions for a score as it can be had.
+
+    The larger a block of queries, the less often keys are read. The gradients keep one more product, or two, in
+    registers than the forward pass, so their blocks are smaller; two of them share a multiprocessor, and one computes
+    softmax while the other multiplies. docs/kernels.md has the compiler's figures.
+    """
+    if itemsize > 2:  # three matrix instructions for each, and their operands in parts
+        short, long, warps = (32, 64, 8) if head_size <= 128 else (16, 32, 4)
+        return Blocks(long, short, warps=warps) if kernel == "d_keys" else Blocks(short, long, warps=warps)
+    if head_size > 128:
+        sizes = {"forward": (64, 64), "d_queries": (64, 32), "d_keys": (32, 64)}
+        return Blocks(*sizes[kernel], warps=8)
+    if kernel == "forward":
+        return Blocks(128, 64, warps=4 if head_size <= 64 else 8)
+    return Blocks(64, 64, warps=4)
 
 
 def _whole_lanes(length: int) -> int:
