@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument(
         "devices", nargs="+", help="TPU topologies such as v5e:2x2, or GPUs; one device is compiled for"
     )
+    parser.add_argument("--calls", default="", metavar="PATTERN", help="only calls whose names match, such as 'ViT|8k'")
     parser.add_argument("--ours", action="store_true", help="leave JAX's own kernels out")
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     arguments = parser.parse_args()
@@ -199,7 +200,7 @@ def main() -> None:
     for name in arguments.devices:
         compiler = Gpu(name) if name in gpus.GPUS else Tpu(name)
         for call, kernel, function, operands in calls(compiler, arguments.ours):
-            if function is None:
+            if function is None or not re.search(arguments.calls, call):
                 continue
             found = compiled(function, operands, compiler)
             kind = compiler.device.device_kind
