@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import importlib
@@ -22,11 +24,13 @@ class Operation:
     ``f(spec, *arrays) -> tuple of arrays``; and ``PLATFORM``, where it runs: "tpu", "cuda", or None for everywhere.
 
     Attributes:
+      by_name: implementations that run only where they are asked for by name.
       rows: whether all arrays begin with the axis of rows, so that `jax.vmap` can make the mapped axis more rows.
     """
 
     name: str
     modules: Mapping[str, str]
+    by_name: frozenset[str] = frozenset()
     rows: bool = True
 
     def runnable(self, implementation: str | None, interpret: bool, spec, *operands) -> tuple[str, ...]:
@@ -39,7 +43,7 @@ class Operation:
         if implementation is None:
             if interpret:
                 raise ValueError("interpret needs an implementation by name")
-            names = tuple(self.modules)
+            names = tuple(name for name in self.modules if name not in self.by_name)
         elif implementation in self.modules:
             names = (implementation,)
         else:
@@ -82,13 +86,26 @@ def module(path: str) -> ModuleType:
     return importlib.import_module(path)
 
 
+_ahead: contextvars.ContextVar[str | None] = contextvars.ContextVar("ahead", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str):
+    """Implementations for ``platform`` can be asked for by name, to compile ahead of time where it is absent."""
+    token = _ahead.set(platform)
+    try:
+        yield
+    finally:
+        _ahead.reset(token)
+
+
 def _check_device(platform: str | None) -> None:
-    """An implementation asked for by name must suit the device at hand."""
-    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    """An implementation asked for by name must suit the device at hand, or the one that is compiled for."""
+    here = _ahead.get() or {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if platform not in (None, here):
         raise Unavailable(
-            f"runs on {platform}, the device here is {here} (leave the implementation to be chosen when compiling "
-            f"ahead of time for {platform}, or interpret it)"
+            f"runs on {platform}, the device here is {here} (when compiling ahead of time for {platform}, leave the "
+            f"implementation to be chosen or name it inside `jvlm_kernels.platforms.compiling_for`; or interpret it)"
         )
 
 

@@ -77,6 +77,27 @@ class Plan:
         return blocks.visited(spec, q_segments, kv_segments, offsets, self.block_q, self.block_kv)
 
 
+class PaddedPlan(Plan):
+    """A plan whose operands are padded to whole blocks of rows and whole heads."""
+
+    @property
+    def head(self) -> int:
+        """The head size that a block has."""
+        raise NotImplementedError
+
+    def queries(self, x):
+        """Padded to whole blocks, and the last axis of four to whole heads."""
+        return self._padded(x, self.N * self.block_q)
+
+    def keys(self, x):
+        """As `queries`, for keys and values."""
+        return self._padded(x, self.M * self.block_kv)
+
+    def _padded(self, x, length: int):
+        x = pad_to(x, 1, length)
+        return pad_to(x, 3, self.head) if x.ndim == 4 else x
+
+
 def check_dtypes(q, k, v, *accepted) -> None:
     """Raises `Unavailable` unless all have one of the dtypes."""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in accepted:

@@ -1,0 +1,129 @@
+"""The Mosaic GPU kernels for Hopper, interpreted: numbers, barriers, races. They take halves and large blocks only."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jvlm_kernels import Unavailable, segment_attention
+from jvlm_kernels.attention import api
+from jvlm_kernels.attention.tuning import Blocks
+from jvlm_kernels.platforms import compiling_for
+
+from tests.kernels import mosaic_interpreter
+from tests.kernels.test_segment_attention import attend, brute_force, rows_of, weights_of
+
+NAME = "mosaic_gpu"
+
+
+def inputs(ids, head_size, heads=2, kv_heads=1, dtype="float16", queries=slice(None)):
+    """Normal queries, keys and values for rows of these ids; ``queries`` are a part of the row."""
+    rng = np.random.default_rng(0)
+    keys = jnp.stack(ids)
+    rows, length = keys.shape
+    q, k, v = (rng.standard_normal((rows, length, h, head_size)) for h in (heads, kv_heads, kv_heads))
+    return *(jnp.asarray(x, dtype) for x in (q[:, queries], k, v)), keys[:, queries], keys
+
+
+# what is special -> inputs, options; few and small, since an interpreted block takes a tenth of a second
+CASES = {
+    "causal, two heads of a group, padding": (
+        inputs([jnp.asarray(np.repeat([1, 2, 0, 3, 0], [90, 50, 9, 40, 11]), jnp.int32)], 40),
+        {"causal": True},
+    ),
+    "bfloat16, a row of padding, no group": (
+        inputs([rows_of([33, 70, 20], 140), rows_of([], 140)], 72, heads=1, dtype="bfloat16"),
+        {},
+    ),
+    "blocks that need no mask, own scale": (inputs([rows_of([256], 256)], 64, heads=1), {"scale": 0.3}),
+    "causal window": (inputs([rows_of([180, 20], 200)], 16, heads=1), {"causal": True, "window": 50}),
+    "window, four heads of two groups": (inputs([rows_of([80, 40], 126)], 16, 4, 2), {"window": 17}),
+    "a part of the queries of a row": (
+        inputs([rows_of([60, 130], 200), rows_of([180], 200)], 32, heads=1, queries=slice(100, 170)),
+        {"causal": True, "q_offset": jnp.asarray([100, 100])},
+    ),
+    "a promise, segments that fall": (
+        inputs([jnp.asarray(np.repeat([9, 7, 4, 2], [64, 64, 50, 20]), jnp.int32)], 16, heads=1),
+        {"max_segment_length": 64},
+    ),
+    "a head too large for our gradients": (inputs([rows_of([70, 60], 130)], 136, heads=1), {"causal": True}),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+@functools.cache
+def found_of(case):
+    args, options = CASES[case]
+    blocks = Blocks(128, 128 if "no mask" in case else 64)
+    with mosaic_interpreter.extended():
+        return jax.tree.map(np.asarray, attend(args, NAME, **options, blocks=blocks))
+
+
+@functools.cache
+def expected_of(case):
+    args, options = CASES[case]
+    return brute_force(*args, **options, weights=weights_of(args))
+
+
+@every_case
+def test_outputs_and_logsumexp_equal_the_brute_force(case):
+    out, logsumexp, _ = found_of(case)
+    expected, expected_logsumexp, _ = expected_of(case)
+    assert (out.dtype, logsumexp.dtype) == (CASES[case][0][0].dtype, jnp.float32)
+    # weights and results are rounded to 11 bits, or 8
+    np.testing.assert_allclose(out.astype(np.float64), expected, atol=2e-3 if out.dtype == np.float16 else 2e-2)
+    np.testing.assert_allclose(logsumexp, expected_logsumexp, atol=2e-6)
+
+
+@every_case
+def test_gradients_equal_the_brute_force(case):
+    for found, expected in zip(found_of(case)[2], expected_of(case)[2], strict=True):
+        scale = 1e-3 if found.dtype == np.float16 else 1e-2
+        np.testing.assert_allclose(found.astype(np.float64), expected, atol=scale * max(1, np.abs(expected).max()))
+
+
+@every_case
+def test_queries_that_see_nothing_give_zeros_and_neither_take_nor_give_a_gradient(case):
+    out, logsumexp, (dq, dk, dv) = found_of(case)
+    blind, unseen = ~np.isfinite(expected_of(case)[1]), np.asarray(CASES[case][0][4]) == 0
+    assert (logsumexp[blind] == -np.inf).all()
+    for x, where in ((out, blind), (dq, blind), (dk, unseen), (dv, unseen)):
+        assert not x[where].any()
+
+
+def shapes(head_size=64, dtype=jnp.bfloat16, length=512):
+    qkv = [jax.ShapeDtypeStruct((1, length, h, head_size), dtype) for h in (4, 2, 2)]
+    return *qkv, *[jax.ShapeDtypeStruct((1, length), jnp.int32)] * 2
+
+
+def traced(*args, **options):
+    return jax.jit(functools.partial(segment_attention, **options)).trace(*args)
+
+
+def test_it_runs_for_those_alone_who_name_it():
+    spec = api.AttentionSpec(True, None, 1.0, None)
+    assert api._OPERATION.runnable(None, False, spec, *shapes()[:3]) == ("pallas_tpu", "pallas_gpu", "xla")
+    with compiling_for("cuda"):
+        assert api._OPERATION.runnable(NAME, False, spec, *shapes()[:3]) == (NAME,)
+
+
+@pytest.mark.parametrize(
+    ("says", "args", "options"),
+    [
+        ("takes bfloat16, float16, the same for all; got float32", shapes(dtype=jnp.float32), {}),
+        ("a head of 272 does not fit shared memory", shapes(272), {}),
+        ("the scale must be positive, not -1.0", shapes(), {"scale": -1.0}),
+        ("blocks are of 128 queries", shapes(), {"blocks": Blocks(64, 64)}),
+        ("192 or 256 keys, not", shapes(), {"blocks": Blocks(128, 320)}),
+        ("bytes of shared memory, there are 232448", shapes(256), {"blocks": Blocks(128, 128)}),
+    ],
+)
+def test_what_it_cannot_run_is_refused_with_the_reason(says, args, options):
+    with compiling_for("cuda"), pytest.raises(Unavailable, match=f"{NAME}: .*{says}"):
+        traced(*args, implementation=NAME, **options)
+
+
+def test_without_a_gpu_it_is_refused_unless_one_is_compiled_for():
+    with pytest.raises(Unavailable, match="mosaic_gpu: runs on cuda, the device here is "):
+        traced(*shapes(), implementation=NAME)
