@@ -45,6 +45,11 @@ def ours(q, k, v, ids):
     return segment_attention(q, k, v, ids, ids, causal=True)
 
 
+def mosaic_gpu(q, k, v, ids):
+    """`segment_attention`, the implementation for Hopper that has to be named."""
+    return segment_attention(q, k, v, ids, ids, causal=True, implementation="mosaic_gpu")
+
+
 def plain_logits(hidden, kernel, targets):
     """Cross-entropy of all logits at once."""
     logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
@@ -100,6 +105,8 @@ def main() -> None:
     dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {jnp.dtype(dtype).name}")
     others = [dense_mask] + ([cudnn] if platform == "gpu" else [])
+    if getattr(jax.devices()[0], "compute_capability", None) == "9.0":
+        others.append(mosaic_gpu)
     shape = f"{HEADS}/{KV_HEADS} heads of {HEAD_SIZE}"
     table(f"Attention, causal, segments of {SEGMENT}, {shape}, forward and backward", "row")
     for S in arguments.lengths:

@@ -2,6 +2,7 @@
 
     PYTHONPATH=.venv/tpu-compiler python tools/compile_kernels.py v5e:2x2 v5p:2x2x1 v6e:2x2 tpu7x:2x2x1
     PYTHONPATH=.venv/gpu-compiler python tools/compile_kernels.py a100 h100 h200 b200
+    PYTHONPATH=.venv/gpu-compiler python tools/compile_kernels.py h100 h200 --implementation mosaic_gpu
 
 Needs no TPU and no GPU, but the compilers, which `make test` puts into those folders. For each call at the shapes of
 real models, forward and backward together, it prints a Markdown row: what the kernels need of a core (vector memory;
@@ -31,6 +32,7 @@ from jax.experimental.pallas.ops.gpu import attention as triton_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jvlm_kernels import decode_attention, segment_attention
+from jvlm_kernels.platforms import compiling_for
 from planning import gpus, machine_code
 
 MIB = 1 << 20
@@ -60,12 +62,16 @@ SHAPES = (
 )
 
 
-def ours(shape: Shape) -> Callable:
+def ours(shape: Shape, implementation: str | None = None) -> Callable:
     """Forward and all gradients of `segment_attention`."""
 
     def total(q, k, v, q_ids, kv_ids):
         settings = {"causal": shape.causal, "max_segment_length": shape.max_segment_length}
-        return segment_attention(q, k, v, q_ids, kv_ids, **settings).astype(jnp.float32).sum()
+        return (
+            segment_attention(q, k, v, q_ids, kv_ids, **settings, implementation=implementation)
+            .astype(jnp.float32)
+            .sum()
+        )
 
     return jax.grad(total, (0, 1, 2))
 
@@ -111,6 +117,7 @@ class Tpu:
 
     columns = ("vector memory, MiB",)
     other = "splash", splash_attention
+    platform = "tpu"
 
     def __init__(self, topology: str) -> None:
         self.device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
@@ -131,6 +138,7 @@ class Gpu:
 
     columns = ("registers", "spilled, bytes", "shared memory, KiB", "matrix instructions")
     other = "jax.experimental.pallas.ops.gpu", jax_triton
+    platform = "cuda"
     kernels = r"segment_attention_\w+|decode_attention\w*|mha_\w+"
 
     def __init__(self, name: str) -> None:
@@ -177,8 +185,12 @@ def decode(q, keys, values, lengths, tables=None):
     return decode_attention(q, (keys, values), lengths, block_tables=tables)
 
 
-def calls(compiler: Tpu | Gpu, ours_alone: bool) -> list[tuple[str, str, Callable | None, list[tuple]]]:
+def calls(
+    compiler: Tpu | Gpu, ours_alone: bool, implementation: str | None
+) -> list[tuple[str, str, Callable | None, list[tuple]]]:
     """(call, kernel, function, operands) of all that is compiled for a device."""
+    if implementation is not None:
+        return [(s.name, implementation, ours(s, implementation), attention_operands(s)) for s in SHAPES]
     found = [(s.name, "segment_attention", ours(s), attention_operands(s)) for s in SHAPES]
     if not ours_alone:
         name, other = compiler.other
@@ -194,15 +206,17 @@ def main() -> None:
     )
     parser.add_argument("--calls", default="", metavar="PATTERN", help="only calls whose names match, such as 'ViT|8k'")
     parser.add_argument("--ours", action="store_true", help="leave JAX's own kernels out")
+    parser.add_argument("--implementation", help="attention alone, by the implementation of this name")
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     arguments = parser.parse_args()
     heading: tuple[str, ...] = ()
     for name in arguments.devices:
         compiler = Gpu(name) if name in gpus.GPUS else Tpu(name)
-        for call, kernel, function, operands in calls(compiler, arguments.ours):
+        for call, kernel, function, operands in calls(compiler, arguments.ours, arguments.implementation):
             if function is None or not re.search(arguments.calls, call):
                 continue
-            found = compiled(function, operands, compiler)
+            with compiling_for(compiler.platform):
+                found = compiled(function, operands, compiler)
             kind = compiler.device.device_kind
             if arguments.json:
                 print(json.dumps({"device": kind, "call": call, "kernel": kernel, **found}), flush=True)

@@ -1,6 +1,11 @@
 """The Mosaic GPU kernels for Hopper, interpreted: numbers, barriers, races. They take halves and large blocks only."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +18,7 @@ from jvlm_kernels.platforms import compiling_for
 
 from tests.kernels import mosaic_interpreter
 from tests.kernels.test_segment_attention import attend, brute_force, rows_of, weights_of
+from tests.support import ROOT
 
 NAME = "mosaic_gpu"
 
@@ -127,3 +133,20 @@ def test_what_it_cannot_run_is_refused_with_the_reason(says, args, options):
 def test_without_a_gpu_it_is_refused_unless_one_is_compiled_for():
     with pytest.raises(Unavailable, match="mosaic_gpu: runs on cuda, the device here is "):
         traced(*shapes(), implementation=NAME)
+
+
+def test_all_three_kernels_compile_for_a_gpu_at_real_shapes():
+    command = [sys.executable, "tools/compile_kernels.py", "h200", "--implementation", NAME, "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(sys.prefix) / "gpu-compiler")}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(lines) == 6
+    for line in lines:
+        names = [kernel["name"] for kernel in line["code"]]
+        assert names == ["segment_attention_d_keys", "segment_attention_d_queries", "segment_attention_forward"]
+        for kernel in line["code"]:
+            assert kernel["threads"] == 384, line
+            assert kernel["spilled"] == 0, line
+            assert kernel["shared"] <= 227 * 1024, line
+            assert kernel["products"].keys() == {"wgmma.mma_async"}, line
