@@ -224,22 +224,15 @@ def _forward_kernel(spec, plan: _Plan, items, starts, offsets, q, k, v, q_ids, k
         place += offsets[row]
         scale = spec.scale * _LOG2E
 
-        def take_turn():
+        def meet():
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
-        def step(visit, carry):
-            top, total, sums = carry
+        (key_block, id_block), (value_block,) = keys.buffers, values.buffers
+
+        def soften(visit, scores, top, total):
+            """(largest score, sum of weights, what earlier ones shrink by, weights) with one more block."""
             item, slot = items[visit], _slot(visit - first)
-            plgpu.barrier_wait(keys.here.at[slot])
-            (key_block, id_block), (value_block,) = keys.buffers, values.buffers
-
-            def multiply(ref):
-                plgpu.wgmma(ref, queries, _transposed(key_block.at[slot]))
-                take_turn()  # products are under way: the other's may follow
-                return ref[...]
-
-            scores = pl.run_scoped(multiply, plgpu.ACC((_ROWS, plan.block_kv)))
             column_ids = functools.partial(plgpu.load, id_block, slot, layout=_BY_COLUMN)
             from_keys = place - blocks.partner_of(item) * plan.block_kv
             scores = _hidden(spec, item, scores, row_ids, column_ids, from_keys)
@@ -247,22 +240,48 @@ def _forward_kernel(spec, plan: _Plan, items, starts, offsets, q, k, v, q_ids, k
             now = jnp.maximum(top, scores.max(1) * scale)
             weights = jnp.exp2(scores * scale - _columns(now, plan.block_kv))
             shrink = jnp.exp2(top - now)
-            total = total * shrink + weights.sum(1)
-            sums *= _columns(shrink, plan.head)
-            halves = weights.astype(v.dtype)
-            # all of the softmax before the turn ends
-            now, total, sums, halves = lax.optimization_barrier((now, total, sums, halves))
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(values.here.at[slot])
-            plgpu.barrier_wait(turn)
-            sums = _add(sums, halves, value_block.at[slot])
-            plgpu.barrier_arrive(values.done.at[slot])
-            return now, total, sums
+            # all of it before the wait that follows, here and (for a wait is a loop) in the assembler's order
+            return lax.optimization_barrier((now, total * shrink + weights.sum(1), shrink, weights))
 
-        pl.when(group == 1)(take_turn)
-        start = _zeros(_ROWS) + _LOWEST, _zeros(_ROWS), _zeros(_ROWS, plan.head)
-        top, total, sums = lax.fori_loop(first, last, step, start)
-        pl.when(group == 0)(take_turn)
+        def begin(ref):
+            plgpu.wgmma(ref, queries, _transposed(key_block.at[0]))
+            meet()
+            return ref[...]
+
+        def step(visit, carry):
+            top, total, sums, halves = carry
+            slot, before = _slot(visit - first), _slot(visit - first - 1)
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(keys.here.at[slot])
+            plgpu.barrier_wait(turn)
+
+            def compute(scores, ref):
+                plgpu.wgmma(scores, queries, _transposed(key_block.at[slot]))
+                ref[...] = sums
+                plgpu.wgmma(ref, halves, value_block.at[before])
+                meet()  # the products are under way: the other's may follow
+                softened = soften(visit, plgpu.wgmma_accumulator_load(scores, wait_n=1), top, total)
+                plgpu.barrier_wait(values.here.at[slot])
+                return *softened, ref[...]
+
+            square, wide = plgpu.ACC((_ROWS, plan.block_kv)), plgpu.ACC((_ROWS, plan.head))
+            softened = pl.run_scoped(compute, square, wide)
+            plgpu.barrier_arrive(values.done.at[before])
+            # the weights of before are in use until here, so these must not be rounded into their place any earlier
+            now, total, shrink, weights, sums = lax.optimization_barrier(softened)
+            return now, total, sums * _columns(shrink, plan.head), weights.astype(v.dtype)
+
+        pl.when(group == 1)(meet)
+        plgpu.barrier_wait(keys.here.at[0])
+        scores = pl.run_scoped(begin, plgpu.ACC((_ROWS, plan.block_kv)))
+        top, total, _, weights = soften(first, scores, _zeros(_ROWS) + _LOWEST, _zeros(_ROWS))
+        plgpu.barrier_wait(values.here.at[0])
+        start = top, total, _zeros(_ROWS, plan.head), weights.astype(v.dtype)
+        top, total, sums, halves = lax.fori_loop(first + 1, last, step, start)
+        pl.when(group == 0)(meet)
+        slot = _slot(last - first - 1)
+        sums = _add(sums, halves, value_block.at[slot])
+        plgpu.barrier_arrive(values.done.at[slot])
         seen = total > 0
         divisor = jnp.where(seen, total, 1.0)
         queries[...] = (sums * _columns(1.0 / divisor, plan.head)).astype(out.dtype)
@@ -446,7 +465,7 @@ def forward(spec, q, k, v, q_segments, kv_segments, offsets):
         plan,
         "segment_attention_forward",
         (plan.B, plan.H, plan.N),
-        blocks.list_visits(*found, plan.visits, fill=False),
+        blocks.list_visits(*found, plan.visits, fill=True),
         offsets,
         (plan.queries(q), plan.keys(k), plan.keys(v), q_ids, kv_ids),
         [((plan.B, length, plan.H, plan.head), q.dtype), ((plan.B, plan.H, length), jnp.float32)],
