@@ -24,3 +24,14 @@ def varying(values, operands: Sequence[jax.Array]):
     # not 0 * x, which a NaN would pass on
     zero = functools.reduce(operator.add, (0 * jnp.isnan(x.ravel()[0]) for x in operands))
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), values)
+
+
+def marked_varying(values, operands: Sequence[jax.Array]):
+    """A tree of results with the mark of `result`, where the kernel's own call has lost it. Moves no data."""
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
+
+    def mark(x):
+        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, values)

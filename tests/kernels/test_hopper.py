@@ -135,6 +135,21 @@ def test_without_a_gpu_it_is_refused_unless_one_is_compiled_for():
         traced(*shapes(), implementation=NAME)
 
 
+def test_its_results_vary_over_the_mesh_as_its_operands_do():
+    """Else gradients would be summed over devices that hold other rows; `jax.shard_map` checks it when traced."""
+    rows = jax.sharding.PartitionSpec("rows")
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("rows",))
+
+    def total(*args):
+        out = segment_attention(*args, causal=True, implementation=NAME)
+        return jax.lax.psum(out.astype(jnp.float32).sum(), "rows")
+
+    split = jax.shard_map(total, mesh=mesh, in_specs=(rows,) * 5, out_specs=jax.sharding.PartitionSpec())
+    with compiling_for("cuda"):
+        gradients = jax.eval_shape(jax.grad(split, (0, 1, 2)), *shapes())
+    assert [x.shape for x in gradients] == [x.shape for x in shapes()[:3]]
+
+
 def test_all_three_kernels_compile_for_a_gpu_at_real_shapes():
     command = [sys.executable, "tools/compile_kernels.py", "h200", "--implementation", NAME, "--json"]
     environment = {**os.environ, "PYTHONPATH": str(Path(sys.prefix) / "gpu-compiler")}

@@ -327,8 +327,8 @@ def _d_queries_kernel(spec, plan: _Plan, items, starts, offsets, *operands):
         place += offsets[row]
         scale = spec.scale * _LOG2E
 
-        def step(visit, sums):
-            item, slot = items[visit], _slot(visit - first)
+        def step(n, sums):
+            item, slot = items[first + n], _slot(n)
             plgpu.barrier_wait(keys.here.at[slot])
             key_block, value_block, ids = (buffer.at[slot] for buffer in keys.buffers)
             column_ids = functools.partial(plgpu.load, ids, (), layout=_BY_COLUMN)
@@ -348,7 +348,7 @@ def _d_queries_kernel(spec, plan: _Plan, items, starts, offsets, *operands):
             plgpu.barrier_arrive(keys.done.at[slot])
             return sums
 
-        found = lax.fori_loop(first, last, step, _zeros(_ROWS, plan.head))
+        found = lax.fori_loop(0, last - first, step, _zeros(_ROWS, plan.head))
         queries[...] = (found * spec.scale).astype(d_q.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(queries, d_q.at[block])
@@ -421,7 +421,8 @@ def _d_keys_kernel(spec, plan: _Plan, items, starts, offsets, *operands):
 
 def _call(kernel, spec, plan: _Plan, name: str, grid, visits, offsets, operands, outputs, scratch):
     """Launch over ``grid`` (rows, heads, lines), neighbouring lines together; ``outputs`` are (shape, dtype)."""
-    return plgpu.kernel(
+    operands = visits.items, visits.starts, offsets, *operands
+    launch = plgpu.kernel(
         functools.partial(kernel, spec, plan),
         out_type=[shapes.result(shape, dtype, operands) for shape, dtype in outputs],
         scratch_types=scratch,
@@ -432,7 +433,8 @@ def _call(kernel, spec, plan: _Plan, name: str, grid, visits, offsets, operands,
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=_interpreter() if spec.interpret else None,
-    )(visits.items, visits.starts, offsets, *operands)
+    )
+    return shapes.marked_varying(launch(*operands), operands)
 
 
 def _interpreter():
