@@ -73,6 +73,18 @@ class _Plan(Plan):
         x = pad_to(x, 1, length)
         return pad_to(x, 3, self.head) if x.ndim == 4 else x
 
+    def queries(self, x):
+        """Padded to whole blocks, and the last axis of four to whole heads."""
+        return self._padded(x, self.N * self.block_q)
+
+    def keys(self, x):
+        """As `queries`, for keys and values."""
+        return self._padded(x, self.M * self.block_kv)
+
+    def _padded(self, x, length: int):
+        x = pad_to(x, 1, length)
+        return pad_to(x, 3, self.head) if x.ndim == 4 else x
+
     @property
     def params(self) -> plgpu.CompilerParams:
         return plgpu.CompilerParams(num_warps=self.sizes.warps, num_stages=2)

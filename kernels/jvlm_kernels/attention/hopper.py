@@ -230,9 +230,8 @@ def _forward_kernel(spec, plan: _Plan, items, starts, offsets, q, k, v, q_ids, k
 
         (key_block, id_block), (value_block,) = keys.buffers, values.buffers
 
-        def soften(visit, scores, top, total):
+        def soften(item, slot, scores, top, total):
             """(largest score, sum of weights, what earlier ones shrink by, weights) with one more block."""
-            item, slot = items[visit], _slot(visit - first)
             column_ids = functools.partial(plgpu.load, id_block, slot, layout=_BY_COLUMN)
             from_keys = place - blocks.partner_of(item) * plan.block_kv
             scores = _hidden(spec, item, scores, row_ids, column_ids, from_keys)
@@ -250,7 +249,7 @@ def _forward_kernel(spec, plan: _Plan, items, starts, offsets, q, k, v, q_ids, k
 
         def step(visit, carry):
             top, total, sums, halves = carry
-            slot, before = _slot(visit - first), _slot(visit - first - 1)
+            item, slot, before = items[visit], _slot(visit - first), _slot(visit - first - 1)
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(keys.here.at[slot])
             plgpu.barrier_wait(turn)
@@ -260,7 +259,7 @@ def _forward_kernel(spec, plan: _Plan, items, starts, offsets, q, k, v, q_ids, k
                 ref[...] = sums
                 plgpu.wgmma(ref, halves, value_block.at[before])
                 meet()  # the products are under way: the other's may follow
-                softened = soften(visit, plgpu.wgmma_accumulator_load(scores, wait_n=1), top, total)
+                softened = soften(item, slot, plgpu.wgmma_accumulator_load(scores, wait_n=1), top, total)
                 plgpu.barrier_wait(values.here.at[slot])
                 return *softened, ref[...]
 
@@ -274,7 +273,7 @@ def _forward_kernel(spec, plan: _Plan, items, starts, offsets, q, k, v, q_ids, k
         pl.when(group == 1)(meet)
         plgpu.barrier_wait(keys.here.at[0])
         scores = pl.run_scoped(begin, plgpu.ACC((_ROWS, plan.block_kv)))
-        top, total, _, weights = soften(first, scores, _zeros(_ROWS) + _LOWEST, _zeros(_ROWS))
+        top, total, _, weights = soften(items[first], 0, scores, _zeros(_ROWS) + _LOWEST, _zeros(_ROWS))
         plgpu.barrier_wait(values.here.at[0])
         start = top, total, _zeros(_ROWS, plan.head), weights.astype(v.dtype)
         top, total, sums, halves = lax.fori_loop(first + 1, last, step, start)
