@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import types
 from unittest import mock
 
 import jax
@@ -63,7 +64,7 @@ class _Interpreter(jaxpr_interpret.JaxprInterpreter):
         return token, [found]
 
     def _call(self, function, eqn, token, key, value, *rest):
-        """``function(eqn, memory, key, value, ...)`` on the host, in order."""
+        """``function(eqn, memory, key, value, ...)`` on the host, where the token has come to."""
 
         def on_host(token, device, thread, key, value, rest):
             memory = _Memory(int(device), int(thread), eqn.source_info)
@@ -72,7 +73,7 @@ class _Interpreter(jaxpr_interpret.JaxprInterpreter):
 
         shape = gpu_callbacks.TOKEN_SHAPE_DTYPE
         operands = token, self.device_info.device_id, self.thread_id, key, value, rest
-        return callback.io_callback(on_host, shape, *operands, ordered=True), [None] * len(eqn.outvars)
+        return callback.io_callback(on_host, shape, *operands), [None] * len(eqn.outvars)
 
 
 class _Memory:
@@ -125,7 +126,11 @@ def _multiply(eqn, memory: _Memory, key, left, right, *leaves) -> None:
 
 
 class _Programs:
-    """Compiles each kernel once, where JAX compiles it for every thread of every block."""
+    """Compiles each kernel once, where JAX compiles it for every thread of every block.
+
+    A program whose operands are ready runs in the thread that calls it, any other in a pool of as many threads as the
+    machine has cores: there, programs that wait for each other could fill the pool and wait for ever.
+    """
 
     def __init__(self) -> None:
         self.lock, self.compiled = threading.Lock(), {}
@@ -136,7 +141,7 @@ class _Programs:
                 evaluate = jax.jit(lambda *operands: jax_core.eval_jaxpr(jaxpr, *operands) and None)
                 self.compiled[jaxpr] = evaluate.lower(consts, *args).compile()
         try:
-            self.compiled[jaxpr](consts, *args)
+            self.compiled[jaxpr](*jax.block_until_ready((consts, *args)))
         except Exception:
             _let_all_go()
             raise
@@ -151,12 +156,18 @@ def _let_all_go() -> None:
                 found.cv.notify_all()
 
 
+def _in_any_order(*args, ordered: bool = False, **options):
+    """JAX's io_callback without its order, an operand that may not be ready: the interpreter's token orders enough."""
+    return callback.io_callback(*args, **options)
+
+
 @contextlib.contextmanager
 def extended():
     """Kernels traced and run inside get what the interpreter lacks; a race between their threads is an error."""
     mlir.register_lowering(gpu_core.layout_cast_p, mlir.lower_fun(lambda x, new_layout: x, multiple_results=False))
     with (
         mock.patch.object(jaxpr_interpret, "JaxprInterpreter", _Interpreter),
+        mock.patch.object(jaxpr_interpret, "callback", types.SimpleNamespace(io_callback=_in_any_order)),
         mock.patch.object(thread_map, "_run_jaxpr", _Programs().run),
     ):
         try:
