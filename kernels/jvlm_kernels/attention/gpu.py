@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jvlm_kernels import shapes
 from jvlm_kernels.attention import blocks, tuning
-from jvlm_kernels.attention.plan import Plan, check_dtypes, normalisers, pad_to, padded_ids
+from jvlm_kernels.attention.plan import PaddedPlan, check_dtypes, normalisers, padded_ids
 from jvlm_kernels.errors import Unavailable
 
 PLATFORM = "cuda"
@@ -45,7 +45,7 @@ def _plan(spec, q, k, kernel: str) -> _Plan:
     return _Plan.of(spec, q, k, tuning.cuda_blocks(spec, q, k, kernel))
 
 
-class _Plan(Plan):
+class _Plan(PaddedPlan):
     """Sizes of a call, and the layout that the kernels want."""
 
     @property
@@ -60,30 +60,6 @@ class _Plan(Plan):
     def head(self) -> int:
         """The head size that a block has."""
         return sum(size for _, size in self.parts)
-
-    def queries(self, x):
-        """Padded to whole blocks, and the last axis of four to whole parts."""
-        return self._padded(x, self.N * self.block_q)
-
-    def keys(self, x):
-        """As `queries`, for keys and values."""
-        return self._padded(x, self.M * self.block_kv)
-
-    def _padded(self, x, length: int):
-        x = pad_to(x, 1, length)
-        return pad_to(x, 3, self.head) if x.ndim == 4 else x
-
-    def queries(self, x):
-        """Padded to whole blocks, and the last axis of four to whole heads."""
-        return self._padded(x, self.N * self.block_q)
-
-    def keys(self, x):
-        """As `queries`, for keys and values."""
-        return self._padded(x, self.M * self.block_kv)
-
-    def _padded(self, x, length: int):
-        x = pad_to(x, 1, length)
-        return pad_to(x, 3, self.head) if x.ndim == 4 else x
 
     @property
     def params(self) -> plgpu.CompilerParams:
