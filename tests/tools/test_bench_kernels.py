@@ -1,0 +1,50 @@
+"""The rivals of the kernel benchmark compute the same thing, and what cannot run is listed with the reason."""
+
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.support import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import bench_kernels
+import bench_torch
+import torch
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_jax_and_torch_compute_what_segment_attention_does(packed):
+    case = bench_kernels.Case(640, (4, 2, 16), "float32", packed, backward=False)
+    qkv, ids = case.operands()
+    ours = bench_kernels.ours(case)(*qkv, ids)
+    np.testing.assert_allclose(bench_kernels.xla(case)(*qkv, ids), ours, atol=2e-5)
+    theirs = bench_torch.sdpa(case)(*(torch.from_numpy(np.array(x)).to(bench_torch.DEVICE) for x in qkv)).transpose(
+        1, 2
+    )
+    np.testing.assert_allclose(theirs.cpu(), ours, atol=2e-5)
+
+
+def test_losses_agree():
+    hidden, kernel, targets = np.random.rand(8, 4), np.random.rand(4, 16), np.arange(8)
+    plain = bench_torch.plain_logits(*map(torch.from_numpy, (hidden, kernel, targets)))
+    ours = bench_kernels.in_blocks(jnp.float32(hidden), jnp.float32(kernel), jnp.asarray(targets)).sum()
+    assert float(ours) == pytest.approx(float(plain), rel=1e-5)
+
+
+def test_operations_count_visible_pairs_alone():
+    dense = bench_kernels.Case(1024, (4, 2, 16), "float32", packed=False, backward=False)
+    packed = bench_kernels.Case(1024, (4, 2, 16), "float32", packed=True, backward=True)
+    assert dense.operations == 4 * (1024 * 1025 / 2) * 4 * 16
+    assert packed.operations == 3.5 * 4 * 2 * (512 * 513 / 2) * 4 * 16
+
+
+def test_a_rival_that_cannot_run_is_listed_with_the_reason(capsys, monkeypatch):
+    monkeypatch.setattr(bench_torch, "DEVICE", "cpu")
+    case = bench_kernels.Case(64, (4, 2, 16), "float32", packed=True, backward=True)
+    bench_kernels.attention(case, rounds=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("| 1.00 |")
+    assert "does not run: torch has it on GPUs alone" in lines[-1]
