@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tools.planning.environment import WITHOUT_A_GPU, WITHOUT_A_TPU
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
@@ -286,6 +288,21 @@ def run_python(code: str, *, timeout: float = 120, **env: str) -> str:
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
+
+
+def with_compiler(folder: str, *command: str, timeout: float = 600) -> subprocess.CompletedProcess:
+    """A Python program beside the compiler that `make test` puts into ``folder`` of its environment."""
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", Path(sys.prefix) / folder)))
+    environment = {**os.environ, **WITHOUT_A_TPU, **WITHOUT_A_GPU, "PYTHONPATH": path}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

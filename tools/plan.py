@@ -19,9 +19,9 @@ import os
 import sys
 from pathlib import Path
 
-from planning.environment import WITHOUT_A_TPU
+from planning.environment import WITHOUT_A_GPU, WITHOUT_A_TPU
 
-os.environ.update(WITHOUT_A_TPU)
+os.environ.update(WITHOUT_A_TPU | WITHOUT_A_GPU)
 
 from planning import generation, listing, picture, suggest
 from planning.chips import Topology
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv[:cut])
     try:
         return _run(arguments, argv[cut + 1 :])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, NotImplementedError) as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
 

@@ -18,6 +18,8 @@ from jvlm.parallel.rules import AXES
 class ParallelConfig:
     """How devices share the work.
 
+    Slices are those of TPUs. Machines of GPUs need no setting: the first axes cross them.
+
     Attributes:
       data: devices that hold the same parameters and other rows. -1 is the devices that the other axes leave over.
       fsdp: devices with other rows that also store the parameters in parts and gather each where it is used.
@@ -79,7 +81,8 @@ def arrange(config: ParallelConfig, devices: Sequence[jax.Device]) -> np.ndarray
     Neighbours on ``tensor`` and ``context``, which talk most, are neighbours in the network of the chips.
     """
     sizes = config.sizes(len(devices))
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    # JAX calls each machine of GPUs a slice; there, an axis may cross machines without being asked to
+    slices = 1 if devices[0].platform == "gpu" else len({getattr(d, "slice_index", 0) for d in devices})
     across = {"data": slices // config.fsdp_slices if config.data_slices is None else config.data_slices}
     across["fsdp"] = config.fsdp_slices
     if math.prod(across.values()) != slices:
@@ -96,5 +99,5 @@ def arrange(config: ParallelConfig, devices: Sequence[jax.Device]) -> np.ndarray
         return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
     if devices[0].platform == "tpu":
         return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
-    # in the order of processes, so that the rows of one host are side by side
+    # in the order of processes: the rows of one host are side by side, and the last axes stay within it
     return np.asarray(devices).reshape(inner)

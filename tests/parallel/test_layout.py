@@ -144,9 +144,9 @@ def test_one_axis_takes_the_devices_left_and_sizes_that_do_not_fit_are_refused()
         ParallelConfig(tensor=0)
 
 
-def _slices(count, each):
+def _slices(count, each, platform="made up"):
     return [
-        SimpleNamespace(id=i, platform="gpu", device_kind="made up", slice_index=i // each, process_index=i // 4)
+        SimpleNamespace(id=i, platform=platform, device_kind="made up", slice_index=i // each, process_index=i // 4)
         for i in range(count * each)
     ]
 
@@ -163,6 +163,14 @@ def test_data_crosses_the_slow_network_between_slices_and_fsdp_if_asked():
     slices = np.vectorize(lambda d: d.slice_index)(grid)[0, :, 0, 0]
     assert (slices[:4] == 0).all()
     assert (slices[4:] == 1).all()
+
+
+def test_machines_of_gpus_are_crossed_by_the_first_axes_without_being_asked():
+    grid = meshes.arrange(ParallelConfig(data=1, fsdp=-1, context=4), _slices(2, 8, platform="gpu"))  # one a machine
+    machines = np.vectorize(lambda d: d.slice_index)(grid)
+    # axes: data fsdp expert context tensor
+    assert machines.shape == (1, 4, 1, 4, 1)
+    assert machines[0, :, 0, :, 0].tolist() == [[0] * 4, [0] * 4, [1] * 4, [1] * 4]
 
 
 def test_slices_that_the_axes_cannot_cross_are_refused():

@@ -46,7 +46,7 @@ def main() -> None:
         for wire in found.wires
     }
     answer = {"flops": found.flops, "hbm": found.hbm, "fits": found.fits, "wires": wires, "mesh": dict(found.mesh)}
-    limit = available_memory(devices[0])
+    limit = available_memory(topology, devices[0])
     answer |= {"limit": limit, "refused": [refused.fits, refused.memory.peak], "slices": two_slices()}
     json.dump(answer, sys.stdout)
 

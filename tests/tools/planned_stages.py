@@ -14,11 +14,13 @@ def main() -> None:
     for stage in (1, 2, 3, 4):
         experiment = load_experiment(f"mimo_vl/stage{stage}", [])
         for name in experiment.topologies:
-            devices = devices_of(Topology.parse(name))
+            topology = Topology.parse(name)
+            devices = devices_of(topology)
             planned = program.plan(experiment, devices)
             parts = {"state": planned.state, "frozen": planned.frozen, "batches": planned.batches}
             sizes = {part: bytes_of(tree) for part, tree in parts.items()}
-            found[f"stage{stage} {name}"] = {**sizes, "limit": available_memory(devices[0]), "chips": len(devices)}
+            limit = available_memory(topology, devices[0])
+            found[f"stage{stage} {name}"] = {**sizes, "limit": limit, "chips": len(devices)}
     json.dump(found, sys.stdout)
 
 

@@ -1,30 +1,19 @@
 """tools/plan.py and its parts, with the TPU's compiler and no TPU."""
 
+import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support import ROOT
+from tests import support
 from tools.planning import hlo, picture
 from tools.planning.chips import GIB, Topology, smaller
-from tools.planning.environment import WITHOUT_A_TPU
 from tools.planning.program import Compiled, Memory
 
-COMPILER = Path(sys.prefix) / "tpu-compiler"  # where `make test` puts it
-
-
-def with_compiler(*command, timeout=600):
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", COMPILER)))
-    environment = {**os.environ, **WITHOUT_A_TPU, "PYTHONPATH": path}
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+with_compiler = functools.partial(support.with_compiler, "tpu-compiler")
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +99,25 @@ def test_a_branch_counts_as_often_as_it_is_said_to_be_taken():
     assert {one.name: one.times for one in found} == {"s.often": 0.75, "s.rarely": 0.25}
 
 
-@pytest.mark.parametrize("name", ["v5p:4x4", "v5e:4x4x4", "h100:8", "v5p-128", "v6e:16"])
+@pytest.mark.parametrize("name", ["v5p:4x4", "v5e:4x4x4", "v100:8", "h100:2x2x8", "h200:8*2", "v5p-128", "v6e:16"])
 def test_a_topology_that_is_none_is_refused(name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=re.escape(name)):
         Topology.parse(name)
 
 
-def test_topologies_halve_down_to_a_machine():
-    names, topology = [], Topology.parse("v5p:4x4x4*2")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["v5p:4x4x4*2", "v5p:4x4x4", "v5p:2x4x4", "v5p:2x2x4", "v5p:2x2x2", "v5p:1x2x2"],
+        ["h200:4x8", "h200:2x8", "h200:1x8"],
+    ],
+)
+def test_topologies_halve_down_to_a_machine(names):
+    found, topology = [], Topology.parse(names[0])
     while topology:
-        names.append(topology.name)
+        found.append(topology.name)
         topology = smaller(topology)
-    assert names == ["v5p:4x4x4*2", "v5p:4x4x4", "v5p:2x4x4", "v5p:2x2x4", "v5p:2x2x2", "v5p:1x2x2"]
+    assert found == names
 
 
 def test_the_picture_shows_each_part_in_proportion(tmp_path):

@@ -1,10 +1,12 @@
-"""TPU generations in figures, and what a topology's name says."""
+"""TPU generations and NVIDIA GPUs in figures, and what a topology's name says."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
+
+from .gpus import GPUS
 
 GB, GIB = 1e9, 2**30
 
@@ -16,7 +18,8 @@ class Chip:
     Attributes:
       flops: dense bfloat16.
       hbm, hbm_bandwidth: bytes.
-      link: bytes one way over one link of the fast network; `dimensions` of the torus have a link at each end.
+      link: bytes one way over one link of the fast network; `dimensions` of the torus have a link at each end. With no
+        dimensions a switch joins the chips of a machine, and this is over all links of a chip, whoever it sends to.
       dcn: bytes one way over the data-centre network, the chip's share of its machine's cards.
     """
 
@@ -41,33 +44,63 @@ CHIPS = {
 }
 
 
+def _gpu(name: str, flops: float, link: float, dcn: float) -> Chip:
+    return Chip(flops, GPUS[name].memory, GPUS[name].bandwidth, link, 0, dcn)
+
+
+# FLOP/s (half of what is given for sparse matrices) and NVLink (half of both ways): NVIDIA's data sheets of A100, H100,
+# H200 (SXM) and DGX B200. Data-centre network: that of NVIDIA's own DGX machines, a card for each GPU, of 200 Gbit/s in
+# the first and 400 in the others. Rented machines have less, some a quarter: --network says how much.
+CHIPS |= {
+    "a100": _gpu("a100", 312e12, 300e9, 25e9),
+    "h100": _gpu("h100", 989e12, 450e9, 50e9),
+    "h200": _gpu("h200", 989e12, 450e9, 50e9),
+    "b200": _gpu("b200", 2250e12, 900e9, 50e9),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips in a torus: "v5p:4x4x4"; several slices as "v5p:4x4x4*2"."""
+    """TPU chips in a torus, "v5p:4x4x4", several slices as "v5p:4x4x4*2"; GPUs in machines, "h200:8x8", one "h200:8".
+
+    Attributes:
+      shape: of a slice of TPUs; of GPUs, machines and GPUs in each.
+    """
 
     name: str
     generation: str
     shape: tuple[int, ...]
-    slices: int
+    slices: int = 1
 
     @classmethod
     def parse(cls, name: str) -> Topology:
         """Raises ValueError saying what a name should look like."""
-        found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+){1,2})(?:\*(\d+))?", name)
+        found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
         if not found or found[1] not in CHIPS:
-            raise ValueError(f"topology {name!r}: one of {', '.join(CHIPS)}, a colon, a shape: v5p:4x4x4, v6e:16x16*2")
-        shape = tuple(map(int, found[2].split("x")))
-        if len(shape) != CHIPS[found[1]].dimensions:
-            raise ValueError(f"topology {name!r}: {found[1]} is a torus of {CHIPS[found[1]].dimensions} dimensions")
-        return cls(name, found[1], shape, int(found[3] or 1))
+            raise ValueError(
+                f"topology {name!r}: one of {', '.join(CHIPS)}, a colon, a shape: v5p:4x4x4, v6e:16x16*2, or for GPUs "
+                "machines and GPUs in each: h200:8x8"
+            )
+        shape, slices = tuple(map(int, found[2].split("x"))), int(found[3] or 1)
+        dimensions = CHIPS[found[1]].dimensions
+        if dimensions and len(shape) != dimensions:
+            raise ValueError(f"topology {name!r}: {found[1]} is a torus of {dimensions} dimensions")
+        if not dimensions and (len(shape) > 2 or found[3]):
+            raise ValueError(f"topology {name!r}: GPUs are so many machines of so many, h200:8x8, or one, h200:8")
+        return cls(name, found[1], shape if dimensions or len(shape) == 2 else (1, *shape), slices)
 
     @property
     def chip(self) -> Chip:
         return CHIPS[self.generation]
 
     @property
+    def switched(self) -> bool:
+        """Whether a switch joins the chips of a machine: GPUs."""
+        return not self.chip.dimensions
+
+    @property
     def slice_name(self) -> str:
-        """As JAX's compiler names one slice."""
+        """As JAX's compiler names one slice of TPUs."""
         return f"{self.generation}:{'x'.join(map(str, self.shape))}"
 
     @property
@@ -76,13 +109,20 @@ class Topology:
 
 
 def smaller(topology: Topology) -> Topology | None:
-    """Half of a topology: slices first, then the longest side; None where nothing is left to halve."""
-    if topology.slices % 2 == 0:
-        shape, slices = topology.shape, topology.slices // 2
+    """Half of a topology: slices or machines first, then the longest side; None where nothing is left to halve.
+
+    A machine of GPUs stays whole.
+    """
+    shape, slices = topology.shape, topology.slices
+    if topology.switched:
+        machines, each = shape
+        return None if machines % 2 else Topology.parse(f"{topology.generation}:{machines // 2}x{each}")
+    if slices % 2 == 0:
+        slices //= 2
     else:
-        side = max(range(len(topology.shape)), key=lambda i: topology.shape[i])
-        if topology.slices > 1 or topology.shape[side] % 2 or math.prod(topology.shape) <= 4:
+        side = max(range(len(shape)), key=lambda i: shape[i])
+        if slices > 1 or shape[side] % 2 or math.prod(shape) <= 4:
             return None
-        shape, slices = (*topology.shape[:side], topology.shape[side] // 2, *topology.shape[side + 1 :]), 1
+        shape = (*shape[:side], shape[side] // 2, *shape[side + 1 :])
     name = f"{topology.generation}:{'x'.join(map(str, shape))}" + (f"*{slices}" if slices > 1 else "")
     return Topology.parse(name)

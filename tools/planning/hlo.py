@@ -32,7 +32,8 @@ _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _FREE = frozenset(
     "parameter constant get-tuple-element tuple bitcast while conditional call iota after-all partition-id replica-id "
     "opt-barrier add-dependency async-start async-update async-done domain all-gather-done all-reduce-done "
-    "collective-permute-done copy-done slice-done send send-done recv recv-done".split()
+    "all-to-all-done reduce-scatter-done ragged-all-to-all-done collective-broadcast-done collective-permute-done "
+    "copy-done slice-done send send-done recv recv-done".split()
 )
 # These read part of their first operand; those write part of it, as large as the operand of this number.
 _SLICES = ("dynamic-slice", "slice", "gather")
@@ -93,14 +94,12 @@ class Traffic:
     Attributes:
       flops: of matrix products outside kernels, recomputation included.
       hbm: bytes read and written by instructions, as far as their text says.
-      kernels: number of Pallas calls in the text, each once.
       kept: bytes that loops fill layer by layer and others read: what the backward pass needs of the forward one.
     """
 
     collectives: tuple[Collective, ...]
     flops: float
     hbm: float
-    kernels: int
     kept: float
 
 
@@ -125,10 +124,37 @@ def read(text: str, taken: Mapping[str, float] = MappingProxyType({})) -> Traffi
                 flops += times * _product_flops(one, inside)
             if not fused and one.opcode not in _FREE:
                 hbm += times * _moved(one, inside, program)
-    kernels = text.count('custom_call_target="tpu_custom_call"')
-    # a program reserves their place before its first loop
-    kept = sum(_in_hbm(i) for i in program.computations[program.entry] if '"AllocateBuffer"' in i.rest)
-    return Traffic(tuple(found), flops, hbm, kernels, kept)
+    return Traffic(tuple(found), flops, hbm, _kept(program.computations[program.entry]))
+
+
+def _kept(entry: list[Instruction]) -> float:
+    """Bytes of `Traffic.kept`."""
+    # on TPU, a program reserves their place before its first loop
+    reserved = sum(_in_hbm(i) for i in entry if '"AllocateBuffer"' in i.rest)
+    # on GPU, they begin as constants, and go on from one loop to another
+    named = {i.name: i for i in entry}
+    carried = {i.name: named[i.operands[0]].operands for i in entry if i.opcode == "while"}
+    total = 0.0
+    for values in carried.values():
+        for value in (named.get(name) for name in values):
+            loop = value.operands[0] if value and value.opcode == "get-tuple-element" else None
+            if loop in carried and _is_constant(carried[loop][_index(value)], named):
+                total += value.bytes
+    return reserved + total
+
+
+def _index(element: Instruction) -> int:
+    return int(re.search(r"index=(\d+)", element.rest)[1])
+
+
+def _is_constant(name: str, named: Mapping[str, Instruction]) -> bool:
+    """Whether a value is made of nothing: by a fusion or a broadcast without operands but constants."""
+    one = named.get(name)
+    if one and one.opcode == "get-tuple-element":
+        one = named.get(one.operands[0])
+    if one is None or one.opcode not in ("fusion", "broadcast"):
+        return False
+    return all(n in named and named[n].opcode == "constant" for n in one.operands)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,10 +23,11 @@ from jvlm.parallel.collectives import axes as axes_of
 from jvlm.training import program
 from jvlm.training.config import Experiment
 
-from . import hlo
+from . import gpus, hlo
 from .chips import Topology
 
 GIGA = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+GPU_SHARE = 0.75  # of a GPU's memory is what JAX takes for its programs, unless XLA_PYTHON_CLIENT_MEM_FRACTION says so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Wire:
       kinds: bytes in a step.
       counts: instructions in the program.
       bandwidth: bytes a second that a chip can send to its partners, all links towards them together.
-      network: "ici" within a slice, "dcn" between slices.
+      network: "ici" within a slice of TPUs, "nvlink" within a machine of GPUs, "dcn" between those.
     """
 
     axes: str
@@ -105,6 +106,8 @@ class Compiled:
 
 def devices_of(topology: Topology) -> Sequence[jax.Device]:
     """Described devices. Raises ValueError for a topology that the compiler does not know."""
+    if topology.switched:
+        return gpus.devices(topology.generation, *topology.shape)
     slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **slices)
@@ -161,7 +164,7 @@ def measure(
     began = time.perf_counter()
     cores = mesh.size // topology.chips
     shape = {axis: size for axis, size in mesh.shape.items() if size > 1}
-    limit = available_memory(mesh.devices.flat[0])
+    limit = available_memory(topology, mesh.devices.flat[0])
     known = sum(sizes.values()) - resident + sum(made.values())
     sizes = {n: cores * (sizes.get(n, 0.0) + made.get(n, 0.0)) for n in (*sizes, *(set(made) - set(sizes)))}
     if sum(sizes.values()) > cores * limit:  # the compiler would find out too, minutes later
@@ -178,7 +181,9 @@ def measure(
     # limit, has in it what is fetched ahead into memory of the core. `temp_size_in_bytes` counts places that are used
     # one after the other as if they were used together.
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes - sum(made.values())
-    beside = min(found.peak_memory_in_bytes - known, found.temp_size_in_bytes + fresh)
+    beside = found.temp_size_in_bytes + fresh
+    if not topology.switched:  # a GPU's program takes its temporary memory in one piece
+        beside = min(beside, found.peak_memory_in_bytes - known)
     kept = max(traffic.kept - sum(made.values()), 0.0)  # results may be filled layer by layer too
     memory = Memory(
         **sizes,
@@ -198,9 +203,14 @@ def measure(
     )
 
 
+def available_memory(topology: Topology, device: jax.Device) -> float:
+    """Bytes of HBM that a program may have: what the compiler for TPUs lets it, and JAX takes of a GPU."""
+    return GPU_SHARE * topology.chip.hbm if topology.switched else _most_for(device)
+
+
 @functools.cache
-def available_memory(device: jax.Device) -> float:
-    """Bytes of HBM that the compiler lets a program have: what it says when it refuses one that is far too large."""
+def _most_for(device: jax.Device) -> float:
+    """What the compiler says when it refuses a program that is far too large."""
     side = 2**20
     huge = jax.ShapeDtypeStruct((side, side), np.float32, sharding=jax.sharding.SingleDeviceSharding(device))
     try:
@@ -258,10 +268,17 @@ def _between_slices(mesh: Mesh) -> str:
 
 
 def _bandwidth(axes: str, mesh: Mesh, topology: Topology) -> tuple[float, str]:
-    """Bytes a second that a chip can send to the others along mesh axes, and over which network."""
+    """Bytes a second that a chip can send to the others along mesh axes, and over which network.
+
+    Between machines of GPUs, each of a group's GPUs there sends its part over a card of its own.
+    """
     chip = topology.chip
     along = tuple(slice(None) if axis in axes.split() else 0 for axis in mesh.axis_names)
     devices = mesh.devices[along].flatten()
+    if topology.switched:
+        machines = len({device.process_index for device in devices})
+        each = len(devices) / machines
+        return (min(chip.link, each * chip.dcn), "dcn") if machines > 1 else (chip.link, "nvlink")
     if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
         return chip.dcn, "dcn"
     coordinates = np.array([device.coords for device in devices])

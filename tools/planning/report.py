@@ -112,7 +112,7 @@ class Plan:
         unit = 1e9 if self.what == "train" else 1e6
         for wire in wires:
             sizes = " | ".join(f"{wire.kinds.get(kind, 0) / unit:.2f}" for kind in kinds)
-            network = "" if wire.network == "ici" else " (data centre)"
+            network = " (data centre)" if wire.network == "dcn" else ""
             lines.append(f"| {wire.axes}{network} | {sizes} | {wire.bandwidth / 1e9:.0f} | {wire.seconds:.4f} |")
         return lines
 

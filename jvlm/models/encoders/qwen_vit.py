@@ -72,7 +72,7 @@ class VisionAttention(nnx.Module):
 
     @layers.scoped("attention")
     def __call__(self, x_BPD, angles, is_full, batch: PackedBatch):
-        """``is_full``: attend within the frame, else within the window; a bool, or a traced one inside a scan."""
+        """``is_full``: 1 to attend within the frame, 0 within the window; an int, or a traced one inside a scan."""
         qkv = self.qkv_by_head(x_BPD).reshape(*x_BPD.shape[:2], self.heads, 3, self.head_dim)
         q, k, v = (qkv[..., part, :] for part in range(3))
         q, k = layers.rotate(q, angles), layers.rotate(k, angles)
@@ -83,10 +83,11 @@ class VisionAttention(nnx.Module):
         def windows(q, k, v):
             return self._attend(q, k, v, batch.patch_window_ids, self.window_patches)
 
-        if isinstance(is_full, bool):
-            mixed = (frames if is_full else windows)(q, k, v)
+        if isinstance(is_full, int):
+            mixed = (windows, frames)[is_full](q, k, v)
         else:
-            mixed = jax.lax.cond(is_full, frames, windows, q, k, v)
+            # chosen by number: XLA's partitioner loses, on GPUs, how the results of a choice by a bool are split
+            mixed = jax.lax.switch(is_full, (windows, frames), q, k, v)
         return self.out(mixed.reshape(x_BPD.shape))
 
     def _attend(self, q, k, v, segments, max_length: int | None):
@@ -143,7 +144,7 @@ class QwenViT(nnx.Module):
             x = x + block.attention(block.norm1(x), angles, is_full, batch)
             return x + block.mlp(block.norm2(x)), None
 
-        full = [i in config.fullatt_block_indexes for i in range(config.depth)]
+        full = [int(i in config.fullatt_block_indexes) for i in range(config.depth)]
         if not layers.is_unstacked(nnx.state(self.blocks)):
             full = jnp.asarray(full)
         return self.blocks(body, x_BPD, full, remat=self.numerics.remat)[0]

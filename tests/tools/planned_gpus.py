@@ -1,0 +1,71 @@
+"""Run by test_plan_gpu.py with the GPU compiler: a known program, and a training step, for GPUs that are not there."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jvlm.models import vlm
+from jvlm.parallel.mesh import ParallelConfig, make_mesh
+from tests.parallel import models
+from tools.planning.chips import Topology
+from tools.planning.program import compile_step, devices_of, measure
+
+STEPS, ROWS, WIDTH = 7, 256, 512
+
+
+def main() -> None:
+    json.dump({"known": known(), "refused": refused(), "step": step()}, sys.stdout)
+
+
+def known() -> dict:
+    """Each turn gathers a weight over `fsdp`, which crosses two machines, multiplies, and sums over `tensor`."""
+    topology = Topology.parse("h200:2x4")
+    mesh = make_mesh(ParallelConfig(data=1, fsdp=4, tensor=2), devices_of(topology))
+
+    def part(x, weights):
+        def turn(x, weight):
+            whole = lax.all_gather(weight, "fsdp", axis=0, tiled=True)
+            return lax.pcast(jnp.tanh(lax.psum(x @ whole, "tensor")), "tensor", to="varying"), None
+
+        return lax.scan(turn, x, weights)[0]
+
+    split = jax.shard_map(
+        part, mesh=mesh, in_specs=(P("fsdp", "tensor"), P(None, "fsdp")), out_specs=P("fsdp", "tensor")
+    )
+    arguments = (
+        jax.ShapeDtypeStruct((4 * ROWS, 2 * WIDTH), jnp.bfloat16, sharding=NamedSharding(mesh, P("fsdp", "tensor"))),
+        jax.ShapeDtypeStruct((STEPS, WIDTH, WIDTH), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, "fsdp"))),
+    )
+    found = measure(lambda: jax.jit(split).lower(*arguments), mesh, topology)
+    wires = {wire.axes: [dict(wire.kinds), wire.bandwidth, wire.network] for wire in found.wires}
+    return {"flops": found.flops, "hbm": found.hbm, "fits": found.fits, "limit": found.limit, "wires": wires}
+
+
+def refused() -> list:
+    """A product too large for an H100, whose arguments are not."""
+    topology = Topology.parse("h100:1")
+    mesh = make_mesh(ParallelConfig(), devices_of(topology))
+    huge = jax.ShapeDtypeStruct((1 << 17, 1 << 13), jnp.float32, sharding=NamedSharding(mesh, P()))
+    found = measure(lambda: jax.jit(lambda x: jnp.sin(x) @ x.T).lower(huge), mesh, topology)
+    return [found.fits, found.memory.peak]
+
+
+def step() -> dict:
+    """The training step of a small model on two machines of four, each row over four GPUs."""
+    topology = Topology.parse("h200:2x4")
+    experiment = models.experiment("qwen2_5_vl", ParallelConfig(data=1, fsdp=2, context=4))
+    numerics = dataclasses.replace(experiment.model.numerics, compute_dtype="bfloat16", remat="attention")
+    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, numerics=numerics))
+    found = compile_step(experiment, topology)
+    parameters = vlm.parameters(vlm.abstract(experiment.model)).values()
+    return {**dataclasses.asdict(found.memory), "count": sum(v.get_value().size for v in parameters)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""tools/plan.py for NVIDIA GPUs, with their compiler and no GPU."""
+
+import functools
+import json
+
+import pytest
+
+from tests import support
+from tools.planning.chips import Topology
+
+with_compiler = functools.partial(support.with_compiler, "gpu-compiler")
+BFLOAT16, FLOAT32 = 2, 4
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Programs that can be counted by hand, and a training step; see planned_gpus."""
+    done = with_compiler("-m", "tests.tools.planned_gpus")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_products_and_collectives_count_as_often_as_their_loop_runs(found):
+    known = found["known"]
+    assert known["flops"] == 7 * 2 * 256 * 512 * 512
+    gathered = 7 * (512 * 512 * BFLOAT16) * 3 / 4
+    summed = 7 * 2 * (256 * 512 * BFLOAT16) / 2
+    assert known["wires"] == {
+        # of a group of four, two in each machine: each has a card of its own
+        "fsdp": [{"all-gather": gathered}, 2 * 50e9, "dcn"],
+        "tensor": [{"all-reduce": summed}, 450e9, "nvlink"],
+    }
+
+
+def test_memory_traffic_is_that_of_the_turns(found):
+    row, weight = 256 * 512 * BFLOAT16, 512 * 512 * BFLOAT16
+    least = 7 * (weight / 4 + 2 * weight + 6 * row)  # gathered, then read; product, sum and tanh read and written
+    assert least < found["known"]["hbm"] < 3 * least  # a product this small is summed in parts, in float32
+
+
+def test_a_program_may_have_what_jax_takes_of_a_gpu(found):
+    assert found["known"]["limit"] == pytest.approx(0.75 * 141e9, rel=0.08)  # of the data sheet
+    fits, needed = found["refused"]
+    assert not fits
+    assert needed >= 4 * 2**34  # the product of 2^17 x 2^17 in float32
+
+
+def test_what_a_step_stores_and_keeps_is_a_part_on_each_gpu(found):
+    step = found["step"]
+    stored = step["count"] * FLOAT32 / 2  # over `fsdp`; norms and biases are whole
+    assert stored <= step["parameters"] < 1.1 * stored
+    assert step["optimizer"] == pytest.approx(2 * step["parameters"], rel=1e-3)  # both moments, and a count of steps
+    rows, tokens, patches, width, heads = 8 / 2, 128 / 4, 256 / 4, 64, 8
+    # of both towers' two layers: what comes in, attention's output, and the logarithm of its sum
+    kept = 2 * rows * (tokens + patches) * (2 * width * BFLOAT16 + heads * FLOAT32)
+    assert step["activations"] == kept
+
+
+def test_one_machine_needs_no_second_number():
+    one = Topology.parse("h100:8")
+    assert (one.shape, one.chips) == ((1, 8), 8)
+
+
+def test_a_missing_compiler_is_named():
+    done = support.with_compiler("tpu-compiler", "tools/plan.py", "mimo_vl/stage1", "--topology", "h200:8")
+    assert done.returncode == 2
+    assert "no compiler for NVIDIA GPUs here: pip install" in done.stderr
