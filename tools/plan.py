@@ -1,12 +1,14 @@
-"""Compile an experiment's steps for TPU pods on this machine; say what they need and how fast they may be.
+"""Compile an experiment's steps for TPU pods or GPUs on this machine; say what they need and how fast they may be.
 
     python tools/plan.py mimo_vl/stage4 --topology v5p:4x4x4 v6e:16x16 --price 4.2 --picture plan.png
+    python tools/plan.py mimo_vl/stage4 --topology h200:8x8 --network 25
     python tools/plan.py mimo_vl/stage4 --topology v5p:4x4x4 --suggest 20 -- --data.rows 64
     python tools/plan.py mimo_vl/stage4 --what decode --topology v5e:2x4 --rows 64 --places 8192
     python tools/plan.py mimo_vl/stage4 --what prefill --topology v5e:2x4 --rows 1 --prompt 32768 --patches 65536
 
-No TPU is used: libtpu's compiler is (`pip install libtpu`, or PYTHONPATH=.venv/tpu-compiler after `make test`). Memory
-is the compiler's. Times are bounds from the chips' data sheets: nothing was measured, and no run will be faster.
+No TPU is used: libtpu's compiler is (`pip install libtpu`, or PYTHONPATH=.venv/tpu-compiler after `make test`). Nor are
+GPUs, h200:8x8 for eight machines of eight: there it is XLA's own compiler (PYTHONPATH=.venv/gpu-compiler). Memory is
+the compiler's. Times are bounds from the chips' data sheets: nothing was measured, and no run will be faster.
 docs/plan.md says what each figure is and is not. What follows -- are fields of the experiment.
 """
 
@@ -86,7 +88,7 @@ def _run(arguments: argparse.Namespace, fields: list[str]) -> int:
         print(_generation_header(experiment, what, sizes, load))
     plans, changed = [], False
     for name in names:
-        topology = Topology.parse(name)
+        topology = Topology.parse(name, None if arguments.network is None else 1e9 * arguments.network)
         if what == "train":
             found = plan(experiment, topology, load)
         else:
@@ -157,7 +159,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a Python file with get_config(), or its name under configs/")
     parser.add_argument("--what", choices=("train", "prefill", "decode"), default="train", help="the step to compile")
-    parser.add_argument("--topology", nargs="+", help="such as v5p:4x4x4 or v6e:16x16*2 (default: the config's)")
+    parser.add_argument("--topology", nargs="+", help="v5p:4x4x4, v6e:16x16*2, h200:8x8 (default: the config's)")
+    parser.add_argument("--network", type=float, metavar="GB/S", help="of a chip between machines of GPUs, or slices")
     parser.add_argument("--conversation", type=int, help="tokens of a conversation (default: the longest there may be)")
     parser.add_argument("--image", type=int, help="patches of an image (default: the most there may be)")
     parser.add_argument("--rows", type=int, default=8, help="prefill, decode: sequences that run together")

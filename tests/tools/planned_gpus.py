@@ -15,6 +15,7 @@ from jvlm.parallel.mesh import ParallelConfig, make_mesh
 from tests.parallel import models
 from tools.planning.chips import Topology
 from tools.planning.program import compile_step, devices_of, measure
+from tools.planning.roofline import Load, bound
 
 STEPS, ROWS, WIDTH = 7, 256, 512
 
@@ -64,7 +65,10 @@ def step() -> dict:
     experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, numerics=numerics))
     found = compile_step(experiment, topology)
     parameters = vlm.parameters(vlm.abstract(experiment.model)).values()
-    return {**dataclasses.asdict(found.memory), "count": sum(v.get_value().size for v in parameters)}
+    best = bound(experiment, found, topology, Load(conversation=128, image=48))
+    wires = [[wire.network, wire.seconds] for wire in found.wires]
+    sizes = dataclasses.asdict(found.memory)
+    return {**sizes, "wires": wires, "network": best.network, "count": sum(v.get_value().size for v in parameters)}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests import support
-from tools.planning.chips import Topology
+from tools.planning.chips import Topology, smaller
 
 with_compiler = functools.partial(support.with_compiler, "gpu-compiler")
 BFLOAT16, FLOAT32 = 2, 4
@@ -54,6 +54,22 @@ def test_what_a_step_stores_and_keeps_is_a_part_on_each_gpu(found):
     # of both towers' two layers: what comes in, attention's output, and the logarithm of its sum
     kept = 2 * rows * (tokens + patches) * (2 * width * BFLOAT16 + heads * FLOAT32)
     assert step["activations"] == kept
+
+
+def test_what_goes_over_the_same_links_is_added_up(found):
+    """Over `fsdp` and over `fsdp` and `context` together, each of the machines' cards; over `context`, NVLink."""
+    seconds = {"dcn": 0.0, "nvlink": 0.0}
+    for network, time in found["step"]["wires"]:
+        seconds[network] += time
+    assert 0 < seconds["nvlink"] < seconds["dcn"]
+    assert found["step"]["network"] == pytest.approx(seconds["dcn"])
+    assert max(time for _, time in found["step"]["wires"]) < seconds["dcn"]
+
+
+def test_the_network_between_machines_may_be_said():
+    topology = smaller(Topology.parse("a100:4x8", 12.5e9))
+    assert topology.chip.dcn == 12.5e9
+    assert Topology.parse("a100:4x8").chip.dcn == 25e9
 
 
 def test_one_machine_needs_no_second_number():

@@ -65,15 +65,17 @@ class Topology:
 
     Attributes:
       shape: of a slice of TPUs; of GPUs, machines and GPUs in each.
+      dcn: see `Chip`, where it is not what is usual.
     """
 
     name: str
     generation: str
     shape: tuple[int, ...]
     slices: int = 1
+    dcn: float | None = None
 
     @classmethod
-    def parse(cls, name: str) -> Topology:
+    def parse(cls, name: str, dcn: float | None = None) -> Topology:
         """Raises ValueError saying what a name should look like."""
         found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
         if not found or found[1] not in CHIPS:
@@ -87,11 +89,12 @@ class Topology:
             raise ValueError(f"topology {name!r}: {found[1]} is a torus of {dimensions} dimensions")
         if not dimensions and (len(shape) > 2 or found[3]):
             raise ValueError(f"topology {name!r}: GPUs are so many machines of so many, h200:8x8, or one, h200:8")
-        return cls(name, found[1], shape if dimensions or len(shape) == 2 else (1, *shape), slices)
+        return cls(name, found[1], shape if dimensions or len(shape) == 2 else (1, *shape), slices, dcn)
 
     @property
     def chip(self) -> Chip:
-        return CHIPS[self.generation]
+        usual = CHIPS[self.generation]
+        return usual if self.dcn is None else dataclasses.replace(usual, dcn=self.dcn)
 
     @property
     def switched(self) -> bool:
@@ -116,7 +119,9 @@ def smaller(topology: Topology) -> Topology | None:
     shape, slices = topology.shape, topology.slices
     if topology.switched:
         machines, each = shape
-        return None if machines % 2 else Topology.parse(f"{topology.generation}:{machines // 2}x{each}")
+        if machines % 2:
+            return None
+        return Topology.parse(f"{topology.generation}:{machines // 2}x{each}", topology.dcn)
     if slices % 2 == 0:
         slices //= 2
     else:
@@ -125,4 +130,4 @@ def smaller(topology: Topology) -> Topology | None:
             return None
         shape = (*shape[:side], shape[side] // 2, *shape[side + 1 :])
     name = f"{topology.generation}:{'x'.join(map(str, shape))}" + (f"*{slices}" if slices > 1 else "")
-    return Topology.parse(name)
+    return Topology.parse(name, topology.dcn)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from jvlm.training import flops
 from jvlm.training.config import Experiment
 
 from .chips import Topology
-from .program import Compiled
+from .program import Compiled, Wire
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +111,7 @@ def judge(
     executed = compiled.flops + attention / chips
     compute = executed / chip.flops
     hbm = compiled.hbm / chip.hbm_bandwidth
-    # different axes use different links, and may talk at once
-    network = max((wire.seconds for wire in compiled.wires), default=0.0)
+    network = _network(compiled.wires, topology)
     best = max(compute, hbm, network)
     peak = parts.total / (chips * chip.flops)
     return Bound(
@@ -127,3 +127,11 @@ def judge(
         tokens=tokens,
         images=images,
     )
+
+
+def _network(wires: Sequence[Wire], topology: Topology) -> float:
+    """Seconds of the busiest links. Axes of a torus have links of their own; those of GPUs share them."""
+    seconds: Counter[str] = Counter()
+    for wire in wires:
+        seconds[wire.network if topology.switched else wire.axes] += wire.seconds
+    return max(seconds.values(), default=0.0)
