@@ -28,6 +28,10 @@ from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.layout import Layout
 from jvlm.parallel.sharded import Sharded
 
+# Products of one input with several matrices stay apart: for GPUs, XLA makes one product of those below this size, and
+# copies their matrices together for every token.
+_DECODING = {"xla_gpu_dot_merger_threshold_mb": 0}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Steps:
         self._placement = Sharded(layout) if layout is not None else None
         self.prefill = jax.jit(self._prefill)
         self.begin = jax.jit(self._begin, static_argnums=(0, 1))
-        self.decode = jax.jit(self._decode, static_argnums=0, donate_argnums=2)
+        self.decode = jax.jit(self._decode, static_argnums=0, donate_argnums=2, compiler_options=_DECODING)
 
     def _prefill(self, leaves, batch: PackedBatch, lengths):
         with placement.use(self._placement):

@@ -10,9 +10,13 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jvlm.inference.program import Sizes
 from jvlm.models import vlm
+from jvlm.models.layers import Numerics
 from jvlm.parallel.mesh import ParallelConfig, make_mesh
 from tests.parallel import models
+from tests.tools import planned_generation
+from tools.planning import generation
 from tools.planning.chips import Topology
 from tools.planning.program import compile_step, devices_of, measure
 from tools.planning.roofline import Load, bound
@@ -21,7 +25,7 @@ STEPS, ROWS, WIDTH = 7, 256, 512
 
 
 def main() -> None:
-    json.dump({"known": known(), "refused": refused(), "step": step()}, sys.stdout)
+    json.dump({"known": known(), "refused": refused(), "step": step(), "products": products()}, sys.stdout)
 
 
 def known() -> dict:
@@ -69,6 +73,15 @@ def step() -> dict:
     wires = [[wire.network, wire.seconds] for wire in found.wires]
     sizes = dataclasses.asdict(found.memory)
     return {**sizes, "wires": wires, "network": best.network, "count": sum(v.get_value().size for v in parameters)}
+
+
+def products() -> int:
+    """Matrix products in a step of decoding with two layers."""
+    numerics = Numerics(param_dtype="bfloat16", compute_dtype="bfloat16")
+    config = dataclasses.replace(models.qwen2_5_vl(), decoder=planned_generation.DECODER, numerics=numerics)
+    asked, sizes = ParallelConfig(tensor=8, rules="serving"), Sizes(rows=32, tokens=16, patches=0, places=128)
+    planned = generation.prepare(config, asked, Topology.parse("h200:8"), sizes)
+    return planned.lower_decode(*planned.decode_arguments()).compile().as_text().count(" dot(")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,11 @@ def test_what_a_step_stores_and_keeps_is_a_part_on_each_gpu(found):
     assert step["activations"] == kept
 
 
+def test_a_step_of_decoding_copies_no_matrices_together(found):
+    """Queries, keys, values, output, and the MLP's three, of two layers, and the head."""
+    assert found["products"] == 2 * 7 + 1
+
+
 def test_what_goes_over_the_same_links_is_added_up(found):
     """Over `fsdp` and over `fsdp` and `context` together, each of the machines' cards; over `context`, NVLink."""
     seconds = {"dcn": 0.0, "nvlink": 0.0}
