@@ -63,7 +63,7 @@ tune: $(VENV)/.core  ## measure the kernels' block sizes on the TPU or GPU at ha
 
 plan: $(VENV)/.test  ## what the large configs need on the pods they name, and what they send; minutes for each
 	for config in $(PLANNED); do \
-		PYTHONPATH=$(VENV)/tpu-compiler $(VENV)/bin/python tools/plan.py $$config \
+		PYTHONPATH=$(VENV)/tpu-compiler:$(VENV)/gpu-compiler $(VENV)/bin/python tools/plan.py $$config \
 			--collectives tests/parallel/collectives $(ARGS) || exit 1; \
 	done
 

@@ -290,9 +290,10 @@ def run_python(code: str, *, timeout: float = 120, **env: str) -> str:
     return result.stdout
 
 
-def with_compiler(folder: str, *command: str, timeout: float = 600) -> subprocess.CompletedProcess:
-    """A Python program beside the compiler that `make test` puts into ``folder`` of its environment."""
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", Path(sys.prefix) / folder)))
+def with_compiler(folders: str, *command: str, timeout: float = 600) -> subprocess.CompletedProcess:
+    """A Python program beside the compilers that `make test` puts into these folders of its environment."""
+    beside = (Path(sys.prefix) / folder for folder in folders.split())
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", *beside)))
     environment = {**os.environ, **WITHOUT_A_TPU, **WITHOUT_A_GPU, "PYTHONPATH": path}
     return subprocess.run(
         [sys.executable, *command],

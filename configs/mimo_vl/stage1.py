@@ -22,7 +22,7 @@ def get_config() -> Experiment:
     """Captions are short, pictures fill the rows: three quarters of the tokens are media."""
     return Experiment(
         name="mimo_vl_stage1",
-        topologies=("v5p:4x4x4", "v6e:16x16"),
+        topologies=("v5p:4x4x4", "v6e:16x16", "h200:8x8"),
         model=dataclasses.replace(PRESETS["mimo_vl_7b"], numerics=Numerics(remat="attention")),
         init_from="mimo_vl_7b_start",
         data=DataConfig(rows=ROWS, row_tokens=ROW_TOKENS, row_patches=3 * ROW_TOKENS, max_frame_patches=16384),

@@ -21,7 +21,7 @@ def get_config() -> Experiment:
     """As stage 1, with the tower learnt at a tenth of the projector's rate."""
     return Experiment(
         name="mimo_vl_stage2",
-        topologies=("v5p:4x4x4", "v6e:16x16"),
+        topologies=("v5p:4x4x4", "v6e:16x16", "h200:8x8"),
         model=dataclasses.replace(PRESETS["mimo_vl_7b"], numerics=Numerics(remat="attention")),
         init_from="mimo_vl_stage1",
         data=DataConfig(rows=ROWS, row_tokens=ROW_TOKENS, row_patches=3 * ROW_TOKENS, max_frame_patches=16384),

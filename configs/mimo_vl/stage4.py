@@ -21,7 +21,7 @@ def get_config() -> Experiment:
     """Half of the tokens are media. Rows of 32 K, each over four devices."""
     return Experiment(
         name="mimo_vl_stage4",
-        topologies=("v5p:4x4x4", "v6e:16x16", "v5e:16x16"),
+        topologies=("v5p:4x4x4", "v6e:16x16", "v5e:16x16", "h200:8x8"),
         model=dataclasses.replace(PRESETS["mimo_vl_7b"], numerics=Numerics(remat="attention")),
         init_from="mimo_vl_stage3",
         data=DataConfig(rows=ROWS, row_tokens=ROW_TOKENS, row_patches=2 * ROW_TOKENS, max_frame_patches=16384),

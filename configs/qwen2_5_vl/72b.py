@@ -17,7 +17,7 @@ def get_config() -> Experiment:
     return dataclasses.replace(
         base,
         name="qwen2_5_vl_72b",
-        topologies=("v5p:8x8x8",),
+        topologies=("v5p:8x8x8", "h200:32x8"),
         init_from="Qwen2.5-VL-72B-Instruct",
         model=dataclasses.replace(PRESETS["qwen2_5_vl_72b"], numerics=Numerics(remat="attention")),
         data=dataclasses.replace(base.data, rows=128),

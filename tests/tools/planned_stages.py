@@ -1,4 +1,4 @@
-"""Run by test_plan.py with libtpu: the shards of each MiMo-VL stage on the pods that its config names, not compiled."""
+"""Run by test_plan.py with both compilers: the shards of each MiMo-VL stage on its pods, not compiled."""
 
 import json
 import sys

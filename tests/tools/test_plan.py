@@ -135,7 +135,7 @@ def test_the_picture_shows_each_part_in_proportion(tmp_path):
 @pytest.fixture(scope="module")
 def stages():
     """Bytes on each chip of the four MiMo-VL stages, on each pod that they name."""
-    done = with_compiler("-m", "tests.tools.planned_stages")
+    done = support.with_compiler("tpu-compiler gpu-compiler", "-m", "tests.tools.planned_stages")
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -124,23 +124,27 @@ def read(text: str, taken: Mapping[str, float] = MappingProxyType({})) -> Traffi
                 flops += times * _product_flops(one, inside)
             if not fused and one.opcode not in _FREE:
                 hbm += times * _moved(one, inside, program)
-    return Traffic(tuple(found), flops, hbm, _kept(program.computations[program.entry]))
+    return Traffic(tuple(found), flops, hbm, _kept(program))
 
 
-def _kept(entry: list[Instruction]) -> float:
-    """Bytes of `Traffic.kept`."""
-    # on TPU, a program reserves their place before its first loop
-    reserved = sum(_in_hbm(i) for i in entry if '"AllocateBuffer"' in i.rest)
-    # on GPU, they begin as constants, and go on from one loop to another
-    named = {i.name: i for i in entry}
-    carried = {i.name: named[i.operands[0]].operands for i in entry if i.opcode == "while"}
+def _kept(program: _Program) -> float:
+    """Bytes of `Traffic.kept`. XLA for TPU reserves their place before the first loop."""
+    reserved = sum(_in_hbm(i) for i in program.computations[program.entry] if '"AllocateBuffer"' in i.rest)
+    return reserved or max(map(_passed_on, program.computations.values()))
+
+
+def _passed_on(computation: list[Instruction]) -> float:
+    """Bytes that begin as constants, and go on from one loop to another."""
+    named = {i.name: i for i in computation}
+    loops = (i for i in computation if i.opcode == "while" and i.operands[0] in named)
+    carried = {loop.name: named[loop.operands[0]].operands for loop in loops}
     total = 0.0
     for values in carried.values():
         for value in (named.get(name) for name in values):
             loop = value.operands[0] if value and value.opcode == "get-tuple-element" else None
             if loop in carried and _is_constant(carried[loop][_index(value)], named):
                 total += value.bytes
-    return reserved + total
+    return total
 
 
 def _index(element: Instruction) -> int:
