@@ -105,12 +105,18 @@ def _lengths(ids_BN) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A weight of ``d_in`` x ``d_out`` that ``uses`` vectors meet. ``entry``: it reads what comes into its part."""
+    """A weight of ``d_in`` x ``d_out`` that ``uses`` vectors meet.
+
+    Attributes:
+      entry: it reads what comes into its part.
+      grouped: it is an expert's.
+    """
 
     uses: float
     d_in: int
     d_out: int
     entry: bool = False
+    grouped: bool = False
 
     @property
     def flops(self) -> float:
@@ -242,14 +248,15 @@ def _products(
         axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
         if len(axes) < 2 or "vocab" in axes or "position" in axes:
             continue  # norms and biases; tables that are looked up; the head, which is counted apart
-        if axes[0] == "experts":  # each vector meets as many as it chooses
+        grouped = axes[0] == "experts"
+        if grouped:  # each vector meets as many as it chooses
             stacked = math.prod(shape[:-3]) * part.config.mlp.top_k
         elif len(axes) == 2:
             stacked = math.prod(shape[:-2])
         else:
             raise TypeError(f"{'.'.join(map(str, path))}: no rule says how many vectors meet a weight of axes {axes}")
         met = features_read if "cross" in path and path[-2] in ("k", "v") else uses
-        found.append(Product(met * stacked, *shape[-2:], entry=path[0] == entry))
+        found.append(Product(met * stacked, *shape[-2:], path[0] == entry, grouped))
     return tuple(found)
 
 

@@ -7,6 +7,7 @@ from jvlm_kernels.attention.api import RESIDUAL_NAMES, implementations, segment_
 from jvlm_kernels.attention.reference import reference_attention
 from jvlm_kernels.decode.api import cached_attention, decode_attention, decode_implementations, extend_cache, open_cache
 from jvlm_kernels.errors import Unavailable
+from jvlm_kernels.grouped.api import grouped_product
 from jvlm_kernels.linear_cross_entropy import CrossEntropy, linear_cross_entropy
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "decode_attention",
     "decode_implementations",
     "extend_cache",
+    "grouped_product",
     "implementations",
     "linear_cross_entropy",
     "open_cache",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jvlm_kernels import grouped_product
 
 from jvlm.inference.program import Sizes
 from jvlm.models import vlm
@@ -16,7 +18,7 @@ from jvlm.models.layers import Numerics
 from jvlm.parallel.mesh import ParallelConfig, make_mesh
 from tests.parallel import models
 from tests.tools import planned_generation
-from tools.planning import generation
+from tools.planning import generation, hlo
 from tools.planning.chips import Topology
 from tools.planning.program import compile_step, devices_of, measure
 from tools.planning.roofline import Load, bound
@@ -25,7 +27,7 @@ STEPS, ROWS, WIDTH = 7, 256, 512
 
 
 def main() -> None:
-    json.dump({"known": known(), "refused": refused(), "step": step(), "products": products()}, sys.stdout)
+    json.dump({"known": known(), "refused": refused(), "step": step(), "products": products()} | grouped(), sys.stdout)
 
 
 def known() -> dict:
@@ -82,6 +84,17 @@ def products() -> int:
     asked, sizes = ParallelConfig(tensor=8, rules="serving"), Sizes(rows=32, tokens=16, patches=0, places=128)
     planned = generation.prepare(config, asked, Topology.parse("h200:8"), sizes)
     return planned.lower_decode(*planned.decode_arguments()).compile().as_text().count(" dot(")
+
+
+def grouped() -> dict:
+    """What experts' products and their gradients become: FLOP outside of kernels, and the kernels."""
+    sharding = jax.sharding.SingleDeviceSharding(devices_of(Topology.parse("h200:1"))[0])
+    shapes = ((16384, 1024), jnp.bfloat16), ((8, 1024, 2048), jnp.bfloat16), ((8,), jnp.int32)
+    arguments = (jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes)
+    both = jax.grad(lambda x, matrices, sizes: jnp.square(grouped_product(x, matrices, sizes)).sum(), (0, 1))
+    text = jax.jit(both).lower(*arguments).compile().as_text()
+    kernels = sorted(set(re.findall(r"(grouped_product_?\w*)/pallas_call", text)))
+    return {"grouped": {"outside": hlo.read(text).flops, "kernels": kernels}}
 
 
 if __name__ == "__main__":

@@ -61,6 +61,11 @@ def test_a_step_of_decoding_copies_no_matrices_together(found):
     assert found["products"] == 2 * 7 + 1
 
 
+def test_experts_products_are_kernels_and_not_of_every_row_with_every_expert(found):
+    names = ["grouped_product", "grouped_product_outer", "grouped_product_transposed"]
+    assert found["grouped"] == {"outside": 0, "kernels": names}
+
+
 def test_what_goes_over_the_same_links_is_added_up(found):
     """Over `fsdp` and over `fsdp` and `context` together, each of the machines' cards; over `context`, NVLink."""
     seconds = {"dcn": 0.0, "nvlink": 0.0}
