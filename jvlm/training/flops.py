@@ -220,6 +220,11 @@ def decoding(template: VLM, rows: int, past: int) -> tuple[Parts, float]:
     return Parts(0.0, 0.0, linear + attention, head.flops), attention
 
 
+def experts(template: VLM, tokens: int) -> float:
+    """What the decoder's experts compute of the forward arithmetic of so many tokens."""
+    return sum(product.flops for product in _products(template.decoder, tokens) if product.grouped)
+
+
 def _both_ways(work: Work, gradient_wanted: bool, learnt: bool, rank: int) -> float:
     """Forward and backward FLOP of a part; ``gradient_wanted`` says that what comes into it needs a gradient."""
     flops = work.total

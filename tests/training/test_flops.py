@@ -168,12 +168,14 @@ def test_experts_cost_what_each_token_chooses_and_the_router():
     decoder = dataclasses.replace(CONFIG.decoder, num_layers=4)
     experts = MoEConfig(every=2, experts=5, top_k=3, intermediate_size=decoder.intermediate_size)
     counts = flops.Counts.of([_full_batch()])
-    linear = [
-        flops.forward(vlm.abstract(dataclasses.replace(CONFIG, decoder=d)), counts)["decoder"].linear
+    templates = [
+        vlm.abstract(dataclasses.replace(CONFIG, decoder=d))
         for d in (decoder, dataclasses.replace(decoder, mlp=experts))
     ]
+    linear = [flops.forward(template, counts)["decoder"].linear for template in templates]
     D, F = decoder.hidden_size, decoder.intermediate_size
     assert linear[1] - linear[0] == 2 * TOKENS * 2 * (2 * 3 * D * F + 5 * D)  # in two layers, two more experts each
+    assert [flops.experts(template, TOKENS) for template in templates] == [0, 2 * TOKENS * 2 * 3 * 3 * D * F]
 
 
 @pytest.mark.parametrize(

@@ -101,13 +101,17 @@ def bound_prefill(planned: Program, compiled: Compiled, then: Compiled, topology
     load = Load(conversation=sizes.tokens, image=image)
     counts = load.counts(template, sizes.rows, sizes.tokens, sizes.patches)
     counts = dataclasses.replace(counts, targets=sizes.rows)  # the head sees the last token alone
-    attention = sum(work.attention for work in flops.forward(template, counts).values())
+    kernels = sum(work.attention for work in flops.forward(template, counts).values())
+    if topology.switched:
+        kernels += flops.experts(template, counts.tokens)
     both = dataclasses.replace(compiled, hbm=compiled.hbm + then.hbm)
-    return judge(flops.inference(template, counts), attention, counts.tokens, len(counts.frames), both, topology)
+    return judge(flops.inference(template, counts), kernels, counts.tokens, len(counts.frames), both, topology)
 
 
 def bound_decode(planned: Program, compiled: Compiled, topology: Topology) -> Bound:
     """The roofline of a step with the whole cache filled."""
     template, sizes = vlm.abstract(planned.config), planned.sizes
-    parts, attention = flops.decoding(template, sizes.rows, sizes.places)
-    return judge(parts, attention, sizes.rows, 0, compiled, topology)
+    parts, kernels = flops.decoding(template, sizes.rows, sizes.places)
+    if topology.switched:
+        kernels += flops.experts(template, sizes.rows)
+    return judge(parts, kernels, sizes.rows, 0, compiled, topology)

@@ -98,17 +98,20 @@ def bound(experiment: Experiment, compiled: Compiled, topology: Topology, load: 
     # A kernel's products are not in the program's text. Its backward pass makes five products for the forward's two,
     # which are made once more unless the policy keeps what came of them.
     passes = 4.5 if experiment.model.numerics.remat in ("full", "dots") else 3.5
-    attention = passes * sum(work.attention for work in flops.forward(template, counts).values())
+    kernels = passes * sum(work.attention for work in flops.forward(template, counts).values())
+    if topology.switched:  # experts' products are kernels there: forward, again, and by rows and matrices
+        passes = 2 + learnt["decoder"] + (experiment.model.numerics.remat != "none")
+        kernels += passes * flops.experts(template, counts.tokens)
     parts = flops.training(template, counts, learnt)
-    return judge(parts, attention, counts.tokens, len(counts.frames), compiled, topology)
+    return judge(parts, kernels, counts.tokens, len(counts.frames), compiled, topology)
 
 
 def judge(
-    parts: flops.Parts, attention: float, tokens: int, images: int, compiled: Compiled, topology: Topology
+    parts: flops.Parts, kernels: float, tokens: int, images: int, compiled: Compiled, topology: Topology
 ) -> Bound:
-    """The roofline of a compiled program that needs ``parts``; ``attention`` is FLOP that its kernels execute."""
+    """The roofline of a compiled program that needs ``parts``; ``kernels`` is FLOP that its kernels execute."""
     chip, chips = topology.chip, topology.chips
-    executed = compiled.flops + attention / chips
+    executed = compiled.flops + kernels / chips
     compute = executed / chip.flops
     hbm = compiled.hbm / chip.hbm_bandwidth
     network = _network(compiled.wires, topology)
