@@ -142,6 +142,8 @@ class _Programs:
                 self.compiled[jaxpr] = evaluate.lower(consts, *args).compile()
         try:
             self.compiled[jaxpr](*jax.block_until_ready((consts, *args)))
+            if gpu_callbacks.get_races().races_found:
+                raise AssertionError("threads of a kernel race for a buffer; what is printed above says for which")
         except Exception:
             _let_all_go()
             raise
@@ -172,6 +174,5 @@ def extended():
     ):
         try:
             yield
-            assert not gpu_callbacks.get_races().races_found
         finally:
             interpret_pallas_call.reset_gpu_interpret_mode_state()
