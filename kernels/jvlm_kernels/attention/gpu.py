@@ -131,7 +131,10 @@ def _visible(spec, q_ids, kv_ids, q_first, kv_first, *, q_axis: int = 0):
         if spec.causal:
             mask &= distance >= 0
         if spec.window is not None:
-            mask &= jnp.abs(distance) < spec.window
+            # not of |distance|, which an assembler of CUDA 13 is reported to get wrong (docs/kernels.md)
+            mask &= distance < spec.window
+            if not spec.causal:
+                mask &= distance > -spec.window
     return mask
 
 
