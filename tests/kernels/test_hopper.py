@@ -42,7 +42,7 @@ CASES = {
         inputs([rows_of([33, 70, 20], 140), rows_of([], 140)], 72, heads=1, dtype="bfloat16"),
         {},
     ),
-    "blocks that need no mask, own scale": (inputs([rows_of([256], 256)], 64, heads=1), {"scale": 0.3}),
+    "four blocks that need no mask, own scale": (inputs([rows_of([256], 256)], 64, heads=1), {"scale": 0.3}),
     "causal window": (inputs([rows_of([180, 20], 200)], 16, heads=1), {"causal": True, "window": 50}),
     "window, four heads of two groups": (inputs([rows_of([80, 40], 126)], 16, 4, 2), {"window": 17}),
     "a part of the queries of a row": (
@@ -61,7 +61,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 @functools.cache
 def found_of(case):
     args, options = CASES[case]
-    blocks = Blocks(128, 128 if "no mask" in case else 64)
+    blocks = Blocks(128, 128 if "two heads" in case else 64)
     with mosaic_interpreter.extended():
         return jax.tree.map(np.asarray, attend(args, NAME, **options, blocks=blocks))
 
