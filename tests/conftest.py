@@ -4,7 +4,10 @@ import logging
 import os
 import tempfile
 
+from tests import compilation
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compilation.FAST}".strip()
 # Tests start processes and build the same small models again and again: each program is compiled once.
 _CACHE = tempfile.TemporaryDirectory(prefix="jvlm-test-xla-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name

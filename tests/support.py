@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests import compilation
 from tools.planning.environment import WITHOUT_A_GPU, WITHOUT_A_TPU
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -266,11 +267,9 @@ def reference_patches(
 
 
 def cpu_devices(count: int) -> dict[str, str]:
-    """Environment of a process with so many CPU devices, which compiles in half the time; the numbers are as good."""
-    flags = (
-        f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    )
+    """Environment of a process with so many CPU devices."""
+    devices = f"--xla_force_host_platform_device_count={count}"
+    flags = f"{compilation.FAST} {devices} --xla_cpu_collective_call_terminate_timeout_seconds=600"
     # Collectives of a step may wait for one another on as many threads as there are cores; with few that is for ever.
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PJRT_NPROC": "64", "NPROC": "64"}
 
@@ -294,11 +293,11 @@ def with_compiler(folders: str, *command: str, timeout: float = 600) -> subproce
     """A Python program beside the compilers that `make test` puts into these folders of its environment."""
     beside = (Path(sys.prefix) / folder for folder in folders.split())
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", *beside)))
-    environment = {**os.environ, **WITHOUT_A_TPU, **WITHOUT_A_GPU, "PYTHONPATH": path}
+    settings = {**WITHOUT_A_TPU, **WITHOUT_A_GPU, "XLA_FLAGS": "", "PYTHONPATH": path}
     return subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, **settings},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -1,17 +1,13 @@
 """The kernels pass the compilers of the devices that this machine does not have."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jvlm_kernels import decode_attention, segment_attention
 
-from tests.support import ROOT
+from tests.support import with_compiler
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 MIB = 1 << 20
@@ -22,11 +18,8 @@ GPUS = {"a100": ("mma.sync", 4096, SOME), "h200": ("wgmma.mma_async", 0, ()), "b
 
 def _compiled(device: str, compiler: str, calls: str = "") -> dict[str, dict]:
     """What tools/compile_kernels.py says of each call, by name; the compilers lie where `make test` puts them."""
-    command = [sys.executable, "tools/compile_kernels.py", device, "--ours", "--json", "--calls", calls]
-    environment = {**os.environ, "PYTHONPATH": str(Path(sys.prefix) / compiler)}
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
+    command = ("tools/compile_kernels.py", device, "--ours", "--json", "--calls", calls)
+    result = with_compiler(compiler, *command)
     assert result.returncode == 0, result.stderr[-4000:]
     return {line["call"]: line for line in map(json.loads, result.stdout.splitlines())}
 

@@ -2,10 +2,6 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +14,7 @@ from jvlm_kernels.platforms import compiling_for
 
 from tests.kernels import mosaic_interpreter
 from tests.kernels.test_segment_attention import attend, brute_force, rows_of, weights_of
-from tests.support import ROOT
+from tests.support import with_compiler
 
 NAME = "mosaic_gpu"
 
@@ -151,9 +147,7 @@ def test_its_results_vary_over_the_mesh_as_its_operands_do():
 
 
 def test_all_three_kernels_compile_for_a_gpu_at_real_shapes():
-    command = [sys.executable, "tools/compile_kernels.py", "h200", "--implementation", NAME, "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(sys.prefix) / "gpu-compiler")}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    result = with_compiler("gpu-compiler", "tools/compile_kernels.py", "h200", "--implementation", NAME, "--json")
     assert result.returncode == 0, result.stderr[-4000:]
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(lines) == 6

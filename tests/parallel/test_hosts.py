@@ -19,6 +19,7 @@ from jvlm.models import vlm
 from jvlm.parallel import hosts
 from jvlm.training import loop, program
 from jvlm.training import step as stepping
+from tests import compilation
 from tests.parallel import models
 from tests.support import ROOT
 from tests.training import support
@@ -37,8 +38,7 @@ def _run(job, processes, *arguments, devices=1, last=0):
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
+    environment["XLA_FLAGS"] = f"{compilation.FAST} --xla_force_host_platform_device_count={devices}"
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.parallel.one_of_many", job, address, str(processes), str(n), *arguments],
