@@ -42,7 +42,7 @@ demo: $(VENV)/.core  ## train, score, export and report the demo (or CONFIG=your
 	$(VENV)/bin/jvlm train $(CONFIG) $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.backbones
-	$(RUN) pytest -n 2 --dist loadfile $(ARGS)
+	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.test
 	$(RUN) ruff check .

@@ -30,6 +30,14 @@ from tests.bucket import Bucket
 torch.set_num_threads(1)
 
 
+# Files whose tests take minutes. They begin first, so that no worker is left alone with one of them at the end.
+LONG = "test_plan test_hosts test_meshes test_real_backbones test_compile test_hopper test_train test_home".split()
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def pytest_configure(config):
     # of flax's own annotations, which beartype reads along with ours
     config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
