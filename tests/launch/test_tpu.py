@@ -227,6 +227,9 @@ def interrupt(world, until, *arguments):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # a group of its own, as a terminal gives it: Ctrl-C reaches the gcloud that is running too, which could else
+        # outlive the launcher and write over what comes after
+        start_new_session=True,
         # what a shell starts with & is deaf to Ctrl-C, and so is all that it starts: these tests too, perhaps
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
@@ -236,7 +239,7 @@ def interrupt(world, until, *arguments):
             line = process.stderr.readline()
             assert line, seen
             seen += line
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
         rest = process.communicate(timeout=30)[1]
     finally:
         process.kill()

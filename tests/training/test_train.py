@@ -95,10 +95,10 @@ def test_a_first_ctrl_c_asks_to_stop_after_the_step_and_a_second_stops_at_once()
     before = signal.getsignal(signal.SIGINT)
     with StopRequests() as requests:
         assert requests.after(1) is None
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert requests.after(2) == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
 
