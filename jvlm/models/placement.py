@@ -14,8 +14,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
-from jvlm_kernels import cached_attention, open_cache, segment_attention
-from jvlm_kernels.linear_cross_entropy import CrossEntropy, linear_cross_entropy
+from jvlm_kernels import CrossEntropySum, cached_attention, linear_cross_entropy_sum, open_cache, segment_attention
 
 # Axes that are split together with what they carry: tokens of a row, patches of a row, vision features of a row.
 Along = Literal["sequence", "patches", "features"]
@@ -114,18 +113,17 @@ class Whole:
         """
         return function(x, expert, gate, *weights)
 
-    def cross_entropy(
+    def cross_entropy_sum(
         self,
         hidden: Float[Array, "B S D"],
         kernel: Float[Array, "V D"] | Float[Array, "D V"],
         targets: Int[Array, "B S"],
         weights: Float[Array, "B S"],
         **options: Any,
-    ) -> CrossEntropy:
-        """`jvlm_kernels.linear_cross_entropy` with its ``options``; every field is [B, S]."""
+    ) -> CrossEntropySum:
+        """`jvlm_kernels.linear_cross_entropy_sum` with its ``options``, over all tokens of all devices."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        found = linear_cross_entropy(flat, kernel, targets.reshape(-1), weights.reshape(-1), **options)
-        return CrossEntropy(*(x.reshape(targets.shape) for x in found))
+        return linear_cross_entropy_sum(flat, kernel, targets.reshape(-1), weights.reshape(-1), **options)
 
 
 _WHOLE = Whole()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jvlm_kernels import CrossEntropy, linear_cross_entropy
+from jvlm_kernels import CrossEntropySum, linear_cross_entropy_sum
 
 from jvlm.models.placement import Along, Whole
 from jvlm.parallel import context
@@ -153,7 +153,7 @@ class Sharded(Whole):
         tokens = P(rows, columns)
         return self._map(part, (tokens, tokens, tokens, *specs), (tokens, tokens))(x, expert, gate, *weights)
 
-    def cross_entropy(self, hidden, kernel, targets, weights, *, vocabulary_first=False, **options: Any):
+    def cross_entropy_sum(self, hidden, kernel, targets, weights, *, vocabulary_first=False, **options: Any):
         axes = ("vocab", "embed") if vocabulary_first else ("embed", "vocab")
         kernel = kernel.astype(hidden.dtype)
         rows, columns = self.layout.splits("batch"), self.layout.splits("sequence")
@@ -173,7 +173,7 @@ class Sharded(Whole):
             others = tuple(a for a in (*rows, *columns) if a not in parts)
             kernel = lax.pcast(kernel, others, to="varying") if others else kernel
             flat = hidden.reshape(-1, hidden.shape[-1])
-            found = linear_cross_entropy(
+            found = linear_cross_entropy_sum(
                 flat,
                 kernel,
                 targets.reshape(-1),
@@ -182,12 +182,11 @@ class Sharded(Whole):
                 axis_name=words or None,
                 **options,
             )
-            return CrossEntropy(*(x.reshape(targets.shape) for x in found))
+            return CrossEntropySum(*lax.psum(found, (*rows, *columns))) if (*rows, *columns) else found
 
         tokens = P(rows, columns)
-        return self._map(part, (tokens, P(*stored), tokens, tokens), CrossEntropy(tokens, tokens, tokens))(
-            hidden, kernel, targets, weights
-        )
+        split = tokens, P(*stored), tokens, tokens
+        return self._map(part, split, CrossEntropySum(P(), P()))(hidden, kernel, targets, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -17,7 +17,7 @@ def loss_sums(model: VLM, batch: PackedBatch, block: int | None = None) -> Sums:
     """Unnormalised sums over the targets of a batch, so that batches of different sizes add up exactly.
 
     Args:
-      block: vocabulary entries whose logits exist at a time; None chooses by memory.
+      block: tokens whose logits exist at a time; None chooses by memory. Only those that are learnt have any.
 
     Returns:
       "loss": weighted cross-entropy in nats; "weight": sum of the weights; "correct": targets (of weight > 0) that
@@ -28,15 +28,15 @@ def loss_sums(model: VLM, batch: PackedBatch, block: int | None = None) -> Sums:
     with jax.named_scope("loss"):
         targets, weights = _next_tokens(batch)
         kernel, vocabulary_first = model.decoder.output_kernel()
-        found = placement.current().cross_entropy(
+        found = placement.current().cross_entropy_sum(
             hidden, kernel, targets, weights, vocabulary_first=vocabulary_first, block=block
         )
         total = weights.sum()
         return {
             **{f"aux/{name}": value.mean() * total for name, value in aux.items()},
-            "loss": found.loss.sum(),
+            "loss": found.loss,
             "weight": total,
-            "correct": found.correct.sum().astype(jnp.float32),
+            "correct": found.correct.astype(jnp.float32),
             "targets": (weights > 0).sum().astype(jnp.float32),
         }
 

@@ -5,14 +5,20 @@ The import name is ``jvlm_kernels`` because the PyPI package ``kernels`` is prob
 
 from jvlm_kernels.attention.api import RESIDUAL_NAMES, implementations, segment_attention
 from jvlm_kernels.attention.reference import reference_attention
+from jvlm_kernels.cross_entropy.api import (
+    CrossEntropy,
+    CrossEntropySum,
+    linear_cross_entropy,
+    linear_cross_entropy_sum,
+)
 from jvlm_kernels.decode.api import cached_attention, decode_attention, decode_implementations, extend_cache, open_cache
 from jvlm_kernels.errors import Unavailable
 from jvlm_kernels.grouped.api import grouped_product
-from jvlm_kernels.linear_cross_entropy import CrossEntropy, linear_cross_entropy
 
 __all__ = [
     "RESIDUAL_NAMES",
     "CrossEntropy",
+    "CrossEntropySum",
     "Unavailable",
     "cached_attention",
     "decode_attention",
@@ -21,6 +27,7 @@ __all__ = [
     "grouped_product",
     "implementations",
     "linear_cross_entropy",
+    "linear_cross_entropy_sum",
     "open_cache",
     "reference_attention",
     "segment_attention",

@@ -26,12 +26,18 @@ def varying(values, operands: Sequence[jax.Array]):
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), values)
 
 
+def mesh_axes(*operands: jax.Array) -> tuple[str, ...]:
+    """The mesh axes over which one of them varies, inside `jax.shard_map`."""
+    return tuple(frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands)))
+
+
+def over_axes(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Marked as varying over these mesh axes too. Moves no data; in a gradient, what did not vary is summed."""
+    missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
 def marked_varying(values, operands: Sequence[jax.Array]):
     """A tree of results with the mark of `result`, where the kernel's own call has lost it. Moves no data."""
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
-
-    def mark(x):
-        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(mark, values)
+    axes = mesh_axes(*operands)
+    return jax.tree.map(lambda x: over_axes(x, axes), values)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jvlm_kernels import linear_cross_entropy, reference_attention, segment_attention
+from jvlm_kernels import linear_cross_entropy, linear_cross_entropy_sum, reference_attention, segment_attention
 
 
 def attention_over_rows_and_heads(implementation):
@@ -120,6 +120,32 @@ def split_vocabulary(_):
             )
             for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def split_tokens_and_vocabulary(_):
+    """Parts of the vocabulary on two devices, tokens on two, one of which has nothing to learn in all but one block."""
+    N, D, V = 24, 8, 50
+    rng = np.random.default_rng(0)
+    hidden, kernel = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((N, D), (D, V)))
+    targets = jnp.asarray(rng.integers(0, V, N))
+    weights = jnp.ones(N).at[1 : N // 2].set(0)
+    tokens = P("data")
+
+    @jax.shard_map(mesh=_mesh(data=2, model=2), in_specs=(tokens, P(None, "model"), tokens, tokens), out_specs=P())
+    def part(hidden, kernel, targets, weights):
+        kernel = jax.lax.pcast(kernel, ("data",), to="varying")
+        found = linear_cross_entropy_sum(hidden, kernel, targets, weights, axis_name="model", z_loss=0.1, block=4)
+        return jax.lax.psum(found, "data")
+
+    def whole(hidden, kernel, targets, weights):
+        return linear_cross_entropy_sum(hidden, kernel, targets, weights, z_loss=0.1, block=24)
+
+    def gradients(function):
+        run = jax.grad(lambda *x: function(*x)[0], (0, 1, 3))
+        return jax.jit(run)(hidden, kernel, targets, weights), function(hidden, kernel, targets, weights)
+
+    for ours, theirs in zip(*(jax.tree.leaves(gradients(f)) for f in (part, whole)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 def _mesh(**axes):

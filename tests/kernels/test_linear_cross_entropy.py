@@ -1,10 +1,13 @@
-"""`linear_cross_entropy` against plain logits in float64."""
+"""`linear_cross_entropy` and its sum against plain logits in float64."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jvlm_kernels import linear_cross_entropy
+from jvlm_kernels import linear_cross_entropy, linear_cross_entropy_sum
+from jvlm_kernels.cross_entropy import over_tokens
 
 N, D, V = 24, 8, 50
 
@@ -64,23 +67,99 @@ def test_loss_and_gradients_equal_plain_logits(block, z_loss, vocabulary_first):
         np.testing.assert_allclose(ours, theirs, atol=3e-5)
 
 
+def temporary(loss, **options):
+    """Bytes of temporary memory of a loss and its gradients, compiled and not run; [2048, 65536] logits."""
+    shapes = [((2048, 64), jnp.float32), ((64, 1 << 16), jnp.float32), ((2048,), jnp.int32)]
+    arguments = [jax.ShapeDtypeStruct(*s) for s in shapes]
+    compiled = jax.jit(jax.grad(lambda *x: loss(*x, **options).loss.sum(), (0, 1))).lower(*arguments).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+ALL_LOGITS = 4 * 2048 * (1 << 16)
+
+
 def test_memory_follows_the_block_not_the_vocabulary():
-    """Compiled, not run: the temporary memory of loss and gradients, the kernel's gradient aside."""
-    tokens, size, words = 2048, 64, 1 << 16
+    assert temporary(linear_cross_entropy, block=1 << 16) >= ALL_LOGITS
+    assert temporary(linear_cross_entropy, block=2048) < ALL_LOGITS / 8
+    assert temporary(linear_cross_entropy) < ALL_LOGITS / 2
 
-    def temporary(**options):
-        def loss(hidden, kernel, targets):
-            return linear_cross_entropy(hidden, kernel, targets, **options).loss.sum()
 
-        shapes = [((tokens, size), jnp.float32), ((size, words), jnp.float32), ((tokens,), jnp.int32)]
-        arguments = [jax.ShapeDtypeStruct(*s) for s in shapes]
-        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+def test_memory_of_the_sum_follows_the_block_not_the_tokens():
+    assert temporary(linear_cross_entropy_sum, block=2048) >= ALL_LOGITS
+    assert temporary(linear_cross_entropy_sum, block=128) < ALL_LOGITS / 8
+    assert temporary(linear_cross_entropy_sum) < ALL_LOGITS / 2
 
-    all_logits = 4 * tokens * words
-    assert temporary(block=words) >= all_logits
-    assert temporary(block=2048) < all_logits / 8
-    assert temporary() < all_logits / 2
+
+@pytest.mark.parametrize("vocabulary_first", [False, True])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("learnt", [None, 12, 0])
+@pytest.mark.parametrize("block", [None, 24, 100, 8, 7, 1])
+def test_the_sum_and_its_gradients_equal_plain_logits(block, learnt, z_loss, vocabulary_first):
+    hidden, kernel, targets, weights = call(vocabulary_first=vocabulary_first)
+    if learnt is not None:
+        weights = weights.at[np.random.default_rng(2).permutation(N)[learnt:]].set(0)
+    # what is not learnt may hold anything
+    unread = jnp.where(((weights == 0) | (targets == -100))[:, None], jnp.nan, hidden)
+
+    @jax.jit
+    def total(hidden, kernel, weights):
+        found = linear_cross_entropy_sum(
+            hidden, kernel, targets, weights, vocabulary_first=vocabulary_first, z_loss=z_loss, block=block
+        )
+        return 3.0 * found.loss, found
+
+    gradients, found = jax.grad(total, (0, 1, 2), has_aux=True)(unread, kernel, weights)
+    outputs, expected = plain(hidden, kernel, targets, weights, vocabulary_first, z_loss, 3 * np.ones(N), np.zeros(N))
+    np.testing.assert_allclose(found.loss, outputs[0].sum(), rtol=2e-5)
+    assert found.correct == outputs[2].sum()
+    for ours, theirs in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    value = linear_cross_entropy_sum(
+        unread, kernel, targets, weights, vocabulary_first=vocabulary_first, z_loss=z_loss, block=block
+    )
+    np.testing.assert_allclose(value.loss, found.loss, rtol=1e-6)
+
+
+def test_a_sum_is_walked_over_the_learnt_tokens_alone(monkeypatch):
+    """The loop runs in Python here, so that its blocks can be counted."""
+    hidden, kernel, targets, _ = call()
+    walked = []
+
+    def counted(spec, hidden, *arguments, of=over_tokens._block):
+        walked.append(len(hidden))
+        return of(spec, hidden, *arguments)
+
+    monkeypatch.setattr(over_tokens, "_block", counted)
+    for learnt, blocks in ((0, 0), (1, 1), (4, 1), (5, 2), (23, 6)):
+        walked.clear()
+        weights = jnp.zeros(N).at[np.random.default_rng(learnt).permutation(N)[:learnt]].set(1)
+        with jax.disable_jit():
+            jax.grad(lambda h, w=weights: linear_cross_entropy_sum(h, kernel, jnp.abs(targets), w, block=4).loss)(
+                hidden
+            )
+        assert walked == [4] * blocks
+
+
+def test_a_frozen_kernel_costs_no_gradient():
+    """Compiled: three products of the size of the logits, one fewer where one of the gradients is not asked for."""
+    arguments = call()
+
+    def products(which):
+        def loss(hidden, kernel, targets, weights):
+            return linear_cross_entropy_sum(hidden, kernel, targets, weights, block=8).loss
+
+        text = jax.jit(jax.grad(loss, which)).lower(*arguments).compile().as_text()
+        return len(re.findall(r" dot\(", text))
+
+    assert (products((0, 1)), products(0), products(1)) == (3, 2, 2)
+
+
+def test_equal_logits_count_as_argmax_counts_them():
+    targets = jnp.array([0, 1, 2, 0])
+    hidden, kernel = jnp.ones((4, 2)), jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    sums = linear_cross_entropy_sum(hidden, kernel, targets)
+    each = linear_cross_entropy(hidden, kernel, targets)
+    assert sums.correct == each.correct.sum() == 2
 
 
 def test_bfloat16_products_are_summed_in_float32_and_the_kernel_keeps_its_dtype():
@@ -93,8 +172,13 @@ def test_bfloat16_products_are_summed_in_float32_and_the_kernel_keeps_its_dtype(
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (hidden, kernel)]
     _, expected = plain(*rounded, targets, weights, d_loss=zero + 1, d_logsumexp=zero)
     np.testing.assert_allclose(d_kernel, expected[1], atol=5e-2)
+    run = jax.grad(lambda h, k: linear_cross_entropy_sum(h, k, targets, weights, block=4).loss, (0, 1))
+    d_hidden, d_kernel = run(narrow, kernel)
+    assert (d_hidden.dtype, d_kernel.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(d_kernel, expected[1], atol=5e-2)
 
 
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_cross_entropy_sum])
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -103,9 +187,9 @@ def test_bfloat16_products_are_summed_in_float32_and_the_kernel_keeps_its_dtype(
         ({"block": 0}, "block must be positive"),
     ],
 )
-def test_a_call_that_makes_no_sense_is_refused(changed, says):
+def test_a_call_that_makes_no_sense_is_refused(function, changed, says):
     hidden, kernel, targets, weights = call()
     arguments = {"hidden": hidden, "kernel": kernel, "targets": targets, "weights": weights, **changed}
     # the shape annotations, checked in tests only, may be the first to object
     with pytest.raises((ValueError, TypeError), match=f"{says}|did not match the type annotation|Type-check"):
-        linear_cross_entropy(**{k: jnp.asarray(v) if k != "block" else v for k, v in arguments.items()})
+        function(**{k: jnp.asarray(v) if k != "block" else v for k, v in arguments.items()})

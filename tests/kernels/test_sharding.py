@@ -15,7 +15,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("case", "implementation"), [*CASES, ("split_vocabulary", "xla")])
+CASES += [(case, "xla") for case in ("split_vocabulary", "split_tokens_and_vocabulary")]
+
+
+@pytest.mark.parametrize(("case", "implementation"), CASES)
 def test_parts_equal_the_whole(case, implementation):
     result = subprocess.run(
         [sys.executable, "-m", "tests.kernels.many_devices", case, implementation],

@@ -25,6 +25,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d+[a-z0-9]*|pred)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
+_AT_MOST = re.compile(r'op_name="[^"]*\bat_most_(\d+)_times')
 _OPCODE = re.compile(r"^([a-z][\w\-]*)\(")
 # Slices talk through their hosts: XLA writes what is sent there, and what it is for, as an attribute.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
@@ -253,8 +254,10 @@ def _calls(one: Instruction, program: _Program) -> Iterator[tuple[str, int]]:
 
 
 def _trips(loop: Instruction, called: dict[str, str], program: _Program) -> int:
-    """As XLA noted it, or the bound that a counter from 0 is compared with; 1 for a loop of unknown length."""
-    if found := _TRIPS.search(loop.rest):
+    """As XLA noted it, or the bound that a counter from 0 is compared with, or what the operation's name promises at
+    most ("at_most_8_times"); 1 for a loop of unknown length.
+    """
+    if found := _TRIPS.search(loop.rest) or _AT_MOST.search(loop.rest):
         return int(found[1])
     condition = program.computations.get(called.get("condition", ""), [])
     bounds = [int(c[1]) for i in condition if (c := re.match(r"constant\((\d+)\)", i.rest))]

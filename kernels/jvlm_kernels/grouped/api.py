@@ -10,10 +10,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jvlm_kernels.platforms import Operation
+from jvlm_kernels.shapes import mesh_axes, over_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,9 @@ def grouped_product(
         raise ValueError(f"rows are {x.dtype}, matrices {matrices.dtype}")
     spec = GroupedSpec(interpret)
     names = _OPERATION.runnable(implementation, interpret, spec, x, matrices)
-    return _product(spec, names, *_varying_alike(x, matrices, sizes.astype(jnp.int32)))
+    operands = x, matrices, sizes.astype(jnp.int32)
+    axes = mesh_axes(*operands)  # what varies over fewer has its gradient summed here, outside of the kernels
+    return _product(spec, names, *(over_axes(a, axes) for a in operands))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -74,13 +76,3 @@ def _backward(spec, names, inputs, d_y):
 
 
 _product.defvjp(_forward, _backward)
-
-
-def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
-    """Marked, inside `jax.shard_map`, as varying over every mesh axis that one of them varies over.
-
-    Then the gradient of what did not is summed there, outside of the kernels.
-    """
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
-    lacking = [tuple(axes - jax.typeof(x).manual_axis_type.varying) for x in arrays]
-    return [lax.pcast(x, names, to="varying") if names else x for x, names in zip(arrays, lacking, strict=True)]

@@ -1,0 +1,1 @@
+"""Cross-entropy of hidden states against a vocabulary matrix."""
