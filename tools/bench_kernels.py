@@ -4,7 +4,8 @@
 
 Attention: one causal conversation that fills the row, and rows packed with segments of 512 tokens, over growing rows;
 the cost of packed rows should grow linearly. Forward alone, and forward and backward. Operations a second count visible
-pairs alone: 4 x pairs x heads x head size forward, 2.5 times that backward. Loss: value and both gradients.
+pairs alone: 4 x pairs x heads x head size forward, 2.5 times that backward. Loss: value and both gradients, with all
+tokens learnt and with every fourth (a row of pictures and questions), and only those count as operations.
 
 Temporary memory is what is reserved besides arguments and results. torch takes part where it is installed (its
 variable-length attention on GPUs alone). What cannot run is listed with the reason.
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.gpu import attention as pallas_triton
-from jvlm_kernels import linear_cross_entropy, segment_attention
+from jvlm_kernels import linear_cross_entropy, linear_cross_entropy_sum, segment_attention
 from timing import seconds
 
 SEGMENT = 512
@@ -129,13 +130,18 @@ def measure(function: Callable, operands, rounds: int) -> Measured:
 def plain_logits(hidden, kernel, targets):
     """Cross-entropy of all logits at once."""
     logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], 1)[:, 0]
+    return jnp.where(targets < 0, 0.0, jax.nn.logsumexp(logits, axis=-1) - chosen).sum()
 
 
-def in_blocks(hidden, kernel, targets):
-    """`linear_cross_entropy`."""
-    return linear_cross_entropy(hidden, kernel, targets).loss
+def summed(hidden, kernel, targets):
+    """`linear_cross_entropy_sum`."""
+    return linear_cross_entropy_sum(hidden, kernel, targets).loss
+
+
+def each(hidden, kernel, targets):
+    """`linear_cross_entropy`, which gives each token's."""
+    return linear_cross_entropy(hidden, kernel, targets).loss.sum()
 
 
 def line_of(
@@ -186,25 +192,28 @@ def attention(case: Case, rounds: int) -> None:
     compare(f"{case.S:,}", runs, case.operations)
 
 
-def loss(tokens: int, hidden_size: int, vocabulary: int, dtype, rounds: int) -> None:
+def loss(tokens: int, hidden_size: int, vocabulary: int, dtype, of: int, rounds: int) -> None:
+    """With one in ``of`` tokens learnt."""
     hidden = jax.random.normal(jax.random.key(0), (tokens, hidden_size), dtype)
     kernel = jax.random.normal(jax.random.key(1), (hidden_size, vocabulary), dtype) * hidden_size**-0.5
-    targets = jax.random.randint(jax.random.key(2), (tokens,), 0, vocabulary)
+    targets = np.random.default_rng(0).integers(0, vocabulary, tokens)
+    targets[np.arange(tokens) % of != 0] = -100
 
     def run(function: Callable) -> Measured:
-        gradients = jax.value_and_grad(lambda *operands: function(*operands).sum(), (0, 1))
-        return measure(gradients, (hidden, kernel, targets), rounds)
+        gradients = jax.value_and_grad(function, (0, 1))
+        return measure(gradients, (hidden, kernel, jnp.asarray(targets)), rounds)
 
-    runs = [(title_of(rival), lambda rival=rival: run(rival)) for rival in (in_blocks, plain_logits)]
+    runs = [(title_of(rival), lambda rival=rival: run(rival)) for rival in (summed, each, plain_logits)]
     if importlib.util.find_spec("torch"):
         import bench_torch
 
-        sizes = tokens, hidden_size, vocabulary, str(jnp.dtype(dtype))
+        sizes = targets, hidden_size, vocabulary, str(jnp.dtype(dtype))
         runs += [
             (title_of(rival), lambda rival=rival: Measured(*bench_torch.measure_loss(rival, *sizes, rounds)))
             for rival in bench_torch.LOSSES
         ]
-    compare(f"{tokens:,}", runs, 6.0 * tokens * hidden_size * vocabulary)
+    learnt = int((targets >= 0).sum())
+    compare(f"{tokens:,}, {learnt:,} learnt", runs, 6.0 * learnt * hidden_size * vocabulary)
 
 
 def main() -> None:
@@ -228,7 +237,8 @@ def main() -> None:
                 attention(Case(S, heads, dtype, packed, backward), arguments.rounds)
     sizes = (4096, 512, 32768) if small else (8192, 4096, 151936)
     table(f"Loss, hidden size {sizes[1]:,}, a vocabulary of {sizes[2]:,}, forward and backward")
-    loss(*sizes, dtype, arguments.rounds)
+    for of in (1, 4):
+        loss(*sizes, dtype, of, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -88,11 +89,11 @@ def measure_attention(make: Callable, case: Case, rounds: int) -> tuple[float, i
     return _measure(run, rounds)
 
 
-def measure_loss(function: Callable, tokens: int, hidden: int, vocabulary: int, dtype: str, rounds: int):
+def measure_loss(function: Callable, targets: np.ndarray, hidden: int, vocabulary: int, dtype: str, rounds: int):
     """As `measure_attention`, of value and both gradients."""
-    operands = [_random(shape, dtype, True) for shape in ((tokens, hidden), (hidden, vocabulary))]
-    targets = torch.randint(vocabulary, (tokens,), device=DEVICE)
-    return _measure(lambda: torch.autograd.grad(function(*operands, targets), operands), rounds)
+    operands = [_random(shape, dtype, True) for shape in ((len(targets), hidden), (hidden, vocabulary))]
+    words = torch.from_numpy(targets).to(DEVICE)
+    return _measure(lambda: torch.autograd.grad(function(*operands, words), operands), rounds)
 
 
 def _random(shape: tuple[int, ...], dtype: str, requires_grad: bool) -> torch.Tensor:

@@ -55,7 +55,7 @@ def attention(
         k, v, kv_segments = (_with_neighbours(x, axes, behind, ahead) for x in (k, v, kv_segments))
         offset = behind
     else:
-        k, v, kv_segments = (_gathered(x, axes) for x in (k, v, kv_segments))
+        k, v, kv_segments = (gathered(x, axes) for x in (k, v, kv_segments))
         offset = lax.axis_index(axes) * length
     placed = {"q_offset": offset} if causal or window is not None else {}
     return segment_attention(q, k, v, q_segments, kv_segments, causal=causal, window=window, **placed, **options)
@@ -67,12 +67,13 @@ def _reach(window: int | None, max_segment_length: int | None) -> int | None:
     return -(-min(bounds) // 8) * 8 if bounds else None
 
 
-def _gathered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The whole of a row. Parts arrive in a dimension of their own: XLA for TPU then scatters the gradient's sum, where
-    along the second dimension it would sum the whole on every device and cut.
+def gathered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The whole of a row. Parts arrive one after the other along the first dimension: XLA for TPU then scatters the sum
+    of the gradient, where along any other, or one that a layout could move, it may sum the whole on every device and cut.
     """
-    parts = jnp.moveaxis(lax.all_gather(x, axes), 0, 1)
-    return parts.reshape(x.shape[0], -1, *x.shape[2:])
+    B, T, *rest = x.shape
+    parts = lax.all_gather(x, axes, tiled=True).reshape(-1, B, T, *rest)
+    return jnp.moveaxis(parts, 0, 1).reshape(B, -1, *rest)
 
 
 def _with_neighbours(x: jax.Array, axes: tuple[str, ...], behind: int, ahead: int) -> jax.Array:

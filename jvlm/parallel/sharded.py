@@ -120,7 +120,7 @@ class Sharded(Whole):
 
         def part(features, index):
             if parts:
-                features = lax.all_gather(features, parts, axis=1, tiled=True)
+                features = context.gathered(features, parts)
             return Whole.pick(self, features, index)
 
         return self._map(part, (P(rows, parts), P(rows, columns)), P(rows, columns))(features, index)
@@ -168,10 +168,11 @@ class Sharded(Whole):
                 columns = (*columns, *more)
 
         def part(hidden, kernel, targets, weights):
-            # gathered here and not before: its gradient is then scattered as it is summed
-            kernel = lax.all_gather(kernel, parts, axis=width, tiled=True) if parts else kernel
+            # gathered here and not before: its gradient is then scattered as it is summed, and then summed over the
+            # other devices, each of its part
             others = tuple(a for a in (*rows, *columns) if a not in parts)
             kernel = lax.pcast(kernel, others, to="varying") if others else kernel
+            kernel = lax.all_gather(kernel, parts, axis=width, tiled=True) if parts else kernel
             flat = hidden.reshape(-1, hidden.shape[-1])
             found = linear_cross_entropy_sum(
                 flat,

@@ -4,6 +4,8 @@ import functools
 import json
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -78,6 +80,19 @@ def test_products_that_are_written_as_convolutions(left, right, result, how, flo
         f"  ROOT %c = f32[{result}]{{0}} convolution(%a, %b), {how}\n}}"
     )
     assert hlo.read(text).flops == 2 * 16 * flops
+
+
+def test_a_loop_whose_length_is_data_counts_as_often_as_its_name_promises_at_most():
+    def turns(count, x, w):
+        return jax.lax.fori_loop(0, count, lambda _, x: x @ w, x)
+
+    def named(count, x, w):
+        with jax.named_scope("at_most_5_times"):
+            return turns(count, x, w)
+
+    square = jnp.ones((16, 16))
+    once, often = (hlo.read(jax.jit(f).lower(3, square, square).compile().as_text()).flops for f in (turns, named))
+    assert (once, often) == (2 * 16**3, 5 * 2 * 16**3)
 
 
 def test_a_branch_counts_as_often_as_it_is_said_to_be_taken():
