@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from jvlm.errors import UserError
+
 # Trying again helps against other errors, never against these.
 MISTAKES = (ValueError, FileNotFoundError, FileExistsError)
 
@@ -19,7 +21,7 @@ class Origin:
         return f"{self.file}, row {self.row}"
 
 
-class RowError(ValueError):
+class RowError(UserError):
     """A row that cannot be used."""
 
     def __init__(self, origin: Origin, field: str, problem: str, fix: str):

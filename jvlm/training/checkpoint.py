@@ -22,6 +22,7 @@ from etils import epath
 from jax import lax
 
 from jvlm.data import stores
+from jvlm.errors import UserError
 from jvlm.parallel import hosts
 from jvlm.training.config import CheckpointConfig
 from jvlm.training.step import Params, TrainState
@@ -34,7 +35,7 @@ GIB = 2**30
 T = TypeVar("T")
 
 
-class Damaged(ValueError):
+class Damaged(UserError):
     """A checkpoint whose files are missing, cut short or changed."""
 
 

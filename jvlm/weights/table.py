@@ -17,10 +17,11 @@ import einops
 import numpy as np
 
 from jvlm.data.vision import MediaConfig
+from jvlm.errors import UserError
 from jvlm.models.vlm import VLMConfig
 
 
-class WeightError(ValueError):
+class WeightError(UserError):
     """A checkpoint that does not match its architecture; lists everything that is wrong."""
 
 
