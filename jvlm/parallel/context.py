@@ -68,8 +68,10 @@ def _reach(window: int | None, max_segment_length: int | None) -> int | None:
 
 
 def gathered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The whole of a row. Parts arrive one after the other along the first dimension: XLA for TPU then scatters the sum
-    of the gradient, where along any other, or one that a layout could move, it may sum the whole on every device and cut.
+    """The whole of a row, from the parts of it that devices hold.
+
+    Parts arrive one after the other along the first dimension: XLA for TPU then scatters the sum of the gradient. Along
+    any other dimension, which a layout could move, it may sum the whole on every device and cut.
     """
     B, T, *rest = x.shape
     parts = lax.all_gather(x, axes, tiled=True).reshape(-1, B, T, *rest)
