@@ -24,8 +24,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors of the user's making are one message, not a traceback.
 
-    0 done; 2 a mistake to mend; 75 training was asked to stop (SIGTERM, Ctrl-C, preemption), has saved, and goes on
-    with the same command; 130 a second Ctrl-C, nothing saved.
+    0 done; 2 a mistake to mend; 3 done, but the scores are below an aim of the experiment; 75 training was asked to
+    stop (SIGTERM, Ctrl-C, preemption), has saved, and goes on with the same command; 130 a second Ctrl-C, and
+    nothing is saved.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -103,6 +104,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     import jax
 
     from jvlm import job
+    from jvlm.evaluation import aim
     from jvlm.parallel import hosts
     from jvlm.training.interruption import EXIT_STATUS, Interrupted
 
@@ -113,6 +115,10 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     except Interrupted as stopped:
         print(f"jvlm: {stopped}", file=sys.stderr)
         return EXIT_STATUS
+    except aim.AimMissed as missed:
+        if hosts.is_first():
+            print(f"jvlm: aim missed: {missed}", file=sys.stderr)
+        return aim.EXIT_STATUS
     except BaseException as error:
         if not jax.distributed.is_initialized():
             raise

@@ -13,6 +13,7 @@ import jax
 import jvlm
 from jvlm.data.rows import Conversation
 from jvlm.evaluation import report, score
+from jvlm.evaluation.aim import AimMissed, missed_aims
 from jvlm.evaluation.questions import TextOnlyFloor, normalise
 from jvlm.evaluation.score import YES_NO, Answer, Scores
 from jvlm.inference import serving
@@ -44,6 +45,9 @@ def run(experiment: Experiment) -> Path:
 
     Of several processes all train; the first does the rest by itself, from the last checkpoint, while the others wait:
     it scores with the model on its own devices, and exports one tensor after another.
+
+    Raises:
+      AimMissed: all of this is done, but the scores are below an aim of the configuration.
     """
     began = time.perf_counter()
     if experiment.export.enabled and experiment.model is not None:
@@ -52,12 +56,14 @@ def run(experiment: Experiment) -> Path:
     if jax.process_count() > 1:
         # parts of it are on other hosts, and the memory is needed
         result = dataclasses.replace(result, model=split(result.model)[0])
-    hosts.together(lambda: _finish(experiment, result, began) if hosts.is_first() else None)
+    missed = hosts.agree(hosts.together(lambda: _finish(experiment, result, began) if hosts.is_first() else []))
+    if missed:
+        raise AimMissed(f"{'; '.join(missed)}. Answers, scores and report are in {result.folder}")
     return result.folder
 
 
-def _finish(experiment: Experiment, result: Result, began: float) -> None:
-    """All that comes after training; ``began`` is when the job did, by `time.perf_counter`."""
+def _finish(experiment: Experiment, result: Result, began: float) -> list[str]:
+    """All that comes after training; ``began`` is when the job did, by `time.perf_counter`. Returns the aims missed."""
     answers, scores, floor = [], None, None
     if experiment.evaluation.data:
         answers, scores, floor = evaluate(experiment, result)
@@ -67,6 +73,7 @@ def _finish(experiment: Experiment, result: Result, began: float) -> None:
     write_report(experiment, result, answers, scores, floor, exported, time.perf_counter() - began)
     result.home.push()
     print(f"report: {result.folder / REPORT}")
+    return missed_aims(experiment.evaluation, scores)
 
 
 def evaluate(experiment: Experiment, result: Result) -> tuple[list[Answer], Scores, Floor | None]:
@@ -198,6 +205,8 @@ def write_report(
         "export": exported,
         "jvlm": jvlm.__version__,
     }
+    if experiment.evaluation.aim is not None or experiment.evaluation.aim_iou is not None:
+        facts["aim"] = "; ".join(missed_aims(experiment.evaluation, scores)) or "reached"
     headline, bars = [], []
     if scores and scores.questions:
         note = f"text-only floor {100 * floor.accuracy:.1f} %" if floor else f"{scores.questions} questions"

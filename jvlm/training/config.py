@@ -7,6 +7,7 @@ from typing import Literal
 
 from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
+from jvlm.errors import UserError
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.mesh import ParallelConfig
@@ -67,6 +68,9 @@ class EvaluationConfig:
       ask: "alone" asks each question in a conversation of its own; "chain" in order, after the model's own answers.
       max_rows: of the files; None takes all.
       text_only_floor: also score the most frequent training answer to the same words, blind to the picture.
+      aim: percent of the questions with answers in words that must be right; where fewer are, `jvlm train` ends with
+        status 3 after all files are written. None: any share will do.
+      aim_iou: the same for the mean IoU of boxes, from 0 to 1.
     """
 
     data: tuple[str, ...] = ()
@@ -75,6 +79,14 @@ class EvaluationConfig:
     batch_size: int = 64
     max_rows: int | None = None
     text_only_floor: bool = True
+    aim: float | None = None
+    aim_iou: float | None = None
+
+    def __post_init__(self):
+        for name, most in (("aim", 100), ("aim_iou", 1)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= most:
+                raise UserError(f"evaluation.{name} must be from 0 to {most}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
