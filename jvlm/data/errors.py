@@ -25,11 +25,17 @@ class RowError(UserError):
     """A row that cannot be used."""
 
     def __init__(self, origin: Origin, field: str, problem: str, fix: str):
-        self.origin, self.field, self.problem, self.fix = origin, field, problem, fix
-        super().__init__(f"{origin}, field {field!r}: {problem}. {fix}")
+        self.origin, self.field = origin, field
+        self.problem, self.fix = _printable(problem), _printable(fix)
+        super().__init__(_printable(f"{origin}, field {field!r}: {self.problem}. {self.fix}"))
 
     def __reduce__(self):  # exceptions pickle by their args alone; workers send these to the main process
         return RowError, (self.origin, self.field, self.problem, self.fix)
+
+
+def _printable(text: str) -> str:
+    """The text with surrogates, as a cut emoji or an odd file name leaves them, written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from jvlm.data.images import open_image
 from jvlm.data.packing import Example
 from jvlm.data.rows import Conversation, Message, fill_objects, parse_row
 from jvlm.data.template import ChatTemplate, style_of
+from jvlm.data.turns import without_answer
 from jvlm.data.vision import MediaConfig, MediaPatches, default_media, vision_for
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLMConfig
@@ -120,12 +121,19 @@ class Processor:
         """
         conversation = parse_row(row)
         origin = conversation.origin
-        media = self._media(conversation)
-        messages = self._fill(conversation, media)
-        if generation_prompt and messages[-1].role == "assistant":
-            messages = messages[:-1]
-        ids, weights, turns = self.template.tokenize(messages, generation_prompt=generation_prompt, origin=origin)
-        return self._expand(ids, weights, turns, media, conversation)
+        try:
+            if generation_prompt:
+                conversation = _prompt(conversation)
+            media = self._media(conversation)
+            messages = self._fill(conversation, media)
+            ids, weights, turns = self.template.tokenize(messages, generation_prompt=generation_prompt, origin=origin)
+            return self._expand(ids, weights, turns, media, conversation)
+        except RowError:
+            raise
+        except Exception as error:  # a template, tokenizer or picture library that fails in a way of its own
+            raise RowError(
+                origin, "messages", f"{type(error).__name__}: {error}", "Correct the row, or report this as a fault"
+            ) from error
 
     def pack(
         self,
@@ -194,7 +202,13 @@ class Processor:
                     "not a setting of this model's pictures",
                     f"Use {', '.join(sorted(known))}",
                 )
-        return dataclasses.replace(self.media, **dict(conversation.limits))
+        try:
+            return dataclasses.replace(self.media, **dict(conversation.limits))
+        except ValueError as error:
+            names = ", ".join(name for name, _ in conversation.limits)
+            raise RowError(
+                conversation.origin, f"chat_template_kwargs.{names}", str(error), "Correct or remove it"
+            ) from error
 
     def _image(self, config: MediaConfig, index: int, count: int, pictures: list) -> MediaPatches:
         return self.vision.image(pictures[0], config, index=index, count=count)
@@ -309,6 +323,14 @@ class Processor:
     def settings(self) -> dict[str, Any]:
         """The part of the processor that Hugging Face's files have no place for."""
         return config_tree.to_dict(self.config)
+
+
+def _prompt(conversation: Conversation) -> Conversation:
+    """The conversation up to the answer to give. Raises RowError where nothing is asked."""
+    prompt = without_answer(conversation)
+    if not any(message.role in ("user", "tool") for message in prompt.messages):
+        raise RowError(conversation.origin, "messages", "nothing to answer", "Give a user turn before the answer")
+    return prompt
 
 
 def read_settings(folder: Path) -> ProcessorConfig | None:

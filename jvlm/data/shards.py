@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import functools
 import glob
 import itertools
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,7 @@ class RowSource:
         """(origin, row); a line that is not JSON gives the RowError in place of the row."""
         file = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = index - int(self._starts[file])
-        origin = Origin(self.files[file], row + 1)
+        origin = Origin(self.files[file], self._readers[file].number(row))
         return origin, self._readers[file].read(row, origin)
 
     def __repr__(self) -> str:
@@ -125,31 +127,48 @@ def _open(path: str) -> _Jsonl | _Shard:
 
 
 class _Jsonl:
-    """Keeps the place of each line; reads one when asked, so the file is never in memory."""
+    """Keeps the place of each line; reads one when asked, so the file is never in memory. Blank lines are no rows."""
 
     def __init__(self, path: str):
         self.path = path
         places, at = [], 0
         with open(path, "rb") as file:
-            for line in file:
-                if line.strip():
-                    places.append((at, len(line)))
+            for number, line in enumerate(file, 1):
+                if line.removeprefix(codecs.BOM_UTF8).strip():
+                    places.append((at, len(line), number))
                 at += len(line)
-        self._places = np.asarray(places, np.int64).reshape(-1, 2)
+        self._places = np.asarray(places, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self._places)
 
+    def number(self, row: int) -> int:
+        """The number of a row's line, as an editor counts: from 1, blank lines included."""
+        return int(self._places[row, 2])
+
     def read(self, row: int, origin: Origin) -> Any:
-        start, size = self._places[row]
+        start, size, _ = self._places[row]
         with open(self.path, "rb") as file:
             file.seek(start)
             line = file.read(size)
         try:
-            return json.loads(line)
+            return json.loads(line.decode("utf-8-sig"), object_pairs_hook=functools.partial(_object, origin))
+        except RowError as error:
+            return error
+        except RecursionError:
+            return RowError(origin, "row", "lists or objects nested too deep", "Make the row flatter")
         except ValueError as error:
             cut = "" if line.endswith(b"\n") else "; the file ends without a newline, so it may be cut short"
             return RowError(origin, "row", f"not JSON ({error}){cut}", "Each line must be one JSON object")
+
+
+def _object(origin: Origin, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises RowError for a key that it has twice: nothing says which value is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise RowError(origin, twice, "the same key twice in one object", "Keep one of them")
+    return found
 
 
 class _Shard:
@@ -187,6 +206,10 @@ class _Shard:
 
     def __len__(self) -> int:
         return self._length
+
+    def number(self, row: int) -> int:
+        """The number of a record, from 1."""
+        return row + 1
 
     def read(self, row: int, origin: Origin) -> Any:
         record = self._record(row, origin)

@@ -63,8 +63,10 @@ def edge_resize(height: int, width: int, shortest: int, longest: int) -> tuple[i
 
 
 def quarters(image: Image.Image) -> list[Image.Image]:
-    """Top left, top right, bottom left, bottom right."""
+    """Top left, top right, bottom left, bottom right. Raises ValueError for a side of one pixel, which has no half."""
     width, height = image.size
+    if min(width, height) < 2:
+        raise ValueError(f"{width} x {height} pixels cannot be split into quarters")
     x, y = width // 2, height // 2
     boxes = ((0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height))
     return [image.crop(box) for box in boxes]
@@ -144,6 +146,8 @@ class EdgeVision:
         """(patches [n, c], places [n, 2]) of one frame; pixels that fill no patch at the right and bottom are lost."""
         p = self.patch_size
         rows, columns = size[0] // p, size[1] // p
+        if not rows or not columns:
+            raise ValueError(f"{size[1]} x {size[0]} pixels hold no patch of {p} x {p}")
         pixels = np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR), np.uint8)
         pixels = pixels[: rows * p, : columns * p]
         # (row, y, column, x, c) -> (row, column, c, y, x)
