@@ -161,6 +161,13 @@ def indexed(transparency):
     return reloaded(image, "PNG", transparency=transparency)
 
 
+def indexed_with_alpha():
+    image = Image.open(io.BytesIO(indexed(None)))
+    image.putalpha(Image.fromarray(np.array([[255, 0, 255]], np.uint8)))
+    assert image.mode == "PA"
+    return image
+
+
 WHITE, RED, GREEN, BLUE = (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)
 BLENDED = tuple(round(c * 51 / 255 + 255 * 204 / 255) for c in (10, 20, 30))
 SEE_THROUGH = {
@@ -171,7 +178,7 @@ SEE_THROUGH = {
     "LA array": (np.array([[[10, 0], [10, 255]]], np.uint8), [WHITE, (10,) * 3]),
     "premultiplied": (Image.new("RGBA", (1, 1), (0, 0, 0, 0)).convert("RGBa"), [WHITE]),
     "premultiplied grey": (Image.new("LA", (1, 1), (0, 0)).convert("La"), [WHITE]),
-    "PA": (Image.new("RGBA", (1, 1), (10, 20, 30, 0)).convert("PA"), [WHITE]),
+    "PA": (indexed_with_alpha(), [RED, WHITE, BLUE]),
     "palette with one colour transparent": (indexed(1), [RED, WHITE, BLUE]),
     "palette with several": (indexed(bytes([0, 255, 0])), [WHITE, GREEN, WHITE]),
     "palette without": (indexed(None), [RED, GREEN, BLUE]),
