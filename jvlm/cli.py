@@ -221,7 +221,7 @@ def _check(arguments: argparse.Namespace, _: list[str]) -> int:
 def _shard(arguments: argparse.Namespace, _: list[str]) -> int:
     from jvlm.data.check import shard
 
-    print(shard(arguments.files, Path(arguments.output), arguments.rows_per_shard))
+    print(shard(arguments.files, arguments.output, arguments.rows_per_shard, media_root=arguments.media_root))
     return 0
 
 
@@ -280,6 +280,7 @@ def _parser() -> argparse.ArgumentParser:
     shard.add_argument("files", nargs="+")
     shard.add_argument("--output", required=True, help="folder")
     shard.add_argument("--rows_per_shard", type=int, default=10_000)
+    shard.add_argument("--media_root", help="folder for relative picture paths, after the data file's own")
     shard.set_defaults(run=_shard)
     return parser
 

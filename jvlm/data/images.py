@@ -58,7 +58,7 @@ def open_image(
     Raises:
       RowError: not found (naming the places tried), not decodable, or not an image.
     """
-    source = _unwrap(source)
+    source = unwrap(source)
     try:
         if isinstance(source, np.ndarray):
             return array_to_rgb(source)
@@ -82,7 +82,7 @@ def open_image(
     raise RowError(origin, field, f"a {type(source).__name__} is not a picture", "Give a path, bytes, image or array")
 
 
-def _unwrap(source: Any) -> Any:
+def unwrap(source: Any) -> Any:
     """What a dict of the forms {"bytes", "path"} and {"url"} holds, bytes first."""
     if not isinstance(source, dict):
         return source

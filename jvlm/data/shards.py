@@ -9,6 +9,7 @@ import glob
 import itertools
 import json
 import os
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -131,13 +132,13 @@ class _Jsonl:
 
     def __init__(self, path: str):
         self.path = path
-        places, at = [], 0
+        places, at = array("q"), 0
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.removeprefix(codecs.BOM_UTF8).strip():
-                    places.append((at, len(line), number))
+                    places.extend((at, len(line), number))
                 at += len(line)
-        self._places = np.asarray(places, np.int64).reshape(-1, 3)
+        self._places = np.asarray(places).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -239,7 +240,12 @@ def _short(error: Exception) -> str:
 
 
 def write_shard(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows, whose media must be bytes already, as one shard. Returns their number.
+    """Write rows, whose media must be bytes already, as one shard. Returns their number. Raises as `write_records`."""
+    return write_records(path, map(msgpack.packb, rows))
+
+
+def write_records(path: str | Path, records: Iterable[bytes]) -> int:
+    """Write rows as msgpack as one shard. Returns their number.
 
     Rows are compressed in groups of about 32 KiB, as the first hundred let expect, and read a group at a time: rows
     with large pictures stay alone, small ones do not pay for a header and a dictionary each. The file appears under
@@ -248,7 +254,7 @@ def write_shard(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     Raises:
       UserError: the file cannot be written, as on a full disk.
     """
-    records = map(msgpack.packb, rows)
+    records = iter(records)
     sample = list(itertools.islice(records, 100))
     group = max(1, _GROUP_BYTES * len(sample) // max(sum(map(len, sample)), 1))
     part = Path(f"{path}.{os.getpid()}.partial")
