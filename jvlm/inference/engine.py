@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jvlm.data import packing
+from jvlm.data.errors import RowError
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.inference import serving
@@ -94,17 +95,39 @@ class Engine:
         own = own if isinstance(own, list) else [own]
         return frozenset(int(i) for i in (*own, self.config.eos_token_id, *self.processor.stop_ids) if i is not None)
 
+    def room(self, example: Example) -> int:
+        """How many tokens may follow a prompt: the model's positions that are left.
+
+        Raises:
+          RowError: none is left.
+        """
+        positions, limit = int(example.positions.max(initial=-1)) + 1, self.config.decoder.max_position_embeddings
+        if positions >= limit:
+            raise RowError(
+                example.origin,
+                "messages",
+                f"the prompt takes {positions} positions of the model's {limit} (max_position_embeddings), so none is "
+                "left for an answer",
+                "Shorten it, or lower max_pixels",
+            )
+        return limit - positions
+
     def steps(
         self, examples: Sequence[Example], sampling: SamplingConfig, numbers: Sequence[int] | None = None
     ) -> Iterator[list[int | None]]:
         """Yields the next token of every example, None for those that have finished.
 
-        The token that ends a sequence is yielded too.
+        The token that ends a sequence is yielded too. A sequence also ends at the model's last position.
 
         Args:
           examples: prompts, ended with the opening of an assistant turn.
           numbers: of the conversations, for the random draws; 0, 1, ... if not given.
+
+        Raises:
+          RowError: a prompt that leaves no position for an answer.
         """
+        room = np.array([self.room(example) for example in examples])
+        most = min(sampling.max_new_tokens, int(room.max()))
         count, B = len(examples), self._rows(len(examples))
         batch, lengths = self._batch(examples, B)
         rows = np.zeros(B, np.int32)
@@ -113,18 +136,18 @@ class Engine:
         if self.layout is not None:
             batch, lengths, knobs = serving.place_batch(self.layout, batch, lengths, knobs)
         on_cpu = jax.default_backend() == "cpu"
-        places = packing.bucket(int(lengths.max()) + sampling.max_new_tokens, TOKEN_STEP if on_cpu else LANES)
+        places = packing.bucket(int(lengths.max()) + most, TOKEN_STEP if on_cpu else LANES)
         kind, stop, leaves = sampling.kind, list(self.stop_tokens(sampling)), self._decoder_leaves
         logits, cache = self._steps.prefill(self._leaves, batch, lengths)
         token, state = self._steps.begin(kind, places, leaves, logits, cache, batch, lengths, knobs)
         del logits, cache
         running = np.ones(count, bool)
-        for left in reversed(range(sampling.max_new_tokens)):
+        for left in reversed(range(most)):
             if left and self.ahead:
                 upcoming, state = self._steps.decode(kind, leaves, state, token, knobs)
             chosen = np.asarray(token)[:count]
             yield [int(t) if r else None for t, r in zip(chosen, running, strict=True)]
-            running &= ~np.isin(chosen, stop)
+            running &= ~np.isin(chosen, stop) & (most - left < room)
             if not left or not running.any():
                 return
             if not self.ahead:
