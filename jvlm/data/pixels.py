@@ -6,7 +6,8 @@ How values become 0..255:
 - 16 bits (grey PNG and TIFF, uint16): value / 257, rounded. Of 12-bit TIFFs white is 4095.
 - Whole numbers of more bits, or signed: as they are up to 255, else as 16 bits up to 65535. Others are refused: nothing
   says what is white.
-- Floats: 0..1 times 255, or 0..255 as they are, rounded. Others, NaN and infinity are refused.
+- Floats: 0..1 times 255, or 0..255 as they are, rounded. Others, NaN and infinity are refused; so are pictures whose
+  highest value is between 1 and 2: they would come out black or cut off.
 """
 
 from __future__ import annotations
@@ -85,11 +86,12 @@ def to_8_bits(values: np.ndarray, white: int | None = None) -> np.ndarray:
     if kind == "u" and values.dtype.itemsize == 2 and white is None:
         white = 65535
     most = white or (65535 if kind in "iu" else 255)
-    if low < 0 or high > most:
+    if low < 0 or high > most or (kind == "f" and 1 < high < 2):
         ranges = f"0 to {white}" if white else "0 to 255 or 65535" if kind in "iu" else "0 to 1 or 255"
         raise ValueError(f"pixels from {low} to {high} are not within {ranges}: scale them")
     if kind == "f":
-        return np.rint(values * 255.0 if high <= 1 else values).astype(np.uint8)
+        exact = values.astype(np.result_type(values, np.float32))
+        return np.rint(exact * 255 if high <= 1 else exact).astype(np.uint8)
     white = white or (255 if high <= 255 else 65535)
     return ((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
 

@@ -132,6 +132,10 @@ SCALED = {
     "int8 array": (LIGHT.astype(np.int8) & 127, LIGHT & 127),
     "float64 array of 0..1": (COLOURS / 255, COLOURS),
     "float32 array of 0..1": ((COLOURS / 255).astype(np.float32), COLOURS),
+    "float16 array of 0..1": (
+        (COLOURS / 255).astype(np.float16),
+        (COLOURS / 255).astype(np.float16).astype(np.float64) * 255,
+    ),
     "float16 array of 0..255": (COLOURS.astype(np.float16), COLOURS),
     "float array of 0..255 with fractions": (LIGHT * 0.99, LIGHT * 0.99),
     "channels first": (np.moveaxis(COLOURS, -1, 0), COLOURS),
@@ -256,6 +260,7 @@ REFUSED = {
     "bad base64": ("data:image/png;base64,@@@@", "cannot be decoded"),
     "float array above 255": (np.full((4, 4, 3), 300.5), r"array of float64 \(4, 4, 3\): pixels from 300.5 to 300.5"),
     "float array below 0": (np.linspace(-1, 1, 16).reshape(4, 4), r"pixels from -1.0 to 1.0 are not within 0 to 1"),
+    "float array a little above 1": (np.array([[0.0, 1.02]]), "pixels from 0.0 to 1.02 are not within 0 to 1 or 255"),
     "float array with NaN": (np.array([[0.5, np.nan]]), "NaN or infinity"),
     "float array with infinity": (np.array([[0.5, np.inf]], np.float16), "NaN or infinity"),
     "whole numbers below 0": (np.array([[-1, 5]], np.int16), "pixels from -1 to 5"),
