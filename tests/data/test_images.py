@@ -9,6 +9,8 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis.extra.numpy import array_shapes, arrays, scalar_dtypes, unicode_string_dtypes
 from PIL import Image
 
 from jvlm.data.errors import Origin, RowError
@@ -155,6 +157,17 @@ def test_values_of_any_depth_keep_their_brightness(kind):
     if expected.ndim == 2:
         expected = np.repeat(expected[..., None], 3, -1)
     np.testing.assert_array_equal(np.asarray(open_image(source)), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=300, deadline=None)
+@given(arrays(scalar_dtypes() | unicode_string_dtypes(), array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)))
+def test_any_array_is_a_picture_or_a_row_error(array):
+    with contextlib.suppress(RowError):
+        image = open_image(array)
+        assert image.mode == "RGB"
+        assert image.width * image.height * 4 >= array.size > 0
+        assert array.dtype.kind != "f" or np.isfinite(array).all()
 
 
 def indexed(transparency):
