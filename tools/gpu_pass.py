@@ -43,6 +43,10 @@ _THREE = ("--preset", "qwen2_5_vl_3b")
 # torch and JAX in one process: JAX must not reserve the memory
 _SHARED = (("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),)
 _ALL = (("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95"),)
+# kernels that run inside a CUDA graph leave no trace of their own, so a profile does without
+_TRACED = (*_ALL, ("XLA_FLAGS", "--xla_gpu_enable_command_buffer="))
+# numerics need no search for the fastest matrix product, which takes most of the compilation
+_PLAIN = (("XLA_FLAGS", "--xla_gpu_autotune_level=0"),)
 _TORCH = (("JAX_PLATFORMS", "cpu"), ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
 
 
@@ -52,13 +56,17 @@ def parts_of(output: Path, small: bool) -> list[Part]:
     new = ("--new", "4") if small else ()
     lengths = ("256",) if small else ("8192",)
     parts = [
-        Part("numerics", ("tools.gpu.numerics",), 90),
+        Part("numerics", ("tools.gpu.numerics",), 90, _PLAIN),
         Part("train-7b", ("tools.gpu.training", *_SEVEN, *size), 110, _ALL),
         Part("kernels", ("tools.bench_kernels", "--lengths", *lengths, "--rounds", "5"), 110, _SHARED),
         Part("train-7b-torch", ("tools.gpu.torch_reference", "train", *_SEVEN, *size), 90, _TORCH),
         Part("generate-3b", ("tools.gpu.generation", *_THREE, *size, *new), 80, _ALL),
         Part("generate-3b-torch", ("tools.gpu.torch_reference", "generate", *_THREE, *size, *new), 80, _TORCH),
         Part("tune", ("tools.tune_kernels", "--output", str(output / "tuned_cuda.json")), 110, _ALL),
+        Part("profile-7b", ("tools.gpu.training", *_SEVEN, "--profile", *size), 80, _TRACED),
+        Part(
+            "profile-decode", ("tools.gpu.generation", *_THREE, "--profile", "--batches", "1", *size, *new), 80, _TRACED
+        ),
         Part("train-3b", ("tools.gpu.training", *_THREE, "--layers", "28", *size), 100, _ALL),
     ]
     if not small:

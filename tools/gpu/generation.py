@@ -9,7 +9,9 @@ Decoding is the time of ``--new`` tokens less that of one. Bytes that a step of 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,6 +24,7 @@ from jvlm.models.layers import Numerics
 from jvlm.training import flops
 from jvlm.training.loop import random_model, split
 from tools.gpu import workload
+from tools.gpu.device_trace import device_seconds
 from tools.timing import seconds
 
 
@@ -30,6 +33,7 @@ def main() -> None:
     workload.add_arguments(parser)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new", type=int, default=32, help="tokens to decode")
+    parser.add_argument("--profile", action="store_true", help="also print the longest kernels of decoding")
     arguments = parser.parse_args()
     config, processor, rows = workload.workload(arguments, Numerics(param_dtype="bfloat16"))
     model = random_model(config, 0, None)
@@ -79,6 +83,16 @@ def main() -> None:
         long, short = (min(run(new) for _ in range(3)) for new in (arguments.new, 1))
         step = (long - short) / (arguments.new - 1)
         print(f"| decoding, {number} at once, a step | {1e3 * step:.2f} | {read / step / 1e12:.2f} |", flush=True)
+
+        if arguments.profile:
+            with tempfile.TemporaryDirectory() as folder:
+                with jax.profiler.trace(folder):
+                    run(arguments.new)
+                _, kernels = device_seconds(Path(folder), "")
+            total = sum(kernels.values())
+            print(f"\n| kernel, of {1e3 * total:.1f} ms on the device | share |\n| --- | ---: |")
+            for name, spent in sorted(kernels.items(), key=lambda pair: -pair[1])[:20]:
+                print(f"| `{name[:90]}` | {spent / total:.1%} |")
 
 
 if __name__ == "__main__":

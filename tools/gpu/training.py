@@ -60,6 +60,7 @@ def main() -> None:
     workload.add_arguments(parser)
     parser.add_argument("--remat", default="attention")
     parser.add_argument("--attention", help="implementation of segment_attention")
+    parser.add_argument("--profile", action="store_true", help="also print the step by parts and its longest kernels")
     arguments = parser.parse_args()
     numerics = Numerics(param_dtype=arguments.params, remat=arguments.remat, attention=arguments.attention)
     config, processor, examples = workload.workload(arguments, numerics)
@@ -122,6 +123,8 @@ def main() -> None:
     print(f"| peak memory in use, GiB | {stats.get('peak_bytes_in_use', float('nan')) / GIB:.1f} |")
     print(f"| loss, first and last | {losses[0]:.4f}, {losses[-1]:.4f} |", flush=True)
 
+    if not arguments.profile:
+        return
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(PROFILED):

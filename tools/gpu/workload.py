@@ -81,11 +81,12 @@ def processor_of(config: VLMConfig) -> Processor:
 
 
 def conversation(rng: np.random.Generator, largest: int) -> dict[str, Any]:
-    """A question about one or two pictures of up to ``largest`` pixels a side, and an answer of some sentences."""
+    """A question about one or two pictures of up to ``largest`` pixels a side, and about as long an answer."""
     sizes = [28 * rng.integers(largest // 56, largest // 28 + 1, 2) for _ in range(rng.integers(1, 3))]
     images = [Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)) for size in sizes]
     question = "<image>" * len(images) + "what is in the picture? " * int(rng.integers(2, 12))
-    answer = "there is a red shape in the image. " * int(rng.integers(4, 40))
+    vision_tokens = sum(int(w * h) // 28**2 for w, h in sizes)
+    answer = "there is a red shape in the image. " * int(vision_tokens * rng.uniform(0.05, 0.2))
     return {
         "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
         "images": images,
@@ -93,11 +94,13 @@ def conversation(rng: np.random.Generator, largest: int) -> dict[str, Any]:
 
 
 def fill_sequence(processor: Processor, tokens: int, patches: int, largest: int, seed: int = 0) -> list[Example]:
-    """Conversations that fill one packed sequence: added until one does not fit."""
-    rng, examples = np.random.default_rng(seed), []
-    while True:
+    """Conversations that fill one packed sequence: those that still fit, until 30 in a row do not."""
+    rng, examples, missed = np.random.default_rng(seed), [], 0
+    while missed < 30:
         example = processor.encode(conversation(rng, largest))
         length = sum(e.length for e in examples) + example.length
         if length > tokens or sum(e.num_patches for e in examples) + example.num_patches > patches:
-            return examples
+            missed += 1
+            continue
         examples.append(example)
+    return examples
