@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="qwen2_5_vl_7b")
     parser.add_argument("--layers", type=int, help="decoder layers; None is all")
     parser.add_argument("--tokens", type=int, default=8192, help="of a packed sequence")
-    parser.add_argument("--patches", type=int, default=16384)
+    parser.add_argument("--patches", type=int, default=12288)
     parser.add_argument("--rows", type=int, default=1, help="packed sequences of a batch")
     parser.add_argument("--largest", type=int, default=896, help="side of the largest pictures, in pixels")
     parser.add_argument("--steps", type=int, default=6)
