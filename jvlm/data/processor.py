@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jvlm import config as config_tree
-from jvlm.data import box_formats, mrope, packing
+from jvlm.data import box_formats, mrope, packing, vocabulary
 from jvlm.data.boxes import Place, Sizes, Space
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.images import open_image
@@ -21,6 +21,7 @@ from jvlm.data.rows import Conversation, Message, fill_objects, parse_row
 from jvlm.data.template import ChatTemplate, style_of
 from jvlm.data.turns import without_answer
 from jvlm.data.vision import MediaConfig, MediaPatches, default_media, vision_for
+from jvlm.errors import UserError
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLMConfig
 
@@ -93,10 +94,10 @@ class Processor:
         self.vision = vision_for(self.model, value)
 
     def _id_of(self, token: str) -> int:
-        """The id of a special token. Raises ValueError if the tokenizer lacks it."""
+        """The id of a special token. Raises UserError if the tokenizer lacks it."""
         found = self.tokenizer.convert_tokens_to_ids(token)
         if found is None or found == self.tokenizer.unk_token_id:
-            raise ValueError(f"the tokenizer has no token {token}")
+            raise UserError(f"the tokenizer has no token {token}")
         return found
 
     def _check_tokenizer(self) -> None:
@@ -104,7 +105,8 @@ class Processor:
         for name, expected in names.items():
             found = None if name is None else self.tokenizer.convert_tokens_to_ids(name)
             if found != expected:
-                raise ValueError(f"the tokenizer gives {name} the id {found}, the model's configuration {expected}")
+                raise UserError(f"the tokenizer gives {name} the id {found}, the model's configuration {expected}")
+        vocabulary.check(self.tokenizer, self.model.decoder.vocab_size)
 
     def __call__(self, conversation: Any) -> Example:
         return self.encode(conversation)
@@ -127,6 +129,10 @@ class Processor:
             media = self._media(conversation)
             messages = self._fill(conversation, media)
             ids, weights, turns = self.template.tokenize(messages, generation_prompt=generation_prompt, origin=origin)
+            problem = vocabulary.outside_problem(self.tokenizer, ids, self.model.decoder.vocab_size)
+            if problem:
+                fix = f"Leave the token out, or let the table grow: {vocabulary.GROW}"
+                raise RowError(origin, "messages", problem, fix)
             return self._expand(ids, weights, turns, media, conversation)
         except RowError:
             raise

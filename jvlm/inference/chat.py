@@ -19,6 +19,7 @@ from jvlm.inference.generate import encode_prompt, engine_for, stream_example
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models.vlm import VLM
 from jvlm.parallel.layout import Layout
+from jvlm.weights.finite import BrokenWeights
 
 HELP = """Commands: quit or exit; clear (forget the conversation); reset-system (give a new system prompt);
 multi-line (input goes on until a line that ends with #); single-line (back to one line).
@@ -115,6 +116,8 @@ def _answer(engine: Engine, session: Session, sampling: SamplingConfig, show: Ca
         # the row is the session's: its number means nothing to who types
         show(_line(f"{error.field}: {error.problem}. {error.fix}"))
         return False
+    except BrokenWeights:  # no other question would be answered
+        raise
     except (ValueError, RuntimeError, MemoryError) as error:
         show(("\n" if answer else "") + _line(f"no answer ({str(error) or type(error).__name__})"))
         return False

@@ -18,6 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jvlm.errors import UserError
 
+# In place of a token, of a row whose scores are not all finite numbers: the best of these would be no answer.
+NOT_FINITE = -1
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -122,9 +125,12 @@ def sample(
 ) -> Int[Array, " B"]:
     """The next token of each row: the best of `adjust`'s logits, or one drawn by their softmax.
 
+    It is `NOT_FINITE` where a logit is NaN or infinite.
+
     Args:
       step: number of the token within its answer; with seed and row number it is the random key.
     """
+    finite = jnp.isfinite(logits).all(axis=-1)
     logits = adjust(logits, kind, knobs, banned=banned, seen=seen)
     if kind.sampled:
 
@@ -133,7 +139,7 @@ def sample(
             return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
 
         logits += jax.vmap(noise)(knobs.numbers)
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(finite, jnp.argmax(logits, axis=-1), NOT_FINITE).astype(jnp.int32)
 
 
 def adjust(

@@ -11,6 +11,7 @@ from jvlm.errors import UserError
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.mesh import ParallelConfig
+from jvlm.weights.safetensors_files import dtype_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,10 @@ class ExportConfig:
     dtype: str | None = None
     verify: int = 200
 
+    def __post_init__(self):
+        if self.dtype is not None:
+            dtype_of(self.dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -129,11 +134,13 @@ class AdaptConfig:
       grid_scale: ratio that places the interpolation's samples, where it is not that of the sizes: (70 + 0.1) / 27 for
         SigLIP's step from 27 to 70 in Idefics2.
       experts: a dense decoder's MLPs become the start of experts (`jvlm.weights.upcycling`).
+      grow_embedding: tokens of the tokenizer without a row in the embedding table get one, as in `jvlm.load`.
     """
 
     grid: int | None = None
     grid_scale: float | None = None
     experts: MoEConfig | None = None
+    grow_embedding: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

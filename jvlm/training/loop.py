@@ -211,7 +211,8 @@ def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None =
     """
     if experiment.init_from is not None:
         numerics = experiment.model.numerics if experiment.model else None
-        model, processor = loading.load(experiment.init_from, numerics=numerics, sharding=sharding)
+        grow = experiment.adapt.grow_embedding
+        model, processor = loading.load(experiment.init_from, numerics=numerics, sharding=sharding, grow_embedding=grow)
         if experiment.adapt.grid is not None:
             model = positions.with_grid(model, experiment.adapt.grid, experiment.adapt.grid_scale)
         if experiment.adapt.experts is not None:

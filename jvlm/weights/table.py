@@ -11,7 +11,8 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import einops
 import numpy as np
@@ -19,6 +20,8 @@ import numpy as np
 from jvlm.data.vision import MediaConfig
 from jvlm.errors import UserError
 from jvlm.models.vlm import VLMConfig
+
+T = TypeVar("T")
 
 
 class WeightError(UserError):
@@ -191,6 +194,22 @@ def _no_public_form(kind: str) -> WeightError:
         f"{', '.join(architectures())}. Save them as a jvlm run folder: jvlm.save(..., format='jvlm'), or "
         "export.enabled = False in an experiment"
     )
+
+
+def read_values(path: Path, read: Callable[[dict[str, Any]], T], values: dict[str, Any]) -> T:
+    """Return ``read(values)`` of a config.json's values.
+
+    Raises:
+      WeightError: naming the file, for a value that is missing or that nothing can be computed from.
+    """
+    try:
+        return read(values)
+    except KeyError as error:
+        raise WeightError(f"{path} has no {error.args[0]!r}; copy the file again, or add the value") from error
+    except UserError as error:
+        raise WeightError(f"{path}: {error}") from error
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise WeightError(f"{path} has a value of the wrong kind ({error}); compare it with a published one") from error
 
 
 def architecture_for(model_type: str | None) -> Architecture:

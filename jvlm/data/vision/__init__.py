@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from jvlm.errors import UserError
 from jvlm.models.vlm import VLMConfig
 
 
@@ -126,7 +127,7 @@ def media_type(name: str) -> type:
     _load_all()
     known = {t.__name__: t for t in _VISIONS}
     if name not in known:
-        raise KeyError(f"unknown configuration {name!r}; known: {sorted(known)}")
+        raise UserError(f"unknown configuration {name!r}; known: {sorted(known)}")
     return known[name]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from jvlm.data.vision.edges import EdgeLimits
 from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.decoders.transformer import TransformerConfig
+from jvlm.models.token_ids import end_token_id, first_set
 from jvlm.models.vlm import VLMConfig
 from jvlm.weights.backbones import siglip
 from jvlm.weights.backbones import text as language
@@ -78,13 +79,13 @@ def _read_config(values: dict[str, Any]) -> VLMConfig:
             norm_eps=perceiver.get("rms_norm_eps", default.norm_eps),
         ),
         decoder=decoder,
-        image_token_id=values.get("image_token_id", 32001),
+        image_token_id=first_set("image_token_id", values, default=32001),
         video_token_id=None,
         vision_start_token_id=None,
         vision_end_token_id=None,
         vision_pad_token_id=None,
-        bos_token_id=text.get("bos_token_id", 1),
-        eos_token_id=text.get("eos_token_id", 2),
+        bos_token_id=first_set("bos_token_id", values, {"bos_token_id": 1, **text}),
+        eos_token_id=end_token_id(values, {"eos_token_id": 2, **text}),
     )
 
 

@@ -9,6 +9,7 @@ from jvlm.data.vision import PixelLimits
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
+from jvlm.models.token_ids import end_token_id
 from jvlm.models.vlm import VLMConfig
 from jvlm.weights.rules import linear, norm, swiglu, transformer
 from jvlm.weights.table import Architecture, Rule, WeightError
@@ -92,7 +93,7 @@ def _read_config(values: dict[str, Any]) -> VLMConfig:
         hidden_size=text["hidden_size"],
         num_layers=text["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=text.get("num_key_value_heads", heads),
+        num_kv_heads=text.get("num_key_value_heads") or heads,
         intermediate_size=text["intermediate_size"],
         rms_norm_eps=text.get("rms_norm_eps", 1e-6),
         rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e6))),
@@ -101,7 +102,7 @@ def _read_config(values: dict[str, Any]) -> VLMConfig:
         tie_word_embeddings=bool(values.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         max_position_embeddings=text.get("max_position_embeddings", 128000),
     )
-    ids = {**text, **values}
+    ids = {k: v for part in (text, values) for k, v in part.items() if v is not None}
     start = ids.get("vision_start_token_id", 151652)
     return VLMConfig(
         architecture="qwen2_5_vl",
@@ -114,7 +115,7 @@ def _read_config(values: dict[str, Any]) -> VLMConfig:
         vision_end_token_id=ids.get("vision_end_token_id", start + 1),
         vision_pad_token_id=ids.get("vision_token_id", ids.get("vision_end_token_id", start + 1) + 1),
         bos_token_id=ids.get("bos_token_id"),
-        eos_token_id=ids.get("eos_token_id"),
+        eos_token_id=end_token_id(values, {"eos_token_id": 151645, **(values.get("text_config") or values)}),
     )
 
 
