@@ -104,6 +104,9 @@ def parse_row(row: Any, origin: Origin = Origin()) -> Conversation:
     if not isinstance(row, dict):
         raise RowError(origin, "row", f"a {type(row).__name__}, not an object", 'Write {"messages": [...]} per line')
     row = without_nulls(row)
+    for field in ("audios", "audio"):
+        if field in row and not (isinstance(row[field], list | tuple) and not row[field]):
+            raise RowError(origin, field, "the models here do not hear", "Remove it, and <audio> from the messages")
     images, videos = _listed(row, "images", "image", origin), _listed(row, "videos", "video", origin)
     listed = {"images": len(images), "videos": len(videos)}
     messages = _messages(row, images, videos, origin)

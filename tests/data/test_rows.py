@@ -86,6 +86,7 @@ BAD = {
         "objects.bbox",
         "1 <bbox> tags but 0 entries. Is 'object' meant to be 'objects'?",
     ),
+    "sound": (row("<audio>", audios=["a.wav"]), "audios", "do not hear"),
     "misspelt messages": ({"mesages": []}, "messages", "missing or empty. Is 'mesages' meant to be 'messages'?"),
     "messages that are a number": ({"messages": 5}, "messages", "5 is not a list"),
     "messages that are columns": ({"messages": {"role": ["user"]}}, "messages", "is not a list"),
@@ -395,6 +396,7 @@ NULLS = {
         chat_template_kwargs=None,
         id=None,
         imges=None,
+        audios=None,
     ),
     "fields of objects and limits": row(
         "<image>x",
