@@ -4,6 +4,7 @@ import contextlib
 import pickle
 
 import numpy as np
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -427,6 +428,27 @@ def test_nulls_inside_objects_and_limits_are_absent_beside_what_is_there():
     )
     assert (conversation.boxes, conversation.box_images) == ((Box(1, 2, 3, 4, "original"),), (0,))
     assert conversation.limits == (("max_pixels", 50176),)
+
+
+def test_rows_are_the_same_after_the_way_through_arrow():
+    text, image = {"type": "text", "text": "which <ref-object>?"}, {"type": "image_url", "image_url": {"url": "b.png"}}
+    rows = [
+        turns({"role": "user", "content": [text]}, {"role": "assistant", "content": [text], "loss": False}),
+        turns({"role": "user", "content": [{"type": "image", "image": "a.png"}]}),
+        turns({"role": "user", "content": [image, text]}, objects={"ref": ["cat"]}, chat_template_kwargs={"fps": 1.5}),
+        turns({"role": "user", "content": [{"type": "video", "video": ["1.png", "2.png"]}]}, source="web"),
+        turns(
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "<bbox>?"}]},
+            {"role": "assistant", "content": [text], "loss_scale": 0.5},
+            images=["c.png"],
+            objects={"bbox": [[1, 2, 3, 4]], "bbox_type": "real", "image_id": [0]},
+            chat_template_kwargs={"max_pixels": 784},
+        ),
+    ]
+    through = pyarrow.array(rows).to_pylist()
+    assert through[0]["objects"] is None
+    assert through[0]["messages"][0]["content"][0]["image"] is None
+    assert [parse_row(row) for row in through] == [parse_row(row) for row in rows]
 
 
 def test_numbers_of_numpy_are_numbers():
