@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Literal
 
 from jvlm.errors import UserError
 
@@ -40,9 +43,35 @@ def _printable(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-    """A row left out of training, kept so that it can be counted and listed."""
+    """A row left out of training, kept so that it can be counted and listed.
+
+    Attributes:
+      kind: "bad" for one that cannot be read, "too_long" for one that does not fit a packed sequence.
+      fix: what the user can do.
+    """
 
     file: str
     row: int
     field: str
     reason: str
+    kind: Literal["bad", "too_long"] = "bad"
+    fix: str = ""
+
+    @classmethod
+    def of(cls, error: RowError, kind: Literal["bad", "too_long"]) -> Rejected:
+        """The row of an error."""
+        return cls(error.origin.file, error.origin.row, error.field, error.problem, kind, error.fix)
+
+
+def grouped(rejected: Iterable[Rejected], *, most: int = 5) -> str:
+    """One line for each reason: how many rows, the first three places, and the fix. Numbers make no other reason."""
+    groups: dict[tuple[str, str], list[Rejected]] = {}
+    for row in rejected:
+        groups.setdefault((re.sub(r"\d+", "0", row.field), re.sub(r"\d+", "0", row.reason)), []).append(row)
+    lines = []
+    for rows in sorted(groups.values(), key=len, reverse=True)[:most]:
+        places = ", ".join(str(Origin(row.file, row.row)) for row in rows[:3])
+        first = rows[0]
+        lines.append(f"  {len(rows)} x field {first.field!r}: {first.reason} (first: {places}). {first.fix}".rstrip())
+    others = sum(map(len, groups.values())) - sum(len(g) for g in sorted(groups.values(), key=len, reverse=True)[:most])
+    return "\n".join([*lines, *([f"  {others} x other reasons"] if others else [])])

@@ -19,6 +19,7 @@ from jvlm.data.pixels import array_to_rgb, image_to_rgb
 from jvlm.data.values import without_nulls
 
 _REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+MAX_ASPECT = 200  # of a picture that `smart_resize` takes
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -31,8 +32,8 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     """
     if min_pixels > max_pixels:
         raise ValueError(f"min_pixels {min_pixels} exceeds max_pixels {max_pixels}")
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"aspect ratio of {width} x {height} exceeds 200")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"aspect ratio of {width} x {height} exceeds {MAX_ASPECT}")
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
         beta = math.sqrt(height * width / max_pixels)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from jvlm import config as config_tree
 from jvlm.data import box_formats, mrope, packing, vocabulary
@@ -183,7 +184,7 @@ class Processor:
         return box_formats.parse(text, self.config.box_format, space=self.config.box_space)
 
     def _media(self, conversation: Conversation) -> list[MediaPatches]:
-        config = self._row_media(conversation)
+        config = self.row_media(conversation)
         images, videos = iter(enumerate(conversation.images)), iter(enumerate(conversation.videos))
         media = []
         for kind in conversation.media_order():
@@ -197,7 +198,7 @@ class Processor:
                 media.append(self._load(frames, f"videos[{index}]", conversation.origin, make))
         return media
 
-    def _row_media(self, conversation: Conversation) -> MediaConfig:
+    def row_media(self, conversation: Conversation) -> MediaConfig:
         """The media configuration with what the row changes."""
         known = {f.name for f in dataclasses.fields(self.media)}
         for name, _ in conversation.limits:
@@ -222,11 +223,21 @@ class Processor:
     def _video(self, config: MediaConfig, frames: list) -> MediaPatches:
         return self.vision.video(frames, config)
 
-    def _load(self, sources, field: str, origin: Origin, make: Callable[[list], MediaPatches]) -> MediaPatches:
+    def with_open_media(self, conversation: Conversation) -> Conversation:
+        """The conversation with its pictures and frames decoded. Raises RowError."""
+        origin = conversation.origin
+        images = [self._open([s], f"images[{i}]", origin)[0] for i, s in enumerate(conversation.images)]
+        videos = [tuple(self._open(frames, f"videos[{i}]", origin)) for i, frames in enumerate(conversation.videos)]
+        return dataclasses.replace(conversation, images=tuple(images), videos=tuple(videos))
+
+    def _open(self, sources: Iterable[Any], field: str, origin: Origin) -> list[Image.Image]:
         roots = self.media_roots
         if origin.file != Origin.file:
             roots = (str(Path(origin.file).parent), *roots)
-        pictures = [open_image(s, origin=origin, field=field, roots=roots) for s in sources]
+        return [open_image(s, origin=origin, field=field, roots=roots) for s in sources]
+
+    def _load(self, sources, field: str, origin: Origin, make: Callable[[list], MediaPatches]) -> MediaPatches:
+        pictures = self._open(sources, field, origin)
         if len({p.size for p in pictures}) > 1:
             sizes = sorted({p.size for p in pictures})
             raise RowError(origin, field, f"frames of different sizes {sizes}", "Give frames of one size")

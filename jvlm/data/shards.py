@@ -71,6 +71,10 @@ class RowSource:
         origin = Origin(self.files[file], self._readers[file].number(row))
         return origin, self._readers[file].read(row, origin)
 
+    def counts(self) -> dict[str, int]:
+        """Rows of each file."""
+        return {path: len(reader) for path, reader in zip(self.files, self._readers, strict=True)}
+
     def __repr__(self) -> str:
         return f"RowSource({self.files})"
 

@@ -9,9 +9,12 @@ from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.errors import UserError
 from jvlm.models.decoders.moe import MoEConfig
-from jvlm.models.vlm import VLMConfig
+from jvlm.models.vlm import TOWERS, VLMConfig
 from jvlm.parallel.mesh import ParallelConfig
+from jvlm.validation import check_fields
 from jvlm.weights.safetensors_files import dtype_of
+
+SEEDS = f"[0, {2**32})"  # what every generator of random numbers takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,19 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip: float = 1.0
 
+    def __post_init__(self):
+        shares = dict.fromkeys(("warmup", "final_ratio"), "[0, 1]")
+        rates = dict.fromkeys(("learning_rate", "encoder_lr", "connector_lr", "decoder_lr"), "[0, inf)")
+        betas = dict.fromkeys(("beta1", "beta2"), "[0, 1)")
+        rest = {"weight_decay": "[0, inf)", "eps": "(0, inf)", "clip": "(0, inf)"}
+        check_fields(self, "optimizer.", {**shares, **rates, **betas, **rest})
+        if not any(self.rate_of(tower) for tower in TOWERS):
+            raise UserError(
+                "every tower is frozen, so nothing would be trained: optimizer.learning_rate is "
+                f"{self.learning_rate}, and encoder_lr, connector_lr and decoder_lr are {self.encoder_lr}, "
+                f"{self.connector_lr} and {self.decoder_lr}; give one of them a rate above 0"
+            )
+
     def rate_of(self, tower: str) -> float:
         """Peak learning rate of "encoder", "connector" or "decoder"."""
         own = getattr(self, f"{tower}_lr")
@@ -58,6 +74,9 @@ class CheckpointConfig:
     every: int = 500
     keep: int = 2
     keep_every: int | None = None
+
+    def __post_init__(self):
+        check_fields(self, "checkpoint.", dict.fromkeys(("every", "keep", "keep_every"), "[1, inf)"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +103,8 @@ class EvaluationConfig:
     aim_iou: float | None = None
 
     def __post_init__(self):
-        for name, most in (("aim", 100), ("aim_iou", 1)):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= most:
-                raise UserError(f"evaluation.{name} must be from 0 to {most}, got {value}")
+        counts = dict.fromkeys(("max_new_tokens", "batch_size", "max_rows"), "[1, inf)")
+        check_fields(self, "evaluation.", {**counts, "aim": "[0, 100]", "aim_iou": "[0, 1]"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +122,7 @@ class ExportConfig:
     verify: int = 200
 
     def __post_init__(self):
+        check_fields(self, "export.", {"verify": "[0, inf)"})
         if self.dtype is not None:
             dtype_of(self.dtype)
 
@@ -124,6 +142,9 @@ class Stage:
     optimizer: OptimizerConfig = OptimizerConfig()
     steps: int | None = None
 
+    def __post_init__(self):
+        check_fields(self, f"stage {self.name}: ", {"steps": "[1, inf)"})
+
 
 @dataclasses.dataclass(frozen=True)
 class AdaptConfig:
@@ -141,6 +162,9 @@ class AdaptConfig:
     grid_scale: float | None = None
     experts: MoEConfig | None = None
     grow_embedding: bool = False
+
+    def __post_init__(self):
+        check_fields(self, "adapt.", {"grid": "[1, inf)", "grid_scale": "(0, inf)"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +187,8 @@ class Experiment:
       epochs: passes over the data, used when ``steps`` is None; the number of steps is estimated by packing a sample.
       accumulation: batches whose gradients make one step; the loss is averaged over all their tokens.
       log_every: steps between log lines.
+      accept_changes: go on with a run whose settings, data or start have changed since it began; the changes are noted
+        in ``<output>/changes.jsonl`` and in the log.
       output_root: folder of runs, or a place in an object store as gs://bucket/runs; then small files are also in
         ``runs/gs/bucket/runs``.
       profile: "10:13" traces the 10th to the 13th step of a start, both included, for xprof or TensorBoard, into
@@ -194,12 +220,12 @@ class Experiment:
     log_every: int = 5
     profile: str = ""
     stop_after_skips: int = 10
+    accept_changes: bool = False
     output_root: str = "runs"
 
     def __post_init__(self):
-        for name in ("accumulation", "log_every", "stop_after_skips"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        counts = dict.fromkeys(("steps", "accumulation", "log_every", "stop_after_skips"), "[1, inf)")
+        check_fields(self, "", {**counts, "epochs": "(0, inf)", "seed": SEEDS})
         if self.init_from is None and (self.model is None or self.tokenizer is None):
             raise ValueError("give init_from (a folder to start from), or both model and tokenizer")
         if self.init_from is None and self.adapt != AdaptConfig():
@@ -210,8 +236,6 @@ class Experiment:
         if len(set(names)) < len(names) or not all(name.replace("-", "_").isidentifier() for name in names):
             raise ValueError(f"stages need names of letters, digits, - and _, each its own; got {', '.join(names)}")
         profiled_steps(self.profile)
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
 
 
 def profiled_steps(text: str) -> range:

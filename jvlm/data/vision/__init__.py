@@ -9,7 +9,7 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -98,7 +98,14 @@ class Vision(Protocol):
         ...
 
     def max_frame_patches(self, config: MediaConfig) -> int | None:
-        """Most patches of a frame; None if there is no limit."""
+        """Most patches that a frame of any picture gets; None if there is no limit."""
+        ...
+
+    def smaller(self, config: MediaConfig) -> Sequence[Sequence[dict[str, Any]]]:
+        """Ways to make pictures cost less, the mildest way first: each a list of changed fields, from a little to most.
+
+        Along a list tokens and patches never grow.
+        """
         ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -115,6 +115,12 @@ class EdgeVision:
     def max_frame_patches(self, config: EdgeLimits) -> int:
         """A square of the longest edge has the most."""
         return (config.longest_edge // self.patch_size) ** 2
+
+    def smaller(self, config: EdgeLimits) -> list[list[dict[str, Any]]]:
+        """Shorter edges, a patch at a time, which cost fewer patches; the same unsplit, which cost fewer tokens too."""
+        edges = range(config.longest_edge, config.shortest_edge - 1, -self.patch_size)
+        whole = [{"split": False, "longest_edge": edge} for edge in edges]
+        return [[{"longest_edge": edge} for edge in edges[1:]], whole if config.split else []]
 
     def _media(self, pictures: Sequence[Image.Image], config: EdgeLimits) -> MediaPatches:
         sizes = [edge_resize(p.height, p.width, config.shortest_edge, config.longest_edge) for p in pictures]

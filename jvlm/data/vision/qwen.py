@@ -5,14 +5,18 @@ Units: "patch" is patch_size pixels; "merged" is merge x merge patches, which be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from jvlm.data.images import smart_resize
+from jvlm.data.images import MAX_ASPECT, smart_resize
 from jvlm.data.vision import MediaPatches, PixelLimits, register
 from jvlm.models.vlm import VLMConfig
+
+_SHRINK = 0.9  # of the pixels, a step of `QwenVision.smaller`
 
 
 def window_order(grid: tuple[int, int, int], window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -33,6 +37,23 @@ def window_order(grid: tuple[int, int, int], window: int) -> tuple[np.ndarray, n
     _, number = np.unique(number[order], return_inverse=True)
     frames = np.arange(t, dtype=np.int32)[:, None]
     return (frames * (h * w) + order).ravel(), (frames * (number.max() + 1) + number + 1).ravel().astype(np.int32)
+
+
+def largest_area(factor: int, min_pixels: int, max_pixels: int) -> int:
+    """Most pixels that `jvlm.data.images.smart_resize` gives any picture.
+
+    That is more than ``max_pixels`` where a thin picture, brought down, keeps a side of ``factor``, and where a small
+    one, brought up, has both its sides rounded up past limits that are close to each other.
+    """
+    most = int(max_pixels)
+    thin = int(math.sqrt(MAX_ASPECT * max_pixels) / factor)
+    cells = max(most // factor**2, thin)
+    longest = int(math.sqrt(MAX_ASPECT * min_pixels) / factor) + 1
+    for short in range(1, int(math.sqrt(min_pixels) / factor) + 2):
+        # one more than the exact quotient: the sides are computed in float64 before they are rounded up
+        long = longest if short == 1 else min(longest, int(min_pixels / ((short - 1) * factor**2)) + 1)
+        cells = max(cells, short * long)
+    return max(most, cells * factor**2)
 
 
 @register(PixelLimits, "qwen2_5_vl")
@@ -59,8 +80,23 @@ class QwenVision:
         return self._media(frames, limits.video_min_pixels, limits.video_max_pixels, step)
 
     def max_frame_patches(self, limits: PixelLimits) -> int:
-        """As the pixel limits allow; a pair of frames is one."""
-        return max(limits.max_pixels, limits.video_max_pixels) // self.config.patch_size**2
+        """Of the largest picture that the resize gives; a pair of frames is one."""
+        pairs = (limits.min_pixels, limits.max_pixels), (limits.video_min_pixels, limits.video_max_pixels)
+        return max(largest_area(self.factor, *pair) for pair in pairs) // self.config.patch_size**2
+
+    def smaller(self, limits: PixelLimits) -> list[list[dict[str, Any]]]:
+        """Fewer pixels for images and frames of videos, a tenth less at a time, down to one token."""
+        cell, steps = self.factor**2, []
+        share = 1.0
+        while share * max(limits.max_pixels, limits.video_max_pixels) > cell:
+            share *= _SHRINK
+            most, video_most = (
+                max(int(share * pixels), cell) for pixels in (limits.max_pixels, limits.video_max_pixels)
+            )
+            least, video_least = min(limits.min_pixels, most), min(limits.video_min_pixels, video_most)
+            change = {"min_pixels": least, "max_pixels": most}
+            steps.append({**change, "video_min_pixels": video_least, "video_max_pixels": video_most})
+        return [steps]
 
     def size(self, height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
         """(height, width) after the resize."""

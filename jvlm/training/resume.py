@@ -1,0 +1,151 @@
+"""Whether a run folder holds this same run: its settings, its data and the model it began from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jvlm
+from jvlm import config as config_tree
+from jvlm.data import stores
+from jvlm.data.processor import Processor
+from jvlm.data.shards import RowSource
+from jvlm.errors import UserError
+from jvlm.models.vlm import TOWERS
+from jvlm.parallel import hosts
+from jvlm.training.config import Experiment
+from jvlm.training.side_files import read_json, write_json
+from jvlm.weights import checkpoint, run_folder
+from jvlm.weights.run_folder import EXPERIMENT, PROCESSOR
+
+INPUTS, CHANGES = "inputs.json", "changes.jsonl"
+# A restart may change these; anything else would make the rest of the run another experiment.
+_FREE = (
+    *("checkpoint", "evaluation", "export", "log_every", "stop_after_skips", "profile", "output_root"),
+    *("data.read_threads", "data.prefetch", "data.max_bad_fraction", "data.max_too_long_fraction"),
+    *("parallel", "topologies", "accept_changes"),
+)
+_WHOLE = 64 * 2**20  # larger files are fingerprinted by pieces
+_PIECES, _PIECE = 64, 64 * 2**10
+_MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
+
+
+def derived(experiment: Experiment, folder: Path) -> Experiment:
+    """The experiment with what it leaves to be derived from the data, as the run in the folder had derived it."""
+    saved = read_json(folder / EXPERIMENT, "the run cannot go on without it: restore it, or choose another --name")
+    if saved is None:
+        return experiment
+    data = {}
+    for name, left in (("row_tokens", "auto"), ("row_patches", "auto"), ("max_frame_patches", None)):
+        if getattr(experiment.data, name) == left:
+            data[name] = saved["data"][name]
+    return dataclasses.replace(
+        experiment, data=dataclasses.replace(experiment.data, **data), steps=experiment.steps or saved["steps"]
+    )
+
+
+def prepare_folder(folder: Path, experiment: Experiment, processor: Processor) -> list[str]:
+    """Create the run folder, or check that it holds this same run. Returns the changes that were accepted.
+
+    Raises:
+      UserError: another experiment, other data or another model to start from; names each change with both values.
+    """
+    resolved = config_tree.to_dict(experiment)
+    changed = hosts.agree(hosts.together(lambda: _changes(folder, experiment, resolved) if hosts.is_first() else []))
+    if hosts.is_first():
+        (folder / PROCESSOR).mkdir(parents=True, exist_ok=True)
+        checkpoint.write_processor(folder / PROCESSOR, experiment.model, processor)
+        write_json(folder / INPUTS, inputs(experiment))
+        write_json(folder / EXPERIMENT, resolved)
+        if changed:
+            with open(folder / CHANGES, "a") as file:
+                file.write(_line(changed))
+    hosts.wait("wrote the run folder")
+    for line in changed:
+        hosts.say(f"changed since the run began, and accepted: {line}")
+    return changed
+
+
+def _line(changed: Sequence[str]) -> str:
+    return json.dumps({"time": time.time(), "jvlm": jvlm.__version__, "changes": list(changed)}) + "\n"
+
+
+def _changes(folder: Path, experiment: Experiment, resolved: dict[str, Any]) -> list[str]:
+    saved = read_json(folder / EXPERIMENT, "the run cannot go on without it: restore it, or choose another --name")
+    if saved is None:
+        return []
+    settings = [line for line in config_tree.differences(saved, resolved) if not line.startswith(_FREE)]
+    before = read_json(folder / INPUTS, "remove it, and the run takes its present data and start for those it had")
+    others = [] if before is None else list(config_tree.differences(before, inputs(experiment)))
+    if not settings and not others:
+        return []
+    shapes = [line for line in settings if line.startswith(("model.", "adapt."))]
+    shapes += [f"{tower}: frozen or not" for tower in TOWERS if _learnt(saved, tower) != _learnt(resolved, tower)]
+    if experiment.accept_changes and not shapes:
+        return [*settings, *others]
+    way = "another experiment" if settings else "the same experiment on other data or another start"
+    fix = "" if shapes else ", or go on with --accept_changes true, which notes them in changes.jsonl"
+    raise UserError(
+        f"{folder} holds {way}; remove it or choose another --name{fix}. Differences:\n  "
+        + "\n  ".join([*settings, *others])
+    )
+
+
+def _learnt(values: dict[str, Any], tower: str) -> bool:
+    own = values["optimizer"][f"{tower}_lr"]
+    return (values["optimizer"]["learning_rate"] if own is None else own) > 0
+
+
+def inputs(experiment: Experiment) -> dict[str, Any]:
+    """Fingerprints of what a run begins from: its data files, and the folders of models and tokenizers."""
+    source = RowSource(experiment.data.train)
+    counts = source.counts()
+    data = {path: {**_fingerprint([Path(path)]), "rows": counts[path]} for path in source.files}
+    names = ("init_from", "encoder_from", "decoder_from", "tokenizer")
+    starts = {name: getattr(experiment, name) for name in names if getattr(experiment, name) is not None}
+    return {"data": data, "start": {name: _of_model(place) for name, place in starts.items()}}
+
+
+def _of_model(place: str) -> dict[str, Any]:
+    folder = run_folder.local(place)
+    if not run_folder.is_run(folder):
+        files = [folder] if folder.is_file() else sorted(folder.iterdir())
+        return _fingerprint(p for p in files if p.is_file() and p.suffix in _MODEL_FILES)
+    step = run_folder.steps(folder)[-1]
+    kept = run_folder.checkpoints(folder) / str(step)
+    found = {"step": step, "model": _digest_of(run_folder.model_config(folder))}
+    if not stores.is_remote(kept):
+        found |= _fingerprint(sorted(p for p in Path(kept).rglob("*") if p.is_file()))
+    return found
+
+
+def _digest_of(config: Any) -> str:
+    return hashlib.sha256(repr(config).encode()).hexdigest()
+
+
+def _fingerprint(files: Iterable[Path]) -> dict[str, Any]:
+    """Number of bytes, and a hash of names and contents; of large files their sizes and pieces all over them."""
+    digest, size = hashlib.sha256(), 0
+    for path in files:
+        length = path.stat().st_size
+        size += length
+        digest.update(f"{path.name} {length}\n".encode())
+        for piece in _pieces(path, length):
+            digest.update(piece)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _pieces(path: Path, length: int) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        if length <= _WHOLE:
+            while block := file.read(2**20):
+                yield block
+            return
+        for number in range(_PIECES):
+            file.seek(number * (length - _PIECE) // (_PIECES - 1))
+            yield file.read(_PIECE)
