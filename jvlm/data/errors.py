@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from jvlm.errors import UserError
@@ -64,14 +64,31 @@ class Rejected:
 
 
 def grouped(rejected: Iterable[Rejected], *, most: int = 5) -> str:
-    """One line for each reason: how many rows, the first three places, and the fix. Numbers make no other reason."""
+    """One line for each reason: how many rows, the worst of them, the first three places, and the fix.
+
+    Reasons that differ in their numbers only are one.
+    """
     groups: dict[tuple[str, str], list[Rejected]] = {}
     for row in rejected:
         groups.setdefault((re.sub(r"\d+", "0", row.field), re.sub(r"\d+", "0", row.reason)), []).append(row)
+    ordered = sorted(groups.values(), key=len, reverse=True)
     lines = []
-    for rows in sorted(groups.values(), key=len, reverse=True)[:most]:
-        places = ", ".join(str(Origin(row.file, row.row)) for row in rows[:3])
-        first = rows[0]
-        lines.append(f"  {len(rows)} x field {first.field!r}: {first.reason} (first: {places}). {first.fix}".rstrip())
-    others = sum(map(len, groups.values())) - sum(len(g) for g in sorted(groups.values(), key=len, reverse=True)[:most])
-    return "\n".join([*lines, *([f"  {others} x other reasons"] if others else [])])
+    for rows in ordered[:most]:
+        worst = max(rows, key=lambda row: _first_number(row.reason))
+        at_most = "up to " if len({row.reason for row in rows}) > 1 and worst.reason[:1].isdigit() else ""
+        lines.append(
+            f"  {len(rows)} x field {worst.field!r}: {at_most}{worst.reason} ({_places(rows[:3])}). {worst.fix}"
+        )
+    others = sum(map(len, ordered[most:]))
+    return "\n".join([*(line.rstrip() for line in lines), *([f"  {others} x other reasons"] if others else [])])
+
+
+def _first_number(text: str) -> int:
+    found = re.search(r"\d+", text)
+    return int(found[0]) if found else 0
+
+
+def _places(rows: Sequence[Rejected]) -> str:
+    if len({row.file for row in rows}) > 1:
+        return "; ".join(str(Origin(row.file, row.row)) for row in rows)
+    return f"{rows[0].file}, row{'s' * (len(rows) > 1)} {', '.join(str(row.row) for row in rows)}"

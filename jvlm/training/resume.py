@@ -56,11 +56,18 @@ def prepare_folder(folder: Path, experiment: Experiment, processor: Processor) -
       UserError: another experiment, other data or another model to start from; names each change with both values.
     """
     resolved = config_tree.to_dict(experiment)
-    changed = hosts.agree(hosts.together(lambda: _changes(folder, experiment, resolved) if hosts.is_first() else []))
+
+    def compare() -> tuple[dict[str, Any], list[str]] | None:
+        if not hosts.is_first():
+            return None
+        present = inputs(experiment)
+        return present, _changes(folder, experiment, resolved, present)
+
+    present, changed = hosts.agree(hosts.together(compare))
     if hosts.is_first():
         (folder / PROCESSOR).mkdir(parents=True, exist_ok=True)
         checkpoint.write_processor(folder / PROCESSOR, experiment.model, processor)
-        write_json(folder / INPUTS, inputs(experiment))
+        write_json(folder / INPUTS, present)
         write_json(folder / EXPERIMENT, resolved)
         if changed:
             with open(folder / CHANGES, "a") as file:
@@ -75,13 +82,13 @@ def _line(changed: Sequence[str]) -> str:
     return json.dumps({"time": time.time(), "jvlm": jvlm.__version__, "changes": list(changed)}) + "\n"
 
 
-def _changes(folder: Path, experiment: Experiment, resolved: dict[str, Any]) -> list[str]:
+def _changes(folder: Path, experiment: Experiment, resolved: dict[str, Any], present: dict[str, Any]) -> list[str]:
     saved = read_json(folder / EXPERIMENT, "the run cannot go on without it: restore it, or choose another --name")
     if saved is None:
         return []
     settings = [line for line in config_tree.differences(saved, resolved) if not line.startswith(_FREE)]
     before = read_json(folder / INPUTS, "remove it, and the run takes its present data and start for those it had")
-    others = [] if before is None else list(config_tree.differences(before, inputs(experiment)))
+    others = [] if before is None else list(config_tree.differences(before, present))
     if not settings and not others:
         return []
     shapes = [line for line in settings if line.startswith(("model.", "adapt."))]
