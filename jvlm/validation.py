@@ -53,11 +53,13 @@ def _check_number(name: str, value: Any, kinds: set[type], choices: tuple[str, .
 
 
 def _in_words(interval: str, low: float, high: float) -> str:
+    if interval[0] + interval[-1] == "[]":
+        return f"from {low:g} to {high:g}"
     parts = []
     if low > -math.inf:
         parts.append(f"at least {low:g}" if interval[0] == "[" else f"more than {low:g}")
     if high < math.inf:
-        parts.append(f"at most {high:g}" if interval[-1] == "]" else f"less than {high:g}")
+        parts.append(f"less than {high:g}")
     return " and ".join(parts) or "a finite number"
 
 

@@ -190,7 +190,7 @@ class _Windows(grain.MapDataset):
 class PackDataset(grain.IterDataset):
     """Packs a process's share of the encoded rows into batches of ``rows`` rows; ``epoch`` is how many rows there are.
 
-    Iterating raises UserError where as many rows as an epoch has give nothing to learn from.
+    Iterating raises UserError where none of the rows gives anything to learn from.
     """
 
     def __init__(
@@ -281,12 +281,14 @@ class PackIterator(grain.DatasetIterator):
         window, before = self._progress.item
         elements = [next(self._stream) for _ in range(self.dataset.window_size(window))]
         examples = [e for e in elements if not isinstance(e, Rejected)]
-        self._unusable = [] if examples else self._unusable + [e for e in elements if isinstance(e, Rejected)]
-        if len(self._unusable) >= self.dataset.epoch:
-            raise UserError(f"none of the {self.dataset.epoch} rows can be used:\n{grouped(self._unusable)}")
+        rejected = [e for e in elements if isinstance(e, Rejected)]
+        self._unusable = [] if examples else self._unusable + rejected
+        if len(self._unusable) > 2 * (self.dataset.epoch - 1):  # shuffled, a row comes no later than that
+            rows = {(row.file, row.row): row for row in self._unusable}
+            raise UserError(f"none of the {self.dataset.epoch} rows can be used:\n{grouped(rows.values())}")
         given = max(before, self._progress.given)
         if not given:  # what a window rejects is reported with its first row
-            self._rejected = [e for e in elements if isinstance(e, Rejected)]
+            self._rejected = rejected
         packed = packing.best_fit_decreasing(examples, config.row_tokens, config.row_patches)
         self._queue.extend([examples[i] for i in row] for row in packed[given:])
         self._progress = dataclasses.replace(self._progress, given=given)

@@ -108,9 +108,8 @@ def take(
     source = RowSource(config.train)
     spread = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
     chosen = [int(i) for i in np.random.default_rng(seed).permutation(spread)]
-    whole = dataclasses.replace(config, max_frame_patches=config.max_frame_patches or config.row_patches or None)
     known = "auto" not in (config.row_tokens, config.row_patches)
-    look = _Look(processor, whole if known else config, source, seed, fit=known)
+    look = _Look(processor, config, source, seed, fit=known)
     found = look.at(chosen, seconds)
     if not known:
         config = choose_rows([s for s in found.values() if isinstance(s, Size)], config, processor, parts)
@@ -126,6 +125,10 @@ class _Look:
     """Encodes rows, each with random numbers of its own, in threads."""
 
     def __init__(self, processor: Processor, config: DataConfig, source: RowSource, seed: int, *, fit: bool):
+        if fit:  # the promise made to attention is raised to what is found here, unless it is the user's
+            config = dataclasses.replace(
+                config, max_frame_patches=config.max_frame_patches or config.row_patches or None
+            )
         self.encode, self.config, self.source, self.seed = Encode(processor, config), config, source, seed
         self.fits = fit
 
