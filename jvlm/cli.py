@@ -99,7 +99,7 @@ def _fields(kind: type[T], default: T, fields: list[str], program: str) -> T:
 
     return tyro.cli(
         kind,
-        args=fields,
+        args=[{"true": "True", "false": "False"}.get(field, field) for field in fields],
         default=default,
         prog=program,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),

@@ -84,7 +84,7 @@ def test_a_change_is_refused_with_both_values_and_accepted_when_asked_to(run, na
     with pytest.raises(UserError, match=rf"(?s)accept_changes true.*{said}"):
         loop.train(_experiment(run, *options))
     assert (run / "run" / "inputs.json").read_text() == before
-    loop.train(_experiment(run, *options, "--accept_changes", "True"))
+    loop.train(_experiment(run, *options, "--accept_changes", "true"))
     assert "changed since the run began, and accepted" in capsys.readouterr().out
     (noted,) = read_lines(run / "run" / "changes.jsonl")
     assert any(part in line for line in noted["changes"] for part in ("rows", "sha256", "weight_decay"))
@@ -97,7 +97,7 @@ def test_a_change_is_refused_with_both_values_and_accepted_when_asked_to(run, na
 )
 def test_what_a_checkpoint_cannot_take_is_refused_even_when_accepted(run, options):
     with pytest.raises(UserError, match=r"another experiment(?s:.)*Differences"):
-        loop.train(_experiment(run, *options, "--accept_changes", "True"))
+        loop.train(_experiment(run, *options, "--accept_changes", "true"))
     assert sorted(p.name for p in (run / "run" / "checkpoints").iterdir()), "no checkpoint is put aside"
 
 
