@@ -15,6 +15,7 @@ import jax
 import jvlm
 from jvlm.data.errors import MISTAKES, Rejected, RowError, grouped
 from jvlm.data.processor import Processor
+from jvlm.data.rows import Conversation
 from jvlm.errors import UserError
 from jvlm.evaluation import report, score, usable
 from jvlm.evaluation.aim import AimMissed, missed_aims
@@ -166,18 +167,18 @@ def _asked(
 ) -> tuple[list[Answer], list[Rejected]]:
     """Answers, and the rows that cannot be asked. Raises UserError if there are no others."""
     config = experiment.evaluation
-    rejected: list[Rejected] = []
-    rows = list(usable.rows_of(config.data, max_rows=config.max_rows, rejected=rejected))
-    try:
-        answers = score.ask(model, processor, rows, **settings)
-    except RowError:  # read well, but something else is wrong with one of them, its pictures most likely
-        rejected = []
-        read = functools.partial(usable.encode, processor=processor)
+
+    def answered(read: Callable[[tuple], Conversation]) -> tuple[list[Answer], list[Rejected]]:
+        rejected: list[Rejected] = []
         rows = list(usable.rows_of(config.data, read, max_rows=config.max_rows, rejected=rejected))
-        answers = score.ask(model, processor, rows, **settings)
-    if not rows:
-        raise UserError(f"none of the rows of {', '.join(config.data)} can be asked:\n{grouped(rejected)}")
-    return answers, rejected
+        if not rows:
+            raise UserError(f"none of the rows of {', '.join(config.data)} can be asked:\n{grouped(rejected)}")
+        return score.ask(model, processor, rows, **settings), rejected
+
+    try:
+        return answered(usable.parsed)
+    except RowError:  # read well, but something else is wrong with one of them, its pictures most likely
+        return answered(functools.partial(usable.encode, processor=processor))
 
 
 def _layout(result: Result) -> Layout | None:
