@@ -30,7 +30,9 @@ _FREE = (
     *("data.read_threads", "data.prefetch", "data.max_bad_fraction", "data.max_too_long_fraction"),
     *("parallel", "topologies", "accept_changes"),
 )
-_WHOLE = 64 * 2**20  # larger files are fingerprinted by pieces
+# Files up to so many bytes are read whole for their fingerprint, and up to so many of all data files together; of
+# others so many pieces of so many bytes.
+_WHOLE, _ALL = 64 * 2**20, 2**30
 _PIECES, _PIECE = 64, 64 * 2**10
 _MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 
@@ -40,6 +42,7 @@ def derived(experiment: Experiment, folder: Path) -> Experiment:
     saved = read_json(folder / EXPERIMENT, "the run cannot go on without it: restore it, or choose another --name")
     if saved is None:
         return experiment
+    _check_trained(saved, folder)
     data = {}
     for name, left in (("row_tokens", "auto"), ("row_patches", "auto"), ("max_frame_patches", None)):
         if getattr(experiment.data, name) == left:
@@ -47,6 +50,11 @@ def derived(experiment: Experiment, folder: Path) -> Experiment:
     return dataclasses.replace(
         experiment, data=dataclasses.replace(experiment.data, **data), steps=experiment.steps or saved["steps"]
     )
+
+
+def _check_trained(saved: dict[str, Any], folder: Path) -> None:
+    if not {"data", "optimizer", "steps"} <= set(saved):
+        raise UserError(f"{folder} holds a saved model and not a training run; choose another --name, or remove it")
 
 
 def prepare_folder(folder: Path, experiment: Experiment, processor: Processor) -> list[str]:
@@ -86,6 +94,7 @@ def _changes(folder: Path, experiment: Experiment, resolved: dict[str, Any], pre
     saved = read_json(folder / EXPERIMENT, "the run cannot go on without it: restore it, or choose another --name")
     if saved is None:
         return []
+    _check_trained(saved, folder)
     settings = [line for line in config_tree.differences(saved, resolved) if not line.startswith(_FREE)]
     before = read_json(folder / INPUTS, "remove it, and the run takes its present data and start for those it had")
     others = [] if before is None else list(config_tree.differences(before, present))
@@ -112,7 +121,8 @@ def inputs(experiment: Experiment) -> dict[str, Any]:
     """Fingerprints of what a run begins from: its data files, and the folders of models and tokenizers."""
     source = RowSource(experiment.data.train)
     counts = source.counts()
-    data = {path: {**_fingerprint([Path(path)]), "rows": counts[path]} for path in source.files}
+    budget = min(_WHOLE, _ALL // len(source.files))
+    data = {path: {**_fingerprint([Path(path)], budget), "rows": counts[path]} for path in source.files}
     names = ("init_from", "encoder_from", "decoder_from", "tokenizer")
     starts = {name: getattr(experiment, name) for name in names if getattr(experiment, name) is not None}
     return {"data": data, "start": {name: _of_model(place) for name, place in starts.items()}}
@@ -122,12 +132,15 @@ def _of_model(place: str) -> dict[str, Any]:
     folder = run_folder.local(place)
     if not run_folder.is_run(folder):
         files = [folder] if folder.is_file() else sorted(folder.iterdir())
-        return _fingerprint(p for p in files if p.is_file() and p.suffix in _MODEL_FILES)
+        return _fingerprint((p for p in files if p.is_file() and p.suffix in _MODEL_FILES), _WHOLE)
     step = run_folder.steps(folder)[-1]
     kept = run_folder.checkpoints(folder) / str(step)
     found = {"step": step, "model": _digest_of(run_folder.model_config(folder))}
     if not stores.is_remote(kept):
-        found |= _fingerprint(sorted(p for p in Path(kept).rglob("*") if p.is_file()))
+        # beside the data position of a training run lie fingerprints of its arrays
+        part = Path(kept) / ("data" if (kept / "data").is_dir() else "params")
+        files = sorted(p for p in part.rglob("*") if p.is_file())
+        found |= _fingerprint(files, _ALL // max(len(files), 1))
     return found
 
 
@@ -135,24 +148,25 @@ def _digest_of(config: Any) -> str:
     return hashlib.sha256(repr(config).encode()).hexdigest()
 
 
-def _fingerprint(files: Iterable[Path]) -> dict[str, Any]:
-    """Number of bytes, and a hash of names and contents; of large files their sizes and pieces all over them."""
+def _fingerprint(files: Iterable[Path], budget: int) -> dict[str, Any]:
+    """Number of bytes, and a hash of names and contents; of files above ``budget`` bytes of pieces all over them."""
     digest, size = hashlib.sha256(), 0
     for path in files:
         length = path.stat().st_size
         size += length
         digest.update(f"{path.name} {length}\n".encode())
-        for piece in _pieces(path, length):
+        for piece in _pieces(path, length, budget):
             digest.update(piece)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _pieces(path: Path, length: int) -> Iterator[bytes]:
+def _pieces(path: Path, length: int, budget: int) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        if length <= _WHOLE:
+        if length <= max(budget, 2 * _PIECE):
             while block := file.read(2**20):
                 yield block
             return
-        for number in range(_PIECES):
-            file.seek(number * (length - _PIECE) // (_PIECES - 1))
+        count = min(max(budget // _PIECE, 2), _PIECES)
+        for number in range(count):
+            file.seek(number * (length - _PIECE) // (count - 1))
             yield file.read(_PIECE)

@@ -114,7 +114,7 @@ def test_the_model_that_a_run_begins_from_is_part_of_it(run):
     # the files of the last checkpoint count, and nothing that a restart of the first run writes anew
     (source / "logging.jsonl").write_text("")
     assert resume.inputs(experiment)["start"]["init_from"] == first
-    data = next(p for p in sorted((source / "checkpoints" / "2").rglob("*")) if p.is_file() and p.stat().st_size > 100)
+    data = next(p for p in sorted((source / "checkpoints/2/data").rglob("*")) if p.is_file() and p.stat().st_size > 99)
     damaged = bytearray(data.read_bytes())
     damaged[50] ^= 1
     data.write_bytes(damaged)
@@ -165,21 +165,27 @@ def test_rows_are_counted_in_each_epoch_and_listed_once(tmp_path):
     assert (other.totals().epoch, other.totals().read) == (4.5, 10)
 
 
-def test_large_files_are_fingerprinted_by_their_size_and_by_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(resume, "_WHOLE", 1000)
+@pytest.mark.parametrize(("budget", "seen"), [(2_000, (0, 9_999, 2_500)), (500, (0, 9_999, 2_500)), (100, (0, 9_999))])
+def test_large_files_are_fingerprinted_by_their_size_and_by_pieces(tmp_path, monkeypatch, budget, seen):
     monkeypatch.setattr(resume, "_PIECE", 100)
     monkeypatch.setattr(resume, "_PIECES", 5)
     path = tmp_path / "large"
     values = np.random.default_rng(0).integers(0, 256, 10_000, np.uint8)
     path.write_bytes(values.tobytes())
-    first = resume._fingerprint([path])
-    for place in (0, 9_999, 2_500):
+    first = resume._fingerprint([path], budget)
+    for place in seen:
         changed = values.copy()
         changed[place] ^= 1
         path.write_bytes(changed.tobytes())
-        assert resume._fingerprint([path]) != first
+        assert resume._fingerprint([path], budget) != first
     path.write_bytes(values.tobytes() + b"x")
-    assert resume._fingerprint([path])["bytes"] == 10_001
+    assert resume._fingerprint([path], budget)["bytes"] == 10_001
+
+
+def test_a_folder_of_a_saved_model_is_no_run_to_go_on_with(tmp_path):
+    write_json(tmp_path / "run" / "experiment.json", {"model": {}})
+    with pytest.raises(UserError, match="holds a saved model and not a training run"):
+        loop.train(support.experiment(tmp_path, support.write_rows(tmp_path / "data", 2)))
 
 
 def test_a_file_is_never_seen_half_written(tmp_path):
