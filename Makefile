@@ -11,7 +11,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_vl/72b
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo test lint format backbones bench bench-kernels tune plan meshes clean
+.PHONY: demo test lint format backbones bench bench-kernels tune gpu-pass plan meshes clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -56,10 +56,13 @@ bench: $(VENV)/.test
 	$(VENV)/bin/python tools/bench.py $(ARGS)
 
 bench-kernels: $(VENV)/.test
-	$(VENV)/bin/python tools/bench_kernels.py $(ARGS)
+	$(RUN) tools.bench_kernels $(ARGS)
 
 tune: $(VENV)/.core  ## measure the kernels' block sizes on the TPU or GPU at hand and write them to their table
-	$(VENV)/bin/python tools/tune_kernels.py $(ARGS)
+	$(RUN) tools.tune_kernels $(ARGS)
+
+gpu-pass: $(VENV)/.test  ## all that needs a GPU, nine minutes; SMALL=1 rehearses it on CPU
+	$(VENV)/bin/python tools/gpu_pass.py $(if $(SMALL),--small) $(ARGS)
 
 plan: $(VENV)/.test  ## what the large configs need on the pods they name, and what they send; minutes for each
 	for config in $(PLANNED); do \

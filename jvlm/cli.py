@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import importlib.util
+import io
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from jvlm.data.errors import MISTAKES
+from jvlm.data.errors import MISTAKES, RowError
+from jvlm.errors import UserError
 
 if TYPE_CHECKING:
     from jvlm.training.config import Experiment
@@ -24,19 +28,32 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors of the user's making are one message, not a traceback.
 
-    0 done; 2 a mistake to mend; 75 training was asked to stop (SIGTERM, Ctrl-C, preemption), has saved, and goes on
-    with the same command; 130 a second Ctrl-C, nothing saved.
+    0 done; 2 a mistake to mend; 3 done, but the scores are below an aim of the experiment; 75 training was asked to
+    stop (SIGTERM, Ctrl-C, preemption), has saved, and goes on with the same command; 130 a second Ctrl-C, and
+    nothing is saved; 141 nobody reads the output any more.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and not getattr(arguments, "takes_fields", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    _print_anything()
     try:
         return arguments.run(arguments, rest)
+    except BrokenPipeError:
+        # whoever read the output has seen enough; closing it at the end must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except _OF_THE_USER as error:
         if arguments.traceback:
             raise
         return _say(error)
+
+
+def _print_anything() -> None:
+    """Escape what the terminal's encoding lacks; without this such a character ends an answer."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _say(error: BaseException) -> int:
@@ -82,7 +99,7 @@ def _fields(kind: type[T], default: T, fields: list[str], program: str) -> T:
 
     return tyro.cli(
         kind,
-        args=fields,
+        args=[{"true": "True", "false": "False"}.get(field, field) for field in fields],
         default=default,
         prog=program,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
@@ -103,6 +120,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     import jax
 
     from jvlm import job
+    from jvlm.evaluation import aim
     from jvlm.parallel import hosts
     from jvlm.training.interruption import EXIT_STATUS, Interrupted
 
@@ -113,6 +131,10 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     except Interrupted as stopped:
         print(f"jvlm: {stopped}", file=sys.stderr)
         return EXIT_STATUS
+    except aim.AimMissed as missed:
+        if hosts.is_first():
+            print(f"jvlm: aim missed: {missed}", file=sys.stderr)
+        return aim.EXIT_STATUS
     except BaseException as error:
         if not jax.distributed.is_initialized():
             raise
@@ -134,12 +156,29 @@ def _replay(arguments: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-def _sampling(arguments: argparse.Namespace, processor):
+def _sampling(arguments: argparse.Namespace):
     from jvlm.inference.sampling import SamplingConfig
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    return SamplingConfig(**given)
+    try:
+        return SamplingConfig(**given)
+    except UserError as error:
+        raise UserError(str(error).replace("sampling.", "--", 1)) from error
+
+
+def _check_fields(arguments: argparse.Namespace, fields: list[str]) -> None:
+    """Raise UserError for what is no option of a command; ``--parallel.*`` are read later."""
+    command, internal = arguments.command, ("run", "command", "takes_fields", "traceback")
+    options = [f"--{name}" for name in vars(arguments) if name not in internal]
+    for field in fields:
+        name = field.partition("=")[0]
+        if name.startswith("--") and not name.startswith("--parallel"):
+            near = difflib.get_close_matches(name, options, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"jvlm {command} --help lists them"
+            raise UserError(f"jvlm {command} has no option {name}; {hint}")
+    if fields and not fields[0].startswith("--"):
+        raise UserError(f"jvlm {command} takes options only, and {fields[0]!r} belongs to none")
 
 
 def _load(arguments: argparse.Namespace, fields: list[str]):
@@ -166,41 +205,83 @@ def _load(arguments: argparse.Namespace, fields: list[str]):
 
 
 def _generate(arguments: argparse.Namespace, rest: list[str]) -> int:
-    single, file = arguments.prompt is not None, arguments.data is not None
-    if single == file or (file and arguments.output is None):
-        raise ValueError("give either --prompt (with any number of --image), or --data and --output")
-    model, processor, layout = _load(arguments, rest)
-    sampling = _sampling(arguments, processor)
-    if file:
-        from jvlm.inference.batch_file import generate_file
+    from jvlm.data.shards import RowSource
+    from jvlm.inference import answer_file
 
-        generate_file(
-            model,
-            processor,
-            Path(arguments.data),
-            Path(arguments.output),
-            sampling,
-            batch_size=arguments.batch_size,
-            on_bad_row=arguments.on_bad_row,
-            layout=layout,
-        )
-        return 0
-    from jvlm.inference.generate import stream
+    _check_fields(arguments, rest)
+    file = arguments.data is not None
+    if (arguments.prompt is not None) == file or file != (arguments.output is not None):
+        raise UserError("give either --prompt (with any number of --image), or --data and --output")
+    if file and arguments.image:
+        raise UserError("--image goes with --prompt; the rows of --data name their own pictures")
+    if not file and not arguments.prompt.strip() and not arguments.image:
+        raise UserError("--prompt is empty; ask something, or give an --image")
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch_size is {arguments.batch_size}; it must be at least 1")
+    sampling = _sampling(arguments)
+    if file:
+        # before the model is loaded, which takes long
+        answer_file.check_paths(arguments.data, arguments.output)
+        RowSource([arguments.data])
+    model, processor, layout = _load(arguments, rest)
+    if not file:
+        return _answer_prompt(arguments, model, processor, layout, sampling)
+    from jvlm.inference.batch_file import generate_file
+
+    generate_file(
+        model,
+        processor,
+        arguments.data,
+        arguments.output,
+        sampling,
+        batch_size=arguments.batch_size,
+        on_bad_row=arguments.on_bad_row,
+        layout=layout,
+        accept_changes=arguments.accept_changes,
+    )
+    return 0
+
+
+def _answer_prompt(arguments: argparse.Namespace, model, processor, layout, sampling) -> int:
+    from jvlm.inference.generate import encode_prompt, engine_for, stream_example
 
     lacking = len(arguments.image) - arguments.prompt.count("<image>")
     content = "<image>" * max(lacking, 0) + arguments.prompt
     row = {"messages": [{"role": "user", "content": content}], "images": arguments.image}
-    for piece in stream(model, processor, row, layout=layout, **dataclasses.asdict(sampling)):
-        print(piece, end="", flush=True)
+    engine = engine_for(model, processor, layout)
+    try:
+        pieces = stream_example(engine, encode_prompt(engine, row), sampling)
+    except RowError as error:
+        # the row is made here, so its fields mean nothing to the user
+        index = error.field.removeprefix("images[").removesuffix("]")
+        option = f"--image {arguments.image[int(index)]}" if index.isdigit() else "--prompt"
+        option = "--image" if error.field == "images" else option
+        raise UserError(f"{option}: {error.problem}. {error.fix}") from error
+    note = _show(pieces)
     print()
+    if note:
+        print(f"jvlm: {note}", file=sys.stderr)
     return 0
+
+
+def _show(pieces: Generator[str, None, str | None]) -> str | None:
+    """Print pieces as they come; returns what is to be said at the end."""
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as end:
+            return end.value
 
 
 def _chat(arguments: argparse.Namespace, rest: list[str]) -> int:
     from jvlm.inference.chat import chat
 
+    _check_fields(arguments, rest)
+    sampling = _sampling(arguments)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # the chat says what is wrong with a line, and goes on
     model, processor, layout = _load(arguments, rest)
-    chat(model, processor, _sampling(arguments, processor), arguments.system, layout=layout)
+    chat(model, processor, sampling, arguments.system, layout=layout)
     return 0
 
 
@@ -215,7 +296,7 @@ def _check(arguments: argparse.Namespace, _: list[str]) -> int:
 def _shard(arguments: argparse.Namespace, _: list[str]) -> int:
     from jvlm.data.check import shard
 
-    print(shard(arguments.files, Path(arguments.output), arguments.rows_per_shard))
+    print(shard(arguments.files, arguments.output, arguments.rows_per_shard, media_root=arguments.media_root))
     return 0
 
 
@@ -258,6 +339,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--output", help="JSONL to write; an unfinished one is continued")
     generate.add_argument("--batch_size", type=int, default=8)
     generate.add_argument("--on_bad_row", choices=("error", "skip"), default="error")
+    generate.add_argument(
+        "--accept_changes",
+        action="store_true",
+        help="go on with an --output that was begun with another model, data or sampling",
+    )
     generate.set_defaults(run=_generate, takes_fields=True, command="generate")
 
     chat = commands.add_parser("chat", help="talk with a model in the terminal")
@@ -274,6 +360,7 @@ def _parser() -> argparse.ArgumentParser:
     shard.add_argument("files", nargs="+")
     shard.add_argument("--output", required=True, help="folder")
     shard.add_argument("--rows_per_shard", type=int, default=10_000)
+    shard.add_argument("--media_root", help="folder for relative picture paths, after the data file's own")
     shard.set_defaults(run=_shard)
     return parser
 

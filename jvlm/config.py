@@ -44,8 +44,12 @@ def from_dict(kind: type[T], values: Any, path: str = "") -> T:
     if origin in (typing.Union, types.UnionType):
         if values is None and type(None) in arguments:
             return None
-        (kind,) = [a for a in arguments if a is not type(None)]
-        return from_dict(kind, values, path)
+        kinds = [a for a in arguments if a is not type(None)]
+        chosen = [k for k in kinds if typing.get_origin(k) is typing.Literal and values in typing.get_args(k)]
+        if not chosen and len(kinds) > 1:  # a single value or a list of them
+            many = [k for k in kinds if typing.get_origin(k) is tuple]
+            kinds = many if isinstance(values, list | tuple) else [k for k in kinds if k not in many]
+        return from_dict((chosen or kinds)[0], values, path)
     if origin is tuple and isinstance(values, list):
         kinds = [arguments[0]] * len(values) if arguments[-1] is Ellipsis else arguments
         return tuple(from_dict(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, values, strict=True)))

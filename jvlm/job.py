@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 
 import jvlm
+from jvlm.data.errors import MISTAKES, Rejected, RowError, grouped
+from jvlm.data.processor import Processor
 from jvlm.data.rows import Conversation
-from jvlm.evaluation import report, score
+from jvlm.errors import UserError
+from jvlm.evaluation import report, score, usable
+from jvlm.evaluation.aim import AimMissed, missed_aims
 from jvlm.evaluation.questions import TextOnlyFloor, normalise
 from jvlm.evaluation.score import YES_NO, Answer, Scores
 from jvlm.inference import serving
 from jvlm.inference.generate import generate
 from jvlm.models import vlm
+from jvlm.models.vlm import VLM
 from jvlm.parallel import hosts
 from jvlm.parallel.layout import Layout
 from jvlm.training import log
 from jvlm.training.config import Experiment
 from jvlm.training.log import clock
 from jvlm.training.loop import Result, split, train
+from jvlm.training.side_files import write_json, write_lines
 from jvlm.weights import checkpoint, run_folder, table
 from jvlm.weights.loading import load
 
 ANSWERS, SCORES, EXPORT, REPORT = "answers.jsonl", "scores.json", "hf", "report.html"
+NOT_ASKED = "evaluation_rejected.jsonl"
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +53,11 @@ def run(experiment: Experiment) -> Path:
     """Train, score, export, read the export back, and write the report. Returns the run folder.
 
     Of several processes all train; the first does the rest by itself, from the last checkpoint, while the others wait:
-    it scores with the model on its own devices, and exports one tensor after another.
+    it exports one tensor after another, and scores with the model on its own devices.
+
+    Raises:
+      UserError, RuntimeError: something after the training failed; all else was done before it is said.
+      AimMissed: all of this is done, but the scores are below an aim of the configuration.
     """
     began = time.perf_counter()
     if experiment.export.enabled and experiment.model is not None:
@@ -52,51 +66,119 @@ def run(experiment: Experiment) -> Path:
     if jax.process_count() > 1:
         # parts of it are on other hosts, and the memory is needed
         result = dataclasses.replace(result, model=split(result.model)[0])
-    hosts.together(lambda: _finish(experiment, result, began) if hosts.is_first() else None)
+    missed = hosts.agree(hosts.together(lambda: _finish(experiment, result, began) if hosts.is_first() else []))
+    if missed:
+        raise AimMissed(f"{'; '.join(missed)}. Answers, scores and report are in {result.folder}")
     return result.folder
 
 
-def _finish(experiment: Experiment, result: Result, began: float) -> None:
-    """All that comes after training; ``began`` is when the job did, by `time.perf_counter`."""
-    answers, scores, floor = [], None, None
-    if experiment.evaluation.data:
-        answers, scores, floor = evaluate(experiment, result)
-    exported = "not asked for"
+class _Finish:
+    """Does the parts of the end one by one; one that fails is noted, and the others are done all the same."""
+
+    def __init__(self):
+        self.failures: list[tuple[str, Exception]] = []
+
+    def part(self, name: str, work: Callable[[], T], otherwise: T) -> T:
+        """What ``work`` gives, or ``otherwise`` where it fails."""
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001  (raised by `end`, when nothing can be lost any more)
+            self.failures.append((name, error))
+            print(
+                f"{name} FAILED ({type(error).__name__}: {error}); going on with the rest", file=sys.stderr, flush=True
+            )
+            return otherwise
+
+    def end(self, folder: Path) -> None:
+        """Raise what failed: as the user's to mend if all of it is."""
+        if not self.failures:
+            return
+        said = "\n".join(f"  {name}: {error}" for name, error in self.failures)
+        text = f"the model is trained, and all else is in {folder}, but this failed:\n{said}\n"
+        text += "Mend it; the same command does the rest again without training"
+        last = self.failures[-1][1]
+        mistakes = all(isinstance(error, MISTAKES) for _, error in self.failures)
+        raise (UserError if mistakes else RuntimeError)(text) from last
+
+
+def _finish(experiment: Experiment, result: Result, began: float) -> list[str]:
+    """All that comes after training, the export first; ``began`` is when the job did, by `time.perf_counter`.
+
+    Returns the aims missed.
+
+    Raises:
+      UserError, RuntimeError: parts that failed, after the others were done.
+    """
+    finish = _Finish()
+    answers, scores, floor, exported = [], None, None, "not asked for"
     if experiment.export.enabled:
-        exported = export(experiment, result, answers)
-    write_report(experiment, result, answers, scores, floor, exported, time.perf_counter() - began)
+        exported = finish.part("export", lambda: export(experiment, result), "failed")
+    if experiment.evaluation.data:
+        none = ([], None, None)
+        answers, scores, floor = finish.part("scoring", lambda: evaluate(experiment, result, finish), none)
+    if experiment.export.enabled and exported != "failed":
+        exported = finish.part(
+            "reading the export back", lambda: verify(experiment, result, answers), f"{exported}, not the same"
+        )
+    seconds = time.perf_counter() - began
+    written = finish.part(
+        "report", lambda: write_report(experiment, result, answers, scores, floor, exported, seconds), None
+    )
     result.home.push()
-    print(f"report: {result.folder / REPORT}")
+    if written:
+        print(f"report: {written}")
+    finish.end(result.folder)
+    return missed_aims(experiment.evaluation, scores)
 
 
-def evaluate(experiment: Experiment, result: Result) -> tuple[list[Answer], Scores, Floor | None]:
-    """Answers and scores on the evaluation data, written to the run folder and printed."""
+def evaluate(experiment: Experiment, result: Result, finish: _Finish) -> tuple[list[Answer], Scores, Floor | None]:
+    """Answers and scores on the evaluation data, written to the run folder and printed.
+
+    Rows that cannot be asked are left out, counted and listed.
+    """
     config = experiment.evaluation
-    rows = score.load_rows(config.data, config.max_rows)
     began = time.perf_counter()
     model = result.model
     layout = _layout(result)
     if jax.process_count() > 1:
         place = layout.parameter if layout else None
         model, _ = load(result.folder, numerics=model.config.numerics, step=result.last, sharding=place)
-    answers = score.ask(
-        model,
-        result.processor,
-        rows,
-        ask=config.ask,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        layout=layout,
-    )
+    settings = {"ask": config.ask, "max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+    answers, rejected = _asked(experiment, model, result.processor, {**settings, "layout": layout})
+    score.write(answers, result.folder / ANSWERS)
+    (result.folder / NOT_ASKED).unlink(missing_ok=True)
+    if rejected:
+        write_lines(result.folder / NOT_ASKED, map(dataclasses.asdict, rejected))
+        print(f"{len(rejected)} evaluation rows left out (listed in {result.folder / NOT_ASKED}):\n{grouped(rejected)}")
     seconds = time.perf_counter() - began
     scores = Scores.of(answers)
-    floor = text_only_floor(experiment, answers) if config.text_only_floor and scores.questions else None
-    score.write(answers, result.folder / ANSWERS)
-    values = {**dataclasses.asdict(scores), "seconds": seconds}
+    floor = None
+    if config.text_only_floor and scores.questions:
+        floor = finish.part("text-only floor", lambda: text_only_floor(experiment, answers), None)
+    values = {**dataclasses.asdict(scores), "rows_left_out": len(rejected), "seconds": seconds}
     values["text_only_floor"] = dataclasses.asdict(floor) if floor else None
-    (result.folder / SCORES).write_text(json.dumps(values, indent=2) + "\n")
+    write_json(result.folder / SCORES, values)
     print(summary(scores, floor, seconds))
     return answers, scores, floor
+
+
+def _asked(
+    experiment: Experiment, model: VLM, processor: Processor, settings: dict[str, Any]
+) -> tuple[list[Answer], list[Rejected]]:
+    """Answers, and the rows that cannot be asked. Raises UserError if there are no others."""
+    config = experiment.evaluation
+
+    def answered(read: Callable[[tuple], Conversation]) -> tuple[list[Answer], list[Rejected]]:
+        rejected: list[Rejected] = []
+        rows = list(usable.rows_of(config.data, read, max_rows=config.max_rows, rejected=rejected))
+        if not rows:
+            raise UserError(f"none of the rows of {', '.join(config.data)} can be asked:\n{grouped(rejected)}")
+        return score.ask(model, processor, rows, **settings), rejected
+
+    try:
+        return answered(usable.parsed)
+    except RowError:  # read well, but something else is wrong with one of them, its pictures most likely
+        return answered(functools.partial(usable.encode, processor=processor))
 
 
 def _layout(result: Result) -> Layout | None:
@@ -105,9 +187,18 @@ def _layout(result: Result) -> Layout | None:
 
 
 def text_only_floor(experiment: Experiment, answers: Sequence[Answer]) -> Floor:
-    """What the training data's most frequent answers score on the same questions."""
-    rows: list[Conversation] = score.load_rows(experiment.data.train)
+    """What the training data's most frequent answers score on the same questions.
+
+    Raises:
+      RowError: a bad training row, unless ``data.on_bad_row`` leaves such rows out.
+    """
+    rejected: list[Rejected] = []
+    rows = usable.rows_of(experiment.data.train, rejected=rejected)
+    if experiment.data.on_bad_row == "error":
+        rows = usable.all_rows_of(experiment.data.train)
     blind = TextOnlyFloor(rows)
+    if rejected:
+        print(f"text-only floor: {len(rejected)} training rows left out:\n{grouped(rejected)}")
     asked = [a.question for a in answers if not a.question.boxes]
     yes_no = [q for q in asked if normalise(q.expected) in YES_NO]
     other = [q for q in asked if normalise(q.expected) not in YES_NO]
@@ -133,18 +224,24 @@ def summary(scores: Scores, floor: Floor | None, seconds: float) -> str:
     return "\n".join([*lines, f"asked in {clock(seconds)}"])
 
 
-def export(experiment: Experiment, result: Result, answers: Sequence[Answer]) -> str:
-    """Write the Hugging Face folder, read it back, and compare answers. Returns a line that says what was found.
-
-    Raises:
-      ValueError: the folder read back answers differently.
-    """
+def export(experiment: Experiment, result: Result) -> str:
+    """Write the Hugging Face folder. Returns a line that says where."""
     folder = result.folder / EXPORT
     saved = None
     if jax.process_count() > 1:
         shapes = {path: v.get_value().shape for path, v in vlm.parameters(result.model).items()}
         saved = run_folder.Arrays(run_folder.params_folder(result.folder, result.last), shapes).read
     checkpoint.save(result.model, result.processor, folder, dtype=experiment.export.dtype, read=saved)
+    return f"{folder}"
+
+
+def verify(experiment: Experiment, result: Result, answers: Sequence[Answer]) -> str:
+    """Read the exported folder back, and compare answers. Returns a line that says what was found.
+
+    Raises:
+      ValueError: the folder read back answers differently.
+    """
+    folder = result.folder / EXPORT
     again = answers[: experiment.export.verify]
     if not again:
         print(f"exported to {folder} (nothing to compare answers on)")
@@ -157,10 +254,10 @@ def export(experiment: Experiment, result: Result, answers: Sequence[Answer]) ->
         settings = {"max_new_tokens": experiment.evaluation.max_new_tokens, "layout": layout}
         texts = generate(model, processor, prompts, batch_size=experiment.evaluation.batch_size, **settings)
     else:
-        rows = score.load_rows(experiment.evaluation.data, experiment.evaluation.max_rows)
-        kept = {a.question.origin for a in again}
-        rows = [row for row in rows if row.origin in kept]
-        again = [a for a in answers if a.question.origin in kept]
+        compared = {a.question.origin for a in again}
+        readable = usable.rows_of(experiment.evaluation.data, max_rows=experiment.evaluation.max_rows, rejected=[])
+        rows = [row for row in readable if row.origin in compared]
+        again = [a for a in answers if a.question.origin in compared]
         texts = [a.response for a in score.ask(model, processor, rows, ask="chain", layout=layout)]
     different = [(a, t) for a, t in zip(again, texts, strict=True) if a.response != t]
     if different:
@@ -182,8 +279,8 @@ def write_report(
     floor: Floor | None,
     exported: str,
     seconds: float,
-) -> None:
-    """The run's HTML page."""
+) -> Path:
+    """Write the run's HTML page. Returns where it is."""
     lines = log.read(result.folder)
     counts = vlm.parameter_counts(result.model)
     last = lines[-1]
@@ -198,6 +295,8 @@ def write_report(
         "export": exported,
         "jvlm": jvlm.__version__,
     }
+    if experiment.evaluation.aim is not None or experiment.evaluation.aim_iou is not None:
+        facts["aim"] = "; ".join(missed_aims(experiment.evaluation, scores)) or "reached"
     headline, bars = [], []
     if scores and scores.questions:
         note = f"text-only floor {100 * floor.accuracy:.1f} %" if floor else f"{scores.questions} questions"
@@ -210,8 +309,9 @@ def write_report(
         note = f"{100 * scores.iou_at_half:.1f} % with IoU of 0.5 or more"
         headline.append((f"{scores.mean_iou:.3f}", f"mean IoU of {scores.boxes:,} boxes", note))
     headline.append((clock(result.seconds), "training", f"{sum(counts.values()):,} parameters"))
+    path = result.folder / REPORT
     report.write(
-        result.folder / REPORT,
+        path,
         title=experiment.name,
         headline=headline,
         bars=bars,
@@ -219,3 +319,4 @@ def write_report(
         pictures=report.pictures(answers, result.processor.media_roots),
         facts=facts,
     )
+    return path

@@ -22,7 +22,7 @@ ACCELERATORS = {
 }
 # generation -> the name that xpk gives its accelerator types, which it reads with a topology too (v5p-4x4x4)
 XPK_NAMES = {"v5e": "v5litepod"}
-USERS_MISTAKE = 2  # exit status of `jvlm` (jvlm.cli.main)
+ENDS_THE_SAME_AGAIN = [2, 3]  # exit statuses of `jvlm` (jvlm.cli.main): a mistake of the user's, an aim missed
 IMAGE = "python:3.11"
 FETCHER = "gcr.io/google.com/cloudsdktool/google-cloud-cli:slim"
 
@@ -110,13 +110,13 @@ class GkeSpec:
                 }
             ],
         }
-        # a mistake of the user's stays one however often it is tried; the JobSet knows it by the reason of the Job
-        mistake = {"containerName": "jvlm", "operator": "In", "values": [USERS_MISTAKE]}
+        # what stays the same however often it is tried; the JobSet knows it by the reason of the Job
+        final = {"containerName": "jvlm", "operator": "In", "values": ENDS_THE_SAME_AGAIN}
         job = {
             "parallelism": self.machines,
             "completions": self.machines,
             "backoffLimit": 0,
-            "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": mistake}]},
+            "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": final}]},
         }
         labels = {"kueue.x-k8s.io/queue-name": self.queue} if self.queue else {}
         return {

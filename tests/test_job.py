@@ -43,6 +43,31 @@ def test_run_folder_and_export_answer_alike(finished):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize(
+    ("aims", "status", "said"),
+    [
+        (["--evaluation.aim", "0"], 0, ""),
+        (["--evaluation.aim", "100"], 3, "of 16 questions are answered right, evaluation.aim is 100 %"),
+        (["--evaluation.aim_iou", "0"], 3, "evaluation.aim_iou is 0, but no answer of evaluation.data has a box"),
+    ],
+)
+def test_a_run_that_misses_its_aim_writes_everything_and_ends_with_status_3(
+    finished, tmp_path, capsys, aims, status, said
+):
+    folder, rows = finished
+    config = tmp_path / "config.py"
+    arguments = (str(folder.parent), str(rows), "--evaluation.data", str(rows), "--evaluation.max_new_tokens", "6")
+    config.write_text(
+        "from pathlib import Path\nfrom tests.training import support\n"
+        f"def get_config():\n    folder, rows, *overrides = {arguments!r}\n"
+        "    return support.experiment(Path(folder), Path(rows), *overrides)\n"
+    )
+    (folder / "report.html").unlink()
+    assert cli.main(["train", str(config), "--evaluation.max_rows", "8", *aims]) == status
+    assert said in capsys.readouterr().err
+    assert ">aim<" in (folder / "report.html").read_text()
+
+
 def test_training_continues_from_an_export_and_from_a_run(finished, tmp_path):
     folder, rows = finished
     for name, source in (("from_run", folder), ("from_hf", folder / "hf")):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from bench_kernels import Case
+    from tools.bench_kernels import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -20,12 +20,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def sdpa(case: Case) -> Callable:
     """torch `scaled_dot_product_attention` (a mask in memory where rows are packed)."""
     ids = torch.repeat_interleave(torch.arange(len(case.lengths)), torch.tensor(case.lengths)).to(DEVICE)
-    mask = ((ids[:, None] == ids[None]).tril())[None, None] if case.packed else None
+    same = ids[:, None] == ids[None]
+    mask = (same.tril() if case.causal else same)[None, None] if case.segment else None
 
     def attend(q, k, v):
         heads_first = [x.transpose(1, 2) for x in (q, k, v)]
         return torch.nn.functional.scaled_dot_product_attention(
-            *heads_first, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            *heads_first, attn_mask=mask, is_causal=case.causal and mask is None, enable_gqa=True
         )
 
     return attend
@@ -38,7 +39,9 @@ def varlen(case: Case) -> Callable:
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
-    settings = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    settings = {}
+    if case.causal:
+        settings = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     grouped = "enable_gqa" in known
     if grouped:
         settings["enable_gqa"] = True
@@ -75,7 +78,7 @@ def liger(hidden, kernel, targets):
 LOSSES = (plain_logits, liger)
 
 
-def measure_attention(make: Callable, case: Case, rounds: int) -> tuple[float, int | None]:
+def measure_attention(make: Callable, case: Case, rounds: int, calls: int = 1) -> tuple[float, int | None]:
     """(median seconds, temporary bytes)."""
     attend = make(case)
     H, K, D = case.heads
@@ -86,14 +89,16 @@ def measure_attention(make: Callable, case: Case, rounds: int) -> tuple[float, i
             out = attend(*operands)
             return torch.autograd.grad(out.float().sum(), operands) if case.backward else out
 
-    return _measure(run, rounds)
+    return _measure(run, rounds, calls)
 
 
-def measure_loss(function: Callable, targets: np.ndarray, hidden: int, vocabulary: int, dtype: str, rounds: int):
+def measure_loss(
+    function: Callable, targets: np.ndarray, hidden: int, vocabulary: int, dtype: str, rounds: int, calls: int = 1
+) -> tuple[float, int | None]:
     """As `measure_attention`, of value and both gradients."""
     operands = [_random(shape, dtype, True) for shape in ((len(targets), hidden), (hidden, vocabulary))]
     words = torch.from_numpy(targets).to(DEVICE)
-    return _measure(lambda: torch.autograd.grad(function(*operands, words), operands), rounds)
+    return _measure(lambda: torch.autograd.grad(function(*operands, words), operands), rounds, calls)
 
 
 def _random(shape: tuple[int, ...], dtype: str, requires_grad: bool) -> torch.Tensor:
@@ -102,7 +107,7 @@ def _random(shape: tuple[int, ...], dtype: str, requires_grad: bool) -> torch.Te
     return values.requires_grad_(requires_grad)
 
 
-def _measure(run: Callable, rounds: int) -> tuple[float, int | None]:
+def _measure(run: Callable, rounds: int, calls: int) -> tuple[float, int | None]:
     run()
     _wait()
     before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
@@ -111,10 +116,11 @@ def _measure(run: Callable, rounds: int) -> tuple[float, int | None]:
     taken = []
     for _ in range(rounds):
         began = time.perf_counter()
-        result = run()
+        for _ in range(calls):
+            result = run()
+            del result
         _wait()
-        taken.append(time.perf_counter() - began)
-        del result
+        taken.append((time.perf_counter() - began) / calls)
     temporary = torch.cuda.max_memory_allocated() - before if DEVICE == "cuda" else None
     return statistics.median(taken), temporary
 

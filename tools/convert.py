@@ -39,6 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="keep", choices=DTYPES, help="of every tensor (default: as stored)")
     parser.add_argument("--shard-size", default="5GB", type=size, metavar="SIZE", help="of one file (default: 5GB)")
     parser.add_argument("--step", type=int, help="checkpoint of a run (default: the latest)")
+    parser.add_argument(
+        "--grow-embedding",
+        action="store_true",
+        help="give tokens without a row in the embedding table one (their mean)",
+    )
     options = parser.parse_args(argv)
     if options.source.suffix in (".gguf", ".onnx"):
         return _run(lambda: unpack(options.source, options.target), options.target)
@@ -57,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
                 dtype=options.dtype,
                 max_shard_bytes=options.shard_size,
                 step=options.step,
+                grow_embedding=options.grow_embedding,
                 on_tensor=show,
             ),
             options.target,

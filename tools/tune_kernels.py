@@ -14,17 +14,22 @@ import dataclasses
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jvlm_kernels import Unavailable, segment_attention
-from jvlm_kernels.attention import tuning
+from jvlm_kernels.attention import gpu, tuning
 from jvlm_kernels.attention.api import AttentionSpec
-from timing import seconds
+from jvlm_kernels.attention.plan import normalisers
+
+from tools.timing import compile_all, seconds
 
 SEED = 0
+# what a candidate that is too large raises
+REFUSED = (Unavailable, RuntimeError, ValueError, NotImplementedError)
 IMPLEMENTATIONS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 CANDIDATES = {
     "tpu": [
@@ -51,61 +56,90 @@ def packed(length: int, segments: tuple[int, int]) -> np.ndarray:
     return np.repeat(np.arange(1, len(lengths) + 1), lengths)[:length].astype(np.int32)
 
 
-def timed(kernel: str | None, settings: dict, operands, ids, rounds: int) -> float:
-    """Median seconds of one kernel, or of forward and backward together."""
+def kernel_call(kernel: str | None, spec: AttentionSpec, platform: str) -> Callable:
+    """Return a function of (q, k, v, ids, out, logsumexp, d_out) that runs one kernel.
 
-    def attend(q, k, v):
-        return segment_attention(q, k, v, ids, ids, **settings)
+    ``kernel`` is one of `tuning.CUDA_KERNELS`; None is forward and backward together.
+    """
+    settings = {"causal": spec.causal, "max_segment_length": spec.max_segment_length, "blocks": spec.blocks}
 
-    if kernel == "forward":
-        return seconds(jax.jit(attend), operands, rounds)
-    if kernel is None:
-        return seconds(
-            jax.jit(jax.grad(lambda *qkv: attend(*qkv).astype(jnp.float32).sum(), (0, 1, 2))), operands, rounds
-        )
-    out, pull = jax.vjp(attend, *operands)
-    kept = slice(0, 1) if kernel == "d_queries" else slice(1, 3)  # what is not kept is not computed
-    return seconds(jax.jit(lambda pull, d_out: pull(d_out)[kept]), (pull, jnp.ones_like(out)), rounds)
+    def both(q, k, v, ids, *_):
+        def total(q, k, v):
+            attended = segment_attention(q, k, v, ids, ids, implementation=IMPLEMENTATIONS[platform], **settings)
+            return attended.astype(jnp.float32).sum()
+
+        return jax.grad(total, (0, 1, 2))(q, k, v)
+
+    def alone(q, k, v, ids, out, logsumexp, d_out):
+        offsets = jnp.zeros(q.shape[0], jnp.int32)
+        if kernel == "forward":
+            return gpu.forward(spec, q, k, v, ids, ids, offsets)
+        lse, delta = normalisers(out, logsumexp, d_out, jnp.zeros_like(logsumexp), 1e20)
+        backward = {"d_queries": gpu.d_queries, "d_keys": gpu.d_keys}[kernel]
+        return backward(spec, q, k, v, d_out, lse, delta, ids, ids, offsets)
+
+    return both if kernel is None else alone
 
 
-def fastest(name: str, kernel: str | None, candidates, settings: dict, operands, ids, rounds: int) -> tuning.Blocks:
-    """The candidate that takes the least time. Raises RuntimeError if none runs."""
+def fastest(name: str, candidates: list[tuning.Blocks], programs: list, operands, rounds: int) -> tuning.Blocks:
+    """Return the candidate whose program takes the least time. Raises RuntimeError if none runs."""
     found = []
-    for blocks in candidates:
+    for blocks, program in zip(candidates, programs, strict=True):
         try:
-            taken = timed(kernel, {**settings, "blocks": blocks}, operands, ids, rounds)
-        except (Unavailable, jax.errors.JaxRuntimeError) as error:
+            if isinstance(program, Exception):
+                raise program
+            taken = seconds(program, operands, rounds)
+        except REFUSED as error:
             print(f"{name:<24}{blocks}  does not run: {str(error).splitlines()[0][:80]}", flush=True)
             continue
-        print(f"{name:<24}{blocks}  {1e3 * taken:8.2f} ms", flush=True)
+        print(f"{name:<24}{blocks}  {1e3 * taken:8.3f} ms", flush=True)
         found.append((taken, blocks))
     if not found:
         raise RuntimeError(f"no candidate runs for {name}")
-    return min(found, key=lambda pair: pair[0])[1]
+    found.sort(key=lambda pair: pair[0])
+    print(f"{name:<24}{found[0][1]}  fastest, {found[-1][0] / found[0][0]:.2f} x ahead of the slowest", flush=True)
+    return found[0][1]
 
 
 def tune(platform: str, rounds: int) -> dict[str, dict[str, int]]:
-    """Key of each call -> the fastest block sizes."""
+    """Return the fastest block sizes by the key of each call. All candidates of a call are compiled side by side."""
     best: dict[str, dict[str, int]] = {}
     kernels = tuning.CUDA_KERNELS if platform == "cuda" else (None,)
     for name, (length, heads, kv_heads, head_size, causal, segments, promise) in CALLS.items():
-        keys = jax.random.split(jax.random.key(SEED), 3)
-        shapes = [(1, length, h, head_size) for h in (heads, kv_heads, kv_heads)]
-        operands = tuple(jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+        keys = jax.random.split(jax.random.key(SEED), 4)
+        shapes = [(1, length, h, head_size) for h in (heads, kv_heads, kv_heads, heads)]
+        q, k, v, d_out = (jax.random.normal(key, s, jnp.bfloat16) for key, s in zip(keys, shapes, strict=True))
         ids = jnp.asarray(packed(length, segments))[None]
-        settings = {"causal": causal, "max_segment_length": promise, "implementation": IMPLEMENTATIONS[platform]}
+        settings = {"causal": causal, "max_segment_length": promise}
+        out, logsumexp = jax.jit(
+            lambda *qkv, ids=ids, settings=settings: segment_attention(
+                *qkv, ids, ids, return_logsumexp=True, **settings
+            )
+        )(q, k, v)
+        operands = (q, k, v, ids, out, logsumexp, d_out)
         candidates = [blocks for blocks in CANDIDATES[platform] if kv_heads % blocks.heads == 0]
-        spec = AttentionSpec(causal, None, 1.0, promise)
+        tried = [(kernel, blocks) for kernel in kernels for blocks in candidates]
+        scale = head_size**-0.5
+        programs = compile_all(
+            [
+                (kernel_call(kernel, AttentionSpec(causal, None, scale, promise, blocks=blocks), platform), operands)
+                for kernel, blocks in tried
+            ],
+            REFUSED,
+        )
         for kernel in kernels:
             label = name if kernel is None else f"{name}, {kernel}"
-            blocks = fastest(label, kernel, candidates, settings, operands, ids, rounds)
-            key = tuning.key_of(spec, length, heads // kv_heads, head_size, kernel)
-            best[key] = dataclasses.asdict(blocks)
+            mine = [program for (k, _), program in zip(tried, programs, strict=True) if k == kernel]
+            key = tuning.key_of(
+                AttentionSpec(causal, None, scale, promise), length, heads // kv_heads, head_size, kernel
+            )
+            best[key] = dataclasses.asdict(fastest(label, candidates, mine, operands, rounds))
     return best
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="where to write the table; None is beside the kernels")
     parser.add_argument("--rounds", type=int, default=10, help="timed calls of each candidate")
     arguments = parser.parse_args()
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
@@ -113,7 +147,7 @@ def main() -> int:
         print(f"tuning needs a TPU or a GPU; JAX finds only {jax.default_backend()}", file=sys.stderr)
         return 1
     table = {"device": jax.devices()[0].device_kind, "blocks": tune(platform, arguments.rounds)}
-    path = Path(tuning.__file__).with_name(f"tuned_{platform}.json")
+    path = arguments.output or Path(tuning.__file__).with_name(f"tuned_{platform}.json")
     path.write_text(json.dumps(table, indent=2) + "\n")
     print(f"wrote {path}")
     return 0

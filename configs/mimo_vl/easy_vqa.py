@@ -66,7 +66,9 @@ def get_config() -> Experiment:
         data=DataConfig(train=(str(DATA / "train.arrayrecord"),), rows=6, row_tokens=512, row_patches=192),
         optimizer=optimizer,
         checkpoint=CheckpointConfig(every=250),
-        evaluation=EvaluationConfig(data=(str(DATA / "test.arrayrecord"),), max_new_tokens=40, batch_size=128),
+        evaluation=EvaluationConfig(
+            data=(str(DATA / "test.arrayrecord"),), max_new_tokens=40, batch_size=128, aim=92.0, aim_iou=0.8
+        ),
         steps=1500,
         log_every=50,
     )

@@ -25,7 +25,9 @@ def get_config() -> Experiment:
         topologies=("v5p:4x4x4", "v6e:16x16", "h200:8x8"),
         model=dataclasses.replace(PRESETS["mimo_vl_7b"], numerics=Numerics(remat="attention")),
         init_from="mimo_vl_7b_start",
-        data=DataConfig(rows=ROWS, row_tokens=ROW_TOKENS, row_patches=3 * ROW_TOKENS, max_frame_patches=16384),
+        data=DataConfig(
+            rows=ROWS, row_tokens=ROW_TOKENS, row_patches=3 * ROW_TOKENS, max_frame_patches=16384, on_too_long="shrink"
+        ),
         optimizer=OptimizerConfig(encoder_lr=0.0, connector_lr=1e-3, decoder_lr=0.0),
         parallel=ParallelConfig(data=1, fsdp=-1),
         export=ExportConfig(enabled=False),

@@ -133,7 +133,7 @@ def _from_json(text: str, space: Space) -> Iterator[Named]:
         for key, count in (("bbox_2d", 4), ("point_2d", 2)):
             values = item.get(key) if isinstance(item, dict) else None
             if isinstance(values, list) and len(values) == count and (made := _place(values, space)):
-                yield Named(str(item.get("label", "")), made)
+                yield Named(str(label) if (label := item.get("label")) is not None else "", made)
 
 
 def _from_groups(text: str, space: Space, *, labelled: bool) -> Iterator[Named]:

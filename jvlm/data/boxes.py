@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
+
+from jvlm.data.values import number, shown
 
 Space = Literal["original", "resized", "norm1", "norm1000"]
 
@@ -26,7 +27,7 @@ class Point:
         written ("norm1000"). Values are kept as they are; rounding is a matter of the text.
 
     Raises:
-      ValueError: a number that is not finite.
+      ValueError: what is no finite number.
     """
 
     x: float
@@ -50,7 +51,7 @@ class Box:
     """A rectangle from its top left corner (x1, y1) to its bottom right corner (x2, y2); ``space`` as in `Point`.
 
     Raises:
-      ValueError: a number that is not finite, or corners in the wrong order.
+      ValueError: what is no finite number, or corners in the wrong order.
     """
 
     x1: float
@@ -122,8 +123,8 @@ def agreement(expected: Place, found: Place, sizes: Sizes) -> float:
 
 
 def _check_finite(place: Place) -> None:
-    if not all(map(math.isfinite, place.values)):
-        raise ValueError(f"{list(place.values)} holds a number that is not finite")
+    if any(number(value) is None for value in place.values):
+        raise ValueError(f"{shown(list(place.values))} holds a number that is not finite, or no number")
 
 
 def _check_same_space(a: Place, b: Place) -> None:

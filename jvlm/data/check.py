@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,11 +11,14 @@ from typing import Any
 import numpy as np
 
 from jvlm.data.errors import RowError
-from jvlm.data.images import find_file, open_image
+from jvlm.data.images import open_image
 from jvlm.data.processor import Processor
 from jvlm.data.rows import parse_row
-from jvlm.data.shards import SHARD_SUFFIX, RowSource, write_shard
+from jvlm.data.sharding import shard
+from jvlm.data.shards import RowSource
 from jvlm.progress import Progress
+
+__all__ = ["CheckReport", "check", "shard"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,49 +77,3 @@ def _pictures(conversation) -> Iterator[tuple[str, Any]]:
     for i, frames in enumerate(conversation.videos):
         for frame in frames:
             yield f"videos[{i}]", frame
-
-
-def shard(files: Sequence[str], output: Path, rows_per_shard: int) -> str:
-    """Write rows as shards of ``rows_per_shard`` in a folder, media files read into them. Returns a summary.
-
-    Raises:
-      RowError: a row that cannot be used; nothing is left out silently.
-      FileExistsError: the folder holds shards already.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    if any(output.glob(f"*{SHARD_SUFFIX}")):
-        raise FileExistsError(f"{output} holds shards already; remove them or choose another folder")
-    source = RowSource(files)
-    rows = iter(Progress((_embedded(*source[i]) for i in range(len(source))), total=len(source), unit="row"))
-    count = -(-len(source) // rows_per_shard)
-    total = 0
-    for number in range(count):
-        path = output / f"rows-{number:05d}-of-{count:05d}{SHARD_SUFFIX}"
-        total += write_shard(path, itertools.islice(rows, rows_per_shard))
-    return f"{total} rows in {count} shard(s) under {output}"
-
-
-def _embedded(origin, row: Any) -> dict[str, Any]:
-    if isinstance(row, RowError):
-        raise row
-    parse_row(row, origin)
-    roots = (str(Path(origin.file).parent),)
-
-    def embed(source: Any, field: str) -> Any:
-        if isinstance(source, list):
-            return [embed(item, field) for item in source]
-        if isinstance(source, dict) and source.get("bytes"):
-            return source
-        path = source.get("path") if isinstance(source, dict) else source
-        if not isinstance(path, str) or path.startswith("data:"):
-            return source
-        return {"bytes": find_file(path, roots, origin, field).read_bytes(), "path": path}
-
-    media = {field: embed(row[field], field) for field in ("images", "image", "videos", "video") if field in row}
-    messages = json.loads(json.dumps(row["messages"]))
-    for index, message in enumerate(messages):
-        for block in message["content"] if isinstance(message["content"], list) else ():
-            for key in ("image", "video"):
-                if key in block:
-                    block[key] = embed(block[key], f"messages[{index}].content")
-    return {**row, **media, "messages": messages}

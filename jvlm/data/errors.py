@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from jvlm.errors import UserError
 
@@ -25,18 +28,67 @@ class RowError(UserError):
     """A row that cannot be used."""
 
     def __init__(self, origin: Origin, field: str, problem: str, fix: str):
-        self.origin, self.field, self.problem, self.fix = origin, field, problem, fix
-        super().__init__(f"{origin}, field {field!r}: {problem}. {fix}")
+        self.origin, self.field = origin, field
+        self.problem, self.fix = _printable(problem), _printable(fix)
+        super().__init__(_printable(f"{origin}, field {field!r}: {self.problem}. {self.fix}"))
 
     def __reduce__(self):  # exceptions pickle by their args alone; workers send these to the main process
         return RowError, (self.origin, self.field, self.problem, self.fix)
 
 
+def _printable(text: str) -> str:
+    """The text with surrogates, as a cut emoji or an odd file name leaves them, written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-    """A row left out of training, kept so that it can be counted and listed."""
+    """A row left out of training, kept so that it can be counted and listed.
+
+    Attributes:
+      kind: "bad" for one that cannot be read, "too_long" for one that does not fit a packed sequence.
+      fix: what the user can do.
+    """
 
     file: str
     row: int
     field: str
     reason: str
+    kind: Literal["bad", "too_long"] = "bad"
+    fix: str = ""
+
+    @classmethod
+    def of(cls, error: RowError, kind: Literal["bad", "too_long"]) -> Rejected:
+        """The row of an error."""
+        return cls(error.origin.file, error.origin.row, error.field, error.problem, kind, error.fix)
+
+
+def grouped(rejected: Iterable[Rejected], *, most: int = 5) -> str:
+    """One line for each reason: how many rows, the worst of them, the first three places, and the fix.
+
+    Reasons that differ in their numbers only are one.
+    """
+    groups: dict[tuple[str, str], list[Rejected]] = {}
+    for row in rejected:
+        groups.setdefault((re.sub(r"\d+", "0", row.field), re.sub(r"\d+", "0", row.reason)), []).append(row)
+    ordered = sorted(groups.values(), key=len, reverse=True)
+    lines = []
+    for rows in ordered[:most]:
+        worst = max(rows, key=lambda row: _first_number(row.reason))
+        at_most = "up to " if len({row.reason for row in rows}) > 1 and worst.reason[:1].isdigit() else ""
+        lines.append(
+            f"  {len(rows)} x field {worst.field!r}: {at_most}{worst.reason} ({_places(rows[:3])}). {worst.fix}"
+        )
+    others = sum(map(len, ordered[most:]))
+    return "\n".join([*(line.rstrip() for line in lines), *([f"  {others} x other reasons"] if others else [])])
+
+
+def _first_number(text: str) -> int:
+    found = re.search(r"\d+", text)
+    return int(found[0]) if found else 0
+
+
+def _places(rows: Sequence[Rejected]) -> str:
+    if len({row.file for row in rows}) > 1:
+        return "; ".join(str(Origin(row.file, row.row)) for row in rows)
+    return f"{rows[0].file}, row{'s' * (len(rows) > 1)} {', '.join(str(row.row) for row in rows)}"

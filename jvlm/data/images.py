@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import io
 import math
-import struct
+import re
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from jvlm.data.errors import Origin, RowError
+from jvlm.data.pixels import array_to_rgb, image_to_rgb
+from jvlm.data.values import without_nulls
 
-# What Pillow raises for damaged files, in pixels or in EXIF.
-_UNDECODABLE = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    EOFError,
-    ValueError,
-    OverflowError,
-    SyntaxError,
-    LookupError,
-    struct.error,
-)
+_REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+MAX_ASPECT = 200  # of a picture that `smart_resize` takes
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -38,8 +32,8 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     """
     if min_pixels > max_pixels:
         raise ValueError(f"min_pixels {min_pixels} exceeds max_pixels {max_pixels}")
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"aspect ratio of {width} x {height} exceeds 200")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"aspect ratio of {width} x {height} exceeds {MAX_ASPECT}")
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
@@ -55,66 +49,125 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 def open_image(
     source: Any, *, origin: Origin = Origin(), field: str = "images", roots: tuple[str, ...] = ()
 ) -> Image.Image:
-    """An RGB picture from a path, bytes, ``data:`` URI, ``{"bytes", "path"}``, PIL image or uint8 array.
+    """An RGB picture from a path, ``file://`` URL, bytes, base64 (``data:`` URI or plain), a dict with one of these,
+    a PIL image or an array.
 
     Relative paths are looked up in ``roots`` (the data file's folder first). Transparency is laid on white, as
-    qwen-vl-utils does, and EXIF rotation is applied, as transformers does.
+    qwen-vl-utils does, and EXIF rotation is applied, as transformers does. Of animations it is the first frame. How
+    other than 8-bit values are scaled: `jvlm.data.pixels`.
 
     Raises:
       RowError: not found (naming the places tried), not decodable, or not an image.
     """
-    if isinstance(source, dict):
-        source = source.get("bytes") or source.get("path") or source.get("url")
+    source = unwrap(source)
     try:
+        if isinstance(source, np.ndarray):
+            return array_to_rgb(source)
+        if isinstance(source, str | Path):
+            source = picture_source(str(source), roots, origin, field)
+        if isinstance(source, bytes | bytearray | memoryview):
+            source = io.BytesIO(source)
         if isinstance(source, Image.Image):
-            image = source
-        elif isinstance(source, np.ndarray):
-            image = _from_array(source)
-        elif isinstance(source, bytes | bytearray):
-            image = Image.open(io.BytesIO(source))
-        elif isinstance(source, str | Path) and str(source).startswith("data:"):
-            image = Image.open(io.BytesIO(base64.b64decode(str(source).partition("base64,")[2], validate=True)))
-        elif isinstance(source, str | Path):
-            image = Image.open(find_file(str(source), roots, origin, field))
-        else:
-            raise RowError(
-                origin, field, f"a {type(source).__name__} is not a picture", "Give a path, bytes, image or array"
-            )
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+            return image_to_rgb(source)
+        if isinstance(source, Path | io.BytesIO):
+            with Image.open(source) as image:
+                return image_to_rgb(image)
     except RowError:
         raise
-    except _UNDECODABLE as error:
-        shown = source if isinstance(source, str | Path) else type(source).__name__
+    except Exception as error:  # Pillow lets through whatever a damaged file makes its decoders raise
+        shown = "" if isinstance(source, Image.Image | np.ndarray | io.BytesIO) else f" ({str(source)[:200]})"
+        kind = "array" if isinstance(source, np.ndarray) else "picture"
         raise RowError(
-            origin, field, f"{str(shown)[:200]} cannot be decoded ({error})", "Replace or remove the picture"
+            origin, field, f"the {kind}{shown} cannot be decoded ({error})", "Replace or remove the picture"
         ) from error
+    raise RowError(origin, field, f"a {type(source).__name__} is not a picture", "Give a path, bytes, image or array")
+
+
+def unwrap(source: Any) -> Any:
+    """What a dict of the forms {"bytes", "path"} and {"url"} holds, bytes first."""
+    if not isinstance(source, dict):
+        return source
+    given = without_nulls(source)
+    return next((given[key] for key in ("bytes", "path", "url") if key in given and _holds(given[key])), None)
+
+
+def _holds(value: Any) -> bool:
+    return not (isinstance(value, str | bytes) and not value)
+
+
+def picture_source(text: str, roots: tuple[str, ...], origin: Origin, field: str) -> Path | bytes:
+    """The file or the bytes that a string stands for: a path, a URL of a file, a ``data:`` URI, or base64 alone.
+
+    Raises:
+      RowError: another kind of URL, base64 with an error in it, or a file that is not there.
+    """
+    if text[:5].lower() == "data:":
+        head, comma, body = text.partition(",")
+        encoded = head.lower().rstrip().endswith(";base64")
+        content = _from_base64(urllib.parse.unquote(body)) if encoded else urllib.parse.unquote_to_bytes(body)
+        if not comma or content is None:
+            raise RowError(
+                origin, field, f"{text[:60]}... cannot be decoded (not base64)", "Replace or remove the picture"
+            )
+        return content
+    file = _existing(text, roots)
+    if file is not None:
+        return file
+    content = _from_base64(text)
+    if content is not None and _is_picture(content):
+        return content
+    return find_file(text, roots, origin, field)
+
+
+def _from_base64(text: str) -> bytes | None:
+    """Base64 of either alphabet, with or without line ends and padding."""
+    plain = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
+    try:
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def _is_picture(content: bytes) -> bool:
+    """Whether Pillow knows the kind of file; a damaged one it may know all the same."""
+    try:
+        Image.open(io.BytesIO(content)).close()
+    except UnidentifiedImageError:
+        return False
+    return True
 
 
 def find_file(path: str, roots: tuple[str, ...], origin: Origin, field: str) -> Path:
     """The media file of a row: absolute, or relative to one of ``roots``. Raises RowError naming the places tried."""
-    if path.startswith(("http://", "https://")):
-        raise RowError(origin, field, f"{path} is a URL", "jvlm reads no network at run time: download it first")
-    path = path.removeprefix("file://")
-    tried = [Path(path)] if Path(path).is_absolute() else [Path(root) / path for root in (*roots, ".")]
-    for candidate in tried:
-        if candidate.is_file():
-            return candidate
-    places = ", ".join(dict.fromkeys(str(p) for p in tried))
-    raise RowError(origin, field, f"file not found; tried {places}", "Correct the path or set data.media_root")
+    if _REMOTE.match(path):
+        raise RowError(origin, field, f"{path[:200]} is a URL", "jvlm reads no network at run time: download it first")
+    found = _existing(path, roots)
+    if found is not None:
+        return found
+    tried = list(dict.fromkeys(str(place)[:200] for place in _candidates(path, roots)))
+    raise RowError(
+        origin, field, f"file not found; tried {', '.join(tried)}", "Correct the path or set data.media_root"
+    )
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4)):
-        raise ValueError(f"array of {array.dtype} {array.shape}, expected uint8 [height, width, 3]")
-    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array)
+def _existing(path: str, roots: tuple[str, ...]) -> Path | None:
+    return next((place for place in _candidates(path, roots) if _is_file(place)), None)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+def _candidates(path: str, roots: tuple[str, ...]) -> list[Path]:
+    """Places to look at. The path of a URL is unescaped, but for names that hold a % of their own."""
+    names = [path]
+    if path[:7].lower() == "file://":
+        plain = path[7:].removeprefix("localhost")
+        names = [urllib.parse.unquote(plain), plain]
+    found = []
+    for name in map(Path, names):
+        found += [name] if name.is_absolute() else [Path(root) / name for root in (*roots, ".")]
+    return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or in a folder that may not be read
+        return False

@@ -47,6 +47,11 @@ class Example:
     def num_patches(self) -> int:
         return len(self.patches)
 
+    @property
+    def longest_frame(self) -> int:
+        """Patches of the largest image, tile or frame."""
+        return int(np.bincount(self.frame_ids).max()) if self.num_patches else 0
+
 
 def join_media(media: Sequence[MediaPatches], patch_values: int) -> dict[str, np.ndarray]:
     """The patch arrays of an `Example` from its media in order."""
@@ -81,34 +86,61 @@ def patch_step(group: int, least: int) -> int:
     return -(-least // group) * group
 
 
-def check_fits(example: Example, row_tokens: int, row_patches: int, max_length: int | None = None) -> None:
-    """Raise RowError if the conversation cannot be packed into such a row."""
+def check_fits(
+    example: Example,
+    row_tokens: int,
+    row_patches: int,
+    max_length: int | None = None,
+    max_frame_patches: int | None = None,
+) -> None:
+    """Raise RowError if the conversation cannot be packed into such a row, or breaks a promise made to attention.
+
+    Attention is compiled for conversations of ``max_length`` tokens and frames of ``max_frame_patches`` at most; what
+    is longer would be cut without a word.
+    """
     limit = min(row_tokens, max_length or row_tokens)
     if example.length > limit:
+        pictures = int((example.vision_index >= 0).sum())
+        share = f" ({pictures} of them stand for pictures)" if pictures else ""
         raise RowError(
             example.origin,
             "messages",
-            f"{example.length} tokens do not fit {limit}",
-            "Raise the row length, lower max_pixels, or set on_too_long='truncate'",
+            f"{example.length} tokens do not fit {limit}{share}",
+            "Raise data.row_tokens (and data.max_length), lower max_pixels, or set data.on_too_long to shrink "
+            "(pictures are resized) or truncate (turns are left out)",
         )
     if example.num_patches > row_patches:
         raise RowError(
             example.origin,
             "images",
             f"{example.num_patches} patches do not fit {row_patches}",
-            "Raise the patches of a row or lower max_pixels",
+            "Raise data.row_patches, lower max_pixels, or set data.on_too_long to shrink",
+        )
+    if max_frame_patches is not None and example.longest_frame > max_frame_patches:
+        raise RowError(
+            example.origin,
+            "images",
+            f"a picture of {example.longest_frame} patches, where none may have more than {max_frame_patches}",
+            "Raise data.max_frame_patches, lower max_pixels, or set data.on_too_long to shrink",
         )
 
 
-def truncate(example: Example, max_tokens: int) -> Example | None:
+def truncate(example: Example, max_tokens: int, max_patches: int | None = None) -> Example | None:
     """Drop whole turns from the end until the conversation fits; never cuts a turn or an image.
 
     Returns None when not even the first assistant turn fits. Media behind the cut go with their tokens.
     """
-    fitting = [t for t in range(1, int(example.turns.max(initial=0)) + 1) if _end_of(example, t) <= max_tokens]
-    if not fitting:
-        return None
-    end = _end_of(example, fitting[-1])
+    for turn in range(int(example.turns.max(initial=0)), 0, -1):
+        end = _end_of(example, turn)
+        if end is not None and end <= max_tokens:
+            shorter = _begin_of(example, end)
+            if max_patches is None or shorter.num_patches <= max_patches:
+                return shorter
+    return None
+
+
+def _begin_of(example: Example, end: int) -> Example:
+    """The first ``end`` tokens, and the media that stand among them."""
     last = int(example.vision_index[:end].max(initial=-1))
     frames = int(example.feature_frames[last]) if last >= 0 else 0
     features, patches = (int(np.searchsorted(f, frames, "right")) for f in (example.feature_frames, example.frame_ids))
@@ -130,10 +162,10 @@ def truncate(example: Example, max_tokens: int) -> Example | None:
     )
 
 
-def _end_of(example: Example, turn: int) -> int:
-    """First token after the learnt part of an assistant turn."""
+def _end_of(example: Example, turn: int) -> int | None:
+    """First token after the learnt part of an assistant turn; None if nothing of it is learnt."""
     inside = np.flatnonzero((example.turns == turn) & (example.loss_weights > 0))
-    return int(inside[-1]) + 1 if inside.size else len(example.tokens) + 1
+    return int(inside[-1]) + 1 if inside.size else None
 
 
 def first_fit(examples: Sequence[Example], row_tokens: int, row_patches: int) -> list[list[int]]:
@@ -187,8 +219,14 @@ def assemble(
     max_segment_length: int | None = None,
     max_frame_patches: int | None = None,
 ) -> PackedBatch:
-    """Lay out rows of examples as one batch. Rows may be empty; ``patch_values`` is needed if all are."""
+    """Lay out rows of examples as one batch. Rows may be empty; ``patch_values`` is needed if all are.
+
+    Raises:
+      RowError: an example that is longer than ``max_segment_length``, or one of its frames than ``max_frame_patches``.
+    """
     B = len(rows)
+    for example in (e for row in rows for e in row):
+        check_fits(example, row_tokens, row_patches, max_segment_length, max_frame_patches)
     if patch_values is None:
         patch_values = next(e.patches.shape[1] for row in rows for e in row)
     batch = PackedBatch(

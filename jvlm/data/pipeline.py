@@ -17,14 +17,17 @@ import numpy as np
 from absl import flags
 
 from jvlm.data import packing
-from jvlm.data.errors import Origin, Rejected, RowError
+from jvlm.data.errors import Origin, Rejected, RowError, grouped
 from jvlm.data.packing import Example, PackedRows
 from jvlm.data.position import Progress, Share, go_on
 from jvlm.data.processor import Processor
 from jvlm.data.rows import Conversation, parse_row
 from jvlm.data.shards import RowSource
+from jvlm.data.shrink import shrink
 from jvlm.data.turns import turns_alone
 from jvlm.data.vision import MediaConfig, Vision
+from jvlm.errors import UserError
+from jvlm.validation import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +38,15 @@ class DataConfig:
       train: files or globs of JSONL and ArrayRecord rows.
       media_root: folder for relative media paths, after the data file's own.
       rows: rows of a batch (of one accumulation step), all processes together.
-      row_tokens, row_patches: places of a row; row_patches 0 is a text-only run.
+      row_tokens, row_patches: places of a row; row_patches 0 is a text-only run. "auto" chooses them from a sample of
+        the data, so that little of them is padding (`jvlm.data.survey`); the choice is printed, and saved with the run.
       max_length: longest conversation in tokens; None allows a whole row. A small value makes attention cheaper.
-      max_frame_patches: most patches an image or frame may have; None reads it off the media configuration.
-      on_too_long: stop, leave the conversation out, or drop whole turns from its end.
+      max_frame_patches: most patches an image or frame may have; None takes what the media configuration allows, or the
+        largest of a sample of the data if that is more.
+      on_too_long: what becomes of a conversation that does not fit a row, or of a picture above ``max_frame_patches``:
+        stop; leave the conversation out; drop whole turns from its end; or shrink its pictures until it fits. One that
+        still does not fit is left out. What is left out is counted in the log and listed.
+      max_too_long_fraction: stop when more than this share of the rows read was left out because it did not fit.
       on_bad_row: stop, or leave the row out; either way rows left out are counted and listed.
       max_bad_fraction: with "skip", stop when more than this share of the rows read was bad.
       shuffle: new order each epoch, from the seed.
@@ -54,11 +62,12 @@ class DataConfig:
     train: tuple[str, ...] = ()
     media_root: str | None = None
     rows: int = 1
-    row_tokens: int = 4096
-    row_patches: int = 8192
+    row_tokens: int | Literal["auto"] = 4096
+    row_patches: int | Literal["auto"] = 8192
     max_length: int | None = None
     max_frame_patches: int | None = None
-    on_too_long: Literal["error", "drop", "truncate"] = "drop"
+    on_too_long: Literal["error", "drop", "truncate", "shrink"] = "drop"
+    max_too_long_fraction: float = 0.25
     on_bad_row: Literal["error", "skip"] = "error"
     max_bad_fraction: float = 0.001
     shuffle: bool = True
@@ -69,11 +78,15 @@ class DataConfig:
     prefetch: int = 4
 
     def __post_init__(self):
-        for name in ("rows", "row_tokens", "pack_window", "read_threads", "prefetch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.alone <= 1:
-            raise ValueError(f"data.alone is a share, got {self.alone}")
+        counts = "rows row_tokens max_length max_frame_patches pack_window read_threads prefetch".split()
+        shares = "max_too_long_fraction max_bad_fraction alone".split()
+        bounds = {**dict.fromkeys(counts, "[1, inf)"), **dict.fromkeys(shares, "[0, 1]")}
+        check_fields(self, "data.", {**bounds, "row_patches": "[0, inf)", "worker_processes": "[0, inf)"})
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a conversation."""
+        return min(self.row_tokens, self.max_length or self.row_tokens)
 
 
 class Encode(grain.transforms.RandomMap):
@@ -83,36 +96,56 @@ class Encode(grain.transforms.RandomMap):
         self.processor, self.config = processor, config
 
     def random_map(self, element: tuple[Origin, Any], rng: np.random.Generator) -> Example | Rejected:
-        origin, row = element
         try:
-            if isinstance(row, RowError):
-                raise row
-            conversation = parse_row(row, origin)
-            if rng.random() < self.config.alone:
-                conversation = _one_turn(conversation, rng)
-            example = self.processor.encode(conversation)
-            _check_learnable(example)
+            conversation, example = self.read(element, rng)
         except RowError as error:
             if self.config.on_bad_row == "error":
                 raise
-            return Rejected(origin.file, origin.row, error.field, f"{error.problem}")
-        return self._fit(example)
+            return Rejected.of(error, "bad")
+        return self.fit(conversation, example)
 
-    def _fit(self, example: Example) -> Example | Rejected:
-        config, origin = self.config, example.origin
-        limit = min(config.row_tokens, config.max_length or config.row_tokens)
-        if example.length > limit and config.on_too_long == "truncate":
-            shorter = packing.truncate(example, limit)
-            if shorter is None:
-                return Rejected(origin.file, origin.row, "messages", f"no assistant turn ends within {limit} tokens")
-            example = shorter
+    def read(self, element: tuple[Origin, Any], rng: np.random.Generator) -> tuple[Conversation, Example]:
+        """What is to be learnt of a row, as long as it may be. Raises RowError."""
+        origin, row = element
+        if isinstance(row, RowError):
+            raise row
+        conversation = parse_row(row, origin)
+        if rng.random() < self.config.alone:
+            conversation = _one_turn(conversation, rng)
+        example = self.processor.encode(conversation)
+        _check_learnable(example)
+        return conversation, example
+
+    def fit(self, conversation: Conversation, example: Example) -> Example | Rejected:
+        """The example, made to fit a row as ``on_too_long`` says. Raises RowError with "error"."""
         try:
-            packing.check_fits(example, config.row_tokens, config.row_patches, config.max_length)
+            self._check(example)
         except RowError as error:
-            if config.on_too_long == "error":
+            if self.config.on_too_long == "error":
                 raise
-            return Rejected(origin.file, origin.row, error.field, error.problem)
+            return self._made_to_fit(conversation, example) or Rejected.of(error, "too_long")
         return example
+
+    def _made_to_fit(self, conversation: Conversation, example: Example) -> Example | None:
+        config = self.config
+        if config.on_too_long == "truncate":
+            shorter = packing.truncate(example, config.longest, config.row_patches)
+            return shorter if shorter is not None and self._fits(shorter) else None
+        if config.on_too_long == "shrink" and example.num_patches:
+            return shrink(self.processor, conversation, self._fits)
+        return None
+
+    def _check(self, example: Example) -> None:
+        config = self.config
+        most = frame_patches(self.processor.vision, self.processor.media, config)
+        packing.check_fits(example, config.row_tokens, config.row_patches, config.max_length, most)
+
+    def _fits(self, example: Example) -> bool:
+        try:
+            self._check(example)
+        except RowError:
+            return False
+        return True
 
 
 def _one_turn(conversation: Conversation, rng: np.random.Generator) -> Conversation:
@@ -155,7 +188,10 @@ class _Windows(grain.MapDataset):
 
 
 class PackDataset(grain.IterDataset):
-    """Packs a process's share of the encoded rows into batches of ``rows`` rows."""
+    """Packs a process's share of the encoded rows into batches of ``rows`` rows; ``epoch`` is how many rows there are.
+
+    Iterating raises UserError where none of the rows gives anything to learn from.
+    """
 
     def __init__(
         self,
@@ -165,9 +201,10 @@ class PackDataset(grain.IterDataset):
         share: Share,
         patch_values: int,
         max_frame_patches: int | None,
+        epoch: int,
     ):
         super().__init__(parent)
-        self.config, self.rows, self.share = config, rows, share
+        self.config, self.rows, self.share, self.epoch = config, rows, share, epoch
         self.patch_values, self.max_frame_patches = patch_values, max_frame_patches
 
     def __iter__(self) -> PackIterator:
@@ -209,6 +246,7 @@ class PackIterator(grain.DatasetIterator):
         self._stream = self.dataset.stream(progress)
         self._queue: deque[list[Example]] = deque()
         self._rejected: list[Rejected] = []
+        self._unusable: list[Rejected] = []  # rows left out since the last that was used
 
     def __next__(self) -> PackedRows:
         config, count = self.dataset.config, self.dataset.rows
@@ -243,9 +281,14 @@ class PackIterator(grain.DatasetIterator):
         window, before = self._progress.item
         elements = [next(self._stream) for _ in range(self.dataset.window_size(window))]
         examples = [e for e in elements if not isinstance(e, Rejected)]
+        rejected = [e for e in elements if isinstance(e, Rejected)]
+        self._unusable = [] if examples else self._unusable + rejected
+        if len(self._unusable) > 2 * (self.dataset.epoch - 1):  # shuffled, a row comes no later than that
+            rows = {(row.file, row.row): row for row in self._unusable}
+            raise UserError(f"none of the {self.dataset.epoch} rows can be used:\n{grouped(rows.values())}")
         given = max(before, self._progress.given)
         if not given:  # what a window rejects is reported with its first row
-            self._rejected = [e for e in elements if isinstance(e, Rejected)]
+            self._rejected = rejected
         packed = packing.best_fit_decreasing(examples, config.row_tokens, config.row_patches)
         self._queue.extend([examples[i] for i in row] for row in packed[given:])
         self._progress = dataclasses.replace(self._progress, given=given)
@@ -271,19 +314,28 @@ def training_data(
     Raises:
       ValueError: the rows of a batch cannot be shared evenly by so many processes.
     """
+    check_shape(config)
     source = RowSource(config.train)
     dataset = grain.MapDataset.source(source).seed(seed)
     if config.shuffle:
         dataset = dataset.shuffle()
     encoded = dataset.repeat(epochs).random_map(Encode(processor, config))
     values, most = processor.vision.patch_values, frame_patches(processor.vision, processor.media, config)
-    packed = PackDataset(encoded, config, share.of(config.rows), share, values, most)
+    packed = PackDataset(encoded, config, share.of(config.rows), share, values, most, len(source))
     return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.prefetch), source
 
 
+def check_shape(config: DataConfig) -> None:
+    """Raise UserError where row sizes are not known yet."""
+    if "auto" in (config.row_tokens, config.row_patches):
+        raise UserError(
+            'data.row_tokens or data.row_patches is "auto": a run chooses from its data when it starts; give numbers'
+        )
+
+
 def frame_patches(vision: Vision, media: MediaConfig, config: DataConfig) -> int | None:
-    """Most patches of one image or frame: what the media configuration allows, if that is less than a row."""
-    if config.max_frame_patches is not None:
-        return config.max_frame_patches
-    most = vision.max_frame_patches(media)
+    """The length promised to attention for images and frames, which each row is checked against; None: a whole row."""
+    most = config.max_frame_patches
+    if most is None:
+        most = vision.max_frame_patches(media)
     return most if most is not None and most < config.row_patches else None

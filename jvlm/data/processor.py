@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from jvlm import config as config_tree
-from jvlm.data import box_formats, mrope, packing
+from jvlm.data import box_formats, mrope, packing, vocabulary
 from jvlm.data.boxes import Place, Sizes, Space
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.images import open_image
 from jvlm.data.packing import Example
 from jvlm.data.rows import Conversation, Message, fill_objects, parse_row
 from jvlm.data.template import ChatTemplate, style_of
+from jvlm.data.turns import without_answer
 from jvlm.data.vision import MediaConfig, MediaPatches, default_media, vision_for
+from jvlm.errors import UserError
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLMConfig
 
@@ -92,10 +95,10 @@ class Processor:
         self.vision = vision_for(self.model, value)
 
     def _id_of(self, token: str) -> int:
-        """The id of a special token. Raises ValueError if the tokenizer lacks it."""
+        """The id of a special token. Raises UserError if the tokenizer lacks it."""
         found = self.tokenizer.convert_tokens_to_ids(token)
         if found is None or found == self.tokenizer.unk_token_id:
-            raise ValueError(f"the tokenizer has no token {token}")
+            raise UserError(f"the tokenizer has no token {token}")
         return found
 
     def _check_tokenizer(self) -> None:
@@ -103,7 +106,8 @@ class Processor:
         for name, expected in names.items():
             found = None if name is None else self.tokenizer.convert_tokens_to_ids(name)
             if found != expected:
-                raise ValueError(f"the tokenizer gives {name} the id {found}, the model's configuration {expected}")
+                raise UserError(f"the tokenizer gives {name} the id {found}, the model's configuration {expected}")
+        vocabulary.check(self.tokenizer, self.model.decoder.vocab_size)
 
     def __call__(self, conversation: Any) -> Example:
         return self.encode(conversation)
@@ -120,12 +124,23 @@ class Processor:
         """
         conversation = parse_row(row)
         origin = conversation.origin
-        media = self._media(conversation)
-        messages = self._fill(conversation, media)
-        if generation_prompt and messages[-1].role == "assistant":
-            messages = messages[:-1]
-        ids, weights, turns = self.template.tokenize(messages, generation_prompt=generation_prompt, origin=origin)
-        return self._expand(ids, weights, turns, media, conversation)
+        try:
+            if generation_prompt:
+                conversation = _prompt(conversation)
+            media = self._media(conversation)
+            messages = self._fill(conversation, media)
+            ids, weights, turns = self.template.tokenize(messages, generation_prompt=generation_prompt, origin=origin)
+            problem = vocabulary.outside_problem(self.tokenizer, ids, self.model.decoder.vocab_size)
+            if problem:
+                fix = f"Leave the token out, or let the table grow: {vocabulary.GROW}"
+                raise RowError(origin, "messages", problem, fix)
+            return self._expand(ids, weights, turns, media, conversation)
+        except RowError:
+            raise
+        except Exception as error:  # a template, tokenizer or picture library that fails in a way of its own
+            raise RowError(
+                origin, "messages", f"{type(error).__name__}: {error}", "Correct the row, or report this as a fault"
+            ) from error
 
     def pack(
         self,
@@ -169,7 +184,7 @@ class Processor:
         return box_formats.parse(text, self.config.box_format, space=self.config.box_space)
 
     def _media(self, conversation: Conversation) -> list[MediaPatches]:
-        config = self._row_media(conversation)
+        config = self.row_media(conversation)
         images, videos = iter(enumerate(conversation.images)), iter(enumerate(conversation.videos))
         media = []
         for kind in conversation.media_order():
@@ -183,7 +198,7 @@ class Processor:
                 media.append(self._load(frames, f"videos[{index}]", conversation.origin, make))
         return media
 
-    def _row_media(self, conversation: Conversation) -> MediaConfig:
+    def row_media(self, conversation: Conversation) -> MediaConfig:
         """The media configuration with what the row changes."""
         known = {f.name for f in dataclasses.fields(self.media)}
         for name, _ in conversation.limits:
@@ -194,7 +209,13 @@ class Processor:
                     "not a setting of this model's pictures",
                     f"Use {', '.join(sorted(known))}",
                 )
-        return dataclasses.replace(self.media, **dict(conversation.limits))
+        try:
+            return dataclasses.replace(self.media, **dict(conversation.limits))
+        except ValueError as error:
+            names = ", ".join(name for name, _ in conversation.limits)
+            raise RowError(
+                conversation.origin, f"chat_template_kwargs.{names}", str(error), "Correct or remove it"
+            ) from error
 
     def _image(self, config: MediaConfig, index: int, count: int, pictures: list) -> MediaPatches:
         return self.vision.image(pictures[0], config, index=index, count=count)
@@ -202,11 +223,21 @@ class Processor:
     def _video(self, config: MediaConfig, frames: list) -> MediaPatches:
         return self.vision.video(frames, config)
 
-    def _load(self, sources, field: str, origin: Origin, make: Callable[[list], MediaPatches]) -> MediaPatches:
+    def with_open_media(self, conversation: Conversation) -> Conversation:
+        """The conversation with its pictures and frames decoded. Raises RowError."""
+        origin = conversation.origin
+        images = [self._open([s], f"images[{i}]", origin)[0] for i, s in enumerate(conversation.images)]
+        videos = [tuple(self._open(frames, f"videos[{i}]", origin)) for i, frames in enumerate(conversation.videos)]
+        return dataclasses.replace(conversation, images=tuple(images), videos=tuple(videos))
+
+    def _open(self, sources: Iterable[Any], field: str, origin: Origin) -> list[Image.Image]:
         roots = self.media_roots
         if origin.file != Origin.file:
             roots = (str(Path(origin.file).parent), *roots)
-        pictures = [open_image(s, origin=origin, field=field, roots=roots) for s in sources]
+        return [open_image(s, origin=origin, field=field, roots=roots) for s in sources]
+
+    def _load(self, sources, field: str, origin: Origin, make: Callable[[list], MediaPatches]) -> MediaPatches:
+        pictures = self._open(sources, field, origin)
         if len({p.size for p in pictures}) > 1:
             sizes = sorted({p.size for p in pictures})
             raise RowError(origin, field, f"frames of different sizes {sizes}", "Give frames of one size")
@@ -309,6 +340,14 @@ class Processor:
     def settings(self) -> dict[str, Any]:
         """The part of the processor that Hugging Face's files have no place for."""
         return config_tree.to_dict(self.config)
+
+
+def _prompt(conversation: Conversation) -> Conversation:
+    """The conversation up to the answer to give. Raises RowError where nothing is asked."""
+    prompt = without_answer(conversation)
+    if not any(message.role in ("user", "tool") for message in prompt.messages):
+        raise RowError(conversation.origin, "messages", "nothing to answer", "Give a user turn before the answer")
+    return prompt
 
 
 def read_settings(folder: Path) -> ProcessorConfig | None:

@@ -8,8 +8,12 @@ import math
 import re
 from typing import Any
 
+import numpy as np
+
+from jvlm.data import values
 from jvlm.data.boxes import Place, place
 from jvlm.data.errors import Origin, RowError
+from jvlm.data.values import is_null, shown, without_nulls
 
 ROLES = ("system", "user", "assistant", "tool")
 # Fields of the published format that supervised training has no use for; they are accepted and carried along.
@@ -17,10 +21,31 @@ _CARRIED = frozenset(
     "id channel tools label margin solution rejected_response rejected_messages rejected_images rejected_videos".split()
 )
 _FIELDS = frozenset("messages images image videos video objects chat_template_kwargs".split()) | _CARRIED
-_TEMPLATE_KWARGS = frozenset(
-    "min_pixels max_pixels video_min_pixels video_max_pixels fps min_tiles max_tiles num_frames longest_edge "
-    "shortest_edge".split()
+# What a row may set limits to: beyond, pictures would only exhaust memory (Pillow refuses such files too), and times of
+# frames leave the range of position ids.
+_PIXELS = 2**27
+_LIMITS: dict[str, tuple[float, float]] = {
+    "min_pixels": (1, _PIXELS),
+    "max_pixels": (1, math.inf),
+    "video_min_pixels": (1, _PIXELS),
+    "video_max_pixels": (1, math.inf),
+    "fps": (1e-4, 1e4),
+    "min_tiles": (1, 1024),
+    "max_tiles": (1, 1024),
+    "num_frames": (1, math.inf),
+    "longest_edge": (1, math.inf),
+    "shortest_edge": (1, 2**13),
+}
+_MOST_WEIGHT = float(np.finfo(np.float32).max)
+_PAIRS = (
+    ("min_pixels", "max_pixels"),
+    ("video_min_pixels", "video_max_pixels"),
+    ("min_tiles", "max_tiles"),
+    ("shortest_edge", "longest_edge"),
 )
+# Keys of content blocks that hold a picture, and those of other libraries that would change how it is resized.
+PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
+_PER_BLOCK = frozenset((*_LIMITS, "resized_height", "resized_width", "nframes"))
 _TAG = re.compile(r"(<image>|<video>)")
 _OBJECT_TAG = re.compile(r"(<ref-object>|<bbox>)")
 
@@ -44,7 +69,7 @@ class Conversation:
       refs, boxes: what <ref-object> and <bbox> stand for, in order of appearance.
       box_images: which image each box is on.
       limits: this row's own resize limits and frame rate.
-      extra: fields carried along.
+      extra: fields carried along, unknown ones included.
     """
 
     messages: tuple[Message, ...]
@@ -61,25 +86,30 @@ class Conversation:
         """ "image" or "video" for each tag, in order of appearance."""
         return [tag[1:-1] for message in self.messages for tag in _TAG.findall(message.content)]
 
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Names of the fields carried along that jvlm does not know."""
+        return tuple(str(key) for key, _ in self.extra if key not in _FIELDS)
+
 
 def parse_row(row: Any, origin: Origin = Origin()) -> Conversation:
-    """Check one row of the ms-swift format.
+    """Check one row of the ms-swift format. A null is as an absent field; unknown fields are carried along.
 
     Raises:
-      RowError: unknown field, wrong type, wrong number of tags, bad role or box; names the field and the fix.
+      RowError: wrong type, wrong number of tags, bad role, limit or box; names the field and the fix.
     """
     if isinstance(row, Conversation):
+        _check_counts(row)
         return row
     if not isinstance(row, dict):
         raise RowError(origin, "row", f"a {type(row).__name__}, not an object", 'Write {"messages": [...]} per line')
-    for key in row:
-        if key not in _FIELDS:
-            near = difflib.get_close_matches(key, _FIELDS, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known fields: {', '.join(sorted(_FIELDS))}"
-            raise RowError(origin, key, "unknown field", hint)
+    row = without_nulls(row)
+    for field in ("audios", "audio"):
+        if field in row and not (isinstance(row[field], list | tuple) and not row[field]):
+            raise RowError(origin, field, "the models here do not hear", "Remove it, and <audio> from the messages")
     images, videos = _listed(row, "images", "image", origin), _listed(row, "videos", "video", origin)
     listed = {"images": len(images), "videos": len(videos)}
-    messages = _messages(row.get("messages"), images, videos, origin)
+    messages = _messages(row, images, videos, origin)
     for field, media in (("images", images), ("videos", videos)):
         if 0 < listed[field] < len(media):
             raise RowError(
@@ -94,11 +124,25 @@ def parse_row(row: Any, origin: Origin = Origin()) -> Conversation:
         boxes=boxes,
         box_images=box_images,
         limits=_limits(row.get("chat_template_kwargs"), origin),
-        extra=tuple((k, row[k]) for k in row if k in _CARRIED),
+        extra=tuple((k, row[k]) for k in row if k in _CARRIED or k not in _FIELDS),
         origin=origin,
     )
     _check_counts(conversation)
     return conversation
+
+
+def hint(name: str) -> str | None:
+    """The known field that an unknown one may have been meant to be."""
+    near = difflib.get_close_matches(name, _FIELDS, n=1)
+    return near[0] if near else None
+
+
+def near_miss(field: str, names: Any) -> str | None:
+    """What to say where a field is lacking and an unknown one has nearly its name."""
+    for name in map(str, names):
+        if name not in _FIELDS and hint(name) == field:
+            return f"Is {name!r} meant to be {field!r}?"
+    return None
 
 
 def _listed(row: dict, plural: str, singular: str, origin: Origin) -> list:
@@ -116,22 +160,25 @@ def _frames(video: Any, origin: Origin) -> tuple:
     return tuple(video)
 
 
-def _messages(value: Any, images: list, videos: list, origin: Origin) -> tuple[Message, ...]:
-    if not isinstance(value, list | tuple) or not value:
-        raise RowError(origin, "messages", "missing or empty", 'Give [{"role": "user", "content": "..."}, ...]')
+def _messages(row: dict, images: list, videos: list, origin: Origin) -> tuple[Message, ...]:
+    given = row.get("messages", [])
+    if not isinstance(given, list | tuple) or not len(given):
+        fix = near_miss("messages", row) or 'Give [{"role": "user", "content": "..."}, ...]'
+        is_list = isinstance(given, list | tuple)
+        raise RowError(origin, "messages", "missing or empty" if is_list else f"{shown(given)} is not a list", fix)
     messages = []
-    for index, message in enumerate(value):
+    for index, message in enumerate(given):
         field = f"messages[{index}]"
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        if not isinstance(message, dict) or is_null(message.get("role")) or "content" not in message:
             raise RowError(origin, field, "needs 'role' and 'content'", 'Write {"role": "user", "content": "..."}')
-        for key in message:
+        for key in without_nulls(message):
             if key not in ("role", "content", "loss", "loss_scale"):
                 raise RowError(origin, f"{field}.{key}", "unknown field", "Use role, content, loss, loss_scale")
         role = message["role"]
-        if role not in ROLES:
-            near = difflib.get_close_matches(str(role), ROLES, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Use one of {', '.join(ROLES)}"
-            raise RowError(origin, f"{field}.role", f"unknown role {role!r}", hint)
+        if not isinstance(role, str) or role not in ROLES:
+            near = difflib.get_close_matches(str(role), ROLES, n=1) if isinstance(role, str) else []
+            fix = f"Did you mean {near[0]!r}?" if near else f"Use one of {', '.join(ROLES)}"
+            raise RowError(origin, f"{field}.role", f"unknown role {shown(role)}", fix)
         if role == "system" and index:
             raise RowError(origin, f"{field}.role", "a system turn after the first place", "Move it to the front")
         content = _flatten(message["content"], images, videos, origin, f"{field}.content")
@@ -141,103 +188,124 @@ def _messages(value: Any, images: list, videos: list, origin: Origin) -> tuple[M
 
 def _loss_weight(message: dict, role: str, origin: Origin, field: str) -> float:
     loss, scale = message.get("loss"), message.get("loss_scale")
-    if loss not in (None, True, False):
-        raise RowError(origin, f"{field}.loss", f"{loss!r} is not true or false", "Write true or false")
-    if scale is not None and (
-        isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf
-    ):
-        raise RowError(origin, f"{field}.loss_scale", f"{scale!r} is not a weight", "Write a number >= 0")
+    learnt = True if loss is None else values.switch(loss)
+    if learnt is None:
+        raise RowError(origin, f"{field}.loss", f"{shown(loss)} is not true or false", "Write true or false")
+    weight = 1.0 if scale is None else values.number(scale)
+    if weight is None or not 0 <= weight <= _MOST_WEIGHT:
+        raise RowError(origin, f"{field}.loss_scale", f"{shown(scale)} is not a weight", "Write a number >= 0")
     if role != "assistant":
-        if loss or scale:
+        if (loss is not None and learnt) or (scale is not None and weight):
             raise RowError(origin, field, f"loss on a {role} turn", "Only assistant turns are learnt")
         return 0.0
-    return 0.0 if loss is False else float(1.0 if scale is None else scale)
+    return float(weight) if learnt else 0.0
 
 
 def _flatten(content: Any, images: list, videos: list, origin: Origin, field: str) -> str:
     """Content blocks (OpenAI or transformers style) to text with tags; their media join the row's lists."""
     if isinstance(content, str):
-        return content
+        return values.text(content, origin, field)
     if not isinstance(content, list | tuple):
         raise RowError(origin, field, f"a {type(content).__name__} is not text", "Give a string or a list of blocks")
-    parts = []
-    for block in content:
-        kind = block.get("type") if isinstance(block, dict) else None
-        if kind == "text" and isinstance(block.get("text"), str):
-            parts.append(block["text"])
-        elif kind in ("image", "image_url"):
-            source = block.get("image", block.get("image_url", block.get("url")))
-            if source is not None:
-                images.append(source)
-            parts.append("<image>")
-        elif kind == "video":
-            if block.get("video") is not None:
-                videos.append(block["video"])
-            parts.append("<video>")
-        else:
+    return "".join(_block(block, images, videos, origin, field) for block in content)
+
+
+def _block(block: Any, images: list, videos: list, origin: Origin, field: str) -> str:
+    """The text of a content block. A medium in it joins its list; one without a source is among the row's own."""
+    given = without_nulls(block) if isinstance(block, dict) else {}
+    kind = given.pop("type", None)
+    for key in given:
+        if key in _PER_BLOCK:
             raise RowError(
-                origin,
-                field,
-                f"cannot read a block of type {kind!r}",
-                'Use {"type": "text", "text": "..."}, image, image_url or video blocks',
+                origin, field, f"{key!r} of a single picture is not read", "Give the row's chat_template_kwargs"
             )
-    return "".join(parts)
+    media = {key: given[key] for key in (*PICTURE_KEYS, "video") if key in given}
+    if kind == "text" and not media and isinstance(given.get("text"), str):
+        return values.text(given["text"], origin, field)
+    if kind in ("image", "image_url") and "video" not in media and len(media) <= 1:
+        images += media.values()
+        return "<image>"
+    if kind == "video" and media.keys() <= {"video"}:
+        videos += media.values()
+        return "<video>"
+    problem = f"cannot read a block of type {shown(kind)} with {', '.join(map(shown, given)) or 'nothing in it'}"
+    fix = 'Use {"type": "text", "text": "..."}, image, image_url or video blocks, each with one source'
+    raise RowError(origin, field, problem, fix)
 
 
 def _objects(value: Any, images: int, origin: Origin):
-    if value is None:
+    if is_null(value):
         return (), (), ()
-    if not isinstance(value, dict) or not set(value) <= {"ref", "bbox", "bbox_type", "image_id"}:
+    if not isinstance(value, dict) or not set(without_nulls(value)) <= {"ref", "bbox", "bbox_type", "image_id"}:
         raise RowError(origin, "objects", "not of the known form", "Use ref, bbox, bbox_type and image_id")
-    for key in ("ref", "bbox", "image_id"):
-        if not isinstance(value.get(key, []), list | tuple | type(None)):
-            raise RowError(origin, f"objects.{key}", f"{value[key]!r} is not a list", "Give a list, one entry per tag")
-    refs, boxes = tuple(value.get("ref") or ()), tuple(value.get("bbox") or ())
-    for index, ref in enumerate(refs):
-        if not isinstance(ref, str):
-            raise RowError(origin, f"objects.ref[{index}]", f"{ref!r} is not text", "Give a string")
+    value = without_nulls(value)
+    lists = {key: _as_list(value.get(key, []), origin, f"objects.{key}") for key in ("ref", "bbox", "image_id")}
+    refs = tuple(values.text(ref, origin, f"objects.ref[{i}]") for i, ref in enumerate(lists["ref"]))
     box_type = value.get("bbox_type", "real")
     if box_type not in ("real", "norm1"):
-        raise RowError(origin, "objects.bbox_type", f"unknown {box_type!r}", "Use 'real' or 'norm1'")
-    for index, box in enumerate(boxes):
-        _check_box(box, box_type, origin, f"objects.bbox[{index}]")
-    image_ids = value.get("image_id")
-    image_ids = tuple(image_ids) if image_ids is not None else (0,) * len(boxes)
-    if len(image_ids) != len(boxes):
-        raise RowError(origin, "objects.image_id", f"{len(image_ids)} ids for {len(boxes)} boxes", "Give one per box")
-    for image_id in image_ids:
-        if not isinstance(image_id, int) or not 0 <= image_id < max(images, 1):
-            raise RowError(origin, "objects.image_id", f"{image_id!r} with {images} images", "Count from 0")
-    space = "original" if box_type == "real" else "norm1"
-    return refs, tuple(place(box, space) for box in boxes), image_ids
+        raise RowError(origin, "objects.bbox_type", f"unknown {shown(box_type)}", "Use 'real' or 'norm1'")
+    boxes = tuple(_box(box, box_type, origin, f"objects.bbox[{i}]") for i, box in enumerate(lists["bbox"]))
+    given = lists["image_id"] if "image_id" in value else [0] * len(boxes)
+    if len(given) != len(boxes):
+        raise RowError(origin, "objects.image_id", f"{len(given)} ids for {len(boxes)} boxes", "Give one per box")
+    box_images = tuple(values.whole(image_id) for image_id in given)
+    for image_id, raw in zip(box_images, given, strict=True):
+        if image_id is None or not 0 <= image_id < max(images, 1):
+            raise RowError(origin, "objects.image_id", f"{shown(raw)} with {images} images", "Count from 0")
+    return refs, boxes, box_images
 
 
-def _check_box(box: Any, box_type: str, origin: Origin, field: str) -> None:
-    is_numbers = isinstance(box, list | tuple) and all(isinstance(v, int | float) for v in box)
-    if not is_numbers or len(box) not in (2, 4):
-        raise RowError(origin, field, f"{box!r} is not a point or box", "Give 2 or 4 numbers")
-    if len(box) == 4 and (box[0] > box[2] or box[1] > box[3]):
-        raise RowError(origin, field, f"{list(box)} has its corners swapped", "Order them x1, y1, x2, y2")
-    if box_type == "norm1" and not all(0 <= v <= 1 for v in box):
-        raise RowError(origin, field, f"{list(box)} is outside 0..1", "Use bbox_type 'real' for pixels")
+def _as_list(value: Any, origin: Origin, field: str) -> list:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
+        raise RowError(origin, field, f"{shown(value)} is not a list", "Give a list, one entry per tag")
+    return list(value)
+
+
+def _box(box: Any, box_type: str, origin: Origin, field: str) -> Place:
+    if isinstance(box, np.ndarray):
+        box = box.tolist()
+    found = [values.number(v) for v in box] if isinstance(box, list | tuple) else []
+    if len(found) not in (2, 4) or None in found:
+        raise RowError(origin, field, f"{shown(box)} is not a point or box", "Give 2 or 4 finite numbers")
+    if len(found) == 4 and (found[0] > found[2] or found[1] > found[3]):
+        raise RowError(origin, field, f"{shown(found)} has its corners swapped", "Order them x1, y1, x2, y2")
+    if box_type == "norm1" and not all(0 <= v <= 1 for v in found):
+        raise RowError(origin, field, f"{shown(found)} is outside 0..1", "Use bbox_type 'real' for pixels")
+    return place(found, "original" if box_type == "real" else "norm1")
 
 
 def _limits(value: Any, origin: Origin) -> tuple[tuple[str, float], ...]:
-    if value is None:
+    if is_null(value):
         return ()
     if not isinstance(value, dict):
         raise RowError(origin, "chat_template_kwargs", "not an object", 'Give e.g. {"max_pixels": 200704}')
-    for key, number in value.items():
+    limits = {}
+    for key, given in without_nulls(value).items():
         field = f"chat_template_kwargs.{key}"
-        if key not in _TEMPLATE_KWARGS:
-            raise RowError(origin, field, "unknown field", f"Known: {', '.join(sorted(_TEMPLATE_KWARGS))}")
-        if isinstance(number, bool) or not isinstance(number, int | float) or number <= 0:
-            raise RowError(origin, field, f"{number!r} is not a positive number", "Correct or remove it")
-    return tuple(value.items())
+        if key not in _LIMITS:
+            raise RowError(origin, field, "unknown field", f"Known: {', '.join(sorted(_LIMITS))}")
+        found = values.number(given) if key == "fps" else values.whole(given)
+        if found is None or found <= 0:
+            kind = "positive number" if key == "fps" else "positive whole number"
+            raise RowError(origin, field, f"{shown(given)} is not a {kind}", "Correct or remove it")
+        least, most = _LIMITS[key]
+        if not least <= found <= most:
+            raise RowError(origin, field, f"{shown(found)} is not within {least} to {most}", "Correct or remove it")
+        limits[key] = found
+    for low, high in _PAIRS:
+        if low in limits and high in limits and limits[low] > limits[high]:
+            raise RowError(
+                origin,
+                f"chat_template_kwargs.{low}",
+                f"{low} {limits[low]} exceeds {high} {limits[high]}",
+                "Lower the one or raise the other",
+            )
+    return tuple(limits.items())
 
 
 def _check_counts(conversation: Conversation) -> None:
-    text = "".join(m.content for m in conversation.messages)
     origin = conversation.origin
     for tag, field, count in (
         ("<image>", "images", len(conversation.images)),
@@ -245,10 +313,14 @@ def _check_counts(conversation: Conversation) -> None:
         ("<bbox>", "objects.bbox", len(conversation.boxes)),
         ("<ref-object>", "objects.ref", len(conversation.refs)),
     ):
-        if text.count(tag) != count and (count or tag in ("<image>", "<video>")):
-            raise RowError(
-                origin, field, f"{text.count(tag)} {tag} tags but {count} entries", "Give one entry for each tag"
-            )
+        tags = sum(message.content.count(tag) for message in conversation.messages)
+        if tags == count:
+            continue
+        meant = None if count else near_miss(field.partition(".")[0], conversation.unknown)
+        # without any objects <bbox> and <ref-object> are words
+        if count or meant or tag in ("<image>", "<video>"):
+            fix = meant or "Give one entry for each tag"
+            raise RowError(origin, field, f"{tags} {tag} tags but {count} entries", fix)
 
 
 def split_media(content: str) -> list[dict[str, str]]:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import functools
 import glob
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+import os
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import numpy as np
 from array_record.python import array_record_module
+from etils import epath
 
-from jvlm.data import stores
+from jvlm.data import file_kinds, shard_set, stores
 from jvlm.data.errors import Origin, RowError
+from jvlm.errors import UserError
 
 SHARD_SUFFIX = ".arrayrecord"
 _GROUP_BYTES = 32 * 1024
+_SHOWN = 10
 
 
 class RowSource:
@@ -29,15 +38,28 @@ class RowSource:
 
     Raises:
       FileNotFoundError: a pattern that matches nothing.
-      ValueError: a file of another kind, or no rows at all.
+      UserError: a file given twice, of another kind, damaged, or without rows; a set of shards that is incomplete or
+        mixed with another. Names every such file.
     """
 
     def __init__(self, patterns: Sequence[str]):
-        self.files = [path for pattern in patterns for path in matching(pattern)]
-        self._readers = [_open(path) for path in self.files]
+        found = [pair for pattern in patterns for pair in _find(pattern)]
+        if not found:
+            raise UserError("no rows in an empty list of files")
+        self.files = [path for path, _ in found]
+        problems = _problems_of_names(found)
+        self._readers = []
+        for path in self.files:
+            try:
+                self._readers.append(_open(path))
+            except UserError as error:
+                problems.append(str(error))
+        shards = [(reader.path, len(reader), reader.mark) for reader in self._readers if isinstance(reader, _Shard)]
+        problems += shard_set.problems_of_marks([shard for shard in shards if shard[2] is not None])
+        if problems:
+            more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            raise UserError("\n  ".join(problems[:_SHOWN]) + more)
         self._starts = np.cumsum([0, *(len(r) for r in self._readers)])
-        if not self._starts[-1]:
-            raise ValueError(f"no rows in {', '.join(self.files) or 'an empty list of files'}")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -46,8 +68,12 @@ class RowSource:
         """(origin, row); a line that is not JSON gives the RowError in place of the row."""
         file = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = index - int(self._starts[file])
-        origin = Origin(self.files[file], row + 1)
+        origin = Origin(self.files[file], self._readers[file].number(row))
         return origin, self._readers[file].read(row, origin)
+
+    def counts(self) -> dict[str, int]:
+        """Rows of each file."""
+        return {path: len(reader) for path, reader in zip(self.files, self._readers, strict=True)}
 
     def __repr__(self) -> str:
         return f"RowSource({self.files})"
@@ -55,59 +81,125 @@ class RowSource:
 
 def matching(pattern: str) -> list[str]:
     """Files of a path or glob, sorted; of remote ones local copies. Raises FileNotFoundError if there is none."""
+    return [path for path, _ in _find(pattern)]
+
+
+def _find(pattern: str) -> list[tuple[str, epath.Path]]:
+    """(path on this machine, original) of each file that a path or glob matches, sorted."""
     if stores.is_remote(pattern):
-        found = [str(path) for path in stores.matching(pattern)]
-        if not found:
+        originals = stores.find(pattern)
+        if not originals:
             raise FileNotFoundError(f"no data file matches {pattern!r}")
-        return found
-    found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern] * Path(pattern).is_file()
-    if not found:
+        return [(str(path), original) for path, original in zip(stores.fetch(originals), originals, strict=True)]
+    # a name may hold the characters of a glob
+    paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    if not paths:
         raise FileNotFoundError(f"no data file matches {pattern!r} (looked in {Path.cwd()})")
-    return found
+    return [(path, epath.Path(path)) for path in paths]
+
+
+def _problems_of_names(found: Sequence[tuple[str, epath.Path]]) -> list[str]:
+    """What is wrong with the files to be read, before any is opened: one line each."""
+    problems, seen, folders = [], {}, defaultdict(list)
+    for path, original in found:
+        real = os.path.realpath(path)
+        if real in seen:
+            problems.append(f"{path}: given twice, also as {seen[real]}; its rows would count double. Give it once")
+            continue
+        seen[real] = path
+        folders[str(original.parent)].append(original)
+    for originals in folders.values():
+        folder = originals[0].parent
+        problems += shard_set.problems_of_names(
+            folder, [file.name for file in originals], [file.name for file in folder.iterdir()]
+        )
+    return problems
 
 
 def _open(path: str) -> _Jsonl | _Shard:
     if path.endswith(SHARD_SUFFIX):
-        return _Shard(path)
-    if path.endswith((".jsonl", ".json")):
-        return _Jsonl(path)
-    raise ValueError(f"{path}: rows are read from *.jsonl and *{SHARD_SUFFIX}")
+        file_kinds.check_shard(path)
+        reader = _Shard(path)
+    elif path.endswith((".jsonl", ".json")):
+        file_kinds.check_text(path)
+        reader = _Jsonl(path)
+    else:
+        file_kinds.check_file(path)
+        raise UserError(f"{path}: rows are read from *.jsonl and *{SHARD_SUFFIX}")
+    if not len(reader):
+        raise UserError(f"{path}: holds no rows. Write it again, or leave it out of the list")
+    return reader
 
 
 class _Jsonl:
-    """Keeps the place of each line; reads one when asked, so the file is never in memory."""
+    """Keeps the place of each line; reads one when asked, so the file is never in memory. Blank lines are no rows."""
 
     def __init__(self, path: str):
         self.path = path
-        places, at = [], 0
+        places, at = array("q"), 0
         with open(path, "rb") as file:
-            for line in file:
-                if line.strip():
-                    places.append((at, len(line)))
+            for number, line in enumerate(file, 1):
+                if line.removeprefix(codecs.BOM_UTF8).strip():
+                    places.extend((at, len(line), number))
                 at += len(line)
-        self._places = np.asarray(places, np.int64).reshape(-1, 2)
+        self._places = np.asarray(places).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self._places)
 
+    def number(self, row: int) -> int:
+        """The number of a row's line, as an editor counts: from 1, blank lines included."""
+        return int(self._places[row, 2])
+
     def read(self, row: int, origin: Origin) -> Any:
-        start, size = self._places[row]
+        start, size, _ = self._places[row]
         with open(self.path, "rb") as file:
             file.seek(start)
             line = file.read(size)
         try:
-            return json.loads(line)
+            return json.loads(line.decode("utf-8-sig"), object_pairs_hook=functools.partial(_object, origin))
+        except RowError as error:
+            return error
+        except RecursionError:
+            return RowError(origin, "row", "lists or objects nested too deep", "Make the row flatter")
         except ValueError as error:
-            return RowError(origin, "row", f"not JSON ({error})", "Each line must be one JSON object")
+            cut = "" if line.endswith(b"\n") else "; the file ends without a newline, so it may be cut short"
+            return RowError(origin, "row", f"not JSON ({error}){cut}", "Each line must be one JSON object")
+
+
+def _object(origin: Origin, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises RowError for a key that it has twice: nothing says which value is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise RowError(origin, twice, "the same key twice in one object", "Keep one of them")
+    return found
 
 
 class _Shard:
-    """An ArrayRecord file of msgpack rows; opened by each process when it first reads."""
+    """An ArrayRecord file of msgpack rows; opened by each process when it first reads.
+
+    Attributes:
+      mark: which set the file is of, if it says so.
+
+    Raises:
+      UserError: the file's index cannot be read.
+    """
 
     def __init__(self, path: str):
         self.path = path
         self._reader = None
-        self._length = self._open().num_records()
+        reader = self._open()
+        self._length = reader.num_records()
+        if not reader.ok():
+            raise UserError(
+                f"{path}: {os.path.getsize(path):,} bytes, cut short or damaged: {_why(reader)}. Copy it again, or "
+                "write it again"
+            )
+        file_kinds.check_padding(path)
+        # a damaged first record is an error of that row, which reading it gives
+        first = self._record(0, Origin(path, 1)) if self._length else None
+        self.mark = shard_set.Mark.of(first)
 
     def _open(self):
         if self._reader is None:
@@ -120,24 +212,77 @@ class _Shard:
     def __len__(self) -> int:
         return self._length
 
+    def number(self, row: int) -> int:
+        """The number of a record, from 1."""
+        return row + 1
+
     def read(self, row: int, origin: Origin) -> Any:
-        (record,) = self._open().read([row])
-        return msgpack.unpackb(record)
+        record = self._record(row, origin)
+        return {k: v for k, v in record.items() if k != shard_set.MARK} if row == 0 and self.mark else record
+
+    def _record(self, row: int, origin: Origin) -> Any:
+        try:
+            (record,) = self._open().read([row])
+            return msgpack.unpackb(record)
+        except (RuntimeError, ValueError, msgpack.UnpackException) as error:
+            return RowError(
+                origin, "row", f"a damaged record ({_short(error)})", "Copy the file again, or write its set again"
+            )
+
+
+def _why(reader: array_record_module.ArrayRecordReader) -> str:
+    """What is wrong with a file whose index could not be read; reading from it says so."""
+    try:
+        reader.read([0])
+    except (RuntimeError, ValueError, IndexError) as error:
+        return _short(error)
+    return "its index cannot be read"
+
+
+def _short(error: Exception) -> str:
+    return str(error).partition("; ")[0]
 
 
 def write_shard(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows, whose media must be bytes already, as one shard. Returns their number.
+    """Write rows, whose media must be bytes already, as one shard. Returns their number. Raises as `write_records`."""
+    return write_records(path, map(msgpack.packb, rows))
+
+
+def write_records(path: str | Path, records: Iterable[bytes]) -> int:
+    """Write rows as msgpack as one shard. Returns their number.
 
     Rows are compressed in groups of about 32 KiB, as the first hundred let expect, and read a group at a time: rows
-    with large pictures stay alone, small ones do not pay for a header and a dictionary each.
+    with large pictures stay alone, small ones do not pay for a header and a dictionary each. The file appears under
+    its name once it is whole.
+
+    Raises:
+      UserError: the file cannot be written, as on a full disk.
     """
-    records = map(msgpack.packb, rows)
+    records = iter(records)
     sample = list(itertools.islice(records, 100))
     group = max(1, _GROUP_BYTES * len(sample) // max(sum(map(len, sample)), 1))
-    writer = array_record_module.ArrayRecordWriter(str(path), f"group_size:{group}")
+    part = Path(f"{path}.{os.getpid()}.partial")
     count = 0
-    for record in itertools.chain(sample, records):
-        writer.write(record)
-        count += 1
-    writer.close()
+    try:
+        with _write_errors(path):
+            writer = array_record_module.ArrayRecordWriter(str(part), f"group_size:{group}")
+        for record in itertools.chain(sample, records):
+            with _write_errors(path):
+                writer.write(record)
+            count += 1
+        with _write_errors(path):
+            writer.close()
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return count
+
+
+@contextlib.contextmanager
+def _write_errors(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"{path}: cannot be written ({_short(error)})") from error

@@ -88,12 +88,12 @@ def _check_space(missing: list) -> None:
         )
 
 
-def matching(pattern: str) -> list[Path]:
-    """Local copies of the remote files that match a path or glob, sorted; empty if none does."""
+def find(pattern: str) -> list[epath.Path]:
+    """The remote files that match a path or glob, sorted; empty if none does."""
     folder, _, name = pattern.rpartition("/")
     parent = at(folder)
     found = parent.glob(name) if any(c in pattern for c in "*?[") else [parent / name]
-    return fetch(sorted(path for path in found if path.exists() and not path.is_dir()))
+    return sorted(path for path in found if path.exists() and not path.is_dir())
 
 
 def model_folder(place: str | os.PathLike, inside: tuple[str, ...] = ()) -> Path:

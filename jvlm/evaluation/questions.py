@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jvlm.data.boxes import Place
-from jvlm.data.errors import Origin
+from jvlm.data.errors import Origin, RowError
 from jvlm.data.rows import Conversation, fill_objects
-from jvlm.data.turns import consume, turns_alone
+from jvlm.data.turns import items_of, next_turn, turns_alone, without_answer
 
 _MEDIA = re.compile("<image>|<video>")
 
@@ -20,7 +20,7 @@ class Question:
     """One question.
 
     Attributes:
-      conversation: what the model is given; ends with the user's turn.
+      conversation: what the model is given; ends with a turn of the user or a tool.
       expected: the words of the reference answer; boxes are left as <bbox> tags.
       boxes: reference boxes and points; empty for an answer in words.
       box_images: which image each of them is on.
@@ -35,8 +35,14 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The words of the question."""
-        return _MEDIA.sub("", self.conversation.messages[-1].content).strip()
+        """The words of the question: the last user turn's, and those of tools after it."""
+        words: list[str] = []
+        for message in reversed(self.conversation.messages):
+            if message.role in ("user", "tool"):
+                words.insert(0, _MEDIA.sub("", message.content).strip())
+            if message.role == "user":
+                break
+        return "\n".join(words).strip()
 
     @property
     def origin(self) -> Origin:
@@ -48,22 +54,30 @@ def questions_of(row: Conversation) -> list[Question]:
     return [_question(alone, turn) for turn, alone in enumerate(turns_alone(row))]
 
 
-def _question(alone: Conversation, turn: int) -> Question:
-    *prompt, answer = alone.messages
-    refs, boxes = list(alone.refs), list(range(len(alone.boxes)))
-    asked_refs, asked_boxes = consume(prompt[-1].content, refs, boxes)
-    conversation = dataclasses.replace(
-        alone,
-        messages=tuple(prompt),
-        refs=tuple(asked_refs),
-        boxes=tuple(alone.boxes[i] for i in asked_boxes),
-        box_images=tuple(alone.box_images[i] for i in asked_boxes),
-    )
+def next_question(row: Conversation, said: Sequence[str]) -> Question | None:
+    """The question after the answers ``said``, which stand before it; None at the end of the row."""
+    turn = next_turn(row, said)
+    return None if turn is None else _question(turn, len(said))
+
+
+def _question(asked: Conversation, turn: int) -> Question:
+    """A conversation that ends with its answer, as a question.
+
+    Raises:
+      RowError: a box of the answer on a picture that is no part of the question.
+    """
+    answer, own = asked.messages[-1], items_of(asked)[-1]
+    conversation = without_answer(asked)
+    box_images = tuple(asked.box_images[i] for i in own["boxes"])
+    if any(image >= len(conversation.images) for image in box_images):
+        raise RowError(
+            asked.origin, "objects.image_id", "a box on a picture that the question does not show", "Correct image_id"
+        )
     return Question(
         conversation=conversation,
-        expected=fill_objects(answer.content, refs, []),
-        boxes=tuple(alone.boxes[i] for i in boxes),
-        box_images=tuple(alone.box_images[i] for i in boxes),
+        expected=fill_objects(answer.content, [asked.refs[i] for i in own["refs"]], []),
+        boxes=tuple(asked.boxes[i] for i in own["boxes"]),
+        box_images=box_images,
         turn=turn,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,14 @@ from scipy.optimize import linear_sum_assignment
 from jvlm.data.boxes import Box, Place, agreement
 from jvlm.data.errors import RowError
 from jvlm.data.processor import Processor
-from jvlm.data.rows import Conversation, Message, parse_row
+from jvlm.data.rows import Conversation, parse_row
 from jvlm.data.shards import RowSource
-from jvlm.data.turns import consume
-from jvlm.evaluation.questions import Question, normalise, questions_of
+from jvlm.evaluation.questions import Question, next_question, normalise, questions_of
 from jvlm.inference.generate import generate
 from jvlm.models.vlm import VLM
 from jvlm.parallel.layout import Layout
 from jvlm.progress import Progress
 
-_TAG = re.compile(r"<(image|video|bbox|ref-object)>")
 YES_NO = frozenset(("yes", "no"))
 
 
@@ -109,9 +106,9 @@ def ask(
       ask: "alone" or "chain", as in `jvlm.training.config.EvaluationConfig`.
       layout: as in `jvlm.generate`.
     """
-    questions = [questions_of(row) for row in rows]
+    alone = [question for row in rows for question in questions_of(row)]
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "layout": layout}
-    with Progress(total=sum(map(len, questions)), desc="asking", unit="question") as bar:
+    with Progress(total=len(alone), desc="asking", unit="question") as bar:
 
         def run(conversations: list[Conversation]) -> list[str]:
             texts: list[str] = []
@@ -121,52 +118,23 @@ def ask(
                 bar.update(min(block, len(conversations) - start))
             return texts
 
-        flat = [q for of_row in questions for q in of_row]
-        responses = run([q.conversation for q in flat]) if ask == "alone" else _chain(rows, questions, run)
-    return [score(q, r, processor) for q, r in zip(flat, responses, strict=True)]
-
-
-def _chain(rows: Sequence[Conversation], questions: list[list[Question]], run) -> list[str]:
-    """Turn by turn over all rows, each turn after the model's own earlier answers."""
-    said: list[list[str]] = [[] for _ in rows]
-    for turn in range(max(map(len, questions))):
-        going = [i for i, of_row in enumerate(questions) if turn < len(of_row)]
-        for i, text in zip(
-            going, run([_with_answers(rows[i], questions[i][turn], said[i]) for i in going]), strict=True
-        ):
-            said[i].append(text)
-    return [text for texts in said for text in texts]
-
-
-def _with_answers(row: Conversation, question: Question, said: list[str]) -> Conversation:
-    """The row up to a question, with the model's own answers in place of the reference ones.
-
-    Words of the model that look like tags are taken apart, so that they stand for nothing.
-    """
-    messages: list[Message] = []
-    refs, places = list(row.refs), list(range(len(row.boxes)))
-    kept_refs: list[str] = []
-    kept: list[int] = []
-    answers = iter(said)
-    for message in row.messages:
-        if message.role == "assistant":
-            own = next(answers, None)
-            if own is None:
-                break
-            consume(message.content, refs, places)
-            message = Message("assistant", _TAG.sub(r"< \1>", own), 0.0)
+        if ask == "alone":
+            answered = list(zip(alone, run([q.conversation for q in alone]), strict=True))
         else:
-            used_refs, used = consume(message.content, refs, places)
-            kept_refs += used_refs
-            kept += used
-        messages.append(message)
-    return dataclasses.replace(
-        question.conversation,
-        messages=tuple(messages),
-        refs=tuple(kept_refs),
-        boxes=tuple(row.boxes[i] for i in kept),
-        box_images=tuple(row.box_images[i] for i in kept),
-    )
+            answered = _chain(rows, run)
+    return [score(question, response, processor) for question, response in answered]
+
+
+def _chain(rows: Sequence[Conversation], run) -> list[tuple[Question, str]]:
+    """(question, answer) turn by turn over all rows, each turn after the model's own earlier answers."""
+    answered: list[list[tuple[Question, str]]] = [[] for _ in rows]
+    while True:
+        asked = [next_question(row, [text for _, text in of_row]) for row, of_row in zip(rows, answered, strict=True)]
+        going = [i for i, question in enumerate(asked) if question is not None]
+        if not going:
+            return [pair for of_row in answered for pair in of_row]
+        for i, text in zip(going, run([asked[i].conversation for i in going]), strict=True):
+            answered[i].append((asked[i], text))
 
 
 def score(question: Question, response: str, processor: Processor) -> Answer:

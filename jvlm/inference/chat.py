@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,13 @@ from jvlm.data.boxes import Box
 from jvlm.data.errors import RowError
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
-from jvlm.inference.generate import engine_for, stream_example
+from jvlm.errors import UserError
+from jvlm.inference.engine import Engine
+from jvlm.inference.generate import encode_prompt, engine_for, stream_example
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models.vlm import VLM
 from jvlm.parallel.layout import Layout
+from jvlm.weights.finite import BrokenWeights
 
 HELP = """Commands: quit or exit; clear (forget the conversation); reset-system (give a new system prompt);
 multi-line (input goes on until a line that ends with #); single-line (back to one line).
@@ -55,6 +59,8 @@ def chat(
 ) -> None:
     """Ask and answer until ``quit``, ``exit``, Ctrl-C at the prompt or the end of input.
 
+    Whatever goes wrong with an answer is one line, and the conversation is as it was before the question.
+
     Answers are shown as they are made. Boxes in them, which are in pixels of the picture as the model sees it, are
     shown again in pixels of the original picture, the last one if there are several.
 
@@ -75,29 +81,56 @@ def chat(
                 return
             if not query or _command(query, session, read):
                 continue
-            images = [read("Path of the picture <<< ").strip() for _ in range(query.count("<image>"))]
+            images = [_read(read, "Path of the picture <<< ").strip() for _ in range(query.count("<image>"))]
         except (EOFError, KeyboardInterrupt):
             show("\n")
             return
+        except UserError as error:
+            show(f"{error}\n")
+            continue
+        turns, pictures = list(session.turns), list(session.images)
         session.turns.append({"role": "user", "content": query})
         session.images += images
-        try:
-            example = processor.encode(session.row(), generation_prompt=True)
-        except RowError as error:
-            show(f"{error}\n")
-            session.turns.pop()
-            del session.images[len(session.images) - len(images) :]
-            continue
-        answer = ""
-        try:
-            for piece in stream_example(engine, example, sampling):
-                show(piece)
-                answer += piece
-        except KeyboardInterrupt:
-            show(" [stopped]")
-        show("\n" + original_boxes(answer, processor, example))
-        # what looks like a tag in an answer stands for no picture
-        session.turns.append({"role": "assistant", "content": _TAG.sub(r"\1", answer)})
+        if not _answer(engine, session, sampling, show):
+            session.turns, session.images = turns, pictures
+
+
+def _answer(engine: Engine, session: Session, sampling: SamplingConfig, show: Callable[[str], None]) -> bool:
+    """Show the answer to the last turn and add it; False if there is none, after one line that says why."""
+    answer, note = "", None
+    try:
+        example = encode_prompt(engine, session.row())
+        pieces = stream_example(engine, example, sampling)
+        while True:
+            piece = next(pieces)
+            show(piece)
+            answer += piece
+    except StopIteration as end:
+        note = end.value
+    except KeyboardInterrupt:
+        show(" [stopped]")
+        if not answer:
+            show("\n")
+            return False
+    except RowError as error:
+        # the row is the session's: its number means nothing to who types
+        show(_line(f"{error.field}: {error.problem}. {error.fix}"))
+        return False
+    except BrokenWeights:  # no other question would be answered
+        raise
+    except (ValueError, RuntimeError, MemoryError) as error:
+        show(("\n" if answer else "") + _line(f"no answer ({str(error) or type(error).__name__})"))
+        return False
+    show("\n" + original_boxes(answer, engine.processor, example))
+    if note:
+        show(_line(f"[{note}; clear forgets the conversation]"))
+    # what looks like a tag in an answer stands for no picture
+    session.turns.append({"role": "assistant", "content": _TAG.sub(r"\1", answer)})
+    return True
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split()) + "\n"
 
 
 def original_boxes(answer: str, processor: Processor, example: Example) -> str:
@@ -107,23 +140,38 @@ def original_boxes(answer: str, processor: Processor, example: Example) -> str:
     if not boxed:
         return ""
     sizes = example.sizes[-1]
+    try:
+        places = [item.place.to("original", sizes).values for item in boxed]
+    except (ValueError, OverflowError):  # numbers too large to be scaled
+        return ""
     scaled = [
-        {"bbox_2d": [round(v) for v in item.place.to("original", sizes).values], "label": item.label} for item in boxed
+        {"bbox_2d": [round(v) for v in values], "label": item.label} for item, values in zip(boxed, places, strict=True)
     ]
     width, height = sizes.original
     return f"[in pixels of the original picture, {width} x {height}: {json.dumps(scaled, ensure_ascii=False)}]\n"
 
 
 def _print(text: str) -> None:
-    print(text, end="", flush=True)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+
+
+def _read(read: Callable[[str], str], question: str) -> str:
+    """A line of input. Raises UserError for one that is not text: bytes that are no UTF-8, or half a surrogate pair."""
+    try:
+        line = read(question)
+        line.encode()
+    except UnicodeError as error:
+        raise UserError(f"that line is not UTF-8 text ({error}), so it was left out; write it again") from error
+    return line
 
 
 def _read_query(session: Session, read: Callable[[str], str]) -> str:
     if not session.multi_line:
-        return read("<<< ").strip()
-    lines = [read("<<<[M] ")]
+        return _read(read, "<<< ").strip()
+    lines = [_read(read, "<<<[M] ")]
     while lines[-1].strip() not in _COMMANDS and not lines[-1].rstrip().endswith("#"):
-        lines.append(read(""))
+        lines.append(_read(read, ""))
     if lines[-1].strip() in _COMMANDS:
         return lines[-1].strip()
     return "\n".join(lines).rstrip().removesuffix("#").strip()
@@ -134,7 +182,7 @@ def _command(query: str, session: Session, read: Callable[[str], str]) -> bool:
     if query == "clear":
         session.clear()
     elif query == "reset-system":
-        session.system = read("<<<[S] ").strip() or None
+        session.system = _read(read, "<<<[S] ").strip() or None
         session.clear()
     elif query in ("multi-line", "single-line"):
         session.multi_line = query == "multi-line"

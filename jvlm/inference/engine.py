@@ -6,7 +6,8 @@ Axes: B rows, S tokens of the longest prompt (rounded up), P patches, T places o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,15 +15,20 @@ import numpy as np
 from flax import nnx
 
 from jvlm.data import packing
+from jvlm.data.errors import RowError
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
+from jvlm.errors import UserError
 from jvlm.inference import serving
 from jvlm.inference.program import Steps, Structure
-from jvlm.inference.sampling import Knobs, SamplingConfig
+from jvlm.inference.sampling import NOT_FINITE, Knobs, SamplingConfig
+from jvlm.inference.token_rules import FILE, token_rules
 from jvlm.inference.weights import decoding_state
 from jvlm.models.batch import PackedBatch
+from jvlm.models.token_ids import token_ids
 from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.parallel.layout import Layout
+from jvlm.weights.finite import BrokenWeights, not_finite
 
 # Shapes are rounded up to 1, 2, 3, 4, 6, 8, 12, ... of these, so that few are ever compiled.
 TOKEN_STEP = 16
@@ -54,7 +60,7 @@ class Engine:
         self.config, self.processor = model.config, processor
         self.ahead = jax.default_backend() != "cpu" if ahead is None else ahead
         self.layout = serving.checked(layout, model.config)
-        self.banned = banned_tokens(model.config, len(processor.tokenizer), processor.mark_ids)
+        self.banned, self.banned_first = self._banned()
         self._steps: Steps | None = None
         self._given: list[Any] = []
         self.update(model)
@@ -72,7 +78,7 @@ class Engine:
         whole, self._leaves = Structure.of(placed, nnx.state(placed))
         decoder, self._decoder_leaves = Structure.of(placed.decoder, decoding_state(placed.decoder))
         if self._steps is None or (self._steps.model, self._steps.decoder) != (whole, decoder):
-            self._steps = Steps(whole, decoder, self.banned, self.layout)
+            self._steps = Steps(whole, decoder, self.banned, self.layout, self.banned_first)
 
     def release(self) -> None:
         """Let go of the parameters, not of what is compiled; `update` takes them again.
@@ -90,21 +96,63 @@ class Engine:
         """The tokens that end a sequence."""
         if sampling.stop_token_ids is not None:
             return frozenset(sampling.stop_token_ids)
-        own = self.processor.generation.get("eos_token_id")
-        own = own if isinstance(own, list) else [own]
-        return frozenset(int(i) for i in (*own, self.config.eos_token_id, *self.processor.stop_ids) if i is not None)
+        return self._ends()
+
+    def _ends(self) -> frozenset[int]:
+        """The checkpoint's end tokens: those of either configuration file, and of its chat template."""
+        own = token_ids(self.processor.generation.get("eos_token_id"), f"{FILE}: eos_token_id")
+        return frozenset((*own, *self.config.end_token_ids, *self.processor.stop_ids))
+
+    def _banned(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Tokens that are never given, and those that are not given first (None: the same)."""
+        ids = self.processor.tokenizer.get_vocab().values()
+        rules = token_rules(self.processor.generation, self._ends())
+        banned = banned_tokens(self.config, ids, self.processor.mark_ids)
+        _mark(banned, rules.suppressed)
+        if banned.all():
+            raise UserError(f"{FILE} forbids every token that may be generated; see suppress_tokens and bad_words_ids")
+        if rules.unsupported:
+            print(f"{FILE} asks for what is not done here: {'; '.join(rules.unsupported)}", file=sys.stderr)
+        if not rules.suppressed_first:
+            return banned, None
+        first = banned.copy()
+        _mark(first, rules.suppressed_first)
+        return banned, first
+
+    def room(self, example: Example) -> int:
+        """How many tokens may follow a prompt: the model's positions that are left.
+
+        Raises:
+          RowError: none is left.
+        """
+        positions, limit = int(example.positions.max(initial=-1)) + 1, self.config.decoder.max_position_embeddings
+        if positions >= limit:
+            raise RowError(
+                example.origin,
+                "messages",
+                f"the prompt takes {positions} positions of the model's {limit} (max_position_embeddings), so none is "
+                "left for an answer",
+                "Shorten it, or lower max_pixels",
+            )
+        return limit - positions
 
     def steps(
         self, examples: Sequence[Example], sampling: SamplingConfig, numbers: Sequence[int] | None = None
     ) -> Iterator[list[int | None]]:
         """Yields the next token of every example, None for those that have finished.
 
-        The token that ends a sequence is yielded too.
+        The token that ends a sequence is yielded too. A sequence also ends at the model's last position.
 
         Args:
           examples: prompts, ended with the opening of an assistant turn.
           numbers: of the conversations, for the random draws; 0, 1, ... if not given.
+
+        Raises:
+          RowError: a prompt that leaves no position for an answer.
+          UserError: scores that are not finite, naming the prompts, and the weights that are not finite either.
         """
+        room = np.array([self.room(example) for example in examples])
+        most = min(sampling.max_new_tokens, int(room.max()))
         count, B = len(examples), self._rows(len(examples))
         batch, lengths = self._batch(examples, B)
         rows = np.zeros(B, np.int32)
@@ -113,23 +161,45 @@ class Engine:
         if self.layout is not None:
             batch, lengths, knobs = serving.place_batch(self.layout, batch, lengths, knobs)
         on_cpu = jax.default_backend() == "cpu"
-        places = packing.bucket(int(lengths.max()) + sampling.max_new_tokens, TOKEN_STEP if on_cpu else LANES)
+        places = packing.bucket(int(lengths.max()) + most, TOKEN_STEP if on_cpu else LANES)
         kind, stop, leaves = sampling.kind, list(self.stop_tokens(sampling)), self._decoder_leaves
         logits, cache = self._steps.prefill(self._leaves, batch, lengths)
         token, state = self._steps.begin(kind, places, leaves, logits, cache, batch, lengths, knobs)
         del logits, cache
         running = np.ones(count, bool)
-        for left in reversed(range(sampling.max_new_tokens)):
+        for left in reversed(range(most)):
             if left and self.ahead:
                 upcoming, state = self._steps.decode(kind, leaves, state, token, knobs)
             chosen = np.asarray(token)[:count]
+            broken = np.flatnonzero(running & (chosen == NOT_FINITE))
+            if broken.size:
+                raise self._not_finite([examples[row] for row in broken], most - left)
             yield [int(t) if r else None for t, r in zip(chosen, running, strict=True)]
-            running &= ~np.isin(chosen, stop)
+            running &= ~np.isin(chosen, stop) & (most - left < room)
             if not left or not running.any():
                 return
             if not self.ahead:
                 upcoming, state = self._steps.decode(kind, leaves, state, token, knobs)
             token = upcoming
+
+    def _not_finite(self, examples: Sequence[Example], token: int) -> UserError:
+        """Why the scores of these prompts are not finite; only now are the weights looked through."""
+        model = self._steps.model.bind(self._leaves)
+        asked = ", ".join(str(e.origin) for e in examples[:3] if e.origin is not None and e.origin.row)
+        asked = f" for {asked}" if asked else ""
+        said = f"the model's scores{asked} are not finite numbers (token {token} of the answer): "
+        found = not_finite(model)
+        if found:
+            shown = "\n  ".join(found[:5])
+            more = f"\n  and {len(found) - 5} more" if len(found) > 5 else ""
+            return BrokenWeights(
+                f"{said}{len(found)} tensors hold NaN or infinity. Take an earlier checkpoint, or copy the folder "
+                f"again:\n  {shown}{more}"
+            )
+        dtype = model.config.numerics.compute_dtype
+        return UserError(
+            f"{said}all weights are, so this input overflows {dtype}; try numerics of another compute_dtype"
+        )
 
     def completion(self, tokens: Sequence[int], sampling: SamplingConfig) -> Completion:
         """The tokens that `steps` gave for one example, and how they ended."""
@@ -153,9 +223,20 @@ class Engine:
         return batch, lengths
 
 
-def banned_tokens(config: VLMConfig, tokens: int, marks: Sequence[int]) -> np.ndarray:
-    """Ids without one of so many tokens, and those that only media may bring, ``marks`` among them."""
-    found = np.arange(config.decoder.vocab_size) >= tokens
-    media = np.asarray([*config.media_token_ids, *marks])
-    found[media[media < len(found)]] = True
-    return found
+def banned_tokens(config: VLMConfig, tokens: int | Iterable[int], marks: Sequence[int]) -> np.ndarray:
+    """Return which ids [V] have no token, or may be brought by media only, ``marks`` among them.
+
+    Args:
+      tokens: the ids that have a token; or the number of tokens, where their ids have no hole.
+    """
+    banned = np.ones(config.decoder.vocab_size, bool)
+    _mark(banned, range(tokens) if isinstance(tokens, int) else tokens, False)
+    _mark(banned, config.end_token_ids, False)
+    _mark(banned, (*config.media_token_ids, *marks))
+    return banned
+
+
+def _mark(flags: np.ndarray, ids: Iterable[int], value: bool = True) -> None:
+    """Set the flags of ids; those that the table does not have are passed over."""
+    ids = np.fromiter(ids, np.int64)
+    flags[ids[(ids >= 0) & (ids < len(flags))]] = value

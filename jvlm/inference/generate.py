@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
-from jvlm.data.errors import Origin
+from jvlm.data.errors import Origin, RowError
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.data.rows import parse_row
+from jvlm.errors import UserError
 from jvlm.inference.engine import Completion, Engine
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.inference.text import TextStream
@@ -58,21 +60,48 @@ def generate(
     Raises:
       jvlm.data.errors.RowError: a bad conversation; row is its place in the list, counted from 1.
       ValueError, TypeError: a sampling value outside its range, or an unknown one.
+
+    Warns:
+      UserWarning: answers that ended before ``max_new_tokens`` at the model's last position.
     """
     config = SamplingConfig(**sampling)
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     engine = engine_for(model, processor, layout)
     texts: list[str] = []
     for start in range(0, len(conversations), batch_size * _WINDOW):
         window = conversations[start : start + batch_size * _WINDOW]
-        examples = [
-            processor.encode(parse_row(row, Origin(row=start + i)), generation_prompt=True)
-            for i, row in enumerate(window, 1)
-        ]
+        examples = [encode_prompt(engine, row, Origin(row=start + i)) for i, row in enumerate(window, 1)]
         numbers = range(start, start + len(window))
         done = complete(engine, examples, config, numbers=numbers, batch_size=batch_size, on_token=on_token)
         texts += [answer_text(processor, completion) for completion in done]
+        for example, completion in zip(examples, done, strict=True):
+            if note := cut_note(engine, example, len(completion.tokens), completion.stopped, config):
+                warnings.warn(f"{example.origin}: {note}", stacklevel=2)
     return texts
+
+
+def encode_prompt(engine: Engine, row: Any, origin: Origin = Origin(row=1)) -> Example:
+    """The prompt of a conversation, with room for an answer.
+
+    Raises:
+      RowError: whatever is wrong with the conversation, and a prompt as long as the model has positions.
+    """
+    example = engine.processor.encode(parse_row(row, origin), generation_prompt=True)
+    if not example.length:
+        raise RowError(example.origin, "messages", "the prompt is empty", "Ask something")
+    engine.room(example)
+    return example
+
+
+def cut_note(engine: Engine, example: Example, tokens: int, stopped: bool, sampling: SamplingConfig) -> str | None:
+    """What to say of an answer of so many tokens that the model's last position ended; None for other answers."""
+    if stopped or tokens >= sampling.max_new_tokens:
+        return None
+    limit = engine.config.decoder.max_position_embeddings
+    return (
+        f"the answer ends after {tokens} of max_new_tokens = {sampling.max_new_tokens}: the prompt takes "
+        f"{limit - engine.room(example)} of the model's {limit} positions (max_position_embeddings)"
+    )
 
 
 def complete(
@@ -88,7 +117,7 @@ def complete(
 
     ``numbers`` are the conversations' own, for random draws and ``on_token``.
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     order = sorted(range(len(examples)), key=lambda i: (examples[i].length, examples[i].num_patches))
     done: dict[int, Completion] = {}
     for start in range(0, len(order), batch_size):
@@ -113,23 +142,35 @@ def answer_text(processor: Processor, completion: Completion) -> str:
 def stream(
     model: VLM, processor: Processor, conversation: Any, *, layout: Layout | None = None, **sampling: Any
 ) -> Iterator[str]:
-    """The answer to one conversation in pieces, as they become readable; they join up to `generate`'s answer."""
+    """The answer to one conversation in pieces, as they become readable; they join up to `generate`'s answer.
+
+    Raises and warns as `generate`.
+    """
     config = SamplingConfig(**sampling)
-    example = processor.encode(conversation, generation_prompt=True)
-    return stream_example(engine_for(model, processor, layout), example, config)
+    engine = engine_for(model, processor, layout)
+    return _with_warning(stream_example(engine, encode_prompt(engine, conversation), config))
 
 
-def stream_example(engine: Engine, example: Example, sampling: SamplingConfig) -> Iterator[str]:
-    """`stream` of a prompt that is encoded already."""
-    stop, text = engine.stop_tokens(sampling), TextStream(engine.processor)
+def _with_warning(pieces: Generator[str, None, str | None]) -> Iterator[str]:
+    note = yield from pieces
+    if note:
+        warnings.warn(note, stacklevel=2)
+
+
+def stream_example(engine: Engine, example: Example, sampling: SamplingConfig) -> Generator[str, None, str | None]:
+    """`stream` of a prompt that is encoded already. Returns what `cut_note` says of the answer."""
+    stop, text, tokens = engine.stop_tokens(sampling), TextStream(engine.processor), []
     for (token,) in engine.steps([example], sampling):
+        tokens.append(token)
         piece = "" if token in stop else text.add(token)
         if piece:
             yield piece
     if rest := text.finish():
         yield rest
+    return cut_note(engine, example, len(tokens), tokens[-1] in stop, sampling)
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+def check_batch_size(batch_size: int) -> None:
+    """Raise UserError for a batch size that is none."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")

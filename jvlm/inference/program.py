@@ -80,6 +80,9 @@ class Structure:
 class Steps:
     """Compiled steps of a model; its parameters are arguments, as the leaves of two structures.
 
+    Args:
+      banned: tokens [V] that are never given; ``banned_first``: as the first of an answer (None: the same).
+
     Attributes:
       prefill: ``(model leaves, batch, lengths) -> (logits after each prompt's last token, cache)``, the cache of the
         prompt as [layers, B, S, ...].
@@ -87,8 +90,16 @@ class Steps:
       decode: ``(kind, decoder leaves, state, token, knobs) -> (next token, state)``. The state is donated.
     """
 
-    def __init__(self, model: Structure, decoder: Structure, banned: np.ndarray, layout: Layout | None):
+    def __init__(
+        self,
+        model: Structure,
+        decoder: Structure,
+        banned: np.ndarray,
+        layout: Layout | None,
+        banned_first: np.ndarray | None = None,
+    ):
         self.model, self.decoder, self.banned = model, decoder, banned
+        self.banned_first = banned if banned_first is None else banned_first
         self._placement = Sharded(layout) if layout is not None else None
         self.prefill = jax.jit(self._prefill)
         self.begin = jax.jit(self._begin, static_argnums=(0, 1))
@@ -107,7 +118,7 @@ class Steps:
             tokens = jnp.where(batch.segment_ids > 0, batch.tokens, logits.shape[1])
             rows = jnp.arange(len(tokens))[:, None]
             seen = jnp.zeros(logits.shape, bool).at[rows, tokens].set(True, mode="drop")
-        token = sample(logits, kind, knobs, jnp.int32(0), banned=self.banned, seen=seen)
+        token = sample(logits, kind, knobs, jnp.int32(0), banned=self.banned_first, seen=seen)
         with placement.use(self._placement):
             cache = self.decoder.bind(leaves).open_cache(cache, places)
             state = DecodeState(cache, lengths, batch.positions.max((1, 2)) + 1, jnp.int32(1), seen)

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
+
+from jvlm.errors import UserError
+
+# In place of a token, of a row whose scores are not all finite numbers: the best of these would be no answer.
+NOT_FINITE = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +36,7 @@ class SamplingConfig:
       stop_token_ids: a sequence ends with any of these; None takes the model's own end tokens.
 
     Raises:
-      ValueError: a value outside its range, naming the field.
+      UserError: a value outside its range or of another type, naming the field.
     """
 
     max_new_tokens: int = 256
@@ -42,18 +48,29 @@ class SamplingConfig:
     stop_token_ids: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
-        self._check("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or a positive number")
-        self._check("top_k", self.top_k >= 0 and self.top_k == int(self.top_k), "0 (off) or a number of tokens")
-        self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)")
-        self._check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "positive; 1 is off")
-        self._check("seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
-        if self.stop_token_ids is not None:
-            object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
+        self._check("max_new_tokens", lambda n: n >= 1 and n == int(n), "a whole number, at least 1")
+        self._check("temperature", lambda t: t >= 0, "0 (greedy) or a positive number")
+        self._check("top_k", lambda k: k >= 0 and k == int(k), "0 (off) or a number of tokens")
+        self._check("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1 (off)")
+        self._check("repetition_penalty", lambda r: r > 0, "positive; 1 is off")
+        self._check("seed", lambda s: 0 <= s < 2**32 and s == int(s), "a whole number from 0 to 2**32 - 1")
+        for field in ("max_new_tokens", "top_k", "seed"):
+            object.__setattr__(self, field, int(getattr(self, field)))
+        ids = self.stop_token_ids
+        if ids is None:
+            return
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            raise UserError(f"sampling.stop_token_ids is {ids!r}; it must be a list of token ids")
+        ids = tuple(ids)
+        if any(isinstance(i, bool) or not isinstance(i, numbers.Integral) for i in ids):
+            raise UserError(f"sampling.stop_token_ids is {ids!r}; it must be a list of whole numbers")
+        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in ids))
 
-    def _check(self, field: str, ok: bool, wanted: str) -> None:
-        if not ok:
-            raise ValueError(f"sampling.{field} is {getattr(self, field)!r}; it must be {wanted}")
+    def _check(self, field: str, holds: Callable[[Any], bool], wanted: str) -> None:
+        value = getattr(self, field)
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not holds(value):
+            raise UserError(f"sampling.{field} is {value!r}; it must be {wanted}")
 
     @property
     def kind(self) -> Kind:
@@ -108,9 +125,12 @@ def sample(
 ) -> Int[Array, " B"]:
     """The next token of each row: the best of `adjust`'s logits, or one drawn by their softmax.
 
+    It is `NOT_FINITE` where a logit is NaN or infinite.
+
     Args:
       step: number of the token within its answer; with seed and row number it is the random key.
     """
+    finite = jnp.isfinite(logits).all(axis=-1)
     logits = adjust(logits, kind, knobs, banned=banned, seen=seen)
     if kind.sampled:
 
@@ -119,7 +139,7 @@ def sample(
             return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
 
         logits += jax.vmap(noise)(knobs.numbers)
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(finite, jnp.argmax(logits, axis=-1), NOT_FINITE).astype(jnp.int32)
 
 
 def adjust(

@@ -10,6 +10,8 @@ from typing import Any
 
 from flax import nnx
 
+from jvlm.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
@@ -69,10 +71,10 @@ def build(config: Any, **kwargs: Any) -> nnx.Module:
 
 
 def config_type(name: str) -> type:
-    """The configuration class of a registered name, as stored in run folders."""
+    """The configuration class of a registered name, as stored in run folders. Raises UserError for another name."""
     load_all()
     if name not in _BY_NAME:
-        raise KeyError(f"unknown configuration {name!r}; known: {sorted(_BY_NAME)}")
+        raise UserError(f"unknown configuration {name!r}; known: {sorted(_BY_NAME)}")
     return _BY_NAME[name]
 
 

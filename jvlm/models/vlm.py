@@ -20,6 +20,7 @@ from jvlm.models.batch import DecoderOutput, PackedBatch
 from jvlm.models.connectors.perceiver import frames_of_features
 from jvlm.models.decoders.cross_attention import Media, frames_in_reach
 from jvlm.models.layers import Numerics
+from jvlm.models.token_ids import token_ids
 
 TOWERS = ("encoder", "connector", "decoder")
 
@@ -34,7 +35,7 @@ class VLMConfig:
       image_token_id, video_token_id: placeholders that vision features replace; without one of its own, a video is
         a list of images.
       vision_start_token_id, vision_end_token_id, vision_pad_token_id: other media tokens of Qwen's.
-      bos_token_id, eos_token_id: as in the checkpoint's configuration.
+      bos_token_id, eos_token_id: as in the checkpoint's configuration; several tokens may end an answer.
       numerics: dtypes, recomputation and attention implementation.
     """
 
@@ -48,13 +49,18 @@ class VLMConfig:
     vision_end_token_id: int | None = 151653
     vision_pad_token_id: int | None = 151654
     bos_token_id: int | None = 151643
-    eos_token_id: int | None = 151645
+    eos_token_id: int | tuple[int, ...] | None = 151645
     numerics: Numerics = Numerics()
 
     @property
     def reads_features(self) -> bool:
         """Whether text reads features by cross-attention, instead of having them among its tokens."""
         return self.decoder.cross_attention_every > 0
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return token_ids(self.eos_token_id, "eos_token_id")
 
     @property
     def media_token_ids(self) -> tuple[int, ...]:

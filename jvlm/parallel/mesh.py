@@ -12,6 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jvlm.parallel.rules import AXES
+from jvlm.validation import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +47,10 @@ class ParallelConfig:
 
     def __post_init__(self):
         sizes = {name: getattr(self, name) for name in AXES}
+        slices = dict.fromkeys(("data_slices", "fsdp_slices"), "[1, inf)")
+        check_fields(self, "parallel.", {**dict.fromkeys(AXES, "[-1, inf)"), **slices, "largest_whole": "[0, inf)"})
         for name, size in sizes.items():
-            if size < 1 and size != -1:
+            if size == 0:
                 raise ValueError(f"parallel.{name} must be positive, or -1 for the rest, got {size}")
         if list(sizes.values()).count(-1) > 1:
             raise ValueError(f"only one axis can be -1, the rest; got {sizes}")

@@ -7,9 +7,14 @@ from typing import Literal
 
 from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
+from jvlm.errors import UserError
 from jvlm.models.decoders.moe import MoEConfig
-from jvlm.models.vlm import VLMConfig
+from jvlm.models.vlm import TOWERS, VLMConfig
 from jvlm.parallel.mesh import ParallelConfig
+from jvlm.validation import check_fields
+from jvlm.weights.safetensors_files import dtype_of
+
+SEEDS = f"[0, {2**32})"  # what every generator of random numbers takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,19 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip: float = 1.0
 
+    def __post_init__(self):
+        shares = dict.fromkeys(("warmup", "final_ratio"), "[0, 1]")
+        rates = dict.fromkeys(("learning_rate", "encoder_lr", "connector_lr", "decoder_lr"), "[0, inf)")
+        betas = dict.fromkeys(("beta1", "beta2"), "[0, 1)")
+        rest = {"weight_decay": "[0, inf)", "eps": "(0, inf)", "clip": "(0, inf)"}
+        check_fields(self, "optimizer.", {**shares, **rates, **betas, **rest})
+        if not any(self.rate_of(tower) for tower in TOWERS):
+            raise UserError(
+                "every tower is frozen, so nothing would be trained: optimizer.learning_rate is "
+                f"{self.learning_rate}, and encoder_lr, connector_lr and decoder_lr are {self.encoder_lr}, "
+                f"{self.connector_lr} and {self.decoder_lr}; give one of them a rate above 0"
+            )
+
     def rate_of(self, tower: str) -> float:
         """Peak learning rate of "encoder", "connector" or "decoder"."""
         own = getattr(self, f"{tower}_lr")
@@ -57,6 +75,9 @@ class CheckpointConfig:
     keep: int = 2
     keep_every: int | None = None
 
+    def __post_init__(self):
+        check_fields(self, "checkpoint.", dict.fromkeys(("every", "keep", "keep_every"), "[1, inf)"))
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
@@ -67,6 +88,9 @@ class EvaluationConfig:
       ask: "alone" asks each question in a conversation of its own; "chain" in order, after the model's own answers.
       max_rows: of the files; None takes all.
       text_only_floor: also score the most frequent training answer to the same words, blind to the picture.
+      aim: percent of the questions with answers in words that must be right; where fewer are, `jvlm train` ends with
+        status 3 after all files are written. None: any share will do.
+      aim_iou: the same for the mean IoU of boxes, from 0 to 1.
     """
 
     data: tuple[str, ...] = ()
@@ -75,6 +99,12 @@ class EvaluationConfig:
     batch_size: int = 64
     max_rows: int | None = None
     text_only_floor: bool = True
+    aim: float | None = None
+    aim_iou: float | None = None
+
+    def __post_init__(self):
+        counts = dict.fromkeys(("max_new_tokens", "batch_size", "max_rows"), "[1, inf)")
+        check_fields(self, "evaluation.", {**counts, "aim": "[0, 100]", "aim_iou": "[0, 1]"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +120,11 @@ class ExportConfig:
     enabled: bool = True
     dtype: str | None = None
     verify: int = 200
+
+    def __post_init__(self):
+        check_fields(self, "export.", {"verify": "[0, inf)"})
+        if self.dtype is not None:
+            dtype_of(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +142,9 @@ class Stage:
     optimizer: OptimizerConfig = OptimizerConfig()
     steps: int | None = None
 
+    def __post_init__(self):
+        check_fields(self, f"stage {self.name}: ", {"steps": "[1, inf)"})
+
 
 @dataclasses.dataclass(frozen=True)
 class AdaptConfig:
@@ -117,11 +155,16 @@ class AdaptConfig:
       grid_scale: ratio that places the interpolation's samples, where it is not that of the sizes: (70 + 0.1) / 27 for
         SigLIP's step from 27 to 70 in Idefics2.
       experts: a dense decoder's MLPs become the start of experts (`jvlm.weights.upcycling`).
+      grow_embedding: tokens of the tokenizer without a row in the embedding table get one, as in `jvlm.load`.
     """
 
     grid: int | None = None
     grid_scale: float | None = None
     experts: MoEConfig | None = None
+    grow_embedding: bool = False
+
+    def __post_init__(self):
+        check_fields(self, "adapt.", {"grid": "[1, inf)", "grid_scale": "(0, inf)"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +187,8 @@ class Experiment:
       epochs: passes over the data, used when ``steps`` is None; the number of steps is estimated by packing a sample.
       accumulation: batches whose gradients make one step; the loss is averaged over all their tokens.
       log_every: steps between log lines.
+      accept_changes: go on with a run whose settings, data or start have changed since it began; the changes are noted
+        in ``<output>/changes.jsonl`` and in the log.
       output_root: folder of runs, or a place in an object store as gs://bucket/runs; then small files are also in
         ``runs/gs/bucket/runs``.
       profile: "10:13" traces the 10th to the 13th step of a start, both included, for xprof or TensorBoard, into
@@ -175,12 +220,12 @@ class Experiment:
     log_every: int = 5
     profile: str = ""
     stop_after_skips: int = 10
+    accept_changes: bool = False
     output_root: str = "runs"
 
     def __post_init__(self):
-        for name in ("accumulation", "log_every", "stop_after_skips"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        counts = dict.fromkeys(("steps", "accumulation", "log_every", "stop_after_skips"), "[1, inf)")
+        check_fields(self, "", {**counts, "epochs": "(0, inf)", "seed": SEEDS})
         if self.init_from is None and (self.model is None or self.tokenizer is None):
             raise ValueError("give init_from (a folder to start from), or both model and tokenizer")
         if self.init_from is None and self.adapt != AdaptConfig():
@@ -191,8 +236,6 @@ class Experiment:
         if len(set(names)) < len(names) or not all(name.replace("-", "_").isidentifier() for name in names):
             raise ValueError(f"stages need names of letters, digits, - and _, each its own; got {', '.join(names)}")
         profiled_steps(self.profile)
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
 
 
 def profiled_steps(text: str) -> range:

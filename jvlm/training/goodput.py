@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 
 from jvlm.parallel import hosts
+from jvlm.training.side_files import read_json, write_json
 
 CLOCK = "clock.json"
 
@@ -63,5 +63,5 @@ class Goodput:
 
 def _first_begun(path: Path) -> float:
     if not path.is_file():
-        path.write_text(json.dumps({"began": time.time()}) + "\n")
-    return json.loads(path.read_text())["began"]
+        write_json(path, {"began": time.time()})
+    return read_json(path, "remove it: goodput then counts from this start")["began"]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import psutil
 from tqdm import tqdm
+
+from jvlm.training.side_files import read_lines, write_lines
 
 LOG = "logging.jsonl"
 GIB = 2**30
@@ -49,7 +52,7 @@ class TrainingLog:
             return
         self.path = folder / LOG
         kept = [line for line in read(folder) if line["step_number"] <= start]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_lines(self.path, kept)
         self._before = kept[-1]["elapsed_seconds"] if kept else 0.0
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (closed in __exit__)
         # tensorboardX imports torch wherever torch is installed; importing jvlm must not
@@ -78,10 +81,10 @@ class TrainingLog:
         if self.writes:
             self._bar.update(1)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float], notes: Mapping[str, Any] | None = None) -> None:
         """One line for a step; ``values`` are plain numbers, written in full to file and shortened to the screen.
 
-        What is not finite is null in the file, as JSON wants it, and left out of the curves.
+        What is not finite is null in the file, as JSON wants it, and left out of the curves. ``notes`` go to the file.
         """
         if not self.writes:
             return
@@ -99,7 +102,8 @@ class TrainingLog:
         self._bar.write(str(shown).replace("'", ""))
         self._bar.set_postfix(loss=_short(values["loss"]), acc=_short(values["token_acc"]), refresh=False)
         plain = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
-        self._file.write(json.dumps({**plain, "step_number": step, "elapsed_seconds": self.elapsed()}) + "\n")
+        numbers = {"step_number": step, "elapsed_seconds": self.elapsed()}
+        self._file.write(json.dumps({**plain, **numbers, **(notes or {})}) + "\n")
         for name, value in values.items():
             if plain[name] is not None:
                 self._board.add_scalar(name, value, step)
@@ -116,11 +120,4 @@ def _short(value: Any) -> Any:
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """The log lines of a run; a last line cut short by a crash is left out."""
-    path = folder / LOG
-    lines = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return read_lines(folder / LOG)

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
-import json
-import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 from flax import nnx
 
-from jvlm import config as config_tree
-from jvlm.data import packing, pipeline
-from jvlm.data.errors import Rejected
+from jvlm.data import pipeline, survey
 from jvlm.data.packing import PackedRows
 from jvlm.data.position import Share
 from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.data.shards import matching
+from jvlm.evaluation import usable
 from jvlm.models import vlm
 from jvlm.models.vlm import TOWERS, VLM, VLMConfig
 from jvlm.parallel import hosts
 from jvlm.parallel.layout import Layout
-from jvlm.training import flops, optimizer
+from jvlm.training import flops, optimizer, resume
 from jvlm.training import program as planning
 from jvlm.training import step as stepping
 from jvlm.training.checkpoint import Checkpoints
@@ -36,15 +36,15 @@ from jvlm.training.interruption import Interrupted, StopRequests
 from jvlm.training.log import TrainingLog, clock
 from jvlm.training.nonfinite import Guard
 from jvlm.training.profile import Profile
+from jvlm.training.resume import prepare_folder
+from jvlm.training.seen import Seen as _Seen
+from jvlm.training.seen import Totals
 from jvlm.weights import backbones, checkpoint, loading, positions, run_folder, upcycling
-from jvlm.weights.run_folder import CHECKPOINTS, EXPERIMENT, PROCESSOR
+from jvlm.weights.run_folder import CHECKPOINTS
 
-REJECTED = "rejected.jsonl"
-# A restart may change these; anything else would make the rest of the run another experiment.
-_FREE = (
-    *("checkpoint", "evaluation", "export", "log_every", "stop_after_skips", "profile", "output_root"),
-    *("data.read_threads", "data.prefetch", "parallel", "topologies"),
-)
+# Rows looked at before a run. Where its length or its row sizes are taken from them, all of them are, however long
+# that takes, so that the same data gives the same run.
+_SAMPLE, _SECONDS = 512, 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def train(experiment: Experiment) -> Result:
     for number, run in enumerate(runs, 1):
         if experiment.stages:
             hosts.say(f"stage {number} of {len(experiment.stages) + 1}: {run.name}")
-        results.append(_train_one(run))
+        results.append(_train_one(run, experiment if number == 1 else None, runs[number:]))
     return dataclasses.replace(
         results[-1],
         steps=sum(r.steps for r in results),
@@ -119,14 +119,18 @@ def runs_of(experiment: Experiment) -> list[Experiment]:
     return [*runs, experiment]
 
 
-def _train_one(experiment: Experiment) -> Result:
+def _train_one(experiment: Experiment, job: Experiment | None, later: Sequence[Experiment]) -> Result:
+    """Train one run. Before the first one, what comes ``later`` and the evaluation data of the ``job`` is looked at."""
     layout = Layout.of(experiment.parallel)
     model, processor = start_model(experiment, layout.parameter)
-    experiment = resolve(experiment, model, processor)
+    parts = layout.mesh.shape["context"]
+    if job is not None:
+        hosts.together(lambda: _look_ahead(job, later, processor, parts) if hosts.is_first() else None)
     home = Home(experiment.output_root, experiment.name)
     folder = home.folder
     home.pull()
-    prepare_folder(folder, experiment, processor)
+    experiment = resolve(experiment, model, processor, folder, parts)
+    changes = prepare_folder(folder, experiment, processor)
     home.share()
     template, values = split(model)
     program = planning.plan(experiment)
@@ -177,7 +181,11 @@ def _train_one(experiment: Experiment) -> Result:
                     home.push()
                     raise ValueError(said)
                 if to_log:
-                    log.write(step, {**meter.line(metrics, step, guard.skipped), "goodput": goodput.share()})
+                    totals = seen.totals()
+                    line = {**meter.line(metrics, step, guard.skipped, totals), "goodput": goodput.share()}
+                    log.write(step, line, {"accepted_changes": changes} if changes else None)
+                    changes = []
+                    seen.check(totals)
                 asked = requests.after(step)
                 if asked or step == experiment.steps or checkpoints.due(step):
                     data = {"iterator": hosts.join(batches.get_state() if part.counts else []), "seen": seen.state()}
@@ -193,14 +201,14 @@ def _train_one(experiment: Experiment) -> Result:
                     )
             seconds = log.elapsed()
     batches.close()
-    compilations = program.step._cache_size()
+    compilations, rejected = program.step._cache_size(), seen.rejected()
     hosts.say(
-        f"{experiment.steps} steps in {clock(seconds)}, {compilations} compilation(s), {seen.summary()}"
+        f"{experiment.steps} steps in {clock(seconds)}, {compilations} compilation(s), {seen.summary(rejected)}"
         + guard.summary()
     )
     model = vlm.bind(template, {**frozen, **state.params})
     home.push()
-    return Result(model, processor, home, experiment.steps, experiment.steps, seconds, compilations, seen.rejected)
+    return Result(model, processor, home, experiment.steps, experiment.steps, seconds, compilations, rejected)
 
 
 def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None = None) -> tuple[VLM, Processor]:
@@ -211,7 +219,8 @@ def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None =
     """
     if experiment.init_from is not None:
         numerics = experiment.model.numerics if experiment.model else None
-        model, processor = loading.load(experiment.init_from, numerics=numerics, sharding=sharding)
+        grow = experiment.adapt.grow_embedding
+        model, processor = loading.load(experiment.init_from, numerics=numerics, sharding=sharding, grow_embedding=grow)
         if experiment.adapt.grid is not None:
             model = positions.with_grid(model, experiment.adapt.grid, experiment.adapt.grid_scale)
         if experiment.adapt.experts is not None:
@@ -245,49 +254,65 @@ def random_model(config: VLMConfig, seed: int, sharding: checkpoint.ShardingOf |
     return vlm.bind(template, jax.jit(values, out_shardings=places)())
 
 
-def resolve(experiment: Experiment, model: VLM, processor: Processor) -> Experiment:
-    """The experiment with everything filled in that was left to be derived."""
-    steps = hosts.agree(experiment.steps or estimate_steps(experiment, processor))
-    return dataclasses.replace(experiment, model=model.config, processor=processor.config, steps=steps)
+def resolve(
+    experiment: Experiment, model: VLM, processor: Processor, folder: Path | None = None, parts: int = 1
+) -> Experiment:
+    """The experiment with everything filled in that was left to be derived: from the run so far, else from the data.
+
+    Args:
+      folder: of the run; None for one that is not kept.
+      parts: devices that share a packed row.
+
+    Raises:
+      UserError: data of which too little can be used.
+    """
+    experiment = dataclasses.replace(experiment, model=model.config, processor=processor.config)
+
+    def look() -> dict[str, Any] | None:
+        if not hosts.is_first():
+            return None
+        begun = folder is not None and run_folder.is_run(folder)
+        known = resume.derived(experiment, folder) if begun else experiment
+        found = _look(known, processor, parts)
+        data = known.data if begun else found.config  # a run keeps what it began with, whatever a sample says now
+        steps = known.steps or found.steps(known.epochs, data.rows * known.accumulation)
+        names = ("row_tokens", "row_patches", "max_frame_patches")
+        return {"data": {name: getattr(data, name) for name in names}, "steps": steps}
+
+    chosen = hosts.agree(hosts.together(look))
+    data = dataclasses.replace(experiment.data, **chosen["data"])
+    return dataclasses.replace(experiment, data=data, steps=chosen["steps"])
 
 
-def estimate_steps(experiment: Experiment, processor: Processor, sample: int = 512) -> int:
-    """Steps that ``epochs`` take, from packing up to ``sample`` rows spread evenly over the data."""
+def _look_ahead(job: Experiment, later: Sequence[Experiment], processor: Processor, parts: int) -> None:
+    """Raise now what the data of later stages and of the evaluation would raise after hours."""
+    for run in later:
+        data = run.data
+        found = survey.take(
+            _reading(processor, data), data, seed=run.seed, count=_SAMPLE // 2, seconds=_SECONDS, parts=parts
+        )
+        found.check()
+    config = job.evaluation
+    if config.data:
+        usable.check(config.data, _reading(processor, job.data), max_rows=config.max_rows)
+
+
+def _reading(processor: Processor, data: pipeline.DataConfig) -> Processor:
+    """The processor, looking for pictures where this data has them."""
+    processor = copy.copy(processor)
+    processor.media_roots = (data.media_root,) if data.media_root else ()
+    return processor
+
+
+def _look(experiment: Experiment, processor: Processor, parts: int) -> survey.Survey:
+    """Look at the data before the first step, and say what was found."""
     data = experiment.data
-    source = pipeline.RowSource(data.train)
-    encode = pipeline.Encode(processor, data)
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int))
-    rng = np.random.default_rng(experiment.seed)
-    encoded = (encode.random_map(source[int(i)], rng) for i in chosen)
-    examples = [e for e in encoded if not isinstance(e, Rejected)]
-    if not examples:
-        raise ValueError(f"none of {len(chosen)} rows sampled from {', '.join(source.files)} can be used")
-    rows = len(packing.best_fit_decreasing(examples, data.row_tokens, data.row_patches))
-    per_step = data.rows * experiment.accumulation
-    return max(1, math.ceil(experiment.epochs * rows * len(source) / len(chosen) / per_step))
-
-
-def prepare_folder(folder: Path, experiment: Experiment, processor: Processor) -> None:
-    """Create the run folder, or check that it holds this same experiment."""
-    resolved = config_tree.to_dict(experiment)
-    path = folder / EXPERIMENT
-    if path.is_file():
-        changed = [
-            line
-            for line in config_tree.differences(json.loads(path.read_text()), resolved)
-            if not line.startswith(_FREE)
-        ]
-        if changed:
-            raise ValueError(
-                f"{folder} holds another experiment; remove it or choose another --name. Differences:\n  "
-                + "\n  ".join(changed)
-            )
-    hosts.wait("checked the run folder")
-    if hosts.is_first():
-        (folder / PROCESSOR).mkdir(parents=True, exist_ok=True)
-        checkpoint.write_processor(folder / PROCESSOR, experiment.model, processor)
-        path.write_text(json.dumps(resolved, indent=2) + "\n")
-    hosts.wait("wrote the run folder")
+    derives = experiment.steps is None or "auto" in (data.row_tokens, data.row_patches)
+    limit = {"count": _SAMPLE if derives else _SAMPLE // 2, "seconds": None if derives else _SECONDS}
+    found = survey.take(processor, data, seed=experiment.seed, parts=parts, **limit)
+    print(found.text(), flush=True)
+    found.check()
+    return found
 
 
 def split(model: VLM) -> tuple[VLM, dict[str, jax.Array]]:
@@ -315,61 +340,6 @@ def describe(experiment: Experiment, template: VLM, layout: Layout) -> str:
         f"{numerics.compute_dtype} compute"
     )
     return "\n".join(lines)
-
-
-class _Seen:
-    """Counts conversations read and rows left out; lists the latter in rejected.jsonl."""
-
-    def __init__(self, folder: Path, rows: int, config: pipeline.DataConfig, *, counts: bool):
-        name = REJECTED if hosts.is_first() else f"{jax.process_index()}.{REJECTED}"
-        self.path, self.rows, self.config = folder / name, rows, config
-        self.counts, self.conversations, self.rejected = counts, 0, 0
-
-    def add(self, packed: PackedRows, step: int) -> None:
-        if not self.counts:  # another process reads the same
-            return
-        self.conversations += packed.conversations
-        self.rejected += len(packed.rejected)
-        if packed.rejected:
-            with open(self.path, "a") as file:
-                for row in packed.rejected:
-                    file.write(json.dumps({**dataclasses.asdict(row), "step": step}) + "\n")
-            self._check()
-
-    def _check(self) -> None:
-        read = self.conversations + self.rejected
-        if self.config.on_bad_row == "skip" and read >= 100 and self.rejected > self.config.max_bad_fraction * read:
-            raise ValueError(
-                f"{self.rejected} of {read} rows were left out, more than data.max_bad_fraction = "
-                f"{self.config.max_bad_fraction}; they are listed in {self.path}"
-            )
-
-    def epoch(self) -> float:
-        """Passes over the data, of all processes; each must ask."""
-        return sum(sum(state.values()) for state in self.state()) / self.rows
-
-    def state(self) -> list[dict[str, int]]:
-        """Of every process; each must ask."""
-        return hosts.gather({"conversations": self.conversations, "rejected": self.rejected})
-
-    def restore(self, states: list[dict[str, int]], step: int) -> None:
-        """Each process goes on from its share of what all have seen."""
-        index, count = jax.process_index(), jax.process_count()
-        for name in ("conversations", "rejected"):
-            total = sum(state[name] for state in states)
-            setattr(self, name, total // count + (index < total % count))
-        if self.path.is_file():
-            lines = [json.loads(text) for text in self.path.read_text().splitlines()]
-            kept = [line for line in lines if line["step"] <= step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-
-    def summary(self) -> str:
-        """What was read, by all processes; each must ask."""
-        states = self.state()
-        conversations, rejected = (sum(state[name] for state in states) for name in ("conversations", "rejected"))
-        epochs = (conversations + rejected) / self.rows
-        where = f" (listed in {self.path})" if rejected else ""
-        return f"{conversations} conversations = {epochs:.2f} epochs, {rejected} rows left out{where}"
 
 
 class _Meter:
@@ -407,7 +377,7 @@ class _Meter:
             self._patches.append(rows.batch.patch_padding)
         return packed
 
-    def line(self, metrics: dict[str, jax.Array], step: int, skipped: int) -> dict[str, float]:
+    def line(self, metrics: dict[str, jax.Array], step: int, skipped: int, totals: Totals) -> dict[str, float]:
         values = {name: float(value) for name, value in metrics.items() if name != "skipped"}
         seconds = time.perf_counter() - self._since
         data = self.experiment.data
@@ -427,7 +397,8 @@ class _Meter:
             **{name: values.pop(name) for name in ("loss", "grad_norm")},
             **rates,
             "token_acc": values.pop("token_acc"),
-            "epoch": round(self.seen.epoch(), 3),
+            "epoch": round(totals.epoch, 3),
+            "dropped": totals.dropped,
             "data_wait": waited / seconds,
             "padding_text": text_padding,
             "padding_patches": patch_padding,

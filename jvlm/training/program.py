@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from jvlm.data.packing import assemble
-from jvlm.data.pipeline import frame_patches
+from jvlm.data.pipeline import check_shape, frame_patches
 from jvlm.data.vision import default_media, vision_for
 from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
@@ -109,6 +109,7 @@ def abstract_batches(experiment: Experiment) -> PackedBatch:
     data, settings = experiment.data, experiment.processor
     media = (settings and settings.media) or default_media(experiment.model)
     vision = vision_for(experiment.model, media)
+    check_shape(data)
     row = assemble(
         [[]],
         data.row_tokens,

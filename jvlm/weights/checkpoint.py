@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jvlm import config as config_tree
+from jvlm import json_files
+from jvlm.data import vocabulary
 from jvlm.data.processor import SETTINGS, Processor, ProcessorConfig, read_settings
+from jvlm.data.template import style_of
+from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.layers import Numerics
 from jvlm.models.vlm import VLM, VLMConfig, parameters
-from jvlm.weights import chat_templates, processor_files, safetensors_files, table, tokenizer_files
-from jvlm.weights.processor_files import ProcessorFiles
+from jvlm.weights import names, safetensors_files, table
+from jvlm.weights.vocabulary import EMBEDDING, TOKEN_AXIS, with_vocabulary
 
-EMBEDDING = "decoder.embedding"
 ReadLayer = Callable[[str, int | None], np.ndarray]
 ShardingOf = Callable[[str, nnx.Variable], jax.sharding.Sharding]
 
@@ -34,25 +35,41 @@ def default_numerics() -> Numerics:
 
 def read_config(folder: Path, numerics: Numerics | None = None) -> VLMConfig:
     """The model configuration of a Hugging Face folder."""
-    values = json.loads((folder / "config.json").read_text())
+    path = folder / "config.json"
+    values = json_files.read_object(path)
     architecture = table.architecture_for(values.get("model_type"))
-    config = dataclasses.replace(architecture.read_config(values), numerics=numerics or default_numerics())
-    settings = processor_files.read(folder).image
-    if settings is not None:
-        pixels = processor_files.read_pixels(settings, architecture.pixels)
-        encoder = dataclasses.replace(config.encoder, image_mean=pixels.mean, image_std=pixels.std)
+    config = table.read_values(path, lambda v: _typed(architecture.read_config(v)), values)
+    config = dataclasses.replace(config, numerics=numerics or default_numerics())
+    preprocessor = _read_json(folder / "preprocessor_config.json")
+    if preprocessor:
+        encoder = dataclasses.replace(
+            config.encoder,
+            image_mean=tuple(preprocessor.get("image_mean", config.encoder.image_mean)),
+            image_std=tuple(preprocessor.get("image_std", config.encoder.image_std)),
+        )
         config = dataclasses.replace(config, encoder=encoder)
     return config
 
 
-def load_weights(folder: Path, config: VLMConfig, sharding: ShardingOf | None = None) -> VLM:
-    """The model of a Hugging Face folder; see `load`."""
+def _typed(config: VLMConfig) -> VLMConfig:
+    """The configuration. Raises ValueError for a field of the wrong type, naming it."""
+    return config_tree.from_dict(VLMConfig, config_tree.to_dict(config))
+
+
+def load_weights(
+    folder: Path, config: VLMConfig, sharding: ShardingOf | None = None, *, stored_rows: int | None = None
+) -> VLM:
+    """The model of a Hugging Face folder; see `load`.
+
+    Args:
+      stored_rows: rows of the folder's embedding table and head, which grow to the configuration's; None: as many.
+    """
     model = vlm.abstract(config)
     variables = parameters(model)
     shapes = {path: tuple(v.get_value().shape) for path, v in variables.items()}
     expected = table.entries(config, shapes)
     with safetensors_files.Tensors(folder) as tensors:
-        stored = match(tensors, table.architecture_of(config).canonical, expected)
+        stored = match(tensors, table.architecture_of(config).canonical, expected, stored_rows)
         read_parameters(variables, expected, stored, tensors, sharding)
     nnx.update(model, nnx.from_flat_state([(tuple(p.split(".")), v) for p, v in variables.items()]))
     return model
@@ -80,28 +97,25 @@ def read_parameters(
 
 
 def match(
-    tensors: safetensors_files.Tensors, canonical: Callable[[str], str | None], expected: list[table.Entry]
+    tensors: safetensors_files.Tensors,
+    canonical: Callable[[str], str | None],
+    expected: list[table.Entry],
+    stored_rows: int | None = None,
 ) -> dict[str, str]:
-    """Table name -> stored name of every expected tensor. Raises WeightError listing all that is wrong."""
-    stored = _canonical_names(tensors, canonical)
+    """Table name -> stored name of every expected tensor. Raises WeightError listing all that is wrong.
+
+    ``stored_rows`` is as in `load_weights`.
+    """
+    stored = names.canonical_names(tensors, canonical, {e.name for e in expected})
+    if stored_rows is not None:
+        rows = {e.name: e.shape[0] for e in expected if e.path in TOKEN_AXIS}
+        for name in {*rows, "lm_head.weight"} & stored.keys():  # a tied model may bring a copy as its head
+            tensors.grow(stored[name], stored_rows, max(rows.values()))
     tied = stored.pop("lm_head.weight", None) if all(e.name != "lm_head.weight" for e in expected) else None
     table.check(expected, {name: tensors.shape(raw) for name, raw in stored.items()}, str(tensors.folder))
     if tied is not None:
         embedding = next(e.name for e in expected if e.path == EMBEDDING)
         _check_tied_head(tensors, tied, stored[embedding])
-    return stored
-
-
-def _canonical_names(tensors: safetensors_files.Tensors, canonical: Callable[[str], str | None]) -> dict[str, str]:
-    """Table name -> stored name of every tensor that ``canonical`` keeps."""
-    stored: dict[str, str] = {}
-    for raw in tensors.names():
-        name = canonical(raw)
-        if name is None:
-            continue
-        if name in stored:
-            raise table.WeightError(f"{tensors.folder} holds {name} twice: as {stored[name]} and as {raw}")
-        stored[name] = raw
     return stored
 
 
@@ -120,8 +134,8 @@ class _Reader:
     def __init__(self, entries: list[table.Entry], stored: dict[str, str], tensors, dtypes, aval):
         self.entries, self.stored, self.tensors = entries, stored, tensors
         self.shape, self.dtype = aval.shape, aval.dtype
-        names = tuple(dtypes[stored[e.name]].name for e in entries)
-        self.dtypes = names[0] if len(set(names)) == 1 else names
+        found = tuple(dtypes[stored[e.name]].name for e in entries)
+        self.dtypes = found[0] if len(set(found)) == 1 else found
 
     def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
         if self.entries[0].layer is None:
@@ -139,44 +153,37 @@ class _Reader:
         return entry.to_param(self.tensors.read(self.stored[entry.name]))
 
 
-def load_processor(folder: Path, config: VLMConfig) -> Processor:
+def load_processor(folder: Path, config: VLMConfig, *, grow_embedding: bool = False) -> Processor:
     """The processor of a Hugging Face folder: its tokenizer, template, media settings and generation defaults.
 
-    Raises:
-      UserError: a chat template that cannot write a picture, or a setting of pictures that has no meaning here.
+    Args:
+      grow_embedding: the processor's model has a larger embedding table where the tokenizer needs one; the tokens that
+        end a turn in this family's template are added to a tokenizer that lacks them.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    tokenizer.chat_template, source = chat_templates.choose(folder, tokenizer)
-    processor = Processor(
+    template = _read_json(folder / "chat_template.json").get("chat_template")
+    if template and not tokenizer.chat_template:
+        tokenizer.chat_template = template
+    if grow_embedding:
+        vocabulary.add_tokens(tokenizer, style_of(config.architecture).stops)
+        config = with_vocabulary(config, vocabulary.rows_needed(tokenizer))
+    settings = read_settings(folder)
+    if settings is None:
+        architecture = table.architecture_of(config)
+        files = {name: _read_json(folder / name) for name in architecture.preprocessors}
+        settings = ProcessorConfig(media=architecture.read_media(files))
+    return Processor(
         tokenizer,
         config,
-        _read_settings(folder, config),
+        settings,
         generation=_read_json(folder / "generation_config.json"),
     )
-    chat_templates.check_writes_pictures(processor.template, source)
-    return processor
-
-
-def _read_settings(folder: Path, config: VLMConfig) -> ProcessorConfig:
-    """jvlm's own settings; where the files that everybody reads say something else, these count, and it is told."""
-    settings = read_settings(folder) or ProcessorConfig()
-    files = processor_files.read(folder)
-    if settings.media is not None and files == ProcessorFiles():
-        return settings
-    media = table.architecture_of(config).read_media(files, config, settings.media)
-    if settings.media is not None and media != settings.media:
-        before, after = (config_tree.to_dict(m) for m in (settings.media, media))
-        lines = "; ".join(config_tree.differences(before, after))
-        warnings.warn(
-            f"{folder}: {SETTINGS} differs from {', '.join(processor_files.FILES)}, which count: {lines}", stacklevel=2
-        )
-    return dataclasses.replace(settings, media=media)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json_files.read_object_if_there(path)
 
 
 def save(
@@ -196,17 +203,20 @@ def save(
         be without arrays.
     """
     architecture = table.export_form(model.config)
-    folder.mkdir(parents=True, exist_ok=True)
     if layout not in architecture.layouts:
-        raise ValueError(f"unknown layout {layout!r}; known: {', '.join(architecture.layouts)}")
+        raise UserError(f"unknown layout {layout!r}; known: {', '.join(architecture.layouts)}")
+    wanted = None if dtype is None else safetensors_files.dtype_of(dtype)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder")
+    folder.mkdir(parents=True, exist_ok=True)
     variables = parameters(model)
     expected = table.entries(model.config, {p: tuple(v.get_value().shape) for p, v in variables.items()})
     rename = architecture.layouts[layout]
     tensors = []
     for entry in expected:
         variable = variables[entry.path]
-        target = np.dtype(jnp.dtype(dtype or stored_dtype(variable, entry.layer)))
-        tensors.append((rename(entry.name), target, entry.shape, _writer(read or _values(variables), entry, target)))
+        target = wanted or np.dtype(stored_dtype(variable, entry.layer))
+        tensors.append((rename(entry.name), target, entry.shape, _writer(read or _values(variables), entry)))
     written = safetensors_files.write(folder, tensors, max_shard_bytes)
     for old in [*folder.glob("model*.safetensors"), *folder.glob(safetensors_files.INDEX)]:
         if old.name not in written:
@@ -231,27 +241,24 @@ def _values(variables: Mapping[str, nnx.Variable]) -> ReadLayer:
     return read
 
 
-def _writer(values: ReadLayer, entry: table.Entry, dtype: np.dtype) -> Callable[[], np.ndarray]:
-    return lambda: entry.to_checkpoint(values(entry.path, entry.layer)).astype(dtype)
+def _writer(values: ReadLayer, entry: table.Entry) -> Callable[[], np.ndarray]:
+    return lambda: entry.to_checkpoint(values(entry.path, entry.layer))
 
 
 def write_sidecars(folder: Path, config: VLMConfig, processor: Processor, dtype: str) -> None:
-    """Everything of a Hugging Face folder but the weights; settings that a former model left there are removed."""
+    """Everything of a Hugging Face folder but the weights."""
     architecture = table.architecture_of(config)
     _write_json(folder / "config.json", {**architecture.write_config(config), "torch_dtype": dtype})
     write_processor(folder, config, processor)
-    files = architecture.write_preprocessors(config, processor.media)
-    for name in processor_files.FILES:
-        (folder / name).unlink(missing_ok=True)
-    for name, values in files.items():
+    # older readers look here, newer ones for chat_template.jinja, which the tokenizer writes
+    _write_json(folder / "chat_template.json", {"chat_template": processor.tokenizer.chat_template})
+    for name, values in architecture.write_preprocessors(config, processor.media).items():
         _write_json(folder / name, values)
 
 
 def write_processor(folder: Path, config: VLMConfig, processor: Processor) -> None:
     """Tokenizer, chat template, generation defaults, and jvlm's own settings: what `load_processor` reads."""
-    templates = processor.tokenizer.chat_template
-    tokenizer_files.save(processor.tokenizer, folder, templates)
-    chat_templates.write(folder, templates)
+    processor.tokenizer.save_pretrained(str(folder))
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     generation["pad_token_id"] = processor.tokenizer.pad_token_id
     _write_json(folder / "generation_config.json", {**generation, **processor.generation})

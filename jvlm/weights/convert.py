@@ -15,10 +15,12 @@ from typing import Any, Literal, Protocol
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
 import numpy as np
 
+from jvlm import json_files
+from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.layers import Numerics
 from jvlm.models.vlm import VLMConfig
-from jvlm.weights import chat_templates, checkpoint, run_folder, safetensors_files, table, tokenizer_files
+from jvlm.weights import checkpoint, run_folder, safetensors_files, table, vocabulary
 from jvlm.weights.table import Entry, WeightError
 
 DType = Literal["keep", "float32", "bfloat16", "float16"]
@@ -57,6 +59,7 @@ def convert(
     dtype: DType = "keep",
     max_shard_bytes: int = 5 * 10**9,
     step: int | None = None,
+    grow_embedding: bool = False,
     on_tensor: Callable[[str, int, int], None] | None = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, reading and writing one tensor at a time.
@@ -68,65 +71,56 @@ def convert(
       dtype: of every tensor; "keep" leaves each as it is stored.
       max_shard_bytes: start a new file above this size.
       step: which checkpoint of a run; None is the latest.
+      grow_embedding: as in `jvlm.load`.
       on_tensor: called with name, number (from 1) and count as each tensor is written.
 
     Raises:
       FileNotFoundError: no such source. FileExistsError: the target is not empty.
-      WeightError: wrong, missing or extra tensors, all of them listed, before anything is written; or a value that
-        float16 cannot hold.
+      WeightError: wrong, missing or extra tensors, all of them listed, before anything is written; or values that
+        float16 cannot hold, with all tensors that have some.
     """
     source, target = Path(source), Path(target)
     if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
+        raise UserError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty folder; give a new one")
-    opened = _open(source, step)
+    opened = _open(source, step, grow_embedding)
     try:
         layouts = table.architecture_of(opened.config).layouts
         if layout not in layouts:
-            raise ValueError(f"unknown layout {layout!r}; known: {', '.join(layouts)}")
+            raise UserError(f"unknown layout {layout!r}; known: {', '.join(layouts)}")
         target.mkdir(parents=True, exist_ok=True)
         tensors = []
         for number, entry in enumerate(opened.entries, 1):
             name = layouts[layout](entry.name)
             wanted = opened.dtype(entry) if dtype == "keep" else np.dtype(dtype)
             notify = None if on_tensor is None else (lambda n=name, i=number: on_tensor(n, i, len(opened.entries)))
-            tensors.append((name, wanted, entry.shape, _reader(opened, entry, wanted, notify)))
+            tensors.append((name, wanted, entry.shape, _reader(opened, entry, notify)))
         safetensors_files.write(target, tensors, max_shard_bytes)
         opened.write_sidecars(target, None if dtype == "keep" else dtype)
     finally:
         opened.close()
 
 
-def _reader(source: Source, entry: Entry, dtype: np.dtype, notify: Callable[[], None] | None):
+def _reader(source: Source, entry: Entry, notify: Callable[[], None] | None) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         if notify is not None:
             notify()
-        value = source.read(entry)
-        if value.dtype == dtype:
-            return value
-        with np.errstate(over="ignore"):
-            cast = value.astype(dtype)
-        if dtype == np.float16 and np.isinf(cast).any() and not np.isinf(value).any():
-            most = np.abs(value.astype(np.float32)).max()
-            raise WeightError(f"{entry.name} holds {most:g}, which float16 (up to 65504) cannot; use bfloat16")
-        return cast
+        return source.read(entry)
 
     return read
 
 
-def _open(source: Path, step: int | None) -> Source:
+def _open(source: Path, step: int | None, grow_embedding: bool) -> Source:
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder (nothing is downloaded: give a local snapshot)")
     if run_folder.is_run(source):
-        return _Run(source, step)
+        return _Run(source, step, grow_embedding)
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} has neither config.json (Hugging Face) nor experiment.json (jvlm run)")
     if step is not None:
-        raise ValueError(f"step {step}: {source} is a Hugging Face folder, which has no steps")
-    return _Snapshot(source)
+        raise UserError(f"step {step}: {source} is a Hugging Face folder, which has no steps")
+    return _Snapshot(source, grow_embedding)
 
 
 def _entries_of(config: VLMConfig) -> tuple[list[Entry], dict[str, tuple[int, ...]]]:
@@ -138,14 +132,19 @@ def _entries_of(config: VLMConfig) -> tuple[list[Entry], dict[str, tuple[int, ..
 class _Snapshot:
     """A Hugging Face folder."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, grow_embedding: bool):
+        self.folder, self.processor = folder, None
         # numerics given, because their default would start the device to ask for its kind
         self.config = checkpoint.read_config(folder, Numerics())
+        rows = None
+        if grow_embedding:
+            self.processor = checkpoint.load_processor(folder, self.config, grow_embedding=True)
+            rows, self.config = self.config.decoder.vocab_size, self.processor.model
         self.entries, _ = _entries_of(self.config)
         self.tensors = safetensors_files.Tensors(folder)
         try:
-            self.stored = checkpoint.match(self.tensors, table.architecture_of(self.config).canonical, self.entries)
+            canonical = table.architecture_of(self.config).canonical
+            self.stored = checkpoint.match(self.tensors, canonical, self.entries, rows)
             self.dtypes = self.tensors.dtypes(self.stored.values())
         except WeightError:
             self.close()
@@ -161,13 +160,12 @@ class _Snapshot:
         for file in sorted(self.folder.iterdir()):
             if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name != "config.json":
                 shutil.copyfile(file, target / file.name)
-        if (self.folder / chat_templates.ADDITIONAL).is_dir():
-            shutil.copytree(self.folder / chat_templates.ADDITIONAL, target / chat_templates.ADDITIONAL)
-        if not tokenizer_files.is_portable(target):
-            tokenizer_files.make_portable(target)
-        values = json.loads((self.folder / "config.json").read_text())
+        values = json_files.read_object(self.folder / "config.json")
         if dtype is not None:
             _set_dtype(values, dtype)
+        if self.processor is not None:
+            self.processor.tokenizer.save_pretrained(str(target))
+            _set_vocabulary(values, self.config.decoder.vocab_size)
         (target / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
@@ -185,25 +183,38 @@ def _set_dtype(values: dict[str, Any], dtype: str) -> None:
         values["torch_dtype"] = dtype
 
 
+def _set_vocabulary(values: dict[str, Any], rows: int) -> None:
+    """Change the number of tokens in a config.json, at its root, in its ``text_config``, or in both."""
+    text = values.get("text_config")
+    if text is not None:
+        text["vocab_size"] = rows
+    if text is None or "vocab_size" in values:
+        values["vocab_size"] = rows
+
+
 class _Run:
     """A jvlm run: parameters stacked over layers, read chunk by chunk through tensorstore."""
 
-    def __init__(self, folder: Path, step: int | None):
-        self.folder = folder
+    def __init__(self, folder: Path, step: int | None, grow_embedding: bool):
         self.config = run_folder.model_config(folder)
-        self.entries, shapes = _entries_of(self.config)
+        _, shapes = _entries_of(self.config)
+        self.processor = checkpoint.load_processor(
+            folder / run_folder.PROCESSOR, self.config, grow_embedding=grow_embedding
+        )
+        self.config = self.processor.model
+        self.entries, _ = _entries_of(self.config)
         self.arrays = run_folder.Arrays(run_folder.params_folder(folder, step), shapes)
 
     def dtype(self, entry: Entry) -> np.dtype:
         return self.arrays.dtype(entry.path)
 
     def read(self, entry: Entry) -> np.ndarray:
-        return entry.to_checkpoint(self.arrays.read(entry.path, entry.layer))
+        value = entry.to_checkpoint(self.arrays.read(entry.path, entry.layer))
+        return value if value.shape == entry.shape else vocabulary.with_rows(value, entry.shape[0])
 
     def write_sidecars(self, target: Path, dtype: str | None) -> None:
-        processor = checkpoint.load_processor(self.folder / run_folder.PROCESSOR, self.config)
         embedding = next(e for e in self.entries if e.path == checkpoint.EMBEDDING)
-        checkpoint.write_sidecars(target, self.config, processor, dtype or self.dtype(embedding).name)
+        checkpoint.write_sidecars(target, self.config, self.processor, dtype or self.dtype(embedding).name)
 
     def close(self) -> None:
         self.arrays.close()

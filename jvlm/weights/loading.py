@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jvlm.data.processor import Processor
+from jvlm.errors import UserError
 from jvlm.models.layers import Numerics
 from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.weights import checkpoint, run_folder
@@ -16,6 +17,7 @@ def load(
     numerics: Numerics | None = None,
     sharding: checkpoint.ShardingOf | None = None,
     step: int | None = None,
+    grow_embedding: bool = False,
 ) -> tuple[VLM, Processor]:
     """A model and its processor from a Hugging Face snapshot folder or a jvlm run folder.
 
@@ -28,16 +30,24 @@ def load(
         (bfloat16 elsewhere). For a run folder the default is what it was trained with.
       sharding: gives the sharding of a parameter from its path and variable; None puts it on the first device.
       step: which checkpoint of a run folder; None is the latest.
+      grow_embedding: where tokens of the tokenizer have no row in the embedding table, give them rows (and columns of
+        an untied head), each the mean of the others; without it such a folder is refused. A tokenizer that lacks the
+        tokens that end a turn in its family's template, as Idefics2-8b-base's does, gets them too.
 
     Raises:
       FileNotFoundError: no such folder, or one that holds neither kind of model.
       jvlm.weights.table.WeightError: wrong, missing or extra tensors, all of them listed.
+      jvlm.errors.UserError: a file that cannot be read; tokens without a row in the embedding table.
     """
     folder = run_folder.local(path)
     config = read_config(folder, numerics)
     if run_folder.is_run(folder):
-        return run_folder.load(folder, numerics=numerics, sharding=sharding, step=step)
-    return checkpoint.load_weights(folder, config, sharding), checkpoint.load_processor(folder, config)
+        return run_folder.load(folder, numerics=numerics, sharding=sharding, step=step, grow_embedding=grow_embedding)
+    if step is not None:
+        raise UserError(f"step {step}: {folder} is a Hugging Face folder, which has no steps")
+    processor = checkpoint.load_processor(folder, config, grow_embedding=grow_embedding)
+    rows = config.decoder.vocab_size if grow_embedding else None
+    return checkpoint.load_weights(folder, processor.model, sharding, stored_rows=rows), processor
 
 
 def read_config(path: str | Path, numerics: Numerics | None = None) -> VLMConfig:

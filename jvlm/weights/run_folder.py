@@ -22,12 +22,13 @@ import tensorstore as ts
 from etils import epath
 
 from jvlm import config as config_tree
+from jvlm import json_files
 from jvlm.data import stores
 from jvlm.data.processor import Processor
 from jvlm.models import vlm
 from jvlm.models.layers import Numerics
 from jvlm.models.vlm import VLM, VLMConfig
-from jvlm.weights import checkpoint
+from jvlm.weights import checkpoint, table, vocabulary
 from jvlm.weights.table import WeightError
 
 EXPERIMENT, CHECKPOINTS, PROCESSOR, POINTER = "experiment.json", "checkpoints", "processor", "checkpoints.at"
@@ -51,8 +52,9 @@ def is_run(folder: Path) -> bool:
 
 def model_config(folder: Path, numerics: Numerics | None = None) -> VLMConfig:
     """The model configuration of a run."""
-    values = json.loads((folder / EXPERIMENT).read_text())
-    config = config_tree.from_dict(VLMConfig, values["model"], "model.")
+    path = folder / EXPERIMENT
+    values = json_files.read_object(path)
+    config = table.read_values(path, lambda v: config_tree.from_dict(VLMConfig, v["model"], "model."), values)
     return dataclasses.replace(config, numerics=numerics or config.numerics)
 
 
@@ -93,14 +95,20 @@ def save(model: VLM, processor: Processor, folder: Path) -> None:
 
 
 def load(
-    folder: Path, *, numerics: Numerics | None, sharding: checkpoint.ShardingOf | None, step: int | None
+    folder: Path,
+    *,
+    numerics: Numerics | None,
+    sharding: checkpoint.ShardingOf | None,
+    step: int | None,
+    grow_embedding: bool = False,
 ) -> tuple[VLM, Processor]:
-    """The model of a run at a step (None: the latest), and its processor; see `jvlm.weights.checkpoint.load`."""
+    """The model of a run at a step (None: the latest), and its processor; see `jvlm.weights.loading.load`."""
     source = params_folder(folder, step)
     config = model_config(folder, numerics)
+    processor = checkpoint.load_processor(folder / PROCESSOR, config, grow_embedding=grow_embedding)
     model = vlm.abstract(config)
     values = read_params(source, model, sharding)
-    return vlm.bind(model, values), checkpoint.load_processor(folder / PROCESSOR, config)
+    return vocabulary.grow(vlm.bind(model, values), processor.model), processor
 
 
 class Arrays:

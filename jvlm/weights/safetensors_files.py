@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jvlm import json_files
+from jvlm.errors import UserError
+from jvlm.weights import vocabulary
 from jvlm.weights.table import WeightError
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _DTYPES = {code: np.dtype(name) for name, code in _NAMES.items()}
 
@@ -26,8 +30,10 @@ class Tensors:
         self.folder = folder
         self._files: dict[str, safe_open] = {}
         self._where: dict[str, str] = {}
+        self._grown: dict[str, int] = {}
         with contextlib.ExitStack() as stack:
-            for file in _files(folder):
+            files, listed = _files(folder)
+            for file in files:
                 try:
                     handle = stack.enter_context(safe_open(folder / file, framework="numpy"))
                 except (SafetensorError, OSError) as error:
@@ -38,7 +44,7 @@ class Tensors:
                         raise WeightError(f"{name} is in both {self._where[name]} and {file}")
                     self._where[name] = file
             self._stack = stack.pop_all()
-        _check_index(folder, self._where)
+        _check_index(folder / INDEX, listed, self._where)
 
     def __enter__(self) -> Tensors:
         return self
@@ -52,8 +58,14 @@ class Tensors:
     def names(self) -> list[str]:
         return list(self._where)
 
+    def grow(self, name: str, stored: int, rows: int) -> None:
+        """Let a table of ``stored`` rows be read with so many, the new ones their mean; one of others stays."""
+        if self.shape(name)[0] == stored < rows:
+            self._grown[name] = rows
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        shape = tuple(self._slice(name).get_shape())
+        return (self._grown[name], *shape[1:]) if name in self._grown else shape
 
     def dtypes(self, names: Iterable[str]) -> dict[str, np.dtype]:
         """Name -> dtype. Raises WeightError listing every tensor of a dtype that is not read (quantised ones)."""
@@ -67,33 +79,36 @@ class Tensors:
         return {name: _DTYPES[code] for name, code in codes.items()}
 
     def read(self, name: str) -> np.ndarray:
-        return self._files[self._where[name]].get_tensor(name)
+        value = self._files[self._where[name]].get_tensor(name)
+        return vocabulary.with_rows(value, self._grown[name]) if name in self._grown else value
 
     def _slice(self, name: str):
         return self._files[self._where[name]].get_slice(name)
 
 
-def _files(folder: Path) -> list[str]:
+def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The files to read, and where the index says each tensor is. A single file comes first, as in transformers."""
     index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        if index.is_file():
+            print(f"{folder}: {SINGLE} is read, not the files that {INDEX} lists beside it", file=sys.stderr)
+        return [SINGLE], {}
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        listed = json_files.read_object(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()) or not listed:
+            raise WeightError(f"{index} has no weight_map of tensor names to files; copy it again")
+        files = sorted(set(listed.values()))
         lacking = [f for f in files if not (folder / f).is_file()]
         if lacking:
             raise WeightError(f"{index} names files that are not there: {', '.join(lacking)}")
-        return files
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
+        return files, listed
     files = sorted(p.name for p in folder.glob("*.safetensors"))
     if not files:
         raise WeightError(f"no *.safetensors in {folder}")
-    return files
+    return files, {}
 
 
-def _check_index(folder: Path, where: dict[str, str]) -> None:
-    index = folder / INDEX
-    if not index.is_file():
-        return
-    listed = json.loads(index.read_text())["weight_map"]
+def _check_index(index: Path, listed: dict[str, str], where: dict[str, str]) -> None:
     wrong = [
         f"{name}: index says {file}, found in {where.get(name)}"
         for name, file in listed.items()
@@ -103,6 +118,13 @@ def _check_index(folder: Path, where: dict[str, str]) -> None:
         raise WeightError(f"{index} is wrong about {len(wrong)} tensors:\n  " + "\n  ".join(wrong))
 
 
+def dtype_of(name: str) -> np.dtype:
+    """Return the dtype of a name. Raises UserError listing the names that can be written."""
+    if name not in _NAMES:
+        raise UserError(f"unknown dtype {name!r}; known: {', '.join(_NAMES)}")
+    return np.dtype(name)
+
+
 def write(
     folder: Path,
     tensors: Iterable[tuple[str, np.dtype, tuple[int, ...], Callable[[], np.ndarray]]],
@@ -110,9 +132,17 @@ def write(
 ) -> set[str]:
     """Write tensors in shards with an index, reading one at a time. Returns the names of the files.
 
+    The files take their names when all of them are whole: what was there before is not changed by a failure.
+
     Args:
-      tensors: (name, dtype, shape, read) for each; ``read()`` is called once, when its turn comes.
+      tensors: (name, dtype, shape, read) for each; ``read()`` is called once, when its turn comes, and what it gives
+        is cast to the dtype.
+
+    Raises:
+      WeightError: values that their tensor's dtype cannot hold, naming all tensors that have some.
     """
+    if max_shard_bytes < 1:
+        raise UserError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
     shards: list[list] = [[]]
     room = max_shard_bytes
     for tensor in tensors:
@@ -123,11 +153,24 @@ def write(
         shards[-1].append(tensor)
         room -= size
     single = len(shards) == 1
-    weight_map, total = {}, 0
-    for number, shard in enumerate(shards, 1):
-        file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        total += _write_file(folder / file, shard)
-        weight_map.update({name: file for name, *_ in shard})
+    weight_map, total, too_large, partials = {}, 0, [], {}
+    try:
+        for number, shard in enumerate(shards, 1):
+            file = SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            partials[file] = folder / f"{file}.partial"
+            total += _write_file(partials[file], shard, too_large)
+            weight_map.update({name: file for name, *_ in shard})
+        if too_large:
+            raise WeightError(
+                f"{folder} is not written: {len(too_large)} tensors hold values that their dtype cannot:\n  "
+                + "\n  ".join(too_large)
+                + "\nWrite them as bfloat16 or float32"
+            )
+        for file, partial in partials.items():
+            os.replace(partial, folder / file)
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
     if single:
         return {file}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -135,7 +178,8 @@ def write(
     return {INDEX, *weight_map.values()}
 
 
-def _write_file(path: Path, shard: list) -> int:
+def _write_file(path: Path, shard: list, too_large: list[str]) -> int:
+    """Write one file; tensors with values too large for their dtype are added to the list. Returns bytes of tensors."""
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape, _ in shard:
@@ -144,13 +188,17 @@ def _write_file(path: Path, shard: list) -> int:
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, dtype, shape, read in shard:
-            value = np.ascontiguousarray(read())
-            if value.dtype != dtype or value.shape != tuple(shape):
-                raise WeightError(f"{name}: announced {dtype} {shape}, got {value.dtype} {value.shape}")
+            given = read()
+            if given.shape != tuple(shape):
+                raise WeightError(f"{name}: announced {shape}, got {given.shape}")
+            with np.errstate(over="ignore"):
+                value = np.ascontiguousarray(given, dtype)
+            if value.dtype != given.dtype and (np.isinf(value) & np.isfinite(given)).any():
+                most = np.abs(given[np.isfinite(given)].astype(np.float64)).max()
+                limit = float(ml_dtypes.finfo(dtype).max)
+                too_large.append(f"{name} holds {most:g}, and {dtype.name} ends at {limit:g}")
             file.write(value.view(np.uint8).data if value.size else b"")
-    os.replace(partial, path)
     return offset

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from jvlm.data.processor import Processor
+from jvlm.errors import UserError
 from jvlm.models.vlm import VLM
 from jvlm.weights import checkpoint, run_folder
 
@@ -31,11 +32,15 @@ def save(
       max_shard_bytes: start a new file above this size.
 
     Raises:
-      jvlm.weights.table.WeightError: "hf" for an architecture without a public form; "jvlm" into a run's folder.
+      jvlm.weights.table.WeightError: "hf" for an architecture without a public form; "jvlm" into a run's folder; values
+        that the dtype cannot hold, with all tensors that have some.
+      jvlm.errors.UserError: an unknown format, dtype or layout, or an option that the format does not take.
     """
     if format == "hf":
         checkpoint.save(model, processor, Path(path), dtype=dtype, layout=layout, max_shard_bytes=max_shard_bytes)
     elif format == "jvlm":
+        if dtype is not None or layout != "released":
+            raise UserError("format 'jvlm' keeps the parameters as they are: leave out dtype and layout")
         run_folder.save(model, processor, Path(path))
     else:
-        raise ValueError(f"unknown format {format!r}; supported: 'hf', 'jvlm'")
+        raise UserError(f"unknown format {format!r}; supported: 'hf', 'jvlm'")

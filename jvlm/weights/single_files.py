@@ -13,112 +13,57 @@ from typing import Any
 
 import numpy as np
 
-from jvlm.weights import safetensors_files
+from jvlm.weights import backbones, gguf_files, safetensors_files
 from jvlm.weights.table import WeightError
 
-_GGUF_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _DINOV2_HEAD = 64  # in all sizes; an ONNX file does not say
 
 
 def unpack(source: Path, target: Path) -> None:
     """Write what a ``.gguf`` (Llama) or ``.onnx`` (DINOv2 backbone) file holds as a Hugging Face folder.
 
+    Nothing is written unless all of it can be read, and loads again.
+
     Raises:
-      FileExistsError: the target exists and is not empty.
-      WeightError: a kind of model that is not supported.
+      FileNotFoundError: no such source. FileExistsError: the target exists and is not empty.
+      WeightError: a file that is cut or damaged, or a kind of model that is not supported.
     """
-    if target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"{target} is not empty")
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} is not a file")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not an empty folder; give a new one")
+    tokenizer = None
+    if source.suffix == ".gguf":
+        config, tensors, tokenizer = gguf_files.read(source)
+    else:
+        config, tensors = _read_onnx(source)
+    backbones.check_tensors(source, config, {name: value.shape for name, value in tensors.items()})
     target.mkdir(parents=True, exist_ok=True)
-    (_unpack_gguf if source.suffix == ".gguf" else _unpack_onnx)(source, target)
-
-
-def _write(target: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(target))
     dtype = np.dtype(np.float32)
     safetensors_files.write(
         target,
         [(n, dtype, v.shape, lambda v=v: np.ascontiguousarray(v, dtype)) for n, v in tensors.items()],
     )
+    # last: without it nothing loads
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _unpack_gguf(source: Path, target: Path) -> None:
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
-    from transformers import AutoTokenizer
-
-    reader = GGUFReader(source)
-
-    def value(key: str, default: Any = None) -> Any:
-        return reader.fields[key].contents() if key in reader.fields else default
-
-    kind = value("general.architecture")
-    if kind != "llama":
-        raise WeightError(f"{source}: GGUF files of {kind!r} models are not supported; supported: llama")
-    heads = value("llama.attention.head_count")
-    kv_heads = value("llama.attention.head_count_kv", heads)
-    tensors = {}
-    for tensor in reader.tensors:
-        name = _gguf_name(tensor.name, source)
-        array = dequantize(tensor.data, tensor.tensor_type).reshape(tuple(int(n) for n in tensor.shape[::-1]))
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            array = _halves(array, heads if "q_proj" in name else kv_heads)
-        tensors[name] = array
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "vocab_size": int(tensors["model.embed_tokens.weight"].shape[0]),
-        "hidden_size": value("llama.embedding_length"),
-        "intermediate_size": value("llama.feed_forward_length"),
-        "num_hidden_layers": value("llama.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "rms_norm_eps": value("llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": value("llama.rope.freq_base", 10000.0),
-        "max_position_embeddings": value("llama.context_length"),
-        "tie_word_embeddings": "lm_head.weight" not in tensors,
-        "bos_token_id": value("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": value("tokenizer.ggml.eos_token_id"),
-    }
-    _write(target, config, tensors)
-    tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name, local_files_only=True)
-    tokenizer.save_pretrained(str(target))
-
-
-def _gguf_name(name: str, source: Path) -> str:
-    match = re.fullmatch(r"(blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if match is None or match[3] not in _GGUF_NAMES:
-        raise WeightError(f"{source}: tensor {name} has no place in a Llama model")
-    layer = f"model.layers.{match[2]}." if match[1] else ""
-    return f"{layer}{_GGUF_NAMES[match[3]]}.{match[4]}"
-
-
-def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """From rotary pairs side by side, as llama.cpp stores queries and keys, to the first and second half of a head."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-def _unpack_onnx(source: Path, target: Path) -> None:
-    import onnx
-    from onnx import numpy_helper
-
-    graph = onnx.load(str(source)).graph
-    arrays = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+def _read_onnx(source: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError as error:
+        raise WeightError(f"{source}: ONNX files are read with onnx: pip install 'jvlm[backbones]'") from error
+    try:
+        graph = onnx.load(str(source)).graph
+        arrays = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    except Exception as error:
+        raise WeightError(
+            f"{source} cannot be read as ONNX ({type(error).__name__}: {error}): it is cut short or damaged, or the "
+            "file with its weights is not beside it; download it again"
+        ) from error
     tensors = {n.removeprefix("backbone."): v for n, v in arrays.items() if n.startswith("backbone.")}
     parts = []
     for node in graph.node:
@@ -130,7 +75,8 @@ def _unpack_onnx(source: Path, target: Path) -> None:
         elif scope[:2] == ["backbone", "embeddings"] and node.op_type in ("Concat", "Reshape"):
             # the position table lies in two pieces, the class token's and the patches'
             parts += [array for array in own if array.ndim == 3]
-    if "embeddings.cls_token" not in tensors or len(parts) != 2:
+    needed = {"embeddings.cls_token", "embeddings.patch_embeddings.projection.weight", "encoder.layer.0.mlp.fc1.bias"}
+    if not needed <= tensors.keys() or len(parts) != 2:
         raise WeightError(f"{source}: not a DINOv2 backbone as transformers exports it")
     tensors["embeddings.position_embeddings"] = np.concatenate(sorted(parts, key=lambda a: a.shape[1]), axis=1)
     width, channels, patch, _ = tensors["embeddings.patch_embeddings.projection.weight"].shape
@@ -146,4 +92,4 @@ def _unpack_onnx(source: Path, target: Path) -> None:
         "image_size": patch * round((tensors["embeddings.position_embeddings"].shape[1] - 1) ** 0.5),
         "layer_norm_eps": 1e-6,
     }
-    _write(target, config, tensors)
+    return config, tensors

@@ -11,7 +11,8 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import einops
 import numpy as np
@@ -19,7 +20,8 @@ import numpy as np
 from jvlm.data.vision import MediaConfig
 from jvlm.errors import UserError
 from jvlm.models.vlm import VLMConfig
-from jvlm.weights.processor_files import Pixels, ProcessorFiles
+
+T = TypeVar("T")
 
 
 class WeightError(UserError):
@@ -60,9 +62,9 @@ class Architecture:
       canonical: maps any known spelling of a tensor name to the one of the table; None drops the tensor.
       layouts: named spellings for writing, each a map from table name to checkpoint name.
       read_config, write_config: config.json <-> `VLMConfig`; both as plain dicts on the JSON side.
-      pixels: how the family's image processor makes numbers of pixels where a folder does not say.
-      read_media: a folder's processor files over the media configuration stored with it, if there is one.
+      read_media: file name -> content of the folder's processor files, as a media configuration.
       write_preprocessors: the inverse: the processor files' names and contents.
+      preprocessors: names of those files.
     """
 
     name: str
@@ -73,9 +75,9 @@ class Architecture:
     layouts: dict[str, Callable[[str], str]]
     read_config: Callable[[dict[str, Any]], VLMConfig]
     write_config: Callable[[VLMConfig], dict[str, Any]]
-    pixels: Pixels
-    read_media: Callable[[ProcessorFiles, VLMConfig, MediaConfig | None], MediaConfig]
+    read_media: Callable[[dict[str, dict[str, Any]]], MediaConfig]
     write_preprocessors: Callable[[VLMConfig, MediaConfig], dict[str, dict[str, Any]]]
+    preprocessors: tuple[str, ...] = ("preprocessor_config.json",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +194,22 @@ def _no_public_form(kind: str) -> WeightError:
         f"{', '.join(architectures())}. Save them as a jvlm run folder: jvlm.save(..., format='jvlm'), or "
         "export.enabled = False in an experiment"
     )
+
+
+def read_values(path: Path, read: Callable[[dict[str, Any]], T], values: dict[str, Any]) -> T:
+    """Return ``read(values)`` of a config.json's values.
+
+    Raises:
+      WeightError: naming the file, for a value that is missing or that nothing can be computed from.
+    """
+    try:
+        return read(values)
+    except KeyError as error:
+        raise WeightError(f"{path} has no {error.args[0]!r}; copy the file again, or add the value") from error
+    except UserError as error:
+        raise WeightError(f"{path}: {error}") from error
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise WeightError(f"{path} has a value of the wrong kind ({error}); compare it with a published one") from error
 
 
 def architecture_for(model_type: str | None) -> Architecture:

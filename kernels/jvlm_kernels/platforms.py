@@ -21,16 +21,15 @@ class Operation:
     """An operation and the modules that implement it, best first.
 
     A module offers ``check(spec, *operands)``, which raises `Unavailable` with the reason; functions
-    ``f(spec, *arrays) -> tuple of arrays``; and ``PLATFORM``, where it runs: "tpu", "cuda", or None for everywhere.
+    ``f(spec, *arrays) -> tuple of arrays``; and ``PLATFORM``, where it runs: "tpu", "cuda", or None for everywhere. It
+    may also offer ``check_automatic(spec, *operands)``: the reasons not to take it for a call that names nobody.
 
     Attributes:
-      by_name: implementations that run only where they are asked for by name.
       rows: whether all arrays begin with the axis of rows, so that `jax.vmap` can make the mapped axis more rows.
     """
 
     name: str
     modules: Mapping[str, str]
-    by_name: frozenset[str] = frozenset()
     rows: bool = True
 
     def runnable(self, implementation: str | None, interpret: bool, spec, *operands) -> tuple[str, ...]:
@@ -43,7 +42,7 @@ class Operation:
         if implementation is None:
             if interpret:
                 raise ValueError("interpret needs an implementation by name")
-            names = tuple(name for name in self.modules if name not in self.by_name)
+            names = tuple(self.modules)
         elif implementation in self.modules:
             names = (implementation,)
         else:
@@ -56,7 +55,9 @@ class Operation:
                 continue
             try:
                 module(self.modules[name]).check(spec, *operands)
-                if implementation is not None and not interpret:
+                if implementation is None:
+                    getattr(module(self.modules[name]), "check_automatic", _no_objection)(spec, *operands)
+                elif not interpret:
                     _check_device(platform)
             except Unavailable as reason:
                 reasons.append(f"{name}: {reason}")
@@ -86,22 +87,41 @@ def module(path: str) -> ModuleType:
     return importlib.import_module(path)
 
 
-_ahead: contextvars.ContextVar[str | None] = contextvars.ContextVar("ahead", default=None)
+def _no_objection(*_) -> None:
+    """Of a module that may be taken wherever it runs."""
+
+
+# (platform, compute capability) that `compiling_for` names
+_ahead: contextvars.ContextVar[tuple[str, str | None] | None] = contextvars.ContextVar("ahead", default=None)
 
 
 @contextlib.contextmanager
-def compiling_for(platform: str):
-    """Implementations for ``platform`` can be asked for by name, to compile ahead of time where it is absent."""
-    token = _ahead.set(platform)
+def compiling_for(platform: str, capability: str | None = None):
+    """Compile ahead of time for a device that is absent, with the implementations that it would get.
+
+    Args:
+      platform: "tpu" or "cuda". Implementations for it can be asked for by name.
+      capability: compute capability of the NVIDIA GPU, such as "9.0", which some implementations are chosen by.
+    """
+    token = _ahead.set((platform, capability))
     try:
         yield
     finally:
         _ahead.reset(token)
 
 
+def compute_capability() -> str | None:
+    """Return the compute capability of the NVIDIA GPU compiled for, or at hand; None if that is not known."""
+    ahead = _ahead.get()
+    if ahead is not None:
+        return ahead[1]
+    return getattr(jax.devices()[0], "compute_capability", None) if jax.default_backend() == "gpu" else None
+
+
 def _check_device(platform: str | None) -> None:
     """An implementation asked for by name must suit the device at hand, or the one that is compiled for."""
-    here = _ahead.get() or {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    ahead = _ahead.get()
+    here = ahead[0] if ahead else {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if platform not in (None, here):
         raise Unavailable(
             f"runs on {platform}, the device here is {here} (when compiling ahead of time for {platform}, leave the "

@@ -22,6 +22,12 @@ ANSWERS = {
     "a fence without a language": ('```\n[{"bbox_2d": [1, 2, 3, 4]}]\n```', [([1, 2, 3, 4], "")]),
     "JSON without a fence": ('[{"bbox_2d": [1, 2, 3, 4], "label": "a"}]', [([1, 2, 3, 4], "a")]),
     "one object": ('{"bbox_2d": [1, 2, 3, 4], "label": "a"}', [([1, 2, 3, 4], "a")]),
+    "a label that is null": ('[{"bbox_2d": [1, 2, 3, 4], "label": null}]', [([1, 2, 3, 4], "")]),
+    "what are no numbers": (
+        '[{"bbox_2d": [true, 2, 3, 4]}, {"bbox_2d": [NaN, 2, 3, 4]}, {"bbox_2d": [0, 0, Infinity, 4]}, '
+        '{"bbox_2d": [0, 0, ' + "9" * 400 + ', 4]}, {"bbox_2d": [1, 2, 3, 4]}]',
+        [([1, 2, 3, 4], "")],
+    ),
     "after thinking": (
         '<think>maybe [9, 9, 9, 9]</think>[{"bbox_2d": [1, 2, 3, 4], "label": "a"}]',
         [([1, 2, 3, 4], "a")],
@@ -129,7 +135,20 @@ def test_an_answer_in_json_is_json_with_labels_and_points():
     ]
 
 
-@pytest.mark.parametrize("values", [[1, 2, float("nan"), 4], [9, 2, 3, 4], [1, 5, 3, 4], [float("inf"), 0], [1, 2, 3]])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, 2, float("nan"), 4],
+        [9, 2, 3, 4],
+        [1, 5, 3, 4],
+        [float("inf"), 0],
+        [1, 2, 3],
+        [True, 2],
+        ["1", 2],
+        [None, 2],
+        [10**400, 2],
+    ],
+)
 def test_what_is_no_place_is_refused(values):
     with pytest.raises(ValueError, match=r"not finite|swapped|2 or 4"):
         place(values, "original")

@@ -160,3 +160,19 @@ def test_settings_survive_their_files(tiny, tmp_path):
     assert checkpoint.load_processor(tmp_path, processor.model).config == processor.config
     (tmp_path / "jvlm_processor.json").unlink()
     assert checkpoint.load_processor(tmp_path, processor.model).config == ProcessorConfig(media=processor.media)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 60), (60, 1)])
+def test_a_side_of_one_pixel_is_read_whole_and_refused_where_it_would_be_split(tiny, size):
+    row = turn("<image>?", images=[np.full((*size, 3), 80, np.uint8)])
+    if tiny.processor.media.split:
+        with pytest.raises(RowError, match=rf"'images\[0\]': {size[1]} x {size[0]} pixels cannot be split"):
+            tiny.processor.encode(row)
+    else:
+        assert (tiny.processor.encode(row).patches == 80).all()
+
+
+def test_a_picture_smaller_than_a_patch_is_refused(tiny):
+    row = turn("<image>?", images=[picture(40, 20)], chat_template_kwargs={"shortest_edge": 1, "longest_edge": 13})
+    with pytest.raises(RowError, match=r"'images\[0\]': .* pixels hold no patch of 14 x 14"):
+        tiny.processor.encode(row)

@@ -1,10 +1,16 @@
 """Rows of the ms-swift format: what is wrong is said with row, field and fix, before any picture is opened."""
 
+import contextlib
 import pickle
 
+import numpy as np
+import pyarrow
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from jvlm.data.boxes import Box
+from jvlm.data.boxes import Box, Point
+from jvlm.data.columns import UnknownColumns
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.rows import fill_objects, parse_row
 
@@ -71,8 +77,20 @@ def test_one_image_may_be_given_alone():
 
 BAD = {
     "no object": (["a"], "row", "a list, not an object"),
-    "unknown field": (row(image_s=["a.png"]), "image_s", "unknown field. Did you mean 'images'?"),
-    "unknown field like no other": (row(zzz=1), "zzz", "Known fields: .*messages"),
+    "a misspelt field that tags need": (
+        row("<image>", image_s=["a.png"]),
+        "images",
+        "1 <image> tags but 0 entries. Is 'image_s' meant to be 'images'?",
+    ),
+    "misspelt objects": (
+        row("<bbox>", object={"bbox": [[1, 2]]}),
+        "objects.bbox",
+        "1 <bbox> tags but 0 entries. Is 'object' meant to be 'objects'?",
+    ),
+    "sound": (row("<audio>", audios=["a.wav"]), "audios", "do not hear"),
+    "misspelt messages": ({"mesages": []}, "messages", "missing or empty. Is 'mesages' meant to be 'messages'?"),
+    "messages that are a number": ({"messages": 5}, "messages", "5 is not a list"),
+    "messages that are columns": ({"messages": {"role": ["user"]}}, "messages", "is not a list"),
     "image and images": (row("<image>", images=["a"], image="a"), "image", "together with 'images'"),
     "no messages": ({"images": []}, "messages", "missing or empty"),
     "empty messages": ({"messages": []}, "messages", "missing or empty"),
@@ -117,6 +135,56 @@ BAD = {
         r"messages\[0\].loss",
         "not true or false",
     ),
+    "loss that is 2": (turns({"role": "assistant", "content": "", "loss": 2}), r"messages\[0\].loss", "2 is not true"),
+    "loss that is half": (turns({"role": "assistant", "content": "", "loss": 0.5}), r"messages\[0\].loss", "not true"),
+    "loss that is a list": (turns({"role": "assistant", "content": "", "loss": []}), r"messages\[0\].loss", "not true"),
+    "loss of 1 on a user turn": (turns({"role": "user", "content": "", "loss": 1}), r"messages\[0\]", "on a user turn"),
+    "loss_scale that is true": (
+        turns({"role": "assistant", "content": "", "loss_scale": True}),
+        r"messages\[0\].loss_scale",
+        "True is not a weight",
+    ),
+    "loss_scale of 400 digits": (
+        turns({"role": "assistant", "content": "", "loss_scale": 10**400}),
+        r"messages\[0\].loss_scale",
+        "bits> is not a weight",
+    ),
+    "loss_scale beyond float32": (
+        turns({"role": "assistant", "content": "", "loss_scale": 1e39}),
+        r"messages\[0\].loss_scale",
+        "1e.39 is not a weight",
+    ),
+    "a role that is a list": (turns({"role": ["user"], "content": ""}), r"messages\[0\].role", "Use one of system"),
+    "half an emoji": (
+        turns({"role": "user", "content": "ab\ud83d"}),
+        r"messages\[0\].content",
+        "half a character.*at position 2",
+    ),
+    "half an emoji in a block": (
+        turns({"role": "user", "content": [{"type": "text", "text": "\ude00"}]}),
+        r"messages\[0\].content",
+        "half a character",
+    ),
+    "half an emoji in a name": (
+        row("<ref-object>", objects={"ref": ["cat \ud83d"]}),
+        r"objects.ref\[0\]",
+        "half a character",
+    ),
+    "a picture in a text block": (
+        turns({"role": "user", "content": [{"type": "text", "text": "a", "image": "a.png"}]}),
+        r"messages\[0\].content",
+        "'text', 'image'",
+    ),
+    "two sources in a block": (
+        turns({"role": "user", "content": [{"type": "image", "image": "a.png", "url": "b.png"}]}),
+        r"messages\[0\].content",
+        "'image', 'url'",
+    ),
+    "limits of a block": (
+        turns({"role": "user", "content": [{"type": "image", "image": "a.png", "max_pixels": 784}]}),
+        r"messages\[0\].content",
+        "'max_pixels' of a single picture.*chat_template_kwargs",
+    ),
     "negative loss_scale": (
         turns({"role": "assistant", "content": "", "loss_scale": -1}),
         r"messages\[0\].loss_scale",
@@ -146,6 +214,24 @@ BAD = {
     "three numbers": (row("<bbox>", objects={"bbox": [[1, 2, 3]]}), r"objects.bbox\[0\]", "not a point or box"),
     "one flat box": (row("<bbox>", objects={"bbox": [1, 2, 3, 4]}), r"objects.bbox\[0\]", "not a point or box"),
     "a box of words": (row("<bbox>", objects={"bbox": [["a"] * 4]}), r"objects.bbox\[0\]", "not a point or box"),
+    "a box with NaN": (
+        row("<bbox>", objects={"bbox": [[0, float("nan"), 9, 9]]}),
+        r"objects.bbox\[0\]",
+        "not a point or box",
+    ),
+    "a box with infinity": (
+        row("<bbox>", objects={"bbox": [[0, float("inf"), 9, 9]]}),
+        r"objects.bbox\[0\]",
+        "not a point or box",
+    ),
+    "a box with 400 digits": (
+        row("<bbox>", objects={"bbox": [[0, 10**400, 9, 9]]}),
+        r"objects.bbox\[0\]",
+        "not a point or box",
+    ),
+    "a box with true": (row("<bbox>", objects={"bbox": [[0, True, 9, 9]]}), r"objects.bbox\[0\]", "not a point or box"),
+    "a box with null": (row("<bbox>", objects={"bbox": [[0, None, 9, 9]]}), r"objects.bbox\[0\]", "not a point or box"),
+    "a box with text": (row("<bbox>", objects={"bbox": [[0, "1", 9, 9]]}), r"objects.bbox\[0\]", "not a point or box"),
     "boxes that are no list": (row("<bbox>", objects={"bbox": 4}), "objects.bbox", "list"),
     "refs that are one string": (row("<ref-object>", objects={"ref": "cat"}), "objects.ref", "list"),
     "refs that are numbers": (row("<ref-object>", objects={"ref": [3]}), r"objects.ref\[0\]", "text"),
@@ -180,6 +266,63 @@ BAD = {
         "objects.image_id",
         "list",
     ),
+    "image_id that is true": (
+        row("<image><image><bbox>", images=["a", "b"], objects={"bbox": [[0, 0, 1, 3]], "image_id": [True]}),
+        "objects.image_id",
+        "True with 2 images",
+    ),
+    "limits that contradict": (
+        row(chat_template_kwargs={"min_pixels": 200704, "max_pixels": 50176}),
+        "chat_template_kwargs.min_pixels",
+        "min_pixels 200704 exceeds max_pixels 50176",
+    ),
+    "limits of videos that contradict": (
+        row(chat_template_kwargs={"video_min_pixels": 9, "video_max_pixels": 8}),
+        "chat_template_kwargs.video_min_pixels",
+        "9 exceeds video_max_pixels 8",
+    ),
+    "tiles that contradict": (
+        row(chat_template_kwargs={"max_tiles": 2, "min_tiles": 3}),
+        "chat_template_kwargs.min_tiles",
+        "3 exceeds max_tiles 2",
+    ),
+    "edges that contradict": (
+        row(chat_template_kwargs={"shortest_edge": 980, "longest_edge": 378}),
+        "chat_template_kwargs.shortest_edge",
+        "980 exceeds longest_edge 378",
+    ),
+    "limit that is NaN": (
+        row(chat_template_kwargs={"fps": float("nan")}),
+        "chat_template_kwargs.fps",
+        "not a positive",
+    ),
+    "limit that is infinite": (
+        row(chat_template_kwargs={"max_pixels": float("inf")}),
+        "chat_template_kwargs.max_pixels",
+        "not a positive",
+    ),
+    "limit of 400 digits": (
+        row(chat_template_kwargs={"max_pixels": 10**400}),
+        "chat_template_kwargs.max_pixels",
+        "not a positive",
+    ),
+    "limit that is true": (row(chat_template_kwargs={"fps": True}), "chat_template_kwargs.fps", "not a positive"),
+    "limit with a fraction": (
+        row(chat_template_kwargs={"num_frames": 2.5}),
+        "chat_template_kwargs.num_frames",
+        "2.5 is not a positive whole number",
+    ),
+    "limit of zero": (row(chat_template_kwargs={"fps": 0}), "chat_template_kwargs.fps", "not a positive"),
+    "limit that would fill the memory": (
+        row(chat_template_kwargs={"min_pixels": 10**12}),
+        "chat_template_kwargs.min_pixels",
+        "not within 1 to",
+    ),
+    "tiles without end": (
+        row(chat_template_kwargs={"max_tiles": 10**9}),
+        "chat_template_kwargs.max_tiles",
+        "not within",
+    ),
     "unknown limit": (row(chat_template_kwargs={"maxpixels": 3}), "chat_template_kwargs.maxpixels", "unknown field"),
     "limit that is no number": (row(chat_template_kwargs={"fps": "2"}), "chat_template_kwargs.fps", "not a positive"),
     "limits that are no object": (row(chat_template_kwargs=[1]), "chat_template_kwargs", "not an object"),
@@ -203,3 +346,187 @@ def test_objects_fill_tags_in_order_and_literal_tags_stay_without_objects():
     refs, boxes = ["cat", "dog"], ["[1]", "[2]"]
     assert fill_objects("<ref-object> at <bbox>, <ref-object> at <bbox>", refs, boxes) == "cat at [1], dog at [2]"
     assert fill_objects("what does <bbox> mean?", [], []) == "what does <bbox> mean?"
+
+
+@pytest.mark.parametrize(
+    ("fields", "weight"),
+    [
+        ({}, 1.0),
+        ({"loss": None, "loss_scale": None}, 1.0),
+        ({"loss": 0}, 0.0),
+        ({"loss": 0.0}, 0.0),
+        ({"loss": np.bool_(False)}, 0.0),
+        ({"loss": np.int64(0)}, 0.0),
+        ({"loss": 0, "loss_scale": 2}, 0.0),
+        ({"loss": 1}, 1.0),
+        ({"loss": 1.0, "loss_scale": 0.5}, 0.5),
+        ({"loss": np.bool_(True)}, 1.0),
+        ({"loss_scale": np.float32(0.25)}, 0.25),
+        ({"loss": True, "loss_scale": 0}, 0.0),
+    ],
+)
+def test_loss_is_true_or_false_also_where_it_is_one_or_zero(fields, weight):
+    conversation = parse_row(turns({"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **fields}))
+    assert conversation.messages[1].loss_weight == weight
+
+
+NULLS = {
+    "blocks": turns(
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image": None, "image_url": {"url": "a.png"}, "text": None},
+                {"type": "text", "text": "x", "image": None, "image_url": {"url": None, "detail": None}, "video": None},
+            ],
+        },
+        {"role": "assistant", "content": "y"},
+    ),
+    "fields of messages": turns(
+        {"role": "user", "content": "<image>x", "tool_calls": None, "loss": None, "loss_scale": None},
+        {"role": "assistant", "content": "y", "tool_calls": None, "name": None},
+        images=["a.png"],
+    ),
+    "fields of the row": row(
+        "<image>x",
+        "y",
+        image="a.png",
+        images=None,
+        video=None,
+        videos=None,
+        objects=None,
+        chat_template_kwargs=None,
+        id=None,
+        imges=None,
+        audios=None,
+    ),
+    "fields of objects and limits": row(
+        "<image>x",
+        "y",
+        images=["a.png"],
+        image={"bytes": None, "path": None},
+        objects={"ref": None, "bbox": None, "bbox_type": None, "image_id": None},
+        chat_template_kwargs={"max_pixels": None, "fps": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NULLS)
+def test_a_null_is_an_absent_field(kind):
+    conversation = parse_row(NULLS[kind])
+    plain = parse_row(row("<image>x", "y", images=["a.png" if kind != "blocks" else {"url": "a.png"}]))
+    assert conversation == plain
+
+
+def test_nulls_inside_objects_and_limits_are_absent_beside_what_is_there():
+    conversation = parse_row(
+        row(
+            "<image><bbox>",
+            images=["a.png"],
+            objects={"ref": None, "bbox": [[1, 2, 3, 4]], "bbox_type": None, "image_id": None, "width": None},
+            chat_template_kwargs={"max_pixels": 50176.0, "fps": None, "maxpixels": None},
+        )
+    )
+    assert (conversation.boxes, conversation.box_images) == ((Box(1, 2, 3, 4, "original"),), (0,))
+    assert conversation.limits == (("max_pixels", 50176),)
+
+
+def test_rows_are_the_same_after_the_way_through_arrow():
+    text, image = {"type": "text", "text": "which <ref-object>?"}, {"type": "image_url", "image_url": {"url": "b.png"}}
+    rows = [
+        turns({"role": "user", "content": [text]}, {"role": "assistant", "content": [text], "loss": False}),
+        turns({"role": "user", "content": [{"type": "image", "image": "a.png"}]}),
+        turns({"role": "user", "content": [image, text]}, objects={"ref": ["cat"]}, chat_template_kwargs={"fps": 1.5}),
+        turns({"role": "user", "content": [{"type": "video", "video": ["1.png", "2.png"]}]}, source="web"),
+        turns(
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "<bbox>?"}]},
+            {"role": "assistant", "content": [text], "loss_scale": 0.5},
+            images=["c.png"],
+            objects={"bbox": [[1, 2, 3, 4]], "bbox_type": "real", "image_id": [0]},
+            chat_template_kwargs={"max_pixels": 784},
+        ),
+    ]
+    through = pyarrow.array(rows).to_pylist()
+    assert through[0]["objects"] is None
+    assert through[0]["messages"][0]["content"][0]["image"] is None
+    assert [parse_row(row) for row in through] == [parse_row(row) for row in rows]
+
+
+def test_numbers_of_numpy_are_numbers():
+    objects = {"bbox": [np.array([1, 2, 3, 4]), [np.float32(1), np.int64(2)]], "image_id": np.array([0, 1])}
+    conversation = parse_row(row("<image><image><bbox><bbox>", images=["a", "b"], objects=objects))
+    assert conversation.boxes == (Box(1, 2, 3, 4, "original"), Point(1, 2, "original"))
+    assert conversation.box_images == (0, 1)
+
+
+def test_every_key_of_a_picture_block_is_read():
+    for key in ("image", "image_url", "url", "path", "base64"):
+        block = {"type": "image", key: "a.png"}
+        assert parse_row(turns({"role": "user", "content": [block]})).images == ("a.png",)
+
+
+def test_unknown_columns_are_carried_and_listed_once_with_a_hint():
+    columns = UnknownColumns()
+    for _ in range(3):
+        conversation = parse_row(row(source="web", imagess=["a.png"], id=4, label=True))
+        assert dict(conversation.extra) == {"source": "web", "imagess": ["a.png"], "id": 4, "label": True}
+        columns.add(conversation)
+    columns.add(parse_row(row(source="book")))
+    columns.add(parse_row(row()))
+    assert columns.lines() == [
+        "column 'source' is not used, in 4 rows",
+        "column 'imagess' is not used, in 3 rows. Is it meant to be 'images'?",
+    ]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5) | st.just("<image>"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+WHOLE = turns(
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "<ref-object>?"}]},
+    {"role": "assistant", "content": "<bbox>", "loss": True, "loss_scale": 0.5},
+    videos=[],
+    objects={"ref": ["the cat"], "bbox": [[1, 2, 3, 4]], "bbox_type": "real", "image_id": [0]},
+    chat_template_kwargs={"max_pixels": 50176, "fps": 1.0},
+)
+
+
+def places(value, path=()):
+    """Every place in a JSON value, as the keys that lead there."""
+    yield path
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(inner, (*path, key))
+
+
+def replaced(value, path, new):
+    if not path:
+        return new
+    copy = value.copy()
+    copy[path[0]] = replaced(value[path[0]], path[1:], new)
+    return copy
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.sampled_from(list(places(WHOLE))), JSON)
+def test_anything_anywhere_in_a_row_is_a_row_or_a_row_error(path, value):
+    row = replaced(WHOLE, path, value)
+    with contextlib.suppress(RowError):
+        conversation = parse_row(row, ORIGIN)
+        assert parse_row(conversation) is conversation
+        return
+    with pytest.raises(RowError, match=r"^rows.jsonl, row 12, field .*: ") as caught:
+        parse_row(row, ORIGIN)
+    str(caught.value).encode()
+
+
+def test_deep_values_are_no_harm():
+    deep = []
+    for _ in range(50_000):
+        deep = [deep]
+    for path in places(WHOLE):
+        if path:
+            with contextlib.suppress(RowError):
+                parse_row(replaced(WHOLE, path, deep), ORIGIN)

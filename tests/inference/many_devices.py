@@ -75,7 +75,13 @@ def prompts(config, count: int = 3) -> list[Example]:
 def processor(config) -> SimpleNamespace:
     """What the engine asks of one."""
     vision = SimpleNamespace(patch_group=models.FRAMES[config.architecture][0])
-    return SimpleNamespace(tokenizer=range(150), mark_ids=(), stop_ids=(), generation={}, vision=vision)
+    return SimpleNamespace(
+        tokenizer=SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(150)}),
+        mark_ids=(),
+        stop_ids=(),
+        generation={},
+        vision=vision,
+    )
 
 
 def run(model, fields: dict | None, kinds: list[str]) -> dict:

@@ -131,6 +131,26 @@ def test_without_a_gpu_it_is_refused_unless_one_is_compiled_for():
         traced(*shapes(), implementation=NAME)
 
 
+@pytest.mark.parametrize(
+    ("capability", "args", "promise", "chosen"),
+    [
+        ("9.0", shapes(), None, "mosaic_gpu"),
+        ("9.0", shapes(80), None, "mosaic_gpu"),
+        ("9.0", shapes(), 64, "pallas_gpu"),
+        ("9.0", shapes(dtype=jnp.float32), None, "pallas_gpu"),
+        ("9.0", shapes(256), None, "pallas_gpu"),
+        ("8.0", shapes(), None, "pallas_gpu"),
+        ("10.0", shapes(), None, "pallas_gpu"),
+        (None, shapes(), None, "pallas_gpu"),
+    ],
+)
+def test_it_is_chosen_by_itself_on_hopper_where_it_is_faster(capability, args, promise, chosen):
+    spec = api.AttentionSpec(False, None, 1.0, promise)
+    with compiling_for("cuda", capability):
+        names = api._OPERATION.runnable(None, False, spec, *args[:3])
+    assert [name for name in names if name.endswith("_gpu")] == [chosen]
+
+
 def test_its_results_vary_over_the_mesh_as_its_operands_do():
     """Else gradients would be summed over devices that hold other rows; `jax.shard_map` checks it when traced."""
     rows = jax.sharding.PartitionSpec("rows")

@@ -72,7 +72,7 @@ def test_a_jobset_is_submitted_followed_through_a_restart_and_deleted(cluster, t
     spec = job["template"]["spec"]
     assert (spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (32, 32, 0)  # 128 chips, four a machine
     (rule,) = spec["podFailurePolicy"]["rules"]
-    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2])
+    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2, 3])
     pod = spec["template"]["spec"]
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",

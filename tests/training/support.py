@@ -67,6 +67,8 @@ def experiment(folder: Path, rows: Path, *overrides: str, **changes: Any) -> Exp
         "--steps": "8",
         "--log_every": "1",
         "--checkpoint.every": "3",
+        "--evaluation.aim": "None",
+        "--evaluation.aim_iou": "None",
     }
     arguments = [value for pair in fields.items() for value in pair]
     arguments += ["--model.decoder.mrope_section", "2", "3", "3", "--evaluation.data"]

@@ -9,11 +9,12 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from jvlm.errors import UserError
 from jvlm.models.vlm import VLMConfig
 
 
@@ -27,11 +28,6 @@ class PixelLimits(MediaConfig):
     """Qwen's: resize limits in pixels, and the frame rate assumed for a video given as a list of frames.
 
     The defaults are Qwen2.5-VL's: 4 to 16,384 tokens an image; 128 to 768 tokens a frame at 2 frames a second.
-
-    Attributes:
-      resample: Pillow's number of the filter; 3 is bicubic.
-      resize: False takes pictures as they are; their sides must then be whole merged patches.
-      no_videos: why videos are refused; empty if they are not.
     """
 
     min_pixels: int = 4 * 784
@@ -39,9 +35,6 @@ class PixelLimits(MediaConfig):
     video_min_pixels: int = 128 * 784
     video_max_pixels: int = 768 * 784
     fps: float = 2.0
-    resample: int = Image.Resampling.BICUBIC.value
-    resize: bool = True
-    no_videos: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +98,14 @@ class Vision(Protocol):
         ...
 
     def max_frame_patches(self, config: MediaConfig) -> int | None:
-        """Most patches of a frame; None if there is no limit."""
+        """Most patches that a frame of any picture gets; None if there is no limit."""
+        ...
+
+    def smaller(self, config: MediaConfig) -> Sequence[Sequence[dict[str, Any]]]:
+        """Ways to make pictures cost less, the mildest way first: each a list of changed fields, from a little to most.
+
+        Along a list tokens and patches never grow.
+        """
         ...
 
 
@@ -134,7 +134,7 @@ def media_type(name: str) -> type:
     _load_all()
     known = {t.__name__: t for t in _VISIONS}
     if name not in known:
-        raise KeyError(f"unknown configuration {name!r}; known: {sorted(known)}")
+        raise UserError(f"unknown configuration {name!r}; known: {sorted(known)}")
     return known[name]
 
 

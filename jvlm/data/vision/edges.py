@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -37,8 +37,6 @@ class EdgeLimits(MediaConfig):
       places: how a patch finds its place in the position table; "floor" is exact, "released" as in training, where
         rounding put some patches one place lower (images of 25, 49, 50, 55 or 58 patches along a side).
       mark: token around the features of each frame; between two frames it stands once. Empty for none.
-      resample: Pillow's number of the filter; 2 is bilinear.
-      resize: False takes pictures, and the quarters of split ones, as they are.
     """
 
     longest_edge: int = 980
@@ -46,8 +44,6 @@ class EdgeLimits(MediaConfig):
     split: bool = True
     places: PlaceRule = "floor"
     mark: str = "<fake_token_around_image>"
-    resample: int = Image.Resampling.BILINEAR.value
-    resize: bool = True
 
     def __post_init__(self):
         if not 0 < self.shortest_edge <= self.longest_edge:
@@ -67,8 +63,10 @@ def edge_resize(height: int, width: int, shortest: int, longest: int) -> tuple[i
 
 
 def quarters(image: Image.Image) -> list[Image.Image]:
-    """Top left, top right, bottom left, bottom right."""
+    """Top left, top right, bottom left, bottom right. Raises ValueError for a side of one pixel, which has no half."""
     width, height = image.size
+    if min(width, height) < 2:
+        raise ValueError(f"{width} x {height} pixels cannot be split into quarters")
     x, y = width // 2, height // 2
     boxes = ((0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height))
     return [image.crop(box) for box in boxes]
@@ -114,14 +112,18 @@ class EdgeVision:
         """Each frame as an image of its own, never split."""
         return self._media(frames, config)
 
-    def max_frame_patches(self, config: EdgeLimits) -> int | None:
+    def max_frame_patches(self, config: EdgeLimits) -> int:
         """A square of the longest edge has the most."""
-        if not config.resize:
-            return None
         return (config.longest_edge // self.patch_size) ** 2
 
+    def smaller(self, config: EdgeLimits) -> list[list[dict[str, Any]]]:
+        """Shorter edges, a patch at a time, which cost fewer patches; the same unsplit, which cost fewer tokens too."""
+        edges = range(config.longest_edge, config.shortest_edge - 1, -self.patch_size)
+        whole = [{"split": False, "longest_edge": edge} for edge in edges]
+        return [[{"longest_edge": edge} for edge in edges[1:]], whole if config.split else []]
+
     def _media(self, pictures: Sequence[Image.Image], config: EdgeLimits) -> MediaPatches:
-        sizes = [self._size(p, config) for p in pictures]
+        sizes = [edge_resize(p.height, p.width, config.shortest_edge, config.longest_edge) for p in pictures]
         frames = [self._frame(p, size, config) for p, size in zip(pictures, sizes, strict=True)]
         counts = [len(patches) for patches, _ in frames]
         features = [self.frame_features or count for count in counts]
@@ -146,24 +148,13 @@ class EdgeVision:
             resized=(width, height),
         )
 
-    def _size(self, picture: Image.Image, config: EdgeLimits) -> tuple[int, int]:
-        """(height, width) of a frame."""
-        if config.resize:
-            return edge_resize(picture.height, picture.width, config.shortest_edge, config.longest_edge)
-        if min(picture.size) < self.patch_size:
-            raise ValueError(
-                f"a frame of {picture.width} x {picture.height} pixels is smaller than a patch of {self.patch_size}, "
-                "and do_resize is off for this model"
-            )
-        return picture.height, picture.width
-
     def _frame(self, picture: Image.Image, size: tuple[int, int], config: EdgeLimits):
         """(patches [n, c], places [n, 2]) of one frame; pixels that fill no patch at the right and bottom are lost."""
         p = self.patch_size
         rows, columns = size[0] // p, size[1] // p
-        if config.resize:
-            picture = picture.resize((size[1], size[0]), Image.Resampling(config.resample))
-        pixels = np.asarray(picture, np.uint8)
+        if not rows or not columns:
+            raise ValueError(f"{size[1]} x {size[0]} pixels hold no patch of {p} x {p}")
+        pixels = np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR), np.uint8)
         pixels = pixels[: rows * p, : columns * p]
         # (row, y, column, x, c) -> (row, column, c, y, x)
         patches = pixels.reshape(rows, p, columns, p, -1).transpose(0, 2, 4, 1, 3)

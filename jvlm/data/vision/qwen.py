@@ -5,14 +5,18 @@ Units: "patch" is patch_size pixels; "merged" is merge x merge patches, which be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from jvlm.data.images import smart_resize
+from jvlm.data.images import MAX_ASPECT, smart_resize
 from jvlm.data.vision import MediaPatches, PixelLimits, register
 from jvlm.models.vlm import VLMConfig
+
+_SHRINK = 0.9  # of the pixels, a step of `QwenVision.smaller`
 
 
 def window_order(grid: tuple[int, int, int], window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -35,6 +39,23 @@ def window_order(grid: tuple[int, int, int], window: int) -> tuple[np.ndarray, n
     return (frames * (h * w) + order).ravel(), (frames * (number.max() + 1) + number + 1).ravel().astype(np.int32)
 
 
+def largest_area(factor: int, min_pixels: int, max_pixels: int) -> int:
+    """Most pixels that `jvlm.data.images.smart_resize` gives any picture.
+
+    That is more than ``max_pixels`` where a thin picture, brought down, keeps a side of ``factor``, and where a small
+    one, brought up, has both its sides rounded up past limits that are close to each other.
+    """
+    most = int(max_pixels)
+    thin = int(math.sqrt(MAX_ASPECT * max_pixels) / factor)
+    cells = max(most // factor**2, thin)
+    longest = int(math.sqrt(MAX_ASPECT * min_pixels) / factor) + 1
+    for short in range(1, int(math.sqrt(min_pixels) / factor) + 2):
+        # one more than the exact quotient: the sides are computed in float64 before they are rounded up
+        long = longest if short == 1 else min(longest, int(min_pixels / ((short - 1) * factor**2)) + 1)
+        cells = max(cells, short * long)
+    return max(most, cells * factor**2)
+
+
 @register(PixelLimits, "qwen2_5_vl")
 class QwenVision:
     """Turns pictures and frame lists into `MediaPatches` for one encoder configuration."""
@@ -50,36 +71,42 @@ class QwenVision:
 
     def image(self, image: Image.Image, limits: PixelLimits, *, index: int = 0, count: int = 1) -> MediaPatches:
         """An image; it counts as one pair of equal frames."""
-        return self._media([image], limits, (limits.min_pixels, limits.max_pixels), 0.0)
+        return self._media([image], limits.min_pixels, limits.max_pixels, 0.0)
 
     def video(self, frames: Sequence[Image.Image], limits: PixelLimits) -> MediaPatches:
         """Frames sampled at ``limits.fps``; an incomplete last pair repeats its last frame."""
-        if limits.no_videos:
-            raise ValueError(f"videos cannot be used with this model: {limits.no_videos}")
         seconds = self.config.temporal_patch_size / limits.fps
         step = seconds * self.config.tokens_per_second
-        return self._media(frames, limits, (limits.video_min_pixels, limits.video_max_pixels), step)
+        return self._media(frames, limits.video_min_pixels, limits.video_max_pixels, step)
 
-    def max_frame_patches(self, limits: PixelLimits) -> int | None:
-        """As the pixel limits allow; a pair of frames is one."""
-        if not limits.resize:
-            return None
-        return max(limits.max_pixels, limits.video_max_pixels) // self.config.patch_size**2
+    def max_frame_patches(self, limits: PixelLimits) -> int:
+        """Of the largest picture that the resize gives; a pair of frames is one."""
+        pairs = (limits.min_pixels, limits.max_pixels), (limits.video_min_pixels, limits.video_max_pixels)
+        return max(largest_area(self.factor, *pair) for pair in pairs) // self.config.patch_size**2
+
+    def smaller(self, limits: PixelLimits) -> list[list[dict[str, Any]]]:
+        """Fewer pixels for images and frames of videos, a tenth less at a time, down to one token."""
+        cell, steps = self.factor**2, []
+        share = 1.0
+        while share * max(limits.max_pixels, limits.video_max_pixels) > cell:
+            share *= _SHRINK
+            most, video_most = (
+                max(int(share * pixels), cell) for pixels in (limits.max_pixels, limits.video_max_pixels)
+            )
+            least, video_least = min(limits.min_pixels, most), min(limits.video_min_pixels, video_most)
+            change = {"min_pixels": least, "max_pixels": most}
+            steps.append({**change, "video_min_pixels": video_least, "video_max_pixels": video_most})
+        return [steps]
 
     def size(self, height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
         """(height, width) after the resize."""
         return smart_resize(height, width, self.factor, min_pixels, max_pixels)
 
-    def _media(self, frames, limits: PixelLimits, area: tuple[int, int], temporal_step: float) -> MediaPatches:
+    def _media(self, frames, min_pixels, max_pixels, temporal_step) -> MediaPatches:
         width, height = frames[0].size
-        if limits.resize:
-            new_height, new_width = self.size(height, width, *area)
-            frames = [f.resize((new_width, new_height), Image.Resampling(limits.resample)) for f in frames]
-        elif width % self.factor or height % self.factor:
-            raise ValueError(
-                f"{width} x {height} pixels are not whole patches of {self.factor}, and do_resize is off for this model"
-            )
-        pixels = np.stack([np.asarray(f, np.uint8) for f in frames])
+        new_height, new_width = self.size(height, width, min_pixels, max_pixels)
+        resized = [f.resize((new_width, new_height), Image.Resampling.BICUBIC) for f in frames]
+        pixels = np.stack([np.asarray(f, np.uint8) for f in resized])
         lacking = -len(pixels) % self.config.temporal_patch_size
         pixels = np.concatenate([pixels, np.repeat(pixels[-1:], lacking, axis=0)])
         return self._arrange(pixels, temporal_step, (width, height))

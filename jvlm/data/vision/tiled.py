@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -116,6 +116,13 @@ class TiledVision:
     def max_frame_patches(self, config: TiledMedia) -> int:
         """Those of every frame."""
         return self.patch_group
+
+    def smaller(self, config: TiledMedia) -> list[list[dict[str, Any]]]:
+        """Fewer tiles of a picture, then whole pictures only and fewer frames of a video."""
+        fewer = range(config.max_tiles - 1, 0, -1) if config.splitting == "dynamic" else ()
+        tiled = [{"max_tiles": most, "min_tiles": min(config.min_tiles, most)} for most in fewer]
+        frames = range(config.num_frames, 0, -1)
+        return [tiled, [{"splitting": "none", "num_frames": count} for count in frames]]
 
     def _before(self, config: TiledMedia, image: int, place: tuple[int, int]) -> list[str]:
         """What stands before a tile, or before the overview at (0, 0)."""

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jvlm.errors import UserError
 from jvlm.models import layers
 from jvlm.models.batch import PackedBatch
 from jvlm.models.registry import ConnectorConfig, register
@@ -34,5 +35,7 @@ class PatchMerger(nnx.Module):
     def __call__(self, features: Float[Array, "B P d"], batch: PackedBatch) -> Float[Array, "B F D"]:
         """One feature for each group of neighbouring patches, which the batch holds side by side."""
         B, P, d = features.shape
+        if P % self.group:
+            raise UserError(f"{P} patches a row are no multiple of {self.group}, which are joined: change row_patches")
         x = self.norm(features).reshape(B, P // self.group, d * self.group)
         return self.out(jax.nn.gelu(self.hidden(x), approximate=False))

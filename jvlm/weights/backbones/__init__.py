@@ -8,24 +8,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import json
 import pkgutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jvlm import json_files
+from jvlm.data import vocabulary as ids
 from jvlm.data.template import COMPOSED, style_of
 from jvlm.models import registry, vlm
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.vit import ViTConfig
 from jvlm.models.layers import Numerics
 from jvlm.models.vlm import VLM, VLMConfig
-from jvlm.weights import checkpoint, safetensors_files, table
+from jvlm.weights import checkpoint, safetensors_files, table, vocabulary
 from jvlm.weights.positions import resize_positions
 from jvlm.weights.table import Rule, WeightError
 
@@ -78,16 +78,33 @@ def load(
     folder = Path(folder)
     backbone, found = _open(folder)
     _check_same(folder, backbone, found, config)
-    build = functools.partial(registry.build, found, numerics=numerics)
-    module = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
-    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    variables = {".".join((backbone.tower, *map(str, path))): variable for path, variable in state}
-    shapes = {path: tuple(v.get_value().shape) for path, v in variables.items()}
-    expected = table.expand(backbone.rules(found), backbone.sizes(found), shapes)
+    variables, expected = _expected(backbone, found, numerics)
     with safetensors_files.Tensors(folder) as tensors:
         stored = checkpoint.match(tensors, backbone.canonical, expected)
         checkpoint.read_parameters(variables, expected, stored, tensors, sharding)
     return _resized(variables, found, config)
+
+
+def _expected(
+    backbone: Backbone, config: TowerConfig, numerics: Numerics
+) -> tuple[dict[str, nnx.Variable], list[table.Entry]]:
+    """The abstract parameters of a tower, by their path in the whole model, and the tensors that they come from."""
+    build = functools.partial(registry.build, config, numerics=numerics)
+    module = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    variables = {".".join((backbone.tower, *map(str, path))): variable for path, variable in state}
+    shapes = {path: tuple(v.get_value().shape) for path, v in variables.items()}
+    return variables, table.expand(backbone.rules(config), backbone.sizes(config), shapes)
+
+
+def check_tensors(source: Path, values: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Check that tensors, name -> shape, are all that a tower of these values of config.json is read from.
+
+    Raises:
+      WeightError: naming the source, and every tensor that is wrong, missing or superfluous.
+    """
+    backbone, config = _family(source, values)
+    table.check(_expected(backbone, config, Numerics())[1], shapes, str(source))
 
 
 def fill(model: VLM, folders: Iterable[str | Path], sharding: checkpoint.ShardingOf | None = None) -> VLM:
@@ -123,15 +140,17 @@ def compose(
     if grid is not None:
         vision = dataclasses.replace(vision, grid=grid)
     tokenizer = AutoTokenizer.from_pretrained(str(decoder), local_files_only=True)
-    image = tokenizer.get_vocab().get(style_of(COMPOSED).image, len(tokenizer))
-    if image >= text.vocab_size:
-        text = dataclasses.replace(text, vocab_size=-(-(image + 1) // 128) * 128)
+    image = style_of(COMPOSED).image
+    ids.add_tokens(tokenizer, [image])
+    rows = ids.rows_needed(tokenizer)
+    if rows > text.vocab_size:
+        text = dataclasses.replace(text, vocab_size=-(-rows // 128) * 128)
     return VLMConfig(
         architecture=COMPOSED,
         encoder=vision,
         connector=connector,
         decoder=text,
-        image_token_id=image,
+        image_token_id=tokenizer.convert_tokens_to_ids(image),
         video_token_id=None,
         vision_start_token_id=None,
         vision_end_token_id=None,
@@ -144,9 +163,8 @@ def compose(
 
 def add_placeholder(tokenizer: Any, config: VLMConfig) -> None:
     """Give the tokenizer of a composed model its image placeholder, where it is still without."""
-    name = style_of(config.architecture).image
-    if config.architecture == COMPOSED and name not in tokenizer.get_vocab():
-        tokenizer.add_tokens([name], special_tokens=True)
+    if config.architecture == COMPOSED:
+        ids.add_tokens(tokenizer, [style_of(COMPOSED).image])
 
 
 def _check_same(folder: Path, backbone: Backbone, found: TowerConfig, config: TowerConfig) -> None:
@@ -168,12 +186,9 @@ def _resized(variables: dict[str, nnx.Variable], found: TowerConfig, config: Tow
         old = np.asarray(variables["encoder.positions"].get_value())
         _replace(variables["encoder.positions"], resize_positions(old, config.grid, class_token=found.class_token))
     elif isinstance(found, TransformerConfig) and found.vocab_size < config.vocab_size:
-        for path, axis in (("decoder.embedding", 0), ("decoder.head.kernel", 1)):
-            if path in variables:
-                old = variables[path].get_value()
-                mean = old.mean(axis, keepdims=True).astype(old.dtype)
-                new = jnp.repeat(mean, config.vocab_size - found.vocab_size, axis)
-                _replace(variables[path], jnp.concatenate([old, new], axis))
+        for path in vocabulary.TOKEN_AXIS.keys() & variables.keys():
+            old = variables[path].get_value()
+            _replace(variables[path], vocabulary.with_rows(old, config.vocab_size, vocabulary.TOKEN_AXIS[path]))
     return variables
 
 
@@ -185,10 +200,13 @@ def _open(folder: Path) -> tuple[Backbone, TowerConfig]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: a tower is read from a local Hugging Face folder")
-    values = json.loads(path.read_text())
+    return _family(path, json_files.read_object(path))
+
+
+def _family(path: Path, values: dict[str, Any]) -> tuple[Backbone, TowerConfig]:
     for backbone in backbones():
         if values.get("model_type") in backbone.model_types:
-            return backbone, backbone.read_config(values)
+            return backbone, table.read_values(path, backbone.read_config, values)
     known = ", ".join(sorted(t for b in backbones() for t in b.model_types))
     raise WeightError(
         f"{path}: model_type {values.get('model_type')!r} is not supported as a tower; supported: {known}"

@@ -51,19 +51,16 @@ _OPERATION = Operation(
     "segment_attention",
     {
         "pallas_tpu": "jvlm_kernels.attention.tpu",
-        "pallas_gpu": "jvlm_kernels.attention.gpu",
         "mosaic_gpu": "jvlm_kernels.attention.hopper",
+        "pallas_gpu": "jvlm_kernels.attention.gpu",
         "xla": "jvlm_kernels.attention.xla",
         "reference": "jvlm_kernels.attention.reference",
     },
-    # Which of the two for NVIDIA is faster on Hopper has not been measured. Until this one has won there, it runs only
-    # for those who name it.
-    by_name=frozenset({"mosaic_gpu"}),
 )
 
 
 def implementations() -> tuple[str, ...]:
-    """Names accepted by ``implementation=``, in order of preference; "mosaic_gpu" is never chosen by itself."""
+    """Names accepted by ``implementation=``, in order of preference."""
     return tuple(_OPERATION.modules)
 
 

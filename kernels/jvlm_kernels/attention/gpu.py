@@ -298,10 +298,10 @@ def backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_
     """(dq, dk, dv) from what the forward pass left."""
     lse, delta = normalisers(out, logsumexp, d_out, d_logsumexp, -_LOWEST)
     operands = q, k, v, d_out.astype(q.dtype), lse, delta, q_segments, kv_segments, offsets
-    return _d_queries(spec, *operands), *_d_keys(spec, *operands)
+    return d_queries(spec, *operands), *d_keys(spec, *operands)
 
 
-def _d_queries(spec, q, k, v, d_out, lse, delta, q_segments, kv_segments, offsets):
+def d_queries(spec, q, k, v, d_out, lse, delta, q_segments, kv_segments, offsets):
     """Gradient of the queries [B, S, H, D]."""
     plan = _plan(spec, q, k, "d_queries")
     q_ids, kv_ids, found = _prepare(spec, plan, q_segments, kv_segments, offsets)
@@ -321,7 +321,7 @@ def _d_queries(spec, q, k, v, d_out, lse, delta, q_segments, kv_segments, offset
     return d_q[:, : plan.S, :, : plan.D]
 
 
-def _d_keys(spec, q, k, v, d_out, lse, delta, q_segments, kv_segments, offsets):
+def d_keys(spec, q, k, v, d_out, lse, delta, q_segments, kv_segments, offsets):
     """Gradients of keys and values [B, T, K, D]."""
     plan = _plan(spec, q, k, "d_keys")
     q_ids, kv_ids, found = _prepare(spec, plan, q_segments, kv_segments, offsets)

@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jvlm_kernels import shapes
+from jvlm_kernels import platforms, shapes
 from jvlm_kernels.attention import blocks, gpu
 from jvlm_kernels.attention.plan import PaddedPlan, check_dtypes, normalisers, padded_ids
 from jvlm_kernels.attention.tuning import Blocks
@@ -41,6 +41,7 @@ _REGISTERS_TO_COPY, _REGISTERS_TO_COMPUTE = 24, 240
 _SHARED_BYTES = 227 * 1024
 _LARGEST_HEAD, _LARGEST_HEAD_BACK = 256, 128
 _LOWEST = -1e20
+_SHORT = 256
 _LOG2E = math.log2(math.e)
 _LAYOUT = plgpu.Layout.WGMMA
 _BY_ROW, _BY_COLUMN = _LAYOUT.reduce(1), _LAYOUT.reduce(0)
@@ -64,6 +65,16 @@ def check(spec, q, k, v) -> None:
         raise Unavailable(f"{sizes} need {needed} bytes of shared memory, there are {_SHARED_BYTES}")
 
 
+def check_automatic(spec, q, k, v) -> None:
+    """Leave to `jvlm_kernels.attention.gpu` what is not Hopper's, or no faster here: docs/results has the table."""
+    if platforms.compute_capability() != "9.0":
+        raise Unavailable("chosen by itself for compute capability 9.0 (Hopper) alone")
+    if _reach(spec, q) <= _SHORT:
+        raise Unavailable(f"not faster where segments are promised to be at most {_SHORT} long")
+    if q.shape[-1] > _LARGEST_HEAD_BACK:
+        raise Unavailable(f"not measured for heads of more than {_LARGEST_HEAD_BACK}")
+
+
 def _check_device(device) -> None:
     """The instructions are Hopper's alone. JAX refuses causal masks in its own kernel of this structure with CUDA 12.8
     and 12.9, whose assembler miscompiles them; what masks these kernels has not been tried with them.
@@ -76,9 +87,13 @@ def _check_device(device) -> None:
 
 
 def _sizes(spec, q) -> Blocks:
-    """Queries and keys of a block in the forward pass, by rule; not measured."""
-    reach = min(r for r in (spec.window, spec.max_segment_length, q.shape[1]) if r is not None)
-    return spec.blocks or Blocks(LINE, 64 if q.shape[-1] > _LARGEST_HEAD_BACK or reach <= 256 else 128)
+    """Queries and keys of a block in the forward pass, by rule."""
+    return spec.blocks or Blocks(LINE, 64 if q.shape[-1] > _LARGEST_HEAD_BACK or _reach(spec, q) <= _SHORT else 128)
+
+
+def _reach(spec, q) -> int:
+    """How far a query sees at most."""
+    return min(r for r in (spec.window, spec.max_segment_length, q.shape[1]) if r is not None)
 
 
 class _Plan(PaddedPlan):

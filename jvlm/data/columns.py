@@ -1,0 +1,30 @@
+"""Columns of the data that jvlm does not know: carried along, counted, and listed once each."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from jvlm.data.rows import Conversation, hint
+
+
+class UnknownColumns:
+    """Counts the unknown columns of the rows that it is shown."""
+
+    def __init__(self):
+        self.counts: Counter[str] = Counter()
+
+    def add(self, conversation: Conversation) -> None:
+        """Count the columns of one row."""
+        self.counts.update(conversation.unknown)
+
+    def lines(self) -> list[str]:
+        """One line for each column, the most frequent first; empty if every column is known."""
+        return [
+            f"column {name!r} is not used, in {count} row{'s' if count > 1 else ''}" + _meant(name)
+            for name, count in self.counts.most_common()
+        ]
+
+
+def _meant(name: str) -> str:
+    near = hint(name)
+    return f". Is it meant to be {near!r}?" if near else ""

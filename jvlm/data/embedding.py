@@ -1,0 +1,80 @@
+"""Pictures of a row read into the row, whatever form it names them in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jvlm.data.errors import Origin, RowError
+from jvlm.data.images import picture_source, unwrap
+from jvlm.data.rows import PICTURE_KEYS, parse_row
+
+_LISTS = ("images", "image", "videos", "video", "rejected_images", "rejected_videos")
+_TURNS = ("messages", "rejected_messages")
+
+
+def embed(row: dict[str, Any], origin: Origin, roots: Sequence[str]) -> dict[str, Any]:
+    """The row with its pictures and frames as bytes; everything else as it was.
+
+    A path becomes {"bytes", "path"}; an object with the path or URL of a file gains "bytes". What holds its picture
+    already, as bytes, base64 or a ``data:`` URI, stays.
+
+    Args:
+      roots: folders in which relative paths are looked up, in order.
+
+    Raises:
+      RowError: a row that cannot be used; a picture that is not there, empty, or on the network.
+    """
+    parse_row(row, origin)
+    media = {key: _media(row[key], origin, key, roots) for key in _LISTS if key in row}
+    turns = {key: _turns(row[key], origin, key, roots) for key in _TURNS if isinstance(row.get(key), list)}
+    whole = {**row, **media, **turns}
+    conversation = parse_row(whole, origin)
+    for source in (*conversation.images, *(frame for frames in conversation.videos for frame in frames)):
+        file = _file(source, origin, "messages", roots)
+        if file is not None:
+            raise RowError(origin, "messages", f"{file} is named in a form that is not embedded", "Name it in 'images'")
+    return whole
+
+
+def _turns(messages: list, origin: Origin, field: str, roots: Sequence[str]) -> list:
+    return [
+        {**message, "content": [_block(block, origin, f"{field}[{i}].content", roots) for block in message["content"]]}
+        if isinstance(message, dict) and isinstance(message.get("content"), list)
+        else message
+        for i, message in enumerate(messages)
+    ]
+
+
+def _block(block: Any, origin: Origin, field: str, roots: Sequence[str]) -> Any:
+    if not isinstance(block, dict):
+        return block
+    return {
+        **block,
+        **{key: _media(block[key], origin, field, roots) for key in (*PICTURE_KEYS, "video") if key in block},
+    }
+
+
+def _media(source: Any, origin: Origin, field: str, roots: Sequence[str]) -> Any:
+    if isinstance(source, list):
+        return [_media(item, origin, f"{field}[{i}]", roots) for i, item in enumerate(source)]
+    file = _file(source, origin, field, roots)
+    if file is None:
+        return source
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise RowError(origin, field, f"{file} cannot be read ({error.strerror})", "Check its permissions") from error
+    if not content:
+        raise RowError(origin, field, f"{file} is empty, 0 bytes", "Replace or remove the picture")
+    return {**source, "bytes": content} if isinstance(source, dict) else {"bytes": content, "path": source}
+
+
+def _file(source: Any, origin: Origin, field: str, roots: Sequence[str]) -> Path | None:
+    """The file that a picture is in; None for one that is in the row itself. Raises RowError if it is not there."""
+    held = unwrap(source)
+    if not isinstance(held, str):
+        return None
+    found = picture_source(held, tuple(roots), origin, field)
+    return found if isinstance(found, Path) else None

@@ -1,0 +1,47 @@
+"""Pictures of a conversation made smaller until it fits a packed sequence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jvlm.data.errors import RowError
+from jvlm.data.packing import Example
+from jvlm.data.processor import Processor
+from jvlm.data.rows import Conversation
+
+
+def shrink(processor: Processor, conversation: Conversation, fits: Callable[[Example], bool]) -> Example | None:
+    """The conversation with its pictures as large as ``fits`` allows; None where even the smallest do not fit.
+
+    The pictures are decoded once and encoded anew for each size that is tried; boxes and points follow them.
+    """
+    conversation = processor.with_open_media(conversation)
+    for changes in processor.vision.smaller(processor.row_media(conversation)):
+        if not changes:
+            continue
+        best = _encoded(processor, conversation, changes[-1], fits)
+        if best is None:
+            continue
+        low, high = 0, len(changes) - 1  # the mildest change that fits lies in low..high
+        while low < high:
+            middle = (low + high) // 2
+            example = _encoded(processor, conversation, changes[middle], fits)
+            if example is None:
+                low = middle + 1
+            else:
+                best, high = example, middle
+        return best
+    return None
+
+
+def _encoded(
+    processor: Processor, conversation: Conversation, change: dict[str, Any], fits: Callable[[Example], bool]
+) -> Example | None:
+    limits = tuple({**dict(conversation.limits), **change}.items())
+    try:
+        example = processor.encode(dataclasses.replace(conversation, limits=limits))
+    except RowError:  # as it is, the row can be encoded: a size at which it cannot be is too small for it
+        return None
+    return example if fits(example) else None

@@ -1,0 +1,216 @@
+"""A look at the data before a run: what share of a sample would be left out and why, and what row sizes suit it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from jvlm.data import packing
+from jvlm.data.errors import Rejected, RowError, grouped
+from jvlm.data.pipeline import DataConfig, Encode, frame_patches
+from jvlm.data.processor import Processor
+from jvlm.data.shards import RowSource
+from jvlm.errors import UserError
+
+_PACKED = 256  # examples of a sample that are packed to try a row size
+_CLOSE = 0.03  # a smaller row is taken if its padding is no more than this above the best
+_ENOUGH = 20  # rows of a sample that say something about all
+
+
+class Size(NamedTuple):
+    """An encoded row without its arrays; a row that was truncated or shrunk has its new size, and is ``changed``."""
+
+    length: int
+    num_patches: int
+    longest_frame: int
+    changed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a sample of the data is like.
+
+    Attributes:
+      config: with row sizes and ``max_frame_patches`` chosen.
+      rows: of the data.
+      sampled: rows looked at.
+      sizes: of those that can be used.
+      left_out: the others.
+    """
+
+    config: DataConfig
+    rows: int
+    sampled: int
+    sizes: tuple[Size, ...]
+    left_out: tuple[Rejected, ...]
+
+    def padding(self) -> tuple[float, float]:
+        """Shares of the places for tokens and for patches that the packed sample leaves empty."""
+        return _padding(self.sizes[:_PACKED], self.config.row_tokens, self.config.row_patches, self.config.pack_window)
+
+    def steps(self, epochs: float, rows: int) -> int:
+        """Steps of ``rows`` packed rows that so many epochs take."""
+        packed = len(packing.best_fit_decreasing(self.sizes, self.config.row_tokens, self.config.row_patches))
+        return max(1, math.ceil(epochs * packed * self.rows / self.sampled / rows))
+
+    def text(self) -> str:
+        """For the terminal."""
+        config, changed = self.config, sum(size.changed for size in self.sizes)
+        head = f"data: {self.sampled} of {self.rows} rows looked at, {len(self.left_out)} would be left out"
+        head += f" ({100 * len(self.left_out) / self.sampled:.1f} %)" if self.left_out else ""
+        if changed:
+            how = "have their pictures shrunk" if config.on_too_long == "shrink" else "lose turns at their end"
+            head += f", {changed} {how} to fit (data.on_too_long {config.on_too_long})"
+        lines = [head]
+        if self.left_out:
+            lines.append(grouped(self.left_out))
+        if self.sizes:
+            text, patches = self.padding()
+            lines.append(
+                f"rows of {config.row_tokens} tokens and {config.row_patches} patches: padding is about "
+                f"{100 * text:.0f} % of the tokens and {100 * patches:.0f} % of the patches"
+            )
+        return "\n".join(lines)
+
+    def check(self) -> None:
+        """Raise UserError where nothing can be used, or more does not fit than ``max_too_long_fraction`` allows."""
+        files = ", ".join(self.config.train)
+        if not self.sizes:
+            raise UserError(f"{files}: none of {self.sampled} rows looked at can be used:\n{grouped(self.left_out)}")
+        too_long = [row for row in self.left_out if row.kind == "too_long"]
+        limit = self.config.max_too_long_fraction
+        exact = self.sampled >= min(_ENOUGH, self.rows)
+        if exact and len(too_long) > limit * self.sampled:
+            raise UserError(
+                f"{files}: {len(too_long)} of {self.sampled} rows looked at do not fit and would be left out, more "
+                f"than data.max_too_long_fraction = {limit}:\n{grouped(too_long)}\n"
+                "Change that, or raise data.max_too_long_fraction"
+            )
+
+
+def take(
+    processor: Processor, config: DataConfig, *, seed: int, count: int, seconds: float | None = None, parts: int = 1
+) -> Survey:
+    """Look at ``count`` rows spread evenly over the data, or at those that are encoded within so many seconds.
+
+    Args:
+      parts: devices that share a packed row; sizes that are chosen divide by it.
+
+    Raises:
+      RowError: a bad row where ``on_bad_row`` is "error", one that does not fit where ``on_too_long`` is.
+    """
+    source = RowSource(config.train)
+    spread = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
+    chosen = [int(i) for i in np.random.default_rng(seed).permutation(spread)]
+    known = "auto" not in (config.row_tokens, config.row_patches)
+    look = _Look(processor, config, source, seed, fit=known)
+    found = look.at(chosen, seconds)
+    if not known:
+        config = choose_rows([s for s in found.values() if isinstance(s, Size)], config, processor, parts)
+        look = _Look(processor, config, source, seed, fit=True)
+        over = [i for i, size in found.items() if isinstance(size, Size) and not _fits(size, config)]
+        found |= look.at(over, None)
+    sizes = tuple(found[i] for i in sorted(found) if isinstance(found[i], Size))
+    left_out = tuple(found[i] for i in sorted(found) if isinstance(found[i], Rejected))
+    return Survey(_with_frames(config, sizes, processor), len(source), len(found), sizes, left_out)
+
+
+class _Look:
+    """Encodes rows, each with random numbers of its own, in threads."""
+
+    def __init__(self, processor: Processor, config: DataConfig, source: RowSource, seed: int, *, fit: bool):
+        if fit:  # the promise made to attention is raised to what is found here, unless it is the user's
+            config = dataclasses.replace(
+                config, max_frame_patches=config.max_frame_patches or config.row_patches or None
+            )
+        self.encode, self.config, self.source, self.seed = Encode(processor, config), config, source, seed
+        self.fits = fit
+
+    def at(self, chosen: Sequence[int], seconds: float | None) -> dict[int, Size | Rejected]:
+        began, found, block = time.perf_counter(), {}, 4 * self.config.read_threads
+        with ThreadPoolExecutor(self.config.read_threads) as pool:
+            for start in range(0, len(chosen), block):
+                part = chosen[start : start + block]
+                found |= zip(part, pool.map(self._one, part), strict=True)
+                if seconds is not None and time.perf_counter() - began > seconds:
+                    break
+        return found
+
+    def _one(self, index: int) -> Size | Rejected:
+        rng = np.random.default_rng((self.seed, index))
+        try:
+            conversation, example = self.encode.read(self.source[index], rng)
+        except RowError as error:
+            if self.config.on_bad_row == "error":
+                raise
+            return Rejected.of(error, "bad")
+        fitted = self.encode.fit(conversation, example) if self.fits else example
+        if isinstance(fitted, Rejected):
+            return fitted
+        return Size(fitted.length, fitted.num_patches, fitted.longest_frame, fitted is not example)
+
+
+def _fits(size: Size, config: DataConfig) -> bool:
+    frame = config.max_frame_patches or size.longest_frame
+    return size.length <= config.longest and size.num_patches <= config.row_patches and size.longest_frame <= frame
+
+
+def _with_frames(config: DataConfig, sizes: Sequence[Size], processor: Processor) -> DataConfig:
+    """Raise the promise made to attention where rows with limits of their own have larger pictures."""
+    promised = frame_patches(processor.vision, processor.media, config)
+    largest = max((size.longest_frame for size in sizes), default=0)
+    if config.max_frame_patches is not None or promised is None or largest <= promised:
+        return config
+    return dataclasses.replace(config, max_frame_patches=largest)
+
+
+def choose_rows(sizes: Sequence[Size], config: DataConfig, processor: Processor, parts: int = 1) -> DataConfig:
+    """Row sizes in place of "auto": the smallest rows that hold every size and leave little padding.
+
+    Raises:
+      UserError: no sizes to choose from.
+    """
+    if not sizes:
+        raise UserError(f'no row of {", ".join(config.train)} can be used: data.row_tokens "auto" has nothing to hold')
+    longest = max(size.length for size in sizes)
+    longest = min(longest, config.max_length or longest)
+    most = max(size.num_patches for size in sizes)
+    usable = [size for size in sizes if size.length <= longest][:_PACKED]
+    step = packing.patch_step(math.lcm(processor.vision.patch_group, parts), 64)
+    best = None
+    for tokens in _token_sizes(config.row_tokens, longest, math.lcm(64, parts)):
+        held = [size for size in usable if size.length <= tokens]
+        for patches in _patch_sizes(config.row_patches, held, tokens, most, step):
+            padding = sum(_padding([s for s in held if s.num_patches <= patches], tokens, patches, config.pack_window))
+            if best is None or padding < best[0] - _CLOSE:
+                best = padding, tokens, patches
+    return dataclasses.replace(config, row_tokens=best[1], row_patches=best[2])
+
+
+def _token_sizes(asked: int | Literal["auto"], longest: int, step: int) -> list[int]:
+    """Candidates, ascending: from the longest conversation to some times as much."""
+    if asked != "auto":
+        return [asked]
+    return sorted({-(-int(longest * 1.2**power) // step) * step for power in range(9)})
+
+
+def _patch_sizes(asked: int | Literal["auto"], sizes: Sequence[Size], tokens: int, most: int, step: int) -> list[int]:
+    """Candidates, ascending: about as many patches as come with so many tokens, and never fewer than one row's."""
+    if asked != "auto":
+        return [asked]
+    share = sum(size.num_patches for size in sizes) / max(sum(size.length for size in sizes), 1)
+    return sorted({-(-max(int(share * tokens * more), most) // step) * step for more in (0.9, 1.0, 1.1, 1.25, 1.5, 2)})
+
+
+def _padding(sizes: Sequence[Size], row_tokens: int, row_patches: int, window: int) -> tuple[float, float]:
+    windows = [sizes[start : start + window] for start in range(0, len(sizes), window)]
+    rows = sum(len(packing.best_fit_decreasing(part, row_tokens, row_patches)) for part in windows)
+    used = sum(size.length for size in sizes), sum(size.num_patches for size in sizes)
+    places = rows * row_tokens, rows * row_patches
+    return tuple(1 - part / whole if whole else 0.0 for part, whole in zip(used, places, strict=True))

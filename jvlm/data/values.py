@@ -1,0 +1,79 @@
+"""Single values of a row: Arrow's nulls, numbers, text, and how an error shows what it was given."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import reprlib
+from typing import Any
+
+import numpy as np
+
+from jvlm.data.errors import Origin, RowError
+
+
+def is_null(value: Any) -> bool:
+    """Whether a value is null, or an object whose fields all are: so Arrow fills in a missing key or struct."""
+    return value is None or (isinstance(value, dict) and bool(value) and all(v is None for v in value.values()))
+
+
+def without_nulls(fields: dict) -> dict:
+    """The fields of an object that hold something."""
+    return {key: value for key, value in fields.items() if not is_null(value)}
+
+
+def number(value: Any) -> int | float | None:
+    """A finite number as Python's own, numpy's included; None for anything else: true, "1", NaN, 10**400."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+    try:
+        return plain if math.isfinite(plain) else None
+    except OverflowError:  # a whole number beyond every float
+        return None
+
+
+def whole(value: Any) -> int | None:
+    """A whole number, or a float that is one (pandas makes floats of integers beside a missing one); else None."""
+    found = number(value)
+    return int(found) if found is not None and found == int(found) else None
+
+
+def switch(value: Any) -> bool | None:
+    """True or false, also given as 1 or 0, which pandas, SQL and CSV make of them; None for anything else."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    return {0: False, 1: True}.get(whole(value))
+
+
+def text(value: Any, origin: Origin, field: str) -> str:
+    """A string that a tokenizer can read. Raises RowError for other types, and for half an emoji."""
+    if not isinstance(value, str):
+        raise RowError(origin, field, f"a {type(value).__name__} is not text", "Give a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            origin,
+            field,
+            f"half a character ({value[error.start]!a}) at position {error.start}: a surrogate without its pair",
+            "Write the whole character (a cut emoji?), or U+FFFD in its place",
+        ) from error
+    return value
+
+
+class _Short(reprlib.Repr):
+    """repr that is never long, never deep and never fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxdict = 8
+        self.maxstring = self.maxother = 200
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() < 100 else f"<whole number of {x.bit_length()} bits>"
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it."""
+    return _Short().repr(value)

@@ -1,0 +1,105 @@
+"""What decides the answers of a batch file: model, processor and sampling, as plain values with a short hash."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jvlm import config as config_tree
+from jvlm.data.processor import Processor
+from jvlm.inference.engine import Engine
+from jvlm.inference.sampling import SamplingConfig
+from jvlm.models import vlm
+from jvlm.models.vlm import VLM
+
+_DIGITS = 16
+
+
+def answer_settings(model: VLM, engine: Engine, sampling: SamplingConfig) -> dict[str, dict[str, Any]]:
+    """Everything but its row that decides an answer, as values of JSON; long ones as a hash.
+
+    The batch size and the devices are not among them: they change an answer by rounding at most.
+    """
+    config = config_tree.to_dict(model.config)
+    numerics = config.pop("numerics")
+    processor = engine.processor
+    return json.loads(
+        json.dumps(
+            {
+                "model": {
+                    "weights": weights_hash(model),
+                    "param_dtype": numerics["param_dtype"],
+                    "compute_dtype": numerics["compute_dtype"],
+                    "config": config,
+                },
+                "processor": _processor(processor),
+                "sampling": {
+                    **dataclasses.asdict(sampling),
+                    "stop_token_ids": sorted(engine.stop_tokens(sampling)),
+                    "banned_tokens": _hash(np.flatnonzero(engine.banned).tobytes()),
+                },
+            },
+            default=str,
+        )
+    )
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """A short name for settings: equal for equal ones."""
+    return _hash(json.dumps(settings, sort_keys=True).encode())
+
+
+def weights_hash(model: VLM) -> str:
+    """A hash of every parameter's name, shape and values, whatever devices they are on.
+
+    Reads each parameter once, where it is; the sums are of integers, so that the order of adding does not matter.
+    """
+    values = {path: variable.get_value() for path, variable in sorted(vlm.parameters(model).items())}
+    sums = _checksums(list(values.values()))
+    lines = [f"{path} {v.dtype} {v.shape} {int(s)}\n" for (path, v), s in zip(values.items(), sums, strict=True)]
+    return _hash("".join(lines).encode())
+
+
+@jax.jit
+def _checksums(values: list[jax.Array]) -> list[jax.Array]:
+    return [_checksum(value) for value in values]
+
+
+def _checksum(value: jax.Array) -> jax.Array:
+    """The sum of the values' bits, each times an odd number of its own place, modulo 2**32."""
+    bits = jax.lax.bitcast_convert_type(value, jnp.dtype(f"uint{8 * value.dtype.itemsize}")).astype(jnp.uint32)
+    place, stride = jnp.uint32(1), 2
+    for axis in reversed(range(value.ndim)):
+        place = place + jax.lax.broadcasted_iota(jnp.uint32, value.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= value.shape[axis]
+    return jnp.sum(bits * place, dtype=jnp.uint32)
+
+
+def _processor(processor: Processor) -> dict[str, Any]:
+    values = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    lasting = {name: value for name, value in values.items() if name not in ("padding", "truncation")}
+    return {
+        **processor.settings(),
+        "tokenizer": _hash(json.dumps(lasting).encode()),
+        "chat_template": _hash(json.dumps(processor.tokenizer.chat_template, sort_keys=True).encode()),
+    }
+
+
+def files_hash(files: Sequence[str]) -> str:
+    """A hash of what files hold, in their order, whatever their names."""
+    digests = []
+    for path in files:
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return _hash(" ".join(digests).encode())
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:_DIGITS]

@@ -1,0 +1,172 @@
+"""Whether a run folder holds this same run: its settings, its data and the model it began from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jvlm
+from jvlm import config as config_tree
+from jvlm.data import stores
+from jvlm.data.processor import Processor
+from jvlm.data.shards import RowSource
+from jvlm.errors import UserError
+from jvlm.models.vlm import TOWERS
+from jvlm.parallel import hosts
+from jvlm.training.config import Experiment
+from jvlm.training.side_files import read_json, write_json
+from jvlm.weights import checkpoint, run_folder
+from jvlm.weights.run_folder import EXPERIMENT, PROCESSOR
+
+INPUTS, CHANGES = "inputs.json", "changes.jsonl"
+# A restart may change these; anything else would make the rest of the run another experiment.
+_FREE = (
+    *("checkpoint", "evaluation", "export", "log_every", "stop_after_skips", "profile", "output_root"),
+    *("data.read_threads", "data.prefetch", "data.max_bad_fraction", "data.max_too_long_fraction"),
+    *("parallel", "topologies", "accept_changes"),
+)
+# Files up to so many bytes are read whole for their fingerprint, and up to so many of all data files together; of
+# others so many pieces of so many bytes.
+_WHOLE, _ALL = 64 * 2**20, 2**30
+_PIECES, _PIECE = 64, 64 * 2**10
+_MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
+
+
+def derived(experiment: Experiment, folder: Path) -> Experiment:
+    """The experiment with what it leaves to be derived from the data, as the run in the folder had derived it."""
+    saved = read_json(folder / EXPERIMENT, "the run cannot go on without it: restore it, or choose another --name")
+    if saved is None:
+        return experiment
+    _check_trained(saved, folder)
+    data = {}
+    for name, left in (("row_tokens", "auto"), ("row_patches", "auto"), ("max_frame_patches", None)):
+        if getattr(experiment.data, name) == left:
+            data[name] = saved["data"][name]
+    return dataclasses.replace(
+        experiment, data=dataclasses.replace(experiment.data, **data), steps=experiment.steps or saved["steps"]
+    )
+
+
+def _check_trained(saved: dict[str, Any], folder: Path) -> None:
+    if not {"data", "optimizer", "steps"} <= set(saved):
+        raise UserError(f"{folder} holds a saved model and not a training run; choose another --name, or remove it")
+
+
+def prepare_folder(folder: Path, experiment: Experiment, processor: Processor) -> list[str]:
+    """Create the run folder, or check that it holds this same run. Returns the changes that were accepted.
+
+    Raises:
+      UserError: another experiment, other data or another model to start from; names each change with both values.
+    """
+    resolved = config_tree.to_dict(experiment)
+
+    def compare() -> tuple[dict[str, Any], list[str]] | None:
+        if not hosts.is_first():
+            return None
+        present = inputs(experiment)
+        return present, _changes(folder, experiment, resolved, present)
+
+    present, changed = hosts.agree(hosts.together(compare))
+    if hosts.is_first():
+        (folder / PROCESSOR).mkdir(parents=True, exist_ok=True)
+        checkpoint.write_processor(folder / PROCESSOR, experiment.model, processor)
+        write_json(folder / INPUTS, present)
+        write_json(folder / EXPERIMENT, resolved)
+        if changed:
+            with open(folder / CHANGES, "a") as file:
+                file.write(_line(changed))
+    hosts.wait("wrote the run folder")
+    for line in changed:
+        hosts.say(f"changed since the run began, and accepted: {line}")
+    return changed
+
+
+def _line(changed: Sequence[str]) -> str:
+    return json.dumps({"time": time.time(), "jvlm": jvlm.__version__, "changes": list(changed)}) + "\n"
+
+
+def _changes(folder: Path, experiment: Experiment, resolved: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    saved = read_json(folder / EXPERIMENT, "the run cannot go on without it: restore it, or choose another --name")
+    if saved is None:
+        return []
+    _check_trained(saved, folder)
+    settings = [line for line in config_tree.differences(saved, resolved) if not line.startswith(_FREE)]
+    before = read_json(folder / INPUTS, "remove it, and the run takes its present data and start for those it had")
+    others = [] if before is None else list(config_tree.differences(before, present))
+    if not settings and not others:
+        return []
+    shapes = [line for line in settings if line.startswith(("model.", "adapt."))]
+    shapes += [f"{tower}: frozen or not" for tower in TOWERS if _learnt(saved, tower) != _learnt(resolved, tower)]
+    if experiment.accept_changes and not shapes:
+        return [*settings, *others]
+    way = "another experiment" if settings else "the same experiment on other data or another start"
+    fix = "" if shapes else ", or go on with --accept_changes true, which notes them in changes.jsonl"
+    raise UserError(
+        f"{folder} holds {way}; remove it or choose another --name{fix}. Differences:\n  "
+        + "\n  ".join([*settings, *others])
+    )
+
+
+def _learnt(values: dict[str, Any], tower: str) -> bool:
+    own = values["optimizer"][f"{tower}_lr"]
+    return (values["optimizer"]["learning_rate"] if own is None else own) > 0
+
+
+def inputs(experiment: Experiment) -> dict[str, Any]:
+    """Fingerprints of what a run begins from: its data files, and the folders of models and tokenizers."""
+    source = RowSource(experiment.data.train)
+    counts = source.counts()
+    budget = min(_WHOLE, _ALL // len(source.files))
+    data = {path: {**_fingerprint([Path(path)], budget), "rows": counts[path]} for path in source.files}
+    names = ("init_from", "encoder_from", "decoder_from", "tokenizer")
+    starts = {name: getattr(experiment, name) for name in names if getattr(experiment, name) is not None}
+    return {"data": data, "start": {name: _of_model(place) for name, place in starts.items()}}
+
+
+def _of_model(place: str) -> dict[str, Any]:
+    folder = run_folder.local(place)
+    if not run_folder.is_run(folder):
+        files = [folder] if folder.is_file() else sorted(folder.iterdir())
+        return _fingerprint((p for p in files if p.is_file() and p.suffix in _MODEL_FILES), _WHOLE)
+    step = run_folder.steps(folder)[-1]
+    kept = run_folder.checkpoints(folder) / str(step)
+    found = {"step": step, "model": _digest_of(run_folder.model_config(folder))}
+    if not stores.is_remote(kept):
+        # beside the data position of a training run lie fingerprints of its arrays
+        part = Path(kept) / ("data" if (kept / "data").is_dir() else "params")
+        files = sorted(p for p in part.rglob("*") if p.is_file())
+        found |= _fingerprint(files, _ALL // max(len(files), 1))
+    return found
+
+
+def _digest_of(config: Any) -> str:
+    return hashlib.sha256(repr(config).encode()).hexdigest()
+
+
+def _fingerprint(files: Iterable[Path], budget: int) -> dict[str, Any]:
+    """Number of bytes, and a hash of names and contents; of files above ``budget`` bytes of pieces all over them."""
+    digest, size = hashlib.sha256(), 0
+    for path in files:
+        length = path.stat().st_size
+        size += length
+        digest.update(f"{path.name} {length}\n".encode())
+        for piece in _pieces(path, length, budget):
+            digest.update(piece)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _pieces(path: Path, length: int, budget: int) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        if length <= max(budget, 2 * _PIECE):
+            while block := file.read(2**20):
+                yield block
+            return
+        count = min(max(budget // _PIECE, 2), _PIECES)
+        for number in range(count):
+            file.seek(number * (length - _PIECE) // (count - 1))
+            yield file.read(_PIECE)

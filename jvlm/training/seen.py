@@ -1,0 +1,148 @@
+"""What a run has read of its data: conversations used, and rows left out, counted, listed and limited."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jvlm.data.packing import PackedRows
+from jvlm.data.pipeline import DataConfig
+from jvlm.errors import UserError
+from jvlm.parallel import hosts
+from jvlm.training.side_files import read_lines, write_lines
+
+REJECTED = "rejected.jsonl"
+_COUNTS = ("conversations", "bad", "too_long")
+_ENOUGH = 100  # rows read before a share of them says something
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Counts of all processes. A row counts once in each pass over the data.
+
+    Attributes:
+      conversations: used.
+      bad, too_long: rows left out, by kind.
+      rows: of the data.
+      before: passes over data that were exchanged for these.
+    """
+
+    conversations: int
+    bad: int
+    too_long: int
+    rows: int
+    before: float
+
+    @property
+    def read(self) -> int:
+        """Rows, those left out included."""
+        return self.conversations + self.bad + self.too_long
+
+    @property
+    def dropped(self) -> float:
+        """Share of the rows read that was left out."""
+        return (self.bad + self.too_long) / max(self.read, 1)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data."""
+        return self.before + self.read / self.rows
+
+
+class Seen:
+    """Counts what this process reads, and lists each row that it leaves out once in rejected.jsonl.
+
+    Args:
+      rows: of the data.
+      counts: whether this process counts; another may read the same.
+    """
+
+    def __init__(self, folder: Path, rows: int, config: DataConfig, *, counts: bool):
+        self.path, self.rows, self.config = folder / _name(jax.process_index()), rows, config
+        self.counts, self.before = counts, 0.0
+        self._count = dict.fromkeys(_COUNTS, 0)
+        self._listed: set[tuple[str, int]] = set()
+
+    def add(self, packed: PackedRows, step: int) -> None:
+        """Count what came with a step's batch."""
+        if not self.counts:
+            return
+        self._count["conversations"] += packed.conversations
+        for row in packed.rejected:
+            self._count[row.kind] += 1
+        new = {(row.file, row.row): row for row in packed.rejected if (row.file, row.row) not in self._listed}
+        if new:
+            self._listed |= set(new)
+            with open(self.path, "a") as file:
+                file.writelines(json.dumps({**dataclasses.asdict(row), "step": step}) + "\n" for row in new.values())
+
+    def totals(self) -> Totals:
+        """Of all processes; each must ask."""
+        return self._sum(self.state())
+
+    def check(self, totals: Totals) -> None:
+        """Raise UserError, on all processes alike, where more was left out than the configuration allows."""
+        bad, too_long = self.config.max_bad_fraction, self.config.max_too_long_fraction
+        if totals.read < _ENOUGH:
+            return
+        for what, count, name, limit in (
+            ("were bad", totals.bad, "max_bad_fraction", bad),
+            ("did not fit", totals.too_long, "max_too_long_fraction", too_long),
+        ):
+            if count > limit * totals.read:
+                raise UserError(
+                    f"{count} of {totals.read} rows read {what} and were left out, more than data.{name} = {limit}; "
+                    f"they are listed in {self.path} with reasons. Mend them, or raise data.{name}"
+                )
+
+    def state(self) -> list[dict[str, Any]]:
+        """Of every process, for a checkpoint; each must ask."""
+        return hosts.gather({**self._count, "rows": self.rows, "before": self.before})
+
+    def restore(self, states: list[Mapping[str, Any]], step: int) -> None:
+        """Go on from a process's share of what all had read, and forget rows listed after ``step``.
+
+        Where the data has another number of rows than before, counting begins anew and the passes over the old stay.
+        """
+        index, count = jax.process_index(), jax.process_count()
+        totals = self._sum(states)
+        self.before = totals.before
+        if totals.rows != self.rows:
+            self.before, totals = totals.epoch, dataclasses.replace(totals, conversations=0, bad=0, too_long=0)
+        for name in _COUNTS:
+            total = getattr(totals, name)
+            self._count[name] = total // count + (index < total % count)
+        others = [p for p in self.path.parent.glob(f"*.{REJECTED}") if _number(p) >= count] if hosts.is_first() else []
+        for path in (self.path, *others):
+            if path.is_file():
+                kept = [line for line in read_lines(path) if line["step"] <= step]
+                write_lines(path, kept)
+                self._listed |= {(line["file"], line["row"]) for line in kept if path == self.path}
+
+    def rejected(self) -> int:
+        """Different rows left out so far, by all processes; each must ask."""
+        return len({(file, row) for file, row in hosts.join(sorted(self._listed))})
+
+    def summary(self, rejected: int) -> str:
+        """What was read, by all processes; each must ask."""
+        totals = self.totals()
+        where = f" (listed in {self.path})" if rejected else ""
+        return f"{totals.conversations} conversations = {totals.epoch:.2f} epochs, {rejected} rows left out{where}"
+
+    def _sum(self, states: list[Mapping[str, Any]]) -> Totals:
+        counts = {name: sum(state[name] for state in states) for name in _COUNTS}
+        return Totals(**counts, rows=states[0]["rows"], before=states[0]["before"])
+
+
+def _name(process: int) -> str:
+    return f"{process}.{REJECTED}" if process else REJECTED
+
+
+def _number(path: Path) -> int:
+    first = path.name.partition(".")[0]
+    return int(first) if first.isdigit() else -1

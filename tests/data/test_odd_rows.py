@@ -1,0 +1,158 @@
+"""Whatever is wrong with one row is its own error: training goes on, and the check before it names the same rows."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jvlm.data.check import check
+from jvlm.data.errors import Origin, RowError
+from jvlm.data.pipeline import DataConfig, training_data
+from jvlm.data.rows import parse_row
+from tests.support import picture
+
+
+def line(user="hi", answer="yes", **fields):
+    return json.dumps(row(user, answer, **fields))
+
+
+def row(user="hi", answer="yes", **fields):
+    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}], **fields}
+
+
+def boxed(box):
+    whole = line("<image>where?", "<bbox>", images=["a.png"], objects={"bbox": [["HERE", 1, 90, 90]]})
+    return whole.replace('"HERE"', box)
+
+
+LIMITED = {"images": ["a.png"], "user": "<image>?"}
+# line of the file -> field of the error, None for a row that can be used
+LINES = {
+    "good": (line(), None),
+    "a picture": (line("<image>?", images=["a.png"]), None),
+    "blank": ("", None),
+    "half an emoji": (line(answer="ok \ud83d"), "messages[1].content"),
+    "a whole emoji in two escapes": (line(answer="ok \ud83d\ude00"), None),
+    "NaN in a box": (boxed("NaN"), "objects.bbox[0]"),
+    "infinity in a box": (boxed("-Infinity"), "objects.bbox[0]"),
+    "400 digits in a box": (boxed("1" * 400), "objects.bbox[0]"),
+    "5000 digits in a box": (boxed("1" * 5000), "row"),
+    "true in a box": (boxed("true"), "objects.bbox[0]"),
+    "a box": (boxed("0"), None),
+    "a box far outside": (boxed("-1e300"), "objects.bbox[0]"),
+    "limits that contradict": (
+        line(**LIMITED, chat_template_kwargs={"min_pixels": 90000, "max_pixels": 10000}),
+        "chat_template_kwargs.min_pixels",
+    ),
+    "limits that contradict the model's": (
+        line(**LIMITED, chat_template_kwargs={"min_pixels": 10**6}),
+        "images[0]",
+    ),
+    "limits of another family": (
+        line(**LIMITED, chat_template_kwargs={"max_tiles": 4}),
+        "chat_template_kwargs.max_tiles",
+    ),
+    "NaN as a limit": (line(chat_template_kwargs={"fps": float("nan")}), "chat_template_kwargs.fps"),
+    "one pixel": (line("<image>?", images=["dot.png"]), None),
+    "one pixel high": (line("<image>?", images=["line.png"]), None),
+    "a thread": (line("<image>?", images=["thread.png"]), "images[0]"),
+    "a cut picture": (line("<image>?", images=["cut.png"]), "images[0]"),
+    "no picture at all": (line("<image>?", images=["text.png"]), "images[0]"),
+    "a picture that is missing": (line("<image>?", images=["missing.png"]), "images[0]"),
+    "a picture with half an emoji": (line("<image>?", images=["\ud83d.png"]), "images[0]"),
+    "a picture that is a number": (line("<image>?", images=[5]), "images[0]"),
+    "a picture that is null": (line("<image>?", images=[None]), "images[0]"),
+    "a frame that is missing": (line("<video>?", videos=[["a.png", "missing.png"]]), "videos[0]"),
+    "deep": ('{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}", "row"),
+    "a key twice": ('{"messages": [], "messages": []}', "messages"),
+    "a list": ("[1, 2]", "row"),
+    "null": ("null", "row"),
+    "a word": ('"hi"', "row"),
+    "cut": ('{"messages": [{"role"', "row"),
+    "only a prompt": (json.dumps({"messages": [{"role": "user", "content": "hi"}]}), "messages"),
+    "only an answer": (json.dumps({"messages": [{"role": "assistant", "content": "hi"}]}), None),
+    "nothing learnt": (json.dumps({"messages": [{"role": "assistant", "content": "hi", "loss": 0}]}), "messages"),
+    "private use marks in an answer": (line(answer="\ue0000\ue001 \ue0007\ue001"), None),
+    "a token of the family": (line("what is <|image_pad|>?"), "messages"),
+    "a token of the family in a name": (line("is it <ref-object>?", objects={"ref": ["<|image_pad|>"]}), "messages"),
+    "a picture of the system": (
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "system", "content": "<image>legend"},
+                    *row("<image>?")["messages"],
+                ],
+                "images": ["a.png", "dot.png"],
+            }
+        ),
+        None,
+    ),
+    "unknown columns": (line(source="web", imagess=[]), None),
+    "good again": (line(), None),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd")
+    picture(100, 100).save(folder / "a.png")
+    for name, size in {"dot": (1, 1), "line": (100, 1), "thread": (1, 300)}.items():
+        picture(100, 100).resize(size).save(folder / f"{name}.png")
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:300])
+    (folder / "text.png").write_text("not a picture")
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(text for text, _ in LINES.values()))
+    return path
+
+
+EXPECTED = {number: field for number, (_, field) in enumerate(LINES.values(), 1) if field is not None}
+NOTHING_LEARNT = [n for n, kind in enumerate(LINES, 1) if kind in ("only a prompt", "nothing learnt")]
+USABLE = len(LINES) - len(EXPECTED) - 1  # one line is blank
+
+
+@pytest.mark.parametrize("alone", [0.0, 1.0])
+def test_training_on_skip_survives_every_odd_row_and_names_it(tiny, data, alone):
+    config = DataConfig(train=(str(data),), on_bad_row="skip", row_tokens=512, row_patches=1024, alone=alone)
+    batches = list(training_data(tiny.processor, config, seed=0, epochs=1)[0])
+    rejected = {r.row: r.field for batch in batches for r in batch.rejected}
+    assert rejected == EXPECTED
+    assert sum(batch.conversations for batch in batches) == USABLE
+
+
+def test_the_check_names_the_same_rows(tiny, data):
+    report = check([str(data)], tiny.processor)
+    found = {error.origin.row: error.field for error in report.rejected}
+    learnt = {row: field for row, field in EXPECTED.items() if row not in NOTHING_LEARNT}
+    assert {row: field for row, field in found.items() if row not in NOTHING_LEARNT} == learnt
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "assistant", "content": "hi"}],
+        [{"role": "system", "content": "be brief"}],
+        [{"role": "system", "content": "be brief"}, {"role": "assistant", "content": "hi"}],
+    ],
+)
+def test_a_row_in_which_nothing_is_asked_is_named_in_generation(tiny, messages):
+    with pytest.raises(RowError, match=r"rows.jsonl, row 3, field 'messages': nothing to answer"):
+        tiny.processor.encode(parse_row({"messages": messages}, Origin("rows.jsonl", 3)), generation_prompt=True)
+
+
+def test_a_final_answer_takes_its_pictures_along_when_it_is_dropped(tiny):
+    images = [picture(56, 56), picture(84, 84)]
+    asked = row("<image>draw <ref-object>", "<image> of <ref-object> at <bbox>", images=images)
+    objects = {"ref": ["a cat", "it"], "bbox": [[1, 2, 3, 4]], "image_id": [1]}
+    prompt = tiny.processor.encode({**asked, "objects": objects}, generation_prompt=True)
+    plain = tiny.processor.encode(row("<image>draw a cat", images=images[:1]), generation_prompt=True)
+    np.testing.assert_array_equal(prompt.tokens, plain.tokens)
+    np.testing.assert_array_equal(prompt.patches, plain.patches)
+
+
+def test_what_a_template_raises_is_the_error_of_the_row(tiny, monkeypatch):
+    def fail(*_, **__):
+        raise StopIteration("conversation roles must alternate")
+
+    monkeypatch.setattr(type(tiny.processor.template), "tokenize", fail)
+    with pytest.raises(RowError, match=r"rows.jsonl, row 3, field 'messages': StopIteration: .*must alternate"):
+        tiny.processor.encode(parse_row(row(), Origin("rows.jsonl", 3)))

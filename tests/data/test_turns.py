@@ -1,0 +1,256 @@
+"""A turn on its own has what its messages hold, whatever their roles: against rows taken apart by hand."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jvlm.data.boxes import Point
+from jvlm.data.rows import Conversation, Message, parse_row
+from jvlm.data.turns import next_turn, turns_alone, without_answer
+from jvlm.evaluation.questions import questions_of
+from jvlm.evaluation.score import ask
+from tests.support import picture
+
+TAGS = ("<image>", "<video>", "<ref-object>", "<bbox>")
+
+
+def taken_apart(row: Conversation):
+    """(role, weight, [words and items in their order]) of each message.
+
+    An item is (tag, name); a box also has the name of the picture that it is on.
+    """
+    left = {
+        "<image>": [("<image>", name) for name in row.images],
+        "<video>": [("<video>", *frames) for frames in row.videos],
+        "<ref-object>": [("<ref-object>", name) for name in row.refs],
+        "<bbox>": [
+            ("<bbox>", box.x, row.images[image] if image < len(row.images) else None)
+            for box, image in zip(row.boxes, row.box_images, strict=True)
+        ],
+    }
+    messages = []
+    for message in row.messages:
+        pieces = re.split("(" + "|".join(TAGS) + ")", message.content)
+        atoms = [left[piece].pop(0) if piece in TAGS else piece for piece in pieces if piece]
+        messages.append((message.role, message.loss_weight, atoms))
+    assert not any(left.values()), "items that no tag stands for"
+    return messages
+
+
+def prompt_of(messages, answer):
+    """Backwards from an answer: the messages of its prompt, or None where it answers nothing."""
+    first = answer - 1
+    while first >= 0 and messages[first][0] == "assistant":
+        first -= 1
+    if first < 0 or messages[first][0] == "system":
+        return None
+    last = first
+    while first > 0 and messages[first - 1][0] != "system":
+        if messages[first][0] == "user" and messages[first - 1][0] == "assistant":
+            break
+        first -= 1
+    return range(first, last + 1)
+
+
+def is_medium(atom):
+    return isinstance(atom, tuple) and atom[0] in ("<image>", "<video>")
+
+
+def without_pictures(atoms):
+    """The atoms, boxes without the picture that they are on."""
+    return [atom[:2] if isinstance(atom, tuple) else atom for atom in atoms]
+
+
+def alone_by_hand(messages):
+    result = []
+    for answer, (role, weight, _) in enumerate(messages):
+        prompt = prompt_of(messages, answer) if role == "assistant" else None
+        if prompt is None:
+            continue
+        chosen = [i for i in range(answer + 1) if messages[i][0] == "system" or i in prompt or i == answer]
+        needed = {a[2] for i in chosen for a in messages[i][2] if isinstance(a, tuple) and a[0] == "<bbox>"}
+        carried = [
+            atom
+            for i, (other, _, atoms) in enumerate(messages)
+            for atom in atoms
+            if i not in chosen and is_medium(atom) and ((other == "user" and i < answer) or atom[1] in needed)
+        ]
+        roles = [messages[i][0] for i in prompt]
+        at = prompt[roles.index("user") if "user" in roles else roles.index("tool")]
+        result.append(
+            [(messages[i][0], weight if i == answer else 0.0, carried * (i == at) + messages[i][2]) for i in chosen]
+        )
+    return result
+
+
+@st.composite
+def conversations(draw):
+    roles = draw(st.lists(st.sampled_from(("user", "assistant", "tool", "assistant", "user")), min_size=1, max_size=9))
+    roles = ["system"] * draw(st.booleans()) + roles
+    messages, items = [], {tag: [] for tag in TAGS}
+    for index, role in enumerate(roles):
+        content = f"words {index} "
+        for tag in draw(st.lists(st.sampled_from(TAGS), max_size=3)):
+            items[tag].append(f"{tag[1:4]}{len(items[tag])} of {index}")
+            content += tag
+        weight = draw(st.sampled_from((0.0, 0.5, 1.0))) if role == "assistant" else 0.0
+        messages.append(Message(role, content + draw(st.sampled_from(("", " end"))), weight))
+    images = items["<image>"]
+    boxes = [Point(number, 0, "original") for number in range(len(items["<bbox>"]))] if images else []
+    if not images:
+        messages = [Message(m.role, m.content.replace("<bbox>", ""), m.loss_weight) for m in messages]
+    return Conversation(
+        messages=tuple(messages),
+        images=tuple(images),
+        videos=tuple((name,) for name in items["<video>"]),
+        refs=tuple(items["<ref-object>"]),
+        boxes=tuple(boxes),
+        box_images=tuple(draw(st.integers(0, len(images) - 1)) for _ in boxes),
+    )
+
+
+@settings(max_examples=400, deadline=None)
+@given(conversations())
+def test_every_item_goes_to_the_turn_in_whose_message_its_tag_stands(row):
+    assert [taken_apart(turn) for turn in turns_alone(row)] == alone_by_hand(taken_apart(row))
+
+
+@settings(max_examples=300, deadline=None)
+@given(conversations())
+def test_a_chain_is_the_row_with_the_models_words_in_place_of_its_answers(row):
+    whole, said = taken_apart(row), []
+    asked = [i for i, (role, *_) in enumerate(whole) if role == "assistant" and prompt_of(whole, i) is not None]
+    for end in asked:
+        turn = taken_apart(next_turn(row, said))
+        assert len(turn) == end + 1
+        for index, (message, found) in enumerate(zip(whole, turn, strict=False)):
+            words = [f"said {index} < image>"] if index in asked and index < end else message[2]
+            # pictures of an answer that later boxes are on come before the question
+            extra = len(found[2]) - len(words)
+            assert all(is_medium(atom) for atom in found[2][:extra])
+            assert without_pictures(found[2][extra:]) == without_pictures(words)
+        named = {(a[1], a[2]) for _, _, atoms in whole for a in atoms if isinstance(a, tuple) and a[0] == "<bbox>"}
+        later = {m[1] for _, _, atoms in whole[end + 1 :] for m in atoms if is_medium(m)}
+        for _, _, atoms in turn:
+            for atom in atoms:
+                if isinstance(atom, tuple) and atom[0] == "<bbox>":
+                    assert (atom[1], atom[2]) in named or atom[2] is None
+                    assert atom[2] not in later
+        said.append(f"said {end} <image>")
+    assert next_turn(row, said) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(conversations())
+def test_a_prompt_leaves_out_the_final_answer_and_what_belongs_to_it(row):
+    whole = taken_apart(row)
+    prompt = taken_apart(without_answer(row))
+    kept = whole[:-1] if whole[-1][0] == "assistant" else whole
+    assert [without_pictures(atoms) for *_, atoms in prompt] == [without_pictures(atoms) for *_, atoms in kept]
+
+
+def message(role, content, **fields):
+    return {"role": role, "content": content, **fields}
+
+
+def test_a_picture_of_a_tool_belongs_to_the_turn_that_follows_it():
+    row = parse_row(
+        {
+            "messages": [
+                message("user", "<image>what?"),
+                message("assistant", "zoom"),
+                message("tool", "<image>"),
+                message("assistant", "green"),
+                message("user", "<image>and this?"),
+                message("assistant", "blue"),
+            ],
+            "images": ["red.png", "green.png", "blue.png"],
+        }
+    )
+    zoom, green, blue = turns_alone(row)
+    assert zoom.images == ("red.png",)
+    assert green.images == ("red.png", "green.png")
+    assert [m.content for m in green.messages] == ["<image>what?", "zoom", "<image>", "green"]
+    assert [m.loss_weight for m in green.messages] == [0, 0, 0, 1]
+    assert blue.images == ("red.png", "blue.png")
+    assert [m.content for m in blue.messages] == ["<image><image>and this?", "blue"]
+
+
+def test_names_and_boxes_of_the_system_turn_stay_there():
+    row = parse_row(
+        {
+            "messages": [
+                message("system", "you look for <ref-object> at <bbox> in <image>"),
+                message("user", "<image>is it <ref-object>?"),
+                message("assistant", "<ref-object>"),
+            ],
+            "images": ["legend.png", "photo.png"],
+            "objects": {"ref": ["cats", "a dog", "a cow"], "bbox": [[1, 2]], "image_id": [0]},
+        }
+    )
+    (question,) = questions_of(row)
+    assert question.conversation.images == ("legend.png", "photo.png")
+    assert question.conversation.refs == ("cats", "a dog")
+    assert question.expected == "a cow"
+    assert len(question.conversation.boxes) == 1
+
+
+def test_a_greeting_is_no_question_and_stays_in_a_chain():
+    row = parse_row(
+        {
+            "messages": [
+                message("assistant", "hello, I look at <ref-object>"),
+                message("user", "what is it?"),
+                message("assistant", "<ref-object>"),
+                message("user", "sure?"),
+                message("assistant", "yes"),
+            ],
+            "objects": {"ref": ["pictures", "a cat"]},
+        }
+    )
+    assert [q.expected for q in questions_of(row)] == ["a cat", "yes"]
+    chained = next_turn(row, ["a dog"])
+    assert [m.content for m in chained.messages] == [
+        "hello, I look at <ref-object>",
+        "what is it?",
+        "a dog",
+        "sure?",
+        "yes",
+    ]
+    assert chained.refs == ("pictures",)
+
+
+@pytest.mark.parametrize("how", ["alone", "chain"])
+def test_the_model_is_shown_the_pictures_of_the_turn(tiny, monkeypatch, how):
+    shown = []
+
+    def remember(model, processor, conversations, **settings):
+        examples = [processor.encode(c, generation_prompt=True) for c in conversations]
+        shown.extend([sizes.original for sizes in example.sizes] for example in examples)
+        return ["green"] * len(conversations)
+
+    monkeypatch.setattr("jvlm.evaluation.score.generate", remember)
+    row = parse_row(
+        {
+            "messages": [
+                message("system", "<image>legend"),
+                message("user", "<image>what?"),
+                message("assistant", "zoom"),
+                message("tool", "<image>"),
+                message("assistant", "green"),
+                message("user", "<image>and this?"),
+                message("assistant", "blue"),
+            ],
+            "images": [np.asarray(picture(56 + 28 * i, 56)) for i in range(4)],
+        }
+    )
+    legend, red, green, blue = [(56 + 28 * i, 56) for i in range(4)]
+    answers = ask(tiny.model, tiny.processor, [row], ask=how)
+    assert [a.score for a in answers] == [0, 1, 0]
+    last = [legend, red, blue] if how == "alone" else [legend, red, green, blue]
+    assert shown == [[legend, red], [legend, red, green], last]

@@ -1,0 +1,141 @@
+"""What comes after the training: bad evaluation rows are named before it, and nothing that fails loses the rest."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jvlm import cli, job
+from jvlm.errors import UserError
+from jvlm.evaluation import usable
+from tests.training import support
+
+
+def _row(answer: str = "no", **fields) -> str:
+    messages = [{"role": "user", "content": "is there a red shape?"}, {"role": "assistant", "content": answer}]
+    return json.dumps({"messages": messages, **fields})
+
+
+MISSING = json.dumps(
+    {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}], "images": ["no.png"]}
+)
+BAD = {
+    "a picture that is not there": (MISSING, "no.png"),
+    "no JSON": ("{not json", "not JSON"),
+    "an unknown role": (_row().replace('"user"', '"robot"'), "robot"),
+    "nothing to ask": (json.dumps({"messages": [{"role": "user", "content": "hi"}]}), "assistant"),
+}
+
+
+def _options(folder, rows: str) -> list[str]:
+    path = folder / "test.jsonl"
+    path.write_text(rows)
+    return ["--evaluation.data", str(path), "--evaluation.max_new_tokens", "2", "--steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return support.write_rows(tmp_path_factory.mktemp("data"), 6)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_evaluation_rows_are_named_before_the_first_step(tmp_path, data, name):
+    line, said = BAD[name]
+    options = _options(tmp_path, f"{_row()}\n{line}\n{_row()}\n{line}\n")
+    with pytest.raises(UserError, match=rf"(?s)evaluation.data: 2 of 4 rows.*{said}.*test.jsonl"):
+        job.run(support.experiment(tmp_path, data, *options))
+    assert not list(tmp_path.glob("run/logging.jsonl")), "nothing was trained"
+
+
+def test_rows_behind_max_rows_are_not_asked_and_so_not_checked(tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_text(f"{_row()}\n{_row()}\nnot json\n")
+    usable.check([str(path)], _Encodes(), max_rows=2)
+    with pytest.raises(UserError, match="1 of 3 rows"):
+        usable.check([str(path)], _Encodes())
+
+
+class _Encodes:
+    def encode(self, conversation):
+        return conversation
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("finish")
+    experiment = support.experiment(folder, data, *_options(folder, f"{_row()}\n{_row('yes')}\n"))
+    job.run(experiment)
+    return folder, experiment
+
+
+FILES = {"answers.jsonl", "scores.json", "report.html"}
+
+
+def _fail(error):
+    def fails(*_, **__):
+        raise error
+
+    return fails
+
+
+FAILURES = {
+    "scoring": (job.score, "ask", RuntimeError("out of memory"), {"report.html"}),
+    "report": (job.report, "write", OSError("no space left"), {"answers.jsonl", "scores.json"}),
+    "text-only floor": (job, "text_only_floor", ValueError("a bad training row"), FILES),
+    "export": (job.checkpoint, "save", ValueError("cannot be written"), FILES),
+    "reading the export back": (job, "verify", ValueError("answers differently"), FILES),
+}
+
+
+@pytest.mark.parametrize("part", FAILURES)
+def test_a_part_that_fails_is_named_and_all_others_are_written(finished, monkeypatch, capsys, part):
+    folder, experiment = finished
+    owner, name, error, expected = FAILURES[part]
+    run = folder / "run"
+    for file in FILES:
+        (run / file).unlink(missing_ok=True)
+    for file in (run / "hf").glob("*"):
+        file.unlink()
+    monkeypatch.setattr(owner, name, _fail(error))
+    kind = UserError if isinstance(error, ValueError) else RuntimeError
+    with pytest.raises(kind, match=rf"(?s)the model is trained.*{part}: {error}.*the same command"):
+        job.run(experiment)
+    assert {file for file in FILES if (run / file).is_file()} == expected
+    assert bool(list((run / "hf").glob("*.safetensors"))) == (part != "export")
+    assert f"{part} FAILED" in capsys.readouterr().err
+
+
+def test_the_command_ends_with_a_status_and_no_traceback_where_a_part_failed(finished, monkeypatch, capsys):
+    _, experiment = finished
+    monkeypatch.setattr(cli, "load_experiment", lambda *_: experiment)
+    monkeypatch.setattr(job, "text_only_floor", _fail(ValueError("a bad training row")))
+    assert cli.main(["train", "any"]) == 2
+    said = capsys.readouterr().err
+    assert "text-only floor: a bad training row" in said
+    assert "Traceback" not in said
+
+
+def test_evaluation_rows_found_bad_only_then_are_listed_and_the_others_scored(finished, monkeypatch, tmp_path):
+    folder, experiment = finished
+    monkeypatch.setattr(usable, "check", lambda *_, **__: None)  # as if the sample had missed them
+    options = _options(tmp_path, f"{_row()}\nnot json\n{MISSING}\n{_row('yes')}\n")
+    job.run(support.experiment(folder, experiment.data.train[0], *options))
+    run = folder / "run"
+    assert [json.loads(line)["row"] for line in (run / "answers.jsonl").read_text().splitlines()] == [1, 4]
+    listed = [json.loads(line) for line in (run / "evaluation_rejected.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["field"]) for line in listed] == [(2, "row"), (3, "images[0]")]
+    scores = json.loads((run / "scores.json").read_text())
+    assert (scores["questions"], scores["rows_left_out"]) == (2, 2)
+
+
+def test_the_text_only_floor_leaves_out_bad_training_rows_as_training_does(tmp_path, data, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{_row('no')}\n" for _ in range(8)) + "not json\n")
+    options = [*_options(tmp_path, f"{_row()}\n{_row('yes')}\n"), "--data.on_bad_row", "skip"]
+    folder = job.run(support.experiment(tmp_path, path, *options))
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["text_only_floor"]["accuracy"] == 0.5
+    assert "text-only floor: 1 training rows left out" in capsys.readouterr().out
+    assert (folder / "report.html").is_file()
+    assert (folder / "hf" / "config.json").is_file()
