@@ -38,7 +38,11 @@ class Part:
     environment: tuple[tuple[str, str], ...] = ()
 
 
-_SEVEN = ("--preset", "qwen2_5_vl_7b", "--layers", "8")
+# gigabytes of a GPU -> how much of MiMo-VL-7B is trained there: as many decoder layers and sequences as fit
+_SEVEN = {
+    80: ("--preset", "mimo_vl_7b", "--layers", "8", "--rows", "1", "--remat", "dots"),
+    141: ("--preset", "mimo_vl_7b", "--layers", "14", "--rows", "2", "--remat", "dots"),
+}
 _THREE = ("--preset", "qwen2_5_vl_3b")
 # torch and JAX in one process: JAX must not reserve the memory
 _SHARED = (("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),)
@@ -55,15 +59,16 @@ def parts_of(output: Path, small: bool) -> list[Part]:
     size = ("--small", "--steps", "2") if small else ()
     new = ("--new", "4") if small else ()
     lengths = ("256",) if small else ("8192",)
+    seven = _SEVEN[141 if gigabytes() > 100 else 80]
     parts = [
         Part("numerics", ("tools.gpu.numerics",), 90, _PLAIN),
-        Part("train-7b", ("tools.gpu.training", *_SEVEN, *size), 110, _ALL),
+        Part("train-7b", ("tools.gpu.training", *seven, *size), 110, _ALL),
         Part("kernels", ("tools.bench_kernels", "--lengths", *lengths, "--rounds", "5"), 110, _SHARED),
-        Part("train-7b-torch", ("tools.gpu.torch_reference", "train", *_SEVEN, *size), 90, _TORCH),
+        Part("train-7b-torch", ("tools.gpu.torch_reference", "train", *seven, *size), 110, _TORCH),
         Part("generate-3b", ("tools.gpu.generation", *_THREE, *size, *new), 80, _ALL),
         Part("generate-3b-torch", ("tools.gpu.torch_reference", "generate", *_THREE, *size, *new), 80, _TORCH),
         Part("tune", ("tools.tune_kernels", "--output", str(output / "tuned_cuda.json")), 110, _ALL),
-        Part("profile-7b", ("tools.gpu.training", *_SEVEN, "--profile", *size), 80, _TRACED),
+        Part("profile-7b", ("tools.gpu.training", *seven, "--profile", *size), 80, _TRACED),
         Part(
             "profile-decode", ("tools.gpu.generation", *_THREE, "--profile", "--batches", "1", *size, *new), 80, _TRACED
         ),
@@ -73,6 +78,15 @@ def parts_of(output: Path, small: bool) -> list[Part]:
         return parts
     # tuning times a device's own kernels, of which a CPU has none; everything else is there, and slow
     return [dataclasses.replace(part, limit=10 * part.limit) for part in parts if part.name != "tune"]
+
+
+def gigabytes() -> float:
+    """Memory of the first GPU; 0 without one."""
+    if not shutil.which("nvidia-smi"):
+        return 0.0
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    found = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    return float(found.splitlines()[0]) * 2**20 / 1e9
 
 
 def machine() -> str:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
-from jvlm_kernels import RESIDUAL_NAMES
+from jvlm_kernels import RESIDUAL_NAMES, platforms
 
 from jvlm.models import placement
 
@@ -43,7 +43,8 @@ class Numerics:
     Attributes:
       param_dtype: how parameters are stored.
       compute_dtype: inputs of matrix products. Norms, softmax, rotary angles, logits and loss stay float32.
-      remat: what the backward pass recomputes: nothing, every layer, all but matrix products, or all but attention.
+      remat: what the backward pass recomputes: nothing ("none"), every layer ("full"), all but matrix products and
+        attention ("dots"), or all but attention ("attention").
       attention: implementation name for `jvlm_kernels.segment_attention`, None for the first that fits.
       initializer_range: standard deviation of new weights; None scales each by its inputs, 1 / sqrt(fan in), which
         small models trained from nothing need.
@@ -106,10 +107,25 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(numerics.new_weight(rngs.params(), (d_in, d_out), d_in), axes=axes)
         self.bias = nnx.Param(jnp.zeros((d_out,), dtype), axes=axes[1:]) if bias else None
 
-    def __call__(self, x: Float[Array, "*L i"]) -> Float[Array, "*L o"]:
+    def __call__(self, x: Float[Array, "*L i"], *, pad_in: int = 0, pad_out: int = 0) -> Float[Array, "*L o"]:
+        """``pad_in`` more inputs meet zeros, ``pad_out`` more outputs are zeros; see `row_padding`."""
         dtype = jnp.dtype(self.compute_dtype)
-        y = project(x.astype(dtype), placement.current().weight(self.kernel[...].astype(dtype), self.axes))
-        return y if self.bias is None else y + self.bias[...].astype(dtype)
+        kernel = placement.current().weight(self.kernel[...].astype(dtype), self.axes)
+        if pad_in or pad_out:
+            kernel = jnp.pad(kernel, ((0, pad_in), (0, pad_out)))
+        y = project(x.astype(dtype), kernel)
+        return y if self.bias is None else y + jnp.pad(self.bias[...].astype(dtype), (0, pad_out))
+
+
+def row_padding(width: int, dtype: DType) -> int:
+    """Return how many columns to add to a matrix so that NVIDIA GPUs multiply it at full speed; 0 elsewhere.
+
+    Their matrix products read rows in pieces of 16 bytes; rows that are no multiple of it, as the 3,420 hidden units of
+    Qwen2.5-VL's vision tower in halves, go through slower kernels (docs/results/gpu.md).
+    """
+    if platforms.target_platform() != "cuda" or width * jnp.dtype(dtype).itemsize % 16 == 0:
+        return 0
+    return -width % 64
 
 
 class RMSNorm(nnx.Module):
@@ -163,13 +179,17 @@ class SwiGLU(nnx.Module):
         self, width: int, hidden: int, *, d_out: int | None = None, bias: bool, numerics: Numerics, rngs: nnx.Rngs
     ):
         common = {"bias": bias, "numerics": numerics, "rngs": rngs}
+        self.hidden, self.compute_dtype = hidden, numerics.compute_dtype
         self.gate = Linear(width, hidden, ("embed", "mlp"), **common)
         self.up = Linear(width, hidden, ("embed", "mlp"), **common)
         self.down = Linear(hidden, d_out or width, ("mlp", "embed"), **common)
 
     @scoped("mlp")
     def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L o"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        # a split axis is left as it is: each device has a width of its own
+        extra = 0 if placement.current().is_split("mlp") else row_padding(self.hidden, self.compute_dtype)
+        hidden = jax.nn.silu(self.gate(x, pad_out=extra)) * self.up(x, pad_out=extra)
+        return self.down(hidden, pad_in=extra)
 
 
 def normalise_pixels(
@@ -233,10 +253,12 @@ def rotate(x: Num[Array, "B S H D"], angles: Float[Array, "B S f"]) -> Num[Array
 def _rematerialise(step: Callable, policy: RematPolicy) -> Callable:
     if policy == "none":
         return step
+    attention = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)
+    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     policies = {
         "full": None,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "attention": jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES),
+        "dots": jax.checkpoint_policies.save_from_both_policies(products, attention),
+        "attention": attention,
     }
     return jax.checkpoint(step, policy=policies[policy], prevent_cse=False)
 

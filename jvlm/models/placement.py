@@ -27,6 +27,10 @@ class Whole:
         """An activation whose dimensions have these logical axes ("batch", "sequence", "patches", "embed", "mlp")."""
         return x
 
+    def is_split(self, axis: str) -> bool:
+        """Whether parameters' axis of this name is computed in parts on different devices."""
+        return False
+
     def weight(self, value: Float[Array, "..."], axes: tuple[str, ...]) -> Float[Array, "..."]:
         """A parameter about to be used by every row: gathered over the axes that only store it."""
         return value

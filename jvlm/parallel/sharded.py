@@ -30,6 +30,9 @@ class Sharded(Whole):
     def constrain(self, x, axes):
         return lax.with_sharding_constraint(x, self.layout.sharding(axes, x.shape))
 
+    def is_split(self, axis):
+        return not self._is_storage(axis) and self.layout.size(self.layout.splits(axis)) > 1
+
     def weight(self, value, axes):
         stored = self.layout.sharding(axes, value.shape)
         used = self.layout.sharding([None if self._is_storage(a) else a for a in axes], value.shape)

@@ -110,6 +110,12 @@ def compiling_for(platform: str, capability: str | None = None):
         _ahead.reset(token)
 
 
+def target_platform() -> str:
+    """Return "cuda", "tpu" or "cpu": what `compiling_for` names, or the devices at hand."""
+    ahead = _ahead.get()
+    return ahead[0] if ahead else {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+
+
 def compute_capability() -> str | None:
     """Return the compute capability of the NVIDIA GPU compiled for, or at hand; None if that is not known."""
     ahead = _ahead.get()
@@ -120,8 +126,7 @@ def compute_capability() -> str | None:
 
 def _check_device(platform: str | None) -> None:
     """An implementation asked for by name must suit the device at hand, or the one that is compiled for."""
-    ahead = _ahead.get()
-    here = ahead[0] if ahead else {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    here = target_platform()
     if platform not in (None, here):
         raise Unavailable(
             f"runs on {platform}, the device here is {here} (when compiling ahead of time for {platform}, leave the "

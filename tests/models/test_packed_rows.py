@@ -186,5 +186,5 @@ def test_attention_that_is_kept_is_not_computed_again(tiny, examples):
         return text.count('kernel_name = "segment_attention_forward"')
 
     # the decoder's, and the tower's of frames and of windows; scans are written once
-    assert forward_kernels("none") == forward_kernels("attention") == 3
+    assert forward_kernels("none") == forward_kernels("attention") == forward_kernels("dots") == 3
     assert forward_kernels("full") == 6

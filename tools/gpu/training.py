@@ -58,7 +58,6 @@ def other_counters(experiment: Experiment, template: vlm.VLM, counts: flops.Coun
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     workload.add_arguments(parser)
-    parser.add_argument("--remat", default="attention")
     parser.add_argument("--attention", help="implementation of segment_attention")
     parser.add_argument("--profile", action="store_true", help="also print the step by parts and its longest kernels")
     arguments = parser.parse_args()

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patches", type=int, default=12288)
     parser.add_argument("--rows", type=int, default=1, help="packed sequences of a batch")
     parser.add_argument("--largest", type=int, default=896, help="side of the largest pictures, in pixels")
+    parser.add_argument("--remat", default="dots", help="what jvlm recomputes; torch checkpoints whole layers")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--params", default="float32", help="dtype of the parameters")
     parser.add_argument("--small", action="store_true", help="a small model for a rehearsal on CPU")
