@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from jvlm.data import packing
+from jvlm.data.columns import UnknownColumns
 from jvlm.data.errors import Rejected, RowError, grouped
 from jvlm.data.pipeline import DataConfig, Encode, frame_patches
 from jvlm.data.processor import Processor
@@ -24,12 +25,16 @@ _ENOUGH = 20  # rows of a sample that say something about all
 
 
 class Size(NamedTuple):
-    """An encoded row without its arrays; a row that was truncated or shrunk has its new size, and is ``changed``."""
+    """An encoded row without its arrays; a row that was truncated or shrunk has its new size, and is ``changed``.
+
+    ``unknown`` are the names of columns that jvlm does not know.
+    """
 
     length: int
     num_patches: int
     longest_frame: int
     changed: bool = False
+    unknown: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +75,10 @@ class Survey:
         lines = [head]
         if self.left_out:
             lines.append(grouped(self.left_out))
+        columns = UnknownColumns()
+        for size in self.sizes:
+            columns.counts.update(size.unknown)
+        lines += [f"  {line}" for line in columns.lines()]
         if self.sizes:
             text, patches = self.padding()
             lines.append(
@@ -153,7 +162,9 @@ class _Look:
         fitted = self.encode.fit(conversation, example) if self.fits else example
         if isinstance(fitted, Rejected):
             return fitted
-        return Size(fitted.length, fitted.num_patches, fitted.longest_frame, fitted is not example)
+        return Size(
+            fitted.length, fitted.num_patches, fitted.longest_frame, fitted is not example, conversation.unknown
+        )
 
 
 def _fits(size: Size, config: DataConfig) -> bool:

@@ -179,3 +179,12 @@ def test_reasons_that_differ_in_numbers_are_one_and_the_worst_is_shown():
     assert first == "  9 x field 'messages': up to 208 tokens do not fit 192 (a.jsonl, rows 0, 1, 2). Fix"
     assert second.startswith("  1 x field 'images[2]': gone (b.jsonl, row 3)")
     assert "4 x other reasons" in grouped([Rejected("a", n, "f" + "x" * n, "r") for n in range(9)])
+
+
+def test_unknown_columns_are_listed_once_with_the_name_they_may_have_been_meant_to_have(base, tmp_path):
+    rows = [{**_text(1), "source": "web", "imges": None}, {**_text(1), "source": "web", "imagess": []}, _text(1)]
+    text = _look(base, _write(tmp_path / "rows.jsonl", rows)).text()
+    assert text.count("source") == text.count("imagess") == 1
+    assert "column 'source' is not used, in 2 rows" in text
+    assert "column 'imagess' is not used, in 1 row. Is it meant to be 'images'?" in text
+    assert "imges" not in text
