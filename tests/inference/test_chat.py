@@ -1,6 +1,12 @@
 """The terminal chat, with scripted input and, where its words matter, a scripted model."""
 
+import io
+import sys
+
+import pytest
+
 import jvlm
+from jvlm.errors import UserError
 from jvlm.inference import chat as module
 from jvlm.inference.chat import chat, original_boxes
 from jvlm.inference.sampling import SamplingConfig
@@ -18,7 +24,10 @@ class Script:
         self.asked.append(question)
         if not self.lines:
             raise EOFError
-        return self.lines.pop(0)
+        line = self.lines.pop(0)
+        if isinstance(line, BaseException):
+            raise line
+        return line
 
     def write(self, text):
         self.shown += text
@@ -125,3 +134,112 @@ def test_boxes_of_an_answer_are_shown_in_pixels_of_the_original_picture(tiny, mo
 
 def test_end_of_input_ends_the_chat(tiny):
     assert talk(tiny).shown.endswith("\n")
+
+
+NOT_UTF8 = UnicodeDecodeError("utf-8", b"what\xff", 4, 5, "invalid start byte")
+FAULTS = {
+    "bytes that are no UTF-8": (["what\udcff?"], "not UTF-8 text"),
+    "half an emoji": (["what\ud83d?"], "not UTF-8 text"),
+    "a strict reader": ([NOT_UTF8], "invalid start byte"),
+    "a path of such bytes": (["<image>what?", "p\udcff.png"], "not UTF-8 text"),
+    "a missing picture": (["<image>what?", "missing.png"], "file not found; tried missing.png"),
+    "no path": (["<image>what?", ""], "images[0]"),
+    "a folder": (["<image>what?", "."], "images[0]"),
+    "a NUL in a path": (["<image>what?", "a\0b.png"], "images[0]"),
+    "no picture": (["<image>what?", __file__], "cannot be decoded"),
+    "a URL": (["<image>what?", "https://example.org/a.png"], "URL"),
+    "a video": (["<video>what?"], "<video>"),
+    "an over-long prompt": (["what " * 9000], "max_position_embeddings"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_goes_wrong_with_a_question_is_one_line_and_the_conversation_goes_on(tiny, monkeypatch, name):
+    lines, message = FAULTS[name]
+    prompts = scripted_model(monkeypatch, "a cat", "yes")
+    script = talk(tiny, "first", *lines, "second", "quit")
+    (line,) = [line for line in script.shown.split("\n") if message in line]
+    assert line
+    assert script.lines == []
+    assert len(prompts) == 2
+    plain = scripted_model(monkeypatch, "a cat", "yes")
+    talk(tiny, "first", "second", "quit")
+    assert prompts == plain
+
+
+def test_bad_bytes_in_multi_line_mode_and_in_a_system_prompt_leave_both_as_they_were(tiny, monkeypatch):
+    prompts = scripted_model(monkeypatch, "one", "two")
+    talk(
+        tiny, "multi-line", "good", "b\udcffd#", "is it?#", "single-line", "reset-system", "\udcff", "b", system="Sys."
+    )
+    assert "is it?<|im_end|>" in prompts[0]
+    assert "good" not in prompts[0]
+    assert "Sys." in prompts[1]
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("the scores are\nnot finite"), RuntimeError("out of memory"), MemoryError()]
+)
+def test_an_answer_that_fails_is_one_line_and_its_question_is_forgotten(tiny, monkeypatch, error):
+    prompts = scripted_model(monkeypatch, "yes")
+    good = module.stream_example
+
+    def failing(engine, example, sampling):
+        monkeypatch.setattr(module, "stream_example", good)
+        yield "half"
+        raise error
+
+    monkeypatch.setattr(module, "stream_example", failing)
+    shown = talk(tiny, "lost?", "again?", "quit").shown
+    assert shown.count("no answer (") == 1
+    assert "half\nno answer (" in shown
+    assert "lost?" not in prompts[0]
+
+
+def test_a_template_that_refuses_a_conversation_is_one_line(tiny, monkeypatch):
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role\nnot supported') }}{% endif %}x"
+    monkeypatch.setattr(tiny.processor.tokenizer, "chat_template", template)
+    script = talk(tiny, "what?", "reset-system", "", "what?", "quit", system="You are MiMo.")
+    (line,) = [line for line in script.shown.split("\n") if "System role not supported" in line]
+    assert line
+    assert script.lines == []
+
+
+def test_ctrl_c_before_the_first_word_forgets_the_question(tiny, monkeypatch):
+    prompts = scripted_model(monkeypatch, "yes")
+    good = module.stream_example
+
+    def interrupted(engine, example, sampling):
+        monkeypatch.setattr(module, "stream_example", good)
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(module, "stream_example", interrupted)
+    assert " [stopped]" in talk(tiny, "lost?", "again?", "quit").shown
+    assert "lost?" not in prompts[0]
+
+
+@pytest.mark.parametrize("lines", [["<image>?"], ["multi-line", "a"], ["reset-system"]])
+@pytest.mark.parametrize("end", [EOFError(), KeyboardInterrupt()])
+def test_the_end_of_input_ends_the_chat_at_any_question(tiny, lines, end):
+    assert talk(tiny, *lines, end).shown.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    "numbers", ["1e308, 1e308, 1e309, 1e309", "NaN, 0, 1, 1", f"0, 0, {'9' * 400}, 1", "3, 3, 1, 1"]
+)
+def test_boxes_of_impossible_numbers_are_shown_in_no_other_pixels(tiny, numbers):
+    example = tiny.processor.encode(prompt("<image>where?", images=[picture(300, 150)]), generation_prompt=True)
+    answer = f'[{{"bbox_2d": [{numbers}], "label": "all"}}]'
+    assert original_boxes(answer, tiny.processor, example) == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_of_few_characters_shows_escapes(tiny, monkeypatch, encoding):
+    scripted_model(monkeypatch, "naïve 树")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    lines = ["what?", "quit"]
+    chat(tiny.model, tiny.processor, SamplingConfig(max_new_tokens=4), read=lambda _: lines.pop(0))
+    shown = terminal.buffer.getvalue().decode(encoding)
+    assert {"ascii": "na\\xefve \\u6811", "latin-1": "naïve \\u6811"}[encoding] in shown

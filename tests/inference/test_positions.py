@@ -1,0 +1,114 @@
+"""A model's last position: prompts beyond it are refused, answers end there, and neither in silence."""
+
+import json
+import warnings
+
+import pytest
+
+import jvlm
+from jvlm.data.errors import RowError
+from jvlm.inference.batch_file import FileResult, generate_file
+from jvlm.inference.chat import chat
+from jvlm.inference.generate import stream
+from jvlm.inference.sampling import SamplingConfig
+from tests.inference.support import oracle_tokens, prompt
+from tests.support import picture
+
+LIMIT = 60
+LONG = prompt("where is the cat on the chair? " * 40)
+ROWS = [prompt("what is the answer?"), prompt("what is the answer? yes, no, two"), prompt("no")]
+FREE = {"max_new_tokens": 100, "stop_token_ids": ()}
+
+
+@pytest.fixture(scope="module")
+def short(tiny, tmp_path_factory):
+    """(model, processor) of the tiny checkpoint with few positions."""
+    folder = tmp_path_factory.mktemp("short")
+    for path in tiny.folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": LIMIT}))
+    return jvlm.load(folder)
+
+
+def lengths(short, rows):
+    return [short[1].encode(row, generation_prompt=True).length for row in rows]
+
+
+def test_answers_of_a_batch_end_each_at_the_last_position_as_transformers_would_go_on(tiny, short):
+    found = [[] for _ in ROWS]
+    with pytest.warns(UserWarning, match=f"of the model's {LIMIT} positions") as told:
+        jvlm.generate(*short, ROWS, on_token=lambda i, t: found[i].append(t), **FREE)
+    room = [LIMIT - n for n in lengths(short, ROWS)]
+    assert len(set(room)) == 3
+    assert [len(tokens) for tokens in found] == room
+    assert len(told) == 3
+    assert found == [oracle_tokens(tiny, r, n, eos_token_id=None) for r, n in zip(ROWS, room, strict=True)]
+
+
+def test_an_answer_within_the_positions_is_told_nothing(short):
+    most = LIMIT - lengths(short, ROWS[:1])[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        jvlm.generate(*short, ROWS[:1], max_new_tokens=most, stop_token_ids=())
+
+
+def test_positions_are_counted_and_not_tokens_where_pictures_have_fewer(short):
+    row = prompt("<image>", images=[picture(56, 448)])
+    example = short[1].encode(row, generation_prompt=True)
+    assert example.length > LIMIT > int(example.positions.max()) + 1
+    found = []
+    with pytest.warns(UserWarning, match="positions"):
+        jvlm.generate(*short, [row], on_token=lambda _, t: found.append(t), **FREE)
+    assert len(found) == LIMIT - int(example.positions.max()) - 1
+
+
+def refused(short, row):
+    number = short[1].encode(row, generation_prompt=True).length
+    assert number >= LIMIT
+    return rf"takes {number} positions of the model's {LIMIT} \(max_position_embeddings\)"
+
+
+def test_a_prompt_without_room_is_refused_with_both_numbers(short):
+    message = refused(short, LONG)
+    with pytest.raises(RowError, match=f"row 2, field 'messages': the prompt {message}"):
+        jvlm.generate(*short, [ROWS[0], LONG])
+    with pytest.raises(RowError, match=message):
+        stream(*short, LONG)
+
+
+def test_a_prompt_that_fills_the_positions_leaves_no_room(short):
+    words = next(n for n in range(1, 60) if lengths(short, [prompt("x" * n)])[0] == LIMIT)
+    with pytest.raises(RowError, match=refused(short, prompt("x" * words))):
+        jvlm.generate(*short, [prompt("x" * words)])
+    with pytest.warns(UserWarning, match="ends after 1 of max_new_tokens = 100"):
+        jvlm.generate(*short, [prompt("x" * (words - 1))], **FREE)
+
+
+def test_a_file_says_which_answers_were_cut_and_which_rows_are_too_long(short, tmp_path, capsys):
+    data, output = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[0], LONG, ROWS[2])))
+    sampling = SamplingConfig(**FREE)
+    assert generate_file(*short, data, output, sampling, on_bad_row="skip") == FileResult(2, 1, 0)
+    first, second, third = (json.loads(line) for line in output.read_text().splitlines())
+    for line in (first, third):
+        assert line["finish"] == "length"
+        assert line["prompt_tokens"] + line["response_tokens"] == LIMIT
+    assert f"of the model's {LIMIT}" in second["error"]
+    assert f"2 answers end before max_new_tokens, at the model's {LIMIT} positions" in capsys.readouterr().out
+
+
+def test_chat_says_so_and_goes_on(short):
+    lines, shown = [LONG["messages"][0]["content"], "what?", "quit"], []
+    chat(*short, SamplingConfig(**FREE), read=lambda _: lines.pop(0), write=shown.append)
+    text = "".join(shown)
+    assert f"of the model's {LIMIT} (max_position_embeddings)" in text
+    assert "[the answer ends after" in text
+    assert not lines
+
+
+def test_streamed_answers_are_cut_and_told_alike(short):
+    with pytest.warns(UserWarning, match="positions"):
+        (text,) = jvlm.generate(*short, ROWS[:1], **FREE)
+    with pytest.warns(UserWarning, match="positions"):
+        assert "".join(stream(*short, ROWS[0], **FREE)) == text
