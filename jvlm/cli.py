@@ -18,6 +18,7 @@ from jvlm.data.errors import MISTAKES, RowError
 from jvlm.errors import UserError
 
 if TYPE_CHECKING:
+    from jvlm.data.vision import MediaConfig
     from jvlm.training.config import Experiment
 
 T = TypeVar("T")
@@ -195,13 +196,23 @@ def _load(arguments: argparse.Namespace, fields: list[str]):
     layout = serving.layout(config, asked if fields else None)
     place = layout.parameter if layout else None
     model, processor = loading.load(folder, numerics=config.numerics, sharding=place)
-    limits = {n: getattr(arguments, n) for n in ("min_pixels", "max_pixels") if getattr(arguments, n) is not None}
-    if limits:
-        known = {f.name for f in dataclasses.fields(processor.media)}
-        for name in set(limits) - known:
-            raise ValueError(f"--{name} is not for this model; its pictures have {', '.join(sorted(known))}")
-        processor.media = dataclasses.replace(processor.media, **limits)
+    processor.media = _media(arguments, processor.media)
     return model, processor, layout
+
+
+def _media(arguments: argparse.Namespace, media: MediaConfig) -> MediaConfig:
+    """The media settings with the limits that were typed. Raises UserError naming the option."""
+    limits = {n: getattr(arguments, n) for n in ("min_pixels", "max_pixels") if getattr(arguments, n) is not None}
+    known = {f.name for f in dataclasses.fields(media)}
+    for name, value in limits.items():
+        if name not in known:
+            raise UserError(f"--{name} is not for this model; its pictures have {', '.join(sorted(known))}")
+        if value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1")
+    media = dataclasses.replace(media, **limits)
+    if limits and media.min_pixels > media.max_pixels:
+        raise UserError(f"--min_pixels is {media.min_pixels}, above --max_pixels {media.max_pixels}")
+    return media
 
 
 def _generate(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -6,6 +6,7 @@ import warnings
 import pytest
 
 import jvlm
+from jvlm import cli
 from jvlm.data.errors import RowError
 from jvlm.inference.batch_file import FileResult, generate_file
 from jvlm.inference.chat import chat
@@ -21,13 +22,19 @@ FREE = {"max_new_tokens": 100, "stop_token_ids": ()}
 
 
 @pytest.fixture(scope="module")
-def short(tiny, tmp_path_factory):
-    """(model, processor) of the tiny checkpoint with few positions."""
+def folder(tiny, tmp_path_factory):
+    """The tiny checkpoint with few positions."""
     folder = tmp_path_factory.mktemp("short")
     for path in tiny.folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": LIMIT}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def short(folder):
+    """(model, processor)"""
     return jvlm.load(folder)
 
 
@@ -112,3 +119,14 @@ def test_streamed_answers_are_cut_and_told_alike(short):
         (text,) = jvlm.generate(*short, ROWS[:1], **FREE)
     with pytest.warns(UserWarning, match="positions"):
         assert "".join(stream(*short, ROWS[0], **FREE)) == text
+
+
+def test_the_command_line_says_so_beside_the_answer(short, folder, capsys):
+    with pytest.warns(UserWarning, match="positions"):
+        (text,) = jvlm.generate(*short, ROWS[:1], max_new_tokens=100)
+    (length,) = lengths(short, ROWS[:1])
+    question = ROWS[0]["messages"][0]["content"]
+    assert cli.main(["generate", "--model", str(folder), "--prompt", question, "--max_new_tokens", "100"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == text + "\n"
+    assert f"jvlm: the answer ends after {LIMIT - length} of max_new_tokens = 100" in shown.err
