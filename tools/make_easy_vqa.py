@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from jvlm.data.chat_formats import QWEN_TEMPLATE
 from jvlm.data.shards import SHARD_SUFFIX, write_shard
-from jvlm.data.template import QWEN_TEMPLATE
 
 # What the official generator draws with.
 COLOURS = {

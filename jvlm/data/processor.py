@@ -15,11 +15,12 @@ from PIL import Image
 from jvlm import config as config_tree
 from jvlm.data import box_formats, mrope, packing, vocabulary
 from jvlm.data.boxes import Place, Sizes, Space
+from jvlm.data.chat_formats import style_of
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.images import open_image
 from jvlm.data.packing import Example
 from jvlm.data.rows import Conversation, Message, fill_objects, parse_row
-from jvlm.data.template import ChatTemplate, style_of
+from jvlm.data.template import ChatTemplate
 from jvlm.data.turns import without_answer
 from jvlm.data.vision import MediaConfig, MediaPatches, default_media, vision_for
 from jvlm.errors import UserError
@@ -73,7 +74,8 @@ class Processor:
         self._tokenized: dict[str, np.ndarray] = {}
         self.media = config.media or default_media(model)
         self.style = style_of(model.architecture)
-        self.template = ChatTemplate(tokenizer, self.style)
+        written = box_formats.FORMATS[self.config.box_format]
+        self.template = ChatTemplate(tokenizer, self.style, f"{written.box}{written.point}{written.named}")
         # without a placeholder of its own, a video is written as an image is
         self.video_token_id = model.image_token_id if model.video_token_id is None else model.video_token_id
         self._check_tokenizer()
@@ -129,7 +131,9 @@ class Processor:
                 conversation = _prompt(conversation)
             media = self._media(conversation)
             messages = self._fill(conversation, media)
-            ids, weights, turns = self.template.tokenize(messages, generation_prompt=generation_prompt, origin=origin)
+            ids, weights, turns = self.template.tokenize(
+                messages, generation_prompt=generation_prompt, origin=origin, tools=conversation.tools
+            )
             problem = vocabulary.outside_problem(self.tokenizer, ids, self.model.decoder.vocab_size)
             if problem:
                 fix = f"Leave the token out, or let the table grow: {vocabulary.GROW}"
@@ -277,8 +281,8 @@ class Processor:
             raise RowError(
                 conversation.origin,
                 "messages",
-                f"{len(places)} media tokens in the text for {len(expected)} media",
-                "Write <image> or <video>; a literal media token in the text is not allowed",
+                f"the chat template writes {len(places)} media tokens for {len(expected)} media, or in another order",
+                "Put them into turns in which the template takes them, or give the model a template that does",
             )
         written = [self._written(medium, placeholder) for medium, placeholder in zip(media, expected, strict=True)]
         counts = np.ones(len(ids), np.int64)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jvlm.data import values
+from jvlm.data import tool_calls, values
 from jvlm.data.boxes import Place, place
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.values import is_null, shown, without_nulls
@@ -52,11 +52,16 @@ _OBJECT_TAG = re.compile(r"(<ref-object>|<bbox>)")
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One turn: text with <image> and <video> tags, and the weight of its loss (assistant turns only)."""
+    """One turn: text with <image> and <video> tags, and the weight of its loss (assistant turns only).
+
+    ``fields`` are what else the chat template is given: tool_calls of an assistant turn, tool_call_id and name of a
+    tool's.
+    """
 
     role: str
     content: str
     loss_weight: float
+    fields: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Conversation:
       refs, boxes: what <ref-object> and <bbox> stand for, in order of appearance.
       box_images: which image each box is on.
       limits: this row's own resize limits and frame rate.
+      tools: schemas of the tools that the chat template tells the model of.
       extra: fields carried along, unknown ones included.
     """
 
@@ -79,6 +85,7 @@ class Conversation:
     boxes: tuple[Place, ...] = ()
     box_images: tuple[int, ...] = ()
     limits: tuple[tuple[str, float], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
     extra: tuple[tuple[str, Any], ...] = ()
     origin: Origin = Origin()
 
@@ -124,6 +131,7 @@ def parse_row(row: Any, origin: Origin = Origin()) -> Conversation:
         boxes=boxes,
         box_images=box_images,
         limits=_limits(row.get("chat_template_kwargs"), origin),
+        tools=tool_calls.schemas(row.get("tools"), origin),
         extra=tuple((k, row[k]) for k in row if k in _CARRIED or k not in _FIELDS),
         origin=origin,
     )
@@ -169,11 +177,14 @@ def _messages(row: dict, images: list, videos: list, origin: Origin) -> tuple[Me
     messages = []
     for index, message in enumerate(given):
         field = f"messages[{index}]"
+        message = tool_calls.with_content(message)
         if not isinstance(message, dict) or is_null(message.get("role")) or "content" not in message:
             raise RowError(origin, field, "needs 'role' and 'content'", 'Write {"role": "user", "content": "..."}')
         for key in without_nulls(message):
-            if key not in ("role", "content", "loss", "loss_scale"):
-                raise RowError(origin, f"{field}.{key}", "unknown field", "Use role, content, loss, loss_scale")
+            if key not in ("role", "content", "loss", "loss_scale", *tool_calls.FIELDS):
+                raise RowError(
+                    origin, f"{field}.{key}", "unknown field", "Use role, content, loss, loss_scale, tool_calls"
+                )
         role = message["role"]
         if not isinstance(role, str) or role not in ROLES:
             near = difflib.get_close_matches(str(role), ROLES, n=1) if isinstance(role, str) else []
@@ -182,7 +193,8 @@ def _messages(row: dict, images: list, videos: list, origin: Origin) -> tuple[Me
         if role == "system" and index:
             raise RowError(origin, f"{field}.role", "a system turn after the first place", "Move it to the front")
         content = _flatten(message["content"], images, videos, origin, f"{field}.content")
-        messages.append(Message(role, content, _loss_weight(message, role, origin, field)))
+        fields = tool_calls.fields(message, role, origin, field)
+        messages.append(Message(role, content, _loss_weight(message, role, origin, field), fields))
     return tuple(messages)
 
 

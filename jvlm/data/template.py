@@ -3,162 +3,318 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jinja2
 import numpy as np
 
+from jvlm.data import answer_spans
+from jvlm.data.answer_spans import Span, TemplateFacts
+from jvlm.data.chat_formats import ChatStyle
+from jvlm.data.control_tokens import ControlTokens, any_of, change_strings, is_paired
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.rows import Message, split_media
-
-_MARK = re.compile("\ue000(\\d+)\ue001")
-
-# ChatML as Qwen2.5-VL ships it: used when a tokenizer folder brings no template of its own.
-QWEN_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-IDEFICS2_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].capitalize() }}"
-    "{% if message['content'] and message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
-    "{% for content in message['content'] %}"
-    "{% if content['type'] == 'text' %}{{ content['text'] }}"
-    "{% elif content['type'] == 'image' %}{{ '<image>' }}{% endif %}"
-    "{% endfor %}<end_of_utterance>\n{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
+from jvlm.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatStyle:
-    """How a family's templates are used.
+class _Chat:
+    """What a template is given; ``stand_ins`` are those of text that is guarded."""
 
-    Attributes:
-      template: for tokenizers that bring none.
-      image, video: placeholders that templates write; without one for videos, they are given as images.
-      always_blocks: the template takes content as a list of blocks only, never as a string.
-      inline: the template takes strings only: placeholders are written among the words.
-      special_tokens: the tokenizer adds its own (a beginning of text) to what the template writes.
-      stops: tokens that end a turn, beside the end of text.
-      space_after_image: a space is put between an image and a word that follows at once.
-    """
+    messages: tuple[Message, ...]
+    generation_prompt: bool = False
+    tools: tuple[Any, ...] = ()
+    origin: Origin = Origin()
+    stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    template: str
-    image: str
-    video: str | None = None
-    always_blocks: bool = False
-    inline: bool = False
-    special_tokens: bool = False
-    space_after_image: bool = False
-    stops: tuple[str, ...] = ()
+    def texts(self) -> Iterator[str]:
+        """All text from outside, media tags left out."""
+        for message in self.messages:
+            yield from (block["text"] for block in split_media(message.content) if block["type"] == "text")
+            if message.fields:
+                yield from _strings(message.fields)
+        yield from _strings(self.tools)
 
+    def changed(self, change: Callable[[str], str]) -> _Chat:
+        """With all text from outside changed."""
+        messages = tuple(
+            dataclasses.replace(
+                m,
+                content="".join(
+                    change(b["text"]) if b["type"] == "text" else f"<{b['type']}>" for b in split_media(m.content)
+                ),
+                fields=tuple((name, change_strings(value, change)) for name, value in m.fields),
+            )
+            for m in self.messages
+        )
+        return dataclasses.replace(self, messages=messages, tools=tuple(change_strings(self.tools, change)))
 
-COMPOSED = "composed"
-# By `VLMConfig.architecture`.
-STYLES: dict[str, ChatStyle] = {
-    "qwen2_5_vl": ChatStyle(QWEN_TEMPLATE, "<|image_pad|>", "<|video_pad|>"),
-    # MM1.5 publishes neither template nor tokenizer.
-    "mm1_5": ChatStyle(QWEN_TEMPLATE, "<|image_pad|>", "<|video_pad|>"),
-    # The template is the language model's, which knows no images.
-    COMPOSED: ChatStyle(QWEN_TEMPLATE, "<|image_pad|>", inline=True),
-    # The space: as transformers 5, whose tokenizers no longer begin a word by themselves after a special token.
-    "idefics2": ChatStyle(
-        IDEFICS2_TEMPLATE,
-        "<image>",
-        always_blocks=True,
-        special_tokens=True,
-        space_after_image=True,
-        stops=("<end_of_utterance>",),
-    ),
-}
+    def with_content(self, index: int, content: str) -> _Chat:
+        changed = dataclasses.replace(self.messages[index], content=content)
+        return dataclasses.replace(self, messages=(*self.messages[:index], changed, *self.messages[index + 1 :]))
 
 
-def style_of(architecture: str) -> ChatStyle:
-    """The style of an architecture. Raises KeyError naming the known ones."""
-    if architecture not in STYLES:
-        raise KeyError(f"no chat style for {architecture!r}; known: {', '.join(STYLES)}")
-    return STYLES[architecture]
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
 
 
 class ChatTemplate:
     """Renders messages and tokenizes them.
 
-    The template is rendered twice, once with markers in place of the assistant's words: that tells which characters
-    are learnt, for any template, without parsing it.
+    Text from outside (messages, tools) stays text: where it spells a control token, that spelling is tokenized as
+    ordinary text. Control tokens are those that the tokenizer calls special, and added tokens that the template writes
+    around turns. Other added tokens (<think>, <tool_call>, locations) are words that any text may hold.
+
+    Args:
+      tokenizer: a fast transformers tokenizer; one without a template gets the style's.
+      style: how the family's templates are used.
+      language: text in which answers are written; tokens in it are words, too.
+
+    Raises:
+      UserError: a template that is no template, or that writes no token after an answer, so no end would be learnt.
     """
 
-    def __init__(self, tokenizer: Any, style: ChatStyle):
-        self.tokenizer, self.style = tokenizer, style
+    def __init__(self, tokenizer: Any, style: ChatStyle, language: str = ""):
+        self.tokenizer, self.style, self._language = tokenizer, style, language
         if not tokenizer.chat_template:
             tokenizer.chat_template = style.template
-        special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
-        self._special = re.compile("|".join(map(re.escape, reversed(special)))) if special else re.compile("(?!)")
+        self._known: dict[str, TemplateFacts] = {}
+        media = [name for name in (style.image, style.video) if name is not None]
+        self._media = any_of(media)
+        self._facts_of(())
 
-    def render(self, messages: tuple[Message, ...], *, generation_prompt: bool) -> str:
+    def render(self, messages: tuple[Message, ...], *, generation_prompt: bool, tools: tuple[Any, ...] = ()) -> str:
         """The prompt as text, one media placeholder per tag."""
-        blocks = [{"role": m.role, "content": self._content(m.content)} for m in messages]
-        return self._apply(blocks, generation_prompt)
+        return self._render(_Chat(messages, generation_prompt, tools))
 
     def tokenize(
-        self, messages: tuple[Message, ...], *, generation_prompt: bool, origin: Origin
+        self,
+        messages: tuple[Message, ...],
+        *,
+        generation_prompt: bool,
+        origin: Origin,
+        tools: tuple[Any, ...] = (),
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids int32 [n], loss weights float32 [n], turn int32 [n]) before media placeholders are expanded.
 
-        An assistant turn is learnt up to and including its end-of-turn token. ``turn`` is the number of the last
-        turn whose learnt part has begun, counting assistant turns from 1. In a prompt nothing is learnt: both are 0
-        with ``generation_prompt``, and templates may then shorten earlier turns (drop their thinking, say).
+        An assistant turn is learnt as the template renders it, up to and including its end-of-turn token. ``turn`` is
+        the number of the last turn whose learnt part has begun, counting assistant turns from 1. In a prompt nothing is
+        learnt: both are 0 with ``generation_prompt``, and templates may then shorten earlier turns (drop their
+        thinking, say).
+
+        Raises:
+          RowError: text that cannot be encoded, media tokens in it, a conversation that the template refuses or part
+            of which it leaves out, or an assistant turn that is not found in the rendering.
         """
-        text, spans = self._spans(messages, generation_prompt, origin)
-        encoded = self.tokenizer(text, add_special_tokens=self.style.special_tokens, return_offsets_mapping=True)
-        ids = np.asarray(encoded["input_ids"], np.int32)
-        # a token that begins with the space before an answer is part of it
-        starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+        chat = _Chat(messages, generation_prompt, tools, origin)
+        texts = list(chat.texts())
+        self._check_texts(chat, texts)
+        text = self._render(chat)
+        self._check_whole(chat, text)
+        facts = self._facts_of(tools)
+        suspects = [found for found in map(facts.control.suspect, texts) if found]
+        if suspects:
+            chat, text = self._guarded(chat, text, facts, suspects[0])
+        spans = self._spans(chat, text, facts)
+        if suspects:
+            ids, starts, ends = self._encode_guarded(chat, text, facts, suspects[0])
+        else:
+            encoded = self.tokenizer(text, add_special_tokens=self.style.special_tokens, return_offsets_mapping=True)
+            ids = np.asarray(encoded["input_ids"], np.int32)
+            starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
         weights, turn = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.int32)
-        for number, (begin, end, weight) in enumerate(spans, 1):
-            weights[(ends > begin) & (starts < end)] = weight
-            turn[ends > begin] = number
+        # a token that begins with the space before an answer is part of it
+        for number, (span, weight) in enumerate(spans, 1):
+            weights[(ends > span.begin) & (starts < span.end)] = weight
+            turn[ends > span.begin] = number
         return ids, weights, turn
 
-    def _spans(self, messages, generation_prompt, origin) -> tuple[str, list[tuple[int, int, float]]]:
-        text = self.render(messages, generation_prompt=generation_prompt)
-        learnt = [m for m in messages if m.role == "assistant"]
-        if generation_prompt or not learnt:
-            return text, []
-        marked = [
-            {"role": m.role, "content": self._content(f"\ue000{i}\ue001" if m.role == "assistant" else m.content)}
-            for i, m in enumerate(messages)
-        ]
-        pieces = _MARK.split(self._apply(marked, generation_prompt))
-        rebuilt, spans, at = [pieces[0]], [], len(pieces[0])
-        for number, after in zip(pieces[1::2], pieces[2::2], strict=True):
-            message = messages[int(number)]
-            words = message.content
-            closing = self._special.match(after)
-            end = at + len(words) + (closing.end() if closing else 0)
-            spans.append((at, end, message.loss_weight))
-            rebuilt += [words, after]
-            at += len(words) + len(after)
-        if "".join(rebuilt) != text or len(spans) != len(learnt):
+    def _check_texts(self, chat: _Chat, texts: list[str]) -> None:
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            begin = max(error.start - 20, 0)
             raise RowError(
-                origin,
+                chat.origin,
+                "messages",
+                f"half of a surrogate pair, \\u{ord(error.object[error.start]):x}, which is no character, in "
+                f"{error.object[begin : error.start + 20]!r}",
+                "Write the whole character, or U+FFFD in its place",
+            ) from error
+        literal = sum(len(self._media.findall(text)) for text in texts)
+        if literal:
+            tags = sum(block["type"] != "text" for m in chat.messages for block in split_media(m.content))
+            raise RowError(
+                chat.origin,
+                "messages",
+                f"{literal + tags} media tokens in the text for {tags} media",
+                "Write <image> or <video>; a literal media token in the text is not allowed",
+            )
+
+    def _check_whole(self, chat: _Chat, text: str) -> None:
+        """Raise RowError if the template leaves out something that the row holds."""
+        if chat.tools and self._renders_as(text, dataclasses.replace(chat, tools=())):
+            raise RowError(
+                chat.origin,
+                "tools",
+                "the chat template does not use them: with and without them it writes the same",
+                "Describe them in the system turn, or take a model whose template uses tools",
+            )
+        if any(m.fields for m in chat.messages):
+            bare = tuple(dataclasses.replace(m, fields=()) if _calls(m) else m for m in chat.messages)
+            if bare != chat.messages and self._renders_as(text, dataclasses.replace(chat, messages=bare)):
+                raise RowError(
+                    chat.origin,
+                    "messages",
+                    "the chat template does not use tool_calls: with and without them it writes the same",
+                    "Write the calls in the content, as this model writes them",
+                )
+        for index, message in enumerate(chat.messages):
+            if message.content.strip() in text:
+                continue
+            for block in split_media(message.content):
+                words = block.get("text", "").strip()
+                if words and words not in text and self._renders_as(text, chat.with_content(index, "word")):
+                    raise RowError(
+                        chat.origin,
+                        "messages",
+                        f"the chat template leaves out the {message.role} turn {words[:40]!r}",
+                        "Put its words into a turn that the template writes",
+                    )
+
+    def _renders_as(self, text: str, chat: _Chat) -> bool:
+        try:
+            return self._render(chat) == text
+        except RowError:
+            return False
+
+    def _guarded(self, chat: _Chat, text: str, facts: TemplateFacts, suspect: str) -> tuple[_Chat, str]:
+        """The conversation and its rendering with stand-ins in what text from outside spells of control tokens."""
+        try:
+            stand_ins, _ = facts.control.stand_ins(text)
+        except ValueError as error:
+            raise self._not_text(chat, suspect, f"the row holds {error} too") from error
+        guarded = dataclasses.replace(
+            chat.changed(functools.partial(facts.control.guard, stand_ins=stand_ins)), stand_ins=stand_ins
+        )
+        rendered = self._render(guarded)
+        if rendered.translate({ord(s): letter for letter, s in stand_ins.items()}) != text:
+            raise self._not_text(chat, suspect, "the chat template takes it for its own")
+        return guarded, rendered
+
+    def _encode_guarded(self, chat: _Chat, text: str, facts: TemplateFacts, suspect: str):
+        try:
+            return facts.control.encode(text, chat.stand_ins, add_special_tokens=self.style.special_tokens)
+        except ValueError as error:
+            raise self._not_text(chat, suspect, f"with {error} it cannot be told apart") from error
+
+    @staticmethod
+    def _not_text(chat: _Chat, suspect: str, why: str) -> RowError:
+        return RowError(
+            chat.origin, "messages", f"{suspect!r} cannot be written as ordinary text here: {why}", "Change the words"
+        )
+
+    def _spans(self, chat: _Chat, text: str, facts: TemplateFacts) -> list[tuple[Span, float]]:
+        learnt = [i for i, m in enumerate(chat.messages) if m.role == "assistant"]
+        if chat.generation_prompt or not learnt:
+            return []
+        for index in learnt:
+            if any(block["type"] != "text" for block in split_media(chat.messages[index].content)):
+                raise RowError(
+                    chat.origin,
+                    "messages",
+                    "media in an assistant turn, which cannot be learnt",
+                    "Write assistant turns without media tags",
+                )
+        spans = answer_spans.by_opening(text, facts, len(learnt)) or self._marked_spans(chat, text, facts, learnt)
+        if not any(span.closed for span in spans):
+            raise RowError(
+                chat.origin,
+                "messages",
+                "the chat template writes no special token after an answer, so no end would be learnt",
+                "Let the template write the end-of-turn token after each assistant turn",
+            )
+        return [(span, chat.messages[i].loss_weight) for span, i in zip(spans, learnt, strict=True)]
+
+    def _marked_spans(self, chat: _Chat, text: str, facts: TemplateFacts, learnt: list[int]) -> list[Span]:
+        try:
+            _, free = facts.control.stand_ins(text, 2 * len(learnt))
+        except ValueError as error:
+            raise self._not_text(chat, "the row", f"it holds {error}") from error
+        marks = list(zip(free[::2], free[1::2], strict=True))
+        marked, tight = (self._marked(chat, learnt, marks, tight) for tight in (False, True))
+        rendered, places = answer_spans.read_marks(self._render(marked), marks)
+        # white space in front of an answer's words is its own where it goes with the answer's
+        bare, bare_places = rendered, places
+        if tight != marked:
+            bare, bare_places = answer_spans.read_marks(self._render(tight), marks)
+        spans = []
+        for index, place, bare_place in zip(learnt, places, bare_places, strict=True):
+            if rendered != text or place is None or bare_place is None or _calls(chat.messages[index]):
+                spans.append(self._prefix_span(chat, text, facts, index))
+            else:
+                own = answer_spans.space_before(text, place[0]) - answer_spans.space_before(bare, bare_place[0])
+                spans.append(answer_spans.from_marks(text, *place, max(own, 0), facts))
+        return spans
+
+    @staticmethod
+    def _marked(chat: _Chat, learnt: list[int], marks: list[tuple[str, str]], tight: bool) -> _Chat:
+        for index, (begin, end) in zip(learnt, marks, strict=True):
+            content = answer_spans.mark(chat.messages[index].content, begin, end, tight=tight)
+            chat = chat.with_content(index, content)
+        return chat
+
+    def _prefix_span(self, chat: _Chat, text: str, facts: TemplateFacts, index: int) -> Span:
+        try:
+            before, after = (
+                self._render(dataclasses.replace(chat, messages=chat.messages[:end])) if end else ""
+                for end in (index, index + 1)
+            )
+            span = answer_spans.by_prefix(text, before, after, facts)
+        except RowError:
+            span = None
+        if span is None:
+            raise RowError(
+                chat.origin,
                 "messages",
                 "the chat template changes the words of an assistant turn, so what to learn cannot be told apart",
-                "Write the turn as the template renders it: trimmed, and without media tags",
+                "Write the turn as the template renders it",
             )
-        return text, spans
+        return span
 
-    def _apply(self, blocks: list[dict], generation_prompt: bool) -> str:
-        text = self.tokenizer.apply_chat_template(blocks, tokenize=False, add_generation_prompt=generation_prompt)
+    def _render(self, chat: _Chat) -> str:
+        messages = [{"role": m.role, "content": self._content(m.content), **dict(m.fields)} for m in chat.messages]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tools=list(chat.tools) or None,
+                tokenize=False,
+                add_generation_prompt=chat.generation_prompt,
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program, which fails in as many ways
+            kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
+            raise RowError(
+                chat.origin,
+                "messages",
+                f"the chat template cannot take the conversation: {kind}{error}",
+                "Change it to what the model's template takes, or give the model another template",
+            ) from error
         if self.style.space_after_image:
-            text = re.sub(rf"{re.escape(self.style.image)}(?=[^\s<])", f"{self.style.image} ", text)
+            bracket = "<" + chat.stand_ins.get("<", "")
+            text = re.sub(rf"{re.escape(self.style.image)}(?=[^\s{bracket}])", f"{self.style.image} ", text)
         return text
 
     def _content(self, content: str) -> str | list[dict[str, str]]:
@@ -170,3 +326,67 @@ class ChatTemplate:
         if self.style.always_blocks:
             return blocks or [{"type": "text", "text": ""}]
         return blocks if any(b["type"] != "text" for b in blocks) else content
+
+    def _facts_of(self, tools: tuple[Any, ...]) -> TemplateFacts:
+        """What is known about the template that a row with such tools is given."""
+        try:
+            source = self.tokenizer.get_chat_template(tools=list(tools) or None)
+        except ValueError as error:
+            raise UserError(f"the tokenizer's chat templates cannot be used: {error}") from error
+        if source not in self._known:
+            self._known[source] = self._examine()
+        return self._known[source]
+
+    def _examine(self) -> TemplateFacts:
+        """Render a plain conversation and see what the template writes around its words."""
+        # digits have no case, which templates may change
+        asked, answered = ("80671", "80672"), ("80673", "80674")
+        turns = tuple(
+            Message(role, words, 0.0)
+            for pair in zip(asked, answered, strict=True)
+            for role, words in zip(("user", "assistant"), pair, strict=True)
+        )
+        prompt, bare, whole = (
+            self._probe(_Chat(messages, generation_prompt))
+            for messages, generation_prompt in ((turns[:1], True), (turns[:1], False), (turns, False))
+        )
+        whole = whole or self._probe(_Chat(turns[:2]))
+        added = self.tokenizer.added_tokens_decoder.values()
+        names = {t.content for t in added}
+        special = {t.content for t in added if t.special} | (names & set(self.tokenizer.all_special_tokens))
+        written = {name for name in names if name in f"{prompt} {whole}" and not is_paired(name, names)}
+        odd = {t.content for t in added if t.single_word or not t.content.strip()}
+        control = ControlTokens(
+            self.tokenizer, {name for name in (special | written) - odd if name not in self._language}
+        )
+        opening = prompt[len(bare) :] if prompt.startswith(bare) else ""
+        ends = {name for name in (self.tokenizer.eos_token, *self.style.stops) if name in control.names}
+        headers = set(control.pattern.findall(opening))
+        last = next((words for words in reversed(answered) if words in whole), None)
+        if last is not None:
+            tail = whole.rpartition(last)[2]
+            closing = control.pattern.search(tail)
+            if closing is None or (tail[: closing.start()].strip() and not headers):
+                raise UserError(
+                    f"the chat template writes {tail!r} after an answer, no special token of the tokenizer: a model "
+                    f"trained with it would never learn to stop. Let it write the end-of-turn token there, for "
+                    f"example {self.tokenizer.eos_token or self.style.stops!r}"
+                )
+            ends.add(closing[0])
+            headers |= set(control.pattern.findall(whole.partition(answered[0])[2].partition(asked[-1])[0]))
+        return TemplateFacts(control, opening, frozenset(ends), frozenset(headers - ends))
+
+    def _probe(self, chat: _Chat) -> str:
+        """The rendering of a plain conversation; empty if the template refuses that one, as it may."""
+        try:
+            return self._render(chat)
+        except RowError as error:
+            if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
+                cause = error.__cause__
+                raise UserError(f"the chat template is not valid: line {cause.lineno}: {cause}") from error
+            return ""
+
+
+def _calls(message: Message) -> bool:
+    """Whether a turn calls tools."""
+    return any(name == "tool_calls" for name, _ in message.fields)

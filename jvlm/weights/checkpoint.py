@@ -15,8 +15,8 @@ from flax import nnx
 from jvlm import config as config_tree
 from jvlm import json_files
 from jvlm.data import vocabulary
+from jvlm.data.chat_formats import style_of
 from jvlm.data.processor import SETTINGS, Processor, ProcessorConfig, read_settings
-from jvlm.data.template import style_of
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.layers import Numerics

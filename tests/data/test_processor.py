@@ -155,11 +155,19 @@ def test_the_loss_follows_the_end_token_of_any_template(tiny):
     assert learnt == "a cat<|endoftext|>no<|endoftext|>"
 
 
-def test_a_template_that_changes_the_words_is_refused_not_guessed(tiny):
-    processor = with_template(tiny, OTHER.replace("{{ m['content'] }}", "{{ m['content'] | trim }}"))
-    processor.encode({"messages": [user("hi"), assistant("a cat")]})
+def test_the_words_are_learnt_as_the_template_renders_them(tiny):
+    processor = with_template(tiny, OTHER.replace("{{ m['content'] }}", "{{ m['content'] | trim | upper }}"))
+    example = processor.encode({"messages": [user(" hi "), assistant("a cat "), user("so"), assistant("\nno")]})
+    learnt = processor.tokenizer.decode(example.tokens[example.loss_weights > 0])
+    assert learnt == "A CAT<|endoftext|>NO<|endoftext|>"
+
+
+def test_a_template_under_which_the_words_are_not_found_is_refused_not_guessed(tiny):
+    hidden = "{% if m['content'] == 'a cat' %}{{ messages | length }}{% else %}{{ m['content'] }}{% endif %}"
+    processor = with_template(tiny, OTHER.replace("{{ m['content'] }}", hidden))
+    processor.encode({"messages": [user("hi"), assistant("a dog")]})
     with pytest.raises(RowError, match="the chat template changes the words of an assistant turn"):
-        processor.encode({"messages": [user("hi"), assistant("a cat ")]})
+        processor.encode({"messages": [user("hi"), assistant("a cat"), user("so"), assistant("no")]})
 
 
 def test_a_missing_template_is_chatml_as_qwen_writes_it(tiny):

@@ -19,7 +19,7 @@ from flax import nnx
 
 from jvlm import json_files
 from jvlm.data import vocabulary as ids
-from jvlm.data.template import COMPOSED, style_of
+from jvlm.data.chat_formats import COMPOSED, style_of
 from jvlm.models import registry, vlm
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.vit import ViTConfig
