@@ -152,6 +152,13 @@ class ChatTemplate:
                 f"{error.object[begin : error.start + 20]!r}",
                 "Write the whole character, or U+FFFD in its place",
             ) from error
+        if any(map(self._media.search, texts)):
+            self._check_media(chat)
+
+    def _check_media(self, chat: _Chat) -> None:
+        """Raise RowError for media tokens in text, but for a prompt's earlier answers: a model's words stop nothing."""
+        others = tuple(m for m in chat.messages if not (chat.generation_prompt and m.role == "assistant"))
+        texts = dataclasses.replace(chat, messages=others).texts()
         literal = sum(len(self._media.findall(text)) for text in texts)
         if literal:
             tags = sum(block["type"] != "text" for m in chat.messages for block in split_media(m.content))

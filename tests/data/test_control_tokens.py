@@ -172,6 +172,15 @@ def test_a_media_token_in_text_is_refused_with_the_tag_to_write(tiny, where):
         tiny.processor.encode({"messages": messages, "tools": tools})
 
 
+def test_a_media_token_that_the_model_itself_has_answered_is_text_in_the_next_prompt(tiny):
+    row = {"messages": chat("what is in it?", "an <|image_pad|>", "<image>and here?"), "images": [picture(56, 84)]}
+    example = tiny.processor.encode(row, generation_prompt=True)
+    assert (example.vision_index >= 0).sum() == (example.tokens == tiny.config["image_token_id"]).sum() == 6
+    assert "an <|image_pad|><|im_end|>" in tiny.processor.tokenizer.decode(example.tokens)
+    with pytest.raises(RowError, match="2 media tokens in the text for 1 media"):
+        tiny.processor.encode({**row, "messages": [*row["messages"], *chat("", "a dog")[1:]]})
+
+
 def test_a_spelling_made_by_the_normalizer_is_text():
     tokenizer = make("byte level", FORMATS["chatml"])
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
