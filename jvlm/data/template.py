@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from jvlm.data import answer_spans
+from jvlm.data import answer_spans, vocabulary
 from jvlm.data.answer_spans import Span, TemplateFacts
 from jvlm.data.chat_formats import ChatStyle
 from jvlm.data.control_tokens import ControlTokens, any_of, change_strings, is_paired
@@ -250,7 +250,8 @@ class ChatTemplate:
                 chat.origin,
                 "messages",
                 "the chat template writes no special token after an answer, so no end would be learnt",
-                "Let the template write the end-of-turn token after each assistant turn",
+                "Let the template write the end-of-turn token after each assistant turn; if the tokenizer lacks it: "
+                f"{vocabulary.GROW}",
             )
         return [(span, chat.messages[i].loss_weight) for span, i in zip(spans, learnt, strict=True)]
 
@@ -373,13 +374,15 @@ class ChatTemplate:
         if last is not None:
             tail = whole.rpartition(last)[2]
             closing = control.pattern.search(tail)
-            if closing is None or (tail[: closing.start()].strip() and not headers):
+            # a base model's tokenizer may lack the family's token: it answers, and rows to learn are refused
+            lacking = any(stop in tail for stop in self.style.stops)
+            if (closing is None or (tail[: closing.start()].strip() and not headers)) and not lacking:
                 raise UserError(
                     f"the chat template writes {tail!r} after an answer, no special token of the tokenizer: a model "
                     f"trained with it would never learn to stop. Let it write the end-of-turn token there, for "
                     f"example {self.tokenizer.eos_token or self.style.stops!r}"
                 )
-            ends.add(closing[0])
+            ends |= {closing[0]} if closing else set()
             headers |= set(control.pattern.findall(whole.partition(answered[0])[2].partition(asked[-1])[0]))
         return TemplateFacts(control, opening, frozenset(ends), frozenset(headers - ends))
 

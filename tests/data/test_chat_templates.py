@@ -11,8 +11,8 @@ from jvlm.data.rows import parse_row
 from jvlm.data.template import ChatTemplate
 from jvlm.errors import UserError
 from tests.chat_templates import FORMATS, KINDS, make
-from tests.idefics2 import write_tokenizer
-from tests.support import picture
+from tests.idefics2 import END, SPECIAL, write_tokenizer
+from tests.support import make_tokenizer, picture
 
 TEXT = style_of("composed")
 ORIGIN = Origin("rows.jsonl", 3)
@@ -129,6 +129,21 @@ def test_weights_of_turns_follow_their_words(tokenizers):
         assert "three" in learnt(tokenizer, ids, weights == 1)
         assert [w for i, w in zip(ids, weights, strict=True) if i == tokenizer.eos_token_id][-3:] != [0, 0, 0]
         assert "two" in learnt(tokenizer, ids, weights == 0)
+
+
+def test_a_base_model_without_the_end_token_answers_but_learns_nothing(tmp_path):
+    kept = [token for token in SPECIAL if token != END]
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "bos_token": "<s>",
+        "unk_token": "<unk>",
+    }
+    folder = make_tokenizer(tmp_path, kept, begin="<s>", chat_template=None, **settings)
+    tokenizer, style = AutoTokenizer.from_pretrained(str(folder)), style_of("idefics2")
+    tokenize(tokenizer, turns("hi"), generation_prompt=True, style=style)
+    with pytest.raises(RowError, match=r"no end would be learnt.*grow_embedding"):
+        tokenize(tokenizer, turns("hi", "red"), style=style)
 
 
 LOOP = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
