@@ -215,7 +215,9 @@ def main() -> None:
         for call, kernel, function, operands in calls(compiler, arguments.ours, arguments.implementation):
             if function is None or not re.search(arguments.calls, call):
                 continue
-            with compiling_for(compiler.platform):
+            # JAX 0.11 asks the default device for its generation when it lowers Triton kernels
+            device = jax.default_device(compiler.device if compiler.platform == "cuda" else None)
+            with device, compiling_for(compiler.platform):
                 found = compiled(function, operands, compiler)
             kind = compiler.device.device_kind
             if arguments.json:

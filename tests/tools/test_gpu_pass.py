@@ -15,7 +15,7 @@ SLEEP = ("timeit", "-n", "1", "-r", "1", "import time; print('began', flush=True
 def test_each_part_leaves_its_output_and_how_it_ended(tmp_path, monkeypatch, capsys):
     parts = [
         gpu_pass.Part("good", ("platform",), 60),
-        gpu_pass.Part("bad", ("platform", "--no-such-option"), 60),
+        gpu_pass.Part("bad", ("timeit", "--no-such-option"), 60),
         gpu_pass.Part("slow", SLEEP, 5),
     ]
     monkeypatch.setattr(gpu_pass, "parts_of", lambda output, small: parts)

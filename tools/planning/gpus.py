@@ -6,10 +6,12 @@ that kind would get, but for what it chooses by timing on the device (autotuning
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import jax
 from jax.experimental import topologies
+from jvlm_kernels.platforms import compiling_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,17 @@ def devices(name: str, hosts: int = 1, each: int = 1) -> list[jax.Device]:
             "after `make test`"
         ) from error
     return list(found.devices)
+
+
+@contextlib.contextmanager
+def compiling(device: jax.Device):
+    """Lower programs as they would be on such a GPU: with the kernels that it gets by itself.
+
+    JAX 0.11 asks the default device for its generation when it lowers Triton kernels, and a CPU has none.
+    """
+    gpu = next(gpu for gpu in GPUS.values() if gpu.label == device.device_kind)
+    with jax.default_device(device), compiling_for("cuda", ".".join(map(str, gpu.capability))):
+        yield
 
 
 def _description(gpu: Gpu) -> str:

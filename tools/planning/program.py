@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -169,7 +170,10 @@ def measure(
     sizes = {n: cores * (sizes.get(n, 0.0) + made.get(n, 0.0)) for n in (*sizes, *(set(made) - set(sizes)))}
     if sum(sizes.values()) > cores * limit:  # the compiler would find out too, minutes later
         return Compiled(shape, Memory(**sizes), False, cores * limit, 0.0, 0.0, (), time.perf_counter() - began)
-    lowered = lower()
+    # on TPUs the compiler's topology says all that is asked
+    context = gpus.compiling(mesh.devices.flat[0]) if topology.switched else contextlib.nullcontext()
+    with context:
+        lowered = lower()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
