@@ -125,7 +125,7 @@ def _train_one(experiment: Experiment, job: Experiment | None, later: Sequence[E
     model, processor = start_model(experiment, layout.parameter)
     parts = layout.mesh.shape["context"]
     if job is not None:
-        hosts.together(lambda: _look_ahead(job, later, processor, parts) if hosts.is_first() else None)
+        hosts.together(lambda: _look_ahead(job, later, processor, parts))
     home = Home(experiment.output_root, experiment.name)
     folder = home.folder
     home.pull()
@@ -268,9 +268,7 @@ def resolve(
     """
     experiment = dataclasses.replace(experiment, model=model.config, processor=processor.config)
 
-    def look() -> dict[str, Any] | None:
-        if not hosts.is_first():
-            return None
+    def look() -> dict[str, Any]:
         begun = folder is not None and run_folder.is_run(folder)
         known = resume.derived(experiment, folder) if begun else experiment
         found = _look(known, processor, parts)
@@ -279,6 +277,7 @@ def resolve(
         names = ("row_tokens", "row_patches", "max_frame_patches")
         return {"data": {name: getattr(data, name) for name in names}, "steps": steps}
 
+    # all processes look, so that none waits for another; what the first one found holds for all
     chosen = hosts.agree(hosts.together(look))
     data = dataclasses.replace(experiment.data, **chosen["data"])
     return dataclasses.replace(experiment, data=data, steps=chosen["steps"])
@@ -310,7 +309,7 @@ def _look(experiment: Experiment, processor: Processor, parts: int) -> survey.Su
     derives = experiment.steps is None or "auto" in (data.row_tokens, data.row_patches)
     limit = {"count": _SAMPLE if derives else _SAMPLE // 2, "seconds": None if derives else _SECONDS}
     found = survey.take(processor, data, seed=experiment.seed, parts=parts, **limit)
-    print(found.text(), flush=True)
+    hosts.say(found.text())
     found.check()
     return found
 

@@ -65,11 +65,9 @@ def prepare_folder(folder: Path, experiment: Experiment, processor: Processor) -
     """
     resolved = config_tree.to_dict(experiment)
 
-    def compare() -> tuple[dict[str, Any], list[str]] | None:
-        if not hosts.is_first():
-            return None
-        present = inputs(experiment)
-        return present, _changes(folder, experiment, resolved, present)
+    def compare() -> tuple[dict[str, Any], list[str]]:
+        present = inputs(experiment)  # on all: none waits for another that reads
+        return present, _changes(folder, experiment, resolved, present) if hosts.is_first() else []
 
     present, changed = hosts.agree(hosts.together(compare))
     if hosts.is_first():
