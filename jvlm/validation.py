@@ -20,7 +20,7 @@ def check_fields(config: Any, prefix: str, bounds: Mapping[str, str]) -> None:
 
     Args:
       prefix: of the fields in messages, "optimizer." for ``optimizer.clip``.
-      bounds: interval of each number as it is written, "[1, inf)" or "[0, 1)"; every number needs one.
+      bounds: interval of each number as it is written, "[1, inf)" or "[0, 1)"; any finite number without one.
 
     Raises:
       UserError: naming the field, its value and what is allowed.
@@ -34,7 +34,7 @@ def check_fields(config: Any, prefix: str, bounds: Mapping[str, str]) -> None:
         if choices and not kinds:
             raise UserError(f"{prefix}{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
         if kinds & {int, float}:
-            _check_number(f"{prefix}{name}", value, kinds, choices, bounds[name])
+            _check_number(f"{prefix}{name}", value, kinds, choices, bounds.get(name, "(-inf, inf)"))
         elif tuple in kinds and isinstance(value, str):
             raise UserError(f"{prefix}{name} is a list, got the text {value!r}; write ({value!r},)")
 

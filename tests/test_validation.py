@@ -9,6 +9,9 @@ import typing
 import pytest
 
 from jvlm.data.pipeline import DataConfig
+from jvlm.data.vision import PixelLimits
+from jvlm.data.vision.edges import EdgeLimits
+from jvlm.data.vision.tiled import TiledMedia
 from jvlm.errors import UserError
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import (
@@ -32,6 +35,9 @@ CONFIGS = {
     ParallelConfig: ({}, "parallel."),
     Stage: ({"name": "first", "data": DataConfig()}, "stage first: "),
     Experiment: ({"name": "run", "init_from": "folder"}, ""),
+    PixelLimits: ({}, "processor.media."),
+    EdgeLimits: ({}, "processor.media."),
+    TiledMedia: ({}, "processor.media."),
 }
 
 
@@ -87,6 +93,12 @@ def test_no_number_of_any_configuration_takes_what_is_no_number(kind, name, valu
         (EvaluationConfig, "ask", "together"),
         (Stage, "steps", 0),
         (AdaptConfig, "grid", 0),
+        (PixelLimits, "max_pixels", 0),
+        (PixelLimits, "fps", 0.0),
+        (EdgeLimits, "shortest_edge", 0),
+        (TiledMedia, "num_frames", 0),
+        (TiledMedia, "static_grid", (0, 2)),
+        (TiledMedia, "max_upscale", 0.0),
         (ParallelConfig, "tensor", 0),
         (ParallelConfig, "data_slices", 0),
     ],

@@ -16,6 +16,7 @@ from PIL import Image
 
 from jvlm.errors import UserError
 from jvlm.models.vlm import VLMConfig
+from jvlm.validation import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,12 @@ class PixelLimits(MediaConfig):
     video_min_pixels: int = 128 * 784
     video_max_pixels: int = 768 * 784
     fps: float = 2.0
+
+    def __post_init__(self):
+        pixels = ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels")
+        check_fields(
+            self, "processor.media.", {**dict.fromkeys(pixels, "[1, inf)"), "fps": "(0, inf)", "resample": "[0, 5]"}
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from jvlm.data.vision import MediaConfig, MediaPatches, register
 from jvlm.models.vlm import VLMConfig
+from jvlm.validation import check_fields
 
 # Steps k of nb patches that float32 puts one place lower than the exact floor(70 k / nb), as transformers 4.40 to 4.54
 # computed them, which is the code that the released weights were trained with.
@@ -46,6 +47,8 @@ class EdgeLimits(MediaConfig):
     mark: str = "<fake_token_around_image>"
 
     def __post_init__(self):
+        edges = dict.fromkeys(("longest_edge", "shortest_edge"), "[1, inf)")
+        check_fields(self, "processor.media.", {**edges, "resample": "[0, 5]"})
         if not 0 < self.shortest_edge <= self.longest_edge:
             raise ValueError(
                 f"shortest_edge {self.shortest_edge} must be between 1 and longest_edge {self.longest_edge}"

@@ -14,8 +14,10 @@ from PIL import Image
 
 from jvlm.data import tiles
 from jvlm.data.vision import MediaConfig, MediaPatches, register
+from jvlm.errors import UserError
 from jvlm.models.encoders.vit import CLASS_PLACE
 from jvlm.models.vlm import VLMConfig
+from jvlm.validation import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +54,11 @@ class TiledMedia(MediaConfig):
     num_frames: int = 24
 
     def __post_init__(self):
+        counts = dict.fromkeys(("min_tiles", "max_tiles", "split_below", "num_frames"), "[1, inf)")
+        check_fields(self, "processor.media.", {**counts, "split_below": "[0, inf)", "max_upscale": "(0, inf)"})
+        if not all(isinstance(count, int) and count > 0 for count in self.static_grid):
+            raise UserError(f"processor.media.static_grid must be rows and columns, got {self.static_grid}")
         tiles.candidate_grids(self.min_tiles, self.max_tiles)  # refuses limits that contradict each other
-        if self.num_frames < 1:
-            raise ValueError(f"num_frames must be at least 1, got {self.num_frames}")
 
     def grid_of(self, size: tuple[int, int], side: int, count: int) -> tiles.Grid:
         """(rows, columns) of one of ``count`` pictures, of (height, width) pixels, in tiles of ``side`` pixels."""
