@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
+from jvlm import config as config_tree
 from jvlm.data.errors import Rejected
 from jvlm.data.packing import PackedRows
 from jvlm.errors import UserError
@@ -180,6 +181,23 @@ def test_large_files_are_fingerprinted_by_their_size_and_by_pieces(tmp_path, mon
         assert resume._fingerprint([path], budget) != first
     path.write_bytes(values.tobytes() + b"x")
     assert resume._fingerprint([path], budget)["bytes"] == 10_001
+
+
+def test_a_restart_keeps_the_row_sizes_and_the_steps_that_were_chosen_from_the_data(tmp_path):
+    rows = support.write_rows(tmp_path / "data", 12)
+    experiment = support.experiment(tmp_path, rows, "--data.row_tokens", "auto", "--data.row_patches", "auto")
+    experiment = dataclasses.replace(experiment, steps=None, epochs=2.0)
+    model, processor = loop.start_model(experiment)
+    first = loop.resolve(experiment, model, processor)
+    assert isinstance(first.data.row_tokens, int)
+    assert isinstance(first.data.row_patches, int)
+    assert loop.resolve(experiment, model, processor) == first
+    write_json(tmp_path / "run" / "experiment.json", config_tree.to_dict(first))
+    words = [{"role": "user", "content": "is there a red shape? " * 20}, {"role": "assistant", "content": "no"}]
+    with open(rows, "a") as file:
+        file.write(f"{json.dumps({'messages': words})}\n" * 5)
+    assert loop.resolve(experiment, model, processor) != first
+    assert loop.resolve(experiment, model, processor, tmp_path / "run") == first
 
 
 def test_a_folder_of_a_saved_model_is_no_run_to_go_on_with(tmp_path):
