@@ -55,12 +55,12 @@ def from_dict(kind: type[T], values: Any, path: str = "") -> T:
         return tuple(from_dict(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, values, strict=True)))
     if origin is typing.Literal:
         if values not in arguments:
-            raise ValueError(f"{path}: {values!r} is not one of {arguments}")
+            raise ValueError(f"{path.rstrip('.')}: {values!r} is not one of {arguments}")
         return values
     if kind is float and isinstance(values, int) and not isinstance(values, bool):
         return float(values)
     if not isinstance(values, kind):
-        raise ValueError(f"{path}: {values!r} is not of type {kind}")
+        raise ValueError(f"{path.rstrip('.')}: {values!r} is not of type {kind}")
     return values
 
 

@@ -230,7 +230,8 @@ def export(experiment: Experiment, result: Result) -> str:
     saved = None
     if jax.process_count() > 1:
         shapes = {path: v.get_value().shape for path, v in vlm.parameters(result.model).items()}
-        saved = run_folder.Arrays(run_folder.params_folder(result.folder, result.last), shapes).read
+        params = run_folder.params_folder(result.folder, result.last)
+        saved = run_folder.Arrays(params, shapes, run_folder.saved_fingerprints(params.parent)).read
     checkpoint.save(result.model, result.processor, folder, dtype=experiment.export.dtype, read=saved)
     return f"{folder}"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from jvlm import config as config_tree
+from jvlm import json_files
 from jvlm.data import box_formats, mrope, packing, vocabulary
 from jvlm.data.boxes import Place, Sizes, Space
 from jvlm.data.chat_formats import style_of
@@ -359,4 +359,8 @@ def read_settings(folder: Path) -> ProcessorConfig | None:
     path = folder / SETTINGS
     if not path.is_file():
         return None
-    return config_tree.from_dict(ProcessorConfig, json.loads(path.read_text()), "processor.")
+    values = json_files.read_object(path)
+    try:
+        return config_tree.from_dict(ProcessorConfig, values, "processor.")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}; copy the folder again, or correct the value") from error

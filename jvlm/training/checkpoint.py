@@ -16,21 +16,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from jax import lax
 
 from jvlm.data import stores
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
 from jvlm.training.config import CheckpointConfig
 from jvlm.training.step import Params, TrainState
-from jvlm.weights.run_folder import CHECKPOINTS, by_itself
+from jvlm.weights.fingerprints import fingerprints
+from jvlm.weights.run_folder import CHECKPOINTS, by_itself, cause, lies_elsewhere
 
 DAMAGED = "damaged"
-# Reading fails with these for reasons that lie not in the files: trying an older step would only hide them.
-_ELSEWHERE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 GIB = 2**30
 T = TypeVar("T")
 
@@ -186,9 +183,9 @@ class Checkpoints:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=by_itself()) as reader:
                 found = reader.restore(self._path / str(step), args=wanted)
         except Exception as error:  # Orbax raises no less for a file that is cut short
-            unreadable = f"it cannot be read ({_cause(error)[:300]})"
-            if any(word in f"{error} {unreadable}" for word in _ELSEWHERE):
+            if lies_elsewhere(error):
                 raise
+            unreadable = f"it cannot be read ({cause(error)})"
         if unreadable:  # said here, because the error holds Orbax's other reads, which it has left unfinished
             raise Damaged(unreadable)
         data = found.data
@@ -229,52 +226,10 @@ def _agreed(work: Callable[[], T]) -> T:
     return result
 
 
-def _cause(error: BaseException) -> str:
-    """Orbax says where it happened, tensorstore beneath it what."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"
-
-
 def _compare(saved: dict[str, int], now: dict[str, int]) -> None:
     changed = sorted(k for k, v in saved.items() if now.get(k) != v)
     if changed:
         raise Damaged(f"{len(changed)} of {len(now)} arrays are not what was saved: {', '.join(changed[:5])}")
-
-
-def fingerprints(tree: Any) -> dict[str, int]:
-    """A number for each array of a tree, by its path: the same on every mesh, another if any bit changes.
-
-    Raises:
-      TypeError: complex arrays, which no device turns into bits.
-    """
-    leaves = [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]]
-    for path, x in leaves:
-        if jnp.iscomplexobj(x):
-            raise TypeError(f"{path} is {x.dtype}: complex arrays have no fingerprint; keep their two parts instead")
-    return {path: int(n) for (path, _), n in zip(leaves, _sums(tree), strict=True)}
-
-
-@jax.jit
-def _sums(tree: Any) -> list[jax.Array]:
-    return [_fingerprint(x) for x in jax.tree.leaves(tree)]
-
-
-def _fingerprint(x: jax.Array) -> jax.Array:
-    """Sum of the elements' bits, each times an odd number of its own, modulo 2 ** 32: no single change leaves it."""
-    bits = _bits(x)
-    place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
-    for axis in reversed(range(bits.ndim)):
-        place += lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= bits.shape[axis]
-    return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
-
-
-def _bits(x: jax.Array) -> jax.Array:
-    """Unsigned numbers of at most 32 bits; elements of 8 bytes become two, on a last axis."""
-    if x.dtype == bool or (jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8):
-        return x.astype(jnp.uint8)
-    return lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32))
 
 
 def _checksum(data: Any) -> int:

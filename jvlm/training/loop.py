@@ -20,6 +20,7 @@ from jvlm.data.packing import PackedRows
 from jvlm.data.position import Share
 from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.data.shards import matching
+from jvlm.data.tokenizers import load_tokenizer
 from jvlm.evaluation import usable
 from jvlm.models import vlm
 from jvlm.models.vlm import TOWERS, VLM, VLMConfig
@@ -229,9 +230,7 @@ def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None =
             settings = experiment.processor or processor.config
             processor = Processor(processor.tokenizer, model.config, settings, generation=processor.generation)
     else:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(str(run_folder.local(experiment.tokenizer)), local_files_only=True)
+        tokenizer = load_tokenizer(run_folder.local(experiment.tokenizer))
         config = experiment.model
         backbones.add_placeholder(tokenizer, config)
         model = random_model(config, experiment.seed, sharding)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from jvlm import json_files
 from jvlm.data.errors import Origin
 from jvlm.data.packing import PackedRows
+from jvlm.errors import UserError
 from jvlm.models.batch import PackedBatch
 from jvlm.training.step import Params
 
@@ -126,21 +130,33 @@ class Dumped:
     origins: tuple[tuple[Origin, ...], ...]
 
 
+def _dumped(step: int, path: Path, said: dict[str, Any]) -> list[Dumped]:
+    found = []
+    with np.load(path) as file:
+        for number, origins in enumerate(said["origins"]):
+            fields = {n.partition(".")[2]: file[n] for n in file.files if n.startswith(f"{number}.")}
+            rows = tuple(tuple(Origin(*o) for o in row) for row in origins)
+            found.append(Dumped(step, number, PackedBatch(**fields, **said["static"]), rows))
+    return found
+
+
 def read(folder: Path) -> list[Dumped]:
     """The batches of a dump, of every process that wrote one.
 
     Raises:
-      FileNotFoundError: there are none.
+      FileNotFoundError: there are none. UserError: a damaged one, naming it.
     """
     found = []
     for report in sorted(folder.glob(f"*.{REPORT}")):
         process = report.name.partition(".")[0]
-        for step, said in json.loads(report.read_text()).items():
-            with np.load(folder / f"{step}.{process}.npz") as file:
-                for number, origins in enumerate(said["origins"]):
-                    fields = {n.partition(".")[2]: file[n] for n in file.files if n.startswith(f"{number}.")}
-                    rows = tuple(tuple(Origin(*o) for o in row) for row in origins)
-                    found.append(Dumped(int(step), number, PackedBatch(**fields, **said["static"]), rows))
+        for step, said in json_files.read_object(report).items():
+            path = folder / f"{step}.{process}.npz"
+            try:
+                found += _dumped(int(step), path, said)
+            except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+                raise UserError(
+                    f"{path} or {report.name} is damaged ({type(error).__name__}: {error}); let the run stop again"
+                ) from error
     if not found:
         raise FileNotFoundError(f"{folder} holds no batches; a run that stops names the folder it writes them to")
     return sorted(found, key=lambda d: (d.step, d.number))

@@ -33,7 +33,7 @@ def replay(folder: Path) -> Iterator[str]:
     template = vlm.abstract(run_folder.model_config(run))
     # beside the checkpoints: of a run in an object store, there
     store = run_folder.checkpoints(run).parent
-    params = run_folder.read_params(store / nonfinite.NONFINITE / folder.name / nonfinite.PARAMS, template)
+    params = run_folder.read_params(store / nonfinite.NONFINITE / folder.name / nonfinite.PARAMS, template, check=False)
     yield _line("parameters", ((tower_of(p), p, v) for p, v in params.items()))
     look = _Look(template)
     for dumped in batches:

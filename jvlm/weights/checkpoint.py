@@ -17,6 +17,7 @@ from jvlm import json_files
 from jvlm.data import vocabulary
 from jvlm.data.chat_formats import style_of
 from jvlm.data.processor import SETTINGS, Processor, ProcessorConfig, read_settings
+from jvlm.data.tokenizers import load_tokenizer
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.layers import Numerics
@@ -160,9 +161,7 @@ def load_processor(folder: Path, config: VLMConfig, *, grow_embedding: bool = Fa
       grow_embedding: the processor's model has a larger embedding table where the tokenizer needs one; the tokens that
         end a turn in this family's template are added to a tokenizer that lacks them.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     template = _read_json(folder / "chat_template.json").get("chat_template")
     if template and not tokenizer.chat_template:
         tokenizer.chat_template = template

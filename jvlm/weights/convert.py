@@ -203,7 +203,8 @@ class _Run:
         )
         self.config = self.processor.model
         self.entries, _ = _entries_of(self.config)
-        self.arrays = run_folder.Arrays(run_folder.params_folder(folder, step), shapes)
+        params = run_folder.params_folder(folder, step)
+        self.arrays = run_folder.Arrays(params, shapes, run_folder.saved_fingerprints(params.parent))
 
     def dtype(self, entry: Entry) -> np.dtype:
         return self.arrays.dtype(entry.path)

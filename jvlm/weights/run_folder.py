@@ -3,14 +3,17 @@
 experiment.json          the resolved experiment, model and processor included
 processor/               tokenizer and settings
 checkpoints/STEP/params  Orbax, dotted parameter path -> array
+                 data    the arrays' fingerprints among others, which are compared with what is read
 checkpoints.at           in the local copy of a run in an object store: where its checkpoints are
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,22 @@ from jvlm import config as config_tree
 from jvlm import json_files
 from jvlm.data import stores
 from jvlm.data.processor import Processor
+from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.layers import Numerics
 from jvlm.models.vlm import VLM, VLMConfig
+from jvlm.parallel import hosts
 from jvlm.weights import checkpoint, table, vocabulary
+from jvlm.weights.fingerprints import Running, fingerprints
 from jvlm.weights.table import WeightError
 
 EXPERIMENT, CHECKPOINTS, PROCESSOR, POINTER = "experiment.json", "checkpoints", "processor", "checkpoints.at"
+# in the folder of a step; Orbax's form of a JSON value, which training writes with more in it
+FINGERPRINTS = "data/metadata"
+# of a fingerprint's key: parameters are the first part of what training saves
+_PARAMETER = re.compile(r"\[0\]\['(.*)'\]")
+# Reading fails with these for reasons that lie not in the files.
+_ELSEWHERE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 
 
 def local(place: str | Path) -> Path:
@@ -88,8 +100,12 @@ def save(model: VLM, processor: Processor, folder: Path) -> None:
     (folder / PROCESSOR).mkdir(parents=True, exist_ok=True)
     checkpoint.write_processor(folder / PROCESSOR, model.config, processor)
     values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
+    step = folder.absolute() / CHECKPOINTS / "0"
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute() / CHECKPOINTS / "0" / "params", values)
+        checkpointer.save(step / "params", values)
+    path = step / FINGERPRINTS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"fingerprints": fingerprints((values,))}) + "\n")
     # last: a folder with this file is whole
     (folder / EXPERIMENT).write_text(json.dumps({"model": config_tree.to_dict(model.config)}, indent=2) + "\n")
 
@@ -105,6 +121,8 @@ def load(
     """The model of a run at a step (None: the latest), and its processor; see `jvlm.weights.loading.load`."""
     source = params_folder(folder, step)
     config = model_config(folder, numerics)
+    if not (folder / PROCESSOR).is_dir():
+        raise WeightError(f"{folder / PROCESSOR} is missing: it holds the run's tokenizer; copy the whole run again")
     processor = checkpoint.load_processor(folder / PROCESSOR, config, grow_embedding=grow_embedding)
     model = vlm.abstract(config)
     values = read_params(source, model, sharding)
@@ -112,27 +130,33 @@ def load(
 
 
 class Arrays:
-    """The parameters of a checkpoint in host memory, each when it is asked for.
+    """The parameters of a checkpoint in host memory, each when it is asked for, and checked once all of it was read.
 
     Args:
       params: where Orbax wrote them, on disk or in an object store.
       shapes: by dotted path.
+      fingerprints: by dotted path, as `saved_fingerprints` gives them; None checks nothing.
 
     Raises:
-      WeightError: missing, extra or wrongly shaped parameters, all of them listed.
+      WeightError: missing, extra or wrongly shaped parameters, all of them listed; or files that cannot be read.
     """
 
-    def __init__(self, params: epath.Path, shapes: Mapping[str, tuple[int, ...]]):
-        metadata = json.loads((params / "_METADATA").read_text())
+    def __init__(
+        self, params: epath.Path, shapes: Mapping[str, tuple[int, ...]], fingerprints: Mapping[str, int] | None = None
+    ):
+        self.params, self._fingerprints = params, fingerprints
+        metadata = json_files.read_object(params / "_METADATA")
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-        stored = {".".join(k["key"] for k in v["key_metadata"]) for v in metadata["tree_metadata"].values()}
+        stored = table.read_values(params / "_METADATA", _stored_paths, metadata)
         lines = [f"missing: {path} {shapes[path]}" for path in shapes if path not in stored]
         lines += [f"unexpected: {path}" for path in sorted(stored - set(shapes))]
         base = params.as_uri() if stores.is_remote(params) else params.absolute().as_uri()
         self._arrays: dict[str, Any] = {}
         for path in (path for path in shapes if path in stored):
             kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": path + "/"}
-            self._arrays[path] = ts.open({"driver": driver, "kvstore": kvstore}, open=True, read=True).result()
+            spec = {"driver": driver, "kvstore": kvstore}
+            with readable(params.parent, path):
+                self._arrays[path] = ts.open(spec, open=True, read=True).result()
             if self._arrays[path].shape != shapes[path]:
                 lines.append(f"wrong shape: {path} is {self._arrays[path].shape}, expected {shapes[path]}")
         if lines:
@@ -140,37 +164,182 @@ class Arrays:
                 f"{params} does not match its configuration ({len(lines)} problems):\n  " + "\n  ".join(lines)
             )
         self._path, self._rows, self._block = "", range(0), None
+        self._running: dict[str, tuple[int, Running]] = {}
 
     def dtype(self, path: str) -> np.dtype:
         """As it is stored."""
         return self._arrays[path].dtype.numpy_dtype
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
-        """A parameter, or one layer of a stacked one; layers asked for in order are read once."""
+        """A parameter, or one layer of a stacked one; layers asked for in order are read once.
+
+        Raises:
+          WeightError: files that cannot be read, or that are not what was saved.
+        """
         array = self._arrays[path]
         if layer is None:
-            return array.read().result()
+            return self._checked(path, slice(0, None), array.shape[0] if array.ndim else 1)
         if path != self._path or layer not in self._rows:
             # A chunk is decoded whole, so all its layers are read at once and kept until their turn.
             per_chunk = array.chunk_layout.read_chunk.shape[0]
             first = layer - layer % per_chunk
             self._path, self._rows = path, range(first, min(first + per_chunk, array.shape[0]))
             self._block = None
-            self._block = array[self._rows.start : self._rows.stop].read().result()
+            self._block = self._checked(path, slice(self._rows.start, self._rows.stop), array.shape[0])
         return self._block[layer - self._rows.start]
 
+    def read_slice(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a parameter, unchecked."""
+        with readable(self.params.parent, path):
+            return self._arrays[path][index].read().result()
+
+    def _checked(self, path: str, rows: slice, count: int) -> np.ndarray:
+        """Rows of a parameter of so many; its fingerprint grows with rows that come in order, and must be right at the
+        last."""
+        with readable(self.params.parent, path):
+            array = self._arrays[path]
+            value = (array[rows] if array.ndim else array).read().result()
+        if self._fingerprints is None:
+            return value
+        done, running = self._running.pop(path, (0, Running()))
+        if rows.start == 0:
+            done, running = 0, Running()
+        if rows.start != done:  # out of order: begun again at the first
+            return value
+        running.add(value)
+        done = count if rows.stop is None else rows.stop
+        if done < count:
+            self._running[path] = (done, running)
+        elif running.value != self._fingerprints.get(path):
+            raise damaged(self.params.parent, [path])
+        return value
+
     def close(self) -> None:
-        self._arrays, self._block, self._path = {}, None, ""
+        self._arrays, self._block, self._path, self._running = {}, None, "", {}
 
 
-def read_params(source: epath.Path, model: VLM, sharding: checkpoint.ShardingOf | None = None) -> dict[str, jax.Array]:
-    """Dotted path -> array, of parameters that Orbax wrote; on the first device if no ``sharding`` is given."""
+def _stored_paths(metadata: dict[str, Any]) -> set[str]:
+    return {".".join(k["key"] for k in v["key_metadata"]) for v in metadata["tree_metadata"].values()}
+
+
+def saved_fingerprints(step: epath.Path) -> dict[str, int]:
+    """The fingerprint of each parameter when the checkpoint was saved, by dotted path.
+
+    Raises:
+      UserError: the file with them is missing or damaged, naming it.
+    """
+    path = step / FINGERPRINTS
+    return table.read_values(path, _of_parameters, json_files.read_object(path))
+
+
+def _of_parameters(values: dict[str, Any]) -> dict[str, int]:
+    saved = {_PARAMETER.fullmatch(key): int(number) for key, number in values["fingerprints"].items()}
+    return {match[1]: number for match, number in saved.items() if match}
+
+
+def damaged(step: epath.Path, paths: Iterable[str]) -> WeightError:
+    """The error of arrays that are not what was saved."""
+    paths = sorted(paths)
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    return WeightError(
+        f"checkpoint {step} is damaged: {len(paths)} arrays are not what was saved: {', '.join(paths[:5])}{more}. Copy "
+        "it again, or take another step"
+    )
+
+
+@contextlib.contextmanager
+def readable(step: epath.Path, array: str = "") -> Iterator[None]:
+    """Turn what Orbax and tensorstore raise for files that are cut, changed or missing into one error.
+
+    Raises:
+      WeightError: naming the checkpoint and the array. A fault of network or permission is raised as it is.
+    """
+    said = ""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if lies_elsewhere(error):
+            raise
+        said = cause(error)
+    if said:  # not within the handler: the error holds Orbax's other reads, which it has left unfinished
+        of = f" of array {array}" if array else ""
+        raise WeightError(
+            f"checkpoint {step} is damaged: files{of} cannot be read ({said}). Copy it again, or take another step"
+        )
+
+
+def lies_elsewhere(error: BaseException) -> bool:
+    """Whether reading failed for a reason that lies not in the files: trying an older step would only hide it."""
+    return any(word in f"{error} {cause(error)}" for word in _ELSEWHERE)
+
+
+def cause(error: BaseException) -> str:
+    """What tensorstore says beneath Orbax, which says where it happened."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def read_params(
+    source: epath.Path, model: VLM, sharding: checkpoint.ShardingOf | None = None, *, check: bool = True
+) -> dict[str, jax.Array]:
+    """Dotted path -> array, of parameters that Orbax wrote; on the first device if no ``sharding`` is given.
+
+    Arrays are compared with their saved fingerprints where they lie, so that nothing is read twice. Where the model
+    wants another dtype than the stored one, they are read, compared and cast one after another.
+
+    Args:
+      check: whether there are fingerprints beside the parameters.
+
+    Raises:
+      WeightError: parameters that are missing, superfluous, of another shape, unreadable or not what was saved.
+    """
     wanted = {}
     for path, variable in vlm.parameters(model).items():
         place = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted[path] = jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype, sharding=place)
-    with ocp.StandardCheckpointer(multiprocessing_options=by_itself()) as checkpointer:
+    saved = saved_fingerprints(source.parent) if check else None
+    arrays = Arrays(source, {path: want.shape for path, want in wanted.items()})
+    # with parts on other hosts, all must hear of a failure before they compare
+    agreed = (lambda work: work()) if all(w.sharding.is_fully_addressable for w in wanted.values()) else hosts.together
+
+    def compare(found: dict[str, jax.Array]) -> None:
+        now = {} if saved is None else fingerprints(found)
+        changed = [path for path in found if saved is not None and now[f"[{path!r}]"] != saved.get(path)]
+        if changed:
+            raise damaged(source.parent, changed)
+
+    if all(arrays.dtype(path) == want.dtype for path, want in wanted.items()):
+        found = agreed(lambda: _restore(source, wanted))
+        compare(found)
+        return found
+    found = {}
+    for path, want in wanted.items():
+        value = agreed(lambda path=path, want=want: _read_as_stored(arrays, path, want))
+        compare({path: value})
+        found[path] = value.astype(want.dtype).block_until_ready()
+    return found
+
+
+def _restore(source: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    with (
+        readable(source.parent),
+        ocp.StandardCheckpointer(multiprocessing_options=by_itself()) as checkpointer,
+    ):
         return checkpointer.restore(source, wanted)
+
+
+def _read_as_stored(arrays: Arrays, path: str, want: jax.ShapeDtypeStruct) -> jax.Array:
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        if str(index) not in parts:
+            parts[str(index)] = arrays.read_slice(path, index)
+        return parts[str(index)]
+
+    return jax.make_array_from_callback(want.shape, want.sharding, part)
 
 
 def by_itself() -> ocp.options.MultiprocessingOptions:

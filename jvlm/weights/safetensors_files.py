@@ -37,7 +37,9 @@ class Tensors:
                 try:
                     handle = stack.enter_context(safe_open(folder / file, framework="numpy"))
                 except (SafetensorError, OSError) as error:
-                    raise WeightError(f"{folder / file} is not a readable safetensors file ({error})") from error
+                    raise WeightError(
+                        f"{folder / file} is not a readable safetensors file ({error}); copy it again"
+                    ) from error
                 self._files[file] = handle
                 for name in handle.keys():  # noqa: SIM118  (not a dict)
                     if name in self._where:
@@ -100,7 +102,7 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
         files = sorted(set(listed.values()))
         lacking = [f for f in files if not (folder / f).is_file()]
         if lacking:
-            raise WeightError(f"{index} names files that are not there: {', '.join(lacking)}")
+            raise WeightError(f"{index} names files that are not there: {', '.join(lacking)}; copy them again")
         return files, listed
     files = sorted(p.name for p in folder.glob("*.safetensors"))
     if not files:

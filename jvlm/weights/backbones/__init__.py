@@ -20,6 +20,7 @@ from flax import nnx
 from jvlm import json_files
 from jvlm.data import vocabulary as ids
 from jvlm.data.chat_formats import COMPOSED, style_of
+from jvlm.data.tokenizers import load_tokenizer
 from jvlm.models import registry, vlm
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.vit import ViTConfig
@@ -134,12 +135,10 @@ def compose(
     Args:
       grid: side of the encoder's position table, in patches; None keeps the folder's.
     """
-    from transformers import AutoTokenizer
-
     vision, text = read_config(encoder), read_config(decoder)
     if grid is not None:
         vision = dataclasses.replace(vision, grid=grid)
-    tokenizer = AutoTokenizer.from_pretrained(str(decoder), local_files_only=True)
+    tokenizer = load_tokenizer(decoder)
     image = style_of(COMPOSED).image
     ids.add_tokens(tokenizer, [image])
     rows = ids.rows_needed(tokenizer)
