@@ -13,6 +13,7 @@ from jvlm.weights.table import WeightError
 _WRAPPER = re.compile(
     r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model)\."
 )
+_QUANTISED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_scale|weight_scale_inv|weight_packed|absmax|SCB)$")
 _ADAPTER = re.compile(r"\.(lora_|base_layer\.|modules_to_save\.|original_module\.)")
 
 
@@ -26,8 +27,8 @@ def canonical_names(tensors: Tensors, canonical: Callable[[str], str | None], ex
       expected: names of the table.
 
     Raises:
-      WeightError: a name under two spellings; the weights of an adapter; a beginning that all names have too much; or
-        no name that is expected.
+      WeightError: a name under two spellings; the weights of an adapter; quantised weights; a beginning that all names
+        have too much; or no name that is expected.
     """
     found = _by_canonical_name(tensors, canonical)
     if expected <= set(found):
@@ -38,6 +39,12 @@ def canonical_names(tensors: Tensors, canonical: Callable[[str], str | None], ex
         raise WeightError(
             f"{tensors.folder} holds {len(adapters)} tensors of an adapter ({adapters[0]}, ...), which are no model: "
             "merge the adapter into its model (merge_and_unload in PEFT), save that, and give its folder"
+        )
+    packed = [raw for raw in raws if _QUANTISED.search(raw)]
+    if packed:
+        raise WeightError(
+            f"{tensors.folder} holds quantised weights ({packed[0]} and {len(packed) - 1} more tensors of that kind), "
+            "which are not read: give the folder that they were made from"
         )
     shortened = _by_canonical_name(tensors, lambda raw: canonical(_WRAPPER.sub("", raw)))
     if len(expected & set(shortened)) > matching:

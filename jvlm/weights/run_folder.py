@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -222,13 +223,18 @@ def _stored_paths(metadata: dict[str, Any]) -> set[str]:
     return {".".join(k["key"] for k in v["key_metadata"]) for v in metadata["tree_metadata"].values()}
 
 
-def saved_fingerprints(step: epath.Path) -> dict[str, int]:
+def saved_fingerprints(step: epath.Path) -> dict[str, int] | None:
     """The fingerprint of each parameter when the checkpoint was saved, by dotted path.
+
+    None, with a note, where Orbax alone wrote parameters: then a changed bit cannot be noticed.
 
     Raises:
       UserError: the file with them is missing or damaged, naming it.
     """
     path = step / FINGERPRINTS
+    if not path.parent.exists():
+        print(f"{step} has no fingerprints: its arrays are read unchecked", file=sys.stderr)
+        return None
     return table.read_values(path, _of_parameters, json_files.read_object(path))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +20,8 @@ from jvlm.weights import vocabulary
 from jvlm.weights.table import WeightError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+_OTHERS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _DTYPES = {code: np.dtype(name) for name, code in _NAMES.items()}
 
@@ -37,9 +40,7 @@ class Tensors:
                 try:
                     handle = stack.enter_context(safe_open(folder / file, framework="numpy"))
                 except (SafetensorError, OSError) as error:
-                    raise WeightError(
-                        f"{folder / file} is not a readable safetensors file ({error}); copy it again"
-                    ) from error
+                    raise WeightError(_unreadable(folder / file, error)) from error
                 self._files[file] = handle
                 for name in handle.keys():  # noqa: SIM118  (not a dict)
                     if name in self._where:
@@ -106,8 +107,36 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
         return files, listed
     files = sorted(p.name for p in folder.glob("*.safetensors"))
     if not files:
-        raise WeightError(f"no *.safetensors in {folder}")
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in _OTHERS)
+        hint = f"; {others[0]} is not read: save it with transformers, which writes safetensors" if others else ""
+        raise WeightError(f"no *.safetensors in {folder}{hint}")
+    _check_shards(folder, files)
     return files, {}
+
+
+def _check_shards(folder: Path, files: list[str]) -> None:
+    """Whether all shards are there that the names of some speak of. Raises WeightError naming those that are not."""
+    for file in files:
+        match = _SHARD.fullmatch(file)
+        if match is None:
+            continue
+        count, width = int(match[3]), len(match[2])
+        lacking = [f"{match[1]}-{n:0{width}d}-of-{match[3]}.safetensors" for n in range(1, count + 1)]
+        lacking = [name for name in lacking if name not in files]
+        if lacking:
+            shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+            raise WeightError(f"{folder} lacks {len(lacking)} of {count} shards: {shown}; copy them too")
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    try:
+        with open(path, "rb") as file:
+            pointer = json_files.is_lfs_pointer(file.read(64))
+    except OSError:
+        pointer = False
+    if pointer:
+        return f"{path} {json_files.LFS_POINTER}"
+    return f"{path} is not a readable safetensors file ({error}); copy it again"
 
 
 def _check_index(index: Path, listed: dict[str, str], where: dict[str, str]) -> None:

@@ -140,6 +140,13 @@ def test_a_folder_missing_in_a_run_is_named(sound, tmp_path, part):
     assert str(tmp_path / "run") in str(caught.value)
 
 
+def test_parameters_without_fingerprints_are_read_with_a_note(sound, tmp_path, capsys):
+    shutil.copytree(sound / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "0" / "data")
+    jvlm.load(tmp_path / "run")
+    assert "checkpoints/0 has no fingerprints: its arrays are read unchecked" in capsys.readouterr().err
+
+
 def _data_files(run):
     """What holds the arrays, the largest first: one bit of each is flipped."""
     files = [p for p in (run / "checkpoints" / "0" / "params").rglob("*") if p.is_file() and "d" in p.parts[-2:]]

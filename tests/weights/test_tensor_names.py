@@ -83,6 +83,45 @@ def test_the_weights_of_an_adapter_are_named_as_such(make, tensors, suffix):
     assert str(caught.value).count("\n") == 0
 
 
+QUANTISED = {
+    "AWQ and GPTQ": lambda n: n.replace("proj.weight", "proj.qweight"),
+    "compressed-tensors": lambda n: n.replace("proj.weight", "proj.weight_packed"),
+    "bitsandbytes": lambda n: n.replace("proj.bias", "proj.weight.absmax"),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_weights_are_named_as_such_in_one_line(make, tensors, kind):
+    with pytest.raises(WeightError, match=r"holds quantised weights \(.* more tensors") as caught:
+        jvlm.load(make({QUANTISED[kind](name): value for name, value in tensors.items()}))
+    assert str(caught.value).count("\n") == 0
+
+
+def test_shards_without_an_index_must_all_be_there(make, tensors):
+    folder = make(tensors, shards=3)
+    (folder / "model.safetensors.index.json").unlink()
+    jvlm.load(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(WeightError, match=r"lacks 1 of 3 shards: model-00002-of-00003\.safetensors"):
+        jvlm.load(folder)
+
+
+def test_a_folder_of_another_format_says_which_file_it_has(make, tensors):
+    folder = make(tensors)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(WeightError, match=r"no \*\.safetensors in .*; pytorch_model\.bin is not read"):
+        jvlm.load(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_in_place_of_a_file_is_said_to_be_one(make, tensors, name):
+    folder = make(tensors)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+    (folder / name).write_text(pointer)
+    with pytest.raises(ValueError, match=rf"{name} is a pointer of Git LFS"):
+        jvlm.load(folder)
+
+
 def test_a_single_file_beside_an_older_index_is_the_one_that_is_read_as_in_transformers(make, tensors, capsys):
     from transformers import AutoModelForImageTextToText
 
