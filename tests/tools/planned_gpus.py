@@ -18,7 +18,7 @@ from jvlm.models.layers import Numerics
 from jvlm.parallel.mesh import ParallelConfig, make_mesh
 from tests.parallel import models
 from tests.tools import planned_generation
-from tools.planning import generation, hlo
+from tools.planning import generation, gpus, hlo
 from tools.planning.chips import Topology
 from tools.planning.program import compile_step, devices_of, measure
 from tools.planning.roofline import Load, bound
@@ -88,11 +88,13 @@ def products() -> int:
 
 def grouped() -> dict:
     """What experts' products and their gradients become: FLOP outside of kernels, and the kernels."""
-    sharding = jax.sharding.SingleDeviceSharding(devices_of(Topology.parse("h200:1"))[0])
+    device = devices_of(Topology.parse("h200:1"))[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
     shapes = ((16384, 1024), jnp.bfloat16), ((8, 1024, 2048), jnp.bfloat16), ((8,), jnp.int32)
     arguments = (jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes)
     both = jax.grad(lambda x, matrices, sizes: jnp.square(grouped_product(x, matrices, sizes)).sum(), (0, 1))
-    text = jax.jit(both).lower(*arguments).compile().as_text()
+    with gpus.compiling(device):
+        text = jax.jit(both).lower(*arguments).compile().as_text()
     kernels = sorted(set(re.findall(r"(grouped_product_?\w*)/pallas_call", text)))
     return {"grouped": {"outside": hlo.read(text).flops, "kernels": kernels}}
 
