@@ -110,7 +110,13 @@ def parse_row(row: Any, origin: Origin = Origin()) -> Conversation:
         return row
     if not isinstance(row, dict):
         raise RowError(origin, "row", f"a {type(row).__name__}, not an object", 'Write {"messages": [...]} per line')
-    row = without_nulls(row)
+    try:
+        return _parse(without_nulls(row), origin)
+    except RecursionError as error:
+        raise RowError(origin, "row", "lists or objects nested too deep", "Make the row flatter") from error
+
+
+def _parse(row: dict, origin: Origin) -> Conversation:
     for field in ("audios", "audio"):
         if field in row and not (isinstance(row[field], list | tuple) and not row[field]):
             raise RowError(origin, field, "the models here do not hear", "Remove it, and <audio> from the messages")

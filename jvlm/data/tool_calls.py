@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from jvlm.data.errors import Origin, RowError
-from jvlm.data.values import shown, without_nulls
+from jvlm.data.values import shown, without_inner_nulls, without_nulls
 
 # What a message may hold beside role and content, by the role that may hold it.
 _ROLES = {"tool_calls": ("assistant",), "tool_call_id": ("tool",), "name": ("tool",)}
@@ -29,7 +29,7 @@ def schemas(value: Any, origin: Origin) -> tuple[dict[str, Any], ...]:
             raise RowError(origin, "tools", "JSON that is too deep", fix) from error
     if value is None or isinstance(value, str):
         return ()
-    value = [value] if isinstance(value, dict) else value
+    value = without_inner_nulls([value] if isinstance(value, dict) else value)
     if not isinstance(value, list | tuple):
         raise RowError(origin, "tools", f"a {type(value).__name__}, not a list", fix)
     for index, schema in enumerate(value):
@@ -86,7 +86,8 @@ def _calls(value: Any, origin: Origin, field: str) -> list[dict[str, Any]]:
 
 
 def _arguments(value: Any, origin: Origin, field: str, fix: str) -> dict[str, Any]:
-    """The arguments as an object, as templates write them; OpenAI's are that object as JSON."""
+    """The arguments as an object, as templates write them; OpenAI's are that object as JSON, whose nulls are meant."""
+    given = value
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
@@ -98,4 +99,4 @@ def _arguments(value: Any, origin: Origin, field: str, fix: str) -> dict[str, An
         return {}
     if not isinstance(value, dict):
         raise RowError(origin, f"{field}.arguments", f"{shown(value)} is not an object", fix)
-    return value
+    return value if isinstance(given, str) else without_inner_nulls(value)

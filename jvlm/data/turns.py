@@ -29,12 +29,13 @@ def turns_alone(row: Conversation) -> list[Conversation]:
 
 
 def next_turn(row: Conversation, said: Sequence[str]) -> Conversation | None:
-    """The row up to its next turn that answers something, and with it; None if there is no further one.
+    """The row up to its next answer in words, and with it; None if there is no further one.
 
     Args:
-      said: words that take the place of the earlier answers; tags in them stand for nothing.
+      said: words that take the place of the earlier answers; tags in them stand for nothing. Calls of tools stay, which
+        the tools' answers in the row belong to.
     """
-    asked = list(_asked(row))
+    asked = [turn for turn in _asked(row) if not calls_tools(row.messages[turn[1]])]
     if len(said) == len(asked):
         return None
     prompt, end = asked[len(said)]
@@ -43,6 +44,11 @@ def next_turn(row: Conversation, said: Sequence[str]) -> Conversation | None:
     needed = _needed(row, own, [index for index in range(end + 1) if index not in words])
     carried = [("images", i) for answer in words for i in own[answer]["images"] if ("images", i) in needed]
     return _select(row, range(end + 1), words, carried, _first_given(row, prompt))
+
+
+def calls_tools(message: Message) -> bool:
+    """Whether an assistant turn holds calls of tools, which are no answer in words."""
+    return any(name == "tool_calls" for name, _ in message.fields)
 
 
 def without_answer(row: Conversation) -> Conversation:

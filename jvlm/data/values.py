@@ -22,6 +22,14 @@ def without_nulls(fields: dict) -> dict:
     return {key: value for key, value in fields.items() if not is_null(value)}
 
 
+def without_inner_nulls(value: Any) -> Any:
+    """The value without the nulls of all objects in it, and without objects that hold nothing else."""
+    if isinstance(value, dict):
+        inner = {key: without_inner_nulls(item) for key, item in value.items() if item is not None}
+        return {key: item for key, item in inner.items() if item != {} or value[key] == {}}
+    return [without_inner_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def number(value: Any) -> int | float | None:
     """A finite number as Python's own, numpy's included; None for anything else: true, "1", NaN, 10**400."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

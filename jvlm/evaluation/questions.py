@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from jvlm.data.boxes import Place
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.rows import Conversation, fill_objects
-from jvlm.data.turns import items_of, next_turn, turns_alone, without_answer
+from jvlm.data.turns import calls_tools, items_of, next_turn, turns_alone, without_answer
 
 _MEDIA = re.compile("<image>|<video>")
 
@@ -24,7 +24,7 @@ class Question:
       expected: the words of the reference answer; boxes are left as <bbox> tags.
       boxes: reference boxes and points; empty for an answer in words.
       box_images: which image each of them is on.
-      turn: which assistant turn of its row, from 0.
+      turn: which question of its row, from 0.
     """
 
     conversation: Conversation
@@ -50,8 +50,9 @@ class Question:
 
 
 def questions_of(row: Conversation) -> list[Question]:
-    """Every assistant turn of a row as a question; see `jvlm.data.turns.turns_alone`."""
-    return [_question(alone, turn) for turn, alone in enumerate(turns_alone(row))]
+    """Every answer of a row as a question, but for calls of tools; see `jvlm.data.turns.turns_alone`."""
+    answers = [alone for alone in turns_alone(row) if not calls_tools(alone.messages[-1])]
+    return [_question(alone, turn) for turn, alone in enumerate(answers)]
 
 
 def next_question(row: Conversation, said: Sequence[str]) -> Question | None:

@@ -72,6 +72,7 @@ LINES = {
     "only a prompt": (json.dumps({"messages": [{"role": "user", "content": "hi"}]}), "messages"),
     "only an answer": (json.dumps({"messages": [{"role": "assistant", "content": "hi"}]}), None),
     "nothing learnt": (json.dumps({"messages": [{"role": "assistant", "content": "hi", "loss": 0}]}), "messages"),
+    "private use marks in a question": (line("what is \ue0000\ue001 or \ue0001\ue001?"), None),
     "private use marks in an answer": (line(answer="\ue0000\ue001 \ue0007\ue001"), None),
     "a token of the family": (line("what is <|image_pad|>?"), "messages"),
     "a token of the family in a name": (line("is it <ref-object>?", objects={"ref": ["<|image_pad|>"]}), "messages"),
@@ -86,6 +87,13 @@ LINES = {
             }
         ),
         None,
+    ),
+    "half an emoji in a tool": (line(tools=[{"type": "function", "function": {"name": "\ud83d"}}]), "messages"),
+    "deep arguments": (
+        json.dumps({"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "DEEP"}]}]}).replace(
+            '"DEEP"', '{"a":' * 3000 + "1" + "}" * 3000
+        ),
+        "row",
     ),
     "unknown columns": (line(source="web", imagess=[]), None),
     "good again": (line(), None),

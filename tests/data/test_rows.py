@@ -430,6 +430,44 @@ def test_nulls_inside_objects_and_limits_are_absent_beside_what_is_there():
     assert conversation.limits == (("max_pixels", 50176),)
 
 
+def test_tools_and_their_calls_are_the_same_after_the_way_through_arrow():
+    def tool(name, **parameters):
+        return {
+            "type": "function",
+            "function": {"name": name, "parameters": {"properties": parameters, "required": []}},
+        }
+
+    def call(name, **arguments):
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": name, "arguments": arguments}}],
+        }
+
+    user, answer = {"role": "user", "content": "look"}, {"role": "tool", "content": "5", "name": "zoom"}
+    rows = [
+        turns(user, call("zoom", x=1, sure=False), answer, tools=[tool("zoom", x={"type": "number", "enum": [1, 2]})]),
+        turns(user, call("find", words=["a"]), tools=[tool("find", words={"type": "array"}), tool("zoom")]),
+        turns(user, {"role": "assistant", "content": "no"}),
+    ]
+    through = pyarrow.array(rows).to_pylist()
+    assert through[1]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {
+        "x": None,
+        "sure": None,
+        "words": ["a"],
+    }
+    for expected, found in zip(map(parse_row, rows), map(parse_row, through), strict=True):
+        assert found.messages == expected.messages
+    assert parse_row(through[0]).tools == parse_row(rows[0]).tools
+    assert parse_row(through[1]).tools[0] == parse_row(rows[1]).tools[0]
+
+
+def test_a_null_in_arguments_that_are_json_is_meant():
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": null}'}}]}
+    (message,) = parse_row(turns(call)).messages
+    assert dict(message.fields)["tool_calls"] == [{"function": {"name": "f", "arguments": {"x": None}}}]
+
+
 def test_rows_are_the_same_after_the_way_through_arrow():
     text, image = {"type": "text", "text": "which <ref-object>?"}, {"type": "image_url", "image_url": {"url": "b.png"}}
     rows = [
@@ -487,6 +525,9 @@ WHOLE = turns(
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "<ref-object>?"}]},
     {"role": "assistant", "content": "<bbox>", "loss": True, "loss_scale": 0.5},
+    {"role": "assistant", "tool_calls": [{"type": "function", "id": "1", "function": {"name": "f", "arguments": {}}}]},
+    {"role": "tool", "content": "5", "tool_call_id": "1", "name": "f"},
+    tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}],
     videos=[],
     objects={"ref": ["the cat"], "bbox": [[1, 2, 3, 4]], "bbox_type": "real", "image_id": [0]},
     chat_template_kwargs={"max_pixels": 50176, "fps": 1.0},

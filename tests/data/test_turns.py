@@ -254,3 +254,25 @@ def test_the_model_is_shown_the_pictures_of_the_turn(tiny, monkeypatch, how):
     assert [a.score for a in answers] == [0, 1, 0]
     last = [legend, red, blue] if how == "alone" else [legend, red, green, blue]
     assert shown == [[legend, red], [legend, red, green], last]
+
+
+def test_calls_of_tools_are_learnt_but_not_asked_and_stay_in_a_chain():
+    call = {"function": {"name": "zoom", "arguments": {}}}
+    row = parse_row(
+        {
+            "messages": [
+                message("user", "what?"),
+                message("assistant", "let me see"),
+                message("user", "well?"),
+                message("assistant", "", tool_calls=[call]),
+                message("tool", "a cat", name="zoom"),
+                message("assistant", "a cat"),
+            ]
+        }
+    )
+    assert [turn.messages[-1].content for turn in turns_alone(row)] == ["let me see", "", "a cat"]
+    assert [m.fields for m in turns_alone(row)[-1].messages] == [m.fields for m in row.messages[2:]]
+    assert [q.expected for q in questions_of(row)] == ["let me see", "a cat"]
+    chained = next_turn(row, ["I see nothing"])
+    assert [m.content for m in chained.messages] == ["what?", "I see nothing", "well?", "", "a cat", "a cat"]
+    assert [m.fields for m in chained.messages] == [m.fields for m in row.messages]
