@@ -62,14 +62,15 @@ class Picture:
 
 
 def pictures(answers: Sequence[Answer], roots: tuple[str, ...], count: int = 18) -> list[Picture]:
-    """The first pictures of the answers, rows with one image only, each with all its answers."""
+    """The first pictures of the answers, each with all its answers; rows whose questions are all on one image only."""
     by_row: dict[Any, list[Answer]] = {}
     for answer in answers:
         by_row.setdefault(answer.question.origin, []).append(answer)
     found = []
     for origin, group in by_row.items():
-        images = group[0].question.conversation.images
-        if len(images) != 1 or len(found) == count:
+        shown = [answer.question.conversation.images for answer in group]
+        images = shown[0]
+        if len(found) == count or any(len(own) != 1 or own[0] is not images[0] for own in shown):
             continue
         image = open_image(images[0], origin=origin, roots=(str(Path(origin.file).parent), *roots))
         buffer = io.BytesIO()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jvlm.data.boxes import Box
+from jvlm.data.errors import Origin
 from jvlm.data.rows import parse_row
-from jvlm.evaluation import score
+from jvlm.evaluation import report, score
 from jvlm.evaluation.questions import TextOnlyFloor, questions_of
 from jvlm.evaluation.score import Scores
 from jvlm.training import loop
@@ -17,10 +18,14 @@ PICTURE = np.zeros((32, 64, 3), np.uint8)
 
 
 def _row(*turns, **fields):
+    return parse_row({**_messages(*turns), **fields})
+
+
+def _messages(*turns):
     messages = []
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return parse_row({"messages": messages, **fields})
+    return {"messages": messages}
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +141,23 @@ def test_scores_keep_words_and_boxes_apart(processor):
     answers = [score.score(words, "no", processor), score.score(boxed, str([0, 0, *resized]), processor)]
     result = Scores.of(answers)
     assert (result.questions, result.accuracy, result.boxes, result.mean_iou) == (1, 0.0, 1, pytest.approx(1.0))
+
+
+def test_the_report_shows_answers_on_their_picture_only(processor):
+    other = np.full((32, 64, 3), 200, np.uint8)
+    boxes = {"objects": {"bbox": [[0, 0, 64, 32], [0, 0, 32, 32]], "image_id": [0, 1]}}
+    rows = {
+        "one picture": {"turns": [("<image>red?", "yes"), ("where?", "no")], "images": [PICTURE]},
+        "another one later": {
+            "turns": [("<image>where?", "<bbox>"), ("<image>and here?", "<bbox>")],
+            "images": [PICTURE, other],
+            **boxes,
+        },
+        "a picture that is first asked about later": {"turns": [("hi", "yes"), ("<image>?", "no")], "images": [other]},
+    }
+    answers = []
+    for number, (name, fields) in enumerate(rows.items(), 1):
+        fields = dict(fields)
+        row = parse_row(_messages(*fields.pop("turns")) | fields, Origin(name, number))
+        answers += [score.score(question, "no", processor) for question in questions_of(row)]
+    assert [(p.name, len(p.answers)) for p in report.pictures(answers, ())] == [("one picture #1", 2)]
