@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import fnmatch
 import glob
 import json
 import os
-import socket
 import stat
-import time
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
@@ -27,6 +23,7 @@ from jvlm.data import stores
 from jvlm.data.errors import RowError
 from jvlm.data.shards import RowSource, matching
 from jvlm.errors import UserError
+from jvlm.inference.file_lock import locked, system_errors_named
 
 HASH = "settings_hash"
 _ANSWER = ("response", "prompt_tokens", "response_tokens", "finish")
@@ -34,7 +31,6 @@ ADDED = frozenset((*_ANSWER, "error", HASH))
 _ELSEWHERE = "Give another output, or move this one away"
 _KIND = "jvlm batch file"
 _SHOWN = 12
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +112,12 @@ class AnswerFile:
           UserError: it cannot be written, or another run writes it.
         """
         with contextlib.ExitStack() as stack:
-            with _told(path):
+            with system_errors_named(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
             # a link to the output is the output
             path = Path(os.path.realpath(path))
-            stack.enter_context(_locked(path))
-            with _told(path):
+            stack.enter_context(locked(path))
+            with system_errors_named(path):
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             stack.callback(os.close, descriptor)
             yield cls(path, descriptor)
@@ -137,10 +133,10 @@ class AnswerFile:
         done, whole, hashes = self._prove(source, data, known=bool(runs))
         values = dataclasses.asdict(run) | {"first_line": done.lines + 1}
         runs = self._continued(runs, hashes, values, accept_changes) if hashes else [values]
-        with _told(self.path):
+        with system_errors_named(self.path):
             os.ftruncate(self._descriptor, whole)
             os.lseek(self._descriptor, 0, os.SEEK_END)
-        with _told(self.meta):
+        with system_errors_named(self.meta):
             part = self.meta.with_name(f"{self.meta.name}.{os.getpid()}.partial")
             part.write_text(json.dumps({"kind": _KIND, "runs": runs}, indent=2) + "\n")
             part.replace(self.meta)
@@ -149,7 +145,7 @@ class AnswerFile:
     def append(self, lines: list[dict[str, Any]]) -> None:
         """Write lines. Raises UserError naming the file when the disk does not take them."""
         left = memoryview(b"".join(to_bytes(line) + b"\n" for line in lines))
-        with _told(self.path):
+        with system_errors_named(self.path):
             while left:
                 left = left[os.write(self._descriptor, left) :]
 
@@ -277,64 +273,3 @@ def to_bytes(line: dict[str, Any]) -> bytes:
         return json.dumps(line, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return json.dumps(line).encode()
-
-
-@contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Turn what the system says of a file into a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from error
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of an output. The system lets go of it when a process ends, however it ends."""
-    lock = path.with_name(f"{path.name}.lock")
-    with _told(lock):
-        descriptor = _take(lock, path)
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _take(lock: Path, path: Path) -> int:
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            held = os.pread(descriptor, 1000, 0)
-            os.close(descriptor)
-            if error.errno in _NO_LOCKS:
-                raise UserError(
-                    f"{lock} cannot be locked ({error.strerror}); give an output on a local disk"
-                ) from error
-            if error.errno != errno.EWOULDBLOCK:
-                raise
-            holder = _holder(held) or "a process that has just begun"
-            raise UserError(f"another run writes {path}: {holder}. Wait for it, or give another output") from error
-        # the run before may have removed the file between our opening and locking it
-        if not os.path.exists(lock) or not os.path.samestat(os.stat(lock), os.fstat(descriptor)):
-            os.close(descriptor)
-            continue
-        held = os.pread(descriptor, 1000, 0)
-        if held and not _holder(held):
-            os.close(descriptor)
-            raise UserError(f"{lock} was not written by jvlm generate, which locks its output with it. Move it away")
-        own = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(own).encode() + b"\n", 0)
-        return descriptor
-
-
-def _holder(held: bytes) -> str | None:
-    """Who wrote a lock; None if it is no lock."""
-    try:
-        values = json.loads(held)
-        return f"process {values['pid']} on {values['host']}, since {values['since']}"
-    except (ValueError, TypeError, KeyError):
-        return None

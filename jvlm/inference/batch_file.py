@@ -13,13 +13,14 @@ from jvlm.data.processor import Processor
 from jvlm.data.shards import RowSource
 from jvlm.errors import UserError
 from jvlm.inference.answer_file import HASH, AnswerFile, Run, check_paths, copied
-from jvlm.inference.engine import Engine
+from jvlm.inference.engine import Completion, Engine
 from jvlm.inference.generate import answer_text, check_batch_size, complete, cut_note, encode_prompt, engine_for
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.inference.settings import answer_settings, files_hash, settings_hash
 from jvlm.models.vlm import VLM
 from jvlm.parallel.layout import Layout
 from jvlm.progress import Progress
+from jvlm.weights.finite import BrokenWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,30 +111,46 @@ def _answer(
     sampling: SamplingConfig,
     on_bad_row: Literal["error", "skip"],
 ) -> _Batch:
-    examples: list[Example | RowError] = [_encode(engine, origin, row) for origin, row in rows]
-    stopper = None
+    examples = [_encode(engine, origin, row) for origin, row in rows]
     if on_bad_row == "error":
+        # those behind a bad row are not answered in vain
         first = next((i for i, e in enumerate(examples) if isinstance(e, RowError)), len(examples))
-        stopper = examples[first] if first < len(examples) else None
-        examples = examples[:first]
+        examples = examples[: first + 1]
     good = [i for i, e in enumerate(examples) if not isinstance(e, RowError)]
-    completions = complete(
-        engine, [examples[i] for i in good], sampling, numbers=[numbers[i] for i in good], batch_size=max(len(good), 1)
-    )
-    lines, cut = [copied(row) for _, row in rows[: len(examples)]], 0
-    for i, completion in zip(good, completions, strict=True):
-        tokens, stopped = len(completion.tokens), completion.stopped
-        cut += cut_note(engine, examples[i], tokens, stopped, sampling) is not None
-        lines[i] |= {
-            "response": answer_text(engine.processor, completion),
-            "prompt_tokens": examples[i].length,
+    answers = dict(zip(good, _complete(engine, examples, sampling, numbers, good), strict=True))
+    lines, cut = [], 0
+    for i, example in enumerate(examples):
+        answer, line = answers.get(i, example), copied(rows[i][1])
+        if isinstance(answer, RowError):
+            if on_bad_row == "error":
+                return _Batch(lines, answer, cut)
+            lines.append(line | {"error": str(answer)})
+            continue
+        tokens, stopped = len(answer.tokens), answer.stopped
+        cut += cut_note(engine, example, tokens, stopped, sampling) is not None
+        line |= {
+            "response": answer_text(engine.processor, answer),
+            "prompt_tokens": example.length,
             "response_tokens": tokens,
             "finish": "stop" if stopped else "length",
         }
-    for line, example in zip(lines, examples, strict=True):
-        if isinstance(example, RowError):
-            line["error"] = str(example)
-    return _Batch(lines, stopper, cut)
+        lines.append(line)
+    return _Batch(lines, None, cut)
+
+
+def _complete(
+    engine: Engine, examples: list[Example], sampling: SamplingConfig, numbers: Sequence[int], chosen: list[int]
+) -> list[Completion | RowError]:
+    """Answers to the chosen examples; where a batch has none, as for one that overflows, each is asked by itself."""
+    try:
+        batch, own = [examples[i] for i in chosen], [numbers[i] for i in chosen]
+        return complete(engine, batch, sampling, numbers=own, batch_size=max(len(chosen), 1))
+    except BrokenWeights:
+        raise
+    except UserError as error:
+        if len(chosen) == 1:
+            return [RowError(batch[0].origin, "messages", f"no answer: {error}", "Leave the row out")]
+        return [answer for i in chosen for answer in _complete(engine, examples, sampling, numbers, [i])]
 
 
 def _encode(engine: Engine, origin: Origin, row: Any) -> Example | RowError:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
-from jvlm.data.rows import parse_row
+from jvlm.data.rows import Conversation, parse_row
 from jvlm.errors import UserError
 from jvlm.inference.engine import Completion, Engine
 from jvlm.inference.sampling import SamplingConfig
@@ -66,6 +66,8 @@ def generate(
     """
     config = SamplingConfig(**sampling)
     check_batch_size(batch_size)
+    if isinstance(conversations, Mapping | str | Conversation):
+        raise UserError(f"conversations is one {type(conversations).__name__}; give a list of them")
     engine = engine_for(model, processor, layout)
     texts: list[str] = []
     for start in range(0, len(conversations), batch_size * _WINDOW):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +22,8 @@ from jvlm.models import vlm
 from jvlm.models.vlm import VLM
 
 _DIGITS = 16
+# Values of a parameter in the hash of a model: all of billions would be read for minutes on a CPU.
+SAMPLED = 2**20
 
 
 def answer_settings(model: VLM, engine: Engine, sampling: SamplingConfig) -> dict[str, dict[str, Any]]:
@@ -43,7 +47,7 @@ def answer_settings(model: VLM, engine: Engine, sampling: SamplingConfig) -> dic
                 "sampling": {
                     **dataclasses.asdict(sampling),
                     "stop_token_ids": sorted(engine.stop_tokens(sampling)),
-                    "banned_tokens": _hash(np.flatnonzero(engine.banned).tobytes()),
+                    "banned_tokens": [_flags(engine.banned), _flags(engine.banned_first)],
                 },
             },
             default=str,
@@ -56,20 +60,31 @@ def settings_hash(settings: dict[str, Any]) -> str:
     return _hash(json.dumps(settings, sort_keys=True).encode())
 
 
-def weights_hash(model: VLM) -> str:
-    """A hash of every parameter's name, shape and values, whatever devices they are on.
+def weights_hash(model: VLM, most: int = SAMPLED) -> str:
+    """A hash of every parameter's name and shape and of ``most`` of its values, evenly spread.
 
-    Reads each parameter once, where it is; the sums are of integers, so that the order of adding does not matter.
+    They are read where they are. The sums are of integers, so that devices and the order of adding do not matter.
     """
     values = {path: variable.get_value() for path, variable in sorted(vlm.parameters(model).items())}
-    sums = _checksums(list(values.values()))
+    sums = _checksums(list(values.values()), most)
     lines = [f"{path} {v.dtype} {v.shape} {int(s)}\n" for (path, v), s in zip(values.items(), sums, strict=True)]
     return _hash("".join(lines).encode())
 
 
-@jax.jit
-def _checksums(values: list[jax.Array]) -> list[jax.Array]:
-    return [_checksum(value) for value in values]
+@functools.partial(jax.jit, static_argnums=1)
+def _checksums(values: list[jax.Array], most: int) -> list[jax.Array]:
+    return [_checksum(_sample(value, most)) for value in values]
+
+
+def _sample(value: jax.Array, most: int) -> jax.Array:
+    """Every n-th value of each axis, so that few enough are left."""
+    steps = [1] * value.ndim
+    left = list(value.shape)
+    while math.prod(left) > most:
+        axis = left.index(max(left))
+        steps[axis] *= 2
+        left[axis] = -(-value.shape[axis] // steps[axis])
+    return value[tuple(slice(None, None, step) for step in steps)]
 
 
 def _checksum(value: jax.Array) -> jax.Array:
@@ -80,6 +95,10 @@ def _checksum(value: jax.Array) -> jax.Array:
         place = place + jax.lax.broadcasted_iota(jnp.uint32, value.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= value.shape[axis]
     return jnp.sum(bits * place, dtype=jnp.uint32)
+
+
+def _flags(flags: np.ndarray | None) -> str | None:
+    return None if flags is None else _hash(np.flatnonzero(flags).tobytes())
 
 
 def _processor(processor: Processor) -> dict[str, Any]:

@@ -6,8 +6,11 @@ import pytest
 
 import jvlm
 from jvlm.data.errors import RowError
+from jvlm.errors import UserError
 from jvlm.inference.batch_file import FileResult, generate_file
+from jvlm.inference.engine import Engine
 from jvlm.inference.sampling import SamplingConfig
+from jvlm.weights.finite import BrokenWeights
 from tests.inference.support import prompt
 from tests.support import picture
 
@@ -134,3 +137,32 @@ def test_wrong_arguments_are_refused(tiny, tmp_path, options, message):
     arguments = {"data": "rows.jsonl", "output": tmp_path / "out.jsonl"} | options
     with pytest.raises(ValueError, match=message):
         generate_file(tiny.model, tiny.processor, **arguments)
+
+
+def test_a_row_whose_scores_overflow_is_its_own_error_and_its_neighbours_are_answered(
+    tiny, data, tmp_path, monkeypatch
+):
+    (word,) = tiny.processor.tokenizer("Z", add_special_tokens=False)["input_ids"]
+    steps = Engine.steps
+
+    def overflowing(engine, examples, *arguments):
+        if any(word in example.tokens for example in examples):
+            raise UserError("the scores are not finite numbers")
+        return steps(engine, examples, *arguments)
+
+    monkeypatch.setattr(Engine, "steps", overflowing)
+    path, output = data([prompt("good"), prompt("Z"), prompt("good")], "overflow.jsonl"), tmp_path / "out.jsonl"
+    with pytest.raises(RowError, match=r"overflow\.jsonl, row 2, field 'messages': no answer: .* not finite"):
+        answer(tiny, path, output)
+    assert len(read(output)) == 1
+    assert answer(tiny, path, output, on_bad_row="skip") == FileResult(answered=1, bad=1, found=1)
+    assert ["error" in line for line in read(output)] == [False, True, False]
+
+
+def test_broken_weights_end_a_file_whatever_is_skipped(tiny, data, tmp_path):
+    model, _ = jvlm.load(tiny.folder)
+    model.decoder.norm.scale[...] = model.decoder.norm.scale[...].at[3].set(float("nan"))
+    path, output = data([prompt("a"), prompt("b")], "broken.jsonl"), tmp_path / "out.jsonl"
+    with pytest.raises(BrokenWeights):
+        generate_file(model, tiny.processor, path, output, SAMPLING, on_bad_row="skip")
+    assert output.read_bytes() == b""

@@ -134,6 +134,12 @@ def test_an_unknown_sampling_field_is_refused(tiny, name, value):
         jvlm.generate(tiny.model, tiny.processor, [ROWS["text"]], **{name: value})
 
 
+@pytest.mark.parametrize("one", [ROWS["text"], "what?"])
+def test_one_conversation_in_place_of_a_list_is_refused(tiny, one):
+    with pytest.raises(ValueError, match="give a list of them"):
+        jvlm.generate(tiny.model, tiny.processor, one)
+
+
 def test_a_batch_size_of_zero_is_refused(tiny):
     with pytest.raises(ValueError, match="batch_size is 0"):
         jvlm.generate(tiny.model, tiny.processor, [ROWS["text"]], batch_size=0)

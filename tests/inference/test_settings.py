@@ -14,7 +14,7 @@ from jvlm.inference.engine import Engine
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.inference.settings import answer_settings, files_hash, settings_hash, weights_hash
 from tests.inference.support import prompt
-from tests.support import random_tensors, tensor_shapes, write_tensors
+from tests.support import cpu_devices, random_tensors, run_python, tensor_shapes, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,15 @@ def brute_force(values):
 def test_checksums_equal_a_sum_in_plain_integers(shape, dtype):
     values = jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
     assert int(module._checksum(values)) == brute_force(values)
+
+
+@pytest.mark.parametrize("most", [1, 3, 10, 60, 100])
+def test_as_many_values_as_are_asked_for_are_read(most):
+    values = jnp.arange(5 * 4 * 3.0).reshape(5, 4, 3)
+    sample = np.asarray(module._sample(values, most))
+    assert most // 8 <= sample.size <= most
+    assert len(set(sample.ravel().tolist())) == sample.size
+    assert [int(s) for s in module._checksums([values], most)] == [brute_force(sample)]
 
 
 def test_another_seed_another_order_and_one_bit_are_other_weights(tiny, tmp_path):
@@ -115,3 +124,17 @@ def test_an_output_goes_on_with_the_same_model_and_sampling_only(tiny, tmp_path)
     assert output.read_bytes() == kept
     assert run(accept_changes=True) == FileResult(2, 0, 2)
     assert output.read_bytes().startswith(whole)
+
+
+def test_checksums_do_not_depend_on_the_devices():
+    code = """
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jvlm.inference.settings import _checksums
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
+x = np.random.default_rng(0).standard_normal((6, 10, 4))
+places = [NamedSharding(mesh, p) for p in (P(), P(None, "a"), P("b", "a"), P("a", None, "b"))]
+for most in (10**6, 50):
+    print(len({int(_checksums([jax.device_put(x, place)], most)[0]) for place in places}))
+"""
+    assert run_python(code, **cpu_devices(4)) == "1\n1\n"
