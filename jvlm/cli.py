@@ -18,6 +18,8 @@ from jvlm.data.errors import MISTAKES, RowError
 from jvlm.errors import UserError
 
 if TYPE_CHECKING:
+    from jvlm.data.pipeline import DataConfig
+    from jvlm.data.processor import Processor
     from jvlm.data.vision import MediaConfig
     from jvlm.training.config import Experiment
 
@@ -296,12 +298,58 @@ def _chat(arguments: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _check(arguments: argparse.Namespace, _: list[str]) -> int:
+def _check(arguments: argparse.Namespace, rest: list[str]) -> int:
     from jvlm.data.check import check
+    from jvlm.data.rejections import writing
 
-    report = check(arguments.files, _processor(arguments.model))
-    print(report.text())
-    return 1 if report.rejected else 0
+    status = 0
+    runs = _data_to_check(arguments, rest)
+    files = [pattern for _, data, _, _ in runs for pattern in data.train]
+    with writing(arguments.output, files, verbose=arguments.verbose) as on_rejected:
+        for name, data, processor, seed in runs:
+            report = check(data.train, processor, data, seed=seed, on_rejected=on_rejected)
+            print(f"{name}:\n{report.text()}" if len(runs) > 1 else report.text(), flush=True)
+            status = 1 if report.usable < report.rows else status
+    return status
+
+
+def _data_to_check(arguments: argparse.Namespace, rest: list[str]) -> list[tuple[str, DataConfig, Processor, int]]:
+    """(name, configuration, processor, seed) of the data to check: of files, or of each stage of an experiment."""
+    from jvlm.data.pipeline import DataConfig
+    from jvlm.training import loop, processors
+
+    files, fields = _files_and_fields(rest)
+    given = {"train": tuple(files)} if files else {}
+    given |= {"media_root": arguments.media_root} if arguments.media_root else {}
+    if arguments.config is None:
+        # on the command line the fields are called as in training
+        wrapped = dataclasses.make_dataclass("Check", [("data", DataConfig, DataConfig())], frozen=True)
+        runs = [("data", _fields(wrapped, wrapped(), fields, "jvlm data check FILE ...").data, 0)]
+        processor = _processor(arguments.model)
+    else:
+        experiment = load_experiment(arguments.config, fields)
+        chosen = [experiment] if files else loop.runs_of(experiment)
+        runs = [(run.name, run.data, run.seed) for run in chosen]
+        processor = _processor(arguments.model) or processors.of_experiment(experiment)
+    runs = [(name, dataclasses.replace(data, **given), processor, seed) for name, data, seed in runs]
+    if not all(data.train for _, data, _, _ in runs):
+        raise UserError("no data to check: give files, or a --config that names them as data.train")
+    return runs
+
+
+def _files_and_fields(rest: list[str]) -> tuple[list[str], list[str]]:
+    """Files of rows, and fields with their values, which argparse cannot tell apart: it knows no field."""
+    from jvlm.data.shards import SHARD_SUFFIX
+
+    files, fields, last = [], [], ""
+    for word in rest:
+        if word.startswith("--"):
+            last = word
+        # a field takes one value, or some more that are no rows; --data.train takes files itself
+        has_value = "=" in last or (bool(fields) and fields[-1] != last and word.endswith((".jsonl", SHARD_SUFFIX)))
+        is_file = not word.startswith("--") and (not last or (has_value and not last.endswith((".train", ".data"))))
+        (files if is_file else fields).append(word)
+    return files, fields
 
 
 def _shard(arguments: argparse.Namespace, _: list[str]) -> int:
@@ -311,16 +359,10 @@ def _shard(arguments: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-def _processor(model: str | None):
-    """The processor of a folder, without its weights; None without a folder."""
-    if model is None:
-        return None
-    from jvlm.weights import checkpoint, run_folder
+def _processor(model: str | None) -> Processor | None:
+    from jvlm.training import processors
 
-    folder = run_folder.local(model)
-    if run_folder.is_run(folder):
-        return checkpoint.load_processor(folder / run_folder.PROCESSOR, run_folder.model_config(folder))
-    return checkpoint.load_processor(folder, checkpoint.read_config(folder))
+    return None if model is None else processors.load(model)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -363,10 +405,18 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat, takes_fields=True, command="chat")
 
     data = commands.add_parser("data", help="look at data, or write shards").add_subparsers(required=True)
-    check = data.add_parser("check", help="count rows that can and cannot be used, and say why")
-    check.add_argument("files", nargs="+")
+    usage = "jvlm data check FILE ... [--model DIR] [--config CONFIG] [--data.FIELD VALUE ...] [options]"
+    check = data.add_parser("check", help="count rows that can and cannot be used, and say why", usage=usage)
     check.add_argument("--model", help="folder whose tokenizer and pixel limits to count tokens with")
-    check.set_defaults(run=_check)
+    check.add_argument("--config", help="check as this experiment would train: a Python file, or a name under configs/")
+    check.add_argument("--media_root", help="folder for relative picture paths, after the data file's own")
+    check.add_argument("--verbose", action="store_true", help="print every rejected row")
+    check.add_argument("--output", help="JSONL to write every rejected row to")
+    check.epilog = (
+        "FILE: JSONL or ArrayRecord files or globs; without any, the data of --config and of its stages. Fields of the "
+        "training's data apply, as --data.row_tokens 2048; with --config, all fields of the experiment."
+    )
+    check.set_defaults(run=_check, takes_fields=True)
     shard = data.add_parser("shard", help="write rows and their pictures as ArrayRecord shards")
     shard.add_argument("files", nargs="+")
     shard.add_argument("--output", required=True, help="folder")

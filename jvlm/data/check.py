@@ -1,77 +1,225 @@
-"""Looking at data before training on it, and writing shards that carry their pictures."""
+"""Looking at data before training on it: which rows training would reject and why, and what the others are like."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jvlm.data.errors import RowError
+from jvlm.data import survey
+from jvlm.data.check_report import CheckReport
+from jvlm.data.columns import UnknownColumns
+from jvlm.data.errors import Origin, Rejected, RowError
 from jvlm.data.images import open_image
+from jvlm.data.pipeline import DataConfig, Encode, check_learnable
 from jvlm.data.processor import Processor
-from jvlm.data.rows import parse_row
+from jvlm.data.rejections import Rejections
+from jvlm.data.rows import Conversation, parse_row
 from jvlm.data.sharding import shard
 from jvlm.data.shards import RowSource
+from jvlm.errors import UserError
 from jvlm.progress import Progress
 
 __all__ = ["CheckReport", "check", "shard"]
 
-
-@dataclasses.dataclass(frozen=True)
-class CheckReport:
-    """What a check found: rows that can be used, those that cannot and why, and token counts if they were made."""
-
-    rows: int
-    rejected: tuple[RowError, ...]
-    tokens: tuple[int, ...]
-    media_tokens: tuple[int, ...]
-
-    def text(self) -> str:
-        """For the terminal: counts, percentiles, then every rejected row."""
-        lines = [f"{self.rows - len(self.rejected)} of {self.rows} rows can be used"]
-        for name, values in (("tokens", self.tokens), ("media tokens", self.media_tokens)):
-            if values:
-                marks = ", ".join(f"{p} % {np.percentile(values, p):.0f}" for p in (0, 50, 90, 99, 100))
-                lines.append(f"{name} of a row: {marks}; {sum(values):,} in all")
-        if self.rejected:
-            reasons = Counter(error.field for error in self.rejected)
-            lines.append("rejected by field: " + ", ".join(f"{field} {n}" for field, n in reasons.most_common()))
-            lines += [f"  {error}" for error in self.rejected]
-        return "\n".join(lines)
+_LOOKED_AT = 512  # rows of the sample that unknown sizes are chosen from, as in training
+_TOGETHER = 64  # rows in memory at a time
+_SAMPLE = 10_000  # rows from which sizes of packed rows are suggested
 
 
-def check(files: Sequence[str], processor: Processor | None) -> CheckReport:
-    """Read every row and its media as training would.
+def check(
+    files: Sequence[str],
+    processor: Processor | None,
+    config: DataConfig = DataConfig(),
+    *,
+    seed: int = 0,
+    on_rejected: Callable[[Rejected], None] | None = None,
+) -> CheckReport:
+    """Read every row and its media as training would. Memory does not grow with the size of the files.
 
     Args:
-      processor: also counts tokens; without one, rows are checked and pictures decoded only.
+      processor: also encodes; without one, rows are checked and pictures decoded only.
+      config: of the training. Its ``alone`` is not drawn: whole conversations are checked.
+      seed: of the training, which draws the sample that unknown sizes are chosen from.
+      on_rejected: is given each rejected row, in place of the report.
+
+    Raises:
+      FileNotFoundError, UserError: files that are not there, damaged, or of which too little can be used.
     """
     source = RowSource(files)
-    rejected, tokens, media = [], [], []
-    for index in Progress(range(len(source)), desc="checking", unit="row"):
-        origin, row = source[index]
+    config = dataclasses.replace(config, train=tuple(files), alone=0.0)
+    look, tally, rejected = _Look(processor, config, seed), _Tally(), []
+    with (
+        ThreadPoolExecutor(config.read_threads) as pool,
+        Progress(total=len(source), desc="checking", unit="row") as bar,
+    ):
+        for start in range(0, len(source), _TOGETHER):
+            numbers = range(start, min(start + _TOGETHER, len(source)))
+            bar.update(len(numbers))
+            for found in pool.map(lambda number: look.at(*source[number]), numbers):
+                tally.add(found)
+                row = found.rejected
+                if row is not None and on_rejected is not None:
+                    on_rejected(row)
+                elif row is not None:
+                    rejected.append(RowError(Origin(row.file, row.row), row.field, row.reason, row.fix))
+    return CheckReport(
+        rows=len(source),
+        rejected=tuple(rejected),
+        faults=tally.faults,
+        config=look.config,
+        encoded=processor is not None,
+        tokens=tally.tokens,
+        media_tokens=tally.media_tokens,
+        pictures=tally.pictures,
+        patches=tally.patches,
+        learnt=tally.learnt,
+        changed=tally.changed,
+        columns=tuple(tally.column_lines()),
+        suggestion=_suggestion(tally, look),
+    )
+
+
+@dataclasses.dataclass
+class _Found:
+    """What one row is like, without its contents; of a row that cannot be read, only what could be."""
+
+    file: str
+    rejected: Rejected | None = None
+    columns: Conversation | None = None  # with nothing but the names of its fields
+    pictures: int = 0
+    size: survey.Size | None = None
+    media_tokens: int = 0
+    learnt: int = 0
+
+
+class _Look:
+    """Looks at a row as training would."""
+
+    def __init__(self, processor: Processor | None, config: DataConfig, seed: int):
+        if processor is not None and config.media_root:
+            processor = copy.copy(processor)
+            processor.media_roots = (config.media_root,)
+        self.processor = processor
+        self.config = _resolved(processor, config, seed) if processor else config
+        self.encode = Encode(processor, self.config) if processor else None
+
+    def at(self, origin: Origin, row: Any) -> _Found:
+        found = _Found(origin.file)
         try:
             if isinstance(row, RowError):
                 raise row
             conversation = parse_row(row, origin)
-            if processor is None:
-                roots = (str(Path(origin.file).parent),)
-                for field, picture in _pictures(conversation):
-                    open_image(picture, origin=origin, field=field, roots=roots)
+            found.pictures = sum(1 for _ in _pictures(conversation))
+            names = tuple((name, None) for name, _ in conversation.extra)
+            found.columns = dataclasses.replace(conversation, messages=(), images=(), videos=(), extra=names)
+            if self.encode is None:
+                self._open(conversation)
             else:
-                example = processor.encode(conversation)
-                tokens.append(example.length)
-                media.append(int((example.vision_index >= 0).sum()))
+                self._encode(conversation, found)
         except RowError as error:
-            rejected.append(error)
-    return CheckReport(len(source), tuple(rejected), tuple(tokens), tuple(media))
+            found.rejected = Rejected.of(error, "bad")
+        return found
+
+    def _encode(self, conversation: Conversation, found: _Found) -> None:
+        _, example = self.encode.read((conversation.origin, conversation), np.random.default_rng(0))
+        found.media_tokens = int((example.vision_index >= 0).sum())
+        found.learnt = int((example.loss_weights > 0).sum())
+        changed = False
+        try:
+            fitted = self.encode.fit(conversation, example)
+        except RowError as error:
+            found.rejected = Rejected.of(error, "too_long")
+        else:
+            if isinstance(fitted, Rejected):
+                found.rejected = fitted
+            changed = found.rejected is None and fitted is not example
+        found.size = survey.Size(example.length, example.num_patches, example.longest_frame, changed)
+
+    def _open(self, conversation: Conversation) -> None:
+        """Without a processor: decode the pictures, and see that a turn is to be learnt."""
+        check_learnable(conversation.origin, [message.loss_weight for message in conversation.messages])
+        origin, root = conversation.origin, self.config.media_root
+        roots = (str(Path(origin.file).parent), *([root] if root else []))
+        for field, picture in _pictures(conversation):
+            open_image(picture, origin=origin, field=field, roots=roots)
 
 
-def _pictures(conversation) -> Iterator[tuple[str, Any]]:
+class _Tally:
+    """Counts over all rows: a few numbers for each that can be encoded."""
+
+    def __init__(self):
+        self.faults, self.columns = Rejections(), {}
+        self.tokens, self.media_tokens, self.pictures = array("q"), array("q"), array("q")
+        self.patches, self.frames = array("q"), array("q")
+        self.learnt = self.changed = 0
+
+    def add(self, found: _Found) -> None:
+        if found.rejected is not None:
+            self.faults.add(found.rejected)
+        if found.columns is not None:
+            self.columns.setdefault(found.file, UnknownColumns()).add(found.columns)
+            self.pictures.append(found.pictures)
+        if found.size is not None:
+            self.tokens.append(found.size.length)
+            self.media_tokens.append(found.media_tokens)
+            self.patches.append(found.size.num_patches)
+            self.frames.append(found.size.longest_frame)
+            self.changed += found.size.changed
+            self.learnt += found.learnt
+
+    def column_lines(self) -> Iterator[str]:
+        for file, columns in self.columns.items():
+            for line in columns.lines():
+                yield f"{file}: {line}"
+
+
+def _suggestion(tally: _Tally, look: _Look) -> str:
+    if not tally.tokens:
+        return ""
+    measured = np.stack([tally.tokens, tally.patches, tally.frames], axis=1)
+    spread = np.linspace(0, len(measured) - 1, min(_SAMPLE, len(measured))).astype(int)
+    chosen = np.unique([*spread, *measured.argmax(0)])
+    sizes = tuple(survey.Size(*map(int, row)) for row in measured[chosen])
+    config = look.config
+    best = dataclasses.replace(config, row_tokens="auto", row_patches="auto", max_length=None)
+    best = survey.choose_rows(sizes, best, look.processor)
+    return (
+        f"data.row_tokens {best.row_tokens} and data.row_patches {best.row_patches} hold all of these rows, with "
+        f"padding of about {_padding(sizes, best)}; {config.row_tokens} and {config.row_patches}, which were checked, "
+        f"give {_padding(sizes, config)}"
+    )
+
+
+def _padding(sizes: Sequence[survey.Size], config: DataConfig) -> str:
+    fitting = tuple(s for s in sizes if s.length <= config.longest and s.num_patches <= config.row_patches)
+    if not fitting:
+        return "no packed row at all"
+    text, patches = survey.Survey(config, len(sizes), len(sizes), fitting, ()).padding()
+    return f"{100 * text:.0f} % of the tokens and {100 * patches:.0f} % of the patches"
+
+
+def _resolved(processor: Processor, config: DataConfig, seed: int) -> DataConfig:
+    """The configuration with sizes that depend on the data chosen, from the sample that training would look at."""
+    on_too_long = "drop" if config.on_too_long == "error" else config.on_too_long
+    looking = dataclasses.replace(config, on_bad_row="skip", on_too_long=on_too_long)
+    try:
+        found = survey.take(processor, looking, seed=seed, count=_LOOKED_AT).config
+    except UserError:  # every row of the sample is rejected, which the check itself says better
+        sizes = {name: getattr(config, name) for name in ("row_tokens", "row_patches")}
+        return dataclasses.replace(config, **{n: getattr(DataConfig(), n) for n, v in sizes.items() if v == "auto"})
+    names = ("row_tokens", "row_patches", "max_frame_patches")
+    return dataclasses.replace(config, **{name: getattr(found, name) for name in names})
+
+
+def _pictures(conversation: Conversation) -> Iterator[tuple[str, Any]]:
+    """(field, source) of each picture and frame."""
     for i, image in enumerate(conversation.images):
         yield f"images[{i}]", image
     for i, frames in enumerate(conversation.videos):

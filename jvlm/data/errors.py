@@ -11,6 +11,9 @@ from jvlm.errors import UserError
 
 # Trying again helps against other errors, never against these.
 MISTAKES = (ValueError, FileNotFoundError, FileExistsError)
+# where a message stops being the same for every row with its fault: at the first number, name or quotation
+_VARIABLE = re.compile(r"[\d'\"\[({</\\:;,].*", re.DOTALL)
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +65,20 @@ class Rejected:
         """The row of an error."""
         return cls(error.origin.file, error.origin.row, error.field, error.problem, kind, error.fix)
 
+    @property
+    def fault(self) -> tuple[str, ...]:
+        """What is wrong, the same for all rows with this fault: without numbers, names, or which turn it is."""
+        return self.kind, re.sub(r"\d+", "*", self.field), _VARIABLE.sub("", self.reason), _QUOTED.sub("*", self.fix)
+
 
 def grouped(rejected: Iterable[Rejected], *, most: int = 5) -> str:
     """One line for each reason: how many rows, the worst of them, the first three places, and the fix.
 
-    Reasons that differ in their numbers only are one.
+    Reasons that differ in their numbers and names only are one (`Rejected.fault`).
     """
-    groups: dict[tuple[str, str], list[Rejected]] = {}
+    groups: dict[tuple[str, ...], list[Rejected]] = {}
     for row in rejected:
-        groups.setdefault((re.sub(r"\d+", "0", row.field), re.sub(r"\d+", "0", row.reason)), []).append(row)
+        groups.setdefault(row.fault, []).append(row)
     ordered = sorted(groups.values(), key=len, reverse=True)
     lines = []
     for rows in ordered[:most]:

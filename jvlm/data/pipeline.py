@@ -113,7 +113,7 @@ class Encode(grain.transforms.RandomMap):
         if rng.random() < self.config.alone:
             conversation = _one_turn(conversation, rng)
         example = self.processor.encode(conversation)
-        _check_learnable(example)
+        check_learnable(example.origin, example.loss_weights)
         return conversation, example
 
     def fit(self, conversation: Conversation, example: Example) -> Example | Rejected:
@@ -157,9 +157,10 @@ def _one_turn(conversation: Conversation, rng: np.random.Generator) -> Conversat
     return turns[rng.choice(len(turns), p=weights / weights.sum())]
 
 
-def _check_learnable(example: Example) -> None:
-    if not (example.loss_weights > 0).any():
-        raise RowError(example.origin, "messages", "no assistant turn to learn from", "Add one, or set its loss true")
+def check_learnable(origin: Origin, weights: Sequence[float] | np.ndarray) -> None:
+    """Raise RowError if no turn, or no token, has a loss weight above 0."""
+    if not np.any(np.asarray(weights) > 0):
+        raise RowError(origin, "messages", "no assistant turn to learn from", "Add one, or set its loss true")
 
 
 class _Windows(grain.MapDataset):

@@ -18,15 +18,14 @@ from flax import nnx
 from jvlm.data import pipeline, survey
 from jvlm.data.packing import PackedRows
 from jvlm.data.position import Share
-from jvlm.data.processor import Processor, ProcessorConfig
+from jvlm.data.processor import Processor
 from jvlm.data.shards import matching
-from jvlm.data.tokenizers import load_tokenizer
 from jvlm.evaluation import usable
 from jvlm.models import vlm
 from jvlm.models.vlm import TOWERS, VLM, VLMConfig
 from jvlm.parallel import hosts
 from jvlm.parallel.layout import Layout
-from jvlm.training import flops, optimizer, resume
+from jvlm.training import flops, optimizer, processors, resume
 from jvlm.training import program as planning
 from jvlm.training import step as stepping
 from jvlm.training.checkpoint import Checkpoints
@@ -226,17 +225,12 @@ def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None =
             model = positions.with_grid(model, experiment.adapt.grid, experiment.adapt.grid_scale)
         if experiment.adapt.experts is not None:
             model = upcycling.upcycle(model, experiment.adapt.experts, seed=experiment.seed, sharding=sharding)
-        if experiment.processor is not None or experiment.adapt != AdaptConfig():
-            settings = experiment.processor or processor.config
-            processor = Processor(processor.tokenizer, model.config, settings, generation=processor.generation)
+        processor = processors.adapted(processor, experiment, model.config)
     else:
-        tokenizer = load_tokenizer(run_folder.local(experiment.tokenizer))
-        config = experiment.model
-        backbones.add_placeholder(tokenizer, config)
-        model = random_model(config, experiment.seed, sharding)
+        processor = processors.new(experiment)
+        model = random_model(experiment.model, experiment.seed, sharding)
         towers = [run_folder.local(place) for place in (experiment.encoder_from, experiment.decoder_from) if place]
         model = backbones.fill(model, towers, sharding)
-        processor = Processor(tokenizer, config, experiment.processor or ProcessorConfig())
     if experiment.data.media_root:
         processor.media_roots = (experiment.data.media_root,)
     return model, processor

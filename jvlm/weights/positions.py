@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jvlm.models import vlm
-from jvlm.models.vlm import VLM
+from jvlm.models.vlm import VLM, VLMConfig
 
 _A = -0.75  # of the cubic convolution, as in torch
 
@@ -62,13 +62,19 @@ def with_grid(model: VLM, grid: int, scale: float | None = None) -> VLM:
       ValueError: the encoder has no position table.
     """
     config = model.config
-    if not hasattr(config.encoder, "grid"):
-        raise ValueError(f"{type(config.encoder).__name__} has no position table: it takes pictures of any size")
-    parts = {name: getattr(config, name) for name in ("encoder", "connector")}
-    parts = {name: dataclasses.replace(part, grid=grid) for name, part in parts.items() if hasattr(part, "grid")}
+    resized = config_with_grid(config, grid)
     values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
     for path, class_token in (("encoder.positions", config.encoder.class_token), ("connector.positions", False)):
         if path in values:
             table = resize_positions(np.asarray(values[path], np.float32), grid, class_token=class_token, scale=scale)
             values[path] = jnp.asarray(table, values[path].dtype)
-    return vlm.bind(vlm.abstract(dataclasses.replace(config, **parts)), values)
+    return vlm.bind(vlm.abstract(resized), values)
+
+
+def config_with_grid(config: VLMConfig, grid: int) -> VLMConfig:
+    """The configuration of `with_grid`'s model. Raises ValueError if the encoder has no position table."""
+    if not hasattr(config.encoder, "grid"):
+        raise ValueError(f"{type(config.encoder).__name__} has no position table: it takes pictures of any size")
+    parts = {name: getattr(config, name) for name in ("encoder", "connector")}
+    parts = {name: dataclasses.replace(part, grid=grid) for name, part in parts.items() if hasattr(part, "grid")}
+    return dataclasses.replace(config, **parts)

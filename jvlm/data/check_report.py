@@ -1,0 +1,101 @@
+"""What a check of the data found, as numbers and as text for the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jvlm.data.errors import RowError
+from jvlm.data.pipeline import DataConfig
+from jvlm.data.rejections import Rejections
+
+_COLUMNS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckReport:
+    """What a check found. Sizes are of the rows that could be encoded, those too long for a packed row included.
+
+    Attributes:
+      rows: read; each is either usable or rejected.
+      rejected: one error for each row that training would reject; empty where ``on_rejected`` took them.
+      faults: the same, grouped and counted.
+      config: what was checked against, with every size known.
+      encoded: whether a processor encoded the rows; without one, sizes were not checked.
+      tokens, media_tokens, patches: of each row; empty without a processor.
+      pictures: of each row, frames included.
+      learnt: tokens that are learnt, of all rows.
+      changed: rows that ``on_too_long`` truncates or shrinks.
+      columns: what there is to say about unknown columns, one line each.
+      suggestion: sizes of packed rows that suit the data; empty without a processor.
+    """
+
+    rows: int
+    rejected: tuple[RowError, ...]
+    faults: Rejections
+    config: DataConfig
+    encoded: bool
+    tokens: Sequence[int]
+    media_tokens: Sequence[int]
+    pictures: Sequence[int]
+    patches: Sequence[int]
+    learnt: int
+    changed: int
+    columns: tuple[str, ...]
+    suggestion: str
+
+    @property
+    def usable(self) -> int:
+        """Rows that training would learn from."""
+        return self.rows - self.faults.count()
+
+    def text(self) -> str:
+        """For the terminal: what can be used, what is wrong, and what the rows are like."""
+        lines = [f"{self.usable} of {self.rows} rows can be used", *self._consequences(), *self.faults.lines()]
+        lines += self.columns[:_COLUMNS]
+        if self.columns[_COLUMNS:]:
+            lines.append(f"and {len(self.columns) - _COLUMNS} more lines about columns that are not used")
+        lines += self._sizes()
+        return "\n".join(lines)
+
+    def _consequences(self) -> Iterator[str]:
+        """What training would do about the rows that are rejected or changed."""
+        config, bad, too_long = self.config, self.faults.count("bad"), self.faults.count("too_long")
+        if bad and config.on_bad_row == "error":
+            yield f"{bad} bad: training stops at the first one (data.on_bad_row error)"
+        elif bad:
+            yield f"{bad} bad: left out (data.on_bad_row skip)" + self._above("max_bad_fraction", bad)
+        if too_long and config.on_too_long == "error":
+            yield f"{too_long} too long: training stops at the first one (data.on_too_long error)"
+        elif too_long:
+            how = f"{too_long} too long: left out (data.on_too_long {config.on_too_long})"
+            yield how + self._above("max_too_long_fraction", too_long)
+        if self.changed:
+            how = "have their pictures shrunk" if config.on_too_long == "shrink" else "lose turns at their end"
+            yield f"{self.changed} too long: {how} (data.on_too_long {config.on_too_long})"
+
+    def _above(self, limit: str, count: int) -> str:
+        most = getattr(self.config, limit)
+        return f"; more than data.{limit} {most}, so training stops" if count > most * self.rows else ""
+
+    def _sizes(self) -> Iterator[str]:
+        named = {
+            "tokens": self.tokens,
+            "vision tokens": self.media_tokens,
+            "pictures": self.pictures,
+            "patches": self.patches,
+        }
+        named = {name: values for name, values in named.items() if any(values)}
+        if named:
+            yield f"{'of a row':<14}{'min':>10}{'median':>10}{'95 %':>10}{'max':>10}{'in all':>16}"
+        for name, values in named.items():
+            marks = np.percentile(values, (0, 50, 95, 100), method="higher")
+            yield f"{name:<14}" + "".join(f"{int(mark):>10,}" for mark in marks) + f"{sum(values):>16,}"
+        if len(self.tokens):
+            yield f"learnt: {100 * self.learnt / sum(self.tokens):.1f} % of the tokens"
+        if self.suggestion:
+            yield self.suggestion
+        elif not self.encoded:
+            yield "without --model or --config: tokens, picture limits and row sizes were not checked"

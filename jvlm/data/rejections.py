@@ -1,0 +1,128 @@
+"""Rejected rows grouped by what is wrong with them, so that one fault in many rows is one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from jvlm.data.errors import Rejected
+from jvlm.data.shards import matching
+from jvlm.errors import UserError
+
+_PLACES = 3
+_KINDS = 1000
+_SHOWN = 400
+
+
+@dataclasses.dataclass
+class Group:
+    """Rows with one fault: how many, and the first of them."""
+
+    first: Rejected
+    count: int = 0
+    places: list[str] = dataclasses.field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The first row's message, and where the rows are."""
+        row = self.first
+        said = f"{row.file}, row {row.row}, field {row.field!r}: {_short(row.reason)}. {row.fix}".rstrip()
+        more = f" and {self.count - len(self.places):,} more" if self.count > len(self.places) else ""
+        return [f"  {self.count:,} x {said}", f"      at {', '.join(self.places)}{more}"]
+
+
+class Rejections:
+    """Counts rejected rows by fault. Of each fault it holds one row and three places, however many there are."""
+
+    def __init__(self, rejected: Iterable[Rejected] = ()):
+        self.groups: dict[tuple[str, ...], Group] = {}
+        for row in rejected:
+            self.add(row)
+
+    def add(self, row: Rejected) -> None:
+        """Count a row."""
+        key = row.fault
+        if key not in self.groups and len(self.groups) >= _KINDS:
+            key = ("others", row.kind)
+        group = self.groups.setdefault(key, Group(row))
+        group.count += 1
+        if len(group.places) < _PLACES:
+            group.places.append(f"{row.file}:{row.row}")
+
+    def count(self, kind: str | None = None) -> int:
+        """Rows, of one kind or of all."""
+        return sum(group.count for group in self.groups.values() if kind in (None, group.first.kind))
+
+    def lines(self, most: int = 20) -> list[str]:
+        """Two lines for each fault, the most frequent first."""
+        groups = sorted(self.groups.values(), key=lambda group: -group.count)
+        lines = [line for group in groups[:most] for line in group.lines()]
+        if groups[most:]:
+            lines.append(f"  {sum(group.count for group in groups[most:]):,} x {len(groups) - most} other faults")
+        return lines
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+@contextmanager
+def writing(output: str | None, files: Sequence[str], *, verbose: bool = False) -> Iterator[Callable[[Rejected], None]]:
+    """What to call with each rejected row: prints it, and writes it to a JSONL that appears when all are.
+
+    Raises:
+      UserError: ``output`` is one of the files that are read, or holds something else.
+    """
+    target = Path(output) if output else None
+    if target is not None:
+        _check_target(target, files)
+    with _replacing(target) as file:
+
+        def take(row: Rejected) -> None:
+            if verbose:
+                print(f"{row.file}:{row.row}: field {row.field!r}: {row.reason}. {row.fix}".rstrip())
+            if file is not None:
+                file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=True) + "\n")
+
+        yield take
+    if target is not None:
+        print(f"every rejected row is in {target}")
+
+
+def _check_target(target: Path, files: Sequence[str]) -> None:
+    if target.is_dir():
+        raise UserError(f"{target}: a folder. Give --output a file")
+    if not target.exists():
+        return
+    for path in (path for pattern in files for path in matching(pattern)):
+        if os.path.samefile(path, target):
+            raise UserError(f"--output {target} is the data itself, {path}. Give another name")
+    with open(target, "rb") as file:
+        first = file.readline()
+    names = {field.name for field in dataclasses.fields(Rejected)}
+    try:
+        is_ours = not first or set(json.loads(first)) == names
+    except (ValueError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise UserError(f"--output {target} holds something else than rejected rows. Give another name, or remove it")
+
+
+@contextmanager
+def _replacing(target: Path | None) -> Iterator[TextIO | None]:
+    """A text file that takes its name once it is whole."""
+    if target is None:
+        yield None
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            yield file
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
