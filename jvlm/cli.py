@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from jvlm import host_memory
 from jvlm.data.errors import MISTAKES, RowError
 from jvlm.errors import UserError
 
@@ -120,6 +121,7 @@ def _find_config(config: str) -> Path:
 
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
+    host_memory.keep_freed_memory()
     import jax
 
     from jvlm import job
