@@ -291,6 +291,8 @@ class PackIterator(grain.DatasetIterator):
         if not given:  # what a window rejects is reported with its first row
             self._rejected = rejected
         packed = packing.best_fit_decreasing(examples, config.row_tokens, config.row_patches)
+        if config.shuffle:  # packed longest first: in that order a batch is of one length, and often of one kind
+            np.random.default_rng(window).shuffle(packed)
         self._queue.extend([examples[i] for i in row] for row in packed[given:])
         self._progress = dataclasses.replace(self._progress, given=given)
         return bool(elements)

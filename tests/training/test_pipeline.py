@@ -67,6 +67,24 @@ def test_the_same_seed_gives_the_same_batches_and_shuffling_changes_the_order(se
     assert _conversations(first) == _conversations(ordered)
 
 
+def test_batches_of_a_window_come_in_no_order_of_length(setup, tmp_path):
+    _, processor, _ = setup
+    words = [" circle" * (n + 1) for n in range(32)]
+    messages = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": text}] for text in words]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"messages": m}) + "\n" for m in messages))
+    longest = processor.encode(pipeline.parse_row({"messages": messages[-1]}, pipeline.Origin("", 1))).length
+    changes = {"train": (str(rows),), "rows": 2, "row_tokens": longest, "row_patches": 0, "pack_window": 32}
+
+    def lengths(**more):
+        batches = _batches(setup, **changes, **more)
+        return [int((b.batch.segment_ids == 1).sum(1).max()) for b in batches]
+
+    assert lengths(shuffle=False) == sorted(lengths(shuffle=False), reverse=True)
+    assert len(lengths()) >= 8
+    assert lengths() not in (sorted(lengths()), sorted(lengths(), reverse=True))
+
+
 def test_alone_learns_single_turns_drawn_by_weight_and_keeps_the_pictures(setup, tmp_path):
     experiment, processor, rows = setup
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
