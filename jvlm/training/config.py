@@ -19,17 +19,23 @@ SEEDS = f"[0, {2**32})"  # what every generator of random numbers takes
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay.
+    """AdamW or Muon, with warm-up and cosine decay.
 
     Attributes:
+      kind: "muon" moves matrices along their orthogonalised momentum (Jordan et al., 2024), at the size of AdamW's
+        steps (arXiv 2502.16982), so that learning rates are of the same order; embeddings, the output matrix, position
+        tables, norms and biases stay with AdamW. A small model trained from nothing learns faster by it.
       learning_rate: peak; used by every tower that has none of its own.
       encoder_lr, connector_lr, decoder_lr: a tower's own peak; 0 freezes the tower: no gradient, no state, no change.
       warmup: share of the steps with linear warm-up.
       final_ratio: learning rate at the end, as a share of the peak.
       weight_decay: of matrices; norms and biases have none.
+      beta1, beta2, eps: of AdamW.
+      muon_beta: momentum of Muon.
       clip: largest norm of the whole gradient.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-5
     encoder_lr: float | None = None
     connector_lr: float | None = None
@@ -40,12 +46,13 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    muon_beta: float = 0.95
     clip: float = 1.0
 
     def __post_init__(self):
         shares = dict.fromkeys(("warmup", "final_ratio"), "[0, 1]")
         rates = dict.fromkeys(("learning_rate", "encoder_lr", "connector_lr", "decoder_lr"), "[0, inf)")
-        betas = dict.fromkeys(("beta1", "beta2"), "[0, 1)")
+        betas = dict.fromkeys(("beta1", "beta2", "muon_beta"), "[0, 1)")
         rest = {"weight_decay": "[0, inf)", "eps": "(0, inf)", "clip": "(0, inf)"}
         check_fields(self, "optimizer.", {**shares, **rates, **betas, **rest})
         if not any(self.rate_of(tower) for tower in TOWERS):

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate for each tower. A tower at 0 is frozen: it takes no part in the gradient at all."""
+"""AdamW or Muon, with a learning rate for each tower. A tower at 0 is frozen: it takes no part in the gradient."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import jax
 import optax
 from flax import nnx
+from optax import contrib
 
 from jvlm.models.vlm import TOWERS
 from jvlm.training.config import OptimizerConfig
@@ -45,10 +46,35 @@ def make(config: OptimizerConfig, steps: int, variables: Mapping[str, nnx.Variab
     rates = {t: optax.scale_by_learning_rate(schedule(config, t, steps)) for t in TOWERS}
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        _direction(config, variables),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.partition(rates, towers),
     )
+
+
+def _direction(config: OptimizerConfig, variables: Mapping[str, nnx.Variable]) -> optax.GradientTransformation:
+    """Steps from gradients, before decay and learning rate."""
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    if config.kind == "adamw":
+        return adam
+    kinds = {path: "muon" if _is_matrix(v) else "adam" for path, v in variables.items()}
+
+    def matrices(updates):
+        # axes before the last two count layers or experts, each with a matrix of its own
+        numbers = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+        return {path: numbers if kinds[path] == "muon" else optax.MaskedNode() for path in updates}
+
+    muon = optax.chain(
+        contrib.scale_by_muon(beta=config.muon_beta, weight_dimension_numbers=matrices),
+        optax.stateless_with_tree_map(lambda update, _: 0.2 * max(update.shape[-2:]) ** 0.5 * update),
+    )
+    return optax.partition({"muon": muon, "adam": adam}, kinds)
+
+
+def _is_matrix(variable: nnx.Variable) -> bool:
+    """Whether a parameter maps one space of features to another; a table of embeddings does not."""
+    axes = variable.get_metadata()["axes"]
+    return len(axes) > 1 and not {"vocab", "position"} & set(axes)
 
 
 def tower_norms(gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
