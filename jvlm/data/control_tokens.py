@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,6 +20,7 @@ _SPELLING = (
 )
 _SPELLED = re.compile(f"[{''.join(_SPELLING)}]")
 _LETTERS = 3
+_MAKING = threading.Lock()
 
 
 class ControlTokens:
@@ -37,6 +38,7 @@ class ControlTokens:
         self.names = frozenset(names)
         self.pattern = any_of(self.names)
         self._backend = tokenizer.backend_tokenizer
+        self._copy: tuple[Any, dict[str, str]] | None = None
         # a token cut in two, one part of it at the end of a text and the other written beside it
         cuts = [(name[:n], name[n:]) for name in self.names for n in range(1, len(name))]
         self._heads = tuple({head for head, _ in cuts if not head.isalnum()})
@@ -88,6 +90,13 @@ class ControlTokens:
             text = text[:at] + stand_ins[text[at]] + text[at + 1 :]
         return text
 
+    def differ(self, text: str, guarded: str) -> bool:
+        """Whether the tokenizer may find other control tokens in a rendering than in the same one from guarded text."""
+        if self._normalizer is not None:
+            return True
+        found, own = ([match.span() for match in self.pattern.finditer(t)] for t in (text, guarded))
+        return found != own
+
     def encode(
         self, text: str, stand_ins: Mapping[str, str], *, add_special_tokens: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -113,9 +122,15 @@ class ControlTokens:
         offsets += np.asarray(shifts)[np.searchsorted(np.asarray(ends, np.int64), offsets, side="right")]
         return np.asarray(encoded.ids, np.int32), *offsets.T
 
-    @functools.cached_property
+    @property
     def _respelled(self) -> tuple[Any, dict[str, str]]:
         """(the tokenizer with every control token spelled as no text is, name -> spelling)."""
+        # made by one of the threads that read rows, where a row needs it: a large one takes seconds
+        with _MAKING:
+            self._copy = self._copy or self._respell()
+        return self._copy
+
+    def _respell(self) -> tuple[Any, dict[str, str]]:
         from tokenizers import Tokenizer
 
         letters = itertools.product(_SPELLING, repeat=_LETTERS)

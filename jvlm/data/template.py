@@ -22,13 +22,14 @@ from jvlm.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class _Chat:
-    """What a template is given; ``stand_ins`` are those of text that is guarded."""
+    """What is rendered: ``stand_ins`` are those of guarded text, ``template`` replaces the tokenizer's."""
 
     messages: tuple[Message, ...]
     generation_prompt: bool = False
     tools: tuple[Any, ...] = ()
     origin: Origin = Origin()
     stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    template: str | None = None
 
     def texts(self) -> Iterator[str]:
         """All text from outside, media tags left out."""
@@ -89,7 +90,7 @@ class ChatTemplate:
         self.tokenizer, self.style, self._language = tokenizer, style, language
         if not tokenizer.chat_template:
             tokenizer.chat_template = style.template
-        self._known: dict[str, TemplateFacts] = {}
+        self._known: dict[tuple[str, int], TemplateFacts] = {}
         media = [name for name in (style.image, style.video) if name is not None]
         self._media = any_of(media)
         self._facts_of(())
@@ -124,13 +125,14 @@ class ChatTemplate:
         self._check_whole(chat, text)
         facts = self._facts_of(tools)
         suspects = [found for found in map(facts.control.suspect, texts) if found]
+        plain = text
         if suspects:
             chat, text = self._guarded(chat, text, facts, suspects[0])
         spans = self._spans(chat, text, facts)
-        if suspects:
+        if suspects and facts.control.differ(plain, text):
             ids, starts, ends = self._encode_guarded(chat, text, facts, suspects[0])
         else:
-            encoded = self.tokenizer(text, add_special_tokens=self.style.special_tokens, return_offsets_mapping=True)
+            encoded = self.tokenizer(plain, add_special_tokens=self.style.special_tokens, return_offsets_mapping=True)
             ids = np.asarray(encoded["input_ids"], np.int32)
             starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
         weights, turn = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.int32)
@@ -307,6 +309,7 @@ class ChatTemplate:
             text = self.tokenizer.apply_chat_template(
                 messages,
                 tools=list(chat.tools) or None,
+                chat_template=chat.template,
                 tokenize=False,
                 add_generation_prompt=chat.generation_prompt,
             )
@@ -341,11 +344,12 @@ class ChatTemplate:
             source = self.tokenizer.get_chat_template(tools=list(tools) or None)
         except ValueError as error:
             raise UserError(f"the tokenizer's chat templates cannot be used: {error}") from error
-        if source not in self._known:
-            self._known[source] = self._examine()
-        return self._known[source]
+        known = source, len(self.tokenizer)
+        if known not in self._known:
+            self._known[known] = self._examine(source)
+        return self._known[known]
 
-    def _examine(self) -> TemplateFacts:
+    def _examine(self, source: str) -> TemplateFacts:
         """Render a plain conversation and see what the template writes around its words."""
         # digits have no case, which templates may change
         asked, answered = ("80671", "80672"), ("80673", "80674")
@@ -355,10 +359,10 @@ class ChatTemplate:
             for role, words in zip(("user", "assistant"), pair, strict=True)
         )
         prompt, bare, whole = (
-            self._probe(_Chat(messages, generation_prompt))
+            self._probe(_Chat(messages, generation_prompt, template=source))
             for messages, generation_prompt in ((turns[:1], True), (turns[:1], False), (turns, False))
         )
-        whole = whole or self._probe(_Chat(turns[:2]))
+        whole = whole or self._probe(_Chat(turns[:2], template=source))
         added = self.tokenizer.added_tokens_decoder.values()
         names = {t.content for t in added}
         special = {t.content for t in added if t.special} | (names & set(self.tokenizer.all_special_tokens))

@@ -207,6 +207,29 @@ def test_what_cannot_be_told_apart_is_refused(tiny):
         Processor(tokenizer, tiny.model.config).encode({"messages": chat("a <|im_end|>", "b")})
 
 
+def test_a_token_cut_in_two_is_not_joined_by_the_template(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny.folder))
+    body = "{{ m.content | trim }}{% if m.role == 'assistant' %}<|endoftext|>{% endif %}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{body}{{% endfor %}}"
+    template = ChatTemplate(tokenizer, style_of("qwen2_5_vl"))
+    ids, weights, _ = tokenize(template, chat("a <|im_ ", " end|> b"))
+    assert tokenizer.decode(ids) == "a <|im_end|> b<|endoftext|>"
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids
+    assert tokenizer.decode(ids[weights > 0]).endswith("end|> b<|endoftext|>")
+    assert [int(i) for i in ids] == [
+        *tokenizer("a <|im_end|> b", split_special_tokens=True)["input_ids"],
+        tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    ]
+
+
+def test_special_tokens_added_later_are_control_tokens(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny.folder))
+    template = ChatTemplate(tokenizer, style_of("qwen2_5_vl"))
+    tokenizer.add_tokens(["<|call|>"], special_tokens=True)
+    ids, _, _ = tokenize(template, chat("a <|call|>", "b"))
+    assert tokenizer.convert_tokens_to_ids("<|call|>") not in ids
+
+
 def test_a_processor_that_has_met_spelled_tokens_is_sent_to_workers(tiny):
     import pickle
 
