@@ -226,17 +226,25 @@ def _read_line(line: bytes, source: RowSource, data: str | Path, number: int) ->
     """(what is wrong with a line, its values)."""
     if number > len(source):
         return f"has no row among the {len(source)} of {data}", {}
+    row = _row_name(source, data, number)
     try:
         written = json.loads(line)
     except (ValueError, RecursionError):
-        return f"is not JSON, so it is not an answer to row {number} of {data}", {}
+        return f"is not JSON, so it is not an answer to {row}", {}
     if not isinstance(written, dict) or not _same(written, source[number - 1][1]):
-        return f"is not an answer to row {number} of {data}", {}
+        return f"is not an answer to {row}", {}
     if not ("error" in written or all(key in written for key in _ANSWER)):
-        return f"is row {number} of {data} without an answer, so jvlm generate did not write it", {}
+        return f"is {row} without an answer, so jvlm generate did not write it", {}
     if not isinstance(written.get(HASH), str):
-        return f"answers row {number} of {data}, but without a {HASH}, so it is not known with which settings", {}
+        return f"answers {row}, but without a {HASH}, so it is not known with which settings", {}
     return None, written
+
+
+def _row_name(source: RowSource, data: str | Path, number: int) -> str:
+    """A row for a message: with its file and line where blank lines or several files make them others."""
+    origin, _ = source[number - 1]
+    plain = (origin.file, origin.row) == (str(data), number)
+    return f"row {number} of {data}" + ("" if plain else f" ({origin.file}, line {origin.row})")
 
 
 def _check_tail(tail: bytes, source: RowSource, data: str | Path, number: int, known: bool) -> str | None:
@@ -246,7 +254,7 @@ def _check_tail(tail: bytes, source: RowSource, data: str | Path, number: int, k
     own = copied(source[number - 1][1])
     if known and any(_begins(tail, begun[:-1]) for begun in (to_bytes(own), json.dumps(own).encode())):
         return None
-    return f"is not the beginning of an answer to row {number} of {data}"
+    return f"is not the beginning of an answer to {_row_name(source, data, number)}"
 
 
 def _begins(tail: bytes, begun: bytes) -> bool:

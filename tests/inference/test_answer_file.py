@@ -290,3 +290,11 @@ def test_a_missing_data_file_and_an_empty_glob_are_named(tmp_path):
     for name in ("none.jsonl", "none*.jsonl"):
         with pytest.raises(FileNotFoundError, match=name.replace("*", r"\*")):
             check_paths(tmp_path / name, tmp_path / "out.jsonl")
+
+
+def test_rows_of_several_files_with_blank_lines_are_named_as_an_editor_does(tmp_path, output):
+    (tmp_path / "d1.jsonl").write_text(to_text(ROWS[:2]))
+    (tmp_path / "d2.jsonl").write_text("\n\n" + to_text(ROWS[2:]))
+    output.write_text(to_text([*LINES[:2], LINES[3]]))
+    with pytest.raises(UserError, match=r"line 3, is not an answer to row 3 of .*d\*\.jsonl \(.*d2\.jsonl, line 3\)"):
+        resume(tmp_path / "d*.jsonl", output)
