@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.support import Tiny, chat_messages, make_tokenizer, picture, token_ids
+from tests.support import CORPUS, Tiny, chat_messages, make_tokenizer, picture, token_ids
 
 FAKE, IMAGE, END = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
 SPECIAL = ("<unk>", "<s>", "</s>", FAKE, IMAGE, END)
@@ -35,6 +36,36 @@ def write_tokenizer(folder: Path, *, template: bool = True) -> Path:
         pad_token="<unk>",
         chat_template=TEMPLATE if template else None,
     )
+
+
+def write_llama_tokenizer(folder: Path) -> Path:
+    """A tokenizer as the hub's Idefics2 has it: Llama's kind, which falls back to bytes and begins texts with a space.
+
+    Its vocabulary needs a ``vocab_size`` of 512.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=200, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    tokens = [*SPECIAL[:3], *(f"<0x{i:02X}>" for i in range(256)), *model["vocab"]]
+    vocabulary, merges = {t: i for i, t in enumerate(dict.fromkeys(tokens))}, [tuple(m) for m in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    values = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_prefix_space": True}
+    values |= {"additional_special_tokens": list(SPECIAL[3:]), "chat_template": TEMPLATE, **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return folder
 
 
 def config_values(ids: dict[str, int], **text: Any) -> dict[str, Any]:
@@ -79,12 +110,14 @@ def config_values(ids: dict[str, int], **text: Any) -> dict[str, Any]:
     }
 
 
-def write_folder(folder: Path, *, split: bool, **text: Any) -> dict[str, Any]:
+def write_folder(
+    folder: Path, *, split: bool, tokenizer: Callable[[Path], Path] = write_tokenizer, **text: Any
+) -> dict[str, Any]:
     """A whole Hugging Face folder, its tensors named and written by transformers. Returns its config.json."""
     import torch
     from transformers import Idefics2Config, Idefics2ForConditionalGeneration
 
-    ids = token_ids(write_tokenizer(folder))
+    ids = token_ids(tokenizer(folder))
     values = config_values(ids, **text)
     torch.manual_seed(0)
     model = Idefics2ForConditionalGeneration(Idefics2Config(**values))

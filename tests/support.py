@@ -31,7 +31,7 @@ SPECIAL_TOKENS = (
     "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
 ).split()
 
-_CORPUS = (
+CORPUS = (
     "what is in the picture? is there a red circle, or a blue triangle? the answer is yes, no, two, three.",
     "where is the cat on the chair? describe this video of a dog that runs over the green grass.",
     'the box is [{"bbox_2d": [12, 34, 56, 78], "label": "the cat"}] and the image is 640 x 480 pixels.',
@@ -60,7 +60,7 @@ def make_tokenizer(folder: Path, special: Sequence[str] = SPECIAL_TOKENS, begin:
     trainer = trainers.BpeTrainer(
         vocab_size=320, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    tokenizer.train_from_iterator(_CORPUS, trainer)
+    tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
     if begin:
         tokenizer.post_processor = TemplateProcessing(

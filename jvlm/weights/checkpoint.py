@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.layers import Numerics
 from jvlm.models.vlm import VLM, VLMConfig, parameters
-from jvlm.weights import names, safetensors_files, table
+from jvlm.weights import chat_templates, names, processor_files, safetensors_files, table, tokenizer_files
+from jvlm.weights.processor_files import ProcessorFiles
 from jvlm.weights.vocabulary import EMBEDDING, TOKEN_AXIS, with_vocabulary
 
 ReadLayer = Callable[[str, int | None], np.ndarray]
@@ -41,13 +43,10 @@ def read_config(folder: Path, numerics: Numerics | None = None) -> VLMConfig:
     architecture = table.architecture_for(values.get("model_type"))
     config = table.read_values(path, lambda v: _typed(architecture.read_config(v)), values)
     config = dataclasses.replace(config, numerics=numerics or default_numerics())
-    preprocessor = _read_json(folder / "preprocessor_config.json")
-    if preprocessor:
-        encoder = dataclasses.replace(
-            config.encoder,
-            image_mean=tuple(preprocessor.get("image_mean", config.encoder.image_mean)),
-            image_std=tuple(preprocessor.get("image_std", config.encoder.image_std)),
-        )
+    settings = processor_files.read(folder).image
+    if settings is not None:
+        pixels = processor_files.read_pixels(settings, architecture.pixels)
+        encoder = dataclasses.replace(config.encoder, image_mean=pixels.mean, image_std=pixels.std)
         config = dataclasses.replace(config, encoder=encoder)
     return config
 
@@ -160,25 +159,39 @@ def load_processor(folder: Path, config: VLMConfig, *, grow_embedding: bool = Fa
     Args:
       grow_embedding: the processor's model has a larger embedding table where the tokenizer needs one; the tokens that
         end a turn in this family's template are added to a tokenizer that lacks them.
+
+    Raises:
+      UserError: a chat template that cannot write a picture, or a setting of pictures that has no meaning here.
     """
     tokenizer = load_tokenizer(folder)
-    template = _read_json(folder / "chat_template.json").get("chat_template")
-    if template and not tokenizer.chat_template:
-        tokenizer.chat_template = template
+    tokenizer.chat_template, source = chat_templates.choose(folder, tokenizer)
     if grow_embedding:
         vocabulary.add_tokens(tokenizer, style_of(config.architecture).stops)
         config = with_vocabulary(config, vocabulary.rows_needed(tokenizer))
-    settings = read_settings(folder)
-    if settings is None:
-        architecture = table.architecture_of(config)
-        files = {name: _read_json(folder / name) for name in architecture.preprocessors}
-        settings = ProcessorConfig(media=architecture.read_media(files))
-    return Processor(
+    processor = Processor(
         tokenizer,
         config,
-        settings,
+        _read_settings(folder, config),
         generation=_read_json(folder / "generation_config.json"),
     )
+    chat_templates.check_writes_pictures(processor.template, source)
+    return processor
+
+
+def _read_settings(folder: Path, config: VLMConfig) -> ProcessorConfig:
+    """jvlm's own settings; where the files that everybody reads say something else, these count, and it is told."""
+    settings = read_settings(folder) or ProcessorConfig()
+    files = processor_files.read(folder)
+    if settings.media is not None and files == ProcessorFiles():
+        return settings
+    media = table.architecture_of(config).read_media(files, config, settings.media)
+    if settings.media is not None and media != settings.media:
+        before, after = (config_tree.to_dict(m) for m in (settings.media, media))
+        lines = "; ".join(config_tree.differences(before, after))
+        warnings.warn(
+            f"{folder}: {SETTINGS} differs from {', '.join(processor_files.FILES)}, which count: {lines}", stacklevel=2
+        )
+    return dataclasses.replace(settings, media=media)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -245,19 +258,22 @@ def _writer(values: ReadLayer, entry: table.Entry) -> Callable[[], np.ndarray]:
 
 
 def write_sidecars(folder: Path, config: VLMConfig, processor: Processor, dtype: str) -> None:
-    """Everything of a Hugging Face folder but the weights."""
+    """Everything of a Hugging Face folder but the weights; settings that a former model left there are removed."""
     architecture = table.architecture_of(config)
     _write_json(folder / "config.json", {**architecture.write_config(config), "torch_dtype": dtype})
     write_processor(folder, config, processor)
-    # older readers look here, newer ones for chat_template.jinja, which the tokenizer writes
-    _write_json(folder / "chat_template.json", {"chat_template": processor.tokenizer.chat_template})
-    for name, values in architecture.write_preprocessors(config, processor.media).items():
+    files = architecture.write_preprocessors(config, processor.media)
+    for name in processor_files.FILES:
+        (folder / name).unlink(missing_ok=True)
+    for name, values in files.items():
         _write_json(folder / name, values)
 
 
 def write_processor(folder: Path, config: VLMConfig, processor: Processor) -> None:
     """Tokenizer, chat template, generation defaults, and jvlm's own settings: what `load_processor` reads."""
-    processor.tokenizer.save_pretrained(str(folder))
+    templates = processor.tokenizer.chat_template
+    tokenizer_files.save(processor.tokenizer, folder, templates)
+    chat_templates.write(folder, templates)
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     generation["pad_token_id"] = processor.tokenizer.pad_token_id
     _write_json(folder / "generation_config.json", {**generation, **processor.generation})

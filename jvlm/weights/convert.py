@@ -20,7 +20,7 @@ from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.layers import Numerics
 from jvlm.models.vlm import VLMConfig
-from jvlm.weights import checkpoint, run_folder, safetensors_files, table, vocabulary
+from jvlm.weights import chat_templates, checkpoint, run_folder, safetensors_files, table, tokenizer_files, vocabulary
 from jvlm.weights.table import Entry, WeightError
 
 DType = Literal["keep", "float32", "bfloat16", "float16"]
@@ -160,12 +160,17 @@ class _Snapshot:
         for file in sorted(self.folder.iterdir()):
             if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name != "config.json":
                 shutil.copyfile(file, target / file.name)
+        if (self.folder / chat_templates.ADDITIONAL).is_dir():
+            shutil.copytree(self.folder / chat_templates.ADDITIONAL, target / chat_templates.ADDITIONAL)
         values = json_files.read_object(self.folder / "config.json")
         if dtype is not None:
             _set_dtype(values, dtype)
         if self.processor is not None:
-            self.processor.tokenizer.save_pretrained(str(target))
+            tokenizer = self.processor.tokenizer
+            tokenizer_files.save(tokenizer, target, tokenizer.chat_template)
             _set_vocabulary(values, self.config.decoder.vocab_size)
+        elif not tokenizer_files.is_portable(target):
+            tokenizer_files.make_portable(target)
         (target / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
     def close(self) -> None:

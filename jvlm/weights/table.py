@@ -20,6 +20,7 @@ import numpy as np
 from jvlm.data.vision import MediaConfig
 from jvlm.errors import UserError
 from jvlm.models.vlm import VLMConfig
+from jvlm.weights.processor_files import Pixels, ProcessorFiles
 
 T = TypeVar("T")
 
@@ -62,9 +63,9 @@ class Architecture:
       canonical: maps any known spelling of a tensor name to the one of the table; None drops the tensor.
       layouts: named spellings for writing, each a map from table name to checkpoint name.
       read_config, write_config: config.json <-> `VLMConfig`; both as plain dicts on the JSON side.
-      read_media: file name -> content of the folder's processor files, as a media configuration.
+      pixels: how the family's image processor makes numbers of pixels where a folder does not say.
+      read_media: a folder's processor files over the media configuration stored with it, if there is one.
       write_preprocessors: the inverse: the processor files' names and contents.
-      preprocessors: names of those files.
     """
 
     name: str
@@ -75,9 +76,9 @@ class Architecture:
     layouts: dict[str, Callable[[str], str]]
     read_config: Callable[[dict[str, Any]], VLMConfig]
     write_config: Callable[[VLMConfig], dict[str, Any]]
-    read_media: Callable[[dict[str, dict[str, Any]]], MediaConfig]
+    pixels: Pixels
+    read_media: Callable[[ProcessorFiles, VLMConfig, MediaConfig | None], MediaConfig]
     write_preprocessors: Callable[[VLMConfig, MediaConfig], dict[str, dict[str, Any]]]
-    preprocessors: tuple[str, ...] = ("preprocessor_config.json",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -342,16 +342,6 @@ def test_a_folder_without_weights_says_so(make, tensors):
         jvlm.load(folder)
 
 
-def test_a_chat_template_beside_the_tokenizer_is_used(make, tensors):
-    folder = make(tensors)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["chat_template"] = None
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0]['content'] }}!"}))
-    _, processor = jvlm.load(folder)
-    assert processor.tokenizer.chat_template == "{{ messages[0]['content'] }}!"
-
-
 def test_copies_of_a_folder_are_independent_of_it(make, tensors, tmp_path):
     folder = make(tensors)
     model, processor = jvlm.load(folder)

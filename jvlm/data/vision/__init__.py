@@ -29,6 +29,11 @@ class PixelLimits(MediaConfig):
     """Qwen's: resize limits in pixels, and the frame rate assumed for a video given as a list of frames.
 
     The defaults are Qwen2.5-VL's: 4 to 16,384 tokens an image; 128 to 768 tokens a frame at 2 frames a second.
+
+    Attributes:
+      resample: Pillow's number of the filter; 3 is bicubic.
+      resize: False takes pictures as they are; their sides must then be whole merged patches.
+      no_videos: why videos are refused; empty if they are not.
     """
 
     min_pixels: int = 4 * 784
@@ -36,6 +41,9 @@ class PixelLimits(MediaConfig):
     video_min_pixels: int = 128 * 784
     video_max_pixels: int = 768 * 784
     fps: float = 2.0
+    resample: int = Image.Resampling.BICUBIC.value
+    resize: bool = True
+    no_videos: str = ""
 
     def __post_init__(self):
         pixels = ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels")

@@ -38,6 +38,8 @@ class EdgeLimits(MediaConfig):
       places: how a patch finds its place in the position table; "floor" is exact, "released" as in training, where
         rounding put some patches one place lower (images of 25, 49, 50, 55 or 58 patches along a side).
       mark: token around the features of each frame; between two frames it stands once. Empty for none.
+      resample: Pillow's number of the filter; 2 is bilinear.
+      resize: False takes pictures, and the quarters of split ones, as they are.
     """
 
     longest_edge: int = 980
@@ -45,6 +47,8 @@ class EdgeLimits(MediaConfig):
     split: bool = True
     places: PlaceRule = "floor"
     mark: str = "<fake_token_around_image>"
+    resample: int = Image.Resampling.BILINEAR.value
+    resize: bool = True
 
     def __post_init__(self):
         edges = dict.fromkeys(("longest_edge", "shortest_edge"), "[1, inf)")
@@ -115,18 +119,22 @@ class EdgeVision:
         """Each frame as an image of its own, never split."""
         return self._media(frames, config)
 
-    def max_frame_patches(self, config: EdgeLimits) -> int:
+    def max_frame_patches(self, config: EdgeLimits) -> int | None:
         """A square of the longest edge has the most."""
+        if not config.resize:
+            return None
         return (config.longest_edge // self.patch_size) ** 2
 
     def smaller(self, config: EdgeLimits) -> list[list[dict[str, Any]]]:
         """Shorter edges, a patch at a time, which cost fewer patches; the same unsplit, which cost fewer tokens too."""
+        if not config.resize:
+            return [[{"split": False}] if config.split else []]
         edges = range(config.longest_edge, config.shortest_edge - 1, -self.patch_size)
         whole = [{"split": False, "longest_edge": edge} for edge in edges]
         return [[{"longest_edge": edge} for edge in edges[1:]], whole if config.split else []]
 
     def _media(self, pictures: Sequence[Image.Image], config: EdgeLimits) -> MediaPatches:
-        sizes = [edge_resize(p.height, p.width, config.shortest_edge, config.longest_edge) for p in pictures]
+        sizes = [self._size(p, config) for p in pictures]
         frames = [self._frame(p, size, config) for p, size in zip(pictures, sizes, strict=True)]
         counts = [len(patches) for patches, _ in frames]
         features = [self.frame_features or count for count in counts]
@@ -151,13 +159,21 @@ class EdgeVision:
             resized=(width, height),
         )
 
+    def _size(self, picture: Image.Image, config: EdgeLimits) -> tuple[int, int]:
+        """(height, width) of a frame."""
+        if config.resize:
+            return edge_resize(picture.height, picture.width, config.shortest_edge, config.longest_edge)
+        return picture.height, picture.width
+
     def _frame(self, picture: Image.Image, size: tuple[int, int], config: EdgeLimits):
         """(patches [n, c], places [n, 2]) of one frame; pixels that fill no patch at the right and bottom are lost."""
         p = self.patch_size
         rows, columns = size[0] // p, size[1] // p
         if not rows or not columns:
             raise ValueError(f"{size[1]} x {size[0]} pixels hold no patch of {p} x {p}")
-        pixels = np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR), np.uint8)
+        if config.resize:
+            picture = picture.resize((size[1], size[0]), Image.Resampling(config.resample))
+        pixels = np.asarray(picture, np.uint8)
         pixels = pixels[: rows * p, : columns * p]
         # (row, y, column, x, c) -> (row, column, c, y, x)
         patches = pixels.reshape(rows, p, columns, p, -1).transpose(0, 2, 4, 1, 3)

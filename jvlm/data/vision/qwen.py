@@ -71,21 +71,27 @@ class QwenVision:
 
     def image(self, image: Image.Image, limits: PixelLimits, *, index: int = 0, count: int = 1) -> MediaPatches:
         """An image; it counts as one pair of equal frames."""
-        return self._media([image], limits.min_pixels, limits.max_pixels, 0.0)
+        return self._media([image], limits, (limits.min_pixels, limits.max_pixels), 0.0)
 
     def video(self, frames: Sequence[Image.Image], limits: PixelLimits) -> MediaPatches:
         """Frames sampled at ``limits.fps``; an incomplete last pair repeats its last frame."""
+        if limits.no_videos:
+            raise ValueError(f"videos cannot be used with this model: {limits.no_videos}")
         seconds = self.config.temporal_patch_size / limits.fps
         step = seconds * self.config.tokens_per_second
-        return self._media(frames, limits.video_min_pixels, limits.video_max_pixels, step)
+        return self._media(frames, limits, (limits.video_min_pixels, limits.video_max_pixels), step)
 
-    def max_frame_patches(self, limits: PixelLimits) -> int:
+    def max_frame_patches(self, limits: PixelLimits) -> int | None:
         """Of the largest picture that the resize gives; a pair of frames is one."""
+        if not limits.resize:
+            return None
         pairs = (limits.min_pixels, limits.max_pixels), (limits.video_min_pixels, limits.video_max_pixels)
         return max(largest_area(self.factor, *pair) for pair in pairs) // self.config.patch_size**2
 
     def smaller(self, limits: PixelLimits) -> list[list[dict[str, Any]]]:
         """Fewer pixels for images and frames of videos, a tenth less at a time, down to one token."""
+        if not limits.resize:
+            return []
         cell, steps = self.factor**2, []
         share = 1.0
         while share * max(limits.max_pixels, limits.video_max_pixels) > cell:
@@ -102,11 +108,16 @@ class QwenVision:
         """(height, width) after the resize."""
         return smart_resize(height, width, self.factor, min_pixels, max_pixels)
 
-    def _media(self, frames, min_pixels, max_pixels, temporal_step) -> MediaPatches:
+    def _media(self, frames, limits: PixelLimits, area: tuple[int, int], temporal_step: float) -> MediaPatches:
         width, height = frames[0].size
-        new_height, new_width = self.size(height, width, min_pixels, max_pixels)
-        resized = [f.resize((new_width, new_height), Image.Resampling.BICUBIC) for f in frames]
-        pixels = np.stack([np.asarray(f, np.uint8) for f in resized])
+        if limits.resize:
+            new_height, new_width = self.size(height, width, *area)
+            frames = [f.resize((new_width, new_height), Image.Resampling(limits.resample)) for f in frames]
+        elif width % self.factor or height % self.factor:
+            raise ValueError(
+                f"{width} x {height} pixels are not whole patches of {self.factor}, and do_resize is off for this model"
+            )
+        pixels = np.stack([np.asarray(f, np.uint8) for f in frames])
         lacking = -len(pixels) % self.config.temporal_patch_size
         pixels = np.concatenate([pixels, np.repeat(pixels[-1:], lacking, axis=0)])
         return self._arrange(pixels, temporal_step, (width, height))

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+from PIL import Image
+
+from jvlm.data.vision import MediaConfig
 from jvlm.data.vision.edges import EdgeLimits
 from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.token_ids import end_token_id, first_set
 from jvlm.models.vlm import VLMConfig
+from jvlm.weights import processor_files
 from jvlm.weights.backbones import siglip
 from jvlm.weights.backbones import text as language
 from jvlm.weights.backbones.vision import vit_rules, vit_sizes
+from jvlm.weights.processor_files import Pixels, ProcessorFiles
 from jvlm.weights.rules import linear, norm, swiglu, transformer
 from jvlm.weights.table import Architecture, Rule, WeightError
 
 _PERCEIVER = "model.connector.perceiver_resampler"
-_PREPROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
+_PIXELS = Pixels((0.5,) * 3, (0.5,) * 3, Image.Resampling.BILINEAR)
 # What the towers have where config.json is silent.
 _VISION = {"image_size": 224, "patch_size": 32}
 _TEXT = {
@@ -166,34 +172,38 @@ def _write_config(config: VLMConfig) -> dict[str, Any]:
     }
 
 
-def _read_media(files: dict[str, dict[str, Any]]) -> EdgeLimits:
-    values, default = files[_PREPROCESSOR], EdgeLimits()
-    size = values.get("size") or {}
-    return EdgeLimits(
-        longest_edge=size.get("longest_edge", default.longest_edge),
-        shortest_edge=size.get("shortest_edge", default.shortest_edge),
-        split=bool(values.get("do_image_splitting", False)),  # transformers' own default
+def _read_media(files: ProcessorFiles, config: VLMConfig, stored: MediaConfig | None) -> EdgeLimits:
+    media = stored if isinstance(stored, EdgeLimits) else EdgeLimits()
+    if files.processor is not None and files.processor.get("image_seq_len") is not None:
+        files.processor.require("image_seq_len", 64, config.connector.latents)
+    if files.image is None:
+        return media
+    files.image.require_type("image_processor_type", ("Idefics2ImageProcessor",))
+    shortest, longest = processor_files.edges(files.image, (378, 980), area=False)
+    processor_files.check_order(files.image, shortest, longest)
+    pixels = processor_files.read_pixels(files.image, _PIXELS)
+    return dataclasses.replace(
+        media,
+        longest_edge=longest,
+        shortest_edge=shortest,
+        split=files.image.flag("do_image_splitting", False),  # transformers' own default
+        resample=pixels.resample,
+        resize=pixels.resize,
     )
 
 
 def _write_preprocessors(config: VLMConfig, media: EdgeLimits) -> dict[str, dict[str, Any]]:
+    vit = config.encoder
     preprocessor = {
-        "do_convert_rgb": True,
+        **processor_files.write_pixels(Pixels(vit.image_mean, vit.image_std, media.resample, media.resize)),
         "do_image_splitting": media.split,
-        "do_normalize": True,
         "do_pad": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(config.encoder.image_mean),
-        "image_std": list(config.encoder.image_std),
         "image_processor_type": "Idefics2ImageProcessor",
         "processor_class": "Idefics2Processor",
-        "resample": 2,
-        "rescale_factor": 1 / 255,
         "size": {"longest_edge": media.longest_edge, "shortest_edge": media.shortest_edge},
     }
     processor = {"image_seq_len": config.connector.latents, "processor_class": "Idefics2Processor"}
-    return {_PREPROCESSOR: preprocessor, _PROCESSOR: processor}
+    return {processor_files.IMAGE: preprocessor, processor_files.PROCESSOR: processor}
 
 
 ARCHITECTURE = Architecture(
@@ -205,6 +215,7 @@ ARCHITECTURE = Architecture(
     layouts={"released": lambda name: name, "transformers": lambda name: name},
     read_config=_read_config,
     write_config=_write_config,
+    pixels=_PIXELS,
     read_media=_read_media,
     write_preprocessors=_write_preprocessors,
 )

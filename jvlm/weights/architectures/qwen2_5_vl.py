@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
-from jvlm.data.vision import PixelLimits
+from PIL import Image
+
+from jvlm.data.vision import MediaConfig, PixelLimits
+from jvlm.models import layers
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.token_ids import end_token_id
 from jvlm.models.vlm import VLMConfig
+from jvlm.weights import processor_files
+from jvlm.weights.processor_files import Pixels, ProcessorFiles, Settings
 from jvlm.weights.rules import linear, norm, swiglu, transformer
 from jvlm.weights.table import Architecture, Rule, WeightError
 
@@ -177,38 +183,62 @@ def _write_config(config: VLMConfig) -> dict[str, Any]:
     }
 
 
-_IMAGE, _VIDEO = "preprocessor_config.json", "video_preprocessor_config.json"
+# What transformers' processors have where the files are silent.
+_PIXELS = Pixels(layers.CLIP_MEAN, layers.CLIP_STD, Image.Resampling.BICUBIC)
+_IMAGE_AREA, _VIDEO_AREA = (4 * 784, 1280 * 784), (128 * 784, 768 * 784)
+_VIDEO_TYPES = ("Qwen2VLVideoProcessor", "Qwen2_5_VLVideoProcessor")
+_PATCHES = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
 
 
-def _read_media(files: dict[str, dict[str, Any]]) -> PixelLimits:
-    default = PixelLimits()
+def _patches(vit: QwenViTConfig) -> dict[str, int]:
+    """The processor's names of the tower's measures."""
+    sizes = (vit.patch_size, vit.temporal_patch_size, vit.spatial_merge_size)
+    return dict(zip(_PATCHES, sizes, strict=True))
 
-    def pixels(file: str, name: str, edge: str, fallback: int) -> int:
-        return files[file].get(name) or (files[file].get("size") or {}).get(edge) or fallback
 
-    return PixelLimits(
-        min_pixels=pixels(_IMAGE, "min_pixels", "shortest_edge", default.min_pixels),
-        max_pixels=pixels(_IMAGE, "max_pixels", "longest_edge", default.max_pixels),
-        video_min_pixels=pixels(_VIDEO, "min_pixels", "shortest_edge", default.video_min_pixels),
-        video_max_pixels=pixels(_VIDEO, "max_pixels", "longest_edge", default.video_max_pixels),
-    )
+def _read_media(files: ProcessorFiles, config: VLMConfig, stored: MediaConfig | None) -> PixelLimits:
+    media = stored if isinstance(stored, PixelLimits) else PixelLimits()
+    if files.image is not None:
+        files.image.require_type("image_processor_type", ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor"))
+        for key, size in _patches(config.encoder).items():
+            files.image.require(key, _PATCHES[key], size)
+        pixels = processor_files.read_pixels(files.image, _PIXELS)
+        least, most = processor_files.edges(files.image, _IMAGE_AREA, area=True)
+        processor_files.check_order(files.image, least, most)
+        media = dataclasses.replace(
+            media, min_pixels=least, max_pixels=most, resample=pixels.resample, resize=pixels.resize
+        )
+    if files.video is not None:
+        least, most = processor_files.edges(files.video, _VIDEO_AREA, area=True)
+        media = dataclasses.replace(
+            media,
+            video_min_pixels=least,
+            video_max_pixels=most,
+            fps=files.video.number("fps", media.fps),
+            no_videos=_why_no_videos(files.video, config.encoder, media) or media.no_videos,
+        )
+    return media
+
+
+def _why_no_videos(video: Settings, vit: QwenViTConfig, media: PixelLimits) -> str:
+    """What keeps videos from being made as these settings say; one pixel rule serves pictures and videos here."""
+    wanted = dataclasses.asdict(processor_files.read_pixels(video, _PIXELS))
+    here = {"mean": vit.image_mean, "std": vit.image_std, "resample": media.resample, "resize": media.resize}
+    wanted |= {key: video.get(key, size) for key, size in _PATCHES.items()}
+    here |= _patches(vit)
+    kind = video.get("video_processor_type", "Qwen2VLVideoProcessor")
+    lines = [f"{key} of videos is {wanted[key]}, of pictures {here[key]}" for key in here if wanted[key] != here[key]]
+    lines += [f"{key} is on" for key in ("do_sample_frames", "cap_pixels_per_frame") if video.get(key)]
+    lines += [f"video_processor_type is {kind}"] if kind not in _VIDEO_TYPES else []
+    return f"{video.source}: {'; '.join(lines)}; jvlm cannot do this" if lines else ""
 
 
 def _write_preprocessors(config: VLMConfig, limits: PixelLimits) -> dict[str, dict[str, Any]]:
     vit = config.encoder
     common = {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(vit.image_mean),
-        "image_std": list(vit.image_std),
-        "merge_size": vit.spatial_merge_size,
-        "patch_size": vit.patch_size,
+        **processor_files.write_pixels(Pixels(vit.image_mean, vit.image_std, limits.resample, limits.resize)),
+        **_patches(vit),
         "processor_class": "Qwen2_5_VLProcessor",
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "temporal_patch_size": vit.temporal_patch_size,
     }
 
     def area(least: int, most: int) -> dict[str, Any]:
@@ -216,8 +246,8 @@ def _write_preprocessors(config: VLMConfig, limits: PixelLimits) -> dict[str, di
 
     image = {**common, **area(limits.min_pixels, limits.max_pixels), "image_processor_type": "Qwen2VLImageProcessor"}
     video = {**common, **area(limits.video_min_pixels, limits.video_max_pixels), "fps": limits.fps}
-    video["video_processor_type"] = "Qwen2VLVideoProcessor"
-    return {_IMAGE: image, _VIDEO: video}
+    video["video_processor_type"] = _VIDEO_TYPES[0]
+    return {processor_files.IMAGE: image, processor_files.VIDEO: video}
 
 
 ARCHITECTURE = Architecture(
@@ -229,7 +259,7 @@ ARCHITECTURE = Architecture(
     layouts={"released": lambda name: name, "transformers": _new_layout},
     read_config=_read_config,
     write_config=_write_config,
+    pixels=_PIXELS,
     read_media=_read_media,
     write_preprocessors=_write_preprocessors,
-    preprocessors=(_IMAGE, _VIDEO),
 )
