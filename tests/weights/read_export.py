@@ -1,0 +1,54 @@
+"""What one version of transformers makes of an exported folder: a program that prints JSON. See `every_transformers`.
+
+python read_export.py FOLDER REQUEST: a request is JSON, {"messages": as templates take them, "images": paths,
+"texts": for the tokenizer alone}.
+"""
+
+import importlib.util
+import json
+import sys
+
+import torch
+
+if importlib.util.find_spec("torchvision"):
+    # the package's own kernels need another torch; transformers uses its functions for pixels, which need none of them
+    LIBRARY = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+import transformers
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+
+def main(folder: str, request: str) -> None:
+    with open(request) as file:
+        row = json.load(file)
+    major, minor = map(int, transformers.__version__.split(".")[:2])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    if minor > 49 or major > 4:
+        # torchvision resizes otherwise than Pillow, and given to AutoProcessor this would choose a tokenizer too
+        choice = {"backend": "pil"} if major > 4 else {"use_fast": False}
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, **choice)
+    text = processor.apply_chat_template(row["messages"], add_generation_prompt=True)
+    of_tokenizer = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
+    images = [Image.open(path) for path in row["images"]]
+    inputs = processor(text=[text], images=images or None, return_tensors="pt")
+    model = AutoModelForImageTextToText.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(**inputs).logits[0]
+    result = {
+        "version": transformers.__version__,
+        "tokenizer": [tokenizer(t)["input_ids"] for t in row["texts"]],
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
+        "prompt": text,
+        "tokenizer_prompt": of_tokenizer,
+        "ids": inputs["input_ids"][0].tolist(),
+        "logits": logits.tolist(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
