@@ -9,18 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
-from jvlm.data.rows import Message
-from jvlm.data.template import ChatTemplate
+from jvlm.data.template import ChatStyle
 from jvlm.errors import UserError
 from jvlm.json_files import read_object_if_there
 from jvlm.weights.processor_files import PROCESSOR, nested_first
 
 JINJA, LEGACY, ADDITIONAL = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
 Templates = str | dict[str, str]
-# What a template's own code raises when it is given blocks or roles that it does not know.
-_BREAKS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 def choose(folder: Path, tokenizer: Any) -> tuple[Templates | None, Path]:
@@ -76,19 +71,26 @@ def _plain(templates: Any, source: Path) -> Templates | None:
     return templates["default"] if isinstance(templates, dict) and set(templates) == {"default"} else templates
 
 
-def check_writes_pictures(template: ChatTemplate, source: Path) -> None:
+def check_writes_pictures(tokenizer: Any, style: ChatStyle, source: Path) -> None:
     """Raise UserError unless a picture in a user turn becomes one placeholder."""
-    mark = template.style.image
+    if style.inline:
+        return  # placeholders are written among the words, not by the template
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}
     try:
-        text = template.render((Message("user", "<image>what is it?", 0.0),), generation_prompt=True)
-        problem = f"it writes {text.count(mark)} {mark} for one picture" if text.count(mark) != 1 else ""
-    except _BREAKS as error:
-        problem = f"{type(error).__name__}: {error}"
-    if problem:
-        raise UserError(
-            f"{source}: this chat template cannot write a picture ({problem}); put the template of the model's "
-            f"processor into {source.parent / JINJA}"
-        )
+        text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program, which fails in as many ways
+        raise _cannot_write(source, f"{type(error).__name__}: {error}") from error
+    if text.count(style.image) != 1:
+        raise _cannot_write(source, f"it writes {text.count(style.image)} {style.image} for one picture")
+
+
+def _cannot_write(source: Path, problem: str) -> UserError:
+    return UserError(
+        f"{source}: this chat template cannot write a picture ({problem}); put the template of the model's processor "
+        f"into {source.parent / JINJA}"
+    )
 
 
 def write(folder: Path, templates: Templates) -> None:

@@ -163,19 +163,22 @@ def load_processor(folder: Path, config: VLMConfig, *, grow_embedding: bool = Fa
     Raises:
       UserError: a chat template that cannot write a picture, or a setting of pictures that has no meaning here.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer, style = load_tokenizer(folder), style_of(config.architecture)
     tokenizer.chat_template, source = chat_templates.choose(folder, tokenizer)
+    if tokenizer.chat_template:
+        chat_templates.check_writes_pictures(tokenizer, style, source)
+    tokenizer.chat_template, source = chat_templates.choose(folder, tokenizer)
+    if tokenizer.chat_template:
+        chat_templates.check_writes_pictures(tokenizer, style, source)
     if grow_embedding:
-        vocabulary.add_tokens(tokenizer, style_of(config.architecture).stops)
+        vocabulary.add_tokens(tokenizer, style.stops)
         config = with_vocabulary(config, vocabulary.rows_needed(tokenizer))
-    processor = Processor(
+    return Processor(
         tokenizer,
         config,
         _read_settings(folder, config),
         generation=_read_json(folder / "generation_config.json"),
     )
-    chat_templates.check_writes_pictures(processor.template, source)
-    return processor
 
 
 def _read_settings(folder: Path, config: VLMConfig) -> ProcessorConfig:

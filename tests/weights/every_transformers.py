@@ -176,4 +176,3 @@ def test_llama_cpp_s_converter_takes_an_export(make, tmp_path):
     assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
     assert fields["tokenizer.chat_template"] == tokenizer.chat_template
     assert len(text.tensors) + len(vision.tensors) >= len(support.raw_tensors(export))
-
