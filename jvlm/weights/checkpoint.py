@@ -167,9 +167,6 @@ def load_processor(folder: Path, config: VLMConfig, *, grow_embedding: bool = Fa
     tokenizer.chat_template, source = chat_templates.choose(folder, tokenizer)
     if tokenizer.chat_template:
         chat_templates.check_writes_pictures(tokenizer, style, source)
-    tokenizer.chat_template, source = chat_templates.choose(folder, tokenizer)
-    if tokenizer.chat_template:
-        chat_templates.check_writes_pictures(tokenizer, style, source)
     if grow_embedding:
         vocabulary.add_tokens(tokenizer, style.stops)
         config = with_vocabulary(config, vocabulary.rows_needed(tokenizer))
