@@ -72,6 +72,23 @@ def test_tools_and_calls_are_written_and_learnt_as_transformers_does(made, kind,
     assert not weights.any()
 
 
+def test_a_call_that_ends_with_a_token_of_its_own_is_learnt_up_to_it():
+    """As Llama 3.1's built-in tools: <|eom_id|> where the model waits for the tool, <|eot_id|> elsewhere."""
+    form = FORMATS["llama3"]
+    tokenizer = make("byte level", form, more=("<|eom_id|>", "<|python_tag|>"))
+    tokenizer.chat_template = """
+        {%- for m in messages %}
+        {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}
+        {%- if m.tool_calls %}{{- '<|python_tag|>' + m.tool_calls[0].function.name + '()<|eom_id|>' }}
+        {%- else %}{{- m.content + '<|eot_id|>' }}{% endif %}
+        {%- endfor %}
+        {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+    template = ChatTemplate(tokenizer, style_of("composed"))
+    ids, weights, turn = encode(template, {"messages": [ASKED, CALLED, ANSWERED, SAID]})
+    learnt = [tokenizer.decode(ids[(weights > 0) & (turn == n)]) for n in (1, 2)]
+    assert learnt == ["<|python_tag|>get_weather()<|eom_id|>", "It is 22 degrees.<|eot_id|>"]
+
+
 @pytest.mark.parametrize("name", ["qwen3", "mistral"])
 def test_text_of_tools_is_text(made, name):
     template, tokenizer = made["byte level", name]
