@@ -124,6 +124,7 @@ def _train_one(experiment: Experiment, job: Experiment | None, later: Sequence[E
     layout = Layout.of(experiment.parallel)
     model, processor = start_model(experiment, layout.parameter)
     parts = layout.mesh.shape["context"]
+    hosts.wait("made the model")  # processes that meet for the first time do so within seconds; a look can take longer
     if job is not None:
         hosts.together(lambda: _look_ahead(job, later, processor, parts))
     home = Home(experiment.output_root, experiment.name)
