@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jvlm.json_files import read_object_if_there
-from jvlm.weights.chat_templates import Templates
+from jvlm.weights.chat_templates import JINJA, Templates
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _GENERIC = "PreTrainedTokenizerFast"
@@ -38,7 +38,8 @@ def make_portable(folder: Path, templates: Templates | None = None) -> None:
     """Rewrite a folder's tokenizer_config.json for every version; without a tokenizer.json it stays as it is.
 
     Args:
-      templates: written into it too, which is where tokenizers before transformers 4.57 look; None keeps what is there.
+      templates: written into it too, which is where tokenizers before transformers 4.57 look; None keeps what is there,
+        or takes the file of the template.
     """
     if not (folder / TOKENIZER).is_file() or not (folder / CONFIG).is_file():
         return
@@ -59,6 +60,8 @@ def make_portable(folder: Path, templates: Templates | None = None) -> None:
     }
     for note in _NOTES:
         values.pop(note, None)
+    if templates is None and "chat_template" not in values and (folder / JINJA).is_file():
+        templates = (folder / JINJA).read_text(encoding="utf-8")
     if isinstance(templates, dict):
         values["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     elif templates is not None:

@@ -79,7 +79,7 @@ def of_idefics2(folder):
 def converted_from_transformers_5(folder):
     """A snapshot whose tokenizer transformers 5 has saved, copied by tools/convert.py."""
     qwen(folder / "source", support.make_tokenizer(folder / "tokenizer"), tokenizer_class="PreTrainedTokenizerFast")
-    AutoTokenizer.from_pretrained(folder / "source").save_pretrained(folder / "source", save_jinja_files=False)
+    AutoTokenizer.from_pretrained(folder / "source").save_pretrained(folder / "source")
     convert(folder / "source", folder / "export", dtype="float32")
     return folder / "export"
 

@@ -100,7 +100,7 @@ def test_a_snapshot_saved_by_transformers_5_is_converted_for_every_version(tiny,
             {**settings, "tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<|im_end|>"]}
         )
     )
-    AutoTokenizer.from_pretrained(str(source)).save_pretrained(str(source), save_jinja_files=False)
+    AutoTokenizer.from_pretrained(str(source)).save_pretrained(str(source))
     assert json.loads((source / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
     convert.convert(source, tmp_path / "converted")
     check(tmp_path / "converted", source)
