@@ -69,6 +69,6 @@ def get_config() -> Experiment:
         evaluation=EvaluationConfig(
             data=(str(DATA / "test.arrayrecord"),), max_new_tokens=40, batch_size=128, aim=92.0, aim_iou=0.8
         ),
-        steps=1500,
+        steps=2000,
         log_every=50,
     )

@@ -121,10 +121,11 @@ def test_a_tower_at_learning_rate_0_stays_bit_equal_and_the_others_move(tmp_path
     assert line.split()[2:] == ["0", "frozen"]
 
 
-def test_a_stage_goes_on_from_the_one_before_it_and_a_restart_repeats_nothing(tmp_path, rows, capsys):
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_stage_goes_on_from_the_one_before_it_and_a_restart_repeats_nothing(tmp_path, rows, capsys, kind):
     data = support.experiment(tmp_path, rows).data
-    stage = Stage("warm-up", dataclasses.replace(data, rows=1), OptimizerConfig(encoder_lr=0.0), steps=3)
-    experiment = support.experiment(tmp_path, rows, "--steps", "2", stages=(stage,))
+    stage = Stage("warm-up", dataclasses.replace(data, rows=1), OptimizerConfig(kind=kind, encoder_lr=0.0), steps=3)
+    experiment = support.experiment(tmp_path, rows, "--steps", "2", "--optimizer.kind", kind, stages=(stage,))
     result = loop.train(experiment)
     assert (result.steps, result.compilations) == (5, 2)
     assert "stage 1 of 2: run/stages/warm-up" in capsys.readouterr().out
