@@ -16,8 +16,9 @@ EXPORTS_LLAMA := llama_cpp_python-0.3.36
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_vl/72b
 RUN := $(VENV)/bin/python -m
+PYTEST := $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-exports lint format backbones bench bench-kernels tune gpu-pass plan meshes clean
+.PHONY: demo test test-slow test-exports lint format backbones bench bench-kernels tune gpu-pass plan meshes clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,7 +49,10 @@ demo: $(VENV)/.core  ## train, score, export and report the demo (or CONFIG=your
 	$(VENV)/bin/jvlm train $(CONFIG) $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.backbones
-	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.test $(VENV)/.backbones  ## the rest: compilations for pods, many processes, soaks; half an hour
+	$(PYTEST) -m slow $(ARGS)
 
 $(VENV)/.exports: $(VENV)/.test
 	$(PIP) --no-deps --target $(VENV)/export-4.49 $(EXPORTS_4_49)

@@ -33,6 +33,7 @@ def found():
     return [json.loads(line) for line in lines.splitlines()]
 
 
+@pytest.mark.slow
 def test_logits_and_tokens_on_every_mesh_equal_those_of_one_device(found):
     expected = [(architecture, mesh) for architecture, meshes in CASES.items() for mesh in meshes]
     assert [(line["architecture"], line["mesh"]) for line in found] == expected
@@ -43,6 +44,7 @@ def test_logits_and_tokens_on_every_mesh_equal_those_of_one_device(found):
         assert line["different_tokens"] > 5, line
 
 
+@pytest.mark.slow
 def test_the_state_stays_in_its_place_from_step_to_step(found):
     """One that moved would be compiled for again."""
     for line in found:

@@ -24,7 +24,12 @@ def _compiled(device: str, compiler: str, calls: str = "") -> dict[str, dict]:
     return {line["call"]: line for line in map(json.loads, result.stdout.splitlines())}
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+def _one_fast(names, fast):
+    """The devices to compile for; all but one are of the second tier."""
+    return [name if name == fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("topology", _one_fast(TOPOLOGIES, "v5e:2x2"))
 def test_forward_and_backward_compile_for_tpu_at_real_shapes(topology):
     by_name = _compiled(topology, "tpu-compiler")
     assert len(by_name) == 8
@@ -37,7 +42,7 @@ def test_forward_and_backward_compile_for_tpu_at_real_shapes(topology):
     assert by_name["decoding, rows"]["temporary"] < 64 * MIB
 
 
-@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("gpu", _one_fast(GPUS, "a100"))
 def test_forward_and_backward_compile_for_gpu_at_real_shapes(gpu):
     product, most_spilled, calls = GPUS[gpu]
     by_name = _compiled(gpu, "gpu-compiler", "|".join(calls))
@@ -55,6 +60,7 @@ def test_forward_and_backward_compile_for_gpu_at_real_shapes(gpu):
         assert by_name["MiMo-VL decoder, 32k"]["temporary"] < 1024 * MIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "compiler"), [("v5p:2x2x1", "tpu-compiler"), ("h200", "gpu-compiler")])
 def test_losses_compile_at_real_shapes_without_all_logits(device, compiler):
     """8,192 tokens of 4,096 against 151,936 words, whose logits take 4.6 GiB; the kernel's gradient in float32, 2.3."""

@@ -166,6 +166,7 @@ def test_its_results_vary_over_the_mesh_as_its_operands_do():
     assert [x.shape for x in gradients] == [x.shape for x in shapes()[:3]]
 
 
+@pytest.mark.slow
 def test_all_three_kernels_compile_for_a_gpu_at_real_shapes():
     result = with_compiler("gpu-compiler", "tools/compile_kernels.py", "h200", "--implementation", NAME, "--json")
     assert result.returncode == 0, result.stderr[-4000:]

@@ -94,6 +94,7 @@ def _copy(killed, folder):
     return str(folder), str(killed[1])
 
 
+@pytest.mark.slow
 def test_four_processes_two_of_them_with_text_alone_have_the_loss_of_one_and_go_on_with_a_run_of_two(tmp_path, killed):
     """The mesh splits rows over pairs of hosts, and each row over the two hosts of a pair."""
     outs = _run("step", 4, "2", "2", *_copy(killed, tmp_path), *SHARDED, "--export.enabled", "False")
@@ -112,6 +113,7 @@ def test_four_processes_two_of_them_with_text_alone_have_the_loss_of_one_and_go_
     _went_on(killed, outs, tmp_path)
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_a_run_of_two(tmp_path, killed):
     outs = _run("train", 1, *_copy(killed, tmp_path), *SHARDED, "--export.enabled", "False", devices=4)
     _went_on(killed, outs, tmp_path)
@@ -128,6 +130,7 @@ def _went_on(killed, outs, folder):
     assert sorted(read) == list(range(1, len(rows.read_text().splitlines()) + 1))
 
 
+@pytest.mark.slow
 def test_a_run_on_two_processes_goes_on_to_the_bit_and_ends_as_one_run(tmp_path, killed):
     """Parameters in parts on both; one log, one checkpoint, one voice; scored and exported as it was saved."""
     score = ("--evaluation.data", str(killed[1]), "--evaluation.max_rows", "2", "--evaluation.max_new_tokens", "4")

@@ -23,7 +23,11 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+# the second tier has what costs minutes; `make meshes` runs every shape of mesh
+TIERS = ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("idefics2", "mm1_5"))]
+
+
+@pytest.fixture(scope="module", params=TIERS)
 def found(request):
     """(architecture, mesh -> what many_devices says)."""
     code = f"from tests.parallel.many_devices import main; main({request.param!r}, 'one', *{CASES[request.param]!r})"

@@ -155,6 +155,7 @@ def stages():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_stage_fits_its_pod_and_sends_what_is_written_down(tmp_path):
     """The whole step of MiMo-VL stage 1, compiled for 64 chips of v5p; `make plan` does it for every config and pod."""
     command = "mimo_vl/stage1 --topology v5p:4x4x4 --collectives tests/parallel/collectives --json".split()

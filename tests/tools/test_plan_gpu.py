@@ -20,6 +20,7 @@ def found():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_products_and_collectives_count_as_often_as_their_loop_runs(found):
     known = found["known"]
     assert known["flops"] == 7 * 2 * 256 * 512 * 512
@@ -32,12 +33,14 @@ def test_products_and_collectives_count_as_often_as_their_loop_runs(found):
     }
 
 
+@pytest.mark.slow
 def test_memory_traffic_is_that_of_the_turns(found):
     row, weight = 256 * 512 * BFLOAT16, 512 * 512 * BFLOAT16
     least = 7 * (weight / 4 + 2 * weight + 6 * row)  # gathered, then read; product, sum and tanh read and written
     assert least < found["known"]["hbm"] < 3 * least  # a product this small is summed in parts, in float32
 
 
+@pytest.mark.slow
 def test_a_program_may_have_what_jax_takes_of_a_gpu(found):
     assert found["known"]["limit"] == pytest.approx(0.75 * 141e9, rel=0.08)  # of the data sheet
     fits, needed = found["refused"]
@@ -45,6 +48,7 @@ def test_a_program_may_have_what_jax_takes_of_a_gpu(found):
     assert needed >= 4 * 2**34  # the product of 2^17 x 2^17 in float32
 
 
+@pytest.mark.slow
 def test_what_a_step_stores_and_keeps_is_a_part_on_each_gpu(found):
     step = found["step"]
     stored = step["count"] * FLOAT32 / 2  # over `fsdp`; norms and biases are whole
@@ -56,16 +60,19 @@ def test_what_a_step_stores_and_keeps_is_a_part_on_each_gpu(found):
     assert step["activations"] == kept
 
 
+@pytest.mark.slow
 def test_a_step_of_decoding_copies_no_matrices_together(found):
     """Queries, keys, values, output, and the MLP's three, of two layers, and the head."""
     assert found["products"] == 2 * 7 + 1
 
 
+@pytest.mark.slow
 def test_experts_products_are_kernels_and_not_of_every_row_with_every_expert(found):
     names = ["grouped_product", "grouped_product_outer", "grouped_product_transposed"]
     assert found["grouped"] == {"outside": 0, "kernels": names}
 
 
+@pytest.mark.slow
 def test_what_goes_over_the_same_links_is_added_up(found):
     """Over `fsdp` and over `fsdp` and `context` together, each of the machines' cards; over `context`, NVLink."""
     seconds = {"dcn": 0.0, "nvlink": 0.0}

