@@ -114,18 +114,29 @@ def as_webp(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def shape_question(row):
-    """The row with one turn only, that asks what the shape is; None if the picture has no such question.
+def shape_questions(row) -> list[dict]:
+    """Conversations of one turn each about the shape: what it is, and one question of yes or no, as far as there are.
 
     The first stage learns these alone: shapes are the hardest thing to see here, and everything else drowns them out.
+    In the main stage most questions of yes or no can be answered from what was said before, so that a model asked one
+    alone had not learnt to compare the word with the picture.
     """
     messages = row["messages"]
-    for question, answer in zip(messages[::2], messages[1::2], strict=True):
-        if answer["content"] in FILLED:
-            text = "<image>" + question["content"].removeprefix("<image>")
-            turn = [{"role": "user", "content": text}, {"role": "assistant", "content": answer["content"]}]
-            return {"id": f"{row['id']}-shape", "messages": turn, "images": row["images"]}
-    return None
+    asked = [
+        (q["content"].removeprefix("<image>"), a["content"]) for q, a in zip(messages[::2], messages[1::2], strict=True)
+    ]
+    named = [turn for turn in asked if turn[1] in FILLED]
+    judged = [turn for turn in asked if turn[1] in ("yes", "no") and any(kind in turn[0] for kind in FILLED)]
+    draw = random.Random(row["id"])
+    chosen = named[:1] + draw.sample(judged, min(2, len(judged)))
+    return [
+        {
+            "id": f"{row['id']}-shape-{number}",
+            "messages": [{"role": "user", "content": f"<image>{question}"}, {"role": "assistant", "content": answer}],
+            "images": row["images"],
+        }
+        for number, (question, answer) in enumerate(chosen)
+    ]
 
 
 def chat_texts(row) -> list[str]:
@@ -165,8 +176,8 @@ def main() -> None:
             (arguments.target / f"easy_vqa_{name}").write_bytes(text)
     for split, content in splits.items():
         print(split, write_shard(arguments.target / f"{split}{SHARD_SUFFIX}", content), "pictures")
-    shapes = filter(None, map(shape_question, splits["train"]))
-    print("shapes", write_shard(arguments.target / f"shapes{SHARD_SUFFIX}", shapes), "pictures")
+    shapes = [question for row in splits["train"] for question in shape_questions(row)]
+    print("shapes", write_shard(arguments.target / f"shapes{SHARD_SUFFIX}", shapes), "questions")
     texts = [text for row in splits["train"] for text in chat_texts(row)]
     texts += [str(n) for n in range(10, 100)] * 5000  # often enough for each to be one token
     tokenizer = train_tokenizer(texts, VOCABULARY)

@@ -54,12 +54,13 @@ def get_config() -> Experiment:
         numerics=Numerics(compute_dtype="float32", initializer_range=None),
     )
     optimizer = OptimizerConfig(learning_rate=1.2e-3, warmup=0.03, weight_decay=0.05, beta2=0.99)
-    # Circles, rectangles and triangles are the hardest to tell apart. Learnt first and alone, they take under a minute;
-    # among other questions, where little of the gradient is theirs, they are not learnt in all of the time.
+    # Circles, rectangles and triangles are the hardest to tell apart, and to compare with the word of a question.
+    # Learnt first and alone, they take about a minute; among other questions, where little of the gradient is theirs
+    # and most answers follow from earlier ones, they are not learnt in all of the time.
     shapes = DataConfig(train=(str(DATA / "shapes.arrayrecord"),), rows=8, row_tokens=128, row_patches=192)
     return Experiment(
         name="easy_vqa",
-        stages=(Stage("shapes", shapes, optimizer, steps=450),),
+        stages=(Stage("shapes", shapes, optimizer, steps=700),),
         model=model,
         tokenizer=str(DATA / "tokenizer"),
         processor=ProcessorConfig(media=PixelLimits(PIXELS, PIXELS, PIXELS, PIXELS)),
@@ -69,6 +70,6 @@ def get_config() -> Experiment:
         evaluation=EvaluationConfig(
             data=(str(DATA / "test.arrayrecord"),), max_new_tokens=40, batch_size=128, aim=92.0, aim_iou=0.8
         ),
-        steps=2000,
+        steps=1900,
         log_every=50,
     )
