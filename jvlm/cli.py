@@ -5,28 +5,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import importlib.util
 import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from jvlm import host_memory
+from jvlm import configs, host_memory
 from jvlm.data.errors import MISTAKES, RowError
 from jvlm.errors import UserError
+from jvlm.overrides import override
 
 if TYPE_CHECKING:
     from jvlm.data.pipeline import DataConfig
     from jvlm.data.processor import Processor
     from jvlm.data.vision import MediaConfig
-    from jvlm.training.config import Experiment
 
-T = TypeVar("T")
 _OF_THE_USER = (*MISTAKES, KeyboardInterrupt)
-CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,57 +66,6 @@ def _say(error: BaseException) -> int:
     return 2
 
 
-def load_experiment(
-    config: str, overrides: list[str], change: Callable[[Experiment], Experiment] = lambda experiment: experiment
-) -> Experiment:
-    """The experiment of a config file, with fields overridden.
-
-    Args:
-      config: path of a Python file with ``get_config()``, or its name under ``configs/`` ("mimo_vl/easy_vqa").
-      overrides: ``--field.path value ...``.
-      change: what becomes of it before the fields are.
-
-    Raises:
-      FileNotFoundError: no such file. ValueError: it has no ``get_config``. SystemExit: a wrong field or value,
-      after naming the nearest right one.
-    """
-    from jvlm.training.config import Experiment
-
-    path = _find_config(config)
-    spec = importlib.util.spec_from_file_location("jvlm_experiment", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} defines no get_config()")
-    experiment = module.get_config()
-    if not isinstance(experiment, Experiment):
-        raise ValueError(f"get_config() of {path} returned a {type(experiment).__name__}, not an Experiment")
-    return _fields(Experiment, change(experiment), overrides, f"jvlm train {config}")
-
-
-def _fields(kind: type[T], default: T, fields: list[str], program: str) -> T:
-    """A dataclass with the fields of a command line in place. Raises SystemExit, after naming the nearest right one."""
-    import tyro
-
-    return tyro.cli(
-        kind,
-        args=[{"true": "True", "false": "False"}.get(field, field) for field in fields],
-        default=default,
-        prog=program,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-        use_underscores=True,
-    )
-
-
-def _find_config(config: str) -> Path:
-    tried = [Path(config), CONFIGS / config, CONFIGS / f"{config}.py"]
-    for path in tried:
-        if path.is_file():
-            return path
-    known = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.glob("*/*.py"))
-    raise FileNotFoundError(f"no config at {', '.join(map(str, tried))}; shipped: {', '.join(known)}")
-
-
 def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     host_memory.keep_freed_memory()
     import jax
@@ -132,7 +78,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.distributed == "true" or arguments.coordinator:
         hosts.initialise(arguments.coordinator, arguments.num_processes, arguments.process_id)
     try:
-        job.run(load_experiment(arguments.config, rest))
+        job.run(configs.load(arguments.config, rest))
     except Interrupted as stopped:
         print(f"jvlm: {stopped}", file=sys.stderr)
         return EXIT_STATUS
@@ -196,7 +142,7 @@ def _load(arguments: argparse.Namespace, fields: list[str]):
     if arguments.param_dtype:
         numerics = dataclasses.replace(config.numerics, param_dtype=arguments.param_dtype)
         config = dataclasses.replace(config, numerics=numerics)
-    asked = _fields(serving.Serving, serving.Serving(), fields, f"jvlm {arguments.command}").parallel
+    asked = override(serving.Serving(), fields, f"jvlm {arguments.command}").parallel
     layout = serving.layout(config, asked if fields else None)
     place = layout.parameter if layout else None
     model, processor = loading.load(folder, numerics=config.numerics, sharding=place)
@@ -326,10 +272,10 @@ def _data_to_check(arguments: argparse.Namespace, rest: list[str]) -> list[tuple
     if arguments.config is None:
         # on the command line the fields are called as in training
         wrapped = dataclasses.make_dataclass("Check", [("data", DataConfig, DataConfig())], frozen=True)
-        runs = [("data", _fields(wrapped, wrapped(), fields, "jvlm data check FILE ...").data, 0)]
+        runs = [("data", override(wrapped(), fields, "jvlm data check FILE ...").data, 0)]
         processor = _processor(arguments.model)
     else:
-        experiment = load_experiment(arguments.config, fields)
+        experiment = configs.load(arguments.config, fields)
         chosen = [experiment] if files else loop.runs_of(experiment)
         runs = [(run.name, run.data, run.seed) for run in chosen]
         processor = _processor(arguments.model) or processors.of_experiment(experiment)

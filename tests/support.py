@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jvlm.planning.environment import WITHOUT_A_GPU, WITHOUT_A_TPU
 from tests import compilation
-from tools.planning.environment import WITHOUT_A_GPU, WITHOUT_A_TPU
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"

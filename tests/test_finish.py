@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from jvlm import cli, job
+from jvlm import cli, configs, job
 from jvlm.errors import UserError
 from jvlm.evaluation import usable
 from tests.training import support
@@ -108,7 +108,7 @@ def test_a_part_that_fails_is_named_and_all_others_are_written(finished, monkeyp
 
 def test_the_command_ends_with_a_status_and_no_traceback_where_a_part_failed(finished, monkeypatch, capsys):
     _, experiment = finished
-    monkeypatch.setattr(cli, "load_experiment", lambda *_: experiment)
+    monkeypatch.setattr(configs, "load", lambda *_: experiment)
     monkeypatch.setattr(job, "text_only_floor", _fail(ValueError("a bad training row")))
     assert cli.main(["train", "any"]) == 2
     said = capsys.readouterr().err

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import jvlm
-from jvlm import cli, job
+from jvlm import cli, configs, job
 from tests.training import support
 
 
@@ -80,7 +80,7 @@ def test_training_continues_from_an_export_and_from_a_run(finished, tmp_path):
 
 def test_a_wrong_field_is_refused_naming_the_nearest(capsys):
     with pytest.raises(SystemExit):
-        cli.load_experiment("mimo_vl/easy_vqa", ["--optimizer.learning_rat", "1"])
+        configs.load("mimo_vl/easy_vqa", ["--optimizer.learning_rat", "1"])
     assert "--optimizer.learning_rate" in "".join(capsys.readouterr())
 
 

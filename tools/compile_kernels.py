@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from planning.environment import WITHOUT_A_GPU, WITHOUT_A_TPU
+from jvlm.planning.environment import WITHOUT_A_GPU, WITHOUT_A_TPU
 
 os.environ.update(WITHOUT_A_TPU | WITHOUT_A_GPU)
 
@@ -33,7 +33,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jvlm_kernels import decode_attention, segment_attention
 from jvlm_kernels.platforms import compiling_for
-from planning import gpus, machine_code
+
+from jvlm.planning import gpus, machine_code
 
 MIB = 1 << 20
 

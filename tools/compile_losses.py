@@ -4,7 +4,7 @@
 
 Needs no TPU and no GPU, but the compilers, which `make test` puts into those folders. A Markdown row for each form of
 the loss, value and both gradients in bfloat16, all tokens learnt: temporary memory; what is multiplied and what is read
-and written (tools/planning/hlo.py); and how long either takes at least, by data sheets (tools/planning/chips.py).
+and written (jvlm/planning/hlo.py); and how long either takes at least, by data sheets (jvlm/planning/chips.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from planning.environment import WITHOUT_A_GPU, WITHOUT_A_TPU
+from jvlm.planning.environment import WITHOUT_A_GPU, WITHOUT_A_TPU
 
 os.environ.update(WITHOUT_A_TPU | WITHOUT_A_GPU)
 
@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from bench_kernels import each, plain_logits, summed, title_of
 from jax.experimental import topologies
 from jvlm_kernels.platforms import compiling_for
-from planning import gpus, hlo
-from planning.chips import CHIPS
+
+from jvlm.planning import gpus, hlo
+from jvlm.planning.chips import CHIPS
 
 COLUMNS = "temporary memory, MiB", "TFLOP", "GB moved", "products, ms", "memory, ms"
 

@@ -21,27 +21,24 @@ import os
 import sys
 from pathlib import Path
 
-from planning.environment import WITHOUT_A_GPU, WITHOUT_A_TPU
+from jvlm.planning.environment import WITHOUT_A_GPU, WITHOUT_A_TPU
 
 os.environ.update(WITHOUT_A_TPU | WITHOUT_A_GPU)
 
-from planning import generation, listing, picture, suggest
-from planning.chips import Topology
-from planning.program import compile_step
-from planning.report import Plan
-from planning.roofline import Load, bound
-
-from jvlm.cli import load_experiment
+from jvlm import configs
 from jvlm.inference.program import Sizes
+from jvlm.planning import generation, listing, picture, suggest
+from jvlm.planning.chips import Topology
+from jvlm.planning.program import compile_step
+from jvlm.planning.report import Plan
+from jvlm.planning.roofline import Load, bound
 from jvlm.training.config import Experiment
 from jvlm.training.program import abstract_batches
 
 
 def prepare(config: str, fields: list[str], what: str = "train") -> Experiment:
     """An experiment with all that planning needs. Raises ValueError for what it lacks."""
-    experiment = (
-        load_experiment(config, fields) if what == "train" else load_experiment(config, fields, generation.served)
-    )
+    experiment = configs.load(config, fields) if what == "train" else configs.load(config, fields, generation.served)
     if experiment.model is None:
         raise ValueError(f"{config} takes its model from {experiment.init_from}; planning needs `model` in the config")
     return dataclasses.replace(experiment, stages=())

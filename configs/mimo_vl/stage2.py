@@ -3,7 +3,7 @@
 The table prints the two learning rates in the wrong order; the authors corrected them (GitHub XiaomiMiMo/MiMo-VL,
 issue 29). Batch size, schedule and warm-up are not published; those here are ours.
 
-    jvlm train mimo_vl/stage2 --init_from gs://bucket/runs/mimo_vl_stage2 --data.train gs://bucket/interleaved.arrayrecord
+    jvlm train mimo_vl/stage2 --init_from gs://bucket/runs/mimo_vl_stage1 --data.train gs://bucket/interleaved.arrayrecord
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ It shows the parts at work and has not been tuned to learn much; the demo proper
 
 import dataclasses
 
-from jvlm.cli import load_experiment
+from jvlm import configs
 from jvlm.data.processor import ProcessorConfig
 from jvlm.data.vision.tiled import TiledMedia
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
@@ -18,7 +18,7 @@ from jvlm.training.config import CheckpointConfig, Experiment, ExportConfig, Opt
 
 def get_config() -> Experiment:
     """Pictures of 64 x 64 are four tiles of 32 x 32 and an overview, 4 tokens each."""
-    grid, base = 4, load_experiment("mimo_vl/easy_vqa", [])
+    grid, base = 4, configs.load("mimo_vl/easy_vqa")
     decoder = dataclasses.replace(
         base.model.decoder,
         hidden_size=64,

@@ -5,7 +5,7 @@ jvlm train qwen2_5_vl/72b --init_from gs://bucket/Qwen2.5-VL-72B-Instruct --data
 
 import dataclasses
 
-from jvlm.cli import load_experiment
+from jvlm import configs
 from jvlm.models.layers import Numerics
 from jvlm.models.presets import PRESETS
 from jvlm.training.config import Experiment
@@ -13,7 +13,7 @@ from jvlm.training.config import Experiment
 
 def get_config() -> Experiment:
     """128 rows, each over four devices."""
-    base = load_experiment("mimo_vl/stage4", [])
+    base = configs.load("mimo_vl/stage4")
     return dataclasses.replace(
         base,
         name="qwen2_5_vl_72b",

@@ -9,8 +9,7 @@ import pytest
 from flax import nnx
 
 import jvlm
-from jvlm import job
-from jvlm.cli import load_experiment
+from jvlm import configs, job
 from jvlm.data.processor import Processor
 from jvlm.models import vlm
 from jvlm.models.connectors.perceiver import PerceiverConfig
@@ -46,7 +45,7 @@ def experiment(folder, rows, *overrides):
         "--log_every": "1",
         "--checkpoint.every": "100",
     }
-    return load_experiment("mm1_5/easy_vqa", [*(v for pair in fields.items() for v in pair), *overrides])
+    return configs.load("mm1_5/easy_vqa", [*(v for pair in fields.items() for v in pair), *overrides])
 
 
 def ask(images, text="what color?", answer="red"):

@@ -9,9 +9,9 @@ from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.layers import Numerics
 from jvlm.parallel.mesh import ParallelConfig
+from jvlm.planning import generation
+from jvlm.planning.chips import Topology
 from tests.parallel import models
-from tools.planning import generation
-from tools.planning.chips import Topology
 
 SIZES = Sizes(rows=32, tokens=16, patches=0, places=16384)
 DECODER = TransformerConfig(

@@ -16,12 +16,12 @@ from jvlm.inference.program import Sizes
 from jvlm.models import vlm
 from jvlm.models.layers import Numerics
 from jvlm.parallel.mesh import ParallelConfig, make_mesh
+from jvlm.planning import generation, gpus, hlo
+from jvlm.planning.chips import Topology
+from jvlm.planning.program import compile_step, devices_of, measure
+from jvlm.planning.roofline import Load, bound
 from tests.parallel import models
 from tests.tools import planned_generation
-from tools.planning import generation, gpus, hlo
-from tools.planning.chips import Topology
-from tools.planning.program import compile_step, devices_of, measure
-from tools.planning.roofline import Load, bound
 
 STEPS, ROWS, WIDTH = 7, 256, 512
 

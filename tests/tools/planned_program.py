@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jvlm.parallel.mesh import ParallelConfig, make_mesh
-from tools.planning.chips import Topology
-from tools.planning.program import available_memory, devices_of, measure
+from jvlm.planning.chips import Topology
+from jvlm.planning.program import available_memory, devices_of, measure
 
 STEPS, ROWS, WIDTH = 7, 256, 512
 

@@ -3,16 +3,16 @@
 import json
 import sys
 
-from jvlm.cli import load_experiment
+from jvlm import configs
+from jvlm.planning.chips import Topology
+from jvlm.planning.program import available_memory, bytes_of, devices_of
 from jvlm.training import program
-from tools.planning.chips import Topology
-from tools.planning.program import available_memory, bytes_of, devices_of
 
 
 def main() -> None:
     found = {}
     for stage in (1, 2, 3, 4):
-        experiment = load_experiment(f"mimo_vl/stage{stage}", [])
+        experiment = configs.load(f"mimo_vl/stage{stage}", [])
         for name in experiment.topologies:
             topology = Topology.parse(name)
             devices = devices_of(topology)

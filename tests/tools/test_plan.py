@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jvlm.planning import hlo, picture
+from jvlm.planning.chips import GIB, Topology, smaller
+from jvlm.planning.program import Compiled, Memory
 from tests import support
-from tools.planning import hlo, picture
-from tools.planning.chips import GIB, Topology, smaller
-from tools.planning.program import Compiled, Memory
 
 with_compiler = functools.partial(support.with_compiler, "tpu-compiler")
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from jvlm.planning.chips import Topology, smaller
 from tests import support
-from tools.planning.chips import Topology, smaller
 
 with_compiler = functools.partial(support.with_compiler, "gpu-compiler")
 BFLOAT16, FLOAT32 = 2, 4

@@ -4,11 +4,11 @@ import types
 
 import pytest
 
-from jvlm.cli import load_experiment
+from jvlm import configs
 from jvlm.models import vlm
-from tools.planning import suggest
-from tools.planning.chips import GIB, Topology
-from tools.planning.roofline import Load
+from jvlm.planning import suggest
+from jvlm.planning.chips import GIB, Topology
+from jvlm.planning.roofline import Load
 
 WEIGHTS = {"none": 4.0, "dots": 3.0, "attention": 2.0, "full": 1.0}
 
@@ -27,7 +27,7 @@ def plan(experiment, topology, load):
 
 @pytest.fixture(scope="module")
 def found():
-    experiment = load_experiment("mimo_vl/stage4", ["--data.rows", "64"])
+    experiment = configs.load("mimo_vl/stage4", ["--data.rows", "64"])
     first = plan(experiment, Topology.parse("v5p:4x4x4"), None)
     return suggest.search(plan, experiment, first, None, seconds=60)
 
@@ -50,14 +50,14 @@ def test_rules_are_tried_that_come_to_something_else(found):
         "rules store_over_context",
         "rules replicated",
     ]
-    experiment = load_experiment("mimo_vl/stage3", [])
+    experiment = configs.load("mimo_vl/stage3", [])
     found = suggest.search(plan, experiment, plan(experiment, Topology.parse("v5p:4x4x4"), None), None, seconds=60)
     assert "| rules replicated" in found
     assert "store_over_context" not in found  # there is no `context` to store over
 
 
 def test_no_compilation_begins_after_the_time_is_up():
-    experiment = load_experiment("mimo_vl/stage4", [])
+    experiment = configs.load("mimo_vl/stage4", [])
     found = suggest.search(plan, experiment, plan(experiment, Topology.parse("v5p:4x4x4"), None), None, seconds=0)
     assert "out of time" in found
     assert found.count("GiB") == 1
@@ -74,7 +74,7 @@ def test_no_compilation_begins_after_the_time_is_up():
     ],
 )
 def test_full_rows_have_the_features_that_their_pictures_become(config, fields, features):
-    experiment = load_experiment(config, fields)
+    experiment = configs.load(config, fields)
     data = experiment.data
     image = data.max_frame_patches or 27 * 27 + 1
     load = Load(data.row_tokens, image)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jvlm.cli import load_experiment
+from jvlm import configs
 from jvlm.training.config import Experiment
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
@@ -72,7 +72,7 @@ def experiment(folder: Path, rows: Path, *overrides: str, **changes: Any) -> Exp
     }
     arguments = [value for pair in fields.items() for value in pair]
     arguments += ["--model.decoder.mrope_section", "2", "3", "3", "--evaluation.data"]
-    result = load_experiment("mimo_vl/easy_vqa", [*arguments, *overrides])
+    result = configs.load("mimo_vl/easy_vqa", [*arguments, *overrides])
     return dataclasses.replace(result, **{"stages": (), **changes})
 
 

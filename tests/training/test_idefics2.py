@@ -5,7 +5,7 @@ import pytest
 
 import jvlm
 from jvlm import config as config_tree
-from jvlm.cli import load_experiment
+from jvlm import configs
 from jvlm.models import vlm
 from jvlm.training import loop
 from tests.idefics2 import write_folder
@@ -34,7 +34,7 @@ def experiment(folder, start, rows, *overrides):
         "--steps": str(STEPS),
         "--log_every": "1",
     }
-    return load_experiment("idefics2/sft", [*(v for pair in fields.items() for v in pair), *overrides])
+    return configs.load("idefics2/sft", [*(v for pair in fields.items() for v in pair), *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,8 @@ def test_the_frozen_tower_keeps_every_bit_and_the_export_answers_the_same(run, t
 
 @pytest.mark.parametrize(("field", "config"), [("0", "among the tokens"), ("4", "by cross-attention")])
 def test_the_papers_two_architectures_are_one_field_apart(field, config):
-    wanted = load_experiment("idefics2/pretrain", ["--model.decoder.cross_attention_every", field]).model
-    plain = load_experiment("idefics2/pretrain", []).model
+    wanted = configs.load("idefics2/pretrain", ["--model.decoder.cross_attention_every", field]).model
+    plain = configs.load("idefics2/pretrain", []).model
     assert wanted.reads_features == (config == "by cross-attention")
     counts = vlm.parameter_counts(vlm.abstract(wanted))
     assert (counts["decoder"] > vlm.parameter_counts(vlm.abstract(plain))["decoder"]) == wanted.reads_features

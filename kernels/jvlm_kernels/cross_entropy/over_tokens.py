@@ -99,7 +99,7 @@ def _walk(spec: Spec, hidden, kernel, targets, weights, *, differentiated: bool)
     if differentiated:
         d_kernel = zeros(kernel.shape, jnp.float32, axes)
         start = _Sums(*start[:2], zeros(tokens[0].shape, hidden.dtype), d_kernel, zeros(shares.shape, jnp.float32))
-    # how often at most is nowhere else in the compiled program; tools/planning/hlo.py reads it
+    # how often at most is nowhere else in the compiled program; jvlm/planning/hlo.py reads it
     with jax.named_scope(f"at_most_{len(filled) // spec.block}_times"):
         sums = lax.fori_loop(0, blocks, step, start)
     if not differentiated:

@@ -1,0 +1,66 @@
+"""What a user gets from the wheel: every command and the shipped configs, without the repository."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with the wheel installed in it, and nothing else."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for name in ("jvlm", "kernels", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    offline = ["--no-deps", "--no-index"]
+    for command in (
+        ["wheel", *offline, "--no-build-isolation", "-w", source / "dist", source],
+        ["install", *offline, "--target", target, "--find-links", source / "dist", "jvlm"],
+    ):
+        done = subprocess.run([*pip, *map(str, command)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return target
+
+
+@pytest.fixture
+def jvlm(installed, tmp_path):
+    """Run the installed command in an empty folder; -S leaves out the editable install of the environment."""
+
+    def run(*arguments: object) -> str:
+        beside = sysconfig.get_paths()["purelib"]
+        done = subprocess.run(
+            [sys.executable, "-S", str(installed / "bin" / "jvlm"), *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), beside])},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        assert str(ROOT) not in done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_a_shipped_config_can_be_trained_by_name(jvlm):
+    assert "--data.train" in jvlm("train", "mimo_vl/stage4", "--help")
+
+
+def test_the_demo_s_data_and_tokenizer_are_shipped(jvlm, installed):
+    shipped = installed / "jvlm" / "_configs" / "mimo_vl"
+    text = jvlm("data", "check", shipped / "easy_vqa_data" / "test.arrayrecord", "--config", "mimo_vl/easy_vqa")
+    assert "can be used" in text
+    files = {str(path.relative_to(installed / "jvlm" / "_configs")) for path in shipped.parent.rglob("*")}
+    wanted = {str(path.relative_to(ROOT / "configs")) for path in Path(ROOT / "configs").rglob("*")}
+    assert {name for name in wanted if "__pycache__" not in name} == {n for n in files if "__pycache__" not in n}
