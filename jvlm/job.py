@@ -19,7 +19,7 @@ from jvlm.data.rows import Conversation
 from jvlm.errors import UserError
 from jvlm.evaluation import report, score, usable
 from jvlm.evaluation.aim import AimMissed, missed_aims
-from jvlm.evaluation.questions import TextOnlyFloor, normalise
+from jvlm.evaluation.questions import TextOnlyBaseline, normalise
 from jvlm.evaluation.score import YES_NO, Answer, Scores
 from jvlm.inference import serving
 from jvlm.inference.generate import generate
@@ -153,10 +153,10 @@ def evaluate(experiment: Experiment, result: Result, finish: _Finish) -> tuple[l
     seconds = time.perf_counter() - began
     scores = Scores.of(answers)
     floor = None
-    if config.text_only_floor and scores.questions:
-        floor = finish.part("text-only floor", lambda: text_only_floor(experiment, answers), None)
+    if config.text_only_baseline and scores.questions:
+        floor = finish.part("text-only baseline", lambda: text_only_baseline(experiment, answers), None)
     values = {**dataclasses.asdict(scores), "rows_left_out": len(rejected), "seconds": seconds}
-    values["text_only_floor"] = dataclasses.asdict(floor) if floor else None
+    values["text_only_baseline"] = dataclasses.asdict(floor) if floor else None
     write_json(result.folder / SCORES, values)
     print(summary(scores, floor, seconds))
     return answers, scores, floor
@@ -186,7 +186,7 @@ def _layout(result: Result) -> Layout | None:
     return serving.layout(result.model.config, devices=jax.local_devices())
 
 
-def text_only_floor(experiment: Experiment, answers: Sequence[Answer]) -> Floor:
+def text_only_baseline(experiment: Experiment, answers: Sequence[Answer]) -> Floor:
     """What the training data's most frequent answers score on the same questions.
 
     Raises:
@@ -196,9 +196,9 @@ def text_only_floor(experiment: Experiment, answers: Sequence[Answer]) -> Floor:
     rows = usable.rows_of(experiment.data.train, rejected=rejected)
     if experiment.data.on_bad_row == "error":
         rows = usable.all_rows_of(experiment.data.train)
-    blind = TextOnlyFloor(rows)
+    blind = TextOnlyBaseline(rows)
     if rejected:
-        print(f"text-only floor: {len(rejected)} training rows left out:\n{grouped(rejected)}")
+        print(f"text-only baseline: {len(rejected)} training rows left out:\n{grouped(rejected)}")
     asked = [a.question for a in answers if not a.question.boxes]
     yes_no = [q for q in asked if normalise(q.expected) in YES_NO]
     other = [q for q in asked if normalise(q.expected) not in YES_NO]
@@ -209,12 +209,12 @@ def summary(scores: Scores, floor: Floor | None, seconds: float) -> str:
     """The result as lines for the terminal."""
     lines = []
     if scores.questions:
-        blind = f"   text-only floor {100 * floor.accuracy:.1f} %" if floor else ""
+        blind = f"   text-only baseline {100 * floor.accuracy:.1f} %" if floor else ""
         lines.append(f"accuracy   {100 * scores.accuracy:5.1f} %  on {scores.questions} questions{blind}")
         parts = {"yes/no": (scores.yes_no, floor and floor.yes_no), "other": (scores.other, floor and floor.other)}
         for name, (share, below) in parts.items():
             if share is not None:
-                blind = f"   text-only floor {100 * below:.1f} %" if below is not None else ""
+                blind = f"   text-only baseline {100 * below:.1f} %" if below is not None else ""
                 lines.append(f"  {name:<8} {100 * share:5.1f} %{blind}")
     if scores.boxes:
         lines.append(
@@ -300,7 +300,7 @@ def write_report(
         facts["aim"] = "; ".join(missed_aims(experiment.evaluation, scores)) or "reached"
     headline, bars = [], []
     if scores and scores.questions:
-        note = f"text-only floor {100 * floor.accuracy:.1f} %" if floor else f"{scores.questions} questions"
+        note = f"text-only baseline {100 * floor.accuracy:.1f} %" if floor else f"{scores.questions} questions"
         headline.append((f"{100 * scores.accuracy:.1f} %", f"of {scores.questions:,} test questions", note))
         bars.append(("all", scores.accuracy, floor.accuracy if floor else None))
         for name in ("yes_no", "other"):

@@ -19,7 +19,7 @@ def check_fields(config: Any, prefix: str, bounds: Mapping[str, str]) -> None:
     not be one text, which would be taken letter by letter.
 
     Args:
-      prefix: of the fields in messages, "optimizer." for ``optimizer.clip``.
+      prefix: of the fields in messages, "optimizer." for ``optimizer.max_grad_norm``.
       bounds: interval of each number as it is written, "[1, inf)" or "[0, 1)"; any finite number without one.
 
     Raises:

@@ -82,7 +82,7 @@ def _fail(error):
 FAILURES = {
     "scoring": (job.score, "ask", RuntimeError("out of memory"), {"report.html"}),
     "report": (job.report, "write", OSError("no space left"), {"answers.jsonl", "scores.json"}),
-    "text-only floor": (job, "text_only_floor", ValueError("a bad training row"), FILES),
+    "text-only baseline": (job, "text_only_baseline", ValueError("a bad training row"), FILES),
     "export": (job.checkpoint, "save", ValueError("cannot be written"), FILES),
     "reading the export back": (job, "verify", ValueError("answers differently"), FILES),
 }
@@ -109,10 +109,10 @@ def test_a_part_that_fails_is_named_and_all_others_are_written(finished, monkeyp
 def test_the_command_ends_with_a_status_and_no_traceback_where_a_part_failed(finished, monkeypatch, capsys):
     _, experiment = finished
     monkeypatch.setattr(configs, "load", lambda *_: experiment)
-    monkeypatch.setattr(job, "text_only_floor", _fail(ValueError("a bad training row")))
+    monkeypatch.setattr(job, "text_only_baseline", _fail(ValueError("a bad training row")))
     assert cli.main(["train", "any"]) == 2
     said = capsys.readouterr().err
-    assert "text-only floor: a bad training row" in said
+    assert "text-only baseline: a bad training row" in said
     assert "Traceback" not in said
 
 
@@ -129,13 +129,13 @@ def test_evaluation_rows_found_bad_only_then_are_listed_and_the_others_scored(fi
     assert (scores["questions"], scores["rows_left_out"]) == (2, 2)
 
 
-def test_the_text_only_floor_leaves_out_bad_training_rows_as_training_does(tmp_path, data, capsys):
+def test_the_text_only_baseline_leaves_out_bad_training_rows_as_training_does(tmp_path, data, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f"{_row('no')}\n" for _ in range(8)) + "not json\n")
     options = [*_options(tmp_path, f"{_row()}\n{_row('yes')}\n"), "--data.on_bad_row", "skip"]
     folder = job.run(support.experiment(tmp_path, path, *options))
     scores = json.loads((folder / "scores.json").read_text())
-    assert scores["text_only_floor"]["accuracy"] == 0.5
-    assert "text-only floor: 1 training rows left out" in capsys.readouterr().out
+    assert scores["text_only_baseline"]["accuracy"] == 0.5
+    assert "text-only baseline: 1 training rows left out" in capsys.readouterr().out
     assert (folder / "report.html").is_file()
     assert (folder / "hf" / "config.json").is_file()

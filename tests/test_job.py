@@ -25,7 +25,7 @@ def test_the_run_leaves_scores_answers_an_export_and_a_report(finished):
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert scores["questions"] == len(answers) == 2 * len(rows.read_text().splitlines())
     assert scores["accuracy"] == pytest.approx(sum(a["score"] for a in answers) / len(answers), abs=1e-4)
-    assert 0 < scores["text_only_floor"]["accuracy"] <= 1
+    assert 0 < scores["text_only_baseline"]["accuracy"] <= 1
     page = (folder / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "http" not in page.replace("http://www.w3.org", "")

@@ -34,8 +34,7 @@ from jvlm.inference.generate import engine_for
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models import vlm
 from jvlm.models.vlm import VLM
-from jvlm.training import optimizer
-from jvlm.training import step as stepping
+from jvlm.training import optimizer, train_step
 from jvlm.training.config import OptimizerConfig
 from jvlm.training.loop import split
 
@@ -176,11 +175,11 @@ def train(model: VLM, processor: Processor, oracle, rounds: int) -> dict[str, An
     batch = processor.pack(rows)
     template, values = split(model)
     tx = optimizer.make(OptimizerConfig(learning_rate=1e-6), 1000, vlm.parameters(template))
-    step = stepping.make_step(template, tx)
+    step = train_step.make_train_step(template, tx)
     copies = {path: jnp.array(value) for path, value in values.items()}
-    state = stepping.TrainState(jnp.zeros((), jnp.int32), copies, tx.init(copies))
+    state = train_step.TrainState(jnp.zeros((), jnp.int32), copies, tx.init(copies))
     state = jax.device_put(state, jax.devices()[0])  # as in the training loop: the second step compiles nothing
-    stacked = stepping.stack([batch])
+    stacked = train_step.stack([batch])
     first_loss: dict[str, float] = {}
 
     def ours():

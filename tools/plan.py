@@ -32,8 +32,8 @@ from jvlm.planning.chips import Topology
 from jvlm.planning.program import compile_step
 from jvlm.planning.report import Plan
 from jvlm.planning.roofline import Load, bound
+from jvlm.training.compiled_step import abstract_batches
 from jvlm.training.config import Experiment
-from jvlm.training.program import abstract_batches
 
 
 def prepare(config: str, fields: list[str], what: str = "train") -> Experiment:
@@ -132,9 +132,9 @@ def _sizes(arguments: argparse.Namespace, experiment: Experiment) -> Sizes:
 def _training_header(experiment: Experiment, load: Load) -> str:
     data = experiment.data
     return (
-        f"# {experiment.name}: {experiment.accumulation} x {data.rows} rows of {data.row_tokens} tokens and "
-        f"{data.row_patches} patches\n\nAssumed: full rows, conversations of {load.conversation} tokens, images of "
-        f"{load.image} patches.\n"
+        f"# {experiment.name}: {experiment.gradient_accumulation_steps} x {data.rows} rows of {data.row_tokens} "
+        f"tokens and {data.row_patches} patches\n\nAssumed: full rows, conversations of {load.conversation} tokens, "
+        f"images of {load.image} patches.\n"
     )
 
 

@@ -35,7 +35,7 @@ def get_config() -> Experiment:
         tokenizer=DECODER,
         processor=ProcessorConfig(media=TiledMedia(splitting="none", indicator="none")),
         data=DataConfig(rows=2, row_tokens=512, row_patches=4 * (GRID**2 + 1)),
-        optimizer=OptimizerConfig(learning_rate=1e-3, encoder_lr=0.0, decoder_lr=0.0, warmup=0.1),
+        optimizer=OptimizerConfig(learning_rate=1e-3, encoder_lr=0.0, decoder_lr=0.0, warmup_ratio=0.1),
         export=ExportConfig(enabled=False),
         steps=100,
     )

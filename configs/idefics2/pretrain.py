@@ -37,6 +37,6 @@ def get_config() -> Experiment:
         data=DataConfig(rows=16, row_tokens=2048, row_patches=31 * GRID**2, max_frame_patches=GRID**2),
         optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=0.1, beta2=0.999),
         steps=80_000,
-        accumulation=16,
-        log_every=20,
+        gradient_accumulation_steps=16,
+        log_interval_steps=20,
     )

@@ -26,5 +26,5 @@ def get_config() -> Experiment:
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4, encoder_lr=0.0, decoder_lr=0.0, beta2=0.999),
         epochs=1.0,
-        accumulation=4,
+        gradient_accumulation_steps=4,
     )

@@ -53,7 +53,7 @@ def get_config() -> Experiment:
         eos_token_id=532,
         numerics=Numerics(compute_dtype="float32", initializer_range=None),
     )
-    optimizer = OptimizerConfig(learning_rate=1.2e-3, warmup=0.03, weight_decay=0.05, beta2=0.99)
+    optimizer = OptimizerConfig(learning_rate=1.2e-3, warmup_ratio=0.03, weight_decay=0.05, beta2=0.99)
     # Circles, rectangles and triangles are the hardest to tell apart, and to compare with the word of a question.
     # Learnt first and alone, they take about a minute; among other questions, where little of the gradient is theirs
     # and most answers follow from earlier ones, they are not learnt in all of the time.
@@ -66,10 +66,15 @@ def get_config() -> Experiment:
         processor=ProcessorConfig(media=PixelLimits(PIXELS, PIXELS, PIXELS, PIXELS)),
         data=DataConfig(train=(str(DATA / "train.arrayrecord"),), rows=6, row_tokens=512, row_patches=192),
         optimizer=optimizer,
-        checkpoint=CheckpointConfig(every=250),
+        checkpoint=CheckpointConfig(save_interval_steps=250),
         evaluation=EvaluationConfig(
-            data=(str(DATA / "test.arrayrecord"),), max_new_tokens=40, batch_size=128, aim=92.0, aim_iou=0.8
+            data=(str(DATA / "test.arrayrecord"),),
+            max_new_tokens=40,
+            batch_size=128,
+            text_only_baseline=True,
+            aim=92.0,
+            aim_iou=0.8,
         ),
         steps=1900,
-        log_every=50,
+        log_interval_steps=50,
     )

@@ -24,6 +24,6 @@ def get_config() -> Experiment:
         optimizer=OptimizerConfig(learning_rate=1e-5),
         export=ExportConfig(enabled=False),
         steps=30_000,
-        accumulation=8,
-        log_every=20,
+        gradient_accumulation_steps=8,
+        log_interval_steps=20,
     )

@@ -43,11 +43,11 @@ def get_config() -> Experiment:
         processor=ProcessorConfig(media=TiledMedia(max_tiles=4, num_frames=4), box_format="mm1_5"),
         data=dataclasses.replace(base.data, rows=4, row_patches=10 * (grid**2 + 1)),
         optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.05, beta2=0.99),
-        checkpoint=CheckpointConfig(every=200),
+        checkpoint=CheckpointConfig(save_interval_steps=200),
         evaluation=dataclasses.replace(
             base.evaluation, max_rows=100, max_new_tokens=24, batch_size=64, aim=None, aim_iou=None
         ),
         export=ExportConfig(enabled=False),
         steps=400,
-        log_every=20,
+        log_interval_steps=20,
     )

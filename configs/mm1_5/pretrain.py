@@ -26,9 +26,9 @@ def get_config() -> Experiment:
         tokenizer="tokenizer",
         processor=ProcessorConfig(media=TiledMedia(splitting="none"), box_format="mm1_5"),
         data=DataConfig(rows=64, row_tokens=4096, row_patches=16 * (GRID_378**2 + 1), on_bad_row="skip"),
-        optimizer=OptimizerConfig(learning_rate=1e-4, warmup=0.01, final_ratio=0.1),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_ratio=0.01, min_lr_ratio=0.1),
         export=ExportConfig(enabled=False),
         steps=200_000,
-        accumulation=8,
-        log_every=20,
+        gradient_accumulation_steps=8,
+        log_interval_steps=20,
     )

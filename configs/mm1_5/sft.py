@@ -25,6 +25,6 @@ def get_config() -> Experiment:
         optimizer=OptimizerConfig(learning_rate=2e-5),
         export=ExportConfig(enabled=False),
         steps=23_000,
-        accumulation=8,
-        log_every=20,
+        gradient_accumulation_steps=8,
+        log_interval_steps=20,
     )

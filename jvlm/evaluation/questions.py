@@ -88,7 +88,7 @@ def normalise(answer: str) -> str:
     return answer.rpartition("</think>")[2].strip().rstrip(".").casefold()
 
 
-class TextOnlyFloor:
+class TextOnlyBaseline:
     """The most frequent training answer to the same words: what can be scored without looking.
 
     Args:

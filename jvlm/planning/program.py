@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.collectives import axes as axes_of
-from jvlm.training import program
+from jvlm.training import compiled_step
 from jvlm.training.config import Experiment
 
 from . import gpus, hlo
@@ -123,7 +123,7 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
     Raises:
       ValueError: a mesh that does not fit the topology, rows or parameters.
     """
-    planned = program.plan(experiment, devices_of(topology))
+    planned = compiled_step.compile_step(experiment, devices_of(topology))
     return measure(
         planned.lower,
         planned.layout.mesh,

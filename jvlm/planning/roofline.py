@@ -93,7 +93,9 @@ class Bound:
 def bound(experiment: Experiment, compiled: Compiled, topology: Topology, load: Load) -> Bound:
     """The roofline of a compiled training step."""
     template, data = vlm.abstract(experiment.model), experiment.data
-    counts = load.counts(template, data.rows * experiment.accumulation, data.row_tokens, data.row_patches)
+    counts = load.counts(
+        template, data.rows * experiment.gradient_accumulation_steps, data.row_tokens, data.row_patches
+    )
     learnt = {tower: experiment.optimizer.rate_of(tower) > 0 for tower in TOWERS}
     # A kernel's products are not in the program's text. Its backward pass makes five products for the forward's two,
     # which are made once more unless the policy keeps what came of them.

@@ -23,7 +23,7 @@ from jvlm.data import stores
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
 from jvlm.training.config import CheckpointConfig
-from jvlm.training.step import Params, TrainState
+from jvlm.training.train_step import Params, TrainState
 from jvlm.weights.fingerprints import fingerprints
 from jvlm.weights.run_folder import CHECKPOINTS, by_itself, cause, lies_elsewhere
 
@@ -54,9 +54,9 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self._path,
             options=ocp.CheckpointManagerOptions(
-                save_interval_steps=config.every,
-                max_to_keep=config.keep,
-                keep_period=config.keep_every,
+                save_interval_steps=config.save_interval_steps,
+                max_to_keep=config.max_to_keep,
+                keep_period=config.keep_period,
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
             ),
@@ -96,21 +96,21 @@ class Checkpoints:
         passing = sum(not self._stays(step) for step in present)
         more = most = 0
         first = () if present else (ahead[0],)  # Orbax always writes the first step of a run
-        for step in (s for s in ahead if s % config.every == 0 or s == ahead[-1] or s in first):
+        for step in (s for s in ahead if s % config.save_interval_steps == 0 or s == ahead[-1] or s in first):
             more, passing = more + 1, passing + (not self._stays(step))
             most = max(most, more)  # the oldest goes only when the new one is whole
-            if passing > config.keep:
+            if passing > config.max_to_keep:
                 more, passing = more - 1, passing - 1
         free = shutil.disk_usage(self._path).free
         if most * size > free:
             raise ValueError(
                 f"{self._path} has {free / GIB:.2f} GiB free, but {most} more checkpoints of {size / GIB:.2f} GiB will "
-                f"lie there at a time; make room, or lower checkpoint.keep = {config.keep} or raise "
-                f"checkpoint.keep_every = {config.keep_every}"
+                f"lie there at a time; make room, or lower checkpoint.max_to_keep = {config.max_to_keep} or raise "
+                f"checkpoint.keep_period = {config.keep_period}"
             )
 
     def _stays(self, step: int) -> bool:
-        return self.config.keep_every is not None and step % self.config.keep_every == 0
+        return self.config.keep_period is not None and step % self.config.keep_period == 0
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after this step."""

@@ -27,12 +27,12 @@ class OptimizerConfig:
         tables, norms and biases stay with AdamW. A small model trained from nothing learns faster by it.
       learning_rate: peak; used by every tower that has none of its own.
       encoder_lr, connector_lr, decoder_lr: a tower's own peak; 0 freezes the tower: no gradient, no state, no change.
-      warmup: share of the steps with linear warm-up.
-      final_ratio: learning rate at the end, as a share of the peak.
+      warmup_ratio: share of the steps with linear warm-up.
+      min_lr_ratio: learning rate at the end, as a share of the peak.
       weight_decay: of matrices; norms and biases have none.
       beta1, beta2, eps: of AdamW.
       muon_beta: momentum of Muon.
-      clip: largest norm of the whole gradient.
+      max_grad_norm: largest norm of the whole gradient.
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
@@ -40,20 +40,20 @@ class OptimizerConfig:
     encoder_lr: float | None = None
     connector_lr: float | None = None
     decoder_lr: float | None = None
-    warmup: float = 0.03
-    final_ratio: float = 0.0
+    warmup_ratio: float = 0.03
+    min_lr_ratio: float = 0.0
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     muon_beta: float = 0.95
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
 
     def __post_init__(self):
-        shares = dict.fromkeys(("warmup", "final_ratio"), "[0, 1]")
+        shares = dict.fromkeys(("warmup_ratio", "min_lr_ratio"), "[0, 1]")
         rates = dict.fromkeys(("learning_rate", "encoder_lr", "connector_lr", "decoder_lr"), "[0, inf)")
         betas = dict.fromkeys(("beta1", "beta2", "muon_beta"), "[0, 1)")
-        rest = {"weight_decay": "[0, inf)", "eps": "(0, inf)", "clip": "(0, inf)"}
+        rest = {"weight_decay": "[0, inf)", "eps": "(0, inf)", "max_grad_norm": "(0, inf)"}
         check_fields(self, "optimizer.", {**shares, **rates, **betas, **rest})
         if not any(self.rate_of(tower) for tower in TOWERS):
             raise UserError(
@@ -73,17 +73,19 @@ class CheckpointConfig:
     """When checkpoints are written and which are kept.
 
     Attributes:
-      every: steps between checkpoints; one is also written at the end.
-      keep: how many of the latest stay.
-      keep_every: steps whose checkpoints always stay; None keeps none beyond ``keep``.
+      save_interval_steps: steps between checkpoints; one is also written at the end.
+      max_to_keep: how many of the latest stay.
+      keep_period: steps whose checkpoints always stay; None keeps none beyond ``max_to_keep``.
     """
 
-    every: int = 500
-    keep: int = 2
-    keep_every: int | None = None
+    save_interval_steps: int = 500
+    max_to_keep: int = 2
+    keep_period: int | None = None
 
     def __post_init__(self):
-        check_fields(self, "checkpoint.", dict.fromkeys(("every", "keep", "keep_every"), "[1, inf)"))
+        check_fields(
+            self, "checkpoint.", dict.fromkeys(("save_interval_steps", "max_to_keep", "keep_period"), "[1, inf)")
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,7 @@ class EvaluationConfig:
       data: files of rows whose assistant turns are the expected answers; empty skips scoring.
       ask: "alone" asks each question in a conversation of its own; "chain" in order, after the model's own answers.
       max_rows: of the files; None takes all.
-      text_only_floor: also score the most frequent training answer to the same words, blind to the picture.
+      text_only_baseline: also score the most frequent training answer to the same words, blind to the picture.
       aim: percent of the questions with answers in words that must be right; where fewer are, `jvlm train` ends with
         status 3 after all files are written. None: any share will do.
       aim_iou: the same for the mean IoU of boxes, from 0 to 1.
@@ -105,7 +107,7 @@ class EvaluationConfig:
     max_new_tokens: int = 64
     batch_size: int = 64
     max_rows: int | None = None
-    text_only_floor: bool = True
+    text_only_baseline: bool = False
     aim: float | None = None
     aim_iou: float | None = None
 
@@ -192,8 +194,8 @@ class Experiment:
       parallel: the mesh of devices, and what is split over its axes; a restart may change it.
       steps: optimizer steps; None derives them from ``epochs``.
       epochs: passes over the data, used when ``steps`` is None; the number of steps is estimated by packing a sample.
-      accumulation: batches whose gradients make one step; the loss is averaged over all their tokens.
-      log_every: steps between log lines.
+      gradient_accumulation_steps: batches whose gradients make one step; the loss is averaged over all their tokens.
+      log_interval_steps: steps between log lines.
       accept_changes: go on with a run whose settings, data or start have changed since it began; the changes are noted
         in ``<output>/changes.jsonl`` and in the log.
       output_root: folder of runs, or a place in an object store as gs://bucket/runs; then small files are also in
@@ -222,16 +224,18 @@ class Experiment:
     export: ExportConfig = ExportConfig()
     steps: int | None = None
     epochs: float = 3.0
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     seed: int = 42
-    log_every: int = 5
+    log_interval_steps: int = 5
     profile: str = ""
     stop_after_skips: int = 10
     accept_changes: bool = False
     output_root: str = "runs"
 
     def __post_init__(self):
-        counts = dict.fromkeys(("steps", "accumulation", "log_every", "stop_after_skips"), "[1, inf)")
+        counts = dict.fromkeys(
+            ("steps", "gradient_accumulation_steps", "log_interval_steps", "stop_after_skips"), "[1, inf)"
+        )
         check_fields(self, "", {**counts, "epochs": "(0, inf)", "seed": SEEDS})
         if self.init_from is None and (self.model is None or self.tokenizer is None):
             raise ValueError("give init_from (a folder to start from), or both model and tokenizer")

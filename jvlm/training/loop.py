@@ -25,20 +25,17 @@ from jvlm.models import vlm
 from jvlm.models.vlm import TOWERS, VLM, VLMConfig
 from jvlm.parallel import hosts
 from jvlm.parallel.layout import Layout
-from jvlm.training import flops, optimizer, processors, resume
-from jvlm.training import program as planning
-from jvlm.training import step as stepping
+from jvlm.training import compiled_step, flops, optimizer, processors, resume, train_step
 from jvlm.training.checkpoint import Checkpoints
 from jvlm.training.config import AdaptConfig, EvaluationConfig, Experiment
+from jvlm.training.data_counters import DataCounters, Totals
 from jvlm.training.goodput import Goodput
-from jvlm.training.home import Home
 from jvlm.training.interruption import Interrupted, StopRequests
 from jvlm.training.log import TrainingLog, clock
-from jvlm.training.nonfinite import Guard
+from jvlm.training.nonfinite import NonFiniteMonitor
 from jvlm.training.profile import Profile
 from jvlm.training.resume import prepare_folder
-from jvlm.training.seen import Seen as _Seen
-from jvlm.training.seen import Totals
+from jvlm.training.run_storage import RunStorage
 from jvlm.weights import backbones, checkpoint, loading, positions, run_folder, upcycling
 from jvlm.weights.run_folder import CHECKPOINTS
 
@@ -58,7 +55,7 @@ class Result:
 
     model: VLM
     processor: Processor
-    home: Home
+    home: RunStorage
     steps: int
     last: int
     seconds: float
@@ -67,7 +64,7 @@ class Result:
 
     @property
     def folder(self) -> Path:
-        """Where the small files are; see `Home`."""
+        """Where the small files are; see `RunStorage`."""
         return self.home.folder
 
 
@@ -111,7 +108,7 @@ def runs_of(experiment: Experiment) -> list[Experiment]:
             evaluation=EvaluationConfig(),
         )
         runs.append(run)
-        start = str(Home(run.output_root, run.name).folder)
+        start = str(RunStorage(run.output_root, run.name).folder)
         # once is enough
         experiment = dataclasses.replace(
             experiment, init_from=start, adapt=AdaptConfig(), encoder_from=None, decoder_from=None
@@ -127,14 +124,14 @@ def _train_one(experiment: Experiment, job: Experiment | None, later: Sequence[E
     hosts.wait("made the model")  # processes that meet for the first time do so within seconds; a look can take longer
     if job is not None:
         hosts.together(lambda: _look_ahead(job, later, processor, parts))
-    home = Home(experiment.output_root, experiment.name)
+    home = RunStorage(experiment.output_root, experiment.name)
     folder = home.folder
     home.pull()
     experiment = resolve(experiment, model, processor, folder, parts)
     changes = prepare_folder(folder, experiment, processor)
     home.share()
     template, values = split(model)
-    program = planning.plan(experiment)
+    program = compiled_step.compile_step(experiment)
     state, frozen = program.begin(values)
     hosts.say(describe(experiment, template, layout))
     part = hosts.part_of(program.batches.tokens)
@@ -145,8 +142,8 @@ def _train_one(experiment: Experiment, job: Experiment | None, later: Sequence[E
 
     with Checkpoints(home.store, experiment.checkpoint) as checkpoints:
         start, useful = 0, 0.0
-        guard = Guard(folder, home.store, experiment.stop_after_skips)
-        seen = _Seen(folder, len(source), experiment.data, counts=part.counts)
+        guard = NonFiniteMonitor(folder, home.store, experiment.stop_after_skips)
+        seen = DataCounters(folder, len(source), experiment.data, counts=part.counts)
         restored = checkpoints.restore_latest(state, frozen)
         if restored is not None:
             start, state, frozen, data = restored
@@ -163,18 +160,18 @@ def _train_one(experiment: Experiment, job: Experiment | None, later: Sequence[E
         ):
             if start:
                 log.say(f"resuming after step {start}")
-            meter = _Meter(experiment, seen, template)
+            meter = Throughput(experiment, seen, template)
             for step in range(start + 1, experiment.steps + 1):
                 profile.before(step - start)
                 packed = meter.next_batch(batches, step)
-                own = stepping.stack([rows.batch for rows in packed])
+                own = train_step.stack([rows.batch for rows in packed])
                 batch, began = hosts.place(own, part.rows, program.batches), time.perf_counter()
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = program.step(state, frozen, batch)
                 goodput.ran(began, metrics)
                 profile.ran(step - start, metrics)
                 guard.ran(step, packed, metrics)
-                to_log = step % experiment.log_every == 0 or step in (start + 1, experiment.steps)
+                to_log = step % experiment.log_interval_steps == 0 or step in (start + 1, experiment.steps)
                 if to_log or checkpoints.due(step):
                     guard.settle()
                 if guard.stops:
@@ -267,7 +264,7 @@ def resolve(
         known = resume.derived(experiment, folder) if begun else experiment
         found = _look(known, processor, parts)
         data = known.data if begun else found.config  # a run keeps what it began with, whatever a sample says now
-        steps = known.steps or found.steps(known.epochs, data.rows * known.accumulation)
+        steps = known.steps or found.steps(known.epochs, data.rows * known.gradient_accumulation_steps)
         names = ("row_tokens", "row_patches", "max_frame_patches")
         return {"data": {name: getattr(data, name) for name in names}, "steps": steps}
 
@@ -328,17 +325,17 @@ def describe(experiment: Experiment, template: VLM, layout: Layout) -> str:
     devices = f"{layout.mesh.size} x {kind}" + (f" ({axes})" if axes else "")
     numerics = experiment.model.numerics
     lines.append(
-        f"{experiment.steps} steps of {experiment.accumulation} x {data.rows} rows of {data.row_tokens} tokens and "
-        f"{data.row_patches} patches, on {devices}, {numerics.param_dtype} parameters, "
+        f"{experiment.steps} steps of {experiment.gradient_accumulation_steps} x {data.rows} rows of "
+        f"{data.row_tokens} tokens and {data.row_patches} patches, on {devices}, {numerics.param_dtype} parameters, "
         f"{numerics.compute_dtype} compute"
     )
     return "\n".join(lines)
 
 
-class _Meter:
+class Throughput:
     """Measures where the time goes and how full the rows are, between two log lines."""
 
-    def __init__(self, experiment: Experiment, seen: _Seen, template: VLM):
+    def __init__(self, experiment: Experiment, seen: DataCounters, template: VLM):
         self.experiment, self.seen, self.template = experiment, seen, template
         self._learnt = {tower: experiment.optimizer.rate_of(tower) > 0 for tower in TOWERS}
         self._peak = flops.peak(jax.devices()[0].device_kind)
@@ -359,7 +356,7 @@ class _Meter:
     def next_batch(self, batches: grain.DatasetIterator, step: int) -> list[PackedRows]:
         """The next step's batches, as many as are accumulated."""
         began = time.perf_counter()
-        packed = list(itertools.islice(batches, self.experiment.accumulation))
+        packed = list(itertools.islice(batches, self.experiment.gradient_accumulation_steps))
         self._waited += time.perf_counter() - began
         if self._counted:
             own = flops.of_batch(self.template, [rows.batch for rows in packed], self._learnt).total

@@ -27,16 +27,16 @@ from jvlm.data.errors import Origin
 from jvlm.data.packing import PackedRows
 from jvlm.errors import UserError
 from jvlm.models.batch import PackedBatch
-from jvlm.training.step import Params
+from jvlm.training.train_step import Params
 
 NONFINITE, REPORT, PARAMS = "nonfinite", "report.json", "params"
 
 
-class Guard:
+class NonFiniteMonitor:
     """Watches the steps of a run, and lets the device run one of them ahead of the host, no more.
 
     Args:
-      folder, store: of the run, for batches and for parameters (jvlm.training.home).
+      folder, store: of the run, for batches and for parameters (jvlm.training.run_storage).
       stop_after: skipped steps in a row that stop it.
     """
 

@@ -25,13 +25,13 @@ def trainable(config: OptimizerConfig, path: str) -> bool:
 
 def schedule(config: OptimizerConfig, tower: str, steps: int) -> optax.Schedule:
     """Linear warm-up to the tower's peak, then cosine decay over the rest of the steps."""
-    peak, warmup = config.rate_of(tower), round(config.warmup * steps)
+    peak, warmup = config.rate_of(tower), round(config.warmup_ratio * steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=peak / (warmup + 1),
         peak_value=peak,
         warmup_steps=warmup,
         decay_steps=max(steps, warmup + 1),
-        end_value=peak * config.final_ratio,
+        end_value=peak * config.min_lr_ratio,
     )
 
 
@@ -45,7 +45,7 @@ def make(config: OptimizerConfig, steps: int, variables: Mapping[str, nnx.Variab
     towers = {path: tower_of(path) for path in variables}
     rates = {t: optax.scale_by_learning_rate(schedule(config, t, steps)) for t in TOWERS}
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
+        optax.clip_by_global_norm(config.max_grad_norm),
         _direction(config, variables),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.partition(rates, towers),

@@ -26,7 +26,7 @@ from jvlm.weights.run_folder import EXPERIMENT, PROCESSOR
 INPUTS, CHANGES = "inputs.json", "changes.jsonl"
 # A restart may change these; anything else would make the rest of the run another experiment.
 _FREE = (
-    *("checkpoint", "evaluation", "export", "log_every", "stop_after_skips", "profile", "output_root"),
+    *("checkpoint", "evaluation", "export", "log_interval_steps", "stop_after_skips", "profile", "output_root"),
     *("data.read_threads", "data.prefetch", "data.max_bad_fraction", "data.max_too_long_fraction"),
     *("parallel", "topologies", "accept_changes"),
 )

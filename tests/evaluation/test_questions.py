@@ -9,7 +9,7 @@ from jvlm.data.boxes import Box
 from jvlm.data.errors import Origin
 from jvlm.data.rows import parse_row
 from jvlm.evaluation import report, score
-from jvlm.evaluation.questions import TextOnlyFloor, questions_of
+from jvlm.evaluation.questions import TextOnlyBaseline, questions_of
 from jvlm.evaluation.score import Scores
 from jvlm.training import loop
 from tests.training import support
@@ -125,10 +125,10 @@ def test_several_boxes_are_matched_one_to_one_and_a_missing_one_counts_zero(proc
     assert score.score(question, f"{second} {second}", processor).score == pytest.approx(0.5, abs=0.05)
 
 
-def test_the_text_only_floor_is_the_most_frequent_training_answer_to_the_same_words():
+def test_the_text_only_baseline_is_the_most_frequent_training_answer_to_the_same_words():
     train = [_row(("red?", "yes")), _row(("red?", "no")), _row(("red?", "no")), _row(("blue?", "yes"))]
     test = [q for row in (_row(("red?", "no")), _row(("blue?", "no")), _row(("new?", "no"))) for q in questions_of(row)]
-    floor = TextOnlyFloor(train)
+    floor = TextOnlyBaseline(train)
     # "new?" was never asked: the answers of all training questions are tied, the first seen wins
     assert [floor.answer(q) for q in test] == ["no", "yes", "yes"]
     assert floor.accuracy(test) == pytest.approx(1 / 3)

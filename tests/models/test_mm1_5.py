@@ -42,8 +42,8 @@ def experiment(folder, rows, *overrides):
         "--data.rows": "2",
         "--data.row_tokens": "256",
         "--steps": str(STEPS),
-        "--log_every": "1",
-        "--checkpoint.every": "100",
+        "--log_interval_steps": "1",
+        "--checkpoint.save_interval_steps": "100",
     }
     return configs.load("mm1_5/easy_vqa", [*(v for pair in fields.items() for v in pair), *overrides])
 

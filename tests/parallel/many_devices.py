@@ -11,19 +11,18 @@ import numpy as np
 
 from jvlm.parallel import collectives
 from jvlm.parallel.mesh import ParallelConfig
-from jvlm.training import loop, program
-from jvlm.training import step as stepping
+from jvlm.training import compiled_step, loop, train_step
 from tests.parallel import models
 
 
 def step(architecture: str, sizes: dict[str, int]) -> tuple[float, dict[str, np.ndarray], list[str]]:
     """(loss, gradients, collectives) of one step. Gradients are read off Adam's first moments."""
     experiment = models.experiment(architecture, ParallelConfig(**{"data": 1, **sizes}))
-    planned = program.plan(experiment, jax.devices()[: math.prod(sizes.values())])
+    planned = compiled_step.compile_step(experiment, jax.devices()[: math.prod(sizes.values())])
     model = loop.random_model(experiment.model, 0, planned.layout.parameter)
     state, frozen = planned.begin(loop.split(model)[1])
     compiled = planned.lower().compile()
-    batches = stepping.stack([models.batch(experiment.model)])
+    batches = train_step.stack([models.batch(experiment.model)])
     batches = jax.device_put(batches, jax.tree.map(lambda x: x.sharding, planned.batches))
     state, metrics = compiled(state, frozen, batches)
     (adam,) = [s for s in state.optimizer if hasattr(s, "mu")]

@@ -117,7 +117,7 @@ def experiment(architecture: str, parallel: ParallelConfig = ParallelConfig(), *
         processor=ProcessorConfig(),
         data=DataConfig(rows=ROWS, row_tokens=TOKENS, row_patches=PATCHES[architecture]),
         parallel=parallel,
-        optimizer=OptimizerConfig(clip=1e9),
+        optimizer=OptimizerConfig(max_grad_norm=1e9),
         steps=10,
         **changes,
     )

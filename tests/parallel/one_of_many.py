@@ -19,11 +19,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jvlm import job
 from jvlm.parallel import hosts
 from jvlm.parallel.mesh import ParallelConfig
-from jvlm.training import loop, program
-from jvlm.training import step as stepping
+from jvlm.training import compiled_step, loop, train_step
 from jvlm.training.checkpoint import Checkpoints
 from jvlm.training.config import CheckpointConfig
-from jvlm.training.step import TrainState
+from jvlm.training.train_step import TrainState
 from tests.parallel import models
 from tests.training import support, test_checkpoint
 
@@ -53,14 +52,14 @@ def train_and_die(folder: str, rows: str, step: str, *overrides: str) -> None:
 
 
 def _say_what_is_read() -> None:
-    add = loop._Seen.add
+    add = loop.DataCounters.add
 
     def said(seen, packed, step: int) -> None:
         if seen.counts:
             print(json.dumps({"step": step, "seen": [o.row for row in packed.origins for o in row]}), flush=True)
         add(seen, packed, step)
 
-    loop._Seen.add = said
+    loop.DataCounters.add = said
 
 
 def damaged(folder: str) -> None:
@@ -76,7 +75,7 @@ def damaged(folder: str) -> None:
         state = TrainState(put(np.int32(0), whole), params, {"mu": put(np.arange(2**15) / np.float32(step + 1), parts)})
         return state, {"encoder.c": put(np.full(7, step, np.float32), whole)}
 
-    with Checkpoints(Path(folder), CheckpointConfig(every=1, keep=9)) as checkpoints:
+    with Checkpoints(Path(folder), CheckpointConfig(save_interval_steps=1, max_to_keep=9)) as checkpoints:
         for number in range(1, 5):
             checkpoints.save(number, *state_of(number), {"position": number})
     hosts.wait("written")
@@ -84,13 +83,13 @@ def damaged(folder: str) -> None:
         for number, damage in ((3, test_checkpoint.flip), (4, test_checkpoint.cut)):
             damage(Path(folder) / "checkpoints" / str(number) / "params" / "ocdbt.process_1")
     hosts.wait("damaged")
-    with Checkpoints(Path(folder), CheckpointConfig(every=1, keep=9)) as checkpoints:
+    with Checkpoints(Path(folder), CheckpointConfig(save_interval_steps=1, max_to_keep=9)) as checkpoints:
         found, state, frozen, data = checkpoints.restore_latest(*state_of(0))
         both = (jax.tree.leaves((s.params, s.optimizer, f)) for s, f in ((state, frozen), state_of(found)))
         equal = all(np.array_equal(a.addressable_data(0), b.addressable_data(0)) for a, b in zip(*both, strict=True))
         again = checkpoints.save(found + 1, *state_of(found + 1), {"position": found + 1})
     print(json.dumps({"step": found, "data": data, "equal": equal, "again": again}))
-    with Checkpoints(Path(folder), CheckpointConfig(every=1, keep=9)) as checkpoints:
+    with Checkpoints(Path(folder), CheckpointConfig(save_interval_steps=1, max_to_keep=9)) as checkpoints:
         if jax.process_index() == 1:
             checkpoints._read = _refused
         _say_how_it_fails(lambda: checkpoints.restore_latest(*state_of(0)))
@@ -122,12 +121,12 @@ def step(data: str, context: str, folder: str, rows: str, *overrides: str) -> No
     """A step on a batch whose first rows, so the first hosts, have no pictures; then goes on with a run."""
     parallel = ParallelConfig(data=int(data), context=int(context))
     experiment = models.experiment("qwen2_5_vl", parallel)
-    planned = program.plan(experiment)
+    planned = compiled_step.compile_step(experiment)
     part = hosts.part_of(planned.batches.tokens)
     state, frozen = planned.begin(loop.split(loop.random_model(experiment.model, 0, planned.layout.parameter))[1])
     whole = models.batch(experiment.model, text_only=models.ROWS // 2)
     own = jax.tree.map(lambda x: x[np.asarray(part.rows)], whole)
-    placed = hosts.place(stepping.stack([own]), part.rows, planned.batches)
+    placed = hosts.place(train_step.stack([own]), part.rows, planned.batches)
     _, metrics = planned.step(state, frozen, placed)
     said = {"rows": part.rows, "index": part.index, "counts": part.counts, "patches": int(own.patch_segment_ids.any())}
     print(json.dumps({**said, "loss": float(metrics["loss"]), "norm": float(metrics["grad_norm"])}))

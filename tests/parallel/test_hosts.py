@@ -17,15 +17,15 @@ import pytest
 import jvlm
 from jvlm.models import vlm
 from jvlm.parallel import hosts
-from jvlm.training import loop, program
-from jvlm.training import step as stepping
+from jvlm.training import compiled_step, loop, train_step
 from tests import compilation
 from tests.parallel import models
 from tests.support import ROOT
 from tests.training import support
 
 STEPS = 4
-SHARDED = f"--checkpoint.every 2 --data.pack_window 2 --parallel.data 2 --parallel.fsdp 2 --steps {STEPS}".split()
+SHARDED = "--checkpoint.save_interval_steps 2 --data.pack_window 2 --parallel.data 2 --parallel.fsdp 2".split()
+SHARDED += ["--steps", str(STEPS)]
 
 
 def _run(job, processes, *arguments, devices=1, last=0):
@@ -100,10 +100,10 @@ def test_four_processes_two_of_them_with_text_alone_have_the_loss_of_one_and_go_
     outs = _run("step", 4, "2", "2", *_copy(killed, tmp_path), *SHARDED, "--export.enabled", "False")
     said = [json.loads(next(line for line in out.splitlines() if line.startswith('{"rows"'))) for out in outs]
     experiment = models.experiment("qwen2_5_vl")
-    alone = program.plan(experiment, jax.devices()[:1])
+    alone = compiled_step.compile_step(experiment, jax.devices()[:1])
     state, frozen = alone.begin(loop.split(loop.random_model(experiment.model, 0, alone.layout.parameter))[1])
     batch = models.batch(experiment.model, text_only=models.ROWS // 2)
-    _, metrics = alone.step(state, frozen, stepping.stack([batch]))
+    _, metrics = alone.step(state, frozen, train_step.stack([batch]))
     for one in said:
         assert one["loss"] == pytest.approx(float(metrics["loss"]), abs=1e-5)
         assert one["norm"] == pytest.approx(float(metrics["grad_norm"]), abs=1e-5)

@@ -18,7 +18,7 @@ from jvlm.parallel import mesh as meshes
 from jvlm.parallel import rules
 from jvlm.parallel.layout import Layout
 from jvlm.parallel.mesh import ParallelConfig
-from jvlm.training import program
+from jvlm.training import compiled_step
 from tests.parallel import models
 
 
@@ -122,13 +122,13 @@ def test_optimizer_states_live_where_their_parameter_does_factored_ones_too(vari
     ],
 )
 def test_a_batch_that_the_mesh_does_not_divide_is_refused_with_both_numbers(sizes, said):
-    batches = program.abstract_batches(models.experiment("qwen2_5_vl"))
+    batches = compiled_step.abstract_batches(models.experiment("qwen2_5_vl"))
     with pytest.raises(ValueError, match=said):
         _layout(**sizes).batch(batches)
 
 
 def test_rows_tokens_and_patches_of_a_batch_are_split():
-    batches = program.abstract_batches(models.experiment("qwen2_5_vl"))
+    batches = compiled_step.abstract_batches(models.experiment("qwen2_5_vl"))
     placed = _layout(data=2, fsdp=2, context=2).batch(batches)
     assert placed.tokens.spec == P(None, ("data", "fsdp"), ("context",))
     assert placed.patches.spec == P(None, ("data", "fsdp"), ("context",))

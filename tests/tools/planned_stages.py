@@ -6,7 +6,7 @@ import sys
 from jvlm import configs
 from jvlm.planning.chips import Topology
 from jvlm.planning.program import available_memory, bytes_of, devices_of
-from jvlm.training import program
+from jvlm.training import compiled_step
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
         for name in experiment.topologies:
             topology = Topology.parse(name)
             devices = devices_of(topology)
-            planned = program.plan(experiment, devices)
+            planned = compiled_step.compile_step(experiment, devices)
             parts = {"state": planned.state, "frozen": planned.frozen, "batches": planned.batches}
             sizes = {part: bytes_of(tree) for part, tree in parts.items()}
             limit = available_memory(topology, devices[0])

@@ -65,8 +65,8 @@ def experiment(folder: Path, rows: Path, *overrides: str, **changes: Any) -> Exp
         "--model.decoder.num_kv_heads": "1",
         "--model.decoder.intermediate_size": "48",
         "--steps": "8",
-        "--log_every": "1",
-        "--checkpoint.every": "3",
+        "--log_interval_steps": "1",
+        "--checkpoint.save_interval_steps": "3",
         "--evaluation.aim": "None",
         "--evaluation.aim_iou": "None",
     }

@@ -18,11 +18,10 @@ import numpy as np
 import pytest
 
 from jvlm.parallel.mesh import ParallelConfig
-from jvlm.training import loop
-from jvlm.training import program as planning
+from jvlm.training import compiled_step, loop
 from jvlm.training.checkpoint import Checkpoints, fingerprints
 from jvlm.training.config import CheckpointConfig
-from jvlm.training.step import TrainState
+from jvlm.training.train_step import TrainState
 from tests.support import ROOT, cpu_devices
 from tests.training import support
 
@@ -31,7 +30,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from tests.training import test_checkpoint as t
-with t.Checkpoints(Path(sys.argv[1]), t.CheckpointConfig(every=1, keep=1)) as checkpoints:
+with t.Checkpoints(Path(sys.argv[1]), t.CheckpointConfig(save_interval_steps=1, max_to_keep=1)) as checkpoints:
     found = checkpoints.restore_latest(*t.state_of(0))
     start = 0
     if found is not None:
@@ -69,7 +68,7 @@ def check(step, state, frozen, data):
 
 
 def _written(folder: Path, steps, **config) -> None:
-    with Checkpoints(folder, CheckpointConfig(every=1, keep=5, **config)) as checkpoints:
+    with Checkpoints(folder, CheckpointConfig(save_interval_steps=1, max_to_keep=5, **config)) as checkpoints:
         for step in steps:
             checkpoints.save(step, *state_of(step), {"position": step})
 
@@ -91,7 +90,7 @@ def test_kill_9_while_saving_never_loses_the_last_checkpoint_even_if_one_is_kept
         rest = process.communicate()[0].split("\n")
         whole = [int(text.split()[1]) for text in rest[:-1] if text.startswith("saved")]
         saved = max([saved, *whole])
-    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep=1)) as checkpoints:
+    with Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1, max_to_keep=1)) as checkpoints:
         step, *found = checkpoints.restore_latest(*state_of(0))
     assert step >= saved >= 3
     check(step, *found)
@@ -126,7 +125,7 @@ def _move(folder):
 def test_a_damaged_step_is_named_put_aside_and_passed_over(tmp_path, capsys, damage):
     _written(tmp_path, (1, 2, 3))
     damage(tmp_path / "checkpoints" / "3")
-    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep=5)) as checkpoints:
+    with Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1, max_to_keep=5)) as checkpoints:
         step, *found = checkpoints.restore_latest(*state_of(0))
         assert step == 2
         check(2, *found)
@@ -134,7 +133,7 @@ def test_a_damaged_step_is_named_put_aside_and_passed_over(tmp_path, capsys, dam
         assert (tmp_path / "damaged" / "3.txt").read_text().strip()
         assert {p.name for p in (tmp_path / "damaged" / "3").iterdir()} >= {"params", "optimizer", "data"}
         assert checkpoints.save(3, *state_of(3), {"position": 3})
-    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep=5)) as checkpoints:
+    with Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1, max_to_keep=5)) as checkpoints:
         check(*checkpoints.restore_latest(*state_of(0)))
 
 
@@ -143,17 +142,17 @@ def test_if_every_step_is_damaged_the_run_does_not_start_over_by_itself(tmp_path
     for step in (1, 2):
         cut(tmp_path / "checkpoints" / str(step))
     with (
-        Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints,
+        Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1)) as checkpoints,
         pytest.raises(ValueError, match=r"every(.|\n)*step 2(.|\n)*step 1"),
     ):
         checkpoints.restore_latest(*state_of(0))
 
 
 def test_no_room_for_the_checkpoints_is_said_before_training(tmp_path):
-    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep=2)) as checkpoints:
+    with Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1, max_to_keep=2)) as checkpoints:
         checkpoints.check_space(*state_of(0), range(1, 10**6))
     with (
-        Checkpoints(tmp_path, CheckpointConfig(every=1, keep=10**6)) as checkpoints,
+        Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1, max_to_keep=10**6)) as checkpoints,
         pytest.raises(ValueError, match=r"GiB free, but 500000 more checkpoints of 0.00 GiB"),
     ):
         checkpoints.check_space(*state_of(0), range(1, 500_001))
@@ -200,9 +199,9 @@ def across_meshes(folder: Path) -> None:
     experiment = loop.resolve(experiment, model, processor)
     _, values = loop.split(model)
 
-    def program(**axes: int) -> planning.Program:
+    def program(**axes: int) -> compiled_step.CompiledStep:
         devices = jax.devices()[: math.prod(axes.values())]
-        return planning.plan(dataclasses.replace(experiment, parallel=ParallelConfig(**axes)), devices)
+        return compiled_step.compile_step(dataclasses.replace(experiment, parallel=ParallelConfig(**axes)), devices)
 
     def drawn(x):
         key = jax.random.key(x.size)
@@ -213,12 +212,12 @@ def across_meshes(folder: Path) -> None:
     saved = [np.asarray(x).tobytes() for x in jax.tree.leaves((state.params, state.optimizer))]
     assert len(jax.devices()) == 8
     assert len(set(saved)) > 15
-    with Checkpoints(folder, CheckpointConfig(every=1)) as checkpoints:
+    with Checkpoints(folder, CheckpointConfig(save_interval_steps=1)) as checkpoints:
         checkpoints.save(1, state, frozen, {"position": 1})
     meshes = ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1})
     for step, axes in enumerate(meshes, 1):
         here = program(**axes)
-        with Checkpoints(folder, CheckpointConfig(every=1)) as checkpoints:
+        with Checkpoints(folder, CheckpointConfig(save_interval_steps=1)) as checkpoints:
             found, state, frozen, data = checkpoints.restore_latest(*here.begin(jax.tree.map(jnp.zeros_like, values)))
             assert (found, int(state.step), data) == (step, step, {"position": step})
             assert saved == [np.asarray(x).tobytes() for x in jax.tree.leaves((state.params, state.optimizer))]

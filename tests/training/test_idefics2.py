@@ -30,9 +30,9 @@ def experiment(folder, start, rows, *overrides):
         "--processor.media.shortest_edge": "28",
         "--optimizer.learning_rate": "3e-3",
         "--optimizer.decoder_lr": "3e-3",
-        "--accumulation": "1",
+        "--gradient_accumulation_steps": "1",
         "--steps": str(STEPS),
-        "--log_every": "1",
+        "--log_interval_steps": "1",
     }
     return configs.load("idefics2/sft", [*(v for pair in fields.items() for v in pair), *overrides])
 

@@ -12,8 +12,7 @@ import pytest
 from jvlm import cli
 from jvlm.data import pipeline
 from jvlm.models import vlm
-from jvlm.training import loop, nonfinite, optimizer
-from jvlm.training import step as stepping
+from jvlm.training import loop, nonfinite, optimizer, train_step
 from tests.training import support
 
 
@@ -49,13 +48,13 @@ def test_a_skipped_step_leaves_parameters_and_optimizer_bit_equal_and_the_next_o
     model, processor = loop.start_model(experiment)
     template, values = loop.split(model)
     tx = optimizer.make(experiment.optimizer, experiment.steps, vlm.parameters(template))
-    step = stepping.make_step(template, tx)
-    state = stepping.TrainState(jax.numpy.zeros((), int), values, tx.init(values))
+    step = train_step.make_train_step(template, tx)
+    state = train_step.TrainState(jax.numpy.zeros((), int), values, tx.init(values))
     batches = iter(pipeline.training_data(processor, experiment.data, seed=0)[0])
     seen = []
     for _ in range(3):
         before = _bytes((state.params, state.optimizer))
-        state, metrics = step(state, {}, stepping.stack([next(batches).batch]))
+        state, metrics = step(state, {}, train_step.stack([next(batches).batch]))
         seen.append((float(metrics["skipped"]), before == _bytes((state.params, state.optimizer))))
     assert seen == [(0.0, False), (1.0, True), (0.0, False)]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
@@ -64,7 +63,7 @@ def test_a_skipped_step_leaves_parameters_and_optimizer_bit_equal_and_the_next_o
 
 def test_one_bad_step_is_counted_and_the_run_goes_on_but_two_in_a_row_stop_it(tmp_path, rows, capsys):
     heavy = _with_heavy_row(rows, tmp_path, 1, 4, 5)
-    options = ("--stop_after_skips", "2", "--steps", "8", "--checkpoint.every", "3")
+    options = ("--stop_after_skips", "2", "--steps", "8", "--checkpoint.save_interval_steps", "3")
     with pytest.raises(ValueError, match=r"2 steps in a row.*\n?.*jvlm replay") as stopped:
         loop.train(_one_to_a_row(tmp_path, heavy, *options))
     dumped = tmp_path / "run" / "nonfinite" / "5-6"

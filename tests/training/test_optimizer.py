@@ -25,7 +25,9 @@ OTHERS = {
     "decoder.norm.scale": ((8,), ("norm",)),
 }
 SHAPES = {**MATRICES, **OTHERS}
-CONFIG = OptimizerConfig(kind="muon", learning_rate=0.1, warmup=0.0, final_ratio=1.0, weight_decay=0.1, clip=1e9)
+CONFIG = OptimizerConfig(
+    kind="muon", learning_rate=0.1, warmup_ratio=0.0, min_lr_ratio=1.0, weight_decay=0.1, max_grad_norm=1e9
+)
 
 
 def numbers(seed: int) -> dict[str, np.ndarray]:
@@ -96,7 +98,10 @@ def test_the_first_step_is_torchs(path):
 
 
 def test_a_muon_update_has_the_size_of_adamws_whatever_the_shape():
-    before, after = numbers(0), moved(OptimizerConfig(kind="muon", learning_rate=1.0, warmup=0.0, weight_decay=0.0), 1)
+    before, after = (
+        numbers(0),
+        moved(OptimizerConfig(kind="muon", learning_rate=1.0, warmup_ratio=0.0, weight_decay=0.0), 1),
+    )
     for path in MATRICES:
         assert 0.1 < np.sqrt(np.mean((after[path] - before[path]) ** 2)) < 0.3
 

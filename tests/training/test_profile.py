@@ -11,8 +11,7 @@ import pytest
 
 from jvlm.data import pipeline
 from jvlm.models import vlm
-from jvlm.training import loop, optimizer
-from jvlm.training import step as stepping
+from jvlm.training import loop, optimizer, train_step
 from tests.training import support
 
 
@@ -35,10 +34,10 @@ def test_the_compiled_step_names_every_part_forwards_and_backwards(tmp_path, row
     model, processor = loop.start_model(experiment)
     template, values = loop.split(model)
     tx = optimizer.make(experiment.optimizer, experiment.steps, vlm.parameters(template))
-    step = stepping.make_step(template, tx)
+    step = train_step.make_train_step(template, tx)
     batch = next(iter(pipeline.training_data(processor, experiment.data, seed=0)[0])).batch
-    state = stepping.TrainState(jax.numpy.zeros((), int), values, tx.init(values))
-    text = step.lower(state, {}, stepping.stack([batch])).compile().as_text()
+    state = train_step.TrainState(jax.numpy.zeros((), int), values, tx.init(values))
+    text = step.lower(state, {}, train_step.stack([batch])).compile().as_text()
     names = set(re.findall(r'op_name="([^"]+)"', text))
     for parts in (
         *(("encoder", part) for part in ("attention", "mlp", "norm")),

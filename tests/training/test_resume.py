@@ -14,7 +14,7 @@ from jvlm.data.errors import Rejected
 from jvlm.data.packing import PackedRows
 from jvlm.errors import UserError
 from jvlm.training import loop, resume
-from jvlm.training.seen import Seen
+from jvlm.training.data_counters import DataCounters
 from jvlm.training.side_files import read_lines, write_json
 from tests.training import support
 
@@ -103,7 +103,7 @@ def test_what_a_checkpoint_cannot_take_is_refused_even_when_accepted(run, option
 
 
 def test_an_unchanged_run_goes_on_whatever_is_free_to_change(run):
-    loop.train(_experiment(run, "--checkpoint.keep", "5", "--data.max_too_long_fraction", "0.5"))
+    loop.train(_experiment(run, "--checkpoint.max_to_keep", "5", "--data.max_too_long_fraction", "0.5"))
     assert not (run / "run" / "changes.jsonl").exists()
 
 
@@ -144,7 +144,7 @@ def test_a_damaged_file_of_the_run_is_named(run, file):
 
 def test_rows_are_counted_in_each_epoch_and_listed_once(tmp_path):
     config = dataclasses.replace(support.experiment(tmp_path, support.write_rows(tmp_path, 1)).data)
-    seen = Seen(tmp_path, 40, config, counts=True)
+    seen = DataCounters(tmp_path, 40, config, counts=True)
     left = tuple(Rejected("rows.jsonl", n, "messages", "too long", "too_long") for n in range(36))
     for step in range(1, 4):  # three passes over 40 rows
         seen.add(PackedRows(None, 4, left), step)
@@ -154,13 +154,13 @@ def test_rows_are_counted_in_each_epoch_and_listed_once(tmp_path):
     assert "36 rows left out" in seen.summary(seen.rejected())
     with pytest.raises(UserError, match=r"108 of 120 rows read did not fit(.|\n)*max_too_long_fraction = 0.25"):
         seen.check(totals)
-    again = Seen(tmp_path, 40, config, counts=True)
+    again = DataCounters(tmp_path, 40, config, counts=True)
     again.restore(json.loads(json.dumps(seen.state())), 2)
     again.add(PackedRows(None, 4, left), 4)
     assert again.rejected() == 36 == len(read_lines(tmp_path / "rejected.jsonl"))
     assert again.totals().epoch == 4.0
     # other data: the passes made stay, the counts begin anew
-    other = Seen(tmp_path, 20, config, counts=True)
+    other = DataCounters(tmp_path, 20, config, counts=True)
     other.restore(again.state(), 4)
     other.add(PackedRows(None, 10, ()), 5)
     assert (other.totals().epoch, other.totals().read) == (4.5, 10)

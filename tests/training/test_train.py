@@ -16,8 +16,7 @@ import pytest
 
 from jvlm.data import pipeline
 from jvlm.models import vlm
-from jvlm.training import loop, optimizer
-from jvlm.training import step as stepping
+from jvlm.training import loop, optimizer, train_step
 from jvlm.training.config import OptimizerConfig, Stage
 from jvlm.training.interruption import EXIT_STATUS, StopRequests
 from tests.training import support
@@ -154,19 +153,19 @@ def test_every_parameter_changes_when_nothing_is_frozen(tmp_path, rows):
 
 
 def test_accumulated_gradients_equal_those_of_one_large_batch(tmp_path, rows):
-    experiment = support.experiment(tmp_path, rows, "--optimizer.clip", "1e9")
+    experiment = support.experiment(tmp_path, rows, "--optimizer.max_grad_norm", "1e9")
     model, processor = loop.start_model(experiment)
     template, values = loop.split(model)
     data = dataclasses.replace(experiment.data, rows=4)
     large = next(iter(pipeline.training_data(processor, data, seed=0)[0])).batch
     halves = [jax.tree.map(lambda x, i=i: x[i : i + 2], large) for i in (0, 2)]
     tx = optimizer.make(experiment.optimizer, 10, vlm.parameters(template))
-    step = stepping.make_step(template, tx)
+    step = train_step.make_train_step(template, tx)
 
     def run(batches):
         copies = {path: value.copy() for path, value in values.items()}
-        state = stepping.TrainState(jax.numpy.zeros((), int), copies, tx.init(copies))
-        return step(state, {}, stepping.stack(batches))[1]
+        state = train_step.TrainState(jax.numpy.zeros((), int), copies, tx.init(copies))
+        return step(state, {}, train_step.stack(batches))[1]
 
     one, two = run([large]), run(halves)
     for name in one:

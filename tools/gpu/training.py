@@ -2,9 +2,9 @@
 
     python -m tools.gpu.training --preset qwen2_5_vl_7b --layers 8
 
-The step is the one of `jvlm train` (`jvlm.training.program`). MFU is the declared one of docs/mfu.md: padding is no
-work, causal attention is counted half, windows and images as they are, recomputation not at all. Beside it stands the
-same run in the manner of two other public counters: lmms-engine's (6 x parameters of the language model, its
+The step is the one of `jvlm train` (`jvlm.training.compiled_step`). MFU is the declared one of docs/mfu.md: padding is
+no work, causal attention is counted half, windows and images as they are, recomputation not at all. Beside it stands
+the same run in the manner of two other public counters: lmms-engine's (6 x parameters of the language model, its
 embedding table included, and whole squares of attention, for every place of the sequence; nothing for the vision tower)
 and VLR-CVC's (text, patches and causal pairs are counted, and padding as work).
 """
@@ -26,8 +26,7 @@ from jvlm.data.pipeline import DataConfig
 from jvlm.models import vlm
 from jvlm.models.layers import Numerics
 from jvlm.models.vlm import TOWERS
-from jvlm.training import flops, program
-from jvlm.training import step as stepping
+from jvlm.training import compiled_step, flops, train_step
 from jvlm.training.config import Experiment, OptimizerConfig
 from jvlm.training.loop import random_model, split
 from tools.gpu import workload
@@ -73,7 +72,7 @@ def main() -> None:
         steps=1000,
     )
     began = time.perf_counter()
-    planned = program.plan(experiment)
+    planned = compiled_step.compile_step(experiment)
     abstract = planned.batches
     batch = packing.assemble(
         examples,
@@ -85,10 +84,10 @@ def main() -> None:
     template, values = split(random_model(config, 0, planned.layout.parameter))
     state, frozen = planned.begin(values)
     del values
-    lowered = planned.step.lower(state, frozen, stepping.stack([batch]))
+    lowered = planned.step.lower(state, frozen, train_step.stack([batch]))
     compiled = lowered.compile()
     ready = time.perf_counter() - began
-    stacked = jax.device_put(stepping.stack([batch]), jax.tree.map(lambda x: x.sharding, planned.batches))
+    stacked = jax.device_put(train_step.stack([batch]), jax.tree.map(lambda x: x.sharding, planned.batches))
     taken, losses = [], []
     for _ in range(arguments.steps):
         began = time.perf_counter()

@@ -13,7 +13,7 @@ import jvlm
 from jvlm.data import stores
 from jvlm.models import vlm
 from jvlm.training import loop
-from jvlm.training.home import Home
+from jvlm.training.run_storage import RunStorage
 from jvlm.weights import run_folder
 from tests.training import support
 
@@ -40,9 +40,16 @@ def _steps(store):
 @pytest.mark.slow
 def test_a_run_in_a_store_goes_on_from_there_on_another_machine_and_past_a_damaged_step(store, tmp_path, capsys):
     rows = support.write_rows(tmp_path / "rows", 6)
-    remote = ("--output_root", "gs://bucket/runs", "--checkpoint.every", "2", "--checkpoint.keep", "9")
+    remote = (
+        "--output_root",
+        "gs://bucket/runs",
+        "--checkpoint.save_interval_steps",
+        "2",
+        "--checkpoint.max_to_keep",
+        "9",
+    )
     result = loop.train(support.experiment(tmp_path, rows, *remote, "--steps", "6"))
-    assert result.folder == Home("gs://bucket/runs", "run").folder
+    assert result.folder == RunStorage("gs://bucket/runs", "run").folder
     assert _steps(store) == list("1246")
     assert not (result.folder / "checkpoints").exists()
     for name in ("experiment.json", "logging.jsonl", "clock.json", "processor/tokenizer.json"):
@@ -73,7 +80,7 @@ def test_a_run_in_a_store_goes_on_from_there_on_another_machine_and_past_a_damag
 
 
 def test_only_what_changed_is_copied_again(store):
-    home = Home("gs://bucket/runs", "run")
+    home = RunStorage("gs://bucket/runs", "run")
     home.pull()
     (home.folder / "a.txt").write_text("1")
     home.push()

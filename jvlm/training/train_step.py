@@ -35,7 +35,7 @@ class TrainState:
 Step = Callable[[TrainState, Params, PackedBatch], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def make_step(
+def make_train_step(
     template: VLM, tx: optax.GradientTransformation, *, placement: placements.Whole | None = None, **options: Any
 ) -> Step:
     """``(state, frozen, batches) -> (state, metrics)``, with ``batches`` stacked on a leading accumulation axis.

@@ -24,14 +24,13 @@ from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
 from jvlm.parallel.layout import Layout
 from jvlm.parallel.sharded import Sharded
-from jvlm.training import optimizer
-from jvlm.training import step as stepping
+from jvlm.training import optimizer, train_step
 from jvlm.training.config import Experiment
-from jvlm.training.step import Params, Step, TrainState
+from jvlm.training.train_step import Params, Step, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class CompiledStep:
     """The step, and abstract values with shardings for its arguments.
 
     Attributes:
@@ -67,7 +66,7 @@ class Program:
         return TrainState(step, params, state), frozen
 
 
-def plan(experiment: Experiment, devices: Sequence[jax.Device] | None = None) -> Program:
+def compile_step(experiment: Experiment, devices: Sequence[jax.Device] | None = None) -> CompiledStep:
     """The program of an experiment whose ``model`` is given, on devices (None: all there are).
 
     Raises:
@@ -90,14 +89,14 @@ def plan(experiment: Experiment, devices: Sequence[jax.Device] | None = None) ->
     batches = abstract_batches(experiment)
     batches = jax.tree.map(_at, batches, layout.batch(batches))
     places = jax.tree.map(lambda x: x.sharding, (state, frozen, batches))
-    step = stepping.make_step(
+    step = train_step.make_train_step(
         template,
         tx,
         placement=Sharded(layout) if layout.mesh.size > 1 else None,
         in_shardings=places,
         out_shardings=(places[0], layout.whole()),
     )
-    return Program(layout, template, learnt, tx, step, state, frozen, batches)
+    return CompiledStep(layout, template, learnt, tx, step, state, frozen, batches)
 
 
 def _at(value: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -118,5 +117,5 @@ def abstract_batches(experiment: Experiment) -> PackedBatch:
         max_segment_length=data.max_length,
         max_frame_patches=frame_patches(vision, media, data),
     )
-    first = (experiment.accumulation, data.rows)
+    first = (experiment.gradient_accumulation_steps, data.rows)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*first, *x.shape[1:]), x.dtype), row)

@@ -20,7 +20,7 @@ LOCAL_COPIES = "runs"
 _APART = ("stages", "processes", CHECKPOINTS, POINTER)
 
 
-class Home:
+class RunStorage:
     """The places of one run.
 
     Attributes:

@@ -54,7 +54,7 @@ class Totals:
         return self.before + self.read / self.rows
 
 
-class Seen:
+class DataCounters:
     """Counts what this process reads, and lists each row that it leaves out once in rejected.jsonl.
 
     Args:
