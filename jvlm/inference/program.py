@@ -22,11 +22,11 @@ from jvlm.data.packing import assemble
 from jvlm.inference import serving
 from jvlm.inference.sampling import Kind, Knobs, SamplingConfig, sample
 from jvlm.inference.weights import decoding_state
-from jvlm.models import placement, vlm
+from jvlm.models import device_ops, vlm
 from jvlm.models.batch import DecodeStep, PackedBatch
 from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.layout import Layout
-from jvlm.parallel.sharded import Sharded
+from jvlm.parallel.sharded_ops import ShardedOps
 
 # Products of one input with several matrices stay apart: for GPUs, XLA makes one product of those below this size, and
 # copies their matrices together for every token.
@@ -54,8 +54,8 @@ class DecodeState:
 
     def by_rows(self) -> DecodeState:
         """Each device has what belongs to its rows. The cache is in its place already."""
-        place, position = (placement.current().constrain(x, ("batch",)) for x in (self.place, self.position))
-        seen = None if self.seen is None else placement.current().constrain(self.seen, ("batch", None))
+        place, position = (device_ops.current().constrain(x, ("batch",)) for x in (self.place, self.position))
+        seen = None if self.seen is None else device_ops.current().constrain(self.seen, ("batch", None))
         return DecodeState(self.cache, place, position, self.step, seen)
 
 
@@ -100,13 +100,13 @@ class Steps:
     ):
         self.model, self.decoder, self.banned = model, decoder, banned
         self.banned_first = banned if banned_first is None else banned_first
-        self._placement = Sharded(layout) if layout is not None else None
+        self._ops = ShardedOps(layout) if layout is not None else None
         self.prefill = jax.jit(self._prefill)
         self.begin = jax.jit(self._begin, static_argnums=(0, 1))
         self.decode = jax.jit(self._decode, static_argnums=0, donate_argnums=2, compiler_options=_DECODING)
 
     def _prefill(self, leaves, batch: PackedBatch, lengths):
-        with placement.use(self._placement):
+        with device_ops.use(self._ops):
             model = self.model.bind(leaves)
             hidden, cache, _ = model.hidden(batch)
             last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -119,14 +119,14 @@ class Steps:
             rows = jnp.arange(len(tokens))[:, None]
             seen = jnp.zeros(logits.shape, bool).at[rows, tokens].set(True, mode="drop")
         token = sample(logits, kind, knobs, jnp.int32(0), banned=self.banned_first, seen=seen)
-        with placement.use(self._placement):
+        with device_ops.use(self._ops):
             cache = self.decoder.bind(leaves).open_cache(cache, places)
             state = DecodeState(cache, lengths, batch.positions.max((1, 2)) + 1, jnp.int32(1), seen)
-            return placement.current().constrain(token, ("batch",)), state.by_rows()
+            return device_ops.current().constrain(token, ("batch",)), state.by_rows()
 
     def _decode(self, kind: Kind, leaves, state: DecodeState, token, knobs: Knobs):
         B = len(token)
-        with placement.use(self._placement):
+        with device_ops.use(self._ops):
             decoder = self.decoder.bind(leaves)
             hidden, cache, _ = decoder(
                 decoder.embed(token[:, None]),
@@ -139,7 +139,7 @@ class Steps:
             logits = decoder.logits(hidden[:, 0])
             chosen = sample(logits, kind, knobs, state.step, banned=self.banned, seen=seen)
             after = DecodeState(cache, state.place + 1, state.position + 1, state.step + 1, seen)
-            return placement.current().constrain(chosen, ("batch",)), after.by_rows()
+            return device_ops.current().constrain(chosen, ("batch",)), after.by_rows()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +218,10 @@ def plan(config: VLMConfig, layout: Layout, sizes: Sizes, sampling: SamplingConf
     lengths = _at(jax.ShapeDtypeStruct((sizes.rows,), jnp.int32), places.numbers)
     logits, kept = jax.eval_shape(steps.prefill, leaves, batch, lengths)
     rows, heads = layout.splits("batch"), layout.splits("heads")
-    specs = {5: PartitionSpec(None, rows, None, heads), 3: PartitionSpec(None, rows)}  # as `Sharded.keep` leaves them
+    specs = {
+        5: PartitionSpec(None, rows, None, heads),
+        3: PartitionSpec(None, rows),
+    }  # as `ShardedOps.expand_kv_heads` leaves them
     return Program(
         config=config,
         layout=layout,

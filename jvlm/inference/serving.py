@@ -53,7 +53,7 @@ def checked(layout: Layout | None, config: VLMConfig) -> Layout | None:
     """
     if layout is None or layout.mesh.size == 1:
         return None
-    split = {axis for axis in ("sequence", "patches", "features") if layout.splits(axis)}
+    split = {axis for axis in ("sequence", "patches", "vision_tokens") if layout.splits(axis)}
     used = {name for axes in layout.rules.values() for name in axes}
     idle = [name for name, size in layout.mesh.shape.items() if size > 1 and name not in used]
     if split or idle:

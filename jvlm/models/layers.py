@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 from jvlm_kernels import RESIDUAL_NAMES, platforms
 
-from jvlm.models import placement
+from jvlm.models import device_ops
 
 RematPolicy = Literal["none", "full", "dots", "attention"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -110,7 +110,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*L i"], *, pad_in: int = 0, pad_out: int = 0) -> Float[Array, "*L o"]:
         """``pad_in`` more inputs meet zeros, ``pad_out`` more outputs are zeros; see `row_padding`."""
         dtype = jnp.dtype(self.compute_dtype)
-        kernel = placement.current().weight(self.kernel[...].astype(dtype), self.axes)
+        kernel = device_ops.current().all_gather_param(self.kernel[...].astype(dtype), self.axes)
         if pad_in or pad_out:
             kernel = jnp.pad(kernel, ((0, pad_in), (0, pad_out)))
         y = project(x.astype(dtype), kernel)
@@ -187,7 +187,7 @@ class SwiGLU(nnx.Module):
     @scoped("mlp")
     def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L o"]:
         # a split axis is left as it is: each device has a width of its own
-        extra = 0 if placement.current().is_split("mlp") else row_padding(self.hidden, self.compute_dtype)
+        extra = 0 if device_ops.current().is_split("mlp") else row_padding(self.hidden, self.compute_dtype)
         hidden = jax.nn.silu(self.gate(x, pad_out=extra)) * self.up(x, pad_out=extra)
         return self.down(hidden, pad_in=extra)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jvlm.models import placement, registry
+from jvlm.models import device_ops, registry
 from jvlm.models.batch import DecoderOutput, PackedBatch
 from jvlm.models.connectors.perceiver import frames_of_features
 from jvlm.models.decoders.cross_attention import Media, frames_in_reach
@@ -109,7 +109,7 @@ class VLM(nnx.Module):
         if batch.patches.shape[1] == 0:
             return x_BSD
         index = jnp.asarray(batch.vision_index)
-        features = placement.current().pick(self.encode(batch), index)
+        features = device_ops.current().gather_vision_tokens(self.encode(batch), index)
         return jnp.where((index >= 0)[..., None], features.astype(x_BSD.dtype), x_BSD)
 
     def _media(self, batch: PackedBatch) -> Media | None:

@@ -99,7 +99,7 @@ class Layout:
         return sharding
 
     def _stores_parts(self) -> bool:
-        activations = {"batch", "sequence", "patches", "features"}
+        activations = {"batch", "sequence", "patches", "vision_tokens"}
         return any(self.splits(axis) for axis in self.rules if axis not in activations)
 
     def parameters(self, variables: Mapping[str, nnx.Variable]) -> dict[str, NamedSharding]:

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
-Rules = Mapping[str, tuple[str, ...]]
+
+@dataclasses.dataclass(frozen=True)
+class Rules(Mapping[str, tuple[str, ...]]):
+    """Mesh axes that split each logical axis, in order of precedence. Hashable, and equal line by line."""
+
+    lines: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "_by_axis", dict(self.lines))
+
+    def __getitem__(self, axis: str) -> tuple[str, ...]:
+        return self._by_axis[axis]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_axis)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
 
 _STANDARD: dict[str, str] = {
     # activations
     "batch": "data fsdp expert",
     "sequence": "context",
     "patches": "context",
-    "features": "context",
+    "vision_tokens": "context",
     # parameters, and the activations they make; of two axes of one parameter the upper has the choice
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -30,7 +49,7 @@ _STANDARD: dict[str, str] = {
 
 TABLES: Mapping[str, Rules] = MappingProxyType(
     {
-        name: MappingProxyType({axis: tuple(axes.split()) for axis, axes in table.items()})
+        name: Rules(tuple((axis, tuple(axes.split())) for axis, axes in table.items()))
         for name, table in {
             "standard": _STANDARD,
             # parameters also stored in parts over `context`: less memory for long rows, more to gather
@@ -38,7 +57,7 @@ TABLES: Mapping[str, Rules] = MappingProxyType(
             # generation reads every parameter for each token: a device reads its part where it lies, and nothing is
             # gathered. `embed` is split only where the other side of a matrix does not divide. A new token is one: no
             # row is split, and `fsdp` is more rows.
-            "serving": {**_STANDARD, **dict.fromkeys("sequence patches features".split(), ""), "embed": "tensor"},
+            "serving": {**_STANDARD, **dict.fromkeys("sequence patches vision_tokens".split(), ""), "embed": "tensor"},
             # every device holds all parameters
             "replicated": {**_STANDARD, **dict.fromkeys("embed heads kv_heads mlp vocab experts".split(), "")},
         }.items()
@@ -67,4 +86,4 @@ def table(name: str, override: Sequence[str] = ()) -> Rules:
             near = difflib.get_close_matches(axis, rules, n=1)
             raise ValueError(f"parallel.override: no axis {axis!r}; {f'did you mean {near[0]!r}?' if near else ''}")
         rules[axis] = chosen
-    return rules
+    return Rules(tuple(rules.items()))

@@ -23,7 +23,7 @@ from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
 from jvlm.parallel.layout import Layout
-from jvlm.parallel.sharded import Sharded
+from jvlm.parallel.sharded_ops import ShardedOps
 from jvlm.training import optimizer, train_step
 from jvlm.training.config import Experiment
 from jvlm.training.train_step import Params, Step, TrainState
@@ -92,7 +92,7 @@ def compile_step(experiment: Experiment, devices: Sequence[jax.Device] | None = 
     step = train_step.make_train_step(
         template,
         tx,
-        placement=Sharded(layout) if layout.mesh.size > 1 else None,
+        ops=ShardedOps(layout) if layout.mesh.size > 1 else None,
         in_shardings=places,
         out_shardings=(places[0], layout.whole()),
     )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jvlm.models import placement
+from jvlm.models import device_ops
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
 
@@ -28,7 +28,7 @@ def loss_sums(model: VLM, batch: PackedBatch, block: int | None = None) -> Sums:
     with jax.named_scope("loss"):
         targets, weights = _next_tokens(batch)
         kernel, vocabulary_first = model.decoder.output_kernel()
-        found = placement.current().cross_entropy_sum(
+        found = device_ops.current().cross_entropy_sum(
             hidden, kernel, targets, weights, vocabulary_first=vocabulary_first, block=block
         )
         total = weights.sum()

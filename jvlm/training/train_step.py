@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jvlm.models import placement as placements
-from jvlm.models import vlm
+from jvlm.models import device_ops, vlm
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
 from jvlm.training import optimizer
@@ -36,7 +35,7 @@ Step = Callable[[TrainState, Params, PackedBatch], tuple[TrainState, dict[str, j
 
 
 def make_train_step(
-    template: VLM, tx: optax.GradientTransformation, *, placement: placements.Whole | None = None, **options: Any
+    template: VLM, tx: optax.GradientTransformation, *, ops: device_ops.DeviceOps | None = None, **options: Any
 ) -> Step:
     """``(state, frozen, batches) -> (state, metrics)``, with ``batches`` stacked on a leading accumulation axis.
 
@@ -46,12 +45,12 @@ def make_train_step(
     the gradient is not finite. Such a step leaves parameters and optimizer, its count included, as they were.
 
     Args:
-      placement: how the model is split; None keeps it whole.
+      ops: operations of the mesh that splits the model; None is one device.
       options: of `jax.jit`: shardings of what goes in and comes out.
     """
 
     def sums(params: Params, frozen: Params, batch: PackedBatch):
-        with placements.use(placement):
+        with device_ops.use(ops):
             result = loss_sums(vlm.bind(template, {**frozen, **params}), batch)
         return result["loss"] + result.get("aux/loss", 0.0), result
 

@@ -89,9 +89,9 @@ def test_the_command_line_generates_on_all_devices_and_on_those_asked_for(tiny):
     mesh = ["--parallel.data", "1", "--parallel.tensor", "2"]
     code = f"""
 from jvlm import cli
-from jvlm.parallel import sharded
-made, init = [], sharded.Sharded.__init__
-sharded.Sharded.__init__ = lambda self, layout: (made.append(dict(layout.mesh.shape)), init(self, layout))[1]
+from jvlm.parallel import sharded_ops
+made, init = [], sharded_ops.ShardedOps.__init__
+sharded_ops.ShardedOps.__init__ = lambda self, layout: (made.append(dict(layout.mesh.shape)), init(self, layout))[1]
 assert cli.main({arguments!r}) == 0 and cli.main({arguments + mesh!r}) == 0
 print(*(f"{{shape['data']}}x{{shape['tensor']}}" for shape in made))
 """

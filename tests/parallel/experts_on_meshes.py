@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jvlm.models import placement, registry
+from jvlm.models import device_ops, registry
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.layers import Numerics
 from jvlm.parallel.layout import Layout
 from jvlm.parallel.mesh import ParallelConfig
-from jvlm.parallel.sharded import Sharded
+from jvlm.parallel.sharded_ops import ShardedOps
 
 B, S, D = 8, 6, 16
 MESHES = {
@@ -34,7 +34,7 @@ def run(graph, config, state, x, segments, d_y):
     @jax.jit
     def step(state, x, segments, d_y):
         def total(state, x):
-            with placement.use(Sharded(layout) if layout else placement.Whole()):
+            with device_ops.use(ShardedOps(layout) if layout else device_ops.LocalOps()):
                 y, report = nnx.merge(graph, state)(x, segments)
             return jnp.sum(y * d_y) + 100 * report["loss"], (y, report)
 

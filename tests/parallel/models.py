@@ -105,6 +105,11 @@ def mm1_5() -> VLMConfig:
     )
 
 
+def with_precision(config: VLMConfig, **changes) -> VLMConfig:
+    """The model with other settings of its numerics."""
+    return dataclasses.replace(config, numerics=dataclasses.replace(config.numerics, **changes))
+
+
 ARCHITECTURES = {"qwen2_5_vl": qwen2_5_vl, "idefics2": idefics2, "mm1_5": mm1_5}
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jvlm.models import layers, placement
+from jvlm.models import device_ops, layers
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.pooled_mlp import FrameGridConfig, Readout, adaptive_average_pool, frames_of
 from jvlm.models.registry import register
@@ -49,9 +49,9 @@ class DepthwiseConv(nnx.Module):
     def __call__(self, x: Float[Array, "*L h w C"]) -> Float[Array, "*L h w C"]:
         dtype = jnp.dtype(self.compute_dtype)
         # by parts: XLA's partitioner gets the kernel's gradient wrong where channels and frames are split
-        axes = (*("batch", "features")[: x.ndim - 3], None, None, "mlp")
+        axes = (*("batch", "vision_tokens")[: x.ndim - 3], None, None, "mlp")
         operands = (x.astype(dtype), self.kernel[...].astype(dtype))
-        return placement.current().local(_convolve, operands, (axes, (None, "mlp")))
+        return device_ops.current().shard_map_local(_convolve, operands, (axes, (None, "mlp")))
 
 
 def _convolve(x: Float[Array, "*L h w C"], kernel: Float[Array, "9 C"]) -> Float[Array, "*L h w C"]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jvlm.models import layers, placement
+from jvlm.models import device_ops, layers
 from jvlm.models.batch import PackedBatch
 from jvlm.models.registry import ConnectorConfig, register
 
@@ -64,13 +64,13 @@ class PerceiverAttention(nnx.Module):
         seen = jnp.concatenate([patches_BPD, latents_BFD], axis=1)
         q = self.q(latents_BFD).reshape(B, F, self.heads, self.head_dim)
         k, v = (part(seen).reshape(B, seen.shape[1], self.kv_heads, self.head_dim) for part in (self.k, self.v))
-        mixed = placement.current().attention(
+        mixed = device_ops.current().attention(
             q,
             k,
             v,
             latent_frames,
             jnp.concatenate([patch_frames, latent_frames], axis=1),
-            along="features",
+            along="vision_tokens",
             implementation=self.implementation,
         )
         return self.out(mixed.reshape(B, F, -1))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jvlm.models import layers, placement
+from jvlm.models import device_ops, layers
 
 Reach = Literal["last", "all"]
 
@@ -80,7 +80,7 @@ class GatedCrossAttention(nnx.Module):
             k, v = (p(media.features).reshape(B, F, self.kv_heads, self.head_size) for p in (self.k, self.v))
             first, last = (x.max(1, keepdims=True) for x in (media.first, media.last))
             seen = (media.frames >= first) & (media.frames <= last) & (media.frames > 0)
-            kept = (*(placement.current().keep(x, self.heads) for x in (k, v)), seen.astype(jnp.int32))
+            kept = (*(device_ops.current().expand_kv_heads(x, self.heads) for x in (k, v)), seen.astype(jnp.int32))
             mixed = self._read(self._queries(x_BSD), k, v, media)
             x_BSD = self._add(x_BSD, mixed)
         elif kept is not None:
@@ -103,7 +103,7 @@ class GatedCrossAttention(nnx.Module):
         return _masked_attention(q, k, v, media)
 
     def _attend(self, q, k, v, q_segments, kv_segments):
-        return placement.current().attention(
+        return device_ops.current().attention(
             q, k, v, q_segments, kv_segments, along="sequence", implementation=self.implementation
         )
 

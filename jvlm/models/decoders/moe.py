@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from jvlm_kernels import grouped_product
 
-from jvlm.models import layers, placement
+from jvlm.models import device_ops, layers
 from jvlm.models.registry import MLPConfig, register
 
 
@@ -109,7 +109,7 @@ class MoE(nnx.Module):
         x_BSD = jnp.where(valid_BS[..., None], x_BSD, 0)
         routing = self.route(x_BSD, valid_BS)
         dtype = jnp.dtype(self.numerics.compute_dtype)
-        y_BSD, taken_BSk = placement.current().experts(
+        y_BSD, taken_BSk = device_ops.current().apply_experts(
             self._everything if self.config.capacity_factor is None else self._what_fits,
             x_BSD.astype(dtype),
             routing.expert,
@@ -124,7 +124,7 @@ class MoE(nnx.Module):
     def route(self, x_BSD: Float[Array, "B S D"], valid_BS: Bool[Array, "B S"]) -> Routing:
         """Softmax over all experts in float32, then the ``top_k`` most likely."""
         config, E = self.config, self.config.experts
-        router = placement.current().weight(self.router[...].astype(jnp.float32), ("embed", "experts"))
+        router = device_ops.current().all_gather_param(self.router[...].astype(jnp.float32), ("embed", "experts"))
         logits_BSE = jnp.matmul(x_BSD.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
         log_probs_BSE = jax.nn.log_softmax(logits_BSE)
         probs_BSE = jnp.exp(log_probs_BSE)

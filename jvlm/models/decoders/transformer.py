@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jvlm.models import layers, placement, registry
+from jvlm.models import device_ops, layers, registry
 from jvlm.models.batch import DecoderOutput, DecodeStep
 from jvlm.models.decoders.cross_attention import GatedCrossAttention, Media, Reach
 from jvlm.models.registry import DecoderConfig, register
@@ -130,8 +130,8 @@ class DecoderAttention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = layers.rotate(q, context.angles), layers.rotate(k, context.angles)
         if context.step is None:
-            cache = tuple(placement.current().keep(x, self.heads) for x in (k, v))
-            mixed = placement.current().attention(
+            cache = tuple(device_ops.current().expand_kv_heads(x, self.heads) for x in (k, v))
+            mixed = device_ops.current().attention(
                 q,
                 k,
                 v,
@@ -145,7 +145,7 @@ class DecoderAttention(nnx.Module):
             )
         else:
             place = context.step.place
-            mixed, cache = placement.current().cached_attention(q, k, v, cache, place, window=self.window)
+            mixed, cache = device_ops.current().cached_attention(q, k, v, cache, place, window=self.window)
         return self.out(mixed.reshape(B, S, -1)), cache
 
 
@@ -224,7 +224,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Embeddings of token ids, in the compute dtype."""
-        return placement.current().lookup(self.embedding[...], tokens, self.numerics.compute_dtype)
+        return device_ops.current().embedding_lookup(self.embedding[...], tokens, self.numerics.compute_dtype)
 
     def __call__(
         self,
@@ -273,7 +273,7 @@ class Transformer(nnx.Module):
             if self.config.has_cross_attention(slot):
                 own, kept = own
             k, v = own[0][index], own[1][index]
-            opened = placement.current().open_cache(k, v, places)
+            opened = device_ops.current().init_cache(k, v, places)
             # each layer has its own copy of all, because the cache is donated from step to step
             return (opened, jax.tree.map(lambda x: x[index], kept)) if self.config.has_cross_attention(slot) else opened
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jvlm.models import layers, placement
+from jvlm.models import device_ops, layers
 from jvlm.models.batch import PackedBatch
 from jvlm.models.registry import EncoderConfig, register
 
@@ -92,7 +92,7 @@ class VisionAttention(nnx.Module):
 
     def _attend(self, q, k, v, segments, max_length: int | None):
         segments = jnp.asarray(segments)
-        return placement.current().attention(
+        return device_ops.current().attention(
             q,
             k,
             v,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jvlm.models import layers, placement
+from jvlm.models import device_ops, layers
 from jvlm.models.batch import PackedBatch
 from jvlm.models.registry import EncoderConfig, register
 
@@ -94,7 +94,7 @@ class ViTAttention(nnx.Module):
         B, P, _ = x_BPD.shape
         q, k, v = (part(x_BPD).reshape(B, P, self.heads, -1) for part in (self.q, self.k, self.v))
         segments = jnp.asarray(batch.patch_segment_ids)
-        mixed = placement.current().attention(
+        mixed = device_ops.current().attention(
             q,
             k,
             v,
@@ -156,7 +156,7 @@ class ViT(nnx.Module):
             is_class = at_BP2[..., 0] < 0
             x_BPD = jnp.where(is_class[..., None], self.class_token[...].astype(x_BPD.dtype), x_BPD)
             place_BP = jnp.where(is_class, 0, place_BP + 1)
-        x_BPD = x_BPD + placement.current().lookup(
+        x_BPD = x_BPD + device_ops.current().embedding_lookup(
             self.positions[...], place_BP, x_BPD.dtype, axes=("position", "embed"), along="patches"
         )
         if self.norm_before is not None:

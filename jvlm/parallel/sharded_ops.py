@@ -1,11 +1,12 @@
-"""What a model does when it is split: the placement of `jvlm.models.placement` on a mesh.
+"""The operations of `jvlm.models.device_ops.DeviceOps` on a mesh.
 
-Products of matrices are left to XLA's partitioner. What it cannot split well, or not at all (Pallas kernels), runs in
-`jax.shard_map` here. Shapes as in jvlm.models.placement; inside a shard_map they are one device's part.
+Matrix products are left to XLA's partitioner. What it cannot split well, or not at all (Pallas kernels), runs in
+`jax.shard_map` here. Shapes as in `DeviceOps`; inside a shard_map they are those of one device's shard.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,18 +15,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jvlm_kernels import CrossEntropySum, linear_cross_entropy_sum
+from jvlm_kernels import CrossEntropySum, cached_attention, linear_cross_entropy_sum, open_cache
 
-from jvlm.models.placement import Along, Whole
+from jvlm.models.device_ops import SequenceAxis, take_along_sequence
 from jvlm.parallel import context
 from jvlm.parallel.layout import Layout
 
 
-class Sharded(Whole):
-    """A placement over the mesh of a layout."""
+@dataclasses.dataclass(frozen=True)
+class ShardedOps:
+    """`DeviceOps` over the mesh of a layout. Ops of equal layouts are equal."""
 
-    def __init__(self, layout: Layout):
-        self.layout = layout
+    layout: Layout
 
     def constrain(self, x, axes):
         return lax.with_sharding_constraint(x, self.layout.sharding(axes, x.shape))
@@ -33,7 +34,7 @@ class Sharded(Whole):
     def is_split(self, axis):
         return not self._is_storage(axis) and self.layout.size(self.layout.splits(axis)) > 1
 
-    def weight(self, value, axes):
+    def all_gather_param(self, value, axes):
         stored = self.layout.sharding(axes, value.shape)
         used = self.layout.sharding([None if self._is_storage(a) else a for a in axes], value.shape)
         return value if stored == used else _gathered(value, used, stored)
@@ -46,11 +47,11 @@ class Sharded(Whole):
     def _map(self, function, in_specs, out_specs):
         return jax.shard_map(function, mesh=self.layout.mesh, in_specs=in_specs, out_specs=out_specs)
 
-    def local(self, function, arrays, axes):
+    def shard_map_local(self, function, arrays, axes):
         specs = tuple(self.layout.spec(names, x.shape) for names, x in zip(axes, arrays, strict=True))
         return self._map(function, specs, specs[0])(*arrays)
 
-    def attention(self, q, k, v, q_segments, kv_segments, *, along: Along, **options: Any):
+    def attention(self, q, k, v, q_segments, kv_segments, *, along: SequenceAxis, **options: Any):
         layout = self.layout
         rows, columns, heads = (layout.splits(axis) for axis in ("batch", along, "heads"))
         _check_divides(layout, "rows", q.shape[0], rows)
@@ -75,26 +76,28 @@ class Sharded(Whole):
             raise ValueError(f"{K} key heads and {' x '.join(axes)} = {parts} do not divide one another")
         return jnp.repeat(x, parts // K, axis=2)
 
-    def keep(self, x, heads: int):
+    def expand_kv_heads(self, x, num_heads):
         spec = P(self.layout.splits("batch"), P.UNCONSTRAINED, self.layout.splits("heads"))
-        return self._at(self._for_heads(x, heads), spec)
+        return self._at(self._for_heads(x, num_heads), spec)
 
-    def open_cache(self, k, v, places):
+    def init_cache(self, k, v, length):
         spec = P(self.layout.splits("batch"), self.layout.splits("heads"))
-        return tuple(self._at(x, spec) for x in Whole.open_cache(self, k, v, places))
+        return tuple(self._at(x, spec) for x in open_cache(k, v, length))
 
     def _at(self, x, spec: P):
         return lax.with_sharding_constraint(x, NamedSharding(self.layout.mesh, spec))
 
-    def cached_attention(self, q, k, v, cache, place, **options: Any):
+    def cached_attention(self, q, k, v, cache, cache_index, **options: Any):
         rows, heads = (self.layout.splits(axis) for axis in ("batch", "heads"))
         _check_divides(self.layout, "rows", q.shape[0], rows)
         k, v = (self._for_heads(x, q.shape[2]) for x in (k, v))
-        part = functools.partial(Whole.cached_attention, self, **options)
+        part = functools.partial(cached_attention, **options)
         wide, kept = P(rows, None, heads), P(rows, heads)
-        return self._map(part, (wide, wide, wide, (kept, kept), P(rows)), (wide, (kept, kept)))(q, k, v, cache, place)
+        return self._map(part, (wide, wide, wide, (kept, kept), P(rows)), (wide, (kept, kept)))(
+            q, k, v, cache, cache_index
+        )
 
-    def lookup(self, table, index, dtype, *, axes=("vocab", "embed"), along: Along = "sequence"):
+    def embedding_lookup(self, table, index, dtype, *, axes=("vocab", "embed"), along: SequenceAxis = "sequence"):
         rows, columns = self.layout.splits("batch"), self.layout.splits(along)
         stored = self.layout.spec(axes, table.shape)
         words, width = _names(stored[0]), tuple(a for a in _names(stored[1]) if a in rows)
@@ -117,20 +120,20 @@ class Sharded(Whole):
         found = self._map(part, (split, tokens), P(rows, columns, apart or None))(table, index)
         return self._at(found, tokens) if apart else found
 
-    def pick(self, features, index):
-        rows, columns, parts = (self.layout.splits(axis) for axis in ("batch", "sequence", "features"))
-        features = _padded(features, self.layout.size(parts))
+    def gather_vision_tokens(self, values, index):
+        rows, columns, parts = (self.layout.splits(axis) for axis in ("batch", "sequence", "vision_tokens"))
+        values = _padded(values, self.layout.size(parts))
 
-        def part(features, index):
+        def part(values, index):
             if parts:
-                features = context.gathered(features, parts)
-            return Whole.pick(self, features, index)
+                values = context.gathered(values, parts)
+            return take_along_sequence(values, index)
 
-        return self._map(part, (P(rows, parts), P(rows, columns)), P(rows, columns))(features, index)
+        return self._map(part, (P(rows, parts), P(rows, columns)), P(rows, columns))(values, index)
 
-    def experts(self, function, x, expert, gate, weights, axes):
+    def apply_experts(self, function, x, expert, gate, weights, axes):
         rows, columns = self.layout.splits("batch"), self.layout.splits("sequence")
-        weights = tuple(self.weight(w, a) for w, a in zip(weights, axes, strict=True))
+        weights = tuple(self.all_gather_param(w, a) for w, a in zip(weights, axes, strict=True))
         kept = [[None if a == "embed" or self._is_storage(a) else a for a in names] for names in axes]
         specs = [self.layout.spec(names, w.shape) for names, w in zip(kept, weights, strict=True)]
         owners = _names(specs[0][0])  # each has experts of its own
