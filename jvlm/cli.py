@@ -83,19 +83,19 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
         print(f"jvlm: {stopped}", file=sys.stderr)
         return EXIT_STATUS
     except aim.AimMissed as missed:
-        if hosts.is_first():
+        if hosts.is_rank0():
             print(f"jvlm: aim missed: {missed}", file=sys.stderr)
         return aim.EXIT_STATUS
     except BaseException as error:
         if not jax.distributed.is_initialized():
             raise
-        elsewhere = isinstance(error, hosts.Failed)
+        elsewhere = isinstance(error, hosts.PeerFailed)
         known = isinstance(error, _OF_THE_USER) or elsewhere
         if arguments.traceback or not known:
             traceback.print_exc()
         status = _say(error) if known else 1
         # a mistake is one on every process: whoever starts them again must not, whichever ends first
-        hosts.leave(1 if elsewhere and not error.mistake else status)
+        hosts.abort(1 if elsewhere and not error.is_user_error else status)
     return 0
 
 

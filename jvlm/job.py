@@ -66,7 +66,9 @@ def run(experiment: Experiment) -> Path:
     if jax.process_count() > 1:
         # parts of it are on other hosts, and the memory is needed
         result = dataclasses.replace(result, model=split(result.model)[0])
-    missed = hosts.agree(hosts.together(lambda: _finish(experiment, result, began) if hosts.is_first() else []))
+    missed = hosts.broadcast_from_0(
+        hosts.run_on_all(lambda: _finish(experiment, result, began) if hosts.is_rank0() else [])
+    )
     if missed:
         raise AimMissed(f"{'; '.join(missed)}. Answers, scores and report are in {result.folder}")
     return result.folder

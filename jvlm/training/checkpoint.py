@@ -50,7 +50,7 @@ class Checkpoints:
         self._path = self.folder / CHECKPOINTS
         for path in sorted(self._path.iterdir()) if self._path.is_dir() else ():
             if not ocp.utils.is_checkpoint_finalized(path):
-                hosts.say(f"removing {path}: a checkpoint that was being written when the run ended")
+                hosts.log_rank0(f"removing {path}: a checkpoint that was being written when the run ended")
         self._manager = ocp.CheckpointManager(
             self._path,
             options=ocp.CheckpointManagerOptions(
@@ -145,13 +145,13 @@ class Checkpoints:
           ValueError: there are checkpoints, and every one is damaged.
         """
         problems = []
-        for step in hosts.agree(sorted(self._manager.all_steps(), reverse=True)):
+        for step in hosts.broadcast_from_0(sorted(self._manager.all_steps(), reverse=True)):
             try:
                 return (step, *self.restore(step, state, frozen))
             except Damaged as error:
                 problems.append(f"step {step}: {error}")
                 target = self._put_aside(step, str(error))
-                hosts.say(f"CHECKPOINT DAMAGED, put aside in {target}: {problems[-1]}")
+                hosts.log_rank0(f"CHECKPOINT DAMAGED, put aside in {target}: {problems[-1]}")
         if problems:
             raise ValueError(
                 f"every checkpoint of {self.folder} is damaged:\n  "
@@ -195,7 +195,7 @@ class Checkpoints:
 
     def _put_aside(self, step: int, reason: str) -> epath.Path:
         target = self.folder / DAMAGED / str(step)
-        if hosts.is_first():
+        if hosts.is_rank0():
             number = 1
             while target.exists():
                 number += 1
@@ -204,13 +204,13 @@ class Checkpoints:
             # before the arrays: a folder in an object store is there once something lies in it
             (target.parent / f"{target.name}.txt").write_text(reason + "\n")
             (self._path / str(step)).rename(target)
-        hosts.wait(f"step {step} is put aside")
+        hosts.barrier(f"step {step} is put aside")
         self._manager.reload()
         return target
 
 
 def _agreed(work: Callable[[], T]) -> T:
-    """As `hosts.together`; but what one process finds damaged is Damaged for all."""
+    """As `hosts.run_on_all`; but what one process finds damaged is Damaged for all."""
 
     def judge() -> tuple[T | None, str | None]:
         try:
@@ -218,8 +218,8 @@ def _agreed(work: Callable[[], T]) -> T:
         except Damaged as error:
             return None, str(error)
 
-    result, damage = hosts.together(judge)
-    said = hosts.gather(damage)
+    result, damage = hosts.run_on_all(judge)
+    said = hosts.all_gather_object(damage)
     for process, text in enumerate(said):
         if text is not None:
             raise Damaged(text if len(said) == 1 else f"process {process} says: {text}")

@@ -102,7 +102,7 @@ class DataCounters:
 
     def state(self) -> list[dict[str, Any]]:
         """Of every process, for a checkpoint; each must ask."""
-        return hosts.gather({**self._count, "rows": self.rows, "before": self.before})
+        return hosts.all_gather_object({**self._count, "rows": self.rows, "before": self.before})
 
     def restore(self, states: list[Mapping[str, Any]], step: int) -> None:
         """Go on from a process's share of what all had read, and forget rows listed after ``step``.
@@ -117,7 +117,7 @@ class DataCounters:
         for name in _COUNTS:
             total = getattr(totals, name)
             self._count[name] = total // count + (index < total % count)
-        others = [p for p in self.path.parent.glob(f"*.{REJECTED}") if _number(p) >= count] if hosts.is_first() else []
+        others = [p for p in self.path.parent.glob(f"*.{REJECTED}") if _number(p) >= count] if hosts.is_rank0() else []
         for path in (self.path, *others):
             if path.is_file():
                 kept = [line for line in read_lines(path) if line["step"] <= step]
@@ -126,7 +126,7 @@ class DataCounters:
 
     def rejected(self) -> int:
         """Different rows left out so far, by all processes; each must ask."""
-        return len({(file, row) for file, row in hosts.join(sorted(self._listed))})
+        return len({(file, row) for file, row in hosts.all_gather_concat(sorted(self._listed))})
 
     def summary(self, rejected: int) -> str:
         """What was read, by all processes; each must ask."""

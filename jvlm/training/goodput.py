@@ -28,7 +28,7 @@ class Goodput:
     """
 
     def __init__(self, folder: Path, useful: float = 0.0):
-        self._began = hosts.agree(_first_begun(folder / CLOCK) if hosts.is_first() else None)
+        self._began = hosts.broadcast_from_0(_first_begun(folder / CLOCK) if hosts.is_rank0() else None)
         self._useful = useful
         self._done = 0.0
         self._first = True

@@ -23,7 +23,7 @@ from jvlm.data.shards import matching
 from jvlm.evaluation import usable
 from jvlm.models import vlm
 from jvlm.models.vlm import TOWERS, VLM, VLMConfig
-from jvlm.parallel import hosts
+from jvlm.parallel import data_shards, hosts
 from jvlm.parallel.layout import Layout
 from jvlm.training import compiled_step, flops, optimizer, processors, resume, train_step
 from jvlm.training.checkpoint import Checkpoints
@@ -83,7 +83,7 @@ def train(experiment: Experiment) -> Result:
         matching(pattern)
     for number, run in enumerate(runs, 1):
         if experiment.stages:
-            hosts.say(f"stage {number} of {len(experiment.stages) + 1}: {run.name}")
+            hosts.log_rank0(f"stage {number} of {len(experiment.stages) + 1}: {run.name}")
         results.append(_train_one(run, experiment if number == 1 else None, runs[number:]))
     return dataclasses.replace(
         results[-1],
@@ -121,9 +121,10 @@ def _train_one(experiment: Experiment, job: Experiment | None, later: Sequence[E
     layout = Layout.of(experiment.parallel)
     model, processor = start_model(experiment, layout.parameter)
     parts = layout.mesh.shape["context"]
-    hosts.wait("made the model")  # processes that meet for the first time do so within seconds; a look can take longer
+    # processes that meet for the first time must do so within seconds, and looking ahead can take longer
+    hosts.barrier("made the model")
     if job is not None:
-        hosts.together(lambda: _look_ahead(job, later, processor, parts))
+        hosts.run_on_all(lambda: _look_ahead(job, later, processor, parts))
     home = RunStorage(experiment.output_root, experiment.name)
     folder = home.folder
     home.pull()
@@ -133,17 +134,17 @@ def _train_one(experiment: Experiment, job: Experiment | None, later: Sequence[E
     template, values = split(model)
     program = compiled_step.compile_step(experiment)
     state, frozen = program.begin(values)
-    hosts.say(describe(experiment, template, layout))
-    part = hosts.part_of(program.batches.tokens)
+    hosts.log_rank0(describe(experiment, template, layout))
+    shard = data_shards.data_shard_for(program.batches.tokens)
     dataset, source = pipeline.training_data(
-        processor, experiment.data, seed=experiment.seed, share=Share(part.index, part.count)
+        processor, experiment.data, seed=experiment.seed, share=Share(shard.index, shard.count)
     )
     batches = iter(dataset)
 
     with Checkpoints(home.store, experiment.checkpoint) as checkpoints:
         start, useful = 0, 0.0
         guard = NonFiniteMonitor(folder, home.store, experiment.stop_after_skips)
-        seen = DataCounters(folder, len(source), experiment.data, counts=part.counts)
+        seen = DataCounters(folder, len(source), experiment.data, counts=shard.is_primary_reader)
         restored = checkpoints.restore_latest(state, frozen)
         if restored is not None:
             start, state, frozen, data = restored
@@ -153,7 +154,7 @@ def _train_one(experiment: Experiment, job: Experiment | None, later: Sequence[E
             useful = data["useful"]
         checkpoints.check_space(state, frozen, range(start + 1, experiment.steps + 1))
         with (
-            TrainingLog(folder, start, experiment.steps, writes=hosts.is_first()) as log,
+            TrainingLog(folder, start, experiment.steps, writes=hosts.is_rank0()) as log,
             Goodput(folder, useful) as goodput,
             StopRequests() as requests,
             Profile(folder, experiment.profile) as profile,
@@ -165,7 +166,7 @@ def _train_one(experiment: Experiment, job: Experiment | None, later: Sequence[E
                 profile.before(step - start)
                 packed = meter.next_batch(batches, step)
                 own = train_step.stack([rows.batch for rows in packed])
-                batch, began = hosts.place(own, part.rows, program.batches), time.perf_counter()
+                batch, began = data_shards.make_global_batch(own, shard, program.batches), time.perf_counter()
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = program.step(state, frozen, batch)
                 goodput.ran(began, metrics)
@@ -186,7 +187,10 @@ def _train_one(experiment: Experiment, job: Experiment | None, later: Sequence[E
                     seen.check(totals)
                 asked = requests.after(step)
                 if asked or step == experiment.steps or checkpoints.due(step):
-                    data = {"iterator": hosts.join(batches.get_state() if part.counts else []), "seen": seen.state()}
+                    data = {
+                        "iterator": hosts.all_gather_concat(batches.get_state() if shard.is_primary_reader else []),
+                        "seen": seen.state(),
+                    }
                     data |= {"skips": guard.state(), "useful": goodput.seconds()}
                     checkpoints.save(step, state, frozen, data, force=True)
                     home.push()
@@ -200,7 +204,7 @@ def _train_one(experiment: Experiment, job: Experiment | None, later: Sequence[E
             seconds = log.elapsed()
     batches.close()
     compilations, rejected = program.step._cache_size(), seen.rejected()
-    hosts.say(
+    hosts.log_rank0(
         f"{experiment.steps} steps in {clock(seconds)}, {compilations} compilation(s), {seen.summary(rejected)}"
         + guard.summary()
     )
@@ -269,7 +273,7 @@ def resolve(
         return {"data": {name: getattr(data, name) for name in names}, "steps": steps}
 
     # all processes look, so that none waits for another; what the first one found holds for all
-    chosen = hosts.agree(hosts.together(look))
+    chosen = hosts.broadcast_from_0(hosts.run_on_all(look))
     data = dataclasses.replace(experiment.data, **chosen["data"])
     return dataclasses.replace(experiment, data=data, steps=chosen["steps"])
 
@@ -300,7 +304,7 @@ def _look(experiment: Experiment, processor: Processor, parts: int) -> survey.Su
     derives = experiment.steps is None or "auto" in (data.row_tokens, data.row_patches)
     limit = {"count": _SAMPLE if derives else _SAMPLE // 2, "seconds": None if derives else _SECONDS}
     found = survey.take(processor, data, seed=experiment.seed, parts=parts, **limit)
-    hosts.say(found.text())
+    hosts.log_rank0(found.text())
     found.check()
     return found
 
@@ -344,7 +348,7 @@ class Throughput:
             flops.of_batch(template, [], self._learnt)
         except TypeError as error:  # a new architecture can be trained before its arithmetic is declared
             self._counted = False
-            hosts.say(f"the log has no tflops_per_s and mfu: {error}")
+            hosts.log_rank0(f"the log has no tflops_per_s and mfu: {error}")
         self._reset()
 
     def _reset(self) -> None:
@@ -373,7 +377,7 @@ class Throughput:
         data = self.experiment.data
         places = len(self._text) * data.rows * data.row_tokens
         own = [float(np.mean(self._text)), float(np.mean(self._patches)), self._waited, self._flops]
-        text_padding, patch_padding, waited, arithmetic = np.asarray(hosts.gather(own)).mean(0).tolist()
+        text_padding, patch_padding, waited, arithmetic = np.asarray(hosts.all_gather_object(own)).mean(0).tolist()
         optimizer_config, updates = self.experiment.optimizer, step - skipped
         rates = {
             f"learning_rate/{t}": float(optimizer.schedule(optimizer_config, t, self.experiment.steps)(updates - 1))

@@ -67,10 +67,10 @@ def prepare_folder(folder: Path, experiment: Experiment, processor: Processor) -
 
     def compare() -> tuple[dict[str, Any], list[str]]:
         present = inputs(experiment)  # on all: none waits for another that reads
-        return present, _changes(folder, experiment, resolved, present) if hosts.is_first() else []
+        return present, _changes(folder, experiment, resolved, present) if hosts.is_rank0() else []
 
-    present, changed = hosts.agree(hosts.together(compare))
-    if hosts.is_first():
+    present, changed = hosts.broadcast_from_0(hosts.run_on_all(compare))
+    if hosts.is_rank0():
         (folder / PROCESSOR).mkdir(parents=True, exist_ok=True)
         checkpoint.write_processor(folder / PROCESSOR, experiment.model, processor)
         write_json(folder / INPUTS, present)
@@ -78,9 +78,9 @@ def prepare_folder(folder: Path, experiment: Experiment, processor: Processor) -
         if changed:
             with open(folder / CHANGES, "a") as file:
                 file.write(_line(changed))
-    hosts.wait("wrote the run folder")
+    hosts.barrier("wrote the run folder")
     for line in changed:
-        hosts.say(f"changed since the run began, and accepted: {line}")
+        hosts.log_rank0(f"changed since the run began, and accepted: {line}")
     return changed
 
 

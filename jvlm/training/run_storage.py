@@ -37,7 +37,7 @@ class RunStorage:
         self._remote: epath.Path | None = None
         self._copied: dict[Path, tuple[int, int]] = {}
         if stores.is_remote(root):
-            part = () if hosts.is_first() else ("processes", str(jax.process_index()))
+            part = () if hosts.is_rank0() else ("processes", str(jax.process_index()))
             self.folder = Path(LOCAL_COPIES, root.replace("://", "/"), name, *part)
             self._remote = self.store.joinpath(*part)
         else:
@@ -54,10 +54,10 @@ class RunStorage:
 
     def share(self) -> None:
         """Give the other processes what the first has written."""
-        if hosts.is_first():
+        if hosts.is_rank0():
             self.push()
-        hosts.wait("the run folder is in the store")
-        if not hosts.is_first():
+        hosts.barrier("the run folder is in the store")
+        if not hosts.is_rank0():
             self.pull()
 
     def _pull(self, source: epath.Path, target: Path) -> None:

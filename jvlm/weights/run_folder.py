@@ -309,7 +309,9 @@ def read_params(
     saved = saved_fingerprints(source.parent) if check else None
     arrays = Arrays(source, {path: want.shape for path, want in wanted.items()})
     # with parts on other hosts, all must hear of a failure before they compare
-    agreed = (lambda work: work()) if all(w.sharding.is_fully_addressable for w in wanted.values()) else hosts.together
+    agreed = (
+        (lambda work: work()) if all(w.sharding.is_fully_addressable for w in wanted.values()) else hosts.run_on_all
+    )
 
     def compare(found: dict[str, jax.Array]) -> None:
         now = {} if saved is None else fingerprints(found)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jvlm import job
-from jvlm.parallel import hosts
+from jvlm.parallel import data_shards, hosts
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training import compiled_step, loop, train_step
 from jvlm.training.checkpoint import Checkpoints
@@ -78,11 +78,11 @@ def damaged(folder: str) -> None:
     with Checkpoints(Path(folder), CheckpointConfig(save_interval_steps=1, max_to_keep=9)) as checkpoints:
         for number in range(1, 5):
             checkpoints.save(number, *state_of(number), {"position": number})
-    hosts.wait("written")
+    hosts.barrier("written")
     if jax.process_index() == 1:
         for number, damage in ((3, test_checkpoint.flip), (4, test_checkpoint.cut)):
             damage(Path(folder) / "checkpoints" / str(number) / "params" / "ocdbt.process_1")
-    hosts.wait("damaged")
+    hosts.barrier("damaged")
     with Checkpoints(Path(folder), CheckpointConfig(save_interval_steps=1, max_to_keep=9)) as checkpoints:
         found, state, frozen, data = checkpoints.restore_latest(*state_of(0))
         both = (jax.tree.leaves((s.params, s.optimizer, f)) for s, f in ((state, frozen), state_of(found)))
@@ -93,10 +93,10 @@ def damaged(folder: str) -> None:
         if jax.process_index() == 1:
             checkpoints._read = _refused
         _say_how_it_fails(lambda: checkpoints.restore_latest(*state_of(0)))
-    _say_how_it_fails(lambda: hosts.together(_mistaken if jax.process_index() == 1 else str))
+    _say_how_it_fails(lambda: hosts.run_on_all(_mistaken if jax.process_index() == 1 else str))
     if jax.process_index() == 1:
-        hosts.leave(3, seconds=1)
-    hosts.wait("one that has left")
+        hosts.abort(3, seconds=1)
+    hosts.barrier("one that has left")
 
 
 def _say_how_it_fails(work) -> None:
@@ -105,8 +105,8 @@ def _say_how_it_fails(work) -> None:
         work()
     except (OSError, ValueError) as error:
         print(json.dumps([type(error).__name__, None, str(error)]), flush=True)
-    except hosts.Failed as error:
-        print(json.dumps(["Failed", error.mistake, str(error)]), flush=True)
+    except hosts.PeerFailed as error:
+        print(json.dumps(["PeerFailed", error.is_user_error, str(error)]), flush=True)
 
 
 def _mistaken():
@@ -122,13 +122,14 @@ def step(data: str, context: str, folder: str, rows: str, *overrides: str) -> No
     parallel = ParallelConfig(data=int(data), context=int(context))
     experiment = models.experiment("qwen2_5_vl", parallel)
     planned = compiled_step.compile_step(experiment)
-    part = hosts.part_of(planned.batches.tokens)
+    shard = data_shards.data_shard_for(planned.batches.tokens)
     state, frozen = planned.begin(loop.split(loop.random_model(experiment.model, 0, planned.layout.parameter))[1])
     whole = models.batch(experiment.model, text_only=models.ROWS // 2)
-    own = jax.tree.map(lambda x: x[np.asarray(part.rows)], whole)
-    placed = hosts.place(train_step.stack([own]), part.rows, planned.batches)
+    own = jax.tree.map(lambda x: x[np.asarray(shard.sequences)], whole)
+    placed = data_shards.make_global_batch(train_step.stack([own]), shard, planned.batches)
     _, metrics = planned.step(state, frozen, placed)
-    said = {"rows": part.rows, "index": part.index, "counts": part.counts, "patches": int(own.patch_segment_ids.any())}
+    read = {"sequences": shard.sequences, "index": shard.index, "primary": shard.is_primary_reader}
+    said = {**read, "patches": int(own.patch_segment_ids.any())}
     print(json.dumps({**said, "loss": float(metrics["loss"]), "norm": float(metrics["grad_norm"])}))
     train(folder, rows, *overrides)
 

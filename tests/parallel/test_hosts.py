@@ -98,7 +98,7 @@ def _copy(killed, folder):
 def test_four_processes_two_of_them_with_text_alone_have_the_loss_of_one_and_go_on_with_a_run_of_two(tmp_path, killed):
     """The mesh splits rows over pairs of hosts, and each row over the two hosts of a pair."""
     outs = _run("step", 4, "2", "2", *_copy(killed, tmp_path), *SHARDED, "--export.enabled", "False")
-    said = [json.loads(next(line for line in out.splitlines() if line.startswith('{"rows"'))) for out in outs]
+    said = [json.loads(next(line for line in out.splitlines() if line.startswith('{"sequences"'))) for out in outs]
     experiment = models.experiment("qwen2_5_vl")
     alone = compiled_step.compile_step(experiment, jax.devices()[:1])
     state, frozen = alone.begin(loop.split(loop.random_model(experiment.model, 0, alone.layout.parameter))[1])
@@ -108,8 +108,8 @@ def test_four_processes_two_of_them_with_text_alone_have_the_loss_of_one_and_go_
         assert one["loss"] == pytest.approx(float(metrics["loss"]), abs=1e-5)
         assert one["norm"] == pytest.approx(float(metrics["grad_norm"]), abs=1e-5)
     assert [one["patches"] for one in said] == [0, 0, 1, 1]
-    assert [(one["index"], one["counts"]) for one in said] == [(0, True), (0, False), (1, True), (1, False)]
-    assert [one["rows"] for one in said] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
+    assert [(one["index"], one["primary"]) for one in said] == [(0, True), (0, False), (1, True), (1, False)]
+    assert [one["sequences"] for one in said] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
     _went_on(killed, outs, tmp_path)
 
 
@@ -161,9 +161,9 @@ def test_processes_agree_on_what_is_damaged_even_if_only_one_can_see_it(tmp_path
     for process, out in enumerate(outs):
         found, refused, mistaken = map(json.loads, out.splitlines()[-3:])
         assert found == {"step": 2, "data": {"position": 2}, "equal": True, "again": True}
-        assert refused[:2] == [["Failed", False], ["OSError", None]][process]
+        assert refused[:2] == [["PeerFailed", False], ["OSError", None]][process]
         assert "PERMISSION_DENIED" in refused[2]
-        assert mistaken[:2] == [["Failed", True], ["ValueError", None]][process]
+        assert mistaken[:2] == [["PeerFailed", True], ["ValueError", None]][process]
         assert "no such thing" in mistaken[2]
     assert "step 4: process 1 says: it cannot be read" in outs[0]
     assert "DAMAGED" not in outs[1]
@@ -172,8 +172,8 @@ def test_processes_agree_on_what_is_damaged_even_if_only_one_can_see_it(tmp_path
 
 
 def test_one_process_alone_communicates_with_nobody():
-    assert hosts.gather({"a": 1}) == [{"a": 1}]
-    assert hosts.join([1, 2]) == [1, 2]
-    hosts.wait("nothing")
+    assert hosts.all_gather_object({"a": 1}) == [{"a": 1}]
+    assert hosts.all_gather_concat([1, 2]) == [1, 2]
+    hosts.barrier("nothing")
     with pytest.raises(ValueError, match="together, or none"):
         hosts.initialise("localhost:1")
