@@ -140,12 +140,12 @@ def _load(arguments: argparse.Namespace, fields: list[str]):
     folder = run_folder.local(arguments.model)
     config = loading.read_config(folder)
     if arguments.param_dtype:
-        numerics = dataclasses.replace(config.numerics, param_dtype=arguments.param_dtype)
-        config = dataclasses.replace(config, numerics=numerics)
+        precision = dataclasses.replace(config.precision, param_dtype=arguments.param_dtype)
+        config = dataclasses.replace(config, precision=precision)
     asked = override(serving.Serving(), fields, f"jvlm {arguments.command}").parallel
     layout = serving.layout(config, asked if fields else None)
     place = layout.parameter if layout else None
-    model, processor = loading.load(folder, numerics=config.numerics, sharding=place)
+    model, processor = loading.load(folder, precision=config.precision, sharding=place)
     processor.media = _media(arguments, processor.media)
     return model, processor, layout
 

@@ -144,7 +144,7 @@ def evaluate(experiment: Experiment, result: Result, finish: _Finish) -> tuple[l
     layout = _layout(result)
     if jax.process_count() > 1:
         place = layout.parameter if layout else None
-        model, _ = load(result.folder, numerics=model.config.numerics, step=result.last, sharding=place)
+        model, _ = load(result.folder, precision=model.config.precision, step=result.last, sharding=place)
     settings = {"ask": config.ask, "max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
     answers, rejected = _asked(experiment, model, result.processor, {**settings, "layout": layout})
     score.write(answers, result.folder / ANSWERS)
@@ -251,7 +251,7 @@ def verify(experiment: Experiment, result: Result, answers: Sequence[Answer]) ->
         return f"{folder}, not compared"
     layout = _layout(result)
     place = layout.parameter if layout else None
-    model, processor = load(folder, numerics=result.model.config.numerics, sharding=place)
+    model, processor = load(folder, precision=result.model.config.precision, sharding=place)
     if experiment.evaluation.ask == "alone":
         prompts = [a.question.conversation for a in again]
         settings = {"max_new_tokens": experiment.evaluation.max_new_tokens, "layout": layout}

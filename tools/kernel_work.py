@@ -140,7 +140,7 @@ def count(
     """The work of one attention; ``heads`` are query heads, key heads and head size."""
     H, K, D = heads
     B, S = segments_BS.shape
-    q, k = (jax.ShapeDtypeStruct((B, S, heads, D), rows.model.numerics.compute_dtype) for heads in (H, K))
+    q, k = (jax.ShapeDtypeStruct((B, S, heads, D), rows.model.precision.compute_dtype) for heads in (H, K))
     sizes = tuning.tpu_blocks(spec, q, k) if platform == "tpu" else tuning.cuda_blocks(spec, q, k, "forward")
     cut = {"causal": spec.causal, "block_q": sizes.q, "block_kv": sizes.kv}
     visits = [_visits(spec, jnp.asarray(row), sizes.q, sizes.kv) for row in segments_BS]

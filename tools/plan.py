@@ -139,8 +139,8 @@ def _training_header(experiment: Experiment, load: Load) -> str:
 
 
 def _generation_header(experiment: Experiment, what: str, sizes: Sizes, load: Load) -> str:
-    numerics = experiment.model.numerics
-    kept = f"parameters in {numerics.param_dtype}, products in {numerics.compute_dtype}"
+    precision = experiment.model.precision
+    kept = f"parameters in {precision.param_dtype}, products in {precision.compute_dtype}"
     if what == "decode":
         return (
             f"# {experiment.name}: one token for each of {sizes.rows} sequences, a cache of {sizes.places} places\n\n"

@@ -11,7 +11,7 @@ from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.data.vision.tiled import TiledMedia
 from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
 from jvlm.weights import backbones
 
@@ -28,7 +28,7 @@ def get_config() -> Experiment:
             decoder=DECODER,
             connector=PooledMLPConfig(grid=GRID, class_token=True, out_grid=8),
             grid=GRID,
-            numerics=Numerics(compute_dtype="float32"),
+            precision=Precision(compute_dtype="float32"),
         ),
         encoder_from=ENCODER,
         decoder_from=DECODER,

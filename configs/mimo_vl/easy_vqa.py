@@ -8,7 +8,7 @@ from jvlm.data.vision import PixelLimits
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
 from jvlm.training.config import CheckpointConfig, EvaluationConfig, Experiment, OptimizerConfig, Stage
 
@@ -51,7 +51,7 @@ def get_config() -> Experiment:
         vision_pad_token_id=541,
         bos_token_id=530,
         eos_token_id=532,
-        numerics=Numerics(compute_dtype="float32", initializer_range=None),
+        precision=Precision(compute_dtype="float32", initializer_range=None),
     )
     optimizer = OptimizerConfig(learning_rate=1.2e-3, warmup_ratio=0.03, weight_decay=0.05, beta2=0.99)
     # Circles, rectangles and triangles are the hardest to tell apart, and to compare with the word of a question.

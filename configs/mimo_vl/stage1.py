@@ -10,7 +10,7 @@ The start is the tower of Qwen2.5-VL-72B, MiMo-7B-Base, and a random projector.
 import dataclasses
 
 from jvlm.data.pipeline import DataConfig
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.models.presets import PRESETS
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
@@ -23,7 +23,7 @@ def get_config() -> Experiment:
     return Experiment(
         name="mimo_vl_stage1",
         topologies=("v5p:4x4x4", "v6e:16x16", "h200:8x8"),
-        model=dataclasses.replace(PRESETS["mimo_vl_7b"], numerics=Numerics(remat="attention")),
+        model=dataclasses.replace(PRESETS["mimo_vl_7b"], precision=Precision(remat="attention")),
         init_from="mimo_vl_7b_start",
         data=DataConfig(
             rows=ROWS, row_tokens=ROW_TOKENS, row_patches=3 * ROW_TOKENS, max_frame_patches=16384, on_too_long="shrink"

@@ -12,7 +12,7 @@ import dataclasses
 from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.data.vision.tiled import TiledMedia
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.models.mm1_5 import GRID_378, MM1_5, at_grid
 from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
 
@@ -22,7 +22,7 @@ def get_config() -> Experiment:
     model = at_grid(MM1_5["mm1_5_3b"], GRID_378)
     return Experiment(
         name="mm1_5_pretrain",
-        model=dataclasses.replace(model, numerics=Numerics(remat="attention")),
+        model=dataclasses.replace(model, precision=Precision(remat="attention")),
         tokenizer="tokenizer",
         processor=ProcessorConfig(media=TiledMedia(splitting="none"), box_format="mm1_5"),
         data=DataConfig(rows=64, row_tokens=4096, row_patches=16 * (GRID_378**2 + 1), on_bad_row="skip"),

@@ -196,10 +196,8 @@ class Engine:
                 f"{said}{len(found)} tensors hold NaN or infinity. Take an earlier checkpoint, or copy the folder "
                 f"again:\n  {shown}{more}"
             )
-        dtype = model.config.numerics.compute_dtype
-        return UserError(
-            f"{said}all weights are, so this input overflows {dtype}; try numerics of another compute_dtype"
-        )
+        dtype = model.config.precision.compute_dtype
+        return UserError(f"{said}all weights are, so this input overflows {dtype}; try another precision.compute_dtype")
 
     def completion(self, tokens: Sequence[int], sampling: SamplingConfig) -> Completion:
         """The tokens that `steps` gave for one example, and how they ended."""

@@ -32,15 +32,15 @@ def answer_settings(model: VLM, engine: Engine, sampling: SamplingConfig) -> dic
     The batch size and the devices are not among them: they change an answer by rounding at most.
     """
     config = config_tree.to_dict(model.config)
-    numerics = config.pop("numerics")
+    precision = config.pop("precision")
     processor = engine.processor
     return json.loads(
         json.dumps(
             {
                 "model": {
                     "weights": weights_hash(model),
-                    "param_dtype": numerics["param_dtype"],
-                    "compute_dtype": numerics["compute_dtype"],
+                    "param_dtype": precision["param_dtype"],
+                    "compute_dtype": precision["compute_dtype"],
                     "config": config,
                 },
                 "processor": _processor(processor),

@@ -6,7 +6,6 @@ Parameters carry ``axes``, the logical name of each dimension; nothing here know
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -37,17 +36,17 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Numerics:
-    """How a model computes: passed to every tower, so that they never disagree.
+class Precision:
+    """Dtypes, rematerialisation, attention implementation and initialisation of a model; the same for every tower.
 
     Attributes:
-      param_dtype: how parameters are stored.
-      compute_dtype: inputs of matrix products. Norms, softmax, rotary angles, logits and loss stay float32.
+      param_dtype: dtype in which parameters are stored.
+      compute_dtype: dtype of the inputs of matrix products. Norms, softmax, rotary angles, logits and loss are float32.
       remat: what the backward pass recomputes: nothing ("none"), every layer ("full"), all but matrix products and
         attention ("dots"), or all but attention ("attention").
-      attention: implementation name for `jvlm_kernels.segment_attention`, None for the first that fits.
-      initializer_range: standard deviation of new weights; None scales each by its inputs, 1 / sqrt(fan in), which
-        small models trained from nothing need.
+      attention: implementation name for `jvlm_kernels.segment_attention`; None is the first that supports the call.
+      initializer_range: standard deviation of new weights; None is 1 / sqrt(fan in) for each weight, which small
+        models trained from random weights need.
     """
 
     param_dtype: DType = "float32"
@@ -56,55 +55,43 @@ class Numerics:
     attention: str | None = None
     initializer_range: float | None = 0.02
 
-    def new_weight(self, key: Array, shape: tuple[int, int], fan_in: int) -> Float[Array, "a b"]:
-        """A normal matrix in the parameter dtype."""
+    def init_weight(self, key: Array, shape: tuple[int, int], fan_in: int) -> Float[Array, "a b"]:
+        """Return a normally distributed matrix in the parameter dtype."""
         scale = fan_in**-0.5 if self.initializer_range is None else self.initializer_range
         return jax.random.normal(key, shape, jnp.dtype(self.param_dtype)) * jnp.asarray(scale, self.param_dtype)
 
 
-def scoped(name: str) -> Callable[[Callable], Callable]:
-    """Decorator: what a function computes carries this name in profiles and in the compiled program."""
-
-    def add(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with jax.named_scope(name):
-                return function(*args, **kwargs)
-
-        return call
-
-    return add
-
-
 @jax.custom_vjp
-def project(x: Float[Array, "*L i"], kernel: Float[Array, "i o"]) -> Float[Array, "*L o"]:
-    """``x @ kernel``, with the weight's gradient written as one contraction.
+def matmul(x: Float[Array, "*L i"], kernel: Float[Array, "i o"]) -> Float[Array, "*L o"]:
+    """Return ``x @ kernel``, with the weight's gradient as one contraction.
 
-    JAX's own transposition of a product with several leading axes makes XLA copy both operands on CPU: it takes twice
-    as long for a whole SwiGLU.
+    JAX's own transpose of a product with several leading axes makes XLA copy both operands on CPU: with it, the
+    gradient of a SwiGLU takes twice as long.
     """
     return x @ kernel
 
 
-def _project_forward(x, kernel):
+def _matmul_forward(x, kernel):
     return x @ kernel, (x, kernel)
 
 
-def _project_backward(saved, d_y):
+def _matmul_backward(saved, d_y):
     x, kernel = saved
     return d_y @ kernel.T, jnp.einsum("...i,...o->io", x, d_y)
 
 
-project.defvjp(_project_forward, _project_backward)
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nnx.Module):
     """``x @ kernel + bias`` in the compute dtype."""
 
-    def __init__(self, d_in: int, d_out: int, axes: tuple[str, str], *, bias: bool, numerics: Numerics, rngs: nnx.Rngs):
-        dtype = jnp.dtype(numerics.param_dtype)
-        self.compute_dtype, self.axes = numerics.compute_dtype, axes
-        self.kernel = nnx.Param(numerics.new_weight(rngs.params(), (d_in, d_out), d_in), axes=axes)
+    def __init__(
+        self, d_in: int, d_out: int, axes: tuple[str, str], *, bias: bool, precision: Precision, rngs: nnx.Rngs
+    ):
+        dtype = jnp.dtype(precision.param_dtype)
+        self.compute_dtype, self.axes = precision.compute_dtype, axes
+        self.kernel = nnx.Param(precision.init_weight(rngs.params(), (d_in, d_out), d_in), axes=axes)
         self.bias = nnx.Param(jnp.zeros((d_out,), dtype), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "*L i"], *, pad_in: int = 0, pad_out: int = 0) -> Float[Array, "*L o"]:
@@ -113,7 +100,7 @@ class Linear(nnx.Module):
         kernel = device_ops.current().all_gather_param(self.kernel[...].astype(dtype), self.axes)
         if pad_in or pad_out:
             kernel = jnp.pad(kernel, ((0, pad_in), (0, pad_out)))
-        y = project(x.astype(dtype), kernel)
+        y = matmul(x.astype(dtype), kernel)
         return y if self.bias is None else y + jnp.pad(self.bias[...].astype(dtype), (0, pad_out))
 
 
@@ -131,11 +118,11 @@ def row_padding(width: int, dtype: DType) -> int:
 class RMSNorm(nnx.Module):
     """Root-mean-square norm in float32, scaled in the dtype of its input (as in Llama)."""
 
-    def __init__(self, width: int, eps: float, *, numerics: Numerics):
+    def __init__(self, width: int, eps: float, *, precision: Precision):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones((width,), jnp.dtype(numerics.param_dtype)), axes=("norm",))
+        self.scale = nnx.Param(jnp.ones((width,), jnp.dtype(precision.param_dtype)), axes=("norm",))
 
-    @scoped("norm")
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L d"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
@@ -145,13 +132,13 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """Mean and variance normalised in float32, then scale and bias."""
 
-    def __init__(self, width: int, eps: float, *, numerics: Numerics):
+    def __init__(self, width: int, eps: float, *, precision: Precision):
         self.eps = eps
-        dtype = jnp.dtype(numerics.param_dtype)
+        dtype = jnp.dtype(precision.param_dtype)
         self.scale = nnx.Param(jnp.ones((width,), dtype), axes=("norm",))
         self.bias = nnx.Param(jnp.zeros((width,), dtype), axes=("norm",))
 
-    @scoped("norm")
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L d"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 - x32.mean(axis=-1, keepdims=True)
@@ -162,12 +149,12 @@ class LayerNorm(nnx.Module):
 class MLP(nnx.Module):
     """``down(act(up(x)))`` with biases."""
 
-    def __init__(self, width: int, hidden: int, activation: str, *, numerics: Numerics, rngs: nnx.Rngs):
+    def __init__(self, width: int, hidden: int, activation: str, *, precision: Precision, rngs: nnx.Rngs):
         self.activation = activation
-        self.up = Linear(width, hidden, ("embed", "mlp"), bias=True, numerics=numerics, rngs=rngs)
-        self.down = Linear(hidden, width, ("mlp", "embed"), bias=True, numerics=numerics, rngs=rngs)
+        self.up = Linear(width, hidden, ("embed", "mlp"), bias=True, precision=precision, rngs=rngs)
+        self.down = Linear(hidden, width, ("mlp", "embed"), bias=True, precision=precision, rngs=rngs)
 
-    @scoped("mlp")
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L d"]:
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
@@ -176,15 +163,15 @@ class SwiGLU(nnx.Module):
     """``down(silu(gate(x)) * up(x))``, to ``d_out`` channels if not as many as came in."""
 
     def __init__(
-        self, width: int, hidden: int, *, d_out: int | None = None, bias: bool, numerics: Numerics, rngs: nnx.Rngs
+        self, width: int, hidden: int, *, d_out: int | None = None, bias: bool, precision: Precision, rngs: nnx.Rngs
     ):
-        common = {"bias": bias, "numerics": numerics, "rngs": rngs}
-        self.hidden, self.compute_dtype = hidden, numerics.compute_dtype
+        common = {"bias": bias, "precision": precision, "rngs": rngs}
+        self.hidden, self.compute_dtype = hidden, precision.compute_dtype
         self.gate = Linear(width, hidden, ("embed", "mlp"), **common)
         self.up = Linear(width, hidden, ("embed", "mlp"), **common)
         self.down = Linear(hidden, d_out or width, ("mlp", "embed"), **common)
 
-    @scoped("mlp")
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L o"]:
         # a split axis is left as it is: each device has a width of its own
         extra = 0 if device_ops.current().is_split("mlp") else row_padding(self.hidden, self.compute_dtype)

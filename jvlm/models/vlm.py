@@ -19,7 +19,7 @@ from jvlm.models import device_ops, registry
 from jvlm.models.batch import DecoderOutput, PackedBatch
 from jvlm.models.connectors.perceiver import frames_of_features
 from jvlm.models.decoders.cross_attention import Media, frames_in_reach
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.models.token_ids import token_ids
 
 TOWERS = ("encoder", "connector", "decoder")
@@ -27,7 +27,7 @@ TOWERS = ("encoder", "connector", "decoder")
 
 @dataclasses.dataclass(frozen=True)
 class VLMConfig:
-    """A vision-language model: three parts, its special token ids and its numerics.
+    """A vision-language model: encoder, connector, decoder, special token ids and precision.
 
     Attributes:
       architecture: name of the weight table and of the host-side vision layout, e.g. "qwen2_5_vl".
@@ -36,7 +36,7 @@ class VLMConfig:
         a list of images.
       vision_start_token_id, vision_end_token_id, vision_pad_token_id: other media tokens of Qwen's.
       bos_token_id, eos_token_id: as in the checkpoint's configuration; several tokens may end an answer.
-      numerics: dtypes, recomputation and attention implementation.
+      precision: dtypes, recomputation and attention implementation.
     """
 
     architecture: str
@@ -50,7 +50,7 @@ class VLMConfig:
     vision_pad_token_id: int | None = 151654
     bos_token_id: int | None = 151643
     eos_token_id: int | tuple[int, ...] | None = 151645
-    numerics: Numerics = Numerics()
+    precision: Precision = Precision()
 
     @property
     def reads_features(self) -> bool:
@@ -80,7 +80,7 @@ class VLM(nnx.Module):
 
     def __init__(self, config: VLMConfig, *, rngs: nnx.Rngs):
         self.config = config
-        common = {"numerics": config.numerics, "rngs": rngs}
+        common = {"precision": config.precision, "rngs": rngs}
         self.encoder = registry.build(config.encoder, **common)
         widths = {"d_in": config.encoder.hidden_size, "d_out": config.decoder.hidden_size}
         if config.reads_features and config.connector.frame_features is None:

@@ -28,8 +28,8 @@ def served(experiment: Experiment) -> Experiment:
     """An experiment as it would be served: parameters in `DTYPE`, a mesh for generation; training's says nothing."""
     if experiment.model is None:
         return experiment
-    numerics = dataclasses.replace(experiment.model.numerics, param_dtype=DTYPE, remat="none")
-    model = dataclasses.replace(experiment.model, numerics=numerics)
+    precision = dataclasses.replace(experiment.model.precision, param_dtype=DTYPE, remat="none")
+    model = dataclasses.replace(experiment.model, precision=precision)
     return dataclasses.replace(experiment, model=model, parallel=serving.Serving().parallel)
 
 

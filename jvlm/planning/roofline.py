@@ -99,10 +99,10 @@ def bound(experiment: Experiment, compiled: Compiled, topology: Topology, load: 
     learnt = {tower: experiment.optimizer.rate_of(tower) > 0 for tower in TOWERS}
     # A kernel's products are not in the program's text. Its backward pass makes five products for the forward's two,
     # which are made once more unless the policy keeps what came of them.
-    passes = 4.5 if experiment.model.numerics.remat == "full" else 3.5
+    passes = 4.5 if experiment.model.precision.remat == "full" else 3.5
     kernels = passes * sum(work.attention for work in flops.forward(template, counts).values())
     if topology.switched:  # experts' products are kernels there: forward, again, and by rows and matrices
-        passes = 2 + learnt["decoder"] + (experiment.model.numerics.remat != "none")
+        passes = 2 + learnt["decoder"] + (experiment.model.precision.remat != "none")
         kernels += passes * flops.experts(template, counts.tokens)
     parts = flops.training(template, counts, learnt)
     return judge(parts, kernels, counts.tokens, len(counts.frames), compiled, topology)

@@ -46,11 +46,11 @@ def search(plan: Callable, experiment: Experiment, first: Any, load: Any, second
 def _candidates(experiment: Experiment, first: Any, tried: list) -> Iterator[tuple[str, Experiment, Any]]:
     """What to try next, given what was found so far."""
     here = first.topology
-    numerics = experiment.model.numerics
+    precision = experiment.model.precision
     for policy in REMAT:
-        if policy != numerics.remat:
-            changed = dataclasses.replace(numerics, remat=policy)
-            model = dataclasses.replace(experiment.model, numerics=changed)
+        if policy != precision.remat:
+            changed = dataclasses.replace(precision, remat=policy)
+            model = dataclasses.replace(experiment.model, precision=changed)
             yield f"remat {policy}", dataclasses.replace(experiment, model=model), here
     seen = [_effective(experiment.parallel, first.compiled.mesh)]
     for table in TABLES:

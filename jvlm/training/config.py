@@ -184,7 +184,7 @@ class Experiment:
       name: of the run; also its folder under ``output_root``.
       stages: trained first, in order: alignment before instruction, short rows before long ones.
       model: the architecture, when training from random weights; with ``init_from`` the folder's own is used and
-        only ``model.numerics`` counts.
+        only ``model.precision`` counts.
       init_from: Hugging Face or run folder whose weights and processor to start from.
       adapt: changes to that model; none to one that starts from random weights.
       encoder_from, decoder_from: Hugging Face folders of a vision tower and a language model whose weights take the

@@ -220,9 +220,11 @@ def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None =
       sharding: of a parameter, from its path and variable; None puts all on the first device.
     """
     if experiment.init_from is not None:
-        numerics = experiment.model.numerics if experiment.model else None
+        precision = experiment.model.precision if experiment.model else None
         grow = experiment.adapt.grow_embedding
-        model, processor = loading.load(experiment.init_from, numerics=numerics, sharding=sharding, grow_embedding=grow)
+        model, processor = loading.load(
+            experiment.init_from, precision=precision, sharding=sharding, grow_embedding=grow
+        )
         if experiment.adapt.grid is not None:
             model = positions.with_grid(model, experiment.adapt.grid, experiment.adapt.grid_scale)
         if experiment.adapt.experts is not None:
@@ -327,11 +329,11 @@ def describe(experiment: Experiment, template: VLM, layout: Layout) -> str:
     kind = layout.mesh.devices.flat[0].device_kind
     axes = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items() if size > 1)
     devices = f"{layout.mesh.size} x {kind}" + (f" ({axes})" if axes else "")
-    numerics = experiment.model.numerics
+    precision = experiment.model.precision
     lines.append(
         f"{experiment.steps} steps of {experiment.gradient_accumulation_steps} x {data.rows} rows of "
-        f"{data.row_tokens} tokens and {data.row_patches} patches, on {devices}, {numerics.param_dtype} parameters, "
-        f"{numerics.compute_dtype} compute"
+        f"{data.row_tokens} tokens and {data.row_patches} patches, on {devices}, {precision.param_dtype} parameters, "
+        f"{precision.compute_dtype} compute"
     )
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ from jvlm.data.processor import SETTINGS, Processor, ProcessorConfig, read_setti
 from jvlm.data.tokenizers import load_tokenizer
 from jvlm.errors import UserError
 from jvlm.models import vlm
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLM, VLMConfig, parameters
 from jvlm.weights import chat_templates, names, processor_files, safetensors_files, table, tokenizer_files
 from jvlm.weights.processor_files import ProcessorFiles
@@ -31,18 +31,18 @@ ReadLayer = Callable[[str, int | None], np.ndarray]
 ShardingOf = Callable[[str, nnx.Variable], jax.sharding.Sharding]
 
 
-def default_numerics() -> Numerics:
+def default_precision() -> Precision:
     """float32 parameters; float32 compute on CPU, where bfloat16 is slower, and bfloat16 elsewhere."""
-    return Numerics(compute_dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return Precision(compute_dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def read_config(folder: Path, numerics: Numerics | None = None) -> VLMConfig:
+def read_config(folder: Path, precision: Precision | None = None) -> VLMConfig:
     """The model configuration of a Hugging Face folder."""
     path = folder / "config.json"
     values = json_files.read_object(path)
     architecture = table.architecture_for(values.get("model_type"))
     config = table.read_values(path, lambda v: _typed(architecture.read_config(v)), values)
-    config = dataclasses.replace(config, numerics=numerics or default_numerics())
+    config = dataclasses.replace(config, precision=precision or default_precision())
     settings = processor_files.read(folder).image
     if settings is not None:
         pixels = processor_files.read_pixels(settings, architecture.pixels)

@@ -18,7 +18,7 @@ import numpy as np
 from jvlm import json_files
 from jvlm.errors import UserError
 from jvlm.models import vlm
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
 from jvlm.weights import chat_templates, checkpoint, run_folder, safetensors_files, table, tokenizer_files, vocabulary
 from jvlm.weights.table import Entry, WeightError
@@ -134,8 +134,8 @@ class _Snapshot:
 
     def __init__(self, folder: Path, grow_embedding: bool):
         self.folder, self.processor = folder, None
-        # numerics given, because their default would start the device to ask for its kind
-        self.config = checkpoint.read_config(folder, Numerics())
+        # precision given, because its default would start the device to ask for its kind
+        self.config = checkpoint.read_config(folder, Precision())
         rows = None
         if grow_embedding:
             self.processor = checkpoint.load_processor(folder, self.config, grow_embedding=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.weights import checkpoint, run_folder
 
@@ -14,7 +14,7 @@ from jvlm.weights import checkpoint, run_folder
 def load(
     path: str | Path,
     *,
-    numerics: Numerics | None = None,
+    precision: Precision | None = None,
     sharding: checkpoint.ShardingOf | None = None,
     step: int | None = None,
     grow_embedding: bool = False,
@@ -26,7 +26,7 @@ def load(
     Args:
       path: the folder; of one in an object store (gs://...) the small files, and safetensors, are copied to this
         machine, under ``copies/``, and the arrays of a run are read from there.
-      numerics: dtypes and implementations; the default is float32 parameters and, on CPU, float32 compute
+      precision: dtypes and implementations; the default is float32 parameters and, on CPU, float32 compute
         (bfloat16 elsewhere). For a run folder the default is what it was trained with.
       sharding: gives the sharding of a parameter from its path and variable; None puts it on the first device.
       step: which checkpoint of a run folder; None is the latest.
@@ -40,9 +40,9 @@ def load(
       jvlm.errors.UserError: a file that cannot be read; tokens without a row in the embedding table.
     """
     folder = run_folder.local(path)
-    config = read_config(folder, numerics)
+    config = read_config(folder, precision)
     if run_folder.is_run(folder):
-        return run_folder.load(folder, numerics=numerics, sharding=sharding, step=step, grow_embedding=grow_embedding)
+        return run_folder.load(folder, precision=precision, sharding=sharding, step=step, grow_embedding=grow_embedding)
     if step is not None:
         raise UserError(f"step {step}: {folder} is a Hugging Face folder, which has no steps")
     processor = checkpoint.load_processor(folder, config, grow_embedding=grow_embedding)
@@ -50,13 +50,13 @@ def load(
     return checkpoint.load_weights(folder, processor.model, sharding, stored_rows=rows), processor
 
 
-def read_config(path: str | Path, numerics: Numerics | None = None) -> VLMConfig:
+def read_config(path: str | Path, precision: Precision | None = None) -> VLMConfig:
     """The model that a folder of either kind holds, without its weights. Raises FileNotFoundError as `load` does."""
     folder = run_folder.local(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder (nothing is downloaded from a hub: give a snapshot)")
     if run_folder.is_run(folder):
-        return run_folder.model_config(folder, numerics)
+        return run_folder.model_config(folder, precision)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has neither config.json (Hugging Face) nor experiment.json (jvlm run)")
-    return checkpoint.read_config(folder, numerics)
+    return checkpoint.read_config(folder, precision)

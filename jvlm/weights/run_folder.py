@@ -31,7 +31,7 @@ from jvlm.data import stores
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.models import vlm
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.parallel import hosts
 from jvlm.weights import checkpoint, table, vocabulary
@@ -63,12 +63,12 @@ def is_run(folder: Path) -> bool:
     return (folder / EXPERIMENT).is_file()
 
 
-def model_config(folder: Path, numerics: Numerics | None = None) -> VLMConfig:
+def model_config(folder: Path, precision: Precision | None = None) -> VLMConfig:
     """The model configuration of a run."""
     path = folder / EXPERIMENT
     values = json_files.read_object(path)
     config = table.read_values(path, lambda v: config_tree.from_dict(VLMConfig, v["model"], "model."), values)
-    return dataclasses.replace(config, numerics=numerics or config.numerics)
+    return dataclasses.replace(config, precision=precision or config.precision)
 
 
 def checkpoints(folder: Path) -> epath.Path:
@@ -114,14 +114,14 @@ def save(model: VLM, processor: Processor, folder: Path) -> None:
 def load(
     folder: Path,
     *,
-    numerics: Numerics | None,
+    precision: Precision | None,
     sharding: checkpoint.ShardingOf | None,
     step: int | None,
     grow_embedding: bool = False,
 ) -> tuple[VLM, Processor]:
     """The model of a run at a step (None: the latest), and its processor; see `jvlm.weights.loading.load`."""
     source = params_folder(folder, step)
-    config = model_config(folder, numerics)
+    config = model_config(folder, precision)
     if not (folder / PROCESSOR).is_dir():
         raise WeightError(f"{folder / PROCESSOR} is missing: it holds the run's tokenizer; copy the whole run again")
     processor = checkpoint.load_processor(folder / PROCESSOR, config, grow_embedding=grow_embedding)

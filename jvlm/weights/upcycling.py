@@ -49,7 +49,7 @@ def upcycle(model: VLM, experts: MoEConfig, *, seed: int = 0, sharding: checkpoi
             shape = variable.get_value().shape
             if path.endswith(".mlp.router"):
                 keys = jax.random.split(jax.random.key(seed), shape[0])
-                new[path] = jnp.stack([config.numerics.new_weight(key, shape[1:], shape[1]) for key in keys])
+                new[path] = jnp.stack([config.precision.init_weight(key, shape[1:], shape[1]) for key in keys])
             else:
                 new[path] = _from_dense(path, shape, old, dense.period, config.decoder.period)
         return new

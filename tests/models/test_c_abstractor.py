@@ -11,7 +11,7 @@ from jvlm.models import registry
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.connectors.pooled_mlp import PooledMLPConfig, adaptive_average_pool
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 
 D_IN, D_OUT = 20, 14
 
@@ -55,7 +55,7 @@ def reference(features, params, config):
 def build(config, seed=0):
     """A connector with every parameter, norms and biases included, drawn at random; and path -> value."""
     module = registry.build(
-        config, d_in=D_IN, d_out=D_OUT, numerics=Numerics(compute_dtype="float32"), rngs=nnx.Rngs(0)
+        config, d_in=D_IN, d_out=D_OUT, precision=Precision(compute_dtype="float32"), rngs=nnx.Rngs(0)
     )
     rng, values, flat = np.random.default_rng(seed), {}, []
     for path, variable in nnx.to_flat_state(nnx.state(module)):

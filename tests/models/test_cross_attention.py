@@ -36,8 +36,8 @@ def build(folder, every=2, reach="last", gate=None, least=9):
     config = checkpoint.read_config(folder)
     decoder = dataclasses.replace(config.decoder, cross_attention_every=every, cross_attention_reach=reach)
     connector = dataclasses.replace(config.connector, min_frame_patches=least)
-    numerics = dataclasses.replace(config.numerics, initializer_range=None)
-    config = dataclasses.replace(config, decoder=decoder, connector=connector, numerics=numerics)
+    precision = dataclasses.replace(config.precision, initializer_range=None)
+    config = dataclasses.replace(config, decoder=decoder, connector=connector, precision=precision)
     model = nnx.jit(lambda: VLM(config, rngs=nnx.Rngs(3)))()
     if gate is not None:
         values = {path: v.get_value() for path, v in vlm.parameters(model).items()}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from jvlm.models import registry
 from jvlm.models.decoders import moe
 from jvlm.models.decoders.moe import MoEConfig
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 
 D, B, S = 12, 2, 11
 SMALL = MoEConfig(experts=5, top_k=2, intermediate_size=7)
@@ -23,7 +23,7 @@ SEGMENTS = np.array([[1] * 6 + [2] * 3 + [0] * 2, [1] * 4 + [0] * 7], np.int32)
 
 
 def build(config):
-    module = registry.build(config, width=D, numerics=Numerics(compute_dtype="float32"), rngs=nnx.Rngs(3))
+    module = registry.build(config, width=D, precision=Precision(compute_dtype="float32"), rngs=nnx.Rngs(3))
     rng = np.random.default_rng(0)
     shapes = {name: getattr(module, name)[...].shape for name in ("router", "gate", "up", "down")}
     values = {name: rng.normal(size=shape).astype(np.float32) / 2 for name, shape in shapes.items()}

@@ -52,9 +52,9 @@ def logits_of(model, rows, tokens=TOKENS, patches=PATCHES, **hints):
     return [logits[b][batch.segment_ids[b] == n] for b, row in enumerate(rows) for n in range(1, len(row) + 1)]
 
 
-def with_numerics(model, **changes):
-    """The same parameters with other numerics."""
-    config = dataclasses.replace(model.config, numerics=dataclasses.replace(model.config.numerics, **changes))
+def with_precision(model, **changes):
+    """The same parameters with other settings of `Precision`."""
+    config = dataclasses.replace(model.config, precision=dataclasses.replace(model.config.precision, **changes))
     return vlm.bind(vlm.abstract(config), {path: v.get_value() for path, v in vlm.parameters(model).items()})
 
 
@@ -131,7 +131,7 @@ def test_unstacked_layers_give_the_same_logits(tiny, examples, alone):
 
 def test_the_reference_attention_gives_the_same_logits(tiny, examples, alone):
     rows = [[examples[0], examples[1]], [examples[2], examples[3]]]
-    model = with_numerics(tiny.model, attention="reference")
+    model = with_precision(tiny.model, attention="reference")
     for expected, found in zip(alone, logits_of(model, rows), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -146,7 +146,9 @@ def test_bfloat16_is_no_further_from_float32_than_in_transformers(tiny, examples
     half = torch_model(tiny.folder).bfloat16()
     with torch.no_grad():
         theirs = half(**inputs).logits.float().numpy()[0]
-    logits = with_numerics(tiny.model, compute_dtype="bfloat16")(packing.assemble([[examples[3]], []], TOKENS, PATCHES))
+    logits = with_precision(tiny.model, compute_dtype="bfloat16")(
+        packing.assemble([[examples[3]], []], TOKENS, PATCHES)
+    )
     assert logits.dtype == jnp.float32
     ours = np.asarray(logits)[0, : examples[3].length]
     assert np.sqrt(np.mean((ours - alone[3]) ** 2)) < 1.2 * np.sqrt(np.mean((theirs - alone[3]) ** 2))
@@ -172,7 +174,7 @@ def loss_and_gradients(model, examples):
 
 @pytest.mark.parametrize("remat", ["full", "dots", "attention"])
 def test_recomputation_changes_neither_loss_nor_gradients(tiny, examples, plain_gradients, remat):
-    value, grads = loss_and_gradients(with_numerics(tiny.model, remat=remat), examples)
+    value, grads = loss_and_gradients(with_precision(tiny.model, remat=remat), examples)
     assert value == pytest.approx(plain_gradients[0], rel=1e-6)
     for path, expected in plain_gradients[1].items():
         np.testing.assert_allclose(grads[path], expected, atol=1e-5, rtol=1e-4, err_msg=path)
@@ -180,7 +182,7 @@ def test_recomputation_changes_neither_loss_nor_gradients(tiny, examples, plain_
 
 def test_attention_that_is_kept_is_not_computed_again(tiny, examples):
     def forward_kernels(remat):
-        graph, state = nnx.split(with_numerics(tiny.model, remat=remat))
+        graph, state = nnx.split(with_precision(tiny.model, remat=remat))
         gradient = jax.jit(jax.grad(lambda state, batch: loss(nnx.merge(graph, state), batch)))
         text = gradient.trace(state, rows_of(examples)).lower(lowering_platforms=("tpu",)).as_text()
         return text.count('kernel_name = "segment_attention_forward"')

@@ -21,8 +21,8 @@ def test_rows_of_whole_16_bytes_are_left_alone(width, dtype, extra):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_padded_mlp_gives_the_same_result_and_gradients(bias):
-    numerics = layers.Numerics(compute_dtype="float32")
-    mlp = layers.SwiGLU(16, 37, bias=bias, numerics=numerics, rngs=nnx.Rngs(0))
+    precision = layers.Precision(compute_dtype="float32")
+    mlp = layers.SwiGLU(16, 37, bias=bias, precision=precision, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (3, 16))
     graph, state = nnx.split(mlp)
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jvlm.models import device_ops, registry
 from jvlm.models.decoders.moe import MoEConfig
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.parallel.layout import Layout
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.parallel.sharded_ops import ShardedOps
@@ -60,8 +60,8 @@ def main() -> None:
     segments = rng.integers(0, 3, (B, S)).astype(np.int32)
     for capacity in (None, 4.0):
         config = MoEConfig(experts=8, intermediate_size=8, capacity_factor=capacity)
-        numerics = Numerics(compute_dtype="float32", initializer_range=None)
-        graph, state = nnx.split(registry.build(config, width=D, numerics=numerics, rngs=nnx.Rngs(0)))
+        precision = Precision(compute_dtype="float32", initializer_range=None)
+        graph, state = nnx.split(registry.build(config, width=D, precision=precision, rngs=nnx.Rngs(0)))
         expected = run(graph, None, state, x, segments, d_y)
         for name, mesh in MESHES.items():
             found = run(graph, mesh, state, x, segments, d_y)

@@ -16,7 +16,7 @@ from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.encoders.vit import ViTConfig
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, OptimizerConfig
@@ -40,7 +40,7 @@ MESHES = {
 }
 
 
-NUMERICS = Numerics(compute_dtype="float32", initializer_range=None)
+PRECISION = Precision(compute_dtype="float32", initializer_range=None)
 _DECODER = TransformerConfig(
     vocab_size=160,
     hidden_size=64,
@@ -70,7 +70,7 @@ def qwen2_5_vl() -> VLMConfig:
         decoder=_DECODER,
         image_token_id=150,
         video_token_id=151,
-        numerics=NUMERICS,
+        precision=PRECISION,
     )
 
 
@@ -84,7 +84,7 @@ def idefics2() -> VLMConfig:
         ),
         decoder=dataclasses.replace(_DECODER, mrope_section=None, qkv_bias=False, sliding_window=24),
         image_token_id=150,
-        numerics=NUMERICS,
+        precision=PRECISION,
     )
 
 
@@ -101,13 +101,13 @@ def mm1_5() -> VLMConfig:
             _DECODER, mrope_section=None, qkv_bias=False, mlp=MoEConfig(every=2, experts=4, intermediate_size=32)
         ),
         image_token_id=150,
-        numerics=NUMERICS,
+        precision=PRECISION,
     )
 
 
 def with_precision(config: VLMConfig, **changes) -> VLMConfig:
-    """The model with other settings of its numerics."""
-    return dataclasses.replace(config, numerics=dataclasses.replace(config.numerics, **changes))
+    """The model with other settings of `Precision`."""
+    return dataclasses.replace(config, precision=dataclasses.replace(config.precision, **changes))
 
 
 ARCHITECTURES = {"qwen2_5_vl": qwen2_5_vl, "idefics2": idefics2, "mm1_5": mm1_5}

@@ -7,7 +7,7 @@ import sys
 from jvlm.inference.program import Sizes
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.planning import generation
 from jvlm.planning.chips import Topology
@@ -30,8 +30,8 @@ def main() -> None:
     topology, asked = Topology.parse("v5e:2x4"), ParallelConfig(tensor=8, rules="serving")
     found = {}
     for name, decoder in CASES.items():
-        numerics = Numerics(param_dtype="bfloat16", compute_dtype="bfloat16")
-        config = dataclasses.replace(models.qwen2_5_vl(), decoder=decoder, numerics=numerics)
+        precision = Precision(param_dtype="bfloat16", compute_dtype="bfloat16")
+        config = dataclasses.replace(models.qwen2_5_vl(), decoder=decoder, precision=precision)
         found[name] = generation.plan(config, asked, topology, SIZES, "decode", 0).values()
     json.dump(found, sys.stdout)
 

@@ -14,7 +14,7 @@ from jvlm_kernels import grouped_product
 
 from jvlm.inference.program import Sizes
 from jvlm.models import vlm
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.parallel.mesh import ParallelConfig, make_mesh
 from jvlm.planning import generation, gpus, hlo
 from jvlm.planning.chips import Topology
@@ -67,8 +67,8 @@ def step() -> dict:
     """The training step of a small model on two machines of four, each row over four GPUs."""
     topology = Topology.parse("h200:2x4")
     experiment = models.experiment("qwen2_5_vl", ParallelConfig(data=1, fsdp=2, context=4))
-    numerics = dataclasses.replace(experiment.model.numerics, compute_dtype="bfloat16", remat="attention")
-    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, numerics=numerics))
+    precision = dataclasses.replace(experiment.model.precision, compute_dtype="bfloat16", remat="attention")
+    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, precision=precision))
     found = compile_step(experiment, topology)
     parameters = vlm.parameters(vlm.abstract(experiment.model)).values()
     best = bound(experiment, found, topology, Load(conversation=128, image=48))
@@ -79,8 +79,8 @@ def step() -> dict:
 
 def products() -> int:
     """Matrix products in a step of decoding with two layers."""
-    numerics = Numerics(param_dtype="bfloat16", compute_dtype="bfloat16")
-    config = dataclasses.replace(models.qwen2_5_vl(), decoder=planned_generation.DECODER, numerics=numerics)
+    precision = Precision(param_dtype="bfloat16", compute_dtype="bfloat16")
+    config = dataclasses.replace(models.qwen2_5_vl(), decoder=planned_generation.DECODER, precision=precision)
     asked, sizes = ParallelConfig(tensor=8, rules="serving"), Sizes(rows=32, tokens=16, patches=0, places=128)
     planned = generation.prepare(config, asked, Topology.parse("h200:8"), sizes)
     return planned.lower_decode(*planned.decode_arguments()).compile().as_text().count(" dot(")

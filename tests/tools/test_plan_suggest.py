@@ -15,11 +15,11 @@ WEIGHTS = {"none": 4.0, "dots": 3.0, "attention": 2.0, "full": 1.0}
 
 def plan(experiment, topology, load):
     """Memory grows with rows for each chip, less where more is computed again; that costs speed."""
-    size = WEIGHTS[experiment.model.numerics.remat] * experiment.data.rows / topology.chips * GIB
+    size = WEIGHTS[experiment.model.precision.remat] * experiment.data.rows / topology.chips * GIB
     mesh = {"fsdp": 16, "context": 4} if experiment.parallel.context > 1 else {"fsdp": 64}
     memory = types.SimpleNamespace(peak=size)
     compiled = types.SimpleNamespace(mesh=mesh, memory=memory, limit=10 * GIB, fits=size <= 10 * GIB)
-    speed = WEIGHTS[experiment.model.numerics.remat] * topology.chips
+    speed = WEIGHTS[experiment.model.precision.remat] * topology.chips
     return types.SimpleNamespace(
         topology=topology, compiled=compiled, bound=types.SimpleNamespace(mfu=0.5, tokens_per_second=speed)
     )

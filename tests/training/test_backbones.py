@@ -11,7 +11,7 @@ from jvlm.data.processor import ProcessorConfig
 from jvlm.data.vision.tiled import TiledMedia
 from jvlm.models import vlm
 from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.training import loop
 from jvlm.training.config import ExportConfig, OptimizerConfig
 from jvlm.weights import backbones
@@ -29,7 +29,7 @@ def test_a_composed_model_trains_its_connector_and_answers_from_its_run_folder(t
     LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=words)).save_pretrained(tmp_path / "llama")
     folders = {"encoder": tmp_path / "clip", "decoder": tmp_path / "llama"}
     connector = PooledMLPConfig(grid=4, class_token=True, out_grid=2)
-    model = backbones.compose(**folders, connector=connector, numerics=Numerics(compute_dtype="float32"))
+    model = backbones.compose(**folders, connector=connector, precision=Precision(compute_dtype="float32"))
     base = support.experiment(tmp_path, support.write_rows(tmp_path / "data", 12), steps=4)
     experiment = dataclasses.replace(
         base,
@@ -45,7 +45,7 @@ def test_a_composed_model_trains_its_connector_and_answers_from_its_run_folder(t
     result = loop.train(experiment)
     after = {path: np.asarray(v.get_value()) for path, v in vlm.parameters(result.model).items()}
     for folder, tower in ((folders["encoder"], model.encoder), (folders["decoder"], model.decoder)):
-        for path, variable in backbones.load(folder, tower, model.numerics).items():
+        for path, variable in backbones.load(folder, tower, model.precision).items():
             np.testing.assert_array_equal(after[path], variable.get_value(), err_msg=path)
     started, _ = loop.start_model(experiment)
     moved = {p: v.get_value() for p, v in vlm.parameters(started).items() if p.startswith("connector")}

@@ -18,7 +18,7 @@ from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.models.presets import PRESETS
 from jvlm.models.vlm import VLMConfig
 from jvlm.training import flops
@@ -38,7 +38,7 @@ CONFIG = VLMConfig(
         intermediate_size=2560,
         mrope_section=(20, 30, 30),
     ),
-    numerics=Numerics(compute_dtype="float32", attention="reference"),
+    precision=Precision(compute_dtype="float32", attention="reference"),
 )
 
 
@@ -200,8 +200,8 @@ def test_a_connector_of_frames_costs_what_xla_counts_within_4_percent(config):
 
 def test_the_perceiver_costs_what_xla_counts_within_4_percent():
     config = PerceiverConfig(projection_size=1024, latents=32, depth=2, num_heads=8, num_kv_heads=2, head_dim=64)
-    numerics = Numerics(compute_dtype="float32", attention="reference")
-    module = nnx.eval_shape(lambda: registry.build(config, d_in=768, d_out=1536, numerics=numerics, rngs=nnx.Rngs(0)))
+    precision = Precision(compute_dtype="float32", attention="reference")
+    module = nnx.eval_shape(lambda: registry.build(config, d_in=768, d_out=1536, precision=precision, rngs=nnx.Rngs(0)))
     batch = _full_batch()
     batch = dataclasses.replace(batch, tokens=batch.tokens[:, :32])  # room for the latents of one frame
     graph, state = nnx.split(module)

@@ -11,7 +11,7 @@ import torch
 
 import jvlm
 from jvlm.models import vlm
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.weights import checkpoint
 from tests import support
 
@@ -151,7 +151,7 @@ def test_an_export_loads_in_transformers_and_gives_the_same_logits(exported, tin
 def test_an_export_of_a_model_trained_from_nothing_has_a_config_that_transformers_reads(tiny, tmp_path):
     from transformers import AutoConfig
 
-    model, processor = jvlm.load(tiny.folder, numerics=Numerics(initializer_range=None))
+    model, processor = jvlm.load(tiny.folder, precision=Precision(initializer_range=None))
     jvlm.save(model, processor, tmp_path)
     text = AutoConfig.from_pretrained(str(tmp_path)).text_config
     assert (text.hidden_size, text.num_hidden_layers, text.rope_parameters["rope_theta"]) == (64, 2, 1e6)
@@ -207,8 +207,8 @@ def test_saving_over_an_older_export_leaves_no_stale_file(tiny, tmp_path):
     assert [f.name for f in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
 
 
-def test_parameters_are_stored_as_the_numerics_say(tiny):
-    model, _ = jvlm.load(tiny.folder, numerics=Numerics(param_dtype="bfloat16"))
+def test_parameters_are_stored_in_the_dtype_of_precision(tiny):
+    model, _ = jvlm.load(tiny.folder, precision=Precision(param_dtype="bfloat16"))
     assert {v.get_value().dtype for v in vlm.parameters(model).values()} == {jnp.dtype("bfloat16")}
 
 
@@ -365,9 +365,9 @@ def test_loading_needs_little_more_memory_than_the_model(tokenizer_folder, tmp_p
         + f"""
 import jax, jvlm, transformers
 from jvlm.models import vlm
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.weights import checkpoint
-config = checkpoint.read_config(checkpoint.Path({str(tmp_path)!r}), Numerics())
+config = checkpoint.read_config(checkpoint.Path({str(tmp_path)!r}), Precision())
 jax.numpy.zeros(3).block_until_ready()
 with Peak() as peak:
     model = checkpoint.load_weights(checkpoint.Path({str(tmp_path)!r}), config)

@@ -12,7 +12,7 @@ import jvlm
 from jvlm import cli
 from jvlm.errors import UserError
 from jvlm.models import vlm
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.training.checkpoint import fingerprints
 from jvlm.weights import run_folder
 from jvlm.weights.convert import convert
@@ -155,7 +155,7 @@ def _data_files(run):
 
 READERS = {
     "load": jvlm.load,
-    "load in another dtype": lambda run: jvlm.load(run, numerics=Numerics(param_dtype="bfloat16")),
+    "load in another dtype": lambda run: jvlm.load(run, precision=Precision(param_dtype="bfloat16")),
     "convert": lambda run: convert(run, run.parent / "new"),
 }
 
@@ -200,7 +200,7 @@ def test_the_command_line_says_it_in_one_line(sound, tmp_path, capsys):
 def test_a_sound_run_loads_as_it_was_in_either_dtype_and_from_any_reader(sound, tiny, tmp_path):
     expected = {path: np.asarray(v.get_value()) for path, v in vlm.parameters(tiny.model).items()}
     for dtype in ("float32", "bfloat16"):
-        model, _ = jvlm.load(sound / "run", numerics=Numerics(param_dtype=dtype))
+        model, _ = jvlm.load(sound / "run", precision=Precision(param_dtype=dtype))
         for path, variable in vlm.parameters(model).items():
             np.testing.assert_array_equal(np.asarray(variable.get_value()), expected[path].astype(jnp.dtype(dtype)))
     convert(sound / "run", tmp_path / "new")

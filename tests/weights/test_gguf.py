@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 from gguf.quants import dequantize, quantize
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.weights import backbones
 from jvlm.weights.single_files import unpack
 from jvlm.weights.table import WeightError
@@ -172,7 +172,7 @@ def test_the_folder_computes_what_the_model_of_the_file_does(vocabulary, tmp_pat
     config = backbones.read_config(tmp_path / "new")
     assert (config.head_dim or 8) == model.config.head_dim
     assert (config.rope_scaling is None) == ("rope_scaling" not in changes)
-    backbones.load(tmp_path / "new", config, Numerics())
+    backbones.load(tmp_path / "new", config, Precision())
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "BF16", "F16"])

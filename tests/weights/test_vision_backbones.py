@@ -20,7 +20,7 @@ from transformers import (
 from jvlm.models import registry
 from jvlm.models.batch import PackedBatch
 from jvlm.models.encoders.vit import CLASS_PLACE
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.weights import backbones
 from jvlm.weights.table import WeightError
 
@@ -39,7 +39,7 @@ FAMILIES = {
     "clip with another activation": (CLIPVisionModel, CLIPVisionConfig(**COMMON, hidden_act="gelu")),
     "dinov2": (Dinov2Model, Dinov2Config(**COMMON, mlp_ratio=2)),
 }
-NUMERICS = Numerics(compute_dtype="float32")
+PRECISION = Precision(compute_dtype="float32")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -57,8 +57,8 @@ def family(request, tmp_path_factory):
 
 def load(folder):
     config = backbones.read_config(folder)
-    module = registry.build(config, numerics=NUMERICS, rngs=nnx.Rngs(0))
-    values = backbones.load(folder, config, NUMERICS)
+    module = registry.build(config, precision=PRECISION, rngs=nnx.Rngs(0))
+    values = backbones.load(folder, config, PRECISION)
     nnx.update(module, nnx.from_flat_state([(tuple(path.split(".")[1:]), v) for path, v in values.items()]))
     return module
 
@@ -111,7 +111,7 @@ def test_another_size_is_refused_by_field(family):
     folder, _ = family
     config = dataclasses.replace(backbones.read_config(folder), depth=3)
     with pytest.raises(WeightError, match="depth: 2 in the folder, 3 here"):
-        backbones.load(folder, config, NUMERICS)
+        backbones.load(folder, config, PRECISION)
 
 
 def test_an_unknown_family_names_the_known_ones(tmp_path):

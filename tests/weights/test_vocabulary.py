@@ -11,7 +11,7 @@ from jvlm import cli
 from jvlm.data.errors import RowError
 from jvlm.errors import UserError
 from jvlm.models import vlm
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.training import loop
 from jvlm.training.config import AdaptConfig, Experiment
 from jvlm.weights.convert import convert
@@ -142,7 +142,7 @@ def _grown(table, rows):
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "text_config"])
 def test_a_grown_table_keeps_its_rows_and_has_their_mean_in_the_new_ones(make, tmp_path, tied, dtype, nested):
     folder, tensors = make(dtype=dtype, nested=nested, tie_word_embeddings=tied)
-    model, processor = jvlm.load(folder, grow_embedding=True, numerics=Numerics())
+    model, processor = jvlm.load(folder, grow_embedding=True, precision=Precision())
     found = {path: np.asarray(v.get_value()) for path, v in vlm.parameters(model).items()}
     tolerance = {"rtol": 2**-7 if dtype != np.float32 else 1e-6, "atol": 1e-3 if dtype != np.float32 else 1e-7}
     np.testing.assert_allclose(

@@ -20,7 +20,7 @@ from jvlm.data import packing
 from jvlm.inference.generate import engine_for
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models import vlm
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.training import flops
 from jvlm.training.loop import random_model, split
 from tools.gpu import workload
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32, help="tokens to decode")
     parser.add_argument("--profile", action="store_true", help="also print the longest kernels of decoding")
     arguments = parser.parse_args()
-    config, processor, rows = workload.workload(arguments, Numerics(param_dtype="bfloat16"))
+    config, processor, rows = workload.workload(arguments, Precision(param_dtype="bfloat16"))
     model = random_model(config, 0, None)
     peak = flops.peak(jax.devices()[0].device_kind) or float("nan")
     examples = rows[0]

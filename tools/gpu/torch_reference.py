@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
 from tools.bench import torch_inputs
 from tools.gpu import workload
@@ -86,7 +86,7 @@ def median_seconds(run: Callable[[], object], rounds: int) -> float:
 
 def train(arguments: argparse.Namespace) -> None:
     """Print seconds of a step: forward, backward, clipping and AdamW on the conversations of the packed sequences."""
-    config, processor, rows = workload.workload(arguments, Numerics())
+    config, processor, rows = workload.workload(arguments, Precision())
     examples = [example for row in rows for example in row]
     model = torch_model(config, getattr(torch, arguments.params)).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -123,7 +123,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Print seconds of the vision tower, of prefill and of a decoding step."""
-    config, processor, rows = workload.workload(arguments, Numerics())
+    config, processor, rows = workload.workload(arguments, Precision())
     model = torch_model(config, torch.bfloat16).eval()
     print(f"torch {torch.__version__}, bfloat16, SDPA\n\n| what | ms |\n| --- | ---: |")
     examples = rows[0]

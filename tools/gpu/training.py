@@ -24,7 +24,7 @@ import numpy as np
 from jvlm.data import packing
 from jvlm.data.pipeline import DataConfig
 from jvlm.models import vlm
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.models.vlm import TOWERS
 from jvlm.training import compiled_step, flops, train_step
 from jvlm.training.config import Experiment, OptimizerConfig
@@ -60,8 +60,8 @@ def main() -> None:
     parser.add_argument("--attention", help="implementation of segment_attention")
     parser.add_argument("--profile", action="store_true", help="also print the step by parts and its longest kernels")
     arguments = parser.parse_args()
-    numerics = Numerics(param_dtype=arguments.params, remat=arguments.remat, attention=arguments.attention)
-    config, processor, examples = workload.workload(arguments, numerics)
+    precision = Precision(param_dtype=arguments.params, remat=arguments.remat, attention=arguments.attention)
+    config, processor, examples = workload.workload(arguments, precision)
     data = DataConfig(rows=arguments.rows, row_tokens=arguments.tokens, row_patches=arguments.patches)
     experiment = Experiment(
         name="gpu_pass",

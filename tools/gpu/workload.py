@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.models.presets import PRESETS
 from jvlm.models.vlm import VLMConfig
 
@@ -35,17 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--small", action="store_true", help="a small model for a rehearsal on CPU")
 
 
-def workload(arguments: argparse.Namespace, numerics: Numerics) -> tuple[VLMConfig, Processor, list[list[Example]]]:
+def workload(arguments: argparse.Namespace, precision: Precision) -> tuple[VLMConfig, Processor, list[list[Example]]]:
     """Return the model's configuration, its processor, and the conversations of each packed sequence."""
     if arguments.small:
         arguments.layers, arguments.tokens, arguments.patches, arguments.largest = 2, 1024, 2048, 224
-    config = model_config(arguments.preset, arguments.layers, numerics, arguments.small)
+    config = model_config(arguments.preset, arguments.layers, precision, arguments.small)
     processor = processor_of(config)
     sizes = arguments.tokens, arguments.patches, arguments.largest
     return config, processor, [fill_sequence(processor, *sizes, seed) for seed in range(arguments.rows)]
 
 
-def model_config(preset: str, layers: int | None, numerics: Numerics, small: bool) -> VLMConfig:
+def model_config(preset: str, layers: int | None, precision: Precision, small: bool) -> VLMConfig:
     """A published shape with so many decoder layers (None: all); ``small`` shrinks it for a rehearsal on CPU."""
     config = PRESETS[preset]
     tokenizer = AutoTokenizer.from_pretrained(str(TOKENIZER), local_files_only=True)
@@ -72,7 +72,7 @@ def model_config(preset: str, layers: int | None, numerics: Numerics, small: boo
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
         decoder=decoder,
         encoder=encoder,
-        numerics=numerics,
+        precision=precision,
     )
 
 

@@ -42,9 +42,9 @@ class CAbstractorConfig(FrameGridConfig):
 class DepthwiseConv(nnx.Module):
     """3 x 3 convolution of each channel by itself, zeros around the frame."""
 
-    def __init__(self, width: int, *, numerics: layers.Numerics, rngs: nnx.Rngs):
-        self.compute_dtype = numerics.compute_dtype
-        self.kernel = nnx.Param(numerics.new_weight(rngs.params(), (9, width), 9), axes=("position", "mlp"))
+    def __init__(self, width: int, *, precision: layers.Precision, rngs: nnx.Rngs):
+        self.compute_dtype = precision.compute_dtype
+        self.kernel = nnx.Param(precision.init_weight(rngs.params(), (9, width), 9), axes=("position", "mlp"))
 
     def __call__(self, x: Float[Array, "*L h w C"]) -> Float[Array, "*L h w C"]:
         dtype = jnp.dtype(self.compute_dtype)
@@ -63,11 +63,11 @@ def _convolve(x: Float[Array, "*L h w C"], kernel: Float[Array, "9 C"]) -> Float
 class RegBlock(nnx.Module):
     """1 x 1, depthwise 3 x 3, squeeze-and-excitation, 1 x 1, and the shortcut; a norm after each convolution."""
 
-    def __init__(self, d_in: int, width: int, *, numerics: layers.Numerics, rngs: nnx.Rngs):
-        common = {"numerics": numerics, "rngs": rngs}
+    def __init__(self, d_in: int, width: int, *, precision: layers.Precision, rngs: nnx.Rngs):
+        common = {"precision": precision, "rngs": rngs}
 
         def norm() -> layers.LayerNorm:
-            return layers.LayerNorm(width, _EPS, numerics=numerics)
+            return layers.LayerNorm(width, _EPS, precision=precision)
 
         squeezed = round(d_in / 4)
         self.conv1 = layers.Linear(d_in, width, ("embed", "mlp"), bias=False, **common)
@@ -94,11 +94,13 @@ class RegBlock(nnx.Module):
 class CAbstractor(nnx.Module):
     """Position vectors, a regnet stage, pooling to out_grid x out_grid, another stage, and a readout."""
 
-    def __init__(self, config: CAbstractorConfig, *, d_in: int, d_out: int, numerics: layers.Numerics, rngs: nnx.Rngs):
+    def __init__(
+        self, config: CAbstractorConfig, *, d_in: int, d_out: int, precision: layers.Precision, rngs: nnx.Rngs
+    ):
         self.config = config
-        common = {"numerics": numerics, "rngs": rngs}
+        common = {"precision": precision, "rngs": rngs}
         width = config.hidden_size if config.depth else d_in
-        table = numerics.new_weight(rngs.params(), (config.grid**2, d_in), d_in) if config.positions else None
+        table = precision.init_weight(rngs.params(), (config.grid**2, d_in), d_in) if config.positions else None
         self.positions = None if table is None else nnx.Param(table, axes=("position", "embed"))
         self.stage1 = nnx.List(RegBlock(width if i else d_in, width, **common) for i in range(config.depth))
         self.stage2 = nnx.List(RegBlock(width, width, **common) for _ in range(config.depth))

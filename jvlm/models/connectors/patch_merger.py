@@ -25,12 +25,14 @@ class PatchMergerConfig(ConnectorConfig):
 class PatchMerger(nnx.Module):
     """RMSNorm per patch, join the neighbours, Linear, exact GELU, Linear."""
 
-    def __init__(self, config: PatchMergerConfig, *, d_in: int, d_out: int, numerics: layers.Numerics, rngs: nnx.Rngs):
+    def __init__(
+        self, config: PatchMergerConfig, *, d_in: int, d_out: int, precision: layers.Precision, rngs: nnx.Rngs
+    ):
         self.group = config.merge**2
         width = d_in * self.group
-        self.norm = layers.RMSNorm(d_in, 1e-6, numerics=numerics)
-        self.hidden = layers.Linear(width, width, ("embed", "mlp"), bias=True, numerics=numerics, rngs=rngs)
-        self.out = layers.Linear(width, d_out, ("mlp", "embed"), bias=True, numerics=numerics, rngs=rngs)
+        self.norm = layers.RMSNorm(d_in, 1e-6, precision=precision)
+        self.hidden = layers.Linear(width, width, ("embed", "mlp"), bias=True, precision=precision, rngs=rngs)
+        self.out = layers.Linear(width, d_out, ("mlp", "embed"), bias=True, precision=precision, rngs=rngs)
 
     def __call__(self, features: Float[Array, "B P d"], batch: PackedBatch) -> Float[Array, "B F D"]:
         """One feature for each group of neighbouring patches, which the batch holds side by side."""

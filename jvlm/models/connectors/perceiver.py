@@ -50,10 +50,10 @@ class PerceiverConfig(ConnectorConfig):
 class PerceiverAttention(nnx.Module):
     """Each frame's latents read that frame's patches and themselves."""
 
-    def __init__(self, config: PerceiverConfig, width: int, *, numerics: layers.Numerics, rngs: nnx.Rngs):
+    def __init__(self, config: PerceiverConfig, width: int, *, precision: layers.Precision, rngs: nnx.Rngs):
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.implementation = numerics.attention
-        common = {"bias": False, "numerics": numerics, "rngs": rngs}
+        self.implementation = precision.attention
+        common = {"bias": False, "precision": precision, "rngs": rngs}
         self.q = layers.Linear(width, self.heads * self.head_dim, ("embed", "heads"), **common)
         self.k = layers.Linear(width, self.kv_heads * self.head_dim, ("embed", "kv_heads"), **common)
         self.v = layers.Linear(width, self.kv_heads * self.head_dim, ("embed", "kv_heads"), **common)
@@ -79,13 +79,13 @@ class PerceiverAttention(nnx.Module):
 class PerceiverBlock(nnx.Module):
     """Pre-norm block over the latents; the patches come unchanged into every block, through a norm of its own."""
 
-    def __init__(self, config: PerceiverConfig, width: int, *, numerics: layers.Numerics, rngs: nnx.Rngs):
-        norm = {"eps": config.norm_eps, "numerics": numerics}
+    def __init__(self, config: PerceiverConfig, width: int, *, precision: layers.Precision, rngs: nnx.Rngs):
+        norm = {"eps": config.norm_eps, "precision": precision}
         self.norm1 = layers.RMSNorm(width, **norm)
         self.norm_patches = layers.RMSNorm(width, **norm)
-        self.attention = PerceiverAttention(config, width, numerics=numerics, rngs=rngs)
+        self.attention = PerceiverAttention(config, width, precision=precision, rngs=rngs)
         self.norm2 = layers.RMSNorm(width, **norm)
-        self.mlp = layers.SwiGLU(width, 4 * width, bias=False, numerics=numerics, rngs=rngs)
+        self.mlp = layers.SwiGLU(width, 4 * width, bias=False, precision=precision, rngs=rngs)
 
     def __call__(self, latents_BFD, patches_BPD, latent_frames, patch_frames):
         patches_BPD = self.norm_patches(patches_BPD)
@@ -98,17 +98,17 @@ class PerceiverBlock(nnx.Module):
 class Perceiver(nnx.Module):
     """``latents`` features for each frame of the row, in the order of the frames."""
 
-    def __init__(self, config: PerceiverConfig, *, d_in: int, d_out: int, numerics: layers.Numerics, rngs: nnx.Rngs):
-        self.config, self.numerics = config, numerics
+    def __init__(self, config: PerceiverConfig, *, d_in: int, d_out: int, precision: layers.Precision, rngs: nnx.Rngs):
+        self.config, self.precision = config, precision
         self.frame_tokens = config.latents  # fewer where text reads features by cross-attention
-        common = {"numerics": numerics, "rngs": rngs}
+        common = {"precision": precision, "rngs": rngs}
         self.projection = layers.SwiGLU(d_in, config.projection_size, d_out=d_out, bias=False, **common)
-        latents = numerics.new_weight(rngs.params(), (config.latents, d_out), d_out)
+        latents = precision.init_weight(rngs.params(), (config.latents, d_out), d_out)
         self.latents = nnx.Param(latents, axes=("position", "embed"))
         self.blocks = layers.LayerStack(
-            lambda r: PerceiverBlock(config, d_out, numerics=numerics, rngs=r), config.depth, rngs=rngs
+            lambda r: PerceiverBlock(config, d_out, precision=precision, rngs=r), config.depth, rngs=rngs
         )
-        self.norm = layers.RMSNorm(d_out, config.norm_eps, numerics=numerics)
+        self.norm = layers.RMSNorm(d_out, config.norm_eps, precision=precision)
 
     def __call__(self, features: Float[Array, "B P d"], batch: PackedBatch) -> Float[Array, "B F D"]:
         """Features of every frame that the row has room for; those of frames that it does not have mean nothing."""
@@ -122,7 +122,7 @@ class Perceiver(nnx.Module):
             lambda block, x, _: (block(x, patches_BPD, latent_frames, frames), None),
             latents_BFD,
             [None] * self.config.depth if layers.is_unstacked(nnx.state(self.blocks)) else None,
-            remat=self.numerics.remat,
+            remat=self.precision.remat,
         )
         return self.norm(latents_BFD)
 

@@ -83,10 +83,10 @@ class Readout(nnx.Module):
     """Linear maps to the decoder's width, the first from another one, with an activation between them."""
 
     def __init__(
-        self, d_in: int, d_out: int, depth: int, activation: str, *, numerics: layers.Numerics, rngs: nnx.Rngs
+        self, d_in: int, d_out: int, depth: int, activation: str, *, precision: layers.Precision, rngs: nnx.Rngs
     ):
         self.activation = activation
-        common = {"bias": True, "numerics": numerics, "rngs": rngs}
+        common = {"bias": True, "precision": precision, "rngs": rngs}
         self.maps = nnx.List(
             layers.Linear(d_out if i else d_in, d_out, ("mlp", "embed") if i else ("embed", "mlp"), **common)
             for i in range(depth)
@@ -102,9 +102,9 @@ class Readout(nnx.Module):
 class PooledMLP(nnx.Module):
     """Each frame's features, averaged to out_grid x out_grid, then mapped to the decoder's width."""
 
-    def __init__(self, config: PooledMLPConfig, *, d_in: int, d_out: int, numerics: layers.Numerics, rngs: nnx.Rngs):
+    def __init__(self, config: PooledMLPConfig, *, d_in: int, d_out: int, precision: layers.Precision, rngs: nnx.Rngs):
         self.config = config
-        self.readout = Readout(d_in, d_out, config.depth, config.activation, numerics=numerics, rngs=rngs)
+        self.readout = Readout(d_in, d_out, config.depth, config.activation, precision=precision, rngs=rngs)
 
     def __call__(self, features: Float[Array, "B P d"], batch: PackedBatch) -> Float[Array, "B F D"]:
         """out_grid^2 features a frame, in rows from the top."""

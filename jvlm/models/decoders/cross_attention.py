@@ -57,22 +57,22 @@ class GatedCrossAttention(nnx.Module):
     What it keeps of a prompt: keys and values of the features, and which of them the text to come reads.
     """
 
-    def __init__(self, config: Any, *, numerics: layers.Numerics, rngs: nnx.Rngs):
+    def __init__(self, config: Any, *, precision: layers.Precision, rngs: nnx.Rngs):
         D, self.head_size, self.reach = config.hidden_size, config.head_size, config.cross_attention_reach
-        self.heads, self.kv_heads, self.implementation = config.num_heads, config.num_kv_heads, numerics.attention
-        common = {"bias": False, "numerics": numerics, "rngs": rngs}
-        self.norm1 = layers.RMSNorm(D, config.rms_norm_eps, numerics=numerics)
+        self.heads, self.kv_heads, self.implementation = config.num_heads, config.num_kv_heads, precision.attention
+        common = {"bias": False, "precision": precision, "rngs": rngs}
+        self.norm1 = layers.RMSNorm(D, config.rms_norm_eps, precision=precision)
         self.q = layers.Linear(D, self.heads * self.head_size, ("embed", "heads"), **common)
         self.k = layers.Linear(D, self.kv_heads * self.head_size, ("embed", "kv_heads"), **common)
         self.v = layers.Linear(D, self.kv_heads * self.head_size, ("embed", "kv_heads"), **common)
         self.out = layers.Linear(self.heads * self.head_size, D, ("heads", "embed"), **common)
-        self.norm2 = layers.RMSNorm(D, config.rms_norm_eps, numerics=numerics)
+        self.norm2 = layers.RMSNorm(D, config.rms_norm_eps, precision=precision)
         self.mlp = layers.SwiGLU(D, config.intermediate_size, **common)
-        dtype = jnp.dtype(numerics.param_dtype)
+        dtype = jnp.dtype(precision.param_dtype)
         self.attention_gate = nnx.Param(jnp.zeros((1,), dtype), axes=("norm",))
         self.mlp_gate = nnx.Param(jnp.zeros((1,), dtype), axes=("norm",))
 
-    @layers.scoped("cross_attention")
+    @jax.named_scope("cross_attention")
     def __call__(self, x_BSD, media: Media | None, kept):
         """``media`` in a whole pass, ``kept`` in a step of decoding; neither where a batch has no pictures."""
         if media is not None:

@@ -81,16 +81,16 @@ _MATRICES = {
 class MoE(nnx.Module):
     """Router and SwiGLU experts."""
 
-    def __init__(self, config: MoEConfig, *, width: int, numerics: layers.Numerics, rngs: nnx.Rngs):
-        self.config, self.numerics = config, numerics
+    def __init__(self, config: MoEConfig, *, width: int, precision: layers.Precision, rngs: nnx.Rngs):
+        self.config, self.precision = config, precision
         E, D, F = config.experts, width, config.intermediate_size
 
         def weight(name: str, d_in: int, d_out: int) -> nnx.Param:
             keys = jax.random.split(rngs.params(), E)
-            value = jax.vmap(lambda key: numerics.new_weight(key, (d_in, d_out), d_in))(keys)
+            value = jax.vmap(lambda key: precision.init_weight(key, (d_in, d_out), d_in))(keys)
             return nnx.Param(value, axes=_MATRICES[name])
 
-        self.router = nnx.Param(numerics.new_weight(rngs.params(), (D, E), D), axes=("embed", "experts"))
+        self.router = nnx.Param(precision.init_weight(rngs.params(), (D, E), D), axes=("embed", "experts"))
         self.gate = weight("gate", D, F)
         self.up = weight("up", D, F)
         self.down = weight("down", F, D)
@@ -108,7 +108,7 @@ class MoE(nnx.Module):
         valid_BS = segments > 0
         x_BSD = jnp.where(valid_BS[..., None], x_BSD, 0)
         routing = self.route(x_BSD, valid_BS)
-        dtype = jnp.dtype(self.numerics.compute_dtype)
+        dtype = jnp.dtype(self.precision.compute_dtype)
         y_BSD, taken_BSk = device_ops.current().apply_experts(
             self._everything if self.config.capacity_factor is None else self._what_fits,
             x_BSD.astype(dtype),

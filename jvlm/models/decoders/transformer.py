@@ -102,21 +102,21 @@ class Context(NamedTuple):
 class DecoderAttention(nnx.Module):
     """Causal grouped-query attention within the segment."""
 
-    def __init__(self, config: TransformerConfig, *, numerics: layers.Numerics, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
         D, self.head_size = config.hidden_size, config.head_size
         self.heads, self.kv_heads, self.window = config.num_heads, config.num_kv_heads, config.sliding_window
-        self.implementation = numerics.attention
-        common = {"numerics": numerics, "rngs": rngs}
+        self.implementation = precision.attention
+        common = {"precision": precision, "rngs": rngs}
         q_width, kv_width = self.heads * self.head_size, self.kv_heads * self.head_size
         self.q = layers.Linear(D, q_width, ("embed", "heads"), bias=config.qkv_bias, **common)
         self.k = layers.Linear(D, kv_width, ("embed", "kv_heads"), bias=config.qkv_bias, **common)
         self.v = layers.Linear(D, kv_width, ("embed", "kv_heads"), bias=config.qkv_bias, **common)
         self.out = layers.Linear(q_width, D, ("heads", "embed"), bias=False, **common)
-        norm = {"eps": config.rms_norm_eps, "numerics": numerics}
+        norm = {"eps": config.rms_norm_eps, "precision": precision}
         self.q_norm = layers.RMSNorm(self.head_size, **norm) if config.qk_norm else None
         self.k_norm = layers.RMSNorm(self.head_size, **norm) if config.qk_norm else None
 
-    @layers.scoped("attention")
+    @jax.named_scope("attention")
     def __call__(self, x_BSD, context: Context, cache):
         B, S, _ = x_BSD.shape
         q = self.q(x_BSD)
@@ -152,12 +152,12 @@ class DecoderAttention(nnx.Module):
 class DecoderBlock(nnx.Module):
     """Pre-norm block: causal attention, then an MLP. Features may be read before; their keys are cached beside."""
 
-    def __init__(self, config: TransformerConfig, index: int, *, numerics: layers.Numerics, rngs: nnx.Rngs):
-        D, common = config.hidden_size, {"numerics": numerics, "rngs": rngs}
+    def __init__(self, config: TransformerConfig, index: int, *, precision: layers.Precision, rngs: nnx.Rngs):
+        D, common = config.hidden_size, {"precision": precision, "rngs": rngs}
         self.cross = GatedCrossAttention(config, **common) if config.has_cross_attention(index) else None
-        self.norm1 = layers.RMSNorm(D, config.rms_norm_eps, numerics=numerics)
+        self.norm1 = layers.RMSNorm(D, config.rms_norm_eps, precision=precision)
         self.attention = DecoderAttention(config, **common)
-        self.norm2 = layers.RMSNorm(D, config.rms_norm_eps, numerics=numerics)
+        self.norm2 = layers.RMSNorm(D, config.rms_norm_eps, precision=precision)
         self.reports = config.has_mlp(index)
         if self.reports:
             self.mlp = registry.build(config.mlp, width=D, **common)
@@ -184,8 +184,8 @@ class DecoderBlock(nnx.Module):
 class BlockGroup(nnx.Module):
     """The layers of one period, where they differ: ``slots`` in order. Caches and reports are tuples of theirs."""
 
-    def __init__(self, config: TransformerConfig, *, numerics: layers.Numerics, rngs: nnx.Rngs):
-        make = (DecoderBlock(config, i, numerics=numerics, rngs=rngs) for i in range(config.period))
+    def __init__(self, config: TransformerConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
+        make = (DecoderBlock(config, i, precision=precision, rngs=rngs) for i in range(config.period))
         self.slots = nnx.List(make)
 
     def __call__(self, x_BSD, context: Context, cache):
@@ -203,28 +203,28 @@ class BlockGroup(nnx.Module):
 class Transformer(nnx.Module):
     """Token embeddings to hidden states and logits."""
 
-    def __init__(self, config: TransformerConfig, *, numerics: layers.Numerics, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
         self.config = config
-        self.numerics = numerics
+        self.precision = precision
         V, D = config.vocab_size, config.hidden_size
-        self.embedding = nnx.Param(numerics.new_weight(rngs.params(), (V, D), D), axes=("vocab", "embed"))
+        self.embedding = nnx.Param(precision.init_weight(rngs.params(), (V, D), D), axes=("vocab", "embed"))
 
         def make(r: nnx.Rngs) -> nnx.Module:
             if config.period == 1:
-                return DecoderBlock(config, 0, numerics=numerics, rngs=r)
-            return BlockGroup(config, numerics=numerics, rngs=r)
+                return DecoderBlock(config, 0, precision=precision, rngs=r)
+            return BlockGroup(config, precision=precision, rngs=r)
 
         self.blocks = layers.LayerStack(make, config.num_layers // config.period, rngs=rngs)
-        self.norm = layers.RMSNorm(D, config.rms_norm_eps, numerics=numerics)
+        self.norm = layers.RMSNorm(D, config.rms_norm_eps, precision=precision)
         self.head = (
             None
             if config.tie_word_embeddings
-            else layers.Linear(D, V, ("embed", "vocab"), bias=False, numerics=numerics, rngs=rngs)
+            else layers.Linear(D, V, ("embed", "vocab"), bias=False, precision=precision, rngs=rngs)
         )
 
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Embeddings of token ids, in the compute dtype."""
-        return device_ops.current().embedding_lookup(self.embedding[...], tokens, self.numerics.compute_dtype)
+        return device_ops.current().embedding_lookup(self.embedding[...], tokens, self.precision.compute_dtype)
 
     def __call__(
         self,
@@ -254,7 +254,7 @@ class Transformer(nnx.Module):
         if cache is None and layers.is_unstacked(nnx.state(self.blocks)):
             cache = [None] * self.blocks.depth
         unroll = step is not None
-        x_BSD, ys = self.blocks(body, x_BSD, cache, remat=self.numerics.remat, unroll=unroll)
+        x_BSD, ys = self.blocks(body, x_BSD, cache, remat=self.precision.remat, unroll=unroll)
         cache, aux = ([y[0] for y in ys], _stacked([y[1] for y in ys])) if isinstance(ys, list) else ys
         aux = {name: value.reshape(-1, *value.shape[1 + (self.config.period > 1) :]) for name, value in aux.items()}
         return DecoderOutput(self.norm(x_BSD), cache, aux)
@@ -283,7 +283,7 @@ class Transformer(nnx.Module):
 
     def logits(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """Float32 scores over the vocabulary."""
-        dtype = jnp.dtype(self.numerics.compute_dtype)
+        dtype = jnp.dtype(self.precision.compute_dtype)
         kernel, vocabulary_first = self.output_kernel()
         kernel = kernel.T if vocabulary_first else kernel
         return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)

@@ -62,15 +62,15 @@ class QwenViTConfig(EncoderConfig):
 
 
 class VisionAttention(nnx.Module):
-    def __init__(self, config: QwenViTConfig, *, numerics: layers.Numerics, rngs: nnx.Rngs):
+    def __init__(self, config: QwenViTConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
         D = config.hidden_size
         self.heads, self.head_dim, self.window_patches = config.num_heads, config.head_dim, config.window_patches
-        self.implementation = numerics.attention
+        self.implementation = precision.attention
         # head by head, so that a part of the outputs is whole heads
-        self.qkv_by_head = layers.Linear(D, 3 * D, ("embed", "heads"), bias=True, numerics=numerics, rngs=rngs)
-        self.out = layers.Linear(D, D, ("heads", "embed"), bias=True, numerics=numerics, rngs=rngs)
+        self.qkv_by_head = layers.Linear(D, 3 * D, ("embed", "heads"), bias=True, precision=precision, rngs=rngs)
+        self.out = layers.Linear(D, D, ("heads", "embed"), bias=True, precision=precision, rngs=rngs)
 
-    @layers.scoped("attention")
+    @jax.named_scope("attention")
     def __call__(self, x_BPD, angles, is_full, batch: PackedBatch):
         """``is_full``: 1 to attend within the frame, 0 within the window; an int, or a traced one inside a scan."""
         qkv = self.qkv_by_head(x_BPD).reshape(*x_BPD.shape[:2], self.heads, 3, self.head_dim)
@@ -107,11 +107,13 @@ class VisionAttention(nnx.Module):
 class VisionBlock(nnx.Module):
     """Pre-norm block: windowed or full attention, then SwiGLU."""
 
-    def __init__(self, config: QwenViTConfig, *, numerics: layers.Numerics, rngs: nnx.Rngs):
-        self.norm1 = layers.RMSNorm(config.hidden_size, 1e-6, numerics=numerics)
-        self.attention = VisionAttention(config, numerics=numerics, rngs=rngs)
-        self.norm2 = layers.RMSNorm(config.hidden_size, 1e-6, numerics=numerics)
-        self.mlp = layers.SwiGLU(config.hidden_size, config.intermediate_size, bias=True, numerics=numerics, rngs=rngs)
+    def __init__(self, config: QwenViTConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
+        self.norm1 = layers.RMSNorm(config.hidden_size, 1e-6, precision=precision)
+        self.attention = VisionAttention(config, precision=precision, rngs=rngs)
+        self.norm2 = layers.RMSNorm(config.hidden_size, 1e-6, precision=precision)
+        self.mlp = layers.SwiGLU(
+            config.hidden_size, config.intermediate_size, bias=True, precision=precision, rngs=rngs
+        )
 
 
 @register(QwenViTConfig)
@@ -122,14 +124,14 @@ class QwenViT(nnx.Module):
     segments and nothing is permuted here.
     """
 
-    def __init__(self, config: QwenViTConfig, *, numerics: layers.Numerics, rngs: nnx.Rngs):
+    def __init__(self, config: QwenViTConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
         self.config = config
-        self.numerics = numerics
+        self.precision = precision
         self.patch_embed = layers.Linear(
-            config.patch_values, config.hidden_size, ("patch", "embed"), bias=False, numerics=numerics, rngs=rngs
+            config.patch_values, config.hidden_size, ("patch", "embed"), bias=False, precision=precision, rngs=rngs
         )
         self.blocks = layers.LayerStack(
-            lambda r: VisionBlock(config, numerics=numerics, rngs=r), config.depth, rngs=rngs
+            lambda r: VisionBlock(config, precision=precision, rngs=r), config.depth, rngs=rngs
         )
 
     def __call__(self, batch: PackedBatch) -> Float[Array, "B P D"]:
@@ -147,4 +149,4 @@ class QwenViT(nnx.Module):
         full = [int(i in config.fullatt_block_indexes) for i in range(config.depth)]
         if not layers.is_unstacked(nnx.state(self.blocks)):
             full = jnp.asarray(full)
-        return self.blocks(body, x_BPD, full, remat=self.numerics.remat)[0]
+        return self.blocks(body, x_BPD, full, remat=self.precision.remat)[0]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -80,16 +81,16 @@ def clip_vit(**fields: Any) -> ViTConfig:
 
 
 class ViTAttention(nnx.Module):
-    def __init__(self, config: ViTConfig, *, numerics: layers.Numerics, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
         D = config.hidden_size
-        self.heads, self.implementation = config.num_heads, numerics.attention
-        common = {"bias": True, "numerics": numerics, "rngs": rngs}
+        self.heads, self.implementation = config.num_heads, precision.attention
+        common = {"bias": True, "precision": precision, "rngs": rngs}
         self.q = layers.Linear(D, D, ("embed", "heads"), **common)
         self.k = layers.Linear(D, D, ("embed", "heads"), **common)
         self.v = layers.Linear(D, D, ("embed", "heads"), **common)
         self.out = layers.Linear(D, D, ("heads", "embed"), **common)
 
-    @layers.scoped("attention")
+    @jax.named_scope("attention")
     def __call__(self, x_BPD, batch: PackedBatch):
         B, P, _ = x_BPD.shape
         q, k, v = (part(x_BPD).reshape(B, P, self.heads, -1) for part in (self.q, self.k, self.v))
@@ -110,13 +111,13 @@ class ViTAttention(nnx.Module):
 class ViTBlock(nnx.Module):
     """Pre-norm block: attention within the frame, then a plain MLP."""
 
-    def __init__(self, config: ViTConfig, *, numerics: layers.Numerics, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
         D = config.hidden_size
-        self.norm1 = layers.LayerNorm(D, config.norm_eps, numerics=numerics)
-        self.attention = ViTAttention(config, numerics=numerics, rngs=rngs)
-        self.norm2 = layers.LayerNorm(D, config.norm_eps, numerics=numerics)
-        self.mlp = layers.MLP(D, config.intermediate_size, config.activation, numerics=numerics, rngs=rngs)
-        scales = [nnx.Param(jnp.ones((D,), jnp.dtype(numerics.param_dtype)), axes=("norm",)) for _ in range(2)]
+        self.norm1 = layers.LayerNorm(D, config.norm_eps, precision=precision)
+        self.attention = ViTAttention(config, precision=precision, rngs=rngs)
+        self.norm2 = layers.LayerNorm(D, config.norm_eps, precision=precision)
+        self.mlp = layers.MLP(D, config.intermediate_size, config.activation, precision=precision, rngs=rngs)
+        scales = [nnx.Param(jnp.ones((D,), jnp.dtype(precision.param_dtype)), axes=("norm",)) for _ in range(2)]
         self.scale1, self.scale2 = scales if config.layer_scale else (None, None)
 
     def __call__(self, x_BPD, batch: PackedBatch):
@@ -132,18 +133,20 @@ def _scaled(x, scale: nnx.Param | None):
 class ViT(nnx.Module):
     """Patches of images and crops to one feature per patch; the class token keeps its place among them."""
 
-    def __init__(self, config: ViTConfig, *, numerics: layers.Numerics, rngs: nnx.Rngs):
-        self.config, self.numerics = config, numerics
-        D, dtype = config.hidden_size, jnp.dtype(numerics.param_dtype)
+    def __init__(self, config: ViTConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
+        self.config, self.precision = config, precision
+        D, dtype = config.hidden_size, jnp.dtype(precision.param_dtype)
         self.patch_embed = layers.Linear(
-            config.patch_values, D, ("patch", "embed"), bias=config.patch_bias, numerics=numerics, rngs=rngs
+            config.patch_values, D, ("patch", "embed"), bias=config.patch_bias, precision=precision, rngs=rngs
         )
         self.class_token = nnx.Param(jnp.zeros((D,), dtype), axes=("embed",)) if config.class_token else None
         places = config.grid**2 + config.class_token
-        self.positions = nnx.Param(numerics.new_weight(rngs.params(), (places, D), D), axes=("position", "embed"))
-        norm = {"eps": config.norm_eps, "numerics": numerics}
+        self.positions = nnx.Param(precision.init_weight(rngs.params(), (places, D), D), axes=("position", "embed"))
+        norm = {"eps": config.norm_eps, "precision": precision}
         self.norm_before = layers.LayerNorm(D, **norm) if config.norm_before else None
-        self.blocks = layers.LayerStack(lambda r: ViTBlock(config, numerics=numerics, rngs=r), config.depth, rngs=rngs)
+        self.blocks = layers.LayerStack(
+            lambda r: ViTBlock(config, precision=precision, rngs=r), config.depth, rngs=rngs
+        )
         self.norm_after = layers.LayerNorm(D, **norm) if config.norm_after else None
 
     def __call__(self, batch: PackedBatch) -> Float[Array, "B P D"]:
@@ -165,6 +168,6 @@ class ViT(nnx.Module):
             lambda block, x, _: (block(x, batch), None),
             x_BPD,
             [None] * config.depth if layers.is_unstacked(nnx.state(self.blocks)) else None,
-            remat=self.numerics.remat,
+            remat=self.precision.remat,
         )
         return x_BPD if self.norm_after is None else self.norm_after(x_BPD)

@@ -155,7 +155,7 @@ def _write_config(config: VLMConfig) -> dict[str, Any]:
             "bos_token_id": config.bos_token_id,
             "eos_token_id": config.eos_token_id,
             "pad_token_id": 0,
-            "initializer_range": config.numerics.initializer_range or 0.02,
+            "initializer_range": config.precision.initializer_range or 0.02,
         },
         "vision_config": {
             "model_type": "idefics2_vision",

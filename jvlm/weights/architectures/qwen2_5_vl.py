@@ -147,7 +147,7 @@ def _write_config(config: VLMConfig) -> dict[str, Any]:
         "video_token_id": config.video_token_id,
         "hidden_act": "silu",
         "hidden_size": llm.hidden_size,
-        "initializer_range": config.numerics.initializer_range or 0.02,
+        "initializer_range": config.precision.initializer_range or 0.02,
         "intermediate_size": llm.intermediate_size,
         "max_position_embeddings": llm.max_position_embeddings,
         "max_window_layers": llm.num_layers,

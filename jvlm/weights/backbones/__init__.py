@@ -24,7 +24,7 @@ from jvlm.data.tokenizers import load_tokenizer
 from jvlm.models import registry, vlm
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.vit import ViTConfig
-from jvlm.models.layers import Numerics
+from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.weights import checkpoint, safetensors_files, table, vocabulary
 from jvlm.weights.positions import resize_positions
@@ -65,7 +65,7 @@ def read_config(folder: str | Path) -> TowerConfig:
 
 
 def load(
-    folder: str | Path, config: TowerConfig, numerics: Numerics, sharding: checkpoint.ShardingOf | None = None
+    folder: str | Path, config: TowerConfig, precision: Precision, sharding: checkpoint.ShardingOf | None = None
 ) -> dict[str, nnx.Variable]:
     """Parameters of a tower, by their path in the whole model.
 
@@ -79,7 +79,7 @@ def load(
     folder = Path(folder)
     backbone, found = _open(folder)
     _check_same(folder, backbone, found, config)
-    variables, expected = _expected(backbone, found, numerics)
+    variables, expected = _expected(backbone, found, precision)
     with safetensors_files.Tensors(folder) as tensors:
         stored = checkpoint.match(tensors, backbone.canonical, expected)
         checkpoint.read_parameters(variables, expected, stored, tensors, sharding)
@@ -87,10 +87,10 @@ def load(
 
 
 def _expected(
-    backbone: Backbone, config: TowerConfig, numerics: Numerics
+    backbone: Backbone, config: TowerConfig, precision: Precision
 ) -> tuple[dict[str, nnx.Variable], list[table.Entry]]:
     """The abstract parameters of a tower, by their path in the whole model, and the tensors that they come from."""
-    build = functools.partial(registry.build, config, numerics=numerics)
+    build = functools.partial(registry.build, config, precision=precision)
     module = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
     state = nnx.to_flat_state(nnx.state(module, nnx.Param))
     variables = {".".join((backbone.tower, *map(str, path))): variable for path, variable in state}
@@ -105,7 +105,7 @@ def check_tensors(source: Path, values: dict[str, Any], shapes: dict[str, tuple[
       WeightError: naming the source, and every tensor that is wrong, missing or superfluous.
     """
     backbone, config = _family(source, values)
-    table.check(_expected(backbone, config, Numerics())[1], shapes, str(source))
+    table.check(_expected(backbone, config, Precision())[1], shapes, str(source))
 
 
 def fill(model: VLM, folders: Iterable[str | Path], sharding: checkpoint.ShardingOf | None = None) -> VLM:
@@ -114,7 +114,7 @@ def fill(model: VLM, folders: Iterable[str | Path], sharding: checkpoint.Shardin
     for folder in folders:
         backbone, _ = _open(Path(folder))
         tower = getattr(model.config, backbone.tower)
-        found = load(folder, tower, model.config.numerics, sharding)
+        found = load(folder, tower, model.config.precision, sharding)
         values.update((path, variable.get_value()) for path, variable in found.items())
     return vlm.bind(model, values)
 
@@ -125,7 +125,7 @@ def compose(
     connector: registry.ConnectorConfig,
     decoder: str | Path,
     grid: int | None = None,
-    numerics: Numerics = Numerics(),
+    precision: Precision = Precision(),
 ) -> VLMConfig:
     """The configuration of a new model from a vision tower's folder and a language model's.
 
@@ -156,7 +156,7 @@ def compose(
         vision_pad_token_id=None,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        numerics=numerics,
+        precision=precision,
     )
 
 
