@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,22 +18,17 @@ _PACKED = Path(__file__).parent / "_configs"
 FOLDER = _PACKED if _PACKED.is_dir() else Path(__file__).parents[1] / "configs"
 
 
-def load(
-    config: str,
-    overrides: Sequence[str] = (),
-    change: Callable[[Experiment], Experiment] = lambda experiment: experiment,
-) -> Experiment:
+def load(config: str, overrides: Sequence[str] = ()) -> Experiment:
     """Return the experiment of a config.
 
     Args:
       config: path of a Python file with ``get_config()``, or the name of a shipped one ("mimo_vl/easy_vqa").
       overrides: ``--field.path value ...``, as on the command line.
-      change: applied to the experiment before the overrides are.
 
     Raises:
       UserError: no such config, or it has no ``get_config`` that returns an `Experiment`; a wrong field or value.
     """
-    from jvlm.overrides import override
+    from jvlm.options import override
     from jvlm.training.config import Experiment
 
     path = find(config)
@@ -45,7 +40,7 @@ def load(
     experiment = module.get_config()
     if not isinstance(experiment, Experiment):
         raise UserError(f"get_config() of {path} returned a {type(experiment).__name__}, not an Experiment")
-    return override(change(experiment) if change else experiment, overrides, f"jvlm train {config}")
+    return override(experiment, overrides, f"jvlm train {config}") if overrides else experiment
 
 
 def find(config: str) -> Path:

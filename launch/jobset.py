@@ -32,7 +32,7 @@ class GkeSpec:
     """A run on GKE.
 
     Attributes:
-      topology: generation and shape of a slice, "v5p:4x4x4", as tools/plan.py writes it.
+      topology: generation and shape of a slice, "v5p:4x4x4", as jvlm plan writes it.
       output: gs:// folder of runs; the code goes to its sub-folder `code`.
       restarts: how often all is started again after a failure or a preemption.
       service_account: Kubernetes account that may use the bucket (workload identity).

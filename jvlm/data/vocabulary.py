@@ -9,9 +9,7 @@ import numpy as np
 
 from jvlm.errors import UserError
 
-GROW = (
-    "jvlm.load(..., grow_embedding=True), adapt.grow_embedding in an experiment, or tools/convert.py --grow-embedding"
-)
+GROW = "jvlm.load(..., grow_embedding=True), adapt.grow_embedding in an experiment, or jvlm convert --grow_embedding"
 _SHOWN = 5
 
 

@@ -1,1 +1,1 @@
-"""What tools/plan.py is made of: chips, compiled programs, their traffic, bounds, and pictures of them."""
+"""What jvlm plan is made of: chips, compiled programs, their traffic, bounds, and pictures of them."""

@@ -17,9 +17,9 @@ from jvlm.training import flops
 from jvlm.training.config import Experiment
 
 from .chips import Topology
-from .program import Compiled, branches_taken, bytes_of, devices_of, measure
-from .report import Plan, What
-from .roofline import Bound, Load, judge
+from .measure import Compiled, branch_frequency, bytes_of, devices_of, measure
+from .report import Plan, StepKind
+from .roofline import Roofline, SegmentLengths, assess
 
 DTYPE = "bfloat16"  # of served parameters, unless the command line says otherwise
 
@@ -36,7 +36,7 @@ def served(experiment: Experiment) -> Experiment:
 def rounded(config: VLMConfig, rows: int, prompt: int, patches: int, places: int) -> Sizes:
     """The bucket of shapes that the engine would compile for on a TPU. Raises ValueError for a cache too short."""
     if places < prompt:
-        raise ValueError(f"--places {places} do not hold a prompt of {prompt} tokens")
+        raise ValueError(f"--cache_len {places} does not hold a prompt of {prompt} tokens")
     step = packing.patch_step(vision_for(config, default_media(config)).patch_group, PATCH_STEP)
     return Sizes(
         rows,
@@ -47,16 +47,17 @@ def rounded(config: VLMConfig, rows: int, prompt: int, patches: int, places: int
 
 
 def plan(
-    config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: Sizes, what: What, image: int
+    config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: Sizes, step: StepKind, image: int
 ) -> Plan:
-    """Compile the engine's step, and judge; images of so many patches."""
+    """Compile a step of the engine, and bound its speed; images have ``image`` patches."""
     planned = prepare(config, asked, topology, sizes)
-    if what == "decode":
+    if step == "decode":
         compiled = compile_decode(planned, topology)
-        return Plan(topology, compiled, bound_decode(planned, compiled, topology) if compiled.fits else None, what)
-    compiled, opening = compile_prefill(planned, topology)
-    best = bound_prefill(planned, compiled, opening, topology, image) if compiled.fits else None
-    return Plan(topology, compiled, best, what, opening)
+        best = roofline_of_decode(planned, compiled, topology) if compiled.fits else None
+        return Plan(topology, compiled, best, step)
+    compiled, cache_growth = compile_prefill(planned, topology)
+    best = roofline_of_prefill(planned, compiled, cache_growth, topology, image) if compiled.fits else None
+    return Plan(topology, compiled, best, step, cache_growth)
 
 
 def prepare(config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: Sizes) -> Program:
@@ -66,17 +67,17 @@ def prepare(config: VLMConfig, asked: ParallelConfig | None, topology: Topology,
 
 
 def compile_prefill(planned: Program, topology: Topology) -> tuple[Compiled, Compiled]:
-    """The pass over the prompts, and the step after it that gives their cache the places of the answers.
+    """The pass over the prompts, and the step after it that makes room for the answers in their cache.
 
     Both caches exist together for a moment. Parameters stay.
     """
     parameters, batch, kept = (bytes_of(x) for x in (planned.leaves, planned.batch, planned.kept))
     sizes, mesh = {"parameters": parameters, "batch": batch}, planned.layout.mesh
-    taken = branches_taken(planned.config)
-    first = measure(planned.lower_prefill, mesh, topology, taken=taken, made={"cache": kept}, **sizes)
+    taken = branch_frequency(planned.config)
+    first = measure(planned.lower_prefill, mesh, topology, branch_frequency=taken, new_results={"cache": kept}, **sizes)
     opened = {"cache": bytes_of(planned.decode_arguments()[0].cache)}
     idle = parameters + batch
-    then = measure(planned.lower_begin, mesh, topology, made=opened, resident=idle, cache=kept, **sizes)
+    then = measure(planned.lower_begin, mesh, topology, new_results=opened, resident=idle, cache=kept, **sizes)
     return first, then
 
 
@@ -95,23 +96,25 @@ def compile_decode(planned: Program, topology: Topology) -> Compiled:
     )
 
 
-def bound_prefill(planned: Program, compiled: Compiled, then: Compiled, topology: Topology, image: int) -> Bound:
-    """The roofline of full rows of one prompt and images of so many patches, the opening of their cache included."""
+def roofline_of_prefill(
+    planned: Program, compiled: Compiled, cache_growth: Compiled, topology: Topology, image: int
+) -> Roofline:
+    """Return the roofline of full prompts with images of ``image`` patches, the growth of their cache included."""
     template, sizes = vlm.abstract(planned.config), planned.sizes
-    load = Load(conversation=sizes.tokens, image=image)
-    counts = load.counts(template, sizes.rows, sizes.tokens, sizes.patches)
+    lengths = SegmentLengths(conversation=sizes.tokens, image=image)
+    counts = lengths.counts(template, sizes.rows, sizes.tokens, sizes.patches)
     counts = dataclasses.replace(counts, targets=sizes.rows)  # the head sees the last token alone
     kernels = sum(work.attention for work in flops.forward(template, counts).values())
     if topology.switched:
         kernels += flops.experts(template, counts.tokens)
-    both = dataclasses.replace(compiled, hbm=compiled.hbm + then.hbm)
-    return judge(flops.inference(template, counts), kernels, counts.tokens, len(counts.frames), both, topology)
+    both = dataclasses.replace(compiled, hbm=compiled.hbm + cache_growth.hbm)
+    return assess(flops.inference(template, counts), kernels, counts.tokens, len(counts.frames), both, topology)
 
 
-def bound_decode(planned: Program, compiled: Compiled, topology: Topology) -> Bound:
+def roofline_of_decode(planned: Program, compiled: Compiled, topology: Topology) -> Roofline:
     """The roofline of a step with the whole cache filled."""
     template, sizes = vlm.abstract(planned.config), planned.sizes
     parts, kernels = flops.decoding(template, sizes.rows, sizes.places)
     if topology.switched:
         kernels += flops.experts(template, sizes.rows)
-    return judge(parts, kernels, sizes.rows, 0, compiled, topology)
+    return assess(parts, kernels, sizes.rows, 0, compiled, topology)

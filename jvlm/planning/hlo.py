@@ -95,26 +95,27 @@ class Traffic:
     Attributes:
       flops: of matrix products outside kernels, recomputation included.
       hbm: bytes read and written by instructions, as far as their text says.
-      kept: bytes that loops fill layer by layer and others read: what the backward pass needs of the forward one.
+      saved_activations: bytes that loops fill layer by layer and others read: what the backward pass needs of the
+        forward one.
     """
 
     collectives: tuple[Collective, ...]
     flops: float
     hbm: float
-    kept: float
+    saved_activations: float
 
 
-def read(text: str, taken: Mapping[str, float] = MappingProxyType({})) -> Traffic:
+def read(text: str, branch_frequency: Mapping[str, float] = MappingProxyType({})) -> Traffic:
     """The traffic of a compiled program's text (`compiled.as_text()`).
 
     Args:
-      taken: how often a branch of a conditional is taken, by what the names of the operations in it contain. Which is
-        taken is not in the text: without an entry here each branch counts, as if all were taken.
+      branch_frequency: how often a branch of a conditional is taken, by what the names of the operations in it
+        contain. That is not in the text: without an entry here each branch counts, as if all were taken.
     """
     program = _parse(text)
     partitions = int(named[1]) if (named := re.search(r"\bnum_partitions=(\d+)", text)) else 1
     found, flops, hbm = [], 0.0, 0.0
-    for name, times in _times(program, taken).items():
+    for name, times in _times(program, branch_frequency).items():
         fused = name in program.fused
         inside = {i.name: i for i in program.computations[name]}
         for one in inside.values():
@@ -125,11 +126,11 @@ def read(text: str, taken: Mapping[str, float] = MappingProxyType({})) -> Traffi
                 flops += times * _product_flops(one, inside)
             if not fused and one.opcode not in _FREE:
                 hbm += times * _moved(one, inside, program)
-    return Traffic(tuple(found), flops, hbm, _kept(program))
+    return Traffic(tuple(found), flops, hbm, _saved_activations(program))
 
 
-def _kept(program: _Program) -> float:
-    """Bytes of `Traffic.kept`. XLA for TPU reserves their place before the first loop."""
+def _saved_activations(program: _Program) -> float:
+    """Bytes of `Traffic.saved_activations`. XLA for TPU reserves their place before the first loop."""
     reserved = sum(_in_hbm(i) for i in program.computations[program.entry] if '"AllocateBuffer"' in i.rest)
     return reserved or max(map(_passed_on, program.computations.values()))
 
@@ -228,19 +229,23 @@ def _shape(kind: str, sizes: str, layout: str) -> Shape:
     return Shape(bits, tuple(int(n) for n in sizes.split(",") if n), bool(re.search(r"S\([1-9]\)", layout)))
 
 
-def _times(program: _Program, taken: Mapping[str, float]) -> dict[str, float]:
+def _times(program: _Program, branch_frequency: Mapping[str, float]) -> dict[str, float]:
     """How often each computation runs: once for each call, times the trips of the loops around it."""
     times: dict[str, float] = collections.defaultdict(float, {program.entry: 1.0})
     for name in _callers_first(program):
         for one in program.computations[name]:
             for called, trips in _calls(one, program):
-                share = _share(program.computations.get(called, []), taken) if one.opcode == "conditional" else 1.0
+                share = (
+                    _share(program.computations.get(called, []), branch_frequency)
+                    if one.opcode == "conditional"
+                    else 1.0
+                )
                 times[called] += times[name] * trips * share
     return {name: count for name, count in times.items() if count and name in program.computations}
 
 
-def _share(branch: list[Instruction], taken: Mapping[str, float]) -> float:
-    return next((share for one in branch for part, share in taken.items() if part in one.rest), 1.0)
+def _share(branch: list[Instruction], branch_frequency: Mapping[str, float]) -> float:
+    return next((share for one in branch for part, share in branch_frequency.items() if part in one.rest), 1.0)
 
 
 def _calls(one: Instruction, program: _Program) -> Iterator[tuple[str, int]]:

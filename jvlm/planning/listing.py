@@ -6,13 +6,13 @@ import difflib
 from pathlib import Path
 
 from .chips import Topology
-from .program import Compiled
+from .measure import Compiled
 
 
 def text(compiled: Compiled) -> str:
     """The mesh, then a line for each kind of collective and set of mesh axes: instructions, bytes of a chip's step."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in compiled.mesh.items())
-    lines = sorted(line for wire in compiled.wires for line in wire.listing)
+    lines = sorted(line for one in compiled.axis_traffic for line in one.listing)
     return "\n".join([mesh, *(f"  {line}" for line in lines)]) + "\n"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from .chips import GIB
-from .program import Compiled
+from .measure import Compiled
 
 COLOURS = {
     "parameters": "#3b6ea8",

@@ -8,10 +8,10 @@ from typing import Literal
 from jvlm.training.config import Experiment
 
 from .chips import GIB, Topology
-from .program import Compiled
-from .roofline import Bound
+from .measure import Compiled
+from .roofline import Roofline
 
-What = Literal["train", "prefill", "decode"]
+StepKind = Literal["train", "prefill", "decode"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,38 +19,40 @@ class Plan:
     """One step of an experiment on one topology.
 
     Attributes:
-      bound: None where it does not fit.
-      opening: after a prefill, the step that gives its cache the places of the answers.
+      roofline: None where it does not fit.
+      cache_growth: after a prefill, the step that makes room for the answers in its cache.
     """
 
     topology: Topology
     compiled: Compiled
-    bound: Bound | None
-    what: What = "train"
-    opening: Compiled | None = None
+    roofline: Roofline | None
+    step: StepKind = "train"
+    cache_growth: Compiled | None = None
 
     @property
     def fits(self) -> bool:
-        return self.compiled.fits and (self.opening is None or self.opening.fits)
+        return self.compiled.fits and (self.cache_growth is None or self.cache_growth.fits)
 
     def values(self) -> dict:
         """For JSON; bytes, FLOP and seconds."""
-        wires = [{**dataclasses.asdict(w), "bytes": w.bytes, "seconds": w.seconds} for w in self.compiled.wires]
+        axis_traffic = [
+            {**dataclasses.asdict(w), "bytes": w.bytes, "seconds": w.seconds} for w in self.compiled.axis_traffic
+        ]
         found = {
-            "what": self.what,
+            "step": self.step,
             "topology": self.topology.name,
             "chips": self.topology.chips,
             **dataclasses.asdict(self.compiled),
-            "wires": wires,
+            "axis_traffic": axis_traffic,
             "peak": self.compiled.memory.peak,
             "compile_seconds": self.compiled.seconds,
         }
-        if self.opening:
-            memory = self.opening.memory
-            found["opening"] = {**dataclasses.asdict(memory), "peak": memory.peak, "fits": self.opening.fits}
-        if self.bound:
+        if self.cache_growth:
+            memory = self.cache_growth.memory
+            found["cache_growth"] = {**dataclasses.asdict(memory), "peak": memory.peak, "fits": self.cache_growth.fits}
+        if self.roofline:
             names = ("overlapped", "serial", "limited_by")
-            found["bound"] = {**dataclasses.asdict(self.bound), **{n: getattr(self.bound, n) for n in names}}
+            found["roofline"] = {**dataclasses.asdict(self.roofline), **{n: getattr(self.roofline, n) for n in names}}
         return found
 
     def text(self, experiment: Experiment, price: float | None) -> str:
@@ -58,18 +60,18 @@ class Plan:
         compiled, topology = self.compiled, self.topology
         mesh = ", ".join(f"{axis} {size}" for axis, size in compiled.mesh.items()) or "one device"
         lines = [f"## {topology.name}: {topology.chips} chips, {mesh}", "", f"- memory of a chip: {_memory(compiled)}"]
-        if self.opening:
-            lines.append(f"- while the cache is given places for the answers: {_memory(self.opening)}")
-        if self.bound is None:
+        if self.cache_growth:
+            lines.append(f"- while the cache grows for the answers: {_memory(self.cache_growth)}")
+        if self.roofline is None:
             return "\n".join([*lines, f"- compiled in {compiled.seconds:.0f} s", ""])
-        lines += [*self._roofline(self.bound)]
-        lines += self._budget(experiment, price) if self.what == "train" else self._cost(price)
-        return "\n".join([*lines, *self._wires(), "", f"Compiled and read in {compiled.seconds:.0f} s.", ""])
+        lines += [*self._roofline(self.roofline)]
+        lines += self._budget(experiment, price) if self.step == "train" else self._cost(price)
+        return "\n".join([*lines, *self._traffic_table(), "", f"Compiled and read in {compiled.seconds:.0f} s.", ""])
 
-    def _roofline(self, best: Bound) -> list[str]:
+    def _roofline(self, best: Roofline) -> list[str]:
         total = sum(best.arithmetic.values())
         shares = ", ".join(f"{part} {100 * flop / total:.1f} %" for part, flop in best.arithmetic.items())
-        again = ", recomputation included" if self.what == "train" else ""
+        again = ", recomputation included" if self.step == "train" else ""
         lines = [
             f"- arithmetic of a step: {_amount(total)}FLOP ({shares}); a chip executes {_amount(best.executed)}FLOP "
             f"of it{again}",
@@ -77,7 +79,7 @@ class Plan:
             f"{_time(best.hbm)}, network {_time(best.network)}; {_time(best.serial)} if nothing overlapped",
         ]
         limits = f"limited by {best.limited_by}"
-        if self.what == "decode":
+        if self.step == "decode":
             rate = f"{best.tokens_per_second:,.0f} tokens a second, {1 / best.overlapped:,.1f} for each sequence"
             moved = f"{_amount(self.compiled.hbm)}B of its memory"
             return [*lines, f"- **at most {rate}** ({limits}: a chip reads and writes {moved} for a token of each)"]
@@ -89,9 +91,9 @@ class Plan:
         """What all of the experiment's steps take and cost at the bound."""
         if experiment.steps is None:
             return []
-        seconds = experiment.steps * self.bound.overlapped
+        seconds = experiment.steps * self.roofline.overlapped
         hours = seconds / 3600 * self.topology.chips
-        tokens = experiment.steps * self.bound.tokens
+        tokens = experiment.steps * self.roofline.tokens
         time = f"{hours:,.0f} chip-hours, {seconds / 86400:.1f} days"
         line = f"- {experiment.steps:,} steps, {tokens / 1e9:,.1f} G tokens: at least {time}"
         return [line + (f", {hours * price:,.0f} at {price} a chip-hour" if price else "")]
@@ -99,21 +101,21 @@ class Plan:
     def _cost(self, price: float | None) -> list[str]:
         if not price:
             return []
-        cost = price * self.topology.chips / 3600 / self.bound.tokens_per_second * 1e6
+        cost = price * self.topology.chips / 3600 / self.roofline.tokens_per_second * 1e6
         return [f"- a million tokens: at least {cost:,.2f} at {price} a chip-hour"]
 
-    def _wires(self) -> list[str]:
-        wires = self.compiled.wires
-        if not wires:
+    def _traffic_table(self) -> list[str]:
+        axis_traffic = self.compiled.axis_traffic
+        if not axis_traffic:
             return []
-        kinds = sorted({kind for wire in wires for kind in wire.kinds})
-        head = f"| {'GB' if self.what == 'train' else 'MB'} a chip sends over | {' | '.join(kinds)} | GB/s | s |"
+        kinds = sorted({kind for one in axis_traffic for kind in one.kinds})
+        head = f"| {'GB' if self.step == 'train' else 'MB'} a chip sends over | {' | '.join(kinds)} | GB/s | s |"
         lines = ["", head, "| --- |" + " ---: |" * (len(kinds) + 2)]
-        unit = 1e9 if self.what == "train" else 1e6
-        for wire in wires:
-            sizes = " | ".join(f"{wire.kinds.get(kind, 0) / unit:.2f}" for kind in kinds)
-            network = " (data centre)" if wire.network == "dcn" else ""
-            lines.append(f"| {wire.axes}{network} | {sizes} | {wire.bandwidth / 1e9:.0f} | {wire.seconds:.4f} |")
+        unit = 1e9 if self.step == "train" else 1e6
+        for one in axis_traffic:
+            sizes = " | ".join(f"{one.kinds.get(kind, 0) / unit:.2f}" for kind in kinds)
+            network = " (data centre)" if one.network == "dcn" else ""
+            lines.append(f"| {one.axes}{network} | {sizes} | {one.bandwidth / 1e9:.0f} | {one.seconds:.4f} |")
         return lines
 
 

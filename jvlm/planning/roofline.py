@@ -14,11 +14,11 @@ from jvlm.training import flops
 from jvlm.training.config import Experiment
 
 from .chips import Topology
-from .program import Compiled, Wire
+from .measure import AxisTraffic, Compiled
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
+class SegmentLengths:
     """What is assumed to be in the rows, since planning reads no data: rows are full.
 
     Attributes:
@@ -55,7 +55,7 @@ def _pieces(rows: int, length: int, piece: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bound:
+class Roofline:
     """Seconds that a step takes at least, by what limits it, each as if the others were free.
 
     Attributes:
@@ -90,10 +90,10 @@ class Bound:
         return max(("compute", "hbm", "network"), key=lambda name: getattr(self, name))
 
 
-def bound(experiment: Experiment, compiled: Compiled, topology: Topology, load: Load) -> Bound:
+def roofline(experiment: Experiment, compiled: Compiled, topology: Topology, lengths: SegmentLengths) -> Roofline:
     """The roofline of a compiled training step."""
     template, data = vlm.abstract(experiment.model), experiment.data
-    counts = load.counts(
+    counts = lengths.counts(
         template, data.rows * experiment.gradient_accumulation_steps, data.row_tokens, data.row_patches
     )
     learnt = {tower: experiment.optimizer.rate_of(tower) > 0 for tower in TOWERS}
@@ -105,21 +105,21 @@ def bound(experiment: Experiment, compiled: Compiled, topology: Topology, load: 
         passes = 2 + learnt["decoder"] + (experiment.model.precision.remat != "none")
         kernels += passes * flops.experts(template, counts.tokens)
     parts = flops.training(template, counts, learnt)
-    return judge(parts, kernels, counts.tokens, len(counts.frames), compiled, topology)
+    return assess(parts, kernels, counts.tokens, len(counts.frames), compiled, topology)
 
 
-def judge(
+def assess(
     parts: flops.Parts, kernels: float, tokens: int, images: int, compiled: Compiled, topology: Topology
-) -> Bound:
+) -> Roofline:
     """The roofline of a compiled program that needs ``parts``; ``kernels`` is FLOP that its kernels execute."""
     chip, chips = topology.chip, topology.chips
     executed = compiled.flops + kernels / chips
     compute = executed / chip.flops
     hbm = compiled.hbm / chip.hbm_bandwidth
-    network = _network(compiled.wires, topology)
+    network = _network(compiled.axis_traffic, topology)
     best = max(compute, hbm, network)
     peak = parts.total / (chips * chip.flops)
-    return Bound(
+    return Roofline(
         arithmetic={part: getattr(parts, part) for part in flops.PARTS},
         executed=executed,
         compute=compute,
@@ -134,9 +134,9 @@ def judge(
     )
 
 
-def _network(wires: Sequence[Wire], topology: Topology) -> float:
+def _network(axis_traffic: Sequence[AxisTraffic], topology: Topology) -> float:
     """Seconds of the busiest links. Axes of a torus have links of their own; those of GPUs share them."""
     seconds: Counter[str] = Counter()
-    for wire in wires:
-        seconds[wire.network if topology.switched else wire.axes] += wire.seconds
+    for one in axis_traffic:
+        seconds[one.network if topology.switched else one.axes] += one.seconds
     return max(seconds.values(), default=0.0)

@@ -17,11 +17,11 @@ REMAT = ("none", "dots", "attention", "full")
 TABLES = ("standard", "store_over_context", "replicated")  # those for training
 
 
-def search(plan: Callable, experiment: Experiment, first: Any, load: Any, seconds: float) -> str:
+def search(plan: Callable, experiment: Experiment, first: Any, lengths: Any, seconds: float) -> str:
     """What was tried around a plan, as Markdown, and the best of it.
 
     Args:
-      plan: (experiment, topology, load) -> a plan with ``topology``, ``compiled`` and ``bound``.
+      plan: (experiment, topology, lengths) -> a plan with ``topology``, ``compiled`` and ``bound``.
       seconds: no new compilation begins after; at least one is tried.
     """
     ends = time.monotonic() + seconds
@@ -32,7 +32,7 @@ def search(plan: Callable, experiment: Experiment, first: Any, load: Any, second
             lines.append("| (out of time) | | | |")
             break
         try:
-            found = plan(changed, topology, load)
+            found = plan(changed, topology, lengths)
         except ValueError as error:
             lines.append(f"| {what} | {str(error).splitlines()[0][:80]} | | |")
             continue
@@ -86,7 +86,7 @@ def _row(what: str, plan: Any) -> str:
     size = f"{plan.compiled.memory.peak / GIB:.1f} of {plan.compiled.limit / GIB:.1f}"
     if not plan.compiled.fits:
         return f"| {what} | {size}, does not fit | | |"
-    return f"| {what} | {size} | {100 * plan.bound.mfu:.1f} % | {plan.bound.tokens_per_second:,.0f} |"
+    return f"| {what} | {size} | {100 * plan.roofline.mfu:.1f} % | {plan.roofline.tokens_per_second:,.0f} |"
 
 
 def _verdicts(first: Any, fitting: list) -> list[str]:
@@ -95,7 +95,7 @@ def _verdicts(first: Any, fitting: list) -> list[str]:
     here = [t for t in fitting if t[2].topology == first.topology]
     lines = []
     if here:
-        fastest = max(here, key=lambda t: t[2].bound.tokens_per_second)
+        fastest = max(here, key=lambda t: t[2].roofline.tokens_per_second)
         largest = max(here, key=lambda t: t[1].data.rows)
         lines.append(f"Fastest bound of what fits on {first.topology.name}: {fastest[0]}.")
         lines.append(f"Largest batch tried that fits: {largest[1].data.rows} rows.")

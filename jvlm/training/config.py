@@ -190,7 +190,7 @@ class Experiment:
       encoder_from, decoder_from: Hugging Face folders of a vision tower and a language model whose weights take the
         place of the random ones (`jvlm.weights.backbones`).
       tokenizer: folder of the tokenizer, when training from random weights.
-      topologies: pods that it is made for, as tools/plan.py names them ("v5p:4x4x4"), which says how it fits there.
+      topologies: pods that it is made for, as jvlm plan names them ("v5p:4x4x4"), which says how it fits there.
       parallel: the mesh of devices, and what is split over its axes; a restart may change it.
       steps: optimizer steps; None derives them from ``epochs``.
       epochs: passes over the data, used when ``steps`` is None; the number of steps is estimated by packing a sample.

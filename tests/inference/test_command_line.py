@@ -106,7 +106,7 @@ def test_a_value_that_is_no_number_is_one_message(tiny, folder, capsys, option):
     with pytest.raises(SystemExit) as status:
         run(tiny, "--prompt", "a", option, "many")
     assert status.value.code == 2
-    assert f"argument {option}: invalid" in capsys.readouterr().err
+    assert f"Error parsing {option}: " in capsys.readouterr().err
 
 
 ROWS = [

@@ -18,8 +18,8 @@ from jvlm.models.layers import Precision
 from jvlm.parallel.mesh import ParallelConfig, make_mesh
 from jvlm.planning import generation, gpus, hlo
 from jvlm.planning.chips import Topology
-from jvlm.planning.program import compile_step, devices_of, measure
-from jvlm.planning.roofline import Load, bound
+from jvlm.planning.measure import compile_step, devices_of, measure
+from jvlm.planning.roofline import SegmentLengths, roofline
 from tests.parallel import models
 from tests.tools import planned_generation
 
@@ -50,8 +50,14 @@ def known() -> dict:
         jax.ShapeDtypeStruct((STEPS, WIDTH, WIDTH), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, "fsdp"))),
     )
     found = measure(lambda: jax.jit(split).lower(*arguments), mesh, topology)
-    wires = {wire.axes: [dict(wire.kinds), wire.bandwidth, wire.network] for wire in found.wires}
-    return {"flops": found.flops, "hbm": found.hbm, "fits": found.fits, "limit": found.limit, "wires": wires}
+    axis_traffic = {one.axes: [dict(one.kinds), one.bandwidth, one.network] for one in found.axis_traffic}
+    return {
+        "flops": found.flops,
+        "hbm": found.hbm,
+        "fits": found.fits,
+        "limit": found.limit,
+        "axis_traffic": axis_traffic,
+    }
 
 
 def refused() -> list:
@@ -71,10 +77,15 @@ def step() -> dict:
     experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, precision=precision))
     found = compile_step(experiment, topology)
     parameters = vlm.parameters(vlm.abstract(experiment.model)).values()
-    best = bound(experiment, found, topology, Load(conversation=128, image=48))
-    wires = [[wire.network, wire.seconds] for wire in found.wires]
+    best = roofline(experiment, found, topology, SegmentLengths(conversation=128, image=48))
+    axis_traffic = [[one.network, one.seconds] for one in found.axis_traffic]
     sizes = dataclasses.asdict(found.memory)
-    return {**sizes, "wires": wires, "network": best.network, "count": sum(v.get_value().size for v in parameters)}
+    return {
+        **sizes,
+        "axis_traffic": axis_traffic,
+        "network": best.network,
+        "count": sum(v.get_value().size for v in parameters),
+    }
 
 
 def products() -> int:

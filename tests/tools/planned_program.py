@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jvlm.parallel.mesh import ParallelConfig, make_mesh
 from jvlm.planning.chips import Topology
-from jvlm.planning.program import available_memory, devices_of, measure
+from jvlm.planning.measure import available_memory, devices_of, measure
 
 STEPS, ROWS, WIDTH = 7, 256, 512
 
@@ -41,11 +41,17 @@ def main() -> None:
     found = measure(lambda: jax.jit(split).lower(*arguments), mesh, topology)
     huge = jax.ShapeDtypeStruct((1 << 18, 1 << 16), jnp.float32, sharding=NamedSharding(mesh, P()))
     refused = measure(lambda: jax.jit(lambda x: jnp.sin(x) @ x.T).lower(huge), mesh, topology)
-    wires = {
-        wire.axes: {"kinds": dict(wire.kinds), "bandwidth": wire.bandwidth, "network": wire.network}
-        for wire in found.wires
+    axis_traffic = {
+        one.axes: {"kinds": dict(one.kinds), "bandwidth": one.bandwidth, "network": one.network}
+        for one in found.axis_traffic
     }
-    answer = {"flops": found.flops, "hbm": found.hbm, "fits": found.fits, "wires": wires, "mesh": dict(found.mesh)}
+    answer = {
+        "flops": found.flops,
+        "hbm": found.hbm,
+        "fits": found.fits,
+        "axis_traffic": axis_traffic,
+        "mesh": dict(found.mesh),
+    }
     limit = available_memory(topology, devices[0])
     answer |= {"limit": limit, "refused": [refused.fits, refused.memory.peak], "slices": two_slices()}
     json.dump(answer, sys.stdout)
@@ -59,7 +65,7 @@ def two_slices() -> list[dict]:
     sharding = NamedSharding(mesh, P(("data", "fsdp")))
     argument = jax.ShapeDtypeStruct((8 * ROWS, WIDTH), jnp.float32, sharding=sharding)
     found = measure(lambda: jax.jit(summed).lower(argument), mesh, topology)
-    return [{"axes": wire.axes, "kinds": dict(wire.kinds), "network": wire.network} for wire in found.wires]
+    return [{"axes": one.axes, "kinds": dict(one.kinds), "network": one.network} for one in found.axis_traffic]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import sys
 
 from jvlm import configs
 from jvlm.planning.chips import Topology
-from jvlm.planning.program import available_memory, bytes_of, devices_of
+from jvlm.planning.measure import available_memory, bytes_of, devices_of
 from jvlm.training import compiled_step
 
 

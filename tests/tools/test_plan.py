@@ -12,7 +12,7 @@ from PIL import Image
 
 from jvlm.planning import hlo, picture
 from jvlm.planning.chips import GIB, Topology, smaller
-from jvlm.planning.program import Compiled, Memory
+from jvlm.planning.measure import Compiled, Memory
 from tests import support
 
 with_compiler = functools.partial(support.with_compiler, "tpu-compiler")
@@ -35,17 +35,17 @@ def test_bytes_are_counted_by_kind_and_mesh_axis(known):
     bfloat16, float32 = 2, 4  # XLA casts the weight to what the product wants before it sends it
     gathered = 7 * (512 * 512 * bfloat16) * 3 / 4
     summed = 7 * 2 * (256 * 512 * float32) * 3 / 4
-    assert known["wires"]["outer"]["kinds"] == {"all-gather": gathered}
-    assert known["wires"]["inner"]["kinds"] == {"all-reduce": summed}
-    for wire in known["wires"].values():
-        assert wire["network"] == "ici"
-        assert wire["bandwidth"] == 45e9  # four chips in a line of a torus that is not closed: one link each way
+    assert known["axis_traffic"]["outer"]["kinds"] == {"all-gather": gathered}
+    assert known["axis_traffic"]["inner"]["kinds"] == {"all-reduce": summed}
+    for one in known["axis_traffic"].values():
+        assert one["network"] == "ici"
+        assert one["bandwidth"] == 45e9  # four chips in a line of a torus that is not closed: one link each way
 
 
 def test_what_slices_send_each_other_is_found(known):
-    (wire,) = known["slices"]
-    assert (wire["axes"], wire["network"]) == ("data", "dcn")
-    assert wire["kinds"] == {"all-reduce": 256 * 512 * 4}  # two of them: half is sent, and half of the sum comes back
+    (one,) = known["slices"]
+    assert (one["axes"], one["network"]) == ("data", "dcn")
+    assert one["kinds"] == {"all-reduce": 256 * 512 * 4}  # two of them: half is sent, and half of the sum comes back
 
 
 def test_memory_traffic_is_that_of_the_arguments_and_what_does_not_stay_on_the_chip(known):
@@ -166,7 +166,7 @@ def test_a_stage_fits_its_pod_and_sends_what_is_written_down(tmp_path):
     assert found["peak"] < 0.5 * found["limit"]
     assert found["memory"]["parameters"] >= 4 * 8_306_217_216 / 64
     # forward, and backward through a frozen decoder, which is computed once more on the way
-    assert 1.3 < found["bound"]["executed"] * 64 / sum(found["bound"]["arithmetic"].values()) < 1.5
+    assert 1.3 < found["roofline"]["executed"] * 64 / sum(found["roofline"]["arithmetic"].values()) < 1.5
 
 
 def test_every_stage_lies_on_the_pods_it_names_with_room_for_its_activations(stages):
@@ -221,21 +221,19 @@ def test_a_step_of_decoding_reads_parameters_and_cache_once_and_copies_neither(
     assert plan["flops"] == pytest.approx(2 * ROWS * matrices / CHIPS, rel=1e-3)
     attention = 4 * LAYERS * ROWS * PLACES * HEADS * HEAD
     unchosen = 6 * 3 * WIDTH * 8192 if case == "experts" else 0  # of eight, two are needed, and all are computed
-    assert sum(plan["bound"]["arithmetic"].values()) == 2 * ROWS * (matrices - unchosen) + attention
-    assert plan["bound"]["tokens"] == ROWS
+    assert sum(plan["roofline"]["arithmetic"].values()) == 2 * ROWS * (matrices - unchosen) + attention
+    assert plan["roofline"]["tokens"] == ROWS
 
 
 @pytest.mark.parametrize(("case", "kv_heads", "vocabulary"), [("even", 8, 4096), ("odd", 4, 4097)])
 def test_a_step_of_decoding_gathers_no_parameter(decoding, case, kv_heads, vocabulary):
-    (wire,) = decoding[case]["wires"]
+    (one,) = decoding[case]["axis_traffic"]
     # after attention and MLP of each layer; and the token's embedding, or the scores where the vocabulary is not split
     around = 2 * (CHIPS - 1) / CHIPS
     last = WIDTH * BFLOAT16 if case == "even" else vocabulary * FLOAT32
-    assert wire["kinds"]["all-reduce"] == pytest.approx(
-        around * ROWS * (2 * LAYERS * WIDTH * BFLOAT16 + last), rel=0.01
-    )
+    assert one["kinds"]["all-reduce"] == pytest.approx(around * ROWS * (2 * LAYERS * WIDTH * BFLOAT16 + last), rel=0.01)
     key_matrix = WIDTH * kv_heads * HEAD * BFLOAT16
-    assert sum(size for kind, size in wire["kinds"].items() if kind != "all-reduce") < key_matrix
+    assert sum(size for kind, size in one["kinds"].items() if kind != "all-reduce") < key_matrix
 
 
 def test_a_search_for_better_steps_of_decoding_is_refused_by_name():

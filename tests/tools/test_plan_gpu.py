@@ -26,7 +26,7 @@ def test_products_and_collectives_count_as_often_as_their_loop_runs(found):
     assert known["flops"] == 7 * 2 * 256 * 512 * 512
     gathered = 7 * (512 * 512 * BFLOAT16) * 3 / 4
     summed = 7 * 2 * (256 * 512 * BFLOAT16) / 2
-    assert known["wires"] == {
+    assert known["axis_traffic"] == {
         # of a group of four, two in each machine: each has a card of its own
         "fsdp": [{"all-gather": gathered}, 2 * 50e9, "dcn"],
         "tensor": [{"all-reduce": summed}, 450e9, "nvlink"],
@@ -76,11 +76,11 @@ def test_experts_products_are_kernels_and_not_of_every_row_with_every_expert(fou
 def test_what_goes_over_the_same_links_is_added_up(found):
     """Over `fsdp` and over `fsdp` and `context` together, each of the machines' cards; over `context`, NVLink."""
     seconds = {"dcn": 0.0, "nvlink": 0.0}
-    for network, time in found["step"]["wires"]:
+    for network, time in found["step"]["axis_traffic"]:
         seconds[network] += time
     assert 0 < seconds["nvlink"] < seconds["dcn"]
     assert found["step"]["network"] == pytest.approx(seconds["dcn"])
-    assert max(time for _, time in found["step"]["wires"]) < seconds["dcn"]
+    assert max(time for _, time in found["step"]["axis_traffic"]) < seconds["dcn"]
 
 
 def test_the_network_between_machines_may_be_said():

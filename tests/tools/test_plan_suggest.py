@@ -8,12 +8,12 @@ from jvlm import configs
 from jvlm.models import vlm
 from jvlm.planning import suggest
 from jvlm.planning.chips import GIB, Topology
-from jvlm.planning.roofline import Load
+from jvlm.planning.roofline import SegmentLengths
 
 WEIGHTS = {"none": 4.0, "dots": 3.0, "attention": 2.0, "full": 1.0}
 
 
-def plan(experiment, topology, load):
+def plan(experiment, topology, lengths):
     """Memory grows with rows for each chip, less where more is computed again; that costs speed."""
     size = WEIGHTS[experiment.model.precision.remat] * experiment.data.rows / topology.chips * GIB
     mesh = {"fsdp": 16, "context": 4} if experiment.parallel.context > 1 else {"fsdp": 64}
@@ -21,7 +21,7 @@ def plan(experiment, topology, load):
     compiled = types.SimpleNamespace(mesh=mesh, memory=memory, limit=10 * GIB, fits=size <= 10 * GIB)
     speed = WEIGHTS[experiment.model.precision.remat] * topology.chips
     return types.SimpleNamespace(
-        topology=topology, compiled=compiled, bound=types.SimpleNamespace(mfu=0.5, tokens_per_second=speed)
+        topology=topology, compiled=compiled, roofline=types.SimpleNamespace(mfu=0.5, tokens_per_second=speed)
     )
 
 
@@ -77,6 +77,6 @@ def test_full_rows_have_the_features_that_their_pictures_become(config, fields, 
     experiment = configs.load(config, fields)
     data = experiment.data
     image = data.max_frame_patches or 27 * 27 + 1
-    load = Load(data.row_tokens, image)
-    counts = load.counts(vlm.abstract(experiment.model), 3, data.row_tokens, data.row_patches)
+    lengths = SegmentLengths(data.row_tokens, image)
+    counts = lengths.counts(vlm.abstract(experiment.model), 3, data.row_tokens, data.row_patches)
     assert (counts.features, counts.targets) == (3 * features, 3 * (data.row_tokens - features))

@@ -14,7 +14,7 @@ from jvlm.models.layers import Precision
 from jvlm.weights import backbones
 from jvlm.weights.single_files import unpack
 from jvlm.weights.table import WeightError
-from tests.support import ROOT, make_tokenizer, run_python
+from tests.support import make_tokenizer, run_python
 
 SMALL = {
     "hidden_size": 32,
@@ -285,11 +285,11 @@ def test_damaged_onnx_files_and_mistaken_paths_are_one_line_of_the_tool(tmp_path
     calls = [["m.onnx", "new"], ["m.gguf", "new"], ["absent.gguf", "new"], ["m.gguf", "taken"]]
     arguments = [[str(tmp_path / name) for name in call] for call in calls]
     out = run_python(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.stderr = sys.stdout\n"
-        f"from tools.convert import main\nfor call in {arguments!r}: print(main(call))"
+        "import sys; sys.stderr = sys.stdout\n"
+        f"from jvlm.cli import main\nfor call in {arguments!r}: print(main(['convert', *call]))"
     ).splitlines()
     assert len(out) == 8
     assert out[1::2] == ["2"] * 4
     for line, call in zip(out[::2], calls, strict=True):
-        assert line.startswith("convert: ")
+        assert line.startswith("jvlm: ")
         assert call[0] in line or call[1] in line

@@ -54,7 +54,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Wire:
+class AxisTraffic:
     """What each chip sends over one set of mesh axes in a step, by kind of collective.
 
     Attributes:
@@ -101,7 +101,7 @@ class Compiled:
     limit: float
     flops: float
     hbm: float
-    wires: tuple[Wire, ...]
+    axis_traffic: tuple[AxisTraffic, ...]
     seconds: float
 
 
@@ -131,11 +131,11 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
         parameters=bytes_of((planned.state.params, planned.frozen)),
         optimizer=bytes_of(planned.state.optimizer),
         batch=bytes_of(planned.batches),
-        taken=branches_taken(experiment.model),
+        branch_frequency=branch_frequency(experiment.model),
     )
 
 
-def branches_taken(model: VLMConfig) -> dict[str, float]:
+def branch_frequency(model: VLMConfig) -> dict[str, float]:
     """How often the branches of a model's conditionals are taken, as `hlo.read` wants it."""
     encoder = model.encoder
     if not isinstance(encoder, QwenViTConfig):
@@ -149,16 +149,16 @@ def measure(
     mesh: Mesh,
     topology: Topology,
     *,
-    taken: Mapping[str, float] = MappingProxyType({}),
-    made: Mapping[str, float] = MappingProxyType({}),
+    branch_frequency: Mapping[str, float] = MappingProxyType({}),
+    new_results: Mapping[str, float] = MappingProxyType({}),
     resident: float = 0.0,
     **sizes: float,
 ) -> Compiled:
     """Compile what ``lower()`` lowers.
 
     Args:
-      taken: see `hlo.read`.
-      made: parts of its results that are no arguments again, in bytes of a device.
+      branch_frequency: see `hlo.read`.
+      new_results: parts of its results that are no arguments again, in bytes of a device.
       resident: bytes of ``sizes`` that are no arguments of it, but in memory all the same.
       sizes: the parts of its arguments, and of what is resident, in bytes of a device.
     """
@@ -166,8 +166,10 @@ def measure(
     cores = mesh.size // topology.chips
     shape = {axis: size for axis, size in mesh.shape.items() if size > 1}
     limit = available_memory(topology, mesh.devices.flat[0])
-    known = sum(sizes.values()) - resident + sum(made.values())
-    sizes = {n: cores * (sizes.get(n, 0.0) + made.get(n, 0.0)) for n in (*sizes, *(set(made) - set(sizes)))}
+    known = sum(sizes.values()) - resident + sum(new_results.values())
+    sizes = {
+        n: cores * (sizes.get(n, 0.0) + new_results.get(n, 0.0)) for n in (*sizes, *(set(new_results) - set(sizes)))
+    }
     if sum(sizes.values()) > cores * limit:  # the compiler would find out too, minutes later
         return Compiled(shape, Memory(**sizes), False, cores * limit, 0.0, 0.0, (), time.perf_counter() - began)
     # on TPUs the compiler's topology says all that is asked
@@ -180,15 +182,15 @@ def measure(
         memory = Memory(**sizes, temporary=cores * _temporaries(str(error), known))
         return Compiled(shape, memory, False, cores * limit, 0.0, 0.0, (), time.perf_counter() - began)
     found = compiled.memory_analysis()
-    traffic = hlo.read(compiled.as_text(), taken)
+    traffic = hlo.read(compiled.as_text(), branch_frequency)
     # Two figures, each of which may be too high. The most that lives at a time, which the compiler holds against its
     # limit, has in it what is fetched ahead into memory of the core. `temp_size_in_bytes` counts places that are used
     # one after the other as if they were used together.
-    fresh = found.output_size_in_bytes - found.alias_size_in_bytes - sum(made.values())
+    fresh = found.output_size_in_bytes - found.alias_size_in_bytes - sum(new_results.values())
     beside = found.temp_size_in_bytes + fresh
     if not topology.switched:  # a GPU's program takes its temporary memory in one piece
         beside = min(beside, found.peak_memory_in_bytes - known)
-    kept = max(traffic.kept - sum(made.values()), 0.0)  # results may be filled layer by layer too
+    kept = max(traffic.saved_activations - sum(new_results.values()), 0.0)  # results may be filled layer by layer too
     memory = Memory(
         **sizes,
         activations=cores * kept,
@@ -202,7 +204,7 @@ def measure(
         limit=cores * limit,
         flops=cores * traffic.flops,
         hbm=cores * traffic.hbm,
-        wires=_wires(traffic, mesh, topology),
+        axis_traffic=_by_axes(traffic, mesh, topology),
         seconds=time.perf_counter() - began,
     )
 
@@ -243,7 +245,7 @@ def bytes_of(tree: Any) -> float:
     )
 
 
-def _wires(traffic: hlo.Traffic, mesh: Mesh, topology: Topology) -> tuple[Wire, ...]:
+def _by_axes(traffic: hlo.Traffic, mesh: Mesh, topology: Topology) -> tuple[AxisTraffic, ...]:
     """Bytes by the mesh axes along which the devices of each collective lie."""
     kinds: dict[str, dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -259,10 +261,11 @@ def _wires(traffic: hlo.Traffic, mesh: Mesh, topology: Topology) -> tuple[Wire, 
         kinds[axes][one.kind] += one.times * sent
         counts[axes][one.kind] += 1
     # plain dicts: dataclasses.asdict of Python 3.11 copies no others
-    wires = (
-        Wire(axes, dict(found), dict(counts[axes]), *_bandwidth(axes, mesh, topology)) for axes, found in kinds.items()
+    axis_traffic = (
+        AxisTraffic(axes, dict(found), dict(counts[axes]), *_bandwidth(axes, mesh, topology))
+        for axes, found in kinds.items()
     )
-    return tuple(sorted(wires, key=lambda wire: -wire.seconds))
+    return tuple(sorted(axis_traffic, key=lambda one: -one.seconds))
 
 
 def _between_slices(mesh: Mesh) -> str:

@@ -1,0 +1,92 @@
+"""The command line: `main` finds the command; each has a file, which parses its options, calls the library, prints."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import io
+import os
+import sys
+import traceback
+
+import jvlm
+from jvlm.cli.errors import NOT_CRASHES, print_error
+from jvlm.errors import UserError
+
+# A command's module has the dataclass of its options and ``run(words) -> exit status``. It is imported when it is
+# called: the list of commands needs neither jax nor a parser.
+COMMANDS = {
+    "train": ("jvlm.cli.train", "train, score, export and report an experiment"),
+    "configs": ("jvlm.cli.configs", "list the experiments that come with jvlm"),
+    "plan": ("jvlm.cli.plan", "compile a step for TPUs or GPUs that are not here: memory, traffic, bounds on speed"),
+    "replay": ("jvlm.cli.replay", "find the tower and the conversation of a stopped run that are not finite"),
+    "generate": ("jvlm.cli.generate", "answer one prompt, or every line of a JSONL file"),
+    "chat": ("jvlm.cli.chat", "talk with a model in the terminal"),
+    "convert": ("jvlm.cli.convert", "write a checkpoint as a Hugging Face folder, in another dtype or layout"),
+    "data check": ("jvlm.cli.data_check", "count examples that can and cannot be used, and say why"),
+    "data shard": ("jvlm.cli.data_shard", "write examples and their pictures as ArrayRecord shards"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status.
+
+    A `UserError` is printed as one message. Every other exception is a crash and leaves this function: Python prints
+    its traceback and exits with status 1, after which a launcher may run the command again.
+
+    0 done; 1 a crash; 2 a user error, which the same command meets again; 3 done, but the scores are below an aim of
+    the experiment; 75 training was asked to stop (SIGTERM, Ctrl-C, preemption), has saved, and goes on with the same
+    command; 130 a second Ctrl-C, and nothing is saved; 141 nobody reads the output any more.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = words[:1] == ["--traceback"]
+    _print_anything()
+    try:
+        return _run(words[show_traceback:], show_traceback)
+    except BrokenPipeError:
+        # whoever read the output has seen enough; closing it at the end must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except NOT_CRASHES as error:
+        if show_traceback:
+            traceback.print_exc()
+        return print_error(error)
+
+
+def _run(words: list[str], show_traceback: bool) -> int:
+    if words[:1] == ["--version"]:
+        print(jvlm.__version__)
+        return 0
+    if not words or words[0] in ("-h", "--help"):
+        print(_list(COMMANDS))
+        return 0
+    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
+    if name not in COMMANDS:
+        group = {command: COMMANDS[command] for command in COMMANDS if command.split()[0] == name}
+        if group and (len(words) == 1 or words[1] in ("-h", "--help")):
+            print(_list(group))
+            return 0
+        typed = " ".join(words[:2]) if group else name
+        near = difflib.get_close_matches(typed, group or COMMANDS, n=1)
+        hint = f"did you mean jvlm {near[0]}?" if near else f"there are {', '.join(group or COMMANDS)}"
+        raise UserError(f"no command {typed!r}; {hint}")
+    module, _ = COMMANDS[name]
+    run, words = importlib.import_module(module).run, words[len(name.split()) :]
+    # of several processes each ends by itself, and so shows its own error
+    return run(words, show_traceback=show_traceback) if name == "train" else run(words)
+
+
+def _list(commands: dict[str, tuple[str, str]]) -> str:
+    lines = "\n".join(f"  {name:<12} {line}" for name, (_, line) in commands.items())
+    return (
+        "usage: jvlm [--traceback] COMMAND ...\n\nTrain, run and export vision-language models in JAX.\n\n"
+        f"{lines}\n\njvlm COMMAND --help shows a command's options; --traceback, before the command, where an error\n"
+        "came from; jvlm --version the version."
+    )
+
+
+def _print_anything() -> None:
+    """Escape what the terminal's encoding lacks; without this such a character ends an answer."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

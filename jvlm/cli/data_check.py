@@ -1,0 +1,100 @@
+"""``jvlm data check``: what training would do with data."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tyro.conf import Positional
+
+from jvlm import configs
+from jvlm.data.pipeline import DataConfig
+from jvlm.errors import UserError
+from jvlm.options import parse_with
+
+if TYPE_CHECKING:
+    from jvlm.data.processor import Processor
+
+PROGRAM = "jvlm data check"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataCheck:
+    """Count examples that can and cannot be used, and say why. Settings of the data are options too, as in training.
+
+    Attributes:
+      files: JSONL or ArrayRecord files, or globs; without any, the data of --config and of its stages.
+      model: folder whose tokenizer and picture limits to count tokens with.
+      config: check as this experiment would train: a Python file, or the name of a shipped config. All of its fields
+        are options then.
+      media_root: folder for relative picture paths, after the data file's own.
+      verbose: print every example that cannot be used.
+      output: JSONL file to write every example to that cannot be used.
+    """
+
+    files: Positional[tuple[str, ...]] = ()
+    model: str | None = None
+    config: str | None = None
+    media_root: str | None = None
+    verbose: bool = False
+    output: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFields:
+    """Settings of the data.
+
+    Attributes:
+      data: as in an experiment.
+    """
+
+    data: DataConfig = DataConfig()
+
+
+def run(words: list[str]) -> int:
+    config = _config_of(words)
+    base = DataFields() if config is None else configs.load(config)
+    options, fields = parse_with(DataCheck(), base, words, PROGRAM)
+    from jvlm.data.check import check
+    from jvlm.data.rejections import writing
+
+    status = 0
+    runs = _data_to_check(options, fields)
+    files = [pattern for _, data, _, _ in runs for pattern in data.train]
+    with writing(options.output, files, verbose=options.verbose) as on_rejected:
+        for name, data, processor, seed in runs:
+            report = check(data.train, processor, data, seed=seed, on_rejected=on_rejected)
+            print(f"{name}:\n{report.text()}" if len(runs) > 1 else report.text(), flush=True)
+            status = 1 if report.usable < report.rows else status
+    return status
+
+
+def _config_of(words: Sequence[str]) -> str | None:
+    """Return the value of --config, which decides what the other options are."""
+    for word, value in zip(words, [*words, None][1:], strict=True):
+        if word == "--config":
+            return value
+        found = re.fullmatch("--config=(.*)", word)
+        if found:
+            return found[1]
+    return None
+
+
+def _data_to_check(options: DataCheck, fields) -> list[tuple[str, DataConfig, Processor | None, int]]:
+    """Return (name, data, processor, seed) of the files' data, or of each stage of an experiment."""
+    from jvlm.training import loop, processors
+
+    given = {"train": options.files} if options.files else {}
+    given |= {"media_root": options.media_root} if options.media_root else {}
+    processor = None if options.model is None else processors.load(options.model)
+    if options.config is None:
+        runs = [("data", fields.data, 0)]
+    else:
+        runs = [(run.name, run.data, run.seed) for run in ([fields] if options.files else loop.runs_of(fields))]
+        processor = processor or processors.of_experiment(fields)
+    runs = [(name, dataclasses.replace(data, **given), processor, seed) for name, data, seed in runs]
+    if not all(data.train for _, data, _, _ in runs):
+        raise UserError("no data to check: give files, or a --config that names them as data.train")
+    return runs

@@ -1,0 +1,200 @@
+"""``jvlm plan``: what a step needs on TPUs or GPUs that are not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional
+
+from jvlm import configs
+from jvlm.cli.experiment import split_words
+from jvlm.errors import UserError
+from jvlm.options import FLAT, parse, parse_with
+
+if TYPE_CHECKING:
+    from jvlm.inference.program import Sizes
+    from jvlm.planning.report import Plan
+    from jvlm.planning.roofline import SegmentLengths
+    from jvlm.training.config import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """What to compile, for which chips, and what to write.
+
+    Attributes:
+      what: the step to compile.
+      topology: v5p:4x4x4, v6e:16x16*2 for two slices, h200:8x8 for eight machines of eight GPUs; none takes the
+        config's.
+      network: GB/s of a chip between machines of GPUs, or between slices; None takes the chip's data sheet.
+      conversation: tokens of a conversation; None takes the longest there may be.
+      image: patches of an image; None takes the most there may be.
+      batch_size: prefill and decode: sequences that run together.
+      prompt: prefill: tokens of a prompt; None takes a packed sequence of the config.
+      patches: prefill: patches of a prompt; None takes those of a packed sequence of the config.
+      cache_len: prefill and decode: tokens that the cache has room for; None takes the prompt's.
+      price: of a chip-hour.
+      suggest: minutes in which to try other topologies, settings and batches of the training step.
+      collectives: folder whose lists of collectives to compare with.
+      update: write those lists instead.
+      json: JSON file to write.
+      picture: PNG file to write.
+    """
+
+    what: Literal["train", "prefill", "decode"] = "train"
+    topology: tuple[str, ...] = ()
+    network: float | None = None
+    conversation: int | None = None
+    image: int | None = None
+    batch_size: int = 8
+    prompt: int | None = None
+    patches: int | None = None
+    cache_len: int | None = None
+    price: float | None = None
+    suggest: float | None = None
+    collectives: Path | None = None
+    update: bool = False
+    json: Path | None = None
+    picture: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanCommand:
+    """Compile an experiment's steps for TPUs or GPUs that are not here; print what they need and how fast they may be.
+
+        jvlm plan mimo_vl/stage4 --price 4.2 --picture plan.png --topology v5p:4x4x4 v6e:16x16
+        jvlm plan mimo_vl/stage4 --topology h200:8x8 --network 25
+        jvlm plan mimo_vl/stage4 --topology v5p:4x4x4 --suggest 20 --data.rows 64
+        jvlm plan mimo_vl/stage4 --what decode --topology v5e:2x4 --batch_size 64 --cache_len 8192
+        jvlm plan mimo_vl/stage4 --what prefill --topology v5e:2x4 --batch_size 1 --prompt 32768 --patches 65536
+
+    Neither TPUs nor GPUs are used: their compilers are (pip install libtpu; jax-cuda13-pjrt and jax-cuda13-plugin of
+    jax's version). Memory is the compiler's. Times are bounds from the chips' data sheets: nothing was measured, and
+    no run will be faster. Fields of the experiment are options too: `jvlm plan CONFIG --help` lists them.
+
+    Attributes:
+      config: a Python file with get_config(), or the name of a shipped one, as `jvlm configs` lists them.
+      options: what to compile, for which chips, and what to write.
+    """
+
+    config: Positional[str]
+    options: Annotated[PlanOptions, FLAT] = PlanOptions()
+
+
+def run(words: list[str]) -> int:
+    from jvlm.planning.environment import WITHOUT_A_GPU, WITHOUT_A_TPU
+
+    os.environ.update(WITHOUT_A_TPU | WITHOUT_A_GPU)  # before JAX is imported
+    words = [word for word in words if word != "--"]
+    options, config, fields = split_words(PlanOptions, words, "jvlm plan")
+    if config is None:
+        parse(PlanCommand, words, "jvlm plan")  # prints the help
+    from jvlm.planning import generation
+    from jvlm.planning.plan import plannable
+
+    experiment = configs.load(config)
+    if options.what != "train":
+        experiment = generation.served(experiment)
+    _, experiment = parse_with(PlanCommand(config, options), experiment, fields, f"jvlm plan {config}")
+    experiment = plannable(experiment, config)
+    mesh_given = any(word.startswith("--parallel.") for word in fields)
+    plans, changed = _plans(options, experiment, config, mesh_given)
+    if options.json:
+        options.json.write_text(json.dumps([plan.values() for plan in plans], indent=2) + "\n")
+    if options.picture:
+        from jvlm.planning import picture
+
+        bars = [(plan.topology.name, plan.compiled) for plan in plans]
+        step = "training" if options.what == "train" else options.what
+        picture.draw(options.picture, f"{experiment.name}: memory of a chip, {step}", bars)
+    return 0 if all(plan.fits for plan in plans) and not changed else 1
+
+
+def _plans(options: PlanOptions, experiment: Experiment, config: str, mesh_given: bool) -> tuple[list[Plan], bool]:
+    """Print the plan of each topology; returns them, and whether collectives differ from what is written down."""
+    from jvlm.planning import generation, suggest
+    from jvlm.planning.chips import Topology
+    from jvlm.planning.plan import assumed_lengths, plan_training
+
+    if options.suggest and options.what != "train":
+        raise UserError(f"--suggest looks for better training steps; it cannot be given with --what {options.what}")
+    names = options.topology or experiment.topologies
+    if not names:
+        raise UserError(f"{config} names no topologies; give --topology v5p:4x4x4")
+    topologies = [Topology.parse(n, None if options.network is None else 1e9 * options.network) for n in names]
+    lengths = assumed_lengths(experiment, options.conversation, options.image)
+    sizes = None
+    if options.what == "train":
+        print(_training_header(experiment, lengths))
+    else:
+        sizes = _sizes(options, experiment)
+        print(_generation_header(experiment, options.what, sizes, lengths))
+    plans, changed = [], False
+    for topology in topologies:
+        if options.what == "train":
+            plan = plan_training(experiment, topology, lengths)
+        else:
+            mesh = experiment.parallel if mesh_given else None
+            plan = generation.plan(experiment.model, mesh, topology, sizes, options.what, lengths.image)
+        plans.append(plan)
+        print(plan.text(experiment, options.price), flush=True)
+        if options.collectives and plan.compiled.fits:
+            step = experiment.name if options.what == "train" else f"{experiment.name}_{options.what}"
+            changed |= _collectives(plan, step, options.collectives, options.update)
+        if options.suggest:
+            print(suggest.search(plan_training, experiment, plan, lengths, 60 * options.suggest), flush=True)
+    return plans, changed
+
+
+def _collectives(plan: Plan, name: str, folder: Path, update: bool) -> bool:
+    """Compare with the file in the folder, or write it; returns whether they differ."""
+    from jvlm.planning import listing
+
+    path = listing.path_of(folder, name, plan.topology)
+    if update:
+        path.write_text(listing.text(plan.compiled))
+        print(f"wrote {path}\n")
+        return False
+    difference = listing.difference(path, plan.compiled)
+    if difference:
+        print(f"Collectives have changed; if this is meant, run again with --update:\n\n{difference}")
+    return bool(difference)
+
+
+def _sizes(options: PlanOptions, experiment: Experiment) -> Sizes:
+    from jvlm.planning import generation
+
+    data = experiment.data
+    prompt = data.row_tokens if options.prompt is None else options.prompt
+    if options.what == "decode" and options.prompt is None:
+        prompt = 1  # a step of decoding sees the cache alone
+    patches = data.row_patches if options.patches is None else options.patches
+    cache_len = options.cache_len or options.prompt or data.row_tokens
+    return generation.rounded(experiment.model, options.batch_size, prompt, patches, cache_len)
+
+
+def _training_header(experiment: Experiment, lengths: SegmentLengths) -> str:
+    data = experiment.data
+    return (
+        f"# {experiment.name}: {experiment.gradient_accumulation_steps} x {data.rows} sequences of {data.row_tokens} "
+        f"tokens and {data.row_patches} patches\n\nAssumed: full sequences, conversations of {lengths.conversation} "
+        f"tokens, images of {lengths.image} patches.\n"
+    )
+
+
+def _generation_header(experiment: Experiment, step: str, sizes: Sizes, lengths: SegmentLengths) -> str:
+    precision = experiment.model.precision
+    dtypes = f"parameters in {precision.param_dtype}, products in {precision.compute_dtype}"
+    if step == "decode":
+        return (
+            f"# {experiment.name}: one token for each of {sizes.rows} sequences, a cache of {sizes.places} tokens "
+            f"each\n\nAssumed: the cache is full; {dtypes}.\n"
+        )
+    return (
+        f"# {experiment.name}: {sizes.rows} prompts of {sizes.tokens} tokens and {sizes.patches} patches, then a cache "
+        f"of {sizes.places} tokens each\n\nAssumed: full prompts, images of {lengths.image} patches; {dtypes}.\n"
+    )

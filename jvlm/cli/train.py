@@ -1,0 +1,82 @@
+"""``jvlm train``: an experiment from its config to a scored, exported, reported model."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import traceback
+from typing import Annotated
+
+from tyro.conf import FlagConversionOff, Positional
+
+from jvlm import configs, host_memory
+from jvlm.cli.errors import NOT_CRASHES, print_error
+from jvlm.cli.experiment import split_words
+from jvlm.options import FLAT, parse, parse_with
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The processes that train together.
+
+    Attributes:
+      distributed: join the other processes of a TPU pod, a GKE job or a SLURM job.
+      coordinator: host:port of process 0, where nothing announces it.
+      num_processes: how many processes there are (with --coordinator).
+      process_id: which of them this is, from 0 (with --coordinator).
+    """
+
+    distributed: FlagConversionOff[bool] = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train, score, export and report an experiment. Its fields are options too: `jvlm train CONFIG --help` lists them.
+
+    Attributes:
+      config: a Python file with get_config(), or the name of a shipped one, as `jvlm configs` lists them.
+      processes: which processes train together.
+    """
+
+    config: Positional[str]
+    processes: Annotated[Processes, FLAT] = Processes()
+
+
+def run(words: list[str], *, show_traceback: bool = False) -> int:
+    processes, config, fields = split_words(Processes, words, "jvlm train")
+    if config is None:
+        parse(Train, words, "jvlm train")  # prints the help
+    host_memory.keep_freed_memory()
+    import jax
+
+    from jvlm import job
+    from jvlm.evaluation import aim
+    from jvlm.parallel import hosts
+    from jvlm.training.interruption import EXIT_STATUS, Interrupted
+
+    if processes.distributed or processes.coordinator:
+        hosts.initialise(processes.coordinator, processes.num_processes, processes.process_id)
+    try:
+        _, experiment = parse_with(Train(config, processes), configs.load(config), fields, f"jvlm train {config}")
+        job.run(experiment)
+    except Interrupted as stopped:
+        print(f"jvlm: {stopped}", file=sys.stderr)
+        return EXIT_STATUS
+    except aim.AimMissed as missed:
+        if hosts.is_rank0():
+            print(f"jvlm: aim missed: {missed}", file=sys.stderr)
+        return aim.EXIT_STATUS
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        elsewhere = isinstance(error, hosts.PeerFailed)
+        known = isinstance(error, NOT_CRASHES) or elsewhere
+        if show_traceback or not known:
+            traceback.print_exc()
+        status = print_error(error) if known else 1
+        # a user error is one on every process: whoever starts them again must not, whichever ends first
+        hosts.abort(1 if elsewhere and not error.is_user_error else status)
+    return 0

@@ -1,0 +1,149 @@
+"""Command-line options from dataclasses: every field is an option, named by its path, with the field's docs as help."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from tyro.conf import AvoidSubcommands, FlagConversionOff, FlagCreatePairsOff, PositionalMetavarFromFieldName
+
+from jvlm.errors import UserError
+
+C = TypeVar("C")
+T = TypeVar("T")
+
+# Annotation of a field that holds a dataclass: its options have no prefix.
+FLAT = tyro.conf.arg(name="")
+_OF_TYRO = ("help", "tyro_print_completion", "tyro_write_completion")
+
+
+def parse(kind: type[T], words: Sequence[str], program: str, default: T | None = None) -> T:
+    """Return a dataclass made from command-line words; ``--help`` prints its options and exits.
+
+    Booleans are flags ("--verbose").
+
+    Args:
+      program: what help and error messages call the command.
+      default: an instance to start from; without it, fields that have no default must be given.
+
+    Raises:
+      UserError: an option that does not exist, naming the nearest that does; a word that is no option's value.
+      SystemExit: a value that its option cannot take, after printing what it can.
+    """
+    _check_names(words, list(option_names(kind, default)), program)
+    value, rest = _parse(kind, words, program, default)
+    if rest:
+        raise UserError(f"{program}: {rest[0]!r} is the value of no option; {program} --help lists them")
+    return value
+
+
+def parse_some(kind: type[T], words: Sequence[str], program: str) -> tuple[T, list[str]]:
+    """Return a dataclass made from the words that are its options, and the other words, ``--help`` among them.
+
+    Every field needs a default. Raises SystemExit as `parse` does.
+    """
+    return _parse(kind, words, program, None, add_help=False)
+
+
+def override(default: T, words: Sequence[str], program: str) -> T:
+    """Return a configuration with the fields of ``--field.path value ...`` replaced. Booleans take True or False.
+
+    Raises: see `parse`.
+    """
+    _, changed = parse_with(_NoOptions(), default, words, program)
+    return changed
+
+
+def parse_with(command: C, config: T, words: Sequence[str], program: str) -> tuple[C, T]:
+    """Return a command and a configuration, with the options of both, in any order.
+
+    Args:
+      command: its fields are options first of all: of the configuration's fields of the same names none are.
+      config: a frozen dataclass; its fields are changed by path, and its booleans take True or False.
+      words, program: see `parse`.
+
+    Raises: see `parse`.
+    """
+    taken = {field.name for field in dataclasses.fields(command)}
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    # a group of fields has names of its own
+    fields = [(n, hints[n], v) for n, v in values.items() if n not in taken or dataclasses.is_dataclass(v)]
+    view = dataclasses.make_dataclass(type(config).__name__, fields, frozen=True)
+    view.__doc__ = type(config).__doc__
+    both = dataclasses.make_dataclass(
+        type(command).__name__,
+        [
+            ("command", Annotated[type(command), FLAT], command),
+            ("config", Annotated[view, FLAT, FlagConversionOff], view()),
+        ],
+        frozen=True,
+    )
+    both.__doc__ = (type(command).__doc__ or type(config).__doc__ or "").partition("Attributes:")[0]
+    found = parse(both, words, program, both())
+    changed = {name: getattr(found.config, name) for name, _, _ in fields}
+    return found.command, dataclasses.replace(config, **changed)
+
+
+def option_names(kind: type, default: Any = None, prefix: str = "") -> Iterator[str]:
+    """Yield the options of a dataclass, "optimizer.learning_rate", as `parse` takes them after two dashes."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        value = getattr(default, field.name, field.default)
+        if value is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        flat = FLAT in getattr(hint, "__metadata__", ())
+        path = prefix if flat else f"{prefix}{field.name}."
+        bare = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+        if dataclasses.is_dataclass(value):
+            yield from option_names(type(value), value, path)
+        elif isinstance(value, tuple) and value and all(map(dataclasses.is_dataclass, value)):
+            for index, item in enumerate(value):
+                yield from option_names(type(item), item, f"{path}{index}.")
+        elif value is dataclasses.MISSING and dataclasses.is_dataclass(bare):
+            yield from option_names(bare, None, path)
+        else:
+            yield prefix + field.name
+
+
+def _parse(
+    kind: type[T], words: Sequence[str], program: str, default: T | None, *, add_help: bool = True
+) -> tuple[T, list[str]]:
+    start = {} if default is None else {"default": default}
+    return tyro.cli(
+        kind,
+        args=[{"true": "True", "false": "False"}.get(word, word) for word in words],
+        prog=program,
+        config=(AvoidSubcommands, FlagCreatePairsOff, PositionalMetavarFromFieldName),
+        use_underscores=True,
+        return_unknown_args=True,
+        add_help=add_help,
+        **start,
+    )
+
+
+def _check_names(words: Sequence[str], known: Sequence[str], program: str) -> None:
+    for word in words:
+        option = re.match(r"--([^=]+)", word)
+        name = option[1].replace("-", "_") if option else None
+        if name is None or name in known or name in _OF_TYRO:
+            continue
+        last = name.rpartition(".")[2]
+        same = sorted((n for n in known if n.rpartition(".")[2] == last), key=len)
+        near = same or difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean --{near[0]}?" if near else f"{program} --help lists them"
+        raise UserError(f"{program} has no option --{option[1]}; {hint}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _NoOptions:
+    pass
+
+
+_NoOptions.__doc__ = None
