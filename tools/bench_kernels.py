@@ -260,15 +260,15 @@ def loss(tokens: int, hidden_size: int, vocabulary: int, dtype, of: int, rounds:
     compare(f"{tokens:,}, {supervised:,} supervised", runs, 6.0 * supervised * hidden_size * vocabulary)
 
 
-def decoding(sequences: int, places: int, rounds: int) -> None:
-    """One token of each of so many sequences against full caches of 8 key heads; bytes read count, not operations."""
+def decoding(sequences: int, cache_len: int, rounds: int) -> None:
+    """Time one new token of each sequence against full caches of 8 key heads, and print the bytes read a second."""
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (sequences, 1, 32, 128), "bfloat16")
     cache = [
         jax.random.normal(key, shape, "bfloat16")
-        for key, shape in zip(keys[1:], ((sequences, 8, 128, places), (sequences, 8, places, 128)), strict=True)
+        for key, shape in zip(keys[1:], ((sequences, 8, 128, cache_len), (sequences, 8, cache_len, 128)), strict=True)
     ]
-    operands = (q, *cache, jnp.full(sequences, places))
+    operands = (q, *cache, jnp.full(sequences, cache_len))
     names = (None, "xla")
     programs = compile_all(
         [
@@ -281,11 +281,11 @@ def decoding(sequences: int, places: int, rounds: int) -> None:
         try:
             found = measure(program, operands, rounds)
         except REFUSED as error:
-            print(f"| {sequences} x {places:,} | {name} | does not run: {str(error).splitlines()[0][:100]} | |")
+            print(f"| {sequences} x {cache_len:,} | {name} | does not run: {str(error).splitlines()[0][:100]} | |")
             continue
         rate = sum(x.nbytes for x in cache) / found.seconds / 1e12
         title = "`decode_attention`" + ("" if name is None else f", implementation {name}")
-        print(f"| {sequences} x {places:,} | {title} | {1e3 * found.seconds:.3f} | {rate:.2f} |", flush=True)
+        print(f"| {sequences} x {cache_len:,} | {title} | {1e3 * found.seconds:.3f} | {rate:.2f} |", flush=True)
 
 
 def main() -> None:
@@ -310,8 +310,8 @@ def main() -> None:
                 table(f"Attention of the vision tower, {name}, 16 heads of 80, {PASSES[backward]}")
                 attention([Case(16384, (16, 16, 80), dtype, segment, backward, causal=False)], arguments.rounds)
         print("\nDecoding, 32/8 heads of 128\n\n| sequences x cache | what | ms | TB/s |\n| --- | --- | ---: | ---: |")
-        for sequences, places in ((1, 32768), (64, 4096)):
-            decoding(sequences, places, arguments.rounds)
+        for sequences, cache_len in ((1, 32768), (64, 4096)):
+            decoding(sequences, cache_len, arguments.rounds)
     sizes = (8192, 4096, 151936) if ON_GPU else (4096, 512, 32768)
     table(f"Loss, hidden size {sizes[1]:,}, a vocabulary of {sizes[2]:,}, forward and backward")
     for of in (1, 4):

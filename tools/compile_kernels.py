@@ -174,9 +174,9 @@ def attention_operands(shape: Shape) -> list[tuple]:
 
 
 def decode_operands(paged: bool) -> list[tuple]:
-    """MiMo-VL decoding 16 sequences of up to 32k places, in a row each or in pages of 128."""
-    rows, places = (4096, 128) if paged else (16, 32768)
-    cache = [((rows, 8, 128, places), jnp.bfloat16), ((rows, 8, places, 128), jnp.bfloat16)]
+    """MiMo-VL decoding 16 sequences of up to 32k tokens, in a cache row each or in pages of 128."""
+    rows, cache_len = (4096, 128) if paged else (16, 32768)
+    cache = [((rows, 8, 128, cache_len), jnp.bfloat16), ((rows, 8, cache_len, 128), jnp.bfloat16)]
     tables = [((16, 256), jnp.int32)] if paged else []
     return [((16, 1, 32, 128), jnp.bfloat16), *cache, ((16,), jnp.int32), *tables]
 

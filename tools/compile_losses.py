@@ -2,9 +2,9 @@
 
     PYTHONPATH=.venv/tpu-compiler:.venv/gpu-compiler python tools/compile_losses.py v5e:2x2 v5p:2x2x1 a100 h200
 
-Needs no TPU and no GPU, but the compilers, which `make test` puts into those folders. A Markdown row for each form of
-the loss, value and both gradients in bfloat16, all tokens learnt: temporary memory; what is multiplied and what is read
-and written (jvlm/planning/hlo.py); and how long either takes at least, by data sheets (jvlm/planning/chips.py).
+It needs no TPU and no GPU, only the compilers, which `make test` installs into those folders. It prints a Markdown row
+for each form of the loss, value and both gradients in bfloat16, all tokens supervised: temporary memory, FLOP and
+memory traffic of the compiled program, and how long each takes at least by data sheets.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def device_of(name: str) -> tuple[jax.Device, str]:
 
 def compiled(function: Callable, device: str, tokens: int, hidden: int, vocabulary: int) -> dict[str, float]:
     """Of a loss of (hidden [N, D], kernel [D, V], targets [N]) and both gradients: a figure for each of `COLUMNS`."""
-    place, platform = device_of(device)
-    sharding = jax.sharding.SingleDeviceSharding(place)
+    target, platform = device_of(device)
+    sharding = jax.sharding.SingleDeviceSharding(target)
     shapes = ((tokens, hidden), jnp.bfloat16), ((hidden, vocabulary), jnp.bfloat16), ((tokens,), jnp.int32)
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
     with compiling_for(platform):

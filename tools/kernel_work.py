@@ -1,17 +1,18 @@
-"""Blocks of scores that segment attention visits on rows of real lengths. It counts; nothing is run or timed.
+"""Count the blocks of scores that segment attention computes on packed sequences of real lengths. Nothing is timed.
 
-    python tools/kernel_work.py                         # the demo's rows
-    python tools/kernel_work.py --data FOLDER           # and real sets, packed to 8,192 and 32,768 tokens
+    python tools/kernel_work.py                         # the demo's sequences
+    python tools/kernel_work.py --data FOLDER           # and real data sets, packed to 8,192 and 32,768 tokens
 
-One line of the table is one attention of one kind of row; its counts are means over the rows, for one head.
+One line of the table is one attention on one kind of packed sequence; its counts are means over the sequences, for one
+head.
 
-- row: places of a row, in tokens (decoder) or patches (ViT); used: share of them that is not padding.
-- visited: blocks that `jvlm_kernels` finds to be needed; empty: steps in which the TPU kernel computes nothing and only
-  writes zeros, one for each block of queries that sees nothing.
-- ideal: blocks with at least one visible pair; with empty: steps of the TPU kernel over ideal blocks.
-- area/pairs: scores in visited blocks over visible pairs (the sum of squares of the segments, about half if causal).
+- length: of a sequence, in tokens (decoder) or patches (ViT); used: share of it that is not padding.
+- computed: blocks that `jvlm_kernels` computes; empty: steps in which the TPU kernel only writes zeros, one for each
+  block of queries that attends to nothing.
+- ideal: blocks with at least one visible score; with empty: steps of the TPU kernel over ideal blocks.
+- area/visible: scores in computed blocks over visible ones (the sum of squared segment lengths, about half if causal).
 - splash: blocks that JAX's public splash attention computes at the same block sizes. Its mask is static and segment
-  ids are compared inside a block, so it computes every block that causality allows; all of them if not causal.
+  ids are compared inside a block, so it computes every block that a causal mask leaves; all of them if not causal.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jvlm_kernels.attention import blocks, tuning
+from jvlm_kernels.attention import block_pairs, tuning
 from jvlm_kernels.attention.api import AttentionSpec
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -48,8 +49,8 @@ WINDOW = pipeline.DataConfig().pack_window / 8192
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """Segment ids of packed rows: tokens [B, S]; frames and windows [B, P], of patches."""
+class Sequences:
+    """Segment ids of packed sequences: tokens [B, S]; images and windows [B, P], of patches."""
 
     name: str
     model: VLMConfig
@@ -62,35 +63,35 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Counts of one attention, summed over ``rows`` rows of ``row`` places; blocks are those of one head."""
+    """Counts of one attention, summed over ``sequences`` of ``length`` each; blocks are those of one head."""
 
     name: str
     attention: str
-    rows: int
-    row: int
+    sequences: int
+    length: int
     used: int
     segments: int
     block_q: int
     block_kv: int
-    visited: int
+    computed: int
     empty: int
     ideal: int
-    pairs: int
+    visible: int
     splash: int
 
     @property
     def excess(self) -> float:
-        """Visited blocks over ideal ones."""
-        return self.visited / self.ideal
+        """Computed blocks over ideal ones."""
+        return self.computed / self.ideal
 
     @property
     def excess_with_empty(self) -> float:
         """Steps of the kernel over ideal blocks."""
-        return (self.visited + self.empty) / self.ideal
+        return (self.computed + self.empty) / self.ideal
 
 
 def intervals(segments_S: np.ndarray) -> list[tuple[int, int]]:
-    """(begin, end) of each segment of a row.
+    """Return (begin, end) of each segment of a sequence.
 
     Raises:
       ValueError: a segment in two parts.
@@ -102,82 +103,96 @@ def intervals(segments_S: np.ndarray) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b, n in zip(edges[:-1], edges[1:], ids, strict=True) if n > 0]
 
 
-def visible_pairs(segments_S: np.ndarray, *, causal: bool) -> int:
-    """Pairs of a query and a key that it sees."""
+def visible_scores(segments_S: np.ndarray, *, causal: bool) -> int:
+    """Return how many pairs of a query and a key are visible."""
     lengths = [end - begin for begin, end in intervals(segments_S)]
     return sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
 
 
 def ideal_blocks(segments_S: np.ndarray, *, causal: bool, block_q: int, block_kv: int) -> int:
-    """Blocks with at least one visible pair, segment by segment: no range of ids is compared here."""
+    """Return how many blocks have a visible score, segment by segment, without comparing id ranges as kernels do."""
     S = len(segments_S)
-    seen = np.zeros((-(-S // block_q), -(-S // block_kv)), bool)
+    needed = np.zeros((-(-S // block_q), -(-S // block_kv)), bool)
     for begin, end in intervals(segments_S):
         for i in range(begin // block_q, (end - 1) // block_q + 1):
             last = min(end, (i + 1) * block_q) - 1 if causal else end - 1
-            seen[i, begin // block_kv : last // block_kv + 1] = True
-    return int(seen.sum())
+            needed[i, begin // block_kv : last // block_kv + 1] = True
+    return int(needed.sum())
 
 
 def splash_blocks(S: int, *, causal: bool, block_q: int, block_kv: int) -> int:
-    """Blocks that a static mask leaves to splash attention, for a row padded to whole blocks."""
+    """Return how many blocks a static mask leaves to splash attention, for a sequence padded to whole blocks."""
     last_query = (np.arange(-(-S // block_q)) + 1) * block_q - 1
     first_key = np.arange(-(-S // block_kv)) * block_kv
     return int((first_key <= last_query[:, None]).sum()) if causal else len(last_query) * len(first_key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _visits(spec: AttentionSpec, segments_S, block_q: int, block_kv: int):
-    """(blocks visited, lines without any)."""
-    row, none = segments_S[None], jnp.zeros(1, jnp.int32)
-    some, _ = blocks.visited(spec, row, row, none, block_q, block_kv)
-    return some.sum(), (~some.any(-1)).sum()
+def _count_blocks(spec: AttentionSpec, segments_S, block_q: int, block_kv: int):
+    """Return (computed blocks, blocks of queries without any)."""
+    ids, offset = segments_S[None], jnp.zeros(1, jnp.int32)
+    needed, _ = block_pairs.block_mask(spec, ids, ids, offset, block_q, block_kv)
+    return needed.sum(), (~needed.any(-1)).sum()
 
 
 def count(
-    rows: Rows, attention: str, segments_BS: np.ndarray, spec: AttentionSpec, platform: str, heads: tuple[int, int, int]
+    sequences: Sequences,
+    attention: str,
+    segments_BS: np.ndarray,
+    spec: AttentionSpec,
+    platform: str,
+    heads: tuple[int, int, int],
 ) -> Work:
-    """The work of one attention; ``heads`` are query heads, key heads and head size."""
+    """Return the work of one attention; ``heads`` are query heads, key heads and head size."""
     H, K, D = heads
     B, S = segments_BS.shape
-    q, k = (jax.ShapeDtypeStruct((B, S, heads, D), rows.model.precision.compute_dtype) for heads in (H, K))
+    q, k = (jax.ShapeDtypeStruct((B, S, heads, D), sequences.model.precision.compute_dtype) for heads in (H, K))
     sizes = tuning.tpu_blocks(spec, q, k) if platform == "tpu" else tuning.cuda_blocks(spec, q, k, "forward")
-    cut = {"causal": spec.causal, "block_q": sizes.q, "block_kv": sizes.kv}
-    visits = [_visits(spec, jnp.asarray(row), sizes.q, sizes.kv) for row in segments_BS]
+    blocks = {"causal": spec.causal, "block_q": sizes.q, "block_kv": sizes.kv}
+    counts = [_count_blocks(spec, jnp.asarray(ids), sizes.q, sizes.kv) for ids in segments_BS]
     return Work(
-        rows.name,
+        sequences.name,
         attention,
-        rows=B,
-        row=S,
+        sequences=B,
+        length=S,
         used=int((segments_BS > 0).sum()),
-        segments=sum(len(intervals(row)) for row in segments_BS),
+        segments=sum(len(intervals(ids)) for ids in segments_BS),
         block_q=sizes.q,
         block_kv=sizes.kv,
-        visited=sum(int(visited) for visited, _ in visits),
-        empty=sum(int(empty) for _, empty in visits) if platform == "tpu" else 0,
-        ideal=sum(ideal_blocks(row, **cut) for row in segments_BS),
-        pairs=sum(visible_pairs(row, causal=spec.causal) for row in segments_BS),
-        splash=B * splash_blocks(S, **cut),
+        computed=sum(int(computed) for computed, _ in counts),
+        empty=sum(int(empty) for _, empty in counts) if platform == "tpu" else 0,
+        ideal=sum(ideal_blocks(ids, **blocks) for ids in segments_BS),
+        visible=sum(visible_scores(ids, causal=spec.causal) for ids in segments_BS),
+        splash=B * splash_blocks(S, **blocks),
     )
 
 
-def measure(rows: Rows, platform: str = "tpu") -> Iterator[Work]:
-    """The three attentions of a model, called as it calls them: decoder, ViT within windows, ViT within frames."""
-    encoder, decoder = rows.model.encoder, rows.model.decoder
+def measure(sequences: Sequences, platform: str = "tpu") -> Iterator[Work]:
+    """Yield the three attentions of a model as it calls them: decoder, ViT within windows, ViT within images."""
+    encoder, decoder = sequences.model.encoder, sequences.model.decoder
     text = decoder.num_heads, decoder.num_kv_heads, decoder.head_size
     vision = encoder.num_heads, encoder.num_heads, encoder.head_dim
 
     def spec(causal: bool, head_size: int, reach: int | None) -> AttentionSpec:
         return AttentionSpec(causal, None, head_size**-0.5, reach)
 
-    yield count(rows, "decoder", rows.tokens, spec(True, text[2], rows.max_segment_length), platform, text)
+    yield count(
+        sequences, "decoder", sequences.tokens, spec(True, text[2], sequences.max_segment_length), platform, text
+    )
     within = spec(False, vision[2], encoder.window_patches)
-    yield count(rows, "ViT, windows", rows.windows, within, platform, vision)
-    yield count(rows, "ViT, frames", rows.frames, spec(False, vision[2], rows.max_frame_patches), platform, vision)
+    yield count(sequences, "ViT, windows", sequences.windows, within, platform, vision)
+    yield count(
+        sequences,
+        "ViT, images",
+        sequences.frames,
+        spec(False, vision[2], sequences.max_frame_patches),
+        platform,
+        vision,
+    )
 
 
-def demo_rows(batches: int | None = None) -> Rows:
-    """The demo's rows from its own pipeline: an epoch, or some batches of it."""
+def demo_sequences(batches: int | None = None) -> Sequences:
+    """Return the demo's packed sequences from its own pipeline: an epoch, or the first batches of it."""
     experiment = runpy.run_path(str(DEMO))["get_config"]()
     tokenizer = AutoTokenizer.from_pretrained(experiment.tokenizer, local_files_only=True)
     processor = Processor(tokenizer, experiment.model, experiment.processor)
@@ -189,11 +204,11 @@ def demo_rows(batches: int | None = None) -> Rows:
         "windows": np.concatenate([b.patch_window_ids for b in chosen]),
     }
     limits = chosen[0].max_segment_length, chosen[0].max_frame_patches
-    return Rows("demo", experiment.model, **ids, max_segment_length=limits[0], max_frame_patches=limits[1])
+    return Sequences("demo", experiment.model, **ids, max_segment_length=limits[0], max_frame_patches=limits[1])
 
 
 def ask(question: str, answer: str) -> list[dict[str, str]]:
-    """A turn about one more picture."""
+    """Return a turn about one more picture."""
     return [{"role": "user", "content": f"<image>{question}"}, {"role": "assistant", "content": answer}]
 
 
@@ -215,7 +230,7 @@ def _boxes(row: dict[str, Any]) -> list[dict[str, str]]:
     return ask("Find every cell.", json.dumps(found))
 
 
-# Of each distribution: folders under the data folder, and how their rows become turns.
+# For each distribution: folders under the data folder, and how their records become turns.
 SETS = {
     "receipts": {"sroie_train": _receipt},
     "screens": {"screenagent": _screen},
@@ -231,7 +246,7 @@ SETS = {
 
 
 def conversations(folder: Path, turns, limit: int) -> Iterator[tuple[Origin, dict[str, Any]]]:
-    """Rows of a set; those of one session are one conversation with a picture a turn."""
+    """Yield the records of a set; those of one session are one conversation with a picture a turn."""
     file = folder / "data.jsonl"
     grouped = defaultdict(list)
     for number, line in enumerate(file.read_text().splitlines(), 1):
@@ -243,13 +258,13 @@ def conversations(folder: Path, turns, limit: int) -> Iterator[tuple[Origin, dic
 
 
 def encode(processor: Processor, origin: Origin, row: dict[str, Any]) -> Example:
-    """An example without its pixels, which are never looked at here."""
+    """Return an example without its pixels, which are not needed here."""
     example = processor.encode(parse_row(row, origin))
     return dataclasses.replace(example, patches=np.zeros((example.num_patches, 0), np.uint8))
 
 
 def real_examples(data: Path, limit: int) -> tuple[Processor, dict[str, list[Example]]]:
-    """Examples of each distribution of `SETS`, and of all together, as MiMo-VL-7B would see them."""
+    """Return examples of each distribution of `SETS`, and of all together, encoded as for MiMo-VL-7B."""
     folder = data / "tokenizers/qwen2_5_vl"
     template = (folder / "chat_template.jinja").read_text()
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), chat_template=template)
@@ -261,10 +276,10 @@ def real_examples(data: Path, limit: int) -> tuple[Processor, dict[str, list[Exa
     return processor, {**found, "all of these": [e for examples in found.values() for e in examples]}
 
 
-def pack(name: str, examples: list[Example], row_tokens: int, processor: Processor) -> Rows:
-    """Shuffled, cut to whole turns where too long, and packed best-fit a window at a time, as the pipeline does.
+def pack(name: str, examples: list[Example], row_tokens: int, processor: Processor) -> Sequences:
+    """Shuffle, truncate to whole turns, and pack best-fit a window at a time, as the pipeline does.
 
-    A row has the patches that the fullest row needs, rounded up to a multiple of 512.
+    A sequence has as many patches as the fullest one needs, rounded up to a multiple of 512.
     """
     group = processor.vision.patch_group
     order = np.random.default_rng(0).permutation(len(examples))
@@ -283,7 +298,7 @@ def pack(name: str, examples: list[Example], row_tokens: int, processor: Process
     row_patches = -(-max(sum(e.num_patches for e in row) for row in rows) // 512) * 512
     batch = packing.assemble(rows, row_tokens, row_patches, patch_values=0)
     config = pipeline.DataConfig(row_tokens=row_tokens, row_patches=row_patches)
-    return Rows(
+    return Sequences(
         name,
         processor.model,
         tokens=batch.segment_ids,
@@ -295,16 +310,23 @@ def pack(name: str, examples: list[Example], row_tokens: int, processor: Process
 
 
 def table(works: list[Work]) -> str:
-    """Markdown, one line for each `Work`."""
-    head = "rows of|attention|rows|row|used|segments|block|visited|empty|ideal|splash"
-    head += "|visited/ideal|with empty|area/pairs|visited/splash"
+    """Return a Markdown table, one line for each `Work`."""
+    head = "sequences of|attention|sequences|length|used|segments|block|computed|empty|ideal|splash"
+    head += "|computed/ideal|with empty|area/visible|computed/splash"
     lines = [head.split("|"), ["---", "---", *["---:"] * 13]]
     for w in works:
-        means = [f"{n / w.rows:,.1f}" for n in (w.segments, w.visited, w.empty, w.ideal, w.splash)]
-        area = w.visited * w.block_q * w.block_kv / w.pairs
-        line = [w.name, w.attention, f"{w.rows}", f"{w.row:,}", f"{w.used / w.rows / w.row:.0%}", means[0]]
+        means = [f"{n / w.sequences:,.1f}" for n in (w.segments, w.computed, w.empty, w.ideal, w.splash)]
+        area = w.computed * w.block_q * w.block_kv / w.visible
+        line = [
+            w.name,
+            w.attention,
+            f"{w.sequences}",
+            f"{w.length:,}",
+            f"{w.used / w.sequences / w.length:.0%}",
+            means[0],
+        ]
         line += [f"{w.block_q} x {w.block_kv}", *means[1:], f"{w.excess:.3f}", f"{w.excess_with_empty:.3f}"]
-        lines.append([*line, f"{area:.2f}", f"{w.visited / w.splash:.3f}"])
+        lines.append([*line, f"{area:.2f}", f"{w.computed / w.splash:.3f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -314,7 +336,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="conversations of a set (default: 300)")
     parser.add_argument("--platform", choices=("tpu", "cuda"), default="tpu", help="whose block sizes (default: tpu)")
     options = parser.parse_args()
-    works = list(measure(demo_rows(), options.platform))
+    works = list(measure(demo_sequences(), options.platform))
     if options.data is None or not options.data.is_dir():
         print(f"real sets are left out: {options.data or 'no --data'} is not a folder")
     else:

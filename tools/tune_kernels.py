@@ -2,9 +2,9 @@
 
     make tune
 
-For each call of the models (decoder rows, ViT windows and frames, perceiver) it times every candidate and keeps the
-fastest: on TPU one for forward and backward together, on GPUs one for each kernel. Run it on one accelerator of the
-kind that the table is for.
+It times every candidate on each kind of call of the models (decoder, windows and images of a ViT, perceiver) and
+selects the fastest: on TPU one for forward and backward together, on GPUs one for each kernel. Run it on one
+accelerator of the kind that the table is for.
 """
 
 from __future__ import annotations
@@ -23,34 +23,35 @@ import numpy as np
 from jvlm_kernels import Unavailable, segment_attention
 from jvlm_kernels.attention import gpu, tuning
 from jvlm_kernels.attention.api import AttentionSpec
-from jvlm_kernels.attention.plan import normalisers
+from jvlm_kernels.attention.block_plan import logsumexp_and_delta
 
 from tools.timing import compile_all, seconds
 
 SEED = 0
-# what a candidate that is too large raises
+# errors of a candidate that is too large
 REFUSED = (Unavailable, RuntimeError, ValueError, NotImplementedError)
 IMPLEMENTATIONS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 CANDIDATES = {
     "tpu": [
-        tuning.Blocks(q, kv, h) for q, kv, h in itertools.product((128, 256, 512), (128, 256, 512, 1024), (1, 2, 4))
+        tuning.BlockSizes(q, kv, h) for q, kv, h in itertools.product((128, 256, 512), (128, 256, 512, 1024), (1, 2, 4))
     ],
     "cuda": [
-        tuning.Blocks(q, kv, warps=warps) for q, kv, warps in itertools.product((32, 64, 128), (32, 64, 128), (4, 8))
+        tuning.BlockSizes(q, kv, warps=warps)
+        for q, kv, warps in itertools.product((32, 64, 128), (32, 64, 128), (4, 8))
     ],
 }
-# name -> (length, query heads, key heads, head size, causal, lengths of segments, promise)
+# name -> (length, query heads, key heads, head size, causal, segment lengths from and to, max_segment_length)
 CALLS = {
     "decoder": (8192, 32, 8, 128, True, (200, 3000), None),
     "decoder, 32k": (32768, 32, 8, 128, True, (200, 6000), None),
     "ViT, windows": (16384, 16, 16, 80, False, (16, 64), 64),
-    "ViT, frames": (16384, 16, 16, 80, False, (256, 4096), None),
+    "ViT, images": (16384, 16, 16, 80, False, (256, 4096), None),
     "perceiver": (4096, 16, 4, 96, False, (256, 1024), None),
 }
 
 
 def packed(length: int, segments: tuple[int, int]) -> np.ndarray:
-    """Ids of one row, filled with segments of lengths drawn between the two given."""
+    """Return the segment ids of one sequence, filled with segments whose lengths are drawn between the two given."""
     rng = np.random.default_rng(SEED)
     lengths = rng.integers(segments[0], segments[1] + 1, length // segments[0] + 1)
     return np.repeat(np.arange(1, len(lengths) + 1), lengths)[:length].astype(np.int32)
@@ -61,7 +62,7 @@ def kernel_call(kernel: str | None, spec: AttentionSpec, platform: str) -> Calla
 
     ``kernel`` is one of `tuning.CUDA_KERNELS`; None is forward and backward together.
     """
-    settings = {"causal": spec.causal, "max_segment_length": spec.max_segment_length, "blocks": spec.blocks}
+    settings = {"causal": spec.causal, "max_segment_length": spec.max_segment_length, "block_sizes": spec.block_sizes}
 
     def both(q, k, v, ids, *_):
         def total(q, k, v):
@@ -70,35 +71,35 @@ def kernel_call(kernel: str | None, spec: AttentionSpec, platform: str) -> Calla
 
         return jax.grad(total, (0, 1, 2))(q, k, v)
 
-    def alone(q, k, v, ids, out, logsumexp, d_out):
+    def single(q, k, v, ids, out, logsumexp, d_out):
         offsets = jnp.zeros(q.shape[0], jnp.int32)
         if kernel == "forward":
             return gpu.forward(spec, q, k, v, ids, ids, offsets)
-        lse, delta = normalisers(out, logsumexp, d_out, jnp.zeros_like(logsumexp), 1e20)
+        lse, delta = logsumexp_and_delta(out, logsumexp, d_out, jnp.zeros_like(logsumexp), 1e20)
         backward = {"d_queries": gpu.d_queries, "d_keys": gpu.d_keys}[kernel]
         return backward(spec, q, k, v, d_out, lse, delta, ids, ids, offsets)
 
-    return both if kernel is None else alone
+    return both if kernel is None else single
 
 
-def fastest(name: str, candidates: list[tuning.Blocks], programs: list, operands, rounds: int) -> tuning.Blocks:
+def fastest(name: str, candidates: list[tuning.BlockSizes], programs: list, operands, rounds: int) -> tuning.BlockSizes:
     """Return the candidate whose program takes the least time. Raises RuntimeError if none runs."""
-    found = []
-    for blocks, program in zip(candidates, programs, strict=True):
+    timed = []
+    for sizes, program in zip(candidates, programs, strict=True):
         try:
             if isinstance(program, Exception):
                 raise program
-            taken = seconds(program, operands, rounds)
+            elapsed = seconds(program, operands, rounds)
         except REFUSED as error:
-            print(f"{name:<24}{blocks}  does not run: {str(error).splitlines()[0][:80]}", flush=True)
+            print(f"{name:<24}{sizes}  does not run: {str(error).splitlines()[0][:80]}", flush=True)
             continue
-        print(f"{name:<24}{blocks}  {1e3 * taken:8.3f} ms", flush=True)
-        found.append((taken, blocks))
-    if not found:
+        print(f"{name:<24}{sizes}  {1e3 * elapsed:8.3f} ms", flush=True)
+        timed.append((elapsed, sizes))
+    if not timed:
         raise RuntimeError(f"no candidate runs for {name}")
-    found.sort(key=lambda pair: pair[0])
-    print(f"{name:<24}{found[0][1]}  fastest, {found[-1][0] / found[0][0]:.2f} x ahead of the slowest", flush=True)
-    return found[0][1]
+    timed.sort(key=lambda pair: pair[0])
+    print(f"{name:<24}{timed[0][1]}  fastest, {timed[-1][0] / timed[0][0]:.2f} x faster than the slowest", flush=True)
+    return timed[0][1]
 
 
 def tune(platform: str, rounds: int) -> dict[str, dict[str, int]]:
@@ -117,23 +118,26 @@ def tune(platform: str, rounds: int) -> dict[str, dict[str, int]]:
             )
         )(q, k, v)
         operands = (q, k, v, ids, out, logsumexp, d_out)
-        candidates = [blocks for blocks in CANDIDATES[platform] if kv_heads % blocks.heads == 0]
-        tried = [(kernel, blocks) for kernel in kernels for blocks in candidates]
+        candidates = [sizes for sizes in CANDIDATES[platform] if kv_heads % sizes.heads == 0]
+        tried = [(kernel, sizes) for kernel in kernels for sizes in candidates]
         scale = head_size**-0.5
         programs = compile_all(
             [
-                (kernel_call(kernel, AttentionSpec(causal, None, scale, promise, blocks=blocks), platform), operands)
-                for kernel, blocks in tried
+                (
+                    kernel_call(kernel, AttentionSpec(causal, None, scale, promise, block_sizes=sizes), platform),
+                    operands,
+                )
+                for kernel, sizes in tried
             ],
             REFUSED,
         )
         for kernel in kernels:
             label = name if kernel is None else f"{name}, {kernel}"
-            mine = [program for (k, _), program in zip(tried, programs, strict=True) if k == kernel]
+            programs_of_kernel = [program for (k, _), program in zip(tried, programs, strict=True) if k == kernel]
             key = tuning.key_of(
                 AttentionSpec(causal, None, scale, promise), length, heads // kv_heads, head_size, kernel
             )
-            best[key] = dataclasses.asdict(fastest(label, candidates, mine, operands, rounds))
+            best[key] = dataclasses.asdict(fastest(label, candidates, programs_of_kernel, operands, rounds))
     return best
 
 
@@ -146,7 +150,7 @@ def main() -> int:
     if platform not in CANDIDATES:
         print(f"tuning needs a TPU or a GPU; JAX finds only {jax.default_backend()}", file=sys.stderr)
         return 1
-    table = {"device": jax.devices()[0].device_kind, "blocks": tune(platform, arguments.rounds)}
+    table = {"device": jax.devices()[0].device_kind, "block_sizes": tune(platform, arguments.rounds)}
     path = arguments.output or Path(tuning.__file__).with_name(f"tuned_{platform}.json")
     path.write_text(json.dumps(table, indent=2) + "\n")
     print(f"wrote {path}")

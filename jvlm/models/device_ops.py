@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
-from jvlm_kernels import CrossEntropySum, cached_attention, linear_cross_entropy_sum, open_cache, segment_attention
+from jvlm_kernels import CrossEntropySum, cached_attention, init_cache, linear_cross_entropy_sum, segment_attention
 
 # Logical axes that a mesh may split together with everything that is indexed by them.
 SequenceAxis = Literal["sequence", "patches", "vision_tokens"]
@@ -155,7 +155,7 @@ class LocalOps:
         return x
 
     def init_cache(self, k, v, length):
-        return open_cache(k, v, length)
+        return init_cache(k, v, length)
 
     def cached_attention(self, q, k, v, cache, cache_index, **options: Any):
         return cached_attention(q, k, v, cache, cache_index, **options)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jvlm_kernels import CrossEntropySum, cached_attention, linear_cross_entropy_sum, open_cache
+from jvlm_kernels import CrossEntropySum, cached_attention, init_cache, linear_cross_entropy_sum
 
 from jvlm.models.device_ops import SequenceAxis, take_along_sequence
 from jvlm.parallel import context
@@ -82,7 +82,7 @@ class ShardedOps:
 
     def init_cache(self, k, v, length):
         spec = P(self.layout.splits("batch"), self.layout.splits("heads"))
-        return tuple(self._at(x, spec) for x in open_cache(k, v, length))
+        return tuple(self._at(x, spec) for x in init_cache(k, v, length))
 
     def _at(self, x, spec: P):
         return lax.with_sharding_constraint(x, NamedSharding(self.layout.mesh, spec))

@@ -11,9 +11,9 @@ from jvlm_kernels.cross_entropy.api import (
     linear_cross_entropy,
     linear_cross_entropy_sum,
 )
-from jvlm_kernels.decode.api import cached_attention, decode_attention, decode_implementations, extend_cache, open_cache
+from jvlm_kernels.decode.api import cached_attention, decode_attention, decode_implementations, extend_cache, init_cache
 from jvlm_kernels.errors import Unavailable
-from jvlm_kernels.grouped.api import grouped_product
+from jvlm_kernels.grouped.api import grouped_matmul
 
 __all__ = [
     "RESIDUAL_NAMES",
@@ -24,11 +24,11 @@ __all__ = [
     "decode_attention",
     "decode_implementations",
     "extend_cache",
-    "grouped_product",
+    "grouped_matmul",
     "implementations",
+    "init_cache",
     "linear_cross_entropy",
     "linear_cross_entropy_sum",
-    "open_cache",
     "reference_attention",
     "segment_attention",
 ]

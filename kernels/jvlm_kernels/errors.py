@@ -1,5 +1,5 @@
-"""Errors shared by the interface and its implementations."""
+"""Errors that callers of the kernels may catch."""
 
 
 class Unavailable(Exception):
-    """Why an implementation cannot run one particular call."""
+    """An implementation cannot run this call; the message gives the reason."""

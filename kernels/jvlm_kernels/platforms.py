@@ -1,4 +1,8 @@
-"""Choosing among implementations of one operation: by device, dtype and shape, at the latest possible moment."""
+"""Choice among implementations of an operation, by device, dtype and shape, as late as possible.
+
+A program may be compiled for a device that this machine lacks, and one traced program may be compiled for several, so
+the choice falls when XLA lowers the program for its platform.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +22,30 @@ from jvlm_kernels.errors import Unavailable
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An operation and the modules that implement it, best first.
+    """An operation and the modules that implement it, in order of preference.
 
-    A module offers ``check(spec, *operands)``, which raises `Unavailable` with the reason; functions
-    ``f(spec, *arrays) -> tuple of arrays``; and ``PLATFORM``, where it runs: "tpu", "cuda", or None for everywhere. It
-    may also offer ``check_automatic(spec, *operands)``: the reasons not to take it for a call that names nobody.
+    A module has ``check(spec, *operands)``, which raises `Unavailable` with the reason; functions ``f(spec, *arrays)``
+    that return a tuple of arrays; and ``PLATFORM``, where it runs: "tpu", "cuda", or None for every device. It may also
+    have ``check_automatic(spec, *operands)``, which raises `Unavailable` for calls that should get it only by name.
 
     Attributes:
-      rows: whether all arrays begin with the axis of rows, so that `jax.vmap` can make the mapped axis more rows.
+      name: of the operation, in error messages and profiles.
+      modules: module path of each implementation, by the implementation's name.
+      batched: whether all arrays start with the batch axis, so that `jax.vmap` can fold the mapped axis into it.
     """
 
     name: str
     modules: Mapping[str, str]
-    rows: bool = True
+    batched: bool = True
 
     def runnable(self, implementation: str | None, interpret: bool, spec, *operands) -> tuple[str, ...]:
-        """The first implementation for each platform; the one asked for alone, if one is.
+        """Return the names of the implementations to compile: the first that can run on each platform.
+
+        With an ``implementation``, return that one alone.
 
         Raises:
-          ValueError: an unknown implementation, or none to interpret.
-          Unavailable: nothing can run this call; with the reason of each.
+          ValueError: an unknown implementation, or ``interpret`` without one.
+          Unavailable: nothing can run this call; the message gives the reason of each.
         """
         if implementation is None:
             if interpret:
@@ -50,13 +58,13 @@ class Operation:
         chosen: dict[str | None, str] = {}
         reasons = []
         for name in names:
-            platform = module(self.modules[name]).PLATFORM
+            platform = load(self.modules[name]).PLATFORM
             if platform in chosen:
                 continue
             try:
-                module(self.modules[name]).check(spec, *operands)
+                load(self.modules[name]).check(spec, *operands)
                 if implementation is None:
-                    getattr(module(self.modules[name]), "check_automatic", _no_objection)(spec, *operands)
+                    getattr(load(self.modules[name]), "check_automatic", _accept)(spec, *operands)
                 elif not interpret:
                     _check_device(platform)
             except Unavailable as reason:
@@ -70,8 +78,8 @@ class Operation:
         return tuple(chosen.values())
 
     def run(self, spec, names: tuple[str, ...], function: str, *arrays) -> tuple[jax.Array, ...]:
-        """``function`` of the implementation for the platform that is compiled for, one of ``names``."""
-        choices = {module(self.modules[n]).PLATFORM: _function(self, spec, n, function) for n in names}
+        """Call ``function`` of the implementation, one of ``names``, for the platform that is compiled for."""
+        choices = {load(self.modules[n]).PLATFORM: _function(self, spec, n, function) for n in names}
         default = choices.pop(None, None)
         if default is None:
             (only,) = choices.values()
@@ -82,17 +90,17 @@ class Operation:
         return hash(self.name)
 
 
-def module(path: str) -> ModuleType:
-    """An implementation, imported when it is first wanted."""
+def load(path: str) -> ModuleType:
+    """Return an implementation's module, imported on first use."""
     return importlib.import_module(path)
 
 
-def _no_objection(*_) -> None:
-    """Of a module that may be taken wherever it runs."""
+def _accept(*_) -> None:
+    """Accept every call: the default ``check_automatic``."""
 
 
-# (platform, compute capability) that `compiling_for` names
-_ahead: contextvars.ContextVar[tuple[str, str | None] | None] = contextvars.ContextVar("ahead", default=None)
+# (platform, compute capability) given to `compiling_for`
+_target: contextvars.ContextVar[tuple[str, str | None] | None] = contextvars.ContextVar("target", default=None)
 
 
 @contextlib.contextmanager
@@ -100,50 +108,50 @@ def compiling_for(platform: str, capability: str | None = None):
     """Compile ahead of time for a device that is absent, with the implementations that it would get.
 
     Args:
-      platform: "tpu" or "cuda". Implementations for it can be asked for by name.
-      capability: compute capability of the NVIDIA GPU, such as "9.0", which some implementations are chosen by.
+      platform: "tpu" or "cuda". Implementations for it can be requested by name.
+      capability: compute capability of the NVIDIA GPU, such as "9.0", which some implementations need.
     """
-    token = _ahead.set((platform, capability))
+    token = _target.set((platform, capability))
     try:
         yield
     finally:
-        _ahead.reset(token)
+        _target.reset(token)
 
 
 def target_platform() -> str:
-    """Return "cuda", "tpu" or "cpu": what `compiling_for` names, or the devices at hand."""
-    ahead = _ahead.get()
-    return ahead[0] if ahead else {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    """Return "cuda", "tpu" or "cpu": the platform given to `compiling_for`, or that of the available devices."""
+    target = _target.get()
+    return target[0] if target else {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
 
 
 def compute_capability() -> str | None:
-    """Return the compute capability of the NVIDIA GPU compiled for, or at hand; None if that is not known."""
-    ahead = _ahead.get()
-    if ahead is not None:
-        return ahead[1]
+    """Return the compute capability of the NVIDIA GPU compiled for, or available; None if it is not known."""
+    target = _target.get()
+    if target is not None:
+        return target[1]
     return getattr(jax.devices()[0], "compute_capability", None) if jax.default_backend() == "gpu" else None
 
 
 def _check_device(platform: str | None) -> None:
-    """An implementation asked for by name must suit the device at hand, or the one that is compiled for."""
+    """Raise `Unavailable` unless the device, or the one that is compiled for, is of this platform."""
     here = target_platform()
     if platform not in (None, here):
         raise Unavailable(
-            f"runs on {platform}, the device here is {here} (when compiling ahead of time for {platform}, leave the "
+            f"runs on {platform}, the device here is {here} (to compile ahead of time for {platform}, leave the "
             f"implementation to be chosen or name it inside `jvlm_kernels.platforms.compiling_for`; or interpret it)"
         )
 
 
 @functools.cache
 def _function(operation: Operation, spec, name: str, function: str) -> Callable:
-    """An implementation's function; where it can, its batching rule makes the mapped axis more rows."""
-    compute = getattr(module(operation.modules[name]), function)
+    """Return an implementation's function, with a batching rule that folds a mapped axis into the batch axis."""
+    compute = getattr(load(operation.modules[name]), function)
 
     def call(*arrays):
         with jax.named_scope(f"{operation.name}_{name}_{function}"):
             return tuple(compute(spec, *arrays))
 
-    if not operation.rows:
+    if not operation.batched:
         return call
     call = jax.custom_batching.custom_vmap(call)
 

@@ -103,8 +103,8 @@ def test_forward_and_backward_lower_for_cuda(S, heads, kv_heads, head_size, caus
 
 @pytest.mark.parametrize("paged", [False, True])
 def test_decoding_lowers_for_cuda(paged):
-    rows, places = (512, 64) if paged else (4, 8192)
-    cache = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, 8, 128, places), (rows, 8, places, 128))]
+    rows, cache_len = (512, 64) if paged else (4, 8192)
+    cache = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, 8, 128, cache_len), (rows, 8, cache_len, 128))]
     q = jax.ShapeDtypeStruct((4, 1, 32, 128), jnp.bfloat16)
     tables = [jax.ShapeDtypeStruct((4, 128), jnp.int32)] if paged else []
 

@@ -10,7 +10,7 @@ from jvlm_kernels import (
     decode_attention,
     decode_implementations,
     extend_cache,
-    open_cache,
+    init_cache,
     reference_attention,
 )
 
@@ -23,15 +23,15 @@ def options_of(implementation):
 
 
 def brute_force(q, k, v, lengths, window=None):
-    """float64, one token at a time. k and v [B, T, K, D] hold each sequence from place 0 on."""
+    """float64, one token at a time. k and v [B, T, K, D] hold each sequence from position 0 on."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     B, S, H, _ = q.shape
     out = np.zeros(q.shape)
     for b, s, h in np.ndindex(B, S, H):
-        place = int(lengths[b]) - S + s
-        first = 0 if window is None else max(0, place - window + 1)
-        if place >= 0:
-            keys = slice(first, place + 1)
+        position = int(lengths[b]) - S + s
+        first = 0 if window is None else max(0, position - window + 1)
+        if position >= 0:
+            keys = slice(first, position + 1)
             scores = k[b, keys, h // (H // k.shape[2])] @ q[b, s, h] * D**-0.5
             weights = np.exp(scores - scores.max())
             out[b, s, h] = weights @ v[b, keys, h // (H // k.shape[2])] / weights.sum()
@@ -44,7 +44,7 @@ def random_call(B, S, heads, kv_heads, T, seed=0):
 
 
 def paged(k, v, size, seed=0):
-    """(pages, block tables) that hold the same keys and values at random places, among pages of rubbish."""
+    """(pages, block tables) that hold the same keys and values at random max_length, among pages of rubbish."""
     B, T, K, _ = k.shape
     count = -(-T // size)
     rng = np.random.default_rng(seed)
@@ -79,7 +79,7 @@ def test_new_tokens_see_their_past_and_nothing_else(case, pages, implementation)
     q, k, v = random_call(len(lengths), S, T=256, **settings)
     expected = brute_force(q, k, v, lengths, window)
     if pages is None:
-        cache, tables = open_cache(jnp.asarray(k), jnp.asarray(v), 256), None
+        cache, tables = init_cache(jnp.asarray(k), jnp.asarray(v), 256), None
     else:
         cache, tables = paged(k, v, pages)
     found = decode_attention(
@@ -96,7 +96,7 @@ def test_new_tokens_see_their_past_and_nothing_else(case, pages, implementation)
 @every_implementation
 def test_bfloat16_is_summed_in_float32(implementation):
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in random_call(2, 1, 4, 2, 256))
-    found = decode_attention(q, open_cache(k, v, 256), jnp.asarray([256, 100]), **options_of(implementation))
+    found = decode_attention(q, init_cache(k, v, 256), jnp.asarray([256, 100]), **options_of(implementation))
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float32), brute_force(q, k, v, [256, 100]), atol=2e-2)
 
@@ -108,37 +108,37 @@ def test_tokens_put_in_one_by_one_equal_causal_attention_over_the_whole_sequence
     q, k, v = random_call(rows, T, heads, kv_heads, T)
     segments = jnp.ones((rows, T), jnp.int32)
     expected, _ = reference_attention(*map(jnp.asarray, (q, k, v)), segments, segments, causal=True)
-    # rows begin with prompts of different lengths, and the places behind a prompt hold rubbish
+    # rows begin with prompts of different lengths, and the max_length behind a prompt hold rubbish
     lengths = 5 + 2 * np.arange(rows)
     longest = int(lengths.max())
     held = np.arange(longest) < lengths[:, None]
     prompt = [np.where(held[..., None, None], x[:, :longest], 1e3).astype(np.float32) for x in (k, v)]
     if pages is None:
-        cache, tables = open_cache(*map(jnp.asarray, prompt), T), None
+        cache, tables = init_cache(*map(jnp.asarray, prompt), T), None
     else:
         full = [np.pad(x, ((0, 0), (0, T - longest), (0, 0), (0, 0)), constant_values=1e3) for x in prompt]
         cache, tables = paged(*full, pages)
     step = jax.jit(cached_attention)
     for i in range(0, T - longest - new + 1, new):
-        places = (lengths + i)[:, None] + np.arange(new)
-        fresh = [jnp.asarray(np.take_along_axis(x, places[:, :, None, None], axis=1)) for x in (q, k, v)]
+        positions = (lengths + i)[:, None] + np.arange(new)
+        fresh = [jnp.asarray(np.take_along_axis(x, positions[:, :, None, None], axis=1)) for x in (q, k, v)]
         out, cache = step(*fresh, cache, jnp.asarray(lengths + i, jnp.int32), block_tables=tables)
-        wanted = np.take_along_axis(np.asarray(expected), places[:, :, None, None], axis=1)
+        wanted = np.take_along_axis(np.asarray(expected), positions[:, :, None, None], axis=1)
         np.testing.assert_allclose(out, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_donated_cache_is_updated_in_place(rows):
-    places, kv_heads = 4096, 2
+    max_length, kv_heads = 4096, 2
     shapes = [(rows, 1, 4, D), (rows, 1, kv_heads, D), (rows, 1, kv_heads, D)]
     q, k, v = (jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
     cache = (
-        jax.ShapeDtypeStruct((rows, kv_heads, D, places), jnp.float32),
-        jax.ShapeDtypeStruct((rows, kv_heads, places, D), jnp.float32),
+        jax.ShapeDtypeStruct((rows, kv_heads, D, max_length), jnp.float32),
+        jax.ShapeDtypeStruct((rows, kv_heads, max_length, D), jnp.float32),
     )
-    place = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    memory = jax.jit(cached_attention, donate_argnums=3).lower(q, k, v, cache, place).compile().memory_analysis()
-    held = 4 * rows * kv_heads * D * places
+    position = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    memory = jax.jit(cached_attention, donate_argnums=3).lower(q, k, v, cache, position).compile().memory_analysis()
+    held = 4 * rows * kv_heads * D * max_length
     assert memory.alias_size_in_bytes == 2 * held
     assert memory.temp_size_in_bytes < held
 
@@ -147,7 +147,7 @@ def test_a_donated_cache_is_updated_in_place(rows):
 def test_what_lies_behind_the_cache_is_not_written(pages):
     _, k, v = random_call(2, 1, 2, 2, 16)
     new = jnp.full((2, 3, 2, D), 7.0)
-    cache, tables = (open_cache(jnp.asarray(k), jnp.asarray(v), 16), None) if pages is None else paged(k, v, pages)
+    cache, tables = (init_cache(jnp.asarray(k), jnp.asarray(v), 16), None) if pages is None else paged(k, v, pages)
     after = extend_cache(cache, new, new, jnp.asarray([14, 16]), block_tables=tables)
     assert [int((x == 7).sum()) for x in after] == [2 * 2 * D] * 2
 
@@ -156,19 +156,19 @@ def test_what_lies_behind_the_cache_is_not_written(pages):
 def test_the_kernel_that_writes_keys_changes_one_place_of_each_row(dtype):
     rng = np.random.default_rng(0)
     keys, k, v = (rng.normal(size=s) for s in ((5, 2, D, 384), (5, 1, 2, D), (5, 1, 2, D)))
-    place = np.array([0, 127, 128, 383, 384])  # the last is behind the cache
+    position = np.array([0, 127, 128, 383, 384])  # the last is behind the cache
     cache = jnp.asarray(keys, dtype), jnp.zeros((5, 2, 384, D), dtype)
     kernel = {"implementation": "pallas_tpu", "interpret": True}
-    found, _ = extend_cache(cache, jnp.asarray(k, dtype), jnp.asarray(v, dtype), jnp.asarray(place), **kernel)
+    found, _ = extend_cache(cache, jnp.asarray(k, dtype), jnp.asarray(v, dtype), jnp.asarray(position), **kernel)
     expected = np.array(cache[0])
     for row in range(4):
-        expected[row, :, :, place[row]] = np.asarray(jnp.asarray(k, dtype))[row, 0]
+        expected[row, :, :, position[row]] = np.asarray(jnp.asarray(k, dtype))[row, 0]
     np.testing.assert_array_equal(np.asarray(found), expected)
 
 
 @pytest.mark.parametrize(("new", "pages", "says"), [(2, None, "one new token"), (1, 128, "the same page")])
 def test_the_kernel_that_writes_keys_refuses_what_it_cannot_write(new, pages, says):
-    cache, k = open_cache(*[jnp.zeros((2, 128, 2, D))] * 2, 128), jnp.zeros((2, new, 2, D))
+    cache, k = init_cache(*[jnp.zeros((2, 128, 2, D))] * 2, 128), jnp.zeros((2, new, 2, D))
     tables = jnp.zeros((2, 1), jnp.int32) if pages else None
     kernel = {"implementation": "pallas_tpu", "interpret": True}
     with pytest.raises(Unavailable, match=says):
@@ -179,7 +179,7 @@ def test_the_kernel_that_writes_keys_refuses_what_it_cannot_write(new, pages, sa
     ("changed", "says"),
     [
         ({"lengths": jnp.ones(3, jnp.int32)}, "do not fit 2 sequences"),
-        ({"cache": open_cache(jnp.zeros((3, 8, 2, D)), jnp.zeros((3, 8, 2, D)), 8)}, "pages need block_tables"),
+        ({"cache": init_cache(jnp.zeros((3, 8, 2, D)), jnp.zeros((3, 8, 2, D)), 8)}, "pages need block_tables"),
         ({"block_tables": jnp.zeros((3, 1), jnp.int32)}, "do not fit 2 sequences"),
         ({"window": 0}, "window must be positive"),
         ({"implementation": "flash"}, "unknown implementation 'flash'"),
@@ -187,7 +187,7 @@ def test_the_kernel_that_writes_keys_refuses_what_it_cannot_write(new, pages, sa
 )
 def test_a_call_that_makes_no_sense_is_refused(changed, says):
     call = {
-        "cache": open_cache(jnp.zeros((2, 8, 2, D)), jnp.zeros((2, 8, 2, D)), 8),
+        "cache": init_cache(jnp.zeros((2, 8, 2, D)), jnp.zeros((2, 8, 2, D)), 8),
         "lengths": jnp.ones(2, jnp.int32),
         **changed,
     }
@@ -198,6 +198,6 @@ def test_a_call_that_makes_no_sense_is_refused(changed, says):
 
 def test_a_kernel_asked_for_on_the_wrong_device_says_so():
     wrong = "gpu" if jax.default_backend() == "tpu" else "tpu"
-    cache = open_cache(jnp.zeros((1, 128, 2, D)), jnp.zeros((1, 128, 2, D)), 128)
+    cache = init_cache(jnp.zeros((1, 128, 2, D)), jnp.zeros((1, 128, 2, D)), 128)
     with pytest.raises(Unavailable, match=rf"pallas_{wrong}: runs on \w+, the device here is"):
         decode_attention(jnp.zeros((1, 1, 4, D)), cache, jnp.ones(1, jnp.int32), implementation=f"pallas_{wrong}")

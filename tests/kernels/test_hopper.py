@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jvlm_kernels import Unavailable, segment_attention
 from jvlm_kernels.attention import api
-from jvlm_kernels.attention.tuning import Blocks
+from jvlm_kernels.attention.tuning import BlockSizes
 from jvlm_kernels.platforms import compiling_for
 
 from tests.kernels import mosaic_interpreter
@@ -57,9 +57,9 @@ every_case = pytest.mark.parametrize("case", CASES)
 @functools.cache
 def found_of(case):
     args, options = CASES[case]
-    blocks = Blocks(128, 128 if "two heads" in case else 64)
+    sizes = BlockSizes(128, 128 if "two heads" in case else 64)
     with mosaic_interpreter.extended():
-        return jax.tree.map(np.asarray, attend(args, NAME, **options, blocks=blocks))
+        return jax.tree.map(np.asarray, attend(args, NAME, **options, block_sizes=sizes))
 
 
 @functools.cache
@@ -116,9 +116,9 @@ def test_it_runs_for_those_alone_who_name_it():
         ("takes bfloat16, float16, the same for all; got float32", shapes(dtype=jnp.float32), {}),
         ("a head of 272 does not fit shared memory", shapes(272), {}),
         ("the scale must be positive, not -1.0", shapes(), {"scale": -1.0}),
-        ("blocks are of 128 queries", shapes(), {"blocks": Blocks(64, 64)}),
-        ("192 or 256 keys, not", shapes(), {"blocks": Blocks(128, 320)}),
-        ("bytes of shared memory, there are 232448", shapes(256), {"blocks": Blocks(128, 128)}),
+        ("blocks are of 128 queries", shapes(), {"block_sizes": BlockSizes(64, 64)}),
+        ("192 or 256 keys, not", shapes(), {"block_sizes": BlockSizes(128, 320)}),
+        ("bytes of shared memory, there are 232448", shapes(256), {"block_sizes": BlockSizes(128, 128)}),
     ],
 )
 def test_what_it_cannot_run_is_refused_with_the_reason(says, args, options):

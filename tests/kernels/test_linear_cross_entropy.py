@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jvlm_kernels import linear_cross_entropy, linear_cross_entropy_sum
-from jvlm_kernels.cross_entropy import over_tokens
+from jvlm_kernels.cross_entropy import summed
 
 N, D, V = 24, 8, 50
 
@@ -27,18 +27,18 @@ def plain(hidden, kernel, targets, weights, vocabulary_first=False, z_loss=0.0, 
     hidden, kernel, targets, weights = (np.asarray(x) for x in (hidden, kernel, targets, weights))
     hidden, kernel = np.float64(hidden), np.float64(kernel.T if vocabulary_first else kernel)
     weights = np.where(targets == -100, 0.0, np.float64(weights))
-    learnt, rows = weights != 0, np.arange(len(targets))
+    supervised, rows = weights != 0, np.arange(len(targets))
     words = np.where(targets == -100, 0, targets)
     logits = hidden @ kernel
     total = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     unweighted = total - logits[rows, words] + z_loss * total**2
-    outputs = weights * unweighted, np.where(learnt, total, 0), learnt & (logits.argmax(-1) == words)
+    outputs = weights * unweighted, np.where(supervised, total, 0), supervised & (logits.argmax(-1) == words)
     p = np.exp(logits - total[:, None])
     one_hot = np.eye(kernel.shape[1])[words]
     d_logits = (d_loss * weights)[:, None] * (p * (1 + 2 * z_loss * total[:, None]) - one_hot)
-    d_logits += (d_logsumexp * learnt)[:, None] * p
+    d_logits += (d_logsumexp * supervised)[:, None] * p
     d_kernel = hidden.T @ d_logits
-    gradients = d_logits @ kernel.T, d_kernel.T if vocabulary_first else d_kernel, d_loss * unweighted * learnt
+    gradients = d_logits @ kernel.T, d_kernel.T if vocabulary_first else d_kernel, d_loss * unweighted * supervised
     return outputs, gradients
 
 
@@ -92,13 +92,13 @@ def test_memory_of_the_sum_follows_the_block_not_the_tokens():
 
 @pytest.mark.parametrize("vocabulary_first", [False, True])
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
-@pytest.mark.parametrize("learnt", [None, 12, 0])
+@pytest.mark.parametrize("supervised", [None, 12, 0])
 @pytest.mark.parametrize("block", [None, 24, 100, 8, 7, 1])
-def test_the_sum_and_its_gradients_equal_plain_logits(block, learnt, z_loss, vocabulary_first):
+def test_the_sum_and_its_gradients_equal_plain_logits(block, supervised, z_loss, vocabulary_first):
     hidden, kernel, targets, weights = call(vocabulary_first=vocabulary_first)
-    if learnt is not None:
-        weights = weights.at[np.random.default_rng(2).permutation(N)[learnt:]].set(0)
-    # what is not learnt may hold anything
+    if supervised is not None:
+        weights = weights.at[np.random.default_rng(2).permutation(N)[supervised:]].set(0)
+    # unsupervised tokens may hold anything
     unread = jnp.where(((weights == 0) | (targets == -100))[:, None], jnp.nan, hidden)
 
     @jax.jit
@@ -120,24 +120,24 @@ def test_the_sum_and_its_gradients_equal_plain_logits(block, learnt, z_loss, voc
     np.testing.assert_allclose(value.loss, found.loss, rtol=1e-6)
 
 
-def test_a_sum_is_walked_over_the_learnt_tokens_alone(monkeypatch):
+def test_the_sum_computes_only_the_supervised_tokens(monkeypatch):
     """The loop runs in Python here, so that its blocks can be counted."""
     hidden, kernel, targets, _ = call()
-    walked = []
+    computed = []
 
-    def counted(spec, hidden, *arguments, of=over_tokens._block):
-        walked.append(len(hidden))
+    def counted(spec, hidden, *arguments, of=summed._block):
+        computed.append(len(hidden))
         return of(spec, hidden, *arguments)
 
-    monkeypatch.setattr(over_tokens, "_block", counted)
-    for learnt, blocks in ((0, 0), (1, 1), (4, 1), (5, 2), (23, 6)):
-        walked.clear()
-        weights = jnp.zeros(N).at[np.random.default_rng(learnt).permutation(N)[:learnt]].set(1)
+    monkeypatch.setattr(summed, "_block", counted)
+    for supervised, blocks in ((0, 0), (1, 1), (4, 1), (5, 2), (23, 6)):
+        computed.clear()
+        weights = jnp.zeros(N).at[np.random.default_rng(supervised).permutation(N)[:supervised]].set(1)
         with jax.disable_jit():
             jax.grad(lambda h, w=weights: linear_cross_entropy_sum(h, kernel, jnp.abs(targets), w, block=4).loss)(
                 hidden
             )
-        assert walked == [4] * blocks
+        assert computed == [4] * blocks
 
 
 def test_a_frozen_kernel_costs_no_gradient():

@@ -32,13 +32,13 @@ def brute_force(
     dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
     offsets = np.broadcast_to(q_offset, B)
     for b, s in np.ndindex(B, S):
-        place = s + offsets[b]
+        position = s + offsets[b]
         keys = [
             t
             for t in range(k.shape[1])
             if q_segments[b, s] == kv_segments[b, t] != 0
-            and not (causal and t > place)
-            and not (window is not None and abs(place - t) >= window)
+            and not (causal and t > position)
+            and not (window is not None and abs(position - t) >= window)
         ]
         for h in range(H) if keys else ():
             K, V = k[b, keys, h // group], v[b, keys, h // group]
@@ -170,14 +170,14 @@ def found_of(case, implementation):
     """What a case gives; strategies take over at smaller sizes, and it must be the one the case is named after."""
     args, options = CASES[case]
     wanted = case.split(",")[0]
-    settings = {} if wanted != "blocked" and implementation == "xla" else {"blocks": small_blocks(args)}
+    settings = {} if wanted != "blocked" and implementation == "xla" else {"block_sizes": small_blocks(args)}
     spec = api.AttentionSpec(
         options.get("causal", False),
         None,
         1.0,
         options.get("max_segment_length"),
         "q_offset" in options,
-        blocks=settings.get("blocks"),
+        block_sizes=settings.get("block_sizes"),
     )
     if implementation == "xla" and wanted in STRATEGIES:
         chosen = xla._strategy(spec, args[0].shape[1], args[1].shape[1])
@@ -187,7 +187,7 @@ def found_of(case, implementation):
 
 def small_blocks(args):
     """So small that these rows have several; two key heads together where there is one query head each."""
-    return tuning.Blocks(BLOCK, 2 * BLOCK, 2 if args[0].shape[2] == args[1].shape[2] else 1)
+    return tuning.BlockSizes(BLOCK, 2 * BLOCK, 2 if args[0].shape[2] == args[1].shape[2] else 1)
 
 
 # the rest takes no float32: test_hopper.py
@@ -278,10 +278,10 @@ def test_the_cost_of_windows_follows_the_promised_length():
 GOOD = [np.zeros((1, 8, h, HEAD), np.float32) for h in (4, 2, 2)] + [np.ones((1, 8), np.int32)] * 2
 
 
-def changed(**places):
+def changed(**arguments):
     args = list(GOOD)
-    for place, value in places.items():
-        args["q k v q_segments kv_segments".split().index(place)] = value
+    for name, value in arguments.items():
+        args["q k v q_segments kv_segments".split().index(name)] = value
     return [jnp.asarray(a) for a in args]
 
 
@@ -306,7 +306,7 @@ REFUSED = {
     "a promise with other key length": (
         changed(q=np.zeros((1, 4, 4, HEAD), np.float32), q_segments=np.ones((1, 4), np.int32)),
         {"max_segment_length": 4},
-        "max_segment_length needs queries and keys to be the same row",
+        "max_segment_length needs queries and keys of the same sequence",
     ),
     "a window of nothing": (changed(), {"window": 0}, "window must be positive, got 0"),
     "a promise of nothing": (changed(), {"max_segment_length": 0}, "max_segment_length must be positive, got 0"),
@@ -329,7 +329,7 @@ def test_when_nothing_can_run_every_reason_is_given(monkeypatch):
         return check
 
     for name in implementations():
-        module = platforms.module(api._OPERATION.modules[name])
+        module = platforms.load(api._OPERATION.modules[name])
         monkeypatch.setattr(module, "check", unable(name))
     with pytest.raises(Unavailable, match=r"xla: xla has its reasons; reference: reference has its reasons"):
         segment_attention(*changed())

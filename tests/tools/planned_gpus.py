@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jvlm_kernels import grouped_product
+from jvlm_kernels import grouped_matmul
 
 from jvlm.inference.program import Sizes
 from jvlm.models import vlm
@@ -103,10 +103,10 @@ def grouped() -> dict:
     sharding = jax.sharding.SingleDeviceSharding(device)
     shapes = ((16384, 1024), jnp.bfloat16), ((8, 1024, 2048), jnp.bfloat16), ((8,), jnp.int32)
     arguments = (jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes)
-    both = jax.grad(lambda x, matrices, sizes: jnp.square(grouped_product(x, matrices, sizes)).sum(), (0, 1))
+    both = jax.grad(lambda x, matrices, sizes: jnp.square(grouped_matmul(x, matrices, sizes)).sum(), (0, 1))
     with gpus.compiling(device):
         text = jax.jit(both).lower(*arguments).compile().as_text()
-    kernels = sorted(set(re.findall(r"(grouped_product_?\w*)/pallas_call", text)))
+    kernels = sorted(set(re.findall(r"(grouped_matmul_?\w*)/pallas_call", text)))
     return {"grouped": {"outside": hlo.read(text).flops, "kernels": kernels}}
 
 

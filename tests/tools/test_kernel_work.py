@@ -12,7 +12,7 @@ from tools import kernel_work
 def test_ideal_counts_of_a_tiny_row_are_those_counted_by_hand(causal, blocks, pairs):
     row = np.array([1, 1, 2, 2, 2, 0])
     assert kernel_work.ideal_blocks(row, causal=causal, block_q=2, block_kv=2) == blocks
-    assert kernel_work.visible_pairs(row, causal=causal) == pairs
+    assert kernel_work.visible_scores(row, causal=causal) == pairs
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -26,7 +26,7 @@ def test_ideal_blocks_are_those_of_the_whole_mask(causal, block_q, block_kv):
         mask = np.tril(mask) if causal else mask
         ideal = mask.reshape(192 // block_q, block_q, 192 // block_kv, block_kv).any((1, 3)).sum()
         assert kernel_work.ideal_blocks(row, causal=causal, block_q=block_q, block_kv=block_kv) == ideal
-        assert kernel_work.visible_pairs(row, causal=causal) == mask.sum()
+        assert kernel_work.visible_scores(row, causal=causal) == mask.sum()
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -43,19 +43,19 @@ def test_splash_blocks_are_those_that_its_own_mask_keeps(causal, block_q, block_
 
 def test_a_segment_in_two_parts_is_refused():
     with pytest.raises(ValueError, match="two parts"):
-        kernel_work.visible_pairs(np.array([1, 2, 1]), causal=True)
+        kernel_work.visible_scores(np.array([1, 2, 1]), causal=True)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_on_the_demos_rows_visits_are_at_most_15_percent_above_ideal(demo, platform):
+def test_on_the_demos_sequences_computed_blocks_are_at_most_15_percent_above_ideal(demo, platform):
     works = list(kernel_work.measure(demo, platform))
-    assert [w.attention for w in works] == ["decoder", "ViT, windows", "ViT, frames"]
+    assert [w.attention for w in works] == ["decoder", "ViT, windows", "ViT, images"]
     for work in works:
-        assert work.rows > 0
+        assert work.sequences > 0
         assert 1 <= work.excess <= 1.15, work
     assert kernel_work.table(works).count("\n| demo |") == 3
 
 
 @pytest.fixture(scope="module")
 def demo():
-    return kernel_work.demo_rows(batches=4)
+    return kernel_work.demo_sequences(batches=4)

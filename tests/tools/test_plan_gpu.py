@@ -68,7 +68,7 @@ def test_a_step_of_decoding_copies_no_matrices_together(found):
 
 @pytest.mark.slow
 def test_experts_products_are_kernels_and_not_of_every_row_with_every_expert(found):
-    names = ["grouped_product", "grouped_product_outer", "grouped_product_transposed"]
+    names = ["grouped_matmul", "grouped_matmul_outer", "grouped_matmul_transposed"]
     assert found["grouped"] == {"outside": 0, "kernels": names}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jvlm_kernels import (
     Unavailable,
     decode_attention,
-    grouped_product,
+    grouped_matmul,
     linear_cross_entropy,
     linear_cross_entropy_sum,
     segment_attention,
@@ -107,20 +107,20 @@ def packed_ids(rows: int, length: int, longest: int) -> np.ndarray:
     return ids
 
 
-def decode_checks(places: int) -> list[Check]:
+def decode_checks(cache_len: int) -> list[Check]:
     """One new token of each sequence against a cache, contiguous and in pages."""
     B, H, K, D = 4, 8, 2, 128
     checks = []
     for dtype in ("bfloat16", "float32"):
         for paged in (False, True):
-            rows, size = (B * places // 128, 128) if paged else (B, places)
+            rows, size = (B * cache_len // 128, 128) if paged else (B, cache_len)
             keys = jax.random.split(jax.random.key(paged), 3)
             q = jax.random.normal(keys[0], (B, 1, H, D), dtype)
             cache = (
                 jax.random.normal(keys[1], (rows, K, D, size), dtype),
                 jax.random.normal(keys[2], (rows, K, size, D), dtype),
             )
-            lengths = jnp.asarray([1, places // 3, places - 5, places])
+            lengths = jnp.asarray([1, cache_len // 3, cache_len - 5, cache_len])
             tables = np.random.default_rng(0).permutation(rows).reshape(B, -1).astype(np.int32) if paged else None
 
             title = "pages" if paged else "contiguous"
@@ -151,7 +151,7 @@ def grouped_checks(rows: int) -> list[Check]:
 
     def call(x, matrices, weight):
         def total(x, matrices):
-            y = grouped_product(x, matrices, jnp.asarray(sizes))
+            y = grouped_matmul(x, matrices, jnp.asarray(sizes))
             return (y * weight).astype(jnp.float32).sum(), y
 
         gradients, y = jax.grad(total, (0, 1), has_aux=True)(x, matrices)
@@ -170,7 +170,7 @@ def grouped_checks(rows: int) -> list[Check]:
         keys = jax.random.split(jax.random.key(7), 3)
         shapes = (rows, 128), (4, 128, 256), (rows, 256)
         operands = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
-        checks.append(Check("grouped_product", dtype, call, reference, operands))
+        checks.append(Check("grouped_matmul", dtype, call, reference, operands))
     return checks
 
 

@@ -5,7 +5,7 @@
 The step is the one of `jvlm train` (`jvlm.training.compiled_step`). MFU is the declared one of docs/mfu.md: padding is
 no work, causal attention is counted half, windows and images as they are, recomputation not at all. Beside it stands
 the same run in the manner of two other public counters: lmms-engine's (6 x parameters of the language model, its
-embedding table included, and whole squares of attention, for every place of the sequence; nothing for the vision tower)
+embedding table included, and whole squares of attention, at all positions; nothing for the vision tower)
 and VLR-CVC's (text, patches and causal pairs are counted, and padding as work).
 """
 
@@ -39,16 +39,16 @@ PROFILED = 2  # steps under the profiler
 def other_counters(experiment: Experiment, template: vlm.VLM, counts: flops.Counts) -> dict[str, float]:
     """FLOP of a step as two public trainers count them; see the top of this file."""
     decoder, data = experiment.model.decoder, experiment.data
-    places, S = data.rows * data.row_tokens, data.row_tokens
+    positions, S = data.rows * data.row_tokens, data.row_tokens
     parameters = vlm.parameter_counts(template)["decoder"]
     width = decoder.num_heads * decoder.head_size
-    text_only = 6.0 * parameters * places + 12.0 * decoder.num_layers * width * S * places
-    # the same products as ours, at every place of the packed sequence, and attention of images as full squares
+    text_only = 6.0 * parameters * positions + 12.0 * decoder.num_layers * width * S * positions
+    # the same products as ours, at every position of the packed sequence, and attention of images as full squares
     padded = dataclasses.replace(
         counts,
-        segments=np.append(counts.segments, max(places - counts.tokens, 0)),
+        segments=np.append(counts.segments, max(positions - counts.tokens, 0)),
         frames=np.append(counts.frames, max(data.rows * data.row_patches - counts.patches, 0)),
-        targets=places,
+        targets=positions,
     )
     everything = flops.training(template, padded, dict.fromkeys(TOWERS, True)).total
     return {"lmms-engine (text only)": text_only, "VLR-CVC (padding is work)": everything}

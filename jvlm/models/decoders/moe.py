@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
-from jvlm_kernels import grouped_product
+from jvlm_kernels import grouped_matmul
 
 from jvlm.models import device_ops, layers
 from jvlm.models.registry import MLPConfig, register
@@ -196,8 +196,8 @@ def _by_chosen_experts(x_BSD, expert_BSk, gate_BSk, gate, up, down):
     # rows behind the last group are nobody's: whatever a kernel leaves there must not get out
     grouped = (jnp.arange(len(order)) < sizes.sum())[:, None]
     x = jnp.where(grouped, x_TD[order // k], 0)
-    hidden = jax.nn.silu(grouped_product(x, gate, sizes)) * grouped_product(x, up, sizes)
-    y = jnp.where(grouped, grouped_product(hidden, down, sizes), 0)[jnp.argsort(order)]
+    hidden = jax.nn.silu(grouped_matmul(x, gate, sizes)) * grouped_matmul(x, up, sizes)
+    y = jnp.where(grouped, grouped_matmul(hidden, down, sizes), 0)[jnp.argsort(order)]
     return _combine(y, gate_BSk, x_BSD.dtype), (expert_N < E).astype(jnp.float32).reshape(expert_BSk.shape)
 
 

@@ -1,6 +1,6 @@
-"""The one attention call, the choice of its implementation, and its gradient.
+"""`segment_attention`: checks of a call, choice of the implementation, gradient rule.
 
-Shapes: B rows, S queries, T keys, H query heads, K key/value heads (H a multiple of K), D head size.
+Shapes: B batch rows, S queries, T keys, H query heads, K key/value heads (H a multiple of K), D head size.
 """
 
 from __future__ import annotations
@@ -13,38 +13,38 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jvlm_kernels.attention.tuning import Blocks
+from jvlm_kernels.attention.tuning import BlockSizes
 from jvlm_kernels.platforms import Operation
 
-# What the backward pass needs of the forward one, by the names that `jax.checkpoint` policies know.
+# Residuals of the forward pass, by the names that `jax.checkpoint` policies know.
 RESIDUAL_NAMES = OUT_NAME, LOGSUMEXP_NAME = "segment_attention_out", "segment_attention_logsumexp"
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """The static part of a call: what an implementation may decide on before it sees values.
+    """The static arguments of a call.
 
     Attributes:
-      causal: key index must not exceed query index.
-      window: a query sees keys fewer than ``window`` places away (behind it, when causal); None is no limit.
+      causal: a query attends to keys of its own index or lower.
+      window: a query attends to keys less than ``window`` positions away (behind it, when causal); None is no limit.
       scale: multiplies the query-key products.
       max_segment_length: promise that no segment is longer and that equal ids are contiguous. It needs
         ``q_segments`` and ``kv_segments`` to be the same ids; implementations use it to skip keys out of reach.
-      shifted: whether queries have places of their own among the keys (``q_offset``).
+      has_offset: whether the first query is not key 0 (``q_offset``).
       interpret: run a Pallas kernel in the interpreter, on any device.
-      blocks: sizes of a Pallas kernel's blocks; None takes the measured ones, or a rule.
+      block_sizes: of a Pallas kernel; None takes the measured ones, or a rule.
     """
 
     causal: bool
     window: int | None
     scale: float
     max_segment_length: int | None
-    shifted: bool = False
+    has_offset: bool = False
     interpret: bool = False
-    blocks: Blocks | None = None
+    block_sizes: BlockSizes | None = None
 
 
-# Each offers ``forward(spec, q, k, v, q_segments, kv_segments, offsets) -> (out, logsumexp)`` and
+# Each module has ``forward(spec, q, k, v, q_segments, kv_segments, offsets) -> (out, logsumexp)`` and
 # ``backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_out, d_logsumexp) -> (dq, dk, dv)``;
 # offsets are int32 [B].
 _OPERATION = Operation(
@@ -60,7 +60,7 @@ _OPERATION = Operation(
 
 
 def implementations() -> tuple[str, ...]:
-    """Names accepted by ``implementation=``, in order of preference."""
+    """Return the names accepted by ``implementation=``, in order of preference."""
     return tuple(_OPERATION.modules)
 
 
@@ -79,39 +79,47 @@ def segment_attention(
     implementation: str | None = None,
     interpret: bool = False,
     return_logsumexp: bool = False,
-    blocks: Blocks | None = None,
+    block_sizes: BlockSizes | None = None,
 ) -> Float[Array, "B S H D"] | tuple[Float[Array, "B S H D"], Float[Array, "B S H"]]:
-    """Softmax attention in which a query sees the keys of its own segment only.
+    """Return softmax attention in which a query attends only to keys of its own segment.
 
-    Segment 0 is padding: it sees nothing and is seen by nothing. A query that sees no key gives zeros, a
-    logsumexp of -inf and zero gradients. Scores and softmax are float32 whatever the inputs. Cost follows the blocks
-    of scores that segments touch, if ids ascend along the row; the result is right for ids in any order.
+    Segment 0 is padding: its queries attend to nothing, and nothing attends to its keys. A query without any key gives
+    zeros, a logsumexp of -inf and zero gradients. Scores and softmax are float32 whatever the dtype of the inputs. Time
+    follows the blocks of scores that segments touch, if ids ascend along the sequence; the result is right for ids in
+    any order.
 
-    Under `jax.checkpoint`, the policy ``save_only_these_names(*RESIDUAL_NAMES)`` keeps what the backward pass needs, so
-    that it computes no second forward pass.
+    Under `jax.checkpoint`, the policy ``save_only_these_names(*RESIDUAL_NAMES)`` saves what the backward pass needs, so
+    that no second forward pass is computed.
 
     Args:
+      q, k, v: H is a multiple of K (grouped-query attention).
+      q_segments, kv_segments: segment ids; 0 is padding.
+      causal, window: see `AttentionSpec`.
       scale: defaults to D ** -0.5.
       max_segment_length: see `AttentionSpec`; a hint for speed that never changes the result while it is true.
-      q_offset: place of the first query among the keys, for causal and window, where queries are a part of a longer
-        row (context parallelism); one number or one a row. None is 0 and, when causal, needs S == T.
-      implementation: a name of `implementations()`; None takes the first that supports dtype, shape and the device
+      q_offset: index of the first query among the keys, for causal and window, where the queries are a slice of a
+        longer sequence (context parallelism); one number, or one for each batch row. None is 0 and, when causal, needs
+        S == T.
+      implementation: a name from `implementations()`; None takes the first that supports dtype, shape and the device
         that the program is compiled for, also when that is not a device of this machine.
       interpret: run the named Pallas implementation in the interpreter, for tests.
       return_logsumexp: also return the float32 logsumexp of the scaled scores.
-      blocks: sizes of the Pallas kernels' blocks, instead of the measured ones (`jvlm_kernels.attention.tuning`).
+      block_sizes: of a Pallas kernel, instead of the measured ones (`jvlm_kernels.attention.tuning`).
+
+    Returns:
+      The output in the dtype of ``q``; with ``return_logsumexp``, (output, logsumexp).
 
     Raises:
       ValueError: shapes that do not fit together, or an unknown implementation.
-      Unavailable: the implementation asked for (or every one) cannot run this call; says why for each.
+      Unavailable: the requested implementation, or every one, cannot run this call; the message says why for each.
     """
     _check_shapes(q, k, v, q_segments, kv_segments, causal, window, q_offset)
     if max_segment_length is not None and max_segment_length < 1:
         raise ValueError(f"max_segment_length must be positive, got {max_segment_length}")
     if max_segment_length is not None and (q.shape[1] != k.shape[1] or q_offset is not None):
-        raise ValueError("max_segment_length needs queries and keys to be the same row, without q_offset")
+        raise ValueError("max_segment_length needs queries and keys of the same sequence, without q_offset")
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    spec = AttentionSpec(causal, window, scale, max_segment_length, q_offset is not None, interpret, blocks)
+    spec = AttentionSpec(causal, window, scale, max_segment_length, q_offset is not None, interpret, block_sizes)
     names = _OPERATION.runnable(implementation, interpret, spec, q, k, v)
     offsets = jnp.broadcast_to(jnp.asarray(0 if q_offset is None else q_offset, jnp.int32), q.shape[:1])
     out, logsumexp = _attend(spec, names, q, k, v, q_segments, kv_segments, offsets)
@@ -148,6 +156,6 @@ def _check_shapes(q, k, v, q_segments, kv_segments, causal, window, q_offset) ->
     if causal and S != T and q_offset is None:
         raise ValueError(f"causal attention needs equal lengths or a q_offset, got S={S} and T={T}")
     if q_offset is not None and jnp.shape(q_offset) not in ((), (B,)):
-        raise ValueError(f"q_offset is one number or one a row ({B}), got shape {jnp.shape(q_offset)}")
+        raise ValueError(f"q_offset is one number, or one for each of {B} batch rows; got shape {jnp.shape(q_offset)}")
     if window is not None and window < 1:
         raise ValueError(f"window must be positive, got {window}")

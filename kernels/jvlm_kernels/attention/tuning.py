@@ -1,7 +1,8 @@
-"""Block sizes for each kind of call, and nothing else. The tables are JSON beside this file; `make tune` writes them.
+"""Block sizes of the attention kernels: measured ones from a table, or a rule.
 
-A key says what was measured: the queries of a key head in powers of two, head size in lanes, how far a query sees
-("row" without a promise) and, on GPUs, which kernel. A call takes the entry that fits; one that has none gets the rule.
+The tables are JSON files beside this one, which `make tune` writes. Their keys name the length in powers of two, query
+heads of a key head, head size in lanes, how far a query attends ("all" without a limit) and, on GPUs, the kernel. A
+call whose key is missing gets the rule.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import functools
 import json
 from pathlib import Path
 
+from jvlm_kernels.constants import LANES
+
 _FOLDER = Path(__file__).parent
-_LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How a kernel cuts its work.
+class BlockSizes:
+    """Block sizes of one kernel.
 
     Attributes:
-      q, kv: queries and keys of a block.
-      heads: key heads computed together, on TPU.
+      q: queries of a block.
+      kv: keys of a block.
+      heads: key heads that one grid step computes, on TPU.
       warps: warps of 32 threads that compute a block, on GPUs.
     """
 
@@ -32,75 +35,75 @@ class Blocks:
 
 
 @functools.cache
-def table(platform: str) -> dict[str, Blocks]:
-    """The measured entries for "tpu" or "cuda"; empty where none was measured."""
+def table(platform: str) -> dict[str, BlockSizes]:
+    """Return the measured entries for "tpu" or "cuda"; empty where none was measured."""
     path = _FOLDER / f"tuned_{platform}.json"
     if not path.is_file():
         return {}
-    return {key: Blocks(**entry) for key, entry in json.loads(path.read_text())["blocks"].items()}
+    return {key: BlockSizes(**entry) for key, entry in json.loads(path.read_text())["block_sizes"].items()}
 
 
 def key_of(spec, length: int, groups: int, head_size: int, kernel: str | None = None) -> str:
-    """The table's key for a call, or for one kernel of it."""
+    """Return the table's key for a call, or for one kernel of it."""
     reach = min(r for r in (spec.window, spec.max_segment_length, length) if r is not None)
-    seen = "row" if reach >= length else f"reach{_power_of_two(reach)}"
-    call = f"length{_power_of_two(length)}-groups{groups}-head{-(-head_size // _LANES) * _LANES}-{seen}"
+    limit = "all" if reach >= length else f"reach{_power_of_two(reach)}"
+    call = f"length{_power_of_two(length)}-groups{groups}-head{_whole_lanes(head_size)}-{limit}"
     return call if kernel is None else f"{call}-{kernel}"
 
 
-def tpu_blocks(spec, q, k) -> Blocks:
-    """Sizes for a TPU call: as the call asks, from the table, or by rule.
+def tpu_blocks(spec, q, k) -> BlockSizes:
+    """Return the sizes for a TPU call: as the call asks, from the table, or by rule.
 
-    The rule: about 1,024 query rows in a matrix (all the heads of a group together) against 512 keys fill the matrix
-    unit and fit vector memory; where segments are short, blocks of 128 skip more, and several heads share a grid step
-    to pay for its overhead. All of this fits 16 MiB of vector memory.
+    The rule: a matrix of about 1,024 queries (all heads of a group together) against 512 keys fills the matrix unit.
+    Where segments are short, blocks of 128 skip more, and several heads share a grid step to amortise its overhead.
+    All of these fit into 16 MiB of vector memory.
     """
     (_, S, H, D), (_, T, K, _) = q.shape, k.shape
     groups = H // K
-    found = spec.blocks or table("tpu").get(key_of(spec, max(S, T), groups, D))
-    if found is None:
+    sizes = spec.block_sizes or table("tpu").get(key_of(spec, max(S, T), groups, D))
+    if sizes is None:
         reach = min(r for r in (spec.window, spec.max_segment_length, max(S, T)) if r is not None)
         short = reach <= 256
-        queries = 128 if short else max(128, _LANES * (1024 // groups // _LANES))
-        found = Blocks(min(queries, 512), 128 if short else 512, 4 if short and groups == 1 else 1)
-    heads = max(h for h in range(1, found.heads + 1) if K % h == 0)
-    return Blocks(min(found.q, _whole_lanes(S)), min(found.kv, _whole_lanes(T)), heads)
+        queries = 128 if short else max(128, LANES * (1024 // groups // LANES))
+        sizes = BlockSizes(min(queries, 512), 128 if short else 512, 4 if short and groups == 1 else 1)
+    heads = max(h for h in range(1, sizes.heads + 1) if K % h == 0)
+    return BlockSizes(min(sizes.q, _whole_lanes(S)), min(sizes.kv, _whole_lanes(T)), heads)
 
 
 CUDA_KERNELS = "forward", "d_queries", "d_keys"
 
 
-def cuda_blocks(spec, q, k, kernel: str) -> Blocks:
-    """Sizes for one of `CUDA_KERNELS`: as the call asks, from the table, or by rule."""
+def cuda_blocks(spec, q, k, kernel: str) -> BlockSizes:
+    """Return the sizes for one of `CUDA_KERNELS`: as the call asks, from the table, or by rule."""
     (_, S, H, D), (_, T, K, _) = q.shape, k.shape
-    found = spec.blocks or table("cuda").get(key_of(spec, max(S, T), H // K, D, kernel))
-    found = found or _cuda_rule(kernel, D, q.dtype.itemsize)
-    q_size, kv_size = (min(size, max(16, _power_of_two(length))) for size, length in ((found.q, S), (found.kv, T)))
-    return dataclasses.replace(found, q=q_size, kv=kv_size, heads=1)
+    sizes = spec.block_sizes or table("cuda").get(key_of(spec, max(S, T), H // K, D, kernel))
+    sizes = sizes or _cuda_rule(kernel, D, q.dtype.itemsize)
+    q_size, kv_size = (min(size, max(16, _power_of_two(length))) for size, length in ((sizes.q, S), (sizes.kv, T)))
+    return dataclasses.replace(sizes, q=q_size, kv=kv_size, heads=1)
 
 
-def _cuda_rule(kernel: str, head_size: int, itemsize: int) -> Blocks:
-    """What the compiler for Hopper keeps in registers, with as few instructions for a score as it can be had.
+def _cuda_rule(kernel: str, head_size: int, itemsize: int) -> BlockSizes:
+    """Return the largest blocks whose accumulators the compiler for Hopper keeps in registers.
 
-    The larger a block of queries, the less often keys are read. The gradients keep one more product, or two, in
-    registers than the forward pass, so their blocks are smaller; two of them share a multiprocessor, and one computes
+    The larger a block of queries, the less often keys are read. The gradient kernels hold one or two more products in
+    registers than the forward kernel, so their blocks are smaller; two of them share a multiprocessor, and one computes
     softmax while the other multiplies. docs/kernels.md has the compiler's figures.
     """
-    if itemsize > 2:  # three matrix instructions for each, and their operands in parts
+    if itemsize > 2:  # three matrix instructions for each product, and their operands in two halves
         short, long, warps = (32, 64, 8) if head_size <= 128 else (16, 32, 4)
-        return Blocks(long, short, warps=warps) if kernel == "d_keys" else Blocks(short, long, warps=warps)
+        return BlockSizes(long, short, warps=warps) if kernel == "d_keys" else BlockSizes(short, long, warps=warps)
     if head_size > 128:
         sizes = {"forward": (64, 64), "d_queries": (64, 32), "d_keys": (32, 64)}
-        return Blocks(*sizes[kernel], warps=8)
+        return BlockSizes(*sizes[kernel], warps=8)
     if kernel == "forward":
-        return Blocks(128, 64, warps=4 if head_size <= 64 else 8)
-    return Blocks(64, 64, warps=4)
+        return BlockSizes(128, 64, warps=4 if head_size <= 64 else 8)
+    return BlockSizes(64, 64, warps=4)
 
 
 def _whole_lanes(length: int) -> int:
-    return -(-length // _LANES) * _LANES
+    return -(-length // LANES) * LANES
 
 
 def _power_of_two(size: int) -> int:
-    """The smallest power of two that is not below ``size``."""
+    """Return the smallest power of two that is not below ``size``."""
     return 1 << max(size - 1, 0).bit_length()

@@ -1,8 +1,8 @@
-"""Attention of one or a few new tokens to a cache of keys and values.
+"""Attention of one or a few new tokens to a key/value cache, and writing to that cache.
 
 Shapes: B sequences, S new tokens each, H query heads, K key/value heads (H a multiple of K), D head size. A cache has R
-rows of T places: a row for each sequence, or, paged, a row for each page, of which a sequence has at most N. It holds
-keys as [R, K, D, T] and values as [R, K, T, D]: what the two matrix products read, so that no step transposes it.
+rows of T entries: one row for each sequence, or, paged, one row for each page, of which a sequence has at most N. Keys
+are [R, K, D, T] and values [R, K, T, D]: the layouts that the two matrix products read, so no step transposes them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ Cache = tuple[Float[Array, "R K D T"], Float[Array, "R K T D"]]
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSpec:
-    """The static part of a call.
+    """The static arguments of a call.
 
     Attributes:
-      window: a token sees places fewer than ``window`` behind it, itself included; None is no limit.
-      paged: whether a sequence's places are spread over pages.
+      scale: multiplies the query-key products.
+      window: a token attends to the last ``window`` tokens, itself included; None is no limit.
+      paged: whether the entries of a sequence are spread over pages.
       interpret: run a Pallas kernel in the interpreter, on any device.
     """
 
@@ -35,13 +36,13 @@ class DecodeSpec:
 
 @dataclasses.dataclass(frozen=True)
 class WriteSpec:
-    """The static part of writing keys; fields as in `DecodeSpec`."""
+    """The static arguments of writing keys; fields as in `DecodeSpec`."""
 
     paged: bool
     interpret: bool
 
 
-# Each offers ``attend(spec, q, keys, values, lengths, tables) -> (out,)``; tables are zeros for a cache without pages.
+# Each module has ``attend(spec, q, keys, values, lengths, tables) -> (out,)``; tables are zeros if not paged.
 _OPERATION = Operation(
     "decode_attention",
     {
@@ -49,18 +50,18 @@ _OPERATION = Operation(
         "pallas_gpu": "jvlm_kernels.decode.gpu",
         "xla": "jvlm_kernels.decode.xla",
     },
-    rows=False,
+    batched=False,
 )
-# Each offers ``write(spec, keys, k, row, at) -> (keys,)``. Values need no kernel: they are scattered in place.
+# Each module has ``write(spec, keys, k, row, index) -> (keys,)``. Values need no kernel: XLA scatters them in place.
 _WRITING = Operation(
     "extend_cache",
     {"pallas_tpu": "jvlm_kernels.decode.write_tpu", "xla": "jvlm_kernels.decode.write_xla"},
-    rows=False,
+    batched=False,
 )
 
 
 def decode_implementations() -> tuple[str, ...]:
-    """Names accepted by ``implementation=`` here, in order of preference."""
+    """Return the names that `decode_attention` accepts as ``implementation=``, in order of preference."""
     return tuple(_OPERATION.modules)
 
 
@@ -75,20 +76,22 @@ def decode_attention(
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B S H D"]:
-    """Attention of the last S tokens of each sequence to its whole past, which the cache holds, theirs included.
+    """Return the attention of the last S tokens of each sequence to all its tokens up to themselves.
 
-    Scores and softmax are float32. Cost follows the lengths, not the places of the cache. A token before the
-    beginning of its sequence (``lengths`` < S) gives zeros.
+    The cache already holds the S new tokens. Scores and softmax are float32. Time follows the lengths, not the length
+    of the cache. A token before the start of its sequence (``lengths`` < S) gives zeros.
 
     Args:
-      lengths: tokens of each sequence, the S new ones among them.
-      block_tables: the pages of each sequence in order; entries behind its length may hold any page's number.
+      cache: keys and values; see `init_cache`.
+      lengths: tokens of each sequence, including the S new ones.
+      block_tables: page numbers of each sequence in order; entries behind its length may be the number of any page.
       scale: defaults to D ** -0.5.
+      window: see `DecodeSpec`.
       implementation, interpret: as in `segment_attention`.
 
     Raises:
       ValueError: shapes that do not fit together, or an unknown implementation.
-      Unavailable: the implementation asked for (or every one) cannot run this call; says why for each.
+      Unavailable: the requested implementation, or every one, cannot run this call; the message says why for each.
     """
     keys, values = cache
     B, _, H, D = q.shape
@@ -112,9 +115,9 @@ def decode_attention(
     return out
 
 
-def open_cache(k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], places: int) -> Cache:
-    """A cache of ``places`` >= S places that begins with the keys and values of a prompt."""
-    empty = places - k.shape[1]
+def init_cache(k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], max_length: int) -> Cache:
+    """Return a cache of ``max_length`` >= S entries that starts with the keys and values of a prompt."""
+    empty = max_length - k.shape[1]
     k_BKDS, v_BKSD = jnp.transpose(k, (0, 2, 3, 1)), jnp.transpose(v, (0, 2, 1, 3))
     return (
         jnp.pad(k_BKDS, ((0, 0), (0, 0), (0, 0), (0, empty))),
@@ -126,32 +129,34 @@ def extend_cache(
     cache: Cache,
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
-    place: Int[Array, " B"],
+    cache_index: Int[Array, " B"],
     *,
     block_tables: Int[Array, "B N"] | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Cache:
-    """Write the keys and values of S new tokens at ``place`` and behind it; in place, if the cache is donated.
+    """Return the cache with the keys and values of S new tokens written from ``cache_index`` on.
 
-    Places outside the cache (or the table) are not written.
+    The update is in place if the cache is donated. Entries behind the end of the cache or block table are dropped.
 
     Args:
-      implementation, interpret: of the keys' writing, "pallas_tpu" or "xla"; as in `segment_attention`.
+      cache_index: entry of each sequence's first new token, which is the number of tokens already cached.
+      implementation, interpret: for writing keys, "pallas_tpu" or "xla"; as in `segment_attention`.
     """
     keys, values = cache
-    at = place[:, None] + jnp.arange(k.shape[1])
+    index = cache_index[:, None] + jnp.arange(k.shape[1])
     if block_tables is None:
-        row = jnp.broadcast_to(jnp.arange(len(k))[:, None], at.shape)
+        row = jnp.broadcast_to(jnp.arange(len(k))[:, None], index.shape)
     else:
         size = keys.shape[3]
-        page, at = jnp.divmod(at, size)
+        page, index = jnp.divmod(index, size)
         row = jnp.take_along_axis(block_tables, page, axis=1, mode="fill", fill_value=keys.shape[0])
     spec = WriteSpec(block_tables is not None, interpret)
     names = _WRITING.runnable(implementation, interpret, spec, keys, k)
-    (keys,) = _WRITING.run(spec, names, "write", keys, k, row, at)
-    # one index for each head, as in write_xla
-    values = values.at[row[..., None], jnp.arange(v.shape[2]), at[..., None]].set(v.astype(values.dtype), mode="drop")
+    (keys,) = _WRITING.run(spec, names, "write", keys, k, row, index)
+    # one scatter index for each head, as in write_xla
+    at = row[..., None], jnp.arange(v.shape[2]), index[..., None]
+    values = values.at[at].set(v.astype(values.dtype), mode="drop")
     return keys, values
 
 
@@ -160,15 +165,15 @@ def cached_attention(
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
     cache: Cache,
-    place: Int[Array, " B"],
+    cache_index: Int[Array, " B"],
     *,
     block_tables: Int[Array, "B N"] | None = None,
     **options,
 ) -> tuple[Float[Array, "B S H D"], Cache]:
-    """Put new tokens into the cache at ``place``, and let them attend to all up to themselves.
+    """Write new tokens into the cache from ``cache_index`` on, and return their attention and the new cache.
 
     Args:
       options: of `decode_attention`.
     """
-    cache = extend_cache(cache, k, v, place, block_tables=block_tables)
-    return decode_attention(q, cache, place + q.shape[1], block_tables=block_tables, **options), cache
+    cache = extend_cache(cache, k, v, cache_index, block_tables=block_tables)
+    return decode_attention(q, cache, cache_index + q.shape[1], block_tables=block_tables, **options), cache

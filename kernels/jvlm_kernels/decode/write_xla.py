@@ -1,4 +1,4 @@
-"""New keys into a cache [R, K, D, T] as a scatter, on every device."""
+"""Write new keys into a cache [R, K, D, T] as a scatter, on every device."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ PLATFORM = None
 
 
 def check(spec, keys, k) -> None:
-    """Runs everywhere."""
+    """Accept every call."""
 
 
-def write(spec, keys, k, row, at):
-    """(keys,) with ``k`` [B, S, K, D] at rows and places [B, S]; nothing where those are outside."""
-    # One index for each head: XLA keeps this a scatter and runs it in place. With one for each row, a batch of one
-    # becomes a slice update, which CPU fuses into the products that follow and pays for with copies of the cache.
+def write(spec, keys, k, row, index):
+    """Return (keys,) with ``k`` [B, S, K, D] written at cache rows and indices [B, S]; out of range is dropped."""
+    # One scatter index for each head: XLA keeps this a scatter and runs it in place. With one for each row, a batch of
+    # one becomes a slice update, which CPU fuses into the products that follow and pays for with copies of the cache.
     head = jnp.arange(k.shape[2])
-    return (keys.at[row[..., None], head, :, at[..., None]].set(k.astype(keys.dtype), mode="drop"),)
+    return (keys.at[row[..., None], head, :, index[..., None]].set(k.astype(keys.dtype), mode="drop"),)

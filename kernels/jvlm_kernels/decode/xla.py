@@ -1,41 +1,45 @@
-"""Decode attention in plain XLA operations, on every device: all places at once, those out of reach masked."""
+"""Decode attention in plain XLA operations, on every device: the scores of the whole cache, masked.
+
+Shapes as in `jvlm_kernels.decode.api`; X = G * S queries of a key head.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+from jvlm_kernels.constants import MASK_VALUE
+
 PLATFORM = None
-_HIDDEN = -1e30
 
 
 def check(spec, q, keys, values) -> None:
-    """Runs everywhere."""
+    """Accept every call."""
 
 
 def attend(spec, q, keys, values, lengths, tables):
-    """(out [B, S, H, D],)."""
+    """Return (out [B, S, H, D],)."""
     B, S, H, D = q.shape
     if spec.paged:
-        keys, values = _joined(keys, values, tables)
+        keys, values = _gather_pages(keys, values, tables)
     K, T = keys.shape[1], keys.shape[3]
-    place_BS = lengths[:, None] - S + jnp.arange(S)
-    behind_BST = place_BS[:, :, None] - jnp.arange(T)
-    visible_BST = behind_BST >= 0
+    position_BS = lengths[:, None] - S + jnp.arange(S)
+    distance_BST = position_BS[:, :, None] - jnp.arange(T)
+    visible_BST = distance_BST >= 0
     if spec.window is not None:
-        visible_BST &= behind_BST < spec.window
-    # [B, K, G * S, D]: for one new token, without moving anything
+        visible_BST &= distance_BST < spec.window
+    # for one new token, a reshape that moves nothing
     q_BKXD = jnp.moveaxis(q.reshape(B, S, K, H // K, D), 1, 3).reshape(B, K, -1, D)
     scores = jnp.einsum("bkxd,bkdt->bkxt", q_BKXD * spec.scale, keys, preferred_element_type=jnp.float32)
     mask = jnp.tile(visible_BST, (1, H // K, 1))[:, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores, _HIDDEN), axis=-1)
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASK_VALUE), axis=-1)
     out = jnp.einsum("bkxt,bktd->bkxd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     out = jnp.moveaxis(out.reshape(B, K, H // K, S, D), 3, 1).reshape(q.shape)
-    return (jnp.where(place_BS[:, :, None, None] >= 0, out, 0.0).astype(q.dtype),)
+    return (jnp.where(position_BS[:, :, None, None] >= 0, out, 0.0).astype(q.dtype),)
 
 
-def _joined(keys, values, tables):
-    """The pages of each sequence laid side by side: keys [B, K, D, N * Z], values [B, K, N * Z, D]."""
+def _gather_pages(keys, values, tables):
+    """Return the pages of each sequence side by side: keys [B, K, D, N * Z], values [B, K, N * Z, D]."""
     k_BNKDZ, v_BNKZD = keys[tables], values[tables]
     B, N, K, D, Z = k_BNKDZ.shape
     k = jnp.moveaxis(k_BNKDZ, 1, 3).reshape(B, K, D, N * Z)

@@ -1,1 +1,1 @@
-"""Products of groups of rows with a matrix each, several implementations behind one call."""
+"""Grouped matrix multiplication (mixture of experts), several implementations behind one call."""

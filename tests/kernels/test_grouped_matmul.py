@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jvlm_kernels import Unavailable, grouped_product
+from jvlm_kernels import Unavailable, grouped_matmul
 
 # rows, values of a row and of a result, sizes of groups: within a block, across blocks, empty, and rows of no group
 CASES = {
@@ -45,7 +45,7 @@ def test_result_and_gradients_equal_one_product_after_the_other(case, implementa
 
     def product(x, matrices):
         how = {"implementation": implementation, "interpret": implementation != "xla"}
-        return grouped_product(x, matrices, sizes, **how)[:used]
+        return grouped_matmul(x, matrices, sizes, **how)[:used]
 
     y, pull = jax.vjp(product, x if implementation != "xla" else x.at[used:].set(0), matrices)
     d_x, d_matrices = pull(d_y[:used])
@@ -55,7 +55,7 @@ def test_result_and_gradients_equal_one_product_after_the_other(case, implementa
 
 def test_bfloat16_is_summed_in_float32():
     x, matrices, d_y, sizes = operands(128, 1024, 16, [100, 28], jnp.bfloat16)
-    found = grouped_product(x, matrices, sizes, implementation="pallas_gpu", interpret=True)
+    found = grouped_matmul(x, matrices, sizes, implementation="pallas_gpu", interpret=True)
     expected = one_after_the_other(x, matrices, d_y, sizes)[0]
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8, atol=1e-2)
@@ -64,6 +64,6 @@ def test_bfloat16_is_summed_in_float32():
 def test_what_cannot_be_multiplied_is_refused():
     x, matrices, _, sizes = operands(32, 16, 24, [16, 16])
     with pytest.raises(Unavailable, match="multiples of 16, got \\(16, 24\\)"):
-        grouped_product(x, matrices, sizes, implementation="pallas_gpu", interpret=True)
+        grouped_matmul(x, matrices, sizes, implementation="pallas_gpu", interpret=True)
     with pytest.raises(ValueError, match="rows are float32, matrices bfloat16"):
-        grouped_product(x, matrices.astype(jnp.bfloat16), sizes)
+        grouped_matmul(x, matrices.astype(jnp.bfloat16), sizes)

@@ -1,4 +1,4 @@
-"""Random packings: which blocks are visited, and that the result is right whatever the row holds."""
+"""Random packings: which pairs of blocks are computed, and that the result is right whatever the sequence holds."""
 
 import functools
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jvlm_kernels import reference_attention, segment_attention
-from jvlm_kernels.attention import api, blocks, tuning
+from jvlm_kernels.attention import api, block_pairs, tuning
 
 S, BLOCK_Q, BLOCK_KV = 96, 16, 32
 KERNELS = ("xla", "pallas_tpu", "pallas_gpu")
@@ -18,7 +18,7 @@ settings = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 
 @st.composite
 def packings(draw, total=S):
-    """Ids of a row: segments of any length, one of 0 now and then, ids that skip numbers, padding at the end."""
+    """Ids of a sequence: segments of any length, one of 0 now and then, ids that skip numbers, padding at the end."""
     ids, number = [], 0
     for length in draw(st.lists(st.sampled_from([0, 1, 1, 2, 7, 15, 16, 17, 31, 32, 33, 60, total]), max_size=12)):
         number += draw(st.integers(1, 3))
@@ -26,7 +26,7 @@ def packings(draw, total=S):
     return np.asarray(ids[:total] + [0] * (total - len(ids)), np.int32)
 
 
-def visible_pairs(q_ids, kv_ids, causal, window):
+def visible_scores(q_ids, kv_ids, causal, window):
     distance = np.arange(len(q_ids))[:, None] - np.arange(len(kv_ids))
     pairs = (q_ids[:, None] == kv_ids) & (q_ids[:, None] > 0)
     if causal:
@@ -43,62 +43,62 @@ def in_blocks(pairs, how):
     return how(how(full.reshape(N, BLOCK_Q, M, BLOCK_KV), axis=3), axis=1)
 
 
-def visited(q_ids, kv_ids, causal, window):
+def block_mask(q_ids, kv_ids, causal, window):
     spec = api.AttentionSpec(causal, window, 1.0, None)
     ids = jnp.asarray(q_ids)[None], jnp.asarray(kv_ids)[None]
-    some, every = blocks.visited(spec, *ids, jnp.zeros(1, jnp.int32), BLOCK_Q, BLOCK_KV)
-    return np.asarray(some[0]), np.asarray(every[0])
+    needed, full = block_pairs.block_mask(spec, *ids, jnp.zeros(1, jnp.int32), BLOCK_Q, BLOCK_KV)
+    return np.asarray(needed[0]), np.asarray(full[0])
 
 
 @settings
 @hypothesis.given(packings(), st.booleans(), st.sampled_from([None, 1, 20]))
-def test_blocks_visited_of_a_packed_row_are_those_with_a_visible_pair(ids, causal, window):
-    some, every = visited(ids, ids, causal, window)
-    pairs = visible_pairs(ids, ids, causal, window)
-    needed = in_blocks(pairs, np.any)
-    assert (some >= needed).all()
+def test_needed_blocks_of_a_packed_sequence_are_those_with_a_visible_score(ids, causal, window):
+    needed, full = block_mask(ids, ids, causal, window)
+    scores = visible_scores(ids, ids, causal, window)
+    expected = in_blocks(scores, np.any)
+    assert (needed >= expected).all()
     if window is None:  # at the edge of a window, a segment may end on the way
-        np.testing.assert_array_equal(some, needed)
-    assert (every <= in_blocks(pairs, np.all)).all()
+        np.testing.assert_array_equal(needed, expected)
+    assert (full <= in_blocks(scores, np.all)).all()
 
 
 @settings
 @hypothesis.given(st.lists(st.integers(-1, 6), min_size=S, max_size=S), packings(), st.booleans())
-def test_no_block_with_a_visible_pair_is_left_out_for_ids_in_any_order(q_ids, kv_ids, causal):
+def test_no_block_with_a_visible_score_is_left_out_for_ids_in_any_order(q_ids, kv_ids, causal):
     q_ids = np.asarray(q_ids, np.int32)
-    some, every = visited(q_ids, kv_ids, causal, None)
-    pairs = visible_pairs(q_ids, kv_ids, causal, None)
-    assert (some >= in_blocks(pairs, np.any)).all()
-    assert (every <= in_blocks(pairs, np.all)).all()
+    needed, full = block_mask(q_ids, kv_ids, causal, None)
+    scores = visible_scores(q_ids, kv_ids, causal, None)
+    assert (needed >= in_blocks(scores, np.any)).all()
+    assert (full <= in_blocks(scores, np.all)).all()
 
 
 @settings
 @hypothesis.given(packings(), packings(), st.booleans(), st.booleans())
-def test_the_list_of_visits_says_what_the_map_says(first, second, causal, fill):
+def test_the_work_items_are_the_pairs_of_the_block_mask(first, second, causal, cover_empty_rows):
     spec = api.AttentionSpec(causal, None, 1.0, None)
     ids = jnp.asarray(np.stack([first, second]))
-    found = blocks.visited(spec, ids, ids, jnp.zeros(2, jnp.int32), BLOCK_Q, BLOCK_KV)
-    size = 2 * blocks.most_visits(spec, S, S, BLOCK_Q, BLOCK_KV)
-    for some, every in (found, blocks.transposed(found)):
-        visits = blocks.list_visits(some, every, size, fill=fill)
-        some, every = (np.asarray(x).reshape(-1, x.shape[-1]) for x in (some, every))
-        items = np.asarray(visits.items)[: int(visits.count)]
-        computed = np.zeros_like(some)
-        kinds = [np.asarray(f(items)) for f in (blocks.is_full, blocks.is_masked)]
-        line, partner = np.asarray(blocks.line_of(items)), np.asarray(blocks.partner_of(items))
-        real = kinds[0] | kinds[1]
-        computed[line[real], partner[real]] = True
-        np.testing.assert_array_equal(computed, some)
-        np.testing.assert_array_equal(kinds[0][real], every[line[real], partner[real]])
-        assert (np.diff(line) >= 0).all()
-        np.testing.assert_array_equal(np.asarray(blocks.is_first(items)), np.diff(line, prepend=-1) > 0)
-        np.testing.assert_array_equal(np.asarray(blocks.is_last(items)), np.diff(line, append=len(some)) > 0)
-        lines = np.arange(len(some)) if fill else np.flatnonzero(some.any(1))
-        np.testing.assert_array_equal(np.unique(line), lines)
+    mask = block_pairs.block_mask(spec, ids, ids, jnp.zeros(2, jnp.int32), BLOCK_Q, BLOCK_KV)
+    size = 2 * block_pairs.max_pairs(spec, S, S, BLOCK_Q, BLOCK_KV)
+    for needed, full in (mask, block_pairs.transpose(mask)):
+        pairs = block_pairs.list_pairs(needed, full, size, cover_empty_rows=cover_empty_rows)
+        needed, full = (np.asarray(x).reshape(-1, x.shape[-1]) for x in (needed, full))
+        items = np.asarray(pairs.items)[: int(pairs.count)]
+        computed = np.zeros_like(needed)
+        is_full, is_partial = (np.asarray(f(items)) for f in (block_pairs.is_full, block_pairs.is_partial))
+        row, column = np.asarray(block_pairs.block_row(items)), np.asarray(block_pairs.block_column(items))
+        real = is_full | is_partial
+        computed[row[real], column[real]] = True
+        np.testing.assert_array_equal(computed, needed)
+        np.testing.assert_array_equal(is_full[real], full[row[real], column[real]])
+        assert (np.diff(row) >= 0).all()
+        np.testing.assert_array_equal(np.asarray(block_pairs.is_first(items)), np.diff(row, prepend=-1) > 0)
+        np.testing.assert_array_equal(np.asarray(block_pairs.is_last(items)), np.diff(row, append=len(needed)) > 0)
+        listed = np.arange(len(needed)) if cover_empty_rows else np.flatnonzero(needed.any(1))
+        np.testing.assert_array_equal(np.unique(row), listed)
 
 
-# so small that these rows have several
-BLOCKS = tuning.Blocks(BLOCK_Q, BLOCK_KV)
+# so small that these sequences have several
+BLOCK_SIZES = tuning.BlockSizes(BLOCK_Q, BLOCK_KV)
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "causal"))
@@ -119,7 +119,7 @@ def attend(q, k, v, weights, segments, *, implementation, causal):
                 implementation=implementation,
                 interpret=implementation.startswith("pallas"),
                 return_logsumexp=True,
-                blocks=BLOCKS,
+                block_sizes=BLOCK_SIZES,
             )
         seen = jnp.isfinite(logsumexp)
         return (out * weights).sum() + jnp.where(seen, logsumexp * weights[..., 0], 0.0).sum(), (out, logsumexp)
@@ -172,7 +172,7 @@ def test_every_head_size_and_group(head_size, heads, kv_heads, dtype, implementa
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
-def test_vmap_is_more_rows(implementation):
+def test_vmap_equals_a_larger_batch(implementation):
     call = [jnp.stack([x, 2 * x, -x]) for x in operands(2, 1, 16, rows=2, length=48)]
     ids = np.repeat([[1, 2, 0], [3, 4, 5]], [20, 20, 8], axis=1)
     segments = jnp.asarray(np.stack([ids, ids[::-1], np.minimum(ids, 3)]), jnp.int32)
