@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from jvlm.data import vision
+from jvlm.errors import UserError
 from jvlm.models import registry
 
 T = TypeVar("T")
@@ -31,12 +32,12 @@ def from_dict(kind: type[T], values: Any, path: str = "") -> T:
     """The inverse of `to_dict`.
 
     Raises:
-      ValueError: an unknown field (naming the nearest known one) or a value of the wrong type.
+      UserError: an unknown field (naming the nearest known one) or a value of the wrong type.
     """
     if kind in _POLYMORPHIC:
         values = dict(values)
         if "type" not in values:
-            raise ValueError(f'{path or "configuration"}: needs a "type"')
+            raise UserError(f'{path or "configuration"}: needs a "type"')
         kind = (registry.config_type if kind in _PARTS else vision.media_type)(values.pop("type"))
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, values, path)
@@ -55,25 +56,25 @@ def from_dict(kind: type[T], values: Any, path: str = "") -> T:
         return tuple(from_dict(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, values, strict=True)))
     if origin is typing.Literal:
         if values not in arguments:
-            raise ValueError(f"{path.rstrip('.')}: {values!r} is not one of {arguments}")
+            raise UserError(f"{path.rstrip('.')}: {values!r} is not one of {arguments}")
         return values
     if kind is float and isinstance(values, int) and not isinstance(values, bool):
         return float(values)
     if not isinstance(values, kind):
-        raise ValueError(f"{path.rstrip('.')}: {values!r} is not of type {kind}")
+        raise UserError(f"{path.rstrip('.')}: {values!r} is not of type {kind}")
     return values
 
 
 def _dataclass(kind: type, values: Any, path: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{path or 'configuration'}: {values!r} is not a group of fields")
+        raise UserError(f"{path or 'configuration'}: {values!r} is not a group of fields")
     hints = typing.get_type_hints(kind)
     known = {f.name for f in dataclasses.fields(kind)}
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-            raise ValueError(f"unknown field {path + name!r}; {hint}")
+            raise UserError(f"unknown field {path + name!r}; {hint}")
     return kind(**{name: from_dict(hints[name], value, f"{path}{name}.") for name, value in values.items()})
 
 

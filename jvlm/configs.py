@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
+import inspect
+import traceback
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jvlm.errors import UserError
+from jvlm.errors import UserError, file_errors
 
 if TYPE_CHECKING:
     from jvlm.training.config import Experiment
@@ -26,21 +28,43 @@ def load(config: str, overrides: Sequence[str] = ()) -> Experiment:
       overrides: ``--field.path value ...``, as on the command line.
 
     Raises:
-      UserError: no such config, or it has no ``get_config`` that returns an `Experiment`; a wrong field or value.
+      UserError: no such config, an error in it, with its line, or no ``get_config`` that returns an `Experiment`; a
+        wrong field or value.
     """
     from jvlm.options import override
+
+    experiment = _run(find(config))
+    return override(experiment, overrides, f"jvlm train {config}") if overrides else experiment
+
+
+def _run(path: Path) -> Experiment:
+    """Return what a config file's ``get_config()`` does. Raises UserError, with file and line, for errors in it."""
     from jvlm.training.config import Experiment
 
-    path = find(config)
-    spec = importlib.util.spec_from_file_location("jvlm_experiment", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
+    with file_errors(path, "read"):
+        source = path.read_bytes()
+    module = types.ModuleType("jvlm_experiment")
+    module.__file__ = str(path)
+    try:
+        exec(compile(source, str(path), "exec"), module.__dict__)
+        get_config = module.__dict__.get("get_config")
+        experiment = get_config() if callable(get_config) else None
+    except Exception as error:  # the file is a program of the user's
+        raise UserError(_error_in_config(path, error)) from error
+    if not callable(get_config):
         raise UserError(f"{path} defines no get_config()")
-    experiment = module.get_config()
     if not isinstance(experiment, Experiment):
-        raise UserError(f"get_config() of {path} returned a {type(experiment).__name__}, not an Experiment")
-    return override(experiment, overrides, f"jvlm train {config}") if overrides else experiment
+        line = get_config.__code__.co_firstlineno if inspect.isfunction(get_config) else 1
+        raise UserError(f"{path}, line {line}: get_config() returned a {type(experiment).__name__}, not an Experiment")
+    return experiment
+
+
+def _error_in_config(path: Path, error: Exception) -> str:
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f"{path}, line {error.lineno}: {type(error).__name__}: {error.msg}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return f"{path}, line {lines[-1]}: {kind}{error}" if lines else f"{path}: {kind}{error}"
 
 
 def find(config: str) -> Path:

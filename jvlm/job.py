@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import jax
 
 import jvlm
-from jvlm.data.errors import MISTAKES, Rejected, RowError, grouped
+from jvlm.data.errors import Rejected, RowError, grouped
 from jvlm.data.processor import Processor
 from jvlm.data.rows import Conversation
 from jvlm.errors import UserError
@@ -99,7 +99,7 @@ class _Finish:
         text = f"the model is trained, and all else is in {folder}, but this failed:\n{said}\n"
         text += "Mend it; the same command does the rest again without training"
         last = self.failures[-1][1]
-        mistakes = all(isinstance(error, MISTAKES) for _, error in self.failures)
+        mistakes = all(isinstance(error, UserError) for _, error in self.failures)
         raise (UserError if mistakes else RuntimeError)(text) from last
 
 
@@ -242,7 +242,7 @@ def verify(experiment: Experiment, result: Result, answers: Sequence[Answer]) ->
     """Read the exported folder back, and compare answers. Returns a line that says what was found.
 
     Raises:
-      ValueError: the folder read back answers differently.
+      RuntimeError: the folder read back answers differently.
     """
     folder = result.folder / EXPORT
     again = answers[: experiment.export.verify]
@@ -265,7 +265,7 @@ def verify(experiment: Experiment, result: Result, answers: Sequence[Answer]) ->
     different = [(a, t) for a, t in zip(again, texts, strict=True) if a.response != t]
     if different:
         answer, text = different[0]
-        raise ValueError(
+        raise RuntimeError(
             f"{folder} answers {len(different)} of {len(again)} questions differently, first: "
             f"{answer.question.text!r}: {answer.response!r} before, {text!r} after"
         )

@@ -22,7 +22,7 @@ ACCELERATORS = {
 }
 # generation -> the name that xpk gives its accelerator types, which it reads with a topology too (v5p-4x4x4)
 XPK_NAMES = {"v5e": "v5litepod"}
-ENDS_THE_SAME_AGAIN = [2, 3]  # exit statuses of `jvlm` (jvlm.cli.main): a mistake of the user's, an aim missed
+ENDS_THE_SAME_AGAIN = [2, 3]  # exit statuses of `jvlm` (jvlm.cli.main): a user error, an aim missed
 IMAGE = "python:3.11"
 FETCHER = "gcr.io/google.com/cloudsdktool/google-cloud-cli:slim"
 

@@ -82,9 +82,9 @@ def _fail(error):
 FAILURES = {
     "scoring": (job.score, "ask", RuntimeError("out of memory"), {"report.html"}),
     "report": (job.report, "write", OSError("no space left"), {"answers.jsonl", "scores.json"}),
-    "text-only baseline": (job, "text_only_baseline", ValueError("a bad training row"), FILES),
-    "export": (job.checkpoint, "save", ValueError("cannot be written"), FILES),
-    "reading the export back": (job, "verify", ValueError("answers differently"), FILES),
+    "text-only baseline": (job, "text_only_baseline", UserError("a bad training row"), FILES),
+    "export": (job.checkpoint, "save", UserError("cannot be written"), FILES),
+    "reading the export back": (job, "verify", RuntimeError("answers differently"), FILES),
 }
 
 
@@ -98,7 +98,7 @@ def test_a_part_that_fails_is_named_and_all_others_are_written(finished, monkeyp
     for file in (run / "hf").glob("*"):
         file.unlink()
     monkeypatch.setattr(owner, name, _fail(error))
-    kind = UserError if isinstance(error, ValueError) else RuntimeError
+    kind = UserError if isinstance(error, UserError) else RuntimeError
     with pytest.raises(kind, match=rf"(?s)the model is trained.*{part}: {error}.*the same command"):
         job.run(experiment)
     assert {file for file in FILES if (run / file).is_file()} == expected
@@ -109,7 +109,7 @@ def test_a_part_that_fails_is_named_and_all_others_are_written(finished, monkeyp
 def test_the_command_ends_with_a_status_and_no_traceback_where_a_part_failed(finished, monkeypatch, capsys):
     _, experiment = finished
     monkeypatch.setattr(configs, "load", lambda *_: experiment)
-    monkeypatch.setattr(job, "text_only_baseline", _fail(ValueError("a bad training row")))
+    monkeypatch.setattr(job, "text_only_baseline", _fail(UserError("a bad training row")))
     assert cli.main(["train", "any"]) == 2
     said = capsys.readouterr().err
     assert "text-only baseline: a bad training row" in said

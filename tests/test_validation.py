@@ -105,7 +105,7 @@ def test_no_number_of_any_configuration_takes_what_is_no_number(kind, name, valu
 )
 def test_values_out_of_range_are_refused_by_name(kind, name, value):
     fixed, prefix = CONFIGS[kind]
-    with pytest.raises(ValueError, match=rf"{prefix}{name} must be .*, got {value!r}|{prefix}{name} must be .*{value}"):
+    with pytest.raises(UserError, match=rf"{prefix}{name} must be .*, got {value!r}|{prefix}{name} must be .*{value}"):
         kind(**{**fixed, name: value})
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from jvlm.data.errors import MISTAKES
+from jvlm.errors import UserError
 
-NOT_CRASHES = (*MISTAKES, KeyboardInterrupt)
+NOT_CRASHES = (UserError, KeyboardInterrupt)
 
 
 def print_error(error: BaseException) -> int:

@@ -1,4 +1,4 @@
-"""Errors about data, which say which row, which field, and what to do; and what kinds are the user's to mend."""
+"""Errors about data, which say which row, which field, and what to do."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Literal
 
 from jvlm.errors import UserError
 
-# Trying again helps against other errors, never against these.
-MISTAKES = (ValueError, FileNotFoundError, FileExistsError)
+MEMORY = "<memory>"
 # where a message stops being the same for every row with its fault: at the first number, name or quotation
 _VARIABLE = re.compile(r"[\d'\"\[({</\\:;,].*", re.DOTALL)
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
@@ -18,13 +17,21 @@ _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a conversation came from: file and 1-based row (line of a JSONL, record of a shard)."""
+    """Where a conversation came from.
 
-    file: str = "<memory>"
-    row: int = 0
+    Attributes:
+      file: its file; `MEMORY` for one that was given from Python.
+      row: its number: from 1 in a file (line of a JSONL, record of a shard), from 0 in a list of conversations; None
+        for one that was given alone.
+    """
+
+    file: str = MEMORY
+    row: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.file}, row {self.row}"
+        if self.row is None:
+            return "the conversation"
+        return f"conversation {self.row}" if self.file == MEMORY else f"{self.file}, row {self.row}"
 
 
 class RowError(UserError):
@@ -97,6 +104,6 @@ def _first_number(text: str) -> int:
 
 
 def _places(rows: Sequence[Rejected]) -> str:
-    if len({row.file for row in rows}) > 1:
+    if len({row.file for row in rows}) > 1 or rows[0].file == MEMORY:
         return "; ".join(str(Origin(row.file, row.row)) for row in rows)
     return f"{rows[0].file}, row{'s' * (len(rows) > 1)} {', '.join(str(row.row) for row in rows)}"

@@ -17,6 +17,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from jvlm.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Share:
@@ -27,12 +29,12 @@ class Share:
 
     def __post_init__(self):
         if not 0 <= self.index < self.count:
-            raise ValueError(f"share {self.index} of {self.count} does not exist")
+            raise UserError(f"share {self.index} of {self.count} does not exist")
 
     def of(self, rows: int) -> int:
-        """Rows of each batch that are this process's. Raises ValueError where they do not divide."""
+        """Rows of each batch that are this process's. Raises UserError where they do not divide."""
         if rows % self.count:
-            raise ValueError(f"data.rows = {rows} cannot be shared evenly by {self.count} processes")
+            raise UserError(f"data.rows = {rows} cannot be shared evenly by {self.count} processes")
         return rows // self.count
 
 
@@ -85,7 +87,7 @@ def merge(progress: Sequence[Progress]) -> Position:
     position, count = progress[0].position, progress[0].share.count
     indices = sorted(p.share.index for p in progress)
     if indices != list(range(count)) or any(p.position != position for p in progress):
-        raise ValueError(f"the data position has {len(progress)} of {count} processes, or those of several starts")
+        raise UserError(f"the data position has {len(progress)} of {count} processes, or those of several starts")
     touched = max(p.share.index + p.done * count + (p.given > 0) for p in progress)
     touched = max(touched, len(position.open))
     left = []

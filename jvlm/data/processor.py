@@ -16,7 +16,7 @@ from jvlm import json_files
 from jvlm.data import box_formats, mrope, packing, vocabulary
 from jvlm.data.boxes import Place, Sizes, Space
 from jvlm.data.chat_formats import style_of
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import MEMORY, Origin, RowError
 from jvlm.data.images import open_image
 from jvlm.data.packing import Example
 from jvlm.data.rows import Conversation, Message, fill_objects, parse_row
@@ -162,7 +162,8 @@ class Processor:
         Raises:
           RowError: a bad row, or one that does not fit the shape asked for.
         """
-        examples = [self.encode(c, generation_prompt=generation_prompt) for c in conversations]
+        checked = [parse_row(c, Origin(row=i)) for i, c in enumerate(conversations)]
+        examples = [self.encode(c, generation_prompt=generation_prompt) for c in checked]
         if not examples:
             raise ValueError("pack needs at least one conversation")
         tokens = row_tokens or packing.bucket(sum(e.length for e in examples), 64)
@@ -215,7 +216,7 @@ class Processor:
                 )
         try:
             return dataclasses.replace(self.media, **dict(conversation.limits))
-        except ValueError as error:
+        except (UserError, ValueError) as error:
             names = ", ".join(name for name, _ in conversation.limits)
             raise RowError(
                 conversation.origin, f"chat_template_kwargs.{names}", str(error), "Correct or remove it"
@@ -236,7 +237,7 @@ class Processor:
 
     def _open(self, sources: Iterable[Any], field: str, origin: Origin) -> list[Image.Image]:
         roots = self.media_roots
-        if origin.file != Origin.file:
+        if origin.file != MEMORY:
             roots = (str(Path(origin.file).parent), *roots)
         return [open_image(s, origin=origin, field=field, roots=roots) for s in sources]
 
@@ -362,5 +363,5 @@ def read_settings(folder: Path) -> ProcessorConfig | None:
     values = json_files.read_object(path)
     try:
         return config_tree.from_dict(ProcessorConfig, values, "processor.")
-    except (TypeError, ValueError) as error:
+    except (UserError, TypeError) as error:
         raise UserError(f"{path}: {error}; copy the folder again, or correct the value") from error

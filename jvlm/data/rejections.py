@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from jvlm.data.errors import Rejected
 from jvlm.data.shards import matching
-from jvlm.errors import UserError
+from jvlm.errors import UserError, file_errors
 
 _PLACES = 3
 _KINDS = 1000
@@ -70,7 +70,7 @@ def _short(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-@contextmanager
+@contextlib.contextmanager
 def writing(output: str | None, files: Sequence[str], *, verbose: bool = False) -> Iterator[Callable[[Rejected], None]]:
     """What to call with each rejected row: prints it, and writes it to a JSONL that appears when all are.
 
@@ -86,7 +86,8 @@ def writing(output: str | None, files: Sequence[str], *, verbose: bool = False) 
             if verbose:
                 print(f"{row.file}:{row.row}: field {row.field!r}: {row.reason}. {row.fix}".rstrip())
             if file is not None:
-                file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=True) + "\n")
+                with file_errors(target, "written"):
+                    file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=True) + "\n")
 
         yield take
     if target is not None:
@@ -101,7 +102,7 @@ def _check_target(target: Path, files: Sequence[str]) -> None:
     for path in (path for pattern in files for path in matching(pattern)):
         if os.path.samefile(path, target):
             raise UserError(f"--output {target} is the data itself, {path}. Give another name")
-    with open(target, "rb") as file:
+    with file_errors(target, "read"), open(target, "rb") as file:
         first = file.readline()
     names = {field.name for field in dataclasses.fields(Rejected)}
     try:
@@ -112,17 +113,22 @@ def _check_target(target: Path, files: Sequence[str]) -> None:
         raise UserError(f"--output {target} holds something else than rejected rows. Give another name, or remove it")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _replacing(target: Path | None) -> Iterator[TextIO | None]:
     """A text file that takes its name once it is whole."""
     if target is None:
         yield None
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with file_errors(target, "written"):
+        target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
-        with open(part, "w", encoding="utf-8") as file:
+        with contextlib.ExitStack() as stack:
+            with file_errors(target, "written"):
+                file = stack.enter_context(open(part, "w", encoding="utf-8"))
             yield file
-        part.replace(target)
+            with file_errors(target, "written"):
+                file.flush()
+                part.replace(target)
     finally:
         part.unlink(missing_ok=True)

@@ -35,7 +35,7 @@ def shard(files: Sequence[str], output: str | Path, rows_per_shard: int, *, medi
 
     Raises:
       RowError: a row that cannot be used, or a picture that cannot be read; nothing is left out silently.
-      FileExistsError: the folder holds shards already.
+      UserError: the folder holds shards already.
       UserError: a wrong argument, files that cannot be read, or a folder that cannot be written.
     """
     if rows_per_shard < 1:
@@ -102,7 +102,7 @@ def _unfinished(output: Path) -> Iterator[Path]:
     """A folder inside ``output`` for shards that are not whole yet; it and they are gone afterwards.
 
     Raises:
-      FileExistsError: ``output`` holds shards already. UserError: it is not a folder, or is being written to.
+      UserError: ``output`` holds shards already; it is not a folder, or is being written to.
     """
     folder = output / _UNFINISHED
     try:
@@ -116,7 +116,7 @@ def _unfinished(output: Path) -> Iterator[Path]:
             raise UserError(f"{output}: another process is writing shards there. Wait, or choose another") from error
         try:
             if any(output.glob(f"*{SHARD_SUFFIX}")):
-                raise FileExistsError(f"{output} holds shards already; remove them or choose another folder")
+                raise UserError(f"{output} holds shards already; remove them or choose another folder")
             for left in folder.iterdir():  # by a process that was killed
                 if left.name != _LOCK:
                     left.unlink()

@@ -37,7 +37,7 @@ class RowSource:
         an object store are copied to this machine (`jvlm.data.stores`).
 
     Raises:
-      FileNotFoundError: a pattern that matches nothing.
+      UserError: a pattern that matches nothing.
       UserError: a file given twice, of another kind, damaged, or without rows; a set of shards that is incomplete or
         mixed with another. Names every such file.
     """
@@ -45,7 +45,7 @@ class RowSource:
     def __init__(self, patterns: Sequence[str]):
         found = [pair for pattern in patterns for pair in _find(pattern)]
         if not found:
-            raise UserError("no rows in an empty list of files")
+            raise UserError("no data files were given")
         self.files = [path for path, _ in found]
         problems = _problems_of_names(found)
         self._readers = []
@@ -80,7 +80,7 @@ class RowSource:
 
 
 def matching(pattern: str) -> list[str]:
-    """Files of a path or glob, sorted; of remote ones local copies. Raises FileNotFoundError if there is none."""
+    """Files of a path or glob, sorted; of remote ones local copies. Raises UserError if there is none."""
     return [path for path, _ in _find(pattern)]
 
 
@@ -89,12 +89,12 @@ def _find(pattern: str) -> list[tuple[str, epath.Path]]:
     if stores.is_remote(pattern):
         originals = stores.find(pattern)
         if not originals:
-            raise FileNotFoundError(f"no data file matches {pattern!r}")
+            raise UserError(f"no data file matches {pattern!r}")
         return [(str(path), original) for path, original in zip(stores.fetch(originals), originals, strict=True)]
     # a name may hold the characters of a glob
     paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     if not paths:
-        raise FileNotFoundError(f"no data file matches {pattern!r} (looked in {Path.cwd()})")
+        raise UserError(f"no data file matches {pattern!r} (looked in {Path.cwd()})")
     return [(path, epath.Path(path)) for path in paths]
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from etils import epath
 
+from jvlm.errors import UserError
+
 COPIES = Path("copies")
 # what etils reaches a store through, unless TensorFlow is installed
 _THROUGH = {"gs": ("gcsfs", "jvlm[gcs]"), "s3": ("s3fs", "s3fs")}
@@ -31,12 +33,12 @@ def at(place: str) -> epath.Path:
     """A path on disk or in a store.
 
     Raises:
-      ValueError: what reaches such a store is not installed; the message says how to.
+      UserError: what reaches such a store is not installed; the message says how to.
     """
     scheme, remote, _ = place.partition("://")
     package, install = _THROUGH.get(scheme, ("", "")) if remote else ("", "")
     if package and not any(importlib.util.find_spec(name) for name in (package, "tensorflow")):
-        raise ValueError(f"{place}: {scheme}:// is reached through {package}: pip install '{install}'")
+        raise UserError(f"{place}: {scheme}:// is reached through {package}: pip install '{install}'")
     return epath.Path(place)
 
 
@@ -55,7 +57,7 @@ def fetch(files: Iterable[epath.Path]) -> list[Path]:
     """Local copies of remote files, each as new as its source; says what it copies, and where to.
 
     Raises:
-      ValueError: too little space on the disk, with both numbers.
+      UserError: too little space on the disk, with both numbers.
     """
     targets, missing = [], []
     for file in files:
@@ -82,7 +84,7 @@ def _check_space(missing: list) -> None:
     COPIES.mkdir(parents=True, exist_ok=True)
     size, free = sum(found.length for *_, found in missing), shutil.disk_usage(COPIES).free
     if size > free:
-        raise ValueError(
+        raise UserError(
             f"{missing[0][0]} and {len(missing) - 1} more files to copy are {size / GIB:.2f} GiB, but "
             f"{COPIES.absolute()} has {free / GIB:.2f} GiB free; make room, or start where there is more"
         )
@@ -103,13 +105,13 @@ def model_folder(place: str | os.PathLike, inside: tuple[str, ...] = ()) -> Path
       inside: folders in it to copy too. Others (checkpoints, other formats) are not.
 
     Raises:
-      FileNotFoundError: no such remote folder. ValueError: no way to the store, or too little space.
+      UserError: no such remote folder, no way to the store, or too little space.
     """
     if not is_remote(place):
         return Path(place)
     remote = at(str(place))
     if not remote.is_dir():
-        raise FileNotFoundError(f"{place} is not a folder, or not one that this machine may read")
+        raise UserError(f"{place} is not a folder, or not one that this machine may read")
     folders = [remote, *(remote / name for name in inside if (remote / name).is_dir())]
     files = [path for folder in folders for path in folder.iterdir() if not path.is_dir()]
     fetch(sorted(path for path in files if not path.name.endswith(_OTHER_WEIGHTS)))

@@ -22,8 +22,8 @@ from jvlm import config as config_tree
 from jvlm.data import stores
 from jvlm.data.errors import RowError
 from jvlm.data.shards import RowSource, matching
-from jvlm.errors import UserError
-from jvlm.inference.file_lock import locked, system_errors_named
+from jvlm.errors import UserError, file_errors
+from jvlm.inference.file_lock import locked
 
 HASH = "settings_hash"
 _ANSWER = ("response", "prompt_tokens", "response_tokens", "finish")
@@ -112,12 +112,12 @@ class AnswerFile:
           UserError: it cannot be written, or another run writes it.
         """
         with contextlib.ExitStack() as stack:
-            with system_errors_named(path):
+            with file_errors(path, "written"):
                 path.parent.mkdir(parents=True, exist_ok=True)
             # a link to the output is the output
             path = Path(os.path.realpath(path))
             stack.enter_context(locked(path))
-            with system_errors_named(path):
+            with file_errors(path, "written"):
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             stack.callback(os.close, descriptor)
             yield cls(path, descriptor)
@@ -133,10 +133,10 @@ class AnswerFile:
         done, whole, hashes = self._prove(source, data, known=bool(runs))
         values = dataclasses.asdict(run) | {"first_line": done.lines + 1}
         runs = self._continued(runs, hashes, values, accept_changes) if hashes else [values]
-        with system_errors_named(self.path):
+        with file_errors(self.path, "written"):
             os.ftruncate(self._descriptor, whole)
             os.lseek(self._descriptor, 0, os.SEEK_END)
-        with system_errors_named(self.meta):
+        with file_errors(self.meta, "written"):
             part = self.meta.with_name(f"{self.meta.name}.{os.getpid()}.partial")
             part.write_text(json.dumps({"kind": _KIND, "runs": runs}, indent=2) + "\n")
             part.replace(self.meta)
@@ -145,7 +145,7 @@ class AnswerFile:
     def append(self, lines: list[dict[str, Any]]) -> None:
         """Write lines. Raises UserError naming the file when the disk does not take them."""
         left = memoryview(b"".join(to_bytes(line) + b"\n" for line in lines))
-        with system_errors_named(self.path):
+        with file_errors(self.path, "written"):
             while left:
                 left = left[os.write(self._descriptor, left) :]
 

@@ -118,7 +118,7 @@ def _answer(engine: Engine, session: Session, sampling: SamplingConfig, show: Ca
         return False
     except BrokenWeights:  # no other question would be answered
         raise
-    except (ValueError, RuntimeError, MemoryError) as error:
+    except (UserError, RuntimeError, MemoryError) as error:
         show(("\n" if answer else "") + _line(f"no answer ({str(error) or type(error).__name__})"))
         return False
     show("\n" + original_boxes(answer, engine.processor, example))

@@ -185,7 +185,7 @@ class Engine:
     def _not_finite(self, examples: Sequence[Example], token: int) -> UserError:
         """Why the scores of these prompts are not finite; only now are the weights looked through."""
         model = self._steps.model.bind(self._leaves)
-        asked = ", ".join(str(e.origin) for e in examples[:3] if e.origin is not None and e.origin.row)
+        asked = ", ".join(str(e.origin) for e in examples[:3] if e.origin is not None and e.origin.row is not None)
         asked = f" for {asked}" if asked else ""
         said = f"the model's scores{asked} are not finite numbers (token {token} of the answer): "
         found = not_finite(model)

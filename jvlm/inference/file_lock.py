@@ -12,25 +12,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jvlm.errors import UserError
+from jvlm.errors import UserError, file_errors
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-
-
-@contextlib.contextmanager
-def system_errors_named(path: Path) -> Iterator[None]:
-    """Turn what the system says of a file into a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from error
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of an output. The system lets go of it when a process ends, however it ends."""
     lock = path.with_name(f"{path.name}.lock")
-    with system_errors_named(lock):
+    with file_errors(lock, "written"):
         descriptor = _take(lock, path)
     try:
         yield

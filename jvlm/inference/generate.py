@@ -58,8 +58,8 @@ def generate(
       sampling: fields of `SamplingConfig`: max_new_tokens, temperature, top_k, top_p, ...
 
     Raises:
-      jvlm.data.errors.RowError: a bad conversation; row is its place in the list, counted from 1.
-      ValueError, TypeError: a sampling value outside its range, or an unknown one.
+      jvlm.data.errors.RowError: a bad conversation, by its index in the list.
+      jvlm.errors.UserError: a sampling value outside its range. TypeError: an unknown one.
 
     Warns:
       UserWarning: answers that ended before ``max_new_tokens`` at the model's last position.
@@ -72,7 +72,7 @@ def generate(
     texts: list[str] = []
     for start in range(0, len(conversations), batch_size * _WINDOW):
         window = conversations[start : start + batch_size * _WINDOW]
-        examples = [encode_prompt(engine, row, Origin(row=start + i)) for i, row in enumerate(window, 1)]
+        examples = [encode_prompt(engine, row, Origin(row=start + i)) for i, row in enumerate(window)]
         numbers = range(start, start + len(window))
         done = complete(engine, examples, config, numbers=numbers, batch_size=batch_size, on_token=on_token)
         texts += [answer_text(processor, completion) for completion in done]
@@ -82,7 +82,7 @@ def generate(
     return texts
 
 
-def encode_prompt(engine: Engine, row: Any, origin: Origin = Origin(row=1)) -> Example:
+def encode_prompt(engine: Engine, row: Any, origin: Origin = Origin()) -> Example:
     """The prompt of a conversation, with room for an answer.
 
     Raises:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from jvlm.errors import UserError
 from jvlm.inference.sampling import Knobs
 from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
@@ -49,7 +50,7 @@ def checked(layout: Layout | None, config: VLMConfig) -> Layout | None:
     """A layout that can generate with a model; None for one device.
 
     Raises:
-      ValueError: a mesh axis that nothing would use, or heads that do not divide.
+      UserError: a mesh axis that nothing would use, or heads that do not divide.
     """
     if layout is None or layout.mesh.size == 1:
         return None
@@ -58,13 +59,13 @@ def checked(layout: Layout | None, config: VLMConfig) -> Layout | None:
     idle = [name for name, size in layout.mesh.shape.items() if size > 1 and name not in used]
     if split or idle:
         names = idle or sorted({name for axis in split for name in layout.splits(axis)})
-        raise ValueError(
+        raise UserError(
             f"parallel.{names[0]} = {layout.mesh.shape[names[0]]}: a step of generation has one token a row, so tokens "
             f"and patches are not split; give these devices to data or tensor, with parallel.rules {RULES}"
         )
     problem = _problem(config, layout.size(layout.splits("heads")))
     if problem:
-        raise ValueError(problem)
+        raise UserError(problem)
     return layout
 
 
@@ -72,11 +73,11 @@ def place(model: VLM, layout: Layout) -> VLM:
     """The model with its parameters where they will be used; those that are there already are not copied.
 
     Raises:
-      ValueError: devices of other processes: generation has one.
+      UserError: devices of other processes: generation has one.
     """
     if layout.mesh.is_multi_process:
         processes = {device.process_index for device in layout.mesh.devices.flat}
-        raise ValueError(f"generation runs in one process; this mesh has devices of {len(processes)}")
+        raise UserError(f"generation runs in one process; this mesh has devices of {len(processes)}")
     variables = vlm.parameters(model)
     values = {path: jax.device_put(v.get_value(), layout.parameter(path, v)) for path, v in variables.items()}
     return vlm.bind(model, values)

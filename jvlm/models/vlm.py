@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jvlm.errors import UserError
 from jvlm.models import device_ops, registry
 from jvlm.models.batch import DecoderOutput, PackedBatch
 from jvlm.models.connectors.perceiver import frames_of_features
@@ -84,7 +85,7 @@ class VLM(nnx.Module):
         self.encoder = registry.build(config.encoder, **common)
         widths = {"d_in": config.encoder.hidden_size, "d_out": config.decoder.hidden_size}
         if config.reads_features and config.connector.frame_features is None:
-            raise ValueError("cross_attention_every needs a connector with a fixed number of features a frame")
+            raise UserError("cross_attention_every needs a connector with a fixed number of features a frame")
         self.connector = registry.build(config.connector, **widths, **common)
         if config.reads_features:
             self.connector.frame_tokens = 1

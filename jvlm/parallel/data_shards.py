@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from jvlm.errors import UserError
 from jvlm.models.batch import PackedBatch
 
 
@@ -34,7 +35,7 @@ def data_shard_for(tokens: jax.ShapeDtypeStruct) -> DataShard:
       tokens: shape [accumulation steps, sequences, tokens] and sharding of a step's tokens.
 
     Raises:
-      ValueError: shards of different processes that overlap without being the same.
+      UserError: shards of different processes that overlap without being the same.
     """
     held: dict[int, set[int]] = {}
     for device, index in tokens.sharding.devices_indices_map(tokens.shape).items():
@@ -42,7 +43,7 @@ def data_shard_for(tokens: jax.ShapeDtypeStruct) -> DataShard:
     shards = {process: tuple(sorted(sequences)) for process, sequences in sorted(held.items())}
     distinct = sorted(set(shards.values()))
     if len({len(sequences) for sequences in distinct}) > 1 or sum(map(len, distinct)) != tokens.shape[1]:
-        raise ValueError(f"the mesh gives processes sequences that overlap in part: {shards}; choose other axis sizes")
+        raise UserError(f"the mesh gives processes sequences that overlap in part: {shards}; choose other axis sizes")
     sequences = shards[jax.process_index()]
     primary = next(process for process, others in shards.items() if others == sequences)
     return DataShard(sequences, distinct.index(sequences), len(distinct), primary == jax.process_index())

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jvlm.data.errors import MISTAKES
+from jvlm.errors import UserError
 
 T = TypeVar("T")
 
@@ -32,11 +32,11 @@ def initialise(
       timeout: seconds to wait for the others.
 
     Raises:
-      ValueError: only some of the three are given.
+      UserError: only some of the three are given.
     """
     given = [value is not None for value in (coordinator, processes, process)]
     if any(given) and not all(given):
-        raise ValueError(
+        raise UserError(
             f"give coordinator, processes and process together, or none of them; got {coordinator}, {processes}, "
             f"{process}"
         )
@@ -73,7 +73,7 @@ def broadcast_from_0(value: Any) -> Any:
 
 
 class PeerFailed(RuntimeError):
-    """Another process failed; ``is_user_error`` tells whether with one of `MISTAKES`."""
+    """Another process failed; ``is_user_error`` tells whether with a `UserError`."""
 
     def __init__(self, message: str, is_user_error: bool):
         super().__init__(message)
@@ -94,7 +94,7 @@ def run_on_all(work: Callable[[], T]) -> T:
     except Exception as error:  # noqa: BLE001  (raised below, once the others know)
         failure = error
     failures = all_gather_object(
-        None if failure is None else [f"{type(failure).__name__}: {failure}", isinstance(failure, MISTAKES)]
+        None if failure is None else [f"{type(failure).__name__}: {failure}", isinstance(failure, UserError)]
     )
     if failure is not None:
         raise failure

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jvlm.errors import UserError
 from jvlm.models import batch as batches
 from jvlm.models.batch import PackedBatch
 from jvlm.parallel import rules
@@ -80,18 +81,18 @@ class Layout:
         """Where a parameter lives. Fits `jvlm.weights.loading.load`.
 
         Raises:
-          ValueError: a parameter above ``largest_whole`` that no rule splits on a mesh that splits others, or whose
+          UserError: a parameter above ``largest_whole`` that no rule splits on a mesh that splits others, or whose
             axes have no rule.
         """
         axes, value = variable.get_metadata()["axes"], variable.get_value()
         try:
             sharding = self.sharding(axes, value.shape)
         except KeyError as error:
-            raise ValueError(f"parameter {path} {value.shape}: {error.args[0]}") from None
+            raise UserError(f"parameter {path} {value.shape}: {error.args[0]}") from None
         size = math.prod(value.shape) * value.dtype.itemsize / MIB
         if sharding.is_fully_replicated and size > self.largest_whole and self._stores_parts():
             lines = {a: "+".join(self.rules[a]) or "nothing" for a in axes}
-            raise ValueError(
+            raise UserError(
                 f"parameter {path} {tuple(value.shape)} of {size:.1f} MiB would stay whole on each of "
                 f"{self.mesh.size} devices: its axes {lines} do not divide by the mesh {dict(self.mesh.shape)}; choose "
                 f"others or parallel.override, or raise parallel.largest_whole = {self.largest_whole}"
@@ -128,7 +129,7 @@ class Layout:
         """Shardings of a (possibly abstract) batch; axes before those of a row's batch are not split.
 
         Raises:
-          ValueError: rows, tokens or patches that the mesh does not divide.
+          UserError: rows, tokens or patches that the mesh does not divide.
         """
         found = {}
         for field in dataclasses.fields(batch):
@@ -142,7 +143,7 @@ class Layout:
             for axis, length in zip(axes, value.shape[first:], strict=False):
                 names = self.splits(axis)
                 if length % self.size(names):
-                    raise ValueError(
+                    raise UserError(
                         f"batch.{field.name} has {length} {axis}, which {' x '.join(names)} = {self.size(names)} does "
                         "not divide; change data.rows, data.row_tokens, data.row_patches or the mesh"
                     )

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from jvlm.errors import UserError
 from jvlm.parallel.rules import AXES
 from jvlm.validation import check_fields
 
@@ -51,12 +52,12 @@ class ParallelConfig:
         check_fields(self, "parallel.", {**dict.fromkeys(AXES, "[-1, inf)"), **slices, "largest_whole": "[0, inf)"})
         for name, size in sizes.items():
             if size == 0:
-                raise ValueError(f"parallel.{name} must be positive, or -1 for the rest, got {size}")
+                raise UserError(f"parallel.{name} must be positive, or -1 for the rest, got {size}")
         if list(sizes.values()).count(-1) > 1:
-            raise ValueError(f"only one axis can be -1, the rest; got {sizes}")
+            raise UserError(f"only one axis can be -1, the rest; got {sizes}")
 
     def sizes(self, devices: int) -> dict[str, int]:
-        """Size of each axis on so many devices. Raises ValueError where they do not multiply to them."""
+        """Size of each axis on so many devices. Raises UserError where they do not multiply to them."""
         sizes = {name: getattr(self, name) for name in AXES}
         rest = [name for name, size in sizes.items() if size == -1]
         fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -64,7 +65,7 @@ class ParallelConfig:
             sizes[rest[0]] = devices // fixed
         if math.prod(sizes.values()) != devices:
             shown = " x ".join(f"{name} {getattr(self, name)}" for name in AXES)
-            raise ValueError(f"a mesh of {shown} does not fit {devices} devices; set parallel.* so that it does")
+            raise UserError(f"a mesh of {shown} does not fit {devices} devices; set parallel.* so that it does")
         return sizes
 
 
@@ -72,7 +73,7 @@ def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = Non
     """The mesh of a configuration over devices (None: all of them), which may be those of a described topology.
 
     Raises:
-      ValueError: sizes that do not fit the devices, or the slices.
+      UserError: sizes that do not fit the devices, or the slices.
     """
     grid = arrange(config, list(jax.devices() if devices is None else devices))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -89,13 +90,13 @@ def arrange(config: ParallelConfig, devices: Sequence[jax.Device]) -> np.ndarray
     across = {"data": slices // config.fsdp_slices if config.data_slices is None else config.data_slices}
     across["fsdp"] = config.fsdp_slices
     if math.prod(across.values()) != slices:
-        raise ValueError(
+        raise UserError(
             f"parallel.data_slices {across['data']} x parallel.fsdp_slices {across['fsdp']} are not the {slices} "
             "slice(s) that the devices are in"
         )
     for name, count in across.items():
         if sizes[name] % count:
-            raise ValueError(f"parallel.{name} = {sizes[name]} is no multiple of the {count} slices it crosses")
+            raise UserError(f"parallel.{name} = {sizes[name]} is no multiple of the {count} slices it crosses")
     outer = tuple(across.get(name, 1) for name in AXES)
     inner = tuple(sizes[name] // count for name, count in zip(AXES, outer, strict=True))
     if slices > 1:

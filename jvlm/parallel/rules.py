@@ -7,6 +7,8 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
+from jvlm.errors import UserError
+
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
@@ -69,21 +71,19 @@ def table(name: str, override: Sequence[str] = ()) -> Rules:
     """A table by name, with the lines of ``override`` ("heads=tensor", "embed=fsdp+context", "vocab=") in place.
 
     Raises:
-      ValueError: an unknown table, or a line that cannot be read.
+      UserError: an unknown table, or a line that cannot be read.
     """
     if name not in TABLES:
-        raise ValueError(f"parallel.rules: no table {name!r}; there are {', '.join(TABLES)}")
+        raise UserError(f"parallel.rules: no table {name!r}; there are {', '.join(TABLES)}")
     rules = dict(TABLES[name])
     for line in override:
         axis, equals, axes = line.partition("=")
         chosen = tuple(a for a in axes.split("+") if a)
         unknown = [a for a in chosen if a not in AXES]
         if not equals or unknown:
-            raise ValueError(
-                f"parallel.override: {line!r} should read axis=mesh axes joined by +, of {', '.join(AXES)}"
-            )
+            raise UserError(f"parallel.override: {line!r} should read axis=mesh axes joined by +, of {', '.join(AXES)}")
         if axis not in rules:
             near = difflib.get_close_matches(axis, rules, n=1)
-            raise ValueError(f"parallel.override: no axis {axis!r}; {f'did you mean {near[0]!r}?' if near else ''}")
+            raise UserError(f"parallel.override: no axis {axis!r}; {f'did you mean {near[0]!r}?' if near else ''}")
         rules[axis] = chosen
     return Rules(tuple(rules.items()))

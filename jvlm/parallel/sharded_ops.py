@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jvlm_kernels import CrossEntropySum, cached_attention, init_cache, linear_cross_entropy_sum
 
+from jvlm.errors import UserError
 from jvlm.models.device_ops import SequenceAxis, take_along_sequence
 from jvlm.parallel import context
 from jvlm.parallel.layout import Layout
@@ -73,7 +74,7 @@ class ShardedOps:
         if K % parts == 0:
             return x
         if parts % K:
-            raise ValueError(f"{K} key heads and {' x '.join(axes)} = {parts} do not divide one another")
+            raise UserError(f"{K} key heads and {' x '.join(axes)} = {parts} do not divide one another")
         return jnp.repeat(x, parts // K, axis=2)
 
     def expand_kv_heads(self, x, num_heads):
@@ -226,4 +227,4 @@ def _padded(x: jax.Array, parts: int) -> jax.Array:
 def _check_divides(layout: Layout, what: str, length: int, axes: tuple[str, ...]) -> None:
     if length % layout.size(axes):
         by = f"{' x '.join(axes)} = {layout.size(axes)}"
-        raise ValueError(f"{length} {what} do not divide by {by}; choose another mesh")
+        raise UserError(f"{length} {what} do not divide by {by}; choose another mesh")

@@ -6,6 +6,8 @@ import dataclasses
 import math
 import re
 
+from jvlm.errors import UserError
+
 from .gpus import GPUS
 
 GB, GIB = 1e9, 2**30
@@ -76,19 +78,19 @@ class Topology:
 
     @classmethod
     def parse(cls, name: str, dcn: float | None = None) -> Topology:
-        """Raises ValueError saying what a name should look like."""
+        """Raises UserError saying what a name should look like."""
         found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
         if not found or found[1] not in CHIPS:
-            raise ValueError(
+            raise UserError(
                 f"topology {name!r}: one of {', '.join(CHIPS)}, a colon, a shape: v5p:4x4x4, v6e:16x16*2, or for GPUs "
                 "machines and GPUs in each: h200:8x8"
             )
         shape, slices = tuple(map(int, found[2].split("x"))), int(found[3] or 1)
         dimensions = CHIPS[found[1]].dimensions
         if dimensions and len(shape) != dimensions:
-            raise ValueError(f"topology {name!r}: {found[1]} is a torus of {dimensions} dimensions")
+            raise UserError(f"topology {name!r}: {found[1]} is a torus of {dimensions} dimensions")
         if not dimensions and (len(shape) > 2 or found[3]):
-            raise ValueError(f"topology {name!r}: GPUs are so many machines of so many, h200:8x8, or one, h200:8")
+            raise UserError(f"topology {name!r}: GPUs are so many machines of so many, h200:8x8, or one, h200:8")
         return cls(name, found[1], shape if dimensions or len(shape) == 2 else (1, *shape), slices, dcn)
 
     @property

@@ -6,6 +6,7 @@ import dataclasses
 
 from jvlm.data import packing
 from jvlm.data.vision import default_media, vision_for
+from jvlm.errors import UserError
 from jvlm.inference import program, serving
 from jvlm.inference.engine import LANES, PATCH_STEP, TOKEN_STEP
 from jvlm.inference.program import Program, Sizes
@@ -34,9 +35,9 @@ def served(experiment: Experiment) -> Experiment:
 
 
 def rounded(config: VLMConfig, rows: int, prompt: int, patches: int, places: int) -> Sizes:
-    """The bucket of shapes that the engine would compile for on a TPU. Raises ValueError for a cache too short."""
+    """The bucket of shapes that the engine would compile for on a TPU. Raises UserError for a cache too short."""
     if places < prompt:
-        raise ValueError(f"--cache_len {places} does not hold a prompt of {prompt} tokens")
+        raise UserError(f"--cache_len {places} does not hold a prompt of {prompt} tokens")
     step = packing.patch_step(vision_for(config, default_media(config)).patch_group, PATCH_STEP)
     return Sizes(
         rows,

@@ -13,6 +13,8 @@ import jax
 from jax.experimental import topologies
 from jvlm_kernels.platforms import compiling_for
 
+from jvlm.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
@@ -50,17 +52,17 @@ def devices(name: str, hosts: int = 1, each: int = 1) -> list[jax.Device]:
     """Devices to compile for: ``each`` GPUs of a kind in each of ``hosts`` machines.
 
     Raises:
-      ValueError: a kind that is not in `GPUS`.
-      NotImplementedError: the compiler is not installed; says how to.
+      UserError: a kind that is not in `GPUS`.
+      UserError: the compiler is not installed; says how to.
     """
     if name not in GPUS:
-        raise ValueError(f"GPU {name!r}: one of {', '.join(GPUS)}")
+        raise UserError(f"GPU {name!r}: one of {', '.join(GPUS)}")
     try:
         found = topologies.get_topology_desc(
             "", platform="cuda", topology=f"1x{hosts}x{each}", target_config=_description(GPUS[name])
         )
     except NotImplementedError as error:
-        raise NotImplementedError(
+        raise UserError(
             f"no compiler for NVIDIA GPUs here: pip install --no-deps {_PACKAGES}, or PYTHONPATH=.venv/gpu-compiler "
             "after `make test`"
         ) from error

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import jax
 
+from jvlm.errors import UserError
+
 _MOSAIC_FOLDER = "MOSAIC_GPU_DUMP_TO"
 
 
@@ -106,7 +108,5 @@ def _ptxas() -> str:
     inside = [Path(folder) / "nvidia/cu13/bin/ptxas" for folder in sys.path]
     found = next((str(path) for path in inside if path.is_file()), None) or shutil.which("ptxas")
     if found is None:
-        raise FileNotFoundError(
-            "no ptxas: pip install nvidia-cuda-nvcc, or PYTHONPATH=.venv/gpu-compiler after `make test`"
-        )
+        raise UserError("no ptxas: pip install nvidia-cuda-nvcc, or PYTHONPATH=.venv/gpu-compiler after `make test`")
     return found

@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from jvlm.errors import UserError
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.collectives import axes as axes_of
@@ -106,14 +107,14 @@ class Compiled:
 
 
 def devices_of(topology: Topology) -> Sequence[jax.Device]:
-    """Described devices. Raises ValueError for a topology that the compiler does not know."""
+    """Described devices. Raises UserError for a topology that the compiler does not know."""
     if topology.switched:
         return gpus.devices(topology.generation, *topology.shape)
     slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **slices)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"topology {topology.name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"topology {topology.name}: {str(error).splitlines()[0]}") from None
     return described.devices
 
 
@@ -121,7 +122,7 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
     """The training step of an experiment, exactly as the loop would run it on that topology.
 
     Raises:
-      ValueError: a mesh that does not fit the topology, rows or parameters.
+      UserError: a mesh that does not fit the topology, rows or parameters.
     """
     planned = compiled_step.compile_step(experiment, devices_of(topology))
     return measure(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from jvlm.errors import UserError
 from jvlm.parallel import rules
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment
@@ -33,7 +34,7 @@ def search(plan: Callable, experiment: Experiment, first: Any, lengths: Any, sec
             break
         try:
             found = plan(changed, topology, lengths)
-        except ValueError as error:
+        except UserError as error:
             lines.append(f"| {what} | {str(error).splitlines()[0][:80]} | | |")
             continue
         tried.append((what, changed, found))

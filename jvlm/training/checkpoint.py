@@ -85,7 +85,7 @@ class Checkpoints:
           ahead: steps that will be run.
 
         Raises:
-          ValueError: it has not, with both numbers.
+          UserError: it has not, with both numbers.
         """
         if stores.is_remote(self.folder):
             return
@@ -103,7 +103,7 @@ class Checkpoints:
                 more, passing = more - 1, passing - 1
         free = shutil.disk_usage(self._path).free
         if most * size > free:
-            raise ValueError(
+            raise UserError(
                 f"{self._path} has {free / GIB:.2f} GiB free, but {most} more checkpoints of {size / GIB:.2f} GiB will "
                 f"lie there at a time; make room, or lower checkpoint.max_to_keep = {config.max_to_keep} or raise "
                 f"checkpoint.keep_period = {config.keep_period}"
@@ -142,7 +142,7 @@ class Checkpoints:
         damaged are named and put aside, in ``<run>/damaged``.
 
         Raises:
-          ValueError: there are checkpoints, and every one is damaged.
+          UserError: there are checkpoints, and every one is damaged.
         """
         problems = []
         for step in hosts.broadcast_from_0(sorted(self._manager.all_steps(), reverse=True)):
@@ -153,7 +153,7 @@ class Checkpoints:
                 target = self._put_aside(step, str(error))
                 hosts.log_rank0(f"CHECKPOINT DAMAGED, put aside in {target}: {problems[-1]}")
         if problems:
-            raise ValueError(
+            raise UserError(
                 f"every checkpoint of {self.folder} is damaged:\n  "
                 + "\n  ".join(problems)
                 + f"\nThey are in {self.folder / DAMAGED}. Nothing is left to go on from: the same command starts anew"

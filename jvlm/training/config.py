@@ -238,14 +238,14 @@ class Experiment:
         )
         check_fields(self, "", {**counts, "epochs": "(0, inf)", "seed": SEEDS})
         if self.init_from is None and (self.model is None or self.tokenizer is None):
-            raise ValueError("give init_from (a folder to start from), or both model and tokenizer")
+            raise UserError("give init_from (a folder to start from), or both model and tokenizer")
         if self.init_from is None and self.adapt != AdaptConfig():
-            raise ValueError("adapt changes the model of init_from, which is not given: change model instead")
+            raise UserError("adapt changes the model of init_from, which is not given: change model instead")
         if self.init_from is not None and (self.encoder_from or self.decoder_from):
-            raise ValueError("init_from brings a whole model: give it, or encoder_from and decoder_from")
+            raise UserError("init_from brings a whole model: give it, or encoder_from and decoder_from")
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names) or not all(name.replace("-", "_").isidentifier() for name in names):
-            raise ValueError(f"stages need names of letters, digits, - and _, each its own; got {', '.join(names)}")
+            raise UserError(f"stages need names of letters, digits, - and _, each its own; got {', '.join(names)}")
         profiled_steps(self.profile)
 
 
@@ -255,5 +255,5 @@ def profiled_steps(text: str) -> range:
         return range(0)
     first, colon, last = text.partition(":")
     if not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-        raise ValueError(f"profile is FIRST:LAST, as in 10:13, got {text!r}")
+        raise UserError(f"profile is FIRST:LAST, as in 10:13, got {text!r}")
     return range(int(first), int(last) + 1)

@@ -20,6 +20,7 @@ from jvlm.data.packing import PackedRows
 from jvlm.data.position import Share
 from jvlm.data.processor import Processor
 from jvlm.data.shards import matching
+from jvlm.errors import UserError
 from jvlm.evaluation import usable
 from jvlm.models import vlm
 from jvlm.models.vlm import TOWERS, VLM, VLMConfig
@@ -72,13 +73,19 @@ def train(experiment: Experiment) -> Result:
     """Train the stages and then the experiment's own data, each to its end or from its last checkpoint on.
 
     Raises:
-      FileNotFoundError: data of any stage, or to evaluate on, is not there; said before the first one is trained.
-      ValueError: the folder holds a different experiment; data too bad; too many steps in a row were not finite; no
+      UserError: data of any stage, or to evaluate on, is not there; said before the first one is trained.
+      UserError: the folder holds a different experiment; data too bad; too many steps in a row were not finite; no
         checkpoint can be read; too little space for the checkpoints.
       Interrupted: a signal or a preemption notice asked to stop; the last step is saved.
     """
     results: list[Result] = []
     runs = runs_of(experiment)
+    for run in runs:
+        if not run.data.train:
+            raise UserError(
+                f"{run.name}: no data to train on; give files on the command line as --data.train rows.jsonl, or in "
+                'the config as data=DataConfig(train=("rows.jsonl",))'
+            )
     for pattern in (p for run in runs for p in (*run.data.train, *run.evaluation.data)):
         matching(pattern)
     for number, run in enumerate(runs, 1):
@@ -178,7 +185,7 @@ def _train_one(experiment: Experiment, job: Experiment | None, later: Sequence[E
                 if guard.stops:
                     said = guard.dump({**frozen, **state.params})
                     home.push()
-                    raise ValueError(said)
+                    raise UserError(said)
                 if to_log:
                     totals = seen.totals()
                     line = {**meter.line(metrics, step, guard.skipped, totals), "goodput": goodput.share()}

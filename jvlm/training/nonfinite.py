@@ -144,7 +144,7 @@ def read(folder: Path) -> list[Dumped]:
     """The batches of a dump, of every process that wrote one.
 
     Raises:
-      FileNotFoundError: there are none. UserError: a damaged one, naming it.
+      UserError: there are none; a damaged one, naming it.
     """
     found = []
     for report in sorted(folder.glob(f"*.{REPORT}")):
@@ -158,5 +158,5 @@ def read(folder: Path) -> list[Dumped]:
                     f"{path} or {report.name} is damaged ({type(error).__name__}: {error}); let the run stop again"
                 ) from error
     if not found:
-        raise FileNotFoundError(f"{folder} holds no batches; a run that stops names the folder it writes them to")
+        raise UserError(f"{folder} holds no batches; a run that stops names the folder it writes them to")
     return sorted(found, key=lambda d: (d.step, d.number))

@@ -75,7 +75,7 @@ def convert(
       on_tensor: called with name, number (from 1) and count as each tensor is written.
 
     Raises:
-      FileNotFoundError: no such source. FileExistsError: the target is not empty.
+      UserError: no such source; the target is not empty.
       WeightError: wrong, missing or extra tensors, all of them listed, before anything is written; or values that
         float16 cannot hold, with all tensors that have some.
     """
@@ -83,7 +83,7 @@ def convert(
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not an empty folder; give a new one")
+        raise UserError(f"{target} exists and is not an empty folder; give a new one")
     opened = _open(source, step, grow_embedding)
     try:
         layouts = table.architecture_of(opened.config).layouts
@@ -113,11 +113,11 @@ def _reader(source: Source, entry: Entry, notify: Callable[[], None] | None) -> 
 
 def _open(source: Path, step: int | None, grow_embedding: bool) -> Source:
     if not source.is_dir():
-        raise FileNotFoundError(f"{source} is not a folder (nothing is downloaded: give a local snapshot)")
+        raise UserError(f"{source} is not a folder (nothing is downloaded: give a local snapshot)")
     if run_folder.is_run(source):
         return _Run(source, step, grow_embedding)
     if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"{source} has neither config.json (Hugging Face) nor experiment.json (jvlm run)")
+        raise UserError(f"{source} has neither config.json (Hugging Face) nor experiment.json (jvlm run)")
     if step is not None:
         raise UserError(f"step {step}: {source} is a Hugging Face folder, which has no steps")
     return _Snapshot(source, grow_embedding)

@@ -35,7 +35,7 @@ def load(
         tokens that end a turn in its family's template, as Idefics2-8b-base's does, gets them too.
 
     Raises:
-      FileNotFoundError: no such folder, or one that holds neither kind of model.
+      UserError: no such folder, or one that holds neither kind of model.
       jvlm.weights.table.WeightError: wrong, missing or extra tensors, all of them listed.
       jvlm.errors.UserError: a file that cannot be read; tokens without a row in the embedding table.
     """
@@ -51,12 +51,12 @@ def load(
 
 
 def read_config(path: str | Path, precision: Precision | None = None) -> VLMConfig:
-    """The model that a folder of either kind holds, without its weights. Raises FileNotFoundError as `load` does."""
+    """The model that a folder of either kind holds, without its weights. Raises UserError as `load` does."""
     folder = run_folder.local(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder (nothing is downloaded from a hub: give a snapshot)")
+        raise UserError(f"{folder} is not a folder (nothing is downloaded from a hub: give a snapshot)")
     if run_folder.is_run(folder):
         return run_folder.model_config(folder, precision)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has neither config.json (Hugging Face) nor experiment.json (jvlm run)")
+        raise UserError(f"{folder} has neither config.json (Hugging Face) nor experiment.json (jvlm run)")
     return checkpoint.read_config(folder, precision)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.vlm import VLM, VLMConfig
 
@@ -25,12 +26,12 @@ def resize_positions(
         from 27 to 70 for Idefics2, and DINOv2's first code, used (70 + 0.1) / 27.
 
     Raises:
-      ValueError: a table that is not square.
+      UserError: a table that is not square.
     """
     first, places = (table[:1], table[1:]) if class_token else (table[:0], table)
     side = round(len(places) ** 0.5)
     if side * side != len(places):
-        raise ValueError(f"a position table of {len(places)} places is not square")
+        raise UserError(f"a position table of {len(places)} places is not square")
     if side == grid and scale is None:
         return table
     weights = _cubic(side, grid, grid / side if scale is None else scale)
@@ -59,7 +60,7 @@ def with_grid(model: VLM, grid: int, scale: float | None = None) -> VLM:
       scale: see `resize_positions`.
 
     Raises:
-      ValueError: the encoder has no position table.
+      UserError: the encoder has no position table.
     """
     config = model.config
     resized = config_with_grid(config, grid)
@@ -72,9 +73,9 @@ def with_grid(model: VLM, grid: int, scale: float | None = None) -> VLM:
 
 
 def config_with_grid(config: VLMConfig, grid: int) -> VLMConfig:
-    """The configuration of `with_grid`'s model. Raises ValueError if the encoder has no position table."""
+    """The configuration of `with_grid`'s model. Raises UserError if the encoder has no position table."""
     if not hasattr(config.encoder, "grid"):
-        raise ValueError(f"{type(config.encoder).__name__} has no position table: it takes pictures of any size")
+        raise UserError(f"{type(config.encoder).__name__} has no position table: it takes pictures of any size")
     parts = {name: getattr(config, name) for name in ("encoder", "connector")}
     parts = {name: dataclasses.replace(part, grid=grid) for name, part in parts.items() if hasattr(part, "grid")}
     return dataclasses.replace(config, **parts)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jvlm.errors import UserError
 from jvlm.weights import backbones, gguf_files, safetensors_files
 from jvlm.weights.table import WeightError
 
@@ -25,13 +26,13 @@ def unpack(source: Path, target: Path) -> None:
     Nothing is written unless all of it can be read, and loads again.
 
     Raises:
-      FileNotFoundError: no such source. FileExistsError: the target exists and is not empty.
+      UserError: no such source; the target exists and is not empty.
       WeightError: a file that is cut or damaged, or a kind of model that is not supported.
     """
     if not source.is_file():
-        raise FileNotFoundError(f"{source} is not a file")
+        raise UserError(f"{source} is not a file")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not an empty folder; give a new one")
+        raise UserError(f"{target} exists and is not an empty folder; give a new one")
     tokenizer = None
     if source.suffix == ".gguf":
         config, tensors, tokenizer = gguf_files.read(source)

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.vlm import VLM
@@ -26,18 +27,18 @@ def upcycle(model: VLM, experts: MoEConfig, *, seed: int = 0, sharding: checkpoi
       sharding: of a parameter, from its path and variable, as experts take many times the room; None leaves it to XLA.
 
     Raises:
-      ValueError: the model has experts already, experts of another width than its MLPs, or gates that do not sum to 1.
+      UserError: the model has experts already, experts of another width than its MLPs, or gates that do not sum to 1.
     """
     dense = model.config.decoder
     if dense.mlp is not None:
-        raise ValueError(f"the decoder has {type(dense.mlp).__name__} in place of MLPs already")
+        raise UserError(f"the decoder has {type(dense.mlp).__name__} in place of MLPs already")
     if experts.intermediate_size != dense.intermediate_size:
-        raise ValueError(
+        raise UserError(
             f"experts.intermediate_size {experts.intermediate_size} must be that of the dense MLPs, "
             f"{dense.intermediate_size}"
         )
     if not experts.renormalise:
-        raise ValueError("without renormalise the gates sum to less than 1: the model would no longer be the same")
+        raise UserError("without renormalise the gates sum to less than 1: the model would no longer be the same")
     config = dataclasses.replace(model.config, decoder=dataclasses.replace(dense, mlp=experts))
     target = vlm.abstract(config)
     old = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}

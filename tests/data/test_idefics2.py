@@ -9,6 +9,7 @@ from jvlm.data import packing
 from jvlm.data.errors import RowError
 from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.data.vision.edges import EdgeLimits, EdgeVision, edge_resize, table_places
+from jvlm.errors import UserError
 from jvlm.models.presets import PRESETS
 from jvlm.weights import checkpoint
 from tests.idefics2 import CASES, FAKE, IMAGE, hf_inputs, turn, write_folder, write_tokenizer
@@ -150,7 +151,7 @@ def test_places_are_the_exact_floor_and_the_released_rule_differs_where_the_spec
         55: [11, 22, 33, 44],
         58: [29],
     }
-    with pytest.raises(ValueError, match="known for tables of 70, not 27"):
+    with pytest.raises(UserError, match="known for tables of 70, not 27"):
         table_places(5, 27, "released")
 
 

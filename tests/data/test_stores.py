@@ -9,6 +9,7 @@ import pytest
 
 from jvlm.data import stores
 from jvlm.data.shards import RowSource, write_shard
+from jvlm.errors import UserError
 from jvlm.weights.loading import load
 
 
@@ -40,7 +41,7 @@ def test_rows_of_a_glob_in_a_bucket_are_read_from_copies_as_new_as_they_are(here
     stores.at("gs://bucket/data/b.arrayrecord").write_bytes((tmp_path / "x.arrayrecord").read_bytes())
     assert read() == ["1", "2", "4"]
     assert "copying 1 files" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match="no data file matches 'gs://bucket/data/z"):
+    with pytest.raises(UserError, match="no data file matches 'gs://bucket/data/z"):
         RowSource(["gs://bucket/data/z*.arrayrecord"])
 
 
@@ -54,18 +55,18 @@ def test_a_model_in_a_bucket_loads_like_the_folder_it_was(here, tiny):
     assert processor.tokenizer.get_vocab() == tiny.processor.tokenizer.get_vocab()
     copied = {p.name for p in Path("copies/gs/bucket/models/tiny").iterdir()}
     assert copied == {p.name for p in tiny.folder.iterdir()}
-    with pytest.raises(FileNotFoundError, match="gs://bucket/models/none is not a folder"):
+    with pytest.raises(UserError, match="gs://bucket/models/none is not a folder"):
         load("gs://bucket/models/none")
 
 
 def test_what_does_not_fit_the_disk_is_refused_with_both_numbers(here, monkeypatch):
     here.put("big/a.jsonl", b"{}" * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
-    with pytest.raises(ValueError, match=r"gs://bucket/big/a.jsonl and 0 more files .* 0.00 GiB, but .* 0.00 GiB free"):
+    with pytest.raises(UserError, match=r"gs://bucket/big/a.jsonl and 0 more files .* 0.00 GiB, but .* 0.00 GiB free"):
         RowSource(["gs://bucket/big/a.jsonl"])
 
 
 def test_without_the_package_for_a_store_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(stores.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"gs://b/x: gs:// is reached through gcsfs: pip install 'jvlm\[gcs\]'"):
+    with pytest.raises(UserError, match=r"gs://b/x: gs:// is reached through gcsfs: pip install 'jvlm\[gcs\]'"):
         stores.at("gs://b/x")

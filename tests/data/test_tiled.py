@@ -9,6 +9,7 @@ from PIL import Image
 from jvlm.data import tiles
 from jvlm.data.vision import vision_for
 from jvlm.data.vision.tiled import TiledMedia, TiledVision
+from jvlm.errors import UserError
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.vit import ViTConfig
@@ -105,5 +106,5 @@ def test_a_padded_whole_picture_keeps_its_aspect():
 
 def test_towers_that_disagree_about_a_frame_are_refused():
     wrong = dataclasses.replace(SMALL, connector=CAbstractorConfig(grid=5, out_grid=2))
-    with pytest.raises(ValueError, match=r"connector.grid is 5, encoder.grid 4"):
+    with pytest.raises(UserError, match=r"connector.grid is 5, encoder.grid 4"):
         TiledVision(wrong)

@@ -288,7 +288,7 @@ def test_a_path_that_cannot_be_written_is_one_message(data, tmp_path, name):
 
 def test_a_missing_data_file_and_an_empty_glob_are_named(tmp_path):
     for name in ("none.jsonl", "none*.jsonl"):
-        with pytest.raises(FileNotFoundError, match=name.replace("*", r"\*")):
+        with pytest.raises(UserError, match=name.replace("*", r"\*")):
             check_paths(tmp_path / name, tmp_path / "out.jsonl")
 
 

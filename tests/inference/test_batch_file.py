@@ -93,7 +93,7 @@ def test_an_output_of_other_rows_is_refused_and_kept_naming_both_files(tiny, row
     other = data([*rows[1][:1], prompt("something else"), *rows[1][2:]], "other.jsonl")
     output = tmp_path / "out.jsonl"
     output.write_bytes(whole[1])
-    with pytest.raises(ValueError, match=r"out\.jsonl, line 2, is not an answer to row 2 of .*other\.jsonl"):
+    with pytest.raises(UserError, match=r"out\.jsonl, line 2, is not an answer to row 2 of .*other\.jsonl"):
         answer(tiny, other, output)
     assert output.read_bytes() == whole[1]
 
@@ -101,7 +101,7 @@ def test_an_output_of_other_rows_is_refused_and_kept_naming_both_files(tiny, row
 def test_an_output_longer_than_its_input_is_refused(tiny, rows, whole, data, tmp_path):
     output = tmp_path / "out.jsonl"
     output.write_bytes(whole[1])
-    with pytest.raises(ValueError, match=r"out\.jsonl, line 3, has no row among the 2 of .*short\.jsonl"):
+    with pytest.raises(UserError, match=r"out\.jsonl, line 3, has no row among the 2 of .*short\.jsonl"):
         answer(tiny, data(rows[1][:2], "short.jsonl"), output)
 
 
@@ -135,7 +135,7 @@ def test_bad_rows_are_skipped_counted_and_not_tried_again(tiny, rows, data, tmp_
 )
 def test_wrong_arguments_are_refused(tiny, tmp_path, options, message):
     arguments = {"data": "rows.jsonl", "output": tmp_path / "out.jsonl"} | options
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         generate_file(tiny.model, tiny.processor, **arguments)
 
 

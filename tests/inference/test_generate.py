@@ -9,6 +9,7 @@ import pytest
 
 import jvlm
 from jvlm.data.errors import RowError
+from jvlm.errors import UserError
 from jvlm.inference.generate import engine_for, stream
 from jvlm.weights import checkpoint
 from tests.inference.support import MEDIA, oracle_tokens, prompt
@@ -136,12 +137,12 @@ def test_an_unknown_sampling_field_is_refused(tiny, name, value):
 
 @pytest.mark.parametrize("one", [ROWS["text"], "what?"])
 def test_one_conversation_in_place_of_a_list_is_refused(tiny, one):
-    with pytest.raises(ValueError, match="give a list of them"):
+    with pytest.raises(UserError, match="give a list of them"):
         jvlm.generate(tiny.model, tiny.processor, one)
 
 
 def test_a_batch_size_of_zero_is_refused(tiny):
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(UserError, match="batch_size is 0"):
         jvlm.generate(tiny.model, tiny.processor, [ROWS["text"]], batch_size=0)
 
 

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 import jvlm
+from jvlm.errors import UserError
 from jvlm.inference import serving
 from jvlm.models.presets import PRESETS
 from jvlm.parallel import rules
@@ -68,7 +69,7 @@ def _layout(table=serving.RULES, **sizes):
     ],
 )
 def test_a_mesh_that_cannot_generate_is_refused_with_what_to_change(layout, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         serving.checked(layout, models.qwen2_5_vl())
 
 

@@ -13,6 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from jvlm.errors import UserError
 from jvlm.inference import sampling
 from jvlm.inference.sampling import Knobs, SamplingConfig
 
@@ -129,5 +130,5 @@ def test_banned_tokens_are_never_chosen_even_if_likeliest(config):
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(field, value):
-    with pytest.raises(ValueError, match=rf"sampling\.{field} is {value}"):
+    with pytest.raises(UserError, match=rf"sampling\.{field} is {value}"):
         SamplingConfig(**{field: value})

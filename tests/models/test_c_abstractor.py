@@ -7,6 +7,7 @@ import torch
 from flax import nnx
 from torch.nn import functional as F
 
+from jvlm.errors import UserError
 from jvlm.models import registry
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
@@ -139,5 +140,5 @@ def test_frames_do_not_touch_one_another():
 
 
 def test_more_features_than_places_are_refused():
-    with pytest.raises(ValueError, match="out_grid 12 must be between 1 and grid 8"):
+    with pytest.raises(UserError, match="out_grid 12 must be between 1 and grid 8"):
         CAbstractorConfig(grid=8)

@@ -11,6 +11,7 @@ from flax import nnx
 import jvlm
 from jvlm import configs, job
 from jvlm.data.processor import Processor
+from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
@@ -174,9 +175,9 @@ def test_an_upcycled_model_computes_what_the_dense_one_did(run, dense):
     aux = sparse.hidden(batch).aux
     assert aux["loss"].shape == (2,)
     assert np.ptp(np.asarray(aux["router/entropy"])) > 0  # each layer has a router of its own
-    with pytest.raises(ValueError, match="intermediate_size 7 must be that of the dense MLPs, 128"):
+    with pytest.raises(UserError, match="intermediate_size 7 must be that of the dense MLPs, 128"):
         upcycle(dense, MoEConfig(intermediate_size=7))
-    with pytest.raises(ValueError, match="MoEConfig in place of MLPs already"):
+    with pytest.raises(UserError, match="MoEConfig in place of MLPs already"):
         upcycle(sparse, experts)
 
 

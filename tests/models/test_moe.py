@@ -10,6 +10,7 @@ import torch
 from flax import nnx
 from torch.nn import functional as F
 
+from jvlm.errors import UserError
 from jvlm.models import registry
 from jvlm.models.decoders import moe
 from jvlm.models.decoders.moe import MoEConfig
@@ -157,5 +158,5 @@ def test_a_batch_of_padding_alone_gives_zeros_and_finite_statistics():
     [({"top_k": 6, "experts": 5}, "top_k 6 must be between 1 and experts 5"), ({"capacity_factor": 0.0}, "positive")],
 )
 def test_impossible_mixtures_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         MoEConfig(**changes)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import jvlm
+from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.parallel import hosts
 from jvlm.training import compiled_step, loop, train_step
@@ -175,5 +176,5 @@ def test_one_process_alone_communicates_with_nobody():
     assert hosts.all_gather_object({"a": 1}) == [{"a": 1}]
     assert hosts.all_gather_concat([1, 2]) == [1, 2]
     hosts.barrier("nothing")
-    with pytest.raises(ValueError, match="together, or none"):
+    with pytest.raises(UserError, match="together, or none"):
         hosts.initialise("localhost:1")

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.parallel import mesh as meshes
 from jvlm.parallel import rules
@@ -74,13 +75,13 @@ def test_a_serving_table_splits_embed_only_where_the_other_side_does_not_divide(
     ],
 )
 def test_tables_and_lines_that_cannot_be_read_are_refused(arguments, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         rules.table(*arguments)
 
 
 def test_a_large_parameter_left_whole_by_accident_is_an_error_that_names_it(variables):
     layout = _layout(fsdp=3, largest_whole=0.01)
-    with pytest.raises(ValueError, match=r"connector.hidden.kernel \(256, 256\) of 0.2 MiB would stay whole"):
+    with pytest.raises(UserError, match=r"connector.hidden.kernel \(256, 256\) of 0.2 MiB would stay whole"):
         layout.parameters(variables)
     dataclasses.replace(layout, largest_whole=4.0).parameters(variables)
     _layout(data=3, largest_whole=0.01).parameters(variables)  # nothing is stored in parts: whole is what is asked for
@@ -89,7 +90,7 @@ def test_a_large_parameter_left_whole_by_accident_is_an_error_that_names_it(vari
 def test_an_axis_without_a_rule_is_an_error_that_names_the_parameter_and_the_axis(variables):
     variable = variables["decoder.embedding"].replace(variables["decoder.embedding"].get_value())
     variable.set_metadata(axes=("words", "embed"))
-    with pytest.raises(ValueError, match=r"decoder.embedding .*no rule for the axis 'words'"):
+    with pytest.raises(UserError, match=r"decoder.embedding .*no rule for the axis 'words'"):
         _layout(fsdp=2).parameter("decoder.embedding", variable)
 
 
@@ -123,7 +124,7 @@ def test_optimizer_states_live_where_their_parameter_does_factored_ones_too(vari
 )
 def test_a_batch_that_the_mesh_does_not_divide_is_refused_with_both_numbers(sizes, said):
     batches = compiled_step.abstract_batches(models.experiment("qwen2_5_vl"))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         _layout(**sizes).batch(batches)
 
 
@@ -136,11 +137,11 @@ def test_rows_tokens_and_patches_of_a_batch_are_split():
 
 def test_one_axis_takes_the_devices_left_and_sizes_that_do_not_fit_are_refused():
     assert ParallelConfig(tensor=2).sizes(8) == {"data": 4, "fsdp": 1, "expert": 1, "context": 1, "tensor": 2}
-    with pytest.raises(ValueError, match="does not fit 8 devices"):
+    with pytest.raises(UserError, match="does not fit 8 devices"):
         ParallelConfig(tensor=3).sizes(8)
-    with pytest.raises(ValueError, match="only one axis can be -1"):
+    with pytest.raises(UserError, match="only one axis can be -1"):
         ParallelConfig(fsdp=-1)
-    with pytest.raises(ValueError, match=r"parallel.tensor must be positive"):
+    with pytest.raises(UserError, match=r"parallel.tensor must be positive"):
         ParallelConfig(tensor=0)
 
 
@@ -174,7 +175,7 @@ def test_machines_of_gpus_are_crossed_by_the_first_axes_without_being_asked():
 
 
 def test_slices_that_the_axes_cannot_cross_are_refused():
-    with pytest.raises(ValueError, match=r"parallel.data = 1 is no multiple of the 2 slices"):
+    with pytest.raises(UserError, match=r"parallel.data = 1 is no multiple of the 2 slices"):
         meshes.arrange(ParallelConfig(data=1, fsdp=16), _slices(2, 8))
-    with pytest.raises(ValueError, match=r"are not the 2 slice"):
+    with pytest.raises(UserError, match=r"are not the 2 slice"):
         meshes.arrange(ParallelConfig(data_slices=4), _slices(2, 8))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jvlm.errors import UserError
 from jvlm.planning import hlo, picture
 from jvlm.planning.chips import GIB, Topology, smaller
 from jvlm.planning.measure import Compiled, Memory
@@ -116,7 +117,7 @@ def test_a_branch_counts_as_often_as_it_is_said_to_be_taken():
 
 @pytest.mark.parametrize("name", ["v5p:4x4", "v5e:4x4x4", "v100:8", "h100:2x2x8", "h200:8*2", "v5p-128", "v6e:16"])
 def test_a_topology_that_is_none_is_refused(name):
-    with pytest.raises(ValueError, match=re.escape(name)):
+    with pytest.raises(UserError, match=re.escape(name)):
         Topology.parse(name)
 
 

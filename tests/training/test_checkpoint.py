@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvlm.errors import UserError
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training import compiled_step, loop
 from jvlm.training.checkpoint import Checkpoints, fingerprints
@@ -143,7 +144,7 @@ def test_if_every_step_is_damaged_the_run_does_not_start_over_by_itself(tmp_path
         cut(tmp_path / "checkpoints" / str(step))
     with (
         Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1)) as checkpoints,
-        pytest.raises(ValueError, match=r"every(.|\n)*step 2(.|\n)*step 1"),
+        pytest.raises(UserError, match=r"every(.|\n)*step 2(.|\n)*step 1"),
     ):
         checkpoints.restore_latest(*state_of(0))
 
@@ -153,7 +154,7 @@ def test_no_room_for_the_checkpoints_is_said_before_training(tmp_path):
         checkpoints.check_space(*state_of(0), range(1, 10**6))
     with (
         Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1, max_to_keep=10**6)) as checkpoints,
-        pytest.raises(ValueError, match=r"GiB free, but 500000 more checkpoints of 0.00 GiB"),
+        pytest.raises(UserError, match=r"GiB free, but 500000 more checkpoints of 0.00 GiB"),
     ):
         checkpoints.check_space(*state_of(0), range(1, 500_001))
 

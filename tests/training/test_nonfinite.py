@@ -11,6 +11,7 @@ import pytest
 
 from jvlm import cli
 from jvlm.data import pipeline
+from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.training import loop, nonfinite, optimizer, train_step
 from tests.training import support
@@ -64,7 +65,7 @@ def test_a_skipped_step_leaves_parameters_and_optimizer_bit_equal_and_the_next_o
 def test_one_bad_step_is_counted_and_the_run_goes_on_but_two_in_a_row_stop_it(tmp_path, rows, capsys):
     heavy = _with_heavy_row(rows, tmp_path, 1, 4, 5)
     options = ("--stop_after_skips", "2", "--steps", "8", "--checkpoint.save_interval_steps", "3")
-    with pytest.raises(ValueError, match=r"2 steps in a row.*\n?.*jvlm replay") as stopped:
+    with pytest.raises(UserError, match=r"2 steps in a row.*\n?.*jvlm replay") as stopped:
         loop.train(_one_to_a_row(tmp_path, heavy, *options))
     dumped = tmp_path / "run" / "nonfinite" / "5-6"
     assert str(dumped) in str(stopped.value)
@@ -90,7 +91,7 @@ def test_one_bad_step_is_counted_and_the_run_goes_on_but_two_in_a_row_stop_it(tm
 def test_among_the_conversations_of_a_batch_replay_names_only_the_guilty_one(tmp_path, rows, capsys):
     heavy = _with_heavy_row(rows, tmp_path, 7)
     options = ("--stop_after_skips", "1", "--data.pack_window", "12")
-    with pytest.raises(ValueError, match="1 steps in a row") as stopped:
+    with pytest.raises(UserError, match="1 steps in a row") as stopped:
         loop.train(_one_to_a_row(tmp_path, heavy, *options))
     assert cli.main(["replay", str(stopped.value).rpartition(" ")[2]]) == 0
     named = [line for line in capsys.readouterr().out.splitlines() if "heavy.jsonl" in line]

@@ -13,6 +13,7 @@ import pytest
 from jvlm.data import pipeline
 from jvlm.data.check import check, shard
 from jvlm.data.position import Share
+from jvlm.errors import UserError
 from jvlm.training import loop
 from tests.training import support
 
@@ -151,10 +152,10 @@ def test_check_counts_good_rows_and_names_each_bad_one(setup, tmp_path):
 
 
 def test_a_pattern_without_files_and_an_unknown_kind_of_file_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\*.jsonl"):
+    with pytest.raises(UserError, match=r"nothing\*.jsonl"):
         pipeline.RowSource([str(tmp_path / "nothing*.jsonl")])
     (tmp_path / "rows.csv").write_text("a,b\n")
-    with pytest.raises(ValueError, match=r"rows.csv: rows are read from"):
+    with pytest.raises(UserError, match=r"rows.csv: rows are read from"):
         pipeline.RowSource([str(tmp_path / "rows.csv")])
 
 
@@ -207,5 +208,5 @@ def test_processes_restored_in_the_same_number_go_on_with_the_same_batches(setup
 
 def test_rows_that_processes_cannot_share_evenly_are_refused(setup):
     experiment, processor, _ = setup
-    with pytest.raises(ValueError, match=r"data.rows = 2 cannot be shared evenly by 3 processes"):
+    with pytest.raises(UserError, match=r"data.rows = 2 cannot be shared evenly by 3 processes"):
         pipeline.training_data(processor, experiment.data, seed=0, share=Share(0, 3))

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from jvlm.data import pipeline
+from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.training import loop, optimizer, train_step
 from tests.training import support
@@ -53,5 +54,5 @@ def test_the_compiled_step_names_every_part_forwards_and_backwards(tmp_path, row
 
 @pytest.mark.parametrize("text", ["10", "3:2", "0:4", "a:b"])
 def test_a_wrong_range_of_steps_is_refused(tmp_path, rows, text):
-    with pytest.raises(ValueError, match="profile is FIRST:LAST"):
+    with pytest.raises(UserError, match="profile is FIRST:LAST"):
         support.experiment(tmp_path, rows, profile=text)

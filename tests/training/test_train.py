@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jvlm.data import pipeline
+from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.training import loop, optimizer, train_step
 from jvlm.training.config import OptimizerConfig, Stage
@@ -141,7 +142,7 @@ def test_a_stage_goes_on_from_the_one_before_it_and_a_restart_repeats_nothing(tm
 @pytest.mark.parametrize("names", [("a", "a"), ("a b",), ("..",)])
 def test_stages_need_names_that_can_be_folders(tmp_path, rows, names):
     data = support.experiment(tmp_path, rows).data
-    with pytest.raises(ValueError, match="stages need names"):
+    with pytest.raises(UserError, match="stages need names"):
         support.experiment(tmp_path, rows, stages=tuple(Stage(name, data) for name in names))
 
 
@@ -189,7 +190,7 @@ def test_loss_does_not_depend_on_the_chunk_of_logits(tmp_path, rows):
 
 def test_another_experiment_in_the_same_folder_is_refused_naming_the_fields(tmp_path, rows):
     loop.train(support.experiment(tmp_path, rows, "--steps", "1"))
-    with pytest.raises(ValueError, match=r"another experiment(.|\n)*optimizer.learning_rate: 0.\d+ -> 0.5"):
+    with pytest.raises(UserError, match=r"another experiment(.|\n)*optimizer.learning_rate: 0.\d+ -> 0.5"):
         loop.train(support.experiment(tmp_path, rows, "--steps", "1", "--optimizer.learning_rate", "0.5"))
 
 
@@ -216,7 +217,7 @@ def test_a_bad_row_stops_the_run_by_default_and_is_named(tmp_path, rows):
     bad.write_text(
         '{"messages": [{"role": "user", "content": "<image>hi"}, {"role": "assistant", "content": "yes"}]}\n'
     )
-    with pytest.raises(ValueError, match=r"rows.jsonl, row 1, field 'images': 1 <image> tags but 0 entries"):
+    with pytest.raises(UserError, match=r"rows.jsonl, row 1, field 'images': 1 <image> tags but 0 entries"):
         loop.train(support.experiment(tmp_path, bad))
 
 

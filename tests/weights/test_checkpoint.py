@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import jvlm
+from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
 from jvlm.weights import checkpoint
@@ -260,7 +261,7 @@ def test_a_configuration_that_would_compute_something_else_is_refused(make, tens
     folder = make(tensors)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, **changes}))
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(UserError, match=says):
         jvlm.load(folder)
 
 
@@ -323,15 +324,15 @@ def test_an_index_that_points_into_the_wrong_file_is_refused(make, tensors):
 
 
 def test_a_folder_of_neither_kind_and_a_missing_one_are_told_apart(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         jvlm.load(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match=r"neither config.json"):
+    with pytest.raises(UserError, match=r"neither config.json"):
         jvlm.load(tmp_path)
 
 
 def test_a_tokenizer_that_disagrees_with_the_configuration_is_refused(make, tensors, tiny):
     folder = make(tensors, image_token_id=tiny.config["image_token_id"] + 1)
-    with pytest.raises(ValueError, match=r"gives <\|image_pad\|> the id 332, the model's configuration 333"):
+    with pytest.raises(UserError, match=r"gives <\|image_pad\|> the id 332, the model's configuration 333"):
         jvlm.load(folder)
 
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 import jvlm
 from jvlm import config as config_tree
+from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.weights import checkpoint
 from jvlm.weights.convert import convert
@@ -121,17 +122,17 @@ def test_every_quantised_tensor_is_listed(tiny, tokenizer_folder, tmp_path):
 
 
 def test_targets_sources_and_options_are_checked_first(source, tmp_path):
-    with pytest.raises(FileExistsError, match="not an empty folder"):
+    with pytest.raises(UserError, match="not an empty folder"):
         convert(source, source)
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         convert(tmp_path / "absent", tmp_path / "new")
-    with pytest.raises(FileNotFoundError, match=r"neither config.json"):
+    with pytest.raises(UserError, match=r"neither config.json"):
         convert(tmp_path, tmp_path / "new")
-    with pytest.raises(ValueError, match="unknown layout 'x'; known: released, transformers"):
+    with pytest.raises(UserError, match="unknown layout 'x'; known: released, transformers"):
         convert(source, tmp_path / "new", layout="x")
-    with pytest.raises(ValueError, match="unknown dtype 'int8'; known: keep, float32, bfloat16, float16"):
+    with pytest.raises(UserError, match="unknown dtype 'int8'; known: keep, float32, bfloat16, float16"):
         convert(source, tmp_path / "new", dtype="int8")
-    with pytest.raises(ValueError, match=r"step 3: .* has no steps"):
+    with pytest.raises(UserError, match=r"step 3: .* has no steps"):
         convert(source, tmp_path / "new", step=3)
     assert not (tmp_path / "new").exists()
 

@@ -99,7 +99,7 @@ def test_an_unknown_dtype_is_one_message_with_the_known_ones_before_anything_is_
     ):
         with pytest.raises(UserError, match=f"unknown dtype '{name}'; known: .*float32, float16, bfloat16"):
             call()
-    with pytest.raises(ValueError, match=f"unknown dtype '{name}'; known: keep, float32, bfloat16, float16"):
+    with pytest.raises(UserError, match=f"unknown dtype '{name}'; known: keep, float32, bfloat16, float16"):
         convert(tiny.folder, tmp_path / "new", dtype=name)
     assert not (tmp_path / "new").exists()
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jvlm
+from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.weights.table import WeightError
 from tests import support
@@ -118,7 +119,7 @@ def test_a_pointer_of_git_lfs_in_place_of_a_file_is_said_to_be_one(make, tensors
     folder = make(tensors)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
     (folder / name).write_text(pointer)
-    with pytest.raises(ValueError, match=rf"{name} is a pointer of Git LFS"):
+    with pytest.raises(UserError, match=rf"{name} is a pointer of Git LFS"):
         jvlm.load(folder)
 
 
@@ -138,7 +139,7 @@ def test_a_single_file_beside_an_older_index_is_the_one_that_is_read_as_in_trans
 def test_a_damaged_index_is_one_error_that_names_it(make, tensors, text):
     folder = make(tensors, shards=2)
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json") as caught:
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json") as caught:
         jvlm.load(folder)
     assert "\n" not in str(caught.value)
 

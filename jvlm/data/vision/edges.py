@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from jvlm.data.vision import MediaConfig, MediaPatches, register
+from jvlm.errors import UserError
 from jvlm.models.vlm import VLMConfig
 from jvlm.validation import check_fields
 
@@ -54,7 +55,7 @@ class EdgeLimits(MediaConfig):
         edges = dict.fromkeys(("longest_edge", "shortest_edge"), "[1, inf)")
         check_fields(self, "processor.media.", {**edges, "resample": "[0, 5]"})
         if not 0 < self.shortest_edge <= self.longest_edge:
-            raise ValueError(
+            raise UserError(
                 f"shortest_edge {self.shortest_edge} must be between 1 and longest_edge {self.longest_edge}"
             )
 
@@ -83,13 +84,13 @@ def table_places(patches: int, grid: int, rule: PlaceRule = "floor") -> np.ndarr
     """Place, 0 to grid - 1, of each patch along a side of ``patches``: its share of the side, in steps of the table.
 
     Raises:
-      ValueError: the rule "released" for a table of another size than the released one's.
+      UserError: the rule "released" for a table of another size than the released one's.
     """
     steps = np.arange(patches, dtype=np.int64)
     places = (steps * grid // patches).astype(np.int32)
     if rule == "released":
         if grid != _RELEASED_GRID:
-            raise ValueError(f'places="released" is known for tables of {_RELEASED_GRID}, not {grid}; use "floor"')
+            raise UserError(f'places="released" is known for tables of {_RELEASED_GRID}, not {grid}; use "floor"')
         places[list(_RELEASED.get(patches, ()))] -= 1
     return places
 
@@ -101,7 +102,7 @@ class EdgeVision:
     def __init__(self, model: VLMConfig, config: EdgeLimits):
         encoder = model.encoder
         if encoder.class_token:
-            raise ValueError("EdgeLimits is for encoders without a class token")
+            raise UserError("EdgeLimits is for encoders without a class token")
         self.patch_size, self.grid, self.patch_values = encoder.patch_size, encoder.grid, encoder.patch_values
         self.patch_group = 1
         self.frame_features = model.connector.frame_features

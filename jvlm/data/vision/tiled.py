@@ -86,7 +86,7 @@ class TiledVision:
         for name in ("grid", "class_token"):
             theirs = getattr(connector, name, getattr(encoder, name))
             if theirs != getattr(encoder, name):
-                raise ValueError(
+                raise UserError(
                     f"connector.{name} is {theirs}, encoder.{name} {getattr(encoder, name)}: make them equal"
                 )
         self.encoder, self.features = encoder, connector.frame_features

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jvlm.errors import UserError
 from jvlm.models import layers
 from jvlm.models.batch import PackedBatch
 from jvlm.models.registry import ConnectorConfig, register
@@ -33,7 +34,7 @@ class FrameGridConfig(ConnectorConfig):
 
     def __post_init__(self):
         if not 1 <= self.out_grid <= self.grid:
-            raise ValueError(f"out_grid {self.out_grid} must be between 1 and grid {self.grid}")
+            raise UserError(f"out_grid {self.out_grid} must be between 1 and grid {self.grid}")
 
     @property
     def frame_places(self) -> int:

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from jvlm_kernels import grouped_matmul
 
+from jvlm.errors import UserError
 from jvlm.models import device_ops, layers
 from jvlm.models.registry import MLPConfig, register
 
@@ -46,11 +47,11 @@ class MoEConfig(MLPConfig):
 
     def __post_init__(self):
         if not 1 <= self.top_k <= self.experts:
-            raise ValueError(f"top_k {self.top_k} must be between 1 and experts {self.experts}")
+            raise UserError(f"top_k {self.top_k} must be between 1 and experts {self.experts}")
         if self.every < 1:
-            raise ValueError(f"every must be at least 1, got {self.every}")
+            raise UserError(f"every must be at least 1, got {self.every}")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError(f"capacity_factor must be positive, got {self.capacity_factor}")
+            raise UserError(f"capacity_factor must be positive, got {self.capacity_factor}")
 
     def capacity(self, tokens: int) -> int:
         """Places of an expert in a batch of so many tokens, padding included."""

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jvlm.errors import UserError
 from jvlm.models import device_ops, layers, registry
 from jvlm.models.batch import DecoderOutput, DecodeStep
 from jvlm.models.decoders.cross_attention import GatedCrossAttention, Media, Reach
@@ -61,14 +62,14 @@ class TransformerConfig(DecoderConfig):
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads or (self.head_dim is None and self.hidden_size % self.num_heads):
-            raise ValueError(
+            raise UserError(
                 f"hidden_size {self.hidden_size}, num_heads {self.num_heads} and num_kv_heads {self.num_kv_heads} "
                 "must divide one another"
             )
         if self.mrope_section is not None and 2 * sum(self.mrope_section) != self.head_size:
-            raise ValueError(f"mrope_section {self.mrope_section} must sum to half the head size {self.head_size}")
+            raise UserError(f"mrope_section {self.mrope_section} must sum to half the head size {self.head_size}")
         if self.num_layers % self.period:
-            raise ValueError(f"num_layers {self.num_layers} must be a multiple of the layers' period {self.period}")
+            raise UserError(f"num_layers {self.num_layers} must be a multiple of the layers' period {self.period}")
 
     @property
     def head_size(self) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jvlm.errors import UserError
 from jvlm.models import device_ops, layers
 from jvlm.models.batch import PackedBatch
 from jvlm.models.registry import EncoderConfig, register
@@ -39,12 +40,12 @@ class QwenViTConfig(EncoderConfig):
 
     def __post_init__(self):
         if self.hidden_size % (4 * self.num_heads):
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 x num_heads {self.num_heads}")
+            raise UserError(f"hidden_size {self.hidden_size} must be a multiple of 4 x num_heads {self.num_heads}")
         unit = self.patch_size * self.spatial_merge_size
         if self.window_size % unit:
-            raise ValueError(f"window_size {self.window_size} must be a multiple of patch x merge = {unit}")
+            raise UserError(f"window_size {self.window_size} must be a multiple of patch x merge = {unit}")
         if any(not 0 <= i < self.depth for i in self.fullatt_block_indexes):
-            raise ValueError(f"fullatt_block_indexes {self.fullatt_block_indexes} outside depth {self.depth}")
+            raise UserError(f"fullatt_block_indexes {self.fullatt_block_indexes} outside depth {self.depth}")
 
     @property
     def head_dim(self) -> int:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jvlm.errors import UserError
 from jvlm.models import device_ops, layers
 from jvlm.models.batch import PackedBatch
 from jvlm.models.registry import EncoderConfig, register
@@ -57,7 +58,7 @@ class ViTConfig(EncoderConfig):
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
+            raise UserError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
 
     @property
     def patch_values(self) -> int:

@@ -21,6 +21,7 @@ from jvlm import json_files
 from jvlm.data import vocabulary as ids
 from jvlm.data.chat_formats import COMPOSED, style_of
 from jvlm.data.tokenizers import load_tokenizer
+from jvlm.errors import UserError
 from jvlm.models import registry, vlm
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.vit import ViTConfig
@@ -58,7 +59,7 @@ def read_config(folder: str | Path) -> TowerConfig:
     """The encoder or decoder configuration of a folder's config.json.
 
     Raises:
-      FileNotFoundError: no config.json.
+      UserError: no config.json.
       WeightError: a family or an option that is not supported.
     """
     return _open(Path(folder))[1]
@@ -198,7 +199,7 @@ def _replace(variable: nnx.Variable, value: jax.typing.ArrayLike) -> None:
 def _open(folder: Path) -> tuple[Backbone, TowerConfig]:
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: a tower is read from a local Hugging Face folder")
+        raise UserError(f"{path} is missing: a tower is read from a local Hugging Face folder")
     return _family(path, json_files.read_object(path))
 
 
