@@ -6,7 +6,7 @@
 DIR is the folder of Qwen2.5-VL-3B-Instruct, as `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir DIR` leaves it.
 `--optimizer.encoder_lr 1e-6` trains the vision tower too.
 
-Memory: `jvlm plan finetune/qwen2_5_vl_3b --topology h100:1` compiles to 64 GiB: parameters 14, Adam's moments 23, both in
+Memory: `jvlm plan finetune/qwen2_5_vl_3b --topology h100:1` compiles to 64 GiB: parameters 14, Adam's moments 23, in
 float32; gradients and what comes and goes 24; activations 2. By default JAX takes 75 % of a GPU, 59 GiB of an H100's:
 set XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, or take one H200, or two H100s, which share all of it. The 7B model takes more
 than twice as much.

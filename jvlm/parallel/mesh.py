@@ -28,8 +28,9 @@ class ParallelConfig:
       tensor: devices that split heads, hidden units of MLPs and the vocabulary.
       context: devices that split the tokens of a row, and its patches.
       expert: devices that split the experts; they have other rows too.
-      data_slices, fsdp_slices: how many of ``data`` and ``fsdp`` cross the slow network between slices; their product
-        is the number of slices. None takes all of them as data.
+      data_slices: how many of ``data`` cross the slow network between slices; None takes all slices. The product with
+        fsdp_slices is the number of slices.
+      fsdp_slices: how many of ``fsdp`` cross the slow network between slices.
       rules: name of the table from logical axes to mesh axes (jvlm.parallel.rules).
       override: lines that replace some of the table, as "heads=" or "embed=fsdp+context".
       largest_whole: MiB of the largest parameter that may stay whole on every device of a mesh that splits parameters.

@@ -26,11 +26,15 @@ class OptimizerConfig:
         steps (arXiv 2502.16982), so that learning rates are of the same order; embeddings, the output matrix, position
         tables, norms and biases stay with AdamW. A small model trained from nothing learns faster by it.
       learning_rate: peak; used by every tower that has none of its own.
-      encoder_lr, connector_lr, decoder_lr: a tower's own peak; 0 freezes the tower: no gradient, no state, no change.
+      encoder_lr: peak of the encoder's; 0 freezes it (no gradient, no state, no change). None is ``learning_rate``.
+      connector_lr: peak of the connector's; as encoder_lr.
+      decoder_lr: peak of the decoder's; as encoder_lr.
       warmup_ratio: share of the steps with linear warm-up.
       min_lr_ratio: learning rate at the end, as a share of the peak.
       weight_decay: of matrices; norms and biases have none.
-      beta1, beta2, eps: of AdamW.
+      beta1: AdamW's decay of the mean of gradients.
+      beta2: AdamW's decay of the mean of squared gradients.
+      eps: added to AdamW's denominator.
       muon_beta: momentum of Muon.
       max_grad_norm: largest norm of the whole gradient.
     """
@@ -95,6 +99,8 @@ class EvaluationConfig:
     Attributes:
       data: files of rows whose assistant turns are the expected answers; empty skips scoring.
       ask: "alone" asks each question in a conversation of its own; "chain" in order, after the model's own answers.
+      max_new_tokens: longest answer in tokens.
+      batch_size: questions answered together.
       max_rows: of the files; None takes all.
       text_only_baseline: also score the most frequent training answer to the same words, blind to the picture.
       aim: percent of the questions with answers in words that must be right; where fewer are, `jvlm train` ends with
@@ -143,6 +149,9 @@ class Stage:
     Optimizer state and schedule begin anew. A stage is a run of its own in ``<output>/stages/<name>``.
 
     Attributes:
+      name: of the stage, and of its folder.
+      data: what it trains on.
+      optimizer: how it trains.
       steps: optimizer steps; None derives them from the experiment's ``epochs``.
     """
 
@@ -187,14 +196,22 @@ class Experiment:
         only ``model.precision`` counts.
       init_from: Hugging Face or run folder whose weights and processor to start from.
       adapt: changes to that model; none to one that starts from random weights.
-      encoder_from, decoder_from: Hugging Face folders of a vision tower and a language model whose weights take the
-        place of the random ones (`jvlm.weights.backbones`).
+      encoder_from: Hugging Face folder of a vision tower, whose weights take the place of the encoder's random ones
+        (`jvlm.weights.backbones`).
+      decoder_from: Hugging Face folder of a language model, whose weights take the place of the decoder's random ones.
       tokenizer: folder of the tokenizer, when training from random weights.
+      processor: how examples become tokens and pixels; None takes that of ``init_from``, or the model family's.
+      data: what is trained on, and how it is packed.
       topologies: pods that it is made for, as jvlm plan names them ("v5p:4x4x4"), which says how it fits there.
       parallel: the mesh of devices, and what is split over its axes; a restart may change it.
+      optimizer: the optimizer, its learning rates and schedule.
+      checkpoint: when checkpoints are written, and which stay.
+      evaluation: scoring by generation after training.
+      export: writing the result as a Hugging Face folder.
       steps: optimizer steps; None derives them from ``epochs``.
       epochs: passes over the data, used when ``steps`` is None; the number of steps is estimated by packing a sample.
       gradient_accumulation_steps: batches whose gradients make one step; the loss is averaged over all their tokens.
+      seed: of the random weights, the order of the data, and all else that is drawn.
       log_interval_steps: steps between log lines.
       accept_changes: go on with a run whose settings, data or start have changed since it began; the changes are noted
         in ``<output>/changes.jsonl`` and in the log.
