@@ -1,4 +1,4 @@
-"""The one door to the cloud: run gcloud, kubectl, xpk or ssh; say what kind of failure it was; retry what passes."""
+"""Run gcloud, kubectl, xpk or ssh; name the kind of a failure; retry transient ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = (
     ("missing", r"NOT_FOUND|was not found"),
     ("denied", r"PERMISSION_DENIED|does not have permission|has not been used in project|is disabled"),
     (
-        "passing",
+        "transient",
         r"UNAVAILABLE|DEADLINE_EXCEEDED|\bINTERNAL\b|ABORTED|\b50[0234]\b|Connection (reset|refused|timed out|closed)|"
         r"timed out|Temporary failure in name resolution|Broken pipe|kex_exchange_identification|return code \[255\]|"
         r"Network is unreachable",
@@ -38,7 +38,7 @@ ADVICE = {
 
 
 class CommandError(Exception):
-    """A command that failed. ``kind`` is a key of ADVICE, "missing", "passing" (worth a retry), or "other"."""
+    """A command that failed. ``kind`` is a key of ADVICE, "missing", "transient" (worth a retry), or "other"."""
 
     def __init__(self, command: Sequence[str], status: int, output: str):
         self.command, self.status, self.output = list(command), status, output.strip()
@@ -49,12 +49,12 @@ class CommandError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Retry:
-    """How often a passing failure is tried again, and the seconds before the first; they double, up to a minute."""
+    """How often a transient failure is tried again, and the seconds before the first; they double, up to a minute."""
 
     times: int = 5
     seconds: float = 5.0
 
-    def waits(self) -> list[float]:
+    def delays(self) -> list[float]:
         return [min(self.seconds * 2**i, 60.0) for i in range(self.times)]
 
 
@@ -65,19 +65,19 @@ class Cloud:
     Attributes:
       retry: for failures that pass by themselves.
       dry_run: print each command and run none; every answer is empty.
-      say: where lines for the user go.
+      log: where lines for the user go.
     """
 
     retry: Retry = Retry()
     dry_run: bool = False
-    say: Callable[[str], None] = print
+    log: Callable[[str], None] = print
 
     def run(self, command: Sequence[str], *, retry: bool = True, expect: str = "") -> str:
         """Standard output of a command.
 
         Args:
           command: program and arguments; no shell between.
-          retry: whether a passing failure is tried again. Not for what must happen once only.
+          retry: whether a transient failure is tried again. Not for what must happen once only.
           expect: kind of failure that is an answer too: it gives "" and no error.
 
         Raises:
@@ -85,9 +85,9 @@ class Cloud:
           FileNotFoundError: the program is not installed.
         """
         if self.dry_run:
-            self.say(shlex.join(command))
+            self.log(shlex.join(command))
             return ""
-        waits = self.retry.waits() if retry else []
+        delays = self.retry.delays() if retry else []
         while True:
             try:
                 done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
@@ -100,10 +100,10 @@ class Cloud:
             error = CommandError(command, done.returncode, done.stderr + done.stdout)
             if expect and error.kind == expect:
                 return ""
-            if error.kind != "passing" or not waits:
+            if error.kind != "transient" or not delays:
                 raise error
-            wait = waits.pop(0)
-            self.say(f"passing failure, again in {wait:.0f} s: {error.output[-200:]}")
+            wait = delays.pop(0)
+            self.log(f"transient failure, again in {wait:.0f} s: {error.output[-200:]}")
             time.sleep(wait)
 
     def json(self, command: Sequence[str], *, expect: str = "") -> dict[str, Any]:
@@ -112,6 +112,6 @@ class Cloud:
         return json.loads(text) if text.strip() else {}
 
 
-def stamped(line: str) -> None:
+def log_with_time(line: str) -> None:
     """Print a line with the time of day, at once."""
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)

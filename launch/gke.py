@@ -18,7 +18,7 @@ from pathlib import Path
 
 import source
 import train
-from cloud import Cloud, CommandError, Retry, stamped
+from cloud import Cloud, CommandError, Retry, log_with_time
 from jobset import GkeSpec
 from queued import STATE_FOLDER
 
@@ -56,7 +56,7 @@ def _run(arguments: argparse.Namespace, fields: list[str]) -> int:
     if arguments.dry_run:
         _print_commands(spec, arguments, folder)
         return 0
-    cloud = Cloud(retry=Retry(seconds=arguments.retry_seconds), say=stamped)
+    cloud = Cloud(retry=Retry(seconds=arguments.retry_seconds), log=log_with_time)
     archive = source.archive(revision, folder)
     if arguments.xpk:
         code = folder / "code"
@@ -64,17 +64,17 @@ def _run(arguments: argparse.Namespace, fields: list[str]) -> int:
             packed.extractall(code, filter="data")
         cloud.run(spec.xpk(arguments.cluster, arguments.zone, arguments.project, str(code)), retry=False)
         ending = spec.xpk_delete(arguments.cluster, arguments.zone, arguments.project)
-        cloud.say(f"submitted; it holds its chips until it ends, or: {shlex.join(ending)}")
+        cloud.log(f"submitted; it holds its chips until it ends, or: {shlex.join(ending)}")
         return 0
     manifest = folder / "jobset.json"
     manifest.write_text(json.dumps(spec.manifest(), indent=2) + "\n")
     cloud.run(spec.upload(str(archive)))
     cloud.run(spec.apply(str(manifest)))
-    cloud.say(f"submitted {spec.name}: {spec.slices} x {spec.machines} machines of {spec.topology}")
+    cloud.log(f"submitted {spec.name}: {spec.slices} x {spec.machines} machines of {spec.topology}")
     try:
         return _follow(spec, cloud, arguments.poll, folder)
     except KeyboardInterrupt:
-        cloud.say(f"the job goes on without you. Its chips are held until it ends, or: {shlex.join(spec.delete())}")
+        cloud.log(f"the job goes on without you. Its chips are held until it ends, or: {shlex.join(spec.delete())}")
         return 130
 
 
@@ -86,12 +86,12 @@ def _follow(spec: GkeSpec, cloud: Cloud, poll: float, folder: Path) -> int:
         ended = {c["type"] for c in status.get("conditions", []) if c.get("status") == "True"} & {"Completed", "Failed"}
         if status.get("restarts", 0) != restarts:
             restarts, printed = status["restarts"], 0
-            cloud.say(f"all workers were started again, {restarts} of {spec.restarts} times")
+            cloud.log(f"all workers were started again, {restarts} of {spec.restarts} times")
         try:
             text = cloud.run(spec.logs(), retry=False)
         except CommandError as error:
             # no pod yet, or one that is still fetching the code
-            cloud.say(f"no log yet: {error.output[-120:]}")
+            cloud.log(f"no log yet: {error.output[-120:]}")
             text = ""
         if len(text) > printed:
             print(text[printed:], end="", flush=True)
@@ -101,7 +101,7 @@ def _follow(spec: GkeSpec, cloud: Cloud, poll: float, folder: Path) -> int:
         time.sleep(poll)
     _report(spec, cloud, folder)
     cloud.run(spec.delete())
-    cloud.say("JobSet deleted. A node pool without autoscaling goes on being billed: gcloud container node-pools list")
+    cloud.log("JobSet deleted. A node pool without autoscaling goes on being billed: gcloud container node-pools list")
     return 1 if "Failed" in ended else 0
 
 
@@ -119,17 +119,17 @@ def _report(spec: GkeSpec, cloud: Cloud, folder: Path) -> None:
     tails = []
     for number, (when, pod, container, code) in enumerate(sorted(failed)):
         name = f"{pod}, container {container}, exit status {code} {when}".strip()
-        cloud.say(f"FAILED {name}")
+        cloud.log(f"FAILED {name}")
         if number >= LOGS_KEPT:
             continue
         try:
             tails.append(f"== {name}\n{cloud.run(spec.tail(pod, container))}")
         except CommandError as error:
-            cloud.say(f"no log of {pod}: {error.output[-200:]}")
+            cloud.log(f"no log of {pod}: {error.output[-200:]}")
     if tails:
         (folder / "failed.log").write_text("\n".join(tails))
         print("\n".join(tails[0].splitlines()[-40:]), flush=True)
-        cloud.say(f"the ends of {len(tails)} logs are in {folder / 'failed.log'}")
+        cloud.log(f"the ends of {len(tails)} logs are in {folder / 'failed.log'}")
 
 
 def _print_commands(spec: GkeSpec, arguments: argparse.Namespace, folder: Path) -> None:
@@ -172,8 +172,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--zone", help="of xpk's cluster")
     parser.add_argument("--project", help="of xpk's cluster")
     parser.add_argument("--dirty", action="store_true", help="ship uncommitted changes too")
-    parser.add_argument("--poll", type=float, default=30.0, help="seconds between looks")
-    parser.add_argument("--retry_seconds", type=float, default=5.0, help="first wait after a passing failure")
+    parser.add_argument("--poll", type=float, default=30.0, help="seconds between polls")
+    parser.add_argument("--retry_seconds", type=float, default=5.0, help="first wait after a transient failure")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and the manifest, run none")
     return parser
 

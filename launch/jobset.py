@@ -22,7 +22,7 @@ ACCELERATORS = {
 }
 # generation -> the name that xpk gives its accelerator types, which it reads with a topology too (v5p-4x4x4)
 XPK_NAMES = {"v5e": "v5litepod"}
-ENDS_THE_SAME_AGAIN = [2, 3]  # exit statuses of `jvlm` (jvlm.cli.main): a user error, an aim missed
+NOT_RETRIABLE = [2, 3]  # exit statuses of `jvlm` (jvlm.cli.main): a user error, an aim missed
 IMAGE = "python:3.11"
 FETCHER = "gcr.io/google.com/cloudsdktool/google-cloud-cli:slim"
 
@@ -111,7 +111,7 @@ class GkeSpec:
             ],
         }
         # what stays the same however often it is tried; the JobSet knows it by the reason of the Job
-        final = {"containerName": "jvlm", "operator": "In", "values": ENDS_THE_SAME_AGAIN}
+        final = {"containerName": "jvlm", "operator": "In", "values": NOT_RETRIABLE}
         job = {
             "parallelism": self.machines,
             "completions": self.machines,
@@ -144,8 +144,8 @@ class GkeSpec:
             },
         }
 
-    def _kubectl(self, *words: str) -> list[str]:
-        return ["kubectl", *words, f"--namespace={self.namespace}"]
+    def _kubectl(self, *argv: str) -> list[str]:
+        return ["kubectl", *argv, f"--namespace={self.namespace}"]
 
     def upload(self, archive: str) -> list[str]:
         return ["gcloud", "storage", "cp", archive, self.code]

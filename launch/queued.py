@@ -142,9 +142,9 @@ class Spec:
             f"mkdir -p {folder} && tar -xzf {archive.name} -C {folder} && ln -sfn {folder} jvlm-code", True
         )
 
-    def worker(self, *words: str, everywhere: bool = True) -> list[str]:
+    def worker(self, *argv: str, everywhere: bool = True) -> list[str]:
         """launch/worker.sh with arguments, on every worker or on worker 0 of slice 0 alone."""
-        return self._ssh(f"bash jvlm-code/launch/worker.sh {shlex.join(words)}", everywhere)
+        return self._ssh(f"bash jvlm-code/launch/worker.sh {shlex.join(argv)}", everywhere)
 
     def bill(self) -> str:
         """What costs money for as long as the resource exists, and the command that ends it."""

@@ -33,7 +33,7 @@ class RunFailed(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Worker:
-    """What one worker said of its job; see worker.sh."""
+    """The state of one worker's job; see worker.sh."""
 
     name: str
     state: str
@@ -48,7 +48,7 @@ class Worker:
     def failed(self) -> bool:
         return self.state == "lost" or (self.state == "exited" and self.code != "0")
 
-    def words(self) -> str:
+    def describe(self) -> str:
         return f"{self.name}: exit status {self.code}" if self.state == "exited" else f"{self.name}: {self.state}"
 
 
@@ -57,16 +57,16 @@ class Policy:
     """How patient the supervision is.
 
     Attributes:
-      poll: seconds between looks at the queue.
-      follow: seconds between looks at the log; every ``census`` of them, all workers are asked.
+      poll: seconds between polls of the queue.
+      follow: seconds between polls of the log; at every ``probe_every``-th, all workers are probed.
       preemptions: how often new machines are asked for.
       crashes: how often a crashed job is started again on the same machines.
-      silent: looks in a row that may find no worker before the machines count as gone.
+      silent: polls in a row without an answer from a worker, after which the machines count as gone.
     """
 
     poll: float = 30.0
     follow: float = 15.0
-    census: int = 4
+    probe_every: int = 4
     preemptions: int = 100
     crashes: int = 0
     silent: int = 3
@@ -96,9 +96,9 @@ class Supervisor:
                 f"(python launch/tpu.py follow {self.spec.name}), or choose another --name"
             )
         self._create()
-        self.attend(fresh=True)
+        self.watch(fresh=True)
 
-    def attend(self, fresh: bool) -> None:
+    def watch(self, fresh: bool) -> None:
         """From an existing resource on: with ``fresh`` ship and start, else only follow what runs already."""
         crashes, start = 0, fresh
         while True:
@@ -107,11 +107,11 @@ class Supervisor:
                 if start:
                     self._ship_and_start()
                 self.started = True
-                self.cloud.say("following worker 0; Ctrl-C leaves the job running")
+                self.cloud.log("following worker 0; Ctrl-C leaves the job running")
                 failed = self._follow()
             except Preempted as reason:
                 self.started = False
-                self._again(str(reason))
+                self._restart(str(reason))
                 start = True
                 continue
             except Stopped:
@@ -119,7 +119,7 @@ class Supervisor:
                 start = True
                 continue
             if not failed:
-                self.cloud.say("every worker ended with status 0")
+                self.cloud.log("every worker ended with status 0")
                 self._finish()
                 return
             crashes += 1
@@ -127,8 +127,8 @@ class Supervisor:
             if crashes > self.policy.crashes:
                 self.started = False
                 self._finish()
-                raise RunFailed(f"{failed[0].words()} (first of {len(failed)}); logs in {self.spec.folder}")
-            self.cloud.say(f"starting again on the same machines, {crashes} of {self.policy.crashes}")
+                raise RunFailed(f"{failed[0].describe()} (first of {len(failed)}); logs in {self.spec.folder}")
+            self.cloud.log(f"starting again on the same machines, {crashes} of {self.policy.crashes}")
             start = True
 
     def state(self) -> str:
@@ -141,12 +141,12 @@ class Supervisor:
         try:
             self.cloud.run(self.spec.delete(), expect="missing")
         except CommandError:
-            self.cloud.say(f"NOT deleted. {self.spec.bill()}")
+            self.cloud.log(f"NOT deleted. {self.spec.bill()}")
             raise
 
     def _create(self) -> None:
         """Ask for the resource, which is known not to exist: where it does, a retried request got through after all."""
-        self.cloud.say(
+        self.cloud.log(
             f"asking for {self.spec.chips} chips: {self.spec.accelerator} x {self.spec.slices}, {self.spec.tier}"
         )
         self.cloud.run(self.spec.create(), expect="exists")
@@ -156,7 +156,7 @@ class Supervisor:
         while True:
             state = self.state()
             if state != last:
-                self.cloud.say(f"queued resource {self.spec.name}: {state or 'gone'}")
+                self.cloud.log(f"queued resource {self.spec.name}: {state or 'gone'}")
                 last = state
             if state == "ACTIVE":
                 return
@@ -182,7 +182,7 @@ class Supervisor:
             ("starting", self.spec.worker("start", *self.spec.train)),
         )
         for what, command in steps:
-            self.cloud.say(f"{what} on every worker")
+            self.cloud.log(f"{what} on every worker")
             try:
                 self.cloud.run(command)
             except CommandError:
@@ -196,14 +196,14 @@ class Supervisor:
         while True:
             try:
                 offset = self._print_log(offset)
-                workers = self._workers() if turn % self.policy.census == 0 else None
+                workers = self._workers() if turn % self.policy.probe_every == 0 else None
                 silent = 0
             except CommandError as error:
                 silent += 1
                 state = self.state()
                 if state in GONE or silent >= self.policy.silent:
                     raise Preempted(f"no answer from the workers, resource {state.lower() or 'gone'}") from None
-                self.cloud.say(f"no answer from the workers ({error.kind}), looking again")
+                self.cloud.log(f"no answer from the workers ({error.kind}), looking again")
                 workers = None
             turn += 1
             if workers is not None:
@@ -241,14 +241,14 @@ class Supervisor:
     def _report(self, failed: list[Worker]) -> None:
         """Name the workers, stop the others, and keep the ends of all logs."""
         for worker in failed:
-            self.cloud.say(f"FAILED {worker.words()}")
+            self.cloud.log(f"FAILED {worker.describe()}")
         tails = self.cloud.run(self.spec.worker("tail", "200"))
         self.spec.folder.mkdir(parents=True, exist_ok=True)
         (self.spec.folder / "failed.log").write_text(tails)
         self.out("\n".join(deque(tails.splitlines(), maxlen=40)) + "\n")
         self.cloud.run(self.spec.worker("stop", "60"))
 
-    def _again(self, why: str) -> None:
+    def _restart(self, why: str) -> None:
         """Delete what is left and ask for new machines."""
         self._count_preemption(why)
         self.delete()
@@ -259,11 +259,11 @@ class Supervisor:
         if self._preempted > self.policy.preemptions:
             self.delete()
             raise RunFailed(f"{why}; it went on {self.policy.preemptions} times already; deleted")
-        self.cloud.say(f"{why}; going on, {self._preempted} of {self.policy.preemptions} times")
+        self.cloud.log(f"{why}; going on, {self._preempted} of {self.policy.preemptions} times")
 
     def _finish(self) -> None:
         if self.policy.keep:
-            self.cloud.say(f"kept, as asked. {self.spec.bill()}")
+            self.cloud.log(f"kept, as asked. {self.spec.bill()}")
             return
         self.delete()
-        self.cloud.say("deleted; nothing of this run is billed any more but its files on gs://")
+        self.cloud.log("deleted; nothing of this run is billed any more but its files on gs://")

@@ -14,7 +14,7 @@ import shlex
 import sys
 
 import source
-from cloud import Cloud, CommandError, Retry, stamped
+from cloud import Cloud, CommandError, Retry, log_with_time
 from queued import Spec
 from supervise import Policy, RunFailed, Supervisor
 
@@ -70,22 +70,22 @@ def _follow(arguments: argparse.Namespace) -> int:
 
 def _supervise(supervisor: Supervisor, new: bool) -> int:
     """Run or follow; whatever happens, end with what is still billed."""
-    spec, say = supervisor.spec, supervisor.cloud.say
+    spec, log = supervisor.spec, supervisor.cloud.log
     try:
         if new:
             supervisor.run()
         else:
-            supervisor.attend(fresh=False)
+            supervisor.watch(fresh=False)
         return 0
     except KeyboardInterrupt:
         if supervisor.started:
-            say("the job goes on without you: nobody asks for new machines, and nobody deletes them at its end")
-            say(f"follow it again: python launch/tpu.py follow {spec.name}")
-            say(spec.bill())
+            log("the job goes on without you: nobody asks for new machines, and nobody deletes them at its end")
+            log(f"follow it again: python launch/tpu.py follow {spec.name}")
+            log(spec.bill())
         else:
-            say("interrupted before the job started: deleting the request, which may be billed once it is granted")
+            log("interrupted before the job started: deleting the request, which may be billed once it is granted")
             supervisor.delete()
-            say("deleted")
+            log("deleted")
         return 130
     except CommandError:
         # Refused before anything was made, or broken off with machines that run: the user must know which.
@@ -93,7 +93,7 @@ def _supervise(supervisor: Supervisor, new: bool) -> int:
             left = supervisor.state()
         except CommandError:
             left = "in a state that could not be asked for"
-        say(f"{spec.name} is {left}. {spec.bill()}" if left else "no machine was left; nothing is billed")
+        log(f"{spec.name} is {left}. {spec.bill()}" if left else "no machine was left; nothing is billed")
         raise
 
 
@@ -135,7 +135,7 @@ def _print_commands(spec: Spec) -> None:
 
 
 def _cloud(arguments: argparse.Namespace) -> Cloud:
-    return Cloud(retry=Retry(seconds=arguments.retry_seconds), say=stamped)
+    return Cloud(retry=Retry(seconds=arguments.retry_seconds), log=log_with_time)
 
 
 def _policy(arguments: argparse.Namespace) -> Policy:
@@ -191,9 +191,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--restart_crashed", type=int, default=0, help="times to start a crashed job again in place"
         )
-        command.add_argument("--poll", type=float, default=30.0, help="seconds between looks")
+        command.add_argument("--poll", type=float, default=30.0, help="seconds between polls")
     for command in (run, follow, status, delete):
-        command.add_argument("--retry_seconds", type=float, default=5.0, help="first wait after a passing failure")
+        command.add_argument("--retry_seconds", type=float, default=5.0, help="first wait after a transient failure")
     return parser
 
 

@@ -194,7 +194,7 @@ def test_a_request_that_fails_in_the_queue_is_deleted_and_its_reason_printed(tmp
     assert "--valid-until-duration=6h" in world.read()["calls"][1]
 
 
-def test_passing_failures_are_tried_again(tmp_path, repository):
+def test_transient_failures_are_tried_again(tmp_path, repository):
     refuse = [
         ("create", "UNAVAILABLE: The service is currently unavailable."),
         ("scp", "[/usr/bin/scp] exited with return code [255]."),
