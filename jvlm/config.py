@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 from jvlm.data import vision
 from jvlm.errors import UserError
-from jvlm.models import registry
+from jvlm.models import contracts, registry
 
 T = TypeVar("T")
-_PARTS = (registry.EncoderConfig, registry.ConnectorConfig, registry.DecoderConfig, registry.MLPConfig)
+_PARTS = contracts.KINDS
 _POLYMORPHIC = (*_PARTS, vision.MediaConfig)
 
 

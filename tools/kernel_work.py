@@ -203,7 +203,7 @@ def demo_sequences(batches: int | None = None) -> Sequences:
         "frames": np.concatenate([b.patch_segment_ids for b in chosen]),
         "windows": np.concatenate([b.patch_window_ids for b in chosen]),
     }
-    limits = chosen[0].max_segment_length, chosen[0].max_frame_patches
+    limits = chosen[0].max_segment_length, chosen[0].max_image_patches
     return Sequences("demo", experiment.model, **ids, max_segment_length=limits[0], max_frame_patches=limits[1])
 
 

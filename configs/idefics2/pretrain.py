@@ -1,13 +1,11 @@
-"""Idefics2's first stage: pictures of up to 384 pixels and the text around them, and the paper's other architecture.
+"""Idefics2's first stage: pictures of up to 384 pixels and the text around them.
 
     jvlm train idefics2/pretrain --tokenizer DIR --data.train rows.jsonl
-    jvlm train idefics2/pretrain --tokenizer DIR --data.train rows.jsonl --model.decoder.cross_attention_every 4
 
-The first has 64 features of each picture among the tokens; the second reads them through gated cross-attention before
-every fourth layer, all else equal: the comparison of arXiv 2405.02246, section 3.2. Published and kept: 2,048 tokens,
-learning rate 1e-4, weight decay 0.1. The authors start from SigLIP and Mistral and train adapters in them; here towers
-begin at random unless they are brought in with `jvlm.weights.backbones`. For the second stage, at 980 pixels, the
-position table is resized with `jvlm.weights.positions.with_grid(model, 70)`.
+An image is 64 tokens of the text; idefics2/pretrain_cross_attention has the paper's other architecture. As published:
+2,048 tokens, learning rate 1e-4, weight decay 0.1. The authors start from SigLIP and Mistral and train adapters;
+here towers begin at random unless they are brought in with `jvlm.weights.backbones`. For the second stage, at 980
+pixels, the position table is resized with `jvlm.weights.positions.with_grid(model, 70)`.
 """
 
 import dataclasses
@@ -27,7 +25,7 @@ def get_config() -> Experiment:
     model = dataclasses.replace(
         model,
         encoder=dataclasses.replace(model.encoder, grid=GRID),
-        connector=dataclasses.replace(model.connector, min_frame_patches=GRID**2),
+        connector=dataclasses.replace(model.connector, min_image_patches=GRID**2),
     )
     return Experiment(
         name="idefics2_pretrain",

@@ -240,7 +240,7 @@ def assemble(
         patch_positions=np.zeros((B, row_patches, 2), np.int32),
         vision_index=np.full((B, row_tokens), -1, np.int32),
         max_segment_length=max_segment_length,
-        max_frame_patches=max_frame_patches,
+        max_image_patches=max_frame_patches,
     )
     for b, row in enumerate(rows):
         s = p = features = frames = windows = 0

@@ -333,7 +333,7 @@ class Processor:
         ``number`` is the medium whose feature feeds the token, from 1; 0 for text and marks.
         """
         length = len(number)
-        if self.model.decoder.mrope_section is None:
+        if not self.model.decoder.uses_mrope:
             return np.repeat(np.arange(length, dtype=np.int32)[:, None], 3, 1)
         spans = [
             mrope.MediaSpan(int(np.argmax(number == n)), medium.grid, medium.temporal_step)

@@ -24,6 +24,7 @@ from jvlm.inference.program import Steps, Structure
 from jvlm.inference.sampling import NOT_FINITE, Knobs, SamplingConfig
 from jvlm.inference.token_rules import FILE, token_rules
 from jvlm.inference.weights import decoding_state
+from jvlm.models import contracts
 from jvlm.models.batch import PackedBatch
 from jvlm.models.token_ids import token_ids
 from jvlm.models.vlm import VLM, VLMConfig
@@ -57,6 +58,7 @@ class Engine:
     """
 
     def __init__(self, model: VLM, processor: Processor, layout: Layout | None = None, *, ahead: bool | None = None):
+        contracts.check_generates(model.decoder)
         self.config, self.processor = model.config, processor
         self.ahead = jax.default_backend() != "cpu" if ahead is None else ahead
         self.layout = serving.checked(layout, model.config)

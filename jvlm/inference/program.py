@@ -24,6 +24,7 @@ from jvlm.inference.sampling import Kind, Knobs, SamplingConfig, sample
 from jvlm.inference.weights import decoding_state
 from jvlm.models import device_ops, vlm
 from jvlm.models.batch import DecodeStep, PackedBatch
+from jvlm.models.contracts import DecoderInputs
 from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.layout import Layout
 from jvlm.parallel.sharded_ops import ShardedOps
@@ -39,14 +40,14 @@ class DecodeState:
     """All that changes from token to token; donated, so that the cache is updated in place.
 
     Attributes:
-      cache: for each layer, arrays [B, ...].
+      cache: that of the decoder, for each layer arrays [B, ...] say.
       place: place in the cache of the token that comes next.
       position: its rotary position, the same on all axes.
       step: number of tokens chosen so far.
       seen: tokens of prompt and answer, kept only when repetition is penalised.
     """
 
-    cache: list[Any]
+    cache: Any
     place: Int[Array, " B"]
     position: Int[Array, " B"]
     step: Int[Array, ""]
@@ -120,7 +121,7 @@ class Steps:
             seen = jnp.zeros(logits.shape, bool).at[rows, tokens].set(True, mode="drop")
         token = sample(logits, kind, knobs, jnp.int32(0), banned=self.banned_first, seen=seen)
         with device_ops.use(self._ops):
-            cache = self.decoder.bind(leaves).open_cache(cache, places)
+            cache = self.decoder.bind(leaves).init_cache(cache, places)
             state = DecodeState(cache, lengths, batch.positions.max((1, 2)) + 1, jnp.int32(1), seen)
             return device_ops.current().constrain(token, ("batch",)), state.by_rows()
 
@@ -128,13 +129,9 @@ class Steps:
         B = len(token)
         with device_ops.use(self._ops):
             decoder = self.decoder.bind(leaves)
-            hidden, cache, _ = decoder(
-                decoder.embed(token[:, None]),
-                jnp.broadcast_to(state.position[:, None, None], (B, 1, 3)),
-                jnp.ones((B, 1), jnp.int32),
-                cache=state.cache,
-                step=DecodeStep(state.place),
-            )
+            positions = jnp.broadcast_to(state.position[:, None, None], (B, 1, 3))
+            inputs = DecoderInputs(decoder.embed(token[:, None]), positions, jnp.ones((B, 1), jnp.int32))
+            hidden, cache, _ = decoder(inputs, cache=state.cache, step=DecodeStep(state.place))
             seen = None if state.seen is None else state.seen.at[jnp.arange(B), token].set(True)
             logits = decoder.logits(hidden[:, 0])
             chosen = sample(logits, kind, knobs, state.step, banned=self.banned, seen=seen)

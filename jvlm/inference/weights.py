@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jvlm.models.layers import LayerStack
+from jvlm.models.layer_stack import LayerStack
 
 
 def decoding_state(module: nnx.Module) -> nnx.State:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ SequenceAxis = Literal["sequence", "patches", "vision_tokens"]
 KVCache = tuple[Float[Array, "B K D T"], Float[Array, "B K T D"]]
 
 
+@runtime_checkable
 class DeviceOps(Protocol):
     """The operations that `LocalOps` and `ShardedOps` implement.
 

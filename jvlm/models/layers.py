@@ -1,4 +1,4 @@
-"""Parts shared by the towers: linear maps, norms, rotary embeddings, stacks of layers.
+"""Layers that the towers share: linear maps, norms, MLPs, rotary embeddings.
 
 Parameters carry ``axes``, the logical name of each dimension; nothing here knows how they are sharded.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
-from jvlm_kernels import RESIDUAL_NAMES, platforms
+from jvlm_kernels import platforms
 
 from jvlm.models import device_ops
 
@@ -95,7 +95,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((d_out,), dtype), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "*L i"], *, pad_in: int = 0, pad_out: int = 0) -> Float[Array, "*L o"]:
-        """``pad_in`` more inputs meet zeros, ``pad_out`` more outputs are zeros; see `row_padding`."""
+        """Return the map of ``x``, with ``pad_in`` rows and ``pad_out`` columns of zeros added; see `width_padding`."""
         dtype = jnp.dtype(self.compute_dtype)
         kernel = device_ops.current().all_gather_param(self.kernel[...].astype(dtype), self.axes)
         if pad_in or pad_out:
@@ -104,11 +104,11 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + jnp.pad(self.bias[...].astype(dtype), (0, pad_out))
 
 
-def row_padding(width: int, dtype: DType) -> int:
+def width_padding(width: int, dtype: DType) -> int:
     """Return how many columns to add to a matrix so that NVIDIA GPUs multiply it at full speed; 0 elsewhere.
 
-    Their matrix products read rows in pieces of 16 bytes; rows that are no multiple of it, as the 3,420 hidden units of
-    Qwen2.5-VL's vision tower in halves, go through slower kernels (docs/results/gpu.md).
+    Their matrix products load rows in units of 16 bytes. Rows of another length, as the 3,420 hidden units of
+    Qwen2.5-VL's vision tower in bfloat16, go through slower kernels (docs/results/gpu.md).
     """
     if platforms.target_platform() != "cuda" or width * jnp.dtype(dtype).itemsize % 16 == 0:
         return 0
@@ -160,7 +160,7 @@ class MLP(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """``down(silu(gate(x)) * up(x))``, to ``d_out`` channels if not as many as came in."""
+    """``down(silu(gate(x)) * up(x))``; ``d_out`` is the width of the result, None the width of ``x``."""
 
     def __init__(
         self, width: int, hidden: int, *, d_out: int | None = None, bias: bool, precision: Precision, rngs: nnx.Rngs
@@ -173,8 +173,8 @@ class SwiGLU(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L o"]:
-        # a split axis is left as it is: each device has a width of its own
-        extra = 0 if device_ops.current().is_split("mlp") else row_padding(self.hidden, self.compute_dtype)
+        # a split axis is left as it is: each device has a part of the width
+        extra = 0 if device_ops.current().is_split("mlp") else width_padding(self.hidden, self.compute_dtype)
         hidden = jax.nn.silu(self.gate(x, pad_out=extra)) * self.up(x, pad_out=extra)
         return self.down(hidden, pad_in=extra)
 
@@ -182,7 +182,7 @@ class SwiGLU(nnx.Module):
 def normalise_pixels(
     patches: Num[Array | np.ndarray, "*L c"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Num[Array, "*L c"]:
-    """Bytes to (x / 255 - mean) / std, channel by channel; floats are taken as normalised already.
+    """Return bytes as (x / 255 - mean) / std, channel by channel; floats are taken as normalised already.
 
     Patches are flattened with the channel first.
     """
@@ -198,9 +198,9 @@ def normalise_pixels(
 class RopeScaling:
     """Rotary frequencies for contexts ``factor`` times longer than the pre-training's.
 
-    "linear" divides all of them. "llama3" divides those with wavelengths above
-    ``original_max_position_embeddings / low_freq_factor`` tokens, keeps those below the same over
-    ``high_freq_factor``, and goes smoothly from one to the other between (Llama 3.1).
+    "linear" divides all of them. "llama3" (Llama 3.1) divides those with wavelengths above
+    ``original_max_position_embeddings / low_freq_factor`` tokens, leaves those below
+    ``original_max_position_embeddings / high_freq_factor`` as they are, and interpolates between the two.
     """
 
     kind: Literal["linear", "llama3"] = "llama3"
@@ -212,13 +212,13 @@ class RopeScaling:
     def __call__(self, frequencies: np.ndarray) -> np.ndarray:
         if self.kind == "linear":
             return (frequencies / np.float32(self.factor)).astype(np.float32)
-        turns = self.original_max_position_embeddings * frequencies / (2 * np.pi)
-        kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
-        return (frequencies * (kept + (1 - kept) / self.factor)).astype(np.float32)
+        rotations = self.original_max_position_embeddings * frequencies / (2 * np.pi)
+        unchanged = np.clip((rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+        return (frequencies * (unchanged + (1 - unchanged) / self.factor)).astype(np.float32)
 
 
 def rotary_frequencies(size: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
-    """``theta ** -(2i / size)`` for i < size / 2, float32, and scaled."""
+    """Return ``theta ** -(2i / size)`` for i < size / 2, scaled, in float32."""
     plain = (1.0 / theta ** (np.arange(0, size, 2, dtype=np.float32) / size)).astype(np.float32)
     return plain if scaling is None else scaling(plain)
 
@@ -226,72 +226,12 @@ def rotary_frequencies(size: int, theta: float, scaling: RopeScaling | None = No
 def rotary_angles(
     positions: Int[Array | np.ndarray, "*L a"], axis_of: np.ndarray, frequencies: np.ndarray
 ) -> Float[Array, "*L f"]:
-    """Angle of each frequency from the position axis it reads: M-RoPE, and 2-D rotary, in one line."""
+    """Return the angle of each frequency. ``axis_of`` [f] is the axis of ``positions`` that it turns with."""
     return jnp.asarray(positions)[..., axis_of].astype(jnp.float32) * frequencies
 
 
 def rotate(x: Num[Array, "B S H D"], angles: Float[Array, "B S f"]) -> Num[Array, "B S H D"]:
-    """Rotary embedding, halves convention (D = 2f), in float32, cast back."""
+    """Return the rotary embedding of ``x``, halves convention (D = 2f), computed in float32."""
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
-
-
-def _rematerialise(step: Callable, policy: RematPolicy) -> Callable:
-    if policy == "none":
-        return step
-    attention = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)
-    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    policies = {
-        "full": None,
-        "dots": jax.checkpoint_policies.save_from_both_policies(products, attention),
-        "attention": attention,
-    }
-    return jax.checkpoint(step, policy=policies[policy], prevent_cse=False)
-
-
-class LayerStack(nnx.Module):
-    """``depth`` equal layers with parameters stacked on a leading axis, run by one scan.
-
-    A parameter may also hold a tuple of per-layer arrays (see `unstack`): the layers then run one after the
-    other, which lets decoding update each layer's cache in place and read weights without slicing copies.
-    """
-
-    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs):
-        self.depth = depth
-        self.layer = nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), depth))
-
-    def __call__(
-        self,
-        body: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
-        carry: Any,
-        xs: Any,
-        *,
-        remat: RematPolicy,
-        unroll: bool = False,
-    ) -> tuple[Any, Any]:
-        """``carry, y = body(layer, carry, x)`` for each layer; returns the last carry and the ys of all layers.
-
-        With ``unroll``, or unstacked parameters, the layers run one after the other: xs must be a sequence of
-        per-layer values, and the ys are a list of them.
-        """
-        graph, state = nnx.split(self.layer)
-
-        def step(carry, inputs):
-            layer_state, x = inputs
-            return body(nnx.merge(graph, layer_state), carry, x)
-
-        if not (unroll or is_unstacked(state)):
-            return jax.lax.scan(_rematerialise(step, remat), carry, (state, xs))
-        ys = []
-        for index in range(self.depth):
-            layer_state = jax.tree.map(lambda value, i=index: value[i], state, is_leaf=lambda v: isinstance(v, tuple))
-            carry, y = step(carry, (layer_state, xs[index]))
-            ys.append(y)
-        return carry, ys
-
-
-def is_unstacked(state: Any) -> bool:
-    """Whether a state holds tuples of per-layer arrays instead of stacked ones."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, tuple))
-    return any(isinstance(leaf, tuple) for leaf in leaves)

@@ -1,8 +1,7 @@
-"""Small registries: encoders, connectors, decoders and their MLPs, found by the type of their configuration."""
+"""The modules of encoders, connectors, decoders and their MLPs, by the type of their configuration."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -11,50 +10,23 @@ from typing import Any
 from flax import nnx
 
 from jvlm.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """Base of every encoder configuration."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ConnectorConfig:
-    """Base of every connector configuration."""
-
-    @property
-    def frame_features(self) -> int | None:
-        """Features that a frame gives whatever its size; None where the number follows from the frame's patches."""
-        return None
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Base of every decoder configuration."""
-
-
-@dataclasses.dataclass(frozen=True)
-class MLPConfig:
-    """Base of what a decoder layer may have in place of the dense SwiGLU (a mixture of experts, say).
-
-    Its module lies in ``decoders``, is built with ``width=`` and called with (x [B, S, D], segments [B, S]); it returns
-    (y [B, S, D], a dict of arrays to report, which may be empty). Padding has segment 0.
-
-    Attributes:
-      every: every n-th layer has it, the n-th being the first.
-    """
-
-    every: int = 1
-
+from jvlm.models import contracts
 
 _BUILDERS: dict[type, Callable[..., nnx.Module]] = {}
 _BY_NAME: dict[str, type] = {}
 
 
 def register(config_type: type) -> Callable[[type], type]:
-    """Class decorator: ``@register(QwenViTConfig)`` on the module that a ``QwenViTConfig`` builds."""
+    """Return a class decorator: ``@register(QwenViTConfig)`` on the module that a ``QwenViTConfig`` builds.
+
+    Raises:
+      TypeError: the configuration or the module lacks members of its contract; the message names each.
+    """
 
     def add(module_type: type) -> type:
+        lacking = contracts.problems(config_type, module_type)
+        if lacking:
+            raise TypeError("\n  ".join([f"{module_type.__name__} cannot be registered; it lacks", *lacking]))
         _BUILDERS[config_type] = module_type
         _BY_NAME[config_type.__name__] = config_type
         return module_type
@@ -63,7 +35,7 @@ def register(config_type: type) -> Callable[[type], type]:
 
 
 def build(config: Any, **kwargs: Any) -> nnx.Module:
-    """The module of a configuration. Raises KeyError naming the known types."""
+    """Return the module of a configuration. Raises KeyError naming the known types."""
     load_all()
     if type(config) not in _BUILDERS:
         raise KeyError(f"nothing is registered for {type(config).__name__}; known: {sorted(_BY_NAME)}")
@@ -71,7 +43,7 @@ def build(config: Any, **kwargs: Any) -> nnx.Module:
 
 
 def config_type(name: str) -> type:
-    """The configuration class of a registered name, as stored in run folders. Raises UserError for another name."""
+    """Return the configuration class of a name that a run folder stores. Raises UserError for an unknown name."""
     load_all()
     if name not in _BY_NAME:
         raise UserError(f"unknown configuration {name!r}; known: {sorted(_BY_NAME)}")

@@ -1,6 +1,6 @@
-"""The assembly: encoder, connector, decoder.
+"""The assembly of encoder, connector and decoder, whatever they are (`jvlm.models.contracts`).
 
-Axes: B rows, S tokens, P patches, F vision features, D decoder width, V vocabulary.
+Axes: B sequences, S tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jvlm.errors import UserError
-from jvlm.models import device_ops, registry
+from jvlm.models import registry
 from jvlm.models.batch import DecoderOutput, PackedBatch
-from jvlm.models.connectors.perceiver import frames_of_features
-from jvlm.models.decoders.cross_attention import Media, frames_in_reach
+from jvlm.models.contracts import ConnectorConfig, DecoderConfig, EncoderConfig, VisionTokens
 from jvlm.models.layers import Precision
 from jvlm.models.token_ids import token_ids
 
@@ -32,7 +30,7 @@ class VLMConfig:
 
     Attributes:
       architecture: name of the weight table and of the host-side vision layout, e.g. "qwen2_5_vl".
-      encoder, connector, decoder: the three parts; their types choose the modules.
+      encoder, connector, decoder: configurations; their types choose the modules.
       image_token_id, video_token_id: placeholders that vision features replace; without one of its own, a video is
         a list of images.
       vision_start_token_id, vision_end_token_id, vision_pad_token_id: other media tokens of Qwen's.
@@ -41,9 +39,9 @@ class VLMConfig:
     """
 
     architecture: str
-    encoder: registry.EncoderConfig
-    connector: registry.ConnectorConfig
-    decoder: registry.DecoderConfig
+    encoder: EncoderConfig
+    connector: ConnectorConfig
+    decoder: DecoderConfig
     image_token_id: int = 151655
     video_token_id: int | None = 151656
     vision_start_token_id: int | None = 151652
@@ -54,9 +52,10 @@ class VLMConfig:
     precision: Precision = Precision()
 
     @property
-    def reads_features(self) -> bool:
-        """Whether text reads features by cross-attention, instead of having them among its tokens."""
-        return self.decoder.cross_attention_every > 0
+    def placeholders_per_image(self) -> int | None:
+        """Tokens of text that stand for an image; None where the number follows from the image's patches."""
+        tokens = self.connector.tokens_per_image
+        return None if tokens is None else self.decoder.placeholders(tokens)
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
@@ -83,58 +82,34 @@ class VLM(nnx.Module):
         self.config = config
         common = {"precision": config.precision, "rngs": rngs}
         self.encoder = registry.build(config.encoder, **common)
-        widths = {"d_in": config.encoder.hidden_size, "d_out": config.decoder.hidden_size}
-        if config.reads_features and config.connector.frame_features is None:
-            raise UserError("cross_attention_every needs a connector with a fixed number of features a frame")
-        self.connector = registry.build(config.connector, **widths, **common)
-        if config.reads_features:
-            self.connector.frame_tokens = 1
+        self.connector = registry.build(
+            config.connector,
+            d_in=config.encoder.hidden_size,
+            d_out=config.decoder.hidden_size,
+            placeholders_per_image=config.placeholders_per_image,
+            **common,
+        )
         self.decoder = registry.build(config.decoder, **common)
 
     def __call__(self, batch: PackedBatch) -> Float[Array, "B S V"]:
-        """Logits for every token, float32. Compiled once per shape; may be used inside a larger ``jit``."""
+        """Return the logits of every token, float32. Compiled once for each shape and mesh."""
         return _logits(*nnx.split(self), batch)
 
-    def encode(self, batch: PackedBatch) -> Float[Array, "B F D"]:
-        """Vision features of every row, as the decoder sees them; `PackedBatch.vision_index` points into them."""
-        with jax.named_scope("encoder"):
-            features = self.encoder(batch)
-        with jax.named_scope("connector"):
-            return self.connector(features, batch)
-
-    def embed(self, batch: PackedBatch) -> Float[Array, "B S D"]:
-        """Token embeddings with vision features in the places of the media tokens."""
-        x_BSD = self.decoder.embed(jnp.asarray(batch.tokens))
-        if self.config.reads_features:
-            return x_BSD
+    def encode(self, batch: PackedBatch) -> VisionTokens | None:
+        """Return the vision tokens of every sequence; None where the batch has no room for patches."""
         if batch.patches.shape[1] == 0:
-            return x_BSD
-        index = jnp.asarray(batch.vision_index)
-        features = device_ops.current().gather_vision_tokens(self.encode(batch), index)
-        return jnp.where((index >= 0)[..., None], features.astype(x_BSD.dtype), x_BSD)
-
-    def _media(self, batch: PackedBatch) -> Media | None:
-        """What cross-attention layers read: a token with a feature opens the feature's frame."""
-        if not self.config.reads_features or batch.patches.shape[1] == 0:
             return None
-        features, n = self.encode(batch), self.config.connector.frame_features
-        frames = frames_of_features(jnp.asarray(batch.patch_segment_ids), n, features.shape[1] // n)
-        index = jnp.asarray(batch.vision_index)
-        opened = jnp.where(index >= 0, index // n + 1, 0)
-        reach = self.config.decoder.cross_attention_reach
-        return Media(features, frames, *frames_in_reach(opened, jnp.asarray(batch.segment_ids), reach))
+        with jax.named_scope("encoder"):
+            patches = self.encoder(batch)
+        with jax.named_scope("connector"):
+            return self.connector(patches, batch)
 
     def hidden(self, batch: PackedBatch) -> DecoderOutput:
-        """Last hidden states, the keys and values of every layer for a cache, and what layers report."""
-        x_BSD, media = self.embed(batch), self._media(batch)
+        """Return the last hidden states, the cache of the decoder, and what its layers report."""
+        embeddings = self.decoder.embed(jnp.asarray(batch.tokens))
+        inputs = self.decoder.fuse(embeddings, self.encode(batch), batch)
         with jax.named_scope("decoder"):
-            return self.decoder(
-                x_BSD,
-                jnp.asarray(batch.positions),
-                jnp.asarray(batch.segment_ids),
-                media=media,
-                max_segment_length=batch.max_segment_length,
-            )
+            return self.decoder(inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -144,25 +119,25 @@ def _logits(graph: nnx.GraphDef, state: nnx.State, batch: PackedBatch):
 
 
 def abstract(config: VLMConfig) -> VLM:
-    """A model of shapes without arrays: for counting, loading and planning."""
+    """Return a model of shapes without arrays: for counting, loading and planning."""
     return nnx.eval_shape(lambda: VLM(config, rngs=nnx.Rngs(0)))
 
 
 def parameters(model: VLM) -> dict[str, nnx.Variable]:
-    """Dotted path -> variable, for every parameter of a model."""
+    """Return dotted path -> variable, for every parameter of a model."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): variable for path, variable in flat}
 
 
 def bind(template: VLM, values: Mapping[str, Any]) -> VLM:
-    """The model of a template (abstract or not) with its parameters taken from path -> array."""
+    """Return the model of a template (abstract or not) with its parameters taken from path -> array."""
     graph, state = nnx.split(template)
     bound = [(path, v.replace(values[".".join(map(str, path))])) for path, v in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(bound))
 
 
 def parameter_counts(model: VLM) -> dict[str, int]:
-    """Number of parameters of each tower."""
+    """Return the number of parameters of each tower."""
     return {
         tower: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(getattr(model, tower), nnx.Param)))
         for tower in TOWERS

@@ -31,13 +31,13 @@ class SegmentLengths:
 
     def counts(self, template: VLM, rows: int, row_tokens: int, row_patches: int) -> flops.Counts:
         """Of so many full rows."""
-        encoder, connector = template.config.encoder, template.config.connector
+        encoder = template.config.encoder
         window = getattr(encoder, "window_patches", self.image)
         frames, tokens = _pieces(rows, row_patches, self.image), rows * row_tokens
-        if connector.frame_features is None:
+        if template.config.placeholders_per_image is None:
             features = rows * row_patches // getattr(encoder, "spatial_merge_size", 1) ** 2
-        else:  # one token stands for a frame that is read by cross-attention
-            features = len(frames) * (1 if template.config.reads_features else connector.frame_features)
+        else:
+            features = len(frames) * template.config.placeholders_per_image
         features = min(features, tokens)
         return flops.Counts(
             _pieces(rows, row_tokens, self.conversation),

@@ -18,10 +18,11 @@ from flax import nnx
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
 from jvlm.models.connectors.perceiver import PerceiverConfig
-from jvlm.models.connectors.pooled_mlp import FrameGridConfig
+from jvlm.models.connectors.pooled_mlp import ImageGridConfig
+from jvlm.models.contracts import ConnectorConfig, EncoderConfig
+from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.encoders.vit import ViTConfig
-from jvlm.models.registry import ConnectorConfig, EncoderConfig
 from jvlm.models.vlm import TOWERS, VLM
 
 PARTS = (*TOWERS, "head")
@@ -212,8 +213,8 @@ def decoding(template: VLM, rows: int, past: int) -> tuple[Parts, float]:
     config = template.config.decoder
     reach = min(past, getattr(config, "sliding_window", None) or past)
     pairs = float(rows) * config.num_layers * reach
-    if template.config.reads_features:
-        pairs += rows * (config.num_layers // config.cross_attention_every) * template.config.connector.frame_features
+    if isinstance(config, CrossAttentionTransformerConfig):
+        pairs += rows * (config.num_layers // config.cross_attention_every) * _tokens_per_image(template)
     attention = 4 * pairs * _width(template.decoder)
     linear = sum(product.flops for product in _products(template.decoder, rows))
     head = Product(rows, config.hidden_size, config.vocab_size)
@@ -315,7 +316,7 @@ def _(config: PerceiverConfig, connector, counts):
 
 
 @_connector.register
-def _(config: FrameGridConfig, connector, counts):
+def _(config: ImageGridConfig, connector, counts):
     """Without the pooling and the depthwise convolutions, which are little beside the rest."""
     frames, products = len(counts.frames), []
     for path, variable in nnx.to_flat_state(nnx.state(connector, nnx.Param)):
@@ -332,17 +333,28 @@ def _decoder_attention(template: VLM, counts: Counts) -> float:
     config, lengths = template.config.decoder, counts.segments.astype(np.float64)
     reach = np.minimum(lengths, getattr(config, "sliding_window", None) or np.inf)
     pairs = config.num_layers * float((lengths * reach - reach**2 / 2).sum())
-    if template.config.reads_features and len(counts.frames):
+    if isinstance(config, CrossAttentionTransformerConfig) and len(counts.frames):
         # each token counted as reading one frame, as most do: text before the first picture reads none
         layers = config.num_layers // config.cross_attention_every
-        pairs += layers * counts.tokens * template.config.connector.frame_features
+        pairs += layers * counts.tokens * _tokens_per_image(template)
     return 4 * pairs * _width(template.decoder)
 
 
 def _features_read(template: VLM, counts: Counts) -> float:
     """Features that cross-attention makes keys and values of."""
-    config = template.config
-    return float(config.connector.frame_features * len(counts.frames)) if config.reads_features else 0.0
+    if not isinstance(template.config.decoder, CrossAttentionTransformerConfig):
+        return 0.0
+    return float(_tokens_per_image(template) * len(counts.frames))
+
+
+def _tokens_per_image(template: VLM) -> int:
+    tokens = template.config.connector.tokens_per_image
+    if tokens is None:
+        kind = type(template.config.connector).__name__
+        raise TypeError(
+            f"the arithmetic of cross-attention to {kind}, whose images have any number of tokens, is not known"
+        )
+    return tokens
 
 
 def of_batch(template: VLM, batches: Iterable[PackedBatch], learnt: Mapping[str, bool]) -> Parts:

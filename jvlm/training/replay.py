@@ -59,7 +59,7 @@ class _Look:
             features = (None, None)
             if batch.patches.shape[1]:
                 encoded = model.encoder(batch)
-                features = (encoded, model.connector(encoded, batch))
+                features = (encoded.tokens, model.connector(encoded, batch).tokens)
             (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
             return features, model.hidden(batch).hidden, sums, gradients
 

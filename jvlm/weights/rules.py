@@ -29,10 +29,10 @@ def swiglu(name: str, path: str, *, bias: bool, first: int = 0, step: int = 1) -
 def transformer(config: TransformerConfig, name: str = "model", head: str = "lm_head") -> list[Rule]:
     """A language model under Llama's names, which Mistral and Qwen use too; layers with another MLP lack its rules."""
     rules = [Rule(f"{name}.embed_tokens.weight", "decoder.embedding")]
-    for slot in range(config.period):
+    for index in range(config.pattern_length):
         layer, path = f"{name}.layers.{{i}}", "decoder.blocks.layer"
-        path = path if config.period == 1 else f"{path}.slots.{slot}"
-        at = {"first": slot, "step": config.period}
+        path = path if config.pattern_length == 1 else f"{path}.pattern.{index}"
+        at = {"first": index, "step": config.pattern_length}
         for part in "qkv":
             to = f"{path}.attention.{part}"
             rules += linear(f"{layer}.self_attn.{part}_proj", to, bias=config.qkv_bias, **at)
@@ -40,7 +40,7 @@ def transformer(config: TransformerConfig, name: str = "model", head: str = "lm_
         if config.qk_norm:
             rules += norm(f"{layer}.self_attn.q_norm", f"{path}.attention.q_norm", **at)
             rules += norm(f"{layer}.self_attn.k_norm", f"{path}.attention.k_norm", **at)
-        if not config.has_mlp(slot):
+        if not config.has_mlp(index):
             rules += swiglu(f"{layer}.mlp", f"{path}.mlp", bias=False, **at)
         rules += norm(f"{layer}.input_layernorm", f"{path}.norm1", **at)
         rules += norm(f"{layer}.post_attention_layernorm", f"{path}.norm2", **at)

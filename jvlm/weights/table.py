@@ -19,6 +19,7 @@ import numpy as np
 
 from jvlm.data.vision import MediaConfig
 from jvlm.errors import UserError
+from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
 from jvlm.models.vlm import VLMConfig
 from jvlm.weights.processor_files import Pixels, ProcessorFiles
 
@@ -184,7 +185,7 @@ def architecture_of(config: VLMConfig) -> Architecture:
 
 def export_form(config: VLMConfig) -> Architecture:
     """As `architecture_of`, for writing a checkpoint: also refuses variants that no public checkpoint has."""
-    if getattr(config.decoder, "cross_attention_every", 0):
+    if isinstance(config.decoder, CrossAttentionTransformerConfig):
         raise _no_public_form(f"architecture {config.architecture!r} with gated cross-attention")
     return architecture_of(config)
 

@@ -52,24 +52,28 @@ def upcycle(model: VLM, experts: MoEConfig, *, seed: int = 0, sharding: checkpoi
                 keys = jax.random.split(jax.random.key(seed), shape[0])
                 new[path] = jnp.stack([config.precision.init_weight(key, shape[1:], shape[1]) for key in keys])
             else:
-                new[path] = _from_dense(path, shape, old, dense.period, config.decoder.period)
+                new[path] = _from_dense(path, shape, old, dense.pattern_length, config.decoder.pattern_length)
         return new
 
     places = {path: sharding(path, v) for path, v in variables.items()} if sharding else None
     return vlm.bind(target, jax.jit(values, out_shardings=places)(old))
 
 
-def _from_dense(path: str, shape: tuple[int, ...], old: dict[str, jax.Array], before: int, period: int) -> jax.Array:
-    """A parameter from the dense model's, whose layers repeat after ``before`` layers, a divisor of ``period``."""
+def _from_dense(path: str, shape: tuple[int, ...], old: dict[str, jax.Array], before: int, after: int) -> jax.Array:
+    """Return a parameter made of the dense model's.
+
+    Args:
+      before, after: length of the layer pattern of the dense model, and of the new one, which ``before`` divides.
+    """
     if not path.startswith(_LAYER):
         return old[path]
-    rest, slot = path.removeprefix(_LAYER), 0
-    if period > 1:  # the layers of a period lie apart: slots.N.
+    rest, index = path.removeprefix(_LAYER), 0
+    if after > 1:  # the layers of a pattern lie apart: pattern.N.
         _, number, rest = rest.split(".", 2)
-        slot = int(number)
-    source = f"{_LAYER}slots.{slot % before}." if before > 1 else _LAYER
-    rows = slice(slot // before, None, period // before)
+        index = int(number)
+    source = f"{_LAYER}pattern.{index % before}." if before > 1 else _LAYER
+    layers = slice(index // before, None, after // before)
     part = rest.removeprefix("mlp.")
     if part in _EXPERT_PARTS:
-        return jnp.broadcast_to(old[f"{source}mlp.{part}.kernel"][rows][:, None], shape)
-    return old[source + rest][rows]
+        return jnp.broadcast_to(old[f"{source}mlp.{part}.kernel"][layers][:, None], shape)
+    return old[source + rest][layers]

@@ -214,7 +214,7 @@ def test_the_bound_is_raised_to_the_largest_picture_of_a_sample(small, tmp_path)
     resolved = loop.resolve(dataclasses.replace(experiment, data=data), model, processor).data
     assert resolved.max_frame_patches == 256
     batch = next(iter(pipeline.training_data(processor, resolved, seed=0)[0])).batch
-    assert batch.max_frame_patches == 256
+    assert batch.max_image_patches == 256
     assert np.bincount(batch.patch_segment_ids[0])[1:].max() == 256
     # a promise made by the user stands
     fixed = dataclasses.replace(data, max_frame_patches=300)

@@ -32,7 +32,7 @@ MODELS = {
     "qwen2_5_vl": models.qwen2_5_vl(),
     "idefics2": _changed(models.idefics2(), vocab_size=161),  # divided by nothing, as the published 32003
     "mm1_5": models.mm1_5(),
-    "gated": _changed(models.idefics2(), cross_attention_every=2),
+    "gated": models.cross_attention(),
 }
 SETTINGS = {"greedy": {}, "sampled": {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2}}
 

@@ -138,7 +138,7 @@ def test_hidden_states_of_the_vision_tower_equal_transformers_after_every_block(
     expected = seen["out"].numpy()
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     if depth == tiny.config["vision_config"]["depth"]:
-        features = np.asarray(tiny.model.encode(batch))[0]
+        features = np.asarray(tiny.model.encode(batch).tokens)[0]
         index = batch.vision_index[0]
         np.testing.assert_allclose(features[index[index >= 0]], merged.numpy(), atol=1e-4)
 

@@ -12,6 +12,7 @@ from jvlm.models import registry
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.connectors.pooled_mlp import PooledMLPConfig, adaptive_average_pool
+from jvlm.models.contracts import VisionTokens
 from jvlm.models.layers import Precision
 
 D_IN, D_OUT = 20, 14
@@ -48,8 +49,8 @@ def reference(features, params, config):
     for i in range(config.depth):
         x = block(x, f"stage2.{i}")
     x = x.flatten(2).movedim(1, -1)
-    for i in range(config.readout_depth):
-        x = F.linear(F.silu(x) if i else x, p[f"readout.maps.{i}.kernel"].T, p[f"readout.maps.{i}.bias"])
+    for i in range(config.projector_depth):
+        x = F.linear(F.silu(x) if i else x, p[f"projector.maps.{i}.kernel"].T, p[f"projector.maps.{i}.bias"])
     return x.numpy()
 
 
@@ -69,19 +70,20 @@ def build(config, seed=0):
     return module, values
 
 
-def batch_of(places):
-    """A batch of one row with so many patches; connectors of equal frames read nothing else of it."""
+def batch_of(patches):
+    """A batch of one sequence with so many patches; connectors of equal images read nothing else of it."""
     none = np.zeros((1, 0), np.int32)
-    ids = np.ones((1, places), np.int32)
+    ids = np.ones((1, patches), np.int32)
     return PackedBatch(
-        none, none, np.zeros((1, 0, 3), np.int32), none.astype(np.float32), np.zeros((1, places, 1), np.uint8),
-        ids, ids, np.zeros((1, places, 2), np.int32), none,
+        none, none, np.zeros((1, 0, 3), np.int32), none.astype(np.float32), np.zeros((1, patches, 1), np.uint8),
+        ids, ids, np.zeros((1, patches, 2), np.int32), none,
     )  # fmt: skip
 
 
 @nnx.jit
 def run(module, features):
-    return module(features, batch_of(features.shape[1]))
+    batch = batch_of(features.shape[1])
+    return module(VisionTokens(features, batch.patch_segment_ids), batch).tokens
 
 
 # As MM1.5's at 378 pixels: 27 places do not divide by 12; 48, at 672 pixels, do.
@@ -93,7 +95,7 @@ UNEVEN = CAbstractorConfig(grid=27, class_token=True, out_grid=12, hidden_size=2
     [
         UNEVEN,
         CAbstractorConfig(grid=8, class_token=False, out_grid=3, hidden_size=D_IN, depth=1, positions=False),
-        CAbstractorConfig(grid=6, class_token=False, out_grid=4, hidden_size=24, depth=0, readout_depth=3),
+        CAbstractorConfig(grid=6, class_token=False, out_grid=4, hidden_size=24, depth=0, projector_depth=3),
     ],
     ids=["27 to 12", "no shortcut map, no positions", "pooling alone"],
 )
@@ -101,7 +103,7 @@ def test_it_equals_the_restatement_in_torch(config):
     module, params = build(config)
     frames, class_token = 3, int(config.class_token)
     rng = np.random.default_rng(1)
-    features = rng.normal(size=(1, frames, config.frame_places, D_IN)).astype(np.float32)
+    features = rng.normal(size=(1, frames, config.patches_per_image, D_IN)).astype(np.float32)
     # a row may end in places that make no whole frame
     row = np.concatenate([features.reshape(1, -1, D_IN), np.full((1, 5, D_IN), 7, np.float32)], 1)
     found = run(module, jnp.asarray(row))
@@ -123,14 +125,14 @@ def test_the_plain_connector_is_pooling_and_linear_maps():
     module, p = build(config)
     x = np.random.default_rng(2).normal(size=(1, 2 * 37, D_IN)).astype(np.float32)
     pooled = x.reshape(2, 37, D_IN)[:, 1:].reshape(2, 3, 2, 3, 2, D_IN).mean((2, 4)).reshape(-1, D_IN)
-    hidden = pooled @ p["readout.maps.0.kernel"] + p["readout.maps.0.bias"]
-    expected = F.gelu(torch.from_numpy(hidden)).numpy() @ p["readout.maps.1.kernel"] + p["readout.maps.1.bias"]
-    np.testing.assert_allclose(module(jnp.asarray(x), batch_of(74))[0], expected, atol=1e-5)
+    hidden = pooled @ p["projector.maps.0.kernel"] + p["projector.maps.0.bias"]
+    expected = F.gelu(torch.from_numpy(hidden)).numpy() @ p["projector.maps.1.kernel"] + p["projector.maps.1.bias"]
+    np.testing.assert_allclose(run(module, jnp.asarray(x))[0], expected, atol=1e-5)
 
 
 def test_frames_do_not_touch_one_another():
     module, _ = build(UNEVEN)
-    n, out = UNEVEN.frame_places, UNEVEN.out_grid**2
+    n, out = UNEVEN.patches_per_image, UNEVEN.out_grid**2
     x = np.random.default_rng(3).normal(size=(1, 3 * n + 5, D_IN)).astype(np.float32)
     other = x.copy()
     other[:, n : 2 * n] = np.nan

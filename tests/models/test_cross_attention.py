@@ -1,4 +1,4 @@
-"""Text that reads features by gated cross-attention: at zero gates the plain model, and what the definition says."""
+"""Text that reads vision tokens by gated cross-attention: the plain model at zero gates, and the definition."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from jvlm.data.errors import RowError
 from jvlm.inference.generate import complete, engine_for
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models import vlm
-from jvlm.models.decoders.cross_attention import Media, frames_in_reach
+from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig, VisionMemory, readable_images
 from jvlm.models.vlm import VLM
 from jvlm.weights import checkpoint
 from jvlm.weights.table import WeightError
@@ -31,11 +31,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def build(folder, every=2, reach="last", gate=None, least=9):
-    """The model of the folder's sizes, with cross-attention; the same seed gives the same parameters."""
+def build(folder, every=2, attends_to="last", gate=None, least=9):
+    """The model of the folder's sizes, with cross-attention (0: without); the same seed gives the same parameters."""
     config = checkpoint.read_config(folder)
-    decoder = dataclasses.replace(config.decoder, cross_attention_every=every, cross_attention_reach=reach)
-    connector = dataclasses.replace(config.connector, min_frame_patches=least)
+    decoder = config.decoder
+    if every:
+        fields = {"cross_attention_every": every, "attends_to": attends_to}
+        decoder = CrossAttentionTransformerConfig.of(decoder, **fields)
+    connector = dataclasses.replace(config.connector, min_image_patches=least)
     precision = dataclasses.replace(config.precision, initializer_range=None)
     config = dataclasses.replace(config, decoder=decoder, connector=connector, precision=precision)
     model = nnx.jit(lambda: VLM(config, rngs=nnx.Rngs(3)))()
@@ -74,8 +77,8 @@ def test_with_gates_at_zero_it_is_the_plain_language_model(folder, every):
     def of_layers(path):
         if every == 1 or not path.startswith("decoder.blocks.layer."):
             return values[path]
-        slots = [values[path.replace(".layer.", f".layer.slots.{s}.")] for s in range(every)]
-        return jnp.stack(slots, 1).reshape(-1, *slots[0].shape[1:])
+        pattern = [values[path.replace(".layer.", f".layer.pattern.{i}.")] for i in range(every)]
+        return jnp.stack(pattern, 1).reshape(-1, *pattern[0].shape[1:])
 
     plain = vlm.bind(plain, {path: of_layers(path) for path in vlm.parameters(plain)})
     batch = packing.assemble([examples], *SHAPE)
@@ -83,33 +86,34 @@ def test_with_gates_at_zero_it_is_the_plain_language_model(folder, every):
     np.testing.assert_allclose(model(batch), plain(without), atol=1e-5)
 
 
-@pytest.mark.parametrize("reach", ["last", "all"])
-def test_tokens_read_the_frames_that_the_definition_names(reach):
+@pytest.mark.parametrize("attends_to", ["last", "all"])
+def test_tokens_read_the_images_that_the_definition_names(attends_to):
     rng = np.random.default_rng(0)
     segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], 12, axis=1).astype(np.int32)
-    opened = np.zeros(segments.shape, np.int32)
+    image_at = np.zeros(segments.shape, np.int32)
     for row in range(2):
         at = np.sort(rng.choice(np.flatnonzero(segments[row] > 0), 6, replace=False))
-        opened[row, at] = np.arange(1, 7)
-    first, last = frames_in_reach(jnp.asarray(opened), jnp.asarray(segments), reach)
+        image_at[row, at] = np.arange(1, 7)
+    first, last = readable_images(jnp.asarray(image_at), jnp.asarray(segments), attends_to)
     for row, place in np.ndindex(segments.shape):
-        own = [opened[row, p] for p in range(place + 1) if segments[row, p] == segments[row, place] and opened[row, p]]
+        same = [p for p in range(place + 1) if segments[row, p] == segments[row, place]]
+        own = [image_at[row, p] for p in same if image_at[row, p]]
         own = own if segments[row, place] else []
-        wanted = (0, 0) if not own else (own[-1], own[-1]) if reach == "last" else (own[0], own[-1])
+        wanted = (0, 0) if not own else (own[-1], own[-1]) if attends_to == "last" else (own[0], own[-1])
         assert (int(first[row, place]), int(last[row, place])) == wanted
 
 
-@pytest.mark.parametrize("reach", ["last", "all"])
-def test_the_layer_is_what_the_definition_says_in_float64(folder, reach):
-    model, _ = build(folder, 1, reach, gate=0.7)
+@pytest.mark.parametrize("attends_to", ["last", "all"])
+def test_the_layer_is_what_the_definition_says_in_float64(folder, attends_to):
+    model, _ = build(folder, 1, attends_to, gate=0.7)
     cross = jax.tree.map(lambda x: x[0], nnx.state(model.decoder.blocks.layer.cross))
     layer = nnx.merge(nnx.graphdef(model.decoder.blocks.layer.cross), cross)
     rng = np.random.default_rng(1)
     x, features = (rng.standard_normal((1, n, 64)).astype(np.float32) for n in (10, 12))
     frames = np.repeat([[1, 2, 3, 0]], 3, axis=1).astype(np.int32)
     last = np.asarray([[0, 0, 1, 1, 2, 2, 0, 3, 3, 0]], np.int32)
-    first = last if reach == "last" else np.where(last == 2, 1, last)
-    found, _ = layer(jnp.asarray(x), Media(*map(jnp.asarray, (features, frames, first, last))), None)
+    first = last if attends_to == "last" else np.where(last == 2, 1, last)
+    found, _ = layer(jnp.asarray(x), VisionMemory(*map(jnp.asarray, (features, frames, first, last))), None)
 
     def norm(v, module):
         v = v.astype(np.float64)
@@ -118,8 +122,11 @@ def test_the_layer_is_what_the_definition_says_in_float64(folder, reach):
     def linear(v, module):
         return v @ np.asarray(module.kernel[...], np.float64)
 
-    q = linear(norm(x[0], layer.norm1), layer.q).reshape(10, 4, 16)
-    k, v = (np.repeat(linear(features[0], part).reshape(12, 2, 16), 2, axis=1) for part in (layer.k, layer.v))
+    q = linear(norm(x[0], layer.norm1), layer.attention.q).reshape(10, 4, 16)
+    k, v = (
+        np.repeat(linear(features[0], part).reshape(12, 2, 16), 2, axis=1)
+        for part in (layer.attention.k, layer.attention.v)
+    )
     mixed = np.zeros((10, 4, 16))
     for s in range(10):
         seen = (frames[0] >= first[0, s]) & (frames[0] <= last[0, s]) & (frames[0] > 0)
@@ -127,16 +134,16 @@ def test_the_layer_is_what_the_definition_says_in_float64(folder, reach):
             if seen.any():
                 scores = np.exp(k[seen, h] @ q[s, h] / 4)
                 mixed[s, h] = scores @ v[seen, h] / scores.sum()
-    expected = x[0] + np.tanh(0.7) * linear(mixed.reshape(10, 64), layer.out)
+    expected = x[0] + np.tanh(0.7) * linear(mixed.reshape(10, 64), layer.attention.out)
     y = norm(expected, layer.norm2)
     gated = linear(y, layer.mlp.gate)
     expected = expected + np.tanh(0.7) * linear(gated / (1 + np.exp(-gated)) * linear(y, layer.mlp.up), layer.mlp.down)
     np.testing.assert_allclose(found[0], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("every", "reach"), [(2, "last"), (1, "all")])
-def test_packed_conversations_stay_apart_and_answers_continue_what_a_whole_pass_says(folder, every, reach):
-    model, processor = build(folder, every, reach, gate=0.8)
+@pytest.mark.parametrize(("every", "attends_to"), [(2, "last"), (1, "all")])
+def test_packed_conversations_stay_apart_and_answers_continue_what_a_whole_pass_says(folder, every, attends_to):
+    model, processor = build(folder, every, attends_to, gate=0.8)
     rows = [{**CASES[n], "messages": CASES[n]["messages"][:-1]} for n in NAMES]
     examples = [processor.encode(row, generation_prompt=True) for row in rows]
     alone = [logits_of(model, [[e], []])[0] for e in examples]
@@ -195,7 +202,7 @@ def test_it_learns_and_the_gates_open(folder):
     assert all((np.abs(v) > 0).all() for v in gates.values())
 
 
-def test_a_frame_smaller_than_the_rows_are_laid_out_for_is_refused(folder):
+def test_an_image_smaller_than_sequences_have_room_for_is_refused(folder):
     _, processor = build(folder, least=30)
-    with pytest.raises(RowError, match="a frame of 9 patches, less than min_frame_patches 30"):
+    with pytest.raises(RowError, match="an image of 9 patches, less than min_image_patches 30"):
         processor.encode(CASES["a small picture, brought up"])

@@ -15,6 +15,7 @@ from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
+from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.mm1_5 import MM1_5
 from jvlm.training import loop
@@ -110,7 +111,7 @@ def test_other_connectors_take_its_place(run, connector):
     processor = Processor(tokenizer, config, run[0].processor.config)
     model = loop.random_model(config, 0, None)
     batch = processor.pack(CHATS)
-    assert int((batch.vision_index >= 0).sum()) == (5 + 10 + 3 + 4) * connector.frame_features
+    assert int((batch.vision_index >= 0).sum()) == (5 + 10 + 3 + 4) * connector.tokens_per_image
     logits = np.asarray(model(batch))[0]
     dark = dataclasses.replace(batch, patches=np.where(batch.patch_segment_ids[..., None] > 5, 0, batch.patches))
     changed = np.abs(np.asarray(model(dark))[0] - logits).max(-1) > 1e-5
@@ -184,14 +185,15 @@ def test_an_upcycled_model_computes_what_the_dense_one_did(run, dense):
 def test_each_layer_keeps_its_own_parameters_whatever_else_alternates(run):
     """Cross-attention before every second layer, experts in every third: layers lie in groups of two, then of six."""
     config = run[0].model.config
-    decoder = dataclasses.replace(config.decoder, mlp=None, num_layers=12, cross_attention_every=2)
+    dense = dataclasses.replace(config.decoder, mlp=None, num_layers=12)
+    decoder = CrossAttentionTransformerConfig.of(dense, cross_attention_every=2)
     template = vlm.abstract(dataclasses.replace(config, decoder=decoder))
     shapes = {path: v.get_value().shape for path, v in vlm.parameters(template).items()}
     rng = np.random.default_rng(0)
     dense = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
     experts = MoEConfig(every=3, experts=2, intermediate_size=decoder.intermediate_size)
     sparse = {p: v.get_value() for p, v in vlm.parameters(upcycle(vlm.bind(template, dense), experts)).items()}
-    at = "decoder.blocks.layer.slots"
+    at = "decoder.blocks.layer.pattern"
     for layer in range(12):
         old, new = ((f"{at}.{layer % period}", layer // period) for period in (2, 6))
         before = dense[f"{old[0]}.attention.q.kernel"][old[1]]
@@ -245,9 +247,9 @@ def test_preset_parameter_counts(name):
 
 def test_parameters_of_experts_name_their_axes(run):
     axes = {
-        path.removeprefix("decoder.blocks.layer.slots.1."): variable.get_metadata()["axes"]
+        path.removeprefix("decoder.blocks.layer.pattern.1."): variable.get_metadata()["axes"]
         for path, variable in vlm.parameters(run[0].model).items()
-        if ".slots.1.mlp." in path
+        if ".pattern.1.mlp." in path
     }
     assert axes == {
         "mlp.router": ("embed", "experts"),

@@ -73,7 +73,7 @@ def test_a_conversation_has_the_same_logits_packed_and_alone(tiny, examples, alo
         np.testing.assert_allclose(found, alone[index], atol=1e-5)
 
 
-@pytest.mark.parametrize("hints", [{"max_segment_length": 120}, {"max_frame_patches": 128}])
+@pytest.mark.parametrize("hints", [{"max_segment_length": 120}, {"max_image_patches": 128}])
 def test_promised_lengths_change_nothing(tiny, examples, alone, hints):
     assert max(e.length for e in examples) <= 120
     rows = [[examples[0], examples[1]], [examples[2], examples[3]]]

@@ -14,9 +14,9 @@ from jvlm.models import layers
     ("width", "dtype", "extra"), [(3420, "bfloat16", 36), (3420, "float32", 0), (3456, "bfloat16", 0)]
 )
 def test_rows_of_whole_16_bytes_are_left_alone(width, dtype, extra):
-    assert layers.row_padding(width, dtype) == 0  # on a CPU
+    assert layers.width_padding(width, dtype) == 0  # on a CPU
     with compiling_for("cuda", "9.0"):
-        assert layers.row_padding(width, dtype) == extra
+        assert layers.width_padding(width, dtype) == extra
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -12,6 +12,7 @@ from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
 from jvlm.models.connectors.perceiver import PerceiverConfig
+from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
@@ -105,6 +106,13 @@ def mm1_5() -> VLMConfig:
     )
 
 
+def cross_attention(attends_to: str = "last") -> VLMConfig:
+    """As `idefics2`, but every second layer reads the vision tokens, instead of having them among its own."""
+    config = idefics2()
+    fields = {"cross_attention_every": 2, "attends_to": attends_to}
+    return dataclasses.replace(config, decoder=CrossAttentionTransformerConfig.of(config.decoder, **fields))
+
+
 def with_precision(config: VLMConfig, **changes) -> VLMConfig:
     """The model with other settings of `Precision`."""
     return dataclasses.replace(config, precision=dataclasses.replace(config.precision, **changes))
@@ -158,6 +166,6 @@ def batch(config: VLMConfig, seed: int = 0, text_only: int = 1) -> PackedBatch:
         patch_segment_ids=frames,
         patch_window_ids=windows,
         patch_positions=at,
-        max_frame_patches=places if getattr(config.encoder, "class_token", False) else None,
+        max_image_patches=places if getattr(config.encoder, "class_token", False) else None,
         **arrays,
     )

@@ -69,7 +69,7 @@ def test_no_compilation_begins_after_the_time_is_up():
     [
         ("mimo_vl/stage4", [], 65536 // 4),  # four patches feed a token
         ("idefics2/pretrain", [], 31 * 64),  # whatever the size of a picture
-        ("idefics2/pretrain", ["--model.decoder.cross_attention_every", "4"], 31),  # a mark each, read from aside
+        ("idefics2/pretrain_cross_attention", [], 31),  # a placeholder for each image
         ("mm1_5/pretrain", [], 16 * 144),
     ],
 )

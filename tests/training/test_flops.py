@@ -16,6 +16,8 @@ from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
 from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
+from jvlm.models.contracts import VisionTokens
+from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.layers import Precision
@@ -40,6 +42,12 @@ CONFIG = VLMConfig(
     ),
     precision=Precision(compute_dtype="float32", attention="reference"),
 )
+
+
+def _encoded(tokens) -> tuple[VisionTokens, PackedBatch]:
+    """What a connector takes."""
+    batch = _full_batch()
+    return VisionTokens(tokens, batch.patch_segment_ids), batch
 
 
 def _full_batch() -> PackedBatch:
@@ -188,11 +196,11 @@ def test_a_connector_of_frames_costs_what_xla_counts_within_4_percent(config):
     )
     template = vlm.abstract(model)
     counts = flops.Counts(
-        np.zeros(0), np.full(frames, config.frame_places), np.zeros(0), frames * config.out_grid**2, 0
+        np.zeros(0), np.full(frames, config.patches_per_image), np.zeros(0), frames * config.out_grid**2, 0
     )
     graph, state = nnx.split(template.connector)
-    features = jax.ShapeDtypeStruct((1, frames * config.frame_places, width), np.float32)
-    lowered = jax.jit(lambda state, x: nnx.merge(graph, state)(x, _full_batch())).lower(state, features)
+    features = jax.ShapeDtypeStruct((1, frames * config.patches_per_image, width), np.float32)
+    lowered = jax.jit(lambda state, x: nnx.merge(graph, state)(*_encoded(x)).tokens).lower(state, features)
     pooling = 2 * frames * width * (config.out_grid * config.grid**2 + config.out_grid**2 * config.grid)
     counted = flops.forward(template, counts)["connector"].linear + pooling
     assert lowered.cost_analysis()["flops"] == pytest.approx(counted, rel=0.04)
@@ -209,7 +217,7 @@ def test_the_perceiver_costs_what_xla_counts_within_4_percent():
 
     def run(values, features):
         bound = [(path, variable.replace(value)) for (path, variable), value in zip(flat, values, strict=True)]
-        return nnx.merge(graph, nnx.from_flat_state(bound))(features, batch)
+        return nnx.merge(graph, nnx.from_flat_state(bound))(_encoded(features)[0], batch).tokens
 
     shapes = []
     for path, variable in flat:
@@ -225,7 +233,8 @@ def test_the_perceiver_costs_what_xla_counts_within_4_percent():
 
 def test_cross_attention_makes_keys_of_features_and_all_else_of_tokens():
     plain = PRESETS["idefics2_8b"]
-    reading = dataclasses.replace(plain, decoder=dataclasses.replace(plain.decoder, cross_attention_every=4))
+    decoder = CrossAttentionTransformerConfig.of(plain.decoder, cross_attention_every=4)
+    reading = dataclasses.replace(plain, decoder=decoder)
     frames = np.asarray([729] * 3)
     counts = flops.Counts(np.asarray([500, 300]), frames, frames, 192, 100)
     before, after = (flops.forward(vlm.abstract(config), counts)["decoder"] for config in (plain, reading))

@@ -105,7 +105,7 @@ def test_vision_features_equal_those_of_the_onnx_file(folders):
     module = registry.build(config, precision=PRECISION, rngs=nnx.Rngs(0))
     values = backbones.load(folder, config, PRECISION)
     nnx.update(module, nnx.from_flat_state([(tuple(path.split(".")[1:]), v) for path, v in values.items()]))
-    np.testing.assert_allclose(np.asarray(module(packed(config, pixels)))[0, :257], expected[0], atol=3e-5)
+    np.testing.assert_allclose(np.asarray(module(packed(config, pixels)).tokens)[0, :257], expected[0], atol=3e-5)
 
 
 def test_only_the_connector_of_a_composed_model_is_new(composed, folders):

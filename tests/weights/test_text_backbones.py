@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from jvlm.models import registry
+from jvlm.models.contracts import DecoderInputs
 from jvlm.models.layers import Precision
 from jvlm.weights import backbones
 from jvlm.weights.table import WeightError
@@ -91,7 +92,7 @@ def load(folder, **changed):
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(graph, state, tokens, positions, segments):
     decoder = nnx.merge(graph, state)
-    return decoder.logits(decoder(decoder.embed(tokens), positions, segments).hidden)
+    return decoder.logits(decoder(DecoderInputs(decoder.embed(tokens), positions, segments)).hidden)
 
 
 def test_logits_equal_transformers_in_packed_rows(family):

@@ -19,7 +19,7 @@ from transformers import (
 
 from jvlm.models import registry
 from jvlm.models.batch import PackedBatch
-from jvlm.models.encoders.vit import CLASS_PLACE
+from jvlm.models.encoders.vit import CLASS_POSITION
 from jvlm.models.layers import Precision
 from jvlm.weights import backbones
 from jvlm.weights.table import WeightError
@@ -70,7 +70,7 @@ def packed(config, pixels):
     places = np.stack(np.divmod(np.arange(n * n), n), -1)
     if config.class_token:
         cells = np.concatenate([np.zeros_like(cells[:, :1]), cells], 1)
-        places = np.concatenate([[CLASS_PLACE], places])
+        places = np.concatenate([[CLASS_POSITION], places])
     frames = np.repeat(np.arange(1, len(pixels) + 1), cells.shape[1])
     patches = cells.reshape(-1, cells.shape[-1])
     pad = 7
@@ -94,14 +94,14 @@ def test_features_equal_transformers(family):
     pixels = np.random.default_rng(0).normal(size=(3, 3, 20, 20)).astype(np.float32)
     with torch.no_grad():
         expected = model(torch.from_numpy(pixels)).last_hidden_state.numpy()
-    found = module(packed(module.config, pixels))[0, : expected.shape[0] * expected.shape[1]]
+    found = module(packed(module.config, pixels)).tokens[0, : expected.shape[0] * expected.shape[1]]
     np.testing.assert_allclose(found, expected.reshape(-1, expected.shape[-1]), atol=1e-4, rtol=1e-4)
 
 
 def test_gradients_reach_every_parameter(family):
     module = load(family[0])
     batch = packed(module.config, np.random.default_rng(1).normal(size=(1, 3, 20, 20)))
-    gradients = nnx.grad(lambda m: jnp.square(m(batch)[0, :16]).sum())(module)
+    gradients = nnx.grad(lambda m: jnp.square(m(batch).tokens[0, :16]).sum())(module)
     for path, leaf in nnx.to_flat_state(gradients):
         if path[-2:] != ("k", "bias"):
             assert jnp.abs(leaf[...]).max() > 0, path

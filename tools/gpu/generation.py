@@ -49,7 +49,7 @@ def main() -> None:
     device_batch = jax.device_put(batch)
 
     def tower(values, batch, template=template):
-        return vlm.bind(template, values).encoder(batch)
+        return vlm.bind(template, values).encoder(batch).tokens
 
     def prefill(values, batch, template=template):
         bound = vlm.bind(template, values)

@@ -79,7 +79,7 @@ def main() -> None:
         arguments.tokens,
         arguments.patches,
         patch_values=processor.vision.patch_values,
-        max_frame_patches=abstract.max_frame_patches,
+        max_frame_patches=abstract.max_image_patches,
     )
     template, values = split(random_model(config, 0, planned.layout.parameter))
     state, frozen = planned.begin(values)

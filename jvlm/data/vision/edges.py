@@ -105,10 +105,8 @@ class EdgeVision:
             raise UserError("EdgeLimits is for encoders without a class token")
         self.patch_size, self.grid, self.patch_values = encoder.patch_size, encoder.grid, encoder.patch_values
         self.patch_group = 1
-        self.frame_features = model.connector.frame_features
-        # a picture that is read by cross-attention stands in the text as one token
-        self.in_text = not model.reads_features
-        self.least_patches = getattr(model.connector, "min_frame_patches", 1)
+        self.tokens_per_image, self.placeholders = model.connector.tokens_per_image, model.decoder.placeholders
+        self.min_image_patches = model.connector.min_image_patches
         self.marks = (config.mark,) if config.mark else ()
         self.merged_mark = config.mark or None
 
@@ -138,12 +136,12 @@ class EdgeVision:
         sizes = [self._size(p, config) for p in pictures]
         frames = [self._frame(p, size, config) for p, size in zip(pictures, sizes, strict=True)]
         counts = [len(patches) for patches, _ in frames]
-        features = [self.frame_features or count for count in counts]
+        features = [self.tokens_per_image or count for count in counts]
         numbers = np.arange(1, len(frames) + 1, dtype=np.int32)
         frame_ids = np.repeat(numbers, counts)
-        if min(counts) < self.least_patches:
-            raise ValueError(f"a frame of {min(counts)} patches, less than min_frame_patches {self.least_patches}")
-        fed = features if self.in_text else [1] * len(features)
+        if min(counts) < self.min_image_patches:
+            raise ValueError(f"an image of {min(counts)} patches, less than min_image_patches {self.min_image_patches}")
+        fed = [self.placeholders(count) for count in features]
         begins = np.cumsum([0, *features[:-1]])
         of_token = np.concatenate([begin + np.arange(n) for begin, n in zip(begins, fed, strict=True)])
         layout = [part for n in fed for part in (config.mark, n, config.mark) if part != ""]

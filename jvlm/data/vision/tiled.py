@@ -1,6 +1,6 @@
 """Host side of towers that see pictures of one size only: MM1.5's tiles, a whole picture, the frames of a video.
 
-Every frame has as many patches as every other, so a row of frames is a plain array (`FrameGridConfig`).
+Every frame has as many patches as every other, so a row of frames is a plain array (`ImageGridConfig`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 from jvlm.data import tiles
 from jvlm.data.vision import MediaConfig, MediaPatches, register
 from jvlm.errors import UserError
-from jvlm.models.encoders.vit import CLASS_PLACE
+from jvlm.models.encoders.vit import CLASS_POSITION
 from jvlm.models.vlm import VLMConfig
 from jvlm.validation import check_fields
 
@@ -89,7 +89,7 @@ class TiledVision:
                 raise UserError(
                     f"connector.{name} is {theirs}, encoder.{name} {getattr(encoder, name)}: make them equal"
                 )
-        self.encoder, self.features = encoder, connector.frame_features
+        self.encoder, self.features = encoder, connector.tokens_per_image
         self.side = encoder.grid * encoder.patch_size
         self.patch_values = encoder.patch_values
         self.patch_group = encoder.grid**2 + encoder.class_token
@@ -153,7 +153,7 @@ class TiledVision:
         places = np.stack(np.divmod(np.arange(g * g, dtype=np.int32), g), -1)
         if first:
             cells = np.concatenate([np.zeros((n, 1, self.patch_values), np.uint8), cells], 1)
-            places = np.concatenate([np.array([CLASS_PLACE], np.int32), places])
+            places = np.concatenate([np.array([CLASS_POSITION], np.int32), places])
         numbers = np.arange(1, n + 1, dtype=np.int32)
         ids = np.repeat(numbers, self.patch_group)
         return MediaPatches(

@@ -3,7 +3,7 @@
 Source of the details: khanrc/honeybee's projectors and timm's RegStage (bottleneck ratio 1, depthwise 3 x 3,
 squeeze-and-excitation 1/4, SiLU, LayerNorm over channels), written anew.
 
-Axes: B rows, N frames, h w places, d channels of the encoder, C width inside, D width of the decoder.
+Axes: B sequences, N images, h w rows and columns, d width of the encoder, C width inside, D width of the decoder.
 """
 
 from __future__ import annotations
@@ -17,30 +17,37 @@ from jaxtyping import Array, Float
 
 from jvlm.models import device_ops, layers
 from jvlm.models.batch import PackedBatch
-from jvlm.models.connectors.pooled_mlp import FrameGridConfig, Readout, adaptive_average_pool, frames_of
+from jvlm.models.connectors.pooled_mlp import (
+    ImageGridConfig,
+    Projector,
+    adaptive_average_pool,
+    image_grids,
+    project_grids,
+)
+from jvlm.models.contracts import VisionTokens
 from jvlm.models.registry import register
 
 _EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class CAbstractorConfig(FrameGridConfig):
-    """The defaults are Honeybee's, and MM1.5's 144 features of 48 x 48 patches; MM1.5 does not publish the rest.
+class CAbstractorConfig(ImageGridConfig):
+    """The defaults are Honeybee's, and MM1.5's 144 tokens of 48 x 48 patches; MM1.5 does not publish the rest.
 
     Attributes:
-      depth: blocks of each of the two stages; 0 leaves the pooling alone.
-      readout_depth: linear maps to the decoder's width.
-      positions: a learnt vector for each place, added before the first stage.
+      depth: blocks of each of the two stages; with 0 there is only the pooling.
+      projector_depth: linear maps to the decoder's width.
+      positions: a trainable vector for each patch position, added before the first stage.
     """
 
     hidden_size: int = 1024
     depth: int = 3
-    readout_depth: int = 2
+    projector_depth: int = 2
     positions: bool = True
 
 
 class DepthwiseConv(nnx.Module):
-    """3 x 3 convolution of each channel by itself, zeros around the frame."""
+    """3 x 3 convolution of each channel by itself, with zeros around the image."""
 
     def __init__(self, width: int, *, precision: layers.Precision, rngs: nnx.Rngs):
         self.compute_dtype = precision.compute_dtype
@@ -48,16 +55,16 @@ class DepthwiseConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "*L h w C"]) -> Float[Array, "*L h w C"]:
         dtype = jnp.dtype(self.compute_dtype)
-        # by parts: XLA's partitioner gets the kernel's gradient wrong where channels and frames are split
+        # on local shards: XLA's partitioner gets the kernel's gradient wrong where channels and images are split
         axes = (*("batch", "vision_tokens")[: x.ndim - 3], None, None, "mlp")
         operands = (x.astype(dtype), self.kernel[...].astype(dtype))
         return device_ops.current().shard_map_local(_convolve, operands, (axes, (None, "mlp")))
 
 
 def _convolve(x: Float[Array, "*L h w C"], kernel: Float[Array, "9 C"]) -> Float[Array, "*L h w C"]:
-    frames, kernel = x.reshape(-1, *x.shape[-3:]), kernel.reshape(3, 3, 1, -1)
+    images, kernel = x.reshape(-1, *x.shape[-3:]), kernel.reshape(3, 3, 1, -1)
     layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": x.shape[-1]}
-    return jax.lax.conv_general_dilated(frames, kernel, (1, 1), "SAME", **layout).reshape(x.shape)
+    return jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", **layout).reshape(x.shape)
 
 
 class RegBlock(nnx.Module):
@@ -92,10 +99,17 @@ class RegBlock(nnx.Module):
 
 @register(CAbstractorConfig)
 class CAbstractor(nnx.Module):
-    """Position vectors, a regnet stage, pooling to out_grid x out_grid, another stage, and a readout."""
+    """Position vectors, a regnet stage, pooling to out_grid x out_grid, another stage, and a projector."""
 
     def __init__(
-        self, config: CAbstractorConfig, *, d_in: int, d_out: int, precision: layers.Precision, rngs: nnx.Rngs
+        self,
+        config: CAbstractorConfig,
+        *,
+        d_in: int,
+        d_out: int,
+        placeholders_per_image: int | None = None,
+        precision: layers.Precision,
+        rngs: nnx.Rngs,
     ):
         self.config = config
         common = {"precision": precision, "rngs": rngs}
@@ -104,12 +118,12 @@ class CAbstractor(nnx.Module):
         self.positions = None if table is None else nnx.Param(table, axes=("position", "embed"))
         self.stage1 = nnx.List(RegBlock(width if i else d_in, width, **common) for i in range(config.depth))
         self.stage2 = nnx.List(RegBlock(width, width, **common) for _ in range(config.depth))
-        self.readout = Readout(width, d_out, config.readout_depth, "silu", **common)
+        self.projector = Projector(width, d_out, config.projector_depth, "silu", **common)
 
-    def __call__(self, features: Float[Array, "B P d"], batch: PackedBatch) -> Float[Array, "B F D"]:
-        """out_grid^2 features a frame, in rows from the top."""
+    def __call__(self, vision: VisionTokens, batch: PackedBatch) -> VisionTokens:
+        """Return out_grid^2 tokens for each image, row by row from the top."""
         config = self.config
-        x = frames_of(features, config)
+        x = image_grids(vision, config)
         if self.positions is not None:
             x = x + self.positions[...].reshape(config.grid, config.grid, -1).astype(x.dtype)
         for block in self.stage1:
@@ -117,4 +131,4 @@ class CAbstractor(nnx.Module):
         x = adaptive_average_pool(x, config.out_grid)
         for block in self.stage2:
             x = block(x)
-        return self.readout(x.reshape(len(x), -1, x.shape[-1]))
+        return project_grids(self.projector, x, vision)

@@ -6,17 +6,17 @@ import dataclasses
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
 
 from jvlm.errors import UserError
 from jvlm.models import layers
 from jvlm.models.batch import PackedBatch
-from jvlm.models.registry import ConnectorConfig, register
+from jvlm.models.contracts import ConnectorConfig, VisionTokens
+from jvlm.models.registry import register
 
 
 @dataclasses.dataclass(frozen=True)
 class PatchMergerConfig(ConnectorConfig):
-    """``merge`` x ``merge`` neighbouring patches become one feature."""
+    """``merge`` x ``merge`` neighbouring patches become one vision token."""
 
     merge: int = 2
 
@@ -26,7 +26,14 @@ class PatchMerger(nnx.Module):
     """RMSNorm per patch, join the neighbours, Linear, exact GELU, Linear."""
 
     def __init__(
-        self, config: PatchMergerConfig, *, d_in: int, d_out: int, precision: layers.Precision, rngs: nnx.Rngs
+        self,
+        config: PatchMergerConfig,
+        *,
+        d_in: int,
+        d_out: int,
+        placeholders_per_image: int | None = None,
+        precision: layers.Precision,
+        rngs: nnx.Rngs,
     ):
         self.group = config.merge**2
         width = d_in * self.group
@@ -34,10 +41,13 @@ class PatchMerger(nnx.Module):
         self.hidden = layers.Linear(width, width, ("embed", "mlp"), bias=True, precision=precision, rngs=rngs)
         self.out = layers.Linear(width, d_out, ("mlp", "embed"), bias=True, precision=precision, rngs=rngs)
 
-    def __call__(self, features: Float[Array, "B P d"], batch: PackedBatch) -> Float[Array, "B F D"]:
-        """One feature for each group of neighbouring patches, which the batch holds side by side."""
-        B, P, d = features.shape
+    def __call__(self, vision: VisionTokens, batch: PackedBatch) -> VisionTokens:
+        """Return one token for each group of neighbouring patches, which the batch holds side by side."""
+        B, P, d = vision.tokens.shape
         if P % self.group:
-            raise UserError(f"{P} patches a row are no multiple of {self.group}, which are joined: change row_patches")
-        x = self.norm(features).reshape(B, P // self.group, d * self.group)
-        return self.out(jax.nn.gelu(self.hidden(x), approximate=False))
+            raise UserError(
+                f"{P} patches in a sequence are no multiple of {self.group}, which are merged: change row_patches"
+            )
+        x = self.norm(vision.tokens).reshape(B, P // self.group, d * self.group)
+        tokens = self.out(jax.nn.gelu(self.hidden(x), approximate=False))
+        return vision._replace(tokens=tokens, image_ids=vision.image_ids[:, :: self.group])

@@ -1,11 +1,12 @@
-"""Average pooling and an MLP: the plain connector of towers whose frames all have one size.
+"""Average pooling and an MLP: the plain connector of encoders whose images all have one size.
 
-Axes: B rows, N frames of a row, h w places of a frame, d channels of the encoder, D width of the decoder.
+Axes: B sequences, N images of a sequence, h w rows and columns, d width of the encoder, D width of the decoder.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,17 +16,18 @@ from jaxtyping import Array, Float
 from jvlm.errors import UserError
 from jvlm.models import layers
 from jvlm.models.batch import PackedBatch
-from jvlm.models.registry import ConnectorConfig, register
+from jvlm.models.contracts import ConnectorConfig, VisionTokens, image_ids_of
+from jvlm.models.registry import register
 
 
 @dataclasses.dataclass(frozen=True)
-class FrameGridConfig(ConnectorConfig):
-    """Base of connectors that see each frame as a picture of ``grid`` x ``grid`` patches.
+class ImageGridConfig(ConnectorConfig):
+    """Base of connectors for images of ``grid`` x ``grid`` patches.
 
     Attributes:
-      grid: patches along the side of a frame, as the encoder has them.
-      class_token: whether the encoder puts its class token before each frame; it is dropped.
-      out_grid: features along the side of a frame, 12 for 144.
+      grid: patches along the side of an image, as the encoder has them.
+      class_token: whether the encoder puts a class token before each image; it is dropped.
+      out_grid: vision tokens along the side of an image; 12 gives 144.
     """
 
     grid: int = 48
@@ -37,26 +39,37 @@ class FrameGridConfig(ConnectorConfig):
             raise UserError(f"out_grid {self.out_grid} must be between 1 and grid {self.grid}")
 
     @property
-    def frame_places(self) -> int:
-        """Places of a frame in the batch's patches."""
+    def patches_per_image(self) -> int:
+        """Patches of an image in the batch, with that of the class token."""
         return self.grid**2 + self.class_token
 
     @property
-    def frame_features(self) -> int:
-        """Features of a frame."""
+    def tokens_per_image(self) -> int:
+        """Vision tokens of an image."""
         return self.out_grid**2
 
 
-def frames_of(features: Float[Array, "B P d"], config: FrameGridConfig) -> Float[Array, "B N h w d"]:
-    """Features as pictures, without class tokens: frames have one size, so a row is cut where they begin."""
-    B, P, d = features.shape
-    frames = P // config.frame_places
-    x = features[:, : frames * config.frame_places].reshape(B, frames, config.frame_places, d)
-    return x[:, :, int(config.class_token) :].reshape(B, frames, config.grid, config.grid, d)
+def image_grids(vision: VisionTokens, config: ImageGridConfig) -> Float[Array, "B N h w d"]:
+    """Return the tokens of the encoder as grids, without class tokens."""
+    B, P, d = vision.tokens.shape
+    images = P // config.patches_per_image
+    x = vision.tokens[:, : images * config.patches_per_image].reshape(B, images, config.patches_per_image, d)
+    return x[:, :, int(config.class_token) :].reshape(B, images, config.grid, config.grid, d)
+
+
+def project_grids(
+    projector: Callable[[Float[Array, "B F d"]], Float[Array, "B F D"]],
+    grids: Float[Array, "B N t t d"],
+    vision: VisionTokens,
+) -> VisionTokens:
+    """Return the projections of grids, row by row, as vision tokens; ``vision`` holds what the encoder returned."""
+    B, N, t, _, d = grids.shape
+    tokens = projector(grids.reshape(B, -1, d))
+    return vision._replace(tokens=tokens, image_ids=image_ids_of(vision.image_ids, t * t, N))
 
 
 def pool_matrix(size: int, target: int) -> np.ndarray:
-    """[target, size] float32: the means that adaptive average pooling takes along one side, as torch cuts them."""
+    """Return [target, size] float32: the means of adaptive average pooling along one side, cut as in torch."""
     matrix = np.zeros((target, size), np.float32)
     for i in range(target):
         begin, end = i * size // target, -(-(i + 1) * size // target)
@@ -65,7 +78,7 @@ def pool_matrix(size: int, target: int) -> np.ndarray:
 
 
 def adaptive_average_pool(x: Float[Array, "*L h w d"], target: int) -> Float[Array, "*L t t d"]:
-    """Mean over target x target areas, which overlap where the sizes do not divide. Computed in float32."""
+    """Return means over target x target areas, which overlap where sizes do not divide. Computed in float32."""
     rows, columns = (pool_matrix(size, target) for size in x.shape[-3:-1])
     x32 = x.astype(jnp.float32)
     x32 = jnp.einsum("th,...hwd->...twd", rows, x32)
@@ -73,15 +86,15 @@ def adaptive_average_pool(x: Float[Array, "*L h w d"], target: int) -> Float[Arr
 
 
 @dataclasses.dataclass(frozen=True)
-class PooledMLPConfig(FrameGridConfig):
+class PooledMLPConfig(ImageGridConfig):
     """``depth`` linear maps with ``activation`` between them, after the pooling."""
 
     depth: int = 2
     activation: layers.Activation = "gelu"
 
 
-class Readout(nnx.Module):
-    """Linear maps to the decoder's width, the first from another one, with an activation between them."""
+class Projector(nnx.Module):
+    """Linear maps to the decoder's width with an activation between them."""
 
     def __init__(
         self, d_in: int, d_out: int, depth: int, activation: str, *, precision: layers.Precision, rngs: nnx.Rngs
@@ -101,13 +114,22 @@ class Readout(nnx.Module):
 
 @register(PooledMLPConfig)
 class PooledMLP(nnx.Module):
-    """Each frame's features, averaged to out_grid x out_grid, then mapped to the decoder's width."""
+    """Average pooling of each image to out_grid x out_grid, then an MLP to the decoder's width."""
 
-    def __init__(self, config: PooledMLPConfig, *, d_in: int, d_out: int, precision: layers.Precision, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: PooledMLPConfig,
+        *,
+        d_in: int,
+        d_out: int,
+        placeholders_per_image: int | None = None,
+        precision: layers.Precision,
+        rngs: nnx.Rngs,
+    ):
         self.config = config
-        self.readout = Readout(d_in, d_out, config.depth, config.activation, precision=precision, rngs=rngs)
+        self.projector = Projector(d_in, d_out, config.depth, config.activation, precision=precision, rngs=rngs)
 
-    def __call__(self, features: Float[Array, "B P d"], batch: PackedBatch) -> Float[Array, "B F D"]:
-        """out_grid^2 features a frame, in rows from the top."""
-        x = adaptive_average_pool(frames_of(features, self.config), self.config.out_grid)
-        return self.readout(x.reshape(len(x), -1, x.shape[-1]))
+    def __call__(self, vision: VisionTokens, batch: PackedBatch) -> VisionTokens:
+        """Return out_grid^2 tokens for each image, row by row from the top."""
+        x = adaptive_average_pool(image_grids(vision, self.config), self.config.out_grid)
+        return project_grids(self.projector, x, vision)

@@ -1,13 +1,15 @@
-"""Gated cross-attention layers: text reads the features of pictures instead of holding them among its tokens.
+"""Gated cross-attention: text reads the vision tokens of images instead of holding them among its tokens.
 
-Flamingo (arXiv 2204.14198) and Idefics1, compared with features in the text by Idefics2's paper (arXiv 2405.02246). The
-gates begin at zero, so that a language model is at first what it was without pictures.
+As in Flamingo (arXiv 2204.14198) and Idefics1; Idefics2's paper (arXiv 2405.02246) compares it with tokens in the text.
+The gates begin at zero, so that a language model at first computes what it did without images.
 
-Axes: B rows, S tokens, F features, D width, H query heads, K key/value heads, d head size.
+Axes: B sequences, S tokens, F vision tokens, D width, H query heads, N key/value heads, K size of a head.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,108 +17,189 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jvlm.errors import UserError
 from jvlm.models import device_ops, layers
+from jvlm.models.attention import Attention
+from jvlm.models.batch import PackedBatch
+from jvlm.models.contracts import DecoderInputs, VisionTokens
+from jvlm.models.decoders.transformer import (
+    Context,
+    DecoderBlock,
+    DecoderLayer,
+    Transformer,
+    TransformerConfig,
+    refuse_deepstack,
+)
+from jvlm.models.registry import register
 
-Reach = Literal["last", "all"]
+AttendsTo = Literal["last", "all"]
 
 
-class Media(NamedTuple):
-    """Features of a batch, and which of them each token may read: those of frames ``first`` to ``last`` of the row.
+@dataclasses.dataclass(frozen=True)
+class CrossAttentionTransformerConfig(TransformerConfig):
+    """A transformer that reads vision tokens through gated cross-attention layers.
 
     Attributes:
-      frames: the frame of each feature, from 1; 0 for room that no frame fills.
-      first, last: 0 where there is nothing to read.
+      cross_attention_every: such a layer stands before every n-th layer, the first included.
+      attends_to: a token reads the last image before it in its conversation (Flamingo, Idefics1), or all before it.
     """
 
-    features: Float[Array, "B F D"]
-    frames: Int[Array, "B F"]
+    cross_attention_every: int = 4
+    attends_to: AttendsTo = "last"
+
+    def __post_init__(self):
+        if self.cross_attention_every < 1:
+            raise UserError(f"cross_attention_every must be at least 1, got {self.cross_attention_every}")
+        super().__post_init__()
+
+    @classmethod
+    def of(cls, decoder: TransformerConfig, **fields: Any) -> CrossAttentionTransformerConfig:
+        """Return a transformer's configuration with cross-attention; ``fields`` are those of this class."""
+        return cls(**{f.name: getattr(decoder, f.name) for f in dataclasses.fields(TransformerConfig)}, **fields)
+
+    @property
+    def pattern_length(self) -> int:
+        return math.lcm(super().pattern_length, self.cross_attention_every)
+
+    def has_cross_attention(self, index: int) -> bool:
+        """Return whether a cross-attention layer stands before layer ``index`` (from 0)."""
+        return index % self.cross_attention_every == 0
+
+    def placeholders(self, vision_tokens: int) -> int:
+        """Return 1: an image is one token of the text, whatever the number of its vision tokens."""
+        return 1
+
+
+class VisionMemory(NamedTuple):
+    """Vision tokens, and which of them each token reads: those of images ``first`` to ``last`` of its sequence.
+
+    Attributes:
+      image_ids: the image of each vision token, from 1; 0 where there is none.
+      first, last: 0 for tokens that read nothing.
+    """
+
+    tokens: Float[Array, "B F D"]
+    image_ids: Int[Array, "B F"]
     first: Int[Array, "B S"]
     last: Int[Array, "B S"]
 
 
-def frames_in_reach(
-    opened: Int[Array, "B S"], segments: Int[Array, "B S"], reach: Reach
+def readable_images(
+    image_at: Int[Array, "B S"], segments: Int[Array, "B S"], attends_to: AttendsTo
 ) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
-    """(first, last) frame that each token reads: those of its own conversation at or before it, or the last of them.
+    """Return (first, last) image that each token reads, of those at or before it in its conversation; 0 for none.
 
     Args:
-      opened: frame that stands at this token, 0 for none; frames ascend along the row.
+      image_at: the image whose placeholder stands at this token, 0 for none; images ascend along the sequence.
     """
-    last = jax.lax.cummax(opened, axis=1)
+    last = jax.lax.cummax(image_at, axis=1)
     before = jnp.pad(last, ((0, 0), (1, 0)))[:, :-1]
     begins = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
-    of_others = jax.lax.cummax(jnp.where(begins, before, 0), axis=1)
-    last = jnp.where((last > of_others) & (segments > 0), last, 0)
-    first = last if reach == "last" else jnp.where(last > 0, of_others + 1, 0)
+    last_of_previous = jax.lax.cummax(jnp.where(begins, before, 0), axis=1)
+    last = jnp.where((last > last_of_previous) & (segments > 0), last, 0)
+    first = last if attends_to == "last" else jnp.where(last > 0, last_of_previous + 1, 0)
     return first, last
 
 
 class GatedCrossAttention(nnx.Module):
-    """Norm, attention to features, tanh gate, residual; norm, SwiGLU, tanh gate, residual.
+    """Norm, attention to vision tokens, tanh gate, residual; norm, SwiGLU, tanh gate, residual.
 
-    What it keeps of a prompt: keys and values of the features, and which of them the text to come reads.
+    Its cache: keys and values of the vision tokens of a prompt, and which of them the text to come reads.
     """
 
-    def __init__(self, config: Any, *, precision: layers.Precision, rngs: nnx.Rngs):
-        D, self.head_size, self.reach = config.hidden_size, config.head_size, config.cross_attention_reach
-        self.heads, self.kv_heads, self.implementation = config.num_heads, config.num_kv_heads, precision.attention
-        common = {"bias": False, "precision": precision, "rngs": rngs}
+    def __init__(self, config: CrossAttentionTransformerConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
+        D, common = config.hidden_size, {"precision": precision, "rngs": rngs}
+        self.attends_to = config.attends_to
         self.norm1 = layers.RMSNorm(D, config.rms_norm_eps, precision=precision)
-        self.q = layers.Linear(D, self.heads * self.head_size, ("embed", "heads"), **common)
-        self.k = layers.Linear(D, self.kv_heads * self.head_size, ("embed", "kv_heads"), **common)
-        self.v = layers.Linear(D, self.kv_heads * self.head_size, ("embed", "kv_heads"), **common)
-        self.out = layers.Linear(self.heads * self.head_size, D, ("heads", "embed"), **common)
+        self.attention = Attention(
+            D, config.num_heads, head_dim=config.head_size, num_kv_heads=config.num_kv_heads, **common
+        )
         self.norm2 = layers.RMSNorm(D, config.rms_norm_eps, precision=precision)
-        self.mlp = layers.SwiGLU(D, config.intermediate_size, **common)
+        self.mlp = layers.SwiGLU(D, config.intermediate_size, bias=False, **common)
         dtype = jnp.dtype(precision.param_dtype)
         self.attention_gate = nnx.Param(jnp.zeros((1,), dtype), axes=("norm",))
         self.mlp_gate = nnx.Param(jnp.zeros((1,), dtype), axes=("norm",))
 
     @jax.named_scope("cross_attention")
-    def __call__(self, x_BSD, media: Media | None, kept):
-        """``media`` in a whole pass, ``kept`` in a step of decoding; neither where a batch has no pictures."""
-        if media is not None:
-            B, F, _ = media.features.shape
-            k, v = (p(media.features).reshape(B, F, self.kv_heads, self.head_size) for p in (self.k, self.v))
-            first, last = (x.max(1, keepdims=True) for x in (media.first, media.last))
-            seen = (media.frames >= first) & (media.frames <= last) & (media.frames > 0)
-            kept = (*(device_ops.current().expand_kv_heads(x, self.heads) for x in (k, v)), seen.astype(jnp.int32))
-            mixed = self._read(self._queries(x_BSD), k, v, media)
-            x_BSD = self._add(x_BSD, mixed)
-        elif kept is not None:
-            k, v, seen = kept
-            own = jnp.ones(x_BSD.shape[:2], jnp.int32)
-            x_BSD = self._add(x_BSD, self._attend(self._queries(x_BSD), k, v, own, seen))
+    def __call__(self, x_BSD, memory: VisionMemory | None, cache):
+        """Return (x, cache). ``memory`` is given in a whole pass, ``cache`` while decoding; neither without images."""
+        if memory is not None:
+            q = self.attention.queries(self.norm1(x_BSD))
+            k, v = self.attention.keys_values(memory.tokens)
+            first, last = (x.max(1, keepdims=True) for x in (memory.first, memory.last))
+            readable = (memory.image_ids >= first) & (memory.image_ids <= last) & (memory.image_ids > 0)
+            kv = (device_ops.current().expand_kv_heads(x, self.attention.num_heads) for x in (k, v))
+            cache = (*kv, readable.astype(jnp.int32))
+            x_BSD = self._add(x_BSD, self._read(q, k, v, memory))
+        elif cache is not None:
+            k, v, readable = cache
+            q = self.attention.queries(self.norm1(x_BSD))
+            ones = jnp.ones(x_BSD.shape[:2], jnp.int32)
+            x_BSD = self._add(x_BSD, self.attention.attend(q, k, v, ones, readable))
         gate = jnp.tanh(self.mlp_gate[...]).astype(x_BSD.dtype)
-        return x_BSD + gate * self.mlp(self.norm2(x_BSD)), kept
+        return x_BSD + gate * self.mlp(self.norm2(x_BSD)), cache
 
-    def _queries(self, x_BSD):
-        return self.q(self.norm1(x_BSD)).reshape(*x_BSD.shape[:2], self.heads, self.head_size)
+    def _add(self, x_BSD, mixed_BSHK):
+        gate = jnp.tanh(self.attention_gate[...]).astype(x_BSD.dtype)
+        return x_BSD + gate * self.attention.combine(mixed_BSHK)
 
-    def _add(self, x_BSD, mixed_BSHd):
-        mixed = self.out(mixed_BSHd.reshape(*x_BSD.shape[:2], -1))
-        return x_BSD + jnp.tanh(self.attention_gate[...]).astype(x_BSD.dtype) * mixed
-
-    def _read(self, q, k, v, media: Media):
-        if self.reach == "last":
-            return self._attend(q, k, v, media.last, media.frames)
-        return _masked_attention(q, k, v, media)
-
-    def _attend(self, q, k, v, q_segments, kv_segments):
-        return device_ops.current().attention(
-            q, k, v, q_segments, kv_segments, along="sequence", implementation=self.implementation
-        )
+    def _read(self, q, k, v, memory: VisionMemory):
+        if self.attends_to == "last":
+            return self.attention.attend(q, k, v, memory.last, memory.image_ids)
+        return _masked_attention(q, k, v, memory)
 
 
-def _masked_attention(q, k, v, media: Media):
-    """Every frame so far of one's own conversation: no kernel's pattern, so all S x F scores are made."""
-    B, S, H, d = q.shape
-    frames = media.frames[:, None, :]
-    mask = (frames >= media.first[..., None]) & (frames <= media.last[..., None]) & (frames > 0)
-    q_BSKGd = q.reshape(B, S, k.shape[2], -1, d)
-    scores = jnp.einsum("bskgd,bfkd->bskgf", q_BSKGd, k, preferred_element_type=jnp.float32) * d**-0.5
+def _masked_attention(q, k, v, memory: VisionMemory):
+    """Attend to every image so far of the conversation. No kernel has this mask, so all S x F scores are computed."""
+    B, S, H, K = q.shape
+    image_ids = memory.image_ids[:, None, :]
+    mask = (image_ids >= memory.first[..., None]) & (image_ids <= memory.last[..., None]) & (image_ids > 0)
+    q_BSNGK = q.reshape(B, S, k.shape[2], -1, K)
+    scores = jnp.einsum("bsngk,bfnk->bsngf", q_BSNGK, k, preferred_element_type=jnp.float32) * K**-0.5
     mask = mask[:, :, None, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
-    # a token that sees no picture gets zeros, not the mean of what it must not see
+    # a token that reads no image gets zeros, not the mean of what it must not read
     weights = jnp.where(mask, weights, 0).astype(v.dtype)
-    return jnp.einsum("bskgf,bfkd->bskgd", weights, v).reshape(B, S, H, d)
+    return jnp.einsum("bsngf,bfnk->bsngk", weights, v).reshape(B, S, H, K)
+
+
+class CrossAttentionBlock(DecoderBlock):
+    """A gated cross-attention layer, then a layer of the transformer. Its cache holds both."""
+
+    def __init__(
+        self, config: CrossAttentionTransformerConfig, index: int, *, precision: layers.Precision, rngs: nnx.Rngs
+    ):
+        self.cross = GatedCrossAttention(config, precision=precision, rngs=rngs)
+        super().__init__(config, index, precision=precision, rngs=rngs)
+
+    def __call__(self, x_BSD, context: Context, cache):
+        cache, vision_cache = cache or (None, None)
+        x_BSD, vision_cache = self.cross(x_BSD, context.memory, vision_cache)
+        x_BSD, cache, reports = super().__call__(x_BSD, context, cache)
+        return x_BSD, (cache, vision_cache), reports
+
+    def init_cache(self, prompt_cache, length: int):
+        prompt_cache, vision_cache = prompt_cache
+        return super().init_cache(prompt_cache, length), vision_cache
+
+
+@register(CrossAttentionTransformerConfig)
+class CrossAttentionTransformer(Transformer):
+    """A `Transformer` with gated cross-attention layers."""
+
+    @staticmethod
+    def make_layer(
+        config: CrossAttentionTransformerConfig, index: int, *, precision: layers.Precision, rngs: nnx.Rngs
+    ) -> DecoderLayer:
+        kind = CrossAttentionBlock if config.has_cross_attention(index) else DecoderBlock
+        return kind(config, index, precision=precision, rngs=rngs)
+
+    def fuse(self, embeddings: Float[Array, "B S D"], vision: VisionTokens | None, batch: PackedBatch) -> DecoderInputs:
+        """Leave the text as it is; each token reads the images that its conversation has shown so far."""
+        if vision is None:
+            return DecoderInputs.of(embeddings, batch)
+        refuse_deepstack(self, vision)
+        index, segments = jnp.asarray(batch.vision_index), jnp.asarray(batch.segment_ids)
+        ids = device_ops.current().gather_vision_tokens(vision.image_ids[..., None], index)[..., 0]
+        images = readable_images(jnp.where(index >= 0, ids, 0), segments, self.config.attends_to)
+        return DecoderInputs.of(embeddings, batch, VisionMemory(vision.tokens, vision.image_ids, *images))

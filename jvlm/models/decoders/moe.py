@@ -19,7 +19,8 @@ from jvlm_kernels import grouped_matmul
 
 from jvlm.errors import UserError
 from jvlm.models import device_ops, layers
-from jvlm.models.registry import MLPConfig, register
+from jvlm.models.contracts import MLPConfig
+from jvlm.models.registry import register
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,13 @@
-"""The decoder of Llama, Mistral, Qwen2, Qwen3, MiMo and their relatives: they differ by switches, not by code.
+"""The decoder of Llama, Mistral, Qwen2, Qwen3, MiMo and their relatives: they differ in options, not in code.
 
-Axes: B rows, S tokens, T places of a cache, D width, H query heads, K key/value heads, V vocabulary.
+Axes: B sequences, S tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,11 @@ from jaxtyping import Array, Float, Int
 
 from jvlm.errors import UserError
 from jvlm.models import device_ops, layers, registry
-from jvlm.models.batch import DecoderOutput, DecodeStep
-from jvlm.models.decoders.cross_attention import GatedCrossAttention, Media, Reach
-from jvlm.models.registry import DecoderConfig, register
+from jvlm.models.attention import Attention
+from jvlm.models.batch import DecoderOutput, DecodeStep, PackedBatch
+from jvlm.models.contracts import DecoderConfig, DecoderInputs, MLPConfig, VisionTokens, replace_placeholders
+from jvlm.models.layer_stack import LayerStack, PerLayer
+from jvlm.models.registry import register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +32,11 @@ class TransformerConfig(DecoderConfig):
       head_dim: size of a head; None is hidden_size / num_heads.
       qkv_bias: biases on q, k and v (Qwen2).
       qk_norm: an RMSNorm on each head of q and k, before the rotation (Qwen3).
-      mrope_section: frequencies that turn with the temporal, height and width id; None turns all with the first, which
-        is plain rotary embedding.
+      mrope_section: number of frequencies that turn with the temporal, height and width id (M-RoPE); None turns all
+        with the first, which is plain rotary embedding.
       rope_scaling: how the frequencies are changed for contexts longer than the pre-training's.
-      sliding_window: a token sees tokens fewer than so many places behind it; None sees all.
-      cross_attention_every: 0 has features among the tokens; n has a gated cross-attention layer before every n-th
-        layer, the first included, through which text reads them (`jvlm.models.decoders.cross_attention`).
-      cross_attention_reach: a token reads the last frame before it in its conversation (Flamingo, Idefics1), or all.
-      mlp: what every ``mlp.every``-th layer has in place of the dense SwiGLU; None: SwiGLU everywhere.
+      sliding_window: a token attends to itself and the ``sliding_window - 1`` tokens before it; None has no limit.
+      mlp: what every ``mlp.every``-th layer has in place of the dense SwiGLU; None has SwiGLU everywhere.
     """
 
     vocab_size: int = 151680
@@ -54,9 +53,7 @@ class TransformerConfig(DecoderConfig):
     rope_scaling: layers.RopeScaling | None = None
     mrope_section: tuple[int, int, int] | None = None
     sliding_window: int | None = None
-    cross_attention_every: int = 0
-    cross_attention_reach: Reach = "last"
-    mlp: registry.MLPConfig | None = None
+    mlp: MLPConfig | None = None
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 128000
 
@@ -68,136 +65,123 @@ class TransformerConfig(DecoderConfig):
             )
         if self.mrope_section is not None and 2 * sum(self.mrope_section) != self.head_size:
             raise UserError(f"mrope_section {self.mrope_section} must sum to half the head size {self.head_size}")
-        if self.num_layers % self.period:
-            raise UserError(f"num_layers {self.num_layers} must be a multiple of the layers' period {self.period}")
+        if self.num_layers % self.pattern_length:
+            raise UserError(
+                f"num_layers {self.num_layers} must be a multiple of the length {self.pattern_length} of the layer "
+                "pattern"
+            )
 
     @property
     def head_size(self) -> int:
-        """Size of a head, given or derived."""
+        """Size of an attention head, given or derived."""
         return self.head_dim or self.hidden_size // self.num_heads
 
     @property
-    def period(self) -> int:
-        """After how many layers their kinds repeat. A scan runs over groups of so many layers."""
-        return math.lcm(self.mlp.every if self.mlp else 1, self.cross_attention_every or 1)
+    def pattern_length(self) -> int:
+        """Length of the layer pattern, which repeats: a scan runs over its repeats."""
+        return self.mlp.every if self.mlp else 1
 
-    def has_cross_attention(self, index: int) -> bool:
-        """Whether text reads features before layer ``index`` (from 0)."""
-        return bool(self.cross_attention_every) and index % self.cross_attention_every == 0
+    @property
+    def uses_mrope(self) -> bool:
+        """Whether positions differ between the axes (t, h, w)."""
+        return self.mrope_section is not None
 
     def has_mlp(self, index: int) -> bool:
-        """Whether layer ``index`` (from 0) has ``mlp`` in place of the dense SwiGLU."""
+        """Return whether layer ``index`` (from 0) has ``mlp`` in place of the dense SwiGLU."""
         return self.mlp is not None and (index + 1) % self.mlp.every == 0
 
 
 class Context(NamedTuple):
-    """What all layers of one pass share."""
+    """What all layers share in one pass.
+
+    Attributes:
+      angles: of the rotary embedding.
+      step: of decoding; None in a whole pass.
+      memory: `DecoderInputs.memory`.
+    """
 
     angles: Float[Array, "B S f"]
     segments: Int[Array, "B S"]
     max_segment_length: int | None
     step: DecodeStep | None
-    media: Media | None
+    memory: Any
 
 
-class DecoderAttention(nnx.Module):
-    """Causal grouped-query attention within the segment."""
+@runtime_checkable
+class DecoderLayer(Protocol):
+    """A layer, or the layers of one repeat of the layer pattern."""
 
-    def __init__(self, config: TransformerConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
-        D, self.head_size = config.hidden_size, config.head_size
-        self.heads, self.kv_heads, self.window = config.num_heads, config.num_kv_heads, config.sliding_window
-        self.implementation = precision.attention
-        common = {"precision": precision, "rngs": rngs}
-        q_width, kv_width = self.heads * self.head_size, self.kv_heads * self.head_size
-        self.q = layers.Linear(D, q_width, ("embed", "heads"), bias=config.qkv_bias, **common)
-        self.k = layers.Linear(D, kv_width, ("embed", "kv_heads"), bias=config.qkv_bias, **common)
-        self.v = layers.Linear(D, kv_width, ("embed", "kv_heads"), bias=config.qkv_bias, **common)
-        self.out = layers.Linear(q_width, D, ("heads", "embed"), bias=False, **common)
-        norm = {"eps": config.rms_norm_eps, "precision": precision}
-        self.q_norm = layers.RMSNorm(self.head_size, **norm) if config.qk_norm else None
-        self.k_norm = layers.RMSNorm(self.head_size, **norm) if config.qk_norm else None
+    def __call__(self, x_BSD: Array, context: Context, cache: Any) -> tuple[Array, Any, dict[str, Array]]:
+        """Return hidden states, a cache, and reports by name.
 
-    @jax.named_scope("attention")
-    def __call__(self, x_BSD, context: Context, cache):
-        B, S, _ = x_BSD.shape
-        q = self.q(x_BSD)
-        if context.step is not None:
-            # else XLA for TPU turns the weight around, a copy in every step, to have its product by heads at once
-            q = jax.lax.optimization_barrier(q)
-        q = q.reshape(B, S, self.heads, self.head_size)
-        k = self.k(x_BSD).reshape(B, S, self.kv_heads, self.head_size)
-        v = self.v(x_BSD).reshape(B, S, self.kv_heads, self.head_size)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = layers.rotate(q, context.angles), layers.rotate(k, context.angles)
-        if context.step is None:
-            cache = tuple(device_ops.current().expand_kv_heads(x, self.heads) for x in (k, v))
-            mixed = device_ops.current().attention(
-                q,
-                k,
-                v,
-                context.segments,
-                context.segments,
-                along="sequence",
-                causal=True,
-                window=self.window,
-                max_segment_length=context.max_segment_length,
-                implementation=self.implementation,
-            )
-        else:
-            place = context.step.place
-            mixed, cache = device_ops.current().cached_attention(q, k, v, cache, place, window=self.window)
-        return self.out(mixed.reshape(B, S, -1)), cache
+        In a whole pass ``cache`` is None and the one returned is that of the prompt; while decoding it is updated.
+        """
+
+    def init_cache(self, prompt_cache: Any, length: int) -> Any:
+        """Return the cache for decoding, of ``length`` positions."""
 
 
 class DecoderBlock(nnx.Module):
-    """Pre-norm block: causal attention, then an MLP. Features may be read before; their keys are cached beside."""
+    """Pre-norm layer: causal attention within the conversation, then an MLP."""
 
     def __init__(self, config: TransformerConfig, index: int, *, precision: layers.Precision, rngs: nnx.Rngs):
         D, common = config.hidden_size, {"precision": precision, "rngs": rngs}
-        self.cross = GatedCrossAttention(config, **common) if config.has_cross_attention(index) else None
+        self.window = config.sliding_window
         self.norm1 = layers.RMSNorm(D, config.rms_norm_eps, precision=precision)
-        self.attention = DecoderAttention(config, **common)
+        self.attention = Attention(
+            D,
+            config.num_heads,
+            head_dim=config.head_size,
+            num_kv_heads=config.num_kv_heads,
+            qkv_bias=config.qkv_bias,
+            qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
+            **common,
+        )
         self.norm2 = layers.RMSNorm(D, config.rms_norm_eps, precision=precision)
-        self.reports = config.has_mlp(index)
-        if self.reports:
+        self.has_reports = config.has_mlp(index)
+        if self.has_reports:
             self.mlp = registry.build(config.mlp, width=D, **common)
         else:
             self.mlp = layers.SwiGLU(D, config.intermediate_size, bias=False, **common)
 
     def __call__(self, x_BSD, context: Context, cache):
-        kept = None
-        if self.cross is not None:
-            cache, kept = cache or (None, None)
-            x_BSD, kept = self.cross(x_BSD, context.media, kept)
-        mixed, cache = self.attention(self.norm1(x_BSD), context, cache)
-        cache = cache if self.cross is None else (cache, kept)
+        normed = self.norm1(x_BSD)
+        if context.step is None:
+            mask = {"causal": True, "window": self.window, "max_segment_length": context.max_segment_length}
+            mixed, cache = self.attention.prefill(normed, context.segments, context.angles, **mask)
+        else:
+            index = context.step.cache_index
+            mixed, cache = self.attention.decode(normed, cache, index, context.angles, window=self.window)
         x_BSD = x_BSD + mixed
-        y_BSD, aux = self.norm2(x_BSD), {}
-        if self.reports:
+        y_BSD, reports = self.norm2(x_BSD), {}
+        if self.has_reports:
             with jax.named_scope("mlp"):
-                y_BSD, aux = self.mlp(y_BSD, context.segments)
+                y_BSD, reports = self.mlp(y_BSD, context.segments)
         else:
             y_BSD = self.mlp(y_BSD)
-        return x_BSD + y_BSD, cache, aux
+        return x_BSD + y_BSD, cache, reports
+
+    def init_cache(self, prompt_cache, length: int):
+        return device_ops.current().init_cache(*prompt_cache, length)
 
 
-class BlockGroup(nnx.Module):
-    """The layers of one period, where they differ: ``slots`` in order. Caches and reports are tuples of theirs."""
+class LayerGroup(nnx.Module):
+    """One repeat of the layer pattern, (dense, experts) say. Its cache is the tuple of its layers' caches."""
 
-    def __init__(self, config: TransformerConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
-        make = (DecoderBlock(config, i, precision=precision, rngs=rngs) for i in range(config.period))
-        self.slots = nnx.List(make)
+    def __init__(self, pattern: Iterable[DecoderLayer]):
+        self.pattern = nnx.List(pattern)
 
     def __call__(self, x_BSD, context: Context, cache):
         caches, reports = [], []
-        for slot, own in zip(self.slots, cache or [None] * len(self.slots), strict=True):
-            x_BSD, own, aux = slot(x_BSD, context, own)
-            caches.append(own)
-            reports.append(aux)
-        names = sorted({name for aux in reports for name in aux})
-        aux = {name: jnp.stack([a[name] for a in reports if name in a]) for name in names}
-        return x_BSD, tuple(caches), aux
+        for layer, layer_cache in zip(self.pattern, cache or [None] * len(self.pattern), strict=True):
+            x_BSD, layer_cache, report = layer(x_BSD, context, layer_cache)
+            caches.append(layer_cache)
+            reports.append(report)
+        names = sorted({name for report in reports for name in report})
+        return x_BSD, tuple(caches), {n: jnp.stack([r[n] for r in reports if n in r]) for n in names}
+
+    def init_cache(self, prompt_cache, length: int):
+        return tuple(layer.init_cache(c, length) for layer, c in zip(self.pattern, prompt_cache, strict=True))
 
 
 @register(TransformerConfig)
@@ -211,11 +195,10 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Param(precision.init_weight(rngs.params(), (V, D), D), axes=("vocab", "embed"))
 
         def make(r: nnx.Rngs) -> nnx.Module:
-            if config.period == 1:
-                return DecoderBlock(config, 0, precision=precision, rngs=r)
-            return BlockGroup(config, precision=precision, rngs=r)
+            pattern = [self.make_layer(config, i, precision=precision, rngs=r) for i in range(config.pattern_length)]
+            return LayerGroup(pattern) if len(pattern) > 1 else pattern[0]
 
-        self.blocks = layers.LayerStack(make, config.num_layers // config.period, rngs=rngs)
+        self.blocks = LayerStack(make, config.num_layers // config.pattern_length, rngs=rngs)
         self.norm = layers.RMSNorm(D, config.rms_norm_eps, precision=precision)
         self.head = (
             None
@@ -223,42 +206,42 @@ class Transformer(nnx.Module):
             else layers.Linear(D, V, ("embed", "vocab"), bias=False, precision=precision, rngs=rngs)
         )
 
+    @staticmethod
+    def make_layer(
+        config: TransformerConfig, index: int, *, precision: layers.Precision, rngs: nnx.Rngs
+    ) -> DecoderLayer:
+        """Return the layer at an index of the layer pattern."""
+        return DecoderBlock(config, index, precision=precision, rngs=rngs)
+
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Embeddings of token ids, in the compute dtype."""
+        """Return the embeddings of token ids, in the compute dtype."""
         return device_ops.current().embedding_lookup(self.embedding[...], tokens, self.precision.compute_dtype)
 
+    def fuse(self, embeddings: Float[Array, "B S D"], vision: VisionTokens | None, batch: PackedBatch) -> DecoderInputs:
+        """Put vision tokens in the place of their placeholders."""
+        refuse_deepstack(self, vision)
+        return DecoderInputs.of(replace_placeholders(embeddings, vision, batch), batch)
+
     def __call__(
-        self,
-        x_BSD: Float[Array, "B S D"],
-        positions: Int[Array, "B S 3"],
-        segments: Int[Array, "B S"],
-        *,
-        media: Media | None = None,
-        max_segment_length: int | None = None,
-        cache: Any = None,
-        step: DecodeStep | None = None,
+        self, inputs: DecoderInputs, *, cache: PerLayer | None = None, step: DecodeStep | None = None
     ) -> DecoderOutput:
-        """Hidden states, the keys and values of every layer, and what layers report.
+        """Return hidden states, the cache of every layer, and what layers report.
 
-        Without ``step``: the cache returned holds this call's keys and values. With it: the new token of each row
-        is written into ``cache``, as `open_cache` made it, and sees what the step allows; segments are not used.
-
-        Args:
-          media: what cross-attention layers read; None where the batch has no pictures.
+        Without ``step`` the cache returned holds keys and values of this pass. With it, the new token of each sequence
+        is written into ``cache``, as `init_cache` made it; ``inputs.segment_ids`` are not used.
         """
-        context = Context(self._angles(positions), segments, max_segment_length, step, media)
+        angles = self._angles(inputs.positions)
+        context = Context(angles, inputs.segment_ids, inputs.max_segment_length, step, inputs.memory)
 
-        def body(block, x, layer_cache):
-            x, layer_cache, aux = block(x, context, layer_cache)
-            return x, (layer_cache, aux)
+        def body(layer: DecoderLayer, x, layer_cache):
+            x, layer_cache, reports = layer(x, context, layer_cache)
+            return x, (layer_cache, reports)
 
-        if cache is None and layers.is_unstacked(nnx.state(self.blocks)):
-            cache = [None] * self.blocks.depth
-        unroll = step is not None
-        x_BSD, ys = self.blocks(body, x_BSD, cache, remat=self.precision.remat, unroll=unroll)
-        cache, aux = ([y[0] for y in ys], _stacked([y[1] for y in ys])) if isinstance(ys, list) else ys
-        aux = {name: value.reshape(-1, *value.shape[1 + (self.config.period > 1) :]) for name, value in aux.items()}
-        return DecoderOutput(self.norm(x_BSD), cache, aux)
+        x_BSD, outputs = self.blocks(body, inputs.embeddings, cache, remat=self.precision.remat)
+        reports = outputs.map(lambda output: output[1]).stacked()
+        if self.config.pattern_length > 1:  # those of a group have an axis for the layers of the pattern that report
+            reports = {name: value.reshape(-1, *value.shape[2:]) for name, value in reports.items()}
+        return DecoderOutput(self.norm(x_BSD), outputs.map(lambda output: output[0]), reports)
 
     def _angles(self, positions: Int[Array, "B S 3"]) -> Float[Array, "B S f"]:
         config = self.config
@@ -266,33 +249,26 @@ class Transformer(nnx.Module):
         axis_of = np.repeat([0, 1, 2], config.mrope_section or (len(frequencies), 0, 0))
         return layers.rotary_angles(positions, axis_of, frequencies)
 
-    def open_cache(self, cache: Any, places: int) -> list[Any]:
-        """The cache of a prompt, widened to ``places``: for each layer its own, so that it is updated in place."""
-
-        def layer(slot: int, own: Any, index: int) -> Any:
-            kept = None
-            if self.config.has_cross_attention(slot):
-                own, kept = own
-            k, v = own[0][index], own[1][index]
-            opened = device_ops.current().init_cache(k, v, places)
-            # each layer has its own copy of all, because the cache is donated from step to step
-            return (opened, jax.tree.map(lambda x: x[index], kept)) if self.config.has_cross_attention(slot) else opened
-
-        if self.config.period == 1:
-            return [layer(0, cache, i) for i in range(self.blocks.depth)]
-        return [tuple(layer(s, own, i) for s, own in enumerate(cache)) for i in range(self.blocks.depth)]
+    def init_cache(self, prompt_cache: PerLayer, length: int) -> PerLayer:
+        """Return the cache for decoding, of ``length`` positions. Layers share nothing: each is updated in place."""
+        return PerLayer.of([self.blocks.layer.init_cache(cache, length) for cache in prompt_cache])
 
     def logits(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
-        """Float32 scores over the vocabulary."""
+        """Return float32 scores over the vocabulary."""
         dtype = jnp.dtype(self.precision.compute_dtype)
         kernel, vocabulary_first = self.output_kernel()
         kernel = kernel.T if vocabulary_first else kernel
         return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
 
     def output_kernel(self) -> tuple[Float[Array, "V D"] | Float[Array, "D V"], bool]:
-        """The matrix behind `logits`, as it is stored, and whether its vocabulary comes first."""
+        """Return the matrix behind `logits` as it is stored, and whether the vocabulary is its first axis."""
         return (self.embedding[...], True) if self.head is None else (self.head.kernel[...], False)
 
 
-def _stacked(reports: list[dict[str, Array]]) -> dict[str, Array]:
-    return {name: jnp.stack([aux[name] for aux in reports]) for name in reports[0]}
+def refuse_deepstack(decoder: nnx.Module, vision: VisionTokens | None) -> None:
+    """Raise ValueError where vision tokens have vectors for later layers, which this decoder would lose."""
+    if vision is not None and vision.deepstack:
+        raise ValueError(
+            f"{type(decoder).__name__} adds no vision tokens after its first layers, and this connector returns "
+            f"{len(vision.deepstack)} sets of them (VisionTokens.deepstack); it needs a decoder that does"
+        )

@@ -1,7 +1,7 @@
 """The native-resolution vision tower of Qwen2.5-VL and MiMo-VL.
 
 Source: Qwen2.5-VL technical report (arXiv 2502.13923) and the public Hugging Face implementation.
-Axes: B rows, P patches, c pixels of a patch, D width, H heads, K head size.
+Axes: B sequences, P patches, D width.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
 
 from jvlm.errors import UserError
-from jvlm.models import device_ops, layers
+from jvlm.models import layers
+from jvlm.models.attention import Attention
 from jvlm.models.batch import PackedBatch
-from jvlm.models.registry import EncoderConfig, register
+from jvlm.models.contracts import EncoderConfig, VisionTokens
+from jvlm.models.layer_stack import LayerStack
+from jvlm.models.registry import register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class QwenViTConfig(EncoderConfig):
 
     @property
     def patch_values(self) -> int:
-        """Pixels of one flattened patch, in the order channel, frame, y, x."""
+        """Numbers in a flattened patch, in the order channel, frame, y, x."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
@@ -62,92 +64,70 @@ class QwenViTConfig(EncoderConfig):
         return (self.window_size // self.patch_size) ** 2
 
 
-class VisionAttention(nnx.Module):
-    def __init__(self, config: QwenViTConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
-        D = config.hidden_size
-        self.heads, self.head_dim, self.window_patches = config.num_heads, config.head_dim, config.window_patches
-        self.implementation = precision.attention
-        # head by head, so that a part of the outputs is whole heads
-        self.qkv_by_head = layers.Linear(D, 3 * D, ("embed", "heads"), bias=True, precision=precision, rngs=rngs)
-        self.out = layers.Linear(D, D, ("heads", "embed"), bias=True, precision=precision, rngs=rngs)
-
-    @jax.named_scope("attention")
-    def __call__(self, x_BPD, angles, is_full, batch: PackedBatch):
-        """``is_full``: 1 to attend within the frame, 0 within the window; an int, or a traced one inside a scan."""
-        qkv = self.qkv_by_head(x_BPD).reshape(*x_BPD.shape[:2], self.heads, 3, self.head_dim)
-        q, k, v = (qkv[..., part, :] for part in range(3))
-        q, k = layers.rotate(q, angles), layers.rotate(k, angles)
-
-        def frames(q, k, v):
-            return self._attend(q, k, v, batch.patch_segment_ids, batch.max_frame_patches)
-
-        def windows(q, k, v):
-            return self._attend(q, k, v, batch.patch_window_ids, self.window_patches)
-
-        if isinstance(is_full, int):
-            mixed = (windows, frames)[is_full](q, k, v)
-        else:
-            # chosen by number: XLA's partitioner loses, on GPUs, how the results of a choice by a bool are split
-            mixed = jax.lax.switch(is_full, (windows, frames), q, k, v)
-        return self.out(mixed.reshape(x_BPD.shape))
-
-    def _attend(self, q, k, v, segments, max_length: int | None):
-        segments = jnp.asarray(segments)
-        return device_ops.current().attention(
-            q,
-            k,
-            v,
-            segments,
-            segments,
-            along="patches",
-            max_segment_length=max_length,
-            implementation=self.implementation,
-        )
-
-
 class VisionBlock(nnx.Module):
     """Pre-norm block: windowed or full attention, then SwiGLU."""
 
     def __init__(self, config: QwenViTConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
-        self.norm1 = layers.RMSNorm(config.hidden_size, 1e-6, precision=precision)
-        self.attention = VisionAttention(config, precision=precision, rngs=rngs)
-        self.norm2 = layers.RMSNorm(config.hidden_size, 1e-6, precision=precision)
-        self.mlp = layers.SwiGLU(
-            config.hidden_size, config.intermediate_size, bias=True, precision=precision, rngs=rngs
+        D, common = config.hidden_size, {"precision": precision, "rngs": rngs}
+        self.window_patches = config.window_patches
+        self.norm1 = layers.RMSNorm(D, 1e-6, precision=precision)
+        self.attention = Attention(
+            D, config.num_heads, qkv_bias=True, out_bias=True, fused_qkv=True, along="patches", **common
         )
+        self.norm2 = layers.RMSNorm(D, 1e-6, precision=precision)
+        self.mlp = layers.SwiGLU(D, config.intermediate_size, bias=True, **common)
+
+    def __call__(self, x_BPD, angles, is_full, batch: PackedBatch):
+        """``is_full``: 1 to attend within the image, 0 within the window; a numpy integer, or traced inside a scan."""
+        x_BPD = x_BPD + self._mix(self.norm1(x_BPD), angles, is_full, batch)
+        return x_BPD + self.mlp(self.norm2(x_BPD))
+
+    @jax.named_scope("attention")
+    def _mix(self, x_BPD, angles, is_full, batch: PackedBatch):
+        q, k, v = self.attention.project(x_BPD, angles=angles)
+
+        def within(segments, max_length: int | None):
+            segments = jnp.asarray(segments)
+            return lambda q, k, v: self.attention.attend(q, k, v, segments, segments, max_segment_length=max_length)
+
+        windows = within(batch.patch_window_ids, self.window_patches)
+        images = within(batch.patch_segment_ids, batch.max_image_patches)
+        if isinstance(is_full, np.integer):
+            mixed = (windows, images)[is_full](q, k, v)
+        else:
+            # chosen by number: XLA's partitioner loses, on GPUs, how the results of a choice by a bool are split
+            mixed = jax.lax.switch(is_full, (windows, images), q, k, v)
+        return self.attention.combine(mixed)
 
 
 @register(QwenViTConfig)
 class QwenViT(nnx.Module):
-    """Patches of images and frames of any size to one feature per patch.
+    """Patches of images and video frames of any size to one token for each patch.
 
-    The host delivers patches in window order (`jvlm.data.vision`), so that both kinds of attention see contiguous
+    The host delivers patches in window order (`PackedBatch.patches`), so that both kinds of attention see contiguous
     segments and nothing is permuted here.
     """
 
     def __init__(self, config: QwenViTConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
-        self.config = config
-        self.precision = precision
+        self.config, self.precision = config, precision
+        common = {"precision": precision, "rngs": rngs}
         self.patch_embed = layers.Linear(
-            config.patch_values, config.hidden_size, ("patch", "embed"), bias=False, precision=precision, rngs=rngs
+            config.patch_values, config.hidden_size, ("patch", "embed"), bias=False, **common
         )
-        self.blocks = layers.LayerStack(
-            lambda r: VisionBlock(config, precision=precision, rngs=r), config.depth, rngs=rngs
-        )
+        self.blocks = LayerStack(lambda r: VisionBlock(config, precision=precision, rngs=r), config.depth, rngs=rngs)
 
-    def __call__(self, batch: PackedBatch) -> Float[Array, "B P D"]:
-        """One feature per patch, in the order of the batch."""
+    def __call__(self, batch: PackedBatch) -> VisionTokens:
+        """Return a token for each patch, in the order of the batch."""
         config = self.config
         x_BPD = self.patch_embed(layers.normalise_pixels(batch.patches, config.image_mean, config.image_std))
         frequencies = layers.rotary_frequencies(config.head_dim // 2, 10000.0)
         axis_of = np.repeat([0, 1], len(frequencies))
         angles = layers.rotary_angles(batch.patch_positions, axis_of, np.tile(frequencies, 2))
-
-        def body(block, x, is_full):
-            x = x + block.attention(block.norm1(x), angles, is_full, batch)
-            return x + block.mlp(block.norm2(x)), None
-
-        full = [int(i in config.fullatt_block_indexes) for i in range(config.depth)]
-        if not layers.is_unstacked(nnx.state(self.blocks)):
-            full = jnp.asarray(full)
-        return self.blocks(body, x_BPD, full, remat=self.precision.remat)[0]
+        is_full = np.array([i in config.fullatt_block_indexes for i in range(config.depth)], np.int32)
+        x_BPD, _ = self.blocks(
+            lambda block, x, is_full: (block(x, angles, is_full, batch), None),
+            x_BPD,
+            is_full,
+            remat=self.precision.remat,
+        )
+        return VisionTokens(x_BPD, jnp.asarray(batch.patch_segment_ids))

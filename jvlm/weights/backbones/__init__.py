@@ -22,7 +22,7 @@ from jvlm.data import vocabulary as ids
 from jvlm.data.chat_formats import COMPOSED, style_of
 from jvlm.data.tokenizers import load_tokenizer
 from jvlm.errors import UserError
-from jvlm.models import registry, vlm
+from jvlm.models import contracts, registry, vlm
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.vit import ViTConfig
 from jvlm.models.layers import Precision
@@ -31,7 +31,7 @@ from jvlm.weights import checkpoint, safetensors_files, table, vocabulary
 from jvlm.weights.positions import resize_positions
 from jvlm.weights.table import Rule, WeightError
 
-TowerConfig = registry.EncoderConfig | registry.DecoderConfig
+TowerConfig = contracts.EncoderConfig | contracts.DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def fill(model: VLM, folders: Iterable[str | Path], sharding: checkpoint.Shardin
 def compose(
     *,
     encoder: str | Path,
-    connector: registry.ConnectorConfig,
+    connector: contracts.ConnectorConfig,
     decoder: str | Path,
     grid: int | None = None,
     precision: Precision = Precision(),

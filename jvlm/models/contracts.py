@@ -1,0 +1,251 @@
+"""What encoders, connectors and decoders take, return and declare, so that the assembly needs to know none of them.
+
+A part is a configuration (a frozen dataclass derived from `EncoderConfig`, `ConnectorConfig`, `DecoderConfig` or
+`MLPConfig`) and the module that it builds; `jvlm.models.registry.register` joins the two and refuses a part that lacks
+a member named here, with what that member is for.
+
+Axes: B sequences, S tokens, P patches, F vision tokens, D width of the decoder, V vocabulary, T positions of a cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jvlm.errors import UserError
+from jvlm.models import device_ops
+from jvlm.models.batch import DecoderOutput, DecodeStep, PackedBatch
+
+
+class VisionTokens(NamedTuple):
+    """What an encoder returns, one token for each patch, and what a connector makes of it for the decoder.
+
+    `PackedBatch.vision_index` counts the tokens of a connector.
+
+    Attributes:
+      tokens: the vectors.
+      image_ids: number of the image in its sequence, from 1, that each token belongs to; 0 where there is no image.
+        Tiles and video frames count as images.
+      deepstack: further vectors for the same tokens, which a decoder adds to its hidden states after its first layers
+        (DeepStack, arXiv 2406.04334; Qwen3-VL).
+    """
+
+    tokens: Float[Array, "B F D"]
+    image_ids: Int[Array, "B F"]
+    deepstack: tuple[Float[Array, "B F D"], ...] = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderInputs:
+    """What the layers of a decoder run over.
+
+    Attributes:
+      embeddings: hidden states before the first layer.
+      positions: rotary ids (t, h, w) of each token.
+      segment_ids: number of the conversation in its sequence, from 1; 0 is padding.
+      memory: what else the layers of this decoder read, vision tokens for cross-attention say; its own business.
+      max_segment_length: no conversation is longer (static); None where that is not known.
+    """
+
+    embeddings: Any
+    positions: Any
+    segment_ids: Any
+    memory: Any = None
+    max_segment_length: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @classmethod
+    def of(cls, embeddings: Float[Array, "B S D"], batch: PackedBatch, memory: Any = None) -> DecoderInputs:
+        """Return the inputs of a whole pass over a batch."""
+        positions, segment_ids = jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids)
+        return cls(embeddings, positions, segment_ids, memory, batch.max_segment_length)
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Module of an `EncoderConfig`, built with ``precision=`` and ``rngs=``."""
+
+    def __call__(self, batch: PackedBatch) -> VisionTokens:
+        """Return a token for each patch of the batch, in the order of the patches."""
+
+
+@runtime_checkable
+class Connector(Protocol):
+    """Module of a `ConnectorConfig`, built with ``d_in=``, ``d_out=``, ``precision=`` and ``rngs=``.
+
+    Also with ``placeholders_per_image=``: how many tokens of text stand for an image, None where that follows from its
+    patches. Bounds how many images a sequence can hold.
+    """
+
+    def __call__(self, vision: VisionTokens, batch: PackedBatch) -> VisionTokens:
+        """Return tokens of the decoder's width."""
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """Module of a `DecoderConfig`, built with ``precision=`` and ``rngs=``."""
+
+    def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Return the embeddings of token ids, in the compute dtype."""
+
+    def fuse(self, embeddings: Float[Array, "B S D"], vision: VisionTokens | None, batch: PackedBatch) -> DecoderInputs:
+        """Bring text and vision together: in the embeddings (`replace_placeholders`), in the memory, or both.
+
+        ``vision`` is None where the batch has no patches. Must not drop ``vision.deepstack`` silently.
+        """
+
+    def __call__(self, inputs: DecoderInputs, *, cache: Any = None, step: DecodeStep | None = None) -> DecoderOutput:
+        """Return hidden states and a cache.
+
+        Without ``step``, a whole pass: the cache returned is that of the prompt, for `init_cache`. With it, inputs are
+        one new token for each sequence: it is written into ``cache`` at ``step.cache_index`` and attends to what is
+        before it. A decoder that cannot generate takes neither.
+        """
+
+    def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
+        """Return float32 scores over the vocabulary."""
+
+    def output_kernel(self) -> tuple[Float[Array, "V D"] | Float[Array, "D V"], bool]:
+        """Return the matrix behind `logits` as it is stored, and whether the vocabulary is its first axis."""
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """A `Decoder` that generates with a cache."""
+
+    def init_cache(self, prompt_cache: Any, length: int) -> Any:
+        """Return the cache for decoding, of ``length`` positions, from that of a pass over prompts [B, S]."""
+
+
+_WIDTH = "width of the hidden states that it returns"
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Base of encoder configurations. A configuration declares:
+
+    hidden_size: width of the tokens that the encoder returns.
+    patch_values: numbers in one flattened patch of `PackedBatch.patches`.
+    """
+
+    required: ClassVar[Mapping[str, str]] = {"hidden_size": _WIDTH, "patch_values": "numbers in a flattened patch"}
+    module_required: ClassVar[Mapping[str, str]] = {"__call__": "(batch) -> VisionTokens, one for each patch"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectorConfig:
+    """Base of connector configurations. Nothing is required beyond what stands here."""
+
+    required: ClassVar[Mapping[str, str]] = {}
+    module_required: ClassVar[Mapping[str, str]] = {
+        "__call__": "(VisionTokens, batch) -> VisionTokens of the decoder's width"
+    }
+
+    @property
+    def tokens_per_image(self) -> int | None:
+        """Vision tokens of an image whatever its size; None where the number follows from the image's patches."""
+        return None
+
+    @property
+    def min_image_patches(self) -> int:
+        """Images with fewer patches are refused."""
+        return 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Base of decoder configurations. A configuration declares:
+
+    vocab_size: number of rows of the embedding.
+    hidden_size: width of the hidden states, and of the vision tokens that a connector makes for this decoder.
+    max_position_embeddings: positions that generation may use.
+    """
+
+    required: ClassVar[Mapping[str, str]] = {
+        "vocab_size": "number of rows of the embedding",
+        "hidden_size": _WIDTH,
+        "max_position_embeddings": "positions that generation may use",
+    }
+    module_required: ClassVar[Mapping[str, str]] = {
+        "embed": "(tokens) -> embeddings",
+        "fuse": "(embeddings, VisionTokens | None, batch) -> DecoderInputs",
+        "__call__": "(DecoderInputs, *, cache, step) -> DecoderOutput",
+        "logits": "(hidden states) -> float32 scores over the vocabulary",
+        "output_kernel": "() -> (matrix behind logits, whether the vocabulary is its first axis)",
+    }
+
+    @property
+    def uses_mrope(self) -> bool:
+        """Whether positions differ between the axes (t, h, w); otherwise the three ids of a token are equal."""
+        return False
+
+    def placeholders(self, vision_tokens: int) -> int:
+        """Return how many tokens of text stand for an image that has so many vision tokens."""
+        return vision_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    """Base of configurations of what decoder layers may have in place of the dense SwiGLU, experts say.
+
+    The module is built with ``width=``, ``precision=`` and ``rngs=``.
+
+    Attributes:
+      every: every n-th layer has it, the n-th being the first.
+    """
+
+    required: ClassVar[Mapping[str, str]] = {}
+    module_required: ClassVar[Mapping[str, str]] = {
+        "__call__": "(x [B, S, D], segment_ids [B, S]) -> (y [B, S, D], reports by name)"
+    }
+
+    every: int = 1
+
+
+KINDS = (EncoderConfig, ConnectorConfig, DecoderConfig, MLPConfig)
+
+
+def problems(config_type: type, module_type: type) -> list[str]:
+    """Return a line for each member that a part lacks, with what it is for."""
+    kind = next((kind for kind in KINDS if issubclass(config_type, kind)), None)
+    if kind is None:
+        return [f"{config_type.__name__} derives from none of {', '.join(kind.__name__ for kind in KINDS)}"]
+    fields = {field.name for field in dataclasses.fields(config_type)}
+    lines = [
+        f"{config_type.__name__}.{name}: {purpose}"
+        for name, purpose in kind.required.items()
+        if name not in fields and not hasattr(config_type, name)
+    ]
+    return lines + [
+        f"{module_type.__name__}.{name}: {purpose}"
+        for name, purpose in kind.module_required.items()
+        if not any(name in vars(base) for base in module_type.__mro__)
+    ]
+
+
+def check_generates(decoder: Decoder) -> None:
+    """Raise UserError where a decoder has no cache to generate with."""
+    if not callable(getattr(decoder, "init_cache", None)):
+        raise UserError(f"{type(decoder).__name__} cannot generate: it lacks init_cache(prompt_cache, length)")
+
+
+def replace_placeholders(
+    embeddings: Float[Array, "B S D"], vision: VisionTokens | None, batch: PackedBatch
+) -> Float[Array, "B S D"]:
+    """Return the embeddings with those of media tokens replaced by the vision tokens that feed them."""
+    if vision is None:
+        return embeddings
+    index = jnp.asarray(batch.vision_index)
+    fed = device_ops.current().gather_vision_tokens(vision.tokens, index)
+    return jnp.where((index >= 0)[..., None], fed.astype(embeddings.dtype), embeddings)
+
+
+def image_ids_of(patch_segment_ids: Int[Array, "B P"], tokens_per_image: int, max_images: int) -> Int[Array, "B F"]:
+    """Return the image of each vision token where every image has as many; 0 for images that a sequence lacks."""
+    ids = jnp.repeat(jnp.arange(1, max_images + 1, dtype=patch_segment_ids.dtype), tokens_per_image)
+    return jnp.where(ids <= patch_segment_ids.max(axis=1, keepdims=True), ids, 0)
