@@ -26,7 +26,7 @@ def assumed_lengths(
 ) -> SegmentLengths:
     """Return the lengths that are given; in place of others, the longest conversation or largest image there may be."""
     data = experiment.data
-    largest = abstract_batches(experiment).max_frame_patches or data.row_patches
+    largest = abstract_batches(experiment).max_image_patches or data.row_patches
     return SegmentLengths(conversation or data.max_length or data.row_tokens, image or largest)
 
 
