@@ -252,7 +252,7 @@ def verify(experiment: Experiment, result: Result, answers: Sequence[Answer]) ->
     layout = _layout(result)
     place = layout.parameter if layout else None
     model, processor = load(folder, precision=result.model.config.precision, sharding=place)
-    if experiment.evaluation.ask == "alone":
+    if experiment.evaluation.ask == "independent":
         prompts = [a.question.conversation for a in again]
         settings = {"max_new_tokens": experiment.evaluation.max_new_tokens, "layout": layout}
         texts = generate(model, processor, prompts, batch_size=experiment.evaluation.batch_size, **settings)
@@ -261,7 +261,7 @@ def verify(experiment: Experiment, result: Result, answers: Sequence[Answer]) ->
         readable = usable.rows_of(experiment.evaluation.data, max_rows=experiment.evaluation.max_rows, rejected=[])
         rows = [row for row in readable if row.origin in compared]
         again = [a for a in answers if a.question.origin in compared]
-        texts = [a.response for a in score.ask(model, processor, rows, ask="chain", layout=layout)]
+        texts = [a.response for a in score.ask(model, processor, rows, ask="multi_turn", layout=layout)]
     different = [(a, t) for a, t in zip(again, texts, strict=True) if a.response != t]
     if different:
         answer, text = different[0]

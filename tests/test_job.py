@@ -90,7 +90,7 @@ def test_a_wrong_field_is_refused_naming_the_nearest(wrong):
     [
         (["train", "nowhere.py"], "no config at nowhere.py"),
         (["train", "mimo_vl/easy_vqa", "--data.train", "gone.jsonl", "--output_root", "{tmp}"], "'gone.jsonl'"),
-        (["train", "mimo_vl/easy_vqa", "--data.rows", "0"], "data.rows must be at least 1"),
+        (["train", "mimo_vl/easy_vqa", "--data.batch_size", "0"], "data.batch_size must be at least 1"),
         (["generate", "--model", "gone", "--prompt", "hi"], "gone is not a folder"),
         (["generate", "--model", "gone"], "give either --prompt"),
         (["data", "check", "gone.jsonl"], "no data file matches 'gone.jsonl'"),

@@ -58,7 +58,7 @@ class Sequences:
     frames: np.ndarray
     windows: np.ndarray
     max_segment_length: int | None
-    max_frame_patches: int | None
+    max_image_patches: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,7 @@ def measure(sequences: Sequences, platform: str = "tpu") -> Iterator[Work]:
         sequences,
         "ViT, images",
         sequences.frames,
-        spec(False, vision[2], sequences.max_frame_patches),
+        spec(False, vision[2], sequences.max_image_patches),
         platform,
         vision,
     )
@@ -204,7 +204,7 @@ def demo_sequences(batches: int | None = None) -> Sequences:
         "windows": np.concatenate([b.patch_window_ids for b in chosen]),
     }
     limits = chosen[0].max_segment_length, chosen[0].max_image_patches
-    return Sequences("demo", experiment.model, **ids, max_segment_length=limits[0], max_frame_patches=limits[1])
+    return Sequences("demo", experiment.model, **ids, max_segment_length=limits[0], max_image_patches=limits[1])
 
 
 def ask(question: str, answer: str) -> list[dict[str, str]]:
@@ -276,28 +276,26 @@ def real_examples(data: Path, limit: int) -> tuple[Processor, dict[str, list[Exa
     return processor, {**found, "all of these": [e for examples in found.values() for e in examples]}
 
 
-def pack(name: str, examples: list[Example], row_tokens: int, processor: Processor) -> Sequences:
+def pack(name: str, examples: list[Example], seq_len: int, processor: Processor) -> Sequences:
     """Shuffle, truncate to whole turns, and pack best-fit a window at a time, as the pipeline does.
 
     A sequence has as many patches as the fullest one needs, rounded up to a multiple of 512.
     """
     group = processor.vision.patch_group
     order = np.random.default_rng(0).permutation(len(examples))
-    fitting = [
-        packing.truncate(examples[i], row_tokens) if examples[i].length > row_tokens else examples[i] for i in order
-    ]
+    fitting = [packing.truncate(examples[i], seq_len) if examples[i].length > seq_len else examples[i] for i in order]
     kept = [e for e in fitting if e is not None]
-    cut, lost = sum(e.length > row_tokens for e in examples), len(examples) - len(kept)
+    cut, lost = sum(e.length > seq_len for e in examples), len(examples) - len(kept)
     if cut:
-        print(f"{name}, {row_tokens}: of {len(examples)} conversations {cut - lost} are cut and {lost} left out")
+        print(f"{name}, {seq_len}: of {len(examples)} conversations {cut - lost} are cut and {lost} left out")
     rows: list[list[Example]] = []
-    window = int(WINDOW * row_tokens)
+    window = int(WINDOW * seq_len)
     for start in range(0, len(kept), window):
         part = kept[start : start + window]
-        rows += [[part[i] for i in row] for row in packing.best_fit_decreasing(part, row_tokens, group * row_tokens)]
-    row_patches = -(-max(sum(e.num_patches for e in row) for row in rows) // 512) * 512
-    batch = packing.assemble(rows, row_tokens, row_patches, patch_values=0)
-    config = pipeline.DataConfig(row_tokens=row_tokens, row_patches=row_patches)
+        rows += [[part[i] for i in row] for row in packing.best_fit_decreasing(part, seq_len, group * seq_len)]
+    max_patches = -(-max(sum(e.num_patches for e in row) for row in rows) // 512) * 512
+    batch = packing.assemble(rows, seq_len, max_patches, patch_values=0)
+    config = pipeline.DataConfig(seq_len=seq_len, max_patches=max_patches)
     return Sequences(
         name,
         processor.model,
@@ -305,7 +303,7 @@ def pack(name: str, examples: list[Example], row_tokens: int, processor: Process
         frames=batch.patch_segment_ids,
         windows=batch.patch_window_ids,
         max_segment_length=None,
-        max_frame_patches=pipeline.frame_patches(processor.vision, processor.media, config),
+        max_image_patches=pipeline.frame_patches(processor.vision, processor.media, config),
     )
 
 

@@ -34,7 +34,7 @@ def get_config() -> Experiment:
         decoder_from=DECODER,
         tokenizer=DECODER,
         processor=ProcessorConfig(media=TiledMedia(splitting="none", indicator="none")),
-        data=DataConfig(rows=2, row_tokens=512, row_patches=4 * (GRID**2 + 1)),
+        data=DataConfig(batch_size=2, seq_len=512, max_patches=4 * (GRID**2 + 1)),
         optimizer=OptimizerConfig(learning_rate=1e-3, encoder_lr=0.0, decoder_lr=0.0, warmup_ratio=0.1),
         export=ExportConfig(enabled=False),
         steps=100,

@@ -28,7 +28,7 @@ def get_config() -> Experiment:
         topologies=("h200:1", "h100:2", "v5p:2x2x1"),
         model=dataclasses.replace(PRESETS["qwen2_5_vl_3b"], precision=Precision(remat="full")),
         init_from="Qwen2.5-VL-3B-Instruct",
-        data=DataConfig(rows=4, row_tokens=4096, row_patches=8192, on_too_long="shrink"),
+        data=DataConfig(batch_size=4, seq_len=4096, max_patches=8192, on_too_long="shrink"),
         optimizer=OptimizerConfig(learning_rate=1e-5, encoder_lr=0.0, weight_decay=0.0),
         parallel=ParallelConfig(data=1, fsdp=-1),
         checkpoint=CheckpointConfig(save_interval_steps=200),

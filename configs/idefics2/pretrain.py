@@ -32,7 +32,7 @@ def get_config() -> Experiment:
         model=model,
         tokenizer="tokenizers/idefics2",
         processor=ProcessorConfig(media=EdgeLimits(longest_edge=384, shortest_edge=378, split=False)),
-        data=DataConfig(rows=16, row_tokens=2048, row_patches=31 * GRID**2, max_frame_patches=GRID**2),
+        data=DataConfig(batch_size=16, seq_len=2048, max_patches=31 * GRID**2, max_image_patches=GRID**2),
         optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=0.1, beta2=0.999),
         steps=80_000,
         gradient_accumulation_steps=16,

@@ -22,7 +22,12 @@ def get_config() -> Experiment:
         init_from="idefics2-8b",
         processor=ProcessorConfig(media=EdgeLimits()),
         data=DataConfig(
-            rows=8, row_tokens=2048, row_patches=24_576, max_length=1024, max_frame_patches=4900, on_too_long="truncate"
+            batch_size=8,
+            seq_len=2048,
+            max_patches=24_576,
+            max_length=1024,
+            max_image_patches=4900,
+            on_too_long="truncate",
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4, encoder_lr=0.0, decoder_lr=0.0, beta2=0.999),
         epochs=1.0,

@@ -57,14 +57,14 @@ def get_config() -> Experiment:
     # Circles, rectangles and triangles are the hardest to tell apart, and to compare with the word of a question.
     # Learnt first and alone, they take about a minute; among other questions, where little of the gradient is theirs
     # and most answers follow from earlier ones, they are not learnt in all of the time.
-    shapes = DataConfig(train=(str(DATA / "shapes.arrayrecord"),), rows=8, row_tokens=128, row_patches=192)
+    shapes = DataConfig(train=(str(DATA / "shapes.arrayrecord"),), batch_size=8, seq_len=128, max_patches=192)
     return Experiment(
         name="easy_vqa",
         stages=(Stage("shapes", shapes, optimizer, steps=700),),
         model=model,
         tokenizer=str(DATA / "tokenizer"),
         processor=ProcessorConfig(media=PixelLimits(PIXELS, PIXELS, PIXELS, PIXELS)),
-        data=DataConfig(train=(str(DATA / "train.arrayrecord"),), rows=6, row_tokens=512, row_patches=192),
+        data=DataConfig(train=(str(DATA / "train.arrayrecord"),), batch_size=6, seq_len=512, max_patches=192),
         optimizer=optimizer,
         checkpoint=CheckpointConfig(save_interval_steps=250),
         evaluation=EvaluationConfig(

@@ -15,7 +15,7 @@ from jvlm.models.presets import PRESETS
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
 
-ROWS, ROW_TOKENS, BUDGET = 256, 8192, 300e9
+ROWS, SEQ_LEN, BUDGET = 256, 8192, 300e9
 
 
 def get_config() -> Experiment:
@@ -26,10 +26,10 @@ def get_config() -> Experiment:
         model=dataclasses.replace(PRESETS["mimo_vl_7b"], precision=Precision(remat="attention")),
         init_from="mimo_vl_7b_start",
         data=DataConfig(
-            rows=ROWS, row_tokens=ROW_TOKENS, row_patches=3 * ROW_TOKENS, max_frame_patches=16384, on_too_long="shrink"
+            batch_size=ROWS, seq_len=SEQ_LEN, max_patches=3 * SEQ_LEN, max_image_patches=16384, on_too_long="shrink"
         ),
         optimizer=OptimizerConfig(encoder_lr=0.0, connector_lr=1e-3, decoder_lr=0.0),
         parallel=ParallelConfig(data=1, fsdp=-1),
         export=ExportConfig(enabled=False),
-        steps=round(BUDGET / (ROWS * ROW_TOKENS)),
+        steps=round(BUDGET / (ROWS * SEQ_LEN)),
     )

@@ -14,7 +14,7 @@ from jvlm.models.presets import PRESETS
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
 
-ROWS, ROW_TOKENS, BUDGET = 64, 32768, 550e9
+ROWS, SEQ_LEN, BUDGET = 64, 32768, 550e9
 
 
 def get_config() -> Experiment:
@@ -25,10 +25,10 @@ def get_config() -> Experiment:
         model=dataclasses.replace(PRESETS["mimo_vl_7b"], precision=Precision(remat="attention")),
         init_from="mimo_vl_stage3",
         data=DataConfig(
-            rows=ROWS, row_tokens=ROW_TOKENS, row_patches=2 * ROW_TOKENS, max_frame_patches=16384, on_too_long="shrink"
+            batch_size=ROWS, seq_len=SEQ_LEN, max_patches=2 * SEQ_LEN, max_image_patches=16384, on_too_long="shrink"
         ),
         optimizer=OptimizerConfig(learning_rate=2.5e-5),
         parallel=ParallelConfig(data=1, fsdp=-1, context=4),
         export=ExportConfig(enabled=False),
-        steps=round(BUDGET / (ROWS * ROW_TOKENS)),
+        steps=round(BUDGET / (ROWS * SEQ_LEN)),
     )

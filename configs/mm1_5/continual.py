@@ -20,7 +20,7 @@ def get_config() -> Experiment:
         init_from="runs/mm1_5_pretrain",
         adapt=AdaptConfig(grid=GRID_672),
         processor=ProcessorConfig(media=TiledMedia(splitting="static"), box_format="mm1_5"),
-        data=DataConfig(rows=32, row_tokens=4096, row_patches=20 * (GRID_672**2 + 1), on_bad_row="skip"),
+        data=DataConfig(batch_size=32, seq_len=4096, max_patches=20 * (GRID_672**2 + 1), on_bad_row="skip"),
         optimizer=OptimizerConfig(learning_rate=1e-5),
         export=ExportConfig(enabled=False),
         steps=30_000,

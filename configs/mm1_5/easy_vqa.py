@@ -41,7 +41,7 @@ def get_config() -> Experiment:
         stages=(),
         model=model,
         processor=ProcessorConfig(media=TiledMedia(max_tiles=4, num_frames=4), box_format="mm1_5"),
-        data=dataclasses.replace(base.data, rows=4, row_patches=10 * (grid**2 + 1)),
+        data=dataclasses.replace(base.data, batch_size=4, max_patches=10 * (grid**2 + 1)),
         optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.05, beta2=0.99),
         checkpoint=CheckpointConfig(save_interval_steps=200),
         evaluation=dataclasses.replace(

@@ -25,7 +25,7 @@ def get_config() -> Experiment:
         model=dataclasses.replace(model, precision=Precision(remat="attention")),
         tokenizer="tokenizer",
         processor=ProcessorConfig(media=TiledMedia(splitting="none"), box_format="mm1_5"),
-        data=DataConfig(rows=64, row_tokens=4096, row_patches=16 * (GRID_378**2 + 1), on_bad_row="skip"),
+        data=DataConfig(batch_size=64, seq_len=4096, max_patches=16 * (GRID_378**2 + 1), on_bad_row="skip"),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_ratio=0.01, min_lr_ratio=0.1),
         export=ExportConfig(enabled=False),
         steps=200_000,

@@ -21,7 +21,7 @@ def get_config() -> Experiment:
         name="mm1_5_sft",
         init_from="runs/mm1_5_continual",
         processor=ProcessorConfig(media=TiledMedia(), box_format="mm1_5"),
-        data=DataConfig(rows=32, row_tokens=4096, row_patches=24 * (GRID_672**2 + 1), on_bad_row="skip"),
+        data=DataConfig(batch_size=32, seq_len=4096, max_patches=24 * (GRID_672**2 + 1), on_bad_row="skip"),
         optimizer=OptimizerConfig(learning_rate=2e-5),
         export=ExportConfig(enabled=False),
         steps=23_000,

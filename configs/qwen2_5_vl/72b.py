@@ -20,5 +20,5 @@ def get_config() -> Experiment:
         topologies=("v5p:8x8x8", "h200:32x8"),
         init_from="Qwen2.5-VL-72B-Instruct",
         model=dataclasses.replace(PRESETS["qwen2_5_vl_72b"], precision=Precision(remat="attention")),
-        data=dataclasses.replace(base.data, rows=128),
+        data=dataclasses.replace(base.data, batch_size=128),
     )

@@ -68,7 +68,7 @@ class PlanCommand:
 
         jvlm plan mimo_vl/stage4 --price 4.2 --picture plan.png --topology v5p:4x4x4 v6e:16x16
         jvlm plan mimo_vl/stage4 --topology h200:8x8 --network 25
-        jvlm plan mimo_vl/stage4 --topology v5p:4x4x4 --suggest 20 --data.rows 64
+        jvlm plan mimo_vl/stage4 --topology v5p:4x4x4 --suggest 20 --data.batch_size 64
         jvlm plan mimo_vl/stage4 --what decode --topology v5e:2x4 --batch_size 64 --cache_len 8192
         jvlm plan mimo_vl/stage4 --what prefill --topology v5e:2x4 --batch_size 1 --prompt 32768 --patches 65536
 
@@ -169,20 +169,20 @@ def _sizes(options: PlanOptions, experiment: Experiment) -> Sizes:
     from jvlm.planning import generation
 
     data = experiment.data
-    prompt = data.row_tokens if options.prompt is None else options.prompt
+    prompt = data.seq_len if options.prompt is None else options.prompt
     if options.what == "decode" and options.prompt is None:
         prompt = 1  # a step of decoding sees the cache alone
-    patches = data.row_patches if options.patches is None else options.patches
-    cache_len = options.cache_len or options.prompt or data.row_tokens
+    patches = data.max_patches if options.patches is None else options.patches
+    cache_len = options.cache_len or options.prompt or data.seq_len
     return generation.rounded(experiment.model, options.batch_size, prompt, patches, cache_len)
 
 
 def _training_header(experiment: Experiment, lengths: SegmentLengths) -> str:
     data = experiment.data
+    sequences = f"{experiment.gradient_accumulation_steps} x {data.batch_size} sequences"
     return (
-        f"# {experiment.name}: {experiment.gradient_accumulation_steps} x {data.rows} sequences of {data.row_tokens} "
-        f"tokens and {data.row_patches} patches\n\nAssumed: full sequences, conversations of {lengths.conversation} "
-        f"tokens, images of {lengths.image} patches.\n"
+        f"# {experiment.name}: {sequences} of {data.seq_len} tokens and {data.max_patches} patches\n\n"
+        f"Assumed: full sequences, conversations of {lengths.conversation} tokens, images of {lengths.image} patches.\n"
     )
 
 

@@ -45,7 +45,7 @@ def check(
 
     Args:
       processor: also encodes; without one, rows are checked and pictures decoded only.
-      config: of the training. Its ``alone`` is not drawn: whole conversations are checked.
+      config: of the training. Its ``single_turn_ratio`` is not drawn: whole conversations are checked.
       seed: of the training, which draws the sample that unknown sizes are chosen from.
       on_rejected: is given each rejected row, in place of the report.
 
@@ -53,7 +53,7 @@ def check(
       FileNotFoundError, UserError: files that are not there, damaged, or of which too little can be used.
     """
     source = RowSource(files)
-    config = dataclasses.replace(config, train=tuple(files), alone=0.0)
+    config = dataclasses.replace(config, train=tuple(files), single_turn_ratio=0.0)
     look, tally, rejected = _Look(processor, config, seed), _Tally(), []
     with (
         ThreadPoolExecutor(config.read_threads) as pool,
@@ -188,17 +188,17 @@ def _suggestion(tally: _Tally, look: _Look) -> str:
     chosen = np.unique([*spread, *measured.argmax(0)])
     sizes = tuple(survey.Size(*map(int, row)) for row in measured[chosen])
     config = look.config
-    best = dataclasses.replace(config, row_tokens="auto", row_patches="auto", max_length=None)
+    best = dataclasses.replace(config, seq_len="auto", max_patches="auto", max_length=None)
     best = survey.choose_rows(sizes, best, look.processor)
     return (
-        f"data.row_tokens {best.row_tokens} and data.row_patches {best.row_patches} hold all of these rows, with "
-        f"padding of about {_padding(sizes, best)}; {config.row_tokens} and {config.row_patches}, which were checked, "
+        f"data.seq_len {best.seq_len} and data.max_patches {best.max_patches} hold all of these rows, with "
+        f"padding of about {_padding(sizes, best)}; {config.seq_len} and {config.max_patches}, which were checked, "
         f"give {_padding(sizes, config)}"
     )
 
 
 def _padding(sizes: Sequence[survey.Size], config: DataConfig) -> str:
-    fitting = tuple(s for s in sizes if s.length <= config.longest and s.num_patches <= config.row_patches)
+    fitting = tuple(s for s in sizes if s.length <= config.longest and s.num_patches <= config.max_patches)
     if not fitting:
         return "no packed row at all"
     text, patches = survey.Survey(config, len(sizes), len(sizes), fitting, ()).padding()
@@ -212,9 +212,9 @@ def _resolved(processor: Processor, config: DataConfig, seed: int) -> DataConfig
     try:
         found = survey.take(processor, looking, seed=seed, count=_LOOKED_AT).config
     except UserError:  # every row of the sample is rejected, which the check itself says better
-        sizes = {name: getattr(config, name) for name in ("row_tokens", "row_patches")}
+        sizes = {name: getattr(config, name) for name in ("seq_len", "max_patches")}
         return dataclasses.replace(config, **{n: getattr(DataConfig(), n) for n, v in sizes.items() if v == "auto"})
-    names = ("row_tokens", "row_patches", "max_frame_patches")
+    names = ("seq_len", "max_patches", "max_image_patches")
     return dataclasses.replace(config, **{name: getattr(found, name) for name in names})
 
 

@@ -88,17 +88,17 @@ def patch_step(group: int, least: int) -> int:
 
 def check_fits(
     example: Example,
-    row_tokens: int,
-    row_patches: int,
+    seq_len: int,
+    max_patches: int,
     max_length: int | None = None,
-    max_frame_patches: int | None = None,
+    max_image_patches: int | None = None,
 ) -> None:
     """Raise RowError if the conversation cannot be packed into such a row, or breaks a promise made to attention.
 
-    Attention is compiled for conversations of ``max_length`` tokens and frames of ``max_frame_patches`` at most; what
+    Attention is compiled for conversations of ``max_length`` tokens and frames of ``max_image_patches`` at most; what
     is longer would be cut without a word.
     """
-    limit = min(row_tokens, max_length or row_tokens)
+    limit = min(seq_len, max_length or seq_len)
     if example.length > limit:
         pictures = int((example.vision_index >= 0).sum())
         share = f" ({pictures} of them stand for pictures)" if pictures else ""
@@ -106,22 +106,22 @@ def check_fits(
             example.origin,
             "messages",
             f"{example.length} tokens do not fit {limit}{share}",
-            "Raise data.row_tokens (and data.max_length), lower max_pixels, or set data.on_too_long to shrink "
+            "Raise data.seq_len (and data.max_length), lower max_pixels, or set data.on_too_long to shrink "
             "(pictures are resized) or truncate (turns are left out)",
         )
-    if example.num_patches > row_patches:
+    if example.num_patches > max_patches:
         raise RowError(
             example.origin,
             "images",
-            f"{example.num_patches} patches do not fit {row_patches}",
-            "Raise data.row_patches, lower max_pixels, or set data.on_too_long to shrink",
+            f"{example.num_patches} patches do not fit {max_patches}",
+            "Raise data.max_patches, lower max_pixels, or set data.on_too_long to shrink",
         )
-    if max_frame_patches is not None and example.longest_frame > max_frame_patches:
+    if max_image_patches is not None and example.longest_frame > max_image_patches:
         raise RowError(
             example.origin,
             "images",
-            f"a picture of {example.longest_frame} patches, where none may have more than {max_frame_patches}",
-            "Raise data.max_frame_patches, lower max_pixels, or set data.on_too_long to shrink",
+            f"a picture of {example.longest_frame} patches, where none may have more than {max_image_patches}",
+            "Raise data.max_image_patches, lower max_pixels, or set data.on_too_long to shrink",
         )
 
 
@@ -168,7 +168,7 @@ def _end_of(example: Example, turn: int) -> int | None:
     return int(inside[-1]) + 1 if inside.size else None
 
 
-def first_fit(examples: Sequence[Example], row_tokens: int, row_patches: int) -> list[list[int]]:
+def first_fit(examples: Sequence[Example], seq_len: int, max_patches: int) -> list[list[int]]:
     """Indices of the examples of each row, in order; each goes to the first row with room for both."""
     rows: list[list[int]] = []
     room: list[list[int]] = []
@@ -181,15 +181,15 @@ def first_fit(examples: Sequence[Example], row_tokens: int, row_patches: int) ->
                 break
         else:
             rows.append([index])
-            room.append([row_tokens - example.length, row_patches - example.num_patches])
+            room.append([seq_len - example.length, max_patches - example.num_patches])
     return rows
 
 
-def best_fit_decreasing(examples: Sequence[Example], row_tokens: int, row_patches: int) -> list[list[int]]:
+def best_fit_decreasing(examples: Sequence[Example], seq_len: int, max_patches: int) -> list[list[int]]:
     """As `first_fit`, longest first, each into the fullest row that still has room."""
 
     def load(example: Example) -> float:
-        return max(example.length / row_tokens, example.num_patches / max(row_patches, 1))
+        return max(example.length / seq_len, example.num_patches / max(max_patches, 1))
 
     order = sorted(range(len(examples)), key=lambda i: (-load(examples[i]), i))
     rows: list[list[int]] = []
@@ -206,41 +206,41 @@ def best_fit_decreasing(examples: Sequence[Example], row_tokens: int, row_patche
             room[r][1] -= example.num_patches
         else:
             rows.append([index])
-            room.append([row_tokens - example.length, row_patches - example.num_patches])
+            room.append([seq_len - example.length, max_patches - example.num_patches])
     return rows
 
 
 def assemble(
     rows: Sequence[Sequence[Example]],
-    row_tokens: int,
-    row_patches: int,
+    seq_len: int,
+    max_patches: int,
     *,
     patch_values: int | None = None,
     max_segment_length: int | None = None,
-    max_frame_patches: int | None = None,
+    max_image_patches: int | None = None,
 ) -> PackedBatch:
     """Lay out rows of examples as one batch. Rows may be empty; ``patch_values`` is needed if all are.
 
     Raises:
-      RowError: an example that is longer than ``max_segment_length``, or one of its frames than ``max_frame_patches``.
+      RowError: an example that is longer than ``max_segment_length``, or one of its frames than ``max_image_patches``.
     """
     B = len(rows)
     for example in (e for row in rows for e in row):
-        check_fits(example, row_tokens, row_patches, max_segment_length, max_frame_patches)
+        check_fits(example, seq_len, max_patches, max_segment_length, max_image_patches)
     if patch_values is None:
         patch_values = next(e.patches.shape[1] for row in rows for e in row)
     batch = PackedBatch(
-        tokens=np.zeros((B, row_tokens), np.int32),
-        segment_ids=np.zeros((B, row_tokens), np.int32),
-        positions=np.zeros((B, row_tokens, 3), np.int32),
-        loss_weights=np.zeros((B, row_tokens), np.float32),
-        patches=np.zeros((B, row_patches, patch_values), np.uint8),
-        patch_segment_ids=np.zeros((B, row_patches), np.int32),
-        patch_window_ids=np.zeros((B, row_patches), np.int32),
-        patch_positions=np.zeros((B, row_patches, 2), np.int32),
-        vision_index=np.full((B, row_tokens), -1, np.int32),
+        tokens=np.zeros((B, seq_len), np.int32),
+        segment_ids=np.zeros((B, seq_len), np.int32),
+        positions=np.zeros((B, seq_len, 3), np.int32),
+        loss_weights=np.zeros((B, seq_len), np.float32),
+        patches=np.zeros((B, max_patches, patch_values), np.uint8),
+        patch_segment_ids=np.zeros((B, max_patches), np.int32),
+        patch_window_ids=np.zeros((B, max_patches), np.int32),
+        patch_positions=np.zeros((B, max_patches, 2), np.int32),
+        vision_index=np.full((B, seq_len), -1, np.int32),
         max_segment_length=max_segment_length,
-        max_image_patches=max_frame_patches,
+        max_image_patches=max_image_patches,
     )
     for b, row in enumerate(rows):
         s = p = features = frames = windows = 0

@@ -37,22 +37,23 @@ class DataConfig:
     Attributes:
       train: files or globs of JSONL and ArrayRecord rows.
       media_root: folder for relative media paths, after the data file's own.
-      rows: rows of a batch (of one accumulation step), all processes together.
-      row_tokens, row_patches: places of a row; row_patches 0 is a text-only run. "auto" chooses them from a sample of
-        the data, so that little of them is padding (`jvlm.data.survey`); the choice is printed, and saved with the run.
-      max_length: longest conversation in tokens; None allows a whole row. A small value makes attention cheaper.
-      max_frame_patches: most patches an image or frame may have; None takes what the media configuration allows, or the
+      batch_size: sequences of a batch (of one accumulation step), all processes together.
+      seq_len: tokens of a packed sequence, padding included. "auto" chooses it, and ``max_patches``, from a sample of
+        the data, so that little of it is padding (`jvlm.data.survey`); the choice is printed, and saved with the run.
+      max_patches: image patches of a packed sequence; 0 is a text-only run, "auto" as for ``seq_len``.
+      max_length: longest conversation in tokens; None allows a whole sequence. A small value makes attention cheaper.
+      max_image_patches: most patches an image or frame may have; None takes what the media configuration allows, or the
         largest of a sample of the data if that is more.
-      on_too_long: what becomes of a conversation that does not fit a row, or of a picture above ``max_frame_patches``:
-        stop; leave the conversation out; drop whole turns from its end; or shrink its pictures until it fits. One that
-        still does not fit is left out. What is left out is counted in the log and listed.
+      on_too_long: what becomes of a conversation that does not fit a sequence, or of a picture above
+        ``max_image_patches``: stop; leave the conversation out; drop whole turns from its end; or shrink its pictures
+        until it fits. One that still does not fit is left out. What is left out is counted in the log and listed.
       max_too_long_fraction: stop when more than this share of the rows read was left out because it did not fit.
       on_bad_row: stop, or leave the row out; either way rows left out are counted and listed.
       max_bad_fraction: with "skip", stop when more than this share of the rows read was bad.
       shuffle: new order each epoch, from the seed.
-      alone: share of the conversations, drawn anew each epoch, of which a single turn is learnt, without its history
-        (jvlm.data.turns). Where answers give one another away, this is what teaches a model to look. The turn is
-        drawn in proportion to its loss weight.
+      single_turn_ratio: share of the conversations, drawn anew each epoch, of which one turn is trained on, without its
+        history (jvlm.data.turns). Where answers give one another away, this is what teaches a model to look. The
+        turn is drawn in proportion to its loss weight.
       pack_window: conversations considered together for packing.
       read_threads: threads that decode and encode.
       worker_processes: processes instead of threads; 0 is none. For data too heavy for one process.
@@ -61,32 +62,32 @@ class DataConfig:
 
     train: tuple[str, ...] = ()
     media_root: str | None = None
-    rows: int = 1
-    row_tokens: int | Literal["auto"] = 4096
-    row_patches: int | Literal["auto"] = 8192
+    batch_size: int = 1
+    seq_len: int | Literal["auto"] = 4096
+    max_patches: int | Literal["auto"] = 8192
     max_length: int | None = None
-    max_frame_patches: int | None = None
+    max_image_patches: int | None = None
     on_too_long: Literal["error", "drop", "truncate", "shrink"] = "drop"
     max_too_long_fraction: float = 0.25
     on_bad_row: Literal["error", "skip"] = "error"
     max_bad_fraction: float = 0.001
     shuffle: bool = True
-    alone: float = 0.0
+    single_turn_ratio: float = 0.0
     pack_window: int = 128
     read_threads: int = 4
     worker_processes: int = 0
     prefetch: int = 4
 
     def __post_init__(self):
-        counts = "rows row_tokens max_length max_frame_patches pack_window read_threads prefetch".split()
-        shares = "max_too_long_fraction max_bad_fraction alone".split()
+        counts = "batch_size seq_len max_length max_image_patches pack_window read_threads prefetch".split()
+        shares = "max_too_long_fraction max_bad_fraction single_turn_ratio".split()
         bounds = {**dict.fromkeys(counts, "[1, inf)"), **dict.fromkeys(shares, "[0, 1]")}
-        check_fields(self, "data.", {**bounds, "row_patches": "[0, inf)", "worker_processes": "[0, inf)"})
+        check_fields(self, "data.", {**bounds, "max_patches": "[0, inf)", "worker_processes": "[0, inf)"})
 
     @property
     def longest(self) -> int:
         """Most tokens of a conversation."""
-        return min(self.row_tokens, self.max_length or self.row_tokens)
+        return min(self.seq_len, self.max_length or self.seq_len)
 
 
 class Encode(grain.transforms.RandomMap):
@@ -110,7 +111,7 @@ class Encode(grain.transforms.RandomMap):
         if isinstance(row, RowError):
             raise row
         conversation = parse_row(row, origin)
-        if rng.random() < self.config.alone:
+        if rng.random() < self.config.single_turn_ratio:
             conversation = _one_turn(conversation, rng)
         example = self.processor.encode(conversation)
         check_learnable(example.origin, example.loss_weights)
@@ -129,7 +130,7 @@ class Encode(grain.transforms.RandomMap):
     def _made_to_fit(self, conversation: Conversation, example: Example) -> Example | None:
         config = self.config
         if config.on_too_long == "truncate":
-            shorter = packing.truncate(example, config.longest, config.row_patches)
+            shorter = packing.truncate(example, config.longest, config.max_patches)
             return shorter if shorter is not None and self._fits(shorter) else None
         if config.on_too_long == "shrink" and example.num_patches:
             return shrink(self.processor, conversation, self._fits)
@@ -138,7 +139,7 @@ class Encode(grain.transforms.RandomMap):
     def _check(self, example: Example) -> None:
         config = self.config
         most = frame_patches(self.processor.vision, self.processor.media, config)
-        packing.check_fits(example, config.row_tokens, config.row_patches, config.max_length, most)
+        packing.check_fits(example, config.seq_len, config.max_patches, config.max_length, most)
 
     def _fits(self, example: Example) -> bool:
         try:
@@ -201,12 +202,12 @@ class PackDataset(grain.IterDataset):
         rows: int,
         share: Share,
         patch_values: int,
-        max_frame_patches: int | None,
+        max_image_patches: int | None,
         epoch: int,
     ):
         super().__init__(parent)
         self.config, self.rows, self.share, self.epoch = config, rows, share, epoch
-        self.patch_values, self.max_frame_patches = patch_values, max_frame_patches
+        self.patch_values, self.max_image_patches = patch_values, max_image_patches
 
     def __iter__(self) -> PackIterator:
         return PackIterator(self)
@@ -267,11 +268,11 @@ class PackIterator(grain.DatasetIterator):
             raise StopIteration
         batch = packing.assemble(
             rows + [[]] * (count - len(rows)),
-            config.row_tokens,
-            config.row_patches,
+            config.seq_len,
+            config.max_patches,
             patch_values=self.dataset.patch_values,
             max_segment_length=config.max_length,
-            max_frame_patches=self.dataset.max_frame_patches,
+            max_image_patches=self.dataset.max_image_patches,
         )
         origins = tuple(tuple(e.origin for e in row) for row in rows)
         return PackedRows(batch, sum(map(len, rows)), tuple(rejected), origins)
@@ -290,7 +291,7 @@ class PackIterator(grain.DatasetIterator):
         given = max(before, self._progress.given)
         if not given:  # what a window rejects is reported with its first row
             self._rejected = rejected
-        packed = packing.best_fit_decreasing(examples, config.row_tokens, config.row_patches)
+        packed = packing.best_fit_decreasing(examples, config.seq_len, config.max_patches)
         if config.shuffle:  # packed longest first: in that order a batch is of one length, and often of one kind
             np.random.default_rng(window).shuffle(packed)
         self._queue.extend([examples[i] for i in row] for row in packed[given:])
@@ -324,21 +325,21 @@ def training_data(
         dataset = dataset.shuffle()
     encoded = dataset.repeat(epochs).random_map(Encode(processor, config))
     values, most = processor.vision.patch_values, frame_patches(processor.vision, processor.media, config)
-    packed = PackDataset(encoded, config, share.of(config.rows), share, values, most, len(source))
+    packed = PackDataset(encoded, config, share.of(config.batch_size), share, values, most, len(source))
     return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.prefetch), source
 
 
 def check_shape(config: DataConfig) -> None:
     """Raise UserError where row sizes are not known yet."""
-    if "auto" in (config.row_tokens, config.row_patches):
+    if "auto" in (config.seq_len, config.max_patches):
         raise UserError(
-            'data.row_tokens or data.row_patches is "auto": a run chooses from its data when it starts; give numbers'
+            'data.seq_len or data.max_patches is "auto": a run chooses from its data when it starts; give numbers'
         )
 
 
 def frame_patches(vision: Vision, media: MediaConfig, config: DataConfig) -> int | None:
     """The length promised to attention for images and frames, which each row is checked against; None: a whole row."""
-    most = config.max_frame_patches
+    most = config.max_image_patches
     if most is None:
-        most = vision.max_frame_patches(media)
-    return most if most is not None and most < config.row_patches else None
+        most = vision.max_image_patches(media)
+    return most if most is not None and most < config.max_patches else None

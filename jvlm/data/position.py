@@ -34,7 +34,7 @@ class Share:
     def of(self, rows: int) -> int:
         """Rows of each batch that are this process's. Raises UserError where they do not divide."""
         if rows % self.count:
-            raise UserError(f"data.rows = {rows} cannot be shared evenly by {self.count} processes")
+            raise UserError(f"data.batch_size = {rows} cannot be shared evenly by {self.count} processes")
         return rows // self.count
 
 

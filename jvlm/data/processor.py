@@ -150,13 +150,13 @@ class Processor:
         self,
         conversations: Sequence[Any],
         *,
-        row_tokens: int | None = None,
-        row_patches: int | None = None,
+        seq_len: int | None = None,
+        max_patches: int | None = None,
         generation_prompt: bool = False,
     ) -> PackedBatch:
         """A batch of the conversations in the order given.
 
-        Without ``row_tokens`` everything shares one row, whose shape is rounded up to a bucket. With it, rows of
+        Without ``seq_len`` everything shares one row, whose shape is rounded up to a bucket. With it, rows of
         that shape are filled first-fit; a conversation's row and segment are in the order of the list.
 
         Raises:
@@ -166,8 +166,8 @@ class Processor:
         examples = [self.encode(c, generation_prompt=generation_prompt) for c in checked]
         if not examples:
             raise ValueError("pack needs at least one conversation")
-        tokens = row_tokens or packing.bucket(sum(e.length for e in examples), 64)
-        patches = row_patches
+        tokens = seq_len or packing.bucket(sum(e.length for e in examples), 64)
+        patches = max_patches
         if patches is None:
             most = sum(e.num_patches for e in examples)
             patches = packing.bucket(most, packing.patch_step(self.vision.patch_group, 256)) if most else 0

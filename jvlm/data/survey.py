@@ -42,7 +42,7 @@ class Survey:
     """What a sample of the data is like.
 
     Attributes:
-      config: with row sizes and ``max_frame_patches`` chosen.
+      config: with row sizes and ``max_image_patches`` chosen.
       rows: of the data.
       sampled: rows looked at.
       sizes: of those that can be used.
@@ -57,11 +57,11 @@ class Survey:
 
     def padding(self) -> tuple[float, float]:
         """Shares of the places for tokens and for patches that the packed sample leaves empty."""
-        return _padding(self.sizes[:_PACKED], self.config.row_tokens, self.config.row_patches, self.config.pack_window)
+        return _padding(self.sizes[:_PACKED], self.config.seq_len, self.config.max_patches, self.config.pack_window)
 
     def steps(self, epochs: float, rows: int) -> int:
         """Steps of ``rows`` packed rows that so many epochs take."""
-        packed = len(packing.best_fit_decreasing(self.sizes, self.config.row_tokens, self.config.row_patches))
+        packed = len(packing.best_fit_decreasing(self.sizes, self.config.seq_len, self.config.max_patches))
         return max(1, math.ceil(epochs * packed * self.rows / self.sampled / rows))
 
     def text(self) -> str:
@@ -82,7 +82,7 @@ class Survey:
         if self.sizes:
             text, patches = self.padding()
             lines.append(
-                f"rows of {config.row_tokens} tokens and {config.row_patches} patches: padding is about "
+                f"rows of {config.seq_len} tokens and {config.max_patches} patches: padding is about "
                 f"{100 * text:.0f} % of the tokens and {100 * patches:.0f} % of the patches"
             )
         return "\n".join(lines)
@@ -117,7 +117,7 @@ def take(
     source = RowSource(config.train)
     spread = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
     chosen = [int(i) for i in np.random.default_rng(seed).permutation(spread)]
-    known = "auto" not in (config.row_tokens, config.row_patches)
+    known = "auto" not in (config.seq_len, config.max_patches)
     look = _Look(processor, config, source, seed, fit=known)
     found = look.at(chosen, seconds)
     if not known:
@@ -136,7 +136,7 @@ class _Look:
     def __init__(self, processor: Processor, config: DataConfig, source: RowSource, seed: int, *, fit: bool):
         if fit:  # the promise made to attention is raised to what is found here, unless it is the user's
             config = dataclasses.replace(
-                config, max_frame_patches=config.max_frame_patches or config.row_patches or None
+                config, max_image_patches=config.max_image_patches or config.max_patches or None
             )
         self.encode, self.config, self.source, self.seed = Encode(processor, config), config, source, seed
         self.fits = fit
@@ -168,17 +168,17 @@ class _Look:
 
 
 def _fits(size: Size, config: DataConfig) -> bool:
-    frame = config.max_frame_patches or size.longest_frame
-    return size.length <= config.longest and size.num_patches <= config.row_patches and size.longest_frame <= frame
+    frame = config.max_image_patches or size.longest_frame
+    return size.length <= config.longest and size.num_patches <= config.max_patches and size.longest_frame <= frame
 
 
 def _with_frames(config: DataConfig, sizes: Sequence[Size], processor: Processor) -> DataConfig:
     """Raise the promise made to attention where rows with limits of their own have larger pictures."""
     promised = frame_patches(processor.vision, processor.media, config)
     largest = max((size.longest_frame for size in sizes), default=0)
-    if config.max_frame_patches is not None or promised is None or largest <= promised:
+    if config.max_image_patches is not None or promised is None or largest <= promised:
         return config
-    return dataclasses.replace(config, max_frame_patches=largest)
+    return dataclasses.replace(config, max_image_patches=largest)
 
 
 def choose_rows(sizes: Sequence[Size], config: DataConfig, processor: Processor, parts: int = 1) -> DataConfig:
@@ -188,20 +188,20 @@ def choose_rows(sizes: Sequence[Size], config: DataConfig, processor: Processor,
       UserError: no sizes to choose from.
     """
     if not sizes:
-        raise UserError(f'no row of {", ".join(config.train)} can be used: data.row_tokens "auto" has nothing to hold')
+        raise UserError(f'no row of {", ".join(config.train)} can be used: data.seq_len "auto" has nothing to hold')
     longest = max(size.length for size in sizes)
     longest = min(longest, config.max_length or longest)
     most = max(size.num_patches for size in sizes)
     usable = [size for size in sizes if size.length <= longest][:_PACKED]
     step = packing.patch_step(math.lcm(processor.vision.patch_group, parts), 64)
     best = None
-    for tokens in _token_sizes(config.row_tokens, longest, math.lcm(64, parts)):
+    for tokens in _token_sizes(config.seq_len, longest, math.lcm(64, parts)):
         held = [size for size in usable if size.length <= tokens]
-        for patches in _patch_sizes(config.row_patches, held, tokens, most, step):
+        for patches in _patch_sizes(config.max_patches, held, tokens, most, step):
             padding = sum(_padding([s for s in held if s.num_patches <= patches], tokens, patches, config.pack_window))
             if best is None or padding < best[0] - _CLOSE:
                 best = padding, tokens, patches
-    return dataclasses.replace(config, row_tokens=best[1], row_patches=best[2])
+    return dataclasses.replace(config, seq_len=best[1], max_patches=best[2])
 
 
 def _token_sizes(asked: int | Literal["auto"], longest: int, step: int) -> list[int]:
@@ -219,9 +219,9 @@ def _patch_sizes(asked: int | Literal["auto"], sizes: Sequence[Size], tokens: in
     return sorted({-(-max(int(share * tokens * more), most) // step) * step for more in (0.9, 1.0, 1.1, 1.25, 1.5, 2)})
 
 
-def _padding(sizes: Sequence[Size], row_tokens: int, row_patches: int, window: int) -> tuple[float, float]:
+def _padding(sizes: Sequence[Size], seq_len: int, max_patches: int, window: int) -> tuple[float, float]:
     windows = [sizes[start : start + window] for start in range(0, len(sizes), window)]
-    rows = sum(len(packing.best_fit_decreasing(part, row_tokens, row_patches)) for part in windows)
+    rows = sum(len(packing.best_fit_decreasing(part, seq_len, max_patches)) for part in windows)
     used = sum(size.length for size in sizes), sum(size.num_patches for size in sizes)
-    places = rows * row_tokens, rows * row_patches
+    places = rows * seq_len, rows * max_patches
     return tuple(1 - part / whole if whole else 0.0 for part, whole in zip(used, places, strict=True))

@@ -95,7 +95,7 @@ def ask(
     processor: Processor,
     rows: Sequence[Conversation],
     *,
-    ask: str = "alone",
+    ask: str = "independent",
     max_new_tokens: int = 64,
     batch_size: int = 64,
     layout: Layout | None = None,
@@ -103,7 +103,7 @@ def ask(
     """Answers to every question of the rows, greedy, in order of row and turn.
 
     Args:
-      ask: "alone" or "chain", as in `jvlm.training.config.EvaluationConfig`.
+      ask: "independent" or "multi_turn", as in `jvlm.training.config.EvaluationConfig`.
       layout: as in `jvlm.generate`.
     """
     alone = [question for row in rows for question in questions_of(row)]
@@ -118,7 +118,7 @@ def ask(
                 bar.update(min(block, len(conversations) - start))
             return texts
 
-        if ask == "alone":
+        if ask == "independent":
             answered = list(zip(alone, run([q.conversation for q in alone]), strict=True))
         else:
             answered = _chain(rows, run)

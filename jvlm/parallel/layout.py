@@ -145,7 +145,7 @@ class Layout:
                 if length % self.size(names):
                     raise UserError(
                         f"batch.{field.name} has {length} {axis}, which {' x '.join(names)} = {self.size(names)} does "
-                        "not divide; change data.rows, data.row_tokens, data.row_patches or the mesh"
+                        "not divide; change data.batch_size, data.seq_len, data.max_patches or the mesh"
                     )
                 spec.append(names if names else None)
             found[field.name] = NamedSharding(self.mesh, PartitionSpec(*spec))

@@ -26,8 +26,8 @@ def assumed_lengths(
 ) -> SegmentLengths:
     """Return the lengths that are given; in place of others, the longest conversation or largest image there may be."""
     data = experiment.data
-    largest = abstract_batches(experiment).max_image_patches or data.row_patches
-    return SegmentLengths(conversation or data.max_length or data.row_tokens, image or largest)
+    largest = abstract_batches(experiment).max_image_patches or data.max_patches
+    return SegmentLengths(conversation or data.max_length or data.seq_len, image or largest)
 
 
 def plan_training(experiment: Experiment, topology: Topology, lengths: SegmentLengths) -> Plan:

@@ -29,20 +29,20 @@ class SegmentLengths:
     conversation: int
     image: int
 
-    def counts(self, template: VLM, rows: int, row_tokens: int, row_patches: int) -> flops.Counts:
+    def counts(self, template: VLM, rows: int, seq_len: int, max_patches: int) -> flops.Counts:
         """Of so many full rows."""
         encoder = template.config.encoder
         window = getattr(encoder, "window_patches", self.image)
-        frames, tokens = _pieces(rows, row_patches, self.image), rows * row_tokens
+        frames, tokens = _pieces(rows, max_patches, self.image), rows * seq_len
         if template.config.placeholders_per_image is None:
-            features = rows * row_patches // getattr(encoder, "spatial_merge_size", 1) ** 2
+            features = rows * max_patches // getattr(encoder, "spatial_merge_size", 1) ** 2
         else:
             features = len(frames) * template.config.placeholders_per_image
         features = min(features, tokens)
         return flops.Counts(
-            _pieces(rows, row_tokens, self.conversation),
+            _pieces(rows, seq_len, self.conversation),
             frames,
-            _pieces(rows, row_patches, window),
+            _pieces(rows, max_patches, window),
             features,
             tokens - features,
         )
@@ -94,7 +94,7 @@ def roofline(experiment: Experiment, compiled: Compiled, topology: Topology, len
     """The roofline of a compiled training step."""
     template, data = vlm.abstract(experiment.model), experiment.data
     counts = lengths.counts(
-        template, data.rows * experiment.gradient_accumulation_steps, data.row_tokens, data.row_patches
+        template, data.batch_size * experiment.gradient_accumulation_steps, data.seq_len, data.max_patches
     )
     learnt = {tower: experiment.optimizer.rate_of(tower) > 0 for tower in TOWERS}
     # A kernel's products are not in the program's text. Its backward pass makes five products for the forward's two,

@@ -111,11 +111,11 @@ def abstract_batches(experiment: Experiment) -> PackedBatch:
     check_shape(data)
     row = assemble(
         [[]],
-        data.row_tokens,
-        data.row_patches,
+        data.seq_len,
+        data.max_patches,
         patch_values=vision.patch_values,
         max_segment_length=data.max_length,
-        max_frame_patches=frame_patches(vision, media, data),
+        max_image_patches=frame_patches(vision, media, data),
     )
-    first = (experiment.gradient_accumulation_steps, data.rows)
+    first = (experiment.gradient_accumulation_steps, data.batch_size)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*first, *x.shape[1:]), x.dtype), row)

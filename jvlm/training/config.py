@@ -98,7 +98,8 @@ class EvaluationConfig:
 
     Attributes:
       data: files of rows whose assistant turns are the expected answers; empty skips scoring.
-      ask: "alone" asks each question in a conversation of its own; "chain" in order, after the model's own answers.
+      ask: "independent" asks each question in a conversation of its own; "multi_turn" in order, after the model's own
+        answers.
       max_new_tokens: longest answer in tokens.
       batch_size: questions answered together.
       max_rows: of the files; None takes all.
@@ -109,7 +110,7 @@ class EvaluationConfig:
     """
 
     data: tuple[str, ...] = ()
-    ask: Literal["alone", "chain"] = "alone"
+    ask: Literal["independent", "multi_turn"] = "independent"
     max_new_tokens: int = 64
     batch_size: int = 64
     max_rows: int | None = None

@@ -277,8 +277,8 @@ def resolve(
         known = resume.derived(experiment, folder) if begun else experiment
         found = _look(known, processor, parts)
         data = known.data if begun else found.config  # a run keeps what it began with, whatever a sample says now
-        steps = known.steps or found.steps(known.epochs, data.rows * known.gradient_accumulation_steps)
-        names = ("row_tokens", "row_patches", "max_frame_patches")
+        steps = known.steps or found.steps(known.epochs, data.batch_size * known.gradient_accumulation_steps)
+        names = ("seq_len", "max_patches", "max_image_patches")
         return {"data": {name: getattr(data, name) for name in names}, "steps": steps}
 
     # all processes look, so that none waits for another; what the first one found holds for all
@@ -310,7 +310,7 @@ def _reading(processor: Processor, data: pipeline.DataConfig) -> Processor:
 def _look(experiment: Experiment, processor: Processor, parts: int) -> survey.Survey:
     """Look at the data before the first step, and say what was found."""
     data = experiment.data
-    derives = experiment.steps is None or "auto" in (data.row_tokens, data.row_patches)
+    derives = experiment.steps is None or "auto" in (data.seq_len, data.max_patches)
     limit = {"count": _SAMPLE if derives else _SAMPLE // 2, "seconds": None if derives else _SECONDS}
     found = survey.take(processor, data, seed=experiment.seed, parts=parts, **limit)
     hosts.log_rank0(found.text())
@@ -338,8 +338,8 @@ def describe(experiment: Experiment, template: VLM, layout: Layout) -> str:
     devices = f"{layout.mesh.size} x {kind}" + (f" ({axes})" if axes else "")
     precision = experiment.model.precision
     lines.append(
-        f"{experiment.steps} steps of {experiment.gradient_accumulation_steps} x {data.rows} rows of "
-        f"{data.row_tokens} tokens and {data.row_patches} patches, on {devices}, {precision.param_dtype} parameters, "
+        f"{experiment.steps} steps of {experiment.gradient_accumulation_steps} x {data.batch_size} rows of "
+        f"{data.seq_len} tokens and {data.max_patches} patches, on {devices}, {precision.param_dtype} parameters, "
         f"{precision.compute_dtype} compute"
     )
     return "\n".join(lines)
@@ -384,7 +384,7 @@ class Throughput:
         values = {name: float(value) for name, value in metrics.items() if name != "skipped"}
         seconds = time.perf_counter() - self._since
         data = self.experiment.data
-        places = len(self._text) * data.rows * data.row_tokens
+        places = len(self._text) * data.batch_size * data.seq_len
         own = [float(np.mean(self._text)), float(np.mean(self._patches)), self._waited, self._flops]
         text_padding, patch_padding, waited, arithmetic = np.asarray(hosts.all_gather_object(own)).mean(0).tolist()
         optimizer_config, updates = self.experiment.optimizer, step - skipped

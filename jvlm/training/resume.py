@@ -44,7 +44,7 @@ def derived(experiment: Experiment, folder: Path) -> Experiment:
         return experiment
     _check_trained(saved, folder)
     data = {}
-    for name, left in (("row_tokens", "auto"), ("row_patches", "auto"), ("max_frame_patches", None)):
+    for name, left in (("seq_len", "auto"), ("max_patches", "auto"), ("max_image_patches", None)):
         if getattr(experiment.data, name) == left:
             data[name] = saved["data"][name]
     return dataclasses.replace(

@@ -176,7 +176,7 @@ def test_sizes_are_those_that_the_tokenizer_gives(tmp_path, place):
     _, processor, data = place
     rows = [_chat("what color? " * n, "red " * n) for n in range(1, 11)]
     path = _write(tmp_path / "rows.jsonl", rows)
-    report = check([path], processor, dataclasses.replace(data, row_tokens=4096))
+    report = check([path], processor, dataclasses.replace(data, seq_len=4096))
     template = processor.tokenizer.apply_chat_template
     expected = [len(processor.tokenizer(template(row["messages"], tokenize=False))["input_ids"]) for row in rows]
     assert list(report.tokens) == expected
@@ -191,18 +191,18 @@ def test_sizes_are_those_that_the_tokenizer_gives(tmp_path, place):
 def test_the_suggested_sizes_hold_every_row(place):
     rows, processor, data = place
     report = check([str(rows)], processor, data)
-    tokens, patches = map(int, re.search(r"row_tokens (\d+) and data.row_patches (\d+) hold", report.text()).groups())
-    again = check([str(rows)], processor, dataclasses.replace(data, row_tokens=tokens, row_patches=patches))
+    tokens, patches = map(int, re.search(r"seq_len (\d+) and data.max_patches (\d+) hold", report.text()).groups())
+    again = check([str(rows)], processor, dataclasses.replace(data, seq_len=tokens, max_patches=patches))
     assert not [e for e in again.rejected if "do not fit" in e.problem]
     assert max(report.tokens) <= tokens
 
 
 def test_sizes_left_to_the_data_are_chosen_as_training_does(place):
     rows, processor, data = place
-    auto = dataclasses.replace(data, row_tokens="auto", row_patches="auto")
+    auto = dataclasses.replace(data, seq_len="auto", max_patches="auto")
     report = check([str(rows)], processor, auto)
     assert not [e for e in report.rejected if "do not fit" in e.problem]
-    assert report.config.row_tokens >= max(report.tokens)
+    assert report.config.seq_len >= max(report.tokens)
 
 
 def test_unknown_columns_are_listed_once_a_file_with_a_hint(tmp_path):
@@ -224,14 +224,14 @@ def _run(*arguments) -> int:
 def test_the_command_checks_with_fields_and_configs(place, tmp_path, capsys):
     rows, _, _ = place
     config = ["--config", "mimo_vl/easy_vqa"]
-    small = ["--data.row_tokens", "192", "--data.row_patches", "192"]
+    small = ["--data.seq_len", "192", "--data.max_patches", "192"]
     good = _write(tmp_path / "good.jsonl", [_chat("what color? " * 30, "red")])
     assert _run(good, *config, *small) == 0
     assert "1 of 1 rows can be used" in capsys.readouterr().out
-    assert _run(*config, *small, "--data.row_tokens", "64", good) == 1
+    assert _run(*config, *small, "--data.seq_len", "64", good) == 1
     assert "tokens do not fit 64" in capsys.readouterr().out
     # without files, the experiment's own data and that of its stages
-    stage = ["--stages.0.data.train", good, "--stages.0.data.row_tokens", "64"]
+    stage = ["--stages.0.data.train", good, "--stages.0.data.seq_len", "64"]
     assert _run(*config, *small, "--data.train", good, *stage) == 1
     output = capsys.readouterr().out
     assert re.search(r"stages/\w+:\n0 of 1 rows(.|\n)*tokens do not fit 64(.|\n)*:\n1 of 1 rows", output)
@@ -240,8 +240,8 @@ def test_the_command_checks_with_fields_and_configs(place, tmp_path, capsys):
     for number, (_, expected) in enumerate(ROWS.values(), 1):
         assert (f"\n{rows}:{number}: field" in f"\n{output}") == (expected is not None)
     assert _run(good, *config, "--data.row_token", "64") == 2
-    assert "did you mean --data.row_tokens?" in capsys.readouterr().err
-    assert _run("--data.row_tokens", "64") == 2
+    assert "did you mean --data.seq_len?" in capsys.readouterr().err
+    assert _run("--data.seq_len", "64") == 2
     assert "no data to check" in capsys.readouterr().err
 
 

@@ -117,9 +117,11 @@ EXPECTED = {number: field for number, (_, field) in enumerate(LINES.values(), 1)
 USABLE = len(LINES) - len(EXPECTED) - 1  # one line is blank
 
 
-@pytest.mark.parametrize("alone", [0.0, 1.0])
-def test_training_on_skip_survives_every_odd_row_and_names_it(tiny, data, alone):
-    config = DataConfig(train=(str(data),), on_bad_row="skip", row_tokens=512, row_patches=1024, alone=alone)
+@pytest.mark.parametrize("single_turn_ratio", [0.0, 1.0])
+def test_training_on_skip_survives_every_odd_row_and_names_it(tiny, data, single_turn_ratio):
+    config = DataConfig(
+        train=(str(data),), on_bad_row="skip", seq_len=512, max_patches=1024, single_turn_ratio=single_turn_ratio
+    )
     batches = list(training_data(tiny.processor, config, seed=0, epochs=1)[0])
     rejected = {r.row: r.field for batch in batches for r in batch.rejected}
     assert rejected == EXPECTED

@@ -179,9 +179,9 @@ def test_a_truncated_conversation_is_the_one_that_never_had_the_later_turns(tiny
 
 def test_packing_what_does_not_fit_or_is_nothing_says_so(tiny):
     with pytest.raises(RowError, match=r"tokens do not fit 32"):
-        tiny.processor.pack([TURNS], row_tokens=32)
+        tiny.processor.pack([TURNS], seq_len=32)
     with pytest.raises(RowError, match=r"144 patches do not fit 64"):
-        tiny.processor.pack([TURNS], row_tokens=512, row_patches=64)
+        tiny.processor.pack([TURNS], seq_len=512, max_patches=64)
     with pytest.raises(ValueError, match="at least one conversation"):
         tiny.processor.pack([])
 

@@ -67,11 +67,11 @@ def test_edges_and_tiles_keep_their_promise_for_odd_pictures(limits):
     for size in itertools.product((1, 2, 13, 33, 70, 97, 400, 1600), repeat=2):
         height, width = edge_resize(*size, limits.shortest_edge, limits.longest_edge)
         patches = (height // vision.patch_size) * (width // vision.patch_size)
-        assert patches <= vision.max_frame_patches(limits)
+        assert patches <= vision.max_image_patches(limits)
     tiled = vision_for(models.mm1_5(), TiledMedia())
     for size in ((1, 1), (400, 3), (33, 200)):
         frames = np.bincount(tiled.image(Image.new("RGB", size), TiledMedia()).frame_ids)
-        assert frames.max() == tiled.max_frame_patches(TiledMedia())
+        assert frames.max() == tiled.max_image_patches(TiledMedia())
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def _losses(model, examples, shape, **promises):
 @pytest.mark.parametrize("name", ODD)
 def test_a_picture_gives_the_loss_it_has_without_a_bound_or_its_row_is_refused_with_both_numbers(small, name):
     experiment, model, processor = small
-    config = dataclasses.replace(experiment.data, row_tokens=512, row_patches=2048, on_too_long="error")
+    config = dataclasses.replace(experiment.data, seq_len=512, max_patches=2048, on_too_long="error")
     encode, rng = pipeline.Encode(processor, config), np.random.default_rng(0)
     bound = pipeline.frame_patches(processor.vision, processor.media, config)
     assert bound is not None
@@ -115,17 +115,17 @@ def test_a_picture_gives_the_loss_it_has_without_a_bound_or_its_row_is_refused_w
         with pytest.raises(RowError, match=f"a picture of {own} patches, where none may have more than {bound}"):
             encode.random_map((Origin(), ODD[name]), rng)
         with pytest.raises(RowError, match=f"{own} patches"):
-            packing.assemble([[example]], 512, 2048, max_frame_patches=bound)
+            packing.assemble([[example]], 512, 2048, max_image_patches=bound)
         return
     fitted = encode.random_map((Origin(), ODD[name]), rng)
     free = float(loss_sums(model, packing.assemble([[fitted]], 512, 2048))["loss"])
-    promised = _losses(model, [fitted], (512, 2048), max_frame_patches=bound)
+    promised = _losses(model, [fitted], (512, 2048), max_image_patches=bound)
     assert promised == pytest.approx(free, rel=1e-5)
 
 
 def test_shrinking_keeps_each_picture_as_large_as_fits_and_boxes_follow(small):
     experiment, _, processor = small
-    config = dataclasses.replace(experiment.data, row_tokens=256, row_patches=256, max_frame_patches=100)
+    config = dataclasses.replace(experiment.data, seq_len=256, max_patches=256, max_image_patches=100)
     row = _row((256, 128), max_pixels=256 * 128)
     row["messages"][1]["content"] = "<bbox>"
     row["objects"] = {"bbox": [[64, 32, 192, 96]]}
@@ -156,7 +156,7 @@ def test_text_that_is_too_long_is_left_out_whatever_its_pictures_do(small):
     experiment, _, processor = small
     row = _row((64, 64))
     row["messages"][0]["content"] += "is there a red shape? " * 60
-    config = dataclasses.replace(experiment.data, row_tokens=128, on_too_long="shrink")
+    config = dataclasses.replace(experiment.data, seq_len=128, on_too_long="shrink")
     left = pipeline.Encode(processor, config).random_map((Origin(), row), np.random.default_rng(0))
     assert isinstance(left, Rejected)
     assert left.kind == "too_long"
@@ -201,7 +201,7 @@ def test_conversations_longer_than_promised_are_never_laid_out(small):
     example = processor.encode(_row((64, 64)))
     with pytest.raises(RowError, match=f"{example.length} tokens do not fit {example.length - 1}"):
         packing.assemble([[example]], 512, 512, max_segment_length=example.length - 1)
-    packing.assemble([[example]], 512, 512, max_segment_length=example.length, max_frame_patches=64)
+    packing.assemble([[example]], 512, 512, max_segment_length=example.length, max_image_patches=64)
 
 
 def test_the_bound_is_raised_to_the_largest_picture_of_a_sample(small, tmp_path):
@@ -210,19 +210,19 @@ def test_the_bound_is_raised_to_the_largest_picture_of_a_sample(small, tmp_path)
     row = {**_row((8, 8)), "images": ["p.png"], "chat_template_kwargs": {"max_pixels": 128 * 128}}
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    data = dataclasses.replace(experiment.data, train=(str(path),), row_tokens=512, row_patches=1024)
+    data = dataclasses.replace(experiment.data, train=(str(path),), seq_len=512, max_patches=1024)
     resolved = loop.resolve(dataclasses.replace(experiment, data=data), model, processor).data
-    assert resolved.max_frame_patches == 256
+    assert resolved.max_image_patches == 256
     batch = next(iter(pipeline.training_data(processor, resolved, seed=0)[0])).batch
     assert batch.max_image_patches == 256
     assert np.bincount(batch.patch_segment_ids[0])[1:].max() == 256
     # a promise made by the user stands
-    fixed = dataclasses.replace(data, max_frame_patches=300)
-    assert loop.resolve(dataclasses.replace(experiment, data=fixed), model, processor).data.max_frame_patches == 300
+    fixed = dataclasses.replace(data, max_image_patches=300)
+    assert loop.resolve(dataclasses.replace(experiment, data=fixed), model, processor).data.max_image_patches == 300
 
 
 def test_processors_of_other_limits_promise_what_theirs_allow(small):
     experiment, model, processor = small
     wide = Processor(processor.tokenizer, model.config, ProcessorConfig(media=PixelLimits(784, 784 * 100, 784, 784)))
-    data = dataclasses.replace(experiment.data, row_patches=10**6)
+    data = dataclasses.replace(experiment.data, max_patches=10**6)
     assert pipeline.frame_patches(wide.vision, wide.media, data) >= 784 * 100 // 64

@@ -50,7 +50,7 @@ def test_what_would_be_left_out_is_said_with_share_reason_places_and_fix(base, t
     text = found.text()
     assert "40 of 40 rows looked at, 36 would be left out (90.0 %)" in text
     assert f"36 x field 'messages': up to {longest} tokens do not fit 192 ({path}, rows 1, 2, 3)" in text
-    assert "data.row_tokens" in text
+    assert "data.seq_len" in text
     assert "shrink" in text
     with pytest.raises(UserError, match=r"36 of 40 rows (.|\n)*data.max_too_long_fraction = 0.25(.|\n)*rows 1, 2, 3"):
         _look(base, path).check()
@@ -105,9 +105,9 @@ SIZES = {
 @pytest.mark.parametrize("name", SIZES)
 def test_chosen_rows_hold_every_example_and_pad_nearly_as_little_as_any(base, name, asked):
     sizes = SIZES[name]
-    data = dataclasses.replace(base[0], row_tokens=asked[0], row_patches=asked[1], pack_window=128, rows=1)
+    data = dataclasses.replace(base[0], seq_len=asked[0], max_patches=asked[1], pack_window=128, batch_size=1)
     chosen = survey.choose_rows(sizes, data, base[1])
-    tokens, patches = chosen.row_tokens, chosen.row_patches
+    tokens, patches = chosen.seq_len, chosen.max_patches
     assert tokens >= max(size.length for size in sizes)
     assert patches >= max(size.num_patches for size in sizes)
     assert (asked[0] in ("auto", tokens), asked[1] in ("auto", patches)) == (True, True)
@@ -128,10 +128,10 @@ def test_chosen_rows_hold_every_example_and_pad_nearly_as_little_as_any(base, na
 
 def test_auto_rows_of_a_run_are_numbers_and_divide_by_what_shares_them(base, tmp_path):
     data, processor = base
-    data = dataclasses.replace(data, row_tokens="auto", row_patches="auto")
+    data = dataclasses.replace(data, seq_len="auto", max_patches="auto")
     found = survey.take(processor, data, seed=0, count=512, parts=3)
-    assert found.config.row_tokens % 192 == 0
-    assert found.config.row_patches % 12 == 0
+    assert found.config.seq_len % 192 == 0
+    assert found.config.max_patches % 12 == 0
     assert not found.left_out
     text, patches = found.padding()
     assert f"padding is about {100 * text:.0f} % of the tokens and {100 * patches:.0f} % of the patches" in found.text()

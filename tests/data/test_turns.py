@@ -225,7 +225,7 @@ def test_a_greeting_is_no_question_and_stays_in_a_chain():
     assert chained.refs == ("pictures",)
 
 
-@pytest.mark.parametrize("how", ["alone", "chain"])
+@pytest.mark.parametrize("how", ["independent", "multi_turn"])
 def test_the_model_is_shown_the_pictures_of_the_turn(tiny, monkeypatch, how):
     shown = []
 
@@ -252,7 +252,7 @@ def test_the_model_is_shown_the_pictures_of_the_turn(tiny, monkeypatch, how):
     legend, red, green, blue = [(56 + 28 * i, 56) for i in range(4)]
     answers = ask(tiny.model, tiny.processor, [row], ask=how)
     assert [a.score for a in answers] == [0, 1, 0]
-    last = [legend, red, blue] if how == "alone" else [legend, red, green, blue]
+    last = [legend, red, blue] if how == "independent" else [legend, red, green, blue]
     assert shown == [[legend, red], [legend, red, green], last]
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jvlm.weights import table
 from tests.support import hf_inputs, hf_positions, new_layout, picture
 
-ROW = {"row_tokens": 256, "row_patches": 640}
+ROW = {"seq_len": 256, "max_patches": 640}
 VIDEO = {"video_min_pixels": 784, "video_max_pixels": 64 * 784, "fps": 2.0}
 
 
@@ -87,7 +87,7 @@ def test_logits_equal_transformers_with_a_tied_head_and_other_sizes(tiny_tied, n
 
 def test_a_row_without_room_for_patches_gives_the_same_text_logits(tiny):
     row = CASES["text only"]
-    batch = tiny.processor.pack([row], row_tokens=64, row_patches=0)
+    batch = tiny.processor.pack([row], seq_len=64, max_patches=0)
     _, expected = torch_logits(tiny, row)
     np.testing.assert_allclose(np.asarray(tiny.model(batch))[0, : len(expected)], expected, atol=1e-4)
 
@@ -154,7 +154,7 @@ def cross_entropy(logits, batch):
 def test_gradients_of_every_tensor_equal_torch(tiny):
     names = ("text only", "edge windows both ways", "video", "several turns and a system prompt")
     rows = [CASES[name] for name in names]
-    batch = tiny.processor.pack(rows, row_tokens=448, row_patches=640)
+    batch = tiny.processor.pack(rows, seq_len=448, max_patches=640)
     loss, grads = nnx.jit(nnx.value_and_grad(lambda model, b: cross_entropy(model(b), b)))(tiny.model, batch)
 
     tiny.torch_model.zero_grad()

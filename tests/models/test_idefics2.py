@@ -17,8 +17,8 @@ from jvlm.weights import checkpoint, table
 from tests.idefics2 import CASES, create, hf_inputs
 from tests.support import GOLDEN
 
-SHAPE = {"row_tokens": 256, "row_patches": 512}
-SPLIT = {"row_tokens": 256, "row_patches": 1024}
+SHAPE = {"seq_len": 256, "max_patches": 512}
+SPLIT = {"seq_len": 256, "max_patches": 1024}
 
 
 @pytest.fixture(scope="module")

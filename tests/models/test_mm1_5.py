@@ -41,8 +41,8 @@ def experiment(folder, rows, *overrides):
         "--output_root": str(folder),
         "--name": "run",
         "--data.train": str(rows),
-        "--data.rows": "2",
-        "--data.row_tokens": "256",
+        "--data.batch_size": "2",
+        "--data.seq_len": "256",
         "--steps": str(STEPS),
         "--log_interval_steps": "1",
         "--checkpoint.save_interval_steps": "100",
@@ -91,7 +91,7 @@ def test_conversations_of_a_row_do_not_see_one_another(run):
     assert packed.tokens.shape[0] == 1
     logits = np.asarray(model(packed))[0]
     for number, chat in enumerate(CHATS, 1):
-        alone = processor.pack([chat], row_tokens=packed.tokens.shape[1], row_patches=packed.patches.shape[1])
+        alone = processor.pack([chat], seq_len=packed.tokens.shape[1], max_patches=packed.patches.shape[1])
         found = np.asarray(model(alone))[0, alone.segment_ids[0] == 1]
         np.testing.assert_allclose(found, logits[packed.segment_ids[0] == number], atol=2e-5)
 

@@ -128,7 +128,7 @@ def experiment(architecture: str, parallel: ParallelConfig = ParallelConfig(), *
         model=ARCHITECTURES[architecture](),
         tokenizer="none",
         processor=ProcessorConfig(),
-        data=DataConfig(rows=ROWS, row_tokens=TOKENS, row_patches=PATCHES[architecture]),
+        data=DataConfig(batch_size=ROWS, seq_len=TOKENS, max_patches=PATCHES[architecture]),
         parallel=parallel,
         optimizer=OptimizerConfig(max_grad_norm=1e9),
         steps=10,

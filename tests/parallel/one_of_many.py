@@ -30,7 +30,7 @@ from tests.training import support, test_checkpoint
 def train(folder: str, rows: str, *overrides: str) -> None:
     """The demo, small, as every process of a run runs it; says which rows it learns from."""
     _say_what_is_read()
-    job.run(support.experiment(Path(folder), Path(rows), "--data.rows", "4", *overrides))
+    job.run(support.experiment(Path(folder), Path(rows), "--data.batch_size", "4", *overrides))
 
 
 def train_and_die(folder: str, rows: str, step: str, *overrides: str) -> None:

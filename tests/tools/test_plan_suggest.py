@@ -15,7 +15,7 @@ WEIGHTS = {"none": 4.0, "dots": 3.0, "attention": 2.0, "full": 1.0}
 
 def plan(experiment, topology, lengths):
     """Memory grows with rows for each chip, less where more is computed again; that costs speed."""
-    size = WEIGHTS[experiment.model.precision.remat] * experiment.data.rows / topology.chips * GIB
+    size = WEIGHTS[experiment.model.precision.remat] * experiment.data.batch_size / topology.chips * GIB
     mesh = {"fsdp": 16, "context": 4} if experiment.parallel.context > 1 else {"fsdp": 64}
     memory = types.SimpleNamespace(peak=size)
     compiled = types.SimpleNamespace(mesh=mesh, memory=memory, limit=10 * GIB, fits=size <= 10 * GIB)
@@ -27,7 +27,7 @@ def plan(experiment, topology, lengths):
 
 @pytest.fixture(scope="module")
 def found():
-    experiment = configs.load("mimo_vl/stage4", ["--data.rows", "64"])
+    experiment = configs.load("mimo_vl/stage4", ["--data.batch_size", "64"])
     first = plan(experiment, Topology.parse("v5p:4x4x4"), None)
     return suggest.search(plan, experiment, first, None, seconds=60)
 
@@ -76,7 +76,7 @@ def test_no_compilation_begins_after_the_time_is_up():
 def test_full_rows_have_the_features_that_their_pictures_become(config, fields, features):
     experiment = configs.load(config, fields)
     data = experiment.data
-    image = data.max_frame_patches or 27 * 27 + 1
-    lengths = SegmentLengths(data.row_tokens, image)
-    counts = lengths.counts(vlm.abstract(experiment.model), 3, data.row_tokens, data.row_patches)
-    assert (counts.features, counts.targets) == (3 * features, 3 * (data.row_tokens - features))
+    image = data.max_image_patches or 27 * 27 + 1
+    lengths = SegmentLengths(data.seq_len, image)
+    counts = lengths.counts(vlm.abstract(experiment.model), 3, data.seq_len, data.max_patches)
+    assert (counts.features, counts.targets) == (3 * features, 3 * (data.seq_len - features))

@@ -38,7 +38,7 @@ def test_a_composed_model_trains_its_connector_and_answers_from_its_run_folder(t
         decoder_from=str(folders["decoder"]),
         tokenizer=str(folders["decoder"]),
         processor=ProcessorConfig(media=TiledMedia(splitting="none", indicator="none")),
-        data=dataclasses.replace(base.data, row_patches=6 * 17),
+        data=dataclasses.replace(base.data, max_patches=6 * 17),
         optimizer=OptimizerConfig(learning_rate=1e-2, encoder_lr=0.0, decoder_lr=0.0),
         export=ExportConfig(enabled=False),
     )

@@ -195,7 +195,7 @@ test_checkpoint.across_meshes(Path(sys.argv[1]))
 
 def across_meshes(folder: Path) -> None:
     """Saves on one device, goes on upon eight, and comes back to one. Runs with eight CPU devices."""
-    experiment = support.experiment(folder, support.write_rows(folder, 4), "--data.rows", "4")
+    experiment = support.experiment(folder, support.write_rows(folder, 4), "--data.batch_size", "4")
     model, processor = loop.start_model(experiment)
     experiment = loop.resolve(experiment, model, processor)
     _, values = loop.split(model)

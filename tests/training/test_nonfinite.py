@@ -36,7 +36,7 @@ def rows(tmp_path_factory):
 
 def _one_to_a_row(folder, path, *options):
     """Without shuffling and a window of one: row n of the file is batch n."""
-    plain = ("--data.shuffle", "False", "--data.pack_window", "1", "--data.rows", "1")
+    plain = ("--data.shuffle", "False", "--data.pack_window", "1", "--data.batch_size", "1")
     return support.experiment(folder, path, *plain, *options)
 
 

@@ -75,7 +75,7 @@ def test_batches_of_a_window_come_in_no_order_of_length(setup, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"messages": m}) + "\n" for m in messages))
     longest = processor.encode(pipeline.parse_row({"messages": messages[-1]}, pipeline.Origin("", 1))).length
-    changes = {"train": (str(rows),), "rows": 2, "row_tokens": longest, "row_patches": 0, "pack_window": 32}
+    changes = {"train": (str(rows),), "batch_size": 2, "seq_len": longest, "max_patches": 0, "pack_window": 32}
 
     def lengths(**more):
         batches = _batches(setup, **changes, **more)
@@ -94,7 +94,7 @@ def test_alone_learns_single_turns_drawn_by_weight_and_keeps_the_pictures(setup,
         line["messages"][1]["loss_scale"] = 0
     weighted = tmp_path / "rows.jsonl"
     weighted.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = dataclasses.replace(experiment.data, alone=1.0, train=(str(weighted),))
+    config = dataclasses.replace(experiment.data, single_turn_ratio=1.0, train=(str(weighted),))
     batches = list(pipeline.training_data(processor, config, seed=3, epochs=1)[0])
     assert sum(b.conversations for b in batches) == len(lines)
     texts = [processor.tokenizer.decode(tokens) for tokens, _, _ in _conversations(batches)]
@@ -127,7 +127,7 @@ def test_an_iterator_restored_anywhere_continues_as_if_never_stopped(setup, proc
 
 
 def test_every_batch_has_the_same_shapes_even_the_last(setup):
-    shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(p.batch)) for p in _batches(setup, rows=5)}
+    shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(p.batch)) for p in _batches(setup, batch_size=5)}
     assert len(shapes) == 1
 
 
@@ -168,7 +168,7 @@ def _rows_of(packed):
 def test_each_row_comes_once_an_epoch_while_processes_come_and_go(setup, window, steps):
     """Two processes, then three, then one, each restored from the states of those before."""
     experiment, processor, rows = setup
-    config = dataclasses.replace(experiment.data, rows=6, pack_window=window, row_tokens=96, row_patches=96)
+    config = dataclasses.replace(experiment.data, batch_size=6, pack_window=window, seq_len=96, max_patches=96)
     seen, states = [], None
     for count, steps_here in ((2, steps[0]), (3, steps[1]), (1, None)):
         found = []
@@ -188,7 +188,7 @@ def test_each_row_comes_once_an_epoch_while_processes_come_and_go(setup, window,
 
 def test_processes_restored_in_the_same_number_go_on_with_the_same_batches(setup):
     experiment, processor, _ = setup
-    config = dataclasses.replace(experiment.data, rows=6, pack_window=4)
+    config = dataclasses.replace(experiment.data, batch_size=6, pack_window=4)
 
     def start(states=None):
         found = [iter(pipeline.training_data(processor, config, seed=9, share=Share(i, 3))[0]) for i in range(3)]
@@ -208,5 +208,5 @@ def test_processes_restored_in_the_same_number_go_on_with_the_same_batches(setup
 
 def test_rows_that_processes_cannot_share_evenly_are_refused(setup):
     experiment, processor, _ = setup
-    with pytest.raises(UserError, match=r"data.rows = 2 cannot be shared evenly by 3 processes"):
+    with pytest.raises(UserError, match=r"data.batch_size = 2 cannot be shared evenly by 3 processes"):
         pipeline.training_data(processor, experiment.data, seed=0, share=Share(0, 3))

@@ -185,12 +185,12 @@ def test_large_files_are_fingerprinted_by_their_size_and_by_pieces(tmp_path, mon
 
 def test_a_restart_keeps_the_row_sizes_and_the_steps_that_were_chosen_from_the_data(tmp_path):
     rows = support.write_rows(tmp_path / "data", 12)
-    experiment = support.experiment(tmp_path, rows, "--data.row_tokens", "auto", "--data.row_patches", "auto")
+    experiment = support.experiment(tmp_path, rows, "--data.seq_len", "auto", "--data.max_patches", "auto")
     experiment = dataclasses.replace(experiment, steps=None, epochs=2.0)
     model, processor = loop.start_model(experiment)
     first = loop.resolve(experiment, model, processor)
-    assert isinstance(first.data.row_tokens, int)
-    assert isinstance(first.data.row_patches, int)
+    assert isinstance(first.data.seq_len, int)
+    assert isinstance(first.data.max_patches, int)
     assert loop.resolve(experiment, model, processor) == first
     write_json(tmp_path / "run" / "experiment.json", config_tree.to_dict(first))
     words = [{"role": "user", "content": "is there a red shape? " * 20}, {"role": "assistant", "content": "no"}]

@@ -125,7 +125,9 @@ def test_a_tower_at_learning_rate_0_stays_bit_equal_and_the_others_move(tmp_path
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_stage_goes_on_from_the_one_before_it_and_a_restart_repeats_nothing(tmp_path, rows, capsys, kind):
     data = support.experiment(tmp_path, rows).data
-    stage = Stage("warm-up", dataclasses.replace(data, rows=1), OptimizerConfig(kind=kind, encoder_lr=0.0), steps=3)
+    stage = Stage(
+        "warm-up", dataclasses.replace(data, batch_size=1), OptimizerConfig(kind=kind, encoder_lr=0.0), steps=3
+    )
     experiment = support.experiment(tmp_path, rows, "--steps", "2", "--optimizer.kind", kind, stages=(stage,))
     result = loop.train(experiment)
     assert (result.steps, result.compilations) == (5, 2)
@@ -157,7 +159,7 @@ def test_accumulated_gradients_equal_those_of_one_large_batch(tmp_path, rows):
     experiment = support.experiment(tmp_path, rows, "--optimizer.max_grad_norm", "1e9")
     model, processor = loop.start_model(experiment)
     template, values = loop.split(model)
-    data = dataclasses.replace(experiment.data, rows=4)
+    data = dataclasses.replace(experiment.data, batch_size=4)
     large = next(iter(pipeline.training_data(processor, data, seed=0)[0])).batch
     halves = [jax.tree.map(lambda x, i=i: x[i : i + 2], large) for i in (0, 2)]
     tx = optimizer.make(experiment.optimizer, 10, vlm.parameters(template))
@@ -201,7 +203,7 @@ def test_rows_left_out_are_counted_and_listed_with_their_reason(tmp_path, rows):
     lines[0]["image_s"] = []  # a column that is not known is carried along
     bad_box = {**lines[1], "objects": {"ref": [], "bbox": [[1, 2, 3]]}}
     bad.write_text("".join(json.dumps(r) + "\n" for r in [*lines, long, bad_box]) + "{not json\n")
-    options = ("--data.on_bad_row", "skip", "--data.row_patches", "0", "--data.max_bad_fraction", "1")
+    options = ("--data.on_bad_row", "skip", "--data.max_patches", "0", "--data.max_bad_fraction", "1")
     result = loop.train(support.experiment(tmp_path, bad, *options, "--steps", "4"))
     listed = [json.loads(line) for line in (result.folder / "rejected.jsonl").read_text().splitlines()]
     assert result.rejected == len(listed) > 0

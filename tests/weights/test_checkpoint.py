@@ -23,7 +23,7 @@ ROW = {
     ],
     "images": [support.picture(140, 84), support.picture(56, 112, 1)],
 }
-SHAPE = {"row_tokens": 128, "row_patches": 128}
+SHAPE = {"seq_len": 128, "max_patches": 128}
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_a_picture_takes_64_tokens_and_changes_what_follows(composed):
         {"messages": [{"role": "user", "content": "<image>What is it?"}], "images": [picture(300, 200, seed)]}
         for seed in (1, 2)
     ]
-    first, second = (processor.pack([row], row_tokens=128, row_patches=257, generation_prompt=True) for row in rows)
+    first, second = (processor.pack([row], seq_len=128, max_patches=257, generation_prompt=True) for row in rows)
     assert (first.tokens == model.config.image_token_id).sum() == 64
     np.testing.assert_array_equal(first.tokens, second.tokens)
     last = int(first.segment_ids.sum()) - 1

@@ -39,7 +39,7 @@ PROFILED = 2  # steps under the profiler
 def other_counters(experiment: Experiment, template: vlm.VLM, counts: flops.Counts) -> dict[str, float]:
     """FLOP of a step as two public trainers count them; see the top of this file."""
     decoder, data = experiment.model.decoder, experiment.data
-    positions, S = data.rows * data.row_tokens, data.row_tokens
+    positions, S = data.batch_size * data.seq_len, data.seq_len
     parameters = vlm.parameter_counts(template)["decoder"]
     width = decoder.num_heads * decoder.head_size
     text_only = 6.0 * parameters * positions + 12.0 * decoder.num_layers * width * S * positions
@@ -47,7 +47,7 @@ def other_counters(experiment: Experiment, template: vlm.VLM, counts: flops.Coun
     padded = dataclasses.replace(
         counts,
         segments=np.append(counts.segments, max(positions - counts.tokens, 0)),
-        frames=np.append(counts.frames, max(data.rows * data.row_patches - counts.patches, 0)),
+        frames=np.append(counts.frames, max(data.batch_size * data.max_patches - counts.patches, 0)),
         targets=positions,
     )
     everything = flops.training(template, padded, dict.fromkeys(TOWERS, True)).total
@@ -62,7 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     precision = Precision(param_dtype=arguments.params, remat=arguments.remat, attention=arguments.attention)
     config, processor, examples = workload.workload(arguments, precision)
-    data = DataConfig(rows=arguments.rows, row_tokens=arguments.tokens, row_patches=arguments.patches)
+    data = DataConfig(batch_size=arguments.rows, seq_len=arguments.tokens, max_patches=arguments.patches)
     experiment = Experiment(
         name="gpu_pass",
         model=config,
@@ -79,7 +79,7 @@ def main() -> None:
         arguments.tokens,
         arguments.patches,
         patch_values=processor.vision.patch_values,
-        max_frame_patches=abstract.max_image_patches,
+        max_image_patches=abstract.max_image_patches,
     )
     template, values = split(random_model(config, 0, planned.layout.parameter))
     state, frozen = planned.begin(values)

@@ -112,7 +112,7 @@ class Vision(Protocol):
         """A video, as frames of one size."""
         ...
 
-    def max_frame_patches(self, config: MediaConfig) -> int | None:
+    def max_image_patches(self, config: MediaConfig) -> int | None:
         """Most patches that a frame of any picture gets; None if there is no limit."""
         ...
 

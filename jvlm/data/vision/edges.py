@@ -118,7 +118,7 @@ class EdgeVision:
         """Each frame as an image of its own, never split."""
         return self._media(frames, config)
 
-    def max_frame_patches(self, config: EdgeLimits) -> int | None:
+    def max_image_patches(self, config: EdgeLimits) -> int | None:
         """A square of the longest edge has the most."""
         if not config.resize:
             return None

@@ -81,7 +81,7 @@ class QwenVision:
         step = seconds * self.config.tokens_per_second
         return self._media(frames, limits, (limits.video_min_pixels, limits.video_max_pixels), step)
 
-    def max_frame_patches(self, limits: PixelLimits) -> int | None:
+    def max_image_patches(self, limits: PixelLimits) -> int | None:
         """Of the largest picture that the resize gives; a pair of frames is one."""
         if not limits.resize:
             return None

@@ -117,7 +117,7 @@ class TiledVision:
         pictures = [self._whole(frames[i], config) for i in chosen]
         return self._media(pictures, (self.features * len(pictures),), frames[0].size, (self.side, self.side))
 
-    def max_frame_patches(self, config: TiledMedia) -> int:
+    def max_image_patches(self, config: TiledMedia) -> int:
         """Those of every frame."""
         return self.patch_group
 

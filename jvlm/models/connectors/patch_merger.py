@@ -46,7 +46,7 @@ class PatchMerger(nnx.Module):
         B, P, d = vision.tokens.shape
         if P % self.group:
             raise UserError(
-                f"{P} patches in a sequence are no multiple of {self.group}, which are merged: change row_patches"
+                f"{P} patches in a sequence are no multiple of {self.group}, which are merged: change max_patches"
             )
         x = self.norm(vision.tokens).reshape(B, P // self.group, d * self.group)
         tokens = self.out(jax.nn.gelu(self.hidden(x), approximate=False))
