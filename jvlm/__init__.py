@@ -13,8 +13,8 @@ _PUBLIC = {
     "Processor": "jvlm.data.processor",
     "VLM": "jvlm.models.vlm",
     "generate": "jvlm.inference.generate",
-    "load": "jvlm.weights.loading",
-    "save": "jvlm.weights.saving",
+    "load": "jvlm.weights.io",
+    "save": "jvlm.weights.io",
 }
 
 __all__ = ["PackedBatch", "Processor", "VLM", "__version__", "generate", "load", "save"]  # noqa: RUF022
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from jvlm.inference.generate import generate
     from jvlm.models.batch import PackedBatch
     from jvlm.models.vlm import VLM
-    from jvlm.weights.loading import load
-    from jvlm.weights.saving import save
+    from jvlm.weights.io import load, save
 
 
 def __getattr__(name: str):

@@ -9,13 +9,14 @@ import typing
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from jvlm.data import vision
+from jvlm import families
+from jvlm.data.image_processor import ImageProcessorConfig
 from jvlm.errors import UserError
 from jvlm.models import contracts, registry
 
 T = TypeVar("T")
 _PARTS = contracts.KINDS
-_POLYMORPHIC = (*_PARTS, vision.MediaConfig)
+_POLYMORPHIC = (*_PARTS, ImageProcessorConfig)
 
 
 def to_dict(config: Any) -> Any:
@@ -38,7 +39,7 @@ def from_dict(kind: type[T], values: Any, path: str = "") -> T:
         values = dict(values)
         if "type" not in values:
             raise UserError(f'{path or "configuration"}: needs a "type"')
-        kind = (registry.config_type if kind in _PARTS else vision.media_type)(values.pop("type"))
+        kind = (registry.config_type if kind in _PARTS else families.image_config_type)(values.pop("type"))
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, values, path)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

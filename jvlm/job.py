@@ -32,8 +32,8 @@ from jvlm.training.config import Experiment
 from jvlm.training.log import clock
 from jvlm.training.loop import Result, split, train
 from jvlm.training.side_files import write_json, write_lines
-from jvlm.weights import checkpoint, run_folder, table
-from jvlm.weights.loading import load
+from jvlm.weights import hf, run_dir, table
+from jvlm.weights.io import load
 
 ANSWERS, SCORES, EXPORT, REPORT = "answers.jsonl", "scores.json", "hf", "report.html"
 NOT_ASKED = "evaluation_rejected.jsonl"
@@ -232,9 +232,9 @@ def export(experiment: Experiment, result: Result) -> str:
     saved = None
     if jax.process_count() > 1:
         shapes = {path: v.get_value().shape for path, v in vlm.parameters(result.model).items()}
-        params = run_folder.params_folder(result.folder, result.last)
-        saved = run_folder.Arrays(params, shapes, run_folder.saved_fingerprints(params.parent)).read
-    checkpoint.save(result.model, result.processor, folder, dtype=experiment.export.dtype, read=saved)
+        params = run_dir.params_folder(result.folder, result.last)
+        saved = run_dir.Arrays(params, shapes, run_dir.saved_fingerprints(params.parent)).read
+    hf.save(result.model, result.processor, folder, dtype=experiment.export.dtype, read=saved)
     return f"{folder}"
 
 

@@ -9,10 +9,10 @@ import typing
 import pytest
 
 from jvlm.data.pipeline import DataConfig
-from jvlm.data.vision import PixelLimits
-from jvlm.data.vision.edges import EdgeLimits
-from jvlm.data.vision.tiled import TiledMedia
 from jvlm.errors import UserError
+from jvlm.families.idefics2.image_processor import Idefics2ImageConfig
+from jvlm.families.mm1_5.image_processor import TiledImageConfig
+from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import (
     AdaptConfig,
@@ -35,9 +35,9 @@ CONFIGS = {
     ParallelConfig: ({}, "parallel."),
     Stage: ({"name": "first", "data": DataConfig()}, "stage first: "),
     Experiment: ({"name": "run", "init_from": "folder"}, ""),
-    PixelLimits: ({}, "processor.media."),
-    EdgeLimits: ({}, "processor.media."),
-    TiledMedia: ({}, "processor.media."),
+    QwenImageConfig: ({}, "processor.image."),
+    Idefics2ImageConfig: ({}, "processor.image."),
+    TiledImageConfig: ({}, "processor.image."),
 }
 
 
@@ -93,12 +93,12 @@ def test_no_number_of_any_configuration_takes_what_is_no_number(kind, name, valu
         (EvaluationConfig, "ask", "together"),
         (Stage, "steps", 0),
         (AdaptConfig, "grid", 0),
-        (PixelLimits, "max_pixels", 0),
-        (PixelLimits, "fps", 0.0),
-        (EdgeLimits, "shortest_edge", 0),
-        (TiledMedia, "num_frames", 0),
-        (TiledMedia, "static_grid", (0, 2)),
-        (TiledMedia, "max_upscale", 0.0),
+        (QwenImageConfig, "max_pixels", 0),
+        (QwenImageConfig, "fps", 0.0),
+        (Idefics2ImageConfig, "shortest_edge", 0),
+        (TiledImageConfig, "num_frames", 0),
+        (TiledImageConfig, "static_grid", (0, 2)),
+        (TiledImageConfig, "max_upscale", 0.0),
         (ParallelConfig, "tensor", 0),
         (ParallelConfig, "data_slices", 0),
     ],

@@ -34,12 +34,12 @@ from jvlm_kernels.attention import block_pairs, tuning
 from jvlm_kernels.attention.api import AttentionSpec
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from jvlm import families
 from jvlm.data import packing, pipeline
 from jvlm.data.errors import Origin
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.data.rows import parse_row
-from jvlm.models.presets import PRESETS
 from jvlm.models.vlm import VLMConfig
 
 DEMO = Path(__file__).parents[1] / "configs/mimo_vl/easy_vqa.py"
@@ -268,7 +268,7 @@ def real_examples(data: Path, limit: int) -> tuple[Processor, dict[str, list[Exa
     folder = data / "tokenizers/qwen2_5_vl"
     template = (folder / "chat_template.jinja").read_text()
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), chat_template=template)
-    processor = Processor(tokenizer, PRESETS["mimo_vl_7b"])
+    processor = Processor(tokenizer, families.preset("mimo_vl_7b"))
     found = {}
     for name, sets in SETS.items():
         parts = [conversations(data / part, turns, limit) for part, turns in sets.items()]
@@ -281,7 +281,7 @@ def pack(name: str, examples: list[Example], seq_len: int, processor: Processor)
 
     A sequence has as many patches as the fullest one needs, rounded up to a multiple of 512.
     """
-    group = processor.vision.patch_group
+    group = processor.image_processor.patch_group
     order = np.random.default_rng(0).permutation(len(examples))
     fitting = [packing.truncate(examples[i], seq_len) if examples[i].length > seq_len else examples[i] for i in order]
     kept = [e for e in fitting if e is not None]
@@ -303,7 +303,7 @@ def pack(name: str, examples: list[Example], seq_len: int, processor: Processor)
         frames=batch.patch_segment_ids,
         windows=batch.patch_window_ids,
         max_segment_length=None,
-        max_image_patches=pipeline.frame_patches(processor.vision, processor.media, config),
+        max_image_patches=pipeline.frame_patches(processor.image_processor, processor.image_config, config),
     )
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jvlm.data.chat_formats import QWEN_TEMPLATE
 from jvlm.data.shards import SHARD_SUFFIX, write_shard
+from jvlm.families.qwen2_5_vl.chat_format import CHATML
 
 # What the official generator draws with.
 COLOURS = {
@@ -187,7 +187,7 @@ def main() -> None:
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        chat_template=QWEN_TEMPLATE,
+        chat_template=CHATML,
         additional_special_tokens=SPECIAL_TOKENS[3:],
         model_max_length=4096,
     )

@@ -14,9 +14,10 @@ than twice as much.
 
 import dataclasses
 
+from jvlm.models.presets import PRESETS
+
 from jvlm.data.pipeline import DataConfig
 from jvlm.models.layers import Precision
-from jvlm.models.presets import PRESETS
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import CheckpointConfig, Experiment, OptimizerConfig
 

@@ -10,10 +10,10 @@ pixels, the position table is resized with `jvlm.weights.positions.with_grid(mod
 
 import dataclasses
 
+from jvlm import families
 from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
-from jvlm.data.vision.edges import EdgeLimits
-from jvlm.models.presets import PRESETS
+from jvlm.families.idefics2.image_processor import Idefics2ImageConfig
 from jvlm.training.config import Experiment, OptimizerConfig
 
 GRID = 27
@@ -21,7 +21,7 @@ GRID = 27
 
 def get_config() -> Experiment:
     """Pictures are 27 x 27 patches; a row has room for 31 of them, whichever way they are read."""
-    model = PRESETS["idefics2_8b"]
+    model = families.preset("idefics2_8b")
     model = dataclasses.replace(
         model,
         encoder=dataclasses.replace(model.encoder, grid=GRID),
@@ -31,7 +31,7 @@ def get_config() -> Experiment:
         name="idefics2_pretrain",
         model=model,
         tokenizer="tokenizers/idefics2",
-        processor=ProcessorConfig(media=EdgeLimits(longest_edge=384, shortest_edge=378, split=False)),
+        processor=ProcessorConfig(image=Idefics2ImageConfig(longest_edge=384, shortest_edge=378, split=False)),
         data=DataConfig(batch_size=16, seq_len=2048, max_patches=31 * GRID**2, max_image_patches=GRID**2),
         optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=0.1, beta2=0.999),
         steps=80_000,

@@ -1,7 +1,7 @@
 """Idefics2-8B, fine-tuned on conversations about pictures: whole images, or four crops and the image.
 
     jvlm train idefics2/sft --init_from DIR --data.train rows.jsonl
-    jvlm train idefics2/sft --init_from DIR --data.train rows.jsonl --processor.media.no-split
+    jvlm train idefics2/sft --init_from DIR --data.train rows.jsonl --processor.image.no-split
 
 Published: conversations of up to 1,024 tokens, sides of 378 to 980 pixels, splitting for half of the samples (give the
 halves as two runs' data, or choose one way). Learning rate, batch and steps of the fine-tuning are not published. All
@@ -11,7 +11,7 @@ the towers stand still unless you give them a rate.
 
 from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
-from jvlm.data.vision.edges import EdgeLimits
+from jvlm.families.idefics2.image_processor import Idefics2ImageConfig
 from jvlm.training.config import Experiment, OptimizerConfig
 
 
@@ -20,7 +20,7 @@ def get_config() -> Experiment:
     return Experiment(
         name="idefics2_sft",
         init_from="idefics2-8b",
-        processor=ProcessorConfig(media=EdgeLimits()),
+        processor=ProcessorConfig(image=Idefics2ImageConfig()),
         data=DataConfig(
             batch_size=8,
             seq_len=2048,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
-from jvlm.data.vision import PixelLimits
+from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
@@ -19,7 +19,7 @@ PIXELS = 64 * 64
 def get_config() -> Experiment:
     """Pictures of 64 x 64 are 8 x 8 patches, 16 tokens; a picture and its questions are about 170 tokens."""
     model = VLMConfig(
-        architecture="qwen2_5_vl",
+        family="qwen2_5_vl",
         encoder=QwenViTConfig(
             depth=2,
             hidden_size=128,
@@ -63,7 +63,7 @@ def get_config() -> Experiment:
         stages=(Stage("shapes", shapes, optimizer, steps=700),),
         model=model,
         tokenizer=str(DATA / "tokenizer"),
-        processor=ProcessorConfig(media=PixelLimits(PIXELS, PIXELS, PIXELS, PIXELS)),
+        processor=ProcessorConfig(image=QwenImageConfig(PIXELS, PIXELS, PIXELS, PIXELS)),
         data=DataConfig(train=(str(DATA / "train.arrayrecord"),), batch_size=6, seq_len=512, max_patches=192),
         optimizer=optimizer,
         checkpoint=CheckpointConfig(save_interval_steps=250),

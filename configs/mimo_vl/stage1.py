@@ -9,9 +9,9 @@ The start is the tower of Qwen2.5-VL-72B, MiMo-7B-Base, and a random projector.
 
 import dataclasses
 
+from jvlm import families
 from jvlm.data.pipeline import DataConfig
 from jvlm.models.layers import Precision
-from jvlm.models.presets import PRESETS
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
 
@@ -23,7 +23,7 @@ def get_config() -> Experiment:
     return Experiment(
         name="mimo_vl_stage1",
         topologies=("v5p:4x4x4", "v6e:16x16", "h200:8x8"),
-        model=dataclasses.replace(PRESETS["mimo_vl_7b"], precision=Precision(remat="attention")),
+        model=dataclasses.replace(families.preset("mimo_vl_7b"), precision=Precision(remat="attention")),
         init_from="mimo_vl_7b_start",
         data=DataConfig(
             batch_size=ROWS, seq_len=SEQ_LEN, max_patches=3 * SEQ_LEN, max_image_patches=16384, on_too_long="shrink"

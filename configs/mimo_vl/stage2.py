@@ -8,9 +8,9 @@ issue 29). Batch size, schedule and warm-up are not published; those here are ou
 
 import dataclasses
 
+from jvlm import families
 from jvlm.data.pipeline import DataConfig
 from jvlm.models.layers import Precision
-from jvlm.models.presets import PRESETS
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
 
@@ -22,7 +22,7 @@ def get_config() -> Experiment:
     return Experiment(
         name="mimo_vl_stage2",
         topologies=("v5p:4x4x4", "v6e:16x16", "h200:8x8"),
-        model=dataclasses.replace(PRESETS["mimo_vl_7b"], precision=Precision(remat="attention")),
+        model=dataclasses.replace(families.preset("mimo_vl_7b"), precision=Precision(remat="attention")),
         init_from="mimo_vl_stage1",
         data=DataConfig(
             batch_size=ROWS, seq_len=SEQ_LEN, max_patches=3 * SEQ_LEN, max_image_patches=16384, on_too_long="shrink"

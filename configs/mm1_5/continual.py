@@ -8,8 +8,8 @@ decay to 0, every tower learnt. The position tables go from 27 x 27 to 48 x 48 p
 
 from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
-from jvlm.data.vision.tiled import TiledMedia
-from jvlm.models.mm1_5 import GRID_672
+from jvlm.families.mm1_5.image_processor import TiledImageConfig
+from jvlm.families.mm1_5.presets import GRID_672
 from jvlm.training.config import AdaptConfig, Experiment, ExportConfig, OptimizerConfig
 
 
@@ -19,7 +19,7 @@ def get_config() -> Experiment:
         name="mm1_5_continual",
         init_from="runs/mm1_5_pretrain",
         adapt=AdaptConfig(grid=GRID_672),
-        processor=ProcessorConfig(media=TiledMedia(splitting="static"), box_format="mm1_5"),
+        processor=ProcessorConfig(image=TiledImageConfig(splitting="static"), box_format="mm1_5"),
         data=DataConfig(batch_size=32, seq_len=4096, max_patches=20 * (GRID_672**2 + 1), on_bad_row="skip"),
         optimizer=OptimizerConfig(learning_rate=1e-5),
         export=ExportConfig(enabled=False),

@@ -9,7 +9,7 @@ import dataclasses
 
 from jvlm import configs
 from jvlm.data.processor import ProcessorConfig
-from jvlm.data.vision.tiled import TiledMedia
+from jvlm.families.mm1_5.image_processor import TiledImageConfig
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.encoders.vit import clip_vit
@@ -30,7 +30,7 @@ def get_config() -> Experiment:
     )
     model = dataclasses.replace(
         base.model,
-        architecture="mm1_5",
+        family="mm1_5",
         encoder=clip_vit(depth=2, hidden_size=64, num_heads=2, intermediate_size=128, patch_size=8, grid=grid),
         connector=CAbstractorConfig(grid=grid, out_grid=2, hidden_size=64, depth=1),
         decoder=decoder,
@@ -40,7 +40,7 @@ def get_config() -> Experiment:
         name="mm1_5_easy_vqa",
         stages=(),
         model=model,
-        processor=ProcessorConfig(media=TiledMedia(max_tiles=4, num_frames=4), box_format="mm1_5"),
+        processor=ProcessorConfig(image=TiledImageConfig(max_tiles=4, num_frames=4), box_format="mm1_5"),
         data=dataclasses.replace(base.data, batch_size=4, max_patches=10 * (grid**2 + 1)),
         optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.05, beta2=0.99),
         checkpoint=CheckpointConfig(save_interval_steps=200),

@@ -9,12 +9,12 @@ experts began as copies of the dense layers is how one reader understood it; the
 import dataclasses
 
 from jvlm import configs
-from jvlm.models.mm1_5 import MM1_5
+from jvlm.families.mm1_5.presets import PRESETS
 from jvlm.training.config import Experiment
 
 
 def get_config() -> Experiment:
     """The router's losses and loads are in the log, as router/..."""
     base = configs.load("mm1_5/continual")
-    experts = MM1_5["mm1_5_3b_moe"].decoder.mlp
+    experts = PRESETS["mm1_5_3b_moe"].decoder.mlp
     return dataclasses.replace(base, name="mm1_5_moe", adapt=dataclasses.replace(base.adapt, experts=experts))

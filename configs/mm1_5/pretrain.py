@@ -11,20 +11,20 @@ import dataclasses
 
 from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
-from jvlm.data.vision.tiled import TiledMedia
+from jvlm.families.mm1_5.image_processor import TiledImageConfig
+from jvlm.families.mm1_5.presets import GRID_378, PRESETS, at_grid
 from jvlm.models.layers import Precision
-from jvlm.models.mm1_5 import GRID_378, MM1_5, at_grid
 from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
 
 
 def get_config() -> Experiment:
     """Up to 16 pictures of 27 x 27 patches and a class token in a row."""
-    model = at_grid(MM1_5["mm1_5_3b"], GRID_378)
+    model = at_grid(PRESETS["mm1_5_3b"], GRID_378)
     return Experiment(
         name="mm1_5_pretrain",
         model=dataclasses.replace(model, precision=Precision(remat="attention")),
         tokenizer="tokenizer",
-        processor=ProcessorConfig(media=TiledMedia(splitting="none"), box_format="mm1_5"),
+        processor=ProcessorConfig(image=TiledImageConfig(splitting="none"), box_format="mm1_5"),
         data=DataConfig(batch_size=64, seq_len=4096, max_patches=16 * (GRID_378**2 + 1), on_bad_row="skip"),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_ratio=0.01, min_lr_ratio=0.1),
         export=ExportConfig(enabled=False),

@@ -10,8 +10,8 @@ pictures, several pictures and text 80:10:10, which the data files have to be mi
 
 from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import ProcessorConfig
-from jvlm.data.vision.tiled import TiledMedia
-from jvlm.models.mm1_5 import GRID_672
+from jvlm.families.mm1_5.image_processor import TiledImageConfig
+from jvlm.families.mm1_5.presets import GRID_672
 from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
 
 
@@ -20,7 +20,7 @@ def get_config() -> Experiment:
     return Experiment(
         name="mm1_5_sft",
         init_from="runs/mm1_5_continual",
-        processor=ProcessorConfig(media=TiledMedia(), box_format="mm1_5"),
+        processor=ProcessorConfig(image=TiledImageConfig(), box_format="mm1_5"),
         data=DataConfig(batch_size=32, seq_len=4096, max_patches=24 * (GRID_672**2 + 1), on_bad_row="skip"),
         optimizer=OptimizerConfig(learning_rate=2e-5),
         export=ExportConfig(enabled=False),

@@ -5,9 +5,8 @@ jvlm train qwen2_5_vl/72b --init_from gs://bucket/Qwen2.5-VL-72B-Instruct --data
 
 import dataclasses
 
-from jvlm import configs
+from jvlm import configs, families
 from jvlm.models.layers import Precision
-from jvlm.models.presets import PRESETS
 from jvlm.training.config import Experiment
 
 
@@ -19,6 +18,6 @@ def get_config() -> Experiment:
         name="qwen2_5_vl_72b",
         topologies=("v5p:8x8x8", "h200:32x8"),
         init_from="Qwen2.5-VL-72B-Instruct",
-        model=dataclasses.replace(PRESETS["qwen2_5_vl_72b"], precision=Precision(remat="attention")),
+        model=dataclasses.replace(families.preset("qwen2_5_vl_72b"), precision=Precision(remat="attention")),
         data=dataclasses.replace(base.data, batch_size=128),
     )

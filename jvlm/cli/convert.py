@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from jvlm.errors import UserError
 from jvlm.options import parse
 from jvlm.weights.convert import DType, convert
-from jvlm.weights.single_files import unpack
+from jvlm.weights.gguf_onnx import unpack
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

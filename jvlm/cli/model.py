@@ -6,6 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
+import tyro
+
+from jvlm import families
+from jvlm.data.image_processor import FieldError, ImageProcessorConfig
 from jvlm.errors import UserError
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.inference.serving import RULES
@@ -14,9 +18,21 @@ from jvlm.parallel.mesh import ParallelConfig
 
 if TYPE_CHECKING:
     from jvlm.data.processor import Processor
-    from jvlm.data.vision import MediaConfig
     from jvlm.models.vlm import VLM
     from jvlm.parallel.layout import Layout
+
+
+def _image_options() -> type:
+    """Return a dataclass of what the command line may change about the image processors of all families."""
+    fields = []
+    for name, (limit, owners) in families.image_limits().items():
+        kind = (int if limit.whole else float) | None
+        text = f"{limit.help} ({', '.join(owners)}); None takes the model's"
+        fields.append((name, Annotated[kind, tyro.conf.arg(help=text)], None))
+    return dataclasses.make_dataclass("ImageOptions", fields, frozen=True)
+
+
+ImageOptions = _image_options()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,16 +42,14 @@ class ModelOptions:
     Attributes:
       model: a Hugging Face folder or a jvlm run folder.
       param_dtype: dtype of the parameters; None is float32.
-      min_pixels: smallest picture after resizing; None takes the model's.
-      max_pixels: largest picture after resizing; None takes the model's.
+      images: what to change about the image processor.
       sampling: how answers are made.
       parallel: how devices share the work. Without any of these options all devices do, by the model's heads.
     """
 
     model: str
     param_dtype: Literal["float32", "bfloat16"] | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    images: Annotated[ImageOptions, FLAT] = ImageOptions()
     sampling: Annotated[SamplingConfig, FLAT] = SamplingConfig()
     parallel: ParallelConfig | None = ParallelConfig(rules=RULES)
 
@@ -57,30 +71,24 @@ def parse_model_command(kind: type[T], words: Sequence[str], program: str) -> T:
 def load(options: ModelOptions) -> tuple[VLM, Processor, Layout | None]:
     """Return the model of the options, on the devices that they ask for, its processor, and its layout over them."""
     from jvlm.inference import serving
-    from jvlm.weights import loading, run_folder
+    from jvlm.weights import io as weights_io
+    from jvlm.weights import run_dir
 
-    folder = run_folder.local(options.model)
-    config = loading.read_config(folder)
+    folder = run_dir.local(options.model)
+    config = weights_io.read_config(folder)
     if options.param_dtype:
         precision = dataclasses.replace(config.precision, param_dtype=options.param_dtype)
         config = dataclasses.replace(config, precision=precision)
     layout = serving.layout(config, options.parallel)
     place = layout.parameter if layout else None
-    model, processor = loading.load(folder, precision=config.precision, sharding=place)
-    processor.media = _media(options, processor.media)
-    return model, processor, layout
+    model, processor = weights_io.load(folder, precision=config.precision, sharding=place)
+    return model, processor.replace(image_config=_image_config(options, processor.image_config)), layout
 
 
-def _media(options: ModelOptions, media: MediaConfig) -> MediaConfig:
-    """Return the media settings with the limits that were typed. Raises UserError naming the option."""
-    limits = {n: getattr(options, n) for n in ("min_pixels", "max_pixels") if getattr(options, n) is not None}
-    known = {f.name for f in dataclasses.fields(media)}
-    for name, value in limits.items():
-        if name not in known:
-            raise UserError(f"--{name} is not for this model; its pictures have {', '.join(sorted(known))}")
-        if value < 1:
-            raise UserError(f"--{name} is {value}; it must be at least 1")
-    media = dataclasses.replace(media, **limits)
-    if limits and media.min_pixels > media.max_pixels:
-        raise UserError(f"--min_pixels is {media.min_pixels}, above --max_pixels {media.max_pixels}")
-    return media
+def _image_config(options: ModelOptions, config: ImageProcessorConfig) -> ImageProcessorConfig:
+    """Return the image settings with what was typed. Raises UserError naming the option."""
+    typed = {name: value for name, value in dataclasses.asdict(options.images).items() if value is not None}
+    try:
+        return config.changed(typed)
+    except FieldError as error:
+        raise UserError(f"--{error.field}: {error.problem}. {error.fix}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -104,8 +103,7 @@ class _Look:
 
     def __init__(self, processor: Processor | None, config: DataConfig, seed: int):
         if processor is not None and config.media_root:
-            processor = copy.copy(processor)
-            processor.media_roots = (config.media_root,)
+            processor = processor.replace(media_roots=(config.media_root,))
         self.processor = processor
         self.config = _resolved(processor, config, seed) if processor else config
         self.encode = Encode(processor, self.config) if processor else None

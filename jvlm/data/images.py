@@ -1,11 +1,10 @@
-"""Pictures from whatever a row holds, and the resize rule of Qwen2-VL / Qwen2.5-VL."""
+"""Pictures from whatever a row holds."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import io
-import math
 import re
 import urllib.parse
 from pathlib import Path
@@ -19,31 +18,6 @@ from jvlm.data.pixels import array_to_rgb, image_to_rgb
 from jvlm.data.values import without_nulls
 
 _REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-MAX_ASPECT = 200  # of a picture that `smart_resize` takes
-
-
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) as multiples of ``factor`` with min_pixels <= area <= max_pixels, keeping the aspect.
-
-    As in transformers >= 4.53: Python's rounding, and sides clamped to ``factor`` when shrinking.
-
-    Raises:
-      ValueError: an aspect ratio above 200, or limits that contradict each other.
-    """
-    if min_pixels > max_pixels:
-        raise ValueError(f"min_pixels {min_pixels} exceeds max_pixels {max_pixels}")
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(f"aspect ratio of {width} x {height} exceeds {MAX_ASPECT}")
-    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    if new_height * new_width > max_pixels:
-        beta = math.sqrt(height * width / max_pixels)
-        new_height = max(factor, math.floor(height / beta / factor) * factor)
-        new_width = max(factor, math.floor(width / beta / factor) * factor)
-    elif new_height * new_width < min_pixels:
-        beta = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * beta / factor) * factor
-        new_width = math.ceil(width * beta / factor) * factor
-    return new_height, new_width
 
 
 def open_image(

@@ -9,7 +9,7 @@ import numpy as np
 
 from jvlm.data.boxes import Sizes
 from jvlm.data.errors import Origin, Rejected, RowError
-from jvlm.data.vision import MediaPatches
+from jvlm.data.image_processor import MediaPatches
 from jvlm.models.batch import PackedBatch
 
 
@@ -20,8 +20,9 @@ class Example:
     Attributes:
       turns: number of the last assistant turn begun at each token, from 1; 0 before the first.
       vision_index: which feature feeds the token; -1 for text.
-      media: number of the medium that the token stands for, from 1, the marks around its features included; 0 for text.
-      feature_frames, frame_ids, window_ids: as in `MediaPatches`, counted on over all media.
+      media: number of the image or video that the token stands for, from 1, delimiters included; 0 for text.
+      feature_frames, frame_ids, window_ids: the segments of vision tokens and patches, and the windows of patches, as
+        in `MediaPatches`, counted on over all media.
       sizes: of each medium.
     """
 
@@ -57,8 +58,8 @@ def join_media(media: Sequence[MediaPatches], patch_values: int) -> dict[str, np
     """The patch arrays of an `Example` from its media in order."""
     frames, windows, frame_ids, window_ids, feature_frames = 0, 0, [], [], []
     for medium in media:
-        feature_frames.append(medium.feature_frames + frames)
-        frame_ids.append(medium.frame_ids + frames)
+        feature_frames.append(medium.token_segment_ids + frames)
+        frame_ids.append(medium.segment_ids + frames)
         window_ids.append(medium.window_ids + windows)
         frames, windows = int(frame_ids[-1][-1]), int(window_ids[-1][-1])
     none = np.zeros(0, np.int32)
@@ -106,7 +107,7 @@ def check_fits(
             example.origin,
             "messages",
             f"{example.length} tokens do not fit {limit}{share}",
-            "Raise data.seq_len (and data.max_length), lower max_pixels, or set data.on_too_long to shrink "
+            "Raise data.seq_len (and data.max_length), make the images smaller, or set data.on_too_long to shrink "
             "(pictures are resized) or truncate (turns are left out)",
         )
     if example.num_patches > max_patches:
@@ -114,14 +115,14 @@ def check_fits(
             example.origin,
             "images",
             f"{example.num_patches} patches do not fit {max_patches}",
-            "Raise data.max_patches, lower max_pixels, or set data.on_too_long to shrink",
+            "Raise data.max_patches, make the images smaller, or set data.on_too_long to shrink",
         )
     if max_image_patches is not None and example.longest_frame > max_image_patches:
         raise RowError(
             example.origin,
             "images",
             f"a picture of {example.longest_frame} patches, where none may have more than {max_image_patches}",
-            "Raise data.max_image_patches, lower max_pixels, or set data.on_too_long to shrink",
+            "Raise data.max_image_patches, make the images smaller, or set data.on_too_long to shrink",
         )
 
 

@@ -18,6 +18,7 @@ from absl import flags
 
 from jvlm.data import packing
 from jvlm.data.errors import Origin, Rejected, RowError, grouped
+from jvlm.data.image_processor import ImageProcessor, ImageProcessorConfig
 from jvlm.data.packing import Example, PackedRows
 from jvlm.data.position import Progress, Share, go_on
 from jvlm.data.processor import Processor
@@ -25,7 +26,6 @@ from jvlm.data.rows import Conversation, parse_row
 from jvlm.data.shards import RowSource
 from jvlm.data.shrink import shrink
 from jvlm.data.turns import turns_alone
-from jvlm.data.vision import MediaConfig, Vision
 from jvlm.errors import UserError
 from jvlm.validation import check_fields
 
@@ -138,7 +138,7 @@ class Encode(grain.transforms.RandomMap):
 
     def _check(self, example: Example) -> None:
         config = self.config
-        most = frame_patches(self.processor.vision, self.processor.media, config)
+        most = frame_patches(self.processor.image_processor, self.processor.image_config, config)
         packing.check_fits(example, config.seq_len, config.max_patches, config.max_length, most)
 
     def _fits(self, example: Example) -> bool:
@@ -324,7 +324,10 @@ def training_data(
     if config.shuffle:
         dataset = dataset.shuffle()
     encoded = dataset.repeat(epochs).random_map(Encode(processor, config))
-    values, most = processor.vision.patch_values, frame_patches(processor.vision, processor.media, config)
+    values, most = (
+        processor.image_processor.patch_values,
+        frame_patches(processor.image_processor, processor.image_config, config),
+    )
     packed = PackDataset(encoded, config, share.of(config.batch_size), share, values, most, len(source))
     return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.prefetch), source
 
@@ -337,9 +340,9 @@ def check_shape(config: DataConfig) -> None:
         )
 
 
-def frame_patches(vision: Vision, media: MediaConfig, config: DataConfig) -> int | None:
+def frame_patches(images: ImageProcessor, settings: ImageProcessorConfig, config: DataConfig) -> int | None:
     """The length promised to attention for images and frames, which each row is checked against; None: a whole row."""
     most = config.max_image_patches
     if most is None:
-        most = vision.max_image_patches(media)
+        most = images.max_image_patches(settings)
     return most if most is not None and most < config.max_patches else None

@@ -12,17 +12,17 @@ import numpy as np
 from PIL import Image
 
 from jvlm import config as config_tree
-from jvlm import json_files
+from jvlm import families, json_files
 from jvlm.data import box_formats, mrope, packing, vocabulary
 from jvlm.data.boxes import Place, Sizes, Space
-from jvlm.data.chat_formats import style_of
+from jvlm.data.chat_format import ChatFormat
 from jvlm.data.errors import MEMORY, Origin, RowError
+from jvlm.data.image_processor import ImageProcessorConfig, MediaPatches
 from jvlm.data.images import open_image
 from jvlm.data.packing import Example
 from jvlm.data.rows import Conversation, Message, fill_objects, parse_row
 from jvlm.data.template import ChatTemplate
 from jvlm.data.turns import without_answer
-from jvlm.data.vision import MediaConfig, MediaPatches, default_media, vision_for
 from jvlm.errors import UserError
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLMConfig
@@ -35,25 +35,25 @@ class ProcessorConfig:
     """How rows become tokens and pixels; saved with every model so that training and inference agree.
 
     Attributes:
-      media: how images and videos become frames; None takes the architecture's.
+      image: settings of the image processor; None takes the family's.
       box_format: how boxes and points are written, a name of `jvlm.data.box_formats.FORMATS`.
       box_space: replaces the space of the format's numbers.
       default_system: replaces the system turn that the template would insert; None leaves it to the template.
     """
 
-    media: MediaConfig | None = None
+    image: ImageProcessorConfig | None = None
     box_format: box_formats.FormatName = "json"
     box_space: Space | None = None
     default_system: str | None = None
 
 
 class Processor:
-    """Tokenizer, chat template and vision layout of one model.
+    """Tokenizer, chat template and image processor of one model. It is not changed after it was made: see `replace`.
 
     Args:
       tokenizer: a fast transformers tokenizer with a chat template.
       model: gives the special token ids and the encoder's geometry.
-      config: media and formats.
+      config: settings of images, and formats.
       media_roots: folders in which relative media paths are looked up.
     """
 
@@ -68,33 +68,37 @@ class Processor:
     ):
         self.tokenizer = tokenizer
         self.model = model
-        self.config = config
+        self.family = families.get(model.family)
+        self.image_config = config.image or self.family.image_config
+        self.config = dataclasses.replace(config, image=self.image_config)
+        self.image_processor = self.image_config.build(model)
         self.media_roots = media_roots
         self.generation = generation or {}
         self._tokenized: dict[str, np.ndarray] = {}
-        self.media = config.media or default_media(model)
-        self.style = style_of(model.architecture)
         written = box_formats.FORMATS[self.config.box_format]
-        self.template = ChatTemplate(tokenizer, self.style, f"{written.box}{written.point}{written.named}")
+        self.template = ChatTemplate(tokenizer, self.chat_format, f"{written.box}{written.point}{written.named}")
         # without a placeholder of its own, a video is written as an image is
         self.video_token_id = model.image_token_id if model.video_token_id is None else model.video_token_id
         self._check_tokenizer()
-        self.mark_ids = tuple(self._id_of(mark) for mark in self.vision.marks)
-        found = (tokenizer.convert_tokens_to_ids(token) for token in self.style.stops)
+        self.delimiter_ids = tuple(self._id_of(token) for token in self.image_processor.delimiter_tokens)
+        found = (tokenizer.convert_tokens_to_ids(token) for token in self.chat_format.stops)
         # a base model's tokenizer may lack them
         self.stop_ids = tuple(i for i in found if i is not None and i != tokenizer.unk_token_id)
-        merged = self.vision.merged_mark
-        self.merged_mark = None if merged is None else self._id_of(merged)
+        merged = self.image_processor.merged_delimiter
+        self.merged_delimiter_id = None if merged is None else self._id_of(merged)
 
     @property
-    def media(self) -> MediaConfig:
-        """How images and videos become frames."""
-        return self.config.media
+    def chat_format(self) -> ChatFormat:
+        """How the family's chat templates are used."""
+        return self.family.chat_format
 
-    @media.setter
-    def media(self, value: MediaConfig) -> None:
-        self.config = dataclasses.replace(self.config, media=value)
-        self.vision = vision_for(self.model, value)
+    def replace(
+        self, *, image_config: ImageProcessorConfig | None = None, media_roots: tuple[str, ...] | None = None
+    ) -> Processor:
+        """Return a processor with other image settings or media folders; the tokenizer is shared."""
+        config = self.config if image_config is None else dataclasses.replace(self.config, image=image_config)
+        roots = self.media_roots if media_roots is None else media_roots
+        return Processor(self.tokenizer, self.model, config, media_roots=roots, generation=self.generation)
 
     def _id_of(self, token: str) -> int:
         """The id of a special token. Raises UserError if the tokenizer lacks it."""
@@ -104,7 +108,7 @@ class Processor:
         return found
 
     def _check_tokenizer(self) -> None:
-        names = {self.style.image: self.model.image_token_id, self.style.video: self.model.video_token_id}
+        names = {self.chat_format.image: self.model.image_token_id, self.chat_format.video: self.model.video_token_id}
         for name, expected in names.items():
             found = None if name is None else self.tokenizer.convert_tokens_to_ids(name)
             if found != expected:
@@ -114,12 +118,15 @@ class Processor:
     def __call__(self, conversation: Any) -> Example:
         return self.encode(conversation)
 
-    def encode(self, row: Any, *, generation_prompt: bool = False) -> Example:
+    def encode(
+        self, row: Any, *, generation_prompt: bool = False, image_config: ImageProcessorConfig | None = None
+    ) -> Example:
         """One conversation as arrays.
 
         Args:
           row: an ms-swift row or a checked `Conversation`.
           generation_prompt: end with the opening of an assistant turn; a final assistant turn is then dropped.
+          image_config: settings of its images, instead of the processor's with what the row changes.
 
         Raises:
           RowError: anything wrong with the row or its media.
@@ -129,7 +136,7 @@ class Processor:
         try:
             if generation_prompt:
                 conversation = _prompt(conversation)
-            media = self._media(conversation)
+            media = self._media(conversation, image_config or self.image_config_of(conversation))
             messages = self._fill(conversation, media)
             ids, weights, turns = self.template.tokenize(
                 messages, generation_prompt=generation_prompt, origin=origin, tools=conversation.tools
@@ -170,7 +177,7 @@ class Processor:
         patches = max_patches
         if patches is None:
             most = sum(e.num_patches for e in examples)
-            patches = packing.bucket(most, packing.patch_step(self.vision.patch_group, 256)) if most else 0
+            patches = packing.bucket(most, packing.patch_step(self.image_processor.patch_group, 256)) if most else 0
         for example in examples:
             packing.check_fits(example, tokens, patches)
         rows = packing.first_fit(examples, tokens, patches)
@@ -188,8 +195,7 @@ class Processor:
         """The boxes and points of this model's answer, in the space that it was taught."""
         return box_formats.parse(text, self.config.box_format, space=self.config.box_space)
 
-    def _media(self, conversation: Conversation) -> list[MediaPatches]:
-        config = self.row_media(conversation)
+    def _media(self, conversation: Conversation, config: ImageProcessorConfig) -> list[MediaPatches]:
         images, videos = iter(enumerate(conversation.images)), iter(enumerate(conversation.videos))
         media = []
         for kind in conversation.media_order():
@@ -203,30 +209,15 @@ class Processor:
                 media.append(self._load(frames, f"videos[{index}]", conversation.origin, make))
         return media
 
-    def row_media(self, conversation: Conversation) -> MediaConfig:
-        """The media configuration with what the row changes."""
-        known = {f.name for f in dataclasses.fields(self.media)}
-        for name, _ in conversation.limits:
-            if name not in known:
-                raise RowError(
-                    conversation.origin,
-                    f"chat_template_kwargs.{name}",
-                    "not a setting of this model's pictures",
-                    f"Use {', '.join(sorted(known))}",
-                )
-        try:
-            return dataclasses.replace(self.media, **dict(conversation.limits))
-        except (UserError, ValueError) as error:
-            names = ", ".join(name for name, _ in conversation.limits)
-            raise RowError(
-                conversation.origin, f"chat_template_kwargs.{names}", str(error), "Correct or remove it"
-            ) from error
+    def image_config_of(self, conversation: Conversation) -> ImageProcessorConfig:
+        """Return the settings of the conversation's images: the processor's, with what the row changes."""
+        return self.image_config.for_example(dict(conversation.image_settings), conversation.origin)
 
-    def _image(self, config: MediaConfig, index: int, count: int, pictures: list) -> MediaPatches:
-        return self.vision.image(pictures[0], config, index=index, count=count)
+    def _image(self, config: ImageProcessorConfig, index: int, count: int, pictures: list) -> MediaPatches:
+        return self.image_processor.image(pictures[0], config, index=index, count=count)
 
-    def _video(self, config: MediaConfig, frames: list) -> MediaPatches:
-        return self.vision.video(frames, config)
+    def _video(self, config: ImageProcessorConfig, frames: list) -> MediaPatches:
+        return self.image_processor.video(frames, config)
 
     def with_open_media(self, conversation: Conversation) -> Conversation:
         """The conversation with its pictures and frames decoded. Raises RowError."""
@@ -248,7 +239,7 @@ class Processor:
             raise RowError(origin, field, f"frames of different sizes {sizes}", "Give frames of one size")
         try:
             return make(pictures)
-        except ValueError as error:
+        except UserError as error:
             raise RowError(origin, field, str(error), "Crop the picture, or change its limits") from error
 
     def _fill(self, conversation: Conversation, media: list[MediaPatches]) -> tuple[Message, ...]:
@@ -293,8 +284,8 @@ class Processor:
         starts, features = np.concatenate([[0], np.cumsum(counts)])[places], 0
         for n, (begin, medium, (own, fed)) in enumerate(zip(starts, media, written, strict=True), 1):
             tokens[begin : begin + len(own)], number[begin : begin + len(own)] = own, n
-            vision_index[begin + np.flatnonzero(fed)] = medium.feature_of_token + features
-            features += medium.feature_frames.size
+            vision_index[begin + np.flatnonzero(fed)] = medium.vision_index + features
+            features += medium.token_segment_ids.size
         arrays = {
             "tokens": tokens,
             "loss_weights": np.repeat(weights, counts),
@@ -302,14 +293,14 @@ class Processor:
             "vision_index": vision_index,
             "media": number,
         }
-        if self.merged_mark is not None:
-            is_mark = tokens == self.merged_mark
-            kept = ~(is_mark & np.concatenate([[False], is_mark[:-1]]))
+        if self.merged_delimiter_id is not None:
+            merges = tokens == self.merged_delimiter_id
+            kept = ~(merges & np.concatenate([[False], merges[:-1]]))
             arrays = {name: values[kept] for name, values in arrays.items()}
         return Example(
             **arrays,
             positions=self._positions(np.where(arrays["vision_index"] >= 0, arrays["media"], 0), media),
-            **packing.join_media(media, self.vision.patch_values),
+            **packing.join_media(media, self.image_processor.patch_values),
             sizes=tuple(Sizes(m.original, m.resized) for m in media),
             origin=conversation.origin,
         )
@@ -317,12 +308,12 @@ class Processor:
     def _written(self, medium: MediaPatches, placeholder: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, whether a feature feeds each of them) of a medium."""
         pieces = [
-            np.full(run, placeholder, np.int32) if isinstance(run, int) else self._marks_of(run) for run in medium.runs
+            np.full(run, placeholder, np.int32) if isinstance(run, int) else self._ids_of(run) for run in medium.runs
         ]
         fed = [np.full(len(p), isinstance(run, int)) for p, run in zip(pieces, medium.runs, strict=True)]
         return np.concatenate(pieces), np.concatenate(fed)
 
-    def _marks_of(self, text: str) -> np.ndarray:
+    def _ids_of(self, text: str) -> np.ndarray:
         if text not in self._tokenized:
             self._tokenized[text] = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
         return self._tokenized[text]
@@ -330,7 +321,7 @@ class Processor:
     def _positions(self, number: np.ndarray, media: list[MediaPatches]) -> np.ndarray:
         """Rotary ids [s, 3] of every token: M-RoPE's if the decoder turns by three, else places three times.
 
-        ``number`` is the medium whose feature feeds the token, from 1; 0 for text and marks.
+        ``number`` is the medium whose feature feeds the token, from 1; 0 for text and delimiters.
         """
         length = len(number)
         if not self.model.decoder.uses_mrope:

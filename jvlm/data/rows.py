@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from jvlm.data import tool_calls, values
 from jvlm.data.boxes import Place, place
 from jvlm.data.errors import Origin, RowError
+from jvlm.data.image_processor import EXAMPLE_FIELD
 from jvlm.data.values import is_null, shown, without_nulls
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -21,31 +21,10 @@ _CARRIED = frozenset(
     "id channel tools label margin solution rejected_response rejected_messages rejected_images rejected_videos".split()
 )
 _FIELDS = frozenset("messages images image videos video objects chat_template_kwargs".split()) | _CARRIED
-# What a row may set limits to: beyond, pictures would only exhaust memory (Pillow refuses such files too), and times of
-# frames leave the range of position ids.
-_PIXELS = 2**27
-_LIMITS: dict[str, tuple[float, float]] = {
-    "min_pixels": (1, _PIXELS),
-    "max_pixels": (1, math.inf),
-    "video_min_pixels": (1, _PIXELS),
-    "video_max_pixels": (1, math.inf),
-    "fps": (1e-4, 1e4),
-    "min_tiles": (1, 1024),
-    "max_tiles": (1, 1024),
-    "num_frames": (1, math.inf),
-    "longest_edge": (1, math.inf),
-    "shortest_edge": (1, 2**13),
-}
 _MOST_WEIGHT = float(np.finfo(np.float32).max)
-_PAIRS = (
-    ("min_pixels", "max_pixels"),
-    ("video_min_pixels", "video_max_pixels"),
-    ("min_tiles", "max_tiles"),
-    ("shortest_edge", "longest_edge"),
-)
-# Keys of content blocks that hold a picture, and those of other libraries that would change how it is resized.
+# Keys of content blocks that hold a picture; and those where a number is no setting of it, as other libraries take it.
 PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
-_PER_BLOCK = frozenset((*_LIMITS, "resized_height", "resized_width", "nframes"))
+_NO_SETTINGS = frozenset((*PICTURE_KEYS, "video", "index", "id"))
 _TAG = re.compile(r"(<image>|<video>)")
 _OBJECT_TAG = re.compile(r"(<ref-object>|<bbox>)")
 
@@ -73,7 +52,7 @@ class Conversation:
       videos: each a list of frames.
       refs, boxes: what <ref-object> and <bbox> stand for, in order of appearance.
       box_images: which image each box is on.
-      limits: this row's own resize limits and frame rate.
+      image_settings: what the row changes about the image processor, as given: which one it is, is not known here.
       tools: schemas of the tools that the chat template tells the model of.
       extra: fields carried along, unknown ones included.
     """
@@ -84,7 +63,7 @@ class Conversation:
     refs: tuple[str, ...] = ()
     boxes: tuple[Place, ...] = ()
     box_images: tuple[int, ...] = ()
-    limits: tuple[tuple[str, float], ...] = ()
+    image_settings: tuple[tuple[str, Any], ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     extra: tuple[tuple[str, Any], ...] = ()
     origin: Origin = Origin()
@@ -136,7 +115,7 @@ def _parse(row: dict, origin: Origin) -> Conversation:
         refs=refs,
         boxes=boxes,
         box_images=box_images,
-        limits=_limits(row.get("chat_template_kwargs"), origin),
+        image_settings=_image_settings(row.get(EXAMPLE_FIELD), origin),
         tools=tool_calls.schemas(row.get("tools"), origin),
         extra=tuple((k, row[k]) for k in row if k in _CARRIED or k not in _FIELDS),
         origin=origin,
@@ -232,8 +211,8 @@ def _block(block: Any, images: list, videos: list, origin: Origin, field: str) -
     """The text of a content block. A medium in it joins its list; one without a source is among the row's own."""
     given = without_nulls(block) if isinstance(block, dict) else {}
     kind = given.pop("type", None)
-    for key in given:
-        if key in _PER_BLOCK:
+    for key, value in given.items():
+        if values.number(value) is not None and key not in _NO_SETTINGS:
             raise RowError(
                 origin, field, f"{key!r} of a single picture is not read", "Give the row's chat_template_kwargs"
             )
@@ -294,33 +273,12 @@ def _box(box: Any, box_type: str, origin: Origin, field: str) -> Place:
     return place(found, "original" if box_type == "real" else "norm1")
 
 
-def _limits(value: Any, origin: Origin) -> tuple[tuple[str, float], ...]:
+def _image_settings(value: Any, origin: Origin) -> tuple[tuple[str, Any], ...]:
     if is_null(value):
         return ()
     if not isinstance(value, dict):
-        raise RowError(origin, "chat_template_kwargs", "not an object", 'Give e.g. {"max_pixels": 200704}')
-    limits = {}
-    for key, given in without_nulls(value).items():
-        field = f"chat_template_kwargs.{key}"
-        if key not in _LIMITS:
-            raise RowError(origin, field, "unknown field", f"Known: {', '.join(sorted(_LIMITS))}")
-        found = values.number(given) if key == "fps" else values.whole(given)
-        if found is None or found <= 0:
-            kind = "positive number" if key == "fps" else "positive whole number"
-            raise RowError(origin, field, f"{shown(given)} is not a {kind}", "Correct or remove it")
-        least, most = _LIMITS[key]
-        if not least <= found <= most:
-            raise RowError(origin, field, f"{shown(found)} is not within {least} to {most}", "Correct or remove it")
-        limits[key] = found
-    for low, high in _PAIRS:
-        if low in limits and high in limits and limits[low] > limits[high]:
-            raise RowError(
-                origin,
-                f"chat_template_kwargs.{low}",
-                f"{low} {limits[low]} exceeds {high} {limits[high]}",
-                "Lower the one or raise the other",
-            )
-    return tuple(limits.items())
+        raise RowError(origin, EXAMPLE_FIELD, "not an object", 'Give e.g. {"max_pixels": 200704}')
+    return tuple((str(key), given) for key, given in without_nulls(value).items())
 
 
 def _check_counts(conversation: Conversation) -> None:

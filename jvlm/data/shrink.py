@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jvlm.data.errors import RowError
+from jvlm.data.image_processor import ImageProcessorConfig
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.data.rows import Conversation
@@ -18,16 +19,17 @@ def shrink(processor: Processor, conversation: Conversation, fits: Callable[[Exa
     The pictures are decoded once and encoded anew for each size that is tried; boxes and points follow them.
     """
     conversation = processor.with_open_media(conversation)
-    for changes in processor.vision.smaller(processor.row_media(conversation)):
+    settings = processor.image_config_of(conversation)
+    for changes in processor.image_processor.reductions(settings):
         if not changes:
             continue
-        best = _encoded(processor, conversation, changes[-1], fits)
+        best = _encoded(processor, conversation, settings, changes[-1], fits)
         if best is None:
             continue
         low, high = 0, len(changes) - 1  # the mildest change that fits lies in low..high
         while low < high:
             middle = (low + high) // 2
-            example = _encoded(processor, conversation, changes[middle], fits)
+            example = _encoded(processor, conversation, settings, changes[middle], fits)
             if example is None:
                 low = middle + 1
             else:
@@ -37,11 +39,14 @@ def shrink(processor: Processor, conversation: Conversation, fits: Callable[[Exa
 
 
 def _encoded(
-    processor: Processor, conversation: Conversation, change: dict[str, Any], fits: Callable[[Example], bool]
+    processor: Processor,
+    conversation: Conversation,
+    settings: ImageProcessorConfig,
+    change: dict[str, Any],
+    fits: Callable[[Example], bool],
 ) -> Example | None:
-    limits = tuple({**dict(conversation.limits), **change}.items())
     try:
-        example = processor.encode(dataclasses.replace(conversation, limits=limits))
+        example = processor.encode(conversation, image_config=dataclasses.replace(settings, **change))
     except RowError:  # as it is, the row can be encoded: a size at which it cannot be is too small for it
         return None
     return example if fits(example) else None

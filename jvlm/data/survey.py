@@ -174,7 +174,7 @@ def _fits(size: Size, config: DataConfig) -> bool:
 
 def _with_frames(config: DataConfig, sizes: Sequence[Size], processor: Processor) -> DataConfig:
     """Raise the promise made to attention where rows with limits of their own have larger pictures."""
-    promised = frame_patches(processor.vision, processor.media, config)
+    promised = frame_patches(processor.image_processor, processor.image_config, config)
     largest = max((size.longest_frame for size in sizes), default=0)
     if config.max_image_patches is not None or promised is None or largest <= promised:
         return config
@@ -193,7 +193,7 @@ def choose_rows(sizes: Sequence[Size], config: DataConfig, processor: Processor,
     longest = min(longest, config.max_length or longest)
     most = max(size.num_patches for size in sizes)
     usable = [size for size in sizes if size.length <= longest][:_PACKED]
-    step = packing.patch_step(math.lcm(processor.vision.patch_group, parts), 64)
+    step = packing.patch_step(math.lcm(processor.image_processor.patch_group, parts), 64)
     best = None
     for tokens in _token_sizes(config.seq_len, longest, math.lcm(64, parts)):
         held = [size for size in usable if size.length <= tokens]

@@ -13,7 +13,7 @@ import numpy as np
 
 from jvlm.data import answer_spans, vocabulary
 from jvlm.data.answer_spans import Span, TemplateFacts
-from jvlm.data.chat_formats import ChatStyle
+from jvlm.data.chat_format import ChatFormat
 from jvlm.data.control_tokens import ControlTokens, any_of, change_strings, is_paired
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.rows import Message, split_media
@@ -78,20 +78,20 @@ class ChatTemplate:
     around turns. Other added tokens (<think>, <tool_call>, locations) are words that any text may hold.
 
     Args:
-      tokenizer: a fast transformers tokenizer; one without a template gets the style's.
-      style: how the family's templates are used.
+      tokenizer: a fast transformers tokenizer; one without a template is given the family's.
+      chat_format: how the family's templates are used.
       language: text in which answers are written; tokens in it are words, too.
 
     Raises:
       UserError: a template that is no template, or that writes no token after an answer, so no end would be learnt.
     """
 
-    def __init__(self, tokenizer: Any, style: ChatStyle, language: str = ""):
-        self.tokenizer, self.style, self._language = tokenizer, style, language
-        if not tokenizer.chat_template:
-            tokenizer.chat_template = style.template
+    def __init__(self, tokenizer: Any, chat_format: ChatFormat, language: str = ""):
+        self.tokenizer, self.chat_format, self._language = tokenizer, chat_format, language
+        self.templates: str | dict[str, str] = tokenizer.chat_template or chat_format.template
+        self._default = None if tokenizer.chat_template else chat_format.template
         self._known: dict[tuple[str, int], TemplateFacts] = {}
-        media = [name for name in (style.image, style.video) if name is not None]
+        media = [name for name in (chat_format.image, chat_format.video) if name is not None]
         self._media = any_of(media)
         self._facts_of(())
 
@@ -132,7 +132,9 @@ class ChatTemplate:
         if suspects and facts.control.differ(plain, text):
             ids, starts, ends = self._encode_guarded(chat, text, facts, suspects[0])
         else:
-            encoded = self.tokenizer(plain, add_special_tokens=self.style.special_tokens, return_offsets_mapping=True)
+            encoded = self.tokenizer(
+                plain, add_special_tokens=self.chat_format.special_tokens, return_offsets_mapping=True
+            )
             ids = np.asarray(encoded["input_ids"], np.int32)
             starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
         weights, turn = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.int32)
@@ -224,7 +226,7 @@ class ChatTemplate:
 
     def _encode_guarded(self, chat: _Chat, text: str, facts: TemplateFacts, suspect: str):
         try:
-            return facts.control.encode(text, chat.stand_ins, add_special_tokens=self.style.special_tokens)
+            return facts.control.encode(text, chat.stand_ins, add_special_tokens=self.chat_format.special_tokens)
         except ValueError as error:
             raise self._not_text(chat, suspect, f"with {error} it cannot be told apart") from error
 
@@ -309,7 +311,7 @@ class ChatTemplate:
             text = self.tokenizer.apply_chat_template(
                 messages,
                 tools=list(chat.tools) or None,
-                chat_template=chat.template,
+                chat_template=chat.template or self._default,
                 tokenize=False,
                 add_generation_prompt=chat.generation_prompt,
             )
@@ -323,25 +325,25 @@ class ChatTemplate:
                 f"the chat template cannot take the conversation: {kind}{error}",
                 "Change it to what the model's template takes, or give the model another template",
             ) from error
-        if self.style.space_after_image:
+        if self.chat_format.space_after_image:
             bracket = "<" + chat.stand_ins.get("<", "")
-            text = re.sub(rf"{re.escape(self.style.image)}(?=[^\s{bracket}])", f"{self.style.image} ", text)
+            text = re.sub(rf"{re.escape(self.chat_format.image)}(?=[^\s{bracket}])", f"{self.chat_format.image} ", text)
         return text
 
     def _content(self, content: str) -> str | list[dict[str, str]]:
         blocks = split_media(content)
-        if self.style.video is None:
+        if self.chat_format.video is None:
             blocks = [{"type": "image"} if b["type"] == "video" else b for b in blocks]
-        if self.style.inline:
-            return "".join(self.style.image if b["type"] == "image" else b["text"] for b in blocks)
-        if self.style.always_blocks:
+        if self.chat_format.inline:
+            return "".join(self.chat_format.image if b["type"] == "image" else b["text"] for b in blocks)
+        if self.chat_format.always_blocks:
             return blocks or [{"type": "text", "text": ""}]
         return blocks if any(b["type"] != "text" for b in blocks) else content
 
     def _facts_of(self, tools: tuple[Any, ...]) -> TemplateFacts:
         """What is known about the template that a row with such tools is given."""
         try:
-            source = self.tokenizer.get_chat_template(tools=list(tools) or None)
+            source = self.tokenizer.get_chat_template(self._default, tools=list(tools) or None)
         except ValueError as error:
             raise UserError(f"the tokenizer's chat templates cannot be used: {error}") from error
         known = source, len(self.tokenizer)
@@ -372,19 +374,19 @@ class ChatTemplate:
             self.tokenizer, {name for name in (special | written) - odd if name not in self._language}
         )
         opening = prompt[len(bare) :] if prompt.startswith(bare) else ""
-        ends = {name for name in (self.tokenizer.eos_token, *self.style.stops) if name in control.names}
+        ends = {name for name in (self.tokenizer.eos_token, *self.chat_format.stops) if name in control.names}
         headers = set(control.pattern.findall(opening))
         last = next((words for words in reversed(answered) if words in whole), None)
         if last is not None:
             tail = whole.rpartition(last)[2]
             closing = control.pattern.search(tail)
             # a base model's tokenizer may lack the family's token: it answers, and rows to learn are refused
-            lacking = any(stop in tail for stop in self.style.stops)
+            lacking = any(stop in tail for stop in self.chat_format.stops)
             if (closing is None or (tail[: closing.start()].strip() and not headers)) and not lacking:
                 raise UserError(
                     f"the chat template writes {tail!r} after an answer, no special token of the tokenizer: a model "
                     f"trained with it would never learn to stop. Let it write the end-of-turn token there, for "
-                    f"example {self.tokenizer.eos_token or self.style.stops!r}"
+                    f"example {self.tokenizer.eos_token or self.chat_format.stops!r}"
                 )
             ends |= {closing[0]} if closing else set()
             headers |= set(control.pattern.findall(whole.partition(answered[0])[2].partition(asked[-1])[0]))

@@ -109,7 +109,7 @@ class Engine:
         """Tokens that are never given, and those that are not given first (None: the same)."""
         ids = self.processor.tokenizer.get_vocab().values()
         rules = token_rules(self.processor.generation, self._ends())
-        banned = banned_tokens(self.config, ids, self.processor.mark_ids)
+        banned = banned_tokens(self.config, ids, self.processor.delimiter_ids)
         _mark(banned, rules.suppressed)
         if banned.all():
             raise UserError(f"{FILE} forbids every token that may be generated; see suppress_tokens and bad_words_ids")
@@ -212,7 +212,7 @@ class Engine:
         return -(-rows // parts) * parts
 
     def _batch(self, examples: Sequence[Example], rows: int) -> tuple[PackedBatch, np.ndarray]:
-        step = packing.patch_step(self.processor.vision.patch_group, PATCH_STEP)
+        step = packing.patch_step(self.processor.image_processor.patch_group, PATCH_STEP)
         most = max(e.num_patches for e in examples)
         patches = packing.bucket(most, step) if most else 0
         tokens = packing.bucket(max(e.length for e in examples), TOKEN_STEP)

@@ -107,7 +107,7 @@ def _processor(processor: Processor) -> dict[str, Any]:
     return {
         **processor.settings(),
         "tokenizer": _hash(json.dumps(lasting).encode()),
-        "chat_template": _hash(json.dumps(processor.tokenizer.chat_template, sort_keys=True).encode()),
+        "chat_template": _hash(json.dumps(processor.template.templates, sort_keys=True).encode()),
     }
 
 

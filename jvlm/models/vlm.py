@@ -29,26 +29,27 @@ class VLMConfig:
     """A vision-language model: encoder, connector, decoder, special token ids and precision.
 
     Attributes:
-      architecture: name of the weight table and of the host-side vision layout, e.g. "qwen2_5_vl".
+      family: name of the `jvlm.families.Family` that it belongs to.
       encoder, connector, decoder: configurations; their types choose the modules.
       image_token_id, video_token_id: placeholders that vision features replace; without one of its own, a video is
         a list of images.
-      vision_start_token_id, vision_end_token_id, vision_pad_token_id: other media tokens of Qwen's.
+      vision_start_token_id, vision_end_token_id, vision_pad_token_id: other tokens that stand around or for media;
+        None where the family has none.
       bos_token_id, eos_token_id: as in the checkpoint's configuration; several tokens may end an answer.
       precision: dtypes, recomputation and attention implementation.
     """
 
-    architecture: str
+    family: str
     encoder: EncoderConfig
     connector: ConnectorConfig
     decoder: DecoderConfig
-    image_token_id: int = 151655
-    video_token_id: int | None = 151656
-    vision_start_token_id: int | None = 151652
-    vision_end_token_id: int | None = 151653
-    vision_pad_token_id: int | None = 151654
-    bos_token_id: int | None = 151643
-    eos_token_id: int | tuple[int, ...] | None = 151645
+    image_token_id: int
+    video_token_id: int | None = None
+    vision_start_token_id: int | None = None
+    vision_end_token_id: int | None = None
+    vision_pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
     precision: Precision = Precision()
 
     @property

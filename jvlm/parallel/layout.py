@@ -78,7 +78,7 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec())
 
     def parameter(self, path: str, variable: nnx.Variable) -> NamedSharding:
-        """Where a parameter lives. Fits `jvlm.weights.loading.load`.
+        """Where a parameter lives. Fits `jvlm.weights.io.load`.
 
         Raises:
           UserError: a parameter above ``largest_whole`` that no rule splits on a mesh that splits others, or whose

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from jvlm import families
 from jvlm.data import packing
-from jvlm.data.vision import default_media, vision_for
 from jvlm.errors import UserError
 from jvlm.inference import program, serving
 from jvlm.inference.engine import LANES, PATCH_STEP, TOKEN_STEP
@@ -38,7 +38,8 @@ def rounded(config: VLMConfig, rows: int, prompt: int, patches: int, places: int
     """The bucket of shapes that the engine would compile for on a TPU. Raises UserError for a cache too short."""
     if places < prompt:
         raise UserError(f"--cache_len {places} does not hold a prompt of {prompt} tokens")
-    step = packing.patch_step(vision_for(config, default_media(config)).patch_group, PATCH_STEP)
+    images = families.get(config.family).image_config.build(config)
+    step = packing.patch_step(images.patch_group, PATCH_STEP)
     return Sizes(
         rows,
         packing.bucket(prompt, TOKEN_STEP),

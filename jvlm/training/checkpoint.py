@@ -25,7 +25,7 @@ from jvlm.parallel import hosts
 from jvlm.training.config import CheckpointConfig
 from jvlm.training.train_step import Params, TrainState
 from jvlm.weights.fingerprints import fingerprints
-from jvlm.weights.run_folder import CHECKPOINTS, by_itself, cause, lies_elsewhere
+from jvlm.weights.run_dir import CHECKPOINTS, by_itself, cause, lies_elsewhere
 
 DAMAGED = "damaged"
 GIB = 2**30

@@ -16,9 +16,9 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from jvlm import families
 from jvlm.data.packing import assemble
 from jvlm.data.pipeline import check_shape, frame_patches
-from jvlm.data.vision import default_media, vision_for
 from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
@@ -106,16 +106,16 @@ def _at(value: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 def abstract_batches(experiment: Experiment) -> PackedBatch:
     """Shapes of what one step reads: ``accumulation`` batches of all rows."""
     data, settings = experiment.data, experiment.processor
-    media = (settings and settings.media) or default_media(experiment.model)
-    vision = vision_for(experiment.model, media)
+    image_config = (settings and settings.image) or families.get(experiment.model.family).image_config
+    images = image_config.build(experiment.model)
     check_shape(data)
     row = assemble(
         [[]],
         data.seq_len,
         data.max_patches,
-        patch_values=vision.patch_values,
+        patch_values=images.patch_values,
         max_segment_length=data.max_length,
-        max_image_patches=frame_patches(vision, media, data),
+        max_image_patches=frame_patches(images, image_config, data),
     )
     first = (experiment.gradient_accumulation_steps, data.batch_size)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*first, *x.shape[1:]), x.dtype), row)

@@ -37,8 +37,9 @@ from jvlm.training.nonfinite import NonFiniteMonitor
 from jvlm.training.profile import Profile
 from jvlm.training.resume import prepare_folder
 from jvlm.training.run_storage import RunStorage
-from jvlm.weights import backbones, checkpoint, loading, positions, run_folder, upcycling
-from jvlm.weights.run_folder import CHECKPOINTS
+from jvlm.weights import backbones, hf, positions, run_dir, upcycling
+from jvlm.weights.io import load
+from jvlm.weights.run_dir import CHECKPOINTS
 
 # Rows looked at before a run. Where its length or its row sizes are taken from them, all of them are, however long
 # that takes, so that the same data gives the same run.
@@ -220,7 +221,7 @@ def _train_one(experiment: Experiment, job: Experiment | None, later: Sequence[E
     return Result(model, processor, home, experiment.steps, experiment.steps, seconds, compilations, rejected)
 
 
-def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None = None) -> tuple[VLM, Processor]:
+def start_model(experiment: Experiment, sharding: hf.ShardingOf | None = None) -> tuple[VLM, Processor]:
     """The model to start from: a folder's weights, or random ones.
 
     Args:
@@ -229,9 +230,7 @@ def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None =
     if experiment.init_from is not None:
         precision = experiment.model.precision if experiment.model else None
         grow = experiment.adapt.grow_embedding
-        model, processor = loading.load(
-            experiment.init_from, precision=precision, sharding=sharding, grow_embedding=grow
-        )
+        model, processor = load(experiment.init_from, precision=precision, sharding=sharding, grow_embedding=grow)
         if experiment.adapt.grid is not None:
             model = positions.with_grid(model, experiment.adapt.grid, experiment.adapt.grid_scale)
         if experiment.adapt.experts is not None:
@@ -240,14 +239,14 @@ def start_model(experiment: Experiment, sharding: checkpoint.ShardingOf | None =
     else:
         processor = processors.new(experiment)
         model = random_model(experiment.model, experiment.seed, sharding)
-        towers = [run_folder.local(place) for place in (experiment.encoder_from, experiment.decoder_from) if place]
+        towers = [run_dir.local(place) for place in (experiment.encoder_from, experiment.decoder_from) if place]
         model = backbones.fill(model, towers, sharding)
     if experiment.data.media_root:
-        processor.media_roots = (experiment.data.media_root,)
+        processor = processor.replace(media_roots=(experiment.data.media_root,))
     return model, processor
 
 
-def random_model(config: VLMConfig, seed: int, sharding: checkpoint.ShardingOf | None) -> VLM:
+def random_model(config: VLMConfig, seed: int, sharding: hf.ShardingOf | None) -> VLM:
     """A new model, each parameter made where it will live."""
     template = vlm.abstract(config)
     places = {path: sharding(path, v) for path, v in vlm.parameters(template).items()} if sharding else None
@@ -273,7 +272,7 @@ def resolve(
     experiment = dataclasses.replace(experiment, model=model.config, processor=processor.config)
 
     def look() -> dict[str, Any]:
-        begun = folder is not None and run_folder.is_run(folder)
+        begun = folder is not None and run_dir.is_run(folder)
         known = resume.derived(experiment, folder) if begun else experiment
         found = _look(known, processor, parts)
         data = known.data if begun else found.config  # a run keeps what it began with, whatever a sample says now
@@ -303,7 +302,7 @@ def _look_ahead(job: Experiment, later: Sequence[Experiment], processor: Process
 def _reading(processor: Processor, data: pipeline.DataConfig) -> Processor:
     """The processor, looking for pictures where this data has them."""
     processor = copy.copy(processor)
-    processor.media_roots = (data.media_root,) if data.media_root else ()
+    processor = processor.replace(media_roots=(data.media_root,) if data.media_root else ())
     return processor
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 
+from jvlm import families
 from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.data.tokenizers import load_tokenizer
 from jvlm.models.vlm import VLMConfig
 from jvlm.training.config import AdaptConfig, Experiment
-from jvlm.weights import backbones, checkpoint, loading, positions, run_folder
+from jvlm.weights import hf, positions, run_dir
+from jvlm.weights.io import read_config
 
 
 def load(place: str | os.PathLike, *, grow_embedding: bool = False) -> Processor:
     """The processor of a Hugging Face folder or a run folder. Arguments and errors are those of `jvlm.load`."""
-    folder = run_folder.local(place)
-    config = loading.read_config(folder)
-    files = folder / run_folder.PROCESSOR if run_folder.is_run(folder) else folder
-    return checkpoint.load_processor(files, config, grow_embedding=grow_embedding)
+    folder = run_dir.local(place)
+    config = read_config(folder)
+    files = folder / run_dir.PROCESSOR if run_dir.is_run(folder) else folder
+    return hf.load_processor(files, config, grow_embedding=grow_embedding)
 
 
 def of_experiment(experiment: Experiment) -> Processor:
@@ -32,8 +34,8 @@ def of_experiment(experiment: Experiment) -> Processor:
 
 def new(experiment: Experiment) -> Processor:
     """The processor of a model that begins at random, from the experiment's tokenizer."""
-    tokenizer = load_tokenizer(run_folder.local(experiment.tokenizer))
-    backbones.add_placeholder(tokenizer, experiment.model)
+    tokenizer = load_tokenizer(run_dir.local(experiment.tokenizer))
+    families.get(experiment.model.family).prepare_tokenizer(tokenizer)
     return Processor(tokenizer, experiment.model, experiment.processor or ProcessorConfig())
 
 

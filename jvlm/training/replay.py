@@ -17,7 +17,7 @@ from jvlm.training import nonfinite
 from jvlm.training.loss import loss_sums
 from jvlm.training.nonfinite import Dumped
 from jvlm.training.optimizer import tower_of
-from jvlm.weights import run_folder
+from jvlm.weights import run_dir
 
 
 def replay(folder: Path) -> Iterator[str]:
@@ -30,10 +30,10 @@ def replay(folder: Path) -> Iterator[str]:
     """
     batches = nonfinite.read(folder)
     run = folder.absolute().parents[1]
-    template = vlm.abstract(run_folder.model_config(run))
+    template = vlm.abstract(run_dir.model_config(run))
     # beside the checkpoints: of a run in an object store, there
-    store = run_folder.checkpoints(run).parent
-    params = run_folder.read_params(store / nonfinite.NONFINITE / folder.name / nonfinite.PARAMS, template, check=False)
+    store = run_dir.checkpoints(run).parent
+    params = run_dir.read_params(store / nonfinite.NONFINITE / folder.name / nonfinite.PARAMS, template, check=False)
     yield _line("parameters", ((tower_of(p), p, v) for p, v in params.items()))
     look = _Look(template)
     for dumped in batches:

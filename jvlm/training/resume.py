@@ -20,8 +20,8 @@ from jvlm.models.vlm import TOWERS
 from jvlm.parallel import hosts
 from jvlm.training.config import Experiment
 from jvlm.training.side_files import read_json, write_json
-from jvlm.weights import checkpoint, run_folder
-from jvlm.weights.run_folder import EXPERIMENT, PROCESSOR
+from jvlm.weights import hf, run_dir
+from jvlm.weights.run_dir import EXPERIMENT, PROCESSOR
 
 INPUTS, CHANGES = "inputs.json", "changes.jsonl"
 # A restart may change these; anything else would make the rest of the run another experiment.
@@ -72,7 +72,7 @@ def prepare_folder(folder: Path, experiment: Experiment, processor: Processor) -
     present, changed = hosts.broadcast_from_0(hosts.run_on_all(compare))
     if hosts.is_rank0():
         (folder / PROCESSOR).mkdir(parents=True, exist_ok=True)
-        checkpoint.write_processor(folder / PROCESSOR, experiment.model, processor)
+        hf.write_processor(folder / PROCESSOR, experiment.model, processor)
         write_json(folder / INPUTS, present)
         write_json(folder / EXPERIMENT, resolved)
         if changed:
@@ -127,13 +127,13 @@ def inputs(experiment: Experiment) -> dict[str, Any]:
 
 
 def _of_model(place: str) -> dict[str, Any]:
-    folder = run_folder.local(place)
-    if not run_folder.is_run(folder):
+    folder = run_dir.local(place)
+    if not run_dir.is_run(folder):
         files = [folder] if folder.is_file() else sorted(folder.iterdir())
         return _fingerprint((p for p in files if p.is_file() and p.suffix in _MODEL_FILES), _WHOLE)
-    step = run_folder.steps(folder)[-1]
-    kept = run_folder.checkpoints(folder) / str(step)
-    found = {"step": step, "model": _digest_of(run_folder.model_config(folder))}
+    step = run_dir.steps(folder)[-1]
+    kept = run_dir.checkpoints(folder) / str(step)
+    found = {"step": step, "model": _digest_of(run_dir.model_config(folder))}
     if not stores.is_remote(kept):
         # beside the data position of a training run lie fingerprints of its arrays
         part = Path(kept) / ("data" if (kept / "data").is_dir() else "params")

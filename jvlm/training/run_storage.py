@@ -13,7 +13,7 @@ from etils import epath
 
 from jvlm.data import stores
 from jvlm.parallel import hosts
-from jvlm.weights.run_folder import CHECKPOINTS, POINTER, PROCESSOR
+from jvlm.weights.run_dir import CHECKPOINTS, POINTER, PROCESSOR
 
 LOCAL_COPIES = "runs"
 # in the folder of a run, but runs or processes of their own, or about this machine only

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jvlm.data.template import ChatStyle
+from jvlm.data.chat_format import ChatFormat
 from jvlm.errors import UserError
 from jvlm.json_files import read_object_if_there
 from jvlm.weights.processor_files import PROCESSOR, nested_first
@@ -71,9 +71,9 @@ def _plain(templates: Any, source: Path) -> Templates | None:
     return templates["default"] if isinstance(templates, dict) and set(templates) == {"default"} else templates
 
 
-def check_writes_pictures(tokenizer: Any, style: ChatStyle, source: Path) -> None:
+def check_writes_pictures(tokenizer: Any, chat_format: ChatFormat, source: Path) -> None:
     """Raise UserError unless a picture in a user turn becomes one placeholder."""
-    if style.inline:
+    if chat_format.inline:
         return  # placeholders are written among the words, not by the template
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}
     try:
@@ -82,8 +82,8 @@ def check_writes_pictures(tokenizer: Any, style: ChatStyle, source: Path) -> Non
         raise
     except Exception as error:  # a template is a program, which fails in as many ways
         raise _cannot_write(source, f"{type(error).__name__}: {error}") from error
-    if text.count(style.image) != 1:
-        raise _cannot_write(source, f"it writes {text.count(style.image)} {style.image} for one picture")
+    if text.count(chat_format.image) != 1:
+        raise _cannot_write(source, f"it writes {text.count(chat_format.image)} {chat_format.image} for one picture")
 
 
 def _cannot_write(source: Path, problem: str) -> UserError:

@@ -20,7 +20,7 @@ from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
-from jvlm.weights import chat_templates, checkpoint, run_folder, safetensors_files, table, tokenizer_files, vocabulary
+from jvlm.weights import chat_templates, hf, run_dir, safetensors_files, table, tokenizer_files, vocabulary
 from jvlm.weights.table import Entry, WeightError
 
 DType = Literal["keep", "float32", "bfloat16", "float16"]
@@ -86,7 +86,7 @@ def convert(
         raise UserError(f"{target} exists and is not an empty folder; give a new one")
     opened = _open(source, step, grow_embedding)
     try:
-        layouts = table.architecture_of(opened.config).layouts
+        layouts = table.hf_format(opened.config).layouts
         if layout not in layouts:
             raise UserError(f"unknown layout {layout!r}; known: {', '.join(layouts)}")
         target.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def _reader(source: Source, entry: Entry, notify: Callable[[], None] | None) -> 
 def _open(source: Path, step: int | None, grow_embedding: bool) -> Source:
     if not source.is_dir():
         raise UserError(f"{source} is not a folder (nothing is downloaded: give a local snapshot)")
-    if run_folder.is_run(source):
+    if run_dir.is_run(source):
         return _Run(source, step, grow_embedding)
     if not (source / "config.json").is_file():
         raise UserError(f"{source} has neither config.json (Hugging Face) nor experiment.json (jvlm run)")
@@ -134,17 +134,17 @@ class _Snapshot:
 
     def __init__(self, folder: Path, grow_embedding: bool):
         self.folder, self.processor = folder, None
-        # precision given, because its default would start the device to ask for its kind
-        self.config = checkpoint.read_config(folder, Precision())
+        # precision given, because their default would start the device to ask for its kind
+        self.config = hf.read_config(folder, Precision())
         rows = None
         if grow_embedding:
-            self.processor = checkpoint.load_processor(folder, self.config, grow_embedding=True)
+            self.processor = hf.load_processor(folder, self.config, grow_embedding=True)
             rows, self.config = self.config.decoder.vocab_size, self.processor.model
         self.entries, _ = _entries_of(self.config)
         self.tensors = safetensors_files.Tensors(folder)
         try:
-            canonical = table.architecture_of(self.config).canonical
-            self.stored = checkpoint.match(self.tensors, canonical, self.entries, rows)
+            canonical = table.hf_format(self.config).canonical
+            self.stored = hf.match(self.tensors, canonical, self.entries, rows)
             self.dtypes = self.tensors.dtypes(self.stored.values())
         except WeightError:
             self.close()
@@ -166,8 +166,7 @@ class _Snapshot:
         if dtype is not None:
             _set_dtype(values, dtype)
         if self.processor is not None:
-            tokenizer = self.processor.tokenizer
-            tokenizer_files.save(tokenizer, target, tokenizer.chat_template)
+            tokenizer_files.save(self.processor.tokenizer, target, self.processor.template.templates)
             _set_vocabulary(values, self.config.decoder.vocab_size)
         elif not tokenizer_files.is_portable(target):
             tokenizer_files.make_portable(target)
@@ -201,15 +200,13 @@ class _Run:
     """A jvlm run: parameters stacked over layers, read chunk by chunk through tensorstore."""
 
     def __init__(self, folder: Path, step: int | None, grow_embedding: bool):
-        self.config = run_folder.model_config(folder)
+        self.config = run_dir.model_config(folder)
         _, shapes = _entries_of(self.config)
-        self.processor = checkpoint.load_processor(
-            folder / run_folder.PROCESSOR, self.config, grow_embedding=grow_embedding
-        )
+        self.processor = hf.load_processor(folder / run_dir.PROCESSOR, self.config, grow_embedding=grow_embedding)
         self.config = self.processor.model
         self.entries, _ = _entries_of(self.config)
-        params = run_folder.params_folder(folder, step)
-        self.arrays = run_folder.Arrays(params, shapes, run_folder.saved_fingerprints(params.parent))
+        params = run_dir.params_folder(folder, step)
+        self.arrays = run_dir.Arrays(params, shapes, run_dir.saved_fingerprints(params.parent))
 
     def dtype(self, entry: Entry) -> np.dtype:
         return self.arrays.dtype(entry.path)
@@ -219,8 +216,8 @@ class _Run:
         return value if value.shape == entry.shape else vocabulary.with_rows(value, entry.shape[0])
 
     def write_sidecars(self, target: Path, dtype: str | None) -> None:
-        embedding = next(e for e in self.entries if e.path == checkpoint.EMBEDDING)
-        checkpoint.write_sidecars(target, self.config, self.processor, dtype or self.dtype(embedding).name)
+        embedding = next(e for e in self.entries if e.path == hf.EMBEDDING)
+        hf.write_sidecars(target, self.config, self.processor, dtype or self.dtype(embedding).name)
 
     def close(self) -> None:
         self.arrays.close()

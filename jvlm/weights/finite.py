@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jvlm import families
 from jvlm.models import vlm
 from jvlm.models.vlm import VLM
 from jvlm.weights import table
@@ -21,8 +22,8 @@ def not_finite(model: VLM) -> list[str]:
     Names are those of the family's checkpoints, or parameter paths where it has none. Every parameter is read once,
     where it lies.
     """
-    architecture = table.architectures().get(model.config.architecture)
-    rules = {rule.path: rule for rule in architecture.rules(model.config)} if architecture else {}
+    form = families.get(model.config.family).hf
+    rules = {rule.path: rule for rule in form.rules(model.config)} if form else {}
     found = []
     for path, variable in vlm.parameters(model).items():
         bad = np.asarray(_bad(variable.get_value()))

@@ -1,4 +1,4 @@
-"""One reversible table per architecture: Hugging Face tensor name <-> parameter path, with an einops pattern.
+"""One reversible table per family: Hugging Face tensor name <-> parameter path, with an einops pattern.
 
 The table drives loading, export, conversion and name checks. A ``{i}`` in a name is a layer of a stacked parameter.
 """
@@ -6,9 +6,6 @@ The table drives loading, export, conversion and name checks. A ``{i}`` in a nam
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib
-import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,17 +14,17 @@ from typing import Any, TypeVar
 import einops
 import numpy as np
 
-from jvlm.data.vision import MediaConfig
+from jvlm import families
 from jvlm.errors import UserError
+from jvlm.families.base import HFFormat
 from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
 from jvlm.models.vlm import VLMConfig
-from jvlm.weights.processor_files import Pixels, ProcessorFiles
 
 T = TypeVar("T")
 
 
 class WeightError(UserError):
-    """A checkpoint that does not match its architecture; lists everything that is wrong."""
+    """A checkpoint that does not match its family's table; lists everything that is wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,36 +47,6 @@ class Rule:
     @property
     def layered(self) -> bool:
         return "{i}" in self.name
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """All that is known about one family of checkpoints.
-
-    Attributes:
-      name: as in `VLMConfig.architecture`.
-      model_types: values of ``model_type`` in config.json that belong here.
-      rules: the table, given a configuration.
-      sizes: axis lengths that einops needs to take composed axes apart.
-      canonical: maps any known spelling of a tensor name to the one of the table; None drops the tensor.
-      layouts: named spellings for writing, each a map from table name to checkpoint name.
-      read_config, write_config: config.json <-> `VLMConfig`; both as plain dicts on the JSON side.
-      pixels: how the family's image processor makes numbers of pixels where a folder does not say.
-      read_media: a folder's processor files over the media configuration stored with it, if there is one.
-      write_preprocessors: the inverse: the processor files' names and contents.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    rules: Callable[[VLMConfig], tuple[Rule, ...]]
-    sizes: Callable[[VLMConfig], dict[str, int]]
-    canonical: Callable[[str], str | None]
-    layouts: dict[str, Callable[[str], str]]
-    read_config: Callable[[dict[str, Any]], VLMConfig]
-    write_config: Callable[[VLMConfig], dict[str, Any]]
-    pixels: Pixels
-    read_media: Callable[[ProcessorFiles, VLMConfig, MediaConfig | None], MediaConfig]
-    write_preprocessors: Callable[[VLMConfig, MediaConfig], dict[str, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +87,8 @@ def entries(config: VLMConfig, shapes: dict[str, tuple[int, ...]]) -> list[Entry
     Raises:
       WeightError: the table and the model disagree about which parameters exist.
     """
-    architecture = architecture_of(config)
-    return expand(architecture.rules(config), architecture.sizes(config), shapes)
+    form = hf_format(config)
+    return expand(form.rules(config), form.axis_sizes(config), shapes)
 
 
 def expand(rules: Iterable[Rule], sizes: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
@@ -166,34 +133,26 @@ def check(expected: Iterable[Entry], found: dict[str, tuple[int, ...]], source: 
         )
 
 
-@functools.cache
-def architectures() -> dict[str, Architecture]:
-    """Every architecture in ``jvlm/weights/architectures``, by name; adding one adds a file."""
-    from jvlm.weights import architectures as package
-
-    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
-    return {module.ARCHITECTURE.name: module.ARCHITECTURE for module in modules}
-
-
-def architecture_of(config: VLMConfig) -> Architecture:
-    """The checkpoints of a model's family. Raises WeightError if there is no such thing."""
-    known = architectures()
-    if config.architecture not in known:
-        raise _no_public_form(f"architecture {config.architecture!r}")
-    return known[config.architecture]
+def hf_format(config: VLMConfig) -> HFFormat:
+    """Return the Hugging Face form of a model's family. Raises WeightError if there is no such thing."""
+    family = families.get(config.family)
+    if family.hf is None:
+        raise _no_public_form(f"family {config.family!r}")
+    return family.hf
 
 
-def export_form(config: VLMConfig) -> Architecture:
-    """As `architecture_of`, for writing a checkpoint: also refuses variants that no public checkpoint has."""
+def export_format(config: VLMConfig) -> HFFormat:
+    """As `hf_format`, for writing a checkpoint: also refuses variants that no public checkpoint has."""
     if isinstance(config.decoder, CrossAttentionTransformerConfig):
-        raise _no_public_form(f"architecture {config.architecture!r} with gated cross-attention")
-    return architecture_of(config)
+        raise _no_public_form(f"family {config.family!r} with gated cross-attention")
+    return hf_format(config)
 
 
 def _no_public_form(kind: str) -> WeightError:
+    known = [name for name in families.names() if families.get(name).hf is not None]
     return WeightError(
         f"models of {kind} have no Hugging Face form, since no public checkpoint of it exists; known: "
-        f"{', '.join(architectures())}. Save them as a jvlm run folder: jvlm.save(..., format='jvlm'), or "
+        f"{', '.join(known)}. Save them as a jvlm run folder: jvlm.save(..., format='jvlm'), or "
         "export.enabled = False in an experiment"
     )
 
@@ -212,12 +171,3 @@ def read_values(path: Path, read: Callable[[dict[str, Any]], T], values: dict[st
         raise WeightError(f"{path}: {error}") from error
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise WeightError(f"{path} has a value of the wrong kind ({error}); compare it with a published one") from error
-
-
-def architecture_for(model_type: str | None) -> Architecture:
-    """The architecture of a config.json. Raises WeightError naming what is supported."""
-    for architecture in architectures().values():
-        if model_type in architecture.model_types:
-            return architecture
-    known = sorted(t for a in architectures().values() for t in a.model_types)
-    raise WeightError(f"model_type {model_type!r} is not supported; supported: {', '.join(known)}")

@@ -11,13 +11,13 @@ from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.vlm import VLM
-from jvlm.weights import checkpoint
+from jvlm.weights import hf
 
 _LAYER = "decoder.blocks.layer."
 _EXPERT_PARTS = ("gate", "up", "down")
 
 
-def upcycle(model: VLM, experts: MoEConfig, *, seed: int = 0, sharding: checkpoint.ShardingOf | None = None) -> VLM:
+def upcycle(model: VLM, experts: MoEConfig, *, seed: int = 0, sharding: hf.ShardingOf | None = None) -> VLM:
     """A dense model with the MLP of every ``experts.every``-th decoder layer as each of its experts' start.
 
     All experts are equal and the router is new, so the model computes what it did before, and training tells the

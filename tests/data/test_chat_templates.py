@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from jvlm.data.chat_formats import STYLES, style_of
+from jvlm import families
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.processor import Processor
 from jvlm.data.rows import parse_row
@@ -14,7 +14,7 @@ from tests.chat_templates import FORMATS, KINDS, make
 from tests.idefics2 import END, SPECIAL, write_tokenizer
 from tests.support import make_tokenizer, picture
 
-TEXT = style_of("composed")
+TEXT = families.get("composed").chat_format
 ORIGIN = Origin("rows.jsonl", 3)
 
 
@@ -81,13 +81,13 @@ def test_the_end_token_is_learnt_behind_white_space(tokenizers, kind):
     assert ids[-1] == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("architecture", STYLES)
-def test_the_built_in_templates_teach_an_end(tokenizer_folder, tmp_path, architecture):
-    folder = write_tokenizer(tmp_path, template=False) if architecture == "idefics2" else tokenizer_folder
+@pytest.mark.parametrize("family", families.names())
+def test_the_built_in_templates_teach_an_end(tokenizer_folder, tmp_path, family):
+    folder = write_tokenizer(tmp_path, template=False) if family == "idefics2" else tokenizer_folder
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     tokenizer.chat_template = None
-    ids, weights, _ = tokenize(tokenizer, turns("hi", "red", "and", "blue"), style=style_of(architecture))
-    end = "<end_of_utterance>" if architecture == "idefics2" else "<|im_end|>"
+    ids, weights, _ = tokenize(tokenizer, turns("hi", "red", "and", "blue"), style=families.get(family).chat_format)
+    end = "<end_of_utterance>" if family == "idefics2" else "<|im_end|>"
     assert tokenizer.decode(ids[weights > 0]).replace(" ", "") == f"red{end}blue{end}"
 
 
@@ -140,7 +140,7 @@ def test_a_base_model_without_the_end_token_answers_but_learns_nothing(tmp_path)
         "unk_token": "<unk>",
     }
     folder = make_tokenizer(tmp_path, kept, begin="<s>", chat_template=None, **settings)
-    tokenizer, style = AutoTokenizer.from_pretrained(str(folder)), style_of("idefics2")
+    tokenizer, style = AutoTokenizer.from_pretrained(str(folder)), families.get("idefics2").chat_format
     tokenize(tokenizer, turns("hi"), generation_prompt=True, style=style)
     with pytest.raises(RowError, match=r"no end would be learnt.*grow_embedding"):
         tokenize(tokenizer, turns("hi", "red"), style=style)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 from transformers import AutoTokenizer
 
-from jvlm.data.chat_formats import style_of
+from jvlm import families
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.processor import Processor
 from jvlm.data.rows import parse_row
@@ -18,7 +18,7 @@ from tests import idefics2
 from tests.chat_templates import FORMATS, KINDS, make
 from tests.support import SPECIAL_TOKENS, picture
 
-TEXT = style_of("composed")
+TEXT = families.get("composed").chat_format
 MEDIA = ("<|image_pad|>", "<|video_pad|>")
 
 
@@ -122,11 +122,11 @@ def test_a_picture_beside_spelled_tokens(tiny):
 
 @pytest.mark.parametrize("token", [idefics2.FAKE, idefics2.END, "<s>", "</s>", "<unk>"])
 def test_tokens_of_idefics2_in_text(tmp_path, token):
-    from jvlm.weights import checkpoint
+    from jvlm.weights import hf
 
     folder = tmp_path / "model"
     idefics2.write_folder(folder, split=False)
-    processor = checkpoint.load_processor(folder, checkpoint.read_config(folder))
+    processor = hf.load_processor(folder, hf.read_config(folder))
 
     def encode(words):
         row = {"messages": chat(f"<image>{words} is it?", f"no {words}"), "images": [picture(84, 84)]}
@@ -211,7 +211,7 @@ def test_a_token_cut_in_two_is_not_joined_by_the_template(tiny):
     tokenizer = AutoTokenizer.from_pretrained(str(tiny.folder))
     body = "{{ m.content | trim }}{% if m.role == 'assistant' %}<|endoftext|>{% endif %}"
     tokenizer.chat_template = f"{{% for m in messages %}}{body}{{% endfor %}}"
-    template = ChatTemplate(tokenizer, style_of("qwen2_5_vl"))
+    template = ChatTemplate(tokenizer, families.get("qwen2_5_vl").chat_format)
     ids, weights, _ = tokenize(template, chat("a <|im_ ", " end|> b"))
     assert tokenizer.decode(ids) == "a <|im_end|> b<|endoftext|>"
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids
@@ -224,7 +224,7 @@ def test_a_token_cut_in_two_is_not_joined_by_the_template(tiny):
 
 def test_special_tokens_added_later_are_control_tokens(tiny):
     tokenizer = AutoTokenizer.from_pretrained(str(tiny.folder))
-    template = ChatTemplate(tokenizer, style_of("qwen2_5_vl"))
+    template = ChatTemplate(tokenizer, families.get("qwen2_5_vl").chat_format)
     tokenizer.add_tokens(["<|call|>"], special_tokens=True)
     ids, _, _ = tokenize(template, chat("a <|call|>", "b"))
     assert tokenizer.convert_tokens_to_ids("<|call|>") not in ids

@@ -5,13 +5,18 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jvlm import families
 from jvlm.data import packing
 from jvlm.data.errors import RowError
 from jvlm.data.processor import Processor, ProcessorConfig
-from jvlm.data.vision.edges import EdgeLimits, EdgeVision, edge_resize, table_places
 from jvlm.errors import UserError
-from jvlm.models.presets import PRESETS
-from jvlm.weights import checkpoint
+from jvlm.families.idefics2.image_processor import (
+    Idefics2ImageConfig,
+    Idefics2ImageProcessor,
+    edge_resize,
+    table_positions,
+)
+from jvlm.weights import hf
 from tests.idefics2 import CASES, FAKE, IMAGE, hf_inputs, turn, write_folder, write_tokenizer
 from tests.support import Tiny, picture
 
@@ -20,8 +25,8 @@ from tests.support import Tiny, picture
 def tiny(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("idefics2")
     values = write_folder(folder, split=request.param)
-    config = checkpoint.read_config(folder)
-    return Tiny(folder, values, None, None, checkpoint.load_processor(folder, config))
+    config = hf.read_config(folder)
+    return Tiny(folder, values, None, None, hf.load_processor(folder, config))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -75,7 +80,9 @@ def test_a_video_is_a_list_of_images_that_are_not_split(tiny):
 
 
 def with_split(tiny, split):
-    return dataclasses.replace(tiny.processor.config, media=dataclasses.replace(tiny.processor.media, split=split))
+    return dataclasses.replace(
+        tiny.processor.config, image=dataclasses.replace(tiny.processor.image_config, split=split)
+    )
 
 
 def test_truncation_takes_the_frames_of_the_turns_that_go(tiny):
@@ -99,18 +106,18 @@ def test_a_row_may_change_its_edges_and_nothing_of_other_models(tiny):
 
 def test_the_published_token_counts():
     """66 tokens an image, 326 a split one, 131 two adjacent ones: specification, B5."""
-    config = PRESETS["idefics2_8b"]
-    vision = EdgeVision(config, EdgeLimits())
-    one, five = (vision.image(picture(500, 400), EdgeLimits(split=s)) for s in (False, True))
-    assert one.layout == (FAKE, 64, FAKE)
-    assert five.layout == one.layout * 5
+    config = families.preset("idefics2_8b")
+    vision = Idefics2ImageProcessor(config, Idefics2ImageConfig())
+    one, five = (vision.image(picture(500, 400), Idefics2ImageConfig(split=s)) for s in (False, True))
+    assert one.token_pattern == (FAKE, 64, FAKE)
+    assert five.token_pattern == one.token_pattern * 5
 
     def tokens(*media):
         text = "".join(IMAGE * part if isinstance(part, int) else part for m in media for part in m.layout)
         return text.replace(FAKE * 2, FAKE).count("<")
 
     assert (tokens(one), tokens(five), tokens(one, one)) == (66, 326, 131)
-    assert vision.merged_mark == FAKE
+    assert vision.merged_delimiter == FAKE
 
 
 # (height, width) -> (height, width), patches: specification, B4.
@@ -130,7 +137,9 @@ def test_the_published_resizes(size):
     height, width, rows, columns = RESIZES[size]
     assert edge_resize(*size, 378, 980) == (height, width)
     if max(size) < 1000:
-        image = EdgeVision(PRESETS["idefics2_8b"], EdgeLimits()).image(picture(*size[::-1]), EdgeLimits(split=False))
+        image = Idefics2ImageProcessor(families.preset("idefics2_8b"), Idefics2ImageConfig()).image(
+            picture(*size[::-1]), Idefics2ImageConfig(split=False)
+        )
         assert len(image.patches) == rows * columns
         assert image.resized == (width, height)
 
@@ -140,9 +149,9 @@ def test_places_are_the_exact_floor_and_the_released_rule_differs_where_the_spec
 
     for patches in range(1, 71):
         exact = [int(Fraction(k, patches) * 70) for k in range(patches)]
-        np.testing.assert_array_equal(table_places(patches, 70), exact)
+        np.testing.assert_array_equal(table_positions(patches, 70), exact)
     different = {
-        n: np.flatnonzero(table_places(n, 70, "released") != table_places(n, 70)).tolist() for n in range(1, 71)
+        n: np.flatnonzero(table_positions(n, 70, "released") != table_positions(n, 70)).tolist() for n in range(1, 71)
     }
     assert {n: d for n, d in different.items() if d} == {
         25: [5, 10, 15, 20],
@@ -152,21 +161,21 @@ def test_places_are_the_exact_floor_and_the_released_rule_differs_where_the_spec
         58: [29],
     }
     with pytest.raises(UserError, match="known for tables of 70, not 27"):
-        table_places(5, 27, "released")
+        table_positions(5, 27, "released")
 
 
 def test_settings_survive_their_files(tiny, tmp_path):
     processor = tiny.processor
-    checkpoint.write_sidecars(tmp_path, processor.model, processor, "float32")
-    assert checkpoint.load_processor(tmp_path, processor.model).config == processor.config
+    hf.write_sidecars(tmp_path, processor.model, processor, "float32")
+    assert hf.load_processor(tmp_path, processor.model).config == processor.config
     (tmp_path / "jvlm_processor.json").unlink()
-    assert checkpoint.load_processor(tmp_path, processor.model).config == ProcessorConfig(media=processor.media)
+    assert hf.load_processor(tmp_path, processor.model).config == ProcessorConfig(image=processor.image_config)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 60), (60, 1)])
 def test_a_side_of_one_pixel_is_read_whole_and_refused_where_it_would_be_split(tiny, size):
     row = turn("<image>?", images=[np.full((*size, 3), 80, np.uint8)])
-    if tiny.processor.media.split:
+    if tiny.processor.image_config.split:
         with pytest.raises(RowError, match=rf"'images\[0\]': {size[1]} x {size[0]} pixels cannot be split"):
             tiny.processor.encode(row)
     else:

@@ -13,7 +13,7 @@ from jvlm.data.boxes import Box
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.data.rows import parse_row
-from jvlm.data.vision import PixelLimits
+from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig
 from tests.support import chat_messages, image_processor, picture
 
 SPAN = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
@@ -329,7 +329,7 @@ def test_media_are_found_beside_their_data_file_and_in_the_roots(tiny, tmp_path)
 def test_settings_survive_their_file(tmp_path):
     from jvlm.data.processor import SETTINGS, read_settings
 
-    config = ProcessorConfig(PixelLimits(max_pixels=50176, fps=1.0), "qwen_tokens", default_system="be brief")
+    config = ProcessorConfig(QwenImageConfig(max_pixels=50176, fps=1.0), "qwen_tokens", default_system="be brief")
     (tmp_path / SETTINGS).write_text(json.dumps(config_tree.to_dict(config)))
     assert read_settings(tmp_path) == config
 

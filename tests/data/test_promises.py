@@ -13,12 +13,10 @@ from PIL import Image
 from jvlm.data import packing, pipeline
 from jvlm.data.boxes import Box, Sizes
 from jvlm.data.errors import Origin, Rejected, RowError
-from jvlm.data.images import smart_resize
 from jvlm.data.processor import Processor, ProcessorConfig
-from jvlm.data.vision import PixelLimits, vision_for
-from jvlm.data.vision.edges import EdgeLimits, edge_resize
-from jvlm.data.vision.qwen import largest_area, window_order
-from jvlm.data.vision.tiled import TiledMedia
+from jvlm.families.idefics2.image_processor import Idefics2ImageConfig, edge_resize
+from jvlm.families.mm1_5.image_processor import TiledImageConfig
+from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig, largest_area, smart_resize, window_order
 from jvlm.training import loop
 from jvlm.training.loss import loss_sums
 from tests.parallel import models
@@ -59,26 +57,27 @@ def test_windows_hold_no_more_patches_than_the_encoder_is_compiled_for():
 
 
 @pytest.mark.parametrize(
-    "limits", [EdgeLimits(98, 28, split=True), EdgeLimits(70, 70), EdgeLimits(90, 33, split=False)]
+    "limits",
+    [Idefics2ImageConfig(98, 28, split=True), Idefics2ImageConfig(70, 70), Idefics2ImageConfig(90, 33, split=False)],
 )
 def test_edges_and_tiles_keep_their_promise_for_odd_pictures(limits):
     model = models.idefics2()
-    vision = vision_for(model, limits)
+    vision = limits.build(model)
     for size in itertools.product((1, 2, 13, 33, 70, 97, 400, 1600), repeat=2):
         height, width = edge_resize(*size, limits.shortest_edge, limits.longest_edge)
         patches = (height // vision.patch_size) * (width // vision.patch_size)
         assert patches <= vision.max_image_patches(limits)
-    tiled = vision_for(models.mm1_5(), TiledMedia())
+    tiled = TiledImageConfig().build(models.mm1_5())
     for size in ((1, 1), (400, 3), (33, 200)):
-        frames = np.bincount(tiled.image(Image.new("RGB", size), TiledMedia()).frame_ids)
-        assert frames.max() == tiled.max_image_patches(TiledMedia())
+        frames = np.bincount(tiled.image(Image.new("RGB", size), TiledImageConfig()).segment_ids)
+        assert frames.max() == tiled.max_image_patches(TiledImageConfig())
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The small experiment, its model and processor: pictures of 64 x 64 at most, 64 patches."""
     folder = tmp_path_factory.mktemp("small")
-    experiment = support.experiment(folder, support.write_rows(folder, 3), "--processor.media.min_pixels", "1024")
+    experiment = support.experiment(folder, support.write_rows(folder, 3), "--processor.image.min_pixels", "1024")
     return experiment, *loop.start_model(experiment)
 
 
@@ -107,7 +106,7 @@ def test_a_picture_gives_the_loss_it_has_without_a_bound_or_its_row_is_refused_w
     experiment, model, processor = small
     config = dataclasses.replace(experiment.data, seq_len=512, max_patches=2048, on_too_long="error")
     encode, rng = pipeline.Encode(processor, config), np.random.default_rng(0)
-    bound = pipeline.frame_patches(processor.vision, processor.media, config)
+    bound = pipeline.frame_patches(processor.image_processor, processor.image_config, config)
     assert bound is not None
     example = processor.encode(ODD[name])
     own = example.longest_frame
@@ -165,17 +164,17 @@ def test_text_that_is_too_long_is_left_out_whatever_its_pictures_do(small):
 @pytest.mark.parametrize(
     ("architecture", "limits", "size"),
     [
-        ("idefics2", EdgeLimits(980, 28, split=True), (900, 600)),
-        ("idefics2", EdgeLimits(980, 28, split=False), (900, 600)),
-        ("mm1_5", TiledMedia(), (900, 600)),
-        ("qwen2_5_vl", PixelLimits(), (900, 600)),
+        ("idefics2", Idefics2ImageConfig(980, 28, split=True), (900, 600)),
+        ("idefics2", Idefics2ImageConfig(980, 28, split=False), (900, 600)),
+        ("mm1_5", TiledImageConfig(), (900, 600)),
+        ("qwen2_5_vl", QwenImageConfig(), (900, 600)),
     ],
 )
 def test_every_family_can_make_its_pictures_smaller_and_never_larger_on_the_way(architecture, limits, size):
     model = models.ARCHITECTURES[architecture]()
-    vision, picture = vision_for(model, limits), Image.new("RGB", size)
+    vision, picture = limits.build(model), Image.new("RGB", size)
     begin = vision.image(picture, limits, index=0, count=1)
-    ways = [way for way in vision.smaller(limits) if way]
+    ways = [way for way in vision.reductions(limits) if way]
     assert ways
     for way in ways:
         made = [vision.image(picture, dataclasses.replace(limits, **change), index=0, count=1) for change in way]
@@ -223,6 +222,8 @@ def test_the_bound_is_raised_to_the_largest_picture_of_a_sample(small, tmp_path)
 
 def test_processors_of_other_limits_promise_what_theirs_allow(small):
     experiment, model, processor = small
-    wide = Processor(processor.tokenizer, model.config, ProcessorConfig(media=PixelLimits(784, 784 * 100, 784, 784)))
+    wide = Processor(
+        processor.tokenizer, model.config, ProcessorConfig(image=QwenImageConfig(784, 784 * 100, 784, 784))
+    )
     data = dataclasses.replace(experiment.data, max_patches=10**6)
-    assert pipeline.frame_patches(wide.vision, wide.media, data) >= 784 * 100 // 64
+    assert pipeline.frame_patches(wide.image_processor, wide.image_config, data) >= 784 * 100 // 64

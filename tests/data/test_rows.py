@@ -46,7 +46,7 @@ def test_a_whole_row_is_read():
     assert conversation.videos == (("1.png", "2.png"),)
     assert (conversation.refs, conversation.boxes) == (("the cat",), (Box(1, 2, 3, 4, "original"),))
     assert conversation.media_order() == ["image", "video"]
-    assert dict(conversation.limits) == {"max_pixels": 50176, "fps": 1.0}
+    assert dict(conversation.image_settings) == {"max_pixels": 50176, "fps": 1.0}
     assert dict(conversation.extra) == {"id": "seven"}
     assert parse_row(conversation) is conversation
 
@@ -271,60 +271,6 @@ BAD = {
         "objects.image_id",
         "True with 2 images",
     ),
-    "limits that contradict": (
-        row(chat_template_kwargs={"min_pixels": 200704, "max_pixels": 50176}),
-        "chat_template_kwargs.min_pixels",
-        "min_pixels 200704 exceeds max_pixels 50176",
-    ),
-    "limits of videos that contradict": (
-        row(chat_template_kwargs={"video_min_pixels": 9, "video_max_pixels": 8}),
-        "chat_template_kwargs.video_min_pixels",
-        "9 exceeds video_max_pixels 8",
-    ),
-    "tiles that contradict": (
-        row(chat_template_kwargs={"max_tiles": 2, "min_tiles": 3}),
-        "chat_template_kwargs.min_tiles",
-        "3 exceeds max_tiles 2",
-    ),
-    "edges that contradict": (
-        row(chat_template_kwargs={"shortest_edge": 980, "longest_edge": 378}),
-        "chat_template_kwargs.shortest_edge",
-        "980 exceeds longest_edge 378",
-    ),
-    "limit that is NaN": (
-        row(chat_template_kwargs={"fps": float("nan")}),
-        "chat_template_kwargs.fps",
-        "not a positive",
-    ),
-    "limit that is infinite": (
-        row(chat_template_kwargs={"max_pixels": float("inf")}),
-        "chat_template_kwargs.max_pixels",
-        "not a positive",
-    ),
-    "limit of 400 digits": (
-        row(chat_template_kwargs={"max_pixels": 10**400}),
-        "chat_template_kwargs.max_pixels",
-        "not a positive",
-    ),
-    "limit that is true": (row(chat_template_kwargs={"fps": True}), "chat_template_kwargs.fps", "not a positive"),
-    "limit with a fraction": (
-        row(chat_template_kwargs={"num_frames": 2.5}),
-        "chat_template_kwargs.num_frames",
-        "2.5 is not a positive whole number",
-    ),
-    "limit of zero": (row(chat_template_kwargs={"fps": 0}), "chat_template_kwargs.fps", "not a positive"),
-    "limit that would fill the memory": (
-        row(chat_template_kwargs={"min_pixels": 10**12}),
-        "chat_template_kwargs.min_pixels",
-        "not within 1 to",
-    ),
-    "tiles without end": (
-        row(chat_template_kwargs={"max_tiles": 10**9}),
-        "chat_template_kwargs.max_tiles",
-        "not within",
-    ),
-    "unknown limit": (row(chat_template_kwargs={"maxpixels": 3}), "chat_template_kwargs.maxpixels", "unknown field"),
-    "limit that is no number": (row(chat_template_kwargs={"fps": "2"}), "chat_template_kwargs.fps", "not a positive"),
     "limits that are no object": (row(chat_template_kwargs=[1]), "chat_template_kwargs", "not an object"),
 }
 
@@ -427,7 +373,7 @@ def test_nulls_inside_objects_and_limits_are_absent_beside_what_is_there():
         )
     )
     assert (conversation.boxes, conversation.box_images) == ((Box(1, 2, 3, 4, "original"),), (0,))
-    assert conversation.limits == (("max_pixels", 50176),)
+    assert conversation.image_settings == (("max_pixels", 50176),)
 
 
 def test_tools_and_their_calls_are_the_same_after_the_way_through_arrow():

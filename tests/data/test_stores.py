@@ -10,7 +10,7 @@ import pytest
 from jvlm.data import stores
 from jvlm.data.shards import RowSource, write_shard
 from jvlm.errors import UserError
-from jvlm.weights.loading import load
+from jvlm.weights.io import load
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from jvlm.data import tiles
+from jvlm.errors import UserError
+from jvlm.families.mm1_5 import tiles
 
 PUBLISHED = {
     (500, 500): (2, 2),
@@ -78,5 +79,5 @@ def test_tiles_put_together_are_the_resized_picture_and_its_padding(placement, a
 
 
 def test_impossible_limits_are_refused():
-    with pytest.raises(ValueError, match="min_tiles 5 and max_tiles 4"):
+    with pytest.raises(UserError, match="min_tiles 5 and max_tiles 4"):
         tiles.candidate_grids(5, 4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from jvlm.data.chat_formats import style_of
+from jvlm import families
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.processor import Processor
 from jvlm.data.rows import parse_row
@@ -47,7 +47,7 @@ def made():
     for kind in KINDS:
         for name in ("qwen3", "mistral"):
             tokenizer = make(kind, FORMATS[name])
-            found[kind, name] = ChatTemplate(tokenizer, style_of("composed")), tokenizer
+            found[kind, name] = ChatTemplate(tokenizer, families.get("composed").chat_format), tokenizer
     return found
 
 
@@ -83,7 +83,7 @@ def test_a_call_that_ends_with_a_token_of_its_own_is_learnt_up_to_it():
         {%- else %}{{- m.content + '<|eot_id|>' }}{% endif %}
         {%- endfor %}
         {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
-    template = ChatTemplate(tokenizer, style_of("composed"))
+    template = ChatTemplate(tokenizer, families.get("composed").chat_format)
     ids, weights, turn = encode(template, {"messages": [ASKED, CALLED, ANSWERED, SAID]})
     learnt = [tokenizer.decode(ids[(weights > 0) & (turn == n)]) for n in (1, 2)]
     assert learnt == ["<|python_tag|>get_weather()<|eom_id|>", "It is 22 degrees.<|eot_id|>"]

@@ -7,15 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from jvlm.data.images import open_image, smart_resize
+from jvlm import families
+from jvlm.data.images import open_image
 from jvlm.data.mrope import MediaSpan, mrope_positions
-from jvlm.data.vision import PixelLimits
-from jvlm.data.vision.qwen import QwenVision, window_order
+from jvlm.errors import UserError
+from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig, QwenImageProcessor, smart_resize, window_order
 from jvlm.models import layers
-from jvlm.models.presets import PRESETS
 from tests import support
 
-VISION = QwenVision(PRESETS["qwen2_5_vl_7b"])
+VISION = QwenImageProcessor(families.preset("qwen2_5_vl_7b"))
 RESIZES = json.loads((support.GOLDEN / "smart_resize.json").read_text())
 LARGE, EVALUATION = 16384 * 784, 4096 * 784
 
@@ -23,8 +23,8 @@ LARGE, EVALUATION = 16384 * 784, 4096 * 784
 @pytest.mark.parametrize("case", RESIZES, ids=lambda c: "-".join(map(str, list(c.values())[:-1])))
 def test_smart_resize_gives_the_golden_sizes(case):
     arguments = {k: v for k, v in case.items() if k != "result"}
-    if case["result"] == "error: ValueError":
-        with pytest.raises(ValueError, match="exceeds 200"):
+    if case["result"] == "error: UserError":
+        with pytest.raises(UserError, match="exceeds 200"):
             smart_resize(**arguments)
     else:
         assert list(smart_resize(**arguments)) == case["result"]
@@ -51,12 +51,12 @@ def test_smart_resize_gives_the_sizes_that_users_met(size, most, expected):
 
 @pytest.mark.parametrize("size", [(28, 28 * 201), (28 * 201, 28), (1, 201)])
 def test_smart_resize_refuses_an_aspect_ratio_above_200(size):
-    with pytest.raises(ValueError, match="exceeds 200"):
+    with pytest.raises(UserError, match="exceeds 200"):
         smart_resize(*size, 28, 4 * 784, LARGE)
 
 
 def test_smart_resize_refuses_limits_that_contradict_each_other():
-    with pytest.raises(ValueError, match="min_pixels 5000 exceeds max_pixels 4000"):
+    with pytest.raises(UserError, match="min_pixels 5000 exceeds max_pixels 4000"):
         smart_resize(100, 100, 28, 5000, 4000)
 
 
@@ -114,7 +114,7 @@ def test_window_order_equals_transformers_on_random_grids(seed):
 
 def raster_pixels(media):
     """Normalised float64 pixels of our patches, brought back from window order to transformers' order."""
-    cells = media.patches.reshape(len(media.feature_of_token), 4, 3, -1)[media.feature_of_token] / 255
+    cells = media.patches.reshape(len(media.vision_index), 4, 3, -1)[media.vision_index] / 255
     return ((cells - support.CLIP_MEAN[:, None]) / support.CLIP_STD[:, None]).reshape(media.patches.shape)
 
 
@@ -125,14 +125,14 @@ PHOTOS = {"chelsea": 16 * 784, "coffee": 24 * 784, "page": 20 * 784}
 def test_pixels_of_photos_equal_the_golden_ones(name, tiny):
     golden = np.load(support.GOLDEN / "qwen2vl_pixels.npz")
     photo = open_image(support.GOLDEN / "photos" / f"skimage_{name}.png")
-    media = VISION.image(photo, PixelLimits(max_pixels=PHOTOS[name]))
+    media = VISION.image(photo, QwenImageConfig(max_pixels=PHOTOS[name]))
     t, h, w = golden[f"{name}.grid_thw"][0]
     assert media.grid == (t, h // 2, w // 2)
     np.testing.assert_allclose(raster_pixels(media), golden[f"{name}.pixel_values"], atol=1e-6)
     # what the device computes from the bytes, in float32
     encoder = tiny.model.config.encoder
     device = np.asarray(layers.normalise_pixels(media.patches, encoder.image_mean, encoder.image_std))
-    device = device.reshape(-1, 4, 1176)[media.feature_of_token].reshape(-1, 1176)
+    device = device.reshape(-1, 4, 1176)[media.vision_index].reshape(-1, 1176)
     np.testing.assert_allclose(device, golden[f"{name}.pixel_values"], atol=1e-6)
 
 
@@ -146,7 +146,7 @@ def test_pixels_of_random_pictures_equal_transformers(tiny, mode, seed):
         picture.putalpha(support.picture(width, height, seed + 1).convert("L"))
     picture = picture.convert(mode)
     theirs = support.image_processor(tiny.folder)([picture], return_tensors="np")
-    media = VISION.image(open_image(picture), PixelLimits(4 * 784, 64 * 784))
+    media = VISION.image(open_image(picture), QwenImageConfig(4 * 784, 64 * 784))
     t, h, w = theirs["image_grid_thw"][0]
     assert media.grid == (t, h // 2, w // 2)
     assert media.original == (width, height)
@@ -157,7 +157,7 @@ def test_pixels_of_random_pictures_equal_transformers(tiny, mode, seed):
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_pixels_of_frames_follow_the_description_of_the_released_processor(count):
     frames = [support.picture(150, 90, i) for i in range(count)]
-    media = VISION.video(frames, PixelLimits(video_min_pixels=784, video_max_pixels=12 * 784))
+    media = VISION.video(frames, QwenImageConfig(video_min_pixels=784, video_max_pixels=12 * 784))
     width, height = media.resized
     expected, (t, h, w) = support.reference_patches(frames, height, width)
     assert media.grid == (t, h // 2, w // 2) == (-(-count // 2), height // 28, width // 28)
@@ -169,13 +169,13 @@ def test_positions_and_frames_of_patches_are_those_of_transformers(size):
     from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
     frames = [support.picture(*size, i) for i in range(4)]
-    media = VISION.video(frames, PixelLimits(video_min_pixels=784, video_max_pixels=LARGE))
+    media = VISION.video(frames, QwenImageConfig(video_min_pixels=784, video_max_pixels=LARGE))
     grid = torch.tensor([[media.grid[0], 2 * media.grid[1], 2 * media.grid[2]]])
     order, _ = get_vision_window_index(grid, spatial_merge_size=2, window_size=112, patch_size=14, kwargs={})
     positions = get_vision_position_ids(grid, 2, kwargs={}).numpy().reshape(-1, 4, 2)[order].reshape(-1, 2)
     np.testing.assert_array_equal(media.positions, positions)
-    np.testing.assert_array_equal(media.frame_ids, np.repeat([1, 2], media.grid[1] * media.grid[2] * 4))
-    np.testing.assert_array_equal(np.argsort(order.numpy()), media.feature_of_token)
+    np.testing.assert_array_equal(media.segment_ids, np.repeat([1, 2], media.grid[1] * media.grid[2] * 4))
+    np.testing.assert_array_equal(np.argsort(order.numpy()), media.vision_index)
 
 
 def ids(parts):

@@ -40,7 +40,7 @@ SETTINGS = {"greedy": {}, "sampled": {"temperature": 1.0, "top_p": 0.9, "repetit
 def prompts(config, count: int = 3) -> list[Example]:
     """One of text alone, the others with one picture and with two."""
     rng = np.random.default_rng(0)
-    places, features = models.FRAMES[config.architecture]
+    places, features = models.FRAMES[config.family]
     found = []
     for frames in range(count):
         length = 9 + 11 * frames
@@ -74,10 +74,10 @@ def prompts(config, count: int = 3) -> list[Example]:
 
 def processor(config) -> SimpleNamespace:
     """What the engine asks of one."""
-    vision = SimpleNamespace(patch_group=models.FRAMES[config.architecture][0])
+    vision = SimpleNamespace(patch_group=models.FRAMES[config.family][0])
     return SimpleNamespace(
         tokenizer=SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(150)}),
-        mark_ids=(),
+        delimiter_ids=(),
         stop_ids=(),
         generation={},
         vision=vision,

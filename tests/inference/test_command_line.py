@@ -59,10 +59,10 @@ REFUSED = {
     "repetition_penalty 0": (("--prompt", "a", "--repetition_penalty", 0), "--repetition_penalty is 0.0"),
     "seed -1": (("--prompt", "a", "--seed", -1), "--seed is -1"),
     "batch_size 0": ((*FILE, "--batch_size", 0), "--batch_size is 0"),
-    "max_pixels 0": (("--prompt", "a", "--max_pixels", 0), "--max_pixels is 0"),
+    "max_pixels 0": (("--prompt", "a", "--max_pixels", 0), "--max_pixels: 0 is not a positive whole number"),
     "limits that contradict": (
         ("--prompt", "a", "--min_pixels", 99999, "--max_pixels", 9999),
-        "--min_pixels is 99999, above --max_pixels 9999",
+        "--min_pixels: min_pixels 99999 exceeds max_pixels 9999",
     ),
     "an unknown option": (("--prompt", "a", "--temprature", 1), "no option --temprature; did you mean --temperature?"),
     "an unknown option with =": (("--prompt", "a", "--topk=1"), "no option --topk; did you mean --top_k?"),

@@ -11,7 +11,7 @@ import jvlm
 from jvlm.data.errors import RowError
 from jvlm.errors import UserError
 from jvlm.inference.generate import engine_for, stream
-from jvlm.weights import checkpoint
+from jvlm.weights import hf
 from tests.inference.support import MEDIA, oracle_tokens, prompt
 from tests.support import picture
 
@@ -147,7 +147,7 @@ def test_a_batch_size_of_zero_is_refused(tiny):
 
 
 def test_changed_parameters_are_used_at_once_and_compile_nothing(tiny):
-    model = checkpoint.load_weights(tiny.folder, tiny.model.config)
+    model = hf.load_weights(tiny.folder, tiny.model.config)
     head = model.decoder.head.kernel
 
     def answer():

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 import jvlm
+from jvlm import families
 from jvlm.errors import UserError
 from jvlm.inference import serving
-from jvlm.models.presets import PRESETS
 from jvlm.parallel import rules
 from jvlm.parallel.layout import Layout
 from tests.inference.support import prompt
@@ -77,10 +77,10 @@ def test_a_mesh_that_cannot_generate_is_refused_with_what_to_change(layout, said
     ("name", "devices", "tensor"), [("mimo_vl_7b", 8, 8), ("qwen2_5_vl_3b", 8, 2), ("idefics2_8b", 8, 4)]
 )
 def test_the_mesh_that_nobody_asked_for_gives_each_device_key_heads_of_its_own(name, devices, tensor):
-    found = serving.parallel(PRESETS[name], devices)
+    found = serving.parallel(families.preset(name), devices)
     assert found.sizes(devices) == {"data": devices // tensor, "fsdp": 1, "expert": 1, "context": 1, "tensor": tensor}
-    assert serving.parallel(PRESETS[name], 1).sizes(1)["tensor"] == 1
-    assert serving.parallel(PRESETS[name], 3).sizes(3) == {**found.sizes(devices), "data": 3, "tensor": 1}
+    assert serving.parallel(families.preset(name), 1).sizes(1)["tensor"] == 1
+    assert serving.parallel(families.preset(name), 3).sizes(3) == {**found.sizes(devices), "data": 3, "tensor": 1}
 
 
 def test_the_command_line_generates_on_all_devices_and_on_those_asked_for(tiny):

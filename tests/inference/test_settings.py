@@ -80,12 +80,12 @@ def test_every_setting_that_decides_an_answer_is_in_the_hash(tiny, engine, monke
     with monkeypatch.context() as patch:
         patch.setitem(tiny.processor.generation, "eos_token_id", [5])
         hashes.add(now())
-    media = tiny.processor.media
+    media = tiny.processor.image_config
     try:
-        tiny.processor.media = type(media)(max_pixels=media.max_pixels - 784)
+        tiny.processor.image_config = type(media)(max_pixels=media.max_pixels - 784)
         hashes.add(now())
     finally:
-        tiny.processor.media = media
+        tiny.processor.image_config = media
     tiny.processor.tokenizer(["a", "b c d"], padding=True)
     assert now() == before
     assert len({before, *hashes}) == len(changes) + 4

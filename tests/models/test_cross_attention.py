@@ -16,7 +16,7 @@ from jvlm.inference.sampling import SamplingConfig
 from jvlm.models import vlm
 from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig, VisionMemory, readable_images
 from jvlm.models.vlm import VLM
-from jvlm.weights import checkpoint
+from jvlm.weights import hf
 from jvlm.weights.table import WeightError
 from tests.idefics2 import CASES, FAKE, IMAGE, LATENTS, write_folder
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 def build(folder, every=2, attends_to="last", gate=None, least=9):
     """The model of the folder's sizes, with cross-attention (0: without); the same seed gives the same parameters."""
-    config = checkpoint.read_config(folder)
+    config = hf.read_config(folder)
     decoder = config.decoder
     if every:
         fields = {"cross_attention_every": every, "attends_to": attends_to}
@@ -46,7 +46,7 @@ def build(folder, every=2, attends_to="last", gate=None, least=9):
         values = {path: v.get_value() for path, v in vlm.parameters(model).items()}
         values |= {path: jnp.full_like(v, gate) for path, v in values.items() if path.endswith("_gate")}
         model = vlm.bind(model, values)
-    return model, checkpoint.load_processor(folder, config)
+    return model, hf.load_processor(folder, config)
 
 
 def logits_of(model, rows):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jvlm.data.vision.qwen import window_order
+from jvlm.families.qwen2_5_vl.image_processor import window_order
 from jvlm.models.batch import PackedBatch
-from jvlm.weights import checkpoint
+from jvlm.weights import hf
 from tests.support import GOLDEN
 
 FOLDER = GOLDEN / "qwen2_5_vl_tiny"
@@ -32,7 +32,7 @@ def outputs():
 
 @pytest.fixture(scope="module")
 def model():
-    return checkpoint.load_weights(FOLDER, checkpoint.read_config(FOLDER))
+    return hf.load_weights(FOLDER, hf.read_config(FOLDER))
 
 
 def lay_out(inputs, positions):

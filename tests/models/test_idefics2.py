@@ -11,9 +11,9 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from jvlm.data import packing
-from jvlm.data.vision.edges import table_places
+from jvlm.families.idefics2.image_processor import table_positions
 from jvlm.models.batch import PackedBatch
-from jvlm.weights import checkpoint, table
+from jvlm.weights import hf, table
 from tests.idefics2 import CASES, create, hf_inputs
 from tests.support import GOLDEN
 
@@ -66,7 +66,7 @@ def test_vision_features_and_resampled_ones_equal_transformers_for_each_picture(
 
 def test_golden_features_and_logits():
     folder = GOLDEN / "idefics2_tiny"
-    model = checkpoint.load_weights(folder, checkpoint.read_config(folder))
+    model = hf.load_weights(folder, hf.read_config(folder))
     inputs, outputs = load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors")
     batch = lay_out(inputs, model.config)
     features = np.asarray(model.encode(batch).tokens)
@@ -83,7 +83,7 @@ def test_golden_greedy_tokens():
     One of them is the image placeholder, which nothing keeps a random model from saying: it is a word like any other.
     """
     folder = GOLDEN / "idefics2_tiny"
-    model = checkpoint.load_weights(folder, checkpoint.read_config(folder))
+    model = hf.load_weights(folder, hf.read_config(folder))
     inputs, outputs = load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors")
     generated, length = outputs["generated"], inputs["input_ids"].shape[1]
     np.testing.assert_array_equal(generated[:, :length], inputs["input_ids"])
@@ -111,7 +111,7 @@ def lay_out(inputs, config):
             frame, n = frame + 1, h * w
             cells = pixels[:, : h * p, : w * p].reshape(3, h, p, w, p).transpose(1, 3, 0, 2, 4)
             patches[b, at : at + n] = cells.reshape(n, -1)
-            grids = (table_places(side, config.encoder.grid) for side in (h, w))
+            grids = (table_positions(side, config.encoder.grid) for side in (h, w))
             places[b, at : at + n] = np.stack(np.meshgrid(*grids, indexing="ij"), -1).reshape(n, 2)
             frames[b, at : at + n], at = frame, at + n
     is_image = tokens == config.image_token_id

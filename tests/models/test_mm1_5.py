@@ -12,12 +12,12 @@ import jvlm
 from jvlm import configs, job
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
+from jvlm.families.mm1_5.presets import PRESETS
 from jvlm.models import vlm
 from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
 from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
 from jvlm.models.decoders.moe import MoEConfig
-from jvlm.models.mm1_5 import MM1_5
 from jvlm.training import loop
 from jvlm.weights.positions import resize_positions, with_grid
 from jvlm.weights.table import WeightError
@@ -223,9 +223,9 @@ def test_a_model_goes_on_with_larger_tiles_and_experts(run, dense, tmp_path):
 
 
 # Encoder and dense decoder by arithmetic from the sizes; the tower is the published 632 M.
-@pytest.mark.parametrize("name", MM1_5)
+@pytest.mark.parametrize("name", PRESETS)
 def test_preset_parameter_counts(name):
-    config = MM1_5[name]
+    config = PRESETS[name]
     counts = vlm.parameter_counts(vlm.abstract(config))
     vit, llm = config.encoder, config.decoder
     d, f = vit.hidden_size, vit.intermediate_size

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from jvlm import families
 from jvlm.models import vlm
-from jvlm.models.presets import PRESETS
 from jvlm.weights import table
 from tests.support import new_layout
 
@@ -23,19 +23,19 @@ PUBLISHED = {
 
 def shapes_of(name):
     """Tensor name -> shape of a preset, in the released layout."""
-    config = PRESETS[name]
+    config = families.preset(name)
     shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(config)).items()}
     return {e.name: e.shape for e in table.entries(config, shapes)}
 
 
 def test_every_preset_of_the_architecture_is_in_the_table():
-    assert {name for name, config in PRESETS.items() if config.architecture == "qwen2_5_vl"} == set(PUBLISHED)
+    assert {name for name, config in families.presets().items() if config.family == "qwen2_5_vl"} == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_and_tensor_counts_equal_the_published_ones(name):
     total, visual, merger, llm, visual_tensors, llm_tensors, tensors = PUBLISHED[name]
-    counts = vlm.parameter_counts(vlm.abstract(PRESETS[name]))
+    counts = vlm.parameter_counts(vlm.abstract(families.preset(name)))
     assert sum(counts.values()) == total
     assert counts["encoder"] + counts["connector"] == visual
     assert counts["connector"] == merger
@@ -50,8 +50,8 @@ def test_parameter_and_tensor_counts_equal_the_published_ones(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_names_and_shapes_equal_those_of_transformers(name):
-    config = PRESETS[name]
-    values = table.architectures()[config.architecture].write_config(config)
+    config = families.preset(name)
+    values = families.get(config.family).hf.write_config(config)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**values))
     expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
@@ -60,5 +60,5 @@ def test_names_and_shapes_equal_those_of_transformers(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_configuration_survives_config_json(name):
-    architecture = table.architectures()[PRESETS[name].architecture]
-    assert architecture.read_config(architecture.write_config(PRESETS[name])) == PRESETS[name]
+    form = families.for_model_type("qwen2_5_vl").hf
+    assert form.read_config(form.write_config(families.preset(name))) == families.preset(name)

@@ -56,7 +56,7 @@ _DECODER = TransformerConfig(
 def qwen2_5_vl() -> VLMConfig:
     """Windows of 16 patches; heads for 8 devices, key heads for 2."""
     return VLMConfig(
-        architecture="qwen2_5_vl",
+        family="qwen2_5_vl",
         encoder=QwenViTConfig(
             depth=2,
             hidden_size=64,
@@ -78,7 +78,7 @@ def qwen2_5_vl() -> VLMConfig:
 def idefics2() -> VLMConfig:
     """Frames of any size become 4 features."""
     return VLMConfig(
-        architecture="idefics2",
+        family="idefics2",
         encoder=ViTConfig(depth=2, hidden_size=32, num_heads=8, intermediate_size=64, patch_size=4, grid=8),
         connector=PerceiverConfig(
             projection_size=48, latents=4, depth=2, num_heads=8, num_kv_heads=2, head_dim=8, norm_eps=1e-6
@@ -95,7 +95,7 @@ def mm1_5() -> VLMConfig:
         depth=2, hidden_size=32, num_heads=8, intermediate_size=64, patch_size=4, grid=4, class_token=True
     )
     return VLMConfig(
-        architecture="mm1_5",
+        family="mm1_5",
         encoder=encoder,
         connector=CAbstractorConfig(grid=4, class_token=True, out_grid=2, hidden_size=32, depth=1),
         decoder=dataclasses.replace(
@@ -139,8 +139,8 @@ def experiment(architecture: str, parallel: ParallelConfig = ParallelConfig(), *
 def batch(config: VLMConfig, seed: int = 0, text_only: int = 1) -> PackedBatch:
     """Rows of several conversations and padding: the first of text alone, one full of pictures, others with some."""
     rng = np.random.default_rng(seed)
-    B, S, P = ROWS, TOKENS, PATCHES[config.architecture]
-    places, per_frame = FRAMES[config.architecture]
+    B, S, P = ROWS, TOKENS, PATCHES[config.family]
+    places, per_frame = FRAMES[config.family]
     arrays = {name: np.zeros((B, S), np.int32) for name in ("tokens", "segment_ids")}
     arrays["vision_index"] = np.full((B, S), -1, np.int32)
     frames, windows = np.zeros((B, P), np.int32), np.zeros((B, P), np.int32)

@@ -56,7 +56,7 @@ def experiment(folder: Path, rows: Path, *overrides: str, **changes: Any) -> Exp
         "--data.seq_len": "192",
         "--data.max_patches": "192",
         "--data.pack_window": "6",
-        "--processor.media.min_pixels": "1024",
+        "--processor.image.min_pixels": "1024",
         "--model.encoder.hidden_size": "32",
         "--model.encoder.num_heads": "2",
         "--model.encoder.intermediate_size": "48",

@@ -8,7 +8,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 import jvlm
 from jvlm.data.processor import ProcessorConfig
-from jvlm.data.vision.tiled import TiledMedia
+from jvlm.families.composed.compose import compose
+from jvlm.families.mm1_5.image_processor import TiledImageConfig
 from jvlm.models import vlm
 from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
 from jvlm.models.layers import Precision
@@ -29,7 +30,7 @@ def test_a_composed_model_trains_its_connector_and_answers_from_its_run_folder(t
     LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=words)).save_pretrained(tmp_path / "llama")
     folders = {"encoder": tmp_path / "clip", "decoder": tmp_path / "llama"}
     connector = PooledMLPConfig(grid=4, class_token=True, out_grid=2)
-    model = backbones.compose(**folders, connector=connector, precision=Precision(compute_dtype="float32"))
+    model = compose(**folders, connector=connector, precision=Precision(compute_dtype="float32"))
     base = support.experiment(tmp_path, support.write_rows(tmp_path / "data", 12), steps=4)
     experiment = dataclasses.replace(
         base,
@@ -37,7 +38,7 @@ def test_a_composed_model_trains_its_connector_and_answers_from_its_run_folder(t
         encoder_from=str(folders["encoder"]),
         decoder_from=str(folders["decoder"]),
         tokenizer=str(folders["decoder"]),
-        processor=ProcessorConfig(media=TiledMedia(splitting="none", indicator="none")),
+        processor=ProcessorConfig(image=TiledImageConfig(splitting="none", indicator="none")),
         data=dataclasses.replace(base.data, max_patches=6 * 17),
         optimizer=OptimizerConfig(learning_rate=1e-2, encoder_lr=0.0, decoder_lr=0.0),
         export=ExportConfig(enabled=False),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jvlm import families
 from jvlm.models import registry, vlm
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
@@ -21,14 +22,13 @@ from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.layers import Precision
-from jvlm.models.presets import PRESETS
 from jvlm.models.vlm import VLMConfig
 from jvlm.training import flops
 
 TOKENS, PATCHES = 256, 512
-DECODER = type(PRESETS["mimo_vl_7b"].decoder)
+DECODER = type(families.preset("mimo_vl_7b").decoder)
 CONFIG = VLMConfig(
-    architecture="qwen2_5_vl",
+    family="qwen2_5_vl",
     encoder=QwenViTConfig(depth=2, hidden_size=640, num_heads=8, intermediate_size=1600, fullatt_block_indexes=(0, 1)),
     connector=PatchMergerConfig(),
     decoder=DECODER(
@@ -40,6 +40,7 @@ CONFIG = VLMConfig(
         intermediate_size=2560,
         mrope_section=(20, 30, 30),
     ),
+    image_token_id=1,
     precision=Precision(compute_dtype="float32", attention="reference"),
 )
 
@@ -150,7 +151,7 @@ def test_adapters_cost_their_own_products_and_no_gradient_of_the_frozen_weights(
 
 
 def test_a_7b_model_needs_about_six_flop_for_each_parameter_and_token():
-    template = vlm.abstract(PRESETS["qwen2_5_vl_7b"])
+    template = vlm.abstract(families.preset("qwen2_5_vl_7b"))
     counts = flops.Counts(np.asarray([64]), np.zeros(0, int), np.zeros(0, int), 0, 64)
     learnt = dict.fromkeys(vlm.TOWERS, True)
     parameters = vlm.parameter_counts(template)["decoder"] - 152064 * 3584  # the embedding is looked up
@@ -232,7 +233,7 @@ def test_the_perceiver_costs_what_xla_counts_within_4_percent():
 
 
 def test_cross_attention_makes_keys_of_features_and_all_else_of_tokens():
-    plain = PRESETS["idefics2_8b"]
+    plain = families.preset("idefics2_8b")
     decoder = CrossAttentionTransformerConfig.of(plain.decoder, cross_attention_every=4)
     reading = dataclasses.replace(plain, decoder=decoder)
     frames = np.asarray([729] * 3)

@@ -28,8 +28,8 @@ def experiment(folder, start, rows, *overrides):
         "--data.max_image_patches": "64",
         "--data.pack_window": "6",
         "--data.read_threads": "1",
-        "--processor.media.longest_edge": "112",
-        "--processor.media.shortest_edge": "28",
+        "--processor.image.longest_edge": "112",
+        "--processor.image.shortest_edge": "28",
         "--optimizer.learning_rate": "3e-3",
         "--optimizer.decoder_lr": "3e-3",
         "--gradient_accumulation_steps": "1",
@@ -50,7 +50,7 @@ def run(tmp_path_factory):
 def test_mixed_counts_of_pictures_need_one_compilation_and_the_loss_falls(run):
     result, folder = run
     assert result.compilations == 1
-    assert result.processor.media.split
+    assert result.processor.image_config.split
     losses = list(support.losses(folder).values())
     assert len(losses) == STEPS
     assert np.mean(losses[-2:]) < 0.8 * np.mean(losses[:2])
@@ -63,7 +63,7 @@ def test_the_frozen_tower_keeps_every_bit_and_the_export_answers_the_same(run, t
     assert not np.array_equal(before.connector.latents[...], result.model.connector.latents[...])
     jvlm.save(result.model, result.processor, tmp_path / "hf", format="hf")
     model, processor = jvlm.load(tmp_path / "hf")
-    assert processor.media == result.processor.media
+    assert processor.image_config == result.processor.image_config
     row = {
         "messages": [{"role": "user", "content": "<image>what color?"}],
         "images": [str(folder / "data" / "1_0.png")],

@@ -14,7 +14,7 @@ from jvlm.data import stores
 from jvlm.models import vlm
 from jvlm.training import loop
 from jvlm.training.run_storage import RunStorage
-from jvlm.weights import run_folder
+from jvlm.weights import run_dir
 from tests.training import support
 
 RUN = "runs/run/"
@@ -59,7 +59,7 @@ def test_a_run_in_a_store_goes_on_from_there_on_another_machine_and_past_a_damag
         loaded = _values(jvlm.load(place)[0])
         assert all(np.array_equal(values[path], loaded[path]) for path in values)
     assert not list(Path("copies").rglob("checkpoints"))
-    arrays = run_folder.Arrays(run_folder.params_folder(result.folder), {path: v.shape for path, v in values.items()})
+    arrays = run_dir.Arrays(run_dir.params_folder(result.folder), {path: v.shape for path, v in values.items()})
     assert all(np.array_equal(values[path], arrays.read(path)) for path in values)
 
     # the machine is lost; of one checkpoint a file is cut short, of another the end was not written
@@ -68,7 +68,7 @@ def test_a_run_in_a_store_goes_on_from_there_on_another_machine_and_past_a_damag
     data = max((n for n in store if n.startswith(RUN + "checkpoints/4/params/")), key=lambda n: len(store[n][1]))
     store[data] = (store[data][0], store[data][1][: len(store[data][1]) // 2])
     stores.at(f"gs://bucket/{RUN}checkpoints/6/commit_success.txt").unlink()
-    assert run_folder.steps(run_folder.local("gs://bucket/runs/run")) == [1, 2, 4]
+    assert run_dir.steps(run_dir.local("gs://bucket/runs/run")) == [1, 2, 4]
     capsys.readouterr()
     again = loop.train(support.experiment(tmp_path, rows, *remote, "--steps", "6"))
     said = capsys.readouterr().out

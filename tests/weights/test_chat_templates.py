@@ -10,7 +10,7 @@ from transformers.processing_utils import ProcessorMixin
 import jvlm
 from jvlm.data.rows import Message
 from jvlm.errors import UserError
-from jvlm.weights import checkpoint
+from jvlm.weights import hf
 from tests import support
 
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -53,7 +53,7 @@ def folder(tiny, tmp_path):
 
 
 def load(folder):
-    return checkpoint.load_processor(folder, checkpoint.read_config(folder))
+    return hf.load_processor(folder, hf.read_config(folder))
 
 
 J, L, P, A = (

@@ -13,7 +13,7 @@ import jvlm
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
-from jvlm.weights import checkpoint
+from jvlm.weights import hf
 from tests import support
 
 ROW = {
@@ -225,7 +225,7 @@ def test_an_old_config_is_filled_with_the_published_values(tmp_path):
     for key in "image_token_id video_token_id vision_start_token_id vision_end_token_id vision_token_id".split():
         del values[key]
     (tmp_path / "config.json").write_text(json.dumps(values))
-    config = checkpoint.read_config(tmp_path)
+    config = hf.read_config(tmp_path)
     vit = config.encoder
     assert (vit.depth, vit.intermediate_size, vit.num_heads, vit.hidden_size) == (32, 3420, 16, 1280)
     assert (vit.in_channels, vit.patch_size, vit.temporal_patch_size, vit.spatial_merge_size) == (3, 14, 2, 2)
@@ -244,7 +244,7 @@ def test_a_tie_is_read_from_wherever_transformers_reads_it(tiny, tmp_path, root,
     values = {**values, **root, "text_config": {**values, **nested, "model_type": "qwen2_5_vl_text"}}
     (tmp_path / "config.json").write_text(json.dumps(values))
     theirs = Qwen2_5_VLConfig.from_pretrained(str(tmp_path)).tie_word_embeddings
-    assert checkpoint.read_config(tmp_path).decoder.tie_word_embeddings == theirs
+    assert hf.read_config(tmp_path).decoder.tie_word_embeddings == theirs
 
 
 @pytest.mark.parametrize(
@@ -367,11 +367,11 @@ def test_loading_needs_little_more_memory_than_the_model(tokenizer_folder, tmp_p
 import jax, jvlm, transformers
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
-from jvlm.weights import checkpoint
-config = checkpoint.read_config(checkpoint.Path({str(tmp_path)!r}), Precision())
+from jvlm.weights import hf
+config = hf.read_config(hf.Path({str(tmp_path)!r}), Precision())
 jax.numpy.zeros(3).block_until_ready()
 with Peak() as peak:
-    model = checkpoint.load_weights(checkpoint.Path({str(tmp_path)!r}), config)
+    model = hf.load_weights(hf.Path({str(tmp_path)!r}), config)
 print(peak.growth / sum(v.get_value().nbytes for v in vlm.parameters(model).values()))
 """
     )

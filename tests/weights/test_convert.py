@@ -15,7 +15,7 @@ import jvlm
 from jvlm import config as config_tree
 from jvlm.errors import UserError
 from jvlm.models import vlm
-from jvlm.weights import checkpoint
+from jvlm.weights import hf
 from jvlm.weights.convert import convert
 from jvlm.weights.table import WeightError
 from tests import support
@@ -142,7 +142,7 @@ def write_run(folder, tiny, parameters, *, steps=(7,), save_args=None):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "experiment.json").write_text(json.dumps({"model": config_tree.to_dict(tiny.model.config)}))
     tiny.processor.tokenizer.save_pretrained(str(folder / "processor"))
-    checkpoint.write_processor(folder / "processor", tiny.model.config, tiny.processor)
+    hf.write_processor(folder / "processor", tiny.model.config, tiny.processor)
     with ocp.CheckpointManager(folder.absolute() / "checkpoints", item_names=("params",)) as manager:
         for step in steps:
             scaled = {path: value * (step / steps[-1]) for path, value in parameters.items()}

@@ -14,7 +14,7 @@ from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
 from jvlm.training.checkpoint import fingerprints
-from jvlm.weights import run_folder
+from jvlm.weights import run_dir
 from jvlm.weights.convert import convert
 from jvlm.weights.fingerprints import Running, _sums
 from jvlm.weights.table import WeightError
@@ -173,7 +173,7 @@ def test_a_flipped_bit_in_the_arrays_is_an_error_that_names_checkpoint_and_array
         READERS[reader](tmp_path / "run")
     said = str(caught.value)
     assert f"checkpoint {tmp_path / 'run' / 'checkpoints' / '0'}" in said
-    assert any(path in said for path in run_folder.saved_fingerprints(tmp_path / "run" / "checkpoints" / "0"))
+    assert any(path in said for path in run_dir.saved_fingerprints(tmp_path / "run" / "checkpoints" / "0"))
     assert not (tmp_path / "new" / "config.json").exists()
 
 

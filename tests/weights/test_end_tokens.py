@@ -10,7 +10,7 @@ from jvlm.errors import UserError
 from jvlm.inference.engine import Engine
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models.layers import Precision
-from jvlm.weights import checkpoint
+from jvlm.weights import hf
 from tests import idefics2, support
 
 ABSENT = object()
@@ -41,7 +41,7 @@ def test_the_end_token_is_the_one_that_transformers_resolves(tiny, tmp_path, fam
     values = tiny.config if family == "qwen2_5_vl" else idefics2.config_values(ids)
     (tmp_path / "config.json").write_text(json.dumps(_with_ends(values, root, nested)))
     theirs = GenerationConfig.from_model_config(AutoConfig.from_pretrained(str(tmp_path))).eos_token_id
-    found = checkpoint.read_config(tmp_path, Precision()).eos_token_id
+    found = hf.read_config(tmp_path, Precision()).eos_token_id
     if theirs is None and found == LATER_DEFAULT:
         assert root in (ABSENT, None)
         assert nested is ABSENT

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from jvlm.models.layers import Precision
 from jvlm.weights import backbones
-from jvlm.weights.single_files import unpack
+from jvlm.weights.gguf_onnx import unpack
 from jvlm.weights.table import WeightError
 from tests.support import make_tokenizer, run_python
 

@@ -8,15 +8,15 @@ import torch
 from transformers import AutoModelForImageTextToText, Idefics2Config, Idefics2ForConditionalGeneration
 
 import jvlm
+from jvlm import families
 from jvlm.models import vlm
-from jvlm.models.presets import PRESETS
 from jvlm.weights import table
 from jvlm.weights.convert import convert
 from jvlm.weights.table import WeightError
 from tests import support
 from tests.idefics2 import CASES, create, hf_inputs, hf_processor
 
-ARCHITECTURE = table.architectures()["idefics2"]
+HF = families.get("idefics2").hf
 # The released config.json: specification, B1. All else is transformers' defaults.
 RELEASED = {
     "architectures": ["Idefics2ForConditionalGeneration"],
@@ -50,7 +50,7 @@ def tiny(tmp_path_factory):
 
 
 def released_shapes():
-    config = PRESETS["idefics2_8b"]
+    config = families.preset("idefics2_8b")
     shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(config)).items()}
     return {e.name: e.shape for e in table.entries(config, shapes)}
 
@@ -72,13 +72,11 @@ def test_the_preset_has_the_published_parameters_and_tensors():
 
 
 def test_the_preset_is_the_released_configuration():
-    assert ARCHITECTURE.read_config(RELEASED) == PRESETS["idefics2_8b"]
-    assert ARCHITECTURE.read_config(ARCHITECTURE.write_config(PRESETS["idefics2_8b"])) == PRESETS["idefics2_8b"]
+    assert HF.read_config(RELEASED) == families.preset("idefics2_8b")
+    assert HF.read_config(HF.write_config(families.preset("idefics2_8b"))) == families.preset("idefics2_8b")
 
 
-@pytest.mark.parametrize(
-    "values", [RELEASED, ARCHITECTURE.write_config(PRESETS["idefics2_8b"])], ids=["read", "written"]
-)
+@pytest.mark.parametrize("values", [RELEASED, HF.write_config(families.preset("idefics2_8b"))], ids=["read", "written"])
 def test_names_and_shapes_equal_those_of_transformers(values):
     with torch.device("meta"):
         model = Idefics2ForConditionalGeneration(Idefics2Config(**values))
@@ -118,4 +116,4 @@ def test_a_round_trip_is_byte_identical_and_the_export_loads_in_transformers(tin
 )
 def test_what_is_not_supported_is_refused_by_name(change, says):
     with pytest.raises(WeightError, match=says):
-        ARCHITECTURE.read_config({**RELEASED, **change})
+        HF.read_config({**RELEASED, **change})

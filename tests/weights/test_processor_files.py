@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import jvlm
 from jvlm.errors import UserError
-from jvlm.weights import checkpoint
+from jvlm.weights import hf
 from tests import idefics2, support
 
 FLAT, NESTED, VIDEO = "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"
@@ -46,8 +46,8 @@ def lay(tiny, idefics2_folder, tmp_path):
 
 def read(folder):
     """(model configuration, processor), without the weights."""
-    config = checkpoint.read_config(folder)
-    return config, checkpoint.load_processor(folder, config)
+    config = hf.read_config(folder)
+    return config, hf.load_processor(folder, config)
 
 
 def normalised(patches, encoder):
@@ -60,27 +60,27 @@ def assert_qwen_pixels(folder, pictures):
     config, processor = read(folder)
     for picture in pictures:
         theirs = Qwen2VLImageProcessorPil.from_pretrained(str(folder))([picture], return_tensors="np")
-        media = processor.vision.image(picture, processor.media)
+        media = processor.image_processor.image(picture, processor.image_config)
         t, h, w = theirs["image_grid_thw"][0]
         assert media.grid == (t, h // 2, w // 2)
-        ours = normalised(media.patches, config.encoder).reshape(len(media.feature_of_token), -1)
-        expected = theirs["pixel_values"].reshape(len(media.feature_of_token), -1)
-        np.testing.assert_allclose(ours[media.feature_of_token], expected, rtol=1e-5, atol=1e-5)
+        ours = normalised(media.patches, config.encoder).reshape(len(media.vision_index), -1)
+        expected = theirs["pixel_values"].reshape(len(media.vision_index), -1)
+        np.testing.assert_allclose(ours[media.vision_index], expected, rtol=1e-5, atol=1e-5)
 
 
 def assert_idefics2_pixels(folder, pictures):
     config, processor = read(folder)
     for picture in pictures:
         theirs = Idefics2ImageProcessorPil.from_pretrained(str(folder))([[picture]], return_tensors="np")
-        media = processor.vision.image(picture, processor.media)
+        media = processor.image_processor.image(picture, processor.image_config)
         frames = list(zip(theirs["pixel_values"][0], theirs["pixel_attention_mask"][0], strict=True))
-        assert media.frame_ids[-1] == len(frames)
+        assert media.segment_ids[-1] == len(frames)
         for number, (pixels, mask) in enumerate(frames, 1):
             h, w = (int(n) // 14 for n in (mask[:, 0].sum(), mask[0].sum()))
             cells = (
                 pixels[:, : h * 14, : w * 14].reshape(3, h, 14, w, 14).transpose(1, 3, 0, 2, 4).reshape(h * w, 3, -1)
             )
-            ours = normalised(media.patches[media.frame_ids == number], config.encoder)
+            ours = normalised(media.patches[media.segment_ids == number], config.encoder)
             np.testing.assert_allclose(ours, cells.reshape(h * w, 3, -1), rtol=1e-5, atol=1e-5)
 
 
@@ -142,8 +142,8 @@ def test_null_is_the_processor_s_own_value(lay, file, null):
     folder = lay({file: {"image_processor": {**QWEN, null: None}} if file == NESTED else {**QWEN, null: None}})
     config, processor = read(folder)
     theirs = Qwen2VLImageProcessorPil(**QWEN)([PICTURES[0]], return_tensors="np")
-    media = processor.vision.image(PICTURES[0], processor.media)
-    ours = normalised(media.patches, config.encoder).reshape(len(media.feature_of_token), -1)[media.feature_of_token]
+    media = processor.image_processor.image(PICTURES[0], processor.image_config)
+    ours = normalised(media.patches, config.encoder).reshape(len(media.vision_index), -1)[media.vision_index]
     np.testing.assert_allclose(ours, theirs["pixel_values"].reshape(ours.shape), atol=1e-5)
 
 
@@ -160,7 +160,7 @@ def test_what_processor_config_json_nests_counts_before_the_other_files(lay):
     folder = lay({FLAT: {**QWEN, "max_pixels": 50176}, NESTED: inner})
     theirs = Qwen2VLImageProcessorPil.from_pretrained(str(folder))
     config, processor = read(folder)
-    assert processor.media.max_pixels == theirs.size.longest_edge == 12544
+    assert processor.image_config.max_pixels == theirs.size.longest_edge == 12544
     assert config.encoder.image_mean == theirs.image_mean
     assert_qwen_pixels(folder, PICTURES)
 
@@ -185,7 +185,7 @@ AREA = {"min_pixels": 784, "max_pixels": 7840}
 )  # fmt: skip
 def test_video_limits_come_from_the_first_of_three_places(lay, files, limits):
     _, processor = read(lay(files))
-    assert (processor.media.video_min_pixels, processor.media.video_max_pixels) == limits
+    assert (processor.image_config.video_min_pixels, processor.image_config.video_max_pixels) == limits
 
 
 def test_the_frame_rate_is_read(lay):
@@ -286,7 +286,7 @@ def test_an_edited_file_of_an_export_counts_and_the_difference_is_told(tiny, tmp
     (tmp_path / file).write_text(json.dumps({**values, "max_pixels": 12544}))
     with pytest.warns(UserWarning, match=r"jvlm_processor.json differs from .*max_pixels: 50176 -> 12544"):
         _, processor = read(tmp_path)
-    assert (processor.media.max_pixels if file == FLAT else processor.media.video_max_pixels) == 12544
+    assert (processor.image_config.max_pixels if file == FLAT else processor.image_config.video_max_pixels) == 12544
 
 
 SOURCES = {

@@ -19,7 +19,7 @@ import jvlm
 from jvlm.models import registry, vlm
 from jvlm.training.loop import start_model
 from jvlm.weights import backbones
-from jvlm.weights.single_files import unpack
+from jvlm.weights.gguf_onnx import unpack
 from jvlm.weights.table import WeightError
 from tests.support import ROOT, picture
 from tests.weights.test_vision_backbones import PRECISION, packed

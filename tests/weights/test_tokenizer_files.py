@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import jvlm
-from jvlm.weights import checkpoint, convert, tokenizer_files
+from jvlm.weights import convert, hf, tokenizer_files
 from tests import idefics2, support
 
 TEXTS = [
@@ -69,10 +69,10 @@ def test_a_tokenizer_of_qwen_is_written_for_every_version(tiny, tmp_path, settin
     source = shutil.copytree(tiny.folder, tmp_path / "source")
     values = json.loads((source / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(json.dumps({**values, **settings}))
-    processor = checkpoint.load_processor(source, tiny.model.config)
+    processor = hf.load_processor(source, tiny.model.config)
     jvlm.save(tiny.model, processor, tmp_path / "once")
     check(tmp_path / "once", source)
-    jvlm.save(tiny.model, checkpoint.load_processor(tmp_path / "once", tiny.model.config), tmp_path / "twice")
+    jvlm.save(tiny.model, hf.load_processor(tmp_path / "once", tiny.model.config), tmp_path / "twice")
     check(tmp_path / "twice", source)
     first, second = ((tmp_path / n / "tokenizer_config.json").read_text() for n in ("once", "twice"))
     assert json.loads(first) == json.loads(second)

@@ -40,7 +40,7 @@ def main() -> None:
     peak = flops.peak(jax.devices()[0].device_kind) or float("nan")
     examples = rows[0]
     batch = packing.assemble(
-        [examples], arguments.tokens, arguments.patches, patch_values=processor.vision.patch_values
+        [examples], arguments.tokens, arguments.patches, patch_values=processor.image_processor.patch_values
     )
     template, values = split(model)
     counts = flops.Counts.of([batch])

@@ -78,7 +78,7 @@ def main() -> None:
         examples,
         arguments.tokens,
         arguments.patches,
-        patch_values=processor.vision.patch_values,
+        patch_values=processor.image_processor.patch_values,
         max_image_patches=abstract.max_image_patches,
     )
     template, values = split(random_model(config, 0, planned.layout.parameter))

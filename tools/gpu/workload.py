@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 from transformers import AutoTokenizer
 
+from jvlm import families
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.models.layers import Precision
-from jvlm.models.presets import PRESETS
 from jvlm.models.vlm import VLMConfig
 
 # any tokenizer with the special tokens will do: its ids are the first few hundred of the model's vocabulary
@@ -47,7 +47,7 @@ def workload(arguments: argparse.Namespace, precision: Precision) -> tuple[VLMCo
 
 def model_config(preset: str, layers: int | None, precision: Precision, small: bool) -> VLMConfig:
     """A published shape with so many decoder layers (None: all); ``small`` shrinks it for a rehearsal on CPU."""
-    config = PRESETS[preset]
+    config = families.preset(preset)
     tokenizer = AutoTokenizer.from_pretrained(str(TOKENIZER), local_files_only=True)
     ids = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>")

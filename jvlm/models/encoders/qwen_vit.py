@@ -104,7 +104,7 @@ class VisionBlock(nnx.Module):
 class QwenViT(nnx.Module):
     """Patches of images and video frames of any size to one token for each patch.
 
-    The host delivers patches in window order (`PackedBatch.patches`), so that both kinds of attention see contiguous
+    The family's image processor delivers patches in window order, so that both kinds of attention see contiguous
     segments and nothing is permuted here.
     """
 

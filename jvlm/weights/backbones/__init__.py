@@ -18,16 +18,13 @@ import numpy as np
 from flax import nnx
 
 from jvlm import json_files
-from jvlm.data import vocabulary as ids
-from jvlm.data.chat_formats import COMPOSED, style_of
-from jvlm.data.tokenizers import load_tokenizer
 from jvlm.errors import UserError
 from jvlm.models import contracts, registry, vlm
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.vit import ViTConfig
 from jvlm.models.layers import Precision
-from jvlm.models.vlm import VLM, VLMConfig
-from jvlm.weights import checkpoint, safetensors_files, table, vocabulary
+from jvlm.models.vlm import VLM
+from jvlm.weights import hf, safetensors_files, table, vocabulary
 from jvlm.weights.positions import resize_positions
 from jvlm.weights.table import Rule, WeightError
 
@@ -66,7 +63,7 @@ def read_config(folder: str | Path) -> TowerConfig:
 
 
 def load(
-    folder: str | Path, config: TowerConfig, precision: Precision, sharding: checkpoint.ShardingOf | None = None
+    folder: str | Path, config: TowerConfig, precision: Precision, sharding: hf.ShardingOf | None = None
 ) -> dict[str, nnx.Variable]:
     """Parameters of a tower, by their path in the whole model.
 
@@ -82,8 +79,8 @@ def load(
     _check_same(folder, backbone, found, config)
     variables, expected = _expected(backbone, found, precision)
     with safetensors_files.Tensors(folder) as tensors:
-        stored = checkpoint.match(tensors, backbone.canonical, expected)
-        checkpoint.read_parameters(variables, expected, stored, tensors, sharding)
+        stored = hf.match(tensors, backbone.canonical, expected)
+        hf.read_parameters(variables, expected, stored, tensors, sharding)
     return _resized(variables, found, config)
 
 
@@ -109,7 +106,7 @@ def check_tensors(source: Path, values: dict[str, Any], shapes: dict[str, tuple[
     table.check(_expected(backbone, config, Precision())[1], shapes, str(source))
 
 
-def fill(model: VLM, folders: Iterable[str | Path], sharding: checkpoint.ShardingOf | None = None) -> VLM:
+def fill(model: VLM, folders: Iterable[str | Path], sharding: hf.ShardingOf | None = None) -> VLM:
     """The model with the towers that the folders hold in place of its own; see `load`."""
     values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
     for folder in folders:
@@ -118,53 +115,6 @@ def fill(model: VLM, folders: Iterable[str | Path], sharding: checkpoint.Shardin
         found = load(folder, tower, model.config.precision, sharding)
         values.update((path, variable.get_value()) for path, variable in found.items())
     return vlm.bind(model, values)
-
-
-def compose(
-    *,
-    encoder: str | Path,
-    connector: contracts.ConnectorConfig,
-    decoder: str | Path,
-    grid: int | None = None,
-    precision: Precision = Precision(),
-) -> VLMConfig:
-    """The configuration of a new model from a vision tower's folder and a language model's.
-
-    The tokenizer of the decoder's folder gets a placeholder for images behind its last token, if it has none
-    (`add_placeholder`); the vocabulary grows by what that needs, in multiples of 128.
-
-    Args:
-      grid: side of the encoder's position table, in patches; None keeps the folder's.
-    """
-    vision, text = read_config(encoder), read_config(decoder)
-    if grid is not None:
-        vision = dataclasses.replace(vision, grid=grid)
-    tokenizer = load_tokenizer(decoder)
-    image = style_of(COMPOSED).image
-    ids.add_tokens(tokenizer, [image])
-    rows = ids.rows_needed(tokenizer)
-    if rows > text.vocab_size:
-        text = dataclasses.replace(text, vocab_size=-(-rows // 128) * 128)
-    return VLMConfig(
-        architecture=COMPOSED,
-        encoder=vision,
-        connector=connector,
-        decoder=text,
-        image_token_id=tokenizer.convert_tokens_to_ids(image),
-        video_token_id=None,
-        vision_start_token_id=None,
-        vision_end_token_id=None,
-        vision_pad_token_id=None,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        precision=precision,
-    )
-
-
-def add_placeholder(tokenizer: Any, config: VLMConfig) -> None:
-    """Give the tokenizer of a composed model its image placeholder, where it is still without."""
-    if config.architecture == COMPOSED:
-        ids.add_tokens(tokenizer, [style_of(COMPOSED).image])
 
 
 def _check_same(folder: Path, backbone: Backbone, found: TowerConfig, config: TowerConfig) -> None:

@@ -13,6 +13,8 @@ from typing import Literal
 
 from PIL import Image
 
+from jvlm.errors import UserError
+
 Grid = tuple[int, int]
 Placement = Literal["corner", "centre"]
 Colour = tuple[int, int, int]
@@ -22,7 +24,7 @@ Colour = tuple[int, int, int]
 def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
     """Every grid of min_tiles to max_tiles tiles: 18 of them for 4 to 9."""
     if not 1 <= min_tiles <= max_tiles:
-        raise ValueError(f"min_tiles {min_tiles} and max_tiles {max_tiles}: need 1 <= min_tiles <= max_tiles")
+        raise UserError(f"min_tiles {min_tiles} and max_tiles {max_tiles}: need 1 <= min_tiles <= max_tiles")
     rows = range(1, max_tiles + 1)
     return tuple((r, c) for r in rows for c in range(1, max_tiles // r + 1) if r * c >= min_tiles)
 

@@ -14,9 +14,8 @@ import numpy as np
 from flax import nnx
 
 from jvlm import config as config_tree
-from jvlm import json_files
+from jvlm import families, json_files
 from jvlm.data import vocabulary
-from jvlm.data.chat_formats import style_of
 from jvlm.data.processor import SETTINGS, Processor, ProcessorConfig, read_settings
 from jvlm.data.tokenizers import load_tokenizer
 from jvlm.errors import UserError
@@ -40,12 +39,12 @@ def read_config(folder: Path, precision: Precision | None = None) -> VLMConfig:
     """The model configuration of a Hugging Face folder."""
     path = folder / "config.json"
     values = json_files.read_object(path)
-    architecture = table.architecture_for(values.get("model_type"))
-    config = table.read_values(path, lambda v: _typed(architecture.read_config(v)), values)
+    form = families.for_model_type(values.get("model_type")).hf
+    config = table.read_values(path, lambda v: _typed(form.read_config(v)), values)
     config = dataclasses.replace(config, precision=precision or default_precision())
     settings = processor_files.read(folder).image
     if settings is not None:
-        pixels = processor_files.read_pixels(settings, architecture.pixels)
+        pixels = processor_files.read_pixels(settings, form.pixels)
         encoder = dataclasses.replace(config.encoder, image_mean=pixels.mean, image_std=pixels.std)
         config = dataclasses.replace(config, encoder=encoder)
     return config
@@ -69,7 +68,7 @@ def load_weights(
     shapes = {path: tuple(v.get_value().shape) for path, v in variables.items()}
     expected = table.entries(config, shapes)
     with safetensors_files.Tensors(folder) as tensors:
-        stored = match(tensors, table.architecture_of(config).canonical, expected, stored_rows)
+        stored = match(tensors, table.hf_format(config).canonical, expected, stored_rows)
         read_parameters(variables, expected, stored, tensors, sharding)
     nnx.update(model, nnx.from_flat_state([(tuple(p.split(".")), v) for p, v in variables.items()]))
     return model
@@ -154,7 +153,7 @@ class _Reader:
 
 
 def load_processor(folder: Path, config: VLMConfig, *, grow_embedding: bool = False) -> Processor:
-    """The processor of a Hugging Face folder: its tokenizer, template, media settings and generation defaults.
+    """The processor of a Hugging Face folder: its tokenizer, template, image settings and generation defaults.
 
     Args:
       grow_embedding: the processor's model has a larger embedding table where the tokenizer needs one; the tokens that
@@ -163,12 +162,12 @@ def load_processor(folder: Path, config: VLMConfig, *, grow_embedding: bool = Fa
     Raises:
       UserError: a chat template that cannot write a picture, or a setting of pictures that has no meaning here.
     """
-    tokenizer, style = load_tokenizer(folder), style_of(config.architecture)
+    tokenizer, chat_format = load_tokenizer(folder), families.get(config.family).chat_format
     tokenizer.chat_template, source = chat_templates.choose(folder, tokenizer)
     if tokenizer.chat_template:
-        chat_templates.check_writes_pictures(tokenizer, style, source)
+        chat_templates.check_writes_pictures(tokenizer, chat_format, source)
     if grow_embedding:
-        vocabulary.add_tokens(tokenizer, style.stops)
+        vocabulary.add_tokens(tokenizer, chat_format.stops)
         config = with_vocabulary(config, vocabulary.rows_needed(tokenizer))
     return Processor(
         tokenizer,
@@ -182,16 +181,16 @@ def _read_settings(folder: Path, config: VLMConfig) -> ProcessorConfig:
     """jvlm's own settings; where the files that everybody reads say something else, these count, and it is told."""
     settings = read_settings(folder) or ProcessorConfig()
     files = processor_files.read(folder)
-    if settings.media is not None and files == ProcessorFiles():
+    if settings.image is not None and files == ProcessorFiles():
         return settings
-    media = table.architecture_of(config).read_media(files, config, settings.media)
-    if settings.media is not None and media != settings.media:
-        before, after = (config_tree.to_dict(m) for m in (settings.media, media))
+    image = table.hf_format(config).read_image_config(files, config, settings.image)
+    if settings.image is not None and image != settings.image:
+        before, after = (config_tree.to_dict(value) for value in (settings.image, image))
         lines = "; ".join(config_tree.differences(before, after))
         warnings.warn(
             f"{folder}: {SETTINGS} differs from {', '.join(processor_files.FILES)}, which count: {lines}", stacklevel=2
         )
-    return dataclasses.replace(settings, media=media)
+    return dataclasses.replace(settings, image=image)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -208,22 +207,22 @@ def save(
     max_shard_bytes: int = 5 * 10**9,
     read: ReadLayer | None = None,
 ) -> None:
-    """Write a Hugging Face folder; see `jvlm.weights.saving.save`.
+    """Write a Hugging Face folder; see `jvlm.weights.io.save`.
 
     Args:
       read: gives a parameter's value by path, or one layer of it; None takes those of the model, which may otherwise
         be without arrays.
     """
-    architecture = table.export_form(model.config)
-    if layout not in architecture.layouts:
-        raise UserError(f"unknown layout {layout!r}; known: {', '.join(architecture.layouts)}")
+    form = table.export_format(model.config)
+    if layout not in form.layouts:
+        raise UserError(f"unknown layout {layout!r}; known: {', '.join(form.layouts)}")
     wanted = None if dtype is None else safetensors_files.dtype_of(dtype)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     variables = parameters(model)
     expected = table.entries(model.config, {p: tuple(v.get_value().shape) for p, v in variables.items()})
-    rename = architecture.layouts[layout]
+    rename = form.layouts[layout]
     tensors = []
     for entry in expected:
         variable = variables[entry.path]
@@ -259,10 +258,10 @@ def _writer(values: ReadLayer, entry: table.Entry) -> Callable[[], np.ndarray]:
 
 def write_sidecars(folder: Path, config: VLMConfig, processor: Processor, dtype: str) -> None:
     """Everything of a Hugging Face folder but the weights; settings that a former model left there are removed."""
-    architecture = table.architecture_of(config)
-    _write_json(folder / "config.json", {**architecture.write_config(config), "torch_dtype": dtype})
+    form = table.hf_format(config)
+    _write_json(folder / "config.json", {**form.write_config(config), "torch_dtype": dtype})
     write_processor(folder, config, processor)
-    files = architecture.write_preprocessors(config, processor.media)
+    files = form.write_image_config(config, processor.image_config)
     for name in processor_files.FILES:
         (folder / name).unlink(missing_ok=True)
     for name, values in files.items():
@@ -271,7 +270,7 @@ def write_sidecars(folder: Path, config: VLMConfig, processor: Processor, dtype:
 
 def write_processor(folder: Path, config: VLMConfig, processor: Processor) -> None:
     """Tokenizer, chat template, generation defaults, and jvlm's own settings: what `load_processor` reads."""
-    templates = processor.tokenizer.chat_template
+    templates = processor.template.templates
     tokenizer_files.save(processor.tokenizer, folder, templates)
     chat_templates.write(folder, templates)
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}

@@ -7,36 +7,44 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
 
-from jvlm.data import tiles
-from jvlm.data.vision import MediaConfig, MediaPatches, register
+from jvlm.data.image_processor import ImageProcessorConfig, Limit, MediaPatches
 from jvlm.errors import UserError
+from jvlm.families.mm1_5 import tiles
 from jvlm.models.encoders.vit import CLASS_POSITION
-from jvlm.models.vlm import VLMConfig
 from jvlm.validation import check_fields
+
+if TYPE_CHECKING:
+    from jvlm.models.vlm import VLMConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class TiledMedia(MediaConfig):
+class TiledImageConfig(ImageProcessorConfig):
     """How pictures become tiles; the defaults are MM1.5's final recipe. What is not published is an option.
 
     Attributes:
-      splitting: "dynamic" chooses a grid of min_tiles to max_tiles for each picture (`jvlm.data.tiles`), "static"
-        always takes ``static_grid``, "none" takes the whole picture as one frame.
+      splitting: "dynamic" chooses a grid of min_tiles to max_tiles for each image (see `tiles`), "static" always takes
+        ``static_grid``, "none" takes the whole image as one tile.
       split_below: pictures are split only in conversations with fewer pictures than this.
       overview: where the whole picture comes as one more frame; a picture of a single tile has none.
       whole_fit: the whole picture is stretched to the square ("squash"), or keeps its aspect and is padded ("pad").
       indicator: what tells the model which tile it sees: an index before each, or separators between them.
       index: template of the index: image from 0, row and column from 1, or both 0 for an overview.
       separators: before an overview, between columns, between rows.
-      max_upscale: see `jvlm.data.tiles.choose_grid`.
+      max_upscale: see `jvlm.families.mm1_5.tiles.choose_grid`.
       placement, colour: of a picture on its grid, and of the rest.
       num_frames: of a video, spread evenly over the frames given; each is a whole picture.
     """
+
+    limits: ClassVar[dict[str, Limit]] = {
+        "min_tiles": Limit(most=1024, at_most="max_tiles", help="fewest tiles of an image"),
+        "max_tiles": Limit(most=1024, help="most tiles of an image"),
+        "num_frames": Limit(help="frames taken of a video"),
+    }
 
     splitting: Literal["dynamic", "static", "none"] = "dynamic"
     min_tiles: int = 4
@@ -55,10 +63,14 @@ class TiledMedia(MediaConfig):
 
     def __post_init__(self):
         counts = dict.fromkeys(("min_tiles", "max_tiles", "split_below", "num_frames"), "[1, inf)")
-        check_fields(self, "processor.media.", {**counts, "split_below": "[0, inf)", "max_upscale": "(0, inf)"})
+        check_fields(self, "processor.image.", {**counts, "split_below": "[0, inf)", "max_upscale": "(0, inf)"})
         if not all(isinstance(count, int) and count > 0 for count in self.static_grid):
-            raise UserError(f"processor.media.static_grid must be rows and columns, got {self.static_grid}")
+            raise UserError(f"processor.image.static_grid must be rows and columns, got {self.static_grid}")
         tiles.candidate_grids(self.min_tiles, self.max_tiles)  # refuses limits that contradict each other
+
+    def build(self, model: VLMConfig) -> TiledImageProcessor:
+        """Return the image processor of a model."""
+        return TiledImageProcessor(model, self)
 
     def grid_of(self, size: tuple[int, int], side: int, count: int) -> tiles.Grid:
         """(rows, columns) of one of ``count`` pictures, of (height, width) pixels, in tiles of ``side`` pixels."""
@@ -70,18 +82,17 @@ class TiledMedia(MediaConfig):
         return tiles.choose_grid(size, side, grids, self.max_upscale)
 
 
-@register(TiledMedia, "mm1_5")
-class TiledVision:
+class TiledImageProcessor:
     """Turns pictures and frame lists into frames of the encoder's size.
 
     Raises:
-      ValueError: encoder and connector that do not agree about the patches of a frame.
+      UserError: encoder and connector that do not agree about the patches of a frame.
     """
 
-    marks = ()
-    merged_mark = None
+    delimiter_tokens = ()
+    merged_delimiter = None
 
-    def __init__(self, model: VLMConfig, config: TiledMedia = TiledMedia()):
+    def __init__(self, model: VLMConfig, config: TiledImageConfig = TiledImageConfig()):
         encoder, connector = model.encoder, model.connector
         for name in ("grid", "class_token"):
             theirs = getattr(connector, name, getattr(encoder, name))
@@ -94,7 +105,7 @@ class TiledVision:
         self.patch_values = encoder.patch_values
         self.patch_group = encoder.grid**2 + encoder.class_token
 
-    def image(self, image: Image.Image, config: TiledMedia, *, index: int = 0, count: int = 1) -> MediaPatches:
+    def image(self, image: Image.Image, config: TiledImageConfig, *, index: int = 0, count: int = 1) -> MediaPatches:
         """Tiles and overview of a picture, or the whole picture as one frame."""
         size = image.height, image.width
         grid = config.grid_of(size, self.side, count)
@@ -111,24 +122,24 @@ class TiledVision:
         height, width = tiles.fitted_size(size, grid, self.side, config.max_upscale)
         return self._media(frames, tuple(part for piece in pieces for part in piece), image.size, (width, height))
 
-    def video(self, frames: Sequence[Image.Image], config: TiledMedia) -> MediaPatches:
+    def video(self, frames: Sequence[Image.Image], config: TiledImageConfig) -> MediaPatches:
         """Frames as whole pictures, one after the other, without marks."""
         chosen = np.linspace(0, len(frames) - 1, min(config.num_frames, len(frames))).round().astype(int)
         pictures = [self._whole(frames[i], config) for i in chosen]
         return self._media(pictures, (self.features * len(pictures),), frames[0].size, (self.side, self.side))
 
-    def max_image_patches(self, config: TiledMedia) -> int:
+    def max_image_patches(self, config: TiledImageConfig) -> int:
         """Those of every frame."""
         return self.patch_group
 
-    def smaller(self, config: TiledMedia) -> list[list[dict[str, Any]]]:
+    def reductions(self, config: TiledImageConfig) -> list[list[dict[str, Any]]]:
         """Fewer tiles of a picture, then whole pictures only and fewer frames of a video."""
         fewer = range(config.max_tiles - 1, 0, -1) if config.splitting == "dynamic" else ()
         tiled = [{"max_tiles": most, "min_tiles": min(config.min_tiles, most)} for most in fewer]
         frames = range(config.num_frames, 0, -1)
         return [tiled, [{"splitting": "none", "num_frames": count} for count in frames]]
 
-    def _before(self, config: TiledMedia, image: int, place: tuple[int, int]) -> list[str]:
+    def _before(self, config: TiledImageConfig, image: int, place: tuple[int, int]) -> list[str]:
         """What stands before a tile, or before the overview at (0, 0)."""
         row, column = place
         if config.indicator == "index":
@@ -138,13 +149,13 @@ class TiledVision:
         overview, between_columns, between_rows = config.separators
         return [overview if place == (0, 0) else between_rows if column == 1 else between_columns]
 
-    def _whole(self, image: Image.Image, config: TiledMedia) -> Image.Image:
+    def _whole(self, image: Image.Image, config: TiledImageConfig) -> Image.Image:
         if config.whole_fit == "squash":
             return image.resize((self.side, self.side), Image.Resampling.BICUBIC)
         (frame,) = tiles.split(image, (1, 1), self.side, placement=config.placement, colour=config.colour)
         return frame
 
-    def _media(self, frames: list[Image.Image], layout, original, resized) -> MediaPatches:
+    def _media(self, frames: list[Image.Image], pattern, original, resized) -> MediaPatches:
         p, g, first = self.encoder.patch_size, self.encoder.grid, int(self.encoder.class_token)
         pixels = np.stack([np.asarray(frame, np.uint8) for frame in frames])
         n, channels = len(frames), pixels.shape[-1]
@@ -158,12 +169,12 @@ class TiledVision:
         ids = np.repeat(numbers, self.patch_group)
         return MediaPatches(
             patches=cells.reshape(-1, self.patch_values),
-            frame_ids=ids,
+            segment_ids=ids,
             window_ids=ids,
             positions=np.tile(places, (n, 1)),
-            feature_frames=np.repeat(numbers, self.features),
-            feature_of_token=np.arange(n * self.features, dtype=np.int32),
+            token_segment_ids=np.repeat(numbers, self.features),
+            vision_index=np.arange(n * self.features, dtype=np.int32),
             original=original,
             resized=resized,
-            layout=layout,
+            token_pattern=pattern,
         )

@@ -1,27 +1,24 @@
-"""Qwen2.5-VL and MiMo-VL checkpoints (``Qwen2_5_VLForConditionalGeneration``)."""
+"""Checkpoints of Qwen2.5-VL and MiMo-VL (``Qwen2_5_VLForConditionalGeneration``): config.json and tensor names."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import Any
 
-from PIL import Image
-
-from jvlm.data.vision import MediaConfig, PixelLimits
-from jvlm.models import layers
+from jvlm.families.base import HFFormat
+from jvlm.families.qwen2_5_vl import processor_files
+from jvlm.families.qwen2_5_vl.presets import TOKEN_IDS
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.token_ids import end_token_id
 from jvlm.models.vlm import VLMConfig
-from jvlm.weights import processor_files
-from jvlm.weights.processor_files import Pixels, ProcessorFiles, Settings
 from jvlm.weights.rules import linear, norm, swiglu, transformer
-from jvlm.weights.table import Architecture, Rule, WeightError
+from jvlm.weights.table import Rule, WeightError
 
 
-def _rules(config: VLMConfig) -> tuple[Rule, ...]:
+def rules(config: VLMConfig) -> tuple[Rule, ...]:
+    """Return the table of tensor names."""
     vit, to_vit = "visual.blocks.{i}", "encoder.blocks.layer"
     return (
         Rule("visual.patch_embed.proj.weight", "encoder.patch_embed.kernel", "d c t y x -> (c t y x) d"),
@@ -38,28 +35,32 @@ def _rules(config: VLMConfig) -> tuple[Rule, ...]:
     )
 
 
-def _sizes(config: VLMConfig) -> dict[str, int]:
+def axis_sizes(config: VLMConfig) -> dict[str, int]:
+    """Return the lengths of the axes that the rules take apart."""
     vit = config.encoder
     patch = {"c": vit.in_channels, "t": vit.temporal_patch_size, "y": vit.patch_size, "x": vit.patch_size}
     return {**patch, "qkv": 3, "h": vit.num_heads, "k": vit.head_dim}
 
 
-def _canonical(name: str) -> str | None:
-    """Both published layouts to the older one, which every released checkpoint uses."""
+def canonical(name: str) -> str | None:
+    """Return the older one of the two published names, which every released checkpoint uses."""
     if name.endswith("rotary_emb.inv_freq"):
         return None
     name = re.sub(r"^model\.visual\.", "visual.", name)
     return re.sub(r"^model\.language_model\.", "model.", name)
 
 
-def _new_layout(name: str) -> str:
-    """The names that transformers >= 4.52 uses in memory."""
+def new_layout(name: str) -> str:
+    """Return the name that transformers >= 4.52 uses in memory."""
     name = re.sub(r"^visual\.", "model.visual.", name)
     return re.sub(r"^model\.(?!visual\.)", "model.language_model.", name)
 
 
-def _read_config(values: dict[str, Any]) -> VLMConfig:
-    """config.json of any age: flat or with ``text_config``, missing keys filled with the published values."""
+def read_config(values: dict[str, Any]) -> VLMConfig:
+    """Return the configuration of a config.json of any age, flat or with ``text_config``.
+
+    Missing keys get the published values.
+    """
     text = {**values, **(values.get("text_config") or {})}
     vision = values.get("vision_config") or {}
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
@@ -109,19 +110,19 @@ def _read_config(values: dict[str, Any]) -> VLMConfig:
         max_position_embeddings=text.get("max_position_embeddings", 128000),
     )
     ids = {k: v for part in (text, values) for k, v in part.items() if v is not None}
-    start = ids.get("vision_start_token_id", 151652)
+    start = ids.get("vision_start_token_id", TOKEN_IDS["vision_start_token_id"])
     return VLMConfig(
-        architecture="qwen2_5_vl",
+        family="qwen2_5_vl",
         encoder=encoder,
         connector=PatchMergerConfig(merge=encoder.spatial_merge_size),
         decoder=decoder,
-        image_token_id=ids.get("image_token_id", 151655),
-        video_token_id=ids.get("video_token_id", 151656),
+        image_token_id=ids.get("image_token_id", TOKEN_IDS["image_token_id"]),
+        video_token_id=ids.get("video_token_id", TOKEN_IDS["video_token_id"]),
         vision_start_token_id=start,
         vision_end_token_id=ids.get("vision_end_token_id", start + 1),
         vision_pad_token_id=ids.get("vision_token_id", ids.get("vision_end_token_id", start + 1) + 1),
         bos_token_id=ids.get("bos_token_id"),
-        eos_token_id=end_token_id(values, {"eos_token_id": 151645, **(values.get("text_config") or values)}),
+        eos_token_id=end_token_id(values, {**TOKEN_IDS, **(values.get("text_config") or values)}),
     )
 
 
@@ -131,8 +132,8 @@ def _default_section(half: int) -> tuple[int, int, int]:
     raise WeightError(f"mrope_section is missing and has no default for heads of {2 * half}")
 
 
-def _write_config(config: VLMConfig) -> dict[str, Any]:
-    """The flat form of the released checkpoints: read by transformers 4.49 and everything after it."""
+def write_config(config: VLMConfig) -> dict[str, Any]:
+    """Return the flat form of the released checkpoints: read by transformers 4.49 and everything after it."""
     vit, llm = config.encoder, config.decoder
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -183,83 +184,17 @@ def _write_config(config: VLMConfig) -> dict[str, Any]:
     }
 
 
-# What transformers' processors have where the files are silent.
-_PIXELS = Pixels(layers.CLIP_MEAN, layers.CLIP_STD, Image.Resampling.BICUBIC)
-_IMAGE_AREA, _VIDEO_AREA = (4 * 784, 1280 * 784), (128 * 784, 768 * 784)
-_VIDEO_TYPES = ("Qwen2VLVideoProcessor", "Qwen2_5_VLVideoProcessor")
-_PATCHES = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
-
-
-def _patches(vit: QwenViTConfig) -> dict[str, int]:
-    """The processor's names of the tower's measures."""
-    sizes = (vit.patch_size, vit.temporal_patch_size, vit.spatial_merge_size)
-    return dict(zip(_PATCHES, sizes, strict=True))
-
-
-def _read_media(files: ProcessorFiles, config: VLMConfig, stored: MediaConfig | None) -> PixelLimits:
-    media = stored if isinstance(stored, PixelLimits) else PixelLimits()
-    if files.image is not None:
-        files.image.require_type("image_processor_type", ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor"))
-        for key, size in _patches(config.encoder).items():
-            files.image.require(key, _PATCHES[key], size)
-        pixels = processor_files.read_pixels(files.image, _PIXELS)
-        least, most = processor_files.edges(files.image, _IMAGE_AREA, area=True)
-        processor_files.check_order(files.image, least, most)
-        media = dataclasses.replace(
-            media, min_pixels=least, max_pixels=most, resample=pixels.resample, resize=pixels.resize
-        )
-    if files.video is not None:
-        least, most = processor_files.edges(files.video, _VIDEO_AREA, area=True)
-        media = dataclasses.replace(
-            media,
-            video_min_pixels=least,
-            video_max_pixels=most,
-            fps=files.video.number("fps", media.fps),
-            no_videos=_why_no_videos(files.video, config.encoder, media) or media.no_videos,
-        )
-    return media
-
-
-def _why_no_videos(video: Settings, vit: QwenViTConfig, media: PixelLimits) -> str:
-    """What keeps videos from being made as these settings say; one pixel rule serves pictures and videos here."""
-    wanted = dataclasses.asdict(processor_files.read_pixels(video, _PIXELS))
-    here = {"mean": vit.image_mean, "std": vit.image_std, "resample": media.resample, "resize": media.resize}
-    wanted |= {key: video.get(key, size) for key, size in _PATCHES.items()}
-    here |= _patches(vit)
-    kind = video.get("video_processor_type", "Qwen2VLVideoProcessor")
-    lines = [f"{key} of videos is {wanted[key]}, of pictures {here[key]}" for key in here if wanted[key] != here[key]]
-    lines += [f"{key} is on" for key in ("do_sample_frames", "cap_pixels_per_frame") if video.get(key)]
-    lines += [f"video_processor_type is {kind}"] if kind not in _VIDEO_TYPES else []
-    return f"{video.source}: {'; '.join(lines)}; jvlm cannot do this" if lines else ""
-
-
-def _write_preprocessors(config: VLMConfig, limits: PixelLimits) -> dict[str, dict[str, Any]]:
-    vit = config.encoder
-    common = {
-        **processor_files.write_pixels(Pixels(vit.image_mean, vit.image_std, limits.resample, limits.resize)),
-        **_patches(vit),
-        "processor_class": "Qwen2_5_VLProcessor",
-    }
-
-    def area(least: int, most: int) -> dict[str, Any]:
-        return {"min_pixels": least, "max_pixels": most, "size": {"shortest_edge": least, "longest_edge": most}}
-
-    image = {**common, **area(limits.min_pixels, limits.max_pixels), "image_processor_type": "Qwen2VLImageProcessor"}
-    video = {**common, **area(limits.video_min_pixels, limits.video_max_pixels), "fps": limits.fps}
-    video["video_processor_type"] = _VIDEO_TYPES[0]
-    return {processor_files.IMAGE: image, processor_files.VIDEO: video}
-
-
-ARCHITECTURE = Architecture(
-    name="qwen2_5_vl",
+HF = HFFormat(
     model_types=("qwen2_5_vl",),
-    rules=_rules,
-    sizes=_sizes,
-    canonical=_canonical,
-    layouts={"released": lambda name: name, "transformers": _new_layout},
-    read_config=_read_config,
-    write_config=_write_config,
-    pixels=_PIXELS,
-    read_media=_read_media,
-    write_preprocessors=_write_preprocessors,
+    read_config=read_config,
+    write_config=write_config,
+    rules=rules,
+    axis_sizes=axis_sizes,
+    canonical=canonical,
+    layouts={"released": lambda name: name, "transformers": new_layout},
+    pixels=processor_files.PIXELS,
+    read_image_config=processor_files.read_image_config,
+    write_image_config=processor_files.write_image_config,
+    # the processor of transformers 4 takes no tokenizer of another class
+    tokenizer_classes=("Qwen2Tokenizer",),
 )

@@ -1,22 +1,98 @@
-"""Host side of the Qwen vision tower: resize, flatten, window order, and the ids that go with it.
+"""Images and videos of Qwen2.5-VL and MiMo-VL: resize, flatten, window order, and the ids that go with it.
 
 Units: "patch" is patch_size pixels; "merged" is merge x merge patches, which become one token.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
-from jvlm.data.images import MAX_ASPECT, smart_resize
-from jvlm.data.vision import MediaPatches, PixelLimits, register
-from jvlm.models.vlm import VLMConfig
+from jvlm.data.image_processor import MAX_PIXELS, ImageProcessorConfig, Limit, MediaPatches
+from jvlm.errors import UserError
+from jvlm.validation import check_fields
 
-_SHRINK = 0.9  # of the pixels, a step of `QwenVision.smaller`
+if TYPE_CHECKING:
+    from jvlm.models.vlm import VLMConfig
+
+MAX_ASPECT = 200  # of an image that `smart_resize` takes
+_SHRINK = 0.9  # of the pixels, a step of `QwenImageProcessor.reductions`
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenImageConfig(ImageProcessorConfig):
+    """Limits of the resize in pixels, and the frame rate assumed for a video given as a list of frames.
+
+    The defaults are Qwen2.5-VL's: 4 to 16,384 tokens an image; 128 to 768 tokens a frame at 2 frames a second.
+
+    Attributes:
+      min_pixels: least pixels of an image after the resize.
+      max_pixels: most pixels of an image after the resize.
+      video_min_pixels: least pixels of a video frame after the resize.
+      video_max_pixels: most pixels of a video frame after the resize.
+      fps: frames a second of a video given as a list of frames.
+      resample: Pillow's number of the filter; 3 is bicubic.
+      resize: False takes images as they are; their sides must then be whole merged patches.
+      no_videos: why videos are refused; empty if they are not.
+    """
+
+    limits: ClassVar[dict[str, Limit]] = {
+        "min_pixels": Limit(most=MAX_PIXELS, at_most="max_pixels", help="least pixels of an image after resizing"),
+        "max_pixels": Limit(help="most pixels of an image after resizing"),
+        "video_min_pixels": Limit(
+            most=MAX_PIXELS, at_most="video_max_pixels", help="least pixels of a video frame after resizing"
+        ),
+        "video_max_pixels": Limit(help="most pixels of a video frame after resizing"),
+        # beyond, times of frames leave the range of position ids
+        "fps": Limit(1e-4, 1e4, whole=False, help="frames a second of a video"),
+    }
+
+    min_pixels: int = 4 * 784
+    max_pixels: int = 16384 * 784
+    video_min_pixels: int = 128 * 784
+    video_max_pixels: int = 768 * 784
+    fps: float = 2.0
+    resample: int = Image.Resampling.BICUBIC.value
+    resize: bool = True
+    no_videos: str = ""
+
+    def __post_init__(self):
+        pixels = ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels")
+        bounds = {**dict.fromkeys(pixels, "[1, inf)"), "fps": "(0, inf)", "resample": "[0, 5]"}
+        check_fields(self, "processor.image.", bounds)
+
+    def build(self, model: VLMConfig) -> QwenImageProcessor:
+        """Return the image processor of a model."""
+        return QwenImageProcessor(model, self)
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) as multiples of ``factor`` with min_pixels <= area <= max_pixels, keeping the aspect.
+
+    As in transformers >= 4.53: Python's rounding, and sides clamped to ``factor`` when shrinking.
+
+    Raises:
+      UserError: an aspect ratio above 200, or limits that contradict each other.
+    """
+    if min_pixels > max_pixels:
+        raise UserError(f"min_pixels {min_pixels} exceeds max_pixels {max_pixels}")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise UserError(f"aspect ratio of {width} x {height} exceeds {MAX_ASPECT}")
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        beta = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / beta / factor) * factor)
+        new_width = max(factor, math.floor(width / beta / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * beta / factor) * factor
+        new_width = math.ceil(width * beta / factor) * factor
+    return new_height, new_width
 
 
 def window_order(grid: tuple[int, int, int], window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +116,7 @@ def window_order(grid: tuple[int, int, int], window: int) -> tuple[np.ndarray, n
 
 
 def largest_area(factor: int, min_pixels: int, max_pixels: int) -> int:
-    """Most pixels that `jvlm.data.images.smart_resize` gives any picture.
+    """Most pixels that `smart_resize` gives any picture.
 
     That is more than ``max_pixels`` where a thin picture, brought down, keeps a side of ``factor``, and where a small
     one, brought up, has both its sides rounded up past limits that are close to each other.
@@ -56,39 +132,38 @@ def largest_area(factor: int, min_pixels: int, max_pixels: int) -> int:
     return max(most, cells * factor**2)
 
 
-@register(PixelLimits, "qwen2_5_vl")
-class QwenVision:
+class QwenImageProcessor:
     """Turns pictures and frame lists into `MediaPatches` for one encoder configuration."""
 
-    marks = ()
-    merged_mark = None
+    delimiter_tokens = ()
+    merged_delimiter = None
 
-    def __init__(self, model: VLMConfig, limits: PixelLimits = PixelLimits()):
+    def __init__(self, model: VLMConfig, limits: QwenImageConfig = QwenImageConfig()):
         self.config = config = model.encoder
         self.factor = config.patch_size * config.spatial_merge_size
         self.patch_values = config.patch_values
         self.patch_group = config.spatial_merge_size**2
 
-    def image(self, image: Image.Image, limits: PixelLimits, *, index: int = 0, count: int = 1) -> MediaPatches:
+    def image(self, image: Image.Image, limits: QwenImageConfig, *, index: int = 0, count: int = 1) -> MediaPatches:
         """An image; it counts as one pair of equal frames."""
         return self._media([image], limits, (limits.min_pixels, limits.max_pixels), 0.0)
 
-    def video(self, frames: Sequence[Image.Image], limits: PixelLimits) -> MediaPatches:
+    def video(self, frames: Sequence[Image.Image], limits: QwenImageConfig) -> MediaPatches:
         """Frames sampled at ``limits.fps``; an incomplete last pair repeats its last frame."""
         if limits.no_videos:
-            raise ValueError(f"videos cannot be used with this model: {limits.no_videos}")
+            raise UserError(f"videos cannot be used with this model: {limits.no_videos}")
         seconds = self.config.temporal_patch_size / limits.fps
         step = seconds * self.config.tokens_per_second
         return self._media(frames, limits, (limits.video_min_pixels, limits.video_max_pixels), step)
 
-    def max_image_patches(self, limits: PixelLimits) -> int | None:
+    def max_image_patches(self, limits: QwenImageConfig) -> int | None:
         """Of the largest picture that the resize gives; a pair of frames is one."""
         if not limits.resize:
             return None
         pairs = (limits.min_pixels, limits.max_pixels), (limits.video_min_pixels, limits.video_max_pixels)
         return max(largest_area(self.factor, *pair) for pair in pairs) // self.config.patch_size**2
 
-    def smaller(self, limits: PixelLimits) -> list[list[dict[str, Any]]]:
+    def reductions(self, limits: QwenImageConfig) -> list[list[dict[str, Any]]]:
         """Fewer pixels for images and frames of videos, a tenth less at a time, down to one token."""
         if not limits.resize:
             return []
@@ -108,13 +183,13 @@ class QwenVision:
         """(height, width) after the resize."""
         return smart_resize(height, width, self.factor, min_pixels, max_pixels)
 
-    def _media(self, frames, limits: PixelLimits, area: tuple[int, int], temporal_step: float) -> MediaPatches:
+    def _media(self, frames, limits: QwenImageConfig, area: tuple[int, int], temporal_step: float) -> MediaPatches:
         width, height = frames[0].size
         if limits.resize:
             new_height, new_width = self.size(height, width, *area)
             frames = [f.resize((new_width, new_height), Image.Resampling(limits.resample)) for f in frames]
         elif width % self.factor or height % self.factor:
-            raise ValueError(
+            raise UserError(
                 f"{width} x {height} pixels are not whole patches of {self.factor}, and do_resize is off for this model"
             )
         pixels = np.stack([np.asarray(f, np.uint8) for f in frames])
@@ -137,11 +212,11 @@ class QwenVision:
         positions = np.stack([row, column], -1)[:, None] * m + inner
         return MediaPatches(
             patches=cells[order].reshape(-1, config.patch_values),
-            frame_ids=np.repeat(frame + 1, m * m).astype(np.int32),
+            segment_ids=np.repeat(frame + 1, m * m).astype(np.int32),
             window_ids=np.repeat(windows, m * m),
             positions=positions.reshape(-1, 2).astype(np.int32),
-            feature_frames=(frame + 1).astype(np.int32),
-            feature_of_token=np.argsort(order).astype(np.int32),
+            token_segment_ids=(frame + 1).astype(np.int32),
+            vision_index=np.argsort(order).astype(np.int32),
             original=original,
             resized=(W, H),
             grid=(t, h, w),

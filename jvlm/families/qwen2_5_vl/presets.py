@@ -1,28 +1,38 @@
-"""The published sizes, as configurations. Values and their sources: MiMo-VL and Qwen2.5-VL reports and configs."""
+"""Published sizes of Qwen2.5-VL and MiMo-VL, from their reports and configuration files."""
 
 from __future__ import annotations
 
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
-from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
-from jvlm.models.encoders.vit import ViTConfig
 from jvlm.models.vlm import VLMConfig
 
+# In every released tokenizer.
+TOKEN_IDS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "vision_pad_token_id": 151654,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
 
-def _qwen2_5_vl(vit_width: int, **decoder) -> VLMConfig:
+
+def _model(vit_width: int, **decoder) -> VLMConfig:
     return VLMConfig(
-        architecture="qwen2_5_vl",
+        family="qwen2_5_vl",
         encoder=QwenViTConfig(intermediate_size=vit_width),
         connector=PatchMergerConfig(),
         decoder=TransformerConfig(mrope_section=(16, 24, 24), **decoder),
+        **TOKEN_IDS,
     )
 
 
 PRESETS: dict[str, VLMConfig] = {
     # The vision tower is that of Qwen2.5-VL-72B, so its width is 3456. Vocabulary, eps and theta are those of
     # MiMo-7B: the MiMo-VL config.json itself is not public in our sources, so a checkpoint's own values win.
-    "mimo_vl_7b": _qwen2_5_vl(
+    "mimo_vl_7b": _model(
         3456,
         vocab_size=151680,
         hidden_size=4096,
@@ -33,7 +43,7 @@ PRESETS: dict[str, VLMConfig] = {
         rms_norm_eps=1e-5,
         rope_theta=640000.0,
     ),
-    "qwen2_5_vl_3b": _qwen2_5_vl(
+    "qwen2_5_vl_3b": _model(
         3420,
         vocab_size=151936,
         hidden_size=2048,
@@ -43,7 +53,7 @@ PRESETS: dict[str, VLMConfig] = {
         intermediate_size=11008,
         tie_word_embeddings=True,
     ),
-    "qwen2_5_vl_7b": _qwen2_5_vl(
+    "qwen2_5_vl_7b": _model(
         3420,
         vocab_size=152064,
         hidden_size=3584,
@@ -52,7 +62,7 @@ PRESETS: dict[str, VLMConfig] = {
         num_kv_heads=4,
         intermediate_size=18944,
     ),
-    "qwen2_5_vl_32b": _qwen2_5_vl(
+    "qwen2_5_vl_32b": _model(
         3456,
         vocab_size=152064,
         hidden_size=5120,
@@ -61,7 +71,7 @@ PRESETS: dict[str, VLMConfig] = {
         num_kv_heads=8,
         intermediate_size=27648,
     ),
-    "qwen2_5_vl_72b": _qwen2_5_vl(
+    "qwen2_5_vl_72b": _model(
         3456,
         vocab_size=152064,
         hidden_size=8192,
@@ -69,31 +79,5 @@ PRESETS: dict[str, VLMConfig] = {
         num_heads=64,
         num_kv_heads=8,
         intermediate_size=29568,
-    ),
-    # The effective values of HuggingFaceM4/idefics2-8b: most are transformers' defaults, not in its config.json.
-    "idefics2_8b": VLMConfig(
-        architecture="idefics2",
-        encoder=ViTConfig(),
-        connector=PerceiverConfig(),
-        decoder=TransformerConfig(
-            vocab_size=32003,
-            hidden_size=4096,
-            num_layers=32,
-            num_heads=32,
-            num_kv_heads=8,
-            intermediate_size=14336,
-            rms_norm_eps=1e-5,
-            qkv_bias=False,
-            rope_theta=10000.0,
-            sliding_window=4096,
-            max_position_embeddings=32768,
-        ),
-        image_token_id=32001,
-        video_token_id=None,
-        vision_start_token_id=None,
-        vision_end_token_id=None,
-        vision_pad_token_id=None,
-        bos_token_id=1,
-        eos_token_id=2,
     ),
 }

@@ -1,21 +1,22 @@
-"""`jvlm.load`: one call for every kind of folder."""
+"""`jvlm.load` and `jvlm.save`: one call each for every kind of folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLM, VLMConfig
-from jvlm.weights import checkpoint, run_folder
+from jvlm.weights import hf, run_dir
 
 
 def load(
     path: str | Path,
     *,
     precision: Precision | None = None,
-    sharding: checkpoint.ShardingOf | None = None,
+    sharding: hf.ShardingOf | None = None,
     step: int | None = None,
     grow_embedding: bool = False,
 ) -> tuple[VLM, Processor]:
@@ -39,24 +40,59 @@ def load(
       jvlm.weights.table.WeightError: wrong, missing or extra tensors, all of them listed.
       jvlm.errors.UserError: a file that cannot be read; tokens without a row in the embedding table.
     """
-    folder = run_folder.local(path)
+    folder = run_dir.local(path)
     config = read_config(folder, precision)
-    if run_folder.is_run(folder):
-        return run_folder.load(folder, precision=precision, sharding=sharding, step=step, grow_embedding=grow_embedding)
+    if run_dir.is_run(folder):
+        return run_dir.load(folder, precision=precision, sharding=sharding, step=step, grow_embedding=grow_embedding)
     if step is not None:
         raise UserError(f"step {step}: {folder} is a Hugging Face folder, which has no steps")
-    processor = checkpoint.load_processor(folder, config, grow_embedding=grow_embedding)
+    processor = hf.load_processor(folder, config, grow_embedding=grow_embedding)
     rows = config.decoder.vocab_size if grow_embedding else None
-    return checkpoint.load_weights(folder, processor.model, sharding, stored_rows=rows), processor
+    return hf.load_weights(folder, processor.model, sharding, stored_rows=rows), processor
 
 
 def read_config(path: str | Path, precision: Precision | None = None) -> VLMConfig:
     """The model that a folder of either kind holds, without its weights. Raises UserError as `load` does."""
-    folder = run_folder.local(path)
+    folder = run_dir.local(path)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder (nothing is downloaded from a hub: give a snapshot)")
-    if run_folder.is_run(folder):
-        return run_folder.model_config(folder, precision)
+    if run_dir.is_run(folder):
+        return run_dir.model_config(folder, precision)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has neither config.json (Hugging Face) nor experiment.json (jvlm run)")
-    return checkpoint.read_config(folder, precision)
+    return hf.read_config(folder, precision)
+
+
+def save(
+    model: VLM,
+    processor: Processor,
+    path: str | Path,
+    format: Literal["hf", "jvlm"] = "hf",
+    *,
+    dtype: str | None = None,
+    layout: str = "released",
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a folder that `jvlm.load` reads: for transformers, vLLM and SGLang ("hf"), or a run folder ("jvlm").
+
+    Args:
+      format: "jvlm" serves every model, also those without a public form, keeps the parameters as they are, and takes
+        none of the options below.
+      dtype: of every tensor; None keeps each as it was stored in the checkpoint it came from (its parameter
+        dtype if it came from none).
+      layout: tensor names, "released" (as published checkpoints) or "transformers" (as >= 4.52 in memory).
+      max_shard_bytes: start a new file above this size.
+
+    Raises:
+      jvlm.weights.table.WeightError: "hf" for an architecture without a public form; "jvlm" into a run's folder; values
+        that the dtype cannot hold, with all tensors that have some.
+      jvlm.errors.UserError: an unknown format, dtype or layout, or an option that the format does not take.
+    """
+    if format == "hf":
+        hf.save(model, processor, Path(path), dtype=dtype, layout=layout, max_shard_bytes=max_shard_bytes)
+    elif format == "jvlm":
+        if dtype is not None or layout != "released":
+            raise UserError("format 'jvlm' keeps the parameters as they are: leave out dtype and layout")
+        run_dir.save(model, processor, Path(path))
+    else:
+        raise UserError(f"unknown format {format!r}; supported: 'hf', 'jvlm'")

@@ -1,28 +1,23 @@
-"""Idefics2 checkpoints (``Idefics2ForConditionalGeneration``)."""
+"""Checkpoints of Idefics2 (``Idefics2ForConditionalGeneration``): config.json and tensor names."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from PIL import Image
-
-from jvlm.data.vision import MediaConfig
-from jvlm.data.vision.edges import EdgeLimits
+from jvlm.families.base import HFFormat
+from jvlm.families.idefics2 import processor_files
+from jvlm.families.idefics2.presets import TOKEN_IDS
 from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.token_ids import end_token_id, first_set
 from jvlm.models.vlm import VLMConfig
-from jvlm.weights import processor_files
 from jvlm.weights.backbones import siglip
 from jvlm.weights.backbones import text as language
 from jvlm.weights.backbones.vision import vit_rules, vit_sizes
-from jvlm.weights.processor_files import Pixels, ProcessorFiles
 from jvlm.weights.rules import linear, norm, swiglu, transformer
-from jvlm.weights.table import Architecture, Rule, WeightError
+from jvlm.weights.table import Rule, WeightError
 
 _PERCEIVER = "model.connector.perceiver_resampler"
-_PIXELS = Pixels((0.5,) * 3, (0.5,) * 3, Image.Resampling.BILINEAR)
 # What the towers have where config.json is silent.
 _VISION = {"image_size": 224, "patch_size": 32}
 _TEXT = {
@@ -37,7 +32,8 @@ _TEXT = {
 }
 
 
-def _rules(config: VLMConfig) -> tuple[Rule, ...]:
+def rules(config: VLMConfig) -> tuple[Rule, ...]:
+    """Return the table of tensor names."""
     layer, to = f"{_PERCEIVER}.layers.{{i}}", "connector.blocks.layer"
     vision = vit_rules(config.encoder, siglip.NAMES, "encoder.")
     return (
@@ -55,12 +51,13 @@ def _rules(config: VLMConfig) -> tuple[Rule, ...]:
     )
 
 
-def _canonical(name: str) -> str | None:
+def canonical(name: str) -> str | None:
+    """Return the name; None for stored frequencies."""
     return None if name.endswith("rotary_emb.inv_freq") else name
 
 
-def _read_config(values: dict[str, Any]) -> VLMConfig:
-    """config.json with whatever keys are left out filled with transformers' defaults, as the released one needs."""
+def read_config(values: dict[str, Any]) -> VLMConfig:
+    """Return the configuration of a config.json; missing keys get the defaults of transformers."""
     text, perceiver = values.get("text_config") or {}, values.get("perceiver_config") or {}
     vision = {**_VISION, **(values.get("vision_config") or {})}
     if perceiver.get("hidden_act", "silu") != "silu":
@@ -73,7 +70,7 @@ def _read_config(values: dict[str, Any]) -> VLMConfig:
         raise WeightError(f"perceiver_config.hidden_size {width} must equal text_config's {decoder.hidden_size}")
     default = PerceiverConfig()
     return VLMConfig(
-        architecture="idefics2",
+        family="idefics2",
         encoder=siglip.read_config(vision),
         connector=PerceiverConfig(
             projection_size=decoder.intermediate_size,
@@ -85,13 +82,9 @@ def _read_config(values: dict[str, Any]) -> VLMConfig:
             norm_eps=perceiver.get("rms_norm_eps", default.norm_eps),
         ),
         decoder=decoder,
-        image_token_id=first_set("image_token_id", values, default=32001),
-        video_token_id=None,
-        vision_start_token_id=None,
-        vision_end_token_id=None,
-        vision_pad_token_id=None,
-        bos_token_id=first_set("bos_token_id", values, {"bos_token_id": 1, **text}),
-        eos_token_id=end_token_id(values, {"eos_token_id": 2, **text}),
+        image_token_id=first_set("image_token_id", values, TOKEN_IDS),
+        bos_token_id=first_set("bos_token_id", values, {**TOKEN_IDS, **text}),
+        eos_token_id=end_token_id(values, {**TOKEN_IDS, **text}),
     )
 
 
@@ -126,7 +119,8 @@ def _write_mistral(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _write_config(config: VLMConfig) -> dict[str, Any]:
+def write_config(config: VLMConfig) -> dict[str, Any]:
+    """Return the content of config.json. Raises WeightError for what it cannot express."""
     vit, perceiver, llm = config.encoder, config.connector, config.decoder
     if perceiver.projection_size != llm.intermediate_size:
         raise WeightError(
@@ -172,50 +166,15 @@ def _write_config(config: VLMConfig) -> dict[str, Any]:
     }
 
 
-def _read_media(files: ProcessorFiles, config: VLMConfig, stored: MediaConfig | None) -> EdgeLimits:
-    media = stored if isinstance(stored, EdgeLimits) else EdgeLimits()
-    if files.processor is not None and files.processor.get("image_seq_len") is not None:
-        files.processor.require("image_seq_len", 64, config.connector.latents)
-    if files.image is None:
-        return media
-    files.image.require_type("image_processor_type", ("Idefics2ImageProcessor",))
-    shortest, longest = processor_files.edges(files.image, (378, 980), area=False)
-    processor_files.check_order(files.image, shortest, longest)
-    pixels = processor_files.read_pixels(files.image, _PIXELS)
-    return dataclasses.replace(
-        media,
-        longest_edge=longest,
-        shortest_edge=shortest,
-        split=files.image.flag("do_image_splitting", False),  # transformers' own default
-        resample=pixels.resample,
-        resize=pixels.resize,
-    )
-
-
-def _write_preprocessors(config: VLMConfig, media: EdgeLimits) -> dict[str, dict[str, Any]]:
-    vit = config.encoder
-    preprocessor = {
-        **processor_files.write_pixels(Pixels(vit.image_mean, vit.image_std, media.resample, media.resize)),
-        "do_image_splitting": media.split,
-        "do_pad": True,
-        "image_processor_type": "Idefics2ImageProcessor",
-        "processor_class": "Idefics2Processor",
-        "size": {"longest_edge": media.longest_edge, "shortest_edge": media.shortest_edge},
-    }
-    processor = {"image_seq_len": config.connector.latents, "processor_class": "Idefics2Processor"}
-    return {processor_files.IMAGE: preprocessor, processor_files.PROCESSOR: processor}
-
-
-ARCHITECTURE = Architecture(
-    name="idefics2",
+HF = HFFormat(
     model_types=("idefics2",),
-    rules=_rules,
-    sizes=lambda config: vit_sizes(config.encoder),
-    canonical=_canonical,
+    read_config=read_config,
+    write_config=write_config,
+    rules=rules,
+    axis_sizes=lambda config: vit_sizes(config.encoder),
+    canonical=canonical,
     layouts={"released": lambda name: name, "transformers": lambda name: name},
-    read_config=_read_config,
-    write_config=_write_config,
-    pixels=_PIXELS,
-    read_media=_read_media,
-    write_preprocessors=_write_preprocessors,
+    pixels=processor_files.PIXELS,
+    read_image_config=processor_files.read_image_config,
+    write_image_config=processor_files.write_image_config,
 )

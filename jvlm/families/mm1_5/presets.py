@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from jvlm.families.qwen2_5_vl.presets import TOKEN_IDS
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
@@ -26,10 +27,11 @@ VIT_H = clip_vit(depth=32, hidden_size=1280, num_heads=16, intermediate_size=512
 def _model(**decoder) -> VLMConfig:
     sizes = {"vocab_size": 151936, "rms_norm_eps": 1e-5, "qkv_bias": False, "rope_theta": 500000.0, **decoder}
     return VLMConfig(
-        architecture="mm1_5",
+        family="mm1_5",
         encoder=VIT_H,
         connector=CAbstractorConfig(grid=VIT_H.grid, class_token=VIT_H.class_token),
         decoder=TransformerConfig(**sizes),
+        **TOKEN_IDS,
     )
 
 
@@ -59,7 +61,7 @@ _DENSE = {
     "mm1_5_30b": _model(hidden_size=6656, num_layers=60, num_heads=52, num_kv_heads=4, intermediate_size=17920),
 }
 
-MM1_5: dict[str, VLMConfig] = {
+PRESETS: dict[str, VLMConfig] = {
     **_DENSE,
     "mm1_5_1b_moe": _with_experts(_DENSE["mm1_5_1b"]),
     "mm1_5_3b_moe": _with_experts(_DENSE["mm1_5_3b"]),

@@ -34,7 +34,7 @@ from jvlm.models import vlm
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.parallel import hosts
-from jvlm.weights import checkpoint, table, vocabulary
+from jvlm.weights import hf, table, vocabulary
 from jvlm.weights.fingerprints import Running, fingerprints
 from jvlm.weights.table import WeightError
 
@@ -99,7 +99,7 @@ def save(model: VLM, processor: Processor, folder: Path) -> None:
     if is_run(folder):
         raise WeightError(f"{folder} holds a run already; choose another folder")
     (folder / PROCESSOR).mkdir(parents=True, exist_ok=True)
-    checkpoint.write_processor(folder / PROCESSOR, model.config, processor)
+    hf.write_processor(folder / PROCESSOR, model.config, processor)
     values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
     step = folder.absolute() / CHECKPOINTS / "0"
     with ocp.StandardCheckpointer() as checkpointer:
@@ -115,16 +115,16 @@ def load(
     folder: Path,
     *,
     precision: Precision | None,
-    sharding: checkpoint.ShardingOf | None,
+    sharding: hf.ShardingOf | None,
     step: int | None,
     grow_embedding: bool = False,
 ) -> tuple[VLM, Processor]:
-    """The model of a run at a step (None: the latest), and its processor; see `jvlm.weights.loading.load`."""
+    """The model of a run at a step (None: the latest), and its processor; see `jvlm.weights.io.load`."""
     source = params_folder(folder, step)
     config = model_config(folder, precision)
     if not (folder / PROCESSOR).is_dir():
         raise WeightError(f"{folder / PROCESSOR} is missing: it holds the run's tokenizer; copy the whole run again")
-    processor = checkpoint.load_processor(folder / PROCESSOR, config, grow_embedding=grow_embedding)
+    processor = hf.load_processor(folder / PROCESSOR, config, grow_embedding=grow_embedding)
     model = vlm.abstract(config)
     values = read_params(source, model, sharding)
     return vocabulary.grow(vlm.bind(model, values), processor.model), processor
@@ -289,7 +289,7 @@ def cause(error: BaseException) -> str:
 
 
 def read_params(
-    source: epath.Path, model: VLM, sharding: checkpoint.ShardingOf | None = None, *, check: bool = True
+    source: epath.Path, model: VLM, sharding: hf.ShardingOf | None = None, *, check: bool = True
 ) -> dict[str, jax.Array]:
     """Dotted path -> array, of parameters that Orbax wrote; on the first device if no ``sharding`` is given.
 

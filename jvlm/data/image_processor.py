@@ -1,0 +1,187 @@
+"""What turns images and videos into the patches of an encoder, on the host, before the device sees anything.
+
+Each family has its own: settings (`ImageProcessorConfig`), and the `ImageProcessor` that they build for a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+from PIL import Image
+
+from jvlm.data import values
+from jvlm.data.errors import Origin, RowError
+from jvlm.data.values import shown
+from jvlm.errors import UserError
+
+if TYPE_CHECKING:
+    from jvlm.models.vlm import VLMConfig
+
+# The most pixels that one example may ask for: more would only exhaust memory, and Pillow refuses such files too.
+MAX_PIXELS = 2**27
+EXAMPLE_FIELD = "chat_template_kwargs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """What an example or the command line may set a field to.
+
+    Attributes:
+      least, most: the interval, both ends included.
+      whole: whether only whole numbers are allowed.
+      at_most: name of the field that must not be smaller.
+      help: what the field does, for the command line.
+    """
+
+    least: float = 1
+    most: float = math.inf
+    whole: bool = True
+    at_most: str | None = None
+    help: str = ""
+
+    def problem(self, value: Any) -> str | None:
+        """Return what is wrong with a value; None if nothing is."""
+        found = values.whole(value) if self.whole else values.number(value)
+        if found is None or found <= 0:
+            return f"{shown(value)} is not a positive {'whole ' if self.whole else ''}number"
+        if not self.least <= found <= self.most:
+            return f"{shown(found)} is not within {self.least} to {self.most}"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageProcessorConfig:
+    """Base of the settings of image processors; saved with every model.
+
+    Class attributes:
+      limits: the fields that an example (in ``chat_template_kwargs``) and the command line may change.
+    """
+
+    limits: ClassVar[Mapping[str, Limit]] = {}
+
+    def build(self, model: VLMConfig) -> ImageProcessor:
+        """Return the image processor of a model."""
+        raise NotImplementedError(f"{type(self).__name__} defines no build()")
+
+    def changed(self, fields: Mapping[str, Any]) -> ImageProcessorConfig:
+        """Return the settings with some of `limits` changed.
+
+        Raises:
+          FieldError: a field that may not be changed, or a value outside its limits.
+        """
+        new = {}
+        for name, value in fields.items():
+            if name not in self.limits:
+                known = ", ".join(sorted(self.limits))
+                raise FieldError(name, "not a setting of this model's pictures", f"Use {known}")
+            limit = self.limits[name]
+            problem = limit.problem(value)
+            if problem:
+                raise FieldError(name, problem, "Correct or remove it")
+            new[name] = values.whole(value) if limit.whole else values.number(value)
+        for name, value in new.items():
+            most = self.limits[name].at_most
+            if most in new and value > new[most]:
+                raise FieldError(name, f"{name} {value} exceeds {most} {new[most]}", "Lower the one or raise the other")
+        try:
+            return dataclasses.replace(self, **new)
+        except UserError as error:
+            raise FieldError(", ".join(new), str(error), "Correct or remove it") from error
+
+    def for_example(self, fields: Mapping[str, Any], origin: Origin = Origin()) -> ImageProcessorConfig:
+        """Return the settings with what an example changes. Raises RowError for what it may not."""
+        if not fields:
+            return self
+        try:
+            return self.changed(fields)
+        except FieldError as error:
+            raise RowError(origin, f"{EXAMPLE_FIELD}.{error.field}", error.problem, error.fix) from error
+
+
+class FieldError(UserError):
+    """A field of an image processor that cannot be set so.
+
+    Attributes:
+      field, problem, fix: its name, what is wrong, and what to do.
+    """
+
+    def __init__(self, field: str, problem: str, fix: str):
+        super().__init__(f"{field}: {problem}. {fix}")
+        self.field, self.problem, self.fix = field, problem, fix
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaPatches:
+    """One image or video, ready for the encoder: n patches, f vision tokens, t text tokens that they feed.
+
+    Attributes:
+      patches: uint8 [n, c] in the order the encoder wants them.
+      segment_ids: int32 [n], from 1, contiguous and ascending: the image, tile, crop or video frame of each patch.
+      window_ids: int32 [n], from 1, contiguous and ascending: the attention window of each patch.
+      positions: int32 [n, 2], (h, w) in patches within the segment, or in the encoder's position table.
+      token_segment_ids: int32 [f], the segment of each vision token, ascending.
+      vision_index: int32 [t], which vision token feeds each of the text tokens.
+      token_pattern: what stands in the text for the image or video: strings, which are tokenized as they are, and
+        numbers, for so many of the t tokens; empty is all of them in one run.
+      grid: (t, h, w) of one run of tokens, for M-RoPE; None has text's positions.
+      temporal_step: M-RoPE distance between frame pairs (seconds x tokens per second); 0 for an image.
+      original, resized: (width, height) in pixels; boxes are converted from one to the other.
+    """
+
+    patches: np.ndarray
+    segment_ids: np.ndarray
+    window_ids: np.ndarray
+    positions: np.ndarray
+    token_segment_ids: np.ndarray
+    vision_index: np.ndarray
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    token_pattern: tuple[str | int, ...] = ()
+    grid: tuple[int, int, int] | None = None
+    temporal_step: float = 0.0
+
+    @property
+    def runs(self) -> tuple[str | int, ...]:
+        """The token pattern, written out."""
+        return self.token_pattern or (self.vision_index.size,)
+
+
+class ImageProcessor(Protocol):
+    """Makes patches of images and videos for one model.
+
+    Its methods are given settings of the type that built it: an example may have changed their `limits`.
+
+    Attributes:
+      patch_values: values of a flattened patch.
+      patch_group: the number of patches in a packed sequence must be a multiple of this.
+      delimiter_tokens: special tokens that token patterns write around vision tokens; never generated.
+      merged_delimiter: the delimiter of which one is kept where two meet; None if there is no such token.
+    """
+
+    patch_values: int
+    patch_group: int
+    delimiter_tokens: tuple[str, ...]
+    merged_delimiter: str | None
+
+    def image(self, image: Image.Image, config: ImageProcessorConfig, *, index: int, count: int) -> MediaPatches:
+        """Return image ``index`` (from 0) of the ``count`` images of a conversation. Raises UserError for one it cannot take."""
+        ...
+
+    def video(self, frames: Sequence[Image.Image], config: ImageProcessorConfig) -> MediaPatches:
+        """Return a video, given as frames of one size. Raises UserError for one it cannot take."""
+        ...
+
+    def max_image_patches(self, config: ImageProcessorConfig) -> int | None:
+        """Return the most patches that an image, tile or video frame gets; None if there is no limit."""
+        ...
+
+    def reductions(self, config: ImageProcessorConfig) -> Sequence[Sequence[dict[str, Any]]]:
+        """Return ways to make images cost less, the mildest way first.
+
+        Each is a list of changed fields, from a little to most. Along a list tokens and patches never grow.
+        """
+        ...

@@ -1,0 +1,26 @@
+"""New models put together from a vision tower and a language model that were trained apart: see `compose`."""
+
+from __future__ import annotations
+
+from jvlm.data import vocabulary
+from jvlm.data.chat_format import ChatFormat
+from jvlm.families import adapters
+from jvlm.families.base import Family
+from jvlm.families.mm1_5.image_processor import TiledImageConfig
+from jvlm.families.qwen2_5_vl.chat_format import CHATML
+
+# The template is the language model's, which knows no images.
+CHAT_FORMAT = ChatFormat(CHATML, image="<|image_pad|>", inline=True)
+
+FAMILY = Family(
+    name="composed",
+    chat_format=CHAT_FORMAT,
+    image_config=TiledImageConfig(splitting="none", indicator="none"),
+    token_ids={},
+    adapter_targets=adapters.AdapterTargets(
+        encoder=adapters.VIT,
+        connector=(*adapters.PERCEIVER, *adapters.READOUT),
+        decoder=adapters.TRANSFORMER,
+    ),
+    prepare_tokenizer=lambda tokenizer: vocabulary.add_tokens(tokenizer, [CHAT_FORMAT.image]),
+)

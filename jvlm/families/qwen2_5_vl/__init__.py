@@ -1,0 +1,27 @@
+"""Qwen2.5-VL (arXiv 2502.13923) and MiMo-VL (arXiv 2506.03569), which has its architecture."""
+
+from __future__ import annotations
+
+from jvlm.families import adapters
+from jvlm.families.base import Family
+from jvlm.families.qwen2_5_vl.chat_format import CHAT_FORMAT
+from jvlm.families.qwen2_5_vl.checkpoint import HF
+from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig
+from jvlm.families.qwen2_5_vl.presets import PRESETS, TOKEN_IDS
+
+FAMILY = Family(
+    name="qwen2_5_vl",
+    chat_format=CHAT_FORMAT,
+    image_config=QwenImageConfig(),
+    token_ids=TOKEN_IDS,
+    adapter_targets=adapters.AdapterTargets(
+        encoder=(
+            r"encoder\.blocks\.layer\.attention\.(qkv_by_head|out)",
+            r"encoder\.blocks\.layer\.mlp\.(gate|up|down)",
+        ),
+        connector=(r"connector\.(hidden|out)",),
+        decoder=adapters.TRANSFORMER,
+    ),
+    presets=PRESETS,
+    hf=HF,
+)
