@@ -88,12 +88,19 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, chat_format: ChatFormat, language: str = ""):
         self.tokenizer, self.chat_format, self._language = tokenizer, chat_format, language
-        self.templates: str | dict[str, str] = tokenizer.chat_template or chat_format.template
-        self._default = None if tokenizer.chat_template else chat_format.template
         self._known: dict[tuple[str, int], TemplateFacts] = {}
         media = [name for name in (chat_format.image, chat_format.video) if name is not None]
         self._media = any_of(media)
         self._facts_of(())
+
+    @property
+    def templates(self) -> str | dict[str, str]:
+        """The templates in use: the tokenizer's, one or several by name, or else the family's."""
+        return self.tokenizer.chat_template or self.chat_format.template
+
+    @property
+    def _default(self) -> str | None:
+        return None if self.tokenizer.chat_template else self.chat_format.template
 
     def render(self, messages: tuple[Message, ...], *, generation_prompt: bool, tools: tuple[Any, ...] = ()) -> str:
         """The prompt as text, one media placeholder per tag."""

@@ -113,7 +113,7 @@ def test_the_published_token_counts():
     assert five.token_pattern == one.token_pattern * 5
 
     def tokens(*media):
-        text = "".join(IMAGE * part if isinstance(part, int) else part for m in media for part in m.layout)
+        text = "".join(IMAGE * part if isinstance(part, int) else part for m in media for part in m.token_pattern)
         return text.replace(FAKE * 2, FAKE).count("<")
 
     assert (tokens(one), tokens(five), tokens(one, one)) == (66, 326, 131)

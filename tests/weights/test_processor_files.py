@@ -189,7 +189,7 @@ def test_video_limits_come_from_the_first_of_three_places(lay, files, limits):
 
 
 def test_the_frame_rate_is_read(lay):
-    assert read(lay({FLAT: QWEN, VIDEO: {"fps": 4.0}}))[1].media.fps == 4.0
+    assert read(lay({FLAT: QWEN, VIDEO: {"fps": 4.0}}))[1].image_config.fps == 4.0
 
 
 @pytest.mark.parametrize(
