@@ -168,7 +168,7 @@ class ImageProcessor(Protocol):
     merged_delimiter: str | None
 
     def image(self, image: Image.Image, config: ImageProcessorConfig, *, index: int, count: int) -> MediaPatches:
-        """Return image ``index`` (from 0) of the ``count`` images of a conversation. Raises UserError for one it cannot take."""
+        """Return image ``index`` (from 0) of the ``count`` images of a conversation. Raises UserError for a bad one."""
         ...
 
     def video(self, frames: Sequence[Image.Image], config: ImageProcessorConfig) -> MediaPatches:
