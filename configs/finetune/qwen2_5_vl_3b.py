@@ -14,8 +14,7 @@ than twice as much.
 
 import dataclasses
 
-from jvlm.models.presets import PRESETS
-
+from jvlm import families
 from jvlm.data.pipeline import DataConfig
 from jvlm.models.layers import Precision
 from jvlm.parallel.mesh import ParallelConfig
@@ -27,7 +26,7 @@ def get_config() -> Experiment:
     return Experiment(
         name="qwen2_5_vl_3b_finetune",
         topologies=("h200:1", "h100:2", "v5p:2x2x1"),
-        model=dataclasses.replace(PRESETS["qwen2_5_vl_3b"], precision=Precision(remat="full")),
+        model=dataclasses.replace(families.preset("qwen2_5_vl_3b"), precision=Precision(remat="full")),
         init_from="Qwen2.5-VL-3B-Instruct",
         data=DataConfig(batch_size=4, seq_len=4096, max_patches=8192, on_too_long="shrink"),
         optimizer=OptimizerConfig(learning_rate=1e-5, encoder_lr=0.0, weight_decay=0.0),

@@ -23,7 +23,7 @@ LARGE, EVALUATION = 16384 * 784, 4096 * 784
 @pytest.mark.parametrize("case", RESIZES, ids=lambda c: "-".join(map(str, list(c.values())[:-1])))
 def test_smart_resize_gives_the_golden_sizes(case):
     arguments = {k: v for k, v in case.items() if k != "result"}
-    if case["result"] == "error: UserError":
+    if case["result"] == "error: ValueError":
         with pytest.raises(UserError, match="exceeds 200"):
             smart_resize(**arguments)
     else:
