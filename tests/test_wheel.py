@@ -36,11 +36,11 @@ def jvlm(installed, tmp_path):
     """Run the installed command in an empty folder; -S leaves out the editable install of the environment."""
 
     def run(*arguments: object) -> str:
-        beside = sysconfig.get_paths()["purelib"]
+        beside = [sysconfig.get_paths()["purelib"], str(Path(sys.prefix) / "tpu-compiler")]
         done = subprocess.run(
             [sys.executable, "-S", str(installed / "bin" / "jvlm"), *map(str, arguments)],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), beside])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), *beside])},
             capture_output=True,
             text=True,
             timeout=300,
@@ -55,6 +55,14 @@ def jvlm(installed, tmp_path):
 
 def test_a_shipped_config_can_be_trained_by_name(jvlm):
     assert "--data.train" in jvlm("train", "mimo_vl/stage4", "--help")
+    assert "mimo_vl/stage4" in jvlm("configs")
+
+
+def test_a_step_is_planned_and_a_checkpoint_converted(jvlm, tiny, tmp_path):
+    assert "**fits**" in jvlm("plan", "mimo_vl/easy_vqa", "--what", "decode", "--topology", "v5e:2x2")
+    assert "--topology" in jvlm("plan", "--help")
+    assert f"wrote {tmp_path / 'new'}" in jvlm("convert", tiny.folder, tmp_path / "new", "--dtype", "bfloat16")
+    assert (tmp_path / "new" / "config.json").is_file()
 
 
 def test_the_demo_s_data_and_tokenizer_are_shipped(jvlm, installed):
