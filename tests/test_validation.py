@@ -8,7 +8,7 @@ import typing
 
 import pytest
 
-from jvlm.data.pipeline import DataConfig
+from jvlm.data.config import DataConfig
 from jvlm.errors import UserError
 from jvlm.families.idefics2.image_processor import Idefics2ImageConfig
 from jvlm.families.mm1_5.image_processor import TiledImageConfig

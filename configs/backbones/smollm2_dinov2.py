@@ -7,7 +7,7 @@ Only the projector learns, which is how the three papers begin: it puts what the
 finds it.
 """
 
-from jvlm.data.pipeline import DataConfig
+from jvlm.data.config import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.families.composed.compose import compose
 from jvlm.families.mm1_5.image_processor import TiledImageConfig

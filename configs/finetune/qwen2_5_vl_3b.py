@@ -15,7 +15,7 @@ than twice as much.
 import dataclasses
 
 from jvlm import families
-from jvlm.data.pipeline import DataConfig
+from jvlm.data.config import DataConfig
 from jvlm.models.layers import Precision
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import CheckpointConfig, Experiment, OptimizerConfig

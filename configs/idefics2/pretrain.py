@@ -11,7 +11,7 @@ pixels, the position table is resized with `jvlm.weights.positions.with_grid(mod
 import dataclasses
 
 from jvlm import families
-from jvlm.data.pipeline import DataConfig
+from jvlm.data.config import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.families.idefics2.image_processor import Idefics2ImageConfig
 from jvlm.training.config import Experiment, OptimizerConfig

@@ -9,7 +9,7 @@ of the language model learnt at once diverges, its authors say, and they trained
 the towers stand still unless you give them a rate.
 """
 
-from jvlm.data.pipeline import DataConfig
+from jvlm.data.config import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.families.idefics2.image_processor import Idefics2ImageConfig
 from jvlm.training.config import Experiment, OptimizerConfig

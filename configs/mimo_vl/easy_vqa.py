@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jvlm.data.pipeline import DataConfig
+from jvlm.data.config import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig
 from jvlm.models.connectors.patch_merger import PatchMergerConfig

@@ -10,7 +10,7 @@ The start is the tower of Qwen2.5-VL-72B, MiMo-7B-Base, and a random projector.
 import dataclasses
 
 from jvlm import families
-from jvlm.data.pipeline import DataConfig
+from jvlm.data.config import DataConfig
 from jvlm.models.layers import Precision
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig

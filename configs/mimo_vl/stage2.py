@@ -9,7 +9,7 @@ issue 29). Batch size, schedule and warm-up are not published; those here are ou
 import dataclasses
 
 from jvlm import families
-from jvlm.data.pipeline import DataConfig
+from jvlm.data.config import DataConfig
 from jvlm.models.layers import Precision
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig

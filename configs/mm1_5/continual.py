@@ -6,7 +6,7 @@ Published and kept: static tiles of 1344 x 1344 pixels, 256 rows a step, 30,000 
 decay to 0, every tower learnt. The position tables go from 27 x 27 to 48 x 48 places as the stage begins.
 """
 
-from jvlm.data.pipeline import DataConfig
+from jvlm.data.config import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.families.mm1_5.image_processor import TiledImageConfig
 from jvlm.families.mm1_5.presets import GRID_672

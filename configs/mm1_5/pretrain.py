@@ -9,7 +9,7 @@ files in the ratio wanted. Both towers begin at random; the paper begins from a 
 
 import dataclasses
 
-from jvlm.data.pipeline import DataConfig
+from jvlm.data.config import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.families.mm1_5.image_processor import TiledImageConfig
 from jvlm.families.mm1_5.presets import GRID_378, PRESETS, at_grid

@@ -8,7 +8,7 @@ frames of a video, 256 rows a step, 23,000 steps, peak learning rate 2e-5, cosin
 pictures, several pictures and text 80:10:10, which the data files have to be mixed in.
 """
 
-from jvlm.data.pipeline import DataConfig
+from jvlm.data.config import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.families.mm1_5.image_processor import TiledImageConfig
 from jvlm.families.mm1_5.presets import GRID_672

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from jvlm import configs
-from jvlm.data.pipeline import DataConfig
+from jvlm.data.config import DataConfig
 from jvlm.errors import UserError
 from jvlm.options import parse_with
 

@@ -14,9 +14,10 @@ import numpy as np
 from jvlm.data import survey
 from jvlm.data.check_report import CheckReport
 from jvlm.data.columns import UnknownColumns
+from jvlm.data.config import DataConfig
 from jvlm.data.errors import Origin, Rejected, RowError
 from jvlm.data.images import open_image
-from jvlm.data.pipeline import DataConfig, Encode, check_learnable
+from jvlm.data.pipeline import Encode, check_learnable
 from jvlm.data.processor import Processor
 from jvlm.data.rejections import Rejections
 from jvlm.data.rows import Conversation, parse_row

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from jvlm.data.config import DataConfig
 from jvlm.data.errors import RowError
-from jvlm.data.pipeline import DataConfig
 from jvlm.data.rejections import Rejections
 
 _COLUMNS = 20

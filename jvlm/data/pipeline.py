@@ -10,13 +10,14 @@ import dataclasses
 import sys
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
 from jvlm.data import packing
+from jvlm.data.config import DataConfig
 from jvlm.data.errors import Origin, Rejected, RowError, grouped
 from jvlm.data.image_processor import ImageProcessor, ImageProcessorConfig
 from jvlm.data.packing import Example, PackedRows
@@ -27,67 +28,6 @@ from jvlm.data.shards import RowSource
 from jvlm.data.shrink import shrink
 from jvlm.data.turns import turns_alone
 from jvlm.errors import UserError
-from jvlm.validation import check_fields
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What is read and how it is packed.
-
-    Attributes:
-      train: files or globs of JSONL and ArrayRecord rows.
-      media_root: folder for relative media paths, after the data file's own.
-      batch_size: sequences of a batch (of one accumulation step), all processes together.
-      seq_len: tokens of a packed sequence, padding included. "auto" chooses it, and ``max_patches``, from a sample of
-        the data, so that little of it is padding (`jvlm.data.survey`); the choice is printed, and saved with the run.
-      max_patches: image patches of a packed sequence; 0 is a text-only run, "auto" as for ``seq_len``.
-      max_length: longest conversation in tokens; None allows a whole sequence. A small value makes attention cheaper.
-      max_image_patches: most patches an image or frame may have; None takes what the media configuration allows, or the
-        largest of a sample of the data if that is more.
-      on_too_long: what becomes of a conversation that does not fit a sequence, or of a picture above
-        ``max_image_patches``: stop; leave the conversation out; drop whole turns from its end; or shrink its pictures
-        until it fits. One that still does not fit is left out. What is left out is counted in the log and listed.
-      max_too_long_fraction: stop when more than this share of the rows read was left out because it did not fit.
-      on_bad_row: stop, or leave the row out; either way rows left out are counted and listed.
-      max_bad_fraction: with "skip", stop when more than this share of the rows read was bad.
-      shuffle: new order each epoch, from the seed.
-      single_turn_ratio: share of the conversations, drawn anew each epoch, of which one turn is trained on, without its
-        history (jvlm.data.turns). Where answers give one another away, this is what teaches a model to look. The
-        turn is drawn in proportion to its loss weight.
-      pack_window: conversations considered together for packing.
-      read_threads: threads that decode and encode.
-      worker_processes: processes instead of threads; 0 is none. For data too heavy for one process.
-      prefetch: batches prepared ahead.
-    """
-
-    train: tuple[str, ...] = ()
-    media_root: str | None = None
-    batch_size: int = 1
-    seq_len: int | Literal["auto"] = 4096
-    max_patches: int | Literal["auto"] = 8192
-    max_length: int | None = None
-    max_image_patches: int | None = None
-    on_too_long: Literal["error", "drop", "truncate", "shrink"] = "drop"
-    max_too_long_fraction: float = 0.25
-    on_bad_row: Literal["error", "skip"] = "error"
-    max_bad_fraction: float = 0.001
-    shuffle: bool = True
-    single_turn_ratio: float = 0.0
-    pack_window: int = 128
-    read_threads: int = 4
-    worker_processes: int = 0
-    prefetch: int = 4
-
-    def __post_init__(self):
-        counts = "batch_size seq_len max_length max_image_patches pack_window read_threads prefetch".split()
-        shares = "max_too_long_fraction max_bad_fraction single_turn_ratio".split()
-        bounds = {**dict.fromkeys(counts, "[1, inf)"), **dict.fromkeys(shares, "[0, 1]")}
-        check_fields(self, "data.", {**bounds, "max_patches": "[0, inf)", "worker_processes": "[0, inf)"})
-
-    @property
-    def longest(self) -> int:
-        """Most tokens of a conversation."""
-        return min(self.seq_len, self.max_length or self.seq_len)
 
 
 class Encode(grain.transforms.RandomMap):

@@ -13,8 +13,9 @@ import numpy as np
 
 from jvlm.data import packing
 from jvlm.data.columns import UnknownColumns
+from jvlm.data.config import DataConfig
 from jvlm.data.errors import Rejected, RowError, grouped
-from jvlm.data.pipeline import DataConfig, Encode, frame_patches
+from jvlm.data.pipeline import Encode, frame_patches
 from jvlm.data.processor import Processor
 from jvlm.data.shards import RowSource
 from jvlm.errors import UserError

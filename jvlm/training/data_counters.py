@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
+from jvlm.data.config import DataConfig
 from jvlm.data.packing import PackedRows
-from jvlm.data.pipeline import DataConfig
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
 from jvlm.training.side_files import read_lines, write_lines

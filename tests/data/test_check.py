@@ -14,8 +14,8 @@ from PIL import Image
 from jvlm import cli
 from jvlm.data import pipeline
 from jvlm.data.check import check
+from jvlm.data.config import DataConfig
 from jvlm.data.errors import Rejected, RowError
-from jvlm.data.pipeline import DataConfig
 from jvlm.data.processor import Processor
 from jvlm.data.rejections import Rejections
 from tests.training import support

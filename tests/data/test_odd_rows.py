@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jvlm.data.check import check
+from jvlm.data.config import DataConfig
 from jvlm.data.errors import Origin, RowError
-from jvlm.data.pipeline import DataConfig, training_data
+from jvlm.data.pipeline import training_data
 from jvlm.data.rows import parse_row
 from tests.support import picture
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from jvlm.data.pipeline import DataConfig
+from jvlm.data.config import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from jvlm.data import packing
-from jvlm.data.pipeline import DataConfig
+from jvlm.data.config import DataConfig
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import TOWERS
