@@ -239,7 +239,7 @@ def test_the_command_checks_with_fields_and_configs(place, tmp_path, capsys):
     output = capsys.readouterr().out
     for number, (_, expected) in enumerate(ROWS.values(), 1):
         assert (f"\n{rows}:{number}: field" in f"\n{output}") == (expected is not None)
-    assert _run(good, *config, "--data.row_token", "64") == 2
+    assert _run(good, *config, "--data.seq_le", "64") == 2
     assert "did you mean --data.seq_len?" in capsys.readouterr().err
     assert _run("--data.seq_len", "64") == 2
     assert "no data to check" in capsys.readouterr().err
