@@ -26,7 +26,7 @@ from jvlm.inference.generate import generate
 from jvlm.models import vlm
 from jvlm.models.vlm import VLM
 from jvlm.parallel import hosts
-from jvlm.parallel.layout import Layout
+from jvlm.parallel.layout import MeshLayout
 from jvlm.training import log
 from jvlm.training.config import Experiment
 from jvlm.training.log import clock
@@ -183,7 +183,7 @@ def _asked(
         return answered(functools.partial(usable.encode, processor=processor))
 
 
-def _layout(result: Result) -> Layout | None:
+def _layout(result: Result) -> MeshLayout | None:
     """Where to generate: on all devices of this process."""
     return serving.layout(result.model.config, devices=jax.local_devices())
 

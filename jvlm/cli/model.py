@@ -19,7 +19,7 @@ from jvlm.parallel.mesh import ParallelConfig
 if TYPE_CHECKING:
     from jvlm.data.processor import Processor
     from jvlm.models.vlm import VLM
-    from jvlm.parallel.layout import Layout
+    from jvlm.parallel.layout import MeshLayout
 
 
 def _image_options() -> type:
@@ -68,7 +68,7 @@ def parse_model_command(kind: type[T], words: Sequence[str], program: str) -> T:
     return dataclasses.replace(command, model=dataclasses.replace(command.model, parallel=None))
 
 
-def load(options: ModelOptions) -> tuple[VLM, Processor, Layout | None]:
+def load(options: ModelOptions) -> tuple[VLM, Processor, MeshLayout | None]:
     """Return the model of the options, on the devices that they ask for, its processor, and its layout over them."""
     from jvlm.inference import serving
     from jvlm.weights import io as weights_io

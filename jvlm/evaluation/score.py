@@ -19,7 +19,7 @@ from jvlm.data.shards import RowSource
 from jvlm.evaluation.questions import Question, next_question, normalise, questions_of
 from jvlm.inference.generate import generate
 from jvlm.models.vlm import VLM
-from jvlm.parallel.layout import Layout
+from jvlm.parallel.layout import MeshLayout
 from jvlm.progress import Progress
 
 YES_NO = frozenset(("yes", "no"))
@@ -98,7 +98,7 @@ def ask(
     ask: str = "independent",
     max_new_tokens: int = 64,
     batch_size: int = 64,
-    layout: Layout | None = None,
+    layout: MeshLayout | None = None,
 ) -> list[Answer]:
     """Answers to every question of the rows, greedy, in order of row and turn.
 

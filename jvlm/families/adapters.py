@@ -28,7 +28,7 @@ class AdapterTargets:
 
 
 # A layer of a stack, and one of several in a repeated pattern of layers (mixtures of experts, cross-attention).
-_LAYER = r"blocks\.layer\.(slots\.\d+\.)?"
+_LAYER = r"blocks\.layer\.(pattern\.\d+\.)?"
 
 # Targets of the shared towers, for the records of families that use them.
 VIT = (rf"encoder\.{_LAYER}attention\.(q|k|v|out)", rf"encoder\.{_LAYER}mlp\.(up|down)")

@@ -18,7 +18,7 @@ from jvlm.inference.generate import answer_text, check_batch_size, complete, cut
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.inference.settings import answer_settings, files_hash, settings_hash
 from jvlm.models.vlm import VLM
-from jvlm.parallel.layout import Layout
+from jvlm.parallel.layout import MeshLayout
 from jvlm.progress import Progress
 from jvlm.weights.finite import BrokenWeights
 
@@ -40,7 +40,7 @@ def generate_file(
     sampling: SamplingConfig = SamplingConfig(),
     batch_size: int = 8,
     on_bad_row: Literal["error", "skip"] = "error",
-    layout: Layout | None = None,
+    layout: MeshLayout | None = None,
     accept_changes: bool = False,
 ) -> FileResult:
     """Answer every row of a JSONL file.

@@ -18,7 +18,7 @@ from jvlm.inference.engine import Engine
 from jvlm.inference.generate import encode_prompt, engine_for, stream_example
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models.vlm import VLM
-from jvlm.parallel.layout import Layout
+from jvlm.parallel.layout import MeshLayout
 from jvlm.weights.finite import BrokenWeights
 
 HELP = """Commands: quit or exit; clear (forget the conversation); reset-system (give a new system prompt);
@@ -53,7 +53,7 @@ def chat(
     sampling: SamplingConfig = SamplingConfig(),
     system: str | None = None,
     *,
-    layout: Layout | None = None,
+    layout: MeshLayout | None = None,
     read: Callable[[str], str] = input,
     write: Callable[[str], None] | None = None,
 ) -> None:

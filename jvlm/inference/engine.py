@@ -28,7 +28,7 @@ from jvlm.models import contracts
 from jvlm.models.batch import PackedBatch
 from jvlm.models.token_ids import token_ids
 from jvlm.models.vlm import VLM, VLMConfig
-from jvlm.parallel.layout import Layout
+from jvlm.parallel.layout import MeshLayout
 from jvlm.weights.finite import BrokenWeights, not_finite
 
 # Shapes are rounded up to 1, 2, 3, 4, 6, 8, 12, ... of these, so that few are ever compiled.
@@ -57,7 +57,9 @@ class Engine:
       ValueError: a layout that cannot generate, or that the model does not divide by.
     """
 
-    def __init__(self, model: VLM, processor: Processor, layout: Layout | None = None, *, ahead: bool | None = None):
+    def __init__(
+        self, model: VLM, processor: Processor, layout: MeshLayout | None = None, *, ahead: bool | None = None
+    ):
         contracts.check_generates(model.decoder)
         self.config, self.processor = model.config, processor
         self.ahead = jax.default_backend() != "cpu" if ahead is None else ahead
@@ -208,7 +210,7 @@ class Engine:
     def _rows(self, count: int) -> int:
         """Rows of a batch of so many prompts: few sizes, and as many for each device."""
         rows = 1 << (count - 1).bit_length()
-        parts = 1 if self.layout is None else self.layout.size(self.layout.splits("batch"))
+        parts = 1 if self.layout is None else self.layout.num_shards(self.layout.mesh_axes("batch"))
         return -(-rows // parts) * parts
 
     def _batch(self, examples: Sequence[Example], rows: int) -> tuple[PackedBatch, np.ndarray]:

@@ -16,7 +16,7 @@ from jvlm.inference.engine import Completion, Engine
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.inference.text import TextStream
 from jvlm.models.vlm import VLM
-from jvlm.parallel.layout import Layout
+from jvlm.parallel.layout import MeshLayout
 
 # Prompts encoded at a time, in batches: sorted by length within, so that a batch pads little, at bounded memory.
 _WINDOW = 8
@@ -24,7 +24,7 @@ _WINDOW = 8
 _ENGINES: weakref.WeakKeyDictionary[VLM, Engine] = weakref.WeakKeyDictionary()
 
 
-def engine_for(model: VLM, processor: Processor, layout: Layout | None = None) -> Engine:
+def engine_for(model: VLM, processor: Processor, layout: MeshLayout | None = None) -> Engine:
     """The model's engine with its present parameters; made once, so that nothing is compiled twice.
 
     Args:
@@ -45,7 +45,7 @@ def generate(
     *,
     batch_size: int = 8,
     on_token: Callable[[int, int], None] | None = None,
-    layout: Layout | None = None,
+    layout: MeshLayout | None = None,
     **sampling: Any,
 ) -> list[str]:
     """The answer to each conversation, in the order given.
@@ -142,7 +142,7 @@ def answer_text(processor: Processor, completion: Completion) -> str:
 
 
 def stream(
-    model: VLM, processor: Processor, conversation: Any, *, layout: Layout | None = None, **sampling: Any
+    model: VLM, processor: Processor, conversation: Any, *, layout: MeshLayout | None = None, **sampling: Any
 ) -> Iterator[str]:
     """The answer to one conversation in pieces, as they become readable; they join up to `generate`'s answer.
 

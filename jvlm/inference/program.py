@@ -26,7 +26,7 @@ from jvlm.models import device_ops, vlm
 from jvlm.models.batch import DecodeStep, PackedBatch
 from jvlm.models.contracts import DecoderInputs
 from jvlm.models.vlm import VLMConfig
-from jvlm.parallel.layout import Layout
+from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.sharded_ops import ShardedOps
 
 # Products of one input with several matrices stay apart: for GPUs, XLA makes one product of those below this size, and
@@ -96,7 +96,7 @@ class Steps:
         model: Structure,
         decoder: Structure,
         banned: np.ndarray,
-        layout: Layout | None,
+        layout: MeshLayout | None,
         banned_first: np.ndarray | None = None,
     ):
         self.model, self.decoder, self.banned = model, decoder, banned
@@ -159,7 +159,7 @@ class Program:
     """
 
     config: VLMConfig
-    layout: Layout
+    layout: MeshLayout
     steps: Steps
     sizes: Sizes
     kind: Kind
@@ -194,7 +194,7 @@ class Program:
         return self.steps.decode.lower(self.kind, self.decoder_leaves, state, token, self.knobs)
 
 
-def plan(config: VLMConfig, layout: Layout, sizes: Sizes, sampling: SamplingConfig = SamplingConfig()) -> Program:
+def plan(config: VLMConfig, layout: MeshLayout, sizes: Sizes, sampling: SamplingConfig = SamplingConfig()) -> Program:
     """The program of a model on a layout, whose devices may be described and not present.
 
     Raises:
@@ -214,7 +214,7 @@ def plan(config: VLMConfig, layout: Layout, sizes: Sizes, sampling: SamplingConf
     places = serving.knob_places(layout, knobs)
     lengths = _at(jax.ShapeDtypeStruct((sizes.rows,), jnp.int32), places.numbers)
     logits, kept = jax.eval_shape(steps.prefill, leaves, batch, lengths)
-    rows, heads = layout.splits("batch"), layout.splits("heads")
+    rows, heads = layout.mesh_axes("batch"), layout.mesh_axes("heads")
     specs = {
         5: PartitionSpec(None, rows, None, heads),
         3: PartitionSpec(None, rows),

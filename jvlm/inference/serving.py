@@ -13,7 +13,7 @@ from jvlm.inference.sampling import Knobs
 from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import TOWERS, VLM, VLMConfig
-from jvlm.parallel.layout import Layout
+from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.mesh import ParallelConfig
 
 RULES = "serving"
@@ -39,14 +39,14 @@ def parallel(config: VLMConfig, devices: int) -> ParallelConfig:
 
 def layout(
     config: VLMConfig, asked: ParallelConfig | None = None, devices: Sequence[jax.Device] | None = None
-) -> Layout | None:
+) -> MeshLayout | None:
     """The layout of a model over devices (None: all); None for one device. ``asked`` is `parallel`'s unless given."""
     devices = jax.devices() if devices is None else devices
-    found = Layout.of(asked or parallel(config, len(devices)), devices)
+    found = MeshLayout.of(asked or parallel(config, len(devices)), devices)
     return checked(found, config)
 
 
-def checked(layout: Layout | None, config: VLMConfig) -> Layout | None:
+def checked(layout: MeshLayout | None, config: VLMConfig) -> MeshLayout | None:
     """A layout that can generate with a model; None for one device.
 
     Raises:
@@ -54,22 +54,22 @@ def checked(layout: Layout | None, config: VLMConfig) -> Layout | None:
     """
     if layout is None or layout.mesh.size == 1:
         return None
-    split = {axis for axis in ("sequence", "patches", "vision_tokens") if layout.splits(axis)}
+    split = {axis for axis in ("sequence", "patches", "vision_tokens") if layout.mesh_axes(axis)}
     used = {name for axes in layout.rules.values() for name in axes}
     idle = [name for name, size in layout.mesh.shape.items() if size > 1 and name not in used]
     if split or idle:
-        names = idle or sorted({name for axis in split for name in layout.splits(axis)})
+        names = idle or sorted({name for axis in split for name in layout.mesh_axes(axis)})
         raise UserError(
             f"parallel.{names[0]} = {layout.mesh.shape[names[0]]}: a step of generation has one token a row, so tokens "
             f"and patches are not split; give these devices to data or tensor, with parallel.rules {RULES}"
         )
-    problem = _problem(config, layout.size(layout.splits("heads")))
+    problem = _problem(config, layout.num_shards(layout.mesh_axes("heads")))
     if problem:
         raise UserError(problem)
     return layout
 
 
-def place(model: VLM, layout: Layout) -> VLM:
+def place(model: VLM, layout: MeshLayout) -> VLM:
     """The model with its parameters where they will be used; those that are there already are not copied.
 
     Raises:
@@ -84,7 +84,7 @@ def place(model: VLM, layout: Layout) -> VLM:
 
 
 def place_batch(
-    layout: Layout, batch: PackedBatch, lengths: np.ndarray, knobs: Knobs
+    layout: MeshLayout, batch: PackedBatch, lengths: np.ndarray, knobs: Knobs
 ) -> tuple[PackedBatch, jax.Array, Knobs]:
     """Prompts on the devices that have their rows."""
     places = knob_places(layout, knobs)
@@ -92,9 +92,9 @@ def place_batch(
     return jax.device_put(values, (layout.batch(batch), places.numbers, places))
 
 
-def knob_places(layout: Layout, knobs: Knobs) -> Knobs:
+def knob_places(layout: MeshLayout, knobs: Knobs) -> Knobs:
     """Shardings: each row's number with the row, the others everywhere."""
-    whole = jax.tree.map(lambda _: layout.whole(), knobs)
+    whole = jax.tree.map(lambda _: layout.replicated(), knobs)
     return dataclasses.replace(whole, numbers=layout.sharding(("batch",), knobs.numbers.shape))
 
 

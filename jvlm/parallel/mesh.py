@@ -18,22 +18,22 @@ from jvlm.validation import check_fields
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """How devices share the work.
+    """Sizes of the mesh axes and the rules that map arrays to them.
 
-    Slices are those of TPUs. Machines of GPUs need no setting: the first axes cross them.
+    ``*_slices`` are for TPU multi-slice. On GPU clusters the outermost axes span machines without a setting.
 
     Attributes:
-      data: devices that hold the same parameters and other rows. -1 is the devices that the other axes leave over.
-      fsdp: devices with other rows that also store the parameters in parts and gather each where it is used.
+      data: devices with equal parameters and different sequences. -1 is the number of devices that the others leave.
+      fsdp: devices with different sequences that store shards of the parameters and gather each where it is used.
       tensor: devices that split heads, hidden units of MLPs and the vocabulary.
-      context: devices that split the tokens of a row, and its patches.
-      expert: devices that split the experts; they have other rows too.
+      context: devices that split the tokens and the patches of a sequence.
+      expert: devices that split the experts; they have different sequences too.
       data_slices: how many of ``data`` cross the slow network between slices; None takes all slices. The product with
         fsdp_slices is the number of slices.
       fsdp_slices: how many of ``fsdp`` cross the slow network between slices.
       rules: name of the table from logical axes to mesh axes (jvlm.parallel.rules).
-      override: lines that replace some of the table, as "heads=" or "embed=fsdp+context".
-      largest_whole: MiB of the largest parameter that may stay whole on every device of a mesh that splits parameters.
+      override: rules that replace some of the table, as "heads=" or "embed=fsdp+context".
+      max_replicated_mib: on a mesh that splits parameters, a parameter of more MiB that stays replicated is an error.
     """
 
     data: int = -1
@@ -45,12 +45,14 @@ class ParallelConfig:
     fsdp_slices: int = 1
     rules: str = "standard"
     override: tuple[str, ...] = ()
-    largest_whole: float = 4.0
+    max_replicated_mib: float = 4.0
 
     def __post_init__(self):
         sizes = {name: getattr(self, name) for name in AXES}
         slices = dict.fromkeys(("data_slices", "fsdp_slices"), "[1, inf)")
-        check_fields(self, "parallel.", {**dict.fromkeys(AXES, "[-1, inf)"), **slices, "largest_whole": "[0, inf)"})
+        check_fields(
+            self, "parallel.", {**dict.fromkeys(AXES, "[-1, inf)"), **slices, "max_replicated_mib": "[0, inf)"}
+        )
         for name, size in sizes.items():
             if size == 0:
                 raise UserError(f"parallel.{name} must be positive, or -1 for the rest, got {size}")
@@ -58,7 +60,7 @@ class ParallelConfig:
             raise UserError(f"only one axis can be -1, the rest; got {sizes}")
 
     def sizes(self, devices: int) -> dict[str, int]:
-        """Size of each axis on so many devices. Raises UserError where they do not multiply to them."""
+        """Return the size of each axis on so many devices. Raises UserError where their product is another number."""
         sizes = {name: getattr(self, name) for name in AXES}
         rest = [name for name, size in sizes.items() if size == -1]
         fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -71,7 +73,7 @@ class ParallelConfig:
 
 
 def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a configuration over devices (None: all of them), which may be those of a described topology.
+    """Return the mesh of a configuration over devices (None: all), which may be those of a described topology.
 
     Raises:
       UserError: sizes that do not fit the devices, or the slices.
@@ -81,7 +83,7 @@ def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = Non
 
 
 def arrange(config: ParallelConfig, devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices as an array with the axes of the mesh.
+    """Return the devices as an array with the axes of the mesh.
 
     Neighbours on ``tensor`` and ``context``, which talk most, are neighbours in the network of the chips.
     """
@@ -104,5 +106,5 @@ def arrange(config: ParallelConfig, devices: Sequence[jax.Device]) -> np.ndarray
         return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
     if devices[0].platform == "tpu":
         return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
-    # in the order of processes: the rows of one host are side by side, and the last axes stay within it
+    # in the order of processes: the sequences of a host are side by side, and the last axes stay within it
     return np.asarray(devices).reshape(inner)

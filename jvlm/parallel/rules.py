@@ -1,4 +1,4 @@
-"""Rules: from the names that models give to axes to the mesh axes that split them. One line each."""
+"""Rules from the logical axes that models name to the mesh axes that split them, one line each."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _STANDARD: dict[str, str] = {
     "sequence": "context",
     "patches": "context",
     "vision_tokens": "context",
-    # parameters, and the activations they make; of two axes of one parameter the upper has the choice
+    # parameters, and the activations they make; of two axes of one parameter the upper one has precedence
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -54,11 +54,11 @@ TABLES: Mapping[str, Rules] = MappingProxyType(
         name: Rules(tuple((axis, tuple(axes.split())) for axis, axes in table.items()))
         for name, table in {
             "standard": _STANDARD,
-            # parameters also stored in parts over `context`: less memory for long rows, more to gather
+            # parameters also stored as shards over `context`: less memory for long sequences, more to gather
             "store_over_context": {**_STANDARD, "embed": "fsdp context"},
-            # generation reads every parameter for each token: a device reads its part where it lies, and nothing is
-            # gathered. `embed` is split only where the other side of a matrix does not divide. A new token is one: no
-            # row is split, and `fsdp` is more rows.
+            # generation reads every parameter for each token: each device reads its shard and nothing is gathered.
+            # `embed` is split only where the other side of a matrix does not divide. A step has one new token for each
+            # sequence, so sequences are not split, and `fsdp` is more of them.
             "serving": {**_STANDARD, **dict.fromkeys("sequence patches vision_tokens".split(), ""), "embed": "tensor"},
             # every device holds all parameters
             "replicated": {**_STANDARD, **dict.fromkeys("embed heads kv_heads mlp vocab experts".split(), "")},
@@ -68,10 +68,10 @@ TABLES: Mapping[str, Rules] = MappingProxyType(
 
 
 def table(name: str, override: Sequence[str] = ()) -> Rules:
-    """A table by name, with the lines of ``override`` ("heads=tensor", "embed=fsdp+context", "vocab=") in place.
+    """Return a table by name, with the rules of ``override`` ("heads=tensor", "embed=fsdp+context", "vocab=") in place.
 
     Raises:
-      UserError: an unknown table, or a line that cannot be read.
+      UserError: an unknown table, or a rule that cannot be read.
     """
     if name not in TABLES:
         raise UserError(f"parallel.rules: no table {name!r}; there are {', '.join(TABLES)}")

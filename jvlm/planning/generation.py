@@ -12,7 +12,7 @@ from jvlm.inference.engine import LANES, PATCH_STEP, TOKEN_STEP
 from jvlm.inference.program import Program, Sizes
 from jvlm.models import vlm
 from jvlm.models.vlm import VLMConfig
-from jvlm.parallel.layout import Layout
+from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training import flops
 from jvlm.training.config import Experiment
@@ -65,7 +65,7 @@ def plan(
 def prepare(config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: Sizes) -> Program:
     """The engine's program on a topology; on the mesh that the engine takes by itself, unless one is asked for."""
     devices = devices_of(topology)
-    return program.plan(config, Layout.of(asked or serving.parallel(config, len(devices)), devices), sizes)
+    return program.plan(config, MeshLayout.of(asked or serving.parallel(config, len(devices)), devices), sizes)
 
 
 def compile_prefill(planned: Program, topology: Topology) -> tuple[Compiled, Compiled]:

@@ -22,7 +22,7 @@ from jvlm.data.pipeline import check_shape, frame_patches
 from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
-from jvlm.parallel.layout import Layout
+from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.sharded_ops import ShardedOps
 from jvlm.training import optimizer, train_step
 from jvlm.training.config import Experiment
@@ -40,7 +40,7 @@ class CompiledStep:
       state, frozen, batches: `jax.ShapeDtypeStruct` leaves. Batches have a leading accumulation axis.
     """
 
-    layout: Layout
+    layout: MeshLayout
     template: VLM
     learnt: Mapping[str, nnx.Variable]
     tx: optax.GradientTransformation
@@ -72,7 +72,7 @@ def compile_step(experiment: Experiment, devices: Sequence[jax.Device] | None = 
     Raises:
       ValueError: a mesh that does not fit devices, rows or parameters; the message names which and how.
     """
-    layout = Layout.of(experiment.parallel, devices)
+    layout = MeshLayout.of(experiment.parallel, devices)
     template = vlm.abstract(experiment.model)
     variables = vlm.parameters(template)
     learnt = {p: v for p, v in variables.items() if optimizer.trainable(experiment.optimizer, p)}
@@ -81,7 +81,7 @@ def compile_step(experiment: Experiment, devices: Sequence[jax.Device] | None = 
     optimizer_state = jax.eval_shape(tx.init, {p: values[p] for p in learnt})
     params = {p: _at(v, layout.parameter(p, variables[p])) for p, v in values.items()}
     state = TrainState(
-        _at(jax.ShapeDtypeStruct((), jnp.int32), layout.whole()),
+        _at(jax.ShapeDtypeStruct((), jnp.int32), layout.replicated()),
         {p: params[p] for p in learnt},
         jax.tree.map(_at, optimizer_state, layout.optimizer(optimizer_state, variables)),
     )
@@ -94,7 +94,7 @@ def compile_step(experiment: Experiment, devices: Sequence[jax.Device] | None = 
         tx,
         ops=ShardedOps(layout) if layout.mesh.size > 1 else None,
         in_shardings=places,
-        out_shardings=(places[0], layout.whole()),
+        out_shardings=(places[0], layout.replicated()),
     )
     return CompiledStep(layout, template, learnt, tx, step, state, frozen, batches)
 

@@ -25,7 +25,7 @@ from jvlm.evaluation import usable
 from jvlm.models import vlm
 from jvlm.models.vlm import TOWERS, VLM, VLMConfig
 from jvlm.parallel import data_shards, hosts
-from jvlm.parallel.layout import Layout
+from jvlm.parallel.layout import MeshLayout
 from jvlm.training import compiled_step, flops, optimizer, processors, resume, train_step
 from jvlm.training.checkpoint import Checkpoints
 from jvlm.training.config import AdaptConfig, EvaluationConfig, Experiment
@@ -126,7 +126,7 @@ def runs_of(experiment: Experiment) -> list[Experiment]:
 
 def _train_one(experiment: Experiment, job: Experiment | None, later: Sequence[Experiment]) -> Result:
     """Train one run. Before the first one, what comes ``later`` and the evaluation data of the ``job`` is looked at."""
-    layout = Layout.of(experiment.parallel)
+    layout = MeshLayout.of(experiment.parallel)
     model, processor = start_model(experiment, layout.parameter)
     parts = layout.mesh.shape["context"]
     # processes that meet for the first time must do so within seconds, and looking ahead can take longer
@@ -323,7 +323,7 @@ def split(model: VLM) -> tuple[VLM, dict[str, jax.Array]]:
     return vlm.bind(model, {p: jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in values.items()}), values
 
 
-def describe(experiment: Experiment, template: VLM, layout: Layout) -> str:
+def describe(experiment: Experiment, template: VLM, layout: MeshLayout) -> str:
     """The start-up table: tower, parameters, trainable, learning rate; and the shape of a step."""
     counts = vlm.parameter_counts(template)
     lines = [f"{'tower':<12}{'parameters':>16}{'trainable':>16}{'learning rate':>16}"]

@@ -12,7 +12,7 @@ from jvlm import families
 from jvlm.errors import UserError
 from jvlm.inference import serving
 from jvlm.parallel import rules
-from jvlm.parallel.layout import Layout
+from jvlm.parallel.layout import MeshLayout
 from tests.inference.support import prompt
 from tests.parallel import models
 from tests.support import cpu_devices, run_python
@@ -55,7 +55,7 @@ def test_the_state_stays_in_its_place_from_step_to_step(found):
 def _layout(table=serving.RULES, **sizes):
     shape = tuple(sizes.get(axis, 1) for axis in rules.AXES)
     mesh = AbstractMesh(shape, rules.AXES, axis_types=(AxisType.Auto,) * len(shape))
-    return Layout(mesh, rules.table(table))
+    return MeshLayout(mesh, rules.table(table))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from flax import nnx
 from jvlm.models import device_ops, vlm
 from jvlm.models.device_ops import DeviceOps, LocalOps
 from jvlm.models.vlm import VLM
-from jvlm.parallel.layout import Layout
+from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.parallel.sharded_ops import ShardedOps
 from jvlm.training.loss import loss_sums
@@ -23,7 +23,7 @@ METHODS = [name for name in vars(DeviceOps) if not name.startswith("_")]
 
 
 def _mesh_ops(**fields) -> ShardedOps:
-    return ShardedOps(Layout.of(ParallelConfig(data=1, **fields), jax.devices()[:1]))
+    return ShardedOps(MeshLayout.of(ParallelConfig(data=1, **fields), jax.devices()[:1]))
 
 
 @pytest.fixture

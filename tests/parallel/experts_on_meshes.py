@@ -13,7 +13,7 @@ from flax import nnx
 from jvlm.models import device_ops, registry
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.layers import Precision
-from jvlm.parallel.layout import Layout
+from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.parallel.sharded_ops import ShardedOps
 
@@ -29,7 +29,7 @@ MESHES = {
 
 def run(graph, config, state, x, segments, d_y):
     """(y, report) and gradients of <y, d_y> + 100 loss, on the mesh of a configuration; None is one device."""
-    layout = None if config is None else Layout.of(config)
+    layout = None if config is None else MeshLayout.of(config)
 
     @jax.jit
     def step(state, x, segments, d_y):

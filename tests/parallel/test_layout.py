@@ -17,16 +17,16 @@ from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.parallel import mesh as meshes
 from jvlm.parallel import rules
-from jvlm.parallel.layout import Layout
+from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training import compiled_step
 from tests.parallel import models
 
 
-def _layout(table="standard", override=(), largest_whole=4.0, **sizes):
+def _layout(table="standard", override=(), max_replicated_mib=4.0, **sizes):
     shape = tuple(sizes.get(axis, 1) for axis in rules.AXES)
     mesh = AbstractMesh(shape, rules.AXES, axis_types=(AxisType.Auto,) * len(shape))
-    return Layout(mesh, rules.table(table, override), largest_whole)
+    return MeshLayout(mesh, rules.table(table, override), max_replicated_mib)
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +80,11 @@ def test_tables_and_lines_that_cannot_be_read_are_refused(arguments, said):
 
 
 def test_a_large_parameter_left_whole_by_accident_is_an_error_that_names_it(variables):
-    layout = _layout(fsdp=3, largest_whole=0.01)
-    with pytest.raises(UserError, match=r"connector.hidden.kernel \(256, 256\) of 0.2 MiB would stay whole"):
+    layout = _layout(fsdp=3, max_replicated_mib=0.01)
+    with pytest.raises(UserError, match=r"connector.hidden.kernel \(256, 256\) of 0.2 MiB would be replicated"):
         layout.parameters(variables)
-    dataclasses.replace(layout, largest_whole=4.0).parameters(variables)
-    _layout(data=3, largest_whole=0.01).parameters(variables)  # nothing is stored in parts: whole is what is asked for
+    dataclasses.replace(layout, max_replicated_mib=4.0).parameters(variables)
+    _layout(data=3, max_replicated_mib=0.01).parameters(variables)  # nothing is split: this is what was asked for
 
 
 def test_an_axis_without_a_rule_is_an_error_that_names_the_parameter_and_the_axis(variables):
