@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices: kinds of collectives, how many, and over which mesh axes."""
+"""The collectives of a compiled program: their kinds, how many there are, and over which mesh axes they run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 
 
 def listing(program: str, mesh: Mesh) -> list[str]:
-    """Lines "kind over axes: count" of a compiled program's text, sorted. A collective in a loop counts once.
+    """Return sorted lines "kind over axes: count" for a compiled program's text. A collective in a loop counts once.
 
     Raises:
       ValueError: a collective over devices that no set of mesh axes joins.
@@ -41,11 +41,11 @@ def listing(program: str, mesh: Mesh) -> list[str]:
 
 
 def axes(groups: np.ndarray | None, mesh: Mesh, *, whole: bool) -> str:
-    """The mesh axes along which the devices of each group lie, as "fsdp context"; "none" for devices alone.
+    """Return the mesh axes along which the devices of each group lie, as "fsdp context"; "none" for single devices.
 
     Args:
-      groups: a row for each group, of devices numbered by their place in the mesh; None is all of them together.
-      whole: each row must be all that the axes join; pairs that send to one another, and parts of an axis, are not.
+      groups: [groups, devices of a group], as indices of devices in the mesh; None is one group of all devices.
+      whole: each group must be all devices along the axes; pairs of a permutation, and parts of an axis, are not.
 
     Raises:
       ValueError: no set of axes joins these devices.
@@ -53,24 +53,24 @@ def axes(groups: np.ndarray | None, mesh: Mesh, *, whole: bool) -> str:
     sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
     if groups is None:
         return " ".join(sizes)
-    places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-    at = np.stack(np.unravel_index(groups, places.shape))
-    differ = (at != at[..., :1]).any(axis=(1, 2))
+    grid = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    coordinates = np.stack(np.unravel_index(groups, grid.shape))
+    differ = (coordinates != coordinates[..., :1]).any(axis=(1, 2))
     chosen = [axis for axis in range(len(sizes)) if differ[axis]]
     joined = " ".join(itertools.compress(sizes, differ)) or "none"
-    kept = [axis for axis in range(len(sizes)) if axis not in chosen]
-    size = math.prod(places.shape[axis] for axis in chosen)
-    expected = places.transpose(*kept, *chosen).reshape(-1, size)
+    others = [axis for axis in range(len(sizes)) if axis not in chosen]
+    size = math.prod(grid.shape[axis] for axis in chosen)
+    expected = grid.transpose(*others, *chosen).reshape(-1, size)
     if not whole or {frozenset(group) for group in groups.tolist()} == {frozenset(g) for g in expected.tolist()}:
         return joined
-    if len(chosen) == 1:  # devices that keep the same of what does not divide by the axis
+    if len(chosen) == 1:  # devices that hold the same slice of what the axis does not divide
         return f"part of {joined}"
     shown = sorted(map(sorted, groups.tolist()))
     raise ValueError(f"no axes of {dict(mesh.shape)} join these devices: {shown}")
 
 
 def groups(line: str) -> np.ndarray | None:
-    """Devices that talk to one another in an instruction, a row each group or pair; None for all together.
+    """Return the devices of each group, or pair, of an instruction; None for one group of all devices.
 
     Raises:
       ValueError: a way of writing them that is not known.
@@ -79,8 +79,8 @@ def groups(line: str) -> np.ndarray | None:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         devices = _iota(named[2] or str(math.prod(sizes.values())), named[3]).reshape(tuple(sizes.values()))
         chosen = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", named[4])]
-        kept = [axis for axis in range(len(sizes)) if axis not in chosen]
-        return devices.transpose(*kept, *chosen).reshape(-1, math.prod(devices.shape[axis] for axis in chosen))
+        others = [axis for axis in range(len(sizes)) if axis not in chosen]
+        return devices.transpose(*others, *chosen).reshape(-1, math.prod(devices.shape[axis] for axis in chosen))
     if iota := _IOTA.search(line):
         shape = [int(n) for n in iota[1].split(",")]
         return _iota(iota[2], iota[3]).reshape(shape[0], -1)
@@ -92,7 +92,7 @@ def groups(line: str) -> np.ndarray | None:
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:
-    """Numbers of devices counted through a shape, its dimensions then reordered."""
+    """Return device numbers counted through a shape whose dimensions are then reordered."""
     lengths = [int(n) for n in shape.split(",")]
     counted = np.arange(math.prod(lengths)).reshape(lengths)
     return counted.transpose([int(n) for n in order.split(",")]) if order else counted

@@ -2,7 +2,7 @@
 
 Sources: arXiv 2006.16668 (GShard), 2202.08906 (ST-MoE), and AXLearn's layers, which MM1.5 was trained with.
 
-Axes: B rows, S tokens, T = B S, k choices of a token, N = T k, E experts, C places of an expert, D width, F hidden.
+Axes: B sequences, S tokens, T = B S, k choices a token, N = T k, E experts, C capacity of an expert, D width, F hidden.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MoEConfig(MLPConfig):
         softmax over all experts gave them, as in Switch).
       capacity_factor: an expert takes at most this many times the mean load, first choices before second ones, and
         drops the rest; shapes are then fixed and all products dense. None drops nothing: products follow the load.
-        On a mesh the load is that of the rows whose devices share their experts.
+        On a mesh the load is that of the sequences of the devices that exchange tokens.
       balance_weight, z_weight: of the load balance loss and the router z-loss in the training loss.
     """
 
@@ -55,7 +55,7 @@ class MoEConfig(MLPConfig):
             raise UserError(f"capacity_factor must be positive, got {self.capacity_factor}")
 
     def capacity(self, tokens: int) -> int:
-        """Places of an expert in a batch of so many tokens, padding included."""
+        """Return how many choices an expert takes in a batch of so many tokens, padding included."""
         return min(tokens, math.ceil(self.capacity_factor * tokens * self.top_k / self.experts))
 
 
@@ -64,12 +64,12 @@ class Routing(NamedTuple):
 
     Attributes:
       expert, gate: of each choice of each token; padding goes to no expert, which is number E, with gate 0.
-      report: "loss" for the training, and statistics over the tokens that are no padding.
+      reports: "loss" for the training, and statistics over the tokens that are not padding.
     """
 
     expert: Int[Array, "B S k"]
     gate: Float[Array, "B S k"]
-    report: dict[str, Array]
+    reports: dict[str, Array]
 
 
 _MATRICES = {
@@ -100,31 +100,31 @@ class MoE(nnx.Module):
     def __call__(
         self, x_BSD: Float[Array, "B S D"], segments: Int[Array, "B S"]
     ) -> tuple[Float[Array, "B S D"], dict[str, Array]]:
-        """What the experts add, zero for padding (segment 0), and the router's report.
+        """Return the sum of the experts' outputs, zero for padding (segment 0), and the router's reports.
 
-        The report holds "loss", to be added to the training loss; "router/balance" and "router/z", that loss's two
-        parts before their weights; "router/entropy" of a token's probabilities, 1 when all experts are alike;
-        "router/load_max" and "router/load_min", the fullest and emptiest expert's load over the mean; and
-        "router/dropped", the share of choices that found no place.
+        The reports are "loss", to be added to the training loss; "router/balance" and "router/z", that loss's two
+        terms before their weights; "router/entropy" of a token's probabilities, 1 when all experts are equally likely;
+        "router/load_max" and "router/load_min", the largest and smallest load of an expert over the mean; and
+        "router/dropped", the fraction of choices beyond an expert's capacity.
         """
         valid_BS = segments > 0
         x_BSD = jnp.where(valid_BS[..., None], x_BSD, 0)
         routing = self.route(x_BSD, valid_BS)
         dtype = jnp.dtype(self.precision.compute_dtype)
         y_BSD, taken_BSk = device_ops.current().apply_experts(
-            self._everything if self.config.capacity_factor is None else self._what_fits,
+            self._without_capacity if self.config.capacity_factor is None else self._with_capacity,
             x_BSD.astype(dtype),
             routing.expert,
             routing.gate,
             tuple(getattr(self, name)[...].astype(dtype) for name in _MATRICES),
             tuple(_MATRICES.values()),
         )
-        asked = jnp.maximum(valid_BS.sum() * self.config.top_k, 1)
-        dropped = (asked - taken_BSk.sum()) / asked * valid_BS.any()
-        return y_BSD.astype(x_BSD.dtype), {**routing.report, "router/dropped": dropped}
+        choices = jnp.maximum(valid_BS.sum() * self.config.top_k, 1)
+        dropped = (choices - taken_BSk.sum()) / choices * valid_BS.any()
+        return y_BSD.astype(x_BSD.dtype), {**routing.reports, "router/dropped": dropped}
 
     def route(self, x_BSD: Float[Array, "B S D"], valid_BS: Bool[Array, "B S"]) -> Routing:
-        """Softmax over all experts in float32, then the ``top_k`` most likely."""
+        """Return the ``top_k`` most likely experts of a softmax over all, in float32."""
         config, E = self.config, self.config.experts
         router = device_ops.current().all_gather_param(self.router[...].astype(jnp.float32), ("embed", "experts"))
         logits_BSE = jnp.matmul(x_BSD.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
@@ -143,7 +143,7 @@ class MoE(nnx.Module):
         balance = E * jnp.sum(first_E * mean(probs_BSE))
         z = mean(jnp.square(jax.nn.logsumexp(logits_BSE, -1)))
         load_E = mean(jax.nn.one_hot(expert_BSk, E).sum(-2)) * (E / config.top_k)
-        report = {
+        reports = {
             "loss": config.balance_weight * balance + config.z_weight * z,
             "router/balance": balance,
             "router/z": z,
@@ -152,35 +152,35 @@ class MoE(nnx.Module):
             "router/load_min": load_E.min(),
         }
         expert_BSk = jnp.where(valid_BS[..., None], expert_BSk, E)
-        return Routing(expert_BSk, jnp.where(valid_BS[..., None], gate_BSk, 0.0), report)
+        return Routing(expert_BSk, jnp.where(valid_BS[..., None], gate_BSk, 0.0), reports)
 
-    def _everything(self, x_BSD, *choices_and_weights):
-        """Every choice."""
+    def _without_capacity(self, x_BSD, *choices_and_weights):
+        """Compute every choice."""
         if x_BSD.shape[1] > 1:
             return _by_chosen_experts(x_BSD, *choices_and_weights)
         return jax.lax.platform_dependent(x_BSD, *choices_and_weights, tpu=_by_all_experts, default=_by_chosen_experts)
 
-    def _what_fits(self, x_BSD, expert_BSk, gate_BSk, gate, up, down):
-        """As many choices as experts have places."""
+    def _with_capacity(self, x_BSD, expert_BSk, gate_BSk, gate, up, down):
+        """Compute the first C choices of each expert."""
         (B, S, k), E = expert_BSk.shape, len(gate)
         T, C = B * S, self.config.capacity(B * S)
-        # all first choices, then all second ones: in this order places are given away
+        # all first choices, then all second ones: experts take them in this order
         chosen = _numbered(expert_BSk.reshape(T, k).T.reshape(-1), E)
         before = jnp.cumsum(jax.nn.one_hot(chosen, E, dtype=jnp.int32), axis=0)
         rank = jnp.take_along_axis(before, jnp.minimum(chosen, E - 1)[:, None], axis=1)[:, 0] - 1
-        kept = (chosen < E) & (rank < C)
-        place = jnp.where(kept, chosen * C + rank, E * C)
+        taken = (chosen < E) & (rank < C)
+        index = jnp.where(taken, chosen * C + rank, E * C)
         x = jnp.zeros((E * C, x_BSD.shape[-1]), x_BSD.dtype)
-        x = x.at[place].set(jnp.tile(x_BSD.reshape(T, -1), (k, 1)), mode="drop").reshape(E, C, -1)
+        x = x.at[index].set(jnp.tile(x_BSD.reshape(T, -1), (k, 1)), mode="drop").reshape(E, C, -1)
         hidden = jax.nn.silu(jnp.einsum("ecd,edf->ecf", x, gate)) * jnp.einsum("ecd,edf->ecf", x, up)
         y = jnp.einsum("ecf,efd->ecd", hidden, down).reshape(E * C, -1)
-        found = jnp.where(kept[:, None], y[jnp.minimum(place, E * C - 1)], 0)
-        by_token = found.reshape(k, T, -1).swapaxes(0, 1)
-        return _combine(by_token, gate_BSk, x_BSD.dtype), kept.astype(jnp.float32).reshape(k, T).T.reshape(B, S, k)
+        outputs = jnp.where(taken[:, None], y[jnp.minimum(index, E * C - 1)], 0)
+        by_token = outputs.reshape(k, T, -1).swapaxes(0, 1)
+        return _combine(by_token, gate_BSk, x_BSD.dtype), taken.astype(jnp.float32).reshape(k, T).T.reshape(B, S, k)
 
 
 def _numbered(expert, count: int):
-    """Numbers of this device's experts, and ``count`` for all others."""
+    """Return the numbers of this device's experts, and ``count`` for all others."""
     return jnp.where((expert >= 0) & (expert < count), expert, count)
 
 
@@ -190,12 +190,12 @@ def _combine(y, gate_BSk, dtype):
 
 
 def _by_chosen_experts(x_BSD, expert_BSk, gate_BSk, gate, up, down):
-    """(what the experts add, choices taken): rows sorted by expert, one grouped product for each matrix."""
+    """Return (sum of the experts' outputs, choices taken): tokens sorted by expert, one grouped product a matrix."""
     E, k = len(gate), expert_BSk.shape[-1]
     x_TD, expert_N = x_BSD.reshape(-1, x_BSD.shape[-1]), _numbered(expert_BSk.reshape(-1), E)
     order = jnp.argsort(expert_N, stable=True)
     sizes = jnp.bincount(expert_N, length=E + 1)[:-1].astype(jnp.int32)
-    # rows behind the last group are nobody's: whatever a kernel leaves there must not get out
+    # what lies behind the last group belongs to no expert: whatever a kernel leaves there must not get out
     grouped = (jnp.arange(len(order)) < sizes.sum())[:, None]
     x = jnp.where(grouped, x_TD[order // k], 0)
     hidden = jax.nn.silu(grouped_matmul(x, gate, sizes)) * grouped_matmul(x, up, sizes)
@@ -204,15 +204,15 @@ def _by_chosen_experts(x_BSD, expert_BSk, gate_BSk, gate, up, down):
 
 
 def _by_all_experts(x_BSD, expert_BSk, gate_BSk, gate, up, down):
-    """As `_by_chosen_experts`, for rows of one token: each by every expert, and what was not chosen weighs nothing.
+    """As `_by_chosen_experts`, for sequences of one token: every expert computes each, with weight 0 if not chosen.
 
     For a step of decoding on TPU: it reads all weights anyway and has arithmetic to spare, and a grouped product is a
     kernel there, for which XLA would copy the weights out of their stack of layers in each step.
     """
     E = len(gate)
     expert_Bk, x_BD = _numbered(expert_BSk[:, 0], E), x_BSD[:, 0]
-    share_BE = (jax.nn.one_hot(expert_Bk, E) * gate_BSk[:, 0, :, None].astype(jnp.float32)).sum(1)
+    weight_BE = (jax.nn.one_hot(expert_Bk, E) * gate_BSk[:, 0, :, None].astype(jnp.float32)).sum(1)
     hidden = jax.nn.silu(jnp.einsum("bd,edf->ebf", x_BD, gate)) * jnp.einsum("bd,edf->ebf", x_BD, up)
     y = jnp.einsum("ebf,efd->ebd", hidden, down)
-    added = jnp.einsum("ebd,be->bd", y.astype(jnp.float32), share_BE).astype(x_BSD.dtype)
+    added = jnp.einsum("ebd,be->bd", y.astype(jnp.float32), weight_BE).astype(x_BSD.dtype)
     return added[:, None], (expert_Bk < E).astype(jnp.float32)[:, None]
