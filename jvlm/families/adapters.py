@@ -37,6 +37,6 @@ PERCEIVER = (
     rf"connector\.{_LAYER}attention\.(q|k|v|out)",
     rf"connector\.{_LAYER}mlp\.(gate|up|down)",
 )
-READOUT = (r"connector\.readout\.maps\.\d+",)
+PROJECTOR = (r"connector\.projector\.maps\.\d+",)
 TRANSFORMER = (rf"decoder\.{_LAYER}attention\.(q|k|v|out)", rf"decoder\.{_LAYER}mlp\.(gate|up|down)")
-CROSS_ATTENTION = (rf"decoder\.{_LAYER}cross\.(q|k|v|out)", rf"decoder\.{_LAYER}cross\.mlp\.(gate|up|down)")
+CROSS_ATTENTION = (rf"decoder\.{_LAYER}cross\.attention\.(q|k|v|out)", rf"decoder\.{_LAYER}cross\.mlp\.(gate|up|down)")

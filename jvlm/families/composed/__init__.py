@@ -19,7 +19,7 @@ FAMILY = Family(
     token_ids={},
     adapter_targets=adapters.AdapterTargets(
         encoder=adapters.VIT,
-        connector=(*adapters.PERCEIVER, *adapters.READOUT),
+        connector=(*adapters.PERCEIVER, *adapters.PROJECTOR),
         decoder=adapters.TRANSFORMER,
     ),
     prepare_tokenizer=lambda tokenizer: vocabulary.add_tokens(tokenizer, [CHAT_FORMAT.image]),

@@ -15,7 +15,7 @@ FAMILY = Family(
     token_ids=TOKEN_IDS,
     adapter_targets=adapters.AdapterTargets(
         encoder=adapters.VIT,
-        connector=adapters.READOUT,
+        connector=adapters.PROJECTOR,
         decoder=adapters.TRANSFORMER,
     ),
     presets=PRESETS,
