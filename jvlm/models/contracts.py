@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from jvlm.errors import UserError
 from jvlm.models import device_ops
+from jvlm.models.arithmetic import Counts, Product, Work
 from jvlm.models.batch import DecoderOutput, DecodeStep, PackedBatch
 
 
@@ -136,6 +137,23 @@ class EncoderConfig:
     required: ClassVar[Mapping[str, str]] = {"hidden_size": _WIDTH, "patch_values": "numbers in a flattened patch"}
     module_required: ClassVar[Mapping[str, str]] = {"__call__": "(batch) -> VisionTokens, one for each patch"}
 
+    def work(self, counts: Counts) -> Work:
+        """Return the arithmetic of a forward pass. Raises TypeError where it is not declared."""
+        raise _undeclared(self)
+
+    @property
+    def window_patches(self) -> int | None:
+        """Patches of a whole attention window; None where all layers attend to the whole image."""
+        return None
+
+    def branch_frequency(self) -> Mapping[str, float]:
+        """Return how often the branches of conditionals inside loops run.
+
+        Keys are what the names of a branch's operations contain, as "attention/cond/branch_1_fun"; values add up to 1
+        for each conditional. `jvlm plan` weighs the branches by them; empty without conditionals.
+        """
+        return {}
+
 
 @dataclasses.dataclass(frozen=True)
 class ConnectorConfig:
@@ -155,6 +173,15 @@ class ConnectorConfig:
     def min_image_patches(self) -> int:
         """Images with fewer patches are refused."""
         return 1
+
+    @property
+    def patches_per_token(self) -> int:
+        """Patches that become one vision token, where that does not depend on the image."""
+        return 1
+
+    def work(self, counts: Counts, d_in: int, d_out: int) -> Work:
+        """Return the arithmetic of a forward pass between towers of these widths. Raises TypeError as an encoder's."""
+        raise _undeclared(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +215,18 @@ class DecoderConfig:
         """Return how many tokens of text stand for an image that has so many vision tokens."""
         return vision_tokens
 
+    def work(self, counts: Counts, tokens_per_image: int | None) -> Work:
+        """Return the arithmetic of a forward pass without the output head. Raises TypeError as an encoder's.
+
+        Args:
+          tokens_per_image: `ConnectorConfig.tokens_per_image`.
+        """
+        raise _undeclared(self)
+
+    def decode_work(self, sequences: int, cache_len: int, tokens_per_image: int | None) -> Work:
+        """Return the arithmetic of one new token for each sequence, after ``cache_len`` others, without the head."""
+        raise _undeclared(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class MLPConfig:
@@ -205,6 +244,14 @@ class MLPConfig:
     }
 
     every: int = 1
+
+    def products(self, tokens: float | int, width: int) -> tuple[Product, ...]:
+        """Return what one layer multiplies, of ``width`` channels. Raises TypeError as an encoder's ``work``."""
+        raise _undeclared(self)
+
+
+def _undeclared(config: Any) -> TypeError:
+    return TypeError(f"the arithmetic of {type(config).__name__} is not known: it does not define `work`")
 
 
 KINDS = (EncoderConfig, ConnectorConfig, DecoderConfig, MLPConfig)

@@ -18,7 +18,7 @@ from jvlm.training import flops
 from jvlm.training.config import Experiment
 
 from .chips import Topology
-from .measure import Compiled, branch_frequency, bytes_of, devices_of, measure
+from .measure import Compiled, bytes_of, devices_of, measure
 from .report import Plan, StepKind
 from .roofline import Roofline, SegmentLengths, assess
 
@@ -75,7 +75,7 @@ def compile_prefill(planned: Program, topology: Topology) -> tuple[Compiled, Com
     """
     parameters, batch, kept = (bytes_of(x) for x in (planned.leaves, planned.batch, planned.kept))
     sizes, mesh = {"parameters": parameters, "batch": batch}, planned.layout.mesh
-    taken = branch_frequency(planned.config)
+    taken = planned.config.encoder.branch_frequency()
     first = measure(planned.lower_prefill, mesh, topology, branch_frequency=taken, new_results={"cache": kept}, **sizes)
     opened = {"cache": bytes_of(planned.decode_arguments()[0].cache)}
     idle = parameters + batch
@@ -110,7 +110,7 @@ def roofline_of_prefill(
     if topology.switched:
         kernels += flops.experts(template, counts.tokens)
     both = dataclasses.replace(compiled, hbm=compiled.hbm + cache_growth.hbm)
-    return assess(flops.inference(template, counts), kernels, counts.tokens, len(counts.frames), both, topology)
+    return assess(flops.inference(template, counts), kernels, counts.tokens, len(counts.images), both, topology)
 
 
 def roofline_of_decode(planned: Program, compiled: Compiled, topology: Topology) -> Roofline:

@@ -19,8 +19,6 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jvlm.errors import UserError
-from jvlm.models.encoders.qwen_vit import QwenViTConfig
-from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.collectives import axes as axes_of
 from jvlm.training import compiled_step
 from jvlm.training.config import Experiment
@@ -132,17 +130,8 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
         parameters=bytes_of((planned.state.params, planned.frozen)),
         optimizer=bytes_of(planned.state.optimizer),
         batch=bytes_of(planned.batches),
-        branch_frequency=branch_frequency(experiment.model),
+        branch_frequency=experiment.model.encoder.branch_frequency(),
     )
-
-
-def branch_frequency(model: VLMConfig) -> dict[str, float]:
-    """How often the branches of a model's conditionals are taken, as `hlo.read` wants it."""
-    encoder = model.encoder
-    if not isinstance(encoder, QwenViTConfig):
-        return {}
-    frames = len(encoder.fullatt_block_indexes) / encoder.depth
-    return {"attention/cond/branch_1_fun": frames, "attention/cond/branch_0_fun": 1 - frames}
 
 
 def measure(

@@ -32,19 +32,19 @@ class SegmentLengths:
     def counts(self, template: VLM, rows: int, seq_len: int, max_patches: int) -> flops.Counts:
         """Of so many full rows."""
         encoder = template.config.encoder
-        window = getattr(encoder, "window_patches", self.image)
-        frames, tokens = _pieces(rows, max_patches, self.image), rows * seq_len
+        window = encoder.window_patches or self.image
+        images, tokens = _pieces(rows, max_patches, self.image), rows * seq_len
         if template.config.placeholders_per_image is None:
-            features = rows * max_patches // getattr(encoder, "spatial_merge_size", 1) ** 2
+            vision_tokens = rows * max_patches // template.config.connector.patches_per_token
         else:
-            features = len(frames) * template.config.placeholders_per_image
-        features = min(features, tokens)
+            vision_tokens = len(images) * template.config.placeholders_per_image
+        vision_tokens = min(vision_tokens, tokens)
         return flops.Counts(
             _pieces(rows, seq_len, self.conversation),
-            frames,
+            images,
             _pieces(rows, max_patches, window),
-            features,
-            tokens - features,
+            vision_tokens,
+            tokens - vision_tokens,
         )
 
 
@@ -105,7 +105,7 @@ def roofline(experiment: Experiment, compiled: Compiled, topology: Topology, len
         passes = 2 + learnt["decoder"] + (experiment.model.precision.remat != "none")
         kernels += passes * flops.experts(template, counts.tokens)
     parts = flops.training(template, counts, learnt)
-    return assess(parts, kernels, counts.tokens, len(counts.frames), compiled, topology)
+    return assess(parts, kernels, counts.tokens, len(counts.images), compiled, topology)
 
 
 def assess(

@@ -1,4 +1,6 @@
-"""The arithmetic that a step of training needs, and its share of what the devices could do (MFU). See docs/mfu.md.
+"""The arithmetic of a training step, and its share of what the devices could do (MFU). See docs/mfu.md.
+
+Configurations of encoders, connectors and decoders declare their own (`jvlm.models.arithmetic`); here it is added up.
 
 A multiplication and its addition are two. Only what the result needs is counted: real patches and tokens, each query
 with the keys of its own segment (half of them where attention is causal), the head at the tokens that are learnt,
@@ -8,21 +10,12 @@ backward passes only where something is learnt. Recomputation is not counted, no
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from flax import nnx
 
+from jvlm.models.arithmetic import Counts, Product, Work
 from jvlm.models.batch import PackedBatch
-from jvlm.models.connectors.patch_merger import PatchMergerConfig
-from jvlm.models.connectors.perceiver import PerceiverConfig
-from jvlm.models.connectors.pooled_mlp import ImageGridConfig
-from jvlm.models.contracts import ConnectorConfig, EncoderConfig
-from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
-from jvlm.models.encoders.qwen_vit import QwenViTConfig
-from jvlm.models.encoders.vit import ViTConfig
 from jvlm.models.vlm import TOWERS, VLM
 
 PARTS = (*TOWERS, "head")
@@ -52,38 +45,12 @@ def peak(device_kind: str) -> float | None:
     return next((value for name, value in _PEAKS.items() if name in kind), None)
 
 
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """What of a batch costs arithmetic.
-
-    Attributes:
-      segments: tokens of each conversation.
-      frames, windows: patches of each frame and of each attention window.
-      features: vision features that feed tokens.
-      targets: tokens whose successor is learnt.
-    """
-
-    segments: np.ndarray
-    frames: np.ndarray
-    windows: np.ndarray
-    features: int
-    targets: int
-
-    @property
-    def tokens(self) -> int:
-        return int(self.segments.sum())
-
-    @property
-    def patches(self) -> int:
-        return int(self.frames.sum())
-
-    @classmethod
-    def of(cls, batches: Iterable[PackedBatch]) -> Counts:
-        """Of one or more batches of host arrays."""
-        found = [_count(batch) for batch in batches]
-        none = np.zeros(0, np.int64)
-        lengths = [np.concatenate([none, *(getattr(c, n) for c in found)]) for n in ("segments", "frames", "windows")]
-        return cls(*lengths, sum(c.features for c in found), sum(c.targets for c in found))
+def counts_of(batches: Iterable[PackedBatch]) -> Counts:
+    """Return the counts of one or more batches of host arrays."""
+    found = [_count(batch) for batch in batches]
+    none = np.zeros(0, np.int64)
+    lengths = [np.concatenate([none, *(getattr(c, n) for c in found)]) for n in ("segments", "images", "windows")]
+    return Counts(*lengths, sum(c.vision_tokens for c in found), sum(c.targets for c in found))
 
 
 def _count(batch: PackedBatch) -> Counts:
@@ -105,42 +72,6 @@ def _lengths(ids_BN) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
-    """A weight of ``d_in`` x ``d_out`` that ``uses`` vectors meet.
-
-    Attributes:
-      entry: it reads what comes into its part.
-      grouped: it is an expert's.
-    """
-
-    uses: float
-    d_in: int
-    d_out: int
-    entry: bool = False
-    grouped: bool = False
-
-    @property
-    def flops(self) -> float:
-        return 2.0 * self.uses * self.d_in * self.d_out
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """The forward arithmetic of a part: products with weights, and FLOP of attention's two products."""
-
-    products: tuple[Product, ...]
-    attention: float = 0.0
-
-    @property
-    def linear(self) -> float:
-        return sum(product.flops for product in self.products)
-
-    @property
-    def total(self) -> float:
-        return self.linear + self.attention
-
-
-@dataclasses.dataclass(frozen=True)
 class Parts:
     """FLOP of each part of the model."""
 
@@ -155,22 +86,18 @@ class Parts:
 
 
 def forward(template: VLM, counts: Counts) -> dict[str, Work]:
-    """What each part computes, once, forwards.
-
-    Args:
-      template: the model; shapes are enough.
+    """Return what each part computes in a forward pass, as the configurations declare it.
 
     Raises:
-      TypeError: an encoder or connector that nobody has taught this module to count.
+      TypeError: the configuration of an encoder, connector or decoder that does not declare its arithmetic.
     """
-    config = template.config
-    encoder = _products(template.encoder, counts.patches, entry="patch_embed")
-    decoder = _products(template.decoder, counts.tokens, _features_read(template, counts))
+    model = template.config
+    encoder, connector, decoder = model.encoder, model.connector, model.decoder
     return {
-        "encoder": Work(encoder, _encoder_attention(config.encoder, template.encoder, counts)),
-        "connector": _connector(config.connector, template.connector, counts),
-        "decoder": Work(decoder, _decoder_attention(template, counts)),
-        "head": Work((Product(counts.targets, config.decoder.hidden_size, config.decoder.vocab_size),)),
+        "encoder": encoder.work(counts),
+        "connector": connector.work(counts, encoder.hidden_size, decoder.hidden_size),
+        "decoder": decoder.work(counts, connector.tokens_per_image),
+        "head": Work((Product(counts.targets, decoder.hidden_size, decoder.vocab_size),)),
     }
 
 
@@ -205,25 +132,22 @@ def inference(template: VLM, counts: Counts) -> Parts:
     return Parts(**{part: work.total for part, work in forward(template, counts).items()})
 
 
-def decoding(template: VLM, rows: int, past: int) -> tuple[Parts, float]:
-    """One step of generation for so many rows, each token meeting ``past`` places; and how much of it is attention.
+def decoding(template: VLM, sequences: int, cache_len: int) -> tuple[Parts, float]:
+    """Return one step of generation, each new token after ``cache_len`` others; and how much of it is attention.
 
-    Pictures were read with the prompt: only cross-attention still meets the features of one frame.
+    Images were read with the prompt: the encoder and the connector have nothing to do.
     """
-    config = template.config.decoder
-    reach = min(past, getattr(config, "sliding_window", None) or past)
-    pairs = float(rows) * config.num_layers * reach
-    if isinstance(config, CrossAttentionTransformerConfig):
-        pairs += rows * (config.num_layers // config.cross_attention_every) * _tokens_per_image(template)
-    attention = 4 * pairs * _width(template.decoder)
-    linear = sum(product.flops for product in _products(template.decoder, rows))
-    head = Product(rows, config.hidden_size, config.vocab_size)
-    return Parts(0.0, 0.0, linear + attention, head.flops), attention
+    model = template.config
+    work = model.decoder.decode_work(sequences, cache_len, model.connector.tokens_per_image)
+    head = Product(sequences, model.decoder.hidden_size, model.decoder.vocab_size)
+    return Parts(0.0, 0.0, work.total, head.flops), work.attention
 
 
 def experts(template: VLM, tokens: int) -> float:
-    """What the decoder's experts compute of the forward arithmetic of so many tokens."""
-    return sum(product.flops for product in _products(template.decoder, tokens) if product.grouped)
+    """Return what the decoder's experts compute of the forward pass of so many tokens."""
+    model = template.config
+    work = model.decoder.decode_work(tokens, 1, model.connector.tokens_per_image)
+    return sum(product.flops for product in work.products if product.grouped)
 
 
 def _both_ways(work: Work, gradient_wanted: bool, learnt: bool, rank: int) -> float:
@@ -242,121 +166,6 @@ def _both_ways(work: Work, gradient_wanted: bool, learnt: bool, rank: int) -> fl
     return flops
 
 
-def _products(
-    part: nnx.Module, uses: float, features_read: float = 0.0, *, entry: str | None = None
-) -> tuple[Product, ...]:
-    """Every matrix of a part that each of ``uses`` vectors meets; stacked layers count each.
-
-    Keys and values of cross-attention are made of ``features_read`` features instead.
-    """
-    found = []
-    for path, variable in nnx.to_flat_state(nnx.state(part, nnx.Param)):
-        axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
-        if len(axes) < 2 or "vocab" in axes or "position" in axes:
-            continue  # norms and biases; tables that are looked up; the head, which is counted apart
-        grouped = axes[0] == "experts"
-        if grouped:  # each vector meets as many as it chooses
-            stacked = math.prod(shape[:-3]) * part.config.mlp.top_k
-        elif len(axes) == 2:
-            stacked = math.prod(shape[:-2])
-        else:
-            raise TypeError(f"{'.'.join(map(str, path))}: no rule says how many vectors meet a weight of axes {axes}")
-        met = features_read if "cross" in path and path[-2] in ("k", "v") else uses
-        found.append(Product(met * stacked, *shape[-2:], path[0] == entry, grouped))
-    return tuple(found)
-
-
-def _width(part: nnx.Module) -> int:
-    """Heads times head size, read off the projection after attention."""
-    paths = nnx.to_flat_state(nnx.state(part.blocks, nnx.Param))
-    return next(v.get_value().shape[-2] for path, v in paths if path[-3:] == ("attention", "out", "kernel"))
-
-
-def _squares(lengths: np.ndarray) -> float:
-    return float(np.square(lengths.astype(np.float64)).sum())
-
-
-@functools.singledispatch
-def _encoder_attention(config: EncoderConfig, encoder: nnx.Module, counts: Counts) -> float:
-    raise TypeError(f"the arithmetic of {type(config).__name__} is not known to jvlm.training.flops; add it there")
-
-
-@_encoder_attention.register
-def _(config: QwenViTConfig, encoder, counts):
-    full = len(set(config.fullatt_block_indexes))
-    pairs = full * _squares(counts.frames) + (config.depth - full) * _squares(counts.windows)
-    return 4 * pairs * _width(encoder)
-
-
-@_encoder_attention.register
-def _(config: ViTConfig, encoder, counts):
-    return 4 * config.depth * _squares(counts.frames) * _width(encoder)
-
-
-@functools.singledispatch
-def _connector(config: ConnectorConfig, connector: nnx.Module, counts: Counts) -> Work:
-    raise TypeError(f"the arithmetic of {type(config).__name__} is not known to jvlm.training.flops; add it there")
-
-
-@_connector.register
-def _(config: PatchMergerConfig, connector, counts):
-    return Work(_products(connector, counts.features))  # no entry: the norm before it is learnt too
-
-
-@_connector.register
-def _(config: PerceiverConfig, connector, counts):
-    """Keys and values are made of patches and latents; each latent meets its frame's patches and latents."""
-    latents = config.latents * len(counts.frames)
-    attention, mlp = connector.blocks.layer.attention, connector.blocks.layer.mlp
-    made = [(connector.projection, counts.patches), (attention.q, latents), (attention.out, latents), (mlp, latents)]
-    made += [(part, counts.patches + latents) for part in (attention.k, attention.v)]
-    products = tuple(product for part, uses in made for product in _products(part, uses))
-    pairs = config.depth * config.latents * float((counts.frames + config.latents).sum())
-    return Work(products, 4 * pairs * config.num_heads * config.head_dim)
-
-
-@_connector.register
-def _(config: ImageGridConfig, connector, counts):
-    """Without the pooling and the depthwise convolutions, which are little beside the rest."""
-    frames, products = len(counts.frames), []
-    for path, variable in nnx.to_flat_state(nnx.state(connector, nnx.Param)):
-        axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
-        if len(axes) == 2 and "position" not in axes:
-            once = path[-2] in ("squeeze", "excite")  # of a frame's mean
-            uses = frames if once else frames * config.grid**2 if path[0] == "stage1" else counts.features
-            products.append(Product(uses, *shape))
-    return Work(tuple(products))
-
-
-def _decoder_attention(template: VLM, counts: Counts) -> float:
-    """Causal: each query meets half of its segment, or of its window where that is shorter."""
-    config, lengths = template.config.decoder, counts.segments.astype(np.float64)
-    reach = np.minimum(lengths, getattr(config, "sliding_window", None) or np.inf)
-    pairs = config.num_layers * float((lengths * reach - reach**2 / 2).sum())
-    if isinstance(config, CrossAttentionTransformerConfig) and len(counts.frames):
-        # each token counted as reading one frame, as most do: text before the first picture reads none
-        layers = config.num_layers // config.cross_attention_every
-        pairs += layers * counts.tokens * _tokens_per_image(template)
-    return 4 * pairs * _width(template.decoder)
-
-
-def _features_read(template: VLM, counts: Counts) -> float:
-    """Features that cross-attention makes keys and values of."""
-    if not isinstance(template.config.decoder, CrossAttentionTransformerConfig):
-        return 0.0
-    return float(_tokens_per_image(template) * len(counts.frames))
-
-
-def _tokens_per_image(template: VLM) -> int:
-    tokens = template.config.connector.tokens_per_image
-    if tokens is None:
-        kind = type(template.config.connector).__name__
-        raise TypeError(
-            f"the arithmetic of cross-attention to {kind}, whose images have any number of tokens, is not known"
-        )
-    return tokens
-
-
 def of_batch(template: VLM, batches: Iterable[PackedBatch], learnt: Mapping[str, bool]) -> Parts:
     """`training` of one or more batches of host arrays."""
-    return training(template, Counts.of(batches), learnt)
+    return training(template, counts_of(batches), learnt)

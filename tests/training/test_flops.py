@@ -17,7 +17,7 @@ from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
 from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
-from jvlm.models.contracts import VisionTokens
+from jvlm.models.contracts import EncoderConfig, VisionTokens
 from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
@@ -98,7 +98,7 @@ def _by_xla(learnt: dict[str, bool]) -> float:
 def test_it_is_what_xla_counts_within_3_percent_whatever_is_frozen(learnt):
     learnt = {tower: tower in learnt.split() for tower in vlm.TOWERS}
     template = vlm.abstract(CONFIG)
-    counts = flops.Counts.of([_full_batch()])
+    counts = flops.counts_of([_full_batch()])
     counted = flops.training(template, counts, learnt)
     # XLA counts what the reference attention and the logits of all tokens compute: no half, and one token more
     attention = flops.forward(template, counts)["decoder"].attention
@@ -142,7 +142,7 @@ def test_windows_and_full_attention_of_the_vision_tower_are_counted_by_pairs():
 
 
 def test_adapters_cost_their_own_products_and_no_gradient_of_the_frozen_weights():
-    template, counts = vlm.abstract(CONFIG), flops.Counts.of([_full_batch()])
+    template, counts = vlm.abstract(CONFIG), flops.counts_of([_full_batch()])
     frozen = dict.fromkeys(vlm.TOWERS, False)
     work = flops.forward(template, counts)["decoder"]
     found = flops.training(template, counts, frozen, {"decoder": 8}).decoder
@@ -176,7 +176,7 @@ def test_peaks_of_devices_are_those_of_their_data_sheets(kind, teraflops):
 def test_experts_cost_what_each_token_chooses_and_the_router():
     decoder = dataclasses.replace(CONFIG.decoder, num_layers=4)
     experts = MoEConfig(every=2, experts=5, top_k=3, intermediate_size=decoder.intermediate_size)
-    counts = flops.Counts.of([_full_batch()])
+    counts = flops.counts_of([_full_batch()])
     templates = [
         vlm.abstract(dataclasses.replace(CONFIG, decoder=d))
         for d in (decoder, dataclasses.replace(decoder, mlp=experts))
@@ -207,6 +207,28 @@ def test_a_connector_of_frames_costs_what_xla_counts_within_4_percent(config):
     assert lowered.cost_analysis()["flops"] == pytest.approx(counted, rel=0.04)
 
 
+@pytest.mark.parametrize("preset", ["mimo_vl_7b", "qwen2_5_vl_3b", "idefics2_8b", "mm1_5_7b"])
+def test_every_matrix_of_encoder_and_decoder_is_counted_once(preset):
+    """Of one token and one patch, against the parameters that the model has: nothing is forgotten, nothing invented."""
+    template = vlm.abstract(families.preset(preset))
+    one = np.ones(1, int)
+    work = flops.forward(template, flops.Counts(one, one, one, 1, 0))
+    for tower in ("encoder", "decoder"):
+        variables = nnx.to_flat_state(nnx.state(getattr(template, tower), nnx.Param))
+        axes = [(variable.get_metadata()["axes"], variable.get_value().size) for _, variable in variables]
+        matrices = sum(size for names, size in axes if len(names) == 2 and not {"vocab", "position"} & set(names))
+        assert work[tower].linear == 2 * matrices
+
+
+def test_a_part_that_declares_no_arithmetic_says_so():
+    @dataclasses.dataclass(frozen=True)
+    class Plain(EncoderConfig):
+        hidden_size: int = 8
+
+    with pytest.raises(TypeError, match="the arithmetic of Plain is not known: it does not define `work`"):
+        Plain().work(flops.counts_of([_full_batch()]))
+
+
 def test_the_perceiver_costs_what_xla_counts_within_4_percent():
     config = PerceiverConfig(projection_size=1024, latents=32, depth=2, num_heads=8, num_kv_heads=2, head_dim=64)
     precision = Precision(compute_dtype="float32", attention="reference")
@@ -228,7 +250,7 @@ def test_the_perceiver_costs_what_xla_counts_within_4_percent():
     features = jax.ShapeDtypeStruct((1, PATCHES, 768), np.float32)
     lowered = jax.jit(run).lower(shapes, features)
     counts = flops.Counts(np.asarray([32]), np.asarray([PATCHES]), np.zeros(0, int), 32, 0)
-    counted = flops._connector(config, module, counts).total
+    counted = config.work(counts, 768, 1536).total
     assert lowered.cost_analysis()["flops"] == pytest.approx(counted, rel=0.04)
 
 

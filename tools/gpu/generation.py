@@ -43,7 +43,7 @@ def main() -> None:
         [examples], arguments.tokens, arguments.patches, patch_values=processor.image_processor.patch_values
     )
     template, values = split(model)
-    counts = flops.Counts.of([batch])
+    counts = flops.counts_of([batch])
     work = flops.forward(template, counts)
     last = np.flatnonzero(np.diff(batch.segment_ids[0], append=0) != 0)[: len(examples)]
     device_batch = jax.device_put(batch)
@@ -59,7 +59,7 @@ def main() -> None:
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {count / 1e9:.2f} G parameters, bfloat16\n")
     print("| what | ms | MFU or TB/s |\n| --- | ---: | ---: |")
     took = seconds(jax.jit(tower), (values, device_batch), 5)
-    pictures = f"{len(counts.frames)} pictures, {counts.patches:,} patches"
+    pictures = f"{len(counts.images)} pictures, {counts.patches:,} patches"
     print(f"| vision tower, {pictures}, packed | {1e3 * took:.1f} | {work['encoder'].total / took / peak:.1%} |")
     took = seconds(jax.jit(prefill), (values, device_batch), 5)
     total = sum(work[part].total for part in ("encoder", "connector", "decoder"))

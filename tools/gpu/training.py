@@ -47,7 +47,7 @@ def other_counters(experiment: Experiment, template: vlm.VLM, counts: flops.Coun
     padded = dataclasses.replace(
         counts,
         segments=np.append(counts.segments, max(positions - counts.tokens, 0)),
-        frames=np.append(counts.frames, max(data.batch_size * data.max_patches - counts.patches, 0)),
+        images=np.append(counts.images, max(data.batch_size * data.max_patches - counts.patches, 0)),
         targets=positions,
     )
     everything = flops.training(template, padded, dict.fromkeys(TOWERS, True)).total
@@ -95,7 +95,7 @@ def main() -> None:
         losses.append(float(metrics["loss"]))
         taken.append(time.perf_counter() - began)
     seconds = statistics.median(taken[1:])
-    counts = flops.Counts.of([batch])
+    counts = flops.counts_of([batch])
     parts = flops.training(template, counts, dict.fromkeys(TOWERS, True))
     peak = flops.peak(jax.devices()[0].device_kind) or float("nan")
     memory = compiled.memory_analysis()
@@ -109,7 +109,7 @@ def main() -> None:
         f"remat {arguments.remat}, {arguments.rows} x {arguments.tokens:,} tokens and {arguments.patches:,} patches, "
     )
     print(f"{counts.tokens:,} tokens of {len(counts.segments)} conversations, {counts.patches:,} patches of ")
-    print(f"{len(counts.frames)} pictures, {counts.targets:,} supervised; start and compilation {ready:.0f} s\n")
+    print(f"{len(counts.images)} pictures, {counts.targets:,} supervised; start and compilation {ready:.0f} s\n")
     print("| what | value |\n| --- | ---: |")
     print(f"| step, s (median of {len(taken) - 1}; {min(taken[1:]):.3f} to {max(taken[1:]):.3f}) | {seconds:.3f} |")
     print(f"| tokens a second, padding aside | {counts.tokens / seconds:,.0f} |")

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jvlm.models import device_ops, layers
+from jvlm.models.arithmetic import Counts, Product, Work
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.pooled_mlp import (
     ImageGridConfig,
@@ -23,6 +24,7 @@ from jvlm.models.connectors.pooled_mlp import (
     adaptive_average_pool,
     image_grids,
     project_grids,
+    projector_products,
 )
 from jvlm.models.contracts import VisionTokens
 from jvlm.models.registry import register
@@ -44,6 +46,24 @@ class CAbstractorConfig(ImageGridConfig):
     depth: int = 3
     projector_depth: int = 2
     positions: bool = True
+
+    def work(self, counts: Counts, d_in: int, d_out: int) -> Work:
+        """Return the arithmetic of a forward pass without pooling and depthwise convolutions, which are little."""
+        images, width = len(counts.images), self.hidden_size if self.depth else d_in
+        products: list[Product] = []
+        for stage, uses in enumerate((images * self.grid**2, counts.vision_tokens)):
+            for i in range(self.depth):
+                first = width if stage or i else d_in
+                squeezed = _squeezed(first)
+                products += [Product(uses, first, width), Product(uses, width, width)]
+                products += [Product(images, width, squeezed), Product(images, squeezed, width)]
+                products += [Product(uses, first, width)] if first != width else []
+        return Work((*products, *projector_products(counts.vision_tokens, width, d_out, self.projector_depth)))
+
+
+def _squeezed(width: int) -> int:
+    """Return the channels inside a squeeze-and-excitation."""
+    return round(width / 4)
 
 
 class DepthwiseConv(nnx.Module):
@@ -76,7 +96,7 @@ class RegBlock(nnx.Module):
         def norm() -> layers.LayerNorm:
             return layers.LayerNorm(width, _EPS, precision=precision)
 
-        squeezed = round(d_in / 4)
+        squeezed = _squeezed(d_in)
         self.conv1 = layers.Linear(d_in, width, ("embed", "mlp"), bias=False, **common)
         self.norm1 = norm()
         self.conv2 = DepthwiseConv(width, **common)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from jvlm.errors import UserError
 from jvlm.models import layers
+from jvlm.models.arithmetic import Counts, Product, Work
 from jvlm.models.batch import PackedBatch
 from jvlm.models.contracts import ConnectorConfig, VisionTokens
 from jvlm.models.registry import register
@@ -19,6 +20,16 @@ class PatchMergerConfig(ConnectorConfig):
     """``merge`` x ``merge`` neighbouring patches become one vision token."""
 
     merge: int = 2
+
+    @property
+    def patches_per_token(self) -> int:
+        """Patches that become one vision token."""
+        return self.merge**2
+
+    def work(self, counts: Counts, d_in: int, d_out: int) -> Work:
+        """Return the arithmetic of a forward pass; nothing is an entry: the norm before the products is trained too."""
+        width = d_in * self.merge**2
+        return Work((Product(counts.vision_tokens, width, width), Product(counts.vision_tokens, width, d_out)))
 
 
 @register(PatchMergerConfig)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from jvlm.errors import UserError
 from jvlm.models import layers
+from jvlm.models.arithmetic import Counts, Work, attention_flops, attention_products, swiglu_products
 from jvlm.models.attention import Attention
 from jvlm.models.batch import PackedBatch
 from jvlm.models.contracts import ConnectorConfig, VisionTokens, image_ids_of
@@ -50,6 +51,19 @@ class PerceiverConfig(ConnectorConfig):
     def tokens_per_image(self) -> int:
         """Vision tokens of an image."""
         return self.latents
+
+    def work(self, counts: Counts, d_in: int, d_out: int) -> Work:
+        """Return the arithmetic of a forward pass: latents attend to the patches of their image and to themselves."""
+        latents = self.latents * len(counts.images)
+        q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        keys = self.depth * (counts.patches + latents)
+        products = (
+            *swiglu_products(counts.patches, d_in, self.projection_size, d_out),
+            *attention_products(self.depth * latents, d_out, q_width, kv_width, keys),
+            *swiglu_products(self.depth * latents, d_out, 4 * d_out),
+        )
+        pairs = self.depth * self.latents * float((counts.images + self.latents).sum())
+        return Work(products, attention_flops(pairs, q_width))
 
 
 class PerceiverBlock(nnx.Module):

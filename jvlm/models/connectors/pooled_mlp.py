@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from jvlm.errors import UserError
 from jvlm.models import layers
+from jvlm.models.arithmetic import Counts, Product, Work
 from jvlm.models.batch import PackedBatch
 from jvlm.models.contracts import ConnectorConfig, VisionTokens, image_ids_of
 from jvlm.models.registry import register
@@ -91,6 +92,15 @@ class PooledMLPConfig(ImageGridConfig):
 
     depth: int = 2
     activation: layers.Activation = "gelu"
+
+    def work(self, counts: Counts, d_in: int, d_out: int) -> Work:
+        """Return the arithmetic of a forward pass without the pooling, which is little beside the rest."""
+        return Work(projector_products(counts.vision_tokens, d_in, d_out, self.depth))
+
+
+def projector_products(uses: float | int, d_in: int, d_out: int, depth: int) -> tuple[Product, ...]:
+    """Return the products of a `Projector`."""
+    return tuple(Product(uses, d_out if i else d_in, d_out) for i in range(depth))
 
 
 class Projector(nnx.Module):

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from jvlm.errors import UserError
 from jvlm.models import device_ops, layers
+from jvlm.models.arithmetic import Counts, Product, Work, attention_flops, attention_products, swiglu_products
 from jvlm.models.attention import Attention
 from jvlm.models.batch import PackedBatch
 from jvlm.models.contracts import DecoderInputs, VisionTokens
@@ -64,6 +65,38 @@ class CrossAttentionTransformerConfig(TransformerConfig):
     def has_cross_attention(self, index: int) -> bool:
         """Return whether a cross-attention layer stands before layer ``index`` (from 0)."""
         return index % self.cross_attention_every == 0
+
+    def work(self, counts: Counts, tokens_per_image: int | None) -> Work:
+        """Return the arithmetic of a forward pass.
+
+        Each token is counted as reading one image, as most do: text before the first image reads none.
+        """
+        per_image, own = self._tokens_per_image(tokens_per_image), super().work(counts, tokens_per_image)
+        layers = self.num_layers // self.cross_attention_every
+        pairs = layers * counts.tokens * per_image if len(counts.images) else 0
+        products = self._cross_products(counts.tokens, per_image * len(counts.images))
+        return Work((*own.products, *products), own.attention + attention_flops(pairs, self.attention_width))
+
+    def decode_work(self, sequences: int, cache_len: int, tokens_per_image: int | None) -> Work:
+        """Return the arithmetic of one new token for each sequence, which reads one image."""
+        own = super().decode_work(sequences, cache_len, tokens_per_image)
+        pairs = sequences * (self.num_layers // self.cross_attention_every) * self._tokens_per_image(tokens_per_image)
+        products = self._cross_products(sequences, 0)
+        return Work((*own.products, *products), own.attention + attention_flops(pairs, self.attention_width))
+
+    def _cross_products(self, tokens: float | int, vision_tokens: float | int) -> tuple[Product, ...]:
+        layers, D = self.num_layers // self.cross_attention_every, self.hidden_size
+        kv_width = self.num_kv_heads * self.head_size
+        return (
+            *attention_products(layers * tokens, D, self.attention_width, kv_width, layers * vision_tokens),
+            *swiglu_products(layers * tokens, D, self.intermediate_size),
+        )
+
+    @staticmethod
+    def _tokens_per_image(tokens_per_image: int | None) -> int:
+        if tokens_per_image is None:
+            raise TypeError("the arithmetic of cross-attention to images of any number of tokens is not known")
+        return tokens_per_image
 
     def placeholders(self, vision_tokens: int) -> int:
         """Return 1: an image is one token of the text, whatever the number of its vision tokens."""

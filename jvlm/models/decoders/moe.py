@@ -19,6 +19,7 @@ from jvlm_kernels import grouped_matmul
 
 from jvlm.errors import UserError
 from jvlm.models import device_ops, layers
+from jvlm.models.arithmetic import Product, swiglu_products
 from jvlm.models.contracts import MLPConfig
 from jvlm.models.registry import register
 
@@ -53,6 +54,14 @@ class MoEConfig(MLPConfig):
             raise UserError(f"every must be at least 1, got {self.every}")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             raise UserError(f"capacity_factor must be positive, got {self.capacity_factor}")
+
+    def products(self, tokens: float | int, width: int) -> tuple[Product, ...]:
+        """Return what one layer multiplies: the router, and of the experts what each token chooses."""
+        chosen = tokens * self.top_k
+        return (
+            Product(tokens, width, self.experts),
+            *swiglu_products(chosen, width, self.intermediate_size, grouped=True),
+        )
 
     def capacity(self, tokens: int) -> int:
         """Return how many choices an expert takes in a batch of so many tokens, padding included."""

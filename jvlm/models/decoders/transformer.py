@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jvlm.errors import UserError
 from jvlm.models import device_ops, layers, registry
+from jvlm.models.arithmetic import Counts, Product, Work, attention_flops, attention_products, swiglu_products
 from jvlm.models.attention import Attention
 from jvlm.models.batch import DecoderOutput, DecodeStep, PackedBatch
 from jvlm.models.contracts import DecoderConfig, DecoderInputs, MLPConfig, VisionTokens, replace_placeholders
@@ -85,6 +86,32 @@ class TransformerConfig(DecoderConfig):
     def uses_mrope(self) -> bool:
         """Whether positions differ between the axes (t, h, w)."""
         return self.mrope_section is not None
+
+    @property
+    def attention_width(self) -> int:
+        """Number of query heads times the size of a head."""
+        return self.num_heads * self.head_size
+
+    def work(self, counts: Counts, tokens_per_image: int | None) -> Work:
+        """Return the arithmetic of a forward pass: a token attends to those before it, within its window."""
+        lengths = counts.segments.astype(np.float64)
+        reach = np.minimum(lengths, self.sliding_window or np.inf)
+        pairs = self.num_layers * float((lengths * reach - reach**2 / 2).sum())
+        return Work(self._products(counts.tokens), attention_flops(pairs, self.attention_width))
+
+    def decode_work(self, sequences: int, cache_len: int, tokens_per_image: int | None) -> Work:
+        """Return the arithmetic of one new token for each sequence."""
+        pairs = float(sequences) * self.num_layers * min(cache_len, self.sliding_window or cache_len)
+        return Work(self._products(sequences), attention_flops(pairs, self.attention_width))
+
+    def _products(self, tokens: float | int) -> tuple[Product, ...]:
+        D, others = self.hidden_size, sum(self.has_mlp(i) for i in range(self.num_layers))
+        kv_width = self.num_kv_heads * self.head_size
+        return (
+            *attention_products(tokens * self.num_layers, D, self.attention_width, kv_width),
+            *swiglu_products(tokens * (self.num_layers - others), D, self.intermediate_size),
+            *(self.mlp.products(tokens * others, D) if self.mlp else ()),
+        )
 
     def has_mlp(self, index: int) -> bool:
         """Return whether layer ``index`` (from 0) has ``mlp`` in place of the dense SwiGLU."""

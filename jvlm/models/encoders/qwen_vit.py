@@ -15,6 +15,7 @@ from flax import nnx
 
 from jvlm.errors import UserError
 from jvlm.models import layers
+from jvlm.models.arithmetic import Counts, Product, Work, attention_flops, attention_products, squares, swiglu_products
 from jvlm.models.attention import Attention
 from jvlm.models.batch import PackedBatch
 from jvlm.models.contracts import EncoderConfig, VisionTokens
@@ -57,6 +58,23 @@ class QwenViTConfig(EncoderConfig):
     def patch_values(self) -> int:
         """Numbers in a flattened patch, in the order channel, frame, y, x."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    def work(self, counts: Counts) -> Work:
+        """Return the arithmetic of a forward pass: most layers attend within windows."""
+        D, uses = self.hidden_size, counts.patches * self.depth
+        full = len(set(self.fullatt_block_indexes))
+        pairs = full * squares(counts.images) + (self.depth - full) * squares(counts.windows)
+        products = (
+            Product(counts.patches, self.patch_values, D, entry=True),
+            *attention_products(uses, D, D, D),
+            *swiglu_products(uses, D, self.intermediate_size),
+        )
+        return Work(products, attention_flops(pairs, D))
+
+    def branch_frequency(self) -> dict[str, float]:
+        """Return how often layers attend to the whole image, and to windows."""
+        full = len(self.fullatt_block_indexes) / self.depth
+        return {"attention/cond/branch_1_fun": full, "attention/cond/branch_0_fun": 1 - full}
 
     @property
     def window_patches(self) -> int:
