@@ -32,8 +32,9 @@ def adjusted(logits, prompt=None, **config):
     if prompt is not None:
         seen = np.zeros(logits.shape, bool)
         np.put_along_axis(seen, prompt, True, axis=1)
+        seen = jnp.asarray(seen)
     knobs = Knobs.of(config, np.arange(len(logits)))
-    return np.asarray(sampling.adjust(logits, config.kind, knobs, banned=NONE_BANNED, seen=seen))
+    return np.asarray(sampling.adjust(jnp.asarray(logits), config.kind, knobs, banned=NONE_BANNED, seen=seen))
 
 
 def processed(logits, *processors, prompt=None):
