@@ -39,7 +39,7 @@ def from_dict(kind: type[T], values: Any, path: str = "") -> T:
         values = dict(values)
         if "type" not in values:
             raise UserError(f'{path or "configuration"}: needs a "type"')
-        kind = (registry.config_type if kind in _PARTS else families.image_config_type)(values.pop("type"))
+        kind = _type_of(kind, values.pop("type"))
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, values, path)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -64,6 +64,14 @@ def from_dict(kind: type[T], values: Any, path: str = "") -> T:
     if not isinstance(values, kind):
         raise UserError(f"{path.rstrip('.')}: {values!r} is not of type {kind}")
     return values
+
+
+def _type_of(kind: type, name: str) -> type:
+    if kind is ImageProcessorConfig:
+        return families.image_config_type(name)
+    if not registry.is_registered(name):
+        families.load_all()  # it may be of another package
+    return registry.config_type(name)
 
 
 def _dataclass(kind: type, values: Any, path: str) -> Any:

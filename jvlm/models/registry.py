@@ -50,6 +50,12 @@ def config_type(name: str) -> type:
     return _BY_NAME[name]
 
 
+def is_registered(name: str) -> bool:
+    """Return whether a configuration of this name is known."""
+    load_all()
+    return name in _BY_NAME
+
+
 def load_all() -> None:
     """Import every file of the folders, so that adding an architecture only adds files."""
     for folder in ("encoders", "connectors", "decoders"):

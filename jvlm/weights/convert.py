@@ -165,11 +165,12 @@ class _Snapshot:
         values = json_files.read_object(self.folder / "config.json")
         if dtype is not None:
             _set_dtype(values, dtype)
+        classes = table.hf_format(self.config).tokenizer_classes
         if self.processor is not None:
-            tokenizer_files.save(self.processor.tokenizer, target, self.processor.template.templates)
+            tokenizer_files.save(self.processor.tokenizer, target, self.processor.template.templates, classes)
             _set_vocabulary(values, self.config.decoder.vocab_size)
         elif not tokenizer_files.is_portable(target):
-            tokenizer_files.make_portable(target)
+            tokenizer_files.make_portable(target, classes=classes)
         (target / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
     def close(self) -> None:

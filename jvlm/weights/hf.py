@@ -271,7 +271,8 @@ def write_sidecars(folder: Path, config: VLMConfig, processor: Processor, dtype:
 def write_processor(folder: Path, config: VLMConfig, processor: Processor) -> None:
     """Tokenizer, chat template, generation defaults, and jvlm's own settings: what `load_processor` reads."""
     templates = processor.template.templates
-    tokenizer_files.save(processor.tokenizer, folder, templates)
+    form = processor.family.hf
+    tokenizer_files.save(processor.tokenizer, folder, templates, form.tokenizer_classes if form else ())
     chat_templates.write(folder, templates)
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     generation["pad_token_id"] = processor.tokenizer.pad_token_id

@@ -15,8 +15,6 @@ from jvlm.weights.chat_templates import JINJA, Templates
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _GENERIC = "PreTrainedTokenizerFast"
-# Its processor wants this class before transformers 5.
-_KEPT = ("Qwen2Tokenizer",)
 # Notes of transformers 5 about how it has loaded a tokenizer, which are no settings of it.
 _NOTES = ("backend", "is_local", "local_files_only", "model_specific_special_tokens", "name_or_path")
 # Earlier forms of what tokenizer.json and tokenizer_config.json say: some readers look here first.
@@ -24,28 +22,33 @@ _OLDER = ("added_tokens.json", "special_tokens_map.json")
 _VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
-def save(tokenizer: Any, folder: Path, templates: Templates) -> None:
-    """Write a tokenizer, without its templates' files; vocabularies of another tokenizer in the folder are removed."""
+def save(tokenizer: Any, folder: Path, templates: Templates, classes: tuple[str, ...] = ()) -> None:
+    """Write a tokenizer, without its templates' files; vocabularies of another tokenizer in the folder are removed.
+
+    Args:
+      templates, classes: as of `make_portable`.
+    """
     before = _vocabulary(folder)
     tokenizer.save_pretrained(str(folder), save_jinja_files=False)
-    make_portable(folder, templates)
+    make_portable(folder, templates, classes)
     if before is not None and before != _vocabulary(folder):
         for name in _VOCABULARIES:
             (folder / name).unlink(missing_ok=True)
 
 
-def make_portable(folder: Path, templates: Templates | None = None) -> None:
+def make_portable(folder: Path, templates: Templates | None = None, classes: tuple[str, ...] = ()) -> None:
     """Rewrite a folder's tokenizer_config.json for every version; without a tokenizer.json it stays as it is.
 
     Args:
       templates: written into it too, which is where tokenizers before transformers 4.57 look; None keeps what is there,
         or takes the file of the template.
+      classes: tokenizer classes to keep (`HFFormat.tokenizer_classes`); every other becomes the generic one.
     """
     if not (folder / TOKENIZER).is_file() or not (folder / CONFIG).is_file():
         return
     whole, values = read_object_if_there(folder / TOKENIZER), read_object_if_there(folder / CONFIG)
     name = str(values.get("tokenizer_class") or _GENERIC).removesuffix("Fast")
-    values["tokenizer_class"] = name if name in _KEPT else _GENERIC
+    values["tokenizer_class"] = name if name in classes else _GENERIC
     # the generic class also gives token_type_ids, which these models do not take
     values["model_input_names"] = ["input_ids", "attention_mask"]
     _special_tokens(values)
