@@ -30,18 +30,25 @@ from jvlm.parallel.layout import MeshLayout
 from jvlm.training import log
 from jvlm.training.config import Experiment
 from jvlm.training.log import clock
-from jvlm.training.loop import Result, split, train
+from jvlm.training.runs import Result, train
 from jvlm.training.side_files import write_json, write_lines
-from jvlm.weights import hf, run_dir, table
+from jvlm.training.trainer import split
+from jvlm.weights import frozen, hf, table
 from jvlm.weights.io import load
 
 ANSWERS, SCORES, EXPORT, REPORT = "answers.jsonl", "scores.json", "hf", "report.html"
 NOT_ASKED = "evaluation_rejected.jsonl"
+_CURVES = (
+    ("loss", "loss"),
+    ("token accuracy", "token_acc"),
+    ("validation loss", "validation/loss"),
+    ("validation token accuracy", "validation/token_acc"),
+)
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Floor:
+class TextOnlyScores:
     """Accuracy of answering without the picture: overall, yes/no questions, the others."""
 
     accuracy: float
@@ -61,7 +68,7 @@ def run(experiment: Experiment) -> Path:
     """
     began = time.perf_counter()
     if experiment.export.enabled and experiment.model is not None:
-        table.export_form(experiment.model)  # better refused now than after the training
+        table.export_format(experiment.model)  # better refused now than after the training
     result = train(experiment)
     if jax.process_count() > 1:
         # parts of it are on other hosts, and the memory is needed
@@ -112,28 +119,30 @@ def _finish(experiment: Experiment, result: Result, began: float) -> list[str]:
       UserError, RuntimeError: parts that failed, after the others were done.
     """
     finish = _Finish()
-    answers, scores, floor, exported = [], None, None, "not asked for"
+    answers, scores, baseline, exported = [], None, None, "not asked for"
     if experiment.export.enabled:
         exported = finish.part("export", lambda: export(experiment, result), "failed")
     if experiment.evaluation.data:
         none = ([], None, None)
-        answers, scores, floor = finish.part("scoring", lambda: evaluate(experiment, result, finish), none)
+        answers, scores, baseline = finish.part("scoring", lambda: evaluate(experiment, result, finish), none)
     if experiment.export.enabled and exported != "failed":
         exported = finish.part(
             "reading the export back", lambda: verify(experiment, result, answers), f"{exported}, not the same"
         )
     seconds = time.perf_counter() - began
     written = finish.part(
-        "report", lambda: write_report(experiment, result, answers, scores, floor, exported, seconds), None
+        "report", lambda: write_report(experiment, result, answers, scores, baseline, exported, seconds), None
     )
-    result.home.push()
+    result.storage.push()
     if written:
         print(f"report: {written}")
     finish.end(result.folder)
     return missed_aims(experiment.evaluation, scores)
 
 
-def evaluate(experiment: Experiment, result: Result, finish: _Finish) -> tuple[list[Answer], Scores, Floor | None]:
+def evaluate(
+    experiment: Experiment, result: Result, finish: _Finish
+) -> tuple[list[Answer], Scores, TextOnlyScores | None]:
     """Answers and scores on the evaluation data, written to the run folder and printed.
 
     Rows that cannot be asked are left out, counted and listed.
@@ -154,14 +163,14 @@ def evaluate(experiment: Experiment, result: Result, finish: _Finish) -> tuple[l
         print(f"{len(rejected)} evaluation rows left out (listed in {result.folder / NOT_ASKED}):\n{grouped(rejected)}")
     seconds = time.perf_counter() - began
     scores = Scores.of(answers)
-    floor = None
+    baseline = None
     if config.text_only_baseline and scores.questions:
-        floor = finish.part("text-only baseline", lambda: text_only_baseline(experiment, answers), None)
+        baseline = finish.part("text-only baseline", lambda: text_only_baseline(experiment, answers), None)
     values = {**dataclasses.asdict(scores), "rows_left_out": len(rejected), "seconds": seconds}
-    values["text_only_baseline"] = dataclasses.asdict(floor) if floor else None
+    values["text_only_baseline"] = dataclasses.asdict(baseline) if baseline else None
     write_json(result.folder / SCORES, values)
-    print(summary(scores, floor, seconds))
-    return answers, scores, floor
+    print(summary(scores, baseline, seconds))
+    return answers, scores, baseline
 
 
 def _asked(
@@ -188,7 +197,7 @@ def _layout(result: Result) -> MeshLayout | None:
     return serving.layout(result.model.config, devices=jax.local_devices())
 
 
-def text_only_baseline(experiment: Experiment, answers: Sequence[Answer]) -> Floor:
+def text_only_baseline(experiment: Experiment, answers: Sequence[Answer]) -> TextOnlyScores:
     """What the training data's most frequent answers score on the same questions.
 
     Raises:
@@ -198,22 +207,25 @@ def text_only_baseline(experiment: Experiment, answers: Sequence[Answer]) -> Flo
     rows = usable.rows_of(experiment.data.train, rejected=rejected)
     if experiment.data.on_bad_row == "error":
         rows = usable.all_rows_of(experiment.data.train)
-    blind = TextOnlyBaseline(rows)
+    asked = [a.question for a in answers if not a.question.boxes]
+    baseline = TextOnlyBaseline(rows, asked)
     if rejected:
         print(f"text-only baseline: {len(rejected)} training rows left out:\n{grouped(rejected)}")
-    asked = [a.question for a in answers if not a.question.boxes]
     yes_no = [q for q in asked if normalise(q.expected) in YES_NO]
     other = [q for q in asked if normalise(q.expected) not in YES_NO]
-    return Floor(blind.accuracy(asked), blind.accuracy(yes_no), blind.accuracy(other))
+    return TextOnlyScores(baseline.accuracy(asked), baseline.accuracy(yes_no), baseline.accuracy(other))
 
 
-def summary(scores: Scores, floor: Floor | None, seconds: float) -> str:
+def summary(scores: Scores, baseline: TextOnlyScores | None, seconds: float) -> str:
     """The result as lines for the terminal."""
     lines = []
     if scores.questions:
-        blind = f"   text-only baseline {100 * floor.accuracy:.1f} %" if floor else ""
+        blind = f"   text-only baseline {100 * baseline.accuracy:.1f} %" if baseline else ""
         lines.append(f"accuracy   {100 * scores.accuracy:5.1f} %  on {scores.questions} questions{blind}")
-        parts = {"yes/no": (scores.yes_no, floor and floor.yes_no), "other": (scores.other, floor and floor.other)}
+        parts = {
+            "yes/no": (scores.yes_no, baseline and baseline.yes_no),
+            "other": (scores.other, baseline and baseline.other),
+        }
         for name, (share, below) in parts.items():
             if share is not None:
                 blind = f"   text-only baseline {100 * below:.1f} %" if below is not None else ""
@@ -232,8 +244,7 @@ def export(experiment: Experiment, result: Result) -> str:
     saved = None
     if jax.process_count() > 1:
         shapes = {path: v.get_value().shape for path, v in vlm.parameters(result.model).items()}
-        params = run_dir.params_folder(result.folder, result.last)
-        saved = run_dir.Arrays(params, shapes, run_dir.saved_fingerprints(params.parent)).read
+        saved = frozen.open_run(result.folder, shapes, result.last).read
     hf.save(result.model, result.processor, folder, dtype=experiment.export.dtype, read=saved)
     return f"{folder}"
 
@@ -279,12 +290,13 @@ def write_report(
     result: Result,
     answers: Sequence[Answer],
     scores: Scores | None,
-    floor: Floor | None,
+    baseline: TextOnlyScores | None,
     exported: str,
     seconds: float,
 ) -> Path:
     """Write the run's HTML page. Returns where it is."""
-    lines = log.read(result.folder)
+    every = log.read(result.folder)
+    lines = [line for line in every if "loss" in line]
     counts = vlm.parameter_counts(result.model)
     last = lines[-1]
     facts = {
@@ -302,12 +314,14 @@ def write_report(
         facts["aim"] = "; ".join(missed_aims(experiment.evaluation, scores)) or "reached"
     headline, bars = [], []
     if scores and scores.questions:
-        note = f"text-only baseline {100 * floor.accuracy:.1f} %" if floor else f"{scores.questions} questions"
+        note = f"text-only baseline {100 * baseline.accuracy:.1f} %" if baseline else f"{scores.questions} questions"
         headline.append((f"{100 * scores.accuracy:.1f} %", f"of {scores.questions:,} test questions", note))
-        bars.append(("all", scores.accuracy, floor.accuracy if floor else None))
+        bars.append(("all", scores.accuracy, baseline.accuracy if baseline else None))
         for name in ("yes_no", "other"):
             if getattr(scores, name) is not None:
-                bars.append((name.replace("_", "/"), getattr(scores, name), getattr(floor, name) if floor else None))
+                bars.append(
+                    (name.replace("_", "/"), getattr(scores, name), getattr(baseline, name) if baseline else None)
+                )
     if scores and scores.boxes:
         note = f"{100 * scores.iou_at_half:.1f} % with IoU of 0.5 or more"
         headline.append((f"{scores.mean_iou:.3f}", f"mean IoU of {scores.boxes:,} boxes", note))
@@ -318,7 +332,11 @@ def write_report(
         title=experiment.name,
         headline=headline,
         bars=bars,
-        curves=[report.curve("loss", lines, "loss"), report.curve("token accuracy", lines, "token_acc")],
+        curves=[
+            report.curve(title, every, key)
+            for title, key in _CURVES
+            if any(line.get(key) is not None for line in every)
+        ],
         pictures=report.pictures(answers, result.processor.media_roots),
         facts=facts,
     )

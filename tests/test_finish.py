@@ -83,7 +83,7 @@ FAILURES = {
     "scoring": (job.score, "ask", RuntimeError("out of memory"), {"report.html"}),
     "report": (job.report, "write", OSError("no space left"), {"answers.jsonl", "scores.json"}),
     "text-only baseline": (job, "text_only_baseline", UserError("a bad training row"), FILES),
-    "export": (job.checkpoint, "save", UserError("cannot be written"), FILES),
+    "export": (job.hf, "save", UserError("cannot be written"), FILES),
     "reading the export back": (job, "verify", RuntimeError("answers differently"), FILES),
 }
 

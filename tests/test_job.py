@@ -9,6 +9,7 @@ import pytest
 import jvlm
 from jvlm import cli, configs, job
 from jvlm.errors import UserError
+from jvlm.models import vlm
 from tests.training import support
 
 
@@ -42,6 +43,24 @@ def test_run_folder_and_export_answer_alike(finished):
         model, processor = jvlm.load(path)
         texts.append(jvlm.generate(model, processor, [row], max_new_tokens=8))
     assert texts[0] == texts[1]
+
+
+def test_an_export_that_answers_differently_than_the_model_is_an_error_and_no_fault_of_the_user(finished, monkeypatch):
+    folder, rows = finished
+    write = job.export
+
+    def damaged(experiment, result):
+        line = write(experiment, result)
+        model, processor = jvlm.load(folder / "hf")
+        scale = vlm.parameters(model)["decoder.norm.scale"]
+        scale.set_value(-scale.get_value())
+        jvlm.save(model, processor, folder / "hf")
+        return line
+
+    monkeypatch.setattr(job, "export", damaged)
+    options = ("--evaluation.data", str(rows), "--evaluation.max_new_tokens", "6")
+    with pytest.raises(RuntimeError, match=r"export back: .*hf answers \d+ of 24 questions differently"):
+        job.run(support.experiment(folder.parent, rows, *options))
 
 
 @pytest.mark.parametrize(

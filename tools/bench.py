@@ -36,7 +36,9 @@ from jvlm.models import vlm
 from jvlm.models.vlm import VLM
 from jvlm.training import optimizer, train_step
 from jvlm.training.config import OptimizerConfig
-from jvlm.training.loop import split
+from jvlm.training.state import TrainState
+from jvlm.training.supervised import SupervisedTask
+from jvlm.training.trainer import split
 
 TOKENIZER = Path(__file__).parents[1] / "configs/mimo_vl/easy_vqa_data/tokenizer"
 VOCABULARY = 16384
@@ -175,16 +177,16 @@ def train(model: VLM, processor: Processor, oracle, rounds: int) -> dict[str, An
     batch = processor.pack(rows)
     template, values = split(model)
     tx = optimizer.make(OptimizerConfig(learning_rate=1e-6), 1000, vlm.parameters(template))
-    step = train_step.make_train_step(template, tx)
+    step = train_step.TrainStep(template, SupervisedTask(), tx)
     copies = {path: jnp.array(value) for path, value in values.items()}
-    state = train_step.TrainState(jnp.zeros((), jnp.int32), copies, tx.init(copies))
+    state = TrainState(jnp.zeros((), jnp.int32), copies, tx.init(copies))
     state = jax.device_put(state, jax.devices()[0])  # as in the training loop: the second step compiles nothing
     stacked = train_step.stack([batch])
     first_loss: dict[str, float] = {}
 
     def ours():
         nonlocal state
-        state, metrics = step(state, {}, stacked)
+        state, metrics = step(state, stacked)
         first_loss.setdefault("jvlm", float(metrics["loss"]))
         return jax.block_until_ready(state)
 

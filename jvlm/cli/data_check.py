@@ -84,7 +84,8 @@ def _config_of(words: Sequence[str]) -> str | None:
 
 def _data_to_check(options: DataCheck, fields) -> list[tuple[str, DataConfig, Processor | None, int]]:
     """Return (name, data, processor, seed) of the files' data, or of each stage of an experiment."""
-    from jvlm.training import loop, processors
+    from jvlm.training import processors
+    from jvlm.training.runs import runs_of
 
     given = {"train": options.files} if options.files else {}
     given |= {"media_root": options.media_root} if options.media_root else {}
@@ -92,7 +93,7 @@ def _data_to_check(options: DataCheck, fields) -> list[tuple[str, DataConfig, Pr
     if options.config is None:
         runs = [("data", fields.data, 0)]
     else:
-        runs = [(run.name, run.data, run.seed) for run in ([fields] if options.files else loop.runs_of(fields))]
+        runs = [(run.name, run.data, run.seed) for run in ([fields] if options.files else runs_of(fields))]
         processor = processor or processors.of_experiment(fields)
     runs = [(name, dataclasses.replace(data, **given), processor, seed) for name, data, seed in runs]
     if not all(data.train for _, data, _, _ in runs):

@@ -56,6 +56,7 @@ def run(words: list[str], *, show_traceback: bool = False) -> int:
     from jvlm.evaluation import aim
     from jvlm.parallel import hosts
     from jvlm.training.interruption import EXIT_STATUS, Interrupted
+    from jvlm.training.nonfinite import Diverged
 
     if processes.distributed or processes.coordinator:
         hosts.initialise(processes.coordinator, processes.num_processes, processes.process_id)
@@ -65,6 +66,9 @@ def run(words: list[str], *, show_traceback: bool = False) -> int:
     except Interrupted as stopped:
         print(f"jvlm: {stopped}", file=sys.stderr)
         return EXIT_STATUS
+    except Diverged as diverged:
+        print(f"jvlm: {diverged}", file=sys.stderr)
+        return 1
     except aim.AimMissed as missed:
         if hosts.is_rank0():
             print(f"jvlm: aim missed: {missed}", file=sys.stderr)

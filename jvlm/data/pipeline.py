@@ -251,15 +251,24 @@ class PackIterator(grain.DatasetIterator):
 
 
 def training_data(
-    processor: Processor, config: DataConfig, *, seed: int, epochs: int | None = None, share: Share = Share()
+    processor: Processor,
+    config: DataConfig,
+    *,
+    seed: int,
+    epochs: int | None = None,
+    share: Share = Share(),
+    source: RowSource | None = None,
 ) -> tuple[grain.IterDataset, RowSource]:
     """A process's share of the batches of a run (endless unless ``epochs`` is given), and the rows they come from.
+
+    Args:
+      source: some of the files' rows; None is all of them.
 
     Raises:
       ValueError: the rows of a batch cannot be shared evenly by so many processes.
     """
     check_shape(config)
-    source = RowSource(config.train)
+    source = RowSource(config.train) if source is None else source
     dataset = grain.MapDataset.source(source).seed(seed)
     if config.shuffle:
         dataset = dataset.shuffle()

@@ -105,17 +105,25 @@ class Survey:
 
 
 def take(
-    processor: Processor, config: DataConfig, *, seed: int, count: int, seconds: float | None = None, parts: int = 1
+    processor: Processor,
+    config: DataConfig,
+    *,
+    seed: int,
+    count: int,
+    seconds: float | None = None,
+    parts: int = 1,
+    source: RowSource | None = None,
 ) -> Survey:
     """Look at ``count`` rows spread evenly over the data, or at those that are encoded within so many seconds.
 
     Args:
       parts: devices that share a packed row; sizes that are chosen divide by it.
+      source: some of the files' rows; None is all of them.
 
     Raises:
       RowError: a bad row where ``on_bad_row`` is "error", one that does not fit where ``on_too_long`` is.
     """
-    source = RowSource(config.train)
+    source = RowSource(config.train) if source is None else source
     spread = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
     chosen = [int(i) for i in np.random.default_rng(seed).permutation(spread)]
     known = "auto" not in (config.seq_len, config.max_patches)

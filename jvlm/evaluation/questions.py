@@ -12,6 +12,7 @@ from jvlm.data.errors import Origin, RowError
 from jvlm.data.rows import Conversation, fill_objects
 from jvlm.data.turns import calls_tools, items_of, next_turn, turns_alone, without_answer
 
+_MOST_ANSWERS = 100_000  # different answers that are counted at a time
 _MEDIA = re.compile("<image>|<video>")
 
 
@@ -88,22 +89,36 @@ def normalise(answer: str) -> str:
     return answer.rpartition("</think>")[2].strip().rstrip(".").casefold()
 
 
+def _count(counter: Counter, answer: str) -> None:
+    """Count an answer; of very many different ones the rarest are forgotten, so that memory is bounded."""
+    counter[answer] += 1
+    if len(counter) > _MOST_ANSWERS:
+        common = counter.most_common(_MOST_ANSWERS // 2)
+        counter.clear()
+        counter.update(dict(common))
+
+
 class TextOnlyBaseline:
-    """The most frequent training answer to the same words: what can be scored without looking.
+    """The most frequent training answer to the same words: what can be scored without looking at the picture.
+
+    Training conversations are read one at a time, and answers counted for the questions that will be asked only, so
+    that memory does not grow with the training data.
 
     Args:
       rows: the training conversations.
+      asked: the questions that it will be asked.
     """
 
-    def __init__(self, rows: Iterable[Conversation]):
-        self._answers: dict[str, Counter] = {}
+    def __init__(self, rows: Iterable[Conversation], asked: Iterable[Question]):
+        self._answers: dict[str, Counter] = {question.text: Counter() for question in asked}
         everything: Counter = Counter()
         for row in rows:
             for question in questions_of(row):
                 if not question.boxes:
                     answer = normalise(question.expected)
-                    self._answers.setdefault(question.text, Counter())[answer] += 1
-                    everything[answer] += 1
+                    if question.text in self._answers:
+                        _count(self._answers[question.text], answer)
+                    _count(everything, answer)
         self._default = everything.most_common(1)[0][0] if everything else ""
 
     def answer(self, question: Question) -> str:

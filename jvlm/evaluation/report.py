@@ -85,7 +85,7 @@ def write(path: Path, *, title: str, headline: Sequence[tuple[str, str, str]], *
 
     Args:
       headline: (number, label, note) of the large figures on top.
-      content: "curves", "pictures", "facts" (label -> text), "bars" ((label, share, floor or None) each).
+      content: "curves", "pictures", "facts" (label -> text), "bars" ((label, share, baseline or None) each).
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jvlm.evaluation", "."), autoescape=True, undefined=jinja2.StrictUndefined

@@ -117,7 +117,7 @@ def devices_of(topology: Topology) -> Sequence[jax.Device]:
 
 
 def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
-    """The training step of an experiment, exactly as the loop would run it on that topology.
+    """The training step of an experiment, exactly as the trainer would run it on that topology.
 
     Raises:
       UserError: a mesh that does not fit the topology, rows or parameters.
@@ -127,8 +127,8 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
         planned.lower,
         planned.layout.mesh,
         topology,
-        parameters=bytes_of((planned.state.params, planned.frozen)),
-        optimizer=bytes_of(planned.state.optimizer),
+        parameters=bytes_of(planned.state.params),
+        optimizer=bytes_of(planned.state.opt_state),
         batch=bytes_of(planned.batches),
         branch_frequency=experiment.model.encoder.branch_frequency(),
     )

@@ -1,4 +1,7 @@
-"""Checkpoints of a run: parameters, optimizer and data position together, written in the background by Orbax.
+"""Checkpoints of a run: trained parameters, optimizer and data position together, written in the background by Orbax.
+
+Frozen parameters are not in them (unless `CheckpointConfig.full`): the run refers to where they are, see
+`jvlm.weights.frozen`.
 
 Beside the data position lie fingerprints of all arrays, taken on the devices before they are written. They are compared
 with what is read, on whatever mesh: a checkpoint that is restored is the one that was saved, to the bit.
@@ -9,6 +12,7 @@ damaged, all go on to the one before, and none waits for a process that has fail
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import zlib
@@ -23,7 +27,7 @@ from jvlm.data import stores
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
 from jvlm.training.config import CheckpointConfig
-from jvlm.training.train_step import Params, TrainState
+from jvlm.training.state import TrainState
 from jvlm.weights.fingerprints import fingerprints
 from jvlm.weights.run_dir import CHECKPOINTS, by_itself, cause, lies_elsewhere
 
@@ -43,10 +47,14 @@ class Checkpoints:
 
     Args:
       folder: of the run, absolute or in an object store.
+
+    Attributes:
+      best: the step whose checkpoint stays whatever comes later; None for none.
     """
 
     def __init__(self, folder: epath.PathLike, config: CheckpointConfig):
         self.folder, self.config = epath.Path(folder), config
+        self.best: int | None = None
         self._path = self.folder / CHECKPOINTS
         for path in sorted(self._path.iterdir()) if self._path.is_dir() else ():
             if not ocp.utils.is_checkpoint_finalized(path):
@@ -55,8 +63,7 @@ class Checkpoints:
             self._path,
             options=ocp.CheckpointManagerOptions(
                 save_interval_steps=config.save_interval_steps,
-                max_to_keep=config.max_to_keep,
-                keep_period=config.keep_period,
+                preservation_policy=_Preserved(config.max_to_keep, self._stays),
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
             ),
@@ -75,71 +82,75 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
-        """The last complete step."""
+        """Return the last complete step."""
         return self._manager.latest_step()
 
-    def check_space(self, state: TrainState, frozen: Params, ahead: Sequence[int]) -> None:
-        """Whether the disk has room for the checkpoints that will lie on it at a time; asks local disks only.
+    def steps(self) -> list[int]:
+        """Return the steps that have a complete checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def check_space(self, state: TrainState, ahead: Sequence[int], *, more: int = 0) -> None:
+        """Check that the disk has room for the checkpoints that will lie on it at a time; asks local disks only.
 
         Args:
           ahead: steps that will be run.
+          more: checkpoints beside those that the configuration keeps: the best one.
 
         Raises:
           UserError: it has not, with both numbers.
         """
-        if stores.is_remote(self.folder):
+        if stores.is_remote(self.folder) or not ahead:
             return
-        size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.optimizer, frozen)))
+        size = sum(x.nbytes for x in jax.tree.leaves((self._saved(state), state.opt_state)))
         config, present = self.config, self._manager.all_steps()
-        if not ahead:
-            return
         passing = sum(not self._stays(step) for step in present)
-        more = most = 0
+        count = most = 0
         first = () if present else (ahead[0],)  # Orbax always writes the first step of a run
         for step in (s for s in ahead if s % config.save_interval_steps == 0 or s == ahead[-1] or s in first):
-            more, passing = more + 1, passing + (not self._stays(step))
-            most = max(most, more)  # the oldest goes only when the new one is whole
+            count, passing = count + 1, passing + (not self._stays(step))
+            most = max(most, count)  # the oldest goes only when the new one is whole
             if passing > config.max_to_keep:
-                more, passing = more - 1, passing - 1
+                count, passing = count - 1, passing - 1
         free = shutil.disk_usage(self._path).free
-        if most * size > free:
+        if (most + more) * size > free:
             raise UserError(
-                f"{self._path} has {free / GIB:.2f} GiB free, but {most} more checkpoints of {size / GIB:.2f} GiB will "
-                f"lie there at a time; make room, or lower checkpoint.max_to_keep = {config.max_to_keep} or raise "
-                f"checkpoint.keep_period = {config.keep_period}"
+                f"{self._path} has {free / GIB:.2f} GiB free, but {most + more} more checkpoints of "
+                f"{size / GIB:.2f} GiB will lie there at a time; make room, or lower checkpoint.max_to_keep = "
+                f"{config.max_to_keep} or raise checkpoint.keep_period = {config.keep_period}"
             )
 
     def _stays(self, step: int) -> bool:
-        return self.config.keep_period is not None and step % self.config.keep_period == 0
+        return step == self.best or (self.config.keep_period is not None and step % self.config.keep_period == 0)
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written after this step."""
+        """Return whether a checkpoint is to be written after this step."""
         return self._manager.should_save(step)
 
-    def save(self, step: int, state: TrainState, frozen: Params, data: dict[str, Any], *, force: bool = False) -> bool:
-        """Write if it is time to (or ``force``); returns whether it was. Arrays are copied before this returns."""
+    def save(self, step: int, state: TrainState, data: dict[str, Any], *, force: bool = False) -> bool:
+        """Write a checkpoint if it is due (or ``force``), and return whether it was. Arrays are copied before that."""
         if (force and self.latest() == step) or not (force or self.due(step)):
             return False
-        params = {**frozen, **state.params}
+        params = self._saved(state)
+        prints = fingerprints((params, state.opt_state))
         return self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params, save_args={p: _chunks(p, v) for p, v in params.items()}),
-                optimizer=ocp.args.StandardSave(state.optimizer),
-                data=ocp.args.JsonSave(
-                    {"run": data, "checksum": _checksum(data), "fingerprints": fingerprints((params, state.optimizer))}
-                ),
+                optimizer=ocp.args.StandardSave(state.opt_state),
+                data=ocp.args.JsonSave({"run": data, "checksum": _checksum(data), "fingerprints": prints}),
             ),
             force=force,
         )
 
-    def restore_latest(
-        self, state: TrainState, frozen: Params
-    ) -> tuple[int, TrainState, Params, dict[str, Any]] | None:
-        """The last good checkpoint: its step, state and frozen parameters, and data position; None if there is none.
+    def _saved(self, state: TrainState) -> dict[str, jax.Array]:
+        return state.params if self.config.full else state.trainable
 
-        Arrays come in the shapes and shardings of those given, however they were laid out when saved. Steps that are
-        damaged are named and put aside, in ``<run>/damaged``.
+    def restore_latest(self, state: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
+        """Return the last good checkpoint: its step, state and data; None if there is none.
+
+        Arrays come in the shapes and shardings of those given, however they were laid out when saved. Frozen ones
+        that the checkpoint does not hold are those given. Steps that are damaged are named and moved to
+        ``<run>/damaged``.
 
         Raises:
           UserError: there are checkpoints, and every one is damaged.
@@ -147,7 +158,7 @@ class Checkpoints:
         problems = []
         for step in hosts.broadcast_from_0(sorted(self._manager.all_steps(), reverse=True)):
             try:
-                return (step, *self.restore(step, state, frozen))
+                return (step, *self.restore(step, state))
             except Damaged as error:
                 problems.append(f"step {step}: {error}")
                 target = self._put_aside(step, str(error))
@@ -160,38 +171,45 @@ class Checkpoints:
             )
         return None
 
-    def restore(self, step: int, state: TrainState, frozen: Params) -> tuple[TrainState, Params, dict[str, Any]]:
+    def restore(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """As `restore_latest`, of one step. Raises Damaged: on every process, whichever found it so."""
-        found = _agreed(lambda: self._read(step, state, frozen))
-        now = fingerprints((found.params, found.optimizer))
-        saved = found.data["fingerprints"]
-        _agreed(lambda: _compare(saved, now))
-        params = {path: found.params[path] for path in state.params}
-        restored = TrainState(state.step + step, params, found.optimizer)
-        return restored, {path: found.params[path] for path in frozen}, found.data["run"]
-
-    def _read(self, step: int, state: TrainState, frozen: Params) -> Any:
-        """This process's parts of the arrays, and the data position. Communicates with nobody. Raises Damaged."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, ({**frozen, **state.params}, state.optimizer))
-        wanted = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract[0]),
-            optimizer=ocp.args.StandardRestore(abstract[1]),
-            data=ocp.args.JsonRestore(),
+        data, params, opt_state = _agreed(lambda: self._read(step, state))
+        now = fingerprints((params, opt_state))
+        _agreed(lambda: _compare(data["fingerprints"], now))
+        restored = dataclasses.replace(
+            state,
+            step=state.step * 0 + step,
+            trainable={path: params[path] for path in state.trainable},
+            opt_state=opt_state,
+            frozen={path: params.get(path, value) for path, value in state.frozen.items()},
         )
+        return restored, data["run"]
+
+    def _read(self, step: int, state: TrainState) -> tuple[dict[str, Any], dict[str, jax.Array], Any]:
+        """This process's parts of the arrays, and the data. Communicates with nobody. Raises Damaged."""
         unreadable = ""
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=by_itself()) as reader:
-                found = reader.restore(self._path / str(step), args=wanted)
+                path = self._path / str(step)
+                data = reader.restore(path, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
+                if not isinstance(data, dict) or "run" not in data or _checksum(data["run"]) != data.get("checksum"):
+                    raise Damaged("the data position is not what was saved")
+                full = all(f"[0][{path!r}]" in data["fingerprints"] for path in state.frozen)
+                wanted = (state.params if full else state.trainable, state.opt_state)
+                wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+                arrays = ocp.args.Composite(
+                    params=ocp.args.StandardRestore(wanted[0]), optimizer=ocp.args.StandardRestore(wanted[1])
+                )
+                found = reader.restore(path, args=arrays)
+        except Damaged:
+            raise
         except Exception as error:  # Orbax raises no less for a file that is cut short
             if lies_elsewhere(error):
                 raise
             unreadable = f"it cannot be read ({cause(error)})"
-        if unreadable:  # said here, because the error holds Orbax's other reads, which it has left unfinished
+        if unreadable:  # raised here, because the error holds Orbax's other reads, which it has left unfinished
             raise Damaged(unreadable)
-        data = found.data
-        if not isinstance(data, dict) or "run" not in data or _checksum(data["run"]) != data.get("checksum"):
-            raise Damaged("the data position is not what was saved")
-        return found
+        return data, found.params, found.optimizer
 
     def _put_aside(self, step: int, reason: str) -> epath.Path:
         target = self.folder / DAMAGED / str(step)
@@ -209,6 +227,18 @@ class Checkpoints:
         return target
 
 
+@dataclasses.dataclass(frozen=True)
+class _Preserved:
+    """Orbax's preservation policy: the latest checkpoints, and those that stay."""
+
+    latest: int
+    stays: Callable[[int], bool]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        first = len(checkpoints) - self.latest
+        return [number >= first or self.stays(checkpoint.step) for number, checkpoint in enumerate(checkpoints)]
+
+
 def _agreed(work: Callable[[], T]) -> T:
     """As `hosts.run_on_all`; but what one process finds damaged is Damaged for all."""
 
@@ -219,10 +249,10 @@ def _agreed(work: Callable[[], T]) -> T:
             return None, str(error)
 
     result, damage = hosts.run_on_all(judge)
-    said = hosts.all_gather_object(damage)
-    for process, text in enumerate(said):
+    reports = hosts.all_gather_object(damage)
+    for process, text in enumerate(reports):
         if text is not None:
-            raise Damaged(text if len(said) == 1 else f"process {process} says: {text}")
+            raise Damaged(text if len(reports) == 1 else f"process {process} says: {text}")
     return result
 
 

@@ -1,32 +1,37 @@
-"""The training step of an experiment as a program: its compiled function, and the shape and place of all it touches.
+"""The training step as it is compiled: its function, and the shape and sharding of all it touches.
 
-Everything here is known from the experiment and the devices alone, which may be described and not present: the loop
-runs the program, and a planner compiles the same one for a pod from shapes.
+Everything here is known from shapes and devices alone, which may be described and not present: the trainer runs the
+step, and the planner compiles the same one for a pod.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jvlm import families
-from jvlm.data.packing import assemble
+from jvlm.data.packing import PackedRows, assemble
 from jvlm.data.pipeline import check_shape, frame_patches
 from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
 from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.sharded_ops import ShardedOps
-from jvlm.training import optimizer, train_step
+from jvlm.training import optimizer, train_step, trainable
 from jvlm.training.config import Experiment
-from jvlm.training.train_step import Params, Step, TrainState
+from jvlm.training.state import Params, TrainState
+from jvlm.training.task import Loss, Task
+from jvlm.training.trainable import IsTrainable
+
+MakeOptimizer = Callable[[Mapping[str, nnx.Variable]], optax.GradientTransformation]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,81 +40,148 @@ class CompiledStep:
 
     Attributes:
       template: the model without arrays.
-      learnt: path -> variable of the parameters that are learnt.
-      step: jitted ``(state, frozen, batches) -> (state, metrics)``; `lower` it from the three fields below.
-      state, frozen, batches: `jax.ShapeDtypeStruct` leaves. Batches have a leading accumulation axis.
+      trainable: path -> variable of the parameters that are trained.
+      step: ``(state, batches) -> (state, metrics)``.
+      evaluate: ``(trainable, constant state, batch) -> Loss``, of one micro-batch.
+      state, batches: `jax.ShapeDtypeStruct` leaves. Batches have a leading accumulation axis.
+      batch: one micro-batch, its accumulation axis of length 1.
     """
 
     layout: MeshLayout
     template: VLM
-    learnt: Mapping[str, nnx.Variable]
+    trainable: Mapping[str, nnx.Variable]
     tx: optax.GradientTransformation
-    step: Step
+    step: train_step.TrainStep
+    evaluate: Callable[[Params, dict[str, Any], Any], Loss]
     state: TrainState
-    frozen: dict[str, jax.ShapeDtypeStruct]
-    batches: PackedBatch
+    batches: Any
+    batch: Any
 
     def lower(self) -> jax.stages.Lowered:
-        """The step, lowered from shapes."""
-        return self.step.lower(self.state, self.frozen, self.batches)
+        """Lower the step from shapes."""
+        return self.step.lower(self.state, self.batches)
 
-    def begin(self, values: Params) -> tuple[TrainState, Params]:
-        """(state before the first step, frozen parameters) from path -> array, each in its place."""
-        params = {path: jax.device_put(values[path], self.state.params[path].sharding) for path in self.state.params}
-        frozen = {path: jax.device_put(values[path], self.frozen[path].sharding) for path in self.frozen}
+    def init_state(self, values: Params) -> TrainState:
+        """Return the state before the first step from path -> array, each array with its sharding."""
+        put = lambda shapes: {p: jax.device_put(values[p], v.sharding) for p, v in shapes.items()}  # noqa: E731
+        params, frozen = put(self.state.trainable), put(self.state.frozen)
 
         def rest(params: Params):
-            return jnp.zeros((), jnp.int32), self.tx.init(params)
+            reference = None if self.state.reference is None else jax.tree.map(jnp.copy, params)
+            return jnp.zeros((), jnp.int32), self.tx.init(params), reference
 
-        places = jax.tree.map(lambda x: x.sharding, (self.state.step, self.state.optimizer))
-        step, state = jax.jit(rest, out_shardings=places)(params)
-        return TrainState(step, params, state), frozen
+        wanted = (self.state.step, self.state.opt_state, self.state.reference)
+        step, opt_state, reference = jax.jit(rest, out_shardings=jax.tree.map(lambda x: x.sharding, wanted))(params)
+        return TrainState(step, params, opt_state, frozen, reference)
+
+
+def build_step(
+    template: VLM,
+    task: Task,
+    make_optimizer: optax.GradientTransformation | MakeOptimizer,
+    batches: Any,
+    *,
+    layout: MeshLayout,
+    is_trainable: IsTrainable = trainable.everything,
+) -> CompiledStep:
+    """Return the step of a task. Nothing is compiled before its first call.
+
+    Args:
+      make_optimizer: an optimizer, or what makes one from the variables that are trained.
+      batches: shapes of what one step reads, [accumulation, sequences, ...].
+
+    Raises:
+      UserError: a mesh that does not fit devices, batch or parameters; nothing to train. The message names which.
+    """
+    variables = vlm.parameters(template)
+    chosen = trainable.select(is_trainable, variables)
+    tx = make_optimizer
+    if not isinstance(tx, optax.GradientTransformation):
+        tx = make_optimizer(chosen)
+    values = {p: v.get_value() for p, v in variables.items()}
+    opt_state = jax.eval_shape(tx.init, {p: values[p] for p in chosen})
+    params = {p: _abstract(v, layout.parameter(p, variables[p])) for p, v in values.items()}
+    state = TrainState(
+        _abstract(jax.ShapeDtypeStruct((), jnp.int32), layout.replicated()),
+        {p: params[p] for p in chosen},
+        jax.tree.map(_abstract, opt_state, layout.optimizer(opt_state, variables)),
+        {p: v for p, v in params.items() if p not in chosen},
+        {p: params[p] for p in chosen} if task.needs_reference else None,
+    )
+    batches = _with_shardings(batches, layout)
+    batch = jax.tree.map(lambda x: _abstract(jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), x.sharding), batches)
+    ops = ShardedOps(layout) if layout.mesh.size > 1 else None
+    changing, constant = jax.tree.map(lambda x: x.sharding, state.split())
+    shardings = jax.tree.map(lambda x: x.sharding, (batches, batch))
+    step = train_step.TrainStep(
+        template,
+        task,
+        tx,
+        ops=ops,
+        in_shardings=(changing, constant, shardings[0]),
+        out_shardings=(changing, layout.replicated()),
+    )
+    evaluate = train_step.make_eval_step(
+        template,
+        task,
+        ops=ops,
+        in_shardings=(changing.trainable, constant, shardings[1]),
+        out_shardings=layout.replicated(),
+    )
+    return CompiledStep(layout, template, chosen, tx, step, evaluate, state, batches, batch)
 
 
 def compile_step(experiment: Experiment, devices: Sequence[jax.Device] | None = None) -> CompiledStep:
-    """The program of an experiment whose ``model`` is given, on devices (None: all there are).
+    """Return the step of an experiment whose ``model`` is given, on devices (None: all there are).
 
     Raises:
-      ValueError: a mesh that does not fit devices, rows or parameters; the message names which and how.
+      UserError: see `build_step`; patterns of ``optimizer.train`` or ``.freeze`` that match nothing.
     """
     layout = MeshLayout.of(experiment.parallel, devices)
     template = vlm.abstract(experiment.model)
-    variables = vlm.parameters(template)
-    learnt = {p: v for p, v in variables.items() if optimizer.trainable(experiment.optimizer, p)}
-    tx = optimizer.make(experiment.optimizer, experiment.steps or 1, learnt)
-    values = {p: v.get_value() for p, v in variables.items()}
-    optimizer_state = jax.eval_shape(tx.init, {p: values[p] for p in learnt})
-    params = {p: _at(v, layout.parameter(p, variables[p])) for p, v in values.items()}
-    state = TrainState(
-        _at(jax.ShapeDtypeStruct((), jnp.int32), layout.replicated()),
-        {p: params[p] for p in learnt},
-        jax.tree.map(_at, optimizer_state, layout.optimizer(optimizer_state, variables)),
-    )
-    frozen = {p: v for p, v in params.items() if p not in learnt}
-    batches = abstract_batches(experiment)
-    batches = jax.tree.map(_at, batches, layout.batch(batches))
-    places = jax.tree.map(lambda x: x.sharding, (state, frozen, batches))
-    step = train_step.make_train_step(
-        template,
-        tx,
-        ops=ShardedOps(layout) if layout.mesh.size > 1 else None,
-        in_shardings=places,
-        out_shardings=(places[0], layout.replicated()),
-    )
-    return CompiledStep(layout, template, learnt, tx, step, state, frozen, batches)
+    return build_step(template, **step_arguments(experiment, template), layout=layout)
 
 
-def _at(value: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def step_arguments(experiment: Experiment, template: VLM) -> dict[str, Any]:
+    """Return what an experiment says about its step, as arguments of `build_step` and of `Trainer`."""
+    config = experiment.optimizer
+    trainable.check_patterns(config, vlm.parameters(template))
+    return {
+        "task": experiment.task,
+        "make_optimizer": lambda variables: optimizer.make(config, experiment.steps or 1, variables),
+        "batches": abstract_batches(experiment),
+        "is_trainable": trainable.from_config(config),
+    }
+
+
+def _abstract(value: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
 
 
-def abstract_batches(experiment: Experiment) -> PackedBatch:
-    """Shapes of what one step reads: ``accumulation`` batches of all rows."""
+def _with_shardings(batches: Any, layout: MeshLayout) -> Any:
+    """Add shardings to the shapes of batches, whose second axis counts packed sequences.
+
+    Raises:
+      UserError: sequences that the mesh does not divide.
+    """
+    names = layout.mesh_axes("batch")
+
+    def of(node: Any) -> Any:
+        if isinstance(node, PackedBatch):
+            return jax.tree.map(_abstract, node, layout.batch(node))
+        spec = PartitionSpec(None, names if names else None)
+        return _abstract(node, NamedSharding(layout.mesh, spec))
+
+    return jax.tree.map(of, batches, is_leaf=lambda node: isinstance(node, PackedBatch))
+
+
+def abstract_batches(experiment: Experiment) -> Any:
+    """Return the shapes of what one step reads: ``gradient_accumulation_steps`` batches of all packed sequences."""
     data, settings = experiment.data, experiment.processor
     image_config = (settings and settings.image) or families.get(experiment.model.family).image_config
     images = image_config.build(experiment.model)
     check_shape(data)
-    row = assemble(
+    empty = assemble(
         [[]],
         data.seq_len,
         data.max_patches,
@@ -118,4 +190,5 @@ def abstract_batches(experiment: Experiment) -> PackedBatch:
         max_image_patches=frame_patches(images, image_config, data),
     )
     first = (experiment.gradient_accumulation_steps, data.batch_size)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*first, *x.shape[1:]), x.dtype), row)
+    batch = experiment.task.batch_of(PackedRows(empty, 0, ()))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*first, *np.shape(x)[1:]), x.dtype), batch)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from jvlm.data.config import DataConfig
 from jvlm.data.processor import ProcessorConfig
@@ -11,6 +13,9 @@ from jvlm.errors import UserError
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.vlm import TOWERS, VLMConfig
 from jvlm.parallel.mesh import ParallelConfig
+from jvlm.training.hooks import Hook
+from jvlm.training.supervised import SupervisedTask
+from jvlm.training.task import Task
 from jvlm.validation import check_fields
 from jvlm.weights.safetensors_files import dtype_of
 
@@ -31,6 +36,8 @@ class OptimizerConfig:
       decoder_lr: peak of the decoder's; as encoder_lr.
       warmup_ratio: share of the steps with linear warm-up.
       min_lr_ratio: learning rate at the end, as a share of the peak.
+      train: patterns of the dotted paths of parameters to train, as "connector.*"; empty is all of them.
+      freeze: patterns of those to freeze. Both on top of learning rates of 0.
       weight_decay: of matrices; norms and biases have none.
       beta1: AdamW's decay of the mean of gradients.
       beta2: AdamW's decay of the mean of squared gradients.
@@ -46,6 +53,8 @@ class OptimizerConfig:
     decoder_lr: float | None = None
     warmup_ratio: float = 0.03
     min_lr_ratio: float = 0.0
+    train: tuple[str, ...] = ()
+    freeze: tuple[str, ...] = ()
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -80,16 +89,69 @@ class CheckpointConfig:
       save_interval_steps: steps between checkpoints; one is also written at the end.
       max_to_keep: how many of the latest stay.
       keep_period: steps whose checkpoints always stay; None keeps none beyond ``max_to_keep``.
+      full: write frozen parameters with every checkpoint. Otherwise a run refers to the folder that they come from, and
+        compares their fingerprint; those that come from no folder are written to the run once.
     """
 
     save_interval_steps: int = 500
     max_to_keep: int = 2
     keep_period: int | None = None
+    full: bool = False
 
     def __post_init__(self):
         check_fields(
             self, "checkpoint.", dict.fromkeys(("save_interval_steps", "max_to_keep", "keep_period"), "[1, inf)")
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """Measuring the loss on held-out data during training; see docs/training.md.
+
+    Attributes:
+      data: files or globs of examples of their own; each is a source that is measured by itself.
+      split: hold out examples of the training data instead, by picture: a share below 1, or a number of examples.
+      interval_steps: steps between evaluations; there is also one at the end.
+      metric: what the best checkpoint and early stop go by: "loss", "token_acc" or another metric of the task; of one
+        source as "loss/rows.jsonl".
+      mode: whether less ("min") or more ("max") of it is better; "auto" is "max" for accuracies, else "min".
+      patience: stop after so many evaluations in a row without a gain; None never does.
+      min_delta: least gain that counts for patience.
+      use_best: whether the best checkpoint is what the run returns, scores and exports; None: if patience is set. A run
+        that stops because it got no better is past its best; one that only watches ends as it would without watching.
+    """
+
+    data: tuple[str, ...] = ()
+    split: float = 0.0
+    interval_steps: int = 500
+    metric: str = "loss"
+    mode: Literal["auto", "min", "max"] = "auto"
+    patience: int | None = None
+    min_delta: float = 0.0
+    use_best: bool | None = None
+
+    def __post_init__(self):
+        bounds = {**dict.fromkeys(("interval_steps", "patience"), "[1, inf)")}
+        check_fields(self, "validation.", {**bounds, **dict.fromkeys(("split", "min_delta"), "[0, inf)")})
+        if self.data and self.split:
+            raise UserError("validation.data and validation.split are two ways of the same: give one of them")
+        if self.split > 1 and self.split != int(self.split):
+            raise UserError(f"validation.split is a share below 1 or a whole number of examples, got {self.split:g}")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to validate on."""
+        return bool(self.data) or self.split > 0
+
+    @property
+    def maximise(self) -> bool:
+        """Whether more of the metric is better."""
+        return self.mode == "max" or (self.mode == "auto" and "acc" in self.metric.partition("/")[0])
+
+    @property
+    def returns_best(self) -> bool:
+        """Whether the run returns its best checkpoint."""
+        return self.patience is not None if self.use_best is None else self.use_best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +269,7 @@ class Experiment:
       parallel: the mesh of devices, and what is split over its axes; a restart may change it.
       optimizer: the optimizer, its learning rates and schedule.
       checkpoint: when checkpoints are written, and which stay.
+      validation: measuring the loss on held-out data during training.
       evaluation: scoring by generation after training.
       export: writing the result as a Hugging Face folder.
       steps: optimizer steps; None derives them from ``epochs``.
@@ -220,6 +283,8 @@ class Experiment:
         ``runs/gs/bucket/runs``.
       profile: "10:13" traces the 10th to the 13th step of a start, both included, for xprof or TensorBoard, into
         ``<output>/profile``; empty is none.
+      task: what is minimised; see `jvlm.training.task`. Its fields are saved, and a changed one is another experiment.
+      hooks: of your own, after those of every run; see `jvlm.training.hooks`. A restart may change them.
       stop_after_skips: a step whose loss or gradient is not finite is skipped; after so many in a row the run stops
         and writes their batches for `jvlm replay`. 1 stops at the first, and costs the overlap of host and device.
     """
@@ -238,8 +303,11 @@ class Experiment:
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
+    task: Annotated[Task, tyro.conf.Fixed] = SupervisedTask()
+    hooks: Annotated[tuple[Hook, ...], tyro.conf.Fixed] = ()
     steps: int | None = None
     epochs: float = 3.0
     gradient_accumulation_steps: int = 1

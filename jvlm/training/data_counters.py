@@ -1,12 +1,12 @@
-"""What a run has read of its data: conversations used, and rows left out, counted, listed and limited."""
+"""What a run has read of its data: conversations used, and those left out, counted, listed and limited."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -14,7 +14,11 @@ from jvlm.data.config import DataConfig
 from jvlm.data.packing import PackedRows
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
+from jvlm.training.hooks import Hook, StepResult
 from jvlm.training.side_files import read_lines, write_lines
+
+if TYPE_CHECKING:
+    from jvlm.training.trainer import Trainer
 
 REJECTED = "rejected.jsonl"
 _COUNTS = ("conversations", "bad", "too_long")
@@ -54,7 +58,7 @@ class Totals:
         return self.before + self.read / self.rows
 
 
-class DataCounters:
+class DataCounters(Hook):
     """Counts what this process reads, and lists each row that it leaves out once in rejected.jsonl.
 
     Args:
@@ -67,6 +71,21 @@ class DataCounters:
         self.counts, self.before = counts, 0.0
         self._count = dict.fromkeys(_COUNTS, 0)
         self._listed: set[tuple[str, int]] = set()
+        self._unchecked: Totals | None = None
+
+    def on_batch(self, trainer: Trainer, packed: Sequence[PackedRows]) -> None:
+        for one in packed:
+            self.add(one, trainer.step + 1)
+
+    def log_values(self, trainer: Trainer) -> dict[str, float]:
+        self._unchecked = totals = self.totals()
+        return {"epoch": round(totals.epoch, 3), "dropped": totals.dropped}
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        # after the log line, which says what was left out
+        totals, self._unchecked = self._unchecked, None
+        if totals is not None:
+            self.check(totals)
 
     def add(self, packed: PackedRows, step: int) -> None:
         """Count what came with a step's batch."""
@@ -97,20 +116,20 @@ class DataCounters:
             if count > limit * totals.read:
                 raise UserError(
                     f"{count} of {totals.read} rows read {what} and were left out, more than data.{name} = {limit}; "
-                    f"they are listed in {self.path} with reasons. Mend them, or raise data.{name}"
+                    f"they are listed in {self.path} with reasons. Fix them, or raise data.{name}"
                 )
 
     def state(self) -> list[dict[str, Any]]:
         """Of every process, for a checkpoint; each must ask."""
         return hosts.all_gather_object({**self._count, "rows": self.rows, "before": self.before})
 
-    def restore(self, states: list[Mapping[str, Any]], step: int) -> None:
+    def restore(self, state: list[Mapping[str, Any]], step: int) -> None:
         """Go on from a process's share of what all had read, and forget rows listed after ``step``.
 
         Where the data has another number of rows than before, counting begins anew and the passes over the old stay.
         """
         index, count = jax.process_index(), jax.process_count()
-        totals = self._sum(states)
+        totals = self._sum(state)
         self.before = totals.before
         if totals.rows != self.rows:
             self.before, totals = totals.epoch, dataclasses.replace(totals, conversations=0, bad=0, too_long=0)

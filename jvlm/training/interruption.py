@@ -5,21 +5,26 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.experimental import multihost_utils
+
+from jvlm.training.hooks import Hook, StepResult
+
+if TYPE_CHECKING:
+    from jvlm.training.trainer import Trainer
 
 # "try again later" of sysexits.h: the same command goes on where this run stopped
 EXIT_STATUS = 75
 
 
 class Interrupted(Exception):
-    """The run stopped as it was asked to; what it had learnt is saved."""
+    """The run stopped as it was asked to; its last step is saved."""
 
 
-class StopRequests:
-    """Notices signals while it is entered. A second Ctrl-C stops at once, as Python does by itself.
+class StopRequests(Hook):
+    """Stops the run after the step in which a signal came. A second Ctrl-C stops at once, as Python does by itself.
 
     With several processes, JAX's coordination service takes SIGTERM from whichever of them gets it and makes all stop
     after the same step; a Ctrl-C is passed on to it as one.
@@ -29,14 +34,13 @@ class StopRequests:
         self._asked: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopRequests:
+    def on_train_start(self, trainer: Trainer | None) -> None:
         if threading.current_thread() is threading.main_thread():
-            together = jax.distributed.is_initialized()
-            for number in (signal.SIGINT,) if together else (signal.SIGINT, signal.SIGTERM):
+            several = jax.distributed.is_initialized()
+            for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
-        return self
 
-    def __exit__(self, *_: Any) -> None:
+    def on_stop(self, trainer: Trainer | None, error: BaseException | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -48,8 +52,13 @@ class StopRequests:
         if jax.distributed.is_initialized():
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        request = self.after(result.step)
+        if request is not None:
+            trainer.stop(request)
+
     def after(self, step: int) -> str | None:
-        """What asks to stop after this step, the same for all processes; None for going on. Call it at every step."""
+        """Return what asks to stop after this step, the same on all processes. Call it at every step."""
         if jax.distributed.is_initialized():
             return "a preemption notice" if multihost_utils.reached_preemption_sync_point(step) else None
         return self._asked

@@ -1,117 +1,148 @@
-"""What a run says: the terminal, logging.jsonl and TensorBoard, all from the same numbers."""
+"""What a run reports: the terminal, logging.jsonl and TensorBoard, all from the same numbers."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import psutil
 from tqdm import tqdm
 
+from jvlm.parallel import hosts
+from jvlm.training.hooks import Hook, StepResult
 from jvlm.training.side_files import read_lines, write_lines
+
+if TYPE_CHECKING:
+    from jvlm.training.trainer import Trainer
 
 LOG = "logging.jsonl"
 GIB = 2**30
 
 
 def clock(seconds: float) -> str:
-    """Seconds as ms-swift writes them: 1h 2m 3s."""
+    """Return seconds as ms-swift writes them: 1h 2m 3s."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h {minutes}m {seconds}s" if hours else f"{minutes}m {seconds}s" if minutes else f"{seconds}s"
 
 
 def memory_gib() -> float:
-    """Peak bytes in use on the first device, or of this process where the device does not tell (CPU)."""
+    """Return the peak bytes in use on the first device, or of this process where the device does not tell (CPU)."""
     stats = jax.local_devices()[0].memory_stats()
     used = stats["peak_bytes_in_use"] if stats else psutil.Process().memory_info().rss
     return used / GIB
 
 
-class TrainingLog:
-    """Progress bar, log lines and curves. Use as a context manager.
+class TrainingLog(Hook):
+    """Progress bar, log lines and curves, written by process 0.
 
     After a restart, lines of steps that will be run again are removed, so the file reads as if nothing happened.
 
     Args:
       folder: of the run.
-      start, steps: first step to run and number of steps in all.
-      writes: whether to write at all; one process of many does.
+      interval_steps: steps between lines; the first step of a start and the last one have a line each.
+      changes: accepted changes to the run, noted in the first line.
     """
 
-    def __init__(self, folder: Path, start: int, steps: int, *, writes: bool = True):
-        self.start, self.steps, self.writes = start, steps, writes
+    def __init__(self, folder: Path, interval_steps: int, changes: Sequence[str] = ()):
+        self.folder, self.interval, self.changes = folder, interval_steps, list(changes)
+        self.seconds = 0.0
+        self._writes = hosts.is_rank0()
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        self._start, self._steps = trainer.step, trainer.steps
         self._began = time.perf_counter()
         self._before = 0.0
-        if not writes:
+        if not self._writes:
             return
-        self.path = folder / LOG
-        kept = [line for line in read(folder) if line["step_number"] <= start]
-        write_lines(self.path, kept)
-        self._before = kept[-1]["elapsed_seconds"] if kept else 0.0
-        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (closed in __exit__)
+        valid = [line for line in read(self.folder) if line["step_number"] <= self._start]
+        write_lines(self.folder / LOG, valid)
+        self._before = valid[-1]["elapsed_seconds"] if valid else 0.0
+        self._file = open(self.folder / LOG, "a", buffering=1)  # noqa: SIM115  (closed in on_stop)
         # tensorboardX imports torch wherever torch is installed; importing jvlm must not
         from tensorboardX import SummaryWriter
 
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._start + 1)
         # the log lines are enough where there is no terminal
-        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None)
+        self._bar = tqdm(
+            total=self._steps, initial=self._start, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None
+        )
+        if self._start:
+            self._bar.write(f"resuming after step {self._start}")
 
-    def __enter__(self) -> TrainingLog:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if not self.writes:
-            return
-        self._bar.close()
-        self._board.close()
-        self._file.close()
+    def on_stop(self, trainer: Trainer, error: BaseException | None) -> None:
+        self.seconds = self.elapsed()
+        if self._writes:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
 
     def elapsed(self) -> float:
-        """Seconds of training, those before a restart included."""
+        """Return the seconds of training, those before a restart included."""
         return self._before + time.perf_counter() - self._began
 
-    def advance(self) -> None:
-        """One step further on the bar."""
-        if self.writes:
+    def is_due(self, trainer: Trainer, step: int) -> bool:
+        return step % self.interval == 0 or step in (trainer.start + 1, trainer.steps)
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        if self.is_due(trainer, result.step):
+            values = {name: float(value) for name, value in result.metrics.items()}
+            first = {name: values.pop(name) for name in ("loss", "grad_norm", "token_acc") if name in values}
+            extra: dict[str, float] = {}
+            for hook in trainer.hooks:
+                extra |= hook.log_values(trainer)
+            self._write(result.step, {**first, **values, **extra})
+        if self._writes:
             self._bar.update(1)
 
-    def write(self, step: int, values: dict[str, float], notes: Mapping[str, Any] | None = None) -> None:
-        """One line for a step; ``values`` are plain numbers, written in full to file and shortened to the screen.
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        """Write one line; ``values`` are written in full to the file and shortened to the screen.
 
-        What is not finite is null in the file, as JSON wants it, and left out of the curves. ``notes`` go to the file.
+        What is not finite is null in the file, as JSON wants it, and left out of the curves.
         """
-        if not self.writes:
+        if not self._writes:
             return
-        here = time.perf_counter() - self._began
-        pace = here / max(step - self.start, 1)
+        pace = (time.perf_counter() - self._began) / max(step - self._start, 1)
         line = {
             **values,
-            "step": f"{step}/{self.steps}",
+            "step": f"{step}/{self._steps}",
             "elapsed": clock(self.elapsed()),
-            "remaining": clock(pace * (self.steps - step)),
+            "remaining": clock(pace * (self._steps - step)),
             "memory(GiB)": round(memory_gib(), 2),
             "speed(s/it)": round(pace, 4),
         }
-        shown = {k: _short(v) for k, v in line.items() if not k.startswith(("grad_norm/", "router/"))}
-        self._bar.write(str(shown).replace("'", ""))
-        self._bar.set_postfix(loss=_short(values["loss"]), acc=_short(values["token_acc"]), refresh=False)
+        self._show({k: v for k, v in line.items() if not k.startswith(("grad_norm/", "router/"))})
+        short = {"loss": values["loss"], **({"acc": values["token_acc"]} if "token_acc" in values else {})}
+        self._bar.set_postfix({name: _short(value) for name, value in short.items()}, refresh=False)
+        notes = {"accepted_changes": self.changes} if self.changes else {}
+        self.changes = []
+        self._record(step, line, values, notes)
+
+    def on_evaluation(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        """Write a line of its own, whose names begin with "validation/"."""
+        if self._writes:
+            values = {f"validation/{name}": value for name, value in values.items()}
+            line = {**values, "step": f"{trainer.step}/{self._steps}"}
+            self._show(line)
+            self._record(trainer.step, line, values, {})
+
+    def _show(self, line: Mapping[str, Any]) -> None:
+        self._bar.write(str({name: _short(value) for name, value in line.items()}).replace("'", ""))
+
+    def _record(
+        self, step: int, line: Mapping[str, Any], values: Mapping[str, float], notes: Mapping[str, Any]
+    ) -> None:
         plain = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
         numbers = {"step_number": step, "elapsed_seconds": self.elapsed()}
-        self._file.write(json.dumps({**plain, **numbers, **(notes or {})}) + "\n")
+        self._file.write(json.dumps({**plain, **numbers, **notes}) + "\n")
         for name, value in values.items():
             if plain[name] is not None:
                 self._board.add_scalar(name, value, step)
-
-    def say(self, text: str) -> None:
-        """A line above the progress bar."""
-        if self.writes:
-            self._bar.write(text)
 
 
 def _short(value: Any) -> Any:
@@ -119,5 +150,5 @@ def _short(value: Any) -> Any:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The log lines of a run; a last line cut short by a crash is left out."""
+    """Return the log lines of a run; a last line cut short by a crash is left out."""
     return read_lines(folder / LOG)

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -27,63 +27,70 @@ from jvlm.data.errors import Origin
 from jvlm.data.packing import PackedRows
 from jvlm.errors import UserError
 from jvlm.models.batch import PackedBatch
-from jvlm.training.train_step import Params
+from jvlm.training.hooks import Hook, StepResult
+from jvlm.training.state import Params
+
+if TYPE_CHECKING:
+    from jvlm.training.trainer import Trainer
 
 NONFINITE, REPORT, PARAMS = "nonfinite", "report.json", "params"
 
 
-class NonFiniteMonitor:
-    """Watches the steps of a run, and lets the device run one of them ahead of the host, no more.
+class Diverged(RuntimeError):
+    """The loss or the gradient of too many steps in a row was not finite.
+
+    `jvlm train` ends with status 1. The same command repeats the same steps from the last checkpoint, so it helps only
+    where the hardware was at fault; otherwise see what `jvlm replay` says, and change data, learning rate or start.
+    """
+
+
+class NonFiniteMonitor(Hook):
+    """Counts skipped steps and ends a run that diverged. The device runs one step ahead of the host, no more.
 
     Args:
       folder, store: of the run, for batches and for parameters (jvlm.training.run_storage).
-      stop_after: skipped steps in a row that stop it.
+      stop_after: skipped steps in a row that end it.
     """
 
     def __init__(self, folder: Path, store: epath.Path, stop_after: int):
         self.folder, self.store, self.stop_after = folder, store, stop_after
         self.skipped = 0
-        self._row: list[tuple[int, Sequence[PackedRows]]] = []
+        self._in_a_row: list[tuple[int, Sequence[PackedRows]]] = []
         self._before = 0  # skipped in a row before a restart; their batches are gone
-        self._pending: tuple[int, Sequence[PackedRows], Any] | None = None
+        self._pending: StepResult | None = None
 
-    @property
-    def stops(self) -> bool:
-        """Whether too many steps in a row were skipped."""
-        return self._before + len(self._row) >= self.stop_after
-
-    def ran(self, step: int, packed: Sequence[PackedRows], metrics: dict[str, jax.Array]) -> None:
-        """A step was handed to the device; waits for the one before it.
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Wait for the step before this one, and for this one if anybody reads it.
 
         After a skipped step each one is waited for, so that when the run stops, none that changes the parameters
         stands between them and the batches that are written.
+
+        Raises:
+          Diverged: too many in a row; their batches are written.
         """
-        last, self._pending = self._pending, (step, packed, metrics)
+        last, self._pending = self._pending, result
         if last is not None:
-            self._judge(*last)
-        if self._row or self._before or self.stop_after == 1:
-            self.settle()
-
-    def settle(self) -> None:
-        """Wait for the last step."""
-        if self._pending is not None:
-            self._judge(*self._pending)
+            self._judge(last)
+        if self._in_a_row or self._before or self.stop_after == 1 or trainer.is_due(result.step):
+            self._judge(self._pending)
             self._pending = None
+        if self._before + len(self._in_a_row) >= self.stop_after:
+            raise Diverged(self._dump(trainer.state.params))
 
-    def _judge(self, step: int, packed: Sequence[PackedRows], metrics: dict[str, jax.Array]) -> None:
-        if float(metrics["skipped"]):
+    def _judge(self, result: StepResult) -> None:
+        if float(result.metrics["skipped"]):
             self.skipped += 1
-            self._row.append((step, packed))
+            self._in_a_row.append((result.step, result.packed))
         else:
-            self._row, self._before = [], 0
+            self._in_a_row, self._before = [], 0
 
-    def dump(self, params: Params) -> str:
+    def _dump(self, params: Params) -> str:
         """Write the skipped batches and the parameters; returns what to tell the user."""
-        first, last = self._row[0][0], self._row[-1][0]
+        first, last = self._in_a_row[0][0], self._in_a_row[-1][0]
         folder = (self.folder / NONFINITE / f"{first}-{last}").absolute()
         folder.mkdir(parents=True, exist_ok=True)
         process = jax.process_index()
-        for step, packed in self._row:
+        for step, packed in self._in_a_row:
             arrays = {f"{i}.{n}": a for i, rows in enumerate(packed) for n, a in _arrays(rows.batch).items()}
             np.savez_compressed(folder / f"{step}.{process}.npz", **arrays)
         steps = {
@@ -91,24 +98,28 @@ class NonFiniteMonitor:
                 "static": _static(packed[0].batch),
                 "origins": [[[dataclasses.astuple(o) for o in row] for row in rows.origins] for rows in packed],
             }
-            for step, packed in self._row
+            for step, packed in self._in_a_row
         }
         (folder / f"{process}.{REPORT}").write_text(json.dumps(steps, indent=2) + "\n")
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(self.store / NONFINITE / folder.name / PARAMS, params, force=True)
-        row = f"{first} to {last}" if last > first else f"{first}"
+        steps = f"{first} to {last}" if last > first else f"{first}"
         return (
-            f"loss or gradient not finite, {self._before + len(self._row)} steps in a row (stop_after_skips); the "
-            f"batches of steps {row} are in {folder}. See which conversation it is with: jvlm replay {folder}"
+            f"loss or gradient not finite, {self._before + len(self._in_a_row)} steps in a row (stop_after_skips); the "
+            f"batches of steps {steps} are in {folder}. See which conversation it is with: jvlm replay {folder}"
         )
 
-    def state(self) -> dict[str, int]:
-        return {"skipped": self.skipped, "in_a_row": self._before + len(self._row)}
+    def log_values(self, trainer: Trainer) -> dict[str, float]:
+        return {"skipped": self.skipped}
 
-    def restore(self, state: dict[str, int]) -> None:
+    def state(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "in_a_row": self._before + len(self._in_a_row)}
+
+    def restore(self, state: dict[str, int], step: int) -> None:
         self.skipped, self._before = state["skipped"], state["in_a_row"]
 
     def summary(self) -> str:
+        """Return what to add to the last line of a run."""
         return f", {self.skipped} steps skipped: not finite" if self.skipped else ""
 
 
@@ -121,7 +132,7 @@ def _static(batch: PackedBatch) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dumped:
+class NonFiniteBatch:
     """One batch of a dump: its step, its number among the accumulated ones, and the origins of each row's segments."""
 
     step: int
@@ -130,17 +141,17 @@ class Dumped:
     origins: tuple[tuple[Origin, ...], ...]
 
 
-def _dumped(step: int, path: Path, said: dict[str, Any]) -> list[Dumped]:
+def _dumped(step: int, path: Path, report: dict[str, Any]) -> list[NonFiniteBatch]:
     found = []
     with np.load(path) as file:
-        for number, origins in enumerate(said["origins"]):
+        for number, origins in enumerate(report["origins"]):
             fields = {n.partition(".")[2]: file[n] for n in file.files if n.startswith(f"{number}.")}
             rows = tuple(tuple(Origin(*o) for o in row) for row in origins)
-            found.append(Dumped(step, number, PackedBatch(**fields, **said["static"]), rows))
+            found.append(NonFiniteBatch(step, number, PackedBatch(**fields, **report["static"]), rows))
     return found
 
 
-def read(folder: Path) -> list[Dumped]:
+def read(folder: Path) -> list[NonFiniteBatch]:
     """The batches of a dump, of every process that wrote one.
 
     Raises:
@@ -149,10 +160,10 @@ def read(folder: Path) -> list[Dumped]:
     found = []
     for report in sorted(folder.glob(f"*.{REPORT}")):
         process = report.name.partition(".")[0]
-        for step, said in json_files.read_object(report).items():
+        for step, values in json_files.read_object(report).items():
             path = folder / f"{step}.{process}.npz"
             try:
-                found += _dumped(int(step), path, said)
+                found += _dumped(int(step), path, values)
             except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
                 raise UserError(
                     f"{path} or {report.name} is damaged ({type(error).__name__}: {error}); let the run stop again"

@@ -6,17 +6,21 @@ What the trace shows is named: encoder, connector, decoder, and inside them atte
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 
 from jvlm.training.config import profiled_steps
+from jvlm.training.hooks import Hook, StepResult
+
+if TYPE_CHECKING:
+    from jvlm.training.trainer import Trainer
 
 PROFILE = "profile"
 
 
-class Profile:
-    """Traces steps of a run into ``<run>/profile``. Use as a context manager.
+class Profile(Hook):
+    """Traces steps of a run into ``<run>/profile``.
 
     Args:
       text: as `Experiment.profile`, "10:13".
@@ -26,23 +30,18 @@ class Profile:
         self.folder, self.steps = folder / PROFILE, profiled_steps(text)
         self._running = False
 
-    def __enter__(self) -> Profile:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stop()
-
-    def before(self, step: int) -> None:
-        """Step number ``step`` since the start is about to fetch its batch."""
-        if self.steps and step == self.steps[0]:
+    def on_step_start(self, trainer: Trainer) -> None:
+        if self.steps and trainer.step + 1 - trainer.start == self.steps[0]:
             jax.profiler.start_trace(str(self.folder))
             self._running = True
 
-    def ran(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """It was handed to the device; the last one of the trace is waited for."""
-        if self._running and step == self.steps[-1]:
-            jax.block_until_ready(metrics)
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        if self._running and result.step - trainer.start == self.steps[-1]:
+            jax.block_until_ready(result.metrics)
             self._stop()
+
+    def on_stop(self, trainer: Trainer, error: BaseException | None) -> None:
+        self._stop()
 
     def _stop(self) -> None:
         if self._running:

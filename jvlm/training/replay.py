@@ -1,4 +1,7 @@
-"""Looks again at batches that gave no finite loss or gradient: which tower, which conversation, which parameter."""
+"""Runs batches that gave no finite loss or gradient again: which tower, which conversation, which parameter.
+
+The loss is the supervised one, whatever the task of the run was.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import TOWERS, VLM
 from jvlm.training import nonfinite
-from jvlm.training.loss import loss_sums
-from jvlm.training.nonfinite import Dumped
+from jvlm.training.nonfinite import NonFiniteBatch
 from jvlm.training.optimizer import tower_of
+from jvlm.training.supervised import supervised_loss
 from jvlm.weights import run_dir
 
 
@@ -35,24 +38,24 @@ def replay(folder: Path) -> Iterator[str]:
     store = run_dir.checkpoints(run).parent
     params = run_dir.read_params(store / nonfinite.NONFINITE / folder.name / nonfinite.PARAMS, template, check=False)
     yield _line("parameters", ((tower_of(p), p, v) for p, v in params.items()))
-    look = _Look(template)
+    inspect = _Inspection(template)
     for dumped in batches:
         yield f"step {dumped.step}, batch {dumped.number}"
-        features, hidden, sums, gradients = look(params, dumped.batch)
+        features, hidden, loss, gradients = inspect(params, dumped.batch)
         outputs = (("encoder", features[0]), ("connector", features[1]), ("decoder", hidden))
         yield _line("  outputs", ((t, "", x) for t, x in outputs if x is not None))
-        yield f"  loss        {sums['loss']:.6g} over weights that sum to {sums['weight']:.6g}"
+        yield f"  loss        {loss.metrics['loss'].sum:.6g} over weights that sum to {loss.weight:.6g}"
         yield _line("  gradients", ((tower_of(p), p, g) for p, g in gradients.items()))
-        yield from _conversations(look, params, dumped)
+        yield from _conversations(inspect, params, dumped)
 
 
-class _Look:
-    """One compiled forward and backward pass with everything to look at."""
+class _Inspection:
+    """One compiled forward and backward pass that returns everything in between."""
 
     def __init__(self, template: VLM):
         def loss(params, batch):
-            sums = loss_sums(vlm.bind(template, params), batch)
-            return sums["loss"], sums
+            loss = supervised_loss(vlm.bind(template, params), batch)
+            return loss.metrics["loss"].sum, loss
 
         def both(params, batch: PackedBatch):
             model = vlm.bind(template, params)
@@ -60,7 +63,7 @@ class _Look:
             if batch.patches.shape[1]:
                 encoded = model.encoder(batch)
                 features = (encoded.tokens, model.connector(encoded, batch).tokens)
-            (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
+            gradients, sums = jax.grad(loss, has_aux=True)(params, batch)
             return features, model.hidden(batch).hidden, sums, gradients
 
         self._run = jax.jit(both)
@@ -82,7 +85,7 @@ def _line(title: str, values: Iterable[tuple[str, str, np.ndarray]]) -> str:
     return f"{title:<14}{towers}{more}"
 
 
-def _conversations(look: _Look, params, dumped: Dumped) -> Iterator[str]:
+def _conversations(inspect: _Inspection, params, dumped: NonFiniteBatch) -> Iterator[str]:
     """Each conversation's own loss and gradient: all other loss weights are put to 0."""
     segments = np.asarray(dumped.batch.segment_ids)
     guilty = 0
@@ -90,9 +93,9 @@ def _conversations(look: _Look, params, dumped: Dumped) -> Iterator[str]:
         for number, origin in enumerate(row, 1):
             inside = (segments == number) & (np.arange(len(segments)) == r)[:, None]
             weights = np.where(inside, dumped.batch.loss_weights, 0).astype(np.float32)
-            _, _, sums, gradients = look(params, dataclasses.replace(dumped.batch, loss_weights=weights))
+            _, _, sums, gradients = inspect(params, dataclasses.replace(dumped.batch, loss_weights=weights))
             norm = float(np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in gradients.values())))
-            loss = float(sums["loss"])
+            loss = float(sums.metrics["loss"].sum)
             if not (np.isfinite(loss) and np.isfinite(norm)):
                 guilty += 1
                 yield f"  {origin}: loss {loss:.6g}, gradient norm {norm:.6g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,13 +21,23 @@ from jvlm.models.vlm import TOWERS
 from jvlm.parallel import hosts
 from jvlm.training.config import Experiment
 from jvlm.training.side_files import read_json, write_json
-from jvlm.weights import hf, run_dir
+from jvlm.weights import frozen, hf, run_dir
 from jvlm.weights.run_dir import EXPERIMENT, PROCESSOR
 
 INPUTS, CHANGES = "inputs.json", "changes.jsonl"
 # A restart may change these; anything else would make the rest of the run another experiment.
 _FREE = (
-    *("checkpoint", "evaluation", "export", "log_interval_steps", "stop_after_skips", "profile", "output_root"),
+    *(
+        "checkpoint",
+        "evaluation",
+        "export",
+        "log_interval_steps",
+        "stop_after_skips",
+        "profile",
+        "output_root",
+        *(f"validation.{name}" for name in ("interval_steps", "patience", "min_delta", "use_best")),
+        "hooks",
+    ),
     *("data.read_threads", "data.prefetch", "data.max_bad_fraction", "data.max_too_long_fraction"),
     *("parallel", "topologies", "accept_changes"),
 )
@@ -63,7 +74,7 @@ def prepare_folder(folder: Path, experiment: Experiment, processor: Processor) -
     Raises:
       UserError: another experiment, other data or another model to start from; names each change with both values.
     """
-    resolved = config_tree.to_dict(experiment)
+    resolved = plain_values(experiment)
 
     def compare() -> tuple[dict[str, Any], list[str]]:
         present = inputs(experiment)  # on all: none waits for another that reads
@@ -84,6 +95,27 @@ def prepare_folder(folder: Path, experiment: Experiment, processor: Processor) -
     return changed
 
 
+def plain_values(experiment: Experiment) -> dict[str, Any]:
+    """Return an experiment as values for JSON. Task and hooks are named with their fields and a hash of their code."""
+    values = config_tree.to_dict(dataclasses.replace(experiment, hooks=()))
+    return {**values, "task": _described(experiment.task), "hooks": [_described(hook) for hook in experiment.hooks]}
+
+
+def _described(part: Any) -> dict[str, Any]:
+    kind = type(part)
+    values = config_tree.to_dict(part) if dataclasses.is_dataclass(part) else {}
+    described = {"type": f"{kind.__module__}.{kind.__qualname__}", **values}
+    if not kind.__module__.startswith("jvlm."):
+        functions = [f for _, f in sorted(vars(kind).items()) if inspect.isfunction(f) and _is_written(f)]
+        described["code"] = hashlib.sha256("".join(map(inspect.getsource, functions)).encode()).hexdigest()
+    return described
+
+
+def _is_written(function: Any) -> bool:
+    """Whether somebody wrote it; dataclasses make some of their methods."""
+    return not inspect.unwrap(function).__code__.co_filename.startswith("<")
+
+
 def _line(changed: Sequence[str]) -> str:
     return json.dumps({"time": time.time(), "jvlm": jvlm.__version__, "changes": list(changed)}) + "\n"
 
@@ -98,8 +130,8 @@ def _changes(folder: Path, experiment: Experiment, resolved: dict[str, Any], pre
     others = [] if before is None else list(config_tree.differences(before, present))
     if not settings and not others:
         return []
-    shapes = [line for line in settings if line.startswith(("model.", "adapt."))]
-    shapes += [f"{tower}: frozen or not" for tower in TOWERS if _learnt(saved, tower) != _learnt(resolved, tower)]
+    shapes = [line for line in settings if line.startswith(("model.", "adapt.", "optimizer.train", "optimizer.freeze"))]
+    shapes += [f"{tower}: frozen or not" for tower in TOWERS if _trains(saved, tower) != _trains(resolved, tower)]
     if experiment.accept_changes and not shapes:
         return [*settings, *others]
     way = "another experiment" if settings else "the same experiment on other data or another start"
@@ -110,20 +142,26 @@ def _changes(folder: Path, experiment: Experiment, resolved: dict[str, Any], pre
     )
 
 
-def _learnt(values: dict[str, Any], tower: str) -> bool:
+def _trains(values: dict[str, Any], tower: str) -> bool:
     own = values["optimizer"][f"{tower}_lr"]
     return (values["optimizer"]["learning_rate"] if own is None else own) > 0
 
 
 def inputs(experiment: Experiment) -> dict[str, Any]:
     """Fingerprints of what a run begins from: its data files, and the folders of models and tokenizers."""
-    source = RowSource(experiment.data.train)
-    counts = source.counts()
-    budget = min(_WHOLE, _ALL // len(source.files))
-    data = {path: {**_fingerprint([Path(path)], budget), "rows": counts[path]} for path in source.files}
+    found = {"data": _of_data(experiment.data.train)}
+    if experiment.validation.data:
+        found["validation"] = _of_data(experiment.validation.data)
     names = ("init_from", "encoder_from", "decoder_from", "tokenizer")
     starts = {name: getattr(experiment, name) for name in names if getattr(experiment, name) is not None}
-    return {"data": data, "start": {name: _of_model(place) for name, place in starts.items()}}
+    return {**found, "start": {name: _of_model(path) for name, path in starts.items()}}
+
+
+def _of_data(patterns: Sequence[str]) -> dict[str, Any]:
+    source = RowSource(patterns)
+    counts = source.counts()
+    budget = min(_WHOLE, _ALL // len(source.files))
+    return {path: {**_fingerprint([Path(path)], budget), "rows": counts[path]} for path in source.files}
 
 
 def _of_model(place: str) -> dict[str, Any]:
@@ -133,7 +171,8 @@ def _of_model(place: str) -> dict[str, Any]:
         return _fingerprint((p for p in files if p.is_file() and p.suffix in _MODEL_FILES), _WHOLE)
     step = run_dir.steps(folder)[-1]
     kept = run_dir.checkpoints(folder) / str(step)
-    found = {"step": step, "model": _digest_of(run_dir.model_config(folder))}
+    record = frozen.read(folder)
+    found = {"step": step, "model": _digest_of(run_dir.model_config(folder)), "frozen": record and record.digest}
     if not stores.is_remote(kept):
         # beside the data position of a training run lie fingerprints of its arrays
         part = Path(kept) / ("data" if (kept / "data").is_dir() else "params")

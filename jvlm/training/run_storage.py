@@ -6,6 +6,7 @@ written by libraries that append to files, which object stores cannot: it is wri
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import jax
@@ -33,6 +34,7 @@ class RunStorage:
     """
 
     def __init__(self, root: str, name: str):
+        self._root, self._name = root.rstrip("/"), name
         self.store = stores.at(root) / name
         self._remote: epath.Path | None = None
         self._copied: dict[Path, tuple[int, int]] = {}
@@ -51,6 +53,10 @@ class RunStorage:
         for source in {self.store, self._remote}:
             self._pull(source, self.folder)
         (self.folder / POINTER).write_text(f"{self.store / CHECKPOINTS}\n")
+
+    def elsewhere(self, relative: str) -> str | None:
+        """Return the address of a path relative to a run in an object store; None for a run on disk."""
+        return None if self._remote is None else f"{self._root}/{os.path.normpath(os.path.join(self._name, relative))}"
 
     def share(self) -> None:
         """Give the other processes what the first has written."""

@@ -1,10 +1,9 @@
-"""One optimizer step, compiled once for the whole run."""
+"""One optimizer step, compiled once for the whole run, and its counterpart that only measures."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,94 +12,135 @@ import numpy as np
 import optax
 
 from jvlm.models import device_ops, vlm
-from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
 from jvlm.training import optimizer
-from jvlm.training.loss import loss_sums
+from jvlm.training.state import Params, TrainState
+from jvlm.training.task import Loss, Mean, Task
 
-Params = dict[str, jax.Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """What changes from step to step. Frozen parameters are kept apart and never enter an update."""
-
-    step: jax.Array
-    params: Params
-    optimizer: Any
+Metrics = dict[str, jax.Array]
 
 
-Step = Callable[[TrainState, Params, PackedBatch], tuple[TrainState, dict[str, jax.Array]]]
+class TrainStep:
+    """``(state, batches) -> (state, metrics)``; ``batches`` have a leading axis of gradient accumulation.
 
-
-def make_train_step(
-    template: VLM, tx: optax.GradientTransformation, *, ops: device_ops.DeviceOps | None = None, **options: Any
-) -> Step:
-    """``(state, frozen, batches) -> (state, metrics)``, with ``batches`` stacked on a leading accumulation axis.
-
-    The loss is averaged over the weights of all accumulated batches, so it equals that of one large batch.
-    ``state`` is donated. Metrics: loss, token_acc, grad_norm, a norm for each learnt tower, what layers report (a
-    mixture of experts: aux_loss, which is minimised beside the loss, and router/...), and skipped: 1 where the loss or
-    the gradient is not finite. Such a step leaves parameters and optimizer, its count included, as they were.
+    The loss is averaged over the weights of all accumulated batches, so it equals that of one large batch. The changing
+    part of ``state`` is donated. Metrics: loss, what the task measures, grad_norm, a norm for each tower that is
+    trained, and skipped: 1 where the loss or the gradient is not finite. Such a step leaves parameters and optimizer,
+    its count included, as they were.
 
     Args:
       ops: operations of the mesh that splits the model; None is one device.
-      options: of `jax.jit`: shardings of what goes in and comes out.
+      in_shardings: of (changing state, constant state, batches), see `TrainState.split`.
+      out_shardings: of (changing state, metrics).
     """
 
-    def sums(params: Params, frozen: Params, batch: PackedBatch):
+    def __init__(
+        self,
+        template: VLM,
+        task: Task,
+        tx: optax.GradientTransformation,
+        *,
+        ops: device_ops.DeviceOps | None = None,
+        **options: Any,
+    ):
+        update = functools.partial(_update, _loss_of(template, task, ops), tx)
+        self._jitted = jax.jit(update, donate_argnums=0, **options)
+
+    def __call__(self, state: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
+        changing, constant = state.split()
+        changing, metrics = self._jitted(changing, constant, batches)
+        return changing.merge(constant), metrics
+
+    def lower(self, state: TrainState, batches: Any) -> jax.stages.Lowered:
+        """Lower the function of (changing state, constant state, batches); arrays may be abstract."""
+        return self._jitted.lower(*state.split(), batches)
+
+    @property
+    def compilations(self) -> int:
+        """How often it was compiled."""
+        return self._jitted._cache_size()
+
+
+def make_eval_step(
+    template: VLM, task: Task, *, ops: device_ops.DeviceOps | None = None, **options: Any
+) -> Callable[[Params, dict[str, Any], Any], Loss]:
+    """Return the compiled ``(trainable, constant state, batch) -> Loss``, without a gradient.
+
+    ``batch`` has an axis of gradient accumulation, of length 1. ``options`` are those of `jax.jit`.
+    """
+    loss_of = _loss_of(template, task, ops)
+
+    def evaluate(trainable: Params, constant: dict[str, Any], batch: Any) -> Loss:
+        return loss_of(trainable, constant, jax.tree.map(lambda x: x[0], batch))
+
+    return jax.jit(evaluate, **options)
+
+
+def _loss_of(
+    template: VLM, task: Task, ops: device_ops.DeviceOps | None
+) -> Callable[[Params, dict[str, Any], Any], Loss]:
+    def loss(trainable: Params, constant: dict[str, Any], batch: Any) -> Loss:
+        frozen, reference = constant["frozen"], constant["reference"]
         with device_ops.use(ops):
-            result = loss_sums(vlm.bind(template, {**frozen, **params}), batch)
-        return result["loss"] + result.get("aux/loss", 0.0), result
+            extra = {}
+            if task.needs_reference:
+                extra["reference"] = vlm.bind(template, jax.lax.stop_gradient({**frozen, **reference}))
+            return task.loss(vlm.bind(template, {**frozen, **trainable}), batch, **extra)
 
-    gradient = jax.value_and_grad(sums, has_aux=True)
-
-    @functools.partial(jax.jit, donate_argnums=0, **options)
-    def step(state: TrainState, frozen: Params, batches: PackedBatch):
-        if batches.tokens.shape[0] == 1:
-            (_, total), grads = gradient(state.params, frozen, jax.tree.map(lambda x: x[0], batches))
-        else:
-            total, grads = _accumulate(gradient, state.params, frozen, batches)
-        weight = jnp.maximum(total["weight"], 1e-9)
-        grads = jax.tree.map(lambda g: g / weight, grads)
-        metrics = {
-            "loss": total["loss"] / weight,
-            "token_acc": total["correct"] / jnp.maximum(total["targets"], 1),
-            "grad_norm": optax.tree.norm(grads),
-            **{f"grad_norm/{tower}": norm for tower, norm in optimizer.tower_norms(grads).items()},
-            **_reported(total, weight),
-        }
-        with jax.named_scope("update"):
-            updates, opt_state = tx.update(grads, state.optimizer, state.params)
-            new = (optax.apply_updates(state.params, updates), opt_state)
-            # the norm is finite only if every gradient is
-            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-            keep = functools.partial(jnp.where, finite)
-            params, opt_state = jax.tree.map(keep, new, (state.params, state.optimizer))
-        metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
-        return TrainState(state.step + 1, params, opt_state), metrics
-
-    return step
+    return loss
 
 
-def _reported(total: dict[str, jax.Array], weight: jax.Array) -> dict[str, jax.Array]:
-    reports = {name.removeprefix("aux/"): value / weight for name, value in total.items() if name.startswith("aux/")}
-    return {"aux_loss" if name == "loss" else name: value for name, value in reports.items()}
+def _update(
+    loss_of: Callable[..., Loss],
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    constant: dict[str, Any],
+    batches: Any,
+) -> tuple[TrainState, Metrics]:
+    def total(trainable: Params, batch: Any) -> tuple[jax.Array, Loss]:
+        loss = loss_of(trainable, constant, batch)
+        return loss.total, loss
+
+    gradient = jax.grad(total, has_aux=True)
+    if jax.tree.leaves(batches)[0].shape[0] == 1:
+        grads, loss = gradient(state.trainable, jax.tree.map(lambda x: x[0], batches))
+    else:
+        grads, loss = _accumulate(gradient, state.trainable, batches)
+    weight = jnp.maximum(loss.weight, 1e-9)
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    mean_loss = loss.total / weight
+    metrics = {
+        "loss": mean_loss,
+        **means(loss.metrics),
+        "grad_norm": optax.tree.norm(grads),
+        **{f"grad_norm/{tower}": norm for tower, norm in optimizer.tower_norms(grads).items()},
+    }
+    with jax.named_scope("update"):
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        new = (optax.apply_updates(state.trainable, updates), opt_state)
+        # the norm is finite only if every gradient is
+        finite = jnp.isfinite(mean_loss) & jnp.isfinite(metrics["grad_norm"])
+        choose = functools.partial(jnp.where, finite)
+        trainable, opt_state = jax.tree.map(choose, new, (state.trainable, state.opt_state))
+    metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
+    return TrainState(state.step + 1, trainable, opt_state), metrics
 
 
-def _accumulate(gradient, params: Params, frozen: Params, batches: PackedBatch):
-    def add(carry, batch):
-        total, grads = carry
-        (_, sums), new = gradient(params, frozen, batch)
-        return (jax.tree.map(jnp.add, total, sums), jax.tree.map(jnp.add, grads, new)), None
+def means(metrics: Mapping[str, Mean]) -> Metrics:
+    """Divide each sum by its count; 0 where nothing was counted."""
+    return {name: mean.sum / jnp.maximum(mean.count, 1e-9) for name, mean in metrics.items()}
+
+
+def _accumulate(gradient: Callable[..., tuple[Params, Loss]], trainable: Params, batches: Any) -> tuple[Params, Loss]:
+    def add(total, batch):
+        return jax.tree.map(jnp.add, total, gradient(trainable, batch)), None
 
     first = jax.tree.map(lambda x: x[0], batches)
-    shapes = jax.eval_shape(gradient, params, frozen, first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0][1], shapes[1]))
+    shapes = jax.eval_shape(gradient, trainable, first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, batches)[0]
 
 
-def stack(batches: Sequence[PackedBatch]) -> PackedBatch:
-    """Batches on a new leading axis, for accumulation."""
+def stack(batches: Sequence[Any]) -> Any:
+    """Stack batches on a new leading axis, for accumulation."""
     return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)

@@ -20,7 +20,16 @@ from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
-from jvlm.weights import chat_templates, hf, run_dir, safetensors_files, table, tokenizer_files, vocabulary
+from jvlm.weights import (
+    chat_templates,
+    frozen,
+    hf,
+    run_dir,
+    safetensors_files,
+    table,
+    tokenizer_files,
+    vocabulary,
+)
 from jvlm.weights.table import Entry, WeightError
 
 DType = Literal["keep", "float32", "bfloat16", "float16"]
@@ -206,8 +215,7 @@ class _Run:
         self.processor = hf.load_processor(folder / run_dir.PROCESSOR, self.config, grow_embedding=grow_embedding)
         self.config = self.processor.model
         self.entries, _ = _entries_of(self.config)
-        params = run_dir.params_folder(folder, step)
-        self.arrays = run_dir.Arrays(params, shapes, run_dir.saved_fingerprints(params.parent))
+        self.arrays = frozen.open_run(folder, shapes, step)
 
     def dtype(self, entry: Entry) -> np.dtype:
         return self.arrays.dtype(entry.path)

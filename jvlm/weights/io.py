@@ -17,7 +17,7 @@ def load(
     *,
     precision: Precision | None = None,
     sharding: hf.ShardingOf | None = None,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
     grow_embedding: bool = False,
 ) -> tuple[VLM, Processor]:
     """A model and its processor from a Hugging Face snapshot folder or a jvlm run folder.
@@ -30,7 +30,8 @@ def load(
       precision: dtypes and implementations; the default is float32 parameters and, on CPU, float32 compute
         (bfloat16 elsewhere). For a run folder the default is what it was trained with.
       sharding: gives the sharding of a parameter from its path and variable; None puts it on the first device.
-      step: which checkpoint of a run folder; None is the latest.
+      step: which checkpoint of a run folder; None is the latest, "best" the best one by the run's validation, as is a
+        path that ends in it (``runs/demo/best``).
       grow_embedding: where tokens of the tokenizer have no row in the embedding table, give them rows (and columns of
         an untied head), each the mean of the others; without it such a folder is refused. A tokenizer that lacks the
         tokens that end a turn in its family's template, as Idefics2-8b-base's does, gets them too.
@@ -40,7 +41,8 @@ def load(
       jvlm.weights.table.WeightError: wrong, missing or extra tensors, all of them listed.
       jvlm.errors.UserError: a file that cannot be read; tokens without a row in the embedding table.
     """
-    folder = run_dir.local(path)
+    folder, best = run_dir.split_best(Path(path))
+    folder, step = (run_dir.local(folder), best) if best else (run_dir.local(path), step)
     config = read_config(folder, precision)
     if run_dir.is_run(folder):
         return run_dir.load(folder, precision=precision, sharding=sharding, step=step, grow_embedding=grow_embedding)
@@ -53,7 +55,8 @@ def load(
 
 def read_config(path: str | Path, precision: Precision | None = None) -> VLMConfig:
     """The model that a folder of either kind holds, without its weights. Raises UserError as `load` does."""
-    folder = run_dir.local(path)
+    folder, best = run_dir.split_best(Path(path))
+    folder = run_dir.local(folder if best else path)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder (nothing is downloaded from a hub: give a snapshot)")
     if run_dir.is_run(folder):

@@ -2,8 +2,9 @@
 
 experiment.json          the resolved experiment, model and processor included
 processor/               tokenizer and settings
-checkpoints/STEP/params  Orbax, dotted parameter path -> array
+checkpoints/STEP/params  Orbax, dotted parameter path -> array; of a training run those that are trained
                  data    the arrays' fingerprints among others, which are compared with what is read
+frozen.json, frozen/     where the frozen parameters of a training run are (`jvlm.weights.frozen`)
 checkpoints.at           in the local copy of a run in an object store: where its checkpoints are
 """
 
@@ -16,7 +17,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
@@ -39,6 +40,7 @@ from jvlm.weights.fingerprints import Running, fingerprints
 from jvlm.weights.table import WeightError
 
 EXPERIMENT, CHECKPOINTS, PROCESSOR, POINTER = "experiment.json", "checkpoints", "processor", "checkpoints.at"
+BEST: Literal["best"] = "best"
 # in the folder of a step; Orbax's form of a JSON value, which training writes with more in it
 FINGERPRINTS = "data/metadata"
 # of a fingerprint's key: parameters are the first part of what training saves
@@ -84,11 +86,31 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in found if ocp.utils.is_checkpoint_finalized(p))
 
 
-def params_folder(folder: Path, step: int | None = None) -> epath.Path:
+def split_best(folder: Path) -> tuple[Path, Literal["best"] | None]:
+    """Return the run and "best" of a path that ends in the best checkpoint of a run, as ``runs/demo/best``."""
+    if folder.name == BEST and not folder.exists() and is_run(folder.parent):
+        return folder.parent, BEST
+    return folder, None
+
+
+def best_step(folder: Path) -> int:
+    """Return the step of a run's best checkpoint, by its validation. Raises WeightError if there is none."""
+    available = steps(folder)
+    if available:
+        path = checkpoints(folder) / str(available[-1]) / FINGERPRINTS
+        best = json_files.read_object(path).get("run", {}).get("best") if path.exists() else None
+        if best is not None and best["step"] in available:
+            return best["step"]
+    raise WeightError(f"{folder} has no best checkpoint: it was trained without validation, or not validated yet")
+
+
+def params_folder(folder: Path, step: int | Literal["best"] | None = None) -> epath.Path:
     """Where the parameters of a step (None: the latest) are. Raises WeightError naming the steps there are."""
     available = steps(folder)
     if not available:
         raise WeightError(f"{folder} has no complete checkpoint yet")
+    if step == BEST:
+        step = best_step(folder)
     if step is not None and step not in available:
         raise WeightError(f"{folder} has no checkpoint of step {step}; it has {available}")
     return checkpoints(folder) / str(available[-1] if step is None else step) / "params"
@@ -116,17 +138,19 @@ def load(
     *,
     precision: Precision | None,
     sharding: hf.ShardingOf | None,
-    step: int | None,
+    step: int | Literal["best"] | None,
     grow_embedding: bool = False,
 ) -> tuple[VLM, Processor]:
     """The model of a run at a step (None: the latest), and its processor; see `jvlm.weights.io.load`."""
+    from jvlm.weights import frozen  # which reads the folders that this one refers to, runs among them
+
     source = params_folder(folder, step)
     config = model_config(folder, precision)
     if not (folder / PROCESSOR).is_dir():
         raise WeightError(f"{folder / PROCESSOR} is missing: it holds the run's tokenizer; copy the whole run again")
     processor = hf.load_processor(folder / PROCESSOR, config, grow_embedding=grow_embedding)
     model = vlm.abstract(config)
-    values = read_params(source, model, sharding)
+    values = frozen.read_all(folder, source, config, wanted_arrays(model, sharding))
     return vocabulary.grow(vlm.bind(model, values), processor.model), processor
 
 
@@ -219,6 +243,12 @@ class Arrays:
         self._arrays, self._block, self._path, self._running = {}, None, "", {}
 
 
+def stored_paths(params: epath.Path) -> set[str]:
+    """Return the dotted paths of the parameters that Orbax wrote to a folder. Raises WeightError if it is damaged."""
+    path = params / "_METADATA"
+    return table.read_values(path, _stored_paths, json_files.read_object(path))
+
+
 def _stored_paths(metadata: dict[str, Any]) -> set[str]:
     return {".".join(k["key"] for k in v["key_metadata"]) for v in metadata["tree_metadata"].values()}
 
@@ -291,7 +321,26 @@ def cause(error: BaseException) -> str:
 def read_params(
     source: epath.Path, model: VLM, sharding: hf.ShardingOf | None = None, *, check: bool = True
 ) -> dict[str, jax.Array]:
-    """Dotted path -> array, of parameters that Orbax wrote; on the first device if no ``sharding`` is given.
+    """Return dotted path -> array, of all parameters of a model; on the first device if no ``sharding`` is given.
+
+    Arguments and errors are those of `read_arrays`.
+    """
+    return read_arrays(source, wanted_arrays(model, sharding), check=check)
+
+
+def wanted_arrays(model: VLM, sharding: hf.ShardingOf | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape, dtype and sharding of each parameter of a model, by path."""
+    wanted = {}
+    for path, variable in vlm.parameters(model).items():
+        own = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted[path] = jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype, sharding=own)
+    return wanted
+
+
+def read_arrays(
+    source: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct], *, check: bool = True
+) -> dict[str, jax.Array]:
+    """Return dotted path -> array, of parameters that Orbax wrote.
 
     Arrays are compared with their saved fingerprints where they lie, so that nothing is read twice. Where the model
     wants another dtype than the stored one, they are read, compared and cast one after another.
@@ -302,10 +351,6 @@ def read_params(
     Raises:
       WeightError: parameters that are missing, superfluous, of another shape, unreadable or not what was saved.
     """
-    wanted = {}
-    for path, variable in vlm.parameters(model).items():
-        place = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted[path] = jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype, sharding=place)
     saved = saved_fingerprints(source.parent) if check else None
     arrays = Arrays(source, {path: want.shape for path, want in wanted.items()})
     # with parts on other hosts, all must hear of a failure before they compare
@@ -320,7 +365,7 @@ def read_params(
             raise damaged(source.parent, changed)
 
     if all(arrays.dtype(path) == want.dtype for path, want in wanted.items()):
-        found = agreed(lambda: _restore(source, wanted))
+        found = agreed(lambda: _restore(source, dict(wanted)))
         compare(found)
         return found
     found = {}

@@ -17,8 +17,8 @@ from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.families.idefics2.image_processor import Idefics2ImageConfig, edge_resize
 from jvlm.families.mm1_5.image_processor import TiledImageConfig
 from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig, largest_area, smart_resize, window_order
-from jvlm.training import loop
-from jvlm.training.loss import loss_sums
+from jvlm.training import resolve, starting_model
+from jvlm.training.supervised import supervised_loss
 from tests.parallel import models
 from tests.training import support
 
@@ -78,7 +78,7 @@ def small(tmp_path_factory):
     """The small experiment, its model and processor: pictures of 64 x 64 at most, 64 patches."""
     folder = tmp_path_factory.mktemp("small")
     experiment = support.experiment(folder, support.write_rows(folder, 3), "--processor.image.min_pixels", "1024")
-    return experiment, *loop.start_model(experiment)
+    return experiment, *starting_model.start_model(experiment)
 
 
 def _row(size, seed=0, **limits):
@@ -98,7 +98,7 @@ ODD = {
 
 def _losses(model, examples, shape, **promises):
     batch = packing.assemble([examples], *shape, **promises)
-    return float(loss_sums(model, batch)["loss"])
+    return float(supervised_loss(model, batch).total)
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -117,7 +117,7 @@ def test_a_picture_gives_the_loss_it_has_without_a_bound_or_its_row_is_refused_w
             packing.assemble([[example]], 512, 2048, max_image_patches=bound)
         return
     fitted = encode.random_map((Origin(), ODD[name]), rng)
-    free = float(loss_sums(model, packing.assemble([[fitted]], 512, 2048))["loss"])
+    free = float(supervised_loss(model, packing.assemble([[fitted]], 512, 2048)).total)
     promised = _losses(model, [fitted], (512, 2048), max_image_patches=bound)
     assert promised == pytest.approx(free, rel=1e-5)
 
@@ -210,14 +210,14 @@ def test_the_bound_is_raised_to_the_largest_picture_of_a_sample(small, tmp_path)
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
     data = dataclasses.replace(experiment.data, train=(str(path),), seq_len=512, max_patches=1024)
-    resolved = loop.resolve(dataclasses.replace(experiment, data=data), model, processor).data
+    resolved = resolve.resolve(dataclasses.replace(experiment, data=data), model, processor).data
     assert resolved.max_image_patches == 256
     batch = next(iter(pipeline.training_data(processor, resolved, seed=0)[0])).batch
     assert batch.max_image_patches == 256
     assert np.bincount(batch.patch_segment_ids[0])[1:].max() == 256
     # a promise made by the user stands
     fixed = dataclasses.replace(data, max_image_patches=300)
-    assert loop.resolve(dataclasses.replace(experiment, data=fixed), model, processor).data.max_image_patches == 300
+    assert resolve.resolve(dataclasses.replace(experiment, data=fixed), model, processor).data.max_image_patches == 300
 
 
 def test_processors_of_other_limits_promise_what_theirs_allow(small):

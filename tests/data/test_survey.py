@@ -15,7 +15,7 @@ from jvlm.data.errors import Rejected, RowError, grouped
 from jvlm.data.position import Share
 from jvlm.data.survey import Size
 from jvlm.errors import UserError
-from jvlm.training import loop
+from jvlm.training import starting_model
 from tests.training import support
 
 
@@ -23,7 +23,7 @@ from tests.training import support
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("survey")
     experiment = support.experiment(folder, support.write_rows(folder))
-    return experiment.data, loop.start_model(experiment)[1]
+    return experiment.data, starting_model.start_model(experiment)[1]
 
 
 def _text(words: int) -> dict:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 
 from jvlm.data.boxes import Box
 from jvlm.data.errors import Origin
 from jvlm.data.rows import parse_row
-from jvlm.evaluation import report, score
+from jvlm.evaluation import questions, report, score
 from jvlm.evaluation.questions import TextOnlyBaseline, questions_of
 from jvlm.evaluation.score import Scores
-from jvlm.training import loop
+from jvlm.training import starting_model
 from tests.training import support
 
 PICTURE = np.zeros((32, 64, 3), np.uint8)
@@ -31,7 +33,7 @@ def _messages(*turns):
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processor")
-    return loop.start_model(support.experiment(folder, support.write_rows(folder, 1)))[1]
+    return starting_model.start_model(support.experiment(folder, support.write_rows(folder, 1)))[1]
 
 
 def test_each_turn_is_asked_alone_with_the_pictures_seen_so_far():
@@ -128,10 +130,30 @@ def test_several_boxes_are_matched_one_to_one_and_a_missing_one_counts_zero(proc
 def test_the_text_only_baseline_is_the_most_frequent_training_answer_to_the_same_words():
     train = [_row(("red?", "yes")), _row(("red?", "no")), _row(("red?", "no")), _row(("blue?", "yes"))]
     test = [q for row in (_row(("red?", "no")), _row(("blue?", "no")), _row(("new?", "no"))) for q in questions_of(row)]
-    floor = TextOnlyBaseline(train)
+    baseline = TextOnlyBaseline(train, test)
     # "new?" was never asked: the answers of all training questions are tied, the first seen wins
-    assert [floor.answer(q) for q in test] == ["no", "yes", "yes"]
-    assert floor.accuracy(test) == pytest.approx(1 / 3)
+    assert [baseline.answer(q) for q in test] == ["no", "yes", "yes"]
+    assert baseline.accuracy(test) == pytest.approx(1 / 3)
+
+
+def test_the_text_only_baseline_holds_one_training_conversation_at_a_time_and_a_bounded_number_of_answers(monkeypatch):
+    monkeypatch.setattr(questions, "_MOST_ANSWERS", 10)
+    alive = weakref.WeakSet()
+
+    def stream():
+        for number in range(300):
+            row = _row((f"question {number % 50}?", "no" if number % 3 else f"answer {number}"))
+            alive.add(row)
+            most.append(len(alive))
+            yield row
+            del row
+
+    most: list[int] = []
+    test = questions_of(_row(("question 1?", "no"), ("never asked?", "no")))
+    baseline = TextOnlyBaseline(stream(), test)
+    assert max(most) <= 3
+    assert [baseline.answer(question) for question in test] == ["no", "no"]
+    assert set(baseline._answers) == {"question 1?", "never asked?"}
 
 
 def test_scores_keep_words_and_boxes_apart(processor):

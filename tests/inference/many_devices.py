@@ -18,7 +18,7 @@ from jvlm.inference.engine import Engine
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.parallel.rules import AXES
-from jvlm.training import loop
+from jvlm.training import starting_model
 from tests.parallel import models
 
 NEW = 5
@@ -111,7 +111,7 @@ def run(model, fields: dict | None, kinds: list[str]) -> dict:
 def main(cases: str) -> None:
     """One JSON line for each mesh of a JSON object: architecture -> mesh -> fields of `ParallelConfig`, and "kinds"."""
     for architecture, meshes in json.loads(cases).items():
-        model = loop.random_model(MODELS[architecture], 0, None)
+        model = starting_model.random_model(MODELS[architecture], 0, None)
         kinds = sorted({kind for fields in meshes.values() for kind in fields["kinds"]})
         expected = run(model, None, kinds)
         for name, fields in meshes.items():

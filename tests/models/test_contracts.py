@@ -25,7 +25,7 @@ from jvlm.models.contracts import ConnectorConfig, DecoderConfig, DecoderInputs,
 from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
 from jvlm.models.layer_stack import LayerStack, PerLayer
 from jvlm.models.vlm import VLM
-from jvlm.training.loss import loss_sums
+from jvlm.training.supervised import supervised_loss
 from tests.inference.support import prompt
 from tests.parallel import models
 from tests.support import picture
@@ -106,12 +106,12 @@ def test_a_decoder_from_outside_gives_logits_and_loss():
             h = (0 if begins else 0.8) * h + x @ into
             expected = table @ (h / np.sqrt((h**2).mean() + 1e-6))
             np.testing.assert_allclose(logits[b, s], expected, atol=1e-4)
-    sums = loss_sums(model, batch)
+    loss = supervised_loss(model, batch)
     same = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
     weights, targets = batch.loss_weights[:, 1:] * same, np.asarray(batch.tokens)[:, 1:, None]
     nats = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits))[:, :-1], targets, 2)[..., 0]
-    assert float(sums["loss"]) == pytest.approx(float((nats * weights).sum()), rel=1e-4)
-    assert float(sums["aux/loss"]) == pytest.approx(0.25 * weights.sum(), rel=1e-5)
+    assert float(loss.metrics["loss"].sum) == pytest.approx(float((nats * weights).sum()), rel=1e-4)
+    assert float(loss.metrics["aux_loss"].sum) == pytest.approx(0.25 * weights.sum(), rel=1e-5)
 
 
 def test_a_decoder_from_outside_generates_with_its_cache_what_whole_passes_say(tiny):

@@ -16,7 +16,7 @@ from jvlm.models.vlm import VLM
 from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.parallel.sharded_ops import ShardedOps
-from jvlm.training.loss import loss_sums
+from jvlm.training.supervised import supervised_loss
 from tests.parallel import models
 
 METHODS = [name for name in vars(DeviceOps) if not name.startswith("_")]
@@ -75,7 +75,7 @@ def test_a_compiled_function_of_the_callers_own_is_traced_anew_under_a_mesh(call
 
     @jax.jit
     def gradient(values, batch):
-        return jax.grad(lambda values: loss_sums(vlm.bind(model, values), batch)["loss"])(values)
+        return jax.grad(lambda values: supervised_loss(vlm.bind(model, values), batch).total)(values)
 
     batch = models.batch(config)
     gradient.lower(values, batch)

@@ -18,7 +18,7 @@ from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
 from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
 from jvlm.models.decoders.moe import MoEConfig
-from jvlm.training import loop
+from jvlm.training import runs, starting_model
 from jvlm.weights.positions import resize_positions, with_grid
 from jvlm.weights.table import WeightError
 from jvlm.weights.upcycling import upcycle
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
     """A short run of the toy config on rows of none, one and two pictures: (result, folder of the rows)."""
     folder = tmp_path_factory.mktemp("mm1_5")
     rows = support.write_rows(folder, 24)
-    return loop.train(experiment(folder, rows)), folder
+    return runs.train(experiment(folder, rows)), folder
 
 
 def experiment(folder, rows, *overrides):
@@ -109,7 +109,7 @@ def test_other_connectors_take_its_place(run, connector):
     trained, tokenizer = run[0].model.config, run[0].processor.tokenizer
     config = dataclasses.replace(trained, connector=connector)
     processor = Processor(tokenizer, config, run[0].processor.config)
-    model = loop.random_model(config, 0, None)
+    model = starting_model.random_model(config, 0, None)
     batch = processor.pack(CHATS)
     assert int((batch.vision_index >= 0).sum()) == (5 + 10 + 3 + 4) * connector.tokens_per_image
     logits = np.asarray(model(batch))[0]
@@ -217,7 +217,7 @@ def test_a_model_goes_on_with_larger_tiles_and_experts(run, dense, tmp_path):
     config = experiment(folder, folder / "rows.jsonl", "--init_from", str(tmp_path / "dense"), "--adapt.grid", "6")
     experts = MoEConfig(experts=3, intermediate_size=128)
     config = dataclasses.replace(config, model=None, adapt=dataclasses.replace(config.adapt, experts=experts))
-    model, processor = loop.start_model(config)
+    model, processor = starting_model.start_model(config)
     assert (model.config.encoder.grid, model.config.connector.grid, model.config.decoder.mlp) == (6, 6, experts)
     assert processor.encode(CHATS[0]).num_patches == 5 * 37
 

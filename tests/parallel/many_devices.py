@@ -11,7 +11,7 @@ import numpy as np
 
 from jvlm.parallel import collectives
 from jvlm.parallel.mesh import ParallelConfig
-from jvlm.training import compiled_step, loop, train_step
+from jvlm.training import compiled_step, starting_model, train_step, trainer
 from tests.parallel import models
 
 
@@ -19,13 +19,13 @@ def step(architecture: str, sizes: dict[str, int]) -> tuple[float, dict[str, np.
     """(loss, gradients, collectives) of one step. Gradients are read off Adam's first moments."""
     experiment = models.experiment(architecture, ParallelConfig(**{"data": 1, **sizes}))
     planned = compiled_step.compile_step(experiment, jax.devices()[: math.prod(sizes.values())])
-    model = loop.random_model(experiment.model, 0, planned.layout.parameter)
-    state, frozen = planned.begin(loop.split(model)[1])
+    model = starting_model.random_model(experiment.model, 0, planned.layout.parameter)
+    state = planned.init_state(trainer.split(model)[1])
     compiled = planned.lower().compile()
     batches = train_step.stack([models.batch(experiment.model)])
     batches = jax.device_put(batches, jax.tree.map(lambda x: x.sharding, planned.batches))
-    state, metrics = compiled(state, frozen, batches)
-    (adam,) = [s for s in state.optimizer if hasattr(s, "mu")]
+    state, metrics = compiled(*state.split(), batches)
+    (adam,) = [s for s in state.opt_state if hasattr(s, "mu")]
     gradients = {path: np.asarray(m) / (1 - experiment.optimizer.beta1) for path, m in adam.mu.items()}
     return float(metrics["loss"]), gradients, collectives.listing(compiled.as_text(), planned.layout.mesh)
 

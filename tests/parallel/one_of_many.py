@@ -19,10 +19,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jvlm import job
 from jvlm.parallel import data_shards, hosts
 from jvlm.parallel.mesh import ParallelConfig
-from jvlm.training import compiled_step, loop, train_step
+from jvlm.training import compiled_step, data_counters, starting_model, train_step, trainer
 from jvlm.training.checkpoint import Checkpoints
 from jvlm.training.config import CheckpointConfig
-from jvlm.training.train_step import TrainState
+from jvlm.training.state import TrainState
 from tests.parallel import models
 from tests.training import support, test_checkpoint
 
@@ -52,14 +52,14 @@ def train_and_die(folder: str, rows: str, step: str, *overrides: str) -> None:
 
 
 def _say_what_is_read() -> None:
-    add = loop.DataCounters.add
+    add = data_counters.DataCounters.add
 
     def said(seen, packed, step: int) -> None:
         if seen.counts:
             print(json.dumps({"step": step, "seen": [o.row for row in packed.origins for o in row]}), flush=True)
         add(seen, packed, step)
 
-    loop.DataCounters.add = said
+    data_counters.DataCounters.add = said
 
 
 def damaged(folder: str) -> None:
@@ -72,27 +72,27 @@ def damaged(folder: str) -> None:
 
     def state_of(step: int):
         params = {"decoder.a": put(np.arange(2**15, dtype=np.float32) + step, parts)}
-        state = TrainState(put(np.int32(0), whole), params, {"mu": put(np.arange(2**15) / np.float32(step + 1), parts)})
-        return state, {"encoder.c": put(np.full(7, step, np.float32), whole)}
+        opt_state = {"mu": put(np.arange(2**15) / np.float32(step + 1), parts)}
+        return TrainState(put(np.int32(0), whole), params, opt_state)
 
     with Checkpoints(Path(folder), CheckpointConfig(save_interval_steps=1, max_to_keep=9)) as checkpoints:
         for number in range(1, 5):
-            checkpoints.save(number, *state_of(number), {"position": number})
+            checkpoints.save(number, state_of(number), {"position": number})
     hosts.barrier("written")
     if jax.process_index() == 1:
         for number, damage in ((3, test_checkpoint.flip), (4, test_checkpoint.cut)):
             damage(Path(folder) / "checkpoints" / str(number) / "params" / "ocdbt.process_1")
     hosts.barrier("damaged")
     with Checkpoints(Path(folder), CheckpointConfig(save_interval_steps=1, max_to_keep=9)) as checkpoints:
-        found, state, frozen, data = checkpoints.restore_latest(*state_of(0))
-        both = (jax.tree.leaves((s.params, s.optimizer, f)) for s, f in ((state, frozen), state_of(found)))
+        found, state, data = checkpoints.restore_latest(state_of(0))
+        both = (jax.tree.leaves((s.trainable, s.opt_state)) for s in (state, state_of(found)))
         equal = all(np.array_equal(a.addressable_data(0), b.addressable_data(0)) for a, b in zip(*both, strict=True))
-        again = checkpoints.save(found + 1, *state_of(found + 1), {"position": found + 1})
+        again = checkpoints.save(found + 1, state_of(found + 1), {"position": found + 1})
     print(json.dumps({"step": found, "data": data, "equal": equal, "again": again}))
     with Checkpoints(Path(folder), CheckpointConfig(save_interval_steps=1, max_to_keep=9)) as checkpoints:
         if jax.process_index() == 1:
             checkpoints._read = _refused
-        _say_how_it_fails(lambda: checkpoints.restore_latest(*state_of(0)))
+        _say_how_it_fails(lambda: checkpoints.restore_latest(state_of(0)))
     _say_how_it_fails(lambda: hosts.run_on_all(_mistaken if jax.process_index() == 1 else str))
     if jax.process_index() == 1:
         hosts.abort(3, seconds=1)
@@ -123,11 +123,13 @@ def step(data: str, context: str, folder: str, rows: str, *overrides: str) -> No
     experiment = models.experiment("qwen2_5_vl", parallel)
     planned = compiled_step.compile_step(experiment)
     shard = data_shards.data_shard_for(planned.batches.tokens)
-    state, frozen = planned.begin(loop.split(loop.random_model(experiment.model, 0, planned.layout.parameter))[1])
+    state = planned.init_state(
+        trainer.split(starting_model.random_model(experiment.model, 0, planned.layout.parameter))[1]
+    )
     whole = models.batch(experiment.model, text_only=models.ROWS // 2)
     own = jax.tree.map(lambda x: x[np.asarray(shard.sequences)], whole)
     placed = data_shards.make_global_batch(train_step.stack([own]), shard, planned.batches)
-    _, metrics = planned.step(state, frozen, placed)
+    _, metrics = planned.step(state, placed)
     read = {"sequences": shard.sequences, "index": shard.index, "primary": shard.is_primary_reader}
     said = {**read, "patches": int(own.patch_segment_ids.any())}
     print(json.dumps({**said, "loss": float(metrics["loss"]), "norm": float(metrics["grad_norm"])}))

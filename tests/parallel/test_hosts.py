@@ -18,7 +18,7 @@ import jvlm
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.parallel import hosts
-from jvlm.training import compiled_step, loop, train_step
+from jvlm.training import compiled_step, starting_model, train_step, trainer
 from tests import compilation
 from tests.parallel import models
 from tests.support import ROOT
@@ -102,9 +102,9 @@ def test_four_processes_two_of_them_with_text_alone_have_the_loss_of_one_and_go_
     said = [json.loads(next(line for line in out.splitlines() if line.startswith('{"sequences"'))) for out in outs]
     experiment = models.experiment("qwen2_5_vl")
     alone = compiled_step.compile_step(experiment, jax.devices()[:1])
-    state, frozen = alone.begin(loop.split(loop.random_model(experiment.model, 0, alone.layout.parameter))[1])
+    state = alone.init_state(trainer.split(starting_model.random_model(experiment.model, 0, alone.layout.parameter))[1])
     batch = models.batch(experiment.model, text_only=models.ROWS // 2)
-    _, metrics = alone.step(state, frozen, train_step.stack([batch]))
+    _, metrics = alone.step(state, train_step.stack([batch]))
     for one in said:
         assert one["loss"] == pytest.approx(float(metrics["loss"]), abs=1e-5)
         assert one["norm"] == pytest.approx(float(metrics["grad_norm"]), abs=1e-5)

@@ -17,7 +17,7 @@ def main() -> None:
             topology = Topology.parse(name)
             devices = devices_of(topology)
             planned = compiled_step.compile_step(experiment, devices)
-            parts = {"state": planned.state, "frozen": planned.frozen, "batches": planned.batches}
+            parts = {"state": planned.state.split()[0], "frozen": planned.state.frozen, "batches": planned.batches}
             sizes = {part: bytes_of(tree) for part, tree in parts.items()}
             limit = available_memory(topology, devices[0])
             found[f"stage{stage} {name}"] = {**sizes, "limit": limit, "chips": len(devices)}

@@ -13,7 +13,7 @@ from jvlm.families.mm1_5.image_processor import TiledImageConfig
 from jvlm.models import vlm
 from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
 from jvlm.models.layers import Precision
-from jvlm.training import loop
+from jvlm.training import runs, starting_model
 from jvlm.training.config import ExportConfig, OptimizerConfig
 from jvlm.weights import backbones
 from tests import support as common
@@ -43,12 +43,12 @@ def test_a_composed_model_trains_its_connector_and_answers_from_its_run_folder(t
         optimizer=OptimizerConfig(learning_rate=1e-2, encoder_lr=0.0, decoder_lr=0.0),
         export=ExportConfig(enabled=False),
     )
-    result = loop.train(experiment)
+    result = runs.train(experiment)
     after = {path: np.asarray(v.get_value()) for path, v in vlm.parameters(result.model).items()}
     for folder, tower in ((folders["encoder"], model.encoder), (folders["decoder"], model.decoder)):
         for path, variable in backbones.load(folder, tower, model.precision).items():
             np.testing.assert_array_equal(after[path], variable.get_value(), err_msg=path)
-    started, _ = loop.start_model(experiment)
+    started, _ = starting_model.start_model(experiment)
     moved = {p: v.get_value() for p, v in vlm.parameters(started).items() if p.startswith("connector")}
     assert all(np.abs(after[path] - value).max() > 0 for path, value in moved.items())
     loaded, processor = jvlm.load(result.folder)

@@ -19,10 +19,10 @@ import pytest
 
 from jvlm.errors import UserError
 from jvlm.parallel.mesh import ParallelConfig
-from jvlm.training import compiled_step, loop
+from jvlm.training import compiled_step, resolve, starting_model, trainer
 from jvlm.training.checkpoint import Checkpoints, fingerprints
 from jvlm.training.config import CheckpointConfig
-from jvlm.training.train_step import TrainState
+from jvlm.training.state import TrainState
 from tests.support import ROOT, cpu_devices
 from tests.training import support
 
@@ -32,35 +32,36 @@ import sys
 from pathlib import Path
 from tests.training import test_checkpoint as t
 with t.Checkpoints(Path(sys.argv[1]), t.CheckpointConfig(save_interval_steps=1, max_to_keep=1)) as checkpoints:
-    found = checkpoints.restore_latest(*t.state_of(0))
+    found = checkpoints.restore_latest(t.state_of(0))
     start = 0
     if found is not None:
-        start, state, frozen, data = found
-        t.check(start, state, frozen, data)
+        start, state, data = found
+        t.check(start, state, data)
     print("restored", start, flush=True)
     for step in range(start + 1, 10**6):
-        checkpoints.save(step, *t.state_of(step), {"position": step})
+        checkpoints.save(step, t.state_of(step), {"position": step})
         checkpoints.wait()
         print("saved", step, flush=True)
 """
 
 
 def state_of(step: int):
-    """(state, frozen) with values that tell the step; 4 MiB, so that writing takes a while."""
+    """A state with values that tell the step; 4 MiB, so that writing takes a while."""
     params = {
         "decoder.a": jnp.arange(2**19, dtype=jnp.float32) + step,
         "decoder.b": jnp.full((3, 5), step, jnp.bfloat16),
     }
     moments = {path: value * 2 for path, value in params.items()}
-    state = TrainState(jnp.zeros((), jnp.int32), params, {"count": jnp.asarray(step, jnp.int32), "mu": moments})
-    return state, {"encoder.c": jnp.full((7,), step, jnp.float32)}
+    opt_state = {"count": jnp.asarray(step, jnp.int32), "mu": moments}
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, {"encoder.c": jnp.full((7,), step, jnp.float32)})
 
 
-def check(step, state, frozen, data):
-    expected, still = state_of(step)
+def check(step, state, data, frozen=0):
+    """Compare with what was saved at a step; frozen parameters, unless saved too, are those of ``frozen``."""
+    expected = dataclasses.replace(state_of(step), frozen=state_of(frozen).frozen)
     pairs = zip(
-        jax.tree.leaves((state.params, state.optimizer, frozen)),
-        jax.tree.leaves((expected.params, expected.optimizer, still)),
+        jax.tree.leaves((state.params, state.opt_state)),
+        jax.tree.leaves((expected.params, expected.opt_state)),
         strict=True,
     )
     assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
@@ -71,7 +72,7 @@ def check(step, state, frozen, data):
 def _written(folder: Path, steps, **config) -> None:
     with Checkpoints(folder, CheckpointConfig(save_interval_steps=1, max_to_keep=5, **config)) as checkpoints:
         for step in steps:
-            checkpoints.save(step, *state_of(step), {"position": step})
+            checkpoints.save(step, state_of(step), {"position": step})
 
 
 def test_kill_9_while_saving_never_loses_the_last_checkpoint_even_if_one_is_kept(tmp_path):
@@ -92,7 +93,7 @@ def test_kill_9_while_saving_never_loses_the_last_checkpoint_even_if_one_is_kept
         whole = [int(text.split()[1]) for text in rest[:-1] if text.startswith("saved")]
         saved = max([saved, *whole])
     with Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1, max_to_keep=1)) as checkpoints:
-        step, *found = checkpoints.restore_latest(*state_of(0))
+        step, *found = checkpoints.restore_latest(state_of(0))
     assert step >= saved >= 3
     check(step, *found)
 
@@ -127,15 +128,15 @@ def test_a_damaged_step_is_named_put_aside_and_passed_over(tmp_path, capsys, dam
     _written(tmp_path, (1, 2, 3))
     damage(tmp_path / "checkpoints" / "3")
     with Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1, max_to_keep=5)) as checkpoints:
-        step, *found = checkpoints.restore_latest(*state_of(0))
+        step, *found = checkpoints.restore_latest(state_of(0))
         assert step == 2
         check(2, *found)
         assert "CHECKPOINT DAMAGED" in capsys.readouterr().out
         assert (tmp_path / "damaged" / "3.txt").read_text().strip()
         assert {p.name for p in (tmp_path / "damaged" / "3").iterdir()} >= {"params", "optimizer", "data"}
-        assert checkpoints.save(3, *state_of(3), {"position": 3})
+        assert checkpoints.save(3, state_of(3), {"position": 3})
     with Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1, max_to_keep=5)) as checkpoints:
-        check(*checkpoints.restore_latest(*state_of(0)))
+        check(*checkpoints.restore_latest(state_of(0)))
 
 
 def test_if_every_step_is_damaged_the_run_does_not_start_over_by_itself(tmp_path):
@@ -146,17 +147,17 @@ def test_if_every_step_is_damaged_the_run_does_not_start_over_by_itself(tmp_path
         Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1)) as checkpoints,
         pytest.raises(UserError, match=r"every(.|\n)*step 2(.|\n)*step 1"),
     ):
-        checkpoints.restore_latest(*state_of(0))
+        checkpoints.restore_latest(state_of(0))
 
 
 def test_no_room_for_the_checkpoints_is_said_before_training(tmp_path):
     with Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1, max_to_keep=2)) as checkpoints:
-        checkpoints.check_space(*state_of(0), range(1, 10**6))
+        checkpoints.check_space(state_of(0), range(1, 10**6))
     with (
         Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1, max_to_keep=10**6)) as checkpoints,
         pytest.raises(UserError, match=r"GiB free, but 500000 more checkpoints of 0.00 GiB"),
     ):
-        checkpoints.check_space(*state_of(0), range(1, 500_001))
+        checkpoints.check_space(state_of(0), range(1, 500_001))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool", "float64", "int64"])
@@ -196,9 +197,9 @@ test_checkpoint.across_meshes(Path(sys.argv[1]))
 def across_meshes(folder: Path) -> None:
     """Saves on one device, goes on upon eight, and comes back to one. Runs with eight CPU devices."""
     experiment = support.experiment(folder, support.write_rows(folder, 4), "--data.batch_size", "4")
-    model, processor = loop.start_model(experiment)
-    experiment = loop.resolve(experiment, model, processor)
-    _, values = loop.split(model)
+    model, processor = starting_model.start_model(experiment)
+    experiment = resolve.resolve(experiment, model, processor)
+    _, values = trainer.split(model)
 
     def program(**axes: int) -> compiled_step.CompiledStep:
         devices = jax.devices()[: math.prod(axes.values())]
@@ -208,23 +209,23 @@ def across_meshes(folder: Path) -> None:
         key = jax.random.key(x.size)
         return jax.random.normal(key, x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x + 7
 
-    state, frozen = program(data=1).begin(values)
-    state = dataclasses.replace(state, optimizer=jax.tree.map(drawn, state.optimizer))
-    saved = [np.asarray(x).tobytes() for x in jax.tree.leaves((state.params, state.optimizer))]
+    state = program(data=1).init_state(values)
+    state = dataclasses.replace(state, opt_state=jax.tree.map(drawn, state.opt_state))
+    saved = [np.asarray(x).tobytes() for x in jax.tree.leaves((state.trainable, state.opt_state))]
     assert len(jax.devices()) == 8
     assert len(set(saved)) > 15
     with Checkpoints(folder, CheckpointConfig(save_interval_steps=1)) as checkpoints:
-        checkpoints.save(1, state, frozen, {"position": 1})
+        checkpoints.save(1, state, {"position": 1})
     meshes = ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1})
     for step, axes in enumerate(meshes, 1):
         here = program(**axes)
         with Checkpoints(folder, CheckpointConfig(save_interval_steps=1)) as checkpoints:
-            found, state, frozen, data = checkpoints.restore_latest(*here.begin(jax.tree.map(jnp.zeros_like, values)))
+            found, state, data = checkpoints.restore_latest(here.init_state(jax.tree.map(jnp.zeros_like, values)))
             assert (found, int(state.step), data) == (step, step, {"position": step})
-            assert saved == [np.asarray(x).tobytes() for x in jax.tree.leaves((state.params, state.optimizer))]
+            assert saved == [np.asarray(x).tobytes() for x in jax.tree.leaves((state.trainable, state.opt_state))]
             for x, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(here.state), strict=True):
                 assert x.sharding.is_equivalent_to(wanted.sharding, x.ndim)
-            checkpoints.save(step + 1, state, frozen, {"position": step + 1})
+            checkpoints.save(step + 1, state, {"position": step + 1})
 
 
 def test_a_checkpoint_of_one_device_is_restored_on_a_mesh_of_eight_and_back_to_the_bit(tmp_path):

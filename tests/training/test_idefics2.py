@@ -9,7 +9,7 @@ import jvlm
 from jvlm import config as config_tree
 from jvlm import configs
 from jvlm.models import vlm
-from jvlm.training import loop
+from jvlm.training import runs
 from tests.idefics2 import write_folder
 from tests.training import support
 
@@ -44,7 +44,7 @@ def run(tmp_path_factory):
     """A short run of the config on rows of none, one and two pictures, split: (result, folder)."""
     folder = tmp_path_factory.mktemp("idefics2")
     write_folder(folder / "start", split=True)
-    return loop.train(experiment(folder, folder / "start", support.write_rows(folder / "data", 24))), folder
+    return runs.train(experiment(folder, folder / "start", support.write_rows(folder / "data", 24))), folder
 
 
 def test_mixed_counts_of_pictures_need_one_compilation_and_the_loss_falls(run):

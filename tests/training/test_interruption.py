@@ -16,15 +16,17 @@ import jax
 index = int(sys.argv[2])
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=index)
 from jvlm.training.interruption import StopRequests
-with StopRequests() as requests:
-    for step in range(1, 2000):
-        time.sleep(0.01 + 0.01 * index)
-        if step == 5:
-            print("running", flush=True)
-        asked = requests.after(step)
-        if asked:
-            print("stopped", step, asked, flush=True)
-            break
+requests = StopRequests()
+requests.on_train_start(None)
+for step in range(1, 2000):
+    time.sleep(0.01 + 0.01 * index)
+    if step == 5:
+        print("running", flush=True)
+    asked = requests.after(step)
+    if asked:
+        print("stopped", step, asked, flush=True)
+        break
+requests.on_stop(None, None)
 """
 
 

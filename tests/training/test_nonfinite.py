@@ -11,9 +11,10 @@ import pytest
 
 from jvlm import cli
 from jvlm.data import pipeline
-from jvlm.errors import UserError
 from jvlm.models import vlm
-from jvlm.training import loop, nonfinite, optimizer, train_step
+from jvlm.training import nonfinite, optimizer, runs, starting_model, train_step, trainer
+from jvlm.training.state import TrainState
+from jvlm.training.supervised import SupervisedTask
 from tests.training import support
 
 
@@ -46,27 +47,27 @@ def _bytes(tree):
 
 def test_a_skipped_step_leaves_parameters_and_optimizer_bit_equal_and_the_next_one_learns(tmp_path, rows):
     experiment = _one_to_a_row(tmp_path, _with_heavy_row(rows, tmp_path, 1))
-    model, processor = loop.start_model(experiment)
-    template, values = loop.split(model)
+    model, processor = starting_model.start_model(experiment)
+    template, values = trainer.split(model)
     tx = optimizer.make(experiment.optimizer, experiment.steps, vlm.parameters(template))
-    step = train_step.make_train_step(template, tx)
-    state = train_step.TrainState(jax.numpy.zeros((), int), values, tx.init(values))
+    step = train_step.TrainStep(template, SupervisedTask(), tx)
+    state = TrainState(jax.numpy.zeros((), int), values, tx.init(values))
     batches = iter(pipeline.training_data(processor, experiment.data, seed=0)[0])
     seen = []
     for _ in range(3):
-        before = _bytes((state.params, state.optimizer))
-        state, metrics = step(state, {}, train_step.stack([next(batches).batch]))
-        seen.append((float(metrics["skipped"]), before == _bytes((state.params, state.optimizer))))
+        before = _bytes((state.trainable, state.opt_state))
+        state, metrics = step(state, train_step.stack([next(batches).batch]))
+        seen.append((float(metrics["skipped"]), before == _bytes((state.trainable, state.opt_state))))
     assert seen == [(0.0, False), (1.0, True), (0.0, False)]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
-    assert [int(c) for c in jax.tree.leaves(state.optimizer) if c.dtype == np.int32] == [2] * 4
+    assert [int(c) for c in jax.tree.leaves(state.opt_state) if c.dtype == np.int32] == [2] * 4
 
 
 def test_one_bad_step_is_counted_and_the_run_goes_on_but_two_in_a_row_stop_it(tmp_path, rows, capsys):
     heavy = _with_heavy_row(rows, tmp_path, 1, 4, 5)
     options = ("--stop_after_skips", "2", "--steps", "8", "--checkpoint.save_interval_steps", "3")
-    with pytest.raises(UserError, match=r"2 steps in a row.*\n?.*jvlm replay") as stopped:
-        loop.train(_one_to_a_row(tmp_path, heavy, *options))
+    with pytest.raises(nonfinite.Diverged, match=r"2 steps in a row.*\n?.*jvlm replay") as stopped:
+        runs.train(_one_to_a_row(tmp_path, heavy, *options))
     dumped = tmp_path / "run" / "nonfinite" / "5-6"
     assert str(dumped) in str(stopped.value)
     lines = [json.loads(line) for line in (tmp_path / "run" / "logging.jsonl").read_text().splitlines()]
@@ -91,8 +92,8 @@ def test_one_bad_step_is_counted_and_the_run_goes_on_but_two_in_a_row_stop_it(tm
 def test_among_the_conversations_of_a_batch_replay_names_only_the_guilty_one(tmp_path, rows, capsys):
     heavy = _with_heavy_row(rows, tmp_path, 7)
     options = ("--stop_after_skips", "1", "--data.pack_window", "12")
-    with pytest.raises(UserError, match="1 steps in a row") as stopped:
-        loop.train(_one_to_a_row(tmp_path, heavy, *options))
+    with pytest.raises(nonfinite.Diverged, match="1 steps in a row") as stopped:
+        runs.train(_one_to_a_row(tmp_path, heavy, *options))
     assert cli.main(["replay", str(stopped.value).rpartition(" ")[2]]) == 0
     named = [line for line in capsys.readouterr().out.splitlines() if "heavy.jsonl" in line]
     assert len(named) == 1

@@ -14,7 +14,7 @@ from jvlm.data import pipeline
 from jvlm.data.check import check, shard
 from jvlm.data.position import Share
 from jvlm.errors import UserError
-from jvlm.training import loop
+from jvlm.training import starting_model
 from tests.training import support
 
 
@@ -23,7 +23,7 @@ def setup(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     rows = support.write_rows(folder)
     experiment = support.experiment(folder, rows)
-    return experiment, loop.start_model(experiment)[1], rows
+    return experiment, starting_model.start_model(experiment)[1], rows
 
 
 def _batches(setup, **changes):

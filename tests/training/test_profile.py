@@ -12,7 +12,9 @@ import pytest
 from jvlm.data import pipeline
 from jvlm.errors import UserError
 from jvlm.models import vlm
-from jvlm.training import loop, optimizer, train_step
+from jvlm.training import optimizer, runs, starting_model, train_step, trainer
+from jvlm.training.state import TrainState
+from jvlm.training.supervised import SupervisedTask
 from tests.training import support
 
 
@@ -22,7 +24,7 @@ def rows(tmp_path_factory):
 
 
 def test_a_trace_of_the_steps_asked_for_lies_in_the_run_folder(tmp_path, rows):
-    result = loop.train(support.experiment(tmp_path, rows, "--profile", "2:3", "--steps", "8"))
+    result = runs.train(support.experiment(tmp_path, rows, "--profile", "2:3", "--steps", "8"))
     (space,) = (result.folder / "profile").rglob("*.xplane.pb")
     assert space.stat().st_size > 1000
     (trace,) = (result.folder / "profile").rglob("*.trace.json.gz")
@@ -32,13 +34,13 @@ def test_a_trace_of_the_steps_asked_for_lies_in_the_run_folder(tmp_path, rows):
 
 def test_the_compiled_step_names_every_part_forwards_and_backwards(tmp_path, rows):
     experiment = support.experiment(tmp_path, rows)
-    model, processor = loop.start_model(experiment)
-    template, values = loop.split(model)
+    model, processor = starting_model.start_model(experiment)
+    template, values = trainer.split(model)
     tx = optimizer.make(experiment.optimizer, experiment.steps, vlm.parameters(template))
-    step = train_step.make_train_step(template, tx)
+    step = train_step.TrainStep(template, SupervisedTask(), tx)
     batch = next(iter(pipeline.training_data(processor, experiment.data, seed=0)[0])).batch
-    state = train_step.TrainState(jax.numpy.zeros((), int), values, tx.init(values))
-    text = step.lower(state, {}, train_step.stack([batch])).compile().as_text()
+    state = TrainState(jax.numpy.zeros((), int), values, tx.init(values))
+    text = step.lower(state, train_step.stack([batch])).compile().as_text()
     names = set(re.findall(r'op_name="([^"]+)"', text))
     for parts in (
         *(("encoder", part) for part in ("attention", "mlp", "norm")),

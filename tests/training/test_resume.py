@@ -13,7 +13,7 @@ from jvlm import config as config_tree
 from jvlm.data.errors import Rejected
 from jvlm.data.packing import PackedRows
 from jvlm.errors import UserError
-from jvlm.training import loop, resume
+from jvlm.training import resolve, resume, runs, starting_model
 from jvlm.training.data_counters import DataCounters
 from jvlm.training.side_files import read_lines, write_json
 from tests.training import support
@@ -27,7 +27,7 @@ def finished(tmp_path_factory):
     with open(rows, "a") as file:
         file.write("not json\n")
     shutil.copytree(support.experiment(folder, rows).tokenizer, folder / "tokenizer")
-    loop.train(_experiment(folder))
+    runs.train(_experiment(folder))
     return folder
 
 
@@ -83,14 +83,14 @@ def test_a_change_is_refused_with_both_values_and_accepted_when_asked_to(run, na
     change(run)
     before = (run / "run" / "inputs.json").read_text()
     with pytest.raises(UserError, match=rf"(?s)accept_changes true.*{said}"):
-        loop.train(_experiment(run, *options))
+        runs.train(_experiment(run, *options))
     assert (run / "run" / "inputs.json").read_text() == before
-    loop.train(_experiment(run, *options, "--accept_changes", "true"))
+    runs.train(_experiment(run, *options, "--accept_changes", "true"))
     assert "changed since the run began, and accepted" in capsys.readouterr().out
     (noted,) = read_lines(run / "run" / "changes.jsonl")
     assert any(part in line for line in noted["changes"] for part in ("rows", "sha256", "weight_decay"))
     # from now on the changed run is the run
-    loop.train(_experiment(run, *options))
+    runs.train(_experiment(run, *options))
 
 
 @pytest.mark.parametrize(
@@ -98,12 +98,12 @@ def test_a_change_is_refused_with_both_values_and_accepted_when_asked_to(run, na
 )
 def test_what_a_checkpoint_cannot_take_is_refused_even_when_accepted(run, options):
     with pytest.raises(UserError, match=r"another experiment(?s:.)*Differences"):
-        loop.train(_experiment(run, *options, "--accept_changes", "true"))
+        runs.train(_experiment(run, *options, "--accept_changes", "true"))
     assert sorted(p.name for p in (run / "run" / "checkpoints").iterdir()), "no checkpoint is put aside"
 
 
 def test_an_unchanged_run_goes_on_whatever_is_free_to_change(run):
-    loop.train(_experiment(run, "--checkpoint.max_to_keep", "5", "--data.max_too_long_fraction", "0.5"))
+    runs.train(_experiment(run, "--checkpoint.max_to_keep", "5", "--data.max_too_long_fraction", "0.5"))
     assert not (run / "run" / "changes.jsonl").exists()
 
 
@@ -130,7 +130,7 @@ def test_a_half_written_line_is_mended_at_the_restart(run, file, damage):
     assert whole
     tail = {"half a line": b'{"file": "rows.js', "not utf-8": b'{"file": "\xff\xfe', "zeros": b"\0" * 50}[damage]
     path.write_bytes(whole.encode() + tail)
-    loop.train(_experiment(run))
+    runs.train(_experiment(run))
     assert path.read_text() == whole
 
 
@@ -139,7 +139,7 @@ def test_a_damaged_file_of_the_run_is_named(run, file):
     path = run / "run" / file
     path.write_text(path.read_text()[:9])
     with pytest.raises(UserError, match=rf"{file} is damaged"):
-        loop.train(_experiment(run))
+        runs.train(_experiment(run))
 
 
 def test_rows_are_counted_in_each_epoch_and_listed_once(tmp_path):
@@ -187,23 +187,23 @@ def test_a_restart_keeps_the_row_sizes_and_the_steps_that_were_chosen_from_the_d
     rows = support.write_rows(tmp_path / "data", 12)
     experiment = support.experiment(tmp_path, rows, "--data.seq_len", "auto", "--data.max_patches", "auto")
     experiment = dataclasses.replace(experiment, steps=None, epochs=2.0)
-    model, processor = loop.start_model(experiment)
-    first = loop.resolve(experiment, model, processor)
+    model, processor = starting_model.start_model(experiment)
+    first = resolve.resolve(experiment, model, processor)
     assert isinstance(first.data.seq_len, int)
     assert isinstance(first.data.max_patches, int)
-    assert loop.resolve(experiment, model, processor) == first
+    assert resolve.resolve(experiment, model, processor) == first
     write_json(tmp_path / "run" / "experiment.json", config_tree.to_dict(first))
     words = [{"role": "user", "content": "is there a red shape? " * 20}, {"role": "assistant", "content": "no"}]
     with open(rows, "a") as file:
         file.write(f"{json.dumps({'messages': words})}\n" * 5)
-    assert loop.resolve(experiment, model, processor) != first
-    assert loop.resolve(experiment, model, processor, tmp_path / "run") == first
+    assert resolve.resolve(experiment, model, processor) != first
+    assert resolve.resolve(experiment, model, processor, tmp_path / "run") == first
 
 
 def test_a_folder_of_a_saved_model_is_no_run_to_go_on_with(tmp_path):
     write_json(tmp_path / "run" / "experiment.json", {"model": {}})
     with pytest.raises(UserError, match="holds a saved model and not a training run"):
-        loop.train(support.experiment(tmp_path, support.write_rows(tmp_path / "data", 2)))
+        runs.train(support.experiment(tmp_path, support.write_rows(tmp_path / "data", 2)))
 
 
 def test_a_file_is_never_seen_half_written(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import jvlm
 from jvlm.data import stores
 from jvlm.models import vlm
-from jvlm.training import loop
+from jvlm.training import runs
 from jvlm.training.run_storage import RunStorage
 from jvlm.weights import run_dir
 from tests.training import support
@@ -48,7 +48,7 @@ def test_a_run_in_a_store_goes_on_from_there_on_another_machine_and_past_a_damag
         "--checkpoint.max_to_keep",
         "9",
     )
-    result = loop.train(support.experiment(tmp_path, rows, *remote, "--steps", "6"))
+    result = runs.train(support.experiment(tmp_path, rows, *remote, "--steps", "6"))
     assert result.folder == RunStorage("gs://bucket/runs", "run").folder
     assert _steps(store) == list("1246")
     assert not (result.folder / "checkpoints").exists()
@@ -70,7 +70,7 @@ def test_a_run_in_a_store_goes_on_from_there_on_another_machine_and_past_a_damag
     stores.at(f"gs://bucket/{RUN}checkpoints/6/commit_success.txt").unlink()
     assert run_dir.steps(run_dir.local("gs://bucket/runs/run")) == [1, 2, 4]
     capsys.readouterr()
-    again = loop.train(support.experiment(tmp_path, rows, *remote, "--steps", "6"))
+    again = runs.train(support.experiment(tmp_path, rows, *remote, "--steps", "6"))
     said = capsys.readouterr().out
     assert "removing gs://bucket/runs/run/checkpoints/6" in said
     assert "CHECKPOINT DAMAGED, put aside in gs://bucket/runs/run/damaged/4: step 4" in said

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,9 +18,11 @@ import pytest
 from jvlm.data import pipeline
 from jvlm.errors import UserError
 from jvlm.models import vlm
-from jvlm.training import loop, optimizer, train_step
+from jvlm.training import optimizer, runs, starting_model, train_step, trainer
 from jvlm.training.config import OptimizerConfig, Stage
 from jvlm.training.interruption import EXIT_STATUS, StopRequests
+from jvlm.training.state import TrainState
+from jvlm.training.supervised import SupervisedTask, supervised_loss
 from tests.training import support
 
 CONFIG = """
@@ -84,7 +87,7 @@ def _command(folder, rows):
 
 
 def _env():
-    return {**os.environ, "PYTHONPATH": str(loop.Path(__file__).parents[2])}
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def _lines(run):
@@ -94,17 +97,21 @@ def _lines(run):
 
 def test_a_first_ctrl_c_asks_to_stop_after_the_step_and_a_second_stops_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with StopRequests() as requests:
+    requests = StopRequests()
+    requests.on_train_start(None)
+    try:
         assert requests.after(1) is None
         signal.raise_signal(signal.SIGINT)
         assert requests.after(2) == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    finally:
+        requests.on_stop(None, None)
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_one_compilation_serves_rows_of_text_of_one_image_and_of_two(tmp_path, rows):
-    result = loop.train(support.experiment(tmp_path, rows))
+    result = runs.train(support.experiment(tmp_path, rows))
     assert result.compilations == 1
     assert result.steps == 8
 
@@ -112,8 +119,8 @@ def test_one_compilation_serves_rows_of_text_of_one_image_and_of_two(tmp_path, r
 @pytest.mark.parametrize("tower", vlm.TOWERS)
 def test_a_tower_at_learning_rate_0_stays_bit_equal_and_the_others_move(tmp_path, rows, tower, capsys):
     experiment = support.experiment(tmp_path, rows, f"--optimizer.{tower}_lr", "0", "--steps", "2")
-    before = _values(loop.start_model(experiment)[0])
-    after = _values(loop.train(experiment).model)
+    before = _values(starting_model.start_model(experiment)[0])
+    after = _values(runs.train(experiment).model)
     for path, value in before.items():
         frozen = path.startswith(f"{tower}.")
         assert np.array_equal(value, after[path]) == frozen, path
@@ -129,14 +136,14 @@ def test_a_stage_goes_on_from_the_one_before_it_and_a_restart_repeats_nothing(tm
         "warm-up", dataclasses.replace(data, batch_size=1), OptimizerConfig(kind=kind, encoder_lr=0.0), steps=3
     )
     experiment = support.experiment(tmp_path, rows, "--steps", "2", "--optimizer.kind", kind, stages=(stage,))
-    result = loop.train(experiment)
+    result = runs.train(experiment)
     assert (result.steps, result.compilations) == (5, 2)
     assert "stage 1 of 2: run/stages/warm-up" in capsys.readouterr().out
-    first, second = loop.runs_of(experiment)
-    begun, learnt = _values(loop.start_model(first)[0]), _values(loop.start_model(second)[0])
+    first, second = runs.runs_of(experiment)
+    begun, learnt = _values(starting_model.start_model(first)[0]), _values(starting_model.start_model(second)[0])
     changed = {path.partition(".")[0] for path in begun if not np.array_equal(begun[path], learnt[path])}
     assert changed == {"connector", "decoder"}
-    again = loop.train(experiment)
+    again = runs.train(experiment)
     assert again.compilations == 0
     assert all(np.array_equal(x, y) for x, y in zip(*(_values(r.model).values() for r in (result, again)), strict=True))
 
@@ -150,25 +157,25 @@ def test_stages_need_names_that_can_be_folders(tmp_path, rows, names):
 
 def test_every_parameter_changes_when_nothing_is_frozen(tmp_path, rows):
     experiment = support.experiment(tmp_path, rows, "--steps", "2")
-    before = _values(loop.start_model(experiment)[0])
-    after = _values(loop.train(experiment).model)
+    before = _values(starting_model.start_model(experiment)[0])
+    after = _values(runs.train(experiment).model)
     assert [p for p in before if np.array_equal(before[p], after[p])] == []
 
 
 def test_accumulated_gradients_equal_those_of_one_large_batch(tmp_path, rows):
     experiment = support.experiment(tmp_path, rows, "--optimizer.max_grad_norm", "1e9")
-    model, processor = loop.start_model(experiment)
-    template, values = loop.split(model)
+    model, processor = starting_model.start_model(experiment)
+    template, values = trainer.split(model)
     data = dataclasses.replace(experiment.data, batch_size=4)
     large = next(iter(pipeline.training_data(processor, data, seed=0)[0])).batch
     halves = [jax.tree.map(lambda x, i=i: x[i : i + 2], large) for i in (0, 2)]
     tx = optimizer.make(experiment.optimizer, 10, vlm.parameters(template))
-    step = train_step.make_train_step(template, tx)
+    step = train_step.TrainStep(template, SupervisedTask(), tx)
 
     def run(batches):
         copies = {path: value.copy() for path, value in values.items()}
-        state = train_step.TrainState(jax.numpy.zeros((), int), copies, tx.init(copies))
-        return step(state, {}, train_step.stack(batches))[1]
+        state = TrainState(jax.numpy.zeros((), int), copies, tx.init(copies))
+        return step(state, train_step.stack(batches))[1]
 
     one, two = run([large]), run(halves)
     for name in one:
@@ -177,23 +184,21 @@ def test_accumulated_gradients_equal_those_of_one_large_batch(tmp_path, rows):
 
 def test_loss_does_not_depend_on_the_chunk_of_logits(tmp_path, rows):
     experiment = support.experiment(tmp_path, rows)
-    model, processor = loop.start_model(experiment)
+    model, processor = starting_model.start_model(experiment)
     batch = next(iter(pipeline.training_data(processor, experiment.data, seed=0)[0])).batch
-    from jvlm.training.loss import loss_sums
-
-    whole, parts = loss_sums(model, batch), loss_sums(model, batch, block=37)
-    for name in whole:
-        np.testing.assert_allclose(whole[name], parts[name], rtol=1e-5)
+    whole, parts = supervised_loss(model, batch), supervised_loss(model, batch, block=37)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
     logits = np.asarray(model(batch), np.float64)[:, :-1]
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     chosen = np.take_along_axis(log_p, batch.tokens[:, 1:, None], -1)[..., 0]
-    np.testing.assert_allclose(whole["loss"], -(chosen * batch.loss_weights[:, 1:]).sum(), rtol=1e-5)
+    np.testing.assert_allclose(whole.total, -(chosen * batch.loss_weights[:, 1:]).sum(), rtol=1e-5)
 
 
 def test_another_experiment_in_the_same_folder_is_refused_naming_the_fields(tmp_path, rows):
-    loop.train(support.experiment(tmp_path, rows, "--steps", "1"))
+    runs.train(support.experiment(tmp_path, rows, "--steps", "1"))
     with pytest.raises(UserError, match=r"another experiment(.|\n)*optimizer.learning_rate: 0.\d+ -> 0.5"):
-        loop.train(support.experiment(tmp_path, rows, "--steps", "1", "--optimizer.learning_rate", "0.5"))
+        runs.train(support.experiment(tmp_path, rows, "--steps", "1", "--optimizer.learning_rate", "0.5"))
 
 
 def test_rows_left_out_are_counted_and_listed_with_their_reason(tmp_path, rows):
@@ -204,7 +209,7 @@ def test_rows_left_out_are_counted_and_listed_with_their_reason(tmp_path, rows):
     bad_box = {**lines[1], "objects": {"ref": [], "bbox": [[1, 2, 3]]}}
     bad.write_text("".join(json.dumps(r) + "\n" for r in [*lines, long, bad_box]) + "{not json\n")
     options = ("--data.on_bad_row", "skip", "--data.max_patches", "0", "--data.max_bad_fraction", "1")
-    result = loop.train(support.experiment(tmp_path, bad, *options, "--steps", "4"))
+    result = runs.train(support.experiment(tmp_path, bad, *options, "--steps", "4"))
     listed = [json.loads(line) for line in (result.folder / "rejected.jsonl").read_text().splitlines()]
     assert result.rejected == len(listed) > 0
     found = {line["row"] - len(lines): line for line in listed}
@@ -220,11 +225,11 @@ def test_a_bad_row_stops_the_run_by_default_and_is_named(tmp_path, rows):
         '{"messages": [{"role": "user", "content": "<image>hi"}, {"role": "assistant", "content": "yes"}]}\n'
     )
     with pytest.raises(UserError, match=r"rows.jsonl, row 1, field 'images': 1 <image> tags but 0 entries"):
-        loop.train(support.experiment(tmp_path, bad))
+        runs.train(support.experiment(tmp_path, bad))
 
 
 def test_the_log_line_has_what_ms_swift_users_know_and_where_the_time_goes(tmp_path, rows):
-    result = loop.train(support.experiment(tmp_path, rows, "--steps", "2"))
+    result = runs.train(support.experiment(tmp_path, rows, "--steps", "2"))
     line = json.loads((result.folder / "logging.jsonl").read_text().splitlines()[-1])
     expected = "loss grad_norm learning_rate token_acc step elapsed remaining memory(GiB) speed(s/it) data_wait "
     expected += "padding_text padding_patches tokens_per_s tflops_per_s skipped"

@@ -17,7 +17,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import jvlm
 from jvlm.models import registry, vlm
-from jvlm.training.loop import start_model
+from jvlm.training.starting_model import start_model
 from jvlm.weights import backbones
 from jvlm.weights.gguf_onnx import unpack
 from jvlm.weights.table import WeightError

@@ -12,7 +12,7 @@ from jvlm.data.errors import RowError
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
-from jvlm.training import loop
+from jvlm.training import starting_model
 from jvlm.training.config import AdaptConfig, Experiment
 from jvlm.weights.convert import convert
 from tests import idefics2, support
@@ -73,7 +73,7 @@ def test_tokens_without_a_row_are_refused_with_their_names_ids_and_the_rows(make
         said = str(caught.value)
     elif door == "train":
         with pytest.raises(UserError) as caught:
-            loop.start_model(Experiment(name="run", init_from=str(folder)))
+            starting_model.start_model(Experiment(name="run", init_from=str(folder)))
         said = str(caught.value)
     else:
         arguments = {
@@ -185,7 +185,7 @@ def test_a_grown_model_loads_in_transformers_with_the_same_logits(make, tmp_path
 def test_an_experiment_grows_the_table_of_the_model_it_starts_from(make):
     folder, _ = make()
     experiment = Experiment(name="run", init_from=str(folder), adapt=AdaptConfig(grow_embedding=True))
-    model, processor = loop.start_model(experiment)
+    model, processor = starting_model.start_model(experiment)
     assert model.config.decoder.vocab_size == processor.model.decoder.vocab_size == NEEDED
     assert vlm.parameters(model)["decoder.embedding"].get_value().shape == (NEEDED, 64)
 

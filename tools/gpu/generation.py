@@ -22,7 +22,8 @@ from jvlm.inference.sampling import SamplingConfig
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
 from jvlm.training import flops
-from jvlm.training.loop import random_model, split
+from jvlm.training.starting_model import random_model
+from jvlm.training.trainer import split
 from tools.gpu import workload
 from tools.gpu.device_trace import device_seconds
 from tools.timing import seconds

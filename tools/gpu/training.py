@@ -28,7 +28,8 @@ from jvlm.models.layers import Precision
 from jvlm.models.vlm import TOWERS
 from jvlm.training import compiled_step, flops, train_step
 from jvlm.training.config import Experiment, OptimizerConfig
-from jvlm.training.loop import random_model, split
+from jvlm.training.starting_model import random_model
+from jvlm.training.trainer import split
 from tools.gpu import workload
 from tools.gpu.device_trace import device_seconds
 
@@ -82,16 +83,17 @@ def main() -> None:
         max_image_patches=abstract.max_image_patches,
     )
     template, values = split(random_model(config, 0, planned.layout.parameter))
-    state, frozen = planned.begin(values)
+    state = planned.init_state(values)
     del values
-    lowered = planned.step.lower(state, frozen, train_step.stack([batch]))
+    lowered = planned.step.lower(state, train_step.stack([batch]))
     compiled = lowered.compile()
     ready = time.perf_counter() - began
     stacked = jax.device_put(train_step.stack([batch]), jax.tree.map(lambda x: x.sharding, planned.batches))
+    (changing, constant), state = state.split(), None
     taken, losses = [], []
     for _ in range(arguments.steps):
         began = time.perf_counter()
-        state, metrics = compiled(state, frozen, stacked)
+        changing, metrics = compiled(changing, constant, stacked)
         losses.append(float(metrics["loss"]))
         taken.append(time.perf_counter() - began)
     seconds = statistics.median(taken[1:])
@@ -126,7 +128,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(PROFILED):
-                state, metrics = compiled(state, frozen, stacked)
+                changing, metrics = compiled(changing, constant, stacked)
             jax.block_until_ready(metrics)
         by_part, by_kernel = device_seconds(Path(folder), compiled.as_text())
     print_profile(by_part, by_kernel, parts)

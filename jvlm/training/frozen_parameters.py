@@ -1,0 +1,102 @@
+"""Frozen parameters of a run: compared with the folder they come from, or stored in the run once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from jvlm.data import stores
+from jvlm.parallel import hosts
+from jvlm.training.run_storage import RunStorage
+from jvlm.training.state import Params, TrainState
+from jvlm.weights import frozen, run_dir
+from jvlm.weights.fingerprints import fingerprints
+from jvlm.weights.frozen import FrozenRecord
+
+
+class FrozenParameters:
+    """What a run's checkpoints leave out, and where it is.
+
+    Args:
+      base: folder whose parameters the model has unchanged, as the experiment names it; None where the model began at
+        random or was adapted: then its frozen parameters are in no folder, and are written to the run.
+      full: whether checkpoints hold them, so that nothing needs to be recorded.
+    """
+
+    def __init__(self, storage: RunStorage, base: str | None, *, full: bool):
+        self.storage, self.base, self.full = storage, base, full
+
+    def restore(self, state: TrainState) -> TrainState:
+        """Return the state with the frozen parameters that the run began with.
+
+        Raises:
+          UserError: the folder they come from has changed since; names both fingerprints.
+        """
+        record = hosts.broadcast_from_0(_values(self.storage.folder))
+        if record is None or not state.frozen:
+            return state
+        record = FrozenRecord(**record)
+        if record.base is None:
+            wanted = {p: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for p, v in state.frozen.items()}
+            params = self.storage.store / frozen.STORED / "params"
+            return dataclasses.replace(state, frozen=run_dir.read_arrays(params, wanted))
+        record.check(_fingerprints(state.frozen), self.storage.folder)
+        return state
+
+    def record(self, state: TrainState) -> None:
+        """Note where the frozen parameters are, and write them to the run if they are nowhere else."""
+        if not state.frozen or self.full:
+            return
+        folder = self.storage.folder
+        known = hosts.broadcast_from_0(_values(folder))
+        if known is not None and (known["base"] is None or self.base is None):
+            return
+        place = self._base() if self.base is not None else {"base": None, "step": None}
+        if known is not None and {name: known[name] for name in place} == place:
+            return
+        dtype = str(next(iter(state.frozen.values())).dtype)
+        record = FrozenRecord(**place, param_dtype=dtype, fingerprints=_fingerprints(state.frozen))
+        if self.base is None:
+            self._store(state.frozen)
+        if hosts.is_rank0():
+            record.write(folder)
+        hosts.barrier("noted where the frozen parameters are")
+
+    def _base(self) -> dict[str, str | int | None]:
+        local = run_dir.local(self.base)
+        step = run_dir.steps(local)[-1] if run_dir.is_run(local) else None
+        if stores.is_remote(self.base):
+            return {"base": self.base, "step": step}
+        base, run = Path(self.base).absolute(), self.storage.folder.absolute()
+        # a stage lies inside the run of its experiment, and moves with it
+        if run in base.parents or (run.parent.name == "stages" and run.parent in base.parents):
+            relative = os.path.relpath(base, run)
+            return {"base": self.storage.elsewhere(relative) or relative, "step": step}
+        return {"base": str(base), "step": step}
+
+    def _store(self, values: Params) -> None:
+        place = self.storage.store / frozen.STORED
+        if hosts.is_rank0() and place.exists():
+            place.rmtree()  # one that was not finished: it has no record
+        hosts.barrier("about to write the frozen parameters")
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(place / "params", values)
+        prints = fingerprints((values,))
+        if hosts.is_rank0():
+            path = place / run_dir.FINGERPRINTS
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"fingerprints": prints}) + "\n")
+
+
+def _values(folder: Path) -> dict | None:
+    record = frozen.read(folder) if hosts.is_rank0() else None
+    return None if record is None else dataclasses.asdict(record)
+
+
+def _fingerprints(values: Params) -> dict[str, int]:
+    return dict(zip(values, fingerprints(list(values.values())).values(), strict=True))

@@ -1,0 +1,223 @@
+"""A run of an experiment: its stages in order, each from its last checkpoint on, with the hooks that every run has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jvlm.data import pipeline
+from jvlm.data.position import Share
+from jvlm.data.processor import Processor
+from jvlm.data.shards import RowSource, matching
+from jvlm.errors import UserError
+from jvlm.models.vlm import VLM
+from jvlm.parallel import hosts
+from jvlm.parallel.layout import MeshLayout
+from jvlm.training.checkpoint import Checkpoints
+from jvlm.training.checkpointing import Checkpointing, StorageSync
+from jvlm.training.compiled_step import step_arguments
+from jvlm.training.config import AdaptConfig, EvaluationConfig, Experiment, ValidationConfig
+from jvlm.training.data_counters import DataCounters
+from jvlm.training.goodput import Goodput
+from jvlm.training.interruption import Interrupted, StopRequests
+from jvlm.training.log import TrainingLog, clock
+from jvlm.training.nonfinite import NonFiniteMonitor
+from jvlm.training.profile import Profile
+from jvlm.training.resolve import check_ahead, describe, resolve
+from jvlm.training.resume import prepare_folder
+from jvlm.training.run_storage import RunStorage
+from jvlm.training.starting_model import base_of, start_model
+from jvlm.training.throughput import LearningRates, Throughput
+from jvlm.training.trainer import Trainer
+from jvlm.training.validation import Validation
+from jvlm.training.validation_data import ValidationData
+from jvlm.training.validation_split import Split, Subset, sources_of, split_data, without_held_out
+from jvlm.weights.run_dir import CHECKPOINTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a finished run leaves: the model, where it is, and how long it trained (seconds, restarts included).
+
+    Attributes:
+      steps: of all stages.
+      last: the step whose checkpoint holds this model.
+    """
+
+    model: VLM
+    processor: Processor
+    storage: RunStorage
+    steps: int
+    last: int
+    seconds: float
+    compilations: int
+    rejected: int
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the small files; see `RunStorage`."""
+        return self.storage.folder
+
+
+def train(experiment: Experiment) -> Result:
+    """Train the stages and then the experiment's own data, each to its end or from its last checkpoint on.
+
+    Raises:
+      UserError: data of any stage, or to evaluate on, is not there (raised before the first is trained); the folder
+        holds a different experiment; data too bad; no checkpoint can be read; too little space for the checkpoints.
+      Diverged: too many steps in a row were not finite.
+      Interrupted: a signal or a preemption notice asked to stop; the last step is saved.
+    """
+    results: list[Result] = []
+    runs = runs_of(experiment)
+    for run in runs:
+        if not run.data.train:
+            raise UserError(
+                f"{run.name}: no data to train on; give files on the command line as --data.train rows.jsonl, or in "
+                'the config as data=DataConfig(train=("rows.jsonl",))'
+            )
+    for pattern in (p for run in runs for p in (*run.data.train, *run.evaluation.data, *run.validation.data)):
+        matching(pattern)
+    split = _split(experiment)
+    for number, run in enumerate(runs, 1):
+        if experiment.stages:
+            hosts.log_rank0(f"stage {number} of {len(experiment.stages) + 1}: {run.name}")
+        results.append(_train_one(run, experiment if number == 1 else None, runs[number:], split))
+    return dataclasses.replace(
+        results[-1],
+        steps=sum(r.steps for r in results),
+        seconds=sum(r.seconds for r in results),
+        compilations=sum(r.compilations for r in results),
+        rejected=sum(r.rejected for r in results),
+    )
+
+
+def runs_of(experiment: Experiment) -> list[Experiment]:
+    """Return each stage as an experiment that goes on from the one before it, and the experiment itself."""
+    runs = []
+    for stage in experiment.stages:
+        run = dataclasses.replace(
+            experiment,
+            name=f"{experiment.name}/stages/{stage.name}",
+            data=stage.data,
+            optimizer=stage.optimizer,
+            steps=stage.steps,
+            stages=(),
+            validation=ValidationConfig(),
+            evaluation=EvaluationConfig(),
+        )
+        runs.append(run)
+        start = str(RunStorage(run.output_root, run.name).folder)
+        # once is enough
+        experiment = dataclasses.replace(
+            experiment, init_from=start, adapt=AdaptConfig(), encoder_from=None, decoder_from=None
+        )
+    return [*runs, experiment]
+
+
+def _split(experiment: Experiment) -> Split | None:
+    """Return which of the experiment's training examples are held out; its stages are not trained on them either."""
+    if not experiment.validation.split:
+        return None
+    storage = RunStorage(experiment.output_root, experiment.name)
+    storage.pull()
+    return split_data(experiment.data, experiment.validation.split, experiment.seed, storage.folder)
+
+
+def _train_one(
+    experiment: Experiment, job: Experiment | None, later: Sequence[Experiment], split: Split | None
+) -> Result:
+    """Train one run. Before the first one, the data of ``later`` ones and of the ``job``'s evaluation is checked."""
+    layout = MeshLayout.of(experiment.parallel)
+    model, processor = start_model(experiment, layout.parameter)
+    parts = layout.mesh.shape["context"]
+    # processes that meet for the first time must do so within seconds, and checking ahead can take longer
+    hosts.barrier("made the model")
+    if job is not None:
+        hosts.run_on_all(lambda: check_ahead(job, later, processor, parts))
+    storage = RunStorage(experiment.output_root, experiment.name)
+    storage.pull()
+    source = None
+    if split is not None:
+        own = experiment.validation.split > 0
+        source = Subset(RowSource(experiment.data.train), split.train) if own else None
+        source = source or without_held_out(experiment.data, split.held_out)
+    experiment = resolve(experiment, model, processor, storage.folder, parts, source)
+    changes = prepare_folder(storage.folder, experiment, processor)
+    storage.share()
+    checkpointing = Checkpointing(storage, experiment.checkpoint, base_of(experiment))
+    trainer = Trainer(model, **step_arguments(experiment, model), layout=layout)
+    del model
+    hosts.log_rank0(describe(experiment, trainer.template, layout))
+    shard = trainer.shard
+    batches, source = pipeline.training_data(
+        processor, experiment.data, seed=experiment.seed, share=Share(shard.index, shard.count), source=source
+    )
+    counters = DataCounters(storage.folder, len(source), experiment.data, counts=shard.is_primary_reader)
+    monitor = NonFiniteMonitor(storage.folder, storage.store, experiment.stop_after_skips)
+    log = TrainingLog(storage.folder, experiment.log_interval_steps, changes)
+    tokens = experiment.data.batch_size * experiment.data.seq_len
+    throughput = Throughput(trainer.template, trainer.compiled.trainable, tokens)
+    validation = ()
+    if experiment.validation.enabled:
+        sources = _validation_sources(experiment, processor, split, Share(shard.index, shard.count))
+        validation = (Validation(sources, experiment.validation, checkpointing, throughput),)
+    trainer.hooks = (
+        checkpointing,
+        StorageSync(storage),
+        StopRequests(),
+        *validation,
+        counters,
+        log,
+        monitor,
+        LearningRates(experiment.optimizer, experiment.steps, lambda: monitor.skipped),
+        throughput,
+        Goodput(storage.folder),
+        Profile(storage.folder, experiment.profile),
+        *experiment.hooks,
+    )
+    trainer.fit(batches, steps=experiment.steps)
+    if trainer.step < experiment.steps and not trainer.finished:
+        raise Interrupted(
+            f"stopped by {trainer.stop_reason} after step {trainer.step} of {experiment.steps}, which is saved in "
+            f"{storage.store / CHECKPOINTS}; the same command goes on from there"
+        )
+    last = trainer.step
+    if experiment.validation.returns_best and checkpointing.best is not None:
+        last = checkpointing.best["step"]
+        hosts.log_rank0(f"the best checkpoint, of step {last}, is what this run returns")
+    if last != trainer.step:
+        with Checkpoints(storage.store, experiment.checkpoint) as checkpoints:
+            trainer.state, _ = checkpoints.restore(last, trainer.state)
+    compilations, rejected = trainer.compiled.step.compilations, counters.rejected()
+    hosts.log_rank0(
+        f"{trainer.step} steps in {clock(log.seconds)}, {compilations} compilation(s), {counters.summary(rejected)}"
+        + monitor.summary()
+    )
+    storage.push()
+    return Result(trainer.model, processor, storage, trainer.step, last, log.seconds, compilations, rejected)
+
+
+def _validation_sources(
+    experiment: Experiment, processor: Processor, split: Split | None, share: Share
+) -> dict[str, ValidationData]:
+    """Return the data of each source that is validated on: files of its own, or what is held out of training files."""
+    patterns = experiment.validation.data or experiment.data.train
+    chosen: dict[str, RowSource | Subset] = {}
+    whole = RowSource(patterns)
+    ends = np.cumsum(list(whole.counts().values()))
+    bounds = {
+        path: (int(end) - count, int(end)) for (path, count), end in zip(whole.counts().items(), ends, strict=True)
+    }
+    held_out = range(len(whole)) if split is None else split.validation
+    for name, files in sources_of(patterns).items():
+        inside = np.zeros(len(whole), bool)
+        for path in files:
+            inside[slice(*bounds[path])] = True
+        indices = [index for index in held_out if inside[index]]
+        if indices:
+            chosen[name] = Subset(whole, indices)
+    return {name: ValidationData(processor, experiment.data, source, share) for name, source in chosen.items()}

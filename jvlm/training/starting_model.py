@@ -1,0 +1,55 @@
+"""The model that a run starts from: a folder's weights, or random ones."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from jvlm.data.processor import Processor
+from jvlm.models import vlm
+from jvlm.models.vlm import VLM, VLMConfig
+from jvlm.training import processors
+from jvlm.training.config import AdaptConfig, Experiment
+from jvlm.weights import backbones, hf, positions, run_dir, upcycling
+from jvlm.weights.io import load
+
+
+def start_model(experiment: Experiment, sharding: hf.ShardingOf | None = None) -> tuple[VLM, Processor]:
+    """Return the model to start from and its processor.
+
+    Args:
+      sharding: of a parameter, from its path and variable; None puts all on the first device.
+    """
+    if experiment.init_from is not None:
+        precision = experiment.model.precision if experiment.model else None
+        grow = experiment.adapt.grow_embedding
+        model, processor = load(experiment.init_from, precision=precision, sharding=sharding, grow_embedding=grow)
+        if experiment.adapt.grid is not None:
+            model = positions.with_grid(model, experiment.adapt.grid, experiment.adapt.grid_scale)
+        if experiment.adapt.experts is not None:
+            model = upcycling.upcycle(model, experiment.adapt.experts, seed=experiment.seed, sharding=sharding)
+        processor = processors.adapted(processor, experiment, model.config)
+    else:
+        processor = processors.new(experiment)
+        model = random_model(experiment.model, experiment.seed, sharding)
+        towers = [run_dir.local(path) for path in (experiment.encoder_from, experiment.decoder_from) if path]
+        model = backbones.fill(model, towers, sharding)
+    if experiment.data.media_root:
+        processor = processor.replace(media_roots=(experiment.data.media_root,))
+    return model, processor
+
+
+def base_of(experiment: Experiment) -> str | None:
+    """Return the folder whose parameters `start_model` takes over unchanged; None where there is none."""
+    return experiment.init_from if experiment.adapt == AdaptConfig() else None
+
+
+def random_model(config: VLMConfig, seed: int, sharding: hf.ShardingOf | None) -> VLM:
+    """Return a new model, each parameter made on its devices."""
+    template = vlm.abstract(config)
+    shardings = {path: sharding(path, v) for path, v in vlm.parameters(template).items()} if sharding else None
+
+    def values() -> dict[str, jax.Array]:
+        return {path: v.get_value() for path, v in vlm.parameters(VLM(config, rngs=nnx.Rngs(seed))).items()}
+
+    return vlm.bind(template, jax.jit(values, out_shardings=shardings)())

@@ -1,0 +1,74 @@
+"""What a run minimises: a task turns a batch into a loss, and may bring batch fields and a reference model of its own.
+
+Losses and metrics are sums with their weights, so those of micro-batches, of devices and of validation batches add up
+to what one large batch would give.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+from jvlm.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from jvlm.data.packing import PackedRows
+
+
+class Mean(NamedTuple):
+    """A metric as a sum and what to divide it by. Means of several batches add up, field by field."""
+
+    sum: Float[Array, ""]
+    count: Float[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The loss of a batch, not yet averaged.
+
+    Attributes:
+      total: weighted sum that is minimised once it is divided by the weights of all accumulated batches.
+      weight: sum of the weights.
+      metrics: what is logged beside it, by name. "loss" replaces ``total / weight`` in the log, where what is minimised
+        has parts (a balance loss, a KL penalty) that are no loss of the task. Names under "router/" stay off the
+        terminal.
+    """
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+    metrics: Mapping[str, Mean] = dataclasses.field(default_factory=dict)
+
+
+class Task(abc.ABC):
+    """What a run minimises. Subclass it as a frozen dataclass: its fields are saved with the experiment.
+
+    Attributes:
+      needs_reference: whether `loss` gets the model as it was before the first step, for a KL penalty or a preference
+        loss. Frozen parameters are shared with it; of the trainable ones a second copy is held.
+    """
+
+    needs_reference: bool = False
+
+    @abc.abstractmethod
+    def loss(self, model: VLM, batch: Any, *, reference: VLM | None = None) -> Loss:
+        """Return the loss of a batch. Traced under ``jit`` and differentiated by the trainable parameters.
+
+        Args:
+          model: call it as often as the loss needs.
+          batch: what `batch_of` returned, as device arrays.
+          reference: the model before the first step, if ``needs_reference``; no gradient flows into it.
+        """
+
+    def batch_of(self, packed: PackedRows) -> Any:
+        """Return the arrays of one batch, on the host: a tree whose leaves have the packed sequences as first axis.
+
+        Called with an empty batch once, which tells the shapes: they must not depend on the data. Leaves that are
+        fields of a `PackedBatch` are sharded as those; of others the first axis is.
+        """
+        return packed.batch

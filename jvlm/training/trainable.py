@@ -1,0 +1,56 @@
+"""Which parameters a run trains: a predicate over (path, variable); the others are frozen."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+
+from flax import nnx
+
+from jvlm.errors import UserError
+from jvlm.training.config import OptimizerConfig
+from jvlm.training.optimizer import tower_of
+
+IsTrainable = Callable[[str, nnx.Variable], bool]
+
+
+def everything(path: str, variable: nnx.Variable) -> bool:
+    """Train every parameter."""
+    return True
+
+
+def from_config(config: OptimizerConfig) -> IsTrainable:
+    """Return the predicate of a configuration.
+
+    A parameter is trained if its tower has a learning rate above 0, ``train`` is empty or one of its patterns matches
+    the path, and no pattern of ``freeze`` does.
+    """
+
+    def is_trainable(path: str, variable: nnx.Variable) -> bool:
+        chosen = not config.train or _matches(path, config.train)
+        return config.rate_of(tower_of(path)) > 0 and chosen and not _matches(path, config.freeze)
+
+    return is_trainable
+
+
+def check_patterns(config: OptimizerConfig, paths: Iterable[str]) -> None:
+    """Raise UserError for a pattern that matches no parameter, naming the nearest paths."""
+    paths = list(paths)
+    for field in ("train", "freeze"):
+        for pattern in getattr(config, field):
+            if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+                near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3) or sorted(paths)[:3]
+                raise UserError(f"optimizer.{field}: {pattern!r} matches no parameter; there are {', '.join(near)}")
+
+
+def select(is_trainable: IsTrainable, variables: Mapping[str, nnx.Variable]) -> dict[str, nnx.Variable]:
+    """Return the variables that are trained, by path. Raises UserError if there are none."""
+    chosen = {path: variable for path, variable in variables.items() if is_trainable(path, variable)}
+    if not chosen:
+        raise UserError("every parameter is frozen, so nothing would be trained: see optimizer.train and .freeze")
+    return chosen
+
+
+def _matches(path: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)

@@ -1,0 +1,77 @@
+"""Packed batches of validation examples: each example once, in the shapes of training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from jvlm.data import packing
+from jvlm.data.config import DataConfig
+from jvlm.data.errors import Rejected
+from jvlm.data.packing import Example, PackedRows
+from jvlm.data.pipeline import Encode, frame_patches
+from jvlm.data.position import Share
+from jvlm.data.processor import Processor
+from jvlm.data.shards import RowSource
+from jvlm.training.validation_split import Subset
+
+
+class ValidationData:
+    """A process's share of the validation examples of one data source.
+
+    An example that cannot be used, or does not fit as the training data's limits say, is left out and reported.
+
+    Args:
+      config: of the training data, whose shapes it has.
+      share: of the windows of `DataConfig.pack_window` examples, as processes share the training data.
+    """
+
+    def __init__(self, processor: Processor, config: DataConfig, source: RowSource | Subset, share: Share = Share()):
+        drop = "drop" if config.on_too_long == "error" else config.on_too_long
+        # what is measured must not be drawn: whole conversations, in order
+        config = dataclasses.replace(config, single_turn_ratio=0.0, on_bad_row="skip", on_too_long=drop)
+        self.config, self.source, self.share = config, source, share
+        self.encode = Encode(processor, config)
+        self._values = processor.image_processor.patch_values
+        self._frames = frame_patches(processor.image_processor, processor.image_config, config)
+
+    def __iter__(self) -> Iterator[PackedRows]:
+        config, rows = self.config, self.share.of(self.config.batch_size)
+        waiting: list[list[Example]] = []
+        rejected: list[Rejected] = []
+        with ThreadPoolExecutor(config.read_threads) as pool:
+            for indices in self._windows():
+                encoded = list(pool.map(self._encode, indices))
+                rejected += [one for one in encoded if isinstance(one, Rejected)]
+                examples = [one for one in encoded if isinstance(one, Example)]
+                packed = packing.best_fit_decreasing(examples, config.seq_len, config.max_patches)
+                waiting += [[examples[i] for i in row] for row in packed]
+                while len(waiting) >= rows:
+                    yield self._batch(waiting[:rows], rejected)
+                    waiting, rejected = waiting[rows:], []
+        if waiting or rejected:
+            yield self._batch(waiting, rejected)
+
+    def _windows(self) -> Iterable[range]:
+        size, count = self.config.pack_window, len(self.source)
+        for start in range(self.share.index * size, count, self.share.count * size):
+            yield range(start, min(start + size, count))
+
+    def _encode(self, index: int) -> Example | Rejected:
+        return self.encode.random_map(self.source[index], np.random.default_rng(index))
+
+    def _batch(self, sequences: Sequence[Sequence[Example]], rejected: Sequence[Rejected]) -> PackedRows:
+        config = self.config
+        batch = packing.assemble(
+            [*sequences, *[[]] * (self.share.of(config.batch_size) - len(sequences))],
+            config.seq_len,
+            config.max_patches,
+            patch_values=self._values,
+            max_segment_length=config.max_length,
+            max_image_patches=self._frames,
+        )
+        origins = tuple(tuple(example.origin for example in row) for row in sequences)
+        return PackedRows(batch, sum(map(len, sequences)), tuple(rejected), origins)
