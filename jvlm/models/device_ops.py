@@ -20,7 +20,8 @@ from jvlm_kernels import CrossEntropySum, cached_attention, init_cache, linear_c
 
 # Logical axes that a mesh may split together with everything that is indexed by them.
 SequenceAxis = Literal["sequence", "patches", "vision_tokens"]
-KVCache = tuple[Float[Array, "B K D T"], Float[Array, "B K T D"]]
+# Keys [B, N, D, T] and values [B, N, T, D] of N heads, as `jvlm_kernels.cached_attention` takes them.
+KVCache = tuple[Float[Array, "B _ _ T"], Float[Array, "B _ T _"]]
 
 
 @runtime_checkable
