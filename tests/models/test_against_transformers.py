@@ -134,7 +134,7 @@ def test_hidden_states_of_the_vision_tower_equal_transformers_after_every_block(
     encoder = nnx.clone(tiny.model.encoder)
     encoder.config = dataclasses.replace(encoder.config, depth=depth, fullatt_block_indexes=(1,) if depth > 1 else ())
     nnx.update(encoder.blocks, jax.tree.map(lambda x: x[:depth], nnx.state(encoder.blocks)))
-    ours = np.asarray(nnx.jit(lambda e, b: e(b))(encoder, batch))[0, : len(inputs["pixel_values"])]
+    ours = np.asarray(nnx.jit(lambda e, b: e(b).tokens)(encoder, batch))[0, : len(inputs["pixel_values"])]
     expected = seen["out"].numpy()
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     if depth == tiny.config["vision_config"]["depth"]:

@@ -50,7 +50,7 @@ def test_vision_features_and_resampled_ones_equal_transformers_for_each_picture(
     batch, inputs = tiny.processor.pack([row], **SHAPE), hf_inputs(tiny, row)
     with torch.no_grad():
         found = tiny.torch_model.model.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"])
-    ours = np.asarray(nnx.jit(lambda e, b: e(b))(tiny.model.encoder, batch))[0]
+    ours = np.asarray(nnx.jit(lambda e, b: e(b).tokens)(tiny.model.encoder, batch))[0]
     mask = inputs["pixel_attention_mask"][0, :, ::14, ::14].bool()
     for frame, (theirs, size) in enumerate(zip(found.last_hidden_state, mask, strict=True), 1):
         mine = ours[batch.patch_segment_ids[0] == frame]
