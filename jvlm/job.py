@@ -63,7 +63,7 @@ def run(experiment: Experiment) -> Path:
     it exports one tensor after another, and scores with the model on its own devices.
 
     Raises:
-      UserError, RuntimeError: something after the training failed; all else was done before it is said.
+      UserError, RuntimeError: something after the training failed; all else was done before it is raised.
       AimMissed: all of this is done, but the scores are below an aim of the configuration.
     """
     began = time.perf_counter()
@@ -99,12 +99,12 @@ class _Finish:
             return otherwise
 
     def end(self, folder: Path) -> None:
-        """Raise what failed: as the user's to mend if all of it is."""
+        """Raise what failed: as a UserError if all of it is."""
         if not self.failures:
             return
-        said = "\n".join(f"  {name}: {error}" for name, error in self.failures)
-        text = f"the model is trained, and all else is in {folder}, but this failed:\n{said}\n"
-        text += "Mend it; the same command does the rest again without training"
+        failed = "\n".join(f"  {name}: {error}" for name, error in self.failures)
+        text = f"the model is trained, and all else is in {folder}, but this failed:\n{failed}\n"
+        text += "Fix it; the same command does the rest again without training"
         last = self.failures[-1][1]
         mistakes = all(isinstance(error, UserError) for _, error in self.failures)
         raise (UserError if mistakes else RuntimeError)(text) from last
@@ -250,7 +250,7 @@ def export(experiment: Experiment, result: Result) -> str:
 
 
 def verify(experiment: Experiment, result: Result, answers: Sequence[Answer]) -> str:
-    """Read the exported folder back, and compare answers. Returns a line that says what was found.
+    """Read the exported folder back, and compare answers. Returns a line about the comparison.
 
     Raises:
       RuntimeError: the folder read back answers differently.

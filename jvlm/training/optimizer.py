@@ -18,11 +18,6 @@ def tower_of(path: str) -> str:
     return path.partition(".")[0]
 
 
-def trainable(config: OptimizerConfig, path: str) -> bool:
-    """Whether a parameter is learnt under this configuration."""
-    return config.rate_of(tower_of(path)) > 0
-
-
 def schedule(config: OptimizerConfig, tower: str, steps: int) -> optax.Schedule:
     """Linear warm-up to the tower's peak, then cosine decay over the rest of the steps."""
     peak, warmup = config.rate_of(tower), round(config.warmup_ratio * steps)
@@ -36,10 +31,10 @@ def schedule(config: OptimizerConfig, tower: str, steps: int) -> optax.Schedule:
 
 
 def make(config: OptimizerConfig, steps: int, variables: Mapping[str, nnx.Variable]) -> optax.GradientTransformation:
-    """The transformation for the learnt parameters (path -> array).
+    """Return the transformation for the trainable parameters (path -> array).
 
     Args:
-      variables: the learnt parameters; their ``axes`` tell matrices from norms and biases.
+      variables: the trainable parameters; their ``axes`` tell matrices from norms and biases.
     """
     decayed = {path: len(v.get_metadata()["axes"]) > 1 for path, v in variables.items()}
     towers = {path: tower_of(path) for path in variables}
@@ -78,6 +73,6 @@ def _is_matrix(variable: nnx.Variable) -> bool:
 
 
 def tower_norms(gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Gradient norm of each tower that is learnt."""
+    """Return the gradient norm of each tower with trainable parameters."""
     present = [t for t in TOWERS if any(tower_of(p) == t for p in gradients)]
     return {t: optax.tree.norm([g for p, g in gradients.items() if tower_of(p) == t]) for t in present}
