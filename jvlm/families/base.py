@@ -32,6 +32,8 @@ class HFFormat:
       pixels: how pixels are resampled and normalised where a folder does not say.
       read_image_config: the folder's processor files, over the settings that jvlm stored there if it did.
       write_image_config: the inverse: name and content of each processor file.
+      unsupported: what of a configuration no public checkpoint has ("gated cross-attention"), so that it cannot be
+        exported; None if there is nothing.
       tokenizer_classes: values of ``tokenizer_class`` that the family's transformers processor insists on.
     """
 
@@ -45,6 +47,7 @@ class HFFormat:
     pixels: Pixels
     read_image_config: Callable[[ProcessorFiles, VLMConfig, ImageProcessorConfig | None], ImageProcessorConfig]
     write_image_config: Callable[[VLMConfig, ImageProcessorConfig], dict[str, dict[str, Any]]]
+    unsupported: Callable[[VLMConfig], str | None] = lambda config: None
     tokenizer_classes: tuple[str, ...] = ()
 
 

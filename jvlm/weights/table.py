@@ -17,7 +17,6 @@ import numpy as np
 from jvlm import families
 from jvlm.errors import UserError
 from jvlm.families.base import HFFormat
-from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
 from jvlm.models.vlm import VLMConfig
 
 T = TypeVar("T")
@@ -143,9 +142,11 @@ def hf_format(config: VLMConfig) -> HFFormat:
 
 def export_format(config: VLMConfig) -> HFFormat:
     """As `hf_format`, for writing a checkpoint: also refuses variants that no public checkpoint has."""
-    if isinstance(config.decoder, CrossAttentionTransformerConfig):
-        raise _no_public_form(f"family {config.family!r} with gated cross-attention")
-    return hf_format(config)
+    form = hf_format(config)
+    unsupported = form.unsupported(config)
+    if unsupported:
+        raise _no_public_form(f"family {config.family!r} with {unsupported}")
+    return form
 
 
 def _no_public_form(kind: str) -> WeightError:

@@ -8,6 +8,7 @@ from jvlm.families.base import HFFormat
 from jvlm.families.idefics2 import processor_files
 from jvlm.families.idefics2.presets import TOKEN_IDS
 from jvlm.models.connectors.perceiver import PerceiverConfig
+from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.token_ids import end_token_id, first_set
 from jvlm.models.vlm import VLMConfig
@@ -166,6 +167,11 @@ def write_config(config: VLMConfig) -> dict[str, Any]:
     }
 
 
+def unsupported(config: VLMConfig) -> str | None:
+    """Return what no released checkpoint has: the paper compares with it, but no weights of that were published."""
+    return "gated cross-attention" if isinstance(config.decoder, CrossAttentionTransformerConfig) else None
+
+
 HF = HFFormat(
     model_types=("idefics2",),
     read_config=read_config,
@@ -177,4 +183,5 @@ HF = HFFormat(
     pixels=processor_files.PIXELS,
     read_image_config=processor_files.read_image_config,
     write_image_config=processor_files.write_image_config,
+    unsupported=unsupported,
 )
