@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jvlm import job
+from jvlm.errors import UserError
 from jvlm.parallel import data_shards, hosts
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training import compiled_step, data_counters, starting_model, train_step, trainer
@@ -100,17 +101,17 @@ def damaged(folder: str) -> None:
 
 
 def _say_how_it_fails(work) -> None:
-    """What kind of error it is, whether it is a mistake to mend, and what it says."""
+    """Print the type of the error, whether a peer says that it is the user's, and the message."""
     try:
         work()
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         print(json.dumps([type(error).__name__, None, str(error)]), flush=True)
     except hosts.PeerFailed as error:
         print(json.dumps(["PeerFailed", error.is_user_error, str(error)]), flush=True)
 
 
 def _mistaken():
-    raise ValueError("no such thing")
+    raise UserError("no such thing")
 
 
 def _refused(*_):

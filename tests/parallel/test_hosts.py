@@ -164,7 +164,7 @@ def test_processes_agree_on_what_is_damaged_even_if_only_one_can_see_it(tmp_path
         assert found == {"step": 2, "data": {"position": 2}, "equal": True, "again": True}
         assert refused[:2] == [["PeerFailed", False], ["OSError", None]][process]
         assert "PERMISSION_DENIED" in refused[2]
-        assert mistaken[:2] == [["PeerFailed", True], ["ValueError", None]][process]
+        assert mistaken[:2] == [["PeerFailed", True], ["UserError", None]][process]
         assert "no such thing" in mistaken[2]
     assert "step 4: process 1 says: it cannot be read" in outs[0]
     assert "DAMAGED" not in outs[1]
