@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import jax
 
 import jvlm
+from jvlm.data.content import Conversation
 from jvlm.data.errors import Rejected, RowError, grouped
 from jvlm.data.processor import Processor
-from jvlm.data.rows import Conversation
 from jvlm.errors import UserError
 from jvlm.evaluation import report, score, usable
 from jvlm.evaluation.aim import AimMissed, missed_aims

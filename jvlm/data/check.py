@@ -15,12 +15,13 @@ from jvlm.data import survey
 from jvlm.data.check_report import CheckReport
 from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
+from jvlm.data.content import Conversation
 from jvlm.data.errors import Origin, Rejected, RowError
 from jvlm.data.images import open_image
 from jvlm.data.pipeline import Encode, check_learnable
 from jvlm.data.processor import Processor
 from jvlm.data.rejections import Rejections
-from jvlm.data.rows import Conversation, parse_row
+from jvlm.data.rows import parse_row
 from jvlm.data.sharding import shard
 from jvlm.data.shards import RowSource
 from jvlm.errors import UserError
@@ -117,7 +118,7 @@ class _Look:
             conversation = parse_row(row, origin)
             found.pictures = sum(1 for _ in _pictures(conversation))
             names = tuple((name, None) for name, _ in conversation.extra)
-            found.columns = dataclasses.replace(conversation, messages=(), images=(), videos=(), extra=names)
+            found.columns = dataclasses.replace(conversation, messages=(), extra=names)
             if self.encode is None:
                 self._open(conversation)
             else:
@@ -219,8 +220,8 @@ def _resolved(processor: Processor, config: DataConfig, seed: int) -> DataConfig
 
 def _pictures(conversation: Conversation) -> Iterator[tuple[str, Any]]:
     """(field, source) of each picture and frame."""
-    for i, image in enumerate(conversation.images):
-        yield f"images[{i}]", image
-    for i, frames in enumerate(conversation.videos):
-        for frame in frames:
-            yield f"videos[{i}]", frame
+    for image in conversation.images:
+        yield f"images[{image.index}]", image.source
+    for video in conversation.videos:
+        for frame in video.frames:
+            yield f"videos[{video.index}]", frame

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from jvlm.data.rows import Conversation, hint
+from jvlm.data.content import Conversation
+from jvlm.data.rows import hint, unknown_columns
 
 
 class UnknownColumns:
@@ -15,7 +16,7 @@ class UnknownColumns:
 
     def add(self, conversation: Conversation) -> None:
         """Count the columns of one row."""
-        self.counts.update(conversation.unknown)
+        self.counts.update(unknown_columns(conversation.extra))
 
     def lines(self) -> list[str]:
         """One line for each column, the most frequent first; empty if every column is known."""

@@ -18,15 +18,16 @@ from absl import flags
 
 from jvlm.data import packing
 from jvlm.data.config import DataConfig
+from jvlm.data.content import Conversation
 from jvlm.data.errors import Origin, Rejected, RowError, grouped
 from jvlm.data.image_processor import ImageProcessor, ImageProcessorConfig
 from jvlm.data.packing import Example, PackedRows
 from jvlm.data.position import Progress, Share, go_on
 from jvlm.data.processor import Processor
-from jvlm.data.rows import Conversation, parse_row
+from jvlm.data.rows import parse_row
 from jvlm.data.shards import RowSource
 from jvlm.data.shrink import shrink
-from jvlm.data.turns import turns_alone
+from jvlm.data.turns import single_turns
 from jvlm.errors import UserError
 
 
@@ -91,7 +92,7 @@ class Encode(grain.transforms.RandomMap):
 
 def _one_turn(conversation: Conversation, rng: np.random.Generator) -> Conversation:
     """A turn drawn in proportion to its loss weight; the conversation as it is if none has any."""
-    turns = [turn for turn in turns_alone(conversation) if turn.messages[-1].loss_weight > 0]
+    turns = [turn for turn in single_turns(conversation) if turn.messages[-1].loss_weight > 0]
     if not turns:
         return conversation
     weights = np.asarray([turn.messages[-1].loss_weight for turn in turns])

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import PIL.Image
 
 from jvlm import config as config_tree
 from jvlm import families, json_files
 from jvlm.data import box_formats, mrope, packing, vocabulary
 from jvlm.data.boxes import Place, Sizes, Space
 from jvlm.data.chat_format import ChatFormat
+from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Part, Text, Video, sources_of
 from jvlm.data.errors import MEMORY, Origin, RowError
 from jvlm.data.image_processor import ImageProcessorConfig, MediaPatches
 from jvlm.data.images import open_image
 from jvlm.data.packing import Example
-from jvlm.data.rows import Conversation, Message, fill_objects, parse_row
+from jvlm.data.rows import parse_row
 from jvlm.data.template import ChatTemplate
 from jvlm.data.turns import without_answer
 from jvlm.errors import UserError
@@ -196,17 +198,14 @@ class Processor:
         return box_formats.parse(text, self.config.box_format, space=self.config.box_space)
 
     def _media(self, conversation: Conversation, config: ImageProcessorConfig) -> list[MediaPatches]:
-        images, videos = iter(enumerate(conversation.images)), iter(enumerate(conversation.videos))
-        media = []
-        for kind in conversation.media_order():
-            if kind == "image":
-                index, source = next(images)
-                make = functools.partial(self._image, config, index, len(conversation.images))
-                media.append(self._load([source], f"images[{index}]", conversation.origin, make))
+        media, count = [], len(conversation.images)
+        positions = itertools.count()  # among these images, which can be some of the example's alone
+        for part in conversation.media:
+            if isinstance(part, Image):
+                make = functools.partial(self._image, config, next(positions), count)
             else:
-                index, frames = next(videos)
                 make = functools.partial(self._video, config)
-                media.append(self._load(frames, f"videos[{index}]", conversation.origin, make))
+            media.append(self._load(sources_of(part), _field_of(part), conversation.origin, make))
         return media
 
     def image_config_of(self, conversation: Conversation) -> ImageProcessorConfig:
@@ -221,12 +220,17 @@ class Processor:
 
     def with_open_media(self, conversation: Conversation) -> Conversation:
         """The conversation with its pictures and frames decoded. Raises RowError."""
-        origin = conversation.origin
-        images = [self._open([s], f"images[{i}]", origin)[0] for i, s in enumerate(conversation.images)]
-        videos = [tuple(self._open(frames, f"videos[{i}]", origin)) for i, frames in enumerate(conversation.videos)]
-        return dataclasses.replace(conversation, images=tuple(images), videos=tuple(videos))
 
-    def _open(self, sources: Iterable[Any], field: str, origin: Origin) -> list[Image.Image]:
+        def opened(part: Part) -> Part:
+            if not isinstance(part, Image | Video):
+                return part
+            pictures = self._open(sources_of(part), _field_of(part), conversation.origin)
+            name, value = ("source", pictures[0]) if isinstance(part, Image) else ("frames", tuple(pictures))
+            return dataclasses.replace(part, **{name: value})
+
+        return conversation.map(opened)
+
+    def _open(self, sources: Iterable[Any], field: str, origin: Origin) -> list[PIL.Image.Image]:
         roots = self.media_roots
         if origin.file != MEMORY:
             roots = (str(Path(origin.file).parent), *roots)
@@ -246,28 +250,39 @@ class Processor:
         messages = conversation.messages
         if self.config.default_system is not None and messages[0].role != "system":
             messages = (Message("system", self.config.default_system, 0.0), *messages)
-        refs, rendered = list(conversation.refs), []
-        pictures = [m for m, kind in zip(media, conversation.media_order(), strict=True) if kind == "image"]
-        for index, (box, image) in enumerate(zip(conversation.boxes, conversation.box_images, strict=True)):
-            if image >= len(pictures):
-                raise RowError(
-                    conversation.origin, f"objects.bbox[{index}]", "a box without a picture", "Add the image"
-                )
-            sizes = Sizes(pictures[image].original, pictures[image].resized)
-            if any(not 0 <= v <= sizes.original[i % 2] for i, v in enumerate(box.to("original", sizes).values)):
-                raise RowError(
-                    conversation.origin,
-                    f"objects.bbox[{index}]",
-                    f"{list(box.values)} is outside the picture of {sizes.original[0]} x {sizes.original[1]}",
-                    "Give pixels of the original picture, or bbox_type 'norm1'",
-                )
-            rendered.append(self.write_place(box, sizes))
-        return tuple(dataclasses.replace(m, content=fill_objects(m.content, refs, rendered)) for m in messages)
+        sizes = {
+            part.index: Sizes(patches.original, patches.resized)
+            for part, patches in zip(conversation.media, media, strict=True)
+            if isinstance(part, Image)
+        }
+        fields = (f"objects.bbox[{index}]" for index in itertools.count())
+
+        def written(part: Part) -> Part:
+            if isinstance(part, ObjectName):
+                return Text(part.name)
+            if isinstance(part, ObjectBox):
+                return Text(self._written_box(part, sizes.get(part.image), conversation.origin, next(fields)))
+            return part
+
+        return tuple(message.map(written) for message in messages)
+
+    def _written_box(self, box: ObjectBox, sizes: Sizes | None, origin: Origin, field: str) -> str:
+        region = box.region
+        if sizes is None:
+            raise RowError(origin, field, "a box without a picture", "Add the image")
+        if any(not 0 <= v <= sizes.original[i % 2] for i, v in enumerate(region.to("original", sizes).values)):
+            raise RowError(
+                origin,
+                field,
+                f"{list(region.values)} is outside the picture of {sizes.original[0]} x {sizes.original[1]}",
+                "Give pixels of the original picture, or bbox_type 'norm1'",
+            )
+        return self.write_place(region, sizes)
 
     def _expand(self, ids, weights, turns, media: list[MediaPatches], conversation: Conversation) -> Example:
         """Replace each media placeholder by the tokens that stand for its medium, and lay out ids and positions."""
-        kinds = {"image": self.model.image_token_id, "video": self.video_token_id}
-        expected = [kinds[kind] for kind in conversation.media_order()]
+        kinds = {Image: self.model.image_token_id, Video: self.video_token_id}
+        expected = [kinds[type(part)] for part in conversation.media]
         places = np.flatnonzero(np.isin(ids, list(kinds.values())))
         if [int(i) for i in ids[places]] != expected:
             raise RowError(
@@ -336,6 +351,10 @@ class Processor:
     def settings(self) -> dict[str, Any]:
         """The part of the processor that Hugging Face's files have no place for."""
         return config_tree.to_dict(self.config)
+
+
+def _field_of(part: Image | Video) -> str:
+    return f"{'images' if isinstance(part, Image) else 'videos'}[{part.index}]"
 
 
 def _prompt(conversation: Conversation) -> Conversation:

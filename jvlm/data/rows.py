@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jvlm.data import tool_calls, values
 from jvlm.data.boxes import Place, place
+from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Part, Text, Video
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.image_processor import EXAMPLE_FIELD
 from jvlm.data.values import is_null, shown, without_nulls
@@ -25,57 +26,17 @@ _MOST_WEIGHT = float(np.finfo(np.float32).max)
 # Keys of content blocks that hold a picture; and those where a number is no setting of it, as other libraries take it.
 PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
 _NO_SETTINGS = frozenset((*PICTURE_KEYS, "video", "index", "id"))
-_TAG = re.compile(r"(<image>|<video>)")
-_OBJECT_TAG = re.compile(r"(<ref-object>|<bbox>)")
+_TAGS = {Image: "<image>", Video: "<video>", ObjectName: "<ref-object>", ObjectBox: "<bbox>"}
+_TAG = re.compile(f"({'|'.join(_TAGS.values())})")
 
 
-@dataclasses.dataclass(frozen=True)
-class Message:
-    """One turn: text with <image> and <video> tags, and the weight of its loss (assistant turns only).
-
-    ``fields`` are what else the chat template is given: tool_calls of an assistant turn, tool_call_id and name of a
-    tool's.
-    """
+class _Tagged(NamedTuple):
+    """A message before its tags are replaced by parts."""
 
     role: str
     content: str
     loss_weight: float
-    fields: tuple[tuple[str, Any], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """A checked row: tags and media agree in number.
-
-    Attributes:
-      images: anything `jvlm.data.images.open_image` opens.
-      videos: each a list of frames.
-      refs, boxes: what <ref-object> and <bbox> stand for, in order of appearance.
-      box_images: which image each box is on.
-      image_settings: what the row changes about the image processor, as given: which one it is, is not known here.
-      tools: schemas of the tools that the chat template tells the model of.
-      extra: fields carried along, unknown ones included.
-    """
-
-    messages: tuple[Message, ...]
-    images: tuple[Any, ...] = ()
-    videos: tuple[tuple[Any, ...], ...] = ()
-    refs: tuple[str, ...] = ()
-    boxes: tuple[Place, ...] = ()
-    box_images: tuple[int, ...] = ()
-    image_settings: tuple[tuple[str, Any], ...] = ()
-    tools: tuple[dict[str, Any], ...] = ()
-    extra: tuple[tuple[str, Any], ...] = ()
-    origin: Origin = Origin()
-
-    def media_order(self) -> list[str]:
-        """ "image" or "video" for each tag, in order of appearance."""
-        return [tag[1:-1] for message in self.messages for tag in _TAG.findall(message.content)]
-
-    @property
-    def unknown(self) -> tuple[str, ...]:
-        """Names of the fields carried along that jvlm does not know."""
-        return tuple(str(key) for key, _ in self.extra if key not in _FIELDS)
+    fields: tuple[tuple[str, Any], ...]
 
 
 def parse_row(row: Any, origin: Origin = Origin()) -> Conversation:
@@ -85,7 +46,6 @@ def parse_row(row: Any, origin: Origin = Origin()) -> Conversation:
       RowError: wrong type, wrong number of tags, bad role, limit or box; names the field and the fix.
     """
     if isinstance(row, Conversation):
-        _check_counts(row)
         return row
     if not isinstance(row, dict):
         raise RowError(origin, "row", f"a {type(row).__name__}, not an object", 'Write {"messages": [...]} per line')
@@ -107,21 +67,26 @@ def _parse(row: dict, origin: Origin) -> Conversation:
             raise RowError(
                 origin, field, "given both here and inside messages", "Keep one place, so the order is clear"
             )
-    refs, boxes, box_images = _objects(row.get("objects"), len(images), origin)
-    conversation = Conversation(
-        messages=messages,
-        images=tuple(images),
-        videos=tuple(_frames(v, origin) for v in videos),
-        refs=refs,
-        boxes=boxes,
-        box_images=box_images,
+    refs, boxes = _objects(row.get("objects"), len(images), origin)
+    extra = tuple((k, row[k]) for k in row if k in _CARRIED or k not in _FIELDS)
+    parts = {
+        Image: [Image(source, index) for index, source in enumerate(images)],
+        Video: [Video(_frames(frames, origin), index) for index, frames in enumerate(videos)],
+        ObjectName: refs,
+        ObjectBox: boxes,
+    }
+    return Conversation(
+        messages=_with_parts(messages, parts, unknown_columns(extra), origin),
         image_settings=_image_settings(row.get(EXAMPLE_FIELD), origin),
         tools=tool_calls.schemas(row.get("tools"), origin),
-        extra=tuple((k, row[k]) for k in row if k in _CARRIED or k not in _FIELDS),
+        extra=extra,
         origin=origin,
     )
-    _check_counts(conversation)
-    return conversation
+
+
+def unknown_columns(extra: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
+    """Return the names of the fields carried along that jvlm does not know."""
+    return tuple(str(key) for key, _ in extra if key not in _FIELDS)
 
 
 def hint(name: str) -> str | None:
@@ -153,7 +118,7 @@ def _frames(video: Any, origin: Origin) -> tuple:
     return tuple(video)
 
 
-def _messages(row: dict, images: list, videos: list, origin: Origin) -> tuple[Message, ...]:
+def _messages(row: dict, images: list, videos: list, origin: Origin) -> list[_Tagged]:
     given = row.get("messages", [])
     if not isinstance(given, list | tuple) or not len(given):
         fix = near_miss("messages", row) or 'Give [{"role": "user", "content": "..."}, ...]'
@@ -179,8 +144,8 @@ def _messages(row: dict, images: list, videos: list, origin: Origin) -> tuple[Me
             raise RowError(origin, f"{field}.role", "a system turn after the first place", "Move it to the front")
         content = _flatten(message["content"], images, videos, origin, f"{field}.content")
         fields = tool_calls.fields(message, role, origin, field)
-        messages.append(Message(role, content, _loss_weight(message, role, origin, field), fields))
-    return tuple(messages)
+        messages.append(_Tagged(role, content, _loss_weight(message, role, origin, field), fields))
+    return messages
 
 
 def _loss_weight(message: dict, role: str, origin: Origin, field: str) -> float:
@@ -230,14 +195,14 @@ def _block(block: Any, images: list, videos: list, origin: Origin, field: str) -
     raise RowError(origin, field, problem, fix)
 
 
-def _objects(value: Any, images: int, origin: Origin):
+def _objects(value: Any, images: int, origin: Origin) -> tuple[list[ObjectName], list[ObjectBox]]:
     if is_null(value):
-        return (), (), ()
+        return [], []
     if not isinstance(value, dict) or not set(without_nulls(value)) <= {"ref", "bbox", "bbox_type", "image_id"}:
         raise RowError(origin, "objects", "not of the known form", "Use ref, bbox, bbox_type and image_id")
     value = without_nulls(value)
     lists = {key: _as_list(value.get(key, []), origin, f"objects.{key}") for key in ("ref", "bbox", "image_id")}
-    refs = tuple(values.text(ref, origin, f"objects.ref[{i}]") for i, ref in enumerate(lists["ref"]))
+    refs = [ObjectName(values.text(ref, origin, f"objects.ref[{i}]")) for i, ref in enumerate(lists["ref"])]
     box_type = value.get("bbox_type", "real")
     if box_type not in ("real", "norm1"):
         raise RowError(origin, "objects.bbox_type", f"unknown {shown(box_type)}", "Use 'real' or 'norm1'")
@@ -249,7 +214,7 @@ def _objects(value: Any, images: int, origin: Origin):
     for image_id, raw in zip(box_images, given, strict=True):
         if image_id is None or not 0 <= image_id < max(images, 1):
             raise RowError(origin, "objects.image_id", f"{shown(raw)} with {images} images", "Count from 0")
-    return refs, boxes, box_images
+    return refs, [ObjectBox(box, image) for box, image in zip(boxes, box_images, strict=True)]
 
 
 def _as_list(value: Any, origin: Origin, field: str) -> list:
@@ -281,36 +246,52 @@ def _image_settings(value: Any, origin: Origin) -> tuple[tuple[str, Any], ...]:
     return tuple((str(key), given) for key, given in without_nulls(value).items())
 
 
-def _check_counts(conversation: Conversation) -> None:
-    origin = conversation.origin
-    for tag, field, count in (
-        ("<image>", "images", len(conversation.images)),
-        ("<video>", "videos", len(conversation.videos)),
-        ("<bbox>", "objects.bbox", len(conversation.boxes)),
-        ("<ref-object>", "objects.ref", len(conversation.refs)),
-    ):
-        tags = sum(message.content.count(tag) for message in conversation.messages)
-        if tags == count:
-            continue
-        meant = None if count else near_miss(field.partition(".")[0], conversation.unknown)
-        # without any objects <bbox> and <ref-object> are words
-        if count or meant or tag in ("<image>", "<video>"):
-            fix = meant or "Give one entry for each tag"
-            raise RowError(origin, field, f"{tags} {tag} tags but {count} entries", fix)
+def _with_parts(
+    messages: list[_Tagged], parts: dict[type, list], unknown: Sequence[str], origin: Origin
+) -> tuple[Message, ...]:
+    """Return messages in which each tag is the next part of its kind. Raises RowError for another number of them."""
+    fields = {Image: "images", Video: "videos", ObjectBox: "objects.bbox", ObjectName: "objects.ref"}
+    left = {}
+    for kind, field in fields.items():
+        tag, count = _TAGS[kind], len(parts[kind])
+        tags = sum(message.content.count(tag) for message in messages)
+        if tags != count:
+            meant = None if count else near_miss(field.partition(".")[0], unknown)
+            # without any objects <bbox> and <ref-object> are words
+            if count or meant or kind in (Image, Video):
+                fix = meant or "Give one entry for each tag"
+                raise RowError(origin, field, f"{tags} {tag} tags but {count} entries", fix)
+        if count:
+            left[tag] = iter(parts[kind])
+    return tuple(
+        Message(
+            message.role,
+            tuple(next(left[piece]) if piece in left else Text(piece) for piece in _TAG.split(message.content)),
+            message.loss_weight,
+            message.fields,
+        )
+        for message in messages
+    )
 
 
-def split_media(content: str) -> list[dict[str, str]]:
-    """Content as the blocks that chat templates expect."""
-    blocks = []
-    for part in _TAG.split(content):
-        if part in ("<image>", "<video>"):
-            blocks.append({"type": part[1:-1]})
-        elif part:
-            blocks.append({"type": "text", "text": part})
-    return blocks
+def tagged(content: Iterable[Part]) -> str:
+    """Return content as it stands in files, with a tag for each part that is no text."""
+    return "".join(part.text if isinstance(part, Text) else _TAGS[type(part)] for part in content)
 
 
-def fill_objects(content: str, refs: list[str], boxes: list[str]) -> str:
-    """Replace <ref-object> and <bbox> by the next of each list, which are consumed."""
-    queues = {"<ref-object>": refs, "<bbox>": boxes}
-    return "".join(queues[part].pop(0) if queues.get(part) else part for part in _OBJECT_TAG.split(content))
+def image_tags(text: str) -> int:
+    """Return how many <image> tags a text holds that somebody types."""
+    return text.count(_TAGS[Image])
+
+
+def user_message(text: str, images: Sequence[Any], *, first: int = 0) -> Message:
+    """Return a user's turn out of typed text, whose <image> tags stand for the images in order.
+
+    Args:
+      first: index of the first of the images.
+
+    Raises:
+      RowError: another number of tags than of images.
+    """
+    (message,) = parse_row({"messages": [{"role": "user", "content": text}], "images": list(images)}).messages
+    return message.map(lambda part: Image(part.source, part.index + first) if isinstance(part, Image) else part)

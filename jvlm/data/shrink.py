@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from jvlm.data.content import Conversation
 from jvlm.data.errors import RowError
 from jvlm.data.image_processor import ImageProcessorConfig
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
-from jvlm.data.rows import Conversation
 
 
 def shrink(processor: Processor, conversation: Conversation, fits: Callable[[Example], bool]) -> Example | None:

@@ -14,9 +14,9 @@ import numpy as np
 from jvlm.data import answer_spans, vocabulary
 from jvlm.data.answer_spans import Span, TemplateFacts
 from jvlm.data.chat_format import ChatFormat
+from jvlm.data.content import Image, Message, Part, Text
 from jvlm.data.control_tokens import ControlTokens, any_of, change_strings, is_paired
 from jvlm.data.errors import Origin, RowError
-from jvlm.data.rows import Message, split_media
 from jvlm.errors import UserError
 
 
@@ -32,9 +32,9 @@ class _Chat:
     template: str | None = None
 
     def texts(self) -> Iterator[str]:
-        """All text from outside, media tags left out."""
+        """All text from outside."""
         for message in self.messages:
-            yield from (block["text"] for block in split_media(message.content) if block["type"] == "text")
+            yield from (part.text for part in message.content if isinstance(part, Text))
             if message.fields:
                 yield from _strings(message.fields)
         yield from _strings(self.tools)
@@ -43,18 +43,15 @@ class _Chat:
         """With all text from outside changed."""
         messages = tuple(
             dataclasses.replace(
-                m,
-                content="".join(
-                    change(b["text"]) if b["type"] == "text" else f"<{b['type']}>" for b in split_media(m.content)
-                ),
+                m.map(lambda part: Text(change(part.text)) if isinstance(part, Text) else part),
                 fields=tuple((name, change_strings(value, change)) for name, value in m.fields),
             )
             for m in self.messages
         )
         return dataclasses.replace(self, messages=messages, tools=tuple(change_strings(self.tools, change)))
 
-    def with_content(self, index: int, content: str) -> _Chat:
-        changed = dataclasses.replace(self.messages[index], content=content)
+    def with_text(self, index: int, text: str) -> _Chat:
+        changed = dataclasses.replace(self.messages[index], content=(Text(text),))
         return dataclasses.replace(self, messages=(*self.messages[:index], changed, *self.messages[index + 1 :]))
 
 
@@ -103,7 +100,7 @@ class ChatTemplate:
         return None if self.tokenizer.chat_template else self.chat_format.template
 
     def render(self, messages: tuple[Message, ...], *, generation_prompt: bool, tools: tuple[Any, ...] = ()) -> str:
-        """The prompt as text, one media placeholder per tag."""
+        """The prompt as text, one placeholder for each image and video."""
         return self._render(_Chat(messages, generation_prompt, tools))
 
     def tokenize(
@@ -172,7 +169,7 @@ class ChatTemplate:
         texts = dataclasses.replace(chat, messages=others).texts()
         literal = sum(len(self._media.findall(text)) for text in texts)
         if literal:
-            tags = sum(block["type"] != "text" for m in chat.messages for block in split_media(m.content))
+            tags = sum(len(m.media) for m in chat.messages)
             raise RowError(
                 chat.origin,
                 "messages",
@@ -199,11 +196,9 @@ class ChatTemplate:
                     "Write the calls in the content, as this model writes them",
                 )
         for index, message in enumerate(chat.messages):
-            if message.content.strip() in text:
-                continue
-            for block in split_media(message.content):
-                words = block.get("text", "").strip()
-                if words and words not in text and self._renders_as(text, chat.with_content(index, "word")):
+            for part in message.content:
+                words = part.text.strip() if isinstance(part, Text) else ""
+                if words and words not in text and self._renders_as(text, chat.with_text(index, "word")):
                     raise RowError(
                         chat.origin,
                         "messages",
@@ -248,7 +243,7 @@ class ChatTemplate:
         if chat.generation_prompt or not learnt:
             return []
         for index in learnt:
-            if any(block["type"] != "text" for block in split_media(chat.messages[index].content)):
+            if chat.messages[index].media:
                 raise RowError(
                     chat.origin,
                     "messages",
@@ -290,8 +285,7 @@ class ChatTemplate:
     @staticmethod
     def _marked(chat: _Chat, learnt: list[int], marks: list[tuple[str, str]], tight: bool) -> _Chat:
         for index, (begin, end) in zip(learnt, marks, strict=True):
-            content = answer_spans.mark(chat.messages[index].content, begin, end, tight=tight)
-            chat = chat.with_content(index, content)
+            chat = chat.with_text(index, answer_spans.mark(chat.messages[index].text, begin, end, tight=tight))
         return chat
 
     def _prefix_span(self, chat: _Chat, text: str, facts: TemplateFacts, index: int) -> Span:
@@ -313,7 +307,7 @@ class ChatTemplate:
         return span
 
     def _render(self, chat: _Chat) -> str:
-        messages = [{"role": m.role, "content": self._content(m.content), **dict(m.fields)} for m in chat.messages]
+        messages = [{"role": m.role, "content": self._content(m), **dict(m.fields)} for m in chat.messages]
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
@@ -337,15 +331,19 @@ class ChatTemplate:
             text = re.sub(rf"{re.escape(self.chat_format.image)}(?=[^\s{bracket}])", f"{self.chat_format.image} ", text)
         return text
 
-    def _content(self, content: str) -> str | list[dict[str, str]]:
-        blocks = split_media(content)
-        if self.chat_format.video is None:
-            blocks = [{"type": "image"} if b["type"] == "video" else b for b in blocks]
+    def _content(self, message: Message) -> str | list[dict[str, str]]:
+        """Return the content as templates of the family take it."""
         if self.chat_format.inline:
-            return "".join(self.chat_format.image if b["type"] == "image" else b["text"] for b in blocks)
-        if self.chat_format.always_blocks:
-            return blocks or [{"type": "text", "text": ""}]
-        return blocks if any(b["type"] != "text" for b in blocks) else content
+            return "".join(part.text if isinstance(part, Text) else self.chat_format.image for part in message.content)
+        if self.chat_format.always_blocks or message.media:
+            return [self._block(part) for part in message.content] or [{"type": "text", "text": ""}]
+        return message.text
+
+    def _block(self, part: Part) -> dict[str, str]:
+        if isinstance(part, Text):
+            return {"type": "text", "text": part.text}
+        is_image = isinstance(part, Image) or self.chat_format.video is None
+        return {"type": "image" if is_image else "video"}
 
     def _facts_of(self, tools: tuple[Any, ...]) -> TemplateFacts:
         """What is known about the template that a row with such tools is given."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from jvlm.data.boxes import Place
+from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Text, Video
 from jvlm.data.errors import Origin, RowError
-from jvlm.data.rows import Conversation, fill_objects
-from jvlm.data.turns import calls_tools, items_of, next_turn, turns_alone, without_answer
+from jvlm.data.rows import tagged
+from jvlm.data.turns import calls_tools, next_turn, single_turns, without_answer
 
 _MOST_ANSWERS = 100_000  # different answers that are counted at a time
-_MEDIA = re.compile("<image>|<video>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +20,14 @@ class Question:
 
     Attributes:
       conversation: what the model is given; ends with a turn of the user or a tool.
-      expected: the words of the reference answer; boxes are left as <bbox> tags.
+      expected: the words of the reference answer, in which <bbox> stands for each box.
       boxes: reference boxes and points; empty for an answer in words.
-      box_images: which image each of them is on.
       turn: which question of its row, from 0.
     """
 
     conversation: Conversation
     expected: str
-    boxes: tuple[Place, ...]
-    box_images: tuple[int, ...]
+    boxes: tuple[ObjectBox, ...]
     turn: int
 
     @property
@@ -40,7 +36,7 @@ class Question:
         words: list[str] = []
         for message in reversed(self.conversation.messages):
             if message.role in ("user", "tool"):
-                words.insert(0, _MEDIA.sub("", message.content).strip())
+                words.insert(0, _words(message).strip())
             if message.role == "user":
                 break
         return "\n".join(words).strip()
@@ -50,16 +46,20 @@ class Question:
         return self.conversation.origin
 
 
+def _words(message: Message) -> str:
+    return tagged(part for part in message.content if not isinstance(part, Image | Video))
+
+
 def questions_of(row: Conversation) -> list[Question]:
-    """Every answer of a row as a question, but for calls of tools; see `jvlm.data.turns.turns_alone`."""
-    answers = [alone for alone in turns_alone(row) if not calls_tools(alone.messages[-1])]
-    return [_question(alone, turn) for turn, alone in enumerate(answers)]
+    """Every answer of a row as a question, but for calls of tools; see `jvlm.data.turns.single_turns`."""
+    answers = [turn for turn in single_turns(row) if not calls_tools(turn.messages[-1])]
+    return [_question(asked, turn) for turn, asked in enumerate(answers)]
 
 
-def next_question(row: Conversation, said: Sequence[str]) -> Question | None:
-    """The question after the answers ``said``, which stand before it; None at the end of the row."""
-    turn = next_turn(row, said)
-    return None if turn is None else _question(turn, len(said))
+def next_question(row: Conversation, answers: Sequence[str]) -> Question | None:
+    """Return the question after so many answers, which stand before it as text; None at the end of the row."""
+    turn = next_turn(row, answers)
+    return None if turn is None else _question(turn, len(answers))
 
 
 def _question(asked: Conversation, turn: int) -> Question:
@@ -68,20 +68,14 @@ def _question(asked: Conversation, turn: int) -> Question:
     Raises:
       RowError: a box of the answer on a picture that is no part of the question.
     """
-    answer, own = asked.messages[-1], items_of(asked)[-1]
-    conversation = without_answer(asked)
-    box_images = tuple(asked.box_images[i] for i in own["boxes"])
-    if any(image >= len(conversation.images) for image in box_images):
+    answer, conversation = asked.messages[-1], without_answer(asked)
+    shown = {image.index for image in conversation.images}
+    if any(box.image not in shown for box in answer.boxes):
         raise RowError(
             asked.origin, "objects.image_id", "a box on a picture that the question does not show", "Correct image_id"
         )
-    return Question(
-        conversation=conversation,
-        expected=fill_objects(answer.content, [asked.refs[i] for i in own["refs"]], []),
-        boxes=tuple(asked.boxes[i] for i in own["boxes"]),
-        box_images=box_images,
-        turn=turn,
-    )
+    named = answer.map(lambda part: Text(part.name) if isinstance(part, ObjectName) else part)
+    return Question(conversation=conversation, expected=tagged(named.content), boxes=answer.boxes, turn=turn)
 
 
 def normalise(answer: str) -> str:

@@ -68,7 +68,7 @@ def pictures(answers: Sequence[Answer], roots: tuple[str, ...], count: int = 18)
         by_row.setdefault(answer.question.origin, []).append(answer)
     found = []
     for origin, group in by_row.items():
-        shown = [answer.question.conversation.images for answer in group]
+        shown = [[i.source for i in answer.question.conversation.images] for answer in group]
         images = shown[0]
         if len(found) == count or any(len(own) != 1 or own[0] is not images[0] for own in shown):
             continue

@@ -12,9 +12,10 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from jvlm.data.boxes import Box, Place, agreement
+from jvlm.data.content import Conversation, Image
 from jvlm.data.errors import RowError
 from jvlm.data.processor import Processor
-from jvlm.data.rows import Conversation, parse_row
+from jvlm.data.rows import parse_row
 from jvlm.data.shards import RowSource
 from jvlm.evaluation.questions import Question, next_question, normalise, questions_of
 from jvlm.inference.generate import generate
@@ -106,9 +107,9 @@ def ask(
       ask: "independent" or "multi_turn", as in `jvlm.training.config.EvaluationConfig`.
       layout: as in `jvlm.generate`.
     """
-    alone = [question for row in rows for question in questions_of(row)]
+    questions = [question for row in rows for question in questions_of(row)]
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "layout": layout}
-    with Progress(total=len(alone), desc="asking", unit="question") as bar:
+    with Progress(total=len(questions), desc="asking", unit="question") as bar:
 
         def run(conversations: list[Conversation]) -> list[str]:
             texts: list[str] = []
@@ -119,13 +120,13 @@ def ask(
             return texts
 
         if ask == "independent":
-            answered = list(zip(alone, run([q.conversation for q in alone]), strict=True))
+            answered = list(zip(questions, run([q.conversation for q in questions]), strict=True))
         else:
-            answered = _chain(rows, run)
+            answered = _multi_turn(rows, run)
     return [score(question, response, processor) for question, response in answered]
 
 
-def _chain(rows: Sequence[Conversation], run) -> list[tuple[Question, str]]:
+def _multi_turn(rows: Sequence[Conversation], run) -> list[tuple[Question, str]]:
     """(question, answer) turn by turn over all rows, each turn after the model's own earlier answers."""
     answered: list[list[tuple[Question, str]]] = [[] for _ in rows]
     while True:
@@ -143,21 +144,21 @@ def score(question: Question, response: str, processor: Processor) -> Answer:
     if not question.boxes:
         return Answer(question, response, float(normalise(response) == normalise(question.expected)))
     places = [item.place for item in processor.read_places(response)]
-    if all(isinstance(expected, Box) for expected in question.boxes):
+    if all(isinstance(box.region, Box) for box in question.boxes):
         places = [place for place in places if isinstance(place, Box)]
-    media = processor.encode(question.conversation).sizes
-    images = [s for s, kind in zip(media, question.conversation.media_order(), strict=True) if kind == "image"]
-    sizes = [images[number] for number in question.box_images]
-    table = np.array(
-        [[agreement(e, p, s) for p in places] for e, s in zip(question.boxes, sizes, strict=True)]
-    ).reshape(len(question.boxes), len(places))
+    media = zip(question.conversation.media, processor.encode(question.conversation).sizes, strict=True)
+    images = {part.index: sizes for part, sizes in media if isinstance(part, Image)}
+    expected = [(box.region, images[box.image]) for box in question.boxes]
+    table = np.array([[agreement(region, place, sizes) for place in places] for region, sizes in expected]).reshape(
+        len(question.boxes), len(places)
+    )
     pairs = linear_sum_assignment(-table)
     return Answer(
         question,
         response,
         score=float(table[pairs].sum() / len(question.boxes)),
-        reference=tuple(e.to("original", s) for e, s in zip(question.boxes, sizes, strict=True)),
-        predicted=tuple(place.to("original", sizes[0]) for place in places),
+        reference=tuple(region.to("original", sizes) for region, sizes in expected),
+        predicted=tuple(place.to("original", expected[0][1]) for place in places),
         parsed=bool(places),
     )
 

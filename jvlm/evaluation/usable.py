@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from jvlm.data.content import Conversation
 from jvlm.data.errors import Rejected, RowError, grouped
 from jvlm.data.processor import Processor
-from jvlm.data.rows import Conversation, parse_row
+from jvlm.data.rows import parse_row
 from jvlm.data.shards import RowSource
 from jvlm.errors import UserError
 from jvlm.evaluation.questions import questions_of

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from jvlm.data.boxes import Box
+from jvlm.data.content import Conversation, Message
 from jvlm.data.errors import RowError
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
+from jvlm.data.rows import image_tags, user_message
 from jvlm.errors import UserError
 from jvlm.inference.engine import Engine
 from jvlm.inference.generate import encode_prompt, engine_for, stream_example
@@ -26,7 +26,6 @@ multi-line (input goes on until a line that ends with #); single-line (back to o
 Write <image> where a picture goes; you will be asked for its path. Ctrl-C ends an answer."""
 
 _COMMANDS = ("quit", "exit", "clear", "reset-system", "multi-line", "single-line")
-_TAG = re.compile("<(image|video|bbox|ref-object)>")
 
 
 @dataclasses.dataclass
@@ -35,16 +34,20 @@ class Session:
 
     system: str | None
     multi_line: bool = False
-    turns: list[dict[str, str]] = dataclasses.field(default_factory=list)
-    images: list[str] = dataclasses.field(default_factory=list)
+    turns: list[Message] = dataclasses.field(default_factory=list)
 
     def clear(self) -> None:
-        self.turns, self.images = [], []
+        self.turns = []
 
-    def row(self) -> dict[str, Any]:
-        """The conversation as an ms-swift row."""
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return {"messages": [*system, *self.turns], "images": list(self.images)}
+    def asked(self, question: str, images: list[str]) -> list[Message]:
+        """Return the turns so far and a question; raises RowError for another number of tags than of images."""
+        first = sum(len(message.media) for message in self.turns)
+        return [*self.turns, user_message(question, images, first=first)]
+
+    def conversation(self, turns: list[Message]) -> Conversation:
+        """Return turns with the system prompt in front."""
+        system = [] if self.system is None else [Message("system", self.system)]
+        return Conversation((*system, *turns))
 
 
 def chat(
@@ -81,25 +84,29 @@ def chat(
                 return
             if not query or _command(query, session, read):
                 continue
-            images = [_read(read, "Path of the picture <<< ").strip() for _ in range(query.count("<image>"))]
+            images = [_read(read, "Path of the picture <<< ").strip() for _ in range(image_tags(query))]
         except (EOFError, KeyboardInterrupt):
             show("\n")
             return
         except UserError as error:
             show(f"{error}\n")
             continue
-        turns, pictures = list(session.turns), list(session.images)
-        session.turns.append({"role": "user", "content": query})
-        session.images += images
-        if not _answer(engine, session, sampling, show):
-            session.turns, session.images = turns, pictures
+        _answer(engine, session, query, images, sampling, show)
 
 
-def _answer(engine: Engine, session: Session, sampling: SamplingConfig, show: Callable[[str], None]) -> bool:
-    """Show the answer to the last turn and add it; False if there is none, after one line that says why."""
+def _answer(
+    engine: Engine,
+    session: Session,
+    question: str,
+    images: list[str],
+    sampling: SamplingConfig,
+    show: Callable[[str], None],
+) -> None:
+    """Show the answer to a question and add both to the session; neither if there is none, after a line of why."""
     answer, note = "", None
     try:
-        example = encode_prompt(engine, session.row())
+        turns = session.asked(question, images)
+        example = encode_prompt(engine, session.conversation(turns))
         pieces = stream_example(engine, example, sampling)
         while True:
             piece = next(pieces)
@@ -111,22 +118,20 @@ def _answer(engine: Engine, session: Session, sampling: SamplingConfig, show: Ca
         show(" [stopped]")
         if not answer:
             show("\n")
-            return False
+            return
     except RowError as error:
         # the row is the session's: its number means nothing to who types
         show(_line(f"{error.field}: {error.problem}. {error.fix}"))
-        return False
+        return
     except BrokenWeights:  # no other question would be answered
         raise
     except (UserError, RuntimeError, MemoryError) as error:
         show(("\n" if answer else "") + _line(f"no answer ({str(error) or type(error).__name__})"))
-        return False
+        return
     show("\n" + original_boxes(answer, engine.processor, example))
     if note:
         show(_line(f"[{note}; clear forgets the conversation]"))
-    # what looks like a tag in an answer stands for no picture
-    session.turns.append({"role": "assistant", "content": _TAG.sub(r"\1", answer)})
-    return True
+    session.turns = [*turns, Message("assistant", answer)]
 
 
 def _line(text: str) -> str:

@@ -7,10 +7,11 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
+from jvlm.data.content import Conversation
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
-from jvlm.data.rows import Conversation, parse_row
+from jvlm.data.rows import parse_row
 from jvlm.errors import UserError
 from jvlm.inference.engine import Completion, Engine
 from jvlm.inference.sampling import SamplingConfig

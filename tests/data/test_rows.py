@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from jvlm.data.boxes import Box, Point
 from jvlm.data.columns import UnknownColumns
+from jvlm.data.content import Image, Message, ObjectBox, ObjectName, Text, Video
 from jvlm.data.errors import Origin, RowError
-from jvlm.data.rows import fill_objects, parse_row
+from jvlm.data.rows import parse_row, tagged
 
 ORIGIN = Origin("rows.jsonl", 12)
 
@@ -42,10 +43,9 @@ def test_a_whole_row_is_read():
         ORIGIN,
     )
     assert [m.loss_weight for m in conversation.messages] == [0, 0, 0.5, 0, 0]
-    assert conversation.images == ("a.png",)
-    assert conversation.videos == (("1.png", "2.png"),)
-    assert (conversation.refs, conversation.boxes) == (("the cat",), (Box(1, 2, 3, 4, "original"),))
-    assert conversation.media_order() == ["image", "video"]
+    assert conversation.media == (Image("a.png"), Video(("1.png", "2.png")))
+    names = [part for message in conversation.messages for part in message.content if isinstance(part, ObjectName)]
+    assert (names, conversation.boxes) == ([ObjectName("the cat")], (ObjectBox(Box(1, 2, 3, 4, "original"), 0),))
     assert dict(conversation.image_settings) == {"max_pixels": 50176, "fps": 1.0}
     assert dict(conversation.extra) == {"id": "seven"}
     assert parse_row(conversation) is conversation
@@ -72,7 +72,7 @@ def test_content_blocks_equal_tags_and_lists():
 
 
 def test_one_image_may_be_given_alone():
-    assert parse_row(row("<image>", image="a.png")).images == ("a.png",)
+    assert parse_row(row("<image>", image="a.png")).images == (Image("a.png"),)
 
 
 BAD = {
@@ -288,79 +288,31 @@ def test_a_row_error_survives_the_way_between_processes():
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
-def test_objects_fill_tags_in_order_and_literal_tags_stay_without_objects():
-    refs, boxes = ["cat", "dog"], ["[1]", "[2]"]
-    assert fill_objects("<ref-object> at <bbox>, <ref-object> at <bbox>", refs, boxes) == "cat at [1], dog at [2]"
-    assert fill_objects("what does <bbox> mean?", [], []) == "what does <bbox> mean?"
+def test_each_tag_is_the_next_part_of_its_kind_and_without_objects_their_tags_are_words():
+    objects = {"ref": ["cat", "dog"], "bbox": [[1, 2], [3, 4]], "image_id": [1, 0]}
+    asked = "<image><ref-object> at <bbox>, <image><ref-object> at <bbox>"
+    (message, _) = parse_row(row(asked, images=["a.png", "b.png"], objects=objects)).messages
+    assert message.content == (
+        Image("a.png", 0),
+        ObjectName("cat"),
+        Text(" at "),
+        ObjectBox(Point(1, 2, "original"), 1),
+        Text(", "),
+        Image("b.png", 1),
+        ObjectName("dog"),
+        Text(" at "),
+        ObjectBox(Point(3, 4, "original"), 0),
+    )
+    assert tagged(message.content) == asked
+    (message, _) = parse_row(row("what do <bbox> and <ref-object> mean?")).messages
+    assert message.content == (Text("what do <bbox> and <ref-object> mean?"),)
 
 
-@pytest.mark.parametrize(
-    ("fields", "weight"),
-    [
-        ({}, 1.0),
-        ({"loss": None, "loss_scale": None}, 1.0),
-        ({"loss": 0}, 0.0),
-        ({"loss": 0.0}, 0.0),
-        ({"loss": np.bool_(False)}, 0.0),
-        ({"loss": np.int64(0)}, 0.0),
-        ({"loss": 0, "loss_scale": 2}, 0.0),
-        ({"loss": 1}, 1.0),
-        ({"loss": 1.0, "loss_scale": 0.5}, 0.5),
-        ({"loss": np.bool_(True)}, 1.0),
-        ({"loss_scale": np.float32(0.25)}, 0.25),
-        ({"loss": True, "loss_scale": 0}, 0.0),
-    ],
-)
-def test_loss_is_true_or_false_also_where_it_is_one_or_zero(fields, weight):
-    conversation = parse_row(turns({"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **fields}))
-    assert conversation.messages[1].loss_weight == weight
-
-
-NULLS = {
-    "blocks": turns(
-        {
-            "role": "user",
-            "content": [
-                {"type": "image_url", "image": None, "image_url": {"url": "a.png"}, "text": None},
-                {"type": "text", "text": "x", "image": None, "image_url": {"url": None, "detail": None}, "video": None},
-            ],
-        },
-        {"role": "assistant", "content": "y"},
-    ),
-    "fields of messages": turns(
-        {"role": "user", "content": "<image>x", "tool_calls": None, "loss": None, "loss_scale": None},
-        {"role": "assistant", "content": "y", "tool_calls": None, "name": None},
-        images=["a.png"],
-    ),
-    "fields of the row": row(
-        "<image>x",
-        "y",
-        image="a.png",
-        images=None,
-        video=None,
-        videos=None,
-        objects=None,
-        chat_template_kwargs=None,
-        id=None,
-        imges=None,
-        audios=None,
-    ),
-    "fields of objects and limits": row(
-        "<image>x",
-        "y",
-        images=["a.png"],
-        image={"bytes": None, "path": None},
-        objects={"ref": None, "bbox": None, "bbox_type": None, "image_id": None},
-        chat_template_kwargs={"max_pixels": None, "fps": None},
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", NULLS)
-def test_a_null_is_an_absent_field(kind):
-    conversation = parse_row(NULLS[kind])
-    plain = parse_row(row("<image>x", "y", images=["a.png" if kind != "blocks" else {"url": "a.png"}]))
-    assert conversation == plain
+def test_neighbouring_texts_are_one_and_a_text_is_never_read_as_a_tag():
+    parts = (Text("<ima"), Text(""), Text("ge>"), Image("a.png"), Text(""))
+    assert Message("user", parts).content == (Text("<image>"), Image("a.png"))
+    assert Message("user", "<image>").content == (Text("<image>"),)
+    assert Message("user", "").content == ()
 
 
 def test_nulls_inside_objects_and_limits_are_absent_beside_what_is_there():
@@ -372,7 +324,7 @@ def test_nulls_inside_objects_and_limits_are_absent_beside_what_is_there():
             chat_template_kwargs={"max_pixels": 50176.0, "fps": None, "maxpixels": None},
         )
     )
-    assert (conversation.boxes, conversation.box_images) == ((Box(1, 2, 3, 4, "original"),), (0,))
+    assert conversation.boxes == (ObjectBox(Box(1, 2, 3, 4, "original"), 0),)
     assert conversation.image_settings == (("max_pixels", 50176),)
 
 
@@ -438,14 +390,14 @@ def test_rows_are_the_same_after_the_way_through_arrow():
 def test_numbers_of_numpy_are_numbers():
     objects = {"bbox": [np.array([1, 2, 3, 4]), [np.float32(1), np.int64(2)]], "image_id": np.array([0, 1])}
     conversation = parse_row(row("<image><image><bbox><bbox>", images=["a", "b"], objects=objects))
-    assert conversation.boxes == (Box(1, 2, 3, 4, "original"), Point(1, 2, "original"))
-    assert conversation.box_images == (0, 1)
+    box, point = Box(1, 2, 3, 4, "original"), Point(1, 2, "original")
+    assert conversation.boxes == (ObjectBox(box, 0), ObjectBox(point, 1))
 
 
 def test_every_key_of_a_picture_block_is_read():
     for key in ("image", "image_url", "url", "path", "base64"):
         block = {"type": "image", key: "a.png"}
-        assert parse_row(turns({"role": "user", "content": [block]})).images == ("a.png",)
+        assert parse_row(turns({"role": "user", "content": [block]})).images == (Image("a.png"),)
 
 
 def test_unknown_columns_are_carried_and_listed_once_with_a_hint():

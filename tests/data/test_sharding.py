@@ -15,6 +15,7 @@ from PIL import Image
 
 from jvlm import cli
 from jvlm.data.check import check, shard
+from jvlm.data.content import sources_of
 from jvlm.data.errors import RowError
 from jvlm.data.images import open_image
 from jvlm.data.processor import Processor
@@ -109,7 +110,7 @@ def _opened(path: str) -> list[list[np.ndarray]]:
     source, found = RowSource([path]), []
     for origin, row in map(source.__getitem__, range(len(source))):
         conversation = parse_row(row, origin)
-        media = (*conversation.images, *(frame for frames in conversation.videos for frame in frames))
+        media = [source for part in conversation.media for source in sources_of(part)]
         found.append([np.asarray(open_image(picture, origin=origin)) for picture in media])
     return found
 
@@ -274,7 +275,7 @@ def test_what_an_interrupted_sharding_leaves_is_no_set_and_is_cleared_by_the_nex
     left.mkdir()
     for name in ("lock", "rows-00000-of-00004.arrayrecord", "rows-00001-of-00004.arrayrecord.77.partial"):
         (left / name).touch()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="no data file matches"):
         _contents(tmp_path / "s" / "*")
     shard([path], tmp_path / "s", 5)
     assert len(list((tmp_path / "s").iterdir())) == 2

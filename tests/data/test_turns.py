@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,36 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jvlm.data.boxes import Point
-from jvlm.data.rows import Conversation, Message, parse_row
-from jvlm.data.turns import next_turn, turns_alone, without_answer
+from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Text, Video
+from jvlm.data.rows import parse_row, tagged
+from jvlm.data.turns import next_turn, single_turns, without_answer
 from jvlm.evaluation.questions import questions_of
 from jvlm.evaluation.score import ask
 from tests.support import picture
 
-TAGS = ("<image>", "<video>", "<ref-object>", "<bbox>")
 
-
-def taken_apart(row: Conversation):
+def taken_apart(example: Conversation):
     """(role, weight, [words and items in their order]) of each message.
 
     An item is (tag, name); a box also has the name of the picture that it is on.
     """
-    left = {
-        "<image>": [("<image>", name) for name in row.images],
-        "<video>": [("<video>", *frames) for frames in row.videos],
-        "<ref-object>": [("<ref-object>", name) for name in row.refs],
-        "<bbox>": [
-            ("<bbox>", box.x, row.images[image] if image < len(row.images) else None)
-            for box, image in zip(row.boxes, row.box_images, strict=True)
-        ],
+    images = {image.index: image.source for image in example.images}
+    atoms = {
+        Text: lambda part: part.text,
+        Image: lambda part: ("<image>", part.source),
+        Video: lambda part: ("<video>", *part.frames),
+        ObjectName: lambda part: ("<ref-object>", part.name),
+        ObjectBox: lambda part: ("<bbox>", part.region.x, images.get(part.image)),
     }
-    messages = []
-    for message in row.messages:
-        pieces = re.split("(" + "|".join(TAGS) + ")", message.content)
-        atoms = [left[piece].pop(0) if piece in TAGS else piece for piece in pieces if piece]
-        messages.append((message.role, message.loss_weight, atoms))
-    assert not any(left.values()), "items that no tag stands for"
-    return messages
+    return [(m.role, m.loss_weight, [atoms[type(part)](part) for part in m.content]) for m in example.messages]
 
 
 def prompt_of(messages, answer):
@@ -92,32 +84,32 @@ def alone_by_hand(messages):
 def conversations(draw):
     roles = draw(st.lists(st.sampled_from(("user", "assistant", "tool", "assistant", "user")), min_size=1, max_size=9))
     roles = ["system"] * draw(st.booleans()) + roles
-    messages, items = [], {tag: [] for tag in TAGS}
-    for index, role in enumerate(roles):
-        content = f"words {index} "
-        for tag in draw(st.lists(st.sampled_from(TAGS), max_size=3)):
-            items[tag].append(f"{tag[1:4]}{len(items[tag])} of {index}")
-            content += tag
+    kinds = [draw(st.lists(st.sampled_from((Image, Video, ObjectName, ObjectBox)), max_size=3)) for _ in roles]
+    images = sum(kind is Image for of_message in kinds for kind in of_message)
+    messages, counts = [], Counter()
+    for index, (role, of_message) in enumerate(zip(roles, kinds, strict=True)):
+        parts = [Text(f"words {index} ")]
+        for kind in of_message:
+            number, name = counts[kind], f"{kind.__name__} {counts[kind]} of {index}"
+            counts[kind] += 1
+            if kind is Image:
+                parts.append(Image(name, number))
+            elif kind is Video:
+                parts.append(Video((name,), number))
+            elif kind is ObjectName:
+                parts.append(ObjectName(name))
+            elif images:
+                parts.append(ObjectBox(Point(number, 0, "original"), draw(st.integers(0, images - 1))))
         weight = draw(st.sampled_from((0.0, 0.5, 1.0))) if role == "assistant" else 0.0
-        messages.append(Message(role, content + draw(st.sampled_from(("", " end"))), weight))
-    images = items["<image>"]
-    boxes = [Point(number, 0, "original") for number in range(len(items["<bbox>"]))] if images else []
-    if not images:
-        messages = [Message(m.role, m.content.replace("<bbox>", ""), m.loss_weight) for m in messages]
-    return Conversation(
-        messages=tuple(messages),
-        images=tuple(images),
-        videos=tuple((name,) for name in items["<video>"]),
-        refs=tuple(items["<ref-object>"]),
-        boxes=tuple(boxes),
-        box_images=tuple(draw(st.integers(0, len(images) - 1)) for _ in boxes),
-    )
+        parts.append(Text(draw(st.sampled_from(("", " end", "<image>")))))
+        messages.append(Message(role, tuple(parts), weight))
+    return Conversation(tuple(messages))
 
 
 @settings(max_examples=400, deadline=None)
 @given(conversations())
 def test_every_item_goes_to_the_turn_in_whose_message_its_tag_stands(row):
-    assert [taken_apart(turn) for turn in turns_alone(row)] == alone_by_hand(taken_apart(row))
+    assert [taken_apart(turn) for turn in single_turns(row)] == alone_by_hand(taken_apart(row))
 
 
 @settings(max_examples=300, deadline=None)
@@ -129,7 +121,7 @@ def test_a_chain_is_the_row_with_the_models_words_in_place_of_its_answers(row):
         turn = taken_apart(next_turn(row, said))
         assert len(turn) == end + 1
         for index, (message, found) in enumerate(zip(whole, turn, strict=False)):
-            words = [f"said {index} < image>"] if index in asked and index < end else message[2]
+            words = [f"said {index} <image>"] if index in asked and index < end else message[2]
             # pictures of an answer that later boxes are on come before the question
             extra = len(found[2]) - len(words)
             assert all(is_medium(atom) for atom in found[2][:extra])
@@ -158,6 +150,14 @@ def message(role, content, **fields):
     return {"role": role, "content": content, **fields}
 
 
+def _sources(example):
+    return tuple(image.source for image in example.images)
+
+
+def _names(example):
+    return [part.name for m in example.messages for part in m.content if isinstance(part, ObjectName)]
+
+
 def test_a_picture_of_a_tool_belongs_to_the_turn_that_follows_it():
     row = parse_row(
         {
@@ -172,13 +172,13 @@ def test_a_picture_of_a_tool_belongs_to_the_turn_that_follows_it():
             "images": ["red.png", "green.png", "blue.png"],
         }
     )
-    zoom, green, blue = turns_alone(row)
-    assert zoom.images == ("red.png",)
-    assert green.images == ("red.png", "green.png")
-    assert [m.content for m in green.messages] == ["<image>what?", "zoom", "<image>", "green"]
+    zoom, green, blue = single_turns(row)
+    assert _sources(zoom) == ("red.png",)
+    assert _sources(green) == ("red.png", "green.png")
+    assert [tagged(m.content) for m in green.messages] == ["<image>what?", "zoom", "<image>", "green"]
     assert [m.loss_weight for m in green.messages] == [0, 0, 0, 1]
-    assert blue.images == ("red.png", "blue.png")
-    assert [m.content for m in blue.messages] == ["<image><image>and this?", "blue"]
+    assert _sources(blue) == ("red.png", "blue.png")
+    assert [tagged(m.content) for m in blue.messages] == ["<image><image>and this?", "blue"]
 
 
 def test_names_and_boxes_of_the_system_turn_stay_there():
@@ -194,8 +194,8 @@ def test_names_and_boxes_of_the_system_turn_stay_there():
         }
     )
     (question,) = questions_of(row)
-    assert question.conversation.images == ("legend.png", "photo.png")
-    assert question.conversation.refs == ("cats", "a dog")
+    assert _sources(question.conversation) == ("legend.png", "photo.png")
+    assert _names(question.conversation) == ["cats", "a dog"]
     assert question.expected == "a cow"
     assert len(question.conversation.boxes) == 1
 
@@ -215,14 +215,14 @@ def test_a_greeting_is_no_question_and_stays_in_a_chain():
     )
     assert [q.expected for q in questions_of(row)] == ["a cat", "yes"]
     chained = next_turn(row, ["a dog"])
-    assert [m.content for m in chained.messages] == [
+    assert [tagged(m.content) for m in chained.messages] == [
         "hello, I look at <ref-object>",
         "what is it?",
         "a dog",
         "sure?",
         "yes",
     ]
-    assert chained.refs == ("pictures",)
+    assert _names(chained) == ["pictures"]
 
 
 @pytest.mark.parametrize("how", ["independent", "multi_turn"])
@@ -270,9 +270,9 @@ def test_calls_of_tools_are_learnt_but_not_asked_and_stay_in_a_chain():
             ]
         }
     )
-    assert [turn.messages[-1].content for turn in turns_alone(row)] == ["let me see", "", "a cat"]
-    assert [m.fields for m in turns_alone(row)[-1].messages] == [m.fields for m in row.messages[2:]]
+    assert [tagged(turn.messages[-1].content) for turn in single_turns(row)] == ["let me see", "", "a cat"]
+    assert [m.fields for m in single_turns(row)[-1].messages] == [m.fields for m in row.messages[2:]]
     assert [q.expected for q in questions_of(row)] == ["let me see", "a cat"]
     chained = next_turn(row, ["I see nothing"])
-    assert [m.content for m in chained.messages] == ["what?", "I see nothing", "well?", "", "a cat", "a cat"]
+    assert [tagged(m.content) for m in chained.messages] == ["what?", "I see nothing", "well?", "", "a cat", "a cat"]
     assert [m.fields for m in chained.messages] == [m.fields for m in row.messages]

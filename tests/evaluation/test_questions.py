@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jvlm.data.boxes import Box
+from jvlm.data.content import ObjectBox, ObjectName
 from jvlm.data.errors import Origin
-from jvlm.data.rows import parse_row
+from jvlm.data.rows import parse_row, tagged
 from jvlm.evaluation import questions, report, score
 from jvlm.evaluation.questions import TextOnlyBaseline, questions_of
 from jvlm.evaluation.score import Scores
@@ -39,7 +40,7 @@ def processor(tmp_path_factory):
 def test_each_turn_is_asked_alone_with_the_pictures_seen_so_far():
     row = _row(("<image>first?", "a"), ("second?", "b"), ("<image>third?", "c"), images=[PICTURE, PICTURE + 1])
     asked = questions_of(row)
-    contents = [[m.content for m in q.conversation.messages] for q in asked]
+    contents = [[tagged(m.content) for m in q.conversation.messages] for q in asked]
     assert contents == [["<image>first?"], ["<image>second?"], ["<image><image>third?"]]
     assert [len(q.conversation.images) for q in asked] == [1, 1, 2]
     assert [q.expected for q in asked] == ["a", "b", "c"]
@@ -57,7 +58,7 @@ def test_a_system_turn_stays_and_no_answer_is_given_away():
             ]
         }
     )
-    assert [m.content for m in questions_of(row)[1].conversation.messages] == ["be brief", "two?"]
+    assert [tagged(m.content) for m in questions_of(row)[1].conversation.messages] == ["be brief", "two?"]
 
 
 def test_references_and_boxes_go_to_the_turns_that_use_them():
@@ -69,8 +70,9 @@ def test_references_and_boxes_go_to_the_turns_that_use_them():
     )
     first, second = questions_of(row)
     answered, given = Box(1, 2, 3, 4, "original"), Box(5, 6, 7, 8, "original")
-    assert (first.conversation.refs, first.boxes, first.conversation.boxes) == (("the cat",), (answered,), ())
-    assert (second.expected, second.boxes, second.conversation.boxes) == ("a dog", (), (given,))
+    assert ObjectName("the cat") in first.conversation.messages[0].content
+    assert (first.boxes, first.conversation.boxes) == ((ObjectBox(answered),), ())
+    assert (second.expected, second.boxes, second.conversation.boxes) == ("a dog", (), (ObjectBox(given),))
 
 
 @pytest.mark.parametrize(

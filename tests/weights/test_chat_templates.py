@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 import jvlm
-from jvlm.data.rows import Message
+from jvlm.data.content import Message
 from jvlm.errors import UserError
 from jvlm.weights import hf
 from tests import support

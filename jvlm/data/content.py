@@ -1,0 +1,168 @@
+"""A conversation in memory: messages whose content is typed parts. Tags (<image>, ...) are a matter of JSON alone.
+
+What is a `Text` here is text, whatever it spells: `jvlm.data.rows` reads and writes the tags of files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from jvlm.data.boxes import Place
+from jvlm.data.errors import Origin
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Words."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """A picture.
+
+    Attributes:
+      source: anything `jvlm.data.images.open_image` opens.
+      index: its number among the images of the example, from 0, by which boxes name it. It stays the same where only
+        some turns of the example are taken.
+    """
+
+    source: Any
+    index: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A video.
+
+    Attributes:
+      frames: each anything `jvlm.data.images.open_image` opens.
+      index: its number among the videos of the example, from 0.
+    """
+
+    frames: tuple[Any, ...]
+    index: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectName:
+    """The name of an object in a picture, <ref-object> in files; written as it is."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectBox:
+    """A box or point, <bbox> in files; written as the model's box format has it.
+
+    Attributes:
+      image: the `Image.index` of the picture that it is on.
+    """
+
+    region: Place
+    image: int = 0
+
+
+def sources_of(part: Image | Video) -> tuple[Any, ...]:
+    """Return the picture of an image, or the frames of a video."""
+    return (part.source,) if isinstance(part, Image) else part.frames
+
+
+Part = Text | Image | Video | ObjectName | ObjectBox
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn.
+
+    Attributes:
+      content: its parts, given as such or as one text; neighbouring texts are joined, empty ones left out.
+      loss_weight: of its loss; 0 for what is no assistant turn.
+      fields: what else the chat template is given: tool_calls of an assistant turn, tool_call_id and name of a tool's.
+    """
+
+    role: str
+    content: tuple[Part, ...]
+    loss_weight: float = 0.0
+    fields: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self):
+        parts = (Text(self.content),) if isinstance(self.content, str) else self.content
+        object.__setattr__(self, "content", tuple(_joined(parts)))
+
+    @property
+    def media(self) -> tuple[Image | Video, ...]:
+        """Its images and videos, in order."""
+        return tuple(part for part in self.content if isinstance(part, Image | Video))
+
+    @property
+    def boxes(self) -> tuple[ObjectBox, ...]:
+        """Its boxes and points, in order."""
+        return tuple(part for part in self.content if isinstance(part, ObjectBox))
+
+    @property
+    def text(self) -> str:
+        """Its words, without everything else."""
+        return "".join(part.text for part in self.content if isinstance(part, Text))
+
+    def map(self, change: Callable[[Part], Part]) -> Message:
+        """Return the message with every part changed."""
+        return dataclasses.replace(self, content=tuple(map(change, self.content)))
+
+
+def _joined(parts: Iterable[Part]) -> Iterator[Part]:
+    words = ""
+    for part in parts:
+        if isinstance(part, Text):
+            words += part.text
+            continue
+        if words:
+            yield Text(words)
+            words = ""
+        yield part
+    if words:
+        yield Text(words)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """A checked example.
+
+    Attributes:
+      image_settings: what the example changes about the image processor, as given: which one it is, is not known here.
+      tools: schemas of the tools that the chat template tells the model of.
+      extra: fields carried along, unknown ones included.
+    """
+
+    messages: tuple[Message, ...]
+    image_settings: tuple[tuple[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    extra: tuple[tuple[str, Any], ...] = ()
+    origin: Origin = Origin()
+
+    @property
+    def media(self) -> tuple[Image | Video, ...]:
+        """Images and videos, in order of appearance."""
+        return tuple(part for message in self.messages for part in message.media)
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """Images, in order of appearance."""
+        return tuple(part for part in self.media if isinstance(part, Image))
+
+    @property
+    def videos(self) -> tuple[Video, ...]:
+        """Videos, in order of appearance."""
+        return tuple(part for part in self.media if isinstance(part, Video))
+
+    @property
+    def boxes(self) -> tuple[ObjectBox, ...]:
+        """Boxes and points, in order of appearance."""
+        return tuple(part for message in self.messages for part in message.boxes)
+
+    def map(self, change: Callable[[Part], Part]) -> Conversation:
+        """Return the conversation with every part of every message changed."""
+        return dataclasses.replace(self, messages=tuple(message.map(change) for message in self.messages))
