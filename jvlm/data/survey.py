@@ -17,6 +17,7 @@ from jvlm.data.config import DataConfig
 from jvlm.data.errors import Rejected, RowError, grouped
 from jvlm.data.pipeline import Encode, frame_patches
 from jvlm.data.processor import Processor
+from jvlm.data.rows import unknown_columns
 from jvlm.data.shards import RowSource
 from jvlm.errors import UserError
 
@@ -171,9 +172,8 @@ class _Look:
         fitted = self.encode.fit(conversation, example) if self.fits else example
         if isinstance(fitted, Rejected):
             return fitted
-        return Size(
-            fitted.length, fitted.num_patches, fitted.longest_frame, fitted is not example, conversation.unknown
-        )
+        unknown = unknown_columns(conversation.extra)
+        return Size(fitted.length, fitted.num_patches, fitted.longest_frame, fitted is not example, unknown)
 
 
 def _fits(size: Size, config: DataConfig) -> bool:

@@ -276,3 +276,25 @@ def test_calls_of_tools_are_learnt_but_not_asked_and_stay_in_a_chain():
     chained = next_turn(row, ["I see nothing"])
     assert [tagged(m.content) for m in chained.messages] == ["what?", "I see nothing", "well?", "", "a cat", "a cat"]
     assert [m.fields for m in chained.messages] == [m.fields for m in row.messages]
+
+
+@pytest.mark.parametrize("answer", ["<image>", "<bbox> and <ref-object>", "<video>", "an <image> of <|im_end|>"])
+def test_an_answer_of_the_model_that_spells_tags_is_asked_after_as_the_text_that_it_is(tiny, answer):
+    objects = {"ref": ["the cat"], "bbox": [[1, 2, 3, 4]]}
+    row = parse_row(
+        {
+            "messages": [
+                message("user", "<image>where?"),
+                message("assistant", "<ref-object> at <bbox>"),
+                message("user", "sure?"),
+                message("assistant", "yes"),
+            ],
+            "images": [picture(56, 56)],
+            "objects": objects,
+        }
+    )
+    prompt = without_answer(next_turn(row, [answer]))
+    assert prompt.messages[1].content == (Text(answer),)
+    example = tiny.processor.encode(prompt, generation_prompt=True)
+    assert len(example.sizes) == 1
+    assert answer in tiny.processor.tokenizer.decode(example.tokens)

@@ -115,7 +115,7 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came(tiny, monkeypatch):
 def test_an_answer_that_looks_like_a_tag_does_not_spoil_the_conversation(tiny, monkeypatch):
     prompts = scripted_model(monkeypatch, "an <image> tag", "yes")
     assert "field" not in talk(tiny, "what?", "sure?", "quit").shown
-    assert "an image tag" in prompts[1]
+    assert "an <image> tag" in prompts[1]
 
 
 def test_boxes_of_an_answer_are_shown_in_pixels_of_the_original_picture(tiny, monkeypatch, tmp_path):
