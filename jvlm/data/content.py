@@ -66,7 +66,7 @@ class ObjectBox:
     image: int = 0
 
 
-def sources_of(part: Image | Video) -> tuple[Any, ...]:
+def pictures_of(part: Image | Video) -> tuple[Any, ...]:
     """Return the picture of an image, or the frames of a video."""
     return (part.source,) if isinstance(part, Image) else part.frames
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jvlm.data.content import sources_of
+from jvlm.data.content import pictures_of
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.images import picture_source, unwrap
 from jvlm.data.rows import PICTURE_KEYS, parse_row
@@ -32,7 +32,7 @@ def embed(row: dict[str, Any], origin: Origin, roots: Sequence[str]) -> dict[str
     turns = {key: _turns(row[key], origin, key, roots) for key in _TURNS if isinstance(row.get(key), list)}
     whole = {**row, **media, **turns}
     conversation = parse_row(whole, origin)
-    for source in (source for part in conversation.media for source in sources_of(part)):
+    for source in (source for part in conversation.media for source in pictures_of(part)):
         file = _file(source, origin, "messages", roots)
         if file is not None:
             raise RowError(origin, "messages", f"{file} is named in a form that is not embedded", "Name it in 'images'")

@@ -17,7 +17,7 @@ from jvlm import families, json_files
 from jvlm.data import box_formats, mrope, packing, vocabulary
 from jvlm.data.boxes import Place, Sizes, Space
 from jvlm.data.chat_format import ChatFormat
-from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Part, Text, Video, sources_of
+from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Part, Text, Video, pictures_of
 from jvlm.data.errors import MEMORY, Origin, RowError
 from jvlm.data.image_processor import ImageProcessorConfig, MediaPatches
 from jvlm.data.images import open_image
@@ -205,7 +205,7 @@ class Processor:
                 make = functools.partial(self._image, config, next(positions), count)
             else:
                 make = functools.partial(self._video, config)
-            media.append(self._load(sources_of(part), _field_of(part), conversation.origin, make))
+            media.append(self._load(pictures_of(part), _field_of(part), conversation.origin, make))
         return media
 
     def image_config_of(self, conversation: Conversation) -> ImageProcessorConfig:
@@ -224,7 +224,7 @@ class Processor:
         def opened(part: Part) -> Part:
             if not isinstance(part, Image | Video):
                 return part
-            pictures = self._open(sources_of(part), _field_of(part), conversation.origin)
+            pictures = self._open(pictures_of(part), _field_of(part), conversation.origin)
             name, value = ("source", pictures[0]) if isinstance(part, Image) else ("frames", tuple(pictures))
             return dataclasses.replace(part, **{name: value})
 

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from jvlm.data.config import DataConfig
+from jvlm.data.content import pictures_of
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.images import picture_source, unwrap
-from jvlm.data.rows import Conversation, parse_row
+from jvlm.data.rows import parse_row
 from jvlm.data.shards import RowSource, matching
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
@@ -182,14 +183,9 @@ def _keys_of(origin: Origin, row: Any, data: DataConfig) -> frozenset[str]:
         conversation = parse_row(row, origin)
     except RowError:  # trained on never, whatever side it is on
         return frozenset([_hash(f"{origin.file} {origin.row}".encode())])
-    found = frozenset().union(*(_picture_keys(picture, origin, roots) for picture in _pictures_of(conversation)))
+    pictures = (picture for part in conversation.media for picture in pictures_of(part))
+    found = frozenset().union(*(_picture_keys(picture, origin, roots) for picture in pictures))
     return found or frozenset([_hash(json.dumps(row, sort_keys=True, default=str).encode())])
-
-
-def _pictures_of(conversation: Conversation) -> Iterable[Any]:
-    yield from conversation.images
-    for frames in conversation.videos:
-        yield from frames
 
 
 def _picture_keys(source: Any, origin: Origin, roots: tuple[str, ...]) -> set[str]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from jvlm import cli
 from jvlm.data.check import check, shard
-from jvlm.data.content import sources_of
+from jvlm.data.content import pictures_of
 from jvlm.data.errors import RowError
 from jvlm.data.images import open_image
 from jvlm.data.processor import Processor
@@ -110,7 +110,7 @@ def _opened(path: str) -> list[list[np.ndarray]]:
     source, found = RowSource([path]), []
     for origin, row in map(source.__getitem__, range(len(source))):
         conversation = parse_row(row, origin)
-        media = [source for part in conversation.media for source in sources_of(part)]
+        media = [source for part in conversation.media for source in pictures_of(part)]
         found.append([np.asarray(open_image(picture, origin=origin)) for picture in media])
     return found
 
