@@ -10,36 +10,45 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from jvlm import families
-from jvlm.data.image_processor import ImageProcessorConfig
 from jvlm.errors import UserError
-from jvlm.models import contracts, registry
+from jvlm.models import registry
+from jvlm.tags import Tagged
 
 T = TypeVar("T")
-_PARTS = contracts.KINDS
-_POLYMORPHIC = (*_PARTS, ImageProcessorConfig)
 
 
 def to_dict(config: Any) -> Any:
-    """Plain values; parts chosen by type carry it under "type"."""
+    """Return plain values; a configuration whose type is chosen carries its tag under "type".
+
+    Raises:
+      TypeError: a type without a tag, which no file can name.
+    """
     if dataclasses.is_dataclass(config):
         values = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        return {"type": type(config).__name__, **values} if isinstance(config, _POLYMORPHIC) else values
+        return {"type": _tag(config), **values} if isinstance(config, Tagged) else values
     if isinstance(config, tuple | list):
         return [to_dict(v) for v in config]
     return config
 
 
+def _tag(config: Tagged) -> str:
+    if config.tag is None:
+        name = type(config).__name__
+        raise TypeError(f'{name} has no tag: write class {name}(..., tag="...") to save it')
+    return config.tag
+
+
 def from_dict(kind: type[T], values: Any, path: str = "") -> T:
-    """The inverse of `to_dict`.
+    """Return the configuration of plain values, the inverse of `to_dict`.
 
     Raises:
-      UserError: an unknown field (naming the nearest known one) or a value of the wrong type.
+      UserError: an unknown field or tag (naming the nearest known one), a missing field, a value of the wrong type.
     """
-    if kind in _POLYMORPHIC:
+    if isinstance(kind, type) and issubclass(kind, Tagged):
+        if not isinstance(values, dict) or "type" not in values:
+            raise UserError(f'{path.rstrip(".") or "configuration"}: {values!r} needs a "type"')
         values = dict(values)
-        if "type" not in values:
-            raise UserError(f'{path or "configuration"}: needs a "type"')
-        kind = _type_of(kind, values.pop("type"))
+        kind = _type(kind, values.pop("type"), path)
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, values, path)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -66,12 +75,16 @@ def from_dict(kind: type[T], values: Any, path: str = "") -> T:
     return values
 
 
-def _type_of(kind: type, name: str) -> type:
-    if kind is ImageProcessorConfig:
-        return families.image_config_type(name)
-    if not registry.is_registered(name):
-        families.load_all()  # it may be of another package
-    return registry.config_type(name)
+def _type(kind: type[Tagged], tag: Any, path: str) -> type:
+    """Return the type of a tag, which must be ``kind`` or derive from it."""
+    registry.load_all()
+    families.load_all(until=lambda: tag in kind.types)
+    known = {name: found for name, found in kind.types.items() if issubclass(found, kind)}
+    if tag not in known:
+        near = difflib.get_close_matches(str(tag), known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"{path}type: {tag!r} is unknown; {hint}known: {', '.join(sorted(known))}")
+    return known[tag]
 
 
 def _dataclass(kind: type, values: Any, path: str) -> Any:
@@ -84,6 +97,9 @@ def _dataclass(kind: type, values: Any, path: str) -> Any:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
             raise UserError(f"unknown field {path + name!r}; {hint}")
+    missing = [path + f.name for f in dataclasses.fields(kind) if f.name not in values]
+    if missing:
+        raise UserError(f"missing field {', '.join(map(repr, missing))}")
     return kind(**{name: from_dict(hints[name], value, f"{path}{name}.") for name, value in values.items()})
 
 

@@ -17,6 +17,7 @@ from jvlm.data import values
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.values import shown
 from jvlm.errors import UserError
+from jvlm.tags import Tagged
 
 if TYPE_CHECKING:
     from jvlm.models.vlm import VLMConfig
@@ -54,7 +55,7 @@ class Limit:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageProcessorConfig:
+class ImageProcessorConfig(Tagged):
     """Base of the settings of image processors; saved with every model.
 
     Class attributes:

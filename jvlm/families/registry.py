@@ -6,7 +6,7 @@ import difflib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,7 +14,7 @@ from jvlm.errors import UserError
 from jvlm.families.base import Family
 
 if TYPE_CHECKING:
-    from jvlm.data.image_processor import ImageProcessorConfig, Limit
+    from jvlm.data.image_processor import Limit
     from jvlm.models.vlm import VLMConfig
 
 ENTRY_POINTS = "jvlm.families"
@@ -73,14 +73,6 @@ def preset(name: str) -> VLMConfig:
     return found
 
 
-def image_config_type(name: str) -> type[ImageProcessorConfig]:
-    """Return the settings type of an image processor by its name in saved files. Raises UserError naming the known."""
-    found = _first(kind for kind in _image_config_types() if kind.__name__ == name)
-    if found is None:
-        raise _unknown("image processor", name, sorted({kind.__name__ for kind in _image_config_types()}))
-    return found
-
-
 def image_limits() -> dict[str, tuple[Limit, tuple[str, ...]]]:
     """Return what image processors let examples and the command line change: field to limit, and the families of it."""
     found: dict[str, tuple[Limit, tuple[str, ...]]] = {}
@@ -91,13 +83,14 @@ def image_limits() -> dict[str, tuple[Limit, tuple[str, ...]]]:
     return found
 
 
-def _image_config_types() -> Iterator[type[ImageProcessorConfig]]:
-    return (type(family.image_config) for family in _all())
+def load_all(until: Callable[[], bool] = lambda: False) -> None:
+    """Import families, built-in ones first, so that the types of their configurations are known.
 
-
-def load_all() -> None:
-    """Import every family, so that the types of their encoders, connectors and decoders are registered."""
-    for _ in _all():
+    Args:
+      until: stops the import as soon as it is true: a package that cannot be loaded is then not asked for.
+    """
+    found = _all()
+    while not until() and next(found, None) is not None:
         pass
 
 

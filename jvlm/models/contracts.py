@@ -21,6 +21,7 @@ from jvlm.errors import UserError
 from jvlm.models import device_ops
 from jvlm.models.arithmetic import Counts, Product, Work
 from jvlm.models.batch import DecoderOutput, DecodeStep, PackedBatch
+from jvlm.tags import Tagged
 
 
 class VisionTokens(NamedTuple):
@@ -127,7 +128,7 @@ _WIDTH = "width of the hidden states that it returns"
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(Tagged):
     """Base of encoder configurations. A configuration declares:
 
     hidden_size: width of the tokens that the encoder returns.
@@ -156,7 +157,7 @@ class EncoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ConnectorConfig:
+class ConnectorConfig(Tagged):
     """Base of connector configurations. Nothing is required beyond what stands here."""
 
     required: ClassVar[Mapping[str, str]] = {}
@@ -185,7 +186,7 @@ class ConnectorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(Tagged):
     """Base of decoder configurations. A configuration declares:
 
     vocab_size: number of rows of the embedding.
@@ -229,7 +230,7 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MLPConfig:
+class MLPConfig(Tagged):
     """Base of configurations of what decoder layers may have in place of the dense SwiGLU, experts say.
 
     The module is built with ``width=``, ``precision=`` and ``rngs=``.

@@ -201,6 +201,13 @@ class RopeScaling:
     "linear" divides all of them. "llama3" (Llama 3.1) divides those with wavelengths above
     ``original_max_position_embeddings / low_freq_factor`` tokens, leaves those below
     ``original_max_position_embeddings / high_freq_factor`` as they are, and interpolates between the two.
+
+    Attributes:
+      kind: "linear" or "llama3", see above.
+      factor: how many times longer the context is.
+      low_freq_factor: rotations in the original context below which a frequency is divided by ``factor``.
+      high_freq_factor: rotations in the original context above which a frequency stays.
+      original_max_position_embeddings: positions of the original context.
     """
 
     kind: Literal["linear", "llama3"] = "llama3"

@@ -9,11 +9,9 @@ from typing import Any
 
 from flax import nnx
 
-from jvlm.errors import UserError
 from jvlm.models import contracts
 
 _BUILDERS: dict[type, Callable[..., nnx.Module]] = {}
-_BY_NAME: dict[str, type] = {}
 
 
 def register(config_type: type) -> Callable[[type], type]:
@@ -28,7 +26,6 @@ def register(config_type: type) -> Callable[[type], type]:
         if lacking:
             raise TypeError("\n  ".join([f"{module_type.__name__} cannot be registered; it lacks", *lacking]))
         _BUILDERS[config_type] = module_type
-        _BY_NAME[config_type.__name__] = config_type
         return module_type
 
     return add
@@ -38,22 +35,10 @@ def build(config: Any, **kwargs: Any) -> nnx.Module:
     """Return the module of a configuration. Raises KeyError naming the known types."""
     load_all()
     if type(config) not in _BUILDERS:
-        raise KeyError(f"nothing is registered for {type(config).__name__}; known: {sorted(_BY_NAME)}")
+        raise KeyError(
+            f"nothing is registered for {type(config).__name__}; known: {sorted(kind.__name__ for kind in _BUILDERS)}"
+        )
     return _BUILDERS[type(config)](config, **kwargs)
-
-
-def config_type(name: str) -> type:
-    """Return the configuration class of a name that a run folder stores. Raises UserError for an unknown name."""
-    load_all()
-    if name not in _BY_NAME:
-        raise UserError(f"unknown configuration {name!r}; known: {sorted(_BY_NAME)}")
-    return _BY_NAME[name]
-
-
-def is_registered(name: str) -> bool:
-    """Return whether a configuration of this name is known."""
-    load_all()
-    return name in _BY_NAME
 
 
 def load_all() -> None:

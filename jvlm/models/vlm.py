@@ -30,12 +30,16 @@ class VLMConfig:
 
     Attributes:
       family: name of the `jvlm.families.Family` that it belongs to.
-      encoder, connector, decoder: configurations; their types choose the modules.
-      image_token_id, video_token_id: placeholders that vision features replace; without one of its own, a video is
-        a list of images.
-      vision_start_token_id, vision_end_token_id, vision_pad_token_id: other tokens that stand around or for media;
-        None where the family has none.
-      bos_token_id, eos_token_id: as in the checkpoint's configuration; several tokens may end an answer.
+      encoder: configuration of the encoder; its type chooses the module, as with the others.
+      connector: configuration of the connector.
+      decoder: configuration of the decoder.
+      image_token_id: placeholder that the vision tokens of an image replace.
+      video_token_id: the same for a video; None writes a video as a list of images.
+      vision_start_token_id: token before an image or a video; None where the family has none.
+      vision_end_token_id: token after an image or a video; None where the family has none.
+      vision_pad_token_id: token that stands for media elsewhere; None where the family has none.
+      bos_token_id: token that begins a text, as in the checkpoint's configuration.
+      eos_token_id: token that ends an answer, as in the checkpoint's configuration; there may be several.
       precision: dtypes, recomputation and attention implementation.
     """
 

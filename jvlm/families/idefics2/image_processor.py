@@ -31,7 +31,7 @@ PositionRule = Literal["floor", "released"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Idefics2ImageConfig(ImageProcessorConfig):
+class Idefics2ImageConfig(ImageProcessorConfig, tag="idefics2"):
     """The defaults are Idefics2-8B's; a split image costs 326 tokens, any other 66.
 
     Attributes:

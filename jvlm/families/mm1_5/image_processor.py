@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class TiledImageConfig(ImageProcessorConfig):
+class TiledImageConfig(ImageProcessorConfig, tag="tiled"):
     """How pictures become tiles; the defaults are MM1.5's final recipe. What is not published is an option.
 
     Attributes:
       splitting: "dynamic" chooses a grid of min_tiles to max_tiles for each image (see `tiles`), "static" always takes
         ``static_grid``, "none" takes the whole image as one tile.
+      min_tiles: fewest tiles of an image that is split ("dynamic").
+      max_tiles: most tiles of an image that is split ("dynamic").
+      static_grid: rows and columns of every image's tiles ("static").
       split_below: pictures are split only in conversations with fewer pictures than this.
       overview: where the whole picture comes as one more frame; a picture of a single tile has none.
       whole_fit: the whole picture is stretched to the square ("squash"), or keeps its aspect and is padded ("pad").
@@ -36,7 +39,8 @@ class TiledImageConfig(ImageProcessorConfig):
       index: template of the index: image from 0, row and column from 1, or both 0 for an overview.
       separators: before an overview, between columns, between rows.
       max_upscale: see `jvlm.families.mm1_5.tiles.choose_grid`.
-      placement, colour: of a picture on its grid, and of the rest.
+      placement: where an image that does not fill its grid lies on it.
+      colour: of what it leaves empty.
       num_frames: of a video, spread evenly over the frames given; each is a whole picture.
     """
 

@@ -25,7 +25,7 @@ _SHRINK = 0.9  # of the pixels, a step of `QwenImageProcessor.reductions`
 
 
 @dataclasses.dataclass(frozen=True)
-class QwenImageConfig(ImageProcessorConfig):
+class QwenImageConfig(ImageProcessorConfig, tag="qwen2_5_vl"):
     """Limits of the resize in pixels, and the frame rate assumed for a video given as a list of frames.
 
     The defaults are Qwen2.5-VL's: 4 to 16,384 tokens an image; 128 to 768 tokens a frame at 2 frames a second.

@@ -33,10 +33,11 @@ _EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class CAbstractorConfig(ImageGridConfig):
+class CAbstractorConfig(ImageGridConfig, tag="c_abstractor"):
     """The defaults are Honeybee's, and MM1.5's 144 tokens of 48 x 48 patches; MM1.5 does not publish the rest.
 
     Attributes:
+      hidden_size: width of the convolutions.
       depth: blocks of each of the two stages; with 0 there is only the pooling.
       projector_depth: linear maps to the decoder's width.
       positions: a trainable vector for each patch position, added before the first stage.

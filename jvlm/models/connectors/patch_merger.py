@@ -16,8 +16,12 @@ from jvlm.models.registry import register
 
 
 @dataclasses.dataclass(frozen=True)
-class PatchMergerConfig(ConnectorConfig):
-    """``merge`` x ``merge`` neighbouring patches become one vision token."""
+class PatchMergerConfig(ConnectorConfig, tag="patch_merger"):
+    """Neighbouring patches become one vision token.
+
+    Attributes:
+      merge: patches along the side of the square that becomes one token.
+    """
 
     merge: int = 2
 

@@ -21,12 +21,16 @@ from jvlm.models.registry import register
 
 
 @dataclasses.dataclass(frozen=True)
-class PerceiverConfig(ConnectorConfig):
+class PerceiverConfig(ConnectorConfig, tag="perceiver"):
     """The defaults are Idefics2-8B's.
 
     Attributes:
       projection_size: width inside the gated MLP before the resampler.
       latents: vision tokens of an image, whatever its size.
+      depth: layers of the resampler.
+      num_heads: query heads of a layer.
+      num_kv_heads: key and value heads of a layer.
+      head_dim: size of a head.
       min_image_patches: no image has fewer patches. Sequences have room for as many images as fit both their tokens and
         their patches; with cross-attention an image takes one token only, so this number is the limit: give it, 729
         for sides of 378 pixels.

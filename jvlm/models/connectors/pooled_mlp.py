@@ -87,8 +87,13 @@ def adaptive_average_pool(x: Float[Array, "*L h w d"], target: int) -> Float[Arr
 
 
 @dataclasses.dataclass(frozen=True)
-class PooledMLPConfig(ImageGridConfig):
-    """``depth`` linear maps with ``activation`` between them, after the pooling."""
+class PooledMLPConfig(ImageGridConfig, tag="pooled_mlp"):
+    """Linear maps with activations between them, after the pooling.
+
+    Attributes:
+      depth: number of linear maps.
+      activation: between the linear maps.
+    """
 
     depth: int = 2
     activation: layers.Activation = "gelu"

@@ -37,7 +37,7 @@ AttendsTo = Literal["last", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossAttentionTransformerConfig(TransformerConfig):
+class CrossAttentionTransformerConfig(TransformerConfig, tag="cross_attention_transformer"):
     """A transformer that reads vision tokens through gated cross-attention layers.
 
     Attributes:

@@ -25,17 +25,20 @@ from jvlm.models.registry import register
 
 
 @dataclasses.dataclass(frozen=True)
-class MoEConfig(MLPConfig):
+class MoEConfig(MLPConfig, tag="moe"):
     """The defaults are MM1.5's: 64 experts, two of them for each token, in every second layer.
 
     Attributes:
-      intermediate_size: of each expert.
+      experts: number of experts in a layer.
+      top_k: experts that each token takes.
+      intermediate_size: width inside each expert.
       renormalise: divide the probabilities of the chosen experts by their sum (GShard; with False they stay as the
         softmax over all experts gave them, as in Switch).
       capacity_factor: an expert takes at most this many times the mean load, first choices before second ones, and
         drops the rest; shapes are then fixed and all products dense. None drops nothing: products follow the load.
         On a mesh the load is that of the sequences of the devices that exchange tokens.
-      balance_weight, z_weight: of the load balance loss and the router z-loss in the training loss.
+      balance_weight: weight of the load balance loss in the training loss.
+      z_weight: weight of the router z-loss in the training loss.
     """
 
     every: int = 2

@@ -26,10 +26,20 @@ from jvlm.models.registry import register
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig(DecoderConfig):
+class TransformerConfig(DecoderConfig, tag="transformer"):
     """Fields as in Hugging Face's ``text_config``; the defaults are MiMo-7B's.
 
     Attributes:
+      vocab_size: number of rows of the embedding.
+      hidden_size: width of the hidden states.
+      num_layers: number of layers.
+      num_heads: query heads of a layer.
+      num_kv_heads: key and value heads of a layer.
+      intermediate_size: width inside the SwiGLU MLPs.
+      rms_norm_eps: added to the mean square in each RMSNorm.
+      rope_theta: base of the rotary frequencies.
+      tie_word_embeddings: the output matrix is the embedding.
+      max_position_embeddings: positions that generation may use.
       head_dim: size of a head; None is hidden_size / num_heads.
       qkv_bias: biases on q, k and v (Qwen2).
       qk_norm: an RMSNorm on each head of q and k, before the rotation (Qwen3).

@@ -24,8 +24,24 @@ from jvlm.models.registry import register
 
 
 @dataclasses.dataclass(frozen=True)
-class QwenViTConfig(EncoderConfig):
-    """Fields as in Hugging Face's ``vision_config``; sizes in pixels, patches or channels."""
+class QwenViTConfig(EncoderConfig, tag="qwen_vit"):
+    """Fields as in Hugging Face's ``vision_config``; the defaults are Qwen2.5-VL's.
+
+    Attributes:
+      depth: number of layers.
+      hidden_size: width of the hidden states.
+      num_heads: attention heads of a layer.
+      intermediate_size: width inside the MLPs.
+      in_channels: colours of a pixel.
+      patch_size: pixels along the side of a patch.
+      temporal_patch_size: video frames in a patch; an image is repeated.
+      spatial_merge_size: patches along the side of the square that becomes one vision token.
+      window_size: pixels along the side of an attention window.
+      fullatt_block_indexes: layers in which patches attend to their whole image, not to their window alone.
+      tokens_per_second: temporal position ids of a second of video.
+      image_mean: of each colour, subtracted from pixels between 0 and 1.
+      image_std: of each colour, which pixels are then divided by.
+    """
 
     depth: int = 32
     hidden_size: int = 1280

@@ -29,16 +29,26 @@ _HALF = (0.5, 0.5, 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig(EncoderConfig):
+class ViTConfig(EncoderConfig, tag="vit"):
     """The defaults are SigLIP-SO400M's, as Idefics2 has it.
 
     Attributes:
+      depth: number of layers.
+      hidden_size: width of the hidden states.
+      num_heads: attention heads of a layer.
+      intermediate_size: width inside the MLPs.
+      in_channels: colours of a pixel.
+      patch_size: pixels along the side of a patch.
       grid: rows and columns of the position table.
+      activation: of the MLPs.
+      norm_eps: added to the variance in each LayerNorm.
+      patch_bias: a bias on the patch embedding.
       class_token: a trainable token before each image, with a position of its own (the first of the table).
       norm_before: a LayerNorm after the embeddings (CLIP).
       layer_scale: a trainable factor for each channel of what a layer adds (DINOv2).
       norm_after: a LayerNorm after the last layer.
-      image_mean, image_std: of pixels between 0 and 1.
+      image_mean: of each colour, subtracted from pixels between 0 and 1.
+      image_std: of each colour, which pixels are then divided by.
     """
 
     depth: int = 27

@@ -16,7 +16,7 @@ from jvlm.models.registry import register
 
 
 @dataclasses.dataclass(frozen=True)
-class ToyEncoderConfig(EncoderConfig):
+class ToyEncoderConfig(EncoderConfig, tag="toy_vlm"):
     """Two maps of each patch; ``image_mean`` and ``image_std`` are of pixels between 0 and 1."""
 
     hidden_size: int = 32

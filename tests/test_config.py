@@ -1,0 +1,120 @@
+"""Configurations in saved files: their types by tag, every field, and what is wrong with a file by name."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from jvlm import config as config_tree
+from jvlm import configs
+from jvlm.data.image_processor import ImageProcessorConfig
+from jvlm.errors import UserError
+from jvlm.models import contracts
+from jvlm.models.encoders.vit import ViTConfig
+from jvlm.models.vlm import VLMConfig
+from jvlm.tags import Tagged
+from jvlm.training.config import Experiment
+from jvlm.weights import run_dir
+
+
+@pytest.mark.parametrize(
+    "name", ["mimo_vl/easy_vqa", "mm1_5/easy_vqa", "mm1_5/moe", "idefics2/pretrain", "idefics2/sft"]
+)
+def test_an_experiment_comes_back_from_its_file_as_it_was(name):
+    experiment = configs.load(name)
+    values = json.loads(json.dumps(config_tree.to_dict(experiment)))
+    assert config_tree.from_dict(Experiment, values) == experiment
+
+
+def _types():
+    configs.load("mm1_5/easy_vqa")
+    bases = (*contracts.KINDS, ImageProcessorConfig)
+    return {base: dict(base.types) for base in bases}
+
+
+def test_tags_are_what_saved_files_have():
+    """A tag that changes breaks every saved run: this list only grows."""
+    assert {kind.__name__: sorted(types) for kind, types in _types().items()} == {
+        "EncoderConfig": ["qwen_vit", "vit"],
+        "ConnectorConfig": ["c_abstractor", "patch_merger", "perceiver", "pooled_mlp"],
+        "DecoderConfig": ["cross_attention_transformer", "transformer"],
+        "MLPConfig": ["moe"],
+        "ImageProcessorConfig": ["idefics2", "qwen2_5_vl", "tiled"],
+    }
+
+
+@pytest.fixture
+def renamed():
+    name, ViTConfig.__name__ = ViTConfig.__name__, "RenamedConfig"
+    yield
+    ViTConfig.__name__ = name
+
+
+def test_a_class_with_another_name_reads_and_writes_the_same_files(renamed):
+    before = config_tree.to_dict(configs.load("idefics2/pretrain").model)
+    model = config_tree.from_dict(VLMConfig, before)
+    assert type(model.encoder).__name__ == "RenamedConfig"
+    assert config_tree.to_dict(model) == before
+    assert "RenamedConfig" not in json.dumps(before)
+    assert "ViTConfig" not in json.dumps(before)
+
+
+def test_a_type_without_a_tag_of_its_own_is_not_written():
+    @dataclasses.dataclass(frozen=True)
+    class Derived(ViTConfig):
+        """A type that no file can name."""
+
+    with pytest.raises(TypeError, match="Derived has no tag"):
+        config_tree.to_dict(Derived())
+
+
+def test_a_tag_belongs_to_one_type():
+    class Base(Tagged):
+        pass
+
+    class First(Base, tag="one"):
+        pass
+
+    with pytest.raises(TypeError, match=r"'one' of .*Second is that of .*First already"):
+
+        class Second(Base, tag="one"):
+            pass
+
+    assert Base.types == {"one": First}
+
+
+CHANGES = {
+    "an unknown tag": (
+        lambda v: v["model"]["encoder"].update(type="vitt"),
+        r"model\.encoder\.type: 'vitt' is unknown; did you mean 'vit'\? known: qwen_vit, vit",
+    ),
+    "a tag of another kind": (
+        lambda v: v["model"]["encoder"].update(type="moe"),
+        r"model\.encoder\.type: 'moe' is unknown; known: ",
+    ),
+    "no tag": (lambda v: v["model"]["encoder"].pop("type"), r"model\.encoder.* needs a \"type\""),
+    "an unknown field": (
+        lambda v: v["model"]["decoder"].update(vocab_sizes=1),
+        r"unknown field 'model\.decoder\.vocab_sizes'; did you mean 'vocab_size'\?",
+    ),
+    "a missing field": (
+        lambda v: v["model"]["decoder"].pop("num_layers"),
+        r"missing field 'model\.decoder\.num_layers'",
+    ),
+    "a wrong type": (
+        lambda v: v["model"]["decoder"].update(num_layers="two"),
+        r"model\.decoder\.num_layers: 'two' is not of type",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_wrong_with_a_saved_experiment_is_named_with_its_file(tmp_path, change):
+    values = config_tree.to_dict(configs.load("idefics2/pretrain"))
+    wrong, says = CHANGES[change]
+    wrong(values)
+    path = tmp_path / run_dir.EXPERIMENT
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=re.escape(str(path)) + ".*" + says):
+        run_dir.model_config(tmp_path)
