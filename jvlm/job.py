@@ -21,7 +21,7 @@ from jvlm.evaluation import report, score, usable
 from jvlm.evaluation.aim import AimMissed, missed_aims
 from jvlm.evaluation.questions import TextOnlyBaseline, normalise
 from jvlm.evaluation.score import YES_NO, Answer, Scores
-from jvlm.inference import serving
+from jvlm.inference import sharding
 from jvlm.inference.generate import generate
 from jvlm.models import vlm
 from jvlm.models.vlm import VLM
@@ -194,7 +194,7 @@ def _asked(
 
 def _layout(result: Result) -> MeshLayout | None:
     """Where to generate: on all devices of this process."""
-    return serving.layout(result.model.config, devices=jax.local_devices())
+    return sharding.inference_layout(result.model.config, devices=jax.local_devices())
 
 
 def text_only_baseline(experiment: Experiment, answers: Sequence[Answer]) -> TextOnlyScores:

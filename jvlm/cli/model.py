@@ -6,13 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-import tyro
-
 from jvlm import families
 from jvlm.data.image_processor import FieldError, ImageProcessorConfig
 from jvlm.errors import UserError
 from jvlm.inference.sampling import SamplingConfig
-from jvlm.inference.serving import RULES
+from jvlm.inference.sharding import RULES
 from jvlm.options import FLAT, parse
 from jvlm.parallel.mesh import ParallelConfig
 
@@ -24,12 +22,13 @@ if TYPE_CHECKING:
 
 def _image_options() -> type:
     """Return a dataclass of what the command line may change about the image processors of all families."""
-    fields = []
+    fields, docs = [], []
     for name, (limit, owners) in families.image_limits().items():
-        kind = (int if limit.whole else float) | None
-        text = f"{limit.help} ({', '.join(owners)}); None takes the model's"
-        fields.append((name, Annotated[kind, tyro.conf.arg(help=text)], None))
-    return dataclasses.make_dataclass("ImageOptions", fields, frozen=True)
+        fields.append((name, (int if limit.whole else float) | None, None))
+        docs.append(f"  {name}: {limit.help} ({', '.join(owners)}); None takes the model's.")
+    options = dataclasses.make_dataclass("ImageOptions", fields, frozen=True)
+    options.__doc__ = "\n".join(["What to change about the image processor.", "", "Attributes:", *docs])
+    return options
 
 
 ImageOptions = _image_options()
@@ -70,7 +69,7 @@ def parse_model_command(kind: type[T], words: Sequence[str], program: str) -> T:
 
 def load(options: ModelOptions) -> tuple[VLM, Processor, MeshLayout | None]:
     """Return the model of the options, on the devices that they ask for, its processor, and its layout over them."""
-    from jvlm.inference import serving
+    from jvlm.inference import sharding
     from jvlm.weights import io as weights_io
     from jvlm.weights import run_dir
 
@@ -79,7 +78,7 @@ def load(options: ModelOptions) -> tuple[VLM, Processor, MeshLayout | None]:
     if options.param_dtype:
         precision = dataclasses.replace(config.precision, param_dtype=options.param_dtype)
         config = dataclasses.replace(config, precision=precision)
-    layout = serving.layout(config, options.parallel)
+    layout = sharding.inference_layout(config, options.parallel)
     place = layout.parameter if layout else None
     model, processor = weights_io.load(folder, precision=config.precision, sharding=place)
     return model, processor.replace(image_config=_image_config(options, processor.image_config)), layout

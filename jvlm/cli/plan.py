@@ -16,7 +16,7 @@ from jvlm.errors import UserError
 from jvlm.options import FLAT, parse, parse_with
 
 if TYPE_CHECKING:
-    from jvlm.inference.program import Sizes
+    from jvlm.inference.compiled import BatchShape
     from jvlm.planning.report import Plan
     from jvlm.planning.roofline import SegmentLengths
     from jvlm.training.config import Experiment
@@ -165,7 +165,7 @@ def _collectives(plan: Plan, name: str, folder: Path, update: bool) -> bool:
     return bool(difference)
 
 
-def _sizes(options: PlanOptions, experiment: Experiment) -> Sizes:
+def _sizes(options: PlanOptions, experiment: Experiment) -> BatchShape:
     from jvlm.planning import generation
 
     data = experiment.data
@@ -186,15 +186,16 @@ def _training_header(experiment: Experiment, lengths: SegmentLengths) -> str:
     )
 
 
-def _generation_header(experiment: Experiment, step: str, sizes: Sizes, lengths: SegmentLengths) -> str:
+def _generation_header(experiment: Experiment, step: str, sizes: BatchShape, lengths: SegmentLengths) -> str:
     precision = experiment.model.precision
     dtypes = f"parameters in {precision.param_dtype}, products in {precision.compute_dtype}"
     if step == "decode":
         return (
-            f"# {experiment.name}: one token for each of {sizes.rows} sequences, a cache of {sizes.places} tokens "
-            f"each\n\nAssumed: the cache is full; {dtypes}.\n"
+            f"# {experiment.name}: one token for each of {sizes.batch_size} sequences, a cache of "
+            f"{sizes.cache_len} tokens each\n\nAssumed: the cache is full; {dtypes}.\n"
         )
     return (
-        f"# {experiment.name}: {sizes.rows} prompts of {sizes.tokens} tokens and {sizes.patches} patches, then a cache "
-        f"of {sizes.places} tokens each\n\nAssumed: full prompts, images of {lengths.image} patches; {dtypes}.\n"
+        f"# {experiment.name}: {sizes.batch_size} prompts of {sizes.prompt_len} tokens and {sizes.max_patches} "
+        f"patches, then a cache of {sizes.cache_len} tokens each\n\nAssumed: full prompts, images of {lengths.image} "
+        f"patches; {dtypes}.\n"
     )

@@ -77,9 +77,9 @@ def generate_file(
         done = file.resume(source, data, run, accept_changes=accept_changes)
         with Progress(total=len(source), initial=done.lines, desc="answering", unit="row") as bar:
             for start in range(done.lines, len(source), batch_size):
-                numbers = range(start, min(start + batch_size, len(source)))
-                rows = [source[n] for n in numbers]
-                batch = _answer(engine, rows, numbers, sampling, on_bad_row)
+                request_ids = range(start, min(start + batch_size, len(source)))
+                rows = [source[n] for n in request_ids]
+                batch = _answer(engine, rows, request_ids, sampling, on_bad_row)
                 file.append([line | {HASH: mark} for line in batch.lines])
                 if batch.error is not None:
                     raise batch.error
@@ -107,7 +107,7 @@ class _Batch:
 def _answer(
     engine: Engine,
     rows: Sequence[tuple[Origin, Any]],
-    numbers: Sequence[int],
+    request_ids: Sequence[int],
     sampling: SamplingConfig,
     on_bad_row: Literal["error", "skip"],
 ) -> _Batch:
@@ -117,7 +117,7 @@ def _answer(
         first = next((i for i, e in enumerate(examples) if isinstance(e, RowError)), len(examples))
         examples = examples[: first + 1]
     good = [i for i, e in enumerate(examples) if not isinstance(e, RowError)]
-    answers = dict(zip(good, _complete(engine, examples, sampling, numbers, good), strict=True))
+    answers = dict(zip(good, _complete(engine, examples, sampling, request_ids, good), strict=True))
     lines, cut = [], 0
     for i, example in enumerate(examples):
         answer, line = answers.get(i, example), copied(rows[i][1])
@@ -139,18 +139,18 @@ def _answer(
 
 
 def _complete(
-    engine: Engine, examples: list[Example], sampling: SamplingConfig, numbers: Sequence[int], chosen: list[int]
+    engine: Engine, examples: list[Example], sampling: SamplingConfig, request_ids: Sequence[int], chosen: list[int]
 ) -> list[Completion | RowError]:
     """Answers to the chosen examples; where a batch has none, as for one that overflows, each is asked by itself."""
     try:
-        batch, own = [examples[i] for i in chosen], [numbers[i] for i in chosen]
-        return complete(engine, batch, sampling, numbers=own, batch_size=max(len(chosen), 1))
+        batch, own = [examples[i] for i in chosen], [request_ids[i] for i in chosen]
+        return complete(engine, batch, sampling, request_ids=own, batch_size=max(len(chosen), 1))
     except BrokenWeights:
         raise
     except UserError as error:
         if len(chosen) == 1:
             return [RowError(batch[0].origin, "messages", f"no answer: {error}", "Leave the row out")]
-        return [answer for i in chosen for answer in _complete(engine, examples, sampling, numbers, [i])]
+        return [answer for i in chosen for answer in _complete(engine, examples, sampling, request_ids, [i])]
 
 
 def _encode(engine: Engine, origin: Origin, row: Any) -> Example | RowError:

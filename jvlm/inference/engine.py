@@ -1,6 +1,6 @@
 """The engine: one compiled prefill and one compiled decode step for each bucket of shapes.
 
-Axes: B rows, S tokens of the longest prompt (rounded up), P patches, T places of the cache, V vocabulary.
+Axes: B rows, S tokens of the longest prompt (rounded up), P patches, T positions of the cache, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from jvlm.data.errors import RowError
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
-from jvlm.inference import serving
-from jvlm.inference.program import Steps, Structure
-from jvlm.inference.sampling import NOT_FINITE, Knobs, SamplingConfig
+from jvlm.inference import sharding
+from jvlm.inference.compiled import CompiledSteps, ModuleDef
+from jvlm.inference.sampling import NOT_FINITE, SamplingArrays, SamplingConfig
 from jvlm.inference.token_rules import FILE, token_rules
 from jvlm.inference.weights import decoding_state
 from jvlm.models import contracts
@@ -49,7 +49,8 @@ class Engine:
     """Generates for one model. Parameters are prepared once; call `update` after they have changed.
 
     Args:
-      layout: the devices to share the work, all of this process, as `serving.layout` gives it; None is one device.
+      layout: the devices that share the work, all of this process, as `sharding.inference_layout` returns it; None is
+        one device.
       ahead: start each step before the tokens of the last are read, so that an accelerator never waits for the
         host; costs one step too many at the end. None: wherever the backend is not CPU.
 
@@ -63,9 +64,9 @@ class Engine:
         contracts.check_generates(model.decoder)
         self.config, self.processor = model.config, processor
         self.ahead = jax.default_backend() != "cpu" if ahead is None else ahead
-        self.layout = serving.checked(layout, model.config)
+        self.layout = sharding.check_layout(layout, model.config)
         self.banned, self.banned_first = self._banned()
-        self._steps: Steps | None = None
+        self._steps: CompiledSteps | None = None
         self._given: list[Any] = []
         self.update(model)
 
@@ -78,11 +79,11 @@ class Engine:
         if len(given) == len(self._given) and all(a is b for a, b in zip(given, self._given, strict=True)):
             return
         self._given = given
-        placed = model if self.layout is None else serving.place(model, self.layout)
-        whole, self._leaves = Structure.of(placed, nnx.state(placed))
-        decoder, self._decoder_leaves = Structure.of(placed.decoder, decoding_state(placed.decoder))
+        placed = model if self.layout is None else sharding.shard_params(model, self.layout)
+        whole, self._leaves = ModuleDef.of(placed, nnx.state(placed))
+        decoder, self._decoder_leaves = ModuleDef.of(placed.decoder, decoding_state(placed.decoder))
         if self._steps is None or (self._steps.model, self._steps.decoder) != (whole, decoder):
-            self._steps = Steps(whole, decoder, self.banned, self.layout, self.banned_first)
+            self._steps = CompiledSteps(whole, decoder, self.banned, self.layout, self.banned_first)
 
     def release(self) -> None:
         """Let go of the parameters, not of what is compiled; `update` takes them again.
@@ -141,7 +142,7 @@ class Engine:
         return limit - positions
 
     def steps(
-        self, examples: Sequence[Example], sampling: SamplingConfig, numbers: Sequence[int] | None = None
+        self, examples: Sequence[Example], sampling: SamplingConfig, request_ids: Sequence[int] | None = None
     ) -> Iterator[list[int | None]]:
         """Yields the next token of every example, None for those that have finished.
 
@@ -149,7 +150,7 @@ class Engine:
 
         Args:
           examples: prompts, ended with the opening of an assistant turn.
-          numbers: of the conversations, for the random draws; 0, 1, ... if not given.
+          request_ids: of the conversations, for the random draws; 0, 1, ... if not given.
 
         Raises:
           RowError: a prompt that leaves no position for an answer.
@@ -160,20 +161,20 @@ class Engine:
         count, B = len(examples), self._rows(len(examples))
         batch, lengths = self._batch(examples, B)
         rows = np.zeros(B, np.int32)
-        rows[:count] = range(count) if numbers is None else numbers
-        knobs = Knobs.of(sampling, rows)
+        rows[:count] = range(count) if request_ids is None else request_ids
+        arrays = SamplingArrays.of(sampling, rows)
         if self.layout is not None:
-            batch, lengths, knobs = serving.place_batch(self.layout, batch, lengths, knobs)
+            batch, lengths, arrays = sharding.shard_batch(self.layout, batch, lengths, arrays)
         on_cpu = jax.default_backend() == "cpu"
-        places = packing.bucket(int(lengths.max()) + most, TOKEN_STEP if on_cpu else LANES)
-        kind, stop, leaves = sampling.kind, list(self.stop_tokens(sampling)), self._decoder_leaves
+        cache_len = packing.bucket(int(lengths.max()) + most, TOKEN_STEP if on_cpu else LANES)
+        flags, stop, leaves = sampling.flags, list(self.stop_tokens(sampling)), self._decoder_leaves
         logits, cache = self._steps.prefill(self._leaves, batch, lengths)
-        token, state = self._steps.begin(kind, places, leaves, logits, cache, batch, lengths, knobs)
+        token, state = self._steps.first_token(flags, cache_len, leaves, logits, cache, batch, lengths, arrays)
         del logits, cache
         running = np.ones(count, bool)
         for left in reversed(range(most)):
             if left and self.ahead:
-                upcoming, state = self._steps.decode(kind, leaves, state, token, knobs)
+                upcoming, state = self._steps.decode(flags, leaves, state, token, arrays)
             chosen = np.asarray(token)[:count]
             broken = np.flatnonzero(running & (chosen == NOT_FINITE))
             if broken.size:
@@ -183,7 +184,7 @@ class Engine:
             if not left or not running.any():
                 return
             if not self.ahead:
-                upcoming, state = self._steps.decode(kind, leaves, state, token, knobs)
+                upcoming, state = self._steps.decode(flags, leaves, state, token, arrays)
             token = upcoming
 
     def _not_finite(self, examples: Sequence[Example], token: int) -> UserError:

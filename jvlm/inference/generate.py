@@ -29,7 +29,7 @@ def engine_for(model: VLM, processor: Processor, layout: MeshLayout | None = Non
     """The model's engine with its present parameters; made once, so that nothing is compiled twice.
 
     Args:
-      layout: the devices to use, as `jvlm.inference.serving.layout` gives it; None is one device.
+      layout: the devices to use, as `jvlm.inference.sharding.layout` gives it; None is one device.
     """
     engine = _ENGINES.get(model)
     if engine is None or engine.processor is not processor or engine.layout != layout:
@@ -55,7 +55,7 @@ def generate(
       conversations: ms-swift rows; a final assistant turn is dropped, and answered anew.
       batch_size: conversations that run together.
       on_token: called with (index of the conversation, token id) as tokens arrive.
-      layout: the devices to use, as `jvlm.inference.serving.layout` gives it; None is one device.
+      layout: the devices to use, as `jvlm.inference.sharding.layout` gives it; None is one device.
       sampling: fields of `SamplingConfig`: max_new_tokens, temperature, top_k, top_p, ...
 
     Raises:
@@ -74,8 +74,8 @@ def generate(
     for start in range(0, len(conversations), batch_size * _WINDOW):
         window = conversations[start : start + batch_size * _WINDOW]
         examples = [encode_prompt(engine, row, Origin(row=start + i)) for i, row in enumerate(window)]
-        numbers = range(start, start + len(window))
-        done = complete(engine, examples, config, numbers=numbers, batch_size=batch_size, on_token=on_token)
+        request_ids = range(start, start + len(window))
+        done = complete(engine, examples, config, request_ids=request_ids, batch_size=batch_size, on_token=on_token)
         texts += [answer_text(processor, completion) for completion in done]
         for example, completion in zip(examples, done, strict=True):
             if note := cut_note(engine, example, len(completion.tokens), completion.stopped, config):
@@ -112,20 +112,20 @@ def complete(
     examples: Sequence[Example],
     sampling: SamplingConfig,
     *,
-    numbers: Sequence[int],
+    request_ids: Sequence[int],
     batch_size: int,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
     """Completions of prompts, in their order; prompts of like length run together.
 
-    ``numbers`` are the conversations' own, for random draws and ``on_token``.
+    ``request_ids`` are the conversations' own, for random draws and ``on_token``.
     """
     check_batch_size(batch_size)
     order = sorted(range(len(examples)), key=lambda i: (examples[i].length, examples[i].num_patches))
     done: dict[int, Completion] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        chosen = [numbers[i] for i in batch]
+        chosen = [request_ids[i] for i in batch]
         tokens: list[list[int]] = [[] for _ in batch]
         for step in engine.steps([examples[i] for i in batch], sampling, chosen):
             for row, token in enumerate(step):

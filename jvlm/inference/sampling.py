@@ -73,14 +73,14 @@ class SamplingConfig:
             raise UserError(f"sampling.{field} is {value!r}; it must be {wanted}")
 
     @property
-    def kind(self) -> Kind:
+    def flags(self) -> SamplingFlags:
         sampled = self.temperature > 0
         filtered = sampled and (self.top_k > 0 or self.top_p < 1)
-        return Kind(sampled, filtered, self.repetition_penalty != 1)
+        return SamplingFlags(sampled, filtered, self.repetition_penalty != 1)
 
 
-class Kind(NamedTuple):
-    """What must be compiled in: draw instead of taking the best, filter before drawing, penalise repetition."""
+class SamplingFlags(NamedTuple):
+    """Static flags of a compiled step: draw instead of taking the best, filter before drawing, penalise repetition."""
 
     sampled: bool
     filtered: bool
@@ -89,10 +89,10 @@ class Kind(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Knobs:
-    """The numbers of a `SamplingConfig` as arrays, so that changing one compiles nothing.
+class SamplingArrays:
+    """The values of a `SamplingConfig` as arrays, so that changing one compiles nothing.
 
-    ``numbers`` [B] is each row's conversation number, which makes its draws its own.
+    ``request_ids`` [B] is the id of each sequence's request, which makes its draws independent of the batch.
     """
 
     temperature: Float[Array, ""]
@@ -100,24 +100,24 @@ class Knobs:
     top_p: Float[Array, ""]
     repetition_penalty: Float[Array, ""]
     seed: UInt[Array, ""]
-    numbers: Int[Array, " B"]
+    request_ids: Int[Array, " B"]
 
     @classmethod
-    def of(cls, config: SamplingConfig, numbers: np.ndarray) -> Knobs:
+    def of(cls, config: SamplingConfig, request_ids: np.ndarray) -> SamplingArrays:
         return cls(
             temperature=jnp.float32(config.temperature),
             top_k=jnp.int32(config.top_k),
             top_p=jnp.float32(config.top_p),
             repetition_penalty=jnp.float32(config.repetition_penalty),
             seed=jnp.uint32(config.seed),
-            numbers=jnp.asarray(numbers, jnp.int32),
+            request_ids=jnp.asarray(request_ids, jnp.int32),
         )
 
 
 def sample(
     logits: Float[Array, "B V"],
-    kind: Kind,
-    knobs: Knobs,
+    flags: SamplingFlags,
+    arrays: SamplingArrays,
     step: Int[Array, ""],
     *,
     banned: Bool[Array | np.ndarray, " V"],
@@ -131,21 +131,21 @@ def sample(
       step: number of the token within its answer; with seed and row number it is the random key.
     """
     finite = jnp.isfinite(logits).all(axis=-1)
-    logits = adjust(logits, kind, knobs, banned=banned, seen=seen)
-    if kind.sampled:
+    logits = adjust(logits, flags, arrays, banned=banned, seen=seen)
+    if flags.sampled:
 
         def noise(number):
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(knobs.seed), number), step)
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(arrays.seed), number), step)
             return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
 
-        logits += jax.vmap(noise)(knobs.numbers)
+        logits += jax.vmap(noise)(arrays.request_ids)
     return jnp.where(finite, jnp.argmax(logits, axis=-1), NOT_FINITE).astype(jnp.int32)
 
 
 def adjust(
     logits: Float[Array, "B V"],
-    kind: Kind,
-    knobs: Knobs,
+    flags: SamplingFlags,
+    arrays: SamplingArrays,
     *,
     banned: Bool[Array | np.ndarray, " V"],
     seen: Bool[Array, "B V"] | None = None,
@@ -154,15 +154,15 @@ def adjust(
 
     Args:
       banned: tokens that are never chosen.
-      seen: tokens of prompt and answer so far; needed when ``kind.penalised``.
+      seen: tokens of prompt and answer so far; needed when ``flags.penalised``.
     """
     logits = jnp.where(banned, -jnp.inf, logits)
-    if kind.penalised:
-        logits = penalise_repetition(logits, seen, knobs.repetition_penalty)
-    if kind.sampled:
-        logits = logits / knobs.temperature
-    if kind.filtered:
-        logits = keep_top_p(keep_top_k(logits, knobs.top_k), knobs.top_p)
+    if flags.penalised:
+        logits = penalise_repetition(logits, seen, arrays.repetition_penalty)
+    if flags.sampled:
+        logits = logits / arrays.temperature
+    if flags.filtered:
+        logits = keep_top_p(keep_top_k(logits, arrays.top_k), arrays.top_p)
     return logits
 
 

@@ -7,9 +7,9 @@ import dataclasses
 from jvlm import families
 from jvlm.data import packing
 from jvlm.errors import UserError
-from jvlm.inference import program, serving
+from jvlm.inference import compiled, sharding
+from jvlm.inference.compiled import AbstractSteps, BatchShape
 from jvlm.inference.engine import LANES, PATCH_STEP, TOKEN_STEP
-from jvlm.inference.program import Program, Sizes
 from jvlm.models import vlm
 from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.layout import MeshLayout
@@ -31,25 +31,25 @@ def served(experiment: Experiment) -> Experiment:
         return experiment
     precision = dataclasses.replace(experiment.model.precision, param_dtype=DTYPE, remat="none")
     model = dataclasses.replace(experiment.model, precision=precision)
-    return dataclasses.replace(experiment, model=model, parallel=serving.Serving().parallel)
+    return dataclasses.replace(experiment, model=model, parallel=ParallelConfig(rules=sharding.RULES))
 
 
-def rounded(config: VLMConfig, rows: int, prompt: int, patches: int, places: int) -> Sizes:
+def rounded(config: VLMConfig, rows: int, prompt: int, patches: int, cache_len: int) -> BatchShape:
     """The bucket of shapes that the engine would compile for on a TPU. Raises UserError for a cache too short."""
-    if places < prompt:
-        raise UserError(f"--cache_len {places} does not hold a prompt of {prompt} tokens")
+    if cache_len < prompt:
+        raise UserError(f"--cache_len {cache_len} does not hold a prompt of {prompt} tokens")
     images = families.get(config.family).image_config.build(config)
     step = packing.patch_step(images.patch_group, PATCH_STEP)
-    return Sizes(
+    return BatchShape(
         rows,
         packing.bucket(prompt, TOKEN_STEP),
         packing.bucket(patches, step) if patches else 0,
-        packing.bucket(places, LANES),
+        packing.bucket(cache_len, LANES),
     )
 
 
 def plan(
-    config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: Sizes, step: StepKind, image: int
+    config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: BatchShape, step: StepKind, image: int
 ) -> Plan:
     """Compile a step of the engine, and bound its speed; images have ``image`` patches."""
     planned = prepare(config, asked, topology, sizes)
@@ -62,28 +62,34 @@ def plan(
     return Plan(topology, compiled, best, step, cache_growth)
 
 
-def prepare(config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: Sizes) -> Program:
+def prepare(config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: BatchShape) -> AbstractSteps:
     """The engine's program on a topology; on the mesh that the engine takes by itself, unless one is asked for."""
     devices = devices_of(topology)
-    return program.plan(config, MeshLayout.of(asked or serving.parallel(config, len(devices)), devices), sizes)
+    return compiled.abstract_steps(
+        config, MeshLayout.of(asked or sharding.default_mesh(config, len(devices)), devices), sizes
+    )
 
 
-def compile_prefill(planned: Program, topology: Topology) -> tuple[Compiled, Compiled]:
+def compile_prefill(planned: AbstractSteps, topology: Topology) -> tuple[Compiled, Compiled]:
     """The pass over the prompts, and the step after it that makes room for the answers in their cache.
 
     Both caches exist together for a moment. Parameters stay.
     """
-    parameters, batch, kept = (bytes_of(x) for x in (planned.leaves, planned.batch, planned.kept))
+    parameters, batch, prompt_cache = (bytes_of(x) for x in (planned.leaves, planned.batch, planned.prompt_cache))
     sizes, mesh = {"parameters": parameters, "batch": batch}, planned.layout.mesh
     taken = planned.config.encoder.branch_frequency()
-    first = measure(planned.lower_prefill, mesh, topology, branch_frequency=taken, new_results={"cache": kept}, **sizes)
+    first = measure(
+        planned.lower_prefill, mesh, topology, branch_frequency=taken, new_results={"cache": prompt_cache}, **sizes
+    )
     opened = {"cache": bytes_of(planned.decode_arguments()[0].cache)}
     idle = parameters + batch
-    then = measure(planned.lower_begin, mesh, topology, new_results=opened, resident=idle, cache=kept, **sizes)
+    then = measure(
+        planned.lower_first_token, mesh, topology, new_results=opened, resident=idle, cache=prompt_cache, **sizes
+    )
     return first, then
 
 
-def compile_decode(planned: Program, topology: Topology) -> Compiled:
+def compile_decode(planned: AbstractSteps, topology: Topology) -> Compiled:
     """One step for all rows. All parameters stay on the chips, the vision tower's too, which no such step reads."""
     state, token = planned.decode_arguments()
     parameters = bytes_of(planned.leaves)
@@ -94,18 +100,18 @@ def compile_decode(planned: Program, topology: Topology) -> Compiled:
         resident=parameters - bytes_of(planned.decoder_leaves),
         parameters=parameters,
         cache=bytes_of(state.cache),
-        batch=bytes_of((token, state.place, state.position, planned.knobs)),
+        batch=bytes_of((token, state.cache_index, state.position, planned.arrays)),
     )
 
 
 def roofline_of_prefill(
-    planned: Program, compiled: Compiled, cache_growth: Compiled, topology: Topology, image: int
+    planned: AbstractSteps, compiled: Compiled, cache_growth: Compiled, topology: Topology, image: int
 ) -> Roofline:
     """Return the roofline of full prompts with images of ``image`` patches, the growth of their cache included."""
     template, sizes = vlm.abstract(planned.config), planned.sizes
-    lengths = SegmentLengths(conversation=sizes.tokens, image=image)
-    counts = lengths.counts(template, sizes.rows, sizes.tokens, sizes.patches)
-    counts = dataclasses.replace(counts, targets=sizes.rows)  # the head sees the last token alone
+    lengths = SegmentLengths(conversation=sizes.prompt_len, image=image)
+    counts = lengths.counts(template, sizes.batch_size, sizes.prompt_len, sizes.max_patches)
+    counts = dataclasses.replace(counts, targets=sizes.batch_size)  # the head sees the last token alone
     kernels = sum(work.attention for work in flops.forward(template, counts).values())
     if topology.switched:
         kernels += flops.experts(template, counts.tokens)
@@ -113,10 +119,10 @@ def roofline_of_prefill(
     return assess(flops.inference(template, counts), kernels, counts.tokens, len(counts.images), both, topology)
 
 
-def roofline_of_decode(planned: Program, compiled: Compiled, topology: Topology) -> Roofline:
+def roofline_of_decode(planned: AbstractSteps, compiled: Compiled, topology: Topology) -> Roofline:
     """The roofline of a step with the whole cache filled."""
     template, sizes = vlm.abstract(planned.config), planned.sizes
-    parts, kernels = flops.decoding(template, sizes.rows, sizes.places)
+    parts, kernels = flops.decoding(template, sizes.batch_size, sizes.cache_len)
     if topology.switched:
-        kernels += flops.experts(template, sizes.rows)
-    return assess(parts, kernels, sizes.rows, 0, compiled, topology)
+        kernels += flops.experts(template, sizes.batch_size)
+    return assess(parts, kernels, sizes.batch_size, 0, compiled, topology)

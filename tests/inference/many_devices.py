@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jvlm.data.packing import Example
-from jvlm.inference import serving
+from jvlm.inference import sharding
 from jvlm.inference.engine import Engine
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.parallel.mesh import ParallelConfig
@@ -88,9 +88,9 @@ def run(model, fields: dict | None, kinds: list[str]) -> dict:
     """Logits after the prompts and tokens, on one device or a mesh; with how often steps were compiled."""
     layout = None
     if fields:
-        fields = {"data": 1, "rules": serving.RULES, **fields}
+        fields = {"data": 1, "rules": sharding.RULES, **fields}
         count = math.prod(fields.get(axis, 1) for axis in AXES)
-        layout = serving.layout(model.config, ParallelConfig(**fields), jax.devices()[:count])
+        layout = sharding.inference_layout(model.config, ParallelConfig(**fields), jax.devices()[:count])
     engine, logits = Engine(model, processor(model.config), layout), []
     prefill = engine._steps.prefill
 

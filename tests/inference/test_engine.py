@@ -7,7 +7,7 @@ from flax import nnx
 
 from jvlm.data import packing
 from jvlm.inference.engine import TOKEN_STEP, Engine
-from jvlm.inference.sampling import Knobs, SamplingConfig
+from jvlm.inference.sampling import SamplingArrays, SamplingConfig
 from tests.inference.support import prompt
 from tests.support import picture
 
@@ -90,17 +90,19 @@ def test_parameters_released_are_taken_again_by_update_and_compile_nothing(tiny,
 def test_a_decode_step_copies_neither_the_cache_nor_a_weight(tiny, shared_engine, rows, settings):
     config = SamplingConfig(max_new_tokens=2000, **settings)
     batch, lengths = shared_engine._batch([encode(tiny, "what is the answer?")] * rows, rows)
-    knobs = Knobs.of(config, np.arange(rows))
-    places = packing.bucket(int(lengths.max()) + config.max_new_tokens, TOKEN_STEP)
+    arrays = SamplingArrays.of(config, np.arange(rows))
+    cache_len = packing.bucket(int(lengths.max()) + config.max_new_tokens, TOKEN_STEP)
     logits, cache = shared_engine._steps.prefill(shared_engine._leaves, batch, lengths)
     leaves = shared_engine._decoder_leaves
-    token, state = shared_engine._steps.begin(config.kind, places, leaves, logits, cache, batch, lengths, knobs)
-    lowered = shared_engine._steps.decode.lower(config.kind, leaves, state, token, knobs)
+    token, state = shared_engine._steps.first_token(
+        config.flags, cache_len, leaves, logits, cache, batch, lengths, arrays
+    )
+    lowered = shared_engine._steps.decode.lower(config.flags, leaves, state, token, arrays)
     memory = lowered.compile().memory_analysis()
     keys = state.cache[0][0].nbytes
     assert memory.alias_size_in_bytes >= 2 * keys * len(state.cache)
     # attention scores of the new token are the largest thing that a step may make
-    scores = 4 * rows * tiny.config["num_attention_heads"] * places
+    scores = 4 * rows * tiny.config["num_attention_heads"] * cache_len
     largest_weight = 4 * tiny.config["hidden_size"] * tiny.config["intermediate_size"]
     assert memory.temp_size_in_bytes < 2 * scores + largest_weight
     assert memory.temp_size_in_bytes < keys

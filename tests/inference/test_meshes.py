@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 import jvlm
 from jvlm import families
 from jvlm.errors import UserError
-from jvlm.inference import serving
+from jvlm.inference import sharding
 from jvlm.parallel import rules
 from jvlm.parallel.layout import MeshLayout
 from tests.inference.support import prompt
@@ -52,7 +52,7 @@ def test_the_state_stays_in_its_place_from_step_to_step(found):
         assert line["compilations"] == {"prefill": 1, "decode": 1}, line
 
 
-def _layout(table=serving.RULES, **sizes):
+def _layout(table=sharding.RULES, **sizes):
     shape = tuple(sizes.get(axis, 1) for axis in rules.AXES)
     mesh = AbstractMesh(shape, rules.AXES, axis_types=(AxisType.Auto,) * len(shape))
     return MeshLayout(mesh, rules.table(table))
@@ -70,17 +70,17 @@ def _layout(table=serving.RULES, **sizes):
 )
 def test_a_mesh_that_cannot_generate_is_refused_with_what_to_change(layout, said):
     with pytest.raises(UserError, match=said):
-        serving.checked(layout, models.qwen2_5_vl())
+        sharding.check_layout(layout, models.qwen2_5_vl())
 
 
 @pytest.mark.parametrize(
     ("name", "devices", "tensor"), [("mimo_vl_7b", 8, 8), ("qwen2_5_vl_3b", 8, 2), ("idefics2_8b", 8, 4)]
 )
 def test_the_mesh_that_nobody_asked_for_gives_each_device_key_heads_of_its_own(name, devices, tensor):
-    found = serving.parallel(families.preset(name), devices)
+    found = sharding.default_mesh(families.preset(name), devices)
     assert found.sizes(devices) == {"data": devices // tensor, "fsdp": 1, "expert": 1, "context": 1, "tensor": tensor}
-    assert serving.parallel(families.preset(name), 1).sizes(1)["tensor"] == 1
-    assert serving.parallel(families.preset(name), 3).sizes(3) == {**found.sizes(devices), "data": 3, "tensor": 1}
+    assert sharding.default_mesh(families.preset(name), 1).sizes(1)["tensor"] == 1
+    assert sharding.default_mesh(families.preset(name), 3).sizes(3) == {**found.sizes(devices), "data": 3, "tensor": 1}
 
 
 def test_the_command_line_generates_on_all_devices_and_on_those_asked_for(tiny):

@@ -14,7 +14,7 @@ from jvlm.inference.batch_file import generate_file
 from jvlm.inference.chat import chat
 from jvlm.inference.engine import Engine
 from jvlm.inference.generate import stream
-from jvlm.inference.sampling import NOT_FINITE, Knobs, SamplingConfig, sample
+from jvlm.inference.sampling import NOT_FINITE, SamplingArrays, SamplingConfig, sample
 from jvlm.models import vlm
 from tests import support
 from tests.inference.support import prompt
@@ -113,7 +113,7 @@ def test_one_score_that_is_not_finite_is_enough_and_other_rows_keep_their_token(
     logits = np.tile(np.arange(8, dtype=np.float32), (3, 1))
     logits[1, 2] = value
     config = SamplingConfig(**settings)
-    knobs = Knobs.of(config, np.arange(3))
-    found = np.asarray(sample(logits, config.kind, knobs, jnp.int32(0), banned=np.zeros(8, bool)))
+    arrays = SamplingArrays.of(config, np.arange(3))
+    found = np.asarray(sample(logits, config.flags, arrays, jnp.int32(0), banned=np.zeros(8, bool)))
     assert found[1] == NOT_FINITE
     assert (found[[0, 2]] >= 0).all()

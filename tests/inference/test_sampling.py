@@ -15,7 +15,7 @@ from transformers import (
 
 from jvlm.errors import UserError
 from jvlm.inference import sampling
-from jvlm.inference.sampling import Knobs, SamplingConfig
+from jvlm.inference.sampling import SamplingArrays, SamplingConfig
 
 B, V = 3, 400
 NONE_BANNED = np.zeros(V, bool)
@@ -33,8 +33,8 @@ def adjusted(logits, prompt=None, **config):
         seen = np.zeros(logits.shape, bool)
         np.put_along_axis(seen, prompt, True, axis=1)
         seen = jnp.asarray(seen)
-    knobs = Knobs.of(config, np.arange(len(logits)))
-    return np.asarray(sampling.adjust(jnp.asarray(logits), config.kind, knobs, banned=NONE_BANNED, seen=seen))
+    arrays = SamplingArrays.of(config, np.arange(len(logits)))
+    return np.asarray(sampling.adjust(jnp.asarray(logits), config.flags, arrays, banned=NONE_BANNED, seen=seen))
 
 
 def processed(logits, *processors, prompt=None):
@@ -80,10 +80,10 @@ def test_top_k_keeps_ties_with_the_last_one_kept_as_transformers_does():
     np.testing.assert_array_equal(adjusted(tied, temperature=1.0, top_k=2), processed(tied, TopKLogitsWarper(2)))
 
 
-def draw(logits, numbers, step=0, banned=NONE_BANNED, **config):
+def draw(logits, request_ids, step=0, banned=NONE_BANNED, **config):
     config = SamplingConfig(**({"temperature": 1.0} | config))
-    knobs = Knobs.of(config, np.asarray(numbers))
-    return np.asarray(sampling.sample(jnp.asarray(logits), config.kind, knobs, jnp.int32(step), banned=banned))
+    arrays = SamplingArrays.of(config, np.asarray(request_ids))
+    return np.asarray(sampling.sample(jnp.asarray(logits), config.flags, arrays, jnp.int32(step), banned=banned))
 
 
 def test_draws_follow_the_probabilities():

@@ -26,7 +26,7 @@ def _tokens(tiny, monkeypatch, generation):
     monkeypatch.setattr(tiny.processor, "generation", generation)
     engine = Engine(tiny.model, tiny.processor)
     example = tiny.processor.encode(ROW, generation_prompt=True)
-    (found,) = complete(engine, [example], SamplingConfig(max_new_tokens=NEW), numbers=[0], batch_size=1)
+    (found,) = complete(engine, [example], SamplingConfig(max_new_tokens=NEW), request_ids=[0], batch_size=1)
     return list(found.tokens)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 
-from jvlm.inference.program import Sizes
+from jvlm.inference.compiled import BatchShape
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.layers import Precision
@@ -13,7 +13,7 @@ from jvlm.planning import generation
 from jvlm.planning.chips import Topology
 from tests.parallel import models
 
-SIZES = Sizes(rows=32, tokens=16, patches=0, places=16384)
+SIZES = BatchShape(batch_size=32, prompt_len=16, max_patches=0, cache_len=16384)
 DECODER = TransformerConfig(
     vocab_size=4096, hidden_size=1024, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=128, intermediate_size=2048
 )

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jvlm_kernels import grouped_matmul
 
-from jvlm.inference.program import Sizes
+from jvlm.inference.compiled import BatchShape
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
 from jvlm.parallel.mesh import ParallelConfig, make_mesh
@@ -92,7 +92,10 @@ def products() -> int:
     """Matrix products in a step of decoding with two layers."""
     precision = Precision(param_dtype="bfloat16", compute_dtype="bfloat16")
     config = dataclasses.replace(models.qwen2_5_vl(), decoder=planned_generation.DECODER, precision=precision)
-    asked, sizes = ParallelConfig(tensor=8, rules="serving"), Sizes(rows=32, tokens=16, patches=0, places=128)
+    asked, sizes = (
+        ParallelConfig(tensor=8, rules="serving"),
+        BatchShape(batch_size=32, prompt_len=16, max_patches=0, cache_len=128),
+    )
     planned = generation.prepare(config, asked, Topology.parse("h200:8"), sizes)
     return planned.lower_decode(*planned.decode_arguments()).compile().as_text().count(" dot(")
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jvlm.errors import UserError
-from jvlm.inference.sampling import Knobs
+from jvlm.inference.sampling import SamplingArrays
 from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import TOWERS, VLM, VLMConfig
@@ -19,35 +19,33 @@ from jvlm.parallel.mesh import ParallelConfig
 RULES = "serving"
 
 
-@dataclasses.dataclass(frozen=True)
-class Serving:
-    """What a command line can say of a generating model's devices."""
+def default_mesh(config: VLMConfig, devices: int) -> ParallelConfig:
+    """Return the mesh of a number of devices when none is asked for: heads over as many as divide them, sequences over
+    the rest.
 
-    parallel: ParallelConfig = ParallelConfig(rules=RULES)
-
-
-def parallel(config: VLMConfig, devices: int) -> ParallelConfig:
-    """The mesh for so many devices when none is asked for: heads over as many as divide them, rows over the rest.
-
-    Each device then keeps key heads of its own. More of ``tensor`` than there are key heads stores some of them twice,
-    for parameters that fit no other way: to be asked for.
+    No key head is then stored twice. A ``tensor`` axis larger than the number of key heads stores some of them more
+    than once, for parameters that fit no other way; it has to be asked for.
     """
     sizes = [size for size in range(1, devices + 1) if devices % size == 0 and not _problem(config, size)]
     own = [size for size in sizes if all(count % size == 0 for _, count in _heads(config))]
     return ParallelConfig(data=-1, tensor=max(own), rules=RULES)
 
 
-def layout(
+def inference_layout(
     config: VLMConfig, asked: ParallelConfig | None = None, devices: Sequence[jax.Device] | None = None
 ) -> MeshLayout | None:
-    """The layout of a model over devices (None: all); None for one device. ``asked`` is `parallel`'s unless given."""
+    """Return the layout of a model over devices (None: all), or None for one device.
+
+    Args:
+      asked: the mesh; `default_mesh` without one.
+    """
     devices = jax.devices() if devices is None else devices
-    found = MeshLayout.of(asked or parallel(config, len(devices)), devices)
-    return checked(found, config)
+    found = MeshLayout.of(asked or default_mesh(config, len(devices)), devices)
+    return check_layout(found, config)
 
 
-def checked(layout: MeshLayout | None, config: VLMConfig) -> MeshLayout | None:
-    """A layout that can generate with a model; None for one device.
+def check_layout(layout: MeshLayout | None, config: VLMConfig) -> MeshLayout | None:
+    """Return the layout if it can generate with a model; None for one device.
 
     Raises:
       UserError: a mesh axis that nothing would use, or heads that do not divide.
@@ -60,8 +58,8 @@ def checked(layout: MeshLayout | None, config: VLMConfig) -> MeshLayout | None:
     if split or idle:
         names = idle or sorted({name for axis in split for name in layout.mesh_axes(axis)})
         raise UserError(
-            f"parallel.{names[0]} = {layout.mesh.shape[names[0]]}: a step of generation has one token a row, so tokens "
-            f"and patches are not split; give these devices to data or tensor, with parallel.rules {RULES}"
+            f"parallel.{names[0]} = {layout.mesh.shape[names[0]]}: a decoding step has one token of each sequence, so "
+            f"tokens and patches are not split; give these devices to data or tensor, with parallel.rules {RULES}"
         )
     problem = _problem(config, layout.num_shards(layout.mesh_axes("heads")))
     if problem:
@@ -69,8 +67,8 @@ def checked(layout: MeshLayout | None, config: VLMConfig) -> MeshLayout | None:
     return layout
 
 
-def place(model: VLM, layout: MeshLayout) -> VLM:
-    """The model with its parameters where they will be used; those that are there already are not copied.
+def shard_params(model: VLM, layout: MeshLayout) -> VLM:
+    """Return the model with its parameters sharded for generation; those that are so already are not copied.
 
     Raises:
       UserError: devices of other processes: generation has one.
@@ -83,19 +81,19 @@ def place(model: VLM, layout: MeshLayout) -> VLM:
     return vlm.bind(model, values)
 
 
-def place_batch(
-    layout: MeshLayout, batch: PackedBatch, lengths: np.ndarray, knobs: Knobs
-) -> tuple[PackedBatch, jax.Array, Knobs]:
-    """Prompts on the devices that have their rows."""
-    places = knob_places(layout, knobs)
-    values = (batch, lengths, knobs)
-    return jax.device_put(values, (layout.batch(batch), places.numbers, places))
+def shard_batch(
+    layout: MeshLayout, batch: PackedBatch, lengths: np.ndarray, arrays: SamplingArrays
+) -> tuple[PackedBatch, jax.Array, SamplingArrays]:
+    """Return prompts on the devices of their sequences."""
+    shardings = sampling_shardings(layout, arrays)
+    values = (batch, lengths, arrays)
+    return jax.device_put(values, (layout.batch(batch), shardings.request_ids, shardings))
 
 
-def knob_places(layout: MeshLayout, knobs: Knobs) -> Knobs:
-    """Shardings: each row's number with the row, the others everywhere."""
-    whole = jax.tree.map(lambda _: layout.replicated(), knobs)
-    return dataclasses.replace(whole, numbers=layout.sharding(("batch",), knobs.numbers.shape))
+def sampling_shardings(layout: MeshLayout, arrays: SamplingArrays) -> SamplingArrays:
+    """Return the shardings of sampling arrays: request ids over the batch axis, the others replicated."""
+    whole = jax.tree.map(lambda _: layout.replicated(), arrays)
+    return dataclasses.replace(whole, request_ids=layout.sharding(("batch",), arrays.request_ids.shape))
 
 
 def _heads(config: VLMConfig) -> list[tuple[str, int]]:

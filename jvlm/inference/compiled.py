@@ -1,8 +1,8 @@
-"""The steps of generation as programs: what is compiled, and the shape and place of all that it touches.
+"""The compiled steps of generation, and the shape and sharding of their arguments.
 
 The engine runs them; a planner compiles the same ones for devices that are described and not present.
 
-Axes: B rows, S tokens of the longest prompt (rounded up), P patches, T places of the cache, V vocabulary.
+Axes: B rows, S tokens of the longest prompt (rounded up), P patches, T positions of the cache, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from jvlm.data.packing import assemble
-from jvlm.inference import serving
-from jvlm.inference.sampling import Kind, Knobs, SamplingConfig, sample
+from jvlm.inference import sharding
+from jvlm.inference.sampling import SamplingArrays, SamplingConfig, SamplingFlags, sample
 from jvlm.inference.weights import decoding_state
 from jvlm.models import device_ops, vlm
 from jvlm.models.batch import DecodeStep, PackedBatch
@@ -41,34 +41,36 @@ class DecodeState:
 
     Attributes:
       cache: that of the decoder, for each layer arrays [B, ...] say.
-      place: place in the cache of the token that comes next.
+      cache_index: index in the cache of the token that comes next.
       position: its rotary position, the same on all axes.
       step: number of tokens chosen so far.
       seen: tokens of prompt and answer, kept only when repetition is penalised.
     """
 
     cache: Any
-    place: Int[Array, " B"]
+    cache_index: Int[Array, " B"]
     position: Int[Array, " B"]
     step: Int[Array, ""]
     seen: Bool[Array, "B V"] | None
 
-    def by_rows(self) -> DecodeState:
-        """Each device has what belongs to its rows. The cache is in its place already."""
-        place, position = (device_ops.current().constrain(x, ("batch",)) for x in (self.place, self.position))
+    def constrained(self) -> DecodeState:
+        """Return the state with sequences over the batch axis. The cache is sharded already."""
+        cache_index, position = (
+            device_ops.current().constrain(x, ("batch",)) for x in (self.cache_index, self.position)
+        )
         seen = None if self.seen is None else device_ops.current().constrain(self.seen, ("batch", None))
-        return DecodeState(self.cache, place, position, self.step, seen)
+        return DecodeState(self.cache, cache_index, position, self.step, seen)
 
 
 @dataclasses.dataclass(frozen=True)
-class Structure:
+class ModuleDef:
     """A module without its arrays: what a compiled step is made for."""
 
     graph: nnx.GraphDef
     tree: Any
 
     @classmethod
-    def of(cls, module: nnx.Module, state: nnx.State) -> tuple[Structure, list[Any]]:
+    def of(cls, module: nnx.Module, state: nnx.State) -> tuple[ModuleDef, list[Any]]:
         """(structure, leaves) of a module with its state, or one that holds the same in another form."""
         leaves, tree = jax.tree.flatten(state)
         return cls(nnx.split(module)[0], tree), leaves
@@ -78,7 +80,7 @@ class Structure:
         return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))
 
 
-class Steps:
+class CompiledSteps:
     """Compiled steps of a model; its parameters are arguments, as the leaves of two structures.
 
     Args:
@@ -87,14 +89,15 @@ class Steps:
     Attributes:
       prefill: ``(model leaves, batch, lengths) -> (logits after each prompt's last token, cache)``, the cache of the
         prompt as [layers, B, S, ...].
-      begin: ``(kind, places, decoder leaves, logits, cache, batch, lengths, knobs) -> (first token, state)``.
-      decode: ``(kind, decoder leaves, state, token, knobs) -> (next token, state)``. The state is donated.
+      first_token: ``(flags, cache_len, decoder leaves, logits, cache, batch, lengths, arrays) -> (first token,
+        state)``.
+      decode: ``(flags, decoder leaves, state, token, arrays) -> (next token, state)``. The state is donated.
     """
 
     def __init__(
         self,
-        model: Structure,
-        decoder: Structure,
+        model: ModuleDef,
+        decoder: ModuleDef,
         banned: np.ndarray,
         layout: MeshLayout | None,
         banned_first: np.ndarray | None = None,
@@ -103,7 +106,7 @@ class Steps:
         self.banned_first = banned if banned_first is None else banned_first
         self._ops = ShardedOps(layout) if layout is not None else None
         self.prefill = jax.jit(self._prefill)
-        self.begin = jax.jit(self._begin, static_argnums=(0, 1))
+        self.first_token = jax.jit(self._first_token, static_argnums=(0, 1))
         self.decode = jax.jit(self._decode, static_argnums=0, donate_argnums=2, compiler_options=_DECODING)
 
     def _prefill(self, leaves, batch: PackedBatch, lengths):
@@ -113,88 +116,100 @@ class Steps:
             last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
             return model.decoder.logits(last), cache
 
-    def _begin(self, kind: Kind, places: int, leaves, logits, cache, batch: PackedBatch, lengths, knobs: Knobs):
+    def _first_token(
+        self,
+        flags: SamplingFlags,
+        cache_len: int,
+        leaves,
+        logits,
+        cache,
+        batch: PackedBatch,
+        lengths,
+        arrays: SamplingArrays,
+    ):
         seen = None
-        if kind.penalised:
+        if flags.penalised:
             tokens = jnp.where(batch.segment_ids > 0, batch.tokens, logits.shape[1])
             rows = jnp.arange(len(tokens))[:, None]
             seen = jnp.zeros(logits.shape, bool).at[rows, tokens].set(True, mode="drop")
-        token = sample(logits, kind, knobs, jnp.int32(0), banned=self.banned_first, seen=seen)
+        token = sample(logits, flags, arrays, jnp.int32(0), banned=self.banned_first, seen=seen)
         with device_ops.use(self._ops):
-            cache = self.decoder.bind(leaves).init_cache(cache, places)
+            cache = self.decoder.bind(leaves).init_cache(cache, cache_len)
             state = DecodeState(cache, lengths, batch.positions.max((1, 2)) + 1, jnp.int32(1), seen)
-            return device_ops.current().constrain(token, ("batch",)), state.by_rows()
+            return device_ops.current().constrain(token, ("batch",)), state.constrained()
 
-    def _decode(self, kind: Kind, leaves, state: DecodeState, token, knobs: Knobs):
+    def _decode(self, flags: SamplingFlags, leaves, state: DecodeState, token, arrays: SamplingArrays):
         B = len(token)
         with device_ops.use(self._ops):
             decoder = self.decoder.bind(leaves)
             positions = jnp.broadcast_to(state.position[:, None, None], (B, 1, 3))
             inputs = DecoderInputs(decoder.embed(token[:, None]), positions, jnp.ones((B, 1), jnp.int32))
-            hidden, cache, _ = decoder(inputs, cache=state.cache, step=DecodeStep(state.place))
+            hidden, cache, _ = decoder(inputs, cache=state.cache, step=DecodeStep(state.cache_index))
             seen = None if state.seen is None else state.seen.at[jnp.arange(B), token].set(True)
             logits = decoder.logits(hidden[:, 0])
-            chosen = sample(logits, kind, knobs, state.step, banned=self.banned, seen=seen)
-            after = DecodeState(cache, state.place + 1, state.position + 1, state.step + 1, seen)
-            return device_ops.current().constrain(chosen, ("batch",)), after.by_rows()
+            chosen = sample(logits, flags, arrays, state.step, banned=self.banned, seen=seen)
+            after = DecodeState(cache, state.cache_index + 1, state.position + 1, state.step + 1, seen)
+            return device_ops.current().constrain(chosen, ("batch",)), after.constrained()
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Of one bucket of shapes: rows, tokens of a prompt, patches of a row, places of the cache."""
+class BatchShape:
+    """Shapes of one compilation: sequences, tokens of a prompt, patches of a prompt, positions of the cache."""
 
-    rows: int
-    tokens: int
-    patches: int
-    places: int
+    batch_size: int
+    prompt_len: int
+    max_patches: int
+    cache_len: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class AbstractSteps:
     """The steps for one bucket, and abstract values with shardings for their arguments.
 
     Attributes:
-      leaves, decoder_leaves: parameters as `prefill`, and as `begin` and `decode`, take them.
-      logits, kept: what `prefill` gives: scores, and the cache of the prompt.
+      leaves, decoder_leaves: parameters as `prefill`, and as `first_token` and `decode`, take them.
+      logits, prompt_cache: what `prefill` gives: scores, and the cache of the prompt.
     """
 
     config: VLMConfig
     layout: MeshLayout
-    steps: Steps
-    sizes: Sizes
-    kind: Kind
+    steps: CompiledSteps
+    sizes: BatchShape
+    flags: SamplingFlags
     leaves: list[jax.ShapeDtypeStruct]
     decoder_leaves: list[jax.ShapeDtypeStruct]
     batch: PackedBatch
     lengths: jax.ShapeDtypeStruct
-    knobs: Knobs
+    arrays: SamplingArrays
     logits: jax.ShapeDtypeStruct
-    kept: Any
+    prompt_cache: Any
 
     def lower_prefill(self) -> jax.stages.Lowered:
         """The pass over the prompts, lowered from shapes."""
         return self.steps.prefill.lower(self.leaves, self.batch, self.lengths)
 
-    def lower_begin(self) -> jax.stages.Lowered:
-        """The step from a prompt's cache to one of all places, lowered from shapes."""
-        return self.steps.begin.lower(self.kind, self.sizes.places, *self._after_prefill)
+    def lower_first_token(self) -> jax.stages.Lowered:
+        """Return the step that samples the first token and makes the cache of all positions, lowered from shapes."""
+        return self.steps.first_token.lower(self.flags, self.sizes.cache_len, *self._after_prefill)
 
     @property
     def _after_prefill(self) -> tuple:
-        return self.decoder_leaves, self.logits, self.kept, self.batch, self.lengths, self.knobs
+        return self.decoder_leaves, self.logits, self.prompt_cache, self.batch, self.lengths, self.arrays
 
     def decode_arguments(self) -> tuple[DecodeState, jax.ShapeDtypeStruct]:
-        """(state, token) before a step, where the compiled `begin` leaves them."""
-        begin = self.lower_begin()
-        token, state = jax.tree.map(_at, begin.out_info, begin.compile().output_shardings)
+        """(state, token) before a step, where the compiled `first_token` leaves them."""
+        lowered = self.lower_first_token()
+        token, state = jax.tree.map(_at, lowered.out_info, lowered.compile().output_shardings)
         return state, token
 
     def lower_decode(self, state: DecodeState, token: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
         """A step of decoding, lowered from shapes."""
-        return self.steps.decode.lower(self.kind, self.decoder_leaves, state, token, self.knobs)
+        return self.steps.decode.lower(self.flags, self.decoder_leaves, state, token, self.arrays)
 
 
-def plan(config: VLMConfig, layout: MeshLayout, sizes: Sizes, sampling: SamplingConfig = SamplingConfig()) -> Program:
+def abstract_steps(
+    config: VLMConfig, layout: MeshLayout, sizes: BatchShape, sampling: SamplingConfig = SamplingConfig()
+) -> AbstractSteps:
     """The program of a model on a layout, whose devices may be described and not present.
 
     Raises:
@@ -203,35 +218,35 @@ def plan(config: VLMConfig, layout: MeshLayout, sizes: Sizes, sampling: Sampling
     template = vlm.abstract(config)
     placed = {p: _at(v.get_value(), layout.parameter(p, v)) for p, v in vlm.parameters(template).items()}
     model = vlm.bind(template, placed)
-    whole, leaves = Structure.of(model, nnx.state(model))
-    decoder, decoder_leaves = Structure.of(model.decoder, decoding_state(model.decoder))
+    whole, leaves = ModuleDef.of(model, nnx.state(model))
+    decoder, decoder_leaves = ModuleDef.of(model.decoder, decoding_state(model.decoder))
     banned = np.zeros(config.decoder.vocab_size, bool)  # which ones changes nothing that is compiled
-    steps = Steps(whole, decoder, banned, serving.checked(layout, config))
-    row = assemble([[]], sizes.tokens, sizes.patches, patch_values=config.encoder.patch_values)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((sizes.rows, *x.shape[1:]), x.dtype), row)
+    steps = CompiledSteps(whole, decoder, banned, sharding.check_layout(layout, config))
+    row = assemble([[]], sizes.prompt_len, sizes.max_patches, patch_values=config.encoder.patch_values)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((sizes.batch_size, *x.shape[1:]), x.dtype), row)
     batch = jax.tree.map(_at, batch, layout.batch(batch))
-    knobs = jax.eval_shape(lambda: Knobs.of(sampling, np.zeros(sizes.rows, np.int32)))
-    places = serving.knob_places(layout, knobs)
-    lengths = _at(jax.ShapeDtypeStruct((sizes.rows,), jnp.int32), places.numbers)
-    logits, kept = jax.eval_shape(steps.prefill, leaves, batch, lengths)
+    arrays = jax.eval_shape(lambda: SamplingArrays.of(sampling, np.zeros(sizes.batch_size, np.int32)))
+    shardings = sharding.sampling_shardings(layout, arrays)
+    lengths = _at(jax.ShapeDtypeStruct((sizes.batch_size,), jnp.int32), shardings.request_ids)
+    logits, prompt_cache = jax.eval_shape(steps.prefill, leaves, batch, lengths)
     rows, heads = layout.mesh_axes("batch"), layout.mesh_axes("heads")
     specs = {
         5: PartitionSpec(None, rows, None, heads),
         3: PartitionSpec(None, rows),
     }  # as `ShardedOps.expand_kv_heads` leaves them
-    return Program(
+    return AbstractSteps(
         config=config,
         layout=layout,
         steps=steps,
         sizes=sizes,
-        kind=sampling.kind,
+        flags=sampling.flags,
         leaves=leaves,
         decoder_leaves=decoder_leaves,
         batch=batch,
         lengths=lengths,
-        knobs=jax.tree.map(_at, knobs, places),
+        arrays=jax.tree.map(_at, arrays, shardings),
         logits=_at(logits, layout.sharding(("batch", "vocab"), logits.shape)),
-        kept=jax.tree.map(lambda x: _at(x, NamedSharding(layout.mesh, specs[x.ndim])), kept),
+        prompt_cache=jax.tree.map(lambda x: _at(x, NamedSharding(layout.mesh, specs[x.ndim])), prompt_cache),
     )
 
 
