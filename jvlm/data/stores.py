@@ -15,13 +15,13 @@ from pathlib import Path
 from etils import epath
 
 from jvlm.errors import UserError
+from jvlm.units import GIB
 
 COPIES = Path("copies")
 # what etils reaches a store through, unless TensorFlow is installed
 _THROUGH = {"gs": ("gcsfs", "jvlm[gcs]"), "s3": ("s3fs", "s3fs")}
 # kinds of weights that are not read; every other file of a model's folder is copied
 _OTHER_WEIGHTS = (".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
-GIB = 2**30
 
 
 def is_remote(place: str | os.PathLike) -> bool:

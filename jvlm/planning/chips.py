@@ -7,10 +7,10 @@ import math
 import re
 
 from jvlm.errors import UserError
+from jvlm.hardware import PEAK_FLOPS
+from jvlm.units import GIB
 
 from .gpus import GPUS
-
-GB, GIB = 1e9, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,31 +33,31 @@ class Chip:
     dcn: float
 
 
-# FLOP/s, memory and its bandwidth: https://cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. Links, one way, as those
+# Memory and its bandwidth: https://cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. Links, one way, as those
 # pages' "ICI bandwidth per chip" over links and directions, where it agrees with what is measured in "How to Scale
 # Your Model", chapter 2 (https://jax-ml.github.io/scaling-book/tpus), which is the lower and is taken. Data-centre
 # network: the same chapter's 6.25e9 for v5p; 2 cards of 100 Gbit/s for 8 chips of v5e, 4 of 200 Gbit/s for 8 of v6e.
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1.2e12, 45e9, 3, 6.25e9),
-    "v5e": Chip(197e12, 16 * GIB, 0.81e12, 45e9, 2, 3.125e9),
-    "v5p": Chip(459e12, 95 * GIB, 2.76e12, 90e9, 3, 6.25e9),
-    "v6e": Chip(918e12, 32 * GIB, 1.6e12, 90e9, 2, 12.5e9),
-    "tpu7x": Chip(2307e12, 192 * GIB, 7.37e12, 90e9, 3, 12.5e9),
+    "v4": Chip(PEAK_FLOPS["v4"], 32 * GIB, 1.2e12, 45e9, 3, 6.25e9),
+    "v5e": Chip(PEAK_FLOPS["v5e"], 16 * GIB, 0.81e12, 45e9, 2, 3.125e9),
+    "v5p": Chip(PEAK_FLOPS["v5p"], 95 * GIB, 2.76e12, 90e9, 3, 6.25e9),
+    "v6e": Chip(PEAK_FLOPS["v6e"], 32 * GIB, 1.6e12, 90e9, 2, 12.5e9),
+    "tpu7x": Chip(PEAK_FLOPS["tpu7x"], 192 * GIB, 7.37e12, 90e9, 3, 12.5e9),
 }
 
 
-def _gpu(name: str, flops: float, link: float, dcn: float) -> Chip:
-    return Chip(flops, GPUS[name].memory, GPUS[name].bandwidth, link, 0, dcn)
+def _gpu(name: str, link: float, dcn: float) -> Chip:
+    return Chip(PEAK_FLOPS[name], GPUS[name].memory, GPUS[name].bandwidth, link, 0, dcn)
 
 
-# FLOP/s (half of what is given for sparse matrices) and NVLink (half of both ways): NVIDIA's data sheets of A100, H100,
-# H200 (SXM) and DGX B200. Data-centre network: that of NVIDIA's own DGX machines, a card for each GPU, of 200 Gbit/s in
-# the first and 400 in the others. Rented machines have less, some a quarter: --network says how much.
+# NVLink (half of both ways): NVIDIA's data sheets of A100, H100, H200 (SXM) and DGX B200. Data-centre network: that of
+# NVIDIA's own DGX machines, a card for each GPU, of 200 Gbit/s in the first and 400 in the others. Rented machines have
+# less, some a quarter: --network says how much.
 CHIPS |= {
-    "a100": _gpu("a100", 312e12, 300e9, 25e9),
-    "h100": _gpu("h100", 989e12, 450e9, 50e9),
-    "h200": _gpu("h200", 989e12, 450e9, 50e9),
-    "b200": _gpu("b200", 2250e12, 900e9, 50e9),
+    "a100": _gpu("a100", 300e9, 25e9),
+    "h100": _gpu("h100", 450e9, 50e9),
+    "h200": _gpu("h200", 450e9, 50e9),
+    "b200": _gpu("b200", 900e9, 50e9),
 }
 
 

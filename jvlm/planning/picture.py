@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .chips import GIB
+from jvlm.units import GIB
+
 from .measure import Compiled
 
 COLOURS = {

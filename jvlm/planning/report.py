@@ -6,8 +6,9 @@ import dataclasses
 from typing import Literal
 
 from jvlm.training.config import Experiment
+from jvlm.units import GIB
 
-from .chips import GIB, Topology
+from .chips import Topology
 from .measure import Compiled
 from .roofline import Roofline
 

@@ -11,8 +11,9 @@ from jvlm.errors import UserError
 from jvlm.parallel import rules
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment
+from jvlm.units import GIB
 
-from .chips import GIB, smaller
+from .chips import smaller
 
 REMAT = ("none", "dots", "attention", "full")
 TABLES = ("standard", "store_over_context", "replicated")  # those for training

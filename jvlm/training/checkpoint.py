@@ -28,11 +28,11 @@ from jvlm.errors import UserError
 from jvlm.parallel import hosts
 from jvlm.training.config import CheckpointConfig
 from jvlm.training.state import TrainState
+from jvlm.units import GIB
 from jvlm.weights.fingerprints import fingerprints
 from jvlm.weights.run_dir import CHECKPOINTS, by_itself, cause, lies_elsewhere
 
 DAMAGED = "damaged"
-GIB = 2**30
 T = TypeVar("T")
 
 

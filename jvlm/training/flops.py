@@ -20,30 +20,6 @@ from jvlm.models.vlm import TOWERS, VLM
 
 PARTS = (*TOWERS, "head")
 
-# Dense bfloat16 FLOP/s of one JAX device, by part of ``device_kind`` in lower case; vendors' data sheets. A v4 or v5p
-# chip is one device; of a TPU7x chip (2307e12) each of its two cores is one. GPUs: SXM, without sparsity.
-_PEAKS = {
-    "tpu v4": 275e12,
-    "tpu v5p": 459e12,
-    "tpu v5 lite": 197e12,
-    "tpu v5e": 197e12,
-    "tpu v5": 459e12,
-    "tpu v6 lite": 918e12,
-    "tpu v6e": 918e12,
-    "tpu7x": 2307e12 / 2,
-    "tpu v7": 2307e12 / 2,
-    "h200": 989e12,
-    "h100 pcie": 756e12,
-    "h100": 989e12,
-    "a100": 312e12,
-}
-
-
-def peak(device_kind: str) -> float | None:
-    """FLOP/s that a device could do in bfloat16; None where it is not known."""
-    kind = device_kind.lower()
-    return next((value for name, value in _PEAKS.items() if name in kind), None)
-
 
 def counts_of(batches: Iterable[PackedBatch]) -> Counts:
     """Return the counts of one or more batches of host arrays."""

@@ -16,12 +16,12 @@ from tqdm import tqdm
 from jvlm.parallel import hosts
 from jvlm.training.hooks import Hook, StepResult
 from jvlm.training.side_files import read_lines, write_lines
+from jvlm.units import GIB
 
 if TYPE_CHECKING:
     from jvlm.training.trainer import Trainer
 
 LOG = "logging.jsonl"
-GIB = 2**30
 
 
 def clock(seconds: float) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jvlm.data.packing import PackedRows
+from jvlm.hardware import peak_flops
 from jvlm.models.vlm import TOWERS, VLM
 from jvlm.parallel import hosts
 from jvlm.training import flops, optimizer
@@ -33,7 +34,7 @@ class Throughput(Hook):
         self.template, self.tokens = template, tokens
         towers = {optimizer.tower_of(path) for path in trainable}
         self._trained = {tower: tower in towers for tower in TOWERS}
-        self._peak = flops.peak(jax.devices()[0].device_kind)
+        self._peak = peak_flops(jax.devices()[0].device_kind)
         self._has_arithmetic = True
         try:
             flops.of_batch(template, [], self._trained)

@@ -12,8 +12,9 @@ from PIL import Image
 
 from jvlm.errors import UserError
 from jvlm.planning import hlo, picture
-from jvlm.planning.chips import GIB, Topology, smaller
+from jvlm.planning.chips import Topology, smaller
 from jvlm.planning.measure import Compiled, Memory
+from jvlm.units import GIB
 from tests import support
 
 with_compiler = functools.partial(support.with_compiler, "tpu-compiler")

@@ -7,8 +7,9 @@ import pytest
 from jvlm import configs
 from jvlm.models import vlm
 from jvlm.planning import suggest
-from jvlm.planning.chips import GIB, Topology
+from jvlm.planning.chips import Topology
 from jvlm.planning.roofline import SegmentLengths
+from jvlm.units import GIB
 
 WEIGHTS = {"none": 4.0, "dots": 3.0, "attention": 2.0, "full": 1.0}
 

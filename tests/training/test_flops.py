@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from jvlm import families
+from jvlm.hardware import peak_flops
 from jvlm.models import registry, vlm
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
@@ -171,7 +172,7 @@ def test_a_7b_model_needs_about_six_flop_for_each_parameter_and_token():
     ],
 )
 def test_peaks_of_devices_are_those_of_their_data_sheets(kind, teraflops):
-    assert flops.peak(kind) == (None if teraflops is None else teraflops * 1e12)
+    assert peak_flops(kind) == (None if teraflops is None else teraflops * 1e12)
 
 
 def test_experts_cost_what_each_token_chooses_and_the_router():

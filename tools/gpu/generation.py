@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jvlm.data import packing
+from jvlm.hardware import peak_flops
 from jvlm.inference.generate import engine_for
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models import vlm
@@ -38,7 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config, processor, rows = workload.workload(arguments, Precision(param_dtype="bfloat16"))
     model = random_model(config, 0, None)
-    peak = flops.peak(jax.devices()[0].device_kind) or float("nan")
+    peak = peak_flops(jax.devices()[0].device_kind) or float("nan")
     examples = rows[0]
     batch = packing.assemble(
         [examples], arguments.tokens, arguments.patches, patch_values=processor.image_processor.patch_values

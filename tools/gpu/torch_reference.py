@@ -21,11 +21,11 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
+from jvlm.units import GIB
 from tools.bench import torch_inputs
 from tools.gpu import workload
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GIB = 1 << 30
 
 
 def torch_model(config: VLMConfig, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:

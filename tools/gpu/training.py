@@ -23,6 +23,7 @@ import numpy as np
 
 from jvlm.data import packing
 from jvlm.data.config import DataConfig
+from jvlm.hardware import peak_flops
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import TOWERS
@@ -30,10 +31,10 @@ from jvlm.training import compiled_step, flops, train_step
 from jvlm.training.config import Experiment, OptimizerConfig
 from jvlm.training.starting_model import random_model
 from jvlm.training.trainer import split
+from jvlm.units import GIB
 from tools.gpu import workload
 from tools.gpu.device_trace import device_seconds
 
-GIB = 1 << 30
 PROFILED = 2  # steps under the profiler
 
 
@@ -99,7 +100,7 @@ def main() -> None:
     seconds = statistics.median(taken[1:])
     counts = flops.counts_of([batch])
     parts = flops.training(template, counts, dict.fromkeys(TOWERS, True))
-    peak = flops.peak(jax.devices()[0].device_kind) or float("nan")
+    peak = peak_flops(jax.devices()[0].device_kind) or float("nan")
     memory = compiled.memory_analysis()
     resident = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     resident += memory.output_size_in_bytes - memory.alias_size_in_bytes
