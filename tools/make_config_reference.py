@@ -91,9 +91,8 @@ def _dataclasses_in(hint: object) -> typing.Iterator[type]:
 
 def _variants(kind: type) -> list[type]:
     """Return a dataclass, or the dataclasses that take the place of a base without fields."""
-    below = [
-        variant for child in sorted(kind.__subclasses__(), key=lambda c: c.__name__) for variant in _variants(child)
-    ]
+    children = [child for child in kind.__subclasses__() if child.__module__.startswith("jvlm.")]
+    below = [variant for child in sorted(children, key=lambda c: c.__name__) for variant in _variants(child)]
     return ([kind] if dataclasses.fields(kind) or not below else []) + below
 
 

@@ -80,4 +80,4 @@ def test_full_rows_have_the_features_that_their_pictures_become(config, fields, 
     image = data.max_image_patches or 27 * 27 + 1
     lengths = SegmentLengths(data.seq_len, image)
     counts = lengths.counts(vlm.abstract(experiment.model), 3, data.seq_len, data.max_patches)
-    assert (counts.features, counts.targets) == (3 * features, 3 * (data.seq_len - features))
+    assert (counts.vision_tokens, counts.targets) == (3 * features, 3 * (data.seq_len - features))

@@ -15,7 +15,7 @@ from jvlm.models.vlm import VLMConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ToyImageConfig(ImageProcessorConfig):
+class ToyImageConfig(ImageProcessorConfig, tag="toy_vlm"):
     """Settings, saved with every model.
 
     Attributes:
