@@ -74,13 +74,12 @@ def prompts(config, count: int = 3) -> list[Example]:
 
 def processor(config) -> SimpleNamespace:
     """What the engine asks of one."""
-    vision = SimpleNamespace(patch_group=models.FRAMES[config.family][0])
     return SimpleNamespace(
         tokenizer=SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(150)}),
         delimiter_ids=(),
         stop_ids=(),
         generation={},
-        vision=vision,
+        image_processor=SimpleNamespace(patch_group=models.FRAMES[config.family][0]),
     )
 
 
