@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from jvlm.data.boxes import Place, Point, Sizes, Space, place
+from jvlm.data.boxes import CoordinateSpace, Point, Region, Sizes, region
 
 FormatName = Literal["json", "qwen_tokens", "ferret", "mm1_5"]
 
@@ -25,7 +25,7 @@ class BoxFormat:
       named: template of a thing and its place, over label and place; JSON has none, it is a list of objects.
     """
 
-    space: Space
+    space: CoordinateSpace
     floor: bool
     box: str
     point: str
@@ -50,14 +50,14 @@ FORMATS: dict[FormatName, BoxFormat] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Named:
-    """A place and what is there; the label is empty where a text gives none."""
+class Detection:
+    """A region and what is there; the label is empty where a text gives none."""
 
     label: str
-    place: Place
+    region: Region
 
 
-def render(place: Place, form: FormatName, sizes: Sizes | None = None, *, space: Space | None = None) -> str:
+def render(place: Region, form: FormatName, sizes: Sizes | None = None, *, space: CoordinateSpace | None = None) -> str:
     """The text of a place.
 
     Args:
@@ -72,7 +72,7 @@ def render(place: Place, form: FormatName, sizes: Sizes | None = None, *, space:
     return template.format(**dict(zip(names, values, strict=True)))
 
 
-def _number(value: float, space: Space, floor: bool) -> str:
+def _number(value: float, space: CoordinateSpace, floor: bool) -> str:
     if space == "norm1":
         return f"{value:.3f}"
     # a whole number that arithmetic has brought a hair below itself must not fall into the bin before
@@ -81,17 +81,17 @@ def _number(value: float, space: Space, floor: bool) -> str:
 
 
 def render_named(
-    found: Sequence[Named], form: FormatName, sizes: Sizes | None = None, *, space: Space | None = None
+    found: Sequence[Detection], form: FormatName, sizes: Sizes | None = None, *, space: CoordinateSpace | None = None
 ) -> str:
     """A whole answer: MiMo's fenced JSON list, or labels with their places, one a line."""
-    texts = [render(item.place, form, sizes, space=space) for item in found]
+    texts = [render(item.region, form, sizes, space=space) for item in found]
     named = FORMATS[form].named
     if named is not None:
         return "\n".join(
             named.format(label=item.label, place=text) if item.label else text
             for item, text in zip(found, texts, strict=True)
         )
-    keys = ["point_2d" if isinstance(item.place, Point) else "bbox_2d" for item in found]
+    keys = ["point_2d" if isinstance(item.region, Point) else "bbox_2d" for item in found]
     items = [
         f'{{"{key}": {text}, "label": {json.dumps(item.label, ensure_ascii=False)}}}'
         for key, item, text in zip(keys, found, texts, strict=True)
@@ -106,7 +106,7 @@ _GROUP = re.compile(rf"\[{_FOUR}\]|\({_FOUR}\)|<{_FOUR}>|\({_TWO}\)\s*,\s*\({_TW
 _AROUND = re.compile(r"<\|(?:object_ref|box)_(?:start|end)\|>")
 
 
-def parse(text: str, form: FormatName, *, space: Space | None = None) -> list[Named]:
+def parse(text: str, form: FormatName, *, space: CoordinateSpace | None = None) -> list[Detection]:
     """Every box and point of a model's answer, in order; none gives an empty list.
 
     What stands before the last ``</think>`` does not count. A JSON list of objects (fenced or not) is read first;
@@ -123,7 +123,7 @@ def parse(text: str, form: FormatName, *, space: Space | None = None) -> list[Na
     return list(_from_json(text, space)) or list(_from_groups(text, space, labelled=style.named is not None))
 
 
-def _from_json(text: str, space: Space) -> Iterator[Named]:
+def _from_json(text: str, space: CoordinateSpace) -> Iterator[Detection]:
     fenced = re.search(r"```(?:json)?\s*(.*?)```", text, re.DOTALL)
     try:
         found = json.loads(fenced.group(1) if fenced else text)
@@ -133,15 +133,15 @@ def _from_json(text: str, space: Space) -> Iterator[Named]:
         for key, count in (("bbox_2d", 4), ("point_2d", 2)):
             values = item.get(key) if isinstance(item, dict) else None
             if isinstance(values, list) and len(values) == count and (made := _place(values, space)):
-                yield Named(str(label) if (label := item.get("label")) is not None else "", made)
+                yield Detection(str(label) if (label := item.get("label")) is not None else "", made)
 
 
-def _from_groups(text: str, space: Space, *, labelled: bool) -> Iterator[Named]:
+def _from_groups(text: str, space: CoordinateSpace, *, labelled: bool) -> Iterator[Detection]:
     end = 0
     for match in _GROUP.finditer(text):
         made = _place([float(v) for v in match.groups() if v is not None], space)
         if made is not None:
-            yield Named(_label(text[end : match.start()]) if labelled else "", made)
+            yield Detection(_label(text[end : match.start()]) if labelled else "", made)
         end = match.end()
 
 
@@ -150,10 +150,10 @@ def _label(before: str) -> str:
     return _AROUND.sub("", before.rpartition("\n")[2]).strip().lstrip(",;.: ").strip()
 
 
-def _place(values: Sequence[Any], space: Space) -> Place | None:
+def _place(values: Sequence[Any], space: CoordinateSpace) -> Region | None:
     if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
         return None
     try:
-        return place([float(v) for v in values], space)
+        return region([float(v) for v in values], space)
     except (ValueError, OverflowError):
         return None

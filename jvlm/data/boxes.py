@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from jvlm.data.values import number, shown
 
-Space = Literal["original", "resized", "norm1", "norm1000"]
+CoordinateSpace = Literal["original", "resized", "norm1", "norm1000"]
 
 
 class Sizes(NamedTuple):
@@ -32,7 +32,7 @@ class Point:
 
     x: float
     y: float
-    space: Space
+    space: CoordinateSpace
 
     def __post_init__(self):
         _check_finite(self)
@@ -41,7 +41,7 @@ class Point:
     def values(self) -> tuple[float, ...]:
         return (self.x, self.y)
 
-    def to(self, space: Space, sizes: Sizes | None = None) -> Point:
+    def to(self, space: CoordinateSpace, sizes: Sizes | None = None) -> Point:
         """The same point in another space; ``sizes`` of its picture are needed wherever pixels are involved."""
         return Point(*_move(self, space, sizes), space)
 
@@ -58,7 +58,7 @@ class Box:
     y1: float
     x2: float
     y2: float
-    space: Space
+    space: CoordinateSpace
 
     def __post_init__(self):
         _check_finite(self)
@@ -73,7 +73,7 @@ class Box:
     def area(self) -> float:
         return (self.x2 - self.x1) * (self.y2 - self.y1)
 
-    def to(self, space: Space, sizes: Sizes | None = None) -> Box:
+    def to(self, space: CoordinateSpace, sizes: Sizes | None = None) -> Box:
         """The same box in another space; ``sizes`` of its picture are needed wherever pixels are involved."""
         return Box(*_move(self, space, sizes), space)
 
@@ -83,10 +83,10 @@ class Box:
         return self.x1 <= point.x <= self.x2 and self.y1 <= point.y <= self.y2
 
 
-Place = Point | Box
+Region = Point | Box
 
 
-def place(values: Sequence[float], space: Space) -> Place:
+def region(values: Sequence[float], space: CoordinateSpace) -> Region:
     """A `Point` of two numbers or a `Box` of four."""
     if len(values) not in (2, 4):
         raise ValueError(f"{list(values)} is not a point or box: give 2 or 4 numbers")
@@ -107,7 +107,7 @@ def iou(a: Box, b: Box) -> float:
 POINT_REACH = 0.05
 
 
-def agreement(expected: Place, found: Place, sizes: Sizes) -> float:
+def match_score(expected: Region, found: Region, sizes: Sizes) -> float:
     """How well a place was found, 0..1: IoU of two boxes; 1 or 0 where a point is involved.
 
     A point agrees with a box that holds it, and with a point within `POINT_REACH` of the picture's sides.
@@ -122,17 +122,17 @@ def agreement(expected: Place, found: Place, sizes: Sizes) -> float:
     return float(max(abs(expected.x - found.x), abs(expected.y - found.y)) <= POINT_REACH)
 
 
-def _check_finite(place: Place) -> None:
+def _check_finite(place: Region) -> None:
     if any(number(value) is None for value in place.values):
         raise ValueError(f"{shown(list(place.values))} holds a number that is not finite, or no number")
 
 
-def _check_same_space(a: Place, b: Place) -> None:
+def _check_same_space(a: Region, b: Region) -> None:
     if a.space != b.space:
         raise ValueError(f"a place in {a.space} cannot be compared with one in {b.space}; convert one with .to()")
 
 
-def _extent(space: Space, sizes: Sizes | None) -> tuple[float, float]:
+def _extent(space: CoordinateSpace, sizes: Sizes | None) -> tuple[float, float]:
     """Width and height of a picture in a space."""
     if space in ("norm1", "norm1000"):
         return (1.0, 1.0) if space == "norm1" else (1000.0, 1000.0)
@@ -141,7 +141,7 @@ def _extent(space: Space, sizes: Sizes | None) -> tuple[float, float]:
     return sizes.original if space == "original" else sizes.resized
 
 
-def _move(place: Place, space: Space, sizes: Sizes | None) -> tuple[float, ...]:
+def _move(place: Region, space: CoordinateSpace, sizes: Sizes | None) -> tuple[float, ...]:
     if place.space == space:
         return place.values
     source, target = _extent(place.space, sizes), _extent(space, sizes)

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from jvlm.data.boxes import Place
+from jvlm.data.boxes import Region
 from jvlm.data.errors import Origin
 
 
@@ -62,7 +62,7 @@ class ObjectBox:
       image: the `Image.index` of the picture that it is on.
     """
 
-    region: Place
+    region: Region
     image: int = 0
 
 

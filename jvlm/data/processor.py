@@ -15,7 +15,7 @@ import PIL.Image
 from jvlm import config as config_tree
 from jvlm import families, json_files
 from jvlm.data import box_formats, mrope, packing, vocabulary
-from jvlm.data.boxes import Place, Sizes, Space
+from jvlm.data.boxes import CoordinateSpace, Region, Sizes
 from jvlm.data.chat_format import ChatFormat
 from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Part, Text, Video, pictures_of
 from jvlm.data.errors import MEMORY, Origin, RowError
@@ -45,7 +45,7 @@ class ProcessorConfig:
 
     image: ImageProcessorConfig | None = None
     box_format: box_formats.FormatName = "json"
-    box_space: Space | None = None
+    box_space: CoordinateSpace | None = None
     default_system: str | None = None
 
 
@@ -189,11 +189,11 @@ class Processor:
         """Text of generated ids, special tokens left out."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def write_place(self, place: Place, sizes: Sizes) -> str:
+    def write_region(self, place: Region, sizes: Sizes) -> str:
         """The text of a box or point as this model was taught to write it."""
         return box_formats.render(place, self.config.box_format, sizes, space=self.config.box_space)
 
-    def read_places(self, text: str) -> list[box_formats.Named]:
+    def read_regions(self, text: str) -> list[box_formats.Detection]:
         """The boxes and points of this model's answer, in the space that it was taught."""
         return box_formats.parse(text, self.config.box_format, space=self.config.box_space)
 
@@ -277,7 +277,7 @@ class Processor:
                 f"{list(region.values)} is outside the picture of {sizes.original[0]} x {sizes.original[1]}",
                 "Give pixels of the original picture, or bbox_type 'norm1'",
             )
-        return self.write_place(region, sizes)
+        return self.write_region(region, sizes)
 
     def _expand(self, ids, weights, turns, media: list[MediaPatches], conversation: Conversation) -> Example:
         """Replace each media placeholder by the tokens that stand for its medium, and lay out ids and positions."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jvlm.data import tool_calls, values
-from jvlm.data.boxes import Place, place
+from jvlm.data.boxes import Region, region
 from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Part, Text, Video
 from jvlm.data.errors import Origin, RowError
 from jvlm.data.image_processor import EXAMPLE_FIELD
@@ -225,7 +225,7 @@ def _as_list(value: Any, origin: Origin, field: str) -> list:
     return list(value)
 
 
-def _box(box: Any, box_type: str, origin: Origin, field: str) -> Place:
+def _box(box: Any, box_type: str, origin: Origin, field: str) -> Region:
     if isinstance(box, np.ndarray):
         box = box.tolist()
     found = [values.number(v) for v in box] if isinstance(box, list | tuple) else []
@@ -235,7 +235,7 @@ def _box(box: Any, box_type: str, origin: Origin, field: str) -> Place:
         raise RowError(origin, field, f"{shown(found)} has its corners swapped", "Order them x1, y1, x2, y2")
     if box_type == "norm1" and not all(0 <= v <= 1 for v in found):
         raise RowError(origin, field, f"{shown(found)} is outside 0..1", "Use bbox_type 'real' for pixels")
-    return place(found, "original" if box_type == "real" else "norm1")
+    return region(found, "original" if box_type == "real" else "norm1")
 
 
 def _image_settings(value: Any, origin: Origin) -> tuple[tuple[str, Any], ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from jvlm.data.boxes import Box, Place, agreement
+from jvlm.data.boxes import Box, Region, match_score
 from jvlm.data.content import Conversation, Image
 from jvlm.data.errors import RowError
 from jvlm.data.processor import Processor
@@ -39,8 +39,8 @@ class Answer:
     question: Question
     response: str
     score: float
-    reference: tuple[Place, ...] = ()
-    predicted: tuple[Place, ...] = ()
+    reference: tuple[Region, ...] = ()
+    predicted: tuple[Region, ...] = ()
     parsed: bool = True
 
 
@@ -139,17 +139,17 @@ def _multi_turn(rows: Sequence[Conversation], run) -> list[tuple[Question, str]]
 
 
 def score(question: Question, response: str, processor: Processor) -> Answer:
-    """Exact match for words; for boxes and points the mean agreement (`jvlm.data.boxes`) of the best one-to-one
+    """Exact match for words; for boxes and points the mean match_score (`jvlm.data.boxes`) of the best one-to-one
     assignment, in which one that is missing counts 0. Points in an answer count only where points are expected."""
     if not question.boxes:
         return Answer(question, response, float(normalise(response) == normalise(question.expected)))
-    places = [item.place for item in processor.read_places(response)]
+    places = [item.region for item in processor.read_regions(response)]
     if all(isinstance(box.region, Box) for box in question.boxes):
         places = [place for place in places if isinstance(place, Box)]
     media = zip(question.conversation.media, processor.encode(question.conversation).sizes, strict=True)
     images = {part.index: sizes for part, sizes in media if isinstance(part, Image)}
     expected = [(box.region, images[box.image]) for box in question.boxes]
-    table = np.array([[agreement(region, place, sizes) for place in places] for region, sizes in expected]).reshape(
+    table = np.array([[match_score(region, place, sizes) for place in places] for region, sizes in expected]).reshape(
         len(question.boxes), len(places)
     )
     pairs = linear_sum_assignment(-table)

@@ -140,13 +140,13 @@ def _line(text: str) -> str:
 
 def original_boxes(answer: str, processor: Processor, example: Example) -> str:
     """A line with the boxes of an answer in pixels of the last picture's original; empty if there are none."""
-    found = processor.read_places(answer) if example.sizes else []
-    boxed = [item for item in found if isinstance(item.place, Box)]
+    found = processor.read_regions(answer) if example.sizes else []
+    boxed = [item for item in found if isinstance(item.region, Box)]
     if not boxed:
         return ""
     sizes = example.sizes[-1]
     try:
-        places = [item.place.to("original", sizes).values for item in boxed]
+        places = [item.region.to("original", sizes).values for item in boxed]
     except (ValueError, OverflowError):  # numbers too large to be scaled
         return ""
     scaled = [

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jvlm.data.box_formats import FORMATS, Named, parse, render, render_named
-from jvlm.data.boxes import Box, Point, Sizes, agreement, iou, place
+from jvlm.data.box_formats import FORMATS, Detection, parse, render, render_named
+from jvlm.data.boxes import Box, Point, Sizes, iou, match_score, region
 
 FORMS = list(FORMATS)
 SPACES = ["original", "resized", "norm1", "norm1000"]
@@ -71,8 +71,8 @@ def places(draw, space="norm1"):
 def test_places_are_read_from_every_form_that_models_write(kind):
     text, expected = ANSWERS[kind]
     found = parse(text, "json")
-    assert [(list(item.place.values), item.label) for item in found] == expected
-    assert all(item.place.space == "resized" for item in found)
+    assert [(list(item.region.values), item.label) for item in found] == expected
+    assert all(item.region.space == "resized" for item in found)
 
 
 @pytest.mark.parametrize(
@@ -92,16 +92,16 @@ def test_places_are_written_as_the_models_were_trained(form, box, point):
 @pytest.mark.parametrize("form", FORMS)
 @given(place=places(), sizes=sizes, label=st.text("abz é,.0", max_size=9).map(lambda s: s.strip(" ,.")))
 def test_what_is_written_is_read_back_within_one_unit_and_writes_the_same_text_again(form, place, sizes, label):
-    text = render_named([Named("", place), Named(label, place)], form, sizes)
+    text = render_named([Detection("", place), Detection(label, place)], form, sizes)
     first, second = parse(text, form)
-    assert (first.label, second.label, first.place) == ("", label, second.place)
-    assert type(first.place) is type(place)
-    assert first.place.space == FORMATS[form].space
-    exact = place.to(first.place.space, sizes).values
-    assert all(abs(a - b) <= 1 for a, b in zip(first.place.values, exact, strict=True))
+    assert (first.label, second.label, first.region) == ("", label, second.region)
+    assert type(first.region) is type(place)
+    assert first.region.space == FORMATS[form].space
+    exact = place.to(first.region.space, sizes).values
+    assert all(abs(a - b) <= 1 for a, b in zip(first.region.values, exact, strict=True))
     # through the original picture and back: nothing drifts
-    there = first.place.to("original", sizes)
-    assert render_named([Named("", there), Named(label, there)], form, sizes) == text
+    there = first.region.to("original", sizes)
+    assert render_named([Detection("", there), Detection(label, there)], form, sizes) == text
 
 
 @given(place=places(), sizes=sizes, path=st.lists(st.sampled_from(SPACES), max_size=4))
@@ -123,11 +123,11 @@ def test_the_space_of_a_format_can_be_replaced():
     box = Box(20, 10, 100, 50, "original")
     assert render(box, "json", SIZES, space="norm1000") == "[100, 100, 500, 500]"
     assert render(box, "json", SIZES, space="norm1") == "[0.100, 0.100, 0.500, 0.500]"
-    assert parse("[100, 100, 500, 500]", "json", space="norm1000")[0].place.to("original", SIZES) == box
+    assert parse("[100, 100, 500, 500]", "json", space="norm1000")[0].region.to("original", SIZES) == box
 
 
 def test_an_answer_in_json_is_json_with_labels_and_points():
-    named = [Named('the "cat"', Box(1, 2, 3, 4, "resized")), Named("dog", Point(5, 6, "resized"))]
+    named = [Detection('the "cat"', Box(1, 2, 3, 4, "resized")), Detection("dog", Point(5, 6, "resized"))]
     text = render_named(named, "json")
     assert json.loads(text.removeprefix("```json\n").removesuffix("\n```")) == [
         {"bbox_2d": [1, 2, 3, 4], "label": 'the "cat"'},
@@ -151,7 +151,7 @@ def test_an_answer_in_json_is_json_with_labels_and_points():
 )
 def test_what_is_no_place_is_refused(values):
     with pytest.raises(ValueError, match=r"not finite|swapped|2 or 4"):
-        place(values, "original")
+        region(values, "original")
 
 
 def test_pixels_need_the_size_of_the_picture_and_spaces_do_not_mix():
@@ -174,6 +174,6 @@ def test_pixels_need_the_size_of_the_picture_and_spaces_do_not_mix():
     ],
 )
 def test_iou_of_known_boxes(a, b, expected):
-    a, b = place(a, "original"), place(b, "original")
+    a, b = region(a, "original"), region(b, "original")
     assert iou(a, b) == iou(b, a) == pytest.approx(expected)
-    assert agreement(a, b.to("resized", SIZES), SIZES) == pytest.approx(expected)
+    assert match_score(a, b.to("resized", SIZES), SIZES) == pytest.approx(expected)

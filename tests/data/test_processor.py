@@ -215,7 +215,7 @@ def test_boxes_are_written_in_pixels_of_the_resized_picture_and_read_back(tiny, 
     example, text = answer(processor, BOXED)
     ((original, resized),) = example.sizes
     assert (original, resized) == ((200, 100), (196, 112))
-    found = [item.place for item in processor.read_places(text)]
+    found = [item.region for item in processor.read_regions(text)]
     assert found == [Box(20, 11, 98, 56, "resized"), Box(0, 0, 196, 112, "resized")]
     assert text.startswith("[20, 11, 98, 56]" if form == "json" else "<|box_start|>(20,11),(98,56)<|box_end|>")
     question = tiny.processor.tokenizer.decode(example.tokens[example.loss_weights == 0])

@@ -139,7 +139,7 @@ def test_shrinking_keeps_each_picture_as_large_as_fits_and_boxes_follow(small):
     (sizes,) = shrunk.sizes
     assert sizes.original == (256, 128)
     assert sizes.resized[0] * sizes.resized[1] == 64 * shrunk.num_patches
-    expected = processor.write_place(Box(64, 32, 192, 96, "original"), Sizes((256, 128), sizes.resized))
+    expected = processor.write_region(Box(64, 32, 192, 96, "original"), Sizes((256, 128), sizes.resized))
     text = processor.tokenizer.decode(shrunk.tokens)
     assert expected.split("bbox")[-1] in text
     # as the same picture under a limit of its own that gives this size, and nearly the largest that fits
