@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite. Shape annotations are checked at run time in every test."""
+"""Fixtures of the whole suite. Shape annotations of models, kernels and sampling are checked in every test."""
 
 import logging
 import os
@@ -16,10 +16,14 @@ os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 
 from jaxtyping import install_import_hook
 
-# Before anything imports jvlm: the hook rewrites modules as they are loaded. Not `jvlm.models.batch`, whose dataclass
-# jax and flax also fill with things that are no arrays.
-_CHECKED = "layers vlm presets registry encoders connectors decoders".split()
-install_import_hook([*(f"jvlm.models.{name}" for name in _CHECKED), "jvlm_kernels"], "beartype.beartype")
+from tests import shape_checks
+
+# Before anything imports jvlm: the hooks rewrite modules as they are loaded. The first checks array annotations, the
+# second all annotations. Not checked yet: batches, which gradient accumulation stacks along one more axis than their
+# annotations say, and what takes batches or caches.
+_ALL_ANNOTATIONS = "layers vlm presets registry encoders connectors decoders".split()
+install_import_hook(["jvlm.inference.sampling", "jvlm.weights.positions"], f"{shape_checks.__name__}.check_arrays")
+install_import_hook([*(f"jvlm.models.{name}" for name in _ALL_ANNOTATIONS), "jvlm_kernels"], "beartype.beartype")
 
 import pytest
 import torch
