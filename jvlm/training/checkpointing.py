@@ -39,6 +39,7 @@ class Checkpointing(Hook):
             restored = checkpoints.restore_latest(trainer.state)
             if restored is not None:
                 trainer.step, trainer.state, data = restored
+                self.frozen.check(data["frozen"])
                 trainer.restore_data(data["batches"])
                 self.best = data["best"]
                 if self.best is not None and self.best["step"] not in checkpoints.steps():
@@ -62,7 +63,7 @@ class Checkpointing(Hook):
         if not (last or trainer.save_requested or checkpoints.due(step)):
             return
         states = {hook.name: hook.state() for hook in trainer.hooks}
-        data = {"batches": trainer.data_position(), "best": self.best}
+        data = {"batches": trainer.data_position(), "best": self.best, "frozen": self.frozen.digest}
         data["hooks"] = {name: state for name, state in states.items() if state is not None}
         checkpoints.best = self.best and self.best["step"]
         checkpoints.save(step, trainer.state, data, force=True)

@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jvlm.data import stores
+from jvlm.errors import UserError
 from jvlm.parallel import hosts
 from jvlm.training.run_storage import RunStorage
 from jvlm.training.state import Params, TrainState
@@ -30,6 +31,7 @@ class FrozenParameters:
 
     def __init__(self, storage: RunStorage, base: str | None, *, full: bool):
         self.storage, self.base, self.full = storage, base, full
+        self.digest: str | None = None  # fingerprint of all of them, once it is known
 
     def restore(self, state: TrainState) -> TrainState:
         """Return the state with the frozen parameters that the run began with.
@@ -41,12 +43,21 @@ class FrozenParameters:
         if record is None or not state.frozen:
             return state
         record = FrozenRecord(**record)
+        self.digest = record.digest
         if record.base is None:
             wanted = {p: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for p, v in state.frozen.items()}
             params = self.storage.store / frozen.STORED / "params"
             return dataclasses.replace(state, frozen=run_dir.read_arrays(params, wanted))
         record.check(_fingerprints(state.frozen), self.storage.folder)
         return state
+
+    def check(self, digest: str | None) -> None:
+        """Raise UserError if a checkpoint was trained on other frozen parameters than the run now has."""
+        if digest is not None and digest != self.digest:
+            raise UserError(
+                f"{self.storage.folder / frozen.RECORD} is missing, or of another run: the last checkpoint was trained "
+                f"on frozen parameters of fingerprint {digest}, and here it is {self.digest}. Restore the file"
+            )
 
     def record(self, state: TrainState) -> None:
         """Note where the frozen parameters are, and write them to the run if they are nowhere else."""
@@ -63,6 +74,7 @@ class FrozenParameters:
         record = FrozenRecord(**place, param_dtype=dtype, fingerprints=_fingerprints(state.frozen))
         if self.base is None:
             self._store(state.frozen)
+        self.digest = record.digest
         if hosts.is_rank0():
             record.write(folder)
         hosts.barrier("noted where the frozen parameters are")

@@ -48,6 +48,10 @@ def test_frozen_parameters_that_come_from_no_folder_are_stored_once(begun):
     assert _same(_values(jvlm.load(folder / "run")[0]), values["run"])
     # a restart has them from there, not from its own random numbers
     assert _same(_values(runs.train(support.experiment(folder, rows, *FROZEN)).model), values["run"])
+    (folder / "run" / "frozen.json").rename(folder / "aside.json")
+    with pytest.raises(UserError, match=r"frozen.json is missing, or of another run: .* fingerprint [0-9a-f]{16}, and"):
+        runs.train(support.experiment(folder, rows, *FROZEN))
+    (folder / "aside.json").rename(folder / "run" / "frozen.json")
 
 
 def test_frozen_parameters_of_a_folder_are_referred_to_and_loading_and_converting_find_them(begun, tmp_path):
