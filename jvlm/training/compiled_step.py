@@ -144,8 +144,9 @@ def compile_step(experiment: Experiment, devices: Sequence[jax.Device] | None = 
 
 def step_arguments(experiment: Experiment, template: VLM) -> dict[str, Any]:
     """Return what an experiment says about its step, as arguments of `build_step` and of `Trainer`."""
-    config = experiment.optimizer
-    trainable.check_patterns(config, vlm.parameters(template))
+    config, variables = experiment.optimizer, vlm.parameters(template)
+    trainable.check_patterns(config, variables)
+    trainable.select(trainable.from_config(config), variables)
     return {
         "task": experiment.task,
         "make_optimizer": lambda variables: optimizer.make(config, experiment.steps or 1, variables),

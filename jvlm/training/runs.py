@@ -146,10 +146,11 @@ def _train_one(
         source = Subset(RowSource(experiment.data.train), split.train) if own else None
         source = source or without_held_out(experiment.data, split.held_out)
     experiment = resolve(experiment, model, processor, storage.folder, parts, source)
+    arguments = step_arguments(experiment, model)  # refuses what cannot be trained, before a folder is made for it
     changes = prepare_folder(storage.folder, experiment, processor)
     storage.share()
     checkpointing = Checkpointing(storage, experiment.checkpoint, base_of(experiment))
-    trainer = Trainer(model, **step_arguments(experiment, model), layout=layout)
+    trainer = Trainer(model, **arguments, layout=layout)
     del model
     hosts.log_rank0(describe(experiment, trainer.template, layout))
     shard = trainer.shard
