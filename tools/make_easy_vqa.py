@@ -38,6 +38,8 @@ COLOURS = {
 FILLED = {"circle": 0.785, "rectangle": 1.0, "triangle": 0.5}
 VOCABULARY = 530  # before the special tokens: bytes, numbers to 99, and the phrases that questions are made of
 FIRST_WEIGHT, BOX_WEIGHT = 3.0, 5.0  # of the turns that cannot be answered from what was said before
+# In a stage's conversations, of an answer of two tokens: a box has fifteen, of weight 1.
+ANSWER_WEIGHT, SECOND_WEIGHT = 4.0, 2.0
 SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
     "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
@@ -114,29 +116,56 @@ def as_webp(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def shape_questions(row) -> list[dict]:
-    """Conversations of one turn each about the shape: what it is, and one question of yes or no, as far as there are.
+def stage_conversations(row) -> dict[str, list[dict]]:
+    """Return the conversations of one picture for each stage of the demo: "where", "shapes" and "questions".
 
-    The first stage learns these alone: shapes are the hardest thing to see here, and everything else drowns them out.
-    In the main stage most questions of yes or no can be answered from what was said before, so that a model asked one
-    alone had not learnt to compare the word with the picture.
+    Each is short, so that its first answer, which must be seen, is a large part of the loss: in a long conversation
+    most answers follow from earlier ones. A place and a kind of shape are learned quickly where little else is asked,
+    and hardly at all where everything is; so they come first, one after the other.
+
+    - where: the box.
+    - shapes: the kind of shape, up to two questions of yes or no about it, and the box.
+    - questions: the box, kind and colour, and up to three questions of yes or no about each; behind a question about
+      the shape comes one about the colour, and the other way round, so that neither answer gives the other away.
     """
-    messages = row["messages"]
-    asked = [
+    messages, draw = row["messages"], random.Random(row["id"])
+    turns = [
         (q["content"].removeprefix("<image>"), a["content"]) for q, a in zip(messages[::2], messages[1::2], strict=True)
     ]
-    named = [turn for turn in asked if turn[1] in FILLED]
-    judged = [turn for turn in asked if turn[1] in ("yes", "no") and any(kind in turn[0] for kind in FILLED)]
-    draw = random.Random(row["id"])
-    chosen = named[:1] + draw.sample(judged, min(2, len(judged)))
-    return [
-        {
-            "id": f"{row['id']}-shape-{number}",
-            "messages": [{"role": "user", "content": f"<image>{question}"}, {"role": "assistant", "content": answer}],
-            "images": row["images"],
-        }
-        for number, (question, answer) in enumerate(chosen)
-    ]
+    box = next(turn for turn in turns if "<bbox>" in turn[1])
+    rest = draw.sample([turn for turn in turns if turn is not box], len(turns) - 1)
+    of_shape = [t for t in rest if t[1] in FILLED or any(kind in t[0] for kind in FILLED)]
+    of_colour = [t for t in rest if t not in of_shape]
+    judged, judged_colour = ([t for t in group if t[1] in ("yes", "no")] for group in (of_shape, of_colour))
+    named, named_colour = ([t for t in group if t[1] not in ("yes", "no")][:1] for group in (of_shape, of_colour))
+
+    def conversation(name: str, *asked: tuple[str, str]) -> dict:
+        messages = []
+        for (question, answer), weight in zip(asked, (ANSWER_WEIGHT, SECOND_WEIGHT), strict=False):
+            messages.append({"role": "user", "content": ("" if messages else "<image>") + question})
+            messages.append(
+                {"role": "assistant", "content": answer, "loss_scale": 1.0 if "<bbox>" in answer else weight}
+            )
+        boxes = {"objects": row["objects"]} if box in asked else {}
+        return {"id": f"{row['id']}-{name}", "messages": messages, "images": row["images"], **boxes}
+
+    def pairs(name: str, firsts: list, others: list) -> list[dict]:
+        return [
+            conversation(f"{name}-{number}", first, *([draw.choice(others)] if others else []))
+            for number, first in enumerate(firsts[:3])
+        ]
+
+    where = conversation("where", box)
+    return {
+        "where": [where],
+        "shapes": [where, *(conversation(f"shape-{n}", turn) for n, turn in enumerate(named + judged[:2]))],
+        "questions": [
+            where,
+            *(conversation(f"name-{n}", turn) for n, turn in enumerate(named + named_colour)),
+            *pairs("judge-shape", judged, of_colour),
+            *pairs("judge-colour", judged_colour, of_shape),
+        ],
+    }
 
 
 def chat_texts(row) -> list[str]:
@@ -176,8 +205,11 @@ def main() -> None:
             (arguments.target / f"easy_vqa_{name}").write_bytes(text)
     for split, content in splits.items():
         print(split, write_shard(arguments.target / f"{split}{SHARD_SUFFIX}", content), "pictures")
-    shapes = [question for row in splits["train"] for question in shape_questions(row)]
-    print("shapes", write_shard(arguments.target / f"shapes{SHARD_SUFFIX}", shapes), "questions")
+    stages = [stage_conversations(row) for row in splits["train"]]
+    for stage in stages[0]:
+        # in order of the pictures: those that come again then take hardly any space
+        conversations = [c for picture in stages for c in picture[stage]]
+        print(stage, write_shard(arguments.target / f"{stage}{SHARD_SUFFIX}", conversations), "conversations")
     texts = [text for row in splits["train"] for text in chat_texts(row)]
     texts += [str(n) for n in range(10, 100)] * 5000  # often enough for each to be one token
     tokenizer = train_tokenizer(texts, VOCABULARY)

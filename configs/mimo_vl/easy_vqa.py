@@ -1,5 +1,6 @@
 """The demo: a MiMo-VL of about a million parameters learns easy-VQA, with boxes, on two CPU cores."""
 
+import dataclasses
 from pathlib import Path
 
 from jvlm.data.config import DataConfig
@@ -17,12 +18,12 @@ PIXELS = 64 * 64
 
 
 def get_config() -> Experiment:
-    """Pictures of 64 x 64 are 8 x 8 patches, 16 tokens; a picture and its questions are about 170 tokens."""
+    """Pictures of 64 x 64 are 8 x 8 patches, 16 tokens; three of them, with a question or two each, fill a sequence."""
     model = VLMConfig(
         family="qwen2_5_vl",
         encoder=QwenViTConfig(
             depth=2,
-            hidden_size=128,
+            hidden_size=96,
             num_heads=4,
             intermediate_size=256,
             patch_size=8,
@@ -53,18 +54,25 @@ def get_config() -> Experiment:
         eos_token_id=532,
         precision=Precision(compute_dtype="float32", initializer_range=None),
     )
-    optimizer = OptimizerConfig(learning_rate=1.2e-3, warmup_ratio=0.03, weight_decay=0.05, beta2=0.99)
-    # Circles, rectangles and triangles are the hardest to tell apart, and to compare with the word of a question.
-    # Learnt first and alone, they take about a minute; among other questions, where little of the gradient is theirs
-    # and most answers follow from earlier ones, they are not learnt in all of the time.
-    shapes = DataConfig(train=(str(DATA / "shapes.arrayrecord"),), batch_size=8, seq_len=128, max_patches=192)
+    # Muon learns in 100 steps here what AdamW learns in 300.
+    optimizer = OptimizerConfig(
+        kind="muon", learning_rate=2e-3, warmup_ratio=0.05, min_lr_ratio=0.0, weight_decay=0.05, beta2=0.99
+    )
+
+    def data(name: str) -> DataConfig:
+        return DataConfig(train=(str(DATA / f"{name}.arrayrecord"),), batch_size=8, seq_len=160, max_patches=192)
+
+    # Where a shape lies, and whether it is a circle, a rectangle or a triangle, is learned in a minute each where
+    # little else is asked, and not in all of the time where everything is.
+    where = dataclasses.replace(optimizer, learning_rate=3e-3, min_lr_ratio=0.3)
+    shapes = dataclasses.replace(optimizer, learning_rate=2.5e-3, min_lr_ratio=0.7)
     return Experiment(
         name="easy_vqa",
-        stages=(Stage("shapes", shapes, optimizer, steps=700),),
+        stages=(Stage("where", data("where"), where, steps=300), Stage("shapes", data("shapes"), shapes, steps=400)),
         model=model,
         tokenizer=str(DATA / "tokenizer"),
         processor=ProcessorConfig(image=QwenImageConfig(PIXELS, PIXELS, PIXELS, PIXELS)),
-        data=DataConfig(train=(str(DATA / "train.arrayrecord"),), batch_size=6, seq_len=512, max_patches=192),
+        data=data("questions"),
         optimizer=optimizer,
         checkpoint=CheckpointConfig(save_interval_steps=250),
         evaluation=EvaluationConfig(
@@ -75,6 +83,6 @@ def get_config() -> Experiment:
             aim=92.0,
             aim_iou=0.8,
         ),
-        steps=1900,
+        steps=750,
         log_interval_steps=50,
     )
