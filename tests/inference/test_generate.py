@@ -125,7 +125,7 @@ def test_streamed_pieces_join_up_to_the_answer(tiny):
 
 
 def test_a_bad_row_is_named_by_its_place_in_the_list(tiny):
-    with pytest.raises(RowError, match=r"row 2, field 'images'"):
+    with pytest.raises(RowError, match=r"conversation 1, field 'images'"):
         jvlm.generate(tiny.model, tiny.processor, [ROWS["text"], prompt("<image>no picture")])
 
 

@@ -61,7 +61,7 @@ def _layout(table=sharding.RULES, **sizes):
 @pytest.mark.parametrize(
     ("layout", "said"),
     [
-        (_layout("standard", context=2), r"parallel.context = 2: a step of generation has one token a row"),
+        (_layout("standard", context=2), r"parallel.context = 2: a decoding step has one token of each sequence"),
         (_layout(context=4), r"parallel.context = 4: .* give these devices to data or tensor"),
         (_layout("replicated", tensor=2), r"parallel.tensor = 2"),
         (_layout(tensor=3), r"model.encoder.num_heads = 8 and tensor = 3 do not divide"),

@@ -95,7 +95,7 @@ def test_the_request_is_named_and_finite_ones_before_it_are_answered(tiny):
     rows = [prompt("what is in the picture?"), prompt("a z here"), prompt("is there a dog?")]
     plain = jvlm.generate(tiny.model, tiny.processor, rows[:1], max_new_tokens=3)
     assert jvlm.generate(model, tiny.processor, rows[:1], max_new_tokens=3) == plain
-    with pytest.raises(UserError, match=r"for <memory>, row 2 are not[\s\S]*model\.embed_tokens\.weight: 64 of 22528"):
+    with pytest.raises(UserError, match=r"for conversation 1 are not[\s\S]*model\.embed_tokens\.weight: 64 of 22528"):
         jvlm.generate(model, tiny.processor, rows, max_new_tokens=3)
 
 
@@ -114,6 +114,6 @@ def test_one_score_that_is_not_finite_is_enough_and_other_rows_keep_their_token(
     logits[1, 2] = value
     config = SamplingConfig(**settings)
     arrays = SamplingArrays.of(config, np.arange(3))
-    found = np.asarray(sample(logits, config.flags, arrays, jnp.int32(0), banned=np.zeros(8, bool)))
+    found = np.asarray(sample(jnp.asarray(logits), config.flags, arrays, jnp.int32(0), banned=np.zeros(8, bool)))
     assert found[1] == NOT_FINITE
     assert (found[[0, 2]] >= 0).all()

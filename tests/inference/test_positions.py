@@ -78,7 +78,7 @@ def refused(short, row):
 
 def test_a_prompt_without_room_is_refused_with_both_numbers(short):
     message = refused(short, LONG)
-    with pytest.raises(RowError, match=f"row 2, field 'messages': the prompt {message}"):
+    with pytest.raises(RowError, match=f"conversation 1, field 'messages': the prompt {message}"):
         jvlm.generate(*short, [ROWS[0], LONG])
     with pytest.raises(RowError, match=message):
         stream(*short, LONG)
