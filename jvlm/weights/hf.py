@@ -39,7 +39,10 @@ def read_config(folder: Path, precision: Precision | None = None) -> VLMConfig:
     """The model configuration of a Hugging Face folder."""
     path = folder / "config.json"
     values = json_files.read_object(path)
-    form = families.for_model_type(values.get("model_type")).hf
+    try:
+        form = families.for_model_type(values.get("model_type")).hf
+    except UserError as error:
+        raise table.WeightError(f"{path}: {error}") from error
     config = table.read_values(path, lambda v: _typed(form.read_config(v)), values)
     config = dataclasses.replace(config, precision=precision or default_precision())
     settings = processor_files.read(folder).image

@@ -114,7 +114,7 @@ def test_a_value_that_is_missing_or_of_the_wrong_kind_is_named_with_its_file(sou
 
 RUN_VALUES = {
     "no model": (lambda v: v.pop("model"), "has no 'model'"),
-    "an unknown decoder": (lambda v: v["model"]["decoder"].update(type="Mamba"), "unknown configuration 'Mamba'"),
+    "an unknown decoder": (lambda v: v["model"]["decoder"].update(type="Mamba"), "type: 'Mamba' is unknown"),
     "an unknown field": (lambda v: v["model"].update(image_token=3), "unknown field 'model.image_token'"),
     "a wrong value": (lambda v: v["model"]["decoder"].update(hidden_size="a"), "'a' is not of type"),
 }

@@ -151,7 +151,7 @@ def test_pictures_that_are_not_resized_must_be_whole_patches(lay):
     folder = lay({FLAT: {**QWEN, "do_resize": False}})
     assert_qwen_pixels(folder, [support.picture(112, 84)])
     _, processor = read(folder)
-    with pytest.raises(ValueError, match=r"100 x 84 pixels are not whole patches of 28, and do_resize is off"):
+    with pytest.raises(UserError, match=r"100 x 84 pixels are not whole patches of 28, and do_resize is off"):
         processor.pack([{"messages": [{"role": "user", "content": "<image>"}], "images": [support.picture(100, 84)]}])
 
 
