@@ -57,7 +57,7 @@ def test_what_a_step_stores_and_keeps_is_a_part_on_each_gpu(found):
     rows, tokens, patches, width, heads = 8 / 2, 128 / 4, 256 / 4, 64, 8
     # of both towers' two layers: what comes in, attention's output, and the logarithm of its sum
     kept = 2 * rows * (tokens + patches) * (2 * width * BFLOAT16 + heads * FLOAT32)
-    assert step["activations"] == kept
+    assert kept <= step["activations"] <= kept + 64  # and the few scalars of the loss and its metrics
 
 
 @pytest.mark.slow
