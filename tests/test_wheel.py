@@ -67,7 +67,7 @@ def test_a_step_is_planned_and_a_checkpoint_converted(jvlm, tiny, tmp_path):
 
 def test_the_demo_s_data_and_tokenizer_are_shipped(jvlm, installed):
     shipped = installed / "jvlm" / "_configs" / "mimo_vl"
-    text = jvlm("data", "check", shipped / "easy_vqa_data" / "test.arrayrecord", "--config", "mimo_vl/easy_vqa")
+    text = jvlm("data", "check", shipped / "easy_vqa_data" / "where.arrayrecord", "--config", "mimo_vl/easy_vqa")
     assert "can be used" in text
     files = {str(path.relative_to(installed / "jvlm" / "_configs")) for path in shipped.parent.rglob("*")}
     wanted = {str(path.relative_to(ROOT / "configs")) for path in Path(ROOT / "configs").rglob("*")}
