@@ -1,0 +1,1 @@
+"""Adapters: small trainable matrices beside frozen ones (LoRA and its relatives)."""
