@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,17 @@ class VLMConfig:
         return tuple(sorted({i for i in ids if i is not None}))
 
 
+@runtime_checkable
+class EmbeddingChange(Protocol):
+    """Changes the input embeddings of a pass, before vision tokens are put in and afterwards."""
+
+    def of_text(self, embeddings: Float[Array, "B S D"], batch: PackedBatch) -> Float[Array, "B S D"]:
+        """Return the embeddings of the tokens, changed or not."""
+
+    def of_merged(self, embeddings: Float[Array, "B S D"], batch: PackedBatch) -> Float[Array, "B S D"]:
+        """Return the embeddings with vision tokens in the place of their placeholders, changed or not."""
+
+
 class VLM(nnx.Module):
     """A vision-language model. Call it with a `PackedBatch` for logits."""
 
@@ -109,10 +120,18 @@ class VLM(nnx.Module):
         with jax.named_scope("connector"):
             return self.connector(patches, batch)
 
-    def hidden(self, batch: PackedBatch) -> DecoderOutput:
-        """Return the last hidden states, the cache of the decoder, and what its layers report."""
+    def hidden(self, batch: PackedBatch, noise: EmbeddingChange | None = None) -> DecoderOutput:
+        """Return the last hidden states, the cache of the decoder, and what its layers report.
+
+        Args:
+          noise: changes the embeddings, in training.
+        """
         embeddings = self.decoder.embed(jnp.asarray(batch.tokens))
+        if noise is not None:
+            embeddings = noise.of_text(embeddings, batch)
         inputs = self.decoder.fuse(embeddings, self.encode(batch), batch)
+        if noise is not None:
+            inputs = dataclasses.replace(inputs, embeddings=noise.of_merged(inputs.embeddings, batch))
         with jax.named_scope("decoder"):
             return self.decoder(inputs)
 

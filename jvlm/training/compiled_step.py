@@ -83,12 +83,14 @@ def build_step(
     *,
     layout: MeshLayout,
     is_trainable: IsTrainable = trainable.everything,
+    seed: int = 0,
 ) -> CompiledStep:
     """Return the step of a task. Nothing is compiled before its first call.
 
     Args:
       make_optimizer: an optimizer, or what makes one from the variables that are trained.
       batches: shapes of what one step reads, [accumulation, sequences, ...].
+      seed: of what the task draws in training.
 
     Raises:
       UserError: a mesh that does not fit devices, batch or parameters; nothing to train. The message names which.
@@ -117,6 +119,7 @@ def build_step(
         template,
         task,
         tx,
+        seed=seed,
         ops=ops,
         in_shardings=(changing, constant, shardings[0]),
         out_shardings=(changing, layout.replicated()),
@@ -152,6 +155,7 @@ def step_arguments(experiment: Experiment, template: VLM) -> dict[str, Any]:
         "make_optimizer": lambda variables: optimizer.make(config, experiment.steps or 1, variables),
         "batches": abstract_batches(experiment),
         "is_trainable": trainable.from_config(config),
+        "seed": experiment.seed,
     }
 
 

@@ -11,18 +11,40 @@ from jaxtyping import Array, Float, Int
 from jvlm.models import device_ops
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
+from jvlm.training.neftune import EmbeddingNoise, Where
 from jvlm.training.task import Loss, Mean, Task
+from jvlm.validation import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
 class SupervisedTask(Task):
-    """Cross-entropy of the supervised tokens, each with its loss weight, plus what layers ask to have minimised."""
+    """Cross-entropy of the supervised tokens, each with its loss weight, plus what layers ask to have minimised.
 
-    def loss(self, model: VLM, batch: PackedBatch, *, reference: VLM | None = None) -> Loss:
-        return supervised_loss(model, batch)
+    Attributes:
+      neftune_alpha: scale of NEFTune's noise on the embeddings in training (`jvlm.training.neftune`); 0 adds none, 5 is
+        the usual value.
+      neftune_where: "text" adds it before vision tokens are put in, as transformers and TRL do; "merged" afterwards, to
+        vision tokens as well, as Idefics2's training code does.
+    """
+
+    neftune_alpha: float = 0.0
+    neftune_where: Where = "text"
+
+    def __post_init__(self):
+        check_fields(self, "task.", {"neftune_alpha": "[0, inf)"})
+
+    def loss(
+        self, model: VLM, batch: PackedBatch, *, reference: VLM | None = None, rng: jax.Array | None = None
+    ) -> Loss:
+        noise = None
+        if rng is not None and self.neftune_alpha:
+            noise = EmbeddingNoise(rng, self.neftune_alpha, self.neftune_where)
+        return supervised_loss(model, batch, noise=noise)
 
 
-def supervised_loss(model: VLM, batch: PackedBatch, block: int | None = None) -> Loss:
+def supervised_loss(
+    model: VLM, batch: PackedBatch, block: int | None = None, *, noise: EmbeddingNoise | None = None
+) -> Loss:
     """Return the cross-entropy of a batch in nats.
 
     Its metrics are "loss", "token_acc" (targets of weight > 0 that are the most likely token) and what layers report:
@@ -30,8 +52,9 @@ def supervised_loss(model: VLM, batch: PackedBatch, block: int | None = None) ->
 
     Args:
       block: tokens whose logits exist at a time; None chooses by memory. Only supervised tokens have any.
+      noise: added to the embeddings.
     """
-    hidden, _, aux = model.hidden(batch)
+    hidden, _, aux = model.hidden(batch, noise)
     with jax.named_scope("loss"):
         targets, weights = next_tokens(batch)
         kernel, vocabulary_first = model.decoder.output_kernel()

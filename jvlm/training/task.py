@@ -56,13 +56,15 @@ class Task(abc.ABC):
     needs_reference: bool = False
 
     @abc.abstractmethod
-    def loss(self, model: VLM, batch: Any, *, reference: VLM | None = None) -> Loss:
+    def loss(self, model: VLM, batch: Any, *, reference: VLM | None = None, rng: jax.Array | None = None) -> Loss:
         """Return the loss of a batch. Traced under ``jit`` and differentiated by the trainable parameters.
 
         Args:
           model: call it as often as the loss needs.
           batch: what `batch_of` returned, as device arrays.
           reference: the model before the first step, if ``needs_reference``; no gradient flows into it.
+          rng: key of this batch, for noise; a function of the run's seed, the step and the number of the micro-batch
+            alone. None outside training: validation draws nothing.
         """
 
     def batch_of(self, packed: PackedRows) -> Any:

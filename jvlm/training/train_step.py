@@ -29,6 +29,7 @@ class TrainStep:
     its count included, as they were.
 
     Args:
+      seed: of what tasks draw in training.
       ops: operations of the mesh that splits the model; None is one device.
       in_shardings: of (changing state, constant state, batches), see `TrainState.split`.
       out_shardings: of (changing state, metrics).
@@ -40,10 +41,11 @@ class TrainStep:
         task: Task,
         tx: optax.GradientTransformation,
         *,
+        seed: int = 0,
         ops: device_ops.DeviceOps | None = None,
         **options: Any,
     ):
-        update = functools.partial(_update, _loss_of(template, task, ops), tx)
+        update = functools.partial(_update, _loss_of(template, task, ops), tx, seed)
         self._jitted = jax.jit(update, donate_argnums=0, **options)
 
     def __call__(self, state: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
@@ -71,21 +73,21 @@ def make_eval_step(
     loss_of = _loss_of(template, task, ops)
 
     def evaluate(trainable: Params, constant: dict[str, Any], batch: Any) -> Loss:
-        return loss_of(trainable, constant, jax.tree.map(lambda x: x[0], batch))
+        return loss_of(trainable, constant, jax.tree.map(lambda x: x[0], batch), None)
 
     return jax.jit(evaluate, **options)
 
 
 def _loss_of(
     template: VLM, task: Task, ops: device_ops.DeviceOps | None
-) -> Callable[[Params, dict[str, Any], Any], Loss]:
-    def loss(trainable: Params, constant: dict[str, Any], batch: Any) -> Loss:
+) -> Callable[[Params, dict[str, Any], Any, jax.Array | None], Loss]:
+    def loss(trainable: Params, constant: dict[str, Any], batch: Any, rng: jax.Array | None) -> Loss:
         frozen, reference = constant["frozen"], constant["reference"]
         with device_ops.use(ops):
             extra = {}
             if task.needs_reference:
                 extra["reference"] = vlm.bind(template, jax.lax.stop_gradient({**frozen, **reference}))
-            return task.loss(vlm.bind(template, {**frozen, **trainable}), batch, **extra)
+            return task.loss(vlm.bind(template, {**frozen, **trainable}), batch, rng=rng, **extra)
 
     return loss
 
@@ -93,17 +95,20 @@ def _loss_of(
 def _update(
     loss_of: Callable[..., Loss],
     tx: optax.GradientTransformation,
+    seed: int,
     state: TrainState,
     constant: dict[str, Any],
     batches: Any,
 ) -> tuple[TrainState, Metrics]:
-    def total(trainable: Params, batch: Any) -> tuple[jax.Array, Loss]:
-        loss = loss_of(trainable, constant, batch)
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+
+    def total(trainable: Params, batch: Any, number: jax.Array | int) -> tuple[jax.Array, Loss]:
+        loss = loss_of(trainable, constant, batch, jax.random.fold_in(rng, number))
         return loss.total, loss
 
     gradient = jax.grad(total, has_aux=True)
     if jax.tree.leaves(batches)[0].shape[0] == 1:
-        grads, loss = gradient(state.trainable, jax.tree.map(lambda x: x[0], batches))
+        grads, loss = gradient(state.trainable, jax.tree.map(lambda x: x[0], batches), 0)
     else:
         grads, loss = _accumulate(gradient, state.trainable, batches)
     weight = jnp.maximum(loss.weight, 1e-9)
@@ -132,13 +137,15 @@ def means(metrics: Mapping[str, Mean]) -> Metrics:
 
 
 def _accumulate(gradient: Callable[..., tuple[Params, Loss]], trainable: Params, batches: Any) -> tuple[Params, Loss]:
-    def add(total, batch):
-        return jax.tree.map(jnp.add, total, gradient(trainable, batch)), None
+    def add(total, numbered):
+        number, batch = numbered
+        return jax.tree.map(jnp.add, total, gradient(trainable, batch, number)), None
 
     first = jax.tree.map(lambda x: x[0], batches)
-    shapes = jax.eval_shape(gradient, trainable, first)
+    shapes = jax.eval_shape(gradient, trainable, first, 0)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add, zeros, batches)[0]
+    count = jax.tree.leaves(batches)[0].shape[0]
+    return jax.lax.scan(add, zeros, (jnp.arange(count), batches))[0]
 
 
 def stack(batches: Sequence[Any]) -> Any:

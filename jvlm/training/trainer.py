@@ -43,6 +43,7 @@ class Trainer:
       batches: shapes of what a step reads, [accumulation, sequences, ...]; None takes them from the first batch.
       is_trainable: which parameters are trained, from path and variable.
       layout: the mesh; None puts all on the first device.
+      seed: of what the task draws in training.
       hooks: see `Hook` for their order.
 
     Attributes:
@@ -66,6 +67,7 @@ class Trainer:
         is_trainable: IsTrainable = trainable.everything,
         layout: MeshLayout | None = None,
         gradient_accumulation_steps: int = 1,
+        seed: int = 0,
         hooks: Sequence[Hook] = (),
     ):
         self.task, self.hooks = task, tuple(hooks)
@@ -73,7 +75,7 @@ class Trainer:
         self.template, values = split(model)
         self.accumulation = gradient_accumulation_steps
         self._build = lambda batches: build_step(
-            self.template, task, make_optimizer, batches, layout=self.layout, is_trainable=is_trainable
+            self.template, task, make_optimizer, batches, layout=self.layout, is_trainable=is_trainable, seed=seed
         )
         self._values = values
         self.compiled = None
