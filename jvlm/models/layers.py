@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 from jvlm_kernels import platforms
 
@@ -83,8 +84,34 @@ def _matmul_backward(saved, d_y):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+class StoredKernel(nnx.Module):
+    """A frozen kernel in another form than its values, as `jvlm.quantization.kernels.QuantizedKernel`.
+
+    Attributes:
+      shape: of the kernel, (inputs, outputs), without the leading axes of stacked layers.
+    """
+
+    shape: tuple[int, int]
+
+    @property
+    def stacked_shape(self) -> tuple[int, ...]:
+        """Shape with the leading axes of stacked layers."""
+        raise NotImplementedError
+
+    def weight(self, dtype: DTypeLike) -> Float[Array, "i o"]:
+        """Return the kernel in a dtype. No gradient flows into it."""
+        raise NotImplementedError
+
+    def product(self, x: Float[Array, "*L i"], *, pad_in: int = 0, pad_out: int = 0) -> Float[Array, "*L o"]:
+        """Return ``x`` times the kernel with rows and columns of zeros added, in the dtype of ``x``."""
+        raise NotImplementedError
+
+
 class Linear(nnx.Module):
-    """``x @ kernel + bias`` in the compute dtype."""
+    """``x @ kernel + bias`` in the compute dtype.
+
+    ``kernel`` is a parameter, or a `StoredKernel` that took its place.
+    """
 
     def __init__(
         self, d_in: int, d_out: int, axes: tuple[str, str], *, bias: bool, precision: Precision, rngs: nnx.Rngs
@@ -97,11 +124,25 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*L i"], *, pad_in: int = 0, pad_out: int = 0) -> Float[Array, "*L o"]:
         """Return the map of ``x``, with ``pad_in`` rows and ``pad_out`` columns of zeros added; see `width_padding`."""
         dtype = jnp.dtype(self.compute_dtype)
-        kernel = device_ops.current().all_gather_param(self.kernel[...].astype(dtype), self.axes)
-        if pad_in or pad_out:
-            kernel = jnp.pad(kernel, ((0, pad_in), (0, pad_out)))
-        y = matmul(x.astype(dtype), kernel)
+        if isinstance(self.kernel, StoredKernel):
+            y = self.kernel.product(x.astype(dtype), pad_in=pad_in, pad_out=pad_out)
+        else:
+            kernel = self.weight(dtype)
+            if pad_in or pad_out:
+                kernel = jnp.pad(kernel, ((0, pad_in), (0, pad_out)))
+            y = matmul(x.astype(dtype), kernel)
         return y if self.bias is None else y + jnp.pad(self.bias[...].astype(dtype), (0, pad_out))
+
+    def weight(self, dtype: DTypeLike) -> Float[Array, "i o"]:
+        """Return the kernel in a dtype, gathered, and dequantised if it is stored quantised."""
+        if isinstance(self.kernel, StoredKernel):
+            return self.kernel.weight(dtype)
+        return device_ops.current().all_gather_param(self.kernel[...].astype(dtype), self.axes)
+
+    @property
+    def stacked_shape(self) -> tuple[int, ...]:
+        """Shape of the kernel, with the leading axes of stacked layers: [..., in, out]."""
+        return self.kernel.stacked_shape if isinstance(self.kernel, StoredKernel) else self.kernel.get_value().shape
 
 
 def width_padding(width: int, dtype: DType) -> int:

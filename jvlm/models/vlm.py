@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float
 from jvlm.models import registry
 from jvlm.models.batch import DecoderOutput, PackedBatch
 from jvlm.models.contracts import ConnectorConfig, DecoderConfig, EncoderConfig, VisionTokens
-from jvlm.models.layers import Precision
+from jvlm.models.layers import Precision, StoredKernel
 from jvlm.models.token_ids import token_ids
 
 TOWERS = ("encoder", "connector", "decoder")
@@ -161,8 +162,14 @@ def bind(template: VLM, values: Mapping[str, Any]) -> VLM:
 
 
 def parameter_counts(model: VLM) -> dict[str, int]:
-    """Return the number of parameters of each tower."""
-    return {
-        tower: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(getattr(model, tower), nnx.Param)))
-        for tower in TOWERS
-    }
+    """Return the number of parameters of each tower; a kernel in another form counts as its values would."""
+    return {tower: _count(getattr(model, tower)) for tower in TOWERS}
+
+
+def _count(tower: nnx.Module) -> int:
+    stored = [module for _, module in nnx.iter_modules(tower) if isinstance(module, StoredKernel)]
+    held, parts = (
+        sum(leaf.size for leaf in jax.tree.leaves([nnx.state(m, nnx.Param) for m in modules]))
+        for modules in ([tower], stored)
+    )
+    return held - parts + sum(math.prod(kernel.stacked_shape) for kernel in stored)

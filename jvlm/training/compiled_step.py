@@ -25,6 +25,7 @@ from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
 from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.sharded_ops import ShardedOps
+from jvlm.quantization.model import quantized_template
 from jvlm.training import optimizer, train_step, trainable
 from jvlm.training.config import Experiment
 from jvlm.training.state import Params, TrainState
@@ -142,6 +143,8 @@ def compile_step(experiment: Experiment, devices: Sequence[jax.Device] | None = 
     """
     layout = MeshLayout.of(experiment.parallel, devices)
     template = vlm.abstract(experiment.model)
+    if experiment.quantize is not None:
+        template = quantized_template(template, experiment.quantize)
     return build_step(template, **step_arguments(experiment, template), layout=layout)
 
 
@@ -149,7 +152,7 @@ def step_arguments(experiment: Experiment, template: VLM) -> dict[str, Any]:
     """Return what an experiment says about its step, as arguments of `build_step` and of `Trainer`."""
     config, variables = experiment.optimizer, vlm.parameters(template)
     trainable.check_patterns(config, variables)
-    trainable.select(trainable.from_config(config), variables)
+    trainable.check_not_quantized(trainable.select(trainable.from_config(config), variables))
     return {
         "task": experiment.task,
         "make_optimizer": lambda variables: optimizer.make(config, experiment.steps or 1, variables),

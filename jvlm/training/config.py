@@ -13,6 +13,7 @@ from jvlm.errors import UserError
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.vlm import TOWERS, VLMConfig
 from jvlm.parallel.mesh import ParallelConfig
+from jvlm.quantization.config import QuantizationConfig
 from jvlm.training.hooks import Hook
 from jvlm.training.supervised import SupervisedTask
 from jvlm.training.task import Task
@@ -259,6 +260,7 @@ class Experiment:
         only ``model.precision`` counts.
       init_from: Hugging Face or run folder whose weights and processor to start from.
       adapt: changes to that model; none to one that starts from random weights.
+      quantize: hold matrices that are frozen in fewer bits; None holds all in ``model.precision.param_dtype``.
       encoder_from: Hugging Face folder of a vision tower, whose weights take the place of the encoder's random ones
         (`jvlm.weights.backbones`).
       decoder_from: Hugging Face folder of a language model, whose weights take the place of the decoder's random ones.
@@ -294,6 +296,7 @@ class Experiment:
     model: VLMConfig | None = None
     init_from: str | None = None
     adapt: AdaptConfig = AdaptConfig()
+    quantize: QuantizationConfig | None = None
     encoder_from: str | None = None
     decoder_from: str | None = None
     tokenizer: str | None = None

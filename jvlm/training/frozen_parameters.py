@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from jvlm.data import stores
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
+from jvlm.quantization.kernels import is_part
 from jvlm.training.run_storage import RunStorage
 from jvlm.training.state import Params, TrainState
 from jvlm.weights import frozen, run_dir
@@ -70,7 +71,7 @@ class FrozenParameters:
         place = self._base() if self.base is not None else {"base": None, "step": None}
         if known is not None and {name: known[name] for name in place} == place:
             return
-        dtype = str(next(iter(state.frozen.values())).dtype)
+        dtype = str(next(v for p, v in state.frozen.items() if not is_part(p)).dtype)
         record = FrozenRecord(**place, param_dtype=dtype, fingerprints=_fingerprints(state.frozen))
         if self.base is None:
             self._store(state.frozen)

@@ -8,6 +8,7 @@ from flax import nnx
 from jvlm.data.processor import Processor
 from jvlm.models import vlm
 from jvlm.models.vlm import VLM, VLMConfig
+from jvlm.quantization.model import quantized
 from jvlm.training import processors
 from jvlm.training.config import AdaptConfig, Experiment
 from jvlm.weights import backbones, hf, positions, run_dir, upcycling
@@ -22,18 +23,29 @@ def start_model(experiment: Experiment, sharding: hf.ShardingOf | None = None) -
     """
     if experiment.init_from is not None:
         precision = experiment.model.precision if experiment.model else None
-        grow = experiment.adapt.grow_embedding
-        model, processor = load(experiment.init_from, precision=precision, sharding=sharding, grow_embedding=grow)
+        adapt, quantize = experiment.adapt, experiment.quantize
+        at_once = quantize if adapt.grid is None and adapt.experts is None else None
+        model, processor = load(
+            experiment.init_from,
+            precision=precision,
+            sharding=sharding,
+            grow_embedding=adapt.grow_embedding,
+            quantize=at_once,
+        )
         if experiment.adapt.grid is not None:
             model = positions.with_grid(model, experiment.adapt.grid, experiment.adapt.grid_scale)
         if experiment.adapt.experts is not None:
             model = upcycling.upcycle(model, experiment.adapt.experts, seed=experiment.seed, sharding=sharding)
+        if quantize is not None and at_once is None:
+            model = quantized(model, quantize, sharding)
         processor = processors.adapted(processor, experiment, model.config)
     else:
         processor = processors.new(experiment)
         model = random_model(experiment.model, experiment.seed, sharding)
         towers = [run_dir.local(path) for path in (experiment.encoder_from, experiment.decoder_from) if path]
         model = backbones.fill(model, towers, sharding)
+        if experiment.quantize is not None:
+            model = quantized(model, experiment.quantize, sharding)
     if experiment.data.media_root:
         processor = processor.replace(media_roots=(experiment.data.media_root,))
     return model, processor

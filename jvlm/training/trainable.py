@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from flax import nnx
 
 from jvlm.errors import UserError
+from jvlm.quantization.kernels import QuantizedParam
 from jvlm.training.config import OptimizerConfig
 from jvlm.training.optimizer import tower_of
 
@@ -50,6 +51,17 @@ def select(is_trainable: IsTrainable, variables: Mapping[str, nnx.Variable]) -> 
     if not chosen:
         raise UserError("every parameter is frozen, so nothing would be trained: see optimizer.train and .freeze")
     return chosen
+
+
+def check_not_quantized(chosen: Mapping[str, nnx.Variable]) -> None:
+    """Raise UserError for quantised kernels among the variables that are trained."""
+    paths = [path for path, variable in chosen.items() if isinstance(variable, QuantizedParam)]
+    if paths:
+        raise UserError(
+            f"quantize: quantised matrices cannot be trained, and {len(paths)} of their parts would be, as {paths[0]}; "
+            "train an adapter on them (adapter), freeze them (optimizer.freeze, decoder_lr = 0), or take them out of "
+            "quantize.targets"
+        )
 
 
 def _matches(path: str, patterns: Iterable[str]) -> bool:

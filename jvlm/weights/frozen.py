@@ -133,6 +133,7 @@ def _from_base(
             precision=precision,
             sharding=lambda path, _: wanted[path].sharding if path in wanted else _first_device(),
             step=record.step,
+            quantize=run_dir.quantization(folder),
         )
     found = {path: v.get_value() for path, v in vlm.parameters(model).items() if path in wanted}
     now = fingerprints(list(found.values())).values()
@@ -176,6 +177,11 @@ def open_run(folder: Path, shapes: Mapping[str, tuple[int, ...]], step: int | st
     Raises:
       WeightError: missing, extra or wrongly shaped parameters. UserError: as `read_all`.
     """
+    if run_dir.quantization(folder) is not None:
+        raise UserError(
+            f"{folder} was trained on a quantised base, which has no parameters in a plain dtype: merge its adapter "
+            "into the model that it was made from, or into its dequantised weights (jvlm export)"
+        )
     params = run_dir.params_folder(folder, step)
     record = read(folder)
     stored = run_dir.stored_paths(params)

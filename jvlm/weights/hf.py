@@ -22,6 +22,10 @@ from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLM, VLMConfig, parameters
+from jvlm.quantization.config import QuantizationConfig
+from jvlm.quantization.formats import quantize as quantize_kernel
+from jvlm.quantization.kernels import is_part, quantized_kernels
+from jvlm.quantization.model import fill, quantized_template
 from jvlm.weights import chat_templates, names, processor_files, safetensors_files, table, tokenizer_files
 from jvlm.weights.processor_files import ProcessorFiles
 from jvlm.weights.vocabulary import EMBEDDING, TOKEN_AXIS, with_vocabulary
@@ -59,20 +63,38 @@ def _typed(config: VLMConfig) -> VLMConfig:
 
 
 def load_weights(
-    folder: Path, config: VLMConfig, sharding: ShardingOf | None = None, *, stored_rows: int | None = None
+    folder: Path,
+    config: VLMConfig,
+    sharding: ShardingOf | None = None,
+    *,
+    stored_rows: int | None = None,
+    quantize: QuantizationConfig | None = None,
 ) -> VLM:
     """The model of a Hugging Face folder; see `load`.
 
     Args:
       stored_rows: rows of the folder's embedding table and head, which grow to the configuration's; None: as many.
+      quantize: which kernels are held quantised, from the moment they are read.
     """
     model = vlm.abstract(config)
-    variables = parameters(model)
-    shapes = {path: tuple(v.get_value().shape) for path, v in variables.items()}
+    shapes = {path: tuple(v.get_value().shape) for path, v in parameters(model).items()}
     expected = table.entries(config, shapes)
+    if quantize is not None:
+        model = quantized_template(model, quantize)
+    kernels = dict(quantized_kernels(model))
+    variables = {path: v for path, v in parameters(model).items() if not is_part(path)}
     with safetensors_files.Tensors(folder) as tensors:
         stored = match(tensors, table.hf_format(config).canonical, expected, stored_rows)
         read_parameters(variables, expected, stored, tensors, sharding)
+        for path, kernel in kernels.items():
+            entries = {() if e.layer is None else (e.layer,): e for e in expected if e.path == path}
+            tensors.dtypes(stored[e.name] for e in entries.values())  # raises for one that is not read
+
+            def parts(index: tuple[int, ...], entries=entries, format: str = kernel.format) -> dict[str, np.ndarray]:
+                entry = entries[index]
+                return quantize_kernel(entry.to_param(tensors.read(stored[entry.name])), format)
+
+            fill(path, kernel, parts, sharding)
     nnx.update(model, nnx.from_flat_state([(tuple(p.split(".")), v) for p, v in variables.items()]))
     return model
 

@@ -9,6 +9,7 @@ from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLM, VLMConfig
+from jvlm.quantization.config import QuantizationConfig
 from jvlm.weights import hf, run_dir
 
 
@@ -19,6 +20,7 @@ def load(
     sharding: hf.ShardingOf | None = None,
     step: int | Literal["best"] | None = None,
     grow_embedding: bool = False,
+    quantize: QuantizationConfig | None = None,
 ) -> tuple[VLM, Processor]:
     """A model and its processor from a Hugging Face snapshot folder or a jvlm run folder.
 
@@ -35,6 +37,8 @@ def load(
       grow_embedding: where tokens of the tokenizer have no row in the embedding table, give them rows (and columns of
         an untied head), each the mean of the others; without it such a folder is refused. A tokenizer that lacks the
         tokens that end a turn in its family's template, as Idefics2-8b-base's does, gets them too.
+      quantize: hold these matrices quantised, each from the moment it is read; the model can then not be trained but
+        through adapters. Of a run that was trained so, None keeps its own.
 
     Raises:
       UserError: no such folder, or one that holds neither kind of model.
@@ -45,12 +49,19 @@ def load(
     folder, step = (run_dir.local(folder), best) if best else (run_dir.local(path), step)
     config = read_config(folder, precision)
     if run_dir.is_run(folder):
-        return run_dir.load(folder, precision=precision, sharding=sharding, step=step, grow_embedding=grow_embedding)
+        return run_dir.load(
+            folder,
+            precision=precision,
+            sharding=sharding,
+            step=step,
+            grow_embedding=grow_embedding,
+            quantize=quantize,
+        )
     if step is not None:
         raise UserError(f"step {step}: {folder} is a Hugging Face folder, which has no steps")
     processor = hf.load_processor(folder, config, grow_embedding=grow_embedding)
     rows = config.decoder.vocab_size if grow_embedding else None
-    return hf.load_weights(folder, processor.model, sharding, stored_rows=rows), processor
+    return hf.load_weights(folder, processor.model, sharding, stored_rows=rows, quantize=quantize), processor
 
 
 def read_config(path: str | Path, precision: Precision | None = None) -> VLMConfig:

@@ -35,6 +35,8 @@ from jvlm.models import vlm
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.parallel import hosts
+from jvlm.quantization.config import QuantizationConfig
+from jvlm.quantization.model import quantized, quantized_template
 from jvlm.weights import hf, table, vocabulary
 from jvlm.weights.fingerprints import Running, fingerprints
 from jvlm.weights.table import WeightError
@@ -140,6 +142,7 @@ def load(
     sharding: hf.ShardingOf | None,
     step: int | Literal["best"] | None,
     grow_embedding: bool = False,
+    quantize: QuantizationConfig | None = None,
 ) -> tuple[VLM, Processor]:
     """The model of a run at a step (None: the latest), and its processor; see `jvlm.weights.io.load`."""
     from jvlm.weights import frozen  # which reads the folders that this one refers to, runs among them
@@ -149,9 +152,22 @@ def load(
     if not (folder / PROCESSOR).is_dir():
         raise WeightError(f"{folder / PROCESSOR} is missing: it holds the run's tokenizer; copy the whole run again")
     processor = hf.load_processor(folder / PROCESSOR, config, grow_embedding=grow_embedding)
-    model = vlm.abstract(config)
+    model, own = vlm.abstract(config), quantization(folder)
+    if own is not None:
+        model = quantized_template(model, own)
     values = frozen.read_all(folder, source, config, wanted_arrays(model, sharding))
-    return vocabulary.grow(vlm.bind(model, values), processor.model), processor
+    model = vocabulary.grow(vlm.bind(model, values), processor.model)
+    if quantize is not None and own is None:
+        model = quantized(model, quantize, sharding)
+    elif quantize not in (None, own):
+        raise UserError(f"{folder} was trained on a base quantised as {own}, and {quantize} is asked for; leave it out")
+    return model, processor
+
+
+def quantization(folder: Path) -> QuantizationConfig | None:
+    """Return how the base of a run is quantised; None where it is not."""
+    values = json_files.read_object(folder / EXPERIMENT).get("quantize")
+    return None if values is None else config_tree.from_dict(QuantizationConfig, values, "quantize.")
 
 
 class Arrays:

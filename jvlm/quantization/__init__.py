@@ -1,0 +1,1 @@
+"""Quantised kernels: number formats, frozen bases in them, and checkpoints that hold them."""
