@@ -157,7 +157,12 @@ class MeshLayout:
 
 
 def _axes_left(axes: Sequence[str | None], shape: Sequence[int], left: Sequence[int]) -> list[str | None]:
-    """Return the axes of the dimensions of ``shape`` that ``left`` still has, in order; None for other dimensions."""
+    """Return the axes of the dimensions of ``shape`` that ``left`` still has, in order; None for other dimensions.
+
+    With as many dimensions, some are shorter: blocks of values stand for them, and are split as the values are.
+    """
+    if len(left) == len(shape):
+        return list(axes)
     result: list[str | None] = []
     begin = 0
     for length in left:

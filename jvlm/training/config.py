@@ -11,75 +11,17 @@ from jvlm.data.config import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.errors import UserError
 from jvlm.models.decoders.moe import MoEConfig
-from jvlm.models.vlm import TOWERS, VLMConfig
+from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.quantization.config import QuantizationConfig
 from jvlm.training.hooks import Hook
+from jvlm.training.optimizer.config import OptimizerConfig
 from jvlm.training.supervised import SupervisedTask
 from jvlm.training.task import Task
 from jvlm.validation import check_fields
 from jvlm.weights.safetensors_files import dtype_of
 
 SEEDS = f"[0, {2**32})"  # what every generator of random numbers takes
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW or Muon, with warm-up and cosine decay.
-
-    Attributes:
-      kind: "muon" moves matrices along their orthogonalised momentum (Jordan et al., 2024), at the size of AdamW's
-        steps (arXiv 2502.16982), so that learning rates are of the same order; embeddings, the output matrix, position
-        tables, norms and biases stay with AdamW. A small model trained from nothing learns faster by it.
-      learning_rate: peak; used by every tower that has none of its own.
-      encoder_lr: peak of the encoder's; 0 freezes it (no gradient, no state, no change). None is ``learning_rate``.
-      connector_lr: peak of the connector's; as encoder_lr.
-      decoder_lr: peak of the decoder's; as encoder_lr.
-      warmup_ratio: share of the steps with linear warm-up.
-      min_lr_ratio: learning rate at the end, as a share of the peak.
-      train: patterns of the dotted paths of parameters to train, as "connector.*"; empty is all of them.
-      freeze: patterns of those to freeze. Both on top of learning rates of 0.
-      weight_decay: of matrices; norms and biases have none.
-      beta1: AdamW's decay of the mean of gradients.
-      beta2: AdamW's decay of the mean of squared gradients.
-      eps: added to AdamW's denominator.
-      muon_beta: momentum of Muon.
-      max_grad_norm: largest norm of the whole gradient.
-    """
-
-    kind: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 1e-5
-    encoder_lr: float | None = None
-    connector_lr: float | None = None
-    decoder_lr: float | None = None
-    warmup_ratio: float = 0.03
-    min_lr_ratio: float = 0.0
-    train: tuple[str, ...] = ()
-    freeze: tuple[str, ...] = ()
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    muon_beta: float = 0.95
-    max_grad_norm: float = 1.0
-
-    def __post_init__(self):
-        shares = dict.fromkeys(("warmup_ratio", "min_lr_ratio"), "[0, 1]")
-        rates = dict.fromkeys(("learning_rate", "encoder_lr", "connector_lr", "decoder_lr"), "[0, inf)")
-        betas = dict.fromkeys(("beta1", "beta2", "muon_beta"), "[0, 1)")
-        rest = {"weight_decay": "[0, inf)", "eps": "(0, inf)", "max_grad_norm": "(0, inf)"}
-        check_fields(self, "optimizer.", {**shares, **rates, **betas, **rest})
-        if not any(self.rate_of(tower) for tower in TOWERS):
-            raise UserError(
-                "every tower is frozen, so nothing would be trained: optimizer.learning_rate is "
-                f"{self.learning_rate}, and encoder_lr, connector_lr and decoder_lr are {self.encoder_lr}, "
-                f"{self.connector_lr} and {self.decoder_lr}; give one of them a rate above 0"
-            )
-
-    def rate_of(self, tower: str) -> float:
-        """Peak learning rate of "encoder", "connector" or "decoder"."""
-        own = getattr(self, f"{tower}_lr")
-        return self.learning_rate if own is None else own
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,10 +93,16 @@ def describe(experiment: Experiment, template: VLM, layout: MeshLayout) -> str:
     counts = vlm.parameter_counts(template)
     chosen = trainable.select(trainable.from_config(experiment.optimizer), vlm.parameters(template))
     lines = [f"{'tower':<12}{'parameters':>16}{'trainable':>16}{'learning rate':>16}"]
+    trained = {path: (*experiment.optimizer.group_of(path), v.get_value().size) for path, v in chosen.items()}
     for tower in TOWERS:
-        trained = sum(v.get_value().size for path, v in chosen.items() if path.startswith(f"{tower}."))
-        rate = experiment.optimizer.rate_of(tower) if trained else "frozen"
-        lines.append(f"{tower:<12}{counts[tower]:>16,}{trained:>16,}{rate:>16}")
+        own = [found for path, found in trained.items() if path.startswith(f"{tower}.")]
+        rates = sorted({rate for _, rate, _ in own}, reverse=True)
+        rate = ", ".join(f"{rate:g}" for rate in rates) or "frozen"
+        lines.append(f"{tower:<12}{counts[tower]:>16,}{sum(size for _, _, size in own):>16,}{rate:>16}")
+    for name, rate in experiment.optimizer.groups(chosen).items():
+        if name not in TOWERS:
+            size = sum(size for group, _, size in trained.values() if group == name)
+            lines.append(f"{name:<28}{size:>16,}{rate:>16g}")
     data = experiment.data
     kind = layout.mesh.devices.flat[0].device_kind
     axes = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items() if size > 1)

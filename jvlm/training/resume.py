@@ -41,6 +41,12 @@ _FREE = (
     *("data.read_threads", "data.prefetch", "data.max_bad_fraction", "data.max_too_long_fraction"),
     *("parallel", "topologies", "accept_changes"),
 )
+# These change what the optimizer's state is of: no checkpoint can be read with others.
+_SHAPES = (
+    "model.",
+    "adapt.",
+    *(f"optimizer.{name}" for name in ("kind", "train", "freeze", "lr_pattern", "ema_decay")),
+)
 # Files up to so many bytes are read whole for their fingerprint, and up to so many of all data files together; of
 # others so many pieces of so many bytes.
 _WHOLE, _ALL = 64 * 2**20, 2**30
@@ -130,7 +136,7 @@ def _changes(folder: Path, experiment: Experiment, resolved: dict[str, Any], pre
     others = [] if before is None else list(config_tree.differences(before, present))
     if not settings and not others:
         return []
-    shapes = [line for line in settings if line.startswith(("model.", "adapt.", "optimizer.train", "optimizer.freeze"))]
+    shapes = [line for line in settings if line.startswith(_SHAPES)]
     shapes += [f"{tower}: frozen or not" for tower in TOWERS if _trains(saved, tower) != _trains(resolved, tower)]
     if experiment.accept_changes and not shapes:
         return [*settings, *others]

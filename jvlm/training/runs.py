@@ -150,7 +150,7 @@ def _train_one(
     changes = prepare_folder(storage.folder, experiment, processor)
     storage.share()
     checkpointing = Checkpointing(storage, experiment.checkpoint, base_of(experiment))
-    trainer = Trainer(model, **arguments, layout=layout)
+    trainer = Trainer(model, **arguments, layout=layout, use_ema=experiment.optimizer.use_ema)
     del model
     hosts.log_rank0(describe(experiment, trainer.template, layout))
     shard = trainer.shard
@@ -199,6 +199,8 @@ def _train_one(
         + monitor.summary()
     )
     storage.push()
+    # the average, where one is kept and asked for: a run returns what it measured
+    trainer.state = dataclasses.replace(trainer.state, trainable=trainer.evaluated_params())
     return Result(trainer.model, processor, storage, trainer.step, last, log.seconds, compilations, rejected)
 
 

@@ -15,8 +15,9 @@ from jvlm.hardware import peak_flops
 from jvlm.models.vlm import TOWERS, VLM
 from jvlm.parallel import hosts
 from jvlm.training import flops, optimizer
-from jvlm.training.config import OptimizerConfig
 from jvlm.training.hooks import Hook
+from jvlm.training.optimizer import schedules
+from jvlm.training.optimizer.config import OptimizerConfig
 
 if TYPE_CHECKING:
     from jvlm.training.trainer import Trainer
@@ -94,12 +95,13 @@ class LearningRates(Hook):
     """
 
     def __init__(self, config: OptimizerConfig, steps: int, skipped: Callable[[], int]):
-        self._skipped = skipped
-        self._schedules = {t: optimizer.schedule(config, t, steps) for t in TOWERS if config.rate_of(t) > 0}
+        self.config, self._skipped = config, skipped
+        self._factor = schedules.factor(config, steps)
 
     def log_values(self, trainer: Trainer) -> dict[str, float]:
-        updates = trainer.step - self._skipped()
-        rates = {f"learning_rate/{t}": float(rate(updates - 1)) for t, rate in self._schedules.items()}
+        share = float(self._factor(trainer.step - self._skipped() - 1))
+        groups = self.config.groups(trainer.compiled.trainable)
+        rates = {f"learning_rate/{name}": share * peak for name, peak in groups.items()}
         highest = max(rates.values())
-        # one number where the towers agree, as ms-swift users expect; a number each where they do not
+        # one number where the groups agree, as ms-swift users expect; a number each where they do not
         return {"learning_rate": highest} if len(set(rates.values())) == 1 else {"learning_rate": highest, **rates}

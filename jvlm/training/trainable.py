@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 
 from flax import nnx
 
 from jvlm.errors import UserError
 from jvlm.quantization.kernels import QuantizedParam
-from jvlm.training.config import OptimizerConfig
-from jvlm.training.optimizer import tower_of
+from jvlm.training.optimizer.config import OptimizerConfig, matches
 
 IsTrainable = Callable[[str, nnx.Variable], bool]
 
@@ -24,13 +22,13 @@ def everything(path: str, variable: nnx.Variable) -> bool:
 def from_config(config: OptimizerConfig) -> IsTrainable:
     """Return the predicate of a configuration.
 
-    A parameter is trained if its tower has a learning rate above 0, ``train`` is empty or one of its patterns matches
-    the path, and no pattern of ``freeze`` does.
+    A parameter is trained if its learning rate is above 0, ``train`` is empty or one of its patterns matches the path,
+    and no pattern of ``freeze`` does.
     """
 
     def is_trainable(path: str, variable: nnx.Variable) -> bool:
-        chosen = not config.train or _matches(path, config.train)
-        return config.rate_of(tower_of(path)) > 0 and chosen and not _matches(path, config.freeze)
+        chosen = not config.train or matches(path, config.train)
+        return config.group_of(path)[1] > 0 and chosen and not matches(path, config.freeze)
 
     return is_trainable
 
@@ -38,9 +36,11 @@ def from_config(config: OptimizerConfig) -> IsTrainable:
 def check_patterns(config: OptimizerConfig, paths: Iterable[str]) -> None:
     """Raise UserError for a pattern that matches no parameter, naming the nearest paths."""
     paths = list(paths)
-    for field in ("train", "freeze"):
-        for pattern in getattr(config, field):
-            if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+    patterns = {name: getattr(config, name) for name in ("train", "freeze", "no_decay")}
+    patterns["lr_pattern"] = tuple(pattern for pattern, _ in config.lr_pattern)
+    for field, given in patterns.items():
+        for pattern in given:
+            if not any(matches(path, (pattern,)) for path in paths):
                 near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3) or sorted(paths)[:3]
                 raise UserError(f"optimizer.{field}: {pattern!r} matches no parameter; there are {', '.join(near)}")
 
@@ -62,7 +62,3 @@ def check_not_quantized(chosen: Mapping[str, nnx.Variable]) -> None:
             "train an adapter on them (adapter), freeze them (optimizer.freeze, decoder_lr = 0), or take them out of "
             "quantize.targets"
         )
-
-
-def _matches(path: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)

@@ -19,10 +19,10 @@ from jvlm.parallel import hosts
 from jvlm.parallel.data_shards import data_shard_for, make_global_batch
 from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.mesh import ParallelConfig
-from jvlm.training import train_step, trainable
+from jvlm.training import optimizer, train_step, trainable
 from jvlm.training.compiled_step import MakeOptimizer, build_step
 from jvlm.training.hooks import Hook, StepResult
-from jvlm.training.state import TrainState
+from jvlm.training.state import Params, TrainState
 from jvlm.training.supervised import SupervisedTask
 from jvlm.training.task import Task
 from jvlm.training.trainable import IsTrainable
@@ -44,6 +44,7 @@ class Trainer:
       is_trainable: which parameters are trained, from path and variable.
       layout: the mesh; None puts all on the first device.
       seed: of what the task draws in training.
+      use_ema: measure and export the moving average of the parameters, where the optimizer keeps one.
       hooks: see `Hook` for their order.
 
     Attributes:
@@ -68,9 +69,10 @@ class Trainer:
         layout: MeshLayout | None = None,
         gradient_accumulation_steps: int = 1,
         seed: int = 0,
+        use_ema: bool = True,
         hooks: Sequence[Hook] = (),
     ):
-        self.task, self.hooks = task, tuple(hooks)
+        self.task, self.hooks, self.use_ema = task, tuple(hooks), use_ema
         self.layout = layout or MeshLayout.of(ParallelConfig(data=1), jax.devices()[:1])
         self.template, values = split(model)
         self.accumulation = gradient_accumulation_steps
@@ -98,6 +100,11 @@ class Trainer:
     def model(self) -> VLM:
         """The model as it is now. It shares its arrays with the trainer: read it between steps."""
         return vlm.bind(self.template, self.state.params)
+
+    def evaluated_params(self) -> Params:
+        """Return the trainable parameters to measure and to export: their moving average, if it is asked for."""
+        average = optimizer.ema_of(self.state.opt_state, self.state.trainable) if self.use_ema else None
+        return self.state.trainable if average is None else average
 
     def fit(self, batches: Iterable[PackedRows], *, steps: int) -> TrainState:
         """Run until ``steps`` steps are behind, those before a restart included, or until a hook stops it.

@@ -150,7 +150,8 @@ class Validation(Hook):
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
         """Return the metrics of the trainer's present state, in all and by source; every process must call it."""
         began = time.perf_counter()
-        changing, constant = trainer.state.split()
+        constant = trainer.state.split()[1]
+        params = trainer.evaluated_params()
         everything, values, rejected = Totals(), {}, []
         for name, batches in self.sources.items():
             totals, last = Totals(), None
@@ -159,7 +160,7 @@ class Validation(Hook):
                 batch = make_global_batch(_host_batch(trainer, packed), trainer.shard, trainer.compiled.batch)
                 if last is not None:  # one runs while the next is made
                     totals.add(last)
-                last = trainer.compiled.evaluate(changing.trainable, constant, batch)
+                last = trainer.compiled.evaluate(params, constant, batch)
             if last is not None:
                 totals.add(last)
             everything.merge(totals)

@@ -107,5 +107,5 @@ def test_a_muon_update_has_the_size_of_adamws_whatever_the_shape():
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(UserError, match=r"optimizer.kind must be one of 'adamw', 'muon', got 'sgd'"):
+    with pytest.raises(UserError, match=r"optimizer.kind must be one of 'adamw', .*'muon', got 'sgd'"):
         OptimizerConfig(kind="sgd")

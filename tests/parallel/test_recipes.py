@@ -1,0 +1,46 @@
+"""Every optimizer makes the same updates on every mesh, with its state split; and NEFTune draws the same noise."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.parallel import models, recipes_on_meshes
+from tests.support import cpu_devices, run_python
+
+SLOW = [(mesh, recipes_on_meshes.KINDS) for mesh in models.MESHES if mesh not in ("one", "data", "context")]
+CASES = [
+    ("fsdp context tensor", recipes_on_meshes.KINDS[:2]),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case[0])
+def lines(request):
+    """(mesh, (mesh, kind) -> what recipes_on_meshes says)."""
+    mesh, kinds = request.param
+    code = f"from tests.parallel.recipes_on_meshes import main; main({(mesh,)!r}, {kinds!r})"
+    found = [json.loads(line) for line in run_python(code, timeout=600, **cpu_devices(8)).splitlines()]
+    return mesh, kinds, {(line["mesh"], line["kind"]): line for line in found}
+
+
+def test_updates_and_averages_are_those_of_one_device_and_the_state_is_split(lines):
+    mesh, kinds, said = lines
+    # the axes that parameters are split over; the others split activations
+    shards = 1
+    for axis, size in models.MESHES[mesh].items():
+        shards *= size if axis in ("fsdp", "tensor") else 1
+    for kind in kinds:
+        line, alone = said[mesh, kind], said["one", kind]
+        # a moment that rounding puts beyond the middle between two codes changes a few numbers of the 8-bit steps
+        bound = 2e-2 if kind == "adamw_8bit" else 2e-5
+        assert max(line["difference"].values()) < bound, line
+        assert line["bytes"]["all"] == alone["bytes"]["all"]
+        # vectors and what does not divide are whole on each device
+        assert line["bytes"]["one"] < 1.1 / shards * line["bytes"]["all"], line
+
+
+def test_noise_is_bit_equal_on_every_mesh(lines):
+    mesh, _, said = lines
+    assert said[mesh, "noise"]["equal"]
