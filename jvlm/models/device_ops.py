@@ -124,6 +124,7 @@ class DeviceOps(Protocol):
         weights: Float[Array, "B S"],
         *,
         vocabulary_first: bool = False,
+        groups: Int[Array, "B S"] | None = None,
         **options: Any,
     ) -> CrossEntropySum:
         """`jvlm_kernels.linear_cross_entropy_sum` with its ``options``, over the tokens of all devices."""
@@ -171,13 +172,16 @@ class LocalOps:
     def apply_experts(self, function, x, expert, gate, weights, axes):
         return function(x, expert, gate, *weights)
 
-    def cross_entropy_sum(self, hidden, kernel, targets, weights, *, vocabulary_first=False, **options: Any):
+    def cross_entropy_sum(
+        self, hidden, kernel, targets, weights, *, vocabulary_first=False, groups=None, **options: Any
+    ):
         return linear_cross_entropy_sum(
             hidden.reshape(-1, hidden.shape[-1]),
             kernel,
             targets.reshape(-1),
             weights.reshape(-1),
             vocabulary_first=vocabulary_first,
+            groups=None if groups is None else groups.reshape(-1),
             **options,
         )
 

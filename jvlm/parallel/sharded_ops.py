@@ -167,7 +167,9 @@ class ShardedOps:
         tokens = P(batch, sequence)
         return self._shard_map(local, (tokens, tokens, tokens, *specs), (tokens, tokens))(x, expert, gate, *weights)
 
-    def cross_entropy_sum(self, hidden, kernel, targets, weights, *, vocabulary_first=False, **options: Any):
+    def cross_entropy_sum(
+        self, hidden, kernel, targets, weights, *, vocabulary_first=False, groups=None, **options: Any
+    ):
         axes = ("vocab", "embed") if vocabulary_first else ("embed", "vocab")
         kernel = kernel.astype(hidden.dtype)
         batch, sequence = self.layout.mesh_axes("batch"), self.layout.mesh_axes("sequence")
@@ -181,7 +183,7 @@ class ShardedOps:
             if hidden.shape[1] % self.layout.num_shards((*sequence, *more)) == 0:
                 sequence = (*sequence, *more)
 
-        def local(hidden, kernel, targets, weights):
+        def local(hidden, kernel, targets, weights, groups):
             # gathered here and not before: its gradient is then scattered as it is summed over the devices that store
             # it, and only its shards are summed over the others
             others = tuple(a for a in (*batch, *sequence) if a not in storage)
@@ -194,13 +196,15 @@ class ShardedOps:
                 weights.reshape(-1),
                 vocabulary_first=vocabulary_first,
                 axis_name=vocab or None,
+                groups=None if groups is None else groups.reshape(-1),
                 **options,
             )
             return CrossEntropySum(*lax.psum(sums, (*batch, *sequence))) if (*batch, *sequence) else sums
 
         tokens = P(batch, sequence)
-        specs = tokens, P(*stored), tokens, tokens
-        return self._shard_map(local, specs, CrossEntropySum(P(), P()))(hidden, kernel, targets, weights)
+        specs = tokens, P(*stored), tokens, tokens, None if groups is None else tokens
+        sums = CrossEntropySum(P(), P(), None if groups is None else P())
+        return self._shard_map(local, specs, sums)(hidden, kernel, targets, weights, groups)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

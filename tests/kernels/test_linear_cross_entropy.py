@@ -1,5 +1,6 @@
 """`linear_cross_entropy` and its sum against plain logits in float64."""
 
+import functools
 import re
 
 import jax
@@ -118,6 +119,27 @@ def test_the_sum_and_its_gradients_equal_plain_logits(block, supervised, z_loss,
         unread, kernel, targets, weights, vocabulary_first=vocabulary_first, z_loss=z_loss, block=block
     )
     np.testing.assert_allclose(value.loss, found.loss, rtol=1e-6)
+
+
+def test_groups_of_tokens_have_sums_of_their_own_and_change_neither_loss_nor_gradient():
+    hidden, kernel, targets, weights = call()
+    groups = np.random.default_rng(3).integers(-1, 4, N)  # of -1 and 3 there are no sums
+
+    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+    def total(hidden, kernel, weights, **options):
+        found = linear_cross_entropy_sum(hidden, kernel, targets, weights, block=8, **options)
+        return found.loss, found
+
+    (loss, found), gradients = total(hidden, kernel, weights, groups=jnp.asarray(groups), num_groups=3)
+    (expected_loss, without), expected = total(hidden, kernel, weights)
+    assert without.by_group is None
+    losses, _, correct = plain(hidden, kernel, targets, weights, d_loss=np.ones(N), d_logsumexp=np.zeros(N))[0]
+    for group in range(3):
+        inside = groups == group
+        assert inside.any()
+        np.testing.assert_allclose(found.by_group[group], [losses[inside].sum(), correct[inside].sum()], rtol=2e-5)
+    for ours, theirs in zip((loss, *gradients), (expected_loss, *expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_the_sum_computes_only_the_supervised_tokens(monkeypatch):

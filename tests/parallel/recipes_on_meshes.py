@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jvlm.models.device_ops import LocalOps
 from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.mesh import ParallelConfig
+from jvlm.parallel.sharded_ops import ShardedOps
 from jvlm.training import optimizer
 from jvlm.training.neftune import EmbeddingNoise
 from jvlm.training.optimizer.config import OptimizerConfig
@@ -63,6 +65,30 @@ def noise(layout: MeshLayout) -> np.ndarray:
     return np.asarray(added(batch))
 
 
+def loss_by_group(layout: MeshLayout) -> np.ndarray:
+    """Sums of losses and of right answers of 5 groups of tokens, and the norm of the hidden states' gradient."""
+    rng = np.random.default_rng(1)
+    hidden, kernel = rng.normal(size=(8, 64, 32)).astype(np.float32), rng.normal(size=(32, 128)).astype(np.float32)
+    targets, groups = rng.integers(0, 128, (8, 64)), rng.integers(-1, 5, (8, 64))
+    weights = rng.choice([0.0, 0.5, 1.0], (8, 64)).astype(np.float32)
+
+    @jax.jit
+    def sums(hidden):
+        ops = ShardedOps(layout) if layout.mesh.size > 1 else LocalOps()
+        found = ops.cross_entropy_sum(
+            hidden,
+            jnp.asarray(kernel),
+            jnp.asarray(targets),
+            jnp.asarray(weights),
+            groups=jnp.asarray(groups),
+            num_groups=5,
+        )
+        return found.loss, found.by_group
+
+    (_, by_group), gradient = jax.value_and_grad(sums, has_aux=True)(jnp.asarray(hidden))
+    return np.append(np.asarray(by_group), np.linalg.norm(gradient))
+
+
 def main(meshes: tuple[str, ...], kinds: tuple[str, ...]) -> None:
     """One JSON line for each mesh and optimizer, and for the noise on each mesh; the first mesh is one device."""
     expected = {}
@@ -73,6 +99,9 @@ def main(meshes: tuple[str, ...], kinds: tuple[str, ...]) -> None:
         drawn = noise(layout)
         expected.setdefault("noise", drawn)
         print(json.dumps({"mesh": name, "kind": "noise", "equal": bool(np.array_equal(drawn, expected["noise"]))}))
+        sums = loss_by_group(layout)
+        first = expected.setdefault("loss", sums)
+        print(json.dumps({"mesh": name, "kind": "loss", "equal": bool(np.allclose(sums, first, rtol=1e-5))}))
         for kind in kinds:
             found, bytes_of = updates(kind, layout)
             first = expected.setdefault(kind, found)

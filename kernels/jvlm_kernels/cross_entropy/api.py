@@ -43,10 +43,12 @@ class CrossEntropySum(NamedTuple):
     Attributes:
       loss: sum of the weighted losses in nats, z-loss included. Differentiable.
       correct: number of tokens whose target is the most likely vocabulary entry.
+      by_group: the two sums of each group of tokens; None where no groups were given.
     """
 
     loss: Float[Array, ""]
     correct: Int[Array, ""]
+    by_group: Float[Array, "G 2"] | None = None
 
 
 def linear_cross_entropy(
@@ -98,6 +100,8 @@ def linear_cross_entropy_sum(
     z_loss: float = 0.0,
     axis_name: str | tuple[str, ...] | None = None,
     block: int | None = None,
+    groups: Int[Array, " N"] | None = None,
+    num_groups: int = 0,
 ) -> CrossEntropySum:
     """Return ``linear_cross_entropy(...).loss.sum()``, in three quarters of its time or less.
 
@@ -106,6 +110,7 @@ def linear_cross_entropy_sum(
 
     Args and errors are those of `linear_cross_entropy`, except
       block: tokens whose logits are in memory at a time; None chooses by memory.
+      groups: a number for each token, from 0 to ``num_groups``; tokens with another number are in no group.
     """
     _, weights = _check(hidden, kernel, targets, weights, vocabulary_first, block)
     N, D = hidden.shape
@@ -113,8 +118,8 @@ def linear_cross_entropy_sum(
         blocks = -(-N // _clip(D // 2, _TOKEN_BLOCK))
         block = -(-N // max(blocks, 1) // 128) * 128  # of equal length, in whole tiles
     block = max(1, min(block, N))
-    spec = summed.Spec(block, vocabulary_first, float(z_loss), axis_name)
-    return CrossEntropySum(*summed.summed_loss(spec, hidden, kernel, targets, weights))
+    spec = summed.Spec(block, vocabulary_first, float(z_loss), axis_name, num_groups)
+    return CrossEntropySum(*summed.summed_loss(spec, hidden, kernel, targets, weights, groups))
 
 
 def _check(

@@ -26,12 +26,14 @@ class Spec:
     Attributes:
       block: tokens of a block.
       vocabulary_first, z_loss, axis_name: as in `jvlm_kernels.linear_cross_entropy`.
+      groups: number of groups whose sums are wanted.
     """
 
     block: int
     vocabulary_first: bool
     z_loss: float
     axis_name: str | tuple[str, ...] | None
+    groups: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -47,38 +49,40 @@ class _Sums(NamedTuple):
 
     loss: jax.Array
     correct: jax.Array
+    by_group: jax.Array | None = None
     d_hidden: jax.Array | None = None
     d_kernel: jax.Array | None = None
     d_weights: jax.Array | None = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def summed_loss(spec: Spec, hidden, kernel, targets, weights):
-    """Return (loss, correct), sums over the tokens of weight other than 0. Only the loss is differentiable."""
-    return _loop(spec, hidden, kernel, targets, weights, differentiated=False)[0]
+def summed_loss(spec: Spec, hidden, kernel, targets, weights, groups):
+    """Return (loss, correct, by_group) of the tokens of weight other than 0. Only the loss is differentiable."""
+    return _loop(spec, hidden, kernel, targets, weights, groups, differentiated=False)[0]
 
 
-def _forward(spec: Spec, hidden, kernel, targets, weights):
+def _forward(spec: Spec, hidden, kernel, targets, weights, groups):
     # XLA removes gradients that nothing uses, such as a frozen kernel's
-    return _loop(spec, hidden, kernel, targets, weights, differentiated=True)
+    return _loop(spec, hidden, kernel, targets, weights, groups, differentiated=True)
 
 
 def _backward(spec: Spec, gradients, cotangents):
     d_hidden, d_kernel, d_weights = ((cotangents[0] * g).astype(g.dtype) for g in gradients)
-    return d_hidden, d_kernel, None, d_weights
+    return d_hidden, d_kernel, None, d_weights, None
 
 
 summed_loss.defvjp(_forward, _backward)
 
 
-def _loop(spec: Spec, hidden, kernel, targets, weights, *, differentiated: bool):
-    """Return ((loss, correct), gradients of hidden, kernel and weights)."""
+def _loop(spec: Spec, hidden, kernel, targets, weights, groups, *, differentiated: bool):
+    """Return ((loss, correct, by_group), gradients of hidden, kernel and weights)."""
     N, supervised = len(weights), weights != 0
     # supervised tokens first; the last block is filled up with zeros
     order = jnp.argsort(~supervised, stable=True)
     filled = jnp.pad(order, (0, -N % spec.block))
     shares = jnp.where(jnp.arange(len(filled)) < N, weights[filled], 0.0)
     tokens = jnp.where(shares[:, None] != 0, hidden[filled], 0), targets[filled], shares
+    tokens += () if groups is None else (groups[filled],)
     blocks = -(-supervised.sum() // spec.block)
     if spec.names and varying_axes(blocks):  # each block has collectives, so all devices need the same number
         blocks = lax.pmax(blocks, varying_axes(blocks))
@@ -86,39 +90,41 @@ def _loop(spec: Spec, hidden, kernel, targets, weights, *, differentiated: bool)
     def step(number, sums: _Sums) -> _Sums:
         begin = number * spec.block
         block = (lax.dynamic_slice_in_dim(x, begin, spec.block) for x in tokens)
-        new = _block(spec, *block, matrix, differentiated)
-        loss, correct = sums.loss + new.loss, sums.correct + new.correct
+        hidden, targets, weights, *groups = block
+        new = _block(spec, hidden, targets, weights, matrix, differentiated, *groups)
+        totals = jax.tree.map(jnp.add, sums[:3], new[:3])
         if not differentiated:
-            return _Sums(loss, correct)
+            return _Sums(*totals)
         d_hidden = lax.dynamic_update_slice_in_dim(sums.d_hidden, new.d_hidden, begin, 0)
         d_weights = lax.dynamic_update_slice_in_dim(sums.d_weights, new.d_weights, begin, 0)
-        return _Sums(loss, correct, d_hidden, sums.d_kernel + new.d_kernel, d_weights)
+        return _Sums(*totals, d_hidden, sums.d_kernel + new.d_kernel, d_weights)
 
     matrix = kernel.astype(hidden.dtype)
-    axes = varying_axes(hidden, kernel, targets, weights)
+    axes = varying_axes(hidden, kernel, targets, weights, *(() if groups is None else (groups,)))
     shared = tuple(a for a in axes if a not in spec.names)
 
     def zeros(shape, dtype, axes=shared):
         return mark_varying(jnp.zeros(shape, dtype), axes)
 
-    start = _Sums(zeros((), jnp.float32), zeros((), jnp.int32))
+    by_group = None if groups is None else zeros((spec.groups, 2), jnp.float32)
+    start = _Sums(zeros((), jnp.float32), zeros((), jnp.int32), by_group)
     if differentiated:
         d_kernel = zeros(kernel.shape, jnp.float32, axes)
-        start = _Sums(*start[:2], zeros(tokens[0].shape, hidden.dtype), d_kernel, zeros(shares.shape, jnp.float32))
+        start = _Sums(*start[:3], zeros(tokens[0].shape, hidden.dtype), d_kernel, zeros(shares.shape, jnp.float32))
     # the planner's HLO reader takes the loop's upper bound from this name: the compiled program has it nowhere else
     with jax.named_scope(f"at_most_{len(filled) // spec.block}_times"):
         sums = lax.fori_loop(0, blocks, step, start)
     if not differentiated:
-        return (sums.loss, sums.correct), None
+        return sums[:3], None
     inverse = jnp.zeros(N, jnp.int32).at[order].set(jnp.arange(N), unique_indices=True)
-    return (sums.loss, sums.correct), (
+    return sums[:3], (
         sums.d_hidden[inverse],
         sums.d_kernel.astype(kernel.dtype),
         sums.d_weights[inverse],
     )
 
 
-def _block(spec: Spec, hidden, targets, weights, matrix, differentiated: bool) -> _Sums:
+def _block(spec: Spec, hidden, targets, weights, matrix, differentiated: bool, groups=None) -> _Sums:
     """Return the sums of one block of n tokens; only here do logits [n, V] exist."""
     entries, width = (0, 1) if spec.vocabulary_first else (1, 0)
     product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
@@ -139,9 +145,14 @@ def _block(spec: Spec, hidden, targets, weights, matrix, differentiated: bool) -
     logsumexp = maximum + jnp.log(total)
     unweighted = jnp.where(supervised, logsumexp - of_target + spec.z_loss * logsumexp**2, 0.0)
 
-    loss, correct = (weights * unweighted).sum(), (supervised & (ahead == 0)).sum(dtype=jnp.int32)
+    losses, right = weights * unweighted, supervised & (ahead == 0)
+    loss, correct, by_group = losses.sum(), right.sum(dtype=jnp.int32), None
+    if groups is not None:
+        member = groups[:, None] == jnp.arange(spec.groups)
+        parts = (jnp.where(member, x[:, None], 0.0).sum(0) for x in (losses, right.astype(jnp.float32)))
+        by_group = jnp.stack(tuple(parts), -1)
     if not differentiated:
-        return _Sums(loss, correct)
+        return _Sums(loss, correct, by_group)
     of_total = weights * (1 + 2 * spec.z_loss * logsumexp)
     d_logits = jnp.exp(logits - logsumexp[:, None]) * of_total[:, None]
     d_logits = (d_logits - jnp.where(ids == local, weights[:, None], 0.0)).astype(hidden.dtype)
@@ -153,4 +164,4 @@ def _block(spec: Spec, hidden, targets, weights, matrix, differentiated: bool) -
         d_kernel = product(d_logits, transposed, (((0,), (1,)), ((), ())))
     else:
         d_kernel = product(transposed, d_logits, (((1,), (0,)), ((), ())))
-    return _Sums(loss, correct, d_hidden.astype(hidden.dtype), d_kernel, unweighted)
+    return _Sums(loss, correct, by_group, d_hidden.astype(hidden.dtype), d_kernel, unweighted)
