@@ -110,7 +110,9 @@ class StoredKernel(nnx.Module):
 class Linear(nnx.Module):
     """``x @ kernel + bias`` in the compute dtype.
 
-    ``kernel`` is a parameter, or a `StoredKernel` that took its place.
+    Attributes:
+      kernel: a parameter, or a `StoredKernel` that took its place.
+      adapter: a `jvlm.adapters.layers.LowRankAdapter` beside the kernel, or None.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Linear(nnx.Module):
         self.compute_dtype, self.axes = precision.compute_dtype, axes
         self.kernel = nnx.Param(precision.init_weight(rngs.params(), (d_in, d_out), d_in), axes=axes)
         self.bias = nnx.Param(jnp.zeros((d_out,), dtype), axes=axes[1:]) if bias else None
+        self.adapter = None
 
     def __call__(self, x: Float[Array, "*L i"], *, pad_in: int = 0, pad_out: int = 0) -> Float[Array, "*L o"]:
         """Return the map of ``x``, with ``pad_in`` rows and ``pad_out`` columns of zeros added; see `width_padding`."""
@@ -131,6 +134,10 @@ class Linear(nnx.Module):
             if pad_in or pad_out:
                 kernel = jnp.pad(kernel, ((0, pad_in), (0, pad_out)))
             y = matmul(x.astype(dtype), kernel)
+        if self.adapter is not None:
+            x, y = (v[..., : v.shape[-1] - pad] if pad else v for v, pad in ((x, pad_in), (y, pad_out)))
+            y = self.adapter(x.astype(dtype), y, self.stored_weight)
+            y = jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, pad_out)]) if pad_out else y
         return y if self.bias is None else y + jnp.pad(self.bias[...].astype(dtype), (0, pad_out))
 
     def weight(self, dtype: DTypeLike) -> Float[Array, "i o"]:
@@ -138,6 +145,12 @@ class Linear(nnx.Module):
         if isinstance(self.kernel, StoredKernel):
             return self.kernel.weight(dtype)
         return device_ops.current().all_gather_param(self.kernel[...].astype(dtype), self.axes)
+
+    def stored_weight(self) -> Float[Array, "i o"]:
+        """Return the kernel as it is stored, in float32."""
+        if isinstance(self.kernel, StoredKernel):
+            return self.kernel.weight(jnp.float32)
+        return self.kernel[...].astype(jnp.float32)
 
     @property
     def stacked_shape(self) -> tuple[int, ...]:

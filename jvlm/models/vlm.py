@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jvlm.adapters.layers import AdapterParam, StepValue
 from jvlm.models import registry
 from jvlm.models.batch import DecoderOutput, PackedBatch
 from jvlm.models.contracts import ConnectorConfig, DecoderConfig, EncoderConfig, VisionTokens
@@ -23,6 +24,7 @@ from jvlm.models.layers import Precision, StoredKernel
 from jvlm.models.token_ids import token_ids
 
 TOWERS = ("encoder", "connector", "decoder")
+_BASE = nnx.All(nnx.Param, nnx.Not(AdapterParam))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +95,14 @@ class EmbeddingChange(Protocol):
 
 
 class VLM(nnx.Module):
-    """A vision-language model. Call it with a `PackedBatch` for logits."""
+    """A vision-language model. Call it with a `PackedBatch` for logits.
+
+    Attributes:
+      adapters: the `jvlm.adapters.plan.AdapterPlan` of its adapters; None without any.
+    """
 
     def __init__(self, config: VLMConfig, *, rngs: nnx.Rngs):
-        self.config = config
+        self.config, self.adapters = config, None
         common = {"precision": config.precision, "rngs": rngs}
         self.encoder = registry.build(config.encoder, **common)
         self.connector = registry.build(
@@ -149,27 +155,42 @@ def abstract(config: VLMConfig) -> VLM:
 
 
 def parameters(model: VLM) -> dict[str, nnx.Variable]:
-    """Return dotted path -> variable, for every parameter of a model."""
+    """Return dotted path -> variable, for every parameter of a model; those of adapters are not among them."""
+    return {path: variable for path, variable in variables(model).items() if not isinstance(variable, AdapterParam)}
+
+
+def variables(model: VLM) -> dict[str, nnx.Variable]:
+    """Return dotted path -> variable, for every parameter of a model and of its adapters."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): variable for path, variable in flat}
 
 
 def bind(template: VLM, values: Mapping[str, Any]) -> VLM:
-    """Return the model of a template (abstract or not) with its parameters taken from path -> array."""
+    """Return the model of a template (abstract or not) with its parameters taken from path -> array.
+
+    Variables of adapters that have no value there stay as the template has them.
+    """
     graph, state = nnx.split(template)
-    bound = [(path, v.replace(values[".".join(map(str, path))])) for path, v in nnx.to_flat_state(state)]
+    bound = []
+    for path, variable in nnx.to_flat_state(state):
+        name = ".".join(map(str, path))
+        keep = isinstance(variable, AdapterParam | StepValue) and name not in values
+        bound.append((path, variable if keep else variable.replace(values[name])))
     return nnx.merge(graph, nnx.from_flat_state(bound))
 
 
 def parameter_counts(model: VLM) -> dict[str, int]:
-    """Return the number of parameters of each tower; a kernel in another form counts as its values would."""
+    """Return the number of parameters of each tower, without those of adapters.
+
+    A kernel in another form counts as its values would.
+    """
     return {tower: _count(getattr(model, tower)) for tower in TOWERS}
 
 
 def _count(tower: nnx.Module) -> int:
     stored = [module for _, module in nnx.iter_modules(tower) if isinstance(module, StoredKernel)]
     held, parts = (
-        sum(leaf.size for leaf in jax.tree.leaves([nnx.state(m, nnx.Param) for m in modules]))
+        sum(leaf.size for leaf in jax.tree.leaves([nnx.state(m, _BASE) for m in modules]))
         for modules in ([tower], stored)
     )
     return held - parts + sum(math.prod(kernel.stacked_shape) for kernel in stored)

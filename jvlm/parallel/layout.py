@@ -93,7 +93,8 @@ class MeshLayout:
         except KeyError as error:
             raise UserError(f"parameter {path} {value.shape}: {error.args[0]}") from None
         size = math.prod(value.shape) * value.dtype.itemsize / MIB
-        if sharding.is_fully_replicated and size > self.max_replicated_mib and self._splits_parameters():
+        too_large = size > self.max_replicated_mib and "rank" not in axes  # adapters are small beside their matrix
+        if sharding.is_fully_replicated and too_large and self._splits_parameters():
             lines = {a: "+".join(self.rules[a]) or "nothing" for a in axes}
             raise UserError(
                 f"parameter {path} {tuple(value.shape)} of {size:.1f} MiB would be replicated on each of "

@@ -47,6 +47,7 @@ _STANDARD: dict[str, str] = {
     "patch": "",
     "position": "",
     "norm": "",
+    "rank": "",
 }
 
 TABLES: Mapping[str, Rules] = MappingProxyType(

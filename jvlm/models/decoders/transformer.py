@@ -223,7 +223,13 @@ class LayerGroup(nnx.Module):
 
 @register(TransformerConfig)
 class Transformer(nnx.Module):
-    """Token embeddings to hidden states and logits."""
+    """Token embeddings to hidden states and logits.
+
+    Attributes:
+      adapter: a `jvlm.adapters.layers.LowRankAdapter` beside the embedding table, or None.
+      token_rows, head_rows: `jvlm.adapters.layers.TokenRows` in the place of rows of the embedding table (and, where it
+        is tied, of the output matrix), and of columns of the head; or None.
+    """
 
     def __init__(self, config: TransformerConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
         self.config = config
@@ -242,6 +248,7 @@ class Transformer(nnx.Module):
             if config.tie_word_embeddings
             else layers.Linear(D, V, ("embed", "vocab"), bias=False, precision=precision, rngs=rngs)
         )
+        self.adapter = self.token_rows = self.head_rows = None
 
     @staticmethod
     def make_layer(
@@ -252,7 +259,11 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Return the embeddings of token ids, in the compute dtype."""
-        return device_ops.current().embedding_lookup(self.embedding[...], tokens, self.precision.compute_dtype)
+        dtype = self.precision.compute_dtype
+        x_BSD = device_ops.current().embedding_lookup(self.embedding[...], tokens, dtype)
+        if self.adapter is not None:
+            x_BSD = self.adapter.looked_up(tokens, x_BSD, lambda: self.embedding[...])
+        return x_BSD if self.token_rows is None else self.token_rows.replace(tokens, x_BSD)
 
     def fuse(self, embeddings: Float[Array, "B S D"], vision: VisionTokens | None, batch: PackedBatch) -> DecoderInputs:
         """Put vision tokens in the place of their placeholders."""
@@ -278,7 +289,10 @@ class Transformer(nnx.Module):
         reports = outputs.map(lambda output: output[1]).stacked()
         if self.config.pattern_length > 1:  # those of a group have an axis for the layers of the pattern that report
             reports = {name: value.reshape(-1, *value.shape[2:]) for name, value in reports.items()}
-        return DecoderOutput(self.norm(x_BSD), outputs.map(lambda output: output[0]), reports)
+        hidden = self.norm(x_BSD)
+        if self.head is not None and self.head.adapter is not None:
+            hidden = self.head.adapter.extended_input(hidden)  # what `output_kernel` is then multiplied with
+        return DecoderOutput(hidden, outputs.map(lambda output: output[0]), reports)
 
     def _angles(self, positions: Int[Array, "B S 3"]) -> Float[Array, "B S f"]:
         config = self.config
@@ -299,7 +313,13 @@ class Transformer(nnx.Module):
 
     def output_kernel(self) -> tuple[Float[Array, "V D"] | Float[Array, "D V"], bool]:
         """Return the matrix behind `logits` as it is stored, and whether the vocabulary is its first axis."""
-        return (self.embedding[...], True) if self.head is None else (self.head.kernel[...], False)
+        if self.head is None:
+            table = self.embedding[...]
+            return table if self.token_rows is None else self.token_rows.in_table(table, 0), True
+        kernel = self.head.kernel[...]
+        if self.head_rows is not None:
+            kernel = self.head_rows.in_table(kernel, 1)
+        return kernel if self.head.adapter is None else self.head.adapter.extended_kernel(kernel), False
 
 
 def refuse_deepstack(decoder: nnx.Module, vision: VisionTokens | None) -> None:

@@ -1,0 +1,337 @@
+"""Putting adapters on a model, taking their numbers out, and taking them off."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jvlm.adapters import initial, plan, targets
+from jvlm.adapters.config import AdapterConfig
+from jvlm.adapters.layers import AdapterConstant, AdapterParam, LowRankAdapter, TokenRows
+from jvlm.adapters.plan import AdapterPlan, Group
+from jvlm.adapters.weights import AdapterWeights, LowRank, Target
+from jvlm.adapters.weights import TokenRows as TokenRowsArrays
+from jvlm.errors import UserError
+from jvlm.models import vlm
+from jvlm.models.vlm import VLM
+
+ShardingOf = Callable[[str, nnx.Variable], jax.sharding.Sharding]
+EMBEDDING, HEAD = targets.EMBEDDING, targets.HEAD
+
+
+def attach(
+    model: VLM,
+    adapter: AdapterConfig | AdapterWeights,
+    *,
+    seed: int = 0,
+    tokenizer: Any = None,
+    sharding: ShardingOf | None = None,
+) -> VLM:
+    """Return the model with adapters; it shares the arrays of the base, which stay as they are.
+
+    Args:
+      adapter: a configuration, for new matrices that change no answer yet; or weights.
+      seed: of new matrices, which depend on nothing else but the path, whatever the mesh.
+      tokenizer: to find ``train_tokens`` that are given as text.
+      sharding: of a variable, from its path and itself; None puts all on the first device.
+
+    Raises:
+      UserError: see `jvlm.adapters.targets.resolve`; weights that do not fit the model; a model that has adapters.
+    """
+    if model.adapters is not None:
+        raise UserError("the model has adapters already: merge or detach them first, or start from adapters_from")
+    if isinstance(adapter, AdapterWeights):
+        shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(model).items()}
+        _check_fit(adapter, shapes)
+        found = plan.of_weights(adapter, {path: shape[:-2] for path, shape in shapes.items()})
+        return _filled(structure(model, found), _values_of(adapter, found, model), sharding)
+    found = targets.resolve(adapter, model.config, token_ids(adapter, tokenizer))
+    return _filled(structure(model, found), _new_values(model, found, seed), sharding)
+
+
+def token_ids(config: AdapterConfig, tokenizer: Any) -> tuple[int, ...]:
+    """Return the ids of ``config.train_tokens``, ascending. Raises UserError for a text that is no single token."""
+    ids = set()
+    for token in config.train_tokens:
+        if isinstance(token, int):
+            ids.add(token)
+            continue
+        if tokenizer is None:
+            raise UserError(f"adapter.train_tokens: {token!r} needs the tokenizer; give the id")
+        found = tokenizer.get_vocab().get(token)
+        if found is None:
+            raise UserError(f"adapter.train_tokens: {token!r} is no token of the tokenizer; add it, or give an id")
+        ids.add(found)
+    return tuple(sorted(ids))
+
+
+def owner_of(model: VLM, path: str) -> tuple[nnx.Module, str]:
+    """Return the module that has a parameter, and the attribute of that module in which its adapter stands."""
+    *parents, name = path.split(".")
+    module: Any = model
+    for part in parents:
+        module = module[int(part)] if part.isdigit() else getattr(module, part)
+    if name in ("kernel", "embedding"):
+        return module, "adapter"
+    return getattr(module, f"{name}_slot"), "adapter"
+
+
+def adapter_of(model: VLM, path: str) -> LowRankAdapter:
+    """Return the adapter that stands beside a parameter."""
+    return getattr(*owner_of(model, path))
+
+
+def adapter_path(path: str) -> str:
+    """Return the path of the adapter of a parameter."""
+    before, _, name = path.rpartition(".")
+    return f"{before}.adapter" if name in ("kernel", "embedding") else f"{before}.{name}_slot.adapter"
+
+
+def structure(model: VLM, found: AdapterPlan) -> VLM:
+    """Return the model with the adapters of a plan as shapes without arrays."""
+    model = nnx.merge(*nnx.split(model))
+    variables = vlm.parameters(model)
+    for group in found.groups:
+        module, name = owner_of(model, group.path)
+        setattr(module, name, nnx.data(_abstract(group, found.config, variables[group.path])))
+    if found.token_ids:
+        decoder, n = model.decoder, len(found.token_ids)
+        ids, dtype = jax.ShapeDtypeStruct((n,), jnp.int32), jnp.float32
+        width = variables[EMBEDDING].get_value().shape[1]
+        for name in ("token_rows", "head_rows") if HEAD in variables else ("token_rows",):
+            rows = AdapterParam(jax.ShapeDtypeStruct((n, width), dtype), axes=("position", "embed"))
+            setattr(decoder, name, nnx.data(TokenRows(AdapterConstant(ids, axes=("position",)), rows)))
+    model.adapters = found
+    return model
+
+
+def _abstract(group: Group, config: AdapterConfig, base: nnx.Variable) -> LowRankAdapter:
+    *lead, d_in, d_out = base.get_value().shape
+    axes = base.get_metadata()["axes"]
+    *first, i, o = axes
+    rank = group.rank
+
+    def variable(kind: type, shape: Sequence[int], names: Sequence[str]) -> Any:
+        return kind(jax.ShapeDtypeStruct((*lead, *shape), jnp.float32), axes=(*first, *names))
+
+    start = None
+    if config.init in ("pissa", "olora"):
+        start = (
+            variable(AdapterConstant, (d_in, rank), (i, "rank")),
+            variable(AdapterConstant, (rank, d_out), ("rank", o)),
+        )
+    return LowRankAdapter(
+        variable(AdapterParam, (d_in, rank), (i, "rank")),
+        variable(AdapterParam, (rank, d_out), ("rank", o)),
+        variable(AdapterConstant, (), ()),
+        axes=(i, o),
+        magnitude=variable(AdapterParam, (d_out,), (o,)) if group.magnitude else None,
+        bias=variable(AdapterParam, (d_out,), (o,)) if group.bias else None,
+        start=start,
+        dropout=config.dropout,
+    )
+
+
+def _filled(model: VLM, values: Mapping[str, Any], sharding: ShardingOf | None) -> VLM:
+    """Return the model of a `structure` with host arrays in the place of shapes; of the base, those given."""
+    base = vlm.parameters(model)
+    bound = {path: variable.get_value() for path, variable in base.items()}
+    is_abstract = any(isinstance(value, jax.ShapeDtypeStruct) for value in bound.values())
+    for path, variable in vlm.variables(model).items():
+        if path in values and not is_abstract:
+            value = values[path]() if callable(values[path]) else values[path]
+            place = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            bound[path] = jax.device_put(np.asarray(value, variable.get_value().dtype), place)
+        elif path not in bound:
+            bound[path] = variable.get_value()
+    return vlm.bind(model, bound)
+
+
+def _new_values(model: VLM, found: AdapterPlan, seed: int) -> dict[str, Any]:
+    """Return path -> function that gives the host array, for all variables of new adapters."""
+    variables, values = vlm.parameters(model), {}
+    for group in found.groups:
+        rng = np.random.default_rng([seed, zlib.crc32(group.path.encode())])
+        base = variables[group.path].get_value()
+        if isinstance(base, jax.ShapeDtypeStruct):
+            continue
+        place = adapter_path(group.path)
+        is_table = group.path == EMBEDDING
+        a, b = initial.pairs(found.config.init, group, base, rng, is_table=is_table)
+        values[f"{place}.a"], values[f"{place}.b"] = a, b
+        values[f"{place}.scale"] = np.asarray(group.scales, np.float32).reshape(group.lead)
+        if found.config.init in ("pissa", "olora"):
+            values[f"{place}.start_a"], values[f"{place}.start_b"] = a, b
+        if group.magnitude:
+            values[f"{place}.magnitude"] = initial.norms(base)
+        if group.bias:
+            values[f"{place}.bias"] = np.zeros((*group.lead, base.shape[-1]), np.float32)
+    ids = np.asarray(found.token_ids, np.int32)
+    for name, path in (("token_rows", EMBEDDING), ("head_rows", HEAD)) if found.token_ids else ():
+        if path not in variables:
+            continue
+        table = variables[path].get_value()
+        size = table.shape[0] if path == EMBEDDING else table.shape[1]
+        if ids.max() >= size:
+            raise UserError(f"adapter.train_tokens: token {ids.max()} is outside the table of {size} rows")
+        if not isinstance(table, jax.ShapeDtypeStruct):
+            rows = table[ids] if path == EMBEDDING else table[:, ids].T
+            values[f"decoder.{name}.ids"], values[f"decoder.{name}.rows"] = ids, np.asarray(rows, np.float32)
+    return values
+
+
+def _check_fit(weights: AdapterWeights, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UserError listing everything that does not fit the model's parameters."""
+    lines = []
+    for target, one in weights.low_rank.items():
+        shape = shapes.get(target.path)
+        if shape is None:
+            lines.append(f"{target.path}: the model has no such parameter")
+        elif len(target.index) != len(shape) - 2 or any(i >= n for i, n in zip(target.index, shape[:-2], strict=True)):
+            lines.append(f"{target.path}{list(target.index)}: the parameter has shape {shape}")
+        elif (one.a.shape[0], one.b.shape[1]) != shape[-2:]:
+            lines.append(
+                f"{target.path}{list(target.index)}: adapter of {one.a.shape[0]} x {one.b.shape[1]}, matrix of "
+                f"{shape[-2]} x {shape[-1]}"
+            )
+    by_path: dict[str, list[LowRank]] = {}
+    for target, one in weights.low_rank.items():
+        by_path.setdefault(target.path, []).append(one)
+    for path, ones in by_path.items():
+        for name in ("magnitude", "bias"):
+            if len({getattr(one, name) is None for one in ones}) > 1:
+                lines.append(f"{path}: some layers have a {name} and others have none")
+    for target, value in weights.parameters.items():
+        shape = shapes.get(target.path)
+        if shape is None or tuple(np.shape(value)) != shape[len(target.index) :]:
+            lines.append(
+                f"{target.path}{list(target.index)}: whole parameter of {np.shape(value)}, the model's: {shape}"
+            )
+    if lines:
+        raise UserError(f"the adapter does not fit the model ({len(lines)} problems):\n  " + "\n  ".join(lines))
+
+
+def _values_of(weights: AdapterWeights, found: AdapterPlan, model: VLM) -> dict[str, Any]:
+    variables, values = vlm.parameters(model), {}
+    for group in found.groups:
+        place, shape = adapter_path(group.path), variables[group.path].get_value().shape
+        parts = {"a": (shape[-2], group.rank), "b": (group.rank, shape[-1])}
+        parts |= {name: (shape[-1],) for name in ("magnitude", "bias") if getattr(group, name)}
+        arrays = {name: np.zeros((*group.lead, *size), np.float32) for name, size in parts.items()}
+        for index, i in group.indices:
+            one, rank = weights.low_rank[Target(group.path, index)], group.ranks[i]
+            arrays["a"][index][:, :rank] = one.a
+            arrays["b"][index][:rank] = one.b
+            for name in parts.keys() - {"a", "b"}:
+                arrays[name][index] = getattr(one, name)
+        arrays["scale"] = np.asarray(group.scales, np.float32).reshape(group.lead)
+        values |= {f"{place}.{name}": array for name, array in arrays.items()}
+    by_path: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
+    for target, value in weights.parameters.items():
+        by_path.setdefault(target.path, {})[target.index] = value
+    for path, layers in by_path.items():
+        base = variables[path].get_value()
+        if not isinstance(base, jax.ShapeDtypeStruct):
+            whole = np.array(base)
+            for index, value in layers.items():
+                whole[index] = value
+            values[path] = whole
+    for path, rows in weights.token_rows.items():
+        name = "token_rows" if path == EMBEDDING else "head_rows"
+        values[f"decoder.{name}.ids"] = np.asarray(rows.token_ids, np.int32)
+        values[f"decoder.{name}.rows"] = np.asarray(rows.rows, np.float32)
+    return values
+
+
+def extract(model: VLM) -> AdapterWeights:
+    """Return the numbers of a model's adapters, on the host.
+
+    What began as a part of the base (PiSSA, OLoRA) comes as plain LoRA of twice the rank, which says the same beside
+    the base as it was.
+
+    Raises:
+      UserError: a model without adapters.
+    """
+    found = _plan(model)
+    values = {path: v.get_value() for path, v in vlm.variables(model).items()}
+    doubled = found.config.init in ("pissa", "olora")
+    low_rank = {}
+    for group in found.groups:
+        place = adapter_path(group.path)
+        arrays = {
+            name: np.asarray(values[f"{place}.{name}"])
+            for name in ("a", "b", "magnitude", "bias", "start_a", "start_b")
+            if f"{place}.{name}" in values
+        }
+        for index, i in group.indices:
+            rank, alpha = group.ranks[i], group.alphas[i]
+            a, b = arrays["a"][index][:, :rank], arrays["b"][index][:rank]
+            if doubled:
+                a = np.concatenate([a, arrays["start_a"][index][:, :rank]], 1)
+                b = np.concatenate([b, -arrays["start_b"][index][:rank]], 0)
+                alpha = alpha * _doubled_alpha(found.config)
+            rest = {name: arrays[name][index] if name in arrays else None for name in ("magnitude", "bias")}
+            low_rank[Target(group.path, index)] = LowRank(a, b, group.scales[i], alpha, **rest)
+    parameters = {
+        Target(path, index): np.asarray(values[path])[index]
+        for path in found.parameters
+        for index in ([(i,) for i in range(values[path].shape[0])] if ".layer." in path else [()])
+    }
+    names = {"token_rows": EMBEDDING, "head_rows": HEAD}
+    rows = {
+        path: TokenRowsArrays(np.asarray(found.token_ids), np.asarray(values[f"decoder.{name}.rows"]))
+        for name, path in names.items()
+        if f"decoder.{name}.rows" in values
+    }
+    return AdapterWeights(_plain(found.config) if doubled else found.config, low_rank, parameters, rows)
+
+
+def _doubled_alpha(config: AdapterConfig) -> float:
+    return 2**0.5 if config.use_rslora else 2.0
+
+
+def _plain(config: AdapterConfig) -> AdapterConfig:
+    """Return the configuration of an adapter that began as a part of the base, as plain LoRA of twice the rank."""
+    return dataclasses.replace(
+        config,
+        init="default",
+        rank=2 * config.rank,
+        alpha=_doubled_alpha(config) * config.alpha,
+        rank_pattern=tuple((key, 2 * rank) for key, rank in config.rank_pattern),
+        alpha_pattern=tuple((key, _doubled_alpha(config) * alpha) for key, alpha in config.alpha_pattern),
+    )
+
+
+def detach(model: VLM) -> VLM:
+    """Return the base of a model with adapters, its arrays shared.
+
+    Raises:
+      UserError: a model without adapters, or one of which whole parameters were trained: their former values are not
+        known, so load the base instead.
+    """
+    found = _plan(model)
+    if found.parameters:
+        raise UserError(
+            f"{len(found.parameters)} parameters were trained whole beside the adapters ({found.parameters[0]}, ...): "
+            "their former values are in the base's folder, load that"
+        )
+    model = nnx.merge(*nnx.split(model))
+    for group in found.groups:
+        setattr(*owner_of(model, group.path), nnx.static(None))
+    model.decoder.token_rows = nnx.static(None)
+    model.decoder.head_rows = nnx.static(None)
+    model.adapters = None
+    return model
+
+
+def _plan(model: VLM) -> AdapterPlan:
+    if model.adapters is None:
+        raise UserError("the model has no adapters")
+    return model.adapters
