@@ -1,7 +1,7 @@
 """Which matrices a configuration asks for: by tower and role, or by Hugging Face module names as PEFT does.
 
-A module has two Hugging Face names, the released checkpoints' and that of transformers >= 4.52; both are matched. Models
-without a Hugging Face form are named by the paths of their parameters.
+A module has two Hugging Face names, the released checkpoints' and that of transformers >= 4.52; both are matched.
+Models without a Hugging Face form are named by the paths of their parameters.
 """
 
 from __future__ import annotations
