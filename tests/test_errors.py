@@ -13,7 +13,7 @@ import pytest
 import jvlm
 from jvlm import cli, job
 from jvlm.data import check
-from jvlm.data.errors import RowError
+from jvlm.data.errors import ExampleError
 from jvlm.errors import UserError, file_errors
 from jvlm.parallel import hosts
 from jvlm.weights.table import WeightError
@@ -49,11 +49,11 @@ CONFIGS = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    example = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    (tmp_path / "examples.jsonl").write_text(json.dumps(example) + "\n")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "a_folder.jsonl").mkdir()
-    (tmp_path / "rows.csv").write_text("a,b\n")
+    (tmp_path / "examples.csv").write_text("a,b\n")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     (tmp_path / "config.py").write_text(CONFIG.format("pass", "return Experiment(name='a', init_from='gone')"))
@@ -87,25 +87,28 @@ MISTAKES = {
     "a folder as config": (("train", "taken"), "no config at taken"),
     "no data": (("train", "config.py"), "a: no data to train on; give files on the command line as --data.train"),
     "no such data": (("train", "config.py", "--data.train", "gone.jsonl"), "no data file matches 'gone.jsonl'"),
-    "no such model": (("train", "config.py", "--data.train", "rows.jsonl"), "gone"),
+    "no such model": (("train", "config.py", "--data.train", "examples.jsonl"), "gone"),
     "data out of range": (("train", "config.py", "--data.max_bad_fraction", "2"), "data.max_bad_fraction must be from"),
     "a profile that is none": (("train", "config.py", "--profile", "x"), "profile is FIRST:LAST"),
     "no batches to replay": (("replay", "taken"), "taken holds no batches"),
-    "a model that is a file": (("generate", "--model", "rows.csv", "--prompt", "a"), "rows.csv is not a folder"),
+    "a model that is a file": (
+        ("generate", "--model", "examples.csv", "--prompt", "a"),
+        "examples.csv is not a folder",
+    ),
     "a folder without a model": (("generate", "--model", "taken", "--prompt", "a"), "taken has neither config.json"),
     "check without files": (("data", "check"), "no data to check: give files"),
     "check of nothing": (("data", "check", "gone.jsonl"), "no data file matches 'gone.jsonl'"),
     "check of an empty file": (("data", "check", "empty.jsonl"), "empty.jsonl: empty, 0 bytes"),
     "check of a folder": (("data", "check", "a_folder.jsonl"), "a_folder.jsonl: a folder"),
-    "check of another kind": (("data", "check", "rows.csv"), "rows.csv: rows are read from *.jsonl"),
-    "a list that is a folder": (("data", "check", "rows.jsonl", "--output", "taken"), "taken: a folder"),
+    "check of another kind": (("data", "check", "examples.csv"), "examples.csv: examples are read from *.jsonl"),
+    "a list that is a folder": (("data", "check", "examples.jsonl", "--output", "taken"), "taken: a folder"),
     "a list that cannot be": (
-        ("data", "check", "rows.jsonl", "--output", "rows.csv/list.jsonl"),
-        "rows.csv/list.jsonl cannot be written (",
+        ("data", "check", "examples.jsonl", "--output", "examples.csv/list.jsonl"),
+        "examples.csv/list.jsonl cannot be written (",
     ),
     "shards over others": (
-        ("data", "shard", "rows.jsonl", "--output", "rows.csv"),
-        "rows.csv",
+        ("data", "shard", "examples.jsonl", "--output", "examples.csv"),
+        "examples.csv",
     ),
 }
 
@@ -154,7 +157,7 @@ def test_a_crash_is_not_taken_for_a_mistake(folder, monkeypatch, capsys, name):
         raise error
 
     monkeypatch.setattr(owner, function, fail)
-    arguments = ("train", "config.py") if owner is job else ("data", "check", "rows.jsonl")
+    arguments = ("train", "config.py") if owner is job else ("data", "check", "examples.jsonl")
     with pytest.raises(type(error)) as raised:
         _main(*arguments)
     assert raised.value is error
@@ -175,13 +178,13 @@ def test_an_interrupt_is_one_line_and_130(folder, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(check, "check", interrupt)
-    assert _main("data", "check", "rows.jsonl") == 130
+    assert _main("data", "check", "examples.jsonl") == 130
     assert capsys.readouterr().err == "\njvlm: interrupted; run the same command to go on\n"
 
 
 def test_a_user_error_is_no_error_of_python():
     """A handler of ValueErrors, ours or another library's, neither hides one nor makes one of a bug."""
-    for kind in (UserError, RowError, WeightError):
+    for kind in (UserError, ExampleError, WeightError):
         assert issubclass(kind, UserError)
         assert not issubclass(kind, ValueError | OSError | LookupError | TypeError | RuntimeError)
 

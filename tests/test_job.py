@@ -16,16 +16,18 @@ from tests.training import support
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
-    rows = support.write_rows(folder, 12)
-    experiment = support.experiment(folder, rows, "--evaluation.data", str(rows), "--evaluation.max_new_tokens", "6")
-    return job.run(experiment), rows
+    examples = support.write_examples(folder, 12)
+    experiment = support.experiment(
+        folder, examples, "--evaluation.data", str(examples), "--evaluation.max_new_tokens", "6"
+    )
+    return job.run(experiment), examples
 
 
 def test_the_run_leaves_scores_answers_an_export_and_a_report(finished):
-    folder, rows = finished
+    folder, examples = finished
     scores = json.loads((folder / "scores.json").read_text())
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    assert scores["questions"] == len(answers) == 2 * len(rows.read_text().splitlines())
+    assert scores["questions"] == len(answers) == 2 * len(examples.read_text().splitlines())
     assert scores["accuracy"] == pytest.approx(sum(a["score"] for a in answers) / len(answers), abs=1e-4)
     assert 0 < scores["text_only_baseline"]["accuracy"] <= 1
     page = (folder / "report.html").read_text()
@@ -34,19 +36,19 @@ def test_the_run_leaves_scores_answers_an_export_and_a_report(finished):
 
 
 def test_run_folder_and_export_answer_alike(finished):
-    folder, rows = finished
-    row = json.loads(rows.read_text().splitlines()[2])
-    row["images"] = [str(rows.parent / name) for name in row["images"]]
-    row["messages"] = row["messages"][:1]
+    folder, examples = finished
+    example = json.loads(examples.read_text().splitlines()[2])
+    example["images"] = [str(examples.parent / name) for name in example["images"]]
+    example["messages"] = example["messages"][:1]
     texts = []
     for path in (folder, folder / "hf"):
         model, processor = jvlm.load(path)
-        texts.append(jvlm.generate(model, processor, [row], max_new_tokens=8))
+        texts.append(jvlm.generate(model, processor, [example], max_new_tokens=8))
     assert texts[0] == texts[1]
 
 
 def test_an_export_that_answers_differently_than_the_model_is_an_error_and_no_fault_of_the_user(finished, monkeypatch):
-    folder, rows = finished
+    folder, examples = finished
     write = job.export
 
     def damaged(experiment, result):
@@ -58,9 +60,9 @@ def test_an_export_that_answers_differently_than_the_model_is_an_error_and_no_fa
         return line
 
     monkeypatch.setattr(job, "export", damaged)
-    options = ("--evaluation.data", str(rows), "--evaluation.max_new_tokens", "6")
+    options = ("--evaluation.data", str(examples), "--evaluation.max_new_tokens", "6")
     with pytest.raises(RuntimeError, match=r"export back: .*hf answers \d+ of 24 questions differently"):
-        job.run(support.experiment(folder.parent, rows, *options))
+        job.run(support.experiment(folder.parent, examples, *options))
 
 
 @pytest.mark.parametrize(
@@ -74,25 +76,32 @@ def test_an_export_that_answers_differently_than_the_model_is_an_error_and_no_fa
 def test_a_run_that_misses_its_aim_writes_everything_and_ends_with_status_3(
     finished, tmp_path, capsys, aims, status, said
 ):
-    folder, rows = finished
+    folder, examples = finished
     config = tmp_path / "config.py"
-    arguments = (str(folder.parent), str(rows), "--evaluation.data", str(rows), "--evaluation.max_new_tokens", "6")
+    arguments = (
+        str(folder.parent),
+        str(examples),
+        "--evaluation.data",
+        str(examples),
+        "--evaluation.max_new_tokens",
+        "6",
+    )
     config.write_text(
         "from pathlib import Path\nfrom tests.training import support\n"
-        f"def get_config():\n    folder, rows, *overrides = {arguments!r}\n"
-        "    return support.experiment(Path(folder), Path(rows), *overrides)\n"
+        f"def get_config():\n    folder, examples, *overrides = {arguments!r}\n"
+        "    return support.experiment(Path(folder), Path(examples), *overrides)\n"
     )
     (folder / "report.html").unlink()
-    assert cli.main(["train", str(config), "--evaluation.max_rows", "8", *aims]) == status
+    assert cli.main(["train", str(config), "--evaluation.max_examples", "8", *aims]) == status
     assert said in capsys.readouterr().err
     assert ">aim<" in (folder / "report.html").read_text()
 
 
 def test_training_continues_from_an_export_and_from_a_run(finished, tmp_path):
-    folder, rows = finished
+    folder, examples = finished
     for name, source in (("from_run", folder), ("from_hf", folder / "hf")):
         options = ("--init_from", str(source), "--name", name, "--steps", "1", "--export.enabled", "False")
-        result = job.run(support.experiment(tmp_path, rows, *options))
+        result = job.run(support.experiment(tmp_path, examples, *options))
         line = json.loads((result / "logging.jsonl").read_text().splitlines()[0])
         before = json.loads((folder / "logging.jsonl").read_text().splitlines()[0])
         assert line["loss"] < before["loss"]
@@ -127,13 +136,13 @@ def test_a_mistake_gives_one_message_and_status_2(arguments, said, capsys, tmp_p
 
 
 def test_the_command_line_generates_and_checks(finished, tmp_path, capsys):
-    folder, rows = finished
-    picture = str(rows.parent / "2_0.png")
+    folder, examples = finished
+    picture = str(examples.parent / "2_0.png")
     arguments = ["generate", "--model", str(folder / "hf"), "--image", picture, "--prompt", "what color is the shape?"]
     assert cli.main([*arguments, "--max_new_tokens", "4"]) == 0
-    assert cli.main(["data", "check", str(rows), "--model", str(folder)]) == 0
-    assert "12 of 12 rows can be used" in capsys.readouterr().out
+    assert cli.main(["data", "check", str(examples), "--model", str(folder)]) == 0
+    assert "12 of 12 examples can be used" in capsys.readouterr().out
     output = tmp_path / "answers.jsonl"
-    arguments = ["generate", "--model", str(folder), "--data", str(rows), "--output", str(output)]
+    arguments = ["generate", "--model", str(folder), "--data", str(examples), "--output", str(output)]
     assert cli.main([*arguments, "--max_new_tokens", "4"]) == 0
     assert len(output.read_text().splitlines()) == 12

@@ -89,7 +89,7 @@ def test_no_number_of_any_configuration_takes_what_is_no_number(kind, name, valu
         (DataConfig, "max_too_long_fraction", -0.1),
         (DataConfig, "single_turn_ratio", 1.1),
         (DataConfig, "on_too_long", "cut"),
-        (EvaluationConfig, "max_rows", 0),
+        (EvaluationConfig, "max_examples", 0),
         (EvaluationConfig, "ask", "together"),
         (Stage, "steps", 0),
         (AdaptConfig, "grid", 0),
@@ -132,5 +132,5 @@ def test_all_towers_frozen_is_said_with_their_rates():
 
 
 def test_one_file_in_place_of_a_list_is_refused():
-    with pytest.raises(UserError, match=r"data.train is a list, got the text 'rows.jsonl'"):
-        DataConfig(train="rows.jsonl")
+    with pytest.raises(UserError, match=r"data.train is a list, got the text 'examples.jsonl'"):
+        DataConfig(train="examples.jsonl")

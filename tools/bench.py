@@ -3,8 +3,9 @@
     make bench                      # or: python tools/bench.py --rounds 5
 
 A model of about 40 M parameters of the Qwen2.5-VL architecture, float32, with conversations of mixed lengths about
-pictures of mixed sizes. Both sides run the same work: jvlm packs rows, torch gets left-padded batches, as its users do,
-or one conversation at a time where that is faster for it. Rounds alternate between the two; the best of each counts.
+pictures of mixed sizes. Both sides run the same work: jvlm packs examples, torch gets left-padded batches, as its users
+do, or one conversation at a time where that is faster for it. Rounds alternate between the two; the best of each
+counts.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def make_checkpoint(folder: Path) -> Qwen2_5_VLForConditionalGeneration:
 def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Questions of 20 to 200 words about zero to two pictures of 84 to 336 pixels."""
     rng = np.random.default_rng(seed)
-    rows = []
+    examples = []
     for index in range(count):
         sizes = [tuple(28 * rng.integers(3, 13, 2)) for _ in range(index % 3)]
         images = [Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)) for size in sizes]
@@ -96,8 +97,8 @@ def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
             {"role": "user", "content": "<image>" * len(images) + words},
             {"role": "assistant", "content": "yes, " * int(rng.integers(4, 40))},
         ]
-        rows.append({"messages": messages, "images": images})
-    return rows
+        examples.append({"messages": messages, "images": images})
+    return examples
 
 
 def torch_inputs(examples: list[Example], processor: Processor) -> dict[str, torch.Tensor]:
@@ -112,11 +113,11 @@ def torch_inputs(examples: list[Example], processor: Processor) -> dict[str, tor
     mean = np.repeat(np.float32(encoder.image_mean), encoder.patch_values // 3)
     std = np.repeat(np.float32(encoder.image_std), encoder.patch_values // 3)
     pixels, grids = [], []
-    for row, example in enumerate(examples):
+    for record, example in enumerate(examples):
         place = slice(longest - example.length, longest)
-        tokens[row, place], mask[row, place] = example.tokens, 1
-        labels[row, place] = np.where(example.loss_weights > 0, example.tokens, -100)
-        positions[:, row, place] = example.positions.T
+        tokens[record, place], mask[record, place] = example.tokens, 1
+        labels[record, place] = np.where(example.loss_weights > 0, example.tokens, -100)
+        positions[:, record, place] = example.positions.T
         index = example.vision_index[example.vision_index >= 0]
         cells = example.patches.reshape(-1, 4, encoder.patch_values)[index]
         pixels.append((cells.reshape(-1, encoder.patch_values).astype(np.float32) / 255 - mean) / std)
@@ -143,10 +144,10 @@ def race(rounds: int, **runners: Callable[[], Any]) -> dict[str, float]:
 
 def prefill(model: VLM, processor: Processor, oracle, rounds: int) -> dict[str, Any]:
     """Logits after the last token of each of 8 prompts."""
-    rows = conversations(8)
-    examples = [processor.encode(row, generation_prompt=True) for row in rows]
-    batch = processor.pack(rows, generation_prompt=True)
-    last = np.array([np.flatnonzero(batch.segment_ids[0] == i)[-1] for i in range(1, len(rows) + 1)])
+    records = conversations(8)
+    examples = [processor.encode(record, generation_prompt=True) for record in records]
+    batch = processor.pack(records, generation_prompt=True)
+    last = np.array([np.flatnonzero(batch.segment_ids[0] == i)[-1] for i in range(1, len(records) + 1)])
     template, values = split(model)
 
     @jax.jit
@@ -172,9 +173,9 @@ def prefill(model: VLM, processor: Processor, oracle, rounds: int) -> dict[str, 
 
 def train(model: VLM, processor: Processor, oracle, rounds: int) -> dict[str, Any]:
     """Forward, backward, clipping and AdamW on 16 conversations."""
-    rows = conversations(16, seed=1)
-    examples = [processor.encode(row) for row in rows]
-    batch = processor.pack(rows)
+    records = conversations(16, seed=1)
+    examples = [processor.encode(record) for record in records]
+    batch = processor.pack(records)
     template, values = split(model)
     tx = optimizer.make(OptimizerConfig(learning_rate=1e-6), 1000, vlm.parameters(template))
     step = train_step.TrainStep(template, SupervisedTask(), tx)
@@ -219,9 +220,9 @@ def train(model: VLM, processor: Processor, oracle, rounds: int) -> dict[str, An
     return _result("training step", sum(e.length for e in examples), best, "tokens/s", difference)
 
 
-def decode(model: VLM, processor: Processor, oracle, rounds: int, rows: int, new: int = 64) -> dict[str, Any]:
+def decode(model: VLM, processor: Processor, oracle, rounds: int, records: int, new: int = 64) -> dict[str, Any]:
     """Greedy tokens after the first, with a cache; prefill is timed apart and taken off."""
-    examples = [processor.encode(row, generation_prompt=True) for row in conversations(rows, seed=2)]
+    examples = [processor.encode(record, generation_prompt=True) for record in conversations(records, seed=2)]
     engine = engine_for(model, processor)
     inputs = {k: v for k, v in torch_inputs(examples, processor).items() if k not in ("labels", "position_ids")}
 
@@ -238,7 +239,7 @@ def decode(model: VLM, processor: Processor, oracle, rounds: int, rows: int, new
     first = race(rounds, jvlm=lambda: ours(1), torch=lambda: theirs(1))
     best = {name: whole[name] - first[name] for name in whole}
     same = sum(a == b for a, b in zip(ours(4), theirs(4), strict=True))
-    return _result(f"decode, {rows} at once", rows * (new - 1), best, "tokens/s", f"{same}/{rows} start alike")
+    return _result(f"decode, {records} at once", records * (new - 1), best, "tokens/s", f"{same}/{records} start alike")
 
 
 def _result(name: str, work: int, best: dict[str, float], unit: str, check: Any) -> dict[str, Any]:
@@ -257,8 +258,8 @@ def _result(name: str, work: int, best: dict[str, float], unit: str, check: Any)
 
 MEASURES = {
     "prefill": prefill,
-    "decode-1": functools.partial(decode, rows=1),
-    "decode-8": functools.partial(decode, rows=8),
+    "decode-1": functools.partial(decode, examples=1),
+    "decode-8": functools.partial(decode, examples=8),
     "train": train,
 }
 

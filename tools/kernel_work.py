@@ -37,9 +37,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from jvlm import families
 from jvlm.data import packing, pipeline
 from jvlm.data.errors import Origin
+from jvlm.data.examples import parse_example
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
-from jvlm.data.rows import parse_row
 from jvlm.models.vlm import VLMConfig
 
 DEMO = Path(__file__).parents[1] / "configs/mimo_vl/easy_vqa.py"
@@ -259,7 +259,7 @@ def conversations(folder: Path, turns, limit: int) -> Iterator[tuple[Origin, dic
 
 def encode(processor: Processor, origin: Origin, row: dict[str, Any]) -> Example:
     """Return an example without its pixels, which are not needed here."""
-    example = processor.encode(parse_row(row, origin))
+    example = processor.encode(parse_example(row, origin))
     return dataclasses.replace(example, patches=np.zeros((example.num_patches, 0), np.uint8))
 
 

@@ -2,8 +2,8 @@
 
     python tools/make_easy_vqa.py easy_vqa.tar configs/mimo_vl/easy_vqa_data
 
-One row a picture: all its questions as turns of one conversation, and among them "where is the shape?" with a box read
-off the pixels, answered in MiMo's JSON form.
+One example a picture: all its questions as turns of one conversation, and among them "where is the shape?" with a box
+read off the pixels, answered in MiMo's JSON form.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def turns(seed: str, asked: list[tuple[str, str]], name: str) -> list[tuple[str,
     return [(*t, BOX_WEIGHT if t is where else FIRST_WEIGHT) for t in first] + [(*t, 1.0) for t in rest]
 
 
-def rows(archive: tarfile.TarFile, split: str):
+def examples(archive: tarfile.TarFile, split: str):
     """The conversations of one split, in order of the picture's number."""
     asked = defaultdict(list)
     for question, answer, number in json.load(archive.extractfile(f"easy_vqa/{split}/questions.json")):
@@ -116,7 +116,7 @@ def as_webp(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def stage_conversations(row) -> dict[str, list[dict]]:
+def stage_conversations(example) -> dict[str, list[dict]]:
     """Return the conversations of one picture for each stage of the demo: "where", "shapes" and "questions".
 
     Each is short, so that its first answer, which must be seen, is a large part of the loss: in a long conversation
@@ -128,7 +128,7 @@ def stage_conversations(row) -> dict[str, list[dict]]:
     - questions: the box, kind and colour, and up to three questions of yes or no about each; behind a question about
       the shape comes one about the colour, and the other way round, so that neither answer gives the other away.
     """
-    messages, draw = row["messages"], random.Random(row["id"])
+    messages, draw = example["messages"], random.Random(example["id"])
     turns = [
         (q["content"].removeprefix("<image>"), a["content"]) for q, a in zip(messages[::2], messages[1::2], strict=True)
     ]
@@ -146,8 +146,8 @@ def stage_conversations(row) -> dict[str, list[dict]]:
             messages.append(
                 {"role": "assistant", "content": answer, "loss_scale": 1.0 if "<bbox>" in answer else weight}
             )
-        boxes = {"objects": row["objects"]} if box in asked else {}
-        return {"id": f"{row['id']}-{name}", "messages": messages, "images": row["images"], **boxes}
+        boxes = {"objects": example["objects"]} if box in asked else {}
+        return {"id": f"{example['id']}-{name}", "messages": messages, "images": example["images"], **boxes}
 
     def pairs(name: str, firsts: list, others: list) -> list[dict]:
         return [
@@ -168,11 +168,11 @@ def stage_conversations(row) -> dict[str, list[dict]]:
     }
 
 
-def chat_texts(row) -> list[str]:
-    """What lies between the special tokens when a row is rendered, roles included."""
-    box = str(row["objects"]["bbox"][0])
-    contents = [m["content"].replace("<image>", "").replace("<bbox>", box) for m in row["messages"]]
-    roles = [f"{m['role']}\n" for m in row["messages"]]
+def chat_texts(example) -> list[str]:
+    """What lies between the special tokens when an example is rendered, roles included."""
+    box = str(example["objects"]["bbox"][0])
+    contents = [m["content"].replace("<image>", "").replace("<bbox>", box) for m in example["messages"]]
+    roles = [f"{m['role']}\n" for m in example["messages"]]
     return ["system\nYou are a helpful assistant.", "\n", *contents, *roles]
 
 
@@ -199,18 +199,18 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.target.mkdir(parents=True, exist_ok=True)
     with tarfile.open(arguments.archive) as archive:
-        splits = {split: list(rows(archive, split)) for split in ("train", "test")}
+        splits = {split: list(examples(archive, split)) for split in ("train", "test")}
         for name in ("LICENSE", "README.md"):
             text = archive.extractfile(f"easy_vqa/{name}").read()
             (arguments.target / f"easy_vqa_{name}").write_bytes(text)
     for split, content in splits.items():
         print(split, write_shard(arguments.target / f"{split}{SHARD_SUFFIX}", content), "pictures")
-    stages = [stage_conversations(row) for row in splits["train"]]
+    stages = [stage_conversations(example) for example in splits["train"]]
     for stage in stages[0]:
         # in order of the pictures: those that come again then take hardly any space
         conversations = [c for picture in stages for c in picture[stage]]
         print(stage, write_shard(arguments.target / f"{stage}{SHARD_SUFFIX}", conversations), "conversations")
-    texts = [text for row in splits["train"] for text in chat_texts(row)]
+    texts = [text for example in splits["train"] for text in chat_texts(example)]
     texts += [str(n) for n in range(10, 100)] * 5000  # often enough for each to be one token
     tokenizer = train_tokenizer(texts, VOCABULARY)
     from transformers import PreTrainedTokenizerFast

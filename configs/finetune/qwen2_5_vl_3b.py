@@ -1,7 +1,7 @@
 """Fine-tune Qwen2.5-VL-3B on your own conversations: language model and projector learn, the vision tower is frozen.
 
-    jvlm data check rows.jsonl --model DIR
-    jvlm train finetune/qwen2_5_vl_3b --init_from DIR --data.train rows.jsonl
+    jvlm data check examples.jsonl --model DIR
+    jvlm train finetune/qwen2_5_vl_3b --init_from DIR --data.train examples.jsonl
 
 DIR is the folder of Qwen2.5-VL-3B-Instruct, as `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir DIR` leaves it.
 `--optimizer.encoder_lr 1e-6` trains the vision tower too.

@@ -1,6 +1,6 @@
 """Idefics2's first stage: pictures of up to 384 pixels and the text around them.
 
-    jvlm train idefics2/pretrain --tokenizer DIR --data.train rows.jsonl
+    jvlm train idefics2/pretrain --tokenizer DIR --data.train examples.jsonl
 
 An image is 64 tokens of the text; idefics2/pretrain_cross_attention has the paper's other architecture. As published:
 2,048 tokens, learning rate 1e-4, weight decay 0.1. The authors start from SigLIP and Mistral and train adapters;
@@ -20,7 +20,7 @@ GRID = 27
 
 
 def get_config() -> Experiment:
-    """Pictures are 27 x 27 patches; a row has room for 31 of them, whichever way they are read."""
+    """Pictures are 27 x 27 patches; a sequence has room for 31 of them, whichever way they are read."""
     model = families.preset("idefics2_8b")
     model = dataclasses.replace(
         model,

@@ -1,6 +1,6 @@
 """Idefics2's first stage with the paper's other architecture: text reads images through gated cross-attention.
 
-    jvlm train idefics2/pretrain_cross_attention --tokenizer DIR --data.train rows.jsonl
+    jvlm train idefics2/pretrain_cross_attention --tokenizer DIR --data.train examples.jsonl
 
 As idefics2/pretrain, but for the decoder: an image is one token of the text, and a layer before every fourth one reads
 its 64 vision tokens: the comparison of arXiv 2405.02246, section 3.2.

@@ -1,7 +1,7 @@
 """Idefics2-8B, fine-tuned on conversations about pictures: whole images, or four crops and the image.
 
-    jvlm train idefics2/sft --init_from DIR --data.train rows.jsonl
-    jvlm train idefics2/sft --init_from DIR --data.train rows.jsonl --processor.image.no-split
+    jvlm train idefics2/sft --init_from DIR --data.train examples.jsonl
+    jvlm train idefics2/sft --init_from DIR --data.train examples.jsonl --processor.image.no-split
 
 Published: conversations of up to 1,024 tokens, sides of 378 to 980 pixels, splitting for half of the samples (give the
 halves as two runs' data, or choose one way). Learning rate, batch and steps of the fine-tuning are not published. All
@@ -16,7 +16,7 @@ from jvlm.training.config import Experiment, OptimizerConfig
 
 
 def get_config() -> Experiment:
-    """A row of 2,048 tokens has room for six split images, or for twenty-four thousand patches of any."""
+    """A sequence of 2,048 tokens has room for six split images, or for twenty-four thousand patches of any."""
     return Experiment(
         name="idefics2_sft",
         init_from="idefics2-8b",

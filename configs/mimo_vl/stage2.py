@@ -14,7 +14,7 @@ from jvlm.models.layers import Precision
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
 
-ROWS, SEQ_LEN, BUDGET = 256, 8192, 167e9
+BATCH_SIZE, SEQ_LEN, BUDGET = 256, 8192, 167e9
 
 
 def get_config() -> Experiment:
@@ -25,10 +25,14 @@ def get_config() -> Experiment:
         model=dataclasses.replace(families.preset("mimo_vl_7b"), precision=Precision(remat="attention")),
         init_from="mimo_vl_stage1",
         data=DataConfig(
-            batch_size=ROWS, seq_len=SEQ_LEN, max_patches=3 * SEQ_LEN, max_image_patches=16384, on_too_long="shrink"
+            batch_size=BATCH_SIZE,
+            seq_len=SEQ_LEN,
+            max_patches=3 * SEQ_LEN,
+            max_image_patches=16384,
+            on_too_long="shrink",
         ),
         optimizer=OptimizerConfig(encoder_lr=1e-5, connector_lr=1e-4, decoder_lr=0.0),
         parallel=ParallelConfig(data=1, fsdp=-1),
         export=ExportConfig(enabled=False),
-        steps=round(BUDGET / (ROWS * SEQ_LEN)),
+        steps=round(BUDGET / (BATCH_SIZE * SEQ_LEN)),
     )

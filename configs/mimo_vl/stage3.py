@@ -1,4 +1,4 @@
-"""MiMo-VL-7B, stage 3: everything learns on the whole mixture, rows of 8 K. arXiv 2506.03569, Table 1.
+"""MiMo-VL-7B, stage 3: everything learns on the whole mixture, sequences of 8 K. arXiv 2506.03569, Table 1.
 
 Batch size, schedule and warm-up are not published; those here are ours.
 
@@ -13,7 +13,7 @@ from jvlm.models.layers import Precision
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
 
-ROWS, SEQ_LEN, BUDGET = 256, 8192, 1.4e12
+BATCH_SIZE, SEQ_LEN, BUDGET = 256, 8192, 1.4e12
 
 
 def get_config() -> Experiment:
@@ -24,10 +24,14 @@ def get_config() -> Experiment:
         model=dataclasses.replace(families.preset("mimo_vl_7b"), precision=Precision(remat="attention")),
         init_from="mimo_vl_stage2",
         data=DataConfig(
-            batch_size=ROWS, seq_len=SEQ_LEN, max_patches=2 * SEQ_LEN, max_image_patches=16384, on_too_long="shrink"
+            batch_size=BATCH_SIZE,
+            seq_len=SEQ_LEN,
+            max_patches=2 * SEQ_LEN,
+            max_image_patches=16384,
+            on_too_long="shrink",
         ),
         optimizer=OptimizerConfig(learning_rate=1e-5),
         parallel=ParallelConfig(data=1, fsdp=-1),
         export=ExportConfig(enabled=False),
-        steps=round(BUDGET / (ROWS * SEQ_LEN)),
+        steps=round(BUDGET / (BATCH_SIZE * SEQ_LEN)),
     )

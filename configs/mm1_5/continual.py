@@ -2,8 +2,8 @@
 
     jvlm train mm1_5/continual --data.train ... --init_from runs/mm1_5_pretrain
 
-Published and kept: static tiles of 1344 x 1344 pixels, 256 rows a step, 30,000 steps, peak learning rate 1e-5, cosine
-decay to 0, every tower learnt. The position tables go from 27 x 27 to 48 x 48 places as the stage begins.
+Published and kept: static tiles of 1344 x 1344 pixels, 256 sequences a step, 30,000 steps, peak learning rate 1e-5,
+cosine decay to 0, every tower trained. The position tables go from 27 x 27 to 48 x 48 positions as the stage begins.
 """
 
 from jvlm.data.config import DataConfig
@@ -20,7 +20,7 @@ def get_config() -> Experiment:
         init_from="runs/mm1_5_pretrain",
         adapt=AdaptConfig(grid=GRID_672),
         processor=ProcessorConfig(image=TiledImageConfig(splitting="static"), box_format="mm1_5"),
-        data=DataConfig(batch_size=32, seq_len=4096, max_patches=20 * (GRID_672**2 + 1), on_bad_row="skip"),
+        data=DataConfig(batch_size=32, seq_len=4096, max_patches=20 * (GRID_672**2 + 1), on_bad_example="skip"),
         optimizer=OptimizerConfig(learning_rate=1e-5),
         export=ExportConfig(enabled=False),
         steps=30_000,

@@ -45,7 +45,7 @@ def get_config() -> Experiment:
         optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.05, beta2=0.99),
         checkpoint=CheckpointConfig(save_interval_steps=200),
         evaluation=dataclasses.replace(
-            base.evaluation, max_rows=100, max_new_tokens=24, batch_size=64, aim=None, aim_iou=None
+            base.evaluation, max_examples=100, max_new_tokens=24, batch_size=64, aim=None, aim_iou=None
         ),
         export=ExportConfig(enabled=False),
         steps=400,

@@ -2,9 +2,10 @@
 
     jvlm train mm1_5/pretrain --data.train ... --tokenizer DIR    # Qwen2.5-VL's: the presets have its vocabulary
 
-Published and kept: resolution, tokens, row length, 512 rows a step, steps, every tower learnt. Not published: learning
-rate, warm-up and decay (those here are of the usual size). jvlm has AdamW, not AdaFactor, and one list of data: mix the
-files in the ratio wanted. Both towers begin at random; the paper begins from a CLIP tower and a language model.
+Published and kept: resolution, tokens, sequence length, 512 sequences a step, steps, every tower trained. Not
+published: learning rate, warm-up and decay (those here are of the usual size). jvlm has AdamW, not AdaFactor, and one
+list of data: mix the files in the ratio wanted. Both towers begin at random; the paper begins from a CLIP
+tower and a language model.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ def get_config() -> Experiment:
         model=dataclasses.replace(model, precision=Precision(remat="attention")),
         tokenizer="tokenizer",
         processor=ProcessorConfig(image=TiledImageConfig(splitting="none"), box_format="mm1_5"),
-        data=DataConfig(batch_size=64, seq_len=4096, max_patches=16 * (GRID_378**2 + 1), on_bad_row="skip"),
+        data=DataConfig(batch_size=64, seq_len=4096, max_patches=16 * (GRID_378**2 + 1), on_bad_example="skip"),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_ratio=0.01, min_lr_ratio=0.1),
         export=ExportConfig(enabled=False),
         steps=200_000,

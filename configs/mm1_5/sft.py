@@ -4,7 +4,7 @@
     jvlm train mm1_5/sft --data.train videos.jsonl ... --init_from runs/mm1_5_sft --name mm1_5_video
 
 Published and kept: (4, 9) tiles, 144 tokens a tile, no tiles from three pictures on, overview last, index (k,i,j), 24
-frames of a video, 256 rows a step, 23,000 steps, peak learning rate 2e-5, cosine decay to 0, every tower learnt;
+frames of a video, 256 sequences a step, 23,000 steps, peak learning rate 2e-5, cosine decay to 0, every tower learnt;
 pictures, several pictures and text 80:10:10, which the data files have to be mixed in.
 """
 
@@ -16,12 +16,12 @@ from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
 
 
 def get_config() -> Experiment:
-    """A row holds a video, or two pictures of ten frames and what is said about them."""
+    """A sequence holds a video, or two pictures of ten frames and what is said about them."""
     return Experiment(
         name="mm1_5_sft",
         init_from="runs/mm1_5_continual",
         processor=ProcessorConfig(image=TiledImageConfig(), box_format="mm1_5"),
-        data=DataConfig(batch_size=32, seq_len=4096, max_patches=24 * (GRID_672**2 + 1), on_bad_row="skip"),
+        data=DataConfig(batch_size=32, seq_len=4096, max_patches=24 * (GRID_672**2 + 1), on_bad_example="skip"),
         optimizer=OptimizerConfig(learning_rate=2e-5),
         export=ExportConfig(enabled=False),
         steps=23_000,

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL-72B, all parameters on rows of 32 K: the settings of MiMo-VL stage 4 for the larger model.
+"""Qwen2.5-VL-72B, all parameters on sequences of 32 K: the settings of MiMo-VL stage 4 for the larger model.
 
 jvlm train qwen2_5_vl/72b --init_from gs://bucket/Qwen2.5-VL-72B-Instruct --data.train gs://bucket/long.arrayrecord
 """
@@ -11,7 +11,7 @@ from jvlm.training.config import Experiment
 
 
 def get_config() -> Experiment:
-    """128 rows, each over four devices."""
+    """128 sequences, each over four devices."""
     base = configs.load("mimo_vl/stage4")
     return dataclasses.replace(
         base,

@@ -67,7 +67,7 @@ def run(words: list[str]) -> int:
         for name, data, processor, seed in runs:
             report = check(data.train, processor, data, seed=seed, on_rejected=on_rejected)
             print(f"{name}:\n{report.text()}" if len(runs) > 1 else report.text(), flush=True)
-            status = 1 if report.usable < report.rows else status
+            status = 1 if report.usable < report.examples else status
     return status
 
 

@@ -18,13 +18,13 @@ class DataShard:
     Attributes:
       files: JSONL files, or globs of them.
       output: folder to write; it must not hold shards.
-      rows_per_shard: examples in a file.
+      examples_per_shard: examples in a file.
       media_root: folder for relative picture paths, after the data file's own.
     """
 
     files: Positional[tuple[str, ...]]
     output: Path
-    rows_per_shard: int = 10_000
+    examples_per_shard: int = 10_000
     media_root: str | None = None
 
 
@@ -35,5 +35,5 @@ def run(words: list[str]) -> int:
 
     from jvlm.data.check import shard
 
-    print(shard(options.files, options.output, options.rows_per_shard, media_root=options.media_root))
+    print(shard(options.files, options.output, options.examples_per_shard, media_root=options.media_root))
     return 0

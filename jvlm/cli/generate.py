@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import UseAppendAction
 
 from jvlm.cli.model import ModelOptions, load, parse_model_command
-from jvlm.data.errors import RowError
+from jvlm.data.errors import ExampleError
 from jvlm.errors import UserError
 from jvlm.options import FLAT
 
@@ -26,7 +26,7 @@ class Generate:
       data: JSONL file of conversations to answer.
       output: JSONL file to write; an unfinished one is continued.
       batch_size: conversations answered together.
-      on_bad_row: stop at a line that cannot be read, or write its error in place of an answer.
+      on_bad_example: stop at a line that cannot be read, or write its error in place of an answer.
       accept_changes: go on with an output that was begun with another model, data or sampling.
     """
 
@@ -36,7 +36,7 @@ class Generate:
     data: str | None = None
     output: str | None = None
     batch_size: int = 8
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_example: Literal["error", "skip"] = "error"
     accept_changes: bool = False
 
 
@@ -59,13 +59,13 @@ def _check(options: Generate) -> None:
 
 
 def _answer_file(options: Generate) -> int:
-    from jvlm.data.shards import RowSource
+    from jvlm.data.shards import ExampleSource
     from jvlm.inference import answer_file
     from jvlm.inference.batch_file import generate_file
 
     # before the model is loaded, which takes long
     answer_file.check_paths(options.data, options.output)
-    RowSource([options.data])
+    ExampleSource([options.data])
     model, processor, layout = load(options.model)
     generate_file(
         model,
@@ -74,7 +74,7 @@ def _answer_file(options: Generate) -> int:
         options.output,
         options.model.sampling,
         batch_size=options.batch_size,
-        on_bad_row=options.on_bad_row,
+        on_bad_example=options.on_bad_example,
         layout=layout,
         accept_changes=options.accept_changes,
     )
@@ -87,12 +87,12 @@ def _answer_prompt(options: Generate) -> int:
     model, processor, layout = load(options.model)
     lacking = len(options.image) - options.prompt.count("<image>")
     content = "<image>" * max(lacking, 0) + options.prompt
-    row = {"messages": [{"role": "user", "content": content}], "images": list(options.image)}
+    example = {"messages": [{"role": "user", "content": content}], "images": list(options.image)}
     engine = engine_for(model, processor, layout)
     try:
-        pieces = stream_example(engine, encode_prompt(engine, row), options.model.sampling)
-    except RowError as error:
-        # the row is made here, so its fields mean nothing to the user
+        pieces = stream_example(engine, encode_prompt(engine, example), options.model.sampling)
+    except ExampleError as error:
+        # the example is made here, so its fields mean nothing to the user
         index = error.field.removeprefix("images[").removesuffix("]")
         option = f"--image {options.image[int(index)]}" if index.isdigit() else "--prompt"
         option = "--image" if error.field == "images" else option

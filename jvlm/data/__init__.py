@@ -1,1 +1,1 @@
-"""Rows of conversations to packed batches: everything that happens on the host."""
+"""Examples of conversations to packed batches: everything that happens on the host."""

@@ -14,7 +14,7 @@ _BEGINNINGS = re.compile(r"(?:\A|</?think>)\s*")
 
 @dataclasses.dataclass(frozen=True)
 class TemplateFacts:
-    """What is known about a template before it is given a row.
+    """What is known about a template before it is given an example.
 
     Attributes:
       control: the control tokens, which in a rendering only the template can have written.

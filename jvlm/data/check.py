@@ -1,4 +1,4 @@
-"""Looking at data before training on it: which rows training would reject and why, and what the others are like."""
+"""Looking at data before training on it: which examples training would reject and why, and what the others are like."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from jvlm.data.check_report import CheckReport
 from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation
-from jvlm.data.errors import Origin, Rejected, RowError
+from jvlm.data.errors import ExampleError, Origin, Rejected
+from jvlm.data.examples import parse_example
 from jvlm.data.images import open_image
 from jvlm.data.pipeline import Encode, check_learnable
 from jvlm.data.processor import Processor
 from jvlm.data.rejections import Rejections
-from jvlm.data.rows import parse_row
 from jvlm.data.sharding import shard
-from jvlm.data.shards import RowSource
+from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from jvlm.progress import Progress
 
 __all__ = ["CheckReport", "check", "shard"]
 
-_LOOKED_AT = 512  # rows of the sample that unknown sizes are chosen from, as in training
-_TOGETHER = 64  # rows in memory at a time
-_SAMPLE = 10_000  # rows from which sizes of packed rows are suggested
+_LOOKED_AT = 512  # examples of the sample that unknown sizes are chosen from, as in training
+_TOGETHER = 64  # examples in memory at a time
+_SAMPLE = 10_000  # examples from which sizes of packed sequences are suggested
 
 
 def check(
@@ -42,36 +42,38 @@ def check(
     seed: int = 0,
     on_rejected: Callable[[Rejected], None] | None = None,
 ) -> CheckReport:
-    """Read every row and its media as training would. Memory does not grow with the size of the files.
+    """Read every example and its media as training would. Memory does not grow with the size of the files.
 
     Args:
-      processor: also encodes; without one, rows are checked and pictures decoded only.
+      processor: also encodes; without one, examples are checked and pictures decoded only.
       config: of the training. Its ``single_turn_ratio`` is not drawn: whole conversations are checked.
       seed: of the training, which draws the sample that unknown sizes are chosen from.
-      on_rejected: is given each rejected row, in place of the report.
+      on_rejected: is given each rejected example, in place of the report.
 
     Raises:
       FileNotFoundError, UserError: files that are not there, damaged, or of which too little can be used.
     """
-    source = RowSource(files)
+    source = ExampleSource(files)
     config = dataclasses.replace(config, train=tuple(files), single_turn_ratio=0.0)
     look, tally, rejected = _Look(processor, config, seed), _Tally(), []
     with (
         ThreadPoolExecutor(config.read_threads) as pool,
-        Progress(total=len(source), desc="checking", unit="row") as bar,
+        Progress(total=len(source), desc="checking", unit="example") as bar,
     ):
         for start in range(0, len(source), _TOGETHER):
             numbers = range(start, min(start + _TOGETHER, len(source)))
             bar.update(len(numbers))
             for found in pool.map(lambda number: look.at(*source[number]), numbers):
                 tally.add(found)
-                row = found.rejected
-                if row is not None and on_rejected is not None:
-                    on_rejected(row)
-                elif row is not None:
-                    rejected.append(RowError(Origin(row.file, row.row), row.field, row.reason, row.fix))
+                example = found.rejected
+                if example is not None and on_rejected is not None:
+                    on_rejected(example)
+                elif example is not None:
+                    rejected.append(
+                        ExampleError(Origin(example.file, example.number), example.field, example.reason, example.fix)
+                    )
     return CheckReport(
-        rows=len(source),
+        examples=len(source),
         rejected=tuple(rejected),
         faults=tally.faults,
         config=look.config,
@@ -89,7 +91,7 @@ def check(
 
 @dataclasses.dataclass
 class _Found:
-    """What one row is like, without its contents; of a row that cannot be read, only what could be."""
+    """What one example is like, without its contents; of an example that cannot be read, only what could be."""
 
     file: str
     rejected: Rejected | None = None
@@ -101,7 +103,7 @@ class _Found:
 
 
 class _Look:
-    """Looks at a row as training would."""
+    """Looks at an example as training would."""
 
     def __init__(self, processor: Processor | None, config: DataConfig, seed: int):
         if processor is not None and config.media_root:
@@ -110,12 +112,12 @@ class _Look:
         self.config = _resolved(processor, config, seed) if processor else config
         self.encode = Encode(processor, self.config) if processor else None
 
-    def at(self, origin: Origin, row: Any) -> _Found:
+    def at(self, origin: Origin, example: Any) -> _Found:
         found = _Found(origin.file)
         try:
-            if isinstance(row, RowError):
-                raise row
-            conversation = parse_row(row, origin)
+            if isinstance(example, ExampleError):
+                raise example
+            conversation = parse_example(example, origin)
             found.pictures = sum(1 for _ in _pictures(conversation))
             names = tuple((name, None) for name, _ in conversation.extra)
             found.columns = dataclasses.replace(conversation, messages=(), extra=names)
@@ -123,7 +125,7 @@ class _Look:
                 self._open(conversation)
             else:
                 self._encode(conversation, found)
-        except RowError as error:
+        except ExampleError as error:
             found.rejected = Rejected.of(error, "bad")
         return found
 
@@ -134,7 +136,7 @@ class _Look:
         changed = False
         try:
             fitted = self.encode.fit(conversation, example)
-        except RowError as error:
+        except ExampleError as error:
             found.rejected = Rejected.of(error, "too_long")
         else:
             if isinstance(fitted, Rejected):
@@ -152,7 +154,7 @@ class _Look:
 
 
 class _Tally:
-    """Counts over all rows: a few numbers for each that can be encoded."""
+    """Counts over all examples: a few numbers for each that can be encoded."""
 
     def __init__(self):
         self.faults, self.columns = Rejections(), {}
@@ -186,12 +188,12 @@ def _suggestion(tally: _Tally, look: _Look) -> str:
     measured = np.stack([tally.tokens, tally.patches, tally.frames], axis=1)
     spread = np.linspace(0, len(measured) - 1, min(_SAMPLE, len(measured))).astype(int)
     chosen = np.unique([*spread, *measured.argmax(0)])
-    sizes = tuple(survey.Size(*map(int, row)) for row in measured[chosen])
+    sizes = tuple(survey.Size(*map(int, values)) for values in measured[chosen])
     config = look.config
     best = dataclasses.replace(config, seq_len="auto", max_patches="auto", max_length=None)
-    best = survey.choose_rows(sizes, best, look.processor)
+    best = survey.choose_sizes(sizes, best, look.processor)
     return (
-        f"data.seq_len {best.seq_len} and data.max_patches {best.max_patches} hold all of these rows, with "
+        f"data.seq_len {best.seq_len} and data.max_patches {best.max_patches} hold all of these examples, with "
         f"padding of about {_padding(sizes, best)}; {config.seq_len} and {config.max_patches}, which were checked, "
         f"give {_padding(sizes, config)}"
     )
@@ -200,7 +202,7 @@ def _suggestion(tally: _Tally, look: _Look) -> str:
 def _padding(sizes: Sequence[survey.Size], config: DataConfig) -> str:
     fitting = tuple(s for s in sizes if s.length <= config.longest and s.num_patches <= config.max_patches)
     if not fitting:
-        return "no packed row at all"
+        return "no packed sequence at all"
     text, patches = survey.Survey(config, len(sizes), len(sizes), fitting, ()).padding()
     return f"{100 * text:.0f} % of the tokens and {100 * patches:.0f} % of the patches"
 
@@ -208,10 +210,10 @@ def _padding(sizes: Sequence[survey.Size], config: DataConfig) -> str:
 def _resolved(processor: Processor, config: DataConfig, seed: int) -> DataConfig:
     """The configuration with sizes that depend on the data chosen, from the sample that training would look at."""
     on_too_long = "drop" if config.on_too_long == "error" else config.on_too_long
-    looking = dataclasses.replace(config, on_bad_row="skip", on_too_long=on_too_long)
+    looking = dataclasses.replace(config, on_bad_example="skip", on_too_long=on_too_long)
     try:
         found = survey.take(processor, looking, seed=seed, count=_LOOKED_AT).config
-    except UserError:  # every row of the sample is rejected, which the check itself says better
+    except UserError:  # every example of the sample is rejected, which the check itself says better
         sizes = {name: getattr(config, name) for name in ("seq_len", "max_patches")}
         return dataclasses.replace(config, **{n: getattr(DataConfig(), n) for n, v in sizes.items() if v == "auto"})
     names = ("seq_len", "max_patches", "max_image_patches")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jvlm.data.config import DataConfig
-from jvlm.data.errors import RowError
+from jvlm.data.errors import ExampleError
 from jvlm.data.rejections import Rejections
 
 _COLUMNS = 20
@@ -16,24 +16,24 @@ _COLUMNS = 20
 
 @dataclasses.dataclass(frozen=True)
 class CheckReport:
-    """What a check found. Sizes are of the rows that could be encoded, those too long for a packed row included.
+    """What a check found. Sizes are of the examples that could be encoded, those too long for a sequence included.
 
     Attributes:
-      rows: read; each is either usable or rejected.
-      rejected: one error for each row that training would reject; empty where ``on_rejected`` took them.
+      examples: read; each is either usable or rejected.
+      rejected: one error for each example that training would reject; empty where ``on_rejected`` took them.
       faults: the same, grouped and counted.
       config: what was checked against, with every size known.
-      encoded: whether a processor encoded the rows; without one, sizes were not checked.
-      tokens, media_tokens, patches: of each row; empty without a processor.
-      pictures: of each row, frames included.
-      learnt: tokens that are learnt, of all rows.
-      changed: rows that ``on_too_long`` truncates or shrinks.
+      encoded: whether a processor encoded the examples; without one, sizes were not checked.
+      tokens, media_tokens, patches: of each example; empty without a processor.
+      pictures: of each example, frames included.
+      learnt: tokens that are learnt, of all examples.
+      changed: examples that ``on_too_long`` truncates or shrinks.
       columns: what there is to say about unknown columns, one line each.
-      suggestion: sizes of packed rows that suit the data; empty without a processor.
+      suggestion: sizes of packed sequences that suit the data; empty without a processor.
     """
 
-    rows: int
-    rejected: tuple[RowError, ...]
+    examples: int
+    rejected: tuple[ExampleError, ...]
     faults: Rejections
     config: DataConfig
     encoded: bool
@@ -48,12 +48,12 @@ class CheckReport:
 
     @property
     def usable(self) -> int:
-        """Rows that training would learn from."""
-        return self.rows - self.faults.count()
+        """Examples that training would learn from."""
+        return self.examples - self.faults.count()
 
     def text(self) -> str:
-        """For the terminal: what can be used, what is wrong, and what the rows are like."""
-        lines = [f"{self.usable} of {self.rows} rows can be used", *self._consequences(), *self.faults.lines()]
+        """For the terminal: what can be used, what is wrong, and what the examples are like."""
+        lines = [f"{self.usable} of {self.examples} examples can be used", *self._consequences(), *self.faults.lines()]
         lines += self.columns[:_COLUMNS]
         if self.columns[_COLUMNS:]:
             lines.append(f"and {len(self.columns) - _COLUMNS} more lines about columns that are not used")
@@ -61,12 +61,12 @@ class CheckReport:
         return "\n".join(lines)
 
     def _consequences(self) -> Iterator[str]:
-        """What training would do about the rows that are rejected or changed."""
+        """What training would do about the examples that are rejected or changed."""
         config, bad, too_long = self.config, self.faults.count("bad"), self.faults.count("too_long")
-        if bad and config.on_bad_row == "error":
-            yield f"{bad} bad: training stops at the first one (data.on_bad_row error)"
+        if bad and config.on_bad_example == "error":
+            yield f"{bad} bad: training stops at the first one (data.on_bad_example error)"
         elif bad:
-            yield f"{bad} bad: left out (data.on_bad_row skip)" + self._above("max_bad_fraction", bad)
+            yield f"{bad} bad: left out (data.on_bad_example skip)" + self._above("max_bad_fraction", bad)
         if too_long and config.on_too_long == "error":
             yield f"{too_long} too long: training stops at the first one (data.on_too_long error)"
         elif too_long:
@@ -78,7 +78,7 @@ class CheckReport:
 
     def _above(self, limit: str, count: int) -> str:
         most = getattr(self.config, limit)
-        return f"; more than data.{limit} {most}, so training stops" if count > most * self.rows else ""
+        return f"; more than data.{limit} {most}, so training stops" if count > most * self.examples else ""
 
     def _sizes(self) -> Iterator[str]:
         named = {
@@ -89,7 +89,7 @@ class CheckReport:
         }
         named = {name: values for name, values in named.items() if any(values)}
         if named:
-            yield f"{'of a row':<14}{'min':>10}{'median':>10}{'95 %':>10}{'max':>10}{'in all':>16}"
+            yield f"{'of an example':<14}{'min':>10}{'median':>10}{'95 %':>10}{'max':>10}{'in all':>16}"
         for name, values in named.items():
             marks = np.percentile(values, (0, 50, 95, 100), method="higher")
             yield f"{name:<14}" + "".join(f"{int(mark):>10,}" for mark in marks) + f"{sum(values):>16,}"
@@ -98,4 +98,4 @@ class CheckReport:
         if self.suggestion:
             yield self.suggestion
         elif not self.encoded:
-            yield "without --model or --config: tokens, picture limits and row sizes were not checked"
+            yield "without --model or --config: tokens, image limits and the sizes of a sequence were not checked"

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections import Counter
 
 from jvlm.data.content import Conversation
-from jvlm.data.rows import hint, unknown_columns
+from jvlm.data.examples import hint, unknown_columns
 
 
 class UnknownColumns:
-    """Counts the unknown columns of the rows that it is shown."""
+    """Counts the unknown columns of the examples that it is shown."""
 
     def __init__(self):
         self.counts: Counter[str] = Counter()
 
     def add(self, conversation: Conversation) -> None:
-        """Count the columns of one row."""
+        """Count the columns of one example."""
         self.counts.update(unknown_columns(conversation.extra))
 
     def lines(self) -> list[str]:
         """One line for each column, the most frequent first; empty if every column is known."""
         return [
-            f"column {name!r} is not used, in {count} row{'s' if count > 1 else ''}" + _meant(name)
+            f"column {name!r} is not used, in {count} example{'s' if count > 1 else ''}" + _meant(name)
             for name, count in self.counts.most_common()
         ]
 

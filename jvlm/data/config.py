@@ -13,7 +13,7 @@ class DataConfig:
     """What is read and how it is packed.
 
     Attributes:
-      train: files or globs of JSONL and ArrayRecord rows.
+      train: files or globs of JSONL and ArrayRecord examples.
       media_root: folder for relative media paths, after the data file's own.
       batch_size: sequences of a batch (of one accumulation step), all processes together.
       seq_len: tokens of a packed sequence, padding included. "auto" chooses it, and ``max_patches``, from a sample of
@@ -25,9 +25,9 @@ class DataConfig:
       on_too_long: what becomes of a conversation that does not fit a sequence, or of a picture above
         ``max_image_patches``: stop; leave the conversation out; drop whole turns from its end; or shrink its pictures
         until it fits. One that still does not fit is left out. What is left out is counted in the log and listed.
-      max_too_long_fraction: stop when more than this share of the rows read was left out because it did not fit.
-      on_bad_row: stop, or leave the row out; either way rows left out are counted and listed.
-      max_bad_fraction: with "skip", stop when more than this share of the rows read was bad.
+      max_too_long_fraction: stop when more than this share of the examples read was left out because it did not fit.
+      on_bad_example: stop, or leave the example out; either way examples left out are counted and listed.
+      max_bad_fraction: with "skip", stop when more than this share of the examples read was bad.
       shuffle: new order each epoch, from the seed.
       single_turn_ratio: share of the conversations, drawn anew each epoch, of which one turn is trained on, without its
         history (jvlm.data.turns). Where answers give one another away, this is what teaches a model to look. The
@@ -47,7 +47,7 @@ class DataConfig:
     max_image_patches: int | None = None
     on_too_long: Literal["error", "drop", "truncate", "shrink"] = "drop"
     max_too_long_fraction: float = 0.25
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_example: Literal["error", "skip"] = "error"
     max_bad_fraction: float = 0.001
     shuffle: bool = True
     single_turn_ratio: float = 0.0

@@ -1,6 +1,6 @@
 """A conversation in memory: messages whose content is typed parts. Tags (<image>, ...) are a matter of JSON alone.
 
-What is a `Text` here is text, whatever it spells: `jvlm.data.rows` reads and writes the tags of files.
+What is a `Text` here is text, whatever it spells: `jvlm.data.examples` reads and writes the tags of files.
 """
 
 from __future__ import annotations

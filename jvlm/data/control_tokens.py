@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-# Private-use characters, from which stand-ins are taken that a row's own text does not hold.
+# Private-use characters, from which stand-ins are taken that an example's own text does not hold.
 _PRIVATE = range(0xF0000, 0xFFFFE)
 # Noncharacters of Unicode: the tokenizer's copy spells control tokens with these.
 _SPELLING = (
@@ -125,7 +125,7 @@ class ControlTokens:
     @property
     def _respelled(self) -> tuple[Any, dict[str, str]]:
         """(the tokenizer with every control token spelled as no text is, name -> spelling)."""
-        # made by one of the threads that read rows, where a row needs it: a large one takes seconds
+        # made by one of the threads that read examples, where an example needs it: a large one takes seconds
         with _MAKING:
             self._copy = self._copy or self._respell()
         return self._copy

@@ -1,4 +1,4 @@
-"""Pictures of a row read into the row, whatever form it names them in."""
+"""Pictures of an example read into the example, whatever form it names them in."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from jvlm.data.content import pictures_of
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.examples import PICTURE_KEYS, parse_example
 from jvlm.data.images import picture_source, unwrap
-from jvlm.data.rows import PICTURE_KEYS, parse_row
 
 _LISTS = ("images", "image", "videos", "video", "rejected_images", "rejected_videos")
 _TURNS = ("messages", "rejected_messages")
 
 
-def embed(row: dict[str, Any], origin: Origin, roots: Sequence[str]) -> dict[str, Any]:
-    """The row with its pictures and frames as bytes; everything else as it was.
+def embed(example: dict[str, Any], origin: Origin, roots: Sequence[str]) -> dict[str, Any]:
+    """The example with its pictures and frames as bytes; everything else as it was.
 
     A path becomes {"bytes", "path"}; an object with the path or URL of a file gains "bytes". What holds its picture
     already, as bytes, base64 or a ``data:`` URI, stays.
@@ -25,17 +25,19 @@ def embed(row: dict[str, Any], origin: Origin, roots: Sequence[str]) -> dict[str
       roots: folders in which relative paths are looked up, in order.
 
     Raises:
-      RowError: a row that cannot be used; a picture that is not there, empty, or on the network.
+      ExampleError: an example that cannot be used; a picture that is not there, empty, or on the network.
     """
-    parse_row(row, origin)
-    media = {key: _media(row[key], origin, key, roots) for key in _LISTS if key in row}
-    turns = {key: _turns(row[key], origin, key, roots) for key in _TURNS if isinstance(row.get(key), list)}
-    whole = {**row, **media, **turns}
-    conversation = parse_row(whole, origin)
+    parse_example(example, origin)
+    media = {key: _media(example[key], origin, key, roots) for key in _LISTS if key in example}
+    turns = {key: _turns(example[key], origin, key, roots) for key in _TURNS if isinstance(example.get(key), list)}
+    whole = {**example, **media, **turns}
+    conversation = parse_example(whole, origin)
     for source in (source for part in conversation.media for source in pictures_of(part)):
         file = _file(source, origin, "messages", roots)
         if file is not None:
-            raise RowError(origin, "messages", f"{file} is named in a form that is not embedded", "Name it in 'images'")
+            raise ExampleError(
+                origin, "messages", f"{file} is named in a form that is not embedded", "Name it in 'images'"
+            )
     return whole
 
 
@@ -66,14 +68,16 @@ def _media(source: Any, origin: Origin, field: str, roots: Sequence[str]) -> Any
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise RowError(origin, field, f"{file} cannot be read ({error.strerror})", "Check its permissions") from error
+        raise ExampleError(
+            origin, field, f"{file} cannot be read ({error.strerror})", "Check its permissions"
+        ) from error
     if not content:
-        raise RowError(origin, field, f"{file} is empty, 0 bytes", "Replace or remove the picture")
+        raise ExampleError(origin, field, f"{file} is empty, 0 bytes", "Replace or remove the picture")
     return {**source, "bytes": content} if isinstance(source, dict) else {"bytes": content, "path": source}
 
 
 def _file(source: Any, origin: Origin, field: str, roots: Sequence[str]) -> Path | None:
-    """The file that a picture is in; None for one that is in the row itself. Raises RowError if it is not there."""
+    """The file that a picture is in; None for one inside the example. Raises ExampleError if it is not there."""
     held = unwrap(source)
     if not isinstance(held, str):
         return None

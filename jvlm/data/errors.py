@@ -1,4 +1,4 @@
-"""Errors about data, which say which row, which field, and what to do."""
+"""Errors about data, which say which example, which field, and what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from jvlm.errors import UserError
 
 MEMORY = "<memory>"
-# where a message stops being the same for every row with its fault: at the first number, name or quotation
+# where a message stops being the same for every example with its fault: at the first number, name or quotation
 _VARIABLE = re.compile(r"[\d'\"\[({</\\:;,].*", re.DOTALL)
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 
@@ -21,21 +21,28 @@ class Origin:
 
     Attributes:
       file: its file; `MEMORY` for one that was given from Python.
-      row: its number: from 1 in a file (line of a JSONL, record of a shard), from 0 in a list of conversations; None
-        for one that was given alone.
+      number: its line in a JSONL file, its record in a shard, from 1; its index in a list of conversations, from 0;
+        None for one that was given alone.
     """
 
     file: str = MEMORY
-    row: int | None = None
+    number: int | None = None
 
     def __str__(self) -> str:
-        if self.row is None:
+        if self.number is None:
             return "the conversation"
-        return f"conversation {self.row}" if self.file == MEMORY else f"{self.file}, row {self.row}"
+        return (
+            f"conversation {self.number}" if self.file == MEMORY else f"{self.file}, {unit_of(self.file)} {self.number}"
+        )
 
 
-class RowError(UserError):
-    """A row that cannot be used."""
+def unit_of(file: str) -> str:
+    """Return what the number of an example in a file counts: "line" where the file is text, else "example"."""
+    return "line" if file.endswith((".jsonl", ".json")) else "example"
+
+
+class ExampleError(UserError):
+    """An example that cannot be used."""
 
     def __init__(self, origin: Origin, field: str, problem: str, fix: str):
         self.origin, self.field = origin, field
@@ -43,7 +50,7 @@ class RowError(UserError):
         super().__init__(_printable(f"{origin}, field {field!r}: {self.problem}. {self.fix}"))
 
     def __reduce__(self):  # exceptions pickle by their args alone; workers send these to the main process
-        return RowError, (self.origin, self.field, self.problem, self.fix)
+        return ExampleError, (self.origin, self.field, self.problem, self.fix)
 
 
 def _printable(text: str) -> str:
@@ -53,47 +60,47 @@ def _printable(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-    """A row left out of training, kept so that it can be counted and listed.
+    """An example left out of training, counted and listed.
 
     Attributes:
+      file, number: as in `Origin`.
       kind: "bad" for one that cannot be read, "too_long" for one that does not fit a packed sequence.
       fix: what the user can do.
     """
 
     file: str
-    row: int
+    number: int | None
     field: str
     reason: str
     kind: Literal["bad", "too_long"] = "bad"
     fix: str = ""
 
     @classmethod
-    def of(cls, error: RowError, kind: Literal["bad", "too_long"]) -> Rejected:
-        """The row of an error."""
-        return cls(error.origin.file, error.origin.row, error.field, error.problem, kind, error.fix)
+    def of(cls, error: ExampleError, kind: Literal["bad", "too_long"]) -> Rejected:
+        """The example of an error."""
+        return cls(error.origin.file, error.origin.number, error.field, error.problem, kind, error.fix)
 
     @property
     def fault(self) -> tuple[str, ...]:
-        """What is wrong, the same for all rows with this fault: without numbers, names, or which turn it is."""
+        """What is wrong, the same for all examples with this fault: without numbers, names, or which turn it is."""
         return self.kind, re.sub(r"\d+", "*", self.field), _VARIABLE.sub("", self.reason), _QUOTED.sub("*", self.fix)
 
 
 def grouped(rejected: Iterable[Rejected], *, most: int = 5) -> str:
-    """One line for each reason: how many rows, the worst of them, the first three places, and the fix.
+    """One line for each reason: how many examples, the worst of them, the first three origins, and the fix.
 
     Reasons that differ in their numbers and names only are one (`Rejected.fault`).
     """
     groups: dict[tuple[str, ...], list[Rejected]] = {}
-    for row in rejected:
-        groups.setdefault(row.fault, []).append(row)
+    for example in rejected:
+        groups.setdefault(example.fault, []).append(example)
     ordered = sorted(groups.values(), key=len, reverse=True)
     lines = []
-    for rows in ordered[:most]:
-        worst = max(rows, key=lambda row: _first_number(row.reason))
-        at_most = "up to " if len({row.reason for row in rows}) > 1 and worst.reason[:1].isdigit() else ""
-        lines.append(
-            f"  {len(rows)} x field {worst.field!r}: {at_most}{worst.reason} ({_places(rows[:3])}). {worst.fix}"
-        )
+    for examples in ordered[:most]:
+        worst = max(examples, key=lambda example: _first_number(example.reason))
+        at_most = "up to " if len({example.reason for example in examples}) > 1 and worst.reason[:1].isdigit() else ""
+        origins = _origins(examples[:3])
+        lines.append(f"  {len(examples)} x field {worst.field!r}: {at_most}{worst.reason} ({origins}). {worst.fix}")
     others = sum(map(len, ordered[most:]))
     return "\n".join([*(line.rstrip() for line in lines), *([f"  {others} x other reasons"] if others else [])])
 
@@ -103,7 +110,8 @@ def _first_number(text: str) -> int:
     return int(found[0]) if found else 0
 
 
-def _places(rows: Sequence[Rejected]) -> str:
-    if len({row.file for row in rows}) > 1 or rows[0].file == MEMORY:
-        return "; ".join(str(Origin(row.file, row.row)) for row in rows)
-    return f"{rows[0].file}, row{'s' * (len(rows) > 1)} {', '.join(str(row.row) for row in rows)}"
+def _origins(examples: Sequence[Rejected]) -> str:
+    if len({example.file for example in examples}) > 1 or examples[0].file == MEMORY:
+        return "; ".join(str(Origin(example.file, example.number)) for example in examples)
+    numbers = ", ".join(str(example.number) for example in examples)
+    return f"{examples[0].file}, {unit_of(examples[0].file)}{'s' * (len(examples) > 1)} {numbers}"

@@ -70,7 +70,7 @@ def check_text(path: str) -> None:
         raise UserError(f"{path}: an ArrayRecord file. Name it *.arrayrecord")
     words = start.removeprefix(b"\xef\xbb\xbf").split(None, 1)
     if words and (words[0] == b"[" or words[0].startswith(b"[{")):
-        raise UserError(f"{path}: one JSON array. Write one object a line: jq -c '.[]' {path} > rows.jsonl")
+        raise UserError(f"{path}: one JSON array. Write one object a line: jq -c '.[]' {path} > examples.jsonl")
 
 
 def check_shard(path: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from jvlm.data import values
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.values import shown
 from jvlm.errors import UserError
 from jvlm.tags import Tagged
@@ -94,13 +94,13 @@ class ImageProcessorConfig(Tagged):
             raise FieldError(", ".join(new), str(error), "Correct or remove it") from error
 
     def for_example(self, fields: Mapping[str, Any], origin: Origin = Origin()) -> ImageProcessorConfig:
-        """Return the settings with what an example changes. Raises RowError for what it may not."""
+        """Return the settings with what an example changes. Raises ExampleError for what it may not."""
         if not fields:
             return self
         try:
             return self.changed(fields)
         except FieldError as error:
-            raise RowError(origin, f"{EXAMPLE_FIELD}.{error.field}", error.problem, error.fix) from error
+            raise ExampleError(origin, f"{EXAMPLE_FIELD}.{error.field}", error.problem, error.fix) from error
 
 
 class FieldError(UserError):

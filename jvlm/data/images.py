@@ -1,4 +1,4 @@
-"""Pictures from whatever a row holds."""
+"""Pictures from whatever an example holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.pixels import array_to_rgb, image_to_rgb
 from jvlm.data.values import without_nulls
 
@@ -31,7 +31,7 @@ def open_image(
     other than 8-bit values are scaled: `jvlm.data.pixels`.
 
     Raises:
-      RowError: not found (naming the places tried), not decodable, or not an image.
+      ExampleError: not found (naming the places tried), not decodable, or not an image.
     """
     source = unwrap(source)
     try:
@@ -46,15 +46,17 @@ def open_image(
         if isinstance(source, Path | io.BytesIO):
             with Image.open(source) as image:
                 return image_to_rgb(image)
-    except RowError:
+    except ExampleError:
         raise
     except Exception as error:  # Pillow lets through whatever a damaged file makes its decoders raise
         shown = "" if isinstance(source, Image.Image | np.ndarray | io.BytesIO) else f" ({str(source)[:200]})"
         kind = "array" if isinstance(source, np.ndarray) else "picture"
-        raise RowError(
+        raise ExampleError(
             origin, field, f"the {kind}{shown} cannot be decoded ({error})", "Replace or remove the picture"
         ) from error
-    raise RowError(origin, field, f"a {type(source).__name__} is not a picture", "Give a path, bytes, image or array")
+    raise ExampleError(
+        origin, field, f"a {type(source).__name__} is not a picture", "Give a path, bytes, image or array"
+    )
 
 
 def unwrap(source: Any) -> Any:
@@ -73,14 +75,14 @@ def picture_source(text: str, roots: tuple[str, ...], origin: Origin, field: str
     """The file or the bytes that a string stands for: a path, a URL of a file, a ``data:`` URI, or base64 alone.
 
     Raises:
-      RowError: another kind of URL, base64 with an error in it, or a file that is not there.
+      ExampleError: another kind of URL, base64 with an error in it, or a file that is not there.
     """
     if text[:5].lower() == "data:":
         head, comma, body = text.partition(",")
         encoded = head.lower().rstrip().endswith(";base64")
         content = _from_base64(urllib.parse.unquote(body)) if encoded else urllib.parse.unquote_to_bytes(body)
         if not comma or content is None:
-            raise RowError(
+            raise ExampleError(
                 origin, field, f"{text[:60]}... cannot be decoded (not base64)", "Replace or remove the picture"
             )
         return content
@@ -112,14 +114,16 @@ def _is_picture(content: bytes) -> bool:
 
 
 def find_file(path: str, roots: tuple[str, ...], origin: Origin, field: str) -> Path:
-    """The media file of a row: absolute, or relative to one of ``roots``. Raises RowError naming the places tried."""
+    """The media file: absolute, or relative to one of ``roots``. Raises ExampleError naming the paths tried."""
     if _REMOTE.match(path):
-        raise RowError(origin, field, f"{path[:200]} is a URL", "jvlm reads no network at run time: download it first")
+        raise ExampleError(
+            origin, field, f"{path[:200]} is a URL", "jvlm reads no network at run time: download it first"
+        )
     found = _existing(path, roots)
     if found is not None:
         return found
     tried = list(dict.fromkeys(str(place)[:200] for place in _candidates(path, roots)))
-    raise RowError(
+    raise ExampleError(
         origin, field, f"file not found; tried {', '.join(tried)}", "Correct the path or set data.media_root"
     )
 

@@ -1,4 +1,4 @@
-"""Conversations into rows of fixed shape, over tokens and patches together."""
+"""Conversations into sequences of fixed shape, over tokens and patches together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jvlm.data.boxes import Sizes
-from jvlm.data.errors import Origin, Rejected, RowError
+from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.image_processor import MediaPatches
 from jvlm.models.batch import PackedBatch
 
@@ -94,7 +94,7 @@ def check_fits(
     max_length: int | None = None,
     max_image_patches: int | None = None,
 ) -> None:
-    """Raise RowError if the conversation cannot be packed into such a row, or breaks a promise made to attention.
+    """Raise ExampleError if the conversation does not fit such a sequence, or breaks a promise made to attention.
 
     Attention is compiled for conversations of ``max_length`` tokens and frames of ``max_image_patches`` at most; what
     is longer would be cut without a word.
@@ -103,7 +103,7 @@ def check_fits(
     if example.length > limit:
         pictures = int((example.vision_index >= 0).sum())
         share = f" ({pictures} of them stand for pictures)" if pictures else ""
-        raise RowError(
+        raise ExampleError(
             example.origin,
             "messages",
             f"{example.length} tokens do not fit {limit}{share}",
@@ -111,14 +111,14 @@ def check_fits(
             "(pictures are resized) or truncate (turns are left out)",
         )
     if example.num_patches > max_patches:
-        raise RowError(
+        raise ExampleError(
             example.origin,
             "images",
             f"{example.num_patches} patches do not fit {max_patches}",
             "Raise data.max_patches, make the images smaller, or set data.on_too_long to shrink",
         )
     if max_image_patches is not None and example.longest_frame > max_image_patches:
-        raise RowError(
+        raise ExampleError(
             example.origin,
             "images",
             f"a picture of {example.longest_frame} patches, where none may have more than {max_image_patches}",
@@ -170,49 +170,49 @@ def _end_of(example: Example, turn: int) -> int | None:
 
 
 def first_fit(examples: Sequence[Example], seq_len: int, max_patches: int) -> list[list[int]]:
-    """Indices of the examples of each row, in order; each goes to the first row with room for both."""
-    rows: list[list[int]] = []
+    """Indices of the examples of each sequence, in order; each goes to the first sequence with room for both."""
+    sequences: list[list[int]] = []
     room: list[list[int]] = []
     for index, example in enumerate(examples):
-        for row, left in zip(rows, room, strict=True):
+        for sequence, left in zip(sequences, room, strict=True):
             if example.length <= left[0] and example.num_patches <= left[1]:
-                row.append(index)
+                sequence.append(index)
                 left[0] -= example.length
                 left[1] -= example.num_patches
                 break
         else:
-            rows.append([index])
+            sequences.append([index])
             room.append([seq_len - example.length, max_patches - example.num_patches])
-    return rows
+    return sequences
 
 
 def best_fit_decreasing(examples: Sequence[Example], seq_len: int, max_patches: int) -> list[list[int]]:
-    """As `first_fit`, longest first, each into the fullest row that still has room."""
+    """As `first_fit`, longest first, each into the fullest sequence that still has room."""
 
     def load(example: Example) -> float:
         return max(example.length / seq_len, example.num_patches / max(max_patches, 1))
 
     order = sorted(range(len(examples)), key=lambda i: (-load(examples[i]), i))
-    rows: list[list[int]] = []
+    sequences: list[list[int]] = []
     room: list[list[int]] = []
     for index in order:
         example = examples[index]
-        open_rows = [
+        open_sequences = [
             (left[0], r) for r, left in enumerate(room) if example.length <= left[0] and example.num_patches <= left[1]
         ]
-        if open_rows:
-            _, r = min(open_rows)
-            rows[r].append(index)
+        if open_sequences:
+            _, r = min(open_sequences)
+            sequences[r].append(index)
             room[r][0] -= example.length
             room[r][1] -= example.num_patches
         else:
-            rows.append([index])
+            sequences.append([index])
             room.append([seq_len - example.length, max_patches - example.num_patches])
-    return rows
+    return sequences
 
 
 def assemble(
-    rows: Sequence[Sequence[Example]],
+    sequences: Sequence[Sequence[Example]],
     seq_len: int,
     max_patches: int,
     *,
@@ -220,16 +220,16 @@ def assemble(
     max_segment_length: int | None = None,
     max_image_patches: int | None = None,
 ) -> PackedBatch:
-    """Lay out rows of examples as one batch. Rows may be empty; ``patch_values`` is needed if all are.
+    """Lay out sequences of examples as one batch. Sequences may be empty; ``patch_values`` is needed if all are.
 
     Raises:
-      RowError: an example that is longer than ``max_segment_length``, or one of its frames than ``max_image_patches``.
+      ExampleError: an example longer than ``max_segment_length``, or an image of more than ``max_image_patches``.
     """
-    B = len(rows)
-    for example in (e for row in rows for e in row):
+    B = len(sequences)
+    for example in (e for sequence in sequences for e in sequence):
         check_fits(example, seq_len, max_patches, max_segment_length, max_image_patches)
     if patch_values is None:
-        patch_values = next(e.patches.shape[1] for row in rows for e in row)
+        patch_values = next(e.patches.shape[1] for sequence in sequences for e in sequence)
     batch = PackedBatch(
         tokens=np.zeros((B, seq_len), np.int32),
         segment_ids=np.zeros((B, seq_len), np.int32),
@@ -243,9 +243,9 @@ def assemble(
         max_segment_length=max_segment_length,
         max_image_patches=max_image_patches,
     )
-    for b, row in enumerate(rows):
+    for b, sequence in enumerate(sequences):
         s = p = features = frames = windows = 0
-        for number, example in enumerate(row, 1):
+        for number, example in enumerate(sequence, 1):
             S, P = slice(s, s + example.length), slice(p, p + example.num_patches)
             batch.tokens[b, S] = example.tokens
             batch.segment_ids[b, S] = number
@@ -265,13 +265,13 @@ def assemble(
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedRows:
-    """What the pipeline yields: a batch, and what was learnt about the data on the way.
+class PackedSequences:
+    """What the pipeline yields: a batch, and what is known about its data.
 
     Attributes:
       conversations: number of conversations in the batch.
-      rejected: rows left out while these were gathered.
-      origins: for each row of the batch, where its segments 1, 2, ... came from.
+      rejected: examples left out while these were gathered.
+      origins: for each sequence of the batch, where its segments 1, 2, ... came from.
     """
 
     batch: PackedBatch

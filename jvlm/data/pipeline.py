@@ -1,4 +1,4 @@
-"""Grain pipeline: rows -> shuffled -> encoded -> packed over tokens and patches -> prefetched batches.
+"""Grain pipeline: examples -> shuffled -> encoded -> packed over tokens and patches -> prefetched batches.
 
 The iterator's state is a small JSON value (jvlm.data.position), good for any number of processes; restoring it costs
 one packing window, whatever the size of the data.
@@ -19,20 +19,20 @@ from absl import flags
 from jvlm.data import packing
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation
-from jvlm.data.errors import Origin, Rejected, RowError, grouped
+from jvlm.data.errors import ExampleError, Origin, Rejected, grouped
+from jvlm.data.examples import parse_example
 from jvlm.data.image_processor import ImageProcessor, ImageProcessorConfig
-from jvlm.data.packing import Example, PackedRows
+from jvlm.data.packing import Example, PackedSequences
 from jvlm.data.position import Progress, Share, go_on
 from jvlm.data.processor import Processor
-from jvlm.data.rows import parse_row
-from jvlm.data.shards import RowSource
+from jvlm.data.shards import ExampleSource
 from jvlm.data.shrink import shrink
 from jvlm.data.turns import single_turns
 from jvlm.errors import UserError
 
 
 class Encode(grain.transforms.RandomMap):
-    """(origin, row) to an `Example`, or to a `Rejected` where the config allows leaving rows out."""
+    """(origin, example) to an `Example`, or to a `Rejected` where the config allows leaving examples out."""
 
     def __init__(self, processor: Processor, config: DataConfig):
         self.processor, self.config = processor, config
@@ -40,18 +40,18 @@ class Encode(grain.transforms.RandomMap):
     def random_map(self, element: tuple[Origin, Any], rng: np.random.Generator) -> Example | Rejected:
         try:
             conversation, example = self.read(element, rng)
-        except RowError as error:
-            if self.config.on_bad_row == "error":
+        except ExampleError as error:
+            if self.config.on_bad_example == "error":
                 raise
             return Rejected.of(error, "bad")
         return self.fit(conversation, example)
 
     def read(self, element: tuple[Origin, Any], rng: np.random.Generator) -> tuple[Conversation, Example]:
-        """What is to be learnt of a row, as long as it may be. Raises RowError."""
-        origin, row = element
-        if isinstance(row, RowError):
-            raise row
-        conversation = parse_row(row, origin)
+        """What is to be learnt of an example, as long as it may be. Raises ExampleError."""
+        origin, record = element
+        if isinstance(record, ExampleError):
+            raise record
+        conversation = parse_example(record, origin)
         if rng.random() < self.config.single_turn_ratio:
             conversation = _one_turn(conversation, rng)
         example = self.processor.encode(conversation)
@@ -59,10 +59,10 @@ class Encode(grain.transforms.RandomMap):
         return conversation, example
 
     def fit(self, conversation: Conversation, example: Example) -> Example | Rejected:
-        """The example, made to fit a row as ``on_too_long`` says. Raises RowError with "error"."""
+        """The example, made to fit a sequence as ``on_too_long`` says. Raises ExampleError with "error"."""
         try:
             self._check(example)
-        except RowError as error:
+        except ExampleError as error:
             if self.config.on_too_long == "error":
                 raise
             return self._made_to_fit(conversation, example) or Rejected.of(error, "too_long")
@@ -85,7 +85,7 @@ class Encode(grain.transforms.RandomMap):
     def _fits(self, example: Example) -> bool:
         try:
             self._check(example)
-        except RowError:
+        except ExampleError:
             return False
         return True
 
@@ -100,13 +100,13 @@ def _one_turn(conversation: Conversation, rng: np.random.Generator) -> Conversat
 
 
 def check_learnable(origin: Origin, weights: Sequence[float] | np.ndarray) -> None:
-    """Raise RowError if no turn, or no token, has a loss weight above 0."""
+    """Raise ExampleError if no turn, or no token, has a loss weight above 0."""
     if not np.any(np.asarray(weights) > 0):
-        raise RowError(origin, "messages", "no assistant turn to learn from", "Add one, or set its loss true")
+        raise ExampleError(origin, "messages", "no assistant turn to learn from", "Add one, or set its loss true")
 
 
 class _Windows(grain.MapDataset):
-    """The rows of a process's windows, from its present one on. Places after the end of the data are None."""
+    """The examples of a process's windows, from its present one on. Places after the end of the data are None."""
 
     def __init__(self, parent: grain.MapDataset, window: int, progress: Progress):
         super().__init__(parent)
@@ -131,30 +131,34 @@ class _Windows(grain.MapDataset):
 
 
 class PackDataset(grain.IterDataset):
-    """Packs a process's share of the encoded rows into batches of ``rows`` rows; ``epoch`` is how many rows there are.
+    """Packs a process's share of the encoded examples into batches.
 
-    Iterating raises UserError where none of the rows gives anything to learn from.
+    Args:
+      sequences: packed sequences of a batch.
+      epoch: examples of the data.
+
+    Iterating raises UserError where none of the examples gives anything to learn from.
     """
 
     def __init__(
         self,
         parent: grain.MapDataset,
         config: DataConfig,
-        rows: int,
+        sequences: int,
         share: Share,
         patch_values: int,
         max_image_patches: int | None,
         epoch: int,
     ):
         super().__init__(parent)
-        self.config, self.rows, self.share, self.epoch = config, rows, share, epoch
+        self.config, self.sequences, self.share, self.epoch = config, sequences, share, epoch
         self.patch_values, self.max_image_patches = patch_values, max_image_patches
 
     def __iter__(self) -> PackIterator:
         return PackIterator(self)
 
     def stream(self, progress: Progress) -> grain.DatasetIterator:
-        """Examples and rejected rows from the present window on."""
+        """Examples and rejected examples from the present window on."""
         config = self.config
         stream = _Windows(self._parent, config.pack_window, progress).to_iter_dataset(
             grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=4 * config.read_threads)
@@ -166,12 +170,12 @@ class PackDataset(grain.IterDataset):
         return iter(stream)
 
     def window_size(self, window: int) -> int:
-        """Rows of a window; fewer, or none, at the end of the data."""
+        """Examples of a window; fewer, or none, at the end of the data."""
         return max(0, min(self.config.pack_window, len(self._parent) - window * self.config.pack_window))
 
 
 class PackIterator(grain.DatasetIterator):
-    """Packs a window at a time, best fit; the last batch is filled with empty rows.
+    """Packs a window at a time, best fit; the last batch is filled with empty sequences.
 
     State: see `jvlm.data.position`; restored from those of all processes.
     """
@@ -189,34 +193,34 @@ class PackIterator(grain.DatasetIterator):
         self._stream = self.dataset.stream(progress)
         self._queue: deque[list[Example]] = deque()
         self._rejected: list[Rejected] = []
-        self._unusable: list[Rejected] = []  # rows left out since the last that was used
+        self._unusable: list[Rejected] = []  # examples left out since the last that was used
 
-    def __next__(self) -> PackedRows:
-        config, count = self.dataset.config, self.dataset.rows
-        rows: list[list[Example]] = []
+    def __next__(self) -> PackedSequences:
+        config, count = self.dataset.config, self.dataset.sequences
+        sequences: list[list[Example]] = []
         rejected: list[Rejected] = []
-        while len(rows) < count:
+        while len(sequences) < count:
             if not self._queue and not self._next_window():
                 break
             rejected += self._rejected
             self._rejected = []
-            while self._queue and len(rows) < count:
-                rows.append(self._queue.popleft())
+            while self._queue and len(sequences) < count:
+                sequences.append(self._queue.popleft())
                 self._progress = dataclasses.replace(self._progress, given=self._progress.given + 1)
             if not self._queue:
                 self._progress = dataclasses.replace(self._progress, done=self._progress.done + 1, given=0)
-        if not rows and not rejected:
+        if not sequences and not rejected:
             raise StopIteration
         batch = packing.assemble(
-            rows + [[]] * (count - len(rows)),
+            sequences + [[]] * (count - len(sequences)),
             config.seq_len,
             config.max_patches,
             patch_values=self.dataset.patch_values,
             max_segment_length=config.max_length,
             max_image_patches=self.dataset.max_image_patches,
         )
-        origins = tuple(tuple(e.origin for e in row) for row in rows)
-        return PackedRows(batch, sum(map(len, rows)), tuple(rejected), origins)
+        origins = tuple(tuple(e.origin for e in sequence) for sequence in sequences)
+        return PackedSequences(batch, sum(map(len, sequences)), tuple(rejected), origins)
 
     def _next_window(self) -> bool:
         """Fill the queue from the present window; False at the end of the data."""
@@ -226,16 +230,16 @@ class PackIterator(grain.DatasetIterator):
         examples = [e for e in elements if not isinstance(e, Rejected)]
         rejected = [e for e in elements if isinstance(e, Rejected)]
         self._unusable = [] if examples else self._unusable + rejected
-        if len(self._unusable) > 2 * (self.dataset.epoch - 1):  # shuffled, a row comes no later than that
-            rows = {(row.file, row.row): row for row in self._unusable}
-            raise UserError(f"none of the {self.dataset.epoch} rows can be used:\n{grouped(rows.values())}")
+        if len(self._unusable) > 2 * (self.dataset.epoch - 1):  # shuffled, an example comes no later than that
+            unusable = {(r.file, r.number): r for r in self._unusable}
+            raise UserError(f"none of the {self.dataset.epoch} examples can be used:\n{grouped(unusable.values())}")
         given = max(before, self._progress.given)
-        if not given:  # what a window rejects is reported with its first row
+        if not given:  # what a window rejects is reported with its first sequence
             self._rejected = rejected
         packed = packing.best_fit_decreasing(examples, config.seq_len, config.max_patches)
         if config.shuffle:  # packed longest first: in that order a batch is of one length, and often of one kind
             np.random.default_rng(window).shuffle(packed)
-        self._queue.extend([examples[i] for i in row] for row in packed[given:])
+        self._queue.extend([examples[i] for i in sequence] for sequence in packed[given:])
         self._progress = dataclasses.replace(self._progress, given=given)
         return bool(elements)
 
@@ -258,18 +262,18 @@ def training_data(
     seed: int,
     epochs: int | None = None,
     share: Share = Share(),
-    source: RowSource | None = None,
-) -> tuple[grain.IterDataset, RowSource]:
-    """A process's share of the batches of a run (endless unless ``epochs`` is given), and the rows they come from.
+    source: ExampleSource | None = None,
+) -> tuple[grain.IterDataset, ExampleSource]:
+    """A process's share of the batches of a run (endless unless ``epochs`` is given), and the examples they come from.
 
     Args:
-      source: some of the files' rows; None is all of them.
+      source: some of the files' examples; None is all of them.
 
     Raises:
-      ValueError: the rows of a batch cannot be shared evenly by so many processes.
+      ValueError: the sequences of a batch cannot be shared evenly by so many processes.
     """
     check_shape(config)
-    source = RowSource(config.train) if source is None else source
+    source = ExampleSource(config.train) if source is None else source
     dataset = grain.MapDataset.source(source).seed(seed)
     if config.shuffle:
         dataset = dataset.shuffle()
@@ -283,7 +287,7 @@ def training_data(
 
 
 def check_shape(config: DataConfig) -> None:
-    """Raise UserError where row sizes are not known yet."""
+    """Raise UserError where the sizes of a sequence are not known yet."""
     if "auto" in (config.seq_len, config.max_patches):
         raise UserError(
             'data.seq_len or data.max_patches is "auto": a run chooses from its data when it starts; give numbers'
@@ -291,7 +295,7 @@ def check_shape(config: DataConfig) -> None:
 
 
 def frame_patches(images: ImageProcessor, settings: ImageProcessorConfig, config: DataConfig) -> int | None:
-    """The length promised to attention for images and frames, which each row is checked against; None: a whole row."""
+    """Return the length promised to attention for images, which each example is checked against; None: no promise."""
     most = config.max_image_patches
     if most is None:
         most = images.max_image_patches(settings)

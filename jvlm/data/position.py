@@ -1,12 +1,12 @@
 """Where a run stands in its data, in a form that does not depend on how many processes read it.
 
-The rows of a run have one endless order: the seed's permutation of each epoch, one after the other. Windows of
-``pack_window`` rows are packed by themselves; window w holds the places w * pack_window and on. A process packs the
-windows of its share, and gives out their packed rows at its own pace. So what a run has used is all windows before a
-first untouched one, except those that are still open, of which the first few packed rows are used.
+The examples of a run have one endless order: the seed's permutation of each epoch, one after the other. Windows of
+``pack_window`` examples are packed by themselves; window w begins at example w * pack_window. A process packs the
+windows of its share, and gives out their packed sequences at its own pace. So what a run has used is all windows before
+a first untouched one, except those that are still open, of which the first few packed sequences are used.
 
 Promised: after any number of restarts, each with any number of processes, every window is packed as it would have been
-by one process, and each of its packed rows is given out once. So each conversation comes once an epoch. With the
+by one process, and each of its packed sequences is given out once. So each conversation comes once an epoch. With the
 number of processes unchanged, batches after a restart equal those of an unbroken run. Where processes are many, one may
 already be some windows into the next epoch while another ends the last.
 """
@@ -31,29 +31,29 @@ class Share:
         if not 0 <= self.index < self.count:
             raise UserError(f"share {self.index} of {self.count} does not exist")
 
-    def of(self, rows: int) -> int:
-        """Rows of each batch that are this process's. Raises UserError where they do not divide."""
-        if rows % self.count:
-            raise UserError(f"data.batch_size = {rows} cannot be shared evenly by {self.count} processes")
-        return rows // self.count
+    def of(self, sequences: int) -> int:
+        """Sequences of each batch that are this process's. Raises UserError where they do not divide."""
+        if sequences % self.count:
+            raise UserError(f"data.batch_size = {sequences} cannot be shared evenly by {self.count} processes")
+        return sequences // self.count
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """What was left when the processes last began: open windows (number, packed rows given out); all from ``next``."""
+    """What was left when the processes last began: open windows (number, sequences given out); all from ``next``."""
 
     next: int = 0
     open: tuple[tuple[int, int], ...] = ()
 
     def item(self, number: int) -> tuple[int, int]:
-        """The window that is ``number``-th in turn, and how many of its packed rows were given out before."""
+        """The window that is ``number``-th in turn, and how many of its packed sequences were given out before."""
         later = number - len(self.open)
         return self.open[number] if later < 0 else (self.next + later, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """One process since it began: windows done with, and packed rows of the present one given out (ever)."""
+    """One process since it began: windows done with, and packed sequences of the present one given out (ever)."""
 
     position: Position = Position()
     share: Share = Share()
@@ -62,7 +62,7 @@ class Progress:
 
     @property
     def item(self) -> tuple[int, int]:
-        """The present window, and its packed rows given out before."""
+        """The present window, and its packed sequences given out before."""
         return self.position.item(self.share.index + self.done * self.share.count)
 
     def state(self) -> dict[str, Any]:

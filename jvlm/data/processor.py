@@ -18,11 +18,11 @@ from jvlm.data import box_formats, mrope, packing, vocabulary
 from jvlm.data.boxes import CoordinateSpace, Region, Sizes
 from jvlm.data.chat_format import ChatFormat
 from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Part, Text, Video, pictures_of
-from jvlm.data.errors import MEMORY, Origin, RowError
+from jvlm.data.errors import MEMORY, ExampleError, Origin
+from jvlm.data.examples import parse_example
 from jvlm.data.image_processor import ImageProcessorConfig, MediaPatches
 from jvlm.data.images import open_image
 from jvlm.data.packing import Example
-from jvlm.data.rows import parse_row
 from jvlm.data.template import ChatTemplate
 from jvlm.data.turns import without_answer
 from jvlm.errors import UserError
@@ -34,7 +34,7 @@ SETTINGS = "jvlm_processor.json"
 
 @dataclasses.dataclass(frozen=True)
 class ProcessorConfig:
-    """How rows become tokens and pixels; saved with every model so that training and inference agree.
+    """How examples become tokens and pixels; saved with every model so that training and inference agree.
 
     Attributes:
       image: settings of the image processor; None takes the family's.
@@ -121,19 +121,19 @@ class Processor:
         return self.encode(conversation)
 
     def encode(
-        self, row: Any, *, generation_prompt: bool = False, image_config: ImageProcessorConfig | None = None
+        self, example: Any, *, generation_prompt: bool = False, image_config: ImageProcessorConfig | None = None
     ) -> Example:
         """One conversation as arrays.
 
         Args:
-          row: an ms-swift row or a checked `Conversation`.
+          example: an ms-swift example or a checked `Conversation`.
           generation_prompt: end with the opening of an assistant turn; a final assistant turn is then dropped.
-          image_config: settings of its images, instead of the processor's with what the row changes.
+          image_config: settings of its images, instead of the processor's with what the example changes.
 
         Raises:
-          RowError: anything wrong with the row or its media.
+          ExampleError: anything wrong with the example or its media.
         """
-        conversation = parse_row(row)
+        conversation = parse_example(example)
         origin = conversation.origin
         try:
             if generation_prompt:
@@ -146,13 +146,13 @@ class Processor:
             problem = vocabulary.outside_problem(self.tokenizer, ids, self.model.decoder.vocab_size)
             if problem:
                 fix = f"Leave the token out, or let the table grow: {vocabulary.GROW}"
-                raise RowError(origin, "messages", problem, fix)
+                raise ExampleError(origin, "messages", problem, fix)
             return self._expand(ids, weights, turns, media, conversation)
-        except RowError:
+        except ExampleError:
             raise
         except Exception as error:  # a template, tokenizer or picture library that fails in a way of its own
-            raise RowError(
-                origin, "messages", f"{type(error).__name__}: {error}", "Correct the row, or report this as a fault"
+            raise ExampleError(
+                origin, "messages", f"{type(error).__name__}: {error}", "Correct the example, or report this as a fault"
             ) from error
 
     def pack(
@@ -165,13 +165,13 @@ class Processor:
     ) -> PackedBatch:
         """A batch of the conversations in the order given.
 
-        Without ``seq_len`` everything shares one row, whose shape is rounded up to a bucket. With it, rows of
-        that shape are filled first-fit; a conversation's row and segment are in the order of the list.
+        Without ``seq_len`` everything shares one sequence, whose shape is rounded up to a bucket. With it, sequences of
+        that shape are filled first-fit; a conversation's sequence and segment are in the order of the list.
 
         Raises:
-          RowError: a bad row, or one that does not fit the shape asked for.
+          ExampleError: a bad example, or one that does not fit the shape asked for.
         """
-        checked = [parse_row(c, Origin(row=i)) for i, c in enumerate(conversations)]
+        checked = [parse_example(c, Origin(number=i)) for i, c in enumerate(conversations)]
         examples = [self.encode(c, generation_prompt=generation_prompt) for c in checked]
         if not examples:
             raise ValueError("pack needs at least one conversation")
@@ -182,8 +182,8 @@ class Processor:
             patches = packing.bucket(most, packing.patch_step(self.image_processor.patch_group, 256)) if most else 0
         for example in examples:
             packing.check_fits(example, tokens, patches)
-        rows = packing.first_fit(examples, tokens, patches)
-        return packing.assemble([[examples[i] for i in row] for row in rows], tokens, patches)
+        sequences = packing.first_fit(examples, tokens, patches)
+        return packing.assemble([[examples[i] for i in sequence] for sequence in sequences], tokens, patches)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of generated ids, special tokens left out."""
@@ -209,7 +209,7 @@ class Processor:
         return media
 
     def image_config_of(self, conversation: Conversation) -> ImageProcessorConfig:
-        """Return the settings of the conversation's images: the processor's, with what the row changes."""
+        """Return the settings of the conversation's images: the processor's, with what the example changes."""
         return self.image_config.for_example(dict(conversation.image_settings), conversation.origin)
 
     def _image(self, config: ImageProcessorConfig, index: int, count: int, pictures: list) -> MediaPatches:
@@ -219,7 +219,7 @@ class Processor:
         return self.image_processor.video(frames, config)
 
     def with_open_media(self, conversation: Conversation) -> Conversation:
-        """The conversation with its pictures and frames decoded. Raises RowError."""
+        """The conversation with its pictures and frames decoded. Raises ExampleError."""
 
         def opened(part: Part) -> Part:
             if not isinstance(part, Image | Video):
@@ -240,11 +240,11 @@ class Processor:
         pictures = self._open(sources, field, origin)
         if len({p.size for p in pictures}) > 1:
             sizes = sorted({p.size for p in pictures})
-            raise RowError(origin, field, f"frames of different sizes {sizes}", "Give frames of one size")
+            raise ExampleError(origin, field, f"frames of different sizes {sizes}", "Give frames of one size")
         try:
             return make(pictures)
         except UserError as error:
-            raise RowError(origin, field, str(error), "Crop the picture, or change its limits") from error
+            raise ExampleError(origin, field, str(error), "Crop the picture, or change its limits") from error
 
     def _fill(self, conversation: Conversation, media: list[MediaPatches]) -> tuple[Message, ...]:
         messages = conversation.messages
@@ -269,9 +269,9 @@ class Processor:
     def _written_box(self, box: ObjectBox, sizes: Sizes | None, origin: Origin, field: str) -> str:
         region = box.region
         if sizes is None:
-            raise RowError(origin, field, "a box without a picture", "Add the image")
+            raise ExampleError(origin, field, "a box without a picture", "Add the image")
         if any(not 0 <= v <= sizes.original[i % 2] for i, v in enumerate(region.to("original", sizes).values)):
-            raise RowError(
+            raise ExampleError(
                 origin,
                 field,
                 f"{list(region.values)} is outside the picture of {sizes.original[0]} x {sizes.original[1]}",
@@ -285,7 +285,7 @@ class Processor:
         expected = [kinds[type(part)] for part in conversation.media]
         places = np.flatnonzero(np.isin(ids, list(kinds.values())))
         if [int(i) for i in ids[places]] != expected:
-            raise RowError(
+            raise ExampleError(
                 conversation.origin,
                 "messages",
                 f"the chat template writes {len(places)} media tokens for {len(expected)} media, or in another order",
@@ -358,10 +358,10 @@ def _field_of(part: Image | Video) -> str:
 
 
 def _prompt(conversation: Conversation) -> Conversation:
-    """The conversation up to the answer to give. Raises RowError where nothing is asked."""
+    """The conversation up to the answer to give. Raises ExampleError where nothing is asked."""
     prompt = without_answer(conversation)
     if not any(message.role in ("user", "tool") for message in prompt.messages):
-        raise RowError(conversation.origin, "messages", "nothing to answer", "Give a user turn before the answer")
+        raise ExampleError(conversation.origin, "messages", "nothing to answer", "Give a user turn before the answer")
     return prompt
 
 

@@ -1,4 +1,4 @@
-"""Rejected rows grouped by what is wrong with them, so that one fault in many rows is one line."""
+"""Rejected examples grouped by what is wrong with them, so that one fault in many examples is one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from jvlm.data.errors import Rejected
+from jvlm.data.errors import Origin, Rejected
 from jvlm.data.shards import matching
 from jvlm.errors import UserError, file_errors
 
@@ -21,40 +21,41 @@ _SHOWN = 400
 
 @dataclasses.dataclass
 class Group:
-    """Rows with one fault: how many, and the first of them."""
+    """Examples with one fault: how many, and the first of them."""
 
     first: Rejected
     count: int = 0
     places: list[str] = dataclasses.field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """The first row's message, and where the rows are."""
-        row = self.first
-        said = f"{row.file}, row {row.row}, field {row.field!r}: {_short(row.reason)}. {row.fix}".rstrip()
+        """The first example's message, and where the examples are."""
+        example = self.first
+        origin = Origin(example.file, example.number)
+        message = f"{origin}, field {example.field!r}: {_short(example.reason)}. {example.fix}".rstrip()
         more = f" and {self.count - len(self.places):,} more" if self.count > len(self.places) else ""
-        return [f"  {self.count:,} x {said}", f"      at {', '.join(self.places)}{more}"]
+        return [f"  {self.count:,} x {message}", f"      at {', '.join(self.places)}{more}"]
 
 
 class Rejections:
-    """Counts rejected rows by fault. Of each fault it holds one row and three places, however many there are."""
+    """Counts rejected examples by fault, with one example and three origins of each fault, however many there are."""
 
     def __init__(self, rejected: Iterable[Rejected] = ()):
         self.groups: dict[tuple[str, ...], Group] = {}
-        for row in rejected:
-            self.add(row)
+        for example in rejected:
+            self.add(example)
 
-    def add(self, row: Rejected) -> None:
-        """Count a row."""
-        key = row.fault
+    def add(self, example: Rejected) -> None:
+        """Count an example."""
+        key = example.fault
         if key not in self.groups and len(self.groups) >= _KINDS:
-            key = ("others", row.kind)
-        group = self.groups.setdefault(key, Group(row))
+            key = ("others", example.kind)
+        group = self.groups.setdefault(key, Group(example))
         group.count += 1
         if len(group.places) < _PLACES:
-            group.places.append(f"{row.file}:{row.row}")
+            group.places.append(f"{example.file}:{example.number}")
 
     def count(self, kind: str | None = None) -> int:
-        """Rows, of one kind or of all."""
+        """Examples, of one kind or of all."""
         return sum(group.count for group in self.groups.values() if kind in (None, group.first.kind))
 
     def lines(self, most: int = 20) -> list[str]:
@@ -72,7 +73,7 @@ def _short(text: str) -> str:
 
 @contextlib.contextmanager
 def writing(output: str | None, files: Sequence[str], *, verbose: bool = False) -> Iterator[Callable[[Rejected], None]]:
-    """What to call with each rejected row: prints it, and writes it to a JSONL that appears when all are.
+    """What to call with each rejected example: prints it, and writes it to a JSONL that appears when all are.
 
     Raises:
       UserError: ``output`` is one of the files that are read, or holds something else.
@@ -82,16 +83,17 @@ def writing(output: str | None, files: Sequence[str], *, verbose: bool = False) 
         _check_target(target, files)
     with _replacing(target) as file:
 
-        def take(row: Rejected) -> None:
+        def take(example: Rejected) -> None:
             if verbose:
-                print(f"{row.file}:{row.row}: field {row.field!r}: {row.reason}. {row.fix}".rstrip())
+                message = f"field {example.field!r}: {example.reason}. {example.fix}"
+                print(f"{example.file}:{example.number}: {message}".rstrip())
             if file is not None:
                 with file_errors(target, "written"):
-                    file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=True) + "\n")
+                    file.write(json.dumps(dataclasses.asdict(example), ensure_ascii=True) + "\n")
 
         yield take
     if target is not None:
-        print(f"every rejected row is in {target}")
+        print(f"every rejected example is in {target}")
 
 
 def _check_target(target: Path, files: Sequence[str]) -> None:
@@ -110,7 +112,9 @@ def _check_target(target: Path, files: Sequence[str]) -> None:
     except (ValueError, TypeError):
         is_ours = False
     if not is_ours:
-        raise UserError(f"--output {target} holds something else than rejected rows. Give another name, or remove it")
+        raise UserError(
+            f"--output {target} holds something else than rejected examples. Give another name, or remove it"
+        )
 
 
 @contextlib.contextmanager

@@ -39,9 +39,9 @@ class Mark:
     records: int
 
     @classmethod
-    def of(cls, row: Any) -> Mark | None:
-        """The mark of a shard's first row; None if it has none, or one that this version cannot read."""
-        values = row.get(MARK) if isinstance(row, dict) else None
+    def of(cls, example: Any) -> Mark | None:
+        """The mark of a shard's first example; None if it has none, or one that this version cannot read."""
+        values = example.get(MARK) if isinstance(example, dict) else None
         names = {f.name for f in dataclasses.fields(cls)}
         return cls(**values) if isinstance(values, dict) and set(values) == names else None
 

@@ -1,4 +1,4 @@
-"""Rows written as shards that carry their pictures with them, so that the folder can be moved anywhere."""
+"""Examples written as shards that carry their pictures with them, so that the folder can be moved anywhere."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import msgpack
 
 from jvlm.data import shard_set, stores
 from jvlm.data.embedding import embed
-from jvlm.data.errors import Origin, RowError
-from jvlm.data.shards import SHARD_SUFFIX, RowSource, write_records
+from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.shards import SHARD_SUFFIX, ExampleSource, write_records
 from jvlm.errors import UserError
 from jvlm.progress import Progress
 
@@ -25,8 +25,8 @@ _UNFINISHED = ".unfinished"
 _LOCK = "lock"
 
 
-def shard(files: Sequence[str], output: str | Path, rows_per_shard: int, *, media_root: str | None = None) -> str:
-    """Write rows as shards of ``rows_per_shard`` in a folder, media files read into them. Returns a summary.
+def shard(files: Sequence[str], output: str | Path, examples_per_shard: int, *, media_root: str | None = None) -> str:
+    """Write examples as shards of ``examples_per_shard`` in a folder, media files read into them. Returns a summary.
 
     The shards appear in the folder when all of them are whole; an interrupted sharding leaves none.
 
@@ -34,63 +34,65 @@ def shard(files: Sequence[str], output: str | Path, rows_per_shard: int, *, medi
       media_root: folder for relative media paths, after the data file's own.
 
     Raises:
-      RowError: a row that cannot be used, or a picture that cannot be read; nothing is left out silently.
+      ExampleError: an example that cannot be used, or a picture that cannot be read; nothing is left out silently.
       UserError: the folder holds shards already.
       UserError: a wrong argument, files that cannot be read, or a folder that cannot be written.
     """
-    if rows_per_shard < 1:
-        raise UserError(f"rows_per_shard is {rows_per_shard}; it must be at least 1")
+    if examples_per_shard < 1:
+        raise UserError(f"examples_per_shard is {examples_per_shard}; it must be at least 1")
     if stores.is_remote(output):
         raise UserError(f"{output}: shards are written to this machine's disk. Give a folder on it, and copy that")
     output = Path(output)
-    source = RowSource(files)
+    source = ExampleSource(files)
     with _unfinished(output) as folder:
-        rows = iter(Progress(_embedded(source, media_root), total=len(source), desc="sharding", unit="row"))
-        names = _write(rows, folder, len(source), rows_per_shard, _identity(source, rows_per_shard))
+        examples = iter(Progress(_embedded(source, media_root), total=len(source), desc="sharding", unit="example"))
+        names = _write(examples, folder, len(source), examples_per_shard, _identity(source, examples_per_shard))
         for name in names:
             (folder / name).replace(output / name)
-    return f"{len(source)} rows in {len(names)} shard(s) under {output}"
+    return f"{len(source)} examples in {len(names)} shard(s) under {output}"
 
 
-def _embedded(source: RowSource, media_root: str | None) -> Iterator[tuple[Origin, dict[str, Any]]]:
-    for origin, row in map(source.__getitem__, range(len(source))):
-        if isinstance(row, RowError):
-            raise row
+def _embedded(source: ExampleSource, media_root: str | None) -> Iterator[tuple[Origin, dict[str, Any]]]:
+    for origin, example in map(source.__getitem__, range(len(source))):
+        if isinstance(example, ExampleError):
+            raise example
         roots = (str(Path(origin.file).parent), *([media_root] if media_root else []))
-        whole = embed(row, origin, roots)
+        whole = embed(example, origin, roots)
         if shard_set.MARK in whole:
-            raise RowError(origin, shard_set.MARK, "a name that shards use themselves", "Rename the column")
+            raise ExampleError(origin, shard_set.MARK, "a name that shards use themselves", "Rename the column")
         yield origin, whole
 
 
 def _write(
-    rows: Iterator[tuple[Origin, dict[str, Any]]], folder: Path, total: int, rows_per_shard: int, identity: str
+    examples: Iterator[tuple[Origin, dict[str, Any]]], folder: Path, total: int, examples_per_shard: int, identity: str
 ) -> list[str]:
     """Write the shards. Returns their names."""
-    count = -(-total // rows_per_shard)
+    count = -(-total // examples_per_shard)
     names = []
     for number in range(count):
-        size = min(rows_per_shard, total - number * rows_per_shard)
+        size = min(examples_per_shard, total - number * examples_per_shard)
         mark = {shard_set.MARK: dataclasses.asdict(shard_set.Mark(identity, number, count, size))}
-        own = itertools.islice(rows, size)
-        records = (_packed(origin, row if place else {**row, **mark}) for place, (origin, row) in enumerate(own))
-        names.append(shard_set.shard_name("rows", number, count, SHARD_SUFFIX))
+        own = itertools.islice(examples, size)
+        records = (
+            _packed(origin, example if place else {**example, **mark}) for place, (origin, example) in enumerate(own)
+        )
+        names.append(shard_set.shard_name("examples", number, count, SHARD_SUFFIX))
         write_records(folder / names[-1], records)
     return names
 
 
-def _packed(origin: Origin, row: dict[str, Any]) -> bytes:
+def _packed(origin: Origin, example: dict[str, Any]) -> bytes:
     try:
-        return msgpack.packb(row)
+        return msgpack.packb(example)
     except (ValueError, TypeError, OverflowError) as error:
-        raise RowError(
-            origin, "row", f"cannot be written as msgpack ({error})", "Correct or remove the column that holds it"
+        raise ExampleError(
+            origin, "example", f"cannot be written as msgpack ({error})", "Correct or remove the column that holds it"
         ) from error
 
 
-def _identity(source: RowSource, rows_per_shard: int) -> str:
-    """What tells sets of other rows, or of other sizes, from this one."""
-    value = hashlib.sha256(str(rows_per_shard).encode())
+def _identity(source: ExampleSource, examples_per_shard: int) -> str:
+    """What tells sets of other examples, or of other sizes, from this one."""
+    value = hashlib.sha256(str(examples_per_shard).encode())
     for path in source.files:
         with open(path, "rb") as file:
             value.update(hashlib.file_digest(file, "sha256").digest())

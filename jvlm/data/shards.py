@@ -1,4 +1,4 @@
-"""Rows from files: JSONL as users write it, and ArrayRecord shards that carry their pictures with them."""
+"""Examples from files: JSONL as users write it, and ArrayRecord shards that carry their pictures with them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from jvlm.data import file_kinds, shard_set, stores
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
 from jvlm.errors import UserError
 
 SHARD_SUFFIX = ".arrayrecord"
@@ -29,8 +29,8 @@ _GROUP_BYTES = 32 * 1024
 _SHOWN = 10
 
 
-class RowSource:
-    """Random access to the rows of several files, as Grain's data sources want it.
+class ExampleSource:
+    """Random access to the examples of several files, as Grain's data sources want it.
 
     Args:
       patterns: paths or globs of ``*.jsonl`` and ``*.arrayrecord`` files; order matters, globs are sorted. Those in
@@ -38,8 +38,8 @@ class RowSource:
 
     Raises:
       UserError: a pattern that matches nothing.
-      UserError: a file given twice, of another kind, damaged, or without rows; a set of shards that is incomplete or
-        mixed with another. Names every such file.
+      UserError: a file given twice, of another kind, damaged, or without examples; a set of shards that is incomplete
+        or mixed with another. Names every such file.
     """
 
     def __init__(self, patterns: Sequence[str]):
@@ -65,18 +65,18 @@ class RowSource:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> tuple[Origin, Any]:
-        """(origin, row); a line that is not JSON gives the RowError in place of the row."""
+        """(origin, example); a line that is not JSON gives the ExampleError in place of the example."""
         file = int(np.searchsorted(self._starts, index, side="right")) - 1
-        row = index - int(self._starts[file])
-        origin = Origin(self.files[file], self._readers[file].number(row))
-        return origin, self._readers[file].read(row, origin)
+        within = index - int(self._starts[file])
+        origin = Origin(self.files[file], self._readers[file].number(within))
+        return origin, self._readers[file].read(within, origin)
 
     def counts(self) -> dict[str, int]:
-        """Rows of each file."""
+        """Examples of each file."""
         return {path: len(reader) for path, reader in zip(self.files, self._readers, strict=True)}
 
     def __repr__(self) -> str:
-        return f"RowSource({self.files})"
+        return f"ExampleSource({self.files})"
 
 
 def matching(pattern: str) -> list[str]:
@@ -104,7 +104,7 @@ def _problems_of_names(found: Sequence[tuple[str, epath.Path]]) -> list[str]:
     for path, original in found:
         real = os.path.realpath(path)
         if real in seen:
-            problems.append(f"{path}: given twice, also as {seen[real]}; its rows would count double. Give it once")
+            problems.append(f"{path}: given twice, also as {seen[real]}; its examples would count double. Give it once")
             continue
         seen[real] = path
         folders[str(original.parent)].append(original)
@@ -125,14 +125,14 @@ def _open(path: str) -> _Jsonl | _Shard:
         reader = _Jsonl(path)
     else:
         file_kinds.check_file(path)
-        raise UserError(f"{path}: rows are read from *.jsonl and *{SHARD_SUFFIX}")
+        raise UserError(f"{path}: examples are read from *.jsonl and *{SHARD_SUFFIX}")
     if not len(reader):
-        raise UserError(f"{path}: holds no rows. Write it again, or leave it out of the list")
+        raise UserError(f"{path}: holds no examples. Write it again, or leave it out of the list")
     return reader
 
 
 class _Jsonl:
-    """Keeps the place of each line; reads one when asked, so the file is never in memory. Blank lines are no rows."""
+    """Holds the offset of each line; reads one when asked: the file is never in memory. Blank lines are no examples."""
 
     def __init__(self, path: str):
         self.path = path
@@ -142,42 +142,42 @@ class _Jsonl:
                 if line.removeprefix(codecs.BOM_UTF8).strip():
                     places.extend((at, len(line), number))
                 at += len(line)
-        self._places = np.asarray(places).reshape(-1, 3)
+        self._offsets = np.asarray(places).reshape(-1, 3)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
-    def number(self, row: int) -> int:
-        """The number of a row's line, as an editor counts: from 1, blank lines included."""
-        return int(self._places[row, 2])
+    def number(self, index: int) -> int:
+        """The number of the example's line, as an editor counts: from 1, blank lines included."""
+        return int(self._offsets[index, 2])
 
-    def read(self, row: int, origin: Origin) -> Any:
-        start, size, _ = self._places[row]
+    def read(self, index: int, origin: Origin) -> Any:
+        start, size, _ = self._offsets[index]
         with open(self.path, "rb") as file:
             file.seek(start)
             line = file.read(size)
         try:
             return json.loads(line.decode("utf-8-sig"), object_pairs_hook=functools.partial(_object, origin))
-        except RowError as error:
+        except ExampleError as error:
             return error
         except RecursionError:
-            return RowError(origin, "row", "lists or objects nested too deep", "Make the row flatter")
+            return ExampleError(origin, "example", "lists or objects nested too deep", "Make the example flatter")
         except ValueError as error:
             cut = "" if line.endswith(b"\n") else "; the file ends without a newline, so it may be cut short"
-            return RowError(origin, "row", f"not JSON ({error}){cut}", "Each line must be one JSON object")
+            return ExampleError(origin, "example", f"not JSON ({error}){cut}", "Each line must be one JSON object")
 
 
 def _object(origin: Origin, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises RowError for a key that it has twice: nothing says which value is meant."""
+    """A JSON object. Raises ExampleError for a key that it has twice: nothing says which value is meant."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-        raise RowError(origin, twice, "the same key twice in one object", "Keep one of them")
+        raise ExampleError(origin, twice, "the same key twice in one object", "Keep one of them")
     return found
 
 
 class _Shard:
-    """An ArrayRecord file of msgpack rows; opened by each process when it first reads.
+    """An ArrayRecord file of msgpack examples; opened by each process when it first reads.
 
     Attributes:
       mark: which set the file is of, if it says so.
@@ -197,7 +197,7 @@ class _Shard:
                 "write it again"
             )
         file_kinds.check_padding(path)
-        # a damaged first record is an error of that row, which reading it gives
+        # a damaged first record is an error of that example, which reading it gives
         first = self._record(0, Origin(path, 1)) if self._length else None
         self.mark = shard_set.Mark.of(first)
 
@@ -212,21 +212,21 @@ class _Shard:
     def __len__(self) -> int:
         return self._length
 
-    def number(self, row: int) -> int:
+    def number(self, index: int) -> int:
         """The number of a record, from 1."""
-        return row + 1
+        return index + 1
 
-    def read(self, row: int, origin: Origin) -> Any:
-        record = self._record(row, origin)
-        return {k: v for k, v in record.items() if k != shard_set.MARK} if row == 0 and self.mark else record
+    def read(self, index: int, origin: Origin) -> Any:
+        record = self._record(index, origin)
+        return {k: v for k, v in record.items() if k != shard_set.MARK} if index == 0 and self.mark else record
 
-    def _record(self, row: int, origin: Origin) -> Any:
+    def _record(self, index: int, origin: Origin) -> Any:
         try:
-            (record,) = self._open().read([row])
+            (record,) = self._open().read([index])
             return msgpack.unpackb(record)
         except (RuntimeError, ValueError, msgpack.UnpackException) as error:
-            return RowError(
-                origin, "row", f"a damaged record ({_short(error)})", "Copy the file again, or write its set again"
+            return ExampleError(
+                origin, "example", f"a damaged record ({_short(error)})", "Copy the file again, or write its set again"
             )
 
 
@@ -243,17 +243,17 @@ def _short(error: Exception) -> str:
     return str(error).partition("; ")[0]
 
 
-def write_shard(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows, whose media must be bytes already, as one shard. Returns their number. Raises as `write_records`."""
-    return write_records(path, map(msgpack.packb, rows))
+def write_shard(path: str | Path, examples: Iterable[dict[str, Any]]) -> int:
+    """Write examples, whose media are bytes already, as one shard. Returns their number. Raises as `write_records`."""
+    return write_records(path, map(msgpack.packb, examples))
 
 
 def write_records(path: str | Path, records: Iterable[bytes]) -> int:
-    """Write rows as msgpack as one shard. Returns their number.
+    """Write examples as msgpack as one shard. Returns their number.
 
-    Rows are compressed in groups of about 32 KiB, as the first hundred let expect, and read a group at a time: rows
-    with large pictures stay alone, small ones do not pay for a header and a dictionary each. The file appears under
-    its name once it is whole.
+    Examples are compressed in groups of about 32 KiB, as the first hundred let expect, and read a group at a time:
+    examples with large pictures stay alone, small ones do not pay for a header and a dictionary each. The file appears
+    under its name once it is whole.
 
     Raises:
       UserError: the file cannot be written, as on a full disk.

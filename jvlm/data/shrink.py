@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jvlm.data.content import Conversation
-from jvlm.data.errors import RowError
+from jvlm.data.errors import ExampleError
 from jvlm.data.image_processor import ImageProcessorConfig
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
@@ -47,6 +47,6 @@ def _encoded(
 ) -> Example | None:
     try:
         example = processor.encode(conversation, image_config=dataclasses.replace(settings, **change))
-    except RowError:  # as it is, the row can be encoded: a size at which it cannot be is too small for it
+    except ExampleError:  # as it is, the example can be encoded: a size at which it cannot be is too small for it
         return None
     return example if fits(example) else None

@@ -1,6 +1,6 @@
 """Object stores (gs://bucket/...): their paths, and local copies of what cannot be read from there.
 
-Arrays of runs are read and written in the store itself, by Orbax and tensorstore. Readers of rows and of safetensors
+Arrays of runs are read and written in the store itself, by Orbax and tensorstore. Readers of examples and safetensors
 want files on a disk: these are copied once, under ``copies/``, and again only when their size or time has changed.
 """
 

@@ -1,4 +1,4 @@
-"""A look at the data before a run: what share of a sample would be left out and why, and what row sizes suit it."""
+"""A look at the data before a run: what share of a sample would be left out and why, and what sizes suit it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import numpy as np
 from jvlm.data import packing
 from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
-from jvlm.data.errors import Rejected, RowError, grouped
+from jvlm.data.errors import ExampleError, Rejected, grouped
+from jvlm.data.examples import unknown_columns
 from jvlm.data.pipeline import Encode, frame_patches
 from jvlm.data.processor import Processor
-from jvlm.data.rows import unknown_columns
-from jvlm.data.shards import RowSource
+from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 
-_PACKED = 256  # examples of a sample that are packed to try a row size
-_CLOSE = 0.03  # a smaller row is taken if its padding is no more than this above the best
-_ENOUGH = 20  # rows of a sample that say something about all
+_PACKED = 256  # examples of a sample that are packed to try a size of a sequence
+_CLOSE = 0.03  # a smaller sequence is taken if its padding is no more than this above the best
+_ENOUGH = 20  # examples of a sample that say something about all
 
 
 class Size(NamedTuple):
-    """An encoded row without its arrays; a row that was truncated or shrunk has its new size, and is ``changed``.
+    """An encoded example without its arrays; one that was truncated or shrunk has its new size, and is ``changed``.
 
     ``unknown`` are the names of columns that jvlm does not know.
     """
@@ -44,32 +44,32 @@ class Survey:
     """What a sample of the data is like.
 
     Attributes:
-      config: with row sizes and ``max_image_patches`` chosen.
-      rows: of the data.
-      sampled: rows looked at.
+      config: with the sizes of a sequence and ``max_image_patches`` chosen.
+      examples: of the data.
+      sampled: examples looked at.
       sizes: of those that can be used.
       left_out: the others.
     """
 
     config: DataConfig
-    rows: int
+    examples: int
     sampled: int
     sizes: tuple[Size, ...]
     left_out: tuple[Rejected, ...]
 
     def padding(self) -> tuple[float, float]:
-        """Shares of the places for tokens and for patches that the packed sample leaves empty."""
+        """Shares of the room for tokens and for patches that the packed sample leaves empty."""
         return _padding(self.sizes[:_PACKED], self.config.seq_len, self.config.max_patches, self.config.pack_window)
 
-    def steps(self, epochs: float, rows: int) -> int:
-        """Steps of ``rows`` packed rows that so many epochs take."""
+    def steps(self, epochs: float, batch_size: int) -> int:
+        """Steps of ``batch_size`` packed sequences that so many epochs take."""
         packed = len(packing.best_fit_decreasing(self.sizes, self.config.seq_len, self.config.max_patches))
-        return max(1, math.ceil(epochs * packed * self.rows / self.sampled / rows))
+        return max(1, math.ceil(epochs * packed * self.examples / self.sampled / batch_size))
 
     def text(self) -> str:
         """For the terminal."""
         config, changed = self.config, sum(size.changed for size in self.sizes)
-        head = f"data: {self.sampled} of {self.rows} rows looked at, {len(self.left_out)} would be left out"
+        head = f"data: {self.sampled} of {self.examples} examples looked at, {len(self.left_out)} would be left out"
         head += f" ({100 * len(self.left_out) / self.sampled:.1f} %)" if self.left_out else ""
         if changed:
             how = "have their pictures shrunk" if config.on_too_long == "shrink" else "lose turns at their end"
@@ -84,7 +84,7 @@ class Survey:
         if self.sizes:
             text, patches = self.padding()
             lines.append(
-                f"rows of {config.seq_len} tokens and {config.max_patches} patches: padding is about "
+                f"sequences of {config.seq_len} tokens and {config.max_patches} patches: padding is about "
                 f"{100 * text:.0f} % of the tokens and {100 * patches:.0f} % of the patches"
             )
         return "\n".join(lines)
@@ -93,13 +93,15 @@ class Survey:
         """Raise UserError where nothing can be used, or more does not fit than ``max_too_long_fraction`` allows."""
         files = ", ".join(self.config.train)
         if not self.sizes:
-            raise UserError(f"{files}: none of {self.sampled} rows looked at can be used:\n{grouped(self.left_out)}")
-        too_long = [row for row in self.left_out if row.kind == "too_long"]
+            raise UserError(
+                f"{files}: none of {self.sampled} examples looked at can be used:\n{grouped(self.left_out)}"
+            )
+        too_long = [example for example in self.left_out if example.kind == "too_long"]
         limit = self.config.max_too_long_fraction
-        exact = self.sampled >= min(_ENOUGH, self.rows)
+        exact = self.sampled >= min(_ENOUGH, self.examples)
         if exact and len(too_long) > limit * self.sampled:
             raise UserError(
-                f"{files}: {len(too_long)} of {self.sampled} rows looked at do not fit and would be left out, more "
+                f"{files}: {len(too_long)} of {self.sampled} examples looked at do not fit and would be left out, more "
                 f"than data.max_too_long_fraction = {limit}:\n{grouped(too_long)}\n"
                 "Change that, or raise data.max_too_long_fraction"
             )
@@ -113,25 +115,25 @@ def take(
     count: int,
     seconds: float | None = None,
     parts: int = 1,
-    source: RowSource | None = None,
+    source: ExampleSource | None = None,
 ) -> Survey:
-    """Look at ``count`` rows spread evenly over the data, or at those that are encoded within so many seconds.
+    """Look at ``count`` examples spread evenly over the data, or at those that are encoded within so many seconds.
 
     Args:
-      parts: devices that share a packed row; sizes that are chosen divide by it.
-      source: some of the files' rows; None is all of them.
+      parts: devices that share a packed sequence; sizes that are chosen divide by it.
+      source: some of the files' examples; None is all of them.
 
     Raises:
-      RowError: a bad row where ``on_bad_row`` is "error", one that does not fit where ``on_too_long`` is.
+      ExampleError: a bad example where ``on_bad_example`` is "error", one that does not fit where ``on_too_long`` is.
     """
-    source = RowSource(config.train) if source is None else source
+    source = ExampleSource(config.train) if source is None else source
     spread = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
     chosen = [int(i) for i in np.random.default_rng(seed).permutation(spread)]
     known = "auto" not in (config.seq_len, config.max_patches)
     look = _Look(processor, config, source, seed, fit=known)
     found = look.at(chosen, seconds)
     if not known:
-        config = choose_rows([s for s in found.values() if isinstance(s, Size)], config, processor, parts)
+        config = choose_sizes([s for s in found.values() if isinstance(s, Size)], config, processor, parts)
         look = _Look(processor, config, source, seed, fit=True)
         over = [i for i, size in found.items() if isinstance(size, Size) and not _fits(size, config)]
         found |= look.at(over, None)
@@ -141,9 +143,9 @@ def take(
 
 
 class _Look:
-    """Encodes rows, each with random numbers of its own, in threads."""
+    """Encodes examples, each with random numbers of its own, in threads."""
 
-    def __init__(self, processor: Processor, config: DataConfig, source: RowSource, seed: int, *, fit: bool):
+    def __init__(self, processor: Processor, config: DataConfig, source: ExampleSource, seed: int, *, fit: bool):
         if fit:  # the promise made to attention is raised to what is found here, unless it is the user's
             config = dataclasses.replace(
                 config, max_image_patches=config.max_image_patches or config.max_patches or None
@@ -165,8 +167,8 @@ class _Look:
         rng = np.random.default_rng((self.seed, index))
         try:
             conversation, example = self.encode.read(self.source[index], rng)
-        except RowError as error:
-            if self.config.on_bad_row == "error":
+        except ExampleError as error:
+            if self.config.on_bad_example == "error":
                 raise
             return Rejected.of(error, "bad")
         fitted = self.encode.fit(conversation, example) if self.fits else example
@@ -182,7 +184,7 @@ def _fits(size: Size, config: DataConfig) -> bool:
 
 
 def _with_frames(config: DataConfig, sizes: Sequence[Size], processor: Processor) -> DataConfig:
-    """Raise the promise made to attention where rows with limits of their own have larger pictures."""
+    """Raise the promise made to attention where examples with limits of their own have larger pictures."""
     promised = frame_patches(processor.image_processor, processor.image_config, config)
     largest = max((size.longest_frame for size in sizes), default=0)
     if config.max_image_patches is not None or promised is None or largest <= promised:
@@ -190,14 +192,14 @@ def _with_frames(config: DataConfig, sizes: Sequence[Size], processor: Processor
     return dataclasses.replace(config, max_image_patches=largest)
 
 
-def choose_rows(sizes: Sequence[Size], config: DataConfig, processor: Processor, parts: int = 1) -> DataConfig:
-    """Row sizes in place of "auto": the smallest rows that hold every size and leave little padding.
+def choose_sizes(sizes: Sequence[Size], config: DataConfig, processor: Processor, parts: int = 1) -> DataConfig:
+    """Sizes of a sequence in place of "auto": the smallest that hold every example and leave little padding.
 
     Raises:
       UserError: no sizes to choose from.
     """
     if not sizes:
-        raise UserError(f'no row of {", ".join(config.train)} can be used: data.seq_len "auto" has nothing to hold')
+        raise UserError(f'no example of {", ".join(config.train)} can be used: data.seq_len "auto" has nothing to hold')
     longest = max(size.length for size in sizes)
     longest = min(longest, config.max_length or longest)
     most = max(size.num_patches for size in sizes)
@@ -221,7 +223,7 @@ def _token_sizes(asked: int | Literal["auto"], longest: int, step: int) -> list[
 
 
 def _patch_sizes(asked: int | Literal["auto"], sizes: Sequence[Size], tokens: int, most: int, step: int) -> list[int]:
-    """Candidates, ascending: about as many patches as come with so many tokens, and never fewer than one row's."""
+    """Candidates, ascending: about as many patches as come with so many tokens, and never fewer than one sequence's."""
     if asked != "auto":
         return [asked]
     share = sum(size.num_patches for size in sizes) / max(sum(size.length for size in sizes), 1)
@@ -230,7 +232,7 @@ def _patch_sizes(asked: int | Literal["auto"], sizes: Sequence[Size], tokens: in
 
 def _padding(sizes: Sequence[Size], seq_len: int, max_patches: int, window: int) -> tuple[float, float]:
     windows = [sizes[start : start + window] for start in range(0, len(sizes), window)]
-    rows = sum(len(packing.best_fit_decreasing(part, seq_len, max_patches)) for part in windows)
+    sequences = sum(len(packing.best_fit_decreasing(part, seq_len, max_patches)) for part in windows)
     used = sum(size.length for size in sizes), sum(size.num_patches for size in sizes)
-    places = rows * seq_len, rows * max_patches
-    return tuple(1 - part / whole if whole else 0.0 for part, whole in zip(used, places, strict=True))
+    room = sequences * seq_len, sequences * max_patches
+    return tuple(1 - part / whole if whole else 0.0 for part, whole in zip(used, room, strict=True))

@@ -16,7 +16,7 @@ from jvlm.data.answer_spans import Span, TemplateFacts
 from jvlm.data.chat_format import ChatFormat
 from jvlm.data.content import Image, Message, Part, Text
 from jvlm.data.control_tokens import ControlTokens, any_of, change_strings, is_paired
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
 from jvlm.errors import UserError
 
 
@@ -119,8 +119,8 @@ class ChatTemplate:
         thinking, say).
 
         Raises:
-          RowError: text that cannot be encoded, media tokens in it, a conversation that the template refuses or part
-            of which it leaves out, or an assistant turn that is not found in the rendering.
+          ExampleError: text that cannot be encoded, media tokens in it, a conversation that the template refuses or
+            part of which it leaves out, or an assistant turn that is not found in the rendering.
         """
         chat = _Chat(messages, generation_prompt, tools, origin)
         texts = list(chat.texts())
@@ -153,7 +153,7 @@ class ChatTemplate:
             "".join(texts).encode()
         except UnicodeEncodeError as error:
             begin = max(error.start - 20, 0)
-            raise RowError(
+            raise ExampleError(
                 chat.origin,
                 "messages",
                 f"half of a surrogate pair, \\u{ord(error.object[error.start]):x}, which is no character, in "
@@ -164,13 +164,13 @@ class ChatTemplate:
             self._check_media(chat)
 
     def _check_media(self, chat: _Chat) -> None:
-        """Raise RowError for media tokens in text, but for a prompt's earlier answers: a model's words stop nothing."""
+        """Raise ExampleError for media tokens in text, but for a prompt's earlier answers, which stop nothing."""
         others = tuple(m for m in chat.messages if not (chat.generation_prompt and m.role == "assistant"))
         texts = dataclasses.replace(chat, messages=others).texts()
         literal = sum(len(self._media.findall(text)) for text in texts)
         if literal:
             tags = sum(len(m.media) for m in chat.messages)
-            raise RowError(
+            raise ExampleError(
                 chat.origin,
                 "messages",
                 f"{literal + tags} media tokens in the text for {tags} media",
@@ -178,9 +178,9 @@ class ChatTemplate:
             )
 
     def _check_whole(self, chat: _Chat, text: str) -> None:
-        """Raise RowError if the template leaves out something that the row holds."""
+        """Raise ExampleError if the template leaves out something that the example holds."""
         if chat.tools and self._renders_as(text, dataclasses.replace(chat, tools=())):
-            raise RowError(
+            raise ExampleError(
                 chat.origin,
                 "tools",
                 "the chat template does not use them: with and without them it writes the same",
@@ -189,7 +189,7 @@ class ChatTemplate:
         if any(m.fields for m in chat.messages):
             bare = tuple(dataclasses.replace(m, fields=()) if _calls(m) else m for m in chat.messages)
             if bare != chat.messages and self._renders_as(text, dataclasses.replace(chat, messages=bare)):
-                raise RowError(
+                raise ExampleError(
                     chat.origin,
                     "messages",
                     "the chat template does not use tool_calls: with and without them it writes the same",
@@ -199,7 +199,7 @@ class ChatTemplate:
             for part in message.content:
                 words = part.text.strip() if isinstance(part, Text) else ""
                 if words and words not in text and self._renders_as(text, chat.with_text(index, "word")):
-                    raise RowError(
+                    raise ExampleError(
                         chat.origin,
                         "messages",
                         f"the chat template leaves out the {message.role} turn {words[:40]!r}",
@@ -209,7 +209,7 @@ class ChatTemplate:
     def _renders_as(self, text: str, chat: _Chat) -> bool:
         try:
             return self._render(chat) == text
-        except RowError:
+        except ExampleError:
             return False
 
     def _guarded(self, chat: _Chat, text: str, facts: TemplateFacts, suspect: str) -> tuple[_Chat, str]:
@@ -217,7 +217,7 @@ class ChatTemplate:
         try:
             stand_ins, _ = facts.control.stand_ins(text)
         except ValueError as error:
-            raise self._not_text(chat, suspect, f"the row holds {error} too") from error
+            raise self._not_text(chat, suspect, f"the example holds {error} too") from error
         guarded = dataclasses.replace(
             chat.changed(functools.partial(facts.control.guard, stand_ins=stand_ins)), stand_ins=stand_ins
         )
@@ -233,8 +233,8 @@ class ChatTemplate:
             raise self._not_text(chat, suspect, f"with {error} it cannot be told apart") from error
 
     @staticmethod
-    def _not_text(chat: _Chat, suspect: str, why: str) -> RowError:
-        return RowError(
+    def _not_text(chat: _Chat, suspect: str, why: str) -> ExampleError:
+        return ExampleError(
             chat.origin, "messages", f"{suspect!r} cannot be written as ordinary text here: {why}", "Change the words"
         )
 
@@ -244,7 +244,7 @@ class ChatTemplate:
             return []
         for index in learnt:
             if chat.messages[index].media:
-                raise RowError(
+                raise ExampleError(
                     chat.origin,
                     "messages",
                     "media in an assistant turn, which cannot be learnt",
@@ -252,7 +252,7 @@ class ChatTemplate:
                 )
         spans = answer_spans.by_opening(text, facts, len(learnt)) or self._marked_spans(chat, text, facts, learnt)
         if not any(span.closed for span in spans):
-            raise RowError(
+            raise ExampleError(
                 chat.origin,
                 "messages",
                 "the chat template writes no special token after an answer, so no end would be learnt",
@@ -265,7 +265,7 @@ class ChatTemplate:
         try:
             _, free = facts.control.stand_ins(text, 2 * len(learnt))
         except ValueError as error:
-            raise self._not_text(chat, "the row", f"it holds {error}") from error
+            raise self._not_text(chat, "the example", f"it holds {error}") from error
         marks = list(zip(free[::2], free[1::2], strict=True))
         marked, tight = (self._marked(chat, learnt, marks, tight) for tight in (False, True))
         rendered, places = answer_spans.read_marks(self._render(marked), marks)
@@ -295,10 +295,10 @@ class ChatTemplate:
                 for end in (index, index + 1)
             )
             span = answer_spans.by_prefix(text, before, after, facts)
-        except RowError:
+        except ExampleError:
             span = None
         if span is None:
-            raise RowError(
+            raise ExampleError(
                 chat.origin,
                 "messages",
                 "the chat template changes the words of an assistant turn, so what to learn cannot be told apart",
@@ -320,7 +320,7 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is a program, which fails in as many ways
             kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
-            raise RowError(
+            raise ExampleError(
                 chat.origin,
                 "messages",
                 f"the chat template cannot take the conversation: {kind}{error}",
@@ -346,7 +346,7 @@ class ChatTemplate:
         return {"type": "image" if is_image else "video"}
 
     def _facts_of(self, tools: tuple[Any, ...]) -> TemplateFacts:
-        """What is known about the template that a row with such tools is given."""
+        """What is known about the template that an example with such tools is given."""
         try:
             source = self.tokenizer.get_chat_template(self._default, tools=list(tools) or None)
         except ValueError as error:
@@ -385,7 +385,7 @@ class ChatTemplate:
         if last is not None:
             tail = whole.rpartition(last)[2]
             closing = control.pattern.search(tail)
-            # a base model's tokenizer may lack the family's token: it answers, and rows to learn are refused
+            # a base model's tokenizer may lack the family's token: it answers, and examples to learn are refused
             lacking = any(stop in tail for stop in self.chat_format.stops)
             if (closing is None or (tail[: closing.start()].strip() and not headers)) and not lacking:
                 raise UserError(
@@ -401,7 +401,7 @@ class ChatTemplate:
         """The rendering of a plain conversation; empty if the template refuses that one, as it may."""
         try:
             return self._render(chat)
-        except RowError as error:
+        except ExampleError as error:
             if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
                 cause = error.__cause__
                 raise UserError(f"the chat template is not valid: line {cause.lineno}: {cause}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.values import shown, without_inner_nulls, without_nulls
 
 # What a message may hold beside role and content, by the role that may hold it.
@@ -17,24 +17,24 @@ def schemas(value: Any, origin: Origin) -> tuple[dict[str, Any], ...]:
     """The schemas of ``tools``: a list of objects, or that list as JSON.
 
     Raises:
-      RowError: anything else.
+      ExampleError: anything else.
     """
     fix = 'Give [{"type": "function", "function": {"name": ..., "parameters": {...}}}] or that as a string'
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise RowError(origin, "tools", f"not JSON: {error}", fix) from error
+            raise ExampleError(origin, "tools", f"not JSON: {error}", fix) from error
         except RecursionError as error:
-            raise RowError(origin, "tools", "JSON that is too deep", fix) from error
+            raise ExampleError(origin, "tools", "JSON that is too deep", fix) from error
     if value is None or isinstance(value, str):
         return ()
     value = without_inner_nulls([value] if isinstance(value, dict) else value)
     if not isinstance(value, list | tuple):
-        raise RowError(origin, "tools", f"a {type(value).__name__}, not a list", fix)
+        raise ExampleError(origin, "tools", f"a {type(value).__name__}, not a list", fix)
     for index, schema in enumerate(value):
         if not isinstance(schema, dict) or not schema:
-            raise RowError(origin, f"tools[{index}]", f"{shown(schema)} is not the schema of a tool", fix)
+            raise ExampleError(origin, f"tools[{index}]", f"{shown(schema)} is not the schema of a tool", fix)
     return tuple(value)
 
 
@@ -49,7 +49,7 @@ def fields(message: dict[str, Any], role: str, origin: Origin, field: str) -> tu
     """What a chat template is given of a message beside role and content.
 
     Raises:
-      RowError: a field of another role's message, or calls that are not such.
+      ExampleError: a field of another role's message, or calls that are not such.
     """
     found = []
     message = without_nulls(message)
@@ -59,13 +59,13 @@ def fields(message: dict[str, Any], role: str, origin: Origin, field: str) -> tu
             continue
         where = f"{field}.{name}"
         if role not in roles:
-            raise RowError(
+            raise ExampleError(
                 origin, where, f"in a message of the role {role}", f"It belongs to role {' or '.join(roles)}"
             )
         if name == "tool_calls":
             value = _calls(value, origin, where)
         elif not isinstance(value, str):
-            raise RowError(origin, where, f"{shown(value)} is not text", "Give a string")
+            raise ExampleError(origin, where, f"{shown(value)} is not text", "Give a string")
         found.append((name, value))
     return tuple(found)
 
@@ -73,13 +73,13 @@ def fields(message: dict[str, Any], role: str, origin: Origin, field: str) -> tu
 def _calls(value: Any, origin: Origin, field: str) -> list[dict[str, Any]]:
     fix = 'Give [{"type": "function", "function": {"name": "...", "arguments": {...}}}]'
     if not isinstance(value, list | tuple):
-        raise RowError(origin, field, f"a {type(value).__name__}, not a list", fix)
+        raise ExampleError(origin, field, f"a {type(value).__name__}, not a list", fix)
     calls = []
     for index, call in enumerate(value):
         call = without_nulls(call) if isinstance(call, dict) else {}
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowError(origin, f"{field}[{index}]", "no function with a name", fix)
+            raise ExampleError(origin, f"{field}[{index}]", "no function with a name", fix)
         function = {**function, "arguments": _arguments(function.get("arguments"), origin, f"{field}[{index}]", fix)}
         calls.append({**call, "function": function} if "function" in call else function)
     return calls
@@ -92,11 +92,11 @@ def _arguments(value: Any, origin: Origin, field: str, fix: str) -> dict[str, An
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise RowError(origin, f"{field}.arguments", f"not JSON: {error}", fix) from error
+            raise ExampleError(origin, f"{field}.arguments", f"not JSON: {error}", fix) from error
         except RecursionError as error:
-            raise RowError(origin, f"{field}.arguments", "JSON that is too deep", fix) from error
+            raise ExampleError(origin, f"{field}.arguments", "JSON that is too deep", fix) from error
     if value is None or value == "":
         return {}
     if not isinstance(value, dict):
-        raise RowError(origin, f"{field}.arguments", f"{shown(value)} is not an object", fix)
+        raise ExampleError(origin, f"{field}.arguments", f"{shown(value)} is not an object", fix)
     return value if isinstance(given, str) else without_inner_nulls(value)

@@ -1,4 +1,4 @@
-"""Single values of a row: Arrow's nulls, numbers, text, and how an error shows what it was given."""
+"""Single values of an example: Arrow's nulls, numbers, text, and how an error shows what it was given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
 
 
 def is_null(value: Any) -> bool:
@@ -55,13 +55,13 @@ def switch(value: Any) -> bool | None:
 
 
 def text(value: Any, origin: Origin, field: str) -> str:
-    """A string that a tokenizer can read. Raises RowError for other types, and for half an emoji."""
+    """A string that a tokenizer can read. Raises ExampleError for other types, and for half an emoji."""
     if not isinstance(value, str):
-        raise RowError(origin, field, f"a {type(value).__name__} is not text", "Give a string")
+        raise ExampleError(origin, field, f"a {type(value).__name__} is not text", "Give a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise RowError(
+        raise ExampleError(
             origin,
             field,
             f"half a character ({value[error.start]!a}) at position {error.start}: a surrogate without its pair",

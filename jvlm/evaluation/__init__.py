@@ -1,1 +1,1 @@
-"""Asking a model the questions of rows whose answers are known."""
+"""Asking a model the questions of examples whose answers are known."""

@@ -1,4 +1,4 @@
-"""Questions out of rows: one for each assistant turn, with what a right answer is."""
+"""Questions out of examples: one for each assistant turn, with what a right answer is."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Text, Video
-from jvlm.data.errors import Origin, RowError
-from jvlm.data.rows import tagged
+from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.examples import tagged
 from jvlm.data.turns import calls_tools, next_turn, single_turns, without_answer
 
 _MOST_ANSWERS = 100_000  # different answers that are counted at a time
@@ -22,7 +22,7 @@ class Question:
       conversation: what the model is given; ends with a turn of the user or a tool.
       expected: the words of the reference answer, in which <bbox> stands for each box.
       boxes: reference boxes and points; empty for an answer in words.
-      turn: which question of its row, from 0.
+      turn: which question of its example, from 0.
     """
 
     conversation: Conversation
@@ -50,15 +50,15 @@ def _words(message: Message) -> str:
     return tagged(part for part in message.content if not isinstance(part, Image | Video))
 
 
-def questions_of(row: Conversation) -> list[Question]:
-    """Every answer of a row as a question, but for calls of tools; see `jvlm.data.turns.single_turns`."""
-    answers = [turn for turn in single_turns(row) if not calls_tools(turn.messages[-1])]
+def questions_of(example: Conversation) -> list[Question]:
+    """Every answer of an example as a question, but for calls of tools; see `jvlm.data.turns.single_turns`."""
+    answers = [turn for turn in single_turns(example) if not calls_tools(turn.messages[-1])]
     return [_question(asked, turn) for turn, asked in enumerate(answers)]
 
 
-def next_question(row: Conversation, answers: Sequence[str]) -> Question | None:
-    """Return the question after so many answers, which stand before it as text; None at the end of the row."""
-    turn = next_turn(row, answers)
+def next_question(example: Conversation, answers: Sequence[str]) -> Question | None:
+    """Return the question after so many answers, which stand before it as text; None at the end of the example."""
+    turn = next_turn(example, answers)
     return None if turn is None else _question(turn, len(answers))
 
 
@@ -66,12 +66,12 @@ def _question(asked: Conversation, turn: int) -> Question:
     """A conversation that ends with its answer, as a question.
 
     Raises:
-      RowError: a box of the answer on a picture that is no part of the question.
+      ExampleError: a box of the answer on a picture that is no part of the question.
     """
     answer, conversation = asked.messages[-1], without_answer(asked)
     shown = {image.index for image in conversation.images}
     if any(box.image not in shown for box in answer.boxes):
-        raise RowError(
+        raise ExampleError(
             asked.origin, "objects.image_id", "a box on a picture that the question does not show", "Correct image_id"
         )
     named = answer.map(lambda part: Text(part.name) if isinstance(part, ObjectName) else part)
@@ -99,15 +99,15 @@ class TextOnlyBaseline:
     that memory does not grow with the training data.
 
     Args:
-      rows: the training conversations.
+      examples: the training conversations.
       asked: the questions that it will be asked.
     """
 
-    def __init__(self, rows: Iterable[Conversation], asked: Iterable[Question]):
+    def __init__(self, examples: Iterable[Conversation], asked: Iterable[Question]):
         self._answers: dict[str, Counter] = {question.text: Counter() for question in asked}
         everything: Counter = Counter()
-        for row in rows:
-            for question in questions_of(row):
+        for example in examples:
+            for question in questions_of(example):
                 if not question.boxes:
                     answer = normalise(question.expected)
                     if question.text in self._answers:

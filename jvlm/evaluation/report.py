@@ -62,12 +62,12 @@ class Picture:
 
 
 def pictures(answers: Sequence[Answer], roots: tuple[str, ...], count: int = 18) -> list[Picture]:
-    """The first pictures of the answers, each with all its answers; rows whose questions are all on one image only."""
-    by_row: dict[Any, list[Answer]] = {}
+    """The first pictures of the answers, each with all its answers; examples with all questions on one image only."""
+    by_example: dict[Any, list[Answer]] = {}
     for answer in answers:
-        by_row.setdefault(answer.question.origin, []).append(answer)
+        by_example.setdefault(answer.question.origin, []).append(answer)
     found = []
-    for origin, group in by_row.items():
+    for origin, group in by_example.items():
         shown = [[i.source for i in answer.question.conversation.images] for answer in group]
         images = shown[0]
         if len(found) == count or any(len(own) != 1 or own[0] is not images[0] for own in shown):
@@ -76,7 +76,7 @@ def pictures(answers: Sequence[Answer], roots: tuple[str, ...], count: int = 18)
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        found.append(Picture(f"{Path(origin.file).name} #{origin.row}", source, *image.size, tuple(group)))
+        found.append(Picture(f"{Path(origin.file).name} #{origin.number}", source, *image.size, tuple(group)))
     return found
 
 

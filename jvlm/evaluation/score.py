@@ -13,10 +13,10 @@ from scipy.optimize import linear_sum_assignment
 
 from jvlm.data.boxes import Box, Region, match_score
 from jvlm.data.content import Conversation, Image
-from jvlm.data.errors import RowError
+from jvlm.data.errors import ExampleError
+from jvlm.data.examples import parse_example
 from jvlm.data.processor import Processor
-from jvlm.data.rows import parse_row
-from jvlm.data.shards import RowSource
+from jvlm.data.shards import ExampleSource
 from jvlm.evaluation.questions import Question, next_question, normalise, questions_of
 from jvlm.inference.generate import generate
 from jvlm.models.vlm import VLM
@@ -79,35 +79,35 @@ def _mean(answers: Sequence[Answer]) -> float | None:
     return float(np.mean([a.score for a in answers])) if answers else None
 
 
-def load_rows(patterns: Sequence[str], max_rows: int | None = None) -> list[Conversation]:
-    """The checked rows of files. Raises the RowError of the first bad one: a test set must be whole."""
-    source = RowSource(patterns)
-    rows = []
-    for index in range(min(len(source), max_rows or len(source))):
-        origin, row = source[index]
-        if isinstance(row, RowError):
-            raise row
-        rows.append(parse_row(row, origin))
-    return rows
+def load_examples(patterns: Sequence[str], max_examples: int | None = None) -> list[Conversation]:
+    """The checked examples of files. Raises the ExampleError of the first bad one: a test set must be whole."""
+    source = ExampleSource(patterns)
+    examples = []
+    for index in range(min(len(source), max_examples or len(source))):
+        origin, example = source[index]
+        if isinstance(example, ExampleError):
+            raise example
+        examples.append(parse_example(example, origin))
+    return examples
 
 
 def ask(
     model: VLM,
     processor: Processor,
-    rows: Sequence[Conversation],
+    examples: Sequence[Conversation],
     *,
     ask: str = "independent",
     max_new_tokens: int = 64,
     batch_size: int = 64,
     layout: MeshLayout | None = None,
 ) -> list[Answer]:
-    """Answers to every question of the rows, greedy, in order of row and turn.
+    """Answers to every question of the examples, greedy, in order of example and turn.
 
     Args:
       ask: "independent" or "multi_turn", as in `jvlm.training.config.EvaluationConfig`.
       layout: as in `jvlm.generate`.
     """
-    questions = [question for row in rows for question in questions_of(row)]
+    questions = [question for example in examples for question in questions_of(example)]
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "layout": layout}
     with Progress(total=len(questions), desc="asking", unit="question") as bar:
 
@@ -122,18 +122,21 @@ def ask(
         if ask == "independent":
             answered = list(zip(questions, run([q.conversation for q in questions]), strict=True))
         else:
-            answered = _multi_turn(rows, run)
+            answered = _multi_turn(examples, run)
     return [score(question, response, processor) for question, response in answered]
 
 
-def _multi_turn(rows: Sequence[Conversation], run) -> list[tuple[Question, str]]:
-    """(question, answer) turn by turn over all rows, each turn after the model's own earlier answers."""
-    answered: list[list[tuple[Question, str]]] = [[] for _ in rows]
+def _multi_turn(examples: Sequence[Conversation], run) -> list[tuple[Question, str]]:
+    """(question, answer) turn by turn over all examples, each turn after the model's own earlier answers."""
+    answered: list[list[tuple[Question, str]]] = [[] for _ in examples]
     while True:
-        asked = [next_question(row, [text for _, text in of_row]) for row, of_row in zip(rows, answered, strict=True)]
+        asked = [
+            next_question(example, [text for _, text in of_example])
+            for example, of_example in zip(examples, answered, strict=True)
+        ]
         going = [i for i, question in enumerate(asked) if question is not None]
         if not going:
-            return [pair for of_row in answered for pair in of_row]
+            return [pair for of_example in answered for pair in of_example]
         for i, text in zip(going, run([asked[i].conversation for i in going]), strict=True):
             answered[i].append((asked[i], text))
 
@@ -169,7 +172,7 @@ def write(answers: Sequence[Answer], path: Path) -> None:
         for answer in answers:
             line: dict[str, Any] = {
                 "file": answer.question.origin.file,
-                "row": answer.question.origin.row,
+                "number": answer.question.origin.number,
                 "turn": answer.question.turn,
                 "question": answer.question.text,
                 "expected": answer.question.expected,

@@ -1,6 +1,6 @@
 """The output of a batch file: JSONL that only one run writes, that is proved to be ours before a byte of it changes.
 
-answers.jsonl            each row with its answer, or its error, and the hash of the settings behind it
+answers.jsonl            each example with its answer, or its error, and the hash of the settings behind it
 answers.jsonl.meta.json  those settings, for every hash
 answers.jsonl.lock       while a run writes: its process and host
 """
@@ -20,8 +20,8 @@ from typing import Any
 
 from jvlm import config as config_tree
 from jvlm.data import stores
-from jvlm.data.errors import RowError
-from jvlm.data.shards import RowSource, matching
+from jvlm.data.errors import ExampleError
+from jvlm.data.shards import ExampleSource, matching
 from jvlm.errors import UserError, file_errors
 from jvlm.inference.file_lock import locked
 
@@ -35,12 +35,12 @@ _SHOWN = 12
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Where lines come from: what decides an answer, and of which rows. The folder is told, not compared."""
+    """Where lines come from: what decides an answer, and of which examples. The folder is told, not compared."""
 
     settings_hash: str
     settings: dict[str, Any]
     data_hash: str
-    data_rows: int
+    data_examples: int
     model_folder: str
 
 
@@ -122,11 +122,11 @@ class AnswerFile:
             stack.callback(os.close, descriptor)
             yield cls(path, descriptor)
 
-    def resume(self, source: RowSource, data: str | Path, run: Run, *, accept_changes: bool = False) -> Done:
+    def resume(self, source: ExampleSource, data: str | Path, run: Run, *, accept_changes: bool = False) -> Done:
         """Prove that every line is ours, cut a half-written last one, and record the settings of the lines to come.
 
         Raises:
-          UserError: a line that is not the answer to the row of its number; other settings or data than those of the
+          UserError: a line that does not answer the example of its number; other settings or data than those of the
             lines that are there, unless ``accept_changes``. The output is as it was.
         """
         runs = self._runs()
@@ -168,7 +168,7 @@ class AnswerFile:
             )
         return values["runs"]
 
-    def _prove(self, source: RowSource, data: str | Path, *, known: bool) -> tuple[Done, int, dict[str, int]]:
+    def _prove(self, source: ExampleSource, data: str | Path, *, known: bool) -> tuple[Done, int, dict[str, int]]:
         """(lines, their bytes, hash -> first line that has it). ``known``: settings of the output are recorded."""
         answered = errors = whole = 0
         hashes: dict[str, int] = {}
@@ -215,46 +215,46 @@ def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Lines "name: before -> after"."""
     lines = list(config_tree.differences(before["settings"], after["settings"]))
     lines += config_tree.differences({"data": before["data_hash"]}, {"data": after["data_hash"]})
-    if before["data_rows"] != after["data_rows"]:
-        lines.append(f"rows: {before['data_rows']} -> {after['data_rows']}")
+    if before["data_examples"] != after["data_examples"]:
+        lines.append(f"examples: {before['data_examples']} -> {after['data_examples']}")
     if any(line.startswith("model.") for line in lines) and before["model_folder"] != after["model_folder"]:
         lines.append(f"model: {before['model_folder']} -> {after['model_folder']}")
     return lines
 
 
-def _read_line(line: bytes, source: RowSource, data: str | Path, number: int) -> tuple[str | None, dict[str, Any]]:
+def _read_line(line: bytes, source: ExampleSource, data: str | Path, number: int) -> tuple[str | None, dict[str, Any]]:
     """(what is wrong with a line, its values)."""
     if number > len(source):
-        return f"has no row among the {len(source)} of {data}", {}
-    row = _row_name(source, data, number)
+        return f"has no example among the {len(source)} of {data}", {}
+    example = _example_name(source, data, number)
     try:
         written = json.loads(line)
     except (ValueError, RecursionError):
-        return f"is not JSON, so it is not an answer to {row}", {}
+        return f"is not JSON, so it is not an answer to {example}", {}
     if not isinstance(written, dict) or not _same(written, source[number - 1][1]):
-        return f"is not an answer to {row}", {}
+        return f"is not an answer to {example}", {}
     if not ("error" in written or all(key in written for key in _ANSWER)):
-        return f"is {row} without an answer, so jvlm generate did not write it", {}
+        return f"is {example} without an answer, so jvlm generate did not write it", {}
     if not isinstance(written.get(HASH), str):
-        return f"answers {row}, but without a {HASH}, so it is not known with which settings", {}
+        return f"answers {example}, but without a {HASH}, so it is not known with which settings", {}
     return None, written
 
 
-def _row_name(source: RowSource, data: str | Path, number: int) -> str:
-    """A row for a message: with its file and line where blank lines or several files make them others."""
+def _example_name(source: ExampleSource, data: str | Path, number: int) -> str:
+    """An example for a message: with its file and line where blank lines or several files make them others."""
     origin, _ = source[number - 1]
-    plain = (origin.file, origin.row) == (str(data), number)
-    return f"row {number} of {data}" + ("" if plain else f" ({origin.file}, line {origin.row})")
+    plain = (origin.file, origin.number) == (str(data), number)
+    return f"example {number} of {data}" + ("" if plain else f" ({origin.file}, line {origin.number})")
 
 
-def _check_tail(tail: bytes, source: RowSource, data: str | Path, number: int, known: bool) -> str | None:
+def _check_tail(tail: bytes, source: ExampleSource, data: str | Path, number: int, known: bool) -> str | None:
     """What is wrong with a last line that has no end. ``known``: the file is ours, as far as that line."""
     if number > len(source):
-        return f"has no row among the {len(source)} of {data}"
+        return f"has no example among the {len(source)} of {data}"
     own = copied(source[number - 1][1])
     if known and any(_begins(tail, begun[:-1]) for begun in (to_bytes(own), json.dumps(own).encode())):
         return None
-    return f"is not the beginning of an answer to {_row_name(source, data, number)}"
+    return f"is not the beginning of an answer to {_example_name(source, data, number)}"
 
 
 def _begins(tail: bytes, begun: bytes) -> bool:
@@ -263,16 +263,16 @@ def _begins(tail: bytes, begun: bytes) -> bool:
     return tail[:length] == begun[:length] and tail[length : length + 1] in (b"", b",", b'"')
 
 
-def _same(written: dict[str, Any], row: Any) -> bool:
+def _same(written: dict[str, Any], example: Any) -> bool:
     # as text: a NaN does not equal itself
-    return to_bytes(copied(written)) == to_bytes(copied(row))
+    return to_bytes(copied(written)) == to_bytes(copied(example))
 
 
-def copied(row: Any) -> dict[str, Any]:
-    """What an output's line repeats of its row."""
-    if isinstance(row, RowError) or not isinstance(row, dict):
+def copied(example: Any) -> dict[str, Any]:
+    """What an output's line repeats of its example."""
+    if isinstance(example, ExampleError) or not isinstance(example, dict):
         return {}
-    return {key: value for key, value in row.items() if key not in ADDED}
+    return {key: value for key, value in example.items() if key not in ADDED}
 
 
 def to_bytes(line: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""A JSONL file of rows in, a JSONL file of answers out; an unfinished output is continued."""
+"""A JSONL file of examples in, a JSONL file of answers out; an unfinished output is continued."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
-from jvlm.data.shards import RowSource
+from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from jvlm.inference.answer_file import HASH, AnswerFile, Run, check_paths, copied
 from jvlm.inference.engine import Completion, Engine
@@ -25,7 +25,7 @@ from jvlm.weights.finite import BrokenWeights
 
 @dataclasses.dataclass(frozen=True)
 class FileResult:
-    """Rows of an output file: answered and left unanswered for an error in this call, and found done already."""
+    """Examples of an output file: answered and left unanswered for an error in this call, and found done already."""
 
     answered: int
     bad: int
@@ -39,18 +39,18 @@ def generate_file(
     output: str | Path,
     sampling: SamplingConfig = SamplingConfig(),
     batch_size: int = 8,
-    on_bad_row: Literal["error", "skip"] = "error",
+    on_bad_example: Literal["error", "skip"] = "error",
     layout: MeshLayout | None = None,
     accept_changes: bool = False,
 ) -> FileResult:
-    """Answer every row of a JSONL file.
+    """Answer every example of a JSONL file.
 
-    Output line n is input row n with ``response``, ``prompt_tokens``, ``response_tokens`` (a stop token included)
-    and ``finish`` ("stop" or "length") added; or with ``error`` for a bad row, if ``on_bad_row`` is "skip"; and with
-    ``settings_hash``. Fields of the row that have these names are replaced. Every batch is written when it is done.
+    Output line n is input example n with ``response``, ``prompt_tokens``, ``response_tokens`` (a stop token included)
+    and ``finish`` ("stop" or "length") added; or with ``error`` for a bad example, if ``on_bad_example`` is "skip"; and
+    with ``settings_hash``. Fields of the example that have these names are replaced. Each batch is written when done.
 
-    If the output exists, its lines are kept, a half-written last one is cut, and the rows after them are answered;
-    random draws depend on the row, not on where a restart fell. A file beside it, ``<output>.meta.json``, holds the
+    If the output exists, its lines are kept, a half-written last one is cut, and the examples after them are answered;
+    random draws depend on the example, not on where a restart fell. A file beside it, ``<output>.meta.json``, holds the
     settings behind each ``settings_hash``: the model's weights and configuration, the processor's settings, the
     sampling and the data. They must be those of before.
 
@@ -59,15 +59,15 @@ def generate_file(
       accept_changes: go on although settings have changed since the lines that are there; both are then recorded.
 
     Raises:
-      RowError: a bad row, unless skipped; answers before it are in the file.
+      ExampleError: a bad example, unless skipped; answers before it are in the file.
       UserError: an output that is the data, that is not the answers to it with these settings, that another run writes,
         or that cannot be written; a bad argument. Existing files are as they were.
     """
     check_batch_size(batch_size)
-    if on_bad_row not in ("error", "skip"):
-        raise UserError(f"on_bad_row is {on_bad_row!r}; it must be 'error' or 'skip'")
+    if on_bad_example not in ("error", "skip"):
+        raise UserError(f"on_bad_example is {on_bad_example!r}; it must be 'error' or 'skip'")
     files = check_paths(data, output)
-    source = RowSource([str(data)])
+    source = ExampleSource([str(data)])
     engine = engine_for(model, processor, layout)
     settings = answer_settings(model, engine, sampling)
     mark, folder = settings_hash(settings), str(processor.tokenizer.name_or_path)
@@ -75,11 +75,11 @@ def generate_file(
     answered = bad = cut = 0
     with AnswerFile.opened(Path(output)) as file:
         done = file.resume(source, data, run, accept_changes=accept_changes)
-        with Progress(total=len(source), initial=done.lines, desc="answering", unit="row") as bar:
+        with Progress(total=len(source), initial=done.lines, desc="answering", unit="example") as bar:
             for start in range(done.lines, len(source), batch_size):
                 request_ids = range(start, min(start + batch_size, len(source)))
-                rows = [source[n] for n in request_ids]
-                batch = _answer(engine, rows, request_ids, sampling, on_bad_row)
+                examples = [source[n] for n in request_ids]
+                batch = _answer(engine, examples, request_ids, sampling, on_bad_example)
                 file.append([line | {HASH: mark} for line in batch.lines])
                 if batch.error is not None:
                     raise batch.error
@@ -87,8 +87,8 @@ def generate_file(
                 answered, bad, cut = answered + len(batch.lines) - skipped, bad + skipped, cut + batch.cut
                 bar.update(len(batch.lines))
     wrong = f" ({done.errors} of them with an error)" if done.errors else ""
-    found = f"{done.lines} rows found done{wrong}"
-    print(f"{output}: {answered} rows answered, {bad} bad rows, {found}; {len(source)} in {data}")
+    found = f"{done.lines} examples found done{wrong}"
+    print(f"{output}: {answered} examples answered, {bad} bad examples, {found}; {len(source)} in {data}")
     if cut:
         limit = model.config.decoder.max_position_embeddings
         print(f"{output}: {cut} answers end before max_new_tokens, at the model's {limit} positions")
@@ -97,32 +97,32 @@ def generate_file(
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """Output lines, the error of a bad row that ends them early, and how many answers the model's positions cut."""
+    """Output lines, the error of a bad example that ends them early, and how many answers the model's positions cut."""
 
     lines: list[dict[str, Any]]
-    error: RowError | None
+    error: ExampleError | None
     cut: int
 
 
 def _answer(
     engine: Engine,
-    rows: Sequence[tuple[Origin, Any]],
+    records: Sequence[tuple[Origin, Any]],
     request_ids: Sequence[int],
     sampling: SamplingConfig,
-    on_bad_row: Literal["error", "skip"],
+    on_bad_example: Literal["error", "skip"],
 ) -> _Batch:
-    examples = [_encode(engine, origin, row) for origin, row in rows]
-    if on_bad_row == "error":
-        # those behind a bad row are not answered in vain
-        first = next((i for i, e in enumerate(examples) if isinstance(e, RowError)), len(examples))
+    examples = [_encode(engine, origin, record) for origin, record in records]
+    if on_bad_example == "error":
+        # those behind a bad example are not answered in vain
+        first = next((i for i, e in enumerate(examples) if isinstance(e, ExampleError)), len(examples))
         examples = examples[: first + 1]
-    good = [i for i, e in enumerate(examples) if not isinstance(e, RowError)]
+    good = [i for i, e in enumerate(examples) if not isinstance(e, ExampleError)]
     answers = dict(zip(good, _complete(engine, examples, sampling, request_ids, good), strict=True))
     lines, cut = [], 0
     for i, example in enumerate(examples):
-        answer, line = answers.get(i, example), copied(rows[i][1])
-        if isinstance(answer, RowError):
-            if on_bad_row == "error":
+        answer, line = answers.get(i, example), copied(records[i][1])
+        if isinstance(answer, ExampleError):
+            if on_bad_example == "error":
                 return _Batch(lines, answer, cut)
             lines.append(line | {"error": str(answer)})
             continue
@@ -140,7 +140,7 @@ def _answer(
 
 def _complete(
     engine: Engine, examples: list[Example], sampling: SamplingConfig, request_ids: Sequence[int], chosen: list[int]
-) -> list[Completion | RowError]:
+) -> list[Completion | ExampleError]:
     """Answers to the chosen examples; where a batch has none, as for one that overflows, each is asked by itself."""
     try:
         batch, own = [examples[i] for i in chosen], [request_ids[i] for i in chosen]
@@ -149,14 +149,14 @@ def _complete(
         raise
     except UserError as error:
         if len(chosen) == 1:
-            return [RowError(batch[0].origin, "messages", f"no answer: {error}", "Leave the row out")]
+            return [ExampleError(batch[0].origin, "messages", f"no answer: {error}", "Leave the example out")]
         return [answer for i in chosen for answer in _complete(engine, examples, sampling, request_ids, [i])]
 
 
-def _encode(engine: Engine, origin: Origin, row: Any) -> Example | RowError:
-    if isinstance(row, RowError):
-        return row
+def _encode(engine: Engine, origin: Origin, example: Any) -> Example | ExampleError:
+    if isinstance(example, ExampleError):
+        return example
     try:
-        return encode_prompt(engine, row, origin)
-    except RowError as error:
+        return encode_prompt(engine, example, origin)
+    except ExampleError as error:
         return error

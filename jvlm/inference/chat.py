@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 from jvlm.data.boxes import Box
 from jvlm.data.content import Conversation, Message
-from jvlm.data.errors import RowError
+from jvlm.data.errors import ExampleError
+from jvlm.data.examples import image_tags, user_message
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
-from jvlm.data.rows import image_tags, user_message
 from jvlm.errors import UserError
 from jvlm.inference.engine import Engine
 from jvlm.inference.generate import encode_prompt, engine_for, stream_example
@@ -40,7 +40,7 @@ class Session:
         self.turns = []
 
     def asked(self, question: str, images: list[str]) -> list[Message]:
-        """Return the turns so far and a question; raises RowError for another number of tags than of images."""
+        """Return the turns so far and a question; raises ExampleError for another number of tags than of images."""
         first = sum(len(message.media) for message in self.turns)
         return [*self.turns, user_message(question, images, first=first)]
 
@@ -119,8 +119,8 @@ def _answer(
         if not answer:
             show("\n")
             return
-    except RowError as error:
-        # the row is the session's: its number means nothing to who types
+    except ExampleError as error:
+        # the example is the session's: its number means nothing to who types
         show(_line(f"{error.field}: {error.problem}. {error.fix}"))
         return
     except BrokenWeights:  # no other question would be answered

@@ -2,7 +2,7 @@
 
 The engine runs them; a planner compiles the same ones for devices that are described and not present.
 
-Axes: B rows, S tokens of the longest prompt (rounded up), P patches, T positions of the cache, V vocabulary.
+Axes: B sequences, S tokens of the longest prompt (rounded up), P patches, T positions of the cache, V vocabulary.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ class CompiledSteps:
         seen = None
         if flags.penalised:
             tokens = jnp.where(batch.segment_ids > 0, batch.tokens, logits.shape[1])
-            rows = jnp.arange(len(tokens))[:, None]
-            seen = jnp.zeros(logits.shape, bool).at[rows, tokens].set(True, mode="drop")
+            slots = jnp.arange(len(tokens))[:, None]
+            seen = jnp.zeros(logits.shape, bool).at[slots, tokens].set(True, mode="drop")
         token = sample(logits, flags, arrays, jnp.int32(0), banned=self.banned_first, seen=seen)
         with device_ops.use(self._ops):
             cache = self.decoder.bind(leaves).init_cache(cache, cache_len)
@@ -213,7 +213,7 @@ def abstract_steps(
     """The program of a model on a layout, whose devices may be described and not present.
 
     Raises:
-      ValueError: a layout that cannot generate, or rows or parameters that it does not divide.
+      ValueError: a layout that cannot generate, or sequences or parameters that it does not divide.
     """
     template = vlm.abstract(config)
     placed = {p: _at(v.get_value(), layout.parameter(p, v)) for p, v in vlm.parameters(template).items()}
@@ -222,17 +222,17 @@ def abstract_steps(
     decoder, decoder_leaves = ModuleDef.of(model.decoder, decoding_state(model.decoder))
     banned = np.zeros(config.decoder.vocab_size, bool)  # which ones changes nothing that is compiled
     steps = CompiledSteps(whole, decoder, banned, sharding.check_layout(layout, config))
-    row = assemble([[]], sizes.prompt_len, sizes.max_patches, patch_values=config.encoder.patch_values)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((sizes.batch_size, *x.shape[1:]), x.dtype), row)
+    empty = assemble([[]], sizes.prompt_len, sizes.max_patches, patch_values=config.encoder.patch_values)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((sizes.batch_size, *x.shape[1:]), x.dtype), empty)
     batch = jax.tree.map(_at, batch, layout.batch(batch))
     arrays = jax.eval_shape(lambda: SamplingArrays.of(sampling, np.zeros(sizes.batch_size, np.int32)))
     shardings = sharding.sampling_shardings(layout, arrays)
     lengths = _at(jax.ShapeDtypeStruct((sizes.batch_size,), jnp.int32), shardings.request_ids)
     logits, prompt_cache = jax.eval_shape(steps.prefill, leaves, batch, lengths)
-    rows, heads = layout.mesh_axes("batch"), layout.mesh_axes("heads")
+    batch_axes, heads = layout.mesh_axes("batch"), layout.mesh_axes("heads")
     specs = {
-        5: PartitionSpec(None, rows, None, heads),
-        3: PartitionSpec(None, rows),
+        5: PartitionSpec(None, batch_axes, None, heads),
+        3: PartitionSpec(None, batch_axes),
     }  # as `ShardedOps.expand_kv_heads` leaves them
     return AbstractSteps(
         config=config,

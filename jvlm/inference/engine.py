@@ -1,6 +1,6 @@
 """The engine: one compiled prefill and one compiled decode step for each bucket of shapes.
 
-Axes: B rows, S tokens of the longest prompt (rounded up), P patches, T positions of the cache, V vocabulary.
+Axes: B sequences, S tokens of the longest prompt (rounded up), P patches, T positions of the cache, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jvlm.data import packing
-from jvlm.data.errors import RowError
+from jvlm.data.errors import ExampleError
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
@@ -128,11 +128,11 @@ class Engine:
         """How many tokens may follow a prompt: the model's positions that are left.
 
         Raises:
-          RowError: none is left.
+          ExampleError: none is left.
         """
         positions, limit = int(example.positions.max(initial=-1)) + 1, self.config.decoder.max_position_embeddings
         if positions >= limit:
-            raise RowError(
+            raise ExampleError(
                 example.origin,
                 "messages",
                 f"the prompt takes {positions} positions of the model's {limit} (max_position_embeddings), so none is "
@@ -153,16 +153,16 @@ class Engine:
           request_ids: of the conversations, for the random draws; 0, 1, ... if not given.
 
         Raises:
-          RowError: a prompt that leaves no position for an answer.
+          ExampleError: a prompt that leaves no position for an answer.
           UserError: scores that are not finite, naming the prompts, and the weights that are not finite either.
         """
         room = np.array([self.room(example) for example in examples])
         most = min(sampling.max_new_tokens, int(room.max()))
-        count, B = len(examples), self._rows(len(examples))
+        count, B = len(examples), self._batch_size(len(examples))
         batch, lengths = self._batch(examples, B)
-        rows = np.zeros(B, np.int32)
-        rows[:count] = range(count) if request_ids is None else request_ids
-        arrays = SamplingArrays.of(sampling, rows)
+        request = np.zeros(B, np.int32)
+        request[:count] = range(count) if request_ids is None else request_ids
+        arrays = SamplingArrays.of(sampling, request)
         if self.layout is not None:
             batch, lengths, arrays = sharding.shard_batch(self.layout, batch, lengths, arrays)
         on_cpu = jax.default_backend() == "cpu"
@@ -178,7 +178,7 @@ class Engine:
             chosen = np.asarray(token)[:count]
             broken = np.flatnonzero(running & (chosen == NOT_FINITE))
             if broken.size:
-                raise self._not_finite([examples[row] for row in broken], most - left)
+                raise self._not_finite([examples[slot] for slot in broken], most - left)
             yield [int(t) if r else None for t, r in zip(chosen, running, strict=True)]
             running &= ~np.isin(chosen, stop) & (most - left < room)
             if not left or not running.any():
@@ -190,7 +190,7 @@ class Engine:
     def _not_finite(self, examples: Sequence[Example], token: int) -> UserError:
         """Why the scores of these prompts are not finite; only now are the weights looked through."""
         model = self._steps.model.bind(self._leaves)
-        asked = ", ".join(str(e.origin) for e in examples[:3] if e.origin is not None and e.origin.row is not None)
+        asked = ", ".join(str(e.origin) for e in examples[:3] if e.origin is not None and e.origin.number is not None)
         asked = f" for {asked}" if asked else ""
         said = f"the model's scores{asked} are not finite numbers (token {token} of the answer): "
         found = not_finite(model)
@@ -208,20 +208,20 @@ class Engine:
         """The tokens that `steps` gave for one example, and how they ended."""
         return Completion(tuple(tokens), bool(tokens) and tokens[-1] in self.stop_tokens(sampling))
 
-    def _rows(self, count: int) -> int:
-        """Rows of a batch of so many prompts: few sizes, and as many for each device."""
-        rows = 1 << (count - 1).bit_length()
+    def _batch_size(self, count: int) -> int:
+        """Slots of a batch of so many prompts: few sizes, and as many for each device."""
+        slots = 1 << (count - 1).bit_length()
         parts = 1 if self.layout is None else self.layout.num_shards(self.layout.mesh_axes("batch"))
-        return -(-rows // parts) * parts
+        return -(-slots // parts) * parts
 
-    def _batch(self, examples: Sequence[Example], rows: int) -> tuple[PackedBatch, np.ndarray]:
+    def _batch(self, examples: Sequence[Example], slots: int) -> tuple[PackedBatch, np.ndarray]:
         step = packing.patch_step(self.processor.image_processor.patch_group, PATCH_STEP)
         most = max(e.num_patches for e in examples)
         patches = packing.bucket(most, step) if most else 0
         tokens = packing.bucket(max(e.length for e in examples), TOKEN_STEP)
-        empty = [[] for _ in range(rows - len(examples))]
+        empty = [[] for _ in range(slots - len(examples))]
         batch = packing.assemble([*([e] for e in examples), *empty], tokens, patches)
-        lengths = np.zeros(rows, np.int32)
+        lengths = np.zeros(slots, np.int32)
         lengths[: len(examples)] = [e.length for e in examples]
         return batch, lengths
 

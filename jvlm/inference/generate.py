@@ -8,10 +8,10 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from jvlm.data.content import Conversation
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.examples import parse_example
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
-from jvlm.data.rows import parse_row
 from jvlm.errors import UserError
 from jvlm.inference.engine import Completion, Engine
 from jvlm.inference.sampling import SamplingConfig
@@ -52,14 +52,14 @@ def generate(
     """The answer to each conversation, in the order given.
 
     Args:
-      conversations: ms-swift rows; a final assistant turn is dropped, and answered anew.
+      conversations: ms-swift examples; a final assistant turn is dropped, and answered anew.
       batch_size: conversations that run together.
       on_token: called with (index of the conversation, token id) as tokens arrive.
       layout: the devices to use, as `jvlm.inference.sharding.layout` gives it; None is one device.
       sampling: fields of `SamplingConfig`: max_new_tokens, temperature, top_k, top_p, ...
 
     Raises:
-      jvlm.data.errors.RowError: a bad conversation, by its index in the list.
+      jvlm.data.errors.ExampleError: a bad conversation, by its index in the list.
       jvlm.errors.UserError: a sampling value outside its range. TypeError: an unknown one.
 
     Warns:
@@ -73,7 +73,9 @@ def generate(
     texts: list[str] = []
     for start in range(0, len(conversations), batch_size * _WINDOW):
         window = conversations[start : start + batch_size * _WINDOW]
-        examples = [encode_prompt(engine, row, Origin(row=start + i)) for i, row in enumerate(window)]
+        examples = [
+            encode_prompt(engine, conversation, Origin(number=start + i)) for i, conversation in enumerate(window)
+        ]
         request_ids = range(start, start + len(window))
         done = complete(engine, examples, config, request_ids=request_ids, batch_size=batch_size, on_token=on_token)
         texts += [answer_text(processor, completion) for completion in done]
@@ -83,15 +85,15 @@ def generate(
     return texts
 
 
-def encode_prompt(engine: Engine, row: Any, origin: Origin = Origin()) -> Example:
+def encode_prompt(engine: Engine, conversation: Any, origin: Origin = Origin()) -> Example:
     """The prompt of a conversation, with room for an answer.
 
     Raises:
-      RowError: whatever is wrong with the conversation, and a prompt as long as the model has positions.
+      ExampleError: whatever is wrong with the conversation, and a prompt as long as the model has positions.
     """
-    example = engine.processor.encode(parse_row(row, origin), generation_prompt=True)
+    example = engine.processor.encode(parse_example(conversation, origin), generation_prompt=True)
     if not example.length:
-        raise RowError(example.origin, "messages", "the prompt is empty", "Ask something")
+        raise ExampleError(example.origin, "messages", "the prompt is empty", "Ask something")
     engine.room(example)
     return example
 
@@ -128,11 +130,11 @@ def complete(
         chosen = [request_ids[i] for i in batch]
         tokens: list[list[int]] = [[] for _ in batch]
         for step in engine.steps([examples[i] for i in batch], sampling, chosen):
-            for row, token in enumerate(step):
+            for slot, token in enumerate(step):
                 if token is not None:
-                    tokens[row].append(token)
+                    tokens[slot].append(token)
                     if on_token is not None:
-                        on_token(chosen[row], token)
+                        on_token(chosen[slot], token)
         done.update({i: engine.completion(ids, sampling) for i, ids in zip(batch, tokens, strict=True)})
     return [done[i] for i in range(len(examples))]
 

@@ -1,6 +1,6 @@
 """How the next token is chosen: greedy, or drawn after the filters that transformers calls logits warpers.
 
-Axes: B rows, V vocabulary.
+Axes: B sequences, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jvlm.errors import UserError
 
-# In place of a token, of a row whose scores are not all finite numbers: the best of these would be no answer.
+# In place of a token, of a sequence whose scores are not all finite numbers: the best of these would be no answer.
 NOT_FINITE = -1
 
 
@@ -123,12 +123,12 @@ def sample(
     banned: Bool[Array | np.ndarray, " V"],
     seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
-    """The next token of each row: the best of `adjust`'s logits, or one drawn by their softmax.
+    """The next token of each sequence: the best of `adjust`'s logits, or one drawn by their softmax.
 
     It is `NOT_FINITE` where a logit is NaN or infinite.
 
     Args:
-      step: number of the token within its answer; with seed and row number it is the random key.
+      step: number of the token within its answer; with seed and sequence number it is the random key.
     """
     finite = jnp.isfinite(logits).all(axis=-1)
     logits = adjust(logits, flags, arrays, banned=banned, seen=seen)
@@ -174,7 +174,7 @@ def penalise_repetition(
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, ""]) -> Float[Array, "B V"]:
-    """-inf below the k-th largest logit of each row; ties with it stay. k = 0 keeps all."""
+    """-inf below the k-th largest logit of each sequence; ties with it stay. k = 0 keeps all."""
     k = jnp.where(k <= 0, logits.shape[-1], jnp.minimum(k, logits.shape[-1]))
     keys = _ordered(logits)
     least = _largest_key(keys, lambda above: jnp.sum(above, axis=-1) >= k)
@@ -196,9 +196,9 @@ def _ordered(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:
 
 
 def _largest_key(keys: UInt[Array, "B V"], enough: Callable[[Array], Array]) -> UInt[Array, " B"]:
-    """The largest key t of each row for which the tokens with keys >= t are enough.
+    """The largest key t of each sequence for which the tokens with keys >= t are enough.
 
-    One bit at a time from the top: 32 passes over the row, which is less than a sort and exact.
+    One bit at a time from the top: 32 passes over the sequence, which is less than a sort and exact.
     """
 
     def settle(i, least):

@@ -27,7 +27,7 @@ SAMPLED = 2**20
 
 
 def answer_settings(model: VLM, engine: Engine, sampling: SamplingConfig) -> dict[str, dict[str, Any]]:
-    """Everything but its row that decides an answer, as values of JSON; long ones as a hash.
+    """Everything but its example that decides an answer, as values of JSON; long ones as a hash.
 
     The batch size and the devices are not among them: they change an answer by rounding at most.
     """

@@ -1,4 +1,4 @@
-"""The steps of generation on chips that are not there: the pass over prompts, and the step that makes a token a row."""
+"""Generation on chips that are not there: the pass over prompts, and the step that makes one token of each sequence."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def served(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, model=model, parallel=ParallelConfig(rules=sharding.RULES))
 
 
-def rounded(config: VLMConfig, rows: int, prompt: int, patches: int, cache_len: int) -> BatchShape:
+def rounded(config: VLMConfig, sequences: int, prompt: int, patches: int, cache_len: int) -> BatchShape:
     """The bucket of shapes that the engine would compile for on a TPU. Raises UserError for a cache too short."""
     if cache_len < prompt:
         raise UserError(f"--cache_len {cache_len} does not hold a prompt of {prompt} tokens")
     images = families.get(config.family).image_config.build(config)
     step = packing.patch_step(images.patch_group, PATCH_STEP)
     return BatchShape(
-        rows,
+        sequences,
         packing.bucket(prompt, TOKEN_STEP),
         packing.bucket(patches, step) if patches else 0,
         packing.bucket(cache_len, LANES),
@@ -90,7 +90,7 @@ def compile_prefill(planned: AbstractSteps, topology: Topology) -> tuple[Compile
 
 
 def compile_decode(planned: AbstractSteps, topology: Topology) -> Compiled:
-    """One step for all rows. All parameters stay on the chips, the vision tower's too, which no such step reads."""
+    """One step for all sequences. All parameters stay on the chips, the vision tower's too, which it never reads."""
     state, token = planned.decode_arguments()
     parameters = bytes_of(planned.leaves)
     return measure(

@@ -19,7 +19,7 @@ from .measure import AxisTraffic, Compiled
 
 @dataclasses.dataclass(frozen=True)
 class SegmentLengths:
-    """What is assumed to be in the rows, since planning reads no data: rows are full.
+    """What is assumed to be in the sequences, since planning reads no data: sequences are full.
 
     Attributes:
       conversation: tokens of each conversation, which sets the cost of the decoder's attention.
@@ -29,29 +29,29 @@ class SegmentLengths:
     conversation: int
     image: int
 
-    def counts(self, template: VLM, rows: int, seq_len: int, max_patches: int) -> flops.Counts:
-        """Of so many full rows."""
+    def counts(self, template: VLM, sequences: int, seq_len: int, max_patches: int) -> flops.Counts:
+        """Of so many full sequences."""
         encoder = template.config.encoder
         window = encoder.window_patches or self.image
-        images, tokens = _pieces(rows, max_patches, self.image), rows * seq_len
+        images, tokens = _pieces(sequences, max_patches, self.image), sequences * seq_len
         if template.config.placeholders_per_image is None:
-            vision_tokens = rows * max_patches // template.config.connector.patches_per_token
+            vision_tokens = sequences * max_patches // template.config.connector.patches_per_token
         else:
             vision_tokens = len(images) * template.config.placeholders_per_image
         vision_tokens = min(vision_tokens, tokens)
         return flops.Counts(
-            _pieces(rows, seq_len, self.conversation),
+            _pieces(sequences, seq_len, self.conversation),
             images,
-            _pieces(rows, max_patches, window),
+            _pieces(sequences, max_patches, window),
             vision_tokens,
             tokens - vision_tokens,
         )
 
 
-def _pieces(rows: int, length: int, piece: int) -> np.ndarray:
+def _pieces(sequences: int, length: int, piece: int) -> np.ndarray:
     piece = min(piece, length) or 1
-    row = [piece] * (length // piece) + ([length % piece] if length % piece else [])
-    return np.array(row * rows, np.int64)
+    sequence = [piece] * (length // piece) + ([length % piece] if length % piece else [])
+    return np.array(sequence * sequences, np.int64)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,13 +61,13 @@ def _candidates(experiment: Experiment, first: Any, tried: list) -> Iterator[tup
         if effective not in seen:
             seen.append(effective)
             yield f"rules {table}", dataclasses.replace(experiment, parallel=parallel), here
-    rows = experiment.data.batch_size
-    while tried[-1][2].compiled.fits or rows == experiment.data.batch_size:
+    sequences = experiment.data.batch_size
+    while tried[-1][2].compiled.fits or sequences == experiment.data.batch_size:
         if not first.compiled.fits:
             break
-        rows *= 2
-        data = dataclasses.replace(experiment.data, batch_size=rows)
-        yield f"{rows} rows", dataclasses.replace(experiment, data=data), here
+        sequences *= 2
+        data = dataclasses.replace(experiment.data, batch_size=sequences)
+        yield f"{sequences} sequences", dataclasses.replace(experiment, data=data), here
         if not tried[-1][2].compiled.fits:
             break
     topology = smaller(here) if first.compiled.fits else None
@@ -100,7 +100,7 @@ def _verdicts(first: Any, fitting: list) -> list[str]:
         fastest = max(here, key=lambda t: t[2].roofline.tokens_per_second)
         largest = max(here, key=lambda t: t[1].data.batch_size)
         lines.append(f"Fastest bound of what fits on {first.topology.name}: {fastest[0]}.")
-        lines.append(f"Largest batch tried that fits: {largest[1].data.batch_size} rows.")
+        lines.append(f"Largest batch tried that fits: {largest[1].data.batch_size} sequences.")
     least = min(fitting, key=lambda t: t[2].topology.chips)
     lines.append(f"Smallest topology tried that fits: {least[2].topology.name}.")
     return [f"- {line}" for line in lines]

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jvlm import families
-from jvlm.data.packing import PackedRows, assemble
+from jvlm.data.packing import PackedSequences, assemble
 from jvlm.data.pipeline import check_shape, frame_patches
 from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
@@ -198,5 +198,5 @@ def abstract_batches(experiment: Experiment) -> Any:
         max_image_patches=frame_patches(images, image_config, data),
     )
     first = (experiment.gradient_accumulation_steps, data.batch_size)
-    batch = experiment.task.batch_of(PackedRows(empty, 0, ()))
+    batch = experiment.task.batch_of(PackedSequences(empty, 0, ()))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*first, *np.shape(x)[1:]), x.dtype), batch)

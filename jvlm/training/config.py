@@ -56,7 +56,7 @@ class ValidationConfig:
       split: hold out examples of the training data instead, by picture: a share below 1, or a number of examples.
       interval_steps: steps between evaluations; there is also one at the end.
       metric: what the best checkpoint and early stop go by: "loss", "token_acc" or another metric of the task; of one
-        source as "loss/rows.jsonl".
+        source as "loss/examples.jsonl".
       mode: whether less ("min") or more ("max") of it is better; "auto" is "max" for accuracies, else "min".
       patience: stop after so many evaluations in a row without a gain; None never does.
       min_delta: least gain that counts for patience.
@@ -102,12 +102,12 @@ class EvaluationConfig:
     """Scoring by generation after training.
 
     Attributes:
-      data: files of rows whose assistant turns are the expected answers; empty skips scoring.
+      data: files of examples whose assistant turns are the expected answers; empty skips scoring.
       ask: "independent" asks each question in a conversation of its own; "multi_turn" in order, after the model's own
         answers.
       max_new_tokens: longest answer in tokens.
       batch_size: questions answered together.
-      max_rows: of the files; None takes all.
+      max_examples: of the files; None takes all.
       text_only_baseline: also score the most frequent training answer to the same words, blind to the picture.
       aim: percent of the questions with answers in words that must be right; where fewer are, `jvlm train` ends with
         status 3 after all files are written. None: any share will do.
@@ -118,13 +118,13 @@ class EvaluationConfig:
     ask: Literal["independent", "multi_turn"] = "independent"
     max_new_tokens: int = 64
     batch_size: int = 64
-    max_rows: int | None = None
+    max_examples: int | None = None
     text_only_baseline: bool = False
     aim: float | None = None
     aim_iou: float | None = None
 
     def __post_init__(self):
-        counts = dict.fromkeys(("max_new_tokens", "batch_size", "max_rows"), "[1, inf)")
+        counts = dict.fromkeys(("max_new_tokens", "batch_size", "max_examples"), "[1, inf)")
         check_fields(self, "evaluation.", {**counts, "aim": "[0, 100]", "aim_iou": "[0, 1]"})
 
 
@@ -197,7 +197,7 @@ class Experiment:
 
     Attributes:
       name: of the run; also its folder under ``output_root``.
-      stages: trained first, in order: alignment before instruction, short rows before long ones.
+      stages: trained first, in order: alignment before instruction, short sequences before long ones.
       model: the architecture, when training from random weights; with ``init_from`` the folder's own is used and
         only ``model.precision`` counts.
       init_from: Hugging Face or run folder whose weights and processor to start from.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jvlm.data.config import DataConfig
-from jvlm.data.packing import PackedRows
+from jvlm.data.packing import PackedSequences
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
 from jvlm.training.hooks import Hook, StepResult
@@ -22,58 +22,58 @@ if TYPE_CHECKING:
 
 REJECTED = "rejected.jsonl"
 _COUNTS = ("conversations", "bad", "too_long")
-_ENOUGH = 100  # rows read before a share of them says something
+_ENOUGH = 100  # examples read before a share of them says something
 
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """Counts of all processes. A row counts once in each pass over the data.
+    """Counts of all processes. An example counts once in each pass over the data.
 
     Attributes:
       conversations: used.
-      bad, too_long: rows left out, by kind.
-      rows: of the data.
+      bad, too_long: examples left out, by kind.
+      examples: of the data.
       before: passes over data that were exchanged for these.
     """
 
     conversations: int
     bad: int
     too_long: int
-    rows: int
+    examples: int
     before: float
 
     @property
     def read(self) -> int:
-        """Rows, those left out included."""
+        """Examples, those left out included."""
         return self.conversations + self.bad + self.too_long
 
     @property
     def dropped(self) -> float:
-        """Share of the rows read that was left out."""
+        """Share of the examples read that was left out."""
         return (self.bad + self.too_long) / max(self.read, 1)
 
     @property
     def epoch(self) -> float:
         """Passes over the data."""
-        return self.before + self.read / self.rows
+        return self.before + self.read / self.examples
 
 
 class DataCounters(Hook):
-    """Counts what this process reads, and lists each row that it leaves out once in rejected.jsonl.
+    """Counts what this process reads, and lists each example that it leaves out once in rejected.jsonl.
 
     Args:
-      rows: of the data.
+      examples: of the data.
       counts: whether this process counts; another may read the same.
     """
 
-    def __init__(self, folder: Path, rows: int, config: DataConfig, *, counts: bool):
-        self.path, self.rows, self.config = folder / _name(jax.process_index()), rows, config
+    def __init__(self, folder: Path, examples: int, config: DataConfig, *, counts: bool):
+        self.path, self.examples, self.config = folder / _name(jax.process_index()), examples, config
         self.counts, self.before = counts, 0.0
         self._count = dict.fromkeys(_COUNTS, 0)
         self._listed: set[tuple[str, int]] = set()
         self._unchecked: Totals | None = None
 
-    def on_batch(self, trainer: Trainer, packed: Sequence[PackedRows]) -> None:
+    def on_batch(self, trainer: Trainer, packed: Sequence[PackedSequences]) -> None:
         for one in packed:
             self.add(one, trainer.step + 1)
 
@@ -87,18 +87,24 @@ class DataCounters(Hook):
         if totals is not None:
             self.check(totals)
 
-    def add(self, packed: PackedRows, step: int) -> None:
+    def add(self, packed: PackedSequences, step: int) -> None:
         """Count what came with a step's batch."""
         if not self.counts:
             return
         self._count["conversations"] += packed.conversations
-        for row in packed.rejected:
-            self._count[row.kind] += 1
-        new = {(row.file, row.row): row for row in packed.rejected if (row.file, row.row) not in self._listed}
+        for example in packed.rejected:
+            self._count[example.kind] += 1
+        new = {
+            (example.file, example.number): example
+            for example in packed.rejected
+            if (example.file, example.number) not in self._listed
+        }
         if new:
             self._listed |= set(new)
             with open(self.path, "a") as file:
-                file.writelines(json.dumps({**dataclasses.asdict(row), "step": step}) + "\n" for row in new.values())
+                file.writelines(
+                    json.dumps({**dataclasses.asdict(example), "step": step}) + "\n" for example in new.values()
+                )
 
     def totals(self) -> Totals:
         """Of all processes; each must ask."""
@@ -115,23 +121,23 @@ class DataCounters(Hook):
         ):
             if count > limit * totals.read:
                 raise UserError(
-                    f"{count} of {totals.read} rows read {what} and were left out, more than data.{name} = {limit}; "
-                    f"they are listed in {self.path} with reasons. Fix them, or raise data.{name}"
+                    f"{count} of {totals.read} examples read {what} and were left out, more than data.{name} = "
+                    f"{limit}; they are listed in {self.path} with reasons. Fix them, or raise data.{name}"
                 )
 
     def state(self) -> list[dict[str, Any]]:
         """Of every process, for a checkpoint; each must ask."""
-        return hosts.all_gather_object({**self._count, "rows": self.rows, "before": self.before})
+        return hosts.all_gather_object({**self._count, "examples": self.examples, "before": self.before})
 
     def restore(self, state: list[Mapping[str, Any]], step: int) -> None:
-        """Go on from a process's share of what all had read, and forget rows listed after ``step``.
+        """Go on from a process's share of what all had read, and forget examples listed after ``step``.
 
-        Where the data has another number of rows than before, counting begins anew and the passes over the old stay.
+        Where the data has another number of examples than before, counting begins anew and earlier passes still count.
         """
         index, count = jax.process_index(), jax.process_count()
         totals = self._sum(state)
         self.before = totals.before
-        if totals.rows != self.rows:
+        if totals.examples != self.examples:
             self.before, totals = totals.epoch, dataclasses.replace(totals, conversations=0, bad=0, too_long=0)
         for name in _COUNTS:
             total = getattr(totals, name)
@@ -141,21 +147,21 @@ class DataCounters(Hook):
             if path.is_file():
                 kept = [line for line in read_lines(path) if line["step"] <= step]
                 write_lines(path, kept)
-                self._listed |= {(line["file"], line["row"]) for line in kept if path == self.path}
+                self._listed |= {(line["file"], line["number"]) for line in kept if path == self.path}
 
     def rejected(self) -> int:
-        """Different rows left out so far, by all processes; each must ask."""
-        return len({(file, row) for file, row in hosts.all_gather_concat(sorted(self._listed))})
+        """Different examples left out so far, by all processes; each must ask."""
+        return len({(file, number) for file, number in hosts.all_gather_concat(sorted(self._listed))})
 
     def summary(self, rejected: int) -> str:
         """What was read, by all processes; each must ask."""
         totals = self.totals()
         where = f" (listed in {self.path})" if rejected else ""
-        return f"{totals.conversations} conversations = {totals.epoch:.2f} epochs, {rejected} rows left out{where}"
+        return f"{totals.conversations} conversations = {totals.epoch:.2f} epochs, {rejected} examples left out{where}"
 
     def _sum(self, states: list[Mapping[str, Any]]) -> Totals:
         counts = {name: sum(state[name] for state in states) for name in _COUNTS}
-        return Totals(**counts, rows=states[0]["rows"], before=states[0]["before"])
+        return Totals(**counts, examples=states[0]["examples"], before=states[0]["before"])
 
 
 def _name(process: int) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 if TYPE_CHECKING:
-    from jvlm.data.packing import PackedRows
+    from jvlm.data.packing import PackedSequences
     from jvlm.training.trainer import Trainer
 
 
@@ -25,7 +25,7 @@ class StepResult:
     """
 
     step: int
-    packed: Sequence[PackedRows]
+    packed: Sequence[PackedSequences]
     metrics: Mapping[str, jax.Array]
     began: float
 
@@ -51,7 +51,7 @@ class Hook:
     def on_step_start(self, trainer: Trainer) -> None:
         """The batch of step ``trainer.step + 1`` is about to be fetched."""
 
-    def on_batch(self, trainer: Trainer, packed: Sequence[PackedRows]) -> None:
+    def on_batch(self, trainer: Trainer, packed: Sequence[PackedSequences]) -> None:
         """The batch is fetched, and not yet handed to the device."""
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:

@@ -24,7 +24,7 @@ from etils import epath
 
 from jvlm import json_files
 from jvlm.data.errors import Origin
-from jvlm.data.packing import PackedRows
+from jvlm.data.packing import PackedSequences
 from jvlm.errors import UserError
 from jvlm.models.batch import PackedBatch
 from jvlm.training.hooks import Hook, StepResult
@@ -55,7 +55,7 @@ class NonFiniteMonitor(Hook):
     def __init__(self, folder: Path, store: epath.Path, stop_after: int):
         self.folder, self.store, self.stop_after = folder, store, stop_after
         self.skipped = 0
-        self._in_a_row: list[tuple[int, Sequence[PackedRows]]] = []
+        self._in_a_row: list[tuple[int, Sequence[PackedSequences]]] = []
         self._before = 0  # skipped in a row before a restart; their batches are gone
         self._pending: StepResult | None = None
 
@@ -91,12 +91,15 @@ class NonFiniteMonitor(Hook):
         folder.mkdir(parents=True, exist_ok=True)
         process = jax.process_index()
         for step, packed in self._in_a_row:
-            arrays = {f"{i}.{n}": a for i, rows in enumerate(packed) for n, a in _arrays(rows.batch).items()}
+            arrays = {f"{i}.{n}": a for i, sequences in enumerate(packed) for n, a in _arrays(sequences.batch).items()}
             np.savez_compressed(folder / f"{step}.{process}.npz", **arrays)
         steps = {
             str(step): {
                 "static": _static(packed[0].batch),
-                "origins": [[[dataclasses.astuple(o) for o in row] for row in rows.origins] for rows in packed],
+                "origins": [
+                    [[dataclasses.astuple(o) for o in sequence] for sequence in sequences.origins]
+                    for sequences in packed
+                ],
             }
             for step, packed in self._in_a_row
         }
@@ -133,7 +136,7 @@ def _static(batch: PackedBatch) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class NonFiniteBatch:
-    """One batch of a dump: its step, its number among the accumulated ones, and the origins of each row's segments."""
+    """One batch of a dump: its step, its number among the accumulated ones, the origins of each sequence's segments."""
 
     step: int
     number: int
@@ -146,8 +149,8 @@ def _dumped(step: int, path: Path, report: dict[str, Any]) -> list[NonFiniteBatc
     with np.load(path) as file:
         for number, origins in enumerate(report["origins"]):
             fields = {n.partition(".")[2]: file[n] for n in file.files if n.startswith(f"{number}.")}
-            rows = tuple(tuple(Origin(*o) for o in row) for row in origins)
-            found.append(NonFiniteBatch(step, number, PackedBatch(**fields, **report["static"]), rows))
+            sequences = tuple(tuple(Origin(*o) for o in sequence) for sequence in origins)
+            found.append(NonFiniteBatch(step, number, PackedBatch(**fields, **report["static"]), sequences))
     return found
 
 

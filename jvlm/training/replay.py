@@ -89,8 +89,8 @@ def _conversations(inspect: _Inspection, params, dumped: NonFiniteBatch) -> Iter
     """Each conversation's own loss and gradient: all other loss weights are put to 0."""
     segments = np.asarray(dumped.batch.segment_ids)
     guilty = 0
-    for r, row in enumerate(dumped.origins):
-        for number, origin in enumerate(row, 1):
+    for r, sequence in enumerate(dumped.origins):
+        for number, origin in enumerate(sequence, 1):
             inside = (segments == number) & (np.arange(len(segments)) == r)[:, None]
             weights = np.where(inside, dumped.batch.loss_weights, 0).astype(np.float32)
             _, _, sums, gradients = inspect(params, dataclasses.replace(dumped.batch, loss_weights=weights))

@@ -9,7 +9,7 @@ from typing import Any
 
 from jvlm.data import pipeline, survey
 from jvlm.data.processor import Processor
-from jvlm.data.shards import RowSource
+from jvlm.data.shards import ExampleSource
 from jvlm.evaluation import usable
 from jvlm.models import vlm
 from jvlm.models.vlm import TOWERS, VLM
@@ -30,7 +30,7 @@ def resolve(
     processor: Processor,
     folder: Path | None = None,
     parts: int = 1,
-    source: RowSource | None = None,
+    source: ExampleSource | None = None,
 ) -> Experiment:
     """Return the experiment with everything filled in that was left to be derived.
 
@@ -69,7 +69,7 @@ def check_ahead(job: Experiment, later: Sequence[Experiment], processor: Process
         sample.check()
     config = job.evaluation
     if config.data:
-        usable.check(config.data, _reading(processor, job.data), max_rows=config.max_rows)
+        usable.check(config.data, _reading(processor, job.data), max_examples=config.max_examples)
 
 
 def _reading(processor: Processor, data: pipeline.DataConfig) -> Processor:
@@ -77,7 +77,7 @@ def _reading(processor: Processor, data: pipeline.DataConfig) -> Processor:
     return processor.replace(media_roots=(data.media_root,) if data.media_root else ())
 
 
-def _survey(experiment: Experiment, processor: Processor, parts: int, source: RowSource | None) -> survey.Survey:
+def _survey(experiment: Experiment, processor: Processor, parts: int, source: ExampleSource | None) -> survey.Survey:
     """Read a sample of the data before the first step, and print what it is like."""
     data = experiment.data
     derives = experiment.steps is None or "auto" in (data.seq_len, data.max_patches)
@@ -109,7 +109,7 @@ def describe(experiment: Experiment, template: VLM, layout: MeshLayout) -> str:
     devices = f"{layout.mesh.size} x {kind}" + (f" ({axes})" if axes else "")
     precision = experiment.model.precision
     lines.append(
-        f"{experiment.steps} steps of {experiment.gradient_accumulation_steps} x {data.batch_size} rows of "
+        f"{experiment.steps} steps of {experiment.gradient_accumulation_steps} x {data.batch_size} sequences of "
         f"{data.seq_len} tokens and {data.max_patches} patches, on {devices}, {precision.param_dtype} parameters, "
         f"{precision.compute_dtype} compute"
     )

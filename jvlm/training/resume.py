@@ -15,7 +15,7 @@ import jvlm
 from jvlm import config as config_tree
 from jvlm.data import stores
 from jvlm.data.processor import Processor
-from jvlm.data.shards import RowSource
+from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from jvlm.models.vlm import TOWERS
 from jvlm.parallel import hosts
@@ -164,10 +164,10 @@ def inputs(experiment: Experiment) -> dict[str, Any]:
 
 
 def _of_data(patterns: Sequence[str]) -> dict[str, Any]:
-    source = RowSource(patterns)
+    source = ExampleSource(patterns)
     counts = source.counts()
     budget = min(_WHOLE, _ALL // len(source.files))
-    return {path: {**_fingerprint([Path(path)], budget), "rows": counts[path]} for path in source.files}
+    return {path: {**_fingerprint([Path(path)], budget), "examples": counts[path]} for path in source.files}
 
 
 def _of_model(place: str) -> dict[str, Any]:

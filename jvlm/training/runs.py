@@ -11,7 +11,7 @@ import numpy as np
 from jvlm.data import pipeline
 from jvlm.data.position import Share
 from jvlm.data.processor import Processor
-from jvlm.data.shards import RowSource, matching
+from jvlm.data.shards import ExampleSource, matching
 from jvlm.errors import UserError
 from jvlm.models.vlm import VLM
 from jvlm.parallel import hosts
@@ -76,8 +76,8 @@ def train(experiment: Experiment) -> Result:
     for run in runs:
         if not run.data.train:
             raise UserError(
-                f"{run.name}: no data to train on; give files on the command line as --data.train rows.jsonl, or in "
-                'the config as data=DataConfig(train=("rows.jsonl",))'
+                f"{run.name}: no data to train on; give files on the command line as --data.train examples.jsonl, or "
+                'in the config as data=DataConfig(train=("examples.jsonl",))'
             )
     for pattern in (p for run in runs for p in (*run.data.train, *run.evaluation.data, *run.validation.data)):
         matching(pattern)
@@ -143,7 +143,7 @@ def _train_one(
     source = None
     if split is not None:
         own = experiment.validation.split > 0
-        source = Subset(RowSource(experiment.data.train), split.train) if own else None
+        source = Subset(ExampleSource(experiment.data.train), split.train) if own else None
         source = source or without_held_out(experiment.data, split.held_out)
     experiment = resolve(experiment, model, processor, storage.folder, parts, source)
     arguments = step_arguments(experiment, model)  # refuses what cannot be trained, before a folder is made for it
@@ -209,8 +209,8 @@ def _validation_sources(
 ) -> dict[str, ValidationData]:
     """Return the data of each source that is validated on: files of its own, or what is held out of training files."""
     patterns = experiment.validation.data or experiment.data.train
-    chosen: dict[str, RowSource | Subset] = {}
-    whole = RowSource(patterns)
+    chosen: dict[str, ExampleSource | Subset] = {}
+    whole = ExampleSource(patterns)
     ends = np.cumsum(list(whole.counts().values()))
     bounds = {
         path: (int(end) - count, int(end)) for (path, count), end in zip(whole.counts().items(), ends, strict=True)

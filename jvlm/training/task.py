@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jvlm.models.vlm import VLM
 
 if TYPE_CHECKING:
-    from jvlm.data.packing import PackedRows
+    from jvlm.data.packing import PackedSequences
 
 
 class Mean(NamedTuple):
@@ -67,7 +67,7 @@ class Task(abc.ABC):
             alone. None outside training: validation draws nothing.
         """
 
-    def batch_of(self, packed: PackedRows) -> Any:
+    def batch_of(self, packed: PackedSequences) -> Any:
         """Return the arrays of one batch, on the host: a tree whose leaves have the packed sequences as first axis.
 
         Called with an empty batch once, which tells the shapes: they must not depend on the data. Leaves that are

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jvlm.data.packing import PackedRows
+from jvlm.data.packing import PackedSequences
 from jvlm.hardware import peak_flops
 from jvlm.models.vlm import TOWERS, VLM
 from jvlm.parallel import hosts
@@ -53,7 +53,7 @@ class Throughput(Hook):
     def on_train_start(self, trainer: Trainer) -> None:
         self._reset()
 
-    def on_batch(self, trainer: Trainer, packed: Sequence[PackedRows]) -> None:
+    def on_batch(self, trainer: Trainer, packed: Sequence[PackedSequences]) -> None:
         self._waited += trainer.waited
         if self._has_arithmetic and trainer.shard.is_primary_reader:
             self._flops += flops.of_batch(self.template, [one.batch for one in packed], self._trained).total

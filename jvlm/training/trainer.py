@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import optax
 
-from jvlm.data.packing import PackedRows
+from jvlm.data.packing import PackedSequences
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.vlm import VLM
@@ -32,7 +32,7 @@ class Trainer:
     """Trains a model on a task.
 
         model, processor = jvlm.load(folder)
-        batches, _ = pipeline.training_data(processor, DataConfig(train=("rows.jsonl",)), seed=0)
+        batches, _ = pipeline.training_data(processor, DataConfig(train=("examples.jsonl",)), seed=0)
         trainer = Trainer(model, SupervisedTask(), optax.adamw(1e-5), hooks=[MyHook()])
         trainer.fit(batches, steps=100)
         jvlm.save(trainer.model, processor, "tuned")
@@ -106,7 +106,7 @@ class Trainer:
         average = optimizer.ema_of(self.state.opt_state, self.state.trainable) if self.use_ema else None
         return self.state.trainable if average is None else average
 
-    def fit(self, batches: Iterable[PackedRows], *, steps: int) -> TrainState:
+    def fit(self, batches: Iterable[PackedSequences], *, steps: int) -> TrainState:
         """Run until ``steps`` steps are behind, those before a restart included, or until a hook stops it.
 
         Args:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jvlm.data.errors import Rejected, grouped
-from jvlm.data.packing import PackedRows
+from jvlm.data.packing import PackedSequences
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
 from jvlm.parallel.data_shards import make_global_batch
@@ -100,7 +100,7 @@ class Validation(Hook):
 
     def __init__(
         self,
-        sources: Mapping[str, Iterable[PackedRows]],
+        sources: Mapping[str, Iterable[PackedSequences]],
         config: ValidationConfig,
         checkpointing: Checkpointing | None = None,
         throughput: Throughput | None = None,
@@ -196,7 +196,7 @@ class Validation(Hook):
         self.stopped = state["stopped"] and patience is not None and self.progress.without_gain >= patience
 
 
-def _in_step(batches: Iterable[PackedRows]) -> Iterator[PackedRows | None]:
+def _in_step(batches: Iterable[PackedSequences]) -> Iterator[PackedSequences | None]:
     """Give a process's batches, and None while others still have some."""
     own = iter(batches)
     while True:
@@ -206,9 +206,9 @@ def _in_step(batches: Iterable[PackedRows]) -> Iterator[PackedRows | None]:
         yield packed
 
 
-def _host_batch(trainer: Trainer, packed: PackedRows | None) -> Any:
+def _host_batch(trainer: Trainer, packed: PackedSequences | None) -> Any:
     """Return the arrays of a batch with an accumulation axis; zeros, without weight, where there is none."""
     if packed is not None:
         return jax.tree.map(lambda x: np.asarray(x)[None], trainer.task.batch_of(packed))
-    rows = len(trainer.shard.sequences)
-    return jax.tree.map(lambda x: np.zeros((1, rows, *x.shape[2:]), x.dtype), trainer.compiled.batch)
+    sequences = len(trainer.shard.sequences)
+    return jax.tree.map(lambda x: np.zeros((1, sequences, *x.shape[2:]), x.dtype), trainer.compiled.batch)

@@ -11,11 +11,11 @@ import numpy as np
 from jvlm.data import packing
 from jvlm.data.config import DataConfig
 from jvlm.data.errors import Rejected
-from jvlm.data.packing import Example, PackedRows
+from jvlm.data.packing import Example, PackedSequences
 from jvlm.data.pipeline import Encode, frame_patches
 from jvlm.data.position import Share
 from jvlm.data.processor import Processor
-from jvlm.data.shards import RowSource
+from jvlm.data.shards import ExampleSource
 from jvlm.training.validation_split import Subset
 
 
@@ -29,17 +29,19 @@ class ValidationData:
       share: of the windows of `DataConfig.pack_window` examples, as processes share the training data.
     """
 
-    def __init__(self, processor: Processor, config: DataConfig, source: RowSource | Subset, share: Share = Share()):
+    def __init__(
+        self, processor: Processor, config: DataConfig, source: ExampleSource | Subset, share: Share = Share()
+    ):
         drop = "drop" if config.on_too_long == "error" else config.on_too_long
         # what is measured must not be drawn: whole conversations, in order
-        config = dataclasses.replace(config, single_turn_ratio=0.0, on_bad_row="skip", on_too_long=drop)
+        config = dataclasses.replace(config, single_turn_ratio=0.0, on_bad_example="skip", on_too_long=drop)
         self.config, self.source, self.share = config, source, share
         self.encode = Encode(processor, config)
         self._values = processor.image_processor.patch_values
         self._frames = frame_patches(processor.image_processor, processor.image_config, config)
 
-    def __iter__(self) -> Iterator[PackedRows]:
-        config, rows = self.config, self.share.of(self.config.batch_size)
+    def __iter__(self) -> Iterator[PackedSequences]:
+        config, sequences = self.config, self.share.of(self.config.batch_size)
         waiting: list[list[Example]] = []
         rejected: list[Rejected] = []
         with ThreadPoolExecutor(config.read_threads) as pool:
@@ -48,10 +50,10 @@ class ValidationData:
                 rejected += [one for one in encoded if isinstance(one, Rejected)]
                 examples = [one for one in encoded if isinstance(one, Example)]
                 packed = packing.best_fit_decreasing(examples, config.seq_len, config.max_patches)
-                waiting += [[examples[i] for i in row] for row in packed]
-                while len(waiting) >= rows:
-                    yield self._batch(waiting[:rows], rejected)
-                    waiting, rejected = waiting[rows:], []
+                waiting += [[examples[i] for i in sequence] for sequence in packed]
+                while len(waiting) >= sequences:
+                    yield self._batch(waiting[:sequences], rejected)
+                    waiting, rejected = waiting[sequences:], []
         if waiting or rejected:
             yield self._batch(waiting, rejected)
 
@@ -63,7 +65,7 @@ class ValidationData:
     def _encode(self, index: int) -> Example | Rejected:
         return self.encode.random_map(self.source[index], np.random.default_rng(index))
 
-    def _batch(self, sequences: Sequence[Sequence[Example]], rejected: Sequence[Rejected]) -> PackedRows:
+    def _batch(self, sequences: Sequence[Sequence[Example]], rejected: Sequence[Rejected]) -> PackedSequences:
         config = self.config
         batch = packing.assemble(
             [*sequences, *[[]] * (self.share.of(config.batch_size) - len(sequences))],
@@ -73,5 +75,5 @@ class ValidationData:
             max_segment_length=config.max_length,
             max_image_patches=self._frames,
         )
-        origins = tuple(tuple(example.origin for example in row) for row in sequences)
-        return PackedRows(batch, sum(map(len, sequences)), tuple(rejected), origins)
+        origins = tuple(tuple(example.origin for example in sequence) for sequence in sequences)
+        return PackedSequences(batch, sum(map(len, sequences)), tuple(rejected), origins)

@@ -21,10 +21,10 @@ import numpy as np
 
 from jvlm.data.config import DataConfig
 from jvlm.data.content import pictures_of
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.examples import parse_example
 from jvlm.data.images import picture_source, unwrap
-from jvlm.data.rows import parse_row
-from jvlm.data.shards import RowSource, matching
+from jvlm.data.shards import ExampleSource, matching
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
 from jvlm.training.side_files import read_json, write_json
@@ -36,7 +36,7 @@ _BLOCK = 1024  # examples whose pictures are read at a time
 class Subset:
     """Some of the examples of a source, as a source."""
 
-    def __init__(self, source: RowSource, indices: Sequence[int]):
+    def __init__(self, source: ExampleSource, indices: Sequence[int]):
         self.source, self.indices = source, np.asarray(indices, np.int64)
         self.files = source.files
 
@@ -79,7 +79,7 @@ def split_data(data: DataConfig, share: float, seed: int, folder: Path) -> Split
 
 def without_held_out(data: DataConfig, held_out: frozenset[str]) -> Subset:
     """Return the examples of other training data that share nothing with what is held out."""
-    source = RowSource(data.train)
+    source = ExampleSource(data.train)
     keys = example_keys(source, data)
     return Subset(source, [index for index, own in enumerate(keys) if not held_out.intersection(own)])
 
@@ -88,7 +88,7 @@ def _load_or_make(data: DataConfig, share: float, seed: int, folder: Path) -> di
     if not hosts.is_rank0():
         return None
     path = folder / SPLIT
-    source = RowSource(data.train)
+    source = ExampleSource(data.train)
     saved = read_json(path, "the run cannot go on without it: restore it, or choose another --name")
     if saved is None:
         print(f"splitting {len(source)} examples by picture", flush=True)
@@ -165,7 +165,7 @@ def _groups(keys: Sequence[frozenset[str]]) -> dict[str, list[int]]:
     return groups
 
 
-def example_keys(source: RowSource, data: DataConfig) -> list[frozenset[str]]:
+def example_keys(source: ExampleSource, data: DataConfig) -> list[frozenset[str]]:
     """Return a hash of each picture of each example; of its content where it has none."""
     keys: list[frozenset[str]] = []
     with ThreadPoolExecutor(data.read_threads) as pool:
@@ -175,17 +175,17 @@ def example_keys(source: RowSource, data: DataConfig) -> list[frozenset[str]]:
     return keys
 
 
-def _keys_of(origin: Origin, row: Any, data: DataConfig) -> frozenset[str]:
+def _keys_of(origin: Origin, example: Any, data: DataConfig) -> frozenset[str]:
     roots = (str(Path(origin.file).parent), *([data.media_root] if data.media_root else []))
     try:
-        if isinstance(row, RowError):
-            raise row
-        conversation = parse_row(row, origin)
-    except RowError:  # trained on never, whatever side it is on
-        return frozenset([_hash(f"{origin.file} {origin.row}".encode())])
+        if isinstance(example, ExampleError):
+            raise example
+        conversation = parse_example(example, origin)
+    except ExampleError:  # trained on never, whatever side it is on
+        return frozenset([_hash(f"{origin.file} {origin.number}".encode())])
     pictures = (picture for part in conversation.media for picture in pictures_of(part))
     found = frozenset().union(*(_picture_keys(picture, origin, roots) for picture in pictures))
-    return found or frozenset([_hash(json.dumps(row, sort_keys=True, default=str).encode())])
+    return found or frozenset([_hash(json.dumps(example, sort_keys=True, default=str).encode())])
 
 
 def _picture_keys(source: Any, origin: Origin, roots: tuple[str, ...]) -> set[str]:
@@ -194,7 +194,7 @@ def _picture_keys(source: Any, origin: Origin, roots: tuple[str, ...]) -> set[st
     if isinstance(source, str | Path):
         try:
             found = picture_source(str(source), roots, origin, "images")
-        except RowError:
+        except ExampleError:
             return {_hash(str(source).encode())}
         if isinstance(found, Path):
             keys.add(_hash(str(found.resolve()).encode()))

@@ -5,9 +5,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from jvlm import families
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.examples import parse_example
 from jvlm.data.processor import Processor
-from jvlm.data.rows import parse_row
 from jvlm.data.template import ChatTemplate
 from jvlm.errors import UserError
 from tests.chat_templates import FORMATS, KINDS, make
@@ -15,7 +15,7 @@ from tests.idefics2 import END, SPECIAL, write_tokenizer
 from tests.support import make_tokenizer, picture
 
 TEXT = families.get("composed").chat_format
-ORIGIN = Origin("rows.jsonl", 3)
+ORIGIN = Origin("examples.jsonl", 3)
 
 
 def turns(*contents, system=None):
@@ -33,7 +33,7 @@ CHATS = {
 
 
 def tokenize(tokenizer, messages, *, generation_prompt=False, style=TEXT, tools=()):
-    conversation = parse_row({"messages": messages}, ORIGIN)
+    conversation = parse_example({"messages": messages}, ORIGIN)
     return ChatTemplate(tokenizer, style).tokenize(
         conversation.messages, generation_prompt=generation_prompt, origin=ORIGIN, tools=tools
     )
@@ -142,7 +142,7 @@ def test_a_base_model_without_the_end_token_answers_but_learns_nothing(tmp_path)
     folder = make_tokenizer(tmp_path, kept, begin="<s>", chat_template=None, **settings)
     tokenizer, style = AutoTokenizer.from_pretrained(str(folder)), families.get("idefics2").chat_format
     tokenize(tokenizer, turns("hi"), generation_prompt=True, style=style)
-    with pytest.raises(RowError, match=r"no end would be learnt.*grow_embedding"):
+    with pytest.raises(ExampleError, match=r"no end would be learnt.*grow_embedding"):
         tokenize(tokenizer, turns("hi", "red"), style=style)
 
 
@@ -163,12 +163,12 @@ def test_a_template_under_which_no_end_is_learnt_is_refused(tiny, name):
         Processor(tokenizer, tiny.model.config)
 
 
-def test_an_answer_without_an_end_is_refused_where_only_the_row_shows_it(tiny):
+def test_an_answer_without_an_end_is_refused_where_only_the_example_shows_it(tiny):
     tokenizer = AutoTokenizer.from_pretrained(str(tiny.folder))
     tokenizer.chat_template = LOOP + "{% if m.content != 'blue' %}<|im_end|>{% endif %}{% endfor %}"
     processor = Processor(tokenizer, tiny.model.config)
     processor.encode({"messages": turns("hi", "red")})
-    with pytest.raises(RowError, match="no end would be learnt"):
+    with pytest.raises(ExampleError, match="no end would be learnt"):
         processor.encode({"messages": turns("hi", "blue")})
 
 
@@ -194,7 +194,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("generation_prompt", [False, True])
 @pytest.mark.parametrize("name", REFUSED)
-def test_whatever_a_template_raises_is_an_error_of_the_row(tiny, name, generation_prompt):
+def test_whatever_a_template_raises_is_an_error_of_the_example(tiny, name, generation_prompt):
     source, says = REFUSED[name]
     tokenizer = AutoTokenizer.from_pretrained(str(tiny.folder))
     tokenizer.chat_template = (
@@ -202,15 +202,15 @@ def test_whatever_a_template_raises_is_an_error_of_the_row(tiny, name, generatio
     )
     processor = Processor(tokenizer, tiny.model.config)
     processor.encode({"messages": turns("fine", "red")})
-    with pytest.raises(RowError) as caught:
-        processor.encode(parse_row({"messages": turns("x", "y", "z")}, ORIGIN), generation_prompt=generation_prompt)
-    assert str(caught.value).startswith("rows.jsonl, row 3, field 'messages': the chat template cannot take")
+    with pytest.raises(ExampleError) as caught:
+        processor.encode(parse_example({"messages": turns("x", "y", "z")}, ORIGIN), generation_prompt=generation_prompt)
+    assert str(caught.value).startswith("examples.jsonl, line 3, field 'messages': the chat template cannot take")
     assert says in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["llama2", "gemma"])
 def test_roles_that_a_published_template_refuses(tokenizers, name):
-    with pytest.raises(RowError, match="roles must alternate"):
+    with pytest.raises(ExampleError, match="roles must alternate"):
         tokenize(tokenizers["byte level", name], [*turns("a"), *turns("b", "c")])
 
 
@@ -218,7 +218,7 @@ def test_a_picture_for_a_template_of_text_only(tiny):
     tokenizer = AutoTokenizer.from_pretrained(str(tiny.folder))
     tokenizer.chat_template = f"{LOOP}<|im_end|>{{% endfor %}}"
     processor = Processor(tokenizer, tiny.model.config)
-    with pytest.raises(RowError, match="the chat template cannot take"):
+    with pytest.raises(ExampleError, match="the chat template cannot take"):
         processor.encode({"messages": turns("<image>?", "red"), "images": [picture(56, 56)]})
 
 
@@ -242,22 +242,22 @@ def test_a_turn_that_the_template_leaves_out_is_not_lost_without_a_word(tiny, ro
     tokenizer.chat_template = (
         LOOP.replace("messages %}", f"messages if m.role != '{role}' %}}") + "<|im_end|>{% endfor %}"
     )
-    with pytest.raises(RowError, match=f"leaves out the {role} turn {says}"):
+    with pytest.raises(ExampleError, match=f"leaves out the {role} turn {says}"):
         Processor(tokenizer, tiny.model.config).encode({"messages": messages})
 
 
 HALF = "\ud83d"
 
 
-@pytest.mark.parametrize("row", [
+@pytest.mark.parametrize("example", [
     {"messages": turns("a", f"ok {HALF}")},
     {"messages": turns(f"{HALF} a", "b")},
     {"messages": turns("a", "b", system=f"x{HALF}")},
     {"messages": turns("<ref-object>", "b"), "objects": {"ref": [HALF], "bbox": []}},
 ], ids=["answer", "question", "system", "object"])  # fmt: skip
 @pytest.mark.parametrize("generation_prompt", [False, True])
-def test_half_an_emoji_is_an_error_of_the_row(tiny, row, generation_prompt):
-    if generation_prompt and HALF in row["messages"][-1]["content"]:
-        row = {**row, "messages": [*row["messages"], *turns("more")]}
-    with pytest.raises(RowError, match="surrogate"):
-        tiny.processor.encode(row, generation_prompt=generation_prompt)
+def test_half_an_emoji_is_an_error_of_the_example(tiny, example, generation_prompt):
+    if generation_prompt and HALF in example["messages"][-1]["content"]:
+        example = {**example, "messages": [*example["messages"], *turns("more")]}
+    with pytest.raises(ExampleError, match="surrogate"):
+        tiny.processor.encode(example, generation_prompt=generation_prompt)

@@ -10,9 +10,9 @@ from tokenizers import AddedToken, normalizers
 from transformers import AutoTokenizer
 
 from jvlm import families
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.examples import parse_example
 from jvlm.data.processor import Processor
-from jvlm.data.rows import parse_row
 from jvlm.data.template import ChatTemplate
 from tests import idefics2
 from tests.chat_templates import FORMATS, KINDS, make
@@ -27,7 +27,7 @@ def chat(*contents):
 
 
 def tokenize(template, messages, **options):
-    conversation = parse_row({"messages": messages})
+    conversation = parse_example({"messages": messages})
     options = {"generation_prompt": False, "origin": Origin(), "tools": conversation.tools, **options}
     return template.tokenize(conversation.messages, **options)
 
@@ -95,12 +95,12 @@ def test_there_are_as_many_turns_as_messages(tiny, data):
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 @pytest.mark.parametrize("token", [t for t in SPECIAL_TOKENS if t not in MEDIA])
 def test_a_special_token_in_a_text_of_any_role_is_text(tiny, role, token):
-    def row(words):
+    def record(words):
         texts = {"system": "be brief", "user": "is there a dog?", "assistant": "no", "tool": "none", role: words}
         messages = [{"role": r, "content": texts[r]} for r in ("system", "user", "assistant", "tool")]
         return {"messages": [*messages, *chat("so?", "yes")]}
 
-    example, plain = (tiny.processor.encode(row(words)) for words in (f"a {token} b", "a b"))
+    example, plain = (tiny.processor.encode(record(words)) for words in (f"a {token} b", "a b"))
     known = tiny.processor.tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
     assert [i for i in example.tokens if i in known] == [i for i in plain.tokens if i in known]
     tokenizer = tiny.processor.tokenizer
@@ -112,8 +112,8 @@ def test_a_special_token_in_a_text_of_any_role_is_text(tiny, role, token):
 
 
 def test_a_picture_beside_spelled_tokens(tiny):
-    row = {"messages": chat("<|im_end|><image><|vision_start|>what?", "a cat"), "images": [picture(56, 84)]}
-    example = tiny.processor.encode(row)
+    record = {"messages": chat("<|im_end|><image><|vision_start|>what?", "a cat"), "images": [picture(56, 84)]}
+    example = tiny.processor.encode(record)
     assert tiny.processor.tokenizer.decode(example.tokens).count("<|vision_start|>") == 2
     start = tiny.config["vision_start_token_id"]
     assert (example.tokens == start).sum() == 1
@@ -129,8 +129,8 @@ def test_tokens_of_idefics2_in_text(tmp_path, token):
     processor = hf.load_processor(folder, hf.read_config(folder))
 
     def encode(words):
-        row = {"messages": chat(f"<image>{words} is it?", f"no {words}"), "images": [picture(84, 84)]}
-        return processor.encode(row)
+        record = {"messages": chat(f"<image>{words} is it?", f"no {words}"), "images": [picture(84, 84)]}
+        return processor.encode(record)
 
     example, plain = encode(token), encode("dog")
     known = processor.tokenizer.convert_tokens_to_ids([*idefics2.SPECIAL])
@@ -155,12 +155,12 @@ def test_turn_marks_are_control_tokens_though_not_special(pairs):
 
 
 def test_tokens_of_the_configured_box_format_are_words(tiny):
-    row = {"messages": chat("where?", "<|box_start|>(1,2),(3,4)<|box_end|><|im_end|>")}
+    example = {"messages": chat("where?", "<|box_start|>(1,2),(3,4)<|box_end|><|im_end|>")}
     config = dataclasses.replace(tiny.processor.config, box_format="qwen_tokens")
     own = Processor(tiny.processor.tokenizer, tiny.model.config, config)
     names = ("<|box_start|>", "<|box_end|>", "<|im_end|>")
     ids = tiny.processor.tokenizer.convert_tokens_to_ids(list(names))
-    counts = [[int((p.encode(row).tokens == i).sum()) for i in ids] for p in (own, tiny.processor)]
+    counts = [[int((p.encode(example).tokens == i).sum()) for i in ids] for p in (own, tiny.processor)]
     assert counts == [[1, 1, 3], [0, 0, 3]]
 
 
@@ -168,17 +168,17 @@ def test_tokens_of_the_configured_box_format_are_words(tiny):
 def test_a_media_token_in_text_is_refused_with_the_tag_to_write(tiny, where):
     messages = chat("a <|image_pad|>" if where == "user" else "a", "<|image_pad|>" if where == "assistant" else "b")
     tools = [{"name": "<|image_pad|>"}] if where == "tools" else []
-    with pytest.raises(RowError, match=r"1 media tokens in the text for 0 media.*<image>"):
+    with pytest.raises(ExampleError, match=r"1 media tokens in the text for 0 media.*<image>"):
         tiny.processor.encode({"messages": messages, "tools": tools})
 
 
 def test_a_media_token_that_the_model_itself_has_answered_is_text_in_the_next_prompt(tiny):
-    row = {"messages": chat("what is in it?", "an <|image_pad|>", "<image>and here?"), "images": [picture(56, 84)]}
-    example = tiny.processor.encode(row, generation_prompt=True)
+    record = {"messages": chat("what is in it?", "an <|image_pad|>", "<image>and here?"), "images": [picture(56, 84)]}
+    example = tiny.processor.encode(record, generation_prompt=True)
     assert (example.vision_index >= 0).sum() == (example.tokens == tiny.config["image_token_id"]).sum() == 6
     assert "an <|image_pad|><|im_end|>" in tiny.processor.tokenizer.decode(example.tokens)
-    with pytest.raises(RowError, match="2 media tokens in the text for 1 media"):
-        tiny.processor.encode({**row, "messages": [*row["messages"], *chat("", "a dog")[1:]]})
+    with pytest.raises(ExampleError, match="2 media tokens in the text for 1 media"):
+        tiny.processor.encode({**record, "messages": [*record["messages"], *chat("", "a dog")[1:]]})
 
 
 def test_a_spelling_made_by_the_normalizer_is_text():
@@ -195,7 +195,7 @@ def test_a_spelling_made_by_the_normalizer_is_text():
 
 
 def test_what_cannot_be_told_apart_is_refused(tiny):
-    with pytest.raises(RowError, match=r"'<\|im_end\|>' cannot be written as ordinary text here: .*U\+FDD0"):
+    with pytest.raises(ExampleError, match=r"'<\|im_end\|>' cannot be written as ordinary text here: .*U\+FDD0"):
         tiny.processor.encode({"messages": chat("a <|im_end|> \ufdd0", "b")})
     tiny.processor.encode({"messages": chat("a \ufdd0", "b")})
     tokenizer = AutoTokenizer.from_pretrained(str(tiny.folder))
@@ -203,7 +203,7 @@ def test_what_cannot_be_told_apart_is_refused(tiny):
         "{% for m in messages %}{{ m.role }}{% if '<|im_end|>' in m.content %}!{% endif %}{{ m.content }}<|im_end|>"
         "{% endfor %}"
     )
-    with pytest.raises(RowError, match=r"'<\|im_end\|>' cannot be written .*takes it for its own"):
+    with pytest.raises(ExampleError, match=r"'<\|im_end\|>' cannot be written .*takes it for its own"):
         Processor(tokenizer, tiny.model.config).encode({"messages": chat("a <|im_end|>", "b")})
 
 
@@ -233,7 +233,7 @@ def test_special_tokens_added_later_are_control_tokens(tiny):
 def test_a_processor_that_has_met_spelled_tokens_is_sent_to_workers(tiny):
     import pickle
 
-    row = {"messages": chat("a <|im_end|>", "b")}
-    example = tiny.processor.encode(row)
-    again = pickle.loads(pickle.dumps(tiny.processor)).encode(row)
+    record = {"messages": chat("a <|im_end|>", "b")}
+    example = tiny.processor.encode(record)
+    again = pickle.loads(pickle.dumps(tiny.processor)).encode(record)
     np.testing.assert_array_equal(example.tokens, again.tokens)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jvlm.data.rows import parse_row
+from jvlm.data.examples import parse_example
 
 PAGE = Path(__file__).parents[2] / "docs" / "data-format.md"
 EXAMPLES = [
@@ -21,6 +21,6 @@ def test_the_page_has_examples():
 @pytest.mark.parametrize("line", EXAMPLES)
 def test_every_example_of_the_page_is_read(line):
     example = json.loads(line)
-    conversation = parse_row(example)
+    conversation = parse_example(example)
     assert [m.role for m in conversation.messages] == [m["role"] for m in example["messages"]]
     assert not conversation.extra

@@ -7,7 +7,7 @@ import pytest
 
 from jvlm import families
 from jvlm.data import packing
-from jvlm.data.errors import RowError
+from jvlm.data.errors import ExampleError
 from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.errors import UserError
 from jvlm.families.idefics2.image_processor import (
@@ -32,12 +32,12 @@ def tiny(request, tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("prompt", [False, True])
 def test_tokens_and_pixels_equal_those_of_transformers(tiny, name, prompt):
-    row = CASES[name]
+    record = CASES[name]
     if prompt:
-        row = {**row, "messages": row["messages"][:-1]}
+        record = {**record, "messages": record["messages"][:-1]}
     example, inputs = (
-        tiny.processor.encode(row, generation_prompt=prompt),
-        hf_inputs(tiny, row, generation_prompt=prompt),
+        tiny.processor.encode(record, generation_prompt=prompt),
+        hf_inputs(tiny, record, generation_prompt=prompt),
     )
     np.testing.assert_array_equal(example.tokens, inputs["input_ids"][0])
     np.testing.assert_array_equal(example.vision_index >= 0, inputs["input_ids"][0] == tiny.config["image_token_id"])
@@ -86,9 +86,9 @@ def with_split(tiny, split):
 
 
 def test_truncation_takes_the_frames_of_the_turns_that_go(tiny):
-    row = CASES["several turns"]
-    example = tiny.processor.encode(row)
-    first = tiny.processor.encode({"messages": row["messages"][:2], "images": row["images"][:1]})
+    record = CASES["several turns"]
+    example = tiny.processor.encode(record)
+    first = tiny.processor.encode({"messages": record["messages"][:2], "images": record["images"][:1]})
     last_learnt = int(np.flatnonzero(example.loss_weights)[-1])
     cut = packing.truncate(example, last_learnt)
     assert len(cut.sizes) == 1
@@ -96,12 +96,12 @@ def test_truncation_takes_the_frames_of_the_turns_that_go(tiny):
     np.testing.assert_array_equal(cut.feature_frames, first.feature_frames)
 
 
-def test_a_row_may_change_its_edges_and_nothing_of_other_models(tiny):
-    row = CASES["a large picture, brought down"]
-    small = tiny.processor.encode({**row, "chat_template_kwargs": {"longest_edge": 56}})
+def test_an_example_may_change_its_edges_and_nothing_of_other_models(tiny):
+    example = CASES["a large picture, brought down"]
+    small = tiny.processor.encode({**example, "chat_template_kwargs": {"longest_edge": 56}})
     assert small.sizes[0].resized == (56, 42)
-    with pytest.raises(RowError, match=r"max_pixels.*not a setting of this model's pictures.*longest_edge"):
-        tiny.processor.encode({**row, "chat_template_kwargs": {"max_pixels": 5000}})
+    with pytest.raises(ExampleError, match=r"max_pixels.*not a setting of this model's pictures.*longest_edge"):
+        tiny.processor.encode({**example, "chat_template_kwargs": {"max_pixels": 5000}})
 
 
 def test_the_published_token_counts():
@@ -174,15 +174,15 @@ def test_settings_survive_their_files(tiny, tmp_path):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 60), (60, 1)])
 def test_a_side_of_one_pixel_is_read_whole_and_refused_where_it_would_be_split(tiny, size):
-    row = turn("<image>?", images=[np.full((*size, 3), 80, np.uint8)])
+    example = turn("<image>?", images=[np.full((*size, 3), 80, np.uint8)])
     if tiny.processor.image_config.split:
-        with pytest.raises(RowError, match=rf"'images\[0\]': {size[1]} x {size[0]} pixels cannot be split"):
-            tiny.processor.encode(row)
+        with pytest.raises(ExampleError, match=rf"'images\[0\]': {size[1]} x {size[0]} pixels cannot be split"):
+            tiny.processor.encode(example)
     else:
-        assert (tiny.processor.encode(row).patches == 80).all()
+        assert (tiny.processor.encode(example).patches == 80).all()
 
 
 def test_a_picture_smaller_than_a_patch_is_refused(tiny):
-    row = turn("<image>?", images=[picture(40, 20)], chat_template_kwargs={"shortest_edge": 1, "longest_edge": 13})
-    with pytest.raises(RowError, match=r"'images\[0\]': .* pixels hold no patch of 14 x 14"):
-        tiny.processor.encode(row)
+    example = turn("<image>?", images=[picture(40, 20)], chat_template_kwargs={"shortest_edge": 1, "longest_edge": 13})
+    with pytest.raises(ExampleError, match=r"'images\[0\]': .* pixels hold no patch of 14 x 14"):
+        tiny.processor.encode(example)

@@ -1,4 +1,4 @@
-"""Pictures come in as anything a row holds; what is no picture is one clear error."""
+"""Pictures come in as anything an example holds; what is no picture is one clear error."""
 
 import base64
 import contextlib
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis.extra.numpy import array_shapes, arrays, scalar_dtypes, unicode_string_dtypes
 from PIL import Image
 
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.images import open_image
 from tests.support import picture
 
@@ -162,8 +162,8 @@ def test_values_of_any_depth_keep_their_brightness(kind):
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=300, deadline=None)
 @given(arrays(scalar_dtypes() | unicode_string_dtypes(), array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)))
-def test_any_array_is_a_picture_or_a_row_error(array):
-    with contextlib.suppress(RowError):
+def test_any_array_is_a_picture_or_an_example_error(array):
+    with contextlib.suppress(ExampleError):
         image = open_image(array)
         assert image.mode == "RGB"
         assert image.width * image.height * 4 >= array.size > 0
@@ -240,7 +240,7 @@ def test_a_decompression_bomb_is_refused():
         struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
     )
     for source in (bomb, base64.b64encode(bomb).decode()):
-        with pytest.raises(RowError, match="decompression bomb"):
+        with pytest.raises(ExampleError, match="decompression bomb"):
             open_image(source)
 
 
@@ -309,22 +309,22 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_no_picture_is_refused_with_row_and_field(kind):
+def test_what_is_no_picture_is_refused_with_example_and_field(kind):
     source, says = REFUSED[kind]
-    with pytest.raises(RowError, match=f"rows.jsonl, row 7, field 'images\\[2\\]': .*{says}"):
-        open_image(source, origin=Origin("rows.jsonl", 7), field="images[2]")
+    with pytest.raises(ExampleError, match=f"examples.jsonl, line 7, field 'images\\[2\\]': .*{says}"):
+        open_image(source, origin=Origin("examples.jsonl", 7), field="images[2]")
 
 
 def test_a_missing_file_names_every_place_tried(tmp_path):
-    with pytest.raises(RowError) as caught:
-        open_image("sub/a.png", origin=Origin("rows.jsonl", 7), roots=(str(tmp_path / "x"), str(tmp_path / "y")))
+    with pytest.raises(ExampleError) as caught:
+        open_image("sub/a.png", origin=Origin("examples.jsonl", 7), roots=(str(tmp_path / "x"), str(tmp_path / "y")))
     for place in (tmp_path / "x" / "sub/a.png", tmp_path / "y" / "sub/a.png"):
         assert str(place) in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"])
-def test_damaged_files_give_a_picture_or_a_row_error_and_nothing_else(kind):
+def test_damaged_files_give_a_picture_or_an_example_error_and_nothing_else(kind):
     rng = np.random.default_rng(0)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -333,5 +333,5 @@ def test_damaged_files_give_a_picture_or_a_row_error_and_nothing_else(kind):
         damaged = bytearray(original[: rng.integers(1, len(original) + 1)])
         for place in rng.integers(0, min(len(damaged), 400), rng.integers(0, 6)):
             damaged[place] = rng.integers(256)
-        with contextlib.suppress(RowError):
+        with contextlib.suppress(ExampleError):
             assert open_image(bytes(damaged)).mode == "RGB"

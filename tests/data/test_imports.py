@@ -5,8 +5,9 @@ import pytest
 from tests.support import run_python
 
 MODULES = (
-    "answer_spans box_formats boxes chat_format columns config content control_tokens embedding errors file_kinds "
-    "images mrope pixels rejections rows shard_set sharding shards stores template tool_calls turns values vocabulary"
+    "answer_spans box_formats boxes chat_format columns config content control_tokens embedding errors "
+    "examples file_kinds images mrope pixels rejections shard_set sharding shards stores template tool_calls "
+    "turns values vocabulary"
 ).split()
 
 

@@ -1,4 +1,4 @@
-"""Rows of fixed shape: nothing is lost, doubled, cut in the middle or let over a limit."""
+"""Sequences of fixed shape: nothing is lost, doubled, cut in the middle or let over a limit."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jvlm.data import packing
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.packing import Example
 from tests.support import picture
 
@@ -29,7 +29,7 @@ def example(number, tokens, features):
         window_ids=frames,
         patch_positions=np.zeros((4 * features, 2), np.int32),
         sizes=(((1, 1), (1, 1)),) * bool(features),
-        origin=Origin("rows.jsonl", number),
+        origin=Origin("examples.jsonl", number),
     )
 
 
@@ -41,49 +41,49 @@ def random_examples(seed):
 
 @pytest.mark.parametrize("strategy", [packing.first_fit, packing.best_fit_decreasing])
 @pytest.mark.parametrize("seed", range(5))
-def test_rows_hold_every_conversation_once_and_keep_both_limits(strategy, seed):
+def test_sequences_hold_every_conversation_once_and_keep_both_limits(strategy, seed):
     examples = random_examples(seed)
-    rows = strategy(examples, 64, 112)
-    assert sorted(i for row in rows for i in row) == list(range(len(examples)))
-    for row in rows:
-        assert sum(examples[i].length for i in row) <= 64
-        assert sum(examples[i].num_patches for i in row) <= 112
+    sequences = strategy(examples, 64, 112)
+    assert sorted(i for sequence in sequences for i in sequence) == list(range(len(examples)))
+    for sequence in sequences:
+        assert sum(examples[i].length for i in sequence) <= 64
+        assert sum(examples[i].num_patches for i in sequence) <= 112
 
 
 @pytest.mark.parametrize("strategy", [packing.first_fit, packing.best_fit_decreasing])
 @pytest.mark.parametrize("seed", range(5))
-def test_no_two_rows_could_have_been_one(strategy, seed):
-    # the guarantee of any-fit packing: at most one row is half empty in both resources
+def test_no_two_sequences_could_have_been_one(strategy, seed):
+    # the guarantee of any-fit packing: at most one sequence is half empty in both resources
     examples = random_examples(seed)
-    rows = strategy(examples, 64, 112)
-    loads = [(sum(examples[i].length for i in r), sum(examples[i].num_patches for i in r)) for r in rows]
-    for a in range(len(rows)):
+    sequences = strategy(examples, 64, 112)
+    loads = [(sum(examples[i].length for i in r), sum(examples[i].num_patches for i in r)) for r in sequences]
+    for a in range(len(sequences)):
         for b in range(a):
             assert loads[a][0] + loads[b][0] > 64 or loads[a][1] + loads[b][1] > 112
 
 
 def test_first_fit_keeps_the_order_within_a_row():
-    for row in packing.first_fit(random_examples(0), 64, 112):
-        assert row == sorted(row)
+    for sequence in packing.first_fit(random_examples(0), 64, 112):
+        assert sequence == sorted(sequence)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_an_assembled_batch_gives_every_array_back(seed):
     examples = random_examples(seed)
-    rows = packing.first_fit(examples, 64, 112)
-    batch = packing.assemble([[examples[i] for i in row] for row in rows], 64, 112)
-    assert batch.tokens.shape == (len(rows), 64)
-    assert batch.patches.shape == (len(rows), 112, 6)
-    for b, row in enumerate(rows):
+    sequences = packing.first_fit(examples, 64, 112)
+    batch = packing.assemble([[examples[i] for i in sequence] for sequence in sequences], 64, 112)
+    assert batch.tokens.shape == (len(sequences), 64)
+    assert batch.patches.shape == (len(sequences), 112, 6)
+    for b, sequence in enumerate(sequences):
         patches = 0
-        for number, index in enumerate(row, 1):
+        for number, index in enumerate(sequence, 1):
             one, inside = examples[index], batch.segment_ids[b] == number
             assert np.ptp(np.flatnonzero(inside)) + 1 == one.length, "segments must be contiguous"
             for name in ("tokens", "positions", "loss_weights"):
                 np.testing.assert_array_equal(getattr(batch, name)[b, inside], getattr(one, name))
             fed = batch.vision_index[b, inside]
             features = batch.patches[b].reshape(-1, 4, 6)[fed[fed >= 0]]
-            assert (features == one.origin.row).all(), "a token is fed by another conversation's patches"
+            assert (features == one.origin.number).all(), "a token is fed by another conversation's patches"
             assert (fed >= 0).sum() == one.num_patches // 4
             patches += one.num_patches
         used = batch.patch_segment_ids[b] > 0
@@ -91,7 +91,7 @@ def test_an_assembled_batch_gives_every_array_back(seed):
         assert used[:patches].all()
         frames = batch.patch_segment_ids[b, :patches]
         assert (np.diff(frames) >= 0).all()
-        assert len(np.unique(frames)) == sum(len(np.unique(examples[i].frame_ids)) for i in row)
+        assert len(np.unique(frames)) == sum(len(np.unique(examples[i].frame_ids)) for i in sequence)
     padding = batch.segment_ids == 0
     assert not batch.tokens[padding].any()
     assert not batch.loss_weights[padding].any()
@@ -100,12 +100,12 @@ def test_an_assembled_batch_gives_every_array_back(seed):
     assert lost == batch.tokens.size - sum(e.length for e in examples)
 
 
-def test_a_conversation_too_big_for_a_row_is_refused_with_both_numbers():
-    with pytest.raises(RowError, match=r"rows.jsonl, row 7, field 'messages': 65 tokens do not fit 64"):
+def test_a_conversation_too_big_for_a_sequence_is_refused_with_both_numbers():
+    with pytest.raises(ExampleError, match=r"examples.jsonl, line 7, field 'messages': 65 tokens do not fit 64"):
         packing.check_fits(example(7, 65, 0), 64, 64)
-    with pytest.raises(RowError, match=r"row 7, field 'messages': 33 tokens do not fit 32"):
+    with pytest.raises(ExampleError, match=r"line 7, field 'messages': 33 tokens do not fit 32"):
         packing.check_fits(example(7, 33, 0), 64, 64, max_length=32)
-    with pytest.raises(RowError, match=r"row 7, field 'images': 68 patches do not fit 64"):
+    with pytest.raises(ExampleError, match=r"line 7, field 'images': 68 patches do not fit 64"):
         packing.check_fits(example(7, 20, 17), 64, 64)
     packing.check_fits(example(7, 64, 16), 64, 64)
 
@@ -178,9 +178,9 @@ def test_a_truncated_conversation_is_the_one_that_never_had_the_later_turns(tiny
 
 
 def test_packing_what_does_not_fit_or_is_nothing_says_so(tiny):
-    with pytest.raises(RowError, match=r"tokens do not fit 32"):
+    with pytest.raises(ExampleError, match=r"tokens do not fit 32"):
         tiny.processor.pack([TURNS], seq_len=32)
-    with pytest.raises(RowError, match=r"144 patches do not fit 64"):
+    with pytest.raises(ExampleError, match=r"144 patches do not fit 64"):
         tiny.processor.pack([TURNS], seq_len=512, max_patches=64)
     with pytest.raises(ValueError, match="at least one conversation"):
         tiny.processor.pack([])

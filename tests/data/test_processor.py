@@ -1,4 +1,4 @@
-"""From a row to token ids, loss weights and media: as transformers' processor does it, plus what only jvlm does."""
+"""From an example to token ids, loss weights and media: as transformers' processor does it, and what only jvlm does."""
 
 import dataclasses
 import itertools
@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, Qwen2_5_VLProcessor
 
 from jvlm import config as config_tree
 from jvlm.data.boxes import Box
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.examples import parse_example
 from jvlm.data.processor import Processor, ProcessorConfig
-from jvlm.data.rows import parse_row
 from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig
 from tests.support import chat_messages, image_processor, picture
 
@@ -67,25 +67,25 @@ CHATS = {
 @pytest.mark.parametrize("name", CHATS)
 @pytest.mark.parametrize("generation_prompt", [False, True])
 def test_token_ids_equal_those_of_transformers(tiny, theirs, name, generation_prompt):
-    row = CHATS[name]
+    record = CHATS[name]
     if generation_prompt:
-        row = {**row, "messages": row["messages"][:-1]}
-        if len(row["messages"]) > 1 and row.get("images"):
-            row["images"] = row["images"][: sum(m["content"].count("<image>") for m in row["messages"])]
-    messages = chat_messages(row)
+        record = {**record, "messages": record["messages"][:-1]}
+        if len(record["messages"]) > 1 and record.get("images"):
+            record["images"] = record["images"][: sum(m["content"].count("<image>") for m in record["messages"])]
+    messages = chat_messages(record)
     text = theirs.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-    expected = theirs(text=[text], images=row.get("images"), return_tensors="np")
-    example = tiny.processor.encode(row, generation_prompt=generation_prompt)
+    expected = theirs(text=[text], images=record.get("images"), return_tensors="np")
+    example = tiny.processor.encode(record, generation_prompt=generation_prompt)
     np.testing.assert_array_equal(example.tokens, expected["input_ids"][0])
     np.testing.assert_array_equal(example.vision_index >= 0, expected["mm_token_type_ids"][0] > 0)
-    rendered = tiny.processor.template.render(parse_row(row).messages, generation_prompt=generation_prompt)
+    rendered = tiny.processor.template.render(parse_example(record).messages, generation_prompt=generation_prompt)
     assert rendered == text
 
 
 def test_a_final_answer_is_dropped_when_the_model_shall_give_one(tiny):
-    row = CHATS["one picture"]
-    without = {**row, "messages": row["messages"][:-1]}
-    left, right = (tiny.processor.encode(r, generation_prompt=True) for r in (row, without))
+    example = CHATS["one picture"]
+    without = {**example, "messages": example["messages"][:-1]}
+    left, right = (tiny.processor.encode(r, generation_prompt=True) for r in (example, without))
     np.testing.assert_array_equal(left.tokens, right.tokens)
 
 
@@ -111,8 +111,8 @@ def test_the_loss_covers_exactly_the_words_of_the_assistant_and_the_end_token(ti
     np.testing.assert_array_equal(example.loss_weights, expected)
 
 
-def test_every_turn_has_the_weight_that_its_row_gives_it(tiny):
-    row = {
+def test_every_turn_has_the_weight_that_its_example_gives_it(tiny):
+    record = {
         "messages": [
             user("one?"),
             assistant("first"),
@@ -124,7 +124,7 @@ def test_every_turn_has_the_weight_that_its_row_gives_it(tiny):
             assistant("fourth", loss=True, loss_scale=2),
         ]
     }
-    example = tiny.processor.encode(row)
+    example = tiny.processor.encode(record)
     turns = learnt_places(tiny.processor.tokenizer, example.tokens)
     assert [set(example.loss_weights[t]) for t in turns] == [{1.0}, {0.0}, {0.25}, {2.0}]
     assert example.loss_weights.sum() == len(turns[0]) + 0.25 * len(turns[2]) + 2 * len(turns[3])
@@ -166,7 +166,7 @@ def test_a_template_under_which_the_words_are_not_found_is_refused_not_guessed(t
     hidden = "{% if m['content'] == 'a cat' %}{{ messages | length }}{% else %}{{ m['content'] }}{% endif %}"
     processor = with_template(tiny, OTHER.replace("{{ m['content'] }}", hidden))
     processor.encode({"messages": [user("hi"), assistant("a dog")]})
-    with pytest.raises(RowError, match="the chat template changes the words of an assistant turn"):
+    with pytest.raises(ExampleError, match="the chat template changes the words of an assistant turn"):
         processor.encode({"messages": [user("hi"), assistant("a cat"), user("so"), assistant("no")]})
 
 
@@ -185,9 +185,9 @@ def test_a_default_system_prompt_replaces_the_one_of_the_template(tiny):
     np.testing.assert_array_equal(processor.encode(own).tokens, tiny.processor.encode(own).tokens)
 
 
-def test_a_row_has_its_own_limits_and_frame_rate(tiny):
-    row = CHATS["one picture"]
-    small = tiny.processor.encode({**row, "chat_template_kwargs": {"max_pixels": 4 * 784}})
+def test_an_example_has_its_own_limits_and_frame_rate(tiny):
+    example = CHATS["one picture"]
+    small = tiny.processor.encode({**example, "chat_template_kwargs": {"max_pixels": 4 * 784}})
     assert small.sizes == (((140, 84), (56, 28)),)
     frames = {"messages": [user("<video>?"), assistant("a cat")], "videos": [[picture(56, 56, i) for i in range(4)]]}
     limits = {"video_min_pixels": 784, "video_max_pixels": 4 * 784}
@@ -203,8 +203,8 @@ BOXED = {
 }
 
 
-def answer(processor, row):
-    example = processor.encode(row)
+def answer(processor, record):
+    example = processor.encode(record)
     return example, processor.tokenizer.decode(example.tokens[example.loss_weights > 0])
 
 
@@ -223,8 +223,8 @@ def test_boxes_are_written_in_pixels_of_the_resized_picture_and_read_back(tiny, 
 
 
 def test_boxes_given_as_shares_and_points_land_in_the_same_pixels(tiny):
-    row = {**BOXED, "objects": {**BOXED["objects"], "bbox": [[0.1, 0.1, 0.5, 0.5], [1, 1]], "bbox_type": "norm1"}}
-    assert answer(tiny.processor, row)[1].startswith("[20, 11, 98, 56] and [196, 112]")
+    example = {**BOXED, "objects": {**BOXED["objects"], "bbox": [[0.1, 0.1, 0.5, 0.5], [1, 1]], "bbox_type": "norm1"}}
+    assert answer(tiny.processor, example)[1].startswith("[20, 11, 98, 56] and [196, 112]")
 
 
 @pytest.mark.parametrize(
@@ -242,16 +242,16 @@ def test_boxes_are_written_in_the_format_and_space_of_the_configuration(tiny, fo
 
 
 def test_a_box_is_scaled_by_the_picture_it_is_on(tiny):
-    row = {
+    example = {
         **BOXED,
         "messages": [user("<image><image><ref-object><ref-object>"), assistant("<bbox><bbox>")],
         "images": [picture(200, 100), picture(56, 84)],
         "objects": {"ref": ["a", "b"], "bbox": [[28, 28, 56, 84], [20, 10, 100, 50]], "image_id": [1, 0]},
     }
-    assert answer(tiny.processor, row)[1].startswith("[28, 28, 56, 84][20, 11, 98, 56]")
+    assert answer(tiny.processor, example)[1].startswith("[28, 28, 56, 84][20, 11, 98, 56]")
 
 
-ORIGIN = Origin("rows.jsonl", 3)
+ORIGIN = Origin("examples.jsonl", 3)
 REFUSED = {
     "a corrupt picture": ({**CHATS["one picture"], "images": [b"\x89PNG broken"]}, "images[0]", "cannot be decoded"),
     "a missing file": ({**CHATS["one picture"], "images": ["gone.png"]}, "images[0]", "file not found; tried"),
@@ -306,11 +306,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_row_that_cannot_be_used_names_itself_and_the_field(tiny, kind):
-    row, field, says = REFUSED[kind]
-    with pytest.raises(RowError) as caught:
-        tiny.processor.encode(parse_row(row, ORIGIN))
-    assert str(caught.value).startswith(f"rows.jsonl, row 3, field {field!r}: ")
+def test_an_example_that_cannot_be_used_names_itself_and_the_field(tiny, kind):
+    example, field, says = REFUSED[kind]
+    with pytest.raises(ExampleError) as caught:
+        tiny.processor.encode(parse_example(example, ORIGIN))
+    assert str(caught.value).startswith(f"examples.jsonl, line 3, field {field!r}: ")
     assert says in str(caught.value)
     assert caught.value.fix
 
@@ -321,8 +321,8 @@ def test_media_are_found_beside_their_data_file_and_in_the_roots(tiny, tmp_path)
     picture(56, 56).save(tmp_path / "data" / "images" / "a.png")
     picture(84, 56).save(tmp_path / "root" / "b.png")
     processor = Processor(tiny.processor.tokenizer, tiny.model.config, media_roots=(str(tmp_path / "root"),))
-    row = {"messages": [user("<image><image>"), assistant("a")], "images": ["images/a.png", "b.png"]}
-    example = processor.encode(parse_row(row, Origin(str(tmp_path / "data" / "rows.jsonl"), 1)))
+    record = {"messages": [user("<image><image>"), assistant("a")], "images": ["images/a.png", "b.png"]}
+    example = processor.encode(parse_example(record, Origin(str(tmp_path / "data" / "examples.jsonl"), 1)))
     assert [original for original, _ in example.sizes] == [(56, 56), (84, 56)]
 
 
@@ -335,13 +335,13 @@ def test_settings_survive_their_file(tmp_path):
 
 
 def test_every_media_token_has_its_feature_and_no_other_token_has_one(tiny):
-    row = {
+    record = {
         "messages": [user("<image><video><image>"), assistant("a")],
         "images": [picture(140, 84), picture(56, 112)],
         "videos": [[picture(84, 84, i) for i in range(3)]],
         "chat_template_kwargs": {"video_min_pixels": 784, "video_max_pixels": 9 * 784},
     }
-    example = tiny.processor.encode(row)
+    example = tiny.processor.encode(record)
     config = tiny.model.config
     is_media = np.isin(example.tokens, [config.image_token_id, config.video_token_id])
     np.testing.assert_array_equal(example.vision_index >= 0, is_media)

@@ -1,4 +1,4 @@
-"""Lengths that attention is compiled for hold for every picture, or the row is refused or made to fit."""
+"""Lengths that attention is compiled for hold for every picture, or the example is refused or made to fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from jvlm.data import packing, pipeline
 from jvlm.data.boxes import Box, Sizes
-from jvlm.data.errors import Origin, Rejected, RowError
+from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.families.idefics2.image_processor import Idefics2ImageConfig, edge_resize
 from jvlm.families.mm1_5.image_processor import TiledImageConfig
@@ -77,22 +77,22 @@ def test_edges_and_tiles_keep_their_promise_for_odd_pictures(limits):
 def small(tmp_path_factory):
     """The small experiment, its model and processor: pictures of 64 x 64 at most, 64 patches."""
     folder = tmp_path_factory.mktemp("small")
-    experiment = support.experiment(folder, support.write_rows(folder, 3), "--processor.image.min_pixels", "1024")
+    experiment = support.experiment(folder, support.write_examples(folder, 3), "--processor.image.min_pixels", "1024")
     return experiment, *starting_model.start_model(experiment)
 
 
-def _row(size, seed=0, **limits):
+def _example(size, seed=0, **limits):
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
     messages = [{"role": "user", "content": "<image>what color is the shape?"}, {"role": "assistant", "content": "red"}]
     return {"messages": messages, "images": [Image.fromarray(pixels)], "chat_template_kwargs": limits or None}
 
 
 ODD = {
-    "own limit, 256 patches": _row((128, 128), max_pixels=128 * 128),
-    "own limit, 1024 patches": _row((256, 256), max_pixels=256 * 256),
-    "thin": _row((1600, 16)),
-    "thin, standing": _row((16, 3200)),
-    "square": _row((64, 64)),
+    "own limit, 256 patches": _example((128, 128), max_pixels=128 * 128),
+    "own limit, 1024 patches": _example((256, 256), max_pixels=256 * 256),
+    "thin": _example((1600, 16)),
+    "thin, standing": _example((16, 3200)),
+    "square": _example((64, 64)),
 }
 
 
@@ -102,7 +102,7 @@ def _losses(model, examples, shape, **promises):
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_a_picture_gives_the_loss_it_has_without_a_bound_or_its_row_is_refused_with_both_numbers(small, name):
+def test_a_picture_gives_the_loss_it_has_without_a_bound_or_its_example_is_refused_with_both_numbers(small, name):
     experiment, model, processor = small
     config = dataclasses.replace(experiment.data, seq_len=512, max_patches=2048, on_too_long="error")
     encode, rng = pipeline.Encode(processor, config), np.random.default_rng(0)
@@ -111,9 +111,9 @@ def test_a_picture_gives_the_loss_it_has_without_a_bound_or_its_row_is_refused_w
     example = processor.encode(ODD[name])
     own = example.longest_frame
     if own > bound:
-        with pytest.raises(RowError, match=f"a picture of {own} patches, where none may have more than {bound}"):
+        with pytest.raises(ExampleError, match=f"a picture of {own} patches, where none may have more than {bound}"):
             encode.random_map((Origin(), ODD[name]), rng)
-        with pytest.raises(RowError, match=f"{own} patches"):
+        with pytest.raises(ExampleError, match=f"{own} patches"):
             packing.assemble([[example]], 512, 2048, max_image_patches=bound)
         return
     fitted = encode.random_map((Origin(), ODD[name]), rng)
@@ -125,15 +125,17 @@ def test_a_picture_gives_the_loss_it_has_without_a_bound_or_its_row_is_refused_w
 def test_shrinking_keeps_each_picture_as_large_as_fits_and_boxes_follow(small):
     experiment, _, processor = small
     config = dataclasses.replace(experiment.data, seq_len=256, max_patches=256, max_image_patches=100)
-    row = _row((256, 128), max_pixels=256 * 128)
-    row["messages"][1]["content"] = "<bbox>"
-    row["objects"] = {"bbox": [[64, 32, 192, 96]]}
-    dropped = pipeline.Encode(processor, config).random_map((Origin("rows.jsonl", 4), row), np.random.default_rng(0))
+    example = _example((256, 128), max_pixels=256 * 128)
+    example["messages"][1]["content"] = "<bbox>"
+    example["objects"] = {"bbox": [[64, 32, 192, 96]]}
+    dropped = pipeline.Encode(processor, config).random_map(
+        (Origin("examples.jsonl", 4), example), np.random.default_rng(0)
+    )
     assert isinstance(dropped, Rejected)
-    assert (dropped.file, dropped.row, dropped.kind) == ("rows.jsonl", 4, "too_long")
+    assert (dropped.file, dropped.number, dropped.kind) == ("examples.jsonl", 4, "too_long")
     assert "512 patches do not fit 256" in dropped.reason
     shrunk = pipeline.Encode(processor, dataclasses.replace(config, on_too_long="shrink")).random_map(
-        (Origin("rows.jsonl", 4), row), np.random.default_rng(0)
+        (Origin("examples.jsonl", 4), example), np.random.default_rng(0)
     )
     assert 60 <= shrunk.longest_frame <= 100
     (sizes,) = shrunk.sizes
@@ -147,16 +149,16 @@ def test_shrinking_keeps_each_picture_as_large_as_fits_and_boxes_follow(small):
     largest = max(h * w // 64 for h, w in by_limit.values() if h * w // 64 <= 100)
     assert shrunk.num_patches >= 0.8 * largest
     most = next(most for most, (h, w) in by_limit.items() if (w, h) == sizes.resized)
-    same = processor.encode({**row, "chat_template_kwargs": {"max_pixels": most, "min_pixels": 256}})
+    same = processor.encode({**example, "chat_template_kwargs": {"max_pixels": most, "min_pixels": 256}})
     np.testing.assert_array_equal(same.patches, shrunk.patches)
 
 
 def test_text_that_is_too_long_is_left_out_whatever_its_pictures_do(small):
     experiment, _, processor = small
-    row = _row((64, 64))
-    row["messages"][0]["content"] += "is there a red shape? " * 60
+    example = _example((64, 64))
+    example["messages"][0]["content"] += "is there a red shape? " * 60
     config = dataclasses.replace(experiment.data, seq_len=128, on_too_long="shrink")
-    left = pipeline.Encode(processor, config).random_map((Origin(), row), np.random.default_rng(0))
+    left = pipeline.Encode(processor, config).random_map((Origin(), example), np.random.default_rng(0))
     assert isinstance(left, Rejected)
     assert left.kind == "too_long"
 
@@ -185,10 +187,10 @@ def test_every_family_can_make_its_pictures_smaller_and_never_larger_on_the_way(
 
 def test_truncating_looks_at_patches_as_well_as_tokens(small):
     _, _, processor = small
-    row = _row((64, 64))
-    row["messages"] += [{"role": "user", "content": "<image>and?"}, {"role": "assistant", "content": "blue"}]
-    row["images"] = row["images"] * 2
-    example = processor.encode(row)
+    record = _example((64, 64))
+    record["messages"] += [{"role": "user", "content": "<image>and?"}, {"role": "assistant", "content": "blue"}]
+    record["images"] = record["images"] * 2
+    example = processor.encode(record)
     cut = packing.truncate(example, example.length, example.num_patches - 1)
     assert cut.num_patches == example.num_patches // 2
     assert len(cut.sizes) == 1
@@ -197,8 +199,8 @@ def test_truncating_looks_at_patches_as_well_as_tokens(small):
 
 def test_conversations_longer_than_promised_are_never_laid_out(small):
     _, _, processor = small
-    example = processor.encode(_row((64, 64)))
-    with pytest.raises(RowError, match=f"{example.length} tokens do not fit {example.length - 1}"):
+    example = processor.encode(_example((64, 64)))
+    with pytest.raises(ExampleError, match=f"{example.length} tokens do not fit {example.length - 1}"):
         packing.assemble([[example]], 512, 512, max_segment_length=example.length - 1)
     packing.assemble([[example]], 512, 512, max_segment_length=example.length, max_image_patches=64)
 
@@ -206,9 +208,9 @@ def test_conversations_longer_than_promised_are_never_laid_out(small):
 def test_the_bound_is_raised_to_the_largest_picture_of_a_sample(small, tmp_path):
     experiment, model, processor = small
     Image.new("RGB", (128, 128)).save(tmp_path / "p.png")
-    row = {**_row((8, 8)), "images": ["p.png"], "chat_template_kwargs": {"max_pixels": 128 * 128}}
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row) + "\n")
+    example = {**_example((8, 8)), "images": ["p.png"], "chat_template_kwargs": {"max_pixels": 128 * 128}}
+    path = tmp_path / "examples.jsonl"
+    path.write_text(json.dumps(example) + "\n")
     data = dataclasses.replace(experiment.data, train=(str(path),), seq_len=512, max_patches=1024)
     resolved = resolve.resolve(dataclasses.replace(experiment, data=data), model, processor).data
     assert resolved.max_image_patches == 256

@@ -16,11 +16,11 @@ from PIL import Image
 from jvlm import cli
 from jvlm.data.check import check, shard
 from jvlm.data.content import pictures_of
-from jvlm.data.errors import RowError
+from jvlm.data.errors import ExampleError
+from jvlm.data.examples import parse_example
 from jvlm.data.images import open_image
 from jvlm.data.processor import Processor
-from jvlm.data.rows import parse_row
-from jvlm.data.shards import RowSource
+from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from tests.training import support
 
@@ -51,7 +51,7 @@ def _base64(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-# every form in which a row names pictures -> (row of a folder, the pictures in order)
+# every form in which an example names pictures -> (example of a folder, the pictures in order)
 FORMS = {
     "paths": lambda d: (_asked("<image><image>", images=["a.png", "sub/b c.png"]), NAMES[:2]),
     "an absolute path": lambda d: (_asked("<image>", images=[str(d / "a.png")]), NAMES[:1]),
@@ -106,10 +106,10 @@ FORMS = {
 
 
 def _opened(path: str) -> list[list[np.ndarray]]:
-    """The pictures and frames of each row, in order."""
-    source, found = RowSource([path]), []
-    for origin, row in map(source.__getitem__, range(len(source))):
-        conversation = parse_row(row, origin)
+    """The pictures and frames of each example, in order."""
+    source, found = ExampleSource([path]), []
+    for origin, example in map(source.__getitem__, range(len(source))):
+        conversation = parse_example(example, origin)
         media = [source for part in conversation.media for source in pictures_of(part)]
         found.append([np.asarray(open_image(picture, origin=origin)) for picture in media])
     return found
@@ -119,9 +119,9 @@ def _opened(path: str) -> list[list[np.ndarray]]:
 def test_a_picture_of_every_form_travels_in_the_shard(tmp_path, monkeypatch, form):
     here = tmp_path / "here"
     expected = _pictures(here)
-    row, names = FORMS[form](here)
-    (here / "rows.jsonl").write_text(json.dumps({**row, "note": "unknown to jvlm"}) + "\n")
-    shard([str(here / "rows.jsonl")], here / "shards", 10)
+    example, names = FORMS[form](here)
+    (here / "examples.jsonl").write_text(json.dumps({**example, "note": "unknown to jvlm"}) + "\n")
+    shard([str(here / "examples.jsonl")], here / "shards", 10)
     shutil.move(here / "shards", tmp_path / "elsewhere")
     shutil.rmtree(here)
     monkeypatch.chdir(tmp_path)
@@ -130,7 +130,7 @@ def test_a_picture_of_every_form_travels_in_the_shard(tmp_path, monkeypatch, for
     assert len(found) == len(names)
     for pixels, name in zip(found, names, strict=True):
         np.testing.assert_array_equal(pixels, expected[name])
-    assert RowSource([pattern])[0][1]["note"] == "unknown to jvlm"
+    assert ExampleSource([pattern])[0][1]["note"] == "unknown to jvlm"
     assert cli.main(["data", "check", pattern]) == 0
 
 
@@ -139,7 +139,7 @@ def processor(tmp_path_factory):
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("processor")
-    experiment = support.experiment(folder, support.write_rows(folder, 1))
+    experiment = support.experiment(folder, support.write_examples(folder, 1))
     tokenizer = AutoTokenizer.from_pretrained(str(experiment.tokenizer), local_files_only=True)
     return Processor(tokenizer, experiment.model, experiment.processor)
 
@@ -147,19 +147,19 @@ def processor(tmp_path_factory):
 def test_tokens_and_patches_are_equal_before_and_after_the_move(tmp_path, processor):
     here = tmp_path / "here"
     _pictures(here)
-    rows = [make(here)[0] for make in FORMS.values()]
-    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = [make(here)[0] for make in FORMS.values()]
+    (here / "examples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def examples(pattern):
-        source = RowSource([str(pattern)])
-        return [processor.encode(parse_row(source[i][1], source[i][0])) for i in range(len(source))]
+        source = ExampleSource([str(pattern)])
+        return [processor.encode(parse_example(source[i][1], source[i][0])) for i in range(len(source))]
 
-    before = examples(here / "rows.jsonl")
-    shard([str(here / "rows.jsonl")], here / "shards", 7)
+    before = examples(here / "examples.jsonl")
+    shard([str(here / "examples.jsonl")], here / "shards", 7)
     shutil.move(here / "shards", tmp_path / "elsewhere")
     shutil.rmtree(here)
     after = examples(tmp_path / "elsewhere" / "*.arrayrecord")
-    assert len(before) == len(after) == len(rows)
+    assert len(before) == len(after) == len(records)
     for a, b in zip(before, after, strict=True):
         for name in ("tokens", "loss_weights", "vision_index", "patches", "positions", "frame_ids"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
@@ -167,9 +167,9 @@ def test_tokens_and_patches_are_equal_before_and_after_the_move(tmp_path, proces
 
 def test_pictures_are_looked_up_in_the_media_root_too(tmp_path, capsys):
     _pictures(tmp_path / "media")
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps(_blocks({"type": "image", "url": "sub/b c.png"})) + "\n")
-    arguments = ["data", "shard", str(rows), "--output", str(tmp_path / "s")]
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text(json.dumps(_blocks({"type": "image", "url": "sub/b c.png"})) + "\n")
+    arguments = ["data", "shard", str(examples), "--output", str(tmp_path / "s")]
     assert cli.main(arguments) == 2
     assert "file not found" in capsys.readouterr().err
     assert cli.main([*arguments, "--media_root", str(tmp_path / "media")]) == 0
@@ -190,51 +190,51 @@ _REFUSED = {
         _asked("<image>", images=["a.png"], rejected_images=["gone.png"]),
         "rejected_images.*file not found",
     ),
-    "a number no shard can hold": (_asked("hello", id=2**70), "field 'row': cannot be written as msgpack"),
-    "a row that cannot be used": ({"messages": []}, "messages"),
+    "a number no shard can hold": (_asked("hello", id=2**70), "field 'example': cannot be written as msgpack"),
+    "an example that cannot be used": ({"messages": []}, "messages"),
     "the shards' own column": (_asked("hello", jvlm_shard=1), "jvlm_shard"),
 }
 
 
 @pytest.mark.parametrize("case", _REFUSED)
-def test_a_row_that_cannot_be_carried_is_named_and_no_shard_appears(tmp_path, case):
+def test_an_example_that_cannot_be_carried_is_named_and_no_shard_appears(tmp_path, case):
     _pictures(tmp_path)
     (tmp_path / "empty.png").touch()
-    row, message = _REFUSED[case]
-    rows = [_asked("hi"), _asked("hi"), row]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(RowError, match=rf"rows\.jsonl, row 3, .*{message}"):
-        shard([str(tmp_path / "rows.jsonl")], tmp_path / "s", 1)
+    example, message = _REFUSED[case]
+    examples = [_asked("hi"), _asked("hi"), example]
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    with pytest.raises(ExampleError, match=rf"examples\.jsonl, line 3, .*{message}"):
+        shard([str(tmp_path / "examples.jsonl")], tmp_path / "s", 1)
     assert list((tmp_path / "s").iterdir()) == []
 
 
 @pytest.fixture
 def ten(tmp_path):
-    rows = [_asked("x" * n) for n in range(1, 11)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(tmp_path / "rows.jsonl"), rows
+    examples = [_asked("x" * n) for n in range(1, 11)]
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    return str(tmp_path / "examples.jsonl"), examples
 
 
 def _contents(pattern: Path) -> list:
-    source = RowSource([str(pattern)])
+    source = ExampleSource([str(pattern)])
     return [source[i][1] for i in range(len(source))]
 
 
-def test_shards_are_the_rows_in_order_the_same_each_time_and_again_when_sharded_again(tmp_path, ten):
-    path, rows = ten
+def test_shards_are_the_examples_in_order_the_same_each_time_and_again_when_sharded_again(tmp_path, ten):
+    path, examples = ten
     for name in ("a", "b"):
         shard([path], tmp_path / name, 4)
     assert [p.name for p in sorted((tmp_path / "a").iterdir())] == [
-        f"rows-0000{n}-of-00003.arrayrecord" for n in range(3)
+        f"examples-0000{n}-of-00003.arrayrecord" for n in range(3)
     ]
     assert all(p.read_bytes() == (tmp_path / "b" / p.name).read_bytes() for p in (tmp_path / "a").iterdir())
-    assert _contents(tmp_path / "a" / "*") == rows
+    assert _contents(tmp_path / "a" / "*") == examples
     shard([str(tmp_path / "a" / "*")], tmp_path / "c", 3)
-    assert _contents(tmp_path / "c" / "*") == rows
+    assert _contents(tmp_path / "c" / "*") == examples
 
 
 def test_existing_shards_are_neither_overwritten_nor_mixed(tmp_path, ten):
-    path, rows = ten
+    path, examples = ten
     shard([path], tmp_path / "s", 5)
     before = {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()}
     for count in (5, 3):
@@ -242,29 +242,29 @@ def test_existing_shards_are_neither_overwritten_nor_mixed(tmp_path, ten):
             shard([path], tmp_path / "s", count)
     assert {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()} == before
     shard([path], tmp_path / "t", 3)
-    shutil.copy(tmp_path / "t" / "rows-00001-of-00004.arrayrecord", tmp_path / "s")
+    shutil.copy(tmp_path / "t" / "examples-00001-of-00004.arrayrecord", tmp_path / "s")
     with pytest.raises(UserError, match="different sets"):
         _contents(tmp_path / "s" / "*.arrayrecord")
-    # of as many files, but of other rows
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    # of as many files, but of other examples
+    Path(path).write_text("".join(json.dumps(example) + "\n" for example in examples[1:]))
     shard([path], tmp_path / "u", 5)
-    os.remove(tmp_path / "s" / "rows-00001-of-00004.arrayrecord")
-    shutil.copy(tmp_path / "u" / "rows-00001-of-00002.arrayrecord", tmp_path / "s")
-    with pytest.raises(UserError, match=r"rows-00001-of-00002.arrayrecord: of another set"):
+    os.remove(tmp_path / "s" / "examples-00001-of-00004.arrayrecord")
+    shutil.copy(tmp_path / "u" / "examples-00001-of-00002.arrayrecord", tmp_path / "s")
+    with pytest.raises(UserError, match=r"examples-00001-of-00002.arrayrecord: of another set"):
         _contents(tmp_path / "s" / "*.arrayrecord")
 
 
 def test_what_an_interrupted_sharding_leaves_is_no_set_and_is_cleared_by_the_next(tmp_path, ten, monkeypatch):
-    path, rows = ten
+    path, examples = ten
     from jvlm.data import sharding
 
     embed, seen = sharding.embed, []
 
-    def interrupt(row, *arguments):
-        seen.append(row)
+    def interrupt(example, *arguments):
+        seen.append(example)
         if len(seen) == 8:
             raise KeyboardInterrupt
-        return embed(row, *arguments)
+        return embed(example, *arguments)
 
     monkeypatch.setattr(sharding, "embed", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -273,13 +273,13 @@ def test_what_an_interrupted_sharding_leaves_is_no_set_and_is_cleared_by_the_nex
     # as left by a process that was killed
     left = tmp_path / "s" / ".unfinished"
     left.mkdir()
-    for name in ("lock", "rows-00000-of-00004.arrayrecord", "rows-00001-of-00004.arrayrecord.77.partial"):
+    for name in ("lock", "examples-00000-of-00004.arrayrecord", "examples-00001-of-00004.arrayrecord.77.partial"):
         (left / name).touch()
     with pytest.raises(UserError, match="no data file matches"):
         _contents(tmp_path / "s" / "*")
     shard([path], tmp_path / "s", 5)
     assert len(list((tmp_path / "s").iterdir())) == 2
-    assert _contents(tmp_path / "s" / "*") == rows
+    assert _contents(tmp_path / "s" / "*") == examples
 
 
 def test_two_shardings_into_one_folder_and_wrong_arguments_are_refused(tmp_path, ten):
@@ -289,11 +289,11 @@ def test_two_shardings_into_one_folder_and_wrong_arguments_are_refused(tmp_path,
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is writing shards there"):
             shard([path], tmp_path / "s", 5)
-    with pytest.raises(UserError, match="rows_per_shard is 0; it must be at least 1"):
+    with pytest.raises(UserError, match="examples_per_shard is 0; it must be at least 1"):
         shard([path], tmp_path / "s", 0)
     with pytest.raises(UserError, match="gs://bucket/s: shards are written to this machine's disk"):
         shard([path], "gs://bucket/s", 5)
-    with pytest.raises(UserError, match=r"rows\.jsonl: no folder can be made there"):
+    with pytest.raises(UserError, match=r"examples\.jsonl: no folder can be made there"):
         shard([path], path, 5)
 
 
@@ -305,7 +305,11 @@ def test_two_shardings_into_one_folder_and_wrong_arguments_are_refused(tmp_path,
         (lambda s: s[1].write_bytes(bytes(s[1].stat().st_size)), 2, "00001-of-00002.arrayrecord: .*zero bytes"),
         (lambda s: s[1].unlink(), 2, "00001-of-00002.arrayrecord: missing"),
         (lambda s: s[0].unlink(), 2, "00000-of-00002.arrayrecord: missing"),
-        (lambda s: s[1].write_bytes(_flip(s[1].read_bytes(), 200)), 1, "00001-of-00002.arrayrecord, row 1.*damaged"),
+        (
+            lambda s: s[1].write_bytes(_flip(s[1].read_bytes(), 200)),
+            1,
+            "00001-of-00002.arrayrecord, example 1.*damaged",
+        ),
     ],
 )
 def test_check_names_the_damaged_shard(tmp_path, ten, capsys, damage, status, said):
@@ -319,7 +323,7 @@ def test_check_names_the_damaged_shard(tmp_path, ten, capsys, damage, status, sa
     assert "Traceback" not in output
     if status == 1:
         report = check([str(tmp_path / "s" / "*.arrayrecord")], None)
-        assert (report.rows, len(report.rejected)) == (10, 5)  # short rows are damaged together
+        assert (report.examples, len(report.rejected)) == (10, 5)  # short examples are damaged together
 
 
 def _flip(data: bytes, byte: int) -> bytes:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jvlm.data import stores
-from jvlm.data.shards import RowSource, write_shard
+from jvlm.data.shards import ExampleSource, write_shard
 from jvlm.errors import UserError
 from jvlm.weights.io import load
 
@@ -20,14 +20,14 @@ def here(tmp_path, monkeypatch, bucket):
     return bucket
 
 
-def test_rows_of_a_glob_in_a_bucket_are_read_from_copies_as_new_as_they_are(here, tmp_path, capsys):
+def test_examples_of_a_glob_in_a_bucket_are_read_from_copies_as_new_as_they_are(here, tmp_path, capsys):
     for name, words in (("b", ["3"]), ("a", ["1", "2"])):
         write_shard(tmp_path / "x.arrayrecord", [{"messages": [{"role": "user", "content": word}]} for word in words])
         here.put(f"data/{name}.arrayrecord", (tmp_path / "x.arrayrecord").read_bytes())
-    here.put("data/c.txt", b"no rows")
+    here.put("data/c.txt", b"no examples")
 
     def read():
-        source = RowSource(["gs://bucket/data/*.arrayrecord"])
+        source = ExampleSource(["gs://bucket/data/*.arrayrecord"])
         return [source[i][1]["messages"][0]["content"] for i in range(len(source))]
 
     assert read() == ["1", "2", "3"]
@@ -42,7 +42,7 @@ def test_rows_of_a_glob_in_a_bucket_are_read_from_copies_as_new_as_they_are(here
     assert read() == ["1", "2", "4"]
     assert "copying 1 files" in capsys.readouterr().out
     with pytest.raises(UserError, match="no data file matches 'gs://bucket/data/z"):
-        RowSource(["gs://bucket/data/z*.arrayrecord"])
+        ExampleSource(["gs://bucket/data/z*.arrayrecord"])
 
 
 def test_a_model_in_a_bucket_loads_like_the_folder_it_was(here, tiny):
@@ -63,7 +63,7 @@ def test_what_does_not_fit_the_disk_is_refused_with_both_numbers(here, monkeypat
     here.put("big/a.jsonl", b"{}" * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
     with pytest.raises(UserError, match=r"gs://bucket/big/a.jsonl and 0 more files .* 0.00 GiB, but .* 0.00 GiB free"):
-        RowSource(["gs://bucket/big/a.jsonl"])
+        ExampleSource(["gs://bucket/big/a.jsonl"])
 
 
 def test_without_the_package_for_a_store_the_error_says_what_to_install(monkeypatch):

@@ -1,4 +1,4 @@
-"""Tools in a row reach the chat template as transformers gives them to it, or the row is refused."""
+"""Tools in a row reach the chat template as transformers gives them to it, or the example is refused."""
 
 import json
 
@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from jvlm import families
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.examples import parse_example
 from jvlm.data.processor import Processor
-from jvlm.data.rows import parse_row
 from jvlm.data.template import ChatTemplate
 from tests.chat_templates import FORMATS, KINDS, make
 
@@ -35,8 +35,8 @@ CHATS = {
 }
 
 
-def encode(template, row, **options):
-    conversation = parse_row(row, Origin("rows.jsonl", 3))
+def encode(template, example, **options):
+    conversation = parse_example(example, Origin("examples.jsonl", 3))
     options = {"generation_prompt": False, "origin": conversation.origin, **options}
     return template.tokenize(conversation.messages, tools=conversation.tools, **options)
 
@@ -122,10 +122,10 @@ def test_calls_in_other_forms_are_written_alike(made, call):
 
 
 def test_every_kind_of_no_tools(tiny):
-    row = {"messages": [ASKED, SAID]}
-    expected = tiny.processor.encode(row).tokens
+    example = {"messages": [ASKED, SAID]}
+    expected = tiny.processor.encode(example).tokens
     for nothing in (None, [], "", "[]", "null"):
-        np.testing.assert_array_equal(tiny.processor.encode({**row, "tools": nothing}).tokens, expected)
+        np.testing.assert_array_equal(tiny.processor.encode({**example, "tools": nothing}).tokens, expected)
 
 
 UNUSED = {
@@ -138,9 +138,9 @@ UNUSED = {
 @pytest.mark.parametrize("name", UNUSED)
 @pytest.mark.parametrize("generation_prompt", [False, True])
 def test_a_template_that_does_not_use_them_is_said(tiny, name, generation_prompt):
-    row, says = UNUSED[name]
-    with pytest.raises(RowError, match=says):
-        tiny.processor.encode(parse_row(row, Origin("rows.jsonl", 3)), generation_prompt=generation_prompt)
+    example, says = UNUSED[name]
+    with pytest.raises(ExampleError, match=says):
+        tiny.processor.encode(parse_example(example, Origin("examples.jsonl", 3)), generation_prompt=generation_prompt)
 
 
 def test_a_tokenizer_with_a_template_of_its_own_for_tools(tiny):
@@ -148,9 +148,9 @@ def test_a_tokenizer_with_a_template_of_its_own_for_tools(tiny):
     plain = tokenizer.chat_template
     tokenizer.chat_template = {"default": plain, "tool_use": "{{ tools | tojson }}" + plain}
     processor = Processor(tokenizer, tiny.model.config)
-    row = {"messages": [ASKED, SAID]}
-    np.testing.assert_array_equal(processor.encode(row).tokens, tiny.processor.encode(row).tokens)
-    told = processor.encode({**row, "tools": [WEATHER]})
+    example = {"messages": [ASKED, SAID]}
+    np.testing.assert_array_equal(processor.encode(example).tokens, tiny.processor.encode(example).tokens)
+    told = processor.encode({**example, "tools": [WEATHER]})
     assert "get_weather" in tokenizer.decode(told.tokens)
     assert (told.tokens == tokenizer.eos_token_id).sum() == 3
 
@@ -172,5 +172,5 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_tools_that_are_none_are_refused_with_their_field(name):
     change, says = BAD[name]
-    with pytest.raises(RowError, match=f"rows.jsonl, row 3, field .*{says}"):
-        parse_row({"messages": [ASKED, SAID], **change}, Origin("rows.jsonl", 3))
+    with pytest.raises(ExampleError, match=f"examples.jsonl, line 3, field .*{says}"):
+        parse_example({"messages": [ASKED, SAID], **change}, Origin("examples.jsonl", 3))

@@ -1,4 +1,4 @@
-"""A turn on its own has what its messages hold, whatever their roles: against rows taken apart by hand."""
+"""A turn on its own has what its messages hold, whatever their roles: against examples taken apart by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jvlm.data.boxes import Point
 from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Text, Video
-from jvlm.data.rows import parse_row, tagged
+from jvlm.data.examples import parse_example, tagged
 from jvlm.data.turns import next_turn, single_turns, without_answer
 from jvlm.evaluation.questions import questions_of
 from jvlm.evaluation.score import ask
@@ -108,17 +108,17 @@ def conversations(draw):
 
 @settings(max_examples=400, deadline=None)
 @given(conversations())
-def test_every_item_goes_to_the_turn_in_whose_message_its_tag_stands(row):
-    assert [taken_apart(turn) for turn in single_turns(row)] == alone_by_hand(taken_apart(row))
+def test_every_item_goes_to_the_turn_in_whose_message_its_tag_stands(example):
+    assert [taken_apart(turn) for turn in single_turns(example)] == alone_by_hand(taken_apart(example))
 
 
 @settings(max_examples=300, deadline=None)
 @given(conversations())
-def test_a_chain_is_the_row_with_the_models_words_in_place_of_its_answers(row):
-    whole, said = taken_apart(row), []
+def test_a_chain_is_the_example_with_the_models_words_in_place_of_its_answers(example):
+    whole, said = taken_apart(example), []
     asked = [i for i, (role, *_) in enumerate(whole) if role == "assistant" and prompt_of(whole, i) is not None]
     for end in asked:
-        turn = taken_apart(next_turn(row, said))
+        turn = taken_apart(next_turn(example, said))
         assert len(turn) == end + 1
         for index, (message, found) in enumerate(zip(whole, turn, strict=False)):
             words = [f"said {index} <image>"] if index in asked and index < end else message[2]
@@ -134,14 +134,14 @@ def test_a_chain_is_the_row_with_the_models_words_in_place_of_its_answers(row):
                     assert (atom[1], atom[2]) in named or atom[2] is None
                     assert atom[2] not in later
         said.append(f"said {end} <image>")
-    assert next_turn(row, said) is None
+    assert next_turn(example, said) is None
 
 
 @settings(max_examples=200, deadline=None)
 @given(conversations())
-def test_a_prompt_leaves_out_the_final_answer_and_what_belongs_to_it(row):
-    whole = taken_apart(row)
-    prompt = taken_apart(without_answer(row))
+def test_a_prompt_leaves_out_the_final_answer_and_what_belongs_to_it(example):
+    whole = taken_apart(example)
+    prompt = taken_apart(without_answer(example))
     kept = whole[:-1] if whole[-1][0] == "assistant" else whole
     assert [without_pictures(atoms) for *_, atoms in prompt] == [without_pictures(atoms) for *_, atoms in kept]
 
@@ -159,7 +159,7 @@ def _names(example):
 
 
 def test_a_picture_of_a_tool_belongs_to_the_turn_that_follows_it():
-    row = parse_row(
+    example = parse_example(
         {
             "messages": [
                 message("user", "<image>what?"),
@@ -172,7 +172,7 @@ def test_a_picture_of_a_tool_belongs_to_the_turn_that_follows_it():
             "images": ["red.png", "green.png", "blue.png"],
         }
     )
-    zoom, green, blue = single_turns(row)
+    zoom, green, blue = single_turns(example)
     assert _sources(zoom) == ("red.png",)
     assert _sources(green) == ("red.png", "green.png")
     assert [tagged(m.content) for m in green.messages] == ["<image>what?", "zoom", "<image>", "green"]
@@ -182,7 +182,7 @@ def test_a_picture_of_a_tool_belongs_to_the_turn_that_follows_it():
 
 
 def test_names_and_boxes_of_the_system_turn_stay_there():
-    row = parse_row(
+    example = parse_example(
         {
             "messages": [
                 message("system", "you look for <ref-object> at <bbox> in <image>"),
@@ -193,7 +193,7 @@ def test_names_and_boxes_of_the_system_turn_stay_there():
             "objects": {"ref": ["cats", "a dog", "a cow"], "bbox": [[1, 2]], "image_id": [0]},
         }
     )
-    (question,) = questions_of(row)
+    (question,) = questions_of(example)
     assert _sources(question.conversation) == ("legend.png", "photo.png")
     assert _names(question.conversation) == ["cats", "a dog"]
     assert question.expected == "a cow"
@@ -201,7 +201,7 @@ def test_names_and_boxes_of_the_system_turn_stay_there():
 
 
 def test_a_greeting_is_no_question_and_stays_in_a_chain():
-    row = parse_row(
+    example = parse_example(
         {
             "messages": [
                 message("assistant", "hello, I look at <ref-object>"),
@@ -213,8 +213,8 @@ def test_a_greeting_is_no_question_and_stays_in_a_chain():
             "objects": {"ref": ["pictures", "a cat"]},
         }
     )
-    assert [q.expected for q in questions_of(row)] == ["a cat", "yes"]
-    chained = next_turn(row, ["a dog"])
+    assert [q.expected for q in questions_of(example)] == ["a cat", "yes"]
+    chained = next_turn(example, ["a dog"])
     assert [tagged(m.content) for m in chained.messages] == [
         "hello, I look at <ref-object>",
         "what is it?",
@@ -235,7 +235,7 @@ def test_the_model_is_shown_the_pictures_of_the_turn(tiny, monkeypatch, how):
         return ["green"] * len(conversations)
 
     monkeypatch.setattr("jvlm.evaluation.score.generate", remember)
-    row = parse_row(
+    record = parse_example(
         {
             "messages": [
                 message("system", "<image>legend"),
@@ -250,7 +250,7 @@ def test_the_model_is_shown_the_pictures_of_the_turn(tiny, monkeypatch, how):
         }
     )
     legend, red, green, blue = [(56 + 28 * i, 56) for i in range(4)]
-    answers = ask(tiny.model, tiny.processor, [row], ask=how)
+    answers = ask(tiny.model, tiny.processor, [record], ask=how)
     assert [a.score for a in answers] == [0, 1, 0]
     last = [legend, red, blue] if how == "independent" else [legend, red, green, blue]
     assert shown == [[legend, red], [legend, red, green], last]
@@ -258,7 +258,7 @@ def test_the_model_is_shown_the_pictures_of_the_turn(tiny, monkeypatch, how):
 
 def test_calls_of_tools_are_learnt_but_not_asked_and_stay_in_a_chain():
     call = {"function": {"name": "zoom", "arguments": {}}}
-    row = parse_row(
+    example = parse_example(
         {
             "messages": [
                 message("user", "what?"),
@@ -270,18 +270,18 @@ def test_calls_of_tools_are_learnt_but_not_asked_and_stay_in_a_chain():
             ]
         }
     )
-    assert [tagged(turn.messages[-1].content) for turn in single_turns(row)] == ["let me see", "", "a cat"]
-    assert [m.fields for m in single_turns(row)[-1].messages] == [m.fields for m in row.messages[2:]]
-    assert [q.expected for q in questions_of(row)] == ["let me see", "a cat"]
-    chained = next_turn(row, ["I see nothing"])
+    assert [tagged(turn.messages[-1].content) for turn in single_turns(example)] == ["let me see", "", "a cat"]
+    assert [m.fields for m in single_turns(example)[-1].messages] == [m.fields for m in example.messages[2:]]
+    assert [q.expected for q in questions_of(example)] == ["let me see", "a cat"]
+    chained = next_turn(example, ["I see nothing"])
     assert [tagged(m.content) for m in chained.messages] == ["what?", "I see nothing", "well?", "", "a cat", "a cat"]
-    assert [m.fields for m in chained.messages] == [m.fields for m in row.messages]
+    assert [m.fields for m in chained.messages] == [m.fields for m in example.messages]
 
 
 @pytest.mark.parametrize("answer", ["<image>", "<bbox> and <ref-object>", "<video>", "an <image> of <|im_end|>"])
 def test_an_answer_of_the_model_that_spells_tags_is_asked_after_as_the_text_that_it_is(tiny, answer):
     objects = {"ref": ["the cat"], "bbox": [[1, 2, 3, 4]]}
-    row = parse_row(
+    record = parse_example(
         {
             "messages": [
                 message("user", "<image>where?"),
@@ -293,7 +293,7 @@ def test_an_answer_of_the_model_that_spells_tags_is_asked_after_as_the_text_that
             "objects": objects,
         }
     )
-    prompt = without_answer(next_turn(row, [answer]))
+    prompt = without_answer(next_turn(record, [answer]))
     assert prompt.messages[1].content == (Text(answer),)
     example = tiny.processor.encode(prompt, generation_prompt=True)
     assert len(example.sizes) == 1

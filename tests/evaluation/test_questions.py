@@ -1,4 +1,4 @@
-"""Questions out of rows, and their scores."""
+"""Questions out of examples, and their scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from jvlm.data.boxes import Box
 from jvlm.data.content import ObjectBox, ObjectName
 from jvlm.data.errors import Origin
-from jvlm.data.rows import parse_row, tagged
+from jvlm.data.examples import parse_example, tagged
 from jvlm.evaluation import questions, report, score
 from jvlm.evaluation.questions import TextOnlyBaseline, questions_of
 from jvlm.evaluation.score import Scores
@@ -20,8 +20,8 @@ from tests.training import support
 PICTURE = np.zeros((32, 64, 3), np.uint8)
 
 
-def _row(*turns, **fields):
-    return parse_row({**_messages(*turns), **fields})
+def _example(*turns, **fields):
+    return parse_example({**_messages(*turns), **fields})
 
 
 def _messages(*turns):
@@ -34,12 +34,12 @@ def _messages(*turns):
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processor")
-    return starting_model.start_model(support.experiment(folder, support.write_rows(folder, 1)))[1]
+    return starting_model.start_model(support.experiment(folder, support.write_examples(folder, 1)))[1]
 
 
 def test_each_turn_is_asked_alone_with_the_pictures_seen_so_far():
-    row = _row(("<image>first?", "a"), ("second?", "b"), ("<image>third?", "c"), images=[PICTURE, PICTURE + 1])
-    asked = questions_of(row)
+    example = _example(("<image>first?", "a"), ("second?", "b"), ("<image>third?", "c"), images=[PICTURE, PICTURE + 1])
+    asked = questions_of(example)
     contents = [[tagged(m.content) for m in q.conversation.messages] for q in asked]
     assert contents == [["<image>first?"], ["<image>second?"], ["<image><image>third?"]]
     assert [len(q.conversation.images) for q in asked] == [1, 1, 2]
@@ -47,7 +47,7 @@ def test_each_turn_is_asked_alone_with_the_pictures_seen_so_far():
 
 
 def test_a_system_turn_stays_and_no_answer_is_given_away():
-    row = parse_row(
+    example = parse_example(
         {
             "messages": [
                 {"role": "system", "content": "be brief"},
@@ -58,17 +58,17 @@ def test_a_system_turn_stays_and_no_answer_is_given_away():
             ]
         }
     )
-    assert [tagged(m.content) for m in questions_of(row)[1].conversation.messages] == ["be brief", "two?"]
+    assert [tagged(m.content) for m in questions_of(example)[1].conversation.messages] == ["be brief", "two?"]
 
 
 def test_references_and_boxes_go_to_the_turns_that_use_them():
-    row = _row(
+    example = _example(
         ("<image>where is <ref-object>?", "at <bbox>"),
         ("what is at <bbox>?", "<ref-object>"),
         images=[PICTURE],
         objects={"ref": ["the cat", "a dog"], "bbox": [[1, 2, 3, 4], [5, 6, 7, 8]]},
     )
-    first, second = questions_of(row)
+    first, second = questions_of(example)
     answered, given = Box(1, 2, 3, 4, "original"), Box(5, 6, 7, 8, "original")
     assert ObjectName("the cat") in first.conversation.messages[0].content
     assert (first.boxes, first.conversation.boxes) == ((ObjectBox(answered),), ())
@@ -80,13 +80,13 @@ def test_references_and_boxes_go_to_the_turns_that_use_them():
     [("Yes", 1), (" yes. ", 1), ("<think>no?</think>\n\nyes", 1), ("no", 0), ("yes it is", 0), ("", 0)],
 )
 def test_words_count_when_they_match_exactly_but_for_case_space_full_stop_and_thinking(processor, response, right):
-    (question,) = questions_of(_row(("is it?", "yes")))
+    (question,) = questions_of(_example(("is it?", "yes")))
     assert score.score(question, response, processor).score == right
 
 
 def test_a_box_is_compared_in_pixels_of_the_original_picture(processor):
-    row = _row(("<image>where?", "<bbox>"), images=[PICTURE], objects={"bbox": [[16, 8, 48, 24]]})
-    (question,) = questions_of(row)
+    example = _example(("<image>where?", "<bbox>"), images=[PICTURE], objects={"bbox": [[16, 8, 48, 24]]})
+    (question,) = questions_of(example)
     (_, (width, height)) = processor.encode(question.conversation).sizes[0]
     inside = [round(v * s) for v, s in zip((0.25, 0.25, 0.75, 0.75), (width, height) * 2, strict=True)]
     answer = score.score(question, f'```json\n[{{"bbox_2d": {inside}, "label": "x"}}]\n```', processor)
@@ -99,13 +99,13 @@ def test_a_box_is_compared_in_pixels_of_the_original_picture(processor):
 
 
 def test_a_box_is_compared_on_the_picture_it_is_on_whatever_comes_before(processor):
-    row = _row(
+    example = _example(
         ("<video><image><image>where?", "<bbox>"),
         images=[PICTURE, np.zeros((64, 32, 3), np.uint8)],
         videos=[[np.zeros((96, 16, 3), np.uint8)] * 2],
         objects={"bbox": [[0.5, 0.5, 1, 1]], "bbox_type": "norm1", "image_id": [1]},
     )
-    (question,) = questions_of(row)
+    (question,) = questions_of(example)
     width, height = processor.encode(question.conversation).sizes[2].resized
     answer = score.score(question, str([width // 2, height // 2, width, height]), processor)
     assert answer.score == pytest.approx(1.0)
@@ -113,16 +113,18 @@ def test_a_box_is_compared_on_the_picture_it_is_on_whatever_comes_before(process
 
 
 def test_a_point_is_right_inside_the_expected_box_and_near_the_expected_point(processor):
-    row = _row(("<image>click", "<bbox>"), images=[PICTURE], objects={"bbox": [[48, 8]]})
-    (question,) = questions_of(row)
+    example = _example(("<image>click", "<bbox>"), images=[PICTURE], objects={"bbox": [[48, 8]]})
+    (question,) = questions_of(example)
     width, height = processor.encode(question.conversation).sizes[0].resized
     assert score.score(question, f"click({width * 3 // 4}, {height // 4})", processor).score == 1
     assert score.score(question, f"click({width // 4}, {height // 4})", processor).score == 0
 
 
 def test_several_boxes_are_matched_one_to_one_and_a_missing_one_counts_zero(processor):
-    row = _row(("<image>where?", "<bbox><bbox>"), images=[PICTURE], objects={"bbox": [[0, 0, 8, 8], [32, 0, 64, 32]]})
-    (question,) = questions_of(row)
+    example = _example(
+        ("<image>where?", "<bbox><bbox>"), images=[PICTURE], objects={"bbox": [[0, 0, 8, 8], [32, 0, 64, 32]]}
+    )
+    (question,) = questions_of(example)
     ((_, resized),) = processor.encode(question.conversation).sizes
     second = [resized[0] // 2, 0, resized[0], resized[1]]
     assert score.score(question, str(second), processor).score == pytest.approx(0.5)
@@ -130,8 +132,12 @@ def test_several_boxes_are_matched_one_to_one_and_a_missing_one_counts_zero(proc
 
 
 def test_the_text_only_baseline_is_the_most_frequent_training_answer_to_the_same_words():
-    train = [_row(("red?", "yes")), _row(("red?", "no")), _row(("red?", "no")), _row(("blue?", "yes"))]
-    test = [q for row in (_row(("red?", "no")), _row(("blue?", "no")), _row(("new?", "no"))) for q in questions_of(row)]
+    train = [_example(("red?", "yes")), _example(("red?", "no")), _example(("red?", "no")), _example(("blue?", "yes"))]
+    test = [
+        q
+        for example in (_example(("red?", "no")), _example(("blue?", "no")), _example(("new?", "no")))
+        for q in questions_of(example)
+    ]
     baseline = TextOnlyBaseline(train, test)
     # "new?" was never asked: the answers of all training questions are tied, the first seen wins
     assert [baseline.answer(q) for q in test] == ["no", "yes", "yes"]
@@ -144,14 +150,14 @@ def test_the_text_only_baseline_holds_one_training_conversation_at_a_time_and_a_
 
     def stream():
         for number in range(300):
-            row = _row((f"question {number % 50}?", "no" if number % 3 else f"answer {number}"))
-            alive.add(row)
+            example = _example((f"question {number % 50}?", "no" if number % 3 else f"answer {number}"))
+            alive.add(example)
             most.append(len(alive))
-            yield row
-            del row
+            yield example
+            del example
 
     most: list[int] = []
-    test = questions_of(_row(("question 1?", "no"), ("never asked?", "no")))
+    test = questions_of(_example(("question 1?", "no"), ("never asked?", "no")))
     baseline = TextOnlyBaseline(stream(), test)
     assert max(most) <= 3
     assert [baseline.answer(question) for question in test] == ["no", "no"]
@@ -159,8 +165,10 @@ def test_the_text_only_baseline_holds_one_training_conversation_at_a_time_and_a_
 
 
 def test_scores_keep_words_and_boxes_apart(processor):
-    row = _row(("<image>red?", "yes"), ("where?", "<bbox>"), images=[PICTURE], objects={"bbox": [[0, 0, 64, 32]]})
-    words, boxed = questions_of(row)
+    example = _example(
+        ("<image>red?", "yes"), ("where?", "<bbox>"), images=[PICTURE], objects={"bbox": [[0, 0, 64, 32]]}
+    )
+    words, boxed = questions_of(example)
     ((_, resized),) = processor.encode(boxed.conversation).sizes
     answers = [score.score(words, "no", processor), score.score(boxed, str([0, 0, *resized]), processor)]
     result = Scores.of(answers)
@@ -170,7 +178,7 @@ def test_scores_keep_words_and_boxes_apart(processor):
 def test_the_report_shows_answers_on_their_picture_only(processor):
     other = np.full((32, 64, 3), 200, np.uint8)
     boxes = {"objects": {"bbox": [[0, 0, 64, 32], [0, 0, 32, 32]], "image_id": [0, 1]}}
-    rows = {
+    examples = {
         "one picture": {"turns": [("<image>red?", "yes"), ("where?", "no")], "images": [PICTURE]},
         "another one later": {
             "turns": [("<image>where?", "<bbox>"), ("<image>and here?", "<bbox>")],
@@ -180,8 +188,8 @@ def test_the_report_shows_answers_on_their_picture_only(processor):
         "a picture that is first asked about later": {"turns": [("hi", "yes"), ("<image>?", "no")], "images": [other]},
     }
     answers = []
-    for number, (name, fields) in enumerate(rows.items(), 1):
+    for number, (name, fields) in enumerate(examples.items(), 1):
         fields = dict(fields)
-        row = parse_row(_messages(*fields.pop("turns")) | fields, Origin(name, number))
-        answers += [score.score(question, "no", processor) for question in questions_of(row)]
+        example = parse_example(_messages(*fields.pop("turns")) | fields, Origin(name, number))
+        answers += [score.score(question, "no", processor) for question in questions_of(example)]
     assert [(p.name, len(p.answers)) for p in report.pictures(answers, ())] == [("one picture #1", 2)]

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from jvlm import families
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.examples import parse_example
 from jvlm.data.image_processor import ImageProcessorConfig
-from jvlm.data.rows import parse_row
 
 QWEN, TILES, EDGES = (families.get(name).image_config for name in ("qwen2_5_vl", "mm1_5", "idefics2"))
 BAD = {
@@ -51,9 +51,9 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_setting_of_an_example_is_refused_with_its_field_and_a_fix(kind):
     config, fields, field, problem = BAD[kind]
-    row = {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": fields}
-    conversation = parse_row(row, Origin("rows.jsonl", 12))
-    with pytest.raises(RowError, match=f"row 12, field 'chat_template_kwargs.{field}': .*{problem}"):
+    example = {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": fields}
+    conversation = parse_example(example, Origin("examples.jsonl", 12))
+    with pytest.raises(ExampleError, match=f"line 12, field 'chat_template_kwargs.{field}': .*{problem}"):
         config.for_example(dict(conversation.image_settings), conversation.origin)
 
 

@@ -134,8 +134,8 @@ import sys
 sys.path.insert(0, {str(site)!r})
 import jvlm
 model, processor = jvlm.load({str(tmp_path / "run")!r})
-row = {{"messages": [{{"role": "user", "content": "<image>what is it?"}}], "images": [{str(tmp_path / "a.png")!r}]}}
-print(repr(jvlm.generate(model, processor, [row], max_new_tokens=8, temperature=0.0)))
+example = {{"messages": [{{"role": "user", "content": "<image>what is it?"}}], "images": [{str(tmp_path / "a.png")!r}]}}
+print(repr(jvlm.generate(model, processor, [example], max_new_tokens=8, temperature=0.0)))
 """
     assert support.run_python(code, timeout=600).strip().splitlines()[-1] == repr(answers(*loaded))
 

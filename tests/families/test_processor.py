@@ -43,8 +43,8 @@ def test_another_processor_has_everything_that_its_settings_decide(made):
     assert (plain.delimiter_ids, plain.merged_delimiter_id) == ((), None)
     assert plain.settings()["image"]["delimiter"] == ""
     assert (plain.media_roots, plain.generation, plain.tokenizer) == (("somewhere",), {"top_k": 3}, tokenizer)
-    row = {"messages": [{"role": "user", "content": "<image>?"}], "images": [support.picture(40, 40)]}
-    with_delimiters, without = (p.encode(row, generation_prompt=True).tokens for p in (processor, plain))
+    example = {"messages": [{"role": "user", "content": "<image>?"}], "images": [support.picture(40, 40)]}
+    with_delimiters, without = (p.encode(example, generation_prompt=True).tokens for p in (processor, plain))
     assert (with_delimiters == fake).sum() == 6  # five crops of 4 tokens, one delimiter between two
     assert (without == fake).sum() == 0
     # the first is as it was

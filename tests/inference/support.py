@@ -1,4 +1,4 @@
-"""transformers' greedy answers to a row: the oracle of generation."""
+"""transformers' greedy answers to an example: the oracle of generation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tests.support import Tiny, hf_inputs
 MEDIA = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
 
 
-def oracle_tokens(tiny: Tiny, row: dict[str, Any], max_new_tokens: int, **options: Any) -> list[int]:
-    """New tokens, the one that stops included, of transformers' own generation loop for one row."""
-    inputs = hf_inputs(tiny, row, generation_prompt=True)
+def oracle_tokens(tiny: Tiny, example: dict[str, Any], max_new_tokens: int, **options: Any) -> list[int]:
+    """New tokens, the one that stops included, of transformers' own generation loop for one example."""
+    inputs = hf_inputs(tiny, example, generation_prompt=True)
     never = [tiny.config[name] for name in MEDIA]
     never += range(len(tiny.processor.tokenizer), tiny.config["vocab_size"])
     plain = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -22,5 +22,5 @@ def oracle_tokens(tiny: Tiny, row: dict[str, Any], max_new_tokens: int, **option
 
 
 def prompt(text: str, **media: Any) -> dict[str, Any]:
-    """A row of one user turn."""
+    """An example of one user turn."""
     return {"messages": [{"role": "user", "content": text}], **media}

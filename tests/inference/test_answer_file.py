@@ -1,4 +1,4 @@
-"""An output is touched only when every byte of it is proved to be the answers to these rows with these settings."""
+"""An output is touched only when every byte of it is proved to be the answers to these examples with these settings."""
 
 import errno
 import json
@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from jvlm.data.shards import RowSource
+from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from jvlm.inference.answer_file import HASH, AnswerFile, Run, check_paths
 from tests.support import ROOT
 
-ROWS = [
+EXAMPLES = [
     {"messages": [{"role": "user", "content": "wäs ist das?"}], "id": 1},
     {"messages": [{"role": "user", "content": "b"}], "number": float("nan")},
     {"messages": [{"role": "user", "content": "c"}], "label": "half \ud83d an emoji, é"},
@@ -25,12 +25,12 @@ RUN = Run("11aa", SETTINGS, "data", 4, "/models/a")
 OTHER = Run("22bb", {"model": {"weights": "b"}, "sampling": {"max_new_tokens": 9, "temperature": 0.0}}, "data", 4, "/b")
 
 
-def answered(row, **changes):
+def answered(example, **changes):
     answer = {"response": "ja", "prompt_tokens": 3, "response_tokens": 2, "finish": "stop", HASH: RUN.settings_hash}
-    return {**row, **answer, **changes}
+    return {**example, **answer, **changes}
 
 
-LINES = [answered(row) for row in ROWS]
+LINES = [answered(example) for example in EXAMPLES]
 
 
 def to_text(lines):
@@ -40,7 +40,7 @@ def to_text(lines):
 @pytest.fixture
 def data(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text(to_text(ROWS))
+    path.write_text(to_text(EXAMPLES))
     return path
 
 
@@ -52,7 +52,7 @@ def output(tmp_path):
 def resume(data, output, run=RUN, lines=(), **options):
     """Lines that were there, after more have been appended."""
     with AnswerFile.opened(output) as file:
-        done = file.resume(RowSource([str(data)]), data, run, **options)
+        done = file.resume(ExampleSource([str(data)]), data, run, **options)
         file.append(list(lines))
     return done
 
@@ -61,7 +61,7 @@ def begun(data, output, lines=LINES[:2], run=RUN):
     resume(data, output, run, lines)
 
 
-def test_lines_are_the_rows_whatever_is_in_them_and_go_on_where_they_end(data, output):
+def test_lines_are_the_examples_whatever_is_in_them_and_go_on_where_they_end(data, output):
     assert resume(data, output, lines=LINES[:3]).lines == 0
     assert resume(data, output, lines=LINES[3:]).lines == 3
     assert resume(data, output).lines == 4
@@ -81,35 +81,44 @@ def test_a_line_cut_anywhere_is_taken_away(data, output, index, cut):
 
 
 def test_an_error_counts_as_done_but_not_as_an_answer(data, output):
-    error = {**ROWS[0], "error": "no picture", HASH: RUN.settings_hash}
+    error = {**EXAMPLES[0], "error": "no picture", HASH: RUN.settings_hash}
     begun(data, output, [error, LINES[1]])
     done = resume(data, output)
     assert (done.answered, done.errors) == (1, 1)
 
 
 FOREIGN = {
-    "a copy of the data": (to_text(ROWS), r"line 1, is row 1 of .*data\.jsonl without an answer"),
-    "a copy of the data without its last newline": (to_text(ROWS[:1])[:-1], "line 1, is not the beginning"),
-    "half of a copy": (to_text(ROWS[:1])[:30], "line 1, is not the beginning of an answer to row 1"),
+    "a copy of the data": (to_text(EXAMPLES), r"line 1, is example 1 of .*data\.jsonl without an answer"),
+    "a copy of the data without its last newline": (to_text(EXAMPLES[:1])[:-1], "line 1, is not the beginning"),
+    "half of a copy": (to_text(EXAMPLES[:1])[:30], "line 1, is not the beginning of an answer to example 1"),
     "notes": ("my notes\n", "line 1, is not JSON"),
     "notes without a newline": ("my notes", "line 1, is not the beginning"),
     "an empty line": ("\n", "line 1, is not JSON"),
     "NUL bytes": ("\0" * 40 + "\n", "line 1, is not JSON"),
     "NUL bytes without an end": ("\0" * 40, "line 1, is not the beginning"),
-    "another order": (to_text([LINES[1], LINES[0]]), "line 1, is not an answer to row 1"),
-    "a line left out": (to_text([LINES[0], LINES[2]]), "line 2, is not an answer to row 2"),
-    "too many lines": (to_text([*LINES, LINES[3]]), r"line 5, has no row among the 4 of .*data\.jsonl"),
-    "no more than the response": (to_text([{**ROWS[0], "response": "ja"}]), "line 1, is row 1 .* without an answer"),
+    "another order": (to_text([LINES[1], LINES[0]]), "line 1, is not an answer to example 1"),
+    "a line left out": (to_text([LINES[0], LINES[2]]), "line 2, is not an answer to example 2"),
+    "too many lines": (to_text([*LINES, LINES[3]]), r"line 5, has no example among the 4 of .*data\.jsonl"),
+    "no more than the response": (
+        to_text([{**EXAMPLES[0], "response": "ja"}]),
+        "line 1, is example 1 .* without an answer",
+    ),
     "answers of unknown settings": (to_text([{k: v for k, v in LINES[0].items() if k != HASH}]), f"without a {HASH}"),
-    "a list": ("[1, 2]\n", "line 1, is not an answer to row 1"),
+    "a list": ("[1, 2]\n", "line 1, is not an answer to example 1"),
     "deep JSON": ("[" * 100_000 + "\n", "line 1, is not JSON"),
-    "good lines, then notes": (to_text(LINES[:2]) + "my notes", "line 3, is not the beginning of an answer to row 3"),
-    "good lines, then NULs": (to_text(LINES[:2]) + "\0" * 9, "line 3, is not the beginning of an answer to row 3"),
-    "good lines, then a row": (to_text(LINES[:2]) + to_text(ROWS[2:3]), "line 3, is row 3 of .* without an answer"),
+    "good lines, then notes": (
+        to_text(LINES[:2]) + "my notes",
+        "line 3, is not the beginning of an answer to example 3",
+    ),
+    "good lines, then NULs": (to_text(LINES[:2]) + "\0" * 9, "line 3, is not the beginning of an answer to example 3"),
+    "good lines, then an example": (
+        to_text(LINES[:2]) + to_text(EXAMPLES[2:3]),
+        "line 3, is example 3 of .* without an answer",
+    ),
 }
 
 
-# after a line of ours, half of a row is the beginning of the next
+# after a line of ours, half of an example is the beginning of the next
 @pytest.mark.parametrize(
     ("name", "ours"), [(n, o) for n in FOREIGN for o in (False, True) if (n, o) != ("half of a copy", True)]
 )
@@ -146,7 +155,7 @@ def test_other_settings_are_refused_with_both_values_and_recorded_once_accepted(
         assert words in str(caught.value)
     assert "temperature" not in str(caught.value)
     assert output.read_bytes() == before
-    line = answered(ROWS[2], **{HASH: OTHER.settings_hash})
+    line = answered(EXAMPLES[2], **{HASH: OTHER.settings_hash})
     assert resume(data, output, OTHER, [line], accept_changes=True).lines == 2
     runs = json.loads(output.with_name("out.jsonl.meta.json").read_text())["runs"]
     assert [(run[HASH], run["first_line"], run["settings"]) for run in runs] == [
@@ -160,9 +169,9 @@ def test_other_settings_are_refused_with_both_values_and_recorded_once_accepted(
 
 def test_other_data_is_refused_and_goes_on_once_accepted(data, output):
     begun(data, output)
-    data.write_text(to_text([*ROWS, ROWS[0]]))
+    data.write_text(to_text([*EXAMPLES, EXAMPLES[0]]))
     longer = Run("11aa", SETTINGS, "more", 5, "/models/a")
-    with pytest.raises(UserError, match=r"data: 'data' -> 'more'; rows: 4 -> 5"):
+    with pytest.raises(UserError, match=r"data: 'data' -> 'more'; examples: 4 -> 5"):
         resume(data, output, longer)
     assert resume(data, output, longer, accept_changes=True).lines == 2
     assert resume(data, output, longer).lines == 2
@@ -292,9 +301,11 @@ def test_a_missing_data_file_and_an_empty_glob_are_named(tmp_path):
             check_paths(tmp_path / name, tmp_path / "out.jsonl")
 
 
-def test_rows_of_several_files_with_blank_lines_are_named_as_an_editor_does(tmp_path, output):
-    (tmp_path / "d1.jsonl").write_text(to_text(ROWS[:2]))
-    (tmp_path / "d2.jsonl").write_text("\n\n" + to_text(ROWS[2:]))
+def test_examples_of_several_files_with_blank_lines_are_named_as_an_editor_does(tmp_path, output):
+    (tmp_path / "d1.jsonl").write_text(to_text(EXAMPLES[:2]))
+    (tmp_path / "d2.jsonl").write_text("\n\n" + to_text(EXAMPLES[2:]))
     output.write_text(to_text([*LINES[:2], LINES[3]]))
-    with pytest.raises(UserError, match=r"line 3, is not an answer to row 3 of .*d\*\.jsonl \(.*d2\.jsonl, line 3\)"):
+    with pytest.raises(
+        UserError, match=r"line 3, is not an answer to example 3 of .*d\*\.jsonl \(.*d2\.jsonl, line 3\)"
+    ):
         resume(tmp_path / "d*.jsonl", output)

@@ -1,11 +1,11 @@
-"""A file of rows to a file of answers, interrupted and continued."""
+"""A file of examples to a file of answers, interrupted and continued."""
 
 import json
 
 import pytest
 
 import jvlm
-from jvlm.data.errors import RowError
+from jvlm.data.errors import ExampleError
 from jvlm.errors import UserError
 from jvlm.inference.batch_file import FileResult, generate_file
 from jvlm.inference.engine import Engine
@@ -18,20 +18,20 @@ SAMPLING = SamplingConfig(max_new_tokens=5, temperature=1.5, seed=1)
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """Rows of one picture each, and the folder that their relative paths start from."""
-    folder = tmp_path_factory.mktemp("rows")
-    rows = []
+def examples(tmp_path_factory):
+    """Examples of one picture each, and the folder that their relative paths start from."""
+    folder = tmp_path_factory.mktemp("examples")
+    examples = []
     for i in range(5):
         picture(84, 56, seed=i).save(folder / f"{i}.png")
-        rows.append({**prompt(f"<image>what is {i}?", images=[f"{i}.png"]), "id": i})
-    return folder, rows
+        examples.append({**prompt(f"<image>what is {i}?", images=[f"{i}.png"]), "id": i})
+    return folder, examples
 
 
 @pytest.fixture
-def data(rows, tmp_path):
-    """A function that writes lines (rows, or text as it stands) to a file beside the pictures."""
-    folder, _ = rows
+def data(examples, tmp_path):
+    """A function that writes lines (examples, or text as it stands) to a file beside the pictures."""
+    folder, _ = examples
 
     def write(lines, name):
         path = folder / name
@@ -50,24 +50,24 @@ def read(path):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, rows):
+def whole(tiny, examples):
     """Input, and the bytes of an output made in one go."""
-    folder, lines = rows
+    folder, lines = examples
     path, output = folder / "whole.jsonl", folder / "whole_out.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert answer(tiny, path, output) == FileResult(answered=5, bad=0, found=0)
     return path, output.read_bytes()
 
 
-def test_each_line_is_the_row_with_its_answer_and_counts(tiny, rows, whole, monkeypatch):
-    folder, lines = rows
+def test_each_line_is_the_example_with_its_answer_and_counts(tiny, examples, whole, monkeypatch):
+    folder, lines = examples
     monkeypatch.chdir(folder)
     texts = jvlm.generate(tiny.model, tiny.processor, lines, max_new_tokens=5, temperature=1.5, seed=1, batch_size=2)
     found = [json.loads(line) for line in whole[1].splitlines()]
     assert [line["response"] for line in found] == texts
-    for line, row in zip(found, lines, strict=True):
-        assert row.items() <= line.items()
-        assert line["prompt_tokens"] == tiny.processor.encode(row, generation_prompt=True).length
+    for line, example in zip(found, lines, strict=True):
+        assert example.items() <= line.items()
+        assert line["prompt_tokens"] == tiny.processor.encode(example, generation_prompt=True).length
         assert (line["response_tokens"], line["finish"]) == (5, "length")
 
 
@@ -89,57 +89,57 @@ def test_a_finished_output_is_left_alone(tiny, whole, tmp_path):
     assert output.read_bytes() == expected
 
 
-def test_an_output_of_other_rows_is_refused_and_kept_naming_both_files(tiny, rows, whole, data, tmp_path):
-    other = data([*rows[1][:1], prompt("something else"), *rows[1][2:]], "other.jsonl")
+def test_an_output_of_other_examples_is_refused_and_kept_naming_both_files(tiny, examples, whole, data, tmp_path):
+    other = data([*examples[1][:1], prompt("something else"), *examples[1][2:]], "other.jsonl")
     output = tmp_path / "out.jsonl"
     output.write_bytes(whole[1])
-    with pytest.raises(UserError, match=r"out\.jsonl, line 2, is not an answer to row 2 of .*other\.jsonl"):
+    with pytest.raises(UserError, match=r"out\.jsonl, line 2, is not an answer to example 2 of .*other\.jsonl"):
         answer(tiny, other, output)
     assert output.read_bytes() == whole[1]
 
 
-def test_an_output_longer_than_its_input_is_refused(tiny, rows, whole, data, tmp_path):
+def test_an_output_longer_than_its_input_is_refused(tiny, examples, whole, data, tmp_path):
     output = tmp_path / "out.jsonl"
     output.write_bytes(whole[1])
-    with pytest.raises(UserError, match=r"out\.jsonl, line 3, has no row among the 2 of .*short\.jsonl"):
-        answer(tiny, data(rows[1][:2], "short.jsonl"), output)
+    with pytest.raises(UserError, match=r"out\.jsonl, line 3, has no example among the 2 of .*short\.jsonl"):
+        answer(tiny, data(examples[1][:2], "short.jsonl"), output)
 
 
-def test_a_bad_row_stops_with_its_name_and_keeps_the_answers_before_it(tiny, rows, whole, data, tmp_path):
+def test_a_bad_example_stops_with_its_name_and_keeps_the_answers_before_it(tiny, examples, whole, data, tmp_path):
     bad = {**prompt("<image>what?"), "images": ["missing.png"]}
-    path, output = data([*rows[1][:3], bad, rows[1][4]], "bad.jsonl"), tmp_path / "out.jsonl"
-    with pytest.raises(RowError, match=r"bad\.jsonl, row 4, field 'images\[0\]': file not found"):
+    path, output = data([*examples[1][:3], bad, examples[1][4]], "bad.jsonl"), tmp_path / "out.jsonl"
+    with pytest.raises(ExampleError, match=r"bad\.jsonl, line 4, field 'images\[0\]': file not found"):
         answer(tiny, path, output)
     assert output.read_bytes() == b"".join(whole[1].splitlines(keepends=True)[:3])
 
 
-def test_bad_rows_are_skipped_counted_and_not_tried_again(tiny, rows, data, tmp_path, capsys):
-    lines = ["{not json", rows[1][1], {"messages": []}, rows[1][3]]
+def test_bad_examples_are_skipped_counted_and_not_tried_again(tiny, examples, data, tmp_path, capsys):
+    lines = ["{not json", examples[1][1], {"messages": []}, examples[1][3]]
     path, output = data(lines, "skip.jsonl"), tmp_path / "out.jsonl"
-    assert answer(tiny, path, output, on_bad_row="skip") == FileResult(answered=2, bad=2, found=0)
+    assert answer(tiny, path, output, on_bad_example="skip") == FileResult(answered=2, bad=2, found=0)
     found = read(output)
     assert ["error" in line for line in found] == [True, False, True, False]
-    assert "skip.jsonl, row 1" in found[0]["error"]
+    assert "skip.jsonl, line 1" in found[0]["error"]
     assert found[2]["messages"] == []
-    assert "2 rows answered, 2 bad rows" in capsys.readouterr().out
-    assert answer(tiny, path, output, on_bad_row="skip") == FileResult(answered=0, bad=0, found=4)
+    assert "2 examples answered, 2 bad examples" in capsys.readouterr().out
+    assert answer(tiny, path, output, on_bad_example="skip") == FileResult(answered=0, bad=0, found=4)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": "rows.arrayrecord"}, r"rows\.arrayrecord: give a \*\.jsonl file"),
+        ({"data": "examples.arrayrecord"}, r"examples\.arrayrecord: give a \*\.jsonl file"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"on_bad_row": "ignore"}, "on_bad_row is 'ignore'"),
+        ({"on_bad_example": "ignore"}, "on_bad_example is 'ignore'"),
     ],
 )
 def test_wrong_arguments_are_refused(tiny, tmp_path, options, message):
-    arguments = {"data": "rows.jsonl", "output": tmp_path / "out.jsonl"} | options
+    arguments = {"data": "examples.jsonl", "output": tmp_path / "out.jsonl"} | options
     with pytest.raises(UserError, match=message):
         generate_file(tiny.model, tiny.processor, **arguments)
 
 
-def test_a_row_whose_scores_overflow_is_its_own_error_and_its_neighbours_are_answered(
+def test_an_example_whose_scores_overflow_is_its_own_error_and_its_neighbours_are_answered(
     tiny, data, tmp_path, monkeypatch
 ):
     (word,) = tiny.processor.tokenizer("Z", add_special_tokens=False)["input_ids"]
@@ -152,10 +152,10 @@ def test_a_row_whose_scores_overflow_is_its_own_error_and_its_neighbours_are_ans
 
     monkeypatch.setattr(Engine, "steps", overflowing)
     path, output = data([prompt("good"), prompt("Z"), prompt("good")], "overflow.jsonl"), tmp_path / "out.jsonl"
-    with pytest.raises(RowError, match=r"overflow\.jsonl, row 2, field 'messages': no answer: .* not finite"):
+    with pytest.raises(ExampleError, match=r"overflow\.jsonl, line 2, field 'messages': no answer: .* not finite"):
         answer(tiny, path, output)
     assert len(read(output)) == 1
-    assert answer(tiny, path, output, on_bad_row="skip") == FileResult(answered=1, bad=1, found=1)
+    assert answer(tiny, path, output, on_bad_example="skip") == FileResult(answered=1, bad=1, found=1)
     assert ["error" in line for line in read(output)] == [False, True, False]
 
 
@@ -164,5 +164,5 @@ def test_broken_weights_end_a_file_whatever_is_skipped(tiny, data, tmp_path):
     model.decoder.norm.scale[...] = model.decoder.norm.scale[...].at[3].set(float("nan"))
     path, output = data([prompt("a"), prompt("b")], "broken.jsonl"), tmp_path / "out.jsonl"
     with pytest.raises(BrokenWeights):
-        generate_file(model, tiny.processor, path, output, SAMPLING, on_bad_row="skip")
+        generate_file(model, tiny.processor, path, output, SAMPLING, on_bad_example="skip")
     assert output.read_bytes() == b""

@@ -120,8 +120,8 @@ def test_an_answer_that_looks_like_a_tag_does_not_spoil_the_conversation(tiny, m
 
 def test_boxes_of_an_answer_are_shown_in_pixels_of_the_original_picture(tiny, monkeypatch, tmp_path):
     picture(300, 150).save(tmp_path / "p.png")
-    row = prompt("<image>where?", images=[str(tmp_path / "p.png")])
-    example = tiny.processor.encode(row, generation_prompt=True)
+    record = prompt("<image>where?", images=[str(tmp_path / "p.png")])
+    example = tiny.processor.encode(record, generation_prompt=True)
     ((original, (width, height)),) = example.sizes
     assert original == (300, 150)
     assert (width, height) != original

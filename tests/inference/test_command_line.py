@@ -17,17 +17,17 @@ from tests.support import ROOT, picture
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder, with data of three rows and a picture in it."""
+    """The current folder, with data of three examples and a picture in it."""
     monkeypatch.chdir(tmp_path)
-    write("rows.jsonl", [prompt(text) for text in "abc"])
+    write("examples.jsonl", [prompt(text) for text in "abc"])
     (tmp_path / "empty.jsonl").write_text("")
     picture(84, 56).save("cat.png")
     return tmp_path
 
 
-def write(name, rows):
+def write(name, examples):
     with open(name, "w") as file:
-        file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+        file.writelines((example if isinstance(example, str) else json.dumps(example)) + "\n" for example in examples)
 
 
 def read(name):
@@ -39,11 +39,11 @@ def run(tiny, *arguments, command="generate"):
     return cli.main([command, "--model", str(tiny.folder), *map(str, arguments)])
 
 
-FILE = ("--data", "rows.jsonl", "--output", "out.jsonl")
+FILE = ("--data", "examples.jsonl", "--output", "out.jsonl")
 REFUSED = {
     "nothing": ((), "give either --prompt (with any number of --image), or --data and --output"),
     "both": (("--prompt", "a", *FILE), "give either --prompt"),
-    "data without output": (("--data", "rows.jsonl"), "--output"),
+    "data without output": (("--data", "examples.jsonl"), "--output"),
     "output without data": (("--prompt", "a", "--output", "o.jsonl"), "--output"),
     "pictures beside data": ((*FILE, "--image", "cat.png"), "--image goes with --prompt"),
     "an empty prompt": (("--prompt", ""), "--prompt is empty"),
@@ -71,7 +71,7 @@ REFUSED = {
         ("--prompt", "a", "--image", "cat.png", "--image", "nocat.jpg"),
         "--image nocat.jpg: file not found",
     ),
-    "no picture": (("--prompt", "a", "--image", "rows.jsonl"), "--image rows.jsonl: "),
+    "no picture": (("--prompt", "a", "--image", "examples.jsonl"), "--image examples.jsonl: "),
     "too few pictures": (("--prompt", "<image><image>", "--image", "cat.png"), "--image: 2 <image> tags but 1"),
     "a video tag": (("--prompt", "<video>"), "--prompt: 1 <video> tags"),
     "a prompt that is no text": (("--prompt", "a\udcff"), "--prompt: "),
@@ -80,11 +80,14 @@ REFUSED = {
     "a glob of nothing": (("--data", "no*.jsonl", "--output", "o.jsonl"), "no*.jsonl"),
     "empty data": (("--data", "empty.jsonl", "--output", "o.jsonl"), "empty.jsonl"),
     "data of another kind": (("--data", "cat.png", "--output", "o.jsonl"), "cat.png: give a *.jsonl file"),
-    "the data as output": (("--data", "rows.jsonl", "--output", "./rows.jsonl"), "are the same file"),
+    "the data as output": (("--data", "examples.jsonl", "--output", "./examples.jsonl"), "are the same file"),
     "a glob with the output in it": (("--data", "*.jsonl", "--output", "o.jsonl"), "part of the data"),
-    "a folder as output": (("--data", "rows.jsonl", "--output", "."), "is a folder"),
-    "a device as output": (("--data", "rows.jsonl", "--output", "/dev/full"), "/dev/full"),
-    "an output that cannot be": (("--data", "rows.jsonl", "--output", "rows.jsonl/o.jsonl"), "cannot be written"),
+    "a folder as output": (("--data", "examples.jsonl", "--output", "."), "is a folder"),
+    "a device as output": (("--data", "examples.jsonl", "--output", "/dev/full"), "/dev/full"),
+    "an output that cannot be": (
+        ("--data", "examples.jsonl", "--output", "examples.jsonl/o.jsonl"),
+        "cannot be written",
+    ),
 }
 
 
@@ -109,7 +112,7 @@ def test_a_value_that_is_no_number_is_one_message(tiny, folder, capsys, option):
     assert f"Error parsing {option}: " in capsys.readouterr().err
 
 
-ROWS = [
+EXAMPLES = [
     prompt("good"),
     {"messages": [{"role": "user", "content": "half \ud83d emoji"}]},
     "{not json",
@@ -128,7 +131,7 @@ ROWS = [
 GOOD = [0, 3, 12, 13]
 
 
-def test_every_bad_row_is_its_own_error_line_and_the_good_ones_are_answered(tiny, folder, capsys, tmp_path):
+def test_every_bad_example_is_its_own_error_line_and_the_good_ones_are_answered(tiny, folder, capsys, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     for path in tiny.folder.iterdir():
@@ -140,23 +143,26 @@ def test_every_bad_row_is_its_own_error_line_and_the_good_ones_are_answered(tiny
         )
         values["chat_template"] = refuse + values["chat_template"]
         (model / name).write_text(json.dumps(values))
-    write("rows.jsonl", ROWS)
-    options = ("--model", str(model), *FILE, "--max_new_tokens", "3", "--on_bad_row", "skip")
+    write("examples.jsonl", EXAMPLES)
+    options = ("--model", str(model), *FILE, "--max_new_tokens", "3", "--on_bad_example", "skip")
     assert cli.main(["generate", *options]) == 0
     lines = read("out.jsonl")
     assert [i for i, line in enumerate(lines) if "response" in line] == GOOD
     (expected,) = jvlm.generate(tiny.model, tiny.processor, [prompt("good")], max_new_tokens=3)
     assert {lines[i]["response"] for i in GOOD} == {expected}
     for i, line in enumerate(lines):
-        assert i in GOOD or line["error"].startswith(f"rows.jsonl, row {i + 1}, field ")
+        assert i in GOOD or line["error"].startswith(f"examples.jsonl, line {i + 1}, field ")
     assert "System role not supported" in lines[6]["error"]
     assert lines[3]["label"] == "half \ud83d emoji"
     capsys.readouterr()
     assert cli.main(["generate", *options]) == 0
-    assert "0 rows answered, 0 bad rows, 14 rows found done (10 of them with an error)" in capsys.readouterr().out
+    assert (
+        "0 examples answered, 0 bad examples, 14 examples found done (10 of them with an error)"
+        in capsys.readouterr().out
+    )
     (folder / "out.jsonl").write_bytes(b"")
     assert cli.main(["generate", *options[:-2]]) == 2
-    assert "rows.jsonl, row 2, field 'messages[0].content'" in capsys.readouterr().err
+    assert "examples.jsonl, line 2, field 'messages[0].content'" in capsys.readouterr().err
     assert [line["response"] for line in read("out.jsonl")] == [expected]
 
 
@@ -182,7 +188,7 @@ def test_a_stopped_run_leaves_a_file_that_goes_on_to_the_same_bytes(tiny, folder
     done = (folder / "out.jsonl").read_bytes()
     count = done.count(b"\n")
     assert 0 < count < 4000
-    # as many rows again, to compare with a run that was not stopped
+    # as many examples again, to compare with a run that was not stopped
     lines = (folder / "many.jsonl").read_text().splitlines(keepends=True)[: count + 3]
     (folder / "few.jsonl").write_text("".join(lines))
     few = ("--data", "few.jsonl", *options[2:])

@@ -46,7 +46,7 @@ def test_sampling_numbers_compile_nothing(tiny, engine):
     assert engine.compilations == {"prefill": 1, "decode": 1}
 
 
-def test_finished_rows_fall_silent_and_the_last_one_ends_the_loop(tiny, shared_engine):
+def test_finished_examples_fall_silent_and_the_last_one_ends_the_loop(tiny, shared_engine):
     examples = [encode(tiny, "what is the answer?"), encode(tiny, "where is the cat?")]
     free = run(shared_engine, examples, max_new_tokens=12)
     stop = free[2][0]
@@ -86,11 +86,11 @@ def test_parameters_released_are_taken_again_by_update_and_compile_nothing(tiny,
     assert shared_engine.compilations == compiled
 
 
-@pytest.mark.parametrize(("rows", "settings"), [(1, {}), (4, {"temperature": 1.0})], ids=["greedy", "sampled"])
-def test_a_decode_step_copies_neither_the_cache_nor_a_weight(tiny, shared_engine, rows, settings):
+@pytest.mark.parametrize(("examples", "settings"), [(1, {}), (4, {"temperature": 1.0})], ids=["greedy", "sampled"])
+def test_a_decode_step_copies_neither_the_cache_nor_a_weight(tiny, shared_engine, examples, settings):
     config = SamplingConfig(max_new_tokens=2000, **settings)
-    batch, lengths = shared_engine._batch([encode(tiny, "what is the answer?")] * rows, rows)
-    arrays = SamplingArrays.of(config, np.arange(rows))
+    batch, lengths = shared_engine._batch([encode(tiny, "what is the answer?")] * examples, examples)
+    arrays = SamplingArrays.of(config, np.arange(examples))
     cache_len = packing.bucket(int(lengths.max()) + config.max_new_tokens, TOKEN_STEP)
     logits, cache = shared_engine._steps.prefill(shared_engine._leaves, batch, lengths)
     leaves = shared_engine._decoder_leaves
@@ -102,7 +102,7 @@ def test_a_decode_step_copies_neither_the_cache_nor_a_weight(tiny, shared_engine
     keys = state.cache[0][0].nbytes
     assert memory.alias_size_in_bytes >= 2 * keys * len(state.cache)
     # attention scores of the new token are the largest thing that a step may make
-    scores = 4 * rows * tiny.config["num_attention_heads"] * cache_len
+    scores = 4 * examples * tiny.config["num_attention_heads"] * cache_len
     largest_weight = 4 * tiny.config["hidden_size"] * tiny.config["intermediate_size"]
     assert memory.temp_size_in_bytes < 2 * scores + largest_weight
     assert memory.temp_size_in_bytes < keys

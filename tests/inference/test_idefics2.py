@@ -15,16 +15,16 @@ def tiny(request, tmp_path_factory):
 
 
 def test_greedy_answers_equal_transformers_together_in_one_batch(tiny):
-    rows = [{**CASES[n], "messages": CASES[n]["messages"][:-1]} for n in NAMES]
-    assert len(tiny.processor.encode(rows[0]).tokens) > tiny.config["text_config"]["sliding_window"]
+    records = [{**CASES[n], "messages": CASES[n]["messages"][:-1]} for n in NAMES]
+    assert len(tiny.processor.encode(records[0]).tokens) > tiny.config["text_config"]["sliding_window"]
     engine = engine_for(tiny.model, tiny.processor)
-    examples = [tiny.processor.encode(row, generation_prompt=True) for row in rows]
+    examples = [tiny.processor.encode(record, generation_prompt=True) for record in records]
     done = complete(engine, examples, SamplingConfig(max_new_tokens=12), request_ids=range(3), batch_size=3)
     # ids without a token, and media, are never given
     never = [tiny.processor.tokenizer.convert_tokens_to_ids(t) for t in (FAKE, IMAGE)]
     never += range(len(tiny.processor.tokenizer), tiny.config["text_config"]["vocab_size"])
-    for row, completion in zip(rows, done, strict=True):
-        inputs = hf_inputs(tiny, row, generation_prompt=True)
+    for record, completion in zip(records, done, strict=True):
+        inputs = hf_inputs(tiny, record, generation_prompt=True)
         found = tiny.torch_model.generate(**inputs, max_new_tokens=12, do_sample=False, suppress_tokens=never)
         assert list(completion.tokens) == found[0, inputs["input_ids"].shape[1] :].tolist()
 

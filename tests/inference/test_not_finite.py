@@ -19,7 +19,7 @@ from jvlm.models import vlm
 from tests import support
 from tests.inference.support import prompt
 
-ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+EXAMPLE = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -45,8 +45,8 @@ def broken(folder):
 
 
 def _batch_file(model, processor, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(ROW) + "\n" for _ in range(3)))
-    generate_file(model, processor, tmp_path / "rows.jsonl", tmp_path / "out.jsonl", on_bad_row="skip")
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(EXAMPLE) + "\n" for _ in range(3)))
+    generate_file(model, processor, tmp_path / "examples.jsonl", tmp_path / "out.jsonl", on_bad_example="skip")
 
 
 def _chat(model, processor, tmp_path):
@@ -55,13 +55,13 @@ def _chat(model, processor, tmp_path):
 
 
 DOORS = {
-    "generate": lambda m, p, _: jvlm.generate(m, p, [ROW], max_new_tokens=4),
-    "generate, sampled": lambda m, p, _: jvlm.generate(m, p, [ROW], max_new_tokens=4, temperature=1.0, top_p=0.9),
-    "generate, penalised": lambda m, p, _: jvlm.generate(m, p, [ROW], max_new_tokens=4, repetition_penalty=1.2),
-    "stream": lambda m, p, _: list(stream(m, p, ROW)),
+    "generate": lambda m, p, _: jvlm.generate(m, p, [EXAMPLE], max_new_tokens=4),
+    "generate, sampled": lambda m, p, _: jvlm.generate(m, p, [EXAMPLE], max_new_tokens=4, temperature=1.0, top_p=0.9),
+    "generate, penalised": lambda m, p, _: jvlm.generate(m, p, [EXAMPLE], max_new_tokens=4, repetition_penalty=1.2),
+    "stream": lambda m, p, _: list(stream(m, p, EXAMPLE)),
     "batch file": _batch_file,
     "chat": _chat,
-    "scores": lambda m, p, _: score.ask(m, p, [score.parse_row(ROW)]),
+    "scores": lambda m, p, _: score.ask(m, p, [score.parse_example(EXAMPLE)]),
 }
 
 
@@ -76,7 +76,7 @@ def test_it_is_noticed_as_well_where_steps_are_started_ahead(broken, ahead):
     model, processor = broken
     engine = Engine(model, processor, ahead=ahead)
     with pytest.raises(UserError, match="not finite numbers"):
-        list(engine.steps([processor.encode(ROW, generation_prompt=True)], SamplingConfig(max_new_tokens=4)))
+        list(engine.steps([processor.encode(EXAMPLE, generation_prompt=True)], SamplingConfig(max_new_tokens=4)))
 
 
 def test_the_command_line_ends_with_a_status_and_no_answer(folder, capsys):
@@ -92,11 +92,11 @@ def test_the_request_is_named_and_finite_ones_before_it_are_answered(tiny):
     values = {path: v.get_value() for path, v in vlm.parameters(tiny.model).items()}
     values["decoder.embedding"] = values["decoder.embedding"].at[token].set(jnp.nan)
     model = vlm.bind(vlm.abstract(tiny.model.config), values)
-    rows = [prompt("what is in the picture?"), prompt("a z here"), prompt("is there a dog?")]
-    plain = jvlm.generate(tiny.model, tiny.processor, rows[:1], max_new_tokens=3)
-    assert jvlm.generate(model, tiny.processor, rows[:1], max_new_tokens=3) == plain
+    examples = [prompt("what is in the picture?"), prompt("a z here"), prompt("is there a dog?")]
+    plain = jvlm.generate(tiny.model, tiny.processor, examples[:1], max_new_tokens=3)
+    assert jvlm.generate(model, tiny.processor, examples[:1], max_new_tokens=3) == plain
     with pytest.raises(UserError, match=r"for conversation 1 are not[\s\S]*model\.embed_tokens\.weight: 64 of 22528"):
-        jvlm.generate(model, tiny.processor, rows, max_new_tokens=3)
+        jvlm.generate(model, tiny.processor, examples, max_new_tokens=3)
 
 
 def test_an_overflow_of_finite_weights_is_said_to_be_one(tiny):
@@ -104,12 +104,12 @@ def test_an_overflow_of_finite_weights_is_said_to_be_one(tiny):
     values["decoder.head.kernel"] = jnp.full_like(values["decoder.head.kernel"], 3e38)
     model = vlm.bind(vlm.abstract(tiny.model.config), values)
     with pytest.raises(UserError, match="all weights are, so this input overflows float32"):
-        jvlm.generate(model, tiny.processor, [ROW], max_new_tokens=3)
+        jvlm.generate(model, tiny.processor, [EXAMPLE], max_new_tokens=3)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2}, {"top_k": 1}])
-def test_one_score_that_is_not_finite_is_enough_and_other_rows_keep_their_token(value, settings):
+def test_one_score_that_is_not_finite_is_enough_and_other_examples_keep_their_token(value, settings):
     logits = np.tile(np.arange(8, dtype=np.float32), (3, 1))
     logits[1, 2] = value
     config = SamplingConfig(**settings)

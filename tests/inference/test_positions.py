@@ -7,7 +7,7 @@ import pytest
 
 import jvlm
 from jvlm import cli
-from jvlm.data.errors import RowError
+from jvlm.data.errors import ExampleError
 from jvlm.inference.batch_file import FileResult, generate_file
 from jvlm.inference.chat import chat
 from jvlm.inference.generate import stream
@@ -17,7 +17,7 @@ from tests.support import picture
 
 LIMIT = 60
 LONG = prompt("where is the cat on the chair? " * 40)
-ROWS = [prompt("what is the answer?"), prompt("what is the answer? yes, no, two"), prompt("no")]
+EXAMPLES = [prompt("what is the answer?"), prompt("what is the answer? yes, no, two"), prompt("no")]
 FREE = {"max_new_tokens": 100, "stop_token_ids": ()}
 
 
@@ -38,65 +38,65 @@ def short(folder):
     return jvlm.load(folder)
 
 
-def lengths(short, rows):
-    return [short[1].encode(row, generation_prompt=True).length for row in rows]
+def lengths(short, examples):
+    return [short[1].encode(example, generation_prompt=True).length for example in examples]
 
 
 def test_answers_of_a_batch_end_each_at_the_last_position_as_transformers_would_go_on(tiny, short):
-    found = [[] for _ in ROWS]
+    found = [[] for _ in EXAMPLES]
     with pytest.warns(UserWarning, match=f"of the model's {LIMIT} positions") as told:
-        jvlm.generate(*short, ROWS, on_token=lambda i, t: found[i].append(t), **FREE)
-    room = [LIMIT - n for n in lengths(short, ROWS)]
+        jvlm.generate(*short, EXAMPLES, on_token=lambda i, t: found[i].append(t), **FREE)
+    room = [LIMIT - n for n in lengths(short, EXAMPLES)]
     assert len(set(room)) == 3
     assert [len(tokens) for tokens in found] == room
     assert len(told) == 3
-    assert found == [oracle_tokens(tiny, r, n, eos_token_id=None) for r, n in zip(ROWS, room, strict=True)]
+    assert found == [oracle_tokens(tiny, r, n, eos_token_id=None) for r, n in zip(EXAMPLES, room, strict=True)]
 
 
 def test_an_answer_within_the_positions_is_told_nothing(short):
-    most = LIMIT - lengths(short, ROWS[:1])[0]
+    most = LIMIT - lengths(short, EXAMPLES[:1])[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        jvlm.generate(*short, ROWS[:1], max_new_tokens=most, stop_token_ids=())
+        jvlm.generate(*short, EXAMPLES[:1], max_new_tokens=most, stop_token_ids=())
 
 
 def test_positions_are_counted_and_not_tokens_where_pictures_have_fewer(short):
-    row = prompt("<image>", images=[picture(56, 448)])
-    example = short[1].encode(row, generation_prompt=True)
+    record = prompt("<image>", images=[picture(56, 448)])
+    example = short[1].encode(record, generation_prompt=True)
     assert example.length > LIMIT > int(example.positions.max()) + 1
     found = []
     with pytest.warns(UserWarning, match="positions"):
-        jvlm.generate(*short, [row], on_token=lambda _, t: found.append(t), **FREE)
+        jvlm.generate(*short, [record], on_token=lambda _, t: found.append(t), **FREE)
     assert len(found) == LIMIT - int(example.positions.max()) - 1
 
 
-def refused(short, row):
-    number = short[1].encode(row, generation_prompt=True).length
+def refused(short, example):
+    number = short[1].encode(example, generation_prompt=True).length
     assert number >= LIMIT
     return rf"takes {number} positions of the model's {LIMIT} \(max_position_embeddings\)"
 
 
 def test_a_prompt_without_room_is_refused_with_both_numbers(short):
     message = refused(short, LONG)
-    with pytest.raises(RowError, match=f"conversation 1, field 'messages': the prompt {message}"):
-        jvlm.generate(*short, [ROWS[0], LONG])
-    with pytest.raises(RowError, match=message):
+    with pytest.raises(ExampleError, match=f"conversation 1, field 'messages': the prompt {message}"):
+        jvlm.generate(*short, [EXAMPLES[0], LONG])
+    with pytest.raises(ExampleError, match=message):
         stream(*short, LONG)
 
 
 def test_a_prompt_that_fills_the_positions_leaves_no_room(short):
     words = next(n for n in range(1, 60) if lengths(short, [prompt("x" * n)])[0] == LIMIT)
-    with pytest.raises(RowError, match=refused(short, prompt("x" * words))):
+    with pytest.raises(ExampleError, match=refused(short, prompt("x" * words))):
         jvlm.generate(*short, [prompt("x" * words)])
     with pytest.warns(UserWarning, match="ends after 1 of max_new_tokens = 100"):
         jvlm.generate(*short, [prompt("x" * (words - 1))], **FREE)
 
 
-def test_a_file_says_which_answers_were_cut_and_which_rows_are_too_long(short, tmp_path, capsys):
+def test_a_file_says_which_answers_were_cut_and_which_examples_are_too_long(short, tmp_path, capsys):
     data, output = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[0], LONG, ROWS[2])))
+    data.write_text("".join(json.dumps(example) + "\n" for example in (EXAMPLES[0], LONG, EXAMPLES[2])))
     sampling = SamplingConfig(**FREE)
-    assert generate_file(*short, data, output, sampling, on_bad_row="skip") == FileResult(2, 1, 0)
+    assert generate_file(*short, data, output, sampling, on_bad_example="skip") == FileResult(2, 1, 0)
     first, second, third = (json.loads(line) for line in output.read_text().splitlines())
     for line in (first, third):
         assert line["finish"] == "length"
@@ -116,16 +116,16 @@ def test_chat_says_so_and_goes_on(short):
 
 def test_streamed_answers_are_cut_and_told_alike(short):
     with pytest.warns(UserWarning, match="positions"):
-        (text,) = jvlm.generate(*short, ROWS[:1], **FREE)
+        (text,) = jvlm.generate(*short, EXAMPLES[:1], **FREE)
     with pytest.warns(UserWarning, match="positions"):
-        assert "".join(stream(*short, ROWS[0], **FREE)) == text
+        assert "".join(stream(*short, EXAMPLES[0], **FREE)) == text
 
 
 def test_the_command_line_says_so_beside_the_answer(short, folder, capsys):
     with pytest.warns(UserWarning, match="positions"):
-        (text,) = jvlm.generate(*short, ROWS[:1], max_new_tokens=100)
-    (length,) = lengths(short, ROWS[:1])
-    question = ROWS[0]["messages"][0]["content"]
+        (text,) = jvlm.generate(*short, EXAMPLES[:1], max_new_tokens=100)
+    (length,) = lengths(short, EXAMPLES[:1])
+    question = EXAMPLES[0]["messages"][0]["content"]
     assert cli.main(["generate", "--model", str(folder), "--prompt", question, "--max_new_tokens", "100"]) == 0
     shown = capsys.readouterr()
     assert shown.out == text + "\n"

@@ -99,9 +99,9 @@ def test_data_is_known_by_what_it_holds(tmp_path):
 
 
 def test_an_output_goes_on_with_the_same_model_and_sampling_only(tiny, tmp_path):
-    rows = [prompt(text) for text in "abc"]
+    examples = [prompt(text) for text in "abc"]
     data, output = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data.write_text("".join(json.dumps(example) + "\n" for example in examples))
 
     def run(model=tiny.model, accept_changes=False, **sampling):
         sampling = SamplingConfig(**{"max_new_tokens": 3} | sampling)
@@ -118,7 +118,7 @@ def test_an_output_goes_on_with_the_same_model_and_sampling_only(tiny, tmp_path)
     with pytest.raises(UserError, match=r"sampling\.max_new_tokens: 3 -> 9; sampling\.temperature: 0\.0 -> 1\.0"):
         run(max_new_tokens=9, temperature=1.0)
     data.write_text(data.read_text() + json.dumps(prompt("d")) + "\n")
-    with pytest.raises(UserError, match="rows: 3 -> 4"):
+    with pytest.raises(UserError, match="examples: 3 -> 4"):
         run()
     assert output.read_bytes() == kept
     assert run(accept_changes=True) == FileResult(2, 0, 2)

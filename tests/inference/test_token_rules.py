@@ -13,19 +13,19 @@ from jvlm.inference.token_rules import token_rules
 from tests.inference.support import MEDIA, oracle_tokens, prompt
 
 NEW = 6
-ROW = prompt("what is in the picture?")
+EXAMPLE = prompt("what is in the picture?")
 
 
 @pytest.fixture(scope="module")
 def plain(tiny):
     """transformers' greedy answer without rules: what a rule then forbids."""
-    return oracle_tokens(tiny, ROW, NEW)
+    return oracle_tokens(tiny, EXAMPLE, NEW)
 
 
 def _tokens(tiny, monkeypatch, generation):
     monkeypatch.setattr(tiny.processor, "generation", generation)
     engine = Engine(tiny.model, tiny.processor)
-    example = tiny.processor.encode(ROW, generation_prompt=True)
+    example = tiny.processor.encode(EXAMPLE, generation_prompt=True)
     (found,) = complete(engine, [example], SamplingConfig(max_new_tokens=NEW), request_ids=[0], batch_size=1)
     return list(found.tokens)
 
@@ -56,7 +56,7 @@ def test_a_rule_holds_as_in_transformers(tiny, plain, monkeypatch, name):
     # the oracle has a suppress_tokens of its own, for media and for ids without a token
     theirs = {k: v for k, v in rules.items() if k != "suppress_tokens"}
     theirs["bad_words_ids"] = [*theirs.get("bad_words_ids", []), *([t] for t in also)] or None
-    expected = oracle_tokens(tiny, ROW, NEW, eos_token_id=[end], **theirs)
+    expected = oracle_tokens(tiny, EXAMPLE, NEW, eos_token_id=[end], **theirs)
     found = _tokens(tiny, monkeypatch, {"eos_token_id": [end], **rules})
     assert found == expected
     assert (found != plain) == (name != "a forced first token")

@@ -20,7 +20,7 @@ def attention_over_rows_and_heads(implementation):
 
 def _over_rows_and_heads(implementation, length):
     mesh = _mesh(data=2, model=2)
-    q, k, v, segments, weights = _packed_row(B=2, S=length)
+    q, k, v, segments, weights = _packed_sequence(B=2, S=length)
     split = P("data", None, "model")
 
     @_sharded(implementation, mesh=mesh, in_specs=(split, split, split, P("data")), out_specs=split)
@@ -33,7 +33,7 @@ def _over_rows_and_heads(implementation, length):
 def context_parallelism(implementation):
     """Each device has a part of the row's queries; keys of the others arrive with their own segment ids."""
     mesh = _mesh(context=4)
-    q, k, v, segments, weights = _packed_row(B=2, S=128)
+    q, k, v, segments, weights = _packed_sequence(B=2, S=128)
     split = P(None, "context")
 
     @_sharded(implementation, mesh=mesh, in_specs=(split, split, split, split), out_specs=split)
@@ -57,7 +57,7 @@ def ring(implementation):
     """Keys travel around; each part is attended to on its own and put together by its logsumexp."""
     count = 4
     mesh = _mesh(context=count)
-    q, k, v, segments, weights = _packed_row(B=1, S=128)
+    q, k, v, segments, weights = _packed_sequence(B=1, S=128)
     split = P(None, "context")
 
     @_sharded(implementation, mesh=mesh, in_specs=(split, split, split, split), out_specs=split)
@@ -162,7 +162,7 @@ def _options(implementation):
     return {"implementation": implementation, "interpret": implementation.startswith("pallas")}
 
 
-def _packed_row(B, S):
+def _packed_sequence(B, S):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((B, S, h, 16)), jnp.float32) for h in (4, 2, 2))
     cuts = np.sort(rng.choice(np.arange(1, S - 5), (B, 5), replace=False), axis=1)

@@ -12,7 +12,7 @@ from flax import nnx
 from jvlm.weights import table
 from tests.support import hf_inputs, hf_positions, new_layout, picture
 
-ROW = {"seq_len": 256, "max_patches": 640}
+EXAMPLE = {"seq_len": 256, "max_patches": 640}
 VIDEO = {"video_min_pixels": 784, "video_max_pixels": 64 * 784, "fps": 2.0}
 
 
@@ -57,8 +57,8 @@ CASES = {
 }
 
 
-def torch_logits(tiny, row, positions=None):
-    inputs = hf_inputs(tiny, row)
+def torch_logits(tiny, example, positions=None):
+    inputs = hf_inputs(tiny, example)
     if positions is not None:
         inputs["position_ids"] = hf_positions(positions)
     with torch.no_grad():
@@ -67,34 +67,34 @@ def torch_logits(tiny, row, positions=None):
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_transformers(tiny, name):
-    row = CASES[name]
-    batch = tiny.processor.pack([row], **ROW)
+    example = CASES[name]
+    batch = tiny.processor.pack([example], **EXAMPLE)
     n = int(batch.segment_ids.sum())
     # transformers 5.23 places the text after a video elsewhere (docs/mrope.md): give it the ids of 4.49
-    inputs, expected = torch_logits(tiny, row, batch.positions[0, :n] if row.get("videos") else None)
+    inputs, expected = torch_logits(tiny, example, batch.positions[0, :n] if example.get("videos") else None)
     np.testing.assert_array_equal(batch.tokens[0, :n], inputs["input_ids"][0])
     np.testing.assert_allclose(np.asarray(tiny.model(batch))[0, :n], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["text only", "edge windows both ways", "video"])
 def test_logits_equal_transformers_with_a_tied_head_and_other_sizes(tiny_tied, name):
-    row = CASES[name]
-    batch = tiny_tied.processor.pack([row], **ROW)
+    example = CASES[name]
+    batch = tiny_tied.processor.pack([example], **EXAMPLE)
     n = int(batch.segment_ids.sum())
-    _, expected = torch_logits(tiny_tied, row, batch.positions[0, :n])
+    _, expected = torch_logits(tiny_tied, example, batch.positions[0, :n])
     np.testing.assert_allclose(np.asarray(tiny_tied.model(batch))[0, :n], expected, atol=1e-4)
 
 
-def test_a_row_without_room_for_patches_gives_the_same_text_logits(tiny):
-    row = CASES["text only"]
-    batch = tiny.processor.pack([row], seq_len=64, max_patches=0)
-    _, expected = torch_logits(tiny, row)
+def test_an_example_without_room_for_patches_gives_the_same_text_logits(tiny):
+    example = CASES["text only"]
+    batch = tiny.processor.pack([example], seq_len=64, max_patches=0)
+    _, expected = torch_logits(tiny, example)
     np.testing.assert_allclose(np.asarray(tiny.model(batch))[0, : len(expected)], expected, atol=1e-4)
 
 
-def test_a_left_padded_batch_of_transformers_equals_our_packed_row(tiny):
-    rows = [CASES[name] for name in ("text only", "edge windows one way", "three pictures")]
-    singles = [hf_inputs(tiny, row) for row in rows]
+def test_a_left_padded_batch_of_transformers_equals_our_packed_sequence(tiny):
+    examples = [CASES[name] for name in ("text only", "edge windows one way", "three pictures")]
+    singles = [hf_inputs(tiny, example) for example in examples]
     longest = max(s["input_ids"].shape[1] for s in singles)
 
     def left_pad(name, value):
@@ -113,7 +113,7 @@ def test_a_left_padded_batch_of_transformers_equals_our_packed_row(tiny):
             pixel_values=torch.cat([s["pixel_values"] for s in pixels]),
             image_grid_thw=torch.cat([s["image_grid_thw"] for s in pixels]),
         ).logits.numpy()
-    batch = tiny.processor.pack(rows, **ROW)
+    batch = tiny.processor.pack(examples, **EXAMPLE)
     ours = np.asarray(tiny.model(batch))[0]
     for number, single in enumerate(singles, 1):
         n = single["input_ids"].shape[1]
@@ -122,9 +122,9 @@ def test_a_left_padded_batch_of_transformers_equals_our_packed_row(tiny):
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_hidden_states_of_the_vision_tower_equal_transformers_after_every_block(tiny, depth):
-    row = CASES["three pictures"]
-    batch = tiny.processor.pack([row], **ROW)
-    inputs = hf_inputs(tiny, row)
+    example = CASES["three pictures"]
+    batch = tiny.processor.pack([example], **EXAMPLE)
+    inputs = hf_inputs(tiny, example)
     with torch.no_grad():
         visual = tiny.torch_model.model.visual
         seen = {}
@@ -153,15 +153,15 @@ def cross_entropy(logits, batch):
 
 def test_gradients_of_every_tensor_equal_torch(tiny):
     names = ("text only", "edge windows both ways", "video", "several turns and a system prompt")
-    rows = [CASES[name] for name in names]
-    batch = tiny.processor.pack(rows, seq_len=448, max_patches=640)
+    examples = [CASES[name] for name in names]
+    batch = tiny.processor.pack(examples, seq_len=448, max_patches=640)
     loss, grads = nnx.jit(nnx.value_and_grad(lambda model, b: cross_entropy(model(b), b)))(tiny.model, batch)
 
     tiny.torch_model.zero_grad()
     total = 0.0
-    for number, row in enumerate(rows, 1):
+    for number, example in enumerate(examples, 1):
         inside = batch.segment_ids[0] == number
-        inputs = hf_inputs(tiny, row)
+        inputs = hf_inputs(tiny, example)
         inputs["position_ids"] = hf_positions(batch.positions[0, inside])
         logits = tiny.torch_model(**inputs).logits[0]
         weights = torch.from_numpy(batch.loss_weights[0, inside])[1:]

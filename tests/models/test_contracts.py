@@ -59,9 +59,9 @@ class Leaky(nnx.Module):
     def __call__(self, inputs: DecoderInputs, *, cache: Any = None, step: Any = None) -> DecoderOutput:
         x, segments = self.into(inputs.embeddings), inputs.segment_ids
         if step is not None:
-            rows = jnp.arange(len(x))
-            h = 0.8 * cache[rows, step.cache_index - 1] + x[:, 0]
-            return DecoderOutput(self.norm(h)[:, None], cache.at[rows, step.cache_index].set(h), {})
+            slots = jnp.arange(len(x))
+            h = 0.8 * cache[slots, step.cache_index - 1] + x[:, 0]
+            return DecoderOutput(self.norm(h)[:, None], cache.at[slots, step.cache_index].set(h), {})
 
         def advance(h, now):
             x, begins = now
@@ -119,9 +119,9 @@ def test_a_decoder_from_outside_generates_with_its_cache_what_whole_passes_say(t
     precision = dataclasses.replace(tiny.model.config.precision, initializer_range=None)
     config = dataclasses.replace(tiny.model.config, decoder=decoder, precision=precision)
     model = VLM(config, rngs=nnx.Rngs(1))
-    row = prompt("<image>what is it?", images=[picture(84, 112)])
+    asked = prompt("<image>what is it?", images=[picture(84, 112)])
     engine = Engine(model, tiny.processor)
-    example = tiny.processor.encode(row, generation_prompt=True)
+    example = tiny.processor.encode(asked, generation_prompt=True)
     batch, expected = packing.assemble([[example]], 128, example.num_patches), []
     for length in range(example.length, example.length + 5):
         scores = np.array(model(batch)[0, length - 1])

@@ -10,7 +10,7 @@ from flax import nnx
 
 import jvlm
 from jvlm.data import packing
-from jvlm.data.errors import RowError
+from jvlm.data.errors import ExampleError
 from jvlm.inference.generate import complete, engine_for
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models import vlm
@@ -49,10 +49,14 @@ def build(folder, every=2, attends_to="last", gate=None, least=9):
     return model, hf.load_processor(folder, config)
 
 
-def logits_of(model, rows):
-    batch = packing.assemble(rows, *SHAPE)
+def logits_of(model, sequences):
+    batch = packing.assemble(sequences, *SHAPE)
     logits = np.asarray(model(batch))
-    return [logits[b][batch.segment_ids[b] == n] for b, row in enumerate(rows) for n in range(1, len(row) + 1)]
+    return [
+        logits[b][batch.segment_ids[b] == n]
+        for b, sequence in enumerate(sequences)
+        for n in range(1, len(sequence) + 1)
+    ]
 
 
 def test_a_picture_is_one_token_between_its_marks(folder):
@@ -91,16 +95,16 @@ def test_tokens_read_the_images_that_the_definition_names(attends_to):
     rng = np.random.default_rng(0)
     segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], 12, axis=1).astype(np.int32)
     image_at = np.zeros(segments.shape, np.int32)
-    for row in range(2):
-        at = np.sort(rng.choice(np.flatnonzero(segments[row] > 0), 6, replace=False))
-        image_at[row, at] = np.arange(1, 7)
+    for sequence in range(2):
+        at = np.sort(rng.choice(np.flatnonzero(segments[sequence] > 0), 6, replace=False))
+        image_at[sequence, at] = np.arange(1, 7)
     first, last = readable_images(jnp.asarray(image_at), jnp.asarray(segments), attends_to)
-    for row, place in np.ndindex(segments.shape):
-        same = [p for p in range(place + 1) if segments[row, p] == segments[row, place]]
-        own = [image_at[row, p] for p in same if image_at[row, p]]
-        own = own if segments[row, place] else []
+    for sequence, place in np.ndindex(segments.shape):
+        same = [p for p in range(place + 1) if segments[sequence, p] == segments[sequence, place]]
+        own = [image_at[sequence, p] for p in same if image_at[sequence, p]]
+        own = own if segments[sequence, place] else []
         wanted = (0, 0) if not own else (own[-1], own[-1]) if attends_to == "last" else (own[0], own[-1])
-        assert (int(first[row, place]), int(last[row, place])) == wanted
+        assert (int(first[sequence, place]), int(last[sequence, place])) == wanted
 
 
 @pytest.mark.parametrize("attends_to", ["last", "all"])
@@ -144,8 +148,8 @@ def test_the_layer_is_what_the_definition_says_in_float64(folder, attends_to):
 @pytest.mark.parametrize(("every", "attends_to"), [(2, "last"), (1, "all")])
 def test_packed_conversations_stay_apart_and_answers_continue_what_a_whole_pass_says(folder, every, attends_to):
     model, processor = build(folder, every, attends_to, gate=0.8)
-    rows = [{**CASES[n], "messages": CASES[n]["messages"][:-1]} for n in NAMES]
-    examples = [processor.encode(row, generation_prompt=True) for row in rows]
+    prompts = [{**CASES[n], "messages": CASES[n]["messages"][:-1]} for n in NAMES]
+    examples = [processor.encode(prompt, generation_prompt=True) for prompt in prompts]
     alone = [logits_of(model, [[e], []])[0] for e in examples]
     for found, expected in zip(logits_of(model, [examples[:2], examples[2:]]), alone, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -204,5 +208,5 @@ def test_it_learns_and_the_gates_open(folder):
 
 def test_an_image_smaller_than_sequences_have_room_for_is_refused(folder):
     _, processor = build(folder, least=30)
-    with pytest.raises(RowError, match="an image of 9 patches, less than min_image_patches 30"):
+    with pytest.raises(ExampleError, match="an image of 9 patches, less than min_image_patches 30"):
         processor.encode(CASES["a small picture, brought up"])

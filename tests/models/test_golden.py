@@ -36,7 +36,7 @@ def model():
 
 
 def lay_out(inputs, positions):
-    """The golden inputs as one packed row: patches into window order, the ids that go with them."""
+    """The golden inputs as one packed sequence: patches into window order, the ids that go with them."""
     grids = [(g, inputs["pixel_values"]) for g in inputs["image_grid_thw"]]
     grids += [(g, inputs["pixel_values_videos"]) for g in inputs["video_grid_thw"]]
     used = {id(inputs["pixel_values"]): 0, id(inputs["pixel_values_videos"]): 0}

@@ -1,4 +1,4 @@
-"""Idefics2 computes what transformers computes: features, logits, gradients; packed rows keep conversations apart."""
+"""Idefics2 computes what transformers computes: features, logits, gradients; packed conversations stay apart."""
 
 import dataclasses
 
@@ -31,9 +31,9 @@ def split(tmp_path_factory):
     return create(tmp_path_factory.mktemp("idefics2_split"), split=True)
 
 
-def torch_logits(tiny, row):
+def torch_logits(tiny, example):
     with torch.no_grad():
-        return tiny.torch_model(**hf_inputs(tiny, row)).logits.numpy()[0]
+        return tiny.torch_model(**hf_inputs(tiny, example)).logits.numpy()[0]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -46,8 +46,8 @@ def test_logits_equal_transformers(request, kind, name):
 
 
 def test_vision_features_and_resampled_ones_equal_transformers_for_each_picture(tiny):
-    row = CASES["three pictures of different sizes"]
-    batch, inputs = tiny.processor.pack([row], **SHAPE), hf_inputs(tiny, row)
+    example = CASES["three pictures of different sizes"]
+    batch, inputs = tiny.processor.pack([example], **SHAPE), hf_inputs(tiny, example)
     with torch.no_grad():
         found = tiny.torch_model.model.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"])
     ours = np.asarray(nnx.jit(lambda e, b: e(b).tokens)(tiny.model.encoder, batch))[0]
@@ -97,12 +97,12 @@ def test_golden_greedy_tokens():
 
 
 def lay_out(inputs, config):
-    """The golden inputs, a row each: pictures cut to what their mask says, in patches with their places."""
+    """The golden inputs, a sequence each: pictures cut to what their mask says, in patches with their places."""
     tokens, real = inputs["input_ids"].astype(np.int32), inputs["attention_mask"] > 0
-    rows, p = len(tokens), config.encoder.patch_size
-    patches, frames = np.zeros((rows, 128, 3 * p * p), np.float32), np.zeros((rows, 128), np.int32)
-    places = np.zeros((rows, 128, 2), np.int32)
-    for b in range(rows):
+    count, p = len(tokens), config.encoder.patch_size
+    patches, frames = np.zeros((count, 128, 3 * p * p), np.float32), np.zeros((count, 128), np.int32)
+    places = np.zeros((count, 128, 2), np.int32)
+    for b in range(count):
         at = frame = 0
         for pixels, mask in zip(inputs["pixel_values"][b], inputs["pixel_attention_mask"][b], strict=True):
             h, w = int(mask[:, 0].sum()) // p, int(mask[0].sum()) // p
@@ -134,15 +134,15 @@ def cross_entropy(logits, batch):
     return -(picked * weights).sum()
 
 
-def test_gradients_of_every_tensor_equal_torch_in_a_packed_row(tiny):
-    rows = [CASES[n] for n in ("three pictures of different sizes", "text only", "several turns")]
-    batch = tiny.processor.pack(rows, **SHAPE)
+def test_gradients_of_every_tensor_equal_torch_in_a_packed_sequence(tiny):
+    examples = [CASES[n] for n in ("three pictures of different sizes", "text only", "several turns")]
+    batch = tiny.processor.pack(examples, **SHAPE)
     assert batch.tokens.shape[0] == 1
     loss, grads = nnx.jit(nnx.value_and_grad(lambda model, b: cross_entropy(model(b), b)))(tiny.model, batch)
     tiny.torch_model.zero_grad()
     total = 0.0
-    for number, row in enumerate(rows, 1):
-        inputs = hf_inputs(tiny, row)
+    for number, example in enumerate(examples, 1):
+        inputs = hf_inputs(tiny, example)
         weights = torch.from_numpy(batch.loss_weights[0, batch.segment_ids[0] == number])[1:]
         logits = tiny.torch_model(**inputs).logits[0, :-1]
         each = torch.nn.functional.cross_entropy(logits, inputs["input_ids"][0, 1:], reduction="none")
@@ -168,17 +168,21 @@ def examples(split):
     return [split.processor.encode(CASES[n]) for n in names]
 
 
-def logits_of(model, rows):
-    batch = packing.assemble(rows, 256, 1024)
+def logits_of(model, sequences):
+    batch = packing.assemble(sequences, 256, 1024)
     logits = np.asarray(model(batch))
-    return [logits[b][batch.segment_ids[b] == n] for b, row in enumerate(rows) for n in range(1, len(row) + 1)]
+    return [
+        logits[b][batch.segment_ids[b] == n]
+        for b, sequence in enumerate(sequences)
+        for n in range(1, len(sequence) + 1)
+    ]
 
 
 def test_a_conversation_has_the_same_logits_in_any_company(split, examples):
     alone = [logits_of(split.model, [[e], []])[0] for e in examples]
     for order in ((0, 1, 2, 3), (3, 0, 2, 1)):
-        rows = [[examples[i] for i in order[:2]], [examples[i] for i in order[2:]]]
-        for index, found in zip(order, logits_of(split.model, rows), strict=True):
+        sequences = [[examples[i] for i in order[:2]], [examples[i] for i in order[2:]]]
+        for index, found in zip(order, logits_of(split.model, sequences), strict=True):
             np.testing.assert_allclose(found, alone[index], atol=1e-5)
 
 

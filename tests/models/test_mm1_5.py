@@ -30,17 +30,17 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A short run of the toy config on rows of none, one and two pictures: (result, folder of the rows)."""
+    """A short run of the toy config on examples of none, one and two pictures: (result, folder of the examples)."""
     folder = tmp_path_factory.mktemp("mm1_5")
-    rows = support.write_rows(folder, 24)
-    return runs.train(experiment(folder, rows)), folder
+    examples = support.write_examples(folder, 24)
+    return runs.train(experiment(folder, examples)), folder
 
 
-def experiment(folder, rows, *overrides):
+def experiment(folder, examples, *overrides):
     fields = {
         "--output_root": str(folder),
         "--name": "run",
-        "--data.train": str(rows),
+        "--data.train": str(examples),
         "--data.batch_size": "2",
         "--data.seq_len": "256",
         "--steps": str(STEPS),
@@ -85,7 +85,7 @@ def test_a_run_learns_in_one_compilation_and_logs_what_the_router_does(run):
         assert line["aux_loss"] == pytest.approx(parts, rel=1e-5)
 
 
-def test_conversations_of_a_row_do_not_see_one_another(run):
+def test_conversations_of_an_example_do_not_see_one_another(run):
     model, processor = run[0].model, run[0].processor
     packed = processor.pack(CHATS)
     assert packed.tokens.shape[0] == 1
@@ -148,7 +148,7 @@ def test_there_is_no_export_and_the_error_says_so(run, tmp_path):
     with pytest.raises(WeightError, match=r"'mm1_5' have no Hugging Face form.*format='jvlm'"):
         jvlm.save(result.model, result.processor, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
-    wanted = experiment(folder, folder / "rows.jsonl", "--name", "other", "--export.enabled", "True")
+    wanted = experiment(folder, folder / "examples.jsonl", "--name", "other", "--export.enabled", "True")
     with pytest.raises(WeightError, match="no Hugging Face form"):
         job.run(wanted)
     assert not (folder / "other").exists()
@@ -214,7 +214,7 @@ def test_a_model_goes_on_with_larger_tiles_and_experts(run, dense, tmp_path):
         expected = resize_positions(old, 6, class_token=tables[path]) if path in tables else old
         np.testing.assert_array_equal(variable.get_value(), expected, path)
     jvlm.save(dense, result.processor, tmp_path / "dense", format="jvlm")
-    config = experiment(folder, folder / "rows.jsonl", "--init_from", str(tmp_path / "dense"), "--adapt.grid", "6")
+    config = experiment(folder, folder / "examples.jsonl", "--init_from", str(tmp_path / "dense"), "--adapt.grid", "6")
     experts = MoEConfig(experts=3, intermediate_size=128)
     config = dataclasses.replace(config, model=None, adapt=dataclasses.replace(config.adapt, experts=experts))
     model, processor = starting_model.start_model(config)

@@ -22,7 +22,7 @@ from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, OptimizerConfig
 
-ROWS, TOKENS = 8, 128
+SEQUENCES, TOKENS = 8, 128
 PATCHES = {"qwen2_5_vl": 256, "idefics2": 256, "mm1_5": 17 * 8}
 # places of a frame in these batches, and its features
 FRAMES = {"qwen2_5_vl": (48, 12), "idefics2": (48, 4), "mm1_5": (17, 4)}
@@ -128,7 +128,7 @@ def experiment(architecture: str, parallel: ParallelConfig = ParallelConfig(), *
         model=ARCHITECTURES[architecture](),
         tokenizer="none",
         processor=ProcessorConfig(),
-        data=DataConfig(batch_size=ROWS, seq_len=TOKENS, max_patches=PATCHES[architecture]),
+        data=DataConfig(batch_size=SEQUENCES, seq_len=TOKENS, max_patches=PATCHES[architecture]),
         parallel=parallel,
         optimizer=OptimizerConfig(max_grad_norm=1e9),
         steps=10,
@@ -137,28 +137,28 @@ def experiment(architecture: str, parallel: ParallelConfig = ParallelConfig(), *
 
 
 def batch(config: VLMConfig, seed: int = 0, text_only: int = 1) -> PackedBatch:
-    """Rows of several conversations and padding: the first of text alone, one full of pictures, others with some."""
+    """Sequences of several conversations and padding: the first text alone, one full of pictures, others with some."""
     rng = np.random.default_rng(seed)
-    B, S, P = ROWS, TOKENS, PATCHES[config.family]
+    B, S, P = SEQUENCES, TOKENS, PATCHES[config.family]
     places, per_frame = FRAMES[config.family]
     arrays = {name: np.zeros((B, S), np.int32) for name in ("tokens", "segment_ids")}
     arrays["vision_index"] = np.full((B, S), -1, np.int32)
     frames, windows = np.zeros((B, P), np.int32), np.zeros((B, P), np.int32)
     at = rng.integers(0, 4, (B, P, 2)).astype(np.int32)
-    for row in range(B):
-        cuts = np.sort(rng.choice(np.arange(8, S - 8), 3 if row != 2 else 0, replace=False))
-        arrays["segment_ids"][row, : S - 6] = (np.arange(S - 6)[:, None] >= cuts).sum(1) + 1
-        arrays["tokens"][row, : S - 6] = rng.integers(0, 140, S - 6)
-        count = 0 if row < text_only else P // places if row == text_only else 2
+    for sequence in range(B):
+        cuts = np.sort(rng.choice(np.arange(8, S - 8), 3 if sequence != 2 else 0, replace=False))
+        arrays["segment_ids"][sequence, : S - 6] = (np.arange(S - 6)[:, None] >= cuts).sum(1) + 1
+        arrays["tokens"][sequence, : S - 6] = rng.integers(0, 140, S - 6)
+        count = 0 if sequence < text_only else P // places if sequence == text_only else 2
         features = count * per_frame
         chosen = np.sort(rng.choice(S - 6, features, replace=False))
         # not in order: as windows have it
-        arrays["vision_index"][row, chosen] = rng.permutation(features)
-        arrays["tokens"][row, chosen] = config.image_token_id
-        frames[row, : count * places] = np.arange(count * places) // places + 1
-        windows[row, : count * places] = np.arange(count * places) // 16 + 1
+        arrays["vision_index"][sequence, chosen] = rng.permutation(features)
+        arrays["tokens"][sequence, chosen] = config.image_token_id
+        frames[sequence, : count * places] = np.arange(count * places) // places + 1
+        windows[sequence, : count * places] = np.arange(count * places) // 16 + 1
         if getattr(config.encoder, "class_token", False):
-            at[row, : count * places : places] = -1
+            at[sequence, : count * places : places] = -1
     return PackedBatch(
         loss_weights=rng.choice([0.0, 0.5, 1.0], (B, S)).astype(np.float32),
         positions=rng.integers(0, 50, (B, S, 3)).astype(np.int32),

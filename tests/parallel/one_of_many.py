@@ -28,13 +28,13 @@ from tests.parallel import models
 from tests.training import support, test_checkpoint
 
 
-def train(folder: str, rows: str, *overrides: str) -> None:
-    """The demo, small, as every process of a run runs it; says which rows it learns from."""
+def train(folder: str, examples: str, *overrides: str) -> None:
+    """The demo, small, as every process of a run runs it; says which examples it learns from."""
     _say_what_is_read()
-    job.run(support.experiment(Path(folder), Path(rows), "--data.batch_size", "4", *overrides))
+    job.run(support.experiment(Path(folder), Path(examples), "--data.batch_size", "4", *overrides))
 
 
-def train_and_die(folder: str, rows: str, step: str, *overrides: str) -> None:
+def train_and_die(folder: str, examples: str, step: str, *overrides: str) -> None:
     """As `train`, but the last process is killed when it is to save this step, which all have run."""
     save = Checkpoints.save
 
@@ -49,7 +49,7 @@ def train_and_die(folder: str, rows: str, step: str, *overrides: str) -> None:
         return save(checkpoints, now, *arguments, **options)
 
     Checkpoints.save = kill
-    train(folder, rows, *overrides)
+    train(folder, examples, *overrides)
 
 
 def _say_what_is_read() -> None:
@@ -57,7 +57,10 @@ def _say_what_is_read() -> None:
 
     def said(seen, packed, step: int) -> None:
         if seen.counts:
-            print(json.dumps({"step": step, "seen": [o.row for row in packed.origins for o in row]}), flush=True)
+            print(
+                json.dumps({"step": step, "seen": [o.number for sequence in packed.origins for o in sequence]}),
+                flush=True,
+            )
         add(seen, packed, step)
 
     data_counters.DataCounters.add = said
@@ -118,8 +121,8 @@ def _refused(*_):
     raise OSError("PERMISSION_DENIED: no access")
 
 
-def step(data: str, context: str, folder: str, rows: str, *overrides: str) -> None:
-    """A step on a batch whose first rows, so the first hosts, have no pictures; then goes on with a run."""
+def step(data: str, context: str, folder: str, examples: str, *overrides: str) -> None:
+    """A step on a batch whose first sequences, so the first hosts, have no pictures; then goes on with a run."""
     parallel = ParallelConfig(data=int(data), context=int(context))
     experiment = models.experiment("qwen2_5_vl", parallel)
     planned = compiled_step.compile_step(experiment)
@@ -127,14 +130,14 @@ def step(data: str, context: str, folder: str, rows: str, *overrides: str) -> No
     state = planned.init_state(
         trainer.split(starting_model.random_model(experiment.model, 0, planned.layout.parameter))[1]
     )
-    whole = models.batch(experiment.model, text_only=models.ROWS // 2)
+    whole = models.batch(experiment.model, text_only=models.SEQUENCES // 2)
     own = jax.tree.map(lambda x: x[np.asarray(shard.sequences)], whole)
     placed = data_shards.make_global_batch(train_step.stack([own]), shard, planned.batches)
     _, metrics = planned.step(state, placed)
     read = {"sequences": shard.sequences, "index": shard.index, "primary": shard.is_primary_reader}
     said = {**read, "patches": int(own.patch_segment_ids.any())}
     print(json.dumps({**said, "loss": float(metrics["loss"]), "norm": float(metrics["grad_norm"])}))
-    train(folder, rows, *overrides)
+    train(folder, examples, *overrides)
 
 
 if __name__ == "__main__":

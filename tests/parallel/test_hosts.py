@@ -67,7 +67,7 @@ def _run(job, processes, *arguments, devices=1, last=0):
 
 
 def _seen(outs):
-    """Step -> rows that were learnt from, of all processes."""
+    """Step -> examples that were learnt from, of all processes."""
     lines = [json.loads(line) for out in outs for line in out.splitlines() if line.startswith('{"step"')]
     return {
         step: sorted(r for line in lines if line["step"] == step for r in line["seen"]) for step in range(1, STEPS + 1)
@@ -78,32 +78,32 @@ def _seen(outs):
 def killed(tmp_path_factory):
     """A run on two processes of two devices, one of them killed when it was to save step 4: only step 2 is whole.
 
-    One step takes the whole of four windows, and the four steps an epoch. All rows say the same, so that the losses do
-    not depend on which process reads which.
+    One step takes the whole of four windows, and the four steps an epoch. All examples say the same, so that the losses
+    do not depend on which process reads which.
     """
     folder = tmp_path_factory.mktemp("killed")
-    rows = support.write_rows(folder, 32, alike=True)
+    examples = support.write_examples(folder, 32, alike=True)
     seen = _seen(
-        _run("train_and_die", 2, str(folder), str(rows), str(STEPS), *SHARDED, devices=2, last=-signal.SIGKILL)
+        _run("train_and_die", 2, str(folder), str(examples), str(STEPS), *SHARDED, devices=2, last=-signal.SIGKILL)
     )
-    return folder, rows, seen, support.losses(folder)
+    return folder, examples, seen, support.losses(folder)
 
 
 def _copy(killed, folder):
-    """The killed run once more, and the rows it reads."""
+    """The killed run once more, and the examples it reads."""
     shutil.copytree(killed[0], folder, dirs_exist_ok=True)
     return str(folder), str(killed[1])
 
 
 @pytest.mark.slow
 def test_four_processes_two_of_them_with_text_alone_have_the_loss_of_one_and_go_on_with_a_run_of_two(tmp_path, killed):
-    """The mesh splits rows over pairs of hosts, and each row over the two hosts of a pair."""
+    """The mesh splits sequences over pairs of hosts, and each sequence over the two hosts of a pair."""
     outs = _run("step", 4, "2", "2", *_copy(killed, tmp_path), *SHARDED, "--export.enabled", "False")
     said = [json.loads(next(line for line in out.splitlines() if line.startswith('{"sequences"'))) for out in outs]
     experiment = models.experiment("qwen2_5_vl")
     alone = compiled_step.compile_step(experiment, jax.devices()[:1])
     state = alone.init_state(trainer.split(starting_model.random_model(experiment.model, 0, alone.layout.parameter))[1])
-    batch = models.batch(experiment.model, text_only=models.ROWS // 2)
+    batch = models.batch(experiment.model, text_only=models.SEQUENCES // 2)
     _, metrics = alone.step(state, train_step.stack([batch]))
     for one in said:
         assert one["loss"] == pytest.approx(float(metrics["loss"]), abs=1e-5)
@@ -121,25 +121,27 @@ def test_one_process_goes_on_with_a_run_of_two(tmp_path, killed):
 
 
 def _went_on(killed, outs, folder):
-    """Losses of an unbroken run, and each row once."""
-    _, rows, before, losses = killed
+    """Losses of an unbroken run, and each example once."""
+    _, examples, before, losses = killed
     after = _seen(outs)
     assert support.losses(folder) == pytest.approx(losses, abs=1e-5)
     assert [support.losses(folder)[step] for step in (1, 2)] == [losses[step] for step in (1, 2)]
     assert after[1] == after[2] == []
-    read = [row for seen in (before[1], before[2], after[3], after[4]) for row in seen]
-    assert sorted(read) == list(range(1, len(rows.read_text().splitlines()) + 1))
+    read = [example for seen in (before[1], before[2], after[3], after[4]) for example in seen]
+    assert sorted(read) == list(range(1, len(examples.read_text().splitlines()) + 1))
 
 
 @pytest.mark.slow
 def test_a_run_on_two_processes_goes_on_to_the_bit_and_ends_as_one_run(tmp_path, killed):
     """Parameters in parts on both; one log, one checkpoint, one voice; scored and exported as it was saved."""
-    score = ("--evaluation.data", str(killed[1]), "--evaluation.max_rows", "2", "--evaluation.max_new_tokens", "4")
+    score = ("--evaluation.data", str(killed[1]), "--evaluation.max_examples", "2", "--evaluation.max_new_tokens", "4")
     outs = _run("train", 2, *_copy(killed, tmp_path), *SHARDED, *score, devices=2)
     assert support.losses(tmp_path) == killed[3]
     assert list(killed[3]) == [1, 2, 3, 4]
     assert killed[3][4] < killed[3][1]
-    assert {step: rows for step, rows in _seen(outs).items() if rows} == {step: killed[2][step] for step in (3, 4)}
+    assert {step: examples for step, examples in _seen(outs).items() if examples} == {
+        step: killed[2][step] for step in (3, 4)
+    }
     assert "4 steps in" in outs[0]
     assert [line for line in outs[1].splitlines() if not line.startswith(("[Gloo]", '{"step"'))] == []
     run = tmp_path / "run"

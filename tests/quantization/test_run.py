@@ -25,13 +25,13 @@ def _values(model):
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantised")
-    rows = support.write_rows(folder / "data", 6)
-    start = support.experiment(folder, rows, *OPTIONS)
+    examples = support.write_examples(folder / "data", 6)
+    start = support.experiment(folder, examples, *OPTIONS)
     from jvlm.training.starting_model import start_model
 
     jvlm.save(*start_model(start), folder / "base")
     experiment = support.experiment(
-        folder, rows, *OPTIONS, "--init_from", str(folder / "base"), "--steps", "2", quantize=QUANTIZE
+        folder, examples, *OPTIONS, "--init_from", str(folder / "base"), "--steps", "2", quantize=QUANTIZE
     )
     return folder, experiment, runs.train(experiment)
 

@@ -16,7 +16,7 @@ from jvlm.training.config import Experiment
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
 
 
-def write_rows(folder: Path, count: int = 24, *, alike: bool = False) -> Path:
+def write_examples(folder: Path, count: int = 24, *, alike: bool = False) -> Path:
     """A JSONL of conversations about coloured pictures of several sizes; some have no picture, some two.
 
     With ``alike`` all are the same one: what is learnt then does not depend on their order.
@@ -24,7 +24,7 @@ def write_rows(folder: Path, count: int = 24, *, alike: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     names = list(COLOURS)
-    rows = []
+    examples = []
     for index in range(count):
         images, tags, said = [], "", []
         for _ in range(1 if alike else index % 3):
@@ -40,18 +40,18 @@ def write_rows(folder: Path, count: int = 24, *, alike: bool = False) -> Path:
             {"role": "user", "content": "is there a red shape?"},
             {"role": "assistant", "content": "yes" if "red" in said else "no"},
         ]
-        rows.append({"messages": messages, "images": images})
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        examples.append({"messages": messages, "images": images})
+    path = folder / "examples.jsonl"
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
     return path
 
 
-def experiment(folder: Path, rows: Path, *overrides: str, **changes: Any) -> Experiment:
-    """The demo's experiment, small and without stages, on ``rows``, with its run under ``folder``."""
+def experiment(folder: Path, examples: Path, *overrides: str, **changes: Any) -> Experiment:
+    """The demo's experiment, small and without stages, on ``examples``, with its run under ``folder``."""
     fields = {
         "--name": "run",
         "--output_root": str(folder),
-        "--data.train": str(rows),
+        "--data.train": str(examples),
         "--data.batch_size": "2",
         "--data.seq_len": "192",
         "--data.max_patches": "192",

@@ -31,7 +31,7 @@ def test_a_composed_model_trains_its_connector_and_answers_from_its_run_folder(t
     folders = {"encoder": tmp_path / "clip", "decoder": tmp_path / "llama"}
     connector = PooledMLPConfig(grid=4, class_token=True, out_grid=2)
     model = compose(**folders, connector=connector, precision=Precision(compute_dtype="float32"))
-    base = support.experiment(tmp_path, support.write_rows(tmp_path / "data", 12), steps=4)
+    base = support.experiment(tmp_path, support.write_examples(tmp_path / "data", 12), steps=4)
     experiment = dataclasses.replace(
         base,
         model=model,
@@ -52,5 +52,5 @@ def test_a_composed_model_trains_its_connector_and_answers_from_its_run_folder(t
     moved = {p: v.get_value() for p, v in vlm.parameters(started).items() if p.startswith("connector")}
     assert all(np.abs(after[path] - value).max() > 0 for path, value in moved.items())
     loaded, processor = jvlm.load(result.folder)
-    row = {"messages": [{"role": "user", "content": "<image>what is it?"}], "images": [common.picture(60, 40)]}
-    assert len(jvlm.generate(loaded, processor, [row], max_new_tokens=3)) == 1
+    example = {"messages": [{"role": "user", "content": "<image>what is it?"}], "images": [common.picture(60, 40)]}
+    assert len(jvlm.generate(loaded, processor, [example], max_new_tokens=3)) == 1

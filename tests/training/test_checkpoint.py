@@ -196,7 +196,7 @@ test_checkpoint.across_meshes(Path(sys.argv[1]))
 
 def across_meshes(folder: Path) -> None:
     """Saves on one device, goes on upon eight, and comes back to one. Runs with eight CPU devices."""
-    experiment = support.experiment(folder, support.write_rows(folder, 4), "--data.batch_size", "4")
+    experiment = support.experiment(folder, support.write_examples(folder, 4), "--data.batch_size", "4")
     model, processor = starting_model.start_model(experiment)
     experiment = resolve.resolve(experiment, model, processor)
     _, values = trainer.split(model)

@@ -30,16 +30,16 @@ def _same(one, other):
 def begun(tmp_path_factory):
     """A run that began at random with two towers frozen, a folder of its model, and a run that began from that."""
     folder = tmp_path_factory.mktemp("frozen")
-    rows = support.write_rows(folder / "data", 6)
-    first = runs.train(support.experiment(folder, rows, *FROZEN))
+    examples = support.write_examples(folder / "data", 6)
+    first = runs.train(support.experiment(folder, examples, *FROZEN))
     jvlm.save(first.model, first.processor, folder / "base")
     options = ("--name", "second", "--init_from", str(folder / "base"), *FROZEN)
-    second = runs.train(support.experiment(folder, rows, *options))
-    return folder, rows, {"run": _values(first.model), "second": _values(second.model)}
+    second = runs.train(support.experiment(folder, examples, *options))
+    return folder, examples, {"run": _values(first.model), "second": _values(second.model)}
 
 
 def test_frozen_parameters_that_come_from_no_folder_are_stored_once(begun):
-    folder, rows, values = begun
+    folder, examples, values = begun
     for step in run_dir.steps(folder / "run"):
         stored = run_dir.stored_paths(run_dir.params_folder(folder / "run", step))
         assert {path.partition(".")[0] for path in stored} == {"connector"}
@@ -47,10 +47,10 @@ def test_frozen_parameters_that_come_from_no_folder_are_stored_once(begun):
     assert run_dir.stored_paths(run_dir.params_folder(folder / "run").parents[2] / "frozen" / "params")
     assert _same(_values(jvlm.load(folder / "run")[0]), values["run"])
     # a restart has them from there, not from its own random numbers
-    assert _same(_values(runs.train(support.experiment(folder, rows, *FROZEN)).model), values["run"])
+    assert _same(_values(runs.train(support.experiment(folder, examples, *FROZEN)).model), values["run"])
     (folder / "run" / "frozen.json").rename(folder / "aside.json")
     with pytest.raises(UserError, match=r"frozen.json is missing, or of another run: .* fingerprint [0-9a-f]{16}, and"):
-        runs.train(support.experiment(folder, rows, *FROZEN))
+        runs.train(support.experiment(folder, examples, *FROZEN))
     (folder / "aside.json").rename(folder / "run" / "frozen.json")
 
 
@@ -68,7 +68,7 @@ def test_frozen_parameters_of_a_folder_are_referred_to_and_loading_and_convertin
 
 
 def test_a_base_that_is_gone_is_named_with_the_way_out_and_one_that_changed_with_both_fingerprints(begun, tmp_path):
-    folder, rows, values = begun
+    folder, examples, values = begun
     shutil.copytree(folder / "second", tmp_path / "second")
     shutil.copytree(folder / "base", tmp_path / "moved")
     record = tmp_path / "second" / "frozen.json"
@@ -88,13 +88,13 @@ def test_a_base_that_is_gone_is_named_with_the_way_out_and_one_that_changed_with
         jvlm.load(tmp_path / "second")
     options = ("--name", "second", "--init_from", str(tmp_path / "moved"), *FROZEN, "--accept_changes", "true")
     with pytest.raises(UserError, match=rf"which have changed: fingerprint {saved['digest']} when.*, [0-9a-f]+ now"):
-        runs.train(support.experiment(tmp_path, rows, *options))
+        runs.train(support.experiment(tmp_path, examples, *options))
 
 
 def test_on_request_every_checkpoint_holds_everything(begun, tmp_path):
-    folder, rows, _ = begun
+    folder, examples, _ = begun
     options = ("--init_from", str(folder / "base"), "--checkpoint.full", "True", *FROZEN)
-    result = runs.train(support.experiment(tmp_path, rows, *options))
+    result = runs.train(support.experiment(tmp_path, examples, *options))
     assert not (result.folder / "frozen.json").exists()
     assert run_dir.stored_paths(run_dir.params_folder(result.folder)) == set(vlm.parameters(result.model))
     assert _same(_values(jvlm.load(result.folder)[0]), _values(result.model))

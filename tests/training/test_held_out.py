@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jvlm
-from jvlm.data.shards import RowSource
+from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.training import runs
@@ -28,8 +28,8 @@ from tests.training import support
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return support.write_rows(tmp_path_factory.mktemp("rows"), 24)
+def examples(tmp_path_factory):
+    return support.write_examples(tmp_path_factory.mktemp("examples"), 24)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -51,8 +51,8 @@ def test_examples_that_all_share_a_picture_cannot_be_split():
         make_split([frozenset(["a", str(n)]) for n in range(4)], 0.5, 0)
 
 
-def test_a_picture_counts_by_its_bytes_and_by_its_path_and_text_by_its_content(tmp_path, rows):
-    folder = rows.parent
+def test_a_picture_counts_by_its_bytes_and_by_its_path_and_text_by_its_content(tmp_path, examples):
+    folder = examples.parent
     picture = next(path for path in sorted(folder.glob("*.png")))
     (tmp_path / "copy.png").write_bytes(picture.read_bytes())
 
@@ -60,11 +60,11 @@ def test_a_picture_counts_by_its_bytes_and_by_its_path_and_text_by_its_content(t
         turns = [{"role": "user", "content": "<image>" * len(images) + text}, {"role": "assistant", "content": "a"}]
         return json.dumps({"messages": turns, "images": list(map(str, images))})
 
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / "examples.jsonl"
     lines = [line(picture), line("copy.png"), line("../gone.png"), line("../gone.png"), line(text="x"), line(text="x")]
     path.write_text("\n".join([*lines, line(text="y")]) + "\n")
     data = support.experiment(tmp_path, path).data
-    keys = example_keys(RowSource([str(path)]), data)
+    keys = example_keys(ExampleSource([str(path)]), data)
     assert keys[0] & keys[1], "the same bytes"
     assert keys[2] == keys[3] != keys[4] == keys[5] != keys[6]
     assert not keys[0] & keys[2]
@@ -98,9 +98,9 @@ def _one_by_one(model, processor, path):
     """(sum of losses, tokens, correct tokens) in float64, each conversation by itself from all of its logits."""
     total, weight, right = 0.0, 0.0, 0
     for line in path.read_text().splitlines():
-        row = json.loads(line)
-        row["images"] = [str(path.parent / name) for name in row["images"]]
-        batch = processor.pack([row])
+        example = json.loads(line)
+        example["images"] = [str(path.parent / name) for name in example["images"]]
+        batch = processor.pack([example])
         logits = np.asarray(model(batch), np.float64)[0, :-1]
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         targets, weights = np.asarray(batch.tokens)[0, 1:], np.asarray(batch.loss_weights)[0, 1:]
@@ -110,11 +110,11 @@ def _one_by_one(model, processor, path):
     return total, weight, right
 
 
-def test_every_token_is_counted_once_for_each_source_and_the_best_checkpoint_stays(tmp_path, rows):
+def test_every_token_is_counted_once_for_each_source_and_the_best_checkpoint_stays(tmp_path, examples):
     held = []
     for name, chosen in (("a", slice(0, 5)), ("b", slice(5, 12))):
-        held.append(rows.parent / f"{name}.jsonl")
-        held[-1].write_text("".join(f"{line}\n" for line in rows.read_text().splitlines()[chosen]))
+        held.append(examples.parent / f"{name}.jsonl")
+        held[-1].write_text("".join(f"{line}\n" for line in examples.read_text().splitlines()[chosen]))
     options = ("--validation.data", *map(str, held), "--validation.interval_steps", "2", "--steps", "5")
     # a rate that makes it worse after the first evaluation
     rate = (
@@ -125,7 +125,7 @@ def test_every_token_is_counted_once_for_each_source_and_the_best_checkpoint_sta
         "--checkpoint.save_interval_steps",
         "1",
     )
-    result = runs.train(support.experiment(tmp_path, rows, *options, *rate, "--checkpoint.max_to_keep", "1"))
+    result = runs.train(support.experiment(tmp_path, examples, *options, *rate, "--checkpoint.max_to_keep", "1"))
     assert result.compilations == 1
     lines = _lines(result.folder)
     assert [line["step_number"] for line in lines] == [2, 4, 5]
@@ -152,8 +152,8 @@ def test_every_token_is_counted_once_for_each_source_and_the_best_checkpoint_sta
 EARLY = "--validation.split 0.25 --validation.interval_steps 2 --validation.patience 2 --validation.min_delta 10"
 
 
-def test_a_run_without_gain_stops_returns_its_best_and_a_restart_does_not_go_on(tmp_path, rows, capsys):
-    experiment = support.experiment(tmp_path, rows, *EARLY.split(), "--steps", "20")
+def test_a_run_without_gain_stops_returns_its_best_and_a_restart_does_not_go_on(tmp_path, examples, capsys):
+    experiment = support.experiment(tmp_path, examples, *EARLY.split(), "--steps", "20")
     result = runs.train(experiment)
     lines = _lines(result.folder)
     assert [line["step_number"] for line in lines] == [2, 4, 6]
@@ -161,7 +161,7 @@ def test_a_run_without_gain_stops_returns_its_best_and_a_restart_does_not_go_on(
     assert result.last == min(lines, key=lambda line: line["validation/loss"])["step_number"]
     assert "stopping after step 6: 2 evaluations without a gain of 10 in validation/loss" in capsys.readouterr().out
     split = json.loads((result.folder / "validation_split.json").read_text())
-    keys = example_keys(RowSource(experiment.data.train), experiment.data)
+    keys = example_keys(ExampleSource(experiment.data.train), experiment.data)
     sides = [set().union(*(keys[i] for i in split[side])) for side in ("train", "validation")]
     assert sides[0].isdisjoint(sides[1])
     assert len(split["validation"]) == 6
@@ -169,11 +169,11 @@ def test_a_run_without_gain_stops_returns_its_best_and_a_restart_does_not_go_on(
     assert (again.steps, again.last, again.compilations) == (6, result.last, 0)
     assert json.loads((result.folder / "validation_split.json").read_text()) == split
     with pytest.raises(UserError, match=r"begun with split 0.25, now 0.5"):
-        runs.train(support.experiment(tmp_path, rows, *EARLY.split(), "--validation.split", "0.5", "--steps", "20"))
+        runs.train(support.experiment(tmp_path, examples, *EARLY.split(), "--validation.split", "0.5", "--steps", "20"))
 
 
-def test_a_run_without_validation_has_no_best_checkpoint(tmp_path, rows):
-    result = runs.train(support.experiment(tmp_path, rows, "--steps", "1"))
+def test_a_run_without_validation_has_no_best_checkpoint(tmp_path, examples):
+    result = runs.train(support.experiment(tmp_path, examples, "--steps", "1"))
     with pytest.raises(WeightError, match="has no best checkpoint"):
         jvlm.load(result.folder / "best")
 
@@ -184,18 +184,18 @@ from tests.training import support
 def get_config():
     options = "--steps 12 --export.enabled False --validation.interval_steps 2 --validation.split 0.25"
     patience = "--validation.patience 4 --checkpoint.save_interval_steps 3 --checkpoint.max_to_keep 1"
-    return support.experiment(Path({folder!r}), Path({rows!r}), *options.split(), *patience.split())
+    return support.experiment(Path({folder!r}), Path({examples!r}), *options.split(), *patience.split())
 """
 
 
 @pytest.mark.slow
-def test_kill_9_changes_no_evaluation_nor_the_best_nor_what_patience_has_counted(tmp_path, rows):
+def test_kill_9_changes_no_evaluation_nor_the_best_nor_what_patience_has_counted(tmp_path, examples):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     commands = {}
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         config = tmp_path / name / "config.py"
-        config.write_text(CONFIG.format(folder=str(tmp_path / name), rows=str(rows)))
+        config.write_text(CONFIG.format(folder=str(tmp_path / name), examples=str(examples)))
         commands[name] = [sys.executable, "-m", "jvlm.cli", "train", str(config)]
     subprocess.run(commands["whole"], check=True, capture_output=True, env=env)
     run = tmp_path / "killed" / "run"

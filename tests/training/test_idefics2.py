@@ -16,12 +16,12 @@ from tests.training import support
 STEPS = 8
 
 
-def experiment(folder, start, rows, *overrides):
+def experiment(folder, start, examples, *overrides):
     fields = {
         "--init_from": str(start),
         "--output_root": str(folder),
         "--name": "run",
-        "--data.train": str(rows),
+        "--data.train": str(examples),
         "--data.batch_size": "2",
         "--data.seq_len": "256",
         "--data.max_patches": "256",
@@ -41,10 +41,10 @@ def experiment(folder, start, rows, *overrides):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A short run of the config on rows of none, one and two pictures, split: (result, folder)."""
+    """A short run of the config on examples of none, one and two pictures, split: (result, folder)."""
     folder = tmp_path_factory.mktemp("idefics2")
     write_folder(folder / "start", split=True)
-    return runs.train(experiment(folder, folder / "start", support.write_rows(folder / "data", 24))), folder
+    return runs.train(experiment(folder, folder / "start", support.write_examples(folder / "data", 24))), folder
 
 
 def test_mixed_counts_of_pictures_need_one_compilation_and_the_loss_falls(run):
@@ -64,12 +64,13 @@ def test_the_frozen_tower_keeps_every_bit_and_the_export_answers_the_same(run, t
     jvlm.save(result.model, result.processor, tmp_path / "hf", format="hf")
     model, processor = jvlm.load(tmp_path / "hf")
     assert processor.image_config == result.processor.image_config
-    row = {
+    example = {
         "messages": [{"role": "user", "content": "<image>what color?"}],
         "images": [str(folder / "data" / "1_0.png")],
     }
     answers = [
-        jvlm.generate(m, p, [row], max_new_tokens=8) for m, p in ((result.model, result.processor), (model, processor))
+        jvlm.generate(m, p, [example], max_new_tokens=8)
+        for m, p in ((result.model, result.processor), (model, processor))
     ]
     assert answers[0] == answers[1]
 

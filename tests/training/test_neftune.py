@@ -37,9 +37,9 @@ def noise(batch):
 def bounds(segment_ids: np.ndarray, width: int) -> np.ndarray:
     """alpha / sqrt(L d) of each token, by counting."""
     found = np.zeros(segment_ids.shape)
-    for row, ids in enumerate(segment_ids):
+    for example, ids in enumerate(segment_ids):
         for segment in set(ids.tolist()) - {0}:
-            found[row, ids == segment] = ALPHA / np.sqrt((ids == segment).sum() * width)
+            found[example, ids == segment] = ALPHA / np.sqrt((ids == segment).sum() * width)
     return found
 
 

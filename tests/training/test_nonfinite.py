@@ -18,11 +18,11 @@ from jvlm.training.supervised import SupervisedTask
 from tests.training import support
 
 
-def _with_heavy_row(rows, folder, *numbers):
-    """The rows, the given ones (from 0) with a loss weight so large that float32 holds neither loss nor gradient."""
-    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+def _with_heavy_example(examples, folder, *numbers):
+    """The examples, the given ones (from 0) with a loss weight too large for the loss and its gradient in float32."""
+    lines = [json.loads(line) for line in examples.read_text().splitlines()]
     for line in lines:
-        line["images"] = [str(rows.parent / name) for name in line["images"]]
+        line["images"] = [str(examples.parent / name) for name in line["images"]]
     for number in numbers:
         lines[number]["messages"][3]["loss_scale"] = 3e38
     path = folder / "heavy.jsonl"
@@ -31,12 +31,12 @@ def _with_heavy_row(rows, folder, *numbers):
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return support.write_rows(tmp_path_factory.mktemp("rows"), 12)
+def examples(tmp_path_factory):
+    return support.write_examples(tmp_path_factory.mktemp("examples"), 12)
 
 
-def _one_to_a_row(folder, path, *options):
-    """Without shuffling and a window of one: row n of the file is batch n."""
+def _one_to_an_example(folder, path, *options):
+    """Without shuffling and a window of one: example n of the file is batch n."""
     plain = ("--data.shuffle", "False", "--data.pack_window", "1", "--data.batch_size", "1")
     return support.experiment(folder, path, *plain, *options)
 
@@ -45,8 +45,8 @@ def _bytes(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-def test_a_skipped_step_leaves_parameters_and_optimizer_bit_equal_and_the_next_one_learns(tmp_path, rows):
-    experiment = _one_to_a_row(tmp_path, _with_heavy_row(rows, tmp_path, 1))
+def test_a_skipped_step_leaves_parameters_and_optimizer_bit_equal_and_the_next_one_learns(tmp_path, examples):
+    experiment = _one_to_an_example(tmp_path, _with_heavy_example(examples, tmp_path, 1))
     model, processor = starting_model.start_model(experiment)
     template, values = trainer.split(model)
     tx = optimizer.make(experiment.optimizer, experiment.steps, vlm.parameters(template))
@@ -64,11 +64,11 @@ def test_a_skipped_step_leaves_parameters_and_optimizer_bit_equal_and_the_next_o
     assert [int(c) for c in jax.tree.leaves(state.opt_state) if c.dtype == np.int32] == [2] * 5
 
 
-def test_one_bad_step_is_counted_and_the_run_goes_on_but_two_in_a_row_stop_it(tmp_path, rows, capsys):
-    heavy = _with_heavy_row(rows, tmp_path, 1, 4, 5)
+def test_one_bad_step_is_counted_and_the_run_goes_on_but_two_in_a_row_stop_it(tmp_path, examples, capsys):
+    heavy = _with_heavy_example(examples, tmp_path, 1, 4, 5)
     options = ("--stop_after_skips", "2", "--steps", "8", "--checkpoint.save_interval_steps", "3")
     with pytest.raises(nonfinite.Diverged, match=r"2 steps in a row.*\n?.*jvlm replay") as stopped:
-        runs.train(_one_to_a_row(tmp_path, heavy, *options))
+        runs.train(_one_to_an_example(tmp_path, heavy, *options))
     dumped = tmp_path / "run" / "nonfinite" / "5-6"
     assert str(dumped) in str(stopped.value)
     lines = [json.loads(line) for line in (tmp_path / "run" / "logging.jsonl").read_text().splitlines()]
@@ -77,28 +77,28 @@ def test_one_bad_step_is_counted_and_the_run_goes_on_but_two_in_a_row_stop_it(tm
 
     batches = nonfinite.read(dumped)
     assert [d.step for d in batches] == [5, 6]
-    assert [o.row for d in batches for row in d.origins for o in row] == [5, 6]
+    assert [o.number for d in batches for sequence in d.origins for o in sequence] == [5, 6]
     assert all((d.batch.loss_weights > 1e38).any() for d in batches)
     capsys.readouterr()
     assert cli.main(["replay", str(dumped)]) == 0
     said = capsys.readouterr().out
     assert "parameters    encoder finite, connector finite, decoder finite" in said
-    assert "heavy.jsonl, row 5: loss" in said
-    assert "heavy.jsonl, row 6: loss" in said
+    assert "heavy.jsonl, line 5: loss" in said
+    assert "heavy.jsonl, line 6: loss" in said
     assert said.count("1 of 1 conversations are not finite") == 2
     assert re.search("outputs +encoder finite, connector finite, decoder finite", said)
     assert re.search("gradients .* decoder [0-9]+ NOT FINITE; first: ", said)
 
 
-def test_among_the_conversations_of_a_batch_replay_names_only_the_guilty_one(tmp_path, rows, capsys):
-    heavy = _with_heavy_row(rows, tmp_path, 7)
+def test_among_the_conversations_of_a_batch_replay_names_only_the_guilty_one(tmp_path, examples, capsys):
+    heavy = _with_heavy_example(examples, tmp_path, 7)
     options = ("--stop_after_skips", "1", "--data.pack_window", "12")
     with pytest.raises(nonfinite.Diverged, match="1 steps in a row") as stopped:
-        runs.train(_one_to_a_row(tmp_path, heavy, *options))
+        runs.train(_one_to_an_example(tmp_path, heavy, *options))
     assert cli.main(["replay", str(stopped.value).rpartition(" ")[2]]) == 0
     named = [line for line in capsys.readouterr().out.splitlines() if "heavy.jsonl" in line]
     assert len(named) == 1
-    assert "row 8: loss" in named[0]
+    assert "line 8: loss" in named[0]
 
 
 def test_replaying_a_folder_without_batches_says_so(tmp_path, capsys):

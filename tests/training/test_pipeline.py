@@ -21,9 +21,9 @@ from tests.training import support
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
-    rows = support.write_rows(folder)
-    experiment = support.experiment(folder, rows)
-    return experiment, starting_model.start_model(experiment)[1], rows
+    examples = support.write_examples(folder)
+    experiment = support.experiment(folder, examples)
+    return experiment, starting_model.start_model(experiment)[1], examples
 
 
 def _batches(setup, **changes):
@@ -41,21 +41,21 @@ def _conversations(batches):
     found = []
     for packed in batches:
         batch = packed.batch
-        for row in range(len(batch.tokens)):
-            for segment in range(1, batch.segment_ids[row].max() + 1):
-                inside = batch.segment_ids[row] == segment
-                features = batch.vision_index[row][inside]
+        for b in range(len(batch.tokens)):
+            for segment in range(1, batch.segment_ids[b].max() + 1):
+                inside = batch.segment_ids[b] == segment
+                features = batch.vision_index[b][inside]
                 group = 4
-                patches = [batch.patches[row, group * f : group * f + group] for f in features[features >= 0]]
-                found.append((tuple(batch.tokens[row][inside]), len(patches), int(np.sum(patches, dtype=np.int64))))
+                patches = [batch.patches[b, group * f : group * f + group] for f in features[features >= 0]]
+                found.append((tuple(batch.tokens[b][inside]), len(patches), int(np.sum(patches, dtype=np.int64))))
     return sorted(found)
 
 
 def test_an_epoch_holds_every_conversation_once(setup):
-    _, processor, rows = setup
+    _, processor, examples = setup
     expected = []
-    for line in rows.read_text().splitlines():
-        example = processor.encode(pipeline.parse_row(json.loads(line), pipeline.Origin(str(rows), 1)))
+    for line in examples.read_text().splitlines():
+        example = processor.encode(pipeline.parse_example(json.loads(line), pipeline.Origin(str(examples), 1)))
         count = int((example.vision_index >= 0).sum())
         expected.append((tuple(example.tokens), count, int(example.patches.sum(dtype=np.int64))))
     assert _conversations(_batches(setup)) == sorted(expected)
@@ -72,10 +72,10 @@ def test_batches_of_a_window_come_in_no_order_of_length(setup, tmp_path):
     _, processor, _ = setup
     words = [" circle" * (n + 1) for n in range(32)]
     messages = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": text}] for text in words]
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"messages": m}) + "\n" for m in messages))
-    longest = processor.encode(pipeline.parse_row({"messages": messages[-1]}, pipeline.Origin("", 1))).length
-    changes = {"train": (str(rows),), "batch_size": 2, "seq_len": longest, "max_patches": 0, "pack_window": 32}
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text("".join(json.dumps({"messages": m}) + "\n" for m in messages))
+    longest = processor.encode(pipeline.parse_example({"messages": messages[-1]}, pipeline.Origin("", 1))).length
+    changes = {"train": (str(examples),), "batch_size": 2, "seq_len": longest, "max_patches": 0, "pack_window": 32}
 
     def lengths(**more):
         batches = _batches(setup, **changes, **more)
@@ -87,12 +87,12 @@ def test_batches_of_a_window_come_in_no_order_of_length(setup, tmp_path):
 
 
 def test_alone_learns_single_turns_drawn_by_weight_and_keeps_the_pictures(setup, tmp_path):
-    experiment, processor, rows = setup
-    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    experiment, processor, examples = setup
+    lines = [json.loads(line) for line in examples.read_text().splitlines()]
     for line in lines:
-        line["images"] = [str(rows.parent / name) for name in line["images"]]
+        line["images"] = [str(examples.parent / name) for name in line["images"]]
         line["messages"][1]["loss_scale"] = 0
-    weighted = tmp_path / "rows.jsonl"
+    weighted = tmp_path / "examples.jsonl"
     weighted.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = dataclasses.replace(experiment.data, single_turn_ratio=1.0, train=(str(weighted),))
     batches = list(pipeline.training_data(processor, config, seed=3, epochs=1)[0])
@@ -132,42 +132,42 @@ def test_every_batch_has_the_same_shapes_even_the_last(setup):
 
 
 def test_shards_give_the_same_batches_as_the_jsonl_they_were_made_from(setup, tmp_path):
-    _, _, rows = setup
-    shard([str(rows)], tmp_path / "shards", rows_per_shard=10)
+    _, _, examples = setup
+    shard([str(examples)], tmp_path / "shards", examples_per_shard=10)
     assert len(list((tmp_path / "shards").iterdir())) == 3
     from_shards = _batches(setup, train=(str(tmp_path / "shards" / "*.arrayrecord"),))
     assert all(_same(a.batch, b.batch) for a, b in zip(from_shards, _batches(setup), strict=True))
 
 
-def test_check_counts_good_rows_and_names_each_bad_one(setup, tmp_path):
-    _, processor, rows = setup
-    good = rows.read_text().splitlines()[0]
+def test_check_counts_good_examples_and_names_each_bad_one(setup, tmp_path):
+    _, processor, examples = setup
+    good = examples.read_text().splitlines()[0]
     path = tmp_path / "mixed.jsonl"
     lacking = {"messages": [{"role": "user", "content": "<image>"}], "images": ["gone.png"]}
     path.write_text(f"{good}\n{json.dumps(lacking)}\n[1]\n")
     report = check([str(path)], processor)
-    assert (report.rows, len(report.rejected), len(report.tokens)) == (3, 2, 1)
+    assert (report.examples, len(report.rejected), len(report.tokens)) == (3, 2, 1)
     assert "gone.png" in report.text()
-    assert f"{path}, row 3" in report.text()
+    assert f"{path}, line 3" in report.text()
 
 
 def test_a_pattern_without_files_and_an_unknown_kind_of_file_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"nothing\*.jsonl"):
-        pipeline.RowSource([str(tmp_path / "nothing*.jsonl")])
-    (tmp_path / "rows.csv").write_text("a,b\n")
-    with pytest.raises(UserError, match=r"rows.csv: rows are read from"):
-        pipeline.RowSource([str(tmp_path / "rows.csv")])
+        pipeline.ExampleSource([str(tmp_path / "nothing*.jsonl")])
+    (tmp_path / "examples.csv").write_text("a,b\n")
+    with pytest.raises(UserError, match=r"examples.csv: examples are read from"):
+        pipeline.ExampleSource([str(tmp_path / "examples.csv")])
 
 
-def _rows_of(packed):
-    return [(o.file, o.row) for row in packed.origins for o in row]
+def _examples_of(packed):
+    return [(o.file, o.number) for sequence in packed.origins for o in sequence]
 
 
 @pytest.mark.parametrize("window", [1, 4, 6, 100])
 @pytest.mark.parametrize("steps", [(1, 1), (2, 3), (3, 0)])
-def test_each_row_comes_once_an_epoch_while_processes_come_and_go(setup, window, steps):
+def test_each_example_comes_once_an_epoch_while_processes_come_and_go(setup, window, steps):
     """Two processes, then three, then one, each restored from the states of those before."""
-    experiment, processor, rows = setup
+    experiment, processor, examples = setup
     config = dataclasses.replace(experiment.data, batch_size=6, pack_window=window, seq_len=96, max_patches=96)
     seen, states = [], None
     for count, steps_here in ((2, steps[0]), (3, steps[1]), (1, None)):
@@ -179,11 +179,11 @@ def test_each_row_comes_once_an_epoch_while_processes_come_and_go(setup, window,
                 iterator.set_state(json.loads(json.dumps(states)))
             for packed in itertools.islice(iterator, steps_here):
                 assert len(packed.batch.tokens) == 6 // count
-                seen += _rows_of(packed)
+                seen += _examples_of(packed)
             found += iterator.get_state()
             iterator.close()
         states = found[::-1]
-    assert sorted(seen) == [(str(rows), number + 1) for number in range(len(rows.read_text().splitlines()))]
+    assert sorted(seen) == [(str(examples), number + 1) for number in range(len(examples.read_text().splitlines()))]
 
 
 def test_processes_restored_in_the_same_number_go_on_with_the_same_batches(setup):
@@ -206,7 +206,7 @@ def test_processes_restored_in_the_same_number_go_on_with_the_same_batches(setup
         iterator.close()
 
 
-def test_rows_that_processes_cannot_share_evenly_are_refused(setup):
+def test_examples_that_processes_cannot_share_evenly_are_refused(setup):
     experiment, processor, _ = setup
     with pytest.raises(UserError, match=r"data.batch_size = 2 cannot be shared evenly by 3 processes"):
         pipeline.training_data(processor, experiment.data, seed=0, share=Share(0, 3))

@@ -19,12 +19,12 @@ from tests.training import support
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return support.write_rows(tmp_path_factory.mktemp("rows"), 6)
+def examples(tmp_path_factory):
+    return support.write_examples(tmp_path_factory.mktemp("examples"), 6)
 
 
-def test_a_trace_of_the_steps_asked_for_lies_in_the_run_folder(tmp_path, rows):
-    result = runs.train(support.experiment(tmp_path, rows, "--profile", "2:3", "--steps", "8"))
+def test_a_trace_of_the_steps_asked_for_lies_in_the_run_folder(tmp_path, examples):
+    result = runs.train(support.experiment(tmp_path, examples, "--profile", "2:3", "--steps", "8"))
     (space,) = (result.folder / "profile").rglob("*.xplane.pb")
     assert space.stat().st_size > 1000
     (trace,) = (result.folder / "profile").rglob("*.trace.json.gz")
@@ -32,8 +32,8 @@ def test_a_trace_of_the_steps_asked_for_lies_in_the_run_folder(tmp_path, rows):
     assert [event["args"]["step_num"] for event in events if event.get("name") == "train"] == ["2", "3"]
 
 
-def test_the_compiled_step_names_every_part_forwards_and_backwards(tmp_path, rows):
-    experiment = support.experiment(tmp_path, rows)
+def test_the_compiled_step_names_every_part_forwards_and_backwards(tmp_path, examples):
+    experiment = support.experiment(tmp_path, examples)
     model, processor = starting_model.start_model(experiment)
     template, values = trainer.split(model)
     tx = optimizer.make(experiment.optimizer, experiment.steps, vlm.parameters(template))
@@ -55,6 +55,6 @@ def test_the_compiled_step_names_every_part_forwards_and_backwards(tmp_path, row
 
 
 @pytest.mark.parametrize("text", ["10", "3:2", "0:4", "a:b"])
-def test_a_wrong_range_of_steps_is_refused(tmp_path, rows, text):
+def test_a_wrong_range_of_steps_is_refused(tmp_path, examples, text):
     with pytest.raises(UserError, match="profile is FIRST:LAST"):
-        support.experiment(tmp_path, rows, profile=text)
+        support.experiment(tmp_path, examples, profile=text)

@@ -11,7 +11,7 @@ import pytest
 
 from jvlm import config as config_tree
 from jvlm.data.errors import Rejected
-from jvlm.data.packing import PackedRows
+from jvlm.data.packing import PackedSequences
 from jvlm.errors import UserError
 from jvlm.training import resolve, resume, runs, starting_model
 from jvlm.training.data_counters import DataCounters
@@ -21,22 +21,22 @@ from tests.training import support
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two steps, with bad rows among its data that are left out, and its data."""
+    """A run of two steps, with bad examples among its data that are left out, and its data."""
     folder = tmp_path_factory.mktemp("resume")
-    rows = support.write_rows(folder / "data", 6)
-    with open(rows, "a") as file:
+    examples = support.write_examples(folder / "data", 6)
+    with open(examples, "a") as file:
         file.write("not json\n")
-    shutil.copytree(support.experiment(folder, rows).tokenizer, folder / "tokenizer")
+    shutil.copytree(support.experiment(folder, examples).tokenizer, folder / "tokenizer")
     runs.train(_experiment(folder))
     return folder
 
 
-OPTIONS = "--steps 2 --data.on_bad_row skip --data.max_bad_fraction 1".split()
+OPTIONS = "--steps 2 --data.on_bad_example skip --data.max_bad_fraction 1".split()
 
 
 def _experiment(folder, *more):
     options = (*OPTIONS, "--tokenizer", str(folder / "tokenizer"), *more)
-    return support.experiment(folder, folder / "data" / "rows.jsonl", *options)
+    return support.experiment(folder, folder / "data" / "examples.jsonl", *options)
 
 
 @pytest.fixture
@@ -52,14 +52,14 @@ def run(finished, tmp_path):
 
 
 def _append(folder):
-    with open(folder / "data" / "rows.jsonl", "a") as file:
+    with open(folder / "data" / "examples.jsonl", "a") as file:
         file.write(
             json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]})
         )
 
 
 def _replace_a_letter(folder):
-    path = folder / "data" / "rows.jsonl"
+    path = folder / "data" / "examples.jsonl"
     path.write_text(path.read_text().replace("color", "colon", 1))
 
 
@@ -69,8 +69,8 @@ def _other_tokenizer(folder):
 
 
 CHANGES = {
-    "a row more": (_append, ["data"], r"data.*rows.jsonl.rows: 7 -> 8"),
-    "a letter of a row": (_replace_a_letter, [], r"data.*rows.jsonl.sha256: '\w+' -> '\w+'"),
+    "an example more": (_append, ["data"], r"data.*examples.jsonl.examples: 7 -> 8"),
+    "a letter of an example": (_replace_a_letter, [], r"data.*examples.jsonl.sha256: '\w+' -> '\w+'"),
     "another tokenizer": (_other_tokenizer, [], r"start.tokenizer.(bytes|sha256): .* -> "),
     "a setting": (lambda folder: None, ["--optimizer.weight_decay", "0.3"], r"optimizer.weight_decay: 0.05 -> 0.3"),
 }
@@ -88,7 +88,7 @@ def test_a_change_is_refused_with_both_values_and_accepted_when_asked_to(run, na
     runs.train(_experiment(run, *options, "--accept_changes", "true"))
     assert "changed since the run began, and accepted" in capsys.readouterr().out
     (noted,) = read_lines(run / "run" / "changes.jsonl")
-    assert any(part in line for line in noted["changes"] for part in ("rows", "sha256", "weight_decay"))
+    assert any(part in line for line in noted["changes"] for part in ("examples", "sha256", "weight_decay"))
     # from now on the changed run is the run
     runs.train(_experiment(run, *options))
 
@@ -128,7 +128,7 @@ def test_a_half_written_line_is_mended_at_the_restart(run, file, damage):
     path = run / "run" / file
     whole = path.read_text()
     assert whole
-    tail = {"half a line": b'{"file": "rows.js', "not utf-8": b'{"file": "\xff\xfe', "zeros": b"\0" * 50}[damage]
+    tail = {"half a line": b'{"file": "examples.js', "not utf-8": b'{"file": "\xff\xfe', "zeros": b"\0" * 50}[damage]
     path.write_bytes(whole.encode() + tail)
     runs.train(_experiment(run))
     assert path.read_text() == whole
@@ -142,27 +142,27 @@ def test_a_damaged_file_of_the_run_is_named(run, file):
         runs.train(_experiment(run))
 
 
-def test_rows_are_counted_in_each_epoch_and_listed_once(tmp_path):
-    config = dataclasses.replace(support.experiment(tmp_path, support.write_rows(tmp_path, 1)).data)
+def test_examples_are_counted_in_each_epoch_and_listed_once(tmp_path):
+    config = dataclasses.replace(support.experiment(tmp_path, support.write_examples(tmp_path, 1)).data)
     seen = DataCounters(tmp_path, 40, config, counts=True)
-    left = tuple(Rejected("rows.jsonl", n, "messages", "too long", "too_long") for n in range(36))
-    for step in range(1, 4):  # three passes over 40 rows
-        seen.add(PackedRows(None, 4, left), step)
+    left = tuple(Rejected("examples.jsonl", n, "messages", "too long", "too_long") for n in range(36))
+    for step in range(1, 4):  # three passes over 40 examples
+        seen.add(PackedSequences(None, 4, left), step)
     totals = seen.totals()
     assert (totals.read, totals.too_long, totals.dropped, totals.epoch) == (120, 108, 0.9, 3.0)
     assert seen.rejected() == 36 == len(read_lines(tmp_path / "rejected.jsonl"))
-    assert "36 rows left out" in seen.summary(seen.rejected())
-    with pytest.raises(UserError, match=r"108 of 120 rows read did not fit(.|\n)*max_too_long_fraction = 0.25"):
+    assert "36 examples left out" in seen.summary(seen.rejected())
+    with pytest.raises(UserError, match=r"108 of 120 examples read did not fit(.|\n)*max_too_long_fraction = 0.25"):
         seen.check(totals)
     again = DataCounters(tmp_path, 40, config, counts=True)
     again.restore(json.loads(json.dumps(seen.state())), 2)
-    again.add(PackedRows(None, 4, left), 4)
+    again.add(PackedSequences(None, 4, left), 4)
     assert again.rejected() == 36 == len(read_lines(tmp_path / "rejected.jsonl"))
     assert again.totals().epoch == 4.0
     # other data: the passes made stay, the counts begin anew
     other = DataCounters(tmp_path, 20, config, counts=True)
     other.restore(again.state(), 4)
-    other.add(PackedRows(None, 10, ()), 5)
+    other.add(PackedSequences(None, 10, ()), 5)
     assert (other.totals().epoch, other.totals().read) == (4.5, 10)
 
 
@@ -183,9 +183,9 @@ def test_large_files_are_fingerprinted_by_their_size_and_by_pieces(tmp_path, mon
     assert resume._fingerprint([path], budget)["bytes"] == 10_001
 
 
-def test_a_restart_keeps_the_row_sizes_and_the_steps_that_were_chosen_from_the_data(tmp_path):
-    rows = support.write_rows(tmp_path / "data", 12)
-    experiment = support.experiment(tmp_path, rows, "--data.seq_len", "auto", "--data.max_patches", "auto")
+def test_a_restart_keeps_the_example_sizes_and_the_steps_that_were_chosen_from_the_data(tmp_path):
+    examples = support.write_examples(tmp_path / "data", 12)
+    experiment = support.experiment(tmp_path, examples, "--data.seq_len", "auto", "--data.max_patches", "auto")
     experiment = dataclasses.replace(experiment, steps=None, epochs=2.0)
     model, processor = starting_model.start_model(experiment)
     first = resolve.resolve(experiment, model, processor)
@@ -194,7 +194,7 @@ def test_a_restart_keeps_the_row_sizes_and_the_steps_that_were_chosen_from_the_d
     assert resolve.resolve(experiment, model, processor) == first
     write_json(tmp_path / "run" / "experiment.json", config_tree.to_dict(first))
     words = [{"role": "user", "content": "is there a red shape? " * 20}, {"role": "assistant", "content": "no"}]
-    with open(rows, "a") as file:
+    with open(examples, "a") as file:
         file.write(f"{json.dumps({'messages': words})}\n" * 5)
     assert resolve.resolve(experiment, model, processor) != first
     assert resolve.resolve(experiment, model, processor, tmp_path / "run") == first
@@ -203,7 +203,7 @@ def test_a_restart_keeps_the_row_sizes_and_the_steps_that_were_chosen_from_the_d
 def test_a_folder_of_a_saved_model_is_no_run_to_go_on_with(tmp_path):
     write_json(tmp_path / "run" / "experiment.json", {"model": {}})
     with pytest.raises(UserError, match="holds a saved model and not a training run"):
-        runs.train(support.experiment(tmp_path, support.write_rows(tmp_path / "data", 2)))
+        runs.train(support.experiment(tmp_path, support.write_examples(tmp_path / "data", 2)))
 
 
 def test_a_file_is_never_seen_half_written(tmp_path):

@@ -39,7 +39,7 @@ def _steps(store):
 
 @pytest.mark.slow
 def test_a_run_in_a_store_goes_on_from_there_on_another_machine_and_past_a_damaged_step(store, tmp_path, capsys):
-    rows = support.write_rows(tmp_path / "rows", 6)
+    examples = support.write_examples(tmp_path / "examples", 6)
     remote = (
         "--output_root",
         "gs://bucket/runs",
@@ -48,7 +48,7 @@ def test_a_run_in_a_store_goes_on_from_there_on_another_machine_and_past_a_damag
         "--checkpoint.max_to_keep",
         "9",
     )
-    result = runs.train(support.experiment(tmp_path, rows, *remote, "--steps", "6"))
+    result = runs.train(support.experiment(tmp_path, examples, *remote, "--steps", "6"))
     assert result.folder == RunStorage("gs://bucket/runs", "run").folder
     assert _steps(store) == list("1246")
     assert not (result.folder / "checkpoints").exists()
@@ -70,7 +70,7 @@ def test_a_run_in_a_store_goes_on_from_there_on_another_machine_and_past_a_damag
     stores.at(f"gs://bucket/{RUN}checkpoints/6/commit_success.txt").unlink()
     assert run_dir.steps(run_dir.local("gs://bucket/runs/run")) == [1, 2, 4]
     capsys.readouterr()
-    again = runs.train(support.experiment(tmp_path, rows, *remote, "--steps", "6"))
+    again = runs.train(support.experiment(tmp_path, examples, *remote, "--steps", "6"))
     said = capsys.readouterr().out
     assert "removing gs://bucket/runs/run/checkpoints/6" in said
     assert "CHECKPOINT DAMAGED, put aside in gs://bucket/runs/run/damaged/4: step 4" in said

@@ -29,13 +29,13 @@ CONFIG = """
 from pathlib import Path
 from tests.training import support
 def get_config():
-    return support.experiment(Path({folder!r}), Path({rows!r}), "--steps", "14", "--export.enabled", "False")
+    return support.experiment(Path({folder!r}), Path({examples!r}), "--steps", "14", "--export.enabled", "False")
 """
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return support.write_rows(tmp_path_factory.mktemp("rows"))
+def examples(tmp_path_factory):
+    return support.write_examples(tmp_path_factory.mktemp("examples"))
 
 
 def _values(model):
@@ -47,10 +47,12 @@ def _values(model):
     [(signal.SIGKILL, 4, -signal.SIGKILL), pytest.param(signal.SIGTERM, 8, EXIT_STATUS, marks=pytest.mark.slow)],
 )
 def test_losses_after_being_killed_or_asked_to_stop_are_bit_equal_to_an_unbroken_run(
-    tmp_path, rows, unbroken, sent, after, status
+    tmp_path, examples, unbroken, sent, after, status
 ):
     run = tmp_path / "run"
-    process = subprocess.Popen(_command(tmp_path, rows), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=_env())
+    process = subprocess.Popen(
+        _command(tmp_path, examples), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=_env()
+    )
     deadline = time.monotonic() + 120
     while len(_lines(run)) < after:
         assert process.poll() is None, "the run ended before it could be stopped"
@@ -64,7 +66,7 @@ def test_losses_after_being_killed_or_asked_to_stop_are_bit_equal_to_an_unbroken
     if sent == signal.SIGTERM:
         assert f"stopped by SIGTERM after step {stopped_at} of 14, which is saved in" in said
         assert max(int(p.name) for p in (run / "checkpoints").iterdir()) == stopped_at
-    subprocess.run(_command(tmp_path, rows), check=True, capture_output=True, env=_env())
+    subprocess.run(_command(tmp_path, examples), check=True, capture_output=True, env=_env())
     assert support.losses(tmp_path) == unbroken
     assert list(support.losses(tmp_path)) == list(range(1, 15))
     shares = [json.loads(line)["goodput"] for line in _lines(run)]
@@ -74,15 +76,15 @@ def test_losses_after_being_killed_or_asked_to_stop_are_bit_equal_to_an_unbroken
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, rows):
+def unbroken(tmp_path_factory, examples):
     folder = tmp_path_factory.mktemp("unbroken")
-    subprocess.run(_command(folder, rows), check=True, capture_output=True, env=_env())
+    subprocess.run(_command(folder, examples), check=True, capture_output=True, env=_env())
     return support.losses(folder)
 
 
-def _command(folder, rows):
+def _command(folder, examples):
     config = folder / "config.py"
-    config.write_text(CONFIG.format(folder=str(folder), rows=str(rows)))
+    config.write_text(CONFIG.format(folder=str(folder), examples=str(examples)))
     return [sys.executable, "-m", "jvlm.cli", "train", str(config)]
 
 
@@ -110,15 +112,15 @@ def test_a_first_ctrl_c_asks_to_stop_after_the_step_and_a_second_stops_at_once()
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_one_compilation_serves_rows_of_text_of_one_image_and_of_two(tmp_path, rows):
-    result = runs.train(support.experiment(tmp_path, rows))
+def test_one_compilation_serves_examples_of_text_of_one_image_and_of_two(tmp_path, examples):
+    result = runs.train(support.experiment(tmp_path, examples))
     assert result.compilations == 1
     assert result.steps == 8
 
 
 @pytest.mark.parametrize("tower", vlm.TOWERS)
-def test_a_tower_at_learning_rate_0_stays_bit_equal_and_the_others_move(tmp_path, rows, tower, capsys):
-    experiment = support.experiment(tmp_path, rows, f"--optimizer.{tower}_lr", "0", "--steps", "2")
+def test_a_tower_at_learning_rate_0_stays_bit_equal_and_the_others_move(tmp_path, examples, tower, capsys):
+    experiment = support.experiment(tmp_path, examples, f"--optimizer.{tower}_lr", "0", "--steps", "2")
     before = _values(starting_model.start_model(experiment)[0])
     after = _values(runs.train(experiment).model)
     for path, value in before.items():
@@ -130,12 +132,12 @@ def test_a_tower_at_learning_rate_0_stays_bit_equal_and_the_others_move(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_stage_goes_on_from_the_one_before_it_and_a_restart_repeats_nothing(tmp_path, rows, capsys, kind):
-    data = support.experiment(tmp_path, rows).data
+def test_a_stage_goes_on_from_the_one_before_it_and_a_restart_repeats_nothing(tmp_path, examples, capsys, kind):
+    data = support.experiment(tmp_path, examples).data
     stage = Stage(
         "warm-up", dataclasses.replace(data, batch_size=1), OptimizerConfig(kind=kind, encoder_lr=0.0), steps=3
     )
-    experiment = support.experiment(tmp_path, rows, "--steps", "2", "--optimizer.kind", kind, stages=(stage,))
+    experiment = support.experiment(tmp_path, examples, "--steps", "2", "--optimizer.kind", kind, stages=(stage,))
     result = runs.train(experiment)
     assert (result.steps, result.compilations) == (5, 2)
     assert "stage 1 of 2: run/stages/warm-up" in capsys.readouterr().out
@@ -149,21 +151,21 @@ def test_a_stage_goes_on_from_the_one_before_it_and_a_restart_repeats_nothing(tm
 
 
 @pytest.mark.parametrize("names", [("a", "a"), ("a b",), ("..",)])
-def test_stages_need_names_that_can_be_folders(tmp_path, rows, names):
-    data = support.experiment(tmp_path, rows).data
+def test_stages_need_names_that_can_be_folders(tmp_path, examples, names):
+    data = support.experiment(tmp_path, examples).data
     with pytest.raises(UserError, match="stages need names"):
-        support.experiment(tmp_path, rows, stages=tuple(Stage(name, data) for name in names))
+        support.experiment(tmp_path, examples, stages=tuple(Stage(name, data) for name in names))
 
 
-def test_every_parameter_changes_when_nothing_is_frozen(tmp_path, rows):
-    experiment = support.experiment(tmp_path, rows, "--steps", "2")
+def test_every_parameter_changes_when_nothing_is_frozen(tmp_path, examples):
+    experiment = support.experiment(tmp_path, examples, "--steps", "2")
     before = _values(starting_model.start_model(experiment)[0])
     after = _values(runs.train(experiment).model)
     assert [p for p in before if np.array_equal(before[p], after[p])] == []
 
 
-def test_accumulated_gradients_equal_those_of_one_large_batch(tmp_path, rows):
-    experiment = support.experiment(tmp_path, rows, "--optimizer.max_grad_norm", "1e9")
+def test_accumulated_gradients_equal_those_of_one_large_batch(tmp_path, examples):
+    experiment = support.experiment(tmp_path, examples, "--optimizer.max_grad_norm", "1e9")
     model, processor = starting_model.start_model(experiment)
     template, values = trainer.split(model)
     data = dataclasses.replace(experiment.data, batch_size=4)
@@ -182,8 +184,8 @@ def test_accumulated_gradients_equal_those_of_one_large_batch(tmp_path, rows):
         np.testing.assert_allclose(one[name], two[name], rtol=2e-5, err_msg=name)
 
 
-def test_loss_does_not_depend_on_the_chunk_of_logits(tmp_path, rows):
-    experiment = support.experiment(tmp_path, rows)
+def test_loss_does_not_depend_on_the_chunk_of_logits(tmp_path, examples):
+    experiment = support.experiment(tmp_path, examples)
     model, processor = starting_model.start_model(experiment)
     batch = next(iter(pipeline.training_data(processor, experiment.data, seed=0)[0])).batch
     whole, parts = supervised_loss(model, batch), supervised_loss(model, batch, block=37)
@@ -195,41 +197,41 @@ def test_loss_does_not_depend_on_the_chunk_of_logits(tmp_path, rows):
     np.testing.assert_allclose(whole.total, -(chosen * batch.loss_weights[:, 1:]).sum(), rtol=1e-5)
 
 
-def test_another_experiment_in_the_same_folder_is_refused_naming_the_fields(tmp_path, rows):
-    runs.train(support.experiment(tmp_path, rows, "--steps", "1"))
+def test_another_experiment_in_the_same_folder_is_refused_naming_the_fields(tmp_path, examples):
+    runs.train(support.experiment(tmp_path, examples, "--steps", "1"))
     with pytest.raises(UserError, match=r"another experiment(.|\n)*optimizer.learning_rate: 0.\d+ -> 0.5"):
-        runs.train(support.experiment(tmp_path, rows, "--steps", "1", "--optimizer.learning_rate", "0.5"))
+        runs.train(support.experiment(tmp_path, examples, "--steps", "1", "--optimizer.learning_rate", "0.5"))
 
 
-def test_rows_left_out_are_counted_and_listed_with_their_reason(tmp_path, rows):
+def test_examples_left_out_are_counted_and_listed_with_their_reason(tmp_path, examples):
     long = {"messages": [{"role": "user", "content": "is there " * 400}, {"role": "assistant", "content": "no"}]}
-    bad = tmp_path / "rows.jsonl"
-    lines = [json.loads(line) for line in rows.read_text().splitlines() if '"images": []' in line]
+    bad = tmp_path / "examples.jsonl"
+    lines = [json.loads(line) for line in examples.read_text().splitlines() if '"images": []' in line]
     lines[0]["image_s"] = []  # a column that is not known is carried along
     bad_box = {**lines[1], "objects": {"ref": [], "bbox": [[1, 2, 3]]}}
     bad.write_text("".join(json.dumps(r) + "\n" for r in [*lines, long, bad_box]) + "{not json\n")
-    options = ("--data.on_bad_row", "skip", "--data.max_patches", "0", "--data.max_bad_fraction", "1")
+    options = ("--data.on_bad_example", "skip", "--data.max_patches", "0", "--data.max_bad_fraction", "1")
     result = runs.train(support.experiment(tmp_path, bad, *options, "--steps", "4"))
     listed = [json.loads(line) for line in (result.folder / "rejected.jsonl").read_text().splitlines()]
     assert result.rejected == len(listed) > 0
-    found = {line["row"] - len(lines): line for line in listed}
+    found = {line["number"] - len(lines): line for line in listed}
     assert "do not fit" in found[1]["reason"]
     assert found.keys() == {1, 2, 3}
     assert found[2]["field"] == "objects.bbox[0]"
     assert "not JSON" in found[3]["reason"]
 
 
-def test_a_bad_row_stops_the_run_by_default_and_is_named(tmp_path, rows):
-    bad = tmp_path / "rows.jsonl"
+def test_a_bad_example_stops_the_run_by_default_and_is_named(tmp_path, examples):
+    bad = tmp_path / "examples.jsonl"
     bad.write_text(
         '{"messages": [{"role": "user", "content": "<image>hi"}, {"role": "assistant", "content": "yes"}]}\n'
     )
-    with pytest.raises(UserError, match=r"rows.jsonl, row 1, field 'images': 1 <image> tags but 0 entries"):
+    with pytest.raises(UserError, match=r"examples.jsonl, line 1, field 'images': 1 <image> tags but 0 entries"):
         runs.train(support.experiment(tmp_path, bad))
 
 
-def test_the_log_line_has_what_ms_swift_users_know_and_where_the_time_goes(tmp_path, rows):
-    result = runs.train(support.experiment(tmp_path, rows, "--steps", "2"))
+def test_the_log_line_has_what_ms_swift_users_know_and_where_the_time_goes(tmp_path, examples):
+    result = runs.train(support.experiment(tmp_path, examples, "--steps", "2"))
     line = json.loads((result.folder / "logging.jsonl").read_text().splitlines()[-1])
     expected = "loss grad_norm learning_rate token_acc step elapsed remaining memory(GiB) speed(s/it) data_wait "
     expected += "padding_text padding_patches tokens_per_s tflops_per_s skipped"

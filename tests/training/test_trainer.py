@@ -75,12 +75,12 @@ class Recorder(Hook):
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return support.write_rows(tmp_path_factory.mktemp("rows"), 12)
+def examples(tmp_path_factory):
+    return support.write_examples(tmp_path_factory.mktemp("examples"), 12)
 
 
-def test_a_task_and_a_hook_of_ones_own_train_some_parameters_without_editing_any_file(tmp_path, rows):
-    experiment = support.experiment(tmp_path, rows)
+def test_a_task_and_a_hook_of_ones_own_train_some_parameters_without_editing_any_file(tmp_path, examples):
+    experiment = support.experiment(tmp_path, examples)
     model, processor = starting_model.start_model(experiment)
     before = {path: np.asarray(v.get_value()) for path, v in vlm.parameters(model).items()}
     batches, _ = pipeline.training_data(processor, experiment.data, seed=0)
@@ -135,8 +135,8 @@ class Halved(Task):
         return Loss(total, weights.sum(), {"factor": Mean(jnp.float32(self.factor), jnp.float32(1.0))})
 
 
-def test_task_and_hooks_of_a_configuration_are_run_logged_and_saved_and_a_changed_task_is_refused(tmp_path, rows):
-    experiment = support.experiment(tmp_path, rows, "--steps", "2", task=Halved(), hooks=(Constant(),))
+def test_task_and_hooks_of_a_configuration_are_run_logged_and_saved_and_a_changed_task_is_refused(tmp_path, examples):
+    experiment = support.experiment(tmp_path, examples, "--steps", "2", task=Halved(), hooks=(Constant(),))
     result = runs.train(experiment)
     lines = [json.loads(line) for line in (result.folder / "logging.jsonl").read_text().splitlines()]
     assert [(line["answer"], line["factor"]) for line in lines] == [(42.0, 0.5)] * 2
@@ -151,9 +151,9 @@ def test_task_and_hooks_of_a_configuration_are_run_logged_and_saved_and_a_change
         Trainer(result.model, hooks=[Constant(), Constant()]).fit([], steps=1)
 
 
-def test_parameters_are_frozen_by_patterns_of_their_paths(tmp_path, rows):
+def test_parameters_are_frozen_by_patterns_of_their_paths(tmp_path, examples):
     options = ("--optimizer.freeze", "decoder.*", "encoder.patch_embed.*", "--steps", "2")
-    experiment = support.experiment(tmp_path, rows, *options)
+    experiment = support.experiment(tmp_path, examples, *options)
     before = {
         p: np.asarray(v.get_value()) for p, v in vlm.parameters(starting_model.start_model(experiment)[0]).items()
     }
@@ -162,6 +162,6 @@ def test_parameters_are_frozen_by_patterns_of_their_paths(tmp_path, rows):
     assert frozen == {path for path in before if path.startswith(("decoder.", "encoder.patch_embed."))}
     assert 0 < len(frozen) < len(before)
     with pytest.raises(UserError, match=r"optimizer.freeze: 'decodr.\*' matches no parameter; there are"):
-        runs.train(support.experiment(tmp_path, rows, "--name", "b", "--optimizer.freeze", "decodr.*"))
+        runs.train(support.experiment(tmp_path, examples, "--name", "b", "--optimizer.freeze", "decodr.*"))
     with pytest.raises(UserError, match="nothing would be trained"):
-        runs.train(support.experiment(tmp_path, rows, "--name", "b", "--optimizer.freeze", "*"))
+        runs.train(support.experiment(tmp_path, examples, "--name", "b", "--optimizer.freeze", "*"))

@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import jvlm
-from jvlm.data.rows import parse_row
+from jvlm.data.examples import parse_example
 from jvlm.weights.convert import convert
 from tests import idefics2, support
 
@@ -28,7 +28,7 @@ TEXTS = [
 ]
 # 7 x 5 patches: no patch of Idefics2's lies on an edge of the position table's cells, where the versions differ
 PICTURE = support.picture(98, 70)
-ROWS = {
+EXAMPLES = {
     "picture": {"messages": [{"role": "user", "content": "<image>what is the cat?"}], "images": [PICTURE]},
     "text": {"messages": [{"role": "user", "content": "what is  it? é"}]},
     "turns": {
@@ -112,17 +112,17 @@ def run(command, names):
     return result.stdout
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("example", EXAMPLES)
 @pytest.mark.parametrize("version", READERS)
-def test_ids_prompts_and_logits_of_an_export_are_ours_in(version, row, export, tmp_path):
-    row = ROWS[row]
+def test_ids_prompts_and_logits_of_an_export_are_ours_in(version, example, export, tmp_path):
+    example = EXAMPLES[example]
     model, processor = jvlm.load(export)
-    batch = processor.pack([row], generation_prompt=True)
+    batch = processor.pack([example], generation_prompt=True)
     length = int((batch.segment_ids[0] > 0).sum())
-    paths = [tmp_path / f"{i}.png" for i in range(len(row.get("images", ())))]
-    for path, picture in zip(paths, row.get("images", ()), strict=True):
+    paths = [tmp_path / f"{i}.png" for i in range(len(example.get("images", ())))]
+    for path, picture in zip(paths, example.get("images", ()), strict=True):
         picture.save(path)
-    request = {"messages": support.chat_messages(row), "images": list(map(str, paths)), "texts": TEXTS}
+    request = {"messages": support.chat_messages(example), "images": list(map(str, paths)), "texts": TEXTS}
     (tmp_path / "request.json").write_text(json.dumps(request))
     reader = support.ROOT / "tests/weights/read_export.py"
     theirs = json.loads(run([reader, export, tmp_path / "request.json"], READERS[version]).splitlines()[-1])
@@ -131,7 +131,7 @@ def test_ids_prompts_and_logits_of_an_export_are_ours_in(version, row, export, t
     assert theirs["tokenizer"] == [tokenizer(text)["input_ids"] for text in TEXTS]
     assert theirs["special"] == [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     assert theirs["prompt"] == theirs["tokenizer_prompt"]
-    ours = processor.template.render(parse_row(row).messages, generation_prompt=True)
+    ours = processor.template.render(parse_example(example).messages, generation_prompt=True)
     assert theirs["prompt"] == ours.replace("<image> ", "<image>")  # Idefics2's processor writes this space afterwards
     assert theirs["ids"] == batch.tokens[0, :length].tolist()
     np.testing.assert_allclose(np.asarray(model(batch))[0, :length], theirs["logits"], atol=1e-4)

@@ -23,7 +23,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 
 def main(folder: str, request: str) -> None:
     with open(request) as file:
-        row = json.load(file)
+        example = json.load(file)
     major, minor = map(int, transformers.__version__.split(".")[:2])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
@@ -31,16 +31,16 @@ def main(folder: str, request: str) -> None:
         # torchvision resizes otherwise than Pillow, and given to AutoProcessor this would choose a tokenizer too
         choice = {"backend": "pil"} if major > 4 else {"use_fast": False}
         processor.image_processor = AutoImageProcessor.from_pretrained(folder, **choice)
-    text = processor.apply_chat_template(row["messages"], add_generation_prompt=True)
-    of_tokenizer = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
-    images = [Image.open(path) for path in row["images"]]
+    text = processor.apply_chat_template(example["messages"], add_generation_prompt=True)
+    of_tokenizer = tokenizer.apply_chat_template(example["messages"], add_generation_prompt=True, tokenize=False)
+    images = [Image.open(path) for path in example["images"]]
     inputs = processor(text=[text], images=images or None, return_tensors="pt")
     model = AutoModelForImageTextToText.from_pretrained(folder, torch_dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(**inputs).logits[0]
     result = {
         "version": transformers.__version__,
-        "tokenizer": [tokenizer(t)["input_ids"] for t in row["texts"]],
+        "tokenizer": [tokenizer(t)["input_ids"] for t in example["texts"]],
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
         "prompt": text,
         "tokenizer_prompt": of_tokenizer,

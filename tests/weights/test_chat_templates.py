@@ -84,9 +84,9 @@ def test_two_templates_of_the_hub_write_pictures_and_the_processor_s_system_turn
     model, processor = jvlm.load(folder)
     jvlm.save(model, processor, tmp_path / "saved")
     jvlm.save(model, processor, tmp_path / "run", format="jvlm")
-    row = {"messages": [{"role": "user", "content": "<image>what is it?"}], "images": [support.picture(84, 56)]}
+    example = {"messages": [{"role": "user", "content": "<image>what is it?"}], "images": [support.picture(84, 56)]}
     for again in (processor, load(tmp_path / "saved"), jvlm.load(tmp_path / "run")[1]):
-        text = again.tokenizer.decode(again.pack([row]).tokens[0])
+        text = again.tokenizer.decode(again.pack([example]).tokens[0])
         assert text.startswith(
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_st"
         )

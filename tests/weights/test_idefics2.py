@@ -91,11 +91,11 @@ def test_a_round_trip_is_byte_identical_and_the_export_loads_in_transformers(tin
         == support.raw_tensors(tmp_path / "converted")
         == support.raw_tensors(tiny.folder)
     )
-    row = CASES["adjacent pictures"]
+    example = CASES["adjacent pictures"]
     with torch.no_grad():
-        expected = tiny.torch_model(**hf_inputs(tiny, row)).logits
+        expected = tiny.torch_model(**hf_inputs(tiny, example)).logits
         theirs = AutoModelForImageTextToText.from_pretrained(str(tmp_path / "saved"), dtype=torch.float32).eval()
-        assert torch.equal(theirs(**hf_inputs(tiny, row)).logits, expected)
+        assert torch.equal(theirs(**hf_inputs(tiny, example)).logits, expected)
     processor = hf_processor(tmp_path / "saved")
     assert processor.image_processor.do_image_splitting is True
     assert processor.image_processor.size == {"longest_edge": 112, "shortest_edge": 42}

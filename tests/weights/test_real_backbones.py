@@ -82,11 +82,13 @@ def test_greedy_answers_equal_those_of_transformers(composed):
 
 def test_a_picture_takes_64_tokens_and_changes_what_follows(composed):
     model, processor = composed
-    rows = [
+    examples = [
         {"messages": [{"role": "user", "content": "<image>What is it?"}], "images": [picture(300, 200, seed)]}
         for seed in (1, 2)
     ]
-    first, second = (processor.pack([row], seq_len=128, max_patches=257, generation_prompt=True) for row in rows)
+    first, second = (
+        processor.pack([example], seq_len=128, max_patches=257, generation_prompt=True) for example in examples
+    )
     assert (first.tokens == model.config.image_token_id).sum() == 64
     np.testing.assert_array_equal(first.tokens, second.tokens)
     last = int(first.segment_ids.sum()) - 1

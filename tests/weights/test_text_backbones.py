@@ -1,4 +1,4 @@
-"""Language models loaded alone give transformers' logits, also after a prompt and in packed rows."""
+"""Language models loaded alone give transformers' logits, also after a prompt and in packed sequences."""
 
 import dataclasses
 import functools
@@ -95,7 +95,7 @@ def logits_of(graph, state, tokens, positions, segments):
     return decoder.logits(decoder(DecoderInputs(decoder.embed(tokens), positions, segments)).hidden)
 
 
-def test_logits_equal_transformers_in_packed_rows(family):
+def test_logits_equal_transformers_in_packed_sequences(family):
     folder, model = family
     rng = np.random.default_rng(0)
     texts = [rng.integers(3, 96, n) for n in (9, 14)]

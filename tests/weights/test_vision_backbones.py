@@ -1,4 +1,4 @@
-"""Vision towers loaded alone give transformers' features, several pictures packed into one row."""
+"""Vision towers loaded alone give transformers' features, several pictures packed into one example."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ def load(folder):
 
 
 def packed(config, pixels):
-    """One row of the pictures [n, 3, side, side], and padding at its end."""
+    """One example of the pictures [n, 3, side, side], and padding at its end."""
     p, n = config.patch_size, config.grid
     cells = pixels.reshape(len(pixels), 3, n, p, n, p).transpose(0, 2, 4, 1, 3, 5).reshape(len(pixels), n * n, -1)
     places = np.stack(np.divmod(np.arange(n * n), n), -1)

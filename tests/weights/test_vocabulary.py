@@ -8,7 +8,7 @@ import pytest
 
 import jvlm
 from jvlm import cli
-from jvlm.data.errors import RowError
+from jvlm.data.errors import ExampleError
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
@@ -64,7 +64,7 @@ def test_a_table_as_large_as_the_vocabulary_or_larger_is_usual(make, rows):
 @pytest.mark.parametrize("door", ["load", "data check", "train", "generate"])
 def test_tokens_without_a_row_are_refused_with_their_names_ids_and_the_rows(make, tmp_path, capsys, door):
     folder, _ = make()
-    rows = tmp_path / "rows.jsonl"
+    rows = tmp_path / "examples.jsonl"
     rows.write_text(json.dumps(ROW) + "\n")
     says = "6 tokens without a row in the embedding table of 340 rows: <extra_6> (340), <extra_7> (341)"
     if door == "load":
@@ -95,7 +95,7 @@ def test_a_token_added_after_loading_is_an_error_of_the_row_that_has_it_or_text_
     if special:  # in text, a special token's spelling is words
         assert processor.encode(row).tokens.max() < NEEDED
         return
-    with pytest.raises(RowError, match=r"token '<late>' has id 346, and the embedding table 346 rows"):
+    with pytest.raises(ExampleError, match=r"token '<late>' has id 346, and the embedding table 346 rows"):
         processor.encode(row)
 
 

@@ -14,38 +14,39 @@ import msgpack
 import pytest
 from array_record.python import array_record_module
 
-from jvlm.data.errors import RowError
+from jvlm.data.errors import ExampleError
 from jvlm.data.shard_set import MARK
-from jvlm.data.shards import RowSource, write_shard
+from jvlm.data.shards import ExampleSource, write_shard
 from jvlm.errors import UserError
 
 BLOCK = 64 * 1024
 
 
-def _rows(count: int, size: int = 20) -> list[dict]:
+def _examples(count: int, size: int = 20) -> list[dict]:
     noise = random.Random(count * size)
     return [{"messages": [{"role": "user", "content": noise.randbytes(size).hex()}], "n": n} for n in range(count)]
 
 
-def _shard(path: Path, rows: list[dict] | None = None) -> Path:
-    write_shard(path, rows or _rows(10))
+def _shard(path: Path, examples: list[dict] | None = None) -> Path:
+    write_shard(path, examples or _examples(10))
     return path
 
 
-def _jsonl(path: Path, rows: list[dict] | None = None) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows or _rows(3)))
+def _jsonl(path: Path, examples: list[dict] | None = None) -> Path:
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples or _examples(3)))
     return path
 
 
 def _read(*patterns) -> list:
-    source = RowSource([str(p) for p in patterns])
+    source = ExampleSource([str(p) for p in patterns])
     return [source[i][1] for i in range(len(source))]
 
 
-# byte of the file -> how far the damage goes; a file of ten short rows is two blocks: rows and index, then its place
+# byte of the file -> how far the damage goes; a file of ten short examples is two blocks: examples and
+# index, then the position of the index
 _FLIPPED = {
     **dict.fromkeys((0, 9, 40, 63), "file"),
-    **dict.fromkeys((64, 90, 104, 300), "rows"),
+    **dict.fromkeys((64, 90, 104, 300), "examples"),
     **dict.fromkeys((BLOCK - 5, BLOCK, BLOCK + 30, BLOCK + 70, BLOCK + 107, BLOCK + 200, 2 * BLOCK - 1), "file"),
 }
 
@@ -58,20 +59,22 @@ def test_a_flipped_bit_anywhere_is_an_error_that_names_the_file(tmp_path, byte):
     path.write_bytes(data)
     if _FLIPPED[byte] == "file":
         with pytest.raises(UserError, match=r"a\.arrayrecord: .*(damaged|not an ArrayRecord file)"):
-            RowSource([str(path)])
+            ExampleSource([str(path)])
         return
     found = _read(path)
-    bad = [row for row in found if isinstance(row, RowError)]
+    bad = [example for example in found if isinstance(example, ExampleError)]
     assert bad
-    assert all(str(path) in str(error) and "row" in str(error) and "hash mismatch" in str(error) for error in bad)
-    assert [row for row in found if row not in bad] == [row for row in _rows(10) if row in found]
+    assert all(str(path) in str(error) and "example" in str(error) and "hash mismatch" in str(error) for error in bad)
+    assert [example for example in found if example not in bad] == [
+        example for example in _examples(10) if example in found
+    ]
     assert len(found) == 10
 
 
 @pytest.mark.parametrize(("count", "size"), [(10, 20), (60, 2000), (3, 100_000)])
-def test_no_flipped_bit_changes_a_row_or_goes_unnoticed(tmp_path, count, size):
+def test_no_flipped_bit_changes_an_example_or_goes_unnoticed(tmp_path, count, size):
     path, noise = tmp_path / "a.arrayrecord", random.Random(size)
-    whole = _shard(path, _rows(count, size)).read_bytes()
+    whole = _shard(path, _examples(count, size)).read_bytes()
     for byte in noise.sample(range(len(whole)), 60):
         data = bytearray(whole)
         data[byte] ^= 1 << noise.randrange(8)
@@ -81,23 +84,26 @@ def test_no_flipped_bit_changes_a_row_or_goes_unnoticed(tmp_path, count, size):
         except UserError as error:
             problem = str(error)
         else:
-            bad = [row for row in found if isinstance(row, RowError)]
+            bad = [example for example in found if isinstance(example, ExampleError)]
             problem = ", ".join(map(str, bad))
-            assert all(row in bad or row == expected for row, expected in zip(found, _rows(count, size), strict=True))
+            assert all(
+                example in bad or example == expected
+                for example, expected in zip(found, _examples(count, size), strict=True)
+            )
         assert str(path) in problem, f"byte {byte} of {len(whole)}"
 
 
 @pytest.mark.parametrize("options", ["", "group_size:1,uncompressed", "pad_to_block_boundary:true", "transpose:true"])
 @pytest.mark.parametrize("count", [1, 5, 4000])
 def test_whole_files_of_other_writers_are_read(tmp_path, options, count):
-    rows = _rows(count)
+    examples = _examples(count)
     writer = array_record_module.ArrayRecordWriter(str(tmp_path / "a.arrayrecord"), options)
-    for row in rows:
-        writer.write(msgpack.packb(row))
+    for example in examples:
+        writer.write(msgpack.packb(example))
     writer.close()
-    source = RowSource([str(tmp_path / "a.arrayrecord")])
+    source = ExampleSource([str(tmp_path / "a.arrayrecord")])
     assert len(source) == count
-    assert [source[i][1] for i in (0, count // 2, count - 1)] == [rows[0], rows[count // 2], rows[-1]]
+    assert [source[i][1] for i in (0, count // 2, count - 1)] == [examples[0], examples[count // 2], examples[-1]]
 
 
 def _no_records(path: Path) -> None:
@@ -118,7 +124,7 @@ _DAMAGED = {
     "longer": (lambda p: p.write_bytes(p.read_bytes() + b"x"), "cut short or damaged"),
     "of another kind": (lambda p: p.write_bytes(b'{"messages": []}\n' * 9000), "not an ArrayRecord file"),
     "compressed": (lambda p: p.write_bytes(gzip.compress(p.read_bytes())), "compressed by gzip.*gunzip"),
-    "without records": (_no_records, "holds no rows"),
+    "without records": (_no_records, "holds no examples"),
     "a folder": (lambda p: (p.unlink(), p.mkdir()), "a folder"),
 }
 
@@ -133,21 +139,21 @@ def test_a_shard_damaged_as_a_whole_is_named_though_others_are_good(tmp_path, da
             _read(*patterns)
 
 
-def test_a_record_that_is_not_msgpack_is_that_rows_error(tmp_path):
+def test_a_record_that_is_not_msgpack_is_that_examples_error(tmp_path):
     writer = array_record_module.ArrayRecordWriter(str(tmp_path / "a.arrayrecord"), "group_size:1")
-    good = msgpack.packb(_rows(1)[0])
+    good = msgpack.packb(_examples(1)[0])
     for record in (good, good[:-3], good + b"x", b"\xc1", b"", good):
         writer.write(record)
     writer.close()
     found = _read(tmp_path / "a.arrayrecord")
-    assert [isinstance(row, RowError) for row in found] == [False, True, True, True, True, False]
-    assert "a.arrayrecord, row 3" in str(found[2])
+    assert [isinstance(example, ExampleError) for example in found] == [False, True, True, True, True, False]
+    assert "a.arrayrecord, example 3" in str(found[2])
 
 
-_ONE = json.dumps(_rows(1)[0])
+_ONE = json.dumps(_examples(1)[0])
 _NOT_JSONL = {
     "empty": (b"", "empty, 0 bytes"),
-    "blank lines": (b"\n \n\n", "holds no rows"),
+    "blank lines": (b"\n \n\n", "holds no examples"),
     "zeros": (bytes(500), "zero bytes"),
     "gzip": (gzip.compress(_ONE.encode()), "compressed by gzip"),
     "bzip2": (bz2.compress(_ONE.encode()), "compressed by bzip2"),
@@ -174,7 +180,7 @@ def test_a_shard_named_as_jsonl_a_packed_file_a_folder_and_a_dead_link_are_named
     for name, message in (
         ("x.jsonl", "Name it .*arrayrecord"),
         ("x.jsonl.gz", "gzip"),
-        ("x.txt", "rows are read from"),
+        ("x.txt", "examples are read from"),
     ):
         content = _shard(tmp_path / "s.arrayrecord").read_bytes()
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
@@ -186,13 +192,13 @@ def test_a_shard_named_as_jsonl_a_packed_file_a_folder_and_a_dead_link_are_named
         _read(tmp_path / "*d*.jsonl")
 
 
-def test_a_last_line_cut_short_is_that_rows_error_and_says_so(tmp_path):
+def test_a_last_line_cut_short_is_that_examples_error_and_says_so(tmp_path):
     path = _jsonl(tmp_path / "a.jsonl")
     os.truncate(path, path.stat().st_size - 5)
     *good, bad = _read(path)
-    assert good == _rows(3)[:2]
-    assert isinstance(bad, RowError)
-    assert "a.jsonl, row 3" in str(bad)
+    assert good == _examples(3)[:2]
+    assert isinstance(bad, ExampleError)
+    assert "a.jsonl, line 3" in str(bad)
     assert "ends without a newline" in str(bad)
 
 
@@ -224,7 +230,7 @@ _SETS = {
 def test_names_tell_a_set_that_is_incomplete_or_mixed(tmp_path, case):
     there, asked, message = _SETS[case]
     for name in there:
-        _jsonl(tmp_path / f"{name}.jsonl", _rows(2))
+        _jsonl(tmp_path / f"{name}.jsonl", _examples(2))
     if message is None:
         assert len(_read(tmp_path / f"{asked}.jsonl")) == 2 * len(list(tmp_path.glob(f"{asked}.jsonl")))
         return
@@ -234,7 +240,7 @@ def test_names_tell_a_set_that_is_incomplete_or_mixed(tmp_path, case):
 
 def _marked(path: Path, identity: str, number: int, count: int, records: int = 4) -> None:
     mark = {"set": identity, "number": number, "count": count, "records": records}
-    first, *others = _rows(4)
+    first, *others = _examples(4)
     write_shard(path, [{**first, MARK: mark}, *others])
 
 
@@ -255,7 +261,7 @@ def test_marks_inside_shards_tell_sets_that_names_cannot(tmp_path, case):
     for name, mark in files.items():
         _marked(tmp_path / f"{name}.arrayrecord", *mark)
     if message is None:
-        assert _read(tmp_path / "*.arrayrecord") == _rows(4) * len(files)  # without the mark
+        assert _read(tmp_path / "*.arrayrecord") == _examples(4) * len(files)  # without the mark
         return
     with pytest.raises(UserError, match=message):
         _read(tmp_path / "*.arrayrecord")
@@ -275,25 +281,25 @@ def test_globs_reach_into_folders_and_names_may_hold_their_characters(tmp_path):
     (tmp_path / "x" / "y").mkdir(parents=True)
     for name in ("a.jsonl", "x/b.jsonl", "x/y/c.jsonl"):
         _jsonl(tmp_path / name)
-    assert len(RowSource([str(tmp_path / "**" / "*.jsonl")]).files) == 3
+    assert len(ExampleSource([str(tmp_path / "**" / "*.jsonl")]).files) == 3
     odd = _jsonl(tmp_path / "d[1].jsonl")
-    assert RowSource([str(odd)]).files == [str(odd)]
+    assert ExampleSource([str(odd)]).files == [str(odd)]
 
 
 def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "a.arrayrecord"
 
-    def rows():
-        yield from _rows(150)
+    def examples():
+        yield from _examples(150)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shard(path, rows())
+        write_shard(path, examples())
     assert list(tmp_path.iterdir()) == []
     whole = _shard(path).read_bytes()
     with pytest.raises(KeyboardInterrupt):
-        write_shard(path, rows())
+        write_shard(path, examples())
     assert [p.name for p in tmp_path.iterdir()] == ["a.arrayrecord"]
     assert path.read_bytes() == whole
     with pytest.raises(UserError, match=r"gone/a\.arrayrecord: cannot be written \(.*No such file"):
-        write_shard(tmp_path / "gone" / "a.arrayrecord", _rows(1))
+        write_shard(tmp_path / "gone" / "a.arrayrecord", _examples(1))

@@ -1,4 +1,4 @@
-"""What shares a row, how it is computed and how layers are stored must not change what a conversation gives."""
+"""What shares a sequence, how it is computed and how layers are stored must not change what a conversation gives."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ def turn(text, answer, **media):
     return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}], **media}
 
 
-ROWS = [
+EXAMPLES = [
     turn("<image>what is it?", "a red circle", images=[picture(140, 84)]),
     turn("is there a dog?", "no"),
     turn(
@@ -36,20 +36,24 @@ TOKENS, PATCHES = 256, 512
 
 @pytest.fixture(scope="module")
 def examples(tiny):
-    return [tiny.processor.encode(row) for row in ROWS]
+    return [tiny.processor.encode(example) for example in EXAMPLES]
 
 
 @pytest.fixture(scope="module")
 def alone(tiny, examples):
-    """Logits of every conversation in a row of its own."""
+    """Logits of every conversation in a sequence of its own."""
     return [logits_of(tiny.model, [[example]])[0] for example in examples]
 
 
-def logits_of(model, rows, tokens=TOKENS, patches=PATCHES, **hints):
-    """Logits of each conversation, in the order of the rows."""
-    batch = packing.assemble(rows, tokens, patches, **hints)
+def logits_of(model, sequences, tokens=TOKENS, patches=PATCHES, **hints):
+    """Logits of each conversation, in the order of the sequences."""
+    batch = packing.assemble(sequences, tokens, patches, **hints)
     logits = np.asarray(model(batch))
-    return [logits[b][batch.segment_ids[b] == n] for b, row in enumerate(rows) for n in range(1, len(row) + 1)]
+    return [
+        logits[b][batch.segment_ids[b] == n]
+        for b, sequence in enumerate(sequences)
+        for n in range(1, len(sequence) + 1)
+    ]
 
 
 def with_precision(model, **changes):
@@ -67,17 +71,17 @@ def one_copy_per_layer(model):
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
 def test_a_conversation_has_the_same_logits_packed_and_alone(tiny, examples, alone, order):
-    # two rows, so that every order keeps the compiled shape
-    rows = [[examples[i] for i in order[:2]], [examples[i] for i in order[2:]]]
-    for index, found in zip(order, logits_of(tiny.model, rows), strict=True):
+    # two sequences, so that every order keeps the compiled shape
+    sequences = [[examples[i] for i in order[:2]], [examples[i] for i in order[2:]]]
+    for index, found in zip(order, logits_of(tiny.model, sequences), strict=True):
         np.testing.assert_allclose(found, alone[index], atol=1e-5)
 
 
 @pytest.mark.parametrize("hints", [{"max_segment_length": 120}, {"max_image_patches": 128}])
 def test_promised_lengths_change_nothing(tiny, examples, alone, hints):
     assert max(e.length for e in examples) <= 120
-    rows = [[examples[0], examples[1]], [examples[2], examples[3]]]
-    for expected, found in zip(alone, logits_of(tiny.model, rows, **hints), strict=True):
+    sequences = [[examples[0], examples[1]], [examples[2], examples[3]]]
+    for expected, found in zip(alone, logits_of(tiny.model, sequences, **hints), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -124,15 +128,15 @@ def test_bytes_and_normalised_floats_give_the_same_logits(tiny, examples, alone)
 
 
 def test_unstacked_layers_give_the_same_logits(tiny, examples, alone):
-    rows = [[examples[0], examples[1]], [examples[2], examples[3]]]
-    for expected, found in zip(alone, logits_of(one_copy_per_layer(tiny.model), rows), strict=True):
+    sequences = [[examples[0], examples[1]], [examples[2], examples[3]]]
+    for expected, found in zip(alone, logits_of(one_copy_per_layer(tiny.model), sequences), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_the_reference_attention_gives_the_same_logits(tiny, examples, alone):
-    rows = [[examples[0], examples[1]], [examples[2], examples[3]]]
+    sequences = [[examples[0], examples[1]], [examples[2], examples[3]]]
     model = with_precision(tiny.model, attention="reference")
-    for expected, found in zip(alone, logits_of(model, rows), strict=True):
+    for expected, found in zip(alone, logits_of(model, sequences), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -141,7 +145,7 @@ def test_bfloat16_is_no_further_from_float32_than_in_transformers(tiny, examples
 
     from tests.support import hf_inputs, hf_positions, torch_model
 
-    inputs = hf_inputs(tiny, ROWS[3])
+    inputs = hf_inputs(tiny, EXAMPLES[3])
     inputs["position_ids"] = hf_positions(examples[3].positions)
     half = torch_model(tiny.folder).bfloat16()
     with torch.no_grad():
@@ -159,7 +163,7 @@ def plain_gradients(tiny, examples):
     return loss_and_gradients(tiny.model, examples)
 
 
-def rows_of(examples):
+def packed(examples):
     return packing.assemble([[examples[0], examples[1]]], 128, 64)
 
 
@@ -168,7 +172,7 @@ def loss(model, batch):
 
 
 def loss_and_gradients(model, examples):
-    value, grads = nnx.jit(nnx.value_and_grad(loss))(model, rows_of(examples))
+    value, grads = nnx.jit(nnx.value_and_grad(loss))(model, packed(examples))
     return float(value), {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(grads)}
 
 
@@ -184,7 +188,7 @@ def test_attention_that_is_kept_is_not_computed_again(tiny, examples):
     def forward_kernels(remat):
         graph, state = nnx.split(with_precision(tiny.model, remat=remat))
         gradient = jax.jit(jax.grad(lambda state, batch: loss(nnx.merge(graph, state), batch)))
-        text = gradient.trace(state, rows_of(examples)).lower(lowering_platforms=("tpu",)).as_text()
+        text = gradient.trace(state, packed(examples)).lower(lowering_platforms=("tpu",)).as_text()
         return text.count('kernel_name = "segment_attention_forward"')
 
     # the decoder's, and the tower's of frames and of windows; scans are written once

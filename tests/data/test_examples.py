@@ -1,4 +1,4 @@
-"""Rows of the ms-swift format: what is wrong is said with row, field and fix, before any picture is opened."""
+"""Examples of the ms-swift format: what is wrong is said with example, field and fix, before any picture is opened."""
 
 import contextlib
 import pickle
@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from jvlm.data.boxes import Box, Point
 from jvlm.data.columns import UnknownColumns
 from jvlm.data.content import Image, Message, ObjectBox, ObjectName, Text, Video
-from jvlm.data.errors import Origin, RowError
-from jvlm.data.rows import parse_row, tagged
+from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.examples import parse_example, tagged
 
-ORIGIN = Origin("rows.jsonl", 12)
+ORIGIN = Origin("examples.jsonl", 12)
 
 
-def row(user="hi", answer="yes", **fields):
+def example(user="hi", answer="yes", **fields):
     return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}], **fields}
 
 
@@ -26,8 +26,8 @@ def turns(*messages, **fields):
     return {"messages": list(messages), **fields}
 
 
-def test_a_whole_row_is_read():
-    conversation = parse_row(
+def test_a_whole_example_is_read():
+    conversation = parse_example(
         turns(
             {"role": "system", "content": "be brief"},
             {"role": "user", "content": "<image><video> where is <ref-object>?"},
@@ -48,7 +48,7 @@ def test_a_whole_row_is_read():
     assert (names, conversation.boxes) == ([ObjectName("the cat")], (ObjectBox(Box(1, 2, 3, 4, "original"), 0),))
     assert dict(conversation.image_settings) == {"max_pixels": 50176, "fps": 1.0}
     assert dict(conversation.extra) == {"id": "seven"}
-    assert parse_row(conversation) is conversation
+    assert parse_example(conversation) is conversation
 
 
 def test_content_blocks_equal_tags_and_lists():
@@ -64,34 +64,34 @@ def test_content_blocks_equal_tags_and_lists():
         },
         {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
     )
-    found = parse_row(blocks)
-    expected = parse_row(
-        row("<image>or<image><video>", images=["a.png", {"url": "b.png"}], videos=[["1.png", "2.png"]])
+    found = parse_example(blocks)
+    expected = parse_example(
+        example("<image>or<image><video>", images=["a.png", {"url": "b.png"}], videos=[["1.png", "2.png"]])
     )
     assert found == expected
 
 
 def test_one_image_may_be_given_alone():
-    assert parse_row(row("<image>", image="a.png")).images == (Image("a.png"),)
+    assert parse_example(example("<image>", image="a.png")).images == (Image("a.png"),)
 
 
 BAD = {
-    "no object": (["a"], "row", "a list, not an object"),
+    "no object": (["a"], "example", "a list, not an object"),
     "a misspelt field that tags need": (
-        row("<image>", image_s=["a.png"]),
+        example("<image>", image_s=["a.png"]),
         "images",
         "1 <image> tags but 0 entries. Is 'image_s' meant to be 'images'?",
     ),
     "misspelt objects": (
-        row("<bbox>", object={"bbox": [[1, 2]]}),
+        example("<bbox>", object={"bbox": [[1, 2]]}),
         "objects.bbox",
         "1 <bbox> tags but 0 entries. Is 'object' meant to be 'objects'?",
     ),
-    "sound": (row("<audio>", audios=["a.wav"]), "audios", "do not hear"),
+    "sound": (example("<audio>", audios=["a.wav"]), "audios", "do not hear"),
     "misspelt messages": ({"mesages": []}, "messages", "missing or empty. Is 'mesages' meant to be 'messages'?"),
     "messages that are a number": ({"messages": 5}, "messages", "5 is not a list"),
     "messages that are columns": ({"messages": {"role": ["user"]}}, "messages", "is not a list"),
-    "image and images": (row("<image>", images=["a"], image="a"), "image", "together with 'images'"),
+    "image and images": (example("<image>", images=["a"], image="a"), "image", "together with 'images'"),
     "no messages": ({"images": []}, "messages", "missing or empty"),
     "empty messages": ({"messages": []}, "messages", "missing or empty"),
     "a message that is a string": (turns("hi"), r"messages\[0\]", "needs 'role' and 'content'"),
@@ -166,7 +166,7 @@ BAD = {
         "half a character",
     ),
     "half an emoji in a name": (
-        row("<ref-object>", objects={"ref": ["cat \ud83d"]}),
+        example("<ref-object>", objects={"ref": ["cat \ud83d"]}),
         r"objects.ref\[0\]",
         "half a character",
     ),
@@ -190,11 +190,11 @@ BAD = {
         r"messages\[0\].loss_scale",
         "not a weight",
     ),
-    "fewer tags than images": (row("<image>", images=["a", "b"]), "images", "1 <image> tags but 2 entries"),
-    "more tags than images": (row("<image><image>", images=["a"]), "images", "2 <image> tags but 1 entries"),
-    "a tag without media": (row("<video>"), "videos", "1 <video> tags but 0 entries"),
-    "a video that is a path": (row("<video>", videos=["a.mp4"]), "videos", "list of frames"),
-    "a video without frames": (row("<video>", videos=[[]]), "videos", "list of frames"),
+    "fewer tags than images": (example("<image>", images=["a", "b"]), "images", "1 <image> tags but 2 entries"),
+    "more tags than images": (example("<image><image>", images=["a"]), "images", "2 <image> tags but 1 entries"),
+    "a tag without media": (example("<video>"), "videos", "1 <video> tags but 0 entries"),
+    "a video that is a path": (example("<video>", videos=["a.mp4"]), "videos", "list of frames"),
+    "a video without frames": (example("<video>", videos=[[]]), "videos", "list of frames"),
     "media in both places": (
         turns(
             {"role": "user", "content": [{"type": "image", "image": "a"}, {"type": "image"}]},
@@ -203,95 +203,111 @@ BAD = {
         "images",
         "both",
     ),
-    "objects of another form": (row(objects=[1]), "objects", "not of the known form"),
-    "unknown key of objects": (row(objects={"box": []}), "objects", "not of the known form"),
-    "fewer box tags than boxes": (row(objects={"bbox": [[1, 2, 3, 4]]}), "objects.bbox", "0 <bbox> tags but 1 entries"),
+    "objects of another form": (example(objects=[1]), "objects", "not of the known form"),
+    "unknown key of objects": (example(objects={"box": []}), "objects", "not of the known form"),
+    "fewer box tags than boxes": (
+        example(objects={"bbox": [[1, 2, 3, 4]]}),
+        "objects.bbox",
+        "0 <bbox> tags but 1 entries",
+    ),
     "fewer refs than tags": (
-        row("<ref-object><ref-object>", objects={"ref": ["a"]}),
+        example("<ref-object><ref-object>", objects={"ref": ["a"]}),
         "objects.ref",
         "2 <ref-object> tags but 1 entries",
     ),
-    "three numbers": (row("<bbox>", objects={"bbox": [[1, 2, 3]]}), r"objects.bbox\[0\]", "not a point or box"),
-    "one flat box": (row("<bbox>", objects={"bbox": [1, 2, 3, 4]}), r"objects.bbox\[0\]", "not a point or box"),
-    "a box of words": (row("<bbox>", objects={"bbox": [["a"] * 4]}), r"objects.bbox\[0\]", "not a point or box"),
+    "three numbers": (example("<bbox>", objects={"bbox": [[1, 2, 3]]}), r"objects.bbox\[0\]", "not a point or box"),
+    "one flat box": (example("<bbox>", objects={"bbox": [1, 2, 3, 4]}), r"objects.bbox\[0\]", "not a point or box"),
+    "a box of words": (example("<bbox>", objects={"bbox": [["a"] * 4]}), r"objects.bbox\[0\]", "not a point or box"),
     "a box with NaN": (
-        row("<bbox>", objects={"bbox": [[0, float("nan"), 9, 9]]}),
+        example("<bbox>", objects={"bbox": [[0, float("nan"), 9, 9]]}),
         r"objects.bbox\[0\]",
         "not a point or box",
     ),
     "a box with infinity": (
-        row("<bbox>", objects={"bbox": [[0, float("inf"), 9, 9]]}),
+        example("<bbox>", objects={"bbox": [[0, float("inf"), 9, 9]]}),
         r"objects.bbox\[0\]",
         "not a point or box",
     ),
     "a box with 400 digits": (
-        row("<bbox>", objects={"bbox": [[0, 10**400, 9, 9]]}),
+        example("<bbox>", objects={"bbox": [[0, 10**400, 9, 9]]}),
         r"objects.bbox\[0\]",
         "not a point or box",
     ),
-    "a box with true": (row("<bbox>", objects={"bbox": [[0, True, 9, 9]]}), r"objects.bbox\[0\]", "not a point or box"),
-    "a box with null": (row("<bbox>", objects={"bbox": [[0, None, 9, 9]]}), r"objects.bbox\[0\]", "not a point or box"),
-    "a box with text": (row("<bbox>", objects={"bbox": [[0, "1", 9, 9]]}), r"objects.bbox\[0\]", "not a point or box"),
-    "boxes that are no list": (row("<bbox>", objects={"bbox": 4}), "objects.bbox", "list"),
-    "refs that are one string": (row("<ref-object>", objects={"ref": "cat"}), "objects.ref", "list"),
-    "refs that are numbers": (row("<ref-object>", objects={"ref": [3]}), r"objects.ref\[0\]", "text"),
-    "swapped corners": (row("<bbox>", objects={"bbox": [[9, 2, 3, 4]]}), r"objects.bbox\[0\]", "x1, y1, x2, y2"),
+    "a box with true": (
+        example("<bbox>", objects={"bbox": [[0, True, 9, 9]]}),
+        r"objects.bbox\[0\]",
+        "not a point or box",
+    ),
+    "a box with null": (
+        example("<bbox>", objects={"bbox": [[0, None, 9, 9]]}),
+        r"objects.bbox\[0\]",
+        "not a point or box",
+    ),
+    "a box with text": (
+        example("<bbox>", objects={"bbox": [[0, "1", 9, 9]]}),
+        r"objects.bbox\[0\]",
+        "not a point or box",
+    ),
+    "boxes that are no list": (example("<bbox>", objects={"bbox": 4}), "objects.bbox", "list"),
+    "refs that are one string": (example("<ref-object>", objects={"ref": "cat"}), "objects.ref", "list"),
+    "refs that are numbers": (example("<ref-object>", objects={"ref": [3]}), r"objects.ref\[0\]", "text"),
+    "swapped corners": (example("<bbox>", objects={"bbox": [[9, 2, 3, 4]]}), r"objects.bbox\[0\]", "x1, y1, x2, y2"),
     "norm1 outside 0 to 1": (
-        row("<bbox>", objects={"bbox": [[0, 0, 1, 3]], "bbox_type": "norm1"}),
+        example("<bbox>", objects={"bbox": [[0, 0, 1, 3]], "bbox_type": "norm1"}),
         r"objects.bbox\[0\]",
         "outside 0..1",
     ),
     "unknown bbox_type": (
-        row("<bbox>", objects={"bbox": [[0, 0, 1, 3]], "bbox_type": "x"}),
+        example("<bbox>", objects={"bbox": [[0, 0, 1, 3]], "bbox_type": "x"}),
         "objects.bbox_type",
         "'x'",
     ),
     "image_id of another length": (
-        row("<bbox>", objects={"bbox": [[0, 0, 1, 3]], "image_id": [0, 0]}),
+        example("<bbox>", objects={"bbox": [[0, 0, 1, 3]], "image_id": [0, 0]}),
         "objects.image_id",
         "2 ids for 1 boxes",
     ),
     "image_id out of range": (
-        row("<image><bbox>", images=["a"], objects={"bbox": [[0, 0, 1, 3]], "image_id": [1]}),
+        example("<image><bbox>", images=["a"], objects={"bbox": [[0, 0, 1, 3]], "image_id": [1]}),
         "objects.image_id",
         "1 with 1 images",
     ),
     "image_id that is a word": (
-        row("<image><bbox>", images=["a"], objects={"bbox": [[0, 0, 1, 3]], "image_id": ["a"]}),
+        example("<image><bbox>", images=["a"], objects={"bbox": [[0, 0, 1, 3]], "image_id": ["a"]}),
         "objects.image_id",
         "'a'",
     ),
     "image_id that is no list": (
-        row("<image><bbox>", images=["a"], objects={"bbox": [[0, 0, 1, 3]], "image_id": 0}),
+        example("<image><bbox>", images=["a"], objects={"bbox": [[0, 0, 1, 3]], "image_id": 0}),
         "objects.image_id",
         "list",
     ),
     "image_id that is true": (
-        row("<image><image><bbox>", images=["a", "b"], objects={"bbox": [[0, 0, 1, 3]], "image_id": [True]}),
+        example("<image><image><bbox>", images=["a", "b"], objects={"bbox": [[0, 0, 1, 3]], "image_id": [True]}),
         "objects.image_id",
         "True with 2 images",
     ),
-    "limits that are no object": (row(chat_template_kwargs=[1]), "chat_template_kwargs", "not an object"),
+    "limits that are no object": (example(chat_template_kwargs=[1]), "chat_template_kwargs", "not an object"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_row_is_refused_with_its_place_field_and_a_fix(kind):
+def test_a_bad_example_is_refused_with_its_place_field_and_a_fix(kind):
     bad, field, says = BAD[kind]
-    with pytest.raises(RowError, match=f"^rows.jsonl, row 12, field [\"']{field}[\"']: .*{says}") as caught:
-        parse_row(bad, ORIGIN)
+    with pytest.raises(ExampleError, match=f"^examples.jsonl, line 12, field [\"']{field}[\"']: .*{says}") as caught:
+        parse_example(bad, ORIGIN)
     assert caught.value.fix
 
 
-def test_a_row_error_survives_the_way_between_processes():
-    error = RowError(ORIGIN, "images", "gone", "Find it")
+def test_an_example_error_survives_the_way_between_processes():
+    error = ExampleError(ORIGIN, "images", "gone", "Find it")
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_each_tag_is_the_next_part_of_its_kind_and_without_objects_their_tags_are_words():
     objects = {"ref": ["cat", "dog"], "bbox": [[1, 2], [3, 4]], "image_id": [1, 0]}
     asked = "<image><ref-object> at <bbox>, <image><ref-object> at <bbox>"
-    (message, _) = parse_row(row(asked, images=["a.png", "b.png"], objects=objects)).messages
+    (message, _) = parse_example(example(asked, images=["a.png", "b.png"], objects=objects)).messages
     assert message.content == (
         Image("a.png", 0),
         ObjectName("cat"),
@@ -304,7 +320,7 @@ def test_each_tag_is_the_next_part_of_its_kind_and_without_objects_their_tags_ar
         ObjectBox(Point(3, 4, "original"), 0),
     )
     assert tagged(message.content) == asked
-    (message, _) = parse_row(row("what do <bbox> and <ref-object> mean?")).messages
+    (message, _) = parse_example(example("what do <bbox> and <ref-object> mean?")).messages
     assert message.content == (Text("what do <bbox> and <ref-object> mean?"),)
 
 
@@ -316,8 +332,8 @@ def test_neighbouring_texts_are_one_and_a_text_is_never_read_as_a_tag():
 
 
 def test_nulls_inside_objects_and_limits_are_absent_beside_what_is_there():
-    conversation = parse_row(
-        row(
+    conversation = parse_example(
+        example(
             "<image><bbox>",
             images=["a.png"],
             objects={"ref": None, "bbox": [[1, 2, 3, 4]], "bbox_type": None, "image_id": None, "width": None},
@@ -343,32 +359,32 @@ def test_tools_and_their_calls_are_the_same_after_the_way_through_arrow():
         }
 
     user, answer = {"role": "user", "content": "look"}, {"role": "tool", "content": "5", "name": "zoom"}
-    rows = [
+    examples = [
         turns(user, call("zoom", x=1, sure=False), answer, tools=[tool("zoom", x={"type": "number", "enum": [1, 2]})]),
         turns(user, call("find", words=["a"]), tools=[tool("find", words={"type": "array"}), tool("zoom")]),
         turns(user, {"role": "assistant", "content": "no"}),
     ]
-    through = pyarrow.array(rows).to_pylist()
+    through = pyarrow.array(examples).to_pylist()
     assert through[1]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {
         "x": None,
         "sure": None,
         "words": ["a"],
     }
-    for expected, found in zip(map(parse_row, rows), map(parse_row, through), strict=True):
+    for expected, found in zip(map(parse_example, examples), map(parse_example, through), strict=True):
         assert found.messages == expected.messages
-    assert parse_row(through[0]).tools == parse_row(rows[0]).tools
-    assert parse_row(through[1]).tools[0] == parse_row(rows[1]).tools[0]
+    assert parse_example(through[0]).tools == parse_example(examples[0]).tools
+    assert parse_example(through[1]).tools[0] == parse_example(examples[1]).tools[0]
 
 
 def test_a_null_in_arguments_that_are_json_is_meant():
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": null}'}}]}
-    (message,) = parse_row(turns(call)).messages
+    (message,) = parse_example(turns(call)).messages
     assert dict(message.fields)["tool_calls"] == [{"function": {"name": "f", "arguments": {"x": None}}}]
 
 
-def test_rows_are_the_same_after_the_way_through_arrow():
+def test_examples_are_the_same_after_the_way_through_arrow():
     text, image = {"type": "text", "text": "which <ref-object>?"}, {"type": "image_url", "image_url": {"url": "b.png"}}
-    rows = [
+    examples = [
         turns({"role": "user", "content": [text]}, {"role": "assistant", "content": [text], "loss": False}),
         turns({"role": "user", "content": [{"type": "image", "image": "a.png"}]}),
         turns({"role": "user", "content": [image, text]}, objects={"ref": ["cat"]}, chat_template_kwargs={"fps": 1.5}),
@@ -381,15 +397,15 @@ def test_rows_are_the_same_after_the_way_through_arrow():
             chat_template_kwargs={"max_pixels": 784},
         ),
     ]
-    through = pyarrow.array(rows).to_pylist()
+    through = pyarrow.array(examples).to_pylist()
     assert through[0]["objects"] is None
     assert through[0]["messages"][0]["content"][0]["image"] is None
-    assert [parse_row(row) for row in through] == [parse_row(row) for row in rows]
+    assert [parse_example(example) for example in through] == [parse_example(example) for example in examples]
 
 
 def test_numbers_of_numpy_are_numbers():
     objects = {"bbox": [np.array([1, 2, 3, 4]), [np.float32(1), np.int64(2)]], "image_id": np.array([0, 1])}
-    conversation = parse_row(row("<image><image><bbox><bbox>", images=["a", "b"], objects=objects))
+    conversation = parse_example(example("<image><image><bbox><bbox>", images=["a", "b"], objects=objects))
     box, point = Box(1, 2, 3, 4, "original"), Point(1, 2, "original")
     assert conversation.boxes == (ObjectBox(box, 0), ObjectBox(point, 1))
 
@@ -397,20 +413,20 @@ def test_numbers_of_numpy_are_numbers():
 def test_every_key_of_a_picture_block_is_read():
     for key in ("image", "image_url", "url", "path", "base64"):
         block = {"type": "image", key: "a.png"}
-        assert parse_row(turns({"role": "user", "content": [block]})).images == (Image("a.png"),)
+        assert parse_example(turns({"role": "user", "content": [block]})).images == (Image("a.png"),)
 
 
 def test_unknown_columns_are_carried_and_listed_once_with_a_hint():
     columns = UnknownColumns()
     for _ in range(3):
-        conversation = parse_row(row(source="web", imagess=["a.png"], id=4, label=True))
+        conversation = parse_example(example(source="web", imagess=["a.png"], id=4, label=True))
         assert dict(conversation.extra) == {"source": "web", "imagess": ["a.png"], "id": 4, "label": True}
         columns.add(conversation)
-    columns.add(parse_row(row(source="book")))
-    columns.add(parse_row(row()))
+    columns.add(parse_example(example(source="book")))
+    columns.add(parse_example(example()))
     assert columns.lines() == [
-        "column 'source' is not used, in 4 rows",
-        "column 'imagess' is not used, in 3 rows. Is it meant to be 'images'?",
+        "column 'source' is not used, in 4 examples",
+        "column 'imagess' is not used, in 3 examples. Is it meant to be 'images'?",
     ]
 
 
@@ -450,14 +466,14 @@ def replaced(value, path, new):
 
 @settings(max_examples=600, deadline=None)
 @given(st.sampled_from(list(places(WHOLE))), JSON)
-def test_anything_anywhere_in_a_row_is_a_row_or_a_row_error(path, value):
-    row = replaced(WHOLE, path, value)
-    with contextlib.suppress(RowError):
-        conversation = parse_row(row, ORIGIN)
-        assert parse_row(conversation) is conversation
+def test_anything_anywhere_in_a_row_is_an_example_or_an_example_error(path, value):
+    example = replaced(WHOLE, path, value)
+    with contextlib.suppress(ExampleError):
+        conversation = parse_example(example, ORIGIN)
+        assert parse_example(conversation) is conversation
         return
-    with pytest.raises(RowError, match=r"^rows.jsonl, row 12, field .*: ") as caught:
-        parse_row(row, ORIGIN)
+    with pytest.raises(ExampleError, match=r"^examples.jsonl, line 12, field .*: ") as caught:
+        parse_example(example, ORIGIN)
     str(caught.value).encode()
 
 
@@ -467,5 +483,5 @@ def test_deep_values_are_no_harm():
         deep = [deep]
     for path in places(WHOLE):
         if path:
-            with contextlib.suppress(RowError):
-                parse_row(replaced(WHOLE, path, deep), ORIGIN)
+            with contextlib.suppress(ExampleError):
+                parse_example(replaced(WHOLE, path, deep), ORIGIN)

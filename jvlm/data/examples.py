@@ -1,4 +1,4 @@
-"""The ms-swift row: checked once, here, before anything else sees it."""
+"""The ms-swift example: checked once, here, before anything else sees it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from jvlm.data import tool_calls, values
 from jvlm.data.boxes import Region, region
 from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Part, Text, Video
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.image_processor import EXAMPLE_FIELD
 from jvlm.data.values import is_null, shown, without_nulls
 
@@ -39,36 +39,38 @@ class _Tagged(NamedTuple):
     fields: tuple[tuple[str, Any], ...]
 
 
-def parse_row(row: Any, origin: Origin = Origin()) -> Conversation:
-    """Check one row of the ms-swift format. A null is as an absent field; unknown fields are carried along.
+def parse_example(example: Any, origin: Origin = Origin()) -> Conversation:
+    """Check one example of the ms-swift format. A null is as an absent field; unknown fields are carried along.
 
     Raises:
-      RowError: wrong type, wrong number of tags, bad role, limit or box; names the field and the fix.
+      ExampleError: wrong type, wrong number of tags, bad role, limit or box; names the field and the fix.
     """
-    if isinstance(row, Conversation):
-        return row
-    if not isinstance(row, dict):
-        raise RowError(origin, "row", f"a {type(row).__name__}, not an object", 'Write {"messages": [...]} per line')
+    if isinstance(example, Conversation):
+        return example
+    if not isinstance(example, dict):
+        raise ExampleError(
+            origin, "example", f"a {type(example).__name__}, not an object", 'Write {"messages": [...]} per line'
+        )
     try:
-        return _parse(without_nulls(row), origin)
+        return _parse(without_nulls(example), origin)
     except RecursionError as error:
-        raise RowError(origin, "row", "lists or objects nested too deep", "Make the row flatter") from error
+        raise ExampleError(origin, "example", "lists or objects nested too deep", "Make the example flatter") from error
 
 
-def _parse(row: dict, origin: Origin) -> Conversation:
+def _parse(example: dict, origin: Origin) -> Conversation:
     for field in ("audios", "audio"):
-        if field in row and not (isinstance(row[field], list | tuple) and not row[field]):
-            raise RowError(origin, field, "the models here do not hear", "Remove it, and <audio> from the messages")
-    images, videos = _listed(row, "images", "image", origin), _listed(row, "videos", "video", origin)
+        if field in example and not (isinstance(example[field], list | tuple) and not example[field]):
+            raise ExampleError(origin, field, "the models here do not hear", "Remove it, and <audio> from the messages")
+    images, videos = _listed(example, "images", "image", origin), _listed(example, "videos", "video", origin)
     listed = {"images": len(images), "videos": len(videos)}
-    messages = _messages(row, images, videos, origin)
+    messages = _messages(example, images, videos, origin)
     for field, media in (("images", images), ("videos", videos)):
         if 0 < listed[field] < len(media):
-            raise RowError(
+            raise ExampleError(
                 origin, field, "given both here and inside messages", "Keep one place, so the order is clear"
             )
-    refs, boxes = _objects(row.get("objects"), len(images), origin)
-    extra = tuple((k, row[k]) for k in row if k in _CARRIED or k not in _FIELDS)
+    refs, boxes = _objects(example.get("objects"), len(images), origin)
+    extra = tuple((k, example[k]) for k in example if k in _CARRIED or k not in _FIELDS)
     parts = {
         Image: [Image(source, index) for index, source in enumerate(images)],
         Video: [Video(_frames(frames, origin), index) for index, frames in enumerate(videos)],
@@ -77,8 +79,8 @@ def _parse(row: dict, origin: Origin) -> Conversation:
     }
     return Conversation(
         messages=_with_parts(messages, parts, unknown_columns(extra), origin),
-        image_settings=_image_settings(row.get(EXAMPLE_FIELD), origin),
-        tools=tool_calls.schemas(row.get("tools"), origin),
+        image_settings=_image_settings(example.get(EXAMPLE_FIELD), origin),
+        tools=tool_calls.schemas(example.get("tools"), origin),
         extra=extra,
         origin=origin,
     )
@@ -103,10 +105,10 @@ def near_miss(field: str, names: Any) -> str | None:
     return None
 
 
-def _listed(row: dict, plural: str, singular: str, origin: Origin) -> list:
-    if plural in row and singular in row:
-        raise RowError(origin, singular, f"given together with {plural!r}", f"Keep {plural!r} only")
-    value = row.get(plural, row.get(singular))
+def _listed(example: dict, plural: str, singular: str, origin: Origin) -> list:
+    if plural in example and singular in example:
+        raise ExampleError(origin, singular, f"given together with {plural!r}", f"Keep {plural!r} only")
+    value = example.get(plural, example.get(singular))
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
@@ -114,34 +116,36 @@ def _listed(row: dict, plural: str, singular: str, origin: Origin) -> list:
 
 def _frames(video: Any, origin: Origin) -> tuple:
     if not isinstance(video, list | tuple) or not video:
-        raise RowError(origin, "videos", "a video must be a list of frames", "Extract the frames and list their paths")
+        raise ExampleError(
+            origin, "videos", "a video must be a list of frames", "Extract the frames and list their paths"
+        )
     return tuple(video)
 
 
-def _messages(row: dict, images: list, videos: list, origin: Origin) -> list[_Tagged]:
-    given = row.get("messages", [])
+def _messages(example: dict, images: list, videos: list, origin: Origin) -> list[_Tagged]:
+    given = example.get("messages", [])
     if not isinstance(given, list | tuple) or not len(given):
-        fix = near_miss("messages", row) or 'Give [{"role": "user", "content": "..."}, ...]'
+        fix = near_miss("messages", example) or 'Give [{"role": "user", "content": "..."}, ...]'
         is_list = isinstance(given, list | tuple)
-        raise RowError(origin, "messages", "missing or empty" if is_list else f"{shown(given)} is not a list", fix)
+        raise ExampleError(origin, "messages", "missing or empty" if is_list else f"{shown(given)} is not a list", fix)
     messages = []
     for index, message in enumerate(given):
         field = f"messages[{index}]"
         message = tool_calls.with_content(message)
         if not isinstance(message, dict) or is_null(message.get("role")) or "content" not in message:
-            raise RowError(origin, field, "needs 'role' and 'content'", 'Write {"role": "user", "content": "..."}')
+            raise ExampleError(origin, field, "needs 'role' and 'content'", 'Write {"role": "user", "content": "..."}')
         for key in without_nulls(message):
             if key not in ("role", "content", "loss", "loss_scale", *tool_calls.FIELDS):
-                raise RowError(
+                raise ExampleError(
                     origin, f"{field}.{key}", "unknown field", "Use role, content, loss, loss_scale, tool_calls"
                 )
         role = message["role"]
         if not isinstance(role, str) or role not in ROLES:
             near = difflib.get_close_matches(str(role), ROLES, n=1) if isinstance(role, str) else []
             fix = f"Did you mean {near[0]!r}?" if near else f"Use one of {', '.join(ROLES)}"
-            raise RowError(origin, f"{field}.role", f"unknown role {shown(role)}", fix)
+            raise ExampleError(origin, f"{field}.role", f"unknown role {shown(role)}", fix)
         if role == "system" and index:
-            raise RowError(origin, f"{field}.role", "a system turn after the first place", "Move it to the front")
+            raise ExampleError(origin, f"{field}.role", "a system turn after the first place", "Move it to the front")
         content = _flatten(message["content"], images, videos, origin, f"{field}.content")
         fields = tool_calls.fields(message, role, origin, field)
         messages.append(_Tagged(role, content, _loss_weight(message, role, origin, field), fields))
@@ -152,34 +156,36 @@ def _loss_weight(message: dict, role: str, origin: Origin, field: str) -> float:
     loss, scale = message.get("loss"), message.get("loss_scale")
     learnt = True if loss is None else values.switch(loss)
     if learnt is None:
-        raise RowError(origin, f"{field}.loss", f"{shown(loss)} is not true or false", "Write true or false")
+        raise ExampleError(origin, f"{field}.loss", f"{shown(loss)} is not true or false", "Write true or false")
     weight = 1.0 if scale is None else values.number(scale)
     if weight is None or not 0 <= weight <= _MOST_WEIGHT:
-        raise RowError(origin, f"{field}.loss_scale", f"{shown(scale)} is not a weight", "Write a number >= 0")
+        raise ExampleError(origin, f"{field}.loss_scale", f"{shown(scale)} is not a weight", "Write a number >= 0")
     if role != "assistant":
         if (loss is not None and learnt) or (scale is not None and weight):
-            raise RowError(origin, field, f"loss on a {role} turn", "Only assistant turns are learnt")
+            raise ExampleError(origin, field, f"loss on a {role} turn", "Only assistant turns are learnt")
         return 0.0
     return float(weight) if learnt else 0.0
 
 
 def _flatten(content: Any, images: list, videos: list, origin: Origin, field: str) -> str:
-    """Content blocks (OpenAI or transformers style) to text with tags; their media join the row's lists."""
+    """Content blocks (OpenAI or transformers style) to text with tags; their media join the example's lists."""
     if isinstance(content, str):
         return values.text(content, origin, field)
     if not isinstance(content, list | tuple):
-        raise RowError(origin, field, f"a {type(content).__name__} is not text", "Give a string or a list of blocks")
+        raise ExampleError(
+            origin, field, f"a {type(content).__name__} is not text", "Give a string or a list of blocks"
+        )
     return "".join(_block(block, images, videos, origin, field) for block in content)
 
 
 def _block(block: Any, images: list, videos: list, origin: Origin, field: str) -> str:
-    """The text of a content block. A medium in it joins its list; one without a source is among the row's own."""
+    """The text of a content block. A medium in it joins its list; one without a source is among the example's own."""
     given = without_nulls(block) if isinstance(block, dict) else {}
     kind = given.pop("type", None)
     for key, value in given.items():
         if values.number(value) is not None and key not in _NO_SETTINGS:
-            raise RowError(
-                origin, field, f"{key!r} of a single picture is not read", "Give the row's chat_template_kwargs"
+            raise ExampleError(
+                origin, field, f"{key!r} of a single picture is not read", "Give the example's chat_template_kwargs"
             )
     media = {key: given[key] for key in (*PICTURE_KEYS, "video") if key in given}
     if kind == "text" and not media and isinstance(given.get("text"), str):
@@ -192,28 +198,28 @@ def _block(block: Any, images: list, videos: list, origin: Origin, field: str) -
         return "<video>"
     problem = f"cannot read a block of type {shown(kind)} with {', '.join(map(shown, given)) or 'nothing in it'}"
     fix = 'Use {"type": "text", "text": "..."}, image, image_url or video blocks, each with one source'
-    raise RowError(origin, field, problem, fix)
+    raise ExampleError(origin, field, problem, fix)
 
 
 def _objects(value: Any, images: int, origin: Origin) -> tuple[list[ObjectName], list[ObjectBox]]:
     if is_null(value):
         return [], []
     if not isinstance(value, dict) or not set(without_nulls(value)) <= {"ref", "bbox", "bbox_type", "image_id"}:
-        raise RowError(origin, "objects", "not of the known form", "Use ref, bbox, bbox_type and image_id")
+        raise ExampleError(origin, "objects", "not of the known form", "Use ref, bbox, bbox_type and image_id")
     value = without_nulls(value)
     lists = {key: _as_list(value.get(key, []), origin, f"objects.{key}") for key in ("ref", "bbox", "image_id")}
     refs = [ObjectName(values.text(ref, origin, f"objects.ref[{i}]")) for i, ref in enumerate(lists["ref"])]
     box_type = value.get("bbox_type", "real")
     if box_type not in ("real", "norm1"):
-        raise RowError(origin, "objects.bbox_type", f"unknown {shown(box_type)}", "Use 'real' or 'norm1'")
+        raise ExampleError(origin, "objects.bbox_type", f"unknown {shown(box_type)}", "Use 'real' or 'norm1'")
     boxes = tuple(_box(box, box_type, origin, f"objects.bbox[{i}]") for i, box in enumerate(lists["bbox"]))
     given = lists["image_id"] if "image_id" in value else [0] * len(boxes)
     if len(given) != len(boxes):
-        raise RowError(origin, "objects.image_id", f"{len(given)} ids for {len(boxes)} boxes", "Give one per box")
+        raise ExampleError(origin, "objects.image_id", f"{len(given)} ids for {len(boxes)} boxes", "Give one per box")
     box_images = tuple(values.whole(image_id) for image_id in given)
     for image_id, raw in zip(box_images, given, strict=True):
         if image_id is None or not 0 <= image_id < max(images, 1):
-            raise RowError(origin, "objects.image_id", f"{shown(raw)} with {images} images", "Count from 0")
+            raise ExampleError(origin, "objects.image_id", f"{shown(raw)} with {images} images", "Count from 0")
     return refs, [ObjectBox(box, image) for box, image in zip(boxes, box_images, strict=True)]
 
 
@@ -221,7 +227,7 @@ def _as_list(value: Any, origin: Origin, field: str) -> list:
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if not isinstance(value, list | tuple):
-        raise RowError(origin, field, f"{shown(value)} is not a list", "Give a list, one entry per tag")
+        raise ExampleError(origin, field, f"{shown(value)} is not a list", "Give a list, one entry per tag")
     return list(value)
 
 
@@ -230,11 +236,11 @@ def _box(box: Any, box_type: str, origin: Origin, field: str) -> Region:
         box = box.tolist()
     found = [values.number(v) for v in box] if isinstance(box, list | tuple) else []
     if len(found) not in (2, 4) or None in found:
-        raise RowError(origin, field, f"{shown(box)} is not a point or box", "Give 2 or 4 finite numbers")
+        raise ExampleError(origin, field, f"{shown(box)} is not a point or box", "Give 2 or 4 finite numbers")
     if len(found) == 4 and (found[0] > found[2] or found[1] > found[3]):
-        raise RowError(origin, field, f"{shown(found)} has its corners swapped", "Order them x1, y1, x2, y2")
+        raise ExampleError(origin, field, f"{shown(found)} has its corners swapped", "Order them x1, y1, x2, y2")
     if box_type == "norm1" and not all(0 <= v <= 1 for v in found):
-        raise RowError(origin, field, f"{shown(found)} is outside 0..1", "Use bbox_type 'real' for pixels")
+        raise ExampleError(origin, field, f"{shown(found)} is outside 0..1", "Use bbox_type 'real' for pixels")
     return region(found, "original" if box_type == "real" else "norm1")
 
 
@@ -242,14 +248,14 @@ def _image_settings(value: Any, origin: Origin) -> tuple[tuple[str, Any], ...]:
     if is_null(value):
         return ()
     if not isinstance(value, dict):
-        raise RowError(origin, EXAMPLE_FIELD, "not an object", 'Give e.g. {"max_pixels": 200704}')
+        raise ExampleError(origin, EXAMPLE_FIELD, "not an object", 'Give e.g. {"max_pixels": 200704}')
     return tuple((str(key), given) for key, given in without_nulls(value).items())
 
 
 def _with_parts(
     messages: list[_Tagged], parts: dict[type, list], unknown: Sequence[str], origin: Origin
 ) -> tuple[Message, ...]:
-    """Return messages in which each tag is the next part of its kind. Raises RowError for another number of them."""
+    """Return messages in which each tag is the next part of its kind. Raises ExampleError if the numbers differ."""
     fields = {Image: "images", Video: "videos", ObjectBox: "objects.bbox", ObjectName: "objects.ref"}
     left = {}
     for kind, field in fields.items():
@@ -260,7 +266,7 @@ def _with_parts(
             # without any objects <bbox> and <ref-object> are words
             if count or meant or kind in (Image, Video):
                 fix = meant or "Give one entry for each tag"
-                raise RowError(origin, field, f"{tags} {tag} tags but {count} entries", fix)
+                raise ExampleError(origin, field, f"{tags} {tag} tags but {count} entries", fix)
         if count:
             left[tag] = iter(parts[kind])
     return tuple(
@@ -291,7 +297,7 @@ def user_message(text: str, images: Sequence[Any], *, first: int = 0) -> Message
       first: index of the first of the images.
 
     Raises:
-      RowError: another number of tags than of images.
+      ExampleError: another number of tags than of images.
     """
-    (message,) = parse_row({"messages": [{"role": "user", "content": text}], "images": list(images)}).messages
+    (message,) = parse_example({"messages": [{"role": "user", "content": text}], "images": list(images)}).messages
     return message.map(lambda part: Image(part.source, part.index + first) if isinstance(part, Image) else part)

@@ -1,4 +1,4 @@
-"""Whatever is wrong with one row is its own error: training goes on, and the check before it names the same rows."""
+"""Whatever is wrong with one example is its own error: training goes on, and the check names the same ones."""
 
 import json
 
@@ -7,17 +7,17 @@ import pytest
 
 from jvlm.data.check import check
 from jvlm.data.config import DataConfig
-from jvlm.data.errors import Origin, RowError
+from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.examples import parse_example
 from jvlm.data.pipeline import training_data
-from jvlm.data.rows import parse_row
 from tests.support import picture
 
 
 def line(user="hi", answer="yes", **fields):
-    return json.dumps(row(user, answer, **fields))
+    return json.dumps(example(user, answer, **fields))
 
 
-def row(user="hi", answer="yes", **fields):
+def example(user="hi", answer="yes", **fields):
     return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}], **fields}
 
 
@@ -27,7 +27,7 @@ def boxed(box):
 
 
 LIMITED = {"images": ["a.png"], "user": "<image>?"}
-# line of the file -> field of the error, None for a row that can be used
+# line of the file -> field of the error, None for an example that can be used
 LINES = {
     "good": (line(), None),
     "a picture": (line("<image>?", images=["a.png"]), None),
@@ -37,7 +37,7 @@ LINES = {
     "NaN in a box": (boxed("NaN"), "objects.bbox[0]"),
     "infinity in a box": (boxed("-Infinity"), "objects.bbox[0]"),
     "400 digits in a box": (boxed("1" * 400), "objects.bbox[0]"),
-    "5000 digits in a box": (boxed("1" * 5000), "row"),
+    "5000 digits in a box": (boxed("1" * 5000), "example"),
     "true in a box": (boxed("true"), "objects.bbox[0]"),
     "a box": (boxed("0"), None),
     "a box far outside": (boxed("-1e300"), "objects.bbox[0]"),
@@ -64,12 +64,12 @@ LINES = {
     "a picture that is a number": (line("<image>?", images=[5]), "images[0]"),
     "a picture that is null": (line("<image>?", images=[None]), "images[0]"),
     "a frame that is missing": (line("<video>?", videos=[["a.png", "missing.png"]]), "videos[0]"),
-    "deep": ('{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}", "row"),
+    "deep": ('{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}", "example"),
     "a key twice": ('{"messages": [], "messages": []}', "messages"),
-    "a list": ("[1, 2]", "row"),
-    "null": ("null", "row"),
-    "a word": ('"hi"', "row"),
-    "cut": ('{"messages": [{"role"', "row"),
+    "a list": ("[1, 2]", "example"),
+    "null": ("null", "example"),
+    "a word": ('"hi"', "example"),
+    "cut": ('{"messages": [{"role"', "example"),
     "only a prompt": (json.dumps({"messages": [{"role": "user", "content": "hi"}]}), "messages"),
     "only an answer": (json.dumps({"messages": [{"role": "assistant", "content": "hi"}]}), None),
     "nothing learnt": (json.dumps({"messages": [{"role": "assistant", "content": "hi", "loss": 0}]}), "messages"),
@@ -82,7 +82,7 @@ LINES = {
             {
                 "messages": [
                     {"role": "system", "content": "<image>legend"},
-                    *row("<image>?")["messages"],
+                    *example("<image>?")["messages"],
                 ],
                 "images": ["a.png", "dot.png"],
             }
@@ -94,7 +94,7 @@ LINES = {
         json.dumps({"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "DEEP"}]}]}).replace(
             '"DEEP"', '{"a":' * 3000 + "1" + "}" * 3000
         ),
-        "row",
+        "example",
     ),
     "unknown columns": (line(source="web", imagess=[]), None),
     "good again": (line(), None),
@@ -109,7 +109,7 @@ def data(tmp_path_factory):
         picture(100, 100).resize(size).save(folder / f"{name}.png")
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:300])
     (folder / "text.png").write_text("not a picture")
-    path = folder / "rows.jsonl"
+    path = folder / "examples.jsonl"
     path.write_text("\n".join(text for text, _ in LINES.values()))
     return path
 
@@ -119,19 +119,19 @@ USABLE = len(LINES) - len(EXPECTED) - 1  # one line is blank
 
 
 @pytest.mark.parametrize("single_turn_ratio", [0.0, 1.0])
-def test_training_on_skip_survives_every_odd_row_and_names_it(tiny, data, single_turn_ratio):
+def test_training_on_skip_survives_every_odd_example_and_names_it(tiny, data, single_turn_ratio):
     config = DataConfig(
-        train=(str(data),), on_bad_row="skip", seq_len=512, max_patches=1024, single_turn_ratio=single_turn_ratio
+        train=(str(data),), on_bad_example="skip", seq_len=512, max_patches=1024, single_turn_ratio=single_turn_ratio
     )
     batches = list(training_data(tiny.processor, config, seed=0, epochs=1)[0])
-    rejected = {r.row: r.field for batch in batches for r in batch.rejected}
+    rejected = {r.number: r.field for batch in batches for r in batch.rejected}
     assert rejected == EXPECTED
     assert sum(batch.conversations for batch in batches) == USABLE
 
 
-def test_the_check_names_the_same_rows(tiny, data):
+def test_the_check_names_the_same_examples(tiny, data):
     report = check([str(data)], tiny.processor)
-    found = {error.origin.row: error.field for error in report.rejected}
+    found = {error.origin.number: error.field for error in report.rejected}
     assert found == EXPECTED
     assert report.text().count("imagess") == report.text().count("'source'") == 1
 
@@ -144,25 +144,29 @@ def test_the_check_names_the_same_rows(tiny, data):
         [{"role": "system", "content": "be brief"}, {"role": "assistant", "content": "hi"}],
     ],
 )
-def test_a_row_in_which_nothing_is_asked_is_named_in_generation(tiny, messages):
-    with pytest.raises(RowError, match=r"rows.jsonl, row 3, field 'messages': nothing to answer"):
-        tiny.processor.encode(parse_row({"messages": messages}, Origin("rows.jsonl", 3)), generation_prompt=True)
+def test_an_example_in_which_nothing_is_asked_is_named_in_generation(tiny, messages):
+    with pytest.raises(ExampleError, match=r"examples.jsonl, line 3, field 'messages': nothing to answer"):
+        tiny.processor.encode(
+            parse_example({"messages": messages}, Origin("examples.jsonl", 3)), generation_prompt=True
+        )
 
 
 def test_a_final_answer_takes_its_pictures_along_when_it_is_dropped(tiny):
     images = [picture(56, 56), picture(84, 84)]
-    asked = row("<image>draw <ref-object>", "<image> of <ref-object> at <bbox>", images=images)
+    asked = example("<image>draw <ref-object>", "<image> of <ref-object> at <bbox>", images=images)
     objects = {"ref": ["a cat", "it"], "bbox": [[1, 2, 3, 4]], "image_id": [1]}
     prompt = tiny.processor.encode({**asked, "objects": objects}, generation_prompt=True)
-    plain = tiny.processor.encode(row("<image>draw a cat", images=images[:1]), generation_prompt=True)
+    plain = tiny.processor.encode(example("<image>draw a cat", images=images[:1]), generation_prompt=True)
     np.testing.assert_array_equal(prompt.tokens, plain.tokens)
     np.testing.assert_array_equal(prompt.patches, plain.patches)
 
 
-def test_what_a_template_raises_is_the_error_of_the_row(tiny, monkeypatch):
+def test_what_a_template_raises_is_the_error_of_the_example(tiny, monkeypatch):
     def fail(*_, **__):
         raise StopIteration("conversation roles must alternate")
 
     monkeypatch.setattr(type(tiny.processor.template), "tokenize", fail)
-    with pytest.raises(RowError, match=r"rows.jsonl, row 3, field 'messages': StopIteration: .*must alternate"):
-        tiny.processor.encode(parse_row(row(), Origin("rows.jsonl", 3)))
+    with pytest.raises(
+        ExampleError, match=r"examples.jsonl, line 3, field 'messages': StopIteration: .*must alternate"
+    ):
+        tiny.processor.encode(parse_example(example(), Origin("examples.jsonl", 3)))
