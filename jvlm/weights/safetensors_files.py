@@ -160,6 +160,7 @@ def write(
     folder: Path,
     tensors: Iterable[tuple[str, np.dtype, tuple[int, ...], Callable[[], np.ndarray]]],
     max_shard_bytes: int = 5 * 10**9,
+    single_name: str = SINGLE,
 ) -> set[str]:
     """Write tensors in shards with an index, reading one at a time. Returns the names of the files.
 
@@ -168,6 +169,8 @@ def write(
     Args:
       tensors: (name, dtype, shape, read) for each; ``read()`` is called once, when its turn comes, and what it gives
         is cast to the dtype.
+      max_shard_bytes: start a new file above this size.
+      single_name: of the file, where one takes all tensors.
 
     Raises:
       WeightError: values that their tensor's dtype cannot hold, naming all tensors that have some.
@@ -187,7 +190,7 @@ def write(
     weight_map, total, too_large, partials = {}, 0, [], {}
     try:
         for number, shard in enumerate(shards, 1):
-            file = SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            file = single_name if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             partials[file] = folder / f"{file}.partial"
             total += _write_file(partials[file], shard, too_large)
             weight_map.update({name: file for name, *_ in shard})

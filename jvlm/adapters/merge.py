@@ -1,0 +1,147 @@
+"""An adapter's matrices added to its base's: sums in float64, each result rounded once.
+
+Formulas: LoRA ``W + s a b``; DoRA (arXiv 2402.09353, section 4) scales its columns to the learned lengths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jvlm.adapters import peft_modules
+from jvlm.adapters.weights import AdapterWeights, LowRank, Target
+from jvlm.errors import UserError
+from jvlm.models import vlm
+from jvlm.models.vlm import VLM, VLMConfig
+from jvlm.weights.vocabulary import EMBEDDING, HEAD
+
+# Elements of a matrix that are summed at a time: 64 MiB in float64.
+_BLOCK = 1 << 23
+
+
+def merge_matrix(base: Float[np.ndarray, "i o"], low: LowRank) -> Float[np.ndarray, "i o"]:
+    """Return ``base + scale * a @ b``, columns scaled to ``magnitude`` where there is one, as float32."""
+    d_in, d_out = base.shape
+    a, out = low.a.astype(np.float64), np.empty(base.shape, np.float32)
+    width = max(1, _BLOCK // d_in)
+    for begin in range(0, d_out, width):
+        columns = slice(begin, begin + width)
+        total = base[:, columns].astype(np.float64)
+        total += a @ (low.b[:, columns].astype(np.float64) * low.scale)
+        if low.magnitude is not None:
+            norm = np.sqrt(np.einsum("io,io->o", total, total))
+            total *= low.magnitude[columns].astype(np.float64) / norm
+        out[:, columns] = total
+    return out
+
+
+def needs_own_head(weights: AdapterWeights, config: VLMConfig) -> bool:
+    """Return whether a model whose head is tied to its embedding must get a head of its own for an adapter.
+
+    An adapter of one of the two says nothing of the other. Rows of single tokens count for both.
+    """
+    if not config.decoder.tie_word_embeddings:
+        return False
+    return any(target.path in (EMBEDDING, HEAD) for target in [*weights.low_rank, *weights.parameters])
+
+
+def merged_config(weights: AdapterWeights, config: VLMConfig) -> VLMConfig:
+    """Return the configuration of the merged model: with a head of its own where the adapter needs one."""
+    return peft_modules.untied(config) if needs_own_head(weights, config) else config
+
+
+class Merged:
+    """The parameters of a base with an adapter, one at a time: call it with a path and a layer, or None."""
+
+    def __init__(self, weights: AdapterWeights, read_base: Callable[[str, int | None], np.ndarray]):
+        self._weights, self._read_base = weights, read_base
+        self._biases = {
+            Target(_bias_path(target.path), target.index): low
+            for target, low in weights.low_rank.items()
+            if low.bias is not None
+        }
+        both = sorted(target.path for target in weights.low_rank if target in weights.parameters)
+        if both:
+            raise UserError(f"an adapter has both matrices for a parameter and the whole of it: {', '.join(both)}")
+
+    def changes(self, path: str, layer: int | None) -> bool:
+        """Return whether the adapter has something for a parameter."""
+        target = _target(path, layer)
+        parts = (self._weights.low_rank, self._weights.parameters, self._biases)
+        return any(target in part for part in parts) or path in self._weights.token_rows
+
+    def __call__(self, path: str, layer: int | None) -> np.ndarray:
+        """Return the merged parameter: float32 where it was added to, else in the dtype of its file."""
+        target = _target(path, layer)
+        if target in self._weights.parameters:
+            value = self._weights.parameters[target]
+        else:
+            value = self._read_base(path, layer)
+        if target in self._weights.low_rank:
+            value = merge_matrix(value, self._weights.low_rank[target])
+        if target in self._biases:
+            low = self._biases[target]
+            value = (value.astype(np.float64) + low.scale * low.bias.astype(np.float64)).astype(np.float32)
+        if path in self._weights.token_rows:
+            value = _with_rows(value, self._weights.token_rows[path], path)
+        return value
+
+
+def _with_rows(value: np.ndarray, rows, path: str) -> np.ndarray:
+    value = np.array(value, np.float32)
+    index = (slice(None), rows.token_ids) if path == HEAD else rows.token_ids
+    value[index] = rows.rows.astype(np.float32).T if path == HEAD else rows.rows
+    return value
+
+
+def _target(path: str, layer: int | None) -> Target:
+    return Target(path, () if layer is None else (layer,))
+
+
+def _bias_path(path: str) -> str:
+    return path.removesuffix("kernel") + "bias"
+
+
+def merge(model: VLM, weights: AdapterWeights) -> VLM:
+    """Return a model with an adapter's parts added to its own parameters, where these lie on devices.
+
+    Args:
+      model: the base, without adapters in it; left as it is.
+
+    Raises:
+      UserError: the adapter has a target that the model does not have.
+    """
+    config = merged_config(weights, model.config)
+    variables = vlm.parameters(model)
+    if config is not model.config:
+        variables[HEAD] = variables[EMBEDDING]
+    unknown = {t.path for t in [*weights.low_rank, *weights.parameters]} | set(weights.token_rows)
+    unknown -= variables.keys()
+    if unknown:
+        raise UserError(f"the model has no parameters of the adapter's targets {', '.join(sorted(unknown))}")
+    values = {path: variable.get_value() for path, variable in variables.items()}
+    if config is not model.config:
+        values[HEAD] = values[EMBEDDING].T
+    merged = Merged(weights, lambda path, layer: _host(values, path, layer))
+    changed: Mapping[str, set[int | None]] = {}
+    for target in [*weights.low_rank, *weights.parameters, *merged._biases]:
+        changed.setdefault(target.path, set()).add(target.index[0] if target.index else None)
+    for path in weights.token_rows:
+        changed.setdefault(path, set()).add(None)
+    for path, layers in changed.items():
+        old = values[path]
+        new = np.array(old)
+        for layer in layers:
+            new[... if layer is None else layer] = merged(path, layer).astype(new.dtype)
+        values[path] = jax.device_put(new, old.sharding)
+    template = vlm.abstract(config) if config is not model.config else model
+    return vlm.bind(template, values)
+
+
+def _host(values: Mapping[str, jax.Array], path: str, layer: int | None) -> np.ndarray:
+    return np.asarray(values[path] if layer is None else values[path][layer])
