@@ -5,16 +5,15 @@ Formulas: LoRA ``W + s a b``; DoRA (arXiv 2402.09353, section 4) scales its colu
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from jvlm.adapters import peft_modules
-from jvlm.adapters.weights import AdapterWeights, LowRank, Target
+from jvlm.adapters.attach import extract
+from jvlm.adapters.weights import AdapterWeights, LowRank, Target, TokenRows
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.vlm import VLM, VLMConfig
@@ -69,11 +68,21 @@ class Merged:
         if both:
             raise UserError(f"an adapter has both matrices for a parameter and the whole of it: {', '.join(both)}")
 
+        self._layers: dict[str, set[int | None]] = {path: {None} for path in weights.token_rows}
+        for target in [*weights.low_rank, *weights.parameters, *self._biases]:
+            self._layers.setdefault(target.path, set()).add(target.index[0] if target.index else None)
+
+    def has(self, path: str) -> bool:
+        """Return whether the adapter has something for a parameter, or for some layers of it."""
+        return path in self._layers
+
+    def layers(self, path: str) -> set[int | None]:
+        """Return the layers of a parameter that the adapter has something for; None stands for the whole of it."""
+        return self._layers.get(path, set())
+
     def changes(self, path: str, layer: int | None) -> bool:
-        """Return whether the adapter has something for a parameter."""
-        target = _target(path, layer)
-        parts = (self._weights.low_rank, self._weights.parameters, self._biases)
-        return any(target in part for part in parts) or path in self._weights.token_rows
+        """Return whether the adapter has something for a layer of a parameter."""
+        return layer in self.layers(path)
 
     def __call__(self, path: str, layer: int | None) -> np.ndarray:
         """Return the merged parameter: float32 where it was added to, else in the dtype of its file."""
@@ -92,7 +101,7 @@ class Merged:
         return value
 
 
-def _with_rows(value: np.ndarray, rows, path: str) -> np.ndarray:
+def _with_rows(value: np.ndarray, rows: TokenRows, path: str) -> np.ndarray:
     value = np.array(value, np.float32)
     index = (slice(None), rows.token_ids) if path == HEAD else rows.token_ids
     value[index] = rows.rows.astype(np.float32).T if path == HEAD else rows.rows
@@ -107,41 +116,44 @@ def _bias_path(path: str) -> str:
     return path.removesuffix("kernel") + "bias"
 
 
-def merge(model: VLM, weights: AdapterWeights) -> VLM:
-    """Return a model with an adapter's parts added to its own parameters, where these lie on devices.
+def check_targets(weights: AdapterWeights, paths: Collection[str]) -> None:
+    """Raise UserError naming every target of an adapter that is none of the paths of a model's parameters."""
+    wanted = {target.path for target in [*weights.low_rank, *weights.parameters]} | set(weights.token_rows)
+    wanted |= {_bias_path(target.path) for target, low in weights.low_rank.items() if low.bias is not None}
+    unknown = sorted(wanted - set(paths))
+    if unknown:
+        raise UserError(f"the model has no parameters of the adapter's targets {', '.join(unknown)}")
+
+
+def merge(model: VLM, weights: AdapterWeights | None = None) -> VLM:
+    """Return a model with an adapter's parts added to its own parameters, which stay where they are on devices.
 
     Args:
-      model: the base, without adapters in it; left as it is.
+      model: left as it is.
+      weights: None takes the adapters that are in the model.
 
     Raises:
       UserError: the adapter has a target that the model does not have.
     """
+    weights = extract(model) if weights is None else weights
     config = merged_config(weights, model.config)
     variables = vlm.parameters(model)
-    if config is not model.config:
-        variables[HEAD] = variables[EMBEDDING]
-    unknown = {t.path for t in [*weights.low_rank, *weights.parameters]} | set(weights.token_rows)
-    unknown -= variables.keys()
-    if unknown:
-        raise UserError(f"the model has no parameters of the adapter's targets {', '.join(sorted(unknown))}")
     values = {path: variable.get_value() for path, variable in variables.items()}
     if config is not model.config:
         values[HEAD] = values[EMBEDDING].T
-    merged = Merged(weights, lambda path, layer: _host(values, path, layer))
-    changed: Mapping[str, set[int | None]] = {}
-    for target in [*weights.low_rank, *weights.parameters, *merged._biases]:
-        changed.setdefault(target.path, set()).add(target.index[0] if target.index else None)
-    for path in weights.token_rows:
-        changed.setdefault(path, set()).add(None)
-    for path, layers in changed.items():
-        old = values[path]
-        new = np.array(old)
-        for layer in layers:
-            new[... if layer is None else layer] = merged(path, layer).astype(new.dtype)
-        values[path] = jax.device_put(new, old.sharding)
-    template = vlm.abstract(config) if config is not model.config else model
-    return vlm.bind(template, values)
+    check_targets(weights, values)
+    merged = Merged(weights, lambda path, layer: np.asarray(values[path] if layer is None else values[path][layer]))
+    changed = {path: _merged_parameter(merged, path, value) for path, value in values.items() if merged.has(path)}
+    model = vlm.bind(vlm.abstract(config), {**values, **changed})
+    for path, variable in vlm.parameters(model).items():
+        before = variables[EMBEDDING if path not in variables else path]
+        if "stored" in before.get_metadata():
+            variable.set_metadata(stored=before.get_metadata()["stored"])
+    return model
 
 
-def _host(values: Mapping[str, jax.Array], path: str, layer: int | None) -> np.ndarray:
-    return np.asarray(values[path] if layer is None else values[path][layer])
+def _merged_parameter(merged: Merged, path: str, value: jax.Array) -> jax.Array:
+    new = np.array(value)
+    for layer in merged.layers(path):
+        new[... if layer is None else layer] = merged(path, layer).astype(new.dtype)
+    return jax.device_put(new, value.sharding)

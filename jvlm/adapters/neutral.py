@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float
 
+from jvlm.adapters import initial
 from jvlm.adapters.weights import AdapterWeights, LowRank, Target
 from jvlm.errors import UserError
 
@@ -92,25 +92,6 @@ def _sum(parts: Sequence[tuple[LowRank, float]]) -> LowRank:
     return LowRank(a, np.concatenate([low.b for low in folded], 0), 1.0, float(a.shape[1]), bias=bias)
 
 
-def initial(
-    init: str, kernel: Float[np.ndarray, "i o"], rank: int, scale: float
-) -> tuple[Float[np.ndarray, "i r"], Float[np.ndarray, "r o"]]:
-    """Return the matrices with which an initialisation begins; it takes ``scale * a @ b`` from the kernel.
-
-    "pissa" is the kernel's first singular directions (arXiv 2404.02948), "olora" the first of its QR factors (arXiv
-    2406.01775). Signs may differ from another library's; the product does not.
-    """
-    value = kernel.astype(np.float64)
-    if init == "pissa":
-        u, s, vt = np.linalg.svd(value, full_matrices=False)
-        root = np.sqrt(s[:rank] / scale)
-        return u[:, :rank] * root, root[:, None] * vt[:rank]
-    if init == "olora":
-        q, r = np.linalg.qr(value.T)
-        return r[:rank].T, q[:, :rank].T
-    raise UserError(f"initialisation {init!r} takes nothing from the base that can be computed again; known: {INITS}")
-
-
 def subtract_initial(
     weights: AdapterWeights, init: str, read_base: Callable[[Target], np.ndarray]
 ) -> AdapterWeights:
@@ -123,14 +104,15 @@ def subtract_initial(
       read_base: gives the original kernel of a target, [in, out].
 
     Raises:
-      UserError: an adapter beside whole embeddings, or DoRA.
+      UserError: DoRA.
     """
     if any(low.magnitude is not None for low in weights.low_rank.values()):
         raise UserError(f"a DoRA adapter that began as {init!r} cannot be converted: merge it in PEFT")
+    begin = {"pissa": initial.pissa, "olora": initial.olora}[init]
     growth = 2**0.5 if weights.config.use_rslora else 2.0
     low_rank = {}
     for target, low in weights.low_rank.items():
-        a0, b0 = initial(init, read_base(target), low.rank, low.scale)
+        a0, b0 = begin(read_base(target).astype(np.float64), low.rank, low.scale)
         a = np.concatenate([low.a.astype(np.float32), a0.astype(np.float32)], 1)
         b = np.concatenate([low.b.astype(np.float32), -b0.astype(np.float32)], 0)
         low_rank[target] = dataclasses.replace(low, a=a, b=b, alpha=low.alpha * growth)

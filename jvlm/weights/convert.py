@@ -93,7 +93,7 @@ def convert(
         raise UserError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not an empty folder; give a new one")
-    opened = _open(source, step, grow_embedding)
+    opened = open_source(source, step, grow_embedding)
     try:
         layouts = table.hf_format(opened.config).layouts
         if layout not in layouts:
@@ -120,7 +120,8 @@ def _reader(source: Source, entry: Entry, notify: Callable[[], None] | None) -> 
     return read
 
 
-def _open(source: Path, step: int | None, grow_embedding: bool) -> Source:
+def open_source(source: Path, step: int | None = None, grow_embedding: bool = False) -> Source:
+    """Return the tensors of a folder. Raises UserError and WeightError as `convert` does."""
     if not source.is_dir():
         raise UserError(f"{source} is not a folder (nothing is downloaded: give a local snapshot)")
     if run_dir.is_run(source):

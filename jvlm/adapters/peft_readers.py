@@ -1,0 +1,141 @@
+"""What other programs refuse or silently drop of an adapter, so that nobody serves the base by mistake.
+
+Sources: vLLM's `vllm/lora`, SGLang 0.5's `lora`, llama.cpp's `convert_lora_to_gguf.py` and `llama-adapter.h`,
+transformers 5's `PreTrainedModel.load_adapter`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+from jvlm.adapters import merge
+from jvlm.adapters.weights import AdapterWeights
+from jvlm.errors import UserError
+from jvlm.models.vlm import VLMConfig
+from jvlm.weights.vocabulary import EMBEDDING, HEAD
+
+Reader = Literal["vllm", "sglang", "llama.cpp", "transformers"]
+# vLLM's --max-lora-rank unless it is given.
+_VLLM_RANK = 16
+_MERGE = "merge the adapter instead"
+_PLAIN = "write the plain form"
+
+
+def reader_problems(weights: AdapterWeights, config: VLMConfig, reader: str) -> list[str]:
+    """Return a line for each thing that a reader of a PEFT folder refuses or drops, with what to do; empty: none.
+
+    Args:
+      config: of the base.
+      reader: "vllm", "sglang", "llama.cpp" or "transformers".
+
+    Raises:
+      UserError: another reader.
+    """
+    if reader not in _CHECKS:
+        raise UserError(f"unknown reader {reader!r}; known: {', '.join(_CHECKS)}")
+    return list(_CHECKS[reader](_Facts(weights, config)))
+
+
+class _Facts:
+    """What readers differ in."""
+
+    def __init__(self, weights: AdapterWeights, config: VLMConfig):
+        paths = {target.path for target in weights.low_rank}
+        self.config, self.tied = config, merge.needs_own_head(weights, config)
+        self.dora = any(low.magnitude is not None for low in weights.low_rank.values())
+        self.lora_bias = any(low.bias is not None for low in weights.low_rank.values())
+        self.whole = sorted({target.path for target in weights.parameters})
+        self.rows = sorted(weights.token_rows)
+        self.tables = sorted(paths & {EMBEDDING, HEAD})
+        self.head = HEAD in paths
+        self.vision = sorted(path for path in paths if not path.startswith("decoder."))
+        self.rank = max((low.rank for low in weights.low_rank.values()), default=0)
+        self.rslora = weights.config.use_rslora
+        lows = list(weights.low_rank.values())
+        self.scales_differ = any(not math.isclose(low.scale, lows[0].scale, rel_tol=1e-6) for low in lows)
+        alphas = [low.scale * low.rank for low in lows]
+        self.alphas_differ = any(not math.isclose(alpha, alphas[0], rel_tol=1e-6) for alpha in alphas)
+        text = (path for path in paths if path.startswith("decoder.") and ".attention." in path)
+        names = {path.rpartition(".attention.")[2].removesuffix(".kernel") for path in text}
+        self.v_without_q = {"v"} <= names and "q" not in names
+
+
+def _vllm(facts: _Facts) -> Iterable[str]:
+    if facts.dora:
+        yield f"refused: DoRA (use_dora); {_MERGE}"
+    if facts.whole:
+        yield f"refused: parameters saved whole (modules_to_save, bias): {', '.join(facts.whole)}; {_MERGE}"
+    if facts.rows:
+        yield f"refused: rows of single tokens: {', '.join(facts.rows)}; {_MERGE}"
+    if facts.lora_bias:
+        yield f"refused: biases of adapters (lora_bias); {_MERGE}"
+    if facts.tables:
+        yield f"refused: adapters of the embedding or head: {', '.join(facts.tables)}; {_MERGE}"
+    if facts.rank > _VLLM_RANK:
+        yield f"refused: rank {facts.rank} is above {_VLLM_RANK}; start vLLM with --max-lora-rank of at least {facts.rank}"
+    if facts.scales_differ:
+        yield f"dropped in silence: ranks and alphas by pattern, all modules get alpha / rank of r and lora_alpha; {_PLAIN}"
+    if facts.vision:
+        towers = "vision tower and connector"
+        yield f"ignored: {len(facts.vision)} adapters of the {towers}, unless enable_tower_connector_lora is set; {_MERGE}"
+
+
+def _sglang(facts: _Facts) -> Iterable[str]:
+    if facts.dora:
+        yield f"refused: DoRA (use_dora); {_MERGE}"
+    if facts.rows:
+        yield f"refused: rows of single tokens: {', '.join(facts.rows)}; {_MERGE}"
+    if facts.whole:
+        yield f"dropped in silence: parameters saved whole: {', '.join(facts.whole)}; {_MERGE}"
+    if facts.lora_bias:
+        yield f"dropped in silence: biases of adapters (lora_bias); {_MERGE}"
+    if facts.tables:
+        yield f"not read: adapters of the embedding or head: {', '.join(facts.tables)}; {_MERGE}"
+    if facts.rslora or facts.scales_differ:
+        yield f"dropped in silence: rsLoRA, ranks and alphas by pattern, the scale is lora_alpha / r always; {_PLAIN}"
+    if facts.vision:
+        yield f"dropped in silence: {len(facts.vision)} adapters of the vision tower and connector; {_MERGE}"
+    if facts.v_without_q:
+        yield f"refused: v_proj has an adapter where q_proj has none; {_MERGE}, or train both"
+
+
+def _llama_cpp(facts: _Facts) -> Iterable[str]:
+    if facts.dora:
+        yield f"refused: DoRA's magnitudes; {_MERGE}"
+    if facts.head and facts.config.decoder.tie_word_embeddings:
+        yield f"refused: an adapter of the head of a tied model; {_MERGE}"
+    if facts.rslora or facts.alphas_differ:
+        yield f"dropped in silence: rsLoRA and alphas by pattern, the scale is lora_alpha / rank of each matrix; {_PLAIN}"
+    if facts.whole or facts.rows or facts.lora_bias:
+        named = ", ".join([*facts.whole, *facts.rows, *(["lora_bias"] if facts.lora_bias else [])])
+        yield f"dropped: what no GGUF adapter holds: {named}; {_MERGE}"
+    if facts.vision:
+        yield (
+            f"dropped in silence: {len(facts.vision)} adapters of the vision tower and connector, for which mmproj files "
+            f"have none; {_MERGE}, and export mmproj with the model"
+        )
+
+
+def _transformers(facts: _Facts) -> Iterable[str]:
+    if facts.dora:
+        yield (
+            "dropped: load_adapter of transformers 5 loses DoRA's magnitudes; load with peft's PeftModel.from_pretrained, "
+            f"or {_MERGE}"
+        )
+    if facts.tied:
+        yield (
+            "wrong once merged: merge_and_unload of PEFT adds to the matrix that embedding and head share; "
+            f"{_MERGE} with jvlm, which gives the head a matrix of its own"
+        )
+    if facts.lora_bias:
+        yield f"wrong once merged: PEFT before 0.16 merges biases of adapters (lora_bias) without their scale; {_MERGE} with jvlm"
+
+
+_CHECKS: dict[str, Callable[[_Facts], Iterable[str]]] = {
+    "vllm": _vllm,
+    "sglang": _sglang,
+    "llama.cpp": _llama_cpp,
+    "transformers": _transformers,
+}
