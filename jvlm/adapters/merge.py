@@ -5,7 +5,7 @@ Formulas: LoRA ``W + s a b``; DoRA (arXiv 2402.09353, section 4) scales its colu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import numpy as np
@@ -87,10 +87,8 @@ class Merged:
     def __call__(self, path: str, layer: int | None) -> np.ndarray:
         """Return the merged parameter: float32 where it was added to, else in the dtype of its file."""
         target = _target(path, layer)
-        if target in self._weights.parameters:
-            value = self._weights.parameters[target]
-        else:
-            value = self._read_base(path, layer)
+        whole = self._weights.parameters.get(target)
+        value = self._read_base(path, layer) if whole is None else whole
         if target in self._weights.low_rank:
             value = merge_matrix(value, self._weights.low_rank[target])
         if target in self._biases:
@@ -125,6 +123,14 @@ def check_targets(weights: AdapterWeights, paths: Collection[str]) -> None:
         raise UserError(f"the model has no parameters of the adapter's targets {', '.join(unknown)}")
 
 
+def untie(model: VLM) -> VLM:
+    """Return a model whose head is a matrix of its own, with the values of the embedding that it was tied to."""
+    if not model.config.decoder.tie_word_embeddings:
+        return model
+    values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
+    return _bound(model, peft_modules.untied(model.config), {**values, HEAD: values[EMBEDDING].T})
+
+
 def merge(model: VLM, weights: AdapterWeights | None = None) -> VLM:
     """Return a model with an adapter's parts added to its own parameters, which stay where they are on devices.
 
@@ -137,19 +143,23 @@ def merge(model: VLM, weights: AdapterWeights | None = None) -> VLM:
     """
     weights = extract(model) if weights is None else weights
     config = merged_config(weights, model.config)
-    variables = vlm.parameters(model)
-    values = {path: variable.get_value() for path, variable in variables.items()}
+    values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
     if config is not model.config:
         values[HEAD] = values[EMBEDDING].T
     check_targets(weights, values)
     merged = Merged(weights, lambda path, layer: np.asarray(values[path] if layer is None else values[path][layer]))
     changed = {path: _merged_parameter(merged, path, value) for path, value in values.items() if merged.has(path)}
-    model = vlm.bind(vlm.abstract(config), {**values, **changed})
-    for path, variable in vlm.parameters(model).items():
-        before = variables[EMBEDDING if path not in variables else path]
-        if "stored" in before.get_metadata():
-            variable.set_metadata(stored=before.get_metadata()["stored"])
-    return model
+    return _bound(model, config, {**values, **changed})
+
+
+def _bound(model: VLM, config: VLMConfig, values: Mapping[str, jax.Array]) -> VLM:
+    """A model of a configuration with given parameters, which keep the dtypes that their checkpoint had."""
+    before, new = vlm.parameters(model), vlm.bind(vlm.abstract(config), values)
+    for path, variable in vlm.parameters(new).items():
+        metadata = before[path if path in before else EMBEDDING].get_metadata()
+        if "stored" in metadata:
+            variable.set_metadata(stored=metadata["stored"])
+    return new
 
 
 def _merged_parameter(merged: Merged, path: str, value: jax.Array) -> jax.Array:

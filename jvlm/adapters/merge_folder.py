@@ -153,11 +153,16 @@ class _MergedSource:
         return read
 
     def check(self, folder: Path) -> None:
-        """Read back what changed. Raises WeightError naming tensors that are not as they were meant; UserError if none is."""
+        """Read back what changed.
+
+        Raises:
+          WeightError: naming tensors that are not as they were written.
+          UserError: nothing changed.
+        """
         if not self.changed:
             raise UserError(
-                f"the adapter changes none of its {len(self.unchanged)} tensors: it was not trained, or it adds less than "
-                "their dtype resolves; nothing is written"
+                f"the adapter changes none of its {len(self.unchanged)} tensors: it was not trained, or it adds less "
+                "than their dtype resolves; nothing is written"
             )
         with safetensors_files.Tensors(folder) as tensors:
             wrong = [

@@ -33,7 +33,13 @@ def plain(weights: AdapterWeights) -> AdapterWeights:
 
 def _plain_config(weights: AdapterWeights, rank: int):
     return dataclasses.replace(
-        weights.config, rank=rank, alpha=float(rank), use_rslora=False, init="default", rank_pattern=(), alpha_pattern=()
+        weights.config,
+        rank=rank,
+        alpha=float(rank),
+        use_rslora=False,
+        init="default",
+        rank_pattern=(),
+        alpha_pattern=(),
     )
 
 
@@ -68,8 +74,8 @@ def concatenate(parts: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights
         if weights.parameters or weights.token_rows:
             whole = sorted({t.path for t in weights.parameters} | set(weights.token_rows))
             raise UserError(
-                f"an adapter to add (factor {factor:g}) replaces whole parameters, which have no sum: {', '.join(whole)}; "
-                "merge that one into the base first"
+                f"an adapter to add (factor {factor:g}) replaces whole parameters, which have no sum: "
+                f"{', '.join(whole)}; merge that one into the base first"
             )
     targets = sorted({target for weights, _ in parts for target in weights.low_rank})
     sums = {t: _sum([(w.low_rank[t], factor) for w, factor in parts if t in w.low_rank]) for t in targets}
@@ -92,9 +98,7 @@ def _sum(parts: Sequence[tuple[LowRank, float]]) -> LowRank:
     return LowRank(a, np.concatenate([low.b for low in folded], 0), 1.0, float(a.shape[1]), bias=bias)
 
 
-def subtract_initial(
-    weights: AdapterWeights, init: str, read_base: Callable[[Target], np.ndarray]
-) -> AdapterWeights:
+def subtract_initial(weights: AdapterWeights, init: str, read_base: Callable[[Target], np.ndarray]) -> AdapterWeights:
     """Return a plain LoRA of twice the rank for the original base, of an adapter to a base that ``init`` changed.
 
     The difference to the original is ``scale * (a @ b - a0 @ b0)``: the ranks add, and alpha grows so that the scale

@@ -25,7 +25,12 @@ def text(weights: AdapterWeights, config: VLMConfig, base_name: str | None) -> s
     kind = "DoRA" if dora else "LoRA"
     tags = [*([f"base_model:adapter:{base}"] if base else []), "lora", "transformers", "jvlm"]
     head = [*([f"base_model: {json.dumps(base)}"] if base else []), *(["base_model_relation: adapter"] if base else [])]
-    head += ["library_name: peft", "pipeline_tag: image-text-to-text", "tags:", *(f"- {json.dumps(tag)}" for tag in tags)]
+    head += [
+        "library_name: peft",
+        "pipeline_tag: image-text-to-text",
+        "tags:",
+        *(f"- {json.dumps(tag)}" for tag in tags),
+    ]
     ranks = sorted({low.rank for low in weights.low_rank.values()})
     rows = {
         "kind": f"{kind} (rsLoRA)" if weights.config.use_rslora else kind,
@@ -38,6 +43,12 @@ def text(weights: AdapterWeights, config: VLMConfig, base_name: str | None) -> s
     }
     lines = ["---", *head, "---", "", f"# {kind} adapter", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
-    lines += ["", f"Written by jvlm {jvlm.__version__}. It loads with PEFT:", "", "```python", "from peft import PeftModel"]
+    lines += [
+        "",
+        f"Written by jvlm {jvlm.__version__}. It loads with PEFT:",
+        "",
+        "```python",
+        "from peft import PeftModel",
+    ]
     lines += ["model = PeftModel.from_pretrained(base, folder)", "```", ""]
     return "\n".join(lines)

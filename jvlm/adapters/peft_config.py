@@ -23,7 +23,8 @@ _WITHOUT_EFFECT = frozenset(
 )
 _READ = frozenset(
     "peft_type base_model_name_or_path r lora_alpha target_modules exclude_modules rank_pattern alpha_pattern "
-    "use_rslora use_dora lora_bias bias modules_to_save layers_to_transform layers_pattern trainable_token_indices".split()
+    "use_rslora use_dora lora_bias bias modules_to_save layers_to_transform layers_pattern "
+    "trainable_token_indices".split()
 )
 
 

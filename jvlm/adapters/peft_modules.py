@@ -1,4 +1,4 @@
-"""The modules of a model as PEFT sees them: Hugging Face names, and what of an adapter belongs to which side of a map."""
+"""The modules of a model as PEFT sees them: their names, and both sides of each map in the order of files."""
 
 from __future__ import annotations
 

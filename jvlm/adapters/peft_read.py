@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from jvlm.adapters import neutral, peft_config, peft_modules
 from jvlm.adapters.peft_config import PeftConfig
-from jvlm.adapters.peft_modules import Layout, Module, target_of
+from jvlm.adapters.peft_modules import Layout, target_of
 from jvlm.adapters.weights import AdapterWeights, LowRank, Target, TokenRows
 from jvlm.errors import UserError
 from jvlm.models.vlm import VLMConfig
@@ -34,8 +34,8 @@ _PART = re.compile(
     r"token_adapter\.trainable_tokens_delta|(?:token_adapter\.)?base_layer\.(?:weight|bias))"
 )
 _UNCONVERTED = (
-    "the tensors belong to a base that init_lora_weights = {init!r} has changed: {hint}save the adapter again in PEFT with "
-    "path_initial_model_for_weight_conversion, and read that folder"
+    "the tensors belong to a base that init_lora_weights = {init!r} has changed: {hint}save the adapter again in PEFT "
+    "with path_initial_model_for_weight_conversion, and read that folder"
 )
 
 
@@ -217,7 +217,9 @@ class _Reader:
             expected, allowed = expected | biases, allowed | biases
         elif self.settings.bias == "lora_only":
             allowed |= {name for name in biases if name.removesuffix(".bias") in adapted}
-        self.problems += [f"saved module without a tensor: {self._written_tensor(n)}" for n in expected - set(self.whole)]
+        self.problems += [
+            f"saved module without a tensor: {self._written_tensor(n)}" for n in expected - set(self.whole)
+        ]
         self.problems += [f"tensors without a target: {key}" for n, key in self.whole.items() if n not in allowed]
         found = {}
         for name in sorted(self.whole.keys() & allowed):

@@ -74,12 +74,15 @@ def _vllm(facts: _Facts) -> Iterable[str]:
     if facts.tables:
         yield f"refused: adapters of the embedding or head: {', '.join(facts.tables)}; {_MERGE}"
     if facts.rank > _VLLM_RANK:
-        yield f"refused: rank {facts.rank} is above {_VLLM_RANK}; start vLLM with --max-lora-rank of at least {facts.rank}"
+        yield f"refused: rank {facts.rank} is above {_VLLM_RANK}; start vLLM with a larger --max-lora-rank"
     if facts.scales_differ:
-        yield f"dropped in silence: ranks and alphas by pattern, all modules get alpha / rank of r and lora_alpha; {_PLAIN}"
+        yield f"dropped in silence: ranks and alphas by pattern, r and lora_alpha count for all modules; {_PLAIN}"
     if facts.vision:
-        towers = "vision tower and connector"
-        yield f"ignored: {len(facts.vision)} adapters of the {towers}, unless enable_tower_connector_lora is set; {_MERGE}"
+        yield f"ignored without enable_tower_connector_lora: {_vision(facts)}; {_MERGE}"
+
+
+def _vision(facts: _Facts) -> str:
+    return f"{len(facts.vision)} kinds of matrices of the vision tower and connector ({facts.vision[0]}, ...)"
 
 
 def _sglang(facts: _Facts) -> Iterable[str]:
@@ -96,7 +99,7 @@ def _sglang(facts: _Facts) -> Iterable[str]:
     if facts.rslora or facts.scales_differ:
         yield f"dropped in silence: rsLoRA, ranks and alphas by pattern, the scale is lora_alpha / r always; {_PLAIN}"
     if facts.vision:
-        yield f"dropped in silence: {len(facts.vision)} adapters of the vision tower and connector; {_MERGE}"
+        yield f"dropped in silence: {_vision(facts)}; {_MERGE}"
     if facts.v_without_q:
         yield f"refused: v_proj has an adapter where q_proj has none; {_MERGE}, or train both"
 
@@ -107,22 +110,19 @@ def _llama_cpp(facts: _Facts) -> Iterable[str]:
     if facts.head and facts.config.decoder.tie_word_embeddings:
         yield f"refused: an adapter of the head of a tied model; {_MERGE}"
     if facts.rslora or facts.alphas_differ:
-        yield f"dropped in silence: rsLoRA and alphas by pattern, the scale is lora_alpha / rank of each matrix; {_PLAIN}"
+        yield f"dropped in silence: rsLoRA and alphas by pattern, the scale is lora_alpha / rank; {_PLAIN}"
     if facts.whole or facts.rows or facts.lora_bias:
         named = ", ".join([*facts.whole, *facts.rows, *(["lora_bias"] if facts.lora_bias else [])])
         yield f"dropped: what no GGUF adapter holds: {named}; {_MERGE}"
     if facts.vision:
-        yield (
-            f"dropped in silence: {len(facts.vision)} adapters of the vision tower and connector, for which mmproj files "
-            f"have none; {_MERGE}, and export mmproj with the model"
-        )
+        yield f"dropped in silence, an mmproj file has none: {_vision(facts)}; {_MERGE}, and export mmproj with it"
 
 
 def _transformers(facts: _Facts) -> Iterable[str]:
     if facts.dora:
         yield (
-            "dropped: load_adapter of transformers 5 loses DoRA's magnitudes; load with peft's PeftModel.from_pretrained, "
-            f"or {_MERGE}"
+            "dropped: load_adapter of transformers 5 loses DoRA's magnitudes; load with peft's "
+            f"PeftModel.from_pretrained, or {_MERGE}"
         )
     if facts.tied:
         yield (
@@ -130,7 +130,7 @@ def _transformers(facts: _Facts) -> Iterable[str]:
             f"{_MERGE} with jvlm, which gives the head a matrix of its own"
         )
     if facts.lora_bias:
-        yield f"wrong once merged: PEFT before 0.16 merges biases of adapters (lora_bias) without their scale; {_MERGE} with jvlm"
+        yield f"wrong once merged: PEFT before 0.16 merges lora_bias without its scale; {_MERGE} with jvlm"
 
 
 _CHECKS: dict[str, Callable[[_Facts], Iterable[str]]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import json
 import math
 import re
@@ -20,7 +19,7 @@ from jvlm.adapters.weights import AdapterWeights, LowRank
 from jvlm.errors import UserError
 from jvlm.models.vlm import VLMConfig
 from jvlm.weights import safetensors_files, table
-from jvlm.weights.table import Entry, WeightError
+from jvlm.weights.table import Entry
 
 # The keys written are those of this version: later ones read them all, and earlier ones warn of keys they do not know.
 PEFT_VERSION = "0.15.2"

@@ -262,7 +262,7 @@ def _check(config: AdapterConfig, model: VLMConfig, picked: list[Module], token_
     ):
         raise UserError(
             "adapter: the head of this model is its embedding table (tie_word_embeddings), so it has no matrix of its "
-            "own; target embed, or untie the model first (jvlm.adapters.attach.untied)"
+            "own; target embed, or untie the model first (jvlm.adapters.merge.untie)"
         )
     if token_ids and kinds & {"embed", "head"}:
         raise UserError("adapter.train_tokens and an adapter on embed or head replace the same rows: choose one")
