@@ -15,7 +15,7 @@ from jvlm.weights.io import read_config
 
 def load(place: str | os.PathLike, *, grow_embedding: bool = False) -> Processor:
     """The processor of a Hugging Face folder or a run folder. Arguments and errors are those of `jvlm.load`."""
-    folder = run_dir.local(place)
+    folder = run_dir.local(place, weights=False)
     config = read_config(folder)
     files = folder / run_dir.PROCESSOR if run_dir.is_run(folder) else folder
     return hf.load_processor(files, config, grow_embedding=grow_embedding)
@@ -34,7 +34,7 @@ def of_experiment(experiment: Experiment) -> Processor:
 
 def new(experiment: Experiment) -> Processor:
     """The processor of a model that begins at random, from the experiment's tokenizer."""
-    tokenizer = load_tokenizer(run_dir.local(experiment.tokenizer))
+    tokenizer = load_tokenizer(run_dir.local(experiment.tokenizer, weights=False))
     families.get(experiment.model.family).prepare_tokenizer(tokenizer)
     return Processor(tokenizer, experiment.model, experiment.processor or ProcessorConfig())
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
+from jvlm.hub.ids import require_id
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.quantization.config import QuantizationConfig
@@ -22,13 +23,14 @@ def load(
     grow_embedding: bool = False,
     quantize: QuantizationConfig | None = None,
 ) -> tuple[VLM, Processor]:
-    """A model and its processor from a Hugging Face snapshot folder or a jvlm run folder.
+    """A model and its processor from a Hugging Face folder, a jvlm run folder, or an id on the Hub.
 
     Every parameter is read tensor by tensor into its (sharded) array; no second copy of the model exists.
 
     Args:
-      path: the folder; of one in an object store (gs://...) the small files, and safetensors, are copied to this
-        machine, under ``copies/``, and the arrays of a run are read from there.
+      path: the folder, or the id ("ORG/NAME", "ORG/NAME@REVISION") of one that is downloaded (`jvlm.hub`); of one in an
+        object store (gs://...) the small files, and safetensors, are copied to this machine, under ``copies/``, and the
+        arrays of a run are read from there.
       precision: dtypes and implementations; the default is float32 parameters and, on CPU, float32 compute
         (bfloat16 elsewhere). For a run folder the default is what it was trained with.
       sharding: gives the sharding of a parameter from its path and variable; None puts it on the first device.
@@ -46,7 +48,8 @@ def load(
       jvlm.errors.UserError: a file that cannot be read; tokens without a row in the embedding table.
     """
     folder, best = run_dir.split_best(Path(path))
-    folder, step = (run_dir.local(folder), best) if best else (run_dir.local(path), step)
+    step = best or step
+    folder = run_dir.local(folder if best else path)
     config = read_config(folder, precision)
     if run_dir.is_run(folder):
         return run_dir.load(
@@ -67,9 +70,10 @@ def load(
 def read_config(path: str | Path, precision: Precision | None = None) -> VLMConfig:
     """The model that a folder of either kind holds, without its weights. Raises UserError as `load` does."""
     folder, best = run_dir.split_best(Path(path))
-    folder = run_dir.local(folder if best else path)
+    folder = run_dir.local(folder if best else path, weights=False)
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder (nothing is downloaded from a hub: give a snapshot)")
+        require_id(folder)
+        raise UserError(f"{folder} is not a folder")
     if run_dir.is_run(folder):
         return run_dir.model_config(folder, precision)
     if not (folder / "config.json").is_file():

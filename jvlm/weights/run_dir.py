@@ -31,6 +31,8 @@ from jvlm import json_files
 from jvlm.data import stores
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
+from jvlm.hub import downloads
+from jvlm.hub.ids import is_hub_id
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLM, VLMConfig
@@ -51,11 +53,16 @@ _PARAMETER = re.compile(r"\[0\]\['(.*)'\]")
 _ELSEWHERE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 
 
-def local(place: str | Path) -> Path:
+def local(place: str | Path, *, weights: bool = True) -> Path:
     """The folder of a run or of a Hugging Face model on disk: itself, or a local copy of a remote one.
 
-    The arrays of a run stay in the store, and the copy says where.
+    The arrays of a run stay in the store, and the copy says where. An id of the Hub is downloaded (`jvlm.hub`).
+
+    Args:
+      weights: whether the tensors of an id are wanted too.
     """
+    if is_hub_id(place):
+        return downloads.download(place, weights=weights)
     folder = stores.model_folder(place, (PROCESSOR,))
     if stores.is_remote(place) and is_run(folder):
         (folder / POINTER).write_text(f"{stores.at(str(place)) / CHECKPOINTS}\n")

@@ -1,0 +1,126 @@
+"""Ids of repositories: "ORG/NAME", "ORG/NAME@REVISION", with the hub in front if it is another: "modelscope://ORG/NAME".
+
+Of a dataset also a subset, a split and a number of examples: "ORG/NAME@REVISION:SUBSET:SPLIT#N".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from jvlm.errors import UserError
+
+Kind = Literal["model", "dataset"]
+Source = Literal["hf", "modelscope"]
+
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?"
+_ID = re.compile(rf"(?:(?P<source>hf|modelscope)://)?(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[\w./-]+))?")
+_DATASET = re.compile(rf"(?P<id>{_ID.pattern})(?::(?P<subset>[^:#]+))?(?::(?P<split>[^:#]+))?(?:#(?P<count>\d+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclasses.dataclass(frozen=True)
+class HubId:
+    """A repository on a hub.
+
+    Attributes:
+      repo: "ORG/NAME".
+      revision: branch, tag or commit; None is the main branch.
+      source: which hub.
+    """
+
+    repo: str
+    revision: str | None = None
+    source: Source = "hf"
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision is a commit, whose files never change."""
+        return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
+
+    def at(self, revision: str) -> HubId:
+        """Return the same repository at another revision."""
+        return dataclasses.replace(self, revision=revision)
+
+    @property
+    def address(self) -> str:
+        """The id with its hub in front, which cannot be taken for a folder."""
+        return f"{self.source}://{self.repo}" + (f"@{self.revision}" if self.revision else "")
+
+    def __str__(self) -> str:
+        source = "" if self.source == "hf" else f"{self.source}://"
+        return f"{source}{self.repo}" + (f"@{self.revision}" if self.revision else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetId:
+    """A dataset on a hub, or a part of one.
+
+    Attributes:
+      subset: the configuration of the dataset's card, or one of its folders; None is the default one.
+      split: "train" where none is given.
+      count: how many examples; None is all.
+    """
+
+    id: HubId
+    subset: str | None = None
+    split: str | None = None
+    count: int | None = None
+
+    def __str__(self) -> str:
+        parts = [str(self.id), self.subset or ("default" if self.split else None), self.split]
+        return ":".join(part for part in parts if part) + ("" if self.count is None else f"#{self.count}")
+
+
+def parse_id(text: str | os.PathLike) -> HubId | None:
+    """Return the id that a text has the form of; None for other texts, as paths and addresses of object stores."""
+    match = _ID.fullmatch(str(text))
+    if match is None or _is_no_name(match["repo"]):
+        return None
+    return HubId(match["repo"], match["revision"], match["source"] or "hf")
+
+
+def of_cache(folder: str | os.PathLike) -> HubId | None:
+    """Return the id and commit of a folder in the cache of the Hub; None for other folders."""
+    match = re.search(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?$", Path(folder).as_posix())
+    return HubId(f"{match[1]}/{match[2]}", match[3]) if match else None
+
+
+def parse_dataset(text: str) -> DatasetId | None:
+    """Return the dataset that a text has the form of; None for other texts."""
+    match = _DATASET.fullmatch(text)
+    found = match and parse_id(match["id"])
+    # a file of the disk has a suffix that is read
+    if found is None or (match["source"] is None and found.repo.endswith((".jsonl", ".json", ".arrayrecord"))):
+        return None
+    count = None if match["count"] is None else int(match["count"])
+    return DatasetId(found, match["subset"], match["split"], count)
+
+
+def is_hub_id(place: str | os.PathLike) -> bool:
+    """Whether a place is an id and not a folder or file: what exists on disk is never looked for on a hub."""
+    found = parse_id(place)
+    return found is not None and (str(place).startswith(f"{found.source}://") or not Path(place).exists())
+
+
+def require_id(place: str | os.PathLike, revision: str | None = None) -> HubId:
+    """Return the id of a place that is no folder. Raises UserError, saying both, if it has not the form of one."""
+    found = parse_id(place)
+    if found is None:
+        raise UserError(
+            f"{place} is not a folder here, and not the id of a repository on the Hugging Face Hub (ORG/NAME, or "
+            "ORG/NAME@REVISION); correct the path, or give an id"
+        )
+    if revision is None:
+        return found
+    if found.revision not in (None, revision):
+        raise UserError(f"{place}: the revision is given twice, as {found.revision} and {revision}; give it once")
+    return found.at(revision)
+
+
+def _is_no_name(repo: str) -> bool:
+    """Names that no hub takes: two dots or dashes in a row, or the ending of a git address."""
+    return ".." in repo or "--" in repo or repo.endswith(".git")
