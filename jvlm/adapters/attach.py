@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from jvlm.adapters.weights import AdapterWeights, LowRank, Target
 from jvlm.adapters.weights import TokenRows as TokenRowsArrays
 from jvlm.errors import UserError
 from jvlm.models import vlm
+from jvlm.models.layers import StoredKernel
 from jvlm.models.vlm import VLM
 
 ShardingOf = Callable[[str, nnx.Variable], jax.sharding.Sharding]
@@ -48,7 +50,7 @@ def attach(
     if model.adapters is not None:
         raise UserError("the model has adapters already: merge or detach them first, or start from adapters_from")
     if isinstance(adapter, AdapterWeights):
-        shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(model).items()}
+        shapes = {path: matrix.shape for path, matrix in matrices(model).items()}
         _check_fit(adapter, shapes)
         found = plan.of_weights(adapter, {path: shape[:-2] for path, shape in shapes.items()})
         return _filled(structure(model, found), _values_of(adapter, found, model), sharding)
@@ -83,6 +85,44 @@ def owner_of(model: VLM, path: str) -> tuple[nnx.Module, str]:
     return getattr(module, f"{name}_slot"), "adapter"
 
 
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A parameter of the base, or a quantised kernel.
+
+    Attributes:
+      read: gives the matrix at an index of the leading axes, on the host; None where there are only shapes.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    read: Callable[[tuple[int, ...]], np.ndarray] | None
+
+
+def matrices(model: VLM) -> dict[str, Matrix]:
+    """Return path -> matrix, for all parameters of the base; quantised kernels under the paths of plain ones."""
+    found = {}
+    for path, variable in vlm.parameters(model).items():
+        value, axes = variable.get_value(), tuple(variable.get_metadata()["axes"])
+        is_shape = isinstance(value, jax.ShapeDtypeStruct)
+        found[path] = Matrix(
+            tuple(value.shape), axes, None if is_shape else lambda index, value=value: np.asarray(value[index])
+        )
+    for parts, module in nnx.iter_modules(model):
+        if isinstance(module, StoredKernel):
+            path, shape = ".".join(map(str, parts)), tuple(module.stacked_shape)
+            for name in [name for name in found if name.startswith(f"{path}.")]:
+                del found[name]
+            is_shape = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(nnx.state(module)))
+            found[path] = Matrix(shape, module.axes, None if is_shape else functools.partial(_dequantised, module))
+    return found
+
+
+def _dequantised(kernel: StoredKernel, index: tuple[int, ...]) -> np.ndarray:
+    graph, state = nnx.split(kernel)
+    one = nnx.merge(graph, jax.tree.map(lambda value: value[index], state))
+    return np.asarray(one.weight(jnp.float32))
+
+
 def adapter_of(model: VLM, path: str) -> LowRankAdapter:
     """Return the adapter that stands beside a parameter."""
     return getattr(*owner_of(model, path))
@@ -97,14 +137,14 @@ def adapter_path(path: str) -> str:
 def structure(model: VLM, found: AdapterPlan) -> VLM:
     """Return the model with the adapters of a plan as shapes without arrays."""
     model = nnx.merge(*nnx.split(model))
-    variables = vlm.parameters(model)
+    variables = matrices(model)
     for group in found.groups:
         module, name = owner_of(model, group.path)
         setattr(module, name, nnx.data(_abstract(group, found.config, variables[group.path])))
     if found.token_ids:
         decoder, n = model.decoder, len(found.token_ids)
         ids, dtype = jax.ShapeDtypeStruct((n,), jnp.int32), jnp.float32
-        width = variables[EMBEDDING].get_value().shape[1]
+        width = variables[EMBEDDING].shape[1]
         for name in ("token_rows", "head_rows") if HEAD in variables else ("token_rows",):
             rows = AdapterParam(jax.ShapeDtypeStruct((n, width), dtype), axes=("position", "embed"))
             setattr(decoder, name, nnx.data(TokenRows(AdapterConstant(ids, axes=("position",)), rows)))
@@ -112,10 +152,9 @@ def structure(model: VLM, found: AdapterPlan) -> VLM:
     return model
 
 
-def _abstract(group: Group, config: AdapterConfig, base: nnx.Variable) -> LowRankAdapter:
-    *lead, d_in, d_out = base.get_value().shape
-    axes = base.get_metadata()["axes"]
-    *first, i, o = axes
+def _abstract(group: Group, config: AdapterConfig, base: Matrix) -> LowRankAdapter:
+    *lead, d_in, d_out = base.shape
+    *first, i, o = base.axes
     rank = group.rank
 
     def variable(kind: type, shape: Sequence[int], names: Sequence[str]) -> Any:
@@ -141,8 +180,7 @@ def _abstract(group: Group, config: AdapterConfig, base: nnx.Variable) -> LowRan
 
 def _filled(model: VLM, values: Mapping[str, Any], sharding: ShardingOf | None) -> VLM:
     """Return the model of a `structure` with host arrays in the place of shapes; of the base, those given."""
-    base = vlm.parameters(model)
-    bound = {path: variable.get_value() for path, variable in base.items()}
+    bound = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
     is_abstract = any(isinstance(value, jax.ShapeDtypeStruct) for value in bound.values())
     for path, variable in vlm.variables(model).items():
         if path in values and not is_abstract:
@@ -156,33 +194,33 @@ def _filled(model: VLM, values: Mapping[str, Any], sharding: ShardingOf | None) 
 
 def _new_values(model: VLM, found: AdapterPlan, seed: int) -> dict[str, Any]:
     """Return path -> function that gives the host array, for all variables of new adapters."""
-    variables, values = vlm.parameters(model), {}
+    variables, values = matrices(model), {}
     for group in found.groups:
         rng = np.random.default_rng([seed, zlib.crc32(group.path.encode())])
-        base = variables[group.path].get_value()
-        if isinstance(base, jax.ShapeDtypeStruct):
+        base = variables[group.path]
+        if base.read is None:
             continue
         place = adapter_path(group.path)
         is_table = group.path == EMBEDDING
-        a, b = initial.pairs(found.config.init, group, base, rng, is_table=is_table)
+        a, b = initial.pairs(found.config.init, group, base.shape[-2:], base.read, rng, is_table=is_table)
         values[f"{place}.a"], values[f"{place}.b"] = a, b
         values[f"{place}.scale"] = np.asarray(group.scales, np.float32).reshape(group.lead)
         if found.config.init in ("pissa", "olora"):
             values[f"{place}.start_a"], values[f"{place}.start_b"] = a, b
         if group.magnitude:
-            values[f"{place}.magnitude"] = initial.norms(base)
+            values[f"{place}.magnitude"] = initial.norms(base.shape, base.read)
         if group.bias:
             values[f"{place}.bias"] = np.zeros((*group.lead, base.shape[-1]), np.float32)
     ids = np.asarray(found.token_ids, np.int32)
     for name, path in (("token_rows", EMBEDDING), ("head_rows", HEAD)) if found.token_ids else ():
         if path not in variables:
             continue
-        table = variables[path].get_value()
+        table = variables[path]
         size = table.shape[0] if path == EMBEDDING else table.shape[1]
         if ids.max() >= size:
             raise UserError(f"adapter.train_tokens: token {ids.max()} is outside the table of {size} rows")
-        if not isinstance(table, jax.ShapeDtypeStruct):
-            rows = table[ids] if path == EMBEDDING else table[:, ids].T
+        if table.read is not None:
+            rows = table.read((ids,)) if path == EMBEDDING else table.read((slice(None), ids)).T
             values[f"decoder.{name}.ids"], values[f"decoder.{name}.rows"] = ids, np.asarray(rows, np.float32)
     return values
 
@@ -219,9 +257,9 @@ def _check_fit(weights: AdapterWeights, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def _values_of(weights: AdapterWeights, found: AdapterPlan, model: VLM) -> dict[str, Any]:
-    variables, values = vlm.parameters(model), {}
+    variables, values = matrices(model), {}
     for group in found.groups:
-        place, shape = adapter_path(group.path), variables[group.path].get_value().shape
+        place, shape = adapter_path(group.path), variables[group.path].shape
         parts = {"a": (shape[-2], group.rank), "b": (group.rank, shape[-1])}
         parts |= {name: (shape[-1],) for name in ("magnitude", "bias") if getattr(group, name)}
         arrays = {name: np.zeros((*group.lead, *size), np.float32) for name, size in parts.items()}
@@ -237,9 +275,9 @@ def _values_of(weights: AdapterWeights, found: AdapterPlan, model: VLM) -> dict[
     for target, value in weights.parameters.items():
         by_path.setdefault(target.path, {})[target.index] = value
     for path, layers in by_path.items():
-        base = variables[path].get_value()
-        if not isinstance(base, jax.ShapeDtypeStruct):
-            whole = np.array(base)
+        base = variables[path]
+        if base.read is not None:
+            whole = np.array(base.read(()))
             for index, value in layers.items():
                 whole[index] = value
             values[path] = whole

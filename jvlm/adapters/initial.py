@@ -6,17 +6,25 @@ Kernels are [*, i, o]: the transpose of what the papers write.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
 from jvlm.adapters.config import Init
 from jvlm.adapters.plan import Group
 
+ReadMatrix = Callable[[tuple[int, ...]], np.ndarray]
+
 
 def pairs(
-    init: Init, group: Group, base: jax.Array, rng: np.random.Generator, *, is_table: bool = False
+    init: Init,
+    group: Group,
+    shape: tuple[int, int],
+    kernel: ReadMatrix,
+    rng: np.random.Generator,
+    *,
+    is_table: bool = False,
 ) -> tuple[Float[np.ndarray, "*L i r"], Float[np.ndarray, "*L r o"]]:
     """Return (a, b) of all matrices of a parameter; pairs above a matrix's own rank are zeros.
 
@@ -25,17 +33,17 @@ def pairs(
     (arXiv 2404.02948), "olora" the first r columns of its QR decomposition (arXiv 2406.01775).
 
     Args:
+      kernel: gives the matrix at an index.
       is_table: the parameter is an embedding table.
     """
-    d_in, d_out = base.shape[-2:]
+    d_in, d_out = shape
     a = np.zeros((*group.lead, d_in, group.rank), np.float32)
     b = np.zeros((*group.lead, group.rank, d_out), np.float32)
     for index, i in group.indices:
         rank = group.ranks[i]
         if init in ("pissa", "olora"):
-            kernel = np.asarray(base[index], np.float64)
             make = pissa if init == "pissa" else olora
-            a[index][:, :rank], b[index][:rank] = make(kernel, rank, group.scales[i])
+            a[index][:, :rank], b[index][:rank] = make(kernel(index).astype(np.float64), rank, group.scales[i])
         elif is_table:
             b[index][:rank] = rng.standard_normal((rank, d_out), np.float32)
         elif init == "gaussian":
@@ -62,10 +70,9 @@ def olora(
     return r[:rank].T, q[:, :rank].T
 
 
-def norms(kernel: jax.Array) -> Float[np.ndarray, "*L o"]:
-    """Return the length of each column, a matrix at a time: the magnitudes that change nothing."""
-    lead = kernel.shape[:-2]
-    found = np.zeros((*lead, kernel.shape[-1]), np.float32)
-    for index in np.ndindex(lead):
-        found[index] = np.sqrt(np.square(np.asarray(kernel[index], np.float32)).sum(0))
+def norms(shape: tuple[int, ...], kernel: ReadMatrix) -> Float[np.ndarray, "*L o"]:
+    """Return the length of each column of a stack of this shape: the magnitudes that change nothing."""
+    found = np.zeros((*shape[:-2], shape[-1]), np.float32)
+    for index in np.ndindex(shape[:-2]):
+        found[index] = np.sqrt(np.square(kernel(index).astype(np.float32)).sum(0))
     return found

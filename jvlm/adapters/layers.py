@@ -26,6 +26,11 @@ class AdapterConstant(AdapterParam):
     """A variable of an adapter that is never trained: a scale, a row number, what a decomposition began with."""
 
 
+def is_adapter_path(path: str) -> bool:
+    """Return whether the dotted path of a variable is that of an adapter's."""
+    return any(f".{part}." in path for part in ("adapter", "token_rows", "head_rows"))
+
+
 class StepValue(nnx.Variable):
     """What one step derives from the parameters or draws, and no checkpoint holds: see `prepare` in `steps`."""
 

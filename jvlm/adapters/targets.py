@@ -294,6 +294,11 @@ def unmatched(config: AdapterConfig, model: VLMConfig) -> list[str]:
     return [f"adapter.targets: {entry!r} picks nothing; {_nearest([entry], modules)}" for entry in lost]
 
 
+def report(model: VLM) -> list[str]:
+    """Return what a run prints of its adapters: the table of `describe`, and entries that pick nothing."""
+    return [describe(model.adapters, model), *unmatched(model.adapters.config, model.config)]
+
+
 def describe(plan: AdapterPlan, model: VLM) -> str:
     """Return the table of what has adapters: tower, role, modules, ranks and parameters; and what is trained whole."""
     kinds = {module.target.path: module for module in modules_of(model.config)}

@@ -143,7 +143,7 @@ class Checkpoints:
         )
 
     def _saved(self, state: TrainState) -> dict[str, jax.Array]:
-        return state.params if self.config.full else state.trainable
+        return state.params if self.config.full else state.saved
 
     def restore_latest(self, state: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
         """Return the last good checkpoint: its step, state and data; None if there is none.
@@ -194,8 +194,8 @@ class Checkpoints:
                 data = reader.restore(path, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
                 if not isinstance(data, dict) or "run" not in data or _checksum(data["run"]) != data.get("checksum"):
                     raise Damaged("the data position is not what was saved")
-                full = all(f"[0][{path!r}]" in data["fingerprints"] for path in state.frozen)
-                wanted = (state.params if full else state.trainable, state.opt_state)
+                full = all(f"[0][{path!r}]" in data["fingerprints"] for path in state.frozen_base)
+                wanted = (state.params if full else state.saved, state.opt_state)
                 wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
                 arrays = ocp.args.Composite(
                     params=ocp.args.StandardRestore(wanted[0]), optimizer=ocp.args.StandardRestore(wanted[1])

@@ -96,7 +96,7 @@ def build_step(
     Raises:
       UserError: a mesh that does not fit devices, batch or parameters; nothing to train. The message names which.
     """
-    variables = vlm.parameters(template)
+    variables = vlm.variables(template)
     chosen = trainable.select(is_trainable, variables)
     tx = make_optimizer
     if not isinstance(tx, optax.GradientTransformation):
@@ -150,14 +150,15 @@ def compile_step(experiment: Experiment, devices: Sequence[jax.Device] | None = 
 
 def step_arguments(experiment: Experiment, template: VLM) -> dict[str, Any]:
     """Return what an experiment says about its step, as arguments of `build_step` and of `Trainer`."""
-    config, variables = experiment.optimizer, vlm.parameters(template)
+    config, variables = experiment.optimizer, vlm.variables(template)
     trainable.check_patterns(config, variables)
-    trainable.check_not_quantized(trainable.select(trainable.from_config(config), variables))
+    is_trainable = trainable.from_config(config, template.adapters)
+    trainable.check_not_quantized(trainable.select(is_trainable, variables))
     return {
         "task": experiment.task,
         "make_optimizer": lambda variables: optimizer.make(config, experiment.steps or 1, variables),
         "batches": abstract_batches(experiment),
-        "is_trainable": trainable.from_config(config),
+        "is_trainable": is_trainable,
         "seed": experiment.seed,
     }
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jvlm.adapters.config import AdapterConfig
 from jvlm.data.config import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.errors import UserError
@@ -202,6 +203,10 @@ class Experiment:
         only ``model.precision`` counts.
       init_from: Hugging Face or run folder whose weights and processor to start from.
       adapt: changes to that model; none to one that starts from random weights.
+      adapter: train adapters (LoRA and its relatives) on the model, and of the base only what it names; None trains the
+        base. With a model that has adapters already, a stage's say, these are trained on.
+      adapters_from: folder of an adapter to go on with, a PEFT folder or a run with adapters: its weights, and its
+        configuration in the place of ``adapter``. A run is resumed by its name, not by this.
       quantize: hold matrices that are frozen in fewer bits; None holds all in ``model.precision.param_dtype``.
       encoder_from: Hugging Face folder of a vision tower, whose weights take the place of the encoder's random ones
         (`jvlm.weights.backbones`).
@@ -238,6 +243,8 @@ class Experiment:
     model: VLMConfig | None = None
     init_from: str | None = None
     adapt: AdaptConfig = AdaptConfig()
+    adapter: AdapterConfig | None = None
+    adapters_from: str | None = None
     quantize: QuantizationConfig | None = None
     encoder_from: str | None = None
     decoder_from: str | None = None

@@ -41,15 +41,17 @@ class FrozenParameters:
           UserError: the folder they come from has changed since; names both fingerprints.
         """
         record = hosts.broadcast_from_0(_values(self.storage.folder))
-        if record is None or not state.frozen:
+        if record is None or not state.frozen_base:
             return state
         record = FrozenRecord(**record)
         self.digest = record.digest
         if record.base is None:
-            wanted = {p: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for p, v in state.frozen.items()}
+            wanted = {
+                p: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for p, v in state.frozen_base.items()
+            }
             params = self.storage.store / frozen.STORED / "params"
-            return dataclasses.replace(state, frozen=run_dir.read_arrays(params, wanted))
-        record.check(_fingerprints(state.frozen), self.storage.folder)
+            return dataclasses.replace(state, frozen={**state.frozen, **run_dir.read_arrays(params, wanted)})
+        record.check(_fingerprints(state.frozen_base), self.storage.folder)
         return state
 
     def check(self, digest: str | None) -> None:
@@ -62,7 +64,7 @@ class FrozenParameters:
 
     def record(self, state: TrainState) -> None:
         """Note where the frozen parameters are, and write them to the run if they are nowhere else."""
-        if not state.frozen or self.full:
+        if not state.frozen_base or self.full:
             return
         folder = self.storage.folder
         known = hosts.broadcast_from_0(_values(folder))
@@ -71,10 +73,10 @@ class FrozenParameters:
         place = self._base() if self.base is not None else {"base": None, "step": None}
         if known is not None and {name: known[name] for name in place} == place:
             return
-        dtype = str(next(v for p, v in state.frozen.items() if not is_part(p)).dtype)
-        record = FrozenRecord(**place, param_dtype=dtype, fingerprints=_fingerprints(state.frozen))
+        dtype = str(next(v for p, v in state.frozen_base.items() if not is_part(p)).dtype)
+        record = FrozenRecord(**place, param_dtype=dtype, fingerprints=_fingerprints(state.frozen_base))
         if self.base is None:
-            self._store(state.frozen)
+            self._store(state.frozen_base)
         self.digest = record.digest
         if hosts.is_rank0():
             record.write(folder)

@@ -43,6 +43,8 @@ def resolve(
       UserError: data of which too little can be used.
     """
     experiment = dataclasses.replace(experiment, model=model.config, processor=processor.config)
+    if model.adapters is not None:
+        experiment = dataclasses.replace(experiment, adapter=model.adapters.config)
 
     def derive() -> dict[str, Any]:
         begun = folder is not None and run_dir.is_run(folder)
@@ -91,7 +93,7 @@ def _survey(experiment: Experiment, processor: Processor, parts: int, source: Ex
 def describe(experiment: Experiment, template: VLM, layout: MeshLayout) -> str:
     """Return the start-up table: tower, parameters, trainable, learning rate; and the shape of a step."""
     counts = vlm.parameter_counts(template)
-    chosen = trainable.select(trainable.from_config(experiment.optimizer), vlm.parameters(template))
+    chosen = trainable.select(trainable.from_config(experiment.optimizer, template.adapters), vlm.variables(template))
     lines = [f"{'tower':<12}{'parameters':>16}{'trainable':>16}{'learning rate':>16}"]
     trained = {path: (*experiment.optimizer.group_of(path), v.get_value().size) for path, v in chosen.items()}
     for tower in TOWERS:

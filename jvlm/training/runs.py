@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jvlm.adapters import targets
 from jvlm.data import pipeline
 from jvlm.data.position import Share
 from jvlm.data.processor import Processor
@@ -113,7 +114,7 @@ def runs_of(experiment: Experiment) -> list[Experiment]:
         start = str(RunStorage(run.output_root, run.name).folder)
         # once is enough
         experiment = dataclasses.replace(
-            experiment, init_from=start, adapt=AdaptConfig(), encoder_from=None, decoder_from=None
+            experiment, init_from=start, adapt=AdaptConfig(), encoder_from=None, decoder_from=None, adapters_from=None
         )
     return [*runs, experiment]
 
@@ -148,11 +149,15 @@ def _train_one(
     experiment = resolve(experiment, model, processor, storage.folder, parts, source)
     arguments = step_arguments(experiment, model)  # refuses what cannot be trained, before a folder is made for it
     changes = prepare_folder(storage.folder, experiment, processor)
+    if model.adapters is not None and hosts.is_rank0():
+        model.adapters.write(storage.folder)
     storage.share()
     checkpointing = Checkpointing(storage, experiment.checkpoint, base_of(experiment))
     trainer = Trainer(model, **arguments, layout=layout, use_ema=experiment.optimizer.use_ema)
     del model
     hosts.log_rank0(describe(experiment, trainer.template, layout))
+    if trainer.template.adapters is not None:
+        hosts.log_rank0("\n".join(targets.report(trainer.template)))
     shard = trainer.shard
     batches, source = pipeline.training_data(
         processor, experiment.data, seed=experiment.seed, share=Share(shard.index, shard.count), source=source

@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
+from jvlm.adapters import attach, folders
 from jvlm.data.processor import Processor
+from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.quantization.model import quantized
@@ -46,9 +48,29 @@ def start_model(experiment: Experiment, sharding: hf.ShardingOf | None = None) -
         model = backbones.fill(model, towers, sharding)
         if experiment.quantize is not None:
             model = quantized(model, experiment.quantize, sharding)
+    model = _with_adapters(model, experiment, processor, sharding)
     if experiment.data.media_root:
         processor = processor.replace(media_roots=(experiment.data.media_root,))
     return model, processor
+
+
+def _with_adapters(model: VLM, experiment: Experiment, processor: Processor, sharding: hf.ShardingOf | None) -> VLM:
+    """Return the model with the adapters that the experiment asks for; those that it came with stay."""
+    wanted = experiment.adapter
+    if model.adapters is not None:
+        if experiment.adapters_from is not None or wanted not in (None, model.adapters.config):
+            raise UserError(
+                f"init_from {experiment.init_from} has adapters ({model.adapters.config}), and adapter or "
+                "adapters_from asks for others: leave these out to train those on, or merge the adapters first and "
+                "start from that"
+            )
+        return model
+    if experiment.adapters_from is not None:
+        return attach.attach(model, folders.read(experiment.adapters_from, model.config), sharding=sharding)
+    if wanted is None:
+        return model
+    tokenizer = processor.tokenizer
+    return attach.attach(model, wanted, seed=experiment.seed, tokenizer=tokenizer, sharding=sharding)
 
 
 def base_of(experiment: Experiment) -> str | None:

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jaxtyping import Array, Int
 
+from jvlm.adapters.layers import is_adapter_path
+
 Params = dict[str, jax.Array]
 
 
@@ -34,6 +36,17 @@ class TrainState:
     def params(self) -> Params:
         """All parameters by path."""
         return {**self.frozen, **self.trainable}
+
+    @property
+    def frozen_base(self) -> Params:
+        """Frozen parameters of the base: without the constants of adapters, which checkpoints hold."""
+        return {path: value for path, value in self.frozen.items() if not is_adapter_path(path)}
+
+    @property
+    def saved(self) -> Params:
+        """What a checkpoint holds: the trainable parameters, and all of the adapters."""
+        constants = {path: value for path, value in self.frozen.items() if is_adapter_path(path)}
+        return {**constants, **self.trainable}
 
     def split(self) -> tuple[TrainState, dict[str, Any]]:
         """Return what a step changes, whose memory it may reuse, and what it only reads."""

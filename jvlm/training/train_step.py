@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jvlm.adapters import steps as adapter_steps
 from jvlm.models import device_ops, vlm
 from jvlm.models.vlm import VLM
 from jvlm.training import optimizer
@@ -45,7 +46,7 @@ class TrainStep:
         ops: device_ops.DeviceOps | None = None,
         **options: Any,
     ):
-        update = functools.partial(_update, _loss_of(template, task, ops), tx, seed)
+        update = functools.partial(_update, _loss_of(template, task, ops), _norms_of(template, ops), tx, seed)
         self._jitted = jax.jit(update, donate_argnums=0, **options)
 
     def __call__(self, state: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
@@ -70,30 +71,45 @@ def make_eval_step(
 
     ``batch`` has an axis of gradient accumulation, of length 1. ``options`` are those of `jax.jit`.
     """
-    loss_of = _loss_of(template, task, ops)
+    loss_of, norms_of = _loss_of(template, task, ops), _norms_of(template, ops)
 
     def evaluate(trainable: Params, constant: dict[str, Any], batch: Any) -> Loss:
-        return loss_of(trainable, constant, jax.tree.map(lambda x: x[0], batch), None)
+        norms = norms_of(trainable, constant)
+        return loss_of(trainable, constant, norms, jax.tree.map(lambda x: x[0], batch), None)
 
     return jax.jit(evaluate, **options)
 
 
 def _loss_of(
     template: VLM, task: Task, ops: device_ops.DeviceOps | None
-) -> Callable[[Params, dict[str, Any], Any, jax.Array | None], Loss]:
-    def loss(trainable: Params, constant: dict[str, Any], batch: Any, rng: jax.Array | None) -> Loss:
+) -> Callable[[Params, dict[str, Any], adapter_steps.Norms, Any, jax.Array | None], Loss]:
+    def loss(
+        trainable: Params, constant: dict[str, Any], norms: adapter_steps.Norms, batch: Any, rng: jax.Array | None
+    ) -> Loss:
         frozen, reference = constant["frozen"], constant["reference"]
         with device_ops.use(ops):
             extra = {}
             if task.needs_reference:
                 extra["reference"] = vlm.bind(template, jax.lax.stop_gradient({**frozen, **reference}))
-            return task.loss(vlm.bind(template, {**frozen, **trainable}), batch, rng=rng, **extra)
+            model = adapter_steps.prepare(vlm.bind(template, {**frozen, **trainable}), norms, rng)
+            return task.loss(model, batch, rng=rng, **extra)
 
     return loss
 
 
+def _norms_of(
+    template: VLM, ops: device_ops.DeviceOps | None
+) -> Callable[[Params, dict[str, Any]], adapter_steps.Norms]:
+    def norms(trainable: Params, constant: dict[str, Any]) -> adapter_steps.Norms:
+        with device_ops.use(ops):
+            return adapter_steps.norms(vlm.bind(template, {**constant["frozen"], **trainable}))
+
+    return norms
+
+
 def _update(
     loss_of: Callable[..., Loss],
+    norms_of: Callable[[Params, dict[str, Any]], adapter_steps.Norms],
     tx: optax.GradientTransformation,
     seed: int,
     state: TrainState,
@@ -101,9 +117,10 @@ def _update(
     batches: Any,
 ) -> tuple[TrainState, Metrics]:
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    norms = norms_of(state.trainable, constant)
 
     def total(trainable: Params, batch: Any, number: jax.Array | int) -> tuple[jax.Array, Loss]:
-        loss = loss_of(trainable, constant, batch, jax.random.fold_in(rng, number))
+        loss = loss_of(trainable, constant, norms, batch, jax.random.fold_in(rng, number))
         return loss.total, loss
 
     gradient = jax.grad(total, has_aux=True)

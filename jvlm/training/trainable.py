@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from flax import nnx
 
+from jvlm.adapters.layers import AdapterConstant, AdapterParam
+from jvlm.adapters.plan import AdapterPlan
 from jvlm.errors import UserError
 from jvlm.quantization.kernels import QuantizedParam
 from jvlm.training.optimizer.config import OptimizerConfig, matches
@@ -15,18 +17,23 @@ IsTrainable = Callable[[str, nnx.Variable], bool]
 
 
 def everything(path: str, variable: nnx.Variable) -> bool:
-    """Train every parameter."""
-    return True
+    """Train every parameter, those of adapters among them."""
+    return not isinstance(variable, AdapterConstant)
 
 
-def from_config(config: OptimizerConfig) -> IsTrainable:
+def from_config(config: OptimizerConfig, adapters: AdapterPlan | None = None) -> IsTrainable:
     """Return the predicate of a configuration.
 
     A parameter is trained if its learning rate is above 0, ``train`` is empty or one of its patterns matches the path,
-    and no pattern of ``freeze`` does.
+    and no pattern of ``freeze`` does. In a model with adapters these are trained, and of the base only what their plan
+    names.
     """
 
     def is_trainable(path: str, variable: nnx.Variable) -> bool:
+        if isinstance(variable, AdapterConstant):
+            return False
+        if adapters is not None and not isinstance(variable, AdapterParam) and path not in adapters.parameters:
+            return False
         chosen = not config.train or matches(path, config.train)
         return config.group_of(path)[1] > 0 and chosen and not matches(path, config.freeze)
 

@@ -185,5 +185,5 @@ class Trainer:
 
 def split(model: VLM) -> tuple[VLM, dict[str, jax.Array]]:
     """Return (template without arrays, path -> array)."""
-    values = {path: v.get_value() for path, v in vlm.parameters(model).items()}
+    values = {path: v.get_value() for path, v in vlm.variables(model).items()}
     return vlm.bind(model, {p: jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in values.items()}), values

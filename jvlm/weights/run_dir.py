@@ -28,6 +28,7 @@ from etils import epath
 
 from jvlm import config as config_tree
 from jvlm import json_files
+from jvlm.adapters import plan as adapter_plan
 from jvlm.data import stores
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
@@ -131,13 +132,15 @@ def save(model: VLM, processor: Processor, folder: Path) -> None:
         raise WeightError(f"{folder} holds a run already; choose another folder")
     (folder / PROCESSOR).mkdir(parents=True, exist_ok=True)
     hf.write_processor(folder / PROCESSOR, model.config, processor)
-    values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
+    values = {path: variable.get_value() for path, variable in vlm.variables(model).items()}
     step = folder.absolute() / CHECKPOINTS / "0"
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(step / "params", values)
     path = step / FINGERPRINTS
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"fingerprints": fingerprints((values,))}) + "\n")
+    if model.adapters is not None:
+        model.adapters.write(folder)
     # last: a folder with this file is whole
     (folder / EXPERIMENT).write_text(json.dumps({"model": config_tree.to_dict(model.config)}, indent=2) + "\n")
 
@@ -152,6 +155,7 @@ def load(
     quantize: QuantizationConfig | None = None,
 ) -> tuple[VLM, Processor]:
     """The model of a run at a step (None: the latest), and its processor; see `jvlm.weights.io.load`."""
+    from jvlm.adapters import attach  # which reads weight tables
     from jvlm.weights import frozen  # which reads the folders that this one refers to, runs among them
 
     source = params_folder(folder, step)
@@ -162,6 +166,9 @@ def load(
     model, own = vlm.abstract(config), quantization(folder)
     if own is not None:
         model = quantized_template(model, own)
+    found = adapter_plan.read(folder)
+    if found is not None:
+        model = attach.structure(model, found)
     values = frozen.read_all(folder, source, config, wanted_arrays(model, sharding))
     model = vocabulary.grow(vlm.bind(model, values), processor.model)
     if quantize is not None and own is None:
@@ -354,7 +361,7 @@ def read_params(
 def wanted_arrays(model: VLM, sharding: hf.ShardingOf | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shape, dtype and sharding of each parameter of a model, by path."""
     wanted = {}
-    for path, variable in vlm.parameters(model).items():
+    for path, variable in vlm.variables(model).items():
         own = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted[path] = jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype, sharding=own)
     return wanted

@@ -1,0 +1,45 @@
+"""Adapters in folders: PEFT's, and runs of jvlm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jvlm.adapters import attach, plan
+from jvlm.adapters.weights import AdapterWeights
+from jvlm.errors import UserError
+from jvlm.models import vlm
+from jvlm.models.vlm import VLMConfig
+from jvlm.weights import run_dir
+
+PEFT_CONFIG = "adapter_config.json"
+
+
+def read(place: str | Path, config: VLMConfig) -> AdapterWeights:
+    """Return the adapter of a folder, for a model of this configuration.
+
+    Args:
+      place: a PEFT folder, or the folder of a run that trained adapters (``runs/demo``, ``runs/demo/best``).
+
+    Raises:
+      UserError: a folder that holds neither; an adapter of another model.
+    """
+    folder, best = run_dir.split_best(Path(place))
+    folder = run_dir.local(folder if best else place)
+    if (folder / PEFT_CONFIG).is_file():
+        from jvlm.adapters.peft_read import read_peft
+
+        return read_peft(folder, config)
+    found = plan.read(folder) if folder.is_dir() else None
+    if found is None:
+        raise UserError(
+            f"{place} holds no adapter: neither {PEFT_CONFIG} (PEFT) nor {plan.FILE} (a run that trained adapters)"
+        )
+    template = attach.structure(vlm.abstract(config), found)
+    source = run_dir.params_folder(folder, best)
+    stored = run_dir.stored_paths(source)
+    wanted = {path: want for path, want in run_dir.wanted_arrays(template).items() if path in stored}
+    return attach.extract(vlm.bind(template, {**_shapes(template), **run_dir.read_arrays(source, wanted)}))
+
+
+def _shapes(template: vlm.VLM) -> dict:
+    return {path: variable.get_value() for path, variable in vlm.variables(template).items()}

@@ -1,0 +1,61 @@
+"""What a pass needs beside the parameters: norms of DoRA's columns, once for a whole step, and keys for dropout."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jvlm.adapters.attach import adapter_of, owner_of
+from jvlm.adapters.layers import LowRankAdapter, StepValue, column_norm
+from jvlm.models.layers import StoredKernel
+from jvlm.models.vlm import VLM
+
+Norms = dict[str, Array]
+
+
+def norms(model: VLM) -> Norms:
+    """Return path of the parameter -> length of the columns of the adapted matrices, for all DoRA adapters.
+
+    No gradient flows through them, and they depend on nothing in a batch, so a step computes them once.
+    """
+    groups = () if model.adapters is None else model.adapters.groups
+    with jax.named_scope("dora_norm"):
+        return {group.path: _norm(model, group.path) for group in groups if group.magnitude}
+
+
+def _norm(model: VLM, path: str) -> Float[Array, "*L o"]:
+    owner, adapter = owner_of(model, path)[0], adapter_of(model, path)
+    kernel = owner.embedding if path.endswith(".embedding") else owner.kernel
+    if not isinstance(kernel, StoredKernel):
+        return column_norm(kernel[...], adapter)
+    graph, state = nnx.split((kernel, adapter))
+
+    def one(state: nnx.State) -> Array:
+        kernel, adapter = nnx.merge(graph, state)
+        return column_norm(kernel.weight(jnp.float32), adapter)
+
+    # a layer after the other, so that no more than one is dequantised at a time
+    return jax.lax.map(one, state) if len(kernel.stacked_shape) > 2 else one(state)
+
+
+def prepare(model: VLM, norms: Mapping[str, Array], rng: PRNGKeyArray | None = None) -> VLM:
+    """Give a model's adapters their norms, and with a key their dropout; changes the model in place and returns it.
+
+    Args:
+      rng: of this pass; None drops nothing.
+    """
+    for group in () if model.adapters is None else model.adapters.groups:
+        adapter: LowRankAdapter = adapter_of(model, group.path)
+        if group.path in norms:
+            adapter.norm = nnx.data(StepValue(norms[group.path]))
+        if rng is not None and adapter.dropout:
+            keys = jax.random.split(jax.random.fold_in(rng, zlib.crc32(group.path.encode())), math.prod(group.lead))
+            data = jax.random.key_data(keys)
+            adapter.key = nnx.data(StepValue(data.reshape(*group.lead, *data.shape[1:])))
+    return model
