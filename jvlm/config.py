@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from jvlm import families
 from jvlm.errors import UserError
-from jvlm.models import registry
 from jvlm.tags import Tagged
 
 T = TypeVar("T")
@@ -77,6 +76,8 @@ def from_dict(kind: type[T], values: Any, path: str = "") -> T:
 
 def _type(kind: type[Tagged], tag: Any, path: str) -> type:
     """Return the type of a tag, which must be ``kind`` or derive from it."""
+    from jvlm.models import registry  # imports jax, which readers of data do without
+
     registry.load_all()
     families.load_all(until=lambda: tag in kind.types)
     known = {name: found for name, found in kind.types.items() if issubclass(found, kind)}

@@ -10,7 +10,7 @@ import numpy as np
 from jvlm.data.boxes import Sizes
 from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.image_processor import MediaPatches
-from jvlm.models.batch import PackedBatch
+from jvlm.models.packed_batch import PackedBatch
 
 
 @dataclasses.dataclass(frozen=True)

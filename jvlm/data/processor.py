@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -26,8 +26,10 @@ from jvlm.data.packing import Example
 from jvlm.data.template import ChatTemplate
 from jvlm.data.turns import without_answer
 from jvlm.errors import UserError
-from jvlm.models.batch import PackedBatch
-from jvlm.models.vlm import VLMConfig
+from jvlm.models.packed_batch import PackedBatch
+
+if TYPE_CHECKING:
+    from jvlm.models.vlm import VLMConfig
 
 SETTINGS = "jvlm_processor.json"
 
