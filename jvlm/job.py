@@ -27,7 +27,7 @@ from jvlm.models import vlm
 from jvlm.models.vlm import VLM
 from jvlm.parallel import hosts
 from jvlm.parallel.layout import MeshLayout
-from jvlm.training import log
+from jvlm.training import hub_pins, log
 from jvlm.training.config import Experiment
 from jvlm.training.log import clock
 from jvlm.training.runs import Result, train
@@ -70,6 +70,7 @@ def run(experiment: Experiment) -> Path:
     if experiment.export.enabled and experiment.model is not None:
         table.export_format(experiment.model)  # better refused now than after the training
     result = train(experiment)
+    experiment, _ = hub_pins.pin(experiment)  # as the run has noted them
     if jax.process_count() > 1:
         # parts of it are on other hosts, and the memory is needed
         result = dataclasses.replace(result, model=split(result.model)[0])

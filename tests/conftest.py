@@ -7,6 +7,8 @@ import tempfile
 from tests import compilation
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# no test reaches the Hub; those of downloads have a server of their own
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compilation.FAST}".strip()
 # Tests start processes and build the same small models again and again: each program is compiled once.
 _CACHE = tempfile.TemporaryDirectory(prefix="jvlm-test-xla-")

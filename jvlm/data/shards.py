@@ -23,6 +23,8 @@ from etils import epath
 from jvlm.data import file_kinds, shard_set, stores
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.errors import UserError
+from jvlm.hub import datasets
+from jvlm.hub.ids import is_dataset_id
 
 SHARD_SUFFIX = ".arrayrecord"
 _GROUP_BYTES = 32 * 1024
@@ -34,7 +36,8 @@ class ExampleSource:
 
     Args:
       patterns: paths or globs of ``*.jsonl`` and ``*.arrayrecord`` files; order matters, globs are sorted. Those in
-        an object store are copied to this machine (`jvlm.data.stores`).
+        an object store are copied to this machine (`jvlm.data.stores`); "ORG/NAME:SUBSET:SPLIT" is a dataset on the
+        Hub (`jvlm.hub.datasets`).
 
     Raises:
       UserError: a pattern that matches nothing.
@@ -86,6 +89,8 @@ def matching(pattern: str) -> list[str]:
 
 def _find(pattern: str) -> list[tuple[str, epath.Path]]:
     """(path on this machine, original) of each file that a path or glob matches, sorted."""
+    if is_dataset_id(pattern):
+        return [(str(path), epath.Path(path)) for path in datasets.fetch(pattern)]
     if stores.is_remote(pattern):
         originals = stores.find(pattern)
         if not originals:

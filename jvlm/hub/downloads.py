@@ -88,7 +88,7 @@ def download(
             _folders[key] = _cached(pinned, kind)
         else:
             _folders[key] = fetch(pinned, kind, listed if kind == "dataset" else _chosen(pinned, listed, weights))
-            _remember(id, kind, pinned)
+            remember(id, kind, pinned)
     return _folders[key]
 
 
@@ -115,7 +115,9 @@ def _commit_of(id: HubId, kind: Kind) -> str:
         return _cached_commit(id, kind, None)
     try:
         info = errors.attempt(
-            lambda: client.repo_info(id.repo, repo_type=kind, revision=id.revision), f"looking for {id} on {endpoint()}"
+            lambda: client.repo_info(id.repo, repo_type=kind, revision=id.revision),
+            f"looking for {id} on {endpoint()}",
+            attempts=3,
         )
     except Exception as error:
         if not errors.is_transient(error):
@@ -129,7 +131,7 @@ def _commit_of(id: HubId, kind: Kind) -> str:
 
 def files_of(id: HubId, kind: Kind) -> list[RepoFile] | None:
     """Return the files of a repository at a commit; None where there is no network to ask, nor an earlier answer."""
-    path = _folder(id, kind) / "jvlm" / f"{id.revision}.json"
+    path = notes(id, kind) / f"{id.revision}.json"
     if path.is_file():  # the list of a commit never changes
         return [RepoFile(*entry) for entry in json.loads(path.read_text())]
     if constants.HF_HUB_OFFLINE or endpoint() in _unreachable:
@@ -221,7 +223,7 @@ def _here(id: HubId, kind: Kind) -> tuple:
     return (id, kind, endpoint(), constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE)
 
 
-def _remember(id: HubId, kind: Kind, pinned: HubId) -> None:
+def remember(id: HubId, kind: Kind, pinned: HubId) -> None:
     """Note in the cache which commit a branch or tag was at, as the Hub's client does, for when there is no network."""
     if id.is_pinned:
         return
@@ -233,6 +235,11 @@ def _write(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.partial")
     part.write_text(text)
     part.replace(path)
+
+
+def notes(id: HubId, kind: Kind) -> Path:
+    """Return the folder in the cache for what jvlm makes of a repository's files."""
+    return _folder(id, kind) / "jvlm"
 
 
 def _folder(id: HubId, kind: Kind) -> Path:

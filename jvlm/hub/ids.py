@@ -71,7 +71,15 @@ class DatasetId:
     count: int | None = None
 
     def __str__(self) -> str:
-        parts = [str(self.id), self.subset or ("default" if self.split else None), self.split]
+        return self._text(str(self.id))
+
+    @property
+    def address(self) -> str:
+        """The dataset with its hub in front, which cannot be taken for a file."""
+        return self._text(self.id.address)
+
+    def _text(self, id: str) -> str:
+        parts = [id, self.subset or ("default" if self.split else None), self.split]
         return ":".join(part for part in parts if part) + ("" if self.count is None else f"#{self.count}")
 
 
@@ -89,6 +97,12 @@ def of_cache(folder: str | os.PathLike) -> HubId | None:
     return HubId(f"{match[1]}/{match[2]}", match[3]) if match else None
 
 
+def portable(path: str) -> str:
+    """Return a file of the Hub's cache by repository, commit and name, as on every machine; others unchanged."""
+    match = re.search(r"(models|datasets)--([^/]+)--([^/]+)/(?:snapshots|jvlm)/([0-9a-f]{40})/(.+)$", path)
+    return path if match is None else f"hf://{match[1]}/{match[2]}/{match[3]}@{match[4]}/{match[5]}"
+
+
 def parse_dataset(text: str) -> DatasetId | None:
     """Return the dataset that a text has the form of; None for other texts."""
     match = _DATASET.fullmatch(text)
@@ -104,6 +118,12 @@ def is_hub_id(place: str | os.PathLike) -> bool:
     """Whether a place is an id and not a folder or file: what exists on disk is never looked for on a hub."""
     found = parse_id(place)
     return found is not None and (str(place).startswith(f"{found.source}://") or not Path(place).exists())
+
+
+def is_dataset_id(pattern: str) -> bool:
+    """Whether a pattern of data files is the id of a dataset: what is on disk is never looked for on a hub."""
+    found = parse_dataset(pattern)
+    return found is not None and (pattern.startswith(f"{found.id.source}://") or not Path(pattern).exists())
 
 
 def require_id(place: str | os.PathLike, revision: str | None = None) -> HubId:

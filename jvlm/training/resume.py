@@ -17,6 +17,7 @@ from jvlm.data import stores
 from jvlm.data.processor import Processor
 from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
+from jvlm.hub.ids import portable
 from jvlm.models.vlm import TOWERS
 from jvlm.parallel import hosts
 from jvlm.training.config import Experiment
@@ -167,7 +168,7 @@ def _of_data(patterns: Sequence[str]) -> dict[str, Any]:
     source = ExampleSource(patterns)
     counts = source.counts()
     budget = min(_WHOLE, _ALL // len(source.files))
-    return {path: {**_fingerprint([Path(path)], budget), "examples": counts[path]} for path in source.files}
+    return {portable(path): {**_fingerprint([Path(path)], budget), "examples": counts[path]} for path in source.files}
 
 
 def _of_model(place: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from jvlm.errors import UserError
 from jvlm.models.vlm import VLM
 from jvlm.parallel import hosts
 from jvlm.parallel.layout import MeshLayout
+from jvlm.training import hub_pins
 from jvlm.training.checkpoint import Checkpoints
 from jvlm.training.checkpointing import Checkpointing, StorageSync
 from jvlm.training.compiled_step import step_arguments
@@ -73,6 +74,7 @@ def train(experiment: Experiment) -> Result:
       Interrupted: a signal or a preemption notice asked to stop; the last step is saved.
     """
     results: list[Result] = []
+    experiment, pins = hub_pins.pin(experiment, [run.name for run in runs_of(experiment)[:-1]])
     runs = runs_of(experiment)
     for run in runs:
         if not run.data.train:
@@ -86,7 +88,7 @@ def train(experiment: Experiment) -> Result:
     for number, run in enumerate(runs, 1):
         if experiment.stages:
             hosts.log_rank0(f"stage {number} of {len(experiment.stages) + 1}: {run.name}")
-        results.append(_train_one(run, experiment if number == 1 else None, runs[number:], split))
+        results.append(_train_one(run, experiment if number == 1 else None, runs[number:], split, pins))
     return dataclasses.replace(
         results[-1],
         steps=sum(r.steps for r in results),
@@ -129,7 +131,11 @@ def _split(experiment: Experiment) -> Split | None:
 
 
 def _train_one(
-    experiment: Experiment, job: Experiment | None, later: Sequence[Experiment], split: Split | None
+    experiment: Experiment,
+    job: Experiment | None,
+    later: Sequence[Experiment],
+    split: Split | None,
+    pins: Mapping[str, str],
 ) -> Result:
     """Train one run. Before the first one, the data of ``later`` ones and of the ``job``'s evaluation is checked."""
     layout = MeshLayout.of(experiment.parallel)
@@ -151,6 +157,7 @@ def _train_one(
     changes = prepare_folder(storage.folder, experiment, processor)
     if model.adapters is not None and hosts.is_rank0():
         model.adapters.write(storage.folder)
+    hub_pins.write(storage.folder, pins)
     storage.share()
     checkpointing = Checkpointing(storage, experiment.checkpoint, base_of(experiment))
     trainer = Trainer(model, **arguments, layout=layout, use_ema=experiment.optimizer.use_ema)
