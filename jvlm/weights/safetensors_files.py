@@ -24,6 +24,7 @@ _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 _OTHERS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _DTYPES = {code: np.dtype(name) for name, code in _NAMES.items()}
+_CODES = {"int64": "I64", "int32": "I32", "int8": "I8", "uint8": "U8", "float8_e4m3fn": "F8_E4M3"}  # of quantised ones
 
 
 class Tensors:
@@ -84,6 +85,15 @@ class Tensors:
     def read(self, name: str) -> np.ndarray:
         value = self._files[self._where[name]].get_tensor(name)
         return vocabulary.with_rows(value, self._grown[name]) if name in self._grown else value
+
+    def bytes_of(self, name: str) -> np.ndarray:
+        """Return a tensor of one byte a value as uint8: of dtypes that numpy has no name for."""
+        with open(self.folder / self._where[name], "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(size))[name]
+            begin, end = entry["data_offsets"]
+            file.seek(8 + size + begin)
+            return np.frombuffer(file.read(end - begin), np.uint8).reshape(entry["shape"])
 
     def _slice(self, name: str):
         return self._files[self._where[name]].get_slice(name)
@@ -218,7 +228,11 @@ def _write_file(path: Path, shard: list, too_large: list[str]) -> int:
     offset = 0
     for name, dtype, shape, _ in shard:
         size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        header[name] = {"dtype": _NAMES[dtype.name], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": (_NAMES | _CODES)[dtype.name],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -278,8 +278,7 @@ class Transformer(nnx.Module):
         Without ``step`` the cache returned holds keys and values of this pass. With it, the new token of each sequence
         is written into ``cache``, as `init_cache` made it; ``inputs.segment_ids`` are not used.
         """
-        angles = self._angles(inputs.positions)
-        context = Context(angles, inputs.segment_ids, inputs.max_segment_length, step, inputs.memory)
+        context = self.context(inputs, step)
 
         def body(layer: DecoderLayer, x, layer_cache):
             x, layer_cache, reports = layer(x, context, layer_cache)
@@ -293,6 +292,11 @@ class Transformer(nnx.Module):
         if self.head is not None and self.head.adapter is not None:
             hidden = self.head.adapter.extended_input(hidden)  # what `output_kernel` is then multiplied with
         return DecoderOutput(hidden, outputs.map(lambda output: output[0]), reports)
+
+    def context(self, inputs: DecoderInputs, step: DecodeStep | None = None) -> Context:
+        """Return what all layers share in a pass."""
+        angles = self._angles(inputs.positions)
+        return Context(angles, inputs.segment_ids, inputs.max_segment_length, step, inputs.memory)
 
     def _angles(self, positions: Int[Array, "B S 3"]) -> Float[Array, "B S f"]:
         config = self.config
