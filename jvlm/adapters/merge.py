@@ -6,6 +6,7 @@ Formulas: LoRA ``W + s a b``; DoRA (arXiv 2402.09353, section 4) scales its colu
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from jvlm.adapters.weights import AdapterWeights, LowRank, Target, TokenRows
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.vlm import VLM, VLMConfig
+from jvlm.quantization.kernels import quantized_kernels
 from jvlm.weights.vocabulary import EMBEDDING, HEAD
 
 # Elements of a matrix that are summed at a time: 64 MiB in float64.
@@ -127,6 +129,7 @@ def untie(model: VLM) -> VLM:
     """Return a model whose head is a matrix of its own, with the values of the embedding that it was tied to."""
     if not model.config.decoder.tie_word_embeddings:
         return model
+    _check_plain(model)
     values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
     return _bound(model, peft_modules.untied(model.config), {**values, HEAD: values[EMBEDDING].T})
 
@@ -142,24 +145,44 @@ def merge(model: VLM, weights: AdapterWeights | None = None) -> VLM:
       UserError: the adapter has a target that the model does not have.
     """
     weights = extract(model) if weights is None else weights
-    config = merged_config(weights, model.config)
-    values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
-    if config is not model.config:
-        values[HEAD] = values[EMBEDDING].T
-    check_targets(weights, values)
-    merged = Merged(weights, lambda path, layer: np.asarray(values[path] if layer is None else values[path][layer]))
+    config, values, merged = _parts(model, weights)
     changed = {path: _merged_parameter(merged, path, value) for path, value in values.items() if merged.has(path)}
     return _bound(model, config, {**values, **changed})
 
 
-def _bound(model: VLM, config: VLMConfig, values: Mapping[str, jax.Array]) -> VLM:
-    """A model of a configuration with given parameters, which keep the dtypes that their checkpoint had."""
-    before, new = vlm.parameters(model), vlm.bind(vlm.abstract(config), values)
-    for path, variable in vlm.parameters(new).items():
-        metadata = before[path if path in before else EMBEDDING].get_metadata()
-        if "stored" in metadata:
-            variable.set_metadata(stored=metadata["stored"])
-    return new
+def merged_parameters(model: VLM) -> tuple[VLM, Callable[[str, int | None], np.ndarray]]:
+    """Return the merged form of a model with adapters, abstract, and what gives its parameters one at a time.
+
+    The second is called with a path and a layer, or None: no second copy of the model is made.
+    """
+    config, values, merged = _parts(model, extract(model))
+    shapes = {path: jax.ShapeDtypeStruct(value.shape, value.dtype) for path, value in values.items()}
+    return _bound(model, config, shapes), merged
+
+
+def _parts(model: VLM, weights: AdapterWeights) -> tuple[VLMConfig, dict[str, jax.Array], Merged]:
+    """The merged model's configuration, its parameters before merging, and after."""
+    _check_plain(model)
+    values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
+    config = merged_config(weights, model.config)
+    if config is not model.config:
+        values[HEAD] = values[EMBEDDING].T
+    check_targets(weights, values)
+    return (
+        config,
+        values,
+        Merged(weights, lambda p, layer: np.asarray(values[p] if layer is None else values[p][layer])),
+    )
+
+
+def _check_plain(model: VLM) -> None:
+    """Refuse a quantised base, of which the values that the adapter was made for are not at hand."""
+    kernel = next((path for path, _ in quantized_kernels(model)), None)
+    if kernel is not None:
+        raise UserError(
+            f"the model's base is quantised ({kernel}, ...): save the adapters (format 'peft'), and merge them into "
+            "the folder of the base as it was (jvlm.adapters.merge_folder)"
+        )
 
 
 def _merged_parameter(merged: Merged, path: str, value: jax.Array) -> jax.Array:
@@ -167,3 +190,13 @@ def _merged_parameter(merged: Merged, path: str, value: jax.Array) -> jax.Array:
     for layer in merged.layers(path):
         new[... if layer is None else layer] = merged(path, layer).astype(new.dtype)
     return jax.device_put(new, value.sharding)
+
+
+def _bound(model: VLM, config: VLMConfig, values: Mapping[str, Any]) -> VLM:
+    """A model of a configuration with given parameters, which keep the dtypes that their checkpoint had."""
+    before, new = vlm.parameters(model), vlm.bind(vlm.abstract(config), values)
+    for path, variable in vlm.parameters(new).items():
+        metadata = before[path if path in before else EMBEDDING].get_metadata()
+        if "stored" in metadata:
+            variable.set_metadata(stored=metadata["stored"])
+    return new

@@ -50,7 +50,7 @@ class _Facts:
         self.rows = sorted(weights.token_rows)
         self.tables = sorted(paths & {EMBEDDING, HEAD})
         self.head = HEAD in paths
-        self.vision = sorted(path for path in paths if not path.startswith("decoder."))
+        self.vision = [target for target in weights.low_rank if not target.path.startswith("decoder.")]
         self.rank = max((low.rank for low in weights.low_rank.values()), default=0)
         self.rslora = weights.config.use_rslora
         lows = list(weights.low_rank.values())
@@ -82,7 +82,7 @@ def _vllm(facts: _Facts) -> Iterable[str]:
 
 
 def _vision(facts: _Facts) -> str:
-    return f"{len(facts.vision)} kinds of matrices of the vision tower and connector ({facts.vision[0]}, ...)"
+    return f"{len(facts.vision)} adapters of the vision tower and connector ({facts.vision[0].path}, ...)"
 
 
 def _sglang(facts: _Facts) -> Iterable[str]:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from jvlm.adapters import merge, peft_load
+from jvlm.adapters.attach import extract
+from jvlm.adapters.peft_read import is_adapter
+from jvlm.adapters.peft_write import write_peft
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.hub.ids import require_id
@@ -22,6 +26,7 @@ def load(
     step: int | Literal["best"] | None = None,
     grow_embedding: bool = False,
     quantize: QuantizationConfig | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[VLM, Processor]:
     """A model and its processor from a Hugging Face folder, a jvlm run folder, or an id on the Hub.
 
@@ -41,6 +46,8 @@ def load(
         tokens that end a turn in its family's template, as Idefics2-8b-base's does, gets them too.
       quantize: hold these matrices quantised, each from the moment it is read; the model can then not be trained but
         through adapters. Of a run that was trained so, None keeps its own.
+      adapter: a PEFT folder, whose adapter is put on the model. ``path`` may be that folder too, if the base that it
+        names is there.
 
     Raises:
       UserError: no such folder, or one that holds neither kind of model.
@@ -50,6 +57,12 @@ def load(
     folder, best = run_dir.split_best(Path(path))
     step = best or step
     folder = run_dir.local(folder if best else path)
+    if adapter is not None or is_adapter(folder):
+        base, adapter = (folder, run_dir.local(adapter)) if adapter else (peft_load.base_of(folder), folder)
+        model, processor = load(
+            base, precision=precision, sharding=sharding, step=step, grow_embedding=grow_embedding, quantize=quantize
+        )
+        return peft_load.with_adapter(model, adapter, sharding), processor
     config = read_config(folder, precision)
     if run_dir.is_run(folder):
         return run_dir.load(
@@ -74,6 +87,8 @@ def read_config(path: str | Path, precision: Precision | None = None) -> VLMConf
     if not folder.is_dir():
         require_id(folder)
         raise UserError(f"{folder} is not a folder")
+    if is_adapter(folder):
+        return read_config(peft_load.base_of(folder), precision)
     if run_dir.is_run(folder):
         return run_dir.model_config(folder, precision)
     if not (folder / "config.json").is_file():
@@ -85,13 +100,16 @@ def save(
     model: VLM,
     processor: Processor,
     path: str | Path,
-    format: Literal["hf", "jvlm"] = "hf",
+    format: Literal["hf", "jvlm", "peft"] = "hf",
     *,
     dtype: str | None = None,
     layout: str = "released",
     max_shard_bytes: int = 5 * 10**9,
+    base: str | None = None,
 ) -> None:
     """Write a folder that `jvlm.load` reads: for transformers, vLLM and SGLang ("hf"), or a run folder ("jvlm").
+
+    Of a model with adapters, "hf" is the merged model, and "peft" the adapters alone.
 
     Args:
       format: "jvlm" serves every model, also those without a public form, keeps the parameters as they are, and takes
@@ -100,17 +118,25 @@ def save(
         dtype if it came from none).
       layout: tensor names, "released" (as published checkpoints) or "transformers" (as >= 4.52 in memory).
       max_shard_bytes: start a new file above this size.
+      base: folder, or id on the Hub, of the model that the adapters of "peft" stand beside; written into their files.
 
     Raises:
       jvlm.weights.table.WeightError: "hf" for an architecture without a public form; "jvlm" into a run's folder; values
         that the dtype cannot hold, with all tensors that have some.
       jvlm.errors.UserError: an unknown format, dtype or layout, or an option that the format does not take.
     """
+    if base is not None and format != "peft":
+        raise UserError(f"format {format!r} holds the whole model: leave out base")
     if format == "hf":
-        hf.save(model, processor, Path(path), dtype=dtype, layout=layout, max_shard_bytes=max_shard_bytes)
+        model, read = (model, None) if model.adapters is None else merge.merged_parameters(model)
+        hf.save(model, processor, Path(path), dtype=dtype, layout=layout, max_shard_bytes=max_shard_bytes, read=read)
+    elif format == "peft":
+        if layout != "released":
+            raise UserError("format 'peft' has layouts of its own: leave out layout, or use jvlm.adapters.peft_write")
+        write_peft(extract(model), model.config, path, base_name=base, dtype=dtype)
     elif format == "jvlm":
         if dtype is not None or layout != "released":
             raise UserError("format 'jvlm' keeps the parameters as they are: leave out dtype and layout")
         run_dir.save(model, processor, Path(path))
     else:
-        raise UserError(f"unknown format {format!r}; supported: 'hf', 'jvlm'")
+        raise UserError(f"unknown format {format!r}; supported: 'hf', 'jvlm', 'peft'")

@@ -1,0 +1,57 @@
+"""A model with the adapter of a PEFT folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from jvlm.adapters import merge, peft_config, peft_read
+from jvlm.adapters.attach import ShardingOf, attach
+from jvlm.adapters.weights import Target
+from jvlm.errors import UserError
+from jvlm.models import vlm
+from jvlm.models.vlm import VLM
+
+_VERBS = (
+    "to go on with its weights, give its base as init_from and the adapter as adapters_from; to train a new adapter on "
+    "top, merge it into its base and give the merged folder as init_from; to resume the run that made it, start that "
+    "run again under its name"
+)
+
+
+def base_of(folder: str | Path) -> str:
+    """Return the folder, or id on the Hub, of the base that an adapter names.
+
+    Raises:
+      UserError: it names none.
+    """
+    path = peft_read.find_folder(folder) / peft_config.FILE
+    base = peft_config.read(path).base
+    if base is None:
+        raise UserError(
+            f"{path} does not name its base (base_model_name_or_path): give the base, and {folder} as adapter"
+        )
+    return base
+
+
+def refuse_as_start(place: str | Path) -> None:
+    """Raise UserError, naming what to do instead, for the folder of an adapter where a whole model is wanted."""
+    if peft_read.is_adapter(place):
+        raise UserError(f"{place} holds an adapter and no model: {_VERBS}")
+
+
+def with_adapter(model: VLM, folder: str | Path, sharding: ShardingOf | None = None) -> VLM:
+    """Return a model with the adapter of a PEFT folder in it; see `attach` and `read_peft`.
+
+    A head that is tied to the embedding becomes a matrix of its own, where the adapter has a part in one of them.
+    """
+    values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
+
+    def read_base(target: Target) -> np.ndarray:
+        return np.asarray(values[target.path][target.index])
+
+    weights = peft_read.read_peft(folder, model.config, read_base=read_base)
+    if merge.needs_own_head(weights, model.config):
+        model = merge.untie(model)
+    return attach(model, weights, sharding=sharding)
