@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
+from jvlm.errors import UserError
 from jvlm.validation import check_fields
+
+LossChoice = Literal["answers", "last_answer", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,19 @@ class DataConfig:
       single_turn_ratio: share of the conversations, drawn anew each epoch, of which one turn is trained on, without its
         history (jvlm.data.turns). Where answers give one another away, this is what teaches a model to look. The
         turn is drawn in proportion to its loss weight.
+      loss: what has a loss where an example does not say so itself: every assistant turn; "last_answer", the last one
+        of each conversation; "all", prompts as well, but no media. ms-swift calls them default, last_round and all.
+      shuffle_turns: give the questions of a conversation, with their answers, another order each epoch
+        (`jvlm.data.augmentation`); images come first. Examples with ``"ordered": true`` keep theirs.
+      max_turns: with ``shuffle_turns``, questions that stay of a conversation in an epoch; None is all.
+      upscale_probability: share of the images that are made larger before the image processor sees them, drawn anew
+        each epoch; Idefics2's fine-tuning takes 0.5.
+      upscale_range: smallest and largest factor; it is drawn from a triangular distribution that rises to the largest.
+      upscale_longest_edge: no image is made larger than this along its longer side.
+      curves: log loss and accuracy of each data source as well: each file or glob of ``train``, if there are several;
+        or each ``channel`` that examples name; or "off".
+      sources: their names; empty takes those of the configuration, or the channels of a sample of the data, and the
+        rest as "other".
       pack_window: conversations considered together for packing.
       read_threads: threads that decode and encode.
       worker_processes: processes instead of threads; 0 is none. For data too heavy for one process.
@@ -51,16 +68,30 @@ class DataConfig:
     max_bad_fraction: float = 0.001
     shuffle: bool = True
     single_turn_ratio: float = 0.0
+    loss: LossChoice = "answers"
+    shuffle_turns: bool = False
+    max_turns: int | None = None
+    upscale_probability: float = 0.0
+    upscale_range: tuple[float, float] = (1.5, 2.0)
+    upscale_longest_edge: int = 980
+    curves: Literal["dataset", "channel", "off"] = "dataset"
+    sources: tuple[str, ...] = ()
     pack_window: int = 128
     read_threads: int = 4
     worker_processes: int = 0
     prefetch: int = 4
 
     def __post_init__(self):
-        counts = "batch_size seq_len max_length max_image_patches pack_window read_threads prefetch".split()
-        shares = "max_too_long_fraction max_bad_fraction single_turn_ratio".split()
+        counts = "batch_size seq_len max_length max_image_patches pack_window read_threads prefetch max_turns".split()
+        counts.append("upscale_longest_edge")
+        shares = "max_too_long_fraction max_bad_fraction single_turn_ratio upscale_probability".split()
         bounds = {**dict.fromkeys(counts, "[1, inf)"), **dict.fromkeys(shares, "[0, 1]")}
         check_fields(self, "data.", {**bounds, "max_patches": "[0, inf)", "worker_processes": "[0, inf)"})
+        low, high = self.upscale_range
+        if not 1 <= low <= high < math.inf:
+            raise UserError(f"data.upscale_range is a smaller and a larger factor, both from 1 on, got {low}, {high}")
+        if self.max_turns is not None and not self.shuffle_turns:
+            raise UserError("data.max_turns chooses among shuffled turns: set data.shuffle_turns true")
 
     @property
     def longest(self) -> int:

@@ -6,6 +6,7 @@ What is a `Text` here is text, whatever it spells: `jvlm.data.examples` reads an
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -28,10 +29,20 @@ class Image:
       source: anything `jvlm.data.images.open_image` opens.
       index: its number among the images of the example, from 0, by which boxes name it. It stays the same where only
         some turns of the example are taken.
+      upscale: factor by which it is made larger before the image processor sees it, in training.
+      upscale_limit: longer side, in pixels, above which it is not made larger; None for no limit.
     """
 
     source: Any
     index: int = 0
+    upscale: float = 1.0
+    upscale_limit: int | None = None
+
+    def upscaled_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return (width, height) after the upscaling, with the aspect kept; never smaller than ``size``."""
+        longest = max(size)
+        target = min(longest * self.upscale, self.upscale_limit or math.inf)
+        return (round(size[0] * target / longest), round(size[1] * target / longest)) if target > longest else size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +92,7 @@ class Message:
     Attributes:
       content: its parts, given as such or as one text; neighbouring texts are joined, empty ones left out.
       loss_weight: of its loss; 0 for what is no assistant turn.
+      loss_given: whether the example says so itself.
       fields: what else the chat template is given: tool_calls of an assistant turn, tool_call_id and name of a tool's.
     """
 
@@ -88,6 +100,7 @@ class Message:
     content: tuple[Part, ...]
     loss_weight: float = 0.0
     fields: tuple[tuple[str, Any], ...] = ()
+    loss_given: bool = False
 
     def __post_init__(self):
         parts = (Text(self.content),) if isinstance(self.content, str) else self.content
@@ -135,6 +148,7 @@ class Conversation:
       image_settings: what the example changes about the image processor, as given: which one it is, is not known here.
       tools: schemas of the tools that the chat template tells the model of.
       extra: fields carried along, unknown ones included.
+      prompt_weight: of the loss of all text that is no assistant turn.
     """
 
     messages: tuple[Message, ...]
@@ -142,6 +156,7 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     extra: tuple[tuple[str, Any], ...] = ()
     origin: Origin = Origin()
+    prompt_weight: float = 0.0
 
     @property
     def media(self) -> tuple[Image | Video, ...]:

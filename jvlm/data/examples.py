@@ -19,7 +19,8 @@ from jvlm.data.values import is_null, shown, without_nulls
 ROLES = ("system", "user", "assistant", "tool")
 # Fields of the published format that supervised training has no use for; they are accepted and carried along.
 _CARRIED = frozenset(
-    "id channel tools label margin solution rejected_response rejected_messages rejected_images rejected_videos".split()
+    "id channel ordered tools label margin solution "
+    "rejected_response rejected_messages rejected_images rejected_videos".split()
 )
 _FIELDS = frozenset("messages images image videos video objects chat_template_kwargs".split()) | _CARRIED
 _MOST_WEIGHT = float(np.finfo(np.float32).max)
@@ -37,6 +38,7 @@ class _Tagged(NamedTuple):
     content: str
     loss_weight: float
     fields: tuple[tuple[str, Any], ...]
+    loss_given: bool
 
 
 def parse_example(example: Any, origin: Origin = Origin()) -> Conversation:
@@ -148,7 +150,9 @@ def _messages(example: dict, images: list, videos: list, origin: Origin) -> list
             raise ExampleError(origin, f"{field}.role", "a system turn after the first place", "Move it to the front")
         content = _flatten(message["content"], images, videos, origin, f"{field}.content")
         fields = tool_calls.fields(message, role, origin, field)
-        messages.append(_Tagged(role, content, _loss_weight(message, role, origin, field), fields))
+        weight = _loss_weight(message, role, origin, field)
+        given = any(not is_null(message.get(key)) for key in ("loss", "loss_scale"))
+        messages.append(_Tagged(role, content, weight, fields, given))
     return messages
 
 
@@ -275,6 +279,7 @@ def _with_parts(
             tuple(next(left[piece]) if piece in left else Text(piece) for piece in _TAG.split(message.content)),
             message.loss_weight,
             message.fields,
+            message.loss_given,
         )
         for message in messages
     )

@@ -24,6 +24,7 @@ class Example:
       feature_frames, frame_ids, window_ids: the segments of vision tokens and patches, and the windows of patches, as
         in `MediaPatches`, counted on over all media.
       sizes: of each medium.
+      source: number of its data source among `DataConfig.sources`; -1 for none.
     """
 
     tokens: np.ndarray
@@ -39,6 +40,7 @@ class Example:
     patch_positions: np.ndarray
     sizes: tuple[Sizes, ...]
     origin: Origin
+    source: int = -1
 
     @property
     def length(self) -> int:
@@ -272,9 +274,13 @@ class PackedSequences:
       conversations: number of conversations in the batch.
       rejected: examples left out while these were gathered.
       origins: for each sequence of the batch, where its segments 1, 2, ... came from.
+      sources: for each sequence of the batch, the number of the data source of its segments; -1 for none.
+      source_names: names of the data sources by number; empty where they are not told apart.
     """
 
     batch: PackedBatch
     conversations: int
     rejected: tuple[Rejected, ...]
     origins: tuple[tuple[Origin, ...], ...] = ()
+    sources: tuple[tuple[int, ...], ...] = ()
+    source_names: tuple[str, ...] = ()

@@ -17,16 +17,19 @@ import numpy as np
 from absl import flags
 
 from jvlm.data import packing
+from jvlm.data.augmentation import augmented
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation
 from jvlm.data.errors import ExampleError, Origin, Rejected, grouped
 from jvlm.data.examples import parse_example
 from jvlm.data.image_processor import ImageProcessor, ImageProcessorConfig
+from jvlm.data.loss_choice import with_loss_on
 from jvlm.data.packing import Example, PackedSequences
 from jvlm.data.position import Progress, Share, go_on
 from jvlm.data.processor import Processor
 from jvlm.data.shards import ExampleSource
 from jvlm.data.shrink import shrink
+from jvlm.data.sources import SourceNumbers
 from jvlm.data.turns import single_turns
 from jvlm.errors import UserError
 
@@ -36,15 +39,18 @@ class Encode(grain.transforms.RandomMap):
 
     def __init__(self, processor: Processor, config: DataConfig):
         self.processor, self.config = processor, config
+        self.sources = SourceNumbers(config)
 
     def random_map(self, element: tuple[Origin, Any], rng: np.random.Generator) -> Example | Rejected:
         try:
             conversation, example = self.read(element, rng)
+            source = self.sources.of(conversation)
         except ExampleError as error:
             if self.config.on_bad_example == "error":
                 raise
             return Rejected.of(error, "bad")
-        return self.fit(conversation, example)
+        fitted = self.fit(conversation, example)
+        return fitted if isinstance(fitted, Rejected) else dataclasses.replace(fitted, source=source)
 
     def read(self, element: tuple[Origin, Any], rng: np.random.Generator) -> tuple[Conversation, Example]:
         """What is to be learnt of an example, as long as it may be. Raises ExampleError."""
@@ -52,7 +58,10 @@ class Encode(grain.transforms.RandomMap):
         if isinstance(record, ExampleError):
             raise record
         conversation = parse_example(record, origin)
-        if rng.random() < self.config.single_turn_ratio:
+        single = rng.random() < self.config.single_turn_ratio
+        conversation = augmented(conversation, self.config, rng)
+        conversation = with_loss_on(conversation, self.config.loss)
+        if single:
             conversation = _one_turn(conversation, rng)
         example = self.processor.encode(conversation)
         check_learnable(example.origin, example.loss_weights)
@@ -220,7 +229,8 @@ class PackIterator(grain.DatasetIterator):
             max_image_patches=self.dataset.max_image_patches,
         )
         origins = tuple(tuple(e.origin for e in sequence) for sequence in sequences)
-        return PackedSequences(batch, sum(map(len, sequences)), tuple(rejected), origins)
+        sources = tuple(tuple(e.source for e in sequence) for sequence in sequences)
+        return PackedSequences(batch, sum(map(len, sequences)), tuple(rejected), origins, sources, config.sources)
 
     def _next_window(self) -> bool:
         """Fill the queue from the present window; False at the end of the data."""

@@ -143,7 +143,11 @@ class Processor:
             media = self._media(conversation, image_config or self.image_config_of(conversation))
             messages = self._fill(conversation, media)
             ids, weights, turns = self.template.tokenize(
-                messages, generation_prompt=generation_prompt, origin=origin, tools=conversation.tools
+                messages,
+                generation_prompt=generation_prompt,
+                origin=origin,
+                tools=conversation.tools,
+                prompt_weight=conversation.prompt_weight,
             )
             problem = vocabulary.outside_problem(self.tokenizer, ids, self.model.decoder.vocab_size)
             if problem:
@@ -204,7 +208,7 @@ class Processor:
         positions = itertools.count()  # among these images, which can be some of the example's alone
         for part in conversation.media:
             if isinstance(part, Image):
-                make = functools.partial(self._image, config, next(positions), count)
+                make = functools.partial(self._image, part, config, next(positions), count)
             else:
                 make = functools.partial(self._video, config)
             media.append(self._load(pictures_of(part), _field_of(part), conversation.origin, make))
@@ -214,8 +218,13 @@ class Processor:
         """Return the settings of the conversation's images: the processor's, with what the example changes."""
         return self.image_config.for_example(dict(conversation.image_settings), conversation.origin)
 
-    def _image(self, config: ImageProcessorConfig, index: int, count: int, pictures: list) -> MediaPatches:
-        return self.image_processor.image(pictures[0], config, index=index, count=count)
+    def _image(self, part: Image, config: ImageProcessorConfig, index: int, count: int, pictures: list) -> MediaPatches:
+        original = pictures[0].size
+        picture, size = pictures[0], part.upscaled_size(original)
+        if size != original:
+            picture = picture.resize(size, PIL.Image.Resampling.BICUBIC)
+        patches = self.image_processor.image(picture, config, index=index, count=count)
+        return dataclasses.replace(patches, original=original)  # in whose pixels boxes are
 
     def _video(self, config: ImageProcessorConfig, frames: list) -> MediaPatches:
         return self.image_processor.video(frames, config)
@@ -305,7 +314,7 @@ class Processor:
             features += medium.token_segment_ids.size
         arrays = {
             "tokens": tokens,
-            "loss_weights": np.repeat(weights, counts),
+            "loss_weights": np.where(number > 0, np.float32(0), np.repeat(weights, counts)),
             "turns": np.repeat(turns, counts),
             "vision_index": vision_index,
             "media": number,

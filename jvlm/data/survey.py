@@ -19,6 +19,7 @@ from jvlm.data.examples import unknown_columns
 from jvlm.data.pipeline import Encode, frame_patches
 from jvlm.data.processor import Processor
 from jvlm.data.shards import ExampleSource
+from jvlm.data.sources import channel_of, names
 from jvlm.errors import UserError
 
 _PACKED = 256  # examples of a sample that are packed to try a size of a sequence
@@ -29,7 +30,7 @@ _ENOUGH = 20  # examples of a sample that say something about all
 class Size(NamedTuple):
     """An encoded example without its arrays; one that was truncated or shrunk has its new size, and is ``changed``.
 
-    ``unknown`` are the names of columns that jvlm does not know.
+    ``unknown`` are the names of columns that jvlm does not know, ``channel`` is what the example names as its own.
     """
 
     length: int
@@ -37,6 +38,7 @@ class Size(NamedTuple):
     longest_frame: int
     changed: bool = False
     unknown: tuple[str, ...] = ()
+    channel: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +141,10 @@ def take(
         found |= look.at(over, None)
     sizes = tuple(found[i] for i in sorted(found) if isinstance(found[i], Size))
     left_out = tuple(found[i] for i in sorted(found) if isinstance(found[i], Rejected))
-    return Survey(_with_frames(config, sizes, processor), len(source), len(found), sizes, left_out)
+    config = _with_frames(config, sizes, processor)
+    channels = [size.channel for size in sizes if size.channel is not None]
+    config = dataclasses.replace(config, sources=config.sources or names(config, channels))
+    return Survey(config, len(source), len(found), sizes, left_out)
 
 
 class _Look:
@@ -167,6 +172,7 @@ class _Look:
         rng = np.random.default_rng((self.seed, index))
         try:
             conversation, example = self.encode.read(self.source[index], rng)
+            channel = channel_of(conversation) if self.config.curves == "channel" else None
         except ExampleError as error:
             if self.config.on_bad_example == "error":
                 raise
@@ -175,7 +181,7 @@ class _Look:
         if isinstance(fitted, Rejected):
             return fitted
         unknown = unknown_columns(conversation.extra)
-        return Size(fitted.length, fitted.num_patches, fitted.longest_frame, fitted is not example, unknown)
+        return Size(fitted.length, fitted.num_patches, fitted.longest_frame, fitted is not example, unknown, channel)
 
 
 def _fits(size: Size, config: DataConfig) -> bool:

@@ -110,6 +110,7 @@ class ChatTemplate:
         generation_prompt: bool,
         origin: Origin,
         tools: tuple[Any, ...] = (),
+        prompt_weight: float = 0.0,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids int32 [n], loss weights float32 [n], turn int32 [n]) before media placeholders are expanded.
 
@@ -117,6 +118,9 @@ class ChatTemplate:
         the number of the last turn whose learnt part has begun, counting assistant turns from 1. In a prompt nothing is
         learnt: both are 0 with ``generation_prompt``, and templates may then shorten earlier turns (drop their
         thinking, say).
+
+        Args:
+          prompt_weight: loss weight of all that is no assistant turn.
 
         Raises:
           ExampleError: text that cannot be encoded, media tokens in it, a conversation that the template refuses or
@@ -141,7 +145,8 @@ class ChatTemplate:
             )
             ids = np.asarray(encoded["input_ids"], np.int32)
             starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
-        weights, turn = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.int32)
+        weights = np.full(len(ids), 0.0 if generation_prompt else prompt_weight, np.float32)
+        turn = np.zeros(len(ids), np.int32)
         # a token that begins with the space before an answer is part of it
         for number, (span, weight) in enumerate(spans, 1):
             weights[(ends > span.begin) & (starts < span.end)] = weight

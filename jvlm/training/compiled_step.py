@@ -199,5 +199,5 @@ def abstract_batches(experiment: Experiment) -> Any:
         max_image_patches=frame_patches(images, image_config, data),
     )
     first = (experiment.gradient_accumulation_steps, data.batch_size)
-    batch = experiment.task.batch_of(PackedSequences(empty, 0, ()))
+    batch = experiment.task.batch_of(PackedSequences(empty, 0, (), source_names=data.sources))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*first, *np.shape(x)[1:]), x.dtype), batch)

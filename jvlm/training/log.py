@@ -16,12 +16,14 @@ from tqdm import tqdm
 from jvlm.parallel import hosts
 from jvlm.training.hooks import Hook, StepResult
 from jvlm.training.side_files import read_lines, write_lines
+from jvlm.training.train_step import SOURCES
 from jvlm.units import GIB
 
 if TYPE_CHECKING:
     from jvlm.training.trainer import Trainer
 
 LOG = "logging.jsonl"
+_FILE_ONLY = ("grad_norm/", "router/", "token_acc/", "examples/")  # too many for a line on the terminal
 
 
 def clock(seconds: float) -> str:
@@ -91,7 +93,7 @@ class TrainingLog(Hook):
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         if self.is_due(trainer, result.step):
-            values = {name: float(value) for name, value in result.metrics.items()}
+            values = {name: float(value) for name, value in result.metrics.items() if name != SOURCES}
             first = {name: values.pop(name) for name in ("loss", "grad_norm", "token_acc") if name in values}
             extra: dict[str, float] = {}
             for hook in trainer.hooks:
@@ -116,7 +118,7 @@ class TrainingLog(Hook):
             "memory(GiB)": round(memory_gib(), 2),
             "speed(s/it)": round(pace, 4),
         }
-        self._show({k: v for k, v in line.items() if not k.startswith(("grad_norm/", "router/"))})
+        self._show({k: v for k, v in line.items() if not k.startswith(_FILE_ONLY)})
         short = {"loss": values["loss"], **({"acc": values["token_acc"]} if "token_acc" in values else {})}
         self._bar.set_postfix({name: _short(value) for name, value in short.items()}, refresh=False)
         notes = {"accepted_changes": self.changes} if self.changes else {}

@@ -52,7 +52,7 @@ def resolve(
         sample = _survey(known, processor, parts, source)
         data = known.data if begun else sample.config  # a run keeps what it began with, whatever a sample shows now
         steps = known.steps or sample.steps(known.epochs, data.batch_size * known.gradient_accumulation_steps)
-        names = ("seq_len", "max_patches", "max_image_patches")
+        names = ("seq_len", "max_patches", "max_image_patches", "sources")
         return {"data": {name: getattr(data, name) for name in names}, "steps": steps}
 
     # all processes read a sample, so that none waits for another; what the first one derives holds for all

@@ -62,9 +62,10 @@ def derived(experiment: Experiment, folder: Path) -> Experiment:
         return experiment
     _check_trained(saved, folder)
     data = {}
-    for name, left in (("seq_len", "auto"), ("max_patches", "auto"), ("max_image_patches", None)):
+    for name, left in (("seq_len", "auto"), ("max_patches", "auto"), ("max_image_patches", None), ("sources", ())):
         if getattr(experiment.data, name) == left:
-            data[name] = saved["data"][name]
+            value = saved["data"][name]
+            data[name] = tuple(value) if isinstance(value, list) else value
     return dataclasses.replace(
         experiment, data=dataclasses.replace(experiment.data, **data), steps=experiment.steps or saved["steps"]
     )

@@ -13,6 +13,7 @@ from jvlm.data import pipeline
 from jvlm.data.position import Share
 from jvlm.data.processor import Processor
 from jvlm.data.shards import ExampleSource, matching
+from jvlm.data.sources import sources_of
 from jvlm.errors import UserError
 from jvlm.models.vlm import VLM
 from jvlm.parallel import hosts
@@ -31,12 +32,13 @@ from jvlm.training.profile import Profile
 from jvlm.training.resolve import check_ahead, describe, resolve
 from jvlm.training.resume import prepare_folder
 from jvlm.training.run_storage import RunStorage
+from jvlm.training.source_curves import SourceCurves
 from jvlm.training.starting_model import base_of, start_model
 from jvlm.training.throughput import LearningRates, Throughput
 from jvlm.training.trainer import Trainer
 from jvlm.training.validation import Validation
 from jvlm.training.validation_data import ValidationData
-from jvlm.training.validation_split import Split, Subset, sources_of, split_data, without_held_out
+from jvlm.training.validation_split import Split, Subset, split_data, without_held_out
 from jvlm.weights.run_dir import CHECKPOINTS
 
 
@@ -177,7 +179,8 @@ def _train_one(
     validation = ()
     if experiment.validation.enabled:
         sources = _validation_sources(experiment, processor, split, Share(shard.index, shard.count))
-        validation = (Validation(sources, experiment.validation, checkpointing, throughput),)
+        names = experiment.data.sources
+        validation = (Validation(sources, experiment.validation, checkpointing, throughput, names),)
     trainer.hooks = (
         checkpointing,
         StorageSync(storage),
@@ -185,6 +188,7 @@ def _train_one(
         *validation,
         counters,
         log,
+        *((SourceCurves(experiment.data.sources),) if experiment.data.sources else ()),
         monitor,
         LearningRates(experiment.optimizer, experiment.steps, lambda: monitor.skipped),
         throughput,

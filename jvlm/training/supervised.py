@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jvlm.models import device_ops
@@ -14,6 +16,24 @@ from jvlm.models.vlm import VLM
 from jvlm.training.neftune import EmbeddingNoise, Where
 from jvlm.training.task import Loss, Mean, Task
 from jvlm.validation import check_fields
+
+if TYPE_CHECKING:
+    from jvlm.data.packing import PackedSequences
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SourcedBatch:
+    """A packed batch, and which data source its examples are of.
+
+    Attributes:
+      sources: number of the source of each token's example; -1 for none.
+      count: of the sources (static).
+    """
+
+    packed: PackedBatch
+    sources: Int[Array | np.ndarray, "B S"]
+    count: int = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +53,40 @@ class SupervisedTask(Task):
     def __post_init__(self):
         check_fields(self, "task.", {"neftune_alpha": "[0, inf)"})
 
+    def batch_of(self, packed: PackedSequences) -> PackedBatch | SourcedBatch:
+        """Return the packed batch; with the source of each token where the data has names for them."""
+        if not packed.source_names:
+            return packed.batch
+        segments = packed.batch.segment_ids
+        numbers = np.full((len(segments), segments.shape[1] + 1), -1, np.int32)
+        for row, sources in enumerate(packed.sources):
+            numbers[row, 1 : len(sources) + 1] = sources
+        return SourcedBatch(packed.batch, np.take_along_axis(numbers, segments, 1), len(packed.source_names))
+
     def loss(
-        self, model: VLM, batch: PackedBatch, *, reference: VLM | None = None, rng: jax.Array | None = None
+        self,
+        model: VLM,
+        batch: PackedBatch | SourcedBatch,
+        *,
+        reference: VLM | None = None,
+        rng: jax.Array | None = None,
     ) -> Loss:
         noise = None
         if rng is not None and self.neftune_alpha:
             noise = EmbeddingNoise(rng, self.neftune_alpha, self.neftune_where)
+        if isinstance(batch, SourcedBatch):
+            sources = jnp.asarray(batch.sources), batch.count
+            return supervised_loss(model, batch.packed, noise=noise, sources=sources)
         return supervised_loss(model, batch, noise=noise)
 
 
 def supervised_loss(
-    model: VLM, batch: PackedBatch, block: int | None = None, *, noise: EmbeddingNoise | None = None
+    model: VLM,
+    batch: PackedBatch,
+    block: int | None = None,
+    *,
+    noise: EmbeddingNoise | None = None,
+    sources: tuple[Int[Array, "B S"], int] | None = None,
 ) -> Loss:
     """Return the cross-entropy of a batch in nats.
 
@@ -53,13 +96,15 @@ def supervised_loss(
     Args:
       block: tokens whose logits exist at a time; None chooses by memory. Only supervised tokens have any.
       noise: added to the embeddings.
+      sources: number of each token's data source, and how many there are, for sums of each.
     """
     hidden, _, aux = model.hidden(batch, noise)
     with jax.named_scope("loss"):
         targets, weights = next_tokens(batch)
         kernel, vocabulary_first = model.decoder.output_kernel()
+        groups = {} if sources is None else {"groups": sources[0], "num_groups": sources[1]}
         sums = device_ops.current().cross_entropy_sum(
-            hidden, kernel, targets, weights, vocabulary_first=vocabulary_first, block=block
+            hidden, kernel, targets, weights, vocabulary_first=vocabulary_first, block=block, **groups
         )
         weight = weights.sum()
         reports = {name: value.mean() * weight for name, value in aux.items()}
@@ -68,7 +113,25 @@ def supervised_loss(
             "token_acc": Mean(sums.correct.astype(jnp.float32), (weights > 0).sum().astype(jnp.float32)),
             **{"aux_loss" if name == "loss" else name: Mean(value, weight) for name, value in reports.items()},
         }
-        return Loss(sums.loss + reports.get("loss", 0.0), weight, metrics)
+        by_source = None if sources is None else _source_sums(batch, weights, *sources, sums.by_group)
+        return Loss(sums.loss + reports.get("loss", 0.0), weight, metrics, by_source)
+
+
+def _source_sums(
+    batch: PackedBatch,
+    weights: Float[Array, "B S"],
+    sources: Int[Array, "B S"],
+    count: int,
+    by_group: Float[Array, "G 2"],
+) -> Float[Array, "G 5"]:
+    """Return the sums of `SOURCE_SUMS` for each data source."""
+    segments = jnp.asarray(batch.segment_ids)
+    begins = (segments > 0) & (segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1])
+    member = sources[..., None] == jnp.arange(count)
+    weight, tokens, examples = (
+        jnp.where(member, x[..., None], 0).astype(jnp.float32).sum((0, 1)) for x in (weights, weights > 0, begins)
+    )
+    return jnp.stack([by_group[:, 0], weight, by_group[:, 1], tokens, examples], -1)
 
 
 def next_tokens(batch: PackedBatch) -> tuple[Int[Array, "B S"], Float[Array, "B S"]]:

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from jvlm.data.packing import PackedSequences
 
 
+# What `Loss.sources` adds up for each data source: weighted losses and their weights, right answers among so many
+# supervised tokens, and examples.
+SOURCE_SUMS = ("loss", "weight", "correct", "tokens", "examples")
+
+
 class Mean(NamedTuple):
     """A metric as a sum and what to divide it by. Means of several batches add up, field by field."""
 
@@ -38,11 +43,13 @@ class Loss:
       metrics: what is logged beside it, by name. "loss" replaces ``total / weight`` in the log, where what is minimised
         has parts (a balance loss, a KL penalty) that are no loss of the task. Names under "router/" stay off the
         terminal.
+      sources: sums of each data source, columns `SOURCE_SUMS`, for curves of their own; None without them.
     """
 
     total: Float[Array, ""]
     weight: Float[Array, ""]
     metrics: Mapping[str, Mean] = dataclasses.field(default_factory=dict)
+    sources: Float[Array, "G 5"] | None = None
 
 
 class Task(abc.ABC):

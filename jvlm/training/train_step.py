@@ -19,6 +19,7 @@ from jvlm.training.state import Params, TrainState
 from jvlm.training.task import Loss, Mean, Task
 
 Metrics = dict[str, jax.Array]
+SOURCES = "sources"
 
 
 class TrainStep:
@@ -27,7 +28,7 @@ class TrainStep:
     The loss is averaged over the weights of all accumulated batches, so it equals that of one large batch. The changing
     part of ``state`` is donated. Metrics: loss, what the task measures, grad_norm, a norm for each tower that is
     trained, and skipped: 1 where the loss or the gradient is not finite. Such a step leaves parameters and optimizer,
-    its count included, as they were.
+    its count included, as they were. `SOURCES`, the only one that is no number, has the sums of each data source.
 
     Args:
       seed: of what tasks draw in training.
@@ -134,6 +135,7 @@ def _update(
     metrics = {
         "loss": mean_loss,
         **means(loss.metrics),
+        **({} if loss.sources is None else {SOURCES: loss.sources}),
         "grad_norm": optax.tree.norm(grads),
         **{f"grad_norm/{tower}": norm for tower, norm in optimizer.tower_norms(grads).items()},
     }

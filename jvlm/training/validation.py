@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -27,9 +27,14 @@ if TYPE_CHECKING:
 
 
 class Totals:
-    """Sums of losses and metrics in float64, over batches, sources and processes' batches alike."""
+    """Sums of losses and metrics in float64, over batches, sources and processes' batches alike.
 
-    def __init__(self) -> None:
+    Args:
+      channels: names of the sums in `Loss.sources`, which are reported where there are any.
+    """
+
+    def __init__(self, channels: Sequence[str] = ()) -> None:
+        self.channels = tuple(channels)
         self.sums: dict[str, tuple[float, float]] = {}
 
     def add(self, loss: Loss) -> None:
@@ -37,6 +42,13 @@ class Totals:
         metrics = {"loss": (loss.total, loss.weight), **loss.metrics}
         for name, (value, count) in jax.device_get(metrics).items():
             self._add(name, float(value), float(count))
+        if loss.sources is not None:
+            for name, (value, weight, correct, tokens, _) in zip(
+                self.channels, jax.device_get(loss.sources).tolist(), strict=True
+            ):
+                if tokens:
+                    self._add(f"loss/{name}", value, weight)
+                    self._add(f"token_acc/{name}", correct, tokens)
 
     def merge(self, other: Totals) -> None:
         """Add another's sums."""
@@ -94,6 +106,7 @@ class Validation(Hook):
       sources: name -> batches of this process's share; iterating again begins anew.
       checkpointing: is told which step is the best; None keeps none.
       throughput: does not count the time.
+      channels: names of the data sources that the task tells apart within a batch.
     """
 
     keeps_best = True
@@ -104,8 +117,9 @@ class Validation(Hook):
         config: ValidationConfig,
         checkpointing: Checkpointing | None = None,
         throughput: Throughput | None = None,
+        channels: Sequence[str] = (),
     ):
-        self.sources, self.config = dict(sources), config
+        self.sources, self.config, self.channels = dict(sources), config, tuple(channels)
         self.checkpointing, self.throughput = checkpointing, throughput
         self.progress = EarlyStop()
         self.stopped = False
@@ -154,7 +168,7 @@ class Validation(Hook):
         params = trainer.evaluated_params()
         everything, values, rejected = Totals(), {}, []
         for name, batches in self.sources.items():
-            totals, last = Totals(), None
+            totals, last = Totals(self.channels), None
             for packed in _in_step(batches):
                 rejected += packed.rejected if packed is not None else ()
                 batch = make_global_batch(_host_batch(trainer, packed), trainer.shard, trainer.compiled.batch)

@@ -33,8 +33,11 @@ class ValidationData:
         self, processor: Processor, config: DataConfig, source: ExampleSource | Subset, share: Share = Share()
     ):
         drop = "drop" if config.on_too_long == "error" else config.on_too_long
-        # what is measured must not be drawn: whole conversations, in order
-        config = dataclasses.replace(config, single_turn_ratio=0.0, on_bad_example="skip", on_too_long=drop)
+        # what is measured must not be drawn: whole conversations, in order, with pictures as they are
+        still = {"single_turn_ratio": 0.0, "shuffle_turns": False, "max_turns": None, "upscale_probability": 0.0}
+        # validation has sources of its own, its files; channels are those of training
+        curves = "channel" if config.curves == "channel" else "off"
+        config = dataclasses.replace(config, **still, curves=curves, on_bad_example="skip", on_too_long=drop)
         self.config, self.source, self.share = config, source, share
         self.encode = Encode(processor, config)
         self._values = processor.image_processor.patch_values
@@ -76,4 +79,5 @@ class ValidationData:
             max_image_patches=self._frames,
         )
         origins = tuple(tuple(example.origin for example in sequence) for sequence in sequences)
-        return PackedSequences(batch, sum(map(len, sequences)), tuple(rejected), origins)
+        sources = tuple(tuple(example.source for example in sequence) for sequence in sequences)
+        return PackedSequences(batch, sum(map(len, sequences)), tuple(rejected), origins, sources, config.sources)

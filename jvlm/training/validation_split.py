@@ -24,7 +24,7 @@ from jvlm.data.content import pictures_of
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.examples import parse_example
 from jvlm.data.images import picture_source, unwrap
-from jvlm.data.shards import ExampleSource, matching
+from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
 from jvlm.training.side_files import read_json, write_json
@@ -207,13 +207,3 @@ def _picture_keys(source: Any, origin: Origin, roots: tuple[str, ...]) -> set[st
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:24]
-
-
-def sources_of(patterns: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Return name -> files of each data source: a file or a glob of the configuration, by its shortest name."""
-    files = {pattern: tuple(matching(pattern)) for pattern in patterns}
-    short = [Path(pattern).name for pattern in patterns]
-    return {
-        (name if short.count(name) == 1 else pattern): files[pattern]
-        for name, pattern in zip(short, patterns, strict=True)
-    }

@@ -1,0 +1,67 @@
+"""Which data source an example belongs to, so that a run can show a curve for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from jvlm.data.config import DataConfig
+from jvlm.data.content import Conversation
+from jvlm.data.errors import ExampleError
+from jvlm.data.shards import matching
+
+CHANNEL = "channel"
+# Examples of a channel that the sample of the data before the run did not show, or of none.
+OTHER = "other"
+_MOST = 32  # channels with a curve
+
+
+def sources_of(patterns: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return name -> files of each data source: a file or a glob of the configuration, by its shortest name."""
+    files = {pattern: tuple(matching(pattern)) for pattern in patterns}
+    short = [Path(pattern).name for pattern in patterns]
+    return {
+        (name if short.count(name) == 1 else pattern): files[pattern]
+        for name, pattern in zip(short, patterns, strict=True)
+    }
+
+
+def names(config: DataConfig, channels: Iterable[str]) -> tuple[str, ...]:
+    """Return the sources to show curves of; none where there is only one.
+
+    Args:
+      channels: of a sample of the examples.
+    """
+    if config.curves == "off":
+        return ()
+    if config.curves == "dataset":
+        found = tuple(sources_of(config.train))
+        return found if len(found) > 1 else ()
+    found = tuple(sorted(set(channels) - {OTHER}))
+    return (*found[:_MOST], OTHER) if found else ()
+
+
+def channel_of(conversation: Conversation) -> str | None:
+    """Return the ``channel`` of an example. Raises ExampleError for one that is no text."""
+    value = dict(conversation.extra).get(CHANNEL)
+    if value is not None and not (isinstance(value, str) and value):
+        raise ExampleError(conversation.origin, CHANNEL, f"{value!r} is not a name", "Write a text, or leave it out")
+    return value
+
+
+class SourceNumbers:
+    """The number of each example's source among the names of `DataConfig.sources`; -1 for none of them."""
+
+    def __init__(self, config: DataConfig):
+        self.by_channel = config.curves == "channel"
+        self._numbers = {name: number for number, name in enumerate(config.sources)}
+        if not self.by_channel:
+            files = sources_of(config.train) if config.sources and config.curves == "dataset" else {}
+            known = self._numbers
+            self._numbers = {path: known[name] for name, paths in files.items() if name in known for path in paths}
+
+    def of(self, conversation: Conversation) -> int:
+        """Return the number of an example's source. Raises ExampleError for a channel that is no text."""
+        if not self.by_channel:
+            return self._numbers.get(conversation.origin.file, -1)
+        return self._numbers.get(channel_of(conversation), self._numbers.get(OTHER, -1))
