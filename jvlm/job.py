@@ -27,7 +27,7 @@ from jvlm.models import vlm
 from jvlm.models.vlm import VLM
 from jvlm.parallel import hosts
 from jvlm.parallel.layout import MeshLayout
-from jvlm.training import hub_pins, log
+from jvlm.training import hub_pins, log, push
 from jvlm.training.config import Experiment
 from jvlm.training.log import clock
 from jvlm.training.runs import Result, train
@@ -130,6 +130,8 @@ def _finish(experiment: Experiment, result: Result, began: float) -> list[str]:
         exported = finish.part(
             "reading the export back", lambda: verify(experiment, result, answers), f"{exported}, not the same"
         )
+    if experiment.push.hub_model_id:
+        finish.part("upload", lambda: upload(experiment, result, scores), None)
     seconds = time.perf_counter() - began
     written = finish.part(
         "report", lambda: write_report(experiment, result, answers, scores, baseline, exported, seconds), None
@@ -249,6 +251,25 @@ def export(experiment: Experiment, result: Result) -> str:
         saved = frozen.open_run(result.folder, shapes, result.last).read
     hf.save(result.model, result.processor, folder, dtype=experiment.export.dtype, read=saved)
     return f"{folder}"
+
+
+def upload(experiment: Experiment, result: Result, scores: Scores | None) -> None:
+    """Upload the result, with its scores in the card.
+
+    Raises:
+      UserError, HubUnavailable: that failed, or uploads of checkpoints did.
+    """
+    model = result.model
+    if jax.process_count() > 1:
+        model, _ = load(result.folder, precision=model.config.precision, step=result.last)
+    measured = dataclasses.asdict(scores) if scores else {}
+    known = {name: measured.get(name) for name in ("accuracy", "mean_iou", "iou_at_half")}
+    values = {name: value for name, value in known.items() if value is not None}
+    push.push_result(experiment, model, result.processor, result.folder, values)
+    if result.failed_uploads:
+        raise UserError(
+            f"{len(result.failed_uploads)} checkpoints were not uploaded:\n" + "\n".join(result.failed_uploads)
+        )
 
 
 def verify(experiment: Experiment, result: Result, answers: Sequence[Answer]) -> str:

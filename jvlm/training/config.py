@@ -150,6 +150,25 @@ class ExportConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PushConfig:
+    """Uploading to the Hugging Face Hub, or to ModelScope ("modelscope://ORG/NAME").
+
+    The token is that of the hub's own store (`hf auth login`), or HF_TOKEN. A failed upload never ends the training: it
+    is reported at the end, and in the status.
+
+    Attributes:
+      hub_model_id: ORG/NAME of the repository, made if there is none; None uploads nothing.
+      private: make it private, if it is new.
+      every: "last" uploads the result of the run, "best" its best checkpoint by the validation, "all" each checkpoint
+        when it is saved, and the result.
+    """
+
+    hub_model_id: str | None = None
+    private: bool = False
+    every: Literal["last", "best", "all"] = "last"
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """A part of the training that comes before the experiment's own data; the next one goes on from its weights.
 
@@ -221,6 +240,7 @@ class Experiment:
       validation: measuring the loss on held-out data during training.
       evaluation: scoring by generation after training.
       export: writing the result as a Hugging Face folder.
+      push: uploading the result, or each checkpoint.
       steps: optimizer steps; None derives them from ``epochs``.
       epochs: passes over the data, used when ``steps`` is None; the number of steps is estimated by packing a sample.
       gradient_accumulation_steps: batches whose gradients make one step; the loss is averaged over all their tokens.
@@ -258,6 +278,7 @@ class Experiment:
     validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
+    push: PushConfig = PushConfig()
     task: Annotated[Task, tyro.conf.Fixed] = SupervisedTask()
     hooks: Annotated[tuple[Hook, ...], tyro.conf.Fixed] = ()
     steps: int | None = None

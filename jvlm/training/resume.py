@@ -32,6 +32,7 @@ _FREE = (
         "checkpoint",
         "evaluation",
         "export",
+        "push",
         "log_interval_steps",
         "stop_after_skips",
         "profile",

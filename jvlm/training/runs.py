@@ -18,11 +18,11 @@ from jvlm.errors import UserError
 from jvlm.models.vlm import VLM
 from jvlm.parallel import hosts
 from jvlm.parallel.layout import MeshLayout
-from jvlm.training import hub_pins
+from jvlm.training import hub_pins, push
 from jvlm.training.checkpoint import Checkpoints
 from jvlm.training.checkpointing import Checkpointing, StorageSync
 from jvlm.training.compiled_step import step_arguments
-from jvlm.training.config import AdaptConfig, EvaluationConfig, Experiment, ValidationConfig
+from jvlm.training.config import AdaptConfig, EvaluationConfig, Experiment, PushConfig, ValidationConfig
 from jvlm.training.data_counters import DataCounters
 from jvlm.training.goodput import Goodput
 from jvlm.training.interruption import Interrupted, StopRequests
@@ -49,6 +49,7 @@ class Result:
     Attributes:
       steps: of all stages.
       last: the step whose checkpoint holds this model.
+      failed_uploads: of checkpoints; one line each.
     """
 
     model: VLM
@@ -59,6 +60,7 @@ class Result:
     seconds: float
     compilations: int
     rejected: int
+    failed_uploads: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -76,6 +78,7 @@ def train(experiment: Experiment) -> Result:
       Interrupted: a signal or a preemption notice asked to stop; the last step is saved.
     """
     results: list[Result] = []
+    push.check(experiment)
     experiment, pins = hub_pins.pin(experiment, [run.name for run in runs_of(experiment)[:-1]])
     runs = runs_of(experiment)
     for run in runs:
@@ -113,6 +116,7 @@ def runs_of(experiment: Experiment) -> list[Experiment]:
             stages=(),
             validation=ValidationConfig(),
             evaluation=EvaluationConfig(),
+            push=PushConfig(),
         )
         runs.append(run)
         start = str(RunStorage(run.output_root, run.name).folder)
@@ -181,6 +185,9 @@ def _train_one(
         sources = _validation_sources(experiment, processor, split, Share(shard.index, shard.count))
         names = experiment.data.sources
         validation = (Validation(sources, experiment.validation, checkpointing, throughput, names),)
+    pushes = ()
+    if experiment.push.hub_model_id and experiment.push.every == "all":
+        pushes = (push.PushCheckpoints(experiment, processor, storage.folder),)
     trainer.hooks = (
         checkpointing,
         StorageSync(storage),
@@ -194,6 +201,7 @@ def _train_one(
         throughput,
         Goodput(storage.folder),
         Profile(storage.folder, experiment.profile),
+        *pushes,
         *experiment.hooks,
     )
     trainer.fit(batches, steps=experiment.steps)
@@ -217,7 +225,18 @@ def _train_one(
     storage.push()
     # the average, where one is kept and asked for: a run returns what it measured
     trainer.state = dataclasses.replace(trainer.state, trainable=trainer.evaluated_params())
-    return Result(trainer.model, processor, storage, trainer.step, last, log.seconds, compilations, rejected)
+    failed = tuple(line for hook in pushes for line in hook.failures)
+    return Result(
+        trainer.model,
+        processor,
+        storage,
+        trainer.step,
+        last,
+        log.seconds,
+        compilations,
+        rejected,
+        failed,
+    )
 
 
 def _validation_sources(
