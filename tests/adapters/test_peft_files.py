@@ -108,6 +108,8 @@ def test_the_written_configuration_has_the_keys_of_peft_0_15_and_its_values(tmp_
     write_peft(read_peft(golden.ROOT / "qwen2_5_vl/old_layout/dora", config), config, tmp_path, base_name="org/base")
     ours = json.loads((tmp_path / "adapter_config.json").read_text())
     assert ours.keys() == theirs.keys() | {"peft_version"}
+    write_peft(read_peft(tmp_path, config), config, tmp_path / "old", layout="old")
+    assert json.loads((tmp_path / "old/adapter_config.json").read_text()).keys() == theirs.keys()
     different = {key for key in theirs if ours[key] != theirs[key]}
     # "2" would name the third layer of a stack as well
     assert different == {"base_model_name_or_path", "target_modules"}

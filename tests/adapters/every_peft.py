@@ -1,0 +1,104 @@
+"""Adapters that jvlm writes, in PEFT 0.21 with transformers 5 and in PEFT 0.15 with 4.51: `make test-exports`.
+
+Each version lies in a folder of its own, which is put before the packages of the environment.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jvlm.adapters import neutral
+from jvlm.adapters.attach import attach
+from jvlm.adapters.config import AdapterConfig
+from jvlm.adapters.peft_read import read_peft
+from jvlm.adapters.peft_write import write_peft
+from jvlm.adapters.weights import AdapterWeights, LowRank, Target, TokenRows
+from jvlm.models import vlm
+from tests import support
+from tests.adapters import golden
+
+# Layout of the names, folders of packages, version of PEFT and of transformers.
+READERS = {"new": ("export-peft", "0.21", "5."), "old": ("export-peft-0.15", "0.15", "4.51")}
+
+
+def saved_beside_lora(family, layout):
+    """LoRA of one text map with whole modules and single rows of tokens.
+
+    PEFT 0.15 cannot call a whole perceiver, which takes its inputs by name: Idefics2's projection is saved then.
+    """
+    perceiver = family == "idefics2" and layout == "new"
+    rng = np.random.default_rng(0)
+    parameters = {path: np.asarray(v.get_value()) for path, v in vlm.parameters(golden.base(family)).items()}
+    whole = {}
+    for path, value in parameters.items():
+        if path.startswith("connector.") and (family == "qwen2_5_vl" or ("projection" in path) != perceiver):
+            for index in [(i,) for i in range(len(value))] if ".layer." in path else [()]:
+                noise = rng.standard_normal(value[index].shape).astype(np.float32)
+                whole[Target(path, index)] = value[index] + noise / 10
+    rows = {
+        path: TokenRows(np.array([3, 95]), rng.standard_normal((2, 32)).astype(np.float32))
+        for path in ("decoder.embedding", "decoder.head.kernel")
+    }
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((32, 3), (3, 32)))
+    low_rank = {Target("decoder.blocks.layer.attention.q.kernel", (1,)): LowRank(a, b, 0.5, 1.5)}
+    return AdapterWeights(AdapterConfig(rank=3, alpha=1.5), low_rank, whole, rows)
+
+
+def cases(layout):
+    """(name, family, weights, expected logits) of every adapter: golden ones, and ours against our own model."""
+    for family, case in golden.CASES:
+        weights = read_peft(golden.ROOT / family / case, golden.base(family).config)
+        yield f"{family}/{case}", family, weights, golden.expected(family, case)["logits"]
+        if case in ("lora", "rslora"):
+            yield f"{family}/{case}_plain", family, neutral.plain(weights), golden.expected(family, case)["logits"]
+    for family in ("qwen2_5_vl", "idefics2"):
+        weights = saved_beside_lora(family, layout)
+        expected = np.asarray(attach(golden.base(family), weights)(golden.batch(family)))
+        yield f"{family}/saved_beside_lora", family, weights, expected
+        bf16 = read_peft(golden.ROOT / family / "lora", golden.base(family).config)
+        halved = {
+            t: dataclasses.replace(low, a=low.a.astype(ml_dtypes.bfloat16), b=low.b.astype(ml_dtypes.bfloat16))
+            for t, low in bf16.low_rank.items()
+        }
+        weights = dataclasses.replace(bf16, low_rank=halved)
+        expected = np.asarray(attach(golden.base(family), weights)(golden.batch(family)))
+        yield f"{family}/bfloat16", family, weights, expected
+
+
+@pytest.mark.parametrize("layout", READERS)
+def test_peft_answers_with_our_adapters_as_we_do(tmp_path, layout):
+    packages, peft, transformers = READERS[layout]
+    requests, wanted = [], {}
+    for name, family, weights, expected in cases(layout):
+        adapter = tmp_path / name
+        write_peft(weights, golden.base(family).config, adapter, layout=layout, base_name="org/base")
+        place = golden.ROOT / family
+        out = str(adapter / "out.safetensors")
+        inputs = str(place / "inputs.safetensors")
+        requests.append({"base": str(place / "base"), "adapter": str(adapter), "inputs": inputs, "out": out})
+        wanted[name] = out, expected
+    (tmp_path / "request.json").write_text(json.dumps(requests))
+    environment = {**os.environ, "PYTHONPATH": str(Path(sys.prefix) / packages), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, support.ROOT / "tests/adapters/read_adapter.py", tmp_path / "request.json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    versions = json.loads(result.stdout.splitlines()[-1])
+    assert versions["peft"].startswith(peft)
+    assert versions["transformers"].startswith(transformers)
+    for name, (out, expected) in wanted.items():
+        found = load_file(out)["logits"]
+        np.testing.assert_allclose(found, expected, atol=5e-5, rtol=0, err_msg=name)
