@@ -1,0 +1,54 @@
+"""A model as the GGUF files that llama.cpp serves it from: `jvlm export --to_gguf`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jvlm.data.processor import Processor
+from jvlm.errors import UserError
+from jvlm.models.encoders.qwen_vit import QwenViTConfig
+from jvlm.models.vlm import VLM
+from jvlm.weights.gguf_export.files import FORMATS, ReadLayer, Written
+from jvlm.weights.gguf_export.text import write_text
+from jvlm.weights.gguf_export.vision import write_vision
+
+
+def export(
+    model: VLM,
+    processor: Processor,
+    folder: Path,
+    *,
+    format: str = "f16",
+    vision_format: str = "f16",
+    read: ReadLayer | None = None,
+    name: str | None = None,
+) -> list[Written]:
+    """Write NAME-FORMAT.gguf and, of a model with Qwen2.5-VL's vision tower, mmproj-NAME-FORMAT.gguf.
+
+    Of Idefics2 and others only the language model is written, and a line says so: llama.cpp has no form of their
+    vision towers.
+
+    Args:
+      format: of the language model's matrices, one of f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0.
+      vision_format: of the vision tower's.
+      read: gives a parameter's value by path, or one layer of it; None takes those of the model.
+      name: of the model and its files; None is that of the folder.
+
+    Raises:
+      UserError: as `write_text` and `write_vision`; files that are there already.
+    """
+    for given in (format, vision_format):
+        if given not in FORMATS:
+            raise UserError(f"unknown GGUF format {given!r}; known: {', '.join(FORMATS)}")
+    name = name or folder.absolute().name
+    text, vision = folder / f"{name}-{format}.gguf", folder / f"mmproj-{name}-{vision_format}.gguf"
+    for path in (text, vision):
+        if path.exists():
+            raise UserError(f"{path} is there already; remove it, or give another folder")
+    tokenizer = processor.tokenizer
+    written = [write_text(model, text, format=format, read=read, processor_tokenizer=tokenizer, name=name)]
+    if isinstance(model.config.encoder, QwenViTConfig):
+        written.append(write_vision(model, vision, format=vision_format, read=read, name=name))
+    else:
+        print(f"the vision tower of {model.config.family} has no form in llama.cpp: only the language model is written")
+    return written

@@ -1,0 +1,153 @@
+"""The language model of a VLM as a GGUF file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jvlm.errors import UserError
+from jvlm.models.decoders.transformer import TransformerConfig
+from jvlm.models.vlm import VLM, VLMConfig
+from jvlm.weights.gguf_export import files, tokenizer
+from jvlm.weights.gguf_export.files import ReadLayer, Tensor, Written
+
+_WHOLE = {"decoder.embedding": "token_embd.weight", "decoder.norm.scale": "output_norm.weight"}
+_HEAD = {"decoder.head.kernel": "output.weight"}
+_LAYER = {
+    "norm1": "attn_norm",
+    "norm2": "ffn_norm",
+    "attention.q": "attn_q",
+    "attention.k": "attn_k",
+    "attention.v": "attn_v",
+    "attention.out": "attn_output",
+    "attention.q_norm": "attn_q_norm",
+    "attention.k_norm": "attn_k_norm",
+    "mlp.gate": "ffn_gate",
+    "mlp.up": "ffn_up",
+    "mlp.down": "ffn_down",
+}
+_ENDINGS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+_PATH = re.compile(r"decoder\.blocks\.layer\.(.+)\.(kernel|scale|bias)")
+
+
+def write_text(
+    model: VLM,
+    path: Path,
+    *,
+    format: str = "f16",
+    read: ReadLayer | None = None,
+    processor_tokenizer: Any = None,
+    name: str | None = None,
+) -> Written:
+    """Write the language model: qwen2vl for Qwen2.5-VL and MiMo-VL, llama for Idefics2's Mistral, qwen2, qwen3.
+
+    Args:
+      format: of the matrices, one of `files.FORMATS`.
+      read: gives a parameter's value by path, or one layer of it; None takes those of the model.
+      processor_tokenizer: the model's tokenizer; None writes a file without words, which answers to token ids.
+      name: of the model, as llama.cpp shows it.
+
+    Raises:
+      UserError: a language model or tokenizer that llama.cpp does not compute, naming what; a model with adapters.
+    """
+    if model.adapters is not None:
+        raise UserError("the model has adapters: merge them first, or write them by themselves with write_lora")
+    decoder, kind = checked(model.config), architecture(model.config)
+    read = read or files.values_of(model)
+
+    def keys(writer: Any) -> None:
+        _keys(writer, decoder, name)
+        if processor_tokenizer is None:
+            writer.add_tokenizer_model("none")
+            writer.add_vocab_size(decoder.vocab_size)
+        else:
+            tokenizer.add(writer, processor_tokenizer, decoder.vocab_size)
+
+    return files.write(path, kind, keys, _tensors(model, read), format)
+
+
+def _keys(writer: Any, decoder: TransformerConfig, name: str | None) -> None:
+    if name:
+        writer.add_name(name)
+    writer.add_type("model")
+    writer.add_block_count(decoder.num_layers)
+    # within the window both compute the same; llama.cpp's "llama" has none
+    context = min(decoder.max_position_embeddings, decoder.sliding_window or decoder.max_position_embeddings)
+    writer.add_context_length(context)
+    writer.add_embedding_length(decoder.hidden_size)
+    writer.add_feed_forward_length(decoder.intermediate_size)
+    writer.add_head_count(decoder.num_heads)
+    writer.add_head_count_kv(decoder.num_kv_heads)
+    writer.add_layer_norm_rms_eps(decoder.rms_norm_eps)
+    writer.add_rope_freq_base(decoder.rope_theta)
+    if decoder.mrope_section is not None:
+        writer.add_rope_dimension_sections([*decoder.mrope_section, 0])
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(decoder.head_size)
+
+
+def _tensors(model: VLM, read: ReadLayer) -> Iterator[Tensor]:
+    for entry in files.entries(model):
+        if not entry.path.startswith("decoder."):
+            continue
+        tensor = files.tensor_of(entry, tensor_name(entry.path, entry.layer), read)
+        heads = rotary_heads(model.config, entry.path)
+        if heads:
+            tensor = dataclasses.replace(tensor, read=lambda t=tensor, n=heads: side_by_side(t.read(), n))
+        yield tensor
+
+
+def tensor_name(path: str, layer: int | None) -> str:
+    """Return the GGUF name of a parameter of the decoder."""
+    if layer is None:
+        return (_WHOLE | _HEAD)[path]
+    match = _PATH.fullmatch(path)
+    return f"blk.{layer}.{_LAYER[match[1]]}.{_ENDINGS[match[2]]}"
+
+
+def checked(config: VLMConfig) -> TransformerConfig:
+    """Return the decoder's configuration. Raises UserError for what llama.cpp computes otherwise, naming it."""
+    decoder = config.decoder
+    if not isinstance(decoder, TransformerConfig):
+        raise UserError(f"GGUF files of a {type(decoder).__name__} decoder cannot be written: llama.cpp has none")
+    odd = {
+        "mlp": decoder.mlp is not None,
+        "rope_scaling": decoder.rope_scaling is not None,
+        "qkv_bias = false": decoder.mrope_section is not None and not decoder.qkv_bias,
+        "qk_norm": decoder.qk_norm and (decoder.mrope_section is not None or decoder.qkv_bias),
+    }
+    for field, is_odd in odd.items():
+        if is_odd:
+            raise UserError(f"GGUF files of a decoder with {field} are not written; keep the Hugging Face folder")
+    return decoder
+
+
+def architecture(config: VLMConfig) -> str:
+    """Return llama.cpp's name of the language model."""
+    decoder = config.decoder
+    if decoder.mrope_section is not None:
+        return "qwen2vl"
+    if decoder.qk_norm:
+        return "qwen3"
+    return "qwen2" if decoder.qkv_bias else "llama"
+
+
+def rotary_heads(config: VLMConfig, path: str) -> int | None:
+    """Return the number of heads of a query or key map that llama.cpp wants in its own order; None for others.
+
+    Its "llama" turns neighbours, where Hugging Face turns the first half of a head with the second.
+    """
+    if architecture(config) != "llama" or not path.endswith((".attention.q.kernel", ".attention.k.kernel")):
+        return None
+    return config.decoder.num_heads if ".q." in path else config.decoder.num_kv_heads
+
+
+def side_by_side(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder rows from the two halves of each head to rotary pairs side by side. [heads * size, columns]"""
+    rows, columns = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
