@@ -133,7 +133,10 @@ class Processor:
           image_config: settings of its images, instead of the processor's with what the example changes.
 
         Raises:
-          ExampleError: anything wrong with the example or its media.
+          ExampleError: what can be wrong with data: the form of the example; a picture that is not there or cannot be
+            decoded; image settings or sizes that the image processor refuses (any `UserError`); whatever a chat
+            template raises; text that cannot be told from control tokens; tokens without a row in the embedding
+            table. Every other exception is a fault of the program, and leaves this function as it is.
         """
         conversation = parse_example(example)
         origin = conversation.origin
@@ -156,10 +159,10 @@ class Processor:
             return self._expand(ids, weights, turns, media, conversation)
         except ExampleError:
             raise
-        except Exception as error:  # a template, tokenizer or picture library that fails in a way of its own
-            raise ExampleError(
-                origin, "messages", f"{type(error).__name__}: {error}", "Correct the example, or report this as a fault"
-            ) from error
+        except UserError as error:
+            raise ExampleError(origin, "messages", str(error), "Correct the example") from error
+        except StopIteration as error:  # whoever iterates over examples would take it for the end of the data (PEP 479)
+            raise RuntimeError("encoding an example raised StopIteration") from error
 
     def pack(
         self,

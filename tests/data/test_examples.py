@@ -466,7 +466,7 @@ def replaced(value, path, new):
 
 @settings(max_examples=600, deadline=None)
 @given(st.sampled_from(list(places(WHOLE))), JSON)
-def test_anything_anywhere_in_a_row_is_an_example_or_an_example_error(path, value):
+def test_anything_anywhere_in_an_example_is_an_example_or_an_example_error(path, value):
     example = replaced(WHOLE, path, value)
     with contextlib.suppress(ExampleError):
         conversation = parse_example(example, ORIGIN)

@@ -1,15 +1,20 @@
 """Whatever is wrong with one example is its own error: training goes on, and the check names the same ones."""
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jvlm.data.check import check
 from jvlm.data.config import DataConfig
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.examples import parse_example
 from jvlm.data.pipeline import training_data
+from jvlm.errors import UserError
+from tests.data.test_examples import JSON, places, replaced
 from tests.support import picture
 
 
@@ -161,12 +166,41 @@ def test_a_final_answer_takes_its_pictures_along_when_it_is_dropped(tiny):
     np.testing.assert_array_equal(prompt.patches, plain.patches)
 
 
-def test_what_a_template_raises_is_the_error_of_the_example(tiny, monkeypatch):
+@pytest.mark.parametrize("raised", [KeyError("frames"), IndexError("3"), ValueError("2 and 3"), StopIteration("end")])
+def test_a_fault_of_the_program_is_a_crash_and_not_the_error_of_an_example(tiny, data, monkeypatch, raised):
     def fail(*_, **__):
-        raise StopIteration("conversation roles must alternate")
+        raise raised
 
     monkeypatch.setattr(type(tiny.processor.template), "tokenize", fail)
-    with pytest.raises(
-        ExampleError, match=r"examples.jsonl, line 3, field 'messages': StopIteration: .*must alternate"
-    ):
+    config = DataConfig(train=(str(data),), on_bad_example="skip", seq_len=512, max_patches=1024)
+    with pytest.raises(RuntimeError if isinstance(raised, StopIteration) else type(raised)):
+        list(training_data(tiny.processor, config, seed=0, epochs=1)[0])
+
+
+def test_what_the_libraries_of_data_refuse_is_the_error_of_the_example(tiny, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("no such token")
+
+    monkeypatch.setattr(type(tiny.processor.template), "tokenize", fail)
+    with pytest.raises(ExampleError, match=r"examples.jsonl, line 3, field 'messages': no such token"):
         tiny.processor.encode(parse_example(example(), Origin("examples.jsonl", 3)))
+
+
+ENCODED = example(
+    [{"type": "image", "image": "a.png"}, {"type": "text", "text": "<ref-object>?"}],
+    "<bbox>",
+    objects={"ref": ["the cat"], "bbox": [[1, 2, 3, 4]], "bbox_type": "real", "image_id": [0]},
+)
+
+
+def test_anything_anywhere_is_encoded_or_is_the_error_of_the_example(tiny, data):
+    processor = tiny.processor.replace(media_roots=(str(data.parent),))
+    assert processor.encode(ENCODED).num_patches
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.sampled_from(list(places(ENCODED))), JSON)
+    def encode(path, value):
+        with contextlib.suppress(ExampleError):
+            processor.encode(replaced(ENCODED, path, value))
+
+    encode()
