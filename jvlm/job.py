@@ -41,8 +41,8 @@ NOT_ASKED = "evaluation_rejected.jsonl"
 _CURVES = (
     ("loss", "loss"),
     ("token accuracy", "token_acc"),
-    ("validation loss", "validation/loss"),
-    ("validation token accuracy", "validation/token_acc"),
+    ("validation loss", "eval_loss"),
+    ("validation token accuracy", "eval_token_acc"),
 )
 T = TypeVar("T")
 

@@ -22,10 +22,12 @@ FLAT = tyro.conf.arg(name="")
 _OF_TYRO = ("help", "tyro_print_completion", "tyro_write_completion")
 
 
-def parse(kind: type[T], words: Sequence[str], program: str, default: T | None = None) -> T:
+def parse(
+    kind: type[T], words: Sequence[str], program: str, default: T | None = None, *, boolean_values: bool = False
+) -> T:
     """Return a dataclass made from command-line words; ``--help`` prints its options and exits.
 
-    Booleans are flags ("--verbose").
+    Booleans are flags ("--verbose"), or, with ``boolean_values``, take True or False.
 
     Args:
       program: what help and error messages call the command.
@@ -36,7 +38,7 @@ def parse(kind: type[T], words: Sequence[str], program: str, default: T | None =
       SystemExit: a value that its option cannot take, after printing what it can.
     """
     _check_names(words, list(option_names(kind, default)), program)
-    value, rest = _parse(kind, words, program, default)
+    value, rest = _parse(kind, words, program, default, boolean_values=boolean_values)
     if rest:
         raise UserError(f"{program}: {rest[0]!r} is the value of no option; {program} --help lists them")
     return value
@@ -113,14 +115,21 @@ def option_names(kind: type, default: Any = None, prefix: str = "") -> Iterator[
 
 
 def _parse(
-    kind: type[T], words: Sequence[str], program: str, default: T | None, *, add_help: bool = True
+    kind: type[T],
+    words: Sequence[str],
+    program: str,
+    default: T | None,
+    *,
+    add_help: bool = True,
+    boolean_values: bool = False,
 ) -> tuple[T, list[str]]:
     start = {} if default is None else {"default": default}
+    booleans = (FlagConversionOff,) if boolean_values else ()
     return tyro.cli(
         kind,
         args=[{"true": "True", "false": "False"}.get(word, word) for word in words],
         prog=program,
-        config=(AvoidSubcommands, FlagCreatePairsOff, PositionalMetavarFromFieldName),
+        config=(AvoidSubcommands, FlagCreatePairsOff, PositionalMetavarFromFieldName, *booleans),
         use_underscores=True,
         return_unknown_args=True,
         add_help=add_help,

@@ -17,6 +17,9 @@ from jvlm.errors import UserError
 # called: the list of commands needs neither jax nor a parser.
 COMMANDS = {
     "train": ("jvlm.cli.train", "train, score, export and report an experiment"),
+    "sft": ("jvlm.cli.sft", "fine-tune on conversations, with ms-swift's arguments"),
+    "pt": ("jvlm.cli.pt", "train on all tokens of conversations, with ms-swift's arguments"),
+    "infer": ("jvlm.cli.infer", "answer with a checkpoint of sft, with ms-swift's arguments"),
     "configs": ("jvlm.cli.configs", "list the experiments that come with jvlm"),
     "plan": ("jvlm.cli.plan", "compile a step for TPUs or GPUs that are not here: memory, traffic, bounds on speed"),
     "replay": ("jvlm.cli.replay", "find the tower and the conversation of a stopped run that are not finite"),
@@ -26,6 +29,8 @@ COMMANDS = {
     "data check": ("jvlm.cli.data_check", "count examples that can and cannot be used, and say why"),
     "data shard": ("jvlm.cli.data_shard", "write examples and their pictures as ArrayRecord shards"),
 }
+
+_TRAINING = ("train", "sft", "pt")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +78,7 @@ def _run(words: list[str], show_traceback: bool) -> int:
     module, _ = COMMANDS[name]
     run, words = importlib.import_module(module).run, words[len(name.split()) :]
     # of several processes each ends by itself, and so shows its own error
-    return run(words, show_traceback=show_traceback) if name == "train" else run(words)
+    return run(words, show_traceback=show_traceback) if name in _TRAINING else run(words)
 
 
 def _list(commands: dict[str, tuple[str, str]]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import traceback
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import FlagConversionOff, Positional
 
@@ -13,6 +14,9 @@ from jvlm import configs, host_memory
 from jvlm.cli.errors import NOT_CRASHES, print_error
 from jvlm.cli.experiment import split_words
 from jvlm.options import FLAT, parse, parse_with
+
+if TYPE_CHECKING:
+    from jvlm.training.config import Experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,19 @@ def run(words: list[str], *, show_traceback: bool = False) -> int:
     processes, config, fields = split_words(Processes, words, "jvlm train")
     if config is None:
         parse(Train, words, "jvlm train")  # prints the help
+
+    def experiment() -> Experiment:
+        return parse_with(Train(config, processes), configs.load(config), fields, f"jvlm train {config}")[1]
+
+    return run_job(experiment, processes, show_traceback=show_traceback)
+
+
+def run_job(make_experiment: Callable[[], Experiment], processes: Processes, *, show_traceback: bool) -> int:
+    """Run an experiment, together with other processes where there are any. Returns the exit status.
+
+    Args:
+      make_experiment: called once the processes have met.
+    """
     host_memory.keep_freed_memory()
     import jax
 
@@ -61,8 +78,7 @@ def run(words: list[str], *, show_traceback: bool = False) -> int:
     if processes.distributed or processes.coordinator:
         hosts.initialise(processes.coordinator, processes.num_processes, processes.process_id)
     try:
-        _, experiment = parse_with(Train(config, processes), configs.load(config), fields, f"jvlm train {config}")
-        job.run(experiment)
+        job.run(make_experiment())
     except Interrupted as stopped:
         print(f"jvlm: {stopped}", file=sys.stderr)
         return EXIT_STATUS

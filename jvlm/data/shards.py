@@ -20,7 +20,7 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
-from jvlm.data import file_kinds, shard_set, stores
+from jvlm.data import file_kinds, shard_set, stores, take
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.errors import UserError
 from jvlm.hub import datasets
@@ -37,7 +37,7 @@ class ExampleSource:
     Args:
       patterns: paths or globs of ``*.jsonl`` and ``*.arrayrecord`` files; order matters, globs are sorted. Those in
         an object store are copied to this machine (`jvlm.data.stores`); "ORG/NAME:SUBSET:SPLIT" is a dataset on the
-        Hub (`jvlm.hub.datasets`).
+        Hub (`jvlm.hub.datasets`). ``PATTERN#N`` takes N of their examples (`jvlm.data.take`).
 
     Raises:
       UserError: a pattern that matches nothing.
@@ -63,12 +63,27 @@ class ExampleSource:
             more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise UserError("\n  ".join(problems[:_SHOWN]) + more)
         self._starts = np.cumsum([0, *(len(r) for r in self._readers)])
+        self._patterns, self._chosen = list(patterns), self._choose(patterns)
+
+    def _choose(self, patterns: Sequence[str]) -> np.ndarray | None:
+        """Return the examples that the numbers of ``FILE#N`` leave, file by file; None if there are none."""
+        if all(take.split_count(pattern)[1] is None for pattern in patterns):
+            return None
+        parts, first = [], 0
+        for pattern in patterns:
+            last = first + len(_find(pattern))
+            available, count = int(self._starts[last] - self._starts[first]), take.split_count(pattern)[1]
+            part = np.arange(available) if count is None else take.chosen(count, available)
+            parts.append(part + self._starts[first])
+            first = last
+        return np.concatenate(parts)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._starts[-1]) if self._chosen is None else len(self._chosen)
 
     def __getitem__(self, index: int) -> tuple[Origin, Any]:
         """(origin, example); a line that is not JSON gives the ExampleError in place of the example."""
+        index = index if self._chosen is None else int(self._chosen[index])
         file = int(np.searchsorted(self._starts, index, side="right")) - 1
         within = index - int(self._starts[file])
         origin = Origin(self.files[file], self._readers[file].number(within))
@@ -76,10 +91,19 @@ class ExampleSource:
 
     def counts(self) -> dict[str, int]:
         """Examples of each file."""
-        return {path: len(reader) for path, reader in zip(self.files, self._readers, strict=True)}
+        numbers = np.diff(self._starts)
+        if self._chosen is not None:
+            numbers = np.diff(np.searchsorted(self._chosen, self._starts))
+        return {path: int(number) for path, number in zip(self.files, numbers, strict=True)}
+
+    def distinct(self) -> list[int]:
+        """Return the index of each example once, where ``FILE#N`` repeats some."""
+        if self._chosen is None:
+            return list(range(len(self)))
+        return np.unique(self._chosen, return_index=True)[1].tolist()
 
     def __repr__(self) -> str:
-        return f"ExampleSource({self.files})"
+        return f"ExampleSource({self.files if self._chosen is None else self._patterns})"
 
 
 def matching(pattern: str) -> list[str]:
@@ -89,6 +113,7 @@ def matching(pattern: str) -> list[str]:
 
 def _find(pattern: str) -> list[tuple[str, epath.Path]]:
     """(path on this machine, original) of each file that a path or glob matches, sorted."""
+    pattern, _ = take.split_count(pattern)
     if is_dataset_id(pattern):
         return [(str(path), epath.Path(path)) for path in datasets.fetch(pattern)]
     if stores.is_remote(pattern):

@@ -112,11 +112,11 @@ class TrainingLog(Hook):
         pace = (time.perf_counter() - self._began) / max(step - self._start, 1)
         line = {
             **values,
-            "step": f"{step}/{self._steps}",
-            "elapsed": clock(self.elapsed()),
-            "remaining": clock(pace * (self._steps - step)),
+            "global_step/max_steps": f"{step}/{self._steps}",
+            "elapsed_time": clock(self.elapsed()),
+            "remaining_time": clock(pace * (self._steps - step)),
             "memory(GiB)": round(memory_gib(), 2),
-            "speed(s/it)": round(pace, 4),
+            "train_speed(s/it)": round(pace, 4),
         }
         self._show({k: v for k, v in line.items() if not k.startswith(_FILE_ONLY)})
         short = {"loss": values["loss"], **({"acc": values["token_acc"]} if "token_acc" in values else {})}
@@ -126,10 +126,10 @@ class TrainingLog(Hook):
         self._record(step, line, values, notes)
 
     def on_evaluation(self, trainer: Trainer, values: Mapping[str, float]) -> None:
-        """Write a line of its own, whose names begin with "validation/"."""
+        """Write a line of its own, whose names begin with "eval_"."""
         if self._writes:
-            values = {f"validation/{name}": value for name, value in values.items()}
-            line = {**values, "step": f"{trainer.step}/{self._steps}"}
+            values = {f"eval_{name}": value for name, value in values.items()}
+            line = {**values, "global_step/max_steps": f"{trainer.step}/{self._steps}"}
             self._show(line)
             self._record(trainer.step, line, values, {})
 

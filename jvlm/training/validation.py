@@ -152,7 +152,7 @@ class Validation(Hook):
             self.stopped = True
             hosts.log_rank0(
                 f"stopping after step {result.step}: {self.progress.without_gain} evaluations without a gain of "
-                f"{config.min_delta:g} in validation/{config.metric}"
+                f"{config.min_delta:g} in eval_{config.metric}"
                 + (
                     f"; the best, {self.progress.best:.6g}, is of step {self.progress.step}"
                     if self.progress.step

@@ -92,7 +92,11 @@ def _load_or_make(data: DataConfig, share: float, seed: int, folder: Path) -> di
     saved = read_json(path, "the run cannot go on without it: restore it, or choose another --name")
     if saved is None:
         print(f"splitting {len(source)} examples by picture", flush=True)
-        train, validation, held_out = make_split(example_keys(source, data), share, seed)
+        distinct = source.distinct()
+        keys = example_keys(source, data)
+        _, validation, held_out = make_split([keys[index] for index in distinct], share, seed)
+        validation = [distinct[index] for index in validation]
+        train = [index for index, own in enumerate(keys) if not held_out.intersection(own)]
     else:
         now = {"split": share, "seed": seed}
         for name, value in now.items():
@@ -105,7 +109,7 @@ def _load_or_make(data: DataConfig, share: float, seed: int, folder: Path) -> di
             return saved
         keys, held_out = example_keys(source, data), frozenset(saved["held_out"])
         # an example that brings a held-out picture together with others is on neither side
-        validation = [index for index, own in enumerate(keys) if held_out.issuperset(own)]
+        validation = [index for index in source.distinct() if held_out.issuperset(keys[index])]
         train = [index for index, own in enumerate(keys) if not held_out.intersection(own)]
     values = {"split": share, "seed": seed, "counts": source.counts(), "held_out": sorted(held_out)}
     values |= {"validation": list(map(int, validation)), "train": list(map(int, train))}

@@ -91,7 +91,7 @@ def test_the_best_is_never_what_is_not_finite_and_of_equal_ones_the_first():
 
 def _lines(folder):
     lines = [json.loads(line) for line in (folder / "logging.jsonl").read_text().splitlines()]
-    return [line for line in lines if "validation/loss" in line]
+    return [line for line in lines if "eval_loss" in line]
 
 
 def _one_by_one(model, processor, path):
@@ -131,13 +131,13 @@ def test_every_token_is_counted_once_for_each_source_and_the_best_checkpoint_sta
     assert [line["step_number"] for line in lines] == [2, 4, 5]
     sums = [_one_by_one(result.model, result.processor, path) for path in held]
     for name, (total, weight, right) in zip(("a.jsonl", "b.jsonl"), sums, strict=True):
-        assert lines[-1][f"validation/loss/{name}"] == pytest.approx(total / weight, rel=1e-5)
-        assert lines[-1][f"validation/token_acc/{name}"] == pytest.approx(right / weight)
+        assert lines[-1][f"eval_loss/{name}"] == pytest.approx(total / weight, rel=1e-5)
+        assert lines[-1][f"eval_token_acc/{name}"] == pytest.approx(right / weight)
     total, weight, right = np.sum(sums, axis=0)
-    assert lines[-1]["validation/loss"] == pytest.approx(total / weight, rel=1e-5)
-    assert lines[-1]["validation/token_acc"] == pytest.approx(right / weight)
+    assert lines[-1]["eval_loss"] == pytest.approx(total / weight, rel=1e-5)
+    assert lines[-1]["eval_token_acc"] == pytest.approx(right / weight)
 
-    losses = {line["step_number"]: line["validation/loss"] for line in lines}
+    losses = {line["step_number"]: line["eval_loss"] for line in lines}
     best = min(losses, key=losses.get)
     assert run_dir.best_step(result.folder) == best
     assert run_dir.steps(result.folder) == sorted({best, 5})
@@ -158,8 +158,8 @@ def test_a_run_without_gain_stops_returns_its_best_and_a_restart_does_not_go_on(
     lines = _lines(result.folder)
     assert [line["step_number"] for line in lines] == [2, 4, 6]
     assert result.steps == 6
-    assert result.last == min(lines, key=lambda line: line["validation/loss"])["step_number"]
-    assert "stopping after step 6: 2 evaluations without a gain of 10 in validation/loss" in capsys.readouterr().out
+    assert result.last == min(lines, key=lambda line: line["eval_loss"])["step_number"]
+    assert "stopping after step 6: 2 evaluations without a gain of 10 in eval_loss" in capsys.readouterr().out
     split = json.loads((result.folder / "validation_split.json").read_text())
     keys = example_keys(ExampleSource(experiment.data.train), experiment.data)
     sides = [set().union(*(keys[i] for i in split[side])) for side in ("train", "validation")]
@@ -210,9 +210,9 @@ def test_kill_9_changes_no_evaluation_nor_the_best_nor_what_patience_has_counted
         process.wait()
     subprocess.run(commands["killed"], check=True, capture_output=True, env=env)
     whole, killed = (
-        [{**line, "validation/seconds": 0} for line in _lines(f / "run")] for f in map(tmp_path.joinpath, commands)
+        [{**line, "eval_seconds": 0} for line in _lines(f / "run")] for f in map(tmp_path.joinpath, commands)
     )
-    numbers = [[{k: v for k, v in line.items() if k.startswith("validation/")} for line in x] for x in (whole, killed)]
+    numbers = [[{k: v for k, v in line.items() if k.startswith("eval_")} for line in x] for x in (whole, killed)]
     assert numbers[0] == numbers[1]
     assert run_dir.best_step(run) == run_dir.best_step(tmp_path / "whole" / "run")
     one, other = (vlm.parameters(jvlm.load(f / "run" / "best")[0]) for f in (tmp_path / "whole", tmp_path / "killed"))

@@ -1,0 +1,251 @@
+"""The arguments of ``jvlm sft`` and ``jvlm pt``, with ms-swift's names and defaults (its Command-line-parameters page)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal
+
+from jvlm.options import FLAT
+
+TrainType = Literal["lora", "full"]
+Strategy = Literal["no", "steps", "epoch"]
+Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "adafactor", "lion", "muon"]
+InitWeights = Literal["true", "gaussian", "pissa", "olora"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelArguments:
+    """The model, and how it reads conversations.
+
+    Attributes:
+      model: folder of the model, or its id on the Hugging Face Hub.
+      torch_dtype: dtype of the weights. None is bfloat16 under adapters and float32 where weights themselves are
+        trained.
+      system: system turn of conversations without one; None leaves it to the model's chat template.
+      max_pixels: most pixels of an image after resizing; MAX_PIXELS in ms-swift.
+      min_pixels: least pixels of an image after resizing.
+      video_max_pixels: most pixels of a video frame.
+      video_min_pixels: least pixels of a video frame.
+      fps: frames taken from a second of video.
+      box_format: how boxes of ``objects`` are written; None is the model's own. QWENVL_BBOX_FORMAT in ms-swift, whose
+        "legacy" is "qwen_tokens" and whose "new" is "json".
+    """
+
+    model: str | None = None
+    torch_dtype: Literal["bfloat16", "float32"] | None = None
+    system: str | None = None
+    max_pixels: int | None = None
+    min_pixels: int | None = None
+    video_max_pixels: int | None = None
+    video_min_pixels: int | None = None
+    fps: float | None = None
+    box_format: Literal["json", "qwen_tokens", "ferret", "mm1_5"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TunerArguments:
+    """What is trained.
+
+    Attributes:
+      train_type: "lora" or "full"; also spelled --tuner_type.
+      adapters: checkpoint of an adapter whose training goes on, with a new optimizer.
+      lora_rank: rank of the two matrices.
+      lora_alpha: an adapter's output is scaled by lora_alpha / lora_rank.
+      lora_dropout: share of the adapter branch's inputs that is dropped.
+      target_modules: what gets an adapter: "all-linear", last parts of module names ("q_proj"), or towers and roles
+        ("decoder.attention"). The three freeze flags leave towers out of it.
+      target_regex: regular expression over whole module names, in place of target_modules and of the freeze flags.
+      modules_to_save: modules that are trained whole beside the adapters.
+      lora_bias: biases of the base that are trained too.
+      use_dora: learn the length of each output's weights apart from their direction.
+      use_rslora: scale by lora_alpha / sqrt(lora_rank).
+      lorap_lr_ratio: LoRA+: factor on the learning rate of the second matrices.
+      init_weights: how adapters begin: "true" (Kaiming uniform and zeros), "gaussian", "pissa" or "olora".
+      freeze_llm: full: the language model is not trained; lora: it gets no adapters.
+      freeze_vit: the same of the vision tower.
+      freeze_aligner: the same of the connector between them.
+      quant_method: hold the frozen base in fewer bits (QLoRA): "bnb", or "fp8".
+      quant_bits: bits of quant_method bnb: 4 (NF4) or 8.
+      bnb_4bit_use_double_quant: quantise the scales of NF4 too.
+    """
+
+    train_type: TrainType = "lora"
+    adapters: tuple[str, ...] = ()
+    lora_rank: int = 8
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.05
+    target_modules: tuple[str, ...] = ("all-linear",)
+    target_regex: str | None = None
+    modules_to_save: tuple[str, ...] = ()
+    lora_bias: Literal["none", "all", "lora_only"] = "none"
+    use_dora: bool = False
+    use_rslora: bool = False
+    lorap_lr_ratio: float | None = None
+    init_weights: InitWeights = "true"
+    freeze_llm: bool = False
+    freeze_vit: bool = True
+    freeze_aligner: bool = True
+    quant_method: Literal["bnb", "fp8"] | None = None
+    quant_bits: Literal[4, 8] = 4
+    bnb_4bit_use_double_quant: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class DataArguments:
+    """The data.
+
+    Attributes:
+      dataset: JSONL files or globs, or ids on the Hub; FILE#N takes N examples of it, which repeats them if it has
+        fewer.
+      val_dataset: files to measure the loss on.
+      split_dataset_ratio: share of ``dataset`` that is held out instead, by picture. None is 0; with --eval_steps or
+        --eval_strategy, and no val_dataset, 0.01.
+      media_root: folder for relative media paths, after the data file's own.
+      strict: stop at an example that cannot be used, in place of leaving it out.
+      max_length: longest conversation in tokens; None allows all.
+      truncation_strategy: of a longer one: "delete" leaves it out, "right" drops turns from its end, "shrink" makes its
+        images smaller (jvlm's own).
+      packing_length: tokens of a packed sequence; None chooses it from the data and the batch size.
+      train_dataloader_shuffle: a new order each epoch.
+      dataloader_num_workers: processes that read and encode examples; 1 or fewer reads in threads.
+    """
+
+    dataset: tuple[str, ...] = ()
+    val_dataset: tuple[str, ...] = ()
+    split_dataset_ratio: float | None = None
+    media_root: str | None = None
+    strict: bool = False
+    max_length: int | None = None
+    truncation_strategy: Literal["delete", "right", "shrink"] = "delete"
+    packing_length: int | None = None
+    train_dataloader_shuffle: bool = True
+    dataloader_num_workers: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizationArguments:
+    """Batches, optimizer and schedule.
+
+    Attributes:
+      num_train_epochs: passes over the data.
+      max_steps: optimizer steps in place of epochs; -1 derives them.
+      per_device_train_batch_size: conversations of a batch on each device, on average: they are packed without padding.
+      gradient_accumulation_steps: batches whose gradients make a step; None is as many as 16 conversations take.
+      learning_rate: peak; None is 1e-4 with adapters and 1e-5 without.
+      vit_lr: peak of the vision tower's; None is learning_rate.
+      aligner_lr: peak of the connector's; None is learning_rate.
+      lr_scheduler_type: what follows the warm-up.
+      warmup_ratio: share of the steps with linear warm-up.
+      warmup_steps: their number, in place of warmup_ratio; 0 leaves it to that.
+      optim: "adamw_torch" and the like are AdamW; the 8-bit ones keep its moments in 8 bits.
+      weight_decay: of matrices.
+      adam_beta1: decay of the mean of gradients.
+      adam_beta2: decay of the mean of squared gradients.
+      adam_epsilon: added to AdamW's denominator.
+      max_grad_norm: largest norm of the gradient.
+      gradient_checkpointing: compute activations again in the backward pass.
+      loss_scale: which answers are trained on: "default" all of a conversation, "last_round" the last, "all" every
+        token, prompts included. `jvlm pt` takes "all".
+      neftune_noise_alpha: scale of NEFTune's noise on embeddings; 0 adds none.
+      seed: of new weights and of the order of the data.
+    """
+
+    num_train_epochs: float = 3.0
+    max_steps: int = -1
+    per_device_train_batch_size: int = 1
+    gradient_accumulation_steps: int | None = None
+    learning_rate: float | None = None
+    vit_lr: float | None = None
+    aligner_lr: float | None = None
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = 0.0
+    warmup_steps: int = 0
+    optim: Optimizer = "adamw_torch"
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = True
+    loss_scale: Literal["default", "last_round", "all"] = "default"
+    neftune_noise_alpha: float = 0.0
+    seed: int = 42
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputArguments:
+    """What a run writes.
+
+    Attributes:
+      output_dir: the run's folder is OUTPUT_DIR/vN-DATE-TIME; None is output/ and the model's name.
+      add_version: False writes to output_dir itself.
+      logging_steps: steps between log lines.
+      save_strategy: when checkpoints are written.
+      save_steps: steps between checkpoints.
+      eval_strategy: when the loss on held-out data is measured; None follows save_strategy.
+      eval_steps: steps between those; None is save_steps.
+      save_total_limit: checkpoint folders that stay, the last and the best always among them; None keeps all.
+      metric_for_best_model: "loss" or "token_acc"; None is loss.
+      greater_is_better: whether more of the metric is; None is so of accuracies.
+      load_best_model_at_end: return the best checkpoint, and not the last.
+      early_stop_interval: stop after so many evaluations in a row without a gain.
+      create_checkpoint_symlink: name the last and the best checkpoint OUTPUT/last and OUTPUT/best.
+      resume_from_checkpoint: checkpoint folder of a run that was interrupted; it goes on in its own folder.
+      resume_only_model: take the weights of that checkpoint, and begin a new run.
+      report_to: where curves go; jvlm writes TensorBoard's files.
+    """
+
+    output_dir: str | None = None
+    add_version: bool = True
+    logging_steps: int = 5
+    save_strategy: Strategy = "steps"
+    save_steps: int = 500
+    eval_strategy: Strategy | None = None
+    eval_steps: int | None = None
+    save_total_limit: int | None = None
+    metric_for_best_model: str | None = None
+    greater_is_better: bool | None = None
+    load_best_model_at_end: bool = False
+    early_stop_interval: int | None = None
+    create_checkpoint_symlink: bool = False
+    resume_from_checkpoint: str | None = None
+    resume_only_model: bool = False
+    report_to: tuple[Literal["tensorboard", "none"], ...] = ("tensorboard",)
+
+
+@dataclasses.dataclass(frozen=True)
+class HubArguments:
+    """Uploading to a hub.
+
+    Attributes:
+      push_to_hub: upload the result.
+      hub_model_id: ORG/NAME to upload to.
+      hub_token: token of the hub, if not that of `hf auth login`; it is never written anywhere.
+      hub_private_repo: make the repository private.
+    """
+
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_token: str | None = None
+    hub_private_repo: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingArguments:
+    """All of a training command.
+
+    Attributes:
+      model: the model, and how it reads conversations.
+      tuner: what is trained.
+      data: the data.
+      optimization: batches, optimizer and schedule.
+      output: what a run writes.
+      hub: uploading to a hub.
+    """
+
+    model: Annotated[ModelArguments, FLAT] = ModelArguments()
+    tuner: Annotated[TunerArguments, FLAT] = TunerArguments()
+    data: Annotated[DataArguments, FLAT] = DataArguments()
+    optimization: Annotated[OptimizationArguments, FLAT] = OptimizationArguments()
+    output: Annotated[OutputArguments, FLAT] = OutputArguments()
+    hub: Annotated[HubArguments, FLAT] = HubArguments()

@@ -1,0 +1,236 @@
+"""ms-swift's training arguments as an `Experiment`: pure functions of the arguments and of what was found out."""
+
+from __future__ import annotations
+
+import dataclasses
+from jvlm.adapters.config import AdapterConfig
+from jvlm.data.config import DataConfig
+from jvlm.data.image_processor import FieldError
+from jvlm.data.processor import ProcessorConfig
+from jvlm.errors import UserError
+from jvlm.models.layers import Precision
+from jvlm.models.vlm import VLMConfig
+from jvlm.parallel.mesh import ParallelConfig
+from jvlm.quantization.config import QuantizationConfig
+from jvlm.swift.arguments import ModelArguments, TrainingArguments, TunerArguments
+from jvlm.swift.batches import Batches
+from jvlm.swift.checkpoints import CheckpointFolders
+from jvlm.training.config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    Experiment,
+    ExportConfig,
+    OptimizerConfig,
+    ValidationConfig,
+)
+from jvlm.training.supervised import SupervisedTask
+
+_IMAGE_FIELDS = ("max_pixels", "min_pixels", "video_max_pixels", "video_min_pixels", "fps")
+_NEVER = 10**9  # steps between checkpoints of a run that writes one at its end only
+# A share of examples that cannot be used above which even ms-swift's users will want to know.
+_BAD = 0.1
+IMPLIED_SPLIT = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a run finds out before its experiment is known.
+
+    Attributes:
+      model: of the model's folder.
+      processor: of the same.
+      batches: sizes chosen from the data.
+      examples: of the training data.
+      epoch_steps: steps of a pass over them.
+      root, name: the run's folder is ROOT/NAME.
+    """
+
+    model: VLMConfig
+    processor: ProcessorConfig
+    batches: Batches
+    examples: int
+    epoch_steps: int
+    root: str
+    name: str
+
+
+def model_config(arguments: TrainingArguments, config: VLMConfig) -> VLMConfig:
+    """Return the model of a folder with the dtypes and the rematerialisation of the arguments."""
+    adapted = arguments.tuner.train_type == "lora"
+    dtype = arguments.model.torch_dtype or ("bfloat16" if adapted else "float32")
+    remat = "full" if arguments.optimization.gradient_checkpointing else "none"
+    precision = Precision(param_dtype=dtype, compute_dtype=config.precision.compute_dtype, remat=remat)
+    return dataclasses.replace(config, precision=precision)
+
+
+def processor_config(model: ModelArguments, config: ProcessorConfig) -> ProcessorConfig:
+    """Return the processor of a folder with the image limits, the system turn and the boxes of the arguments.
+
+    Raises:
+      UserError: a limit that the model's image processor does not have, or a value outside its range.
+    """
+    changed = {name: getattr(model, name) for name in _IMAGE_FIELDS if getattr(model, name) is not None}
+    try:
+        image = config.image.changed(changed)
+    except FieldError as error:
+        raise UserError(f"--{error.field}: {error.problem}. {error.fix}") from error
+    return dataclasses.replace(
+        config,
+        image=image,
+        default_system=config.default_system if model.system is None else model.system,
+        box_format=model.box_format or config.box_format,
+    )
+
+
+def data_config(arguments: TrainingArguments) -> DataConfig:
+    """Return the data of the arguments, with sizes of sequences that are yet to be chosen."""
+    data = arguments.data
+    too_long = {"delete": "drop", "right": "truncate", "shrink": "shrink"}[data.truncation_strategy]
+    workers = data.dataloader_num_workers
+    return DataConfig(
+        train=data.dataset,
+        media_root=data.media_root,
+        seq_len=data.packing_length or "auto",
+        max_patches="auto",
+        max_length=data.max_length,
+        on_too_long=too_long,
+        on_bad_row="error" if data.strict else "skip",
+        max_bad_fraction=_BAD,
+        shuffle=data.train_dataloader_shuffle,
+        worker_processes=workers if workers > 1 else 0,
+    )
+
+
+def adapter_config(tuner: TunerArguments) -> AdapterConfig:
+    """Return the adapters of the arguments; towers that are frozen get none."""
+    frozen = {"decoder": tuner.freeze_llm, "encoder": tuner.freeze_vit, "connector": tuner.freeze_aligner}
+    by_regex = tuner.target_regex is not None
+    return AdapterConfig(
+        rank=tuner.lora_rank,
+        alpha=tuner.lora_alpha,
+        dropout=tuner.lora_dropout,
+        use_rslora=tuner.use_rslora,
+        use_dora=tuner.use_dora,
+        init="default" if tuner.init_weights == "true" else tuner.init_weights,
+        targets=(f"re:{tuner.target_regex}",) if by_regex else tuner.target_modules,
+        exclude=() if by_regex else tuple(tower for tower, is_frozen in frozen.items() if is_frozen),
+        bias=tuner.lora_bias,
+        train_modules=tuner.modules_to_save,
+    )
+
+
+def quantization(tuner: TunerArguments) -> QuantizationConfig | None:
+    """Return how the frozen base is held; None in its own dtype."""
+    if tuner.quant_method is None:
+        return None
+    if tuner.train_type == "full":
+        raise UserError("--quant_method holds a frozen base in fewer bits: it needs --train_type lora")
+    bnb = {4: "nf4", 8: "int8"}[tuner.quant_bits]
+    kind = bnb if tuner.quant_method == "bnb" else tuner.quant_method
+    return QuantizationConfig(kind=kind, double=tuner.bnb_4bit_use_double_quant)
+
+
+def optimizer_config(arguments: TrainingArguments) -> OptimizerConfig:
+    """Return the optimizer of the arguments; without adapters, towers that are frozen have a learning rate of 0."""
+    tuner, given = arguments.tuner, arguments.optimization
+    full = tuner.train_type == "full"
+    rate = given.learning_rate if given.learning_rate is not None else (1e-5 if full else 1e-4)
+    rates = {"encoder_lr": given.vit_lr, "connector_lr": given.aligner_lr, "decoder_lr": None}
+    frozen = {"encoder_lr": tuner.freeze_vit, "connector_lr": tuner.freeze_aligner, "decoder_lr": tuner.freeze_llm}
+    if full:
+        rates = {name: 0.0 if frozen[name] else rates[name] for name in rates}
+    kinds = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit"}
+    return OptimizerConfig(
+        kind=kinds.get(given.optim, given.optim),
+        learning_rate=rate,
+        **rates,
+        lora_plus_ratio=tuner.lorap_lr_ratio,
+        schedule=given.lr_scheduler_type.removesuffix("_with_warmup"),
+        warmup_ratio=given.warmup_ratio,
+        warmup_steps=given.warmup_steps or None,
+        weight_decay=given.weight_decay,
+        beta1=given.adam_beta1,
+        beta2=given.adam_beta2,
+        eps=given.adam_epsilon,
+        max_grad_norm=given.max_grad_norm,
+    )
+
+
+def split_of(arguments: TrainingArguments, examples: int, given: frozenset[str] = frozenset()) -> float:
+    """Return the number of examples to hold out, at least one where any are; 0 for none.
+
+    Args:
+      given: names of arguments that were typed: asking for evaluation without data for it holds out 1 %.
+    """
+    data, output = arguments.data, arguments.output
+    ratio = data.split_dataset_ratio
+    if ratio is None:
+        asked = {"eval_steps", "eval_strategy"} & given and output.eval_strategy != "no"
+        ratio = IMPLIED_SPLIT if asked else 0.0
+    if not 0 <= ratio < 1:
+        raise UserError(f"--split_dataset_ratio is a share of the examples, at least 0 and below 1, got {ratio}")
+    if data.val_dataset or not ratio:
+        return 0.0
+    return float(max(1, round(ratio * examples)))
+
+
+def validation_config(arguments: TrainingArguments, facts: Facts, given: frozenset[str]) -> ValidationConfig:
+    """Return when and on what the loss is measured during training."""
+    output, data = arguments.output, arguments.data
+    strategy = output.eval_strategy or output.save_strategy
+    if strategy == "no":
+        return ValidationConfig()
+    interval = facts.epoch_steps if strategy == "epoch" else output.eval_steps or output.save_steps
+    better = {None: "auto", True: "max", False: "min"}[output.greater_is_better]
+    return ValidationConfig(
+        data=data.val_dataset,
+        split=split_of(arguments, facts.examples, given),
+        interval_steps=interval,
+        metric=(output.metric_for_best_model or "loss").removeprefix("eval_"),
+        mode=better,
+        patience=output.early_stop_interval,
+        use_best=output.load_best_model_at_end,
+    )
+
+
+def experiment_of(
+    arguments: TrainingArguments, facts: Facts, given: frozenset[str] = frozenset()
+) -> Experiment:
+    """Return the experiment that the arguments stand for.
+
+    Args:
+      given: names of the arguments that were typed.
+
+    Raises:
+      UserError: arguments that exclude one another, or values outside their range.
+    """
+    output, optimization, tuner = arguments.output, arguments.optimization, arguments.tuner
+    if optimization.max_steps == 0 or optimization.max_steps < -1:
+        raise UserError(f"--max_steps is a number of steps, or -1 for none, got {optimization.max_steps}")
+    lora = tuner.train_type == "lora"
+    save = {"steps": output.save_steps, "epoch": facts.epoch_steps, "no": _NEVER}[output.save_strategy]
+    processor = processor_config(arguments.model, facts.processor)
+    return Experiment(
+        name=facts.name,
+        output_root=facts.root,
+        model=model_config(arguments, facts.model),
+        init_from=arguments.model.model,
+        **({"adapter": adapter_config(tuner)} if lora else {}),
+        quantize=quantization(tuner),
+        processor=None if processor == facts.processor else processor,
+        data=facts.batches.data,
+        parallel=ParallelConfig(data=1, fsdp=-1),
+        optimizer=optimizer_config(arguments),
+        # the state that a resumed run goes on from; folders for others to read are written by the hook
+        checkpoint=CheckpointConfig(save_interval_steps=save, max_to_keep=1),
+        validation=validation_config(arguments, facts, given),
+        evaluation=EvaluationConfig(),
+        export=ExportConfig(enabled=False),
+        task=SupervisedTask(neftune_alpha=optimization.neftune_noise_alpha),
+        hooks=(CheckpointFolders(limit=output.save_total_limit, links=output.create_checkpoint_symlink),),
+        steps=optimization.max_steps if optimization.max_steps > 0 else None,
+        epochs=optimization.num_train_epochs,
+        gradient_accumulation_steps=facts.batches.accumulation,
+        seed=optimization.seed,
+        log_interval_steps=output.logging_steps,
+    )

@@ -1,0 +1,185 @@
+"""``jvlm infer``: answers to what a run held out, to files, or to a person in the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.processor import Processor
+from jvlm.data.shards import ExampleSource
+from jvlm.errors import UserError
+from jvlm.inference.engine import Engine
+from jvlm.inference.generate import answer_text, complete, encode_prompt, engine_for, stream_example
+from jvlm.inference.sampling import SamplingConfig
+from jvlm.progress import Progress
+from jvlm.swift import checkpoint_model, results, saved
+from jvlm.swift.checkpoint_model import Checkpoint
+from jvlm.swift.experiment import processor_config
+from jvlm.swift.infer_arguments import AnswerArguments, InferArguments
+from jvlm.training.side_files import read_json
+from jvlm.training.validation_split import SPLIT, Subset
+
+_TOKENS = 2048
+_SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def infer(arguments: InferArguments) -> Path | None:
+    """Answer, and return the file of answers; None after a conversation in the terminal.
+
+    Raises:
+      UserError: no such model or data; a file that holds other answers.
+    """
+    answers = arguments.answers
+    checkpoint = find(arguments)
+    source = data_of(answers, checkpoint)
+    examples = None if source is None else [source[index] for index in range(len(source))]
+    path = None if examples is None else Path(answers.result_path or _result_path(checkpoint))
+    # before the model is loaded, which takes long
+    file = None if path is None else results.ResultFile(path, [example for _, example in examples])
+    model, processor, layout = checkpoint_model.load(checkpoint, arguments.model.torch_dtype)
+    processor = _processor(arguments, processor, checkpoint)
+    sampling = sampling_of(answers, processor.generation)
+    if file is None:
+        from jvlm.inference.chat import chat
+
+        chat(model, processor, sampling, arguments.model.system, layout=layout)
+        return None
+    engine = engine_for(model, processor, layout)
+    answer(engine, examples, file, sampling, batch_size=answers.max_batch_size, stream=bool(answers.stream))
+    if answers.metric == "acc":
+        right, asked = file.accuracy()
+        print(f"acc: {right / asked:.4f} ({right} of {asked})" if asked else "acc: no example has an expected answer")
+    print(f"{len(file.lines)} answers are in {file.path}")
+    return file.path
+
+
+def find(arguments: InferArguments) -> Checkpoint:
+    """Return the model that answers. Raises UserError where it is not clear which."""
+    named = [*arguments.answers.adapters, *([arguments.answers.ckpt_dir] if arguments.answers.ckpt_dir else [])]
+    if len(named) > 1:
+        raise UserError(f"give one checkpoint, got {', '.join(named)}")
+    return checkpoint_model.find(named[0] if named else None, arguments.model.model)
+
+
+def data_of(answers: AnswerArguments, checkpoint: Checkpoint) -> ExampleSource | Subset | None:
+    """Return the examples to answer; None if there are none, for a conversation in the terminal.
+
+    Raises:
+      UserError: the run of the checkpoint validated on nothing.
+    """
+    if answers.val_dataset:
+        return ExampleSource(answers.val_dataset)
+    if not answers.load_data_args:
+        return None
+    values = saved.read(checkpoint.folder)
+    if values["val_dataset"]:
+        return ExampleSource(values["val_dataset"])
+    path = checkpoint.folder.parent / SPLIT
+    split = read_json(path, "give --val_dataset")
+    if split is None:
+        raise UserError(
+            f"--load_data_args true: the run of {checkpoint.folder} held nothing out ({path} is not there). Give "
+            "--val_dataset, or train with --split_dataset_ratio 0.01"
+        )
+    source = ExampleSource(values["dataset"])
+    if source.counts() != split["counts"]:
+        raise UserError(
+            f"--load_data_args true: {', '.join(values['dataset'])} has changed since the run held examples out of it "
+            f"(then {split['counts']}, now {source.counts()}); give --val_dataset"
+        )
+    return Subset(source, split["validation"])
+
+
+def sampling_of(answers: AnswerArguments, generation: dict[str, Any]) -> SamplingConfig:
+    """Return how answers are drawn: as the arguments say, else as generation_config.json does."""
+    greedy = not generation.get("do_sample", False)
+    values = {name: generation[name] for name in _SAMPLING if generation.get(name) is not None}
+    if greedy:
+        values |= {"temperature": 0.0}
+    values |= {name: getattr(answers, name) for name in _SAMPLING if getattr(answers, name) is not None}
+    return SamplingConfig(max_new_tokens=answers.max_new_tokens or _TOKENS, seed=answers.seed, **values)
+
+
+def answer(
+    engine: Engine,
+    examples: Sequence[tuple[Origin, Any]],
+    file: results.ResultFile,
+    sampling: SamplingConfig,
+    *,
+    batch_size: int,
+    stream: bool,
+) -> None:
+    """Answer the examples that the file has no line of, and write a line for each."""
+    begun = len(file.lines)
+    if begun:
+        print(f"{file.path}: {begun} of {len(examples)} answers are there already")
+    if batch_size < 1:
+        raise UserError(f"--max_batch_size must be at least 1, got {batch_size}")
+    size = 1 if stream else batch_size
+    with Progress(total=len(examples), initial=begun, desc="answering", unit="example") as bar:
+        for start in range(begun, len(examples), size):
+            numbers = range(start, min(start + size, len(examples)))
+            for written in _lines(engine, [examples[n] for n in numbers], numbers, sampling, stream=stream):
+                file.append(written)
+            bar.update(len(numbers))
+    wrong = sum("error" in found for found in file.lines)
+    if wrong:
+        print(f"{wrong} examples could not be answered; their lines have the field error", file=sys.stderr)
+
+
+def _lines(
+    engine: Engine,
+    examples: Sequence[tuple[Origin, Any]],
+    numbers: Sequence[int],
+    sampling: SamplingConfig,
+    *,
+    stream: bool,
+) -> list[dict[str, Any]]:
+    prompts, errors = {}, {}
+    for number, (origin, example) in zip(numbers, examples, strict=True):
+        try:
+            if isinstance(example, ExampleError):
+                raise example
+            prompts[number] = encode_prompt(engine, example, origin)
+        except ExampleError as error:
+            errors[number] = str(error)
+    texts: dict[int, str] = {}
+    if stream:
+        for number, prompt in prompts.items():
+            texts[number] = _streamed(engine, prompt, sampling)
+    elif prompts:
+        ids = list(prompts)
+        done = complete(engine, list(prompts.values()), sampling, request_ids=ids, batch_size=len(ids))
+        texts = {number: answer_text(engine.processor, one) for number, one in zip(ids, done, strict=True)}
+    return [
+        results.error_line(example, errors[n]) if n in errors else results.line(example, texts[n])
+        for n, (_, example) in zip(numbers, examples, strict=True)
+    ]
+
+
+def _streamed(engine: Engine, prompt: Any, sampling: SamplingConfig) -> str:
+    pieces = []
+    for piece in stream_example(engine, prompt, sampling):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    return "".join(pieces)
+
+
+def _processor(arguments: InferArguments, processor: Processor, checkpoint: Checkpoint) -> Processor:
+    """Return the processor with what was typed about it, looking for images where the run did."""
+    config = processor_config(arguments.model, processor.config)
+    roots = processor.media_roots
+    root = saved.read(checkpoint.folder).get("media_root") if arguments.answers.load_data_args else None
+    roots = (*roots, root) if root else roots
+    return Processor(
+        processor.tokenizer, processor.model, config, media_roots=roots, generation=processor.generation
+    )
+
+
+def _result_path(checkpoint: Checkpoint) -> Path:
+    return checkpoint.folder / "infer_result" / f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"

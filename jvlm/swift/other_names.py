@@ -1,0 +1,195 @@
+"""ms-swift's names that jvlm has another answer to: other spellings, names without a use, and names it cannot honour."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+# Old or other spellings of the same argument.
+ALIASES: Mapping[str, str] = {
+    "tuner_type": "train_type",
+    "sft_type": "train_type",
+    "lora_lr_ratio": "lorap_lr_ratio",
+    "init_lora_weights": "init_weights",
+    "lora_target_modules": "target_modules",
+    "dtype": "torch_dtype",
+    "dataset_shuffle": "train_dataloader_shuffle",
+    "learning_rate_vit": "vit_lr",
+    "model_id_or_path": "model",
+    "resume_from_ckpt": "resume_from_checkpoint",
+}
+
+_PACKED = "jvlm packs conversations into sequences without padding between them, always"
+_OWN_ATTENTION = "jvlm picks its own attention kernel for the device"
+_SHARDED = "jvlm splits parameters, gradients and optimizer state over all devices by itself"
+_DEVICES = "jvlm uses all devices that it finds; several hosts join with --distributed"
+_LAZY = "jvlm reads and encodes examples while it trains; nothing is prepared ahead"
+_COMPUTE = "jvlm computes in bfloat16; --torch_dtype is the dtype of the weights"
+_READERS = "jvlm has no torch data loader; --dataloader_num_workers sets its reading processes"
+
+# Names whose values change nothing in jvlm, and why.
+IGNORED: Mapping[str, str] = {
+    "padding_free": _PACKED,
+    "packing": _PACKED,
+    "packing_strategy": _PACKED,
+    "group_by_length": _PACKED,
+    "attn_impl": _OWN_ATTENTION,
+    "use_liger_kernel": "jvlm's loss never holds all logits, which is what that kernel is for",
+    "use_logits_to_keep": "jvlm computes logits of supervised tokens only",
+    "lazy_tokenize": _LAZY,
+    "load_from_cache_file": _LAZY,
+    "dataset_num_proc": _LAZY,
+    "streaming": "jvlm reads examples by their place in the file, so it needs neither --max_steps nor a buffer",
+    "shuffle_buffer_size": "jvlm shuffles all of the data",
+    "dataloader_pin_memory": _READERS,
+    "dataloader_persistent_workers": _READERS,
+    "dataloader_prefetch_factor": _READERS,
+    "dataloader_drop_last": "jvlm's epochs run into one another, so no batch is short",
+    "deepspeed": _SHARDED,
+    "fsdp": _SHARDED,
+    "zero_hpz_partition_size": _SHARDED,
+    "device_map": _DEVICES,
+    "max_memory": _DEVICES,
+    "local_rank": _DEVICES,
+    "ddp_backend": _DEVICES,
+    "ddp_timeout": _DEVICES,
+    "ddp_find_unused_parameters": _DEVICES,
+    "bf16": _COMPUTE,
+    "tf32": _COMPUTE,
+    "model_type": "jvlm reads the architecture from config.json",
+    "model_kwargs": "give its entries as arguments of their own: --max_pixels, --min_pixels, --fps, ...",
+    "template": "jvlm uses the chat template in the model's folder",
+    "use_hf": "ids are those of the Hugging Face Hub; ModelScope is asked for models named modelscope://ORG/NAME",
+    "gradient_checkpointing_kwargs": "jvlm recomputes whole layers",
+    "vit_gradient_checkpointing": "--gradient_checkpointing decides for all towers",
+    "per_device_eval_batch_size": "validation batches have the shape of training batches, so that nothing more compiles",
+    "eval_accumulation_steps": "validation keeps sums only",
+    "logging_first_step": "the first step is always logged",
+    "logging_dir": "TensorBoard's files are in the run's folder, under tensorboard/",
+    "save_safetensors": "checkpoint folders always hold safetensors",
+    "save_only_model": "the state of the optimizer is kept apart from the checkpoint folders",
+    "ignore_data_skip": "a resumed run goes on at the next example at no cost",
+    "remove_unused_columns": "unknown fields are counted and listed",
+    "disable_tqdm": "the progress bar shows in a terminal only",
+    "norm_bbox": "boxes are written in the space of the model's own format; --box_format chooses another",
+    "bnb_4bit_quant_type": "4 bits are always NF4",
+    "bnb_4bit_compute_dtype": _COMPUTE,
+    "bnb_4bit_quant_storage": "codes are kept as bytes",
+    "torch_compile": "jvlm compiles every step",
+    "check_model": "jvlm compares every tensor with the model's configuration",
+    "include_num_input_tokens_seen": "the log has tokens_per_s",
+    "overwrite_output_dir": "every run has a folder of its own; --add_version false goes on in one",
+    "infer_backend": "jvlm generates with its own engine",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """An argument that jvlm cannot honour.
+
+    Attributes:
+      instead: the nearest thing.
+      harmless: values (in lower case) that ask for nothing.
+    """
+
+    instead: str
+    harmless: tuple[str, ...] = ()
+
+    def accepts(self, values: tuple[str, ...]) -> bool:
+        """Return whether the values ask for nothing."""
+        return bool(values) and all(value.lower() in self.harmless for value in values)
+
+
+_OFF = ("false", "none", "0", "no", "[]", "{}", "")
+_BY_PATH = "freeze towers by --freeze_llm, --freeze_vit and --freeze_aligner, or parameters by path with optimizer.train "
+_BY_PATH += "and optimizer.freeze of a config (--write_config FILE.py, then jvlm train FILE.py --optimizer.freeze PATTERN)"
+_PLUGIN = "write the run as a config (--write_config FILE.py) and give it a task or hooks in Python"
+_NO_RL = "jvlm trains on answers (sft, pt) only"
+
+REFUSED: Mapping[str, Refusal] = {
+    "tuner_backend": Refusal("jvlm's adapters are PEFT's formats with code of its own; leave it out", ("peft",)),
+    "columns": Refusal("rename the fields in the file, as with jq -c '.messages = .chat | del(.chat)'", _OFF),
+    "freeze_parameters": Refusal(_BY_PATH, _OFF),
+    "freeze_parameters_regex": Refusal(_BY_PATH, _OFF),
+    "freeze_parameters_ratio": Refusal(_BY_PATH, ("0", "0.0", *_OFF)),
+    "trainable_parameters": Refusal(_BY_PATH, _OFF),
+    "trainable_parameters_regex": Refusal(_BY_PATH, _OFF),
+    "sequence_parallel_size": Refusal(
+        "--write_config FILE.py, then jvlm train FILE.py --parallel.context N splits sequences over devices", ("1",)
+    ),
+    "interleave_prob": Refusal("FILE#N sets how many examples each file gives", _OFF),
+    "stopping_strategy": Refusal("FILE#N sets how many examples each file gives", ("first_exhausted",)),
+    "external_plugins": Refusal(_PLUGIN, _OFF),
+    "custom_register_path": Refusal(_PLUGIN, _OFF),
+    "custom_dataset_info": Refusal("give the files themselves as --dataset", _OFF),
+    "cached_dataset": Refusal("jvlm data shard writes examples and their images as shards, which --dataset takes", _OFF),
+    "model_name": Refusal("put who the model is into the data or --system", _OFF),
+    "model_author": Refusal("put who the model is into the data or --system", _OFF),
+    "use_chat_template": Refusal("jvlm pt trains on all of a conversation", ("true",)),
+    "response_prefix": Refusal("put it into the data", _OFF),
+    "agent_template": Refusal("jvlm uses the tools part of the model's own chat template", _OFF),
+    "task_type": Refusal("jvlm trains models that answer in text", ("causal_lm",)),
+    "fp16": Refusal("--torch_dtype bfloat16", _OFF),
+    "use_galore": Refusal("--optim adafactor or --optim adamw_8bit take less memory than AdamW", _OFF),
+    "use_swift_lora": Refusal("leave it out; --train_type lora is PEFT's LoRA", _OFF),
+    "lora_dtype": Refusal("adapters are kept in float32", ("none", "float32")),
+    "lisa_activated_layers": Refusal("--train_type lora", _OFF),
+    "enable_channel_loss": Refusal("give each source as a file of its own; their curves are logged apart", _OFF),
+    "rlhf_type": Refusal(_NO_RL),
+    "push_hub_strategy": Refusal("jvlm export --push_to_hub true uploads any checkpoint", ("push_best", "push_last")),
+    "ref_model": Refusal(_NO_RL, _OFF),
+    "create_commit_message": Refusal("leave it out", _OFF),
+}
+
+# Values of jvlm's arguments that ms-swift has besides, and what to take instead.
+_OTHER_TUNERS = "longlora adalora llamapro adapter vera boft fourierft reft bone lora_llm".split()
+OTHER_VALUES: Mapping[str, Mapping[str, str]] = {
+    "train_type": {
+        **dict.fromkeys(_OTHER_TUNERS, "take lora, which --use_dora true and --use_rslora true change, or full"),
+        "qlora": "take --train_type lora --quant_method bnb --quant_bits 4",
+        "dora": "take --train_type lora --use_dora true",
+    },
+    "truncation_strategy": {
+        "left": "take right, which drops turns from the end, or delete",
+        "split": "take right, which drops turns from the end, or delete",
+    },
+    "quant_method": dict.fromkeys(
+        "hqq eetq quanto gptq awq".split(), "take bnb (with --quant_bits 4 or 8) or fp8 for training"
+    ),
+    "init_weights": dict.fromkeys(
+        "loftq lora-ga eva corda orthogonal false".split(), "take true, gaussian, pissa or olora"
+    ),
+    "torch_dtype": {"float16": "take bfloat16, which jvlm computes in"},
+    "report_to": dict.fromkeys(
+        "wandb swanlab mlflow all".split(), "take tensorboard; logging.jsonl and TensorBoard's files hold all curves"
+    ),
+    "save_strategy": {"best": "take steps: with --load_best_model_at_end true the best stays"},
+}
+
+# Environment variables that ms-swift reads, and what to give jvlm instead.
+ENVIRONMENT: Mapping[str, str] = {
+    "MAX_PIXELS": "--max_pixels",
+    "MIN_PIXELS": "--min_pixels",
+    "VIDEO_MAX_PIXELS": "--video_max_pixels",
+    "VIDEO_MIN_PIXELS": "--video_min_pixels",
+    "VIDEO_TOTAL_PIXELS": "--video_max_pixels, the most pixels of each frame",
+    "FPS": "--fps",
+    "FPS_MIN_FRAMES": "--fps",
+    "FPS_MAX_FRAMES": "--fps",
+    "SIZE_FACTOR": "nothing: the model's patches decide",
+    "IMAGE_FACTOR": "nothing: the model's patches decide",
+    "QWENVL_BBOX_FORMAT": "--box_format json or --box_format qwen_tokens",
+    "NPROC_PER_NODE": "nothing: one process uses all devices of a machine",
+    "NNODES": "--num_processes, or --distributed where the cluster announces it",
+    "NODE_RANK": "--process_id, or --distributed where the cluster announces it",
+    "MASTER_ADDR": "--coordinator HOST:PORT",
+    "MASTER_PORT": "--coordinator HOST:PORT",
+}
+
+
+def environment_notes(environment: Mapping[str, str]) -> list[str]:
+    """Return a line for each variable that ms-swift would read and jvlm does not."""
+    found = [name for name in ENVIRONMENT if environment.get(name)]
+    return [
+        f"the environment variable {name}={environment[name]} is not read; use {ENVIRONMENT[name]}" for name in found
+    ]
