@@ -95,8 +95,8 @@ def test_make_targets_exist(page):
 def test_commands_parse(page, monkeypatch):
     real_parse, real_load, demo = options._parse, configs.load, "mimo_vl/easy_vqa"
 
-    def parse(kind, words, program, default, *, add_help=True):
-        value, rest = real_parse(kind, words, program, default, add_help=add_help)
+    def parse(kind, words, program, default, *, add_help=True, boolean_values=False):
+        value, rest = real_parse(kind, words, program, default, add_help=add_help, boolean_values=boolean_values)
         if add_help:
             assert not rest
             raise Parsed

@@ -1,4 +1,4 @@
-"""The arguments of ``jvlm sft`` and ``jvlm pt``, with ms-swift's names and defaults (its Command-line-parameters page)."""
+"""The arguments of ``jvlm sft`` and ``jvlm pt``; names and defaults are those of ms-swift's documentation."""
 
 from __future__ import annotations
 

@@ -14,10 +14,13 @@ _LINE = 120
 
 
 def write(experiment: Experiment, path: Path, doc: str) -> None:
-    """Write the experiment as a file with ``get_config()``. Raises UserError if the file is there, or cannot be written.
+    """Write the experiment as a file with ``get_config()``.
 
     Args:
       doc: what the file says of itself.
+
+    Raises:
+      UserError: the file is there already, or cannot be written.
     """
     if path.suffix != ".py":
         raise UserError(f"{path}: a config is a Python file; give it a name that ends in .py")
@@ -45,9 +48,7 @@ def source(experiment: Experiment, doc: str) -> str:
         )
         experiment = dataclasses.replace(experiment, model=None)
     body = writer.value(experiment, 1, extra=parts)
-    return (
-        f'"""{doc}"""\n\n{writer.header()}\n\n\ndef get_config() -> Experiment:\n{_INDENT}return {body}\n'
-    )
+    return f'"""{doc}"""\n\n{writer.header()}\n\n\ndef get_config() -> Experiment:\n{_INDENT}return {body}\n'
 
 
 def text(experiment: Experiment) -> str:
@@ -73,8 +74,11 @@ class _Writer:
             kind = type(value)
             self.use(kind.__module__, kind.__qualname__)
             fields = {f.name: self.value(getattr(value, f.name), depth + 1) for f in _changed(value)}
-            ordered = {f.name: (fields | (extra or {}))[f.name] for f in dataclasses.fields(value)
-                       if f.name in {**fields, **(extra or {})}}
+            ordered = {
+                f.name: (fields | (extra or {}))[f.name]
+                for f in dataclasses.fields(value)
+                if f.name in {**fields, **(extra or {})}
+            }
             return _call(kind.__qualname__, [f"{name}={text}" for name, text in ordered.items()], depth)
         if isinstance(value, tuple):
             items = [self.value(item, depth + 1) for item in value]

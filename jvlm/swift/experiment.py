@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+
 from jvlm.adapters.config import AdapterConfig
 from jvlm.data.config import DataConfig
 from jvlm.data.image_processor import FieldError
@@ -193,9 +194,7 @@ def validation_config(arguments: TrainingArguments, facts: Facts, given: frozens
     )
 
 
-def experiment_of(
-    arguments: TrainingArguments, facts: Facts, given: frozenset[str] = frozenset()
-) -> Experiment:
+def experiment_of(arguments: TrainingArguments, facts: Facts, given: frozenset[str] = frozenset()) -> Experiment:
     """Return the experiment that the arguments stand for.
 
     Args:
@@ -208,6 +207,8 @@ def experiment_of(
     if optimization.max_steps == 0 or optimization.max_steps < -1:
         raise UserError(f"--max_steps is a number of steps, or -1 for none, got {optimization.max_steps}")
     lora = tuner.train_type == "lora"
+    if lora and "adapter" not in {field.name for field in dataclasses.fields(Experiment)}:
+        raise UserError("--train_type lora cannot be trained yet; give --train_type full")
     save = {"steps": output.save_steps, "epoch": facts.epoch_steps, "no": _NEVER}[output.save_strategy]
     processor = processor_config(arguments.model, facts.processor)
     return Experiment(

@@ -176,9 +176,7 @@ def _processor(arguments: InferArguments, processor: Processor, checkpoint: Chec
     roots = processor.media_roots
     root = saved.read(checkpoint.folder).get("media_root") if arguments.answers.load_data_args else None
     roots = (*roots, root) if root else roots
-    return Processor(
-        processor.tokenizer, processor.model, config, media_roots=roots, generation=processor.generation
-    )
+    return Processor(processor.tokenizer, processor.model, config, media_roots=roots, generation=processor.generation)
 
 
 def _result_path(checkpoint: Checkpoint) -> Path:

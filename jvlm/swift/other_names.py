@@ -1,4 +1,4 @@
-"""ms-swift's names that jvlm has another answer to: other spellings, names without a use, and names it cannot honour."""
+"""ms-swift's names that are no arguments here: other spellings, names without a use, and what cannot be honoured."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ IGNORED: Mapping[str, str] = {
     "use_hf": "ids are those of the Hugging Face Hub; ModelScope is asked for models named modelscope://ORG/NAME",
     "gradient_checkpointing_kwargs": "jvlm recomputes whole layers",
     "vit_gradient_checkpointing": "--gradient_checkpointing decides for all towers",
-    "per_device_eval_batch_size": "validation batches have the shape of training batches, so that nothing more compiles",
+    "per_device_eval_batch_size": "validation batches have the shape of training batches",
     "eval_accumulation_steps": "validation keeps sums only",
     "logging_first_step": "the first step is always logged",
     "logging_dir": "TensorBoard's files are in the run's folder, under tensorboard/",
@@ -101,8 +101,8 @@ class Refusal:
 
 
 _OFF = ("false", "none", "0", "no", "[]", "{}", "")
-_BY_PATH = "freeze towers by --freeze_llm, --freeze_vit and --freeze_aligner, or parameters by path with optimizer.train "
-_BY_PATH += "and optimizer.freeze of a config (--write_config FILE.py, then jvlm train FILE.py --optimizer.freeze PATTERN)"
+_BY_PATH = "freeze towers by --freeze_llm, --freeze_vit and --freeze_aligner, or parameters by path: "
+_BY_PATH += "--write_config FILE.py, then jvlm train FILE.py --optimizer.freeze PATTERN"
 _PLUGIN = "write the run as a config (--write_config FILE.py) and give it a task or hooks in Python"
 _NO_RL = "jvlm trains on answers (sft, pt) only"
 
@@ -122,7 +122,7 @@ REFUSED: Mapping[str, Refusal] = {
     "external_plugins": Refusal(_PLUGIN, _OFF),
     "custom_register_path": Refusal(_PLUGIN, _OFF),
     "custom_dataset_info": Refusal("give the files themselves as --dataset", _OFF),
-    "cached_dataset": Refusal("jvlm data shard writes examples and their images as shards, which --dataset takes", _OFF),
+    "cached_dataset": Refusal("jvlm data shard writes examples as shards, which --dataset takes", _OFF),
     "model_name": Refusal("put who the model is into the data or --system", _OFF),
     "model_author": Refusal("put who the model is into the data or --system", _OFF),
     "use_chat_template": Refusal("jvlm pt trains on all of a conversation", ("true",)),

@@ -73,7 +73,7 @@ class ResultFile:
         self.lines.append(dict(values))
 
     def accuracy(self) -> tuple[int, int]:
-        """Return how many answers equal the expected ones, without regard to space around them, and how many have one."""
+        """Return how many answers are the expected ones but for space around them, and how many have one."""
         labelled = [found for found in self.lines if found["labels"] is not None]
         return sum(_same(found) for found in labelled), len(labelled)
 

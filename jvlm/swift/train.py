@@ -1,4 +1,4 @@
-"""From the arguments of ``jvlm sft`` and ``jvlm pt`` to an experiment: reads the model's folder and a sample of the data."""
+"""From training arguments to an experiment, by a look at the model's folder and a sample of the data."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def resumed(arguments: TrainingArguments, given: frozenset[str]) -> tuple[Traini
             "weights alone with --resume_only_model true"
         )
     before = saved.filled(type(arguments)(), values)
-    return saved.filled(before, {name: config_tree.to_dict(value) for name, value in typed.items()}), frozenset(values["given"]) | given
+    return saved.filled(before, {name: config_tree.to_dict(value) for name, value in typed.items()}), frozenset(
+        values["given"]
+    ) | given
 
 
 def _run_of(checkpoint: Path) -> tuple[Path, int]:

@@ -1,0 +1,128 @@
+"""Arguments as experiments, without reading a model or data."""
+
+import shlex
+
+import pytest
+
+from jvlm import configs, families
+from jvlm.data.config import DataConfig
+from jvlm.data.processor import ProcessorConfig
+from jvlm.errors import UserError
+from jvlm.swift import checkpoints, config_file
+from jvlm.swift.arguments import TrainingArguments
+from jvlm.swift.batches import Batches
+from jvlm.swift.experiment import Facts, experiment_of
+from jvlm.swift.words import parse
+from jvlm.weights import io
+
+
+@pytest.fixture(scope="module")
+def facts():
+    family = families.get("qwen2_5_vl")
+    data = DataConfig(train=("rows.jsonl",), batch_size=2, seq_len=1024, max_patches=2048)
+    model = families.preset("qwen2_5_vl_3b")
+    return Facts(model, ProcessorConfig(image=family.image_config), Batches(data, 3, 16.0), 5000, 40, "output", "v0")
+
+
+def experiment(facts, line):
+    parsed = parse(TrainingArguments, shlex.split(f"--model DIR --dataset rows.jsonl {line}"), "jvlm sft")
+    return experiment_of(parsed.arguments, facts, parsed.given)
+
+
+def at(value, path):
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("line", "path", "value"),
+    [
+        ("--train_type full", "optimizer.learning_rate", 1e-5),
+        ("--train_type full", "optimizer.encoder_lr", 0.0),
+        ("--train_type full", "optimizer.decoder_lr", None),
+        ("--train_type full --freeze_vit false --vit_lr 2e-6", "optimizer.encoder_lr", 2e-6),
+        ("--train_type full --freeze_llm true --freeze_aligner false", "optimizer.decoder_lr", 0.0),
+        ("--train_type full", "model.precision.param_dtype", "float32"),
+        ("--train_type full --torch_dtype bfloat16", "model.precision.param_dtype", "bfloat16"),
+        ("--train_type full", "model.precision.remat", "full"),
+        ("--train_type full --gradient_checkpointing false", "model.precision.remat", "none"),
+        ("--train_type full --optim adamw_bnb_8bit", "optimizer.kind", "adamw_8bit"),
+        ("--train_type full --lr_scheduler_type constant_with_warmup", "optimizer.schedule", "constant"),
+        ("--train_type full --warmup_steps 10", "optimizer.warmup_steps", 10),
+        ("--train_type full", "optimizer.warmup_ratio", 0.0),
+        ("--train_type full --neftune_noise_alpha 5", "task.neftune_alpha", 5.0),
+        ("--train_type full", "steps", None),
+        ("--train_type full", "epochs", 3.0),
+        ("--train_type full --max_steps 7", "steps", 7),
+        ("--train_type full", "gradient_accumulation_steps", 3),
+        ("--train_type full", "validation.split", 0.0),
+        ("--train_type full --eval_steps 50", "validation.split", 50.0),
+        ("--train_type full --eval_steps 50", "validation.interval_steps", 50),
+        ("--train_type full --eval_steps 50 --split_dataset_ratio 0", "validation.split", 0.0),
+        ("--train_type full --eval_steps 50 --val_dataset v.jsonl", "validation.data", ("v.jsonl",)),
+        ("--train_type full --split_dataset_ratio 0.0001", "validation.split", 1.0),
+        ("--train_type full --split_dataset_ratio 0.1 --save_steps 30", "validation.interval_steps", 30),
+        ("--train_type full --split_dataset_ratio 0.1 --eval_strategy epoch", "validation.interval_steps", 40),
+        ("--train_type full --split_dataset_ratio 0.1 --eval_strategy no", "validation.split", 0.0),
+        (
+            "--train_type full --split_dataset_ratio 0.1 --metric_for_best_model eval_token_acc",
+            "validation.metric",
+            "token_acc",
+        ),
+        ("--train_type full --load_best_model_at_end true", "validation.use_best", True),
+        ("--train_type full --save_strategy epoch", "checkpoint.save_interval_steps", 40),
+        ("--train_type full --save_total_limit 2", "hooks", (checkpoints.CheckpointFolders(2),)),
+        ("--train_type full --max_pixels 1003520", "processor.image.max_pixels", 1003520),
+        ("--train_type full --system Hello", "processor.default_system", "Hello"),
+        ("--train_type full", "processor", None),
+        ("--train_type full --box_format qwen_tokens", "processor.box_format", "qwen_tokens"),
+    ],
+)
+def test_what_an_argument_becomes(facts, line, path, value):
+    assert at(experiment(facts, line), path) == value
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--train_type full --max_steps 0", "--max_steps"),
+        ("--train_type full --split_dataset_ratio 1", "--split_dataset_ratio"),
+        ("--train_type full --quant_method bnb", "--train_type lora"),
+        ("--train_type full --max_pixels 0", "--max_pixels: 0 is not"),
+        ("--train_type full --learning_rate -1", "learning_rate"),
+        ("--train_type full --freeze_llm true", "every tower is frozen"),
+    ],
+)
+def test_arguments_that_make_no_experiment(facts, line, message):
+    with pytest.raises(UserError) as refused:
+        experiment(facts, line)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("line", ["--train_type full --eval_steps 5 --system 'Say \"yes\".' --max_pixels 5000"])
+def test_the_config_file_is_the_experiment(facts, line, tmp_path, monkeypatch):
+    """Its model is that of the folder: the test's reads a preset in its place."""
+    monkeypatch.setattr(io, "read_config", lambda place: facts.model)
+    made = experiment(facts, line)
+    config_file.write(made, tmp_path / "run.py", "A test.")
+    assert configs.load(str(tmp_path / "run.py")) == made
+    with pytest.raises(UserError, match="is there already"):
+        config_file.write(made, tmp_path / "run.py", "A test.")
+
+
+@pytest.mark.parametrize(
+    ("steps", "best", "limit", "gone"),
+    [
+        ([5, 10, 15], None, None, []),
+        ([5, 10, 15], None, 2, [5]),
+        ([5, 10, 15], 5, 2, [10]),
+        ([5, 10, 15], 15, 2, [5]),
+        ([5, 10, 15], 10, 1, [5]),
+        ([5, 10, 15], None, 1, [5, 10]),
+        ([5], 5, 1, []),
+        ([5, 10, 15], 99, 2, [5]),
+    ],
+)
+def test_the_last_and_the_best_checkpoint_stay(steps, best, limit, gone):
+    assert checkpoints.stale(steps, best, limit) == gone
