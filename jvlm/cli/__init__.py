@@ -16,10 +16,12 @@ from jvlm.errors import UserError
 # A command's module has the dataclass of its options and ``run(words) -> exit status``. It is imported when it is
 # called: the list of commands needs neither jax nor a parser.
 COMMANDS = {
+    "sft": ("jvlm.cli.sft", "fine-tune on conversations: adapters, or all of the model"),
+    "pt": ("jvlm.cli.pt", "train on all tokens of conversations"),
+    "infer": ("jvlm.cli.infer", "answer with a checkpoint"),
+    "export": ("jvlm.cli.export", "merge, quantise, check or upload a checkpoint"),
+    "merge-lora": ("jvlm.cli.merge_lora", "add an adapter to the model that it was trained on"),
     "train": ("jvlm.cli.train", "train, score, export and report an experiment"),
-    "sft": ("jvlm.cli.sft", "fine-tune on conversations, with ms-swift's arguments"),
-    "pt": ("jvlm.cli.pt", "train on all tokens of conversations, with ms-swift's arguments"),
-    "infer": ("jvlm.cli.infer", "answer with a checkpoint of sft, with ms-swift's arguments"),
     "configs": ("jvlm.cli.configs", "list the experiments that come with jvlm"),
     "plan": ("jvlm.cli.plan", "compile a step for TPUs or GPUs that are not here: memory, traffic, bounds on speed"),
     "replay": ("jvlm.cli.replay", "find the tower and the conversation of a stopped run that are not finite"),
@@ -28,6 +30,12 @@ COMMANDS = {
     "convert": ("jvlm.cli.convert", "write a checkpoint as a Hugging Face folder, in another dtype or layout"),
     "data check": ("jvlm.cli.data_check", "count examples that can and cannot be used, and say why"),
     "data shard": ("jvlm.cli.data_shard", "write examples and their pictures as ArrayRecord shards"),
+}
+_GROUPS = {
+    "Fine-tuning, with ms-swift's arguments": ("sft", "pt", "infer", "export", "merge-lora"),
+    "Training from a config": ("train", "configs", "plan", "replay"),
+    "Answers": ("generate", "chat"),
+    "Files": ("convert", "data check", "data shard"),
 }
 
 _TRAINING = ("train", "sft", "pt")
@@ -82,7 +90,12 @@ def _run(words: list[str], show_traceback: bool) -> int:
 
 
 def _list(commands: dict[str, tuple[str, str]]) -> str:
-    lines = "\n".join(f"  {name:<12} {line}" for name, (_, line) in commands.items())
+    groups = [(title, [n for n in names if n in commands]) for title, names in _GROUPS.items()]
+    lines = "\n\n".join(
+        "\n".join([f"{title}:", *(f"  {name:<12} {commands[name][1]}" for name in names)])
+        for title, names in groups
+        if names
+    )
     return (
         "usage: jvlm [--traceback] COMMAND ...\n\nTrain, run and export vision-language models in JAX.\n\n"
         f"{lines}\n\njvlm COMMAND --help shows a command's options; --traceback, before the command, where an error\n"

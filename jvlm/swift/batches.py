@@ -62,6 +62,6 @@ def choose(
     sequences = max(1, round(wanted / tokens))
     batches = max(1, round(accumulation * wanted / (sequences * tokens)))
     data = dataclasses.replace(data, seq_len=tokens, batch_size=sequences * devices)
-    data = survey.choose_rows(list(sizes), data, processor)
+    data = survey.choose_sizes(list(sizes), data, processor)
     conversations = batches * sequences * devices * tokens * _FILLED / max(mean, 1)
     return Batches(data, batches, conversations)

@@ -83,13 +83,8 @@ def load(checkpoint: Checkpoint, dtype: str | None = None) -> tuple[VLM, Process
     wanted = dtype or ("float32" if checkpoint.adapter is None else "bfloat16")
     precision = dataclasses.replace(config.precision, param_dtype=wanted)
     layout = sharding.inference_layout(dataclasses.replace(config, precision=precision), None)
-    model, processor = io.load(base, precision=precision, sharding=layout.parameter if layout else None)
-    if checkpoint.adapter is None:
-        return model, processor, layout
-    from jvlm.adapters.attach import attach
-    from jvlm.adapters.peft_read import read_peft
-
-    model = attach(model, read_peft(checkpoint.adapter, model.config), sharding=layout.parameter if layout else None)
-    if (checkpoint.adapter / "tokenizer.json").is_file():
+    place = layout.parameter if layout else None
+    model, processor = io.load(base, precision=precision, sharding=place, adapter=checkpoint.adapter)
+    if checkpoint.adapter is not None and (checkpoint.adapter / "tokenizer.json").is_file():
         processor = hf.load_processor(checkpoint.adapter, model.config)
     return model, processor, layout

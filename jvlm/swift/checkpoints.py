@@ -16,7 +16,8 @@ from jvlm.parallel import hosts
 from jvlm.training import processors
 from jvlm.training.checkpointing import Checkpointing
 from jvlm.training.hooks import Hook
-from jvlm.weights import hf, table
+from jvlm.training.side_files import read_json
+from jvlm.weights import hf, io, run_dir, table
 
 if TYPE_CHECKING:
     from jvlm.data.processor import Processor
@@ -54,7 +55,8 @@ class CheckpointFolders(Hook):
             return
         keeper = next(hook for hook in trainer.hooks if isinstance(hook, Checkpointing))
         run = keeper.storage.folder
-        write(trainer.model, processors.load(run), run / f"checkpoint-{trainer.step}")
+        base = read_json(run / run_dir.EXPERIMENT, "restore the run")["init_from"]
+        write(trainer.model, processors.load(run), run / f"checkpoint-{trainer.step}", base)
         best = keeper.best and keeper.best["step"]
         for step in stale(steps(run), best, self.limit):
             shutil.rmtree(run / f"checkpoint-{step}")
@@ -62,11 +64,19 @@ class CheckpointFolders(Hook):
             _link(run, best)
 
 
-def write(model: VLM, processor: Processor, folder: Path) -> None:
-    """Write a checkpoint folder: whole, or not at all."""
+def write(model: VLM, processor: Processor, folder: Path, base: str | None) -> None:
+    """Write a checkpoint folder, with tokenizer and image settings: whole, or not at all.
+
+    Args:
+      base: what a model with adapters stands on.
+    """
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    hf.save(model, processor, part, dtype=None)
+    if model.adapters is None:
+        hf.save(model, processor, part, dtype=None)
+    else:
+        io.save(model, processor, part, "peft", base=base)
+        hf.write_processor(part, model.config, processor)
     arguments = folder.parent / ARGUMENTS
     if arguments.is_file():
         shutil.copy(arguments, part / ARGUMENTS)

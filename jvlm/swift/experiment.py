@@ -13,7 +13,7 @@ from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.quantization.config import QuantizationConfig
-from jvlm.swift.arguments import ModelArguments, TrainingArguments, TunerArguments
+from jvlm.swift.arguments import HubArguments, ModelArguments, TrainingArguments, TunerArguments
 from jvlm.swift.batches import Batches
 from jvlm.swift.checkpoints import CheckpointFolders
 from jvlm.training.config import (
@@ -22,6 +22,7 @@ from jvlm.training.config import (
     Experiment,
     ExportConfig,
     OptimizerConfig,
+    PushConfig,
     ValidationConfig,
 )
 from jvlm.training.supervised import SupervisedTask
@@ -95,9 +96,10 @@ def data_config(arguments: TrainingArguments) -> DataConfig:
         max_patches="auto",
         max_length=data.max_length,
         on_too_long=too_long,
-        on_bad_row="error" if data.strict else "skip",
+        on_bad_example="error" if data.strict else "skip",
         max_bad_fraction=_BAD,
         shuffle=data.train_dataloader_shuffle,
+        loss={"default": "answers", "last_round": "last_answer", "all": "all"}[arguments.optimization.loss_scale],
         worker_processes=workers if workers > 1 else 0,
     )
 
@@ -194,6 +196,15 @@ def validation_config(arguments: TrainingArguments, facts: Facts, given: frozens
     )
 
 
+def push_config(hub: HubArguments) -> PushConfig:
+    """Return what is uploaded after training. Raises UserError without the name of a repository."""
+    if not hub.push_to_hub:
+        return PushConfig()
+    if hub.hub_model_id is None:
+        raise UserError("--push_to_hub true needs --hub_model_id ORG/NAME")
+    return PushConfig(hub_model_id=hub.hub_model_id, private=hub.hub_private_repo)
+
+
 def experiment_of(arguments: TrainingArguments, facts: Facts, given: frozenset[str] = frozenset()) -> Experiment:
     """Return the experiment that the arguments stand for.
 
@@ -207,16 +218,21 @@ def experiment_of(arguments: TrainingArguments, facts: Facts, given: frozenset[s
     if optimization.max_steps == 0 or optimization.max_steps < -1:
         raise UserError(f"--max_steps is a number of steps, or -1 for none, got {optimization.max_steps}")
     lora = tuner.train_type == "lora"
-    if lora and "adapter" not in {field.name for field in dataclasses.fields(Experiment)}:
-        raise UserError("--train_type lora cannot be trained yet; give --train_type full")
+    adapters = tuner.adapters or ((output.resume_from_checkpoint,) if output.resume_from_checkpoint else ())
+    if len(adapters) > 1:
+        raise UserError(f"--adapters: training goes on with one adapter, got {', '.join(adapters)}")
+    if tuner.adapters and not lora:
+        raise UserError("--adapters goes on with an adapter: it needs --train_type lora")
+    goes_on = bool(adapters) and lora and (bool(tuner.adapters) or output.resume_only_model)
     save = {"steps": output.save_steps, "epoch": facts.epoch_steps, "no": _NEVER}[output.save_strategy]
     processor = processor_config(arguments.model, facts.processor)
     return Experiment(
         name=facts.name,
         output_root=facts.root,
         model=model_config(arguments, facts.model),
-        init_from=arguments.model.model,
-        **({"adapter": adapter_config(tuner)} if lora else {}),
+        init_from=output.resume_from_checkpoint if output.resume_only_model and not lora else arguments.model.model,
+        adapter=adapter_config(tuner) if lora and not goes_on else None,
+        adapters_from=adapters[0] if goes_on else None,
         quantize=quantization(tuner),
         processor=None if processor == facts.processor else processor,
         data=facts.batches.data,
@@ -227,6 +243,7 @@ def experiment_of(arguments: TrainingArguments, facts: Facts, given: frozenset[s
         validation=validation_config(arguments, facts, given),
         evaluation=EvaluationConfig(),
         export=ExportConfig(enabled=False),
+        push=push_config(arguments.hub),
         task=SupervisedTask(neftune_alpha=optimization.neftune_noise_alpha),
         hooks=(CheckpointFolders(limit=output.save_total_limit, links=output.create_checkpoint_symlink),),
         steps=optimization.max_steps if optimization.max_steps > 0 else None,

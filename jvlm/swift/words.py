@@ -62,14 +62,15 @@ def parse(kind: type[T], words: Sequence[str], program: str) -> Parsed[T]:
                 shown = " ".join((f"--{name}", *values))
                 raise UserError(f"{program} cannot do {shown}: {REFUSED[name].instead}")
         else:
-            raise _unknown(typed, (*hints, *ALIASES), program)
+            spelled = (alias for alias, meant in ALIASES.items() if meant in hints)
+            raise _unknown(typed, (*hints, *spelled), program)
     clean = [word for name, values in found.items() for word in (f"--{name}", *values)]
     return Parsed(options.parse(kind, clean, program, boolean_values=True), frozenset(found), tuple(notes))
 
 
 def _unknown(typed: str, known: Sequence[str], program: str) -> UserError:
-    near = difflib.get_close_matches(typed.replace("-", "_"), known, n=2)
-    hint = f"did you mean {' or '.join(f'--{name}' for name in near)}?" if near else f"{program} --help lists them"
+    near = difflib.get_close_matches(typed.replace("-", "_"), known, n=1)
+    hint = f"did you mean --{near[0]}?" if near else f"{program} --help lists them"
     return UserError(f"{program} has no option --{typed}; {hint}")
 
 
