@@ -4,35 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jvlm.adapters import attach, plan
+from jvlm.adapters import attach, peft_config, plan
+from jvlm.adapters.peft_read import ReadBase, read_peft
 from jvlm.adapters.weights import AdapterWeights
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.vlm import VLMConfig
 from jvlm.weights import run_dir
 
-PEFT_CONFIG = "adapter_config.json"
 
-
-def read(place: str | Path, config: VLMConfig) -> AdapterWeights:
+def read(place: str | Path, config: VLMConfig, read_base: ReadBase | None = None) -> AdapterWeights:
     """Return the adapter of a folder, for a model of this configuration.
 
     Args:
       place: a PEFT folder, or the folder of a run that trained adapters (``runs/demo``, ``runs/demo/best``).
+      read_base: gives a parameter of the base, which some PEFT folders need; see `jvlm.adapters.peft_read.read_peft`.
 
     Raises:
       UserError: a folder that holds neither; an adapter of another model.
     """
     folder, best = run_dir.split_best(Path(place))
     folder = run_dir.local(folder if best else place)
-    if (folder / PEFT_CONFIG).is_file():
-        from jvlm.adapters.peft_read import read_peft
-
-        return read_peft(folder, config)
+    if (folder / peft_config.FILE).is_file():
+        return read_peft(folder, config, read_base=read_base)
     found = plan.read(folder) if folder.is_dir() else None
     if found is None:
         raise UserError(
-            f"{place} holds no adapter: neither {PEFT_CONFIG} (PEFT) nor {plan.FILE} (a run that trained adapters)"
+            f"{place} holds no adapter: neither {peft_config.FILE} (PEFT) nor {plan.FILE} (a run that trained "
+            "adapters); a whole model is given as init_from"
         )
     template = attach.structure(vlm.abstract(config), found)
     source = run_dir.params_folder(folder, best)

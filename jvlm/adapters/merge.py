@@ -44,11 +44,16 @@ def merge_matrix(base: Float[np.ndarray, "i o"], low: LowRank) -> Float[np.ndarr
 def needs_own_head(weights: AdapterWeights, config: VLMConfig) -> bool:
     """Return whether a model whose head is tied to its embedding must get a head of its own for an adapter.
 
-    An adapter of one of the two says nothing of the other. Rows of single tokens count for both.
+    An adapter of one of the two says nothing of the other. Rows of single tokens, and a whole table, count for both.
     """
     if not config.decoder.tie_word_embeddings:
         return False
-    return any(target.path in (EMBEDDING, HEAD) for target in [*weights.low_rank, *weights.parameters])
+    return Target(EMBEDDING) in weights.low_rank or has_head(weights)
+
+
+def has_head(weights: AdapterWeights) -> bool:
+    """Return whether an adapter has something for a head that is a matrix of its own."""
+    return Target(HEAD) in weights.low_rank or Target(HEAD) in weights.parameters or HEAD in weights.token_rows
 
 
 def merged_config(weights: AdapterWeights, config: VLMConfig) -> VLMConfig:

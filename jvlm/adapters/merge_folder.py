@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from jvlm import json_files
-from jvlm.adapters import merge, peft_modules, peft_read
+from jvlm.adapters import folders, merge, peft_modules
 from jvlm.adapters.weights import AdapterWeights, Target
 from jvlm.errors import UserError
 from jvlm.models.vlm import VLMConfig
@@ -56,7 +56,7 @@ def merge_folder(
 
     Args:
       base: a Hugging Face folder or a jvlm run; the model that the adapter was trained beside, not quantised.
-      adapter: a PEFT folder, or its weights.
+      adapter: a PEFT folder, a run that trained adapters, or weights.
       target: a folder that does not exist.
       dtype: of every tensor; "keep" leaves each as the base has it.
       layout: tensor names, "released" or "transformers".
@@ -116,7 +116,7 @@ class _MergedSource:
         self.source, self.dtype, self.rename = source, dtype, rename
         self._base = {(entry.path, entry.layer): entry for entry in source.entries}
         if not isinstance(adapter, AdapterWeights):
-            adapter = peft_read.read_peft(adapter, source.config, read_base=self._kernel)
+            adapter = folders.read(adapter, source.config, self._parameter)
         config: VLMConfig = merge.merged_config(adapter, source.config)
         self.untied = config is not source.config
         self.entries = peft_modules.entries(config)
@@ -185,7 +185,7 @@ class _MergedSource:
         value = entry.to_param(self.source.read(entry))
         return value.T if path == HEAD and entry.path == EMBEDDING else value
 
-    def _kernel(self, target: Target) -> np.ndarray:
+    def _parameter(self, target: Target) -> np.ndarray:
         return self._read_base(target.path, target.index[0] if target.index else None)
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jvlm.adapters import merge, peft_config, peft_read
+from jvlm.adapters import folders, merge, peft_config, peft_read
 from jvlm.adapters.attach import ShardingOf, attach
-from jvlm.adapters.weights import Target
+from jvlm.adapters.weights import AdapterWeights, Target
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.vlm import VLM
@@ -41,17 +41,22 @@ def refuse_as_start(place: str | Path) -> None:
         raise UserError(f"{place} holds an adapter and no model: {_VERBS}")
 
 
-def with_adapter(model: VLM, folder: str | Path, sharding: ShardingOf | None = None) -> VLM:
-    """Return a model with the adapter of a PEFT folder in it; see `attach` and `read_peft`.
+def with_adapter(model: VLM, place: str | Path, sharding: ShardingOf | None = None) -> VLM:
+    """Return a model with the adapter of a PEFT folder, or of a run, in it; see `attach` and `folders.read`.
 
-    A head that is tied to the embedding becomes a matrix of its own, where the adapter has a part in one of them.
+    A head that is tied to the embedding becomes a matrix of its own, where the adapter has something for it.
     """
+    weights = read_beside(model, place)
+    if merge.has_head(weights):
+        model = merge.untie(model)
+    return attach(model, weights, sharding=sharding)
+
+
+def read_beside(model: VLM, place: str | Path) -> AdapterWeights:
+    """Return the adapter of a folder for a model, whose parameters are there for what refers to them."""
     values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
 
     def read_base(target: Target) -> np.ndarray:
         return np.asarray(values[target.path][target.index])
 
-    weights = peft_read.read_peft(folder, model.config, read_base=read_base)
-    if merge.needs_own_head(weights, model.config):
-        model = merge.untie(model)
-    return attach(model, weights, sharding=sharding)
+    return folders.read(place, model.config, read_base)

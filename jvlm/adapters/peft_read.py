@@ -33,6 +33,7 @@ _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector(?:\.weight)?|lora_embedding_[AB]|"
     r"token_adapter\.trainable_tokens_delta|(?:token_adapter\.)?base_layer\.(?:weight|bias))"
 )
+ReadBase = Callable[[Target], np.ndarray]
 _UNCONVERTED = (
     "the tensors belong to a base that init_lora_weights = {init!r} has changed: {hint}save the adapter again in PEFT "
     "with path_initial_model_for_weight_conversion, and read that folder"
@@ -62,15 +63,14 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / peft_config.FILE).is_file() and not (Path(folder) / "config.json").is_file()
 
 
-def read_peft(
-    folder: str | Path, config: VLMConfig, *, read_base: Callable[[Target], np.ndarray] | None = None
-) -> AdapterWeights:
+def read_peft(folder: str | Path, config: VLMConfig, *, read_base: ReadBase | None = None) -> AdapterWeights:
     """Return the adapter of a PEFT folder, in the dtypes of the file. Both layouts of names are read.
 
     Args:
       config: of the base. An adapter of a tied model's head or embedding untied it: ``decoder.head.kernel`` is then a
         target that the tied model does not have.
-      read_base: gives a kernel of the base, [in, out]; needed for an adapter that was saved as PiSSA or OLoRA made it.
+      read_base: gives a parameter of the base, kernels as [in, out]; needed for an adapter that was saved as PiSSA or
+        OLoRA made it, and for one that replaces a tied embedding and leaves the head as it was.
 
     Raises:
       UserError: no adapter, a feature that is not read, or a base that is needed.
@@ -89,7 +89,7 @@ def read_peft(
         raise UserError(f"{path} is missing{hint}")
     try:
         with safe_open(path, framework="numpy") as tensors:
-            weights = _Reader(settings, config, tensors).weights()
+            weights = _Reader(settings, config, tensors, read_base).weights()
     except SafetensorError as error:
         raise WeightError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
     return neutral.subtract_initial(weights, init, read_base) if peft_config.changes_base(settings) else weights
@@ -98,8 +98,8 @@ def read_peft(
 class _Reader:
     """One file: its keys matched with the modules of a model, before any tensor is read."""
 
-    def __init__(self, settings: PeftConfig, config: VLMConfig, tensors: Any):
-        self.settings, self.config, self.tensors = settings, config, tensors
+    def __init__(self, settings: PeftConfig, config: VLMConfig, tensors: Any, read_base: ReadBase | None):
+        self.settings, self.config, self.tensors, self.read_base = settings, config, tensors, read_base
         self.form = table.hf_format(config)
         self.modules = peft_modules.modules(config)
         self.entries = {e.name: e for e in peft_modules.entries(peft_modules.untied(config))}
@@ -147,7 +147,28 @@ class _Reader:
                 f"{self.settings.path.parent} does not fit its configuration and this model "
                 f"({len(self.problems)} problems):\n  {lines}"
             )
+        if self.config.decoder.tie_word_embeddings:
+            self._share(parameters)
         return AdapterWeights(self.settings.adapter_config(), low_rank, parameters, token_rows)
+
+    def _share(self, parameters: dict[Target, np.ndarray]) -> None:
+        """Settle what a whole embedding of a tied model means for the head.
+
+        One that is saved alone unties the model in PEFT, and the head stays as it was. Saved twice, or without being in
+        modules_to_save (new tokens made it longer), it is the table of both.
+        """
+        table, head = parameters.get(Target(EMBEDDING)), parameters.get(Target(HEAD))
+        if table is None:
+            return
+        if head is not None and np.array_equal(head.T, table):
+            del parameters[Target(HEAD)]
+        elif head is None and self._is_saved(next(n for n, e in self.entries.items() if e.path == EMBEDDING)):
+            if self.read_base is None:
+                raise UserError(
+                    f"{self.settings.path}: modules_to_save replaces the embedding of a tied model and leaves the head "
+                    "as it was: give the folder of the base"
+                )
+            parameters[Target(HEAD)] = self.read_base(Target(EMBEDDING)).T
 
     def _check_targets(self, adapted: set[str]) -> None:
         """Compare what the configuration names with what the file has, under the names of either layout."""

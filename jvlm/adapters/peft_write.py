@@ -15,11 +15,12 @@ import numpy as np
 from jvlm.adapters import peft_card, peft_config, peft_modules
 from jvlm.adapters.peft_modules import LAYOUTS, Layout, Module, target_of
 from jvlm.adapters.peft_read import MAGNITUDE, PREFIX, TENSORS, TOKEN_ROWS
-from jvlm.adapters.weights import AdapterWeights, LowRank
+from jvlm.adapters.weights import AdapterWeights, LowRank, Target
 from jvlm.errors import UserError
 from jvlm.models.vlm import VLMConfig
 from jvlm.weights import safetensors_files, table
 from jvlm.weights.table import Entry
+from jvlm.weights.vocabulary import EMBEDDING, HEAD
 
 # The keys written are those of this version, which later ones read too; an earlier one warns of keys it does not know.
 PEFT_VERSION = "0.15.2"
@@ -92,6 +93,9 @@ class _Writer:
         self.problems += [f"no module for {target.path} {list(target.index)}" for target in unknown]
         self.low_rank = {by_target[t]: low for t, low in weights.low_rank.items() if t not in unknown}
         self.whole = {names[t]: value for t, value in weights.parameters.items() if t not in unknown}
+        if config.decoder.tie_word_embeddings and Target(EMBEDDING) in weights.parameters:
+            # alone, PEFT would take it as the embedding's only
+            self.whole.setdefault(names[Target(HEAD)], weights.parameters[Target(EMBEDDING)].T)
         self.biases = self._biases()
         self.rows = {by_target[target_of(self._of_path(path))]: rows for path, rows in weights.token_rows.items()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from jvlm.adapters import attach, folders
+from jvlm.adapters import attach, peft_load
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.models import vlm
@@ -26,6 +26,7 @@ def start_model(experiment: Experiment, sharding: hf.ShardingOf | None = None) -
     if experiment.init_from is not None:
         precision = experiment.model.precision if experiment.model else None
         adapt, quantize = experiment.adapt, experiment.quantize
+        peft_load.refuse_as_start(run_dir.local(experiment.init_from, weights=False))
         at_once = quantize if adapt.grid is None and adapt.experts is None else None
         model, processor = load(
             experiment.init_from,
@@ -66,7 +67,7 @@ def _with_adapters(model: VLM, experiment: Experiment, processor: Processor, sha
             )
         return model
     if experiment.adapters_from is not None:
-        return attach.attach(model, folders.read(experiment.adapters_from, model.config), sharding=sharding)
+        return attach.attach(model, peft_load.read_beside(model, experiment.adapters_from), sharding=sharding)
     if wanted is None:
         return model
     tokenizer = processor.tokenizer

@@ -46,8 +46,8 @@ def load(
         tokens that end a turn in its family's template, as Idefics2-8b-base's does, gets them too.
       quantize: hold these matrices quantised, each from the moment it is read; the model can then not be trained but
         through adapters. Of a run that was trained so, None keeps its own.
-      adapter: a PEFT folder, whose adapter is put on the model. ``path`` may be that folder too, if the base that it
-        names is there.
+      adapter: a PEFT folder, or a run that trained adapters, whose adapter is put on the model. ``path`` may be a PEFT
+        folder too, if the base that it names is there.
 
     Raises:
       UserError: no such folder, or one that holds neither kind of model.
@@ -58,7 +58,7 @@ def load(
     step = best or step
     folder = run_dir.local(folder if best else path)
     if adapter is not None or is_adapter(folder):
-        base, adapter = (folder, run_dir.local(adapter)) if adapter else (peft_load.base_of(folder), folder)
+        base, adapter = (folder, adapter) if adapter else (peft_load.base_of(folder), folder)
         model, processor = load(
             base, precision=precision, sharding=sharding, step=step, grow_embedding=grow_embedding, quantize=quantize
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jvlm.adapters import neutral
 from jvlm.adapters.attach import attach
@@ -22,6 +22,7 @@ from jvlm.adapters.peft_read import read_peft
 from jvlm.adapters.peft_write import write_peft
 from jvlm.adapters.weights import AdapterWeights, LowRank, Target, TokenRows
 from jvlm.models import vlm
+from jvlm.weights import hf
 from tests import support
 from tests.adapters import golden
 
@@ -73,6 +74,21 @@ def cases(layout):
         yield f"{family}/bfloat16", family, weights, expected
 
 
+def tied(folder):
+    """A base with one table for embedding and head, and a LoRA beside another table of both."""
+    place = golden.ROOT / "qwen2_5_vl/base"
+    folder.mkdir()
+    values = json.loads((place / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "tie_word_embeddings": True}))
+    tensors = {name: v for name, v in load_file(place / "model.safetensors").items() if name != "lm_head.weight"}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = hf.load_weights(folder, hf.read_config(folder))
+    weights = read_peft(golden.ROOT / "qwen2_5_vl/lora", model.config)
+    table = np.random.default_rng(0).standard_normal((96, 32)).astype(np.float32)
+    weights = dataclasses.replace(weights, parameters={Target("decoder.embedding"): table})
+    return model, weights
+
+
 @pytest.mark.parametrize("layout", READERS)
 def test_peft_answers_with_our_adapters_as_we_do(tmp_path, layout):
     packages, peft, transformers = READERS[layout]
@@ -85,6 +101,13 @@ def test_peft_answers_with_our_adapters_as_we_do(tmp_path, layout):
         inputs = str(place / "inputs.safetensors")
         requests.append({"base": str(place / "base"), "adapter": str(adapter), "inputs": inputs, "out": out})
         wanted[name] = out, expected
+    model, weights = tied(tmp_path / "tied_base")
+    write_peft(weights, model.config, tmp_path / "tied", layout=layout)
+    out = str(tmp_path / "tied/out.safetensors")
+    wanted["tied"] = out, np.asarray(attach(model, weights)(golden.batch("qwen2_5_vl")))
+    inputs = str(golden.ROOT / "qwen2_5_vl/inputs.safetensors")
+    request = {"base": str(tmp_path / "tied_base"), "adapter": str(tmp_path / "tied"), "inputs": inputs, "out": out}
+    requests.append(request)
     (tmp_path / "request.json").write_text(json.dumps(requests))
     environment = {**os.environ, "PYTHONPATH": str(Path(sys.prefix) / packages), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
