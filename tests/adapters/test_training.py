@@ -51,7 +51,7 @@ class StopAfter(Hook):
 def trained(tmp_path_factory):
     """A base, and a run of adapters on it."""
     folder = tmp_path_factory.mktemp("adapters")
-    rows = support.write_rows(folder / "data", 12)
+    rows = support.write_examples(folder / "data", 12)
     from jvlm.training.starting_model import start_model
 
     model, processor = start_model(support.experiment(folder, rows, *OPTIONS))
