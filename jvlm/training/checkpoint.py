@@ -27,6 +27,7 @@ from jvlm.data import stores
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
 from jvlm.training.config import CheckpointConfig
+from jvlm.training.optimizer import ema_of
 from jvlm.training.state import TrainState
 from jvlm.units import GIB
 from jvlm.weights.fingerprints import fingerprints
@@ -47,13 +48,15 @@ class Checkpoints:
 
     Args:
       folder: of the run, absolute or in an object store.
+      use_ema: where the optimizer keeps an average of the parameters, a checkpoint gives it to whoever loads the run;
+        the parameters themselves lie beside the optimizer's state.
 
     Attributes:
       best: the step whose checkpoint stays whatever comes later; None for none.
     """
 
-    def __init__(self, folder: epath.PathLike, config: CheckpointConfig):
-        self.folder, self.config = epath.Path(folder), config
+    def __init__(self, folder: epath.PathLike, config: CheckpointConfig, *, use_ema: bool = True):
+        self.folder, self.config, self.use_ema = epath.Path(folder), config, use_ema
         self.best: int | None = None
         self._path = self.folder / CHECKPOINTS
         for path in sorted(self._path.iterdir()) if self._path.is_dir() else ():
@@ -101,7 +104,7 @@ class Checkpoints:
         """
         if stores.is_remote(self.folder) or not ahead:
             return
-        size = sum(x.nbytes for x in jax.tree.leaves((self._saved(state), state.opt_state)))
+        size = sum(x.nbytes for x in jax.tree.leaves(self._parts(state, full=self.config.full)))
         config, present = self.config, self._manager.all_steps()
         passing = sum(not self._stays(step) for step in present)
         count = most = 0
@@ -130,20 +133,25 @@ class Checkpoints:
         """Write a checkpoint if it is due (or ``force``), and return whether it was. Arrays are copied before that."""
         if (force and self.latest() == step) or not (force or self.due(step)):
             return False
-        params = self._saved(state)
-        prints = fingerprints((params, state.opt_state))
+        params, rest = self._parts(state, full=self.config.full)
+        prints = fingerprints((params, rest))
         return self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params, save_args={p: _chunks(p, v) for p, v in params.items()}),
-                optimizer=ocp.args.StandardSave(state.opt_state),
+                optimizer=ocp.args.StandardSave(rest),
                 data=ocp.args.JsonSave({"run": data, "checksum": _checksum(data), "fingerprints": prints}),
             ),
             force=force,
         )
 
-    def _saved(self, state: TrainState) -> dict[str, jax.Array]:
-        return state.params if self.config.full else state.saved
+    def _parts(self, state: TrainState, *, full: bool) -> tuple[dict[str, jax.Array], Any]:
+        """Return (parameters as whoever loads the run gets them, what else training goes on from)."""
+        params = state.params if full else state.saved
+        average = ema_of(state.opt_state, state.trainable) if self.use_ema else None
+        if average is None:
+            return params, state.opt_state
+        return {**params, **average}, {"optimizer": state.opt_state, "trained": state.trainable}
 
     def restore_latest(self, state: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
         """Return the last good checkpoint: its step, state and data; None if there is none.
@@ -173,13 +181,15 @@ class Checkpoints:
 
     def restore(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """As `restore_latest`, of one step. Raises Damaged: on every process, whichever found it so."""
-        data, params, opt_state = _agreed(lambda: self._read(step, state))
-        now = fingerprints((params, opt_state))
+        data, params, rest = _agreed(lambda: self._read(step, state))
+        now = fingerprints((params, rest))
         _agreed(lambda: _compare(data["fingerprints"], now))
+        averaged = self.use_ema and ema_of(state.opt_state, state.trainable) is not None
+        opt_state, trained = (rest["optimizer"], rest["trained"]) if averaged else (rest, params)
         restored = dataclasses.replace(
             state,
             step=state.step * 0 + step,
-            trainable={path: params[path] for path in state.trainable},
+            trainable={path: trained[path] for path in state.trainable},
             opt_state=opt_state,
             frozen={path: params.get(path, value) for path, value in state.frozen.items()},
         )
@@ -195,7 +205,7 @@ class Checkpoints:
                 if not isinstance(data, dict) or "run" not in data or _checksum(data["run"]) != data.get("checksum"):
                     raise Damaged("the data position is not what was saved")
                 full = all(f"[0][{path!r}]" in data["fingerprints"] for path in state.frozen_base)
-                wanted = (state.params if full else state.saved, state.opt_state)
+                wanted = self._parts(state, full=full)
                 wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
                 arrays = ocp.args.Composite(
                     params=ocp.args.StandardRestore(wanted[0]), optimizer=ocp.args.StandardRestore(wanted[1])

@@ -33,7 +33,7 @@ class Checkpointing(Hook):
         self._checkpoints: Checkpoints | None = None
 
     def on_train_start(self, trainer: Trainer) -> None:
-        self._checkpoints = checkpoints = Checkpoints(self.storage.store, self.config)
+        self._checkpoints = checkpoints = Checkpoints(self.storage.store, self.config, use_ema=trainer.use_ema)
         try:
             trainer.state = self.frozen.restore(trainer.state)
             restored = checkpoints.restore_latest(trainer.state)

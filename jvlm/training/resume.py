@@ -47,7 +47,7 @@ _FREE = (
 _SHAPES = (
     "model.",
     "adapt.",
-    *(f"optimizer.{name}" for name in ("kind", "train", "freeze", "lr_pattern", "ema_decay")),
+    *(f"optimizer.{name}" for name in ("kind", "train", "freeze", "lr_pattern", "ema_decay", "use_ema")),
 )
 # Files up to so many bytes are read whole for their fingerprint, and up to so many of all data files together; of
 # others so many pieces of so many bytes.

@@ -215,7 +215,7 @@ def _train_one(
         last = checkpointing.best["step"]
         hosts.log_rank0(f"the best checkpoint, of step {last}, is what this run returns")
     if last != trainer.step:
-        with Checkpoints(storage.store, experiment.checkpoint) as checkpoints:
+        with Checkpoints(storage.store, experiment.checkpoint, use_ema=trainer.use_ema) as checkpoints:
             trainer.state, _ = checkpoints.restore(last, trainer.state)
     compilations, rejected = trainer.compiled.step.compilations, counters.rejected()
     hosts.log_rank0(

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+import jvlm
 from jvlm import configs, families
 from jvlm.adapters import targets
 from jvlm.models import vlm
@@ -109,9 +110,13 @@ def test_a_stage_runs_and_one_that_was_stopped_goes_on_to_the_same_bits_with_its
         runs.train(at("stopped", hooks=(Stop(),)))
     again = runs.train(at("stopped"))
     assert support.losses(tmp_path / "stopped") == support.losses(tmp_path / "whole")
-    values = [{p: np.asarray(v.get_value()) for p, v in vlm.variables(r.model).items()} for r in (whole, again, raw)]
+    loaded = [jvlm.load(tmp_path / name / "run")[0] for name in ("whole", "raw")]
+    models = [whole.model, again.model, raw.model, *loaded]
+    values = [{p: np.asarray(v.get_value()) for p, v in vlm.variables(model).items()} for model in models]
     for path, value in values[0].items():
         np.testing.assert_array_equal(value, values[1][path], err_msg=path)
+        np.testing.assert_array_equal(value, values[3][path], err_msg=f"{path}: the run's folder gives the average")
+        np.testing.assert_array_equal(values[2][path], values[4][path], err_msg=path)
     differ = {path for path, value in values[0].items() if not np.array_equal(value, values[2][path])}
     assert any(path.endswith(".adapter.b") for path in differ), "the average is not the last step"
     assert any(path.startswith("connector.") for path in differ)
