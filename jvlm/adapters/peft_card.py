@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import jvlm
+from jvlm.adapters.peft_readers import READERS, reader_problems
 from jvlm.adapters.weights import AdapterWeights
 from jvlm.models.vlm import VLMConfig
 
@@ -43,6 +44,10 @@ def text(weights: AdapterWeights, config: VLMConfig, base_name: str | None) -> s
     }
     lines = ["---", *head, "---", "", f"# {kind} adapter", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    lines += ["", "| other programs | what they make of it |", "| --- | --- |"]
+    for reader in READERS:
+        found = reader_problems(weights, config, reader)
+        lines.append(f"| {reader} | {'; '.join(found) or 'read as it is'} |")
     lines += [
         "",
         f"Written by jvlm {jvlm.__version__}. It loads with PEFT:",

@@ -8,6 +8,7 @@ import re
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float
 
 from jvlm.adapters.weights import Target
 from jvlm.models import vlm
@@ -45,21 +46,21 @@ class Module:
         """Outputs of a linear map or convolution; the width of an embedding."""
         return self.weight.shape[1 if self.kind == "embedding" else 0]
 
-    def input_to_param(self, a: np.ndarray) -> np.ndarray:
+    def input_to_param(self, a: Float[np.ndarray, "r ..."]) -> Float[np.ndarray, "i r"]:
         """Return the first matrix of the file, [rank, *inputs] in the file's order, as [inputs, rank] in jvlm's."""
         if self.weight.pattern is None:
             return a.T
         _, inputs, our_inputs, _ = self._sides()
         return self._side(f"rank {inputs} -> {our_inputs} rank").to_param(a)
 
-    def input_to_checkpoint(self, a: np.ndarray) -> np.ndarray:
+    def input_to_checkpoint(self, a: Float[np.ndarray, "i r"]) -> Float[np.ndarray, "r ..."]:
         """Return the inverse of `input_to_param`."""
         if self.weight.pattern is None:
             return a.T
         _, inputs, our_inputs, _ = self._sides()
         return self._side(f"rank {inputs} -> {our_inputs} rank").to_checkpoint(a)
 
-    def output_to_param(self, b: np.ndarray) -> np.ndarray:
+    def output_to_param(self, b: Float[np.ndarray, "o r ..."]) -> Float[np.ndarray, "r o"]:
         """Return the second matrix of the file, [outputs, rank, ...], as [rank, outputs] in jvlm's order."""
         b = b.reshape(b.shape[:2])
         if self.weight.pattern is None:
@@ -67,7 +68,7 @@ class Module:
         outputs, _, _, ours = self._sides()
         return self._side(f"{outputs} rank -> rank {ours}").to_param(b)
 
-    def output_to_checkpoint(self, b: np.ndarray) -> np.ndarray:
+    def output_to_checkpoint(self, b: Float[np.ndarray, "r o"]) -> Float[np.ndarray, "o r ..."]:
         """Return the inverse of `output_to_param`: [outputs, rank, 1, ...] with the axes of a convolution's weight."""
         if self.weight.pattern is None:
             return b.T
@@ -75,7 +76,7 @@ class Module:
         value = self._side(f"{outputs} rank -> rank {ours}").to_checkpoint(b)
         return value.reshape(*value.shape, *self._window)
 
-    def vector_to_param(self, value: np.ndarray) -> np.ndarray:
+    def vector_to_param(self, value: Float[np.ndarray, "..."]) -> Float[np.ndarray, " o"]:
         """Return a number for each output, of the file, as [outputs] in jvlm's order."""
         value = value.reshape(-1)
         if self.weight.pattern is None:
@@ -83,7 +84,7 @@ class Module:
         outputs, _, _, ours = self._sides()
         return self._side(f"{outputs} -> {ours}").to_param(value)
 
-    def vector_to_checkpoint(self, value: np.ndarray) -> np.ndarray:
+    def vector_to_checkpoint(self, value: Float[np.ndarray, " o"]) -> Float[np.ndarray, " o"]:
         """Return the inverse of `vector_to_param`, [outputs]."""
         if self.weight.pattern is None:
             return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 from jvlm.adapters import merge
 from jvlm.adapters.weights import AdapterWeights
@@ -17,6 +17,7 @@ from jvlm.models.vlm import VLMConfig
 from jvlm.weights.vocabulary import EMBEDDING, HEAD
 
 Reader = Literal["vllm", "sglang", "llama.cpp", "transformers"]
+READERS: tuple[Reader, ...] = get_args(Reader)
 # vLLM's --max-lora-rank unless it is given.
 _VLLM_RANK = 16
 _MERGE = "merge the adapter instead"

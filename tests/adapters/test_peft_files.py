@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jvlm import families
 from jvlm.adapters import peft_card, peft_modules
 from jvlm.adapters.config import AdapterConfig
 from jvlm.adapters.peft_read import find_folder, read_peft
@@ -135,6 +136,21 @@ def test_targets_of_one_tower_do_not_reach_into_another(tmp_path):
     hit = {n for n in names if any(f".{n}".endswith(f".{target}") for target in settings["target_modules"])}
     assert hit == {n for n in names if n.startswith("model.text_model.layers.") and n.endswith("_proj")}
     assert_equal(read_peft(tmp_path, config), AdapterWeights(weights.config, text))
+
+
+@pytest.mark.parametrize(
+    ("preset", "targets"),
+    [
+        ("qwen2_5_vl_7b", "attn.proj down_proj gate_proj k_proj mlp.0 mlp.2 o_proj q_proj qkv up_proj v_proj"),
+        ("idefics2_8b", "down_proj fc1 fc2 gate_proj k_proj o_proj out_proj q_proj up_proj v_proj"),
+    ],
+)
+def test_all_linear_maps_of_a_released_model_get_the_names_that_peft_writes(preset, targets):
+    modules = peft_modules.modules(families.preset(preset))
+    linear = {n for n, m in modules.items() if m.kind == "linear" and not peft_modules.is_head(m)}
+    assert len(linear) == {"qwen2_5_vl_7b": 358, "idefics2_8b": 410}[preset]
+    others = (modules.keys() | peft_modules.containers(set(modules))) - linear
+    assert peft_modules.shortest_suffixes(linear, others) == targets.split()
 
 
 def test_bfloat16_is_read_and_written_as_it_is(tmp_path):
@@ -321,6 +337,7 @@ def test_the_card_names_a_base_on_the_hub_and_never_a_folder(tmp_path):
     assert card.startswith('---\nbase_model: "org/base"\n')
     assert theirs in card
     assert "library_name: peft" in card
+    assert "| vllm | refused: DoRA" in card
     write_peft(weights, config, tmp_path / "local", base_name=str(tmp_path))
     assert str(tmp_path) not in (tmp_path / "local" / peft_card.FILE).read_text()
     assert json.loads((tmp_path / "local/adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path)
