@@ -25,7 +25,7 @@ class Convert:
     DINOv2 backbone in one ONNX file, becomes a folder that jvlm starts from.
 
     Attributes:
-      source: a Hugging Face folder, a jvlm run, a .gguf or .onnx file.
+      source: a Hugging Face folder, a jvlm run, an id on the Hub, a .gguf or .onnx file.
       target: a new folder.
       layout: tensor names, as in the released checkpoint or as transformers has them in memory.
       dtype: of every tensor; "keep" leaves each as it is stored.

@@ -39,7 +39,7 @@ class ModelOptions:
     """The model that answers, how, and on which devices.
 
     Attributes:
-      model: a Hugging Face folder or a jvlm run folder.
+      model: a Hugging Face folder, a jvlm run folder, or an id on the Hub (ORG/NAME, ORG/NAME@REVISION).
       param_dtype: dtype of the parameters; None is float32.
       images: what to change about the image processor.
       sampling: how answers are made.

@@ -17,7 +17,8 @@ class DataConfig:
     """What is read and how it is packed.
 
     Attributes:
-      train: files or globs of JSONL and ArrayRecord examples; FILE#N takes N of them, repeating them if it has fewer.
+      train: files or globs of JSONL and ArrayRecord examples, or datasets on the Hub (ORG/NAME:SUBSET:SPLIT); FILE#N
+        takes N of them, repeating them if it has fewer.
       media_root: folder for relative media paths, after the data file's own.
       batch_size: sequences of a batch (of one accumulation step), all processes together.
       seq_len: tokens of a packed sequence, padding included. "auto" chooses it, and ``max_patches``, from a sample of

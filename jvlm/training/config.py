@@ -220,7 +220,8 @@ class Experiment:
       stages: trained first, in order: alignment before instruction, short sequences before long ones.
       model: the architecture, when training from random weights; with ``init_from`` the folder's own is used and
         only ``model.precision`` counts.
-      init_from: Hugging Face or run folder whose weights and processor to start from.
+      init_from: Hugging Face or run folder, or id on the Hub (ORG/NAME, ORG/NAME@REVISION), whose weights and processor
+        to start from.
       adapt: changes to that model; none to one that starts from random weights.
       adapter: train adapters (LoRA and its relatives) on the model, and of the base only what it names; None trains the
         base. With a model that has adapters already, a stage's say, these are trained on.

@@ -17,6 +17,7 @@ import numpy as np
 
 from jvlm import json_files
 from jvlm.errors import UserError
+from jvlm.hub.ids import require_id
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
@@ -74,7 +75,7 @@ def convert(
     """Write a checkpoint as a Hugging Face folder, reading and writing one tensor at a time.
 
     Args:
-      source: a Hugging Face folder, or a jvlm run.
+      source: a Hugging Face folder, a jvlm run, or an id on the Hub.
       target: a folder that does not exist or is empty. config.json is written last: without it nothing loads.
       layout: tensor names, "released" (as published checkpoints) or "transformers" (as >= 4.52 in memory).
       dtype: of every tensor; "keep" leaves each as it is stored.
@@ -88,7 +89,7 @@ def convert(
       WeightError: wrong, missing or extra tensors, all of them listed, before anything is written; or values that
         float16 cannot hold, with all tensors that have some.
     """
-    source, target = Path(source), Path(target)
+    source, target = run_dir.local(source), Path(target)
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -123,7 +124,8 @@ def _reader(source: Source, entry: Entry, notify: Callable[[], None] | None) -> 
 def open_source(source: Path, step: int | None = None, grow_embedding: bool = False) -> Source:
     """Return the tensors of a folder. Raises UserError and WeightError as `convert` does."""
     if not source.is_dir():
-        raise UserError(f"{source} is not a folder (nothing is downloaded: give a local snapshot)")
+        require_id(source)
+        raise UserError(f"{source} is not a folder")
     if run_dir.is_run(source):
         return _Run(source, step, grow_embedding)
     if not (source / "config.json").is_file():

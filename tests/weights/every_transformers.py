@@ -16,6 +16,8 @@ from transformers import AutoTokenizer
 
 import jvlm
 from jvlm.data.examples import parse_example
+from jvlm.errors import UserError
+from jvlm.weights import gguf_export
 from jvlm.weights.convert import convert
 from tests import idefics2, support
 
@@ -176,3 +178,29 @@ def test_llama_cpp_s_converter_takes_an_export(make, tmp_path):
     assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
     assert fields["tokenizer.chat_template"] == tokenizer.chat_template
     assert len(text.tensors) + len(vision.tensors) >= len(support.raw_tensors(export))
+    if make is of_the_demo:  # llama.cpp has no name for its digits in pairs
+        with pytest.raises(UserError, match=r"cuts text in a way that llama.cpp has no name for"):
+            gguf_export.export(*jvlm.load(export), tmp_path / "gguf")
+    else:
+        compare_gguf(export, text, vision, tmp_path / "gguf")
+
+
+# of llama.cpp's converter: where the model comes from, and what llama.cpp derives by itself
+NOT_WRITTEN = ("general.", "GGUF.", "tokenizer.ggml.add_", "tokenizer.ggml.unknown", "qwen2vl.vocab_size")
+
+
+def compare_gguf(export, text, vision, folder):
+    """jvlm's own GGUF files have the same tensors to the bit, and the same keys as far as both have them."""
+    model, processor = jvlm.load(export)
+    ours = [write.path for write in gguf_export.export(model, processor, folder, format="f32", vision_format="f32")]
+    for theirs, path in zip((text, vision), ours, strict=True):
+        mine = type(theirs)(path)
+        expected = {tensor.name: tensor.data for tensor in theirs.tensors}
+        found = {tensor.name: tensor.data for tensor in mine.tensors}
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
+        fields = {name: field.contents() for name, field in mine.fields.items()}
+        for name, field in theirs.fields.items():
+            if not name.startswith(NOT_WRITTEN):
+                assert fields[name] == field.contents(), name

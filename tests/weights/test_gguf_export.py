@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import gguf
 import numpy as np
@@ -14,7 +15,7 @@ from jvlm.adapters.weights import AdapterWeights
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.weights import gguf_files
-from jvlm.weights.gguf_export import export, files, write_lora, write_text, write_vision
+from jvlm.weights.gguf_export import export, export_folder, files, write_lora, write_text, write_vision
 from tests.adapters import golden
 
 FOLDER = golden.ROOT / "gguf"
@@ -194,3 +195,15 @@ def test_a_folder_of_both_files_holds_the_tokenizer_that_transformers_reads(tiny
     assert keys["tokenizer.chat_template"] == processor.tokenizer.chat_template
     with pytest.raises(UserError, match="is there already"):
         export(model, processor, tmp_path / "tiny", format="q8_0")
+
+
+def test_folder_to_folder_gives_the_files_of_the_loaded_model(tiny, tmp_path):
+    folder = tmp_path / "source"
+    shutil.copytree(tiny.folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["window_size"] = 112
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = export(*jvlm.load(folder), tmp_path / "a", format="q8_0", name="x")
+    read = export_folder(folder, tmp_path / "b", format="q8_0", name="x")
+    for one, other in zip(loaded, read, strict=True):
+        assert one.path.read_bytes() == other.path.read_bytes()

@@ -4,9 +4,9 @@ Names and values of keys are those of llama.cpp's converters (github.com/ggml-or
 gguf-py/gguf/constants.py).
 """
 
-from jvlm.weights.gguf_export.folder import export
+from jvlm.weights.gguf_export.folder import export, export_folder
 from jvlm.weights.gguf_export.lora import write_lora
 from jvlm.weights.gguf_export.text import write_text
 from jvlm.weights.gguf_export.vision import write_vision
 
-__all__ = ["export", "write_lora", "write_text", "write_vision"]
+__all__ = ["export", "export_folder", "write_lora", "write_text", "write_vision"]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
+from jvlm.models import vlm
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.vlm import VLM
+from jvlm.weights import convert, hf, run_dir
 from jvlm.weights.gguf_export.files import FORMATS, ReadLayer, Written
 from jvlm.weights.gguf_export.text import write_text
 from jvlm.weights.gguf_export.vision import write_vision
@@ -52,3 +56,34 @@ def export(
     else:
         print(f"the vision tower of {model.config.family} has no form in llama.cpp: only the language model is written")
     return written
+
+
+def export_folder(
+    source: str | Path,
+    folder: Path,
+    *,
+    format: str = "f16",
+    vision_format: str = "f16",
+    step: int | None = None,
+    name: str | None = None,
+) -> list[Written]:
+    """Write the files of `export` from a Hugging Face folder, a run or an id, with one tensor in memory at a time.
+
+    Raises: as `export` and `jvlm.weights.convert.convert`.
+    """
+    source = run_dir.local(source)
+    opened = convert.open_source(source, step)
+    try:
+        files = source / run_dir.PROCESSOR if run_dir.is_run(source) else source
+        processor = hf.load_processor(files, opened.config)
+        entries = {(entry.path, entry.layer): entry for entry in opened.entries}
+
+        def read(path: str, layer: int | None) -> np.ndarray:
+            entry = entries[path, layer]
+            return entry.to_param(opened.read(entry))
+
+        model = vlm.abstract(opened.config)
+        options = {"format": format, "vision_format": vision_format, "name": name}
+        return export(model, processor, folder, read=read, **options)
+    finally:
+        opened.close()

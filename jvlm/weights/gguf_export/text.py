@@ -66,7 +66,7 @@ def write_text(
             writer.add_tokenizer_model("none")
             writer.add_vocab_size(decoder.vocab_size)
         else:
-            tokenizer.add(writer, processor_tokenizer, decoder.vocab_size)
+            tokenizer.add(writer, processor_tokenizer, decoder.vocab_size, model.config.bos_token_id)
 
     return files.write(path, kind, keys, _tensors(model, read), format)
 

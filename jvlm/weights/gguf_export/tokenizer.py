@@ -17,12 +17,13 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _BYTES = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def add(writer: Any, tokenizer: Any, rows: int) -> None:
+def add(writer: Any, tokenizer: Any, rows: int, begin: int | None = None) -> None:
     """Add the keys of a tokenizer.
 
     Args:
       writer: a `gguf.GGUFWriter`.
       tokenizer: a fast one of transformers.
+      begin: the model's token that begins a text, where the tokenizer has none.
       rows: of the embedding table; those without a word get an unused one.
 
     Raises:
@@ -53,7 +54,7 @@ def add(writer: Any, tokenizer: Any, rows: int) -> None:
         writer.add_token_list(tokens)
         writer.add_token_types(kinds)
         writer.add_token_merges(merges)
-    _special(writer, tokenizer)
+    _special(writer, tokenizer, begin)
 
 
 def _kind(index: int, words: dict[int, str], added: dict[int, Any], pieces: bool, unknown: str | None) -> int:
@@ -92,9 +93,9 @@ def _cut(before: dict[str, Any] | None) -> str:
     return _CUTS[patterns[0]]
 
 
-def _special(writer: Any, tokenizer: Any) -> None:
+def _special(writer: Any, tokenizer: Any, begin: int | None) -> None:
     ids = {
-        writer.add_bos_token_id: tokenizer.bos_token_id,
+        writer.add_bos_token_id: begin if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
         writer.add_eos_token_id: tokenizer.eos_token_id,
         writer.add_unk_token_id: tokenizer.unk_token_id,
         writer.add_pad_token_id: tokenizer.pad_token_id,
