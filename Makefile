@@ -75,7 +75,8 @@ $(VENV)/.exports: $(VENV)/.test
 	touch $@
 
 test-exports: $(VENV)/.exports  ## exported folders in transformers 4.49, 4.57 and 5, PEFT 0.15 and 0.21, and llama.cpp's converter; minutes
-	$(RUN) pytest tests/weights/every_transformers.py tests/adapters/every_peft.py tests/quantization/every_library.py $(ARGS)
+	$(RUN) pytest tests/weights/every_transformers.py tests/adapters/every_peft.py tests/quantization/every_library.py \
+		tests/training/every_bitsandbytes.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(RUN) ruff check .
