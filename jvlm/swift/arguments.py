@@ -146,6 +146,7 @@ class OptimizationArguments:
       gradient_checkpointing: compute activations again in the backward pass.
       loss_scale: which answers are trained on: "default" all of a conversation, "last_round" the last, "all" every
         token, prompts included. `jvlm pt` takes "all".
+      enable_channel_loss: log the loss of each `channel` that examples name; without it, of each file.
       neftune_noise_alpha: scale of NEFTune's noise on embeddings; 0 adds none.
       seed: of new weights and of the order of the data.
     """
@@ -168,6 +169,7 @@ class OptimizationArguments:
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = True
     loss_scale: Literal["default", "last_round", "all"] = "default"
+    enable_channel_loss: bool = False
     neftune_noise_alpha: float = 0.0
     seed: int = 42
 

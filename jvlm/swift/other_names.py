@@ -134,7 +134,6 @@ REFUSED: Mapping[str, Refusal] = {
     "use_swift_lora": Refusal("leave it out; --train_type lora is PEFT's LoRA", _OFF),
     "lora_dtype": Refusal("adapters are kept in float32", ("none", "float32")),
     "lisa_activated_layers": Refusal("--train_type lora", _OFF),
-    "enable_channel_loss": Refusal("give each source as a file of its own; their curves are logged apart", _OFF),
     "rlhf_type": Refusal(_NO_RL),
     "push_hub_strategy": Refusal("jvlm export --push_to_hub true uploads any checkpoint", ("push_best", "push_last")),
     "ref_model": Refusal(_NO_RL, _OFF),

@@ -11,7 +11,7 @@ from jvlm.errors import UserError
 from jvlm.swift import checkpoints, config_file
 from jvlm.swift.arguments import TrainingArguments
 from jvlm.swift.batches import Batches
-from jvlm.swift.experiment import Facts, experiment_of
+from jvlm.swift.experiment import Facts, data_config, experiment_of
 from jvlm.swift.words import parse
 from jvlm.weights import io
 
@@ -81,6 +81,21 @@ def at(value, path):
 )
 def test_what_an_argument_becomes(facts, line, path, value):
     assert at(experiment(facts, line), path) == value
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "value"),
+    [
+        ("", "loss", "answers"),
+        ("--loss_scale last_round", "loss", "last_answer"),
+        ("--loss_scale all", "loss", "all"),
+        ("", "curves", "dataset"),
+        ("--enable_channel_loss true", "curves", "channel"),
+    ],
+)
+def test_what_an_argument_says_of_the_data(line, field, value):
+    parsed = parse(TrainingArguments, shlex.split(f"--model DIR --dataset examples.jsonl {line}"), "jvlm sft")
+    assert getattr(data_config(parsed.arguments), field) == value
 
 
 @pytest.mark.parametrize(
