@@ -52,6 +52,8 @@ def train(kind: type[Sft], command: str, words: Sequence[str], *, show_traceback
     parsed = swift_words.parse(kind, words, f"jvlm {command}")
     for note in (*environment_notes(os.environ), *parsed.notes):
         print(f"jvlm: {note}", file=sys.stderr)
+    if parsed.arguments.hub.hub_token is not None:
+        os.environ["HF_TOKEN"] = parsed.arguments.hub.hub_token  # where the hub's own library looks for it
     if parsed.arguments.write_config is not None:
         return _write_config(parsed, command, words)
 

@@ -1,0 +1,15 @@
+"""Fine-tune Idefics2-8B on your own conversations: DoRA adapters on the language model.
+
+    jvlm train finetune/idefics2_8b_dora --init_from DIR --data.train examples.jsonl
+
+DIR is the folder of idefics2-8b.
+`jvlm plan finetune/idefics2_8b_dora --topology CHIP:N` says what it needs on N chips.
+"""
+
+from jvlm.training.config import Experiment
+from jvlm.training.recipes import finetune
+
+
+def get_config() -> Experiment:
+    """Sequences of 2,048 tokens, 16 a step."""
+    return finetune("idefics2_8b", "dora", "idefics2-8b")
