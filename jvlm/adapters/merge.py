@@ -27,18 +27,19 @@ _BLOCK = 1 << 23
 
 def merge_matrix(base: Float[np.ndarray, "i o"], low: LowRank) -> Float[np.ndarray, "i o"]:
     """Return ``base + scale * a @ b``, columns scaled to ``magnitude`` where there is one, as float32."""
-    d_in, d_out = base.shape
-    a, out = low.a.astype(np.float64), np.empty(base.shape, np.float32)
-    width = max(1, _BLOCK // d_in)
-    for begin in range(0, d_out, width):
-        columns = slice(begin, begin + width)
-        total = base[:, columns].astype(np.float64)
-        total += a @ (low.b[:, columns].astype(np.float64) * low.scale)
+    # row by row of the transpose, which is how checkpoints store a linear map
+    rows, a = base.T, low.a.T.astype(np.float64)
+    out = np.empty_like(rows, np.float32)
+    height = max(1, _BLOCK // base.shape[0])
+    for begin in range(0, len(rows), height):
+        block = slice(begin, begin + height)
+        total = rows[block].astype(np.float64)
+        total += (low.b[:, block].T.astype(np.float64) * low.scale) @ a
         if low.magnitude is not None:
-            norm = np.sqrt(np.einsum("io,io->o", total, total))
-            total *= low.magnitude[columns].astype(np.float64) / norm
-        out[:, columns] = total
-    return out
+            norm = np.sqrt(np.einsum("oi,oi->o", total, total))
+            total *= (low.magnitude[block].astype(np.float64) / norm)[:, None]
+        out[block] = total
+    return out.T
 
 
 def needs_own_head(weights: AdapterWeights, config: VLMConfig) -> bool:
