@@ -46,10 +46,19 @@ def needs_own_head(weights: AdapterWeights, config: VLMConfig) -> bool:
     """Return whether a model whose head is tied to its embedding must get a head of its own for an adapter.
 
     An adapter of one of the two says nothing of the other. Rows of single tokens, and a whole table, count for both.
+
+    Raises:
+      UserError: an adapter that does both.
     """
     if not config.decoder.tie_word_embeddings:
         return False
-    return Target(EMBEDDING) in weights.low_rank or has_head(weights)
+    needed = Target(EMBEDDING) in weights.low_rank or has_head(weights)
+    if needed and EMBEDDING in weights.token_rows and HEAD not in weights.token_rows:
+        raise UserError(
+            "rows of tokens count for the embedding and the head of a tied model, and another part of the adapter "
+            "unties them: train the rows of the head too, or leave one of both out"
+        )
+    return needed
 
 
 def has_head(weights: AdapterWeights) -> bool:

@@ -47,7 +47,7 @@ def with_adapter(model: VLM, place: str | Path, sharding: ShardingOf | None = No
     A head that is tied to the embedding becomes a matrix of its own, where the adapter has something for it.
     """
     weights = read_beside(model, place)
-    if merge.has_head(weights):
+    if merge.needs_own_head(weights, model.config) and merge.has_head(weights):
         model = merge.untie(model)
     return attach(model, weights, sharding=sharding)
 

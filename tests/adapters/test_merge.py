@@ -20,7 +20,7 @@ from jvlm.adapters.peft_modules import entries
 from jvlm.adapters.peft_read import read_peft
 from jvlm.adapters.peft_readers import reader_problems
 from jvlm.adapters.peft_write import write_peft
-from jvlm.adapters.weights import AdapterWeights, LowRank, Target
+from jvlm.adapters.weights import AdapterWeights, LowRank, Target, TokenRows
 from jvlm.errors import UserError
 from jvlm.weights import hf, table
 from jvlm.weights.table import WeightError
@@ -176,6 +176,28 @@ def test_sums_of_a_bfloat16_base_are_rounded_once(tmp_path):
     expected = value.astype(np.float32).astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(found["model.layers.1.mlp.down_proj.weight"], expected)
     assert all(value.dtype == ml_dtypes.bfloat16 for value in found.values())
+
+
+def test_rows_of_tokens_replace_those_of_both_tables():
+    rng = np.random.default_rng(0)
+    paths = ("decoder.embedding", "decoder.head.kernel")
+    rows = {path: TokenRows(np.array([95, 3]), rng.standard_normal((2, 32)).astype(np.float32)) for path in paths}
+    base = golden.base("qwen2_5_vl")
+    merged = merge(base, AdapterWeights(AdapterConfig(), {}, {}, rows)).decoder
+    embedding, head = np.array(base.decoder.embedding.get_value()), np.array(base.decoder.head.kernel.get_value())
+    embedding[[95, 3]] = rows[paths[0]].rows
+    head[:, 95], head[:, 3] = rows[paths[1]].rows
+    np.testing.assert_array_equal(merged.embedding.get_value(), embedding)
+    np.testing.assert_array_equal(merged.head.kernel.get_value(), head)
+
+
+def test_rows_of_a_tied_table_and_an_adapter_that_unties_it_are_refused(tied_base):
+    config = hf.read_config(tied_base)
+    low = LowRank(np.ones((32, 1)), np.ones((1, 96)), 1.0, 1.0)
+    rows = {"decoder.embedding": TokenRows(np.array([3]), np.ones((1, 32)))}
+    weights = AdapterWeights(AdapterConfig(), {Target("decoder.head.kernel"): low}, {}, rows)
+    with pytest.raises(UserError, match="rows of tokens count for the embedding and the head"):
+        needs_own_head(weights, config)
 
 
 def test_large_matrices_are_summed_in_blocks(monkeypatch):
