@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 import jax
 
 import jvlm
+from jvlm.adapters.attach import extract
+from jvlm.adapters.merge import merge
+from jvlm.adapters.peft_write import write_peft
 from jvlm.data.content import Conversation
 from jvlm.data.errors import ExampleError, Rejected, grouped
 from jvlm.data.processor import Processor
@@ -32,11 +35,13 @@ from jvlm.training.config import Experiment
 from jvlm.training.log import clock
 from jvlm.training.runs import Result, train
 from jvlm.training.side_files import write_json, write_lines
+from jvlm.training.starting_model import base_of
 from jvlm.training.trainer import split
 from jvlm.weights import frozen, hf, table
 from jvlm.weights.io import load
 
 ANSWERS, SCORES, EXPORT, REPORT = "answers.jsonl", "scores.json", "hf", "report.html"
+ADAPTER = "adapter"
 NOT_ASKED = "evaluation_rejected.jsonl"
 _CURVES = (
     ("loss", "loss"),
@@ -245,6 +250,8 @@ def summary(scores: Scores, baseline: TextOnlyScores | None, seconds: float) -> 
 def export(experiment: Experiment, result: Result) -> str:
     """Write the Hugging Face folder. Returns a line that says where."""
     folder = result.folder / EXPORT
+    if result.model.adapters is not None:
+        return _export_merged(experiment, result, folder)
     saved = None
     if jax.process_count() > 1:
         shapes = {path: v.get_value().shape for path, v in vlm.parameters(result.model).items()}
@@ -270,6 +277,19 @@ def upload(experiment: Experiment, result: Result, scores: Scores | None) -> Non
         raise UserError(
             f"{len(result.failed_uploads)} checkpoints were not uploaded:\n" + "\n".join(result.failed_uploads)
         )
+
+
+def _export_merged(experiment: Experiment, result: Result, folder: Path) -> str:
+    """Write the model with its adapters merged, and the adapters by themselves as a PEFT folder beside it."""
+    model = result.model
+    if jax.process_count() > 1:
+        model, _ = load(result.folder, precision=model.config.precision, step=result.last)
+    weights = extract(model)
+    write_peft(weights, model.config, result.folder / ADAPTER, base_name=base_of(experiment))
+    whole = merge(model, weights)
+    hf.save(whole, result.processor, folder, dtype=experiment.export.dtype)
+    print(f"adapters: {result.folder / ADAPTER}")
+    return f"{folder}, adapters merged"
 
 
 def verify(experiment: Experiment, result: Result, answers: Sequence[Answer]) -> str:

@@ -59,3 +59,12 @@ def prepare(model: VLM, norms: Mapping[str, Array], rng: PRNGKeyArray | None = N
             data = jax.random.key_data(keys)
             adapter.key = nnx.data(StepValue(data.reshape(*group.lead, *data.shape[1:])))
     return model
+
+
+def with_norms(model: VLM) -> VLM:
+    """Return the model with the norms of its DoRA adapters computed; itself where it has none."""
+    if model.adapters is None or not any(group.magnitude for group in model.adapters.groups):
+        return model
+    graph, state = nnx.split(model)
+    found = jax.jit(lambda state: norms(nnx.merge(graph, state)))(state)
+    return prepare(nnx.merge(graph, state), found)

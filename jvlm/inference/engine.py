@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jvlm.adapters import steps as adapter_steps
 from jvlm.data import packing
 from jvlm.data.errors import ExampleError
 from jvlm.data.packing import Example
@@ -80,6 +81,7 @@ class Engine:
             return
         self._given = given
         placed = model if self.layout is None else sharding.shard_params(model, self.layout)
+        placed = adapter_steps.with_norms(placed)
         whole, self._leaves = ModuleDef.of(placed, nnx.state(placed))
         decoder, self._decoder_leaves = ModuleDef.of(placed.decoder, decoding_state(placed.decoder))
         if self._steps is None or (self._steps.model, self._steps.decoder) != (whole, decoder):

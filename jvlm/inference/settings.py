@@ -65,7 +65,7 @@ def weights_hash(model: VLM, most: int = SAMPLED) -> str:
 
     They are read where they are. The sums are of integers, so that devices and the order of adding do not matter.
     """
-    values = {path: variable.get_value() for path, variable in sorted(vlm.parameters(model).items())}
+    values = {path: variable.get_value() for path, variable in sorted(vlm.variables(model).items())}
     sums = _checksums(list(values.values()), most)
     lines = [f"{path} {v.dtype} {v.shape} {int(s)}\n" for (path, v), s in zip(values.items(), sums, strict=True)]
     return _hash("".join(lines).encode())

@@ -76,7 +76,7 @@ def shard_params(model: VLM, layout: MeshLayout) -> VLM:
     if layout.mesh.is_multi_process:
         processes = {device.process_index for device in layout.mesh.devices.flat}
         raise UserError(f"generation runs in one process; this mesh has devices of {len(processes)}")
-    variables = vlm.parameters(model)
+    variables = vlm.variables(model)
     values = {path: jax.device_put(v.get_value(), layout.parameter(path, v)) for path, v in variables.items()}
     return vlm.bind(model, values)
 

@@ -25,7 +25,7 @@ def not_finite(model: VLM) -> list[str]:
     form = families.get(model.config.family).hf
     rules = {rule.path: rule for rule in form.rules(model.config)} if form else {}
     found = []
-    for path, variable in vlm.parameters(model).items():
+    for path, variable in vlm.variables(model).items():
         bad = np.asarray(_bad(variable.get_value()))
         rule, of = rules.get(path), variable.get_value().size
         if not bad.any():

@@ -246,6 +246,11 @@ def save(
       encode: gives the tensors that are written in place of one, each with what its name ends in instead of "weight";
         None for one that is written as it is.
     """
+    if model.adapters is not None:
+        raise UserError(
+            "the model has adapters, which a Hugging Face folder of a model has no place for: merge them first "
+            "(jvlm.adapters.merge.merge), or write them by themselves (jvlm.adapters.peft_write.write_peft)"
+        )
     form = table.export_format(model.config)
     if layout not in form.layouts:
         raise UserError(f"unknown layout {layout!r}; known: {', '.join(form.layouts)}")

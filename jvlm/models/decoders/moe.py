@@ -8,7 +8,9 @@ Axes: B sequences, S tokens, T = B S, k choices a token, N = T k, E experts, C c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -91,6 +93,13 @@ _MATRICES = {
 }
 
 
+class AdapterSlot(nnx.Module):
+    """Where the adapter of one of the experts' matrices stands, or None."""
+
+    def __init__(self):
+        self.adapter = None
+
+
 @register(MoEConfig)
 class MoE(nnx.Module):
     """Router and SwiGLU experts."""
@@ -108,6 +117,7 @@ class MoE(nnx.Module):
         self.gate = weight("gate", D, F)
         self.up = weight("up", D, F)
         self.down = weight("down", F, D)
+        self.gate_slot, self.up_slot, self.down_slot = AdapterSlot(), AdapterSlot(), AdapterSlot()
 
     def __call__(
         self, x_BSD: Float[Array, "B S D"], segments: Int[Array, "B S"]
@@ -122,18 +132,39 @@ class MoE(nnx.Module):
         valid_BS = segments > 0
         x_BSD = jnp.where(valid_BS[..., None], x_BSD, 0)
         routing = self.route(x_BSD, valid_BS)
-        dtype = jnp.dtype(self.precision.compute_dtype)
+        weights, axes = self._weights(jnp.dtype(self.precision.compute_dtype))
         y_BSD, taken_BSk = device_ops.current().apply_experts(
             self._without_capacity if self.config.capacity_factor is None else self._with_capacity,
-            x_BSD.astype(dtype),
+            x_BSD.astype(jnp.dtype(self.precision.compute_dtype)),
             routing.expert,
             routing.gate,
-            tuple(getattr(self, name)[...].astype(dtype) for name in _MATRICES),
-            tuple(_MATRICES.values()),
+            weights,
+            axes,
         )
         choices = jnp.maximum(valid_BS.sum() * self.config.top_k, 1)
         dropped = (choices - taken_BSk.sum()) / choices * valid_BS.any()
         return y_BSD.astype(x_BSD.dtype), {**routing.reports, "router/dropped": dropped}
+
+    def _weights(self, dtype: jnp.dtype) -> tuple[tuple[Array, ...], tuple[tuple[str, ...], ...]]:
+        """Return the experts' matrices, behind each the two of its adapter if it has one, and their logical axes."""
+        weights, axes = [], []
+        for name, names in _MATRICES.items():
+            weights.append(getattr(self, name)[...].astype(dtype))
+            axes.append(names)
+            adapter = getattr(self, f"{name}_slot").adapter
+            if adapter is not None:
+                a, b = adapter.pairs
+                weights += [a.astype(dtype), (b * adapter.scale[...][:, None, None]).astype(dtype)]
+                axes += [(names[0], names[1], "rank"), (names[0], "rank", names[2])]
+        return tuple(weights), tuple(axes)
+
+    def _grouped(self, weights: tuple[Array, ...]) -> Iterator[tuple[Array, ...]]:
+        """Yield for gate, up and down the matrix, and the two of its adapter if it has one."""
+        rest = list(weights)
+        for name in _MATRICES:
+            count = 1 if getattr(self, f"{name}_slot").adapter is None else 3
+            yield tuple(rest[:count])
+            del rest[:count]
 
     def route(self, x_BSD: Float[Array, "B S D"], valid_BS: Bool[Array, "B S"]) -> Routing:
         """Return the ``top_k`` most likely experts of a softmax over all, in float32."""
@@ -166,15 +197,17 @@ class MoE(nnx.Module):
         expert_BSk = jnp.where(valid_BS[..., None], expert_BSk, E)
         return Routing(expert_BSk, jnp.where(valid_BS[..., None], gate_BSk, 0.0), reports)
 
-    def _without_capacity(self, x_BSD, *choices_and_weights):
+    def _without_capacity(self, x_BSD, expert_BSk, gate_BSk, *weights):
         """Compute every choice."""
+        arguments = (x_BSD, expert_BSk, gate_BSk, *self._grouped(weights))
         if x_BSD.shape[1] > 1:
-            return _by_chosen_experts(x_BSD, *choices_and_weights)
-        return jax.lax.platform_dependent(x_BSD, *choices_and_weights, tpu=_by_all_experts, default=_by_chosen_experts)
+            return _by_chosen_experts(*arguments)
+        return jax.lax.platform_dependent(*arguments, tpu=_by_all_experts, default=_by_chosen_experts)
 
-    def _with_capacity(self, x_BSD, expert_BSk, gate_BSk, gate, up, down):
+    def _with_capacity(self, x_BSD, expert_BSk, gate_BSk, *weights):
         """Compute the first C choices of each expert."""
-        (B, S, k), E = expert_BSk.shape, len(gate)
+        gate, up, down = self._grouped(weights)
+        (B, S, k), E = expert_BSk.shape, len(gate[0])
         T, C = B * S, self.config.capacity(B * S)
         # all first choices, then all second ones: experts take them in this order
         chosen = _numbered(expert_BSk.reshape(T, k).T.reshape(-1), E)
@@ -184,11 +217,18 @@ class MoE(nnx.Module):
         index = jnp.where(taken, chosen * C + rank, E * C)
         x = jnp.zeros((E * C, x_BSD.shape[-1]), x_BSD.dtype)
         x = x.at[index].set(jnp.tile(x_BSD.reshape(T, -1), (k, 1)), mode="drop").reshape(E, C, -1)
-        hidden = jax.nn.silu(jnp.einsum("ecd,edf->ecf", x, gate)) * jnp.einsum("ecd,edf->ecf", x, up)
-        y = jnp.einsum("ecf,efd->ecd", hidden, down).reshape(E * C, -1)
+        product = functools.partial(jnp.einsum, "ecd,edf->ecf")
+        hidden = jax.nn.silu(_adapted(product, x, gate)) * _adapted(product, x, up)
+        y = _adapted(product, hidden, down).reshape(E * C, -1)
         outputs = jnp.where(taken[:, None], y[jnp.minimum(index, E * C - 1)], 0)
         by_token = outputs.reshape(k, T, -1).swapaxes(0, 1)
         return _combine(by_token, gate_BSk, x_BSD.dtype), taken.astype(jnp.float32).reshape(k, T).T.reshape(B, S, k)
+
+
+def _adapted(product: Callable[[Array, Array], Array], x: Array, weights: tuple[Array, ...]) -> Array:
+    """Return the product with a matrix, and with the two of its adapter if there are three."""
+    y = product(x, weights[0])
+    return y if len(weights) == 1 else y + product(product(x, weights[1]), weights[2])
 
 
 def _numbered(expert, count: int):
@@ -203,15 +243,19 @@ def _combine(y, gate_BSk, dtype):
 
 def _by_chosen_experts(x_BSD, expert_BSk, gate_BSk, gate, up, down):
     """Return (sum of the experts' outputs, choices taken): tokens sorted by expert, one grouped product a matrix."""
-    E, k = len(gate), expert_BSk.shape[-1]
+    E, k = len(gate[0]), expert_BSk.shape[-1]
     x_TD, expert_N = x_BSD.reshape(-1, x_BSD.shape[-1]), _numbered(expert_BSk.reshape(-1), E)
     order = jnp.argsort(expert_N, stable=True)
     sizes = jnp.bincount(expert_N, length=E + 1)[:-1].astype(jnp.int32)
     # what lies behind the last group belongs to no expert: whatever a kernel leaves there must not get out
     grouped = (jnp.arange(len(order)) < sizes.sum())[:, None]
     x = jnp.where(grouped, x_TD[order // k], 0)
-    hidden = jax.nn.silu(grouped_matmul(x, gate, sizes)) * grouped_matmul(x, up, sizes)
-    y = jnp.where(grouped, grouped_matmul(hidden, down, sizes), 0)[jnp.argsort(order)]
+
+    def product(x, matrices):
+        return grouped_matmul(x, matrices, sizes)
+
+    hidden = jax.nn.silu(_adapted(product, x, gate)) * _adapted(product, x, up)
+    y = jnp.where(grouped, _adapted(product, hidden, down), 0)[jnp.argsort(order)]
     return _combine(y, gate_BSk, x_BSD.dtype), (expert_N < E).astype(jnp.float32).reshape(expert_BSk.shape)
 
 
@@ -221,10 +265,12 @@ def _by_all_experts(x_BSD, expert_BSk, gate_BSk, gate, up, down):
     For a step of decoding on TPU: it reads all weights anyway and has arithmetic to spare, and a grouped product is a
     kernel there, for which XLA would copy the weights out of their stack of layers in each step.
     """
-    E = len(gate)
+    E = len(gate[0])
     expert_Bk, x_BD = _numbered(expert_BSk[:, 0], E), x_BSD[:, 0]
     weight_BE = (jax.nn.one_hot(expert_Bk, E) * gate_BSk[:, 0, :, None].astype(jnp.float32)).sum(1)
-    hidden = jax.nn.silu(jnp.einsum("bd,edf->ebf", x_BD, gate)) * jnp.einsum("bd,edf->ebf", x_BD, up)
-    y = jnp.einsum("ebf,efd->ebd", hidden, down)
+    product = functools.partial(jnp.einsum, "ebd,edf->ebf")
+    x_EBD = jnp.broadcast_to(x_BD, (E, *x_BD.shape))
+    hidden = jax.nn.silu(_adapted(product, x_EBD, gate)) * _adapted(product, x_EBD, up)
+    y = _adapted(product, hidden, down)
     added = jnp.einsum("ebd,be->bd", y.astype(jnp.float32), weight_BE).astype(x_BSD.dtype)
     return added[:, None], (expert_Bk < E).astype(jnp.float32)[:, None]
