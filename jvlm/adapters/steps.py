@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jvlm.adapters.attach import adapter_of, owner_of
 from jvlm.adapters.layers import LowRankAdapter, StepValue, column_norm
+from jvlm.adapters.plan import AdapterPlan
 from jvlm.models.layers import StoredKernel
 from jvlm.models.vlm import VLM
 
@@ -24,7 +25,7 @@ def norms(model: VLM) -> Norms:
 
     No gradient flows through them, and they depend on nothing in a batch, so a step computes them once.
     """
-    groups = () if model.adapters is None else model.adapters.groups
+    groups = model.adapters.groups if isinstance(model.adapters, AdapterPlan) else ()
     with jax.named_scope("dora_norm"):
         return {group.path: _norm(model, group.path) for group in groups if group.magnitude}
 
@@ -50,7 +51,7 @@ def prepare(model: VLM, norms: Mapping[str, Array], rng: PRNGKeyArray | None = N
     Args:
       rng: of this pass; None drops nothing.
     """
-    for group in () if model.adapters is None else model.adapters.groups:
+    for group in model.adapters.groups if isinstance(model.adapters, AdapterPlan) else ():
         adapter: LowRankAdapter = adapter_of(model, group.path)
         if group.path in norms:
             adapter.norm = nnx.data(StepValue(norms[group.path]))
@@ -63,7 +64,8 @@ def prepare(model: VLM, norms: Mapping[str, Array], rng: PRNGKeyArray | None = N
 
 def with_norms(model: VLM) -> VLM:
     """Return the model with the norms of its DoRA adapters computed; itself where it has none."""
-    if model.adapters is None or not any(group.magnitude for group in model.adapters.groups):
+    plan = model.adapters
+    if not isinstance(plan, AdapterPlan) or not any(group.magnitude for group in plan.groups):
         return model
     graph, state = nnx.split(model)
     found = jax.jit(lambda state: norms(nnx.merge(graph, state)))(state)

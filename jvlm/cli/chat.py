@@ -18,10 +18,12 @@ class Chat:
     Attributes:
       model: the model that answers, how, and on which devices.
       system: system prompt; None leaves it to the model's chat template.
+      adapter: the one of ``adapters`` that answers; None is the base.
     """
 
     model: Annotated[ModelOptions, FLAT]
     system: str | None = None
+    adapter: str | None = None
 
 
 def run(words: list[str]) -> int:
@@ -31,5 +33,5 @@ def run(words: list[str]) -> int:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # the chat says what is wrong with a line, and goes on
     model, processor, layout = load(options.model)
-    chat(model, processor, options.model.sampling, options.system, layout=layout)
+    chat(model, processor, options.model.sampling, options.system, layout=layout, adapter=options.adapter)
     return 0

@@ -25,6 +25,7 @@ class Generate:
       image: a picture of the prompt; may be repeated.
       data: JSONL file of conversations to answer.
       output: JSONL file to write; an unfinished one is continued.
+      adapter: the one of ``adapters`` that answers --prompt; lines of --data name theirs in a field "adapter".
       batch_size: conversations answered together.
       on_bad_example: stop at a line that cannot be read, or write its error in place of an answer.
       accept_changes: go on with an output that was begun with another model, data or sampling.
@@ -35,6 +36,7 @@ class Generate:
     image: UseAppendAction[tuple[str, ...]] = ()
     data: str | None = None
     output: str | None = None
+    adapter: str | None = None
     batch_size: int = 8
     on_bad_example: Literal["error", "skip"] = "error"
     accept_changes: bool = False
@@ -50,6 +52,8 @@ def _check(options: Generate) -> None:
     file = options.data is not None
     if (options.prompt is not None) == file or file != (options.output is not None):
         raise UserError("give either --prompt (with any number of --image), or --data and --output")
+    if file and options.adapter is not None:
+        raise UserError('--adapter goes with --prompt; the lines of --data name theirs in a field "adapter"')
     if file and options.image:
         raise UserError("--image goes with --prompt; the lines of --data name their own pictures")
     if not file and not options.prompt.strip() and not options.image:
@@ -90,7 +94,7 @@ def _answer_prompt(options: Generate) -> int:
     example = {"messages": [{"role": "user", "content": content}], "images": list(options.image)}
     engine = engine_for(model, processor, layout)
     try:
-        pieces = stream_example(engine, encode_prompt(engine, example), options.model.sampling)
+        pieces = stream_example(engine, encode_prompt(engine, example), options.model.sampling, options.adapter)
     except ExampleError as error:
         # the example is made here, so its fields mean nothing to the user
         index = error.field.removeprefix("images[").removesuffix("]")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from jvlm import families
 from jvlm.data.image_processor import FieldError, ImageProcessorConfig
@@ -40,6 +40,8 @@ class ModelOptions:
 
     Attributes:
       model: a Hugging Face folder, a jvlm run folder, or an id on the Hub (ORG/NAME, ORG/NAME@REVISION).
+      adapters: adapters on that model, as name=folder; requests name one of them, or none. One folder without a name is
+        the adapter of all requests.
       param_dtype: dtype of the parameters; None is float32.
       images: what to change about the image processor.
       sampling: how answers are made.
@@ -47,6 +49,7 @@ class ModelOptions:
     """
 
     model: str
+    adapters: tuple[str, ...] = ()
     param_dtype: Literal["float32", "bfloat16"] | None = None
     images: Annotated[ImageOptions, FLAT] = ImageOptions()
     sampling: Annotated[SamplingConfig, FLAT] = SamplingConfig()
@@ -81,7 +84,18 @@ def load(options: ModelOptions) -> tuple[VLM, Processor, MeshLayout | None]:
     layout = sharding.inference_layout(config, options.parallel)
     place = layout.parameter if layout else None
     model, processor = weights_io.load(folder, precision=config.precision, sharding=place)
+    model = _with_adapters(model, options.adapters, place)
     return model, processor.replace(image_config=_image_config(options, processor.image_config)), layout
+
+
+def _with_adapters(model: VLM, words: tuple[str, ...], place: Any) -> VLM:
+    from jvlm.adapters import attach, folders, several
+
+    if not words:
+        return model
+    if len(words) == 1 and "=" not in words[0]:
+        return attach.attach(model, folders.read(words[0], model.config), sharding=place)
+    return several.load(model, several.names_of(words))
 
 
 def _image_config(options: ModelOptions, config: ImageProcessorConfig) -> ImageProcessorConfig:

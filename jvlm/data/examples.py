@@ -19,7 +19,7 @@ from jvlm.data.values import is_null, shown, without_nulls
 ROLES = ("system", "user", "assistant", "tool")
 # Fields of the published format that supervised training has no use for; they are accepted and carried along.
 _CARRIED = frozenset(
-    "id channel ordered tools label margin solution "
+    "id adapter channel ordered tools label margin solution "
     "rejected_response rejected_messages rejected_images rejected_videos".split()
 )
 _FIELDS = frozenset("messages images image videos video objects chat_template_kwargs".split()) | _CARRIED

@@ -14,7 +14,15 @@ from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from jvlm.inference.answer_file import HASH, AnswerFile, Run, check_paths, copied
 from jvlm.inference.engine import Completion, Engine
-from jvlm.inference.generate import answer_text, check_batch_size, complete, cut_note, encode_prompt, engine_for
+from jvlm.inference.generate import (
+    adapter_name,
+    answer_text,
+    check_batch_size,
+    complete,
+    cut_note,
+    encode_prompt,
+    engine_for,
+)
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.inference.settings import answer_settings, files_hash, settings_hash
 from jvlm.models.vlm import VLM
@@ -117,7 +125,8 @@ def _answer(
         first = next((i for i, e in enumerate(examples) if isinstance(e, ExampleError)), len(examples))
         examples = examples[: first + 1]
     good = [i for i, e in enumerate(examples) if not isinstance(e, ExampleError)]
-    answers = dict(zip(good, _complete(engine, examples, sampling, request_ids, good), strict=True))
+    names = [adapter_name(record) for _, record in records]
+    answers = dict(zip(good, _complete(engine, examples, sampling, request_ids, good, names), strict=True))
     lines, cut = [], 0
     for i, example in enumerate(examples):
         answer, line = answers.get(i, example), copied(records[i][1])
@@ -139,18 +148,24 @@ def _answer(
 
 
 def _complete(
-    engine: Engine, examples: list[Example], sampling: SamplingConfig, request_ids: Sequence[int], chosen: list[int]
+    engine: Engine,
+    examples: list[Example],
+    sampling: SamplingConfig,
+    request_ids: Sequence[int],
+    chosen: list[int],
+    adapters: Sequence[str | None],
 ) -> list[Completion | ExampleError]:
     """Answers to the chosen examples; where a batch has none, as for one that overflows, each is asked by itself."""
     try:
         batch, own = [examples[i] for i in chosen], [request_ids[i] for i in chosen]
-        return complete(engine, batch, sampling, request_ids=own, batch_size=max(len(chosen), 1))
+        names = [adapters[i] for i in chosen]
+        return complete(engine, batch, sampling, request_ids=own, batch_size=max(len(chosen), 1), adapters=names)
     except BrokenWeights:
         raise
     except UserError as error:
         if len(chosen) == 1:
             return [ExampleError(batch[0].origin, "messages", f"no answer: {error}", "Leave the example out")]
-        return [answer for i in chosen for answer in _complete(engine, examples, sampling, request_ids, [i])]
+        return [answer for i in chosen for answer in _complete(engine, examples, sampling, request_ids, [i], adapters)]
 
 
 def _encode(engine: Engine, origin: Origin, example: Any) -> Example | ExampleError:

@@ -57,6 +57,7 @@ def chat(
     system: str | None = None,
     *,
     layout: MeshLayout | None = None,
+    adapter: str | None = None,
     read: Callable[[str], str] = input,
     write: Callable[[str], None] | None = None,
 ) -> None:
@@ -70,6 +71,7 @@ def chat(
     Args:
       system: the system turn; None leaves it to the model's template.
       layout: as in `generate`.
+      adapter: name of the adapter that answers, in a model that has several.
       read: shows a prompt and returns a line, as `input` does, raising EOFError at the end.
       write: shows text as it stands, without a newline of its own.
     """
@@ -91,7 +93,7 @@ def chat(
         except UserError as error:
             show(f"{error}\n")
             continue
-        _answer(engine, session, query, images, sampling, show)
+        _answer(engine, session, query, images, sampling, show, adapter)
 
 
 def _answer(
@@ -101,13 +103,14 @@ def _answer(
     images: list[str],
     sampling: SamplingConfig,
     show: Callable[[str], None],
+    adapter: str | None,
 ) -> None:
     """Show the answer to a question and add both to the session; neither if there is none, after a line of why."""
     answer, note = "", None
     try:
         turns = session.asked(question, images)
         example = encode_prompt(engine, session.conversation(turns))
-        pieces = stream_example(engine, example, sampling)
+        pieces = stream_example(engine, example, sampling, adapter)
         while True:
             piece = next(pieces)
             show(piece)

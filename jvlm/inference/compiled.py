@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
+from jvlm.adapters import several
 from jvlm.data.packing import assemble
 from jvlm.inference import sharding
 from jvlm.inference.sampling import SamplingArrays, SamplingConfig, SamplingFlags, sample
@@ -87,11 +88,12 @@ class CompiledSteps:
       banned: tokens [V] that are never given; ``banned_first``: as the first of an answer (None: the same).
 
     Attributes:
-      prefill: ``(model leaves, batch, lengths) -> (logits after each prompt's last token, cache)``, the cache of the
-        prompt as [layers, B, S, ...].
+      prefill: ``(model leaves, batch, lengths[, adapters]) -> (logits after each prompt's last token, cache)``, the
+        cache of the prompt as [layers, B, S, ...].
       first_token: ``(flags, cache_len, decoder leaves, logits, cache, batch, lengths, arrays) -> (first token,
         state)``.
-      decode: ``(flags, decoder leaves, state, token, arrays) -> (next token, state)``. The state is donated.
+      decode: ``(flags, decoder leaves, state, token, arrays[, adapters]) -> (next token, state)``. The state is
+        donated. ``adapters`` [B] are the numbers of the sequences' adapters, in a model that has several.
     """
 
     def __init__(
@@ -109,8 +111,8 @@ class CompiledSteps:
         self.first_token = jax.jit(self._first_token, static_argnums=(0, 1))
         self.decode = jax.jit(self._decode, static_argnums=0, donate_argnums=2, compiler_options=_DECODING)
 
-    def _prefill(self, leaves, batch: PackedBatch, lengths):
-        with device_ops.use(self._ops):
+    def _prefill(self, leaves, batch: PackedBatch, lengths, adapters=None):
+        with device_ops.use(self._ops), several.choosing(adapters):
             model = self.model.bind(leaves)
             hidden, cache, _ = model.hidden(batch)
             last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -138,9 +140,9 @@ class CompiledSteps:
             state = DecodeState(cache, lengths, batch.positions.max((1, 2)) + 1, jnp.int32(1), seen)
             return device_ops.current().constrain(token, ("batch",)), state.constrained()
 
-    def _decode(self, flags: SamplingFlags, leaves, state: DecodeState, token, arrays: SamplingArrays):
+    def _decode(self, flags: SamplingFlags, leaves, state: DecodeState, token, arrays: SamplingArrays, adapters=None):
         B = len(token)
-        with device_ops.use(self._ops):
+        with device_ops.use(self._ops), several.choosing(adapters):
             decoder = self.decoder.bind(leaves)
             positions = jnp.broadcast_to(state.position[:, None, None], (B, 1, 3))
             inputs = DecoderInputs(decoder.embed(token[:, None]), positions, jnp.ones((B, 1), jnp.int32))

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jvlm.adapters import several
 from jvlm.adapters import steps as adapter_steps
 from jvlm.data import packing
 from jvlm.data.errors import ExampleError
@@ -79,7 +80,7 @@ class Engine:
         given = jax.tree.leaves(nnx.state(model))
         if len(given) == len(self._given) and all(a is b for a, b in zip(given, self._given, strict=True)):
             return
-        self._given = given
+        self._given, self._adapter_names = given, model.adapters
         placed = model if self.layout is None else sharding.shard_params(model, self.layout)
         placed = adapter_steps.with_norms(placed)
         whole, self._leaves = ModuleDef.of(placed, nnx.state(placed))
@@ -144,7 +145,11 @@ class Engine:
         return limit - positions
 
     def steps(
-        self, examples: Sequence[Example], sampling: SamplingConfig, request_ids: Sequence[int] | None = None
+        self,
+        examples: Sequence[Example],
+        sampling: SamplingConfig,
+        request_ids: Sequence[int] | None = None,
+        adapters: Sequence[str | None] | None = None,
     ) -> Iterator[list[int | None]]:
         """Yields the next token of every example, None for those that have finished.
 
@@ -153,6 +158,7 @@ class Engine:
         Args:
           examples: prompts, ended with the opening of an assistant turn.
           request_ids: of the conversations, for the random draws; 0, 1, ... if not given.
+          adapters: name of each example's adapter, in a model that has several by name; None is the base.
 
         Raises:
           ExampleError: a prompt that leaves no position for an answer.
@@ -164,19 +170,20 @@ class Engine:
         batch, lengths = self._batch(examples, B)
         request = np.zeros(B, np.int32)
         request[:count] = range(count) if request_ids is None else request_ids
-        arrays = SamplingArrays.of(sampling, request)
+        arrays, adapted = SamplingArrays.of(sampling, request), self._adapters(adapters, count, B)
         if self.layout is not None:
             batch, lengths, arrays = sharding.shard_batch(self.layout, batch, lengths, arrays)
+            adapted = jax.device_put(adapted, (arrays.request_ids.sharding,) * len(adapted))
         on_cpu = jax.default_backend() == "cpu"
         cache_len = packing.bucket(int(lengths.max()) + most, TOKEN_STEP if on_cpu else LANES)
         flags, stop, leaves = sampling.flags, list(self.stop_tokens(sampling)), self._decoder_leaves
-        logits, cache = self._steps.prefill(self._leaves, batch, lengths)
+        logits, cache = self._steps.prefill(self._leaves, batch, lengths, *adapted)
         token, state = self._steps.first_token(flags, cache_len, leaves, logits, cache, batch, lengths, arrays)
         del logits, cache
         running = np.ones(count, bool)
         for left in reversed(range(most)):
             if left and self.ahead:
-                upcoming, state = self._steps.decode(flags, leaves, state, token, arrays)
+                upcoming, state = self._steps.decode(flags, leaves, state, token, arrays, *adapted)
             chosen = np.asarray(token)[:count]
             broken = np.flatnonzero(running & (chosen == NOT_FINITE))
             if broken.size:
@@ -186,8 +193,13 @@ class Engine:
             if not left or not running.any():
                 return
             if not self.ahead:
-                upcoming, state = self._steps.decode(flags, leaves, state, token, arrays)
+                upcoming, state = self._steps.decode(flags, leaves, state, token, arrays, *adapted)
             token = upcoming
+
+    def _adapters(self, names: Sequence[str | None] | None, count: int, size: int) -> tuple[np.ndarray, ...]:
+        """The numbers of the adapters, none for padding, as further arguments of the steps; () without a choice."""
+        found = several.numbers(self._adapter_names, [None] * count if names is None else names)
+        return () if found is None else (np.pad(found, (0, size - count)),)
 
     def _not_finite(self, examples: Sequence[Example], token: int) -> UserError:
         """Why the scores of these prompts are not finite; only now are the weights looked through."""

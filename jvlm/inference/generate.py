@@ -5,8 +5,13 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
+from flax import nnx
+
+from jvlm.adapters import several
 from jvlm.data.content import Conversation
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.examples import parse_example
@@ -22,6 +27,7 @@ from jvlm.parallel.layout import MeshLayout
 # Prompts encoded at a time, in batches: sorted by length within, so that a batch pads little, at bounded memory.
 _WINDOW = 8
 
+_STACKED: weakref.WeakKeyDictionary[VLM, tuple[Any, list[Any], VLM]] = weakref.WeakKeyDictionary()
 _ENGINES: weakref.WeakKeyDictionary[VLM, Engine] = weakref.WeakKeyDictionary()
 
 
@@ -47,6 +53,8 @@ def generate(
     batch_size: int = 8,
     on_token: Callable[[int, int], None] | None = None,
     layout: MeshLayout | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
+    adapter: str | Sequence[str | None] | None = None,
     **sampling: Any,
 ) -> list[str]:
     """The answer to each conversation, in the order given.
@@ -56,6 +64,9 @@ def generate(
       batch_size: conversations that run together.
       on_token: called with (index of the conversation, token id) as tokens arrive.
       layout: the devices to use, as `jvlm.inference.sharding.layout` gives it; None is one device.
+      adapters: name -> folder of adapters that conversations may ask for, by ``adapter`` or a field "adapter"; read
+        and put on the model at the first call with them, and kept with it.
+      adapter: the name for all conversations, or one for each; None takes the field, and without one the base.
       sampling: fields of `SamplingConfig`: max_new_tokens, temperature, top_k, top_p, ...
 
     Raises:
@@ -69,7 +80,13 @@ def generate(
     check_batch_size(batch_size)
     if isinstance(conversations, Mapping | str | Conversation):
         raise UserError(f"conversations is one {type(conversations).__name__}; give a list of them")
+    if adapters:
+        model = _with_adapters(model, adapters)
     engine = engine_for(model, processor, layout)
+    names = [adapter] * len(conversations) if adapter is None or isinstance(adapter, str) else list(adapter)
+    if len(names) != len(conversations):
+        raise UserError(f"adapter names {len(names)} adapters for {len(conversations)} conversations")
+    names = [adapter_name(one) if name is None else name for one, name in zip(conversations, names, strict=True)]
     texts: list[str] = []
     for start in range(0, len(conversations), batch_size * _WINDOW):
         window = conversations[start : start + batch_size * _WINDOW]
@@ -77,12 +94,36 @@ def generate(
             encode_prompt(engine, conversation, Origin(number=start + i)) for i, conversation in enumerate(window)
         ]
         request_ids = range(start, start + len(window))
-        done = complete(engine, examples, config, request_ids=request_ids, batch_size=batch_size, on_token=on_token)
+        done = complete(
+            engine,
+            examples,
+            config,
+            request_ids=request_ids,
+            batch_size=batch_size,
+            on_token=on_token,
+            adapters=names[start : start + len(window)],
+        )
         texts += [answer_text(processor, completion) for completion in done]
         for example, completion in zip(examples, done, strict=True):
             if note := cut_note(engine, example, len(completion.tokens), completion.stopped, config):
                 warnings.warn(f"{example.origin}: {note}", stacklevel=2)
     return texts
+
+
+def adapter_name(example: Any) -> str | None:
+    """Return what a conversation says in its field "adapter"."""
+    fields = dict(example.extra) if isinstance(example, Conversation) else example
+    return fields.get("adapter") if isinstance(fields, Mapping) else None
+
+
+def _with_adapters(model: VLM, adapters: Mapping[str, str | Path]) -> VLM:
+    """Return the model with a choice of adapters, made once for each set of folders and each state of the model."""
+    key = tuple((name, str(folder)) for name, folder in adapters.items())
+    leaves = jax.tree.leaves(nnx.state(model))
+    known = _STACKED.get(model)
+    if known is None or known[0] != key or any(a is not b for a, b in zip(leaves, known[1], strict=True)):
+        known = _STACKED[model] = key, leaves, several.load(model, adapters)
+    return known[2]
 
 
 def encode_prompt(engine: Engine, conversation: Any, origin: Origin = Origin()) -> Example:
@@ -117,6 +158,7 @@ def complete(
     request_ids: Sequence[int],
     batch_size: int,
     on_token: Callable[[int, int], None] | None = None,
+    adapters: Sequence[str | None] | None = None,
 ) -> list[Completion]:
     """Completions of prompts, in their order; prompts of like length run together.
 
@@ -129,7 +171,8 @@ def complete(
         batch = order[start : start + batch_size]
         chosen = [request_ids[i] for i in batch]
         tokens: list[list[int]] = [[] for _ in batch]
-        for step in engine.steps([examples[i] for i in batch], sampling, chosen):
+        names = None if adapters is None else [adapters[i] for i in batch]
+        for step in engine.steps([examples[i] for i in batch], sampling, chosen, names):
             for slot, token in enumerate(step):
                 if token is not None:
                     tokens[slot].append(token)
@@ -162,10 +205,12 @@ def _with_warning(pieces: Generator[str, None, str | None]) -> Iterator[str]:
         warnings.warn(note, stacklevel=2)
 
 
-def stream_example(engine: Engine, example: Example, sampling: SamplingConfig) -> Generator[str, None, str | None]:
+def stream_example(
+    engine: Engine, example: Example, sampling: SamplingConfig, adapter: str | None = None
+) -> Generator[str, None, str | None]:
     """`stream` of a prompt that is encoded already. Returns what `cut_note` says of the answer."""
     stop, text, tokens = engine.stop_tokens(sampling), TextStream(engine.processor), []
-    for (token,) in engine.steps([example], sampling):
+    for (token,) in engine.steps([example], sampling, adapters=[adapter]):
         tokens.append(token)
         piece = "" if token in stop else text.add(token)
         if piece:

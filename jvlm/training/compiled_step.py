@@ -18,6 +18,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jvlm import families
+from jvlm.adapters import targets
+from jvlm.adapters.attach import structure
 from jvlm.data.packing import PackedSequences, assemble
 from jvlm.data.pipeline import check_shape, frame_patches
 from jvlm.models import vlm
@@ -145,6 +147,10 @@ def compile_step(experiment: Experiment, devices: Sequence[jax.Device] | None = 
     template = vlm.abstract(experiment.model)
     if experiment.quantize is not None:
         template = quantized_template(template, experiment.quantize)
+    if experiment.adapter is not None:
+        # which tokens are trained changes no shape
+        tokens = tuple(range(len(experiment.adapter.train_tokens)))
+        template = structure(template, targets.resolve(experiment.adapter, experiment.model, tokens))
     return build_step(template, **step_arguments(experiment, template), layout=layout)
 
 

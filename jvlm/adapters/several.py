@@ -1,0 +1,220 @@
+"""Several adapters on one model in generation: each sequence has one of them, or none.
+
+Adapters are stacked along an axis n, with an empty one first, and their ranks filled up to the largest with zeros: one
+compiled program serves any of them. Sequences with none get the base's bits.
+
+Axes: B sequences, n adapters with the empty one, i inputs, o outputs, r rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jvlm.adapters import attach, targets
+from jvlm.adapters.layers import RANK, AdapterConstant
+from jvlm.adapters.weights import AdapterWeights, LowRank, Target
+from jvlm.errors import UserError
+from jvlm.models import device_ops
+from jvlm.models.vlm import VLM
+
+# numbers of the adapters of the model that is being traced
+_STACK: list[Array] = []
+
+
+@contextlib.contextmanager
+def choosing(index: Int[Array, " B"] | None) -> Iterator[None]:
+    """Trace a model with the number of each sequence's adapter; None, and number 0, are no adapter."""
+    if index is None:
+        yield
+        return
+    _STACK.append(index)
+    try:
+        yield
+    finally:
+        _STACK.pop()
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterNames:
+    """What `VLM.adapters` is in a model with several adapters: their names, from number 1 on."""
+
+    names: tuple[str, ...]
+
+    def number(self, name: str | None) -> int:
+        """Return the number of an adapter; 0 for None. Raises UserError naming the known ones."""
+        if name is None:
+            return 0
+        if name not in self.names:
+            raise UserError(f"no adapter {name!r}; there are {', '.join(self.names)}")
+        return self.names.index(name) + 1
+
+
+class AdapterChoice(nnx.Module):
+    """Stands where a `LowRankAdapter` stands, and takes for each sequence the adapter that it asks for.
+
+    Attributes:
+      a, b: [*, n, i, r] and [*, n, r, o]; scales are in b.
+      factor: of the columns, [*, n, o]: DoRA's magnitude / norm; None where no adapter has one.
+      bias: [*, n, o]; None where no adapter has one.
+    """
+
+    def __init__(
+        self,
+        a: AdapterConstant,
+        b: AdapterConstant,
+        factor: AdapterConstant | None,
+        bias: AdapterConstant | None,
+        axes: tuple[str, str],
+    ):
+        self.a, self.b, self.factor, self.bias, self.axes = a, b, factor, bias, axes
+
+    def __call__(
+        self, x: Float[Array, "B *L i"], y: Float[Array, "B *L o"], kernel: Callable[[], Array]
+    ) -> Float[Array, "B *L o"]:
+        """Return the adapted product of ``x``, where ``y`` is that with the frozen kernel."""
+        index = _STACK[-1] if _STACK else None
+        if index is None:
+            return y
+        a, b = (part[...].astype(x.dtype)[index] for part in (self.a, self.b))
+        hidden = jnp.einsum("b...i,bir->b...r", x, a)
+        return self._finished(y + jnp.einsum("b...r,bro->b...o", hidden, b), index)
+
+    def looked_up(
+        self, tokens: Int[Array, "B S"], y: Float[Array, "B S o"], table: Callable[[], Array]
+    ) -> Float[Array, "B S o"]:
+        """Return the adapted embeddings of tokens, where ``y`` are those of the frozen table."""
+        index = _STACK[-1] if _STACK else None
+        if index is None:
+            return y
+        n, vocabulary, rank = self.a.get_value().shape
+        table_a = self.a[...].astype(y.dtype).swapaxes(0, 1).reshape(vocabulary, n * rank)
+        hidden = device_ops.current().embedding_lookup(table_a, tokens, y.dtype, axes=(self.axes[0], RANK))
+        hidden = hidden.reshape(*tokens.shape, n, rank)
+        own = jnp.take_along_axis(hidden, index[:, None, None, None], axis=2)[:, :, 0]
+        return self._finished(y + jnp.einsum("bsr,bro->bso", own, self.b[...].astype(y.dtype)[index]), index)
+
+    def _finished(self, y, index):
+        def of_sequence(part: AdapterConstant) -> Array:
+            value = part[...][index]
+            return value.reshape(value.shape[0], *[1] * (y.ndim - 2), value.shape[-1])
+
+        if self.factor is not None:
+            y = (y.astype(jnp.float32) * of_sequence(self.factor)).astype(y.dtype)
+        return y if self.bias is None else y + of_sequence(self.bias).astype(y.dtype)
+
+
+def stacked(model: VLM, adapters: Mapping[str, AdapterWeights]) -> VLM:
+    """Return a model of which each sequence takes one of several adapters; it shares the arrays of the base.
+
+    Args:
+      model: the base, without adapters.
+      adapters: by the names that requests give.
+
+    Raises:
+      UserError: adapters with what no sequence can have for itself: whole modules, rows of tokens, experts, a head.
+    """
+    if model.adapters is not None:
+        raise UserError("the model has adapters already; give its base, and all adapters by name")
+    for name, weights in adapters.items():
+        _check(name, weights)
+    matrices, names = attach.matrices(model), tuple(adapters)
+    result = nnx.merge(*nnx.split(model))
+    for path in sorted({target.path for weights in adapters.values() for target in weights.low_rank}):
+        if path not in matrices:
+            raise UserError(f"an adapter has a target {path}, which the model does not have")
+        chosen = _choice(path, matrices[path], [adapters[name] for name in names])
+        owner, attribute = attach.owner_of(result, path)
+        setattr(owner, attribute, nnx.data(chosen))
+    result.adapters = AdapterNames(names)
+    return result
+
+
+def _check(name: str, weights: AdapterWeights) -> None:
+    whole = sorted({target.path for target in weights.parameters} | set(weights.token_rows))
+    if whole:
+        raise UserError(
+            f"adapter {name!r} brings whole parameters ({whole[0]}, ...), which sequences side by side cannot "
+            "have each for itself: merge it into its base and serve that"
+        )
+    odd = [t.path for t in weights.low_rank if t.path == targets.HEAD or len(t.index) > 1]
+    if odd:
+        raise UserError(f"adapter {name!r} is on {odd[0]}; several adapters at once take none on a head or on experts")
+
+
+def _choice(path: str, base: attach.Matrix, adapters: Sequence[AdapterWeights]) -> AdapterChoice:
+    *lead, d_in, d_out = base.shape
+    present = [one for weights in adapters for target, one in weights.low_rank.items() if target.path == path]
+    rank, n = max(one.rank for one in present), len(adapters) + 1
+    arrays = {
+        "a": np.zeros((*lead, n, d_in, rank), np.float32),
+        "b": np.zeros((*lead, n, rank, d_out), np.float32),
+        "factor": np.ones((*lead, n, d_out), np.float32) if any(o.magnitude is not None for o in present) else None,
+        "bias": np.zeros((*lead, n, d_out), np.float32) if any(o.bias is not None for o in present) else None,
+    }
+    for number, weights in enumerate(adapters, 1):
+        for index in np.ndindex(tuple(lead)):
+            one = weights.low_rank.get(Target(path, index))
+            if one is not None:
+                at = (*index, number)
+                arrays["a"][at][:, : one.rank] = one.a
+                arrays["b"][at][: one.rank] = one.scale * one.b
+                if one.magnitude is not None:
+                    arrays["factor"][at] = _factor(one, base.read(index))
+                if one.bias is not None:
+                    arrays["bias"][at] = one.scale * one.bias
+    *first, i, o = base.axes
+    axes = {"a": (i, RANK), "b": (RANK, o), "factor": (o,), "bias": (o,)}
+    made = {
+        name: None if value is None else AdapterConstant(jnp.asarray(value), axes=(*first, *axes[name]))
+        for name, value in arrays.items()
+    }
+    return AdapterChoice(**made, axes=(i, o))
+
+
+def _factor(one: LowRank, kernel: np.ndarray) -> np.ndarray:
+    """Return magnitude / norm, summed in float64."""
+    total = kernel.astype(np.float64) + one.scale * (one.a.astype(np.float64) @ one.b.astype(np.float64))
+    return one.magnitude / np.sqrt(np.square(total).sum(0))
+
+
+def numbers(known: Any, names: Sequence[str | None]) -> np.ndarray | None:
+    """Return the number of each request's adapter; None for a model that has no choice of them.
+
+    Args:
+      known: `VLM.adapters` of the model.
+
+    Raises:
+      UserError: a name that the model does not have.
+    """
+    if not isinstance(known, AdapterNames):
+        named = next((name for name in names if name is not None), None)
+        if named is not None:
+            raise UserError(f"a request names the adapter {named!r}, and the model was loaded without adapters by name")
+        return None
+    return np.array([known.number(name) for name in names], np.int32)
+
+
+def names_of(text: Sequence[str]) -> dict[str, str]:
+    """Return name -> folder of options "name=folder". Raises UserError for others and for a name given twice."""
+    found: dict[str, str] = {}
+    for word in text:
+        name, equals, folder = word.partition("=")
+        if not (name and equals and folder) or name in found:
+            raise UserError(f"--adapters {word}: write name=folder, each name once: --adapters a=runs/one b=runs/two")
+        found[name] = folder
+    return found
+
+
+def load(model: VLM, folders_by_name: Mapping[str, Any]) -> VLM:
+    """Return `stacked` of the adapters in folders, as `jvlm.adapters.folders.read` reads them."""
+    from jvlm.adapters import folders
+
+    return stacked(model, {name: folders.read(folder, model.config) for name, folder in folders_by_name.items()})
