@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite. Shape annotations of models, kernels and sampling are checked in every test."""
+"""Fixtures of the whole suite. Shape annotations of jvlm and its kernels are checked in every test."""
 
 import logging
 import os
@@ -15,18 +15,17 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compilation.FAST}
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="jvlm-test-xla-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 
 from jaxtyping import install_import_hook
 
 from tests import shape_checks
 
-# Before anything imports jvlm: the hooks rewrite modules as they are loaded. The first checks array annotations, the
-# second all annotations. Not checked yet: batches, which gradient accumulation stacks along one more axis than their
-# annotations say, and what takes batches or caches.
+# Before anything imports jvlm: the hooks rewrite modules as they are loaded. The first checks array annotations, in all
+# modules that have any (in the others it would only cost time); the second, which comes before it, all annotations.
 _ALL_ANNOTATIONS = "layers vlm presets registry encoders connectors decoders".split()
-install_import_hook(["jvlm.inference.sampling", "jvlm.weights.positions"], f"{shape_checks.__name__}.check_arrays")
+install_import_hook(shape_checks.annotated_modules(), f"{shape_checks.__name__}.check_arrays")
 install_import_hook([*(f"jvlm.models.{name}" for name in _ALL_ANNOTATIONS), "jvlm_kernels"], "beartype.beartype")
 
 import pytest

@@ -4,6 +4,7 @@ Annotations without an array are ignored, so that tests may pass stand-ins for o
 """
 
 import typing
+from pathlib import Path
 
 import beartype
 import jax
@@ -31,6 +32,13 @@ def check_arrays(function):
         hints = {name: hint | NotAnArray for name, hint in hints.items()}
     function.__annotations__ = hints
     return beartype.beartype(function) if hints else function
+
+
+def annotated_modules() -> list[str]:
+    """Return the modules of jvlm that import jaxtyping; no other can have an annotation with a shape."""
+    root = Path(__file__).resolve().parents[1]
+    files = (path for path in sorted(root.glob("jvlm/**/*.py")) if "jaxtyping" in path.read_text())
+    return [".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for path in files]
 
 
 def mentions_array(hint) -> bool:

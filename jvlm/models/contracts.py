@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jvlm.errors import UserError
@@ -293,7 +294,9 @@ def replace_placeholders(
     return jnp.where((index >= 0)[..., None], fed.astype(embeddings.dtype), embeddings)
 
 
-def image_ids_of(patch_segment_ids: Int[Array, "B P"], tokens_per_image: int, max_images: int) -> Int[Array, "B F"]:
+def image_ids_of(
+    patch_segment_ids: Int[Array | np.ndarray, "B P"], tokens_per_image: int, max_images: int
+) -> Int[Array, "B F"]:
     """Return the image of each vision token where every image has as many; 0 for images that a sequence lacks."""
     ids = jnp.repeat(jnp.arange(1, max_images + 1, dtype=patch_segment_ids.dtype), tokens_per_image)
     return jnp.where(ids <= patch_segment_ids.max(axis=1, keepdims=True), ids, 0)

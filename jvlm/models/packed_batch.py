@@ -1,7 +1,7 @@
 """The packed batch that every model takes. It is built by data pipelines, so this module imports no jax.
 
 `jvlm.models.batch` registers the class as a pytree. Axes: B packed sequences, S tokens and P patches of a sequence,
-c numbers in a flattened patch.
+c numbers in a flattened patch. The batches of a step that accumulates gradients are stacked along a leading axis A.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class PackedBatch:
       max_image_patches: no image has more patches (static).
     """
 
-    tokens: Int[Any, "B S"]
-    segment_ids: Int[Any, "B S"]
-    positions: Int[Any, "B S 3"]
-    loss_weights: Float[Any, "B S"]
-    patches: Num[Any, "B P c"]
-    patch_segment_ids: Int[Any, "B P"]
-    patch_window_ids: Int[Any, "B P"]
-    patch_positions: Int[Any, "B P 2"]
-    vision_index: Int[Any, "B S"]
+    tokens: Int[Any, "*A B S"]
+    segment_ids: Int[Any, "*A B S"]
+    positions: Int[Any, "*A B S 3"]
+    loss_weights: Float[Any, "*A B S"]
+    patches: Num[Any, "*A B P c"]
+    patch_segment_ids: Int[Any, "*A B P"]
+    patch_window_ids: Int[Any, "*A B P"]
+    patch_positions: Int[Any, "*A B P 2"]
+    vision_index: Int[Any, "*A B S"]
     max_segment_length: int | None = dataclasses.field(default=None, metadata={"static": True})
     max_image_patches: int | None = dataclasses.field(default=None, metadata={"static": True})
 
