@@ -10,15 +10,19 @@ backward passes only where something is learnt. Recomputation is not counted, no
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from jvlm.adapters.attach import HEAD, matrices
 from jvlm.models.arithmetic import Counts, Product, Work
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import TOWERS, VLM
 
 PARTS = (*TOWERS, "head")
+_MATRIX = re.compile(r"(\.kernel|\.mlp\.(gate|up|down))$")
 
 
 def counts_of(batches: Iterable[PackedBatch]) -> Counts:
@@ -78,7 +82,7 @@ def forward(template: VLM, counts: Counts) -> dict[str, Work]:
 
 
 def training(
-    template: VLM, counts: Counts, learnt: Mapping[str, bool], adapter_rank: Mapping[str, int] | None = None
+    template: VLM, counts: Counts, learnt: Mapping[str, bool], adapter_rank: Mapping[str, float] | None = None
 ) -> Parts:
     """One forward and backward pass.
 
@@ -126,7 +130,7 @@ def experts(template: VLM, tokens: int) -> float:
     return sum(product.flops for product in work.products if product.grouped)
 
 
-def _both_ways(work: Work, gradient_wanted: bool, learnt: bool, rank: int) -> float:
+def _both_ways(work: Work, gradient_wanted: bool, learnt: bool, rank: float) -> float:
     """Forward and backward FLOP of a part; ``gradient_wanted`` says that what comes into it needs a gradient."""
     flops = work.total
     if rank:
@@ -143,5 +147,28 @@ def _both_ways(work: Work, gradient_wanted: bool, learnt: bool, rank: int) -> fl
 
 
 def of_batch(template: VLM, batches: Iterable[PackedBatch], learnt: Mapping[str, bool]) -> Parts:
-    """`training` of one or more batches of host arrays."""
-    return training(template, counts_of(batches), learnt)
+    """`training` of one or more batches of host arrays, with the adapters that the template has."""
+    return training(template, counts_of(batches), learnt, adapter_ranks(template))
+
+
+def adapter_ranks(template: VLM) -> dict[str, float]:
+    """Return the rank that adapters on all matrices of a tower would have, for as much arithmetic as its own take.
+
+    Adapters of one matrix take rank x (d_in + d_out) for each vector, so their ranks are averaged with these weights;
+    those of the embedding table, where nothing but the second matrix is multiplied, and of the head are left out.
+    """
+    if template.adapters is None:
+        return {}
+    found = matrices(template)
+    ranks = {}
+    for tower in TOWERS:
+        sizes = {
+            path: sum(matrix.shape[-2:])
+            for path, matrix in found.items()
+            if path.startswith(f"{tower}.") and _MATRIX.search(path) and path != HEAD
+        }
+        total = sum(size * math.prod(found[path].shape[:-2]) for path, size in sizes.items())
+        own = sum(sizes[g.path] * sum(g.ranks) for g in template.adapters.groups if g.path in sizes)
+        if own:
+            ranks[tower] = own / total
+    return ranks

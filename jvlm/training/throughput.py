@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jvlm.adapters.layers import is_adapter_path
 from jvlm.data.packing import PackedSequences
 from jvlm.hardware import peak_flops
 from jvlm.models.vlm import TOWERS, VLM
@@ -28,12 +29,13 @@ class Throughput(Hook):
 
     Args:
       tokens: in a batch of all processes, padding included.
-      trainable: path -> variable of the trainable parameters; a tower with any is counted as trained.
+      trainable: path -> variable of the trainable parameters; a tower with any is counted as trained;
+        adapters are counted by themselves, since frozen kernels beside them need no gradient.
     """
 
     def __init__(self, template: VLM, trainable: dict[str, nnx.Variable], tokens: int):
         self.template, self.tokens = template, tokens
-        towers = {optimizer.tower_of(path) for path in trainable}
+        towers = {optimizer.tower_of(path) for path in trainable if not is_adapter_path(path)}
         self._trained = {tower: tower in towers for tower in TOWERS}
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self._has_arithmetic = True

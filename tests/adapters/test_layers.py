@@ -200,3 +200,19 @@ def test_entries_that_pick_nothing_are_named_and_an_empty_choice_is_refused():
     assert targets.unmatched(config, model)[0].startswith("adapter.targets: 'fc1' picks nothing; nearest: ")
     with pytest.raises(UserError, match=r"adapter.targets query_proj pick no module; nearest: .*q_proj"):
         targets.resolve(AdapterConfig(targets=("query_proj",)), model)
+
+
+def test_adapters_are_counted_as_arithmetic_and_frozen_kernels_beside_them_need_no_gradient():
+    from jvlm.training import flops
+
+    base = golden.base("idefics2")
+    model = attach(base, AdapterConfig(rank=4, targets=("decoder",)))
+    assert flops.adapter_ranks(model) == {"decoder": 4.0}
+    half = attach(base, AdapterConfig(rank=4, targets=("re:.*text_model.layers.1.*",)))
+    assert flops.adapter_ranks(half) == {"decoder": 2.0}
+    batches, frozen = [golden.batch("idefics2")], dict.fromkeys(vlm.TOWERS, False)
+    counts = flops.counts_of(batches)
+    forward = flops.inference(base, counts)
+    found = flops.of_batch(model, batches, frozen)
+    assert found.encoder == forward.encoder
+    assert forward.decoder < found.decoder < flops.training(base, counts, dict.fromkeys(vlm.TOWERS, True)).decoder
