@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -176,13 +177,14 @@ def start(tiny, *arguments, command="generate", **environment):
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_run_leaves_a_file_that_goes_on_to_the_same_bytes(tiny, folder, number):
     write("many.jsonl", [prompt(f"question {i}") for i in range(4000)])
     options = ("--data", "many.jsonl", "--max_new_tokens", "8", "--batch_size", "2", "--output")
     with start(tiny, *options, "out.jsonl") as process:
         while not (folder / "out.jsonl").exists() or (folder / "out.jsonl").stat().st_size < 2000:
             assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)  # between two looks at the file
         process.send_signal(number)
         assert process.wait() in (-number, 130)
     done = (folder / "out.jsonl").read_bytes()

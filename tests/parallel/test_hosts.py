@@ -22,7 +22,7 @@ from jvlm.training import compiled_step, starting_model, train_step, trainer
 from tests import compilation
 from tests.parallel import models
 from tests.support import ROOT
-from tests.training import support
+from tests.training import support, test_held_out
 
 STEPS = 4
 SHARDED = "--checkpoint.save_interval_steps 2 --data.pack_window 2 --parallel.data 2 --parallel.fsdp 2".split()
@@ -153,6 +153,21 @@ def test_a_run_on_two_processes_goes_on_to_the_bit_and_ends_as_one_run(tmp_path,
     exported = vlm.parameters(exported)
     for path, variable in vlm.parameters(saved).items():
         assert np.array_equal(variable.get_value(), exported[path].get_value()), path
+
+
+@pytest.mark.slow
+def test_two_processes_validate_each_held_out_example_once(tmp_path):
+    """Seven different examples, which two processes cannot share evenly; what is trained on is all alike."""
+    examples = support.write_examples(tmp_path / "train", 8, alike=True)
+    held_out = support.write_examples(tmp_path / "held_out", 7)
+    options = ("--validation.data", str(held_out), "--validation.interval_steps", "2", "--steps", "2")
+    mesh = ("--parallel.data", "2", "--export.enabled", "False", "--data.pack_window", "2")
+    _run("train", 2, str(tmp_path), str(examples), *mesh, *options)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "logging.jsonl").read_text().splitlines()]
+    model, processor = jvlm.load(tmp_path / "run")
+    total, weight, right = test_held_out.one_by_one(model, processor, held_out)
+    assert lines[-1]["validation/loss"] == pytest.approx(total / weight, rel=1e-5)
+    assert lines[-1]["validation/token_acc"] == pytest.approx(right / weight)
 
 
 def test_processes_agree_on_what_is_damaged_even_if_only_one_can_see_it(tmp_path):

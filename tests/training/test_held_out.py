@@ -10,20 +10,24 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import jvlm
 from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from jvlm.models import vlm
-from jvlm.training import runs
+from jvlm.training import data_counters, runs
+from jvlm.training.config import OptimizerConfig, Stage
 from jvlm.training.validation import EarlyStop
 from jvlm.training.validation_split import example_keys, make_split
 from jvlm.weights import run_dir
 from jvlm.weights.table import WeightError
-from tests.support import ROOT
+from tests.support import ROOT, hf_inputs, torch_model
 from tests.training import support
 
 
@@ -94,7 +98,7 @@ def _lines(folder):
     return [line for line in lines if "eval_loss" in line]
 
 
-def _one_by_one(model, processor, path):
+def one_by_one(model, processor, path):
     """(sum of losses, tokens, correct tokens) in float64, each conversation by itself from all of its logits."""
     total, weight, right = 0.0, 0.0, 0
     for line in path.read_text().splitlines():
@@ -129,7 +133,7 @@ def test_every_token_is_counted_once_for_each_source_and_the_best_checkpoint_sta
     assert result.compilations == 1
     lines = _lines(result.folder)
     assert [line["step_number"] for line in lines] == [2, 4, 5]
-    sums = [_one_by_one(result.model, result.processor, path) for path in held]
+    sums = [one_by_one(result.model, result.processor, path) for path in held]
     for name, (total, weight, right) in zip(("a.jsonl", "b.jsonl"), sums, strict=True):
         assert lines[-1][f"eval_loss/{name}"] == pytest.approx(total / weight, rel=1e-5)
         assert lines[-1][f"eval_token_acc/{name}"] == pytest.approx(right / weight)
@@ -143,7 +147,7 @@ def test_every_token_is_counted_once_for_each_source_and_the_best_checkpoint_sta
     assert run_dir.steps(result.folder) == sorted({best, 5})
     assert result.last == 5, "without patience the run returns its last step"
     loaded, processor = jvlm.load(result.folder / "best")
-    sums = np.sum([_one_by_one(loaded, processor, path) for path in held], axis=0)
+    sums = np.sum([one_by_one(loaded, processor, path) for path in held], axis=0)
     assert sums[0] / sums[1] == pytest.approx(losses[best], rel=1e-5)
     again = vlm.parameters(jvlm.load(result.folder, step="best")[0])
     assert all(np.array_equal(v.get_value(), again[p].get_value()) for p, v in vlm.parameters(loaded).items())
@@ -176,6 +180,61 @@ def test_a_run_without_validation_has_no_best_checkpoint(tmp_path, examples):
     result = runs.train(support.experiment(tmp_path, examples, "--steps", "1"))
     with pytest.raises(WeightError, match="has no best checkpoint"):
         jvlm.load(result.folder / "best")
+
+
+@pytest.mark.slow
+def test_the_loss_is_that_of_transformers_in_float64(tmp_path, examples):
+    held_out = tmp_path / "held_out.jsonl"
+    lines = [json.loads(line) for line in examples.read_text().splitlines()[:4]]
+    for line in lines:
+        line["images"] = [str(examples.parent / name) for name in line["images"]]
+    held_out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ("--validation.data", str(held_out), "--validation.interval_steps", "2", "--steps", "2")
+    result = runs.train(support.experiment(tmp_path, examples, *options))
+    jvlm.save(result.model, result.processor, tmp_path / "hf")
+    exported = SimpleNamespace(folder=tmp_path / "hf", config=json.loads((tmp_path / "hf/config.json").read_text()))
+    model = torch_model(tmp_path / "hf").double()
+    total, weight, right = 0.0, 0.0, 0
+    for line in lines:
+        inputs = hf_inputs(exported, {**line, "images": [Image.open(path) for path in line["images"]]})
+        batch = result.processor.pack([line])
+        ids = inputs["input_ids"].numpy()[0]
+        assert np.array_equal(batch.tokens[0, : len(ids)], ids)
+        with torch.no_grad():
+            if "pixel_values" in inputs:
+                inputs["pixel_values"] = inputs["pixel_values"].double()
+            logits = model(**inputs).logits[0, :-1].double()
+        targets, weights = torch.from_numpy(ids[1:]), np.asarray(batch.loss_weights[0, 1 : len(ids)])
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").numpy()
+        total, weight = total + (losses * weights).sum(), weight + weights.sum()
+        right += ((logits.argmax(-1) == targets).numpy() & (weights > 0)).sum()
+    found = _lines(result.folder)[-1]
+    assert found["validation/loss"] == pytest.approx(total / weight, rel=1e-5)
+    assert found["validation/token_acc"] == pytest.approx(right / weight)
+
+
+@pytest.mark.slow
+def test_what_is_held_out_of_a_run_is_held_out_of_its_stages(tmp_path, examples, monkeypatch):
+    seen = []
+    add = data_counters.DataCounters.add
+
+    def record(counters, packed, step):
+        seen.extend((counters.path.parent.name, o.number) for sequence in packed.origins for o in sequence)
+        add(counters, packed, step)
+
+    monkeypatch.setattr(data_counters.DataCounters, "add", record)
+    data = support.experiment(tmp_path, examples).data
+    stage = Stage("warm-up", data, OptimizerConfig(encoder_lr=0.0), steps=12)
+    options = ("--validation.split", "0.25", "--validation.interval_steps", "4", "--steps", "12")
+    result = runs.train(support.experiment(tmp_path, examples, *options, stages=(stage,)))
+    split = json.loads((result.folder / "validation_split.json").read_text())
+    trained = {index + 1 for index in split["train"]}
+    for run in ("warm-up", "run"):
+        numbers = {number for name, number in seen if name == run}
+        assert numbers
+        assert numbers <= trained, "an example that is held out was learnt"
+    assert [line["step_number"] for line in _lines(result.folder)] == [4, 8, 12]
+    assert _lines(result.folder / "stages" / "warm-up") == []
 
 
 CONFIG = """

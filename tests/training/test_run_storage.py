@@ -91,3 +91,24 @@ def test_only_what_changed_is_copied_again(store):
     home.push()
     assert store[RUN + "a.txt"][1] == b"22"
     assert RUN + "checkpoints.at" not in store
+
+
+@pytest.mark.slow
+def test_a_run_whose_base_is_a_run_in_a_store_refers_to_it_there(store, tmp_path):
+    examples = support.write_examples(tmp_path / "examples", 6)
+    base = runs.train(support.experiment(tmp_path, examples, "--output_root", "gs://bucket/runs", "--steps", "1"))
+    shutil.rmtree(base.folder)
+    frozen_towers = ("--optimizer.encoder_lr", "0", "--optimizer.decoder_lr", "0", "--steps", "2")
+    options = ("--init_from", "gs://bucket/runs/run", "--name", "second", *frozen_towers)
+    result = runs.train(support.experiment(tmp_path, examples, *options))
+    record = json.loads((result.folder / "frozen.json").read_text())
+    assert (record["base"], record["step"]) == ("gs://bucket/runs/run", 1)
+    stored = run_dir.stored_paths(run_dir.params_folder(result.folder))
+    assert {path.partition(".")[0] for path in stored} == {"connector"}
+    first, values = _values(base.model), _values(result.model)
+    frozen = {path for path in values if np.array_equal(values[path], first[path])}
+    assert frozen == {path for path in values if not path.startswith("connector.")}
+    loaded = _values(jvlm.load(result.folder)[0])
+    assert all(np.array_equal(values[path], loaded[path]) for path in values)
+    again = _values(runs.train(support.experiment(tmp_path, examples, *options)).model)
+    assert all(np.array_equal(values[path], again[path]) for path in values)
