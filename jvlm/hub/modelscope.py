@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from jvlm.errors import UserError
@@ -24,24 +26,36 @@ def download(id: HubId, kind: Kind, patterns: Sequence[str]) -> Path:
         raise UserError(f"{id} cannot be had from ModelScope ({type(error).__name__}: {error})") from error
 
 
-def upload(folder: Path, id: HubId, message: str, *, private: bool, token: str | None = None) -> str:
-    """Create the repository if there is none, and send all files of a folder. Returns its address."""
+def upload(
+    contents: Mapping[str, str | bytes], id: HubId, message: str, *, private: bool, token: str | None = None
+) -> str:
+    """Create the repository if there is none, and send files. Returns its address.
+
+    Args:
+      contents: path in the repository -> file of this disk, or the bytes themselves.
+    """
     api = _client(id).HubApi(token=token)
-    api.create_repo(id.repo, repo_type="model", visibility="private" if private else "public", exist_ok=True)
-    api.upload_folder(repo_id=id.repo, folder_path=str(folder), commit_message=message, repo_type="model")
+    with tempfile.TemporaryDirectory(prefix="jvlm-upload-") as folder:  # the client sends folders only
+        for name, content in contents.items():
+            target = Path(folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                target.write_bytes(content)
+            else:
+                target.symlink_to(Path(content).absolute())
+        api.create_repo(id.repo, repo_type="model", visibility="private" if private else "public", exist_ok=True)
+        api.upload_folder(
+            repo_id=id.repo, folder_path=folder, commit_message=message, repo_type="model", use_cache=False
+        )
     return f"https://modelscope.cn/models/{id.repo}"
 
 
 def _client(id: HubId) -> Any:
     try:
-        import modelscope.hub.api
-        import modelscope.hub.snapshot_download as snapshots
+        from modelscope.hub.api import HubApi
+        from modelscope.hub.snapshot_download import dataset_snapshot_download, snapshot_download
     except ImportError as error:
         raise UserError(f"{id}: ModelScope is reached through its client: pip install 'jvlm[modelscope]'") from error
-
-    class Client:
-        HubApi = modelscope.hub.api.HubApi
-        snapshot_download = staticmethod(snapshots.snapshot_download)
-        dataset_snapshot_download = staticmethod(snapshots.dataset_snapshot_download)
-
-    return Client
+    return SimpleNamespace(
+        HubApi=HubApi, snapshot_download=snapshot_download, dataset_snapshot_download=dataset_snapshot_download
+    )

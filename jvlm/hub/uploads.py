@@ -89,21 +89,15 @@ def upload(
     replaced = _replaced(folder, id, sent, card, base_model)
     sent = sorted({*sent, *replaced})
     scan.check(folder, sent, token or huggingface_hub.get_token(), replaced)
-    sizes = tuple(
-        (path, len(replaced[path].encode()) if path in replaced else (folder / path).stat().st_size) for path in sent
-    )
-    report = UploadReport(id.repo, sizes, tuple(left_out))
+    contents = {path: replaced[path].encode() if path in replaced else str(folder / path) for path in sent}
+    sizes = ((path, len(c) if isinstance(c, bytes) else (folder / path).stat().st_size) for path, c in contents.items())
+    report = UploadReport(id.repo, tuple(sizes), tuple(left_out))
     if dry_run:
         return report
     if id.source == "modelscope":
-        raise_if = [path for path in replaced if (folder / path).exists()]
-        if raise_if:
-            raise UserError(f"{folder / raise_if[0]} names a folder of this disk as its base: put the id into it first")
-        (folder / cards.CARD).write_text(replaced.get(cards.CARD) or (folder / cards.CARD).read_text())
-        return dataclasses.replace(report, url=modelscope.upload(folder, id, message, private=private, token=token))
-    operations = [
-        CommitOperationAdd(path, replaced[path].encode() if path in replaced else str(folder / path)) for path in sent
-    ]
+        url = modelscope.upload(contents, id, message, private=private, token=token)
+        return dataclasses.replace(report, url=url)
+    operations = [CommitOperationAdd(path, content) for path, content in contents.items()]
     client = HfApi(endpoint=downloads.endpoint(), token=token, library_name="jvlm")
     try:
         errors.attempt(

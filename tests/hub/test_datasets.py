@@ -129,3 +129,9 @@ def test_examples_of_parquet_are_those_that_pyarrow_wrote(hub, capsys):
     (file,) = datasets.fetch("org/set")
     assert capsys.readouterr().out.count("writing") == 1
     assert portable(str(file)) == f"hf://datasets/org/set@{repo.refs['main']}/data_train-0.arrayrecord"
+
+
+def test_a_number_takes_so_many_examples_of_a_subset(hub):
+    hub.add("org/set", FILES, "datasets")
+    assert len(answers("org/set:docs#1")) == 1
+    assert sorted(answers("org/set:docs#4")) == ["d1", "d1", "d2", "d2"]
