@@ -35,13 +35,14 @@ from jvlm.training.config import Experiment
 from jvlm.training.log import clock
 from jvlm.training.runs import Result, train
 from jvlm.training.side_files import write_json, write_lines
-from jvlm.training.starting_model import base_of
+from jvlm.training.starting_model import base_of, start_model
 from jvlm.training.trainer import split
 from jvlm.weights import frozen, hf, table
 from jvlm.weights.io import load
 
 ANSWERS, SCORES, EXPORT, REPORT = "answers.jsonl", "scores.json", "hf", "report.html"
 ADAPTER = "adapter"
+ANSWERS_BEFORE = "answers_before_training.jsonl"
 NOT_ASKED = "evaluation_rejected.jsonl"
 _CURVES = (
     ("loss", "loss"),
@@ -87,6 +88,20 @@ def run(experiment: Experiment) -> Path:
     return result.folder
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """What scoring gave; all of it empty where there was none.
+
+    Attributes:
+      before: answers of the model before training, to the same questions in the same order.
+    """
+
+    answers: Sequence[Answer] = ()
+    scores: Scores | None = None
+    text_only: TextOnlyScores | None = None
+    before: Sequence[Answer] = ()
+
+
 class _Finish:
     """Does the parts of the end one by one; one that fails is noted, and the others are done all the same."""
 
@@ -125,32 +140,26 @@ def _finish(experiment: Experiment, result: Result, began: float) -> list[str]:
       UserError, RuntimeError: parts that failed, after the others were done.
     """
     finish = _Finish()
-    answers, scores, baseline, exported = [], None, None, "not asked for"
+    evaluated, exported = Evaluated(), "not asked for"
     if experiment.export.enabled:
         exported = finish.part("export", lambda: export(experiment, result), "failed")
     if experiment.evaluation.data:
-        none = ([], None, None)
-        answers, scores, baseline = finish.part("scoring", lambda: evaluate(experiment, result, finish), none)
+        evaluated = finish.part("scoring", lambda: evaluate(experiment, result, finish), evaluated)
     if experiment.export.enabled and exported != "failed":
-        exported = finish.part(
-            "reading the export back", lambda: verify(experiment, result, answers), f"{exported}, not the same"
-        )
+        answers, otherwise = evaluated.answers, f"{exported}, not the same"
+        exported = finish.part("reading the export back", lambda: verify(experiment, result, answers), otherwise)
     if experiment.push.hub_model_id:
-        finish.part("upload", lambda: upload(experiment, result, scores), None)
+        finish.part("upload", lambda: upload(experiment, result, evaluated.scores), None)
     seconds = time.perf_counter() - began
-    written = finish.part(
-        "report", lambda: write_report(experiment, result, answers, scores, baseline, exported, seconds), None
-    )
+    written = finish.part("report", lambda: write_report(experiment, result, evaluated, exported, seconds), None)
     result.storage.push()
     if written:
         print(f"report: {written}")
     finish.end(result.folder)
-    return missed_aims(experiment.evaluation, scores)
+    return missed_aims(experiment.evaluation, evaluated.scores)
 
 
-def evaluate(
-    experiment: Experiment, result: Result, finish: _Finish
-) -> tuple[list[Answer], Scores, TextOnlyScores | None]:
+def evaluate(experiment: Experiment, result: Result, finish: _Finish) -> Evaluated:
     """Answers and scores on the evaluation data, written to the run folder and printed.
 
     Examples that cannot be asked are left out, counted and listed.
@@ -175,11 +184,26 @@ def evaluate(
     baseline = None
     if config.text_only_baseline and scores.questions:
         baseline = finish.part("text-only baseline", lambda: text_only_baseline(experiment, answers), None)
+    before: list[Answer] = []
+    if config.before_training:
+        before = finish.part("scoring the model before training", lambda: answers_before(experiment, result), before)
+    scores_before = Scores.of(before) if before else None
     values = {**dataclasses.asdict(scores), "examples_left_out": len(rejected), "seconds": seconds}
     values["text_only_baseline"] = dataclasses.asdict(baseline) if baseline else None
+    values["before_training"] = dataclasses.asdict(scores_before) if before else None
     write_json(result.folder / SCORES, values)
-    print(summary(scores, baseline, seconds))
-    return answers, scores, baseline
+    print(summary(scores, baseline, seconds, before=scores_before))
+    return Evaluated(answers, scores, baseline, before)
+
+
+def answers_before(experiment: Experiment, result: Result) -> list[Answer]:
+    """Return the answers of the model that the run started from to the evaluation data, and write them down."""
+    config, layout = experiment.evaluation, _layout(result)
+    model, _ = start_model(experiment, layout.parameter if layout else None)
+    settings = {"ask": config.ask, "max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+    answers, _ = _asked(experiment, model, result.processor, {**settings, "layout": layout})
+    score.write(answers, result.folder / ANSWERS_BEFORE)
+    return answers
 
 
 def _asked(
@@ -225,11 +249,13 @@ def text_only_baseline(experiment: Experiment, answers: Sequence[Answer]) -> Tex
     return TextOnlyScores(baseline.accuracy(asked), baseline.accuracy(yes_no), baseline.accuracy(other))
 
 
-def summary(scores: Scores, baseline: TextOnlyScores | None, seconds: float) -> str:
-    """The result as lines for the terminal."""
+def summary(scores: Scores, baseline: TextOnlyScores | None, seconds: float, *, before: Scores | None = None) -> str:
+    """Return the result as lines for the terminal."""
     lines = []
     if scores.questions:
         blind = f"   text-only baseline {100 * baseline.accuracy:.1f} %" if baseline else ""
+        if before:
+            blind += f"   before training {100 * before.accuracy:.1f} %"
         lines.append(f"accuracy   {100 * scores.accuracy:5.1f} %  on {scores.questions} questions{blind}")
         parts = {
             "yes/no": (scores.yes_no, baseline and baseline.yes_no),
@@ -243,6 +269,7 @@ def summary(scores: Scores, baseline: TextOnlyScores | None, seconds: float) -> 
         lines.append(
             f"mean IoU   {scores.mean_iou:7.3f}  on {scores.boxes} boxes; "
             f"IoU >= 0.5: {100 * scores.iou_at_half:.1f} %; answers without a box: {scores.unparsed_boxes}"
+            + (f"   before training {before.mean_iou:.3f}" if before else "")
         )
     return "\n".join([*lines, f"asked in {clock(seconds)}"])
 
@@ -333,13 +360,13 @@ def verify(experiment: Experiment, result: Result, answers: Sequence[Answer]) ->
 def write_report(
     experiment: Experiment,
     result: Result,
-    answers: Sequence[Answer],
-    scores: Scores | None,
-    baseline: TextOnlyScores | None,
+    evaluated: Evaluated,
     exported: str,
     seconds: float,
 ) -> Path:
     """Write the run's HTML page. Returns where it is."""
+    scores, baseline = evaluated.scores, evaluated.text_only
+    before = Scores.of(evaluated.before) if evaluated.before else None
     every = log.read(result.folder)
     lines = [line for line in every if "loss" in line]
     counts = vlm.parameter_counts(result.model)
@@ -360,6 +387,8 @@ def write_report(
     headline, bars = [], []
     if scores and scores.questions:
         note = f"text-only baseline {100 * baseline.accuracy:.1f} %" if baseline else f"{scores.questions} questions"
+        if before:
+            note += f"; {100 * before.accuracy:.1f} % before training"
         headline.append((f"{100 * scores.accuracy:.1f} %", f"of {scores.questions:,} test questions", note))
         bars.append(("all", scores.accuracy, baseline.accuracy if baseline else None))
         for name in ("yes_no", "other"):
@@ -369,6 +398,8 @@ def write_report(
                 )
     if scores and scores.boxes:
         note = f"{100 * scores.iou_at_half:.1f} % with IoU of 0.5 or more"
+        if before:
+            note += f"; {before.mean_iou:.3f} before training"
         headline.append((f"{scores.mean_iou:.3f}", f"mean IoU of {scores.boxes:,} boxes", note))
     headline.append((clock(result.seconds), "training", f"{sum(counts.values()):,} parameters"))
     path = result.folder / REPORT
@@ -382,7 +413,7 @@ def write_report(
             for title, key in _CURVES
             if any(line.get(key) is not None for line in every)
         ],
-        pictures=report.pictures(answers, result.processor.media_roots),
+        pictures=report.pictures(evaluated.answers, result.processor.media_roots, before=evaluated.before),
         facts=facts,
     )
     return path

@@ -10,6 +10,7 @@ import jvlm
 from jvlm import cli, configs, job
 from jvlm.errors import UserError
 from jvlm.models import vlm
+from jvlm.training.starting_model import start_model
 from tests.training import support
 
 
@@ -17,9 +18,8 @@ from tests.training import support
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     examples = support.write_examples(folder, 12)
-    experiment = support.experiment(
-        folder, examples, "--evaluation.data", str(examples), "--evaluation.max_new_tokens", "6"
-    )
+    options = ("--evaluation.data", str(examples), "--evaluation.max_new_tokens", "6")
+    experiment = support.experiment(folder, examples, *options, "--evaluation.before_training", "True")
     return job.run(experiment), examples
 
 
@@ -33,6 +33,25 @@ def test_the_run_leaves_scores_answers_an_export_and_a_report(finished):
     page = (folder / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_model_before_training_is_scored_on_the_same_questions_and_shown_beside_it(finished):
+    folder, examples = finished
+    after, before = (
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("answers.jsonl", "answers_before_training.jsonl")
+    )
+    assert [a["question"] for a in before] == [a["question"] for a in after]
+    model, processor = start_model(support.experiment(folder.parent, examples))
+    prompts = [json.loads(line) for line in examples.read_text().splitlines()]
+    for prompt in prompts:
+        prompt["images"] = [str(examples.parent / name) for name in prompt["images"]]
+        prompt["messages"] = prompt["messages"][:1]
+    texts = jvlm.generate(model, processor, prompts, max_new_tokens=6)
+    assert [a["response"] for a in before if a["turn"] == before[0]["turn"]] == texts
+    scores = json.loads((folder / "scores.json").read_text())["before_training"]
+    assert scores["accuracy"] == pytest.approx(sum(a["score"] for a in before) / len(before), abs=1e-4)
+    assert "before training" in (folder / "report.html").read_text()
 
 
 def test_run_folder_and_export_answer_alike(finished):

@@ -44,40 +44,67 @@ def curve(title: str, lines: Sequence[dict[str, Any]], key: str) -> Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture of the test set with every question asked about it."""
+    """A picture of the test set with every question asked about it.
+
+    Attributes:
+      before: the answers of the model before training to the same questions; empty where it was not asked.
+    """
 
     name: str
     source: str
     width: int
     height: int
     answers: tuple[Answer, ...]
+    before: tuple[Answer, ...] = ()
 
     @property
     def expected(self) -> list[Box]:
         return [place for a in self.answers for place in a.reference if isinstance(place, Box)]
 
     @property
+    def pairs(self) -> list[tuple[Answer, Answer | None]]:
+        """Each answer beside that of the model before training."""
+        return list(zip(self.answers, self.before or [None] * len(self.answers), strict=True))
+
+    @property
+    def predicted_before(self) -> list[Box]:
+        return [place for a in self.before for place in a.predicted if isinstance(place, Box)]
+
+    @property
     def predicted(self) -> list[Box]:
         return [place for a in self.answers for place in a.predicted if isinstance(place, Box)]
 
 
-def pictures(answers: Sequence[Answer], roots: tuple[str, ...], count: int = 18) -> list[Picture]:
-    """The first pictures of the answers, each with all its answers; examples with all questions on one image only."""
-    by_example: dict[Any, list[Answer]] = {}
-    for answer in answers:
-        by_example.setdefault(answer.question.origin, []).append(answer)
-    found = []
-    for origin, group in by_example.items():
+def pictures(
+    answers: Sequence[Answer], roots: tuple[str, ...], count: int = 18, *, before: Sequence[Answer] = ()
+) -> list[Picture]:
+    """Return the first pictures, each with all its answers; of examples with all questions on one image only.
+
+    Args:
+      roots: folders that media may lie in.
+      before: answers of the model before training to the same questions, or none.
+    """
+    earlier = _by_example(before)
+    chosen: list[Picture] = []
+    for origin, group in _by_example(answers).items():
         shown = [[i.source for i in answer.question.conversation.images] for answer in group]
         images = shown[0]
-        if len(found) == count or any(len(own) != 1 or own[0] is not images[0] for own in shown):
+        if len(chosen) == count or any(len(own) != 1 or own[0] is not images[0] for own in shown):
             continue
         image = open_image(images[0], origin=origin, roots=(str(Path(origin.file).parent), *roots))
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        found.append(Picture(f"{Path(origin.file).name} #{origin.number}", source, *image.size, tuple(group)))
-    return found
+        name = f"{Path(origin.file).name} #{origin.number}"
+        chosen.append(Picture(name, source, *image.size, tuple(group), tuple(earlier.get(origin, ()))))
+    return chosen
+
+
+def _by_example(answers: Sequence[Answer]) -> dict[Any, list[Answer]]:
+    groups: dict[Any, list[Answer]] = {}
+    for answer in answers:
+        groups.setdefault(answer.question.origin, []).append(answer)
+    return groups
 
 
 def write(path: Path, *, title: str, headline: Sequence[tuple[str, str, str]], **content: Any) -> None:

@@ -110,6 +110,7 @@ class EvaluationConfig:
       batch_size: questions answered together.
       max_examples: of the files; None takes all.
       text_only_baseline: also score the most frequent training answer to the same words, blind to the picture.
+      before_training: also score the model as it was before training; the report shows the boxes of both.
       aim: percent of the questions with answers in words that must be right; where fewer are, `jvlm train` ends with
         status 3 after all files are written. None: any share will do.
       aim_iou: the same for the mean IoU of boxes, from 0 to 1.
@@ -121,6 +122,7 @@ class EvaluationConfig:
     batch_size: int = 64
     max_examples: int | None = None
     text_only_baseline: bool = False
+    before_training: bool = False
     aim: float | None = None
     aim_iou: float | None = None
 
