@@ -122,9 +122,9 @@ def test_evaluation_examples_found_bad_only_then_are_listed_and_the_others_score
     options = _options(tmp_path, f"{_example()}\nnot json\n{MISSING}\n{_example('yes')}\n")
     job.run(support.experiment(folder, experiment.data.train[0], *options))
     run = folder / "run"
-    assert [json.loads(line)["example"] for line in (run / "answers.jsonl").read_text().splitlines()] == [1, 4]
+    assert [json.loads(line)["number"] for line in (run / "answers.jsonl").read_text().splitlines()] == [1, 4]
     listed = [json.loads(line) for line in (run / "evaluation_rejected.jsonl").read_text().splitlines()]
-    assert [(line["example"], line["field"]) for line in listed] == [(2, "example"), (3, "images[0]")]
+    assert [(line["number"], line["field"]) for line in listed] == [(2, "example"), (3, "images[0]")]
     scores = json.loads((run / "scores.json").read_text())
     assert (scores["questions"], scores["examples_left_out"]) == (2, 2)
 
