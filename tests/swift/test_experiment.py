@@ -38,6 +38,30 @@ def at(value, path):
 @pytest.mark.parametrize(
     ("line", "path", "value"),
     [
+        ("", "optimizer.learning_rate", 1e-4),
+        ("", "optimizer.encoder_lr", None),
+        ("", "model.precision.param_dtype", "bfloat16"),
+        ("", "adapter.exclude", ("encoder", "connector")),
+        ("--freeze_vit false --freeze_llm true", "adapter.exclude", ("decoder", "connector")),
+        ("--target_modules q_proj v_proj", "adapter.targets", ("q_proj", "v_proj")),
+        ("--target_regex '.*_proj'", "adapter.targets", ("re:.*_proj",)),
+        ("--target_regex '.*_proj'", "adapter.exclude", ()),
+        ("--modules_to_save connector", "adapter.train_modules", ("connector",)),
+        ("--lora_alpha 16", "adapter.alpha", 16.0),
+        ("", "adapter.dropout", 0.05),
+        ("--use_dora true", "adapter.use_dora", True),
+        ("--init_weights pissa", "adapter.init", "pissa"),
+        ("--lorap_lr_ratio 16", "optimizer.lora_plus_ratio", 16.0),
+        ("", "quantize", None),
+        ("--quant_method bnb", "quantize.kind", "nf4"),
+        ("--quant_method bnb --quant_bits 8", "quantize.kind", "int8"),
+        ("--quant_method fp8", "quantize.kind", "fp8"),
+        ("--adapters ckpt", "adapters_from", "ckpt"),
+        ("--adapters ckpt", "adapter", None),
+        ("--resume_from_checkpoint c --resume_only_model true", "adapters_from", "c"),
+        ("--train_type full --resume_from_checkpoint c --resume_only_model true", "init_from", "c"),
+        ("--push_to_hub true --hub_model_id a/b", "push.hub_model_id", "a/b"),
+        ("--train_type full", "adapter", None),
         ("--train_type full", "optimizer.learning_rate", 1e-5),
         ("--train_type full", "optimizer.encoder_lr", 0.0),
         ("--train_type full", "optimizer.decoder_lr", None),
@@ -106,6 +130,8 @@ def test_what_an_argument_says_of_the_data(line, field, value):
         ("--train_type full --quant_method bnb", "--train_type lora"),
         ("--train_type full --max_pixels 0", "--max_pixels: 0 is not"),
         ("--train_type full --learning_rate -1", "learning_rate"),
+        ("--train_type full --adapters a", "needs --train_type lora"),
+        ("--push_to_hub true", "--hub_model_id"),
         ("--train_type full --freeze_llm true", "every tower is frozen"),
     ],
 )
@@ -115,7 +141,13 @@ def test_arguments_that_make_no_experiment(facts, line, message):
     assert message in str(refused.value)
 
 
-@pytest.mark.parametrize("line", ["--train_type full --eval_steps 5 --system 'Say \"yes\".' --max_pixels 5000"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--use_dora true --quant_method bnb --target_modules q_proj v_proj --eval_steps 9",
+        "--train_type full --eval_steps 5 --system 'Say \"yes\".' --max_pixels 5000",
+    ],
+)
 def test_the_config_file_is_the_experiment(facts, line, tmp_path, monkeypatch):
     """Its model is that of the folder: the test's reads a preset in its place."""
     monkeypatch.setattr(io, "read_config", lambda place: facts.model)
