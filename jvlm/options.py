@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import re
+import sys
+import types
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, TypeVar
@@ -20,6 +24,9 @@ T = TypeVar("T")
 # Annotation of a field that holds a dataclass: its options have no prefix.
 FLAT = tyro.conf.arg(name="")
 _OF_TYRO = ("help", "tyro_print_completion", "tyro_write_completion")
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", type(None): "None", str: "text"}
+# options under the names that they had before, which scripts may still use
+_RENAMED = {"on_bad_row": "on_bad_example", "rows_per_shard": "examples_per_shard"}
 
 
 def parse(
@@ -34,9 +41,10 @@ def parse(
       default: an instance to start from; without it, fields that have no default must be given.
 
     Raises:
-      UserError: an option that does not exist, naming the nearest that does; a word that is no option's value.
-      SystemExit: a value that its option cannot take, after printing what it can.
+      UserError: an option that does not exist, naming the nearest that does; a word that is no option's value; a value
+        that its option cannot take, naming those it can; an option that is lacking.
     """
+    words = _renamed(words)
     _check_names(words, list(option_names(kind, default)), program)
     value, rest = _parse(kind, words, program, default, boolean_values=boolean_values)
     if rest:
@@ -47,7 +55,7 @@ def parse(
 def parse_some(kind: type[T], words: Sequence[str], program: str) -> tuple[T, list[str]]:
     """Return a dataclass made from the words that are its options, and the other words, ``--help`` among them.
 
-    Every field needs a default. Raises SystemExit as `parse` does.
+    Every field needs a default. Raises UserError for a value that its option cannot take.
     """
     return _parse(kind, words, program, None, add_help=False)
 
@@ -94,6 +102,11 @@ def parse_with(command: C, config: T, words: Sequence[str], program: str) -> tup
 
 def option_names(kind: type, default: Any = None, prefix: str = "") -> Iterator[str]:
     """Yield the options of a dataclass, "optimizer.learning_rate", as `parse` takes them after two dashes."""
+    return (name for name, _ in _options(kind, default, prefix))
+
+
+def _options(kind: type, default: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield (name, type) of each option of a dataclass."""
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
@@ -104,14 +117,14 @@ def option_names(kind: type, default: Any = None, prefix: str = "") -> Iterator[
         path = prefix if flat else f"{prefix}{field.name}."
         bare = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
         if dataclasses.is_dataclass(value):
-            yield from option_names(type(value), value, path)
+            yield from _options(type(value), value, path)
         elif isinstance(value, tuple) and value and all(map(dataclasses.is_dataclass, value)):
             for index, item in enumerate(value):
-                yield from option_names(type(item), item, f"{path}{index}.")
+                yield from _options(type(item), item, f"{path}{index}.")
         elif value is dataclasses.MISSING and dataclasses.is_dataclass(bare):
-            yield from option_names(bare, None, path)
+            yield from _options(bare, None, path)
         else:
-            yield prefix + field.name
+            yield prefix + field.name, hint
 
 
 def _parse(
@@ -125,16 +138,72 @@ def _parse(
 ) -> tuple[T, list[str]]:
     start = {} if default is None else {"default": default}
     booleans = (FlagConversionOff,) if boolean_values else ()
-    return tyro.cli(
-        kind,
-        args=[{"true": "True", "false": "False"}.get(word, word) for word in words],
-        prog=program,
-        config=(AvoidSubcommands, FlagCreatePairsOff, PositionalMetavarFromFieldName, *booleans),
-        use_underscores=True,
-        return_unknown_args=True,
-        add_help=add_help,
-        **start,
-    )
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            parsed = tyro.cli(
+                kind,
+                args=[{"true": "True", "false": "False"}.get(word, word) for word in words],
+                prog=program,
+                config=(AvoidSubcommands, FlagCreatePairsOff, PositionalMetavarFromFieldName, *booleans),
+                use_underscores=True,
+                return_unknown_args=True,
+                add_help=add_help,
+                **start,
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        problem = _problem(printed.getvalue(), words, dict(_options(kind, default, "")))
+        raise UserError(f"{program}: {problem}; {program} --help says more") from end
+    sys.stderr.write(printed.getvalue())
+    return parsed
+
+
+def _problem(printed: str, words: Sequence[str], options: dict[str, Any]) -> str:
+    """Return one line for what tyro prints, over several lines and in a frame, before it exits."""
+    # the frame, which a terminal may have drawn in ASCII or in colours, says nothing
+    plain = re.sub(r"\x1b\[[\d;]*m", "", printed)
+    lines = [re.sub(r"^[│|]|[│|]$", "", line.strip()) for line in plain.splitlines()]
+    text = " ".join(line.strip() for line in lines if re.search(r"\w", line))
+    if "Missing from" in text:
+        lacking = [found[1] for found in (re.match(r" {4,6}(--\S+|[A-Z]\S*)", line) for line in lines) if found]
+        return f"give {', '.join(name if name.startswith('-') else name.lower() for name in lacking)}"
+    named = (name for name in re.findall(r"--([\w.]+)", text) if name in options)
+    name = next(named, None)
+    if name is None:
+        return text
+    at, typed = next((i, w) for i, w in enumerate(words) if re.split("=", w[2:].replace("-", "_"))[0] == name)
+    rest = words[at + 1 :]
+    values = rest[: next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))]
+    return f"{' '.join([typed, *values])}: it takes {_allowed(options[name])}"
+
+
+def _allowed(hint: Any) -> str:
+    """Return what an option of a type takes, in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _allowed(arguments[0])
+    if origin is typing.Literal:
+        return " or ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_allowed, arguments))
+    if origin is tuple:
+        return (
+            f"any number of {_allowed(arguments[0])}"
+            if Ellipsis in arguments
+            else " and ".join(map(_allowed, arguments))
+        )
+    return _KINDS.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _renamed(words: Sequence[str]) -> list[str]:
+    """Return the words with options of former names under their present ones."""
+    pattern = re.compile(rf"--([\w.]*\.)?({'|'.join(_RENAMED)})(=.*)?", re.DOTALL)
+    return [
+        pattern.sub(lambda m: f"--{m[1] or ''}{_RENAMED[m[2]]}{m[3] or ''}", w) if pattern.fullmatch(w) else w
+        for w in words
+    ]
 
 
 def _check_names(words: Sequence[str], known: Sequence[str], program: str) -> None:

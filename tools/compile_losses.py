@@ -1,6 +1,6 @@
 """Compile the cross-entropy of a vocabulary for TPUs and GPUs with the real compilers, on any machine.
 
-    PYTHONPATH=.venv/tpu-compiler:.venv/gpu-compiler python tools/compile_losses.py v5e:2x2 v5p:2x2x1 a100 h200
+    PYTHONPATH=.venv/tpu-compiler:.venv/gpu-compiler python -m tools.compile_losses v5e:2x2 v5p:2x2x1 a100 h200
 
 It needs no TPU and no GPU, only the compilers, which `make test` installs into those folders. It prints a Markdown row
 for each form of the loss, value and both gradients in bfloat16, all tokens supervised: temporary memory, FLOP and
@@ -21,12 +21,12 @@ os.environ.update(WITHOUT_A_TPU | WITHOUT_A_GPU)
 
 import jax
 import jax.numpy as jnp
-from bench_kernels import each, plain_logits, summed, title_of
 from jax.experimental import topologies
 from jvlm_kernels.platforms import compiling_for
 
 from jvlm.planning import gpus, hlo
 from jvlm.planning.chips import CHIPS
+from tools.bench_kernels import each, plain_logits, summed, title_of
 
 COLUMNS = "temporary memory, MiB", "TFLOP", "GB moved", "products, ms", "memory, ms"
 

@@ -133,7 +133,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Writing the result as a Hugging Face folder (``<output>/hf``).
+    """Writing the result as a Hugging Face folder (``<run>/hf``).
 
     Attributes:
       enabled: whether to export after training.
@@ -174,7 +174,7 @@ class PushConfig:
 class Stage:
     """A part of the training that comes before the experiment's own data; the next one goes on from its weights.
 
-    Optimizer state and schedule begin anew. A stage is a run of its own in ``<output>/stages/<name>``.
+    Optimizer state and schedule begin anew. A stage is a run of its own in ``<run>/stages/<name>``.
 
     Attributes:
       name: of the stage, and of its folder.
@@ -250,11 +250,11 @@ class Experiment:
       seed: of the random weights, the order of the data, and all else that is drawn.
       log_interval_steps: steps between log lines.
       accept_changes: go on with a run whose settings, data or start have changed since it began; the changes are noted
-        in ``<output>/changes.jsonl`` and in the log.
+        in ``<run>/changes.jsonl`` and in the log.
       output_root: folder of runs, or a place in an object store as gs://bucket/runs; then small files are also in
         ``runs/gs/bucket/runs``.
       profile: "10:13" traces the 10th to the 13th step of a start, both included, for xprof or TensorBoard, into
-        ``<output>/profile``; empty is none.
+        ``<run>/profile``; empty is none.
       task: what is minimised; see `jvlm.training.task`. Its fields are saved, and a changed one is another experiment.
       hooks: of your own, after those of every run; see `jvlm.training.hooks`. A restart may change them.
       stop_after_skips: a step whose loss or gradient is not finite is skipped; after so many in a row the run stops

@@ -33,9 +33,9 @@ def values_of(model):
     return {path: np.asarray(v.get_value()) for path, v in vlm.variables(model).items()}
 
 
-def experiment(folder, base, rows, **changes):
+def experiment(folder, base, examples, **changes):
     fields = {"adapter": LORA, "init_from": str(base), "export": ExportConfig(enabled=False), "steps": 4, **changes}
-    return support.experiment(folder, rows, *OPTIONS, **fields)
+    return support.experiment(folder, examples, *OPTIONS, **fields)
 
 
 class StopAfter(Hook):
@@ -51,13 +51,13 @@ class StopAfter(Hook):
 def trained(tmp_path_factory):
     """A base, and a run of adapters on it."""
     folder = tmp_path_factory.mktemp("adapters")
-    rows = support.write_examples(folder / "data", 12)
+    examples = support.write_examples(folder / "data", 12)
     from jvlm.training.starting_model import start_model
 
-    model, processor = start_model(support.experiment(folder, rows, *OPTIONS))
+    model, processor = start_model(support.experiment(folder, examples, *OPTIONS))
     jvlm.save(model, processor, folder / "base")
-    result = runs.train(experiment(folder, folder / "base", rows))
-    return folder, rows, values_of(model), result
+    result = runs.train(experiment(folder, folder / "base", examples))
+    return folder, examples, values_of(model), result
 
 
 def test_exactly_what_was_asked_for_is_trained_and_the_base_is_bit_equal(trained):
@@ -65,7 +65,7 @@ def test_exactly_what_was_asked_for_is_trained_and_the_base_is_bit_equal(trained
     after = values_of(result.model)
     changed = {path for path, value in base.items() if not np.array_equal(value, after[path])}
     assert changed == {path for path in base if path.startswith("connector.")}
-    before = values_of(runs.start_model(experiment(folder, folder / "base", folder / "data" / "rows.jsonl"))[0])
+    before = values_of(runs.start_model(experiment(folder, folder / "base", folder / "data" / "examples.jsonl"))[0])
     moved = {path for path in after if ".adapter." in path and not np.array_equal(before[path], after[path])}
     constants = {path for path in after if path.endswith(".adapter.scale")}
     assert moved == {path for path in after if ".adapter." in path} - constants
@@ -83,8 +83,8 @@ def test_a_checkpoint_holds_the_adapters_alone_and_the_run_loads(trained):
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(trained, tmp_path):
-    folder, rows, _, result = trained
-    begun = experiment(tmp_path, folder / "base", rows)
+    folder, examples, _, result = trained
+    begun = experiment(tmp_path, folder / "base", examples)
     with pytest.raises(runs.Interrupted):
         runs.train(dataclasses.replace(begun, hooks=(StopAfter(2),)))
     again = values_of(runs.train(begun).model)
@@ -92,8 +92,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(trained, tmp_path):
 
 
 def test_another_run_goes_on_with_the_adapter_of_a_run(trained, tmp_path):
-    folder, rows, _, result = trained
-    goes_on = experiment(tmp_path, folder / "base", rows, adapter=None, adapters_from=str(folder / "run"))
+    folder, examples, _, result = trained
+    goes_on = experiment(tmp_path, folder / "base", examples, adapter=None, adapters_from=str(folder / "run"))
     model, _ = runs.start_model(goes_on)
     given, found = extract(result.model), extract(model)
     assert found.config == LORA

@@ -28,7 +28,7 @@ def test_the_tool_converts_and_says_where(tiny, tmp_path):
         (["absent", "NEW"], "absent is not a folder"),
         (["SOURCE", "NEW", "--layout", "old"], "unknown layout 'old'; known: released, transformers"),
         (["SOURCE", "NEW", "--shard-size", "big"], "'big' is not a size"),
-        (["SOURCE", "NEW", "--dtype", "int4"], "invalid choice 'int4'"),
+        (["SOURCE", "NEW", "--dtype", "int4"], "--dtype int4: it takes keep or float32 or bfloat16 or float16"),
     ],
 )
 def test_a_mistake_is_one_line_and_no_traceback(tiny, tmp_path, arguments, says):
