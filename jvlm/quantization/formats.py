@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Integer, UInt8
 
 from jvlm.errors import UserError
 
@@ -109,7 +109,7 @@ def nearest(values: np.ndarray, table: np.ndarray) -> np.ndarray:
     return np.searchsorted(midpoints, values, side="left").astype(np.uint8)
 
 
-def arranged(codes: Int[np.ndarray, "o i"]) -> UInt8[np.ndarray, "h o"]:
+def arranged(codes: Integer[np.ndarray, "o i"]) -> UInt8[np.ndarray, "h o"]:
     """Return codes of 4 bits by inputs, two a byte: of a block's halves, the first in the high four bits.
 
     bitsandbytes puts neighbours into one byte. With halves a device unpacks without moving single rows.

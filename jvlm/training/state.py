@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Int
 
 from jvlm.adapters.layers import is_adapter_path
@@ -26,7 +27,7 @@ class TrainState:
       reference: the trainable parameters before the first step, for tasks that compare with them; else None.
     """
 
-    step: Int[Array, ""]
+    step: Int[Array | np.ndarray, ""]
     trainable: Params
     opt_state: Any
     frozen: Params = dataclasses.field(default_factory=dict)

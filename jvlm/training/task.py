@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from jvlm.models.vlm import VLM
@@ -28,8 +29,8 @@ SOURCE_SUMS = ("loss", "weight", "correct", "tokens", "examples")
 class Mean(NamedTuple):
     """A metric as a sum and what to divide it by. Means of several batches add up, field by field."""
 
-    sum: Float[Array, ""]
-    count: Float[Array, ""]
+    sum: Float[Array | np.ndarray, ""]
+    count: Float[Array | np.ndarray, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -46,8 +47,8 @@ class Loss:
       sources: sums of each data source, columns `SOURCE_SUMS`, for curves of their own; None without them.
     """
 
-    total: Float[Array, ""]
-    weight: Float[Array, ""]
+    total: Float[Array | np.ndarray, ""]
+    weight: Float[Array | np.ndarray, ""]
     metrics: Mapping[str, Mean] = dataclasses.field(default_factory=dict)
     sources: Float[Array, "G 5"] | None = None
 
