@@ -54,6 +54,7 @@ def _gpu(name: str, link: float, dcn: float) -> Chip:
 # NVIDIA's own DGX machines, a card for each GPU, of 200 Gbit/s in the first and 400 in the others. Rented machines have
 # less, some a quarter: --network says how much.
 CHIPS |= {
+    "l4": _gpu("l4", 32e9, 6.25e9),  # without NVLink: PCIe 4.0 x16; a card of 100 Gbit/s for two
     "a100": _gpu("a100", 300e9, 25e9),
     "h100": _gpu("h100", 450e9, 50e9),
     "h200": _gpu("h200", 450e9, 50e9),

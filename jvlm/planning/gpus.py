@@ -40,6 +40,7 @@ class Gpu:
 
 # What the devices say of themselves, as in XLA's descriptions of them (openxla/xla, backends/gpu/target_config/specs).
 GPUS = {
+    "l4": Gpu("NVIDIA L4", (8, 9), 58, 128, 102_400, 23_609_475_072, 0.3e12, 50_331_648, 2.04),
     "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167_936, 85_100_068_864, 2.039e12, 41_943_040, 1.41),
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 233_472, 84_942_979_072, 3.352e12, 52_428_800, 1.98),
     "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 233_472, 151_397_597_184, 4.8e12, 52_428_800, 1.98),

@@ -108,9 +108,11 @@ def devices_of(topology: Topology) -> Sequence[jax.Device]:
     """Described devices. Raises UserError for a topology that the compiler does not know."""
     if topology.switched:
         return gpus.devices(topology.generation, *topology.shape)
-    slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.chips == 1:  # a machine of one chip; the compiler takes four for granted
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **slices)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **options)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"topology {topology.name}: {str(error).splitlines()[0]}") from None
     return described.devices

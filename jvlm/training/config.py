@@ -305,6 +305,11 @@ class Experiment:
             raise UserError("adapt changes the model of init_from, which is not given: change model instead")
         if self.init_from is not None and (self.encoder_from or self.decoder_from):
             raise UserError("init_from brings a whole model: give it, or encoder_from and decoder_from")
+        if self.quantize is not None and self.adapter is not None and self.adapter.init in ("pissa", "olora"):
+            raise UserError(
+                f"adapter.init {self.adapter.init} takes a part of the base away, which a base that is quantised "
+                "(quantize) cannot give; take default or gaussian"
+            )
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names) or not all(name.replace("-", "_").isidentifier() for name in names):
             raise UserError(f"stages need names of letters, digits, - and _, each its own; got {', '.join(names)}")
