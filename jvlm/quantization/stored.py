@@ -18,7 +18,7 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, UInt8
 
 from jvlm import json_files
 from jvlm.quantization import formats
@@ -160,7 +160,7 @@ class QuantizedTensors(Tensors):
             return super().read(of["SCB"])[:, None] / np.float32(127)
         return super().read(of["weight_scale"])
 
-    def _four_bits(self, name: str) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " b"], Float[np.ndarray, "16"]]:
+    def _four_bits(self, name: str) -> tuple[UInt8[np.ndarray, " n"], Float[np.ndarray, " b"], Float[np.ndarray, "16"]]:
         of, state = self._parts[name], self._state(name)
         packed = super().read(name).reshape(-1)
         codes = np.stack([packed >> 4, packed & 15], 1).reshape(-1)[: int(np.prod(state["shape"]))]
