@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
+from jvlm.data.box_formats import FormatName
 from jvlm.options import FLAT
 
 TrainType = Literal["lora", "full"]
@@ -28,7 +29,7 @@ class ModelArguments:
       video_min_pixels: least pixels of a video frame.
       fps: frames taken from a second of video.
       box_format: how boxes of ``objects`` are written; None is the model's own. QWENVL_BBOX_FORMAT in ms-swift, whose
-        "legacy" is "qwen_tokens" and whose "new" is "json".
+        "new" is "json", and whose "legacy" is the format with tokens of the vocabulary.
     """
 
     model: str | None = None
@@ -39,7 +40,7 @@ class ModelArguments:
     video_max_pixels: int | None = None
     video_min_pixels: int | None = None
     fps: float | None = None
-    box_format: Literal["json", "qwen_tokens", "ferret", "mm1_5"] | None = None
+    box_format: FormatName | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -177,7 +177,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "FPS_MAX_FRAMES": "--fps",
     "SIZE_FACTOR": "nothing: the model's patches decide",
     "IMAGE_FACTOR": "nothing: the model's patches decide",
-    "QWENVL_BBOX_FORMAT": "--box_format json or --box_format qwen_tokens",
+    "QWENVL_BBOX_FORMAT": "--box_format",
     "NPROC_PER_NODE": "nothing: one process uses all devices of a machine",
     "NNODES": "--num_processes, or --distributed where the cluster announces it",
     "NODE_RANK": "--process_id, or --distributed where the cluster announces it",

@@ -37,9 +37,9 @@ def test_the_fastest_setting_that_fits_is_named(found):
     assert "Fastest bound of what fits on v5p:4x4x4: remat none." in found
 
 
-def test_rows_are_doubled_until_they_do_not_fit(found):
-    assert "Largest batch tried that fits: 256 rows." in found  # 8 GiB; 512 rows would be 16
-    assert "| 512 rows | 16.0 of 10.0, does not fit |" in found
+def test_sequences_are_doubled_until_they_do_not_fit(found):
+    assert "Largest batch tried that fits: 256 sequences." in found  # 8 GiB; 512 would be 16
+    assert "| 512 sequences | 16.0 of 10.0, does not fit |" in found
 
 
 def test_chips_are_halved_until_it_does_not_fit(found):
