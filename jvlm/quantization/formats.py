@@ -159,11 +159,11 @@ def double_quantized(
 
 
 def double_dequantized(
-    codes: UInt8[np.ndarray, "o b"],
+    codes: UInt8[np.ndarray, "*b"],
     largest: Float[np.ndarray, " n"],
     offset: np.ndarray,
     table: np.ndarray | None = None,
-) -> Float[np.ndarray, "o b"]:
+) -> Float[np.ndarray, "*b"]:
     """Return the scales that `double_quantized` took; ``table`` is another map of codes to values."""
     table = dynamic_map() if table is None else table
     factor = np.repeat(largest, SCALE_BLOCK)[: codes.size].reshape(codes.shape)

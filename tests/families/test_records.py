@@ -18,7 +18,14 @@ from tests.support import ROOT
 
 NAMES = re.compile(r"qwen|idefics|mimo|mm1", re.IGNORECASE)
 # Building blocks that families share and that are called after the model they come from; they do not import families.
-BLOCKS = ("jvlm/models/", "jvlm/weights/backbones/", "jvlm/data/box_formats.py")
+# models and towers that families share, and names that other programs give: GGUF architectures, ms-swift arguments
+BLOCKS = (
+    "jvlm/models/",
+    "jvlm/weights/backbones/",
+    "jvlm/weights/gguf_export/",
+    "jvlm/data/box_formats.py",
+    "jvlm/swift/other_names.py",
+)
 SOURCES = sorted(path for path in (ROOT / "jvlm").rglob("*.py") if "families" not in path.parts)
 
 

@@ -43,7 +43,7 @@ def scripted_model(monkeypatch, *answers):
     """Answers in two pieces each; returns the prompts that the model was given."""
     waiting, prompts = list(answers), []
 
-    def stream_example(engine, example, sampling):
+    def stream_example(engine, example, sampling, adapter):
         text = engine.processor.tokenizer.decode([t for t in example.tokens if t != engine.config.image_token_id])
         prompts.append(text)
         answer = waiting.pop(0)
@@ -103,7 +103,7 @@ def test_a_picture_that_is_not_there_is_an_error_that_leaves_the_conversation_as
 
 
 def test_an_interrupted_answer_is_kept_as_far_as_it_came(tiny, monkeypatch):
-    def interrupted(engine, example, sampling):
+    def interrupted(engine, example, sampling, adapter):
         yield "half"
         raise KeyboardInterrupt
 
@@ -184,7 +184,7 @@ def test_an_answer_that_fails_is_one_line_and_its_question_is_forgotten(tiny, mo
     prompts = scripted_model(monkeypatch, "yes")
     good = module.stream_example
 
-    def failing(engine, example, sampling):
+    def failing(engine, example, sampling, adapter):
         monkeypatch.setattr(module, "stream_example", good)
         yield "half"
         raise error
@@ -209,7 +209,7 @@ def test_ctrl_c_before_the_first_word_forgets_the_question(tiny, monkeypatch):
     prompts = scripted_model(monkeypatch, "yes")
     good = module.stream_example
 
-    def interrupted(engine, example, sampling):
+    def interrupted(engine, example, sampling, adapter):
         monkeypatch.setattr(module, "stream_example", good)
         raise KeyboardInterrupt
         yield

@@ -140,7 +140,9 @@ def test_on_tpu_a_step_of_decoding_by_all_experts_gives_what_the_chosen_ones_giv
     expert = jnp.asarray(rng.integers(-2, 7, (9, 1, 2)))
     x, share = (rng.normal(size=shape).astype(np.float32) for shape in ((9, 1, D), (9, 1, 2)))
     weights = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, D, 7), (5, D, 7), (5, 7, D))]
-    found, expected = (f(x, expert, share, *weights) for f in (moe._by_all_experts, moe._by_chosen_experts))
+    found, expected = (
+        f(x, expert, share, *((w,) for w in weights)) for f in (moe._by_all_experts, moe._by_chosen_experts)
+    )
     assert np.abs(expected[0]).max() > 1
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
