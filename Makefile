@@ -23,7 +23,7 @@ PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_v
 RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-exports lint format backbones bench bench-kernels tune gpu-pass plan meshes clean
+.PHONY: demo demo-finetune test test-slow test-exports lint format backbones bench bench-kernels tune gpu-pass plan meshes clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,12 @@ backbones/vit_s_focus: | $(VENV)/.backbones
 
 demo: $(VENV)/.core  ## train, score, export and report the demo (or CONFIG=your.py, with ARGS="--data.train examples.jsonl")
 	$(VENV)/bin/jvlm train $(CONFIG) $(ARGS)
+
+runs/easy_vqa/hf: | $(VENV)/.core
+	$(VENV)/bin/jvlm train mimo_vl/easy_vqa
+
+demo-finetune: $(VENV)/.core | runs/easy_vqa/hf  ## LoRA on the demo's model (trained first if need be): white cells in photos
+	$(VENV)/bin/jvlm train finetune/white_cells $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.backbones
 	$(PYTEST) -m "not slow" $(ARGS)
