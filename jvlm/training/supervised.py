@@ -32,7 +32,7 @@ class SourcedBatch:
     """
 
     packed: PackedBatch
-    sources: Int[Array | np.ndarray, "B S"]
+    sources: Int[Array | np.ndarray, "*A B S"]
     count: int = dataclasses.field(metadata={"static": True})
 
 

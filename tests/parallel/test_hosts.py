@@ -166,8 +166,8 @@ def test_two_processes_validate_each_held_out_example_once(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "logging.jsonl").read_text().splitlines()]
     model, processor = jvlm.load(tmp_path / "run")
     total, weight, right = test_held_out.one_by_one(model, processor, held_out)
-    assert lines[-1]["validation/loss"] == pytest.approx(total / weight, rel=1e-5)
-    assert lines[-1]["validation/token_acc"] == pytest.approx(right / weight)
+    assert lines[-1]["eval_loss"] == pytest.approx(total / weight, rel=1e-5)
+    assert lines[-1]["eval_token_acc"] == pytest.approx(right / weight)
 
 
 def test_processes_agree_on_what_is_damaged_even_if_only_one_can_see_it(tmp_path):

@@ -37,8 +37,9 @@ def test_updates_and_averages_are_those_of_one_device_and_the_state_is_split(lin
         bound = 2e-2 if kind == "adamw_8bit" else 2e-5
         assert max(line["difference"].values()) < bound, line
         assert line["bytes"]["all"] == alone["bytes"]["all"]
-        # vectors and what does not divide are whole on each device
-        assert line["bytes"]["one"] < 1.1 / shards * line["bytes"]["all"], line
+        # vectors and what does not divide are whole on each device, as are 8-bit blocks that a mesh would cut
+        whole = 1.15 if kind == "adamw_8bit" else 1.1
+        assert line["bytes"]["one"] < whole / shards * line["bytes"]["all"], line
 
 
 def test_noise_is_bit_equal_and_the_loss_of_groups_of_tokens_the_same_on_every_mesh(lines):

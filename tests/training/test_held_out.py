@@ -209,8 +209,8 @@ def test_the_loss_is_that_of_transformers_in_float64(tmp_path, examples):
         total, weight = total + (losses * weights).sum(), weight + weights.sum()
         right += ((logits.argmax(-1) == targets).numpy() & (weights > 0)).sum()
     found = _lines(result.folder)[-1]
-    assert found["validation/loss"] == pytest.approx(total / weight, rel=1e-5)
-    assert found["validation/token_acc"] == pytest.approx(right / weight)
+    assert found["eval_loss"] == pytest.approx(total / weight, rel=1e-5)
+    assert found["eval_token_acc"] == pytest.approx(right / weight)
 
 
 @pytest.mark.slow

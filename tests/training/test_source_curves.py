@@ -185,8 +185,8 @@ def test_a_run_has_a_curve_of_each_file_or_channel_in_log_and_tensorboard(tmp_pa
     assert sum(last[f"examples/{name}"] for name in names) > 8
     # the two losses lie around that of all, which is of one step less
     assert min(last[f"loss/{name}"] for name in names[:2]) < 1.2 * last["loss"]
-    (validated,) = [line for line in lines if "validation/loss" in line]
+    (validated,) = [line for line in lines if "eval_loss" in line]
     if curves == "channel":
-        assert {"validation/loss/a", "validation/loss/b"} & set(validated)
+        assert {"eval_loss/a", "eval_loss/b"} & set(validated)
     boards = b"".join(path.read_bytes() for path in (result.folder / "tensorboard").iterdir())
     assert f"loss/{names[0]}".encode() in boards
