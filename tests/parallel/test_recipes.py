@@ -37,8 +37,9 @@ def test_updates_and_averages_are_those_of_one_device_and_the_state_is_split(lin
         bound = 2e-2 if kind == "adamw_8bit" else 2e-5
         assert max(line["difference"].values()) < bound, line
         assert line["bytes"]["all"] == alone["bytes"]["all"]
-        # vectors and what does not divide are whole on each device, as are 8-bit blocks that a mesh would cut
-        whole = 1.15 if kind == "adamw_8bit" else 1.1
+        # vectors and what does not divide are whole on each device, as are 8-bit blocks that a mesh would cut and the
+        # factors of moments along axes that it does not split
+        whole = 1.15 if kind in ("adamw_8bit", "adafactor") else 1.1
         assert line["bytes"]["one"] < whole / shards * line["bytes"]["all"], line
 
 

@@ -144,8 +144,7 @@ def test_the_two_lines_and_a_merge_end_to_end(tmp_path, tiny):
     jvlm_in(tmp_path, "sft", *small(CANONICAL, tiny.folder, tmp_path))
     (run,) = (tmp_path / "out").iterdir()
     checkpoint = str((run / "checkpoint-4").relative_to(tmp_path))
-    # float32, in which the merged folder is: under an adapter infer otherwise rounds the base to bfloat16
-    line = INFER.replace("2048", "8") + " --torch_dtype float32"
+    line = INFER.replace("2048", "8")
     jvlm_in(tmp_path, "infer", "--adapters", checkpoint, *line.split(), "--result_path", "result.jsonl")
     held_out = json.loads((run / "validation_split.json").read_text())["validation"]
     results = [json.loads(line) for line in (tmp_path / "result.jsonl").read_text().splitlines()]
@@ -155,6 +154,9 @@ def test_the_two_lines_and_a_merge_end_to_end(tmp_path, tiny):
     merged, processor = jvlm.load(f"{run}/checkpoint-4-merged")
     row = {**results[0], "images": [str(tmp_path / image) for image in results[0].get("images", [])]}
     row["messages"] = row["messages"][:-1]
-    assert jvlm.generate(merged, processor, [row], max_new_tokens=8) == [results[0]["response"]]
+    # both in float32: infer rounds the base to bfloat16 under an adapter, and the answers of so small a model with it
+    adapted, _ = jvlm.load(tiny.folder, adapter=tmp_path / checkpoint)
+    answers = [jvlm.generate(model, processor, [row], max_new_tokens=8) for model in (adapted, merged)]
+    assert answers[0] == answers[1]
     # the run goes on where it ended, which is at its end
     assert "resuming after step 4" in jvlm_in(tmp_path, "sft", "--resume_from_checkpoint", checkpoint)
