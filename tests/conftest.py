@@ -28,6 +28,7 @@ _ALL_ANNOTATIONS = "layers vlm presets registry encoders connectors decoders".sp
 install_import_hook(shape_checks.annotated_modules(), f"{shape_checks.__name__}.check_arrays")
 install_import_hook([*(f"jvlm.models.{name}" for name in _ALL_ANNOTATIONS), "jvlm_kernels"], "beartype.beartype")
 
+import fsspec
 import pytest
 import torch
 
@@ -82,6 +83,8 @@ def bucket_server():
     with Bucket() as bucket, pytest.MonkeyPatch.context() as patch:
         for name, value in bucket.environment.items():
             patch.setenv(name, value)
+        # no listing of one test's bucket is known to the next; gcsfs keeps one for each thread
+        patch.setitem(fsspec.config.conf, "gs", {"use_listings_cache": False})
         logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns at each request that nobody is logged in
         yield bucket
 
