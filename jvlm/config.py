@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from jvlm import families
@@ -25,6 +25,8 @@ def to_dict(config: Any) -> Any:
     if dataclasses.is_dataclass(config):
         values = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
         return {"type": _tag(config), **values} if isinstance(config, Tagged) else values
+    if isinstance(config, Mapping):
+        return {name: to_dict(value) for name, value in config.items()}
     if isinstance(config, tuple | list):
         return [to_dict(v) for v in config]
     return config
@@ -59,19 +61,28 @@ def from_dict(kind: type[T], values: Any, path: str = "") -> T:
         if not chosen and len(kinds) > 1:  # a single value or a list of them
             many = [k for k in kinds if typing.get_origin(k) is tuple]
             kinds = many if isinstance(values, list | tuple) else [k for k in kinds if k not in many]
-        return from_dict((chosen or kinds)[0], values, path)
+        return from_dict((chosen or _fitting(kinds, values))[0], values, path)
     if origin is tuple and isinstance(values, list):
         kinds = [arguments[0]] * len(values) if arguments[-1] is Ellipsis else arguments
         return tuple(from_dict(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, values, strict=True)))
+    if origin is Mapping and isinstance(values, dict):
+        return {name: from_dict(arguments[1], value, f"{path}{name}.") for name, value in values.items()}
     if origin is typing.Literal:
         if values not in arguments:
             raise UserError(f"{path.rstrip('.')}: {values!r} is not one of {arguments}")
         return values
     if kind is float and isinstance(values, int) and not isinstance(values, bool):
         return float(values)
-    if not isinstance(values, kind):
+    if not isinstance(values, origin or kind):
         raise UserError(f"{path.rstrip('.')}: {values!r} is not of type {kind}")
     return values
+
+
+def _fitting(kinds: list[type], values: Any) -> list[type]:
+    """Order types so that those whose fields are named as the values are come first."""
+    if not isinstance(values, dict):
+        return kinds
+    return sorted(kinds, key=lambda kind: not set(values) <= set(getattr(kind, "__dataclass_fields__", ())))
 
 
 def _type(kind: type[Tagged], tag: Any, path: str) -> type:

@@ -10,7 +10,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -121,6 +121,9 @@ def _options(kind: type, default: Any, prefix: str) -> Iterator[tuple[str, Any]]
         elif isinstance(value, tuple) and value and all(map(dataclasses.is_dataclass, value)):
             for index, item in enumerate(value):
                 yield from _options(type(item), item, f"{path}{index}.")
+        elif isinstance(value, Mapping) and value and all(map(dataclasses.is_dataclass, value.values())):
+            for name, item in value.items():
+                yield from _options(type(item), item, f"{path}{name}.")
         elif value is dataclasses.MISSING and dataclasses.is_dataclass(bare):
             yield from _options(bare, None, path)
         else:
@@ -213,7 +216,8 @@ def _check_names(words: Sequence[str], known: Sequence[str], program: str) -> No
         if name is None or name in known or name in _OF_TYRO:
             continue
         last = name.rpartition(".")[2]
-        same = sorted((n for n in known if n.rpartition(".")[2] == last), key=len)
+        same = [n for n in known if n.rpartition(".")[2] == last]
+        same = sorted(same, key=lambda n: -difflib.SequenceMatcher(None, n, name).ratio())
         near = same or difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean --{near[0]}?" if near else f"{program} --help lists them"
         raise UserError(f"{program} has no option --{option[1]}; {hint}")

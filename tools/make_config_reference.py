@@ -12,6 +12,7 @@ import pkgutil
 import re
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -106,6 +107,8 @@ def _type(hint: object) -> str:
         return ", ".join(f"`{value!r}`".replace("'", '"') for value in arguments)
     if origin is tuple:
         return f"list of {_type(arguments[0])}" if arguments[-1] is Ellipsis else ", ".join(map(_type, arguments))
+    if origin is Mapping:
+        return f"{_type(arguments[1])} by name"
     if hint is type(None):
         return "None"
     return getattr(hint, "__name__", str(hint))
@@ -119,7 +122,7 @@ def _default(field: dataclasses.Field) -> str:
         return "required"
     if dataclasses.is_dataclass(value):
         return f"`{type(value).__name__}`"
-    if value == ():
+    if value in ((), {}):
         return "empty"
     return f"`{value!r}`".replace("'", '"')
 

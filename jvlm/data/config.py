@@ -6,10 +6,10 @@ import dataclasses
 import math
 from typing import Literal
 
+from jvlm.data.choices import LossChoice
+from jvlm.data.mixture.config import Mixture
 from jvlm.errors import UserError
 from jvlm.validation import check_fields
-
-LossChoice = Literal["answers", "last_answer", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,8 @@ class DataConfig:
 
     Attributes:
       train: files or globs of JSONL and ArrayRecord examples, or datasets on the Hub (ORG/NAME:SUBSET:SPLIT); FILE#N
-        takes N of them, repeating them if it has fewer.
+        takes N of them, repeating them if it has fewer. Short for a mixture of a single source.
+      mixture: data sources that are drawn from by weight, in the place of ``train`` (`jvlm.data.mixture`).
       media_root: folder for relative media paths, after the data file's own.
       batch_size: sequences of a batch (of one accumulation step), all processes together.
       seq_len: tokens of a packed sequence, padding included. "auto" chooses it, and ``max_patches``, from a sample of
@@ -57,6 +58,7 @@ class DataConfig:
     """
 
     train: tuple[str, ...] = ()
+    mixture: Mixture | None = None
     media_root: str | None = None
     batch_size: int = 1
     seq_len: int | Literal["auto"] = 4096
@@ -88,6 +90,8 @@ class DataConfig:
         shares = "max_too_long_fraction max_bad_fraction single_turn_ratio upscale_probability".split()
         bounds = {**dict.fromkeys(counts, "[1, inf)"), **dict.fromkeys(shares, "[0, 1]")}
         check_fields(self, "data.", {**bounds, "max_patches": "[0, inf)", "worker_processes": "[0, inf)"})
+        if self.train and self.mixture is not None:
+            raise UserError("data.train is short for a mixture of one source: give it or data.mixture, not both")
         low, high = self.upscale_range
         if not 1 <= low <= high < math.inf:
             raise UserError(f"data.upscale_range is a smaller and a larger factor, both from 1 on, got {low}, {high}")

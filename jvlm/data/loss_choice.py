@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jvlm.data.config import LossChoice
+from jvlm.data.choices import LossChoice
 from jvlm.data.content import Conversation
 
 
