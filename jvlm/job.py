@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class TextOnlyScores:
-    """Accuracy of answering without the picture: overall, yes/no questions, the others."""
+    """Accuracy of answering without the image: overall, yes/no questions, the others."""
 
     accuracy: float
     yes_no: float
@@ -221,7 +221,7 @@ def _asked(
 
     try:
         return answered(usable.parsed)
-    except ExampleError:  # read well, but something else is wrong with one of them, its pictures most likely
+    except ExampleError:  # read well, but something else is wrong with one of them, its images most likely
         return answered(functools.partial(usable.encode, processor=processor))
 
 
@@ -413,7 +413,7 @@ def write_report(
             for title, key in _CURVES
             if any(line.get(key) is not None for line in every)
         ],
-        pictures=report.pictures(evaluated.answers, result.processor.media_roots, before=evaluated.before),
+        images=report.shown_images(evaluated.answers, result.processor.media_roots, before=evaluated.before),
         facts=facts,
     )
     return path

@@ -3,7 +3,7 @@
     make bench                      # or: python tools/bench.py --rounds 5
 
 A model of about 40 M parameters of the Qwen2.5-VL architecture, float32, with conversations of mixed lengths about
-pictures of mixed sizes. Both sides run the same work: jvlm packs examples, torch gets left-padded batches, as its users
+images of mixed sizes. Both sides run the same work: jvlm packs examples, torch gets left-padded batches, as its users
 do, or one conversation at a time where that is faster for it. Rounds alternate between the two; the best of each
 counts.
 """
@@ -86,7 +86,7 @@ def make_checkpoint(folder: Path) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Questions of 20 to 200 words about zero to two pictures of 84 to 336 pixels."""
+    """Questions of 20 to 200 words about zero to two images of 84 to 336 pixels."""
     rng = np.random.default_rng(seed)
     examples = []
     for index in range(count):

@@ -6,7 +6,7 @@ Attention: causal conversations, one that fills the packed sequence or many of 5
 cost of packed ones should grow linearly. On a GPU also the vision tower: images and windows of patches. Forward alone,
 and forward and backward. Operations a second count visible pairs alone: 4 x pairs x heads x head size forward, 2.5
 times that backward. Loss: value and both gradients, with all tokens supervised and with every fourth (a sequence of
-pictures and questions), and only those count as operations.
+images and questions), and only those count as operations.
 
 Temporary memory is what is reserved besides arguments and results. torch takes part where it is installed (its
 variable-length attention on GPUs alone). What cannot run is listed with the reason. A round is several calls that the

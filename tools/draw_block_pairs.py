@@ -3,7 +3,7 @@
     python tools/draw_block_pairs.py
 
 Block sizes are those of the TPU kernel for a decoder of 32 query and 8 key heads of 128. Coordinates are in pixels of
-the width at which the picture is shown; it is drawn at a higher resolution and scaled down.
+the width at which the figure is shown; it is drawn at a higher resolution and scaled down.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BARS, PADDING = ((202, 208, 218), (226, 230, 237)), (246, 247, 249)
 
 
 class Canvas:
-    """A picture, drawn with coordinates in pixels as shown."""
+    """A figure, drawn with coordinates in pixels as shown."""
 
     def __init__(self):
         self.image = Image.new("RGB", (WIDTH * DRAWN, HEIGHT * DRAWN), PAPER)
@@ -63,13 +63,13 @@ class Canvas:
         self.image.paste(colour, corner, mask.rotate(90, expand=True))
 
     def save(self, path: Path) -> None:
-        """Write the picture as a PNG of few colours."""
+        """Write the figure as a PNG of few colours."""
         scaled = self.image.resize((WIDTH * SAVED, HEIGHT * SAVED), Image.Resampling.LANCZOS)
         scaled.quantize(48, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def draw() -> Canvas:
-    """Return the picture: the matrix of blocks, queries down and keys across, and its legend."""
+    """Return the figure: the matrix of blocks, queries down and keys across, and its legend."""
     spec = AttentionSpec(True, None, HEAD_SIZE**-0.5, None)
     q, k = (jax.ShapeDtypeStruct((1, LENGTH, heads, HEAD_SIZE), jnp.bfloat16) for heads in (HEADS, KEY_HEADS))
     sizes = tuning.tpu_blocks(spec, q, k)
@@ -141,7 +141,7 @@ def _legend(canvas: Canvas, needed: np.ndarray, full: np.ndarray, causal: int, s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", nargs="?", type=Path, default=TARGET, help="picture to write (default: %(default)s)")
+    parser.add_argument("target", nargs="?", type=Path, default=TARGET, help="figure to write (default: %(default)s)")
     draw().save(parser.parse_args().target)
 
 

@@ -55,7 +55,7 @@ class Sequences:
     name: str
     model: VLMConfig
     tokens: np.ndarray
-    frames: np.ndarray
+    images: np.ndarray
     windows: np.ndarray
     max_segment_length: int | None
     max_image_patches: int | None
@@ -184,7 +184,7 @@ def measure(sequences: Sequences, platform: str = "tpu") -> Iterator[Work]:
     yield count(
         sequences,
         "ViT, images",
-        sequences.frames,
+        sequences.images,
         spec(False, vision[2], sequences.max_image_patches),
         platform,
         vision,
@@ -200,7 +200,7 @@ def demo_sequences(batches: int | None = None) -> Sequences:
     chosen = [packed.batch for _, packed in zip(range(batches or 10**9), stream, strict=False)]
     ids = {
         "tokens": np.concatenate([b.segment_ids for b in chosen]),
-        "frames": np.concatenate([b.patch_segment_ids for b in chosen]),
+        "images": np.concatenate([b.patch_segment_ids for b in chosen]),
         "windows": np.concatenate([b.patch_window_ids for b in chosen]),
     }
     limits = chosen[0].max_segment_length, chosen[0].max_image_patches
@@ -208,7 +208,7 @@ def demo_sequences(batches: int | None = None) -> Sequences:
 
 
 def ask(question: str, answer: str) -> list[dict[str, str]]:
-    """Return a turn about one more picture."""
+    """Return a turn about one more image."""
     return [{"role": "user", "content": f"<image>{question}"}, {"role": "assistant", "content": answer}]
 
 
@@ -246,7 +246,7 @@ SETS = {
 
 
 def conversations(folder: Path, turns, limit: int) -> Iterator[tuple[Origin, dict[str, Any]]]:
-    """Yield the records of a set; those of one session are one conversation with a picture a turn."""
+    """Yield the records of a set; those of one session are one conversation with an image a turn."""
     file = folder / "data.jsonl"
     grouped = defaultdict(list)
     for number, line in enumerate(file.read_text().splitlines(), 1):
@@ -300,10 +300,10 @@ def pack(name: str, examples: list[Example], seq_len: int, processor: Processor)
         name,
         processor.model,
         tokens=batch.segment_ids,
-        frames=batch.patch_segment_ids,
+        images=batch.patch_segment_ids,
         windows=batch.patch_window_ids,
         max_segment_length=None,
-        max_image_patches=pipeline.frame_patches(processor.image_processor, processor.image_config, config),
+        max_image_patches=pipeline.image_patch_limit(processor.image_processor, processor.image_config, config),
     )
 
 

@@ -2,7 +2,7 @@
 
     python tools/make_easy_vqa.py easy_vqa.tar configs/mimo_vl/easy_vqa_data
 
-One example a picture: all its questions as turns of one conversation, and among them "where is the shape?" with a box
+One example an image: all its questions as turns of one conversation, and among them "where is the shape?" with a box
 read off the pixels, answered in MiMo's JSON form.
 """
 
@@ -64,12 +64,12 @@ def find_shape(image: Image.Image) -> tuple[tuple[str, str], list[int]]:
 
 
 def told(asked: list[tuple[str, str]], words) -> str | None:
-    """The colour or kind that the picture's own answers give, if they do; a clipped shape can mislead the pixels."""
+    """The colour or kind that the image's own answers give, if they do; a clipped shape can mislead the pixels."""
     return next((answer for _, answer in asked if answer in words), None)
 
 
 def turns(seed: str, asked: list[tuple[str, str]], name: str) -> list[tuple[str, str, float]]:
-    """(question, answer, loss weight) of a picture's turns: all its questions, and one for the box.
+    """(question, answer, loss weight) of an image's turns: all its questions, and one for the box.
 
     Answers give one another away ("is there a circle?" - "yes"), so only what comes first must be seen. The first
     three turns ask for place, shape and colour in random order, and weigh more; the rest follows in random order.
@@ -89,13 +89,13 @@ def turns(seed: str, asked: list[tuple[str, str]], name: str) -> list[tuple[str,
 
 
 def examples(archive: tarfile.TarFile, split: str):
-    """The conversations of one split, in order of the picture's number."""
+    """The conversations of one split, in order of the image's number."""
     asked = defaultdict(list)
     for question, answer, number in json.load(archive.extractfile(f"easy_vqa/{split}/questions.json")):
         asked[number].append((question, answer))
     for number in sorted(asked):
-        picture = Image.open(archive.extractfile(f"easy_vqa/{split}/images/{number}.png")).convert("RGB")
-        seen, box = find_shape(picture)
+        image = Image.open(archive.extractfile(f"easy_vqa/{split}/images/{number}.png")).convert("RGB")
+        seen, box = find_shape(image)
         name = " ".join(told(asked[number], words) or word for words, word in zip((COLOURS, FILLED), seen, strict=True))
         messages = []
         for question, reply, weight in turns(f"{split}{number}", asked[number], name):
@@ -104,20 +104,20 @@ def examples(archive: tarfile.TarFile, split: str):
         yield {
             "id": f"easy-vqa-{split}-{number}",
             "messages": messages,
-            "images": [{"bytes": as_webp(picture), "path": f"{split}/{number}.webp"}],
+            "images": [{"bytes": as_webp(image), "path": f"{split}/{number}.webp"}],
             "objects": {"bbox": [box]},
         }
 
 
-def as_webp(picture: Image.Image) -> bytes:
+def as_webp(image: Image.Image) -> bytes:
     """The same pixels in less than half of PNG's bytes."""
     file = io.BytesIO()
-    picture.save(file, "WEBP", lossless=True, quality=100, method=6)
+    image.save(file, "WEBP", lossless=True, quality=100, method=6)
     return file.getvalue()
 
 
 def stage_conversations(example) -> dict[str, list[dict]]:
-    """Return the conversations of one picture for each stage of the demo: "where", "shapes" and "questions".
+    """Return the conversations of one image for each stage of the demo: "where", "shapes" and "questions".
 
     Each is short, so that its first answer, which must be seen, is a large part of the loss: in a long conversation
     most answers follow from earlier ones. A place and a kind of shape are learned quickly where little else is asked,
@@ -204,11 +204,11 @@ def main() -> None:
             text = archive.extractfile(f"easy_vqa/{name}").read()
             (arguments.target / f"easy_vqa_{name}").write_bytes(text)
     for split, content in splits.items():
-        print(split, write_shard(arguments.target / f"{split}{SHARD_SUFFIX}", content), "pictures")
+        print(split, write_shard(arguments.target / f"{split}{SHARD_SUFFIX}", content), "images")
     stages = [stage_conversations(example) for example in splits["train"]]
     for stage in stages[0]:
-        # in order of the pictures: those that come again then take hardly any space
-        conversations = [c for picture in stages for c in picture[stage]]
+        # in order of the images: those that come again then take hardly any space
+        conversations = [c for image in stages for c in image[stage]]
         print(stage, write_shard(arguments.target / f"{stage}{SHARD_SUFFIX}", conversations), "conversations")
     texts = [text for example in splits["train"] for text in chat_texts(example)]
     texts += [str(n) for n in range(10, 100)] * 5000  # often enough for each to be one token

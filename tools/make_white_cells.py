@@ -5,7 +5,7 @@
 Photos and boxes are of the BCCD set (https://github.com/Shenggan/BCCD_Dataset, MIT): each folder's ``data.jsonl`` has
 a line for each photo, with ``image``, ``width``, ``height`` and ``objects`` of ``label`` and ``box``. Photos with
 exactly one white cell are used. Each gives square crops that hold the whole cell, turned and mirrored, as small as the
-demo's pictures; no photo is in both files.
+demo's images; no photo is in both files.
 """
 
 from __future__ import annotations

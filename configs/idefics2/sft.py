@@ -1,4 +1,4 @@
-"""Idefics2-8B, fine-tuned on conversations about pictures: whole images, or four crops and the image.
+"""Idefics2-8B, fine-tuned on conversations about images: whole images, or four crops and the image.
 
     jvlm train idefics2/sft --init_from DIR --data.train examples.jsonl
     jvlm train idefics2/sft --init_from DIR --data.train examples.jsonl --processor.image.no-split

@@ -4,7 +4,7 @@
 
 Its adapters merged (`jvlm.adapters.merge`), the model is what idefics2/stage2_lora starts from.
 
-Pictures of up to 384 pixels, 64 tokens each. The paper (arXiv 2405.02246) says which parts are trained and how fast.
+Images of up to 384 pixels, 64 tokens each. The paper (arXiv 2405.02246) says which parts are trained and how fast.
 Its runs' own settings are not published; rank, alpha, dropout, start, schedule and the list of what has no weight decay
 are those of the authors' later runs (huggingface/smollm, vision/m4, tr_341 to tr_350). There the output matrix has an
 adapter too; here the rows of the three new tokens are trained instead, in embedding and head.

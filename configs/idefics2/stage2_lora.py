@@ -16,7 +16,7 @@ from jvlm.training.config import AdaptConfig, Experiment
 
 
 def get_config() -> Experiment:
-    """Sequences of 2,048 tokens have room for 24,576 patches, five of the largest pictures."""
+    """Sequences of 2,048 tokens have room for 24,576 patches, five of the largest images."""
     first = configs.load("idefics2/stage1_lora")
     return dataclasses.replace(
         first,

@@ -18,7 +18,7 @@ PIXELS = 64 * 64
 
 
 def get_config() -> Experiment:
-    """Pictures of 64 x 64 are 8 x 8 patches, 16 tokens; three of them, with a question or two each, fill a sequence."""
+    """Images of 64 x 64 are 8 x 8 patches, 16 tokens; three of them, with a question or two each, fill a sequence."""
     model = VLMConfig(
         family="qwen2_5_vl",
         encoder=QwenViTConfig(

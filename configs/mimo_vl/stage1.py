@@ -19,7 +19,7 @@ BATCH_SIZE, SEQ_LEN, BUDGET = 256, 8192, 300e9
 
 
 def get_config() -> Experiment:
-    """Captions are short, pictures fill the sequences: three quarters of the tokens are media."""
+    """Captions are short, images fill the sequences: three quarters of the tokens are media."""
     return Experiment(
         name="mimo_vl_stage1",
         topologies=("v5p:4x4x4", "v6e:16x16", "h200:8x8"),

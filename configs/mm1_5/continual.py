@@ -1,4 +1,4 @@
-"""MM1.5's second stage: text-rich pictures as 2 x 2 tiles of 672 pixels and an overview, 720 tokens a picture.
+"""MM1.5's second stage: text-rich images as 2 x 2 tiles of 672 pixels and an overview, 720 tokens an image.
 
     jvlm train mm1_5/continual --data.train ... --init_from runs/mm1_5_pretrain
 
@@ -14,7 +14,7 @@ from jvlm.training.config import AdaptConfig, Experiment, ExportConfig, Optimize
 
 
 def get_config() -> Experiment:
-    """Four pictures, of five frames each, in a row."""
+    """Four images of five tiles each fill a sequence."""
     return Experiment(
         name="mm1_5_continual",
         init_from="runs/mm1_5_pretrain",

@@ -17,7 +17,7 @@ from jvlm.training.config import CheckpointConfig, Experiment, ExportConfig, Opt
 
 
 def get_config() -> Experiment:
-    """Pictures of 64 x 64 are four tiles of 32 x 32 and an overview, 4 tokens each."""
+    """Images of 64 x 64 are four tiles of 32 x 32 and an overview, 4 tokens each."""
     grid, base = 4, configs.load("mimo_vl/easy_vqa")
     decoder = dataclasses.replace(
         base.model.decoder,

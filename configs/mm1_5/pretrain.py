@@ -1,4 +1,4 @@
-"""MM1.5's first stage: 378 pixels, no tiles, 144 tokens a picture; captions, interleaved documents and text, 50:10:40.
+"""MM1.5's first stage: 378 pixels, no tiles, 144 tokens an image; captions, interleaved documents and text, 50:10:40.
 
     jvlm train mm1_5/pretrain --data.train ... --tokenizer DIR    # Qwen2.5-VL's: the presets have its vocabulary
 
@@ -19,7 +19,7 @@ from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
 
 
 def get_config() -> Experiment:
-    """Up to 16 pictures of 27 x 27 patches and a class token in a row."""
+    """Up to 16 images of 27 x 27 patches and a class token fill a sequence."""
     model = at_grid(PRESETS["mm1_5_3b"], GRID_378)
     return Experiment(
         name="mm1_5_pretrain",

@@ -1,11 +1,11 @@
-"""MM1.5's instruction stage: each picture as 4 to 9 tiles of 672 pixels and an overview after them, with an index.
+"""MM1.5's instruction stage: each image as 4 to 9 tiles of 672 pixels and an overview after them, with an index.
 
     jvlm train mm1_5/sft --data.train ... --init_from runs/mm1_5_continual
     jvlm train mm1_5/sft --data.train videos.jsonl ... --init_from runs/mm1_5_sft --name mm1_5_video
 
-Published and kept: (4, 9) tiles, 144 tokens a tile, no tiles from three pictures on, overview last, index (k,i,j), 24
+Published and kept: (4, 9) tiles, 144 tokens a tile, no tiles from three images on, overview last, index (k,i,j), 24
 frames of a video, 256 sequences a step, 23,000 steps, peak learning rate 2e-5, cosine decay to 0, every tower learnt;
-pictures, several pictures and text 80:10:10, which the data files have to be mixed in.
+images, several images and text 80:10:10, which the data files have to be mixed in.
 """
 
 from jvlm.data.config import DataConfig
@@ -16,7 +16,7 @@ from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
 
 
 def get_config() -> Experiment:
-    """A sequence holds a video, or two pictures of ten frames and what is said about them."""
+    """A sequence holds a video, or two images of ten tiles each and their text."""
     return Experiment(
         name="mm1_5_sft",
         init_from="runs/mm1_5_continual",

@@ -29,7 +29,7 @@ COMMANDS = {
     "chat": ("jvlm.cli.chat", "talk with a model in the terminal"),
     "convert": ("jvlm.cli.convert", "write a checkpoint as a Hugging Face folder, in another dtype or layout"),
     "data check": ("jvlm.cli.data_check", "count examples that can and cannot be used, and say why"),
-    "data shard": ("jvlm.cli.data_shard", "write examples and their pictures as ArrayRecord shards"),
+    "data shard": ("jvlm.cli.data_shard", "write examples and their images as ArrayRecord shards"),
 }
 _GROUPS = {
     "Fine-tuning, with ms-swift's arguments": ("sft", "pt", "infer", "export", "merge-lora"),

@@ -26,10 +26,10 @@ class DataCheck:
 
     Attributes:
       files: JSONL or ArrayRecord files, or globs; without any, the data of --config and of its stages.
-      model: folder whose tokenizer and picture limits to count tokens with.
+      model: folder whose tokenizer and image limits to count tokens with.
       config: check as this experiment would train: a Python file, or the name of a shipped config. All of its fields
         are options then.
-      media_root: folder for relative picture paths, after the data file's own.
+      media_root: folder for relative image paths, after the data file's own.
       verbose: print every example that cannot be used.
       output: JSONL file to write every example to that cannot be used.
     """

@@ -1,4 +1,4 @@
-"""``jvlm data shard``: examples and their pictures in a few large files."""
+"""``jvlm data shard``: examples and their images in a few large files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jvlm.options import parse
 
 @dataclasses.dataclass(frozen=True)
 class DataShard:
-    """Write examples and their pictures as ArrayRecord shards, which training reads faster and from object stores.
+    """Write examples and their images as ArrayRecord shards, which training reads faster and from object stores.
 
     Attributes:
       files: JSONL files, or globs of them.
       output: folder to write; it must not hold shards.
       examples_per_shard: examples in a file.
-      media_root: folder for relative picture paths, after the data file's own.
+      media_root: folder for relative image paths, after the data file's own.
     """
 
     files: Positional[tuple[str, ...]]

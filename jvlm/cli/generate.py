@@ -21,8 +21,8 @@ class Generate:
 
     Attributes:
       model: the model that answers, how, and on which devices.
-      prompt: the question; <image> tags say where pictures go (default: in front).
-      image: a picture of the prompt; may be repeated.
+      prompt: the question; <image> tags say where images go (default: in front).
+      image: an image of the prompt; may be repeated.
       data: JSONL file of conversations to answer.
       output: JSONL file to write; an unfinished one is continued.
       adapter: the one of ``adapters`` that answers --prompt; lines of --data name theirs in a field "adapter".
@@ -55,7 +55,7 @@ def _check(options: Generate) -> None:
     if file and options.adapter is not None:
         raise UserError('--adapter goes with --prompt; the lines of --data name theirs in a field "adapter"')
     if file and options.image:
-        raise UserError("--image goes with --prompt; the lines of --data name their own pictures")
+        raise UserError("--image goes with --prompt; the lines of --data name their own images")
     if not file and not options.prompt.strip() and not options.image:
         raise UserError("--prompt is empty; ask something, or give an --image")
     if options.batch_size < 1:

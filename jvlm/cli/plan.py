@@ -42,7 +42,7 @@ class PlanOptions:
       collectives: folder whose lists of collectives to compare with.
       update: write those lists instead.
       json: JSON file to write.
-      picture: PNG file to write.
+      chart: PNG file to write.
     """
 
     what: Literal["train", "prefill", "decode"] = "train"
@@ -59,14 +59,14 @@ class PlanOptions:
     collectives: Path | None = None
     update: bool = False
     json: Path | None = None
-    picture: Path | None = None
+    chart: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanCommand:
     """Compile an experiment's steps for TPUs or GPUs that are not here; print what they need and how fast they may be.
 
-        jvlm plan mimo_vl/stage4 --price 4.2 --picture plan.png --topology v5p:4x4x4 v6e:16x16
+        jvlm plan mimo_vl/stage4 --price 4.2 --chart plan.png --topology v5p:4x4x4 v6e:16x16
         jvlm plan mimo_vl/stage4 --topology h200:8x8 --network 25
         jvlm plan mimo_vl/stage4 --topology v5p:4x4x4 --suggest 20 --data.batch_size 64
         jvlm plan mimo_vl/stage4 --what decode --topology v5e:2x4 --batch_size 64 --cache_len 8192
@@ -105,12 +105,12 @@ def run(words: list[str]) -> int:
     plans, changed = _plans(options, experiment, config, mesh_given)
     if options.json:
         options.json.write_text(json.dumps([plan.values() for plan in plans], indent=2) + "\n")
-    if options.picture:
-        from jvlm.planning import picture
+    if options.chart:
+        from jvlm.planning import chart
 
         bars = [(plan.topology.name, plan.compiled) for plan in plans]
         step = "training" if options.what == "train" else options.what
-        picture.draw(options.picture, f"{experiment.name}: memory of a chip, {step}", bars)
+        chart.draw(options.chart, f"{experiment.name}: memory of a chip, {step}", bars)
     return 0 if all(plan.fits for plan in plans) and not changed else 1
 
 

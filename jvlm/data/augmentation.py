@@ -1,7 +1,7 @@
 """Changes to a training example that are drawn anew each epoch, from the seed, the epoch and the example alone.
 
-Both are of Idefics2's fine-tuning (arXiv 2405.02246, and its code): the turns of a conversation about the same pictures
-in another order, and pictures made larger.
+Both are of Idefics2's fine-tuning (arXiv 2405.02246, and its code): the turns of a conversation about the same images
+in another order, and images made larger.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def shuffle_turns(conversation: Conversation, rng: np.random.Generator, most: in
 
     Images and videos move to the front of the first question, in their order, so that none comes after a question about
     it. A conversation keeps its order if it says ``"ordered": true``, if tools take part, if it does not alternate
-    between a user and an assistant, or if an assistant turn shows a picture.
+    between a user and an assistant, or if an assistant turn shows an image.
 
     Args:
       most: questions that stay, the first of the new order; None is all.

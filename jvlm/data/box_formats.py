@@ -32,7 +32,7 @@ class BoxFormat:
     named: str | None
 
 
-# Literal forms: MiMo-VL and Qwen2.5-VL (absolute pixels of the resized picture), Qwen-VL's own tokens (the same pixels
+# Literal forms: MiMo-VL and Qwen2.5-VL (absolute pixels of the resized image), Qwen-VL's own tokens (the same pixels
 # for Qwen2.5-VL; Qwen2-VL uses them with norm1000), Ferret (vocabulary 1000, truncated, plain digits), and what
 # readers of the MM1.5 paper report, which does not publish its own.
 FORMATS: dict[FormatName, BoxFormat] = {
@@ -61,7 +61,7 @@ def render(place: Region, form: FormatName, sizes: Sizes | None = None, *, space
     """The text of a place.
 
     Args:
-      sizes: of its picture; needed unless the place is in the space of the text already.
+      sizes: of its image; needed unless the place is in the space of the text already.
       space: replaces the format's own.
     """
     style = FORMATS[form]

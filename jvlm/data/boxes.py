@@ -12,7 +12,7 @@ CoordinateSpace = Literal["original", "resized", "norm1", "norm1000"]
 
 
 class Sizes(NamedTuple):
-    """(width, height) in pixels of a picture as it was given, and as the encoder sees it."""
+    """(width, height) in pixels of an image as it was given, and as the encoder sees it."""
 
     original: tuple[int, int]
     resized: tuple[int, int]
@@ -23,7 +23,7 @@ class Point:
     """x to the right and y down, from the top left corner.
 
     Attributes:
-      space: "original" or "resized" pixels, shares 0..1 of the picture ("norm1"), or thousandths, 0..999 once
+      space: "original" or "resized" pixels, shares 0..1 of the image ("norm1"), or thousandths, 0..999 once
         written ("norm1000"). Values are kept as they are; rounding is a matter of the text.
 
     Raises:
@@ -42,7 +42,7 @@ class Point:
         return (self.x, self.y)
 
     def to(self, space: CoordinateSpace, sizes: Sizes | None = None) -> Point:
-        """The same point in another space; ``sizes`` of its picture are needed wherever pixels are involved."""
+        """The same point in another space; ``sizes`` of its image are needed wherever pixels are involved."""
         return Point(*_move(self, space, sizes), space)
 
 
@@ -74,7 +74,7 @@ class Box:
         return (self.x2 - self.x1) * (self.y2 - self.y1)
 
     def to(self, space: CoordinateSpace, sizes: Sizes | None = None) -> Box:
-        """The same box in another space; ``sizes`` of its picture are needed wherever pixels are involved."""
+        """The same box in another space; ``sizes`` of its image are needed wherever pixels are involved."""
         return Box(*_move(self, space, sizes), space)
 
     def holds(self, point: Point) -> bool:
@@ -103,14 +103,14 @@ def iou(a: Box, b: Box) -> float:
     return both / union if union > 0 else 0.0
 
 
-# Two points agree when they are no farther apart than this share of the picture on either axis.
+# Two points agree when they are no farther apart than this share of the image on either axis.
 POINT_REACH = 0.05
 
 
 def match_score(expected: Region, found: Region, sizes: Sizes) -> float:
     """How well a place was found, 0..1: IoU of two boxes; 1 or 0 where a point is involved.
 
-    A point agrees with a box that holds it, and with a point within `POINT_REACH` of the picture's sides.
+    A point agrees with a box that holds it, and with a point within `POINT_REACH` of the image's sides.
     """
     expected, found = expected.to("norm1", sizes), found.to("norm1", sizes)
     if isinstance(expected, Box) and isinstance(found, Box):
@@ -133,11 +133,11 @@ def _check_same_space(a: Region, b: Region) -> None:
 
 
 def _extent(space: CoordinateSpace, sizes: Sizes | None) -> tuple[float, float]:
-    """Width and height of a picture in a space."""
+    """Width and height of an image in a space."""
     if space in ("norm1", "norm1000"):
         return (1.0, 1.0) if space == "norm1" else (1000.0, 1000.0)
     if sizes is None:
-        raise ValueError(f"the size of the picture is needed to convert from or to {space} pixels")
+        raise ValueError(f"the size of the image is needed to convert from or to {space} pixels")
     return sizes.original if space == "original" else sizes.resized
 
 

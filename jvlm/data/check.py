@@ -45,7 +45,7 @@ def check(
     """Read every example and its media as training would. Memory does not grow with the size of the files.
 
     Args:
-      processor: also encodes; without one, examples are checked and pictures decoded only.
+      processor: also encodes; without one, examples are checked and images decoded only.
       config: of the training. Its ``single_turn_ratio`` is not drawn: whole conversations are checked.
       seed: of the training, which draws the sample that unknown sizes are chosen from.
       on_rejected: is given each rejected example, in place of the report.
@@ -80,7 +80,7 @@ def check(
         encoded=processor is not None,
         tokens=tally.tokens,
         media_tokens=tally.media_tokens,
-        pictures=tally.pictures,
+        images=tally.images,
         patches=tally.patches,
         learnt=tally.learnt,
         changed=tally.changed,
@@ -96,7 +96,7 @@ class _Found:
     file: str
     rejected: Rejected | None = None
     columns: Conversation | None = None  # with nothing but the names of its fields
-    pictures: int = 0
+    images: int = 0
     size: survey.Size | None = None
     media_tokens: int = 0
     learnt: int = 0
@@ -118,7 +118,7 @@ class _Look:
             if isinstance(example, ExampleError):
                 raise example
             conversation = parse_example(example, origin)
-            found.pictures = sum(1 for _ in _pictures(conversation))
+            found.images = sum(1 for _ in _image_sources(conversation))
             names = tuple((name, None) for name, _ in conversation.extra)
             found.columns = dataclasses.replace(conversation, messages=(), extra=names)
             if self.encode is None:
@@ -142,15 +142,15 @@ class _Look:
             if isinstance(fitted, Rejected):
                 found.rejected = fitted
             changed = found.rejected is None and fitted is not example
-        found.size = survey.Size(example.length, example.num_patches, example.longest_frame, changed)
+        found.size = survey.Size(example.length, example.num_patches, example.largest_image, changed)
 
     def _open(self, conversation: Conversation) -> None:
-        """Without a processor: decode the pictures, and see that a turn is to be learnt."""
+        """Without a processor: decode the images, and see that a turn is to be learnt."""
         check_learnable(conversation.origin, [message.loss_weight for message in conversation.messages])
         origin, root = conversation.origin, self.config.media_root
         roots = (str(Path(origin.file).parent), *([root] if root else []))
-        for field, picture in _pictures(conversation):
-            open_image(picture, origin=origin, field=field, roots=roots)
+        for field, image in _image_sources(conversation):
+            open_image(image, origin=origin, field=field, roots=roots)
 
 
 class _Tally:
@@ -158,8 +158,8 @@ class _Tally:
 
     def __init__(self):
         self.faults, self.columns = Rejections(), {}
-        self.tokens, self.media_tokens, self.pictures = array("q"), array("q"), array("q")
-        self.patches, self.frames = array("q"), array("q")
+        self.tokens, self.media_tokens, self.images = array("q"), array("q"), array("q")
+        self.patches, self.largest_images = array("q"), array("q")
         self.learnt = self.changed = 0
 
     def add(self, found: _Found) -> None:
@@ -167,12 +167,12 @@ class _Tally:
             self.faults.add(found.rejected)
         if found.columns is not None:
             self.columns.setdefault(found.file, UnknownColumns()).add(found.columns)
-            self.pictures.append(found.pictures)
+            self.images.append(found.images)
         if found.size is not None:
             self.tokens.append(found.size.length)
             self.media_tokens.append(found.media_tokens)
             self.patches.append(found.size.num_patches)
-            self.frames.append(found.size.longest_frame)
+            self.largest_images.append(found.size.largest_image)
             self.changed += found.size.changed
             self.learnt += found.learnt
 
@@ -185,7 +185,7 @@ class _Tally:
 def _suggestion(tally: _Tally, look: _Look) -> str:
     if not tally.tokens:
         return ""
-    measured = np.stack([tally.tokens, tally.patches, tally.frames], axis=1)
+    measured = np.stack([tally.tokens, tally.patches, tally.largest_images], axis=1)
     spread = np.linspace(0, len(measured) - 1, min(_SAMPLE, len(measured))).astype(int)
     chosen = np.unique([*spread, *measured.argmax(0)])
     sizes = tuple(survey.Size(*map(int, values)) for values in measured[chosen])
@@ -220,8 +220,8 @@ def _resolved(processor: Processor, config: DataConfig, seed: int) -> DataConfig
     return dataclasses.replace(config, **{name: getattr(found, name) for name in names})
 
 
-def _pictures(conversation: Conversation) -> Iterator[tuple[str, Any]]:
-    """(field, source) of each picture and frame."""
+def _image_sources(conversation: Conversation) -> Iterator[tuple[str, Any]]:
+    """(field, source) of each image and frame."""
     for image in conversation.images:
         yield f"images[{image.index}]", image.source
     for video in conversation.videos:

@@ -25,7 +25,7 @@ class CheckReport:
       config: what was checked against, with every size known.
       encoded: whether a processor encoded the examples; without one, sizes were not checked.
       tokens, media_tokens, patches: of each example; empty without a processor.
-      pictures: of each example, frames included.
+      images: of each example, frames included.
       learnt: tokens that are learnt, of all examples.
       changed: examples that ``on_too_long`` truncates or shrinks.
       columns: what there is to say about unknown columns, one line each.
@@ -39,7 +39,7 @@ class CheckReport:
     encoded: bool
     tokens: Sequence[int]
     media_tokens: Sequence[int]
-    pictures: Sequence[int]
+    images: Sequence[int]
     patches: Sequence[int]
     learnt: int
     changed: int
@@ -73,7 +73,7 @@ class CheckReport:
             how = f"{too_long} too long: left out (data.on_too_long {config.on_too_long})"
             yield how + self._above("max_too_long_fraction", too_long)
         if self.changed:
-            how = "have their pictures shrunk" if config.on_too_long == "shrink" else "lose turns at their end"
+            how = "have their images shrunk" if config.on_too_long == "shrink" else "lose turns at their end"
             yield f"{self.changed} too long: {how} (data.on_too_long {config.on_too_long})"
 
     def _above(self, limit: str, count: int) -> str:
@@ -84,7 +84,7 @@ class CheckReport:
         named = {
             "tokens": self.tokens,
             "vision tokens": self.media_tokens,
-            "pictures": self.pictures,
+            "images": self.images,
             "patches": self.patches,
         }
         named = {name: values for name, values in named.items() if any(values)}

@@ -28,8 +28,8 @@ class DataConfig:
       max_length: longest conversation in tokens; None allows a whole sequence. A small value makes attention cheaper.
       max_image_patches: most patches an image or frame may have; None takes what the media configuration allows, or the
         largest of a sample of the data if that is more.
-      on_too_long: what becomes of a conversation that does not fit a sequence, or of a picture above
-        ``max_image_patches``: stop; leave the conversation out; drop whole turns from its end; or shrink its pictures
+      on_too_long: what becomes of a conversation that does not fit a sequence, or of an image above
+        ``max_image_patches``: stop; leave the conversation out; drop whole turns from its end; or shrink its images
         until it fits. One that still does not fit is left out. What is left out is counted in the log and listed.
       max_too_long_fraction: stop when more than this share of the examples read was left out because it did not fit.
       on_bad_example: stop, or leave the example out; either way examples left out are counted and listed.

@@ -23,7 +23,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """A picture.
+    """An image, not read yet.
 
     Attributes:
       source: anything `jvlm.data.images.open_image` opens.
@@ -60,7 +60,7 @@ class Video:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectName:
-    """The name of an object in a picture, <ref-object> in files; written as it is."""
+    """The name of an object in an image, <ref-object> in files; written as it is."""
 
     name: str
 
@@ -70,15 +70,15 @@ class ObjectBox:
     """A box or point, <bbox> in files; written as the model's box format has it.
 
     Attributes:
-      image: the `Image.index` of the picture that it is on.
+      image: the `Image.index` of the image that it is on.
     """
 
     region: Region
     image: int = 0
 
 
-def pictures_of(part: Image | Video) -> tuple[Any, ...]:
-    """Return the picture of an image, or the frames of a video."""
+def sources_of(part: Image | Video) -> tuple[Any, ...]:
+    """Return the source of an image, or those of a video's frames."""
     return (part.source,) if isinstance(part, Image) else part.frames
 
 

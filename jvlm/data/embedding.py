@@ -1,4 +1,4 @@
-"""Pictures of an example read into the example, whatever form it names them in."""
+"""Images of an example read into the example, whatever form it names them in."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jvlm.data.content import pictures_of
+from jvlm.data.content import sources_of
 from jvlm.data.errors import ExampleError, Origin
-from jvlm.data.examples import PICTURE_KEYS, parse_example
-from jvlm.data.images import picture_source, unwrap
+from jvlm.data.examples import IMAGE_KEYS, parse_example
+from jvlm.data.images import image_source, unwrap
 
 _LISTS = ("images", "image", "videos", "video", "rejected_images", "rejected_videos")
 _TURNS = ("messages", "rejected_messages")
 
 
 def embed(example: dict[str, Any], origin: Origin, roots: Sequence[str]) -> dict[str, Any]:
-    """The example with its pictures and frames as bytes; everything else as it was.
+    """The example with its images and frames as bytes; everything else as it was.
 
-    A path becomes {"bytes", "path"}; an object with the path or URL of a file gains "bytes". What holds its picture
+    A path becomes {"bytes", "path"}; an object with the path or URL of a file gains "bytes". What holds its image
     already, as bytes, base64 or a ``data:`` URI, stays.
 
     Args:
       roots: folders in which relative paths are looked up, in order.
 
     Raises:
-      ExampleError: an example that cannot be used; a picture that is not there, empty, or on the network.
+      ExampleError: an example that cannot be used; an image that is not there, empty, or on the network.
     """
     parse_example(example, origin)
     media = {key: _media(example[key], origin, key, roots) for key in _LISTS if key in example}
     turns = {key: _turns(example[key], origin, key, roots) for key in _TURNS if isinstance(example.get(key), list)}
     whole = {**example, **media, **turns}
     conversation = parse_example(whole, origin)
-    for source in (source for part in conversation.media for source in pictures_of(part)):
+    for source in (source for part in conversation.media for source in sources_of(part)):
         file = _file(source, origin, "messages", roots)
         if file is not None:
             raise ExampleError(
@@ -55,7 +55,7 @@ def _block(block: Any, origin: Origin, field: str, roots: Sequence[str]) -> Any:
         return block
     return {
         **block,
-        **{key: _media(block[key], origin, field, roots) for key in (*PICTURE_KEYS, "video") if key in block},
+        **{key: _media(block[key], origin, field, roots) for key in (*IMAGE_KEYS, "video") if key in block},
     }
 
 
@@ -72,14 +72,14 @@ def _media(source: Any, origin: Origin, field: str, roots: Sequence[str]) -> Any
             origin, field, f"{file} cannot be read ({error.strerror})", "Check its permissions"
         ) from error
     if not content:
-        raise ExampleError(origin, field, f"{file} is empty, 0 bytes", "Replace or remove the picture")
+        raise ExampleError(origin, field, f"{file} is empty, 0 bytes", "Replace or remove the image")
     return {**source, "bytes": content} if isinstance(source, dict) else {"bytes": content, "path": source}
 
 
 def _file(source: Any, origin: Origin, field: str, roots: Sequence[str]) -> Path | None:
-    """The file that a picture is in; None for one inside the example. Raises ExampleError if it is not there."""
+    """The file that an image is in; None for one inside the example. Raises ExampleError if it is not there."""
     held = unwrap(source)
     if not isinstance(held, str):
         return None
-    found = picture_source(held, tuple(roots), origin, field)
+    found = image_source(held, tuple(roots), origin, field)
     return found if isinstance(found, Path) else None

@@ -24,9 +24,9 @@ _CARRIED = frozenset(
 )
 _FIELDS = frozenset("messages images image videos video objects chat_template_kwargs".split()) | _CARRIED
 _MOST_WEIGHT = float(np.finfo(np.float32).max)
-# Keys of content blocks that hold a picture; and those where a number is no setting of it, as other libraries take it.
-PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
-_NO_SETTINGS = frozenset((*PICTURE_KEYS, "video", "index", "id"))
+# Keys of content blocks that hold an image; and those where a number is no setting of it, as other libraries take it.
+IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
+_NO_SETTINGS = frozenset((*IMAGE_KEYS, "video", "index", "id"))
 _TAGS = {Image: "<image>", Video: "<video>", ObjectName: "<ref-object>", ObjectBox: "<bbox>"}
 _TAG = re.compile(f"({'|'.join(_TAGS.values())})")
 
@@ -183,15 +183,15 @@ def _flatten(content: Any, images: list, videos: list, origin: Origin, field: st
 
 
 def _block(block: Any, images: list, videos: list, origin: Origin, field: str) -> str:
-    """The text of a content block. A medium in it joins its list; one without a source is among the example's own."""
+    """Return the text of a content block; its image or video joins the list, unless the example has the source."""
     given = without_nulls(block) if isinstance(block, dict) else {}
     kind = given.pop("type", None)
     for key, value in given.items():
         if values.number(value) is not None and key not in _NO_SETTINGS:
             raise ExampleError(
-                origin, field, f"{key!r} of a single picture is not read", "Give the example's chat_template_kwargs"
+                origin, field, f"{key!r} of a single image is not read", "Give the example's chat_template_kwargs"
             )
-    media = {key: given[key] for key in (*PICTURE_KEYS, "video") if key in given}
+    media = {key: given[key] for key in (*IMAGE_KEYS, "video") if key in given}
     if kind == "text" and not media and isinstance(given.get("text"), str):
         return values.text(given["text"], origin, field)
     if kind in ("image", "image_url") and "video" not in media and len(media) <= 1:

@@ -78,7 +78,7 @@ class ImageProcessorConfig(Tagged):
         for name, value in fields.items():
             if name not in self.limits:
                 known = ", ".join(sorted(self.limits))
-                raise FieldError(name, "not a setting of this model's pictures", f"Use {known}")
+                raise FieldError(name, "not a setting of this model's images", f"Use {known}")
             limit = self.limits[name]
             problem = limit.problem(value)
             if problem:
@@ -129,7 +129,7 @@ class MediaPatches:
       token_pattern: what stands in the text for the image or video: strings, which are tokenized as they are, and
         numbers, for so many of the t tokens; empty is all of them in one run.
       grid: (t, h, w) of one run of tokens, for M-RoPE; None has text's positions.
-      temporal_step: M-RoPE distance between frame pairs (seconds x tokens per second); 0 for an image.
+      temporal_step: M-RoPE distance between temporal patches (seconds x tokens per second); 0 for an image.
       original, resized: (width, height) in pixels; boxes are converted from one to the other.
     """
 

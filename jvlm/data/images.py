@@ -1,4 +1,4 @@
-"""Pictures from whatever an example holds."""
+"""Images from whatever an example holds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 def open_image(
     source: Any, *, origin: Origin = Origin(), field: str = "images", roots: tuple[str, ...] = ()
 ) -> Image.Image:
-    """An RGB picture from a path, ``file://`` URL, bytes, base64 (``data:`` URI or plain), a dict with one of these,
+    """An RGB image from a path, ``file://`` URL, bytes, base64 (``data:`` URI or plain), a dict with one of these,
     a PIL image or an array.
 
     Relative paths are looked up in ``roots`` (the data file's folder first). Transparency is laid on white, as
@@ -38,7 +38,7 @@ def open_image(
         if isinstance(source, np.ndarray):
             return array_to_rgb(source)
         if isinstance(source, str | Path):
-            source = picture_source(str(source), roots, origin, field)
+            source = image_source(str(source), roots, origin, field)
         if isinstance(source, bytes | bytearray | memoryview):
             source = io.BytesIO(source)
         if isinstance(source, Image.Image):
@@ -50,12 +50,12 @@ def open_image(
         raise
     except Exception as error:  # Pillow lets through whatever a damaged file makes its decoders raise
         shown = "" if isinstance(source, Image.Image | np.ndarray | io.BytesIO) else f" ({str(source)[:200]})"
-        kind = "array" if isinstance(source, np.ndarray) else "picture"
+        kind = "array" if isinstance(source, np.ndarray) else "image"
         raise ExampleError(
-            origin, field, f"the {kind}{shown} cannot be decoded ({error})", "Replace or remove the picture"
+            origin, field, f"the {kind}{shown} cannot be decoded ({error})", "Replace or remove the image"
         ) from error
     raise ExampleError(
-        origin, field, f"a {type(source).__name__} is not a picture", "Give a path, bytes, image or array"
+        origin, field, f"a {type(source).__name__} is not an image", "Give a path, bytes, image or array"
     )
 
 
@@ -71,7 +71,7 @@ def _holds(value: Any) -> bool:
     return not (isinstance(value, str | bytes) and not value)
 
 
-def picture_source(text: str, roots: tuple[str, ...], origin: Origin, field: str) -> Path | bytes:
+def image_source(text: str, roots: tuple[str, ...], origin: Origin, field: str) -> Path | bytes:
     """The file or the bytes that a string stands for: a path, a URL of a file, a ``data:`` URI, or base64 alone.
 
     Raises:
@@ -83,14 +83,14 @@ def picture_source(text: str, roots: tuple[str, ...], origin: Origin, field: str
         content = _from_base64(urllib.parse.unquote(body)) if encoded else urllib.parse.unquote_to_bytes(body)
         if not comma or content is None:
             raise ExampleError(
-                origin, field, f"{text[:60]}... cannot be decoded (not base64)", "Replace or remove the picture"
+                origin, field, f"{text[:60]}... cannot be decoded (not base64)", "Replace or remove the image"
             )
         return content
     file = _existing(text, roots)
     if file is not None:
         return file
     content = _from_base64(text)
-    if content is not None and _is_picture(content):
+    if content is not None and _is_image(content):
         return content
     return find_file(text, roots, origin, field)
 
@@ -104,7 +104,7 @@ def _from_base64(text: str) -> bytes | None:
         return None
 
 
-def _is_picture(content: bytes) -> bool:
+def _is_image(content: bytes) -> bool:
     """Whether Pillow knows the kind of file; a damaged one it may know all the same."""
     try:
         Image.open(io.BytesIO(content)).close()

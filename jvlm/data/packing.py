@@ -21,9 +21,10 @@ class Example:
       turns: number of the last assistant turn begun at each token, from 1; 0 before the first.
       vision_index: which feature feeds the token; -1 for text.
       media: number of the image or video that the token stands for, from 1, delimiters included; 0 for text.
-      feature_frames, frame_ids, window_ids: the segments of vision tokens and patches, and the windows of patches, as
-        in `MediaPatches`, counted on over all media.
-      sizes: of each medium.
+      vision_segment_ids: segment of each vision token, as in `MediaPatches`, numbered through all media.
+      patch_segment_ids: segment of each patch, likewise.
+      patch_window_ids: attention window of each patch, likewise.
+      sizes: of each image and video.
       source: number of its data source among `DataConfig.sources`; -1 for none.
     """
 
@@ -33,10 +34,10 @@ class Example:
     turns: np.ndarray
     vision_index: np.ndarray
     media: np.ndarray
-    feature_frames: np.ndarray
+    vision_segment_ids: np.ndarray
     patches: np.ndarray
-    frame_ids: np.ndarray
-    window_ids: np.ndarray
+    patch_segment_ids: np.ndarray
+    patch_window_ids: np.ndarray
     patch_positions: np.ndarray
     sizes: tuple[Sizes, ...]
     origin: Origin
@@ -51,25 +52,25 @@ class Example:
         return len(self.patches)
 
     @property
-    def longest_frame(self) -> int:
-        """Patches of the largest image, tile or frame."""
-        return int(np.bincount(self.frame_ids).max()) if self.num_patches else 0
+    def largest_image(self) -> int:
+        """Patches of the largest image, tile or video frame."""
+        return int(np.bincount(self.patch_segment_ids).max()) if self.num_patches else 0
 
 
 def join_media(media: Sequence[MediaPatches], patch_values: int) -> dict[str, np.ndarray]:
     """The patch arrays of an `Example` from its media in order."""
-    frames, windows, frame_ids, window_ids, feature_frames = 0, 0, [], [], []
-    for medium in media:
-        feature_frames.append(medium.token_segment_ids + frames)
-        frame_ids.append(medium.segment_ids + frames)
-        window_ids.append(medium.window_ids + windows)
-        frames, windows = int(frame_ids[-1][-1]), int(window_ids[-1][-1])
+    segments, windows, patch_segment_ids, patch_window_ids, vision_segment_ids = 0, 0, [], [], []
+    for item in media:
+        vision_segment_ids.append(item.token_segment_ids + segments)
+        patch_segment_ids.append(item.segment_ids + segments)
+        patch_window_ids.append(item.window_ids + windows)
+        segments, windows = int(patch_segment_ids[-1][-1]), int(patch_window_ids[-1][-1])
     none = np.zeros(0, np.int32)
     return {
         "patches": np.concatenate([np.zeros((0, patch_values), np.uint8), *(m.patches for m in media)]),
-        "feature_frames": np.concatenate([none, *feature_frames]),
-        "frame_ids": np.concatenate([none, *frame_ids]),
-        "window_ids": np.concatenate([none, *window_ids]),
+        "vision_segment_ids": np.concatenate([none, *vision_segment_ids]),
+        "patch_segment_ids": np.concatenate([none, *patch_segment_ids]),
+        "patch_window_ids": np.concatenate([none, *patch_window_ids]),
         "patch_positions": np.concatenate([np.zeros((0, 2), np.int32), *(m.positions for m in media)]),
     }
 
@@ -98,19 +99,19 @@ def check_fits(
 ) -> None:
     """Raise ExampleError if the conversation does not fit such a sequence, or breaks a promise made to attention.
 
-    Attention is compiled for conversations of ``max_length`` tokens and frames of ``max_image_patches`` at most; what
+    Attention is compiled for conversations of ``max_length`` tokens and images of ``max_image_patches`` at most; what
     is longer would be cut without a word.
     """
     limit = min(seq_len, max_length or seq_len)
     if example.length > limit:
-        pictures = int((example.vision_index >= 0).sum())
-        share = f" ({pictures} of them stand for pictures)" if pictures else ""
+        images = int((example.vision_index >= 0).sum())
+        share = f" ({images} of them stand for images)" if images else ""
         raise ExampleError(
             example.origin,
             "messages",
             f"{example.length} tokens do not fit {limit}{share}",
             "Raise data.seq_len (and data.max_length), make the images smaller, or set data.on_too_long to shrink "
-            "(pictures are resized) or truncate (turns are left out)",
+            "(images are resized) or truncate (turns are left out)",
         )
     if example.num_patches > max_patches:
         raise ExampleError(
@@ -119,11 +120,11 @@ def check_fits(
             f"{example.num_patches} patches do not fit {max_patches}",
             "Raise data.max_patches, make the images smaller, or set data.on_too_long to shrink",
         )
-    if max_image_patches is not None and example.longest_frame > max_image_patches:
+    if max_image_patches is not None and example.largest_image > max_image_patches:
         raise ExampleError(
             example.origin,
             "images",
-            f"a picture of {example.longest_frame} patches, where none may have more than {max_image_patches}",
+            f"an image of {example.largest_image} patches, where none may have more than {max_image_patches}",
             "Raise data.max_image_patches, make the images smaller, or set data.on_too_long to shrink",
         )
 
@@ -145,8 +146,9 @@ def truncate(example: Example, max_tokens: int, max_patches: int | None = None) 
 def _begin_of(example: Example, end: int) -> Example:
     """The first ``end`` tokens, and the media that stand among them."""
     last = int(example.vision_index[:end].max(initial=-1))
-    frames = int(example.feature_frames[last]) if last >= 0 else 0
-    features, patches = (int(np.searchsorted(f, frames, "right")) for f in (example.feature_frames, example.frame_ids))
+    segment = int(example.vision_segment_ids[last]) if last >= 0 else 0
+    vision_tokens = int(np.searchsorted(example.vision_segment_ids, segment, "right"))
+    patches = int(np.searchsorted(example.patch_segment_ids, segment, "right"))
     media = int(example.media[:end].max(initial=0))
     return dataclasses.replace(
         example,
@@ -156,10 +158,10 @@ def _begin_of(example: Example, end: int) -> Example:
         turns=example.turns[:end],
         vision_index=example.vision_index[:end],
         media=example.media[:end],
-        feature_frames=example.feature_frames[:features],
+        vision_segment_ids=example.vision_segment_ids[:vision_tokens],
         patches=example.patches[:patches],
-        frame_ids=example.frame_ids[:patches],
-        window_ids=example.window_ids[:patches],
+        patch_segment_ids=example.patch_segment_ids[:patches],
+        patch_window_ids=example.patch_window_ids[:patches],
         patch_positions=example.patch_positions[:patches],
         sizes=example.sizes[:media],
     )
@@ -246,22 +248,22 @@ def assemble(
         max_image_patches=max_image_patches,
     )
     for b, sequence in enumerate(sequences):
-        s = p = features = frames = windows = 0
+        s = p = vision_tokens = images = windows = 0
         for number, example in enumerate(sequence, 1):
             S, P = slice(s, s + example.length), slice(p, p + example.num_patches)
             batch.tokens[b, S] = example.tokens
             batch.segment_ids[b, S] = number
             batch.positions[b, S] = example.positions
             batch.loss_weights[b, S] = example.loss_weights
-            batch.vision_index[b, S] = np.where(example.vision_index >= 0, example.vision_index + features, -1)
+            batch.vision_index[b, S] = np.where(example.vision_index >= 0, example.vision_index + vision_tokens, -1)
             batch.patches[b, P] = example.patches
-            batch.patch_segment_ids[b, P] = example.frame_ids + frames
-            batch.patch_window_ids[b, P] = example.window_ids + windows
+            batch.patch_segment_ids[b, P] = example.patch_segment_ids + images
+            batch.patch_window_ids[b, P] = example.patch_window_ids + windows
             batch.patch_positions[b, P] = example.patch_positions
             if example.num_patches:
-                features += len(example.feature_frames)
-                frames += int(example.frame_ids[-1])
-                windows += int(example.window_ids[-1])
+                vision_tokens += len(example.vision_segment_ids)
+                images += int(example.patch_segment_ids[-1])
+                windows += int(example.patch_window_ids[-1])
             s, p = S.stop, P.stop
     return batch
 

@@ -88,7 +88,7 @@ class Encode(grain.transforms.RandomMap):
 
     def _check(self, example: Example) -> None:
         config = self.config
-        most = frame_patches(self.processor.image_processor, self.processor.image_config, config)
+        most = image_patch_limit(self.processor.image_processor, self.processor.image_config, config)
         packing.check_fits(example, config.seq_len, config.max_patches, config.max_length, most)
 
     def _fits(self, example: Example) -> bool:
@@ -290,7 +290,7 @@ def training_data(
     encoded = dataset.repeat(epochs).random_map(Encode(processor, config))
     values, most = (
         processor.image_processor.patch_values,
-        frame_patches(processor.image_processor, processor.image_config, config),
+        image_patch_limit(processor.image_processor, processor.image_config, config),
     )
     packed = PackDataset(encoded, config, share.of(config.batch_size), share, values, most, len(source))
     return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.prefetch), source
@@ -304,7 +304,7 @@ def check_shape(config: DataConfig) -> None:
         )
 
 
-def frame_patches(images: ImageProcessor, settings: ImageProcessorConfig, config: DataConfig) -> int | None:
+def image_patch_limit(images: ImageProcessor, settings: ImageProcessorConfig, config: DataConfig) -> int | None:
     """Return the length promised to attention for images, which each example is checked against; None: no promise."""
     most = config.max_image_patches
     if most is None:

@@ -1,4 +1,4 @@
-"""Any picture or array to 8-bit RGB, where Pillow alone would cut values off.
+"""Any image or array to 8-bit RGB, where Pillow alone would cut values off.
 
 How values become 0..255:
 
@@ -6,7 +6,7 @@ How values become 0..255:
 - 16 bits (grey PNG and TIFF, uint16): value / 257, rounded. Of 12-bit TIFFs white is 4095.
 - Whole numbers of more bits, or signed: as they are up to 255, else as 16 bits up to 65535. Others are refused: nothing
   says what is white.
-- Floats: 0..1 times 255, or 0..255 as they are, rounded. Others, NaN and infinity are refused; so are pictures whose
+- Floats: 0..1 times 255, or 0..255 as they are, rounded. Others, NaN and infinity are refused; so are images whose
   highest value is between 1 and 2: they would come out black or cut off.
 """
 
@@ -21,7 +21,7 @@ _CHANNELS = (1, 2, 3, 4)  # grey or RGB, with or without transparency
 
 
 def image_to_rgb(image: Image.Image) -> Image.Image:
-    """A new RGB picture: rotated as its EXIF says, transparency on white.
+    """A new RGB image: rotated as its EXIF says, transparency on white.
 
     Raises:
       ValueError: no pixels, or values that nothing says how to scale.
@@ -43,7 +43,7 @@ def image_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def array_to_rgb(array: np.ndarray) -> Image.Image:
-    """An RGB picture of [height, width], [height, width, 1 to 4 channels], or [1 or 3 channels, height, width].
+    """An RGB image of [height, width], [height, width, 1 to 4 channels], or [1 or 3 channels, height, width].
 
     Raises:
       ValueError: another shape or type, or values that nothing says how to scale.

@@ -17,7 +17,7 @@ from jvlm import families, json_files
 from jvlm.data import box_formats, mrope, packing, vocabulary
 from jvlm.data.boxes import CoordinateSpace, Region, Sizes
 from jvlm.data.chat_format import ChatFormat
-from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Part, Text, Video, pictures_of
+from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Part, Text, Video, sources_of
 from jvlm.data.errors import MEMORY, ExampleError, Origin
 from jvlm.data.examples import parse_example
 from jvlm.data.image_processor import ImageProcessorConfig, MediaPatches
@@ -133,7 +133,7 @@ class Processor:
           image_config: settings of its images, instead of the processor's with what the example changes.
 
         Raises:
-          ExampleError: what can be wrong with data: the form of the example; a picture that is not there or cannot be
+          ExampleError: what can be wrong with data: the form of the example; an image that is not there or cannot be
             decoded; image settings or sizes that the image processor refuses (any `UserError`); whatever a chat
             template raises; text that cannot be told from control tokens; tokens without a row in the embedding
             table. Every other exception is a fault of the program, and leaves this function as it is.
@@ -214,32 +214,32 @@ class Processor:
                 make = functools.partial(self._image, part, config, next(positions), count)
             else:
                 make = functools.partial(self._video, config)
-            media.append(self._load(pictures_of(part), _field_of(part), conversation.origin, make))
+            media.append(self._load(sources_of(part), _field_of(part), conversation.origin, make))
         return media
 
     def image_config_of(self, conversation: Conversation) -> ImageProcessorConfig:
         """Return the settings of the conversation's images: the processor's, with what the example changes."""
         return self.image_config.for_example(dict(conversation.image_settings), conversation.origin)
 
-    def _image(self, part: Image, config: ImageProcessorConfig, index: int, count: int, pictures: list) -> MediaPatches:
-        original = pictures[0].size
-        picture, size = pictures[0], part.upscaled_size(original)
+    def _image(self, part: Image, config: ImageProcessorConfig, index: int, count: int, images: list) -> MediaPatches:
+        original = images[0].size
+        image, size = images[0], part.upscaled_size(original)
         if size != original:
-            picture = picture.resize(size, PIL.Image.Resampling.BICUBIC)
-        patches = self.image_processor.image(picture, config, index=index, count=count)
+            image = image.resize(size, PIL.Image.Resampling.BICUBIC)
+        patches = self.image_processor.image(image, config, index=index, count=count)
         return dataclasses.replace(patches, original=original)  # in whose pixels boxes are
 
     def _video(self, config: ImageProcessorConfig, frames: list) -> MediaPatches:
         return self.image_processor.video(frames, config)
 
     def with_open_media(self, conversation: Conversation) -> Conversation:
-        """The conversation with its pictures and frames decoded. Raises ExampleError."""
+        """The conversation with its images and frames decoded. Raises ExampleError."""
 
         def opened(part: Part) -> Part:
             if not isinstance(part, Image | Video):
                 return part
-            pictures = self._open(pictures_of(part), _field_of(part), conversation.origin)
-            name, value = ("source", pictures[0]) if isinstance(part, Image) else ("frames", tuple(pictures))
+            images = self._open(sources_of(part), _field_of(part), conversation.origin)
+            name, value = ("source", images[0]) if isinstance(part, Image) else ("frames", tuple(images))
             return dataclasses.replace(part, **{name: value})
 
         return conversation.map(opened)
@@ -251,14 +251,14 @@ class Processor:
         return [open_image(s, origin=origin, field=field, roots=roots) for s in sources]
 
     def _load(self, sources, field: str, origin: Origin, make: Callable[[list], MediaPatches]) -> MediaPatches:
-        pictures = self._open(sources, field, origin)
-        if len({p.size for p in pictures}) > 1:
-            sizes = sorted({p.size for p in pictures})
+        images = self._open(sources, field, origin)
+        if len({p.size for p in images}) > 1:
+            sizes = sorted({p.size for p in images})
             raise ExampleError(origin, field, f"frames of different sizes {sizes}", "Give frames of one size")
         try:
-            return make(pictures)
+            return make(images)
         except UserError as error:
-            raise ExampleError(origin, field, str(error), "Crop the picture, or change its limits") from error
+            raise ExampleError(origin, field, str(error), "Crop the image, or change its limits") from error
 
     def _fill(self, conversation: Conversation, media: list[MediaPatches]) -> tuple[Message, ...]:
         messages = conversation.messages
@@ -283,18 +283,18 @@ class Processor:
     def _written_box(self, box: ObjectBox, sizes: Sizes | None, origin: Origin, field: str) -> str:
         region = box.region
         if sizes is None:
-            raise ExampleError(origin, field, "a box without a picture", "Add the image")
+            raise ExampleError(origin, field, "a box without an image", "Add the image")
         if any(not 0 <= v <= sizes.original[i % 2] for i, v in enumerate(region.to("original", sizes).values)):
             raise ExampleError(
                 origin,
                 field,
-                f"{list(region.values)} is outside the picture of {sizes.original[0]} x {sizes.original[1]}",
-                "Give pixels of the original picture, or bbox_type 'norm1'",
+                f"{list(region.values)} is outside the image of {sizes.original[0]} x {sizes.original[1]}",
+                "Give pixels of the original image, or bbox_type 'norm1'",
             )
         return self.write_region(region, sizes)
 
     def _expand(self, ids, weights, turns, media: list[MediaPatches], conversation: Conversation) -> Example:
-        """Replace each media placeholder by the tokens that stand for its medium, and lay out ids and positions."""
+        """Replace each media placeholder by the tokens of its image or video, and lay out ids and positions."""
         kinds = {Image: self.model.image_token_id, Video: self.video_token_id}
         expected = [kinds[type(part)] for part in conversation.media]
         places = np.flatnonzero(np.isin(ids, list(kinds.values())))
@@ -305,16 +305,16 @@ class Processor:
                 f"the chat template writes {len(places)} media tokens for {len(expected)} media, or in another order",
                 "Put them into turns in which the template takes them, or give the model a template that does",
             )
-        written = [self._written(medium, placeholder) for medium, placeholder in zip(media, expected, strict=True)]
+        written = [self._written(item, placeholder) for item, placeholder in zip(media, expected, strict=True)]
         counts = np.ones(len(ids), np.int64)
         counts[places] = [len(tokens) for tokens, _ in written]
         tokens, number = np.repeat(ids, counts), np.zeros(counts.sum(), np.int32)
         vision_index = np.full(len(tokens), -1, np.int32)
-        starts, features = np.concatenate([[0], np.cumsum(counts)])[places], 0
-        for n, (begin, medium, (own, fed)) in enumerate(zip(starts, media, written, strict=True), 1):
-            tokens[begin : begin + len(own)], number[begin : begin + len(own)] = own, n
-            vision_index[begin + np.flatnonzero(fed)] = medium.vision_index + features
-            features += medium.token_segment_ids.size
+        starts, vision_tokens = np.concatenate([[0], np.cumsum(counts)])[places], 0
+        for n, (begin, item, (ids, fed)) in enumerate(zip(starts, media, written, strict=True), 1):
+            tokens[begin : begin + len(ids)], number[begin : begin + len(ids)] = ids, n
+            vision_index[begin + np.flatnonzero(fed)] = item.vision_index + vision_tokens
+            vision_tokens += item.token_segment_ids.size
         arrays = {
             "tokens": tokens,
             "loss_weights": np.where(number > 0, np.float32(0), np.repeat(weights, counts)),
@@ -334,12 +334,12 @@ class Processor:
             origin=conversation.origin,
         )
 
-    def _written(self, medium: MediaPatches, placeholder: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, whether a feature feeds each of them) of a medium."""
+    def _written(self, item: MediaPatches, placeholder: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens that stand for an image or video, and whether a vision token feeds each."""
         pieces = [
-            np.full(run, placeholder, np.int32) if isinstance(run, int) else self._ids_of(run) for run in medium.runs
+            np.full(run, placeholder, np.int32) if isinstance(run, int) else self._ids_of(run) for run in item.runs
         ]
-        fed = [np.full(len(p), isinstance(run, int)) for p, run in zip(pieces, medium.runs, strict=True)]
+        fed = [np.full(len(p), isinstance(run, int)) for p, run in zip(pieces, item.runs, strict=True)]
         return np.concatenate(pieces), np.concatenate(fed)
 
     def _ids_of(self, text: str) -> np.ndarray:
@@ -350,15 +350,15 @@ class Processor:
     def _positions(self, number: np.ndarray, media: list[MediaPatches]) -> np.ndarray:
         """Rotary ids [s, 3] of every token: M-RoPE's if the decoder turns by three, else places three times.
 
-        ``number`` is the medium whose feature feeds the token, from 1; 0 for text and delimiters.
+        ``number`` is the image or video whose vision token feeds the token, from 1; 0 for text and delimiters.
         """
         length = len(number)
         if not self.model.decoder.uses_mrope:
             return np.repeat(np.arange(length, dtype=np.int32)[:, None], 3, 1)
         spans = [
-            mrope.MediaSpan(int(np.argmax(number == n)), medium.grid, medium.temporal_step)
-            for n, medium in enumerate(media, 1)
-            if medium.grid is not None
+            mrope.MediaSpan(int(np.argmax(number == n)), item.grid, item.temporal_step)
+            for n, item in enumerate(media, 1)
+            if item.grid is not None
         ]
         return mrope.mrope_positions(length, spans)
 

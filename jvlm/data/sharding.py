@@ -1,4 +1,4 @@
-"""Examples written as shards that carry their pictures with them, so that the folder can be moved anywhere."""
+"""Examples written as shards that carry their images with them, so that the folder can be moved anywhere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def shard(files: Sequence[str], output: str | Path, examples_per_shard: int, *, 
       media_root: folder for relative media paths, after the data file's own.
 
     Raises:
-      ExampleError: an example that cannot be used, or a picture that cannot be read; nothing is left out silently.
+      ExampleError: an example that cannot be used, or an image that cannot be read; nothing is left out silently.
       UserError: the folder holds shards already.
       UserError: a wrong argument, files that cannot be read, or a folder that cannot be written.
     """

@@ -1,4 +1,4 @@
-"""Examples from files: JSONL as users write it, and ArrayRecord shards that carry their pictures with them."""
+"""Examples from files: JSONL as users write it, and ArrayRecord shards that carry their images with them."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ def write_records(path: str | Path, records: Iterable[bytes]) -> int:
     """Write examples as msgpack as one shard. Returns their number.
 
     Examples are compressed in groups of about 32 KiB, as the first hundred let expect, and read a group at a time:
-    examples with large pictures stay alone, small ones do not pay for a header and a dictionary each. The file appears
+    examples with large images stay alone, small ones do not pay for a header and a dictionary each. The file appears
     under its name once it is whole.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Pictures of a conversation made smaller until it fits a packed sequence."""
+"""Images of a conversation made smaller until it fits a packed sequence."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from jvlm.data.processor import Processor
 
 
 def shrink(processor: Processor, conversation: Conversation, fits: Callable[[Example], bool]) -> Example | None:
-    """The conversation with its pictures as large as ``fits`` allows; None where even the smallest do not fit.
+    """The conversation with its images as large as ``fits`` allows; None where even the smallest do not fit.
 
-    The pictures are decoded once and encoded anew for each size that is tried; boxes and points follow them.
+    The images are decoded once and encoded anew for each size that is tried; boxes and points follow them.
     """
     conversation = processor.with_open_media(conversation)
     settings = processor.image_config_of(conversation)

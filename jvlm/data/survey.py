@@ -16,7 +16,7 @@ from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
 from jvlm.data.errors import ExampleError, Rejected, grouped
 from jvlm.data.examples import unknown_columns
-from jvlm.data.pipeline import Encode, frame_patches
+from jvlm.data.pipeline import Encode, image_patch_limit
 from jvlm.data.processor import Processor
 from jvlm.data.shards import ExampleSource
 from jvlm.data.sources import channel_of, names
@@ -35,7 +35,7 @@ class Size(NamedTuple):
 
     length: int
     num_patches: int
-    longest_frame: int
+    largest_image: int
     changed: bool = False
     unknown: tuple[str, ...] = ()
     channel: str | None = None
@@ -74,7 +74,7 @@ class Survey:
         head = f"data: {self.sampled} of {self.examples} examples looked at, {len(self.left_out)} would be left out"
         head += f" ({100 * len(self.left_out) / self.sampled:.1f} %)" if self.left_out else ""
         if changed:
-            how = "have their pictures shrunk" if config.on_too_long == "shrink" else "lose turns at their end"
+            how = "have their images shrunk" if config.on_too_long == "shrink" else "lose turns at their end"
             head += f", {changed} {how} to fit (data.on_too_long {config.on_too_long})"
         lines = [head]
         if self.left_out:
@@ -141,7 +141,7 @@ def take(
         found |= look.at(over, None)
     sizes = tuple(found[i] for i in sorted(found) if isinstance(found[i], Size))
     left_out = tuple(found[i] for i in sorted(found) if isinstance(found[i], Rejected))
-    config = _with_frames(config, sizes, processor)
+    config = _with_image_limit(config, sizes, processor)
     channels = [size.channel for size in sizes if size.channel is not None]
     config = dataclasses.replace(config, sources=config.sources or names(config, channels))
     return Survey(config, len(source), len(found), sizes, left_out)
@@ -181,18 +181,18 @@ class _Look:
         if isinstance(fitted, Rejected):
             return fitted
         unknown = unknown_columns(conversation.extra)
-        return Size(fitted.length, fitted.num_patches, fitted.longest_frame, fitted is not example, unknown, channel)
+        return Size(fitted.length, fitted.num_patches, fitted.largest_image, fitted is not example, unknown, channel)
 
 
 def _fits(size: Size, config: DataConfig) -> bool:
-    frame = config.max_image_patches or size.longest_frame
-    return size.length <= config.longest and size.num_patches <= config.max_patches and size.longest_frame <= frame
+    limit = config.max_image_patches or size.largest_image
+    return size.length <= config.longest and size.num_patches <= config.max_patches and size.largest_image <= limit
 
 
-def _with_frames(config: DataConfig, sizes: Sequence[Size], processor: Processor) -> DataConfig:
-    """Raise the promise made to attention where examples with limits of their own have larger pictures."""
-    promised = frame_patches(processor.image_processor, processor.image_config, config)
-    largest = max((size.longest_frame for size in sizes), default=0)
+def _with_image_limit(config: DataConfig, sizes: Sequence[Size], processor: Processor) -> DataConfig:
+    """Raise the promise made to attention where examples with limits of their own have larger images."""
+    promised = image_patch_limit(processor.image_processor, processor.image_config, config)
+    largest = max((size.largest_image for size in sizes), default=0)
     if config.max_image_patches is not None or promised is None or largest <= promised:
         return config
     return dataclasses.replace(config, max_image_patches=largest)

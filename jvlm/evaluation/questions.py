@@ -66,13 +66,13 @@ def _question(asked: Conversation, turn: int) -> Question:
     """A conversation that ends with its answer, as a question.
 
     Raises:
-      ExampleError: a box of the answer on a picture that is no part of the question.
+      ExampleError: a box of the answer on an image that is no part of the question.
     """
     answer, conversation = asked.messages[-1], without_answer(asked)
     shown = {image.index for image in conversation.images}
     if any(box.image not in shown for box in answer.boxes):
         raise ExampleError(
-            asked.origin, "objects.image_id", "a box on a picture that the question does not show", "Correct image_id"
+            asked.origin, "objects.image_id", "a box on an image that the question does not show", "Correct image_id"
         )
     named = answer.map(lambda part: Text(part.name) if isinstance(part, ObjectName) else part)
     return Question(conversation=conversation, expected=tagged(named.content), boxes=answer.boxes, turn=turn)
@@ -93,7 +93,7 @@ def _count(counter: Counter, answer: str) -> None:
 
 
 class TextOnlyBaseline:
-    """The most frequent training answer to the same words: what can be scored without looking at the picture.
+    """The most frequent training answer to the same words: what can be scored without looking at the image.
 
     Training conversations are read one at a time, and answers counted for the questions that will be asked only, so
     that memory does not grow with the training data.

@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs nothing else: numbers, curves, pictures with answers and boxes."""
+"""A run as one HTML page that needs nothing else: numbers, curves, images with answers and boxes."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def curve(title: str, lines: Sequence[dict[str, Any]], key: str) -> Curve:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """A picture of the test set with every question asked about it.
+class ShownImage:
+    """An image of the test set with every question asked about it.
 
     Attributes:
       before: the answers of the model before training to the same questions; empty where it was not asked.
@@ -75,17 +75,17 @@ class Picture:
         return [place for a in self.answers for place in a.predicted if isinstance(place, Box)]
 
 
-def pictures(
+def shown_images(
     answers: Sequence[Answer], roots: tuple[str, ...], count: int = 18, *, before: Sequence[Answer] = ()
-) -> list[Picture]:
-    """Return the first pictures, each with all its answers; of examples with all questions on one image only.
+) -> list[ShownImage]:
+    """Return the first images, each with all its answers; of examples with all questions on one image only.
 
     Args:
       roots: folders that media may lie in.
       before: answers of the model before training to the same questions, or none.
     """
     earlier = _by_example(before)
-    chosen: list[Picture] = []
+    chosen: list[ShownImage] = []
     for origin, group in _by_example(answers).items():
         shown = [[i.source for i in answer.question.conversation.images] for answer in group]
         images = shown[0]
@@ -96,7 +96,7 @@ def pictures(
         image.save(buffer, "PNG")
         source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
         name = f"{Path(origin.file).name} #{origin.number}"
-        chosen.append(Picture(name, source, *image.size, tuple(group), tuple(earlier.get(origin, ()))))
+        chosen.append(ShownImage(name, source, *image.size, tuple(group), tuple(earlier.get(origin, ()))))
     return chosen
 
 
@@ -112,7 +112,7 @@ def write(path: Path, *, title: str, headline: Sequence[tuple[str, str, str]], *
 
     Args:
       headline: (number, label, note) of the large figures on top.
-      content: "curves", "pictures", "facts" (label -> text), "bars" ((label, share, baseline or None) each).
+      content: "curves", "images", "facts" (label -> text), "bars" ((label, share, baseline or None) each).
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jvlm.evaluation", "."), autoescape=True, undefined=jinja2.StrictUndefined

@@ -32,7 +32,7 @@ class Answer:
 
     Attributes:
       score: 1 or 0 for words, mean IoU for boxes.
-      reference, predicted: boxes and points, expected and answered, in pixels of the original picture.
+      reference, predicted: boxes and points, expected and answered, in pixels of the original image.
       parsed: whether an answer that should hold boxes does.
     """
 

@@ -22,7 +22,7 @@ _PARSED = 5000  # examples of larger files are looked at in a sample of so many
 def check(
     patterns: Sequence[str], processor: Processor, *, max_examples: int | None = None, seconds: float = 20.0
 ) -> None:
-    """Look at the examples as scoring will, pictures included: all of a small set, else those that the time allows.
+    """Look at the examples as scoring will, images included: all of a small set, else those that the time allows.
 
     Raises:
       UserError: examples that cannot be asked, by reason, with the first places.
@@ -49,7 +49,7 @@ def check(
 
 
 def encode(element: tuple, processor: Processor) -> Conversation:
-    """A checked example whose pictures are there and which has something to ask. Raises ExampleError."""
+    """A checked example whose images are there and which has something to ask. Raises ExampleError."""
     conversation = parsed(element)
     processor.encode(conversation)
     if not questions_of(conversation):

@@ -30,7 +30,7 @@ _SPLITS = {
 def fetch(dataset: str | DatasetId) -> list[Path]:
     """Return the data files of a subset and split on this machine, downloaded if they are not.
 
-    Pictures beside JSON lines are downloaded too. Parquet files are written again as ArrayRecord shards, once, beside
+    Images beside JSON lines are downloaded too. Parquet files are written again as ArrayRecord shards, once, beside
     the cache's other files: examples are read one by one in any order.
 
     Args:

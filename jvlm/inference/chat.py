@@ -23,7 +23,7 @@ from jvlm.weights.finite import BrokenWeights
 
 HELP = """Commands: quit or exit; clear (forget the conversation); reset-system (give a new system prompt);
 multi-line (input goes on until a line that ends with #); single-line (back to one line).
-Write <image> where a picture goes; you will be asked for its path. Ctrl-C ends an answer."""
+Write <image> where an image goes; you will be asked for its path. Ctrl-C ends an answer."""
 
 _COMMANDS = ("quit", "exit", "clear", "reset-system", "multi-line", "single-line")
 
@@ -65,8 +65,8 @@ def chat(
 
     Whatever goes wrong with an answer is one line, and the conversation is as it was before the question.
 
-    Answers are shown as they are made. Boxes in them, which are in pixels of the picture as the model sees it, are
-    shown again in pixels of the original picture, the last one if there are several.
+    Answers are shown as they are made. Boxes in them, which are in pixels of the image as the model sees it, are
+    shown again in pixels of the original image, the last one if there are several.
 
     Args:
       system: the system turn; None leaves it to the model's template.
@@ -86,7 +86,7 @@ def chat(
                 return
             if not query or _command(query, session, read):
                 continue
-            images = [_read(read, "Path of the picture <<< ").strip() for _ in range(image_tags(query))]
+            images = [_read(read, "Path of the image <<< ").strip() for _ in range(image_tags(query))]
         except (EOFError, KeyboardInterrupt):
             show("\n")
             return
@@ -142,7 +142,7 @@ def _line(text: str) -> str:
 
 
 def original_boxes(answer: str, processor: Processor, example: Example) -> str:
-    """A line with the boxes of an answer in pixels of the last picture's original; empty if there are none."""
+    """A line with the boxes of an answer in pixels of the last image's original; empty if there are none."""
     found = processor.read_regions(answer) if example.sizes else []
     boxed = [item for item in found if isinstance(item.region, Box)]
     if not boxed:
@@ -156,7 +156,7 @@ def original_boxes(answer: str, processor: Processor, example: Example) -> str:
         {"bbox_2d": [round(v) for v in values], "label": item.label} for item, values in zip(boxed, places, strict=True)
     ]
     width, height = sizes.original
-    return f"[in pixels of the original picture, {width} x {height}: {json.dumps(scaled, ensure_ascii=False)}]\n"
+    return f"[in pixels of the original image, {width} x {height}: {json.dumps(scaled, ensure_ascii=False)}]\n"
 
 
 def _print(text: str) -> None:

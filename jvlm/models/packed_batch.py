@@ -18,8 +18,8 @@ class PackedBatch:
     """Conversations packed into sequences of fixed shape: numpy arrays when built on the host, then arrays of JAX.
 
     Everything that depends on the data (image grids, window order, M-RoPE ids, which vision token feeds which text
-    token) is computed before the device sees it. Segments are contiguous in every sequence. An image is a picture, a
-    tile of one, or a video frame.
+    token) is computed before the device sees it. Segments are contiguous in every sequence. Tiles of an image
+    and video frames count as images.
 
     Attributes:
       tokens: token ids; a placeholder where a vision token goes.

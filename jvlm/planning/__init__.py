@@ -1,1 +1,1 @@
-"""What jvlm plan is made of: chips, compiled programs, their traffic, bounds, and pictures of them."""
+"""What jvlm plan is made of: chips, compiled programs, their traffic, bounds, and charts of them."""

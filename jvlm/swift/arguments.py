@@ -99,7 +99,7 @@ class DataArguments:
       dataset: JSONL files or globs, or ids on the Hub; FILE#N takes N examples of it, which repeats them if it has
         fewer.
       val_dataset: files to measure the loss on.
-      split_dataset_ratio: share of ``dataset`` that is held out instead, by picture. None is 0; with --eval_steps or
+      split_dataset_ratio: share of ``dataset`` that is held out instead, by image. None is 0; with --eval_steps or
         --eval_strategy, and no val_dataset, 0.01.
       media_root: folder for relative media paths, after the data file's own.
       strict: stop at an example that cannot be used, in place of leaving it out.

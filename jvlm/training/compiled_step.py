@@ -21,7 +21,7 @@ from jvlm import families
 from jvlm.adapters import targets
 from jvlm.adapters.attach import structure
 from jvlm.data.packing import PackedSequences, assemble
-from jvlm.data.pipeline import check_shape, frame_patches
+from jvlm.data.pipeline import check_shape, image_patch_limit
 from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
@@ -202,7 +202,7 @@ def abstract_batches(experiment: Experiment) -> Any:
         data.max_patches,
         patch_values=images.patch_values,
         max_segment_length=data.max_length,
-        max_image_patches=frame_patches(images, image_config, data),
+        max_image_patches=image_patch_limit(images, image_config, data),
     )
     first = (experiment.gradient_accumulation_steps, data.batch_size)
     batch = experiment.task.batch_of(PackedSequences(empty, 0, (), source_names=data.sources))

@@ -54,7 +54,7 @@ class ValidationConfig:
 
     Attributes:
       data: files or globs of examples of their own; each is a source that is measured by itself.
-      split: hold out examples of the training data instead, by picture: a share below 1, or a number of examples.
+      split: hold out examples of the training data instead, by image: a share below 1, or a number of examples.
       interval_steps: steps between evaluations; there is also one at the end.
       metric: what the best checkpoint and early stop go by: "loss", "token_acc" or another metric of the task; of one
         source as "loss/examples.jsonl".
@@ -109,7 +109,7 @@ class EvaluationConfig:
       max_new_tokens: longest answer in tokens.
       batch_size: questions answered together.
       max_examples: of the files; None takes all.
-      text_only_baseline: also score the most frequent training answer to the same words, blind to the picture.
+      text_only_baseline: also score the most frequent training answer to the same words, blind to the image.
       before_training: also score the model as it was before training; the report shows the boxes of both.
       aim: percent of the questions with answers in words that must be right; where fewer are, `jvlm train` ends with
         status 3 after all files are written. None: any share will do.
@@ -197,7 +197,7 @@ class AdaptConfig:
     """What becomes of the model of ``init_from`` before it is trained.
 
     Attributes:
-      grid: patches along the side of a picture: position tables are interpolated, for larger or smaller pictures.
+      grid: patches along the side of an image: position tables are interpolated, for larger or smaller images.
       grid_scale: ratio that places the interpolation's samples, where it is not that of the sizes: (70 + 0.1) / 27 for
         SigLIP's step from 27 to 70 in Idefics2.
       experts: a dense decoder's MLPs become the start of experts (`jvlm.weights.upcycling`).

@@ -75,7 +75,7 @@ def check_ahead(job: Experiment, later: Sequence[Experiment], processor: Process
 
 
 def _reading(processor: Processor, data: pipeline.DataConfig) -> Processor:
-    """Return the processor, looking for pictures where this data has them."""
+    """Return the processor, looking for images where this data has them."""
     return processor.replace(media_roots=(data.media_root,) if data.media_root else ())
 
 

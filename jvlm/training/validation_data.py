@@ -12,7 +12,7 @@ from jvlm.data import packing
 from jvlm.data.config import DataConfig
 from jvlm.data.errors import Rejected
 from jvlm.data.packing import Example, PackedSequences
-from jvlm.data.pipeline import Encode, frame_patches
+from jvlm.data.pipeline import Encode, image_patch_limit
 from jvlm.data.position import Share
 from jvlm.data.processor import Processor
 from jvlm.data.shards import ExampleSource
@@ -33,7 +33,7 @@ class ValidationData:
         self, processor: Processor, config: DataConfig, source: ExampleSource | Subset, share: Share = Share()
     ):
         drop = "drop" if config.on_too_long == "error" else config.on_too_long
-        # what is measured must not be drawn: whole conversations, in order, with pictures as they are
+        # what is measured must not be drawn: whole conversations, in order, with images as they are
         still = {"single_turn_ratio": 0.0, "shuffle_turns": False, "max_turns": None, "upscale_probability": 0.0}
         # validation has sources of its own, its files; channels are those of training
         curves = "channel" if config.curves == "channel" else "off"
@@ -41,7 +41,7 @@ class ValidationData:
         self.config, self.source, self.share = config, source, share
         self.encode = Encode(processor, config)
         self._values = processor.image_processor.patch_values
-        self._frames = frame_patches(processor.image_processor, processor.image_config, config)
+        self._max_image_patches = image_patch_limit(processor.image_processor, processor.image_config, config)
 
     def __iter__(self) -> Iterator[PackedSequences]:
         config, sequences = self.config, self.share.of(self.config.batch_size)
@@ -76,7 +76,7 @@ class ValidationData:
             config.max_patches,
             patch_values=self._values,
             max_segment_length=config.max_length,
-            max_image_patches=self._frames,
+            max_image_patches=self._max_image_patches,
         )
         origins = tuple(tuple(example.origin for example in sequence) for sequence in sequences)
         sources = tuple(tuple(example.source for example in sequence) for sequence in sequences)

@@ -1,9 +1,9 @@
-"""A split of the training data into training and validation examples, by picture.
+"""A split of the training data into training and validation examples, by image.
 
-Examples that share a picture, by its bytes or its path, directly or through others, stay on one side; examples without
-pictures go by their content. The split is made once, from what the examples hold and the run's seed alone, and written
+Examples that share an image, by its bytes or its path, directly or through others, stay on one side; examples without
+images go by their content. The split is made once, from what the examples hold and the run's seed alone, and written
 to ``<run>/validation_split.json``: a restart has the same. Where the data has changed since
-(`Experiment.accept_changes`), pictures that were held out stay so.
+(`Experiment.accept_changes`), images that were held out stay so.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 
 from jvlm.data.config import DataConfig
-from jvlm.data.content import pictures_of
+from jvlm.data.content import sources_of
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.examples import parse_example
-from jvlm.data.images import picture_source, unwrap
+from jvlm.data.images import image_source, unwrap
 from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
 from jvlm.training.side_files import read_json, write_json
 
 SPLIT = "validation_split.json"
-_BLOCK = 1024  # examples whose pictures are read at a time
+_BLOCK = 1024  # examples whose images are read at a time
 
 
 class Subset:
@@ -91,7 +91,7 @@ def _load_or_make(data: DataConfig, share: float, seed: int, folder: Path) -> di
     source = ExampleSource(data.train)
     saved = read_json(path, "the run cannot go on without it: restore it, or choose another --name")
     if saved is None:
-        print(f"splitting {len(source)} examples by picture", flush=True)
+        print(f"splitting {len(source)} examples by image", flush=True)
         distinct = source.distinct()
         keys = example_keys(source, data)
         _, validation, held_out = make_split([keys[index] for index in distinct], share, seed)
@@ -108,7 +108,7 @@ def _load_or_make(data: DataConfig, share: float, seed: int, folder: Path) -> di
         if saved["counts"] == source.counts():
             return saved
         keys, held_out = example_keys(source, data), frozenset(saved["held_out"])
-        # an example that brings a held-out picture together with others is on neither side
+        # an example that brings a held-out image together with others is on neither side
         validation = [index for index in source.distinct() if held_out.issuperset(keys[index])]
         train = [index for index, own in enumerate(keys) if not held_out.intersection(own)]
     values = {"split": share, "seed": seed, "counts": source.counts(), "held_out": sorted(held_out)}
@@ -139,7 +139,7 @@ def make_split(keys: Sequence[frozenset[str]], share: float, seed: int) -> tuple
         largest = max(map(len, groups.values()), default=0)
         raise UserError(
             f"validation.split {share:g} of {len(keys)} examples cannot be held out: they are {len(groups)} groups "
-            f"that share no picture, the largest of {largest}. Change validation.split, or give validation.data"
+            f"that share no image, the largest of {largest}. Change validation.split, or give validation.data"
         )
     held_out = frozenset().union(*(keys[index] for index in chosen))
     inside = set(chosen)
@@ -170,7 +170,7 @@ def _groups(keys: Sequence[frozenset[str]]) -> dict[str, list[int]]:
 
 
 def example_keys(source: ExampleSource, data: DataConfig) -> list[frozenset[str]]:
-    """Return a hash of each picture of each example; of its content where it has none."""
+    """Return a hash of each image of each example; of its content where it has none."""
     keys: list[frozenset[str]] = []
     with ThreadPoolExecutor(data.read_threads) as pool:
         for start in range(0, len(source), _BLOCK):
@@ -187,17 +187,17 @@ def _keys_of(origin: Origin, example: Any, data: DataConfig) -> frozenset[str]:
         conversation = parse_example(example, origin)
     except ExampleError:  # trained on never, whatever side it is on
         return frozenset([_hash(f"{origin.file} {origin.number}".encode())])
-    pictures = (picture for part in conversation.media for picture in pictures_of(part))
-    found = frozenset().union(*(_picture_keys(picture, origin, roots) for picture in pictures))
+    images = (image for part in conversation.media for image in sources_of(part))
+    found = frozenset().union(*(_image_keys(image, origin, roots) for image in images))
     return found or frozenset([_hash(json.dumps(example, sort_keys=True, default=str).encode())])
 
 
-def _picture_keys(source: Any, origin: Origin, roots: tuple[str, ...]) -> set[str]:
-    """Hashes of a picture's bytes and of its path; of the path as written where there is no such file."""
+def _image_keys(source: Any, origin: Origin, roots: tuple[str, ...]) -> set[str]:
+    """Hashes of an image's bytes and of its path; of the path as written where there is no such file."""
     source, keys = unwrap(source), set()
     if isinstance(source, str | Path):
         try:
-            found = picture_source(str(source), roots, origin, "images")
+            found = image_source(str(source), roots, origin, "images")
         except ExampleError:
             return {_hash(str(source).encode())}
         if isinstance(found, Path):

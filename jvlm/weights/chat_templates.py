@@ -1,6 +1,6 @@
-"""Chat templates of Hugging Face folders: which file counts, whether pictures can be written, and saving.
+"""Chat templates of Hugging Face folders: which file counts, whether images can be written, and saving.
 
-A model with pictures has a processor, whose template counts before the tokenizer's, as in transformers' AutoProcessor.
+A model with images has a processor, whose template counts before the tokenizer's, as in transformers' AutoProcessor.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def _plain(templates: Any, source: Path) -> Templates | None:
     return templates["default"] if isinstance(templates, dict) and set(templates) == {"default"} else templates
 
 
-def check_writes_pictures(tokenizer: Any, chat_format: ChatFormat, source: Path) -> None:
-    """Raise UserError unless a picture in a user turn becomes one placeholder."""
+def check_writes_images(tokenizer: Any, chat_format: ChatFormat, source: Path) -> None:
+    """Raise UserError unless an image in a user turn becomes one placeholder."""
     if chat_format.inline:
         return  # placeholders are written among the words, not by the template
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}
@@ -83,12 +83,12 @@ def check_writes_pictures(tokenizer: Any, chat_format: ChatFormat, source: Path)
     except Exception as error:  # a template is a program, which fails in as many ways
         raise _cannot_write(source, f"{type(error).__name__}: {error}") from error
     if text.count(chat_format.image) != 1:
-        raise _cannot_write(source, f"it writes {text.count(chat_format.image)} {chat_format.image} for one picture")
+        raise _cannot_write(source, f"it writes {text.count(chat_format.image)} {chat_format.image} for one image")
 
 
 def _cannot_write(source: Path, problem: str) -> UserError:
     return UserError(
-        f"{source}: this chat template cannot write a picture ({problem}); put the template of the model's processor "
+        f"{source}: this chat template cannot write an image ({problem}); put the template of the model's processor "
         f"into {source.parent / JINJA}"
     )
 

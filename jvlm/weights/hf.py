@@ -190,12 +190,12 @@ def load_processor(folder: Path, config: VLMConfig, *, grow_embedding: bool = Fa
         end a turn in this family's template are added to a tokenizer that lacks them.
 
     Raises:
-      UserError: a chat template that cannot write a picture, or a setting of pictures that has no meaning here.
+      UserError: a chat template that cannot write an image, or a setting of images that has no meaning here.
     """
     tokenizer, chat_format = load_tokenizer(folder), families.get(config.family).chat_format
     tokenizer.chat_template, source = chat_templates.choose(folder, tokenizer)
     if tokenizer.chat_template:
-        chat_templates.check_writes_pictures(tokenizer, chat_format, source)
+        chat_templates.check_writes_images(tokenizer, chat_format, source)
     if grow_embedding:
         vocabulary.add_tokens(tokenizer, chat_format.stops)
         config = with_vocabulary(config, vocabulary.rows_needed(tokenizer))

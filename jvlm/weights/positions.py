@@ -1,4 +1,4 @@
-"""Position tables of vision towers at another size, so that a tower can see larger pictures than it was trained on."""
+"""Position tables of vision towers at another size, so that a tower can see larger images than it was trained on."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _cubic(old: int, new: int, scale: float) -> np.ndarray:
 
 
 def with_grid(model: VLM, grid: int, scale: float | None = None) -> VLM:
-    """The same model for frames of ``grid`` x ``grid`` patches: position tables interpolated, all else shared.
+    """The same model for images of ``grid`` x ``grid`` patches: position tables interpolated, all else shared.
 
     Args:
       scale: see `resize_positions`.
@@ -75,7 +75,7 @@ def with_grid(model: VLM, grid: int, scale: float | None = None) -> VLM:
 def config_with_grid(config: VLMConfig, grid: int) -> VLMConfig:
     """The configuration of `with_grid`'s model. Raises UserError if the encoder has no position table."""
     if not hasattr(config.encoder, "grid"):
-        raise UserError(f"{type(config.encoder).__name__} has no position table: it takes pictures of any size")
+        raise UserError(f"{type(config.encoder).__name__} has no position table: it takes images of any size")
     parts = {name: getattr(config, name) for name in ("encoder", "connector")}
     parts = {name: dataclasses.replace(part, grid=grid) for name, part in parts.items() if hasattr(part, "grid")}
     return dataclasses.replace(config, **parts)

@@ -77,7 +77,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessorFiles:
-    """What a folder says about pictures and videos; None where it says nothing."""
+    """What a folder says about images and videos; None where it says nothing."""
 
     image: Settings | None = None
     video: Settings | None = None
@@ -110,7 +110,7 @@ def read(folder: Path) -> ProcessorFiles:
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """How a picture becomes numbers: resized with a filter or not at all, then (byte / 255 - mean) / std."""
+    """How an image becomes numbers: resized with a filter or not at all, then (byte / 255 - mean) / std."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -121,7 +121,7 @@ class Pixels:
 def read_pixels(settings: Settings | None, default: Pixels) -> Pixels:
     """``settings`` over what a processor's class has by itself; rescaling becomes part of mean and std.
 
-    do_convert_rgb does nothing here: without it transformers takes pictures in RGB only, and these are the same.
+    do_convert_rgb does nothing here: without it transformers takes images in RGB only, and these are the same.
 
     Raises:
       UserError: a setting that has no meaning here, with its file.

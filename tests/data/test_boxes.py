@@ -155,7 +155,7 @@ def test_what_is_no_place_is_refused(values):
 
 
 def test_pixels_need_the_size_of_the_picture_and_spaces_do_not_mix():
-    with pytest.raises(ValueError, match="size of the picture is needed"):
+    with pytest.raises(ValueError, match="size of the image is needed"):
         Point(0.5, 0.5, "norm1").to("resized")
     assert Point(0.5, 0.25, "norm1").to("norm1000") == Point(500, 250, "norm1000")
     with pytest.raises(ValueError, match="norm1 cannot be compared with one in original"):

@@ -49,7 +49,7 @@ EXAMPLES = {
     "a picture too few": (_chat("<image>what color?", "red"), "1 <image> tags but 0 entries"),
     "a box outside": (
         _chat("<image>where?", "<bbox>", images=["red.png"], objects={"bbox": [[0, 0, 900, 900]]}),
-        "outside the picture",
+        "outside the image",
     ),
     "an unknown role": ({"messages": [{"role": "human", "content": "x"}]}, "unknown role"),
     "a list": ([1], "not an object"),
@@ -115,7 +115,7 @@ def test_what_is_rejected_is_what_training_leaves_out(place, policy):
         ),
         ({"max_too_long_fraction": 0.01}, ["; more than data.max_too_long_fraction 0.01, so training stops"]),
         ({"on_too_long": "truncate"}, ["1 too long: lose turns at their end (data.on_too_long truncate)"]),
-        ({"on_too_long": "shrink"}, ["1 too long: have their pictures shrunk (data.on_too_long shrink)"]),
+        ({"on_too_long": "shrink"}, ["1 too long: have their images shrunk (data.on_too_long shrink)"]),
     ],
 )
 def test_what_training_would_do_about_it_is_said(place, changes, said):

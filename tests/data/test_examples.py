@@ -183,7 +183,7 @@ BAD = {
     "limits of a block": (
         turns({"role": "user", "content": [{"type": "image", "image": "a.png", "max_pixels": 784}]}),
         r"messages\[0\].content",
-        "'max_pixels' of a single picture.*chat_template_kwargs",
+        "'max_pixels' of a single image.*chat_template_kwargs",
     ),
     "negative loss_scale": (
         turns({"role": "assistant", "content": "", "loss_scale": -1}),

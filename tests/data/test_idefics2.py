@@ -46,11 +46,11 @@ def test_tokens_and_pixels_equal_those_of_transformers(tiny, name, prompt):
         assert example.num_patches == 0
         return
     pixels, masks = inputs["pixel_values"][0].numpy(), inputs["pixel_attention_mask"][0].numpy()
-    assert example.frame_ids[-1] == len(pixels)
+    assert example.patch_segment_ids[-1] == len(pixels)
     for frame, (values, mask) in enumerate(zip(pixels, masks, strict=True), 1):
         h, w = int(mask[:, 0].sum()) // 14, int(mask[0].sum()) // 14
         cells = values[:, : h * 14, : w * 14].reshape(3, h, 14, w, 14).transpose(1, 3, 0, 2, 4).reshape(h * w, -1)
-        ours = example.patches[example.frame_ids == frame].astype(np.float32) / 127.5 - 1
+        ours = example.patches[example.patch_segment_ids == frame].astype(np.float32) / 127.5 - 1
         np.testing.assert_allclose(ours, cells, atol=1e-5)
 
 
@@ -93,14 +93,14 @@ def test_truncation_takes_the_frames_of_the_turns_that_go(tiny):
     cut = packing.truncate(example, last_learnt)
     assert len(cut.sizes) == 1
     np.testing.assert_array_equal(cut.patches, first.patches)
-    np.testing.assert_array_equal(cut.feature_frames, first.feature_frames)
+    np.testing.assert_array_equal(cut.vision_segment_ids, first.vision_segment_ids)
 
 
 def test_an_example_may_change_its_edges_and_nothing_of_other_models(tiny):
     example = CASES["a large picture, brought down"]
     small = tiny.processor.encode({**example, "chat_template_kwargs": {"longest_edge": 56}})
     assert small.sizes[0].resized == (56, 42)
-    with pytest.raises(ExampleError, match=r"max_pixels.*not a setting of this model's pictures.*longest_edge"):
+    with pytest.raises(ExampleError, match=r"max_pixels.*not a setting of this model's images.*longest_edge"):
         tiny.processor.encode({**example, "chat_template_kwargs": {"max_pixels": 5000}})
 
 

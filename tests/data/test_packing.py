@@ -23,10 +23,10 @@ def example(number, tokens, features):
         turns=np.ones(tokens, np.int32),
         vision_index=np.where(np.arange(tokens) < features, np.arange(tokens), -1).astype(np.int32),
         media=(np.arange(tokens) < features).astype(np.int32),
-        feature_frames=frames[::4],
+        vision_segment_ids=frames[::4],
         patches=np.full((4 * features, 6), number, np.uint8),
-        frame_ids=frames,
-        window_ids=frames,
+        patch_segment_ids=frames,
+        patch_window_ids=frames,
         patch_positions=np.zeros((4 * features, 2), np.int32),
         sizes=(((1, 1), (1, 1)),) * bool(features),
         origin=Origin("examples.jsonl", number),
@@ -91,7 +91,7 @@ def test_an_assembled_batch_gives_every_array_back(seed):
         assert used[:patches].all()
         frames = batch.patch_segment_ids[b, :patches]
         assert (np.diff(frames) >= 0).all()
-        assert len(np.unique(frames)) == sum(len(np.unique(examples[i].frame_ids)) for i in sequence)
+        assert len(np.unique(frames)) == sum(len(np.unique(examples[i].patch_segment_ids)) for i in sequence)
     padding = batch.segment_ids == 0
     assert not batch.tokens[padding].any()
     assert not batch.loss_weights[padding].any()

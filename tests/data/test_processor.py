@@ -275,12 +275,12 @@ REFUSED = {
     "a box outside the picture": (
         {**BOXED, "objects": {**BOXED["objects"], "bbox": [[20, 10, 100, 50], [0, 0, 201, 100]]}},
         "objects.bbox[1]",
-        "[0, 0, 201, 100] is outside the picture of 200 x 100",
+        "[0, 0, 201, 100] is outside the image of 200 x 100",
     ),
     "a box without a picture": (
         {"messages": [user("?"), assistant("<bbox>")], "objects": {"bbox": [[1, 2, 3, 4]]}},
         "objects.bbox[0]",
-        "a box without a picture",
+        "a box without an image",
     ),
     "a literal image token": (
         {"messages": [user("what is <|image_pad|>?"), assistant("a")]},
@@ -351,6 +351,6 @@ def test_every_media_token_has_its_feature_and_no_other_token_has_one(tiny):
     ends = np.cumsum(counts)
     for begin, end in itertools.pairwise([0, *ends]):
         assert sorted(example.vision_index[is_media][begin:end]) == list(range(begin, end))
-    assert example.frame_ids[-1] == 4
+    assert example.patch_segment_ids[-1] == 4
     kinds = [config.image_token_id, config.video_token_id, config.image_token_id]
     assert [int(example.tokens[is_media][i]) for i in (0, 15, 33)] == kinds

@@ -106,12 +106,12 @@ def test_a_picture_gives_the_loss_it_has_without_a_bound_or_its_example_is_refus
     experiment, model, processor = small
     config = dataclasses.replace(experiment.data, seq_len=512, max_patches=2048, on_too_long="error")
     encode, rng = pipeline.Encode(processor, config), np.random.default_rng(0)
-    bound = pipeline.frame_patches(processor.image_processor, processor.image_config, config)
+    bound = pipeline.image_patch_limit(processor.image_processor, processor.image_config, config)
     assert bound is not None
     example = processor.encode(ODD[name])
-    own = example.longest_frame
+    own = example.largest_image
     if own > bound:
-        with pytest.raises(ExampleError, match=f"a picture of {own} patches, where none may have more than {bound}"):
+        with pytest.raises(ExampleError, match=f"an image of {own} patches, where none may have more than {bound}"):
             encode.random_map((Origin(), ODD[name]), rng)
         with pytest.raises(ExampleError, match=f"{own} patches"):
             packing.assemble([[example]], 512, 2048, max_image_patches=bound)
@@ -137,7 +137,7 @@ def test_shrinking_keeps_each_picture_as_large_as_fits_and_boxes_follow(small):
     shrunk = pipeline.Encode(processor, dataclasses.replace(config, on_too_long="shrink")).random_map(
         (Origin("examples.jsonl", 4), example), np.random.default_rng(0)
     )
-    assert 60 <= shrunk.longest_frame <= 100
+    assert 60 <= shrunk.largest_image <= 100
     (sizes,) = shrunk.sizes
     assert sizes.original == (256, 128)
     assert sizes.resized[0] * sizes.resized[1] == 64 * shrunk.num_patches
@@ -228,4 +228,4 @@ def test_processors_of_other_limits_promise_what_theirs_allow(small):
         processor.tokenizer, model.config, ProcessorConfig(image=QwenImageConfig(784, 784 * 100, 784, 784))
     )
     data = dataclasses.replace(experiment.data, max_patches=10**6)
-    assert pipeline.frame_patches(wide.image_processor, wide.image_config, data) >= 784 * 100 // 64
+    assert pipeline.image_patch_limit(wide.image_processor, wide.image_config, data) >= 784 * 100 // 64

@@ -15,7 +15,7 @@ from PIL import Image
 
 from jvlm import cli
 from jvlm.data.check import check, shard
-from jvlm.data.content import pictures_of
+from jvlm.data.content import sources_of
 from jvlm.data.errors import ExampleError
 from jvlm.data.examples import parse_example
 from jvlm.data.images import open_image
@@ -110,7 +110,7 @@ def _opened(path: str) -> list[list[np.ndarray]]:
     source, found = ExampleSource([path]), []
     for origin, example in map(source.__getitem__, range(len(source))):
         conversation = parse_example(example, origin)
-        media = [source for part in conversation.media for source in pictures_of(part)]
+        media = [source for part in conversation.media for source in sources_of(part)]
         found.append([np.asarray(open_image(picture, origin=origin)) for picture in media])
     return found
 
@@ -161,7 +161,7 @@ def test_tokens_and_patches_are_equal_before_and_after_the_move(tmp_path, proces
     after = examples(tmp_path / "elsewhere" / "*.arrayrecord")
     assert len(before) == len(after) == len(records)
     for a, b in zip(before, after, strict=True):
-        for name in ("tokens", "loss_weights", "vision_index", "patches", "positions", "frame_ids"):
+        for name in ("tokens", "loss_weights", "vision_index", "patches", "positions", "patch_segment_ids"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 

@@ -84,7 +84,7 @@ def test_pictures_that_will_be_shrunk_are_counted(base, tmp_path):
     large = {**example, "images": ["large.png"], "chat_template_kwargs": {"max_pixels": 256 * 256}}
     path = _write(tmp_path / "examples.jsonl", [large, _text(1), _text(1)])
     found = _look(base, path, on_too_long="shrink")
-    assert "0 would be left out, 1 have their pictures shrunk to fit" in found.text()
+    assert "0 would be left out, 1 have their images shrunk to fit" in found.text()
     assert max(size.num_patches for size in found.sizes) <= 192
     assert len(_look(base, path, max_too_long_fraction=1.0).left_out) == 1
 

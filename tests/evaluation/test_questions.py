@@ -192,4 +192,4 @@ def test_the_report_shows_answers_on_their_picture_only(processor):
         fields = dict(fields)
         example = parse_example(_messages(*fields.pop("turns")) | fields, Origin(name, number))
         answers += [score.score(question, "no", processor) for question in questions_of(example)]
-    assert [(p.name, len(p.answers)) for p in report.pictures(answers, ())] == [("one picture #1", 2)]
+    assert [(p.name, len(p.answers)) for p in report.shown_images(answers, ())] == [("one picture #1", 2)]

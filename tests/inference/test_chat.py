@@ -89,7 +89,7 @@ def test_as_many_paths_are_asked_for_as_there_are_image_tags(tiny, monkeypatch, 
     for i in range(2):
         picture(84, 56, i).save(tmp_path / f"{i}.png")
     script = talk(tiny, "<image> and <image>?", str(tmp_path / "0.png"), f" {tmp_path / '1.png'} ", "sure?", "quit")
-    assert [q for q in script.asked if "picture" in q] == ["Path of the picture <<< "] * 2
+    assert [q for q in script.asked if "image" in q] == ["Path of the image <<< "] * 2
     assert prompts[1].count("<|vision_start|>") == 2
 
 

@@ -68,7 +68,7 @@ def test_a_picture_is_one_token_between_its_marks(folder):
     assert (example.tokens[at - 1] == ids[0]).all()
     assert (example.tokens[at + 1] == ids[0]).all()
     np.testing.assert_array_equal(example.vision_index[at], [0, LATENTS, 2 * LATENTS])
-    assert len(example.feature_frames) == 3 * LATENTS
+    assert len(example.vision_segment_ids) == 3 * LATENTS
 
 
 @pytest.mark.parametrize("every", [1, 2])

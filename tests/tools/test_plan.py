@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jvlm.errors import UserError
-from jvlm.planning import hlo, picture
+from jvlm.planning import chart, hlo
 from jvlm.planning.chips import Topology, smaller
 from jvlm.planning.measure import Compiled, Memory
 from jvlm.units import GIB
@@ -140,10 +140,10 @@ def test_topologies_halve_down_to_a_machine(names):
 def test_the_picture_shows_each_part_in_proportion(tmp_path):
     memory = Memory(parameters=8 * GIB, optimizer=0.0, batch=0.0, temporary=4 * GIB, code=0.0)
     compiled = Compiled({}, memory, True, 16 * GIB, 0.0, 0.0, (), 0.0)
-    picture.draw(tmp_path / "plan.png", "one", [("v5e:4x4", compiled)])
+    chart.draw(tmp_path / "plan.png", "one", [("v5e:4x4", compiled)])
     pixels = np.asarray(Image.open(tmp_path / "plan.png"))
-    row = pixels[picture.TOP + picture.BAR // 2, picture.LEFT : picture.WIDTH - picture.RIGHT]
-    colours = {name: tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for name, c in picture.COLOURS.items()}
+    row = pixels[chart.TOP + chart.BAR // 2, chart.LEFT : chart.WIDTH - chart.RIGHT]
+    colours = {name: tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for name, c in chart.COLOURS.items()}
     wide = {name: int((row == colour).all(axis=-1).sum()) for name, colour in colours.items()}
     assert wide["parameters"] == pytest.approx(2 * wide["temporary"], abs=3)
     assert wide["parameters"] == pytest.approx(len(row) / 2, abs=3)

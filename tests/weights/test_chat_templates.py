@@ -98,18 +98,18 @@ def test_two_templates_of_the_hub_write_pictures_and_the_processor_s_system_turn
     ("text", "says"),
     [
         (TEXT_ONLY, r"TypeError: .*"),
-        ("{{ messages[0]['content'] }}!", r"it writes 0 <\|image_pad\|> for one picture"),
+        ("{{ messages[0]['content'] }}!", r"it writes 0 <\|image_pad\|> for one image"),
         ("{% for m in messages %}{{ raise_exception('no') }}{% endfor %}", r"TemplateError: no"),
         ("{% for m in messages %}{{ m.content.strip() }}{% endfor %}", r"UndefinedError: .*"),
         ("{% for m in messages %}{% if m", r"TemplateSyntaxError: .*"),
-        (template("") + PICTURE, r"it writes 2 <\|image_pad\|> for one picture"),
+        (template("") + PICTURE, r"it writes 2 <\|image_pad\|> for one image"),
     ],
     ids=range(6),
 )
 def test_a_template_that_cannot_write_a_picture_is_refused_with_its_file(folder, places, text, says):
     lay(folder, dict.fromkeys(places or ["tokenizer_config.json"], text))
     file = places[0] if places else "tokenizer_config.json"
-    with pytest.raises(UserError, match=rf"{file}: this chat template cannot write a picture \({says}\); put"):
+    with pytest.raises(UserError, match=rf"{file}: this chat template cannot write an image \({says}\); put"):
         jvlm.load(folder)
 
 

@@ -195,11 +195,11 @@ def test_the_frame_rate_is_read(lay):
 @pytest.mark.parametrize(
     ("video", "says"),
     [
-        ({"image_mean": [0.5] * 3}, r"mean of videos is \(0.5, 0.5, 0.5\), of pictures \(0.48"),
+        ({"image_mean": [0.5] * 3}, r"mean of videos is \(0.5, 0.5, 0.5\), of images \(0.48"),
         ({"rescale_factor": 1.0}, "std of videos"),
-        ({"resample": 2}, "resample of videos is 2, of pictures 3"),
+        ({"resample": 2}, "resample of videos is 2, of images 3"),
         ({"do_resize": False}, "resize of videos is False"),
-        ({"patch_size": 16}, "patch_size of videos is 16, of pictures 14"),
+        ({"patch_size": 16}, "patch_size of videos is 16, of images 14"),
         ({"do_sample_frames": True}, "do_sample_frames is on"),
         ({"cap_pixels_per_frame": True}, "cap_pixels_per_frame is on"),
         ({"video_processor_type": "Qwen3VLVideoProcessor"}, "video_processor_type is Qwen3VLVideoProcessor"),

@@ -61,8 +61,8 @@ def main() -> None:
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {count / 1e9:.2f} G parameters, bfloat16\n")
     print("| what | ms | MFU or TB/s |\n| --- | ---: | ---: |")
     took = seconds(jax.jit(tower), (values, device_batch), 5)
-    pictures = f"{len(counts.images)} pictures, {counts.patches:,} patches"
-    print(f"| vision tower, {pictures}, packed | {1e3 * took:.1f} | {work['encoder'].total / took / peak:.1%} |")
+    images = f"{len(counts.images)} images, {counts.patches:,} patches"
+    print(f"| vision tower, {images}, packed | {1e3 * took:.1f} | {work['encoder'].total / took / peak:.1%} |")
     took = seconds(jax.jit(prefill), (values, device_batch), 5)
     total = sum(work[part].total for part in ("encoder", "connector", "decoder"))
     prompts = f"{len(examples)} prompts, {counts.tokens:,} tokens"

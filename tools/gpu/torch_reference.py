@@ -131,7 +131,7 @@ def generate(arguments: argparse.Namespace) -> None:
     pixels, grids = together["pixel_values"].to(torch.bfloat16), together["image_grid_thw"]
     with torch.inference_mode():
         tower = median_seconds(lambda: model.model.visual(pixels, grid_thw=grids), 5)
-        print(f"| vision tower, {len(grids)} pictures, {len(pixels):,} patches | {1e3 * tower:.1f} |", flush=True)
+        print(f"| vision tower, {len(grids)} images, {len(pixels):,} patches | {1e3 * tower:.1f} |", flush=True)
         singly = [on_device(torch_inputs([e], processor)) for e in examples]
         for part in singly:
             part.pop("labels")

@@ -1,4 +1,4 @@
-"""Train a published shape with random weights on packed pictures, and say what a step costs: time, MFU, memory, parts.
+"""Train a published shape with random weights on packed images, and say what a step costs: time, MFU, memory, parts.
 
     python -m tools.gpu.training --preset qwen2_5_vl_7b --layers 8
 
@@ -112,7 +112,7 @@ def main() -> None:
         f"remat {arguments.remat}, {arguments.rows} x {arguments.tokens:,} tokens and {arguments.patches:,} patches, "
     )
     print(f"{counts.tokens:,} tokens of {len(counts.segments)} conversations, {counts.patches:,} patches of ")
-    print(f"{len(counts.images)} pictures, {counts.targets:,} supervised; start and compilation {ready:.0f} s\n")
+    print(f"{len(counts.images)} images, {counts.targets:,} supervised; start and compilation {ready:.0f} s\n")
     print("| what | value |\n| --- | ---: |")
     print(f"| step, s (median of {len(taken) - 1}; {min(taken[1:]):.3f} to {max(taken[1:]):.3f}) | {seconds:.3f} |")
     print(f"| tokens a second, padding aside | {counts.tokens / seconds:,.0f} |")

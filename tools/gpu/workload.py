@@ -1,4 +1,4 @@
-"""The models and conversations of the GPU pass: published shapes with random weights, synthetic pictures and text."""
+"""The models and conversations of the GPU pass: published shapes with random weights, synthetic images and text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="of a packed sequence")
     parser.add_argument("--patches", type=int, default=12288)
     parser.add_argument("--rows", type=int, default=1, help="packed sequences of a batch")
-    parser.add_argument("--largest", type=int, default=896, help="side of the largest pictures, in pixels")
+    parser.add_argument("--largest", type=int, default=896, help="side of the largest images, in pixels")
     parser.add_argument("--remat", default="dots", help="what jvlm recomputes; torch checkpoints whole layers")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--params", default="float32", help="dtype of the parameters")
@@ -82,10 +82,10 @@ def processor_of(config: VLMConfig) -> Processor:
 
 
 def conversation(rng: np.random.Generator, largest: int) -> dict[str, Any]:
-    """A question about one or two pictures of up to ``largest`` pixels a side, and about as long an answer."""
+    """A question about one or two images of up to ``largest`` pixels a side, and about as long an answer."""
     sizes = [28 * rng.integers(largest // 56, largest // 28 + 1, 2) for _ in range(rng.integers(1, 3))]
     images = [Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)) for size in sizes]
-    question = "<image>" * len(images) + "what is in the picture? " * int(rng.integers(2, 12))
+    question = "<image>" * len(images) + "what is in the image? " * int(rng.integers(2, 12))
     vision_tokens = sum(int(w * h) // 28**2 for w, h in sizes)
     answer = "there is a red shape in the image. " * int(vision_tokens * rng.uniform(0.05, 0.2))
     return {

@@ -42,7 +42,7 @@ class Idefics2ImageConfig(ImageProcessorConfig, tag="idefics2"):
         rounding put some patches one entry lower (images of 25, 49, 50, 55 or 58 patches along a side).
       delimiter: token around the vision tokens of each image or crop; between two it stands once. Empty for none.
       resample: Pillow's number of the filter; 2 is bilinear.
-      resize: False takes pictures, and the quarters of split ones, as they are.
+      resize: False takes images, and the quarters of split ones, as they are.
     """
 
     limits: ClassVar[dict[str, Limit]] = {
@@ -94,18 +94,18 @@ def quarters(image: Image.Image) -> list[Image.Image]:
 
 
 def table_positions(patches: int, grid: int, rule: PositionRule = "floor") -> np.ndarray:
-    """Place, 0 to grid - 1, of each patch along a side of ``patches``: its share of the side, in steps of the table.
+    """Return the position, 0 to grid - 1, of each patch along a side: its share of the side, in steps of the table.
 
     Raises:
       UserError: the rule "released" for a table of another size than the released one's.
     """
     steps = np.arange(patches, dtype=np.int64)
-    places = (steps * grid // patches).astype(np.int32)
+    positions = (steps * grid // patches).astype(np.int32)
     if rule == "released":
         if grid != _RELEASED_GRID:
             raise UserError(f'positions="released" is known for tables of {_RELEASED_GRID}, not {grid}; use "floor"')
-        places[list(_RELEASED.get(patches, ()))] -= 1
-    return places
+        positions[list(_RELEASED.get(patches, ()))] -= 1
+    return positions
 
 
 class Idefics2ImageProcessor:
@@ -123,11 +123,11 @@ class Idefics2ImageProcessor:
         self.merged_delimiter = config.delimiter or None
 
     def image(self, image: Image.Image, config: Idefics2ImageConfig, *, index: int = 0, count: int = 1) -> MediaPatches:
-        """One frame, or five."""
+        """Return one image, or four crops and the image."""
         return self._media([*quarters(image), image] if config.split else [image], config)
 
     def video(self, frames: Sequence[Image.Image], config: Idefics2ImageConfig) -> MediaPatches:
-        """Each frame as an image of its own, never split."""
+        """Return each frame as an image of its own, never split."""
         return self._media(frames, config)
 
     def max_image_patches(self, config: Idefics2ImageConfig) -> int | None:
@@ -144,12 +144,12 @@ class Idefics2ImageProcessor:
         whole = [{"split": False, "longest_edge": edge} for edge in edges]
         return [[{"longest_edge": edge} for edge in edges[1:]], whole if config.split else []]
 
-    def _media(self, pictures: Sequence[Image.Image], config: Idefics2ImageConfig) -> MediaPatches:
-        sizes = [self._size(p, config) for p in pictures]
-        frames = [self._frame(p, size, config) for p, size in zip(pictures, sizes, strict=True)]
-        counts = [len(patches) for patches, _ in frames]
+    def _media(self, images: Sequence[Image.Image], config: Idefics2ImageConfig) -> MediaPatches:
+        sizes = [self._size(image, config) for image in images]
+        arrays = [self._patches(image, size, config) for image, size in zip(images, sizes, strict=True)]
+        counts = [len(patches) for patches, _ in arrays]
         features = [self.tokens_per_image or count for count in counts]
-        numbers = np.arange(1, len(frames) + 1, dtype=np.int32)
+        numbers = np.arange(1, len(arrays) + 1, dtype=np.int32)
         segment_ids = np.repeat(numbers, counts)
         if min(counts) < self.min_image_patches:
             raise UserError(f"an image of {min(counts)} patches, less than min_image_patches {self.min_image_patches}")
@@ -159,32 +159,34 @@ class Idefics2ImageProcessor:
         pattern = [part for n in fed for part in (config.delimiter, n, config.delimiter) if part != ""]
         height, width = sizes[-1]
         return MediaPatches(
-            patches=np.concatenate([patches for patches, _ in frames]),
+            patches=np.concatenate([patches for patches, _ in arrays]),
             segment_ids=segment_ids,
             window_ids=segment_ids,
-            positions=np.concatenate([places for _, places in frames]),
+            positions=np.concatenate([positions for _, positions in arrays]),
             token_segment_ids=np.repeat(numbers, features),
             vision_index=of_token.astype(np.int32),
             token_pattern=tuple(pattern),
-            original=pictures[-1].size,
+            original=images[-1].size,
             resized=(width, height),
         )
 
-    def _size(self, picture: Image.Image, config: Idefics2ImageConfig) -> tuple[int, int]:
-        """(height, width) of a frame."""
+    def _size(self, image: Image.Image, config: Idefics2ImageConfig) -> tuple[int, int]:
+        """Return (height, width) after the resize."""
         if config.resize:
-            return edge_resize(picture.height, picture.width, config.shortest_edge, config.longest_edge)
-        return picture.height, picture.width
+            return edge_resize(image.height, image.width, config.shortest_edge, config.longest_edge)
+        return image.height, image.width
 
-    def _frame(self, picture: Image.Image, size: tuple[int, int], config: Idefics2ImageConfig):
-        """(patches [n, c], places [n, 2]) of one frame; pixels that fill no patch at the right and bottom are lost."""
+    def _patches(
+        self, image: Image.Image, size: tuple[int, int], config: Idefics2ImageConfig
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return (patches [n, c], positions [n, 2]); pixels that fill no patch at the right and bottom are lost."""
         p = self.patch_size
         rows, columns = size[0] // p, size[1] // p
         if not rows or not columns:
             raise UserError(f"{size[1]} x {size[0]} pixels hold no patch of {p} x {p}")
         if config.resize:
-            picture = picture.resize((size[1], size[0]), Image.Resampling(config.resample))
-        pixels = np.asarray(picture, np.uint8)
+            image = image.resize((size[1], size[0]), Image.Resampling(config.resample))
+        pixels = np.asarray(image, np.uint8)
         pixels = pixels[: rows * p, : columns * p]
         # (row, y, column, x, c) -> (row, column, c, y, x)
         patches = pixels.reshape(rows, p, columns, p, -1).transpose(0, 2, 4, 1, 3)

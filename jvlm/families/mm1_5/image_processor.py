@@ -1,6 +1,6 @@
-"""Host side of towers that see pictures of one size only: MM1.5's tiles, a whole picture, the frames of a video.
+"""Host side of towers that see images of one size only: MM1.5's tiles, a whole image, the frames of a video.
 
-Every frame has as many patches as every other, so a row of frames is a plain array (`ImageGridConfig`).
+Every tile has as many patches as every other, so the tiles of a sequence are a plain array (`ImageGridConfig`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class TiledImageConfig(ImageProcessorConfig, tag="tiled"):
-    """How pictures become tiles; the defaults are MM1.5's final recipe. What is not published is an option.
+    """How images become tiles; the defaults are MM1.5's final recipe. What is not published is an option.
 
     Attributes:
       splitting: "dynamic" chooses a grid of min_tiles to max_tiles for each image (see `tiles`), "static" always takes
@@ -32,16 +32,16 @@ class TiledImageConfig(ImageProcessorConfig, tag="tiled"):
       min_tiles: fewest tiles of an image that is split ("dynamic").
       max_tiles: most tiles of an image that is split ("dynamic").
       static_grid: rows and columns of every image's tiles ("static").
-      split_below: pictures are split only in conversations with fewer pictures than this.
-      overview: where the whole picture comes as one more frame; a picture of a single tile has none.
-      whole_fit: the whole picture is stretched to the square ("squash"), or keeps its aspect and is padded ("pad").
+      split_below: images are split only in conversations with fewer images than this.
+      overview: where the whole image comes as one more tile; an image of a single tile has none.
+      whole_fit: the whole image is stretched to the square ("squash"), or keeps its aspect and is padded ("pad").
       indicator: what tells the model which tile it sees: an index before each, or separators between them.
       index: template of the index: image from 0, row and column from 1, or both 0 for an overview.
       separators: before an overview, between columns, between rows.
       max_upscale: see `jvlm.families.mm1_5.tiles.choose_grid`.
       placement: where an image that does not fill its grid lies on it.
       colour: of what it leaves empty.
-      num_frames: of a video, spread evenly over the frames given; each is a whole picture.
+      num_frames: of a video, spread evenly over the frames given; each is a whole image.
     """
 
     limits: ClassVar[dict[str, Limit]] = {
@@ -77,7 +77,7 @@ class TiledImageConfig(ImageProcessorConfig, tag="tiled"):
         return TiledImageProcessor(model, self)
 
     def grid_of(self, size: tuple[int, int], side: int, count: int) -> tiles.Grid:
-        """(rows, columns) of one of ``count`` pictures, of (height, width) pixels, in tiles of ``side`` pixels."""
+        """(rows, columns) of one of ``count`` images, of (height, width) pixels, in tiles of ``side`` pixels."""
         if self.splitting == "none" or count >= self.split_below:
             return (1, 1)
         if self.splitting == "static":
@@ -87,10 +87,10 @@ class TiledImageConfig(ImageProcessorConfig, tag="tiled"):
 
 
 class TiledImageProcessor:
-    """Turns pictures and frame lists into frames of the encoder's size.
+    """Turns images and frame lists into tiles of the encoder's size.
 
     Raises:
-      UserError: encoder and connector that do not agree about the patches of a frame.
+      UserError: encoder and connector that do not agree about the patches of a tile.
     """
 
     delimiter_tokens = ()
@@ -110,72 +110,72 @@ class TiledImageProcessor:
         self.patch_group = encoder.grid**2 + encoder.class_token
 
     def image(self, image: Image.Image, config: TiledImageConfig, *, index: int = 0, count: int = 1) -> MediaPatches:
-        """Tiles and overview of a picture, or the whole picture as one frame."""
+        """Return the tiles and the overview of an image, or the whole image as one tile."""
         size = image.height, image.width
         grid = config.grid_of(size, self.side, count)
         if grid == (1, 1):
             return self._media([self._whole(image, config)], (self.features,), image.size, (self.side, self.side))
         options = {"max_upscale": config.max_upscale, "placement": config.placement, "colour": config.colour}
-        frames = tiles.split(image, grid, self.side, **options)
-        places = [(row, column) for row in range(1, grid[0] + 1) for column in range(1, grid[1] + 1)]
-        pieces: list[list[str | int]] = [[*self._before(config, index, place), self.features] for place in places]
+        images = tiles.split(image, grid, self.side, **options)
+        cells = [(row, column) for row in range(1, grid[0] + 1) for column in range(1, grid[1] + 1)]
+        pieces: list[list[str | int]] = [[*self._before(config, index, cell), self.features] for cell in cells]
         if config.overview != "none":
-            at = len(frames) if config.overview == "last" else 0
-            frames.insert(at, self._whole(image, config))
+            at = len(images) if config.overview == "last" else 0
+            images.insert(at, self._whole(image, config))
             pieces.insert(at, [*self._before(config, index, (0, 0)), self.features])
         height, width = tiles.fitted_size(size, grid, self.side, config.max_upscale)
-        return self._media(frames, tuple(part for piece in pieces for part in piece), image.size, (width, height))
+        return self._media(images, tuple(part for piece in pieces for part in piece), image.size, (width, height))
 
     def video(self, frames: Sequence[Image.Image], config: TiledImageConfig) -> MediaPatches:
-        """Frames as whole pictures, one after the other, without marks."""
+        """Return frames spread evenly over the video, each as one tile, without an index."""
         chosen = np.linspace(0, len(frames) - 1, min(config.num_frames, len(frames))).round().astype(int)
-        pictures = [self._whole(frames[i], config) for i in chosen]
-        return self._media(pictures, (self.features * len(pictures),), frames[0].size, (self.side, self.side))
+        images = [self._whole(frames[i], config) for i in chosen]
+        return self._media(images, (self.features * len(images),), frames[0].size, (self.side, self.side))
 
     def max_image_patches(self, config: TiledImageConfig) -> int:
-        """Those of every frame."""
+        """Return the patches of a tile."""
         return self.patch_group
 
     def reductions(self, config: TiledImageConfig) -> list[list[dict[str, Any]]]:
-        """Fewer tiles of a picture, then whole pictures only and fewer frames of a video."""
+        """Fewer tiles of an image, then whole images only and fewer frames of a video."""
         fewer = range(config.max_tiles - 1, 0, -1) if config.splitting == "dynamic" else ()
         tiled = [{"max_tiles": most, "min_tiles": min(config.min_tiles, most)} for most in fewer]
-        frames = range(config.num_frames, 0, -1)
-        return [tiled, [{"splitting": "none", "num_frames": count} for count in frames]]
+        counts = range(config.num_frames, 0, -1)
+        return [tiled, [{"splitting": "none", "num_frames": count} for count in counts]]
 
-    def _before(self, config: TiledImageConfig, image: int, place: tuple[int, int]) -> list[str]:
-        """What stands before a tile, or before the overview at (0, 0)."""
-        row, column = place
+    def _before(self, config: TiledImageConfig, image: int, cell: tuple[int, int]) -> list[str]:
+        """Return the text before the tile in a cell of the grid; (0, 0) is the overview."""
+        row, column = cell
         if config.indicator == "index":
             return [config.index.format(image=image, row=row, column=column)]
-        if config.indicator == "none" or place == (1, 1):
+        if config.indicator == "none" or cell == (1, 1):
             return []
         overview, between_columns, between_rows = config.separators
-        return [overview if place == (0, 0) else between_rows if column == 1 else between_columns]
+        return [overview if cell == (0, 0) else between_rows if column == 1 else between_columns]
 
     def _whole(self, image: Image.Image, config: TiledImageConfig) -> Image.Image:
         if config.whole_fit == "squash":
             return image.resize((self.side, self.side), Image.Resampling.BICUBIC)
-        (frame,) = tiles.split(image, (1, 1), self.side, placement=config.placement, colour=config.colour)
-        return frame
+        (tile,) = tiles.split(image, (1, 1), self.side, placement=config.placement, colour=config.colour)
+        return tile
 
-    def _media(self, frames: list[Image.Image], pattern, original, resized) -> MediaPatches:
+    def _media(self, images: list[Image.Image], pattern, original, resized) -> MediaPatches:
         p, g, first = self.encoder.patch_size, self.encoder.grid, int(self.encoder.class_token)
-        pixels = np.stack([np.asarray(frame, np.uint8) for frame in frames])
-        n, channels = len(frames), pixels.shape[-1]
-        # (frame, h, y, w, x, c) -> (frame, h, w, c, y, x)
+        pixels = np.stack([np.asarray(image, np.uint8) for image in images])
+        n, channels = len(images), pixels.shape[-1]
+        # (n, h, y, w, x, c) -> (n, h, w, c, y, x)
         cells = pixels.reshape(n, g, p, g, p, channels).transpose(0, 1, 3, 5, 2, 4).reshape(n, g * g, self.patch_values)
-        places = np.stack(np.divmod(np.arange(g * g, dtype=np.int32), g), -1)
+        positions = np.stack(np.divmod(np.arange(g * g, dtype=np.int32), g), -1)
         if first:
             cells = np.concatenate([np.zeros((n, 1, self.patch_values), np.uint8), cells], 1)
-            places = np.concatenate([np.array([CLASS_POSITION], np.int32), places])
+            positions = np.concatenate([np.array([CLASS_POSITION], np.int32), positions])
         numbers = np.arange(1, n + 1, dtype=np.int32)
         ids = np.repeat(numbers, self.patch_group)
         return MediaPatches(
             patches=cells.reshape(-1, self.patch_values),
             segment_ids=ids,
             window_ids=ids,
-            positions=np.tile(places, (n, 1)),
+            positions=np.tile(positions, (n, 1)),
             token_segment_ids=np.repeat(numbers, self.features),
             vision_index=np.arange(n * self.features, dtype=np.int32),
             original=original,

@@ -17,7 +17,7 @@ from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.vit import clip_vit
 from jvlm.models.vlm import VLMConfig
 
-# Patches along the side of a frame.
+# Patches along the side of a tile.
 GRID_378, GRID_672 = 27, 48
 
 # As apple/DFN5B-CLIP-ViT-H-14-378, the public tower of the same recipe: the last layer's output, before the final norm.
@@ -69,6 +69,6 @@ PRESETS: dict[str, VLMConfig] = {
 
 
 def at_grid(model: VLMConfig, grid: int) -> VLMConfig:
-    """A model for frames of ``grid`` x ``grid`` patches: 27 while pre-training, 48 after it."""
+    """A model for tiles of ``grid`` x ``grid`` patches: 27 while pre-training, 48 after it."""
     parts = {name: dataclasses.replace(getattr(model, name), grid=grid) for name in ("encoder", "connector")}
     return dataclasses.replace(model, **parts)

@@ -1,7 +1,7 @@
-"""Dynamic image splitting (AnyRes) as MM1.5 publishes it, arXiv 2409.20566, Eq. (1): one picture into square tiles.
+"""Dynamic image splitting (AnyRes) as MM1.5 publishes it, arXiv 2409.20566, Eq. (1): one image into square tiles.
 
 Sizes are (height, width); a grid is (rows, columns); ``side`` is that of a tile, all in pixels. Ties, the loss of a
-downscaled picture and the place of the padding are not published: what is done here is said where it is done.
+downscaled image and the place of the padding are not published: what is done here is said where it is done.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
 
 
 def scale_to(size: tuple[int, int], grid: Grid, side: int, max_upscale: float | None = None) -> Fraction:
-    """What a picture is multiplied by to fit a grid with its aspect kept, at most ``max_upscale``."""
+    """What an image is multiplied by to fit a grid with its aspect kept, at most ``max_upscale``."""
     scale = min(Fraction(n * side, length) for n, length in zip(grid, size, strict=True))
     return scale if max_upscale is None else min(scale, max(Fraction(max_upscale), Fraction(1)))
 
 
 def choose_grid(size: tuple[int, int], side: int, grids: Sequence[Grid], max_upscale: float | None = None) -> Grid:
-    """The grid of a picture.
+    """The grid of an image.
 
-    Among the grids that hold the picture without shrinking it, the one with the least padding; if none does, the one
+    Among the grids that hold the image without shrinking it, the one with the least padding; if none does, the one
     that shrinks it least. Ties go to less padding, then to fewer tiles, then to the earlier grid.
 
     Args:
-      max_upscale: pictures are enlarged by no more than this. The published rule has no such limit and spends up to 16
-        times as many pixels as a small picture has; with one, padding counts against grids that are too large.
+      max_upscale: images are enlarged by no more than this. The published rule has no such limit and spends up to 16
+        times as many pixels as a small image has; with one, padding counts against grids that are too large.
     """
 
     def cost(grid: Grid) -> tuple[bool, Fraction, Fraction, int]:
@@ -56,7 +56,7 @@ def choose_grid(size: tuple[int, int], side: int, grids: Sequence[Grid], max_ups
 
 
 def fitted_size(size: tuple[int, int], grid: Grid, side: int, max_upscale: float | None = None) -> tuple[int, int]:
-    """(height, width) of a picture on a grid, before padding."""
+    """(height, width) of an image on a grid, before padding."""
     scale = scale_to(size, grid, side, max_upscale)
     height, width = (min(max(round(length * scale), 1), n * side) for n, length in zip(grid, size, strict=True))
     return height, width
@@ -71,10 +71,10 @@ def split(
     placement: Placement = "corner",
     colour: Colour = (0, 0, 0),
 ) -> list[Image.Image]:
-    """The tiles of a picture in rows from the top, each side x side, the rest of the grid filled with ``colour``.
+    """The tiles of an image in rows from the top, each side x side, the rest of the grid filled with ``colour``.
 
     Args:
-      placement: the picture's own: in the top left corner, or centred.
+      placement: the image's own: in the top left corner, or centred.
     """
     height, width = fitted_size((image.height, image.width), grid, side, max_upscale)
     canvas = Image.new("RGB", (grid[1] * side, grid[0] * side), colour)

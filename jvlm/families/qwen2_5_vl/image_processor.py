@@ -99,7 +99,7 @@ def window_order(grid: tuple[int, int, int], window: int) -> tuple[np.ndarray, n
     """Order of merged cells by attention window, and the window number (from 1) of each.
 
     Args:
-      grid: (t, h, w) in merged units. Windows never span frames; those at the edges are smaller.
+      grid: (t, h, w) in merged units. Windows never span temporal patches; those at the edges are smaller.
       window: side of a window in merged units.
 
     Returns:
@@ -111,14 +111,14 @@ def window_order(grid: tuple[int, int, int], window: int) -> tuple[np.ndarray, n
     number = (row // window) * across + column // window
     order = np.argsort(number, kind="stable")
     _, number = np.unique(number[order], return_inverse=True)
-    frames = np.arange(t, dtype=np.int32)[:, None]
-    return (frames * (h * w) + order).ravel(), (frames * (number.max() + 1) + number + 1).ravel().astype(np.int32)
+    times = np.arange(t, dtype=np.int32)[:, None]
+    return (times * (h * w) + order).ravel(), (times * (number.max() + 1) + number + 1).ravel().astype(np.int32)
 
 
 def largest_area(factor: int, min_pixels: int, max_pixels: int) -> int:
-    """Most pixels that `smart_resize` gives any picture.
+    """Most pixels that `smart_resize` gives any image.
 
-    That is more than ``max_pixels`` where a thin picture, brought down, keeps a side of ``factor``, and where a small
+    That is more than ``max_pixels`` where a thin image, brought down, keeps a side of ``factor``, and where a small
     one, brought up, has both its sides rounded up past limits that are close to each other.
     """
     most = int(max_pixels)
@@ -133,7 +133,7 @@ def largest_area(factor: int, min_pixels: int, max_pixels: int) -> int:
 
 
 class QwenImageProcessor:
-    """Turns pictures and frame lists into `MediaPatches` for one encoder configuration."""
+    """Turns images and frame lists into `MediaPatches` for one encoder configuration."""
 
     delimiter_tokens = ()
     merged_delimiter = None
@@ -145,11 +145,11 @@ class QwenImageProcessor:
         self.patch_group = config.spatial_merge_size**2
 
     def image(self, image: Image.Image, limits: QwenImageConfig, *, index: int = 0, count: int = 1) -> MediaPatches:
-        """An image; it counts as one pair of equal frames."""
+        """Return an image; its temporal patch is the image repeated."""
         return self._media([image], limits, (limits.min_pixels, limits.max_pixels), 0.0)
 
     def video(self, frames: Sequence[Image.Image], limits: QwenImageConfig) -> MediaPatches:
-        """Frames sampled at ``limits.fps``; an incomplete last pair repeats its last frame."""
+        """Return a video of frames at ``limits.fps``; an incomplete last temporal patch repeats the last frame."""
         if limits.no_videos:
             raise UserError(f"videos cannot be used with this model: {limits.no_videos}")
         seconds = self.config.temporal_patch_size / limits.fps
@@ -157,7 +157,7 @@ class QwenImageProcessor:
         return self._media(frames, limits, (limits.video_min_pixels, limits.video_max_pixels), step)
 
     def max_image_patches(self, limits: QwenImageConfig) -> int | None:
-        """Of the largest picture that the resize gives; a pair of frames is one."""
+        """Return the patches of the largest image that the resize gives; a temporal patch counts as one image."""
         if not limits.resize:
             return None
         pairs = (limits.min_pixels, limits.max_pixels), (limits.video_min_pixels, limits.video_max_pixels)
@@ -183,16 +183,16 @@ class QwenImageProcessor:
         """(height, width) after the resize."""
         return smart_resize(height, width, self.factor, min_pixels, max_pixels)
 
-    def _media(self, frames, limits: QwenImageConfig, area: tuple[int, int], temporal_step: float) -> MediaPatches:
-        width, height = frames[0].size
+    def _media(self, images, limits: QwenImageConfig, area: tuple[int, int], temporal_step: float) -> MediaPatches:
+        width, height = images[0].size
         if limits.resize:
             new_height, new_width = self.size(height, width, *area)
-            frames = [f.resize((new_width, new_height), Image.Resampling(limits.resample)) for f in frames]
+            images = [i.resize((new_width, new_height), Image.Resampling(limits.resample)) for i in images]
         elif width % self.factor or height % self.factor:
             raise UserError(
                 f"{width} x {height} pixels are not whole patches of {self.factor}, and do_resize is off for this model"
             )
-        pixels = np.stack([np.asarray(f, np.uint8) for f in frames])
+        pixels = np.stack([np.asarray(i, np.uint8) for i in images])
         lacking = -len(pixels) % self.config.temporal_patch_size
         pixels = np.concatenate([pixels, np.repeat(pixels[-1:], lacking, axis=0)])
         return self._arrange(pixels, temporal_step, (width, height))
@@ -202,20 +202,20 @@ class QwenImageProcessor:
         p, m, tp = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
         T, H, W, C = pixels.shape
         t, h, w = T // tp, H // p // m, W // p // m
-        # (t, frame, h, mh, y, w, mw, x, C) -> (t, h, w, mh, mw, C, frame, y, x): merged cells in raster order
+        # (t, dt, h, mh, y, w, mw, x, C) -> (t, h, w, mh, mw, C, dt, y, x): merged cells in raster order
         blocks = pixels.reshape(t, tp, h, m, p, w, m, p, C).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
         cells = blocks.reshape(t * h * w, m * m, config.patch_values)
         order, windows = window_order((t, h, w), config.window_size // self.factor)
-        frame, cell = np.divmod(order, h * w)
+        time, cell = np.divmod(order, h * w)
         row, column = np.divmod(cell, w)
         inner = np.stack(np.divmod(np.arange(m * m), m), -1)
         positions = np.stack([row, column], -1)[:, None] * m + inner
         return MediaPatches(
             patches=cells[order].reshape(-1, config.patch_values),
-            segment_ids=np.repeat(frame + 1, m * m).astype(np.int32),
+            segment_ids=np.repeat(time + 1, m * m).astype(np.int32),
             window_ids=np.repeat(windows, m * m),
             positions=positions.reshape(-1, 2).astype(np.int32),
-            token_segment_ids=(frame + 1).astype(np.int32),
+            token_segment_ids=(time + 1).astype(np.int32),
             vision_index=np.argsort(order).astype(np.int32),
             original=original,
             resized=(W, H),

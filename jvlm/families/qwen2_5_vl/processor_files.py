@@ -54,13 +54,13 @@ def read_image_config(files: ProcessorFiles, config: VLMConfig, stored: ImagePro
 
 
 def _why_no_videos(video: Settings, vit: QwenViTConfig, image: QwenImageConfig) -> str:
-    """What keeps videos from being made as these settings say; one pixel rule serves pictures and videos here."""
+    """What keeps videos from being made as these settings say; one pixel rule serves images and videos here."""
     wanted = dataclasses.asdict(processor_files.read_pixels(video, PIXELS))
     here = {"mean": vit.image_mean, "std": vit.image_std, "resample": image.resample, "resize": image.resize}
     wanted |= {key: video.get(key, size) for key, size in _PATCHES.items()}
     here |= _patches(vit)
     kind = video.get("video_processor_type", "Qwen2VLVideoProcessor")
-    lines = [f"{key} of videos is {wanted[key]}, of pictures {here[key]}" for key in here if wanted[key] != here[key]]
+    lines = [f"{key} of videos is {wanted[key]}, of images {here[key]}" for key in here if wanted[key] != here[key]]
     lines += [f"{key} is on" for key in ("do_sample_frames", "cap_pixels_per_frame") if video.get(key)]
     lines += [f"video_processor_type is {kind}"] if kind not in _VIDEO_TYPES else []
     return f"{video.source}: {'; '.join(lines)}; jvlm cannot do this" if lines else ""

@@ -23,9 +23,9 @@ _LAYER = {
 }
 _WHOLE = {"visual.merger.ln_q": "v.post_ln", "visual.merger.mlp.0": "mm.0", "visual.merger.mlp.2": "mm.2"}
 _PATCHES = "visual.patch_embed.proj.weight"
-# The side of an attention window, which llama.cpp takes for granted (tools/mtmd/clip.cpp), and of a picture that it
+# The side of an attention window, which llama.cpp takes for granted (tools/mtmd/clip.cpp), and of an image that it
 # reserves memory for.
-WINDOW, _PICTURE = 112, 560
+WINDOW, _IMAGE_SIDE = 112, 560
 
 
 def write_vision(
@@ -61,7 +61,7 @@ def write_vision(
         writer.add_clip_projector_type("qwen2.5vl_merger")
         writer.add_vision_use_silu(True)
         writer.add_vision_projection_dim(model.config.decoder.hidden_size)
-        writer.add_vision_image_size(_PICTURE)
+        writer.add_vision_image_size(_IMAGE_SIDE)
         writer.add_vision_patch_size(vit.patch_size)
         writer.add_vision_embedding_length(vit.hidden_size)
         writer.add_vision_feed_forward_length(vit.intermediate_size)
@@ -76,7 +76,7 @@ def write_vision(
 
 
 def _full_attention(vit: QwenViTConfig) -> int:
-    """Every how many layers one attends to the whole picture. Raises UserError if they do not come evenly."""
+    """Every how many layers one attends to the whole image. Raises UserError if they do not come evenly."""
     blocks = vit.fullatt_block_indexes
     every = blocks[0] + 1 if blocks else 0
     if not every or blocks != tuple(range(every - 1, vit.depth, every)):
