@@ -118,7 +118,7 @@ def _plans(options: PlanOptions, experiment: Experiment, config: str, mesh_given
     """Print the plan of each topology; returns them, and whether collectives differ from what is written down."""
     from jvlm.planning import generation, suggest
     from jvlm.planning.chips import Topology
-    from jvlm.planning.plan import assumed_lengths, plan_training
+    from jvlm.planning.plan import assumed_lengths, plan_training, trained_and_frozen
 
     if options.suggest and options.what != "train":
         raise UserError(f"--suggest looks for better training steps; it cannot be given with --what {options.what}")
@@ -130,6 +130,7 @@ def _plans(options: PlanOptions, experiment: Experiment, config: str, mesh_given
     sizes = None
     if options.what == "train":
         print(_training_header(experiment, lengths))
+        print(trained_and_frozen(experiment))
     else:
         sizes = _sizes(options, experiment)
         print(_generation_header(experiment, options.what, sizes, lengths))

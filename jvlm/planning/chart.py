@@ -14,6 +14,7 @@ from .measure import Compiled
 
 COLOURS = {
     "parameters": "#3b6ea8",
+    "adapters": "#8a6bbf",
     "optimizer": "#6fa3d8",
     "cache": "#7fb069",
     "batch": "#8f8f8f",

@@ -88,8 +88,13 @@ class Topology:
             )
         shape, slices = tuple(map(int, found[2].split("x"))), int(found[3] or 1)
         dimensions = CHIPS[found[1]].dimensions
+        if shape == (1,):  # one chip, whatever the torus
+            shape = (1,) * (dimensions or 1)
         if dimensions and len(shape) != dimensions:
-            raise UserError(f"topology {name!r}: {found[1]} is a torus of {dimensions} dimensions")
+            raise UserError(
+                f"topology {name!r}: {found[1]} is a torus of {dimensions} dimensions, {found[1]}:"
+                f"{'x'.join(['2'] * dimensions)}; one chip is {found[1]}:1"
+            )
         if not dimensions and (len(shape) > 2 or found[3]):
             raise UserError(f"topology {name!r}: GPUs are so many machines of so many, h200:8x8, or one, h200:8")
         return cls(name, found[1], shape if dimensions or len(shape) == 2 else (1, *shape), slices, dcn)

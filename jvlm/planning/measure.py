@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from jvlm.adapters.layers import is_adapter_path
 from jvlm.errors import UserError
 from jvlm.parallel.collectives import axes as axes_of
 from jvlm.training import compiled_step
@@ -27,7 +29,8 @@ from . import gpus, hlo
 from .chips import Topology
 
 GIGA = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-GPU_SHARE = 0.75  # of a GPU's memory is what JAX takes for its programs, unless XLA_PYTHON_CLIENT_MEM_FRACTION says so
+GPU_SHARE = 0.75  # of a GPU's memory is what JAX takes for its programs, unless `GPU_SHARE_VARIABLE` says another
+GPU_SHARE_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +38,15 @@ class Memory:
     """Bytes of HBM on each chip.
 
     Attributes:
+      parameters: of the base, quantised ones in the form that they are stored in.
+      adapters: parameters of adapters.
+      optimizer: its state: that of what is trained.
       activations: kept by the forward pass for the backward one, for all layers; 0 where a program does not say.
       temporary: everything else that comes and goes: gradients, gathered weights, a layer's own, at their highest.
     """
 
     parameters: float = 0.0
+    adapters: float = 0.0
     optimizer: float = 0.0
     cache: float = 0.0
     batch: float = 0.0
@@ -125,11 +132,13 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
       UserError: a mesh that does not fit the topology, rows or parameters.
     """
     planned = compiled_step.compile_step(experiment, devices_of(topology))
+    params = planned.state.params
     return measure(
         planned.lower,
         planned.layout.mesh,
         topology,
-        parameters=bytes_of(planned.state.params),
+        parameters=bytes_of({path: value for path, value in params.items() if not is_adapter_path(path)}),
+        adapters=bytes_of({path: value for path, value in params.items() if is_adapter_path(path)}),
         optimizer=bytes_of(planned.state.opt_state),
         batch=bytes_of(planned.batches),
         branch_frequency=experiment.model.encoder.branch_frequency(),
@@ -203,7 +212,25 @@ def measure(
 
 def available_memory(topology: Topology, device: jax.Device) -> float:
     """Bytes of HBM that a program may have: what the compiler for TPUs lets it, and JAX takes of a GPU."""
-    return GPU_SHARE * topology.chip.hbm if topology.switched else _most_for(device)
+    return gpu_share() * topology.chip.hbm if topology.switched else _most_for(device)
+
+
+def gpu_share() -> float:
+    """Return the share of a GPU's memory that JAX would take in this environment.
+
+    Raises:
+      UserError: a value of the environment variable that is no share.
+    """
+    text = os.environ.get(GPU_SHARE_VARIABLE)
+    if not text:
+        return GPU_SHARE
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise UserError(f"{GPU_SHARE_VARIABLE} is {text!r}: give a share of a GPU's memory above 0 and up to 1, as 0.9")
+    return share
 
 
 @functools.cache

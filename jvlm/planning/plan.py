@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
+from flax import nnx
+
+from jvlm.adapters.layers import is_adapter_path
 from jvlm.errors import UserError
+from jvlm.models import vlm
+from jvlm.quantization.model import size_report
+from jvlm.training import compiled_step, trainable
 from jvlm.training.compiled_step import abstract_batches
 from jvlm.training.config import Experiment
 
@@ -28,6 +35,38 @@ def assumed_lengths(
     data = experiment.data
     largest = abstract_batches(experiment).max_image_patches or data.max_patches
     return SegmentLengths(conversation or data.max_length or data.seq_len, image or largest)
+
+
+def trained_and_frozen(experiment: Experiment) -> str:
+    """Return what the training step trains and what it only reads, as Markdown; empty where it trains everything."""
+    template = compiled_step.template_of(experiment)
+    variables = vlm.variables(template)
+    chosen = trainable.select(trainable.from_config(experiment.optimizer, template.adapters), variables)
+    adapters = sum(_size(variable) for path, variable in chosen.items() if is_adapter_path(path))
+    whole = sum(_size(variable) for path, variable in chosen.items() if not is_adapter_path(path))
+    base = sum(vlm.parameter_counts(template).values())
+    if whole == base:
+        return ""
+    lines = [f"- base: {base:,} parameters, {f'{base - whole:,} of them' if whole else 'all'} frozen"]
+    if experiment.quantize is not None:
+        lines += [f"- {line}" for line in size_report(template).splitlines()]
+    if template.adapters is not None:
+        config, groups = template.adapters.config, template.adapters.groups
+        ranks = sorted({rank for group in groups for rank in group.ranks if rank})
+        kind = ("rs" if config.use_rslora else "") + ("DoRA" if config.use_dora else "LoRA")
+        count = sum(1 for group in groups for rank in group.ranks if rank)
+        lines.append(
+            f"- adapters: {kind} of rank {', '.join(map(str, ranks))} on {count} matrices, {adapters:,} parameters"
+        )
+    lines.append(
+        "- a frozen matrix costs 4 FLOP a parameter and token where a gradient passes through it (forward, and "
+        "backward for activations), 2 where none does, a trained one 6"
+    )
+    return "\n".join([*lines, ""])
+
+
+def _size(variable: nnx.Variable) -> int:
+    return math.prod(variable.get_value().shape)
 
 
 def plan_training(experiment: Experiment, topology: Topology, lengths: SegmentLengths) -> Plan:

@@ -122,7 +122,10 @@ class Plan:
 
 def _memory(compiled: Compiled) -> str:
     parts = dataclasses.asdict(compiled.memory)
-    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size or name == "temporary")
+    names = {"parameters": "base"} if compiled.memory.adapters else {}
+    shown = ", ".join(
+        f"{names.get(name, name)} {size / GIB:.2f}" for name, size in parts.items() if size or name == "temporary"
+    )
     verdict = "fits" if compiled.fits else "DOES NOT FIT"
     return f"{compiled.memory.peak / GIB:.2f} of {compiled.limit / GIB:.2f} GiB, **{verdict}** ({shown})"
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jvlm.models import vlm
-from jvlm.models.vlm import TOWERS, VLM
-from jvlm.training import flops
+from jvlm.models.vlm import VLM
+from jvlm.training import compiled_step, flops, trainable
 from jvlm.training.config import Experiment
 
 from .chips import Topology
@@ -92,19 +92,23 @@ class Roofline:
 
 def roofline(experiment: Experiment, compiled: Compiled, topology: Topology, lengths: SegmentLengths) -> Roofline:
     """The roofline of a compiled training step."""
-    template, data = vlm.abstract(experiment.model), experiment.data
+    template, data = compiled_step.template_of(experiment), experiment.data
     counts = lengths.counts(
         template, data.batch_size * experiment.gradient_accumulation_steps, data.seq_len, data.max_patches
     )
-    learnt = {tower: experiment.optimizer.rate_of(tower) > 0 for tower in TOWERS}
+    is_trainable = trainable.from_config(experiment.optimizer, template.adapters)
+    learnt = flops.trained_towers(trainable.select(is_trainable, vlm.variables(template)))
+    ranks = flops.adapter_ranks(template)
+    has_backward = flops.has_backward(learnt, ranks)
     # A kernel's products are not in the program's text. Its backward pass makes five products for the forward's two,
     # which are made once more unless the policy keeps what came of them.
     passes = 4.5 if experiment.model.precision.remat == "full" else 3.5
-    kernels = passes * sum(work.attention for work in flops.forward(template, counts).values())
+    work = flops.forward(template, counts)
+    kernels = sum((passes if has_backward[part] else 1) * work[part].attention for part in work)
     if topology.switched:  # experts' products are kernels there: forward, again, and by rows and matrices
-        passes = 2 + learnt["decoder"] + (experiment.model.precision.remat != "none")
+        passes = 1 + has_backward["decoder"] * (1 + learnt["decoder"] + (experiment.model.precision.remat != "none"))
         kernels += passes * flops.experts(template, counts.tokens)
-    parts = flops.training(template, counts, learnt)
+    parts = flops.training(template, counts, learnt, ranks)
     return assess(parts, kernels, counts.tokens, len(counts.images), compiled, topology)
 
 

@@ -144,6 +144,12 @@ def compile_step(experiment: Experiment, devices: Sequence[jax.Device] | None = 
       UserError: see `build_step`; patterns of ``optimizer.train`` or ``.freeze`` that match nothing.
     """
     layout = MeshLayout.of(experiment.parallel, devices)
+    template = template_of(experiment)
+    return build_step(template, **step_arguments(experiment, template), layout=layout)
+
+
+def template_of(experiment: Experiment) -> VLM:
+    """Return the abstract model of an experiment whose ``model`` is given: quantised and with adapters, as it says."""
     template = vlm.abstract(experiment.model)
     if experiment.quantize is not None:
         template = quantized_template(template, experiment.quantize)
@@ -151,7 +157,7 @@ def compile_step(experiment: Experiment, devices: Sequence[jax.Device] | None = 
         # which tokens are trained changes no shape
         tokens = tuple(range(len(experiment.adapter.train_tokens)))
         template = structure(template, targets.resolve(experiment.adapter, experiment.model, tokens))
-    return build_step(template, **step_arguments(experiment, template), layout=layout)
+    return template
 
 
 def step_arguments(experiment: Experiment, template: VLM) -> dict[str, Any]:

@@ -17,9 +17,11 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from jvlm.adapters.attach import HEAD, matrices
+from jvlm.adapters.layers import is_adapter_path
 from jvlm.models.arithmetic import Counts, Product, Work
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import TOWERS, VLM
+from jvlm.training import optimizer
 
 PARTS = (*TOWERS, "head")
 _MATRIX = re.compile(r"(\.kernel|\.mlp\.(gate|up|down))$")
@@ -92,19 +94,39 @@ def training(
       adapter_rank: of low-rank adapters on all weights of a tower; they are learnt, and their own products count.
     """
     ranks, work = adapter_rank or {}, forward(template, counts)
-    moves = {tower: learnt[tower] or ranks.get(tower, 0) > 0 for tower in TOWERS}
-    before = {
-        "encoder": False,
-        "connector": moves["encoder"],
-        "decoder": moves["encoder"] or moves["connector"] or learnt["decoder"],  # its embedding is learnt with it
-        "head": any(moves.values()),
-    }
-    found = {}
+    before, found = _gradient_before(learnt, ranks), {}
     for part in PARTS:
         tower = "decoder" if part == "head" else part
         rank = 0 if part == "head" else ranks.get(tower, 0)
         found[part] = _both_ways(work[part], before[part], learnt[tower], rank)
     return Parts(**found)
+
+
+def _gradient_before(learnt: Mapping[str, bool], ranks: Mapping[str, float]) -> dict[str, bool]:
+    """Return for each part whether what comes into it needs a gradient."""
+    moves = {tower: learnt[tower] or ranks.get(tower, 0) > 0 for tower in TOWERS}
+    return {
+        "encoder": False,
+        "connector": moves["encoder"],
+        "decoder": moves["encoder"] or moves["connector"] or learnt["decoder"],  # its embedding is learnt with it
+        "head": any(moves.values()),
+    }
+
+
+def has_backward(learnt: Mapping[str, bool], adapter_rank: Mapping[str, float]) -> dict[str, bool]:
+    """Return for each part whether a gradient goes through it, or into it; arguments as in `training`."""
+    before = _gradient_before(learnt, adapter_rank)
+    own = {part: learnt.get(part, False) or adapter_rank.get(part, 0) > 0 for part in PARTS}
+    return {part: before[part] or own[part] for part in PARTS}
+
+
+def trained_towers(trainable: Iterable[str]) -> dict[str, bool]:
+    """Return for each tower whether any of its own parameters are among the paths of those that are trained.
+
+    Adapters are counted by themselves, since frozen kernels beside them need no gradient of their own.
+    """
+    towers = {optimizer.tower_of(path) for path in trainable if not is_adapter_path(path)}
+    return {tower: tower in towers for tower in TOWERS}
 
 
 def inference(template: VLM, counts: Counts) -> Parts:

@@ -10,12 +10,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jvlm.adapters.layers import is_adapter_path
 from jvlm.data.packing import PackedSequences
 from jvlm.hardware import peak_flops
-from jvlm.models.vlm import TOWERS, VLM
+from jvlm.models.vlm import VLM
 from jvlm.parallel import hosts
-from jvlm.training import flops, optimizer
+from jvlm.training import flops
 from jvlm.training.hooks import Hook
 from jvlm.training.optimizer import schedules
 from jvlm.training.optimizer.config import OptimizerConfig
@@ -35,8 +34,7 @@ class Throughput(Hook):
 
     def __init__(self, template: VLM, trainable: dict[str, nnx.Variable], tokens: int):
         self.template, self.tokens = template, tokens
-        towers = {optimizer.tower_of(path) for path in trainable if not is_adapter_path(path)}
-        self._trained = {tower: tower in towers for tower in TOWERS}
+        self._trained = flops.trained_towers(trainable)
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self._has_arithmetic = True
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ import pytest
 from flax import nnx
 
 from jvlm import families
+from jvlm.adapters.attach import structure
+from jvlm.adapters.config import AdapterConfig
+from jvlm.adapters.targets import resolve
 from jvlm.hardware import peak_flops
 from jvlm.models import registry, vlm
 from jvlm.models.batch import PackedBatch
@@ -24,7 +28,8 @@ from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
-from jvlm.training import flops
+from jvlm.training import flops, trainable
+from jvlm.training.optimizer.config import OptimizerConfig
 
 TOKENS, PATCHES = 256, 512
 DECODER = type(families.preset("mimo_vl_7b").decoder)
@@ -81,10 +86,10 @@ def _unscanned(variables):
     return found
 
 
-def _by_xla(learnt: dict[str, bool]) -> float:
-    template = vlm.abstract(CONFIG)
-    values, batch = _unscanned(vlm.parameters(template)), _full_batch()
-    moving = {p: v for p, v in values.items() if learnt[p.partition(".")[0]]}
+def _by_xla(template: vlm.VLM, trained: Iterable[str]) -> float:
+    """What XLA counts of the gradient by the parameters at these paths; of the forward pass if there are none."""
+    values, batch = _unscanned(vlm.variables(template)), _full_batch()
+    moving = {p: values[p] for p in trained}
 
     def loss(moving, still, patches):
         model = vlm.bind(template, {**still, **moving})
@@ -105,7 +110,30 @@ def test_it_is_what_xla_counts_within_3_percent_whatever_is_frozen(learnt):
     attention = flops.forward(template, counts)["decoder"].attention
     passes = 3 if any(learnt.values()) else 1
     expected = counted.total + passes * attention + counted.head / counts.targets
-    assert _by_xla(learnt) == pytest.approx(expected, rel=0.03)
+    trained = [path for path in vlm.parameters(template) if learnt[path.partition(".")[0]]]
+    assert _by_xla(template, trained) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("targets", ["decoder", "connector", "all-linear"])
+def test_adapters_on_a_frozen_base_are_what_xla_counts_within_3_percent(targets):
+    """4 FLOP of a frozen weight and token where a gradient passes through it, and not 6; the adapters' own beside."""
+    adapter = AdapterConfig(rank=32, targets=(targets,))
+    template = structure(vlm.abstract(CONFIG), resolve(adapter, CONFIG))
+    trained = trainable.select(trainable.from_config(OptimizerConfig(), template.adapters), vlm.variables(template))
+    learnt, ranks = flops.trained_towers(trained), flops.adapter_ranks(template)
+    assert not any(learnt.values())
+    counts = flops.counts_of([_full_batch()])
+    counted, work = flops.training(template, counts, learnt, ranks), flops.forward(template, counts)
+    backward = flops.has_backward(learnt, ranks)
+    assert backward["encoder"] == (targets == "all-linear")
+    expected = counted.total + 3 * work["decoder"].attention + counted.head / counts.targets
+    # nothing before the first adapted matrices is trained, so what comes into them needs no gradient
+    first = {"decoder": work["decoder"].products[:3], "connector": work["connector"].products[:1]}.get(targets, ())
+    per_layer = {"decoder": TOKENS, "connector": PATCHES // 4}
+    expected -= sum(2 * per_layer[targets] * product.d_in * product.d_out for product in first)
+    assert _by_xla(template, trained) == pytest.approx(expected, rel=0.03)
+    as_if_trained = flops.training(template, counts, dict.fromkeys(vlm.TOWERS, True)).total
+    assert _by_xla(template, trained) < 0.8 * as_if_trained
 
 
 def test_a_packed_batch_costs_the_sum_of_its_conversations_and_padding_nothing():
