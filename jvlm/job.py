@@ -169,8 +169,8 @@ def evaluate(experiment: Experiment, result: Result, finish: _Finish) -> Evaluat
     model = result.model
     layout = _layout(result)
     if jax.process_count() > 1:
-        place = layout.parameter if layout else None
-        model, _ = load(result.folder, precision=model.config.precision, step=result.last, sharding=place)
+        parameter_sharding = layout.parameter if layout else None
+        model, _ = load(result.folder, precision=model.config.precision, step=result.last, sharding=parameter_sharding)
     settings = {"ask": config.ask, "max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
     answers, rejected = _asked(experiment, model, result.processor, {**settings, "layout": layout})
     score.write(answers, result.folder / ANSWERS)
@@ -331,8 +331,8 @@ def verify(experiment: Experiment, result: Result, answers: Sequence[Answer]) ->
         print(f"exported to {folder} (nothing to compare answers on)")
         return f"{folder}, not compared"
     layout = _layout(result)
-    place = layout.parameter if layout else None
-    model, processor = load(folder, precision=result.model.config.precision, sharding=place)
+    parameter_sharding = layout.parameter if layout else None
+    model, processor = load(folder, precision=result.model.config.precision, sharding=parameter_sharding)
     if experiment.evaluation.ask == "independent":
         prompts = [a.question.conversation for a in again]
         settings = {"max_new_tokens": experiment.evaluation.max_new_tokens, "layout": layout}

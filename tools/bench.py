@@ -114,10 +114,10 @@ def torch_inputs(examples: list[Example], processor: Processor) -> dict[str, tor
     std = np.repeat(np.float32(encoder.image_std), encoder.patch_values // 3)
     pixels, grids = [], []
     for record, example in enumerate(examples):
-        place = slice(longest - example.length, longest)
-        tokens[record, place], mask[record, place] = example.tokens, 1
-        labels[record, place] = np.where(example.loss_weights > 0, example.tokens, -100)
-        positions[:, record, place] = example.positions.T
+        span = slice(longest - example.length, longest)
+        tokens[record, span], mask[record, span] = example.tokens, 1
+        labels[record, span] = np.where(example.loss_weights > 0, example.tokens, -100)
+        positions[:, record, span] = example.positions.T
         index = example.vision_index[example.vision_index >= 0]
         cells = example.patches.reshape(-1, 4, encoder.patch_values)[index]
         pixels.append((cells.reshape(-1, encoder.patch_values).astype(np.float32) / 255 - mean) / std)

@@ -4,9 +4,9 @@
     jvlm train idefics2/sft --init_from DIR --data.train examples.jsonl --processor.image.no-split
 
 Published: conversations of up to 1,024 tokens, sides of 378 to 980 pixels, splitting for half of the samples (give the
-halves as two runs' data, or choose one way). Learning rate, batch and steps of the fine-tuning are not published. All
-of the language model learnt at once diverges, its authors say, and they trained adapters: here the connector learns and
-the towers stand still unless you give them a rate.
+halves as two runs' data, or choose one way). Learning rate, batch and steps of the fine-tuning are not published. Its
+authors found that training all of the language model diverges, and trained adapters: here the connector is trained, and
+the towers only where you give them a rate.
 """
 
 from jvlm.data.config import DataConfig

@@ -18,7 +18,7 @@ BATCH_SIZE, SEQ_LEN, BUDGET = 256, 8192, 167e9
 
 
 def get_config() -> Experiment:
-    """As stage 1, with the tower learnt at a tenth of the projector's rate."""
+    """As stage 1, with the tower trained at a tenth of the projector's rate."""
     return Experiment(
         name="mimo_vl_stage2",
         topologies=("v5p:4x4x4", "v6e:16x16", "h200:8x8"),

@@ -4,7 +4,7 @@
     jvlm train mm1_5/sft --data.train videos.jsonl ... --init_from runs/mm1_5_sft --name mm1_5_video
 
 Published and kept: (4, 9) tiles, 144 tokens a tile, no tiles from three images on, overview last, index (k,i,j), 24
-frames of a video, 256 sequences a step, 23,000 steps, peak learning rate 2e-5, cosine decay to 0, every tower learnt;
+frames of a video, 256 sequences a step, 23,000 steps, peak learning rate 2e-5, cosine decay to 0, every tower trained;
 images, several images and text 80:10:10, which the data files have to be mixed in.
 """
 

@@ -185,8 +185,8 @@ def _filled(model: VLM, values: Mapping[str, Any], sharding: ShardingOf | None) 
     for path, variable in vlm.variables(model).items():
         if path in values and not is_abstract:
             value = values[path]() if callable(values[path]) else values[path]
-            place = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            bound[path] = jax.device_put(np.asarray(value, variable.get_value().dtype), place)
+            target = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            bound[path] = jax.device_put(np.asarray(value, variable.get_value().dtype), target)
         elif path not in bound:
             bound[path] = variable.get_value()
     return vlm.bind(model, bound)
@@ -200,17 +200,17 @@ def _new_values(model: VLM, found: AdapterPlan, seed: int) -> dict[str, Any]:
         base = variables[group.path]
         if base.read is None:
             continue
-        place = adapter_path(group.path)
+        prefix = adapter_path(group.path)
         is_table = group.path == EMBEDDING
         a, b = initial.pairs(found.config.init, group, base.shape[-2:], base.read, rng, is_table=is_table)
-        values[f"{place}.a"], values[f"{place}.b"] = a, b
-        values[f"{place}.scale"] = np.asarray(group.scales, np.float32).reshape(group.lead)
+        values[f"{prefix}.a"], values[f"{prefix}.b"] = a, b
+        values[f"{prefix}.scale"] = np.asarray(group.scales, np.float32).reshape(group.lead)
         if found.config.init in ("pissa", "olora"):
-            values[f"{place}.start_a"], values[f"{place}.start_b"] = a, b
+            values[f"{prefix}.start_a"], values[f"{prefix}.start_b"] = a, b
         if group.magnitude:
-            values[f"{place}.magnitude"] = initial.norms(base.shape, base.read)
+            values[f"{prefix}.magnitude"] = initial.norms(base.shape, base.read)
         if group.bias:
-            values[f"{place}.bias"] = np.zeros((*group.lead, base.shape[-1]), np.float32)
+            values[f"{prefix}.bias"] = np.zeros((*group.lead, base.shape[-1]), np.float32)
     ids = np.asarray(found.token_ids, np.int32)
     for name, path in (("token_rows", EMBEDDING), ("head_rows", HEAD)) if found.token_ids else ():
         if path not in variables:
@@ -259,7 +259,7 @@ def _check_fit(weights: AdapterWeights, shapes: Mapping[str, tuple[int, ...]]) -
 def _values_of(weights: AdapterWeights, found: AdapterPlan, model: VLM) -> dict[str, Any]:
     variables, values = matrices(model), {}
     for group in found.groups:
-        place, shape = adapter_path(group.path), variables[group.path].shape
+        prefix, shape = adapter_path(group.path), variables[group.path].shape
         parts = {"a": (shape[-2], group.rank), "b": (group.rank, shape[-1])}
         parts |= {name: (shape[-1],) for name in ("magnitude", "bias") if getattr(group, name)}
         arrays = {name: np.zeros((*group.lead, *size), np.float32) for name, size in parts.items()}
@@ -270,7 +270,7 @@ def _values_of(weights: AdapterWeights, found: AdapterPlan, model: VLM) -> dict[
             for name in parts.keys() - {"a", "b"}:
                 arrays[name][index] = getattr(one, name)
         arrays["scale"] = np.asarray(group.scales, np.float32).reshape(group.lead)
-        values |= {f"{place}.{name}": array for name, array in arrays.items()}
+        values |= {f"{prefix}.{name}": array for name, array in arrays.items()}
     by_path: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
     for target, value in weights.parameters.items():
         by_path.setdefault(target.path, {})[target.index] = value
@@ -302,11 +302,11 @@ def extract(model: VLM) -> AdapterWeights:
     doubled = found.config.init in ("pissa", "olora")
     low_rank = {}
     for group in found.groups:
-        place = adapter_path(group.path)
+        prefix = adapter_path(group.path)
         arrays = {
-            name: np.asarray(values[f"{place}.{name}"])
+            name: np.asarray(values[f"{prefix}.{name}"])
             for name in ("a", "b", "magnitude", "bias", "start_a", "start_b")
-            if f"{place}.{name}" in values
+            if f"{prefix}.{name}" in values
         }
         for index, i in group.indices:
             rank, alpha = group.ranks[i], group.alphas[i]

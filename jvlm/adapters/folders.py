@@ -13,24 +13,24 @@ from jvlm.models.vlm import VLMConfig
 from jvlm.weights import run_dir
 
 
-def read(place: str | Path, config: VLMConfig, read_base: ReadBase | None = None) -> AdapterWeights:
+def read(source: str | Path, config: VLMConfig, read_base: ReadBase | None = None) -> AdapterWeights:
     """Return the adapter of a folder, for a model of this configuration.
 
     Args:
-      place: a PEFT folder, or the folder of a run that trained adapters (``runs/demo``, ``runs/demo/best``).
+      source: a PEFT folder, or the folder of a run that trained adapters (``runs/demo``, ``runs/demo/best``).
       read_base: gives a parameter of the base, which some PEFT folders need; see `jvlm.adapters.peft_read.read_peft`.
 
     Raises:
       UserError: a folder that holds neither; an adapter of another model.
     """
-    folder, best = run_dir.split_best(Path(place))
-    folder = run_dir.local(folder if best else place)
+    folder, best = run_dir.split_best(Path(source))
+    folder = run_dir.local(folder if best else source)
     if (folder / peft_config.FILE).is_file():
         return read_peft(folder, config, read_base=read_base)
     found = plan.read(folder) if folder.is_dir() else None
     if found is None:
         raise UserError(
-            f"{place} holds no adapter: neither {peft_config.FILE} (PEFT) nor {plan.FILE} (a run that trained "
+            f"{source} holds no adapter: neither {peft_config.FILE} (PEFT) nor {plan.FILE} (a run that trained "
             "adapters); a whole model is given as init_from"
         )
     template = attach.structure(vlm.abstract(config), found)

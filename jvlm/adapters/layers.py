@@ -95,8 +95,8 @@ class LowRankAdapter(nnx.Module):
     def _dropped(self, x):
         if self.key is None or not self.dropout:
             return x
-        kept = jax.random.bernoulli(jax.random.wrap_key_data(self.key[...]), 1 - self.dropout, x.shape)
-        return jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+        keep = jax.random.bernoulli(jax.random.wrap_key_data(self.key[...]), 1 - self.dropout, x.shape)
+        return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
 
     def looked_up(
         self, tokens: Int[Array, "B S"], y: Float[Array, "B S o"], table: Callable[[], Float[Array, "i o"]]

@@ -35,28 +35,28 @@ def base_of(folder: str | Path) -> str:
     return base
 
 
-def refuse_as_start(place: str | Path) -> None:
+def refuse_as_start(source: str | Path) -> None:
     """Raise UserError, naming what to do instead, for the folder of an adapter where a whole model is wanted."""
-    if peft_read.is_adapter(place):
-        raise UserError(f"{place} holds an adapter and no model: {_VERBS}")
+    if peft_read.is_adapter(source):
+        raise UserError(f"{source} holds an adapter and no model: {_VERBS}")
 
 
-def with_adapter(model: VLM, place: str | Path, sharding: ShardingOf | None = None) -> VLM:
+def with_adapter(model: VLM, source: str | Path, sharding: ShardingOf | None = None) -> VLM:
     """Return a model with the adapter of a PEFT folder, or of a run, in it; see `attach` and `folders.read`.
 
     A head that is tied to the embedding becomes a matrix of its own, where the adapter has something for it.
     """
-    weights = read_beside(model, place)
+    weights = read_beside(model, source)
     if merge.needs_own_head(weights, model.config) and merge.has_head(weights):
         model = merge.untie(model)
     return attach(model, weights, sharding=sharding)
 
 
-def read_beside(model: VLM, place: str | Path) -> AdapterWeights:
+def read_beside(model: VLM, source: str | Path) -> AdapterWeights:
     """Return the adapter of a folder for a model, whose parameters are there for what refers to them."""
     values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
 
     def read_base(target: Target) -> np.ndarray:
         return np.asarray(values[target.path][target.index])
 
-    return folders.read(place, model.config, read_base)
+    return folders.read(source, model.config, read_base)

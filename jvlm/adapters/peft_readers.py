@@ -25,7 +25,7 @@ _PLAIN = "write the plain form"
 
 
 def reader_problems(weights: AdapterWeights, config: VLMConfig, reader: str) -> list[str]:
-    """Return a line for each thing that a reader of a PEFT folder refuses or drops, with what to do; empty: none.
+    """Return a line for each feature that a reader of a PEFT folder refuses or drops, with what to do; empty: none.
 
     Args:
       config: of the base.

@@ -45,7 +45,7 @@ class Group:
 
     @property
     def indices(self) -> Iterator[tuple[tuple[int, ...], int]]:
-        """(index, place in ``ranks``) of each matrix that has an adapter."""
+        """(index, position in ``ranks``) of each matrix that has an adapter."""
         return ((index, i) for i, index in enumerate(np.ndindex(self.lead)) if self.ranks[i])
 
 
@@ -125,7 +125,7 @@ def of_weights(weights: AdapterWeights, lead_of: dict[str, tuple[int, ...]]) -> 
 
 
 def targets(plan: AdapterPlan) -> Iterator[tuple[Target, Group, int]]:
-    """Yield every matrix that has an adapter, with its group and its place in the group's ranks."""
+    """Yield every matrix that has an adapter, with its group and its position in the group's ranks."""
     for group in plan.groups:
         for index, i in group.indices:
             yield Target(group.path, index), group, i

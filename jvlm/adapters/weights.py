@@ -18,7 +18,7 @@ class Target:
     Attributes:
       path: dotted path of its parameter, as `jvlm.models.vlm.parameters` gives it
         ("decoder.blocks.layer.attention.q.kernel", "decoder.embedding", "encoder.patch_embed.kernel").
-      index: its place along the leading axes of that parameter: (layer,), (layer, expert), or () for a single matrix.
+      index: along the leading axes of that parameter: (layer,), (layer, expert), or () for a single matrix.
     """
 
     path: str

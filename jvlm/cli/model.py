@@ -60,7 +60,7 @@ T = TypeVar("T")
 
 
 def parse_model_command(kind: type[T], words: Sequence[str], program: str) -> T:
-    """Return a command with a field ``model`` of `ModelOptions`; its mesh is None where nothing is said of it."""
+    """Return a command with a field ``model`` of `ModelOptions`; its mesh is None where no option sets it."""
     try:
         command = parse(kind, words, program)
     except UserError as error:
@@ -82,19 +82,19 @@ def load(options: ModelOptions) -> tuple[VLM, Processor, MeshLayout | None]:
         precision = dataclasses.replace(config.precision, param_dtype=options.param_dtype)
         config = dataclasses.replace(config, precision=precision)
     layout = sharding.inference_layout(config, options.parallel)
-    place = layout.parameter if layout else None
-    model, processor = weights_io.load(folder, precision=config.precision, sharding=place)
-    model = _with_adapters(model, options.adapters, place)
+    parameter_sharding = layout.parameter if layout else None
+    model, processor = weights_io.load(folder, precision=config.precision, sharding=parameter_sharding)
+    model = _with_adapters(model, options.adapters, parameter_sharding)
     return model, processor.replace(image_config=_image_config(options, processor.image_config)), layout
 
 
-def _with_adapters(model: VLM, words: tuple[str, ...], place: Any) -> VLM:
+def _with_adapters(model: VLM, words: tuple[str, ...], sharding: Any) -> VLM:
     from jvlm.adapters import attach, folders, several
 
     if not words:
         return model
     if len(words) == 1 and "=" not in words[0]:
-        return attach.attach(model, folders.read(words[0], model.config), sharding=place)
+        return attach.attach(model, folders.read(words[0], model.config), sharding=sharding)
     return several.load(model, several.names_of(words))
 
 

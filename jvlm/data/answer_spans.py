@@ -79,8 +79,8 @@ def mark(words: str, begin: str, end: str, *, tight: bool = False) -> str:
     if tight:
         words = _BEGINNINGS.sub(lambda found: found[0].rstrip(), words)
     last = len(words.rstrip())
-    places = sorted({min(found.end(), last) for found in _BEGINNINGS.finditer(words)})
-    pieces = [words[a:b] for a, b in zip([0, *places], [*places, last], strict=True)]
+    cuts = sorted({min(found.end(), last) for found in _BEGINNINGS.finditer(words)})
+    pieces = [words[a:b] for a, b in zip([0, *cuts], [*cuts, last], strict=True)]
     return begin.join(pieces) + end + words[last:]
 
 
@@ -97,8 +97,8 @@ def read_marks(rendered: str, marks: Sequence[tuple[str, str]]) -> tuple[str, li
             ends[number] = at
         else:
             begins.setdefault(number, at)
-    places = [(begins[n], ends[n]) if n in ends and begins.get(n, at) <= ends[n] else None for n in range(len(marks))]
-    return "".join(pieces[::2]), places
+    spans = [(begins[n], ends[n]) if n in ends and begins.get(n, at) <= ends[n] else None for n in range(len(marks))]
+    return "".join(pieces[::2]), spans
 
 
 def from_marks(text: str, begin: int, end: int, space: int, facts: TemplateFacts) -> Span:
@@ -113,7 +113,7 @@ def from_marks(text: str, begin: int, end: int, space: int, facts: TemplateFacts
 
 
 def space_before(text: str, begin: int) -> int:
-    """How many white space characters stand in front of a place."""
+    """How many white space characters stand in front of a position."""
     return begin - len(text[:begin].rstrip())
 
 

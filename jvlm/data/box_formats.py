@@ -16,13 +16,13 @@ FormatName = Literal["json", "qwen_tokens", "ferret", "mm1_5"]
 
 @dataclasses.dataclass(frozen=True)
 class BoxFormat:
-    """How places are written.
+    """How regions are written.
 
     Attributes:
       space: that the numbers are in.
       floor: cut fractions off instead of rounding them to the nearest whole number.
       box, point: templates over x1, y1, x2, y2 and x, y.
-      named: template of a thing and its place, over label and place; JSON has none, it is a list of objects.
+      named: template of an object and its region, over label and region; JSON has none, it is a list of objects.
     """
 
     space: CoordinateSpace
@@ -42,10 +42,10 @@ FORMATS: dict[FormatName, BoxFormat] = {
         False,
         "<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>",
         "<|box_start|>({x},{y})<|box_end|>",
-        "<|object_ref_start|>{label}<|object_ref_end|>{place}",
+        "<|object_ref_start|>{label}<|object_ref_end|>{region}",
     ),
-    "ferret": BoxFormat("norm1000", True, "[{x1}, {y1}, {x2}, {y2}]", "[{x}, {y}]", "{label} {place}"),
-    "mm1_5": BoxFormat("norm1000", True, "<{x1},{y1},{x2},{y2}>", "<{x},{y}>", "{label} {place}"),
+    "ferret": BoxFormat("norm1000", True, "[{x1}, {y1}, {x2}, {y2}]", "[{x}, {y}]", "{label} {region}"),
+    "mm1_5": BoxFormat("norm1000", True, "<{x1},{y1},{x2},{y2}>", "<{x},{y}>", "{label} {region}"),
 }
 
 
@@ -57,18 +57,20 @@ class Detection:
     region: Region
 
 
-def render(place: Region, form: FormatName, sizes: Sizes | None = None, *, space: CoordinateSpace | None = None) -> str:
-    """The text of a place.
+def render(
+    region: Region, form: FormatName, sizes: Sizes | None = None, *, space: CoordinateSpace | None = None
+) -> str:
+    """Return the text of a region.
 
     Args:
-      sizes: of its image; needed unless the place is in the space of the text already.
+      sizes: of its image; needed unless the region is in the space of the text already.
       space: replaces the format's own.
     """
     style = FORMATS[form]
     space = space or style.space
-    values = [_number(v, space, style.floor) for v in place.to(space, sizes).values]
-    names = ("x", "y") if isinstance(place, Point) else ("x1", "y1", "x2", "y2")
-    template = style.point if isinstance(place, Point) else style.box
+    values = [_number(v, space, style.floor) for v in region.to(space, sizes).values]
+    names = ("x", "y") if isinstance(region, Point) else ("x1", "y1", "x2", "y2")
+    template = style.point if isinstance(region, Point) else style.box
     return template.format(**dict(zip(names, values, strict=True)))
 
 
@@ -83,12 +85,12 @@ def _number(value: float, space: CoordinateSpace, floor: bool) -> str:
 def render_named(
     found: Sequence[Detection], form: FormatName, sizes: Sizes | None = None, *, space: CoordinateSpace | None = None
 ) -> str:
-    """A whole answer: MiMo's fenced JSON list, or labels with their places, one a line."""
+    """A whole answer: MiMo's fenced JSON list, or labels with their regions, one a line."""
     texts = [render(item.region, form, sizes, space=space) for item in found]
     named = FORMATS[form].named
     if named is not None:
         return "\n".join(
-            named.format(label=item.label, place=text) if item.label else text
+            named.format(label=item.label, region=text) if item.label else text
             for item, text in zip(found, texts, strict=True)
         )
     keys = ["point_2d" if isinstance(item.region, Point) else "bbox_2d" for item in found]
@@ -114,7 +116,7 @@ def parse(text: str, form: FormatName, *, space: CoordinateSpace | None = None) 
     points, whatever the format, since models mix them up. Boxes with swapped corners are no boxes.
 
     Args:
-      form: tells the space of the numbers, and whether labels are the words before a place.
+      form: tells the space of the numbers, and whether labels are the words before a region.
       space: replaces the format's own.
     """
     style = FORMATS[form]
@@ -146,7 +148,7 @@ def _from_groups(text: str, space: CoordinateSpace, *, labelled: bool) -> Iterat
 
 
 def _label(before: str) -> str:
-    """The words before a place, on its own line and without what separates it from the place before."""
+    """The words before a region, on its own line and without what separates it from the region before."""
     return _AROUND.sub("", before.rpartition("\n")[2]).strip().lstrip(",;.: ").strip()
 
 

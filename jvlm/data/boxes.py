@@ -108,7 +108,7 @@ POINT_REACH = 0.05
 
 
 def match_score(expected: Region, found: Region, sizes: Sizes) -> float:
-    """How well a place was found, 0..1: IoU of two boxes; 1 or 0 where a point is involved.
+    """Return how well two regions agree, 0..1: IoU of two boxes; 1 or 0 where a point is involved.
 
     A point agrees with a box that holds it, and with a point within `POINT_REACH` of the image's sides.
     """
@@ -122,14 +122,14 @@ def match_score(expected: Region, found: Region, sizes: Sizes) -> float:
     return float(max(abs(expected.x - found.x), abs(expected.y - found.y)) <= POINT_REACH)
 
 
-def _check_finite(place: Region) -> None:
-    if any(number(value) is None for value in place.values):
-        raise ValueError(f"{shown(list(place.values))} holds a number that is not finite, or no number")
+def _check_finite(region: Region) -> None:
+    if any(number(value) is None for value in region.values):
+        raise ValueError(f"{shown(list(region.values))} holds a number that is not finite, or no number")
 
 
 def _check_same_space(a: Region, b: Region) -> None:
     if a.space != b.space:
-        raise ValueError(f"a place in {a.space} cannot be compared with one in {b.space}; convert one with .to()")
+        raise ValueError(f"a region in {a.space} cannot be compared with one in {b.space}; convert one with .to()")
 
 
 def _extent(space: CoordinateSpace, sizes: Sizes | None) -> tuple[float, float]:
@@ -141,8 +141,8 @@ def _extent(space: CoordinateSpace, sizes: Sizes | None) -> tuple[float, float]:
     return sizes.original if space == "original" else sizes.resized
 
 
-def _move(place: Region, space: CoordinateSpace, sizes: Sizes | None) -> tuple[float, ...]:
-    if place.space == space:
-        return place.values
-    source, target = _extent(place.space, sizes), _extent(space, sizes)
-    return tuple(value / source[i % 2] * target[i % 2] for i, value in enumerate(place.values))
+def _move(region: Region, space: CoordinateSpace, sizes: Sizes | None) -> tuple[float, ...]:
+    if region.space == space:
+        return region.values
+    source, target = _extent(region.space, sizes), _extent(space, sizes)
+    return tuple(value / source[i % 2] * target[i % 2] for i, value in enumerate(region.values))

@@ -82,7 +82,7 @@ def check(
         media_tokens=tally.media_tokens,
         images=tally.images,
         patches=tally.patches,
-        learnt=tally.learnt,
+        loss_tokens=tally.loss_tokens,
         changed=tally.changed,
         columns=tuple(tally.column_lines()),
         suggestion=_suggestion(tally, look),
@@ -99,7 +99,7 @@ class _Found:
     images: int = 0
     size: survey.Size | None = None
     media_tokens: int = 0
-    learnt: int = 0
+    loss_tokens: int = 0
 
 
 class _Look:
@@ -132,7 +132,7 @@ class _Look:
     def _encode(self, conversation: Conversation, found: _Found) -> None:
         _, example = self.encode.read((conversation.origin, conversation), np.random.default_rng(0))
         found.media_tokens = int((example.vision_index >= 0).sum())
-        found.learnt = int((example.loss_weights > 0).sum())
+        found.loss_tokens = int((example.loss_weights > 0).sum())
         changed = False
         try:
             fitted = self.encode.fit(conversation, example)
@@ -145,7 +145,7 @@ class _Look:
         found.size = survey.Size(example.length, example.num_patches, example.largest_image, changed)
 
     def _open(self, conversation: Conversation) -> None:
-        """Without a processor: decode the images, and see that a turn is to be learnt."""
+        """Without a processor: decode the images, and see that a turn has a loss."""
         check_learnable(conversation.origin, [message.loss_weight for message in conversation.messages])
         origin, root = conversation.origin, self.config.media_root
         roots = (str(Path(origin.file).parent), *([root] if root else []))
@@ -160,7 +160,7 @@ class _Tally:
         self.faults, self.columns = Rejections(), {}
         self.tokens, self.media_tokens, self.images = array("q"), array("q"), array("q")
         self.patches, self.largest_images = array("q"), array("q")
-        self.learnt = self.changed = 0
+        self.loss_tokens = self.changed = 0
 
     def add(self, found: _Found) -> None:
         if found.rejected is not None:
@@ -174,7 +174,7 @@ class _Tally:
             self.patches.append(found.size.num_patches)
             self.largest_images.append(found.size.largest_image)
             self.changed += found.size.changed
-            self.learnt += found.learnt
+            self.loss_tokens += found.loss_tokens
 
     def column_lines(self) -> Iterator[str]:
         for file, columns in self.columns.items():

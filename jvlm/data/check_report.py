@@ -26,7 +26,7 @@ class CheckReport:
       encoded: whether a processor encoded the examples; without one, sizes were not checked.
       tokens, media_tokens, patches: of each example; empty without a processor.
       images: of each example, frames included.
-      learnt: tokens that are learnt, of all examples.
+      loss_tokens: tokens with a loss, of all examples.
       changed: examples that ``on_too_long`` truncates or shrinks.
       columns: what there is to say about unknown columns, one line each.
       suggestion: sizes of packed sequences that suit the data; empty without a processor.
@@ -41,7 +41,7 @@ class CheckReport:
     media_tokens: Sequence[int]
     images: Sequence[int]
     patches: Sequence[int]
-    learnt: int
+    loss_tokens: int
     changed: int
     columns: tuple[str, ...]
     suggestion: str
@@ -94,7 +94,7 @@ class CheckReport:
             marks = np.percentile(values, (0, 50, 95, 100), method="higher")
             yield f"{name:<14}" + "".join(f"{int(mark):>10,}" for mark in marks) + f"{sum(values):>16,}"
         if len(self.tokens):
-            yield f"learnt: {100 * self.learnt / sum(self.tokens):.1f} % of the tokens"
+            yield f"loss tokens: {100 * self.loss_tokens / sum(self.tokens):.1f} % of the tokens"
         if self.suggestion:
             yield self.suggestion
         elif not self.encoded:

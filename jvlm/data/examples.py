@@ -69,7 +69,7 @@ def _parse(example: dict, origin: Origin) -> Conversation:
     for field, media in (("images", images), ("videos", videos)):
         if 0 < listed[field] < len(media):
             raise ExampleError(
-                origin, field, "given both here and inside messages", "Keep one place, so the order is clear"
+                origin, field, "given both here and inside messages", "Keep one of them, so the order is clear"
             )
     refs, boxes = _objects(example.get("objects"), len(images), origin)
     extra = tuple((k, example[k]) for k in example if k in _CARRIED or k not in _FIELDS)
@@ -147,7 +147,7 @@ def _messages(example: dict, images: list, videos: list, origin: Origin) -> list
             fix = f"Did you mean {near[0]!r}?" if near else f"Use one of {', '.join(ROLES)}"
             raise ExampleError(origin, f"{field}.role", f"unknown role {shown(role)}", fix)
         if role == "system" and index:
-            raise ExampleError(origin, f"{field}.role", "a system turn after the first place", "Move it to the front")
+            raise ExampleError(origin, f"{field}.role", "a system turn after the first turn", "Move it to the front")
         content = _flatten(message["content"], images, videos, origin, f"{field}.content")
         fields = tool_calls.fields(message, role, origin, field)
         weight = _loss_weight(message, role, origin, field)
@@ -158,17 +158,17 @@ def _messages(example: dict, images: list, videos: list, origin: Origin) -> list
 
 def _loss_weight(message: dict, role: str, origin: Origin, field: str) -> float:
     loss, scale = message.get("loss"), message.get("loss_scale")
-    learnt = True if loss is None else values.switch(loss)
-    if learnt is None:
+    has_loss = True if loss is None else values.switch(loss)
+    if has_loss is None:
         raise ExampleError(origin, f"{field}.loss", f"{shown(loss)} is not true or false", "Write true or false")
     weight = 1.0 if scale is None else values.number(scale)
     if weight is None or not 0 <= weight <= _MOST_WEIGHT:
         raise ExampleError(origin, f"{field}.loss_scale", f"{shown(scale)} is not a weight", "Write a number >= 0")
     if role != "assistant":
-        if (loss is not None and learnt) or (scale is not None and weight):
-            raise ExampleError(origin, field, f"loss on a {role} turn", "Only assistant turns are learnt")
+        if (loss is not None and has_loss) or (scale is not None and weight):
+            raise ExampleError(origin, field, f"loss on a {role} turn", "Only assistant turns may have one")
         return 0.0
-    return float(weight) if learnt else 0.0
+    return float(weight) if has_loss else 0.0
 
 
 def _flatten(content: Any, images: list, videos: list, origin: Origin, field: str) -> str:

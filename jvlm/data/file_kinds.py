@@ -104,7 +104,7 @@ def check_padding(path: str) -> None:
         _check_zeros(path, file, position, size)
         index = _POSITION.match(data)
         if index:
-            number = sum((byte & 0x7F) << 7 * place for place, byte in enumerate(index[1]))
+            number = sum((byte & 0x7F) << 7 * position for position, byte in enumerate(index[1]))
             _check_zeros(path, file, _chunk(file, number)[2], last)
 
 

@@ -31,7 +31,7 @@ def open_image(
     other than 8-bit values are scaled: `jvlm.data.pixels`.
 
     Raises:
-      ExampleError: not found (naming the places tried), not decodable, or not an image.
+      ExampleError: not found (naming the paths tried), not decodable, or not an image.
     """
     source = unwrap(source)
     try:
@@ -122,14 +122,14 @@ def find_file(path: str, roots: tuple[str, ...], origin: Origin, field: str) -> 
     found = _existing(path, roots)
     if found is not None:
         return found
-    tried = list(dict.fromkeys(str(place)[:200] for place in _candidates(path, roots)))
+    tried = list(dict.fromkeys(str(candidate)[:200] for candidate in _candidates(path, roots)))
     raise ExampleError(
         origin, field, f"file not found; tried {', '.join(tried)}", "Correct the path or set data.media_root"
     )
 
 
 def _existing(path: str, roots: tuple[str, ...]) -> Path | None:
-    return next((place for place in _candidates(path, roots) if _is_file(place)), None)
+    return next((candidate for candidate in _candidates(path, roots) if _is_file(candidate)), None)
 
 
 def _candidates(path: str, roots: tuple[str, ...]) -> list[Path]:

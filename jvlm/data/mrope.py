@@ -27,7 +27,7 @@ def mrope_positions(length: int, spans: Sequence[MediaSpan]) -> np.ndarray:
     and h, w count the grid; the text after continues above the largest id used.
 
     Args:
-      spans: in order of their place, not overlapping.
+      spans: in order of position, not overlapping.
     """
     ids = np.empty((length, 3), np.int32)
     at, following = 0, 0

@@ -168,17 +168,17 @@ def _begin_of(example: Example, end: int) -> Example:
 
 
 def _end_of(example: Example, turn: int) -> int | None:
-    """First token after the learnt part of an assistant turn; None if nothing of it is learnt."""
+    """Return the end of the loss tokens of an assistant turn; None if it has none."""
     inside = np.flatnonzero((example.turns == turn) & (example.loss_weights > 0))
     return int(inside[-1]) + 1 if inside.size else None
 
 
 def first_fit(examples: Sequence[Example], seq_len: int, max_patches: int) -> list[list[int]]:
-    """Indices of the examples of each sequence, in order; each goes to the first sequence with room for both."""
+    """Indices of the examples of each sequence, in order; each goes to the first sequence with space for both."""
     sequences: list[list[int]] = []
-    room: list[list[int]] = []
+    space: list[list[int]] = []
     for index, example in enumerate(examples):
-        for sequence, left in zip(sequences, room, strict=True):
+        for sequence, left in zip(sequences, space, strict=True):
             if example.length <= left[0] and example.num_patches <= left[1]:
                 sequence.append(index)
                 left[0] -= example.length
@@ -186,32 +186,32 @@ def first_fit(examples: Sequence[Example], seq_len: int, max_patches: int) -> li
                 break
         else:
             sequences.append([index])
-            room.append([seq_len - example.length, max_patches - example.num_patches])
+            space.append([seq_len - example.length, max_patches - example.num_patches])
     return sequences
 
 
 def best_fit_decreasing(examples: Sequence[Example], seq_len: int, max_patches: int) -> list[list[int]]:
-    """As `first_fit`, longest first, each into the fullest sequence that still has room."""
+    """As `first_fit`, longest first, each into the fullest sequence that still has space."""
 
     def load(example: Example) -> float:
         return max(example.length / seq_len, example.num_patches / max(max_patches, 1))
 
     order = sorted(range(len(examples)), key=lambda i: (-load(examples[i]), i))
     sequences: list[list[int]] = []
-    room: list[list[int]] = []
+    space: list[list[int]] = []
     for index in order:
         example = examples[index]
         open_sequences = [
-            (left[0], r) for r, left in enumerate(room) if example.length <= left[0] and example.num_patches <= left[1]
+            (left[0], r) for r, left in enumerate(space) if example.length <= left[0] and example.num_patches <= left[1]
         ]
         if open_sequences:
             _, r = min(open_sequences)
             sequences[r].append(index)
-            room[r][0] -= example.length
-            room[r][1] -= example.num_patches
+            space[r][0] -= example.length
+            space[r][1] -= example.num_patches
         else:
             sequences.append([index])
-            room.append([seq_len - example.length, max_patches - example.num_patches])
+            space.append([seq_len - example.length, max_patches - example.num_patches])
     return sequences
 
 

@@ -53,7 +53,7 @@ class Encode(grain.transforms.RandomMap):
         return fitted if isinstance(fitted, Rejected) else dataclasses.replace(fitted, source=source)
 
     def read(self, element: tuple[Origin, Any], rng: np.random.Generator) -> tuple[Conversation, Example]:
-        """What is to be learnt of an example, as long as it may be. Raises ExampleError."""
+        """Return an example with what has a loss, whatever its length. Raises ExampleError."""
         origin, record = element
         if isinstance(record, ExampleError):
             raise record
@@ -122,11 +122,11 @@ class _Windows(grain.MapDataset):
         self.window, self.progress = window, progress
 
     def __len__(self) -> int:
-        places = len(self._parent)
-        if places >= sys.maxsize // 2:
+        count = len(self._parent)
+        if count >= sys.maxsize // 2:
             return sys.maxsize
         position, share = self.progress.position, self.progress.share
-        items = len(position.open) + max(-(-places // self.window) - position.next, 0)
+        items = len(position.open) + max(-(-count // self.window) - position.next, 0)
         mine = -(-(items - share.index) // share.count) - self.progress.done
         return max(mine, 0) * self.window
 
@@ -135,8 +135,8 @@ class _Windows(grain.MapDataset):
             return self.slice(index)
         item, within = divmod(index, self.window)
         window, _ = dataclasses.replace(self.progress, done=self.progress.done + item).item
-        place = window * self.window + within
-        return self._parent[place] if place < len(self._parent) else None
+        index = window * self.window + within
+        return self._parent[index] if index < len(self._parent) else None
 
 
 class PackDataset(grain.IterDataset):

@@ -198,9 +198,9 @@ class Processor:
         """Text of generated ids, special tokens left out."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def write_region(self, place: Region, sizes: Sizes) -> str:
+    def write_region(self, region: Region, sizes: Sizes) -> str:
         """The text of a box or point as this model was taught to write it."""
-        return box_formats.render(place, self.config.box_format, sizes, space=self.config.box_space)
+        return box_formats.render(region, self.config.box_format, sizes, space=self.config.box_space)
 
     def read_regions(self, text: str) -> list[box_formats.Detection]:
         """The boxes and points of this model's answer, in the space that it was taught."""
@@ -297,22 +297,24 @@ class Processor:
         """Replace each media placeholder by the tokens of its image or video, and lay out ids and positions."""
         kinds = {Image: self.model.image_token_id, Video: self.video_token_id}
         expected = [kinds[type(part)] for part in conversation.media]
-        places = np.flatnonzero(np.isin(ids, list(kinds.values())))
-        if [int(i) for i in ids[places]] != expected:
+        placeholders = np.flatnonzero(np.isin(ids, list(kinds.values())))
+        if [int(i) for i in ids[placeholders]] != expected:
             raise ExampleError(
                 conversation.origin,
                 "messages",
-                f"the chat template writes {len(places)} media tokens for {len(expected)} media, or in another order",
+                f"the chat template writes {len(placeholders)} media tokens for {len(expected)} media, or in another "
+                "order",
                 "Put them into turns in which the template takes them, or give the model a template that does",
             )
         written = [self._written(item, placeholder) for item, placeholder in zip(media, expected, strict=True)]
         counts = np.ones(len(ids), np.int64)
-        counts[places] = [len(tokens) for tokens, _ in written]
+        counts[placeholders] = [len(tokens) for tokens, _ in written]
         tokens, number = np.repeat(ids, counts), np.zeros(counts.sum(), np.int32)
         vision_index = np.full(len(tokens), -1, np.int32)
-        starts, vision_tokens = np.concatenate([[0], np.cumsum(counts)])[places], 0
-        for n, (begin, item, (ids, fed)) in enumerate(zip(starts, media, written, strict=True), 1):
-            tokens[begin : begin + len(ids)], number[begin : begin + len(ids)] = ids, n
+        starts, vision_tokens = np.concatenate([[0], np.cumsum(counts)])[placeholders], 0
+        for n, (begin, item, (item_ids, fed)) in enumerate(zip(starts, media, written, strict=True), 1):
+            span = slice(begin, begin + len(item_ids))
+            tokens[span], number[span] = item_ids, n
             vision_index[begin + np.flatnonzero(fed)] = item.vision_index + vision_tokens
             vision_tokens += item.token_segment_ids.size
         arrays = {
@@ -324,8 +326,8 @@ class Processor:
         }
         if self.merged_delimiter_id is not None:
             merges = tokens == self.merged_delimiter_id
-            kept = ~(merges & np.concatenate([[False], merges[:-1]]))
-            arrays = {name: values[kept] for name, values in arrays.items()}
+            keep = ~(merges & np.concatenate([[False], merges[:-1]]))
+            arrays = {name: values[keep] for name, values in arrays.items()}
         return Example(
             **arrays,
             positions=self._positions(np.where(arrays["vision_index"] >= 0, arrays["media"], 0), media),
@@ -348,7 +350,7 @@ class Processor:
         return self._tokenized[text]
 
     def _positions(self, number: np.ndarray, media: list[MediaPatches]) -> np.ndarray:
-        """Rotary ids [s, 3] of every token: M-RoPE's if the decoder turns by three, else places three times.
+        """Return rotary ids [s, 3] of every token: M-RoPE's, or for other decoders the token's index three times.
 
         ``number`` is the image or video whose vision token feeds the token, from 1; 0 for text and delimiters.
         """
@@ -363,7 +365,7 @@ class Processor:
         return mrope.mrope_positions(length, spans)
 
     def settings(self) -> dict[str, Any]:
-        """The part of the processor that Hugging Face's files have no place for."""
+        """Return the settings of the processor that Hugging Face's files cannot hold."""
         return config_tree.to_dict(self.config)
 
 

@@ -14,7 +14,7 @@ from jvlm.data.errors import Origin, Rejected
 from jvlm.data.shards import matching
 from jvlm.errors import UserError, file_errors
 
-_PLACES = 3
+_SHOWN_ORIGINS = 3
 _KINDS = 1000
 _SHOWN = 400
 
@@ -25,15 +25,15 @@ class Group:
 
     first: Rejected
     count: int = 0
-    places: list[str] = dataclasses.field(default_factory=list)
+    origins: list[str] = dataclasses.field(default_factory=list)
 
     def lines(self) -> list[str]:
         """The first example's message, and where the examples are."""
         example = self.first
         origin = Origin(example.file, example.number)
         message = f"{origin}, field {example.field!r}: {_short(example.reason)}. {example.fix}".rstrip()
-        more = f" and {self.count - len(self.places):,} more" if self.count > len(self.places) else ""
-        return [f"  {self.count:,} x {message}", f"      at {', '.join(self.places)}{more}"]
+        more = f" and {self.count - len(self.origins):,} more" if self.count > len(self.origins) else ""
+        return [f"  {self.count:,} x {message}", f"      at {', '.join(self.origins)}{more}"]
 
 
 class Rejections:
@@ -51,8 +51,8 @@ class Rejections:
             key = ("others", example.kind)
         group = self.groups.setdefault(key, Group(example))
         group.count += 1
-        if len(group.places) < _PLACES:
-            group.places.append(f"{example.file}:{example.number}")
+        if len(group.origins) < _SHOWN_ORIGINS:
+            group.origins.append(f"{example.file}:{example.number}")
 
     def count(self, kind: str | None = None) -> int:
         """Examples, of one kind or of all."""

@@ -166,13 +166,13 @@ class _Jsonl:
 
     def __init__(self, path: str):
         self.path = path
-        places, at = array("q"), 0
+        offsets, at = array("q"), 0
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.removeprefix(codecs.BOM_UTF8).strip():
-                    places.extend((at, len(line), number))
+                    offsets.extend((at, len(line), number))
                 at += len(line)
-        self._offsets = np.asarray(places).reshape(-1, 3)
+        self._offsets = np.asarray(offsets).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self._offsets)

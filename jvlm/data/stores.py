@@ -24,22 +24,22 @@ _THROUGH = {"gs": ("gcsfs", "jvlm[gcs]"), "s3": ("s3fs", "s3fs")}
 _OTHER_WEIGHTS = (".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
-def is_remote(place: str | os.PathLike) -> bool:
+def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path is one of an object store."""
-    return "://" in str(place)
+    return "://" in str(path)
 
 
-def at(place: str) -> epath.Path:
+def at(path: str) -> epath.Path:
     """A path on disk or in a store.
 
     Raises:
       UserError: what reaches such a store is not installed; the message says how to.
     """
-    scheme, remote, _ = place.partition("://")
+    scheme, remote, _ = path.partition("://")
     package, install = _THROUGH.get(scheme, ("", "")) if remote else ("", "")
     if package and not any(importlib.util.find_spec(name) for name in (package, "tensorflow")):
-        raise UserError(f"{place}: {scheme}:// is reached through {package}: pip install '{install}'")
-    return epath.Path(place)
+        raise UserError(f"{path}: {scheme}:// is reached through {package}: pip install '{install}'")
+    return epath.Path(path)
 
 
 def copy(source: epath.PathLike, target: epath.PathLike) -> None:
@@ -98,7 +98,7 @@ def find(pattern: str) -> list[epath.Path]:
     return sorted(path for path in found if path.exists() and not path.is_dir())
 
 
-def model_folder(place: str | os.PathLike, inside: tuple[str, ...] = ()) -> Path:
+def model_folder(path: str | os.PathLike, inside: tuple[str, ...] = ()) -> Path:
     """A model's folder on disk: itself, or a local copy of the files in a remote one.
 
     Args:
@@ -107,11 +107,11 @@ def model_folder(place: str | os.PathLike, inside: tuple[str, ...] = ()) -> Path
     Raises:
       UserError: no such remote folder, no way to the store, or too little space.
     """
-    if not is_remote(place):
-        return Path(place)
-    remote = at(str(place))
+    if not is_remote(path):
+        return Path(path)
+    remote = at(str(path))
     if not remote.is_dir():
-        raise UserError(f"{place} is not a folder, or not one that this machine may read")
+        raise UserError(f"{path} is not a folder, or not one that this machine may read")
     folders = [remote, *(remote / name for name in inside if (remote / name).is_dir())]
     files = [path for folder in folders for path in folder.iterdir() if not path.is_dir()]
     fetch(sorted(path for path in files if not path.name.endswith(_OTHER_WEIGHTS)))

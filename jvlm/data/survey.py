@@ -60,7 +60,7 @@ class Survey:
     left_out: tuple[Rejected, ...]
 
     def padding(self) -> tuple[float, float]:
-        """Shares of the room for tokens and for patches that the packed sample leaves empty."""
+        """Shares of the tokens and of the patches of sequences that are padding in the packed sample."""
         return _padding(self.sizes[:_PACKED], self.config.seq_len, self.config.max_patches, self.config.pack_window)
 
     def steps(self, epochs: float, batch_size: int) -> int:
@@ -240,5 +240,5 @@ def _padding(sizes: Sequence[Size], seq_len: int, max_patches: int, window: int)
     windows = [sizes[start : start + window] for start in range(0, len(sizes), window)]
     sequences = sum(len(packing.best_fit_decreasing(part, seq_len, max_patches)) for part in windows)
     used = sum(size.length for size in sizes), sum(size.num_patches for size in sizes)
-    room = sequences * seq_len, sequences * max_patches
-    return tuple(1 - part / whole if whole else 0.0 for part, whole in zip(used, room, strict=True))
+    capacity = sequences * seq_len, sequences * max_patches
+    return tuple(1 - part / whole if whole else 0.0 for part, whole in zip(used, capacity, strict=True))

@@ -80,7 +80,7 @@ class ChatTemplate:
       language: text in which answers are written; tokens in it are words, too.
 
     Raises:
-      UserError: a template that is no template, or that writes no token after an answer, so no end would be learnt.
+      UserError: a template that is no template, or that writes no token after an answer, whose end would have no loss.
     """
 
     def __init__(self, tokenizer: Any, chat_format: ChatFormat, language: str = ""):
@@ -114,9 +114,9 @@ class ChatTemplate:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids int32 [n], loss weights float32 [n], turn int32 [n]) before media placeholders are expanded.
 
-        An assistant turn is learnt as the template renders it, up to and including its end-of-turn token. ``turn`` is
-        the number of the last turn whose learnt part has begun, counting assistant turns from 1. In a prompt nothing is
-        learnt: both are 0 with ``generation_prompt``, and templates may then shorten earlier turns (drop their
+        An assistant turn has a loss as the template renders it, up to and including its end-of-turn token. ``turn`` is
+        the number of the last turn whose loss tokens have begun, counting assistant turns from 1. In a prompt nothing
+        has a loss: both are 0 with ``generation_prompt``, and templates may then shorten earlier turns (drop their
         thinking, say).
 
         Args:
@@ -244,52 +244,52 @@ class ChatTemplate:
         )
 
     def _spans(self, chat: _Chat, text: str, facts: TemplateFacts) -> list[tuple[Span, float]]:
-        learnt = [i for i, m in enumerate(chat.messages) if m.role == "assistant"]
-        if chat.generation_prompt or not learnt:
+        turns = [i for i, m in enumerate(chat.messages) if m.role == "assistant"]
+        if chat.generation_prompt or not turns:
             return []
-        for index in learnt:
+        for index in turns:
             if chat.messages[index].media:
                 raise ExampleError(
                     chat.origin,
                     "messages",
-                    "media in an assistant turn, which cannot be learnt",
+                    "media in an assistant turn, which cannot have a loss",
                     "Write assistant turns without media tags",
                 )
-        spans = answer_spans.by_opening(text, facts, len(learnt)) or self._marked_spans(chat, text, facts, learnt)
+        spans = answer_spans.by_opening(text, facts, len(turns)) or self._marked_spans(chat, text, facts, turns)
         if not any(span.closed for span in spans):
             raise ExampleError(
                 chat.origin,
                 "messages",
-                "the chat template writes no special token after an answer, so no end would be learnt",
+                "the chat template writes no special token after an answer, so the end of answers would have no loss",
                 "Let the template write the end-of-turn token after each assistant turn; if the tokenizer lacks it: "
                 f"{vocabulary.GROW}",
             )
-        return [(span, chat.messages[i].loss_weight) for span, i in zip(spans, learnt, strict=True)]
+        return [(span, chat.messages[i].loss_weight) for span, i in zip(spans, turns, strict=True)]
 
-    def _marked_spans(self, chat: _Chat, text: str, facts: TemplateFacts, learnt: list[int]) -> list[Span]:
+    def _marked_spans(self, chat: _Chat, text: str, facts: TemplateFacts, turns: list[int]) -> list[Span]:
         try:
-            _, free = facts.control.stand_ins(text, 2 * len(learnt))
+            _, free = facts.control.stand_ins(text, 2 * len(turns))
         except ValueError as error:
             raise self._not_text(chat, "the example", f"it holds {error}") from error
         marks = list(zip(free[::2], free[1::2], strict=True))
-        marked, tight = (self._marked(chat, learnt, marks, tight) for tight in (False, True))
-        rendered, places = answer_spans.read_marks(self._render(marked), marks)
+        marked, tight = (self._marked(chat, turns, marks, tight) for tight in (False, True))
+        rendered, marked_spans = answer_spans.read_marks(self._render(marked), marks)
         # white space in front of an answer's words is its own where it goes with the answer's
-        bare, bare_places = rendered, places
+        bare, bare_spans = rendered, marked_spans
         if tight != marked:
-            bare, bare_places = answer_spans.read_marks(self._render(tight), marks)
+            bare, bare_spans = answer_spans.read_marks(self._render(tight), marks)
         spans = []
-        for index, place, bare_place in zip(learnt, places, bare_places, strict=True):
-            if rendered != text or place is None or bare_place is None or _calls(chat.messages[index]):
+        for index, span, bare_span in zip(turns, marked_spans, bare_spans, strict=True):
+            if rendered != text or span is None or bare_span is None or _calls(chat.messages[index]):
                 spans.append(self._prefix_span(chat, text, facts, index))
             else:
-                own = answer_spans.space_before(text, place[0]) - answer_spans.space_before(bare, bare_place[0])
-                spans.append(answer_spans.from_marks(text, *place, max(own, 0), facts))
+                own = answer_spans.space_before(text, span[0]) - answer_spans.space_before(bare, bare_span[0])
+                spans.append(answer_spans.from_marks(text, *span, max(own, 0), facts))
         return spans
 
     @staticmethod
-    def _marked(chat: _Chat, learnt: list[int], marks: list[tuple[str, str]], tight: bool) -> _Chat:
-        for index, (begin, end) in zip(learnt, marks, strict=True):
+    def _marked(chat: _Chat, turns: list[int], marks: list[tuple[str, str]], tight: bool) -> _Chat:
+        for index, (begin, end) in zip(turns, marks, strict=True):
             chat = chat.with_text(index, answer_spans.mark(chat.messages[index].text, begin, end, tight=tight))
         return chat
 

@@ -29,8 +29,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
-        said = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         files = ", ".join(name for name in (*_VOCABULARIES, *_JSON[1:]) if (folder / name).is_file())
         raise UserError(
-            f"{folder}: transformers cannot read the tokenizer ({said}); one of {files} is damaged: copy them again"
+            f"{folder}: transformers cannot read the tokenizer ({message}); one of {files} is damaged: copy them again"
         ) from error

@@ -11,7 +11,7 @@ from jvlm.data.content import Conversation, Image, Message, Text, Video
 def single_turns(example: Conversation) -> list[Conversation]:
     """Return each assistant turn that answers something, with its prompt, as a conversation of its own.
 
-    The prompt is what was said since the answer before: user turns, and tools' answers with the turns that called for
+    The prompt is what came since the answer before: user turns, and tools' answers with the turns that called for
     them. The system turn comes along, and so do earlier media: those that users have shown, and images that boxes
     of this turn are on. Earlier questions and answers do not, so nothing gives the answer away.
     """

@@ -59,7 +59,7 @@ class ShownImage:
 
     @property
     def expected(self) -> list[Box]:
-        return [place for a in self.answers for place in a.reference if isinstance(place, Box)]
+        return [region for a in self.answers for region in a.reference if isinstance(region, Box)]
 
     @property
     def pairs(self) -> list[tuple[Answer, Answer | None]]:
@@ -68,11 +68,11 @@ class ShownImage:
 
     @property
     def predicted_before(self) -> list[Box]:
-        return [place for a in self.before for place in a.predicted if isinstance(place, Box)]
+        return [region for a in self.before for region in a.predicted if isinstance(region, Box)]
 
     @property
     def predicted(self) -> list[Box]:
-        return [place for a in self.answers for place in a.predicted if isinstance(place, Box)]
+        return [region for a in self.answers for region in a.predicted if isinstance(region, Box)]
 
 
 def shown_images(

@@ -28,7 +28,7 @@ YES_NO = frozenset(("yes", "no"))
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A question and what the model said.
+    """A question and the model's response.
 
     Attributes:
       score: 1 or 0 for words, mean IoU for boxes.
@@ -146,23 +146,23 @@ def score(question: Question, response: str, processor: Processor) -> Answer:
     assignment, in which one that is missing counts 0. Points in an answer count only where points are expected."""
     if not question.boxes:
         return Answer(question, response, float(normalise(response) == normalise(question.expected)))
-    places = [item.region for item in processor.read_regions(response)]
+    regions = [item.region for item in processor.read_regions(response)]
     if all(isinstance(box.region, Box) for box in question.boxes):
-        places = [place for place in places if isinstance(place, Box)]
+        regions = [region for region in regions if isinstance(region, Box)]
     media = zip(question.conversation.media, processor.encode(question.conversation).sizes, strict=True)
     images = {part.index: sizes for part, sizes in media if isinstance(part, Image)}
     expected = [(box.region, images[box.image]) for box in question.boxes]
-    table = np.array([[match_score(region, place, sizes) for place in places] for region, sizes in expected]).reshape(
-        len(question.boxes), len(places)
-    )
+    table = np.array(
+        [[match_score(reference, region, sizes) for region in regions] for reference, sizes in expected]
+    ).reshape(len(question.boxes), len(regions))
     pairs = linear_sum_assignment(-table)
     return Answer(
         question,
         response,
         score=float(table[pairs].sum() / len(question.boxes)),
         reference=tuple(region.to("original", sizes) for region, sizes in expected),
-        predicted=tuple(place.to("original", expected[0][1]) for place in places),
-        parsed=bool(places),
+        predicted=tuple(region.to("original", expected[0][1]) for region in regions),
+        parsed=bool(regions),
     )
 
 
@@ -180,7 +180,7 @@ def write(answers: Sequence[Answer], path: Path) -> None:
                 "score": round(answer.score, 4),
             }
             if answer.question.boxes:
-                line["boxes"] = [place.values for place in answer.reference]
-                line["predicted"] = [place.values for place in answer.predicted]
+                line["boxes"] = [region.values for region in answer.reference]
+                line["predicted"] = [region.values for region in answer.predicted]
                 line["parsed"] = answer.parsed
             file.write(json.dumps(line) + "\n")

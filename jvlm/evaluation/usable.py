@@ -25,7 +25,7 @@ def check(
     """Look at the examples as scoring will, images included: all of a small set, else those that the time allows.
 
     Raises:
-      UserError: examples that cannot be asked, by reason, with the first places.
+      UserError: examples that cannot be asked, by reason, with the first files and lines.
     """
     source = ExampleSource(patterns)
     count = min(len(source), max_examples or len(source))

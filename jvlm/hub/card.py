@@ -106,9 +106,9 @@ def of_folder(folder: Path, **facts: Any) -> Card:
     return Card(**{**values, **{key: value for key, value in facts.items() if value is not None}})
 
 
-def base_id(place: str | None) -> str | None:
+def base_id(source: str | None) -> str | None:
     """Return the id of a model's folder, if it is one on the Hub or lies in its cache; None for other folders."""
-    found = None if place is None else of_cache(place) or (None if Path(place).exists() else parse_id(place))
+    found = None if source is None else of_cache(source) or (None if Path(source).exists() else parse_id(source))
     return found.repo if found else None
 
 

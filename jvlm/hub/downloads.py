@@ -55,16 +55,16 @@ def api() -> HfApi:
 
 
 def download(
-    place: str | os.PathLike, *, revision: str | None = None, kind: Kind = "model", weights: bool = True
+    source: str | os.PathLike, *, revision: str | None = None, kind: Kind = "model", weights: bool = True
 ) -> Path:
-    """Return the folder of a model or dataset: ``place`` itself if that exists, else the files of the repository.
+    """Return the folder of a model or dataset: ``source`` itself if that exists, else the files of the repository.
 
     They are in the Hub's own cache, where a second call, and every other program, finds them. With HF_HUB_OFFLINE=1,
     and for a commit that is there, no network is used.
 
     Args:
-      place: a folder; or "ORG/NAME", "ORG/NAME@REVISION", "modelscope://ORG/NAME".
-      revision: branch, tag or commit, if ``place`` has none.
+      source: a folder; or "ORG/NAME", "ORG/NAME@REVISION", "modelscope://ORG/NAME".
+      revision: branch, tag or commit, if ``source`` has none.
       kind: of a model only what is read here is fetched; of a dataset all files (`jvlm.hub.datasets` fetches a part).
       weights: whether the tensors are wanted too.
 
@@ -73,11 +73,11 @@ def download(
         nothing in it that can be read; too little space.
       HubUnavailable: the hub cannot be reached, and the cache does not have it.
     """
-    if not is_hub_id(place):
-        if Path(place).exists():
-            return Path(place)
-        require_id(place)
-    id = require_id(place, revision)
+    if not is_hub_id(source):
+        if Path(source).exists():
+            return Path(source)
+        require_id(source)
+    id = require_id(source, revision)
     if id.source == "modelscope":
         return modelscope.download(id, kind, _SMALL + (("*.safetensors",) if weights else ()))
     pinned = resolve(id, kind)

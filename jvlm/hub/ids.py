@@ -114,10 +114,10 @@ def parse_dataset(text: str) -> DatasetId | None:
     return DatasetId(found, match["subset"], match["split"], count)
 
 
-def is_hub_id(place: str | os.PathLike) -> bool:
-    """Whether a place is an id and not a folder or file: what exists on disk is never looked for on a hub."""
-    found = parse_id(place)
-    return found is not None and (str(place).startswith(f"{found.source}://") or not Path(place).exists())
+def is_hub_id(name: str | os.PathLike) -> bool:
+    """Whether a name is an id and not a folder or file: what exists on disk is never looked for on a hub."""
+    found = parse_id(name)
+    return found is not None and (str(name).startswith(f"{found.source}://") or not Path(name).exists())
 
 
 def is_dataset_id(pattern: str) -> bool:
@@ -126,18 +126,18 @@ def is_dataset_id(pattern: str) -> bool:
     return found is not None and (pattern.startswith(f"{found.id.source}://") or not Path(pattern).exists())
 
 
-def require_id(place: str | os.PathLike, revision: str | None = None) -> HubId:
-    """Return the id of a place that is no folder. Raises UserError, saying both, if it has not the form of one."""
-    found = parse_id(place)
+def require_id(name: str | os.PathLike, revision: str | None = None) -> HubId:
+    """Return the id of a name that is no folder. Raises UserError, saying both, if it has not the form of one."""
+    found = parse_id(name)
     if found is None:
         raise UserError(
-            f"{place} is not a folder here, and not the id of a repository on the Hugging Face Hub (ORG/NAME, or "
+            f"{name} is not a folder here, and not the id of a repository on the Hugging Face Hub (ORG/NAME, or "
             "ORG/NAME@REVISION); correct the path, or give an id"
         )
     if revision is None:
         return found
     if found.revision not in (None, revision):
-        raise UserError(f"{place}: the revision is given twice, as {found.revision} and {revision}; give it once")
+        raise UserError(f"{name}: the revision is given twice, as {found.revision} and {revision}; give it once")
     return found.at(revision)
 
 

@@ -18,7 +18,7 @@ from jvlm.hub.ids import HubId, require_id
 
 # What a reader of the model needs. Everything else in a folder (optimizer state, logs, curves) stays here.
 _SENT = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.gguf", "README.md", "LICENSE*", "NOTICE*")
-_KEPT = (
+_NEVER_SENT = (
     *("experiment.json", "inputs.json", "frozen.json", "args.json", "hub.json", "scores.json", "trainer_state.json"),
     *("optimizer*", "scheduler*", "rng_state*", "training_args*", "tensor_names.json", "*.partial"),
 )
@@ -119,9 +119,9 @@ def _chosen(folder: Path) -> tuple[list[str], list[str]]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         wanted = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _SENT)
-        kept = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _KEPT)
+        is_private = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _NEVER_SENT)
         hidden = any(part.startswith(".") for part in Path(name).parts)
-        (sent if wanted and not kept and not hidden and name.count("/") < 2 else left_out).append(name)
+        (sent if wanted and not is_private and not hidden and name.count("/") < 2 else left_out).append(name)
     if not any(name.endswith((".safetensors", ".gguf")) for name in sent):
         raise UserError(f"{folder} holds no *.safetensors or *.gguf, so no model: give a folder that jvlm exported")
     return sent, left_out

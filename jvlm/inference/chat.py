@@ -149,11 +149,12 @@ def original_boxes(answer: str, processor: Processor, example: Example) -> str:
         return ""
     sizes = example.sizes[-1]
     try:
-        places = [item.region.to("original", sizes).values for item in boxed]
+        coordinates = [item.region.to("original", sizes).values for item in boxed]
     except (ValueError, OverflowError):  # numbers too large to be scaled
         return ""
     scaled = [
-        {"bbox_2d": [round(v) for v in values], "label": item.label} for item, values in zip(boxed, places, strict=True)
+        {"bbox_2d": [round(v) for v in values], "label": item.label}
+        for item, values in zip(boxed, coordinates, strict=True)
     ]
     width, height = sizes.original
     return f"[in pixels of the original image, {width} x {height}: {json.dumps(scaled, ensure_ascii=False)}]\n"

@@ -45,22 +45,24 @@ class DecodeState:
       cache_index: index in the cache of the token that comes next.
       position: its rotary position, the same on all axes.
       step: number of tokens chosen so far.
-      seen: tokens of prompt and answer, kept only when repetition is penalised.
+      seen_tokens: tokens of prompt and answer, kept only when repetition is penalised.
     """
 
     cache: Any
     cache_index: Int[Array, " B"]
     position: Int[Array, " B"]
     step: Int[Array, ""]
-    seen: Bool[Array, "B V"] | None
+    seen_tokens: Bool[Array, "B V"] | None
 
     def constrained(self) -> DecodeState:
         """Return the state with sequences over the batch axis. The cache is sharded already."""
         cache_index, position = (
             device_ops.current().constrain(x, ("batch",)) for x in (self.cache_index, self.position)
         )
-        seen = None if self.seen is None else device_ops.current().constrain(self.seen, ("batch", None))
-        return DecodeState(self.cache, cache_index, position, self.step, seen)
+        seen_tokens = (
+            None if self.seen_tokens is None else device_ops.current().constrain(self.seen_tokens, ("batch", None))
+        )
+        return DecodeState(self.cache, cache_index, position, self.step, seen_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,15 +131,15 @@ class CompiledSteps:
         lengths,
         arrays: SamplingArrays,
     ):
-        seen = None
+        seen_tokens = None
         if flags.penalised:
             tokens = jnp.where(batch.segment_ids > 0, batch.tokens, logits.shape[1])
             slots = jnp.arange(len(tokens))[:, None]
-            seen = jnp.zeros(logits.shape, bool).at[slots, tokens].set(True, mode="drop")
-        token = sample(logits, flags, arrays, jnp.int32(0), banned=self.banned_first, seen=seen)
+            seen_tokens = jnp.zeros(logits.shape, bool).at[slots, tokens].set(True, mode="drop")
+        token = sample(logits, flags, arrays, jnp.int32(0), banned=self.banned_first, seen_tokens=seen_tokens)
         with device_ops.use(self._ops):
             cache = self.decoder.bind(leaves).init_cache(cache, cache_len)
-            state = DecodeState(cache, lengths, batch.positions.max((1, 2)) + 1, jnp.int32(1), seen)
+            state = DecodeState(cache, lengths, batch.positions.max((1, 2)) + 1, jnp.int32(1), seen_tokens)
             return device_ops.current().constrain(token, ("batch",)), state.constrained()
 
     def _decode(self, flags: SamplingFlags, leaves, state: DecodeState, token, arrays: SamplingArrays, adapters=None):
@@ -147,10 +149,10 @@ class CompiledSteps:
             positions = jnp.broadcast_to(state.position[:, None, None], (B, 1, 3))
             inputs = DecoderInputs(decoder.embed(token[:, None]), positions, jnp.ones((B, 1), jnp.int32))
             hidden, cache, _ = decoder(inputs, cache=state.cache, step=DecodeStep(state.cache_index))
-            seen = None if state.seen is None else state.seen.at[jnp.arange(B), token].set(True)
+            seen_tokens = None if state.seen_tokens is None else state.seen_tokens.at[jnp.arange(B), token].set(True)
             logits = decoder.logits(hidden[:, 0])
-            chosen = sample(logits, flags, arrays, state.step, banned=self.banned, seen=seen)
-            after = DecodeState(cache, state.cache_index + 1, state.position + 1, state.step + 1, seen)
+            chosen = sample(logits, flags, arrays, state.step, banned=self.banned, seen_tokens=seen_tokens)
+            after = DecodeState(cache, state.cache_index + 1, state.position + 1, state.step + 1, seen_tokens)
             return device_ops.current().constrain(chosen, ("batch",)), after.constrained()
 
 

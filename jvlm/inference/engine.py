@@ -127,8 +127,8 @@ class Engine:
         _mark(first, rules.suppressed_first)
         return banned, first
 
-    def room(self, example: Example) -> int:
-        """How many tokens may follow a prompt: the model's positions that are left.
+    def answer_limit(self, example: Example) -> int:
+        """Return how many tokens may follow a prompt: the model's positions that are left.
 
         Raises:
           ExampleError: none is left.
@@ -164,8 +164,8 @@ class Engine:
           ExampleError: a prompt that leaves no position for an answer.
           UserError: scores that are not finite, naming the prompts, and the weights that are not finite either.
         """
-        room = np.array([self.room(example) for example in examples])
-        most = min(sampling.max_new_tokens, int(room.max()))
+        answer_limit = np.array([self.answer_limit(example) for example in examples])
+        most = min(sampling.max_new_tokens, int(answer_limit.max()))
         count, B = len(examples), self._batch_size(len(examples))
         batch, lengths = self._batch(examples, B)
         request = np.zeros(B, np.int32)
@@ -189,7 +189,7 @@ class Engine:
             if broken.size:
                 raise self._not_finite([examples[slot] for slot in broken], most - left)
             yield [int(t) if r else None for t, r in zip(chosen, running, strict=True)]
-            running &= ~np.isin(chosen, stop) & (most - left < room)
+            running &= ~np.isin(chosen, stop) & (most - left < answer_limit)
             if not left or not running.any():
                 return
             if not self.ahead:
@@ -206,17 +206,19 @@ class Engine:
         model = self._steps.model.bind(self._leaves)
         asked = ", ".join(str(e.origin) for e in examples[:3] if e.origin is not None and e.origin.number is not None)
         asked = f" for {asked}" if asked else ""
-        said = f"the model's scores{asked} are not finite numbers (token {token} of the answer): "
+        problem = f"the model's scores{asked} are not finite numbers (token {token} of the answer): "
         found = not_finite(model)
         if found:
             shown = "\n  ".join(found[:5])
             more = f"\n  and {len(found) - 5} more" if len(found) > 5 else ""
             return BrokenWeights(
-                f"{said}{len(found)} tensors hold NaN or infinity. Take an earlier checkpoint, or copy the folder "
+                f"{problem}{len(found)} tensors hold NaN or infinity. Take an earlier checkpoint, or copy the folder "
                 f"again:\n  {shown}{more}"
             )
         dtype = model.config.precision.compute_dtype
-        return UserError(f"{said}all weights are, so this input overflows {dtype}; try another precision.compute_dtype")
+        return UserError(
+            f"{problem}all weights are, so this input overflows {dtype}; try another precision.compute_dtype"
+        )
 
     def completion(self, tokens: Sequence[int], sampling: SamplingConfig) -> Completion:
         """The tokens that `steps` gave for one example, and how they ended."""

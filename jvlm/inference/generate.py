@@ -135,7 +135,7 @@ def encode_prompt(engine: Engine, conversation: Any, origin: Origin = Origin()) 
     example = engine.processor.encode(parse_example(conversation, origin), generation_prompt=True)
     if not example.length:
         raise ExampleError(example.origin, "messages", "the prompt is empty", "Ask something")
-    engine.room(example)
+    engine.answer_limit(example)
     return example
 
 
@@ -146,7 +146,7 @@ def cut_note(engine: Engine, example: Example, tokens: int, stopped: bool, sampl
     limit = engine.config.decoder.max_position_embeddings
     return (
         f"the answer ends after {tokens} of max_new_tokens = {sampling.max_new_tokens}: the prompt takes "
-        f"{limit - engine.room(example)} of the model's {limit} positions (max_position_embeddings)"
+        f"{limit - engine.answer_limit(example)} of the model's {limit} positions (max_position_embeddings)"
     )
 
 

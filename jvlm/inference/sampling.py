@@ -121,7 +121,7 @@ def sample(
     step: Int[Array, ""],
     *,
     banned: Bool[Array | np.ndarray, " V"],
-    seen: Bool[Array, "B V"] | None = None,
+    seen_tokens: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
     """The next token of each sequence: the best of `adjust`'s logits, or one drawn by their softmax.
 
@@ -131,7 +131,7 @@ def sample(
       step: number of the token within its answer; with seed and sequence number it is the random key.
     """
     finite = jnp.isfinite(logits).all(axis=-1)
-    logits = adjust(logits, flags, arrays, banned=banned, seen=seen)
+    logits = adjust(logits, flags, arrays, banned=banned, seen_tokens=seen_tokens)
     if flags.sampled:
 
         def noise(number):
@@ -148,17 +148,17 @@ def adjust(
     arrays: SamplingArrays,
     *,
     banned: Bool[Array | np.ndarray, " V"],
-    seen: Bool[Array, "B V"] | None = None,
+    seen_tokens: Bool[Array, "B V"] | None = None,
 ) -> Float[Array, "B V"]:
     """Logits after all filters, in transformers' order: repetition penalty, temperature, top-k, top-p.
 
     Args:
       banned: tokens that are never chosen.
-      seen: tokens of prompt and answer so far; needed when ``flags.penalised``.
+      seen_tokens: tokens of prompt and answer so far; needed when ``flags.penalised``.
     """
     logits = jnp.where(banned, -jnp.inf, logits)
     if flags.penalised:
-        logits = penalise_repetition(logits, seen, arrays.repetition_penalty)
+        logits = penalise_repetition(logits, seen_tokens, arrays.repetition_penalty)
     if flags.sampled:
         logits = logits / arrays.temperature
     if flags.filtered:
@@ -167,10 +167,10 @@ def adjust(
 
 
 def penalise_repetition(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, ""]
+    logits: Float[Array, "B V"], seen_tokens: Bool[Array, "B V"], penalty: Float[Array, ""]
 ) -> Float[Array, "B V"]:
     """Positive logits of seen tokens divided by the penalty, negative ones multiplied (CTRL, arXiv 1909.05858)."""
-    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    return jnp.where(seen_tokens, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, ""]) -> Float[Array, "B V"]:

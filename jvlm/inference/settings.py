@@ -88,13 +88,13 @@ def _sample(value: jax.Array, most: int) -> jax.Array:
 
 
 def _checksum(value: jax.Array) -> jax.Array:
-    """The sum of the values' bits, each times an odd number of its own place, modulo 2**32."""
+    """The sum of the values' bits, each times an odd number of its index, modulo 2**32."""
     bits = jax.lax.bitcast_convert_type(value, jnp.dtype(f"uint{8 * value.dtype.itemsize}")).astype(jnp.uint32)
-    place, stride = jnp.uint32(1), 2
+    index, stride = jnp.uint32(1), 2
     for axis in reversed(range(value.ndim)):
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, value.shape, axis) * jnp.uint32(stride % 2**32)
+        index = index + jax.lax.broadcasted_iota(jnp.uint32, value.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= value.shape[axis]
-    return jnp.sum(bits * place, dtype=jnp.uint32)
+    return jnp.sum(bits * index, dtype=jnp.uint32)
 
 
 def _flags(flags: np.ndarray | None) -> str | None:

@@ -130,7 +130,7 @@ def read(text: str, branch_frequency: Mapping[str, float] = MappingProxyType({})
 
 
 def _saved_activations(program: _Program) -> float:
-    """Bytes of `Traffic.saved_activations`. XLA for TPU reserves their place before the first loop."""
+    """Bytes of `Traffic.saved_activations`. XLA for TPU reserves their memory before the first loop."""
     reserved = sum(_in_hbm(i) for i in program.computations[program.entry] if '"AllocateBuffer"' in i.rest)
     return reserved or max(map(_passed_on, program.computations.values()))
 
@@ -326,19 +326,19 @@ def _product_flops(one: Instruction, inside: dict[str, Instruction]) -> float:
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
     if not labels:
         return 0.0
-    places = [dict(zip(labels[i + 1], sizes, strict=True)) for i, sizes in enumerate((left, right, result))]
+    dimensions = [dict(zip(labels[i + 1], sizes, strict=True)) for i, sizes in enumerate((left, right, result))]
     groups = int(found[1]) if (found := re.search(r"batch_group_count=(\d+)", one.rest)) else 1
-    spatial = sorted(label for label in places[1] if label.isdigit())
+    spatial = sorted(label for label in dimensions[1] if label.isdigit())
     meetings = math.prod(
-        _meetings(one.rest, index, *(of[label] for of in places)) for index, label in enumerate(spatial)
+        _meetings(one.rest, index, *(of[label] for of in dimensions)) for index, label in enumerate(spatial)
     )
-    return 2.0 * places[2]["b"] * places[2]["f"] * places[1]["i"] * meetings / groups
+    return 2.0 * dimensions[2]["b"] * dimensions[2]["f"] * dimensions[1]["i"] * meetings / groups
 
 
 def _meetings(text: str, index: int, inputs: int, window: int, outputs: int) -> int:
-    """Pairs of an output and a place of the window that meet an input, along one spatial dimension.
+    """Pairs of an output and an element of the window that meet an input, along one spatial dimension.
 
-    XLA for TPU writes products with a batch as convolutions whose windows lie in padding but for one place.
+    XLA for TPU writes products with a batch as convolutions whose windows lie in padding but for one element.
     """
 
     def setting(name: str, default: str) -> list[int]:
@@ -347,8 +347,8 @@ def _meetings(text: str, index: int, inputs: int, window: int, outputs: int) -> 
 
     (stride,), (before, *_) = setting("stride", "1"), setting("pad", "0_0")
     (spread,), (dilation,) = setting("lhs_dilate", "1"), setting("rhs_dilate", "1")
-    place = np.arange(outputs)[:, None] * stride + np.arange(window) * dilation - before
-    return int(((place >= 0) & (place <= (inputs - 1) * spread) & (place % spread == 0)).sum())
+    position = np.arange(outputs)[:, None] * stride + np.arange(window) * dilation - before
+    return int(((position >= 0) & (position <= (inputs - 1) * spread) & (position % spread == 0)).sum())
 
 
 def _moved(one: Instruction, inside: dict[str, Instruction], program: _Program) -> float:
@@ -366,8 +366,8 @@ def _moved(one: Instruction, inside: dict[str, Instruction], program: _Program) 
     if one.opcode == "custom-call":
         if "ConcatBitcast" in one.rest:
             return 0.0
-        if said := _COST.search(one.rest):  # by the kernel itself: one that works in place touches little
-            return float(said[1])
+        if cost := _COST.search(one.rest):  # by the kernel itself: one that works in place touches little
+            return float(cost[1])
     body = _body(one, program)
     total = 0.0
     for index, name in enumerate(one.operands):
@@ -409,7 +409,7 @@ def _read(body: list[Instruction], index: int, program: _Program) -> float | Non
     names = {i.name for i in body if i.opcode == "parameter" and i.rest.startswith(f"parameter({index})")}
     total, found = 0.0, False
     for one in body:
-        at = [place for place, name in enumerate(one.operands) if name in names]
+        at = [operand for operand, name in enumerate(one.operands) if name in names]
         if not at:
             continue
         found = True
@@ -420,7 +420,7 @@ def _read(body: list[Instruction], index: int, program: _Program) -> float | Non
         elif one.opcode in _SLICES and at == [0]:
             total += one.bytes
         elif one.opcode == "fusion":
-            inner = [_read(_body(one, program), place, program) for place in at]
+            inner = [_read(_body(one, program), operand, program) for operand in at]
             if None in inner:
                 return None
             total += sum(inner)

@@ -87,16 +87,16 @@ def _read(ptx: Path, launches: str) -> Kernel:
     (name,) = re.findall(r"\.entry (\w+)\(", text)
     target = re.search(r"\.target (\w+)", text)[1]
     command = [_ptxas(), "-v", f"--gpu-name={target}", str(ptx), "--output-file", str(ptx.with_suffix(".cubin"))]
-    said = subprocess.run(command, capture_output=True, text=True, check=False)
-    if said.returncode:
-        raise RuntimeError(f"ptxas refuses {name}: {said.stderr}")
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said.stderr)
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    if completed.returncode:
+        raise RuntimeError(f"ptxas refuses {name}: {completed.stderr}")
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", completed.stderr)
     threads, shared = _launch(name, ptx, launches)
     kinds = re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", text)
     return Kernel(
         name=name.removesuffix("_mosaic_gpu_kernel"),
         threads=threads,
-        registers=int(re.search(r"Used (\d+) registers", said.stderr)[1]),
+        registers=int(re.search(r"Used (\d+) registers", completed.stderr)[1]),
         spilled=sum(map(int, spills.groups())),
         shared=shared,
         products={kind: kinds.count(kind) for kind in sorted(set(kinds))},

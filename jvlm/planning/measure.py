@@ -185,17 +185,17 @@ def measure(
     found = compiled.memory_analysis()
     traffic = hlo.read(compiled.as_text(), branch_frequency)
     # Two figures, each of which may be too high. The most that lives at a time, which the compiler holds against its
-    # limit, has in it what is fetched ahead into memory of the core. `temp_size_in_bytes` counts places that are used
+    # limit, has in it what is fetched ahead into memory of the core. `temp_size_in_bytes` counts memory that is used
     # one after the other as if they were used together.
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes - sum(new_results.values())
     beside = found.temp_size_in_bytes + fresh
     if not topology.switched:  # a GPU's program takes its temporary memory in one piece
         beside = min(beside, found.peak_memory_in_bytes - known)
-    kept = max(traffic.saved_activations - sum(new_results.values()), 0.0)  # results may be filled layer by layer too
+    saved = max(traffic.saved_activations - sum(new_results.values()), 0.0)  # results may be filled layer by layer too
     memory = Memory(
         **sizes,
-        activations=cores * kept,
-        temporary=cores * max(beside - kept, 0.0),
+        activations=cores * saved,
+        temporary=cores * max(beside - saved, 0.0),
         code=cores * float(found.generated_code_size_in_bytes),
     )
     return Compiled(

@@ -17,8 +17,8 @@ def packed(codes: Int[np.ndarray, "o i"], bits: int = 4) -> Int32[np.ndarray, "o
     if padded.shape[1] > codes.shape[1]:
         positive[:, codes.shape[1] :] = 0
     words = np.zeros((len(codes), padded.shape[1] // per_word), np.uint32)
-    for place in range(per_word):
-        words |= positive[:, place::per_word] << np.uint32(bits * place)
+    for digit in range(per_word):
+        words |= positive[:, digit::per_word] << np.uint32(bits * digit)
     return words.view(np.int32)
 
 
@@ -26,7 +26,7 @@ def unpacked(words: Int32[np.ndarray, "o w"], shape: tuple[int, ...], bits: int 
     """Return the codes again that `packed` took, of a matrix of this shape."""
     per_word, unsigned = 32 // bits, words.view(np.uint32)
     codes = np.empty((len(words), words.shape[1] * per_word), np.int8)
-    for place in range(per_word):
-        nibble = (unsigned >> np.uint32(bits * place)) & np.uint32((1 << bits) - 1)
-        codes[:, place::per_word] = nibble.astype(np.int32) - (1 << (bits - 1))
+    for digit in range(per_word):
+        nibble = (unsigned >> np.uint32(bits * digit)) & np.uint32((1 << bits) - 1)
+        codes[:, digit::per_word] = nibble.astype(np.int32) - (1 << (bits - 1))
     return codes[:, : shape[1]]

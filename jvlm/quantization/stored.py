@@ -65,7 +65,7 @@ class QuantizedTensors(Tensors):
         except BaseException:
             self.close()
             raise
-        self._kept: Counter[str] = Counter()
+        self._reused: Counter[str] = Counter()
 
     def _found(self, settings: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         """Return quantised tensor -> its parts' stored names."""
@@ -170,7 +170,7 @@ class QuantizedTensors(Tensors):
             absmax = formats.double_dequantized(absmax, *nested, super().read(of["nested_quant_map"]))
         return codes, absmax, super().read(of["quant_map"])
 
-    def kept(self, name: str, format: str) -> dict[str, np.ndarray] | None:
+    def parts(self, name: str, format: str) -> dict[str, np.ndarray] | None:
         """Return the parts of a kernel [in, out] in a format, if the tensor is stored in that; None if it is plain.
 
         Raises:
@@ -180,14 +180,14 @@ class QuantizedTensors(Tensors):
         if stored is None:
             return None
         if stored != format or not self._can_keep(name):
-            said = {"nf4": "nf4 without double", "nf4x2": "nf4 with double"}
+            names = {"nf4": "nf4 without double", "nf4x2": "nf4 with double"}
             crossing = " in blocks, or with values, that kernels here do not have" if stored == format else ""
             raise WeightError(
-                f"{self.folder}: {name} is stored as {said.get(stored, stored)}{crossing}, and quantize asks for "
-                f"{said.get(format, format)}: to quantise it again would lose twice; make quantize the same, or leave "
+                f"{self.folder}: {name} is stored as {names.get(stored, stored)}{crossing}, and quantize asks for "
+                f"{names.get(format, format)}: to quantise it again would lose twice; make quantize the same, or leave "
                 "it out to have values in the parameters' dtype"
             )
-        self._kept[stored] += 1
+        self._reused[stored] += 1
         if format in ("int8", "fp8"):
             codes = super().read(name) if format == "int8" else self.bytes_of(name)
             return {"codes": np.ascontiguousarray(codes.T), "scale": self._scale(name).astype(np.float32).reshape(-1)}
@@ -222,9 +222,10 @@ class QuantizedTensors(Tensors):
         stored = Counter(self.format_of(name) for name in self._parts)
         lines = []
         for format, count in sorted(stored.items()):
-            kept = self._kept[format]
+            reused = self._reused[format]
             lines.append(
-                f"{count} matrices stored as {format}: {kept} kept as they are, {count - kept} dequantised to {dtype}"
+                f"{count} matrices stored as {format}: {reused} kept as they are, "
+                f"{count - reused} dequantised to {dtype}"
             )
         return f"{self.folder}: " + "; ".join(lines)
 
@@ -244,13 +245,13 @@ def _scaled(codes: np.ndarray, scale: np.ndarray, name: str) -> Float[np.ndarray
     return values.astype(np.float32)
 
 
-def kept_parts(tensors: Tensors, name: str, pattern: str | None, format: str) -> dict[str, np.ndarray] | None:
-    """Return `QuantizedTensors.kept`, of a tensor that is a kernel turned around; None for plain tensors."""
+def stored_parts(tensors: Tensors, name: str, pattern: str | None, format: str) -> dict[str, np.ndarray] | None:
+    """Return `QuantizedTensors.parts`, of a tensor that is a kernel turned around; None for plain tensors."""
     if not isinstance(tensors, QuantizedTensors):
         return None
     if tensors.format_of(name) is not None and pattern != TRANSPOSED:
         raise WeightError(f"{tensors.folder}: {name} is quantised, and its order of values is another here ({pattern})")
-    return tensors.kept(name, format)
+    return tensors.parts(name, format)
 
 
 def report(tensors: Tensors, dtype: str) -> None:

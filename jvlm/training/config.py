@@ -251,7 +251,7 @@ class Experiment:
       log_interval_steps: steps between log lines.
       accept_changes: go on with a run whose settings, data or start have changed since it began; the changes are noted
         in ``<run>/changes.jsonl`` and in the log.
-      output_root: folder of runs, or a place in an object store as gs://bucket/runs; then small files are also in
+      output_root: folder of runs, or an address in an object store, gs://bucket/runs; then small files are also in
         ``runs/gs/bucket/runs``.
       profile: "10:13" traces the 10th to the 13th step of a start, both included, for xprof or TensorBoard, into
         ``<run>/profile``; empty is none.

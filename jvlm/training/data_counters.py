@@ -145,9 +145,9 @@ class DataCounters(Hook):
         others = [p for p in self.path.parent.glob(f"*.{REJECTED}") if _number(p) >= count] if hosts.is_rank0() else []
         for path in (self.path, *others):
             if path.is_file():
-                kept = [line for line in read_lines(path) if line["step"] <= step]
-                write_lines(path, kept)
-                self._listed |= {(line["file"], line["number"]) for line in kept if path == self.path}
+                lines = [line for line in read_lines(path) if line["step"] <= step]
+                write_lines(path, lines)
+                self._listed |= {(line["file"], line["number"]) for line in lines if path == self.path}
 
     def rejected(self) -> int:
         """Different examples left out so far, by all processes; each must ask."""

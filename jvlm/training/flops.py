@@ -3,8 +3,8 @@
 Configurations of encoders, connectors and decoders declare their own (`jvlm.models.arithmetic`); here it is added up.
 
 A multiplication and its addition are two. Only what the result needs is counted: real patches and tokens, each query
-with the keys of its own segment (half of them where attention is causal), the head at the tokens that are learnt,
-backward passes only where something is learnt. Recomputation is not counted, nor are norms, activations and the update.
+with the keys of its own segment (half of them where attention is causal), the head at the loss tokens,
+backward passes only where something is trained. Not counted: recomputation, norms, activations and the update.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def counts_of(batches: Iterable[PackedBatch]) -> Counts:
 
 def _count(batch: PackedBatch) -> Counts:
     segments, weights = np.asarray(batch.segment_ids), np.asarray(batch.loss_weights)
-    learnt = (weights[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1])
+    is_target = (weights[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1])
     return Counts(
         _lengths(segments),
         _lengths(batch.patch_segment_ids),
         _lengths(batch.patch_window_ids),
         int((np.asarray(batch.vision_index) >= 0).sum()),
-        int(learnt.sum()),
+        int(is_target.sum()),
     )
 
 
@@ -84,39 +84,39 @@ def forward(template: VLM, counts: Counts) -> dict[str, Work]:
 
 
 def training(
-    template: VLM, counts: Counts, learnt: Mapping[str, bool], adapter_rank: Mapping[str, float] | None = None
+    template: VLM, counts: Counts, trained: Mapping[str, bool], adapter_rank: Mapping[str, float] | None = None
 ) -> Parts:
     """One forward and backward pass.
 
     Args:
-      learnt: for each tower, whether its weights are. A gradient goes back through a frozen tower only if something
-        before it is learnt, and never to its weights.
-      adapter_rank: of low-rank adapters on all weights of a tower; they are learnt, and their own products count.
+      trained: whether the weights of each tower are trained. A gradient goes back through a frozen tower only if
+        something before it is trained, and never to its weights.
+      adapter_rank: of low-rank adapters on all weights of a tower; they are trained, and their own products count.
     """
     ranks, work = adapter_rank or {}, forward(template, counts)
-    before, found = _gradient_before(learnt, ranks), {}
+    before, found = _gradient_before(trained, ranks), {}
     for part in PARTS:
         tower = "decoder" if part == "head" else part
         rank = 0 if part == "head" else ranks.get(tower, 0)
-        found[part] = _both_ways(work[part], before[part], learnt[tower], rank)
+        found[part] = _both_ways(work[part], before[part], trained[tower], rank)
     return Parts(**found)
 
 
-def _gradient_before(learnt: Mapping[str, bool], ranks: Mapping[str, float]) -> dict[str, bool]:
+def _gradient_before(trained: Mapping[str, bool], ranks: Mapping[str, float]) -> dict[str, bool]:
     """Return for each part whether what comes into it needs a gradient."""
-    moves = {tower: learnt[tower] or ranks.get(tower, 0) > 0 for tower in TOWERS}
+    moves = {tower: trained[tower] or ranks.get(tower, 0) > 0 for tower in TOWERS}
     return {
         "encoder": False,
         "connector": moves["encoder"],
-        "decoder": moves["encoder"] or moves["connector"] or learnt["decoder"],  # its embedding is learnt with it
+        "decoder": moves["encoder"] or moves["connector"] or trained["decoder"],  # its embedding is trained with it
         "head": any(moves.values()),
     }
 
 
-def has_backward(learnt: Mapping[str, bool], adapter_rank: Mapping[str, float]) -> dict[str, bool]:
+def has_backward(trained: Mapping[str, bool], adapter_rank: Mapping[str, float]) -> dict[str, bool]:
     """Return for each part whether a gradient goes through it, or into it; arguments as in `training`."""
-    before = _gradient_before(learnt, adapter_rank)
-    own = {part: learnt.get(part, False) or adapter_rank.get(part, 0) > 0 for part in PARTS}
+    before = _gradient_before(trained, adapter_rank)
+    own = {part: trained.get(part, False) or adapter_rank.get(part, 0) > 0 for part in PARTS}
     return {part: before[part] or own[part] for part in PARTS}
 
 
@@ -152,25 +152,25 @@ def experts(template: VLM, tokens: int) -> float:
     return sum(product.flops for product in work.products if product.grouped)
 
 
-def _both_ways(work: Work, gradient_wanted: bool, learnt: bool, rank: float) -> float:
+def _both_ways(work: Work, gradient_wanted: bool, trained: bool, rank: float) -> float:
     """Forward and backward FLOP of a part; ``gradient_wanted`` says that what comes into it needs a gradient."""
     flops = work.total
     if rank:
         flops += sum(2.0 * p.uses * rank * (p.d_in + p.d_out) for p in work.products)
-    if not (gradient_wanted or learnt or rank):
+    if not (gradient_wanted or trained or rank):
         return flops
     flops += 2 * work.attention
     for product in work.products:
         inputs = gradient_wanted or not product.entry
         adapter = 2.0 * product.uses * rank
-        flops += inputs * product.flops + learnt * product.flops
+        flops += inputs * product.flops + trained * product.flops
         flops += adapter * (product.d_in + product.d_out) + adapter * (product.d_out + inputs * product.d_in)
     return flops
 
 
-def of_batch(template: VLM, batches: Iterable[PackedBatch], learnt: Mapping[str, bool]) -> Parts:
+def of_batch(template: VLM, batches: Iterable[PackedBatch], trained: Mapping[str, bool]) -> Parts:
     """`training` of one or more batches of host arrays, with the adapters that the template has."""
-    return training(template, counts_of(batches), learnt, adapter_ranks(template))
+    return training(template, counts_of(batches), trained, adapter_ranks(template))
 
 
 def adapter_ranks(template: VLM) -> dict[str, float]:

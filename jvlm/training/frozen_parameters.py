@@ -70,11 +70,11 @@ class FrozenParameters:
         known = hosts.broadcast_from_0(_values(folder))
         if known is not None and (known["base"] is None or self.base is None):
             return
-        place = self._base() if self.base is not None else {"base": None, "step": None}
-        if known is not None and {name: known[name] for name in place} == place:
+        base = self._base() if self.base is not None else {"base": None, "step": None}
+        if known is not None and {name: known[name] for name in base} == base:
             return
         dtype = str(next(v for p, v in state.frozen_base.items() if not is_part(p)).dtype)
-        record = FrozenRecord(**place, param_dtype=dtype, fingerprints=_fingerprints(state.frozen_base))
+        record = FrozenRecord(**base, param_dtype=dtype, fingerprints=_fingerprints(state.frozen_base))
         if self.base is None:
             self._store(state.frozen_base)
         self.digest = record.digest
@@ -95,15 +95,15 @@ class FrozenParameters:
         return {"base": str(base), "step": step}
 
     def _store(self, values: Params) -> None:
-        place = self.storage.store / frozen.STORED
-        if hosts.is_rank0() and place.exists():
-            place.rmtree()  # one that was not finished: it has no record
+        folder = self.storage.store / frozen.STORED
+        if hosts.is_rank0() and folder.exists():
+            folder.rmtree()  # one that was not finished: it has no record
         hosts.barrier("about to write the frozen parameters")
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(place / "params", values)
+            checkpointer.save(folder / "params", values)
         prints = fingerprints((values,))
         if hosts.is_rank0():
-            path = place / run_dir.FINGERPRINTS
+            path = folder / run_dir.FINGERPRINTS
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"fingerprints": prints}) + "\n")
 

@@ -31,7 +31,7 @@ def pin(experiment: Experiment, names: Iterable[str] = ()) -> tuple[Experiment, 
 
     Raises: as `jvlm.hub.download`.
     """
-    models = {place for place in _models(experiment) if is_hub_id(place)}
+    models = {model for model in _models(experiment) if is_hub_id(model)}
     data = {pattern for pattern in _patterns(experiment) if is_dataset_id(pattern)}
     if not models and not data:
         return experiment, {}
@@ -40,7 +40,7 @@ def pin(experiment: Experiment, names: Iterable[str] = ()) -> tuple[Experiment, 
         if not hosts.is_rank0():
             return {}
         begun = _begun(experiment, names)
-        pins = {place: begun.get(place) or _at_commit(place) for place in models}
+        pins = {model: begun.get(model) or _at_commit(model) for model in models}
         return pins | {pattern: begun.get(pattern) or datasets.address(parse_dataset(pattern)) for pattern in data}
 
     pins = hosts.broadcast_from_0(hosts.run_on_all(chosen))
@@ -51,7 +51,7 @@ def pin(experiment: Experiment, names: Iterable[str] = ()) -> tuple[Experiment, 
         hosts.run_on_all(lambda is_turn=is_turn: _fetch(pins, data) if is_turn else None)
     for given, pinned in sorted(pins.items()):
         hosts.log_rank0(f"{given} is {pinned}")
-    return _replaced(experiment, lambda place: pins.get(place, place)), pins
+    return _replaced(experiment, lambda model: pins.get(model, model)), pins
 
 
 def write(folder: Path, pins: Mapping[str, str]) -> None:
@@ -78,13 +78,13 @@ def _begun(experiment: Experiment, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _at_commit(place: str) -> str:
-    return downloads.resolve(parse_id(place)).address
+def _at_commit(model: str) -> str:
+    return downloads.resolve(parse_id(model)).address
 
 
 def _models(experiment: Experiment) -> list[str]:
     found = (getattr(experiment, name, None) for name in _MODELS)
-    return [place for place in found if place is not None]
+    return [model for model in found if model is not None]
 
 
 def _patterns(experiment: Experiment) -> list[str]:

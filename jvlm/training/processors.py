@@ -13,9 +13,9 @@ from jvlm.weights import hf, positions, run_dir
 from jvlm.weights.io import read_config
 
 
-def load(place: str | os.PathLike, *, grow_embedding: bool = False) -> Processor:
+def load(source: str | os.PathLike, *, grow_embedding: bool = False) -> Processor:
     """The processor of a Hugging Face folder or a run folder. Arguments and errors are those of `jvlm.load`."""
-    folder = run_dir.local(place, weights=False)
+    folder = run_dir.local(source, weights=False)
     config = read_config(folder)
     files = folder / run_dir.PROCESSOR if run_dir.is_run(folder) else folder
     return hf.load_processor(files, config, grow_embedding=grow_embedding)

@@ -173,18 +173,18 @@ def _of_data(patterns: Sequence[str]) -> dict[str, Any]:
     return {portable(path): {**_fingerprint([Path(path)], budget), "examples": counts[path]} for path in source.files}
 
 
-def _of_model(place: str) -> dict[str, Any]:
-    folder = run_dir.local(place)
+def _of_model(source: str) -> dict[str, Any]:
+    folder = run_dir.local(source)
     if not run_dir.is_run(folder):
         files = [folder] if folder.is_file() else sorted(folder.iterdir())
         return _fingerprint((p for p in files if p.is_file() and p.suffix in _MODEL_FILES), _WHOLE)
     step = run_dir.steps(folder)[-1]
-    kept = run_dir.checkpoints(folder) / str(step)
+    checkpoint_dir = run_dir.checkpoints(folder) / str(step)
     record = frozen.read(folder)
     found = {"step": step, "model": _digest_of(run_dir.model_config(folder)), "frozen": record and record.digest}
-    if not stores.is_remote(kept):
+    if not stores.is_remote(checkpoint_dir):
         # beside the data position of a training run lie fingerprints of its arrays
-        part = Path(kept) / ("data" if (kept / "data").is_dir() else "params")
+        part = Path(checkpoint_dir) / ("data" if (checkpoint_dir / "data").is_dir() else "params")
         files = sorted(p for p in part.rglob("*") if p.is_file())
         found |= _fingerprint(files, _ALL // max(len(files), 1))
     return found

@@ -1,4 +1,4 @@
-"""Where a run lives: a folder on disk, or a place in an object store (gs://, s3://) with a local copy of small files.
+"""Where a run is: a folder on disk, or an object store's address (gs://, s3://) with a local copy of small files.
 
 Arrays go straight to the store, through Orbax and tensorstore. Everything else (log, curves, configuration, reports) is
 written by libraries that append to files, which object stores cannot: it is written to a local folder and copied.
@@ -22,7 +22,7 @@ _APART = ("stages", "processes", CHECKPOINTS, POINTER)
 
 
 class RunStorage:
-    """The places of one run.
+    """The folders of one run.
 
     Attributes:
       folder: small files. On disk it is the same for all processes; the local copies of a store are each process's own.

@@ -12,7 +12,7 @@ from jvlm.errors import UserError
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it: whoever reads it sees the old one or the new one."""
+    """Write a file beside its path and rename it: whoever reads it sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     beside.write_text(text)

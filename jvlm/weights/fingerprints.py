@@ -51,11 +51,11 @@ def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def _fingerprint(x: jax.Array) -> jax.Array:
     """Sum of the elements' bits, each times an odd number of its own, modulo 2 ** 32: no single change leaves it."""
     bits = _bits(x)
-    place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+    index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
     for axis in reversed(range(bits.ndim)):
-        place += lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+        index += lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= bits.shape[axis]
-    return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -84,6 +84,6 @@ class Running:
         for start in range(0, len(flat), _BLOCK):
             bits = flat[start : start + _BLOCK].astype(np.uint32)
             first = (self._elements + start) % 2**32
-            place = np.arange(first, first + len(bits), dtype=np.uint64).astype(np.uint32)
-            self.value = (self.value + int(np.sum(bits * (2 * place + 1), dtype=np.uint32))) % 2**32
+            index = np.arange(first, first + len(bits), dtype=np.uint64).astype(np.uint32)
+            self.value = (self.value + int(np.sum(bits * (2 * index + 1), dtype=np.uint32))) % 2**32
         self._elements += len(flat)

@@ -63,7 +63,7 @@ def read(source: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], Any]:
         fields = {key: field.contents() for key, field in reader.fields.items()}
     except Exception as error:
         raise WeightError(
-            f"{source} cannot be read as GGUF ({_said(error)}): it is cut short, damaged, or of a kind that the "
+            f"{source} cannot be read as GGUF ({_message(error)}): it is cut short, damaged, or of a kind that the "
             "installed gguf does not know; download it again"
         ) from error
     header = _Header(source, fields)
@@ -75,7 +75,8 @@ def read(source: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], Any]:
             array = dequantize(tensor.data, tensor.tensor_type).reshape(tuple(int(n) for n in tensor.shape[::-1]))
         except Exception as error:
             raise WeightError(
-                f"{source}: tensor {tensor.name}, stored as {tensor.tensor_type.name}, cannot be read ({_said(error)})"
+                f"{source}: tensor {tensor.name}, stored as {tensor.tensor_type.name}, cannot be read "
+                f"({_message(error)})"
             ) from error
         if tensor.name == _ROPE_FACTORS:
             factors = array
@@ -184,17 +185,17 @@ def _tokenizer(source: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name, local_files_only=True)
     except Exception as error:
-        raise WeightError(f"{source}: its tokenizer cannot be read by transformers ({_said(error)})") from error
+        raise WeightError(f"{source}: its tokenizer cannot be read by transformers ({_message(error)})") from error
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _name(name: str, source: Path) -> str:
     match = re.fullmatch(r"(blk\.(\d+)\.)?(\w+)\.weight", name)
     if match is None or match[3] not in _NAMES:
-        raise WeightError(f"{source}: tensor {name} has no place in a Llama model")
+        raise WeightError(f"{source}: tensor {name} is no tensor of a Llama model")
     layer = f"model.layers.{match[2]}." if match[1] else ""
     return f"{layer}{_NAMES[match[3]]}.weight"
 

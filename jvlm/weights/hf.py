@@ -26,7 +26,7 @@ from jvlm.quantization.config import QuantizationConfig
 from jvlm.quantization.formats import quantize as quantize_kernel
 from jvlm.quantization.kernels import is_part, quantized_kernels
 from jvlm.quantization.model import fill, quantized_template
-from jvlm.quantization.stored import kept_parts, open_tensors, report
+from jvlm.quantization.stored import open_tensors, report, stored_parts
 from jvlm.weights import chat_templates, names, processor_files, safetensors_files, table, tokenizer_files
 from jvlm.weights.processor_files import ProcessorFiles
 from jvlm.weights.vocabulary import EMBEDDING, TOKEN_AXIS, with_vocabulary
@@ -94,8 +94,8 @@ def load_weights(
 
             def parts(index: tuple[int, ...], entries=entries, format: str = kernel.format) -> dict[str, np.ndarray]:
                 entry = entries[index]
-                if (kept := kept_parts(tensors, stored[entry.name], entry.pattern, format)) is not None:
-                    return kept
+                if (codes := stored_parts(tensors, stored[entry.name], entry.pattern, format)) is not None:
+                    return codes
                 return quantize_kernel(entry.to_param(tensors.read(stored[entry.name])), format)
 
             fill(path, kernel, parts, sharding)
@@ -119,9 +119,9 @@ def read_parameters(
     for path, variable in variables.items():
         aval = variable.get_value()
         reader = _Reader(by_path[path], stored, tensors, dtypes, aval)
-        place = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        array_sharding = sharding(path, variable) if sharding else jax.sharding.SingleDeviceSharding(jax.devices()[0])
         # waiting keeps the host's buffers of one parameter alive, not those of several in flight
-        variable.set_value(jax.make_array_from_callback(aval.shape, place, reader).block_until_ready())
+        variable.set_value(jax.make_array_from_callback(aval.shape, array_sharding, reader).block_until_ready())
         variable.set_metadata(stored=reader.dtypes)
 
 
@@ -248,7 +248,7 @@ def save(
     """
     if model.adapters is not None:
         raise UserError(
-            "the model has adapters, which a Hugging Face folder of a model has no place for: merge them first "
+            "the model has adapters, which a Hugging Face model folder cannot hold: merge them first "
             "(jvlm.adapters.merge.merge), or write them by themselves (jvlm.adapters.peft_write.write_peft)"
         )
     form = table.export_format(model.config)

@@ -18,30 +18,30 @@ _A = -0.75  # of the cubic convolution, as in torch
 def resize_positions(
     table: Float[np.ndarray, "n D"], grid: int, *, class_token: bool = False, scale: float | None = None
 ) -> Float[np.ndarray, "m D"]:
-    """A table of square places interpolated to ``grid`` x ``grid`` (bicubic, corners not aligned, as in torch).
+    """Return a square position table interpolated to ``grid`` x ``grid`` (bicubic, corners not aligned, as in torch).
 
     Args:
-      class_token: the first row is no place and stays as it is.
+      class_token: the first vector belongs to the class token and stays as it is.
       scale: ratio of the new side to the old that places samples, where it is not that of the sizes: SigLIP's step
         from 27 to 70 for Idefics2, and DINOv2's first code, used (70 + 0.1) / 27.
 
     Raises:
       UserError: a table that is not square.
     """
-    first, places = (table[:1], table[1:]) if class_token else (table[:0], table)
-    side = round(len(places) ** 0.5)
-    if side * side != len(places):
-        raise UserError(f"a position table of {len(places)} places is not square")
+    first, vectors = (table[:1], table[1:]) if class_token else (table[:0], table)
+    side = round(len(vectors) ** 0.5)
+    if side * side != len(vectors):
+        raise UserError(f"a position table of {len(vectors)} vectors is not square")
     if side == grid and scale is None:
         return table
     weights = _cubic(side, grid, grid / side if scale is None else scale)
-    cells = places.astype(np.float64).reshape(side, side, -1)
+    cells = vectors.astype(np.float64).reshape(side, side, -1)
     new = np.einsum("ij,kl,jld->ikd", weights, weights, cells, optimize=True).reshape(grid * grid, -1)
     return np.concatenate([first, new.astype(table.dtype)])
 
 
 def _cubic(old: int, new: int, scale: float) -> np.ndarray:
-    """[new, old]: how much of each old place is in each new one; places beyond the edge repeat it."""
+    """[new, old]: how much of each old vector is in each new one; beyond the edge the last is repeated."""
     at = (np.arange(new) + 0.5) / scale - 0.5
     first = np.floor(at).astype(int) - 1
     taps = first[:, None] + np.arange(4)

@@ -54,7 +54,7 @@ _PARAMETER = re.compile(r"\[0\]\['(.*)'\]")
 _ELSEWHERE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 
 
-def local(place: str | Path, *, weights: bool = True) -> Path:
+def local(source: str | Path, *, weights: bool = True) -> Path:
     """The folder of a run or of a Hugging Face model on disk: itself, or a local copy of a remote one.
 
     The arrays of a run stay in the store, and the copy says where. An id of the Hub is downloaded (`jvlm.hub`).
@@ -62,11 +62,11 @@ def local(place: str | Path, *, weights: bool = True) -> Path:
     Args:
       weights: whether the tensors of an id are wanted too.
     """
-    if is_hub_id(place):
-        return downloads.download(place, weights=weights)
-    folder = stores.model_folder(place, (PROCESSOR,))
-    if stores.is_remote(place) and is_run(folder):
-        (folder / POINTER).write_text(f"{stores.at(str(place)) / CHECKPOINTS}\n")
+    if is_hub_id(source):
+        return downloads.download(source, weights=weights)
+    folder = stores.model_folder(source, (PROCESSOR,))
+    if stores.is_remote(source) and is_run(folder):
+        (folder / POINTER).write_text(f"{stores.at(str(source)) / CHECKPOINTS}\n")
     return folder
 
 
@@ -320,7 +320,7 @@ def readable(step: epath.Path, array: str = "") -> Iterator[None]:
     Raises:
       WeightError: naming the checkpoint and the array. A fault of network or permission is raised as it is.
     """
-    said = ""
+    reason = ""
     try:
         yield
     except UserError:
@@ -328,11 +328,11 @@ def readable(step: epath.Path, array: str = "") -> Iterator[None]:
     except Exception as error:
         if lies_elsewhere(error):
             raise
-        said = cause(error)
-    if said:  # not within the handler: the error holds Orbax's other reads, which it has left unfinished
+        reason = cause(error)
+    if reason:  # not within the handler: the error holds Orbax's other reads, which it has left unfinished
         of = f" of array {array}" if array else ""
         raise WeightError(
-            f"checkpoint {step} is damaged: files{of} cannot be read ({said}). Copy it again, or take another step"
+            f"checkpoint {step} is damaged: files{of} cannot be read ({reason}). Copy it again, or take another step"
         )
 
 

@@ -188,14 +188,14 @@ def write(
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
     shards: list[list] = [[]]
-    room = max_shard_bytes
+    space = max_shard_bytes
     for tensor in tensors:
         size = tensor[1].itemsize * int(np.prod(tensor[2], dtype=np.int64))
-        if shards[-1] and size > room:
+        if shards[-1] and size > space:
             shards.append([])
-            room = max_shard_bytes
+            space = max_shard_bytes
         shards[-1].append(tensor)
-        room -= size
+        space -= size
     single = len(shards) == 1
     weight_map, total, too_large, partials = {}, 0, [], {}
     try:

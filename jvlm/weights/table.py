@@ -50,7 +50,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint: its name, place and shapes in both worlds."""
+    """One tensor of a checkpoint: its name, the parameter it belongs to, and both shapes."""
 
     name: str
     path: str
@@ -133,7 +133,7 @@ def check(expected: Iterable[Entry], found: dict[str, tuple[int, ...]], source: 
 
 
 def hf_format(config: VLMConfig) -> HFFormat:
-    """Return the Hugging Face form of a model's family. Raises WeightError if there is no such thing."""
+    """Return the Hugging Face form of a model's family. Raises WeightError if it has none."""
     family = families.get(config.family)
     if family.hf is None:
         raise _no_public_form(f"family {config.family!r}")

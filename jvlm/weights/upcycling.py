@@ -55,8 +55,8 @@ def upcycle(model: VLM, experts: MoEConfig, *, seed: int = 0, sharding: hf.Shard
                 new[path] = _from_dense(path, shape, old, dense.pattern_length, config.decoder.pattern_length)
         return new
 
-    places = {path: sharding(path, v) for path, v in variables.items()} if sharding else None
-    return vlm.bind(target, jax.jit(values, out_shardings=places)(old))
+    shardings = {path: sharding(path, v) for path, v in variables.items()} if sharding else None
+    return vlm.bind(target, jax.jit(values, out_shardings=shardings)(old))
 
 
 def _from_dense(path: str, shape: tuple[int, ...], old: dict[str, jax.Array], before: int, after: int) -> jax.Array:

@@ -186,11 +186,11 @@ def test_sizes_are_those_that_the_tokenizer_gives(tmp_path, place):
     ]
     assert list(report.tokens) == expected
     answers = [len(processor.tokenizer("red " * n + "<|im_end|>")["input_ids"]) for n in range(1, 11)]
-    assert report.learnt == sum(answers)
+    assert report.loss_tokens == sum(answers)
     ordered = sorted(expected)
     marks = (ordered[0], ordered[5], ordered[-1], ordered[-1], sum(expected))
     assert re.search(r"tokens\s+" + r"\s+".join(f"{m:,}" for m in marks) + "$", report.text(), re.MULTILINE)
-    assert f"learnt: {100 * sum(answers) / sum(expected):.1f} % of the tokens" in report.text()
+    assert f"loss tokens: {100 * sum(answers) / sum(expected):.1f} % of the tokens" in report.text()
 
 
 def test_the_suggested_sizes_hold_every_example(place):

@@ -34,7 +34,7 @@ def adjusted(logits, prompt=None, **config):
         np.put_along_axis(seen, prompt, True, axis=1)
         seen = jnp.asarray(seen)
     arrays = SamplingArrays.of(config, np.arange(len(logits)))
-    return np.asarray(sampling.adjust(jnp.asarray(logits), config.flags, arrays, banned=NONE_BANNED, seen=seen))
+    return np.asarray(sampling.adjust(jnp.asarray(logits), config.flags, arrays, banned=NONE_BANNED, seen_tokens=seen))
 
 
 def processed(logits, *processors, prompt=None):

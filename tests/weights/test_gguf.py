@@ -202,7 +202,7 @@ REFUSED = {
     "heads of each layer": ({"keys": (("add_head_count", [4, 2]),)}, r"attention\.head_count is \[4, 2\]"),
     "a bias": (
         {"more": (("model.layers.0.self_attn.q_proj.bias", torch.zeros(32)),)},
-        r"blk\.0\.attn_q\.bias has no place",
+        r"blk\.0\.attn_q\.bias is no tensor of a Llama model",
     ),
     "a tensor too few": ({"without": ("blk.1.ffn_up.weight",)}, r"missing: model\.layers\.1\.mlp\.up_proj\.weight"),
     "no embedding": ({"without": ("token_embd.weight",)}, r"no tensor token_embd\.weight"),

@@ -16,7 +16,7 @@ from jvlm.validation import check_fields
 if TYPE_CHECKING:
     from jvlm.models.vlm import VLMConfig
 
-# Steps k of nb patches that float32 puts one place lower than the exact floor(70 k / nb), as transformers 4.40 to 4.54
+# Steps k of nb patches that float32 puts one lower than the exact floor(70 k / nb), as transformers 4.40 to 4.54
 # computed them, which is the code that the released weights were trained with.
 _RELEASED = {
     25: (5, 10, 15, 20),

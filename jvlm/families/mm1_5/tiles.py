@@ -1,7 +1,7 @@
 """Dynamic image splitting (AnyRes) as MM1.5 publishes it, arXiv 2409.20566, Eq. (1): one image into square tiles.
 
 Sizes are (height, width); a grid is (rows, columns); ``side`` is that of a tile, all in pixels. Ties, the loss of a
-downscaled image and the place of the padding are not published: what is done here is said where it is done.
+downscaled image and the side of the padding are not published: the functions say what is done here.
 """
 
 from __future__ import annotations

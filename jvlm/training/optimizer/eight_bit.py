@@ -140,7 +140,7 @@ def dequantize(x: Quantized, axis: int, *, signed: bool) -> Float[Array, "..."]:
 
 
 # Values are counted from 0 outwards. Counted from 1 (signed) or 2 (not), the first bit of a number is its decade, and
-# the rest its place in the decade: 2 ** d values, of which value k is (0.1 + 0.9 (k + 0.5) / 2 ** d) of the decade.
+# the rest its position in the decade: 2 ** d values, of which value k is (0.1 + 0.9 (k + 0.5) / 2 ** d) of the decade.
 
 
 def decode(codes: UInt8[Array, "..."], *, signed: bool) -> Float[Array, "..."]:
@@ -150,9 +150,9 @@ def decode(codes: UInt8[Array, "..."], *, signed: bool) -> Float[Array, "..."]:
     rank = jnp.abs(codes - 127) if signed else codes
     number = rank + first
     decade = 31 - jax.lax.clz(jnp.maximum(number, 1))
-    place = (number - (1 << decade)).astype(jnp.float32)
+    step = (number - (1 << decade)).astype(jnp.float32)
     count = (1 << decade).astype(jnp.float32)
-    value = _power_of_ten(decade - first - (_DECADES - 1)) * (0.1 + 0.9 * (place + 0.5) / count)
+    value = _power_of_ten(decade - first - (_DECADES - 1)) * (0.1 + 0.9 * (step + 0.5) / count)
     value = jnp.where(rank == 0, 0.0, jnp.where(codes == 255, 1.0, value))
     return jnp.where(codes < 127, -value, value) if signed else value
 
@@ -165,8 +165,8 @@ def encode(x: Float[Array, "..."], *, signed: bool) -> UInt8[Array, "..."]:
     upper = [_halfway(d, first) for d in range(_DECADES)]
     decade = sum((size > bound).astype(jnp.int32) for bound in upper[:top])
     count = (1 << (decade + first)).astype(jnp.float32)
-    place = jnp.floor((size * _power_of_ten(top - decade) - 0.1) / 0.9 * count)
-    number = (count + jnp.clip(place, 0, count - 1)).astype(jnp.int32)
+    step = jnp.floor((size * _power_of_ten(top - decade) - 0.1) / 0.9 * count)
+    number = (count + jnp.clip(step, 0, count - 1)).astype(jnp.int32)
     rank = jnp.where(size > _first_value(first) / 2, number - first, 0)
     if not signed:
         return jnp.where(size > upper[top], 255, rank).astype(jnp.uint8)

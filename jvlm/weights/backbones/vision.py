@@ -25,7 +25,7 @@ class ViTNames:
     """What a family calls the parts of a ViT. ``layer`` contains ``{i}``; the names below it follow a layer.
 
     Attributes:
-      positions: einops pattern of the position table, where it has more axes than [places, channels].
+      positions: einops pattern of the position table, where it has more axes than [positions, channels].
     """
 
     patch: str
@@ -43,7 +43,7 @@ class ViTNames:
     scales: tuple[str, str] = ("", "")
 
 
-# CLIP's names below a layer and of its embeddings, which SigLIP kept.
+# CLIP's names below a layer and of its embeddings, which SigLIP shares.
 CLIP_NAMES = {
     "patch": "embeddings.patch_embedding",
     "position": "embeddings.position_embedding.weight",
