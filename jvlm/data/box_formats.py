@@ -7,9 +7,10 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from jvlm.data.boxes import CoordinateSpace, Point, Region, Sizes, region
+from jvlm.data.values import number
 
 FormatName = Literal["json", "qwen_tokens", "ferret", "mm1_5"]
 
@@ -119,13 +120,25 @@ def parse(text: str, form: FormatName, *, space: CoordinateSpace | None = None) 
       form: tells the space of the numbers, and whether labels are the words before a region.
       space: replaces the format's own.
     """
-    style = FORMATS[form]
-    space = space or style.space
-    text = text.rpartition("</think>")[2]
-    return list(_from_json(text, space)) or list(_from_groups(text, space, labelled=style.named is not None))
+    space = space or FORMATS[form].space
+    found = ((one.label, _region(one.values, space)) for one in parse_numbers(text.rpartition("</think>")[2], form))
+    return [Detection(label, region) for label, region in found if region is not None]
 
 
-def _from_json(text: str, space: CoordinateSpace) -> Iterator[Detection]:
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """The two or four numbers of a point or box as they were written, right or not, and its label."""
+
+    label: str
+    values: tuple[float, ...]
+
+
+def parse_numbers(text: str, form: FormatName) -> list[Numbers]:
+    """Return what a text holds in the form of points and boxes, as `parse` reads it; swapped corners are there too."""
+    return list(_from_json(text)) or list(_from_groups(text, labelled=FORMATS[form].named is not None))
+
+
+def _from_json(text: str) -> Iterator[Numbers]:
     fenced = re.search(r"```(?:json)?\s*(.*?)```", text, re.DOTALL)
     try:
         found = json.loads(fenced.group(1) if fenced else text)
@@ -134,16 +147,16 @@ def _from_json(text: str, space: CoordinateSpace) -> Iterator[Detection]:
     for item in found if isinstance(found, list) else [found]:
         for key, count in (("bbox_2d", 4), ("point_2d", 2)):
             values = item.get(key) if isinstance(item, dict) else None
-            if isinstance(values, list) and len(values) == count and (made := _place(values, space)):
-                yield Detection(str(label) if (label := item.get("label")) is not None else "", made)
+            if isinstance(values, list) and len(values) == count and all(number(v) is not None for v in values):
+                label = item.get("label")
+                yield Numbers("" if label is None else str(label), tuple(float(v) for v in values))
 
 
-def _from_groups(text: str, space: CoordinateSpace, *, labelled: bool) -> Iterator[Detection]:
+def _from_groups(text: str, *, labelled: bool) -> Iterator[Numbers]:
     end = 0
     for match in _GROUP.finditer(text):
-        made = _place([float(v) for v in match.groups() if v is not None], space)
-        if made is not None:
-            yield Detection(_label(text[end : match.start()]) if labelled else "", made)
+        values = tuple(float(v) for v in match.groups() if v is not None)
+        yield Numbers(_label(text[end : match.start()]) if labelled else "", values)
         end = match.end()
 
 
@@ -152,10 +165,8 @@ def _label(before: str) -> str:
     return _AROUND.sub("", before.rpartition("\n")[2]).strip().lstrip(",;.: ").strip()
 
 
-def _place(values: Sequence[Any], space: CoordinateSpace) -> Region | None:
-    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
-        return None
+def _region(values: Sequence[float], space: CoordinateSpace) -> Region | None:
     try:
-        return region([float(v) for v in values], space)
-    except (ValueError, OverflowError):
+        return region(values, space)
+    except ValueError:
         return None

@@ -103,6 +103,15 @@ def iou(a: Box, b: Box) -> float:
     return both / union if union > 0 else 0.0
 
 
+def giou_of(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Return (IoU, generalised IoU; arXiv 1902.09630) of two boxes (x1, y1, x2, y2) that are not empty."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    both = max(width, 0) * max(height, 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
+    hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    return both / union, both / union - (hull - union) / hull
+
+
 # Two points agree when they are no farther apart than this share of the image on either axis.
 POINT_REACH = 0.05
 

@@ -1,0 +1,68 @@
+"""Grounding: RefCOCO's accuracy at an IoU, and ScreenSpot's point in the box."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jvlm.data.box_formats import FormatName, parse
+from jvlm.data.boxes import Box, CoordinateSpace, Point, Sizes, iou
+from jvlm.scoring.answers import spoken
+from jvlm.scoring.score import Score
+
+
+def box_at_iou(
+    text: str,
+    gold: Box,
+    sizes: Sizes,
+    *,
+    threshold: float = 0.5,
+    form: FormatName = "json",
+    space: CoordinateSpace | None = None,
+) -> Score:
+    """Return 1 if the only box of the answer and ``gold`` have at least this IoU.
+
+    The answer's numbers are in the one space that the model is declared to use; no other is tried, and no box is chosen
+    for its agreement with the reference. An answer of several boxes is "several_answers", and 0.
+
+    Args:
+      sizes: of the image.
+      space: of the numbers; None is that of ``form``.
+    """
+    content = spoken(text)
+    if isinstance(content, Score):
+        return content
+    found = [one.region for one in parse(content, form, space=space) if isinstance(one.region, Box)]
+    if len(found) != 1:
+        return Score(0.0, "several_answers" if found else "unparsed")
+    given = found[0].to(gold.space, sizes)
+    return Score(float(iou(given, gold) >= threshold), "ok", list(given.values))
+
+
+def point_in_box(
+    text: str, gold: Box, sizes: Sizes, *, form: FormatName = "json", space: CoordinateSpace | None = None
+) -> Score:
+    """Return 1 if the only point of the answer, or the centre of its only box, lies in ``gold``, edges included.
+
+    As `box_at_iou` otherwise.
+    """
+    content = spoken(text)
+    if isinstance(content, Score):
+        return content
+    found = [one.region for one in parse(content, form, space=space)]
+    if len(found) != 1:
+        return Score(0.0, "several_answers" if found else "unparsed")
+    given = found[0].to(gold.space, sizes)
+    point = (
+        given if isinstance(given, Point) else Point((given.x1 + given.x2) / 2, (given.y1 + given.y2) / 2, given.space)
+    )
+    return Score(float(gold.holds(point)), "ok", list(given.values))
+
+
+def polygon_holds(polygon: Sequence[tuple[float, float]], point: tuple[float, float]) -> bool:
+    """Return whether a point lies in a polygon (OSWorld-G), by the number of edges to its right."""
+    x, y = point
+    inside = False
+    for (x1, y1), (x2, y2) in zip(polygon, [*polygon[1:], polygon[0]], strict=True):
+        if (y1 > y) != (y2 > y) and x < x1 + (y - y1) / (y2 - y1) * (x2 - x1):
+            inside = not inside
+    return inside
