@@ -6,6 +6,7 @@ never imports one. A family of another package is found by its entry point; see 
 
 from jvlm.families.adapters import AdapterTargets
 from jvlm.families.base import Family, HFFormat
+from jvlm.families.gguf import GGUFFormat, GGUFVision
 from jvlm.families.registry import (
     ENTRY_POINTS,
     for_model_type,
@@ -22,6 +23,8 @@ __all__ = [
     "ENTRY_POINTS",
     "AdapterTargets",
     "Family",
+    "GGUFFormat",
+    "GGUFVision",
     "HFFormat",
     "for_model_type",
     "get",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jvlm.families.adapters import AdapterTargets
+from jvlm.families.gguf import GGUFFormat
 
 if TYPE_CHECKING:
     from jvlm.data.chat_format import ChatFormat
@@ -66,6 +67,7 @@ class Family:
       adapter_targets: which linear layers adapters may be put on.
       presets: published sizes by name.
       hf: its Hugging Face form; None where no public checkpoint of the family exists.
+      gguf: its form in llama.cpp's GGUF files; None where llama.cpp has none.
       prepare_tokenizer: called with a tokenizer that is new to the family, to add the tokens that it needs.
     """
 
@@ -76,6 +78,7 @@ class Family:
     adapter_targets: AdapterTargets
     presets: Mapping[str, VLMConfig] = dataclasses.field(default_factory=dict)
     hf: HFFormat | None = None
+    gguf: GGUFFormat | None = None
     prepare_tokenizer: Callable[[Any], None] = lambda tokenizer: None
 
     def new_config(

@@ -188,15 +188,29 @@ def answer_text(processor: Processor, completion: Completion) -> str:
 
 
 def stream(
-    model: VLM, processor: Processor, conversation: Any, *, layout: MeshLayout | None = None, **sampling: Any
+    model: VLM,
+    processor: Processor,
+    conversation: Any,
+    *,
+    layout: MeshLayout | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
+    adapter: str | None = None,
+    **sampling: Any,
 ) -> Iterator[str]:
     """The answer to one conversation in pieces, as they become readable; they join up to `generate`'s answer.
+
+    Args:
+      adapters, adapter: as in `generate`, for one conversation.
 
     Raises and warns as `generate`.
     """
     config = SamplingConfig(**sampling)
+    if adapters:
+        model = _with_adapters(model, adapters)
+    name = adapter_name(conversation) if adapter is None else adapter
+    several.numbers(model.adapters, [name])  # a name that is not known is an error now, and not at the first piece
     engine = engine_for(model, processor, layout)
-    return _with_warning(stream_example(engine, encode_prompt(engine, conversation), config))
+    return _with_warning(stream_example(engine, encode_prompt(engine, conversation), config, name))
 
 
 def _with_warning(pieces: Generator[str, None, str | None]) -> Iterator[str]:

@@ -234,6 +234,18 @@ class HubArguments:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainingHubArguments(HubArguments):
+    """Uploading to a hub during training.
+
+    Attributes:
+      hub_strategy: what is uploaded: "every_save" each checkpoint when it is saved, and the result; "end" the result;
+        "best" the best checkpoint by the validation (jvlm's own).
+    """
+
+    hub_strategy: Literal["every_save", "end", "best"] = "every_save"
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingArguments:
     """All of a training command.
 
@@ -251,4 +263,4 @@ class TrainingArguments:
     data: Annotated[DataArguments, FLAT] = DataArguments()
     optimization: Annotated[OptimizationArguments, FLAT] = OptimizationArguments()
     output: Annotated[OutputArguments, FLAT] = OutputArguments()
-    hub: Annotated[HubArguments, FLAT] = HubArguments()
+    hub: Annotated[TrainingHubArguments, FLAT] = TrainingHubArguments()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jvlm.errors import UserError
+from jvlm.hub.ids import of_cache, parse_id
 from jvlm.swift import saved
 from jvlm.swift.checkpoints import ARGUMENTS
 from jvlm.weights import run_dir
@@ -36,6 +37,14 @@ class Checkpoint:
     def folder(self) -> Path:
         """The folder of the checkpoint: the adapter's where there is one."""
         return self.adapter or Path(self.base)
+
+    @property
+    def local_name(self) -> Path:
+        """The folder, or, of a checkpoint from the Hub, its name in the working directory: what is made lies beside."""
+        on_hub = of_cache(self.folder)
+        if on_hub is None and self.adapter is None and not Path(self.base).exists():
+            on_hub = parse_id(self.base)
+        return self.folder if on_hub is None else Path(on_hub.repo.rpartition("/")[2])
 
 
 def find(checkpoint: str | None, model: str | None) -> Checkpoint:

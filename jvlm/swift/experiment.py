@@ -13,7 +13,7 @@ from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.quantization.config import QuantizationConfig
-from jvlm.swift.arguments import HubArguments, ModelArguments, TrainingArguments, TunerArguments
+from jvlm.swift.arguments import ModelArguments, TrainingArguments, TrainingHubArguments, TunerArguments
 from jvlm.swift.batches import Batches
 from jvlm.swift.checkpoints import CheckpointFolders
 from jvlm.training.config import (
@@ -197,13 +197,14 @@ def validation_config(arguments: TrainingArguments, facts: Facts, given: frozens
     )
 
 
-def push_config(hub: HubArguments) -> PushConfig:
+def push_config(hub: TrainingHubArguments) -> PushConfig:
     """Return what is uploaded after training. Raises UserError without the name of a repository."""
     if not hub.push_to_hub:
         return PushConfig()
     if hub.hub_model_id is None:
         raise UserError("--push_to_hub true needs --hub_model_id ORG/NAME")
-    return PushConfig(hub_model_id=hub.hub_model_id, private=hub.hub_private_repo)
+    every = {"every_save": "all", "end": "last", "best": "best"}[hub.hub_strategy]
+    return PushConfig(hub_model_id=hub.hub_model_id, private=hub.hub_private_repo, every=every)
 
 
 def experiment_of(arguments: TrainingArguments, facts: Facts, given: frozenset[str] = frozenset()) -> Experiment:

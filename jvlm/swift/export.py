@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jvlm.errors import UserError
 from jvlm.swift import checkpoint_model
 from jvlm.swift.checkpoint_model import Checkpoint
 from jvlm.swift.export_arguments import ExportArguments, MergeArguments
-
-if TYPE_CHECKING:
-    from jvlm.data.processor import Processor
-    from jvlm.models.batch import PackedBatch
-
-_SEQUENCES = 4  # of a calibration batch
 
 
 def merge(arguments: MergeArguments) -> Path:
@@ -31,7 +23,9 @@ def merge(arguments: MergeArguments) -> Path:
     checkpoint = _checkpoint(arguments)
     if checkpoint.adapter is None:
         raise UserError(f"{checkpoint.folder} holds no adapter to merge")
-    target = Path(arguments.output_dir or f"{str(checkpoint.adapter).rstrip('/')}-merged")
+    target = _target(arguments, checkpoint, "merged")
+    if target.exists() and any(target.iterdir()) and not arguments.exist_ok:
+        raise UserError(f"{target} exists: give another --output_dir, or --exist_ok true to replace the model in it")
     base = run_dir.local(checkpoint.base)
     dtype = arguments.torch_dtype or "keep"
     report = merge_folder(base, checkpoint.adapter, target, dtype=dtype, force=arguments.exist_ok)
@@ -40,28 +34,55 @@ def merge(arguments: MergeArguments) -> Path:
 
 
 def export(arguments: ExportArguments) -> None:
-    """Do what the arguments ask for, in this order: check, merge, quantise, upload.
+    """Do what the arguments ask for, in this order: check, merge, quantise or convert, upload.
 
     Raises:
       UserError: nothing is asked for, or what is cannot be done with this checkpoint.
     """
-    asked = (arguments.merge_lora, arguments.quant_method, arguments.check_for, arguments.hub.push_to_hub)
-    if not any(asked):
-        raise UserError("nothing to do: give --merge_lora, --quant_method, --check_for or --push_to_hub")
-    if arguments.hub.push_to_hub and arguments.hub.hub_model_id is None:
-        raise UserError("--push_to_hub true needs --hub_model_id ORG/NAME")
+    _check_arguments(arguments)
     checkpoint = _checkpoint(arguments)
     for reader in arguments.check_for:
         print(checked(checkpoint, reader))
-    folder = checkpoint.folder
+    model = checkpoint
     if arguments.merge_lora:
-        kept = arguments if arguments.quant_method is None else dataclasses.replace(arguments, output_dir=None)
-        folder = merge(kept)
+        goes_on = arguments.quant_method is not None or arguments.to_gguf
+        model = Checkpoint(str(merge(dataclasses.replace(arguments, output_dir=None) if goes_on else arguments)))
+    folder = model.folder
     if arguments.quant_method is not None:
-        whole = checkpoint if folder == checkpoint.folder else Checkpoint(str(folder))
-        folder = _quantize(arguments, whole)
+        from jvlm.swift.quantize import quantize
+
+        method = arguments.quant_method
+        made = method if method == "fp8" else f"{method}-int{arguments.quant_bits}"
+        folder = _target(arguments, model, made)
+        quantize(arguments, model, checkpoint, folder)
+    elif arguments.to_gguf:
+        folder = _target(arguments, model, "gguf")
+        _write_gguf(arguments, model, folder)
+    elif arguments.plain_lora:
+        folder = _target(arguments, model, "plain")
+        _write_plain(model, folder)
     if arguments.hub.push_to_hub:
         _push(arguments, folder, checkpoint)
+
+
+def _check_arguments(arguments: ExportArguments) -> None:
+    made = {
+        "--quant_method": arguments.quant_method is not None,
+        "--to_gguf": arguments.to_gguf,
+        "--plain_lora": arguments.plain_lora,
+    }
+    asked = [name for name, is_asked in made.items() if is_asked]
+    if not (asked or arguments.merge_lora or arguments.check_for or arguments.hub.push_to_hub):
+        raise UserError(f"nothing to do: give --merge_lora, {', '.join(made)}, --check_for or --push_to_hub")
+    if len(asked) > 1:
+        raise UserError(
+            f"{' and '.join(asked)} write different folders: run jvlm export once for each. Bits of GGUF files are set "
+            "by --gguf_type"
+        )
+    if arguments.plain_lora and arguments.merge_lora:
+        raise UserError("--plain_lora writes an adapter, and --merge_lora a model: give one of them")
+    if arguments.hub.push_to_hub and arguments.hub.hub_model_id is None:
+        raise UserError("--push_to_hub true needs --hub_model_id ORG/NAME")
 
 
 def checked(checkpoint: Checkpoint, reader: str) -> str:
@@ -76,7 +97,10 @@ def checked(checkpoint: Checkpoint, reader: str) -> str:
     problems = reader_problems(read_peft(checkpoint.adapter, config), config, reader)
     if not problems:
         return f"{reader}: reads all of {checkpoint.adapter}"
-    return "\n  ".join([f"{reader}: {len(problems)} problems with {checkpoint.adapter}", *problems])
+    fixes = {"merge the adapter": "--merge_lora true", "write the plain form": "--plain_lora true"}
+    hints = [option for words, option in fixes.items() if any(words in problem for problem in problems)]
+    lines = [f"{reader}: {len(problems)} problems with {checkpoint.adapter}", *problems]
+    return "\n  ".join([*lines, *([f"jvlm export {' or '.join(hints)} does that"] if hints else [])])
 
 
 def _checkpoint(arguments: MergeArguments) -> Checkpoint:
@@ -85,39 +109,44 @@ def _checkpoint(arguments: MergeArguments) -> Checkpoint:
     return checkpoint_model.find(arguments.adapters[0] if arguments.adapters else None, arguments.model)
 
 
-def _quantize(arguments: ExportArguments, checkpoint: Checkpoint) -> Path:
-    from jvlm.adapters import merge as merging
-    from jvlm.quantization.calibration import RoundingConfig
-    from jvlm.quantization.export import export_quantized
-
-    method = arguments.quant_method
-    config = RoundingConfig(method=method, bits=arguments.quant_bits, group_size=arguments.group_size)
-    if config.needs_examples and not arguments.dataset:
-        raise UserError(f"--quant_method {method} needs --dataset FILE: conversations to calibrate on")
-    bits = "" if method == "fp8" else f"-int{arguments.quant_bits}"
-    target = Path(arguments.output_dir or f"{str(checkpoint.folder).rstrip('/')}-{method}{bits}")
-    model, processor, _ = checkpoint_model.load(checkpoint, arguments.torch_dtype)
-    model = model if model.adapters is None else merging.merge(model)
-    examples = _calibration(arguments, processor) if arguments.dataset else None
-    rounded = export_quantized(model, processor, target, config, examples=examples, dtype=arguments.torch_dtype)
-    print(f"{rounded.report()}\nwrote {target}")
-    return target
+def _target(arguments: MergeArguments, checkpoint: Checkpoint, made: str) -> Path:
+    """Return the folder to write: --output_dir, or one beside the checkpoint named after what is made of it."""
+    place = checkpoint.local_name
+    return Path(arguments.output_dir) if arguments.output_dir else place.with_name(f"{place.name}-{made}")
 
 
-def _calibration(arguments: ExportArguments, processor: Processor) -> Iterator[PackedBatch]:
-    """Yield packed batches of at most so many conversations."""
-    from jvlm.data.config import DataConfig
-    from jvlm.data.position import Share
-    from jvlm.data.shards import ExampleSource
-    from jvlm.training.validation_data import ValidationData
-    from jvlm.training.validation_split import Subset
+def _write_gguf(arguments: ExportArguments, checkpoint: Checkpoint, folder: Path) -> None:
+    from jvlm.adapters import folders
+    from jvlm.weights import gguf_export, io, run_dir
 
-    source = ExampleSource(arguments.dataset)
-    part = Subset(source, range(min(arguments.quant_n_samples, len(source))))
-    tokens = arguments.max_length
-    data = DataConfig(train=arguments.dataset, batch_size=_SEQUENCES, seq_len=tokens, max_patches=4 * tokens)
-    for packed in ValidationData(processor, data, part, Share()):
-        yield packed.batch
+    name = checkpoint.local_name.name
+    if checkpoint.adapter is None:
+        formats = {"format": arguments.gguf_type, "vision_format": arguments.mmproj_type}
+        written = gguf_export.export_folder(checkpoint.base, folder, name=name, **formats)
+    else:
+        config = io.read_config(run_dir.local(checkpoint.base, weights=False))
+        path = folder / f"{name}-lora-f32.gguf"
+        gguf_export.files.require_new(path)
+        written = [gguf_export.write_lora(folders.read(checkpoint.adapter, config), config, path)]
+    for file in written:
+        print(f"wrote {file}")
+
+
+def _write_plain(checkpoint: Checkpoint, folder: Path) -> None:
+    from jvlm.adapters import neutral
+    from jvlm.adapters.peft_read import read_peft
+    from jvlm.adapters.peft_write import write_peft
+    from jvlm.hub.card import base_id
+    from jvlm.weights import io, run_dir
+
+    if checkpoint.adapter is None:
+        raise UserError(f"{checkpoint.folder} is a whole model: --plain_lora rewrites an adapter")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; give another --output_dir")
+    config = io.read_config(run_dir.local(checkpoint.base, weights=False))
+    plain = neutral.plain(read_peft(checkpoint.adapter, config))
+    write_peft(plain, config, folder, base_name=base_id(checkpoint.base) or checkpoint.base)
+    print(f"wrote {folder}: {len(plain.low_rank)} adapters of rank {plain.config.rank}, with a scale of 1")
 
 
 def _push(arguments: ExportArguments, folder: Path, checkpoint: Checkpoint) -> None:

@@ -9,6 +9,7 @@ from jvlm.options import FLAT
 from jvlm.swift.arguments import HubArguments
 
 Reader = Literal["vllm", "sglang", "llama.cpp", "transformers"]
+GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class MergeArguments:
     Attributes:
       adapters: checkpoint folder of an adapter.
       model: folder of its base; None is what the checkpoint names.
-      output_dir: folder to write; None is CHECKPOINT-merged.
+      output_dir: folder to write; None is CHECKPOINT-merged, or CHECKPOINT with the name of what is made of it.
       torch_dtype: of the tensors; None keeps each as the base has it.
       exist_ok: replace a merged model that is there.
     """
@@ -32,17 +33,25 @@ class MergeArguments:
 
 @dataclasses.dataclass(frozen=True)
 class ExportArguments(MergeArguments):
-    """Merge, quantise, check and upload a checkpoint. Arguments and defaults are ms-swift's.
+    """Merge, quantise, convert, check and upload a checkpoint. Arguments and defaults are ms-swift's.
 
     Attributes:
       merge_lora: add the adapter to its base.
-      quant_method: write the language model's matrices in fewer bits, after merging: "fp8", "gptq", "awq", or "rtn",
-        which rounds to nearest.
+      quant_method: write the merged model with the language model's matrices in fewer bits, as compressed-tensors has
+        them: "fp8", "gptq", "awq", or "rtn", which rounds to nearest.
       quant_bits: bits of gptq, awq and rtn.
-      group_size: inputs that share a scale.
-      dataset: conversations to calibrate gptq and awq on.
-      quant_n_samples: how many of them.
-      max_length: of a calibration sequence, in tokens.
+      group_size: inputs that share a scale; it must divide the language model's widths.
+      dataset: conversations to calibrate gptq and awq on; with them the error of the outputs is measured.
+      load_data_args: calibrate on the conversations that the checkpoint was trained on.
+      media_root: folder for relative media paths of dataset, after the data file's own.
+      quant_n_samples: how many conversations.
+      max_length: of a calibration sequence, in tokens; longer conversations are left out.
+      to_gguf: write GGUF files for llama.cpp: of a whole or merged model the language model, and the vision tower where
+        llama.cpp has one; of an adapter without --merge_lora the adapter alone.
+      gguf_type: number format of the language model's matrices in it; adapters are in f32.
+      mmproj_type: number format of the vision tower's matrices.
+      plain_lora: write the adapter as LoRA of one rank with a scale of 1, which programs read right that know neither
+        rsLoRA nor ranks and alphas by pattern.
       check_for: say what another program would refuse, or drop in silence, of the adapter.
       dry_run: with --push_to_hub, list the files that would be sent, and send nothing.
       hub: uploading to a hub.
@@ -53,8 +62,14 @@ class ExportArguments(MergeArguments):
     quant_bits: Literal[4, 8] = 4
     group_size: int = 128
     dataset: tuple[str, ...] = ()
+    load_data_args: bool = False
+    media_root: str | None = None
     quant_n_samples: int = 256
     max_length: int = 2048
+    to_gguf: bool = False
+    gguf_type: GGUFType = "f16"
+    mmproj_type: GGUFType = "f16"
+    plain_lora: bool = False
     check_for: tuple[Reader, ...] = ()
     dry_run: bool = False
     hub: Annotated[HubArguments, FLAT] = HubArguments()

@@ -61,7 +61,12 @@ def find(arguments: InferArguments) -> Checkpoint:
     """Return the model that answers. Raises UserError where it is not clear which."""
     named = [*arguments.answers.adapters, *([arguments.answers.ckpt_dir] if arguments.answers.ckpt_dir else [])]
     if len(named) > 1:
-        raise UserError(f"give one checkpoint, got {', '.join(named)}")
+        raise UserError(
+            f"give one checkpoint, got {', '.join(named)}; jvlm generate --model DIR --adapters a=DIR b=DIR answers "
+            'with several, each line of --data with the one that its field "adapter" names'
+        )
+    if named and "=" in named[0] and not Path(named[0]).exists():
+        raise UserError(f"--adapters {named[0]}: jvlm infer takes a folder without a name in front of it")
     return checkpoint_model.find(named[0] if named else None, arguments.model.model)
 
 
@@ -180,4 +185,4 @@ def _processor(arguments: InferArguments, processor: Processor, checkpoint: Chec
 
 
 def _result_path(checkpoint: Checkpoint) -> Path:
-    return checkpoint.folder / "infer_result" / f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    return checkpoint.local_name / "infer_result" / f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"

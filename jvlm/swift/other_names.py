@@ -17,6 +17,7 @@ ALIASES: Mapping[str, str] = {
     "learning_rate_vit": "vit_lr",
     "model_id_or_path": "model",
     "resume_from_ckpt": "resume_from_checkpoint",
+    "push_hub_strategy": "hub_strategy",
 }
 
 _PACKED = "jvlm packs conversations into sequences without padding between them, always"
@@ -24,8 +25,12 @@ _OWN_ATTENTION = "jvlm picks its own attention kernel for the device"
 _SHARDED = "jvlm splits parameters, gradients and optimizer state over all devices by itself"
 _DEVICES = "jvlm uses all devices that it finds; several hosts join with --distributed"
 _LAZY = "jvlm reads and encodes examples while it trains; nothing is prepared ahead"
+OWN_ENGINE = "jvlm generates with its own engine"
 _COMPUTE = "jvlm computes in bfloat16; --torch_dtype is the dtype of the weights"
 _READERS = "jvlm has no torch data loader; --dataloader_num_workers sets its reading processes"
+
+# Beginnings of the names of arguments that ms-swift hands to other engines.
+ENGINES = ("vllm_", "sglang_", "lmdeploy_")
 
 # Names whose values change nothing in jvlm, and why.
 IGNORED: Mapping[str, str] = {
@@ -79,7 +84,14 @@ IGNORED: Mapping[str, str] = {
     "check_model": "jvlm compares every tensor with the model's configuration",
     "include_num_input_tokens_seen": "the log has tokens_per_s",
     "overwrite_output_dir": "every run has a folder of its own; --add_version false goes on in one",
-    "infer_backend": "jvlm generates with its own engine",
+    "infer_backend": OWN_ENGINE,
+    "gpu_memory_utilization": OWN_ENGINE,
+    "tensor_parallel_size": OWN_ENGINE,
+    "max_model_len": OWN_ENGINE,
+    "merge_lora": "an adapter answers beside its base; jvlm merge-lora writes the merged folder",
+    "quant_batch_size": "jvlm packs the conversations that it calibrates on",
+    "to_peft_format": "adapters are always in PEFT's format",
+    "safe_serialization": "jvlm writes safetensors",
 }
 
 
@@ -135,9 +147,11 @@ REFUSED: Mapping[str, Refusal] = {
     "lora_dtype": Refusal("adapters are kept in float32", ("none", "float32")),
     "lisa_activated_layers": Refusal("--train_type lora", _OFF),
     "rlhf_type": Refusal(_NO_RL),
-    "push_hub_strategy": Refusal("jvlm export --push_to_hub true uploads any checkpoint", ("push_best", "push_last")),
     "ref_model": Refusal(_NO_RL, _OFF),
     "create_commit_message": Refusal("leave it out", _OFF),
+    "to_ollama": Refusal("--to_gguf true writes the files; FROM ./NAME.gguf in a Modelfile names one", _OFF),
+    "to_mcore": Refusal("Megatron's format is not written; the Hugging Face folder is what it converts from", _OFF),
+    "to_cached_dataset": Refusal("jvlm data shard writes examples as shards, which --dataset takes", _OFF),
 }
 
 # Values of jvlm's arguments that ms-swift has besides, and what to take instead.
@@ -153,7 +167,8 @@ OTHER_VALUES: Mapping[str, Mapping[str, str]] = {
         "split": "take right, which drops turns from the end, or delete",
     },
     "quant_method": dict.fromkeys(
-        "hqq eetq quanto gptq awq".split(), "take bnb (with --quant_bits 4 or 8) or fp8 for training"
+        "hqq eetq quanto gptq awq bnb".split(),
+        "jvlm sft takes bnb (with --quant_bits 4 or 8) or fp8 for the frozen base, jvlm export fp8, gptq, awq or rtn",
     ),
     "init_weights": dict.fromkeys(
         "loftq lora-ga eva corda orthogonal false".split(), "take true, gaussian, pissa or olora"
@@ -162,6 +177,11 @@ OTHER_VALUES: Mapping[str, Mapping[str, str]] = {
     "report_to": dict.fromkeys(
         "wandb swanlab mlflow all".split(), "take tensorboard; logging.jsonl and TensorBoard's files hold all curves"
     ),
+    "hub_strategy": {
+        **dict.fromkeys(("checkpoint", "all_checkpoints"), "take every_save; the state of the optimizer stays here"),
+        "push_last": "take end",
+        "push_best": "take best",
+    },
     "save_strategy": {"best": "take steps: with --load_best_model_at_end true the best stays"},
 }
 

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from jvlm import options
 from jvlm.errors import UserError
-from jvlm.swift.other_names import ALIASES, IGNORED, OTHER_VALUES, REFUSED
+from jvlm.swift.arguments import TrainingArguments
+from jvlm.swift.other_names import ALIASES, ENGINES, IGNORED, OTHER_VALUES, OWN_ENGINE, REFUSED
 
 T = TypeVar("T")
 # What transformers' HfArgumentParser takes as a boolean.
@@ -55,8 +56,8 @@ def parse(kind: type[T], words: Sequence[str], program: str) -> Parsed[T]:
             raise UserError(f"{program}: --{typed} is given twice; give it once")
         if name in hints:
             found[name] = _values(name, hints[name], values, program)
-        elif name in IGNORED:
-            notes.append(f"--{name} has no use here: {IGNORED[name]}")
+        elif name in IGNORED or name.startswith(ENGINES):
+            notes.append(f"--{name} has no use here: {IGNORED.get(name, OWN_ENGINE)}")
         elif name in REFUSED:
             if not REFUSED[name].accepts(values):
                 shown = " ".join((f"--{name}", *values))
@@ -69,7 +70,11 @@ def parse(kind: type[T], words: Sequence[str], program: str) -> Parsed[T]:
 
 
 def _unknown(typed: str, known: Sequence[str], program: str) -> UserError:
-    near = difflib.get_close_matches(typed.replace("-", "_"), known, n=1)
+    name = typed.replace("-", "_")
+    of_training = dict(_hints(TrainingArguments))
+    if ALIASES.get(name, name) in of_training:
+        return UserError(f"{program} has no option --{typed}, which is one of jvlm sft; {program} --help lists them")
+    near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean --{near[0]}?" if near else f"{program} --help lists them"
     return UserError(f"{program} has no option --{typed}; {hint}")
 

@@ -41,7 +41,8 @@ def check(experiment: Experiment) -> None:
         )
     if config.every == "all" and jax.process_count() > 1:
         raise UserError(
-            f"push.every all: one process writes checkpoints, and there are {jax.process_count()}; take last or best"
+            f"push.every all: one process writes checkpoints, and there are {jax.process_count()}; take last or best "
+            "(jvlm sft: --hub_strategy end or best)"
         )
 
 

@@ -17,15 +17,10 @@ from tests.parallel import models
 from tests.support import ROOT
 
 NAMES = re.compile(r"qwen|idefics|mimo|mm1", re.IGNORECASE)
-# Building blocks that families share and that are called after the model they come from; they do not import families.
-# models and towers that families share, and names that other programs give: GGUF architectures, ms-swift arguments
-BLOCKS = (
-    "jvlm/models/",
-    "jvlm/weights/backbones/",
-    "jvlm/weights/gguf_export/",
-    "jvlm/data/box_formats.py",
-    "jvlm/swift/other_names.py",
-)
+# Building blocks that families share, called after the model that they come from; they do not import families.
+BLOCKS = ("jvlm/models/", "jvlm/weights/backbones/", "jvlm/data/box_formats.py")
+# what other programs call things, whichever model is meant: an environment variable that ms-swift reads
+NOT_OURS = {"QWENVL_BBOX_FORMAT"}
 SOURCES = sorted(path for path in (ROOT / "jvlm").rglob("*.py") if "families" not in path.parts)
 
 
@@ -59,7 +54,7 @@ def test_no_module_outside_imports_or_names_a_family(path):
     imported = [name for name in _named(path) if re.match(rf"jvlm\.families\.({inside})\b", name)]
     assert imported == []
     if not str(path.relative_to(ROOT)).startswith(BLOCKS):
-        assert [name for name in _named(path) if NAMES.search(name)] == []
+        assert [name for name in _named(path) if NAMES.search(name) and name not in NOT_OURS] == []
 
 
 def test_a_model_has_no_token_ids_of_any_family_by_default():

@@ -179,7 +179,7 @@ def test_llama_cpp_s_converter_takes_an_export(make, tmp_path):
     assert fields["tokenizer.chat_template"] == tokenizer.chat_template
     assert len(text.tensors) + len(vision.tensors) >= len(support.raw_tensors(export))
     if make is of_the_demo:  # llama.cpp has no name for its digits in pairs
-        with pytest.raises(UserError, match=r"cuts text in a way that llama.cpp has no name for"):
+        with pytest.raises(UserError, match=r"splits text in a way that llama.cpp has no name for"):
             gguf_export.export(*jvlm.load(export), tmp_path / "gguf")
     else:
         compare_gguf(export, text, vision, tmp_path / "gguf")

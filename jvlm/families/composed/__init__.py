@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jvlm.data import vocabulary
 from jvlm.data.chat_format import ChatFormat
-from jvlm.families import adapters
+from jvlm.families import adapters, gguf
 from jvlm.families.base import Family
 from jvlm.families.mm1_5.image_processor import TiledImageConfig
 from jvlm.families.qwen2_5_vl.chat_format import CHATML
@@ -22,5 +22,6 @@ FAMILY = Family(
         connector=(*adapters.PERCEIVER, *adapters.PROJECTOR),
         decoder=adapters.TRANSFORMER,
     ),
+    gguf=gguf.GGUFFormat(gguf.language_model, {**gguf.QWEN2, **gguf.LLAMA3}),
     prepare_tokenizer=lambda tokenizer: vocabulary.add_tokens(tokenizer, [CHAT_FORMAT.image]),
 )

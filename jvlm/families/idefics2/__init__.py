@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jvlm.families import adapters
 from jvlm.families.base import Family
+from jvlm.families.gguf import GGUFFormat
 from jvlm.families.idefics2.chat_format import CHAT_FORMAT
 from jvlm.families.idefics2.checkpoint import HF
 from jvlm.families.idefics2.image_processor import Idefics2ImageConfig
@@ -21,4 +22,6 @@ FAMILY = Family(
     ),
     presets=PRESETS,
     hf=HF,
+    # of its Mistral; llama.cpp has no form of the vision tower and the perceiver
+    gguf=GGUFFormat(lambda config: "llama"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jvlm.families import adapters
+from jvlm.families import adapters, gguf
 from jvlm.families.base import Family
 from jvlm.families.mm1_5.image_processor import TiledImageConfig
 from jvlm.families.mm1_5.presets import PRESETS, TOKEN_IDS
@@ -19,4 +19,6 @@ FAMILY = Family(
         decoder=adapters.TRANSFORMER,
     ),
     presets=PRESETS,
+    # llama.cpp has no form of the vision tower and the C-Abstractor
+    gguf=gguf.GGUFFormat(gguf.language_model, {**gguf.QWEN2, **gguf.LLAMA3}),
 )

@@ -6,6 +6,7 @@ from jvlm.families import adapters
 from jvlm.families.base import Family
 from jvlm.families.qwen2_5_vl.chat_format import CHAT_FORMAT
 from jvlm.families.qwen2_5_vl.checkpoint import HF
+from jvlm.families.qwen2_5_vl.gguf import GGUF
 from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig
 from jvlm.families.qwen2_5_vl.presets import PRESETS, TOKEN_IDS
 
@@ -24,4 +25,5 @@ FAMILY = Family(
     ),
     presets=PRESETS,
     hf=HF,
+    gguf=GGUF,
 )

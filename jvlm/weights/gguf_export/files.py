@@ -50,6 +50,12 @@ class Written:
         return f"{self.path}: {self.path.stat().st_size:,} bytes, tensors {counts}"
 
 
+def require_new(path: Path) -> None:
+    """Raise UserError if the file is there already."""
+    if path.exists():
+        raise UserError(f"{path} is there already; remove it, or give another folder")
+
+
 def library() -> Any:
     """Return the gguf package. Raises UserError if it is not installed."""
     try:
@@ -105,6 +111,37 @@ def write(
     for kind in kinds:
         counts[kind.name.lower()] = counts.get(kind.name.lower(), 0) + 1
     return Written(path, counts)
+
+
+def write_model(
+    model: VLM,
+    path: Path,
+    architecture: str,
+    kind: str,
+    keys: Callable[[Any], None],
+    tensors: Iterable[Tensor],
+    *,
+    format: str,
+    name: str | None,
+) -> Written:
+    """Write a part of a model as `write` does.
+
+    Args:
+      kind: what general.type says, "model" or "mmproj".
+      name: of the model, as llama.cpp shows it.
+
+    Raises: as `write`; UserError for a model with adapters.
+    """
+    if model.adapters is not None:
+        raise UserError("the model has adapters: merge them first, or write them by themselves with write_lora")
+
+    def all_keys(writer: Any) -> None:
+        if name:
+            writer.add_name(name)
+        writer.add_type(kind)
+        keys(writer)
+
+    return write(path, architecture, all_keys, tensors, format)
 
 
 def _kind(gguf: Any, tensor: Tensor, format: str) -> Any:

@@ -9,12 +9,12 @@ import numpy as np
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.models import vlm
-from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.vlm import VLM
 from jvlm.weights import convert, hf, run_dir
+from jvlm.weights.gguf_export import files
 from jvlm.weights.gguf_export.files import FORMATS, ReadLayer, Written
 from jvlm.weights.gguf_export.text import write_text
-from jvlm.weights.gguf_export.vision import write_vision
+from jvlm.weights.gguf_export.vision import vision_form, write_vision
 
 
 def export(
@@ -27,10 +27,9 @@ def export(
     read: ReadLayer | None = None,
     name: str | None = None,
 ) -> list[Written]:
-    """Write NAME-FORMAT.gguf and, of a model with Qwen2.5-VL's vision tower, mmproj-NAME-FORMAT.gguf.
+    """Write NAME-FORMAT.gguf and, where llama.cpp has a form of the vision tower, mmproj-NAME-FORMAT.gguf.
 
-    Of Idefics2 and others only the language model is written, and a line says so: llama.cpp has no form of their
-    vision towers.
+    Of other models only the language model is written, and a line says so.
 
     Args:
       format: of the language model's matrices, one of f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0.
@@ -47,11 +46,10 @@ def export(
     name = name or folder.absolute().name
     text, vision = folder / f"{name}-{format}.gguf", folder / f"mmproj-{name}-{vision_format}.gguf"
     for path in (text, vision):
-        if path.exists():
-            raise UserError(f"{path} is there already; remove it, or give another folder")
+        files.require_new(path)
     tokenizer = processor.tokenizer
     written = [write_text(model, text, format=format, read=read, processor_tokenizer=tokenizer, name=name)]
-    if isinstance(model.config.encoder, QwenViTConfig):
+    if vision_form(model.config) is not None:
         written.append(write_vision(model, vision, format=vision_format, read=read, name=name))
     else:
         print(f"the vision tower of {model.config.family} has no form in llama.cpp: only the language model is written")
@@ -74,8 +72,8 @@ def export_folder(
     source = run_dir.local(source)
     opened = convert.open_source(source, step)
     try:
-        files = source / run_dir.PROCESSOR if run_dir.is_run(source) else source
-        processor = hf.load_processor(files, opened.config)
+        beside = source / run_dir.PROCESSOR if run_dir.is_run(source) else source
+        processor = hf.load_processor(beside, opened.config)
         entries = {(entry.path, entry.layer): entry for entry in opened.entries}
 
         def read(path: str, layer: int | None) -> np.ndarray:

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from jvlm import families
 from jvlm.errors import UserError
+from jvlm.families.gguf import GGUFFormat
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.weights.gguf_export import files, tokenizer
@@ -44,7 +46,7 @@ def write_text(
     processor_tokenizer: Any = None,
     name: str | None = None,
 ) -> Written:
-    """Write the language model: qwen2vl for Qwen2.5-VL and MiMo-VL, llama for Idefics2's Mistral, qwen2, qwen3.
+    """Write the language model, in the architecture that the family's record names.
 
     Args:
       format: of the matrices, one of `files.FORMATS`.
@@ -55,26 +57,23 @@ def write_text(
     Raises:
       UserError: a language model or tokenizer that llama.cpp does not compute, naming what; a model with adapters.
     """
-    if model.adapters is not None:
-        raise UserError("the model has adapters: merge them first, or write them by themselves with write_lora")
-    decoder, kind = checked(model.config), architecture(model.config)
+    form, decoder = form_of(model.config), checked(model.config)
     read = read or files.values_of(model)
 
     def keys(writer: Any) -> None:
-        _keys(writer, decoder, name)
+        _keys(writer, decoder)
         if processor_tokenizer is None:
             writer.add_tokenizer_model("none")
             writer.add_vocab_size(decoder.vocab_size)
         else:
-            tokenizer.add(writer, processor_tokenizer, decoder.vocab_size, model.config.bos_token_id)
+            begin = model.config.bos_token_id
+            tokenizer.add(writer, processor_tokenizer, decoder.vocab_size, form.pre_tokenizers, begin)
 
-    return files.write(path, kind, keys, _tensors(model, read), format)
+    tensors = _tensors(model, read)
+    return files.write_model(model, path, architecture(model.config), "model", keys, tensors, format=format, name=name)
 
 
-def _keys(writer: Any, decoder: TransformerConfig, name: str | None) -> None:
-    if name:
-        writer.add_name(name)
-    writer.add_type("model")
+def _keys(writer: Any, decoder: TransformerConfig) -> None:
     writer.add_block_count(decoder.num_layers)
     # within the window both compute the same; llama.cpp's "llama" has none
     context = min(decoder.max_position_embeddings, decoder.sliding_window or decoder.max_position_embeddings)
@@ -110,6 +109,18 @@ def tensor_name(path: str, layer: int | None) -> str:
     return f"blk.{layer}.{_LAYER[match[1]]}.{_ENDINGS[match[2]]}"
 
 
+def form_of(config: VLMConfig) -> GGUFFormat:
+    """Return llama.cpp's form of a model's family. Raises UserError if it has none."""
+    form = families.get(config.family).gguf
+    if form is None:
+        known = [name for name in families.names() if families.get(name).gguf]
+        raise UserError(
+            f"models of family {config.family!r} have no GGUF form; written are those of {', '.join(known)}. Serve the "
+            "Hugging Face folder"
+        )
+    return form
+
+
 def checked(config: VLMConfig) -> TransformerConfig:
     """Return the decoder's configuration. Raises UserError for what llama.cpp computes otherwise, naming it."""
     decoder = config.decoder
@@ -128,13 +139,8 @@ def checked(config: VLMConfig) -> TransformerConfig:
 
 
 def architecture(config: VLMConfig) -> str:
-    """Return llama.cpp's name of the language model."""
-    decoder = config.decoder
-    if decoder.mrope_section is not None:
-        return "qwen2vl"
-    if decoder.qk_norm:
-        return "qwen3"
-    return "qwen2" if decoder.qkv_bias else "llama"
+    """Return llama.cpp's name of the language model. Raises UserError if the family has none."""
+    return form_of(config).architecture(config)
 
 
 def rotary_heads(config: VLMConfig, path: str) -> int | None:

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from jvlm.errors import UserError
 
-# llama.cpp has a program for each way of cutting text before the merges, and knows it by name
-# (src/llama-vocab.cpp, "tokenizer_pre"); these are their expressions in tokenizer.json.
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_HEAD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_CUTS = {_HEAD + r"\p{N}" + _TAIL: "qwen2", _HEAD + r"\p{N}{1,3}" + _TAIL: "llama-bpe"}
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _BYTES = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def add(writer: Any, tokenizer: Any, rows: int, begin: int | None = None) -> None:
+def add(writer: Any, tokenizer: Any, rows: int, pre_tokenizers: Mapping[str, str], begin: int | None = None) -> None:
     """Add the keys of a tokenizer.
 
     Args:
       writer: a `gguf.GGUFWriter`.
       tokenizer: a fast one of transformers.
-      begin: the model's token that begins a text, where the tokenizer has none.
       rows: of the embedding table; those without a word get an unused one.
+      pre_tokenizers: expressions by which a tokenizer may split text, with llama.cpp's names of them.
+      begin: the model's token that begins a text, where the tokenizer has none.
 
     Raises:
-      UserError: a kind of tokenizer, or a way of cutting text, that llama.cpp has no name for.
+      UserError: a kind of tokenizer, or a way of splitting text, that llama.cpp has no name for.
     """
     whole = json.loads(tokenizer.backend_tokenizer.to_str())
     model = whole["model"]
@@ -50,7 +47,7 @@ def add(writer: Any, tokenizer: Any, rows: int, begin: int | None = None) -> Non
         )
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_cut(whole.get("pre_tokenizer")))
+        writer.add_tokenizer_pre(_pre_tokenizer(whole.get("pre_tokenizer"), pre_tokenizers))
         writer.add_token_list(tokens)
         writer.add_token_types(kinds)
         writer.add_token_merges(merges)
@@ -78,19 +75,19 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[str]) -> list[floa
     ]
 
 
-def _cut(before: dict[str, Any] | None) -> str:
+def _pre_tokenizer(before: dict[str, Any] | None, names: Mapping[str, str]) -> str:
     parts = (before or {}).get("pretokenizers", [before] if before else [])
     patterns = [part["pattern"].get("Regex") for part in parts if part["type"] == "Split"]
     others = [part for part in parts if part["type"] not in ("Split", "ByteLevel")]
     if not patterns and not others and any(part.get("use_regex", True) for part in parts):
         return "gpt-2"
-    if len(patterns) != 1 or others or patterns[0] not in _CUTS:
+    if len(patterns) != 1 or others or patterns[0] not in names:
         shown = json.dumps(before)[:200]
         raise UserError(
-            f"the tokenizer cuts text in a way that llama.cpp has no name for here ({shown}); known: gpt-2, "
-            f"{', '.join(_CUTS.values())}. Serve the Hugging Face folder"
+            f"the tokenizer splits text in a way that llama.cpp has no name for here ({shown}); known: "
+            f"{', '.join(['gpt-2', *names.values()])}. Serve the Hugging Face folder"
         )
-    return _CUTS[patterns[0]]
+    return names[patterns[0]]
 
 
 def _special(writer: Any, tokenizer: Any, begin: int | None) -> None:
