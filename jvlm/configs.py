@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 import traceback
 import types
 from collections.abc import Sequence
@@ -46,7 +47,8 @@ def _run(path: Path) -> Experiment:
     module = types.ModuleType("jvlm_experiment")
     module.__file__ = str(path)
     try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
+        sys.modules[module.__name__] = module  # where dataclasses of the file look up their annotations
+        exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
         get_config = module.__dict__.get("get_config")
         experiment = get_config() if callable(get_config) else None
     except Exception as error:  # the file is a program of the user's

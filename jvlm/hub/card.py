@@ -15,6 +15,7 @@ from jvlm.json_files import read_object_if_there
 
 Relation = Literal["adapter", "finetune", "merge", "quantized"]
 CARD = "README.md"
+GGUF = "gguf"  # tag of a repository of GGUF files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Card:
     def metadata(self, name: str) -> dict[str, Any]:
         """Return the values of the card's YAML, for a repository of this name."""
         is_adapter = self.relation == "adapter"
-        values: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers"}
+        library = "gguf" if GGUF in self.tags else "peft" if is_adapter else "transformers"
+        values: dict[str, Any] = {"library_name": library}
         values["pipeline_tag"] = "image-text-to-text"
         tags = ["jvlm", *self.tags]
         if self.license:
@@ -75,11 +77,13 @@ class Card:
         if self.scores:
             lines += ["", f"| {self.evaluated_on} | score |", "| --- | --- |"]
             lines += [f"| {metric} | {value:.4g} |" for metric, value in self.scores.items()]
-        lines += ["", "## Use", "", "```python", *_use(repo, self), "```", ""]
+        lines += ["", "## Use", "", f"```{'shell' if GGUF in self.tags else 'python'}", *_use(repo, self), "```", ""]
         return f"---\n{front}---\n\n" + "\n".join(lines)
 
 
 def _use(repo: str, card: Card) -> list[str]:
+    if GGUF in card.tags:
+        return [f"hf download {repo} --local-dir .", "llama-server -m NAME.gguf --mmproj mmproj-NAME.gguf"]
     if card.relation != "adapter":
         return ["import jvlm", "", f'model, processor = jvlm.load("{repo}")']
     return [
@@ -102,6 +106,8 @@ def of_folder(folder: Path, **facts: Any) -> Card:
     values: dict[str, Any] = {"relation": "adapter" if adapter else "finetune"}
     if not adapter and "quantization_config" in read_object_if_there(folder / "config.json"):
         values["relation"] = "quantized"
+    if not adapter and not (folder / "config.json").is_file() and any(folder.glob("*.gguf")):
+        values["tags"] = (GGUF,)
     values["base_model"] = base_id(base) if base else None
     return Card(**{**values, **{key: value for key, value in facts.items() if value is not None}})
 

@@ -44,7 +44,11 @@ class Rounded:
 def check_groups(inputs: int, group: int, path: str) -> None:
     """Raise UserError for groups that do not divide a matrix's inputs."""
     if inputs % group:
-        raise UserError(f"{path} has {inputs} inputs, which groups of {group} do not divide; choose another group size")
+        fitting = next(size for size in (128, 64, 32, 16, 8, inputs) if inputs % size == 0)
+        raise UserError(
+            f"{path} has {inputs} inputs, which groups of {group} do not divide; choose another group_size, "
+            f"as {fitting}"
+        )
 
 
 def fp8(weight: Weight, dtype: str) -> Rounded:

@@ -14,7 +14,7 @@ import jax
 
 from jvlm.parallel import hosts
 from jvlm.training import processors
-from jvlm.training.checkpointing import Checkpointing
+from jvlm.training.checkpointing import Checkpointing, is_scheduled
 from jvlm.training.hooks import Hook
 from jvlm.training.side_files import read_json
 from jvlm.weights import hf, io, run_dir, table
@@ -54,6 +54,8 @@ class CheckpointFolders(Hook):
         if jax.process_count() > 1:
             return
         keeper = next(hook for hook in trainer.hooks if isinstance(hook, Checkpointing))
+        if not is_scheduled(trainer, keeper.config.save_interval_steps):
+            return
         run = keeper.storage.folder
         base = read_json(run / run_dir.EXPERIMENT, "restore the run")["init_from"]
         write(trainer.model, processors.load(run), run / f"checkpoint-{trainer.step}", base)

@@ -25,7 +25,10 @@ def merge(arguments: MergeArguments) -> Path:
         raise UserError(f"{checkpoint.folder} holds no adapter to merge")
     target = _target(arguments, checkpoint, "merged")
     if target.exists() and any(target.iterdir()) and not arguments.exist_ok:
-        raise UserError(f"{target} exists: give another --output_dir, or --exist_ok true to replace the model in it")
+        raise UserError(
+            f"{target} exists: go on with it (--model {target} in place of --adapters), or replace it "
+            "with --exist_ok true"
+        )
     base = run_dir.local(checkpoint.base)
     dtype = arguments.torch_dtype or "keep"
     report = merge_folder(base, checkpoint.adapter, target, dtype=dtype, force=arguments.exist_ok)

@@ -13,6 +13,15 @@ from jvlm.training.run_storage import RunStorage
 from jvlm.training.trainer import Trainer
 
 
+def is_scheduled(trainer: Trainer, interval: int) -> bool:
+    """Return whether a checkpoint at the trainer's step is one of those asked for.
+
+    Orbax also saves the first step of every run.
+    """
+    asked = trainer.save_requested or trainer.stop_reason is not None
+    return asked or trainer.step % interval == 0 or trainer.step == trainer.steps
+
+
 class Checkpointing(Hook):
     """Restores the last good checkpoint, and saves at intervals, at the end, at a stop and on request.
 

@@ -282,7 +282,7 @@ class Experiment:
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     push: PushConfig = PushConfig()
-    task: Annotated[Task, tyro.conf.Fixed] = SupervisedTask()
+    task: Task = SupervisedTask()
     hooks: Annotated[tuple[Hook, ...], tyro.conf.Fixed] = ()
     steps: int | None = None
     epochs: float = 3.0

@@ -20,6 +20,7 @@ from jvlm.hub.card import Card
 from jvlm.hub.ids import is_dataset_id, parse_dataset, require_id
 from jvlm.models import vlm
 from jvlm.models.vlm import VLM
+from jvlm.training.checkpointing import is_scheduled
 from jvlm.training.config import Experiment
 from jvlm.training.hooks import Hook
 from jvlm.training.trainer import Trainer
@@ -111,6 +112,8 @@ class PushCheckpoints(Hook):
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="push")
 
     def on_save(self, trainer: Trainer) -> None:
+        if not is_scheduled(trainer, self.experiment.checkpoint.save_interval_steps):
+            return
         step, model = trainer.step, _model(trainer)
         folder = self.run / FOLDER / f"checkpoint-{step}"
         try:  # the parameters are written now: the next step overwrites them

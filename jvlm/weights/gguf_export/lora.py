@@ -45,7 +45,10 @@ def write_lora(weights: AdapterWeights, config: VLMConfig, path: Path, *, text_o
         lines.append("no matrix of the language model has an adapter")
     if lines:
         listed = "\n  ".join(lines)
-        raise UserError(f"llama.cpp cannot load this adapter; merge it into its base, and export that:\n  {listed}")
+        raise UserError(
+            "llama.cpp cannot load this adapter; merge it into its base (jvlm export --merge_lora true), and export "
+            f"that:\n  {listed}"
+        )
     if outside:
         towers = sorted({target.path.partition(".")[0] for target in outside})
         print(f"left out: {len(outside)} adapters of {' and '.join(towers)}, which llama.cpp cannot load")
