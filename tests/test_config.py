@@ -120,3 +120,43 @@ def test_what_is_wrong_with_a_saved_experiment_is_named_with_its_file(tmp_path, 
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match=re.escape(str(path)) + ".*" + says):
         run_dir.model_config(tmp_path)
+
+
+OWN_TASK = """
+import dataclasses
+
+from jvlm.training.config import Experiment
+from jvlm.training.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted(Task):
+    \"\"\"A task of one's own.
+
+    Attributes:
+      weight: of the loss.
+    \"\"\"
+
+    weight: float = 1.0
+    names: dict = dataclasses.field(default_factory=dict)
+
+    def loss(self, model, batch, *, reference=None, rng=None):
+        raise AssertionError
+
+
+def get_config():
+    return Experiment(name="own", init_from="base", task=Weighted())
+"""
+
+
+@pytest.mark.parametrize("first", ["", "from __future__ import annotations\n"])
+def test_fields_of_a_task_are_options_those_of_one_s_own_too(tmp_path, first):
+    (tmp_path / "own.py").write_text(first + OWN_TASK)
+    path = str(tmp_path / "own.py")
+    assert configs.load(path, ["--task.weight", "2.5"]).task.weight == 2.5
+    with pytest.raises(UserError, match=r"no option --task\.neftune_alpha"):
+        configs.load(path, ["--task.neftune_alpha", "5"])
+    shipped = configs.load("mimo_vl/easy_vqa", ["--task.neftune_alpha", "5", "--task.neftune_where", "merged"])
+    assert (shipped.task.neftune_alpha, shipped.task.neftune_where) == (5.0, "merged")
+    with pytest.raises(UserError, match=r"task\.neftune_alpha must be at least 0, got -1"):
+        configs.load("mimo_vl/easy_vqa", ["--task.neftune_alpha", "-1"])

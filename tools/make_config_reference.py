@@ -59,6 +59,8 @@ def _section(path: str, kind: type, nested: list[tuple[str, type]]) -> str:
     for field in dataclasses.fields(kind):
         full = f"{path}.{field.name}" if path else field.name
         kinds = list(_dataclasses_in(hints[field.name]))
+        if not kinds and dataclasses.is_dataclass(field.default):
+            kinds = [type(field.default)]  # of a type that others derive from: its options are those of the value
         for part in kinds:
             variants = _variants(part)
             nested += [(full, variant) for variant in variants]

@@ -1,16 +1,20 @@
 """A family of another package, installed beside jvlm, works through the public calls as those of jvlm do."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 from safetensors.numpy import load_file
 
 import jvlm
 from jvlm import families
 from jvlm.errors import UserError
+from jvlm.families import GGUFFormat, GGUFVision, registry
+from jvlm.weights.gguf_export import write_text, write_vision
 from tests import support
 
 PACKAGE = Path(__file__).parent / "toy_package" / "toy_vlm"
@@ -173,3 +177,24 @@ def test_an_unknown_family_is_told_from_those_that_are_known():
         families.for_model_type("blip")
     with pytest.raises(UserError, match="preset 'qwen2_5_vl_8b' is not known; did you mean 'qwen2_5_vl_"):
         families.preset("qwen2_5_vl_8b")
+
+
+def test_its_gguf_record_is_what_gguf_files_are_written_by(site, folder, tmp_path, monkeypatch):
+    model, _ = jvlm.load(folder)
+    with pytest.raises(UserError, match="family 'toy_vlm' have no GGUF form; written are those of composed, "):
+        write_text(model, tmp_path / "a.gguf")
+    family = families.get("toy_vlm")
+    vision = GGUFVision(
+        lambda writer, config: writer.add_clip_projector_type("toy"),
+        lambda name: iter([("v.mix.weight", lambda value: value[:2])] if name == "vision.mix.weight" else []),
+    )
+    monkeypatch.setattr(registry, "get", lambda name: dataclasses.replace(family, gguf=form))
+    monkeypatch.setattr(families, "get", registry.get)
+    form = GGUFFormat(lambda config: "llama", vision=vision)
+    write_text(model, tmp_path / "text.gguf", format="f32")
+    write_vision(model, tmp_path / "vision.gguf", format="f32")
+    text, seen = GGUFReader(tmp_path / "text.gguf"), GGUFReader(tmp_path / "vision.gguf")
+    assert text.fields["general.architecture"].contents() == "llama"
+    assert seen.fields["clip.projector_type"].contents() == "toy"
+    (tensor,) = seen.tensors
+    np.testing.assert_array_equal(tensor.data, load_file(folder / "model.safetensors")["vision.mix.weight"][:2])

@@ -7,6 +7,7 @@ import pytest
 from jvlm.errors import UserError
 from jvlm.swift import other_names, saved
 from jvlm.swift.arguments import TrainingArguments
+from jvlm.swift.infer_arguments import InferArguments
 from jvlm.swift.words import parse
 
 # What MiMo-VL's users were told to type after `swift sft`.
@@ -97,6 +98,8 @@ def test_spellings(line, name, value):
         ('--columns \'{"q": "query"}\'', "jq"),
         ("--rlhf_type dpo", "sft, pt"),
         ("--tuner_backend unsloth", "leave it out"),
+        ("--hub_strategy push_last", "take end"),
+        ("--quant_method gptq", "jvlm export fp8, gptq, awq or rtn"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_the_nearest_thing(line, message):
@@ -116,6 +119,28 @@ def test_a_name_without_use_gets_one_line_that_says_why(name):
     (note,) = parsed.notes
     assert note.startswith(f"--{name} has no use here: ")
     assert "\n" not in note
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--lora_rank 8", "--lora_rank, which is one of jvlm sft"),
+        ("--sft_type lora", "--sft_type, which is one of jvlm sft"),
+        ("--max_new_token 5", "did you mean --max_new_tokens"),
+        ("--metric rouge", "one of acc"),
+    ],
+)
+def test_a_name_of_another_command_is_said_to_be_one(line, message):
+    with pytest.raises(UserError, match=message):
+        parse(InferArguments, shlex.split(line), "jvlm infer")
+
+
+def test_arguments_of_other_engines_have_no_use():
+    line = "--infer_backend vllm --vllm_max_model_len 8192 --vllm_gpu_memory_utilization 0.9 --stream true"
+    parsed = parse(InferArguments, shlex.split(line), "jvlm infer")
+    named = "--infer_backend --vllm_max_model_len --vllm_gpu_memory_utilization".split()
+    assert [note.split()[0] for note in parsed.notes] == named
+    assert parsed.arguments.answers.stream is True
 
 
 def test_no_name_is_both_an_argument_and_something_else():
