@@ -13,7 +13,7 @@ from jvlm.errors import UserError
 from jvlm.hub.errors import HubUnavailable
 from jvlm.models import vlm
 from jvlm.training import push
-from jvlm.training.config import Experiment, PushConfig
+from jvlm.training.config import CheckpointConfig, Experiment, PushConfig
 from tests.training import support
 
 
@@ -60,9 +60,13 @@ def test_the_result_of_a_run_loads_by_its_id_with_the_same_parameters(logged_in,
 def test_a_checkpoint_that_does_not_arrive_is_noted_and_the_next_one_is_sent(logged_in, base, loaded, tmp_path, capsys):
     model, processor = loaded
     logged_in.fail = {("POST", "/commit/"): [503] * 5}
-    hook = push.PushCheckpoints(base, processor, tmp_path)
-    trainer = types.SimpleNamespace(step=3, template=model, evaluated_params=dict)
+    every_third = dataclasses.replace(base, checkpoint=CheckpointConfig(save_interval_steps=3))
+    hook = push.PushCheckpoints(every_third, processor, tmp_path)
+    trainer = types.SimpleNamespace(step=1, template=model, evaluated_params=dict)
+    trainer.save_requested, trainer.stop_reason, trainer.steps = False, None, 9
     trainer.state = types.SimpleNamespace(params=values(model))
+    hook.on_save(trainer)  # Orbax saves the first step of a run, which nobody asked for
+    trainer.step = 3
     hook.on_save(trainer)
     trainer.step = 6
     hook.on_save(trainer)
