@@ -237,9 +237,8 @@ def text_only_baseline(experiment: Experiment, answers: Sequence[Answer]) -> Tex
       ExampleError: a bad training example, unless ``data.on_bad_example`` leaves such examples out.
     """
     rejected: list[Rejected] = []
-    examples = usable.examples_of(experiment.data.train, rejected=rejected)
-    if experiment.data.on_bad_example == "error":
-        examples = usable.all_examples_of(experiment.data.train)
+    skip = experiment.data.on_bad_example == "skip"
+    examples = usable.training_conversations(experiment.data.train, rejected=rejected if skip else None)
     asked = [a.question for a in answers if not a.question.boxes]
     baseline = TextOnlyBaseline(examples, asked)
     if rejected:

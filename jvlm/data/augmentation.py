@@ -12,20 +12,20 @@ import numpy as np
 
 from jvlm.data import values
 from jvlm.data.config import DataConfig
-from jvlm.data.content import Conversation, Image, Message, Part
+from jvlm.data.content import Conversation, Image, Message, Parsed, Part
 from jvlm.data.errors import ExampleError
 from jvlm.data.values import shown
 
 ORDERED = "ordered"  # field of an example whose turns depend on their order
 
 
-def augmented(conversation: Conversation, config: DataConfig, rng: np.random.Generator) -> Conversation:
-    """Return the conversation with what the configuration asks for; nothing is drawn for what it does not."""
-    if config.shuffle_turns:
-        conversation = shuffle_turns(conversation, rng, config.max_turns)
+def augmented(example: Parsed, config: DataConfig, rng: np.random.Generator) -> Parsed:
+    """Return the example with what the configuration asks for; nothing is drawn for what it does not."""
+    if config.shuffle_turns and isinstance(example, Conversation):
+        example = shuffle_turns(example, rng, config.max_turns)
     if config.upscale_probability:
-        conversation = upscale(conversation, config, rng)
-    return conversation
+        example = upscale(example, config, rng)
+    return example
 
 
 def shuffle_turns(conversation: Conversation, rng: np.random.Generator, most: int | None = None) -> Conversation:
@@ -71,8 +71,8 @@ def _without_media(message: Message) -> Message:
     return dataclasses.replace(message, content=tuple(part for part in message.content if part not in message.media))
 
 
-def upscale(conversation: Conversation, config: DataConfig, rng: np.random.Generator) -> Conversation:
-    """Return the conversation with a share ``upscale_probability`` of its images to be made larger.
+def upscale(example: Parsed, config: DataConfig, rng: np.random.Generator) -> Parsed:
+    """Return the example with a share ``upscale_probability`` of its images to be made larger.
 
     The factor is drawn from a triangular distribution over ``upscale_range`` whose mode is the largest, as Idefics2's
     code has it.
@@ -85,4 +85,4 @@ def upscale(conversation: Conversation, config: DataConfig, rng: np.random.Gener
         factor = low if low == high else rng.triangular(low, high, high)
         return dataclasses.replace(part, upscale=float(factor), upscale_limit=config.upscale_longest_edge)
 
-    return conversation.map(change)
+    return example.map(change)

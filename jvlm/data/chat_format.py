@@ -13,6 +13,7 @@ class ChatFormat:
       template: for tokenizers that bring none.
       image: placeholder of an image, as templates write it.
       video: placeholder of a video; None gives a video as a list of images.
+      media_prefix, media_suffix: what stands before and behind a placeholder, as templates write it.
       always_blocks: the template takes content as a list of blocks only, never as a string.
       inline: the template takes strings only: placeholders are written among the words.
       special_tokens: the tokenizer adds its own (a beginning of text) to what the template writes.
@@ -23,6 +24,8 @@ class ChatFormat:
     template: str
     image: str
     video: str | None = None
+    media_prefix: str = ""
+    media_suffix: str = ""
     always_blocks: bool = False
     inline: bool = False
     special_tokens: bool = False

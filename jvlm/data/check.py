@@ -15,11 +15,12 @@ from jvlm.data import survey
 from jvlm.data.check_report import CheckReport
 from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
-from jvlm.data.content import Conversation
+from jvlm.data.content import Conversation, Document
 from jvlm.data.errors import ExampleError, Origin, Rejected
-from jvlm.data.examples import parse_example
+from jvlm.data.examples import parse_example, unknown_columns
 from jvlm.data.images import open_image
-from jvlm.data.pipeline import Encode, check_learnable
+from jvlm.data.packing import Example
+from jvlm.data.pipeline import Encode, check_learnable, check_text
 from jvlm.data.processor import Processor
 from jvlm.data.rejections import Rejections
 from jvlm.data.sharding import shard
@@ -84,6 +85,10 @@ def check(
         patches=tally.patches,
         loss_tokens=tally.loss_tokens,
         changed=tally.changed,
+        documents=tally.documents,
+        cut=tally.cut,
+        parts=tally.parts,
+        parts_left_out=tally.parts_left_out,
         columns=tuple(tally.column_lines()),
         suggestion=_suggestion(tally, look),
     )
@@ -95,11 +100,14 @@ class _Found:
 
     file: str
     rejected: Rejected | None = None
-    columns: Conversation | None = None  # with nothing but the names of its fields
+    columns: tuple[str, ...] | None = None  # those that jvlm does not know
     images: int = 0
-    size: survey.Size | None = None
-    media_tokens: int = 0
+    sizes: list[survey.Size] = dataclasses.field(default_factory=list)  # of what it is packed as
+    media_tokens: list[int] = dataclasses.field(default_factory=list)
     loss_tokens: int = 0
+    is_document: bool = False
+    parts: int = 0  # of a document that was cut
+    parts_left_out: list[Rejected] = dataclasses.field(default_factory=list)
 
 
 class _Look:
@@ -117,39 +125,46 @@ class _Look:
         try:
             if isinstance(example, ExampleError):
                 raise example
-            conversation = parse_example(example, origin)
-            found.images = sum(1 for _ in _image_sources(conversation))
-            names = tuple((name, None) for name, _ in conversation.extra)
-            found.columns = dataclasses.replace(conversation, messages=(), extra=names)
+            parsed = parse_example(example, origin)
+            found.images = sum(1 for _ in _image_sources(parsed))
+            found.columns = unknown_columns(parsed.extra)
+            found.is_document = isinstance(parsed, Document)
             if self.encode is None:
-                self._open(conversation)
+                self._open(parsed)
             else:
-                self._encode(conversation, found)
+                self._encode(parsed, found)
         except ExampleError as error:
             found.rejected = Rejected.of(error, "bad")
         return found
 
-    def _encode(self, conversation: Conversation, found: _Found) -> None:
-        _, example = self.encode.read((conversation.origin, conversation), np.random.default_rng(0))
-        found.media_tokens = int((example.vision_index >= 0).sum())
-        found.loss_tokens = int((example.loss_weights > 0).sum())
-        changed = False
+    def _encode(self, parsed: Conversation | Document, found: _Found) -> None:
+        rng = np.random.default_rng(0)
+        read = self.encode.read((parsed.origin, parsed), rng)
         try:
-            fitted = self.encode.fit(conversation, example)
+            fitted = self.encode.fit(read, rng)
         except ExampleError as error:
-            found.rejected = Rejected.of(error, "too_long")
-        else:
-            if isinstance(fitted, Rejected):
-                found.rejected = fitted
-            changed = found.rejected is None and fitted is not example
-        found.size = survey.Size(example.length, example.num_patches, example.largest_image, changed)
+            fitted = [Rejected.of(error, "too_long")]
+        used = [one for one in fitted if isinstance(one, Example)]
+        left_out = [one for one in fitted if isinstance(one, Rejected)]
+        found.rejected = next((one for one in left_out if one.kind != "part"), None)
+        found.parts = sum(one.made_to_fit == "cut" for one in used)
+        found.parts_left_out = [one for one in left_out if one.kind == "part"]
+        changed = any(survey.Size.of(one).changed for one in used)
+        # a conversation has the size that it was read with, which may be too long; a document those of its parts
+        for one in used if used and found.is_document else [example for _, example in read]:
+            found.sizes.append(survey.Size(one.length, one.num_patches, one.largest_image, changed))
+            found.media_tokens.append(int((one.vision_index >= 0).sum()))
+            found.loss_tokens += int((one.loss_weights > 0).sum())
 
-    def _open(self, conversation: Conversation) -> None:
-        """Without a processor: decode the images, and see that a turn has a loss."""
-        check_learnable(conversation.origin, [message.loss_weight for message in conversation.messages])
-        origin, root = conversation.origin, self.config.media_root
+    def _open(self, parsed: Conversation | Document) -> None:
+        """Without a processor: decode the images, and see that something has a loss."""
+        if isinstance(parsed, Document):
+            check_text(parsed)
+        else:
+            check_learnable(parsed.origin, [message.loss_weight for message in parsed.messages])
+        origin, root = parsed.origin, self.config.media_root
         roots = (str(Path(origin.file).parent), *([root] if root else []))
-        for field, image in _image_sources(conversation):
+        for field, image in _image_sources(parsed):
             open_image(image, origin=origin, field=field, roots=roots)
 
 
@@ -157,24 +172,29 @@ class _Tally:
     """Counts over all examples: a few numbers for each that can be encoded."""
 
     def __init__(self):
-        self.faults, self.columns = Rejections(), {}
+        self.faults, self.parts_left_out, self.columns = Rejections(), Rejections(), {}
         self.tokens, self.media_tokens, self.images = array("q"), array("q"), array("q")
         self.patches, self.largest_images = array("q"), array("q")
-        self.loss_tokens = self.changed = 0
+        self.loss_tokens = self.changed = self.documents = self.cut = self.parts = 0
 
     def add(self, found: _Found) -> None:
         if found.rejected is not None:
             self.faults.add(found.rejected)
+        for part in found.parts_left_out:
+            self.parts_left_out.add(part)
         if found.columns is not None:
-            self.columns.setdefault(found.file, UnknownColumns()).add(found.columns)
+            self.columns.setdefault(found.file, UnknownColumns()).counts.update(found.columns)
             self.images.append(found.images)
-        if found.size is not None:
-            self.tokens.append(found.size.length)
-            self.media_tokens.append(found.media_tokens)
-            self.patches.append(found.size.num_patches)
-            self.largest_images.append(found.size.largest_image)
-            self.changed += found.size.changed
-            self.loss_tokens += found.loss_tokens
+        for size, media_tokens in zip(found.sizes, found.media_tokens, strict=True):
+            self.tokens.append(size.length)
+            self.media_tokens.append(media_tokens)
+            self.patches.append(size.num_patches)
+            self.largest_images.append(size.largest_image)
+            self.changed += size.changed
+        self.loss_tokens += found.loss_tokens
+        self.documents += found.is_document
+        self.cut += found.parts > 0
+        self.parts += found.parts
 
     def column_lines(self) -> Iterator[str]:
         for file, columns in self.columns.items():
@@ -220,7 +240,7 @@ def _resolved(processor: Processor, config: DataConfig, seed: int) -> DataConfig
     return dataclasses.replace(config, **{name: getattr(found, name) for name in names})
 
 
-def _image_sources(conversation: Conversation) -> Iterator[tuple[str, Any]]:
+def _image_sources(conversation: Conversation | Document) -> Iterator[tuple[str, Any]]:
     """(field, source) of each image and frame."""
     for image in conversation.images:
         yield f"images[{image.index}]", image.source

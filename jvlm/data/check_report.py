@@ -28,6 +28,9 @@ class CheckReport:
       images: of each example, frames included.
       loss_tokens: tokens with a loss, of all examples.
       changed: examples that ``on_too_long`` truncates or shrinks.
+      documents: examples without turns.
+      cut, parts: documents that were cut, and into how many parts that are used.
+      parts_left_out: parts of documents of which others are used.
       columns: what there is to say about unknown columns, one line each.
       suggestion: sizes of packed sequences that suit the data; empty without a processor.
     """
@@ -43,6 +46,10 @@ class CheckReport:
     patches: Sequence[int]
     loss_tokens: int
     changed: int
+    documents: int
+    cut: int
+    parts: int
+    parts_left_out: Rejections
     columns: tuple[str, ...]
     suggestion: str
 
@@ -75,6 +82,11 @@ class CheckReport:
         if self.changed:
             how = "have their images shrunk" if config.on_too_long == "shrink" else "lose turns at their end"
             yield f"{self.changed} too long: {how} (data.on_too_long {config.on_too_long})"
+        if self.documents:
+            yield f"{self.documents} documents, {self.cut} of them cut into {self.parts} parts"
+        if self.parts_left_out.count():
+            yield f"{self.parts_left_out.count()} further parts left out:"
+            yield from self.parts_left_out.lines()
 
     def _above(self, limit: str, count: int) -> str:
         most = getattr(self.config, limit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from jvlm.data.content import Conversation
+from jvlm.data.content import Conversation, Document
 from jvlm.data.examples import hint, unknown_columns
 
 
@@ -14,9 +14,9 @@ class UnknownColumns:
     def __init__(self):
         self.counts: Counter[str] = Counter()
 
-    def add(self, conversation: Conversation) -> None:
+    def add(self, example: Conversation | Document) -> None:
         """Count the columns of one example."""
-        self.counts.update(unknown_columns(conversation.extra))
+        self.counts.update(unknown_columns(example.extra))
 
     def lines(self) -> list[str]:
         """One line for each column, the most frequent first; empty if every column is known."""

@@ -7,6 +7,7 @@ import math
 from typing import Literal
 
 from jvlm.data.choices import LossChoice
+from jvlm.data.document_config import DocumentConfig
 from jvlm.data.mixture.config import Mixture
 from jvlm.errors import UserError
 from jvlm.validation import check_fields
@@ -38,8 +39,10 @@ class DataConfig:
       single_turn_ratio: share of the conversations, drawn anew each epoch, of which one turn is trained on, without its
         history (jvlm.data.turns). Where answers give one another away, this is what teaches a model to look. The
         turn is drawn in proportion to its loss weight.
-      loss: what has a loss where an example does not say so itself: every assistant turn; "last_answer", the last one
-        of each conversation; "all", prompts as well, but no media. ms-swift calls them default, last_round and all.
+      loss: what has a loss where an example does not say so itself: "answers", every assistant turn; "last_answer", the
+        last one of each conversation; "all", prompts as well, but no media. ms-swift calls them default, last_round and
+        all. None is "answers" of conversations and "all" of documents, which have no answers.
+      documents: how documents are read: pages with pictures, captions, text alone (`jvlm.data.document_config`).
       shuffle_turns: give the questions of a conversation, with their answers, another order each epoch
         (`jvlm.data.augmentation`); images come first. Examples with ``"ordered": true`` keep theirs.
       max_turns: with ``shuffle_turns``, questions that stay of a conversation in an epoch; None is all.
@@ -71,7 +74,8 @@ class DataConfig:
     max_bad_fraction: float = 0.001
     shuffle: bool = True
     single_turn_ratio: float = 0.0
-    loss: LossChoice = "answers"
+    loss: LossChoice | None = None
+    documents: DocumentConfig = DocumentConfig()
     shuffle_turns: bool = False
     max_turns: int | None = None
     upscale_probability: float = 0.0

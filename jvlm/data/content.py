@@ -1,4 +1,4 @@
-"""A conversation in memory: messages whose content is typed parts. Tags (<image>, ...) are a matter of JSON alone.
+"""An example in memory, a conversation or a document, of typed parts. Tags (<image>, ...) are a matter of JSON alone.
 
 What is a `Text` here is text, whatever it spells: `jvlm.data.examples` reads and writes the tags of files.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from jvlm.data.boxes import Region
+from jvlm.data.choices import LossChoice
 from jvlm.data.errors import Origin
 
 
@@ -140,28 +141,18 @@ def _joined(parts: Iterable[Part]) -> Iterator[Part]:
         yield Text(words)
 
 
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """A checked example.
+class _OfParts:
+    """What is asked of conversations and documents alike."""
 
-    Attributes:
-      image_settings: what the example changes about the image processor, as given: which one it is, is not known here.
-      tools: schemas of the tools that the chat template tells the model of.
-      extra: fields carried along, unknown ones included.
-      prompt_weight: of the loss of all text that is no assistant turn.
-    """
-
-    messages: tuple[Message, ...]
-    image_settings: tuple[tuple[str, Any], ...] = ()
-    tools: tuple[dict[str, Any], ...] = ()
-    extra: tuple[tuple[str, Any], ...] = ()
-    origin: Origin = Origin()
-    prompt_weight: float = 0.0
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All of its parts, in order."""
+        raise NotImplementedError
 
     @property
     def media(self) -> tuple[Image | Video, ...]:
         """Images and videos, in order of appearance."""
-        return tuple(part for message in self.messages for part in message.media)
+        return tuple(part for part in self.parts if isinstance(part, Image | Video))
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -176,8 +167,75 @@ class Conversation:
     @property
     def boxes(self) -> tuple[ObjectBox, ...]:
         """Boxes and points, in order of appearance."""
-        return tuple(part for message in self.messages for part in message.boxes)
+        return tuple(part for part in self.parts if isinstance(part, ObjectBox))
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation(_OfParts):
+    """A checked example that a chat template renders.
+
+    Attributes:
+      image_settings: what the example changes about the image processor, as given: which one it is, is not known here.
+      tools: schemas of the tools that the chat template tells the model of.
+      extra: fields carried along, unknown ones included.
+      loss: what has a loss, where the example says so for all of its turns together.
+      prompt_weight: of the loss of all text that is no assistant turn.
+    """
+
+    messages: tuple[Message, ...]
+    image_settings: tuple[tuple[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    extra: tuple[tuple[str, Any], ...] = ()
+    origin: Origin = Origin()
+    loss: LossChoice | None = None
+    prompt_weight: float = 0.0
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All of its parts, in order."""
+        return tuple(part for message in self.messages for part in message.content)
 
     def map(self, change: Callable[[Part], Part]) -> Conversation:
         """Return the conversation with every part of every message changed."""
         return dataclasses.replace(self, messages=tuple(message.map(change) for message in self.messages))
+
+
+@dataclasses.dataclass(frozen=True)
+class Document(_OfParts):
+    """A checked example without turns, which no chat template renders: a page with pictures, a caption, text alone.
+
+    Attributes:
+      content: its pieces. Neighbouring texts stay pieces of their own, between which it may be cut; empty ones are
+        left out.
+      begins, ends: False for a part of a document that was cut before it, or behind it.
+      image_settings, extra, origin, loss: as of a `Conversation`.
+    """
+
+    content: tuple[Part, ...]
+    begins: bool = True
+    ends: bool = True
+    image_settings: tuple[tuple[str, Any], ...] = ()
+    extra: tuple[tuple[str, Any], ...] = ()
+    origin: Origin = Origin()
+    loss: LossChoice | None = None
+
+    def __post_init__(self):
+        pieces = tuple(part for part in self.content if not isinstance(part, Text) or part.text)
+        object.__setattr__(self, "content", pieces)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All of its parts, in order."""
+        return self.content
+
+    @property
+    def text(self) -> str:
+        """Its words, without everything else."""
+        return "".join(part.text for part in self.content if isinstance(part, Text))
+
+    def map(self, change: Callable[[Part], Part]) -> Document:
+        """Return the document with every piece changed."""
+        return dataclasses.replace(self, content=tuple(map(change, self.content)))
+
+
+Parsed = TypeVar("Parsed", Conversation, Document)

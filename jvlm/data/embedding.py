@@ -13,6 +13,7 @@ from jvlm.data.images import image_source, unwrap
 
 _LISTS = ("images", "image", "videos", "video", "rejected_images", "rejected_videos")
 _TURNS = ("messages", "rejected_messages")
+_DOCUMENT = "document"
 
 
 def embed(example: dict[str, Any], origin: Origin, roots: Sequence[str]) -> dict[str, Any]:
@@ -30,7 +31,10 @@ def embed(example: dict[str, Any], origin: Origin, roots: Sequence[str]) -> dict
     parse_example(example, origin)
     media = {key: _media(example[key], origin, key, roots) for key in _LISTS if key in example}
     turns = {key: _turns(example[key], origin, key, roots) for key in _TURNS if isinstance(example.get(key), list)}
-    whole = {**example, **media, **turns}
+    pieces = {}
+    if isinstance(example.get(_DOCUMENT), list):
+        pieces[_DOCUMENT] = [_block(block, origin, _DOCUMENT, roots) for block in example[_DOCUMENT]]
+    whole = {**example, **media, **turns, **pieces}
     conversation = parse_example(whole, origin)
     for source in (source for part in conversation.media for source in sources_of(part)):
         file = _file(source, origin, "messages", roots)

@@ -10,6 +10,7 @@ from typing import Literal
 from jvlm.errors import UserError
 
 MEMORY = "<memory>"
+Kind = Literal["bad", "too_long", "skipped", "part"]
 # where a message stops being the same for every example with its fault: at the first number, name or quotation
 _VARIABLE = re.compile(r"[\d'\"\[({</\\:;,].*", re.DOTALL)
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
@@ -64,7 +65,8 @@ class Rejected:
 
     Attributes:
       file, number: as in `Origin`.
-      kind: "bad" for one that cannot be read, "too_long" for one that does not fit a packed sequence.
+      kind: "bad" for one that cannot be read, "too_long" for one that does not fit a packed sequence, "skipped" for one
+        that a rule of the configuration leaves out, "part" for a part of a document of which other parts are used.
       fix: what the user can do.
     """
 
@@ -72,11 +74,11 @@ class Rejected:
     number: int | None
     field: str
     reason: str
-    kind: Literal["bad", "too_long"] = "bad"
+    kind: Kind = "bad"
     fix: str = ""
 
     @classmethod
-    def of(cls, error: ExampleError, kind: Literal["bad", "too_long"]) -> Rejected:
+    def of(cls, error: ExampleError, kind: Kind) -> Rejected:
         """The example of an error."""
         return cls(error.origin.file, error.origin.number, error.field, error.problem, kind, error.fix)
 

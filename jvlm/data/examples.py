@@ -1,17 +1,18 @@
-"""The ms-swift example: checked once, here, before anything else sees it."""
+"""The ms-swift example, and the document: checked once, here, before anything else sees it."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
 from jvlm.data import tool_calls, values
 from jvlm.data.boxes import Region, region
-from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Part, Text, Video
+from jvlm.data.choices import LossChoice
+from jvlm.data.content import Conversation, Document, Image, Message, ObjectBox, ObjectName, Part, Text, Video
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.image_processor import EXAMPLE_FIELD
 from jvlm.data.values import is_null, shown, without_nulls
@@ -22,32 +23,39 @@ _CARRIED = frozenset(
     "id adapter channel ordered tools label margin solution "
     "rejected_response rejected_messages rejected_images rejected_videos".split()
 )
-_FIELDS = frozenset("messages images image videos video objects chat_template_kwargs".split()) | _CARRIED
+_LOSS = "loss"
+_FIELDS = frozenset("messages images image videos video objects chat_template_kwargs".split()) | {_LOSS} | _CARRIED
+# A record with one of these, and without messages, is a document.
+DOCUMENT, TEXT = "document", "text"
 _MOST_WEIGHT = float(np.finfo(np.float32).max)
 # Keys of content blocks that hold an image; and those where a number is no setting of it, as other libraries take it.
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
 _NO_SETTINGS = frozenset((*IMAGE_KEYS, "video", "index", "id"))
 _TAGS = {Image: "<image>", Video: "<video>", ObjectName: "<ref-object>", ObjectBox: "<bbox>"}
 _TAG = re.compile(f"({'|'.join(_TAGS.values())})")
+# in a text block, media have blocks of their own
+_OBJECT_TAG = re.compile(f"({_TAGS[ObjectName]}|{_TAGS[ObjectBox]})")
+_KINDS = {tag: kind for kind, tag in _TAGS.items()}
 
 
 class _Tagged(NamedTuple):
-    """A message before its tags are replaced by parts."""
+    """A message before its tags, here the types that they stand for, are replaced by parts."""
 
     role: str
-    content: str
+    content: list[str | type]
     loss_weight: float
     fields: tuple[tuple[str, Any], ...]
     loss_given: bool
 
 
-def parse_example(example: Any, origin: Origin = Origin()) -> Conversation:
-    """Check one example of the ms-swift format. A null is as an absent field; unknown fields are carried along.
+def parse_example(example: Any, origin: Origin = Origin()) -> Conversation | Document:
+    """Check one example of the ms-swift format, or a document. A null is as an absent field; unknown fields are carried
+    along.
 
     Raises:
       ExampleError: wrong type, wrong number of tags, bad role, limit or box; names the field and the fix.
     """
-    if isinstance(example, Conversation):
+    if isinstance(example, Conversation | Document):
         return example
     if not isinstance(example, dict):
         raise ExampleError(
@@ -59,33 +67,81 @@ def parse_example(example: Any, origin: Origin = Origin()) -> Conversation:
         raise ExampleError(origin, "example", "lists or objects nested too deep", "Make the example flatter") from error
 
 
-def _parse(example: dict, origin: Origin) -> Conversation:
+def parse_conversation(example: Any, origin: Origin = Origin()) -> Conversation:
+    """Check one example that has turns. Raises ExampleError as `parse_example`, and for a document."""
+    parsed = parse_example(example, origin)
+    if isinstance(parsed, Document):
+        raise ExampleError(
+            parsed.origin, "messages", "a document, which has no turns", "Write messages, or leave it out"
+        )
+    return parsed
+
+
+def _parse(example: dict, origin: Origin) -> Conversation | Document:
     for field in ("audios", "audio"):
         if field in example and not (isinstance(example[field], list | tuple) and not example[field]):
             raise ExampleError(origin, field, "the models here do not hear", "Remove it, and <audio> from the messages")
     images, videos = _listed(example, "images", "image", origin), _listed(example, "videos", "video", origin)
     listed = {"images": len(images), "videos": len(videos)}
-    messages = _messages(example, images, videos, origin)
+    is_document = "messages" not in example and (DOCUMENT in example or TEXT in example)
+    if is_document:
+        messages = [_document(example, images, videos, origin)]
+    else:
+        messages = _messages(example, images, videos, origin)
     for field, media in (("images", images), ("videos", videos)):
         if 0 < listed[field] < len(media):
             raise ExampleError(
                 origin, field, "given both here and inside messages", "Keep one of them, so the order is clear"
             )
     refs, boxes = _objects(example.get("objects"), len(images), origin)
-    extra = tuple((k, example[k]) for k in example if k in _CARRIED or k not in _FIELDS)
+    used = _FIELDS | {DOCUMENT, TEXT} if is_document else _FIELDS
+    extra = tuple((k, example[k]) for k in example if k in _CARRIED or k not in used)
     parts = {
         Image: [Image(source, index) for index, source in enumerate(images)],
         Video: [Video(_frames(frames, origin), index) for index, frames in enumerate(videos)],
         ObjectName: refs,
         ObjectBox: boxes,
     }
+    contents = _with_parts(messages, parts, unknown_columns(extra), origin)
+    common = {
+        "image_settings": _image_settings(example.get(EXAMPLE_FIELD), origin),
+        "extra": extra,
+        "origin": origin,
+        "loss": _loss_choice(example.get(_LOSS), origin),
+    }
+    if is_document:
+        return Document(contents[0], **common)
     return Conversation(
-        messages=_with_parts(messages, parts, unknown_columns(extra), origin),
-        image_settings=_image_settings(example.get(EXAMPLE_FIELD), origin),
+        messages=tuple(
+            Message(m.role, content, m.loss_weight, m.fields, m.loss_given)
+            for m, content in zip(messages, contents, strict=True)
+        ),
         tools=tool_calls.schemas(example.get("tools"), origin),
-        extra=extra,
-        origin=origin,
+        **common,
     )
+
+
+def _document(example: dict, images: list, videos: list, origin: Origin) -> _Tagged:
+    """The pieces of a document, or of a text with tags."""
+    if DOCUMENT in example and TEXT in example:
+        raise ExampleError(origin, TEXT, f"given together with {DOCUMENT!r}", f"Keep {DOCUMENT!r} only")
+    if "tools" in example:
+        raise ExampleError(origin, "tools", "a document has no chat template to tell of tools", "Remove it")
+    if TEXT in example:
+        content = _TAG.split(values.text(example[TEXT], origin, TEXT))
+        return _Tagged(DOCUMENT, [_KINDS.get(piece, piece) for piece in content], 1.0, (), False)
+    blocks = example[DOCUMENT]
+    if not isinstance(blocks, list | tuple) or not blocks:
+        problem = "is empty" if isinstance(blocks, list | tuple) else "is not a list of blocks"
+        fix = 'Write [{"type": "text", "text": "..."}, {"type": "image", "image": "..."}, ...]'
+        raise ExampleError(origin, DOCUMENT, f"{shown(blocks)} {problem}", fix)
+    return _Tagged(DOCUMENT, _flatten(blocks, images, videos, origin, DOCUMENT), 1.0, (), False)
+
+
+def _loss_choice(value: Any, origin: Origin) -> LossChoice | None:
+    if value is None or (isinstance(value, str) and value in get_args(LossChoice)):
+        return value
+    raise ExampleError(origin, _LOSS, f"{shown(value)} is unknown", f"Use one of {', '.join(get_args(LossChoice))}")
 
 
 def unknown_columns(extra: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
@@ -171,19 +227,22 @@ def _loss_weight(message: dict, role: str, origin: Origin, field: str) -> float:
     return float(weight) if has_loss else 0.0
 
 
-def _flatten(content: Any, images: list, videos: list, origin: Origin, field: str) -> str:
-    """Content blocks (OpenAI or transformers style) to text with tags; their media join the example's lists."""
+def _flatten(content: Any, images: list, videos: list, origin: Origin, field: str) -> list[str | type]:
+    """Text with tags, or content blocks (OpenAI or transformers style), as words and the types that tags stand for.
+
+    Media of blocks join the example's lists. Text blocks hold words, whatever they spell of media.
+    """
     if isinstance(content, str):
-        return values.text(content, origin, field)
+        return [_KINDS.get(piece, piece) for piece in _TAG.split(values.text(content, origin, field))]
     if not isinstance(content, list | tuple):
         raise ExampleError(
             origin, field, f"a {type(content).__name__} is not text", "Give a string or a list of blocks"
         )
-    return "".join(_block(block, images, videos, origin, field) for block in content)
+    return [piece for block in content for piece in _block(block, images, videos, origin, field)]
 
 
-def _block(block: Any, images: list, videos: list, origin: Origin, field: str) -> str:
-    """Return the text of a content block; its image or video joins the list, unless the example has the source."""
+def _block(block: Any, images: list, videos: list, origin: Origin, field: str) -> list[str | type]:
+    """The pieces of a block. A medium in it joins its list; one without a source is among the example's own."""
     given = without_nulls(block) if isinstance(block, dict) else {}
     kind = given.pop("type", None)
     for key, value in given.items():
@@ -193,13 +252,14 @@ def _block(block: Any, images: list, videos: list, origin: Origin, field: str) -
             )
     media = {key: given[key] for key in (*IMAGE_KEYS, "video") if key in given}
     if kind == "text" and not media and isinstance(given.get("text"), str):
-        return values.text(given["text"], origin, field)
+        pieces = _OBJECT_TAG.split(values.text(given["text"], origin, field))
+        return [_KINDS.get(piece, piece) for piece in pieces]
     if kind in ("image", "image_url") and "video" not in media and len(media) <= 1:
         images += media.values()
-        return "<image>"
+        return [Image]
     if kind == "video" and media.keys() <= {"video"}:
         videos += media.values()
-        return "<video>"
+        return [Video]
     problem = f"cannot read a block of type {shown(kind)} with {', '.join(map(shown, given)) or 'nothing in it'}"
     fix = 'Use {"type": "text", "text": "..."}, image, image_url or video blocks, each with one source'
     raise ExampleError(origin, field, problem, fix)
@@ -258,13 +318,13 @@ def _image_settings(value: Any, origin: Origin) -> tuple[tuple[str, Any], ...]:
 
 def _with_parts(
     messages: list[_Tagged], parts: dict[type, list], unknown: Sequence[str], origin: Origin
-) -> tuple[Message, ...]:
-    """Return messages in which each tag is the next part of its kind. Raises ExampleError if the numbers differ."""
+) -> list[tuple[Part, ...]]:
+    """Return contents in which each tag is the next part of its kind. Raises ExampleError if the numbers differ."""
     fields = {Image: "images", Video: "videos", ObjectBox: "objects.bbox", ObjectName: "objects.ref"}
     left = {}
     for kind, field in fields.items():
         tag, count = _TAGS[kind], len(parts[kind])
-        tags = sum(message.content.count(tag) for message in messages)
+        tags = sum(message.content.count(kind) for message in messages)
         if tags != count:
             meant = None if count else near_miss(field.partition(".")[0], unknown)
             # without any objects <bbox> and <ref-object> are words
@@ -272,17 +332,25 @@ def _with_parts(
                 fix = meant or "Give one entry for each tag"
                 raise ExampleError(origin, field, f"{tags} {tag} tags but {count} entries", fix)
         if count:
-            left[tag] = iter(parts[kind])
-    return tuple(
-        Message(
-            message.role,
-            tuple(next(left[piece]) if piece in left else Text(piece) for piece in _TAG.split(message.content)),
-            message.loss_weight,
-            message.fields,
-            message.loss_given,
-        )
-        for message in messages
-    )
+            left[kind] = iter(parts[kind])
+    return [tuple(_parts_of(message.content, left)) for message in messages]
+
+
+def _parts_of(content: Iterable[str | type], parts: Mapping[type, Iterator]) -> list[Part]:
+    """Return the parts of a message; a tag of a kind that the example has no parts of is a part of the words."""
+    found: list[Part] = []
+    in_words = False
+    for piece in content:
+        if not isinstance(piece, str) and piece in parts:
+            found.append(next(parts[piece]))
+            continue
+        words = piece if isinstance(piece, str) else _TAGS[piece]
+        if in_words or (piece is not words and found and isinstance(found[-1], Text)):
+            found[-1] = Text(found[-1].text + words)
+        else:
+            found.append(Text(words))
+        in_words = piece is not words
+    return found
 
 
 def tagged(content: Iterable[Part]) -> str:
@@ -304,5 +372,5 @@ def user_message(text: str, images: Sequence[Any], *, first: int = 0) -> Message
     Raises:
       ExampleError: another number of tags than of images.
     """
-    (message,) = parse_example({"messages": [{"role": "user", "content": text}], "images": list(images)}).messages
+    (message,) = parse_conversation({"messages": [{"role": "user", "content": text}], "images": list(images)}).messages
     return message.map(lambda part: Image(part.source, part.index + first) if isinstance(part, Image) else part)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -15,10 +16,10 @@ from jvlm.models.packed_batch import PackedBatch
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One conversation as arrays: s tokens, p patches of c values.
+    """One conversation or document as arrays: s tokens, p patches of c values.
 
     Attributes:
-      turns: number of the last assistant turn begun at each token, from 1; 0 before the first.
+      turns: number of the last assistant turn begun at each token, from 1; 0 before the first, and in documents.
       vision_index: which feature feeds the token; -1 for text.
       media: number of the image or video that the token stands for, from 1, delimiters included; 0 for text.
       vision_segment_ids: segment of each vision token, as in `MediaPatches`, numbered through all media.
@@ -26,6 +27,9 @@ class Example:
       patch_window_ids: attention window of each patch, likewise.
       sizes: of each image and video.
       source: number of its data source among `DataConfig.sources`; -1 for none.
+      records: examples of the data that it holds: 1; 0 for what is left of a document that was cut.
+      made_to_fit: how it was made to fit a sequence.
+      breaks: of a document that can still be cut, what begins at each token: see `jvlm.data.document_text`.
     """
 
     tokens: np.ndarray
@@ -42,6 +46,9 @@ class Example:
     sizes: tuple[Sizes, ...]
     origin: Origin
     source: int = -1
+    records: int = 1
+    made_to_fit: Literal["no", "cut", "truncated", "shrunk"] = "no"
+    breaks: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -139,7 +146,7 @@ def truncate(example: Example, max_tokens: int, max_patches: int | None = None) 
         if end is not None and end <= max_tokens:
             shorter = _begin_of(example, end)
             if max_patches is None or shorter.num_patches <= max_patches:
-                return shorter
+                return dataclasses.replace(shorter, made_to_fit="truncated")
     return None
 
 
@@ -273,7 +280,8 @@ class PackedSequences:
     """What the pipeline yields: a batch, and what is known about its data.
 
     Attributes:
-      conversations: number of conversations in the batch.
+      conversations: examples of the data in the batch; a document that was cut counts with its first part.
+      parts: examples in the batch that are parts of documents that were cut.
       rejected: examples left out while these were gathered.
       origins: for each sequence of the batch, where its segments 1, 2, ... came from.
       sources: for each sequence of the batch, the number of the data source of its segments; -1 for none.
@@ -286,3 +294,23 @@ class PackedSequences:
     origins: tuple[tuple[Origin, ...], ...] = ()
     sources: tuple[tuple[int, ...], ...] = ()
     source_names: tuple[str, ...] = ()
+    parts: int = 0
+
+
+def packed_sequences(
+    batch: PackedBatch,
+    sequences: Sequence[Sequence[Example]],
+    rejected: Iterable[Rejected],
+    source_names: tuple[str, ...],
+) -> PackedSequences:
+    """Return a batch with what is known about the examples of its sequences."""
+    examples = [example for sequence in sequences for example in sequence]
+    return PackedSequences(
+        batch,
+        conversations=sum(example.records for example in examples),
+        rejected=tuple(rejected),
+        origins=tuple(tuple(example.origin for example in sequence) for sequence in sequences),
+        sources=tuple(tuple(example.source for example in sequence) for sequence in sequences),
+        source_names=source_names,
+        parts=sum(example.made_to_fit == "cut" for example in examples),
+    )

@@ -16,10 +16,10 @@ import grain
 import numpy as np
 from absl import flags
 
-from jvlm.data import packing
+from jvlm.data import cutting, packing
 from jvlm.data.augmentation import augmented
 from jvlm.data.config import DataConfig
-from jvlm.data.content import Conversation
+from jvlm.data.content import Conversation, Document
 from jvlm.data.errors import ExampleError, Origin, Rejected, grouped
 from jvlm.data.examples import parse_example
 from jvlm.data.image_processor import ImageProcessor, ImageProcessorConfig
@@ -35,55 +35,135 @@ from jvlm.errors import UserError
 
 
 class Encode(grain.transforms.RandomMap):
-    """(origin, example) to an `Example`, or to a `Rejected` where the config allows leaving examples out."""
+    """(origin, example) to what is trained on of it, and a `Rejected` where the config allows leaving examples out.
+
+    An example of the data is one `Example`, or a `Rejected`; a document may be cut into several.
+    """
 
     def __init__(self, processor: Processor, config: DataConfig):
         self.processor, self.config = processor, config
         self.sources = SourceNumbers(config)
 
-    def random_map(self, element: tuple[Origin, Any], rng: np.random.Generator) -> Example | Rejected:
+    def random_map(self, element: tuple[Origin, Any], rng: np.random.Generator) -> tuple[Example | Rejected, ...]:
         try:
-            conversation, example = self.read(element, rng)
-            source = self.sources.of(conversation)
+            read = self.read(element, rng)
+            source = self.sources.of(read[0][0])
         except ExampleError as error:
             if self.config.on_bad_example == "error":
                 raise
-            return Rejected.of(error, "bad")
-        fitted = self.fit(conversation, example)
-        return fitted if isinstance(fitted, Rejected) else dataclasses.replace(fitted, source=source)
+            return (Rejected.of(error, "bad"),)
+        fitted = self.fit(read, rng)
+        return tuple(one if isinstance(one, Rejected) else dataclasses.replace(one, source=source) for one in fitted)
 
-    def read(self, element: tuple[Origin, Any], rng: np.random.Generator) -> tuple[Conversation, Example]:
-        """Return an example with what has a loss, whatever its length. Raises ExampleError."""
+    def read(
+        self, element: tuple[Origin, Any], rng: np.random.Generator
+    ) -> list[tuple[Conversation | Document, Example]]:
+        """Return an example with what has a loss, whatever its length. Raises ExampleError.
+
+        It is one example, but for a document with more than ``documents.max_images``.
+        """
         origin, record = element
         if isinstance(record, ExampleError):
             raise record
-        conversation = parse_example(record, origin)
+        parsed = parse_example(record, origin)
         single = rng.random() < self.config.single_turn_ratio
-        conversation = augmented(conversation, self.config, rng)
-        conversation = with_loss_on(conversation, self.config.loss)
+        parsed = augmented(parsed, self.config, rng)
+        parsed = with_loss_on(parsed, self.config.loss)
+        if isinstance(parsed, Document):
+            return self._parts(parsed, rng)
         if single:
-            conversation = _one_turn(conversation, rng)
-        example = self.processor.encode(conversation)
+            parsed = _one_turn(parsed, rng)
+        example = self.processor.encode(parsed)
         check_learnable(example.origin, example.loss_weights)
-        return conversation, example
+        return [(parsed, example)]
 
-    def fit(self, conversation: Conversation, example: Example) -> Example | Rejected:
-        """The example, made to fit a sequence as ``on_too_long`` says. Raises ExampleError with "error"."""
+    def _parts(self, document: Document, rng: np.random.Generator) -> list[tuple[Document, Example]]:
+        """A document, with no more media than it may have."""
+        check_text(document)
+        config = self.config.documents
+        if config.cut == "split":
+            parts = cutting.split_by_media(document, config.max_images)
+        elif config.cut == "sample_window":
+            parts = [cutting.window_by_media(document, config.max_images, config.window_bonus, rng)]
+        else:
+            parts = [document]
+        cut = "no" if parts == [document] else "cut"
+        return [(part, dataclasses.replace(self.processor.encode(part), made_to_fit=cut)) for part in parts]
+
+    def fit(
+        self, read: Sequence[tuple[Conversation | Document, Example]], rng: np.random.Generator
+    ) -> list[Example | Rejected]:
+        """What was read of an example, made to fit sequences as ``on_too_long`` and ``documents.cut`` say.
+
+        Raises:
+          ExampleError: one that does not fit, where ``on_too_long`` is "error".
+        """
+        if isinstance(read[0][0], Conversation) or self.config.documents.cut == "never":
+            return [self._fitted(parsed, dataclasses.replace(example, breaks=None)) for parsed, example in read]
+        fitted = [self._fitted_part(one) for document, example in read for one in self._cut(document, example, rng)]
+        used = [number for number, one in enumerate(fitted) if isinstance(one, Example)]
+        whole = used[0] if used else 0  # which stands for the example where examples are counted
+        return [
+            dataclasses.replace(one, records=int(number == whole))
+            if isinstance(one, Example)
+            else one
+            if number == whole
+            else dataclasses.replace(one, kind="part")
+            for number, one in enumerate(fitted)
+        ]
+
+    def _cut(self, document: Document, example: Example, rng: np.random.Generator) -> list[Example]:
+        """A document as parts that fit, but for media that do not fit alone."""
+        parts = self._split(example)
+        if self.config.on_too_long == "shrink" and not all(map(self._fits, parts)):
+            shrunk = shrink(self.processor, document, lambda one: all(map(self._fits, self._split(one))))
+            if shrunk is not None:
+                example = dataclasses.replace(shrunk, made_to_fit="cut" if example.made_to_fit == "cut" else "shrunk")
+                parts = self._split(example)
+        config = self.config.documents
+        if config.cut == "split":
+            return parts
+        if example.made_to_fit == "cut":  # a window that was drawn already
+            return parts[:1]
+        return [cutting.window(example, *self._limits, config.window_bonus, rng)]
+
+    def _split(self, example: Example) -> list[Example]:
+        return cutting.split(example, *self._limits)
+
+    @property
+    def _limits(self) -> tuple[cutting.Limits, cutting.Beginning]:
+        processor = self.processor
+        beginning = cutting.Beginning(processor.documents.begin_ids, processor.merged_delimiter_id)
+        return cutting.Limits(self.config.longest, self.config.max_patches), beginning
+
+    def _fitted_part(self, example: Example) -> Example | Rejected:
         try:
             self._check(example)
         except ExampleError as error:
             if self.config.on_too_long == "error":
                 raise
-            return self._made_to_fit(conversation, example) or Rejected.of(error, "too_long")
+            return Rejected.of(error, "too_long")
+        if not example.loss_weights.any():
+            problem, fix = "a part without text, in which nothing has a loss", "Make the images smaller"
+            return Rejected.of(ExampleError(example.origin, "document", problem, fix), "too_long")
         return example
 
-    def _made_to_fit(self, conversation: Conversation, example: Example) -> Example | None:
+    def _fitted(self, parsed: Conversation | Document, example: Example) -> Example | Rejected:
+        try:
+            self._check(example)
+        except ExampleError as error:
+            if self.config.on_too_long == "error":
+                raise
+            return self._made_to_fit(parsed, example) or Rejected.of(error, "too_long")
+        return example
+
+    def _made_to_fit(self, parsed: Conversation | Document, example: Example) -> Example | None:
         config = self.config
         if config.on_too_long == "truncate":
             shorter = packing.truncate(example, config.longest, config.max_patches)
             return shorter if shorter is not None and self._fits(shorter) else None
         if config.on_too_long == "shrink" and example.num_patches:
-            return shrink(self.processor, conversation, self._fits)
+            return shrink(self.processor, parsed, self._fits)
         return None
 
     def _check(self, example: Example) -> None:
@@ -112,6 +192,12 @@ def check_learnable(origin: Origin, weights: Sequence[float] | np.ndarray) -> No
     """Raise ExampleError if no turn, or no token, has a loss weight above 0."""
     if not np.any(np.asarray(weights) > 0):
         raise ExampleError(origin, "messages", "no assistant turn to learn from", "Add one, or set its loss true")
+
+
+def check_text(document: Document) -> None:
+    """Raise ExampleError for a document without text."""
+    if not document.text.strip():
+        raise ExampleError(document.origin, "document", "no text, so nothing has a loss", "Add some, or leave it out")
 
 
 class _Windows(grain.MapDataset):
@@ -228,15 +314,14 @@ class PackIterator(grain.DatasetIterator):
             max_segment_length=config.max_length,
             max_image_patches=self.dataset.max_image_patches,
         )
-        origins = tuple(tuple(e.origin for e in sequence) for sequence in sequences)
-        sources = tuple(tuple(e.source for e in sequence) for sequence in sequences)
-        return PackedSequences(batch, sum(map(len, sequences)), tuple(rejected), origins, sources, config.sources)
+        return packing.packed_sequences(batch, sequences, rejected, config.sources)
 
     def _next_window(self) -> bool:
         """Fill the queue from the present window; False at the end of the data."""
         config = self.dataset.config
         window, before = self._progress.item
-        elements = [next(self._stream) for _ in range(self.dataset.window_size(window))]
+        places = [next(self._stream) for _ in range(self.dataset.window_size(window))]
+        elements = [element for place in places for element in place]
         examples = [e for e in elements if not isinstance(e, Rejected)]
         rejected = [e for e in elements if isinstance(e, Rejected)]
         self._unusable = [] if examples else self._unusable + rejected
@@ -251,7 +336,7 @@ class PackIterator(grain.DatasetIterator):
             np.random.default_rng(window).shuffle(packed)
         self._queue.extend([examples[i] for i in sequence] for sequence in packed[given:])
         self._progress = dataclasses.replace(self._progress, given=given)
-        return bool(elements)
+        return bool(places)
 
     def get_state(self) -> list[dict[str, Any]]:
         """Of this process. A checkpoint gathers those of all, in any order."""

@@ -1,4 +1,4 @@
-"""The processor: conversations in, packed batches out; token ids in, text out. One path for training and serving."""
+"""The processor: examples in, packed batches out; token ids in, text out. One path for training and serving."""
 
 from __future__ import annotations
 
@@ -17,7 +17,20 @@ from jvlm import families, json_files
 from jvlm.data import box_formats, mrope, packing, vocabulary
 from jvlm.data.boxes import CoordinateSpace, Region, Sizes
 from jvlm.data.chat_format import ChatFormat
-from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Part, Text, Video, sources_of
+from jvlm.data.content import (
+    Conversation,
+    Document,
+    Image,
+    Message,
+    ObjectBox,
+    ObjectName,
+    Parsed,
+    Part,
+    Text,
+    Video,
+    sources_of,
+)
+from jvlm.data.document_text import DocumentText, Tokens
 from jvlm.data.errors import MEMORY, ExampleError, Origin
 from jvlm.data.examples import parse_example
 from jvlm.data.image_processor import ImageProcessorConfig, MediaPatches
@@ -43,12 +56,14 @@ class ProcessorConfig:
       box_format: how boxes and points are written, a name of `jvlm.data.box_formats.FORMATS`.
       box_space: replaces the space of the format's numbers.
       default_system: replaces the system turn that the template would insert; None leaves it to the template.
+      document_end: token that ends a document (an example without turns); None takes the tokenizer's end of text.
     """
 
     image: ImageProcessorConfig | None = None
     box_format: box_formats.FormatName = "json"
     box_space: CoordinateSpace | None = None
     default_system: str | None = None
+    document_end: str | None = None
 
 
 class Processor:
@@ -81,6 +96,10 @@ class Processor:
         self._tokenized: dict[str, np.ndarray] = {}
         written = box_formats.FORMATS[self.config.box_format]
         self.template = ChatTemplate(tokenizer, self.chat_format, f"{written.box}{written.point}{written.named}")
+        end, facts = self.config.document_end, self.template.facts
+        if end is not None:
+            self._id_of(end)
+        self.documents = DocumentText(tokenizer, self.chat_format, facts.control, facts.headers, end)
         # without a placeholder of its own, a video is written as an image is
         self.video_token_id = model.image_token_id if model.video_token_id is None else model.video_token_id
         self._check_tokenizer()
@@ -125,11 +144,12 @@ class Processor:
     def encode(
         self, example: Any, *, generation_prompt: bool = False, image_config: ImageProcessorConfig | None = None
     ) -> Example:
-        """One conversation as arrays.
+        """One example as arrays.
 
         Args:
-          example: an ms-swift example or a checked `Conversation`.
-          generation_prompt: end with the opening of an assistant turn; a final assistant turn is then dropped.
+          example: an ms-swift example, a document, or one of them checked.
+          generation_prompt: end with the opening of an assistant turn; a final assistant turn is then dropped. Of a
+            document: do not end it.
           image_config: settings of its images, instead of the processor's with what the example changes.
 
         Raises:
@@ -138,25 +158,18 @@ class Processor:
             template raises; text that cannot be told from control tokens; tokens without a row in the embedding
             table. Every other exception is a fault of the program, and leaves this function as it is.
         """
-        conversation = parse_example(example)
-        origin = conversation.origin
+        parsed = parse_example(example)
+        origin = parsed.origin
         try:
-            if generation_prompt:
-                conversation = _prompt(conversation)
-            media = self._media(conversation, image_config or self.image_config_of(conversation))
-            messages = self._fill(conversation, media)
-            ids, weights, turns = self.template.tokenize(
-                messages,
-                generation_prompt=generation_prompt,
-                origin=origin,
-                tools=conversation.tools,
-                prompt_weight=conversation.prompt_weight,
-            )
-            problem = vocabulary.outside_problem(self.tokenizer, ids, self.model.decoder.vocab_size)
+            if generation_prompt and isinstance(parsed, Conversation):
+                parsed = _prompt(parsed)
+            media = self._media(parsed, image_config or self.image_config_of(parsed))
+            tokens = self._tokenize(self._fill(parsed, media), generation_prompt)
+            problem = vocabulary.outside_problem(self.tokenizer, tokens.ids, self.model.decoder.vocab_size)
             if problem:
                 fix = f"Leave the token out, or let the table grow: {vocabulary.GROW}"
                 raise ExampleError(origin, "messages", problem, fix)
-            return self._expand(ids, weights, turns, media, conversation)
+            return self._expand(tokens, media, parsed)
         except ExampleError:
             raise
         except UserError as error:
@@ -206,7 +219,23 @@ class Processor:
         """The boxes and points of this model's answer, in the space that it was taught."""
         return box_formats.parse(text, self.config.box_format, space=self.config.box_space)
 
-    def _media(self, conversation: Conversation, config: ImageProcessorConfig) -> list[MediaPatches]:
+    def _tokenize(self, example: Conversation | Document, generation_prompt: bool) -> Tokens:
+        """The tokens of an example whose boxes are written."""
+        if isinstance(example, Document):
+            return self.documents.tokenize(example, prompt=generation_prompt)
+        messages = example.messages
+        if self.config.default_system is not None and messages[0].role != "system":
+            messages = (Message("system", self.config.default_system, 0.0), *messages)
+        ids, weights, turns = self.template.tokenize(
+            messages,
+            generation_prompt=generation_prompt,
+            origin=example.origin,
+            tools=example.tools,
+            prompt_weight=example.prompt_weight,
+        )
+        return Tokens(ids, weights, turns)
+
+    def _media(self, conversation: Conversation | Document, config: ImageProcessorConfig) -> list[MediaPatches]:
         media, count = [], len(conversation.images)
         positions = itertools.count()  # among these images, which can be some of the example's alone
         for part in conversation.media:
@@ -217,7 +246,7 @@ class Processor:
             media.append(self._load(sources_of(part), _field_of(part), conversation.origin, make))
         return media
 
-    def image_config_of(self, conversation: Conversation) -> ImageProcessorConfig:
+    def image_config_of(self, conversation: Conversation | Document) -> ImageProcessorConfig:
         """Return the settings of the conversation's images: the processor's, with what the example changes."""
         return self.image_config.for_example(dict(conversation.image_settings), conversation.origin)
 
@@ -232,8 +261,8 @@ class Processor:
     def _video(self, config: ImageProcessorConfig, frames: list) -> MediaPatches:
         return self.image_processor.video(frames, config)
 
-    def with_open_media(self, conversation: Conversation) -> Conversation:
-        """The conversation with its images and frames decoded. Raises ExampleError."""
+    def with_open_media(self, conversation: Parsed) -> Parsed:
+        """The example with its images and frames decoded. Raises ExampleError."""
 
         def opened(part: Part) -> Part:
             if not isinstance(part, Image | Video):
@@ -260,10 +289,8 @@ class Processor:
         except UserError as error:
             raise ExampleError(origin, field, str(error), "Crop the image, or change its limits") from error
 
-    def _fill(self, conversation: Conversation, media: list[MediaPatches]) -> tuple[Message, ...]:
-        messages = conversation.messages
-        if self.config.default_system is not None and messages[0].role != "system":
-            messages = (Message("system", self.config.default_system, 0.0), *messages)
+    def _fill(self, conversation: Parsed, media: list[MediaPatches]) -> Parsed:
+        """The example with its boxes and names of objects as text."""
         sizes = {
             part.index: Sizes(patches.original, patches.resized)
             for part, patches in zip(conversation.media, media, strict=True)
@@ -278,7 +305,9 @@ class Processor:
                 return Text(self._written_box(part, sizes.get(part.image), conversation.origin, next(fields)))
             return part
 
-        return tuple(message.map(written) for message in messages)
+        if isinstance(conversation, Conversation):
+            return conversation.map(written)
+        return dataclasses.replace(conversation, content=_joined(conversation.content, written))
 
     def _written_box(self, box: ObjectBox, sizes: Sizes | None, origin: Origin, field: str) -> str:
         region = box.region
@@ -293,8 +322,9 @@ class Processor:
             )
         return self.write_region(region, sizes)
 
-    def _expand(self, ids, weights, turns, media: list[MediaPatches], conversation: Conversation) -> Example:
+    def _expand(self, given: Tokens, media: list[MediaPatches], conversation: Conversation | Document) -> Example:
         """Replace each media placeholder by the tokens of its image or video, and lay out ids and positions."""
+        ids = given.ids
         kinds = {Image: self.model.image_token_id, Video: self.video_token_id}
         expected = [kinds[type(part)] for part in conversation.media]
         placeholders = np.flatnonzero(np.isin(ids, list(kinds.values())))
@@ -319,14 +349,19 @@ class Processor:
             vision_tokens += item.token_segment_ids.size
         arrays = {
             "tokens": tokens,
-            "loss_weights": np.where(number > 0, np.float32(0), np.repeat(weights, counts)),
-            "turns": np.repeat(turns, counts),
+            "loss_weights": np.where(number > 0, np.float32(0), np.repeat(given.weights, counts)),
+            "turns": np.repeat(given.turns, counts),
             "vision_index": vision_index,
             "media": number,
         }
+        if given.breaks is not None:
+            arrays["breaks"] = breaks = np.repeat(given.breaks, counts)
+            breaks[np.arange(len(tokens)) > np.repeat(np.cumsum(counts) - counts, counts)] = 0
         if self.merged_delimiter_id is not None:
             merges = tokens == self.merged_delimiter_id
             keep = ~(merges & np.concatenate([[False], merges[:-1]]))
+            if given.breaks is not None:  # the next token of an image whose delimiter goes begins it
+                breaks[1:][~keep[:-1]] = np.maximum(breaks[1:], breaks[:-1])[~keep[:-1]]
             arrays = {name: values[keep] for name, values in arrays.items()}
         return Example(
             **arrays,
@@ -367,6 +402,21 @@ class Processor:
     def settings(self) -> dict[str, Any]:
         """Return the settings of the processor that Hugging Face's files cannot hold."""
         return config_tree.to_dict(self.config)
+
+
+def _joined(content: Iterable[Part], written: Callable[[Part], Part]) -> tuple[Part, ...]:
+    """The pieces of a document, a box or name of an object being part of the text that it stands in."""
+    pieces: list[Part] = []
+    inside = False
+    for part in content:
+        is_object = isinstance(part, ObjectName | ObjectBox)
+        part = written(part)
+        if pieces and isinstance(part, Text) and isinstance(pieces[-1], Text) and (is_object or inside):
+            pieces[-1] = Text(pieces[-1].text + part.text)
+        else:
+            pieces.append(part)
+        inside = is_object
+    return tuple(pieces)
 
 
 def _field_of(part: Image | Video) -> str:

@@ -6,15 +6,17 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from jvlm.data.content import Conversation
+from jvlm.data.content import Conversation, Document
 from jvlm.data.errors import ExampleError
 from jvlm.data.image_processor import ImageProcessorConfig
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 
 
-def shrink(processor: Processor, conversation: Conversation, fits: Callable[[Example], bool]) -> Example | None:
-    """The conversation with its images as large as ``fits`` allows; None where even the smallest do not fit.
+def shrink(
+    processor: Processor, conversation: Conversation | Document, fits: Callable[[Example], bool]
+) -> Example | None:
+    """The example with its images as large as ``fits`` allows; None where even the smallest do not fit.
 
     The images are decoded once and encoded anew for each size that is tried; boxes and points follow them.
     """
@@ -40,7 +42,7 @@ def shrink(processor: Processor, conversation: Conversation, fits: Callable[[Exa
 
 def _encoded(
     processor: Processor,
-    conversation: Conversation,
+    conversation: Conversation | Document,
     settings: ImageProcessorConfig,
     change: dict[str, Any],
     fits: Callable[[Example], bool],
@@ -49,4 +51,5 @@ def _encoded(
         example = processor.encode(conversation, image_config=dataclasses.replace(settings, **change))
     except ExampleError:  # as it is, the example can be encoded: a size at which it cannot be is too small for it
         return None
+    example = dataclasses.replace(example, made_to_fit="shrunk")
     return example if fits(example) else None

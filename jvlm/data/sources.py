@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jvlm.data.config import DataConfig
-from jvlm.data.content import Conversation
+from jvlm.data.content import Conversation, Document
 from jvlm.data.errors import ExampleError
 from jvlm.data.shards import matching
 
@@ -41,7 +41,7 @@ def names(config: DataConfig, channels: Iterable[str]) -> tuple[str, ...]:
     return (*found[:_MOST], OTHER) if found else ()
 
 
-def channel_of(conversation: Conversation) -> str | None:
+def channel_of(conversation: Conversation | Document) -> str | None:
     """Return the ``channel`` of an example. Raises ExampleError for one that is no text."""
     value = dict(conversation.extra).get(CHANNEL)
     if value is not None and not (isinstance(value, str) and value):
@@ -60,7 +60,7 @@ class SourceNumbers:
             known = self._numbers
             self._numbers = {path: known[name] for name, paths in files.items() if name in known for path in paths}
 
-    def of(self, conversation: Conversation) -> int:
+    def of(self, conversation: Conversation | Document) -> int:
         """Return the number of an example's source. Raises ExampleError for a channel that is no text."""
         if not self.by_channel:
             return self._numbers.get(conversation.origin.file, -1)

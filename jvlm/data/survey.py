@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
@@ -14,8 +14,10 @@ import numpy as np
 from jvlm.data import packing
 from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
+from jvlm.data.content import Conversation, Document
 from jvlm.data.errors import ExampleError, Rejected, grouped
 from jvlm.data.examples import unknown_columns
+from jvlm.data.packing import Example
 from jvlm.data.pipeline import Encode, image_patch_limit
 from jvlm.data.processor import Processor
 from jvlm.data.shards import ExampleSource
@@ -30,7 +32,8 @@ _ENOUGH = 20  # examples of a sample that say something about all
 class Size(NamedTuple):
     """An encoded example without its arrays; one that was truncated or shrunk has its new size, and is ``changed``.
 
-    ``unknown`` are the names of columns that jvlm does not know, ``channel`` is what the example names as its own.
+    ``is_part`` is true for a part of a document that was cut, ``unknown`` are the names of columns that jvlm does not
+    know, ``channel`` is what the example names as its own.
     """
 
     length: int
@@ -39,6 +42,14 @@ class Size(NamedTuple):
     changed: bool = False
     unknown: tuple[str, ...] = ()
     channel: str | None = None
+    is_part: bool = False
+
+    @classmethod
+    def of(cls, example: Example) -> Size:
+        """The size of an example."""
+        how = example.made_to_fit
+        sizes = example.length, example.num_patches, example.largest_image
+        return cls(*sizes, changed=how in ("truncated", "shrunk"), is_part=how == "cut")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +82,14 @@ class Survey:
     def text(self) -> str:
         """For the terminal."""
         config, changed = self.config, sum(size.changed for size in self.sizes)
+        cut = sum(size.is_part for size in self.sizes)
         head = f"data: {self.sampled} of {self.examples} examples looked at, {len(self.left_out)} would be left out"
         head += f" ({100 * len(self.left_out) / self.sampled:.1f} %)" if self.left_out else ""
         if changed:
             how = "have their images shrunk" if config.on_too_long == "shrink" else "lose turns at their end"
             head += f", {changed} {how} to fit (data.on_too_long {config.on_too_long})"
+        if cut:
+            head += f", {cut} packed are parts of documents (data.documents.cut {config.documents.cut})"
         lines = [head]
         if self.left_out:
             lines.append(grouped(self.left_out))
@@ -135,16 +149,20 @@ def take(
     look = _Look(processor, config, source, seed, fit=known)
     found = look.at(chosen, seconds)
     if not known:
-        config = choose_sizes([s for s in found.values() if isinstance(s, Size)], config, processor, parts)
+        config = choose_sizes(_sizes(found), config, processor, parts)
         look = _Look(processor, config, source, seed, fit=True)
-        over = [i for i, size in found.items() if isinstance(size, Size) and not _fits(size, config)]
-        found |= look.at(over, None)
-    sizes = tuple(found[i] for i in sorted(found) if isinstance(found[i], Size))
-    left_out = tuple(found[i] for i in sorted(found) if isinstance(found[i], Rejected))
+        found |= look.at([i for i in found if not all(_fits(size, config) for size in _sizes({i: found[i]}))], None)
+    sizes = _sizes(found)
+    left_out = tuple(one for i in sorted(found) for one in found[i] if isinstance(one, Rejected) and one.kind != "part")
     config = _with_image_limit(config, sizes, processor)
     channels = [size.channel for size in sizes if size.channel is not None]
     config = dataclasses.replace(config, sources=config.sources or names(config, channels))
     return Survey(config, len(source), len(found), sizes, left_out)
+
+
+def _sizes(found: Mapping[int, Sequence[Size | Rejected]]) -> tuple[Size, ...]:
+    """The sizes among what examples gave, in their order."""
+    return tuple(one for i in sorted(found) for one in found[i] if isinstance(one, Size))
 
 
 class _Look:
@@ -155,10 +173,14 @@ class _Look:
             config = dataclasses.replace(
                 config, max_image_patches=config.max_image_patches or config.max_patches or None
             )
+        else:  # documents do not ask for sequences as long as they are: they are cut as for the default sizes
+            sizes = {"seq_len": config.seq_len, "max_patches": config.max_patches}
+            default = {name: getattr(DataConfig(), name) for name, size in sizes.items() if size == "auto"}
+            config = dataclasses.replace(config, **default)
         self.encode, self.config, self.source, self.seed = Encode(processor, config), config, source, seed
         self.fits = fit
 
-    def at(self, chosen: Sequence[int], seconds: float | None) -> dict[int, Size | Rejected]:
+    def at(self, chosen: Sequence[int], seconds: float | None) -> dict[int, list[Size | Rejected]]:
         began, found, block = time.perf_counter(), {}, 4 * self.config.read_threads
         with ThreadPoolExecutor(self.config.read_threads) as pool:
             for start in range(0, len(chosen), block):
@@ -168,20 +190,25 @@ class _Look:
                     break
         return found
 
-    def _one(self, index: int) -> Size | Rejected:
+    def _one(self, index: int) -> list[Size | Rejected]:
         rng = np.random.default_rng((self.seed, index))
         try:
-            conversation, example = self.encode.read(self.source[index], rng)
-            channel = channel_of(conversation) if self.config.curves == "channel" else None
+            read = self.encode.read(self.source[index], rng)
+            parsed, _ = read[0]
+            channel = channel_of(parsed) if self.config.curves == "channel" else None
         except ExampleError as error:
             if self.config.on_bad_example == "error":
                 raise
-            return Rejected.of(error, "bad")
-        fitted = self.encode.fit(conversation, example) if self.fits else example
-        if isinstance(fitted, Rejected):
-            return fitted
-        unknown = unknown_columns(conversation.extra)
-        return Size(fitted.length, fitted.num_patches, fitted.largest_image, fitted is not example, unknown, channel)
+            return [Rejected.of(error, "bad")]
+        unknown = unknown_columns(parsed.extra)
+        fitted = self.encode.fit(read, rng) if self._is_fitted(parsed) else [example for _, example in read]
+        return [
+            one if isinstance(one, Rejected) else Size.of(one)._replace(unknown=unknown, channel=channel)
+            for one in fitted
+        ]
+
+    def _is_fitted(self, parsed: Conversation | Document) -> bool:
+        return self.fits or (isinstance(parsed, Document) and self.config.documents.cut != "never")
 
 
 def _fits(size: Size, config: DataConfig) -> bool:

@@ -96,6 +96,11 @@ class ChatTemplate:
         return self.tokenizer.chat_template or self.chat_format.template
 
     @property
+    def facts(self) -> TemplateFacts:
+        """What is known about the template for examples without tools."""
+        return self._facts_of(())
+
+    @property
     def _default(self) -> str | None:
         return None if self.tokenizer.chat_template else self.chat_format.template
 

@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from jvlm.data.boxes import Box, Region, match_score
 from jvlm.data.content import Conversation, Image
 from jvlm.data.errors import ExampleError
-from jvlm.data.examples import parse_example
+from jvlm.data.examples import parse_conversation
 from jvlm.data.processor import Processor
 from jvlm.data.shards import ExampleSource
 from jvlm.evaluation.questions import Question, next_question, normalise, questions_of
@@ -87,7 +87,7 @@ def load_examples(patterns: Sequence[str], max_examples: int | None = None) -> l
         origin, example = source[index]
         if isinstance(example, ExampleError):
             raise example
-        examples.append(parse_example(example, origin))
+        examples.append(parse_conversation(example, origin))
     return examples
 
 

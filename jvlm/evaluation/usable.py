@@ -10,7 +10,7 @@ import numpy as np
 
 from jvlm.data.content import Conversation
 from jvlm.data.errors import ExampleError, Rejected, grouped
-from jvlm.data.examples import parse_example
+from jvlm.data.examples import parse_conversation, parse_example
 from jvlm.data.processor import Processor
 from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
@@ -64,7 +64,7 @@ def parsed(element: tuple) -> Conversation:
     origin, example = element
     if isinstance(example, ExampleError):
         raise example
-    return parse_example(example, origin)
+    return parse_conversation(example, origin)
 
 
 def _rejected(work: Callable[[], object]) -> Rejected | None:
@@ -91,7 +91,23 @@ def examples_of(
             rejected.append(Rejected.of(error, "bad"))
 
 
-def all_examples_of(patterns: Sequence[str]) -> Iterator[Conversation]:
-    """Every example, one at a time. Raises the ExampleError of one that cannot be read."""
+def training_conversations(patterns: Sequence[str], *, rejected: list[Rejected] | None) -> Iterator[Conversation]:
+    """The conversations of training data, one at a time; documents, which ask nothing, are passed over.
+
+    Args:
+      rejected: gets the examples that cannot be read; without it, the ExampleError of the first is raised.
+    """
     source = ExampleSource(patterns)
-    return (parsed(source[index]) for index in range(len(source)))
+    for index in range(len(source)):
+        origin, record = source[index]
+        try:
+            if isinstance(record, ExampleError):
+                raise record
+            example = parse_example(record, origin)
+        except ExampleError as error:
+            if rejected is None:
+                raise
+            rejected.append(Rejected.of(error, "bad"))
+            continue
+        if isinstance(example, Conversation):
+            yield example

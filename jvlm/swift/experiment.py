@@ -100,7 +100,7 @@ def data_config(arguments: TrainingArguments) -> DataConfig:
         max_bad_fraction=_BAD,
         shuffle=data.train_dataloader_shuffle,
         curves="channel" if arguments.optimization.enable_channel_loss else "dataset",
-        loss={"default": "answers", "last_round": "last_answer", "all": "all"}[arguments.optimization.loss_scale],
+        loss={"default": None, "last_round": "last_answer", "all": "all"}[arguments.optimization.loss_scale],
         worker_processes=workers if workers > 1 else 0,
     )
 

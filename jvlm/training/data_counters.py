@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jvlm.training.trainer import Trainer
 
 REJECTED = "rejected.jsonl"
-_COUNTS = ("conversations", "bad", "too_long")
+_COUNTS = ("conversations", "parts", "bad", "too_long", "skipped", "part")
 _ENOUGH = 100  # examples read before a share of them says something
 
 
@@ -31,25 +31,30 @@ class Totals:
 
     Attributes:
       conversations: used.
-      bad, too_long: examples left out, by kind.
+      parts: packed that are parts of documents that were cut.
+      bad, too_long, skipped: examples left out, by kind.
+      part: parts of documents left out of which others are used.
       examples: of the data.
       before: passes over data that were exchanged for these.
     """
 
     conversations: int
+    parts: int
     bad: int
     too_long: int
+    skipped: int
+    part: int
     examples: int
     before: float
 
     @property
     def read(self) -> int:
         """Examples, those left out included."""
-        return self.conversations + self.bad + self.too_long
+        return self.conversations + self.bad + self.too_long + self.skipped
 
     @property
     def dropped(self) -> float:
-        """Share of the examples read that was left out."""
+        """Share of the examples read that was bad or did not fit."""
         return (self.bad + self.too_long) / max(self.read, 1)
 
     @property
@@ -92,6 +97,7 @@ class DataCounters(Hook):
         if not self.counts:
             return
         self._count["conversations"] += packed.conversations
+        self._count["parts"] += packed.parts
         for example in packed.rejected:
             self._count[example.kind] += 1
         new = {
@@ -138,7 +144,7 @@ class DataCounters(Hook):
         totals = self._sum(state)
         self.before = totals.before
         if totals.examples != self.examples:
-            self.before, totals = totals.epoch, dataclasses.replace(totals, conversations=0, bad=0, too_long=0)
+            self.before, totals = totals.epoch, dataclasses.replace(totals, **dict.fromkeys(_COUNTS, 0))
         for name in _COUNTS:
             total = getattr(totals, name)
             self._count[name] = total // count + (index < total % count)
@@ -157,7 +163,9 @@ class DataCounters(Hook):
         """What was read, by all processes; each must ask."""
         totals = self.totals()
         where = f" (listed in {self.path})" if rejected else ""
-        return f"{totals.conversations} conversations = {totals.epoch:.2f} epochs, {rejected} examples left out{where}"
+        cut = f" ({totals.parts} parts of documents that were cut)" if totals.parts else ""
+        read = f"{totals.conversations} conversations{cut} = {totals.epoch:.2f} epochs"
+        return f"{read}, {rejected} examples left out{where}"
 
     def _sum(self, states: list[Mapping[str, Any]]) -> Totals:
         counts = {name: sum(state[name] for state in states) for name in _COUNTS}

@@ -37,7 +37,10 @@ class ValidationData:
         still = {"single_turn_ratio": 0.0, "shuffle_turns": False, "max_turns": None, "upscale_probability": 0.0}
         # validation has sources of its own, its files; channels are those of training
         curves = "channel" if config.curves == "channel" else "off"
-        config = dataclasses.replace(config, **still, curves=curves, on_bad_example="skip", on_too_long=drop)
+        documents = dataclasses.replace(config.documents, cut="never" if config.documents.cut == "never" else "split")
+        config = dataclasses.replace(
+            config, **still, documents=documents, curves=curves, on_bad_example="skip", on_too_long=drop
+        )
         self.config, self.source, self.share = config, source, share
         self.encode = Encode(processor, config)
         self._values = processor.image_processor.patch_values
@@ -49,7 +52,7 @@ class ValidationData:
         rejected: list[Rejected] = []
         with ThreadPoolExecutor(config.read_threads) as pool:
             for indices in self._windows():
-                encoded = list(pool.map(self._encode, indices))
+                encoded = [one for place in pool.map(self._encode, indices) for one in place]
                 rejected += [one for one in encoded if isinstance(one, Rejected)]
                 examples = [one for one in encoded if isinstance(one, Example)]
                 packed = packing.best_fit_decreasing(examples, config.seq_len, config.max_patches)
@@ -65,7 +68,7 @@ class ValidationData:
         for start in range(self.share.index * size, count, self.share.count * size):
             yield range(start, min(start + size, count))
 
-    def _encode(self, index: int) -> Example | Rejected:
+    def _encode(self, index: int) -> tuple[Example | Rejected, ...]:
         return self.encode.random_map(self.source[index], np.random.default_rng(index))
 
     def _batch(self, sequences: Sequence[Sequence[Example]], rejected: Sequence[Rejected]) -> PackedSequences:
@@ -78,6 +81,4 @@ class ValidationData:
             max_segment_length=config.max_length,
             max_image_patches=self._max_image_patches,
         )
-        origins = tuple(tuple(example.origin for example in sequence) for sequence in sequences)
-        sources = tuple(tuple(example.source for example in sequence) for sequence in sequences)
-        return PackedSequences(batch, sum(map(len, sequences)), tuple(rejected), origins, sources, config.sources)
+        return packing.packed_sequences(batch, sequences, rejected, config.sources)

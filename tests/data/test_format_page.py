@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jvlm.data.content import Document
 from jvlm.data.examples import parse_example
 
 PAGE = Path(__file__).parents[2] / "docs" / "data-format.md"
@@ -21,6 +22,10 @@ def test_the_page_has_examples():
 @pytest.mark.parametrize("line", EXAMPLES)
 def test_every_example_of_the_page_is_read(line):
     example = json.loads(line)
-    conversation = parse_example(example)
-    assert [m.role for m in conversation.messages] == [m["role"] for m in example["messages"]]
-    assert not conversation.extra
+    parsed = parse_example(example)
+    if "messages" in example:
+        assert [m.role for m in parsed.messages] == [m["role"] for m in example["messages"]]
+    else:
+        assert isinstance(parsed, Document)
+        assert parsed.text
+    assert not parsed.extra

@@ -28,7 +28,8 @@ def encoded(tiny, choice, *, given=None, **settings):
     messages = [{**message, **(given or {}).get(index, {})} for index, message in enumerate(CHAT)]
     encode = Encode(tiny.processor, DataConfig(loss=choice, seq_len=512, max_patches=512, **settings))
     record = {"messages": messages, "images": [picture(56, 84)]}
-    return encode.random_map((Origin("memory", 1), record), np.random.default_rng(0))
+    (found,) = encode.random_map((Origin("memory", 1), record), np.random.default_rng(0))
+    return found
 
 
 def texts(tiny, example, weight=1.0):

@@ -116,7 +116,7 @@ def test_a_picture_gives_the_loss_it_has_without_a_bound_or_its_example_is_refus
         with pytest.raises(ExampleError, match=f"{own} patches"):
             packing.assemble([[example]], 512, 2048, max_image_patches=bound)
         return
-    fitted = encode.random_map((Origin(), ODD[name]), rng)
+    (fitted,) = encode.random_map((Origin(), ODD[name]), rng)
     free = float(supervised_loss(model, packing.assemble([[fitted]], 512, 2048)).total)
     promised = _losses(model, [fitted], (512, 2048), max_image_patches=bound)
     assert promised == pytest.approx(free, rel=1e-5)
@@ -128,13 +128,13 @@ def test_shrinking_keeps_each_picture_as_large_as_fits_and_boxes_follow(small):
     example = _example((256, 128), max_pixels=256 * 128)
     example["messages"][1]["content"] = "<bbox>"
     example["objects"] = {"bbox": [[64, 32, 192, 96]]}
-    dropped = pipeline.Encode(processor, config).random_map(
+    (dropped,) = pipeline.Encode(processor, config).random_map(
         (Origin("examples.jsonl", 4), example), np.random.default_rng(0)
     )
     assert isinstance(dropped, Rejected)
     assert (dropped.file, dropped.number, dropped.kind) == ("examples.jsonl", 4, "too_long")
     assert "512 patches do not fit 256" in dropped.reason
-    shrunk = pipeline.Encode(processor, dataclasses.replace(config, on_too_long="shrink")).random_map(
+    (shrunk,) = pipeline.Encode(processor, dataclasses.replace(config, on_too_long="shrink")).random_map(
         (Origin("examples.jsonl", 4), example), np.random.default_rng(0)
     )
     assert 60 <= shrunk.largest_image <= 100
@@ -158,7 +158,7 @@ def test_text_that_is_too_long_is_left_out_whatever_its_pictures_do(small):
     example = _example((64, 64))
     example["messages"][0]["content"] += "is there a red shape? " * 60
     config = dataclasses.replace(experiment.data, seq_len=128, on_too_long="shrink")
-    left = pipeline.Encode(processor, config).random_map((Origin(), example), np.random.default_rng(0))
+    (left,) = pipeline.Encode(processor, config).random_map((Origin(), example), np.random.default_rng(0))
     assert isinstance(left, Rejected)
     assert left.kind == "too_long"
 

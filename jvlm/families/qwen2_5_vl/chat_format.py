@@ -16,4 +16,10 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-CHAT_FORMAT = ChatFormat(CHATML, image="<|image_pad|>", video="<|video_pad|>")
+CHAT_FORMAT = ChatFormat(
+    CHATML,
+    image="<|image_pad|>",
+    video="<|video_pad|>",
+    media_prefix="<|vision_start|>",
+    media_suffix="<|vision_end|>",
+)
