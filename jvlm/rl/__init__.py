@@ -1,0 +1,1 @@
+"""Reinforcement learning on answers that the model samples itself: advantages, losses."""
