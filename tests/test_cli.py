@@ -91,7 +91,7 @@ def test_the_command_alone_lists_the_commands_with_a_line_each(capsys):
     for name, (_, line) in cli.COMMANDS.items():
         assert any(found.split() == [*name.split(), *line.split()] for found in lines)
     assert cli.main(["data"]) == 0
-    assert "data shard" in capsys.readouterr().out
+    assert "data convert" in capsys.readouterr().out
 
 
 def test_the_version_is_the_package_s(capsys):
@@ -133,10 +133,10 @@ def _flags(capsys, command, arguments):
     return sorted({name for name in re.findall(r"[│ ] --([\w.]+)", text) if name != "help"}, key=len)
 
 
-@pytest.mark.parametrize("typed", [["trian"], ["data", "chek"], ["data", "sahrd", "x"]])
+@pytest.mark.parametrize("typed", [["trian"], ["data", "chek"], ["data", "convrt", "x"]])
 def test_a_wrong_command_is_refused_with_the_nearest(capsys, typed):
     assert cli.main(typed) == 2
-    nearest = {"trian": "train", "chek": "data check", "sahrd": "data shard"}[typed[min(len(typed) - 1, 1)]]
+    nearest = {"trian": "train", "chek": "data check", "convrt": "data convert"}[typed[min(len(typed) - 1, 1)]]
     assert f"did you mean jvlm {nearest}?" in capsys.readouterr().err
 
 

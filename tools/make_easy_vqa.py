@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jvlm.data.shards import SHARD_SUFFIX, write_shard
+from jvlm.data.readers.array_record import SHARD_SUFFIX, write_shard
 from jvlm.families.qwen2_5_vl.chat_format import CHATML
 
 # What the official generator draws with.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from jvlm.data.shards import SHARD_SUFFIX, write_shard
+from jvlm.data.readers.array_record import SHARD_SUFFIX, write_shard
 
 SIDE = 64
 QUESTION = "where is the white cell?"

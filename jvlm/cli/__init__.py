@@ -29,13 +29,13 @@ COMMANDS = {
     "chat": ("jvlm.cli.chat", "talk with a model in the terminal"),
     "convert": ("jvlm.cli.convert", "write a checkpoint as a Hugging Face folder, in another dtype or layout"),
     "data check": ("jvlm.cli.data_check", "count examples that can and cannot be used, and say why"),
-    "data shard": ("jvlm.cli.data_shard", "write examples and their images as ArrayRecord shards"),
+    "data convert": ("jvlm.cli.data_convert", "write examples of any format, and their media, as ArrayRecord shards"),
 }
 _GROUPS = {
     "Fine-tuning, with ms-swift's arguments": ("sft", "pt", "infer", "export", "merge-lora"),
     "Training from a config": ("train", "configs", "plan", "replay"),
     "Answers": ("generate", "chat"),
-    "Files": ("convert", "data check", "data shard"),
+    "Files": ("convert", "data check", "data convert"),
 }
 
 _TRAINING = ("train", "sft", "pt")

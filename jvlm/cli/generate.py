@@ -63,7 +63,7 @@ def _check(options: Generate) -> None:
 
 
 def _answer_file(options: Generate) -> int:
-    from jvlm.data.shards import ExampleSource
+    from jvlm.data.example_source import ExampleSource
     from jvlm.inference import answer_file
     from jvlm.inference.batch_file import generate_file
 

@@ -17,18 +17,15 @@ from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document
 from jvlm.data.errors import ExampleError, Origin, Rejected
+from jvlm.data.example_source import ExampleSource, Read
 from jvlm.data.examples import parse_example, unknown_columns
 from jvlm.data.images import open_image
 from jvlm.data.packing import Example
 from jvlm.data.pipeline import Encode, check_learnable, check_text
 from jvlm.data.processor import Processor
 from jvlm.data.rejections import Rejections
-from jvlm.data.sharding import shard
-from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from jvlm.progress import Progress
-
-__all__ = ["CheckReport", "check", "shard"]
 
 _LOOKED_AT = 512  # examples of the sample that unknown sizes are chosen from, as in training
 _TOGETHER = 64  # examples in memory at a time
@@ -54,8 +51,8 @@ def check(
     Raises:
       FileNotFoundError, UserError: files that are not there, damaged, or of which too little can be used.
     """
-    source = ExampleSource(files)
     config = dataclasses.replace(config, train=tuple(files), single_turn_ratio=0.0)
+    source = ExampleSource.of(config)
     look, tally, rejected = _Look(processor, config, seed), _Tally(), []
     with (
         ThreadPoolExecutor(config.read_threads) as pool,
@@ -64,7 +61,7 @@ def check(
         for start in range(0, len(source), _TOGETHER):
             numbers = range(start, min(start + _TOGETHER, len(source)))
             bar.update(len(numbers))
-            for found in pool.map(lambda number: look.at(*source[number]), numbers):
+            for found in pool.map(lambda number: look.at(source.read(number)), numbers):
                 tally.add(found)
                 example = found.rejected
                 if example is not None and on_rejected is not None:
@@ -91,6 +88,8 @@ def check(
         parts_left_out=tally.parts_left_out,
         columns=tuple(tally.column_lines()),
         suggestion=_suggestion(tally, look),
+        formats=tuple(source.formats()),
+        untagged=tally.untagged,
     )
 
 
@@ -108,6 +107,7 @@ class _Found:
     is_document: bool = False
     parts: int = 0  # of a document that was cut
     parts_left_out: list[Rejected] = dataclasses.field(default_factory=list)
+    untagged: bool = False
 
 
 class _Look:
@@ -120,8 +120,9 @@ class _Look:
         self.config = _resolved(processor, config, seed) if processor else config
         self.encode = Encode(processor, self.config) if processor else None
 
-    def at(self, origin: Origin, example: Any) -> _Found:
-        found = _Found(origin.file)
+    def at(self, read: Read) -> _Found:
+        origin, example, untagged = read
+        found = _Found(origin.file, untagged=untagged > 0)
         try:
             if isinstance(example, ExampleError):
                 raise example
@@ -175,9 +176,10 @@ class _Tally:
         self.faults, self.parts_left_out, self.columns = Rejections(), Rejections(), {}
         self.tokens, self.media_tokens, self.images = array("q"), array("q"), array("q")
         self.patches, self.largest_images = array("q"), array("q")
-        self.loss_tokens = self.changed = self.documents = self.cut = self.parts = 0
+        self.loss_tokens = self.changed = self.documents = self.cut = self.parts = self.untagged = 0
 
     def add(self, found: _Found) -> None:
+        self.untagged += found.untagged
         if found.rejected is not None:
             self.faults.add(found.rejected)
         for part in found.parts_left_out:

@@ -33,6 +33,8 @@ class CheckReport:
       parts_left_out: parts of documents of which others are used.
       columns: what there is to say about unknown columns, one line each.
       suggestion: sizes of packed sequences that suit the data; empty without a processor.
+      formats: what the examples of each file or glob were taken for, one line each.
+      untagged: examples with images without a tag, which go before the first user text.
     """
 
     examples: int
@@ -52,6 +54,8 @@ class CheckReport:
     parts_left_out: Rejections
     columns: tuple[str, ...]
     suggestion: str
+    formats: tuple[str, ...] = ()
+    untagged: int = 0
 
     @property
     def usable(self) -> int:
@@ -60,7 +64,10 @@ class CheckReport:
 
     def text(self) -> str:
         """For the terminal: what can be used, what is wrong, and what the examples are like."""
-        lines = [f"{self.usable} of {self.examples} examples can be used", *self._consequences(), *self.faults.lines()]
+        lines = [f"{self.usable} of {self.examples} examples can be used", *self.formats]
+        if self.untagged:
+            lines.append(f"{self.untagged} examples have images without a tag: they go before the first user text")
+        lines += [*self._consequences(), *self.faults.lines()]
         lines += self.columns[:_COLUMNS]
         if self.columns[_COLUMNS:]:
             lines.append(f"and {len(self.columns) - _COLUMNS} more lines about columns that are not used")

@@ -18,9 +18,15 @@ class DataConfig:
     """What is read and how it is packed.
 
     Attributes:
-      train: files or globs of JSONL and ArrayRecord examples, or datasets on the Hub (ORG/NAME:SUBSET:SPLIT); FILE#N
-        takes N of them, repeating them if it has fewer. Short for a mixture of a single source.
+      train: files or globs of examples of any kind that is read (docs/data.md), or datasets on the Hub
+        (ORG/NAME:SUBSET:SPLIT); FILE#N takes N of them, repeating them if it has fewer. Short for a mixture of a single
+        source.
       mixture: data sources that are drawn from by weight, in the place of ``train`` (`jvlm.data.mixture`).
+      format: format of the examples of ``train`` (`jvlm.data.formats.detection`); "auto" decides for each file or glob,
+        on its first 100 examples.
+      columns: "FROM=TO" gives a column another name before the format is looked for, "FROM=_" hides one.
+      caption_prompt: a user's text before captions; None makes a document of image and caption.
+      answer_as_turn: whether the answer of an EasyR1 example is an assistant's turn as well, to be learnt.
       media_root: folder for relative media paths, after the data file's own.
       batch_size: sequences of a batch (of one accumulation step), all processes together.
       seq_len: tokens of a packed sequence, padding included. "auto" chooses it, and ``max_patches``, from a sample of
@@ -62,6 +68,10 @@ class DataConfig:
 
     train: tuple[str, ...] = ()
     mixture: Mixture | None = None
+    format: str = "auto"
+    columns: tuple[str, ...] = ()
+    caption_prompt: str | None = None
+    answer_as_turn: bool = False
     media_root: str | None = None
     batch_size: int = 1
     seq_len: int | Literal["auto"] = 4096

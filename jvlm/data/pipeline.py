@@ -21,13 +21,13 @@ from jvlm.data.augmentation import augmented
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document
 from jvlm.data.errors import ExampleError, Origin, Rejected, grouped
+from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_example
 from jvlm.data.image_processor import ImageProcessor, ImageProcessorConfig
 from jvlm.data.loss_choice import with_loss_on
 from jvlm.data.packing import Example, PackedSequences
 from jvlm.data.position import Progress, Share, go_on
 from jvlm.data.processor import Processor
-from jvlm.data.shards import ExampleSource
 from jvlm.data.shrink import shrink
 from jvlm.data.sources import SourceNumbers
 from jvlm.data.turns import single_turns
@@ -368,7 +368,7 @@ def training_data(
       ValueError: the sequences of a batch cannot be shared evenly by so many processes.
     """
     check_shape(config)
-    source = ExampleSource(config.train) if source is None else source
+    source = ExampleSource.of(config) if source is None else source
     dataset = grain.MapDataset.source(source).seed(seed)
     if config.shuffle:
         dataset = dataset.shuffle()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from jvlm.data.errors import Origin, Rejected
-from jvlm.data.shards import matching
+from jvlm.data.example_source import matching
 from jvlm.errors import UserError, file_errors
 
 _SHOWN_ORIGINS = 3

@@ -8,7 +8,7 @@ from pathlib import Path
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document
 from jvlm.data.errors import ExampleError
-from jvlm.data.shards import matching
+from jvlm.data.example_source import matching
 
 CHANNEL = "channel"
 # Examples of a channel that the sample of the data before the run did not show, or of none.

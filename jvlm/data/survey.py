@@ -16,11 +16,11 @@ from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document
 from jvlm.data.errors import ExampleError, Rejected, grouped
+from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import unknown_columns
 from jvlm.data.packing import Example
 from jvlm.data.pipeline import Encode, image_patch_limit
 from jvlm.data.processor import Processor
-from jvlm.data.shards import ExampleSource
 from jvlm.data.sources import channel_of, names
 from jvlm.errors import UserError
 
@@ -142,7 +142,7 @@ def take(
     Raises:
       ExampleError: a bad example where ``on_bad_example`` is "error", one that does not fit where ``on_too_long`` is.
     """
-    source = ExampleSource(config.train) if source is None else source
+    source = ExampleSource.of(config) if source is None else source
     spread = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
     chosen = [int(i) for i in np.random.default_rng(seed).permutation(spread)]
     known = "auto" not in (config.seq_len, config.max_patches)

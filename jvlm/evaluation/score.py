@@ -14,9 +14,9 @@ from scipy.optimize import linear_sum_assignment
 from jvlm.data.boxes import Box, Region, match_score
 from jvlm.data.content import Conversation, Image
 from jvlm.data.errors import ExampleError
+from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_conversation
 from jvlm.data.processor import Processor
-from jvlm.data.shards import ExampleSource
 from jvlm.evaluation.questions import Question, next_question, normalise, questions_of
 from jvlm.inference.generate import generate
 from jvlm.models.vlm import VLM

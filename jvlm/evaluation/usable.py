@@ -10,9 +10,9 @@ import numpy as np
 
 from jvlm.data.content import Conversation
 from jvlm.data.errors import ExampleError, Rejected, grouped
+from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_conversation, parse_example
 from jvlm.data.processor import Processor
-from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from jvlm.evaluation.questions import questions_of
 

@@ -7,14 +7,18 @@ import fnmatch
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from jvlm.data.errors import ExampleError, Origin
 from jvlm.errors import UserError
 from jvlm.hub import downloads, modelscope
 from jvlm.hub.downloads import RepoFile
 from jvlm.hub.ids import DatasetId, HubId, parse_dataset
+
+if TYPE_CHECKING:
+    from jvlm.data.readers.parquet import Parquet
 
 CARD = "README.md"
 _READ = (".jsonl", ".json", ".arrayrecord", ".parquet")
@@ -167,29 +171,25 @@ def _is_data(path: str) -> bool:
 
 def _shard(id: HubId, parquet: Path) -> Path:
     """The examples of a Parquet file as an ArrayRecord shard, written once."""
-    from jvlm.data import shards  # which reads from here what it is given by id
+    # which read from here what they are given by id
+    from jvlm.data.readers.array_record import SHARD_SUFFIX, write_shard
+    from jvlm.data.readers.parquet import Parquet
 
     name = re.sub(r"[^\w.-]", "_", parquet.as_posix().partition(f"{id.revision}/")[2])
-    target = downloads.notes(id, "dataset") / str(id.revision) / f"{Path(name).stem}{shards.SHARD_SUFFIX}"
+    target = downloads.notes(id, "dataset") / str(id.revision) / f"{Path(name).stem}{SHARD_SUFFIX}"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         print(f"writing {parquet.name} as {target}")
-        shards.write_shard(target, _rows(parquet))
+        write_shard(target, _examples(Parquet(str(parquet))))
     return target
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path}: Parquet is read with pyarrow: pip install pyarrow") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=64):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet ({error}); download it again") from error
+def _examples(file: Parquet) -> Iterator[dict[str, Any]]:
+    for index in range(len(file)):
+        example = file.read(index, Origin(file.path, file.number(index)))
+        if isinstance(example, ExampleError):
+            raise example
+        yield example
 
 
 def address(wanted: DatasetId) -> str:

@@ -19,6 +19,8 @@ Source = Literal["hf", "modelscope"]
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?"
 _ID = re.compile(rf"(?:(?P<source>hf|modelscope)://)?(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[\w./-]+))?")
 _DATASET = re.compile(rf"(?P<id>{_ID.pattern})(?::(?P<subset>[^:#]+))?(?::(?P<split>[^:#]+))?(?:#(?P<count>\d+))?")
+# of data files, which are no repositories
+_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar", ".arrayrecord")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -108,7 +110,7 @@ def parse_dataset(text: str) -> DatasetId | None:
     match = _DATASET.fullmatch(text)
     found = match and parse_id(match["id"])
     # a file of the disk has a suffix that is read
-    if found is None or (match["source"] is None and found.repo.endswith((".jsonl", ".json", ".arrayrecord"))):
+    if found is None or (match["source"] is None and found.repo.endswith(_SUFFIXES)):
         return None
     count = None if match["count"] is None else int(match["count"])
     return DatasetId(found, match["subset"], match["split"], count)

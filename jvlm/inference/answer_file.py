@@ -21,7 +21,7 @@ from typing import Any
 from jvlm import config as config_tree
 from jvlm.data import stores
 from jvlm.data.errors import ExampleError
-from jvlm.data.shards import ExampleSource, matching
+from jvlm.data.example_source import ExampleSource, matching
 from jvlm.errors import UserError, file_errors
 from jvlm.inference.file_lock import locked
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.example_source import ExampleSource
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
-from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from jvlm.inference.answer_file import HASH, AnswerFile, Run, check_paths, copied
 from jvlm.inference.engine import Completion, Engine

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.example_source import ExampleSource
 from jvlm.data.processor import Processor
-from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from jvlm.inference.engine import Engine
 from jvlm.inference.generate import answer_text, complete, encode_prompt, engine_for, stream_example

@@ -134,7 +134,7 @@ REFUSED: Mapping[str, Refusal] = {
     "external_plugins": Refusal(_PLUGIN, _OFF),
     "custom_register_path": Refusal(_PLUGIN, _OFF),
     "custom_dataset_info": Refusal("give the files themselves as --dataset", _OFF),
-    "cached_dataset": Refusal("jvlm data shard writes examples as shards, which --dataset takes", _OFF),
+    "cached_dataset": Refusal("jvlm data convert writes examples as shards, which --dataset takes", _OFF),
     "model_name": Refusal("put who the model is into the data or --system", _OFF),
     "model_author": Refusal("put who the model is into the data or --system", _OFF),
     "use_chat_template": Refusal("jvlm pt trains on all of a conversation", ("true",)),
@@ -151,7 +151,7 @@ REFUSED: Mapping[str, Refusal] = {
     "create_commit_message": Refusal("leave it out", _OFF),
     "to_ollama": Refusal("--to_gguf true writes the files; FROM ./NAME.gguf in a Modelfile names one", _OFF),
     "to_mcore": Refusal("Megatron's format is not written; the Hugging Face folder is what it converts from", _OFF),
-    "to_cached_dataset": Refusal("jvlm data shard writes examples as shards, which --dataset takes", _OFF),
+    "to_cached_dataset": Refusal("jvlm data convert writes examples as shards, which --dataset takes", _OFF),
 }
 
 # Values of jvlm's arguments that ms-swift has besides, and what to take instead.

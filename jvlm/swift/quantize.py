@@ -14,8 +14,8 @@ from jvlm.swift.checkpoint_model import Checkpoint
 from jvlm.swift.export_arguments import ExportArguments
 
 if TYPE_CHECKING:
+    from jvlm.data.example_source import ExampleSource
     from jvlm.data.processor import Processor
-    from jvlm.data.shards import ExampleSource
     from jvlm.models.batch import PackedBatch
 
 _SEQUENCES = 4  # of a calibration batch
@@ -33,7 +33,7 @@ def quantize(arguments: ExportArguments, checkpoint: Checkpoint, trained: Checkp
       UserError: a method that needs data without any; data of which nothing can be used; a folder that is not empty.
     """
     from jvlm.adapters import merge as merging
-    from jvlm.data.shards import ExampleSource
+    from jvlm.data.example_source import ExampleSource
     from jvlm.quantization.calibration import RoundingConfig
     from jvlm.quantization.export import export_quantized
 

@@ -11,8 +11,8 @@ import jax
 
 from jvlm import config as config_tree
 from jvlm.data import survey
+from jvlm.data.example_source import ExampleSource
 from jvlm.data.processor import Processor
-from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
 from jvlm.swift import batches, checkpoints, saved
@@ -92,7 +92,7 @@ def prepare(arguments: TrainingArguments, given: frozenset[str] = frozenset()) -
     data = data_config(arguments)
     roots = (data.media_root,) if data.media_root else ()
     processor = Processor(processor.tokenizer, processor.model, config, media_roots=roots)
-    source = ExampleSource(data.train)
+    source = ExampleSource.of(data)
     sample = survey.take(processor, data, seed=arguments.optimization.seed, count=_SAMPLE, source=source)
     chosen = batches.choose(
         sample.sizes,

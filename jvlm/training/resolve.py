@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jvlm.data import pipeline, survey
+from jvlm.data.example_source import ExampleSource
 from jvlm.data.processor import Processor
-from jvlm.data.shards import ExampleSource
 from jvlm.evaluation import usable
 from jvlm.models import vlm
 from jvlm.models.vlm import TOWERS, VLM
@@ -84,8 +84,9 @@ def _survey(experiment: Experiment, processor: Processor, parts: int, source: Ex
     data = experiment.data
     derives = experiment.steps is None or "auto" in (data.seq_len, data.max_patches)
     limit = {"count": _SAMPLE if derives else _SAMPLE // 2, "seconds": None if derives else _SECONDS}
+    source = ExampleSource.of(data) if source is None else source
     sample = survey.take(processor, data, seed=experiment.seed, parts=parts, source=source, **limit)
-    hosts.log_rank0(sample.text())
+    hosts.log_rank0("\n".join([*source.formats(), sample.text()]))
     sample.check()
     return sample
 

@@ -14,8 +14,8 @@ from typing import Any
 import jvlm
 from jvlm import config as config_tree
 from jvlm.data import stores
+from jvlm.data.example_source import ExampleSource
 from jvlm.data.processor import Processor
-from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from jvlm.hub.ids import portable
 from jvlm.models.vlm import TOWERS

@@ -10,9 +10,9 @@ import numpy as np
 
 from jvlm.adapters import targets
 from jvlm.data import pipeline
+from jvlm.data.example_source import ExampleSource, matching
 from jvlm.data.position import Share
 from jvlm.data.processor import Processor
-from jvlm.data.shards import ExampleSource, matching
 from jvlm.data.sources import sources_of
 from jvlm.errors import UserError
 from jvlm.models.vlm import VLM
@@ -156,7 +156,7 @@ def _train_one(
     source = None
     if split is not None:
         own = experiment.validation.split > 0
-        source = Subset(ExampleSource(experiment.data.train), split.train) if own else None
+        source = Subset(ExampleSource.of(experiment.data), split.train) if own else None
         source = source or without_held_out(experiment.data, split.held_out)
     experiment = resolve(experiment, model, processor, storage.folder, parts, source)
     arguments = step_arguments(experiment, model)  # refuses what cannot be trained, before a folder is made for it
@@ -245,7 +245,9 @@ def _validation_sources(
     """Return the data of each source that is validated on: files of its own, or what is held out of training files."""
     patterns = experiment.validation.data or experiment.data.train
     chosen: dict[str, ExampleSource | Subset] = {}
-    whole = ExampleSource(patterns)
+    # files of their own may be of another format than those that are trained on
+    own = dataclasses.replace(experiment.data, train=tuple(patterns), format="auto")
+    whole = ExampleSource.of(own if experiment.validation.data else experiment.data)
     ends = np.cumsum(list(whole.counts().values()))
     bounds = {
         path: (int(end) - count, int(end)) for (path, count), end in zip(whole.counts().items(), ends, strict=True)

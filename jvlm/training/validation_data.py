@@ -11,11 +11,11 @@ import numpy as np
 from jvlm.data import packing
 from jvlm.data.config import DataConfig
 from jvlm.data.errors import Rejected
+from jvlm.data.example_source import ExampleSource
 from jvlm.data.packing import Example, PackedSequences
 from jvlm.data.pipeline import Encode, image_patch_limit
 from jvlm.data.position import Share
 from jvlm.data.processor import Processor
-from jvlm.data.shards import ExampleSource
 from jvlm.training.validation_split import Subset
 
 

@@ -22,9 +22,9 @@ import numpy as np
 from jvlm.data.config import DataConfig
 from jvlm.data.content import sources_of
 from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_example
 from jvlm.data.images import image_source, unwrap
-from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
 from jvlm.training.side_files import read_json, write_json
@@ -45,6 +45,10 @@ class Subset:
 
     def __getitem__(self, index: int) -> tuple[Origin, Any]:
         return self.source[int(self.indices[index])]
+
+    def formats(self) -> list[str]:
+        """Return what the whole source's examples are taken for."""
+        return self.source.formats()
 
     def __repr__(self) -> str:  # Grain's checkpoints compare it
         return f"Subset({self.source}, {len(self)})"
@@ -79,7 +83,7 @@ def split_data(data: DataConfig, share: float, seed: int, folder: Path) -> Split
 
 def without_held_out(data: DataConfig, held_out: frozenset[str]) -> Subset:
     """Return the examples of other training data that share nothing with what is held out."""
-    source = ExampleSource(data.train)
+    source = ExampleSource.of(data)
     keys = example_keys(source, data)
     return Subset(source, [index for index, own in enumerate(keys) if not held_out.intersection(own)])
 
@@ -88,7 +92,7 @@ def _load_or_make(data: DataConfig, share: float, seed: int, folder: Path) -> di
     if not hosts.is_rank0():
         return None
     path = folder / SPLIT
-    source = ExampleSource(data.train)
+    source = ExampleSource.of(data)
     saved = read_json(path, "the run cannot go on without it: restore it, or choose another --name")
     if saved is None:
         print(f"splitting {len(source)} examples by image", flush=True)

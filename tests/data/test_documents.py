@@ -424,9 +424,9 @@ def test_every_document_comes_once_an_epoch_and_a_run_goes_on_as_if_unbroken(tin
 
 
 def test_a_shard_of_documents_is_read_as_their_file(tiny, files, tmp_path):
-    from jvlm.data.sharding import shard
+    from jvlm.data.conversion import convert
 
-    shard([str(files)], str(tmp_path / "shards"), examples_per_shard=100)
+    convert([str(files)], str(tmp_path / "shards"), examples_per_shard=100)
     one, other = (batches(tiny, path, shuffle=False)[0] for path in (files, tmp_path / "shards" / "*.arrayrecord"))
     for left, right in zip(one, other, strict=True):
         np.testing.assert_array_equal(left.batch.tokens, right.batch.tokens)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jvlm.data.errors import ExampleError
-from jvlm.data.shards import ExampleSource
+from jvlm.data.example_source import ExampleSource
 
 EXAMPLE = b'{"messages": 1}'
 BOM = b"\xef\xbb\xbf"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from jvlm.data import stores
-from jvlm.data.shards import ExampleSource, write_shard
+from jvlm.data.example_source import ExampleSource
+from jvlm.data.readers.array_record import write_shard
 from jvlm.errors import UserError
 from jvlm.weights.io import load
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from jvlm.data.shards import ExampleSource
+from jvlm.data.example_source import ExampleSource
 from jvlm.errors import UserError
 
 

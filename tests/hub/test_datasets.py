@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jvlm.data.shards import ExampleSource
+from jvlm.data.example_source import ExampleSource
 from jvlm.errors import UserError
 from jvlm.hub import datasets
 from jvlm.hub.downloads import RepoFile
@@ -120,7 +120,14 @@ def test_pictures_beside_json_lines_come_along(hub):
 
 
 def test_examples_of_parquet_are_those_that_pyarrow_wrote(hub, capsys):
-    rows = [{**example(f"a{n}"), "images": [{"bytes": bytes([n]) * 9, "path": None}]} for n in range(150)]
+    asked = {"role": "user", "content": "<image>hi"}
+    rows = [
+        {
+            "messages": [asked, example(f"a{n}")["messages"][1]],
+            "images": [{"bytes": bytes([n]) * 9, "path": None}],
+        }
+        for n in range(150)
+    ]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), buffer, row_group_size=40)
     repo = hub.add("org/set", {"data/train-0.parquet": buffer.getvalue()}, "datasets")

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from jvlm.data.shards import ExampleSource
+from jvlm.data.example_source import ExampleSource
 from jvlm.errors import UserError
 from jvlm.inference.answer_file import HASH, AnswerFile, Run, check_paths
 from tests.support import ROOT

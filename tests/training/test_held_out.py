@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import jvlm
-from jvlm.data.shards import ExampleSource
+from jvlm.data.example_source import ExampleSource
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.training import data_counters, runs

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jvlm.data import pipeline
-from jvlm.data.check import check, shard
+from jvlm.data.check import check
+from jvlm.data.conversion import convert
 from jvlm.data.position import Share
 from jvlm.errors import UserError
 from jvlm.training import starting_model
@@ -133,7 +134,7 @@ def test_every_batch_has_the_same_shapes_even_the_last(setup):
 
 def test_shards_give_the_same_batches_as_the_jsonl_they_were_made_from(setup, tmp_path):
     _, _, examples = setup
-    shard([str(examples)], tmp_path / "shards", examples_per_shard=10)
+    convert([str(examples)], tmp_path / "shards", examples_per_shard=10)
     assert len(list((tmp_path / "shards").iterdir())) == 3
     from_shards = _batches(setup, train=(str(tmp_path / "shards" / "*.arrayrecord"),))
     assert all(_same(a.batch, b.batch) for a, b in zip(from_shards, _batches(setup), strict=True))
@@ -154,9 +155,9 @@ def test_check_counts_good_examples_and_names_each_bad_one(setup, tmp_path):
 def test_a_pattern_without_files_and_an_unknown_kind_of_file_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"nothing\*.jsonl"):
         pipeline.ExampleSource([str(tmp_path / "nothing*.jsonl")])
-    (tmp_path / "examples.csv").write_text("a,b\n")
-    with pytest.raises(UserError, match=r"examples.csv: examples are read from"):
-        pipeline.ExampleSource([str(tmp_path / "examples.csv")])
+    (tmp_path / "examples.txt").write_text("a,b\n")
+    with pytest.raises(UserError, match=r"examples.txt: examples are read from"):
+        pipeline.ExampleSource([str(tmp_path / "examples.txt")])
 
 
 def _examples_of(packed):

@@ -1,4 +1,4 @@
-"""Shards carry every picture with them, and appear whole or not at all."""
+"""Shards carry every image with them, and appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ import pytest
 from PIL import Image
 
 from jvlm import cli
-from jvlm.data.check import check, shard
+from jvlm.data.check import check
 from jvlm.data.content import sources_of
+from jvlm.data.conversion import convert
 from jvlm.data.errors import ExampleError
+from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_example
+from jvlm.data.formats.example_format import FormatOptions
 from jvlm.data.images import open_image
 from jvlm.data.processor import Processor
-from jvlm.data.shards import ExampleSource
 from jvlm.errors import UserError
 from tests.training import support
 
@@ -28,7 +30,7 @@ NAMES = ("a.png", "sub/b c.png", "c%20d.jpg")
 
 
 def _pictures(folder: Path) -> dict[str, np.ndarray]:
-    """Three pictures under a folder, and what PIL reads from each."""
+    """Three images under a folder, and what PIL reads from each."""
     found = {}
     for seed, name in enumerate(NAMES):
         pixels = np.random.default_rng(seed).integers(0, 255, (40 + 8 * seed, 56, 3), np.uint8)
@@ -51,7 +53,7 @@ def _base64(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-# every form in which an example names pictures -> (example of a folder, the pictures in order)
+# every form in which an example names images -> (example of a folder, the images in order)
 FORMS = {
     "paths": lambda d: (_asked("<image><image>", images=["a.png", "sub/b c.png"]), NAMES[:2]),
     "an absolute path": lambda d: (_asked("<image>", images=[str(d / "a.png")]), NAMES[:1]),
@@ -106,12 +108,12 @@ FORMS = {
 
 
 def _opened(path: str) -> list[list[np.ndarray]]:
-    """The pictures and frames of each example, in order."""
+    """The images and frames of each example, in order."""
     source, found = ExampleSource([path]), []
     for origin, example in map(source.__getitem__, range(len(source))):
         conversation = parse_example(example, origin)
         media = [source for part in conversation.media for source in sources_of(part)]
-        found.append([np.asarray(open_image(picture, origin=origin)) for picture in media])
+        found.append([np.asarray(open_image(image, origin=origin)) for image in media])
     return found
 
 
@@ -121,7 +123,7 @@ def test_a_picture_of_every_form_travels_in_the_shard(tmp_path, monkeypatch, for
     expected = _pictures(here)
     example, names = FORMS[form](here)
     (here / "examples.jsonl").write_text(json.dumps({**example, "note": "unknown to jvlm"}) + "\n")
-    shard([str(here / "examples.jsonl")], here / "shards", 10)
+    convert([str(here / "examples.jsonl")], here / "shards", 10)
     shutil.move(here / "shards", tmp_path / "elsewhere")
     shutil.rmtree(here)
     monkeypatch.chdir(tmp_path)
@@ -155,7 +157,7 @@ def test_tokens_and_patches_are_equal_before_and_after_the_move(tmp_path, proces
         return [processor.encode(parse_example(source[i][1], source[i][0])) for i in range(len(source))]
 
     before = examples(here / "examples.jsonl")
-    shard([str(here / "examples.jsonl")], here / "shards", 7)
+    convert([str(here / "examples.jsonl")], here / "shards", 7)
     shutil.move(here / "shards", tmp_path / "elsewhere")
     shutil.rmtree(here)
     after = examples(tmp_path / "elsewhere" / "*.arrayrecord")
@@ -169,7 +171,7 @@ def test_pictures_are_looked_up_in_the_media_root_too(tmp_path, capsys):
     _pictures(tmp_path / "media")
     examples = tmp_path / "examples.jsonl"
     examples.write_text(json.dumps(_blocks({"type": "image", "url": "sub/b c.png"})) + "\n")
-    arguments = ["data", "shard", str(examples), "--output", str(tmp_path / "s")]
+    arguments = ["data", "convert", str(examples), "--output", str(tmp_path / "s")]
     assert cli.main(arguments) == 2
     assert "file not found" in capsys.readouterr().err
     assert cli.main([*arguments, "--media_root", str(tmp_path / "media")]) == 0
@@ -186,7 +188,7 @@ _REFUSED = {
     "a missing file": (_blocks({"type": "image", "path": "gone.png"}), "file not found"),
     "an empty file": (_asked("<image>", images=["empty.png"]), "empty.png is empty, 0 bytes"),
     "a missing frame": (_asked("<video>", videos=[["a.png", "gone.png"]]), r"videos\[0\]\[1\].*file not found"),
-    "a missing picture of another answer": (
+    "a missing image of another answer": (
         _asked("<image>", images=["a.png"], rejected_images=["gone.png"]),
         "rejected_images.*file not found",
     ),
@@ -204,8 +206,8 @@ def test_an_example_that_cannot_be_carried_is_named_and_no_shard_appears(tmp_pat
     examples = [_asked("hi"), _asked("hi"), example]
     (tmp_path / "examples.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
     with pytest.raises(ExampleError, match=rf"examples\.jsonl, line 3, .*{message}"):
-        shard([str(tmp_path / "examples.jsonl")], tmp_path / "s", 1)
-    assert list((tmp_path / "s").iterdir()) == []
+        convert([str(tmp_path / "examples.jsonl")], tmp_path / "s", 1)
+    assert [path.name for path in (tmp_path / "s").iterdir()] == [".unfinished"]
 
 
 @pytest.fixture
@@ -223,42 +225,70 @@ def _contents(pattern: Path) -> list:
 def test_shards_are_the_examples_in_order_the_same_each_time_and_again_when_sharded_again(tmp_path, ten):
     path, examples = ten
     for name in ("a", "b"):
-        shard([path], tmp_path / name, 4)
+        convert([path], tmp_path / name, 4)
     assert [p.name for p in sorted((tmp_path / "a").iterdir())] == [
         f"examples-0000{n}-of-00003.arrayrecord" for n in range(3)
     ]
     assert all(p.read_bytes() == (tmp_path / "b" / p.name).read_bytes() for p in (tmp_path / "a").iterdir())
     assert _contents(tmp_path / "a" / "*") == examples
-    shard([str(tmp_path / "a" / "*")], tmp_path / "c", 3)
+    convert([str(tmp_path / "a" / "*")], tmp_path / "c", 3)
     assert _contents(tmp_path / "c" / "*") == examples
 
 
 def test_existing_shards_are_neither_overwritten_nor_mixed(tmp_path, ten):
     path, examples = ten
-    shard([path], tmp_path / "s", 5)
+    convert([path], tmp_path / "s", 5)
     before = {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()}
     for count in (5, 3):
         with pytest.raises(UserError, match="holds shards already"):
-            shard([path], tmp_path / "s", count)
+            convert([path], tmp_path / "s", count)
     assert {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()} == before
-    shard([path], tmp_path / "t", 3)
+    convert([path], tmp_path / "t", 3)
     shutil.copy(tmp_path / "t" / "examples-00001-of-00004.arrayrecord", tmp_path / "s")
     with pytest.raises(UserError, match="different sets"):
         _contents(tmp_path / "s" / "*.arrayrecord")
     # of as many files, but of other examples
     Path(path).write_text("".join(json.dumps(example) + "\n" for example in examples[1:]))
-    shard([path], tmp_path / "u", 5)
+    convert([path], tmp_path / "u", 5)
     os.remove(tmp_path / "s" / "examples-00001-of-00004.arrayrecord")
     shutil.copy(tmp_path / "u" / "examples-00001-of-00002.arrayrecord", tmp_path / "s")
     with pytest.raises(UserError, match=r"examples-00001-of-00002.arrayrecord: of another set"):
         _contents(tmp_path / "s" / "*.arrayrecord")
 
 
-def test_what_an_interrupted_sharding_leaves_is_no_set_and_is_cleared_by_the_next(tmp_path, ten, monkeypatch):
+def test_an_interrupted_conversion_goes_on_after_its_last_whole_shard(tmp_path, ten, monkeypatch):
     path, examples = ten
-    from jvlm.data import sharding
+    from jvlm.data import conversion
 
-    embed, seen = sharding.embed, []
+    embed, seen = conversion.embed, []
+
+    def count(example, *arguments):
+        seen.append(example)
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        return embed(example, *arguments)
+
+    monkeypatch.setattr(conversion, "embed", count)
+    with pytest.raises(KeyboardInterrupt):
+        convert([path], tmp_path / "s", 3)
+    with pytest.raises(UserError, match="no data file matches"):
+        _contents(tmp_path / "s" / "*")
+    done = convert([path], tmp_path / "s", 3)
+    assert (done.read, done.written, done.shards, done.kept) == (10, 10, 4, 2)
+    assert seen[8:] == examples[6:]  # those of the third shard and after
+    monkeypatch.undo()
+    convert([path], tmp_path / "whole", 3)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()
+    }
+
+
+@pytest.mark.parametrize("change", ["another size", "other examples", "other columns"])
+def test_what_another_conversion_left_is_not_gone_on_with(tmp_path, ten, monkeypatch, change):
+    path, examples = ten
+    from jvlm.data import conversion
+
+    embed, seen = conversion.embed, []
 
     def interrupt(example, *arguments):
         seen.append(example)
@@ -266,35 +296,52 @@ def test_what_an_interrupted_sharding_leaves_is_no_set_and_is_cleared_by_the_nex
             raise KeyboardInterrupt
         return embed(example, *arguments)
 
-    monkeypatch.setattr(sharding, "embed", interrupt)
+    monkeypatch.setattr(conversion, "embed", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        shard([path], tmp_path / "s", 3)
-    assert list((tmp_path / "s").iterdir()) == []
-    # as left by a process that was killed
-    left = tmp_path / "s" / ".unfinished"
-    left.mkdir()
-    for name in ("lock", "examples-00000-of-00004.arrayrecord", "examples-00001-of-00004.arrayrecord.77.partial"):
-        (left / name).touch()
-    with pytest.raises(UserError, match="no data file matches"):
-        _contents(tmp_path / "s" / "*")
-    shard([path], tmp_path / "s", 5)
-    assert len(list((tmp_path / "s").iterdir())) == 2
+        convert([path], tmp_path / "s", 5)
+    # a part of a file, as by a process that was killed
+    (tmp_path / "s" / ".unfinished" / "examples-00001-of-00002.arrayrecord.77.partial").touch()
+    if change == "other examples":
+        examples = examples[::-1]
+        Path(path).write_text("".join(json.dumps(example) + "\n" for example in examples))
+    columns = ("messages=messages",) if change == "other columns" else ()
+    size = 3 if change == "another size" else 5
+    done = convert([path], tmp_path / "s", size, options=FormatOptions(columns=columns))
+    assert done.kept == 0
     assert _contents(tmp_path / "s" / "*") == examples
+    assert len(list((tmp_path / "s").iterdir())) == done.shards
 
 
-def test_two_shardings_into_one_folder_and_wrong_arguments_are_refused(tmp_path, ten):
+def test_examples_that_cannot_be_carried_are_left_out_counted_and_listed(tmp_path, capsys):
+    _pictures(tmp_path)
+    records = [_asked("<image>", images=["a.png"]), _asked("<image>", images=["gone.png"]), {"messages": []}] * 4
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = ["data", "convert", str(tmp_path / "e.jsonl"), "--output", str(tmp_path / "s"), "--on_bad_example", "skip"]
+    words += ["--examples_per_shard", "6", "--rejected", str(tmp_path / "rejected.jsonl")]
+    assert cli.main(words) == 0
+    assert "12 examples read, 4 written, 8 left out: 2 shard(s)" in capsys.readouterr().out
+    assert len(_contents(tmp_path / "s" / "*")) == 4
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert [example["number"] for example in rejected] == [2, 3, 5, 6, 8, 9, 11, 12]
+    words[words.index(str(tmp_path / "s"))] = str(tmp_path / "t")
+    words[words.index("6")] = "1"
+    assert cli.main(words) == 2
+    assert "none of the examples 2 to 2 can be used" in capsys.readouterr().err
+
+
+def test_two_conversions_into_one_folder_and_wrong_arguments_are_refused(tmp_path, ten):
     path, _ = ten
     (tmp_path / "s" / ".unfinished").mkdir(parents=True)
     with open(tmp_path / "s" / ".unfinished" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is writing shards there"):
-            shard([path], tmp_path / "s", 5)
+            convert([path], tmp_path / "s", 5)
     with pytest.raises(UserError, match="examples_per_shard is 0; it must be at least 1"):
-        shard([path], tmp_path / "s", 0)
+        convert([path], tmp_path / "s", 0)
     with pytest.raises(UserError, match="gs://bucket/s: shards are written to this machine's disk"):
-        shard([path], "gs://bucket/s", 5)
+        convert([path], "gs://bucket/s", 5)
     with pytest.raises(UserError, match=r"examples\.jsonl: no folder can be made there"):
-        shard([path], path, 5)
+        convert([path], path, 5)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +362,7 @@ def test_two_shardings_into_one_folder_and_wrong_arguments_are_refused(tmp_path,
 def test_check_names_the_damaged_shard(tmp_path, ten, capsys, damage, status, said):
     import re
 
-    shard([ten[0]], tmp_path / "s", 5)
+    convert([ten[0]], tmp_path / "s", 5)
     damage(sorted((tmp_path / "s").iterdir()))
     assert cli.main(["data", "check", str(tmp_path / "s" / "*.arrayrecord")]) == status
     output = "".join(capsys.readouterr())

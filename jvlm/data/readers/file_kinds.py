@@ -26,11 +26,11 @@ _COMPRESSED = {
     b"PK\x03\x04": ("zip", "unzip"),
 }
 _OTHER = {
-    b"PAR1": "Parquet",
-    b"ARROW1": "Arrow",
-    b"version https://git-lfs": "a Git LFS pointer",
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
+    b"PAR1": ("Parquet", "Name it *.parquet"),
+    b"ARROW1": ("Arrow", "Name it *.arrow"),
+    b"version https://git-lfs": ("a Git LFS pointer", "Fetch the file: git lfs pull"),
+    b"\xff\xfe": ("UTF-16 text", "Write it in UTF-8"),
+    b"\xfe\xff": ("UTF-16 text", "Write it in UTF-8"),
 }
 
 
@@ -41,7 +41,7 @@ def check_file(path: str) -> None:
       UserError: it is not, and what it is instead.
     """
     if os.path.isdir(path):
-        raise UserError(f"{path}: a folder. Give the files in it, as '{path.rstrip('/')}/*.jsonl'")
+        raise UserError(f"{path}: a folder, not a file. Give it without a glob, or give the files in it")
     try:
         start = _start(path)
     except OSError as error:
@@ -55,22 +55,46 @@ def check_file(path: str) -> None:
             raise UserError(f"{path}: compressed by {name}. Unpack it first ({program})")
 
 
-def check_text(path: str) -> None:
+def check_text(path: str, kind: str = "JSON lines") -> None:
+    """Check that a file can be text in UTF-8.
+
+    Args:
+      kind: what it should be, for the message.
+
+    Raises:
+      UserError: it is of another kind.
+    """
+    check_file(path)
+    start = _start(path)
+    for mark, (name, fix) in _OTHER.items():
+        if start.startswith(mark):
+            raise UserError(f"{path}: {name}, not {kind}. {fix}")
+    if start.startswith(RIEGELI_SIGNATURE[:16]):
+        raise UserError(f"{path}: an ArrayRecord file. Name it *.arrayrecord")
+
+
+def check_lines(path: str) -> None:
     """Check that a file can be JSON lines in UTF-8.
 
     Raises:
       UserError: it is of another kind, or one JSON array.
     """
+    check_text(path)
+    words = _start(path).removeprefix(b"\xef\xbb\xbf").split(None, 1)
+    if words and (words[0] == b"[" or words[0].startswith(b"[{")):
+        raise UserError(f"{path}: one JSON array, not JSON lines. Name it *.json")
+
+
+def check_binary(path: str, kind: str, marks: tuple[bytes, ...]) -> None:
+    """Check that a file begins with one of the marks of its kind.
+
+    Raises:
+      UserError: it does not.
+    """
     check_file(path)
     start = _start(path)
-    for mark, name in _OTHER.items():
-        if start.startswith(mark):
-            raise UserError(f"{path}: {name}, not JSON lines. Convert it to one JSON object a line, in UTF-8")
-    if start.startswith(RIEGELI_SIGNATURE[:16]):
-        raise UserError(f"{path}: an ArrayRecord file. Name it *.arrayrecord")
-    words = start.removeprefix(b"\xef\xbb\xbf").split(None, 1)
-    if words and (words[0] == b"[" or words[0].startswith(b"[{")):
-        raise UserError(f"{path}: one JSON array. Write one object a line: jq -c '.[]' {path} > examples.jsonl")
+    if not start.startswith(marks):
+        raise UserError(f"{path}: not a file of kind {kind}, by its first bytes {start[:8].hex()}. Write it again")
 
 
 def check_shard(path: str) -> None:

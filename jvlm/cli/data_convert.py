@@ -1,0 +1,65 @@
+"""``jvlm data convert``: examples of any format, and their media, in a few large files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from jvlm.errors import UserError
+from jvlm.options import parse
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConvert:
+    """Write examples and their media as ArrayRecord shards, which training reads faster and from object stores.
+
+    Attributes:
+      files: data files of any kind that is read, globs of them, folders of datasets, or datasets on the Hub.
+      output: folder to write; it must not hold shards. The same command goes on with an interrupted conversion.
+      examples_per_shard: examples in a file.
+      format: format of the examples; "auto" decides for each file or glob, on its first 100 examples.
+      columns: FROM=TO gives a column another name, FROM=_ hides it.
+      caption_prompt: a user's text before captions; without one they are documents.
+      answer_as_turn: whether the answer of an EasyR1 example is an assistant's turn as well.
+      media_root: folder for relative picture paths, after the data file's own.
+      on_bad_example: stop at an example that cannot be used, or leave it out; what is left out is counted.
+      rejected: JSONL file to write every example to that is left out.
+    """
+
+    files: Positional[tuple[str, ...]]
+    output: Path
+    examples_per_shard: int = 10_000
+    format: str = "auto"
+    columns: tuple[str, ...] = ()
+    caption_prompt: str | None = None
+    answer_as_turn: bool = False
+    media_root: str | None = None
+    on_bad_example: Literal["error", "skip"] = "error"
+    rejected: str | None = None
+
+
+def run(words: list[str]) -> int:
+    options = parse(DataConvert, words, "jvlm data convert")
+    if not options.files:
+        raise UserError("jvlm data convert: no files; give data files, or globs of them")
+
+    from jvlm.data.conversion import convert
+    from jvlm.data.formats.example_format import FormatOptions
+    from jvlm.data.rejections import writing
+
+    formats = FormatOptions(options.format, options.columns, options.caption_prompt, options.answer_as_turn)
+    with writing(options.rejected, options.files) as on_rejected:
+        done = convert(
+            options.files,
+            options.output,
+            options.examples_per_shard,
+            options=formats,
+            media_root=options.media_root,
+            on_bad_example=options.on_bad_example,
+            on_rejected=on_rejected if options.rejected else None,
+        )
+    print(done.text())
+    return 0

@@ -1,0 +1,270 @@
+"""Examples of any format and kind of file, written as shards that carry their media with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import msgpack
+
+from jvlm.data import stores
+from jvlm.data.embedding import embed
+from jvlm.data.errors import ExampleError, Origin, Rejected
+from jvlm.data.example_source import ExampleSource
+from jvlm.data.formats.example_format import FormatOptions
+from jvlm.data.readers import shard_set
+from jvlm.data.readers.array_record import SHARD_SUFFIX, write_records
+from jvlm.data.readers.registry import open_file
+from jvlm.errors import UserError
+from jvlm.progress import Progress
+
+_UNFINISHED = ".unfinished"
+_LOCK = "lock"
+_COUNTS = ".json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What was converted.
+
+    Attributes:
+      read, written: examples; what is not written was rejected.
+      untagged: examples with images without a tag, which now have one before the first user text.
+      shards: files of the set, of which ``kept`` were whole already when an interrupted conversion went on.
+      formats: a line for each of the given files or globs.
+      rejected: the examples left out.
+    """
+
+    read: int
+    written: int
+    untagged: int
+    shards: int
+    kept: int
+    formats: tuple[str, ...]
+    rejected: tuple[Rejected, ...]
+    output: str
+
+    def text(self) -> str:
+        """For the terminal."""
+        lines = [*self.formats, f"{self.read} examples read, {self.written} written, {len(self.rejected)} left out"]
+        lines[-1] += f": {self.shards} shard(s) under {self.output}"
+        if self.kept:
+            lines.append(f"{self.kept} of the shards were whole already")
+        if self.untagged:
+            lines.append(f"{self.untagged} examples had images without a tag: now before the first user text")
+        return "\n".join(lines)
+
+
+def convert(
+    files: Sequence[str],
+    output: str | Path,
+    examples_per_shard: int = 10_000,
+    *,
+    options: FormatOptions = FormatOptions(),
+    media_root: str | None = None,
+    on_bad_example: Literal["error", "skip"] = "error",
+    on_rejected: Callable[[Rejected], None] | None = None,
+) -> Conversion:
+    """Write examples as shards of ``examples_per_shard`` in a folder, media files read into them.
+
+    The shards appear in the folder when all of them are whole. What an interrupted conversion has finished is kept
+    under ``.unfinished``, and the same call goes on after it.
+
+    Args:
+      options: the format of the examples.
+      media_root: folder for relative media paths, after the data file's own.
+      on_bad_example: "skip" leaves examples out that cannot be used, or whose media cannot be read.
+      on_rejected: is given each of those.
+
+    Raises:
+      ExampleError: an example that cannot be used, or an image that cannot be read, unless skipped.
+      UserError: the folder holds shards already; none of the examples of a shard can be used.
+      UserError: a wrong argument, files that cannot be read, or a folder that cannot be written.
+    """
+    if examples_per_shard < 1:
+        raise UserError(f"examples_per_shard is {examples_per_shard}; it must be at least 1")
+    if stores.is_remote(output):
+        raise UserError(f"{output}: shards are written to this machine's disk. Give a folder on it, and copy that")
+    output = Path(output)
+    source = ExampleSource(files, options)
+    work = _Work(source, examples_per_shard, media_root, on_bad_example == "skip", on_rejected)
+    with _unfinished(output) as folder, Progress(total=len(source), desc="converting", unit="example") as bar:
+        for name in folder.iterdir():  # of other files or settings, or begun by a process that was killed
+            if name.name != _LOCK and name.name not in work.names | {f"{n}{_COUNTS}" for n in work.names}:
+                name.unlink()
+        parts = [work.shard(folder, number, bar) for number in range(work.count)]
+        for name in sorted(work.names):
+            (folder / name).replace(output / name)
+        shutil.rmtree(folder)
+    return Conversion(
+        read=len(source),
+        written=sum(part.written for part in parts),
+        untagged=sum(part.untagged for part in parts),
+        shards=work.count,
+        kept=sum(part.kept for part in parts),
+        formats=tuple(source.formats()),
+        rejected=tuple(example for part in parts for example in part.rejected),
+        output=str(output),
+    )
+
+
+@dataclasses.dataclass
+class _Part:
+    """Counts of one shard."""
+
+    written: int = 0
+    untagged: int = 0
+    rejected: list[Rejected] = dataclasses.field(default_factory=list)
+    kept: bool = False
+
+
+class _Work:
+    """Shards of a source, one after the other."""
+
+    def __init__(
+        self,
+        source: ExampleSource,
+        examples_per_shard: int,
+        media_root: str | None,
+        skip: bool,
+        on_rejected: Callable[[Rejected], None] | None,
+    ):
+        self.source, self.size, self.media_root, self.skip = source, examples_per_shard, media_root, skip
+        self.on_rejected = on_rejected
+        self.count = -(-len(source) // examples_per_shard)
+        self.set = _identity(source, (examples_per_shard, dataclasses.astuple(source.options), media_root, skip))
+        self.names = {self._name(number) for number in range(self.count)}
+
+    def _name(self, number: int) -> str:
+        return shard_set.shard_name("examples", number, self.count, SHARD_SUFFIX)
+
+    def shard(self, folder: Path, number: int, bar: Progress) -> _Part:
+        """Write a shard, unless it is whole already. Returns its counts."""
+        path = folder / self._name(number)
+        examples = range(number * self.size, min((number + 1) * self.size, len(self.source)))
+        part = self._kept(path, number)
+        if part is None:
+            path.unlink(missing_ok=True)
+            part = _Part()
+            write_records(path, self._records(examples, number, part, bar))
+            counts = {
+                "set": self.set,
+                "written": part.written,
+                "untagged": part.untagged,
+                "rejected": [dataclasses.asdict(example) for example in part.rejected],
+            }
+            Path(f"{path}{_COUNTS}").write_text(json.dumps(counts))
+        else:
+            bar.update(len(examples))
+            for example in part.rejected if self.on_rejected is not None else ():
+                self.on_rejected(example)
+        return part
+
+    def _kept(self, path: Path, number: int) -> _Part | None:
+        """The counts of a shard that an interrupted conversion of the same examples has finished."""
+        counts = Path(f"{path}{_COUNTS}")
+        try:
+            found = json.loads(counts.read_text())
+            reader = open_file(str(path))
+        except (OSError, ValueError, UserError):  # not finished: written again
+            return None
+        mark = reader.mark
+        expected = shard_set.Mark(self.set, number, self.count, len(reader))
+        if found.get("set") != self.set or mark != expected or found["written"] != len(reader):
+            return None
+        rejected = [Rejected(**example) for example in found["rejected"]]
+        return _Part(found["written"], found["untagged"], rejected, kept=True)
+
+    def _records(self, examples: range, number: int, part: _Part, bar: Progress) -> Iterator[bytes]:
+        """The records of a shard; the last one has its mark."""
+        last = None
+        for index in examples:
+            found = self._example(index, part)
+            bar.update(1)
+            if found is None:
+                continue
+            if last is not None:
+                yield last[2]
+            last = found
+            part.written += 1
+        if last is None:
+            raise UserError(
+                f"none of the examples {examples.start + 1} to {examples.stop} can be used, as "
+                f"{part.rejected[0].file}, example {part.rejected[0].number}: {part.rejected[0].reason}. Correct or "
+                "remove them, or write larger shards"
+            )
+        mark = shard_set.Mark(self.set, number, self.count, part.written)
+        yield _packed(last[0], {**last[1], shard_set.MARK: dataclasses.asdict(mark)})
+
+    def _example(self, index: int, part: _Part) -> tuple[Origin, dict[str, Any], bytes] | None:
+        origin, record, untagged = self.source.read(index)
+        try:
+            if isinstance(record, ExampleError):
+                raise record
+            roots = (str(Path(origin.file).parent), *([self.media_root] if self.media_root else []))
+            whole = embed(record, origin, roots)
+            if shard_set.MARK in whole:
+                raise ExampleError(origin, shard_set.MARK, "a name that shards use themselves", "Rename the column")
+            packed = _packed(origin, whole)
+        except ExampleError as error:
+            if not self.skip:
+                raise
+            part.rejected.append(Rejected.of(error, "bad"))
+            if self.on_rejected is not None:
+                self.on_rejected(part.rejected[-1])
+            return None
+        part.untagged += untagged > 0
+        return origin, whole, packed
+
+
+def _packed(origin: Origin, example: dict[str, Any]) -> bytes:
+    try:
+        return msgpack.packb(example)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ExampleError(
+            origin,
+            "example",
+            f"cannot be written as msgpack ({error})",
+            "Correct the column that holds it, or hide it: --columns NAME=_",
+        ) from error
+
+
+def _identity(source: ExampleSource, settings: tuple) -> str:
+    """What tells sets of other examples, or of other settings, from this one."""
+    value = hashlib.sha256(repr(settings).encode())
+    value.update(repr(source).encode())
+    for path in source.files:
+        with open(path, "rb") as file:
+            value.update(hashlib.file_digest(file, "sha256").digest())
+    return value.hexdigest()[:16]
+
+
+@contextmanager
+def _unfinished(output: Path) -> Iterator[Path]:
+    """A folder inside ``output`` for shards that are not whole yet.
+
+    Raises:
+      UserError: ``output`` holds shards already; it is not a folder, or is being written to.
+    """
+    folder = output / _UNFINISHED
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: no folder can be made there ({error.strerror}). Choose another --output") from error
+    with open(folder / _LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{output}: another process is writing shards there. Wait, or choose another") from error
+        if any(output.glob(f"*{SHARD_SUFFIX}")):
+            if {path.name for path in folder.iterdir()} == {_LOCK}:
+                shutil.rmtree(folder)
+            raise UserError(f"{output} holds shards already; remove them or choose another folder")
+        yield folder
