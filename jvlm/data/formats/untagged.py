@@ -46,8 +46,6 @@ def _is_tagged(messages: Any, tag: str, kind: str) -> bool:
                 continue
             if block.get("type") in (_IMAGE_BLOCKS if kind == "image" else (kind,)):
                 return True
-            if isinstance(block.get("text"), str) and tag in block["text"]:
-                return True
     return False
 
 
