@@ -120,8 +120,8 @@ class PromptStream:
             return Prompt(serial, example, True), epoch, position
         if len(self.gone) == self.size:
             raise UserError(
-                f"all {self.size} prompts are answered perfectly or given up: nothing is left to learn from; give harder "
-                "ones"
+                f"all {self.size} prompts are answered perfectly or given up: nothing is left to learn from; give "
+                "harder ones"
             )
         while True:
             if position == self.size:
