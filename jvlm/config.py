@@ -91,7 +91,7 @@ def _type(kind: type[Tagged], tag: Any, path: str) -> type:
 
     registry.load_all()
     families.load_all(until=lambda: tag in kind.types)
-    known = {name: found for name, found in kind.types.items() if issubclass(found, kind)}
+    known = {name: subtype for name, subtype in kind.types.items() if issubclass(subtype, kind)}
     if tag not in known:
         near = difflib.get_close_matches(str(tag), known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

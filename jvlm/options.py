@@ -95,9 +95,9 @@ def parse_with(command: C, config: T, words: Sequence[str], program: str) -> tup
         frozen=True,
     )
     both.__doc__ = (type(command).__doc__ or type(config).__doc__ or "").partition("Attributes:")[0]
-    found = parse(both, words, program, both())
-    changed = {name: getattr(found.config, name) for name, _, _ in fields}
-    return found.command, dataclasses.replace(config, **changed)
+    parsed = parse(both, words, program, both())
+    changed = {name: getattr(parsed.config, name) for name, _, _ in fields}
+    return parsed.command, dataclasses.replace(config, **changed)
 
 
 def option_names(kind: type, default: Any = None, prefix: str = "") -> Iterator[str]:
@@ -170,7 +170,7 @@ def _problem(printed: str, words: Sequence[str], options: dict[str, Any]) -> str
     lines = [re.sub(r"^[│|]|[│|]$", "", line.strip()) for line in plain.splitlines()]
     text = " ".join(line.strip() for line in lines if re.search(r"\w", line))
     if "Missing from" in text:
-        lacking = [found[1] for found in (re.match(r" {4,6}(--\S+|[A-Z]\S*)", line) for line in lines) if found]
+        lacking = [match[1] for match in (re.match(r" {4,6}(--\S+|[A-Z]\S*)", line) for line in lines) if match]
         return f"give {', '.join(name if name.startswith('-') else name.lower() for name in lacking)}"
     named = (name for name in re.findall(r"--([\w.]+)", text) if name in options)
     name = next(named, None)

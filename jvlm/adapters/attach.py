@@ -52,10 +52,10 @@ def attach(
     if isinstance(adapter, AdapterWeights):
         shapes = {path: matrix.shape for path, matrix in matrices(model).items()}
         _check_fit(adapter, shapes)
-        found = plan.of_weights(adapter, {path: shape[:-2] for path, shape in shapes.items()})
-        return _filled(structure(model, found), _values_of(adapter, found, model), sharding)
-    found = targets.resolve(adapter, model.config, token_ids(adapter, tokenizer))
-    return _filled(structure(model, found), _new_values(model, found, seed), sharding)
+        adapter_plan = plan.of_weights(adapter, {path: shape[:-2] for path, shape in shapes.items()})
+        return _filled(structure(model, adapter_plan), _values_of(adapter, adapter_plan, model), sharding)
+    adapter_plan = targets.resolve(adapter, model.config, token_ids(adapter, tokenizer))
+    return _filled(structure(model, adapter_plan), _new_values(model, adapter_plan, seed), sharding)
 
 
 def token_ids(config: AdapterConfig, tokenizer: Any) -> tuple[int, ...]:
@@ -67,10 +67,10 @@ def token_ids(config: AdapterConfig, tokenizer: Any) -> tuple[int, ...]:
             continue
         if tokenizer is None:
             raise UserError(f"adapter.train_tokens: {token!r} needs the tokenizer; give the id")
-        found = tokenizer.get_vocab().get(token)
-        if found is None:
+        token_id = tokenizer.get_vocab().get(token)
+        if token_id is None:
             raise UserError(f"adapter.train_tokens: {token!r} is no token of the tokenizer; add it, or give an id")
-        ids.add(found)
+        ids.add(token_id)
     return tuple(sorted(ids))
 
 
@@ -100,21 +100,21 @@ class Matrix:
 
 def matrices(model: VLM) -> dict[str, Matrix]:
     """Return path -> matrix, for all parameters of the base; quantised kernels under the paths of plain ones."""
-    found = {}
+    result = {}
     for path, variable in vlm.parameters(model).items():
         value, axes = variable.get_value(), tuple(variable.get_metadata()["axes"])
         is_shape = isinstance(value, jax.ShapeDtypeStruct)
-        found[path] = Matrix(
+        result[path] = Matrix(
             tuple(value.shape), axes, None if is_shape else lambda index, value=value: np.asarray(value[index])
         )
     for parts, module in nnx.iter_modules(model):
         if isinstance(module, StoredKernel):
             path, shape = ".".join(map(str, parts)), tuple(module.stacked_shape)
-            for name in [name for name in found if name.startswith(f"{path}.")]:
-                del found[name]
+            for name in [name for name in result if name.startswith(f"{path}.")]:
+                del result[name]
             is_shape = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(nnx.state(module)))
-            found[path] = Matrix(shape, module.axes, None if is_shape else functools.partial(_dequantised, module))
-    return found
+            result[path] = Matrix(shape, module.axes, None if is_shape else functools.partial(_dequantised, module))
+    return result
 
 
 def _dequantised(kernel: StoredKernel, index: tuple[int, ...]) -> np.ndarray:
@@ -134,21 +134,21 @@ def adapter_path(path: str) -> str:
     return f"{before}.adapter" if name in ("kernel", "embedding") else f"{before}.{name}_slot.adapter"
 
 
-def structure(model: VLM, found: AdapterPlan) -> VLM:
+def structure(model: VLM, adapter_plan: AdapterPlan) -> VLM:
     """Return the model with the adapters of a plan as shapes without arrays."""
     model = nnx.merge(*nnx.split(model))
     variables = matrices(model)
-    for group in found.groups:
+    for group in adapter_plan.groups:
         module, name = owner_of(model, group.path)
-        setattr(module, name, nnx.data(_abstract(group, found.config, variables[group.path])))
-    if found.token_ids:
-        decoder, n = model.decoder, len(found.token_ids)
+        setattr(module, name, nnx.data(_abstract(group, adapter_plan.config, variables[group.path])))
+    if adapter_plan.token_ids:
+        decoder, n = model.decoder, len(adapter_plan.token_ids)
         ids, dtype = jax.ShapeDtypeStruct((n,), jnp.int32), jnp.float32
         width = variables[EMBEDDING].shape[1]
         for name in ("token_rows", "head_rows") if HEAD in variables else ("token_rows",):
             rows = AdapterParam(jax.ShapeDtypeStruct((n, width), dtype), axes=("position", "embed"))
             setattr(decoder, name, nnx.data(TokenRows(AdapterConstant(ids, axes=("position",)), rows)))
-    model.adapters = found
+    model.adapters = adapter_plan
     return model
 
 
@@ -192,27 +192,27 @@ def _filled(model: VLM, values: Mapping[str, Any], sharding: ShardingOf | None) 
     return vlm.bind(model, bound)
 
 
-def _new_values(model: VLM, found: AdapterPlan, seed: int) -> dict[str, Any]:
+def _new_values(model: VLM, adapter_plan: AdapterPlan, seed: int) -> dict[str, Any]:
     """Return path -> function that gives the host array, for all variables of new adapters."""
     variables, values = matrices(model), {}
-    for group in found.groups:
+    for group in adapter_plan.groups:
         rng = np.random.default_rng([seed, zlib.crc32(group.path.encode())])
         base = variables[group.path]
         if base.read is None:
             continue
         prefix = adapter_path(group.path)
         is_table = group.path == EMBEDDING
-        a, b = initial.pairs(found.config.init, group, base.shape[-2:], base.read, rng, is_table=is_table)
+        a, b = initial.pairs(adapter_plan.config.init, group, base.shape[-2:], base.read, rng, is_table=is_table)
         values[f"{prefix}.a"], values[f"{prefix}.b"] = a, b
         values[f"{prefix}.scale"] = np.asarray(group.scales, np.float32).reshape(group.lead)
-        if found.config.init in ("pissa", "olora"):
+        if adapter_plan.config.init in ("pissa", "olora"):
             values[f"{prefix}.start_a"], values[f"{prefix}.start_b"] = a, b
         if group.magnitude:
             values[f"{prefix}.magnitude"] = initial.norms(base.shape, base.read)
         if group.bias:
             values[f"{prefix}.bias"] = np.zeros((*group.lead, base.shape[-1]), np.float32)
-    ids = np.asarray(found.token_ids, np.int32)
-    for name, path in (("token_rows", EMBEDDING), ("head_rows", HEAD)) if found.token_ids else ():
+    ids = np.asarray(adapter_plan.token_ids, np.int32)
+    for name, path in (("token_rows", EMBEDDING), ("head_rows", HEAD)) if adapter_plan.token_ids else ():
         if path not in variables:
             continue
         table = variables[path]
@@ -256,9 +256,9 @@ def _check_fit(weights: AdapterWeights, shapes: Mapping[str, tuple[int, ...]]) -
         raise UserError(f"the adapter does not fit the model ({len(lines)} problems):\n  " + "\n  ".join(lines))
 
 
-def _values_of(weights: AdapterWeights, found: AdapterPlan, model: VLM) -> dict[str, Any]:
+def _values_of(weights: AdapterWeights, adapter_plan: AdapterPlan, model: VLM) -> dict[str, Any]:
     variables, values = matrices(model), {}
-    for group in found.groups:
+    for group in adapter_plan.groups:
         prefix, shape = adapter_path(group.path), variables[group.path].shape
         parts = {"a": (shape[-2], group.rank), "b": (group.rank, shape[-1])}
         parts |= {name: (shape[-1],) for name in ("magnitude", "bias") if getattr(group, name)}
@@ -297,11 +297,11 @@ def extract(model: VLM) -> AdapterWeights:
     Raises:
       UserError: a model without adapters.
     """
-    found = _plan(model)
+    adapter_plan = _plan(model)
     values = {path: v.get_value() for path, v in vlm.variables(model).items()}
-    doubled = found.config.init in ("pissa", "olora")
+    doubled = adapter_plan.config.init in ("pissa", "olora")
     low_rank = {}
-    for group in found.groups:
+    for group in adapter_plan.groups:
         prefix = adapter_path(group.path)
         arrays = {
             name: np.asarray(values[f"{prefix}.{name}"])
@@ -314,21 +314,21 @@ def extract(model: VLM) -> AdapterWeights:
             if doubled:
                 a = np.concatenate([a, arrays["start_a"][index][:, :rank]], 1)
                 b = np.concatenate([b, -arrays["start_b"][index][:rank]], 0)
-                alpha = alpha * _doubled_alpha(found.config)
+                alpha = alpha * _doubled_alpha(adapter_plan.config)
             rest = {name: arrays[name][index] if name in arrays else None for name in ("magnitude", "bias")}
             low_rank[Target(group.path, index)] = LowRank(a, b, group.scales[i], alpha, **rest)
     parameters = {
         Target(path, index): np.asarray(values[path])[index]
-        for path in found.parameters
+        for path in adapter_plan.parameters
         for index in ([(i,) for i in range(values[path].shape[0])] if ".layer." in path else [()])
     }
     names = {"token_rows": EMBEDDING, "head_rows": HEAD}
     rows = {
-        path: TokenRowsArrays(np.asarray(found.token_ids), np.asarray(values[f"decoder.{name}.rows"]))
+        path: TokenRowsArrays(np.asarray(adapter_plan.token_ids), np.asarray(values[f"decoder.{name}.rows"]))
         for name, path in names.items()
         if f"decoder.{name}.rows" in values
     }
-    return AdapterWeights(_plain(found.config) if doubled else found.config, low_rank, parameters, rows)
+    return AdapterWeights(_plain(adapter_plan.config) if doubled else adapter_plan.config, low_rank, parameters, rows)
 
 
 def _doubled_alpha(config: AdapterConfig) -> float:
@@ -354,14 +354,15 @@ def detach(model: VLM) -> VLM:
       UserError: a model without adapters, or one of which whole parameters were trained: their former values are not
         known, so load the base instead.
     """
-    found = _plan(model)
-    if found.parameters:
+    adapter_plan = _plan(model)
+    if adapter_plan.parameters:
         raise UserError(
-            f"{len(found.parameters)} parameters were trained whole beside the adapters ({found.parameters[0]}, ...): "
+            f"{len(adapter_plan.parameters)} parameters were trained whole beside the adapters "
+            f"({adapter_plan.parameters[0]}, ...): "
             "their former values are in the base's folder, load that"
         )
     model = nnx.merge(*nnx.split(model))
-    for group in found.groups:
+    for group in adapter_plan.groups:
         setattr(*owner_of(model, group.path), nnx.static(None))
     model.decoder.token_rows = nnx.static(None)
     model.decoder.head_rows = nnx.static(None)

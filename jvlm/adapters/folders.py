@@ -27,13 +27,13 @@ def read(source: str | Path, config: VLMConfig, read_base: ReadBase | None = Non
     folder = run_dir.local(folder if best else source)
     if (folder / peft_config.FILE).is_file():
         return read_peft(folder, config, read_base=read_base)
-    found = plan.read(folder) if folder.is_dir() else None
-    if found is None:
+    adapter_plan = plan.read(folder) if folder.is_dir() else None
+    if adapter_plan is None:
         raise UserError(
             f"{source} holds no adapter: neither {peft_config.FILE} (PEFT) nor {plan.FILE} (a run that trained "
             "adapters); a whole model is given as init_from"
         )
-    template = attach.structure(vlm.abstract(config), found)
+    template = attach.structure(vlm.abstract(config), adapter_plan)
     source = run_dir.params_folder(folder, best)
     stored = run_dir.stored_paths(source)
     wanted = {path: want for path, want in run_dir.wanted_arrays(template).items() if path in stored}

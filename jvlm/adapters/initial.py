@@ -72,7 +72,7 @@ def olora(
 
 def norms(shape: tuple[int, ...], kernel: ReadMatrix) -> Float[np.ndarray, "*L o"]:
     """Return the length of each column of a stack of this shape: the magnitudes that change nothing."""
-    found = np.zeros((*shape[:-2], shape[-1]), np.float32)
+    result = np.zeros((*shape[:-2], shape[-1]), np.float32)
     for index in np.ndindex(shape[:-2]):
-        found[index] = np.sqrt(np.square(kernel(index).astype(np.float32)).sum(0))
-    return found
+        result[index] = np.sqrt(np.square(kernel(index).astype(np.float32)).sum(0))
+    return result

@@ -128,12 +128,12 @@ class _MergedSource:
 
     def tensors(self, on_tensor: Callable[[str, int, int], None] | None):
         """What `safetensors_files.write` takes."""
-        found = []
+        result = []
         for number, entry in enumerate(self.entries, 1):
             wanted = self.dtype or self.source.dtype(self._base_entry(entry.path, entry.layer))
             read = self._reader(entry, wanted, number, on_tensor)
-            found.append((self.rename(entry.name), wanted, entry.shape, read))
-        return found
+            result.append((self.rename(entry.name), wanted, entry.shape, read))
+        return result
 
     def _reader(self, entry: Entry, dtype: np.dtype, number: int, on_tensor) -> Callable[[], np.ndarray]:
         name = self.rename(entry.name)

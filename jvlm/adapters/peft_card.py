@@ -46,8 +46,8 @@ def text(weights: AdapterWeights, config: VLMConfig, base_name: str | None) -> s
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     lines += ["", "| other programs | what they make of it |", "| --- | --- |"]
     for reader in READERS:
-        found = reader_problems(weights, config, reader)
-        lines.append(f"| {reader} | {'; '.join(found) or 'read as it is'} |")
+        problems = reader_problems(weights, config, reader)
+        lines.append(f"| {reader} | {'; '.join(problems) or 'read as it is'} |")
     lines += [
         "",
         f"Written by jvlm {jvlm.__version__}. It loads with PEFT:",

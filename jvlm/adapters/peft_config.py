@@ -83,8 +83,8 @@ class PeftConfig:
         if not self.layers_to_transform:
             return True
         patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
-        found = next((m for m in (re.match(pattern, name) for pattern in patterns) if m), None)
-        return found is not None and int(found[1]) in self.layers_to_transform
+        match = next((m for m in (re.match(pattern, name) for pattern in patterns) if m), None)
+        return match is not None and int(match[1]) in self.layers_to_transform
 
     def adapter_config(self) -> AdapterConfig:
         """Return the settings in jvlm's form."""

@@ -141,12 +141,12 @@ def _entries(config: VLMConfig) -> tuple[Entry, ...]:
 def modules(config: VLMConfig) -> dict[str, Module]:
     """Return the modules with a weight by name. A tied model has its head too: adapters untie it."""
     tensors = {entry.name: entry for entry in entries(untied(config))}
-    found = {}
+    result = {}
     for name, entry in tensors.items():
         module, dot, part = name.rpartition(".")
         if dot and part == "weight":
-            found[module] = Module(module, _kind(entry), entry, tensors.get(f"{module}.bias"))
-    return found
+            result[module] = Module(module, _kind(entry), entry, tensors.get(f"{module}.bias"))
+    return result
 
 
 def _kind(entry: Entry) -> Literal["linear", "conv", "embedding", "other"]:
@@ -177,12 +177,12 @@ def shortest_suffixes(chosen: set[str], others: set[str]) -> list[str]:
 
     An end begins with a word and not with a number: "2" is the end of a layer's name too.
     """
-    found: set[str] = set()
+    suffixes: set[str] = set()
     forbidden = {suffix for name in others for suffix in _suffixes(name)}
     for name in sorted(chosen):
         fitting = [s for s in _suffixes(name) if s not in forbidden and not s.split(".")[0].isdigit()]
-        found.add(fitting[0] if fitting else name)
-    return sorted(found)
+        suffixes.add(fitting[0] if fitting else name)
+    return sorted(suffixes)
 
 
 def _suffixes(name: str) -> list[str]:

@@ -49,11 +49,11 @@ def find_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     if (folder / peft_config.FILE).is_file():
         return folder
-    found = sorted(path.parent for path in folder.glob(f"*/{peft_config.FILE}"))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(path.name for path in found)
+    folders = sorted(path.parent for path in folder.glob(f"*/{peft_config.FILE}"))
+    if len(folders) == 1:
+        return folders[0]
+    if folders:
+        names = ", ".join(path.name for path in folders)
         raise UserError(f"{folder} has adapters in several sub-folders: {names}; give one of them")
     raise UserError(f"{folder} has no {peft_config.FILE}: give the folder of an adapter")
 
@@ -138,7 +138,7 @@ class _Reader:
     def weights(self) -> AdapterWeights:
         adapted = {name for name, parts in self.parts.items() if set(parts) - {TOKEN_ROWS}}
         self._check_targets(adapted)
-        low_rank = {self.modules[n].target: found for n in sorted(adapted) if (found := self._low_rank(n)) is not None}
+        low_rank = {self.modules[n].target: pair for n in sorted(adapted) if (pair := self._low_rank(n)) is not None}
         parameters = self._parameters(adapted)
         token_rows = self._token_rows(adapted)
         if self.problems:
@@ -218,13 +218,13 @@ class _Reader:
 
     def _have_shapes(self, name: str, shapes: dict[str, tuple[int, ...]]) -> bool:
         parts = {part: key for part, key in self.parts[name].items() if part != TOKEN_ROWS}
-        found = {part: tuple(self.tensors.get_slice(key).get_shape()) for part, key in parts.items()}
-        lines = [f"missing: {self._written(name)}.{part} {shapes[part]}" for part in shapes if part not in found]
-        lines += [f"unexpected by the configuration: {parts[part]}" for part in found if part not in shapes]
+        actual = {part: tuple(self.tensors.get_slice(key).get_shape()) for part, key in parts.items()}
+        lines = [f"missing: {self._written(name)}.{part} {shapes[part]}" for part in shapes if part not in actual]
+        lines += [f"unexpected by the configuration: {parts[part]}" for part in actual if part not in shapes]
         lines += [
-            f"wrong shape: {parts[part]} is {found[part]}, expected {shapes[part]}"
+            f"wrong shape: {parts[part]} is {actual[part]}, expected {shapes[part]}"
             for part in shapes
-            if part in found and found[part] != shapes[part]
+            if part in actual and actual[part] != shapes[part]
         ]
         self.problems += lines
         return not lines
@@ -242,15 +242,15 @@ class _Reader:
             f"saved module without a tensor: {self._written_tensor(n)}" for n in expected - set(self.whole)
         ]
         self.problems += [f"tensors without a target: {key}" for n, key in self.whole.items() if n not in allowed]
-        found = {}
+        result = {}
         for name in sorted(self.whole.keys() & allowed):
             entry, key = self.entries[name], self.whole[name]
             shape = tuple(self.tensors.get_slice(key).get_shape())
             if shape != entry.shape:
                 self.problems.append(f"wrong shape: {key} is {shape}, expected {entry.shape}")
             else:
-                found[target_of(entry)] = entry.to_param(self.tensors.get_tensor(key))
-        return found
+                result[target_of(entry)] = entry.to_param(self.tensors.get_tensor(key))
+        return result
 
     def _is_saved(self, tensor: str) -> bool:
         return self.settings.is_saved(self._written_tensor(tensor).rpartition(".")[0])
@@ -268,7 +268,7 @@ class _Reader:
         having = {name: parts[TOKEN_ROWS] for name, parts in self.parts.items() if TOKEN_ROWS in parts}
         self.problems += [f"target without tensors: {self._written(n)}.{TOKEN_ROWS}" for n in wanted.keys() - having]
         self.problems += [f"tensors without a target: {having[n]}" for n in having.keys() - wanted]
-        found = {}
+        result = {}
         for name in sorted(wanted.keys() & having):
             module, ids, key = self.modules[name], np.asarray(wanted[name], np.int64), having[name]
             vocabulary, width = module.weight.shape
@@ -280,5 +280,5 @@ class _Reader:
             elif len(set(wanted[name])) != len(ids) or not all(0 <= i < vocabulary for i in wanted[name]):
                 self.problems.append(f"token ids must differ and lie in [0, {vocabulary}): {wanted[name]} of {key}")
             else:
-                found[module.weight.path] = TokenRows(ids, self.tensors.get_tensor(key))
-        return found
+                result[module.weight.path] = TokenRows(ids, self.tensors.get_tensor(key))
+        return result

@@ -111,17 +111,17 @@ class _Writer:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The tensors of the file by key."""
-        found = {}
+        result = {}
         for name, low in self.low_rank.items():
             for part, value in self._parts(name, self.modules[name], low).items():
-                found[f"{PREFIX}{name}.{part}"] = value
+                result[f"{PREFIX}{name}.{part}"] = value
         for name, value in self.whole.items():
             module, _, part = name.rpartition(".")
             key = f"{module}.base_layer.{part}" if module in self.low_rank else name
-            found[PREFIX + key] = self.entries[name].to_checkpoint(value)
+            result[PREFIX + key] = self.entries[name].to_checkpoint(value)
         for name, rows in self.rows.items():
-            found[f"{PREFIX}{name}.{TOKEN_ROWS}"] = rows.rows
-        return {key: np.ascontiguousarray(value) for key, value in found.items()}
+            result[f"{PREFIX}{name}.{TOKEN_ROWS}"] = rows.rows
+        return {key: np.ascontiguousarray(value) for key, value in result.items()}
 
     def _parts(self, name: str, module: Module, low: LowRank) -> dict[str, np.ndarray]:
         given = {
@@ -206,13 +206,13 @@ class _Writer:
 
     def _patterns(self, rank: int, alpha: float) -> dict[str, tuple[int, float]]:
         """Regular expressions of names, with what the modules have that do not have the usual rank and alpha."""
-        sizes, found = self._sizes(), {}
+        sizes, patterns = self._sizes(), {}
         for name in sorted(sizes):
             if sizes[name] == (rank, alpha):
                 continue
             others = {other for other in sizes if sizes[other] != sizes[name]}
-            found[re.escape(peft_modules.shortest_suffixes({name}, others)[0])] = sizes[name]
-        return found
+            patterns[re.escape(peft_modules.shortest_suffixes({name}, others)[0])] = sizes[name]
+        return patterns
 
     def _target_modules(self) -> list[str]:
         others = (self.modules.keys() | peft_modules.containers(set(self.entries))) - self.low_rank.keys()

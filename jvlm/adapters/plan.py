@@ -105,8 +105,8 @@ def of_weights(weights: AdapterWeights, lead_of: dict[str, tuple[int, ...]]) -> 
     for target, one in weights.low_rank.items():
         by_path.setdefault(target.path, {})[target.index] = one
     groups = []
-    for path, found in sorted(by_path.items()):
-        ones = [found.get(index) for index in np.ndindex(lead_of[path])]
+    for path, low_rank in sorted(by_path.items()):
+        ones = [low_rank.get(index) for index in np.ndindex(lead_of[path])]
         present = [one for one in ones if one is not None]
         groups.append(
             Group(

@@ -204,13 +204,13 @@ def numbers(known: Any, names: Sequence[str | None]) -> np.ndarray | None:
 
 def names_of(text: Sequence[str]) -> dict[str, str]:
     """Return name -> folder of options "name=folder". Raises UserError for others and for a name given twice."""
-    found: dict[str, str] = {}
+    folders: dict[str, str] = {}
     for word in text:
         name, equals, folder = word.partition("=")
-        if not (name and equals and folder) or name in found:
+        if not (name and equals and folder) or name in folders:
             raise UserError(f"--adapters {word}: write name=folder, each name once: --adapters a=runs/one b=runs/two")
-        found[name] = folder
-    return found
+        folders[name] = folder
+    return folders
 
 
 def load(model: VLM, folders_by_name: Mapping[str, Any]) -> VLM:

@@ -68,5 +68,5 @@ def with_norms(model: VLM) -> VLM:
     if not isinstance(plan, AdapterPlan) or not any(group.magnitude for group in plan.groups):
         return model
     graph, state = nnx.split(model)
-    found = jax.jit(lambda state: norms(nnx.merge(graph, state)))(state)
-    return prepare(nnx.merge(graph, state), found)
+    columns = jax.jit(lambda state: norms(nnx.merge(graph, state)))(state)
+    return prepare(nnx.merge(graph, state), columns)

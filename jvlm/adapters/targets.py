@@ -81,11 +81,11 @@ def parameters_of(config: VLMConfig) -> list[Parameter]:
     if families.get(config.family).hf is None:
         return [p for path, shape in shapes.items() for p in _by_path(path, shape)]
     form = table.hf_format(config)
-    found = []
+    result = []
     for entry in table.entries(config, shapes):
         names = tuple(dict.fromkeys(rename(entry.name) for rename in form.layouts.values()))
-        found.append(Parameter(Target(entry.path, () if entry.layer is None else (entry.layer,)), names))
-    return found
+        result.append(Parameter(Target(entry.path, () if entry.layer is None else (entry.layer,)), names))
+    return result
 
 
 def _by_path(path: str, shape: tuple[int, ...]) -> Iterable[Parameter]:
@@ -99,7 +99,7 @@ def modules_of(config: VLMConfig) -> list[Module]:
     """Return every matrix that may get an adapter: what the family names, patch embedding, embedding table and head."""
     shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(config)).items()}
     allowed = families.get(config.family).adapter_targets
-    found = []
+    result = []
     for parameter in parameters_of(config):
         path, index = parameter.target.path, parameter.target.index
         kind = _kind(path, allowed.matches(path.removesuffix(".kernel")))
@@ -110,8 +110,8 @@ def modules_of(config: VLMConfig) -> list[Module]:
         for rest in np.ndindex(shape[len(index) : -2]):
             full = (*index, *rest)
             suffix = "".join(f".{i}" for i in rest)
-            found.append(Module(Target(path, full), tuple(n + suffix for n in names), kind, *shape[-2:]))
-    return found
+            result.append(Module(Target(path, full), tuple(n + suffix for n in names), kind, *shape[-2:]))
+    return result
 
 
 def _kind(path: str, is_allowed: bool) -> Kind | None:
@@ -201,15 +201,15 @@ def _first(patterns: Iterable[tuple[str, float]], names: tuple[str, ...], defaul
 
 def _whole(config: AdapterConfig, model: VLMConfig, modules: list[Module]) -> set[str]:
     """Return the paths of the parameters of ``train_modules``."""
-    parameters, found = parameters_of(model), set()
+    parameters, paths = parameters_of(model), set()
     for entry in config.train_modules:
         inside = [p for p in parameters if _inside(entry, p)]
         if not inside:
             names = {name.rpartition(".")[0] for p in parameters for name in p.names}
             near = difflib.get_close_matches(entry, [*ROLES, *names], n=3, cutoff=0.3)
             raise UserError(f"adapter.train_modules: {entry!r} names no module; there are {', '.join(near)}")
-        found |= _all_layers(inside, parameters, f"adapter.train_modules: {entry!r}")
-    return found
+        paths |= _all_layers(inside, parameters, f"adapter.train_modules: {entry!r}")
+    return paths
 
 
 def _inside(entry: str, parameter: Parameter) -> bool:
@@ -307,12 +307,12 @@ def describe(plan: AdapterPlan, model: VLM) -> str:
     for group in plan.groups:
         module = kinds[group.path]
         key = module.tower, module.role
-        found = rows.setdefault(key, [0, 0])
+        counts = rows.setdefault(key, [0, 0])
         for _, i in group.indices:
             rank = group.ranks[i]
             ranks.setdefault(key, set()).add(rank)
-            found[0] += 1
-            found[1] += rank * (module.d_in + module.d_out) + (group.magnitude + group.bias) * module.d_out
+            counts[0] += 1
+            counts[1] += rank * (module.d_in + module.d_out) + (group.magnitude + group.bias) * module.d_out
     lines = [f"{'adapters':<12}{'role':<20}{'modules':>10}{'rank':>10}{'parameters':>16}"]
     for tower, role in sorted(rows, key=lambda key: (TOWERS.index(key[0]), key[1])):
         modules, parameters = rows[tower, role]

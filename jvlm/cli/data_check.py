@@ -76,9 +76,9 @@ def _config_of(words: Sequence[str]) -> str | None:
     for word, value in zip(words, [*words, None][1:], strict=True):
         if word == "--config":
             return value
-        found = re.fullmatch("--config=(.*)", word)
-        if found:
-            return found[1]
+        match = re.fullmatch("--config=(.*)", word)
+        if match:
+            return match[1]
     return None
 
 

@@ -21,11 +21,11 @@ def split_words(options: type[T], words: Sequence[str], program: str) -> tuple[T
     Raises:
       UserError: no config, listing the shipped ones.
     """
-    found, rest = parse_some(options, words, program)
+    parsed, rest = parse_some(options, words, program)
     if rest and not rest[0].startswith("-"):
-        return found, rest[0], rest[1:]
+        return parsed, rest[0], rest[1:]
     if set(rest) & set(HELP):
-        return found, None, rest
+        return parsed, None, rest
     raise UserError(
         f"give a config: {program} CONFIG ...\nIt is a Python file with get_config(), or one of\n\n{listing()}"
     )

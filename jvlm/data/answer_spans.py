@@ -50,7 +50,7 @@ def by_opening(text: str, facts: TemplateFacts, count: int) -> list[Span] | None
     """
     if not facts.control.pattern.search(facts.opening):
         return None
-    begins = [found.end() for found in facts.openings.finditer(text)]
+    begins = [match.end() for match in facts.openings.finditer(text)]
     if len(begins) != count:
         return None
     ends = [_end(text, begin, limit, facts) for begin, limit in zip(begins, [*begins[1:], len(text)], strict=True)]
@@ -61,11 +61,11 @@ def by_opening(text: str, facts: TemplateFacts, count: int) -> list[Span] | None
 
 def _end(text: str, begin: int, limit: int, facts: TemplateFacts) -> int | None:
     last = None
-    for found in facts.control.pattern.finditer(text, begin, limit):
-        if found[0] in facts.headers:
+    for match in facts.control.pattern.finditer(text, begin, limit):
+        if match[0] in facts.headers:
             return last
-        last = found.end()
-        if found[0] in facts.ends:
+        last = match.end()
+        if match[0] in facts.ends:
             return last
     return None
 
@@ -77,9 +77,9 @@ def mark(words: str, begin: str, end: str, *, tight: bool = False) -> str:
     space in front of the beginnings.
     """
     if tight:
-        words = _BEGINNINGS.sub(lambda found: found[0].rstrip(), words)
+        words = _BEGINNINGS.sub(lambda match: match[0].rstrip(), words)
     last = len(words.rstrip())
-    cuts = sorted({min(found.end(), last) for found in _BEGINNINGS.finditer(words)})
+    cuts = sorted({min(match.end(), last) for match in _BEGINNINGS.finditer(words)})
     pieces = [words[a:b] for a, b in zip([0, *cuts], [*cuts, last], strict=True)]
     return begin.join(pieces) + end + words[last:]
 

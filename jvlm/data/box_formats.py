@@ -84,20 +84,24 @@ def _number(value: float, space: CoordinateSpace, floor: bool) -> str:
 
 
 def render_named(
-    found: Sequence[Detection], form: FormatName, sizes: Sizes | None = None, *, space: CoordinateSpace | None = None
+    detections: Sequence[Detection],
+    form: FormatName,
+    sizes: Sizes | None = None,
+    *,
+    space: CoordinateSpace | None = None,
 ) -> str:
     """A whole answer: MiMo's fenced JSON list, or labels with their regions, one a line."""
-    texts = [render(item.region, form, sizes, space=space) for item in found]
+    texts = [render(item.region, form, sizes, space=space) for item in detections]
     named = FORMATS[form].named
     if named is not None:
         return "\n".join(
             named.format(label=item.label, region=text) if item.label else text
-            for item, text in zip(found, texts, strict=True)
+            for item, text in zip(detections, texts, strict=True)
         )
-    keys = ["point_2d" if isinstance(item.region, Point) else "bbox_2d" for item in found]
+    keys = ["point_2d" if isinstance(item.region, Point) else "bbox_2d" for item in detections]
     items = [
         f'{{"{key}": {text}, "label": {json.dumps(item.label, ensure_ascii=False)}}}'
-        for key, item, text in zip(keys, found, texts, strict=True)
+        for key, item, text in zip(keys, detections, texts, strict=True)
     ]
     return "```json\n[" + ", ".join(items) + "]\n```"
 
@@ -141,10 +145,10 @@ def parse_numbers(text: str, form: FormatName) -> list[Numbers]:
 def _from_json(text: str) -> Iterator[Numbers]:
     fenced = re.search(r"```(?:json)?\s*(.*?)```", text, re.DOTALL)
     try:
-        found = json.loads(fenced.group(1) if fenced else text)
+        value = json.loads(fenced.group(1) if fenced else text)
     except (ValueError, RecursionError):  # not JSON; or numbers too long, or lists too deep, to be meant
         return
-    for item in found if isinstance(found, list) else [found]:
+    for item in value if isinstance(value, list) else [value]:
         for key, count in (("bbox_2d", 4), ("point_2d", 2)):
             values = item.get(key) if isinstance(item, dict) else None
             if isinstance(values, list) and len(values) == count and all(number(v) is not None for v in values):

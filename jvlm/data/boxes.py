@@ -116,19 +116,19 @@ def giou_of(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
 POINT_REACH = 0.05
 
 
-def match_score(expected: Region, found: Region, sizes: Sizes) -> float:
+def match_score(expected: Region, predicted: Region, sizes: Sizes) -> float:
     """Return how well two regions agree, 0..1: IoU of two boxes; 1 or 0 where a point is involved.
 
     A point agrees with a box that holds it, and with a point within `POINT_REACH` of the image's sides.
     """
-    expected, found = expected.to("norm1", sizes), found.to("norm1", sizes)
-    if isinstance(expected, Box) and isinstance(found, Box):
-        return iou(expected, found)
+    expected, predicted = expected.to("norm1", sizes), predicted.to("norm1", sizes)
+    if isinstance(expected, Box) and isinstance(predicted, Box):
+        return iou(expected, predicted)
     if isinstance(expected, Box):
-        return float(expected.holds(found))
-    if isinstance(found, Box):
-        return float(found.holds(expected))
-    return float(max(abs(expected.x - found.x), abs(expected.y - found.y)) <= POINT_REACH)
+        return float(expected.holds(predicted))
+    if isinstance(predicted, Box):
+        return float(predicted.holds(expected))
+    return float(max(abs(expected.x - predicted.x), abs(expected.y - predicted.y)) <= POINT_REACH)
 
 
 def _check_finite(region: Region) -> None:

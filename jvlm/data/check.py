@@ -61,9 +61,9 @@ def check(
         for start in range(0, len(source), _TOGETHER):
             numbers = range(start, min(start + _TOGETHER, len(source)))
             bar.update(len(numbers))
-            for found in pool.map(lambda number: look.at(source.read(number)), numbers):
-                tally.add(found)
-                example = found.rejected
+            for checked in pool.map(lambda number: look.at(source.read(number)), numbers):
+                tally.add(checked)
+                example = checked.rejected
                 if example is not None and on_rejected is not None:
                     on_rejected(example)
                 elif example is not None:
@@ -94,7 +94,7 @@ def check(
 
 
 @dataclasses.dataclass
-class _Found:
+class _Checked:
     """What one example is like, without its contents; of an example that cannot be read, only what could be."""
 
     file: str
@@ -120,25 +120,25 @@ class _Look:
         self.config = _resolved(processor, config, seed) if processor else config
         self.encode = Encode(processor, self.config) if processor else None
 
-    def at(self, read: Read) -> _Found:
+    def at(self, read: Read) -> _Checked:
         origin, example, untagged = read
-        found = _Found(origin.file, untagged=untagged > 0)
+        checked = _Checked(origin.file, untagged=untagged > 0)
         try:
             if isinstance(example, ExampleError):
                 raise example
             parsed = parse_example(example, origin)
-            found.images = sum(1 for _ in _image_sources(parsed))
-            found.columns = unknown_columns(parsed.extra)
-            found.is_document = isinstance(parsed, Document)
+            checked.images = sum(1 for _ in _image_sources(parsed))
+            checked.columns = unknown_columns(parsed.extra)
+            checked.is_document = isinstance(parsed, Document)
             if self.encode is None:
                 self._open(parsed)
             else:
-                self._encode(parsed, found)
+                self._encode(parsed, checked)
         except ExampleError as error:
-            found.rejected = Rejected.of(error, "bad")
-        return found
+            checked.rejected = Rejected.of(error, "bad")
+        return checked
 
-    def _encode(self, parsed: Conversation | Document, found: _Found) -> None:
+    def _encode(self, parsed: Conversation | Document, checked: _Checked) -> None:
         rng = np.random.default_rng(0)
         read = self.encode.read((parsed.origin, parsed), rng)
         try:
@@ -147,15 +147,15 @@ class _Look:
             fitted = [Rejected.of(error, "too_long")]
         used = [one for one in fitted if isinstance(one, Example)]
         left_out = [one for one in fitted if isinstance(one, Rejected)]
-        found.rejected = next((one for one in left_out if one.kind != "part"), None)
-        found.parts = sum(one.made_to_fit == "cut" for one in used)
-        found.parts_left_out = [one for one in left_out if one.kind == "part"]
+        checked.rejected = next((one for one in left_out if one.kind != "part"), None)
+        checked.parts = sum(one.made_to_fit == "cut" for one in used)
+        checked.parts_left_out = [one for one in left_out if one.kind == "part"]
         changed = any(survey.Size.of(one).changed for one in used)
         # a conversation has the size that it was read with, which may be too long; a document those of its parts
-        for one in used if used and found.is_document else [example for _, example in read]:
-            found.sizes.append(survey.Size(one.length, one.num_patches, one.largest_image, changed))
-            found.media_tokens.append(int((one.vision_index >= 0).sum()))
-            found.loss_tokens += int((one.loss_weights > 0).sum())
+        for one in used if used and checked.is_document else [example for _, example in read]:
+            checked.sizes.append(survey.Size(one.length, one.num_patches, one.largest_image, changed))
+            checked.media_tokens.append(int((one.vision_index >= 0).sum()))
+            checked.loss_tokens += int((one.loss_weights > 0).sum())
 
     def _open(self, parsed: Conversation | Document) -> None:
         """Without a processor: decode the images, and see that something has a loss."""
@@ -178,25 +178,25 @@ class _Tally:
         self.patches, self.largest_images = array("q"), array("q")
         self.loss_tokens = self.changed = self.documents = self.cut = self.parts = self.untagged = 0
 
-    def add(self, found: _Found) -> None:
-        self.untagged += found.untagged
-        if found.rejected is not None:
-            self.faults.add(found.rejected)
-        for part in found.parts_left_out:
+    def add(self, checked: _Checked) -> None:
+        self.untagged += checked.untagged
+        if checked.rejected is not None:
+            self.faults.add(checked.rejected)
+        for part in checked.parts_left_out:
             self.parts_left_out.add(part)
-        if found.columns is not None:
-            self.columns.setdefault(found.file, UnknownColumns()).counts.update(found.columns)
-            self.images.append(found.images)
-        for size, media_tokens in zip(found.sizes, found.media_tokens, strict=True):
+        if checked.columns is not None:
+            self.columns.setdefault(checked.file, UnknownColumns()).counts.update(checked.columns)
+            self.images.append(checked.images)
+        for size, media_tokens in zip(checked.sizes, checked.media_tokens, strict=True):
             self.tokens.append(size.length)
             self.media_tokens.append(media_tokens)
             self.patches.append(size.num_patches)
             self.largest_images.append(size.largest_image)
             self.changed += size.changed
-        self.loss_tokens += found.loss_tokens
-        self.documents += found.is_document
-        self.cut += found.parts > 0
-        self.parts += found.parts
+        self.loss_tokens += checked.loss_tokens
+        self.documents += checked.is_document
+        self.cut += checked.parts > 0
+        self.parts += checked.parts
 
     def column_lines(self) -> Iterator[str]:
         for file, columns in self.columns.items():
@@ -234,12 +234,12 @@ def _resolved(processor: Processor, config: DataConfig, seed: int) -> DataConfig
     on_too_long = "drop" if config.on_too_long == "error" else config.on_too_long
     looking = dataclasses.replace(config, on_bad_example="skip", on_too_long=on_too_long)
     try:
-        found = survey.take(processor, looking, seed=seed, count=_LOOKED_AT).config
+        resolved = survey.take(processor, looking, seed=seed, count=_LOOKED_AT).config
     except UserError:  # every example of the sample is rejected, which the check itself says better
         sizes = {name: getattr(config, name) for name in ("seq_len", "max_patches")}
         return dataclasses.replace(config, **{n: getattr(DataConfig(), n) for n, v in sizes.items() if v == "auto"})
     names = ("seq_len", "max_patches", "max_image_patches")
-    return dataclasses.replace(config, **{name: getattr(found, name) for name in names})
+    return dataclasses.replace(config, **{name: getattr(resolved, name) for name in names})
 
 
 def _image_sources(conversation: Conversation | Document) -> Iterator[tuple[str, Any]]:

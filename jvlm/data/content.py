@@ -78,7 +78,7 @@ class ObjectBox:
     image: int = 0
 
 
-def sources_of(part: Image | Video) -> tuple[Any, ...]:
+def media_sources(part: Image | Video) -> tuple[Any, ...]:
     """Return the source of an image, or those of a video's frames."""
     return (part.source,) if isinstance(part, Image) else part.frames
 

@@ -49,11 +49,11 @@ class ControlTokens:
 
     def suspect(self, text: str) -> str | None:
         """What of a text could become a control token, alone or beside what a template writes; None if nothing."""
-        found = self.pattern.search(text)
-        if found is None and self._normalizer is not None:
-            found = self.pattern.search(self._normalizer.normalize_str(text))
-        if found:
-            return found[0]
+        match = self.pattern.search(text)
+        if match is None and self._normalizer is not None:
+            match = self.pattern.search(self._normalizer.normalize_str(text))
+        if match:
+            return match[0]
         text = text.strip()
         if text.endswith(self._heads):
             return text[-1]
@@ -76,8 +76,8 @@ class ControlTokens:
     def guard(self, text: str, stand_ins: Mapping[str, str]) -> str:
         """The text with a stand-in in each spelling of a control token, and where one may be cut at its ends."""
 
-        def exchange(found: re.Match) -> str:
-            return stand_ins[found[0][0]] + found[0][1:]
+        def exchange(match: re.Match) -> str:
+            return stand_ins[match[0][0]] + match[0][1:]
 
         while self.pattern.search(text):
             text = self.pattern.sub(exchange, text)
@@ -94,8 +94,8 @@ class ControlTokens:
         """Whether the tokenizer may find other control tokens in a rendering than in the same one from guarded text."""
         if self._normalizer is not None:
             return True
-        found, own = ([match.span() for match in self.pattern.finditer(t)] for t in (text, guarded))
-        return found != own
+        spans, own = ([match.span() for match in self.pattern.finditer(t)] for t in (text, guarded))
+        return spans != own
 
     def encode(
         self, text: str, stand_ins: Mapping[str, str], *, add_special_tokens: bool
@@ -110,11 +110,11 @@ class ControlTokens:
             raise ValueError(f"U+{ord(odd[0]):X}, which is no character,")
         copy, spelling = self._respelled
         pieces, ends, shifts, at, shift = [], [], [0], 0, 0
-        for found in self.pattern.finditer(text):
-            pieces += [text[at : found.start()], spelling[found[0]]]
-            at = found.end()
-            ends.append(at - shift - len(found[0]) + _LETTERS)
-            shift += len(found[0]) - _LETTERS
+        for match in self.pattern.finditer(text):
+            pieces += [text[at : match.start()], spelling[match[0]]]
+            at = match.end()
+            ends.append(at - shift - len(match[0]) + _LETTERS)
+            shift += len(match[0]) - _LETTERS
             shifts.append(shift)
         originals = {ord(stand_in): letter for letter, stand_in in stand_ins.items()}
         encoded = copy.encode("".join([*pieces, text[at:]]).translate(originals), add_special_tokens=add_special_tokens)

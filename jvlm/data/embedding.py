@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jvlm.data.content import sources_of
+from jvlm.data.content import media_sources
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.examples import IMAGE_KEYS, parse_example
 from jvlm.data.images import image_source, unwrap
@@ -36,7 +36,7 @@ def embed(example: dict[str, Any], origin: Origin, roots: Sequence[str]) -> dict
         pieces[_DOCUMENT] = [_block(block, origin, _DOCUMENT, roots) for block in example[_DOCUMENT]]
     whole = {**example, **media, **turns, **pieces}
     conversation = parse_example(whole, origin)
-    for source in (source for part in conversation.media for source in sources_of(part)):
+    for source in (source for part in conversation.media for source in media_sources(part)):
         file = _file(source, origin, "messages", roots)
         if file is not None:
             raise ExampleError(
@@ -85,5 +85,5 @@ def _file(source: Any, origin: Origin, field: str, roots: Sequence[str]) -> Path
     held = unwrap(source)
     if not isinstance(held, str):
         return None
-    found = image_source(held, tuple(roots), origin, field)
-    return found if isinstance(found, Path) else None
+    image = image_source(held, tuple(roots), origin, field)
+    return image if isinstance(image, Path) else None

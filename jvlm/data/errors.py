@@ -108,8 +108,8 @@ def grouped(rejected: Iterable[Rejected], *, most: int = 5) -> str:
 
 
 def _first_number(text: str) -> int:
-    found = re.search(r"\d+", text)
-    return int(found[0]) if found else 0
+    match = re.search(r"\d+", text)
+    return int(match[0]) if match else 0
 
 
 def _origins(examples: Sequence[Rejected]) -> str:

@@ -298,14 +298,14 @@ def _as_list(value: Any, origin: Origin, field: str) -> list:
 def _box(box: Any, box_type: str, origin: Origin, field: str) -> Region:
     if isinstance(box, np.ndarray):
         box = box.tolist()
-    found = [values.number(v) for v in box] if isinstance(box, list | tuple) else []
-    if len(found) not in (2, 4) or None in found:
+    numbers = [values.number(v) for v in box] if isinstance(box, list | tuple) else []
+    if len(numbers) not in (2, 4) or None in numbers:
         raise ExampleError(origin, field, f"{shown(box)} is not a point or box", "Give 2 or 4 finite numbers")
-    if len(found) == 4 and (found[0] > found[2] or found[1] > found[3]):
-        raise ExampleError(origin, field, f"{shown(found)} has its corners swapped", "Order them x1, y1, x2, y2")
-    if box_type == "norm1" and not all(0 <= v <= 1 for v in found):
-        raise ExampleError(origin, field, f"{shown(found)} is outside 0..1", "Use bbox_type 'real' for pixels")
-    return region(found, "original" if box_type == "real" else "norm1")
+    if len(numbers) == 4 and (numbers[0] > numbers[2] or numbers[1] > numbers[3]):
+        raise ExampleError(origin, field, f"{shown(numbers)} has its corners swapped", "Order them x1, y1, x2, y2")
+    if box_type == "norm1" and not all(0 <= v <= 1 for v in numbers):
+        raise ExampleError(origin, field, f"{shown(numbers)} is outside 0..1", "Use bbox_type 'real' for pixels")
+    return region(numbers, "original" if box_type == "real" else "norm1")
 
 
 def _image_settings(value: Any, origin: Origin) -> tuple[tuple[str, Any], ...]:

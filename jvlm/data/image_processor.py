@@ -46,11 +46,11 @@ class Limit:
 
     def problem(self, value: Any) -> str | None:
         """Return what is wrong with a value; None if nothing is."""
-        found = values.whole(value) if self.whole else values.number(value)
-        if found is None or found <= 0:
+        number = values.whole(value) if self.whole else values.number(value)
+        if number is None or number <= 0:
             return f"{shown(value)} is not a positive {'whole ' if self.whole else ''}number"
-        if not self.least <= found <= self.most:
-            return f"{shown(found)} is not within {self.least} to {self.most}"
+        if not self.least <= number <= self.most:
+            return f"{shown(number)} is not within {self.least} to {self.most}"
         return None
 
 

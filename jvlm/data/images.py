@@ -119,9 +119,9 @@ def find_file(path: str, roots: tuple[str, ...], origin: Origin, field: str) -> 
         raise ExampleError(
             origin, field, f"{path[:200]} is a URL", "jvlm reads no network at run time: download it first"
         )
-    found = _existing(path, roots)
-    if found is not None:
-        return found
+    file = _existing(path, roots)
+    if file is not None:
+        return file
     tried = list(dict.fromkeys(str(candidate)[:200] for candidate in _candidates(path, roots)))
     raise ExampleError(
         origin, field, f"file not found; tried {', '.join(tried)}", "Correct the path or set data.media_root"
@@ -138,10 +138,10 @@ def _candidates(path: str, roots: tuple[str, ...]) -> list[Path]:
     if path[:7].lower() == "file://":
         plain = path[7:].removeprefix("localhost")
         names = [urllib.parse.unquote(plain), plain]
-    found = []
+    candidates = []
     for name in map(Path, names):
-        found += [name] if name.is_absolute() else [Path(root) / name for root in (*roots, ".")]
-    return found
+        candidates += [name] if name.is_absolute() else [Path(root) / name for root in (*roots, ".")]
+    return candidates
 
 
 def _is_file(path: Path) -> bool:

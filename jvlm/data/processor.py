@@ -28,7 +28,7 @@ from jvlm.data.content import (
     Part,
     Text,
     Video,
-    sources_of,
+    media_sources,
 )
 from jvlm.data.document_text import DocumentText, Tokens
 from jvlm.data.errors import MEMORY, ExampleError, Origin
@@ -104,9 +104,9 @@ class Processor:
         self.video_token_id = model.image_token_id if model.video_token_id is None else model.video_token_id
         self._check_tokenizer()
         self.delimiter_ids = tuple(self._id_of(token) for token in self.image_processor.delimiter_tokens)
-        found = (tokenizer.convert_tokens_to_ids(token) for token in self.chat_format.stops)
+        stop_ids = (tokenizer.convert_tokens_to_ids(token) for token in self.chat_format.stops)
         # a base model's tokenizer may lack them
-        self.stop_ids = tuple(i for i in found if i is not None and i != tokenizer.unk_token_id)
+        self.stop_ids = tuple(i for i in stop_ids if i is not None and i != tokenizer.unk_token_id)
         merged = self.image_processor.merged_delimiter
         self.merged_delimiter_id = None if merged is None else self._id_of(merged)
 
@@ -125,17 +125,17 @@ class Processor:
 
     def _id_of(self, token: str) -> int:
         """The id of a special token. Raises UserError if the tokenizer lacks it."""
-        found = self.tokenizer.convert_tokens_to_ids(token)
-        if found is None or found == self.tokenizer.unk_token_id:
+        token_id = self.tokenizer.convert_tokens_to_ids(token)
+        if token_id is None or token_id == self.tokenizer.unk_token_id:
             raise UserError(f"the tokenizer has no token {token}")
-        return found
+        return token_id
 
     def _check_tokenizer(self) -> None:
         names = {self.chat_format.image: self.model.image_token_id, self.chat_format.video: self.model.video_token_id}
         for name, expected in names.items():
-            found = None if name is None else self.tokenizer.convert_tokens_to_ids(name)
-            if found != expected:
-                raise UserError(f"the tokenizer gives {name} the id {found}, the model's configuration {expected}")
+            token_id = None if name is None else self.tokenizer.convert_tokens_to_ids(name)
+            if token_id != expected:
+                raise UserError(f"the tokenizer gives {name} the id {token_id}, the model's configuration {expected}")
         vocabulary.check(self.tokenizer, self.model.decoder.vocab_size)
 
     def __call__(self, conversation: Any) -> Example:
@@ -243,7 +243,7 @@ class Processor:
                 make = functools.partial(self._image, part, config, next(positions), count)
             else:
                 make = functools.partial(self._video, config)
-            media.append(self._load(sources_of(part), _field_of(part), conversation.origin, make))
+            media.append(self._load(media_sources(part), _field_of(part), conversation.origin, make))
         return media
 
     def image_config_of(self, conversation: Conversation | Document) -> ImageProcessorConfig:
@@ -267,7 +267,7 @@ class Processor:
         def opened(part: Part) -> Part:
             if not isinstance(part, Image | Video):
                 return part
-            images = self._open(sources_of(part), _field_of(part), conversation.origin)
+            images = self._open(media_sources(part), _field_of(part), conversation.origin)
             name, value = ("source", images[0]) if isinstance(part, Image) else ("frames", tuple(images))
             return dataclasses.replace(part, **{name: value})
 

@@ -35,10 +35,10 @@ def names(config: DataConfig, channels: Iterable[str]) -> tuple[str, ...]:
     if config.curves == "off":
         return ()
     if config.curves == "dataset":
-        found = tuple(sources_of(config.train))
-        return found if len(found) > 1 else ()
-    found = tuple(sorted(set(channels) - {OTHER}))
-    return (*found[:_MOST], OTHER) if found else ()
+        result = tuple(sources_of(config.train))
+        return result if len(result) > 1 else ()
+    result = tuple(sorted(set(channels) - {OTHER}))
+    return (*result[:_MOST], OTHER) if result else ()
 
 
 def channel_of(conversation: Conversation | Document) -> str | None:

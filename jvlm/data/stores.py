@@ -61,28 +61,28 @@ def fetch(files: Iterable[epath.Path]) -> list[Path]:
     """
     targets, missing = [], []
     for file in files:
-        target, found = place_of(file), file.stat()
+        target, stat = place_of(file), file.stat()
         targets.append(target)
         there = target.stat() if target.is_file() else None
-        if there is None or (there.st_size, int(there.st_mtime)) != (found.length, found.mtime):
-            missing.append((file, target, found))
+        if there is None or (there.st_size, int(there.st_mtime)) != (stat.length, stat.mtime):
+            missing.append((file, target, stat))
     if missing:
         _check_space(missing)
-        size = sum(found.length for _, _, found in missing)
+        size = sum(stat.length for _, _, stat in missing)
         print(f"copying {len(missing)} files, {size / GIB:.2f} GiB, to {COPIES.absolute()}: {missing[0][0]} ...")
-    for file, target, found in missing:
+    for file, target, stat in missing:
         target.parent.mkdir(parents=True, exist_ok=True)
         # processes of one machine may copy the same file; each renames a whole one
         part = target.with_name(f"{target.name}.{os.getpid()}.partial")
         copy(file, part)
-        os.utime(part, (found.mtime, found.mtime))
+        os.utime(part, (stat.mtime, stat.mtime))
         part.replace(target)
     return targets
 
 
 def _check_space(missing: list) -> None:
     COPIES.mkdir(parents=True, exist_ok=True)
-    size, free = sum(found.length for *_, found in missing), shutil.disk_usage(COPIES).free
+    size, free = sum(stat.length for *_, stat in missing), shutil.disk_usage(COPIES).free
     if size > free:
         raise UserError(
             f"{missing[0][0]} and {len(missing) - 1} more files to copy are {size / GIB:.2f} GiB, but "
@@ -94,8 +94,8 @@ def find(pattern: str) -> list[epath.Path]:
     """The remote files that match a path or glob, sorted; empty if none does."""
     folder, _, name = pattern.rpartition("/")
     parent = at(folder)
-    found = parent.glob(name) if any(c in pattern for c in "*?[") else [parent / name]
-    return sorted(path for path in found if path.exists() and not path.is_dir())
+    paths = parent.glob(name) if any(c in pattern for c in "*?[") else [parent / name]
+    return sorted(path for path in paths if path.exists() and not path.is_dir())
 
 
 def model_folder(path: str | os.PathLike, inside: tuple[str, ...] = ()) -> Path:

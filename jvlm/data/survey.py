@@ -147,29 +147,33 @@ def take(
     chosen = [int(i) for i in np.random.default_rng(seed).permutation(spread)]
     known = "auto" not in (config.seq_len, config.max_patches)
     look = _Look(processor, config, source, seed, fit=known)
-    found = look.at(chosen, seconds)
+    results = look.at(chosen, seconds)
     if not known:
-        config = choose_sizes(_sizes(found), config, processor, parts)
+        config = choose_sizes(_sizes(results), config, processor, parts)
         look = _Look(processor, config, source, seed, fit=True)
-        found |= look.at([i for i in found if not all(_fits(size, config) for size in _sizes({i: found[i]}))], None)
-    sizes = _sizes(found)
-    left_out = tuple(one for i in sorted(found) for one in found[i] if isinstance(one, Rejected) and one.kind != "part")
+        results |= look.at(
+            [i for i in results if not all(_fits(size, config) for size in _sizes({i: results[i]}))], None
+        )
+    sizes = _sizes(results)
+    left_out = tuple(
+        one for i in sorted(results) for one in results[i] if isinstance(one, Rejected) and one.kind != "part"
+    )
     config = _with_image_limit(config, sizes, processor)
     channels = [size.channel for size in sizes if size.channel is not None]
     config = dataclasses.replace(config, sources=config.sources or names(config, channels))
-    return Survey(config, len(source), len(found), sizes, left_out)
+    return Survey(config, len(source), len(results), sizes, left_out)
 
 
-def _sizes(found: Mapping[int, Sequence[Size | Rejected]]) -> tuple[Size, ...]:
+def _sizes(results: Mapping[int, Sequence[Size | Rejected]]) -> tuple[Size, ...]:
     """The sizes among what examples gave, in their order."""
-    return tuple(one for i in sorted(found) for one in found[i] if isinstance(one, Size))
+    return tuple(one for i in sorted(results) for one in results[i] if isinstance(one, Size))
 
 
 class _Look:
     """Encodes examples, each with random numbers of its own, in threads."""
 
     def __init__(self, processor: Processor, config: DataConfig, source: ExampleSource, seed: int, *, fit: bool):
-        if fit:  # the promise made to attention is raised to what is found here, unless it is the user's
+        if fit:  # the promise made to attention is raised to what it finds, unless it is the user's
             config = dataclasses.replace(
                 config, max_image_patches=config.max_image_patches or config.max_patches or None
             )
@@ -181,14 +185,14 @@ class _Look:
         self.fits = fit
 
     def at(self, chosen: Sequence[int], seconds: float | None) -> dict[int, list[Size | Rejected]]:
-        began, found, block = time.perf_counter(), {}, 4 * self.config.read_threads
+        began, results, block = time.perf_counter(), {}, 4 * self.config.read_threads
         with ThreadPoolExecutor(self.config.read_threads) as pool:
             for start in range(0, len(chosen), block):
                 part = chosen[start : start + block]
-                found |= zip(part, pool.map(self._one, part), strict=True)
+                results |= zip(part, pool.map(self._one, part), strict=True)
                 if seconds is not None and time.perf_counter() - began > seconds:
                     break
-        return found
+        return results
 
     def _one(self, index: int) -> list[Size | Rejected]:
         rng = np.random.default_rng((self.seed, index))

@@ -137,7 +137,7 @@ class ChatTemplate:
         text = self._render(chat)
         self._check_whole(chat, text)
         facts = self._facts_of(tools)
-        suspects = [found for found in map(facts.control.suspect, texts) if found]
+        suspects = [suspect for suspect in map(facts.control.suspect, texts) if suspect]
         plain = text
         if suspects:
             chat, text = self._guarded(chat, text, facts, suspects[0])

@@ -51,7 +51,7 @@ def fields(message: dict[str, Any], role: str, origin: Origin, field: str) -> tu
     Raises:
       ExampleError: a field of another role's message, or calls that are not such.
     """
-    found = []
+    result = []
     message = without_nulls(message)
     for name, roles in _ROLES.items():
         value = message.get(name, "")
@@ -66,8 +66,8 @@ def fields(message: dict[str, Any], role: str, origin: Origin, field: str) -> tu
             value = _calls(value, origin, where)
         elif not isinstance(value, str):
             raise ExampleError(origin, where, f"{shown(value)} is not text", "Give a string")
-        found.append((name, value))
-    return tuple(found)
+        result.append((name, value))
+    return tuple(result)
 
 
 def _calls(value: Any, origin: Origin, field: str) -> list[dict[str, Any]]:

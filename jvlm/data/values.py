@@ -43,8 +43,8 @@ def number(value: Any) -> int | float | None:
 
 def whole(value: Any) -> int | None:
     """A whole number, or a float that is one (pandas makes floats of integers beside a missing one); else None."""
-    found = number(value)
-    return int(found) if found is not None and found == int(found) else None
+    as_number = number(value)
+    return int(as_number) if as_number is not None and as_number == int(as_number) else None
 
 
 def switch(value: Any) -> bool | None:

@@ -35,8 +35,8 @@ def check(
     with ThreadPoolExecutor(4) as pool:
         for start in range(0, len(order), block):
             part = order[start : start + block]
-            found = pool.map(lambda i: _rejected(lambda: encode(source[i], processor)), part)
-            rejected += [example for example in found if example is not None]
+            errors = pool.map(lambda i: _rejected(lambda: encode(source[i], processor)), part)
+            rejected += [example for example in errors if example is not None]
             looked += len(part)
             if time.perf_counter() - began > seconds:
                 break

@@ -47,12 +47,12 @@ def for_model_type(model_type: str | None) -> Family:
     Raises:
       UserError: naming what is supported.
     """
-    found = _first(family for family in _all() if family.hf is not None and model_type in family.hf.model_types)
-    if found is None:
+    known = _first(family for family in _all() if family.hf is not None and model_type in family.hf.model_types)
+    if known is None:
         raise UserError(
             f"model_type {model_type!r} is not supported; supported: {', '.join(model_types())}; {_OUTSIDE}"
         )
-    return found
+    return known
 
 
 def model_types() -> tuple[str, ...]:
@@ -67,20 +67,20 @@ def presets() -> dict[str, VLMConfig]:
 
 def preset(name: str) -> VLMConfig:
     """Return a published size by name. Raises UserError naming the known ones."""
-    found = _first(family.presets[name] for family in _all() if name in family.presets)
-    if found is None:
+    config = _first(family.presets[name] for family in _all() if name in family.presets)
+    if config is None:
         raise _unknown("preset", name, sorted(presets()))
-    return found
+    return config
 
 
 def image_limits() -> dict[str, tuple[Limit, tuple[str, ...]]]:
     """Return what image processors let examples and the command line change: field to limit, and the families of it."""
-    found: dict[str, tuple[Limit, tuple[str, ...]]] = {}
+    result: dict[str, tuple[Limit, tuple[str, ...]]] = {}
     for family in _all():
         for name, limit in family.image_config.limits.items():
-            first, owners = found.get(name, (limit, ()))
-            found[name] = first, (*owners, family.name)
-    return found
+            first, owners = result.get(name, (limit, ()))
+            result[name] = first, (*owners, family.name)
+    return result
 
 
 def load_all(until: Callable[[], bool] = lambda: False) -> None:
@@ -89,8 +89,8 @@ def load_all(until: Callable[[], bool] = lambda: False) -> None:
     Args:
       until: stops the import as soon as it is true: a package that cannot be loaded is then not asked for.
     """
-    found = _all()
-    while not until() and next(found, None) is not None:
+    families = _all()
+    while not until() and next(families, None) is not None:
         pass
 
 
@@ -102,8 +102,8 @@ def _all() -> Iterator[Family]:
         yield _outside(point)
 
 
-def _first(found: Iterable[T]) -> T | None:
-    return next(iter(found), None)
+def _first(candidates: Iterable[T]) -> T | None:
+    return next(iter(candidates), None)
 
 
 @functools.cache
@@ -131,8 +131,8 @@ def _outside(point: metadata.EntryPoint) -> Family:
     except (ImportError, AttributeError) as error:
         raise UserError(f"{where} cannot be loaded: {error}. Correct or remove the package") from error
     if not isinstance(family, Family) or family.name != point.name:
-        found = f"the family {family.name!r}" if isinstance(family, Family) else f"a {type(family).__name__}"
-        raise UserError(f"{where} is {found}; the entry point must name a Family of the same name")
+        value = f"the family {family.name!r}" if isinstance(family, Family) else f"a {type(family).__name__}"
+        raise UserError(f"{where} is {value}; the entry point must name a Family of the same name")
     return family
 
 

@@ -114,8 +114,8 @@ def of_folder(folder: Path, **facts: Any) -> Card:
 
 def base_id(source: str | None) -> str | None:
     """Return the id of a model's folder, if it is one on the Hub or lies in its cache; None for other folders."""
-    found = None if source is None else of_cache(source) or (None if Path(source).exists() else parse_id(source))
-    return found.repo if found else None
+    hub_id = None if source is None else of_cache(source) or (None if Path(source).exists() else parse_id(source))
+    return hub_id.repo if hub_id else None
 
 
 def license_of(folder: Path | None) -> str | None:
@@ -130,5 +130,5 @@ def license_of(folder: Path | None) -> str | None:
         values = yaml.safe_load(text.split("---", 2)[1])
     except yaml.YAMLError:  # a card that cannot be read says nothing
         return None
-    found = values.get("license") if isinstance(values, dict) else None
-    return found if isinstance(found, str) else None
+    license = values.get("license") if isinstance(values, dict) else None
+    return license if isinstance(license, str) else None

@@ -103,8 +103,8 @@ def _configs(card: str) -> list[dict[str, Any]]:
         values = yaml.safe_load(card.split("---", 2)[1])
     except yaml.YAMLError as error:
         raise UserError(f"the card of the dataset has YAML that cannot be read ({error})") from error
-    found = values.get("configs") if isinstance(values, dict) else None
-    return [config for config in found or [] if isinstance(config, dict) and config.get("data_files")]
+    configs = values.get("configs") if isinstance(values, dict) else None
+    return [config for config in configs or [] if isinstance(config, dict) and config.get("data_files")]
 
 
 def _of_card(wanted: DatasetId, configs: list[dict[str, Any]], paths: list[str]) -> dict[str, list[str]]:
@@ -149,15 +149,15 @@ def _of_names(wanted: DatasetId, paths: list[str]) -> dict[str, list[str]]:
                 f"{wanted.id} has no subset {wanted.subset!r}; it has {', '.join(folders) or 'none by that name'}"
             )
         paths = inside
-    found: dict[str, list[str]] = {}
+    files: dict[str, list[str]] = {}
     for path in paths:
         words = set(re.split(r"[^a-z0-9]+", path.lower()))
         split = next((name for name, known in _SPLITS.items() if words & set(known)), "")
-        found.setdefault(split, []).append(path)
-    rest = found.pop("", [])
-    if rest and not found:
+        files.setdefault(split, []).append(path)
+    rest = files.pop("", [])
+    if rest and not files:
         return {"train": rest}
-    return found
+    return files
 
 
 def _is_data(path: str) -> bool:

@@ -138,19 +138,19 @@ def files_of(id: HubId, kind: Kind) -> list[RepoFile] | None:
         return None
     client = api()
     try:
-        found = errors.attempt(lambda: _listed(client, id, kind), f"listing {id.repo}", attempts=2)
+        files = errors.attempt(lambda: _listed(client, id, kind), f"listing {id.repo}", attempts=2)
     except Exception as error:
         if errors.is_transient(error) and _snapshot(id, kind).is_dir():
             return None
         raise errors.translated(error, id, kind, client) from error
-    _write(path, json.dumps([dataclasses.astuple(file) for file in found]))
-    return found
+    _write(path, json.dumps([dataclasses.astuple(file) for file in files]))
+    return files
 
 
 def _listed(client: HfApi, id: HubId, kind: Kind) -> list[RepoFile]:
     tree = client.list_repo_tree(id.repo, recursive=True, revision=id.revision, repo_type=kind)
-    found = [entry for entry in tree if hasattr(entry, "size")]
-    return [RepoFile(f.path, f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in found]
+    files = [entry for entry in tree if hasattr(entry, "size")]
+    return [RepoFile(f.path, f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in files]
 
 
 def fetch(id: HubId, kind: Kind, files: Sequence[RepoFile]) -> Path:
@@ -251,8 +251,8 @@ def _snapshot(id: HubId, kind: Kind) -> Path:
 
 
 def _in_cache(id: HubId, kind: Kind, path: str) -> str | None:
-    found = huggingface_hub.try_to_load_from_cache(id.repo, path, revision=id.revision, repo_type=kind)
-    return found if isinstance(found, str) else None
+    cached = huggingface_hub.try_to_load_from_cache(id.repo, path, revision=id.revision, repo_type=kind)
+    return cached if isinstance(cached, str) else None
 
 
 def _cached_commit(id: HubId, kind: Kind, cause: Exception | None) -> str:

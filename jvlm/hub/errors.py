@@ -126,7 +126,7 @@ def _near(id: HubId, kind: Kind, api: HfApi) -> str:
     owner, _, name = id.repo.partition("/")
     search = api.list_models if kind == "model" else api.list_datasets
     try:
-        known = [found.id for found in search(author=owner, limit=200)]
+        known = [repository.id for repository in search(author=owner, limit=200)]
     except (HfHubHTTPError, OSError, RuntimeError):  # the advice is a service, and the error is told without it
         return ""
     near = difflib.get_close_matches(name, [other.partition("/")[2] for other in known], n=3, cutoff=0.5)

@@ -108,39 +108,39 @@ def portable(path: str) -> str:
 def parse_dataset(text: str) -> DatasetId | None:
     """Return the dataset that a text has the form of; None for other texts."""
     match = _DATASET.fullmatch(text)
-    found = match and parse_id(match["id"])
+    hub_id = match and parse_id(match["id"])
     # a file of the disk has a suffix that is read
-    if found is None or (match["source"] is None and found.repo.endswith(_SUFFIXES)):
+    if hub_id is None or (match["source"] is None and hub_id.repo.endswith(_SUFFIXES)):
         return None
     count = None if match["count"] is None else int(match["count"])
-    return DatasetId(found, match["subset"], match["split"], count)
+    return DatasetId(hub_id, match["subset"], match["split"], count)
 
 
 def is_hub_id(name: str | os.PathLike) -> bool:
     """Whether a name is an id and not a folder or file: what exists on disk is never looked for on a hub."""
-    found = parse_id(name)
-    return found is not None and (str(name).startswith(f"{found.source}://") or not Path(name).exists())
+    hub_id = parse_id(name)
+    return hub_id is not None and (str(name).startswith(f"{hub_id.source}://") or not Path(name).exists())
 
 
 def is_dataset_id(pattern: str) -> bool:
     """Whether a pattern of data files is the id of a dataset: what is on disk is never looked for on a hub."""
-    found = parse_dataset(pattern)
-    return found is not None and (pattern.startswith(f"{found.id.source}://") or not Path(pattern).exists())
+    dataset_id = parse_dataset(pattern)
+    return dataset_id is not None and (pattern.startswith(f"{dataset_id.id.source}://") or not Path(pattern).exists())
 
 
 def require_id(name: str | os.PathLike, revision: str | None = None) -> HubId:
     """Return the id of a name that is no folder. Raises UserError, saying both, if it has not the form of one."""
-    found = parse_id(name)
-    if found is None:
+    hub_id = parse_id(name)
+    if hub_id is None:
         raise UserError(
             f"{name} is not a folder here, and not the id of a repository on the Hugging Face Hub (ORG/NAME, or "
             "ORG/NAME@REVISION); correct the path, or give an id"
         )
     if revision is None:
-        return found
-    if found.revision not in (None, revision):
-        raise UserError(f"{name}: the revision is given twice, as {found.revision} and {revision}; give it once")
-    return found.at(revision)
+        return hub_id
+    if hub_id.revision not in (None, revision):
+        raise UserError(f"{name}: the revision is given twice, as {hub_id.revision} and {revision}; give it once")
+    return hub_id.at(revision)
 
 
 def _is_no_name(repo: str) -> bool:

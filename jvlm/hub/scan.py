@@ -55,12 +55,12 @@ def check(folder: Path, files: Iterable[str], token: str | None = None, replaced
 
 
 def _in_line(line: str, name: str, token: str | None, here: list[str]) -> list[str]:
-    found = [what for what, pattern in _SECRETS.items() if pattern.search(line)]
-    if token and token in line and not found:
-        found.append("your token")
+    secrets = [what for what, pattern in _SECRETS.items() if pattern.search(line)]
+    if token and token in line and not secrets:
+        secrets.append("your token")
     if Path(name).name not in _VOCABULARIES:
         match = _WHOLE_PATH.search(line) or _PATH.search(line)
         path = match[0] if match else next((path for path in here if path in line), None)
         if path is not None:
-            found.append(f"the absolute path {path}")
-    return found
+            secrets.append(f"the absolute path {path}")
+    return secrets

@@ -33,11 +33,11 @@ from jvlm.weights.finite import BrokenWeights
 
 @dataclasses.dataclass(frozen=True)
 class FileResult:
-    """Examples of an output file: answered and left unanswered for an error in this call, and found done already."""
+    """Examples of an output file: answered and left unanswered for an error in this call, and answered before it."""
 
     answered: int
     bad: int
-    found: int
+    existing: int
 
 
 def generate_file(
@@ -95,8 +95,8 @@ def generate_file(
                 answered, bad, cut = answered + len(batch.lines) - skipped, bad + skipped, cut + batch.cut
                 bar.update(len(batch.lines))
     wrong = f" ({done.errors} of them with an error)" if done.errors else ""
-    found = f"{done.lines} examples found done{wrong}"
-    print(f"{output}: {answered} examples answered, {bad} bad examples, {found}; {len(source)} in {data}")
+    existing = f"{done.lines} examples already done{wrong}"
+    print(f"{output}: {answered} examples answered, {bad} bad examples, {existing}; {len(source)} in {data}")
     if cut:
         limit = model.config.decoder.max_position_embeddings
         print(f"{output}: {cut} answers end before max_new_tokens, at the model's {limit} positions")

@@ -143,8 +143,8 @@ def _line(text: str) -> str:
 
 def original_boxes(answer: str, processor: Processor, example: Example) -> str:
     """A line with the boxes of an answer in pixels of the last image's original; empty if there are none."""
-    found = processor.read_regions(answer) if example.sizes else []
-    boxed = [item for item in found if isinstance(item.region, Box)]
+    detections = processor.read_regions(answer) if example.sizes else []
+    boxed = [item for item in detections if isinstance(item.region, Box)]
     if not boxed:
         return ""
     sizes = example.sizes[-1]

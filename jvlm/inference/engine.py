@@ -198,8 +198,8 @@ class Engine:
 
     def _adapters(self, names: Sequence[str | None] | None, count: int, size: int) -> tuple[np.ndarray, ...]:
         """The numbers of the adapters, none for padding, as further arguments of the steps; () without a choice."""
-        found = several.numbers(self._adapter_names, [None] * count if names is None else names)
-        return () if found is None else (np.pad(found, (0, size - count)),)
+        indices = several.numbers(self._adapter_names, [None] * count if names is None else names)
+        return () if indices is None else (np.pad(indices, (0, size - count)),)
 
     def _not_finite(self, examples: Sequence[Example], token: int) -> UserError:
         """Why the scores of these prompts are not finite; only now are the weights looked through."""
@@ -207,12 +207,12 @@ class Engine:
         asked = ", ".join(str(e.origin) for e in examples[:3] if e.origin is not None and e.origin.number is not None)
         asked = f" for {asked}" if asked else ""
         problem = f"the model's scores{asked} are not finite numbers (token {token} of the answer): "
-        found = not_finite(model)
-        if found:
-            shown = "\n  ".join(found[:5])
-            more = f"\n  and {len(found) - 5} more" if len(found) > 5 else ""
+        tensors = not_finite(model)
+        if tensors:
+            shown = "\n  ".join(tensors[:5])
+            more = f"\n  and {len(tensors) - 5} more" if len(tensors) > 5 else ""
             return BrokenWeights(
-                f"{problem}{len(found)} tensors hold NaN or infinity. Take an earlier checkpoint, or copy the folder "
+                f"{problem}{len(tensors)} tensors hold NaN or infinity. Take an earlier checkpoint, or copy the folder "
                 f"again:\n  {shown}{more}"
             )
         dtype = model.config.precision.compute_dtype

@@ -40,8 +40,8 @@ def inference_layout(
       asked: the mesh; `default_mesh` without one.
     """
     devices = jax.devices() if devices is None else devices
-    found = MeshLayout.of(asked or default_mesh(config, len(devices)), devices)
-    return check_layout(found, config)
+    layout = MeshLayout.of(asked or default_mesh(config, len(devices)), devices)
+    return check_layout(layout, config)
 
 
 def check_layout(layout: MeshLayout | None, config: VLMConfig) -> MeshLayout | None:

@@ -80,24 +80,24 @@ class Topology:
     @classmethod
     def parse(cls, name: str, dcn: float | None = None) -> Topology:
         """Raises UserError saying what a name should look like."""
-        found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
-        if not found or found[1] not in CHIPS:
+        match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
+        if not match or match[1] not in CHIPS:
             raise UserError(
                 f"topology {name!r}: one of {', '.join(CHIPS)}, a colon, a shape: v5p:4x4x4, v6e:16x16*2, or for GPUs "
                 "machines and GPUs in each: h200:8x8"
             )
-        shape, slices = tuple(map(int, found[2].split("x"))), int(found[3] or 1)
-        dimensions = CHIPS[found[1]].dimensions
+        shape, slices = tuple(map(int, match[2].split("x"))), int(match[3] or 1)
+        dimensions = CHIPS[match[1]].dimensions
         if shape == (1,):  # one chip, whatever the torus
             shape = (1,) * (dimensions or 1)
         if dimensions and len(shape) != dimensions:
             raise UserError(
-                f"topology {name!r}: {found[1]} is a torus of {dimensions} dimensions, {found[1]}:"
-                f"{'x'.join(['2'] * dimensions)}; one chip is {found[1]}:1"
+                f"topology {name!r}: {match[1]} is a torus of {dimensions} dimensions, {match[1]}:"
+                f"{'x'.join(['2'] * dimensions)}; one chip is {match[1]}:1"
             )
-        if not dimensions and (len(shape) > 2 or found[3]):
+        if not dimensions and (len(shape) > 2 or match[3]):
             raise UserError(f"topology {name!r}: GPUs are so many machines of so many, h200:8x8, or one, h200:8")
-        return cls(name, found[1], shape if dimensions or len(shape) == 2 else (1, *shape), slices, dcn)
+        return cls(name, match[1], shape if dimensions or len(shape) == 2 else (1, *shape), slices, dcn)
 
     @property
     def chip(self) -> Chip:

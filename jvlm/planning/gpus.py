@@ -59,7 +59,7 @@ def devices(name: str, hosts: int = 1, each: int = 1) -> list[jax.Device]:
     if name not in GPUS:
         raise UserError(f"GPU {name!r}: one of {', '.join(GPUS)}")
     try:
-        found = topologies.get_topology_desc(
+        description = topologies.get_topology_desc(
             "", platform="cuda", topology=f"1x{hosts}x{each}", target_config=_description(GPUS[name])
         )
     except NotImplementedError as error:
@@ -67,7 +67,7 @@ def devices(name: str, hosts: int = 1, each: int = 1) -> list[jax.Device]:
             f"no compiler for NVIDIA GPUs here: pip install --no-deps {_PACKAGES}, or PYTHONPATH=.venv/gpu-compiler "
             "after `make test`"
         ) from error
-    return list(found.devices)
+    return list(description.devices)
 
 
 @contextlib.contextmanager

@@ -114,19 +114,19 @@ def read(text: str, branch_frequency: Mapping[str, float] = MappingProxyType({})
     """
     program = _parse(text)
     partitions = int(named[1]) if (named := re.search(r"\bnum_partitions=(\d+)", text)) else 1
-    found, flops, hbm = [], 0.0, 0.0
+    collectives, flops, hbm = [], 0.0, 0.0
     for name, times in _times(program, branch_frequency).items():
         fused = name in program.fused
         inside = {i.name: i for i in program.computations[name]}
         for one in inside.values():
             kind = _kind(one)
             if kind:
-                found.append(_collective(one, kind, name, times, inside, partitions))
+                collectives.append(_collective(one, kind, name, times, inside, partitions))
             if one.opcode in ("dot", "convolution"):
                 flops += times * _product_flops(one, inside)
             if not fused and one.opcode not in _FREE:
                 hbm += times * _moved(one, inside, program)
-    return Traffic(tuple(found), flops, hbm, _saved_activations(program))
+    return Traffic(tuple(collectives), flops, hbm, _saved_activations(program))
 
 
 def _saved_activations(program: _Program) -> float:
@@ -183,9 +183,9 @@ def _parse(text: str) -> _Program:
         elif line.startswith("}"):
             current = None
         else:
-            found = _INSTRUCTION.match(line)
-            if found:
-                computations[current].append(_instruction(found[2], found[3], bool(found[1])))
+            match = _INSTRUCTION.match(line)
+            if match:
+                computations[current].append(_instruction(match[2], match[3], bool(match[1])))
     fused = {
         called
         for instructions in computations.values()
@@ -203,7 +203,7 @@ def _instruction(name: str, text: str, root: bool) -> Instruction:
     if opcode:
         inside = _parenthesised(rest[opcode.end() - 1 :])
         operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    shapes = tuple(_shape(*found) for found in _ARRAY.findall(types))
+    shapes = tuple(_shape(*array) for array in _ARRAY.findall(types))
     return Instruction(name, shapes, opcode[1] if opcode else "", operands, rest, root)
 
 
@@ -262,8 +262,8 @@ def _trips(loop: Instruction, called: dict[str, str], program: _Program) -> int:
     """As XLA noted it, or the bound that a counter from 0 is compared with, or what the operation's name promises at
     most ("at_most_8_times"); 1 for a loop of unknown length.
     """
-    if found := _TRIPS.search(loop.rest) or _AT_MOST.search(loop.rest):
-        return int(found[1])
+    if match := _TRIPS.search(loop.rest) or _AT_MOST.search(loop.rest):
+        return int(match[1])
     condition = program.computations.get(called.get("condition", ""), [])
     bounds = [int(c[1]) for i in condition if (c := re.match(r"constant\((\d+)\)", i.rest))]
     return max(bounds, default=1)
@@ -327,7 +327,7 @@ def _product_flops(one: Instruction, inside: dict[str, Instruction]) -> float:
     if not labels:
         return 0.0
     dimensions = [dict(zip(labels[i + 1], sizes, strict=True)) for i, sizes in enumerate((left, right, result))]
-    groups = int(found[1]) if (found := re.search(r"batch_group_count=(\d+)", one.rest)) else 1
+    groups = int(match[1]) if (match := re.search(r"batch_group_count=(\d+)", one.rest)) else 1
     spatial = sorted(label for label in dimensions[1] if label.isdigit())
     meetings = math.prod(
         _meetings(one.rest, index, *(of[label] for of in dimensions)) for index, label in enumerate(spatial)
@@ -342,8 +342,8 @@ def _meetings(text: str, index: int, inputs: int, window: int, outputs: int) -> 
     """
 
     def setting(name: str, default: str) -> list[int]:
-        found = re.search(rf"window=\{{[^}}]*\b{name}=([\d_x\-]+)", text)
-        return [int(n) for n in (found[1].split("x")[index] if found else default).split("_")]
+        match = re.search(rf"window=\{{[^}}]*\b{name}=([\d_x\-]+)", text)
+        return [int(n) for n in (match[1].split("x")[index] if match else default).split("_")]
 
     (stride,), (before, *_) = setting("stride", "1"), setting("pad", "0_0")
     (spread,), (dilation,) = setting("lhs_dilate", "1"), setting("rhs_dilate", "1")
@@ -407,12 +407,12 @@ def _read(body: list[Instruction], index: int, program: _Program) -> float | Non
     What is only written into, in place, is not read.
     """
     names = {i.name for i in body if i.opcode == "parameter" and i.rest.startswith(f"parameter({index})")}
-    total, found = 0.0, False
+    total, is_read = 0.0, False
     for one in body:
         at = [operand for operand, name in enumerate(one.operands) if name in names]
         if not at:
             continue
-        found = True
+        is_read = True
         if one.opcode == "bitcast":
             if one.root:  # all of it goes on to whoever reads the fusion
                 return None
@@ -426,7 +426,7 @@ def _read(body: list[Instruction], index: int, program: _Program) -> float | Non
             total += sum(inner)
         elif not (one.opcode in _IN_PLACE and at == [0]):
             return None
-    return total if found else None
+    return total if is_read else None
 
 
 def _in_hbm(one: Instruction) -> float:

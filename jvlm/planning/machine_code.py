@@ -49,12 +49,12 @@ def compile_with_kernels(lowered: jax.stages.Lowered, wanted: str) -> tuple[jax.
     with tempfile.TemporaryDirectory() as folder, _mosaic_writes_to(folder):
         program = lowered.compile(compiler_options={"xla_dump_to": folder})
         launches = "\n".join(path.read_text() for path in Path(folder).glob("*.thunk_sequence.txt"))
-        found = [
+        kernels = [
             _read(path, launches)
             for path in Path(folder).glob("*.ptx")
             if re.search(rf"\.entry (?:{wanted})\(", path.read_text())
         ]
-    return program, sorted(found, key=lambda kernel: kernel.name)
+    return program, sorted(kernels, key=lambda kernel: kernel.name)
 
 
 @contextlib.contextmanager
@@ -106,7 +106,7 @@ def _read(ptx: Path, launches: str) -> Kernel:
 def _ptxas() -> str:
     """The assembler on the path, or beside the compiler of XLA."""
     inside = [Path(folder) / "nvidia/cu13/bin/ptxas" for folder in sys.path]
-    found = next((str(path) for path in inside if path.is_file()), None) or shutil.which("ptxas")
-    if found is None:
+    program = next((str(path) for path in inside if path.is_file()), None) or shutil.which("ptxas")
+    if program is None:
         raise UserError("no ptxas: pip install nvidia-cuda-nvcc, or PYTHONPATH=.venv/gpu-compiler after `make test`")
-    return found
+    return program

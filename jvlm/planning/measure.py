@@ -182,21 +182,21 @@ def measure(
     except jax.errors.JaxRuntimeError as error:
         memory = Memory(**sizes, temporary=cores * _temporaries(str(error), known))
         return Compiled(shape, memory, False, cores * limit, 0.0, 0.0, (), time.perf_counter() - began)
-    found = compiled.memory_analysis()
+    analysis = compiled.memory_analysis()
     traffic = hlo.read(compiled.as_text(), branch_frequency)
     # Two figures, each of which may be too high. The most that lives at a time, which the compiler holds against its
     # limit, has in it what is fetched ahead into memory of the core. `temp_size_in_bytes` counts memory that is used
     # one after the other as if they were used together.
-    fresh = found.output_size_in_bytes - found.alias_size_in_bytes - sum(new_results.values())
-    beside = found.temp_size_in_bytes + fresh
+    fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes - sum(new_results.values())
+    beside = analysis.temp_size_in_bytes + fresh
     if not topology.switched:  # a GPU's program takes its temporary memory in one piece
-        beside = min(beside, found.peak_memory_in_bytes - known)
+        beside = min(beside, analysis.peak_memory_in_bytes - known)
     saved = max(traffic.saved_activations - sum(new_results.values()), 0.0)  # results may be filled layer by layer too
     memory = Memory(
         **sizes,
         activations=cores * saved,
         temporary=cores * max(beside - saved, 0.0),
-        code=cores * float(found.generated_code_size_in_bytes),
+        code=cores * float(analysis.generated_code_size_in_bytes),
     )
     return Compiled(
         mesh=shape,
@@ -241,20 +241,20 @@ def _most_for(device: jax.Device) -> float:
     try:
         jax.jit(lambda x: jax.numpy.sin(x) @ jax.numpy.cos(x)).lower(huge).compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"(?:available HBM \(|Used \S+ of )([\d.]+)([KMGT])", str(error))
-        if found:
-            return float(found[1]) * GIGA[found[2]]
+        match = re.search(r"(?:available HBM \(|Used \S+ of )([\d.]+)([KMGT])", str(error))
+        if match:
+            return float(match[1]) * GIGA[match[2]]
         raise
     raise RuntimeError(f"the compiler gave {device} two matrices of {side} x {side}")
 
 
 def _temporaries(message: str, arguments: float) -> float:
     """Bytes that a refused program asked for beside its arguments. Any other failure is raised again."""
-    found = re.search(r"(HLO temporaries \(|Used )([\d.]+)([KMGT])", message)
-    if "RESOURCE_EXHAUSTED" not in message or not found:
+    match = re.search(r"(HLO temporaries \(|Used )([\d.]+)([KMGT])", message)
+    if "RESOURCE_EXHAUSTED" not in message or not match:
         raise RuntimeError(f"the program does not compile: {message[:2000]}")
-    size = float(found[2]) * GIGA[found[3]]
-    return max(size - arguments, 0.0) if found[1].startswith("Used") else size
+    size = float(match[2]) * GIGA[match[3]]
+    return max(size - arguments, 0.0) if match[1].startswith("Used") else size
 
 
 def bytes_of(tree: Any) -> float:
@@ -281,8 +281,8 @@ def _by_axes(traffic: hlo.Traffic, mesh: Mesh, topology: Topology) -> tuple[Axis
         counts[axes][one.kind] += 1
     # plain dicts: dataclasses.asdict of Python 3.11 copies no others
     axis_traffic = (
-        AxisTraffic(axes, dict(found), dict(counts[axes]), *_bandwidth(axes, mesh, topology))
-        for axes, found in kinds.items()
+        AxisTraffic(axes, dict(sizes), dict(counts[axes]), *_bandwidth(axes, mesh, topology))
+        for axes, sizes in kinds.items()
     )
     return tuple(sorted(axis_traffic, key=lambda one: -one.seconds))
 

@@ -39,7 +39,7 @@ class Plan:
         axis_traffic = [
             {**dataclasses.asdict(w), "bytes": w.bytes, "seconds": w.seconds} for w in self.compiled.axis_traffic
         ]
-        found = {
+        result = {
             "step": self.step,
             "topology": self.topology.name,
             "chips": self.topology.chips,
@@ -50,11 +50,11 @@ class Plan:
         }
         if self.cache_growth:
             memory = self.cache_growth.memory
-            found["cache_growth"] = {**dataclasses.asdict(memory), "peak": memory.peak, "fits": self.cache_growth.fits}
+            result["cache_growth"] = {**dataclasses.asdict(memory), "peak": memory.peak, "fits": self.cache_growth.fits}
         if self.roofline:
             names = ("overlapped", "serial", "limited_by")
-            found["roofline"] = {**dataclasses.asdict(self.roofline), **{n: getattr(self.roofline, n) for n in names}}
-        return found
+            result["roofline"] = {**dataclasses.asdict(self.roofline), **{n: getattr(self.roofline, n) for n in names}}
+        return result
 
     def text(self, experiment: Experiment, price: float | None) -> str:
         """Markdown."""

@@ -34,12 +34,12 @@ def search(plan: Callable, experiment: Experiment, first: Any, lengths: Any, sec
             lines.append("| (out of time) | | | |")
             break
         try:
-            found = plan(changed, topology, lengths)
+            candidate = plan(changed, topology, lengths)
         except UserError as error:
             lines.append(f"| {what} | {str(error).splitlines()[0][:80]} | | |")
             continue
-        tried.append((what, changed, found))
-        lines.append(_row(what, found))
+        tried.append((what, changed, candidate))
+        lines.append(_row(what, candidate))
     fitting = [t for t in tried if t[2].compiled.fits]
     head = ["| tried | GiB of a chip | MFU at most | tokens/s at most |", "| --- | ---: | ---: | ---: |"]
     return "\n".join([*head, *lines, "", *_verdicts(first, fitting), ""])

@@ -111,13 +111,13 @@ class _Layers:
 
     def _measure(self, state: nnx.State, x: Array, context: Context) -> dict[str, tuple[Array, Array, Array]]:
         """Return, by path of a linear layer, the sums over tokens of outer products and magnitudes, and their count."""
-        layer, found = nnx.merge(self.graph, state), {}
+        layer, measured = nnx.merge(self.graph, state), {}
         real = (context.segments > 0)[..., None]
 
         def noting(path: str) -> Callable[[Array], None]:
             def note(x: Array) -> None:
                 x = jnp.where(real, x, 0).astype(jnp.float32).reshape(-1, x.shape[-1])
-                found[path] = (x.T @ x, jnp.abs(x).sum(0), real.sum().astype(jnp.float32))
+                measured[path] = (x.T @ x, jnp.abs(x).sum(0), real.sum().astype(jnp.float32))
 
             return note
 
@@ -125,7 +125,7 @@ class _Layers:
             if isinstance(linear, Linear):
                 linear.kernel = _Measured(linear.weight(linear.compute_dtype), noting(".".join(map(str, path))))
         layer(x, context, None)
-        return found
+        return measured
 
 
 def round_model(model: VLM, config: RoundingConfig, examples: Iterable[PackedBatch] | None, dtype: str) -> RoundedModel:
@@ -163,9 +163,9 @@ def round_model(model: VLM, config: RoundingConfig, examples: Iterable[PackedBat
             replaced |= {(f"{BLOCKS}.{path}", number): value for path, value in folded.items()}
         for path, weight in weights.items():
             gram = grams[path][0]
-            found = _rounded(weight, gram, config, dtype)
-            matrices[f"{BLOCKS}.{path}.kernel", number] = found
-            errors[f"{BLOCKS}.{path}.kernel", number] = rounding.output_error(weight, found.values(), gram)
+            rounded = _rounded(weight, gram, config, dtype)
+            matrices[f"{BLOCKS}.{path}.kernel", number] = rounded
+            errors[f"{BLOCKS}.{path}.kernel", number] = rounding.output_error(weight, rounded.values(), gram)
         new = _replaced(
             state, {f"{p}.kernel": matrices[f"{BLOCKS}.{p}.kernel", number].values().T for p in weights} | folded
         )
@@ -210,10 +210,10 @@ def _without_examples(linears: Mapping[str, Linear], depth: int, config: Roundin
     for path, linear in linears.items():
         for layer in range(depth):
             weight = np.ascontiguousarray(np.asarray(linear.kernel.get_value()[layer]).T, np.float32)
-            found = _rounded(weight, np.empty((0, 0)), config, dtype)
+            rounded = _rounded(weight, np.empty((0, 0)), config, dtype)
             key = f"{BLOCKS}.{path}.kernel", layer
-            matrices[key] = found
-            errors[key] = float(np.linalg.norm(found.values() - weight) / max(np.linalg.norm(weight), 1e-30))
+            matrices[key] = rounded
+            errors[key] = float(np.linalg.norm(rounded.values() - weight) / max(np.linalg.norm(weight), 1e-30))
     return RoundedModel(matrices, {}, errors, False)
 
 

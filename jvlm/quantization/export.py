@@ -64,8 +64,8 @@ def export_quantized(
         return values(path, layer) if changed is None else changed
 
     def encode(entry: table.Entry) -> list[Any] | None:
-        found = rounded.matrices.get((entry.path, entry.layer or 0))
-        return None if found is None else _encoded(found, config)
+        matrix = rounded.matrices.get((entry.path, entry.layer or 0))
+        return None if matrix is None else _encoded(matrix, config)
 
     hf.save(
         model, processor, folder, dtype=dtype, layout=layout, max_shard_bytes=max_shard_bytes, read=read, encode=encode
@@ -79,15 +79,15 @@ def export_quantized(
     return rounded
 
 
-def _encoded(found: Rounded, config: RoundingConfig) -> list[tuple[str, np.dtype, tuple[int, ...], Callable]]:
+def _encoded(matrix: Rounded, config: RoundingConfig) -> list[tuple[str, np.dtype, tuple[int, ...], Callable]]:
     """Return what is written for a matrix: name's end, dtype, shape and values."""
-    scale = ("weight_scale", found.scale.dtype, found.scale.shape, lambda: found.scale)
-    shape = found.codes.shape
+    scale = ("weight_scale", matrix.scale.dtype, matrix.scale.shape, lambda: matrix.scale)
+    shape = matrix.codes.shape
     if config.method == "fp8":
-        return [("weight", formats.FP8, shape, lambda: found.codes.view(formats.FP8)), scale]
+        return [("weight", formats.FP8, shape, lambda: matrix.codes.view(formats.FP8)), scale]
     words = -(-shape[1] // (32 // config.bits))
     return [
-        ("weight_packed", np.dtype(np.int32), (shape[0], words), lambda: packed(found.codes, config.bits)),
+        ("weight_packed", np.dtype(np.int32), (shape[0], words), lambda: packed(matrix.codes, config.bits)),
         scale,
         ("weight_shape", np.dtype(np.int64), (2,), lambda: np.array(shape, np.int64)),
     ]

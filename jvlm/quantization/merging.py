@@ -94,9 +94,9 @@ def _logits(model: VLM, batch: PackedBatch) -> Float[np.ndarray, "T V"]:
 def _error(expected: Sequence[np.ndarray], merged: VLM, batches: Sequence[PackedBatch]) -> MergeError:
     squares = own = largest = same = count = 0.0
     for logits, batch in zip(expected, batches, strict=True):
-        found = _logits(merged, batch)
-        difference = (found - logits).astype(np.float64)
+        merged_logits = _logits(merged, batch)
+        difference = (merged_logits - logits).astype(np.float64)
         squares, own = squares + np.square(difference).sum(), own + np.square(logits, dtype=np.float64).sum()
         largest = max(largest, float(np.abs(difference).max()))
-        same, count = same + float((found.argmax(-1) == logits.argmax(-1)).sum()), count + len(logits)
+        same, count = same + float((merged_logits.argmax(-1) == logits.argmax(-1)).sum()), count + len(logits)
     return MergeError(float(np.sqrt(squares / own)), largest, same / count)

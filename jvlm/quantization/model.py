@@ -138,9 +138,9 @@ def _dequantized(kernel: QuantizedKernel, dtype: str) -> jax.Array:
 
 def size_report(model: VLM) -> str:
     """Return what is quantised, how, and what it weighs, a line for each format."""
-    lines, found = [], list(quantized_kernels(model))
-    for format in sorted({kernel.format for _, kernel in found}):
-        chosen = [kernel for _, kernel in found if kernel.format == format]
+    lines, kernels = [], list(quantized_kernels(model))
+    for format in sorted({kernel.format for _, kernel in kernels}):
+        chosen = [kernel for _, kernel in kernels if kernel.format == format]
         values = [getattr(kernel, name).get_value() for kernel in chosen for name in formats.PARTS[format]]
         weights = sum(math.prod(kernel.stacked_shape) for kernel in chosen)
         size = sum(math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in values)

@@ -126,17 +126,17 @@ def awq_scale(
         scale = (scale / np.sqrt(scale.max() * scale.min())).astype(np.float32)
         error = 0.0
         for weight in weights:
-            found = to_nearest(weight * scale, bits=bits, group=group, dtype=dtype).values() / scale
-            error += _quadratic(found - weight, gram)
+            rounded = to_nearest(weight * scale, bits=bits, group=group, dtype=dtype).values() / scale
+            error += _quadratic(rounded - weight, gram)
         if error < least:
             best, least = scale, error
     return best
 
 
-def output_error(weight: Weight, found: Weight, gram: Gram) -> float:
+def output_error(weight: Weight, rounded: Weight, gram: Gram) -> float:
     """Return the root mean square error of the outputs, as a share of the outputs' own."""
     own = _quadratic(weight, gram)
-    return float(np.sqrt(max(_quadratic(found - weight, gram), 0.0) / own)) if own > 0 else 0.0
+    return float(np.sqrt(max(_quadratic(rounded - weight, gram), 0.0) / own)) if own > 0 else 0.0
 
 
 def _quadratic(weight: np.ndarray, gram: np.ndarray) -> float:

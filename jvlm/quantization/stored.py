@@ -119,16 +119,16 @@ class QuantizedTensors(Tensors):
         return super().shape(name)
 
     def dtypes(self, names: Iterable[str]) -> dict[str, np.dtype]:
-        found = {}
+        result = {}
         for name in names:
             of = self._parts.get(name, {})
             if "quant_state" in of:
-                found[name] = np.dtype(self._state(name)["dtype"])
+                result[name] = np.dtype(self._state(name)["dtype"])
             elif of:
-                found[name] = super().dtypes([of.get("weight_scale") or of["SCB"]]).popitem()[1]
+                result[name] = super().dtypes([of.get("weight_scale") or of["SCB"]]).popitem()[1]
             else:
-                found |= super().dtypes([name])
-        return found
+                result |= super().dtypes([name])
+        return result
 
     def _state(self, name: str) -> dict[str, Any]:
         return json.loads(super().read(self._parts[name]["quant_state"]).tobytes())

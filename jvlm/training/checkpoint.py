@@ -210,7 +210,7 @@ class Checkpoints:
                 arrays = ocp.args.Composite(
                     params=ocp.args.StandardRestore(wanted[0]), optimizer=ocp.args.StandardRestore(wanted[1])
                 )
-                found = reader.restore(path, args=arrays)
+                restored = reader.restore(path, args=arrays)
         except Damaged:
             raise
         except Exception as error:  # Orbax raises no less for a file that is cut short
@@ -219,7 +219,7 @@ class Checkpoints:
             unreadable = f"it cannot be read ({cause(error)})"
         if unreadable:  # raised here, because the error holds Orbax's other reads, which it has left unfinished
             raise Damaged(unreadable)
-        return data, found.params, found.optimizer
+        return data, restored.params, restored.optimizer
 
     def _put_aside(self, step: int, reason: str) -> epath.Path:
         target = self.folder / DAMAGED / str(step)

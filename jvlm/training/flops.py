@@ -29,10 +29,10 @@ _MATRIX = re.compile(r"(\.kernel|\.mlp\.(gate|up|down))$")
 
 def counts_of(batches: Iterable[PackedBatch]) -> Counts:
     """Return the counts of one or more batches of host arrays."""
-    found = [_count(batch) for batch in batches]
+    counts = [_count(batch) for batch in batches]
     none = np.zeros(0, np.int64)
-    lengths = [np.concatenate([none, *(getattr(c, n) for c in found)]) for n in ("segments", "images", "windows")]
-    return Counts(*lengths, sum(c.vision_tokens for c in found), sum(c.targets for c in found))
+    lengths = [np.concatenate([none, *(getattr(c, n) for c in counts)]) for n in ("segments", "images", "windows")]
+    return Counts(*lengths, sum(c.vision_tokens for c in counts), sum(c.targets for c in counts))
 
 
 def _count(batch: PackedBatch) -> Counts:
@@ -48,8 +48,8 @@ def _count(batch: PackedBatch) -> Counts:
 
 
 def _lengths(ids_BN) -> np.ndarray:
-    found = [np.bincount(row)[1:] for row in np.asarray(ids_BN) if row.size]
-    lengths = np.concatenate([np.zeros(0, np.int64), *found])
+    counts = [np.bincount(row)[1:] for row in np.asarray(ids_BN) if row.size]
+    lengths = np.concatenate([np.zeros(0, np.int64), *counts])
     return lengths[lengths > 0]
 
 
@@ -94,12 +94,12 @@ def training(
       adapter_rank: of low-rank adapters on all weights of a tower; they are trained, and their own products count.
     """
     ranks, work = adapter_rank or {}, forward(template, counts)
-    before, found = _gradient_before(trained, ranks), {}
+    before, parts = _gradient_before(trained, ranks), {}
     for part in PARTS:
         tower = "decoder" if part == "head" else part
         rank = 0 if part == "head" else ranks.get(tower, 0)
-        found[part] = _both_ways(work[part], before[part], trained[tower], rank)
-    return Parts(**found)
+        parts[part] = _both_ways(work[part], before[part], trained[tower], rank)
+    return Parts(**parts)
 
 
 def _gradient_before(trained: Mapping[str, bool], ranks: Mapping[str, float]) -> dict[str, bool]:
@@ -181,15 +181,15 @@ def adapter_ranks(template: VLM) -> dict[str, float]:
     """
     if template.adapters is None:
         return {}
-    found = matrices(template)
+    adapted = matrices(template)
     ranks = {}
     for tower in TOWERS:
         sizes = {
             path: sum(matrix.shape[-2:])
-            for path, matrix in found.items()
+            for path, matrix in adapted.items()
             if path.startswith(f"{tower}.") and _MATRIX.search(path) and path != HEAD
         }
-        total = sum(size * math.prod(found[path].shape[:-2]) for path, size in sizes.items())
+        total = sum(size * math.prod(adapted[path].shape[:-2]) for path, size in sizes.items())
         own = sum(sizes[g.path] * sum(g.ranks) for g in template.adapters.groups if g.path in sizes)
         if own:
             ranks[tower] = own / total

@@ -70,12 +70,12 @@ def _fetch(pins: dict[str, str], data: set[str]) -> None:
 
 def _begun(experiment: Experiment, names: Iterable[str]) -> dict[str, str]:
     """The commits of the run and of its earlier parts, as they noted them."""
-    found: dict[str, str] = {}
+    pins: dict[str, str] = {}
     for name in (*names, experiment.name):
         storage = RunStorage(experiment.output_root, name)
         storage.pull()
-        found |= read_json(storage.folder / HUB, "remove it, and the run takes the commits of today") or {}
-    return found
+        pins |= read_json(storage.folder / HUB, "remove it, and the run takes the commits of today") or {}
+    return pins
 
 
 def _at_commit(model: str) -> str:
@@ -83,14 +83,14 @@ def _at_commit(model: str) -> str:
 
 
 def _models(experiment: Experiment) -> list[str]:
-    found = (getattr(experiment, name, None) for name in _MODELS)
-    return [model for model in found if model is not None]
+    models = (getattr(experiment, name, None) for name in _MODELS)
+    return [model for model in models if model is not None]
 
 
 def _patterns(experiment: Experiment) -> list[str]:
     parts = [experiment.data, *(stage.data for stage in experiment.stages)]
-    found = [pattern for part in parts for pattern in part.train]
-    return [*found, *experiment.validation.data, *experiment.evaluation.data]
+    patterns = [pattern for part in parts for pattern in part.train]
+    return [*patterns, *experiment.validation.data, *experiment.evaluation.data]
 
 
 def _replaced(experiment: Experiment, of: Callable[[str], str]) -> Experiment:

@@ -145,13 +145,13 @@ class NonFiniteBatch:
 
 
 def _dumped(step: int, path: Path, report: dict[str, Any]) -> list[NonFiniteBatch]:
-    found = []
+    batches = []
     with np.load(path) as file:
         for number, origins in enumerate(report["origins"]):
             fields = {n.partition(".")[2]: file[n] for n in file.files if n.startswith(f"{number}.")}
             sequences = tuple(tuple(Origin(*o) for o in sequence) for sequence in origins)
-            found.append(NonFiniteBatch(step, number, PackedBatch(**fields, **report["static"]), sequences))
-    return found
+            batches.append(NonFiniteBatch(step, number, PackedBatch(**fields, **report["static"]), sequences))
+    return batches
 
 
 def read(folder: Path) -> list[NonFiniteBatch]:
@@ -160,17 +160,17 @@ def read(folder: Path) -> list[NonFiniteBatch]:
     Raises:
       UserError: there are none; a damaged one, naming it.
     """
-    found = []
+    batches = []
     for report in sorted(folder.glob(f"*.{REPORT}")):
         process = report.name.partition(".")[0]
         for step, values in json_files.read_object(report).items():
             path = folder / f"{step}.{process}.npz"
             try:
-                found += _dumped(int(step), path, values)
+                batches += _dumped(int(step), path, values)
             except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
                 raise UserError(
                     f"{path} or {report.name} is damaged ({type(error).__name__}: {error}); let the run stop again"
                 ) from error
-    if not found:
+    if not batches:
         raise UserError(f"{folder} holds no batches; a run that stops names the folder it writes them to")
-    return sorted(found, key=lambda d: (d.step, d.number))
+    return sorted(batches, key=lambda d: (d.step, d.number))

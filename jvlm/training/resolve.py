@@ -98,7 +98,7 @@ def describe(experiment: Experiment, template: VLM, layout: MeshLayout) -> str:
     lines = [f"{'tower':<12}{'parameters':>16}{'trainable':>16}{'learning rate':>16}"]
     trained = {path: (*experiment.optimizer.group_of(path), v.get_value().size) for path, v in chosen.items()}
     for tower in TOWERS:
-        own = [found for path, found in trained.items() if path.startswith(f"{tower}.")]
+        own = [parameter for path, parameter in trained.items() if path.startswith(f"{tower}.")]
         rates = sorted({rate for _, rate, _ in own}, reverse=True)
         rate = ", ".join(f"{rate:g}" for rate in rates) or "frozen"
         lines.append(f"{tower:<12}{counts[tower]:>16,}{sum(size for _, _, size in own):>16,}{rate:>16}")

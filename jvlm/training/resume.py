@@ -158,12 +158,12 @@ def _trains(values: dict[str, Any], tower: str) -> bool:
 
 def inputs(experiment: Experiment) -> dict[str, Any]:
     """Fingerprints of what a run begins from: its data files, and the folders of models and tokenizers."""
-    found = {"data": _of_data(experiment.data.train)}
+    result = {"data": _of_data(experiment.data.train)}
     if experiment.validation.data:
-        found["validation"] = _of_data(experiment.validation.data)
+        result["validation"] = _of_data(experiment.validation.data)
     names = ("init_from", "encoder_from", "decoder_from", "tokenizer")
     starts = {name: getattr(experiment, name) for name in names if getattr(experiment, name) is not None}
-    return {**found, "start": {name: _of_model(path) for name, path in starts.items()}}
+    return {**result, "start": {name: _of_model(path) for name, path in starts.items()}}
 
 
 def _of_data(patterns: Sequence[str]) -> dict[str, Any]:
@@ -181,13 +181,13 @@ def _of_model(source: str) -> dict[str, Any]:
     step = run_dir.steps(folder)[-1]
     checkpoint_dir = run_dir.checkpoints(folder) / str(step)
     record = frozen.read(folder)
-    found = {"step": step, "model": _digest_of(run_dir.model_config(folder)), "frozen": record and record.digest}
+    result = {"step": step, "model": _digest_of(run_dir.model_config(folder)), "frozen": record and record.digest}
     if not stores.is_remote(checkpoint_dir):
         # beside the data position of a training run lie fingerprints of its arrays
         part = Path(checkpoint_dir) / ("data" if (checkpoint_dir / "data").is_dir() else "params")
         files = sorted(p for p in part.rglob("*") if p.is_file())
-        found |= _fingerprint(files, _ALL // max(len(files), 1))
-    return found
+        result |= _fingerprint(files, _ALL // max(len(files), 1))
+    return result
 
 
 def _digest_of(config: Any) -> str:

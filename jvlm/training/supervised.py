@@ -164,6 +164,6 @@ def token_log_probs(model: VLM, batch: PackedBatch, block: int = 256) -> Float[A
         chosen = jnp.take_along_axis(logits, targets_BT[..., None], -1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, -1)
 
-    _, found = jax.lax.scan(lambda _, xs: (None, log_probs(*xs)), None, (blocks(hidden), blocks(targets)))
-    found = jnp.moveaxis(found, 0, 1).reshape(B, count * block)[:, :S]
-    return jnp.where(weights > 0, found, 0.0)
+    _, by_block = jax.lax.scan(lambda _, xs: (None, log_probs(*xs)), None, (blocks(hidden), blocks(targets)))
+    by_block = jnp.moveaxis(by_block, 0, 1).reshape(B, count * block)[:, :S]
+    return jnp.where(weights > 0, by_block, 0.0)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from jvlm.data.config import DataConfig
-from jvlm.data.content import sources_of
+from jvlm.data.content import media_sources
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_example
@@ -191,9 +191,9 @@ def _keys_of(origin: Origin, example: Any, data: DataConfig) -> frozenset[str]:
         conversation = parse_example(example, origin)
     except ExampleError:  # trained on never, whatever side it is on
         return frozenset([_hash(f"{origin.file} {origin.number}".encode())])
-    images = (image for part in conversation.media for image in sources_of(part))
-    found = frozenset().union(*(_image_keys(image, origin, roots) for image in images))
-    return found or frozenset([_hash(json.dumps(example, sort_keys=True, default=str).encode())])
+    images = (image for part in conversation.media for image in media_sources(part))
+    keys = frozenset().union(*(_image_keys(image, origin, roots) for image in images))
+    return keys or frozenset([_hash(json.dumps(example, sort_keys=True, default=str).encode())])
 
 
 def _image_keys(source: Any, origin: Origin, roots: tuple[str, ...]) -> set[str]:
@@ -201,13 +201,13 @@ def _image_keys(source: Any, origin: Origin, roots: tuple[str, ...]) -> set[str]
     source, keys = unwrap(source), set()
     if isinstance(source, str | Path):
         try:
-            found = image_source(str(source), roots, origin, "images")
+            content = image_source(str(source), roots, origin, "images")
         except ExampleError:
             return {_hash(str(source).encode())}
-        if isinstance(found, Path):
-            keys.add(_hash(str(found.resolve()).encode()))
-            found = found.read_bytes()
-        source = found
+        if isinstance(content, Path):
+            keys.add(_hash(str(content.resolve()).encode()))
+            content = content.read_bytes()
+        source = content
     return keys | {
         _hash(bytes(source) if isinstance(source, bytes | bytearray | memoryview) else repr(source).encode())
     }

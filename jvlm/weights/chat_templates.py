@@ -26,9 +26,9 @@ def choose(folder: Path, tokenizer: Any) -> tuple[Templates | None, Path]:
     """
     separate, nested = _separate(folder), _nested(folder)
     own = folder / JINJA
-    found = [*((nested, separate) if nested_first() else (separate, nested))]
-    found.append((tokenizer.chat_template, own if own.is_file() else folder / "tokenizer_config.json"))
-    templates, source = next(((t, s) for t, s in found if t), (None, own))
+    candidates = [*((nested, separate) if nested_first() else (separate, nested))]
+    candidates.append((tokenizer.chat_template, own if own.is_file() else folder / "tokenizer_config.json"))
+    templates, source = next(((t, s) for t, s in candidates if t), (None, own))
     templates = _plain(templates, source)
     if isinstance(templates, dict) and "default" not in templates:
         raise UserError(

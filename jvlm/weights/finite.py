@@ -24,18 +24,18 @@ def not_finite(model: VLM) -> list[str]:
     """
     form = families.get(model.config.family).hf
     rules = {rule.path: rule for rule in form.rules(model.config)} if form else {}
-    found = []
+    lines = []
     for path, variable in vlm.variables(model).items():
         bad = np.asarray(_bad(variable.get_value()))
         rule, of = rules.get(path), variable.get_value().size
         if not bad.any():
             continue
         if rule is None or not rule.layered:
-            found.append(f"{rule.name if rule else path}: {bad.sum()} of {of} values")
+            lines.append(f"{rule.name if rule else path}: {bad.sum()} of {of} values")
         else:
             layers = [(rule.first + n * rule.step, count) for n, count in enumerate(bad) if count]
-            found += [f"{rule.name.replace('{i}', str(n))}: {c} of {of // len(bad)} values" for n, c in layers]
-    return found
+            lines += [f"{rule.name.replace('{i}', str(n))}: {c} of {of // len(bad)} values" for n, c in layers]
+    return lines
 
 
 @jax.jit

@@ -135,10 +135,10 @@ def _from_base(
             step=record.step,
             quantize=run_dir.quantization(folder),
         )
-    found = {path: v.get_value() for path, v in vlm.parameters(model).items() if path in wanted}
-    now = fingerprints(list(found.values())).values()
-    record.check(dict(zip(found, now, strict=True)), folder)
-    return {path: value.astype(wanted[path].dtype) for path, value in found.items()}
+    base_values = {path: v.get_value() for path, v in vlm.parameters(model).items() if path in wanted}
+    now = fingerprints(list(base_values.values())).values()
+    record.check(dict(zip(base_values, now, strict=True)), folder)
+    return {path: value.astype(wanted[path].dtype) for path, value in base_values.items()}
 
 
 def _first_device() -> jax.sharding.Sharding:

@@ -163,8 +163,8 @@ class _Reader:
     def __init__(self, entries: list[table.Entry], stored: dict[str, str], tensors, dtypes, aval):
         self.entries, self.stored, self.tensors = entries, stored, tensors
         self.shape, self.dtype = aval.shape, aval.dtype
-        found = tuple(dtypes[stored[e.name]].name for e in entries)
-        self.dtypes = found[0] if len(set(found)) == 1 else found
+        stored_dtypes = tuple(dtypes[stored[e.name]].name for e in entries)
+        self.dtypes = stored_dtypes[0] if len(set(stored_dtypes)) == 1 else stored_dtypes
 
     def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
         if self.entries[0].layer is None:

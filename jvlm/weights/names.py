@@ -30,10 +30,10 @@ def canonical_names(tensors: Tensors, canonical: Callable[[str], str | None], ex
       WeightError: a name under two spellings; the weights of an adapter; quantised weights; a beginning that all names
         have too much; or no name that is expected.
     """
-    found = _by_canonical_name(tensors, canonical)
-    if expected <= set(found):
-        return found
-    raws, matching = tensors.names(), len(expected & set(found))
+    names = _by_canonical_name(tensors, canonical)
+    if expected <= set(names):
+        return names
+    raws, matching = tensors.names(), len(expected & set(names))
     adapters = [raw for raw in raws if _ADAPTER.search(raw)]
     if adapters:
         raise WeightError(
@@ -65,7 +65,7 @@ def canonical_names(tensors: Tensors, canonical: Callable[[str], str | None], ex
             f"{', '.join(raws[:3])}, ..., where {', '.join(sorted(expected)[:3])}, ... are expected: it is another "
             "model, or config.json is another model's"
         )
-    return found
+    return names
 
 
 def _prefixes(names: list[str]) -> list[str]:

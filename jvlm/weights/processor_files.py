@@ -89,7 +89,7 @@ def read(folder: Path) -> ProcessorFiles:
     nested = read_object_if_there(folder / PROCESSOR)
 
     def choose(part: str, *files: str) -> Settings | None:
-        found = [
+        candidates = [
             Settings(read_object_if_there(folder / file), str(folder / file))
             for file in files
             if (folder / file).is_file()
@@ -98,8 +98,10 @@ def read(folder: Path) -> ProcessorFiles:
         if inner is not None and not isinstance(inner, dict):
             Settings(nested, str(folder / PROCESSOR)).refuse(part, "write an object")
         if inner is not None:
-            found.insert(0 if nested_first() else len(found), Settings(inner, f"{folder / PROCESSOR}, {part}"))
-        return found[0] if found else None
+            candidates.insert(
+                0 if nested_first() else len(candidates), Settings(inner, f"{folder / PROCESSOR}, {part}")
+            )
+        return candidates[0] if candidates else None
 
     return ProcessorFiles(
         choose("image_processor", IMAGE),

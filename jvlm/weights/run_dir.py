@@ -91,9 +91,9 @@ def checkpoints(folder: Path) -> epath.Path:
 
 def steps(folder: Path) -> list[int]:
     """Steps whose checkpoints are complete, ascending."""
-    found = [p.parent for p in checkpoints(folder).glob("*/params") if p.parent.name.isdigit()]
+    folders = [p.parent for p in checkpoints(folder).glob("*/params") if p.parent.name.isdigit()]
     # on disk a step is given its name when it is whole; in a store, a file more
-    return sorted(int(p.name) for p in found if ocp.utils.is_checkpoint_finalized(p))
+    return sorted(int(p.name) for p in folders if ocp.utils.is_checkpoint_finalized(p))
 
 
 def split_best(folder: Path) -> tuple[Path, Literal["best"] | None]:
@@ -166,9 +166,9 @@ def load(
     model, own = vlm.abstract(config), quantization(folder)
     if own is not None:
         model = quantized_template(model, own)
-    found = adapter_plan.read(folder)
-    if found is not None:
-        model = attach.structure(model, found)
+    saved_plan = adapter_plan.read(folder)
+    if saved_plan is not None:
+        model = attach.structure(model, saved_plan)
     values = frozen.read_all(folder, source, config, wanted_arrays(model, sharding))
     model = vocabulary.grow(vlm.bind(model, values), processor.model)
     if quantize is not None and own is None:
@@ -388,22 +388,22 @@ def read_arrays(
         (lambda work: work()) if all(w.sharding.is_fully_addressable for w in wanted.values()) else hosts.run_on_all
     )
 
-    def compare(found: dict[str, jax.Array]) -> None:
-        now = {} if saved is None else fingerprints(found)
-        changed = [path for path in found if saved is not None and now[f"[{path!r}]"] != saved.get(path)]
+    def compare(restored: dict[str, jax.Array]) -> None:
+        now = {} if saved is None else fingerprints(restored)
+        changed = [path for path in restored if saved is not None and now[f"[{path!r}]"] != saved.get(path)]
         if changed:
             raise damaged(source.parent, changed)
 
     if all(arrays.dtype(path) == want.dtype for path, want in wanted.items()):
-        found = agreed(lambda: _restore(source, dict(wanted)))
-        compare(found)
-        return found
-    found = {}
+        restored = agreed(lambda: _restore(source, dict(wanted)))
+        compare(restored)
+        return restored
+    restored = {}
     for path, want in wanted.items():
         value = agreed(lambda path=path, want=want: _read_as_stored(arrays, path, want))
         compare({path: value})
-        found[path] = value.astype(want.dtype).block_until_ready()
-    return found
+        restored[path] = value.astype(want.dtype).block_until_ready()
+    return restored
 
 
 def _restore(source: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

@@ -112,19 +112,19 @@ def _entries(rules: Iterable[Rule], sizes: dict[str, int], shapes) -> Iterator[E
             yield Entry(name, rule.path, layer, rule.pattern, stored, used)
 
 
-def check(expected: Iterable[Entry], found: dict[str, tuple[int, ...]], source: str) -> None:
+def check(expected: Iterable[Entry], actual: dict[str, tuple[int, ...]], source: str) -> None:
     """Compare a checkpoint's tensors (canonical name -> shape) with the expected ones.
 
     Raises:
       WeightError: one error listing every missing, extra and wrongly shaped tensor.
     """
     expected = {e.name: e.shape for e in expected}
-    lines = [f"missing: {name} {expected[name]}" for name in expected if name not in found]
-    lines += [f"unexpected: {name} {found[name]}" for name in sorted(found) if name not in expected]
+    lines = [f"missing: {name} {expected[name]}" for name in expected if name not in actual]
+    lines += [f"unexpected: {name} {actual[name]}" for name in sorted(actual) if name not in expected]
     lines += [
-        f"wrong shape: {name} is {found[name]}, expected {expected[name]}"
+        f"wrong shape: {name} is {actual[name]}, expected {expected[name]}"
         for name in expected
-        if name in found and tuple(found[name]) != expected[name]
+        if name in actual and tuple(actual[name]) != expected[name]
     ]
     if lines:
         raise WeightError(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from jvlm import cli
 from jvlm.data.check import check
-from jvlm.data.content import sources_of
+from jvlm.data.content import media_sources
 from jvlm.data.conversion import convert
 from jvlm.data.errors import ExampleError
 from jvlm.data.example_source import ExampleSource
@@ -112,7 +112,7 @@ def _opened(path: str) -> list[list[np.ndarray]]:
     source, found = ExampleSource([path]), []
     for origin, example in map(source.__getitem__, range(len(source))):
         conversation = parse_example(example, origin)
-        media = [source for part in conversation.media for source in sources_of(part)]
+        media = [source for part in conversation.media for source in media_sources(part)]
         found.append([np.asarray(open_image(image, origin=origin)) for image in media])
     return found
 

@@ -55,7 +55,7 @@ def whole(tiny, examples):
     folder, lines = examples
     path, output = folder / "whole.jsonl", folder / "whole_out.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert answer(tiny, path, output) == FileResult(answered=5, bad=0, found=0)
+    assert answer(tiny, path, output) == FileResult(answered=5, bad=0, existing=0)
     return path, output.read_bytes()
 
 
@@ -77,7 +77,7 @@ def test_an_interrupted_output_is_continued_to_the_same_bytes(tiny, whole, tmp_p
     output = tmp_path / "out.jsonl"
     output.write_bytes(expected[: int(kept * len(expected))])
     found = expected[: int(kept * len(expected))].count(b"\n")
-    assert answer(tiny, path, output) == FileResult(answered=5 - found, bad=0, found=found)
+    assert answer(tiny, path, output) == FileResult(answered=5 - found, bad=0, existing=found)
     assert output.read_bytes() == expected
 
 
@@ -85,7 +85,7 @@ def test_a_finished_output_is_left_alone(tiny, whole, tmp_path):
     path, expected = whole
     output = tmp_path / "out.jsonl"
     output.write_bytes(expected)
-    assert answer(tiny, path, output) == FileResult(answered=0, bad=0, found=5)
+    assert answer(tiny, path, output) == FileResult(answered=0, bad=0, existing=5)
     assert output.read_bytes() == expected
 
 
@@ -116,13 +116,13 @@ def test_a_bad_example_stops_with_its_name_and_keeps_the_answers_before_it(tiny,
 def test_bad_examples_are_skipped_counted_and_not_tried_again(tiny, examples, data, tmp_path, capsys):
     lines = ["{not json", examples[1][1], {"messages": []}, examples[1][3]]
     path, output = data(lines, "skip.jsonl"), tmp_path / "out.jsonl"
-    assert answer(tiny, path, output, on_bad_example="skip") == FileResult(answered=2, bad=2, found=0)
+    assert answer(tiny, path, output, on_bad_example="skip") == FileResult(answered=2, bad=2, existing=0)
     found = read(output)
     assert ["error" in line for line in found] == [True, False, True, False]
     assert "skip.jsonl, line 1" in found[0]["error"]
     assert found[2]["messages"] == []
     assert "2 examples answered, 2 bad examples" in capsys.readouterr().out
-    assert answer(tiny, path, output, on_bad_example="skip") == FileResult(answered=0, bad=0, found=4)
+    assert answer(tiny, path, output, on_bad_example="skip") == FileResult(answered=0, bad=0, existing=4)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_an_example_whose_scores_overflow_is_its_own_error_and_its_neighbours_ar
     with pytest.raises(ExampleError, match=r"overflow\.jsonl, line 2, field 'messages': no answer: .* not finite"):
         answer(tiny, path, output)
     assert len(read(output)) == 1
-    assert answer(tiny, path, output, on_bad_example="skip") == FileResult(answered=1, bad=1, found=1)
+    assert answer(tiny, path, output, on_bad_example="skip") == FileResult(answered=1, bad=1, existing=1)
     assert ["error" in line for line in read(output)] == [False, True, False]
 
 

@@ -156,7 +156,7 @@ def test_every_bad_example_is_its_own_error_line_and_the_good_ones_are_answered(
     capsys.readouterr()
     assert cli.main(["generate", *options]) == 0
     assert (
-        "0 examples answered, 0 bad examples, 14 examples found done (10 of them with an error)"
+        "0 examples answered, 0 bad examples, 14 examples already done (10 of them with an error)"
         in capsys.readouterr().out
     )
     (folder / "out.jsonl").write_bytes(b"")

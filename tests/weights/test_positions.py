@@ -25,5 +25,5 @@ def test_interpolation_equals_torch(old, new, offset, class_token):
 
 
 def test_a_table_that_is_not_square_is_refused():
-    with pytest.raises(UserError, match="50 places is not square"):
+    with pytest.raises(UserError, match="50 vectors is not square"):
         resize_positions(np.zeros((50, 3), np.float32), 7)

@@ -133,8 +133,8 @@ class OptimizerConfig:
 
         A group is a pattern of ``lr_pattern``, or else a tower; parameters that LoRA+ trains faster are another one.
         """
-        found = [pair for pair in self.lr_pattern if fnmatch.fnmatchcase(path, pair[0])]
-        name, rate = found[0] if found else (tower_of(path), self.rate_of(tower_of(path)))
+        pairs = [pair for pair in self.lr_pattern if fnmatch.fnmatchcase(path, pair[0])]
+        name, rate = pairs[0] if pairs else (tower_of(path), self.rate_of(tower_of(path)))
         if self.lora_plus_ratio is not None and path.endswith(_LORA_PLUS):
             return f"{name} lora+", rate * self.lora_plus_ratio
         return name, rate

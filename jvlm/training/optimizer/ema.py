@@ -43,5 +43,5 @@ def track_ema(decay: float) -> optax.GradientTransformation:
 
 def ema_of(opt_state: Any, like: dict[str, jax.Array]) -> dict[str, jax.Array] | None:
     """Return the average in an optimizer's state, in the dtypes of ``like``; None where there is none."""
-    found = [part for part in opt_state if isinstance(part, EmaState)] if isinstance(opt_state, tuple) else []
-    return {path: value.astype(like[path].dtype) for path, value in found[0].ema.items()} if found else None
+    states = [part for part in opt_state if isinstance(part, EmaState)] if isinstance(opt_state, tuple) else []
+    return {path: value.astype(like[path].dtype) for path, value in states[0].ema.items()} if states else None

@@ -75,13 +75,13 @@ def load(
       WeightError: another family or size, or tensors that are wrong, missing or superfluous, all of them listed.
     """
     folder = Path(folder)
-    backbone, found = _open(folder)
-    _check_same(folder, backbone, found, config)
-    variables, expected = _expected(backbone, found, precision)
+    backbone, tower_config = _open(folder)
+    _check_same(folder, backbone, tower_config, config)
+    variables, expected = _expected(backbone, tower_config, precision)
     with safetensors_files.Tensors(folder) as tensors:
         stored = hf.match(tensors, backbone.canonical, expected)
         hf.read_parameters(variables, expected, stored, tensors, sharding)
-    return _resized(variables, found, config)
+    return _resized(variables, tower_config, config)
 
 
 def _expected(
@@ -112,30 +112,30 @@ def fill(model: VLM, folders: Iterable[str | Path], sharding: hf.ShardingOf | No
     for folder in folders:
         backbone, _ = _open(Path(folder))
         tower = getattr(model.config, backbone.tower)
-        found = load(folder, tower, model.config.precision, sharding)
-        values.update((path, variable.get_value()) for path, variable in found.items())
+        variables = load(folder, tower, model.config.precision, sharding)
+        values.update((path, variable.get_value()) for path, variable in variables.items())
     return vlm.bind(model, values)
 
 
-def _check_same(folder: Path, backbone: Backbone, found: TowerConfig, config: TowerConfig) -> None:
+def _check_same(folder: Path, backbone: Backbone, stored: TowerConfig, config: TowerConfig) -> None:
     free = {"grid", "image_mean", "image_std", "mrope_section", "max_position_embeddings"}
     differences = [
-        f"{field.name}: {getattr(found, field.name)!r} in the folder, {getattr(config, field.name, None)!r} here"
-        for field in dataclasses.fields(found)
-        if field.name not in free and getattr(found, field.name) != getattr(config, field.name, None)
+        f"{field.name}: {getattr(stored, field.name)!r} in the folder, {getattr(config, field.name, None)!r} here"
+        for field in dataclasses.fields(stored)
+        if field.name not in free and getattr(stored, field.name) != getattr(config, field.name, None)
     ]
-    if getattr(config, "vocab_size", 0) > getattr(found, "vocab_size", 0):
+    if getattr(config, "vocab_size", 0) > getattr(stored, "vocab_size", 0):
         differences = [line for line in differences if not line.startswith("vocab_size:")]
     if differences:
         raise WeightError(f"{folder} holds another {backbone.tower}:\n  " + "\n  ".join(differences))
 
 
-def _resized(variables: dict[str, nnx.Variable], found: TowerConfig, config: TowerConfig) -> dict[str, nnx.Variable]:
+def _resized(variables: dict[str, nnx.Variable], stored: TowerConfig, config: TowerConfig) -> dict[str, nnx.Variable]:
     """Position tables at the wanted size; new words begin as the mean of the old ones."""
-    if isinstance(found, ViTConfig) and found.grid != config.grid:
+    if isinstance(stored, ViTConfig) and stored.grid != config.grid:
         old = np.asarray(variables["encoder.positions"].get_value())
-        _replace(variables["encoder.positions"], resize_positions(old, config.grid, class_token=found.class_token))
-    elif isinstance(found, TransformerConfig) and found.vocab_size < config.vocab_size:
+        _replace(variables["encoder.positions"], resize_positions(old, config.grid, class_token=stored.class_token))
+    elif isinstance(stored, TransformerConfig) and stored.vocab_size < config.vocab_size:
         for path in vocabulary.TOKEN_AXIS.keys() & variables.keys():
             old = variables[path].get_value()
             _replace(variables[path], vocabulary.with_rows(old, config.vocab_size, vocabulary.TOKEN_AXIS[path]))
