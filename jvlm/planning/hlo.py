@@ -114,19 +114,19 @@ def read(text: str, branch_frequency: Mapping[str, float] = MappingProxyType({})
     """
     program = _parse(text)
     partitions = int(named[1]) if (named := re.search(r"\bnum_partitions=(\d+)", text)) else 1
-    collectives, flops, hbm = [], 0.0, 0.0
+    transfers, flops, hbm = [], 0.0, 0.0
     for name, times in _times(program, branch_frequency).items():
         fused = name in program.fused
         inside = {i.name: i for i in program.computations[name]}
         for one in inside.values():
             kind = _kind(one)
             if kind:
-                collectives.append(_collective(one, kind, name, times, inside, partitions))
+                transfers.append(_collective(one, kind, name, times, inside, partitions))
             if one.opcode in ("dot", "convolution"):
                 flops += times * _product_flops(one, inside)
             if not fused and one.opcode not in _FREE:
                 hbm += times * _moved(one, inside, program)
-    return Traffic(tuple(collectives), flops, hbm, _saved_activations(program))
+    return Traffic(tuple(transfers), flops, hbm, _saved_activations(program))
 
 
 def _saved_activations(program: _Program) -> float:
