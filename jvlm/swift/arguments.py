@@ -101,6 +101,7 @@ class DataArguments:
       val_dataset: files to measure the loss on.
       split_dataset_ratio: share of ``dataset`` that is held out instead, by image. None is 0; with --eval_steps or
         --eval_strategy, and no val_dataset, 0.01.
+      columns: new names of the examples' fields, as a JSON object: '{"question": "query", "raw": "_"}'; "_" hides one.
       media_root: folder for relative media paths, after the data file's own.
       strict: stop at an example that cannot be used, in place of leaving it out.
       max_length: longest conversation in tokens; None allows all.
@@ -114,6 +115,7 @@ class DataArguments:
     dataset: tuple[str, ...] = ()
     val_dataset: tuple[str, ...] = ()
     split_dataset_ratio: float | None = None
+    columns: str | None = None
     media_root: str | None = None
     strict: bool = False
     max_length: int | None = None

@@ -16,6 +16,7 @@ from jvlm.quantization.config import QuantizationConfig
 from jvlm.swift.arguments import ModelArguments, TrainingArguments, TrainingHubArguments, TunerArguments
 from jvlm.swift.batches import Batches
 from jvlm.swift.checkpoints import CheckpointFolders
+from jvlm.swift.columns import columns_of
 from jvlm.training.config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -91,6 +92,7 @@ def data_config(arguments: TrainingArguments) -> DataConfig:
     workers = data.dataloader_num_workers
     return DataConfig(
         train=data.dataset,
+        columns=columns_of(data.columns),
         media_root=data.media_root,
         seq_len=data.packing_length or "auto",
         max_patches="auto",

@@ -42,6 +42,7 @@ class ExportArguments(MergeArguments):
       quant_bits: bits of gptq, awq and rtn.
       group_size: inputs that share a scale; it must divide the language model's widths.
       dataset: conversations to calibrate gptq and awq on; with them the error of the outputs is measured.
+      columns: new names of its examples' fields, as in jvlm sft.
       load_data_args: calibrate on the conversations that the checkpoint was trained on.
       media_root: folder for relative media paths of dataset, after the data file's own.
       quant_n_samples: how many conversations.
@@ -62,6 +63,7 @@ class ExportArguments(MergeArguments):
     quant_bits: Literal[4, 8] = 4
     group_size: int = 128
     dataset: tuple[str, ...] = ()
+    columns: str | None = None
     load_data_args: bool = False
     media_root: str | None = None
     quant_n_samples: int = 256

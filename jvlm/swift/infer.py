@@ -18,6 +18,7 @@ from jvlm.inference.sampling import SamplingConfig
 from jvlm.progress import Progress
 from jvlm.swift import checkpoint_model, results, saved
 from jvlm.swift.checkpoint_model import Checkpoint
+from jvlm.swift.columns import source_of
 from jvlm.swift.experiment import processor_config
 from jvlm.swift.infer_arguments import AnswerArguments, InferArguments
 from jvlm.training.side_files import read_json
@@ -77,12 +78,12 @@ def data_of(answers: AnswerArguments, checkpoint: Checkpoint) -> ExampleSource |
       UserError: the run of the checkpoint validated on nothing.
     """
     if answers.val_dataset:
-        return ExampleSource(answers.val_dataset)
+        return source_of(answers.val_dataset, answers.columns)
     if not answers.load_data_args:
         return None
     values = saved.read(checkpoint.folder)
     if values["val_dataset"]:
-        return ExampleSource(values["val_dataset"])
+        return source_of(values["val_dataset"], values.get("columns"))
     path = checkpoint.folder.parent / SPLIT
     split = read_json(path, "give --val_dataset")
     if split is None:
@@ -90,7 +91,7 @@ def data_of(answers: AnswerArguments, checkpoint: Checkpoint) -> ExampleSource |
             f"--load_data_args true: the run of {checkpoint.folder} held nothing out ({path} is not there). Give "
             "--val_dataset, or train with --split_dataset_ratio 0.01"
         )
-    source = ExampleSource(values["dataset"])
+    source = source_of(values["dataset"], values.get("columns"))
     if source.counts() != split["counts"]:
         raise UserError(
             f"--load_data_args true: {', '.join(values['dataset'])} has changed since the run held examples out of it "

@@ -18,6 +18,7 @@ class AnswerArguments:
       ckpt_dir: the same, by an older name.
       val_dataset: JSONL files whose conversations are answered; FILE#N takes N of them. Without data there is a
         conversation in the terminal.
+      columns: new names of the examples' fields, as in jvlm sft.
       load_data_args: answer what the run validated on: its val_dataset, or the examples that it held out.
       result_path: JSONL file of answers, one that is unfinished is continued; None is infer_result/DATE-TIME.jsonl in
         the checkpoint's folder.
@@ -35,6 +36,7 @@ class AnswerArguments:
     adapters: tuple[str, ...] = ()
     ckpt_dir: str | None = None
     val_dataset: tuple[str, ...] = ()
+    columns: str | None = None
     load_data_args: bool = False
     result_path: str | None = None
     max_batch_size: int = 1

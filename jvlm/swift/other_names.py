@@ -120,7 +120,6 @@ _NO_RL = "jvlm trains on answers (sft, pt) only"
 
 REFUSED: Mapping[str, Refusal] = {
     "tuner_backend": Refusal("jvlm's adapters are PEFT's formats with code of its own; leave it out", ("peft",)),
-    "columns": Refusal("rename the fields in the file, as with jq -c '.messages = .chat | del(.chat)'", _OFF),
     "freeze_parameters": Refusal(_BY_PATH, _OFF),
     "freeze_parameters_regex": Refusal(_BY_PATH, _OFF),
     "freeze_parameters_ratio": Refusal(_BY_PATH, ("0", "0.0", *_OFF)),

@@ -33,12 +33,12 @@ def quantize(arguments: ExportArguments, checkpoint: Checkpoint, trained: Checkp
       UserError: a method that needs data without any; data of which nothing can be used; a folder that is not empty.
     """
     from jvlm.adapters import merge as merging
-    from jvlm.data.example_source import ExampleSource
     from jvlm.quantization.calibration import RoundingConfig
     from jvlm.quantization.export import export_quantized
+    from jvlm.swift.columns import source_of
 
     config = RoundingConfig(arguments.quant_method, bits=arguments.quant_bits, group_size=arguments.group_size)
-    dataset, media_root = _data(arguments, trained)
+    dataset, media_root, columns = _data(arguments, trained)
     if config.needs_examples and not dataset:
         raise UserError(
             f"--quant_method {config.method} needs conversations to calibrate on: give --dataset FILE, or "
@@ -47,7 +47,7 @@ def quantize(arguments: ExportArguments, checkpoint: Checkpoint, trained: Checkp
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; give another --output_dir")
     # before the model is loaded, which takes long
-    source = ExampleSource(dataset) if dataset else None
+    source = source_of(dataset, columns) if dataset else None
     model, processor, _ = checkpoint_model.load(checkpoint, arguments.torch_dtype)
     model = model if model.adapters is None else merging.merge(model)
     examples = None
@@ -58,14 +58,15 @@ def quantize(arguments: ExportArguments, checkpoint: Checkpoint, trained: Checkp
     print(f"{rounded.report()}\nwrote {folder}")
 
 
-def _data(arguments: ExportArguments, trained: Checkpoint) -> tuple[tuple[str, ...], str | None]:
-    """Return the files to calibrate on, and the folder of their media."""
+def _data(arguments: ExportArguments, trained: Checkpoint) -> tuple[tuple[str, ...], str | None, str | None]:
+    """Return the files to calibrate on, the folder of their media, and new names of their columns."""
     if not arguments.load_data_args:
-        return arguments.dataset, arguments.media_root
+        return arguments.dataset, arguments.media_root, arguments.columns
     if arguments.dataset:
         raise UserError("--load_data_args true takes the data of the run: leave out --dataset")
     values = saved.read(trained.folder)
-    return tuple(values["dataset"]), arguments.media_root or values.get("media_root")
+    media_root, columns = (getattr(arguments, name) or values.get(name) for name in ("media_root", "columns"))
+    return tuple(values["dataset"]), media_root, columns
 
 
 def _batches(

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 import jvlm
 from jvlm import cli, configs
+from jvlm.data.example_source import ExampleSource
 from tests.swift.test_words import CANONICAL
 from tests.training.support import write_examples
 
@@ -67,6 +68,19 @@ def test_the_line_stands_for_an_experiment_whose_sizes_come_from_the_data(tiny, 
     assert experiment.data.batch_size == 1
     assert experiment.data.seq_len % 64 == 0
     assert "--attn_impl has no use here" in capsys.readouterr().err
+
+
+def test_columns_of_other_names_are_read_by_those_that_are_given(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [{"my_q": f"what is {n}?", "my_a": f"it is {n}", "raw": n} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    columns = '{"my_q": "query", "my_a": "response", "raw": "_"}'
+    words = ["sft", "--model", str(tiny.folder), "--dataset", "rows.jsonl", "--max_length", "256"]
+    assert cli.main([*words, "--columns", columns, "--write_config", "run.py"]) == 0
+    experiment = configs.load("run.py")
+    assert experiment.data.columns == ("my_q=query", "my_a=response", "raw=_")
+    _, record = ExampleSource.of(experiment.data)[3]
+    assert [turn["content"] for turn in record["messages"]] == ["what is 3?", "it is 3"]
 
 
 @pytest.mark.parametrize(

@@ -113,9 +113,11 @@ def test_what_an_argument_becomes(facts, line, path, value):
 @pytest.mark.parametrize(
     ("line", "field", "value"),
     [
-        ("", "loss", "answers"),
+        ("", "loss", None),  # every answer; of documents, which have none, all
         ("--loss_scale last_round", "loss", "last_answer"),
         ("--loss_scale all", "loss", "all"),
+        ("", "columns", ()),
+        ("""--columns '{"q": "query", "raw": "_"}'""", "columns", ("q=query", "raw=_")),
         ("", "curves", "dataset"),
         ("--enable_channel_loss true", "curves", "channel"),
     ],
@@ -123,6 +125,17 @@ def test_what_an_argument_becomes(facts, line, path, value):
 def test_what_an_argument_says_of_the_data(line, field, value):
     parsed = parse(TrainingArguments, shlex.split(f"--model DIR --dataset examples.jsonl {line}"), "jvlm sft")
     assert getattr(data_config(parsed.arguments), field) == value
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [("q=query", "--columns q=query is not JSON"), ("[1]", "is not an object"), ('{"q": 1}', "is not an object")],
+)
+def test_columns_that_are_no_names_are_refused_with_an_example(columns, message):
+    parsed = parse(TrainingArguments, ["--dataset", "a.jsonl", "--columns", columns], "jvlm sft")
+    with pytest.raises(UserError, match=message) as refused:
+        data_config(parsed.arguments)
+    assert """'{"question": "query", "raw": "_"}'""" in str(refused.value)
 
 
 @pytest.mark.parametrize(

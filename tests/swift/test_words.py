@@ -95,7 +95,6 @@ def test_spellings(line, name, value):
         ("--train_type lor", "one of lora, full"),
         ("--report_to wandb", "take tensorboard"),
         ("--sequence_parallel_size 2", "--parallel.context"),
-        ('--columns \'{"q": "query"}\'', "jq"),
         ("--rlhf_type dpo", "sft, pt"),
         ("--tuner_backend unsloth", "leave it out"),
         ("--hub_strategy push_last", "take end"),
