@@ -20,6 +20,7 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,8 @@ from jvlm_kernels import (
     linear_cross_entropy_sum,
     segment_attention,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, Python looks beside it only
 
 from tools.timing import compile_all, seconds
 

@@ -1,6 +1,6 @@
 """Compile the cross-entropy of a vocabulary for TPUs and GPUs with the real compilers, on any machine.
 
-    PYTHONPATH=.venv/tpu-compiler:.venv/gpu-compiler python -m tools.compile_losses v5e:2x2 v5p:2x2x1 a100 h200
+    PYTHONPATH=.venv/tpu-compiler:.venv/gpu-compiler python tools/compile_losses.py v5e:2x2 v5p:2x2x1 a100 h200
 
 It needs no TPU and no GPU, only the compilers, which `make test` installs into those folders. It prints a Markdown row
 for each form of the loss, value and both gradients in bfloat16, all tokens supervised: temporary memory, FLOP and
@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from jvlm.planning.environment import WITHOUT_A_GPU, WITHOUT_A_TPU
 
@@ -26,6 +27,9 @@ from jvlm_kernels.platforms import compiling_for
 
 from jvlm.planning import gpus, hlo
 from jvlm.planning.chips import CHIPS
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, Python looks beside it only
+
 from tools.bench_kernels import each, plain_logits, summed, title_of
 
 COLUMNS = "temporary memory, MiB", "TFLOP", "GB moved", "products, ms", "memory, ms"

@@ -25,6 +25,8 @@ from jvlm_kernels.attention import gpu, tuning
 from jvlm_kernels.attention.api import AttentionSpec
 from jvlm_kernels.attention.block_plan import logsumexp_and_delta
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, Python looks beside it only
+
 from tools.timing import compile_all, seconds
 
 SEED = 0

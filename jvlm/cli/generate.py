@@ -21,7 +21,7 @@ class Generate:
 
     Attributes:
       model: the model that answers, how, and on which devices.
-      prompt: the question; <image> tags say where images go (default: in front).
+      prompt: the question; <image> tags say where images go, and without tags they come first.
       image: an image of the prompt; may be repeated.
       data: JSONL file of conversations to answer.
       output: JSONL file to write; an unfinished one is continued.

@@ -40,8 +40,7 @@ class ModelOptions:
 
     Attributes:
       model: a Hugging Face folder, a jvlm run folder, or an id on the Hub (ORG/NAME, ORG/NAME@REVISION).
-      adapters: adapters on that model, as name=folder; requests name one of them, or none. One folder without a name is
-        the adapter of all requests.
+      adapters: NAME=FOLDER of each adapter, of which a request names one or none; or one FOLDER, for all requests.
       param_dtype: dtype of the parameters; None is float32.
       images: what to change about the image processor.
       sampling: how answers are made.

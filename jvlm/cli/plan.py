@@ -37,10 +37,10 @@ class PlanOptions:
       prompt: prefill: tokens of a prompt; None takes a packed sequence of the config.
       patches: prefill: patches of a prompt; None takes those of a packed sequence of the config.
       cache_len: prefill and decode: tokens that the cache has room for; None takes the prompt's.
-      price: of a chip-hour.
+      price: of a chip-hour; the plan then tells what the run costs.
       suggest: minutes in which to try other topologies, settings and batches of the training step.
-      collectives: folder whose lists of collectives to compare with.
-      update: write those lists instead.
+      collectives: folder of earlier lists of collectives, to compare this program's with.
+      update: write the lists of --collectives instead of comparing.
       json: JSON file to write.
       chart: PNG file to write.
     """
@@ -72,8 +72,8 @@ class PlanCommand:
         jvlm plan mimo_vl/stage4 --what decode --topology v5e:2x4 --batch_size 64 --cache_len 8192
         jvlm plan mimo_vl/stage4 --what prefill --topology v5e:2x4 --batch_size 1 --prompt 32768 --patches 65536
 
-    Neither TPUs nor GPUs are used: their compilers are (pip install libtpu; jax-cuda13-pjrt and jax-cuda13-plugin of
-    jax's version). Memory is the compiler's. Times are bounds from the chips' data sheets: nothing was measured, and
+    It needs their compilers and no TPU or GPU (pip install libtpu, or jax-cuda13-pjrt and jax-cuda13-plugin of jax's
+    version). Memory is the compiler's. Times are bounds from the chips' data sheets: nothing was measured, and
     no run will be faster. Fields of the experiment are options too: `jvlm plan CONFIG --help` lists them.
 
     Attributes:

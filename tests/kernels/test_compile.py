@@ -64,7 +64,7 @@ def test_forward_and_backward_compile_for_gpu_at_real_shapes(gpu):
 @pytest.mark.parametrize(("device", "compiler"), [("v5p:2x2x1", "tpu-compiler"), ("h200", "gpu-compiler")])
 def test_losses_compile_at_real_shapes_without_all_logits(device, compiler):
     """8,192 tokens of 4,096 against 151,936 words, whose logits take 4.6 GiB; the kernel's gradient in float32, 2.3."""
-    result = with_compiler(compiler, "-m", "tools.compile_losses", device, "--json")
+    result = with_compiler(compiler, "tools/compile_losses.py", device, "--json")
     assert result.returncode == 0, result.stderr[-4000:]
     found = {line["loss"]: line for line in map(json.loads, result.stdout.splitlines())}
     one = 2 * 8192 * 4096 * 151936 / 1e12

@@ -9,6 +9,7 @@ Decoding is the time of ``--new`` tokens less that of one. Bytes that a step of 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +26,9 @@ from jvlm.models.layers import Precision
 from jvlm.training import flops
 from jvlm.training.starting_model import random_model
 from jvlm.training.trainer import split
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, Python looks beside it only
+
 from tools.gpu import workload
 from tools.gpu.device_trace import device_seconds
 from tools.timing import seconds

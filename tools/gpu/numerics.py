@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ from jvlm_kernels import (
     linear_cross_entropy_sum,
     segment_attention,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, Python looks beside it only
 
 from tools.timing import compile_all
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -22,6 +24,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
 from jvlm.units import GIB
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, Python looks beside it only
+
 from tools.bench import torch_inputs
 from tools.gpu import workload
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -32,6 +33,9 @@ from jvlm.training.config import Experiment, OptimizerConfig
 from jvlm.training.starting_model import random_model
 from jvlm.training.trainer import split
 from jvlm.units import GIB
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, Python looks beside it only
+
 from tools.gpu import workload
 from tools.gpu.device_trace import device_seconds
 
