@@ -93,7 +93,7 @@ def convert(
     if stores.is_remote(output):
         raise UserError(f"{output}: shards are written to this machine's disk. Give a folder on it, and copy that")
     output = Path(output)
-    source = ExampleSource(files, options)
+    source = ExampleSource(files, options, to_convert=True)
     work = _Work(source, examples_per_shard, media_root, on_bad_example == "skip", on_rejected)
     with _unfinished(output) as folder, Progress(total=len(source), desc="converting", unit="example") as bar:
         for name in folder.iterdir():  # of other files or settings, or begun by a process that was killed

@@ -17,8 +17,9 @@ from jvlm.data.config import DataConfig
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.formats.detection import Detected, detect
 from jvlm.data.formats.example_format import FormatOptions
-from jvlm.data.readers import shard_set
+from jvlm.data.readers import folder, shard_set
 from jvlm.data.readers.array_record import Shard
+from jvlm.data.readers.reader import MediaReader
 from jvlm.data.readers.registry import open_file
 from jvlm.errors import UserError
 from jvlm.hub import datasets
@@ -50,6 +51,7 @@ class ExampleSource:
         Hub (`jvlm.hub.datasets`). ``PATTERN#N`` takes N of their examples (`jvlm.data.take`).
       options: the format of the records, and what is read as what. The format of each pattern is decided on its first
         100 records, when an example is first asked for.
+      to_convert: whether files may be read that only `jvlm data convert` takes.
 
     Raises:
       UserError: a pattern that matches nothing.
@@ -57,7 +59,7 @@ class ExampleSource:
         or mixed with another. Names every such file.
     """
 
-    def __init__(self, patterns: Sequence[str], options: FormatOptions = FormatOptions()):
+    def __init__(self, patterns: Sequence[str], options: FormatOptions = FormatOptions(), *, to_convert: bool = False):
         by_pattern = [_find(pattern) for pattern in patterns]
         found = [pair for pairs in by_pattern for pair in pairs]
         if not found:
@@ -67,7 +69,7 @@ class ExampleSource:
         self._readers = []
         for path in self.files:
             try:
-                self._readers.append(open_file(path))
+                self._readers.append(open_file(path, to_convert=to_convert))
             except UserError as error:
                 problems.append(str(error))
         shards = [(reader.path, len(reader), reader.mark) for reader in self._readers if isinstance(reader, Shard)]
@@ -112,13 +114,17 @@ class ExampleSource:
         """Return an example, and what was done to it."""
         index = index if self._chosen is None else int(self._chosen[index])
         file = int(np.searchsorted(self._starts, index, side="right")) - 1
-        origin, record = self._raw(file, index - int(self._starts[file]))
+        within, reader = index - int(self._starts[file]), self._readers[file]
+        origin, record = self._raw(file, within)
         if isinstance(record, ExampleError):
             return Read(origin, record)
         try:
-            return Read(origin, *self._format_of(file).convert(record, origin))
+            converted, untagged = self._format_of(file).convert(record, origin)
+            if isinstance(reader, MediaReader):
+                converted = reader.resolve(converted, within, origin)
         except ExampleError as error:
             return Read(origin, error)
+        return Read(origin, converted, untagged)
 
     def _raw(self, file: int, within: int) -> tuple[Origin, Any]:
         reader = self._readers[file]
@@ -174,6 +180,9 @@ def _find(pattern: str) -> list[tuple[str, epath.Path]]:
         if not originals:
             raise UserError(f"no data file matches {pattern!r}")
         return [(str(path), original) for path, original in zip(stores.fetch(originals), originals, strict=True)]
+    named = folder.split_name(pattern)
+    if named is not None:
+        return [(path, epath.Path(path)) for path in folder.files_of(*named)]
     # a name may hold the characters of a glob
     paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     if not paths:
@@ -192,8 +201,8 @@ def _problems_of_names(found: Sequence[tuple[str, epath.Path]]) -> list[str]:
         seen[real] = path
         folders[str(original.parent)].append(original)
     for originals in folders.values():
-        folder = originals[0].parent
+        parent = originals[0].parent
         problems += shard_set.problems_of_names(
-            folder, [file.name for file in originals], [file.name for file in folder.iterdir()]
+            parent, [file.name for file in originals], [file.name for file in parent.iterdir()]
         )
     return problems

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from jvlm.data.readers.parquet import Parquet
 
 CARD = "README.md"
-_READ = (".jsonl", ".json", ".arrayrecord", ".parquet")
-_NOT_READ = {".tar": "webdataset", ".csv": "CSV", ".tsv": "TSV", ".arrow": "Arrow", ".zip": "zip", ".gz": "gzip"}
+_READ = (".jsonl", ".json", ".arrayrecord", ".parquet", ".arrow", ".csv", ".tsv", ".tar")
+_NOT_READ = {".zip": "zip", ".gz": "gzip"}
 _MEDIA = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _SPLITS = {
     "train": ("train", "training"),
@@ -62,7 +62,7 @@ def fetch(dataset: str | DatasetId) -> list[Path]:
     text = (downloads.fetch(pinned, "dataset", cards) / CARD).read_text(encoding="utf-8") if cards else ""
     files = choose(wanted, listed, text)
     media = [file for file in listed if file.path.lower().endswith(_MEDIA)]
-    beside = media if any(file.path.endswith((".jsonl", ".json")) for file in files) else []
+    beside = media if any(file.path.endswith((".jsonl", ".json", ".csv", ".tsv")) for file in files) else []
     folder = downloads.fetch(pinned, "dataset", [*cards, *files, *beside])
     downloads.remember(wanted.id, "dataset", pinned)
     return [

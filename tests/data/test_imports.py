@@ -7,7 +7,7 @@ import pytest
 import jvlm.data
 from tests.support import run_python
 
-MODULES = [f"jvlm.data.{module.name}" for module in pkgutil.iter_modules(jvlm.data.__path__)]
+MODULES = [module.name for module in pkgutil.walk_packages(jvlm.data.__path__, "jvlm.data.")]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,9 @@ def imported():
     return set(run_python(code).split())
 
 
-@pytest.mark.parametrize("library", ["flax", "jvlm_kernels", "torch", "jvlm.models.batch"])
+@pytest.mark.parametrize(
+    "library", ["flax", "jvlm_kernels", "torch", "pyarrow", "tensorflow_datasets", "jvlm.models.batch"]
+)
 def test_reading_examples_imports_no_library_of_models_and_no_jax(imported, library):
     assert imported >= set(MODULES)
     assert library not in imported

@@ -107,8 +107,8 @@ def test_without_a_card_names_of_folders_and_files_say_it(paths, subset, expecte
 
 
 def test_kinds_that_are_not_read_are_refused_by_name(hub):
-    hub.add("org/set", {"train-0.tar": b"x"}, "datasets")
-    with pytest.raises(UserError, match=r"train-0.tar \(webdataset\) is not read"):
+    hub.add("org/set", {"train-0.zip": b"x"}, "datasets")
+    with pytest.raises(UserError, match=r"train-0.zip \(zip\) is not read"):
         datasets.fetch("org/set")
 
 

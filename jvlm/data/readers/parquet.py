@@ -33,7 +33,7 @@ class Parquet:
         file_kinds.check_binary(path, "Parquet", (b"PAR1",))
         self.path = path
         self._reset()
-        with _table_errors(path, "Parquet"):
+        with table_errors(path, "Parquet"):
             metadata = self._open().metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
@@ -79,7 +79,7 @@ class Parquet:
     def read(self, index: int, origin: Origin) -> Any:
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         try:
-            with _table_errors(self.path, "Parquet"):
+            with table_errors(self.path, "Parquet"):
                 table = self._group(group)
                 (row,) = table.slice(index - int(self._starts[group]), 1).to_pylist()
         except UserError as error:
@@ -99,7 +99,7 @@ class Parquet:
 
 
 @contextlib.contextmanager
-def _table_errors(path: str, kind: str) -> Iterator[None]:
+def table_errors(path: str, kind: str) -> Iterator[None]:
     """Errors of pyarrow as UserErrors that name the file."""
     try:
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.errors import UserError
@@ -26,6 +26,14 @@ class Reader(Protocol):
 
     def read(self, index: int, origin: Origin) -> Any:
         """Return a record, or the ExampleError of one that cannot be read."""
+
+
+@runtime_checkable
+class MediaReader(Reader, Protocol):
+    """A reader of files that hold the media of their records."""
+
+    def resolve(self, record: Any, index: int, origin: Origin) -> Any:
+        """Return a converted record whose media are the file's own. Raises ExampleError for any other."""
 
 
 def parse_json(content: bytes, origin: Origin, fix: str, note: str = "") -> Any:

@@ -1,0 +1,95 @@
+"""Tables as text: CSV with commas, TSV with tabs. Every value is text; an empty cell is a missing one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from array import array
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.readers import file_kinds
+from jvlm.errors import UserError
+
+# columns whose cells are lists or objects, as JSON
+_STRUCTURED = frozenset(
+    "messages rejected_messages conversations conversation prompt completion chosen rejected texts images videos "
+    "history tools objects document chat_template_kwargs reward_model".split()
+)
+_MOST_CHARACTERS = 2**30  # of a cell, which may be an image as base64
+
+
+class Csv:
+    """Holds the offset of each row; reads one when asked.
+
+    Raises:
+      UserError: a header that lacks a name or has one twice; text that is not UTF-8 or not CSV.
+    """
+
+    def __init__(self, path: str):
+        file_kinds.check_text(path, "CSV")
+        self.path, self._delimiter = path, "\t" if path.endswith(".tsv") else ","
+        csv.field_size_limit(_MOST_CHARACTERS)
+        offsets, start = array("q"), 0
+        with open(path, "rb") as file:
+            lines = _Lines(file)
+            try:
+                for cells in csv.reader(lines, delimiter=self._delimiter):
+                    if cells:
+                        offsets.extend((start, lines.end - start))
+                    start = lines.end
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise UserError(f"{path}: row {len(offsets) // 2 + 1} cannot be read as CSV ({error})") from error
+        table = np.asarray(offsets).reshape(-1, 2)
+        self._header = self._cells(*table[0]) if len(table) else []
+        twice = {name for name in self._header if self._header.count(name) > 1}
+        if not all(self._header) or twice:
+            problem = f"has {', '.join(sorted(map(repr, twice)))} twice" if twice else "lacks a name"
+            raise UserError(f"{path}: its header {problem}. Give each column a name of its own in the first line")
+        self._offsets = table[1:]
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def number(self, index: int) -> int:
+        """Return the number of a row, from 1, the header left out."""
+        return index + 1
+
+    def read(self, index: int, origin: Origin) -> Any:
+        cells = self._cells(*self._offsets[index])
+        if len(cells) != len(self._header):
+            problem = f"{len(cells)} cells for {len(self._header)} columns"
+            return ExampleError(origin, "example", problem, "Put cells that hold commas or line ends in quotes")
+        return {name: _value(name, cell) for name, cell in zip(self._header, cells, strict=True) if cell}
+
+    def _cells(self, start: int, size: int) -> list[str]:
+        csv.field_size_limit(_MOST_CHARACTERS)  # of this process
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            text = file.read(size).decode("utf-8-sig")
+        return next(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter), [])
+
+
+class _Lines:
+    """Lines of a file as text, and how many bytes they were."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.end = file, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._file:
+            self.end += len(line)
+            yield line.decode("utf-8-sig" if self.end == len(line) else "utf-8")
+
+
+def _value(name: str, cell: str) -> Any:
+    if name in _STRUCTURED and cell.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(cell)
+        except (ValueError, RecursionError):  # text that begins with a bracket
+            return cell
+    return cell
