@@ -15,10 +15,11 @@ from jvlm.data import survey
 from jvlm.data.check_report import CheckReport
 from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
-from jvlm.data.content import Conversation, Document
+from jvlm.data.content import Conversation, Document, Image, Video
 from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.example_source import ExampleSource, Read
 from jvlm.data.examples import parse_example, unknown_columns
+from jvlm.data.few_shot import FewShotSource
 from jvlm.data.images import open_image
 from jvlm.data.packing import Example
 from jvlm.data.pipeline import Encode, check_learnable, check_text
@@ -52,7 +53,9 @@ def check(
       FileNotFoundError, UserError: files that are not there, damaged, or of which too little can be used.
     """
     config = dataclasses.replace(config, train=tuple(files), single_turn_ratio=0.0)
-    source = ExampleSource.of(config)
+    source: ExampleSource | FewShotSource = ExampleSource.of(config)
+    if config.few_shot is not None:
+        source = FewShotSource(source, config.few_shot, seed)
     look, tally, rejected = _Look(processor, config, seed), _Tally(), []
     with (
         ThreadPoolExecutor(config.read_threads) as pool,
@@ -164,8 +167,8 @@ class _Look:
         else:
             check_learnable(parsed.origin, [message.loss_weight for message in parsed.messages])
         origin, root = parsed.origin, self.config.media_root
-        roots = (str(Path(origin.file).parent), *([root] if root else []))
-        for field, image in _image_sources(parsed):
+        for field, part, image in _image_sources(parsed):
+            roots = (part.folder or str(Path(origin.file).parent), *([root] if root else []))
             open_image(image, origin=origin, field=field, roots=roots)
 
 
@@ -242,10 +245,10 @@ def _resolved(processor: Processor, config: DataConfig, seed: int) -> DataConfig
     return dataclasses.replace(config, **{name: getattr(resolved, name) for name in names})
 
 
-def _image_sources(conversation: Conversation | Document) -> Iterator[tuple[str, Any]]:
-    """(field, source) of each image and frame."""
+def _image_sources(conversation: Conversation | Document) -> Iterator[tuple[str, Image | Video, Any]]:
+    """(field, image or video, source) of each image and frame."""
     for image in conversation.images:
-        yield f"images[{image.index}]", image.source
+        yield f"images[{image.index}]", image, image.source
     for video in conversation.videos:
         for frame in video.frames:
-            yield f"videos[{video.index}]", frame
+            yield f"videos[{video.index}]", video, frame

@@ -81,6 +81,8 @@ class CheckReport:
             yield f"{bad} bad: training stops at the first one (data.on_bad_example error)"
         elif bad:
             yield f"{bad} bad: left out (data.on_bad_example skip)" + self._above("max_bad_fraction", bad)
+        if self.faults.count("skipped"):
+            yield f"{self.faults.count('skipped')} skipped: left out by the rules of data.documents"
         if too_long and config.on_too_long == "error":
             yield f"{too_long} too long: training stops at the first one (data.on_too_long error)"
         elif too_long:

@@ -14,6 +14,42 @@ from jvlm.validation import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageChoice:
+    """Settings of the image processor that some of the examples get.
+
+    Attributes:
+      settings: fields of ``processor.image``, as NAME=VALUE: split=false, or longest_edge=448.
+      weight: share of the examples beside the other choices.
+    """
+
+    settings: tuple[str, ...] = ()
+    weight: float = 1.0
+
+    def __post_init__(self):
+        check_fields(self, "data.image_choices.", {"weight": "(0, inf)"})
+
+
+@dataclasses.dataclass(frozen=True)
+class FewShot:
+    """Other examples as demonstrations before each one.
+
+    Attributes:
+      shots: fewest and most demonstrations; how many an example has is drawn, from the seed and its index alone.
+      same: what they share with the example: its source, or its ``channel`` as well.
+      loss: "last" gives demonstrations no loss; "all" leaves them theirs.
+    """
+
+    shots: tuple[int, int] = (1, 8)
+    same: Literal["source", "channel"] = "channel"
+    loss: Literal["last", "all"] = "last"
+
+    def __post_init__(self):
+        low, high = self.shots
+        if not 1 <= low <= high:
+            raise UserError(f"few_shot.shots is a smaller and a larger number, both from 1 on, got {low}, {high}")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is read and how it is packed.
 
@@ -52,6 +88,12 @@ class DataConfig:
       shuffle_turns: give the questions of a conversation, with their answers, another order each epoch
         (`jvlm.data.augmentation`); images come first. Examples with ``"ordered": true`` keep theirs.
       max_turns: with ``shuffle_turns``, questions that stay of a conversation in an epoch; None is all.
+      media_first: move images and videos to the front of a conversation's first question, as ``shuffle_turns`` does.
+      newline_probability: share of the users' turns whose words begin on a new line, drawn anew each epoch; Idefics2's
+        fine-tuning takes 0.05.
+      image_choices: settings of the image processor of which each example gets one, drawn anew each epoch: half of the
+        examples' images split, say. Empty takes those of the processor for all.
+      few_shot: demonstrations before each example (`jvlm.data.few_shot`); None has none.
       upscale_probability: share of the images that are made larger before the image processor sees them, drawn anew
         each epoch; Idefics2's fine-tuning takes 0.5.
       upscale_range: smallest and largest factor; it is drawn from a triangular distribution that rises to the largest.
@@ -88,6 +130,10 @@ class DataConfig:
     documents: DocumentConfig = DocumentConfig()
     shuffle_turns: bool = False
     max_turns: int | None = None
+    media_first: bool = False
+    newline_probability: float = 0.0
+    image_choices: tuple[ImageChoice, ...] = ()
+    few_shot: FewShot | None = None
     upscale_probability: float = 0.0
     upscale_range: tuple[float, float] = (1.5, 2.0)
     upscale_longest_edge: int = 980
@@ -101,7 +147,9 @@ class DataConfig:
     def __post_init__(self):
         counts = "batch_size seq_len max_length max_image_patches pack_window read_threads prefetch max_turns".split()
         counts.append("upscale_longest_edge")
-        shares = "max_too_long_fraction max_bad_fraction single_turn_ratio upscale_probability".split()
+        shares = (
+            "max_too_long_fraction max_bad_fraction single_turn_ratio upscale_probability newline_probability".split()
+        )
         bounds = {**dict.fromkeys(counts, "[1, inf)"), **dict.fromkeys(shares, "[0, 1]")}
         check_fields(self, "data.", {**bounds, "max_patches": "[0, inf)", "worker_processes": "[0, inf)"})
         if self.train and self.mixture is not None:

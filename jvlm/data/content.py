@@ -30,6 +30,7 @@ class Image:
       source: anything `jvlm.data.images.open_image` opens.
       index: its number among the images of the example, from 0, by which boxes name it. It stays the same where only
         some turns of the example are taken.
+      folder: in which a relative path is looked up first; None for that of the example's file.
       upscale: factor by which it is made larger before the image processor sees it, in training.
       upscale_limit: longer side, in pixels, above which it is not made larger; None for no limit.
     """
@@ -38,6 +39,7 @@ class Image:
     index: int = 0
     upscale: float = 1.0
     upscale_limit: int | None = None
+    folder: str | None = None
 
     def upscaled_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return (width, height) after the upscaling, with the aspect kept; never smaller than ``size``."""
@@ -53,10 +55,12 @@ class Video:
     Attributes:
       frames: each anything `jvlm.data.images.open_image` opens.
       index: its number among the videos of the example, from 0.
+      folder: as of an `Image`.
     """
 
     frames: tuple[Any, ...]
     index: int = 0
+    folder: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +180,7 @@ class Conversation(_OfParts):
 
     Attributes:
       image_settings: what the example changes about the image processor, as given: which one it is, is not known here.
+      image_choice: what the run changes about it for this example, any of its fields.
       tools: schemas of the tools that the chat template tells the model of.
       extra: fields carried along, unknown ones included.
       loss: what has a loss, where the example says so for all of its turns together.
@@ -184,6 +189,7 @@ class Conversation(_OfParts):
 
     messages: tuple[Message, ...]
     image_settings: tuple[tuple[str, Any], ...] = ()
+    image_choice: tuple[tuple[str, Any], ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     extra: tuple[tuple[str, Any], ...] = ()
     origin: Origin = Origin()
@@ -208,13 +214,14 @@ class Document(_OfParts):
       content: its pieces. Neighbouring texts stay pieces of their own, between which it may be cut; empty ones are
         left out.
       begins, ends: False for a part of a document that was cut before it, or behind it.
-      image_settings, extra, origin, loss: as of a `Conversation`.
+      image_settings, image_choice, extra, origin, loss: as of a `Conversation`.
     """
 
     content: tuple[Part, ...]
     begins: bool = True
     ends: bool = True
     image_settings: tuple[tuple[str, Any], ...] = ()
+    image_choice: tuple[tuple[str, Any], ...] = ()
     extra: tuple[tuple[str, Any], ...] = ()
     origin: Origin = Origin()
     loss: LossChoice | None = None

@@ -51,7 +51,11 @@ class ExampleError(UserError):
         super().__init__(_printable(f"{origin}, field {field!r}: {self.problem}. {self.fix}"))
 
     def __reduce__(self):  # exceptions pickle by their args alone; workers send these to the main process
-        return ExampleError, (self.origin, self.field, self.problem, self.fix)
+        return type(self), (self.origin, self.field, self.problem, self.fix)
+
+
+class SkippedError(ExampleError):
+    """An example that a rule of the configuration leaves out."""
 
 
 def _printable(text: str) -> str:
@@ -79,7 +83,8 @@ class Rejected:
 
     @classmethod
     def of(cls, error: ExampleError, kind: Kind) -> Rejected:
-        """The example of an error."""
+        """The example of an error; of one that is left out by rule, whatever the kind."""
+        kind = "skipped" if isinstance(error, SkippedError) else kind
         return cls(error.origin.file, error.origin.number, error.field, error.problem, kind, error.fix)
 
     @property

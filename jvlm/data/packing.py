@@ -28,6 +28,7 @@ class Example:
       sizes: of each image and video.
       source: number of its data source among `DataConfig.sources`; -1 for none.
       records: examples of the data that it holds: 1; 0 for what is left of a document that was cut.
+      is_document: whether it has no turns.
       made_to_fit: how it was made to fit a sequence.
       breaks: of a document that can still be cut, what begins at each token: see `jvlm.data.document_text`.
     """
@@ -47,6 +48,7 @@ class Example:
     origin: Origin
     source: int = -1
     records: int = 1
+    is_document: bool = False
     made_to_fit: Literal["no", "cut", "truncated", "shrunk"] = "no"
     breaks: np.ndarray | None = None
 

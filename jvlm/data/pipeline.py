@@ -16,14 +16,17 @@ import grain
 import numpy as np
 from absl import flags
 
-from jvlm.data import cutting, packing
+from jvlm.data import cutting, document_rules, image_choice, packing
 from jvlm.data.augmentation import augmented
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document
-from jvlm.data.errors import ExampleError, Origin, Rejected, grouped
+from jvlm.data.cutting import Limits
+from jvlm.data.errors import ExampleError, Origin, Rejected, SkippedError, grouped
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_example
+from jvlm.data.few_shot import FewShotSource
 from jvlm.data.image_processor import ImageProcessor, ImageProcessorConfig
+from jvlm.data.joining import joined
 from jvlm.data.loss_choice import with_loss_on
 from jvlm.data.packing import Example, PackedSequences
 from jvlm.data.position import Progress, Share, go_on
@@ -43,13 +46,14 @@ class Encode(grain.transforms.RandomMap):
     def __init__(self, processor: Processor, config: DataConfig):
         self.processor, self.config = processor, config
         self.sources = SourceNumbers(config)
+        check_choices(processor, config)
 
     def random_map(self, element: tuple[Origin, Any], rng: np.random.Generator) -> tuple[Example | Rejected, ...]:
         try:
             read = self.read(element, rng)
             source = self.sources.of(read[0][0])
         except ExampleError as error:
-            if self.config.on_bad_example == "error":
+            if self.config.on_bad_example == "error" and not isinstance(error, SkippedError):
                 raise
             return (Rejected.of(error, "bad"),)
         fitted = self.fit(read, rng)
@@ -66,6 +70,8 @@ class Encode(grain.transforms.RandomMap):
         if isinstance(record, ExampleError):
             raise record
         parsed = parse_example(record, origin)
+        if isinstance(parsed, Document):
+            document_rules.check_order(parsed, self.config.documents)
         single = rng.random() < self.config.single_turn_ratio
         parsed = augmented(parsed, self.config, rng)
         parsed = with_loss_on(parsed, self.config.loss)
@@ -88,7 +94,9 @@ class Encode(grain.transforms.RandomMap):
         else:
             parts = [document]
         cut = "no" if parts == [document] else "cut"
-        return [(part, dataclasses.replace(self.processor.encode(part), made_to_fit=cut)) for part in parts]
+        read = [(part, dataclasses.replace(self.processor.encode(part), made_to_fit=cut)) for part in parts]
+        document_rules.check_sizes(document, [size for _, example in read for size in example.sizes], config)
+        return read
 
     def fit(
         self, read: Sequence[tuple[Conversation | Document, Example]], rng: np.random.Generator
@@ -331,6 +339,7 @@ class PackIterator(grain.DatasetIterator):
         given = max(before, self._progress.given)
         if not given:  # what a window rejects is reported with its first sequence
             self._rejected = rejected
+        examples = joined(examples, config.documents.join, Limits(config.longest, config.max_patches))
         packed = packing.best_fit_decreasing(examples, config.seq_len, config.max_patches)
         if config.shuffle:  # packed longest first: in that order a batch is of one length, and often of one kind
             np.random.default_rng(window).shuffle(packed)
@@ -369,7 +378,8 @@ def training_data(
     """
     check_shape(config)
     source = ExampleSource.of(config) if source is None else source
-    dataset = grain.MapDataset.source(source).seed(seed)
+    given = source if config.few_shot is None else FewShotSource(source, config.few_shot, seed)
+    dataset = grain.MapDataset.source(given).seed(seed)
     if config.shuffle:
         dataset = dataset.shuffle()
     encoded = dataset.repeat(epochs).random_map(Encode(processor, config))
@@ -379,6 +389,17 @@ def training_data(
     )
     packed = PackDataset(encoded, config, share.of(config.batch_size), share, values, most, len(source))
     return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.prefetch), source
+
+
+def image_configs(settings: ImageProcessorConfig, config: DataConfig) -> list[ImageProcessorConfig]:
+    """Return the settings of images that examples may get. Raises UserError for a choice that they do not know."""
+    choices = map(image_choice.settings_of, config.image_choices)
+    return [image_choice.changed(settings, choice) for choice in choices] or [settings]
+
+
+def check_choices(processor: Processor, config: DataConfig) -> None:
+    """Raise UserError for choices of image settings that this model's processor does not know."""
+    image_configs(processor.image_config, config)
 
 
 def check_shape(config: DataConfig) -> None:
@@ -393,5 +414,6 @@ def image_patch_limit(images: ImageProcessor, settings: ImageProcessorConfig, co
     """Return the length promised to attention for images, which each example is checked against; None: no promise."""
     most = config.max_image_patches
     if most is None:
-        most = images.max_image_patches(settings)
+        limits = [images.max_image_patches(one) for one in image_configs(settings, config)]
+        most = None if None in limits else max(limits)
     return most if most is not None and most < config.max_patches else None

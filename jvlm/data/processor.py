@@ -14,7 +14,7 @@ import PIL.Image
 
 from jvlm import config as config_tree
 from jvlm import families, json_files
-from jvlm.data import box_formats, mrope, packing, vocabulary
+from jvlm.data import box_formats, image_choice, mrope, packing, vocabulary
 from jvlm.data.boxes import CoordinateSpace, Region, Sizes
 from jvlm.data.chat_format import ChatFormat
 from jvlm.data.content import (
@@ -243,12 +243,13 @@ class Processor:
                 make = functools.partial(self._image, part, config, next(positions), count)
             else:
                 make = functools.partial(self._video, config)
-            media.append(self._load(media_sources(part), _field_of(part), conversation.origin, make))
+            media.append(self._load(part, conversation.origin, make))
         return media
 
     def image_config_of(self, conversation: Conversation | Document) -> ImageProcessorConfig:
         """Return the settings of the conversation's images: the processor's, with what the example changes."""
-        return self.image_config.for_example(dict(conversation.image_settings), conversation.origin)
+        config = image_choice.changed(self.image_config, dict(conversation.image_choice))
+        return config.for_example(dict(conversation.image_settings), conversation.origin)
 
     def _image(self, part: Image, config: ImageProcessorConfig, index: int, count: int, images: list) -> MediaPatches:
         original = images[0].size
@@ -267,20 +268,22 @@ class Processor:
         def opened(part: Part) -> Part:
             if not isinstance(part, Image | Video):
                 return part
-            images = self._open(media_sources(part), _field_of(part), conversation.origin)
+            images = self._open(part, conversation.origin)
             name, value = ("source", images[0]) if isinstance(part, Image) else ("frames", tuple(images))
             return dataclasses.replace(part, **{name: value})
 
         return conversation.map(opened)
 
-    def _open(self, sources: Iterable[Any], field: str, origin: Origin) -> list[PIL.Image.Image]:
+    def _open(self, part: Image | Video, origin: Origin) -> list[PIL.Image.Image]:
         roots = self.media_roots
-        if origin.file != MEMORY:
-            roots = (str(Path(origin.file).parent), *roots)
-        return [open_image(s, origin=origin, field=field, roots=roots) for s in sources]
+        if part.folder is not None or origin.file != MEMORY:
+            roots = (part.folder or str(Path(origin.file).parent), *roots)
+        return [open_image(s, origin=origin, field=_field_of(part), roots=roots) for s in media_sources(part)]
 
-    def _load(self, sources, field: str, origin: Origin, make: Callable[[list], MediaPatches]) -> MediaPatches:
-        images = self._open(sources, field, origin)
+    def _load(
+        self, part: Image | Video, origin: Origin, make: Callable[[list[PIL.Image.Image]], MediaPatches]
+    ) -> MediaPatches:
+        images, field = self._open(part, origin), _field_of(part)
         if len({p.size for p in images}) > 1:
             sizes = sorted({p.size for p in images})
             raise ExampleError(origin, field, f"frames of different sizes {sizes}", "Give frames of one size")
@@ -369,6 +372,7 @@ class Processor:
             **packing.join_media(media, self.image_processor.patch_values),
             sizes=tuple(Sizes(m.original, m.resized) for m in media),
             origin=conversation.origin,
+            is_document=isinstance(conversation, Document),
         )
 
     def _written(self, item: MediaPatches, placeholder: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,9 +15,10 @@ from jvlm.data import packing
 from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document
-from jvlm.data.errors import ExampleError, Rejected, grouped
+from jvlm.data.errors import ExampleError, Rejected, SkippedError, grouped
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import unknown_columns
+from jvlm.data.few_shot import FewShotSource
 from jvlm.data.packing import Example
 from jvlm.data.pipeline import Encode, image_patch_limit
 from jvlm.data.processor import Processor
@@ -143,6 +144,7 @@ def take(
       ExampleError: a bad example where ``on_bad_example`` is "error", one that does not fit where ``on_too_long`` is.
     """
     source = ExampleSource.of(config) if source is None else source
+    source = source if config.few_shot is None else FewShotSource(source, config.few_shot, seed)
     spread = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
     chosen = [int(i) for i in np.random.default_rng(seed).permutation(spread)]
     known = "auto" not in (config.seq_len, config.max_patches)
@@ -201,7 +203,7 @@ class _Look:
             parsed, _ = read[0]
             channel = channel_of(parsed) if self.config.curves == "channel" else None
         except ExampleError as error:
-            if self.config.on_bad_example == "error":
+            if self.config.on_bad_example == "error" and not isinstance(error, SkippedError):
                 raise
             return [Rejected.of(error, "bad")]
         unknown = unknown_columns(parsed.extra)

@@ -10,6 +10,7 @@ import numpy as np
 
 from jvlm.data import packing
 from jvlm.data.config import DataConfig
+from jvlm.data.document_rules import without_drawing
 from jvlm.data.errors import Rejected
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.packing import Example, PackedSequences
@@ -37,10 +38,8 @@ class ValidationData:
         still = {"single_turn_ratio": 0.0, "shuffle_turns": False, "max_turns": None, "upscale_probability": 0.0}
         # validation has sources of its own, its files; channels are those of training
         curves = "channel" if config.curves == "channel" else "off"
-        documents = dataclasses.replace(config.documents, cut="never" if config.documents.cut == "never" else "split")
-        config = dataclasses.replace(
-            config, **still, documents=documents, curves=curves, on_bad_example="skip", on_too_long=drop
-        )
+        still |= {"newline_probability": 0.0, "image_choices": (), "documents": without_drawing(config.documents)}
+        config = dataclasses.replace(config, **still, curves=curves, on_bad_example="skip", on_too_long=drop)
         self.config, self.source, self.share = config, source, share
         self.encode = Encode(processor, config)
         self._values = processor.image_processor.patch_values

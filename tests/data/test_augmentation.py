@@ -11,9 +11,9 @@ import pytest
 from scipy import stats
 
 from jvlm.data import pipeline
-from jvlm.data.augmentation import shuffle_turns, upscale
+from jvlm.data.augmentation import augmented, shuffle_turns, upscale
 from jvlm.data.config import DataConfig
-from jvlm.data.content import Image
+from jvlm.data.content import Image, Text
 from jvlm.data.errors import ExampleError
 from jvlm.data.examples import parse_example
 from jvlm.errors import UserError
@@ -213,3 +213,32 @@ def test_without_them_nothing_more_is_drawn(tiny, data):
 def test_settings_that_make_no_sense_are_refused(fields, said):
     with pytest.raises(UserError, match=said):
         DataConfig(**fields)
+
+
+def test_media_come_first_whether_or_not_turns_are_shuffled():
+    conversation = parse_example(example())
+    config = DataConfig(media_first=True)
+    found = augmented(conversation, config, np.random.default_rng(0))
+    assert [message.text for message in found.messages] == words(conversation)
+    assert found.messages[1].media == conversation.media == found.media
+    alone = parse_example({"messages": [user("what is <image>?"), assistant("b")], "images": [picture(56, 56)]})
+    for shuffled in (False, True):
+        config = DataConfig(media_first=True, shuffle_turns=shuffled)
+        question = augmented(alone, config, np.random.default_rng(0)).messages[0]
+        assert [type(part) for part in question.content] == [Image, Text]
+    assert augmented(alone, DataConfig(shuffle_turns=True), np.random.default_rng(0)) == alone
+
+
+def test_so_many_questions_begin_on_a_new_line_behind_their_images():
+    rng, conversation = np.random.default_rng(0), parse_example(example())
+    config, begun = DataConfig(newline_probability=0.05), 0
+    for _ in range(400):
+        found = augmented(conversation, config, rng)
+        for before, after in zip(conversation.messages, found.messages, strict=True):
+            assert after.text.removeprefix("\n") == before.text
+            assert (after.media, after.boxes) == (before.media, before.boxes)
+            assert not (after.text != before.text and after.role != "user")
+            begun += after.text != before.text
+            if after.text != before.text and after.media:
+                assert isinstance(after.content[0], Image)
+    assert stats.binomtest(begun, 400 * TURNS, 0.05).pvalue > 0.01
