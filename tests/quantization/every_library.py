@@ -9,10 +9,15 @@ import pytest
 from safetensors.numpy import load_file
 
 import jvlm
+from jvlm import cli
+from jvlm.adapters.config import AdapterConfig
+from jvlm.adapters.peft_write import write_peft
 from jvlm.models import vlm
 from jvlm.weights import hf, table
 from tests import support
+from tests.adapters.test_several import random_adapter
 from tests.quantization.test_export import exported, model  # noqa: F401  (fixtures)
+from tests.training.support import write_examples
 
 READ = """
 import sys, torch
@@ -24,14 +29,13 @@ save_file({n: t.float().contiguous().clone() for n, t in model.state_dict().item
 """
 
 
-@pytest.mark.parametrize("method", ["fp8", "rtn", "gptq", "awq"])
-def test_compressed_tensors_dequantises_to_the_same_values(exported, method, tmp_path):  # noqa: F811
-    folder, _ = exported
+def compare_with_compressed_tensors(folder, read):
+    """The values of a folder are those that compressed-tensors dequantises it to."""
     environment = {**os.environ, "PYTHONPATH": str(support.ROOT / ".venv/export-quantised")}
-    words = [sys.executable, "-c", READ, str(folder / method), str(tmp_path / "read.safetensors")]
+    words = [sys.executable, "-c", READ, str(folder), str(read)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    read, own_model = load_file(tmp_path / "read.safetensors"), jvlm.load(folder / method)[0]
+    read, own_model = load_file(read), jvlm.load(folder)[0]
     values = vlm.parameters(own_model)
     rename = table.hf_format(own_model.config).layouts["transformers"]
     entries = table.entries(own_model.config, {path: tuple(v.get_value().shape) for path, v in values.items()})
@@ -40,6 +44,25 @@ def test_compressed_tensors_dequantises_to_the_same_values(exported, method, tmp
         value = values[entry.path].get_value()
         own = entry.to_checkpoint(np.asarray(value if entry.layer is None else value[entry.layer]))
         np.testing.assert_array_equal(read[rename(entry.name)], own, entry.name)
+
+
+@pytest.mark.parametrize("method", ["fp8", "rtn", "gptq", "awq"])
+def test_compressed_tensors_dequantises_to_the_same_values(exported, method, tmp_path):  # noqa: F811
+    folder, _ = exported
+    compare_with_compressed_tensors(folder / method, tmp_path / "read.safetensors")
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq --quant_bits 4 --group_size 32", "awq --quant_bits 8 --group_size 32"])
+def test_what_jvlm_export_makes_of_an_adapter_is_read_too(model, method, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    base, processor = model
+    jvlm.save(base, processor, tmp_path / "base")
+    write_examples(tmp_path, 16)
+    config = AdapterConfig(rank=4, targets=("decoder",), use_rslora=True)
+    write_peft(random_adapter(base, config, 1), base.config, tmp_path / "lora", base_name="base")
+    words = f"export --adapters lora --dataset examples.jsonl --max_length 256 --output_dir out --quant_method {method}"
+    assert cli.main(words.split()) == 0
+    compare_with_compressed_tensors(tmp_path / "out", tmp_path / "read.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4x2", "fp4", "int8", "ct_fp8", "ct_int4", "ct_int8"])
