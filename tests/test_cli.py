@@ -157,7 +157,7 @@ def test_a_wrong_value_names_the_option_and_what_it_takes(capsys, monkeypatch, w
     assert all(word in error for word in says)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["configs"], ["data", "check", "--help"], ["data", "shard", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["configs"], ["data", "check", "--help"], ["data", "convert", "--help"]])
 def test_help_is_there_before_jax_would_be(words):
     report = "print(sorted({'jax', 'flax', 'grain', 'orbax', 'tensorstore', 'transformers'} & set(sys.modules)))"
     code = f"import sys; from jvlm.cli import main\ntry: main({words!r})\nexcept SystemExit: pass\n{report}"

@@ -107,7 +107,7 @@ MISTAKES = {
         "examples.csv/list.jsonl cannot be written (",
     ),
     "shards over others": (
-        ("data", "shard", "examples.jsonl", "--output", "examples.csv"),
+        ("data", "convert", "examples.jsonl", "--output", "examples.csv"),
         "examples.csv",
     ),
 }

@@ -31,7 +31,7 @@ def read(source: str | Path, config: VLMConfig, read_base: ReadBase | None = Non
     if adapter_plan is None:
         raise UserError(
             f"{source} holds no adapter: neither {peft_config.FILE} (PEFT) nor {plan.FILE} (a run that trained "
-            "adapters); a whole model is given as init_from"
+            "adapters); a whole model is given as init_from (--model)"
         )
     template = attach.structure(vlm.abstract(config), adapter_plan)
     source = run_dir.params_folder(folder, best)

@@ -38,6 +38,14 @@ _GROUPS = {
     "Files": ("convert", "data check", "data convert"),
 }
 
+# commands of ms-swift, and the nearest thing
+_ELSEWHERE = {
+    "rlhf": "jvlm sft trains on answers",
+    "deploy": "jvlm merge-lora or jvlm export write the folder that vLLM, SGLang or llama.cpp serve",
+    "eval": "jvlm infer --val_dataset FILE --metric acc scores answers; so does evaluation.data of jvlm train",
+    "app": "jvlm chat talks in the terminal",
+    "web-ui": "jvlm chat talks in the terminal",
+}
 _TRAINING = ("train", "sft", "pt")
 
 
@@ -79,6 +87,8 @@ def _run(words: list[str], show_traceback: bool) -> int:
         if group and (len(words) == 1 or words[1] in ("-h", "--help")):
             print(_list(group))
             return 0
+        if name in _ELSEWHERE:
+            raise UserError(f"no command {name!r}: {_ELSEWHERE[name]}")
         typed = " ".join(words[:2]) if group else name
         near = difflib.get_close_matches(typed, group or COMMANDS, n=1)
         hint = f"did you mean jvlm {near[0]}?" if near else f"there are {', '.join(group or COMMANDS)}"

@@ -142,6 +142,7 @@ def take(
 
     Raises:
       ExampleError: a bad example where ``on_bad_example`` is "error", one that does not fit where ``on_too_long`` is.
+      UserError: sizes are to be chosen, and no example can be used.
     """
     source = ExampleSource.of(config) if source is None else source
     source = source if config.few_shot is None else FewShotSource(source, config.few_shot, seed)
@@ -150,6 +151,8 @@ def take(
     known = "auto" not in (config.seq_len, config.max_patches)
     look = _Look(processor, config, source, seed, fit=known)
     results = look.at(chosen, seconds)
+    if not known and not _sizes(results):
+        Survey(config, len(source), len(results), (), _left_out(results)).check()  # raises, with what is wrong
     if not known:
         config = choose_sizes(_sizes(results), config, processor, parts)
         look = _Look(processor, config, source, seed, fit=True)
@@ -157,9 +160,7 @@ def take(
             [i for i in results if not all(_fits(size, config) for size in _sizes({i: results[i]}))], None
         )
     sizes = _sizes(results)
-    left_out = tuple(
-        one for i in sorted(results) for one in results[i] if isinstance(one, Rejected) and one.kind != "part"
-    )
+    left_out = _left_out(results)
     config = _with_image_limit(config, sizes, processor)
     channels = [size.channel for size in sizes if size.channel is not None]
     config = dataclasses.replace(config, sources=config.sources or names(config, channels))
@@ -169,6 +170,11 @@ def take(
 def _sizes(results: Mapping[int, Sequence[Size | Rejected]]) -> tuple[Size, ...]:
     """The sizes among what examples gave, in their order."""
     return tuple(one for i in sorted(results) for one in results[i] if isinstance(one, Size))
+
+
+def _left_out(results: Mapping[int, Sequence[Size | Rejected]]) -> tuple[Rejected, ...]:
+    """The examples that gave nothing, in their order."""
+    return tuple(one for i in sorted(results) for one in results[i] if isinstance(one, Rejected) and one.kind != "part")
 
 
 class _Look:

@@ -172,7 +172,7 @@ OTHER_VALUES: Mapping[str, Mapping[str, str]] = {
     "init_weights": dict.fromkeys(
         "loftq lora-ga eva corda orthogonal false".split(), "take true, gaussian, pissa or olora"
     ),
-    "torch_dtype": {"float16": "take bfloat16, which jvlm computes in"},
+    "torch_dtype": dict.fromkeys(("float16", "fp16", "half", "bf16"), "take bfloat16, which jvlm computes in"),
     "report_to": dict.fromkeys(
         "wandb swanlab mlflow all".split(), "take tensorboard; logging.jsonl and TensorBoard's files hold all curves"
     ),

@@ -94,6 +94,7 @@ def prepare(arguments: TrainingArguments, given: frozenset[str] = frozenset()) -
     processor = Processor(processor.tokenizer, processor.model, config, media_roots=roots)
     source = ExampleSource.of(data)
     sample = survey.take(processor, data, seed=arguments.optimization.seed, count=_SAMPLE, source=source)
+    sample.check()
     chosen = batches.choose(
         sample.sizes,
         data,

@@ -90,6 +90,9 @@ def test_columns_of_other_names_are_read_by_those_that_are_given(tiny, tmp_path,
         ("--model DIR", "--dataset is missing"),
         ("--model DIR --dataset nothing.jsonl", "no data file matches 'nothing.jsonl'"),
         ("--model DIR --dataset empty.jsonl", "empty.jsonl: empty, 0 bytes"),
+        ("--model DIR --dataset bad.jsonl", "none of 2 examples looked at can be used"),
+        ("--model DIR --dataset bad.jsonl", "line 2"),
+        ("--model DIR --dataset examples.jsonl --max_length 4", "none of 3 examples looked at can be used"),
         ("--model nowhere --dataset examples.jsonl", "nowhere is not a folder"),
         ("--resume_from_checkpoint nowhere/checkpoint-5", "not RUN/checkpoint-STEP"),
         ("--model DIR --dataset examples.jsonl --adapters a b", "goes on with one adapter"),
@@ -100,6 +103,7 @@ def test_a_mistake_is_one_message(tiny, tmp_path, monkeypatch, capsys, words, me
     monkeypatch.chdir(tmp_path)
     write_examples(tmp_path, 3)
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user"}]}\n{"messages"\n')
     assert cli.main(["sft", *words.replace("DIR", str(tiny.folder)).split(), "--write_config", "run.py"]) == 2
     assert message in capsys.readouterr().err
 
