@@ -22,7 +22,7 @@ class Origin:
 
     Attributes:
       file: its file; `MEMORY` for one that was given from Python.
-      number: its line in a JSONL file, its record in a shard, from 1; its index in a list of conversations, from 0;
+      number: its line in a JSONL file, its record in others, from 1; its index in a list of conversations, from 0;
         None for one that was given alone.
     """
 
@@ -39,7 +39,7 @@ class Origin:
 
 def unit_of(file: str) -> str:
     """Return what the number of an example in a file counts: "line" where the file is text, else "example"."""
-    return "line" if file.endswith((".jsonl", ".json")) else "example"
+    return "line" if file.endswith(".jsonl") else "example"
 
 
 class ExampleError(UserError):

@@ -19,6 +19,7 @@ from jvlm.data.formats.detection import Detected, detect
 from jvlm.data.formats.example_format import FormatOptions
 from jvlm.data.readers import folder, shard_set
 from jvlm.data.readers.array_record import Shard
+from jvlm.data.readers.parquet import Parquet
 from jvlm.data.readers.reader import MediaReader
 from jvlm.data.readers.registry import open_file
 from jvlm.errors import UserError
@@ -144,9 +145,11 @@ class ExampleSource:
         return [self._raw(file, i) for (file, i), _ in zip(places, range(_SAMPLE), strict=False)]
 
     def formats(self) -> list[str]:
-        """Return one line for each pattern: what its records are taken for, and why."""
+        """Return one line for each pattern: what its records are taken for, and why; and what is slow to read."""
         firsts = [0, *map(int, self._ends[:-1])]
-        return [f"{name}: {self._format_of(file)}" for name, file in zip(self._patterns, firsts, strict=True)]
+        lines = [f"{name}: {self._format_of(file)}" for name, file in zip(self._patterns, firsts, strict=True)]
+        notes = (reader.note() for reader in self._readers if isinstance(reader, Parquet))
+        return [*lines, *[note for note in notes if note is not None][:_SHOWN]]
 
     def counts(self) -> dict[str, int]:
         """Examples of each file."""

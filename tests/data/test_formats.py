@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jvlm import cli
+from jvlm.data import pipeline
 from jvlm.data.config import DataConfig
+from jvlm.data.conversion import convert
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_example
@@ -340,6 +342,30 @@ def test_some_tags_for_more_images_are_an_error(folder):
 def test_the_options_of_conversions_are_fields_of_the_data():
     names = {field.name for field in dataclasses.fields(FormatOptions)}
     assert names <= {field.name for field in dataclasses.fields(DataConfig)}
+
+
+@pytest.mark.parametrize("case", ["LLaVA", "the Cauldron", "OBELICS"])
+def test_batches_of_shards_are_those_of_what_was_converted(folder, tmp_path, processor, case):
+    _, _, record, _ = CASES[case]
+    words = json.dumps(record)
+    (tmp_path / "r.png").write_bytes((folder / "r.png").read_bytes())
+    lines = [words.replace("total", f"total {n}").replace('"A"', f'"A {n}"') for n in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    convert([str(tmp_path / "a.jsonl")], tmp_path / "s", 7)
+    (tmp_path / "r.png").unlink()
+    config = DataConfig(batch_size=2, seq_len=128, max_patches=256, pack_window=6, read_threads=2)
+    found = {}
+    for pattern in (str(tmp_path / "s"), str(tmp_path / "a.jsonl")):
+        if pattern.endswith("jsonl"):  # shards have their images in them
+            (tmp_path / "r.png").write_bytes((folder / "r.png").read_bytes())
+        data = dataclasses.replace(config, train=(pattern,))
+        batches, _ = pipeline.training_data(processor, data, seed=3, epochs=2)
+        found[pattern] = [packed.batch for packed in batches]
+    of_shards, of_lines = found.values()
+    assert len(of_shards) == len(of_lines) > 2
+    for a, b in zip(of_shards, of_lines, strict=True):
+        for field in dataclasses.fields(a):
+            np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), err_msg=field.name)
 
 
 _RECORDS = [case[2] for case in CASES.values()]

@@ -199,6 +199,15 @@ def test_a_damaged_file_is_named(tmp_path, kind, damage):
         _records(path)
 
 
+def test_a_large_row_group_is_told_of(tmp_path, monkeypatch):
+    from jvlm.data.readers import parquet
+
+    path = str(_parquet(tmp_path / "a.parquet"))
+    assert len(ExampleSource([path]).formats()) == 1
+    monkeypatch.setattr(parquet, "_LARGE_BYTES", 100)
+    assert "a row group of" in ExampleSource([path]).formats()[1]
+
+
 def test_a_row_group_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     from jvlm.data.readers import parquet
 

@@ -19,7 +19,7 @@ from jvlm.units import GIB, MIB
 _GROUPS = 3  # row groups kept, the latest ones
 _KEPT_BYTES = 512 * MIB  # of them together, but for the latest
 _MOST_BYTES = 4 * GIB  # of one row group, decompressed
-LARGE_GROUP = 256 * MIB
+_LARGE_BYTES = 256 * MIB
 
 
 class Parquet:
@@ -64,10 +64,15 @@ class Parquet:
             self._file = pyarrow.parquet.ParquetFile(self.path)
         return self._file
 
-    @property
-    def largest_group(self) -> int:
-        """Bytes of the largest row group, decompressed."""
-        return max(self._bytes, default=0)
+    def note(self) -> str | None:
+        """Return what there is to know about reading rows in any order."""
+        largest = max(self._bytes, default=0)
+        if largest <= _LARGE_BYTES:
+            return None
+        return (
+            f"{self.path}: a row group of {largest / MIB:,.0f} MiB is read whole for each example of a shuffled epoch; "
+            "shards of jvlm data convert are read faster"
+        )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
