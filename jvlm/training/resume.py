@@ -14,6 +14,7 @@ from typing import Any
 import jvlm
 from jvlm import config as config_tree
 from jvlm.data import stores
+from jvlm.data.config import DataConfig
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
@@ -21,6 +22,7 @@ from jvlm.hub.ids import portable
 from jvlm.models.vlm import TOWERS
 from jvlm.parallel import hosts
 from jvlm.training.config import Experiment
+from jvlm.training.optimizer.config import OptimizerConfig
 from jvlm.training.side_files import read_json, write_json
 from jvlm.weights import frozen, hf, run_dir
 from jvlm.weights.run_dir import EXPERIMENT, PROCESSOR
@@ -56,25 +58,43 @@ _PIECES, _PIECE = 64, 64 * 2**10
 _MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 
 
+@dataclasses.dataclass(frozen=True)
+class SavedSettings:
+    """The settings in a run's `experiment.json` that a restart reads as such; the others are compared as they stand."""
+
+    data: DataConfig
+    optimizer: OptimizerConfig
+    steps: int | None
+
+    @classmethod
+    def read(cls, values: dict[str, Any], folder: Path) -> SavedSettings:
+        """Return the settings in the values of a file. Raises UserError for a file that is not of a training run."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not set(names) <= set(values):
+            raise UserError(f"{folder} holds a saved model and not a training run; choose another --name, or remove it")
+        try:
+            return config_tree.from_dict(cls, {name: values[name] for name in names})
+        except UserError as error:
+            raise UserError(
+                f"{folder / EXPERIMENT}: {error}; it was changed, or another version of jvlm wrote it: restore it, or "
+                "choose another --name"
+            ) from error
+
+
 def derived(experiment: Experiment, folder: Path) -> Experiment:
-    """The experiment with what it leaves to be derived from the data, as the run in the folder had derived it."""
+    """Return the experiment with what it derives from the data as the run in the folder had derived it."""
     saved = read_json(folder / EXPERIMENT, "the run cannot go on without it: restore it, or choose another --name")
     if saved is None:
         return experiment
-    _check_trained(saved, folder)
-    data = {}
-    for name, left in (("seq_len", "auto"), ("max_patches", "auto"), ("max_image_patches", None), ("sources", ())):
-        if getattr(experiment.data, name) == left:
-            value = saved["data"][name]
-            data[name] = tuple(value) if isinstance(value, list) else value
-    return dataclasses.replace(
-        experiment, data=dataclasses.replace(experiment.data, **data), steps=experiment.steps or saved["steps"]
+    settings, data = SavedSettings.read(saved, folder), experiment.data
+    data = dataclasses.replace(
+        data,
+        seq_len=settings.data.seq_len if data.seq_len == "auto" else data.seq_len,
+        max_patches=settings.data.max_patches if data.max_patches == "auto" else data.max_patches,
+        max_image_patches=settings.data.max_image_patches if data.max_image_patches is None else data.max_image_patches,
+        sources=data.sources or settings.data.sources,
     )
-
-
-def _check_trained(saved: dict[str, Any], folder: Path) -> None:
-    if not {"data", "optimizer", "steps"} <= set(saved):
-        raise UserError(f"{folder} holds a saved model and not a training run; choose another --name, or remove it")
+    return dataclasses.replace(experiment, data=data, steps=experiment.steps or settings.steps)
 
 
 def prepare_folder(folder: Path, experiment: Experiment, processor: Processor) -> list[str]:
@@ -133,14 +153,15 @@ def _changes(folder: Path, experiment: Experiment, resolved: dict[str, Any], pre
     saved = read_json(folder / EXPERIMENT, "the run cannot go on without it: restore it, or choose another --name")
     if saved is None:
         return []
-    _check_trained(saved, folder)
+    optimizer = SavedSettings.read(saved, folder).optimizer
     settings = [line for line in config_tree.differences(saved, resolved) if not line.startswith(_FREE)]
     before = read_json(folder / INPUTS, "remove it, and the run takes its present data and start for those it had")
     others = [] if before is None else list(config_tree.differences(before, present))
     if not settings and not others:
         return []
     shapes = [line for line in settings if line.startswith(_SHAPES)]
-    shapes += [f"{tower}: frozen or not" for tower in TOWERS if _trains(saved, tower) != _trains(resolved, tower)]
+    rates = [(tower, optimizer.rate_of(tower), experiment.optimizer.rate_of(tower)) for tower in TOWERS]
+    shapes += [f"{tower}: frozen or not" for tower, before_rate, rate in rates if (before_rate > 0) != (rate > 0)]
     if experiment.accept_changes and not shapes:
         return [*settings, *others]
     way = "another experiment" if settings else "the same experiment on other data or another start"
@@ -149,11 +170,6 @@ def _changes(folder: Path, experiment: Experiment, resolved: dict[str, Any], pre
         f"{folder} holds {way}; remove it or choose another --name{fix}. Differences:\n  "
         + "\n  ".join([*settings, *others])
     )
-
-
-def _trains(values: dict[str, Any], tower: str) -> bool:
-    own = values["optimizer"][f"{tower}_lr"]
-    return (values["optimizer"]["learning_rate"] if own is None else own) > 0
 
 
 def inputs(experiment: Experiment) -> dict[str, Any]:
