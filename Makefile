@@ -23,7 +23,7 @@ PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_v
 RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-finetune test test-slow test-exports lint format backbones bench bench-kernels tune gpu-pass plan meshes clean
+.PHONY: demo demo-finetune plan-finetune test test-slow test-exports lint format backbones bench bench-kernels tune gpu-pass plan meshes clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -109,6 +109,9 @@ plan: $(VENV)/.test  ## what the large configs need on the pods they name, and w
 		PYTHONPATH=$(VENV)/tpu-compiler:$(VENV)/gpu-compiler $(VENV)/bin/python tools/plan.py $$config \
 			--collectives tests/parallel/collectives $(ARGS) || exit 1; \
 	done
+
+plan-finetune: $(VENV)/.test  ## what fine-tuning recipes need on the chips they name; rows that are there are kept
+	$(RUN) tools.plan_finetune $(ARGS)
 
 meshes: $(VENV)/.test  ## loss and gradients of every architecture on every shape of mesh against one device; ten minutes
 	$(RUN) tests.parallel.every_mesh

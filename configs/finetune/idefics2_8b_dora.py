@@ -3,7 +3,8 @@
     jvlm train finetune/idefics2_8b_dora --init_from DIR --data.train examples.jsonl
 
 DIR is the folder of idefics2-8b.
-`jvlm plan finetune/idefics2_8b_dora --topology CHIP:N` says what it needs on N chips.
+Not compiled for any chip yet: `jvlm plan finetune/idefics2_8b_dora --topology CHIP:N` says what it needs.
+Each chip takes a sequence at a time; on N chips give `--data.batch_size N --gradient_accumulation_steps 16/N`.
 """
 
 from jvlm.training.config import Experiment
@@ -12,4 +13,4 @@ from jvlm.training.recipes import finetune
 
 def get_config() -> Experiment:
     """Sequences of 2,048 tokens, 16 a step."""
-    return finetune("idefics2_8b", "dora", "idefics2-8b")
+    return finetune("idefics2_8b", "dora", "idefics2-8b", ())

@@ -3,7 +3,7 @@
     jvlm train finetune/idefics2_8b_full --init_from DIR --data.train examples.jsonl
 
 DIR is the folder of idefics2-8b.
-`jvlm plan finetune/idefics2_8b_full --topology CHIP:N` says what it needs on N chips.
+Not compiled for any chip yet: `jvlm plan finetune/idefics2_8b_full --topology CHIP:N` says what it needs.
 """
 
 from jvlm.training.config import Experiment
@@ -12,4 +12,4 @@ from jvlm.training.recipes import finetune
 
 def get_config() -> Experiment:
     """Sequences of 2,048 tokens, 16 a step."""
-    return finetune("idefics2_8b", "full", "idefics2-8b")
+    return finetune("idefics2_8b", "full", "idefics2-8b", ())

@@ -3,7 +3,8 @@
     jvlm train finetune/mimo_vl_7b_dora --init_from DIR --data.train examples.jsonl
 
 DIR is the folder of MiMo-VL-7B-RL.
-`jvlm plan finetune/mimo_vl_7b_dora --topology CHIP:N` says what it needs on N chips.
+Not compiled for any chip yet: `jvlm plan finetune/mimo_vl_7b_dora --topology CHIP:N` says what it needs.
+Each chip takes a sequence at a time; on N chips give `--data.batch_size N --gradient_accumulation_steps 16/N`.
 """
 
 from jvlm.training.config import Experiment
@@ -12,4 +13,4 @@ from jvlm.training.recipes import finetune
 
 def get_config() -> Experiment:
     """Sequences of 2,048 tokens, 16 a step."""
-    return finetune("mimo_vl_7b", "dora", "MiMo-VL-7B-RL")
+    return finetune("mimo_vl_7b", "dora", "MiMo-VL-7B-RL", ())

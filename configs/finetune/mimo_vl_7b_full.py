@@ -3,7 +3,7 @@
     jvlm train finetune/mimo_vl_7b_full --init_from DIR --data.train examples.jsonl
 
 DIR is the folder of MiMo-VL-7B-RL.
-`jvlm plan finetune/mimo_vl_7b_full --topology CHIP:N` says what it needs on N chips.
+Not compiled for any chip yet: `jvlm plan finetune/mimo_vl_7b_full --topology CHIP:N` says what it needs.
 """
 
 from jvlm.training.config import Experiment
@@ -12,4 +12,4 @@ from jvlm.training.recipes import finetune
 
 def get_config() -> Experiment:
     """Sequences of 2,048 tokens, 16 a step."""
-    return finetune("mimo_vl_7b", "full", "MiMo-VL-7B-RL")
+    return finetune("mimo_vl_7b", "full", "MiMo-VL-7B-RL", ())

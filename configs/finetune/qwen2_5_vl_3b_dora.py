@@ -3,7 +3,8 @@
     jvlm train finetune/qwen2_5_vl_3b_dora --init_from DIR --data.train examples.jsonl
 
 DIR is the folder of Qwen2.5-VL-3B-Instruct.
-`jvlm plan finetune/qwen2_5_vl_3b_dora --topology CHIP:N` says what it needs on N chips.
+Not compiled for any chip yet: `jvlm plan finetune/qwen2_5_vl_3b_dora --topology CHIP:N` says what it needs.
+Each chip takes a sequence at a time; on N chips give `--data.batch_size N --gradient_accumulation_steps 16/N`.
 """
 
 from jvlm.training.config import Experiment
@@ -12,4 +13,4 @@ from jvlm.training.recipes import finetune
 
 def get_config() -> Experiment:
     """Sequences of 2,048 tokens, 16 a step."""
-    return finetune("qwen2_5_vl_3b", "dora", "Qwen2.5-VL-3B-Instruct")
+    return finetune("qwen2_5_vl_3b", "dora", "Qwen2.5-VL-3B-Instruct", ())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +34,19 @@ def norms(model: VLM) -> Norms:
 def _norm(model: VLM, path: str) -> Float[Array, "*L o"]:
     owner, adapter = owner_of(model, path)[0], adapter_of(model, path)
     kernel = owner.embedding if path.endswith(".embedding") else owner.kernel
-    if not isinstance(kernel, StoredKernel):
-        return column_norm(kernel[...], adapter)
-    graph, state = nnx.split((kernel, adapter))
+    graph, adapter_state = nnx.split(adapter)
+    if isinstance(kernel, StoredKernel):
+        kernel_graph, kernel_state = nnx.split(kernel)
+        stacked, read = len(kernel.stacked_shape) > 2, lambda state: nnx.merge(kernel_graph, state).weight(jnp.float32)
+    else:
+        kernel_state = kernel[...]
+        stacked, read = kernel_state.ndim > 2, lambda value: value
 
-    def one(state: nnx.State) -> Array:
-        kernel, adapter = nnx.merge(graph, state)
-        return column_norm(kernel.weight(jnp.float32), adapter)
+    def one(states: tuple[Any, nnx.State]) -> Array:
+        return column_norm(read(states[0]), nnx.merge(graph, states[1]))
 
-    # a layer after the other, so that no more than one is dequantised at a time
-    return jax.lax.map(one, state) if len(kernel.stacked_shape) > 2 else one(state)
+    # a layer after the other, so that no more than one is in float32 at a time
+    return jax.lax.map(one, (kernel_state, adapter_state)) if stacked else one((kernel_state, adapter_state))
 
 
 def prepare(model: VLM, norms: Mapping[str, Array], rng: PRNGKeyArray | None = None) -> VLM:
