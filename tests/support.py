@@ -289,6 +289,16 @@ def run_python(code: str, *, timeout: float = 120, **env: str) -> str:
     return result.stdout
 
 
+def hearing_ctrl_c(*command: str) -> list[str]:
+    """Return the command of a program that Ctrl-C ends.
+
+    What a shell starts with & is deaf to it, and so is all that it starts: these tests too, perhaps. subprocess's
+    preexec_fn, which could mend it, forks a process that has JAX's threads.
+    """
+    code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-c", code, *command]
+
+
 def with_compiler(folders: str, *command: str, timeout: float = 600) -> subprocess.CompletedProcess:
     """A Python program beside the compilers that `make test` puts into these folders of its environment."""
     beside = (Path(sys.prefix) / folder for folder in folders.split())

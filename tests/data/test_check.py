@@ -236,7 +236,7 @@ def test_the_command_checks_with_fields_and_configs(place, tmp_path, capsys):
     assert _run(*config, *small, "--data.seq_len", "64", good) == 1
     assert "tokens do not fit 64" in capsys.readouterr().out
     # without files, the experiment's own data and that of its stages
-    stage = ["--stages.0.data.train", good, "--stages.0.data.seq_len", "64"]
+    stage = ["--stages.0.data.train", good, "--stages.0.data.seq_len", "64", "--stages.1.data.train", good]
     assert _run(*config, *small, "--data.train", good, *stage) == 1
     output = capsys.readouterr().out
     assert re.search(r"stages/\w+:\n0 of 1 examples(.|\n)*tokens do not fit 64(.|\n)*:\n1 of 1 examples", output)

@@ -1,8 +1,10 @@
 """Run by test_sharding.py in a process of its own with several CPU devices: kernels inside `jax.shard_map`."""
 
 import functools
+import json
 import math
 import sys
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -180,5 +182,17 @@ def _compare(compute, q, k, v, segments, weights):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
+def main(pairs):
+    """Write one JSON line for each "case implementation": the two, and the traceback of what failed or None."""
+    for pair in pairs:
+        case, implementation = pair.split()
+        error = None
+        try:
+            globals()[case](implementation)
+        except (AssertionError, ValueError, TypeError, RuntimeError, NotImplementedError):
+            error = traceback.format_exc()
+        print(json.dumps([case, implementation, error]), flush=True)
+
+
 if __name__ == "__main__":
-    globals()[sys.argv[1]](sys.argv[2])
+    main(sys.argv[1:])

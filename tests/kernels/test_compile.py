@@ -9,9 +9,10 @@ from jvlm_kernels import decode_attention, segment_attention
 
 from tests.support import with_compiler
 
-TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 MIB = 1 << 20
 SOME = ("decoder, 8k", "windows", "decoding, rows")
+# TPU topology -> which calls
+TOPOLOGIES = {"v5e:2x2": SOME, "v5p:2x2x1": (), "v6e:2x2": (), "tpu7x:2x2x1": ()}
 # GPU -> its matrix instruction; bytes that a thread's registers may be short of (the blocks are Hopper's); which calls
 GPUS = {"a100": ("mma.sync", 4096, SOME), "h200": ("wgmma.mma_async", 0, ()), "b200": ("tcgen05.mma", 256, SOME)}
 
@@ -31,15 +32,17 @@ def _one_fast(names, fast):
 
 @pytest.mark.parametrize("topology", _one_fast(TOPOLOGIES, "v5e:2x2"))
 def test_forward_and_backward_compile_for_tpu_at_real_shapes(topology):
-    by_name = _compiled(topology, "tpu-compiler")
-    assert len(by_name) == 8
+    calls = TOPOLOGIES[topology]
+    by_name = _compiled(topology, "tpu-compiler", "|".join(calls))
+    assert len(by_name) == (len(calls) or 8)
     for line in by_name.values():
         # forward, gradient of queries, gradient of keys and values; decoding has no gradient
         assert line["kernels"] == (1 if line["kernel"] == "decode_attention" else 3), line
         assert 0 < line["vmem"] <= 32 * MIB, line  # the least that newer compilers reserve
-    # 32k x 32k scores of 32 heads would be 64 GiB even in bfloat16
-    assert by_name["MiMo-VL decoder, 32k"]["temporary"] < 1024 * MIB
     assert by_name["decoding, rows"]["temporary"] < 64 * MIB
+    if not calls:
+        # 32k x 32k scores of 32 heads would be 64 GiB even in bfloat16
+        assert by_name["MiMo-VL decoder, 32k"]["temporary"] < 1024 * MIB
 
 
 @pytest.mark.parametrize("gpu", _one_fast(GPUS, "a100"))

@@ -28,35 +28,51 @@ def inputs(ids, head_size, heads=2, kv_heads=1, dtype="float16", queries=slice(N
     return *(jnp.asarray(x, dtype) for x in (q[:, queries], k, v)), keys[:, queries], keys
 
 
-# what is special -> inputs, options; few and small, since an interpreted block takes a tenth of a second
+# what is special -> a function that returns inputs and options; few and small, since an interpreted block takes a tenth
+# of a second
 CASES = {
-    "causal, two heads of a group, padding": (
+    "causal, two heads of a group, padding": lambda: (
         inputs([jnp.asarray(np.repeat([1, 2, 0, 3, 0], [90, 50, 9, 40, 11]), jnp.int32)], 40),
         {"causal": True},
     ),
-    "bfloat16, a row of padding, no group": (
+    "bfloat16, a row of padding, no group": lambda: (
         inputs([rows_of([33, 70, 20], 140), rows_of([], 140)], 72, heads=1, dtype="bfloat16"),
         {},
     ),
-    "four blocks that need no mask, own scale": (inputs([rows_of([256], 256)], 64, heads=1), {"scale": 0.3}),
-    "causal window": (inputs([rows_of([180, 20], 200)], 16, heads=1), {"causal": True, "window": 50}),
-    "window, four heads of two groups": (inputs([rows_of([80, 40], 126)], 16, 4, 2), {"window": 17}),
-    "a part of the queries of a row": (
+    "four blocks that need no mask, own scale": lambda: (inputs([rows_of([256], 256)], 64, heads=1), {"scale": 0.3}),
+    "causal window": lambda: (inputs([rows_of([180, 20], 200)], 16, heads=1), {"causal": True, "window": 50}),
+    "window, four heads of two groups": lambda: (inputs([rows_of([80, 40], 126)], 16, 4, 2), {"window": 17}),
+    "a part of the queries of a row": lambda: (
         inputs([rows_of([60, 130], 200), rows_of([180], 200)], 32, heads=1, queries=slice(100, 170)),
         {"causal": True, "q_offset": jnp.asarray([100, 100])},
     ),
-    "a promise, segments that fall": (
+    "a promise, segments that fall": lambda: (
         inputs([jnp.asarray(np.repeat([9, 7, 4, 2], [64, 64, 50, 20]), jnp.int32)], 16, heads=1),
         {"max_segment_length": 64},
     ),
-    "a head too large for our gradients": (inputs([rows_of([70, 60], 130)], 136, heads=1), {"causal": True}),
+    "a head too large for our gradients": lambda: (inputs([rows_of([70, 60], 130)], 136, heads=1), {"causal": True}),
 }
-every_case = pytest.mark.parametrize("case", CASES)
+# every option and both dtypes; the rest is of the second tier
+FAST = (
+    "causal, two heads of a group, padding",
+    "bfloat16, a row of padding, no group",
+    "window, four heads of two groups",
+    "a promise, segments that fall",
+    "a part of the queries of a row",
+)
+every_case = pytest.mark.parametrize(
+    "case", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+
+
+@functools.cache
+def case_of(name):
+    return CASES[name]()
 
 
 @functools.cache
 def found_of(case):
-    args, options = CASES[case]
+    args, options = case_of(case)
     sizes = BlockSizes(128, 128 if "two heads" in case else 64)
     with mosaic_interpreter.extended():
         return jax.tree.map(np.asarray, attend(args, NAME, **options, block_sizes=sizes))
@@ -64,7 +80,7 @@ def found_of(case):
 
 @functools.cache
 def expected_of(case):
-    args, options = CASES[case]
+    args, options = case_of(case)
     return brute_force(*args, **options, weights=weights_of(args))
 
 
@@ -72,7 +88,7 @@ def expected_of(case):
 def test_outputs_and_logsumexp_equal_the_brute_force(case):
     out, logsumexp, _ = found_of(case)
     expected, expected_logsumexp, _ = expected_of(case)
-    assert (out.dtype, logsumexp.dtype) == (CASES[case][0][0].dtype, jnp.float32)
+    assert (out.dtype, logsumexp.dtype) == (case_of(case)[0][0].dtype, jnp.float32)
     # weights and results are rounded to 11 bits, or 8
     np.testing.assert_allclose(out.astype(np.float64), expected, atol=2e-3 if out.dtype == np.float16 else 2e-2)
     np.testing.assert_allclose(logsumexp, expected_logsumexp, atol=2e-6)
@@ -88,7 +104,7 @@ def test_gradients_equal_the_brute_force(case):
 @every_case
 def test_queries_that_see_nothing_give_zeros_and_neither_take_nor_give_a_gradient(case):
     out, logsumexp, (dq, dk, dv) = found_of(case)
-    blind, unseen = ~np.isfinite(expected_of(case)[1]), np.asarray(CASES[case][0][4]) == 0
+    blind, unseen = ~np.isfinite(expected_of(case)[1]), np.asarray(case_of(case)[0][4]) == 0
     assert (logsumexp[blind] == -np.inf).all()
     for x, where in ((out, blind), (dq, blind), (dk, unseen), (dv, unseen)):
         assert not x[where].any()

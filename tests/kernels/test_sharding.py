@@ -1,5 +1,6 @@
 """Kernels inside `jax.shard_map`: split rows and heads, context parallelism, split vocabulary."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,15 +19,23 @@ CASES = [
 CASES += [(case, "xla") for case in ("split_vocabulary", "split_tokens_and_vocabulary")]
 
 
-@pytest.mark.parametrize(("case", "implementation"), CASES)
-def test_parts_equal_the_whole(case, implementation):
+@pytest.fixture(scope="module")
+def errors():
+    """(case, implementation) -> the traceback of what failed on four devices, or None."""
     result = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.many_devices", case, implementation],
+        [sys.executable, "-m", "tests.kernels.many_devices", *map(" ".join, CASES)],
         cwd=ROOT,
         env={**os.environ, **cpu_devices(4)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]
+    lines = (json.loads(line) for line in result.stdout.splitlines())
+    return {(case, implementation): error for case, implementation, error in lines}
+
+
+@pytest.mark.parametrize(("case", "implementation"), CASES)
+def test_parts_equal_the_whole(errors, case, implementation):
+    assert errors[case, implementation] is None, errors[case, implementation]

@@ -1,6 +1,5 @@
 """The launcher as a user runs it, against a gcloud that the test wrote."""
 
-import functools
 import json
 import os
 import shlex
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, hearing_ctrl_c
 
 LIVING = "state=running code=- time=-"
 DONE = "state=exited code=0 time=100"
@@ -221,7 +220,7 @@ def test_a_broken_installation_stops_and_says_what_is_billed_and_how_to_end_it(t
 def interrupt(world, until, *arguments):
     """Start the launcher, press Ctrl-C once a line has been printed, and return its status and error output."""
     process = subprocess.Popen(
-        world.command(CONFIG, *RUN, *FAST, *arguments),
+        hearing_ctrl_c(*world.command(CONFIG, *RUN, *FAST, *arguments)),
         cwd=world.folder,
         env=world.environment,
         stdout=subprocess.DEVNULL,
@@ -230,8 +229,6 @@ def interrupt(world, until, *arguments):
         # a group of its own, as a terminal gives it: Ctrl-C reaches the gcloud that is running too, which could else
         # outlive the launcher and write over what comes after
         start_new_session=True,
-        # what a shell starts with & is deaf to Ctrl-C, and so is all that it starts: these tests too, perhaps
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         seen = ""

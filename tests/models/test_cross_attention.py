@@ -1,6 +1,7 @@
 """Text that reads vision tokens by gated cross-attention: the plain model at zero gates, and the definition."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def build(folder, every=2, attends_to="last", gate=None, least=9):
-    """The model of the folder's sizes, with cross-attention (0: without); the same seed gives the same parameters."""
+def sizes(folder, every=2, attends_to="last", least=9):
+    """The configuration of the folder's sizes, with cross-attention (0: without)."""
     config = hf.read_config(folder)
     decoder = config.decoder
     if every:
@@ -40,13 +41,24 @@ def build(folder, every=2, attends_to="last", gate=None, least=9):
         decoder = CrossAttentionTransformerConfig.of(decoder, **fields)
     connector = dataclasses.replace(config.connector, min_image_patches=least)
     precision = dataclasses.replace(config.precision, initializer_range=None)
-    config = dataclasses.replace(config, decoder=decoder, connector=connector, precision=precision)
+    return dataclasses.replace(config, decoder=decoder, connector=connector, precision=precision)
+
+
+@functools.cache
+def drawn(folder, every):
+    """Path -> array of random parameters."""
+    config = sizes(folder, every)
     model = nnx.jit(lambda: VLM(config, rngs=nnx.Rngs(3)))()
+    return {path: v.get_value() for path, v in vlm.parameters(model).items()}
+
+
+def build(folder, every=2, attends_to="last", gate=None):
+    """(model, processor) of these sizes, the gates as drawn or of one value."""
+    config = sizes(folder, every, attends_to)
+    values = drawn(folder, every)
     if gate is not None:
-        values = {path: v.get_value() for path, v in vlm.parameters(model).items()}
-        values |= {path: jnp.full_like(v, gate) for path, v in values.items() if path.endswith("_gate")}
-        model = vlm.bind(model, values)
-    return model, hf.load_processor(folder, config)
+        values = values | {path: jnp.full_like(v, gate) for path, v in values.items() if path.endswith("_gate")}
+    return vlm.bind(vlm.abstract(config), values), hf.load_processor(folder, config)
 
 
 def logits_of(model, sequences):
@@ -60,7 +72,7 @@ def logits_of(model, sequences):
 
 
 def test_a_picture_is_one_token_between_its_marks(folder):
-    _, processor = build(folder)
+    processor = hf.load_processor(folder, sizes(folder))
     example = processor.encode(CASES["three pictures of different sizes"])
     ids = [processor.tokenizer.convert_tokens_to_ids(t) for t in (FAKE, IMAGE)]
     at = np.flatnonzero(example.tokens == ids[1])
@@ -207,6 +219,6 @@ def test_it_learns_and_the_gates_open(folder):
 
 
 def test_an_image_smaller_than_sequences_have_room_for_is_refused(folder):
-    _, processor = build(folder, least=30)
+    processor = hf.load_processor(folder, sizes(folder, least=30))
     with pytest.raises(ExampleError, match="an image of 9 patches, less than min_image_patches 30"):
         processor.encode(CASES["a small picture, brought up"])

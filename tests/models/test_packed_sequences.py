@@ -184,6 +184,7 @@ def test_recomputation_changes_neither_loss_nor_gradients(tiny, examples, plain_
         np.testing.assert_allclose(grads[path], expected, atol=1e-5, rtol=1e-4, err_msg=path)
 
 
+@pytest.mark.usefixtures("every_platform")
 def test_attention_that_is_kept_is_not_computed_again(tiny, examples):
     def forward_kernels(remat):
         graph, state = nnx.split(with_precision(tiny.model, remat=remat))

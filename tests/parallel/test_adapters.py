@@ -7,11 +7,12 @@ import pytest
 from tests.parallel import adapters_on_meshes, models
 from tests.support import cpu_devices, run_python
 
-FAST = [("qwen2_5_vl", ("fsdp context tensor",))]
-SLOW = [(name, tuple(mesh for mesh in models.MESHES if mesh != "one")) for name in adapters_on_meshes.CASES]
+CASES = [(name, tuple(mesh for mesh in models.MESHES if mesh != "one")) for name in adapters_on_meshes.CASES]
 
 
-@pytest.mark.parametrize(("architecture", "meshes"), [*FAST, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)])
+# minutes each; the fast tier has the layout of adapters in test_layout.py and their arithmetic in tests/adapters
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "meshes"), CASES)
 def test_loss_and_gradients_are_those_of_one_device(architecture, meshes):
     code = f"from tests.parallel.adapters_on_meshes import main; main({architecture!r}, *{meshes!r})"
     lines = [json.loads(line) for line in run_python(code, timeout=3600, **cpu_devices(8)).splitlines()]

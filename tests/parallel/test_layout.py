@@ -13,6 +13,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from jvlm.adapters.attach import attach
+from jvlm.adapters.config import AdapterConfig
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.parallel import mesh as meshes
@@ -43,6 +45,24 @@ def test_parameters_are_split_by_their_axes_and_stacks_of_layers_are_not(variabl
     assert found["decoder.blocks.layer.attention.q.bias"] == P(None, "tensor")
     assert found["decoder.blocks.layer.norm1.scale"] == P(None, None)
     assert found["encoder.patch_embed.kernel"] == P(None, "fsdp")
+
+
+def test_the_matrices_of_an_adapter_are_split_as_the_axes_of_the_base_that_they_touch():
+    config = AdapterConfig(use_dora=True, targets=("all-linear",))
+    model = attach(vlm.abstract(models.qwen2_5_vl()), config)
+    layout = _layout(fsdp=2, context=2, tensor=2)
+    specs = {path: sharding.spec for path, sharding in layout.parameters(vlm.variables(model)).items()}
+    adapted = [path for path in specs if path.endswith(".kernel") and path.replace("kernel", "adapter.a") in specs]
+    assert {path.partition(".")[0] for path in adapted} >= {"encoder", "decoder"}
+    split = set()
+    for path in adapted:
+        *stack, into, out = specs[path]
+        at = path.removesuffix("kernel") + "adapter"
+        assert specs[f"{at}.a"] == P(*stack, into, None), path
+        assert specs[f"{at}.b"] == P(*stack, None, out), path
+        assert specs[f"{at}.magnitude"] == P(*stack, out), path
+        split |= {into, out}
+    assert split >= {"fsdp", "tensor"}
 
 
 def test_a_table_and_lines_that_override_it_change_what_is_split(variables):

@@ -122,16 +122,17 @@ def test_the_model_that_a_run_begins_from_is_part_of_it(run):
     assert resume.inputs(experiment)["start"]["init_from"] != first
 
 
-@pytest.mark.parametrize("file", ["rejected.jsonl", "logging.jsonl"])
 @pytest.mark.parametrize("damage", ["half a line", "not utf-8", "zeros"])
-def test_a_half_written_line_is_mended_at_the_restart(run, file, damage):
-    path = run / "run" / file
-    whole = path.read_text()
-    assert whole
+def test_half_written_lines_are_mended_at_the_restart(run, damage):
     tail = {"half a line": b'{"file": "examples.js', "not utf-8": b'{"file": "\xff\xfe', "zeros": b"\0" * 50}[damage]
-    path.write_bytes(whole.encode() + tail)
+    whole = {}
+    for path in (run / "run" / "rejected.jsonl", run / "run" / "logging.jsonl"):
+        whole[path] = path.read_text()
+        assert whole[path]
+        path.write_bytes(whole[path].encode() + tail)
     runs.train(_experiment(run))
-    assert path.read_text() == whole
+    for path, text in whole.items():
+        assert path.read_text() == text, path
 
 
 @pytest.mark.parametrize("file", ["experiment.json", "inputs.json", "clock.json"])

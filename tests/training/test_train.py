@@ -25,17 +25,25 @@ from jvlm.training.state import TrainState
 from jvlm.training.supervised import SupervisedTask, supervised_loss
 from tests.training import support
 
+OPTIONS = ("--steps", "14", "--export.enabled", "False")
 CONFIG = """
 from pathlib import Path
 from tests.training import support
 def get_config():
-    return support.experiment(Path({folder!r}), Path({examples!r}), "--steps", "14", "--export.enabled", "False")
+    return support.experiment(Path({folder!r}), Path({examples!r}), *{options!r})
 """
 
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
     return support.write_examples(tmp_path_factory.mktemp("examples"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, examples):
+    """A run of eight steps: (its experiment, its result)."""
+    experiment = support.experiment(tmp_path_factory.mktemp("finished"), examples)
+    return experiment, runs.train(experiment)
 
 
 def _values(model):
@@ -66,7 +74,7 @@ def test_losses_after_being_killed_or_asked_to_stop_are_bit_equal_to_an_unbroken
     if sent == signal.SIGTERM:
         assert f"stopped by SIGTERM after step {stopped_at} of 14, which is saved in" in said
         assert max(int(p.name) for p in (run / "checkpoints").iterdir()) == stopped_at
-    subprocess.run(_command(tmp_path, examples), check=True, capture_output=True, env=_env())
+    runs.train(support.experiment(tmp_path, examples, *OPTIONS))  # goes on in this process
     assert support.losses(tmp_path) == unbroken
     assert list(support.losses(tmp_path)) == list(range(1, 15))
     shares = [json.loads(line)["goodput"] for line in _lines(run)]
@@ -78,13 +86,13 @@ def test_losses_after_being_killed_or_asked_to_stop_are_bit_equal_to_an_unbroken
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, examples):
     folder = tmp_path_factory.mktemp("unbroken")
-    subprocess.run(_command(folder, examples), check=True, capture_output=True, env=_env())
+    runs.train(support.experiment(folder, examples, *OPTIONS))
     return support.losses(folder)
 
 
 def _command(folder, examples):
     config = folder / "config.py"
-    config.write_text(CONFIG.format(folder=str(folder), examples=str(examples)))
+    config.write_text(CONFIG.format(folder=str(folder), examples=str(examples), options=OPTIONS))
     return [sys.executable, "-m", "jvlm.cli", "train", str(config)]
 
 
@@ -112,13 +120,15 @@ def test_a_first_ctrl_c_asks_to_stop_after_the_step_and_a_second_stops_at_once()
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_one_compilation_serves_examples_of_text_of_one_image_and_of_two(tmp_path, examples):
-    result = runs.train(support.experiment(tmp_path, examples))
+def test_one_compilation_serves_examples_of_text_of_one_image_and_of_two(finished):
+    _, result = finished
     assert result.compilations == 1
     assert result.steps == 8
 
 
-@pytest.mark.parametrize("tower", vlm.TOWERS)
+@pytest.mark.parametrize(
+    "tower", ["encoder", *(pytest.param(tower, marks=pytest.mark.slow) for tower in ("connector", "decoder"))]
+)
 def test_a_tower_at_learning_rate_0_stays_bit_equal_and_the_others_move(tmp_path, examples, tower, capsys):
     experiment = support.experiment(tmp_path, examples, f"--optimizer.{tower}_lr", "0", "--steps", "2")
     before = _values(starting_model.start_model(experiment)[0])
@@ -131,7 +141,7 @@ def test_a_tower_at_learning_rate_0_stays_bit_equal_and_the_others_move(tmp_path
     assert line.split()[2:] == ["0", "frozen"]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_a_stage_goes_on_from_the_one_before_it_and_a_restart_repeats_nothing(tmp_path, examples, capsys, kind):
     data = support.experiment(tmp_path, examples).data
     stage = Stage(
@@ -157,10 +167,10 @@ def test_stages_need_names_that_can_be_folders(tmp_path, examples, names):
         support.experiment(tmp_path, examples, stages=tuple(Stage(name, data) for name in names))
 
 
-def test_every_parameter_changes_when_nothing_is_frozen(tmp_path, examples):
-    experiment = support.experiment(tmp_path, examples, "--steps", "2")
+def test_every_parameter_changes_when_nothing_is_frozen(finished):
+    experiment, result = finished
     before = _values(starting_model.start_model(experiment)[0])
-    after = _values(runs.train(experiment).model)
+    after = _values(result.model)
     assert [p for p in before if np.array_equal(before[p], after[p])] == []
 
 
@@ -197,10 +207,11 @@ def test_loss_does_not_depend_on_the_chunk_of_logits(tmp_path, examples):
     np.testing.assert_allclose(whole.total, -(chosen * batch.loss_weights[:, 1:]).sum(), rtol=1e-5)
 
 
-def test_another_experiment_in_the_same_folder_is_refused_naming_the_fields(tmp_path, examples):
-    runs.train(support.experiment(tmp_path, examples, "--steps", "1"))
+def test_another_experiment_in_the_same_folder_is_refused_naming_the_fields(finished):
+    experiment, _ = finished
+    other = dataclasses.replace(experiment.optimizer, learning_rate=0.5)
     with pytest.raises(UserError, match=r"another experiment(.|\n)*optimizer.learning_rate: 0.\d+ -> 0.5"):
-        runs.train(support.experiment(tmp_path, examples, "--steps", "1", "--optimizer.learning_rate", "0.5"))
+        runs.train(dataclasses.replace(experiment, optimizer=other))
 
 
 def test_examples_left_out_are_counted_and_listed_with_their_reason(tmp_path, examples):
@@ -230,12 +241,12 @@ def test_a_bad_example_stops_the_run_by_default_and_is_named(tmp_path, examples)
         runs.train(support.experiment(tmp_path, bad))
 
 
-def test_the_log_line_has_what_ms_swift_users_know_and_where_the_time_goes(tmp_path, examples):
-    result = runs.train(support.experiment(tmp_path, examples, "--steps", "2"))
+def test_the_log_line_has_what_ms_swift_users_know_and_where_the_time_goes(finished):
+    _, result = finished
     line = json.loads((result.folder / "logging.jsonl").read_text().splitlines()[-1])
     expected = "loss grad_norm learning_rate token_acc global_step/max_steps elapsed_time remaining_time memory(GiB) "
     expected += "train_speed(s/it) data_wait "
     expected += "padding_text padding_patches tokens_per_s tflops_per_s skipped"
     assert set(expected.split()) <= set(line)
-    assert line["global_step/max_steps"] == "2/2"
+    assert line["global_step/max_steps"] == "8/8"
     assert list((result.folder / "tensorboard").iterdir())

@@ -83,7 +83,7 @@ def llama(tmp_path_factory):
 
 def load(folder, **changed):
     config = dataclasses.replace(backbones.read_config(folder), **changed)
-    module = registry.build(config, precision=PRECISION, rngs=nnx.Rngs(0))
+    module = nnx.eval_shape(lambda: registry.build(config, precision=PRECISION, rngs=nnx.Rngs(0)))
     values = backbones.load(folder, config, PRECISION)
     nnx.update(module, nnx.from_flat_state([(tuple(path.split(".")[1:]), v) for path, v in values.items()]))
     return module

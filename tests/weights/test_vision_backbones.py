@@ -57,7 +57,7 @@ def family(request, tmp_path_factory):
 
 def load(folder):
     config = backbones.read_config(folder)
-    module = registry.build(config, precision=PRECISION, rngs=nnx.Rngs(0))
+    module = nnx.eval_shape(lambda: registry.build(config, precision=PRECISION, rngs=nnx.Rngs(0)))
     values = backbones.load(folder, config, PRECISION)
     nnx.update(module, nnx.from_flat_state([(tuple(path.split(".")[1:]), v) for path, v in values.items()]))
     return module
@@ -94,14 +94,15 @@ def test_features_equal_transformers(family):
     pixels = np.random.default_rng(0).normal(size=(3, 3, 20, 20)).astype(np.float32)
     with torch.no_grad():
         expected = model(torch.from_numpy(pixels)).last_hidden_state.numpy()
-    found = module(packed(module.config, pixels)).tokens[0, : expected.shape[0] * expected.shape[1]]
+    features = nnx.jit(lambda m, batch: m(batch).tokens)(module, packed(module.config, pixels))
+    found = features[0, : expected.shape[0] * expected.shape[1]]
     np.testing.assert_allclose(found, expected.reshape(-1, expected.shape[-1]), atol=1e-4, rtol=1e-4)
 
 
 def test_gradients_reach_every_parameter(family):
     module = load(family[0])
     batch = packed(module.config, np.random.default_rng(1).normal(size=(1, 3, 20, 20)))
-    gradients = nnx.grad(lambda m: jnp.square(m(batch).tokens[0, :16]).sum())(module)
+    gradients = nnx.jit(nnx.grad(lambda m: jnp.square(m(batch).tokens[0, :16]).sum()))(module)
     for path, leaf in nnx.to_flat_state(gradients):
         if path[-2:] != ("k", "bias"):
             assert jnp.abs(leaf[...]).max() > 0, path
