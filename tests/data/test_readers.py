@@ -25,6 +25,7 @@ from jvlm.data.example_source import ExampleSource
 from jvlm.data.formats.example_format import FormatOptions
 from jvlm.data.images import open_image
 from jvlm.errors import UserError
+from tests.support import GOLDEN
 
 
 def _png(number: int) -> bytes:
@@ -325,6 +326,18 @@ def test_what_datasets_saved_is_read_in_its_order_and_by_split(tmp_path):
     (tmp_path / "saved" / "test" / "a.arrow").unlink()
     with pytest.raises(UserError, match=r"a\.arrow: missing"):
         _records(f"{tmp_path}/saved:test")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "numbers"),
+    [("saved", [5, 3, 1, 0, 2, 4]), ("saved:test", [3, 4]), ("rows.parquet", [0, 1, 2, 3, 4, 5])],
+)
+def test_files_that_datasets_itself_wrote_are_read(pattern, numbers):
+    """tests/golden/datasets: `save_to_disk` and `to_parquet` of datasets 5.2, with its Image and List features."""
+    records = _records(GOLDEN / "datasets" / pattern)
+    turns = [(r["messages"][0]["content"], r["messages"][1]["content"]) for r in records]
+    assert [(user[1]["text"], answer[0]["text"]) for user, answer in turns] == [(f"q{n}", f"a{n}") for n in numbers]
+    assert [_pixel(user[0]["image"]) for user, _ in turns] == numbers
 
 
 def test_a_cache_of_datasets_is_read_by_split(tmp_path):
