@@ -3,10 +3,10 @@
     jvlm train idefics2/sft --init_from DIR --data.train examples.jsonl
     jvlm train idefics2/sft --init_from DIR --data.train examples.jsonl --processor.image.no-split
 
-Published: conversations of up to 1,024 tokens, sides of 378 to 980 pixels, splitting for half of the samples (give the
-halves as two runs' data, or choose one way). Learning rate, batch and steps of the fine-tuning are not published. Its
-authors found that training all of the language model diverges, and trained adapters: here the connector is trained, and
-the towers only where you give them a rate.
+Published: conversations of up to 1,024 tokens, sides of 378 to 980 pixels, splitting for half of the samples
+(idefics2/sft_dora draws which; here all are, or none). Learning rate, batch and steps of the fine-tuning are not
+published. Its authors found that training all of the language model diverges, and trained adapters: here the connector
+is trained, and the towers only where you give them a rate.
 """
 
 from jvlm.data.config import DataConfig

@@ -4,14 +4,15 @@
     jvlm train idefics2/sft_dora --init_from IDEFICS2_8B_BASE --data.train examples.jsonl --adapter.no-use_dora
 
 As published: DoRA, examples of up to 1,024 tokens, sides of 378 to 980 pixels, NEFTune, turns shuffled (at most seven),
-half of the images made up to twice as large. Not published: learning rate, batch, steps and rank; see
-idefics2/stage1_lora for where they come from. The authors split half of the samples' images into quarters; here all
-are, or with ``--processor.image.no-split`` none.
+half of the images made up to twice as large, the images of half of the examples split. In the authors' code, images
+come before the first question, and 5 % of the questions begin on a new line. Not published: learning rate, batch, steps
+and rank; see idefics2/stage1_lora for where they come from.
 """
 
 import dataclasses
 
 from jvlm import configs
+from jvlm.data.config import ImageChoice
 from jvlm.training.config import Experiment
 from jvlm.training.supervised import SupervisedTask
 
@@ -29,6 +30,9 @@ def get_config() -> Experiment:
             sft.data,
             shuffle_turns=True,
             max_turns=7,
+            media_first=True,
+            newline_probability=0.05,
+            image_choices=(ImageChoice(("split=true",)), ImageChoice(("split=false",))),
             upscale_probability=0.5,
             upscale_range=(1.5, 2.0),
             upscale_longest_edge=980,

@@ -3,7 +3,8 @@
     jvlm train idefics2/stage2_lora --init_from MERGED --data.train pages.jsonl pairs.jsonl documents.jsonl
 
 The position table grows from 27 x 27 to 70 x 70, as in the authors' script. As published: interleaved pages 45 % of the
-examples, pairs 35 %, documents 20 %; 2,048 tokens. Adapter and optimizer are those of idefics2/stage1_lora.
+examples, pairs 35 %, documents 20 %; 2,048 tokens. Adapter and optimizer are those of idefics2/stage1_lora, and how
+pages are cut, left out and put together is that of idefics2/pretrain.
 """
 
 import dataclasses
@@ -29,6 +30,11 @@ def get_config() -> Experiment:
         adapt=AdaptConfig(grid=70, grid_scale=(70 + 0.1) / 27),
         processor=ProcessorConfig(image=Idefics2ImageConfig(split=False)),
         data=DataConfig(
-            batch_size=16, seq_len=2048, max_patches=24_576, max_image_patches=4900, on_too_long="truncate"
+            batch_size=16,
+            seq_len=2048,
+            max_patches=24_576,
+            max_image_patches=4900,
+            on_too_long="truncate",
+            documents=first.data.documents,
         ),
     )

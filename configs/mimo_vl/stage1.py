@@ -4,7 +4,8 @@ Batch size, schedule and warm-up are not published; those here are ours. Give th
 
     jvlm train mimo_vl/stage1 --init_from gs://bucket/mimo-vl-7b-start --data.train gs://bucket/captions.arrayrecord
 
-The start is the tower of Qwen2.5-VL-72B, MiMo-7B-Base, and a random projector.
+The start is the tower of Qwen2.5-VL-72B, MiMo-7B-Base, and a random projector. Captions are documents (an image and
+the text behind it, without a chat template); ``--data.caption_prompt TEXT`` makes answers of them.
 """
 
 import dataclasses

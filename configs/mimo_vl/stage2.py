@@ -4,6 +4,9 @@ The table prints the two learning rates in the wrong order; the authors correcte
 issue 29). Batch size, schedule and warm-up are not published; those here are ours.
 
     jvlm train mimo_vl/stage2 --init_from gs://bucket/runs/mimo_vl_stage1 --data.train gs://bucket/interleaved.arrayrecord
+
+Captions and pages are documents, without a chat template. A page longer than a sequence is cut between its pieces, and
+every part is trained on; an image that fits no sequence is made smaller.
 """
 
 import dataclasses

@@ -3,7 +3,8 @@
     jvlm train mm1_5/continual --data.train ... --init_from runs/mm1_5_pretrain
 
 Published and kept: static tiles of 1344 x 1344 pixels, 256 sequences a step, 30,000 steps, peak learning rate 1e-5,
-cosine decay to 0, every tower trained. The position tables go from 27 x 27 to 48 x 48 positions as the stage begins.
+cosine decay to 0, every tower trained. Pages of text are documents: an image and its text, without a chat template. The
+position tables go from 27 x 27 to 48 x 48 positions as the stage begins.
 """
 
 from jvlm.data.config import DataConfig

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from jvlm import configs
 from jvlm.data import pipeline
 from jvlm.data.config import DataConfig, ImageChoice
 from jvlm.data.cutting import Limits
@@ -177,3 +178,30 @@ def test_the_promise_made_to_attention_is_that_of_the_largest_choice(fake_tokens
         max_patches=10**6, image_choices=(ImageChoice(("longest_edge=56",)), ImageChoice(("longest_edge=98",)))
     )
     assert pipeline.image_patch_limit(processor.image_processor, processor.image_config, config) == 49
+
+
+def test_the_papers_configs_read_documents_as_the_papers_say():
+    """Figures of MM1 (arXiv 2403.09611), and of Idefics2's paper and training code."""
+    assert configs.load("mm1_5/pretrain").data.documents == DocumentConfig(max_images=16)
+    for name in ("idefics2/pretrain", "idefics2/stage1_lora", "idefics2/stage2_lora"):
+        documents = configs.load(name).data.documents
+        assert (documents.cut, documents.window_bonus) == ("sample_window", 2.0)
+        # three in a row, and two at the end, are left out
+        assert (documents.max_images_in_a_row, documents.max_images_at_end) == (2, 1)
+        assert documents.join > 1
+    tuned = configs.load("idefics2/sft_dora").data
+    assert (tuned.shuffle_turns, tuned.max_turns, tuned.media_first, tuned.newline_probability) == (True, 7, True, 0.05)
+    assert [(choice.settings, choice.weight) for choice in tuned.image_choices] == [
+        (("split=true",), 1.0),
+        (("split=false",), 1.0),
+    ]
+
+
+@pytest.mark.parametrize("stage", ["mimo_vl/stage1", "mimo_vl/stage2"])
+def test_mimos_first_stages_take_captions_pages_and_text(tiny, stage):
+    data = dataclasses.replace(configs.load(stage).data, seq_len=64, max_patches=192, max_image_patches=None)
+    encode = pipeline.Encode(tiny.processor, data)
+    records = [page(image(), words("a cat")), page(words("the cat. " * 40), image(), words("end")), {"text": "alone"}]
+    found = [encode.random_map((Origin("a.jsonl", 1), record), np.random.default_rng(0)) for record in records]
+    assert [len(parts) > 1 for parts in found] == [False, True, False]
+    assert all(part.loss_weights.any() for parts in found for part in parts)
