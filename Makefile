@@ -65,11 +65,14 @@ test: $(VENV)/.test $(VENV)/.backbones
 test-slow: $(VENV)/.test $(VENV)/.backbones  ## the rest: compilations for pods, many processes, soaks; half an hour
 	$(PYTEST) -m slow $(ARGS)
 
-$(VENV)/.exports: $(VENV)/.test
+$(VENV)/.peft: $(VENV)/.test
+	$(PIP) --no-deps --target $(VENV)/export-peft $(EXPORTS_PEFT)
+	touch $@
+
+$(VENV)/.exports: $(VENV)/.peft
 	$(PIP) --no-deps --target $(VENV)/export-4.49 $(EXPORTS_4_49)
 	$(PIP) --no-deps --target $(VENV)/export-4.57 $(EXPORTS_4_57)
 	$(PIP) --no-deps --target $(VENV)/export-pixels $(EXPORTS_PIXELS)
-	$(PIP) --no-deps --target $(VENV)/export-peft $(EXPORTS_PEFT)
 	$(PIP) --no-deps --target $(VENV)/export-peft-0.15 $(EXPORTS_PEFT_0_15)
 	$(PIP) --no-deps --target $(VENV)/export-quantised $(EXPORTS_QUANTISED)
 	$(PIP) --no-deps --target $(VENV)/export-llama.cpp sentencepiece==0.2.3
@@ -92,8 +95,9 @@ format: $(VENV)/.test
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
 
-bench: $(VENV)/.test
+bench: $(VENV)/.peft  ## speed beside transformers + torch, and of LoRA beside PEFT; ten minutes
 	$(VENV)/bin/python tools/bench.py $(ARGS)
+	PYTHONPATH=$(VENV)/export-peft $(RUN) tools.bench_lora $(ARGS)
 
 bench-kernels: $(VENV)/.test
 	$(RUN) tools.bench_kernels $(ARGS)

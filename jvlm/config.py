@@ -79,9 +79,9 @@ def from_dict(kind: type[T], values: Any, path: str = "") -> T:
 
 
 def _fitting(kinds: list[type], values: Any) -> list[type]:
-    """Order types so that those whose fields are named as the values are come first."""
+    """Order types so that the plain value's own, or those whose fields are named as the values are, come first."""
     if not isinstance(values, dict):
-        return kinds
+        return sorted(kinds, key=lambda kind: type(values) is not kind)
     return sorted(kinds, key=lambda kind: not set(values) <= set(getattr(kind, "__dataclass_fields__", ())))
 
 

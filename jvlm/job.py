@@ -30,7 +30,7 @@ from jvlm.models import vlm
 from jvlm.models.vlm import VLM
 from jvlm.parallel import hosts
 from jvlm.parallel.layout import MeshLayout
-from jvlm.training import hub_pins, log, push
+from jvlm.training import hub_pins, log, push, trainable
 from jvlm.training.config import Experiment
 from jvlm.training.log import clock
 from jvlm.training.runs import Result, train
@@ -356,6 +356,24 @@ def verify(experiment: Experiment, result: Result, answers: Sequence[Answer]) ->
     return line
 
 
+def _adapter_facts(experiment: Experiment, result: Result) -> dict[str, str]:
+    """Return what the report says of the adapters; nothing for a run without any."""
+    plan = result.model.adapters
+    if plan is None:
+        return {}
+    variables = vlm.variables(result.model)
+    chosen = trainable.select(trainable.from_config(experiment.optimizer, plan), variables)
+    trained = sum(variable.get_value().size for variable in chosen.values())
+    ranks = sorted({rank for group in plan.groups for rank in group.ranks if rank})
+    matrices = sum(bool(rank) for group in plan.groups for rank in group.ranks)
+    kind = "DoRA" if plan.config.use_dora else "LoRA"
+    return {
+        "base": f"{experiment.init_from or 'random weights'}, which stays as it is",
+        "adapters": f"{kind} of rank {', '.join(map(str, ranks))} on {matrices} matrices: {result.folder / ADAPTER}",
+        "trained": f"{trained:,} parameters beside {sum(vlm.parameter_counts(result.model).values()):,} of the base",
+    }
+
+
 def write_report(
     experiment: Experiment,
     result: Result,
@@ -369,9 +387,11 @@ def write_report(
     every = log.read(result.folder)
     lines = [line for line in every if "loss" in line]
     counts = vlm.parameter_counts(result.model)
+    total = f"{sum(counts.values()):,} parameters"
     last = lines[-1]
     facts = {
         "parameters": ", ".join(f"{tower} {count:,}" for tower, count in counts.items()),
+        **_adapter_facts(experiment, result),
         "training": f"{result.steps} steps in {clock(result.seconds)}, {result.compilations} compilation(s)",
         "time in all": clock(seconds),
         "data": f"{', '.join(experiment.data.train)}; {last['epoch']} epochs; {result.rejected} examples left out",
@@ -400,7 +420,7 @@ def write_report(
         if before:
             note += f"; {before.mean_iou:.3f} before training"
         headline.append((f"{scores.mean_iou:.3f}", f"mean IoU of {scores.boxes:,} boxes", note))
-    headline.append((clock(result.seconds), "training", f"{sum(counts.values()):,} parameters"))
+    headline.append((clock(result.seconds), "training", facts.get("trained", total)))
     path = result.folder / REPORT
     report.write(
         path,

@@ -8,6 +8,7 @@ import pytest
 
 from jvlm import config as config_tree
 from jvlm import configs
+from jvlm.adapters.config import AdapterConfig
 from jvlm.data.image_processor import ImageProcessorConfig
 from jvlm.errors import UserError
 from jvlm.models import contracts
@@ -26,6 +27,12 @@ def test_what_an_experiment_holds_comes_back_from_its_file_as_it_was(name):
         part = getattr(experiment, field)
         if part is not None:
             assert config_tree.from_dict(type(part), json.loads(json.dumps(config_tree.to_dict(part)))) == part
+
+
+def test_a_value_of_one_of_two_types_comes_back_from_its_file_as_it_was():
+    config = AdapterConfig(train_tokens=("<|im_end|>", 7, "7"))
+    values = json.loads(json.dumps(config_tree.to_dict(config)))
+    assert config_tree.from_dict(AdapterConfig, values).train_tokens == ("<|im_end|>", 7, "7")
 
 
 def _types():

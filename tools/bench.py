@@ -168,7 +168,7 @@ def prefill(model: VLM, processor: Processor, oracle, rounds: int) -> dict[str, 
     difference = np.abs(ours() - np.concatenate([theirs(i) for i in singly])).max()
     assert difference < 1e-3, f"the two sides differ by {difference}"
     best = race(rounds, jvlm=ours, padded=lambda: theirs(together), singly=lambda: [theirs(i) for i in singly])
-    return _result("prefill", sum(e.length for e in examples), best, "tokens/s", difference)
+    return result("prefill", sum(e.length for e in examples), best, "tokens/s", difference)
 
 
 def train(model: VLM, processor: Processor, oracle, rounds: int) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def train(model: VLM, processor: Processor, oracle, rounds: int) -> dict[str, An
     oracle.eval()
     difference = abs(first_loss["jvlm"] - first_loss["padded"])
     assert difference < 1e-3, f"the losses of the first step differ: {first_loss}"
-    return _result("training step", sum(e.length for e in examples), best, "tokens/s", difference)
+    return result("training step", sum(e.length for e in examples), best, "tokens/s", difference)
 
 
 def decode(model: VLM, processor: Processor, oracle, rounds: int, records: int, new: int = 64) -> dict[str, Any]:
@@ -239,10 +239,11 @@ def decode(model: VLM, processor: Processor, oracle, rounds: int, records: int, 
     first = race(rounds, jvlm=lambda: ours(1), torch=lambda: theirs(1))
     best = {name: whole[name] - first[name] for name in whole}
     same = sum(a == b for a, b in zip(ours(4), theirs(4), strict=True))
-    return _result(f"decode, {records} at once", records * (new - 1), best, "tokens/s", f"{same}/{records} start alike")
+    return result(f"decode, {records} at once", records * (new - 1), best, "tokens/s", f"{same}/{records} start alike")
 
 
-def _result(name: str, work: int, best: dict[str, float], unit: str, check: Any) -> dict[str, Any]:
+def result(name: str, work: int, best: dict[str, float], unit: str, check: Any) -> dict[str, Any]:
+    """Return speeds and their ratio, of so much work and the seconds that `race` gave."""
     others = {k: v for k, v in best.items() if k != "jvlm"}
     fastest = min(others, key=others.get)
     return {
@@ -254,6 +255,15 @@ def _result(name: str, work: int, best: dict[str, float], unit: str, check: Any)
         "torch way": fastest,
         "check": check if isinstance(check, str) else f"differ by {check:.1e}",
     }
+
+
+HEADER = f"{'':<24}{'jvlm':>10}{'torch':>12}{'ratio':>8}   torch's best way, check"
+
+
+def line(r: dict[str, Any]) -> str:
+    """Return a result as a line of the table."""
+    speeds = f"{r['jvlm']:>10,.0f}  {r['torch']:>10,.0f}  {r['ratio']:>6.2f}x"
+    return f"{r['name']:<24}{speeds}   {r['torch way']}, {r['check']}; {r['unit']}"
 
 
 MEASURES = {
@@ -277,16 +287,11 @@ def main() -> None:
     count = sum(vlm.parameter_counts(model).values())
     machine = f"{os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}, torch {torch.__version__}"
     print(f"{count / 1e6:.1f} M parameters, float32, {machine}")
-    print(f"{'':<20}{'jvlm':>12}{'torch':>12}{'ratio':>8}   torch's best way, check", flush=True)
+    print(HEADER, flush=True)
     results = []
     for name in arguments.only:
-        r = MEASURES[name](model, processor, oracle, arguments.rounds)
-        results.append(r)
-        print(
-            f"{r['name']:<20}{r['jvlm']:>10,.0f}  {r['torch']:>10,.0f}  {r['ratio']:>6.2f}x   "
-            f"{r['torch way']}, {r['check']}; {r['unit']}",
-            flush=True,
-        )
+        results.append(MEASURES[name](model, processor, oracle, arguments.rounds))
+        print(line(results[-1]), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 

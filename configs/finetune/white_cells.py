@@ -14,7 +14,7 @@ def get_config() -> Experiment:
     """Start from the demo's run; photos are as small as its images, and three of them fill a sequence."""
     return Experiment(
         name="white_cells",
-        init_from="runs/easy_vqa",
+        init_from="runs/easy_vqa/hf",
         adapter=AdapterConfig(rank=16, alpha=32.0, targets=("all-linear",)),
         data=DataConfig(train=(str(DATA / "train.arrayrecord"),), batch_size=8, seq_len=160, max_patches=192),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_ratio=0.05, weight_decay=0.01, beta2=0.99),

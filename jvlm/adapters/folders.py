@@ -27,18 +27,15 @@ def read(source: str | Path, config: VLMConfig, read_base: ReadBase | None = Non
     folder = run_dir.local(folder if best else source)
     if (folder / peft_config.FILE).is_file():
         return read_peft(folder, config, read_base=read_base)
-    adapter_plan = plan.read(folder) if folder.is_dir() else None
-    if adapter_plan is None:
+    trained = plan.read(folder) if folder.is_dir() else None
+    if trained is None:
         raise UserError(
             f"{source} holds no adapter: neither {peft_config.FILE} (PEFT) nor {plan.FILE} (a run that trained "
             "adapters); a whole model is given as init_from (--model)"
         )
-    template = attach.structure(vlm.abstract(config), adapter_plan)
-    source = run_dir.params_folder(folder, best)
-    stored = run_dir.stored_paths(source)
+    template = attach.structure(vlm.abstract(config), trained)
+    params = run_dir.params_folder(folder, best)
+    stored = run_dir.stored_paths(params)
     wanted = {path: want for path, want in run_dir.wanted_arrays(template).items() if path in stored}
-    return attach.extract(vlm.bind(template, {**_shapes(template), **run_dir.read_arrays(source, wanted)}))
-
-
-def _shapes(template: vlm.VLM) -> dict:
-    return {path: variable.get_value() for path, variable in vlm.variables(template).items()}
+    shapes = {path: variable.get_value() for path, variable in vlm.variables(template).items()}
+    return attach.extract(vlm.bind(template, {**shapes, **run_dir.read_arrays(params, wanted)}))

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from jvlm.adapters import initial
+from jvlm.adapters.config import AdapterConfig
 from jvlm.adapters.weights import AdapterWeights, LowRank, Target
 from jvlm.errors import UserError
 
@@ -31,7 +33,7 @@ def plain(weights: AdapterWeights) -> AdapterWeights:
     return dataclasses.replace(weights, config=_plain_config(weights, rank), low_rank=low_rank)
 
 
-def _plain_config(weights: AdapterWeights, rank: int):
+def _plain_config(weights: AdapterWeights, rank: int) -> AdapterConfig:
     return dataclasses.replace(
         weights.config,
         rank=rank,
@@ -112,16 +114,27 @@ def subtract_initial(weights: AdapterWeights, init: str, read_base: Callable[[Ta
     """
     if any(low.magnitude is not None for low in weights.low_rank.values()):
         raise UserError(f"a DoRA adapter that began as {init!r} cannot be converted: merge it in PEFT")
-    begin = {"pissa": initial.pissa, "olora": initial.olora}[init]
-    growth = 2**0.5 if weights.config.use_rslora else 2.0
+    make = {"pissa": initial.pissa, "olora": initial.olora}[init]
     low_rank = {}
     for target, low in weights.low_rank.items():
-        a0, b0 = begin(read_base(target).astype(np.float64), low.rank, low.scale)
-        a = np.concatenate([low.a.astype(np.float32), a0.astype(np.float32)], 1)
-        b = np.concatenate([low.b.astype(np.float32), -b0.astype(np.float32)], 0)
-        low_rank[target] = dataclasses.replace(low, a=a, b=b, alpha=low.alpha * growth)
-    config = weights.config
-    config = dataclasses.replace(
+        start = make(read_base(target).astype(np.float64), low.rank, low.scale)
+        low_rank[target] = less_start(low, *(part.astype(np.float32) for part in start), weights.config)
+    return dataclasses.replace(weights, config=doubled_config(weights.config), low_rank=low_rank)
+
+
+def less_start(
+    low: LowRank, start_a: Float[np.ndarray, "i r"], start_b: Float[np.ndarray, "r o"], config: AdapterConfig
+) -> LowRank:
+    """Return the adapter of twice the rank that adds what ``low`` adds less ``scale * start_a @ start_b``."""
+    a = np.concatenate([low.a.astype(np.float32), start_a], 1)
+    b = np.concatenate([low.b.astype(np.float32), -start_b], 0)
+    return dataclasses.replace(low, a=a, b=b, alpha=low.alpha * _alpha_growth(config))
+
+
+def doubled_config(config: AdapterConfig) -> AdapterConfig:
+    """Return the configuration of what `less_start` gives: plain LoRA of twice the rank and the same scale."""
+    growth = _alpha_growth(config)
+    return dataclasses.replace(
         config,
         rank=2 * config.rank,
         alpha=config.alpha * growth,
@@ -129,4 +142,8 @@ def subtract_initial(weights: AdapterWeights, init: str, read_base: Callable[[Ta
         rank_pattern=tuple((key, 2 * rank) for key, rank in config.rank_pattern),
         alpha_pattern=tuple((key, alpha * growth) for key, alpha in config.alpha_pattern),
     )
-    return dataclasses.replace(weights, config=config, low_rank=low_rank)
+
+
+def _alpha_growth(config: AdapterConfig) -> float:
+    """What keeps the scale as it is when the rank doubles."""
+    return 2**0.5 if config.use_rslora else 2.0

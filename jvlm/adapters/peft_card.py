@@ -14,6 +14,15 @@ from jvlm.models.vlm import VLMConfig
 FILE = "README.md"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
+_EXAMPLE = """```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+base = AutoModelForImageTextToText.from_pretrained("%s")
+model = PeftModel.from_pretrained(base, "FOLDER OF THIS CARD")
+```
+"""
+
 
 def hub_id(name: str | None) -> str | None:
     """Return the name of a base if it is an id on the Hub ("ORG/NAME"), else None: the Hub refuses paths."""
@@ -52,8 +61,6 @@ def text(weights: AdapterWeights, config: VLMConfig, base_name: str | None) -> s
         "",
         f"Written by jvlm {jvlm.__version__}. It loads with PEFT:",
         "",
-        "```python",
-        "from peft import PeftModel",
+        _EXAMPLE % (base or "FOLDER OF THE BASE"),
     ]
-    lines += ["model = PeftModel.from_pretrained(base, folder)", "```", ""]
     return "\n".join(lines)

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from jvlm.adapters import folders, merge, peft_config, peft_read
-from jvlm.adapters.attach import ShardingOf, attach
+from jvlm.adapters.attach import attach
 from jvlm.adapters.weights import AdapterWeights, Target
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.vlm import VLM
+from jvlm.weights.hf import ShardingOf
 
 _VERBS = (
     "to go on with its weights, give its base as init_from and the adapter as adapters_from; to train a new adapter on "

@@ -179,7 +179,8 @@ class _Writer:
             "megatron_core": "megatron.core",
             "modules_to_save": self._modules_to_save() or None,
             "peft_type": "LORA",
-            **({"peft_version": PEFT_VERSION} if self.layout == "new" else {}),  # which 0.15 does not know
+            # 0.15, which reads the old layout, does not know the key
+            **({"peft_version": PEFT_VERSION} if self.layout == "new" else {}),
             "r": rank,
             "rank_pattern": {key: r for key, (r, _) in patterns.items() if r != rank},
             "revision": None,
@@ -221,7 +222,7 @@ class _Writer:
     def _modules_to_save(self) -> list[str]:
         """Names of modules, of which PEFT saves all tensors; none of others, which it finds by the end of the name."""
         saved = {name for name in self.whole if name not in self.biases}
-        chosen = {self._smallest_module(name) for name in sorted(saved)}
+        chosen = {name.rpartition(".")[0] for name in saved}
         inside = {name for name in self.entries for module in chosen if name.startswith(f"{module}.")}
         for name in sorted(inside - saved):
             self.problems.append(f"{name} is not saved, and other tensors of its module are: PEFT saves modules whole")
@@ -231,9 +232,6 @@ class _Writer:
         outermost = {m for m in chosen if not any(m.startswith(f"{other}.") for other in chosen)}
         everything = self.modules.keys() | peft_modules.containers(set(self.entries))
         return sorted({_unique_end(module, everything - {module}) for module in outermost})
-
-    def _smallest_module(self, tensor: str) -> str:
-        return tensor.rpartition(".")[0]
 
     def _token_indices(self) -> dict[str, list[int]]:
         return {name.rpartition(".")[2]: [int(i) for i in rows.token_ids] for name, rows in self.rows.items()}

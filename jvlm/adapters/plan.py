@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from jvlm import config as config_tree
 from jvlm import json_files
 from jvlm.adapters.config import AdapterConfig
 from jvlm.adapters.weights import AdapterWeights, Target
+from jvlm.weights import table
 
 FILE = "adapter.json"
 
@@ -81,8 +83,6 @@ def read(folder: Path) -> AdapterPlan | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    from jvlm import config as config_tree
-    from jvlm.weights import table
 
     def parse(values: dict[str, Any]) -> AdapterPlan:
         return config_tree.from_dict(AdapterPlan, values)

@@ -9,6 +9,7 @@ Axes: B sequences, n adapters with the empty one, i inputs, o outputs, r rank.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,28 +19,26 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jvlm.adapters import attach, targets
+from jvlm.adapters import base_matrices, folders
 from jvlm.adapters.layers import RANK, AdapterConstant
 from jvlm.adapters.weights import AdapterWeights, LowRank, Target
 from jvlm.errors import UserError
 from jvlm.models import device_ops
 from jvlm.models.vlm import VLM
+from jvlm.weights.vocabulary import HEAD
 
-# numbers of the adapters of the model that is being traced
-_STACK: list[Array] = []
+# numbers of the adapters of the model that this thread traces
+_NUMBERS: contextvars.ContextVar[Array | None] = contextvars.ContextVar("numbers", default=None)
 
 
 @contextlib.contextmanager
 def choosing(index: Int[Array, " B"] | None) -> Iterator[None]:
     """Trace a model with the number of each sequence's adapter; None, and number 0, are no adapter."""
-    if index is None:
-        yield
-        return
-    _STACK.append(index)
+    token = _NUMBERS.set(index)
     try:
         yield
     finally:
-        _STACK.pop()
+        _NUMBERS.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +79,7 @@ class AdapterChoice(nnx.Module):
         self, x: Float[Array, "B *L i"], y: Float[Array, "B *L o"], kernel: Callable[[], Array]
     ) -> Float[Array, "B *L o"]:
         """Return the adapted product of ``x``, where ``y`` is that with the frozen kernel."""
-        index = _STACK[-1] if _STACK else None
+        index = _NUMBERS.get()
         if index is None:
             return y
         a, b = (part[...].astype(x.dtype)[index] for part in (self.a, self.b))
@@ -91,7 +90,7 @@ class AdapterChoice(nnx.Module):
         self, tokens: Int[Array, "B S"], y: Float[Array, "B S o"], table: Callable[[], Array]
     ) -> Float[Array, "B S o"]:
         """Return the adapted embeddings of tokens, where ``y`` are those of the frozen table."""
-        index = _STACK[-1] if _STACK else None
+        index = _NUMBERS.get()
         if index is None:
             return y
         n, vocabulary, rank = self.a.get_value().shape
@@ -125,14 +124,13 @@ def stacked(model: VLM, adapters: Mapping[str, AdapterWeights]) -> VLM:
         raise UserError("the model has adapters already; give its base, and all adapters by name")
     for name, weights in adapters.items():
         _check(name, weights)
-    matrices, names = attach.matrices(model), tuple(adapters)
+    matrices, names = base_matrices.matrices(model), tuple(adapters)
     result = nnx.merge(*nnx.split(model))
     for path in sorted({target.path for weights in adapters.values() for target in weights.low_rank}):
         if path not in matrices:
             raise UserError(f"an adapter has a target {path}, which the model does not have")
         chosen = _choice(path, matrices[path], [adapters[name] for name in names])
-        owner, attribute = attach.owner_of(result, path)
-        setattr(owner, attribute, nnx.data(chosen))
+        base_matrices.module_of(result, path).adapter = nnx.data(chosen)
     result.adapters = AdapterNames(names)
     return result
 
@@ -144,12 +142,12 @@ def _check(name: str, weights: AdapterWeights) -> None:
             f"adapter {name!r} brings whole parameters ({whole[0]}, ...), which sequences side by side cannot "
             "have each for itself: merge it into its base and serve that"
         )
-    odd = [t.path for t in weights.low_rank if t.path == targets.HEAD or len(t.index) > 1]
+    odd = [t.path for t in weights.low_rank if t.path == HEAD or len(t.index) > 1]
     if odd:
         raise UserError(f"adapter {name!r} is on {odd[0]}; several adapters at once take none on a head or on experts")
 
 
-def _choice(path: str, base: attach.Matrix, adapters: Sequence[AdapterWeights]) -> AdapterChoice:
+def _choice(path: str, base: base_matrices.Matrix, adapters: Sequence[AdapterWeights]) -> AdapterChoice:
     *lead, d_in, d_out = base.shape
     present = [one for weights in adapters for target, one in weights.low_rank.items() if target.path == path]
     rank, n = max(one.rank for one in present), len(adapters) + 1
@@ -215,6 +213,4 @@ def names_of(text: Sequence[str]) -> dict[str, str]:
 
 def load(model: VLM, folders_by_name: Mapping[str, Any]) -> VLM:
     """Return `stacked` of the adapters in folders, as `jvlm.adapters.folders.read` reads them."""
-    from jvlm.adapters import folders
-
     return stacked(model, {name: folders.read(folder, model.config) for name, folder in folders_by_name.items()})

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jvlm.adapters.attach import adapter_of, owner_of
+from jvlm.adapters.base_matrices import adapter_of, module_of
 from jvlm.adapters.layers import LowRankAdapter, StepValue, column_norm
 from jvlm.adapters.plan import AdapterPlan
 from jvlm.models.layers import StoredKernel
@@ -32,8 +32,8 @@ def norms(model: VLM) -> Norms:
 
 
 def _norm(model: VLM, path: str) -> Float[Array, "*L o"]:
-    owner, adapter = owner_of(model, path)[0], adapter_of(model, path)
-    kernel = owner.embedding if path.endswith(".embedding") else owner.kernel
+    module = module_of(model, path)
+    adapter, kernel = module.adapter, module.embedding if path.endswith(".embedding") else module.kernel
     graph, adapter_state = nnx.split(adapter)
     if isinstance(kernel, StoredKernel):
         kernel_graph, kernel_state = nnx.split(kernel)

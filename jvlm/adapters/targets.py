@@ -1,7 +1,7 @@
 """Which matrices a configuration asks for: by tower and role, or by Hugging Face module names as PEFT does.
 
 A module has two Hugging Face names, the released checkpoints' and that of transformers >= 4.52; both are matched.
-Models without a Hugging Face form are named by the paths of their parameters.
+Parameters without a Hugging Face form are named by their paths.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.vlm import TOWERS, VLM, VLMConfig
 from jvlm.weights import table
+from jvlm.weights.vocabulary import EMBEDDING, HEAD
 
 Kind = Literal["linear", "patch_embed", "embed", "head", "expert"]
 ALL_LINEAR = "all-linear"
-EMBEDDING, HEAD = "decoder.embedding", "decoder.head.kernel"
 ROLES = (
     *("encoder", "encoder.attention", "encoder.mlp", "connector", "decoder", "decoder.attention", "decoder.mlp"),
     *("patch_embed", "embed", "head"),
@@ -76,13 +76,19 @@ class Parameter:
 
 
 def parameters_of(config: VLMConfig) -> list[Parameter]:
-    """Return every parameter of a model, layer by layer, with the names of its tensor in each layout."""
+    """Return every parameter of a model, layer by layer, with the names of its tensor in each layout.
+
+    What no checkpoint has a tensor for (experts made from a dense model, whole families) is named by its path.
+    """
     shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(config)).items()}
-    if families.get(config.family).hf is None:
-        return [p for path, shape in shapes.items() for p in _by_path(path, shape)]
-    form = table.hf_format(config)
-    result = []
-    for entry in table.entries(config, shapes):
+    form = families.get(config.family).hf
+    rules = () if form is None else form.rules(config)
+    named = {rule.path for rule in rules}
+    result = [p for path, shape in shapes.items() if path not in named for p in _by_path(path, shape)]
+    if form is None:
+        return result
+    sizes = {path: shape for path, shape in shapes.items() if path in named}
+    for entry in table.expand(rules, form.axis_sizes(config), sizes):
         names = tuple(dict.fromkeys(rename(entry.name) for rename in form.layouts.values()))
         result.append(Parameter(Target(entry.path, () if entry.layer is None else (entry.layer,)), names))
     return result
@@ -322,7 +328,7 @@ def describe(plan: AdapterPlan, model: VLM) -> str:
     lines.append(f"{'all':<12}{'':<20}{total[0]:>10,}{'':>10}{total[1]:>16,}")
     base = vlm.parameters(model)
     for path in plan.parameters:
-        lines.append(f"whole       {path:<40}{base[path].get_value().size:>16,}")
+        lines.append(f"whole       {path:<44}{base[path].get_value().size:>12,}")
     if plan.token_ids:
         lines.append(f"rows of {len(plan.token_ids)} tokens: {', '.join(map(str, plan.token_ids))}")
     return "\n".join(lines)

@@ -16,12 +16,13 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from jvlm.adapters.attach import HEAD, matrices
+from jvlm.adapters.base_matrices import matrices
 from jvlm.adapters.layers import is_adapter_path
 from jvlm.models.arithmetic import Counts, Product, Work
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import TOWERS, VLM
 from jvlm.training import optimizer
+from jvlm.weights.vocabulary import HEAD
 
 PARTS = (*TOWERS, "head")
 _MATRIX = re.compile(r"(\.kernel|\.mlp\.(gate|up|down))$")

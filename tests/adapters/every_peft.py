@@ -15,16 +15,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import jvlm
+from jvlm import configs
 from jvlm.adapters import neutral
-from jvlm.adapters.attach import attach
+from jvlm.adapters.attach import attach, extract
 from jvlm.adapters.config import AdapterConfig
+from jvlm.adapters.merge_folder import merge_folder
 from jvlm.adapters.peft_read import read_peft
 from jvlm.adapters.peft_write import write_peft
 from jvlm.adapters.weights import AdapterWeights, LowRank, Target, TokenRows
 from jvlm.models import vlm
+from jvlm.training import starting_model
 from jvlm.weights import hf
 from tests import support
-from tests.adapters import golden
+from tests.adapters import demo_in_peft, golden
 
 # Layout of the names, folders of packages, version of PEFT and of transformers.
 READERS = {"new": ("export-peft", "0.21", "5."), "old": ("export-peft-0.15", "0.15", "4.51")}
@@ -53,6 +57,19 @@ def saved_beside_lora(family, layout):
     return AdapterWeights(AdapterConfig(rank=3, alpha=1.5), low_rank, whole, rows)
 
 
+def biases(family):
+    """LoRA beside all biases of the base, which are trained."""
+    weights, rng = read_peft(golden.ROOT / family / "lora", golden.base(family).config), np.random.default_rng(0)
+    whole = {}
+    for path, variable in vlm.parameters(golden.base(family)).items():
+        value = np.asarray(variable.get_value())
+        for index in [(i,) for i in range(len(value))] if ".layer." in path else [()]:
+            if path.endswith(".bias"):
+                noise = rng.standard_normal(value[index].shape).astype(np.float32)
+                whole[Target(path, index)] = value[index] + noise / 10
+    return dataclasses.replace(weights, config=dataclasses.replace(weights.config, bias="all"), parameters=whole)
+
+
 def cases(layout):
     """(name, family, weights, expected logits) of every adapter: golden ones, and ours against our own model."""
     for family, case in golden.CASES:
@@ -61,9 +78,9 @@ def cases(layout):
         if case in ("lora", "rslora"):
             yield f"{family}/{case}_plain", family, neutral.plain(weights), golden.expected(family, case)["logits"]
     for family in ("qwen2_5_vl", "idefics2"):
-        weights = saved_beside_lora(family, layout)
-        expected = np.asarray(attach(golden.base(family), weights)(golden.batch(family)))
-        yield f"{family}/saved_beside_lora", family, weights, expected
+        for name, weights in (("saved_beside_lora", saved_beside_lora(family, layout)), ("biases", biases(family))):
+            expected = np.asarray(attach(golden.base(family), weights)(golden.batch(family)))
+            yield f"{family}/{name}", family, weights, expected
         bf16 = read_peft(golden.ROOT / family / "lora", golden.base(family).config)
         halved = {
             t: dataclasses.replace(low, a=low.a.astype(ml_dtypes.bfloat16), b=low.b.astype(ml_dtypes.bfloat16))
@@ -125,3 +142,23 @@ def test_peft_answers_with_our_adapters_as_we_do(tmp_path, layout):
     for name, (out, expected) in wanted.items():
         found = load_file(out)["logits"]
         np.testing.assert_allclose(found, expected, atol=5e-5, rtol=0, err_msg=name)
+
+
+def test_the_demo_with_an_adapter_answers_in_peft_as_here_and_merged_in_transformers(tmp_path):
+    """Its architecture with random weights: image processor, template, greedy tokens on photos of `demo-finetune`."""
+    demo = dataclasses.replace(configs.load("mimo_vl/easy_vqa", []), stages=())
+    model, processor = starting_model.start_model(demo)
+    jvlm.save(model, processor, tmp_path / "base")
+    weights = extract(attach(model, configs.load("finetune/white_cells", []).adapter))
+    rng = np.random.default_rng(0)
+    low_rank = {
+        target: dataclasses.replace(low, b=rng.standard_normal(low.b.shape).astype(np.float32) / 8)
+        for target, low in weights.low_rank.items()
+    }
+    write_peft(dataclasses.replace(weights, low_rank=low_rank), model.config, tmp_path / "adapter")
+    merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    found = demo_in_peft.compared(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert len(found["jvlm base"]) >= 20
+    assert found["transformers base"] == found["jvlm base"]
+    assert found["PEFT adapter"] == found["transformers merged"] == found["jvlm merged"] == found["jvlm adapter"]
+    assert sum(a != b for a, b in zip(found["jvlm base"], found["jvlm adapter"], strict=True)) >= 20

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
-import json
+import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
-from jvlm.adapters.config import AdapterConfig
-from jvlm.adapters.weights import AdapterWeights, LowRank, Target
+from jvlm.adapters import peft_config
+from jvlm.adapters.peft_read import TENSORS, read_peft
+from jvlm.adapters.weights import AdapterWeights
 from jvlm.families.idefics2.image_processor import table_positions
 from jvlm.families.qwen2_5_vl.image_processor import window_order
-from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
-from jvlm.weights import hf, table
+from jvlm.weights import hf
 from tests.support import GOLDEN
 
 ROOT = GOLDEN / "adapters"
@@ -107,78 +109,14 @@ def expected(family: str, case: str) -> dict[str, np.ndarray]:
     return load_file(ROOT / family / case / "expected.safetensors")
 
 
-def expected_gradients(family: str, case: str) -> AdapterWeights:
-    """d loss / d tensor, where an adapter has the tensor."""
-    return _read(family, case, load_file(ROOT / family / case / "expected_gradients.safetensors"))
-
-
+@functools.cache
 def weights(family: str, case: str) -> AdapterWeights:
-    return _read(family, case, load_file(ROOT / family / case / "adapter_model.safetensors"))
+    return read_peft(ROOT / family / case, base(family).config)
 
 
-def _read(family: str, case: str, tensors: dict[str, np.ndarray]) -> AdapterWeights:
-    """A small reader of its own, which takes gradients as well as weights."""
-    values = json.loads((ROOT / family / case / "adapter_config.json").read_text())
-    config = AdapterConfig(
-        rank=values["r"],
-        alpha=float(values["lora_alpha"]),
-        use_rslora=values["use_rslora"],
-        use_dora=values["use_dora"],
-        lora_bias=values["lora_bias"],
-        rank_pattern=tuple(values["rank_pattern"].items()),
-        alpha_pattern=tuple((k, float(v)) for k, v in values["alpha_pattern"].items()),
-    )
-    model = base(family).config
-    shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(model)).items()}
-    canonical = table.hf_format(model).canonical
-    entries = {entry.name: entry for entry in table.entries(model, shapes)}
-    named = {
-        name.removeprefix("base_model.model.").replace("magnitude_vector.weight", "magnitude_vector"): value
-        for name, value in tensors.items()
-    }
-    modules: dict[str, dict[str, np.ndarray]] = {}
-    whole = {}
-    for name, value in named.items():
-        for mark in (".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector"):
-            if name.endswith(mark):
-                modules.setdefault(name.removesuffix(mark), {})[mark.split(".lora_")[1]] = value
-                break
-        else:
-            if ".lora_embedding_" in name:
-                module, _, part = name.rpartition(".lora_embedding_")
-                modules.setdefault(module, {})[f"{part}.weight"] = value
-            elif ".base_layer." not in name:
-                entry = entries[canonical(name)]
-                target = Target(entry.path, () if entry.layer is None else (entry.layer,))
-                whole[target] = entry.to_param(value)
-    low_rank = {}
-    for module, parts in modules.items():
-        entry = entries[canonical(f"{module}.weight")]
-        target = Target(entry.path, () if entry.layer is None else (entry.layer,))
-        d_out = entry.shape[0]
-        if entry.path == "decoder.embedding":
-            a, b, order = parts["A.weight"].T, parts["B.weight"].T, np.arange(entry.shape[1])
-        else:
-            a, b = parts["A.weight"].reshape(len(parts["A.weight"]), -1).T, parts["B.weight"].reshape(d_out, -1).T
-            numbers = np.broadcast_to(np.arange(d_out).reshape(-1, *[1] * (len(entry.shape) - 1)), entry.shape)
-            order = entry.to_param(numbers)[0]
-        rank = a.shape[1]
-        scale = _scale(config, (module, canonical(f"{module}.weight").removesuffix(".weight")), rank)
-        magnitude, bias = parts.get("magnitude_vector"), parts.get("B.bias")
-        low_rank[target] = LowRank(
-            a,
-            b[:, order],
-            *scale,
-            None if magnitude is None else magnitude.reshape(-1)[order],
-            None if bias is None else bias[order],
-        )
-    return AdapterWeights(config, low_rank, whole)
-
-
-def _scale(config: AdapterConfig, names: tuple[str, ...], rank: int) -> tuple[float, float]:
-    alpha = config.alpha
-    for key, value in config.alpha_pattern:
-        if any(name == key or name.endswith(f".{key}") for name in names):
-            alpha = value
-            break
-    return alpha / (rank**0.5 if config.use_rslora else rank), alpha
+def expected_gradients(family: str, case: str) -> AdapterWeights:
+    """d loss / d tensor, where an adapter has the tensor: read as an adapter with these numbers."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copyfile(ROOT / family / case / peft_config.FILE, Path(folder) / peft_config.FILE)
+        shutil.copyfile(ROOT / family / case / "expected_gradients.safetensors", Path(folder) / TENSORS)
+        return read_peft(folder, base(family).config)

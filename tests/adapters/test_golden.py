@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jvlm.adapters.attach import adapter_path, attach, detach, extract
+from jvlm.adapters.attach import attach, detach, extract
+from jvlm.adapters.base_matrices import adapter_path
 from jvlm.models import vlm
 from jvlm.training.supervised import supervised_loss
 from tests.adapters import golden

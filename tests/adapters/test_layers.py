@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 
 from jvlm import families
 from jvlm.adapters import initial, targets
-from jvlm.adapters.attach import adapter_of, attach, extract
+from jvlm.adapters.attach import attach, extract
+from jvlm.adapters.base_matrices import adapter_of
 from jvlm.adapters.config import AdapterConfig
 from jvlm.adapters.layers import AdapterConstant, AdapterParam, LowRankAdapter, column_norm
 from jvlm.adapters.steps import prepare

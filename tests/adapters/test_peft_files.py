@@ -73,13 +73,6 @@ def changed(tmp_path, folder, *, settings=None, drop=(), add=None):
     return target
 
 
-@pytest.mark.parametrize(("family", "case"), golden.CASES)
-def test_weights_are_those_that_another_reader_finds(family, case):
-    """`golden.weights` reads by taking the order of outputs from numbered matrices, not from patterns."""
-    found = read_peft(golden.ROOT / family / case, golden.base(family).config)
-    assert_equal(found, golden.weights(family, case))
-
-
 def test_the_old_layout_is_the_new_one_under_other_names():
     config = model_config("qwen2_5_vl")
     found = read_peft(golden.ROOT / "qwen2_5_vl/old_layout/dora", config)

@@ -21,16 +21,21 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 
-def main(folder: str, request: str) -> None:
-    with open(request) as file:
-        example = json.load(file)
+def processor_of(folder: str):
+    """The processor that resizes with Pillow."""
     major, minor = map(int, transformers.__version__.split(".")[:2])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
     if minor > 49 or major > 4:
         # torchvision resizes otherwise than Pillow, and given to AutoProcessor this would choose a tokenizer too
         choice = {"backend": "pil"} if major > 4 else {"use_fast": False}
         processor.image_processor = AutoImageProcessor.from_pretrained(folder, **choice)
+    return processor
+
+
+def main(folder: str, request: str) -> None:
+    with open(request) as file:
+        example = json.load(file)
+    tokenizer, processor = AutoTokenizer.from_pretrained(folder), processor_of(folder)
     text = processor.apply_chat_template(example["messages"], add_generation_prompt=True)
     of_tokenizer = tokenizer.apply_chat_template(example["messages"], add_generation_prompt=True, tokenize=False)
     images = [Image.open(path) for path in example["images"]]
