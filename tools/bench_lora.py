@@ -6,6 +6,10 @@
 The model, the conversations and the ways of torch are those of bench.py. Both sides start from the same adapter: jvlm
 makes it and writes the PEFT folder that PEFT trains. A step is forward, backward, clipping and AdamW, in float32; the
 losses of the first steps must agree. Rounds alternate between the two; the best of each counts.
+
+A machine with other work gives figures that mean something by CPU time on one core:
+
+    PYTHONPATH=.venv/export-peft taskset -c 0 .venv/bin/python -m tools.bench_lora --cpu-time
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import json
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,8 +108,12 @@ class Theirs:
         return total
 
 
-def measure(name: str, model: VLM, processor: Processor, base: Path, rounds: int) -> dict[str, Any]:
-    """Return what `bench.result` gives for one kind of adapter. Raises AssertionError where losses differ."""
+def measure(name: str, model: VLM, processor: Processor, base: Path, **options: Any) -> dict[str, Any]:
+    """Return what `bench.result` gives for one kind of adapter. Raises AssertionError where losses differ.
+
+    Args:
+      options: of `bench.race`.
+    """
     records = bench.conversations(16, seed=1)
     examples = [processor.encode(record) for record in records]
     adapted = attach(model, CASES[name])
@@ -120,7 +129,7 @@ def measure(name: str, model: VLM, processor: Processor, base: Path, rounds: int
     difference = max(abs(a - b) for a, b in zip(losses["jvlm"], losses["padded"], strict=True))
     assert difference < 1e-3, f"the losses of the first steps differ: {losses}"
     assert losses["jvlm"][-1] < losses["jvlm"][0], f"nothing is learned: {losses['jvlm']}"
-    best = bench.race(rounds, **runners)
+    best = bench.race(**options, **runners)
     check = f"{trained:,} trained, losses of {STEPS_COMPARED} steps differ by {difference:.1e}"
     return bench.result(name, sum(e.length for e in examples), best, "tokens/s", check)
 
@@ -128,21 +137,24 @@ def measure(name: str, model: VLM, processor: Processor, base: Path, rounds: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU time, not what a clock shows")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
-    torch.set_num_threads(os.cpu_count())
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         bench.make_checkpoint(base)
         model, processor = jvlm.load(base)
         count = sum(vlm.parameter_counts(model).values())
         versions = f"jax {jax.__version__}, torch {torch.__version__}, peft {peft.__version__}"
-        print(f"{count / 1e6:.1f} M parameters, float32, {os.cpu_count()} cores, {platform.machine()}, {versions}")
+        print(f"{count / 1e6:.1f} M parameters, float32, {cores} cores, {platform.machine()}, {versions}")
         print(bench.HEADER, flush=True)
         results = []
         for name in arguments.only:
-            results.append(measure(name, model, processor, base, arguments.rounds))
+            results.append(measure(name, model, processor, base, rounds=arguments.rounds, clock=clock))
             print(bench.line(results[-1]), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
