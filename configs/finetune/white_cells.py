@@ -24,7 +24,7 @@ def get_config() -> Experiment:
             max_new_tokens=48,
             batch_size=85,
             before_training=True,
-            aim_iou=0.7,
+            aim_iou=0.75,
         ),
         steps=500,
         log_interval_steps=50,
