@@ -151,9 +151,9 @@ def test_a_stage_goes_on_with_the_adapters_of_the_stage_before_it(staged):
     moved = {path for path, value in first.items() if not np.array_equal(value, second[path])}
     assert moved == {path for path, value in values_of(result.model).items() if not np.array_equal(value, second[path])}
     assert moved == run_dir.stored_paths(run_dir.params_folder(to / "run")) - {
-        path for path in first if path.endswith((".scale", "_rows.ids"))
+        path for path in first if path.endswith((".adapter.scale", "_rows.ids"))
     }
-    constants = {p for p in first if p.endswith((".scale", "_rows.ids"))}
+    constants = {p for p in first if p.endswith((".adapter.scale", "_rows.ids"))}
     for path, value in values_of(jvlm.load(to / "run")[0]).items():
         np.testing.assert_array_equal(value, values_of(result.model)[path])
         assert path in moved or path in constants or np.array_equal(value, first[path])
