@@ -18,7 +18,7 @@ from tests.adapters.test_training import OPTIONS, StopAfter, experiment, values_
 from tests.training import support
 
 FIRST = ParallelConfig(data=2, fsdp=2, tensor=2)
-OTHERS = {"fsdp context": ParallelConfig(data=1, fsdp=4, context=2), "one": ParallelConfig(data=1)}
+OTHERS = {"fsdp context": ParallelConfig(data=1, fsdp=4, context=2), "data": ParallelConfig(data=8)}
 
 
 def share(model: vlm.VLM) -> float:
@@ -44,7 +44,7 @@ def main(folder: str) -> None:
     whole = runs.train(of("whole", FIRST))
     expected, losses = values_of(whole.model), support.losses(folder / "whole")
     for name, parallel in OTHERS.items():
-        place = MeshLayout.of(parallel).parameter if name != "one" else None
+        place = MeshLayout.of(parallel).parameter
         loaded, _ = jvlm.load(folder / "whole/run", sharding=place)
         jvlm.save(loaded, whole.processor, folder / name / "peft", format="peft", base=str(folder / "base"))
         from_peft, _ = jvlm.load(folder / name / "peft", sharding=place)

@@ -26,15 +26,15 @@ def test_loss_and_gradients_are_those_of_one_device(architecture, meshes):
 
 @pytest.mark.slow
 def test_adapters_of_one_mesh_load_on_another_to_the_bit_and_their_run_goes_on_there(tmp_path):
-    """From data x fsdp x tensor to fsdp x context, and to one device; by run, PEFT folder and ``adapters_from``."""
+    """From data x fsdp x tensor to fsdp x context, and whole on each device; by run, PEFT folder and ``adapters_from``."""
     code = f"from tests.parallel.adapter_runs_on_meshes import main; main({str(tmp_path)!r})"
     out = run_python(code, timeout=3600, **cpu_devices(8))
     lines = [json.loads(line) for line in out.splitlines() if line.startswith('{"mesh"')]
-    assert [line["mesh"] for line in lines] == ["fsdp context", "one"]
+    assert [line["mesh"] for line in lines] == ["fsdp context", "data"]
     for line in lines:
         assert line["equal"] == {"run": True, "peft": True, "adapters_from": True}, line
         for share in line["share"].values():
-            assert share == 1 if line["mesh"] == "one" else share < 0.6, line
+            assert share == 1 if line["mesh"] == "data" else share < 0.6, line
         # the first two steps were on the first mesh
         assert line["losses"][:2] == [0, 0], line
         assert len(line["losses"]) == 4
