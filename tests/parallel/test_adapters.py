@@ -26,7 +26,7 @@ def test_loss_and_gradients_are_those_of_one_device(architecture, meshes):
 
 @pytest.mark.slow
 def test_adapters_of_one_mesh_load_on_another_to_the_bit_and_their_run_goes_on_there(tmp_path):
-    """From data x fsdp x tensor to fsdp x context, and whole on each device; by run, PEFT folder and ``adapters_from``."""
+    """From data x fsdp x tensor to fsdp x context and to data; by run, PEFT folder and ``adapters_from``."""
     code = f"from tests.parallel.adapter_runs_on_meshes import main; main({str(tmp_path)!r})"
     out = run_python(code, timeout=3600, **cpu_devices(8))
     lines = [json.loads(line) for line in out.splitlines() if line.startswith('{"mesh"')]
