@@ -20,6 +20,8 @@ _PACKED = Path(__file__).parent / "_configs"
 # A wheel packs the repository's configs/ beside this file (setup.py); a checkout has it at the top.
 FOLDER = _PACKED if _PACKED.is_dir() else Path(__file__).parents[1] / "configs"
 
+MIXTURES = "mixtures"  # folder of what configs import, which are no experiments
+
 
 def load(config: str, overrides: Sequence[str] = ()) -> Experiment:
     """Return the experiment of a config.
@@ -36,6 +38,19 @@ def load(config: str, overrides: Sequence[str] = ()) -> Experiment:
 
     experiment = _run(find(config))
     return override(experiment, overrides, f"jvlm train {config}") if overrides else experiment
+
+
+def module(name: str) -> types.ModuleType:
+    """Return a shipped file as a module, for configs that build on it: "mixtures/mm1_5".
+
+    Raises:
+      UserError: no such file.
+    """
+    path = find(name)
+    found = types.ModuleType(path.stem)
+    found.__file__ = str(path)
+    exec(compile(path.read_bytes(), str(path), "exec"), found.__dict__)
+    return found
 
 
 def _run(path: Path) -> Experiment:
@@ -80,7 +95,7 @@ def find(config: str) -> Path:
 
 def shipped() -> dict[str, str]:
     """Return the names of the shipped configs, each with the first line of its docstring; no config is run."""
-    files = sorted(FOLDER.glob("*/*.py"))
+    files = sorted(path for path in FOLDER.glob("*/*.py") if path.parent.name != MIXTURES)
     return {str(file.relative_to(FOLDER).with_suffix("")): _summary(file) for file in files}
 
 

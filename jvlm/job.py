@@ -238,7 +238,7 @@ def text_only_baseline(experiment: Experiment, answers: Sequence[Answer]) -> Tex
     """
     rejected: list[Rejected] = []
     skip = experiment.data.on_bad_example == "skip"
-    examples = usable.training_conversations(experiment.data.train, rejected=rejected if skip else None)
+    examples = usable.training_conversations(experiment.data.files, rejected=rejected if skip else None)
     asked = [a.question for a in answers if not a.question.boxes]
     baseline = TextOnlyBaseline(examples, asked)
     if rejected:
@@ -394,7 +394,7 @@ def write_report(
         **_adapter_facts(experiment, result),
         "training": f"{result.steps} steps in {clock(result.seconds)}, {result.compilations} compilation(s)",
         "time in all": clock(seconds),
-        "data": f"{', '.join(experiment.data.train)}; {last['epoch']} epochs; {result.rejected} examples left out",
+        "data": f"{', '.join(experiment.data.files)}; {last['epoch']} epochs; {result.rejected} examples left out",
         "padding": f"text {100 * last['padding_text']:.1f} %, patches {100 * last['padding_patches']:.1f} %",
         "waiting for data": f"{100 * last['data_wait']:.1f} % of the time",
         "speed": f"{last['tokens_per_s']:,.0f} tokens a second",

@@ -62,7 +62,7 @@ def run(words: list[str]) -> int:
 
     status = 0
     runs = _data_to_check(options, fields)
-    files = [pattern for _, data, _, _ in runs for pattern in data.train]
+    files = [pattern for _, data, _, _ in runs for pattern in data.files]
     with writing(options.output, files, verbose=options.verbose) as on_rejected:
         for name, data, processor, seed in runs:
             report = check(data.train, processor, data, seed=seed, on_rejected=on_rejected)
@@ -87,7 +87,7 @@ def _data_to_check(options: DataCheck, fields) -> list[tuple[str, DataConfig, Pr
     from jvlm.training import processors
     from jvlm.training.runs import runs_of
 
-    given = {"train": options.files} if options.files else {}
+    given = {"train": options.files, "mixture": None} if options.files else {}
     given |= {"media_root": options.media_root} if options.media_root else {}
     processor = None if options.model is None else processors.load(options.model)
     if options.config is None:
@@ -96,6 +96,17 @@ def _data_to_check(options: DataCheck, fields) -> list[tuple[str, DataConfig, Pr
         runs = [(run.name, run.data, run.seed) for run in ([fields] if options.files else runs_of(fields))]
         processor = processor or processors.of_experiment(fields)
     runs = [(name, dataclasses.replace(data, **given), processor, seed) for name, data, seed in runs]
+    runs = [(of_source, one, *rest) for name, data, *rest in runs for of_source, one in _sources_of(name, data)]
     if not all(data.train for _, data, _, _ in runs):
         raise UserError("no data to check: give files, or a --config that names them as data.train")
     return runs
+
+
+def _sources_of(name: str, data: DataConfig) -> list[tuple[str, DataConfig]]:
+    """Return (name, data) of each source of a mixture, read alone."""
+    from jvlm.data.mixture.examples import config_of
+    from jvlm.data.mixture.plan import enters
+
+    if data.mixture is None:
+        return [(name, data)]
+    return [(f"{name}, {path}", config_of(data, source)) for path, source in enters(data.mixture).items()]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from jvlm.data.choices import LossChoice
+from jvlm.data.choices import LossChoice, Order
 from jvlm.data.document_config import DocumentConfig
 from jvlm.data.mixture.config import Mixture
 from jvlm.errors import UserError
@@ -77,7 +77,15 @@ class DataConfig:
       max_too_long_fraction: stop when more than this share of the examples read was left out because it did not fit.
       on_bad_example: stop, or leave the example out; either way examples left out are counted and listed.
       max_bad_fraction: with "skip", stop when more than this share of the examples read was bad.
-      shuffle: new order each epoch, from the seed.
+      shuffle: order of the examples of a source, a new one each epoch, from the seed: "global" over all of them;
+        "blocks" mixes those of some blocks at a time, for files that are slow to read out of order; "auto" does so for
+        files that are read in blocks, and shuffles others globally; "none" is that of the files.
+      run_examples: examples drawn in the run, of which a schedule of ``mixture`` and ``max_epochs`` count in shares;
+        None estimates them at the start.
+      lengths_folder: where files of examples' lengths are (`jvlm.data.lengths`), as
+        `jvlm data check --lengths` writes them.
+      measured: mean tokens of an example, or what else ``mixture.unit`` counts, of each source; empty measures them at
+        the start.
       single_turn_ratio: share of the conversations, drawn anew each epoch, of which one turn is trained on, without its
         history (jvlm.data.turns). Where answers give one another away, this is what teaches a model to look. The
         turn is drawn in proportion to its loss weight.
@@ -124,7 +132,10 @@ class DataConfig:
     max_too_long_fraction: float = 0.25
     on_bad_example: Literal["error", "skip"] = "error"
     max_bad_fraction: float = 0.001
-    shuffle: bool = True
+    shuffle: Order = "auto"
+    run_examples: int | None = None
+    lengths_folder: str = "lengths"
+    measured: tuple[float, ...] = ()
     single_turn_ratio: float = 0.0
     loss: LossChoice | None = None
     documents: DocumentConfig = DocumentConfig()
@@ -146,7 +157,7 @@ class DataConfig:
 
     def __post_init__(self):
         counts = "batch_size seq_len max_length max_image_patches pack_window read_threads prefetch max_turns".split()
-        counts.append("upscale_longest_edge")
+        counts += ["upscale_longest_edge", "run_examples"]
         shares = (
             "max_too_long_fraction max_bad_fraction single_turn_ratio upscale_probability newline_probability".split()
         )
@@ -159,6 +170,15 @@ class DataConfig:
             raise UserError(f"data.upscale_range is a smaller and a larger factor, both from 1 on, got {low}, {high}")
         if self.max_turns is not None and not self.shuffle_turns:
             raise UserError("data.max_turns chooses among shuffled turns: set data.shuffle_turns true")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files or globs of all sources with a weight."""
+        from jvlm.data.mixture.plan import enters
+
+        if self.mixture is None:
+            return self.train
+        return tuple(dict.fromkeys(file for source in enters(self.mixture).values() for file in source.files))
 
     @property
     def longest(self) -> int:

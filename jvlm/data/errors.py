@@ -24,10 +24,12 @@ class Origin:
       file: its file; `MEMORY` for one that was given from Python.
       number: its line in a JSONL file, its record in others, from 1; its index in a list of conversations, from 0;
         None for one that was given alone.
+      source: path of its source in a mixture; empty where there is none.
     """
 
     file: str = MEMORY
     number: int | None = None
+    source: str = ""
 
     def __str__(self) -> str:
         if self.number is None:
@@ -72,6 +74,7 @@ class Rejected:
       kind: "bad" for one that cannot be read, "too_long" for one that does not fit a packed sequence, "skipped" for one
         that a rule of the configuration leaves out, "part" for a part of a document of which other parts are used.
       fix: what the user can do.
+      source: path of its source in a mixture; empty where there is none.
     """
 
     file: str
@@ -80,12 +83,14 @@ class Rejected:
     reason: str
     kind: Kind = "bad"
     fix: str = ""
+    source: str = ""
 
     @classmethod
     def of(cls, error: ExampleError, kind: Kind) -> Rejected:
         """The example of an error; of one that is left out by rule, whatever the kind."""
         kind = "skipped" if isinstance(error, SkippedError) else kind
-        return cls(error.origin.file, error.origin.number, error.field, error.problem, kind, error.fix)
+        origin = error.origin
+        return cls(origin.file, origin.number, error.field, error.problem, kind, error.fix, origin.source)
 
     @property
     def fault(self) -> tuple[str, ...]:

@@ -164,6 +164,19 @@ class ExampleSource:
             return list(range(len(self)))
         return np.unique(self._chosen, return_index=True)[1].tolist()
 
+    def block_starts(self) -> np.ndarray | None:
+        """Return the first example of each block of the files and the number of examples; None if none has blocks.
+
+        Blocks are what a reader reads together: its ``block_starts``, or else a whole file.
+        """
+        if self._chosen is not None or not any(hasattr(reader, "block_starts") for reader in self._readers):
+            return None
+        starts = [
+            getattr(reader, "block_starts", np.zeros(1, np.int64)) + start
+            for reader, start in zip(self._readers, self._starts[:-1], strict=True)
+        ]
+        return np.append(np.concatenate(starts), self._starts[-1])
+
     def __repr__(self) -> str:
         return f"ExampleSource({self.files if self._chosen is None else self._patterns})"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -284,6 +285,7 @@ class PackedSequences:
     Attributes:
       conversations: examples of the data in the batch; a document that was cut counts with its first part.
       parts: examples in the batch that are parts of documents that were cut.
+      by_source: of ``conversations``, how many are of each source of a mixture.
       rejected: examples left out while these were gathered.
       origins: for each sequence of the batch, where its segments 1, 2, ... came from.
       sources: for each sequence of the batch, the number of the data source of its segments; -1 for none.
@@ -297,6 +299,7 @@ class PackedSequences:
     sources: tuple[tuple[int, ...], ...] = ()
     source_names: tuple[str, ...] = ()
     parts: int = 0
+    by_source: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def packed_sequences(
@@ -307,6 +310,9 @@ def packed_sequences(
 ) -> PackedSequences:
     """Return a batch with what is known about the examples of its sequences."""
     examples = [example for sequence in sequences for example in sequence]
+    by_source: Counter[str] = Counter()
+    for example in examples:
+        by_source[example.origin.source] += example.records
     return PackedSequences(
         batch,
         conversations=sum(example.records for example in examples),
@@ -315,4 +321,5 @@ def packed_sequences(
         sources=tuple(tuple(example.source for example in sequence) for sequence in sequences),
         source_names=source_names,
         parts=sum(example.made_to_fit == "cut" for example in examples),
+        by_source=dict(by_source),
     )

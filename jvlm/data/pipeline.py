@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,12 +22,11 @@ from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document
 from jvlm.data.cutting import Limits
 from jvlm.data.errors import ExampleError, Origin, Rejected, SkippedError, grouped
-from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_example
-from jvlm.data.few_shot import FewShotSource
 from jvlm.data.image_processor import ImageProcessor, ImageProcessorConfig
 from jvlm.data.joining import joined
 from jvlm.data.loss_choice import with_loss_on
+from jvlm.data.mixture.examples import Drawn, Draws, Examples, mixture_of
 from jvlm.data.packing import Example, PackedSequences
 from jvlm.data.position import Progress, Share, go_on
 from jvlm.data.processor import Processor
@@ -46,6 +45,7 @@ class Encode(grain.transforms.RandomMap):
     def __init__(self, processor: Processor, config: DataConfig):
         self.processor, self.config = processor, config
         self.sources = SourceNumbers(config)
+        self._losses = {name: source.loss for name, source in mixture_of(config).sources().items() if source.loss}
         check_choices(processor, config)
 
     def random_map(self, element: tuple[Origin, Any], rng: np.random.Generator) -> tuple[Example | Rejected, ...]:
@@ -74,7 +74,7 @@ class Encode(grain.transforms.RandomMap):
             document_rules.check_order(parsed, self.config.documents)
         single = rng.random() < self.config.single_turn_ratio
         parsed = augmented(parsed, self.config, rng)
-        parsed = with_loss_on(parsed, self.config.loss)
+        parsed = with_loss_on(parsed, self._losses.get(origin.source, self.config.loss))
         if isinstance(parsed, Document):
             return self._parts(parsed, rng)
         if single:
@@ -187,6 +187,16 @@ class Encode(grain.transforms.RandomMap):
         return True
 
 
+class EncodeDrawn(grain.transforms.Map):
+    """As `Encode`, with random numbers that depend on the example's source and on how often that was drawn before."""
+
+    def __init__(self, encode: Encode):
+        self.encode = encode
+
+    def map(self, drawn: Drawn) -> tuple[Example | Rejected, ...]:
+        return self.encode.random_map((drawn.origin, drawn.record), np.random.default_rng(drawn.seed))
+
+
 def _one_turn(conversation: Conversation, rng: np.random.Generator) -> Conversation:
     """A turn drawn in proportion to its loss weight; the conversation as it is if none has any."""
     turns = [turn for turn in single_turns(conversation) if turn.messages[-1].loss_weight > 0]
@@ -256,6 +266,7 @@ class PackDataset(grain.IterDataset):
         super().__init__(parent)
         self.config, self.sequences, self.share, self.epoch = config, sequences, share, epoch
         self.patch_values, self.max_image_patches = patch_values, max_image_patches
+        self.by_source = mixture_of(config).unit == "sequences"
 
     def __iter__(self) -> PackIterator:
         return PackIterator(self)
@@ -339,13 +350,33 @@ class PackIterator(grain.DatasetIterator):
         given = max(before, self._progress.given)
         if not given:  # what a window rejects is reported with its first sequence
             self._rejected = rejected
-        examples = joined(examples, config.documents.join, Limits(config.longest, config.max_patches))
-        packed = packing.best_fit_decreasing(examples, config.seq_len, config.max_patches)
-        if config.shuffle:  # packed longest first: in that order a batch is of one length, and often of one kind
+        examples = self._joined(examples)
+        packed = self._pack(examples)
+        if config.shuffle != "none":  # packed longest first: in that order a batch is of one length, often of one kind
             np.random.default_rng(window).shuffle(packed)
         self._queue.extend([examples[i] for i in sequence] for sequence in packed[given:])
         self._progress = dataclasses.replace(self._progress, given=given)
         return bool(places)
+
+    def _joined(self, examples: list[Example]) -> list[Example]:
+        """Documents joined as ``documents.join`` says, those of each source of a mixture apart."""
+        config, groups = self.dataset.config, defaultdict(list)
+        for example in examples:
+            groups[example.origin.source].append(example)
+        limits = Limits(config.longest, config.max_patches)
+        return [one for name in sorted(groups) for one in joined(groups[name], config.documents.join, limits)]
+
+    def _pack(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Indices of the examples of each sequence; with the unit "sequences" each has those of one source."""
+        config = self.dataset.config
+        groups: dict[str, list[int]] = defaultdict(list)
+        for index, example in enumerate(examples):
+            groups[example.origin.source if self.dataset.by_source else ""].append(index)
+        packed = []
+        for _, group in sorted(groups.items()):
+            own = packing.best_fit_decreasing([examples[i] for i in group], config.seq_len, config.max_patches)
+            packed += [[group[i] for i in sequence] for sequence in own]
+        return packed
 
     def get_state(self) -> list[dict[str, Any]]:
         """Of this process. A checkpoint gathers those of all, in any order."""
@@ -366,29 +397,26 @@ def training_data(
     seed: int,
     epochs: int | None = None,
     share: Share = Share(),
-    source: ExampleSource | None = None,
-) -> tuple[grain.IterDataset, ExampleSource]:
-    """A process's share of the batches of a run (endless unless ``epochs`` is given), and the examples they come from.
+    examples: Examples | None = None,
+) -> tuple[grain.IterDataset, Draws]:
+    """A process's share of the batches of a run (endless unless ``epochs`` is given), and the draws they come from.
 
     Args:
-      source: some of the files' examples; None is all of them.
+      examples: some of the files' examples; None is all of them.
 
     Raises:
       ValueError: the sequences of a batch cannot be shared evenly by so many processes.
     """
     check_shape(config)
-    source = ExampleSource.of(config) if source is None else source
-    given = source if config.few_shot is None else FewShotSource(source, config.few_shot, seed)
-    dataset = grain.MapDataset.source(given).seed(seed)
-    if config.shuffle:
-        dataset = dataset.shuffle()
-    encoded = dataset.repeat(epochs).random_map(Encode(processor, config))
+    examples = Examples.open(config) if examples is None else examples
+    draws = Draws(examples.with_few_shot(config.few_shot, seed), config, seed=seed, passes=epochs)
+    encoded = grain.MapDataset.source(draws).map(EncodeDrawn(Encode(processor, config)))
     values, most = (
         processor.image_processor.patch_values,
         image_patch_limit(processor.image_processor, processor.image_config, config),
     )
-    packed = PackDataset(encoded, config, share.of(config.batch_size), share, values, most, len(source))
-    return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.prefetch), source
+    packed = PackDataset(encoded, config, share.of(config.batch_size), share, values, most, len(draws.examples))
+    return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.prefetch), draws
 
 
 def image_configs(settings: ImageProcessorConfig, config: DataConfig) -> list[ImageProcessorConfig]:

@@ -77,6 +77,11 @@ class Progress:
         }
 
 
+def start_states(count: int) -> list[dict[str, Any]]:
+    """The states of so many processes at the first window."""
+    return [Progress(share=Share(index, count)).state() for index in range(count)]
+
+
 def _progress(state: dict[str, Any]) -> Progress:
     position = Position(state["next"], tuple((window, given) for window, given in state["open"]))
     return Progress(position, Share(state["index"], state["count"]), state["done"], state["given"])

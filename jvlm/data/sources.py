@@ -9,11 +9,12 @@ from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document
 from jvlm.data.errors import ExampleError
 from jvlm.data.example_source import matching
+from jvlm.data.mixture.plan import enters
 
 CHANNEL = "channel"
 # Examples of a channel that the sample of the data before the run did not show, or of none.
 OTHER = "other"
-_MOST = 32  # channels with a curve
+_MOST = 64  # sources with a curve
 
 
 def sources_of(patterns: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -27,7 +28,7 @@ def sources_of(patterns: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def names(config: DataConfig, channels: Iterable[str]) -> tuple[str, ...]:
-    """Return the sources to show curves of; none where there is only one.
+    """Return the sources to show curves of; none where there is only one. Of many, the last are shown as "other".
 
     Args:
       channels: of a sample of the examples.
@@ -35,10 +36,12 @@ def names(config: DataConfig, channels: Iterable[str]) -> tuple[str, ...]:
     if config.curves == "off":
         return ()
     if config.curves == "dataset":
-        result = tuple(sources_of(config.train))
-        return result if len(result) > 1 else ()
+        result = tuple(sources_of(config.train) if config.mixture is None else enters(config.mixture))
+        if len(result) < 2:
+            return ()
+        return result if len(result) <= _MOST else (*result[: _MOST - 1], OTHER)
     result = tuple(sorted(set(channels) - {OTHER}))
-    return (*result[:_MOST], OTHER) if result else ()
+    return (*result[: _MOST - 1], OTHER) if result else ()
 
 
 def channel_of(conversation: Conversation | Document) -> str | None:
@@ -55,13 +58,15 @@ class SourceNumbers:
     def __init__(self, config: DataConfig):
         self.by_channel = config.curves == "channel"
         self._numbers = {name: number for number, name in enumerate(config.sources)}
-        if not self.by_channel:
+        self._paths = config.mixture is not None
+        if not self.by_channel and not self._paths:
             files = sources_of(config.train) if config.sources and config.curves == "dataset" else {}
             known = self._numbers
             self._numbers = {path: known[name] for name, paths in files.items() if name in known for path in paths}
 
     def of(self, conversation: Conversation | Document) -> int:
         """Return the number of an example's source. Raises ExampleError for a channel that is no text."""
-        if not self.by_channel:
-            return self._numbers.get(conversation.origin.file, -1)
-        return self._numbers.get(channel_of(conversation), self._numbers.get(OTHER, -1))
+        if not self.by_channel and not self._paths:
+            return self._numbers.get(conversation.origin.file, self._numbers.get(OTHER, -1))
+        name = channel_of(conversation) if self.by_channel else conversation.origin.source
+        return self._numbers.get(name, self._numbers.get(OTHER, -1))

@@ -11,14 +11,15 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jvlm.data import packing
+from jvlm.data import lengths, packing
 from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document
 from jvlm.data.errors import ExampleError, Rejected, SkippedError, grouped
-from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import unknown_columns
-from jvlm.data.few_shot import FewShotSource
+from jvlm.data.mixture.examples import Examples, mixture_of
+from jvlm.data.mixture.shares import measured_unit
+from jvlm.data.mixture.spread import spread_of
 from jvlm.data.packing import Example
 from jvlm.data.pipeline import Encode, image_patch_limit
 from jvlm.data.processor import Processor
@@ -34,7 +35,7 @@ class Size(NamedTuple):
     """An encoded example without its arrays; one that was truncated or shrunk has its new size, and is ``changed``.
 
     ``is_part`` is true for a part of a document that was cut, ``unknown`` are the names of columns that jvlm does not
-    know, ``channel`` is what the example names as its own.
+    know, ``channel`` is what the example names as its own, ``source`` the path of its source in a mixture.
     """
 
     length: int
@@ -44,13 +45,14 @@ class Size(NamedTuple):
     unknown: tuple[str, ...] = ()
     channel: str | None = None
     is_part: bool = False
+    source: str = ""
 
     @classmethod
     def of(cls, example: Example) -> Size:
         """The size of an example."""
-        how = example.made_to_fit
+        how, source = example.made_to_fit, example.origin.source
         sizes = example.length, example.num_patches, example.largest_image
-        return cls(*sizes, changed=how in ("truncated", "shrunk"), is_part=how == "cut")
+        return cls(*sizes, changed=how in ("truncated", "shrunk"), is_part=how == "cut", source=source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Survey:
       sampled: examples looked at.
       sizes: of those that can be used.
       left_out: the others.
+      examples_per_pass: draws of one pass over the data; None: its examples.
     """
 
     config: DataConfig
@@ -70,6 +73,7 @@ class Survey:
     sampled: int
     sizes: tuple[Size, ...]
     left_out: tuple[Rejected, ...]
+    examples_per_pass: int | None = None
 
     def padding(self) -> tuple[float, float]:
         """Shares of the tokens and of the patches of sequences that are padding in the packed sample."""
@@ -77,8 +81,16 @@ class Survey:
 
     def steps(self, epochs: float, batch_size: int) -> int:
         """Steps of ``batch_size`` packed sequences that so many epochs take."""
-        packed = len(packing.best_fit_decreasing(self.sizes, self.config.seq_len, self.config.max_patches))
-        return max(1, math.ceil(epochs * packed * self.examples / self.sampled / batch_size))
+        draws = epochs * (self.examples_per_pass or self.examples)
+        return max(1, math.ceil(draws / self._draws_per_sequence() / batch_size))
+
+    def draws(self, sequences: int) -> int:
+        """Examples drawn for so many packed sequences, those that are left out included."""
+        return max(1, math.ceil(sequences * self._draws_per_sequence()))
+
+    def _draws_per_sequence(self) -> float:
+        packed = packing.best_fit_decreasing(self.sizes, self.config.seq_len, self.config.max_patches)
+        return self.sampled / max(len(packed), 1)
 
     def text(self) -> str:
         """For the terminal."""
@@ -108,7 +120,7 @@ class Survey:
 
     def check(self) -> None:
         """Raise UserError where nothing can be used, or more does not fit than ``max_too_long_fraction`` allows."""
-        files = ", ".join(self.config.train)
+        files = ", ".join(self.config.files)
         if not self.sizes:
             raise UserError(
                 f"{files}: none of {self.sampled} examples looked at can be used:\n{grouped(self.left_out)}"
@@ -132,30 +144,33 @@ def take(
     count: int,
     seconds: float | None = None,
     parts: int = 1,
-    source: ExampleSource | None = None,
+    examples: Examples | None = None,
 ) -> Survey:
     """Look at ``count`` examples spread evenly over the data, or at those that are encoded within so many seconds.
 
+    Of a mixture, each source gives its share of them.
+
     Args:
       parts: devices that share a packed sequence; sizes that are chosen divide by it.
-      source: some of the files' examples; None is all of them.
+      examples: some of the files' examples; None is all of them.
 
     Raises:
       ExampleError: a bad example where ``on_bad_example`` is "error", one that does not fit where ``on_too_long`` is.
       UserError: sizes are to be chosen, and no example can be used.
     """
-    source = ExampleSource.of(config) if source is None else source
-    source = source if config.few_shot is None else FewShotSource(source, config.few_shot, seed)
-    spread = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
+    examples = (Examples.open(config) if examples is None else examples).with_few_shot(config.few_shot, seed)
+    if measured_unit(mixture_of(config)) and not config.measured:
+        config = dataclasses.replace(config, measured=lengths.means(processor, config, examples))
+    spread, passes = _spread(examples, config, min(count, len(examples)))
     chosen = [int(i) for i in np.random.default_rng(seed).permutation(spread)]
     known = "auto" not in (config.seq_len, config.max_patches)
-    look = _Look(processor, config, source, seed, fit=known)
+    look = _Look(processor, config, examples, seed, fit=known)
     results = look.at(chosen, seconds)
     if not known and not _sizes(results):
-        Survey(config, len(source), len(results), (), _left_out(results)).check()  # raises, with what is wrong
+        Survey(config, len(examples), len(results), (), _left_out(results)).check()  # raises, with what is wrong
     if not known:
         config = choose_sizes(_sizes(results), config, processor, parts)
-        look = _Look(processor, config, source, seed, fit=True)
+        look = _Look(processor, config, examples, seed, fit=True)
         results |= look.at(
             [i for i in results if not all(_fits(size, config) for size in _sizes({i: results[i]}))], None
         )
@@ -164,7 +179,20 @@ def take(
     config = _with_image_limit(config, sizes, processor)
     channels = [size.channel for size in sizes if size.channel is not None]
     config = dataclasses.replace(config, sources=config.sources or names(config, channels))
-    return Survey(config, len(source), len(results), sizes, left_out)
+    return Survey(config, len(examples), len(results), sizes, left_out, passes)
+
+
+def _spread(examples: Examples, config: DataConfig, count: int) -> tuple[np.ndarray, int]:
+    """(indices spread evenly over each source, which gives its share of ``count``; examples of a pass over all)."""
+    if not examples.is_mixture:
+        return np.unique(np.linspace(0, len(examples) - 1, count).astype(int)), len(examples)
+    shares = examples.shares(config)
+    counts = spread_of([shares.of[name] for name in examples.names]).drawn(count)
+    chosen, start = [], 0
+    for part, own in zip(examples.parts, counts, strict=True):
+        chosen.append(start + np.linspace(0, len(part) - 1, min(int(own), len(part))).astype(int))
+        start += len(part)
+    return np.unique(np.concatenate(chosen)), round(shares.examples_per_pass)
 
 
 def _sizes(results: Mapping[int, Sequence[Size | Rejected]]) -> tuple[Size, ...]:
@@ -180,7 +208,7 @@ def _left_out(results: Mapping[int, Sequence[Size | Rejected]]) -> tuple[Rejecte
 class _Look:
     """Encodes examples, each with random numbers of its own, in threads."""
 
-    def __init__(self, processor: Processor, config: DataConfig, source: ExampleSource, seed: int, *, fit: bool):
+    def __init__(self, processor: Processor, config: DataConfig, examples: Examples, seed: int, *, fit: bool):
         if fit:  # the promise made to attention is raised to what it finds, unless it is the user's
             config = dataclasses.replace(
                 config, max_image_patches=config.max_image_patches or config.max_patches or None
@@ -189,7 +217,7 @@ class _Look:
             sizes = {"seq_len": config.seq_len, "max_patches": config.max_patches}
             default = {name: getattr(DataConfig(), name) for name, size in sizes.items() if size == "auto"}
             config = dataclasses.replace(config, **default)
-        self.encode, self.config, self.source, self.seed = Encode(processor, config), config, source, seed
+        self.encode, self.config, self.examples, self.seed = Encode(processor, config), config, examples, seed
         self.fits = fit
 
     def at(self, chosen: Sequence[int], seconds: float | None) -> dict[int, list[Size | Rejected]]:
@@ -205,7 +233,7 @@ class _Look:
     def _one(self, index: int) -> list[Size | Rejected]:
         rng = np.random.default_rng((self.seed, index))
         try:
-            read = self.encode.read(self.source[index], rng)
+            read = self.encode.read(self.examples[index], rng)
             parsed, _ = read[0]
             channel = channel_of(parsed) if self.config.curves == "channel" else None
         except ExampleError as error:
@@ -244,7 +272,7 @@ def choose_sizes(sizes: Sequence[Size], config: DataConfig, processor: Processor
       UserError: no sizes to choose from.
     """
     if not sizes:
-        raise UserError(f'no example of {", ".join(config.train)} can be used: data.seq_len "auto" has nothing to hold')
+        raise UserError(f'no example of {", ".join(config.files)} can be used: data.seq_len "auto" has nothing to hold')
     longest = max(size.length for size in sizes)
     longest = min(longest, config.max_length or longest)
     most = max(size.num_patches for size in sizes)

@@ -100,7 +100,7 @@ def data_config(arguments: TrainingArguments) -> DataConfig:
         on_too_long=too_long,
         on_bad_example="error" if data.strict else "skip",
         max_bad_fraction=_BAD,
-        shuffle=data.train_dataloader_shuffle,
+        shuffle="auto" if data.train_dataloader_shuffle else "none",
         curves="channel" if arguments.optimization.enable_channel_loss else "dataset",
         loss={"default": None, "last_round": "last_answer", "all": "all"}[arguments.optimization.loss_scale],
         worker_processes=workers if workers > 1 else 0,

@@ -11,6 +11,7 @@ from typing import Any
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.processor import Processor
+from jvlm.data.subset import Subset
 from jvlm.errors import UserError
 from jvlm.inference.engine import Engine
 from jvlm.inference.generate import answer_text, complete, encode_prompt, engine_for, stream_example
@@ -22,7 +23,7 @@ from jvlm.swift.columns import source_of
 from jvlm.swift.experiment import processor_config
 from jvlm.swift.infer_arguments import AnswerArguments, InferArguments
 from jvlm.training.side_files import read_json
-from jvlm.training.validation_split import SPLIT, Subset
+from jvlm.training.validation_split import SPLIT
 
 _TOKENS = 2048
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")

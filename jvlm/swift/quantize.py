@@ -79,8 +79,8 @@ def _batches(
     """
     from jvlm.data.config import DataConfig
     from jvlm.data.errors import grouped
+    from jvlm.data.subset import Subset
     from jvlm.training.validation_data import ValidationData
-    from jvlm.training.validation_split import Subset
 
     count = min(arguments.quant_n_samples, len(source))
     drawn = np.sort(np.random.default_rng(_SEED).permutation(len(source))[:count])

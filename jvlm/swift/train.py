@@ -11,7 +11,7 @@ import jax
 
 from jvlm import config as config_tree
 from jvlm.data import survey
-from jvlm.data.example_source import ExampleSource
+from jvlm.data.mixture.examples import Examples
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
@@ -92,8 +92,8 @@ def prepare(arguments: TrainingArguments, given: frozenset[str] = frozenset()) -
     data = data_config(arguments)
     roots = (data.media_root,) if data.media_root else ()
     processor = Processor(processor.tokenizer, processor.model, config, media_roots=roots)
-    source = ExampleSource.of(data)
-    sample = survey.take(processor, data, seed=arguments.optimization.seed, count=_SAMPLE, source=source)
+    examples = Examples.open(data)
+    sample = survey.take(processor, data, seed=arguments.optimization.seed, count=_SAMPLE, examples=examples)
     sample.check()
     chosen = batches.choose(
         sample.sizes,
@@ -106,7 +106,7 @@ def prepare(arguments: TrainingArguments, given: frozenset[str] = frozenset()) -
     sample = dataclasses.replace(sample, config=chosen.data)
     epoch = sample.steps(1.0, chosen.data.batch_size * chosen.accumulation)
     root, name = hosts.broadcast_from_0(run_folder(arguments, time.localtime()))
-    facts = Facts(processor.model, found, chosen, len(source.distinct()), epoch, root, name)
+    facts = Facts(processor.model, found, chosen, len(examples.distinct()), epoch, root, name)
     return experiment_of(arguments, facts, given)
 
 

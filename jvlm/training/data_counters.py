@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ class Totals:
       part: parts of documents left out of which others are used.
       examples: of the data.
       before: passes over data that were exchanged for these.
+      by_source: (examples read, examples left out) of each source of a mixture.
     """
 
     conversations: int
@@ -46,6 +48,7 @@ class Totals:
     part: int
     examples: int
     before: float
+    by_source: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def read(self) -> int:
@@ -67,14 +70,19 @@ class DataCounters(Hook):
     """Counts what this process reads, and lists each example that it leaves out once in rejected.jsonl.
 
     Args:
-      examples: of the data.
+      examples: of one pass over the data.
       counts: whether this process counts; another may read the same.
+      sources: examples of each source of a mixture; empty where there is none.
     """
 
-    def __init__(self, folder: Path, examples: int, config: DataConfig, *, counts: bool):
+    def __init__(
+        self, folder: Path, examples: int, config: DataConfig, *, counts: bool, sources: Mapping[str, int] = {}
+    ):
         self.path, self.examples, self.config = folder / _name(jax.process_index()), examples, config
-        self.counts, self.before = counts, 0.0
+        self.counts, self.before, self.sources = counts, 0.0, dict(sources)
         self._count = dict.fromkeys(_COUNTS, 0)
+        self._read: Counter[str] = Counter()  # examples of each source, those left out included
+        self._left_out: Counter[str] = Counter()
         self._listed: set[tuple[str, int]] = set()
         self._unchecked: Totals | None = None
 
@@ -84,7 +92,11 @@ class DataCounters(Hook):
 
     def log_values(self, trainer: Trainer) -> dict[str, float]:
         self._unchecked = totals = self.totals()
-        return {"epoch": round(totals.epoch, 3), "dropped": totals.dropped}
+        values = {"epoch": round(totals.epoch, 3), "dropped": totals.dropped}
+        for name, examples in self.sources.items():
+            read, left_out = totals.by_source[name]
+            values |= {f"epoch/{name}": round(read / examples, 4), f"rejected/{name}": float(left_out)}
+        return values
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         # after the log line, which says what was left out
@@ -98,8 +110,12 @@ class DataCounters(Hook):
             return
         self._count["conversations"] += packed.conversations
         self._count["parts"] += packed.parts
+        self._read.update(packed.by_source)
         for example in packed.rejected:
             self._count[example.kind] += 1
+            if example.kind != "part":
+                self._read[example.source] += 1
+                self._left_out[example.source] += 1
         new = {
             (example.file, example.number): example
             for example in packed.rejected
@@ -133,7 +149,9 @@ class DataCounters(Hook):
 
     def state(self) -> list[dict[str, Any]]:
         """Of every process, for a checkpoint; each must ask."""
-        return hosts.all_gather_object({**self._count, "examples": self.examples, "before": self.before})
+        by_source = {name: [self._read[name], self._left_out[name]] for name in self.sources}
+        own = {**self._count, "examples": self.examples, "before": self.before, "by_source": by_source}
+        return hosts.all_gather_object(own)
 
     def restore(self, state: list[Mapping[str, Any]], step: int) -> None:
         """Go on from a process's share of what all had read, and forget examples listed after ``step``.
@@ -148,6 +166,9 @@ class DataCounters(Hook):
         for name in _COUNTS:
             total = getattr(totals, name)
             self._count[name] = total // count + (index < total % count)
+        if index == 0:
+            for name in self.sources.keys() & totals.by_source.keys():
+                self._read[name], self._left_out[name] = totals.by_source[name]
         others = [p for p in self.path.parent.glob(f"*.{REJECTED}") if _number(p) >= count] if hosts.is_rank0() else []
         for path in (self.path, *others):
             if path.is_file():
@@ -169,7 +190,11 @@ class DataCounters(Hook):
 
     def _sum(self, states: list[Mapping[str, Any]]) -> Totals:
         counts = {name: sum(state[name] for state in states) for name in _COUNTS}
-        return Totals(**counts, examples=states[0]["examples"], before=states[0]["before"])
+        by_source = {
+            name: tuple(map(sum, zip(*(state["by_source"][name] for state in states), strict=True)))
+            for name in states[0]["by_source"]
+        }
+        return Totals(**counts, examples=states[0]["examples"], before=states[0]["before"], by_source=by_source)
 
 
 def _name(process: int) -> str:

@@ -89,13 +89,14 @@ def _models(experiment: Experiment) -> list[str]:
 
 def _patterns(experiment: Experiment) -> list[str]:
     parts = [experiment.data, *(stage.data for stage in experiment.stages)]
-    patterns = [pattern for part in parts for pattern in part.train]
+    patterns = [pattern for part in parts for pattern in part.files]
     return [*patterns, *experiment.validation.data, *experiment.evaluation.data]
 
 
 def _replaced(experiment: Experiment, of: Callable[[str], str]) -> Experiment:
     def in_data(config: DataConfig) -> DataConfig:
-        return dataclasses.replace(config, train=tuple(map(of, config.train)))
+        mixture = config.mixture and config.mixture.map_files(of)
+        return dataclasses.replace(config, train=tuple(map(of, config.train)), mixture=mixture)
 
     models = {name: of(getattr(experiment, name)) for name in _MODELS if getattr(experiment, name, None) is not None}
     stages = tuple(dataclasses.replace(stage, data=in_data(stage.data)) for stage in experiment.stages)

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from jvlm.training.trainer import Trainer
 
 LOG = "logging.jsonl"
-_FILE_ONLY = ("grad_norm/", "router/", "token_acc/", "examples/")  # too many for a line on the terminal
+_FILE_ONLY = (
+    "grad_norm/",
+    "router/",
+    "token_acc/",
+    "examples/",
+    "tokens/",
+    "epoch/",
+    "rejected/",
+)  # too many for a line on the terminal
 
 
 def clock(seconds: float) -> str:

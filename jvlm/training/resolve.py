@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jvlm.data import pipeline, survey
-from jvlm.data.example_source import ExampleSource
+from jvlm.data.mixture.examples import Examples
 from jvlm.data.processor import Processor
 from jvlm.evaluation import usable
 from jvlm.models import vlm
@@ -30,14 +30,14 @@ def resolve(
     processor: Processor,
     folder: Path | None = None,
     parts: int = 1,
-    source: ExampleSource | None = None,
+    examples: Examples | None = None,
 ) -> Experiment:
     """Return the experiment with everything filled in that was left to be derived.
 
     Args:
       folder: of the run; None for one that is not saved.
       parts: devices that share a packed sequence.
-      source: the training data, if only some of the files' examples are.
+      examples: the training data, if only some of the files' examples are.
 
     Raises:
       UserError: data of which too little can be used.
@@ -49,10 +49,13 @@ def resolve(
     def derive() -> dict[str, Any]:
         begun = folder is not None and run_dir.is_run(folder)
         known = resume.derived(experiment, folder) if begun else experiment
-        sample = _survey(known, processor, parts, source)
+        sample = _survey(known, processor, parts, examples)
         data = known.data if begun else sample.config  # a run keeps what it began with, whatever a sample shows now
-        steps = known.steps or sample.steps(known.epochs, data.batch_size * known.gradient_accumulation_steps)
-        names = ("seq_len", "max_patches", "max_image_patches", "sources")
+        sequences = data.batch_size * known.gradient_accumulation_steps
+        steps = known.steps or sample.steps(known.epochs, sequences)
+        if data.run_examples is None and data.mixture is not None:
+            data = dataclasses.replace(data, run_examples=sample.draws(steps * sequences))
+        names = ("seq_len", "max_patches", "max_image_patches", "sources", "measured", "run_examples")
         return {"data": {name: getattr(data, name) for name in names}, "steps": steps}
 
     # all processes read a sample, so that none waits for another; what the first one derives holds for all
@@ -79,14 +82,14 @@ def _reading(processor: Processor, data: pipeline.DataConfig) -> Processor:
     return processor.replace(media_roots=(data.media_root,) if data.media_root else ())
 
 
-def _survey(experiment: Experiment, processor: Processor, parts: int, source: ExampleSource | None) -> survey.Survey:
+def _survey(experiment: Experiment, processor: Processor, parts: int, examples: Examples | None) -> survey.Survey:
     """Read a sample of the data before the first step, and print what it is like."""
     data = experiment.data
     derives = experiment.steps is None or "auto" in (data.seq_len, data.max_patches)
     limit = {"count": _SAMPLE if derives else _SAMPLE // 2, "seconds": None if derives else _SECONDS}
-    source = ExampleSource.of(data) if source is None else source
-    sample = survey.take(processor, data, seed=experiment.seed, parts=parts, source=source, **limit)
-    hosts.log_rank0("\n".join([*source.formats(), sample.text()]))
+    examples = Examples.open(data) if examples is None else examples
+    sample = survey.take(processor, data, seed=experiment.seed, parts=parts, examples=examples, **limit)
+    hosts.log_rank0("\n".join([*examples.formats(), sample.text()]))
     sample.check()
     return sample
 

@@ -16,6 +16,7 @@ from jvlm import config as config_tree
 from jvlm.data import stores
 from jvlm.data.config import DataConfig
 from jvlm.data.example_source import ExampleSource
+from jvlm.data.mixture.examples import Examples
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.hub.ids import portable
@@ -42,9 +43,19 @@ _FREE = (
         *(f"validation.{name}" for name in ("interval_steps", "patience", "min_delta", "use_best")),
         "hooks",
     ),
-    *("data.read_threads", "data.prefetch", "data.max_bad_fraction", "data.max_too_long_fraction"),
+    *("data.read_threads", "data.prefetch", "data.lengths_folder"),
+    *("data.max_bad_fraction", "data.max_too_long_fraction"),
     *("parallel", "topologies", "accept_changes"),
 )
+# Settings of the data that a run derives where they have these values.
+_DERIVED = {
+    "seq_len": "auto",
+    "max_patches": "auto",
+    "max_image_patches": None,
+    "sources": (),
+    "measured": (),
+    "run_examples": None,
+}
 # These change what the optimizer's state is of: no checkpoint can be read with others.
 _SHAPES = (
     "model.",
@@ -87,13 +98,8 @@ def derived(experiment: Experiment, folder: Path) -> Experiment:
     if saved is None:
         return experiment
     settings, data = SavedSettings.read(saved, folder), experiment.data
-    data = dataclasses.replace(
-        data,
-        seq_len=settings.data.seq_len if data.seq_len == "auto" else data.seq_len,
-        max_patches=settings.data.max_patches if data.max_patches == "auto" else data.max_patches,
-        max_image_patches=settings.data.max_image_patches if data.max_image_patches is None else data.max_image_patches,
-        sources=data.sources or settings.data.sources,
-    )
+    values = {name: getattr(settings.data, name) for name, left in _DERIVED.items() if getattr(data, name) == left}
+    data = dataclasses.replace(data, **values)
     return dataclasses.replace(experiment, data=data, steps=experiment.steps or settings.steps)
 
 
@@ -174,16 +180,17 @@ def _changes(folder: Path, experiment: Experiment, resolved: dict[str, Any], pre
 
 def inputs(experiment: Experiment) -> dict[str, Any]:
     """Fingerprints of what a run begins from: its data files, and the folders of models and tokenizers."""
-    result = {"data": _of_data(experiment.data.train)}
+    examples = Examples.open(experiment.data)
+    parts = {name: _of_source(part) for name, part in zip(examples.names, examples.parts, strict=True)}
+    result = {"data": parts if examples.is_mixture else parts[examples.names[0]]}
     if experiment.validation.data:
-        result["validation"] = _of_data(experiment.validation.data)
+        result["validation"] = _of_source(ExampleSource(experiment.validation.data))
     names = ("init_from", "encoder_from", "decoder_from", "tokenizer")
     starts = {name: getattr(experiment, name) for name in names if getattr(experiment, name) is not None}
     return {**result, "start": {name: _of_model(path) for name, path in starts.items()}}
 
 
-def _of_data(patterns: Sequence[str]) -> dict[str, Any]:
-    source = ExampleSource(patterns)
+def _of_source(source: ExampleSource) -> dict[str, Any]:
     counts = source.counts()
     budget = min(_WHOLE, _ALL // len(source.files))
     return {portable(path): {**_fingerprint([Path(path)], budget), "examples": counts[path]} for path in source.files}

@@ -6,14 +6,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from jvlm.adapters import targets
 from jvlm.data import pipeline
-from jvlm.data.example_source import ExampleSource, matching
+from jvlm.data.example_source import matching
+from jvlm.data.mixture.examples import Examples
 from jvlm.data.position import Share
 from jvlm.data.processor import Processor
-from jvlm.data.sources import sources_of
+from jvlm.data.subset import Subset
 from jvlm.errors import UserError
 from jvlm.models.vlm import VLM
 from jvlm.parallel import hosts
@@ -24,6 +23,7 @@ from jvlm.training.checkpointing import Checkpointing, StorageSync
 from jvlm.training.compiled_step import step_arguments
 from jvlm.training.config import AdaptConfig, EvaluationConfig, Experiment, PushConfig, ValidationConfig
 from jvlm.training.data_counters import DataCounters
+from jvlm.training.data_record import DataRecord
 from jvlm.training.goodput import Goodput
 from jvlm.training.interruption import Interrupted, StopRequests
 from jvlm.training.log import TrainingLog, clock
@@ -38,7 +38,7 @@ from jvlm.training.throughput import LearningRates, Throughput
 from jvlm.training.trainer import Trainer
 from jvlm.training.validation import Validation
 from jvlm.training.validation_data import ValidationData
-from jvlm.training.validation_split import Split, Subset, split_data, without_held_out
+from jvlm.training.validation_split import Split, split_data, without_held_out
 from jvlm.weights.run_dir import CHECKPOINTS
 
 
@@ -82,12 +82,12 @@ def train(experiment: Experiment) -> Result:
     experiment, pins = hub_pins.pin(experiment, [run.name for run in runs_of(experiment)[:-1]])
     runs = runs_of(experiment)
     for run in runs:
-        if not run.data.train:
+        if not run.data.train and run.data.mixture is None:
             raise UserError(
                 f"{run.name}: no data to train on; give files on the command line as --data.train examples.jsonl, or "
                 'in the config as data=DataConfig(train=("examples.jsonl",))'
             )
-    for pattern in (p for run in runs for p in (*run.data.train, *run.evaluation.data, *run.validation.data)):
+    for pattern in (p for run in runs for p in (*run.data.files, *run.evaluation.data, *run.validation.data)):
         matching(pattern)
     split = _split(experiment)
     for number, run in enumerate(runs, 1):
@@ -153,12 +153,12 @@ def _train_one(
         hosts.run_on_all(lambda: check_ahead(job, later, processor, parts))
     storage = RunStorage(experiment.output_root, experiment.name)
     storage.pull()
-    source = None
+    examples = None
     if split is not None:
         own = experiment.validation.split > 0
-        source = Subset(ExampleSource.of(experiment.data), split.train) if own else None
-        source = source or without_held_out(experiment.data, split.held_out)
-    experiment = resolve(experiment, model, processor, storage.folder, parts, source)
+        examples = Examples.open(experiment.data).subset(split.train) if own else None
+        examples = examples or without_held_out(experiment.data, split.held_out)
+    experiment = resolve(experiment, model, processor, storage.folder, parts, examples)
     arguments = step_arguments(experiment, model)  # refuses what cannot be trained, before a folder is made for it
     changes = prepare_folder(storage.folder, experiment, processor)
     if model.adapters is not None and hosts.is_rank0():
@@ -172,10 +172,16 @@ def _train_one(
     if trainer.template.adapters is not None:
         hosts.log_rank0("\n".join(targets.report(trainer.template)))
     shard = trainer.shard
-    batches, source = pipeline.training_data(
-        processor, experiment.data, seed=experiment.seed, share=Share(shard.index, shard.count), source=source
+    batches, draws = pipeline.training_data(
+        processor, experiment.data, seed=experiment.seed, share=Share(shard.index, shard.count), examples=examples
     )
-    counters = DataCounters(storage.folder, len(source), experiment.data, counts=shard.is_primary_reader)
+    counters = DataCounters(
+        storage.folder,
+        draws.plan.examples_per_pass,
+        experiment.data,
+        counts=shard.is_primary_reader,
+        sources=draws.examples.sizes() if draws.examples.is_mixture else {},
+    )
     monitor = NonFiniteMonitor(storage.folder, storage.store, experiment.stop_after_skips)
     log = TrainingLog(storage.folder, experiment.log_interval_steps, changes)
     tokens = experiment.data.batch_size * experiment.data.seq_len
@@ -194,6 +200,7 @@ def _train_one(
         StopRequests(),
         *validation,
         counters,
+        DataRecord(draws, experiment),
         log,
         *((SourceCurves(experiment.data.sources),) if experiment.data.sources else ()),
         monitor,
@@ -243,21 +250,16 @@ def _validation_sources(
     experiment: Experiment, processor: Processor, split: Split | None, share: Share
 ) -> dict[str, ValidationData]:
     """Return the data of each source that is validated on: files of its own, or what is held out of training files."""
-    patterns = experiment.validation.data or experiment.data.train
-    chosen: dict[str, ExampleSource | Subset] = {}
-    # files of their own may be of another format than those that are trained on
-    own = dataclasses.replace(experiment.data, train=tuple(patterns), format="auto")
-    whole = ExampleSource.of(own if experiment.validation.data else experiment.data)
-    ends = np.cumsum(list(whole.counts().values()))
-    bounds = {
-        path: (int(end) - count, int(end)) for (path, count), end in zip(whole.counts().items(), ends, strict=True)
+    config = experiment.data
+    if experiment.validation.data:  # which may be of another format than what is trained on
+        config = dataclasses.replace(config, train=experiment.validation.data, mixture=None, format="auto")
+    whole, held_out = Examples.open(config), None if split is None else frozenset(split.validation)
+    chosen = {
+        name: [index for index in indices if held_out is None or index in held_out]
+        for name, indices in whole.groups(config).items()
     }
-    held_out = range(len(whole)) if split is None else split.validation
-    for name, files in sources_of(patterns).items():
-        inside = np.zeros(len(whole), bool)
-        for path in files:
-            inside[slice(*bounds[path])] = True
-        indices = [index for index in held_out if inside[index]]
-        if indices:
-            chosen[name] = Subset(whole, indices)
-    return {name: ValidationData(processor, experiment.data, source, share) for name, source in chosen.items()}
+    return {
+        name: ValidationData(processor, config, Subset(whole, indices), share)
+        for name, indices in chosen.items()
+        if indices
+    }

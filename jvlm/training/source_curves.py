@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from jvlm.training.trainer import Trainer
 
 
+_TOTALS = ("examples", "tokens")
+
+
 class SourceCurves(Hook):
     """Logs "loss/NAME" and "token_acc/NAME" of each data source, over all steps since the last line of the log.
 
-    A source without a supervised token in these steps has no value. "examples/NAME" counts its examples since the run
-    began. Steps that were skipped are not counted. Put it behind the log: hooks end a step in reverse order.
+    A source without a supervised token in these steps has no value. "examples/NAME" and "tokens/NAME" count its
+    examples and its tokens with a loss since the run began. Steps that were skipped are not counted. Put it behind the
+    log: hooks end a step in reverse order.
 
     Args:
       names: of the sources, as the task numbers them.
@@ -29,7 +33,7 @@ class SourceCurves(Hook):
     def __init__(self, names: Sequence[str]):
         self.names = tuple(names)
         self._window = np.zeros((len(self.names), len(SOURCE_SUMS)))  # since the last line
-        self._examples = np.zeros(len(self.names))  # before that
+        self._totals = np.zeros((len(self.names), len(_TOTALS)))  # before that
         self._pending: list[tuple[jax.Array, jax.Array]] = []
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
@@ -49,19 +53,21 @@ class SourceCurves(Hook):
         for name, (loss, weight, correct, tokens, _) in zip(self.names, self._window.tolist(), strict=True):
             if tokens:
                 values |= {f"loss/{name}": loss / weight, f"token_acc/{name}": correct / tokens}
-        self._examples += self._window[:, SOURCE_SUMS.index("examples")]
+        self._totals += self._window[:, [SOURCE_SUMS.index(total) for total in _TOTALS]]
         self._window[:] = 0
-        return values | {f"examples/{n}": count for n, count in zip(self.names, self._examples.tolist(), strict=True)}
+        for name, counts in zip(self.names, self._totals.tolist(), strict=True):
+            values |= {f"{total}/{name}": count for total, count in zip(_TOTALS, counts, strict=True)}
+        return values
 
     def state(self) -> dict[str, Any]:
         self._add_pending()
         return {
-            name: {"window": window, "examples": count}
-            for name, window, count in zip(self.names, self._window.tolist(), self._examples.tolist(), strict=True)
+            name: {"window": window, "totals": counts}
+            for name, window, counts in zip(self.names, self._window.tolist(), self._totals.tolist(), strict=True)
         }
 
     def restore(self, state: Mapping[str, Any], step: int) -> None:
         for number, name in enumerate(self.names):
             if name in state:
                 self._window[number] = state[name]["window"]
-                self._examples[number] = state[name]["examples"]
+                self._totals[number] = state[name]["totals"]

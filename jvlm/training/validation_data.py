@@ -12,12 +12,12 @@ from jvlm.data import packing
 from jvlm.data.config import DataConfig
 from jvlm.data.document_rules import without_drawing
 from jvlm.data.errors import Rejected
-from jvlm.data.example_source import ExampleSource
+from jvlm.data.mixture.examples import Examples
 from jvlm.data.packing import Example, PackedSequences
 from jvlm.data.pipeline import Encode, image_patch_limit
 from jvlm.data.position import Share
 from jvlm.data.processor import Processor
-from jvlm.training.validation_split import Subset
+from jvlm.data.subset import Subset
 
 
 class ValidationData:
@@ -30,9 +30,7 @@ class ValidationData:
       share: of the windows of `DataConfig.pack_window` examples, as processes share the training data.
     """
 
-    def __init__(
-        self, processor: Processor, config: DataConfig, source: ExampleSource | Subset, share: Share = Share()
-    ):
+    def __init__(self, processor: Processor, config: DataConfig, source: Examples | Subset, share: Share = Share()):
         drop = "drop" if config.on_too_long == "error" else config.on_too_long
         # what is measured must not be drawn: whole conversations, in order, with images as they are
         still = {"single_turn_ratio": 0.0, "shuffle_turns": False, "max_turns": None, "upscale_probability": 0.0}

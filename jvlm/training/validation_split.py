@@ -17,14 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jvlm.data.config import DataConfig
 from jvlm.data.content import media_sources
 from jvlm.data.errors import ExampleError, Origin
-from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_example
 from jvlm.data.images import image_source, unwrap
+from jvlm.data.mixture.examples import Examples
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
 from jvlm.training.side_files import read_json, write_json
@@ -33,30 +31,9 @@ SPLIT = "validation_split.json"
 _BLOCK = 1024  # examples whose images are read at a time
 
 
-class Subset:
-    """Some of the examples of a source, as a source."""
-
-    def __init__(self, source: ExampleSource, indices: Sequence[int]):
-        self.source, self.indices = source, np.asarray(indices, np.int64)
-        self.files = source.files
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Origin, Any]:
-        return self.source[int(self.indices[index])]
-
-    def formats(self) -> list[str]:
-        """Return what the whole source's examples are taken for."""
-        return self.source.formats()
-
-    def __repr__(self) -> str:  # Grain's checkpoints compare it
-        return f"Subset({self.source}, {len(self)})"
-
-
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Indices into the examples of ``data.train``, ascending.
+    """Indices into the examples of the data, ascending.
 
     Attributes:
       held_out: hashes of what validation examples hold, so that other data can leave it out.
@@ -81,18 +58,18 @@ def split_data(data: DataConfig, share: float, seed: int, folder: Path) -> Split
     return Split(tuple(made["train"]), tuple(made["validation"]), frozenset(made["held_out"]))
 
 
-def without_held_out(data: DataConfig, held_out: frozenset[str]) -> Subset:
+def without_held_out(data: DataConfig, held_out: frozenset[str]) -> Examples:
     """Return the examples of other training data that share nothing with what is held out."""
-    source = ExampleSource.of(data)
+    source = Examples.open(data)
     keys = example_keys(source, data)
-    return Subset(source, [index for index, own in enumerate(keys) if not held_out.intersection(own)])
+    return source.subset([index for index, own in enumerate(keys) if not held_out.intersection(own)])
 
 
 def _load_or_make(data: DataConfig, share: float, seed: int, folder: Path) -> dict[str, Any] | None:
     if not hosts.is_rank0():
         return None
     path = folder / SPLIT
-    source = ExampleSource.of(data)
+    source = Examples.open(data)
     saved = read_json(path, "the run cannot go on without it: restore it, or choose another --name")
     if saved is None:
         print(f"splitting {len(source)} examples by image", flush=True)
@@ -173,7 +150,7 @@ def _groups(keys: Sequence[frozenset[str]]) -> dict[str, list[int]]:
     return groups
 
 
-def example_keys(source: ExampleSource, data: DataConfig) -> list[frozenset[str]]:
+def example_keys(source: Examples, data: DataConfig) -> list[frozenset[str]]:
     """Return a hash of each image of each example; of its content where it has none."""
     keys: list[frozenset[str]] = []
     with ThreadPoolExecutor(data.read_threads) as pool:

@@ -427,7 +427,7 @@ def test_a_shard_of_documents_is_read_as_their_file(tiny, files, tmp_path):
     from jvlm.data.conversion import convert
 
     convert([str(files)], str(tmp_path / "shards"), examples_per_shard=100)
-    one, other = (batches(tiny, path, shuffle=False)[0] for path in (files, tmp_path / "shards" / "*.arrayrecord"))
+    one, other = (batches(tiny, path, shuffle="none")[0] for path in (files, tmp_path / "shards" / "*.arrayrecord"))
     for left, right in zip(one, other, strict=True):
         np.testing.assert_array_equal(left.batch.tokens, right.batch.tokens)
         np.testing.assert_array_equal(left.batch.patches, right.batch.patches)

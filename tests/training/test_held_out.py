@@ -19,6 +19,7 @@ from PIL import Image
 
 import jvlm
 from jvlm.data.example_source import ExampleSource
+from jvlm.data.mixture.examples import Examples
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.training import data_counters, runs
@@ -165,7 +166,7 @@ def test_a_run_without_gain_stops_returns_its_best_and_a_restart_does_not_go_on(
     assert result.last == min(lines, key=lambda line: line["eval_loss"])["step_number"]
     assert "stopping after step 6: 2 evaluations without a gain of 10 in eval_loss" in capsys.readouterr().out
     split = json.loads((result.folder / "validation_split.json").read_text())
-    keys = example_keys(ExampleSource(experiment.data.train), experiment.data)
+    keys = example_keys(Examples.open(experiment.data), experiment.data)
     sides = [set().union(*(keys[i] for i in split[side])) for side in ("train", "validation")]
     assert sides[0].isdisjoint(sides[1])
     assert len(split["validation"]) == 6

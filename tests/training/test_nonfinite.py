@@ -37,7 +37,7 @@ def examples(tmp_path_factory):
 
 def _one_to_an_example(folder, path, *options):
     """Without shuffling and a window of one: example n of the file is batch n."""
-    plain = ("--data.shuffle", "False", "--data.pack_window", "1", "--data.batch_size", "1")
+    plain = ("--data.shuffle", "none", "--data.pack_window", "1", "--data.batch_size", "1")
     return support.experiment(folder, path, *plain, *options)
 
 

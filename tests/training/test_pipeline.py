@@ -13,6 +13,7 @@ import pytest
 from jvlm.data import pipeline
 from jvlm.data.check import check
 from jvlm.data.conversion import convert
+from jvlm.data.example_source import ExampleSource
 from jvlm.data.position import Share
 from jvlm.errors import UserError
 from jvlm.training import starting_model
@@ -63,7 +64,7 @@ def test_an_epoch_holds_every_conversation_once(setup):
 
 
 def test_the_same_seed_gives_the_same_batches_and_shuffling_changes_the_order(setup):
-    first, again, ordered = _batches(setup), _batches(setup), _batches(setup, shuffle=False)
+    first, again, ordered = _batches(setup), _batches(setup), _batches(setup, shuffle="none")
     assert all(_same(a.batch, b.batch) for a, b in zip(first, again, strict=True))
     assert not _same(first[0].batch, ordered[0].batch)
     assert _conversations(first) == _conversations(ordered)
@@ -82,7 +83,7 @@ def test_batches_of_a_window_come_in_no_order_of_length(setup, tmp_path):
         batches = _batches(setup, **changes, **more)
         return [int((b.batch.segment_ids == 1).sum(1).max()) for b in batches]
 
-    assert lengths(shuffle=False) == sorted(lengths(shuffle=False), reverse=True)
+    assert lengths(shuffle="none") == sorted(lengths(shuffle="none"), reverse=True)
     assert len(lengths()) >= 8
     assert lengths() not in (sorted(lengths()), sorted(lengths(), reverse=True))
 
@@ -155,10 +156,10 @@ def test_check_counts_good_examples_and_names_each_bad_one(setup, tmp_path):
 
 def test_a_pattern_without_files_and_an_unknown_kind_of_file_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"nothing\*.jsonl"):
-        pipeline.ExampleSource([str(tmp_path / "nothing*.jsonl")])
+        ExampleSource([str(tmp_path / "nothing*.jsonl")])
     (tmp_path / "examples.txt").write_text("a,b\n")
     with pytest.raises(UserError, match=r"examples.txt: examples are read from"):
-        pipeline.ExampleSource([str(tmp_path / "examples.txt")])
+        ExampleSource([str(tmp_path / "examples.txt")])
 
 
 def _examples_of(packed):

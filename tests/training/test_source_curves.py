@@ -89,6 +89,9 @@ def test_a_line_has_the_means_since_the_last_and_examples_since_the_beginning():
         "examples/chart": 3.0,
         "examples/photo": 0.0,
         "examples/other": 1.0,
+        "tokens/chart": 10.0,
+        "tokens/photo": 0.0,
+        "tokens/other": 2.0,
     }
     hook.on_step_end(trainer, step(4, SECOND))
     later = hook.log_values(trainer)
@@ -98,6 +101,9 @@ def test_a_line_has_the_means_since_the_last_and_examples_since_the_beginning():
         "examples/chart": 4.0,
         "examples/photo": 0.0,
         "examples/other": 1.0,
+        "tokens/chart": 16.0,
+        "tokens/photo": 0.0,
+        "tokens/other": 2.0,
     }
 
 

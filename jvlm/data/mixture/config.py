@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 from jvlm.data.choices import LossChoice, Order
@@ -119,6 +119,16 @@ class Mixture:
             yield prefix + name, member
             if isinstance(member, Mixture):
                 yield from member.walk(f"{prefix}{name}/")
+
+    def map_files(self, of: Callable[[str], str]) -> Mixture:
+        """Return the mixture with another name for each file."""
+        members = {
+            name: member.map_files(of)
+            if isinstance(member, Mixture)
+            else dataclasses.replace(member, files=tuple(map(of, member.files)))
+            for name, member in self.members.items()
+        }
+        return dataclasses.replace(self, members=members)
 
     def sources(self) -> dict[str, Source]:
         """Return path -> source of each leaf, in order."""
