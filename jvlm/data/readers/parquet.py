@@ -70,9 +70,14 @@ class Parquet:
         if largest <= _LARGE_BYTES:
             return None
         return (
-            f"{self.path}: a row group of {largest / MIB:,.0f} MiB is read whole for each example of a shuffled epoch; "
+            f"{self.path}: a row group of {largest / MIB:,.0f} MiB is read whole for each example of a globally shuffled epoch; "
             "shards of jvlm data convert are read faster"
         )
+
+    @property
+    def block_starts(self) -> np.ndarray:
+        """First row of each row group."""
+        return self._starts[:-1]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
