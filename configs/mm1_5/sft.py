@@ -5,7 +5,7 @@
 
 Published and kept: (4, 9) tiles, 144 tokens a tile, no tiles from three images on, overview last, index (k,i,j), 24
 frames of a video, 256 sequences a step, 23,000 steps, peak learning rate 2e-5, cosine decay to 0, every tower trained;
-images, several images and text 80:10:10, which the data files have to be mixed in.
+images, several images and text 80:10:10, for which see configs/mixtures/mm1_5.py.
 """
 
 from jvlm.data.config import DataConfig

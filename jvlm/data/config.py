@@ -82,8 +82,7 @@ class DataConfig:
         files that are read in blocks, and shuffles others globally; "none" is that of the files.
       run_examples: examples drawn in the run, of which a schedule of ``mixture`` and ``max_epochs`` count in shares;
         None estimates them at the start.
-      lengths_folder: where files of examples' lengths are (`jvlm.data.lengths`), as
-        `jvlm data check --lengths` writes them.
+      lengths_folder: where files of examples' lengths are (`jvlm.data.lengths`).
       measured: mean tokens of an example, or what else ``mixture.unit`` counts, of each source; empty measures them at
         the start.
       single_turn_ratio: share of the conversations, drawn anew each epoch, of which one turn is trained on, without its

@@ -70,7 +70,7 @@ class Parquet:
         if largest <= _LARGE_BYTES:
             return None
         return (
-            f"{self.path}: a row group of {largest / MIB:,.0f} MiB is read whole for each example of a globally shuffled epoch; "
+            f"{self.path}: a row group of {largest / MIB:,.0f} MiB is read whole for each example of a shuffled epoch; "
             "shards of jvlm data convert are read faster"
         )
 
