@@ -10,6 +10,7 @@ from jvlm.adapters import targets
 from jvlm.data import pipeline
 from jvlm.data.example_source import matching
 from jvlm.data.mixture.examples import Examples
+from jvlm.data.mixture.table import table
 from jvlm.data.position import Share
 from jvlm.data.processor import Processor
 from jvlm.data.subset import Subset
@@ -175,6 +176,8 @@ def _train_one(
     batches, draws = pipeline.training_data(
         processor, experiment.data, seed=experiment.seed, share=Share(shard.index, shard.count), examples=examples
     )
+    if draws.examples.is_mixture:
+        hosts.log_rank0(table(draws, experiment.data))
     counters = DataCounters(
         storage.folder,
         draws.plan.examples_per_pass,

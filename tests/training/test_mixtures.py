@@ -13,6 +13,7 @@ import pytest
 from jvlm.data import lengths, pipeline, survey
 from jvlm.data.mixture.config import Mixture, Phase, Source
 from jvlm.data.mixture.examples import Examples, config_of
+from jvlm.data.mixture.table import table
 from jvlm.data.position import Share
 from jvlm.errors import UserError
 from jvlm.training import starting_model
@@ -220,3 +221,22 @@ def test_lengths_are_kept_until_the_data_or_what_has_a_loss_changes(setup, tmp_p
     assert lengths.path_of(processor, dataclasses.replace(own, loss="all"), "few") != path
     file.write_text(json.dumps(_conversation("circle")) + "\n")
     assert lengths.load(path, source.files) is None
+
+
+def test_the_table_tells_what_a_run_draws_from_each_source(setup):
+    experiment, processor = setup
+    mixture = experiment.data.mixture
+    tree = dataclasses.replace(
+        mixture, members={**mixture.members, "text": dataclasses.replace(mixture.members["text"], max_epochs=5.0)}
+    )
+    data = dataclasses.replace(experiment.data, mixture=dataclasses.replace(tree, schedule=()))
+    draws = pipeline.training_data(processor, data, seed=3)[1]
+    lines = table(draws, data).splitlines()
+    counts = draws.plan.drawn(600).tolist()
+    for line, size, count in zip(lines[1:4], (50, 23, 7), counts, strict=True):
+        _, examples, share, _, epochs, repeated = line.split()
+        assert (int(examples), int(repeated)) == (size, count - size)
+        assert (float(share), float(epochs)) == (round(count / 6, 2), round(count / size, 2))
+    assert counts[2] <= 35
+    assert "warning: single/math is gone through" in table(draws, data)
+    assert "text gives 34 examples and not 60: max_epochs is 5" in table(draws, data)
