@@ -21,10 +21,13 @@ class DataRecord(Hook):
     """Keeps with each checkpoint what the draws were made from, and refuses to go on with other draws.
 
     With ``accept_changes`` the run goes on, and its data begins anew: a position in other draws means nothing.
+
+    Args:
+      accepted: changes of the run were accepted at an earlier start, of which there may be no checkpoint yet.
     """
 
-    def __init__(self, draws: Draws, experiment: Experiment):
-        self.record, self.accept = record_of(draws, experiment), experiment.accept_changes
+    def __init__(self, draws: Draws, experiment: Experiment, *, accepted: bool = False):
+        self.record, self.accept = record_of(draws, experiment), experiment.accept_changes or accepted
         self._begins_anew = False
 
     def state(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from jvlm.training.log import TrainingLog, clock
 from jvlm.training.nonfinite import NonFiniteMonitor
 from jvlm.training.profile import Profile
 from jvlm.training.resolve import check_ahead, describe, resolve
-from jvlm.training.resume import prepare_folder
+from jvlm.training.resume import CHANGES, prepare_folder
 from jvlm.training.run_storage import RunStorage
 from jvlm.training.source_curves import SourceCurves
 from jvlm.training.starting_model import base_of, start_model
@@ -189,6 +189,7 @@ def _train_one(
     log = TrainingLog(storage.folder, experiment.log_interval_steps, changes)
     tokens = experiment.data.batch_size * experiment.data.seq_len
     throughput = Throughput(trainer.template, trainer.compiled.trainable, tokens)
+    accepted = hosts.broadcast_from_0((storage.folder / CHANGES).is_file())
     validation = ()
     if experiment.validation.enabled:
         sources = _validation_sources(experiment, processor, split, Share(shard.index, shard.count))
@@ -203,7 +204,7 @@ def _train_one(
         StopRequests(),
         *validation,
         counters,
-        DataRecord(draws, experiment),
+        DataRecord(draws, experiment, accepted=accepted),
         log,
         *((SourceCurves(experiment.data.sources),) if experiment.data.sources else ()),
         monitor,
