@@ -24,7 +24,7 @@ class DataConvert:
       columns: FROM=TO gives a column another name, FROM=_ hides it.
       caption_prompt: a user's text before captions; without one they are documents.
       answer_as_turn: whether the answer of an EasyR1 example is an assistant's turn as well.
-      media_root: folder for relative picture paths, after the data file's own.
+      media_root: folder for relative image paths, after the data file's own.
       on_bad_example: stop at an example that cannot be used, or leave it out; what is left out is counted.
       rejected: JSONL file to write every example to that is left out.
     """

@@ -62,7 +62,7 @@ class DataConfig:
         on its first 100 examples.
       columns: "FROM=TO" gives a column another name before the format is looked for, "FROM=_" hides one.
       caption_prompt: a user's text before captions; None makes a document of image and caption.
-      answer_as_turn: whether the answer of an EasyR1 example is an assistant's turn as well, to be learnt.
+      answer_as_turn: whether the answer of an EasyR1 example is an assistant's turn as well, to train on.
       media_root: folder for relative media paths, after the data file's own.
       batch_size: sequences of a batch (of one accumulation step), all processes together.
       seq_len: tokens of a packed sequence, padding included. "auto" chooses it, and ``max_patches``, from a sample of
@@ -91,7 +91,7 @@ class DataConfig:
       loss: what has a loss where an example does not say so itself: "answers", every assistant turn; "last_answer", the
         last one of each conversation; "all", prompts as well, but no media. ms-swift calls them default, last_round and
         all. None is "answers" of conversations and "all" of documents, which have no answers.
-      documents: how documents are read: pages with pictures, captions, text alone (`jvlm.data.document_config`).
+      documents: how documents are read: pages with images, captions, text alone (`jvlm.data.document_config`).
       shuffle_turns: give the questions of a conversation, with their answers, another order each epoch
         (`jvlm.data.augmentation`); images come first. Examples with ``"ordered": true`` keep theirs.
       max_turns: with ``shuffle_turns``, questions that stay of a conversation in an epoch; None is all.

@@ -208,7 +208,7 @@ class Conversation(_OfParts):
 
 @dataclasses.dataclass(frozen=True)
 class Document(_OfParts):
-    """A checked example without turns, which no chat template renders: a page with pictures, a caption, text alone.
+    """A checked example without turns, which no chat template renders: a page with images, a caption, text alone.
 
     Attributes:
       content: its pieces. Neighbouring texts stay pieces of their own, between which it may be cut; empty ones are

@@ -242,7 +242,7 @@ def _flatten(content: Any, images: list, videos: list, origin: Origin, field: st
 
 
 def _block(block: Any, images: list, videos: list, origin: Origin, field: str) -> list[str | type]:
-    """The pieces of a block. A medium in it joins its list; one without a source is among the example's own."""
+    """The pieces of a block. Media in it join their list; a block without a source is among the example's own."""
     given = without_nulls(block) if isinstance(block, dict) else {}
     kind = given.pop("type", None)
     for key, value in given.items():

@@ -120,7 +120,7 @@ class PromptStream:
             return Prompt(serial, example, True), epoch, position
         if len(self.gone) == self.size:
             raise UserError(
-                f"all {self.size} prompts are answered perfectly or given up: nothing is left to learn from; give "
+                f"all {self.size} prompts are answered perfectly or given up: nothing is left to train on; give "
                 "harder ones"
             )
         while True:

@@ -108,7 +108,7 @@ class Selection:
         if self.capped and self._next_unjudged == self.first + self.started:
             if not self._selected:
                 raise UserError(
-                    f"all of {self.started} groups of answers earned the same reward: nothing can be learnt from them; "
+                    f"all of {self.started} groups of answers earned the same reward: they give no gradient; "
                     "look at the rewards, the temperature, and whether the prompts are too easy or too hard"
                 )
             return list(self._selected)

@@ -1,4 +1,4 @@
-"""Documents: text with images in it, learnt as it stands, without a chat template (MM1, Idefics2)."""
+"""Documents: text with images in it, trained on as it stands, without a chat template (MM1, Idefics2)."""
 
 from __future__ import annotations
 

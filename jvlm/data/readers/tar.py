@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -88,7 +88,7 @@ class Tar:
 
     def resolve(self, record: Any, index: int, origin: Origin) -> Any:
         """Return a converted record with the names of images replaced by members of the tar. Raises ExampleError."""
-        return _resolved(record, lambda name: self._medium(name, index), origin)
+        return _resolved(record, lambda name: self._member_named(name, index), origin)
 
     def _record(self, index: int, origin: Origin) -> dict[str, Any]:
         members = self._groups[index]
@@ -152,7 +152,7 @@ class Tar:
     def _file_of(self, member: _Member) -> dict[str, Any]:
         return {"bytes": self._bytes(member), "path": PurePosixPath(member.name).name}
 
-    def _medium(self, name: str, index: int) -> dict[str, Any] | None:
+    def _member_named(self, name: str, index: int) -> dict[str, Any] | None:
         """A member by its whole name, its last part, or its extension."""
         for member in self._groups[index]:
             if name.removeprefix("./") in (member.name, PurePosixPath(member.name).name, member.extension):
@@ -201,7 +201,7 @@ def _inside(value: Any, key: str, origin: Origin, field: str) -> Any:
 _MEDIA = ("images", "image", "videos", "video", "rejected_images", "rejected_videos", "image_url", "url", "path")
 
 
-def _resolved(value: Any, medium: Any, origin: Origin, field: str = "") -> Any:
+def _resolved(value: Any, member_of: Callable[[str], Any], origin: Origin, field: str = "") -> Any:
     """A record whose media are members of the tar. In messages and documents only blocks hold media."""
     if isinstance(value, dict):
         if isinstance(value.get("bytes"), bytes):
@@ -209,25 +209,25 @@ def _resolved(value: Any, medium: Any, origin: Origin, field: str = "") -> Any:
         found = {}
         for key, inner in value.items():
             if key in _MEDIA:
-                found[key] = _source(inner, medium, origin, key)
+                found[key] = _source(inner, member_of, origin, key)
             elif key in ("messages", "rejected_messages", "document", "content") and isinstance(inner, list):
-                found[key] = [_resolved(item, medium, origin, key) for item in inner]
+                found[key] = [_resolved(item, member_of, origin, key) for item in inner]
             else:
                 found[key] = inner
         return found
     return value
 
 
-def _source(value: Any, medium: Any, origin: Origin, field: str) -> Any:
+def _source(value: Any, member_of: Callable[[str], Any], origin: Origin, field: str) -> Any:
     if isinstance(value, list | tuple):
-        return [_source(item, medium, origin, field) for item in value]
+        return [_source(item, member_of, origin, field) for item in value]
     if isinstance(value, dict):
         if isinstance(value.get("bytes"), bytes):
             return value
-        return {key: _source(value[key], medium, origin, field) if key in _MEDIA else value[key] for key in value}
+        return {key: _source(value[key], member_of, origin, field) if key in _MEDIA else value[key] for key in value}
     if not isinstance(value, str) or value[:5].lower() == "data:":
         return value
-    found = medium(value)
+    found = member_of(value)
     if found is None:
         raise ExampleError(
             origin, field, f"{value[:200]!r} is not in the tar", "Media of a tar's examples are members of the tar"
