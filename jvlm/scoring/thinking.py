@@ -8,8 +8,8 @@ from jvlm.scoring.score import Score
 def thinking_format(text: str, *, thinking_opened: bool = False) -> Score:
     """Return 1 for one closed ``<think>`` part at the beginning and an answer after it.
 
-    Meant as a gate (a broken form earns nothing), not as a bonus: a model picks that up first, and it hides that answers
-    get worse.
+    Meant as a gate (a broken form earns nothing), not as a bonus: a model picks that up first, which hides that
+    answers get worse.
 
     Args:
       thinking_opened: whether the prompt ended with an opened ``<think>``, which the text then lacks.
