@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from jvlm import cli
+from jvlm.data import conversion
 from jvlm.data.check import check
 from jvlm.data.content import media_sources
 from jvlm.data.conversion import convert
@@ -256,10 +257,8 @@ def test_existing_shards_are_neither_overwritten_nor_mixed(tmp_path, ten):
         _contents(tmp_path / "s" / "*.arrayrecord")
 
 
-def test_an_interrupted_conversion_goes_on_after_its_last_whole_shard(tmp_path, ten, monkeypatch):
-    path, examples = ten
-    from jvlm.data import conversion
-
+def _interrupted(monkeypatch, path, output, size):
+    """A conversion that ends at its eighth example; returns the examples that it, and those after it, embed."""
     embed, seen = conversion.embed, []
 
     def count(example, *arguments):
@@ -270,7 +269,13 @@ def test_an_interrupted_conversion_goes_on_after_its_last_whole_shard(tmp_path, 
 
     monkeypatch.setattr(conversion, "embed", count)
     with pytest.raises(KeyboardInterrupt):
-        convert([path], tmp_path / "s", 3)
+        convert([path], output, size)
+    return seen
+
+
+def test_an_interrupted_conversion_goes_on_after_its_last_whole_shard(tmp_path, ten, monkeypatch):
+    path, examples = ten
+    seen = _interrupted(monkeypatch, path, tmp_path / "s", 3)
     with pytest.raises(UserError, match="no data file matches"):
         _contents(tmp_path / "s" / "*")
     done = convert([path], tmp_path / "s", 3)
@@ -286,19 +291,7 @@ def test_an_interrupted_conversion_goes_on_after_its_last_whole_shard(tmp_path, 
 @pytest.mark.parametrize("change", ["another size", "other examples", "other columns"])
 def test_what_another_conversion_left_is_not_gone_on_with(tmp_path, ten, monkeypatch, change):
     path, examples = ten
-    from jvlm.data import conversion
-
-    embed, seen = conversion.embed, []
-
-    def interrupt(example, *arguments):
-        seen.append(example)
-        if len(seen) == 8:
-            raise KeyboardInterrupt
-        return embed(example, *arguments)
-
-    monkeypatch.setattr(conversion, "embed", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        convert([path], tmp_path / "s", 5)
+    _interrupted(monkeypatch, path, tmp_path / "s", 5)
     # a part of a file, as by a process that was killed
     (tmp_path / "s" / ".unfinished" / "examples-00001-of-00002.arrayrecord.77.partial").touch()
     if change == "other examples":

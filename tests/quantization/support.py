@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import numpy as np
+from flax import nnx
 
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
+from jvlm.training.supervised import supervised_loss
 from tests.support import GOLDEN
 
 FOLDER = GOLDEN / "qwen2_5_vl_tiny"
@@ -27,3 +34,22 @@ def text_batch(model: VLM, *, rows: int = 2, tokens: int = 24, seed: int = 0) ->
         patch_positions=np.zeros((rows, 0, 2), np.int32),
         vision_index=np.full(ids.shape, -1, np.int32),
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value_and_grad(graph, chosen, rest, batch):
+    def loss(chosen):
+        return supervised_loss(nnx.merge(graph, nnx.from_flat_state({**rest, **chosen}.items())), batch).total
+
+    return jax.value_and_grad(loss)(chosen)
+
+
+def loss_and_gradients(
+    model: VLM, batch: PackedBatch, is_chosen: Callable[[tuple, nnx.Variable], bool]
+) -> tuple[float, dict[tuple, Any]]:
+    """Return the loss and its gradient by path of the variables that ``is_chosen`` is true of."""
+    graph, state = nnx.split(model)
+    flat = dict(nnx.to_flat_state(state))
+    chosen = {path: v for path, v in flat.items() if is_chosen(path, v)}
+    loss, gradients = _value_and_grad(graph, chosen, {p: v for p, v in flat.items() if p not in chosen}, batch)
+    return float(loss), {path: np.asarray(v.get_value()) for path, v in gradients.items()}

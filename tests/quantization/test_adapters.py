@@ -1,12 +1,10 @@
 """LoRA and DoRA on quantised bases: gradients of the dequantised model's, merging both ways, what is refused."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from jvlm.adapters.attach import attach, detach, extract
 from jvlm.adapters.config import AdapterConfig
@@ -19,9 +17,8 @@ from jvlm.quantization.kernels import quantized_kernels
 from jvlm.quantization.merging import merge_quantized
 from jvlm.quantization.model import dequantized, quantized
 from jvlm.training.config import Experiment
-from jvlm.training.supervised import supervised_loss
 from jvlm.weights import hf
-from tests.quantization.support import FOLDER, text_batch
+from tests.quantization.support import FOLDER, loss_and_gradients, text_batch
 
 ADAPTER = AdapterConfig(rank=4, alpha=8.0, targets=("decoder.attention", "decoder.mlp"), use_dora=True)
 
@@ -42,21 +39,10 @@ def trained(base):
     return model
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _value_and_grad(graph, chosen, rest, batch):
-    def loss(chosen):
-        return supervised_loss(nnx.merge(graph, nnx.from_flat_state({**rest, **chosen}.items())), batch).total
-
-    return jax.value_and_grad(loss)(chosen)
-
-
 def _gradients(model, batch):
-    graph, state = nnx.split(model)
-    flat = dict(nnx.to_flat_state(state))
-    is_chosen = lambda v: isinstance(v, AdapterParam) and not isinstance(v, AdapterConstant)  # noqa: E731
-    chosen = {path: v for path, v in flat.items() if is_chosen(v)}
-    loss, gradients = _value_and_grad(graph, chosen, {p: v for p, v in flat.items() if p not in chosen}, batch)
-    return float(loss), {path: np.asarray(v.get_value()) for path, v in gradients.items()}
+    return loss_and_gradients(
+        model, batch, lambda _, v: isinstance(v, AdapterParam) and not isinstance(v, AdapterConstant)
+    )
 
 
 def test_gradients_of_adapters_are_those_on_the_dequantised_base(trained):

@@ -1,6 +1,5 @@
 """Products with quantised kernels: their values and gradients, what the backward pass keeps, and meshes."""
 
-import functools
 import json
 
 import jax
@@ -17,9 +16,8 @@ from jvlm.quantization import formats
 from jvlm.quantization.config import QuantizationConfig
 from jvlm.quantization.kernels import QuantizedKernel, quantized_kernels
 from jvlm.quantization.model import abstract_parts, dequantized, format_of, quantized, quantized_template, size_report
-from jvlm.training.supervised import supervised_loss
 from jvlm.weights import hf
-from tests.quantization.support import FOLDER, text_batch
+from tests.quantization.support import FOLDER, loss_and_gradients, text_batch
 from tests.support import cpu_devices, run_python
 
 CONFIGS = {
@@ -35,21 +33,9 @@ def plain():
     return hf.load_weights(FOLDER, hf.read_config(FOLDER, Precision(compute_dtype="float32")))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _value_and_grad(graph, chosen, rest, batch):
-    def loss(chosen):
-        return supervised_loss(nnx.merge(graph, nnx.from_flat_state({**rest, **chosen}.items())), batch).total
-
-    return jax.value_and_grad(loss)(chosen)
-
-
 def _gradients(model, batch):
     """Loss, and its gradient by every parameter but kernels, whatever form they have."""
-    graph, state = nnx.split(model)
-    flat = dict(nnx.to_flat_state(state))
-    chosen = {path: v for path, v in flat.items() if "kernel" not in path}
-    loss, gradients = _value_and_grad(graph, chosen, {p: v for p, v in flat.items() if p not in chosen}, batch)
-    return loss, {path: v.get_value() for path, v in gradients.items()}
+    return loss_and_gradients(model, batch, lambda path, _: "kernel" not in path)
 
 
 # the first tier has the two that differ most
