@@ -71,7 +71,7 @@ class QwenImageConfig(ImageProcessorConfig, tag="qwen2_5_vl"):
         return QwenImageProcessor(model, self)
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: float) -> tuple[int, int]:
     """(height, width) as multiples of ``factor`` with min_pixels <= area <= max_pixels, keeping the aspect.
 
     As in transformers >= 4.53: Python's rounding, and sides clamped to ``factor`` when shrinking.
