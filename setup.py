@@ -6,6 +6,7 @@ setup(
     packages=[*find_packages(".", include=["jvlm", "jvlm.*"]), *find_packages("kernels"), "jvlm._configs"],
     package_dir={"jvlm_kernels": "kernels/jvlm_kernels", "jvlm._configs": "configs"},
     package_data={
+        "jvlm.data.view": ["*.jinja"],
         "jvlm.evaluation": ["*.jinja"],
         # experiments, the demo's data and its tokenizer, licences
         "jvlm._configs": ["**/*.py", "**/*.arrayrecord", "**/*.json", "**/*.jinja", "**/*.md", "**/*LICENSE"],

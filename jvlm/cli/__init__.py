@@ -29,6 +29,7 @@ COMMANDS = {
     "chat": ("jvlm.cli.chat", "talk with a model in the terminal"),
     "convert": ("jvlm.cli.convert", "write a checkpoint as a Hugging Face folder, in another dtype or layout"),
     "data check": ("jvlm.cli.data_check", "count examples that can and cannot be used, and say why"),
+    "data view": ("jvlm.cli.data_view", "write a page to look at data: numbers, rejected examples, samples"),
     "data convert": ("jvlm.cli.data_convert", "write examples of any format, and their media, as ArrayRecord shards"),
     "data shard": ("jvlm.cli.data_convert", "another name of data convert"),
 }
@@ -36,7 +37,7 @@ _GROUPS = {
     "Fine-tuning, with ms-swift's arguments": ("sft", "pt", "infer", "export", "merge-lora"),
     "Training from a config": ("train", "configs", "plan", "replay"),
     "Answers": ("generate", "chat"),
-    "Files": ("convert", "data check", "data convert", "data shard"),
+    "Files": ("convert", "data check", "data view", "data convert", "data shard"),
 }
 
 # commands of ms-swift, and the nearest thing

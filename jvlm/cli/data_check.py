@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tyro.conf import Positional
 
@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from jvlm.data.processor import Processor
 
 PROGRAM = "jvlm data check"
+
+
+class DataFiles(Protocol):
+    """Options that name data; see `DataCheck`."""
+
+    files: tuple[str, ...]
+    model: str | None
+    config: str | None
+    media_root: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +63,7 @@ class DataFields:
 
 
 def run(words: list[str]) -> int:
-    config = _config_of(words)
+    config = config_of_words(words)
     base = DataFields() if config is None else configs.load(config)
     options, fields = parse_with(DataCheck(), base, words, PROGRAM)
     from jvlm.data.check import check
@@ -71,7 +80,7 @@ def run(words: list[str]) -> int:
     return status
 
 
-def _config_of(words: Sequence[str]) -> str | None:
+def config_of_words(words: Sequence[str]) -> str | None:
     """Return the value of --config, which decides what the other options are."""
     for word, value in zip(words, [*words, None][1:], strict=True):
         if word == "--config":
@@ -83,6 +92,18 @@ def _config_of(words: Sequence[str]) -> str | None:
 
 
 def _data_to_check(options: DataCheck, fields) -> list[tuple[str, DataConfig, Processor | None, int]]:
+    """Return (name, data, processor, seed) of the files' data, or of each source of each stage of an experiment."""
+    runs = [
+        (of_source, one, *rest)
+        for name, data, *rest in data_of_runs(options, fields)
+        for of_source, one in _sources_of(name, data)
+    ]
+    if not all(data.train for _, data, _, _ in runs):
+        raise UserError("no data to check: give files, or a --config that names them as data.train")
+    return runs
+
+
+def data_of_runs(options: DataFiles, fields) -> list[tuple[str, DataConfig, Processor | None, int]]:
     """Return (name, data, processor, seed) of the files' data, or of each stage of an experiment."""
     from jvlm.training import processors
     from jvlm.training.runs import runs_of
@@ -95,11 +116,7 @@ def _data_to_check(options: DataCheck, fields) -> list[tuple[str, DataConfig, Pr
     else:
         runs = [(run.name, run.data, run.seed) for run in ([fields] if options.files else runs_of(fields))]
         processor = processor or processors.of_experiment(fields)
-    runs = [(name, dataclasses.replace(data, **given), processor, seed) for name, data, seed in runs]
-    runs = [(of_source, one, *rest) for name, data, *rest in runs for of_source, one in _sources_of(name, data)]
-    if not all(data.train for _, data, _, _ in runs):
-        raise UserError("no data to check: give files, or a --config that names them as data.train")
-    return runs
+    return [(name, dataclasses.replace(data, **given), processor, seed) for name, data, seed in runs]
 
 
 def _sources_of(name: str, data: DataConfig) -> list[tuple[str, DataConfig]]:

@@ -40,6 +40,7 @@ def check(
     *,
     seed: int = 0,
     on_rejected: Callable[[Rejected], None] | None = None,
+    on_checked: Callable[[int, Checked], None] | None = None,
 ) -> CheckReport:
     """Read every example and its media as training would. Memory does not grow with the size of the files.
 
@@ -48,15 +49,14 @@ def check(
       config: of the training. Its ``single_turn_ratio`` is not drawn: whole conversations are checked.
       seed: of the training, which draws the sample that unknown sizes are chosen from.
       on_rejected: is given each rejected example, in place of the report.
+      on_checked: is given the index of each example, in order, and what it is like.
 
     Raises:
       FileNotFoundError, UserError: files that are not there, damaged, or of which too little can be used.
     """
     config = dataclasses.replace(config, train=tuple(files), single_turn_ratio=0.0)
-    source: ExampleSource | FewShotSource = ExampleSource.of(config)
-    if config.few_shot is not None:
-        source = FewShotSource(source, config.few_shot, seed)
-    look, tally, rejected = _Look(processor, config, seed), _Tally(), []
+    source = source_of(config, seed)
+    look, tally, rejected = _Look(processor, config, seed), Tally(), []
     with (
         ThreadPoolExecutor(config.read_threads) as pool,
         Progress(total=len(source), desc="checking", unit="example") as bar,
@@ -64,8 +64,11 @@ def check(
         for start in range(0, len(source), _TOGETHER):
             numbers = range(start, min(start + _TOGETHER, len(source)))
             bar.update(len(numbers))
-            for checked in pool.map(lambda number: look.at(source.read(number)), numbers):
+            checks = pool.map(lambda number: look.at(source.read(number)), numbers)
+            for number, checked in zip(numbers, checks, strict=True):
                 tally.add(checked)
+                if on_checked is not None:
+                    on_checked(number, checked)
                 example = checked.rejected
                 if example is not None and on_rejected is not None:
                     on_rejected(example)
@@ -96,8 +99,30 @@ def check(
     )
 
 
+def source_of(config: DataConfig, seed: int) -> ExampleSource | FewShotSource:
+    """Return the examples of ``config.train``, with their demonstrations where ``config.few_shot`` is given."""
+    source = ExampleSource.of(config)
+    return source if config.few_shot is None else FewShotSource(source, config.few_shot, seed)
+
+
+def encoded(
+    encode: Encode, parsed: Conversation | Document
+) -> tuple[list[tuple[Conversation | Document, Example]], list[Example | Rejected]]:
+    """Return (what is read of an example, the same made to fit sequences), with draws that do not change.
+
+    Raises:
+      ExampleError: an example that cannot be read.
+    """
+    rng = np.random.default_rng(0)
+    read = encode.read((parsed.origin, parsed), rng)
+    try:
+        return read, encode.fit(read, rng)
+    except ExampleError as error:
+        return read, [Rejected.of(error, "too_long")]
+
+
 @dataclasses.dataclass
-class _Checked:
+class Checked:
     """What one example is like, without its contents; of an example that cannot be read, only what could be."""
 
     file: str
@@ -107,6 +132,7 @@ class _Checked:
     sizes: list[survey.Size] = dataclasses.field(default_factory=list)  # of what it is packed as
     media_tokens: list[int] = dataclasses.field(default_factory=list)
     loss_tokens: int = 0
+    turns: int = 0  # of an assistant
     is_document: bool = False
     parts: int = 0  # of a document that was cut
     parts_left_out: list[Rejected] = dataclasses.field(default_factory=list)
@@ -123,9 +149,9 @@ class _Look:
         self.config = _resolved(processor, config, seed) if processor else config
         self.encode = Encode(processor, self.config) if processor else None
 
-    def at(self, read: Read) -> _Checked:
+    def at(self, read: Read) -> Checked:
         origin, example, untagged = read
-        checked = _Checked(origin.file, untagged=untagged > 0)
+        checked = Checked(origin.file, untagged=untagged > 0)
         try:
             if isinstance(example, ExampleError):
                 raise example
@@ -141,13 +167,9 @@ class _Look:
             checked.rejected = Rejected.of(error, "bad")
         return checked
 
-    def _encode(self, parsed: Conversation | Document, checked: _Checked) -> None:
-        rng = np.random.default_rng(0)
-        read = self.encode.read((parsed.origin, parsed), rng)
-        try:
-            fitted = self.encode.fit(read, rng)
-        except ExampleError as error:
-            fitted = [Rejected.of(error, "too_long")]
+    def _encode(self, parsed: Conversation | Document, checked: Checked) -> None:
+        read, fitted = encoded(self.encode, parsed)
+        checked.turns = sum(int(one.turns.max(initial=0)) for _, one in read)
         used = [one for one in fitted if isinstance(one, Example)]
         left_out = [one for one in fitted if isinstance(one, Rejected)]
         checked.rejected = next((one for one in left_out if one.kind != "part"), None)
@@ -172,16 +194,24 @@ class _Look:
             open_image(image, origin=origin, field=field, roots=roots)
 
 
-class _Tally:
-    """Counts over all examples: a few numbers for each that can be encoded."""
+class Tally:
+    """Counts over examples: a few numbers for each that can be encoded."""
 
     def __init__(self):
+        self.examples = 0
         self.faults, self.parts_left_out, self.columns = Rejections(), Rejections(), {}
         self.tokens, self.media_tokens, self.images = array("q"), array("q"), array("q")
-        self.patches, self.largest_images = array("q"), array("q")
+        self.patches, self.largest_images, self.turns = array("q"), array("q"), array("q")
         self.loss_tokens = self.changed = self.documents = self.cut = self.parts = self.untagged = 0
 
-    def add(self, checked: _Checked) -> None:
+    @property
+    def usable(self) -> int:
+        """Examples that training would learn from."""
+        return self.examples - self.faults.count()
+
+    def add(self, checked: Checked) -> None:
+        """Count an example."""
+        self.examples += 1
         self.untagged += checked.untagged
         if checked.rejected is not None:
             self.faults.add(checked.rejected)
@@ -190,6 +220,8 @@ class _Tally:
         if checked.columns is not None:
             self.columns.setdefault(checked.file, UnknownColumns()).counts.update(checked.columns)
             self.images.append(checked.images)
+        if checked.sizes:
+            self.turns.append(checked.turns)
         for size, media_tokens in zip(checked.sizes, checked.media_tokens, strict=True):
             self.tokens.append(size.length)
             self.media_tokens.append(media_tokens)
@@ -207,7 +239,7 @@ class _Tally:
                 yield f"{file}: {line}"
 
 
-def _suggestion(tally: _Tally, look: _Look) -> str:
+def _suggestion(tally: Tally, look: _Look) -> str:
     if not tally.tokens:
         return ""
     measured = np.stack([tally.tokens, tally.patches, tally.largest_images], axis=1)

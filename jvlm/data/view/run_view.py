@@ -1,0 +1,248 @@
+"""The part of the page about the data of one run: `run_view` checks it as `jvlm data check` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jvlm.data.check import check, source_of
+from jvlm.data.check_report import CheckReport
+from jvlm.data.config import DataConfig
+from jvlm.data.errors import ExampleError, Origin, Rejected
+from jvlm.data.pipeline import Encode
+from jvlm.data.processor import Processor
+from jvlm.data.sources import sources_of
+from jvlm.data.view.collection import Collection, SourceView
+from jvlm.data.view.histogram import Histogram, histogram
+from jvlm.data.view.sample import Sample, sample_of
+
+_RECORD = 1000  # characters shown of a rejected example
+_VALUE = 300  # and of one of its texts
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceRow:
+    """A line of the table of sources.
+
+    Attributes:
+      loss: share of the tokens with a loss; None without tokens.
+      images: images and frames per example that can be parsed; None without any.
+      share: of the run's examples; None where there is no mixture.
+    """
+
+    name: str
+    examples: int
+    usable: int
+    rejected: int
+    tokens: int
+    loss: float | None
+    patches: int
+    images: float | None
+    share: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RejectedExample:
+    """A rejected example: what is wrong with it, and its record as JSON, shortened."""
+
+    origin: str
+    field: str
+    reason: str
+    record: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """Examples with one fault: how many, how many of each source, the fix, and the first of them."""
+
+    count: int
+    kind: str
+    reason: str
+    fix: str
+    sources: dict[str, int]
+    examples: tuple[RejectedExample, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunView:
+    """The data of a run, or of a stage.
+
+    Attributes:
+      total: of all sources; None if there is one.
+      samples: by source.
+      reports: (name, text) as `jvlm data check` prints them.
+    """
+
+    name: str
+    rows: tuple[SourceRow, ...]
+    total: SourceRow | None
+    histograms: tuple[Histogram, ...]
+    faults: tuple[Fault, ...]
+    samples: dict[str, list[Sample]]
+    reports: tuple[tuple[str, str], ...]
+
+    def with_samples(self, most: int) -> RunView:
+        """Return the view with so many samples of each source."""
+        return dataclasses.replace(self, samples={name: some[:most] for name, some in self.samples.items()})
+
+
+def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, samples: int) -> RunView:
+    """Check the data of a run, and return what the page shows of it.
+
+    Args:
+      config: with files or a mixture, each source of which is checked alone.
+      seed: of the run; of the samples as well.
+      samples: usable examples to draw of each source, beside its extremes.
+
+    Raises:
+      UserError, FileNotFoundError: as `jvlm.data.check.check`.
+    """
+    views: list[SourceView] = []
+    shown: dict[str, list[Sample]] = {}
+    faults: list[tuple[str, Rejected, int, list[RejectedExample]]] = []
+    reports: list[tuple[str, CheckReport]] = []
+    for label, names, own in _checks(name, config):
+        collection = Collection(names, samples, seed)
+        report = check(own.train, processor, own, seed=seed, on_rejected=lambda _: None, on_checked=collection.add)
+        reports.append((label, report))
+        opened = processor.replace(media_roots=(own.media_root,)) if own.media_root else processor
+        encode, examples = Encode(opened, report.config), source_of(report.config, seed)
+        for view in collection.sources.values():
+            views.append(view)
+            chosen = view.chosen().items()
+            shown[view.name] = [sample_of(encode, examples.read(index), why) for index, why in chosen]
+            for key, group in view.tally.faults.groups.items():
+                first = [_rejected(examples.read(i).record, error) for i, error in view.rejected.get(key, [])]
+                faults.append((view.name, group.first, group.count, first))
+    shares = _shares(config, processor)
+    rows = [_row(view, shares.get(view.name, 0.0) if config.mixture is not None else None) for view in views]
+    return RunView(
+        name=name,
+        rows=tuple(rows),
+        total=_total(rows, views) if len(rows) > 1 else None,
+        histograms=_histograms(views, [report.config for _, report in reports]),
+        faults=tuple(_grouped(faults)),
+        samples=shown,
+        reports=tuple((label, report.text()) for label, report in reports),
+    )
+
+
+def _checks(name: str, config: DataConfig) -> Iterator[tuple[str, dict[str, str], DataConfig]]:
+    """(name, source of each file, configuration) of each check: one, or one for each source of a mixture."""
+    from jvlm.data.mixture.examples import config_of
+    from jvlm.data.mixture.plan import enters
+
+    if config.mixture is None:
+        files = sources_of(config.train)
+        yield name, {path: source for source, paths in files.items() for path in paths}, config
+        return
+    for path, source in enters(config.mixture).items():
+        own = config_of(config, source)
+        files = sources_of(own.train)
+        yield f"{name}, {path}", {file: path for paths in files.values() for file in paths}, own
+
+
+def _shares(config: DataConfig, processor: Processor) -> dict[str, float]:
+    """The share of the run's examples of each source of a mixture."""
+    from jvlm.data import lengths
+    from jvlm.data.mixture.examples import Examples
+    from jvlm.data.mixture.shares import measured_unit
+
+    if config.mixture is None:
+        return {}
+    examples = Examples.open(config)
+    if measured_unit(config.mixture) and not config.measured:
+        config = dataclasses.replace(config, measured=lengths.means(processor, config, examples))
+    return {name: float(share) for name, share in examples.shares(config).of.items()}
+
+
+def _row(view: SourceView, share: float | None) -> SourceRow:
+    tally, tokens = view.tally, sum(view.tally.tokens)
+    return SourceRow(
+        name=view.name,
+        examples=tally.examples,
+        usable=tally.usable,
+        rejected=tally.faults.count(),
+        tokens=tokens,
+        loss=tally.loss_tokens / tokens if tokens else None,
+        patches=sum(tally.patches),
+        images=sum(tally.images) / len(tally.images) if tally.images else None,
+        share=share,
+    )
+
+
+def _total(rows: Sequence[SourceRow], views: Sequence[SourceView]) -> SourceRow:
+    sums = {name: sum(getattr(row, name) for row in rows) for name in "examples usable rejected tokens patches".split()}
+    images, parsed = sum(sum(view.tally.images) for view in views), sum(len(view.tally.images) for view in views)
+    loss = sum(view.tally.loss_tokens for view in views)
+    return SourceRow(
+        name="all",
+        loss=loss / sums["tokens"] if sums["tokens"] else None,
+        images=images / parsed if parsed else None,
+        share=None if rows[0].share is None else sum(row.share or 0.0 for row in rows),
+        **sums,
+    )
+
+
+def _histograms(views: Sequence[SourceView], configs: Sequence[DataConfig]) -> tuple[Histogram, ...]:
+    limits = {
+        "tokens": {"seq_len": [config.seq_len for config in configs]},
+        "patches": {"max_patches": [config.max_patches for config in configs]},
+        "images": {},
+        "turns": {},
+    }
+    longest = [config.longest for config in configs if config.longest < config.seq_len]
+    limits["tokens"] |= {"max_length": longest} if longest else {}
+    titles = {
+        "tokens": "Tokens of an example",
+        "patches": "Patches of an example",
+        "images": "Images and frames of an example",
+        "turns": "Assistant turns of an example",
+    }
+    return tuple(
+        histogram(title, {view.name: getattr(view.tally, key) for view in views}, limits[key])
+        for key, title in titles.items()
+    )
+
+
+def _grouped(faults: Sequence[tuple[str, Rejected, int, list[RejectedExample]]]) -> Iterator[Fault]:
+    """The faults of all sources, the most frequent first."""
+
+    def key(one: tuple[str, Rejected, int, list[RejectedExample]]) -> tuple[str, ...]:
+        return one[1].fault
+
+    groups = [list(group) for _, group in itertools.groupby(sorted(faults, key=key), key)]
+    for group in sorted(groups, key=lambda group: -sum(count for _, _, count, _ in group)):
+        first = group[0][1]
+        yield Fault(
+            count=sum(count for _, _, count, _ in group),
+            kind=first.kind.replace("_", " "),
+            reason=f"field {first.field!r}: {first.reason}",
+            fix=first.fix,
+            sources={source: count for source, _, count, _ in group},
+            examples=tuple(example for *_, examples in group for example in examples),
+        )
+
+
+def _rejected(record: Any, error: Rejected) -> RejectedExample:
+    origin = Origin(Path(error.file).name, error.number)
+    text = "" if isinstance(record, ExampleError) else json.dumps(_short(record), ensure_ascii=False, default=str)
+    text = text if len(text) <= _RECORD else f"{text[:_RECORD]}..."
+    return RejectedExample(str(origin), error.field, error.reason, text)
+
+
+def _short(value: Any) -> Any:
+    """A record without long texts and bytes."""
+    if isinstance(value, dict):
+        return {str(key): _short(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_short(inner) for inner in value]
+    if isinstance(value, bytes):
+        return f"({len(value):,} bytes)"
+    if isinstance(value, str) and len(value) > _VALUE:
+        return f"{value[:_VALUE]}... ({len(value):,} characters)"
+    return value

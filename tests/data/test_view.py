@@ -1,0 +1,246 @@
+"""`jvlm data view`: its counts are those of a brute force, and its page shows what it should and asks for nothing."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html.parser
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from jvlm import cli
+from jvlm.data.boxes import Box
+from jvlm.data.check import check
+from jvlm.data.mixture.config import Mixture, Source
+from jvlm.data.processor import Processor
+from jvlm.data.view import page
+from jvlm.data.view.histogram import histogram
+from jvlm.data.view.run_view import RunView, run_view
+from jvlm.errors import UserError
+from tests.training import support
+
+HOSTILE = '<script src="http://evil.example/x.js">alert(1)</script>"><img src=http://evil.example/y>'
+
+
+def _chat(*turns: str, **fields) -> dict:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)], **fields}
+
+
+GOOD = [
+    _chat("<image>what color?", "red", images=["red.png"]),
+    _chat("is there a red shape?", "no", "is it a circle?", "yes"),
+    _chat(HOSTILE, HOSTILE),
+    _chat("<image>where?", "<bbox>", images=["red.png"], objects={"bbox": [[30, 20, 90, 40]]}),
+    _chat("<image><image>what color?", "red red", images=["red.png", "red.png"]),
+]
+BAD = [_chat(HOSTILE), _chat("what color? " * 60, HOSTILE), _chat("<image>", "red", images=["gone.png"])]
+
+
+class _Page(html.parser.HTMLParser):
+    """Tags that are open, everything that a browser would load, and the cells of tables."""
+
+    VOID = ("meta", "br", "img", "link")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.loaded, self.cells, self.tags, self.spans = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loaded += [value for name, value in attrs if name in ("src", "href", "data", "srcset", "action", "style")]
+        if tag not in self.VOID:
+            self.open.append((tag, dict(attrs)))
+        if tag == "td":
+            self.cells.append("")
+        if tag == "span":
+            self.spans.append((dict(attrs).get("class", ""), ""))
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1][0] == "td":
+            self.cells[-1] += data
+        if self.open and self.open[-1][0] == "span":
+            self.spans[-1] = (self.spans[-1][0], self.spans[-1][1] + data)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """(folder, processor, configuration of two files)."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("view")
+    Image.new("RGB", (120, 60), (255, 0, 0)).save(folder / "red.png")
+    for name, examples in {"a": GOOD + BAD, "b": GOOD[:2] * 4 + BAD[:1]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    experiment = support.experiment(folder, folder / "a.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(str(experiment.tokenizer), local_files_only=True)
+    files = (str(folder / "a.jsonl"), str(folder / "b.jsonl"))
+    config = dataclasses.replace(experiment.data, train=files, on_bad_example="skip", single_turn_ratio=0.5)
+    return folder, Processor(tokenizer, experiment.model, experiment.processor), config
+
+
+@pytest.fixture(scope="module")
+def view(data) -> RunView:
+    _, processor, config = data
+    return run_view("data", config, processor, seed=0, samples=20)
+
+
+@pytest.fixture(scope="module")
+def text(view) -> str:
+    return page.render([view]).decode()
+
+
+def _brute_force(data, name: str) -> dict[str, float]:
+    """Counts of a file by encoding each of its examples; those rejected but for their length are not encoded."""
+    folder, processor, _ = data
+    processor = processor.replace(media_roots=(str(folder),))
+    records = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    readable = [r for r in records if len(r["messages"]) > 1 and "gone.png" not in r.get("images", ())]
+    encoded = [processor.encode(record) for record in readable]
+    usable = [one for one in encoded if one.length <= 192 and one.num_patches <= 192]
+    tokens = sum(one.length for one in encoded)
+    return {
+        "examples": len(records),
+        "usable": len(usable),
+        "rejected": len(records) - len(usable),
+        "tokens": tokens,
+        "loss": sum(int((one.loss_weights > 0).sum()) for one in encoded) / tokens,
+        "patches": sum(one.num_patches for one in encoded),
+        "images": sum(len(record.get("images", ())) for record in records) / len(records),
+    }
+
+
+def test_counts_are_those_of_a_brute_force_and_of_data_check(data, view, text):
+    _, processor, config = data
+    for row, name in zip(view.rows, ("a", "b"), strict=True):
+        expected = _brute_force(data, name)
+        assert {key: getattr(row, key) for key in expected} == pytest.approx(expected)
+        assert row.name == f"{name}.jsonl"
+        assert 0 < row.usable < row.examples
+    report = check(config.train, processor, config)
+    assert (view.total.examples, view.total.usable) == (report.examples, report.usable)
+    assert (view.total.tokens, view.total.patches) == (sum(report.tokens), sum(report.patches))
+    assert view.total.loss == report.loss_tokens / sum(report.tokens)
+    assert view.reports == (("data", report.text()),)
+    cells = _Page(text).cells
+    for row in [*view.rows, view.total]:
+        start = cells.index(row.name)
+        numbers = [row.examples, row.usable, row.rejected, row.tokens]
+        assert cells[start + 1 : start + 5] == [f"{number:,}" for number in numbers]
+
+
+def test_histograms_hold_every_value_and_the_limits(view):
+    by_title = {h.title.split()[0]: h for h in view.histograms}
+    for name, row in zip(("a.jsonl", "b.jsonl"), view.rows, strict=True):
+        rejected_early = 2 if name == "a.jsonl" else 1
+        assert sum(by_title["Tokens"].counts[name]) == row.examples - rejected_early
+        assert sum(by_title["Images"].counts[name]) == row.examples
+    assert [mark[1] for mark in by_title["Tokens"].marks] == ["seq_len 192"]
+    assert by_title["Patches"].marks[0][1].startswith("max_patches 192")
+    assert by_title["Assistant"].counts["b.jsonl"][:3] == [0, 4, 4]
+    drawn = histogram("x", {"one": [0, 3, 3, 99], "two": [3]}, {"limit": [1000]})
+    assert (drawn.counts["one"][0], sum(drawn.counts["one"]), drawn.highest) == (3, 4, 4)
+    assert drawn.marks[0][1] == "limit 1,000, beyond the axis"
+    assert histogram("x", {"one": []}, {"limit": [8]}).highest == 0
+
+
+def test_rejected_examples_are_grouped_with_their_text_and_fix(view):
+    assert sum(fault.count for fault in view.faults) == view.total.rejected
+    by_reason = {fault.reason: fault for fault in view.faults}
+    (unanswered,) = (fault for reason, fault in by_reason.items() if "no assistant turn" in reason)
+    assert (unanswered.count, unanswered.sources) == (2, {"a.jsonl": 1, "b.jsonl": 1})
+    assert [example.origin for example in unanswered.examples] == ["a.jsonl, line 6", "b.jsonl, line 9"]
+    assert unanswered.fix == "Add one, or set its loss true"
+    assert json.loads(unanswered.examples[0].record) == BAD[0]
+    assert any("tokens do not fit 192" in reason for reason in by_reason)
+
+
+def test_samples_show_the_tokens_with_a_loss_and_regions_in_the_pixels_of_the_encoder(data, view):
+    folder, processor, _ = data
+    samples = view.samples["a.jsonl"]
+    assert len(samples) == len(GOOD)
+    assert "most images" in samples[4].why
+    boxed = processor.replace(media_roots=(str(folder),)).encode(GOOD[3])
+    sample, (picture,) = samples[3], samples[3].pictures
+    loss = [int(token) for token, weight in zip(boxed.tokens, boxed.loss_weights, strict=True) if weight > 0]
+    assert "".join(span.text for span in sample.spans if span.weight > 0) == processor.tokenizer.decode(loss)
+    assert [span.kind for span in sample.spans].count("media") == 1
+    assert any(span.kind == "special" and "<|im_end|>" in span.text for span in sample.spans)
+    ((width, height),) = (size.resized for size in boxed.sizes)
+    assert (picture.width, picture.height) == (width, height)
+    assert picture.boxes == (Box(30 * width / 120, 20 * height / 60, 90 * width / 120, 40 * height / 60, "resized"),)
+    shown = Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2])))
+    assert (shown.format, max(shown.size) <= 200) == ("JPEG", True)
+
+
+def test_the_page_parses_loads_nothing_and_runs_nothing(text):
+    parsed = _Page(text)
+    assert not {"script", "iframe", "object", "link", "img", "form"} & set(parsed.tags)
+    assert parsed.tags.count("image") >= len(GOOD) - 1
+    for value in parsed.loaded:
+        assert value.startswith("data:image/jpeg;base64,") or ("http" not in value and "url(" not in value)
+    assert not any(name in text.partition("</style>")[0] for name in ("url(", "@import", "http:", "https:"))
+    assert any(HOSTILE in words for kind, words in parsed.spans if kind == "text loss")
+
+
+def test_a_page_too_large_shows_fewer_samples_and_says_so(view, text):
+    smaller = page.render([view], largest=len(text.encode()) - 1).decode()
+    assert len(smaller) < len(text)
+    assert "4 of up to 8 samples of each source are shown" in smaller
+    with pytest.raises(UserError, match="without any samples, more than 100"):
+        page.render([view], largest=100)
+
+
+def test_samples_are_drawn_from_the_seed(data):
+    _, processor, config = data
+    config = dataclasses.replace(config, train=config.train[1:])
+
+    def drawn(seed: int) -> list[str]:
+        samples = run_view("data", config, processor, seed=seed, samples=2).samples["b.jsonl"]
+        return [sample.title for sample in samples if sample.why.startswith("drawn")]
+
+    assert drawn(0) == drawn(0)
+    assert len({*map(tuple, map(drawn, range(4)))}) > 1
+
+
+def test_a_mixture_shows_the_share_of_each_source(data):
+    _, processor, config = data
+    files = config.train
+    mixture = Mixture(members={"a": Source(files[:1], weight=3), "more": Mixture(members={"b": Source(files[1:])})})
+    config = dataclasses.replace(config, train=(), mixture=mixture)
+    view = run_view("data", config, processor, seed=0, samples=0)
+    assert [(row.name, row.share) for row in view.rows] == [("a", 0.75), ("more/b", 0.25)]
+    for row, name in zip(view.rows, ("a", "b"), strict=True):
+        expected = _brute_force(data, name)
+        assert {key: getattr(row, key) for key in expected} == pytest.approx(expected)
+
+
+def test_the_command_writes_the_page_and_nothing_over_data(data, tmp_path, capsys):
+    folder, _, config = data
+    sizes = ["--config", "mimo_vl/easy_vqa", "--data.seq_len", "192", "--data.max_patches", "192"]
+    output = tmp_path / "new" / "report.html"
+    for _ in range(2):  # its own page may be written again
+        assert cli.main(["data", "view", config.train[1], *sizes, "--output", str(output)]) == 0
+    assert "8 of 9 examples can be used" in capsys.readouterr().out
+    _Page(output.read_text())
+    assert [path.name for path in output.parent.iterdir()] == ["report.html"]
+    before = (folder / "b.jsonl").read_bytes()
+    assert cli.main(["data", "view", config.train[1], *sizes, "--output", config.train[1]]) == 2
+    assert "holds something else than a page" in capsys.readouterr().err
+    assert (folder / "b.jsonl").read_bytes() == before
+    assert cli.main(["data", "view", config.train[1]]) == 2
+    assert "--model DIR or --config" in capsys.readouterr().err
