@@ -21,7 +21,7 @@ def imported():
 
 
 @pytest.mark.parametrize(
-    "library", ["flax", "jvlm_kernels", "torch", "pyarrow", "tensorflow_datasets", "jvlm.models.batch"]
+    "library", ["flax", "jvlm_kernels", "torch", "pyarrow", "av", "pebble", "tensorflow_datasets", "jvlm.models.batch"]
 )
 def test_reading_examples_imports_no_library_of_models_and_no_jax(imported, library):
     assert imported >= set(MODULES)
