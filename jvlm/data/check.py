@@ -20,7 +20,7 @@ from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.example_source import ExampleSource, Read
 from jvlm.data.examples import parse_example, unknown_columns
 from jvlm.data.few_shot import FewShotSource
-from jvlm.data.images import open_image
+from jvlm.data.images import content_digest, open_image
 from jvlm.data.packing import Example
 from jvlm.data.pipeline import Encode, check_learnable, check_text
 from jvlm.data.processor import Processor
@@ -41,6 +41,7 @@ def check(
     seed: int = 0,
     on_rejected: Callable[[Rejected], None] | None = None,
     on_checked: Callable[[int, Checked], None] | None = None,
+    digests: bool = False,
 ) -> CheckReport:
     """Read every example and its media as training would. Memory does not grow with the size of the files.
 
@@ -50,13 +51,14 @@ def check(
       seed: of the training, which draws the sample that unknown sizes are chosen from.
       on_rejected: is given each rejected example, in place of the report.
       on_checked: is given the index of each example, in order, and what it is like.
+      digests: whether that holds the digests of its images.
 
     Raises:
       FileNotFoundError, UserError: files that are not there, damaged, or of which too little can be used.
     """
     config = dataclasses.replace(config, train=tuple(files), single_turn_ratio=0.0)
     source = source_of(config, seed)
-    look, tally, rejected = _Look(processor, config, seed), Tally(), []
+    look, tally, rejected = _Look(processor, config, seed, digests=digests), Tally(), []
     with (
         ThreadPoolExecutor(config.read_threads) as pool,
         Progress(total=len(source), desc="checking", unit="example") as bar,
@@ -137,12 +139,14 @@ class Checked:
     parts: int = 0  # of a document that was cut
     parts_left_out: list[Rejected] = dataclasses.field(default_factory=list)
     untagged: bool = False
+    digests: list[bytes] = dataclasses.field(default_factory=list)  # of the images and frames of a usable example
 
 
 class _Look:
     """Looks at an example as training would."""
 
-    def __init__(self, processor: Processor | None, config: DataConfig, seed: int):
+    def __init__(self, processor: Processor | None, config: DataConfig, seed: int, *, digests: bool):
+        self.digests = digests
         if processor is not None and config.media_root:
             processor = processor.replace(media_roots=(config.media_root,))
         self.processor = processor
@@ -163,6 +167,8 @@ class _Look:
                 self._open(parsed)
             else:
                 self._encode(parsed, checked)
+            if self.digests and checked.rejected is None:
+                checked.digests = [content_digest(image, **where) for image, where in self._places(parsed)]
         except ExampleError as error:
             checked.rejected = Rejected.of(error, "bad")
         return checked
@@ -188,10 +194,15 @@ class _Look:
             check_text(parsed)
         else:
             check_learnable(parsed.origin, [message.loss_weight for message in parsed.messages])
+        for image, where in self._places(parsed):
+            open_image(image, **where)
+
+    def _places(self, parsed: Conversation | Document) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """(source, arguments that say where it is) of each image and frame."""
         origin, root = parsed.origin, self.config.media_root
         for field, part, image in _image_sources(parsed):
             roots = (part.folder or str(Path(origin.file).parent), *([root] if root else []))
-            open_image(image, origin=origin, field=field, roots=roots)
+            yield image, {"origin": origin, "field": field, "roots": roots}
 
 
 class Tally:

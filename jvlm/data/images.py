@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import re
 import urllib.parse
@@ -16,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.pixels import array_to_rgb, image_to_rgb
 from jvlm.data.values import without_nulls
+from jvlm.errors import file_errors
 
 _REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
@@ -57,6 +59,26 @@ def open_image(
     raise ExampleError(
         origin, field, f"a {type(source).__name__} is not an image", "Give a path, bytes, image or array"
     )
+
+
+def content_digest(
+    source: Any, *, origin: Origin = Origin(), field: str = "images", roots: tuple[str, ...] = ()
+) -> bytes:
+    """Return the SHA-256 of an image's bytes: of its file, however it is given; of an array or PIL image its pixels.
+
+    Raises:
+      ExampleError: as `open_image`.
+    """
+    source = unwrap(source)
+    if isinstance(source, str | Path):
+        source = image_source(str(source), roots, origin, field)
+    if isinstance(source, Path):
+        with file_errors(source, "read"):
+            source = source.read_bytes()
+    if not isinstance(source, bytes | bytearray | memoryview):
+        image = open_image(source, origin=origin, field=field, roots=roots)
+        source = repr(image.size).encode() + image.tobytes()
+    return hashlib.sha256(source).digest()
 
 
 def unwrap(source: Any) -> Any:

@@ -7,6 +7,7 @@ import dataclasses
 import html.parser
 import io
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -16,7 +17,7 @@ from jvlm.data.boxes import Box
 from jvlm.data.check import check
 from jvlm.data.mixture.config import Mixture, Source
 from jvlm.data.processor import Processor
-from jvlm.data.view import page
+from jvlm.data.view import page, sample
 from jvlm.data.view.histogram import histogram
 from jvlm.data.view.run_view import RunView, run_view
 from jvlm.errors import UserError
@@ -34,8 +35,8 @@ GOOD = [
     _chat("<image>what color?", "red", images=["red.png"]),
     _chat("is there a red shape?", "no", "is it a circle?", "yes"),
     _chat(HOSTILE, HOSTILE),
-    _chat("<image>where?", "<bbox>", images=["red.png"], objects={"bbox": [[30, 20, 90, 40]]}),
-    _chat("<image><image>what color?", "red red", images=["red.png", "red.png"]),
+    _chat("<image>where?", "<bbox>", images=["copy.png"], objects={"bbox": [[30, 20, 90, 40]]}),
+    _chat("<image><image>what color?", "red red", images=["red.png", "blue.png"]),
 ]
 BAD = [_chat(HOSTILE), _chat("what color? " * 60, HOSTILE), _chat("<image>", "red", images=["gone.png"])]
 
@@ -43,7 +44,7 @@ BAD = [_chat(HOSTILE), _chat("what color? " * 60, HOSTILE), _chat("<image>", "re
 class _Page(html.parser.HTMLParser):
     """Tags that are open, everything that a browser would load, and the cells of tables."""
 
-    VOID = ("meta", "br", "img", "link")
+    VOID = ("meta", "br", "img")
 
     def __init__(self, text: str):
         super().__init__()
@@ -84,6 +85,8 @@ def data(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("view")
     Image.new("RGB", (120, 60), (255, 0, 0)).save(folder / "red.png")
+    Image.new("RGB", (120, 60), (0, 0, 255)).save(folder / "blue.png")
+    shutil.copy(folder / "red.png", folder / "copy.png")
     for name, examples in {"a": GOOD + BAD, "b": GOOD[:2] * 4 + BAD[:1]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
     experiment = support.experiment(folder, folder / "a.jsonl")
@@ -175,11 +178,11 @@ def test_samples_show_the_tokens_with_a_loss_and_regions_in_the_pixels_of_the_en
     assert len(samples) == len(GOOD)
     assert "most images" in samples[4].why
     boxed = processor.replace(media_roots=(str(folder),)).encode(GOOD[3])
-    sample, (picture,) = samples[3], samples[3].pictures
+    spans, (picture,) = samples[3].spans, samples[3].pictures
     loss = [int(token) for token, weight in zip(boxed.tokens, boxed.loss_weights, strict=True) if weight > 0]
-    assert "".join(span.text for span in sample.spans if span.weight > 0) == processor.tokenizer.decode(loss)
-    assert [span.kind for span in sample.spans].count("media") == 1
-    assert any(span.kind == "special" and "<|im_end|>" in span.text for span in sample.spans)
+    assert "".join(span.text for span in spans if span.weight > 0) == processor.tokenizer.decode(loss)
+    assert [span.kind for span in spans].count("media") == 1
+    assert any(span.kind == "special" and "<|im_end|>" in span.text for span in spans)
     ((width, height),) = (size.resized for size in boxed.sizes)
     assert (picture.width, picture.height) == (width, height)
     assert picture.boxes == (Box(30 * width / 120, 20 * height / 60, 90 * width / 120, 40 * height / 60, "resized"),)
@@ -187,9 +190,35 @@ def test_samples_show_the_tokens_with_a_loss_and_regions_in_the_pixels_of_the_en
     assert (shown.format, max(shown.size) <= 200) == ("JPEG", True)
 
 
+def test_a_long_text_is_cut_and_tokens_of_images_do_not_count(data, monkeypatch):
+    folder, processor, config = data
+    encoded = processor.replace(media_roots=(str(folder),)).encode(GOOD[0])
+    text = encoded.tokens[encoded.media == 0]
+    monkeypatch.setattr(sample, "_TOKENS", len(text) - 2)
+    config = dataclasses.replace(config, train=config.train[:1])
+    first = run_view("data", config, processor, seed=0, samples=20).samples["a.jsonl"][0]
+    assert first.title == "a.jsonl, line 1"
+    assert "".join(s.text for s in first.spans if s.kind != "media") == processor.tokenizer.decode(text[:-2])
+    assert first.left_out == "2 more tokens"
+
+
+def test_equal_images_are_found_by_their_bytes_over_all_sources(data, view):
+    (image,) = view.equal.shown
+    assert (view.equal.images, view.equal.across) == (1, 1)
+    assert image.sources == {"a.jsonl": 3, "b.jsonl": 4}  # in one of a's under another name; the blue one is in one
+    assert image.origins == ("a.jsonl, line 1", "a.jsonl, line 4", "a.jsonl, line 5")
+    pixel = Image.open(io.BytesIO(base64.b64decode(image.uri.partition(",")[2]))).getpixel((60, 30))
+    assert pixel[0] > 240
+    assert max(pixel[1:]) < 15
+    _, processor, config = data
+    twice = dataclasses.replace(config, train=(f"{config.train[0]}#16",))  # each example is drawn twice
+    found = run_view("data", twice, processor, seed=0, samples=0)
+    assert (found.rows[0].examples, found.equal.shown[0].sources) == (16, {"a.jsonl#16": 3})
+
+
 def test_the_page_parses_loads_nothing_and_runs_nothing(text):
     parsed = _Page(text)
-    assert not {"script", "iframe", "object", "link", "img", "form"} & set(parsed.tags)
+    assert not {"script", "iframe", "object", "link", "form"} & set(parsed.tags)
     assert parsed.tags.count("image") >= len(GOOD) - 1
     for value in parsed.loaded:
         assert value.startswith("data:image/jpeg;base64,") or ("http" not in value and "url(" not in value)
@@ -211,7 +240,7 @@ def test_samples_are_drawn_from_the_seed(data):
 
     def drawn(seed: int) -> list[str]:
         samples = run_view("data", config, processor, seed=seed, samples=2).samples["b.jsonl"]
-        return [sample.title for sample in samples if sample.why.startswith("drawn")]
+        return [one.title for one in samples if one.why.startswith("drawn")]
 
     assert drawn(0) == drawn(0)
     assert len({*map(tuple, map(drawn, range(4)))}) > 1

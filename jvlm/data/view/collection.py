@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import numpy as np
 
 from jvlm.data.check import Checked, Tally
 from jvlm.data.errors import Rejected
+from jvlm.data.view.equal_images import EqualImages
 
 _FIRST = 3  # rejected examples shown of each fault
 _FAULTS = 100  # faults of a source of which examples are shown
@@ -78,10 +79,20 @@ class Collection:
       names: name of the source of each file.
       samples: most usable examples to draw of each.
       seed: of the draws.
+      distinct: indices of examples whose images are compared; None: of all.
+      equal: takes the digests of their images.
     """
 
-    def __init__(self, names: Mapping[str, str], samples: int, seed: int):
-        self._names = names
+    def __init__(
+        self,
+        names: Mapping[str, str],
+        samples: int,
+        seed: int,
+        *,
+        distinct: Container[int] | None,
+        equal: EqualImages,
+    ):
+        self._names, self._distinct, self._equal = names, distinct, equal
         self.sources = {
             name: SourceView(name, samples, np.random.default_rng((seed, number)))
             for number, name in enumerate(dict.fromkeys(names.values()))
@@ -89,4 +100,7 @@ class Collection:
 
     def add(self, index: int, checked: Checked) -> None:
         """Count an example with its source."""
-        self.sources[self._names[checked.file]].add(index, checked)
+        name = self._names[checked.file]
+        self.sources[name].add(index, checked)
+        if self._distinct is None or index in self._distinct:
+            self._equal.add(name, index, checked.digests)

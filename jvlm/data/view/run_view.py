@@ -5,23 +5,27 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jvlm.data.check import check, source_of
 from jvlm.data.check_report import CheckReport
 from jvlm.data.config import DataConfig
 from jvlm.data.errors import ExampleError, Origin, Rejected
+from jvlm.data.example_source import ExampleSource
+from jvlm.data.examples import parse_example
+from jvlm.data.few_shot import FewShotSource
 from jvlm.data.pipeline import Encode
 from jvlm.data.processor import Processor
 from jvlm.data.sources import sources_of
 from jvlm.data.view.collection import Collection, SourceView
+from jvlm.data.view.equal_images import EqualImages
 from jvlm.data.view.histogram import Histogram, histogram
-from jvlm.data.view.sample import Sample, sample_of
+from jvlm.data.view.sample import Sample, sample_of, thumbnail, title_of
 
 _RECORD = 1000  # characters shown of a rejected example
 _VALUE = 300  # and of one of its texts
+_EQUAL = 12  # images of several examples that are shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +72,33 @@ class Fault:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShownEqualImage:
+    """An image of several examples: a JPEG, how many examples of each source, and the first of them."""
+
+    uri: str
+    sources: dict[str, int]
+    origins: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Equal:
+    """Images of several examples: how many, how many of them in several sources, and some of them.
+
+    They are compared by the bytes of their files, those of rejected examples not at all.
+    """
+
+    images: int
+    across: int
+    shown: tuple[ShownEqualImage, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class RunView:
     """The data of a run, or of a stage.
 
     Attributes:
       total: of all sources; None if there is one.
+      equal: images of several examples; None where demonstrations (``few_shot``) repeat them on purpose.
       samples: by source.
       reports: (name, text) as `jvlm data check` prints them.
     """
@@ -82,6 +108,7 @@ class RunView:
     total: SourceRow | None
     histograms: tuple[Histogram, ...]
     faults: tuple[Fault, ...]
+    equal: Equal | None
     samples: dict[str, list[Sample]]
     reports: tuple[tuple[str, str], ...]
 
@@ -105,12 +132,25 @@ def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, 
     shown: dict[str, list[Sample]] = {}
     faults: list[tuple[str, Rejected, int, list[RejectedExample]]] = []
     reports: list[tuple[str, CheckReport]] = []
+    equal, readers = EqualImages(), {}
     for label, names, own in _checks(name, config):
-        collection = Collection(names, samples, seed)
-        report = check(own.train, processor, own, seed=seed, on_rejected=lambda _: None, on_checked=collection.add)
+        examples = source_of(own, seed)
+        distinct = examples.distinct() if isinstance(examples, ExampleSource) else []
+        once = None if len(distinct) == len(examples) else frozenset(distinct)
+        collection = Collection(names, samples, seed, distinct=once, equal=equal)
+        report = check(
+            own.train,
+            processor,
+            own,
+            seed=seed,
+            on_rejected=lambda _: None,
+            on_checked=collection.add,
+            digests=own.few_shot is None,
+        )
         reports.append((label, report))
         opened = processor.replace(media_roots=(own.media_root,)) if own.media_root else processor
-        encode, examples = Encode(opened, report.config), source_of(report.config, seed)
+        encode = Encode(opened, report.config)
+        readers |= dict.fromkeys(collection.sources, (opened, examples))
         for view in collection.sources.values():
             views.append(view)
             chosen = view.chosen().items()
@@ -126,6 +166,7 @@ def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, 
         total=_total(rows, views) if len(rows) > 1 else None,
         histograms=_histograms(views, [report.config for _, report in reports]),
         faults=tuple(_grouped(faults)),
+        equal=_equal(equal, readers) if config.few_shot is None else None,
         samples=shown,
         reports=tuple((label, report.text()) for label, report in reports),
     )
@@ -228,11 +269,23 @@ def _grouped(faults: Sequence[tuple[str, Rejected, int, list[RejectedExample]]])
         )
 
 
+def _equal(found: EqualImages, readers: Mapping[str, tuple[Processor, ExampleSource | FewShotSource]]) -> Equal:
+    images, shown = found.images(), []
+    for image in images[:_EQUAL]:
+        read = [readers[place.source][1].read(place.index) for place in image.first]
+        processor, _ = readers[image.first[0].source]
+        opened = processor.with_open_media(parse_example(read[0].record, read[0].origin))
+        # as `jvlm.data.check` numbers them: images before frames of videos
+        frames = [*(one.source for one in opened.images), *(f for one in opened.videos for f in one.frames)]
+        uri = thumbnail(frames[image.first[0].number])
+        shown.append(ShownEqualImage(uri, dict(image.examples), tuple(title_of(one.origin) for one in read)))
+    return Equal(len(images), sum(len(image.examples) > 1 for image in images), tuple(shown))
+
+
 def _rejected(record: Any, error: Rejected) -> RejectedExample:
-    origin = Origin(Path(error.file).name, error.number)
     text = "" if isinstance(record, ExampleError) else json.dumps(_short(record), ensure_ascii=False, default=str)
     text = text if len(text) <= _RECORD else f"{text[:_RECORD]}..."
-    return RejectedExample(str(origin), error.field, error.reason, text)
+    return RejectedExample(title_of(Origin(error.file, error.number)), error.field, error.reason, text)
 
 
 def _short(value: Any) -> Any:

@@ -6,14 +6,16 @@ import base64
 import dataclasses
 import io
 import itertools
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import PIL.Image
 
 from jvlm.data.boxes import Box, Point, Region, Sizes
 from jvlm.data.check import encoded
 from jvlm.data.content import Conversation, Document, Image, Video, media_sources
-from jvlm.data.errors import ExampleError
+from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.example_source import Read
 from jvlm.data.examples import parse_example
 from jvlm.data.packing import Example
@@ -21,7 +23,7 @@ from jvlm.data.pipeline import Encode
 from jvlm.data.processor import Processor
 
 THUMBNAIL = 200  # pixels of the longer side
-_TOKENS = 1500  # shown of an example
+_TOKENS = 1500  # of text that are shown of an example
 _IMAGES = 8  # images and frames shown of an example
 _FRAMES = 4  # of a video
 
@@ -80,21 +82,38 @@ def sample_of(encode: Encode, read: Read, why: str) -> Sample:
     facts += "" if example.made_to_fit == "no" else f", {example.made_to_fit}"
     parts = sum(isinstance(one, Example) for one in fitted)
     facts += f", cut into {parts} parts" if parts > 1 else ""
+    shown = _shown_tokens(example)
     more = [
-        (max(example.length - _TOKENS, 0), "more tokens"),
+        (example.length - shown, "more tokens"),
         (more_images, "more images or frames"),
         (len(pairs) - 1, "more parts"),
     ]
     left_out = ", ".join(f"{count:,} {what}" for count, what in more if count)
-    return Sample(str(parsed.origin), why, facts, _spans(encode.processor, example), pictures, left_out)
+    return Sample(title_of(parsed.origin), why, facts, _spans(encode.processor, example, shown), pictures, left_out)
 
 
-def _spans(processor: Processor, example: Example) -> tuple[Span, ...]:
+def title_of(origin: Origin) -> str:
+    """Return where an example is from, without the folder of its file."""
+    return str(Origin(Path(origin.file).name, origin.number))
+
+
+def thumbnail(image: PIL.Image.Image) -> str:
+    """Return a JPEG of an image, of at most `THUMBNAIL` pixels a side, as a data URI."""
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _shown_tokens(example: Example) -> int:
+    """The length of the beginning with so many tokens of text as are shown."""
+    return int(np.searchsorted(np.cumsum(example.media == 0), _TOKENS, side="right"))
+
+
+def _spans(processor: Processor, example: Example, count: int) -> tuple[Span, ...]:
     tokenizer = processor.tokenizer
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    ids, weights, media = (
-        values[:_TOKENS].tolist() for values in (example.tokens, example.loss_weights, example.media)
-    )
+    ids, weights, media = (values[:count].tolist() for values in (example.tokens, example.loss_weights, example.media))
 
     def alike(index: int) -> tuple[int, bool, float]:
         """(image or video, whether special, loss weight) of a token."""
@@ -140,11 +159,7 @@ def _name(part: Image | Video, number: int, size: Sizes) -> str:
 
 def _picture(name: str, image: PIL.Image.Image, size: Sizes, regions: list[Region]) -> Picture:
     width, height = size.resized
-    seen = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
-    seen.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    seen.save(buffer, "JPEG", quality=85)
-    uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    uri = thumbnail(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
     boxes = tuple(region for region in regions if isinstance(region, Box))
     points = tuple(region for region in regions if isinstance(region, Point))
     return Picture(name, uri, width, height, boxes, points)
