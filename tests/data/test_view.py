@@ -202,6 +202,33 @@ def test_a_long_text_is_cut_and_tokens_of_images_do_not_count(data, monkeypatch)
     assert first.left_out == "2 more tokens"
 
 
+@pytest.mark.parametrize(
+    ("record", "policy", "fact"),
+    [
+        (_chat("what color?", "red", "is it a circle? " * 60, "yes"), "truncate", ", truncated"),
+        (_chat("<image>" * 5 + "what color?", "red", images=["large.png"] * 5), "shrink", ", shrunk"),
+        ({"document": [{"type": "text", "text": "is it a circle? " * 20}] * 3}, "drop", ", cut into 3 parts"),
+        (_chat("<video>what color?", "red", videos=[["red.png", "blue.png"]]), "drop", " patches"),
+    ],
+)
+def test_an_example_is_shown_as_it_is_made_to_fit(data, record, policy, fact):
+    folder, processor, config = data
+    Image.new("RGB", (240, 240), (0, 0, 255)).save(folder / "large.png")
+    (folder / "one.jsonl").write_text(json.dumps(record) + "\n")
+    config = dataclasses.replace(config, train=(str(folder / "one.jsonl"),), on_too_long=policy)
+    view = run_view("data", config, processor, seed=0, samples=1)
+    (one,) = view.samples["one.jsonl"]
+    assert one.facts.endswith(fact)
+    _Page(page.render([view]).decode())
+    if policy == "shrink":
+        assert len(one.pictures) == 5
+        assert sum(picture.width * picture.height for picture in one.pictures) <= 192 * 8 * 8
+    if policy == "truncate":
+        assert "is it a circle" not in "".join(span.text for span in one.spans)
+    if "videos" in record:
+        assert [picture.name.partition(":")[0] for picture in one.pictures] == ["frame of video 1"] * 2
+
+
 def test_equal_images_are_found_by_their_bytes_over_all_sources(data, view):
     (image,) = view.equal.shown
     assert (view.equal.images, view.equal.across) == (1, 1)
