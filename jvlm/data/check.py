@@ -15,7 +15,7 @@ from jvlm.data import survey
 from jvlm.data.check_report import CheckReport
 from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
-from jvlm.data.content import Conversation, Document, Image, Video
+from jvlm.data.content import Conversation, Document, Image, Video, media_sources
 from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.example_source import ExampleSource, Read
 from jvlm.data.examples import parse_example, unknown_columns
@@ -25,6 +25,8 @@ from jvlm.data.packing import Example
 from jvlm.data.pipeline import Encode, check_learnable, check_text
 from jvlm.data.processor import Processor
 from jvlm.data.rejections import Rejections
+from jvlm.data.video.reader import shared_reader
+from jvlm.data.video.sampling import Sampling
 from jvlm.errors import UserError
 from jvlm.progress import Progress
 
@@ -168,7 +170,7 @@ class _Look:
             else:
                 self._encode(parsed, checked)
             if self.digests and checked.rejected is None:
-                checked.digests = [content_digest(image, **where) for image, where in self._places(parsed)]
+                checked.digests = [content_digest(source, **where) for _, source, where in self._places(parsed)]
         except ExampleError as error:
             checked.rejected = Rejected.of(error, "bad")
         return checked
@@ -194,15 +196,18 @@ class _Look:
             check_text(parsed)
         else:
             check_learnable(parsed.origin, [message.loss_weight for message in parsed.messages])
-        for image, where in self._places(parsed):
-            open_image(image, **where)
+        for part, source, where in self._places(parsed):
+            if isinstance(part, Video) and part.file is not None:
+                shared_reader().read(source, Sampling(**dict(part.sampling)), **where)
+            else:
+                open_image(source, **where)
 
-    def _places(self, parsed: Conversation | Document) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """(source, arguments that say where it is) of each image and frame."""
+    def _places(self, parsed: Conversation | Document) -> Iterator[tuple[Image | Video, Any, dict[str, Any]]]:
+        """(image or video, source, arguments that say where it is) of each image, frame and video file."""
         origin, root = parsed.origin, self.config.media_root
         for field, part, image in _image_sources(parsed):
             roots = (part.folder or str(Path(origin.file).parent), *([root] if root else []))
-            yield image, {"origin": origin, "field": field, "roots": roots}
+            yield part, image, {"origin": origin, "field": field, "roots": roots}
 
 
 class Tally:
@@ -289,9 +294,9 @@ def _resolved(processor: Processor, config: DataConfig, seed: int) -> DataConfig
 
 
 def _image_sources(conversation: Conversation | Document) -> Iterator[tuple[str, Image | Video, Any]]:
-    """(field, image or video, source) of each image and frame."""
+    """(field, image or video, source) of each image, frame and video file."""
     for image in conversation.images:
         yield f"images[{image.index}]", image, image.source
     for video in conversation.videos:
-        for frame in video.frames:
+        for frame in media_sources(video):
             yield f"videos[{video.index}]", video, frame

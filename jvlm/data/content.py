@@ -53,14 +53,22 @@ class Video:
     """A video.
 
     Attributes:
-      frames: each anything `jvlm.data.images.open_image` opens.
+      frames: each anything `jvlm.data.images.open_image` opens; empty where they are still in ``file``.
       index: its number among the videos of the example, from 0.
       folder: as of an `Image`.
+      file: path or contents of a video file, from which frames are sampled; None where the frames are given.
+      sampling: fields of `jvlm.data.video.sampling.Sampling` that the example sets for the file, as (name, value).
+      fps: frames a second of ``frames``; None where nothing says it.
+      resized_for: settings of the image processor by which the frames have their size already; None if there are none.
     """
 
-    frames: tuple[Any, ...]
+    frames: tuple[Any, ...] = ()
     index: int = 0
     folder: str | None = None
+    file: Any = None
+    sampling: tuple[tuple[str, Any], ...] = ()
+    fps: float | None = None
+    resized_for: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +91,10 @@ class ObjectBox:
 
 
 def media_sources(part: Image | Video) -> tuple[Any, ...]:
-    """Return the source of an image, or those of a video's frames."""
-    return (part.source,) if isinstance(part, Image) else part.frames
+    """Return the source of an image, the file of a video, or the sources of its frames."""
+    if isinstance(part, Image):
+        return (part.source,)
+    return part.frames if part.file is None else (part.file,)
 
 
 Part = Text | Image | Video | ObjectName | ObjectBox

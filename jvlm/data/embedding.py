@@ -66,6 +66,8 @@ def _block(block: Any, origin: Origin, field: str, roots: Sequence[str]) -> Any:
 def _media(source: Any, origin: Origin, field: str, roots: Sequence[str]) -> Any:
     if isinstance(source, list):
         return [_media(item, origin, f"{field}[{i}]", roots) for i, item in enumerate(source)]
+    if isinstance(source, dict) and source.get("video") is not None:  # with settings of its sampling
+        return {**source, "video": _media(source["video"], origin, f"{field}.video", roots)}
     file = _file(source, origin, field, roots)
     if file is None:
         return source

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -15,7 +17,10 @@ from jvlm.data.choices import LossChoice
 from jvlm.data.content import Conversation, Document, Image, Message, ObjectBox, ObjectName, Part, Text, Video
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.image_processor import EXAMPLE_FIELD
+from jvlm.data.images import unwrap
 from jvlm.data.values import is_null, shown, without_nulls
+from jvlm.data.video.sampling import Sampling
+from jvlm.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 # Fields of the published format that supervised training has no use for; they are accepted and carried along.
@@ -30,6 +35,7 @@ DOCUMENT, TEXT = "document", "text"
 _MOST_WEIGHT = float(np.finfo(np.float32).max)
 # Keys of content blocks that hold an image; and those where a number is no setting of it, as other libraries take it.
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
+_SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 _NO_SETTINGS = frozenset((*IMAGE_KEYS, "video", "index", "id"))
 _TAGS = {Image: "<image>", Video: "<video>", ObjectName: "<ref-object>", ObjectBox: "<bbox>"}
 _TAG = re.compile(f"({'|'.join(_TAGS.values())})")
@@ -98,7 +104,7 @@ def _parse(example: dict, origin: Origin) -> Conversation | Document:
     extra = tuple((k, example[k]) for k in example if k in _CARRIED or k not in used)
     parts = {
         Image: [Image(source, index) for index, source in enumerate(images)],
-        Video: [Video(_frames(frames, origin), index) for index, frames in enumerate(videos)],
+        Video: [_video(video, index, origin) for index, video in enumerate(videos)],
         ObjectName: refs,
         ObjectBox: boxes,
     }
@@ -172,12 +178,45 @@ def _listed(example: dict, plural: str, singular: str, origin: Origin) -> list:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _frames(video: Any, origin: Origin) -> tuple:
-    if not isinstance(video, list | tuple) or not video:
-        raise ExampleError(
-            origin, "videos", "a video must be a list of frames", "Extract the frames and list their paths"
-        )
-    return tuple(video)
+def _video(value: Any, index: int, origin: Origin) -> Video:
+    """A video from a path, the contents of a file, a list of frames, or an object with one of these and settings."""
+    field, given = f"videos[{index}]", {}
+    if isinstance(value, dict):
+        value = without_nulls(value)
+        given = {name: value[name] for name in _SAMPLING if name in value}
+        unknown = [name for name in value if name not in (*_SAMPLING, "video", "bytes", "path", "url")]
+        if unknown:
+            fix = f"Use video, bytes or path, and {', '.join(_SAMPLING)}"
+            raise ExampleError(origin, field, f"{', '.join(map(shown, unknown))} is not read", fix)
+        value = unwrap(value.get("video", value))
+    settings = _sampling(given, origin, field)
+    if isinstance(value, list | tuple) and value:
+        if settings.keys() - {"fps"}:
+            raise ExampleError(
+                origin, field, f"frames with {', '.join(settings)}", "Of a list of frames only fps is read"
+            )
+        return Video(tuple(value), index, fps=settings.get("fps"))
+    if isinstance(value, str | Path | bytes | bytearray | memoryview) and value:
+        file = value if isinstance(value, str | Path) else bytes(value)
+        return Video(index=index, file=file, sampling=tuple(settings.items()))
+    raise ExampleError(
+        origin, "videos", f"{shown(value)} is no video", "Give the path of a video file, or a list of frames"
+    )
+
+
+def _sampling(given: dict[str, Any], origin: Origin, field: str) -> dict[str, Any]:
+    """The settings of a video's sampling, checked."""
+    settings = {}
+    for name, value in given.items():
+        read = value if name == "rule" else (values.whole if "frames" in name else values.number)(value)
+        if read is None:
+            raise ExampleError(origin, field, f"{name} is {shown(value)}", "Give a number")
+        settings[name] = read
+    try:
+        Sampling(**settings)
+    except UserError as error:
+        raise ExampleError(origin, field, str(error), "Correct or remove it") from error
+    return settings
 
 
 def _messages(example: dict, images: list, videos: list, origin: Origin) -> list[_Tagged]:

@@ -16,6 +16,7 @@ from PIL import Image
 from jvlm.data import values
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.values import shown
+from jvlm.data.video.sampling import Sampling, SizeRule
 from jvlm.errors import UserError
 from jvlm.tags import Tagged
 
@@ -92,6 +93,20 @@ class ImageProcessorConfig(Tagged):
             return dataclasses.replace(self, **new)
         except UserError as error:
             raise FieldError(", ".join(new), str(error), "Correct or remove it") from error
+
+    def sampling(self) -> Sampling:
+        """Return which frames of a video file are taken."""
+        return Sampling()
+
+    def for_video(self, frames: int, fps: float, *, is_resized: bool) -> ImageProcessorConfig:
+        """Return the settings for a video of so many frames a second.
+
+        Args:
+          frames: of the video, as it was sampled.
+          fps: sampled frames a second.
+          is_resized: the frames have the size that `ImageProcessor.frame_size` gave for these settings.
+        """
+        return self
 
     def for_example(self, fields: Mapping[str, Any], origin: Origin = Origin()) -> ImageProcessorConfig:
         """Return the settings with what an example changes. Raises ExampleError for what it may not."""
@@ -174,6 +189,13 @@ class ImageProcessor(Protocol):
 
     def video(self, frames: Sequence[Image.Image], config: ImageProcessorConfig) -> MediaPatches:
         """Return a video, given as frames of one size. Raises UserError for one it cannot take."""
+        ...
+
+    def frame_size(self, config: ImageProcessorConfig) -> SizeRule | None:
+        """Return what frames of a file are resized to when they are decoded; None keeps their size.
+
+        The function must be picklable without a model: it runs in a process without jax.
+        """
         ...
 
     def max_image_patches(self, config: ImageProcessorConfig) -> int | None:

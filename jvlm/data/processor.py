@@ -38,6 +38,7 @@ from jvlm.data.images import open_image
 from jvlm.data.packing import Example
 from jvlm.data.template import ChatTemplate
 from jvlm.data.turns import without_answer
+from jvlm.data.video.reader import shared_reader
 from jvlm.errors import UserError
 from jvlm.models.packed_batch import PackedBatch
 
@@ -240,10 +241,10 @@ class Processor:
         positions = itertools.count()  # among these images, which can be some of the example's alone
         for part in conversation.media:
             if isinstance(part, Image):
-                make = functools.partial(self._image, part, config, next(positions), count)
+                make = functools.partial(self._image, config, next(positions), count)
             else:
                 make = functools.partial(self._video, config)
-            media.append(self._load(part, conversation.origin, make))
+            media.append(self._load(part, conversation.origin, config, make))
         return media
 
     def image_config_of(self, conversation: Conversation | Document) -> ImageProcessorConfig:
@@ -251,44 +252,59 @@ class Processor:
         config = image_choice.changed(self.image_config, dict(conversation.image_choice))
         return config.for_example(dict(conversation.image_settings), conversation.origin)
 
-    def _image(self, part: Image, config: ImageProcessorConfig, index: int, count: int, images: list) -> MediaPatches:
-        original = images[0].size
-        image, size = images[0], part.upscaled_size(original)
+    def _image(self, config: ImageProcessorConfig, index: int, count: int, part: Image) -> MediaPatches:
+        image = part.source
+        original, size = image.size, part.upscaled_size(image.size)
         if size != original:
             image = image.resize(size, PIL.Image.Resampling.BICUBIC)
         patches = self.image_processor.image(image, config, index=index, count=count)
         return dataclasses.replace(patches, original=original)  # in whose pixels boxes are
 
-    def _video(self, config: ImageProcessorConfig, frames: list) -> MediaPatches:
-        return self.image_processor.video(frames, config)
+    def _video(self, config: ImageProcessorConfig, part: Video) -> MediaPatches:
+        if part.fps is not None:
+            config = config.for_video(len(part.frames), part.fps, is_resized=part.resized_for == config)
+        return self.image_processor.video(part.frames, config)
 
     def with_open_media(self, conversation: Parsed) -> Parsed:
         """The example with its images and frames decoded. Raises ExampleError."""
+        config = self.image_config_of(conversation)
 
         def opened(part: Part) -> Part:
-            if not isinstance(part, Image | Video):
-                return part
-            images = self._open(part, conversation.origin)
-            name, value = ("source", images[0]) if isinstance(part, Image) else ("frames", tuple(images))
-            return dataclasses.replace(part, **{name: value})
+            return self._opened(part, conversation.origin, config) if isinstance(part, Image | Video) else part
 
         return conversation.map(opened)
 
-    def _open(self, part: Image | Video, origin: Origin) -> list[PIL.Image.Image]:
+    def _opened(self, part: Image | Video, origin: Origin, config: ImageProcessorConfig) -> Image | Video:
+        """An image or video, decoded."""
         roots = self.media_roots
         if part.folder is not None or origin.file != MEMORY:
             roots = (part.folder or str(Path(origin.file).parent), *roots)
-        return [open_image(s, origin=origin, field=_field_of(part), roots=roots) for s in media_sources(part)]
+        where = {"origin": origin, "field": _field_of(part), "roots": roots}
+        if isinstance(part, Image):
+            return dataclasses.replace(part, source=open_image(part.source, **where))
+        if part.file is None:
+            return dataclasses.replace(part, frames=tuple(open_image(frame, **where) for frame in part.frames))
+        sampling = dataclasses.replace(config.sampling(), **dict(part.sampling))
+        size = self.image_processor.frame_size(config)
+        video = shared_reader().read(part.file, sampling, size=size, **where)
+        frames = tuple(map(PIL.Image.fromarray, video.frames))
+        return dataclasses.replace(
+            part, file=None, sampling=(), frames=frames, fps=video.fps, resized_for=None if size is None else config
+        )
 
     def _load(
-        self, part: Image | Video, origin: Origin, make: Callable[[list[PIL.Image.Image]], MediaPatches]
+        self,
+        part: Image | Video,
+        origin: Origin,
+        config: ImageProcessorConfig,
+        make: Callable[[Image | Video], MediaPatches],
     ) -> MediaPatches:
-        images, field = self._open(part, origin), _field_of(part)
-        if len({p.size for p in images}) > 1:
-            sizes = sorted({p.size for p in images})
+        opened, field = self._opened(part, origin, config), _field_of(part)
+        sizes = sorted({image.size for image in media_sources(opened)})
+        if len(sizes) > 1:
             raise ExampleError(origin, field, f"frames of different sizes {sizes}", "Give frames of one size")
         try:
-            return make(images)
+            return make(opened)
         except UserError as error:
             raise ExampleError(origin, field, str(error), "Crop the image, or change its limits") from error
 

@@ -193,7 +193,23 @@ BAD = {
     "fewer tags than images": (example("<image>", images=["a", "b"]), "images", "1 <image> tags but 2 entries"),
     "more tags than images": (example("<image><image>", images=["a"]), "images", "2 <image> tags but 1 entries"),
     "a tag without media": (example("<video>"), "videos", "1 <video> tags but 0 entries"),
-    "a video that is a path": (example("<video>", videos=["a.mp4"]), "videos", "list of frames"),
+    "a video that is a number": (example("<video>", videos=[3]), "videos", "list of frames"),
+    "a video without a file": (example("<video>", videos=[""]), "videos", "list of frames"),
+    "a setting of a video that is not known": (
+        example("<video>", videos=[{"video": "a.mp4", "frames": 3}]),
+        r"videos\[0\]",
+        "'frames' is not read",
+    ),
+    "a setting of a video that is not a number": (
+        example("<video>", videos=[{"video": "a.mp4", "fps": "2"}]),
+        r"videos\[0\]",
+        "fps is '2'",
+    ),
+    "frames that are to be sampled": (
+        example("<video>", videos=[{"video": ["1.png"], "start": 1.0}]),
+        r"videos\[0\]",
+        "frames with start",
+    ),
     "a video without frames": (example("<video>", videos=[[]]), "videos", "list of frames"),
     "media in both places": (
         turns(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,9 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from jvlm.data.pixels import image_to_rgb
+from jvlm.data.video.sampling import SizeRule
 from jvlm.errors import UserError
 
-# (frames, width, height) -> (width, height)
-SizeRule = Callable[[int, int, int], tuple[int, int]]
 _UNTIMED_MS = 100  # a frame of an animation that is to be shown for 0 ms is shown for so long, as browsers do
 
 
@@ -239,7 +238,7 @@ def _animation_timeline(source: Path | bytes) -> Timeline:
     with _animation(source) as image:
         count = getattr(image, "n_frames", 1)
         if count < 2:
-            raise UserError("it is a still image: list it under images")
+            raise UserError("it is a still image. Images go to images, the frames of one video into a list in videos")
         for number in range(count):
             image.seek(number)
             image.load()  # WebP's durations are known afterwards

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import importlib
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -17,13 +20,15 @@ from jaxtyping import UInt8
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.images import find_file
 from jvlm.data.video import decoding
-from jvlm.data.video.decoding import Decoded, SizeRule, Timeline
-from jvlm.data.video.sampling import FRAMES_PER_PATCH, Sampling, sample
+from jvlm.data.video.decoding import Decoded, Timeline
+from jvlm.data.video.sampling import FRAMES_PER_PATCH, Sampling, SizeRule, sample
 from jvlm.errors import UserError
 
 OnDamaged = Literal["error", "keep"]
 _LEAST_SHARE = 0.9  # of a damaged video's duration that must be readable
 _TASKS = 200  # of a process, after which it is replaced
+_WORKERS = 4  # processes of the shared reader
+_LOCK = threading.Lock()
 _FIX = "Repair the file, or leave the example out"
 
 
@@ -62,7 +67,7 @@ class VideoReader:
         90 % of the duration.
 
     Raises:
-      UserError: PyAV or pebble is not installed.
+      UserError: PyAV or pebble is not installed; in a process that may start no others.
     """
 
     def __init__(
@@ -75,6 +80,10 @@ class VideoReader:
     ):
         if on_damaged not in get_args(OnDamaged):
             raise UserError(f"on_damaged {on_damaged!r} is unknown. Use one of {', '.join(get_args(OnDamaged))}")
+        if multiprocessing.current_process().daemon:
+            raise UserError(
+                "videos are decoded in processes, which a worker process cannot start. Set data.worker_processes 0"
+            )
         pebble = _required("pebble")
         _required("av")
         self._expired = pebble.ProcessExpired
@@ -176,6 +185,17 @@ def _before(times: Timeline, count: int) -> Timeline:
     """The timeline of the frames before an error."""
     duration = times.times[count] if count < len(times.times) else times.duration
     return Timeline(times.times[:count], duration)
+
+
+@functools.cache
+def _reader_of(pid: int) -> VideoReader:
+    return VideoReader(min(_WORKERS, os.cpu_count() or 1))
+
+
+def shared_reader() -> VideoReader:
+    """Return the reader that everything in this process shares. Raises UserError as `VideoReader`."""
+    with _LOCK:
+        return _reader_of(os.getpid())  # a forked process has none of its parent's processes
 
 
 def _required(name: str) -> ModuleType:

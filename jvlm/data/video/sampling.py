@@ -1,6 +1,6 @@
 """Which frames of a video are sampled, and how large each may be.
 
-The rule "qwen" is that of qwen-vl-utils 0.0.14, by which Qwen2.5-VL and MiMo-VL see videos; the rule "times" is for
+The rule "numbers" is that of qwen-vl-utils 0.0.14, by which Qwen2.5-VL and MiMo-VL see videos; the rule "times" is for
 videos whose frames are not equally far apart.
 """
 
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import numpy as np
 
 from jvlm.errors import UserError
 
-Rule = Literal["auto", "qwen", "times"]
+Rule = Literal["auto", "numbers", "times"]
+# (frames, width, height) -> (width, height) of each frame
+SizeRule = Callable[[int, int, int], tuple[int, int]]
 FRAMES_PER_PATCH = 2  # frames of a temporal patch
 PATCH_AREA = 28 * 28  # pixels that one token stands for
 _UNEVEN = 1.5  # the largest distance between frames over the median one, above which "auto" goes by times
@@ -32,9 +34,9 @@ class Sampling:
       num_frames: so many frames, however long the video is, instead of ``fps``; rounded to an even number.
       min_frames, max_frames: limits on the number that ``fps`` gives.
       start, end: part of the video in seconds; None is its beginning, its end.
-      rule: "qwen" spaces frames equally by their numbers, from the first to the last one. "times" takes the frame that
+      rule: "numbers" spaces frames equally by their numbers, from the first to the last one. "times" takes the frame that
         is shown at each multiple of 1 / fps. "auto" is "times" where the distance between two frames is over 1.5
-        times the median distance, otherwise "qwen".
+        times the median distance, otherwise "numbers".
     """
 
     fps: float = 2.0
@@ -95,7 +97,7 @@ def sample(times: Sequence[float], duration: float, sampling: Sampling) -> Sampl
         raise UserError(f"a video of {len(times)} frames and {duration:g} s. Remove it")
     rule = sampling.rule
     if rule == "auto":
-        rule = "times" if is_uneven(times) else "qwen"
+        rule = "times" if is_uneven(times) else "numbers"
     if rule == "times":
         return by_times(times, duration, sampling)
     return by_number(len(times), len(times) / duration, sampling)

@@ -274,9 +274,12 @@ def _equal(found: EqualImages, readers: Mapping[str, tuple[Processor, ExampleSou
     for image in images[:_EQUAL]:
         read = [readers[place.source][1].read(place.index) for place in image.first]
         processor, _ = readers[image.first[0].source]
-        opened = processor.with_open_media(parse_example(read[0].record, read[0].origin))
-        # as `jvlm.data.check` numbers them: images before frames of videos
-        frames = [*(one.source for one in opened.images), *(f for one in opened.videos for f in one.frames)]
+        parsed = parse_example(read[0].record, read[0].origin)
+        opened = processor.with_open_media(parsed)
+        # as `jvlm.data.check` numbers them: images before frames of videos, of which a file counts as one
+        frames = [one.source for one in opened.images]
+        for one, video in zip(parsed.videos, opened.videos, strict=True):
+            frames += video.frames if one.file is None else video.frames[:1]
         uri = thumbnail(frames[image.first[0].number])
         shown.append(ShownEqualImage(uri, dict(image.examples), tuple(title_of(one.origin) for one in read)))
     return Equal(len(images), sum(len(image.examples) > 1 for image in images), tuple(shown))

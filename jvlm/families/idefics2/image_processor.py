@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from jvlm.data.image_processor import ImageProcessorConfig, Limit, MediaPatches
+from jvlm.data.video.sampling import SizeRule
 from jvlm.errors import UserError
 from jvlm.validation import check_fields
 
@@ -83,6 +85,11 @@ def edge_resize(height: int, width: int, shortest: int, longest: int) -> tuple[i
     return max(height, shortest), max(width, shortest)
 
 
+def _frame_size(shortest: int, longest: int, frames: int, width: int, height: int) -> tuple[int, int]:
+    height, width = edge_resize(height, width, shortest, longest)
+    return width, height
+
+
 def quarters(image: Image.Image) -> list[Image.Image]:
     """Top left, top right, bottom left, bottom right. Raises UserError for a side of one pixel, which has no half."""
     width, height = image.size
@@ -129,6 +136,10 @@ class Idefics2ImageProcessor:
     def video(self, frames: Sequence[Image.Image], config: Idefics2ImageConfig) -> MediaPatches:
         """Return each frame as an image of its own, never split."""
         return self._media(frames, config)
+
+    def frame_size(self, config: Idefics2ImageConfig) -> SizeRule | None:
+        """Return the resize of images, which leaves what it gave as it is."""
+        return functools.partial(_frame_size, config.shortest_edge, config.longest_edge) if config.resize else None
 
     def max_image_patches(self, config: Idefics2ImageConfig) -> int | None:
         """A square of the longest edge has the most."""

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from jvlm.data.image_processor import ImageProcessorConfig, Limit, MediaPatches
+from jvlm.data.video.sampling import Sampling
 from jvlm.errors import UserError
 from jvlm.families.mm1_5 import tiles
 from jvlm.models.encoders.vit import CLASS_POSITION
@@ -71,6 +72,10 @@ class TiledImageConfig(ImageProcessorConfig, tag="tiled"):
         if not all(isinstance(count, int) and count > 0 for count in self.static_grid):
             raise UserError(f"processor.image.static_grid must be rows and columns, got {self.static_grid}")
         tiles.candidate_grids(self.min_tiles, self.max_tiles)  # refuses limits that contradict each other
+
+    def sampling(self) -> Sampling:
+        """Return as many frames as ``video`` takes, spread evenly; of a short video all."""
+        return Sampling(fps=1000.0, min_frames=2, max_frames=max(self.num_frames, 2), rule="numbers")
 
     def build(self, model: VLMConfig) -> TiledImageProcessor:
         """Return the image processor of a model."""
@@ -131,6 +136,10 @@ class TiledImageProcessor:
         chosen = np.linspace(0, len(frames) - 1, min(config.num_frames, len(frames))).round().astype(int)
         images = [self._whole(frames[i], config) for i in chosen]
         return self._media(images, (self.features * len(images),), frames[0].size, (self.side, self.side))
+
+    def frame_size(self, config: TiledImageConfig) -> None:
+        """Frames keep their size."""
+        return None
 
     def max_image_patches(self, config: TiledImageConfig) -> int:
         """Return the patches of a tile."""

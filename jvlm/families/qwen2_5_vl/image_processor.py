@@ -6,6 +6,7 @@ Units: "patch" is patch_size pixels; "merged" is merge x merge patches, which be
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from jvlm.data.image_processor import MAX_PIXELS, ImageProcessorConfig, Limit, MediaPatches
+from jvlm.data.video.sampling import FramePixels, Sampling, SizeRule
 from jvlm.errors import UserError
 from jvlm.validation import check_fields
 
@@ -26,7 +28,7 @@ _SHRINK = 0.9  # of the pixels, a step of `QwenImageProcessor.reductions`
 
 @dataclasses.dataclass(frozen=True)
 class QwenImageConfig(ImageProcessorConfig, tag="qwen2_5_vl"):
-    """Limits of the resize in pixels, and the frame rate assumed for a video given as a list of frames.
+    """Limits of the resize in pixels, and the frame rate of videos.
 
     The defaults are Qwen2.5-VL's: 4 to 16,384 tokens an image; 128 to 768 tokens a frame at 2 frames a second.
 
@@ -35,7 +37,7 @@ class QwenImageConfig(ImageProcessorConfig, tag="qwen2_5_vl"):
       max_pixels: most pixels of an image after the resize.
       video_min_pixels: least pixels of a video frame after the resize.
       video_max_pixels: most pixels of a video frame after the resize.
-      fps: frames a second of a video given as a list of frames.
+      fps: frames a second: taken of a video file, and assumed of a list of frames that does not say its own.
       resample: Pillow's number of the filter; 3 is bicubic.
       resize: False takes images as they are; their sides must then be whole merged patches.
       no_videos: why videos are refused; empty if they are not.
@@ -66,6 +68,16 @@ class QwenImageConfig(ImageProcessorConfig, tag="qwen2_5_vl"):
         bounds = {**dict.fromkeys(pixels, "[1, inf)"), "fps": "(0, inf)", "resample": "[0, 5]"}
         check_fields(self, "processor.image.", bounds)
 
+    def sampling(self) -> Sampling:
+        """Return the rule of qwen-vl-utils at ``fps``."""
+        return Sampling(fps=self.fps)
+
+    def for_video(self, frames: int, fps: float, *, is_resized: bool) -> QwenImageConfig:
+        """Return the settings with the video's rate, and with less for each frame the more frames there are."""
+        _, most = FramePixels(self.video_min_pixels, self.video_max_pixels).limits(frames)
+        resize = self.resize and not is_resized
+        return dataclasses.replace(self, fps=fps, video_max_pixels=int(most), resize=resize)
+
     def build(self, model: VLMConfig) -> QwenImageProcessor:
         """Return the image processor of a model."""
         return QwenImageProcessor(model, self)
@@ -93,6 +105,13 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         new_height = math.ceil(height * beta / factor) * factor
         new_width = math.ceil(width * beta / factor) * factor
     return new_height, new_width
+
+
+def _frame_size(limits: QwenImageConfig, factor: int, frames: int, width: int, height: int) -> tuple[int, int]:
+    """(width, height) of each of so many frames after the resize."""
+    limits = limits.for_video(frames, limits.fps, is_resized=False)
+    height, width = smart_resize(height, width, factor, limits.video_min_pixels, limits.video_max_pixels)
+    return width, height
 
 
 def window_order(grid: tuple[int, int, int], window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -155,6 +174,10 @@ class QwenImageProcessor:
         seconds = self.config.temporal_patch_size / limits.fps
         step = seconds * self.config.tokens_per_second
         return self._media(frames, limits, (limits.video_min_pixels, limits.video_max_pixels), step)
+
+    def frame_size(self, limits: QwenImageConfig) -> SizeRule | None:
+        """Return the resize of qwen-vl-utils."""
+        return functools.partial(_frame_size, limits, self.factor) if limits.resize else None
 
     def max_image_patches(self, limits: QwenImageConfig) -> int | None:
         """Return the patches of the largest image that the resize gives; a temporal patch counts as one image."""

@@ -64,6 +64,10 @@ class ToyImageProcessor:
         """Refuse videos."""
         raise UserError("this model takes no videos")
 
+    def frame_size(self, config: ToyImageConfig) -> None:
+        """Return nothing: there are no videos."""
+        return None
+
     def max_image_patches(self, config: ToyImageConfig) -> int:
         """Return the patches of any image."""
         return config.grid**2

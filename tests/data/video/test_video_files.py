@@ -1,0 +1,133 @@
+"""Video files in examples: their frames, and the ids that follow from their times."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from jvlm.data import embedding
+from jvlm.data.check import check
+from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.examples import parse_example
+from jvlm.data.shrink import shrink
+from jvlm.data.video.reader import VideoReader
+from jvlm.data.video.sampling import Sampling
+from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig
+
+WIDTH, HEIGHT = 84, 56
+LIMITS = {"video_min_pixels": 784, "video_max_pixels": 8 * 784}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a clip of 2 s, 25 frames a second."""
+    folder = tmp_path_factory.mktemp("videos")
+    with av.open(str(folder / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for number in range(50):
+            image = np.full((HEIGHT, WIDTH, 3), 20 + 4 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    return folder
+
+
+def example(*videos, **settings):
+    messages = [{"role": "user", "content": "<video>" * len(videos) + "?"}, {"role": "assistant", "content": "a cat"}]
+    return {"messages": messages, "videos": list(videos), "chat_template_kwargs": {**LIMITS, **settings}}
+
+
+def encode(tiny, folder, *videos, **settings):
+    return tiny.processor.encode(parse_example(example(*videos, **settings), Origin(str(folder / "a.jsonl"), 1)))
+
+
+def steps(encoded) -> list[int]:
+    """How far M-RoPE's time goes from one temporal patch to the next."""
+    return np.diff(np.unique(encoded.positions[encoded.vision_index >= 0, 0])).tolist()
+
+
+def test_a_file_is_the_same_as_its_frames(tiny, folder):
+    with VideoReader() as reader:
+        read = reader.read(folder / "a.mp4", Sampling(fps=2.0))
+    assert (len(read.frames), read.fps) == (4, 2.0)
+    frames = [Image.fromarray(frame) for frame in read.frames]
+    by_file, by_frames = (encode(tiny, folder, video) for video in ("a.mp4", frames))
+    for name in ("tokens", "positions", "patches", "vision_index"):
+        np.testing.assert_array_equal(getattr(by_file, name), getattr(by_frames, name))
+    contents = encode(tiny, folder, (folder / "a.mp4").read_bytes())
+    np.testing.assert_array_equal(contents.patches, by_file.patches)
+
+
+def test_each_video_has_the_times_of_its_own(tiny, folder):
+    # two tokens a second: a patch of two frames at 1 a second is two seconds
+    assert steps(encode(tiny, folder, "a.mp4")) == [2]
+    assert steps(encode(tiny, folder, "a.mp4", fps=4.0)) == [1, 1, 1]
+    assert steps(encode(tiny, folder, {"video": "a.mp4", "fps": 4})) == [1, 1, 1]
+    assert steps(encode(tiny, folder, {"video": "a.mp4", "num_frames": 4, "end": 1.0})) == [1]
+    frames = [Image.new("RGB", (WIDTH, HEIGHT))] * 6
+    assert steps(encode(tiny, folder, {"video": frames, "fps": 0.5})) == [8, 8]
+    assert steps(encode(tiny, folder, frames)) == [2, 2]
+    both = encode(tiny, folder, {"video": frames, "fps": 0.5}, {"video": "a.mp4", "fps": 4})
+    times = both.positions[:, 0][both.vision_index >= 0]
+    assert np.diff(np.unique(times)).tolist()[:2] == [8, 8]
+    assert np.diff(np.unique(times)).tolist()[-3:] == [1, 1, 1]
+
+
+def test_frames_are_as_large_as_qwen_vl_utils_makes_them(tiny):
+    config = QwenImageConfig()
+    size = tiny.processor.image_processor.frame_size(config)
+    # tests/golden/video: vtest.avi at 2 and 4 a second, bikes.mp4, tree.avi
+    assert size(158, 768, 576) == size(318, 768, 576) == (756, 588)
+    assert size(20, 640, 272) == (644, 280)
+    assert size(58, 320, 240) == (392, 280)
+    # 0.9 x 128,000 tokens for 384 pairs are 300 each
+    assert size(768, 1920, 1080) == (644, 336)
+    assert config.for_video(768, 2.0, is_resized=False).video_max_pixels == 300 * 784
+
+
+def test_frames_are_resized_once(tiny, folder):
+    """Also where what the rule gives is not a fixed point of it: a thin frame is enlarged beyond the limit."""
+    limits = {"video_min_pixels": 9 * 784, "video_max_pixels": 9 * 784}
+    encoded = encode(tiny, folder, "a.mp4", **limits)
+    size = tiny.processor.image_processor.frame_size(QwenImageConfig(**limits))
+    assert encoded.sizes[0].resized == size(4, WIDTH, HEIGHT)
+
+
+def test_a_video_is_made_smaller_until_it_fits(tiny, folder):
+    parsed = parse_example(example("a.mp4"), Origin(str(folder / "a.jsonl"), 1))
+    whole = tiny.processor.encode(parsed)
+    small = shrink(tiny.processor, parsed, lambda one: one.num_patches < whole.num_patches)
+    assert small.num_patches < whole.num_patches
+    assert steps(small) == steps(whole)
+
+
+def test_a_shard_has_the_file(tiny, folder):
+    given = example("a.mp4", {"video": "a.mp4", "fps": 4})
+    embedded = embedding.embed(given, Origin("elsewhere.jsonl", 1), (str(folder),))
+    encoded = tiny.processor.encode(embedded)
+    np.testing.assert_array_equal(encoded.patches, encode(tiny, folder, *given["videos"]).patches)
+
+
+def test_a_bad_file_is_an_error_of_its_example(tiny, folder):
+    (folder / "bad.mp4").write_bytes(b"no video")
+    Image.new("RGB", (60, 60)).save(folder / "still.png")
+    for video, problem in (
+        ("bad.mp4", "Invalid data"),
+        ("none.mp4", "file not found"),
+        ("still.png", "still image"),
+        ({"video": "a.mp4", "start": 7.0}, "no two frames"),
+    ):
+        with pytest.raises(ExampleError, match=rf"a\.jsonl, line 1, field 'videos\[1\]': .*{problem}"):
+            encode(tiny, folder, "a.mp4", video)
+
+
+def test_a_check_without_a_model_decodes_files(folder):
+    (folder / "bad.avi").write_bytes(b"no video")
+    lines = (json.dumps(example(name)) for name in ("a.mp4", "bad.avi"))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    report = check([str(folder / "data.jsonl")], None)
+    assert report.examples == 2
+    assert "bad.avi cannot be used" in str(report)
