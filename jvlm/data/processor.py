@@ -38,7 +38,7 @@ from jvlm.data.images import open_image
 from jvlm.data.packing import Example
 from jvlm.data.template import ChatTemplate
 from jvlm.data.turns import without_answer
-from jvlm.data.video.reader import shared_reader
+from jvlm.data.video.reader import VideoSupportError, shared_reader
 from jvlm.errors import UserError
 from jvlm.models.packed_batch import PackedBatch
 
@@ -157,7 +157,10 @@ class Processor:
           ExampleError: what can be wrong with data: the form of the example; an image that is not there or cannot be
             decoded; image settings or sizes that the image processor refuses (any `UserError`); whatever a chat
             template raises; text that cannot be told from control tokens; tokens without a row in the embedding
-            table. Every other exception is a fault of the program, and leaves this function as it is.
+            table.
+          VideoSupportError: an example with a video file, where none can be decoded.
+
+        Every other exception is a fault of the program, and leaves this function as it is.
         """
         parsed = parse_example(example)
         origin = parsed.origin
@@ -171,7 +174,7 @@ class Processor:
                 fix = f"Leave the token out, or let the table grow: {vocabulary.GROW}"
                 raise ExampleError(origin, "messages", problem, fix)
             return self._expand(tokens, media, parsed)
-        except ExampleError:
+        except (ExampleError, VideoSupportError):
             raise
         except UserError as error:
             raise ExampleError(origin, "messages", str(error), "Correct the example") from error

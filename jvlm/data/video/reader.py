@@ -56,6 +56,10 @@ class VideoFrames:
         return FRAMES_PER_PATCH / self.fps
 
 
+class VideoSupportError(UserError):
+    """No video can be decoded in this installation or process, whatever the example."""
+
+
 class VideoReader:
     """Reads videos. Use it as a context manager, or call `close`.
 
@@ -67,7 +71,7 @@ class VideoReader:
         90 % of the duration.
 
     Raises:
-      UserError: PyAV or pebble is not installed; in a process that may start no others.
+      VideoSupportError: PyAV or pebble is not installed; this process may start no others.
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class VideoReader:
         if on_damaged not in get_args(OnDamaged):
             raise UserError(f"on_damaged {on_damaged!r} is unknown. Use one of {', '.join(get_args(OnDamaged))}")
         if multiprocessing.current_process().daemon:
-            raise UserError(
+            raise VideoSupportError(
                 "videos are decoded in processes, which a worker process cannot start. Set data.worker_processes 0"
             )
         pebble = _required("pebble")
@@ -193,7 +197,7 @@ def _reader_of(pid: int) -> VideoReader:
 
 
 def shared_reader() -> VideoReader:
-    """Return the reader that everything in this process shares. Raises UserError as `VideoReader`."""
+    """Return the reader that everything in this process shares. Raises VideoSupportError."""
     with _LOCK:
         return _reader_of(os.getpid())  # a forked process has none of its parent's processes
 
@@ -202,4 +206,4 @@ def _required(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"videos need {name}: pip install 'jvlm[video]'") from error
+        raise VideoSupportError(f"videos need {name}: pip install 'jvlm[video]'") from error

@@ -34,8 +34,8 @@ class Sampling:
       num_frames: so many frames, however long the video is, instead of ``fps``; rounded to an even number.
       min_frames, max_frames: limits on the number that ``fps`` gives.
       start, end: part of the video in seconds; None is its beginning, its end.
-      rule: "numbers" spaces frames equally by their numbers, from the first to the last one. "times" takes the frame that
-        is shown at each multiple of 1 / fps. "auto" is "times" where the distance between two frames is over 1.5
+      rule: "numbers" spaces frames equally by their numbers, from the first to the last one. "times" takes the frame
+        that is shown at each multiple of 1 / fps. "auto" is "times" where the distance between two frames is over 1.5
         times the median distance, otherwise "numbers".
     """
 

@@ -1,6 +1,8 @@
 """Video files in examples: their frames, and the ids that follow from their times."""
 
 import json
+import multiprocessing
+import sys
 from pathlib import Path
 
 import av
@@ -13,6 +15,7 @@ from jvlm.data.check import check
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.examples import parse_example
 from jvlm.data.shrink import shrink
+from jvlm.data.video import reader
 from jvlm.data.video.reader import VideoReader
 from jvlm.data.video.sampling import Sampling
 from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig
@@ -50,8 +53,8 @@ def steps(encoded) -> list[int]:
 
 
 def test_a_file_is_the_same_as_its_frames(tiny, folder):
-    with VideoReader() as reader:
-        read = reader.read(folder / "a.mp4", Sampling(fps=2.0))
+    with VideoReader() as decoder:
+        read = decoder.read(folder / "a.mp4", Sampling(fps=2.0))
     assert (len(read.frames), read.fps) == (4, 2.0)
     frames = [Image.fromarray(frame) for frame in read.frames]
     by_file, by_frames = (encode(tiny, folder, video) for video in ("a.mp4", frames))
@@ -131,3 +134,17 @@ def test_a_check_without_a_model_decodes_files(folder):
     report = check([str(folder / "data.jsonl")], None)
     assert report.examples == 2
     assert "bad.avi cannot be used" in str(report)
+
+
+def test_without_a_decoder_the_run_ends_instead_of_leaving_videos_out(tiny, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.setattr(reader, "_reader_of", reader._reader_of.__wrapped__)
+    with pytest.raises(reader.VideoSupportError, match=r"videos need av: pip install 'jvlm\[video\]'"):
+        encode(tiny, folder, "a.mp4")
+
+
+def test_a_worker_process_says_that_it_cannot_decode(tiny, folder, monkeypatch):
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    monkeypatch.setattr(reader, "_reader_of", reader._reader_of.__wrapped__)
+    with pytest.raises(reader.VideoSupportError, match=r"Set data\.worker_processes 0"):
+        encode(tiny, folder, "a.mp4")
