@@ -54,6 +54,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "a_folder.jsonl").mkdir()
     (tmp_path / "examples.csv").write_text("a,b\n")
+    (tmp_path / "examples.xlsx").write_text("a,b\n")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     (tmp_path / "config.py").write_text(CONFIG.format("pass", "return Experiment(name='a', init_from='gone')"))
@@ -100,7 +101,7 @@ MISTAKES = {
     "check of nothing": (("data", "check", "gone.jsonl"), "no data file matches 'gone.jsonl'"),
     "check of an empty file": (("data", "check", "empty.jsonl"), "empty.jsonl: empty, 0 bytes"),
     "check of a folder": (("data", "check", "a_folder.jsonl"), "a_folder.jsonl: a folder"),
-    "check of another kind": (("data", "check", "examples.csv"), "examples.csv: examples are read from *.jsonl"),
+    "check of another kind": (("data", "check", "examples.xlsx"), "examples.xlsx: examples are read from *.jsonl"),
     "a list that is a folder": (("data", "check", "examples.jsonl", "--output", "taken"), "taken: a folder"),
     "a list that cannot be": (
         ("data", "check", "examples.jsonl", "--output", "examples.csv/list.jsonl"),

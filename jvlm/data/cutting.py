@@ -58,7 +58,8 @@ def split(example: Example, limits: Limits, beginning: Beginning) -> list[Exampl
 def window(example: Example, limits: Limits, beginning: Beginning, bonus: float, rng: np.random.Generator) -> Example:
     """Return the part of a document that fits from a random piece on; the document if it fits as it is.
 
-    No window begins behind the first that reaches the end. Nothing is drawn for a document that fits.
+    No window begins behind the first that reaches the end, nor where only media would fit, which alone have no loss.
+    Nothing is drawn for a document that fits.
 
     Args:
       bonus: added to the weight, 1, of a piece that is an image or video or has one behind it.
@@ -66,13 +67,15 @@ def window(example: Example, limits: Limits, beginning: Beginning, bonus: float,
     cuts = _Cuts(example, limits, beginning)
     if cuts.end(0) == example.length:
         return cuts.part(0, example.length)
-    starts, weights = [], []
+    starts, weights = [0], [0.0]  # a document that nowhere has text in a window begins where it begins
     for start in cuts.starts():
-        starts.append(start)
-        weights.append(1 + bonus * cuts.is_before_image(start))
-        if cuts.end(start) == example.length:
+        end = cuts.end(start)
+        if example.loss_weights[start:end].any():
+            starts.append(start)
+            weights.append(1 + bonus * cuts.is_before_image(start))
+        if end == example.length:
             break
-    start = starts[_drawn(weights, rng)]
+    start = starts[_drawn(weights, rng)] if len(starts) > 1 else 0
     return dataclasses.replace(cuts.part(start, cuts.end(start)), records=example.records)
 
 

@@ -19,6 +19,7 @@ from jvlm.inference.sampling import SamplingConfig
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.parallel.rules import AXES
 from jvlm.training import starting_model
+from tests import one_platform  # noqa: F401
 from tests.parallel import models
 
 NEW = 5

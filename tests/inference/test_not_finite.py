@@ -8,6 +8,7 @@ import pytest
 
 import jvlm
 from jvlm import cli
+from jvlm.data.examples import parse_example
 from jvlm.errors import UserError
 from jvlm.evaluation import score
 from jvlm.inference.batch_file import generate_file
@@ -61,7 +62,7 @@ DOORS = {
     "stream": lambda m, p, _: list(stream(m, p, EXAMPLE)),
     "batch file": _batch_file,
     "chat": _chat,
-    "scores": lambda m, p, _: score.ask(m, p, [score.parse_example(EXAMPLE)]),
+    "scores": lambda m, p, _: score.ask(m, p, [parse_example(EXAMPLE)]),
 }
 
 

@@ -21,7 +21,6 @@ from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, OptimizerConfig
-from tests import one_platform  # noqa: F401
 
 SEQUENCES, TOKENS = 8, 128
 PATCHES = {"qwen2_5_vl": 256, "idefics2": 256, "mm1_5": 17 * 8}

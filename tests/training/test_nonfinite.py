@@ -96,7 +96,7 @@ def test_among_the_conversations_of_a_batch_replay_names_only_the_guilty_one(tmp
     with pytest.raises(nonfinite.Diverged, match="1 steps in a row") as stopped:
         runs.train(_one_to_an_example(tmp_path, heavy, *options))
     assert cli.main(["replay", str(stopped.value).rpartition(" ")[2]]) == 0
-    named = [line for line in capsys.readouterr().out.splitlines() if "heavy.jsonl" in line]
+    named = [line for line in capsys.readouterr().out.splitlines() if "heavy.jsonl, line" in line]
     assert len(named) == 1
     assert "line 8: loss" in named[0]
 
