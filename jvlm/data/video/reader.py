@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Literal, get_args
@@ -176,9 +177,13 @@ class VideoReader:
 
     def _call(self, seconds: float, task: Callable, *arguments: Any) -> Any:
         """The result of a task in a process. Raises UserError where it does not come to an end."""
-        future = self._pool.schedule(task, args=arguments, timeout=seconds)
         try:
-            return future.result()
+            return self._pool.schedule(task, args=arguments, timeout=seconds).result()
+        except BrokenProcessPool as error:
+            raise VideoSupportError(
+                "the processes that decode videos do not start. In a script of your own, put what it does under "
+                "if __name__ == '__main__'"
+            ) from error
         except concurrent.futures.TimeoutError as error:
             raise UserError(f"decoding took longer than {seconds:g} s") from error
         except self._expired as error:

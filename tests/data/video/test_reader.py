@@ -1,6 +1,7 @@
 """Frames of clips that are made here: the grey of frame n is 20 + 4 n, so that a frame says which one it is."""
 
 import io
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -244,3 +245,14 @@ def test_the_extra_is_named(monkeypatch, name):
 def test_on_damaged_is_checked():
     with pytest.raises(UserError, match="on_damaged 'skip'"):
         VideoReader(on_damaged="skip")
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path, plain):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from jvlm.data.video.reader import VideoReader\n"
+        f"with VideoReader() as reader:\n    reader.read({str(plain)!r})\n"
+    )
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "VideoSupportError: the processes that decode videos do not start." in ended.stderr
