@@ -12,8 +12,10 @@ from PIL import Image
 
 from jvlm.data import embedding
 from jvlm.data.check import check
+from jvlm.data.config import DataConfig
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.examples import parse_example
+from jvlm.data.pipeline import training_data
 from jvlm.data.shrink import shrink
 from jvlm.data.video import reader
 from jvlm.data.video.reader import VideoReader
@@ -148,3 +150,15 @@ def test_a_worker_process_says_that_it_cannot_decode(tiny, folder, monkeypatch):
     monkeypatch.setattr(reader, "_reader_of", reader._reader_of.__wrapped__)
     with pytest.raises(reader.VideoSupportError, match=r"Set data\.worker_processes 0"):
         encode(tiny, folder, "a.mp4")
+
+
+def test_training_packs_videos_read_by_several_threads(tiny, folder):
+    lines = [json.dumps(example({"video": "a.mp4", "fps": 2 + 2 * (n % 2)})) for n in range(6)]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    data = DataConfig(
+        train=(str(folder / "train.jsonl"),), batch_size=1, seq_len=128, max_patches=512, max_image_patches=128
+    )
+    batches = list(training_data(tiny.processor, data, seed=0, epochs=1)[0])
+    whole = [encode(tiny, folder, *json.loads(line)["videos"]) for line in lines]
+    patches = sum(int((batch.batch.patch_segment_ids > 0).sum()) for batch in batches)
+    assert patches == sum(one.num_patches for one in whole) > 0
