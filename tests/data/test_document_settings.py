@@ -19,19 +19,8 @@ from jvlm.data.joining import joined
 from jvlm.errors import UserError
 from jvlm.weights import hf
 from tests import idefics2
+from tests.data.document_blocks import image, page, words
 from tests.support import Tiny, picture
-
-
-def words(text):
-    return {"type": "text", "text": text}
-
-
-def image(seed=0, size=(56, 56)):
-    return {"type": "image", "image": picture(*size, seed)}
-
-
-def page(*blocks, **fields):
-    return {"document": list(blocks), **fields}
 
 
 def encoded(tiny, record, rng=None, **fields):

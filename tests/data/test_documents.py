@@ -26,21 +26,10 @@ from jvlm.models.encoders.vit import ViTConfig
 from jvlm.models.vlm import VLMConfig
 from jvlm.weights import hf
 from tests import idefics2
+from tests.data.document_blocks import image, page, words
 from tests.support import Tiny, image_processor, picture, token_ids
 
 START, PAD, STOP = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
-
-
-def words(text):
-    return {"type": "text", "text": text}
-
-
-def image(seed=0, size=(56, 56)):
-    return {"type": "image", "image": picture(*size, seed)}
-
-
-def page(*blocks, **fields):
-    return {"document": list(blocks), **fields}
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["whole", "split"])

@@ -38,7 +38,7 @@ class Span:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class ShownImage:
     """An image as a JPEG, stretched over ``width`` x ``height``: what the encoder sees, and where regions are."""
 
     name: str
@@ -64,7 +64,7 @@ class Sample:
     why: str
     facts: str
     spans: tuple[Span, ...]
-    pictures: tuple[Picture, ...]
+    pictures: tuple[ShownImage, ...]
     left_out: str
 
 
@@ -134,7 +134,7 @@ def _spans(processor: Processor, example: Example, count: int) -> tuple[Span, ..
 
 def _pictures(
     processor: Processor, parsed: Conversation | Document, sizes: tuple[Sizes, ...]
-) -> tuple[tuple[Picture, ...], int]:
+) -> tuple[tuple[ShownImage, ...], int]:
     """(images and frames to show, how many more there are); of a truncated example those that are left."""
     pictures, count = [], 0
     opened = processor.with_open_media(parsed)
@@ -157,9 +157,9 @@ def _name(part: Image | Video, number: int, size: Sizes) -> str:
     return f"{what} {number}: {width} x {height} to {new_width} x {new_height}"
 
 
-def _picture(name: str, image: PIL.Image.Image, size: Sizes, regions: list[Region]) -> Picture:
+def _picture(name: str, image: PIL.Image.Image, size: Sizes, regions: list[Region]) -> ShownImage:
     width, height = size.resized
     uri = thumbnail(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
     boxes = tuple(region for region in regions if isinstance(region, Box))
     points = tuple(region for region in regions if isinstance(region, Point))
-    return Picture(name, uri, width, height, boxes, points)
+    return ShownImage(name, uri, width, height, boxes, points)
