@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import multiprocessing
 import re
 import unicodedata
 from collections.abc import Sequence
-from types import TracebackType
 
+from jvlm.killable_pool import KillablePool
 from jvlm.scoring import math_worker
 from jvlm.scoring.answers import answer
 from jvlm.scoring.extras import require
@@ -25,7 +24,7 @@ LONGEST = 300  # characters of an answer; longer ones are no results
 _TASKS = 100  # of a process, after which it is replaced: sympy's caches grow
 
 
-class MathVerifier:
+class MathVerifier(KillablePool):
     """Compares answers with references, many at a time. Use it as a context manager, or call `close`.
 
     Args:
@@ -40,25 +39,8 @@ class MathVerifier:
     def __init__(self, workers: int = 2, *, seconds: float = 5.0, memory: int = 2 * GIB):
         require("math_verify")
         self.seconds = seconds
-        self._pool = require("pebble").ProcessPool(
-            max_workers=workers,
-            max_tasks=_TASKS,
-            initializer=math_worker.begin,
-            initargs=(memory,),
-            context=multiprocessing.get_context("spawn"),
-        )
+        super().__init__(require("pebble"), workers, _TASKS, math_worker.begin, (memory,))
         self._equal = functools.lru_cache(100_000)(self._schedule)
-
-    def __enter__(self) -> MathVerifier:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop the processes."""
-        self._pool.stop()
-        self._pool.join()
 
     def __call__(self, text: str, gold: str, *, thinking_opened: bool = False) -> Score:
         """Return the score of one answer."""

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -24,6 +24,7 @@ from jvlm.data.video import decoding
 from jvlm.data.video.decoding import Decoded, Timeline
 from jvlm.data.video.sampling import FRAMES_PER_PATCH, Sampling, SizeRule, sample
 from jvlm.errors import UserError
+from jvlm.killable_pool import KillablePool
 
 OnDamaged = Literal["error", "keep"]
 _LEAST_SHARE = 0.9  # of a damaged video's duration that must be readable
@@ -61,7 +62,7 @@ class VideoSupportError(UserError):
     """No video can be decoded in this installation or process, whatever the example."""
 
 
-class VideoReader:
+class VideoReader(KillablePool):
     """Reads videos. Use it as a context manager, or call `close`.
 
     Args:
@@ -91,25 +92,8 @@ class VideoReader:
             )
         pebble = _required("pebble")
         _required("av")
-        self._expired = pebble.ProcessExpired
+        super().__init__(pebble, workers, _TASKS, decoding.begin)
         self.seconds, self.seconds_per_second, self.on_damaged = seconds, seconds_per_second, on_damaged
-        self._pool = pebble.ProcessPool(
-            max_workers=workers,
-            max_tasks=_TASKS,
-            initializer=decoding.begin,
-            context=multiprocessing.get_context("spawn"),
-        )
-
-    def __enter__(self) -> VideoReader:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop the processes."""
-        self._pool.stop()
-        self._pool.join()
 
     def read(
         self,
