@@ -1,0 +1,87 @@
+"""Sizes and goals of the scheduler."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from jvlm.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """What there is to give out, and how much of it one step may take.
+
+    Attributes:
+      num_pages: pages of the cache, page 0 included, which takes what empty rows write and is given to nobody.
+      page_size: tokens of a page.
+      max_slots: sequences that decode together.
+      max_length: tokens of a sequence, prompt and answer together: the model's positions, or what a page table holds.
+      prefill_chunk_tokens: most tokens of a prefill, of all its chunks together; whole pages.
+      prefill_chunks: most chunks, each of another sequence, in a prefill.
+      feature_slots: vision tokens of the feature pool; 0 for a model without a vision tower.
+      encode_patches: most patches of an encode.
+      encode_tokens: most vision tokens of an encode; None: ``feature_slots``.
+      prefix_cache: keep the pages of past sequences, and share them by content.
+      feature_cache: keep features after their prompts; without it each is forgotten when no prompt needs it.
+      tpot_goal: seconds between tokens that decoding sequences should see while others prefill.
+      max_decode_run: most decode steps between two prefills, however late the goal is.
+      reserve_tokens: most answer tokens that admission counts with.
+      answer_ratio: share of max_tokens that answers are expected to take, before any has ended.
+      prefix_order_below: waiting sequences below which the longest prefix goes first.
+      max_passed: admissions of later sequences after which a waiting one goes first, whatever its priority.
+      max_preemptions: after so many a sequence gets the pages of its whole length at once.
+
+    Raises:
+      UserError: sizes that do not fit one another.
+    """
+
+    num_pages: int
+    page_size: int
+    max_slots: int
+    max_length: int
+    prefill_chunk_tokens: int = 1024
+    prefill_chunks: int = 8
+    feature_slots: int = 0
+    encode_patches: int = 0
+    encode_tokens: int | None = None
+    prefix_cache: bool = True
+    feature_cache: bool = True
+    tpot_goal: float = 0.05
+    max_decode_run: int = 8
+    reserve_tokens: int = 4096
+    answer_ratio: float = 0.4
+    prefix_order_below: int = 128
+    max_passed: int = 64
+    max_preemptions: int = 3
+
+    def __post_init__(self):
+        for name, least in (("num_pages", 2), ("page_size", 1), ("max_slots", 1), ("max_length", 2)):
+            self._at_least(name, least)
+        for name in ("prefill_chunk_tokens", "prefill_chunks", "max_decode_run", "reserve_tokens"):
+            self._at_least(name, 1)
+        if self.prefill_chunk_tokens % self.page_size:
+            raise UserError(
+                f"prefill_chunk_tokens is {self.prefill_chunk_tokens}; it must be whole pages of {self.page_size}"
+            )
+        if not 0 < self.answer_ratio <= 1:
+            raise UserError(f"answer_ratio is {self.answer_ratio}; it must be above 0 and at most 1")
+        if not 0 < self.tpot_goal < math.inf:
+            raise UserError(f"tpot_goal is {self.tpot_goal}; it must be a positive number of seconds")
+
+    def _at_least(self, name: str, least: int) -> None:
+        if getattr(self, name) < least:
+            raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+    @property
+    def capacity(self) -> int:
+        """Return the most tokens whose keys and values one sequence can keep."""
+        return min(self.max_length, (self.num_pages - 1) * self.page_size)
+
+    def pages(self, tokens: int) -> int:
+        """Return how many pages hold so many tokens."""
+        return -(-tokens // self.page_size)
+
+    def table_width(self) -> int:
+        """Return the length of a row of the page table."""
+        return self.pages(self.capacity)
