@@ -270,8 +270,8 @@ def line(r: dict[str, Any]) -> str:
 
 MEASURES = {
     "prefill": prefill,
-    "decode-1": functools.partial(decode, examples=1),
-    "decode-8": functools.partial(decode, examples=8),
+    "decode-1": functools.partial(decode, records=1),
+    "decode-8": functools.partial(decode, records=8),
     "train": train,
 }
 
