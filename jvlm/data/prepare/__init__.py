@@ -1,0 +1,1 @@
+"""Preparing data before training: duplicates, contamination, filters, rendered examples and PDF pages."""
