@@ -294,7 +294,7 @@ def pack(name: str, examples: list[Example], seq_len: int, processor: Processor)
         part = kept[start : start + window]
         rows += [[part[i] for i in row] for row in packing.best_fit_decreasing(part, seq_len, group * seq_len)]
     max_patches = -(-max(sum(e.num_patches for e in row) for row in rows) // 512) * 512
-    batch = packing.assemble(rows, seq_len, max_patches, patch_values=0)
+    batch = packing.assemble(rows, seq_len, max_patches, patch_values=0, position_values=2)
     config = pipeline.DataConfig(seq_len=seq_len, max_patches=max_patches)
     return Sequences(
         name,

@@ -81,7 +81,8 @@ def merge_folder(
         tensors = _MergedSource(opened, adapter, None if dtype == "keep" else np.dtype(dtype), layouts[layout])
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        safetensors_files.write(partial, tensors.tensors(on_tensor), max_shard_bytes)
+        written = safetensors_files.joined(tensors.tensors(on_tensor), tensors.fused)
+        safetensors_files.write(partial, written, max_shard_bytes)
         tensors.check(partial)
         opened.write_sidecars(partial, None if dtype == "keep" else dtype)
         if tensors.untied:
@@ -114,6 +115,7 @@ class _MergedSource:
         self, source: Source, adapter: str | Path | AdapterWeights, dtype: np.dtype | None, rename: Callable[[str], str]
     ):
         self.source, self.dtype, self.rename = source, dtype, rename
+        self.fused = table.hf_format(source.config).fused
         self._base = {(entry.path, entry.layer): entry for entry in source.entries}
         if not isinstance(adapter, AdapterWeights):
             adapter = folders.read(adapter, source.config, self._parameter)
@@ -169,6 +171,7 @@ class _MergedSource:
                 "than their dtype resolves; nothing is written"
             )
         with safetensors_files.Tensors(folder) as tensors:
+            tensors.split(self.fused)
             wrong = [name for name, checksum in self._checksums.items() if _checksum(tensors.read(name)) != checksum]
         if wrong:
             raise WeightError(f"{folder}: {len(wrong)} tensors were not read back as written: {', '.join(wrong)}")

@@ -12,7 +12,7 @@ from typing import Literal
 from jvlm.data.boxes import CoordinateSpace, Point, Region, Sizes, region
 from jvlm.data.values import number
 
-FormatName = Literal["json", "qwen_tokens", "ferret", "mm1_5"]
+FormatName = Literal["json", "json_1000", "qwen_tokens", "ferret", "mm1_5"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class BoxFormat:
       floor: cut fractions off instead of rounding them to the nearest whole number.
       box, point: templates over x1, y1, x2, y2 and x, y.
       named: template of an object and its region, over label and region; JSON has none, it is a list of objects.
+      largest: number of thousandths that is written, where these are the space.
     """
 
     space: CoordinateSpace
@@ -31,13 +32,16 @@ class BoxFormat:
     box: str
     point: str
     named: str | None
+    largest: int = 999
 
 
-# Literal forms: MiMo-VL and Qwen2.5-VL (absolute pixels of the resized image), Qwen-VL's own tokens (the same pixels
+# Literal forms: MiMo-VL and Qwen2.5-VL (absolute pixels of the resized image), Qwen3-VL (the same, but thousandths from
+# 0 to 1000), Qwen-VL's own tokens (the same pixels
 # for Qwen2.5-VL; Qwen2-VL uses them with norm1000), Ferret (vocabulary 1000, truncated, plain digits), and what
 # readers of the MM1.5 paper report, which does not publish its own.
 FORMATS: dict[FormatName, BoxFormat] = {
     "json": BoxFormat("resized", False, "[{x1}, {y1}, {x2}, {y2}]", "[{x}, {y}]", None),
+    "json_1000": BoxFormat("norm1000", False, "[{x1}, {y1}, {x2}, {y2}]", "[{x}, {y}]", None, largest=1000),
     "qwen_tokens": BoxFormat(
         "resized",
         False,
@@ -69,18 +73,18 @@ def render(
     """
     style = FORMATS[form]
     space = space or style.space
-    values = [_number(v, space, style.floor) for v in region.to(space, sizes).values]
+    values = [_number(v, space, style) for v in region.to(space, sizes).values]
     names = ("x", "y") if isinstance(region, Point) else ("x1", "y1", "x2", "y2")
     template = style.point if isinstance(region, Point) else style.box
     return template.format(**dict(zip(names, values, strict=True)))
 
 
-def _number(value: float, space: CoordinateSpace, floor: bool) -> str:
+def _number(value: float, space: CoordinateSpace, style: BoxFormat) -> str:
     if space == "norm1":
         return f"{value:.3f}"
     # a whole number that arithmetic has brought a hair below itself must not fall into the bin before
-    whole = math.floor(value + 1e-6) if floor else round(value)
-    return str(min(max(whole, 0), 999) if space == "norm1000" else whole)
+    whole = math.floor(value + 1e-6) if style.floor else round(value)
+    return str(min(max(whole, 0), style.largest) if space == "norm1000" else whole)
 
 
 def render_named(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from jvlm.data.box_formats import FormatName
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatFormat:
@@ -19,6 +21,7 @@ class ChatFormat:
       special_tokens: the tokenizer adds its own (a beginning of text) to what the template writes.
       space_after_image: a space is put between an image and a word that follows at once.
       stops: tokens that end a turn, beside the end of text.
+      box_format: how the family's models were taught to write boxes and points.
     """
 
     template: str
@@ -31,3 +34,4 @@ class ChatFormat:
     special_tokens: bool = False
     space_after_image: bool = False
     stops: tuple[str, ...] = ()
+    box_format: FormatName = "json"

@@ -59,6 +59,7 @@ class Video:
       file: path or contents of a video file, from which frames are sampled; None where the frames are given.
       sampling: fields of `jvlm.data.video.sampling.Sampling` that the example sets for the file, as (name, value).
       fps: frames a second of ``frames``; None where nothing says it.
+      times: of the frames, in seconds from the first one of the file; None where nothing says them.
       resized_for: settings of the image processor by which the frames have their size already; None if there are none.
     """
 
@@ -68,6 +69,7 @@ class Video:
     file: Any = None
     sampling: tuple[tuple[str, Any], ...] = ()
     fps: float | None = None
+    times: tuple[float, ...] | None = None
     resized_for: Any = None
 
 
@@ -215,6 +217,14 @@ class Conversation(_OfParts):
         """Return the conversation with every part of every message changed."""
         return dataclasses.replace(self, messages=tuple(message.map(change) for message in self.messages))
 
+    def expanded(self, change: Callable[[Part], tuple[Part, ...]]) -> Conversation:
+        """Return the conversation with others in the place of every part of every message."""
+        messages = (
+            dataclasses.replace(message, content=tuple(new for part in message.content for new in change(part)))
+            for message in self.messages
+        )
+        return dataclasses.replace(self, messages=tuple(messages))
+
 
 @dataclasses.dataclass(frozen=True)
 class Document(_OfParts):
@@ -253,6 +263,10 @@ class Document(_OfParts):
     def map(self, change: Callable[[Part], Part]) -> Document:
         """Return the document with every piece changed."""
         return dataclasses.replace(self, content=tuple(map(change, self.content)))
+
+    def expanded(self, change: Callable[[Part], tuple[Part, ...]]) -> Document:
+        """Return the document with others in the place of every piece."""
+        return dataclasses.replace(self, content=tuple(new for part in self.content for new in change(part)))
 
 
 Parsed = TypeVar("Parsed", Conversation, Document)

@@ -138,12 +138,15 @@ class MediaPatches:
       patches: uint8 [n, c] in the order the encoder wants them.
       segment_ids: int32 [n], from 1, contiguous and ascending: the image, tile, crop or video frame of each patch.
       window_ids: int32 [n], from 1, contiguous and ascending: the attention window of each patch.
-      positions: int32 [n, 2], (h, w) in patches within the segment, or in the encoder's position table.
+      positions: int32 [n, `EncoderConfig.position_values`], (h, w) in patches within the segment, or in the encoder's
+        position table; then what else of the place the encoder reads.
       token_segment_ids: int32 [f], the segment of each vision token, ascending.
       vision_index: int32 [t], which vision token feeds each of the text tokens.
       token_pattern: what stands in the text for the image or video: strings, which are tokenized as they are, and
         numbers, for so many of the t tokens; empty is all of them in one run.
-      grid: (t, h, w) of one run of tokens, for M-RoPE; None has text's positions.
+      leading_text: words that belong to the text before the placeholder, and are tokenized with it: the time of the
+        first frames of a video.
+      grid: (t, h, w) of each run of tokens, for M-RoPE; None has text's positions.
       temporal_step: M-RoPE distance between temporal patches (seconds x tokens per second); 0 for an image.
       original, resized: (width, height) in pixels; boxes are converted from one to the other.
     """
@@ -157,6 +160,7 @@ class MediaPatches:
     original: tuple[int, int]
     resized: tuple[int, int]
     token_pattern: tuple[str | int, ...] = ()
+    leading_text: str = ""
     grid: tuple[int, int, int] | None = None
     temporal_step: float = 0.0
 
@@ -187,8 +191,13 @@ class ImageProcessor(Protocol):
         """Return image ``index`` (from 0) of the ``count`` images of a conversation. Raises UserError for a bad one."""
         ...
 
-    def video(self, frames: Sequence[Image.Image], config: ImageProcessorConfig) -> MediaPatches:
-        """Return a video, given as frames of one size. Raises UserError for one it cannot take."""
+    def video(
+        self, frames: Sequence[Image.Image], config: ImageProcessorConfig, times: Sequence[float] | None = None
+    ) -> MediaPatches:
+        """Return a video, given as frames of one size. Raises UserError for one it cannot take.
+
+        ``times`` are the frames' in seconds from the first of the file; None where nothing says them.
+        """
         ...
 
     def frame_size(self, config: ImageProcessorConfig) -> SizeRule | None:

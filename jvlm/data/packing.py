@@ -67,7 +67,7 @@ class Example:
         return int(np.bincount(self.patch_segment_ids).max()) if self.num_patches else 0
 
 
-def join_media(media: Sequence[MediaPatches], patch_values: int) -> dict[str, np.ndarray]:
+def join_media(media: Sequence[MediaPatches], patch_values: int, position_values: int) -> dict[str, np.ndarray]:
     """The patch arrays of an `Example` from its media in order."""
     segments, windows, patch_segment_ids, patch_window_ids, vision_segment_ids = 0, 0, [], [], []
     for item in media:
@@ -81,7 +81,7 @@ def join_media(media: Sequence[MediaPatches], patch_values: int) -> dict[str, np
         "vision_segment_ids": np.concatenate([none, *vision_segment_ids]),
         "patch_segment_ids": np.concatenate([none, *patch_segment_ids]),
         "patch_window_ids": np.concatenate([none, *patch_window_ids]),
-        "patch_positions": np.concatenate([np.zeros((0, 2), np.int32), *(m.positions for m in media)]),
+        "patch_positions": np.concatenate([np.zeros((0, position_values), np.int32), *(m.positions for m in media)]),
     }
 
 
@@ -231,10 +231,15 @@ def assemble(
     max_patches: int,
     *,
     patch_values: int | None = None,
+    position_values: int | None = None,
     max_segment_length: int | None = None,
     max_image_patches: int | None = None,
 ) -> PackedBatch:
-    """Lay out sequences of examples as one batch. Sequences may be empty; ``patch_values`` is needed if all are.
+    """Lay out sequences of examples as one batch. Sequences may be empty.
+
+    Args:
+      patch_values, position_values: numbers in a flattened patch, and those that say where it is; None takes them
+        from the examples, which must not all be missing then.
 
     Raises:
       ExampleError: an example longer than ``max_segment_length``, or an image of more than ``max_image_patches``.
@@ -244,6 +249,8 @@ def assemble(
         check_fits(example, seq_len, max_patches, max_segment_length, max_image_patches)
     if patch_values is None:
         patch_values = next(e.patches.shape[1] for sequence in sequences for e in sequence)
+    if position_values is None:
+        position_values = next(e.patch_positions.shape[1] for sequence in sequences for e in sequence)
     batch = PackedBatch(
         tokens=np.zeros((B, seq_len), np.int32),
         segment_ids=np.zeros((B, seq_len), np.int32),
@@ -252,7 +259,7 @@ def assemble(
         patches=np.zeros((B, max_patches, patch_values), np.uint8),
         patch_segment_ids=np.zeros((B, max_patches), np.int32),
         patch_window_ids=np.zeros((B, max_patches), np.int32),
-        patch_positions=np.zeros((B, max_patches, 2), np.int32),
+        patch_positions=np.zeros((B, max_patches, position_values), np.int32),
         vision_index=np.full((B, seq_len), -1, np.int32),
         max_segment_length=max_segment_length,
         max_image_patches=max_image_patches,

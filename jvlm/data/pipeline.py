@@ -260,12 +260,14 @@ class PackDataset(grain.IterDataset):
         sequences: int,
         share: Share,
         patch_values: int,
+        position_values: int,
         max_image_patches: int | None,
         epoch: int,
     ):
         super().__init__(parent)
         self.config, self.sequences, self.share, self.epoch = config, sequences, share, epoch
-        self.patch_values, self.max_image_patches = patch_values, max_image_patches
+        self.patch_values, self.position_values = patch_values, position_values
+        self.max_image_patches = max_image_patches
         self.by_source = mixture_of(config).unit == "sequences"
 
     def __iter__(self) -> PackIterator:
@@ -330,6 +332,7 @@ class PackIterator(grain.DatasetIterator):
             config.seq_len,
             config.max_patches,
             patch_values=self.dataset.patch_values,
+            position_values=self.dataset.position_values,
             max_segment_length=config.max_length,
             max_image_patches=self.dataset.max_image_patches,
         )
@@ -411,11 +414,9 @@ def training_data(
     examples = Examples.open(config) if examples is None else examples
     draws = Draws(examples.with_few_shot(config.few_shot, seed), config, seed=seed, passes=epochs)
     encoded = grain.MapDataset.source(draws).map(EncodeDrawn(Encode(processor, config)))
-    values, most = (
-        processor.image_processor.patch_values,
-        image_patch_limit(processor.image_processor, processor.image_config, config),
-    )
-    packed = PackDataset(encoded, config, share.of(config.batch_size), share, values, most, len(draws.examples))
+    values = processor.image_processor.patch_values, processor.model.encoder.position_values
+    most = image_patch_limit(processor.image_processor, processor.image_config, config)
+    packed = PackDataset(encoded, config, share.of(config.batch_size), share, *values, most, len(draws.examples))
     return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.prefetch), draws
 
 

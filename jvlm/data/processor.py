@@ -54,14 +54,14 @@ class ProcessorConfig:
 
     Attributes:
       image: settings of the image processor; None takes the family's.
-      box_format: how boxes and points are written, a name of `jvlm.data.box_formats.FORMATS`.
+      box_format: how boxes and points are written, a name of `jvlm.data.box_formats.FORMATS`; None takes the family's.
       box_space: replaces the space of the format's numbers.
       default_system: replaces the system turn that the template would insert; None leaves it to the template.
       document_end: token that ends a document (an example without turns); None takes the tokenizer's end of text.
     """
 
     image: ImageProcessorConfig | None = None
-    box_format: box_formats.FormatName = "json"
+    box_format: box_formats.FormatName | None = None
     box_space: CoordinateSpace | None = None
     default_system: str | None = None
     document_end: str | None = None
@@ -90,7 +90,8 @@ class Processor:
         self.model = model
         self.family = families.get(model.family)
         self.image_config = config.image or self.family.image_config
-        self.config = dataclasses.replace(config, image=self.image_config)
+        box_format = config.box_format or self.chat_format.box_format
+        self.config = dataclasses.replace(config, image=self.image_config, box_format=box_format)
         self.image_processor = self.image_config.build(model)
         self.media_roots = media_roots
         self.generation = generation or {}
@@ -266,7 +267,7 @@ class Processor:
     def _video(self, config: ImageProcessorConfig, part: Video) -> MediaPatches:
         if part.fps is not None:
             config = config.for_video(len(part.frames), part.fps, is_resized=part.resized_for == config)
-        return self.image_processor.video(part.frames, config)
+        return self.image_processor.video(part.frames, config, part.times)
 
     def with_open_media(self, conversation: Parsed) -> Parsed:
         """The example with its images and frames decoded. Raises ExampleError."""
@@ -292,7 +293,13 @@ class Processor:
         video = shared_reader().read(part.file, sampling, size=size, **where)
         frames = tuple(map(PIL.Image.fromarray, video.frames))
         return dataclasses.replace(
-            part, file=None, sampling=(), frames=frames, fps=video.fps, resized_for=None if size is None else config
+            part,
+            file=None,
+            sampling=(),
+            frames=frames,
+            fps=video.fps,
+            times=tuple(video.times),
+            resized_for=None if size is None else config,
         )
 
     def _load(
@@ -312,13 +319,18 @@ class Processor:
             raise ExampleError(origin, field, str(error), "Crop the image, or change its limits") from error
 
     def _fill(self, conversation: Parsed, media: list[MediaPatches]) -> Parsed:
-        """The example with its boxes and names of objects as text."""
+        """The example with its boxes, names of objects, and what comes before images and videos, as text."""
         sizes = {
             part.index: Sizes(patches.original, patches.resized)
             for part, patches in zip(conversation.media, media, strict=True)
             if isinstance(part, Image)
         }
         fields = (f"objects.bbox[{index}]" for index in itertools.count())
+        if any(patches.leading_text for patches in media):
+            leading = iter([Text(patches.leading_text) for patches in media])
+            conversation = conversation.expanded(
+                lambda part: (next(leading), part) if isinstance(part, Image | Video) else (part,)
+            )
 
         def written(part: Part) -> Part:
             if isinstance(part, ObjectName):
@@ -388,7 +400,7 @@ class Processor:
         return Example(
             **arrays,
             positions=self._positions(np.where(arrays["vision_index"] >= 0, arrays["media"], 0), media),
-            **packing.join_media(media, self.image_processor.patch_values),
+            **packing.join_media(media, self.image_processor.patch_values, self.model.encoder.position_values),
             sizes=tuple(Sizes(m.original, m.resized) for m in media),
             origin=conversation.origin,
             is_document=isinstance(conversation, Document),
@@ -415,10 +427,12 @@ class Processor:
         length = len(number)
         if not self.model.decoder.uses_mrope:
             return np.repeat(np.arange(length, dtype=np.int32)[:, None], 3, 1)
+        before = np.concatenate([[0], number[:-1]])
         spans = [
-            mrope.MediaSpan(int(np.argmax(number == n)), item.grid, item.temporal_step)
+            mrope.MediaSpan(int(start), item.grid, item.temporal_step)
             for n, item in enumerate(media, 1)
             if item.grid is not None
+            for start in np.flatnonzero((number == n) & (before != n))  # of each run of its tokens
         ]
         return mrope.mrope_positions(length, spans)
 

@@ -30,6 +30,8 @@ class HFFormat:
       axis_sizes: lengths of the axes that the rules' einops patterns take apart.
       canonical: maps any known spelling of a tensor name to the one of the table; None drops the tensor.
       layouts: spellings for export by name, each a map from the table's name to the stored one. "released" is needed.
+      fused: tensors that hold those of several parameters side by side along their last axis: the end of the stored
+        name to the ends of the table's names, in order.
       pixels: how pixels are resampled and normalised where a folder does not say.
       read_image_config: the folder's processor files, over the settings that jvlm stored there if it did.
       write_image_config: the inverse: name and content of each processor file.
@@ -50,6 +52,7 @@ class HFFormat:
     write_image_config: Callable[[VLMConfig, ImageProcessorConfig], dict[str, dict[str, Any]]]
     unsupported: Callable[[VLMConfig], str | None] = lambda config: None
     tokenizer_classes: tuple[str, ...] = ()
+    fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -226,7 +226,8 @@ def abstract_steps(
     decoder, decoder_leaves = ModuleDef.of(model.decoder, decoding_state(model.decoder))
     banned = np.zeros(config.decoder.vocab_size, bool)  # which ones changes nothing that is compiled
     steps = CompiledSteps(whole, decoder, banned, sharding.check_layout(layout, config))
-    empty = assemble([[]], sizes.prompt_len, sizes.max_patches, patch_values=config.encoder.patch_values)
+    widths = {"patch_values": config.encoder.patch_values, "position_values": config.encoder.position_values}
+    empty = assemble([[]], sizes.prompt_len, sizes.max_patches, **widths)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((sizes.batch_size, *x.shape[1:]), x.dtype), empty)
     batch = jax.tree.map(_at, batch, layout.batch(batch))
     arrays = jax.eval_shape(lambda: SamplingArrays.of(sampling, np.zeros(sizes.batch_size, np.int32)))

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jvlm.errors import UserError
@@ -53,6 +54,9 @@ class DecoderInputs:
       positions: rotary ids (t, h, w) of each token.
       segment_ids: number of the conversation in its sequence, from 1; 0 is padding.
       memory: what else the layers of this decoder read, vision tokens for cross-attention say; its own business.
+      deepstack: for each of the first layers, what is added to the hidden states after it: the vectors of
+        `VisionTokens.deepstack` at the tokens that they feed, 0 at all others; None adds nothing. A part of a prompt
+        needs the part of these that goes with its tokens; a step of decoding, whose tokens are text, needs none.
       max_segment_length: no conversation is longer (static); None where that is not known.
     """
 
@@ -61,12 +65,15 @@ class DecoderInputs:
     segment_ids: Any
     memory: Any = None
     max_segment_length: int | None = dataclasses.field(default=None, metadata={"static": True})
+    deepstack: Any = None
 
     @classmethod
-    def of(cls, embeddings: Float[Array, "B S D"], batch: PackedBatch, memory: Any = None) -> DecoderInputs:
+    def of(
+        cls, embeddings: Float[Array, "B S D"], batch: PackedBatch, memory: Any = None, deepstack: Any = None
+    ) -> DecoderInputs:
         """Return the inputs of a whole pass over a batch."""
         positions, segment_ids = jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids)
-        return cls(embeddings, positions, segment_ids, memory, batch.max_segment_length)
+        return cls(embeddings, positions, segment_ids, memory, batch.max_segment_length, deepstack)
 
 
 @runtime_checkable
@@ -142,6 +149,11 @@ class EncoderConfig(Tagged):
     def work(self, counts: Counts) -> Work:
         """Return the arithmetic of a forward pass. Raises TypeError where it is not declared."""
         raise _undeclared(self)
+
+    @property
+    def position_values(self) -> int:
+        """Numbers that say where a patch is, in `PackedBatch.patch_positions`: (h, w), and more where it is read."""
+        return 2
 
     @property
     def window_patches(self) -> int | None:
@@ -292,6 +304,17 @@ def replace_placeholders(
     index = jnp.asarray(batch.vision_index)
     fed = device_ops.current().gather_vision_tokens(vision.tokens, index)
     return jnp.where((index >= 0)[..., None], fed.astype(embeddings.dtype), embeddings)
+
+
+def deepstack_at_tokens(
+    vision: VisionTokens | None, batch: PackedBatch, dtype: DTypeLike
+) -> Float[Array, "n B S D"] | None:
+    """Return what `DecoderInputs.deepstack` is for these vision tokens."""
+    if vision is None or not vision.deepstack:
+        return None
+    index, ops = jnp.asarray(batch.vision_index), device_ops.current()
+    fed = [ops.gather_vision_tokens(tokens.astype(dtype), index) for tokens in vision.deepstack]
+    return jnp.where((index >= 0)[None, ..., None], jnp.stack(fed), 0)
 
 
 def image_ids_of(

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jvlm_kernels import RESIDUAL_NAMES
 
@@ -32,6 +33,14 @@ class PerLayer:
     def of(cls, values: Sequence[Any]) -> PerLayer:
         """Return separate values, which a step that donates them can update in place."""
         return cls(tuple(values), len(values), False)
+
+    @classmethod
+    def numbered(cls, values: PerLayer | None, depth: int) -> PerLayer:
+        """Return (number from 0, value) of each layer. Where layers are unrolled, the number is one of numpy."""
+        numbers = np.arange(depth, dtype=np.int32)
+        if values is None or values.is_stacked:
+            return cls((numbers, None if values is None else values.values), depth, True)
+        return cls.of(tuple(zip(numbers, values, strict=True)))
 
     def __len__(self) -> int:
         return self.depth

@@ -29,7 +29,8 @@ class PackedBatch:
       patches: pixels, uint8 0..255 or already normalised floats, in the order that the encoder expects.
       patch_segment_ids: number of the image in its sequence, from 1; 0 is padding.
       patch_window_ids: number of the attention window in its sequence, from 1; 0 is padding.
-      patch_positions: (h, w) of the patch in its image.
+      patch_positions: (h, w) of the patch in its image, and what else of its place the encoder reads
+        (`EncoderConfig.position_values` numbers).
       vision_index: index, in its sequence, of the vision token that feeds this token; -1 for text. Vision tokens are
         counted in the order of their images.
       max_segment_length: no conversation is longer (static); lets attention skip keys that are too far away.
@@ -43,7 +44,7 @@ class PackedBatch:
     patches: Num[Any, "*A B P c"]
     patch_segment_ids: Int[Any, "*A B P"]
     patch_window_ids: Int[Any, "*A B P"]
-    patch_positions: Int[Any, "*A B P 2"]
+    patch_positions: Int[Any, "*A B P n"]
     vision_index: Int[Any, "*A B S"]
     max_segment_length: int | None = dataclasses.field(default=None, metadata={"static": True})
     max_image_patches: int | None = dataclasses.field(default=None, metadata={"static": True})

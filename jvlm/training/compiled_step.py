@@ -207,6 +207,7 @@ def abstract_batches(experiment: Experiment) -> Any:
         data.seq_len,
         data.max_patches,
         patch_values=images.patch_values,
+        position_values=experiment.model.encoder.position_values,
         max_segment_length=data.max_length,
         max_image_patches=image_patch_limit(images, image_config, data),
     )

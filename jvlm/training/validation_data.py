@@ -40,7 +40,7 @@ class ValidationData:
         config = dataclasses.replace(config, **still, curves=curves, on_bad_example="skip", on_too_long=drop)
         self.config, self.source, self.share = config, source, share
         self.encode = Encode(processor, config)
-        self._values = processor.image_processor.patch_values
+        self._values = processor.image_processor.patch_values, processor.model.encoder.position_values
         self._max_image_patches = image_patch_limit(processor.image_processor, processor.image_config, config)
 
     def __iter__(self) -> Iterator[PackedSequences]:
@@ -74,7 +74,8 @@ class ValidationData:
             [*sequences, *[[]] * (self.share.of(config.batch_size) - len(sequences))],
             config.seq_len,
             config.max_patches,
-            patch_values=self._values,
+            patch_values=self._values[0],
+            position_values=self._values[1],
             max_segment_length=config.max_length,
             max_image_patches=self._max_image_patches,
         )

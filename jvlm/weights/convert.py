@@ -106,7 +106,8 @@ def convert(
             wanted = opened.dtype(entry) if dtype == "keep" else np.dtype(dtype)
             notify = None if on_tensor is None else (lambda n=name, i=number: on_tensor(n, i, len(opened.entries)))
             tensors.append((name, wanted, entry.shape, _reader(opened, entry, notify)))
-        safetensors_files.write(target, tensors, max_shard_bytes)
+        fused = table.hf_format(opened.config).fused
+        safetensors_files.write(target, safetensors_files.joined(tensors, fused), max_shard_bytes)
         opened.write_sidecars(target, None if dtype == "keep" else dtype)
     finally:
         opened.close()
@@ -155,8 +156,9 @@ class _Snapshot:
         self.entries, _ = _entries_of(self.config)
         self.tensors = safetensors_files.Tensors(folder)
         try:
-            canonical = table.hf_format(self.config).canonical
-            self.stored = hf.match(self.tensors, canonical, self.entries, rows)
+            form = table.hf_format(self.config)
+            self.tensors.split(form.fused)
+            self.stored = hf.match(self.tensors, form.canonical, self.entries, rows)
             self.dtypes = self.tensors.dtypes(self.stored.values())
         except WeightError:
             self.close()

@@ -235,7 +235,9 @@ class _BaseReader:
             config = hf.read_config(base, run_dir.model_config(folder).precision)
             entries = table.entries(config, dict(shapes))
             self._tensors = safetensors_files.Tensors(base)
-            self._stored = hf.match(self._tensors, table.hf_format(config).canonical, entries)
+            form = table.hf_format(config)
+            self._tensors.split(form.fused)
+            self._stored = hf.match(self._tensors, form.canonical, entries)
             self._entries: dict[tuple[str, int | None], table.Entry] = {(e.path, e.layer): e for e in entries}
 
     def dtype(self, path: str) -> np.dtype:

@@ -86,7 +86,9 @@ def load_weights(
     kernels = dict(quantized_kernels(model))
     variables = {path: v for path, v in parameters(model).items() if not is_part(path)}
     with open_tensors(folder) as tensors:
-        stored = match(tensors, table.hf_format(config).canonical, expected, stored_rows)
+        form = table.hf_format(config)
+        tensors.split(form.fused)
+        stored = match(tensors, form.canonical, expected, stored_rows)
         read_parameters(variables, expected, stored, tensors, sharding)
         for path, kernel in kernels.items():
             entries = {() if e.layer is None else (e.layer,): e for e in expected if e.path == path}
@@ -271,7 +273,7 @@ def save(
         else:
             begin = rename(entry.name).removesuffix("weight")
             tensors += [(begin + end, *tensor) for end, *tensor in encoded]
-    written = safetensors_files.write(folder, tensors, max_shard_bytes)
+    written = safetensors_files.write(folder, safetensors_files.joined(tensors, form.fused), max_shard_bytes)
     for old in [*folder.glob("model*.safetensors"), *folder.glob(safetensors_files.INDEX)]:
         if old.name not in written:
             old.unlink()

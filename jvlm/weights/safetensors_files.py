@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -35,6 +35,7 @@ class Tensors:
         self._files: dict[str, safe_open] = {}
         self._where: dict[str, str] = {}
         self._grown: dict[str, int] = {}
+        self._fused: dict[str, tuple[str, int, int]] = {}
         with contextlib.ExitStack() as stack:
             files, listed = _files(folder)
             for file in files:
@@ -62,6 +63,17 @@ class Tensors:
     def names(self) -> list[str]:
         return list(self._where)
 
+    def split(self, fused: Mapping[str, tuple[str, ...]]) -> None:
+        """Give the parts of fused tensors in their place; see `jvlm.families.HFFormat.fused`."""
+        for raw in list(self._where):
+            for whole, parts in fused.items():
+                if raw.endswith(f".{whole}"):
+                    file = self._where.pop(raw)
+                    for number, part in enumerate(parts):
+                        name = raw.removesuffix(whole) + part
+                        self._where[name] = file
+                        self._fused[name] = (raw, number, len(parts))
+
     def grow(self, name: str, stored: int, rows: int) -> None:
         """Let a table of ``stored`` rows be read with so many, the new ones their mean; one of others stays."""
         if self.shape(name)[0] == stored < rows:
@@ -69,6 +81,8 @@ class Tensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape = tuple(self._slice(name).get_shape())
+        if name in self._fused:
+            return (*shape[:-1], shape[-1] // self._fused[name][2])
         return (self._grown[name], *shape[1:]) if name in self._grown else shape
 
     def dtypes(self, names: Iterable[str]) -> dict[str, np.dtype]:
@@ -83,6 +97,11 @@ class Tensors:
         return {name: _DTYPES[code] for name, code in codes.items()}
 
     def read(self, name: str) -> np.ndarray:
+        if name in self._fused:
+            _, number, _ = self._fused[name]
+            width = self.shape(name)[-1]
+            whole = self._slice(name)
+            return np.ascontiguousarray(whole[..., number * width : (number + 1) * width])
         value = self._files[self._where[name]].get_tensor(name)
         return vocabulary.with_rows(value, self._grown[name]) if name in self._grown else value
 
@@ -96,7 +115,8 @@ class Tensors:
             return np.frombuffer(file.read(end - begin), np.uint8).reshape(entry["shape"])
 
     def _slice(self, name: str):
-        return self._files[self._where[name]].get_slice(name)
+        raw, *_ = self._fused.get(name, (name,))
+        return self._files[self._where[name]].get_slice(raw)
 
 
 def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -166,9 +186,33 @@ def dtype_of(name: str) -> np.dtype:
     return np.dtype(name)
 
 
+# name, dtype, shape, and what gives the values
+Writable = tuple[str, np.dtype, tuple[int, ...], Callable[[], np.ndarray]]
+
+
+def joined(tensors: Iterable[Writable], fused: Mapping[str, tuple[str, ...]]) -> list[Writable]:
+    """Return tensors for `write` with those that a checkpoint stores side by side as one, where the first one stood."""
+    wholes = {part: whole for whole, parts in fused.items() for part in parts}
+    result: dict[str, list[Writable]] = {}
+    for tensor in tensors:
+        part = next((p for p in wholes if tensor[0].endswith(f".{p}")), None)
+        name = tensor[0] if part is None else tensor[0].removesuffix(part) + wholes[part]
+        result.setdefault(name, []).append(tensor)
+    return [_one(name, parts) for name, parts in result.items()]
+
+
+def _one(name: str, parts: list[Writable]) -> Writable:
+    if len(parts) == 1:
+        return parts[0]
+    _, dtype, (*shape, _), _ = parts[0]
+    reads = [read for *_, read in parts]
+    width = sum(part_shape[-1] for _, _, part_shape, _ in parts)
+    return name, dtype, (*shape, width), lambda: np.concatenate([read() for read in reads], axis=-1)
+
+
 def write(
     folder: Path,
-    tensors: Iterable[tuple[str, np.dtype, tuple[int, ...], Callable[[], np.ndarray]]],
+    tensors: Iterable[Writable],
     max_shard_bytes: int = 5 * 10**9,
     single_name: str = SINGLE,
 ) -> set[str]:

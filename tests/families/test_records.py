@@ -76,6 +76,8 @@ def _small(name):
     """Small models of a family, which together have every kind of part that it may have."""
     if name in models.ARCHITECTURES:
         yield models.ARCHITECTURES[name]()
+    if name == "qwen3_vl":
+        yield dataclasses.replace(models.qwen3_vl(), decoder=models.qwen2_5_vl().decoder)
     if name == "idefics2":
         model = models.idefics2()
         decoder = CrossAttentionTransformerConfig.of(model.decoder, cross_attention_every=2)

@@ -187,7 +187,8 @@ def test_vision_tokens_that_enter_later_layers_are_refused_by_a_decoder_that_wou
             return VisionTokens(tokens, vision.image_ids[:, ::4], (tokens, tokens))
 
     registry.register(DeepConfig)(Deep)
-    for decoder in (models.qwen2_5_vl().decoder, models.cross_attention().decoder):
+    few = dataclasses.replace(models.qwen2_5_vl().decoder, num_layers=1)
+    for decoder in (few, models.mm1_5().decoder, models.cross_attention().decoder):
         model = VLM(dataclasses.replace(models.qwen2_5_vl(), connector=DeepConfig(), decoder=decoder), rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match=r"this connector returns 2 sets of them \(VisionTokens.deepstack\)"):
             model(models.batch(model.config))

@@ -112,7 +112,7 @@ def test_a_picture_reaches_the_words_after_it_and_none_before(tiny, examples):
 
 
 def test_rows_of_nothing_but_padding_give_finite_logits(tiny, examples):
-    batch = packing.assemble([[], []], TOKENS, PATCHES, patch_values=1176)
+    batch = packing.assemble([[], []], TOKENS, PATCHES, patch_values=1176, position_values=2)
     assert np.isfinite(np.asarray(tiny.model(batch))).all()
 
 

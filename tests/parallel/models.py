@@ -8,6 +8,7 @@ import numpy as np
 
 from jvlm.data.config import DataConfig
 from jvlm.data.processor import ProcessorConfig
+from jvlm.families.qwen3_vl.vision import DeepStackMergerConfig, Qwen3ViTConfig
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
@@ -23,9 +24,9 @@ from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, OptimizerConfig
 
 SEQUENCES, TOKENS = 8, 128
-PATCHES = {"qwen2_5_vl": 256, "idefics2": 256, "mm1_5": 17 * 8}
+PATCHES = {"qwen2_5_vl": 256, "qwen3_vl": 256, "idefics2": 256, "mm1_5": 17 * 8}
 # places of a frame in these batches, and its features
-FRAMES = {"qwen2_5_vl": (48, 12), "idefics2": (48, 4), "mm1_5": (17, 4)}
+FRAMES = {"qwen2_5_vl": (48, 12), "qwen3_vl": (48, 12), "idefics2": (48, 4), "mm1_5": (17, 4)}
 # each axis alone, then together; "one" is what the others are compared with
 MESHES = {
     "one": {"data": 1},
@@ -75,6 +76,38 @@ def qwen2_5_vl() -> VLMConfig:
     )
 
 
+def qwen3_vl() -> VLMConfig:
+    """Two DeepStack levels, which enter both layers of the decoder; experts in each."""
+    encoder = Qwen3ViTConfig(
+        depth=3,
+        hidden_size=64,
+        num_heads=8,
+        intermediate_size=64,
+        patch_size=4,
+        temporal_patch_size=1,
+        position_grid=5,
+        deepstack_layers=(0, 1),
+    )
+    decoder = dataclasses.replace(
+        _DECODER,
+        qkv_bias=False,
+        qk_norm=True,
+        head_dim=12,
+        mrope_section=(2, 2, 2),
+        mrope_interleaved=True,
+        mlp=MoEConfig(every=1, experts=4, intermediate_size=32),
+    )
+    return VLMConfig(
+        family="qwen3_vl",
+        encoder=encoder,
+        connector=DeepStackMergerConfig(levels=2),
+        decoder=decoder,
+        image_token_id=150,
+        video_token_id=151,
+        precision=PRECISION,
+    )
+
+
 def idefics2() -> VLMConfig:
     """Frames of any size become 4 features."""
     return VLMConfig(
@@ -118,7 +151,7 @@ def with_precision(config: VLMConfig, **changes) -> VLMConfig:
     return dataclasses.replace(config, precision=dataclasses.replace(config.precision, **changes))
 
 
-ARCHITECTURES = {"qwen2_5_vl": qwen2_5_vl, "idefics2": idefics2, "mm1_5": mm1_5}
+ARCHITECTURES = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "idefics2": idefics2, "mm1_5": mm1_5}
 
 
 def experiment(architecture: str, parallel: ParallelConfig = ParallelConfig(), **changes) -> Experiment:
@@ -157,6 +190,8 @@ def batch(config: VLMConfig, seed: int = 0, text_only: int = 1) -> PackedBatch:
         arrays["tokens"][sequence, chosen] = config.image_token_id
         frames[sequence, : count * places] = np.arange(count * places) // places + 1
         windows[sequence, : count * places] = np.arange(count * places) // 16 + 1
+        if config.encoder.position_values == 4:
+            at = np.concatenate([at[..., :2], np.full((B, P, 2), 4, np.int32)], -1)
         if getattr(config.encoder, "class_token", False):
             at[sequence, : count * places : places] = -1
     return PackedBatch(

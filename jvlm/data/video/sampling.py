@@ -37,6 +37,8 @@ class Sampling:
       rule: "numbers" spaces frames equally by their numbers, from the first to the last one. "times" takes the frame
         that is shown at each multiple of 1 / fps. "auto" is "times" where the distance between two frames is over 1.5
         times the median distance, otherwise "numbers".
+      pairs: take an even number of frames, as qwen-vl-utils does. False takes any number, and computes theirs in
+        float64, as transformers' processor of Qwen3-VL's videos does.
     """
 
     fps: float = 2.0
@@ -46,6 +48,7 @@ class Sampling:
     start: float | None = None
     end: float | None = None
     rule: Rule = "auto"
+    pairs: bool = True
 
     def __post_init__(self):
         for name in ("fps", "num_frames", "min_frames", "max_frames"):
@@ -124,13 +127,14 @@ def by_number(total: int, fps: float, sampling: Sampling) -> SampledIndices:
     """
     first, last = _range(total, fps, sampling)
     total = last - first + 1
-    count = _even_count(total / fps, sampling, total)
+    count = _count(total / fps, sampling, total)
     if not FRAMES_PER_PATCH <= count <= total:
         raise UserError(
             f"{count} of {total} frames are to be sampled, at least {FRAMES_PER_PATCH} and at most all are possible. "
             "Change fps or num_frames, or take a longer part"
         )
-    return SampledIndices(tuple(_rounded_linspace(first, last, count)), count / total * fps)
+    chosen = _rounded_linspace(first, last, count) if sampling.pairs else np.linspace(first, last, count).round()
+    return SampledIndices(tuple(int(i) for i in chosen), count / total * fps)
 
 
 def by_times(times: Sequence[float], duration: float, sampling: Sampling) -> SampledIndices:
@@ -145,7 +149,7 @@ def by_times(times: Sequence[float], duration: float, sampling: Sampling) -> Sam
     if not start < end:
         raise UserError(_no_part(start, end, duration))
     span = end - start
-    count = _even_count(span, sampling, None)
+    count = _count(span, sampling, None)
     lowest, highest = _limits(sampling)
     is_free = sampling.num_frames is None and lowest <= span * sampling.fps <= highest
     step = 1 / sampling.fps if is_free else span / count
@@ -174,18 +178,19 @@ def _no_part(start: float, end: float, duration: float) -> str:
 
 
 def _limits(sampling: Sampling) -> tuple[int, int]:
-    """Fewest and most frames, as even numbers."""
-    lowest = math.ceil(sampling.min_frames / FRAMES_PER_PATCH) * FRAMES_PER_PATCH
-    return lowest, sampling.max_frames // FRAMES_PER_PATCH * FRAMES_PER_PATCH
+    """Fewest and most frames, as even numbers where pairs are taken."""
+    step = FRAMES_PER_PATCH if sampling.pairs else 1
+    return math.ceil(sampling.min_frames / step) * step, sampling.max_frames // step * step
 
 
-def _even_count(seconds: float, sampling: Sampling, total: int | None) -> int:
+def _count(seconds: float, sampling: Sampling, total: int | None) -> int:
     """How many frames to sample in so many seconds, of ``total`` frames."""
+    step = FRAMES_PER_PATCH if sampling.pairs else 1
     if sampling.num_frames is not None:
-        return max(round(sampling.num_frames / FRAMES_PER_PATCH), 1) * FRAMES_PER_PATCH
+        return max(round(sampling.num_frames / step), 1) * step
     lowest, highest = _limits(sampling)
     count = min(max(seconds * sampling.fps, lowest), highest, math.inf if total is None else total)
-    return int(count // FRAMES_PER_PATCH) * FRAMES_PER_PATCH
+    return int(count // step) * step
 
 
 def _rounded_linspace(first: int, last: int, count: int) -> list[int]:

@@ -133,7 +133,9 @@ class Idefics2ImageProcessor:
         """Return one image, or four crops and the image."""
         return self._media([*quarters(image), image] if config.split else [image], config)
 
-    def video(self, frames: Sequence[Image.Image], config: Idefics2ImageConfig) -> MediaPatches:
+    def video(
+        self, frames: Sequence[Image.Image], config: Idefics2ImageConfig, times: Sequence[float] | None = None
+    ) -> MediaPatches:
         """Return each frame as an image of its own, never split."""
         return self._media(frames, config)
 

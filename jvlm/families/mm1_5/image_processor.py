@@ -131,7 +131,9 @@ class TiledImageProcessor:
         height, width = tiles.fitted_size(size, grid, self.side, config.max_upscale)
         return self._media(images, tuple(part for piece in pieces for part in piece), image.size, (width, height))
 
-    def video(self, frames: Sequence[Image.Image], config: TiledImageConfig) -> MediaPatches:
+    def video(
+        self, frames: Sequence[Image.Image], config: TiledImageConfig, times: Sequence[float] | None = None
+    ) -> MediaPatches:
         """Return frames spread evenly over the video, each as one tile, without an index."""
         chosen = np.linspace(0, len(frames) - 1, min(config.num_frames, len(frames))).round().astype(int)
         images = [self._whole(frames[i], config) for i in chosen]

@@ -167,7 +167,9 @@ class QwenImageProcessor:
         """Return an image; its temporal patch is the image repeated."""
         return self._media([image], limits, (limits.min_pixels, limits.max_pixels), 0.0)
 
-    def video(self, frames: Sequence[Image.Image], limits: QwenImageConfig) -> MediaPatches:
+    def video(
+        self, frames: Sequence[Image.Image], limits: QwenImageConfig, times: Sequence[float] | None = None
+    ) -> MediaPatches:
         """Return a video of frames at ``limits.fps``; an incomplete last temporal patch repeats the last frame."""
         if limits.no_videos:
             raise UserError(f"videos cannot be used with this model: {limits.no_videos}")

@@ -20,7 +20,14 @@ from jvlm.models import device_ops, layers, registry
 from jvlm.models.arithmetic import Counts, Product, Work, attention_flops, attention_products, swiglu_products
 from jvlm.models.attention import Attention
 from jvlm.models.batch import DecoderOutput, DecodeStep, PackedBatch
-from jvlm.models.contracts import DecoderConfig, DecoderInputs, MLPConfig, VisionTokens, replace_placeholders
+from jvlm.models.contracts import (
+    DecoderConfig,
+    DecoderInputs,
+    MLPConfig,
+    VisionTokens,
+    deepstack_at_tokens,
+    replace_placeholders,
+)
 from jvlm.models.layer_stack import LayerStack, PerLayer
 from jvlm.models.registry import register
 
@@ -45,6 +52,8 @@ class TransformerConfig(DecoderConfig, tag="transformer"):
       qk_norm: an RMSNorm on each head of q and k, before the rotation (Qwen3).
       mrope_section: number of frequencies that turn with the temporal, height and width id (M-RoPE); None turns all
         with the first, which is plain rotary embedding.
+      mrope_interleaved: the frequencies of height and width are every third one from the second and third on, and the
+        others the temporal id's (Qwen3-VL); otherwise each id has those of a section.
       rope_scaling: how the frequencies are changed for contexts longer than the pre-training's.
       sliding_window: a token attends to itself and the ``sliding_window - 1`` tokens before it; None has no limit.
       mlp: what every ``mlp.every``-th layer has in place of the dense SwiGLU; None has SwiGLU everywhere.
@@ -63,6 +72,7 @@ class TransformerConfig(DecoderConfig, tag="transformer"):
     rope_theta: float = 1e6
     rope_scaling: layers.RopeScaling | None = None
     mrope_section: tuple[int, int, int] | None = None
+    mrope_interleaved: bool = False
     sliding_window: int | None = None
     mlp: MLPConfig | None = None
     tie_word_embeddings: bool = False
@@ -76,6 +86,13 @@ class TransformerConfig(DecoderConfig, tag="transformer"):
             )
         if self.mrope_section is not None and 2 * sum(self.mrope_section) != self.head_size:
             raise UserError(f"mrope_section {self.mrope_section} must sum to half the head size {self.head_size}")
+        if self.mrope_interleaved and (
+            self.mrope_section is None or 3 * max(self.mrope_section[1:]) > self.head_size // 2
+        ):
+            raise UserError(
+                f"mrope_interleaved needs mrope_section of at most {self.head_size // 6} for height and for width, got "
+                f"{self.mrope_section}"
+            )
         if self.num_layers % self.pattern_length:
             raise UserError(
                 f"num_layers {self.num_layers} must be a multiple of the length {self.pattern_length} of the layer "
@@ -267,8 +284,10 @@ class Transformer(nnx.Module):
 
     def fuse(self, embeddings: Float[Array, "B S D"], vision: VisionTokens | None, batch: PackedBatch) -> DecoderInputs:
         """Put vision tokens in the place of their placeholders."""
-        refuse_deepstack(self, vision)
-        return DecoderInputs.of(replace_placeholders(embeddings, vision, batch), batch)
+        if self.config.pattern_length > 1 or len(vision.deepstack if vision else ()) > self.config.num_layers:
+            refuse_deepstack(self, vision)
+        deepstack = deepstack_at_tokens(vision, batch, embeddings.dtype)
+        return DecoderInputs.of(replace_placeholders(embeddings, vision, batch), batch, deepstack=deepstack)
 
     def __call__(
         self, inputs: DecoderInputs, *, cache: PerLayer | None = None, step: DecodeStep | None = None
@@ -280,11 +299,14 @@ class Transformer(nnx.Module):
         """
         context = self.context(inputs, step)
 
-        def body(layer: DecoderLayer, x, layer_cache):
+        def body(layer: DecoderLayer, carry, numbered):
+            (x, rest), (number, layer_cache) = carry, numbered
             x, layer_cache, reports = layer(x, context, layer_cache)
-            return x, (layer_cache, reports)
+            return deepstack_added(x, rest, number), (layer_cache, reports)
 
-        x_BSD, outputs = self.blocks(body, inputs.embeddings, cache, remat=self.precision.remat)
+        per_layer = PerLayer.numbered(cache, self.blocks.depth)
+        carry = inputs.embeddings, with_zeros(inputs.deepstack)
+        (x_BSD, _), outputs = self.blocks(body, carry, per_layer, remat=self.precision.remat)
         reports = outputs.map(lambda output: output[1]).stacked()
         if self.config.pattern_length > 1:  # those of a group have an axis for the layers of the pattern that report
             reports = {name: value.reshape(-1, *value.shape[2:]) for name, value in reports.items()}
@@ -301,7 +323,12 @@ class Transformer(nnx.Module):
     def _angles(self, positions: Int[Array, "B S 3"]) -> Float[Array, "B S f"]:
         config = self.config
         frequencies = layers.rotary_frequencies(config.head_size, config.rope_theta, config.rope_scaling)
-        axis_of = np.repeat([0, 1, 2], config.mrope_section or (len(frequencies), 0, 0))
+        section = config.mrope_section or (len(frequencies), 0, 0)
+        axis_of = np.repeat([0, 1, 2], section)
+        if config.mrope_interleaved:
+            axis_of = np.zeros(len(frequencies), int)
+            for axis in (1, 2):
+                axis_of[axis : 3 * section[axis] : 3] = axis
         return layers.rotary_angles(positions, axis_of, frequencies)
 
     def init_cache(self, prompt_cache: PerLayer, length: int) -> PerLayer:
@@ -324,6 +351,46 @@ class Transformer(nnx.Module):
         if self.head_rows is not None:
             kernel = self.head_rows.in_table(kernel, 1)
         return kernel if self.head.adapter is None else self.head.adapter.extended_kernel(kernel), False
+
+
+def with_zeros(deepstack_nBSD: Array | None) -> Array | None:
+    """Return what `deepstack_added` takes: zeros are added after all layers behind the first n."""
+    if deepstack_nBSD is None:
+        return None
+    stack = jnp.concatenate([deepstack_nBSD, jnp.zeros_like(deepstack_nBSD[:1])])
+    return device_ops.current().constrain(stack, (None, "batch", "sequence", None))
+
+
+def deepstack_added(x_BSD: Array, stack_mBSD: Array | None, number: Any) -> tuple[Array, Array | None]:
+    """Return the hidden states after layer ``number`` with what is added to them, and the stack.
+
+    The stack goes through all layers of a scan: so its gradient is written one layer at a time, into one array.
+    """
+    if stack_mBSD is None:
+        return x_BSD, None
+    last = len(stack_mBSD) - 1
+    if isinstance(number, np.integer):  # layers are unrolled
+        return (x_BSD + stack_mBSD[number] if number < last else x_BSD), stack_mBSD
+    added, stack_mBSD = _entry(stack_mBSD, jnp.minimum(number, last))
+    return x_BSD + added, stack_mBSD
+
+
+@jax.custom_vjp
+def _entry(stack: Array, number: Array) -> tuple[Array, Array]:
+    """Return an entry of a stack, each but the last being asked for once, and the stack."""
+    return jax.lax.dynamic_index_in_dim(stack, number, 0, keepdims=False), stack
+
+
+def _entry_forward(stack, number):
+    return _entry(stack, number), number
+
+
+def _entry_backward(number, gradients):
+    d_entry, d_stack = gradients
+    return jax.lax.dynamic_update_index_in_dim(d_stack, d_entry, number, 0), None
+
+
+_entry.defvjp(_entry_forward, _entry_backward)
 
 
 def refuse_deepstack(decoder: nnx.Module, vision: VisionTokens | None) -> None:

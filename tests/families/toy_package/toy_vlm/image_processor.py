@@ -60,7 +60,9 @@ class ToyImageProcessor:
             resized=(g * p, g * p),
         )
 
-    def video(self, frames: Sequence[Image.Image], config: ToyImageConfig) -> MediaPatches:
+    def video(
+        self, frames: Sequence[Image.Image], config: ToyImageConfig, times: Sequence[float] | None = None
+    ) -> MediaPatches:
         """Refuse videos."""
         raise UserError("this model takes no videos")
 

@@ -1,0 +1,235 @@
+"""Qwen3-VL computes what transformers computes, on random small checkpoints in float32."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor, smart_resize
+
+import jvlm
+from jvlm import families
+from jvlm.data.video.sampling import by_number
+from jvlm.families.qwen3_vl.image_processor import Qwen3ImageConfig, video_size
+from jvlm.models import vlm
+from jvlm.weights import table
+from jvlm.weights.convert import convert
+from jvlm.weights.safetensors_files import joined
+from tests.families.qwen3_vl import CLASSES, Tiny, frames, inputs_of, user
+from tests.support import picture, raw_tensors
+
+SHAPE = {"seq_len": 256, "max_patches": 384}
+CASES = {
+    "text alone": user("what is the answer?"),
+    "an image that is resized": user("<image>what is it?", images=[picture(333, 187)]),
+    "images of different sizes": user(
+        "<image>is the <image>cat in both?<image>", images=[picture(64, 96), picture(160, 32, 1), picture(96, 96, 2)]
+    ),
+    "several turns and a system prompt": {
+        "messages": [
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": "<image>what is it?"},
+            {"role": "assistant", "content": "a dog"},
+            {"role": "user", "content": "and <image> this?"},
+            {"role": "assistant", "content": "a cat"},
+        ],
+        "images": [picture(96, 64), picture(64, 128, 3)],
+    },
+    "a video behind words": user("where is the cat:<video>describe this video", videos=[frames(4)]),
+    "a video with an incomplete pair, then an image": user(
+        "<video>and <image> is?", videos=[frames(5)], images=[picture(128, 64)]
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory, tokenizer_folder):
+    return Tiny.create(tmp_path_factory.mktemp("dense"), tokenizer_folder, "qwen3_vl")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory, tokenizer_folder):
+    return Tiny.create(tmp_path_factory.mktemp("experts"), tokenizer_folder, "qwen3_vl_moe")
+
+
+def check_logits(tiny, example):
+    batch, inputs = tiny.processor.pack([example], **SHAPE), inputs_of(tiny, example)
+    n = int((batch.segment_ids > 0).sum())
+    np.testing.assert_array_equal(batch.tokens[0, :n], inputs["input_ids"][0])
+    with torch.no_grad():
+        expected = tiny.torch_model(**inputs).logits.numpy()[0]
+    np.testing.assert_allclose(np.asarray(tiny.model(batch))[0, :n], expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_and_logits_equal_transformers(dense, name):
+    check_logits(dense, CASES[name])
+
+
+@pytest.mark.parametrize("name", ["an image that is resized", "a video with an incomplete pair, then an image"])
+def test_tokens_and_logits_of_a_mixture_of_experts_equal_transformers(experts, name):
+    check_logits(experts, CASES[name])
+
+
+def test_pixels_and_every_deepstack_level_equal_transformers(dense):
+    example = CASES["images of different sizes"]
+    batch, inputs = dense.processor.pack([example], **SHAPE), inputs_of(dense, example)
+    patches = inputs["pixel_values"].numpy()
+    ours = batch.patches[0, : len(patches)].astype(np.float32) / 255 * 2 - 1
+    np.testing.assert_allclose(ours, patches, atol=1e-6)
+    with torch.no_grad():
+        expected = dense.torch_model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+    got = nnx.jit(lambda model, b: model.encode(b))(dense.model, batch)
+    index = batch.vision_index[0]
+    index = index[index >= 0]
+    np.testing.assert_allclose(np.asarray(got.tokens)[0, index], expected.pooler_output.numpy(), atol=1e-4)
+    assert len(got.deepstack) == len(expected.deepstack_features) == 2
+    for level, wanted in zip(got.deepstack, expected.deepstack_features, strict=True):
+        np.testing.assert_allclose(np.asarray(level)[0, index], wanted.numpy(), atol=1e-4)
+
+
+def test_conversations_in_one_sequence_have_the_logits_that_each_has_alone(dense):
+    examples = [CASES[name] for name in ("text alone", "an image that is resized", "a video behind words")]
+    together = dense.processor.pack(examples, **SHAPE)
+    logits = np.asarray(dense.model(together))[0]
+    for number, example in enumerate(examples, 1):
+        alone = np.asarray(dense.model(dense.processor.pack([example], **SHAPE)))[0]
+        inside = together.segment_ids[0] == number
+        np.testing.assert_allclose(logits[inside], alone[: inside.sum()], atol=1e-4)
+
+
+def cross_entropy(logits, batch):
+    targets = jnp.roll(jnp.asarray(batch.tokens), -1, 1)
+    weights = jnp.roll(jnp.asarray(batch.loss_weights), -1, 1)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+    return -(picked * weights).sum()
+
+
+@pytest.mark.parametrize(
+    "kind", ["dense", pytest.param("experts", marks=pytest.mark.slow), pytest.param("remat", marks=pytest.mark.slow)]
+)
+def test_gradients_of_every_tensor_equal_torch(kind, request):
+    tiny = request.getfixturevalue("experts" if kind == "experts" else "dense")
+    model = tiny.model
+    if kind == "remat":
+        precision = dataclasses.replace(model.config.precision, remat="full")
+        again = vlm.abstract(dataclasses.replace(model.config, precision=precision))
+        model = vlm.bind(again, {path: v.get_value() for path, v in vlm.parameters(model).items()})
+    names = ("text alone", "images of different sizes", "a video behind words")
+    examples = [CASES[name] for name in names]
+    batch = tiny.processor.pack(examples, **SHAPE)
+    loss, grads = nnx.jit(nnx.value_and_grad(lambda model, b: cross_entropy(model(b), b)))(model, batch)
+    tiny.torch_model.zero_grad()
+    total = 0.0
+    for number, example in enumerate(examples, 1):
+        inside, inputs = batch.segment_ids[0] == number, inputs_of(tiny, example)
+        logits = tiny.torch_model(**inputs).logits[0]
+        weights = torch.from_numpy(batch.loss_weights[0, inside])[1:]
+        each = torch.nn.functional.cross_entropy(logits[:-1], inputs["input_ids"][0, 1:], reduction="none")
+        part = (each * weights).sum()
+        part.backward()
+        total += float(part.detach())
+    assert float(loss) == pytest.approx(total, rel=1e-5)
+    flat = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(grads)}
+    entries = table.entries(tiny.model.config, {p: tuple(v.shape) for p, v in flat.items()})
+    ours = {}
+    for entry in entries:
+        value = flat[entry.path]
+        ours[entry.name] = entry.to_checkpoint(np.asarray(value if entry.layer is None else value[entry.layer]))
+    for name, parameter in tiny.torch_model.named_parameters():
+        wanted = parameter.grad.numpy()
+        if name.endswith("experts.gate_up_proj"):  # transformers has outputs before inputs in memory
+            parts = [ours.pop(name.replace("gate_up", part)) for part in ("gate", "up")]
+            value = np.concatenate(parts, -1).swapaxes(1, 2)
+        elif name.endswith("experts.down_proj"):
+            value = ours.pop(name).swapaxes(1, 2)
+        else:
+            value = ours.pop(name)
+        error = np.linalg.norm(value - wanted) / max(np.linalg.norm(wanted), 1e-3)
+        assert error < 1e-3, (name, error)
+    assert not ours
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_a_round_trip_is_byte_identical_and_read_by_transformers(kind, request, tmp_path):
+    tiny = request.getfixturevalue(kind)
+    jvlm.save(tiny.model, tiny.processor, tmp_path / "saved")
+    assert raw_tensors(tmp_path / "saved") == raw_tensors(tiny.folder)
+    _, model_type = CLASSES[tiny.config["model_type"]]
+    again, report = model_type.from_pretrained(str(tmp_path / "saved"), output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    for (name, value), (_, expected) in zip(again.named_parameters(), tiny.torch_model.named_parameters(), strict=True):
+        assert torch.equal(value, expected), name
+    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        before, after = (json.loads((folder / file).read_text()) for folder in (tiny.folder, tmp_path / "saved"))
+        assert {**after, "image_processor_type": 0} == {**after, **before, "image_processor_type": 0}
+    assert families.get("qwen3_vl").hf.read_config(
+        json.loads((tmp_path / "saved" / "config.json").read_text())
+    ) == families.get("qwen3_vl").hf.read_config(tiny.config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_a_conversion_is_byte_identical(kind, request, tmp_path):
+    tiny = request.getfixturevalue(kind)
+    convert(tiny.folder, tmp_path / "converted", max_shard_bytes=100_000)
+    assert raw_tensors(tmp_path / "converted") == raw_tensors(tiny.folder)
+
+
+# parameters, as the model cards give them
+PUBLISHED = {
+    "qwen3_vl_2b": 2_127_532_032,
+    "qwen3_vl_4b": 4_437_815_808,
+    "qwen3_vl_8b": 8_767_123_696,
+    "qwen3_vl_32b": 33_357_390_064,
+    "qwen3_vl_30b_a3b": 31_070_754_032,
+    "qwen3_vl_235b_a22b": 235_670_022_896,
+}
+
+
+@pytest.mark.parametrize("name", families.get("qwen3_vl").presets)
+def test_names_shapes_and_counts_of_presets_are_the_published_ones(name):
+    config = families.preset(name)
+    form = families.get("qwen3_vl").hf
+    values = form.write_config(config)
+    assert form.read_config(values) == config
+    config_type, model_type = CLASSES[values["model_type"]]
+    with torch.device("meta"):
+        model = model_type(config_type(**values))
+    # in files, experts have inputs before outputs
+    expected = {
+        n: (p.shape[0], p.shape[2], p.shape[1]) if ".experts." in n else tuple(p.shape)
+        for n, p in model.named_parameters()
+    }
+    model = vlm.abstract(config)
+    shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(model).items()}
+    tensors = [(e.name, np.dtype("float32"), e.shape, None) for e in table.entries(config, shapes)]
+    assert {name: tuple(shape) for name, _, shape, _ in joined(tensors, form.fused)} == expected
+    assert sum(vlm.parameter_counts(model).values()) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("size", [(640, 480), (1920, 1080), (20, 300), (97, 33), (4000, 100)])
+@pytest.mark.parametrize("count", [2, 3, 5, 16, 101])
+@pytest.mark.parametrize("cap", [False, True])
+def test_frames_have_the_size_that_transformers_gives_them(size, count, cap):
+    settings = Qwen3ImageConfig(cap_frames=cap, video_max_pixels=3_000_000)
+    most = settings.video_max_pixels
+    if cap:
+        most = max(min(768 * 1024, most // count), int(settings.video_min_pixels * 1.05)) * count
+    width, height = size
+    wanted = smart_resize(count, height, width, 2, 32, settings.video_min_pixels, most)
+    assert video_size(settings, 32, 2, count, width, height)[::-1] == wanted
+
+
+@pytest.mark.parametrize(("total", "rate"), [(90, 30.0), (300, 29.97), (7, 25.0), (3000, 24.0), (61, 12.5)])
+def test_the_frames_that_transformers_takes_are_taken(total, rate):
+    settings = types.SimpleNamespace(fps=2, min_frames=4, max_frames=768)
+    metadata = types.SimpleNamespace(total_num_frames=total, fps=rate)
+    expected = Qwen3VLVideoProcessor.sample_frames(settings, metadata)
+    assert list(by_number(total, rate, Qwen3ImageConfig().sampling()).indices) == expected.tolist()
