@@ -19,11 +19,14 @@ class SchedulerConfig:
       max_length: tokens of a sequence, prompt and answer together: the model's positions, or what a page table holds.
       prefill_chunk_tokens: most tokens of a prefill, of all its chunks together; whole pages.
       prefill_chunks: most chunks, each of another sequence, in a prefill.
+      prefill_past_pages: most pages of earlier tokens that all chunks of a prefill read together; None: any number.
       feature_slots: vision tokens of the feature pool; 0 for a model without a vision tower.
       encode_patches: most patches of an encode.
       encode_tokens: most vision tokens of an encode; None: ``feature_slots``.
       prefix_cache: keep the pages of past sequences, and share them by content.
       feature_cache: keep features after their prompts; without it each is forgotten when no prompt needs it.
+      cuts_prompts: prefill prompts in pieces where that is better; without it each is one chunk, and none may be longer
+        than ``prefill_chunk_tokens``.
       tpot_goal: seconds between tokens that decoding sequences should see while others prefill.
       max_decode_run: most decode steps between two prefills, however late the goal is.
       reserve_tokens: most answer tokens that admission counts with.
@@ -42,11 +45,13 @@ class SchedulerConfig:
     max_length: int
     prefill_chunk_tokens: int = 1024
     prefill_chunks: int = 8
+    prefill_past_pages: int | None = None
     feature_slots: int = 0
     encode_patches: int = 0
     encode_tokens: int | None = None
     prefix_cache: bool = True
     feature_cache: bool = True
+    cuts_prompts: bool = True
     tpot_goal: float = 0.05
     max_decode_run: int = 8
     reserve_tokens: int = 4096
@@ -68,6 +73,12 @@ class SchedulerConfig:
             raise UserError(f"answer_ratio is {self.answer_ratio}; it must be above 0 and at most 1")
         if not 0 < self.tpot_goal < math.inf:
             raise UserError(f"tpot_goal is {self.tpot_goal}; it must be a positive number of seconds")
+
+        if self.prefill_past_pages is not None and self.cuts_prompts and self.prefill_past_pages < self.table_width():
+            raise UserError(
+                f"prefill_past_pages is {self.prefill_past_pages}, and one chunk may have {self.table_width()} pages "
+                "before it: raise the one, or lower max_length"
+            )
 
     def _at_least(self, name: str, least: int) -> None:
         if getattr(self, name) < least:

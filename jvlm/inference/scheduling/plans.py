@@ -102,10 +102,9 @@ class Encode:
 
 @dataclasses.dataclass(frozen=True)
 class Prefill:
-    """Run chunks of several sequences; ``copies`` are (from, to) pages to copy before."""
+    """Run chunks of several sequences."""
 
     chunks: tuple[Chunk, ...]
-    copies: tuple[tuple[int, int], ...] = ()
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -125,7 +124,7 @@ class Decode:
       starts: place in the sequence of the first input token, int32 [R].
       positions: rotary position of the first input token, on all axes, int32 [R]; the next ones follow by 1.
       tables: pages, int32 [R, W], padded with 0.
-      copies: (from, to) pages to copy before.
+      copies: (from, to) pages to copy before, all at once: a page may be read by one and written by another.
     """
 
     rows: tuple[Row, ...]

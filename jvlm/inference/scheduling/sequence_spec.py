@@ -47,7 +47,8 @@ class SequenceSpec:
       encoder_adapter: the same, where the adapter changes the vision tower. Part of the key of features.
       salt: requests with different salts share neither pages nor features.
       whole_prompt: compute every token of the prompt, whatever is in the cache: its scores are wanted.
-      needs_last_token: no step before the last token was read: under a grammar, or with drafts.
+      needs_last_token: no step before the last token was read: the answer is under a grammar.
+      draft_tokens: most tokens that are guessed and verified in one step; 0 for none.
     """
 
     request_id: str
@@ -64,6 +65,7 @@ class SequenceSpec:
     salt: str = ""
     whole_prompt: bool = False
     needs_last_token: bool = False
+    draft_tokens: int = 0
 
     @classmethod
     def of(cls, request_id: str, example: Example, **fields: Any) -> SequenceSpec:
@@ -90,8 +92,11 @@ def media_of(example: Example) -> tuple[Media, ...]:
         index = example.vision_index[fed & (example.media == number)]
         if not index.size:
             continue
-        first, tokens = int(index.min()), int(index.max()) - int(index.min()) + 1
-        segments = example.vision_segment_ids[first : first + tokens]
+        # all vision tokens of its images: a decoder that reads them beside the text has one placeholder for many
+        of_images = example.vision_segment_ids
+        first = int(np.searchsorted(of_images, of_images[index.min()], "left"))
+        tokens = int(np.searchsorted(of_images, of_images[index.max()], "right")) - first
+        segments = of_images[first : first + tokens]
         begin = int(np.searchsorted(example.patch_segment_ids, segments[0], "left"))
         end = int(np.searchsorted(example.patch_segment_ids, segments[-1], "right"))
         span = slice(begin, end)

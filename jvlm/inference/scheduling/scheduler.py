@@ -1,0 +1,375 @@
+"""The scheduler: requests in, plans of what runs next out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from jvlm.inference.scheduling import admission
+from jvlm.inference.scheduling.admission import Admission
+from jvlm.inference.scheduling.config import SchedulerConfig
+from jvlm.inference.scheduling.estimates import Kind, Pace
+from jvlm.inference.scheduling.plans import (
+    ON_DEVICE,
+    Chunk,
+    Decode,
+    Encode,
+    Picture,
+    Plan,
+    Prefill,
+    Result,
+    Results,
+    Row,
+)
+from jvlm.inference.scheduling.sequence import Sequence
+from jvlm.inference.scheduling.sequence_spec import SequenceSpec
+from jvlm.inference.scheduling.stats import SchedulerStats
+from jvlm.inference.scheduling.waiting import WaitingQueue
+
+
+class Scheduler:
+    """Continuous batching over a paged cache with shared prefixes (vLLM, arXiv 2309.06180; SGLang, arXiv 2312.07104).
+
+    `next` may be called before the results of earlier plans are given to `finish`, which takes them in order; the
+    device then never waits for the host. Sequences are identified by number and (slot, generation), so that a result
+    that comes too late reaches nobody.
+    """
+
+    def __init__(self, config: SchedulerConfig):
+        self.config, self._stats = config, SchedulerStats()
+        self.admission = Admission(config, self._stats)
+        self.waiting = WaitingQueue(config.prefix_order_below, config.max_passed)
+        self.running: list[Sequence] = []  # in the order of their admission
+        self._sequences: dict[int, Sequence] = {}
+        self._requests: dict[str, list[Sequence]] = {}
+        self._deadlines: dict[int, int] = {}
+        self._pace = Pace(config)
+        self._encoded_last = False
+        self._numbers = self._arrivals = self._unread = self._epoch = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Return whether a sequence waits or runs."""
+        return bool(self._sequences)
+
+    def add(self, spec: SequenceSpec) -> int:
+        """Let a request wait. Returns the most answer tokens that it can have.
+
+        Raises:
+          UserError: it could never run.
+          ValueError: a request of this name is there already.
+        """
+        if spec.request_id in self._requests:
+            raise ValueError(f"request {spec.request_id!r} is there already")
+        limit = admission.check(spec, self.config)
+        sequences = Sequence.all_of(spec, self._numbers, self._arrivals, limit, self.config)
+        self._numbers += spec.n
+        self._arrivals += 1
+        self._requests[spec.request_id] = sequences
+        self._sequences |= {sequence.number: sequence for sequence in sequences}
+        self.waiting.add(list(sequences))
+        return limit
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a request in whatever state it is, and free all that it has. Returns whether it was there."""
+        sequences = self._requests.get(request_id)
+        if sequences is None:
+            return False
+        for item in [item for item in self.waiting if item.first.spec.request_id == request_id]:
+            self.waiting.remove(item, admitted=False)
+        for sequence in list(sequences):
+            self._end(sequence)
+        return True
+
+    def is_current(self, row: Row) -> bool:
+        """Return whether the result of a row still counts: its sequence has not ended or left the slot."""
+        return row.sequence in self._sequences and self.admission.slots.is_current(row.slot, row.generation)
+
+    def next(self) -> Plan | None:
+        """Return what runs next; None if nothing does before the results of earlier plans are known, or at all."""
+        self._admit()
+        decoding = any(s.state == "decoding" and s.planned < s.limit for s in self.running)
+        plan: Plan | None = None
+        if not decoding or self._pace.prefill_is_due():
+            plan = self._encode_or_prefill()
+        if plan is None and decoding:
+            plan = self._decode()
+            if plan is None:  # it waits for tokens, or was preempted
+                plan = self._encode_or_prefill()
+        if plan is None:
+            if self.has_work and not self._unread:
+                raise RuntimeError("the scheduler has work and no plan")
+            return None
+        self._pace.planned(_kind(plan))
+        self._encoded_last = isinstance(plan, Encode)
+        self._unread += 1
+        for row in plan.rows:
+            self._sequences[row.sequence].in_flight += 1
+            self.admission.slots.planned(row.slot)
+        return plan
+
+    def finish(self, plan: Plan, results: Results | None = None, seconds: float | None = None) -> None:
+        """Take the results of the oldest plan that has none yet.
+
+        Args:
+          results: of each row that `is_current`, by the number of its sequence; others are dropped.
+          seconds: that the step took.
+        """
+        self._unread -= 1
+        if seconds is not None:
+            self._pace.took(_kind(plan), seconds)
+        if isinstance(plan, Prefill):
+            for chunk in plan.chunks:
+                if self.is_current(chunk.row):
+                    sequence = self._sequences[chunk.row.sequence]
+                    self.admission.register(sequence, min(chunk.stop, len(sequence.tokens)), self._epoch)
+        for i, row in enumerate(plan.rows):
+            current = self.is_current(row)
+            self.admission.slots.read(row.slot)
+            if not current:
+                self._stats.late_results += 1
+                continue
+            if results is None or row.sequence not in results:
+                raise KeyError(f"no result for answer {row.index} of request {row.request_id!r}")
+            drafted = int(plan.drafted[i]) if isinstance(plan, Decode) else 0
+            self._take(self._sequences[row.sequence], results[row.sequence], drafted)
+
+    def fail(self, plan: Plan) -> list[str]:
+        """Abort every request in a plan that could not be executed. Returns their names."""
+        self._unread -= 1
+        for row in plan.rows:
+            self.admission.slots.read(row.slot)
+        if isinstance(plan, Encode):
+            lost = {picture.key for picture in plan.pictures}
+            hit = [s.spec.request_id for s in self.running if lost.intersection(s.held)]
+            self.admission.features.lose(lost)
+        elif isinstance(plan, Prefill):
+            hit = [chunk.row.request_id for chunk in plan.chunks if self.is_current(chunk.row)]
+        else:
+            hit = [row.request_id for row in plan.rows if self.is_current(row)]
+        names = list(dict.fromkeys(hit))
+        for name in names:
+            self.abort(name)
+        return names
+
+    def forget(self) -> None:
+        """Use no page and no feature of before again: the weights have changed. Sequences that run keep theirs."""
+        self._epoch += 1
+        self.admission.pages.forget()
+        self.admission.features.forget()
+
+    def stats(self) -> SchedulerStats:
+        """Return the counters of now."""
+        return dataclasses.replace(
+            self._stats,
+            num_requests_running=len(self.running),
+            num_requests_waiting=len(self._sequences) - len(self.running),
+            kv_cache_usage_perc=self.admission.pages.usage,
+            encoder_cache_usage_perc=self.admission.features.usage,
+        )
+
+    def _admit(self) -> None:
+        """Begin waiting requests while there is room."""
+        while len(self.waiting) and self.admission.slots.free:
+            for item in self.waiting.candidates(self.admission.prefix_length):
+                if self.admission.admit(item.sequences, self.running, self._epoch):
+                    break
+            else:
+                return
+            self.waiting.remove(item, admitted=True)
+            self.running += item.sequences
+            self._deadlines |= {sequence.number: item.deadline for sequence in item.sequences}
+
+    def _encode_or_prefill(self) -> Encode | Prefill | None:
+        """Return a step towards the next first tokens; encodes and prefills take turns where both can run."""
+        if self._encoded_last:
+            return self._prefill() or self._encode()
+        return self._encode() or self._prefill()
+
+    def _encode(self) -> Encode | None:
+        """Return the pictures of admitted sequences that are not encoded, as many as one pass takes."""
+        features, config = self.admission.features, self.config
+        patches, pictures = 0, []
+        tokens = config.feature_slots if config.encode_tokens is None else config.encode_tokens
+        for sequence in self.running:
+            if sequence.state != "prefilling":
+                continue
+            for number, media in enumerate(sequence.spec.media):
+                key = sequence.feature_keys[number]
+                if key not in sequence.held or features[key].encoded:
+                    continue
+                if patches + media.patches > config.encode_patches or tokens < media.tokens:
+                    continue
+                patches, tokens = patches + media.patches, tokens - media.tokens
+                features[key].encoded = True
+                slots = features[key].slots
+                pictures.append(Picture(sequence.spec.request_id, number, key, slots, media.patches))
+        return Encode(tuple(pictures)) if pictures else None
+
+    def _prefill(self) -> Prefill | None:
+        """Return chunks of admitted sequences, as many tokens as one prefill takes."""
+        left, chunks, page_size = self.config.prefill_chunk_tokens, [], self.config.page_size
+        past = math.inf if self.config.prefill_past_pages is None else self.config.prefill_past_pages
+        for sequence in [s for s in self.running if s.state == "prefilling"]:
+            if not left or len(chunks) == self.config.prefill_chunks:
+                break
+            stop = min(sequence.computed + left, sequence.target, self._first_without_features(sequence))
+            if stop < sequence.target:
+                if not self.config.cuts_prompts:
+                    continue
+                stop -= stop % page_size
+            if stop <= sequence.computed or sequence.computed // page_size > past:
+                continue
+            left -= self.config.pages(stop - sequence.computed) * page_size
+            past -= sequence.computed // page_size
+            chunks.append(self._chunk(sequence, stop))
+        return Prefill(tuple(chunks)) if chunks else None
+
+    def _first_without_features(self, sequence: Sequence) -> int:
+        """Return the first place that is fed by a picture that is not encoded."""
+        index = sequence.spec.vision_index[sequence.computed :]
+        missing = np.zeros(len(index), bool)
+        for key, media in zip(sequence.feature_keys, sequence.spec.media, strict=True):
+            if key in sequence.held and not self.admission.features[key].encoded:
+                missing |= (index >= media.first) & (index < media.first + media.tokens)
+        return sequence.computed + int(np.argmax(missing)) if missing.any() else sequence.target
+
+    def _chunk(self, sequence: Sequence, stop: int) -> Chunk:
+        """Return the next chunk of a sequence. After the last one of a prompt its answers go their own ways."""
+        start = sequence.computed
+        feature_index = np.full(stop - start, -1, np.int32)
+        index = sequence.spec.vision_index[start:stop]
+        for key, media in zip(sequence.feature_keys, sequence.spec.media, strict=True):
+            here = np.flatnonzero((index >= media.first) & (index < media.first + media.tokens))
+            if here.size:
+                places = self.admission.features[key].slots
+                feature_index[here] = places[index[here] - media.first]
+        sequence.computed = stop
+        samples: list[Sequence] = []
+        if stop == sequence.target:
+            self.admission.release_features(sequence)
+            sequence.state = "decoding"
+            forks = [s for s in self._requests[sequence.spec.request_id] if s.state == "forking"]
+            self.admission.fork(sequence, forks)
+            samples = [sequence, *forks]
+        self._stats.prompt_tokens += stop - start
+        return Chunk(
+            row=sequence.row(stop - sequence.prompt_length),
+            start=start,
+            tokens=np.array(sequence.tokens[start:stop], np.int32),
+            positions=sequence.positions(start, stop),
+            feature_index=feature_index,
+            table=self.admission.tables[sequence.slot].copy(),
+            samples=tuple(s.row(stop - s.prompt_length) for s in samples),
+            cached=sequence.cached,
+        )
+
+    def _decode(self) -> Decode | None:
+        """Return a step of every sequence that has a token to go on from."""
+        ready = [s for s in self.running if s.state == "decoding" and s.planned < s.limit]
+        if any(s.in_flight and s.needs_last_token for s in ready):
+            return None
+        copies: dict[int, tuple[tuple[int, int], ...]] = {}
+        drafts: dict[int, tuple[int, ...]] = {}
+        for sequence in sorted(ready, key=_age):
+            if sequence.state != "decoding":  # an older one took its pages
+                continue
+            guessed = ()
+            if sequence.drafts is not None and not sequence.in_flight:
+                guessed = sequence.drafts.propose(sequence.tokens, sequence.limit - sequence.answered - 1)
+            grown = self.admission.grow(sequence, 1 + len(guessed)) if guessed else None
+            if grown is None:
+                guessed = ()
+            while grown is None and sequence.state == "decoding":
+                grown = self.admission.grow(sequence, 1)
+                if grown is None:
+                    self._preempt(self._youngest() or sequence)
+            if grown is not None:
+                copies[sequence.number], drafts[sequence.number] = grown, guessed
+        rows = [s for s in ready if s.state == "decoding" and s.number in copies]
+        if not rows:
+            return None
+        width = 1 + max(len(drafts[s.number]) for s in rows)
+        tokens = np.zeros((len(rows), width), np.int32)
+        for i, sequence in enumerate(rows):
+            guessed = drafts[sequence.number]
+            tokens[i, 0] = ON_DEVICE if sequence.in_flight else sequence.tokens[-1]
+            tokens[i, 1 : 1 + len(guessed)] = guessed
+        slots = np.array([s.slot for s in rows], np.int32)
+        plan = Decode(
+            rows=tuple(s.row(s.planned) for s in rows),
+            slots=slots,
+            tokens=tokens,
+            drafted=np.array([len(drafts[s.number]) for s in rows], np.int32),
+            starts=np.array([s.computed for s in rows], np.int32),
+            positions=np.array([s.next_position() for s in rows], np.int32),
+            tables=self.admission.tables[slots],
+            copies=tuple(copy for s in rows for copy in copies[s.number]),
+        )
+        for sequence in rows:
+            sequence.computed += 1
+        return plan
+
+    def _youngest(self) -> Sequence | None:
+        """Return the sequence whose pages others may have: the youngest, of those the one with the fewest tokens."""
+        open_to = [s for s in self.running if s.pages and not self.admission.is_reserved(s)]
+        return max(open_to, key=lambda s: (*_age(s)[:2], -s.answered, s.index), default=None)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take all that a sequence has, and let it wait; its tokens stay. Tokens in flight are drawn again, alike."""
+        together = [sequence]
+        if sequence.state == "prefilling":
+            together += [s for s in self._requests[sequence.spec.request_id] if s.state == "forking"]
+        for one in together:
+            self.admission.release(one)
+            one.state = "waiting"
+            one.preemptions += 1
+            self.running.remove(one)
+        self.waiting.add(together, self._deadlines[sequence.number])
+        self.admission.lengths.preempted()
+        self._stats.num_preemptions += 1
+
+    def _take(self, sequence: Sequence, result: Result, drafted: int) -> None:
+        """Add the tokens that were drawn for a sequence."""
+        count = len(result.tokens)
+        if not 1 <= count <= 1 + drafted:
+            raise ValueError(f"{count} tokens for a row with {drafted} drafted ones")
+        sequence.in_flight -= 1
+        sequence.tokens.extend(result.tokens)
+        sequence.computed += count - 1
+        self._stats.generation_tokens += count
+        if drafted and sequence.drafts is not None:
+            sequence.drafts.observe(len(sequence.tokens), drafted, count - 1)
+            self._stats.spec_decode_num_draft_tokens += drafted
+            self._stats.spec_decode_num_accepted_tokens += count - 1
+        self.admission.register(sequence, len(sequence.tokens) - 1, self._epoch)
+        if result.ended or sequence.answered >= sequence.limit:
+            self.admission.lengths.ended(sequence.answered, sequence.limit)
+            self._end(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        """Forget a sequence."""
+        if sequence.state not in ("waiting", "ended"):
+            self.running.remove(sequence)
+        self.admission.release(sequence)
+        sequence.state = "ended"
+        self._sequences.pop(sequence.number, None)
+        self._deadlines.pop(sequence.number, None)
+        answers = self._requests.get(sequence.spec.request_id, [])
+        if sequence in answers:
+            answers.remove(sequence)
+        if not answers:
+            self._requests.pop(sequence.spec.request_id, None)
+
+
+def _age(sequence: Sequence) -> tuple[int, int, int]:
+    """Return the order of sequences from the one that matters most."""
+    return sequence.spec.priority, sequence.arrival, sequence.index
+
+
+def _kind(plan: Plan) -> Kind:
+    if isinstance(plan, Encode):
+        return "encode"
+    return "prefill" if isinstance(plan, Prefill) else "decode"
