@@ -27,6 +27,7 @@ COMMANDS = {
     "replay": ("jvlm.cli.replay", "find the tower and the conversation of a stopped run that are not finite"),
     "generate": ("jvlm.cli.generate", "answer one prompt, or every line of a JSONL file"),
     "chat": ("jvlm.cli.chat", "talk with a model in the terminal"),
+    "evaluate": ("jvlm.cli.evaluate", "score a model, or a server, on benchmarks"),
     "convert": ("jvlm.cli.convert", "write a checkpoint as a Hugging Face folder, in another dtype or layout"),
     "data check": ("jvlm.cli.data_check", "count examples that can and cannot be used, and say why"),
     "data view": ("jvlm.cli.data_view", "write a page to look at data: numbers, rejected examples, samples"),
@@ -37,6 +38,7 @@ _GROUPS = {
     "Fine-tuning, with ms-swift's arguments": ("sft", "pt", "infer", "export", "merge-lora"),
     "Training from a config": ("train", "configs", "plan", "replay"),
     "Answers": ("generate", "chat"),
+    "Scores": ("evaluate",),
     "Files": ("convert", "data check", "data view", "data convert", "data shard"),
 }
 

@@ -17,8 +17,9 @@ from jvlm.data.errors import ExampleError
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_conversation
 from jvlm.data.processor import Processor
+from jvlm.evaluation.clients import LocalClient, Prompt
 from jvlm.evaluation.questions import Question, next_question, normalise, questions_of
-from jvlm.inference.generate import generate
+from jvlm.evaluation.task import Decoding
 from jvlm.models.vlm import VLM
 from jvlm.parallel.layout import MeshLayout
 from jvlm.progress import Progress
@@ -106,18 +107,24 @@ def ask(
     Args:
       ask: "independent" or "multi_turn", as in `jvlm.training.config.EvaluationConfig`.
       layout: as in `jvlm.generate`.
+
+    Raises:
+      ExampleError: a question that cannot be read, its images for one.
     """
     questions = [question for example in examples for question in questions_of(example)]
-    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "layout": layout}
+    client = LocalClient(model, processor, batch_size=batch_size, layout=layout)
+    decoding = Decoding(max_new_tokens=max_new_tokens)
     with Progress(total=len(questions), desc="asking", unit="question") as bar:
 
         def run(conversations: list[Conversation]) -> list[str]:
-            texts: list[str] = []
-            block = batch_size * 8
-            for start in range(0, len(conversations), block):
-                texts += generate(model, processor, conversations[start : start + block], **settings)
-                bar.update(min(block, len(conversations) - start))
-            return texts
+            texts: dict[str, str] = {}
+            prompts = (Prompt(str(n), conversation, n) for n, conversation in enumerate(conversations))
+            for reply in client.replies(prompts, decoding):
+                if reply.cause is not None:
+                    raise reply.cause
+                texts[reply.id] = reply.text
+                bar.update()
+            return [texts[str(n)] for n in range(len(conversations))]
 
         if ask == "independent":
             answered = list(zip(questions, run([q.conversation for q in questions]), strict=True))

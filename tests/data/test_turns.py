@@ -13,6 +13,7 @@ from jvlm.data.boxes import Point
 from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Text, Video
 from jvlm.data.examples import parse_example, tagged
 from jvlm.data.turns import next_turn, single_turns, without_answer
+from jvlm.evaluation.clients import Reply
 from jvlm.evaluation.questions import questions_of
 from jvlm.evaluation.score import ask
 from tests.support import picture
@@ -229,12 +230,17 @@ def test_a_greeting_is_no_question_and_stays_in_a_chain():
 def test_the_model_is_shown_the_pictures_of_the_turn(tiny, monkeypatch, how):
     shown = []
 
-    def remember(model, processor, conversations, **settings):
-        examples = [processor.encode(c, generation_prompt=True) for c in conversations]
-        shown.extend([sizes.original for sizes in example.sizes] for example in examples)
-        return ["green"] * len(conversations)
+    class Remember:
+        def __init__(self, model, processor, **settings):
+            self.processor = processor
 
-    monkeypatch.setattr("jvlm.evaluation.score.generate", remember)
+        def replies(self, prompts, decoding):
+            for prompt in prompts:
+                example = self.processor.encode(prompt.example, generation_prompt=True)
+                shown.append([sizes.original for sizes in example.sizes])
+                yield Reply(prompt.id, "green")
+
+    monkeypatch.setattr("jvlm.evaluation.score.LocalClient", Remember)
     record = parse_example(
         {
             "messages": [

@@ -75,3 +75,9 @@ def rouge_l(answer: str, golds: Sequence[str]) -> float:
     """Return the best ROUGE-L F measure with one of ``golds``."""
     scorer = require("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     return max((scorer.score(gold, answer)["rougeL"].fmeasure for gold in golds), default=0.0)
+
+
+def rouge_1(answer: str, golds: Sequence[str]) -> float:
+    """Return the best ROUGE-1 F measure with one of ``golds``."""
+    scorer = require("rouge_score.rouge_scorer").RougeScorer(["rouge1"])
+    return max((scorer.score(gold, answer)["rouge1"].fmeasure for gold in golds), default=0.0)

@@ -58,6 +58,30 @@ def point_in_box(
     return Score(float(gold.holds(point)), "ok", list(given.values))
 
 
+def point_in_polygon(
+    text: str,
+    gold: Sequence[tuple[float, float]],
+    sizes: Sizes,
+    *,
+    form: FormatName = "json",
+    space: CoordinateSpace | None = None,
+) -> Score:
+    """Return 1 if the only point of the answer, or the centre of its only box, lies in a polygon (OSWorld-G).
+
+    Args:
+      gold: its corners, in pixels of the original image.
+    """
+    content = spoken(text)
+    if isinstance(content, Score):
+        return content
+    found = [one.region for one in parse(content, form, space=space)]
+    if len(found) != 1:
+        return Score(0.0, "several_answers" if found else "unparsed")
+    values = found[0].to("original", sizes).values
+    point = values if len(values) == 2 else ((values[0] + values[2]) / 2, (values[1] + values[3]) / 2)
+    return Score.of(polygon_holds(gold, (point[0], point[1])), list(values))
+
+
 def polygon_holds(polygon: Sequence[tuple[float, float]], point: tuple[float, float]) -> bool:
     """Return whether a point lies in a polygon (OSWorld-G), by the number of edges to its right."""
     x, y = point

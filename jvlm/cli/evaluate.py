@@ -1,0 +1,190 @@
+"""``jvlm evaluate``: scores of a model on benchmarks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from jvlm.cli.model import ImageOptions, ModelOptions, load
+from jvlm.data.box_formats import FormatName
+from jvlm.data.boxes import CoordinateSpace
+from jvlm.errors import UserError
+from jvlm.options import FLAT, parse
+
+if TYPE_CHECKING:
+    from jvlm.evaluation.clients import Client
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Score a model on benchmarks. What --output has already is not asked again.
+
+    Attributes:
+      model: a Hugging Face folder, a run folder, an id on the Hub, or http://HOST:PORT/v1 of a server.
+      tasks: names of tasks or groups of them, with commas between.
+      data: folder with the tasks' files.
+      output: folder for answers and scores.
+      list: print all tasks and the files that each wants.
+      include: Python files with tasks of your own, in a list TASKS.
+      limit: ask so many questions of each task, drawn at random.
+      style: "boxed" asks for answers in \\boxed{}, MiMo-VL's protocol, in place of the tasks' own instructions.
+      runs: how often each question is asked; None is the task's own number.
+      shots: demonstrations before each question; None is the task's own number.
+      max_new_tokens: longest answer; None is the task's own.
+      temperature: 0 takes the likeliest token; None is the task's own.
+      top_p: keep the likeliest tokens whose probabilities reach this; None is the task's own.
+      rescore: score the answers that are there again, without a model.
+      compare: two output folders whose scores are compared question by question.
+      adapters: NAME=FOLDER of each adapter on the model, or one FOLDER.
+      adapter: name of the one that answers.
+      param_dtype: dtype of the parameters; None is float32.
+      images: what to change about the image processor.
+      batch_size: questions answered together by a model on this machine.
+      served_model: the model's name on a server; None is the only one that is there.
+      concurrency: requests to a server at a time.
+      tries: of a request, before it counts as failed.
+      timeout: of a request in seconds.
+      key_variable: environment variable that holds the server's key.
+      box_form: how a model behind a server writes boxes.
+      box_space: in which space its numbers are; None is that of --box_form.
+    """
+
+    model: str | None = None
+    tasks: tuple[str, ...] = ()
+    data: str | None = None
+    output: str | None = None
+    list: bool = False
+    include: tuple[str, ...] = ()
+    limit: int | None = None
+    style: Literal["task", "boxed"] = "task"
+    runs: int | None = None
+    shots: int | None = None
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    rescore: bool = False
+    compare: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    adapter: str | None = None
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    images: Annotated[ImageOptions, FLAT] = ImageOptions()
+    batch_size: int = 8
+    served_model: str | None = None
+    concurrency: int = 16
+    tries: int = 5
+    timeout: float = 600.0
+    key_variable: str = "OPENAI_API_KEY"
+    box_form: FormatName = "json"
+    box_space: CoordinateSpace | None = None
+
+
+def run(words: list[str]) -> int:
+    options = parse(Evaluate, words, "jvlm evaluate")
+    return evaluate(options)
+
+
+def evaluate(options: Evaluate) -> int:
+    """Do what the options say. Returns the exit status."""
+    from jvlm.evaluation import registry
+
+    if options.compare:
+        return _compare(options)
+    known = registry.tasks(options.include)
+    if options.list:
+        print(registry.listing(known))
+        return 0
+    if options.output is None:
+        raise UserError("give --output DIR, for answers and scores")
+    return _rescore(options, known) if options.rescore else _ask(options, known)
+
+
+def _ask(options: Evaluate, known) -> int:
+    from jvlm.evaluation import registry
+    from jvlm.evaluation.files import Rows
+    from jvlm.evaluation.run import Settings, evaluate, table
+
+    tasks = registry.choose(options.tasks, known)
+    if options.model is None or options.data is None:
+        raise UserError("give --model and --data; or --rescore for answers that are there")
+    for name in ("limit", "runs", "shots", "max_new_tokens", "concurrency", "tries"):
+        value, least = getattr(options, name), 0 if name == "shots" else 1
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}; it must be at least {least}")
+    data = Path(options.data)
+    for task in tasks:  # before a model is loaded, which takes long
+        Rows(task.files, data, task.name)
+    given = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    decoding = {name: value for name, value in given.items() if value is not None}
+    settings = Settings(options.limit, options.style, options.runs, options.shots, decoding)
+    records = evaluate(client(options), tasks, data, Path(options.output), settings)
+    print(table(records))
+    return 0
+
+
+def _rescore(options: Evaluate, known) -> int:
+    from jvlm.evaluation import registry
+    from jvlm.evaluation.metrics import verifier
+    from jvlm.evaluation.run import score_task, table
+    from jvlm.evaluation.store import SETTINGS
+
+    output = Path(options.output)
+    there = sorted(path.parent.name for path in output.glob(f"*/{SETTINGS}"))
+    names = options.tasks or tuple(name for name in there if name in known)
+    if not names:
+        raise UserError(f"{output} holds no answers to score; ask a model first, with --model")
+    with verifier():
+        records = [score_task(task, output / task.name) for task in registry.choose(names, known)]
+    print(table(records))
+    return 0
+
+
+def _compare(options: Evaluate) -> int:
+    from jvlm.evaluation.comparison import compare_folders, table
+
+    if len(options.compare) != 2:
+        raise UserError(f"--compare takes two output folders, got {len(options.compare)}")
+    print(table(compare_folders(Path(options.compare[0]), Path(options.compare[1]))))
+    return 0
+
+
+def client(options: Evaluate) -> Client:
+    """Return who answers."""
+    from jvlm.evaluation.clients import Boxes, EndpointClient, LocalClient
+
+    if options.model.startswith(("http://", "https://")):
+        boxes = Boxes(options.box_form, options.box_space)
+        return EndpointClient(endpoint(options), boxes=boxes)
+    chosen = ModelOptions(options.model, options.adapters, options.param_dtype, options.images, parallel=None)
+    model, processor, layout = load(chosen)
+    return LocalClient(
+        model,
+        processor,
+        batch_size=options.batch_size,
+        layout=layout,
+        adapter=options.adapter,
+        name=Path(options.model).name,
+    )
+
+
+def endpoint(options: Evaluate):
+    """Return the server of --model. Raises UserError where it cannot be reached, or has several models."""
+    from jvlm.evaluation.endpoint import Endpoint, EndpointError
+
+    chosen = Endpoint(
+        options.model,
+        options.served_model or "",
+        options.key_variable,
+        options.concurrency,
+        options.tries,
+        options.timeout,
+    )
+    if options.served_model:
+        return chosen
+    try:
+        names = dataclasses.replace(chosen, tries=1).models()
+    except EndpointError as error:
+        raise UserError(f"{error}. Is the server there? Its model can be named with --served_model") from error
+    if len(names) != 1:
+        raise UserError(f"{options.model} has {len(names)} models ({', '.join(names[:8])}); name one: --served_model")
+    return dataclasses.replace(chosen, model=names[0])
