@@ -147,7 +147,7 @@ class Weighted(Task):
     weight: float = 1.0
     names: dict = dataclasses.field(default_factory=dict)
 
-    def loss(self, model, batch, *, reference=None, rng=None):
+    def loss(self, model, batch, *, reference=None, rng=None, denominators=None):
         raise AssertionError
 
 

@@ -18,6 +18,7 @@ from jvlm.errors import UserError
 COMMANDS = {
     "sft": ("jvlm.cli.sft", "fine-tune on conversations: adapters, or all of the model"),
     "pt": ("jvlm.cli.pt", "train on all tokens of conversations"),
+    "rlhf": ("jvlm.cli.rlhf", "train on preferred and rejected answers: DPO and its relatives"),
     "infer": ("jvlm.cli.infer", "answer with a checkpoint"),
     "export": ("jvlm.cli.export", "merge, quantise, check or upload a checkpoint"),
     "merge-lora": ("jvlm.cli.merge_lora", "add an adapter to the model that it was trained on"),
@@ -35,7 +36,7 @@ COMMANDS = {
     "data shard": ("jvlm.cli.data_convert", "another name of data convert"),
 }
 _GROUPS = {
-    "Fine-tuning, with ms-swift's arguments": ("sft", "pt", "infer", "export", "merge-lora"),
+    "Fine-tuning, with ms-swift's arguments": ("sft", "pt", "rlhf", "infer", "export", "merge-lora"),
     "Training from a config": ("train", "configs", "plan", "replay"),
     "Answers": ("generate", "chat"),
     "Scores": ("evaluate",),
@@ -44,13 +45,12 @@ _GROUPS = {
 
 # commands of ms-swift, and the nearest thing
 _ELSEWHERE = {
-    "rlhf": "jvlm sft trains on answers",
     "deploy": "jvlm merge-lora or jvlm export write the folder that vLLM, SGLang or llama.cpp serve",
     "eval": "jvlm infer --val_dataset FILE --metric acc scores answers; so does evaluation.data of jvlm train",
     "app": "jvlm chat talks in the terminal",
     "web-ui": "jvlm chat talks in the terminal",
 }
-_TRAINING = ("train", "sft", "pt")
+_TRAINING = ("train", "sft", "pt", "rlhf")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,11 @@ from jvlm.data.mixture.config import Mixture
 from jvlm.errors import UserError
 from jvlm.validation import check_fields
 
+# what is drawn for each example, and so is not the same for two answers
+_DRAWN = (
+    "single_turn_ratio shuffle_turns media_first newline_probability image_choices few_shot upscale_probability".split()
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageChoice:
@@ -91,6 +96,9 @@ class DataConfig:
       loss: what has a loss where an example does not say so itself: "answers", every assistant turn; "last_answer", the
         last one of each conversation; "all", prompts as well, but no media. ms-swift calls them default, last_round and
         all. None is "answers" of conversations and "all" of documents, which have no answers.
+      preference: what is learnt of examples: "none" the answers; "pairs" that a chosen answer is better than a rejected
+        one (DPO and its relatives, reward models); "labels" that an answer is good or bad by itself (KTO). The last
+        answer of each conversation counts, unless ``loss`` or the example says otherwise (`jvlm.data.preferences`).
       documents: how documents are read: pages with images, captions, text alone (`jvlm.data.document_config`).
       shuffle_turns: give the questions of a conversation, with their answers, another order each epoch
         (`jvlm.data.augmentation`); images come first. Examples with ``"ordered": true`` keep theirs.
@@ -137,6 +145,7 @@ class DataConfig:
     measured: tuple[float, ...] = ()
     single_turn_ratio: float = 0.0
     loss: LossChoice | None = None
+    preference: Literal["none", "pairs", "labels"] = "none"
     documents: DocumentConfig = DocumentConfig()
     shuffle_turns: bool = False
     max_turns: int | None = None
@@ -169,6 +178,23 @@ class DataConfig:
             raise UserError(f"data.upscale_range is a smaller and a larger factor, both from 1 on, got {low}, {high}")
         if self.max_turns is not None and not self.shuffle_turns:
             raise UserError("data.max_turns chooses among shuffled turns: set data.shuffle_turns true")
+        if self.preference != "none":
+            self._check_preference()
+
+    def _check_preference(self) -> None:
+        """Raise UserError for what would change one answer of a pair and not the other."""
+        drawn = [name for name in _DRAWN if getattr(self, name)]
+        if drawn:
+            raise UserError(f"data.{drawn[0]} does not go with data.preference {self.preference!r}: leave it out")
+        if self.on_too_long in ("truncate", "shrink"):
+            raise UserError(
+                f"data.on_too_long {self.on_too_long!r} does not go with data.preference {self.preference!r}: an "
+                "answer that was cut is another one; take drop or error, or limit the images' pixels"
+            )
+        if self.loss == "all":
+            raise UserError(
+                f"data.loss 'all' does not go with data.preference {self.preference!r}: prompts say nothing"
+            )
 
     @property
     def files(self) -> tuple[str, ...]:

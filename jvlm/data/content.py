@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jvlm.data.boxes import Region
@@ -92,11 +93,32 @@ class ObjectBox:
     image: int = 0
 
 
+# fields that hold files or pixels, which `==` cannot compare
+_BARE: dict[type, dict[str, Any]] = {Image: {"source": None}, Video: {"frames": (), "file": None}}
+
+
 def media_sources(part: Image | Video) -> tuple[Any, ...]:
     """Return the source of an image, the file of a video, or the sources of its frames."""
     if isinstance(part, Image):
         return (part.source,)
     return part.frames if part.file is None else (part.file,)
+
+
+def same_media(one: _OfParts, other: _OfParts) -> bool:
+    """Return whether two examples have the same images and videos, in the same order."""
+    pairs = list(zip(one.media, other.media, strict=False))
+    return len(one.media) == len(other.media) and all(a is b or _is_same(a, b) for a, b in pairs)
+
+
+def _is_same(a: Image | Video, b: Image | Video) -> bool:
+    """Whether two are read from the same file, or hold the same object in memory."""
+    if type(a) is not type(b) or dataclasses.replace(a, **_BARE[type(a)]) != dataclasses.replace(b, **_BARE[type(b)]):
+        return False
+    sources = media_sources(a), media_sources(b)
+    return len(sources[0]) == len(sources[1]) and all(
+        x is y or (isinstance(x, str | bytes | Path) and type(x) is type(y) and x == y)
+        for x, y in zip(*sources, strict=True)
+    )
 
 
 Part = Text | Image | Video | ObjectName | ObjectBox

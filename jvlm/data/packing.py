@@ -32,6 +32,9 @@ class Example:
       is_document: whether it has no turns.
       made_to_fit: how it was made to fit a sequence.
       breaks: of a document that can still be cut, what begins at each token: see `jvlm.data.document_text`.
+      segments: number of the segment of each token, from 1, where it holds several conversations
+        (`jvlm.data.segments`); None where it is one.
+      values: numbers that the task wants to know of each segment; empty for none.
     """
 
     tokens: np.ndarray
@@ -52,6 +55,18 @@ class Example:
     is_document: bool = False
     made_to_fit: Literal["no", "cut", "truncated", "shrunk"] = "no"
     breaks: np.ndarray | None = None
+    segments: np.ndarray | None = None
+    values: tuple[Mapping[str, float], ...] = ()
+
+    @property
+    def num_segments(self) -> int:
+        """Conversations in it."""
+        return 1 if self.segments is None else int(self.segments[-1])
+
+    @property
+    def longest_segment(self) -> int:
+        """Tokens of its longest conversation."""
+        return self.length if self.segments is None else int(np.bincount(self.segments).max())
 
     @property
     def length(self) -> int:
@@ -113,13 +128,21 @@ def check_fits(
     is longer would be cut without a word.
     """
     limit = min(seq_len, max_length or seq_len)
-    if example.length > limit:
+    if example.segments is not None and example.length > seq_len >= limit >= example.longest_segment:
+        raise ExampleError(
+            example.origin,
+            "messages",
+            f"{example.length} tokens of {example.num_segments} answers with their prompts do not fit {seq_len} "
+            "together",
+            "Raise data.seq_len, or make the images smaller",
+        )
+    if example.longest_segment > limit:
         images = int((example.vision_index >= 0).sum())
         share = f" ({images} of them stand for images)" if images else ""
         raise ExampleError(
             example.origin,
             "messages",
-            f"{example.length} tokens do not fit {limit}{share}",
+            f"{example.longest_segment} tokens do not fit {limit}{share}",
             "Raise data.seq_len (and data.max_length), make the images smaller, or set data.on_too_long to shrink "
             "(images are resized) or truncate (turns are left out)",
         )
@@ -265,11 +288,11 @@ def assemble(
         max_image_patches=max_image_patches,
     )
     for b, sequence in enumerate(sequences):
-        s = p = vision_tokens = images = windows = 0
-        for number, example in enumerate(sequence, 1):
+        s = p = vision_tokens = images = windows = segments = 0
+        for example in sequence:
             S, P = slice(s, s + example.length), slice(p, p + example.num_patches)
             batch.tokens[b, S] = example.tokens
-            batch.segment_ids[b, S] = number
+            batch.segment_ids[b, S] = segments + (1 if example.segments is None else example.segments)
             batch.positions[b, S] = example.positions
             batch.loss_weights[b, S] = example.loss_weights
             batch.vision_index[b, S] = np.where(example.vision_index >= 0, example.vision_index + vision_tokens, -1)
@@ -281,7 +304,7 @@ def assemble(
                 vision_tokens += len(example.vision_segment_ids)
                 images += int(example.patch_segment_ids[-1])
                 windows += int(example.patch_window_ids[-1])
-            s, p = S.stop, P.stop
+            s, p, segments = S.stop, P.stop, segments + example.num_segments
     return batch
 
 
@@ -297,6 +320,7 @@ class PackedSequences:
       origins: for each sequence of the batch, where its segments 1, 2, ... came from.
       sources: for each sequence of the batch, the number of the data source of its segments; -1 for none.
       source_names: names of the data sources by number; empty where they are not told apart.
+      values: for each sequence of the batch, the `Example.values` of its segments; of no segment where it has none.
     """
 
     batch: PackedBatch
@@ -307,6 +331,7 @@ class PackedSequences:
     source_names: tuple[str, ...] = ()
     parts: int = 0
     by_source: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    values: tuple[tuple[Mapping[str, float], ...], ...] = ()
 
 
 def packed_sequences(
@@ -324,9 +349,15 @@ def packed_sequences(
         batch,
         conversations=sum(example.records for example in examples),
         rejected=tuple(rejected),
-        origins=tuple(tuple(example.origin for example in sequence) for sequence in sequences),
-        sources=tuple(tuple(example.source for example in sequence) for sequence in sequences),
+        origins=tuple(tuple(example.origin for example in _by_segment(sequence)) for sequence in sequences),
+        sources=tuple(tuple(example.source for example in _by_segment(sequence)) for sequence in sequences),
         source_names=source_names,
         parts=sum(example.made_to_fit == "cut" for example in examples),
         by_source=dict(by_source),
+        values=tuple(tuple(value for example in sequence for value in example.values) for sequence in sequences),
     )
+
+
+def _by_segment(sequence: Sequence[Example]) -> list[Example]:
+    """The example of each segment of a sequence."""
+    return [example for example in sequence for _ in range(example.num_segments)]

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from jvlm.data import cutting, document_rules, image_choice, packing
+from jvlm.data import cutting, document_rules, image_choice, packing, preferences
 from jvlm.data.augmentation import augmented
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document
@@ -70,6 +70,8 @@ class Encode(grain.transforms.RandomMap):
         if isinstance(record, ExampleError):
             raise record
         parsed = parse_example(record, origin)
+        if self.config.preference != "none":
+            return [self._judged(parsed)]
         if isinstance(parsed, Document):
             document_rules.check_order(parsed, self.config.documents)
         single = rng.random() < self.config.single_turn_ratio
@@ -82,6 +84,15 @@ class Encode(grain.transforms.RandomMap):
         example = self.processor.encode(parsed)
         check_learnable(example.origin, example.loss_weights)
         return [(parsed, example)]
+
+    def _judged(self, parsed: Conversation | Document) -> tuple[Conversation, Example]:
+        """A pair, or an answer with a label, as the segments of one example."""
+        read = preferences.pair if self.config.preference == "pairs" else preferences.labelled
+        judged = read(parsed, self._losses.get(parsed.origin.source, self.config.loss))
+        example = self.processor.encode_together(judged.conversations, judged.values)
+        for number in range(1, example.num_segments + 1):
+            check_learnable(example.origin, example.loss_weights[example.segments == number])
+        return judged.conversations[0], example
 
     def _parts(self, document: Document, rng: np.random.Generator) -> list[tuple[Document, Example]]:
         """A document, with no more media than it may have."""
@@ -195,6 +206,13 @@ class EncodeDrawn(grain.transforms.Map):
 
     def map(self, drawn: Drawn) -> tuple[Example | Rejected, ...]:
         return self.encode.random_map((drawn.origin, drawn.record), np.random.default_rng(drawn.seed))
+
+
+def complete_window(places: Sequence[Sequence[Example | Rejected]], config: DataConfig) -> Sequence[Sequence]:
+    """Return what the examples of a packing window gave, with what depends on their neighbours."""
+    if config.preference != "labels":
+        return places
+    return preferences.with_other_answers(places, config.seq_len, config.longest)
 
 
 def _one_turn(conversation: Conversation, rng: np.random.Generator) -> Conversation:
@@ -343,6 +361,7 @@ class PackIterator(grain.DatasetIterator):
         config = self.dataset.config
         window, before = self._progress.item
         places = [next(self._stream) for _ in range(self.dataset.window_size(window))]
+        places = complete_window(places, config)
         elements = [element for place in places for element in place]
         examples = [e for e in elements if not isinstance(e, Rejected)]
         rejected = [e for e in elements if isinstance(e, Rejected)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -29,6 +29,7 @@ from jvlm.data.content import (
     Text,
     Video,
     media_sources,
+    same_media,
 )
 from jvlm.data.document_text import DocumentText, Tokens
 from jvlm.data.errors import MEMORY, ExampleError, Origin
@@ -36,6 +37,7 @@ from jvlm.data.examples import parse_example
 from jvlm.data.image_processor import ImageProcessorConfig, MediaPatches
 from jvlm.data.images import open_image
 from jvlm.data.packing import Example
+from jvlm.data.segments import joined_segments
 from jvlm.data.template import ChatTemplate
 from jvlm.data.turns import without_answer
 from jvlm.data.video.reader import VideoSupportError, shared_reader
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from jvlm.models.vlm import VLMConfig
 
 SETTINGS = "jvlm_processor.json"
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,17 +167,59 @@ class Processor:
         Every other exception is a fault of the program, and leaves this function as it is.
         """
         parsed = parse_example(example)
-        origin = parsed.origin
-        try:
-            if generation_prompt and isinstance(parsed, Conversation):
-                parsed = _prompt(parsed)
+        if generation_prompt and isinstance(parsed, Conversation):
+            with_prompt = parsed
+            parsed = self._checked(parsed.origin, lambda: _prompt(with_prompt))
+
+        def encoded() -> Example:
             media = self._media(parsed, image_config or self.image_config_of(parsed))
-            tokens = self._tokenize(self._fill(parsed, media), generation_prompt)
-            problem = vocabulary.outside_problem(self.tokenizer, tokens.ids, self.model.decoder.vocab_size)
-            if problem:
-                fix = f"Leave the token out, or let the table grow: {vocabulary.GROW}"
-                raise ExampleError(origin, "messages", problem, fix)
-            return self._expand(tokens, media, parsed)
+            return self._laid_out(parsed, media, generation_prompt)
+
+        return self._checked(parsed.origin, encoded)
+
+    def encode_together(
+        self,
+        conversations: Sequence[Conversation],
+        values: Sequence[Mapping[str, float]],
+        *,
+        image_config: ImageProcessorConfig | None = None,
+    ) -> Example:
+        """Conversations of one origin as the segments of one example; media that are the first one's are read once.
+
+        Args:
+          values: numbers that the task wants to know of each conversation.
+          image_config: as of `encode`.
+
+        Raises:
+          ExampleError, VideoSupportError: as `encode`.
+        """
+        first = conversations[0]
+        shares = [same_media(first, conversation) for conversation in conversations]
+
+        def encoded() -> Example:
+            media = self._media(first, image_config or self.image_config_of(first))
+            examples = [
+                self._laid_out(
+                    one, media if shared else self._media(one, image_config or self.image_config_of(one)), False
+                )
+                for one, shared in zip(conversations, shares, strict=True)
+            ]
+            return joined_segments(examples, [False, *shares[1:]], values)
+
+        return self._checked(first.origin, encoded)
+
+    def _laid_out(self, parsed: Conversation | Document, media: list[MediaPatches], generation_prompt: bool) -> Example:
+        tokens = self._tokenize(self._fill(parsed, media), generation_prompt)
+        problem = vocabulary.outside_problem(self.tokenizer, tokens.ids, self.model.decoder.vocab_size)
+        if problem:
+            fix = f"Leave the token out, or let the table grow: {vocabulary.GROW}"
+            raise ExampleError(parsed.origin, "messages", problem, fix)
+        return self._expand(tokens, media, parsed)
+
+    def _checked(self, origin: Origin, work: Callable[[], T]) -> T:
+        """What ``work`` gives; whatever is wrong with the example is an ExampleError."""
+        try:
+            return work()
         except (ExampleError, VideoSupportError):
             raise
         except UserError as error:

@@ -33,7 +33,7 @@ def names(config: DataConfig, channels: Iterable[str]) -> tuple[str, ...]:
     Args:
       channels: of a sample of the examples.
     """
-    if config.curves == "off":
+    if config.curves == "off" or config.preference != "none":  # what is learnt of pairs has no sums by token
         return ()
     if config.curves == "dataset":
         result = tuple(sources_of(config.train) if config.mixture is None else enters(config.mixture))

@@ -127,16 +127,19 @@ class VLM(nnx.Module):
         with jax.named_scope("connector"):
             return self.connector(patches, batch)
 
-    def hidden(self, batch: PackedBatch, noise: EmbeddingChange | None = None) -> DecoderOutput:
+    def hidden(
+        self, batch: PackedBatch, noise: EmbeddingChange | None = None, *, vision: VisionTokens | None = None
+    ) -> DecoderOutput:
         """Return the last hidden states, the cache of the decoder, and what its layers report.
 
         Args:
           noise: changes the embeddings, in training.
+          vision: what `encode` returned for this batch; None encodes it.
         """
         embeddings = self.decoder.embed(jnp.asarray(batch.tokens))
         if noise is not None:
             embeddings = noise.of_text(embeddings, batch)
-        inputs = self.decoder.fuse(embeddings, self.encode(batch), batch)
+        inputs = self.decoder.fuse(embeddings, self.encode(batch) if vision is None else vision, batch)
         if noise is not None:
             inputs = dataclasses.replace(inputs, embeddings=noise.of_merged(inputs.embeddings, batch))
         with jax.named_scope("decoder"):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 PairLoss = Literal[
     *("sigmoid", "hinge", "ipo", "robust", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "exo_pair"),
-    *("sigmoid_norm", "cpo", "simpo", "orpo"),
+    *("sigmoid_norm", "discopop", "aot", "aot_unpaired", "cpo", "simpo", "orpo"),
 ]
 # those that need no reference model
 REFERENCE_FREE = ("cpo", "simpo", "orpo")
@@ -54,12 +54,14 @@ class PairLossSettings:
         "exo_pair".
       gamma: "simpo": the margin that a chosen answer must have.
       bco_shift: "bco_pair": running mean of the rewards, which is taken off.
+      discopop_tau: "discopop": temperature of its modulation.
     """
 
     beta: float = 0.1
     label_smoothing: float = 0.0
     gamma: float = 1.0
     bco_shift: float = 0.0
+    discopop_tau: float = 0.05
 
 
 def pair_loss(
@@ -70,13 +72,14 @@ def pair_loss(
     "sigmoid" is DPO (arXiv 2305.18290), "hinge" SLiC (2305.10425), "ipo" 2310.12036, "robust" 2403.00409, "nca_pair"
     2402.05369, "bco_pair" 2404.04656, "sppo_hard" 2405.00675, "apo_zero" and "apo_down" 2408.06266, "exo_pair"
     2402.00856, "sigmoid_norm" DPO over mean log-probabilities, "cpo" 2401.08417, "simpo" 2405.14734, "orpo" the odds
-    ratio of 2403.07691, times beta. CPO, SimPO and ORPO are meant to be added to the loss of the chosen answers.
+    ratio of 2403.07691, times beta, "discopop" 2406.08414; "aot" and "aot_unpaired" (2406.05882) are DPO over answers
+    that `sorted_answers` has put in order. CPO, SimPO and ORPO are meant to be added to the loss of the chosen answers.
     """
     beta, smoothing = settings.beta, settings.label_smoothing
     log_sigmoid, sigmoid = jax.nn.log_sigmoid, jax.nn.sigmoid
     a, b = chosen.ratio, rejected.ratio
     margin = beta * (a - b)
-    if kind == "sigmoid":
+    if kind in ("sigmoid", "aot", "aot_unpaired"):
         return -(1 - smoothing) * log_sigmoid(margin) - smoothing * log_sigmoid(-margin)
     if kind == "hinge":
         return jax.nn.relu(1 - margin)
@@ -101,11 +104,45 @@ def pair_loss(
         return better + sigmoid(-margin) * (log_sigmoid(-margin) - jnp.log(smoothing))
     if kind == "sigmoid_norm":
         return -log_sigmoid(beta * (a / chosen.tokens - b / rejected.tokens))
+    if kind == "discopop":
+        share = sigmoid((a - b) / settings.discopop_tau)
+        return -log_sigmoid(margin) * (1 - share) + jnp.exp(-margin) * share
     if kind == "cpo":
         return -log_sigmoid(beta * (chosen.policy - rejected.policy))
     if kind == "simpo":
         return -log_sigmoid(beta * (chosen.mean - rejected.mean) - settings.gamma)
     return -beta * log_sigmoid(_log_odds(chosen.mean) - _log_odds(rejected.mean))
+
+
+def sorted_answers(
+    kind: PairLoss, chosen: Answers, rejected: Answers, is_pair: Bool[Array, " P"]
+) -> tuple[Answers, Answers]:
+    """Return the answers as they are, or of "aot" and "aot_unpaired" by rank, which compares distributions.
+
+    "aot" orders the pairs by the difference of their log-probabilities, under the model and under the reference apart;
+    "aot_unpaired" orders the log ratios of chosen and of rejected answers apart.
+
+    Args:
+      is_pair: which pairs are there; the ranks stand in their places.
+    """
+    if kind not in ("aot", "aot_unpaired"):
+        return chosen, rejected
+    order = jnp.argsort(~is_pair, stable=True)
+    back = jnp.argsort(order, stable=True)
+
+    def ranked(values: Float[Array, " P"]) -> Float[Array, " P"]:
+        """Sort those that are there into the places where some are."""
+        return jnp.sort(jnp.where(is_pair, values, jnp.finfo(values.dtype).max))[back]
+
+    zeros, ones = jnp.zeros_like(chosen.policy), jnp.ones_like(chosen.policy)
+    if kind == "aot":
+        model, reference = ranked(chosen.policy - rejected.policy), ranked(chosen.reference - rejected.reference)
+        first, second = Answers(model, reference, ones), Answers(zeros, zeros, ones)
+    else:
+        first, second = (Answers(ranked(answers.ratio), zeros, ones) for answers in (chosen, rejected))
+    return tuple(
+        Answers(*(jnp.where(is_pair, part, 0.0) for part in answers[:2]), answers.tokens) for answers in (first, second)
+    )
 
 
 def _log_odds(log_probability: Float[Array, " P"]) -> Float[Array, " P"]:

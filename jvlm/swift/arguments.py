@@ -266,3 +266,54 @@ class TrainingArguments:
     optimization: Annotated[OptimizationArguments, FLAT] = OptimizationArguments()
     output: Annotated[OutputArguments, FLAT] = OutputArguments()
     hub: Annotated[TrainingHubArguments, FLAT] = TrainingHubArguments()
+
+
+RlhfType = Literal["dpo", "orpo", "simpo", "cpo"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceArguments:
+    """What is learnt of answers that were preferred.
+
+    Attributes:
+      rlhf_type: "dpo" and its variants (--loss_type), "cpo", "simpo", "orpo".
+      loss_type: of dpo: one or several of sigmoid, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard,
+        apo_zero, apo_down, aot, aot_unpaired, discopop, sigmoid_norm, and sft, the supervised loss of the chosen
+        answers; None is sigmoid. MPO is "sigmoid bco_pair sft" with --loss_weights 0.8 0.2 1.
+      loss_weights: factor of each of these; empty is 1 each.
+      beta: strength of the pull towards the reference; None is 0.1, of simpo 2.
+      label_smoothing: share of pairs whose order is taken to be wrong.
+      rpo_alpha: of dpo: factor of the supervised loss of the chosen answers (RPO); None is 0.
+      ld_alpha: of dpo: weight of tokens beyond the length of a pair's shorter answer (LD-DPO); None is 1.
+      discopop_tau: of loss_type discopop: temperature of its modulation.
+      cpo_alpha: of cpo and simpo: factor of the supervised loss of the chosen answers.
+      simpo_gamma: of simpo: the margin that a chosen answer must have.
+      ref_model: what the model is compared with: None, or the folder of --model, is the model before training.
+      ref_adapters: the adapter of the reference: none, or that of --adapters.
+    """
+
+    rlhf_type: RlhfType = "dpo"
+    loss_type: tuple[str, ...] | None = None
+    loss_weights: tuple[float, ...] = ()
+    beta: float | None = None
+    label_smoothing: float = 0.0
+    rpo_alpha: float | None = None
+    ld_alpha: float | None = None
+    discopop_tau: float = 0.05
+    cpo_alpha: float = 1.0
+    simpo_gamma: float = 1.0
+    ref_model: str | None = None
+    ref_adapters: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class RlhfArguments(TrainingArguments):
+    """All of ``jvlm rlhf``.
+
+    Attributes:
+      preference: what is learnt of answers that were preferred.
+      optimization: batches, optimizer and schedule.
+    """
+
+    preference: Annotated[PreferenceArguments, FLAT] = PreferenceArguments()
+    optimization: Annotated[OptimizationArguments, FLAT] = OptimizationArguments(loss_scale="last_round")

@@ -13,7 +13,14 @@ from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.quantization.config import QuantizationConfig
-from jvlm.swift.arguments import ModelArguments, TrainingArguments, TrainingHubArguments, TunerArguments
+from jvlm.swift import preference
+from jvlm.swift.arguments import (
+    ModelArguments,
+    RlhfArguments,
+    TrainingArguments,
+    TrainingHubArguments,
+    TunerArguments,
+)
 from jvlm.swift.batches import Batches
 from jvlm.swift.checkpoints import CheckpointFolders
 from jvlm.swift.columns import columns_of
@@ -27,6 +34,7 @@ from jvlm.training.config import (
     ValidationConfig,
 )
 from jvlm.training.supervised import SupervisedTask
+from jvlm.training.task import Task
 
 _IMAGE_FIELDS = ("max_pixels", "min_pixels", "video_max_pixels", "video_min_pixels", "fps")
 _NEVER = 10**9  # steps between checkpoints of a run that writes one at its end only
@@ -87,9 +95,13 @@ def processor_config(model: ModelArguments, config: ProcessorConfig) -> Processo
 
 def data_config(arguments: TrainingArguments) -> DataConfig:
     """Return the data of the arguments, with sizes of sequences that are yet to be chosen."""
-    data = arguments.data
+    data, scale = arguments.data, arguments.optimization.loss_scale
     too_long = {"delete": "drop", "right": "truncate", "shrink": "shrink"}[data.truncation_strategy]
     workers = data.dataloader_num_workers
+    is_preference = isinstance(arguments, RlhfArguments)
+    if is_preference and arguments.optimization.enable_channel_loss:
+        raise UserError("--enable_channel_loss: the losses of pairs have no curves by channel; leave it out")
+    by_channel = arguments.optimization.enable_channel_loss
     return DataConfig(
         train=data.dataset,
         columns=columns_of(data.columns),
@@ -101,8 +113,9 @@ def data_config(arguments: TrainingArguments) -> DataConfig:
         on_bad_example="error" if data.strict else "skip",
         max_bad_fraction=_BAD,
         shuffle="auto" if data.train_dataloader_shuffle else "none",
-        curves="channel" if arguments.optimization.enable_channel_loss else "dataset",
-        loss={"default": None, "last_round": "last_answer", "all": "all"}[arguments.optimization.loss_scale],
+        curves="channel" if by_channel else "off" if is_preference else "dataset",
+        loss={"default": "answers" if is_preference else None, "last_round": "last_answer", "all": "all"}[scale],
+        preference=preference.data_kind(arguments.preference) if is_preference else "none",
         worker_processes=workers if workers > 1 else 0,
     )
 
@@ -209,6 +222,13 @@ def push_config(hub: TrainingHubArguments) -> PushConfig:
     return PushConfig(hub_model_id=hub.hub_model_id, private=hub.hub_private_repo, every=every)
 
 
+def task_of(arguments: TrainingArguments, given: frozenset[str] = frozenset()) -> Task:
+    """Return what is minimised. Raises UserError for arguments that exclude one another."""
+    if isinstance(arguments, RlhfArguments):
+        return preference.task_of(arguments, given)
+    return SupervisedTask(neftune_alpha=arguments.optimization.neftune_noise_alpha)
+
+
 def experiment_of(arguments: TrainingArguments, facts: Facts, given: frozenset[str] = frozenset()) -> Experiment:
     """Return the experiment that the arguments stand for.
 
@@ -248,7 +268,7 @@ def experiment_of(arguments: TrainingArguments, facts: Facts, given: frozenset[s
         evaluation=EvaluationConfig(),
         export=ExportConfig(enabled=False),
         push=push_config(arguments.hub),
-        task=SupervisedTask(neftune_alpha=optimization.neftune_noise_alpha),
+        task=task_of(arguments, given),
         hooks=(CheckpointFolders(limit=output.save_total_limit, links=output.create_checkpoint_symlink),),
         steps=optimization.max_steps if optimization.max_steps > 0 else None,
         epochs=optimization.num_train_epochs,

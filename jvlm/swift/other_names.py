@@ -40,6 +40,7 @@ IGNORED: Mapping[str, str] = {
     "group_by_length": _PACKED,
     "attn_impl": _OWN_ATTENTION,
     "use_liger_kernel": "jvlm's loss never holds all logits, which is what that kernel is for",
+    "max_completion_length": "--max_length is the longest conversation, answer included",
     "use_logits_to_keep": "jvlm computes logits of supervised tokens only",
     "lazy_tokenize": _LAZY,
     "load_from_cache_file": _LAZY,
@@ -116,7 +117,7 @@ _OFF = ("false", "none", "0", "no", "[]", "{}", "")
 _BY_PATH = "freeze towers by --freeze_llm, --freeze_vit and --freeze_aligner, or parameters by path: "
 _BY_PATH += "--write_config FILE.py, then jvlm train FILE.py --optimizer.freeze PATTERN"
 _PLUGIN = "write the run as a config (--write_config FILE.py) and give it a task or hooks in Python"
-_NO_RL = "jvlm trains on answers (sft, pt) only"
+_PREFERENCES = "jvlm rlhf trains on preferred and rejected answers"
 
 REFUSED: Mapping[str, Refusal] = {
     "tuner_backend": Refusal("jvlm's adapters are PEFT's formats with code of its own; leave it out", ("peft",)),
@@ -145,8 +146,11 @@ REFUSED: Mapping[str, Refusal] = {
     "use_swift_lora": Refusal("leave it out; --train_type lora is PEFT's LoRA", _OFF),
     "lora_dtype": Refusal("adapters are kept in float32", ("none", "float32")),
     "lisa_activated_layers": Refusal("--train_type lora", _OFF),
-    "rlhf_type": Refusal(_NO_RL),
-    "ref_model": Refusal(_NO_RL, _OFF),
+    "rlhf_type": Refusal(_PREFERENCES),
+    "ref_model": Refusal(_PREFERENCES, _OFF),
+    "ref_model_type": Refusal("the reference is the model before training; leave it out", _OFF),
+    "reference_free": Refusal("--rlhf_type cpo, simpo or orpo need no reference", _OFF),
+    "f_divergence_type": Refusal("the reverse KL divergence is the only one; leave it out", ("reverse_kl",)),
     "create_commit_message": Refusal("leave it out", _OFF),
     "to_ollama": Refusal("--to_gguf true writes the files; FROM ./NAME.gguf in a Modelfile names one", _OFF),
     "to_mcore": Refusal("Megatron's format is not written; the Hugging Face folder is what it converts from", _OFF),
@@ -181,6 +185,7 @@ OTHER_VALUES: Mapping[str, Mapping[str, str]] = {
         "push_last": "take end",
         "push_best": "take best",
     },
+    "rlhf_type": dict.fromkeys(("ppo", "grpo", "gkd"), "jvlm rlhf trains on answers that are there already"),
     "save_strategy": {"best": "take steps: with --load_best_model_at_end true the best stays"},
 }
 

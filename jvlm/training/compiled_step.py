@@ -166,6 +166,7 @@ def step_arguments(experiment: Experiment, template: VLM) -> dict[str, Any]:
     trainable.check_patterns(config, variables)
     is_trainable = trainable.from_config(config, template.adapters)
     trainable.check_not_quantized(trainable.select(is_trainable, variables))
+    experiment.task.check(experiment, template)
     return {
         "task": experiment.task,
         "make_optimizer": lambda variables: optimizer.make(config, experiment.steps or 1, variables),

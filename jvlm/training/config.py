@@ -90,7 +90,8 @@ class ValidationConfig:
     @property
     def maximise(self) -> bool:
         """Whether more of the metric is better."""
-        return self.mode == "max" or (self.mode == "auto" and "acc" in self.metric.partition("/")[0])
+        name = self.metric.removeprefix("rewards/").partition("/")[0]  # "rewards/accuracies" of a preference task
+        return self.mode == "max" or (self.mode == "auto" and "acc" in name)
 
     @property
     def returns_best(self) -> bool:

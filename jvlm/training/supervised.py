@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,7 @@ class SupervisedTask(Task):
         *,
         reference: VLM | None = None,
         rng: jax.Array | None = None,
+        denominators: Any = None,
     ) -> Loss:
         noise = None
         if rng is not None and self.neftune_alpha:
@@ -143,27 +144,39 @@ def next_tokens(batch: PackedBatch) -> tuple[Int[Array, "B S"], Float[Array, "B 
     return targets, jnp.pad(weights[:, 1:] * same, ((0, 0), (0, 1)))
 
 
-def token_log_probs(model: VLM, batch: PackedBatch, block: int = 256) -> Float[Array, "B S"]:
+def token_log_probs(
+    model: VLM, batch: PackedBatch, block: int = 256, *, hidden: Float[Array, "B S D"] | None = None
+) -> Float[Array, "B S"]:
     """Return the log-probability of the token after each position, float32; 0 where `next_tokens` has weight 0.
 
     For preference, policy and distillation losses. Logits of ``block`` positions exist at a time, and are computed
-    again for the gradient.
+    again for the gradient; blocks without a supervised token have none.
+
+    Args:
+      hidden: last hidden states of the batch; None computes them.
     """
-    hidden = model.hidden(batch).hidden
+    hidden = model.hidden(batch).hidden if hidden is None else hidden
     targets, weights = next_tokens(batch)
     B, S = targets.shape
+    block = min(block, S)
     count = -(-S // block)
     padding = ((0, 0), (0, count * block - S))
 
     def blocks(x: Array) -> Array:
         return jnp.moveaxis(jnp.pad(x, padding + ((0, 0),) * (x.ndim - 2)).reshape(B, count, block, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def log_probs(hidden_BTD: Array, targets_BT: Array) -> Array:
+    def of_block(hidden_BTD: Array, targets_BT: Array) -> Array:
         logits = model.decoder.logits(hidden_BTD).astype(jnp.float32)
         chosen = jnp.take_along_axis(logits, targets_BT[..., None], -1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, -1)
 
-    _, by_block = jax.lax.scan(lambda _, xs: (None, log_probs(*xs)), None, (blocks(hidden), blocks(targets)))
+    @jax.checkpoint
+    def log_probs(hidden_BTD: Array, targets_BT: Array, weights_BT: Array) -> Array:
+        nothing = lambda _, targets: jnp.zeros(targets.shape, jnp.float32)  # noqa: E731
+        return jax.lax.cond((weights_BT > 0).any(), of_block, nothing, hidden_BTD, targets_BT)
+
+    _, by_block = jax.lax.scan(
+        lambda _, xs: (None, log_probs(*xs)), None, (blocks(hidden), blocks(targets), blocks(weights))
+    )
     by_block = jnp.moveaxis(by_block, 0, 1).reshape(B, count * block)[:, :S]
     return jnp.where(weights > 0, by_block, 0.0)

@@ -19,6 +19,7 @@ from jvlm.models.vlm import VLM
 
 if TYPE_CHECKING:
     from jvlm.data.packing import PackedSequences
+    from jvlm.training.config import Experiment
 
 
 # What `Loss.sources` adds up for each data source: weighted losses and their weights, right answers among so many
@@ -59,20 +60,51 @@ class Task(abc.ABC):
     Attributes:
       needs_reference: whether `loss` gets the model as it was before the first step, for a KL penalty or a preference
         loss. Frozen parameters are shared with it; of the trainable ones a second copy is held.
+      uses_dropout: whether adapters drop inputs in training. A loss that compares log-probabilities with those of a
+        reference must not: they would differ from the first step on.
     """
 
     needs_reference: bool = False
+    uses_dropout: bool = True
+
+    def check(self, experiment: Experiment, template: VLM) -> None:  # noqa: B027  (most tasks go with all)
+        """Raise UserError for an experiment that the task does not go with.
+
+        Args:
+          template: the model, with its adapters, without arrays.
+        """
+
+    def denominators(self, batches: Any) -> Any:
+        """Return what `loss` divides by that must be known for the whole step; None for nothing.
+
+        For losses of several parts, each a mean over something else: an average over all accumulated batches, and over
+        all devices, has to be taken of each part by itself. Traced under ``jit``; no gradient flows.
+
+        Args:
+          batches: those of `batch_of` with a leading axis of gradient accumulation.
+        """
+        return None
 
     @abc.abstractmethod
-    def loss(self, model: VLM, batch: Any, *, reference: VLM | None = None, rng: jax.Array | None = None) -> Loss:
+    def loss(
+        self,
+        model: VLM,
+        batch: Any,
+        *,
+        reference: VLM | None = None,
+        rng: jax.Array | None = None,
+        denominators: Any = None,
+    ) -> Loss:
         """Return the loss of a batch. Traced under ``jit`` and differentiated by the trainable parameters.
 
         Args:
           model: call it as often as the loss needs.
           batch: what `batch_of` returned, as device arrays.
-          reference: the model before the first step, if ``needs_reference``; no gradient flows into it.
+          reference: the model before the first step, if ``needs_reference``; no gradient flows into it. Parameters
+            that are frozen are the same arrays as the model's.
           rng: key of this batch, for noise; a function of the run's seed, the step and the number of the micro-batch
             alone. None outside training: validation draws nothing.
+          denominators: what `denominators` returned; only given to tasks that return something there.
         """
 
     def batch_of(self, packed: PackedSequences) -> Any:

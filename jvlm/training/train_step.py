@@ -47,7 +47,8 @@ class TrainStep:
         ops: device_ops.DeviceOps | None = None,
         **options: Any,
     ):
-        update = functools.partial(_update, _loss_of(template, task, ops), _norms_of(template, ops), tx, seed)
+        loss_of, norms_of = _loss_of(template, task, ops), _norms_of(template, ops)
+        update = functools.partial(_update, loss_of, norms_of, task.denominators, tx, seed)
         self._jitted = jax.jit(update, donate_argnums=0, **options)
 
     def __call__(self, state: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
@@ -76,23 +77,33 @@ def make_eval_step(
 
     def evaluate(trainable: Params, constant: dict[str, Any], batch: Any) -> Loss:
         norms = norms_of(trainable, constant)
-        return loss_of(trainable, constant, norms, jax.tree.map(lambda x: x[0], batch), None)
+        denominators = task.denominators(batch)
+        return loss_of(trainable, constant, norms, jax.tree.map(lambda x: x[0], batch), None, denominators)
 
     return jax.jit(evaluate, **options)
 
 
 def _loss_of(
     template: VLM, task: Task, ops: device_ops.DeviceOps | None
-) -> Callable[[Params, dict[str, Any], adapter_steps.Norms, Any, jax.Array | None], Loss]:
+) -> Callable[[Params, dict[str, Any], adapter_steps.Norms, Any, jax.Array | None, Any], Loss]:
     def loss(
-        trainable: Params, constant: dict[str, Any], norms: adapter_steps.Norms, batch: Any, rng: jax.Array | None
+        trainable: Params,
+        constant: dict[str, Any],
+        norms: adapter_steps.Norms,
+        batch: Any,
+        rng: jax.Array | None,
+        denominators: Any,
     ) -> Loss:
         frozen, reference = constant["frozen"], constant["reference"]
         with device_ops.use(ops):
             extra = {}
             if task.needs_reference:
-                extra["reference"] = vlm.bind(template, jax.lax.stop_gradient({**frozen, **reference}))
-            model = adapter_steps.prepare(vlm.bind(template, {**frozen, **trainable}), norms, rng)
+                # frozen parameters stay the same arrays, by which a task sees what both models compute alike
+                extra["reference"] = vlm.bind(template, {**frozen, **jax.lax.stop_gradient(reference)})
+            if denominators is not None:
+                extra["denominators"] = denominators
+            dropout = rng if task.uses_dropout else None
+            model = adapter_steps.prepare(vlm.bind(template, {**frozen, **trainable}), norms, dropout)
             return task.loss(model, batch, rng=rng, **extra)
 
     return loss
@@ -111,6 +122,7 @@ def _norms_of(
 def _update(
     loss_of: Callable[..., Loss],
     norms_of: Callable[[Params, dict[str, Any]], adapter_steps.Norms],
+    denominators_of: Callable[[Any], Any],
     tx: optax.GradientTransformation,
     seed: int,
     state: TrainState,
@@ -119,9 +131,10 @@ def _update(
 ) -> tuple[TrainState, Metrics]:
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     norms = norms_of(state.trainable, constant)
+    denominators = denominators_of(batches)
 
     def total(trainable: Params, batch: Any, number: jax.Array | int) -> tuple[jax.Array, Loss]:
-        loss = loss_of(trainable, constant, norms, batch, jax.random.fold_in(rng, number))
+        loss = loss_of(trainable, constant, norms, batch, jax.random.fold_in(rng, number), denominators)
         return loss.total, loss
 
     gradient = jax.grad(total, has_aux=True)

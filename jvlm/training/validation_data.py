@@ -14,7 +14,7 @@ from jvlm.data.document_rules import without_drawing
 from jvlm.data.errors import Rejected
 from jvlm.data.mixture.examples import Examples
 from jvlm.data.packing import Example, PackedSequences
-from jvlm.data.pipeline import Encode, image_patch_limit
+from jvlm.data.pipeline import Encode, complete_window, image_patch_limit
 from jvlm.data.position import Share
 from jvlm.data.processor import Processor
 from jvlm.data.subset import Subset
@@ -49,7 +49,8 @@ class ValidationData:
         rejected: list[Rejected] = []
         with ThreadPoolExecutor(config.read_threads) as pool:
             for indices in self._windows():
-                encoded = [one for place in pool.map(self._encode, indices) for one in place]
+                places = complete_window(list(pool.map(self._encode, indices)), config)
+                encoded = [one for place in places for one in place]
                 rejected += [one for one in encoded if isinstance(one, Rejected)]
                 examples = [one for one in encoded if isinstance(one, Example)]
                 packed = packing.best_fit_decreasing(examples, config.seq_len, config.max_patches)

@@ -95,7 +95,7 @@ def test_spellings(line, name, value):
         ("--train_type lor", "one of lora, full"),
         ("--report_to wandb", "take tensorboard"),
         ("--sequence_parallel_size 2", "--parallel.context"),
-        ("--rlhf_type dpo", "sft, pt"),
+        ("--rlhf_type dpo", "jvlm rlhf trains"),
         ("--tuner_backend unsloth", "leave it out"),
         ("--hub_strategy push_last", "take end"),
         ("--quant_method gptq", "jvlm export fp8, gptq, awq or rtn"),

@@ -43,7 +43,7 @@ class PolicyLike(Task):
     def batch_of(self, packed) -> Scored:
         return Scored(packed.batch, np.linspace(1.0, 2.0, len(packed.batch.tokens), dtype=np.float32))
 
-    def loss(self, model, batch: Scored, *, reference=None, rng=None) -> Loss:
+    def loss(self, model, batch: Scored, *, reference=None, rng=None, denominators=None) -> Loss:
         _, weights = next_tokens(batch.packed)
         log_probs = token_log_probs(model, batch.packed, block=50)
         change = log_probs - token_log_probs(reference, batch.packed, block=50)
@@ -129,7 +129,7 @@ class Halved(Task):
 
     factor: float = 0.5
 
-    def loss(self, model, batch, *, reference=None, rng=None) -> Loss:
+    def loss(self, model, batch, *, reference=None, rng=None, denominators=None) -> Loss:
         _, weights = next_tokens(batch)
         total = -self.factor * (weights * token_log_probs(model, batch)).sum()
         return Loss(total, weights.sum(), {"factor": Mean(jnp.float32(self.factor), jnp.float32(1.0))})

@@ -10,6 +10,7 @@ from jvlm.data.formats.example_format import Format, FormatOptions
 from jvlm.data.formats.fields import SYSTEM, Fields, listed, text_block
 from jvlm.data.values import is_null, shown, without_nulls
 
+REJECTED, RESPONSE = "rejected_messages", "rejected_response"
 _TOOL_ROLES = (turns.CALL, "tool_response", "function_call", "observation")
 _ANTHROPIC = ("tool_use", "tool_result", "image")
 
@@ -24,13 +25,37 @@ def _convert(record: dict[str, Any], options: FormatOptions, origin: Origin) -> 
     messages = listed(given)
     if messages is None:
         return record  # which `parse_example` explains
+    messages, rejected, is_pair = _answers(fields, messages, origin)
     changed = convert_messages(messages, origin)
     has_system = any(isinstance(message, dict) and message.get("role") == "system" for message in messages)
     if fields.first(*SYSTEM) and not has_system:
-        changed = [*fields.take_system(), *changed]
-    if changed == messages and isinstance(given, list):
+        system = fields.take_system()
+        changed = [*system, *changed]
+        if rejected is not None:
+            rejected = [*system, *rejected]
+    if not is_pair and changed == messages and isinstance(given, list):
         return record
-    return {**fields.rest(), "messages": changed}
+    return {**fields.rest(), "messages": changed, **({} if rejected is None else {REJECTED: rejected})}
+
+
+def _answers(fields: Fields, messages: list[Any], origin: Origin) -> tuple[list[Any], list[Any] | None, bool]:
+    """Return the messages, those with a rejected answer if it is given as messages, and whether anything was joined.
+
+    ms-swift has the whole conversation, or all after the last user's turn; LLaMA-Factory one message of each kind.
+    """
+    if fields.first("chosen") and fields.first("rejected"):
+        chosen, rejected = (prompt_messages(fields.take(n), origin, n, "assistant") for n in ("chosen", "rejected"))
+        return [*messages, *chosen], [*convert_messages(messages, origin), *rejected], True
+    if fields.first(REJECTED):
+        given = listed(fields.take(REJECTED))
+        if given is None:
+            raise ExampleError(origin, REJECTED, "not a list of messages", 'Give [{"role": "user", "content": "..."}]')
+        return messages, convert_messages(given, origin, REJECTED), True
+    if fields.first(RESPONSE) and listed(fields.rest()[RESPONSE]) is not None:
+        answer = convert_messages(listed(fields.take(RESPONSE)), origin, RESPONSE)
+        asked = [n for n, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "user"]
+        return messages, [*convert_messages(messages[: asked[-1] + 1 if asked else 0], origin), *answer], True
+    return messages, None, False
 
 
 def convert_messages(messages: list[Any], origin: Origin, field: str = "messages") -> list[Any]:

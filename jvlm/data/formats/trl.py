@@ -1,4 +1,4 @@
-"""TRL: a prompt and its completion, or a chosen and a rejected one."""
+"""TRL: a prompt and its completion, or a chosen and a rejected one; LLaMA-Factory's pairs of an instruction."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ def _matches(record: dict[str, Any]) -> bool:
 def _convert(record: dict[str, Any], options: FormatOptions, origin: Origin) -> dict[str, Any]:
     fields = Fields(record, origin)
     prompt = fields.take("prompt")
+    if prompt is None and fields.first("instruction"):  # LLaMA-Factory's
+        parts = [fields.take_text("instruction"), fields.take_text("input")]
+        prompt = "\n".join(part for part in parts if part)
     messages = [] if prompt is None else prompt_messages(prompt, origin, "prompt", "user")
     system = fields.take_system()
     if fields.first("completion"):

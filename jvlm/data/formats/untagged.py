@@ -8,13 +8,24 @@ from jvlm.data.formats.fields import images_of
 from jvlm.data.values import is_null
 
 _IMAGE_BLOCKS = ("image", "image_url")
+_REJECTED = "rejected_messages"
+_MEDIA = ("images", "image", "videos", "video")
 
 
 def with_tags(record: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Return a record of the ms-swift format in which images and videos have tags, and how many were given one.
 
-    Only where none has: with some tags missing nothing says which media they belong to.
+    Only where none has: with some tags missing nothing says which media they belong to. A rejected conversation beside
+    the messages gets tags for the same media, unless it has its own.
     """
+    rejected = record.get(_REJECTED)
+    if isinstance(rejected, list) and not any(not is_null(record.get(f"rejected_{name}")) for name in _MEDIA):
+        media = {name: record[name] for name in _MEDIA if not is_null(record.get(name))}
+        record = {**record, _REJECTED: _tagged({"messages": rejected, **media})[0]["messages"]}
+    return _tagged(record)
+
+
+def _tagged(record: dict[str, Any]) -> tuple[dict[str, Any], int]:
     messages = record.get("messages")
     media = (("<image>", "image", len(images_of(record))), ("<video>", "video", _videos(record)))
     lacking = [(tag, kind, count) for tag, kind, count in media if count and not _is_tagged(messages, tag, kind)]
