@@ -268,7 +268,7 @@ class TrainingArguments:
     hub: Annotated[TrainingHubArguments, FLAT] = TrainingHubArguments()
 
 
-RlhfType = Literal["dpo", "orpo", "simpo", "cpo"]
+RlhfType = Literal["dpo", "orpo", "simpo", "cpo", "kto"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,10 +276,11 @@ class PreferenceArguments:
     """What is learnt of answers that were preferred.
 
     Attributes:
-      rlhf_type: "dpo" and its variants (--loss_type), "cpo", "simpo", "orpo".
+      rlhf_type: "dpo" and its variants (--loss_type), "cpo", "simpo", "orpo"; "kto" of answers with a label.
       loss_type: of dpo: one or several of sigmoid, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard,
         apo_zero, apo_down, aot, aot_unpaired, discopop, sigmoid_norm, and sft, the supervised loss of the chosen
-        answers; None is sigmoid. MPO is "sigmoid bco_pair sft" with --loss_weights 0.8 0.2 1.
+        answers; None is sigmoid. MPO is "sigmoid bco_pair sft" with --loss_weights 0.8 0.2 1. Of kto: kto, the
+        default, or apo_zero_unpaired.
       loss_weights: factor of each of these; empty is 1 each.
       beta: strength of the pull towards the reference; None is 0.1, of simpo 2.
       label_smoothing: share of pairs whose order is taken to be wrong.
@@ -288,6 +289,8 @@ class PreferenceArguments:
       discopop_tau: of loss_type discopop: temperature of its modulation.
       cpo_alpha: of cpo and simpo: factor of the supervised loss of the chosen answers.
       simpo_gamma: of simpo: the margin that a chosen answer must have.
+      desirable_weight: of kto: weight of the loss of good answers.
+      undesirable_weight: of kto: weight of the loss of bad answers.
       ref_model: what the model is compared with: None, or the folder of --model, is the model before training.
       ref_adapters: the adapter of the reference: none, or that of --adapters.
     """
@@ -302,6 +305,8 @@ class PreferenceArguments:
     discopop_tau: float = 0.05
     cpo_alpha: float = 1.0
     simpo_gamma: float = 1.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
     ref_model: str | None = None
     ref_adapters: tuple[str, ...] = ()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from jvlm.errors import UserError
+from jvlm.preference.labels import LabelledTask
 from jvlm.preference.losses import REFERENCE_FREE, PairLoss
 from jvlm.preference.pairs import PreferenceTask
 from jvlm.swift.arguments import PreferenceArguments, RlhfArguments
@@ -15,19 +16,22 @@ from jvlm.training.task import Task
 _OF_DPO = tuple(kind for kind in typing.get_args(PairLoss) if kind not in REFERENCE_FREE)
 # arguments of one type of training that change nothing in the others
 _OWN = {
-    "loss_type": ("dpo",),
+    "loss_type": ("dpo", "kto"),
     "loss_weights": ("dpo",),
     "rpo_alpha": ("dpo",),
     "ld_alpha": ("dpo",),
     "discopop_tau": ("dpo",),
     "cpo_alpha": ("cpo", "simpo"),
     "simpo_gamma": ("simpo",),
+    "label_smoothing": ("dpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
 }
 
 
 def data_kind(arguments: PreferenceArguments) -> Literal["pairs", "labels"]:
     """Return what examples are read for."""
-    return "pairs"
+    return "labels" if arguments.rlhf_type == "kto" else "pairs"
 
 
 def task_of(arguments: RlhfArguments, given: frozenset[str] = frozenset()) -> Task:
@@ -51,12 +55,22 @@ def task_of(arguments: RlhfArguments, given: frozenset[str] = frozenset()) -> Ta
     reference = _reference(arguments)
     beta = own.beta if own.beta is not None else 2.0 if own.rlhf_type == "simpo" else 0.1
     common = {"beta": beta, "label_smoothing": own.label_smoothing}
+    if own.rlhf_type == "kto":
+        weights = {name: getattr(own, name) for name in ("desirable_weight", "undesirable_weight")}
+        return LabelledTask(_labelled_loss(own), beta, **weights, reference=reference)
     if own.rlhf_type == "dpo":
         losses, weights, sft = _losses(own)
         extra = {"ld_alpha": 1.0 if own.ld_alpha is None else own.ld_alpha, "discopop_tau": own.discopop_tau}
         return PreferenceTask(losses, weights, sft, **common, **extra, reference=reference)
     sft = 1.0 if own.rlhf_type == "orpo" else own.cpo_alpha
     return PreferenceTask((own.rlhf_type,), (), sft, **common, gamma=own.simpo_gamma)
+
+
+def _labelled_loss(own: PreferenceArguments) -> Literal["kto", "apo_zero_unpaired"]:
+    kinds = own.loss_type or ("kto",)
+    if kinds not in (("kto",), ("apo_zero_unpaired",)):
+        raise UserError(f"--loss_type cannot be {' '.join(kinds)!r} of kto: it is kto or apo_zero_unpaired")
+    return kinds[0]
 
 
 def _losses(own: PreferenceArguments) -> tuple[tuple[PairLoss, ...], tuple[float, ...], float]:

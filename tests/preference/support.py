@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
+
+from jvlm.models import vlm
 from tests.training.support import COLOURS, write_examples
 
 
@@ -19,3 +23,27 @@ def write_pairs(folder: Path, count: int = 12) -> Path:
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def write_labels(folder: Path, count: int = 12) -> Path:
+    """A JSONL of answers with a label: good ones, and every other one a bad one."""
+    lines = []
+    for number, line in enumerate(write_pairs(folder, count).read_text().splitlines()):
+        example = json.loads(line)
+        wrong = example.pop("rejected_response")
+        if number % 2:
+            example["messages"][1]["content"] = wrong
+        lines.append({**example, "label": not number % 2})
+    path = folder / "labels.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def moved(model, scale=0.02):
+    """Values of another model of the same shape, by path."""
+    rng = np.random.default_rng(1)
+    values = {path: v.get_value() for path, v in vlm.variables(model).items()}
+    return {
+        path: value + scale * jnp.asarray(rng.standard_normal(value.shape), value.dtype)
+        for path, value in values.items()
+    }

@@ -20,7 +20,7 @@ from jvlm.preference import log_probs
 from jvlm.preference.losses import Answers, PairLossSettings, pair_loss
 from jvlm.preference.pairs import PreferenceTask
 from jvlm.training.supervised import token_log_probs
-from tests.preference.support import write_pairs
+from tests.preference.support import moved, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +34,6 @@ def examples(tiny, tmp_path_factory):
 def batch_of(examples, sequences=None, seq_len=512, max_patches=1024):
     sequences = [examples] if sequences is None else sequences
     return jax.tree.map(jnp.asarray, packing.assemble(sequences, seq_len, max_patches))
-
-
-def moved(model, scale=0.02):
-    """Another model of the same shape."""
-    rng = np.random.default_rng(1)
-    values = {path: v.get_value() for path, v in vlm.variables(model).items()}
-    return {
-        path: value + scale * jnp.asarray(rng.standard_normal(value.shape), value.dtype)
-        for path, value in values.items()
-    }
 
 
 @pytest.fixture(scope="module")
