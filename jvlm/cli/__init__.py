@@ -18,7 +18,8 @@ from jvlm.errors import UserError
 COMMANDS = {
     "sft": ("jvlm.cli.sft", "fine-tune on conversations: adapters, or all of the model"),
     "pt": ("jvlm.cli.pt", "train on all tokens of conversations"),
-    "rlhf": ("jvlm.cli.rlhf", "train on preferred and rejected answers: DPO and its relatives"),
+    "rlhf": ("jvlm.cli.rlhf", "train on preferred and rejected answers: DPO, KTO, reward models"),
+    "reward-check": ("jvlm.cli.reward_check", "pair accuracy, length bias and blindness of a reward model"),
     "infer": ("jvlm.cli.infer", "answer with a checkpoint"),
     "export": ("jvlm.cli.export", "merge, quantise, check or upload a checkpoint"),
     "merge-lora": ("jvlm.cli.merge_lora", "add an adapter to the model that it was trained on"),
@@ -36,7 +37,7 @@ COMMANDS = {
     "data shard": ("jvlm.cli.data_convert", "another name of data convert"),
 }
 _GROUPS = {
-    "Fine-tuning, with ms-swift's arguments": ("sft", "pt", "rlhf", "infer", "export", "merge-lora"),
+    "Fine-tuning, with ms-swift's arguments": ("sft", "pt", "rlhf", "reward-check", "infer", "export", "merge-lora"),
     "Training from a config": ("train", "configs", "plan", "replay"),
     "Answers": ("generate", "chat"),
     "Scores": ("evaluate",),

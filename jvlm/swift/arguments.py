@@ -268,7 +268,7 @@ class TrainingArguments:
     hub: Annotated[TrainingHubArguments, FLAT] = TrainingHubArguments()
 
 
-RlhfType = Literal["dpo", "orpo", "simpo", "cpo", "kto"]
+RlhfType = Literal["dpo", "orpo", "simpo", "cpo", "kto", "rm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +276,8 @@ class PreferenceArguments:
     """What is learnt of answers that were preferred.
 
     Attributes:
-      rlhf_type: "dpo" and its variants (--loss_type), "cpo", "simpo", "orpo"; "kto" of answers with a label.
+      rlhf_type: "dpo" and its variants (--loss_type), "cpo", "simpo", "orpo"; "kto" of answers with a label; "rm" a
+        reward model.
       loss_type: of dpo: one or several of sigmoid, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard,
         apo_zero, apo_down, aot, aot_unpaired, discopop, sigmoid_norm, and sft, the supervised loss of the chosen
         answers; None is sigmoid. MPO is "sigmoid bco_pair sft" with --loss_weights 0.8 0.2 1. Of kto: kto, the
@@ -289,6 +290,8 @@ class PreferenceArguments:
       discopop_tau: of loss_type discopop: temperature of its modulation.
       cpo_alpha: of cpo and simpo: factor of the supervised loss of the chosen answers.
       simpo_gamma: of simpo: the margin that a chosen answer must have.
+      center_rewards_coefficient: of rm: weight of the squared sum of a pair's rewards, which keeps their mean at 0;
+        None is 0.
       desirable_weight: of kto: weight of the loss of good answers.
       undesirable_weight: of kto: weight of the loss of bad answers.
       ref_model: what the model is compared with: None, or the folder of --model, is the model before training.
@@ -305,6 +308,7 @@ class PreferenceArguments:
     discopop_tau: float = 0.05
     cpo_alpha: float = 1.0
     simpo_gamma: float = 1.0
+    center_rewards_coefficient: float | None = None
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
     ref_model: str | None = None

@@ -25,6 +25,7 @@ from jvlm.swift.batches import Batches
 from jvlm.swift.checkpoints import CheckpointFolders
 from jvlm.swift.columns import columns_of
 from jvlm.training.config import (
+    AdaptConfig,
     CheckpointConfig,
     EvaluationConfig,
     Experiment,
@@ -120,8 +121,12 @@ def data_config(arguments: TrainingArguments) -> DataConfig:
     )
 
 
-def adapter_config(tuner: TunerArguments) -> AdapterConfig:
-    """Return the adapters of the arguments; towers that are frozen get none."""
+def adapter_config(tuner: TunerArguments, modules: tuple[str, ...] = ()) -> AdapterConfig:
+    """Return the adapters of the arguments; towers that are frozen get none.
+
+    Args:
+      modules: that are trained whole beside those that the arguments name.
+    """
     frozen = {"decoder": tuner.freeze_llm, "encoder": tuner.freeze_vit, "connector": tuner.freeze_aligner}
     by_regex = tuner.target_regex is not None
     return AdapterConfig(
@@ -134,7 +139,7 @@ def adapter_config(tuner: TunerArguments) -> AdapterConfig:
         targets=(f"re:{tuner.target_regex}",) if by_regex else tuner.target_modules,
         exclude=() if by_regex else tuple(tower for tower, is_frozen in frozen.items() if is_frozen),
         bias=tuner.lora_bias,
-        train_modules=tuner.modules_to_save,
+        train_modules=(*tuner.modules_to_save, *modules),
     )
 
 
@@ -250,12 +255,14 @@ def experiment_of(arguments: TrainingArguments, facts: Facts, given: frozenset[s
     goes_on = bool(adapters) and lora and (bool(tuner.adapters) or output.resume_only_model)
     save = {"steps": output.save_steps, "epoch": facts.epoch_steps, "no": _NEVER}[output.save_strategy]
     processor = processor_config(arguments.model, facts.processor)
+    is_reward_model = isinstance(arguments, RlhfArguments) and arguments.preference.rlhf_type == "rm"
     return Experiment(
         name=facts.name,
         output_root=facts.root,
         model=model_config(arguments, facts.model),
         init_from=output.resume_from_checkpoint if output.resume_only_model and not lora else arguments.model.model,
-        adapter=adapter_config(tuner) if lora and not goes_on else None,
+        adapt=AdaptConfig(labels=1) if is_reward_model else AdaptConfig(),
+        adapter=adapter_config(tuner, ("score",) if is_reward_model else ()) if lora and not goes_on else None,
         adapters_from=adapters[0] if goes_on else None,
         quantize=quantization(tuner),
         processor=None if processor == facts.processor else processor,

@@ -10,6 +10,7 @@ from jvlm.errors import UserError
 from jvlm.preference.labels import LabelledTask
 from jvlm.preference.losses import REFERENCE_FREE, PairLoss
 from jvlm.preference.pairs import PreferenceTask
+from jvlm.reward_model.task import RewardTask
 from jvlm.swift.arguments import PreferenceArguments, RlhfArguments
 from jvlm.training.task import Task
 
@@ -24,6 +25,8 @@ _OWN = {
     "cpo_alpha": ("cpo", "simpo"),
     "simpo_gamma": ("simpo",),
     "label_smoothing": ("dpo",),
+    "center_rewards_coefficient": ("rm",),
+    "beta": ("dpo", "cpo", "simpo", "orpo", "kto"),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
 }
@@ -52,6 +55,8 @@ def task_of(arguments: RlhfArguments, given: frozenset[str] = frozenset()) -> Ta
             )
     if optimization.neftune_noise_alpha:
         raise UserError("--neftune_noise_alpha: noise would make a model differ from its reference; leave it out")
+    if own.rlhf_type == "rm":
+        return RewardTask(own.center_rewards_coefficient or 0.0)
     reference = _reference(arguments)
     beta = own.beta if own.beta is not None else 2.0 if own.rlhf_type == "simpo" else 0.1
     common = {"beta": beta, "label_smoothing": own.label_smoothing}

@@ -33,6 +33,7 @@ from jvlm.training.config import Experiment
 from jvlm.training.state import Params, TrainState
 from jvlm.training.task import Loss, Task
 from jvlm.training.trainable import IsTrainable
+from jvlm.weights import labels
 
 MakeOptimizer = Callable[[Mapping[str, nnx.Variable]], optax.GradientTransformation]
 
@@ -150,13 +151,14 @@ def compile_step(experiment: Experiment, devices: Sequence[jax.Device] | None = 
 
 def template_of(experiment: Experiment) -> VLM:
     """Return the abstract model of an experiment whose ``model`` is given: quantised and with adapters, as it says."""
-    template = vlm.abstract(experiment.model)
+    config, count = experiment.model, experiment.adapt.labels
+    template = vlm.abstract(config if count is None else labels.with_count(config, count))
     if experiment.quantize is not None:
         template = quantized_template(template, experiment.quantize)
     if experiment.adapter is not None:
         # which tokens are trained changes no shape
         tokens = tuple(range(len(experiment.adapter.train_tokens)))
-        template = structure(template, targets.resolve(experiment.adapter, experiment.model, tokens))
+        template = structure(template, targets.resolve(experiment.adapter, template.config, tokens))
     return template
 
 

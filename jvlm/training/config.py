@@ -202,16 +202,19 @@ class AdaptConfig:
       grid_scale: ratio that places the interpolation's samples, where it is not that of the sizes: (70 + 0.1) / 27 for
         SigLIP's step from 27 to 70 in Idefics2.
       experts: a dense decoder's MLPs become the start of experts (`jvlm.weights.upcycling`).
+      labels: the model gives so many scores in the place of a next token, by a new matrix; 1 is a reward model. Goes
+        without ``init_from`` too.
       grow_embedding: tokens of the tokenizer without a row in the embedding table get one, as in `jvlm.load`.
     """
 
     grid: int | None = None
     grid_scale: float | None = None
     experts: MoEConfig | None = None
+    labels: int | None = None
     grow_embedding: bool = False
 
     def __post_init__(self):
-        check_fields(self, "adapt.", {"grid": "[1, inf)", "grid_scale": "(0, inf)"})
+        check_fields(self, "adapt.", {"grid": "[1, inf)", "labels": "[1, inf)", "grid_scale": "(0, inf)"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,7 +305,7 @@ class Experiment:
         check_fields(self, "", {**counts, "epochs": "(0, inf)", "seed": SEEDS})
         if self.init_from is None and (self.model is None or self.tokenizer is None):
             raise UserError("give init_from (a folder to start from), or both model and tokenizer")
-        if self.init_from is None and self.adapt != AdaptConfig():
+        if self.init_from is None and dataclasses.replace(self.adapt, labels=None) != AdaptConfig():
             raise UserError("adapt changes the model of init_from, which is not given: change model instead")
         if self.init_from is not None and (self.encoder_from or self.decoder_from):
             raise UserError("init_from brings a whole model: give it, or encoder_from and decoder_from")

@@ -15,6 +15,7 @@ from jvlm.training import processors
 from jvlm.training.config import AdaptConfig, Experiment
 from jvlm.weights import backbones, hf, positions, run_dir, upcycling
 from jvlm.weights.io import load
+from jvlm.weights.labels import with_labels
 
 
 def start_model(experiment: Experiment, sharding: hf.ShardingOf | None = None) -> tuple[VLM, Processor]:
@@ -49,6 +50,8 @@ def start_model(experiment: Experiment, sharding: hf.ShardingOf | None = None) -
         model = backbones.fill(model, towers, sharding)
         if experiment.quantize is not None:
             model = quantized(model, experiment.quantize, sharding)
+    if experiment.adapt.labels is not None:
+        model = with_labels(model, experiment.adapt.labels, seed=experiment.seed, sharding=sharding)
     model = _with_adapters(model, experiment, processor, sharding)
     if experiment.data.media_root:
         processor = processor.replace(media_roots=(experiment.data.media_root,))

@@ -27,7 +27,7 @@ from jvlm.quantization.formats import quantize as quantize_kernel
 from jvlm.quantization.kernels import is_part, quantized_kernels
 from jvlm.quantization.model import fill, quantized_template
 from jvlm.quantization.stored import open_tensors, report, stored_parts
-from jvlm.weights import chat_templates, names, processor_files, safetensors_files, table, tokenizer_files
+from jvlm.weights import chat_templates, labels, names, processor_files, safetensors_files, table, tokenizer_files
 from jvlm.weights.processor_files import ProcessorFiles
 from jvlm.weights.vocabulary import EMBEDDING, TOKEN_AXIS, with_vocabulary
 
@@ -49,7 +49,7 @@ def read_config(folder: Path, precision: Precision | None = None) -> VLMConfig:
         form = families.for_model_type(values.get("model_type")).hf
     except UserError as error:
         raise table.WeightError(f"{path}: {error}") from error
-    config = table.read_values(path, lambda v: _typed(form.read_config(v)), values)
+    config = table.read_values(path, lambda v: labels.read(v, _typed(form.read_config(v))), values)
     config = dataclasses.replace(config, precision=precision or default_precision())
     settings = processor_files.read(folder).image
     if settings is not None:
@@ -305,7 +305,7 @@ def _writer(values: ReadLayer, entry: table.Entry) -> Callable[[], np.ndarray]:
 def write_sidecars(folder: Path, config: VLMConfig, processor: Processor, dtype: str) -> None:
     """Everything of a Hugging Face folder but the weights; settings that a former model left there are removed."""
     form = table.hf_format(config)
-    _write_json(folder / "config.json", {**form.write_config(config), "torch_dtype": dtype})
+    _write_json(folder / "config.json", {**labels.write(config, form.write_config), "torch_dtype": dtype})
     write_processor(folder, config, processor)
     files = form.write_image_config(config, processor.image_config)
     for name in processor_files.FILES:

@@ -45,4 +45,6 @@ def transformer(config: TransformerConfig, name: str = "model", head: str = "lm_
         rules += norm(f"{layer}.input_layernorm", f"{path}.norm1", **at)
         rules += norm(f"{layer}.post_attention_layernorm", f"{path}.norm2", **at)
     rules += norm(f"{name}.norm", "decoder.norm")
+    if config.labels:
+        return [*rules, *linear("score", "decoder.score", bias=False)]
     return rules if config.tie_word_embeddings else [*rules, *linear(head, "decoder.head", bias=False)]

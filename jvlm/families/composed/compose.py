@@ -9,6 +9,8 @@ from jvlm.data import vocabulary
 from jvlm.data.tokenizers import load_tokenizer
 from jvlm.families.composed import FAMILY
 from jvlm.models import contracts
+from jvlm.models.connectors.pooled_mlp import PooledMLPConfig
+from jvlm.models.encoders.vit import ViTConfig
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
 from jvlm.weights import backbones
@@ -30,10 +32,25 @@ def compose(
     Args:
       grid: side of the encoder's position table, in patches; None keeps the folder's.
     """
-    vision, text = backbones.read_config(encoder), backbones.read_config(decoder)
+    vision = backbones.read_config(encoder)
     if grid is not None:
         vision = dataclasses.replace(vision, grid=grid)
-    tokenizer = load_tokenizer(decoder)
+    return _composed(vision, connector, decoder, precision)
+
+
+def compose_text(decoder: str | Path, *, precision: Precision = Precision()) -> VLMConfig:
+    """Return the configuration of a model of text alone on a language model's folder.
+
+    A model has an encoder: this one has the smallest that there is, which text never reaches.
+    """
+    vision = ViTConfig(depth=1, hidden_size=8, num_heads=1, intermediate_size=8, grid=1)
+    return _composed(vision, PooledMLPConfig(depth=1), decoder, precision)
+
+
+def _composed(
+    vision: contracts.EncoderConfig, connector: contracts.ConnectorConfig, decoder: str | Path, precision: Precision
+) -> VLMConfig:
+    text, tokenizer = backbones.read_config(decoder), load_tokenizer(decoder)
     FAMILY.prepare_tokenizer(tokenizer)
     rows = vocabulary.rows_needed(tokenizer)
     if rows > text.vocab_size:

@@ -47,6 +47,8 @@ class TransformerConfig(DecoderConfig, tag="transformer"):
       rope_theta: base of the rotary frequencies.
       tie_word_embeddings: the output matrix is the embedding.
       max_position_embeddings: positions that generation may use.
+      labels: scores that the model gives in the place of a next token, as transformers' ForSequenceClassification; 1 is
+        a reward model, None a language model.
       head_dim: size of a head; None is hidden_size / num_heads.
       qkv_bias: biases on q, k and v (Qwen2).
       qk_norm: an RMSNorm on each head of q and k, before the rotation (Qwen3).
@@ -77,6 +79,7 @@ class TransformerConfig(DecoderConfig, tag="transformer"):
     mlp: MLPConfig | None = None
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 128000
+    labels: int | None = None
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads or (self.head_dim is None and self.hidden_size % self.num_heads):
@@ -244,6 +247,7 @@ class Transformer(nnx.Module):
 
     Attributes:
       adapter: a `jvlm.adapters.layers.LowRankAdapter` beside the embedding table, or None.
+      score: the matrix of ``labels``, in the place of a head; or None.
       token_rows, head_rows: `jvlm.adapters.layers.TokenRows` in the place of rows of the embedding table (and, where it
         is tied, of the output matrix), and of columns of the head; or None.
     """
@@ -262,8 +266,13 @@ class Transformer(nnx.Module):
         self.norm = layers.RMSNorm(D, config.rms_norm_eps, precision=precision)
         self.head = (
             None
-            if config.tie_word_embeddings
+            if config.tie_word_embeddings or config.labels
             else layers.Linear(D, V, ("embed", "vocab"), bias=False, precision=precision, rngs=rngs)
+        )
+        self.score = (
+            layers.Linear(D, config.labels, ("embed", "norm"), bias=False, precision=precision, rngs=rngs)
+            if config.labels
+            else None
         )
         self.adapter = self.token_rows = self.head_rows = None
 
@@ -342,8 +351,15 @@ class Transformer(nnx.Module):
         kernel = kernel.T if vocabulary_first else kernel
         return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
 
+    def scores(self, x: Float[Array, "*L D"]) -> Float[Array, "*L n"]:
+        """Return the float32 scores of a model with ``labels``."""
+        kernel = self.score.weight(jnp.float32)
+        return jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+
     def output_kernel(self) -> tuple[Float[Array, "V D"] | Float[Array, "D V"], bool]:
         """Return the matrix behind `logits` as it is stored, and whether the vocabulary is its first axis."""
+        if self.score is not None:
+            raise UserError("a reward model gives scores and no next token: it cannot write, nor be trained to")
         if self.head is None:
             table = self.embedding[...]
             return table if self.token_rows is None else self.token_rows.in_table(table, 0), True

@@ -11,6 +11,7 @@ from typing import Any
 from jvlm.models import layers
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.weights.backbones import Backbone
+from jvlm.weights.labels import count_of
 from jvlm.weights.rules import transformer
 from jvlm.weights.table import WeightError
 
@@ -52,6 +53,7 @@ def read_config(values: dict[str, Any]) -> TransformerConfig:
         sliding_window=_window(kind, values),
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
         max_position_embeddings=values.get("max_position_embeddings", 32768),
+        labels=count_of(values),
     )
 
 

@@ -1,0 +1,183 @@
+"""``jvlm rlhf``: its arguments as ms-swift has them, and runs that end, stop and go on."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+
+import jvlm
+from jvlm import cli, configs
+from jvlm.errors import UserError
+from jvlm.preference.labels import LabelledTask
+from jvlm.preference.pairs import PreferenceTask
+from jvlm.reward_model.task import RewardTask
+from jvlm.swift import preference, saved
+from jvlm.swift.arguments import RlhfArguments
+from jvlm.swift.words import parse
+from tests.preference.support import write_labels, write_pairs
+
+NEW = {"reference": "adapter_off"}
+
+
+def task(line):
+    parsed = parse(RlhfArguments, shlex.split(f"--model DIR {line}"), "jvlm rlhf")
+    return preference.task_of(parsed.arguments, parsed.given)
+
+
+# ms-swift 4.6, docs/source_en/Instruction/Command-line-parameters.md
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        *(("rlhf_type", "dpo"), ("beta", None), ("loss_type", None), ("rpo_alpha", None), ("label_smoothing", 0)),
+        *(("cpo_alpha", 1), ("simpo_gamma", 1), ("desirable_weight", 1), ("undesirable_weight", 1)),
+        *(("ld_alpha", None), ("discopop_tau", 0.05), ("center_rewards_coefficient", None)),
+        *(("loss_scale", "last_round"), ("ref_model", None), ("ref_adapters", ()), ("lora_rank", 8)),
+    ],
+)
+def test_defaults_are_those_of_ms_swift(name, default):
+    assert saved.flat(parse(RlhfArguments, [], "jvlm rlhf").arguments)[name] == default
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", PreferenceTask(**NEW)),
+        ("--train_type full", PreferenceTask()),
+        ("--adapters A", PreferenceTask()),
+        ("--modules_to_save lm_head", PreferenceTask()),
+        ("--rpo_alpha 1", PreferenceTask(sft_weight=1.0, **NEW)),
+        ("--loss_type ipo --beta 0.5", PreferenceTask(("ipo",), beta=0.5, **NEW)),
+        (
+            "--loss_type sigmoid bco_pair sft --loss_weights 0.8 0.2 1",
+            PreferenceTask(("sigmoid", "bco_pair"), (0.8, 0.2), 1.0, **NEW),
+        ),
+        ("--rlhf_type simpo", PreferenceTask(("simpo",), sft_weight=1.0, beta=2.0, gamma=1.0)),
+        ("--rlhf_type cpo --cpo_alpha 0", PreferenceTask(("cpo",))),
+        ("--rlhf_type orpo", PreferenceTask(("orpo",), sft_weight=1.0)),
+        ("--rlhf_type kto --desirable_weight 1.3", LabelledTask(desirable_weight=1.3, **NEW)),
+        ("--rlhf_type rm --center_rewards_coefficient 0.01", RewardTask(0.01)),
+    ],
+)
+def test_arguments_are_a_task(line, expected):
+    assert task(line) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--rlhf_type grpo", "trains on answers that are there already"),
+        ("--loss_type sigmoid hing", "it is one or several of sigmoid, hinge"),
+        ("--loss_type sigmoid sft --loss_weights 1", "1 numbers for 2"),
+        ("--loss_type sft", "learns nothing of rejected answers"),
+        ("--rlhf_type orpo --simpo_gamma 2", "--simpo_gamma is an argument of --rlhf_type simpo"),
+        ("--rlhf_type kto --loss_type bco", "it is kto or apo_zero_unpaired"),
+        ("--ref_model OTHER", "the reference is the model before training"),
+        ("--neftune_noise_alpha 5", "differ from its reference"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_the_nearest_thing(line, message):
+    with pytest.raises(UserError) as refused:
+        task(line)
+    assert message in str(refused.value)
+
+
+def run(folder, tiny, *words):
+    base = ["--model", str(tiny.folder), "--max_length", "256", "--max_steps", "4", "--save_steps", "2"]
+    base += ["--learning_rate", "1e-2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    base += ["--logging_steps", "1", "--output_dir", "out", "--torch_dtype", "float32"]
+    return cli.main(["rlhf", *base, *words])
+
+
+def log_of(folder):
+    lines = [json.loads(line) for line in (folder / "logging.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], [line for line in lines if "eval_loss" in line]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny):
+    """The folder of a run of DPO with LoRA."""
+    folder = tmp_path_factory.mktemp("rlhf")
+    write_pairs(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        words = ("--dataset", "pairs.jsonl", "--split_dataset_ratio", "0.2", "--eval_steps", "2")
+        assert run(folder, tiny, *words) == 0
+    (path,) = (folder / "out").iterdir()
+    return path
+
+
+def test_dpo_begins_at_the_loss_of_a_coin_and_learns(trained):
+    steps, evaluations = log_of(trained)
+    assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert steps[-1]["loss"] < np.log(2) - 0.02
+    names = {f"{what}/{name}" for what in ("rewards", "logps") for name in ("chosen", "rejected")}
+    assert {*names, "rewards/accuracies", "rewards/margins", "nll_loss"} <= set(steps[0])
+    assert {"eval_rewards/accuracies", "eval_rewards/margins"} <= set(evaluations[-1])
+    values = json.loads((trained / "checkpoint-4" / "args.json").read_text())
+    assert (values["command"], values["rlhf_type"]) == ("rlhf", "dpo")
+
+
+def test_the_line_is_written_as_a_config(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_pairs(tmp_path, 6)
+    line = "--dataset pairs.jsonl --rpo_alpha 1 --write_config dpo.py"
+    assert run(tmp_path, tiny, *line.split()) == 0
+    experiment = configs.load("dpo.py")
+    assert experiment.task == PreferenceTask(sft_weight=1.0, **NEW)
+    assert (experiment.data.preference, experiment.data.loss) == ("pairs", "last_answer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--train_type full --freeze_vit false --freeze_aligner false --learning_rate 1e-4",
+        "--rlhf_type orpo",
+        "--rlhf_type kto --dataset labels.jsonl",
+        "--rlhf_type rm --center_rewards_coefficient 0.01",
+    ],
+)
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(line, tiny, tmp_path, monkeypatch):
+    """Stopped by SIGKILL once its first checkpoint is whole, and started again by the same command."""
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    monkeypatch.chdir(tmp_path)
+    write_labels(tmp_path)
+    words = line if "--dataset" in line else f"--dataset pairs.jsonl {line}"
+    words = words.split()
+    if "--learning_rate" not in words:
+        words += ["--learning_rate", "1e-3"]
+    base = f"--model {tiny.folder} --max_length 256 --max_steps 6 --save_steps 2 --per_device_train_batch_size 2"
+    base += " --gradient_accumulation_steps 2 --logging_steps 1 --torch_dtype float32 --add_version false"
+    commands = {name: [*base.split(), *words, "--output_dir", f"out/{name}"] for name in ("whole", "killed")}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    start = [sys.executable, "-m", "jvlm.cli", "rlhf"]
+    done = subprocess.run([*start, *commands["whole"]], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.Popen(
+        [*start, *commands["killed"]], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "out/killed/checkpoint-2").is_dir():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = subprocess.run([*start, *commands["killed"]], env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-3000:]
+    models = [jvlm.load(tmp_path / "out" / name)[0] for name in commands]
+    from jvlm.models import vlm
+
+    one, other = ({p: np.asarray(v.get_value()) for p, v in vlm.variables(m).items()} for m in models)
+    assert all(np.array_equal(one[path], other[path]) for path in one)
+    logs = [[line["loss"] for line in log_of(tmp_path / "out" / name)[0]] for name in commands]
+    assert logs[0] == logs[1]
+    if "kto" in line:
+        assert logs[0][0] == pytest.approx(0.5, abs=1e-4)
+    elif "full" in line:
+        assert logs[0][0] == pytest.approx(np.log(2), abs=1e-5)
