@@ -66,4 +66,4 @@ class RewardScale:
         try:
             return cls(**{**values, "data": tuple(values["data"])})
         except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: {error}; write it again with jvlm reward-check --fit_scale true") from error
+            raise UserError(f"{path}: {error}; write it again with jvlm reward-check --fit_scale") from error

@@ -54,7 +54,7 @@ class RewardModel:
     def rewards(self, conversations: Sequence[Any]) -> list[float]:
         """Return the reward of each conversation, from 0 to 1. Raises UserError without a scale."""
         if self.scale is None:
-            raise UserError("the reward model has no scale: fit it with jvlm reward-check FOLDER --fit_scale true")
+            raise UserError("the reward model has no scale: fit it with jvlm reward-check FOLDER --fit_scale")
         return [self.scale(score) for score in self.scores(conversations)]
 
     def scores_of(self, examples: Sequence[Example]) -> list[float]:

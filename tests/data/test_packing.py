@@ -169,7 +169,17 @@ def test_a_truncated_conversation_is_the_one_that_never_had_the_later_turns(tiny
     expected = tiny.processor.encode(shorter)
     cut = packing.truncate(conversation, expected.length + 30)
     for field in dataclasses.fields(Example):
-        if field.name not in ("sizes", "origin", "source", "records", "is_document", "made_to_fit", "breaks"):
+        if field.name not in (
+            "sizes",
+            "origin",
+            "source",
+            "records",
+            "is_document",
+            "made_to_fit",
+            "breaks",
+            "segments",
+            "values",
+        ):
             wanted = getattr(expected, field.name)
             # the template's line break after the last end token is no part of the turn
             wanted = wanted[: cut.length] if len(wanted) == expected.length else wanted

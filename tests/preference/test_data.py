@@ -149,7 +149,7 @@ def test_two_answers_are_two_segments_whose_picture_is_laid_out_once(tiny, tmp_p
 def test_a_pair_that_does_not_fit_goes_as_a_whole(tiny, tmp_path):
     (left,) = encode(tiny, [FORMATS["ms-swift"]], tmp_path, max_length=4)
     assert left.kind == "too_long"
-    (left,) = encode(tiny, [FORMATS["ms-swift"] | {"messages": ASKED + answer("word " * 120)}], tmp_path)
+    (left,) = encode(tiny, [FORMATS["ms-swift"] | {"messages": ASKED + answer("word " * 33)}], tmp_path)
     assert "of 2 answers with their prompts do not fit 256 together" in left.reason
 
 

@@ -61,7 +61,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", ["dpo", "mpo", "simpo", "aot"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("dpo", "ipo", "simpo", "orpo", "aot")]
+
+
+@pytest.mark.parametrize("name", ["mpo", *SLOW])
 def test_packed_pairs_have_the_loss_of_answers_by_themselves(tiny, examples, answers, name):
     task = KINDS[name]
     policy = vlm.bind(tiny.model, moved(tiny.model))
@@ -82,15 +85,16 @@ def test_packed_pairs_have_the_loss_of_answers_by_themselves(tiny, examples, ans
     expected += task.sft_weight * -float(chosen.policy.sum() / chosen.tokens.sum())
     assert float(loss.total / loss.weight) == pytest.approx(expected, abs=1e-5)
     assert float(loss.weight) == len(examples)
-    if name == "dpo":
+    if name == "mpo":
         margins = task.beta * np.asarray(chosen.ratio - rejected.ratio)
         assert float(loss.metrics["rewards/margins"].sum) == pytest.approx(margins.sum(), abs=1e-4)
         assert float(loss.metrics["rewards/accuracies"].sum) == (margins > 0).sum()
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_differences_of_the_loss(tiny, examples):
     """Along random directions of all parameters, the encoder's among them."""
-    task, batch = KINDS["mpo"], batch_of(examples[:3], seq_len=320, max_patches=512)
+    task, batch = KINDS["mpo"], batch_of(examples[:2], seq_len=320, max_patches=512)
     values = moved(tiny.model)
     rng = np.random.default_rng(2)
 
@@ -115,7 +119,7 @@ def test_the_gradient_is_that_of_differences_of_the_loss(tiny, examples):
         assert slope == pytest.approx(measured, rel=2e-2, abs=2e-4), tower
 
 
-@pytest.mark.parametrize("reference", ["copy", "adapter_off"])
+@pytest.mark.parametrize("reference", [pytest.param("copy", marks=pytest.mark.slow), "adapter_off"])
 def test_the_first_loss_is_that_of_a_coin_and_the_pictures_are_encoded_once(tiny, examples, reference):
     model = attach.attach(tiny.model, AdapterConfig(rank=2, targets=("decoder.attention", "decoder.mlp"), dropout=0.5))
     task = PreferenceTask(reference=reference)
@@ -137,23 +141,29 @@ def test_the_first_loss_is_that_of_a_coin_and_the_pictures_are_encoded_once(tiny
     original = vlm.VLM.encode
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vlm.VLM, "encode", lambda self, batch: calls.append(1) or original(self, batch))
-        jax.eval_shape(loss, own)
+        jax.eval_shape(lambda own: loss(own), own)
     assert len(calls) == 1
 
 
 def test_micro_batches_have_the_loss_of_one_batch(tiny, examples):
     """Pairs and tokens have denominators of their own, and the parts are of unequal size."""
-    task, policy = KINDS["mpo"], vlm.bind(tiny.model, moved(tiny.model))
-    parts = [batch_of(part, seq_len=384, max_patches=768) for part in (examples[:1], examples[1:4])]
+    task, values = KINDS["mpo"], moved(tiny.model)
+    sequences = [examples[:1], examples[1:4]]
+
+    @jax.jit
+    def loss(values, batch, denominators):
+        policy = vlm.bind(tiny.model, values)
+        return task.loss(policy, batch, reference=tiny.model, denominators=denominators)
+
+    parts = [batch_of(None, [sequence], 384, 768) for sequence in sequences]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *parts)
-    denominators = task.denominators(stacked)
-    losses = [task.loss(policy, part, reference=tiny.model, denominators=denominators) for part in parts]
-    whole = task.loss(policy, batch_of(examples[:4], seq_len=768, max_patches=1024), reference=tiny.model)
-    together = sum(float(one.total) for one in losses) / sum(float(one.weight) for one in losses)
+    of_step = [loss(values, part, task.denominators(stacked)) for part in parts]
+    of_part = [loss(values, part, task.denominators(jax.tree.map(lambda x: x[None], part))) for part in parts]
+    both = batch_of(None, sequences, 384, 768)
+    whole = loss(values, both, task.denominators(jax.tree.map(lambda x: x[None], both)))
+    together = sum(float(one.total) for one in of_step) / sum(float(one.weight) for one in of_step)
     assert together == pytest.approx(float(whole.total / whole.weight), abs=1e-5)
-    apart = np.mean(
-        [float(task.loss(policy, p, reference=tiny.model).total / w.weight) for p, w in zip(parts, losses, strict=True)]
-    )
+    apart = np.mean([float(one.total / one.weight) for one in of_part])
     assert abs(apart - together) > 1e-3
 
 

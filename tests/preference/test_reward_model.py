@@ -97,7 +97,7 @@ def test_a_folder_holds_the_scores_in_transformers_layout(tiny, model, tmp_path)
 
 def test_a_check_sees_length_and_blindness_and_its_scale_stays_with_the_model(tiny, model, pairs, tmp_path, capsys):
     jvlm.save(model, tiny.processor, tmp_path / "saved")
-    words = ["reward-check", str(tmp_path / "saved"), "--data", str(pairs), "--fit_scale", "true"]
+    words = ["reward-check", str(tmp_path / "saved"), "--data", str(pairs), "--fit_scale"]
     status = cli.main([*words, "--output", str(tmp_path / "check.json")])
     said, values = capsys.readouterr().out, json.loads((tmp_path / "check.json").read_text())
     assert status == (1 if values["warnings"] else 0)

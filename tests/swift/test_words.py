@@ -6,7 +6,7 @@ import pytest
 
 from jvlm.errors import UserError
 from jvlm.swift import other_names, saved
-from jvlm.swift.arguments import TrainingArguments
+from jvlm.swift.arguments import RlhfArguments, TrainingArguments
 from jvlm.swift.infer_arguments import InferArguments
 from jvlm.swift.words import parse
 
@@ -149,7 +149,7 @@ def test_no_name_is_both_an_argument_and_something_else():
     for table in tables:
         assert not table & known
     assert len(set().union(*tables)) == sum(map(len, tables))
-    assert set(other_names.OTHER_VALUES) <= known
+    assert set(other_names.OTHER_VALUES) <= known | set(saved.flat(RlhfArguments()))
 
 
 def test_variables_that_ms_swift_reads_are_named_with_the_option_to_use():
