@@ -164,6 +164,10 @@ def test_truncation_keeps_whole_turns_with_their_pictures(tiny, conversation):
     assert len(seen) == 3
 
 
+# fields of an example that say how it came about
+CHANGED = ("made_to_fit", "breaks", "segments", "values")
+
+
 def test_a_truncated_conversation_is_the_one_that_never_had_the_later_turns(tiny, conversation):
     shorter = {"messages": TURNS["messages"][:2], "images": TURNS["images"][:1]}
     expected = tiny.processor.encode(shorter)
