@@ -109,7 +109,7 @@ class _Finish:
         self.failures: list[tuple[str, Exception]] = []
 
     def part(self, name: str, work: Callable[[], T], otherwise: T) -> T:
-        """What ``work`` gives, or ``otherwise`` where it fails."""
+        """Return what ``work`` gives, or ``otherwise`` where it fails."""
         try:
             return work()
         except Exception as error:  # noqa: BLE001  (raised by `end`, when nothing can be lost any more)
@@ -231,7 +231,7 @@ def _layout(result: Result) -> MeshLayout | None:
 
 
 def text_only_baseline(experiment: Experiment, answers: Sequence[Answer]) -> TextOnlyScores:
-    """What the training data's most frequent answers score on the same questions.
+    """Return what the training data's most frequent answers score on the same questions.
 
     Raises:
       ExampleError: a bad training example, unless ``data.on_bad_example`` leaves such examples out.

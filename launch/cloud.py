@@ -73,7 +73,7 @@ class Cloud:
     log: Callable[[str], None] = print
 
     def run(self, command: Sequence[str], *, retry: bool = True, expect: str = "") -> str:
-        """Standard output of a command.
+        """Return the standard output of a command.
 
         Args:
           command: program and arguments; no shell between.
@@ -107,7 +107,7 @@ class Cloud:
             time.sleep(wait)
 
     def json(self, command: Sequence[str], *, expect: str = "") -> dict[str, Any]:
-        """Standard output of a command that was told to print JSON; {} for the failure that was expected."""
+        """Return the standard output of a command that prints JSON; {} for the failure that was expected."""
         text = self.run(command, expect=expect)
         return json.loads(text) if text.strip() else {}
 

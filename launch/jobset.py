@@ -75,7 +75,7 @@ class GkeSpec:
         return f"{self.output.rstrip('/')}/code/jvlm-{self.revision[:12]}.tar.gz"
 
     def manifest(self) -> dict[str, Any]:
-        """The JobSet: one Job a slice, one pod a machine; the code is fetched before the training starts."""
+        """Return the JobSet: one Job a slice, one pod a machine; the code is fetched before the training starts."""
         generation, _, shape = self.topology.partition(":")
         accelerator, per_machine = ACCELERATORS[generation]
         chips = min(per_machine, math.prod(map(int, shape.split("x"))))
@@ -160,11 +160,11 @@ class GkeSpec:
         return self._kubectl("get", "pods", f"--selector=jobset.sigs.k8s.io/jobset-name={self.name}", "--output=json")
 
     def logs(self) -> list[str]:
-        """The log of worker 0 of slice 0, as far as it has got."""
+        """Return the log of worker 0 of slice 0, as far as it has got."""
         return self._kubectl("logs", f"--selector={self._first()}", "--container=jvlm", "--tail=-1")
 
     def tail(self, pod: str, container: str) -> list[str]:
-        """The end of the log of one container."""
+        """Return the end of the log of one container."""
         return self._kubectl("logs", pod, f"--container={container}", "--tail=200")
 
     def _first(self) -> str:

@@ -96,7 +96,7 @@ class Spec:
 
     @classmethod
     def load(cls, name: str) -> Spec:
-        """The spec saved under a name. Raises FileNotFoundError naming those there are."""
+        """Return the spec saved under a name. Raises FileNotFoundError naming those there are."""
         path = STATE_FOLDER / name / "spec.json"
         if not path.is_file():
             known = ", ".join(sorted(p.parent.name for p in STATE_FOLDER.glob("*/spec.json"))) or "none"
@@ -147,5 +147,5 @@ class Spec:
         return self._ssh(f"bash jvlm-code/launch/worker.sh {shlex.join(argv)}", everywhere)
 
     def bill(self) -> str:
-        """What costs money for as long as the resource exists, and the command that ends it."""
+        """Return what costs money for as long as the resource exists, and the command that ends it."""
         return f"{self.chips} chips ({self.accelerator} x {self.slices}) are billed until: {shlex.join(self.delete())}"

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def git(*arguments: str) -> str:
-    """Standard output of git in the repository. Raises ValueError with git's own words."""
+    """Return the standard output of git in the repository. Raises ValueError with git's own words."""
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"git {' '.join(arguments)}: {done.stderr.strip()}")
@@ -17,7 +17,7 @@ def git(*arguments: str) -> str:
 
 
 def commit(dirty: bool = False) -> str:
-    """The commit to ship: HEAD, or with ``dirty`` one made of HEAD and the uncommitted changes of tracked files.
+    """Return the commit to ship: HEAD, or with ``dirty`` one made of HEAD and the uncommitted changes of tracked files.
 
     Raises:
       ValueError: the tree has changes that HEAD has not, and ``dirty`` was not asked for.

@@ -116,7 +116,7 @@ def _delete(arguments: argparse.Namespace) -> int:
 
 
 def _print_commands(spec: Spec) -> None:
-    """The commands of a run in which nothing goes wrong, as one could type them."""
+    """Print the commands of a run in which nothing goes wrong, as one could type them."""
     archive = spec.folder / f"jvlm-{spec.revision[:12]}.tar.gz"
     steps = (
         ("the code, at its commit", ["git", "archive", "--format=tar.gz", f"--output={archive}", spec.revision]),

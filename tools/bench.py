@@ -29,6 +29,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import jvlm
+from jvlm.data import packing
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.inference.generate import engine_for
@@ -46,7 +47,7 @@ VOCABULARY = 16384
 
 
 def make_checkpoint(folder: Path) -> Qwen2_5_VLForConditionalGeneration:
-    """A random model in a Hugging Face folder, and the same in torch."""
+    """Return a random model in a Hugging Face folder, and the same in torch."""
     tokenizer = AutoTokenizer.from_pretrained(str(TOKENIZER))
     # a word for every id of the model: jvlm never emits an id without one, transformers does
     tokenizer.add_tokens([f"<|word_{i}|>" for i in range(len(tokenizer), VOCABULARY)])
@@ -101,8 +102,15 @@ def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return examples
 
 
+def filled(examples: list[Example], processor: Processor) -> dict[str, int]:
+    """Return the shape of a sequence that the examples fill, as training's packing fills those of its config."""
+    step = packing.patch_step(processor.image_processor.patch_group, 128)
+    patches = sum(e.num_patches for e in examples)
+    return {"seq_len": -(-sum(e.length for e in examples) // 64) * 64, "max_patches": -(-patches // step) * step}
+
+
 def torch_inputs(examples: list[Example], processor: Processor) -> dict[str, torch.Tensor]:
-    """The same conversations as transformers wants them: left-padded, pixels normalised, explicit positions."""
+    """Return the same conversations as transformers wants them: left-padded, pixels normalised, explicit positions."""
     longest = max(e.length for e in examples)
     tokens = np.full((len(examples), longest), processor.tokenizer.pad_token_id, np.int64)
     mask = np.zeros_like(tokens)
@@ -177,7 +185,7 @@ def train(model: VLM, processor: Processor, oracle, rounds: int) -> dict[str, An
     """Forward, backward, clipping and AdamW on 16 conversations."""
     records = conversations(16, seed=1)
     examples = [processor.encode(record) for record in records]
-    batch = processor.pack(records)
+    batch = processor.pack(records, **filled(examples, processor))
     template, values = split(model)
     tx = optimizer.make(OptimizerConfig(learning_rate=1e-6), 1000, vlm.parameters(template))
     step = train_step.TrainStep(template, SupervisedTask(), tx)

@@ -146,7 +146,7 @@ def jax_triton(case: Case) -> Callable:
 
 
 def attention_pass(make: Callable, case: Case) -> tuple[Callable, tuple]:
-    """(function, operands) of a rival: attention, or with ``backward`` the value and gradients of its sum."""
+    """Return (function, operands) of a rival: attention, or with ``backward`` value and gradients of its sum."""
     attend = make(case)
     (q, k, v), ids = case.operands()
 
@@ -186,7 +186,7 @@ def each(hidden, kernel, targets):
 def line_of(
     label: str, name: str, found: Measured | None, reason: str, first: Measured | None, operations: float
 ) -> str:
-    """A row of the table; ``first`` is ours, which the others are told as multiples of."""
+    """Return a row of the table; ``first`` is ours, which the others are told as multiples of."""
     if found is None:
         return f"| {label} | {name} | {reason} | | | |"
     memory = "" if found.temporary is None else f"{found.temporary / MIB:,.0f}"

@@ -37,6 +37,7 @@ from jvlm.adapters.config import AdapterConfig
 from jvlm.adapters.peft_write import write_peft
 from jvlm.data.processor import Processor
 from jvlm.models import vlm
+from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
 from jvlm.training import optimizer, train_step, trainable
 from jvlm.training.config import OptimizerConfig
@@ -63,7 +64,7 @@ class Ours:
     batches: Any
 
     @classmethod
-    def of(cls, model: VLM, records: list[dict[str, Any]], processor: Processor) -> Ours:
+    def of(cls, model: VLM, batch: PackedBatch) -> Ours:
         template, values = split(model)
         variables = vlm.variables(template)
         chosen = trainable.select(trainable.from_config(OPTIMIZER, template.adapters), variables)
@@ -73,7 +74,7 @@ class Ours:
         state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), frozen)
         state = jax.device_put(state, jax.devices()[0])  # as in the training loop: the second step compiles nothing
         step = train_step.TrainStep(template, SupervisedTask(), tx)
-        return cls(step, state, train_step.stack([processor.pack(records)]))
+        return cls(step, state, train_step.stack([batch]))
 
     def __call__(self) -> float:
         """Run a step and return its loss."""
@@ -121,7 +122,7 @@ def measure(name: str, model: VLM, processor: Processor, base: Path, **options: 
         write_peft(extract(adapted), model.config, folder)
         padded = Theirs(base, Path(folder), [bench.torch_inputs(examples, processor)])
         singly = Theirs(base, Path(folder), [bench.torch_inputs([example], processor) for example in examples])
-    ours = Ours.of(adapted, records, processor)
+    ours = Ours.of(adapted, processor.pack(records, **bench.filled(examples, processor)))
     trained = sum(p.numel() for p in padded.parameters)
     assert trained == sum(value.size for value in ours.state.trainable.values()), "other parameters are trained"
     runners: dict[str, Callable[[], float]] = {"jvlm": ours, "padded": padded, "singly": singly}

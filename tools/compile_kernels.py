@@ -78,7 +78,7 @@ def ours(shape: Shape, implementation: str | None = None) -> Callable:
 
 
 def splash_attention(shape: Shape) -> Callable | None:
-    """The same with JAX's own kernel; None where it has no such call (lengths that are no multiple of 128)."""
+    """Return the same with JAX's own kernel; None where it has no such call (lengths that are no multiple of 128)."""
     if shape.queries % 128 or shape.keys % 128:
         return None
     size = (shape.queries, shape.keys)
@@ -100,7 +100,7 @@ def splash_attention(shape: Shape) -> Callable | None:
 
 
 def jax_triton(shape: Shape) -> Callable | None:
-    """The same with JAX's own Pallas attention for GPUs; None where its blocks of 128 do not fit the lengths."""
+    """Return the same with JAX's own Pallas attention for GPUs; None where its blocks of 128 do not fit the lengths."""
     if shape.queries != shape.keys or shape.queries % 128:
         return None
     groups = shape.heads // shape.kv_heads

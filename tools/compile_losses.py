@@ -36,7 +36,7 @@ COLUMNS = "temporary memory, MiB", "TFLOP", "GB moved", "products, ms", "memory,
 
 
 def device_of(name: str) -> tuple[jax.Device, str]:
-    """(a described device, the platform that it belongs to)."""
+    """Return (a described device, the platform that it belongs to)."""
     if name in gpus.GPUS:
         return gpus.devices(name)[0], "cuda"
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0], "tpu"

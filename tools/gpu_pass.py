@@ -55,7 +55,7 @@ _TORCH = (("JAX_PLATFORMS", "cpu"), ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segm
 
 
 def parts_of(output: Path, small: bool) -> list[Part]:
-    """The parts in order of worth: a run that is cut off has the first of them."""
+    """Return the parts in order of worth: a run that is cut off has the first of them."""
     size = ("--small", "--steps", "2") if small else ()
     new = ("--new", "4") if small else ()
     lengths = ("256",) if small else ("8192",)
@@ -90,7 +90,7 @@ def gigabytes() -> float:
 
 
 def machine() -> str:
-    """The device, its driver, the processor and the versions that count, as Markdown lines."""
+    """Return the device, its driver, the processor and the versions that count, as Markdown lines."""
     lines = [f"- {datetime.date.today():%d %B %Y}, Python {platform.python_version()}, {os.cpu_count()} CPU cores"]
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]

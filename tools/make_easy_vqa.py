@@ -64,7 +64,7 @@ def find_shape(image: Image.Image) -> tuple[tuple[str, str], list[int]]:
 
 
 def told(asked: list[tuple[str, str]], words) -> str | None:
-    """The colour or kind that the image's own answers give, if they do; a clipped shape can mislead the pixels."""
+    """Return colour or kind that the image's own answers give, if they do; a clipped shape can mislead the pixels."""
     return next((answer for _, answer in asked if answer in words), None)
 
 
@@ -89,7 +89,7 @@ def turns(seed: str, asked: list[tuple[str, str]], name: str) -> list[tuple[str,
 
 
 def examples(archive: tarfile.TarFile, split: str):
-    """The conversations of one split, in order of the image's number."""
+    """Yield the conversations of one split, in order of the image's number."""
     asked = defaultdict(list)
     for question, answer, number in json.load(archive.extractfile(f"easy_vqa/{split}/questions.json")):
         asked[number].append((question, answer))
@@ -110,7 +110,7 @@ def examples(archive: tarfile.TarFile, split: str):
 
 
 def as_webp(image: Image.Image) -> bytes:
-    """The same pixels in less than half of PNG's bytes."""
+    """Return the same pixels in less than half of PNG's bytes."""
     file = io.BytesIO()
     image.save(file, "WEBP", lossless=True, quality=100, method=6)
     return file.getvalue()
@@ -169,7 +169,7 @@ def stage_conversations(example) -> dict[str, list[dict]]:
 
 
 def chat_texts(example) -> list[str]:
-    """What lies between the special tokens when an example is rendered, roles included."""
+    """Return what lies between the special tokens when an example is rendered, roles included."""
     box = str(example["objects"]["bbox"][0])
     contents = [m["content"].replace("<image>", "").replace("<bbox>", box) for m in example["messages"]]
     roles = [f"{m['role']}\n" for m in example["messages"]]
@@ -177,7 +177,7 @@ def chat_texts(example) -> list[str]:
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE of Qwen's kind (any text encodable), with numbers to 99, small enough for the demo."""
+    """Return a byte-level BPE of Qwen's kind (any text encodable), with numbers to 99, small enough for the demo."""
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(r"\p{N}{1,2}|[^\p{N}]+")
     split = pre_tokenizers.Split(pattern, behavior="isolated")

@@ -14,7 +14,7 @@ from jvlm.training.config import Experiment
 
 
 def get_config() -> Experiment:
-    """The experiment of idefics2/pretrain with cross-attention before every fourth layer."""
+    """Return the experiment of idefics2/pretrain with cross-attention before every fourth layer."""
     experiment = configs.load("idefics2/pretrain")
     decoder = CrossAttentionTransformerConfig.of(experiment.model.decoder, cross_attention_every=4)
     model = dataclasses.replace(experiment.model, decoder=decoder)

@@ -16,7 +16,7 @@ from jvlm.training.config import Experiment, OptimizerConfig
 
 
 def get_config() -> Experiment:
-    """A sequence of 2,048 tokens has room for six split images, or for twenty-four thousand patches of any."""
+    """Return the experiment; a sequence of 2,048 tokens has room for six split images, or 24,000 patches of any."""
     return Experiment(
         name="idefics2_sft",
         init_from="idefics2-8b",

@@ -18,7 +18,7 @@ from jvlm.training.supervised import SupervisedTask
 
 
 def get_config() -> Experiment:
-    """The data of idefics2/sft, varied, with the adapters of idefics2/stage1_lora as DoRA."""
+    """Return the data of idefics2/sft, varied, with the adapters of idefics2/stage1_lora as DoRA."""
     first, sft = configs.load("idefics2/stage1_lora"), configs.load("idefics2/sft")
     return dataclasses.replace(
         sft,

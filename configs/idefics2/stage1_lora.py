@@ -41,7 +41,7 @@ OPTIMIZER = OptimizerConfig(
 
 
 def get_config() -> Experiment:
-    """The data and model of idefics2/pretrain with adapters."""
+    """Return the data and model of idefics2/pretrain with adapters."""
     experiment = configs.load("idefics2/pretrain")
     return dataclasses.replace(
         experiment,

@@ -14,7 +14,7 @@ from jvlm.training.config import Experiment
 
 
 def get_config() -> Experiment:
-    """The router's losses and loads are in the log, as router/..."""
+    """Return the experiment; the router's losses and loads are in the log, as router/..."""
     base = configs.load("mm1_5/continual")
     experts = PRESETS["mm1_5_3b_moe"].decoder.mlp
     return dataclasses.replace(base, name="mm1_5_moe", adapt=dataclasses.replace(base.adapt, experts=experts))

@@ -16,7 +16,7 @@ from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
 
 
 def get_config() -> Experiment:
-    """A sequence holds a video, or two images of ten tiles each and their text."""
+    """Return the experiment; a sequence holds a video, or two images of ten tiles each and their text."""
     return Experiment(
         name="mm1_5_sft",
         init_from="runs/mm1_5_continual",

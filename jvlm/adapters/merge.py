@@ -176,7 +176,7 @@ def merged_parameters(model: VLM) -> tuple[VLM, Callable[[str, int | None], np.n
 
 
 def _parts(model: VLM, weights: AdapterWeights) -> tuple[VLMConfig, dict[str, jax.Array], Merged]:
-    """The merged model's configuration, its parameters before merging, and after."""
+    """Return the merged model's configuration, its parameters before merging, and after."""
     _check_plain(model)
     values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
     config = merged_config(weights, model.config)
@@ -208,7 +208,7 @@ def _merged_parameter(merged: Merged, path: str, value: jax.Array) -> jax.Array:
 
 
 def _bound(model: VLM, config: VLMConfig, values: Mapping[str, Any]) -> VLM:
-    """A model of a configuration with given parameters, which keep the dtypes that their checkpoint had."""
+    """Return a model of a configuration with given parameters, which keep the dtypes that their checkpoint had."""
     before, new = vlm.parameters(model), vlm.bind(vlm.abstract(config), values)
     for path, variable in vlm.parameters(new).items():
         metadata = before[path if path in before else EMBEDDING].get_metadata()

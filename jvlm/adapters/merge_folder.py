@@ -129,7 +129,7 @@ class _MergedSource:
         self._checksums: dict[str, int] = {}
 
     def tensors(self, on_tensor: Callable[[str, int, int], None] | None):
-        """What `safetensors_files.write` takes."""
+        """Return what `safetensors_files.write` takes."""
         result = []
         for number, entry in enumerate(self.entries, 1):
             wanted = self.dtype or self.source.dtype(self._base_entry(entry.path, entry.layer))
@@ -177,7 +177,7 @@ class _MergedSource:
             raise WeightError(f"{folder}: {len(wrong)} tensors were not read back as written: {', '.join(wrong)}")
 
     def _base_entry(self, path: str, layer: int | None) -> Entry:
-        """The base's tensor; the embedding's for a head that the base does not have."""
+        """Return the base's tensor; the embedding's for a head that the base does not have."""
         return self._base[path, layer] if (path, layer) in self._base else self._base[EMBEDDING, None]
 
     def _stored(self, entry: Entry) -> np.ndarray:

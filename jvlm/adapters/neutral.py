@@ -46,7 +46,7 @@ def _plain_config(weights: AdapterWeights, rank: int) -> AdapterConfig:
 
 
 def _folded(low: LowRank, rank: int, factor: float = 1.0) -> LowRank:
-    """The adapter times a factor, with a scale of 1 and zeros up to the rank."""
+    """Return the adapter times a factor, with a scale of 1 and zeros up to the rank."""
     extra, scale = rank - low.rank, factor * low.scale
     a = np.pad(low.a.astype(np.float32), ((0, 0), (0, extra)))
     b = np.pad(_times(low.b, scale), ((0, extra), (0, 0)))
@@ -145,5 +145,5 @@ def doubled_config(config: AdapterConfig) -> AdapterConfig:
 
 
 def _alpha_growth(config: AdapterConfig) -> float:
-    """What keeps the scale as it is when the rank doubles."""
+    """Return what keeps the scale as it is when the rank doubles."""
     return 2**0.5 if config.use_rslora else 2.0

@@ -110,7 +110,7 @@ class Module:
         return dataclasses.replace(self.weight, pattern=pattern)
 
     def _sides(self) -> tuple[str, str, str, str]:
-        """Outputs and inputs of the file, inputs and outputs of the parameter, as terms of einops."""
+        """Return outputs and inputs of the file, inputs and outputs of the parameter, as terms of einops."""
         left, right = (re.findall(r"\([^)]*\)|\S+", side) for side in self.weight.pattern.split(" -> "))
         return left[0], " ".join(left[1:]), " ".join(right[:-1]), right[-1]
 

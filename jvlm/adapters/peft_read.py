@@ -190,7 +190,7 @@ class _Reader:
         return peft_modules.renamed(self.config, self.layout, module)
 
     def _low_rank(self, name: str) -> LowRank | None:
-        """The adapter of one module; None after noting what is wrong with it."""
+        """Return the adapter of one module; None after noting what is wrong with it."""
         module, written = self.modules[name], self._written(name)
         if module.kind == "other":
             self.problems.append(f"a module of this kind takes no adapter: {written}")

@@ -110,7 +110,7 @@ class _Writer:
         return {name for name in of_modules if f"{name.removesuffix('.bias')}.weight" not in self.whole}
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """The tensors of the file by key."""
+        """Return the tensors of the file by key."""
         result = {}
         for name, low in self.low_rank.items():
             for part, value in self._parts(name, self.modules[name], low).items():
@@ -200,7 +200,7 @@ class _Writer:
         return low.alpha if math.isclose(low.alpha / divisor, low.scale, rel_tol=1e-12) else low.scale * divisor
 
     def _usual(self) -> tuple[int, float]:
-        """The configuration's rank and alpha, or where no module has them, the most frequent ones."""
+        """Return the configuration's rank and alpha, or where no module has them, the most frequent ones."""
         sizes = collections.Counter(self._sizes().values())
         given = (self.weights.config.rank, self.weights.config.alpha)
         return given if given in sizes or not sizes else sizes.most_common(1)[0][0]
@@ -238,7 +238,7 @@ class _Writer:
 
 
 def _unique_end(name: str, others: Iterable[str]) -> str:
-    """The shortest end of a name, in whole words, that no other name ends with, not even within a word."""
+    """Return the shortest end of a name, in whole words, that no other name ends with, not even within a word."""
     others = list(others)
     words = name.split(".")
     for n in range(1, len(words) + 1):

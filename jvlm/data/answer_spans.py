@@ -43,7 +43,7 @@ class Span:
 
 
 def by_opening(text: str, facts: TemplateFacts, count: int) -> list[Span] | None:
-    """The answers, from each opening on to the token that ends it; None if that is not certain.
+    """Return the answers, from each opening on to the token that ends it; None if that is not certain.
 
     It is where the opening holds a control token and stands there once for each of ``count`` answers. Then it does not
     matter what the template made of the words: trimmed them, left out thinking, wrote calls of tools.
@@ -71,7 +71,7 @@ def _end(text: str, begin: int, limit: int, facts: TemplateFacts) -> int | None:
 
 
 def mark(words: str, begin: str, end: str, *, tight: bool = False) -> str:
-    """An answer with a character wherever its rendered words may begin, and one where they end.
+    """Return an answer with a character wherever its rendered words may begin, and one where they end.
 
     They stand inside of outer white space, so templates that trim an answer keep them. ``tight`` leaves out the white
     space in front of the beginnings.
@@ -85,7 +85,7 @@ def mark(words: str, begin: str, end: str, *, tight: bool = False) -> str:
 
 
 def read_marks(rendered: str, marks: Sequence[tuple[str, str]]) -> tuple[str, list[tuple[int, int] | None]]:
-    """(a rendering without its marks, first character and end of each answer); None for one whose words are gone."""
+    """Return (a rendering without its marks, first and end character of each answer); None if words are gone."""
     numbers = {character: n for n, pair in enumerate(marks) for character in pair}
     begins: dict[int, int] = {}
     ends: dict[int, int] = {}
@@ -102,7 +102,7 @@ def read_marks(rendered: str, marks: Sequence[tuple[str, str]]) -> tuple[str, li
 
 
 def from_marks(text: str, begin: int, end: int, space: int, facts: TemplateFacts) -> Span:
-    """An answer of which ``space`` white space characters stand in front of its first word."""
+    """Return an answer of which ``space`` white space characters stand in front of its first word."""
     begin -= space
     # and the space that the model has to write first, where a prompt ends without it
     opened = text.rfind(facts.opening, 0, begin) + len(facts.opening)
@@ -118,7 +118,7 @@ def space_before(text: str, begin: int) -> int:
 
 
 def by_prefix(text: str, before: str, after: str, facts: TemplateFacts) -> Span | None:
-    """An answer from the renderings of what precedes it and of what ends with it; None if the text differs there."""
+    """Return an answer from the renderings of what precedes it and of what ends with it; None if they differ there."""
     if not (after.startswith(before) and text.startswith(after)):
         return None
     begin = len(before)

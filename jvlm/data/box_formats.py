@@ -94,7 +94,7 @@ def render_named(
     *,
     space: CoordinateSpace | None = None,
 ) -> str:
-    """A whole answer: MiMo's fenced JSON list, or labels with their regions, one a line."""
+    """Return a whole answer: MiMo's fenced JSON list, or labels with their regions, one a line."""
     texts = [render(item.region, form, sizes, space=space) for item in detections]
     named = FORMATS[form].named
     if named is not None:
@@ -169,7 +169,7 @@ def _from_groups(text: str, *, labelled: bool) -> Iterator[Numbers]:
 
 
 def _label(before: str) -> str:
-    """The words before a region, on its own line and without what separates it from the region before."""
+    """Return the words before a region, on its own line and without what separates it from the region before."""
     return _AROUND.sub("", before.rpartition("\n")[2]).strip().lstrip(",;.: ").strip()
 
 

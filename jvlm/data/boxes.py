@@ -42,7 +42,7 @@ class Point:
         return (self.x, self.y)
 
     def to(self, space: CoordinateSpace, sizes: Sizes | None = None) -> Point:
-        """The same point in another space; ``sizes`` of its image are needed wherever pixels are involved."""
+        """Return the same point in another space; ``sizes`` of its image are needed wherever pixels are involved."""
         return Point(*_move(self, space, sizes), space)
 
 
@@ -74,7 +74,7 @@ class Box:
         return (self.x2 - self.x1) * (self.y2 - self.y1)
 
     def to(self, space: CoordinateSpace, sizes: Sizes | None = None) -> Box:
-        """The same box in another space; ``sizes`` of its image are needed wherever pixels are involved."""
+        """Return the same box in another space; ``sizes`` of its image are needed wherever pixels are involved."""
         return Box(*_move(self, space, sizes), space)
 
     def holds(self, point: Point) -> bool:
@@ -87,7 +87,7 @@ Region = Point | Box
 
 
 def region(values: Sequence[float], space: CoordinateSpace) -> Region:
-    """A `Point` of two numbers or a `Box` of four."""
+    """Return a `Point` of two numbers or a `Box` of four."""
     if len(values) not in (2, 4):
         raise ValueError(f"{list(values)} is not a point or box: give 2 or 4 numbers")
     return Point(*values, space) if len(values) == 2 else Box(*values, space)

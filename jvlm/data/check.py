@@ -281,7 +281,7 @@ def _padding(sizes: Sequence[survey.Size], config: DataConfig) -> str:
 
 
 def _resolved(processor: Processor, config: DataConfig, seed: int) -> DataConfig:
-    """The configuration with sizes that depend on the data chosen, from the sample that training would look at."""
+    """Return configuration with sizes that depend on the data chosen, from the sample that training would look at."""
     on_too_long = "drop" if config.on_too_long == "error" else config.on_too_long
     looking = dataclasses.replace(config, on_bad_example="skip", on_too_long=on_too_long)
     try:

@@ -75,7 +75,7 @@ class CheckReport:
         return "\n".join(lines)
 
     def _consequences(self) -> Iterator[str]:
-        """What training would do about the examples that are rejected or changed."""
+        """Yield what training would do about the examples that are rejected or changed."""
         config, bad, too_long = self.config, self.faults.count("bad"), self.faults.count("too_long")
         if bad and config.on_bad_example == "error":
             yield f"{bad} bad: training stops at the first one (data.on_bad_example error)"

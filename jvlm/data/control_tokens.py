@@ -48,7 +48,7 @@ class ControlTokens:
         self._normalizer = self._backend.normalizer if normalized else None
 
     def suspect(self, text: str) -> str | None:
-        """What of a text could become a control token, alone or beside what a template writes; None if nothing."""
+        """Return what of a text could become a control token, alone or beside what a template writes; None if none."""
         match = self.pattern.search(text)
         if match is None and self._normalizer is not None:
             match = self.pattern.search(self._normalizer.normalize_str(text))
@@ -74,7 +74,7 @@ class ControlTokens:
         raise ValueError("private-use characters of all blocks (U+F0000 to U+FFFFD)")
 
     def guard(self, text: str, stand_ins: Mapping[str, str]) -> str:
-        """The text with a stand-in in each spelling of a control token, and where one may be cut at its ends."""
+        """Return the text with a stand-in in each spelling of a control token, and where one may be cut at its ends."""
 
         def exchange(match: re.Match) -> str:
             return stand_ins[match[0][0]] + match[0][1:]
@@ -156,7 +156,7 @@ class ControlTokens:
 
 
 def any_of(names: Iterable[str]) -> re.Pattern:
-    """A pattern of any of the names, the longest first; of none, one that matches nothing."""
+    """Return a pattern of any of the names, the longest first; of none, one that matches nothing."""
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
@@ -167,7 +167,7 @@ def is_paired(name: str, names: Iterable[str]) -> bool:
 
 
 def change_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """A JSON value with every string in it changed, keys included."""
+    """Return a JSON value with every string in it changed, keys included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

@@ -168,7 +168,7 @@ class _Work:
         return part
 
     def _kept(self, path: Path, number: int) -> _Part | None:
-        """The counts of a shard that an interrupted conversion of the same examples has finished."""
+        """Return the counts of a shard that an interrupted conversion of the same examples has finished."""
         counts = Path(f"{path}{_COUNTS}")
         try:
             found = json.loads(counts.read_text())
@@ -183,7 +183,7 @@ class _Work:
         return _Part(found["written"], found["untagged"], rejected, kept=True)
 
     def _records(self, examples: range, number: int, part: _Part, bar: Progress) -> Iterator[bytes]:
-        """The records of a shard; the last one has its mark."""
+        """Yield the records of a shard; the last one has its mark."""
         last = None
         for index in examples:
             found = self._example(index, part)
@@ -237,7 +237,7 @@ def _packed(origin: Origin, example: dict[str, Any]) -> bytes:
 
 
 def _identity(source: ExampleSource, settings: tuple) -> str:
-    """What tells sets of other examples, or of other settings, from this one."""
+    """Return what tells sets of other examples, or of other settings, from this one."""
     value = hashlib.sha256(repr(settings).encode())
     value.update(repr(source).encode())
     for path in source.files:
@@ -248,7 +248,7 @@ def _identity(source: ExampleSource, settings: tuple) -> str:
 
 @contextmanager
 def _unfinished(output: Path) -> Iterator[Path]:
-    """A folder inside ``output`` for shards that are not whole yet.
+    """Yield a folder inside ``output`` for shards that are not whole yet.
 
     Raises:
       UserError: ``output`` holds shards already; it is not a folder, or is being written to.

@@ -134,7 +134,7 @@ class _Cuts:
         self.pieces = np.append(np.flatnonzero(example.breaks == PIECE), example.length)
 
     def end(self, start: int) -> int:
-        """The end of the longest part from a token on that fits."""
+        """Return the end of the longest part from a token on that fits."""
         found = self._last(start, self.pieces[self.pieces > start])
         if found is not None:
             return found
@@ -181,7 +181,7 @@ class _Cuts:
         return [*self.beginning.ids, *([delimiter] if shared else [])]
 
     def part(self, start: int, end: int) -> Example:
-        """The tokens from ``start`` to before ``end``, and the media among them."""
+        """Return the tokens from ``start`` to before ``end``, and the media among them."""
         example, before = self.example, self._before(start)
         first, last = int(self.reached[start]), int(self.reached[end])
         vision_tokens = np.searchsorted(
@@ -219,7 +219,7 @@ class _Cuts:
 
 
 def _segments_of_media(example: Example) -> Int[np.ndarray, " m"]:
-    """The last patch segment of each image and video, from 1; of none, 0."""
+    """Return the last patch segment of each image and video, from 1; of none, 0."""
     count = len(example.sizes)
     last = np.full(count + 1, -1)
     fed = example.vision_index >= 0

@@ -98,7 +98,7 @@ class DocumentText:
         return Tokens(ids, weights, np.zeros(len(ids), np.int32), breaks)
 
     def _guarded(self, document: Document) -> _Guarded:
-        """The texts of a document, and stand-ins for the characters of what they spell of control tokens."""
+        """Return the texts of a document, and stand-ins for the characters of what they spell of control tokens."""
         texts = [part.text for part in document.content if isinstance(part, Text)]
         suspects = [found for found in map(self._control.suspect, texts) if found]
         if not suspects:
@@ -110,7 +110,7 @@ class DocumentText:
         return _Guarded([self._control.guard(text, stand_ins) for text in texts], stand_ins, suspects[0])
 
     def _joined(self, document: Document, guarded: _Guarded) -> tuple[str, list[tuple[int, int]], list[int]]:
-        """(the text with placeholders, characters of each image and video, first character of each piece)."""
+        """Return (text with placeholders, characters of each image and video, first character of each piece)."""
         style, texts = self.chat_format, iter(guarded.texts)
         written, media, begins, at, after_media = [], [], [], 0, False
         for part in document.content:
@@ -158,7 +158,7 @@ def _breaks(
     begins: list[int],
     media: list[tuple[int, int]],
 ) -> Int[np.ndarray, " n"]:
-    """What begins at each token of a text, given the first character of its pieces and the characters of its media."""
+    """Return what begins at each token of a text, given where its pieces begin and the characters of its media."""
     level = np.zeros(len(text) + 1, np.int8)
     level[:] = CHARACTER
     for found in _WORD.finditer(text):

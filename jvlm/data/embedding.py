@@ -17,7 +17,7 @@ _DOCUMENT = "document"
 
 
 def embed(example: dict[str, Any], origin: Origin, roots: Sequence[str]) -> dict[str, Any]:
-    """The example with its images and frames as bytes; everything else as it was.
+    """Return the example with its images and frames as bytes; everything else as it was.
 
     A path becomes {"bytes", "path"}; an object with the path or URL of a file gains "bytes". What holds its image
     already, as bytes, base64 or a ``data:`` URI, stays.
@@ -83,7 +83,7 @@ def _media(source: Any, origin: Origin, field: str, roots: Sequence[str]) -> Any
 
 
 def _file(source: Any, origin: Origin, field: str, roots: Sequence[str]) -> Path | None:
-    """The file that an image is in; None for one inside the example. Raises ExampleError if it is not there."""
+    """Return the file that an image is in; None for one inside the example. Raises ExampleError if it is not there."""
     held = unwrap(source)
     if not isinstance(held, str):
         return None

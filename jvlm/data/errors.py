@@ -61,7 +61,7 @@ class SkippedError(ExampleError):
 
 
 def _printable(text: str) -> str:
-    """The text with surrogates, as a cut emoji or an odd file name leaves them, written as escapes."""
+    """Return the text with surrogates, as a cut emoji or an odd file name leaves them, written as escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -87,7 +87,7 @@ class Rejected:
 
     @classmethod
     def of(cls, error: ExampleError, kind: Kind) -> Rejected:
-        """The example of an error; of one that is left out by rule, whatever the kind."""
+        """Return the example of an error; of one that is left out by rule, whatever the kind."""
         kind = "skipped" if isinstance(error, SkippedError) else kind
         origin = error.origin
         return cls(origin.file, origin.number, error.field, error.problem, kind, error.fix, origin.source)

@@ -139,7 +139,7 @@ class ExampleSource:
         return self._detected[pattern]
 
     def _first(self, pattern: int) -> list[tuple[Origin, Any]]:
-        """The first records of a pattern's files."""
+        """Return the first records of a pattern's files."""
         first = int(self._ends[pattern - 1]) if pattern else 0
         places = ((file, i) for file in range(first, int(self._ends[pattern])) for i in range(len(self._readers[file])))
         return [self._raw(file, i) for (file, i), _ in zip(places, range(_SAMPLE), strict=False)]
@@ -207,7 +207,7 @@ def _find(pattern: str) -> list[tuple[str, epath.Path]]:
 
 
 def _problems_of_names(found: Sequence[tuple[str, epath.Path]]) -> list[str]:
-    """What is wrong with the files to be read, before any is opened: one line each."""
+    """Return what is wrong with the files to be read, before any is opened: one line each."""
     problems, seen, folders = [], {}, defaultdict(list)
     for path, original in found:
         real = os.path.realpath(path)

@@ -128,7 +128,7 @@ def _parse(example: dict, origin: Origin) -> Conversation | Document:
 
 
 def _document(example: dict, images: list, videos: list, origin: Origin) -> _Tagged:
-    """The pieces of a document, or of a text with tags."""
+    """Return the pieces of a document, or of a text with tags."""
     if DOCUMENT in example and TEXT in example:
         raise ExampleError(origin, TEXT, f"given together with {DOCUMENT!r}", f"Keep {DOCUMENT!r} only")
     if "tools" in example:
@@ -156,13 +156,13 @@ def unknown_columns(extra: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
 
 
 def hint(name: str) -> str | None:
-    """The known field that an unknown one may have been meant to be."""
+    """Return the known field that an unknown one may have been meant to be."""
     near = difflib.get_close_matches(name, _FIELDS, n=1)
     return near[0] if near else None
 
 
 def near_miss(field: str, names: Any) -> str | None:
-    """What to say where a field is lacking and an unknown one has nearly its name."""
+    """Return what to say where a field is lacking and an unknown one has nearly its name."""
     for name in map(str, names):
         if name not in _FIELDS and hint(name) == field:
             return f"Is {name!r} meant to be {field!r}?"
@@ -179,7 +179,7 @@ def _listed(example: dict, plural: str, singular: str, origin: Origin) -> list:
 
 
 def _video(value: Any, index: int, origin: Origin) -> Video:
-    """A video from a path, the contents of a file, a list of frames, or an object with one of these and settings."""
+    """Return a video from a path, the bytes of a file, frames, or an object with one of them and settings."""
     field, given = f"videos[{index}]", {}
     if isinstance(value, dict):
         value = without_nulls(value)
@@ -205,7 +205,7 @@ def _video(value: Any, index: int, origin: Origin) -> Video:
 
 
 def _sampling(given: dict[str, Any], origin: Origin, field: str) -> dict[str, Any]:
-    """The settings of a video's sampling, checked."""
+    """Return the settings of a video's sampling, checked."""
     settings = {}
     for name, value in given.items():
         read = value if name == "rule" else (values.whole if "frames" in name else values.number)(value)
@@ -281,7 +281,7 @@ def _flatten(content: Any, images: list, videos: list, origin: Origin, field: st
 
 
 def _block(block: Any, images: list, videos: list, origin: Origin, field: str) -> list[str | type]:
-    """The pieces of a block. Media in it join their list; a block without a source is among the example's own."""
+    """Return pieces of a block. Media in it join their list; a block without a source is among the example's own."""
     given = without_nulls(block) if isinstance(block, dict) else {}
     kind = given.pop("type", None)
     for key, value in given.items():

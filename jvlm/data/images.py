@@ -25,7 +25,7 @@ _REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 def open_image(
     source: Any, *, origin: Origin = Origin(), field: str = "images", roots: tuple[str, ...] = ()
 ) -> Image.Image:
-    """An RGB image from a path, ``file://`` URL, bytes, base64 (``data:`` URI or plain), a dict with one of these,
+    """Return an RGB image from a path, ``file://`` URL, bytes, base64 (``data:`` URI or not), a dict with one of these,
     a PIL image or an array.
 
     Relative paths are looked up in ``roots`` (the data file's folder first). Transparency is laid on white, as
@@ -82,7 +82,7 @@ def content_digest(
 
 
 def unwrap(source: Any) -> Any:
-    """What a dict of the forms {"bytes", "path"} and {"url"} holds, bytes first."""
+    """Return what a dict of the forms {"bytes", "path"} and {"url"} holds, bytes first."""
     if not isinstance(source, dict):
         return source
     given = without_nulls(source)
@@ -94,7 +94,7 @@ def _holds(value: Any) -> bool:
 
 
 def image_source(text: str, roots: tuple[str, ...], origin: Origin, field: str) -> Path | bytes:
-    """The file or the bytes that a string stands for: a path, a URL of a file, a ``data:`` URI, or base64 alone.
+    """Return the file or the bytes that a string stands for: a path, a URL of a file, a ``data:`` URI, or base64 alone.
 
     Raises:
       ExampleError: another kind of URL, base64 with an error in it, or a file that is not there.
@@ -136,7 +136,7 @@ def _is_image(content: bytes) -> bool:
 
 
 def find_file(path: str, roots: tuple[str, ...], origin: Origin, field: str) -> Path:
-    """The media file: absolute, or relative to one of ``roots``. Raises ExampleError naming the paths tried."""
+    """Return the media file: absolute, or relative to one of ``roots``. Raises ExampleError naming the paths tried."""
     if _REMOTE.match(path):
         raise ExampleError(
             origin, field, f"{path[:200]} is a URL", "jvlm reads no network at run time: download it first"

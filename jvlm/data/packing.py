@@ -83,7 +83,7 @@ class Example:
 
 
 def join_media(media: Sequence[MediaPatches], patch_values: int, position_values: int) -> dict[str, np.ndarray]:
-    """The patch arrays of an `Example` from its media in order."""
+    """Return the patch arrays of an `Example` from its media in order."""
     segments, windows, patch_segment_ids, patch_window_ids, vision_segment_ids = 0, 0, [], [], []
     for item in media:
         vision_segment_ids.append(item.token_segment_ids + segments)
@@ -101,7 +101,7 @@ def join_media(media: Sequence[MediaPatches], patch_values: int, position_values
 
 
 def bucket(size: int, step: int) -> int:
-    """The smallest of step x (1, 2, 3, 4, 6, 8, 12, 16, 24, ...) that holds ``size``."""
+    """Return the smallest of step x (1, 2, 3, 4, 6, 8, 12, 16, 24, ...) that holds ``size``."""
     units, power = -(-size // step), 1
     while True:
         for candidate in (power, power + power // 2):
@@ -111,7 +111,7 @@ def bucket(size: int, step: int) -> int:
 
 
 def patch_step(group: int, least: int) -> int:
-    """The smallest number of patches from ``least`` on that whole groups fill: a step for `bucket`."""
+    """Return the smallest number of patches from ``least`` on that whole groups fill: a step for `bucket`."""
     return -(-least // group) * group
 
 
@@ -177,7 +177,7 @@ def truncate(example: Example, max_tokens: int, max_patches: int | None = None) 
 
 
 def _begin_of(example: Example, end: int) -> Example:
-    """The first ``end`` tokens, and the media that stand among them."""
+    """Return the first ``end`` tokens, and the media that stand among them."""
     last = int(example.vision_index[:end].max(initial=-1))
     segment = int(example.vision_segment_ids[last]) if last >= 0 else 0
     vision_tokens = int(np.searchsorted(example.vision_segment_ids, segment, "right"))
@@ -207,7 +207,7 @@ def _end_of(example: Example, turn: int) -> int | None:
 
 
 def first_fit(examples: Sequence[Example], seq_len: int, max_patches: int) -> list[list[int]]:
-    """Indices of the examples of each sequence, in order; each goes to the first sequence with space for both."""
+    """Return the indices of each sequence's examples, in order; each goes to the first sequence with space for both."""
     sequences: list[list[int]] = []
     space: list[list[int]] = []
     for index, example in enumerate(examples):
@@ -359,5 +359,5 @@ def packed_sequences(
 
 
 def _by_segment(sequence: Sequence[Example]) -> list[Example]:
-    """The example of each segment of a sequence."""
+    """Return the example of each segment of a sequence."""
     return [example for example in sequence for _ in range(example.num_segments)]

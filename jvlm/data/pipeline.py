@@ -86,7 +86,7 @@ class Encode(grain.transforms.RandomMap):
         return [(parsed, example)]
 
     def _judged(self, parsed: Conversation | Document) -> tuple[Conversation, Example]:
-        """A pair, or an answer with a label, as the segments of one example."""
+        """Return a pair, or an answer with a label, as the segments of one example."""
         read = preferences.pair if self.config.preference == "pairs" else preferences.labelled
         judged = read(parsed, self._losses.get(parsed.origin.source, self.config.loss))
         example = self.processor.encode_together(judged.conversations, judged.values)
@@ -95,7 +95,7 @@ class Encode(grain.transforms.RandomMap):
         return judged.conversations[0], example
 
     def _parts(self, document: Document, rng: np.random.Generator) -> list[tuple[Document, Example]]:
-        """A document, with no more media than it may have."""
+        """Return a document, with no more media than it may have."""
         check_text(document)
         config = self.config.documents
         if config.cut == "split":
@@ -112,7 +112,7 @@ class Encode(grain.transforms.RandomMap):
     def fit(
         self, read: Sequence[tuple[Conversation | Document, Example]], rng: np.random.Generator
     ) -> list[Example | Rejected]:
-        """What was read of an example, made to fit sequences as ``on_too_long`` and ``documents.cut`` say.
+        """Return what was read of an example, made to fit sequences as ``on_too_long`` and ``documents.cut`` say.
 
         Raises:
           ExampleError: one that does not fit, where ``on_too_long`` is "error".
@@ -132,7 +132,7 @@ class Encode(grain.transforms.RandomMap):
         ]
 
     def _cut(self, document: Document, example: Example, rng: np.random.Generator) -> list[Example]:
-        """A document as parts that fit, but for media that do not fit alone."""
+        """Return a document as parts that fit, but for media that do not fit alone."""
         parts = self._split(example)
         if self.config.on_too_long == "shrink" and not all(map(self._fits, parts)):
             shrunk = shrink(self.processor, document, lambda one: all(map(self._fits, self._split(one))))
@@ -216,7 +216,7 @@ def complete_window(places: Sequence[Sequence[Example | Rejected]], config: Data
 
 
 def _one_turn(conversation: Conversation, rng: np.random.Generator) -> Conversation:
-    """A turn drawn in proportion to its loss weight; the conversation as it is if none has any."""
+    """Return a turn drawn in proportion to its loss weight; the conversation as it is if none has any."""
     turns = [turn for turn in single_turns(conversation) if turn.messages[-1].loss_weight > 0]
     if not turns:
         return conversation
@@ -389,7 +389,7 @@ class PackIterator(grain.DatasetIterator):
         return [one for name in sorted(groups) for one in joined(groups[name], config.documents.join, limits)]
 
     def _pack(self, examples: Sequence[Example]) -> list[list[int]]:
-        """Indices of the examples of each sequence; with the unit "sequences" each has those of one source."""
+        """Return the indices of each sequence's examples; with the unit "sequences" each has those of one source."""
         config = self.dataset.config
         groups: dict[str, list[int]] = defaultdict(list)
         for index, example in enumerate(examples):
@@ -421,7 +421,7 @@ def training_data(
     share: Share = Share(),
     examples: Examples | None = None,
 ) -> tuple[grain.IterDataset, Draws]:
-    """A process's share of the batches of a run (endless unless ``epochs`` is given), and the draws they come from.
+    """Return a process's share of a run's batches (endless unless ``epochs`` is given), and the draws they come from.
 
     Args:
       examples: some of the files' examples; None is all of them.

@@ -21,7 +21,7 @@ _CHANNELS = (1, 2, 3, 4)  # grey or RGB, with or without transparency
 
 
 def image_to_rgb(image: Image.Image) -> Image.Image:
-    """A new RGB image: rotated as its EXIF says, transparency on white.
+    """Return a new RGB image: rotated as its EXIF says, transparency on white.
 
     Raises:
       ValueError: no pixels, or values that nothing says how to scale.
@@ -43,7 +43,7 @@ def image_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def array_to_rgb(array: np.ndarray) -> Image.Image:
-    """An RGB image of [height, width], [height, width, 1 to 4 channels], or [1 or 3 channels, height, width].
+    """Return an RGB image of [height, width], [height, width, 1 to 4 channels], or [1 or 3 channels, height, width].
 
     Raises:
       ValueError: another shape or type, or values that nothing says how to scale.
@@ -97,7 +97,7 @@ def to_8_bits(values: np.ndarray, white: int | None = None) -> np.ndarray:
 
 
 def _white(image: Image.Image) -> int | None:
-    """The value of white in a file of more than 8 bits, where it is known."""
+    """Return the value of white in a file of more than 8 bits, where it is known."""
     if image.mode.startswith("I;"):
         bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
         return 2 ** bits[0] - 1

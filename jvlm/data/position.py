@@ -46,7 +46,7 @@ class Position:
     open: tuple[tuple[int, int], ...] = ()
 
     def item(self, number: int) -> tuple[int, int]:
-        """The window that is ``number``-th in turn, and how many of its packed sequences were given out before."""
+        """Return window that is ``number``-th in turn, and how many of its packed sequences were given out before."""
         later = number - len(self.open)
         return self.open[number] if later < 0 else (self.next + later, 0)
 
@@ -78,7 +78,7 @@ class Progress:
 
 
 def start_states(count: int) -> list[dict[str, Any]]:
-    """The states of so many processes at the first window."""
+    """Return the states of so many processes at the first window."""
     return [Progress(share=Share(index, count)).state() for index in range(count)]
 
 
@@ -88,7 +88,7 @@ def _progress(state: dict[str, Any]) -> Progress:
 
 
 def merge(progress: Sequence[Progress]) -> Position:
-    """What is left when all processes stop, whoever goes on."""
+    """Return what is left when all processes stop, whoever goes on."""
     position, count = progress[0].position, progress[0].share.count
     indices = sorted(p.share.index for p in progress)
     if indices != list(range(count)) or any(p.position != position for p in progress):

@@ -128,7 +128,7 @@ def _with_answer(example: Example, other: Example, seq_len: int, longest: int) -
 
 
 def _answer(example: Example) -> int:
-    """The first token of the answer."""
+    """Return the first token of the answer."""
     return int(np.argmax(example.loss_weights > 0))
 
 
@@ -141,7 +141,7 @@ def _conversation(example: Conversation | Document) -> Conversation:
 
 
 def _rejected(chosen: Conversation, given: Mapping[str, Any]) -> Conversation:
-    """The conversation with the rejected answer, and the chosen one's media where it has none of its own."""
+    """Return the conversation with the rejected answer, and the chosen one's media where it has none of its own."""
     response, messages = given.get(REJECTED_RESPONSE), given.get(REJECTED_MESSAGES)
     own = {field: given[name] for name, field in REJECTED_MEDIA.items() if name in given}
     if response is not None and messages is not None:
@@ -197,13 +197,13 @@ def _brings_media(messages: Any) -> bool:
 
 
 def _prompt(conversation: Conversation) -> tuple[Message, ...]:
-    """The messages up to the last that is no assistant's."""
+    """Return the messages up to the last that is no assistant's."""
     others = [index for index, message in enumerate(conversation.messages) if message.role != "assistant"]
     return conversation.messages[: others[-1] + 1] if others else ()
 
 
 def _with_loss(conversation: Conversation, loss: LossChoice | None) -> Conversation:
-    """The conversation with a loss weight of 0 or 1 on each turn. Raises ExampleError if it ends with no answer."""
+    """Return the conversation with a loss weight of 0 or 1 on each turn. Raises ExampleError if it ends in none."""
     prompt = _prompt(conversation)
     if conversation.messages[-1].role != "assistant" or not any(message.role in ("user", "tool") for message in prompt):
         problem = "no answer at its end" if conversation.messages[-1].role != "assistant" else "an answer to nothing"

@@ -129,7 +129,7 @@ class Processor:
         return Processor(self.tokenizer, self.model, config, media_roots=roots, generation=self.generation)
 
     def _id_of(self, token: str) -> int:
-        """The id of a special token. Raises UserError if the tokenizer lacks it."""
+        """Return the id of a special token. Raises UserError if the tokenizer lacks it."""
         token_id = self.tokenizer.convert_tokens_to_ids(token)
         if token_id is None or token_id == self.tokenizer.unk_token_id:
             raise UserError(f"the tokenizer has no token {token}")
@@ -217,7 +217,7 @@ class Processor:
         return self._expand(tokens, media, parsed)
 
     def _checked(self, origin: Origin, work: Callable[[], T]) -> T:
-        """What ``work`` gives; whatever is wrong with the example is an ExampleError."""
+        """Return what ``work`` gives; whatever is wrong with the example is an ExampleError."""
         try:
             return work()
         except (ExampleError, VideoSupportError):
@@ -235,7 +235,7 @@ class Processor:
         max_patches: int | None = None,
         generation_prompt: bool = False,
     ) -> PackedBatch:
-        """A batch of the conversations in the order given.
+        """Return a batch of the conversations in the order given.
 
         Without ``seq_len`` everything shares one sequence, whose shape is rounded up to a bucket. With it, sequences of
         that shape are filled first-fit; a conversation's sequence and segment are in the order of the list.
@@ -262,15 +262,15 @@ class Processor:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def write_region(self, region: Region, sizes: Sizes) -> str:
-        """The text of a box or point as this model was taught to write it."""
+        """Return the text of a box or point as this model was taught to write it."""
         return box_formats.render(region, self.config.box_format, sizes, space=self.config.box_space)
 
     def read_regions(self, text: str) -> list[box_formats.Detection]:
-        """The boxes and points of this model's answer, in the space that it was taught."""
+        """Return the boxes and points of this model's answer, in the space that it was taught."""
         return box_formats.parse(text, self.config.box_format, space=self.config.box_space)
 
     def _tokenize(self, example: Conversation | Document, generation_prompt: bool) -> Tokens:
-        """The tokens of an example whose boxes are written."""
+        """Return the tokens of an example whose boxes are written."""
         if isinstance(example, Document):
             return self.documents.tokenize(example, prompt=generation_prompt)
         messages = example.messages
@@ -315,7 +315,7 @@ class Processor:
         return self.image_processor.video(part.frames, config, part.times)
 
     def with_open_media(self, conversation: Parsed) -> Parsed:
-        """The example with its images and frames decoded. Raises ExampleError."""
+        """Return the example with its images and frames decoded. Raises ExampleError."""
         config = self.image_config_of(conversation)
 
         def opened(part: Part) -> Part:
@@ -324,7 +324,7 @@ class Processor:
         return conversation.map(opened)
 
     def _opened(self, part: Image | Video, origin: Origin, config: ImageProcessorConfig) -> Image | Video:
-        """An image or video, decoded."""
+        """Return an image or video, decoded."""
         roots = self.media_roots
         if part.folder is not None or origin.file != MEMORY:
             roots = (part.folder or str(Path(origin.file).parent), *roots)
@@ -364,7 +364,7 @@ class Processor:
             raise ExampleError(origin, field, str(error), "Crop the image, or change its limits") from error
 
     def _fill(self, conversation: Parsed, media: list[MediaPatches]) -> Parsed:
-        """The example with its boxes, names of objects, and what comes before images and videos, as text."""
+        """Return the example with its boxes, names of objects, and what comes before images and videos, as text."""
         sizes = {
             part.index: Sizes(patches.original, patches.resized)
             for part, patches in zip(conversation.media, media, strict=True)
@@ -487,7 +487,7 @@ class Processor:
 
 
 def _joined(content: Iterable[Part], written: Callable[[Part], Part]) -> tuple[Part, ...]:
-    """The pieces of a document, a box or name of an object being part of the text that it stands in."""
+    """Return the pieces of a document, a box or name of an object being part of the text that it stands in."""
     pieces: list[Part] = []
     inside = False
     for part in content:
@@ -506,7 +506,7 @@ def _field_of(part: Image | Video) -> str:
 
 
 def _prompt(conversation: Conversation) -> Conversation:
-    """The conversation up to the answer to give. Raises ExampleError where nothing is asked."""
+    """Return the conversation up to the answer to give. Raises ExampleError where nothing is asked."""
     prompt = without_answer(conversation)
     if not any(message.role in ("user", "tool") for message in prompt.messages):
         raise ExampleError(conversation.origin, "messages", "nothing to answer", "Give a user turn before the answer")
@@ -514,7 +514,7 @@ def _prompt(conversation: Conversation) -> Conversation:
 
 
 def read_settings(folder: Path) -> ProcessorConfig | None:
-    """The `ProcessorConfig` saved in a folder, if there is one."""
+    """Return the `ProcessorConfig` saved in a folder, if there is one."""
     path = folder / SETTINGS
     if not path.is_file():
         return None

@@ -28,7 +28,7 @@ class Group:
     origins: list[str] = dataclasses.field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """The first example's message, and where the examples are."""
+        """Return the first example's message, and where the examples are."""
         example = self.first
         origin = Origin(example.file, example.number)
         message = f"{origin}, field {example.field!r}: {_short(example.reason)}. {example.fix}".rstrip()
@@ -73,7 +73,7 @@ def _short(text: str) -> str:
 
 @contextlib.contextmanager
 def writing(output: str | None, files: Sequence[str], *, verbose: bool = False) -> Iterator[Callable[[Rejected], None]]:
-    """What to call with each rejected example: prints it, and writes it to a JSONL that appears when all are.
+    """Yield what to call with each rejected example: it prints it, and writes it to a JSONL that appears when all are.
 
     Raises:
       UserError: ``output`` is one of the files that are read, or holds something else.
@@ -119,7 +119,7 @@ def _check_target(target: Path, files: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _replacing(target: Path | None) -> Iterator[TextIO | None]:
-    """A text file that takes its name once it is whole."""
+    """Yield a text file that takes its name once it is whole."""
     if target is None:
         yield None
         return

@@ -16,7 +16,7 @@ from jvlm.data.processor import Processor
 def shrink(
     processor: Processor, conversation: Conversation | Document, fits: Callable[[Example], bool]
 ) -> Example | None:
-    """The example with its images as large as ``fits`` allows; None where even the smallest do not fit.
+    """Return the example with its images as large as ``fits`` allows; None where even the smallest do not fit.
 
     The images are decoded once and encoded anew for each size that is tried; boxes and points follow them.
     """

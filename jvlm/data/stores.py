@@ -30,7 +30,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def at(path: str) -> epath.Path:
-    """A path on disk or in a store.
+    """Return a path on disk or in a store.
 
     Raises:
       UserError: what reaches such a store is not installed; the message says how to.
@@ -91,7 +91,7 @@ def _check_space(missing: list) -> None:
 
 
 def find(pattern: str) -> list[epath.Path]:
-    """The remote files that match a path or glob, sorted; empty if none does."""
+    """Return the remote files that match a path or glob, sorted; empty if none does."""
     folder, _, name = pattern.rpartition("/")
     parent = at(folder)
     paths = parent.glob(name) if any(c in pattern for c in "*?[") else [parent / name]
@@ -99,7 +99,7 @@ def find(pattern: str) -> list[epath.Path]:
 
 
 def model_folder(path: str | os.PathLike, inside: tuple[str, ...] = ()) -> Path:
-    """A model's folder on disk: itself, or a local copy of the files in a remote one.
+    """Return a model's folder on disk: itself, or a local copy of the files in a remote one.
 
     Args:
       inside: folders in it to copy too. Others (checkpoints, other formats) are not.

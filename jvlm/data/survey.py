@@ -49,7 +49,7 @@ class Size(NamedTuple):
 
     @classmethod
     def of(cls, example: Example) -> Size:
-        """The size of an example."""
+        """Return the size of an example."""
         how, source = example.made_to_fit, example.origin.source
         sizes = example.length, example.num_patches, example.largest_image
         return cls(*sizes, changed=how in ("truncated", "shrunk"), is_part=how == "cut", source=source)
@@ -80,7 +80,7 @@ class Survey:
         return _padding(self.sizes[:_PACKED], self.config.seq_len, self.config.max_patches, self.config.pack_window)
 
     def steps(self, epochs: float, batch_size: int) -> int:
-        """Steps of ``batch_size`` packed sequences that so many epochs take."""
+        """Return the steps of ``batch_size`` packed sequences that so many epochs take."""
         draws = epochs * (self.examples_per_pass or self.examples)
         return max(1, math.ceil(draws / self._draws_per_sequence() / batch_size))
 
@@ -183,7 +183,7 @@ def take(
 
 
 def _spread(examples: Examples, config: DataConfig, count: int) -> tuple[np.ndarray, int]:
-    """(indices spread evenly over each source, which gives its share of ``count``; examples of a pass over all)."""
+    """Return (indices spread evenly over each source, by its share of ``count``; examples of a pass over all)."""
     if not examples.is_mixture:
         return np.unique(np.linspace(0, len(examples) - 1, count).astype(int)), len(examples)
     shares = examples.shares(config)
@@ -196,12 +196,12 @@ def _spread(examples: Examples, config: DataConfig, count: int) -> tuple[np.ndar
 
 
 def _sizes(results: Mapping[int, Sequence[Size | Rejected]]) -> tuple[Size, ...]:
-    """The sizes among what examples gave, in their order."""
+    """Return the sizes among what examples gave, in their order."""
     return tuple(one for i in sorted(results) for one in results[i] if isinstance(one, Size))
 
 
 def _left_out(results: Mapping[int, Sequence[Size | Rejected]]) -> tuple[Rejected, ...]:
-    """The examples that gave nothing, in their order."""
+    """Return the examples that gave nothing, in their order."""
     return tuple(one for i in sorted(results) for one in results[i] if isinstance(one, Rejected) and one.kind != "part")
 
 

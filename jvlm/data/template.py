@@ -105,7 +105,7 @@ class ChatTemplate:
         return None if self.tokenizer.chat_template else self.chat_format.template
 
     def render(self, messages: tuple[Message, ...], *, generation_prompt: bool, tools: tuple[Any, ...] = ()) -> str:
-        """The prompt as text, one placeholder for each image and video."""
+        """Return the prompt as text, one placeholder for each image and video."""
         return self._render(_Chat(messages, generation_prompt, tools))
 
     def tokenize(
@@ -223,7 +223,7 @@ class ChatTemplate:
             return False
 
     def _guarded(self, chat: _Chat, text: str, facts: TemplateFacts, suspect: str) -> tuple[_Chat, str]:
-        """The conversation and its rendering with stand-ins in what text from outside spells of control tokens."""
+        """Return conversation and its rendering with stand-ins in what text from outside spells of control tokens."""
         try:
             stand_ins, _ = facts.control.stand_ins(text)
         except ValueError as error:
@@ -356,7 +356,7 @@ class ChatTemplate:
         return {"type": "image" if is_image else "video"}
 
     def _facts_of(self, tools: tuple[Any, ...]) -> TemplateFacts:
-        """What is known about the template that an example with such tools is given."""
+        """Return what is known about the template that an example with such tools is given."""
         try:
             source = self.tokenizer.get_chat_template(self._default, tools=list(tools) or None)
         except ValueError as error:
@@ -408,7 +408,7 @@ class ChatTemplate:
         return TemplateFacts(control, opening, frozenset(ends), frozenset(headers - ends))
 
     def _probe(self, chat: _Chat) -> str:
-        """The rendering of a plain conversation; empty if the template refuses that one, as it may."""
+        """Return the rendering of a plain conversation; empty if the template refuses that one, as it may."""
         try:
             return self._render(chat)
         except ExampleError as error:

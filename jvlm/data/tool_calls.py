@@ -14,7 +14,7 @@ FIELDS = tuple(_ROLES)
 
 
 def schemas(value: Any, origin: Origin) -> tuple[dict[str, Any], ...]:
-    """The schemas of ``tools``: a list of objects, or that list as JSON.
+    """Return the schemas of ``tools``: a list of objects, or that list as JSON.
 
     Raises:
       ExampleError: anything else.
@@ -39,14 +39,14 @@ def schemas(value: Any, origin: Origin) -> tuple[dict[str, Any], ...]:
 
 
 def with_content(message: Any) -> Any:
-    """A message, its content empty where it is only calls of tools."""
+    """Return a message, its content empty where it is only calls of tools."""
     if isinstance(message, dict) and message.get("tool_calls") and message.get("content") is None:
         return {**message, "content": ""}
     return message
 
 
 def fields(message: dict[str, Any], role: str, origin: Origin, field: str) -> tuple[tuple[str, Any], ...]:
-    """What a chat template is given of a message beside role and content.
+    """Return what a chat template is given of a message beside role and content.
 
     Raises:
       ExampleError: a field of another role's message, or calls that are not such.
@@ -86,7 +86,7 @@ def _calls(value: Any, origin: Origin, field: str) -> list[dict[str, Any]]:
 
 
 def _arguments(value: Any, origin: Origin, field: str, fix: str) -> dict[str, Any]:
-    """The arguments as an object, as templates write them; OpenAI's are that object as JSON, whose nulls are meant."""
+    """Return the arguments as an object, as templates write them; OpenAI's are JSON of it, whose nulls are meant."""
     given = value
     if isinstance(value, str) and value.strip():
         try:

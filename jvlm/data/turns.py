@@ -78,7 +78,7 @@ def _single(example: Conversation, prompt: list[int], answer: int) -> Conversati
 
 
 def _images_of_boxes(messages: Iterable[Message]) -> set[int]:
-    """Indices of the images that the boxes of messages are on."""
+    """Return the indices of the images that the boxes of messages are on."""
     return {box.image for message in messages for box in message.boxes}
 
 
@@ -87,7 +87,7 @@ def _is_image(part: Image | Video, indices: set[int]) -> bool:
 
 
 def _first_given(example: Conversation, prompt: Sequence[int]) -> int:
-    """The first message of a prompt that is a user's, or else a tool's."""
+    """Return the first message of a prompt that is a user's, or else a tool's."""
     return min(prompt, key=lambda index: ("user", "tool", "assistant").index(example.messages[index].role))
 
 
@@ -98,7 +98,7 @@ def _select(
     carried: Sequence[Image | Video],
     carrier: int,
 ) -> Conversation:
-    """The chosen messages.
+    """Return the chosen messages.
 
     Args:
       texts: replace the contents of messages.

@@ -18,12 +18,12 @@ def is_null(value: Any) -> bool:
 
 
 def without_nulls(fields: dict) -> dict:
-    """The fields of an object that hold something."""
+    """Return the fields of an object that hold something."""
     return {key: value for key, value in fields.items() if not is_null(value)}
 
 
 def without_inner_nulls(value: Any) -> Any:
-    """The value without the nulls of all objects in it, and without objects that hold nothing else."""
+    """Return the value without the nulls of all objects in it, and without objects that hold nothing else."""
     if isinstance(value, dict):
         inner = {key: without_inner_nulls(item) for key, item in value.items() if item is not None}
         return {key: item for key, item in inner.items() if item != {} or value[key] == {}}
@@ -31,7 +31,7 @@ def without_inner_nulls(value: Any) -> Any:
 
 
 def number(value: Any) -> int | float | None:
-    """A finite number as Python's own, numpy's included; None for anything else: true, "1", NaN, 10**400."""
+    """Return a finite number as Python's own, numpy's included; None for anything else: true, "1", NaN, 10**400."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     plain = int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -42,20 +42,20 @@ def number(value: Any) -> int | float | None:
 
 
 def whole(value: Any) -> int | None:
-    """A whole number, or a float that is one (pandas makes floats of integers beside a missing one); else None."""
+    """Return a whole number, or a float that is one (pandas makes them beside a missing value); else None."""
     as_number = number(value)
     return int(as_number) if as_number is not None and as_number == int(as_number) else None
 
 
 def switch(value: Any) -> bool | None:
-    """True or false, also given as 1 or 0, which pandas, SQL and CSV make of them; None for anything else."""
+    """Return True or False, also for 1 and 0, which pandas, SQL and CSV make of them; None for anything else."""
     if isinstance(value, bool | np.bool_):
         return bool(value)
     return {0: False, 1: True}.get(whole(value))
 
 
 def text(value: Any, origin: Origin, field: str) -> str:
-    """A string that a tokenizer can read. Raises ExampleError for other types, and for half an emoji."""
+    """Return a string that a tokenizer can read. Raises ExampleError for other types, and for half an emoji."""
     if not isinstance(value, str):
         raise ExampleError(origin, field, f"a {type(value).__name__} is not text", "Give a string")
     try:
@@ -83,5 +83,5 @@ class _Short(reprlib.Repr):
 
 
 def shown(value: Any) -> str:
-    """A value as an error message shows it."""
+    """Return a value as an error message shows it."""
     return _Short().repr(value)

@@ -140,7 +140,7 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def _of_names(wanted: DatasetId, paths: list[str]) -> dict[str, list[str]]:
-    """Splits by the words in names of files and folders; a subset is a folder of the top, or one below data/."""
+    """Return splits by the words in names of files and folders; a subset is a top folder, or one below data/."""
     folders = sorted({p.removeprefix("data/").partition("/")[0] for p in paths if "/" in p.removeprefix("data/")})
     if wanted.subset not in (None, "default"):
         inside = [p for p in paths if p.removeprefix("data/").startswith(f"{wanted.subset}/")]
@@ -170,7 +170,7 @@ def _is_data(path: str) -> bool:
 
 
 def _shard(id: HubId, parquet: Path) -> Path:
-    """The examples of a Parquet file as an ArrayRecord shard, written once."""
+    """Return the examples of a Parquet file as an ArrayRecord shard, written once."""
     # which read from here what they are given by id
     from jvlm.data.readers.array_record import SHARD_SUFFIX, write_shard
     from jvlm.data.readers.parquet import Parquet

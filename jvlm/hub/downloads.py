@@ -190,7 +190,7 @@ def fetch(id: HubId, kind: Kind, files: Sequence[RepoFile]) -> Path:
 
 
 def _chosen(id: HubId, listed: Sequence[RepoFile], weights: bool) -> list[RepoFile]:
-    """The files of a model that are read."""
+    """Return the files of a model that are read."""
     here = [file for file in listed if os.path.dirname(file.path) in _FOLDERS]
     names = {file.path: file for file in here}
     small = [f for f in here if any(fnmatch.fnmatchcase(os.path.basename(f.path), p) for p in _SMALL)]
@@ -219,7 +219,7 @@ def _chosen(id: HubId, listed: Sequence[RepoFile], weights: bool) -> list[RepoFi
 
 
 def _here(id: HubId, kind: Kind) -> tuple:
-    """What an answer about an id holds for: this hub, and this cache."""
+    """Return what an answer about an id holds for: this hub, and this cache."""
     return (id, kind, endpoint(), constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE)
 
 
@@ -256,7 +256,7 @@ def _in_cache(id: HubId, kind: Kind, path: str) -> str | None:
 
 
 def _cached_commit(id: HubId, kind: Kind, cause: Exception | None) -> str:
-    """The commit that the cache has for a revision. Raises UserError or HubUnavailable."""
+    """Return the commit that the cache has for a revision. Raises UserError or HubUnavailable."""
     ref = _folder(id, kind) / "refs" / (id.revision or "main")
     if ref.is_file():
         return ref.read_text().strip()
@@ -269,7 +269,7 @@ def _cached_commit(id: HubId, kind: Kind, cause: Exception | None) -> str:
 
 
 def _cached(id: HubId, kind: Kind) -> Path:
-    """A snapshot that was downloaded before. Raises UserError if it was not."""
+    """Return a snapshot that was downloaded before. Raises UserError if it was not."""
     folder = _snapshot(id, kind)
     if not folder.is_dir():
         raise UserError(

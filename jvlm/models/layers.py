@@ -67,7 +67,8 @@ def matmul(x: Float[Array, "*L i"], kernel: Float[Array, "i o"]) -> Float[Array,
     """Return ``x @ kernel``, with the weight's gradient as one contraction.
 
     JAX's own transpose of a product with several leading axes makes XLA copy both operands on CPU: with it, the
-    gradient of a SwiGLU takes twice as long.
+    gradient of a SwiGLU takes twice as long. With one contraction it copies the left operand only, which should be the
+    narrower one: that makes a weight gradient up to 1.2 times as fast, and that of a LoRA's first matrix 5 to 20 times.
     """
     return x @ kernel
 
@@ -78,10 +79,39 @@ def _matmul_forward(x, kernel):
 
 def _matmul_backward(saved, d_y):
     x, kernel = saved
-    return d_y @ kernel.T, jnp.einsum("...i,...o->io", x, d_y)
+    if d_y.shape[-1] < x.shape[-1] and platforms.target_platform() == "cpu":
+        # behind the barrier, XLA cannot turn the product around again
+        d_kernel = jax.lax.optimization_barrier(jnp.einsum("...o,...i->oi", d_y, x)).T
+    else:
+        d_kernel = jnp.einsum("...i,...o->io", x, d_y)
+    return d_y @ kernel.T, d_kernel
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def scaled(x: Float[Array, "*L d"], scale: Float[Array, " d"]) -> Float[Array, "*L d"]:
+    """Return ``x * scale``, with the gradient of ``scale`` as a sum of products that are stored first on CPU.
+
+    XLA fuses the products into the sum over the leading axes there, which takes five times as long.
+    """
+    return x * scale
+
+
+def _scaled_forward(x, scale):
+    return x * scale, (x, scale)
+
+
+def _scaled_backward(saved, d_y):
+    x, scale = saved
+    products = d_y * x
+    if platforms.target_platform() == "cpu":
+        products = jax.lax.optimization_barrier(products)
+    return d_y * scale, products.sum(range(x.ndim - 1))
+
+
+scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
 class StoredKernel(nnx.Module):
@@ -180,7 +210,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*L d"]) -> Float[Array, "*L d"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return x32.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return scaled(x32.astype(x.dtype), self.scale[...].astype(x.dtype))
 
 
 class LayerNorm(nnx.Module):
@@ -197,7 +227,8 @@ class LayerNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         x32 = x32 - x32.mean(axis=-1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        y = scaled(x32, self.scale[...].astype(jnp.float32)) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
 
 
 class MLP(nnx.Module):

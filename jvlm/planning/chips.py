@@ -79,7 +79,7 @@ class Topology:
 
     @classmethod
     def parse(cls, name: str, dcn: float | None = None) -> Topology:
-        """Raises UserError saying what a name should look like."""
+        """Raise UserError saying what a name should look like."""
         match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
         if not match or match[1] not in CHIPS:
             raise UserError(

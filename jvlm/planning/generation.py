@@ -26,7 +26,7 @@ DTYPE = "bfloat16"  # of served parameters, unless the command line says otherwi
 
 
 def served(experiment: Experiment) -> Experiment:
-    """An experiment as it would be served: parameters in `DTYPE`, a mesh for generation; training's says nothing."""
+    """Return an experiment as it would be served: parameters in `DTYPE`, and a mesh for generation."""
     if experiment.model is None:
         return experiment
     precision = dataclasses.replace(experiment.model.precision, param_dtype=DTYPE, remat="none")
@@ -35,7 +35,7 @@ def served(experiment: Experiment) -> Experiment:
 
 
 def rounded(config: VLMConfig, sequences: int, prompt: int, patches: int, cache_len: int) -> BatchShape:
-    """The bucket of shapes that the engine would compile for on a TPU. Raises UserError for a cache too short."""
+    """Return bucket of shapes that the engine would compile for on a TPU. Raises UserError for a cache too short."""
     if cache_len < prompt:
         raise UserError(f"--cache_len {cache_len} does not hold a prompt of {prompt} tokens")
     images = families.get(config.family).image_config.build(config)
@@ -63,7 +63,7 @@ def plan(
 
 
 def prepare(config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: BatchShape) -> AbstractSteps:
-    """The engine's program on a topology; on the mesh that the engine takes by itself, unless one is asked for."""
+    """Return engine's program on a topology; on the mesh that the engine takes by itself, unless one is asked for."""
     devices = devices_of(topology)
     return compiled.abstract_steps(
         config, MeshLayout.of(asked or sharding.default_mesh(config, len(devices)), devices), sizes
@@ -71,7 +71,7 @@ def prepare(config: VLMConfig, asked: ParallelConfig | None, topology: Topology,
 
 
 def compile_prefill(planned: AbstractSteps, topology: Topology) -> tuple[Compiled, Compiled]:
-    """The pass over the prompts, and the step after it that makes room for the answers in their cache.
+    """Return the pass over the prompts, and the step after it that makes room for the answers in their cache.
 
     Both caches exist together for a moment. Parameters stay.
     """
@@ -120,7 +120,7 @@ def roofline_of_prefill(
 
 
 def roofline_of_decode(planned: AbstractSteps, compiled: Compiled, topology: Topology) -> Roofline:
-    """The roofline of a step with the whole cache filled."""
+    """Return the roofline of a step with the whole cache filled."""
     template, sizes = vlm.abstract(planned.config), planned.sizes
     parts, kernels = flops.decoding(template, sizes.batch_size, sizes.cache_len)
     if topology.switched:

@@ -82,7 +82,7 @@ def compiling(device: jax.Device):
 
 
 def _description(gpu: Gpu) -> str:
-    """The compiler's `GpuTargetConfigProto`."""
+    """Return the compiler's `GpuTargetConfigProto`."""
     major, minor = gpu.capability
     features = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     return f"""

@@ -106,7 +106,7 @@ class Traffic:
 
 
 def read(text: str, branch_frequency: Mapping[str, float] = MappingProxyType({})) -> Traffic:
-    """The traffic of a compiled program's text (`compiled.as_text()`).
+    """Return the traffic of a compiled program's text (`compiled.as_text()`).
 
     Args:
       branch_frequency: how often a branch of a conditional is taken, by what the names of the operations in it
@@ -396,7 +396,7 @@ def _written(made: Instruction, named: dict[str, Instruction]) -> float:
 
 
 def _body(one: Instruction, program: _Program) -> list[Instruction]:
-    """What a fusion does; nothing for other instructions."""
+    """Return what a fusion does; nothing for other instructions."""
     called = next((name for how, name in _CALLED.findall(one.rest) if how == "calls"), None)
     return program.computations.get(called, []) if one.opcode == "fusion" else []
 

@@ -10,7 +10,7 @@ from .measure import Compiled
 
 
 def text(compiled: Compiled) -> str:
-    """The mesh, then a line for each kind of collective and set of mesh axes: instructions, bytes of a chip's step."""
+    """Return the mesh, then a line for each kind of collective and mesh axes: instructions, bytes of a chip's step."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in compiled.mesh.items())
     lines = sorted(line for one in compiled.axis_traffic for line in one.listing)
     return "\n".join([mesh, *(f"  {line}" for line in lines)]) + "\n"
@@ -22,7 +22,7 @@ def path_of(folder: Path, experiment: str, topology: Topology) -> Path:
 
 
 def difference(path: Path, compiled: Compiled) -> str:
-    """A diff from what is written down to what was compiled; empty where they agree."""
+    """Return a diff from what is written down to what was compiled; empty where they agree."""
     written = path.read_text() if path.is_file() else ""
     lines = difflib.unified_diff(
         written.splitlines(True), text(compiled).splitlines(True), str(path) if written else "nothing", "compiled"

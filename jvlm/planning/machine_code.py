@@ -45,7 +45,7 @@ class Kernel:
 
 
 def compile_with_kernels(lowered: jax.stages.Lowered, wanted: str) -> tuple[jax.stages.Compiled, list[Kernel]]:
-    """The compiled program, and those of its kernels whose names match the pattern ``wanted``, in order of names."""
+    """Return compiled program, and those of its kernels whose names match the pattern ``wanted``, in order of names."""
     with tempfile.TemporaryDirectory() as folder, _mosaic_writes_to(folder):
         program = lowered.compile(compiler_options={"xla_dump_to": folder})
         launches = "\n".join(path.read_text() for path in Path(folder).glob("*.thunk_sequence.txt"))
@@ -104,7 +104,7 @@ def _read(ptx: Path, launches: str) -> Kernel:
 
 
 def _ptxas() -> str:
-    """The assembler on the path, or beside the compiler of XLA."""
+    """Return the assembler on the path, or beside the compiler of XLA."""
     inside = [Path(folder) / "nvidia/cu13/bin/ptxas" for folder in sys.path]
     program = next((str(path) for path in inside if path.is_file()), None) or shutil.which("ptxas")
     if program is None:

@@ -112,7 +112,7 @@ class Compiled:
 
 
 def devices_of(topology: Topology) -> Sequence[jax.Device]:
-    """Described devices. Raises UserError for a topology that the compiler does not know."""
+    """Return described devices. Raises UserError for a topology that the compiler does not know."""
     if topology.switched:
         return gpus.devices(topology.generation, *topology.shape)
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
@@ -126,7 +126,7 @@ def devices_of(topology: Topology) -> Sequence[jax.Device]:
 
 
 def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
-    """The training step of an experiment, exactly as the trainer would run it on that topology.
+    """Return the training step of an experiment, exactly as the trainer would run it on that topology.
 
     Raises:
       UserError: a mesh that does not fit the topology, rows or parameters.
@@ -235,7 +235,7 @@ def gpu_share() -> float:
 
 @functools.cache
 def _most_for(device: jax.Device) -> float:
-    """What the compiler says when it refuses a program that is far too large."""
+    """Return what the compiler says when it refuses a program that is far too large."""
     side = 2**20
     huge = jax.ShapeDtypeStruct((side, side), np.float32, sharding=jax.sharding.SingleDeviceSharding(device))
     try:
@@ -288,7 +288,7 @@ def _by_axes(traffic: hlo.Traffic, mesh: Mesh, topology: Topology) -> tuple[Axis
 
 
 def _between_slices(mesh: Mesh) -> str:
-    """The axes along which the slice of a device differs."""
+    """Return the axes along which the slice of a device differs."""
     slices = np.vectorize(lambda device: getattr(device, "slice_index", 0))(mesh.devices)
     return " ".join(name for i, name in enumerate(mesh.axis_names) if (slices != slices.take([0], axis=i)).any())
 

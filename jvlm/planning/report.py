@@ -89,7 +89,7 @@ class Plan:
         return [*lines, f"- {mfu}, {rate}"]
 
     def _budget(self, experiment: Experiment, price: float | None) -> list[str]:
-        """What all of the experiment's steps take and cost at the bound."""
+        """Return what all of the experiment's steps take and cost at the bound."""
         if experiment.steps is None:
             return []
         seconds = experiment.steps * self.roofline.overlapped

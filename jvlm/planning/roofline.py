@@ -91,7 +91,7 @@ class Roofline:
 
 
 def roofline(experiment: Experiment, compiled: Compiled, topology: Topology, lengths: SegmentLengths) -> Roofline:
-    """The roofline of a compiled training step."""
+    """Return the roofline of a compiled training step."""
     template, data = compiled_step.template_of(experiment), experiment.data
     counts = lengths.counts(
         template, data.batch_size * experiment.gradient_accumulation_steps, data.seq_len, data.max_patches
@@ -115,7 +115,7 @@ def roofline(experiment: Experiment, compiled: Compiled, topology: Topology, len
 def assess(
     parts: flops.Parts, kernels: float, tokens: int, images: int, compiled: Compiled, topology: Topology
 ) -> Roofline:
-    """The roofline of a compiled program that needs ``parts``; ``kernels`` is FLOP that its kernels execute."""
+    """Return the roofline of a compiled program that needs ``parts``; ``kernels`` is FLOP that its kernels execute."""
     chip, chips = topology.chip, topology.chips
     executed = compiled.flops + kernels / chips
     compute = executed / chip.flops

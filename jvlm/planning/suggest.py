@@ -20,7 +20,7 @@ TABLES = ("standard", "store_over_context", "replicated")  # those for training
 
 
 def search(plan: Callable, experiment: Experiment, first: Any, lengths: Any, seconds: float) -> str:
-    """What was tried around a plan, as Markdown, and the best of it.
+    """Return what was tried around a plan, as Markdown, and the best of it.
 
     Args:
       plan: (experiment, topology, lengths) -> a plan with ``topology``, ``compiled`` and ``bound``.
@@ -46,7 +46,7 @@ def search(plan: Callable, experiment: Experiment, first: Any, lengths: Any, sec
 
 
 def _candidates(experiment: Experiment, first: Any, tried: list) -> Iterator[tuple[str, Experiment, Any]]:
-    """What to try next, given what was found so far."""
+    """Yield what to try next, given what was found so far."""
     here = first.topology
     precision = experiment.model.precision
     for policy in REMAT:
@@ -79,7 +79,7 @@ def _candidates(experiment: Experiment, first: Any, tried: list) -> Iterator[tup
 
 
 def _effective(parallel: ParallelConfig, mesh: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-    """What a configuration's rules come to on a mesh of these axes; the others have one device."""
+    """Return what a configuration's rules come to on a mesh of these axes; the others have one device."""
     lines = rules.table(parallel.rules, parallel.override)
     return {axis: tuple(name for name in names if name in mesh) for axis, names in lines.items()}
 

@@ -50,7 +50,7 @@ def _letters(content: str, letters: str) -> set[str]:
 
 
 def _option(content: str, options: Sequence[str]) -> int | None:
-    """The one option whose text the answer is, after its letter or words that lead to it."""
+    """Return the one option whose text the answer is, after its letter or words that lead to it."""
     rest = re.sub(r"^\W*[A-Z]\s*[.):,-]+\s*", "", content)
     lead = _LEAD.fullmatch(rest)
     forms = {normalise(rest), normalise(content), *((normalise(lead[1]),) if lead else ())}

@@ -196,7 +196,7 @@ class Checkpoints:
         return restored, data["run"]
 
     def _read(self, step: int, state: TrainState) -> tuple[dict[str, Any], dict[str, jax.Array], Any]:
-        """This process's parts of the arrays, and the data. Communicates with nobody. Raises Damaged."""
+        """Return this process's parts of the arrays, and the data. Communicates with nobody. Raises Damaged."""
         unreadable = ""
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=by_itself()) as reader:

@@ -321,7 +321,7 @@ class Experiment:
 
 
 def profiled_steps(text: str) -> range:
-    """The steps that `Experiment.profile` names, counted from 1 since the start."""
+    """Return the steps that `Experiment.profile` names, counted from 1 since the start."""
     if not text:
         return range(0)
     first, colon, last = text.partition(":")

@@ -181,7 +181,7 @@ class DataCounters(Hook):
         return len({(file, number) for file, number in hosts.all_gather_concat(sorted(self._listed))})
 
     def summary(self, rejected: int) -> str:
-        """What was read, by all processes; each must ask."""
+        """Return what was read, by all processes; each must ask."""
         totals = self.totals()
         where = f" (listed in {self.path})" if rejected else ""
         cut = f" ({totals.parts} parts of documents that were cut)" if totals.parts else ""

@@ -49,19 +49,19 @@ class Hook:
         """Training is about to begin; ``trainer.step`` steps are behind it."""
 
     def on_step_start(self, trainer: Trainer) -> None:
-        """The batch of step ``trainer.step + 1`` is about to be fetched."""
+        """Act before the batch of step ``trainer.step + 1`` is fetched."""
 
     def on_batch(self, trainer: Trainer, packed: Sequence[PackedSequences]) -> None:
-        """The batch is fetched, and not yet handed to the device."""
+        """Act when the batch is fetched, and not yet handed to the device."""
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Step ``trainer.step`` was handed to the device, and ``trainer.state`` is the state after it."""
 
     def on_evaluation(self, trainer: Trainer, values: Mapping[str, float]) -> None:
-        """The model after step ``trainer.step`` was evaluated."""
+        """Act when the model after step ``trainer.step`` was evaluated."""
 
     def on_save(self, trainer: Trainer) -> None:
-        """A checkpoint of ``trainer.step`` was handed to its writer."""
+        """Act when a checkpoint of ``trainer.step`` was handed to its writer."""
 
     def on_stop(self, trainer: Trainer, error: BaseException | None) -> None:
         """Training has ended, by itself or by an error. Called for each hook whose `on_train_start` was."""

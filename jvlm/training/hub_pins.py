@@ -69,7 +69,7 @@ def _fetch(pins: dict[str, str], data: set[str]) -> None:
 
 
 def _begun(experiment: Experiment, names: Iterable[str]) -> dict[str, str]:
-    """The commits of the run and of its earlier parts, as they noted them."""
+    """Return the commits of the run and of its earlier parts, as they noted them."""
     pins: dict[str, str] = {}
     for name in (*names, experiment.name):
         storage = RunStorage(experiment.output_root, name)

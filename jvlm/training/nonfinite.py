@@ -155,7 +155,7 @@ def _dumped(step: int, path: Path, report: dict[str, Any]) -> list[NonFiniteBatc
 
 
 def read(folder: Path) -> list[NonFiniteBatch]:
-    """The batches of a dump, of every process that wrote one.
+    """Return the batches of a dump, of every process that wrote one.
 
     Raises:
       UserError: there are none; a damaged one, naming it.

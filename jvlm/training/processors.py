@@ -14,7 +14,7 @@ from jvlm.weights.io import read_config
 
 
 def load(source: str | os.PathLike, *, grow_embedding: bool = False) -> Processor:
-    """The processor of a Hugging Face folder or a run folder. Arguments and errors are those of `jvlm.load`."""
+    """Return the processor of a Hugging Face folder or a run folder. Arguments and errors are those of `jvlm.load`."""
     folder = run_dir.local(source, weights=False)
     config = read_config(folder)
     files = folder / run_dir.PROCESSOR if run_dir.is_run(folder) else folder
@@ -22,7 +22,7 @@ def load(source: str | os.PathLike, *, grow_embedding: bool = False) -> Processo
 
 
 def of_experiment(experiment: Experiment) -> Processor:
-    """The processor that a run of the experiment would train with."""
+    """Return the processor that a run of the experiment would train with."""
     if experiment.init_from is None:
         return new(experiment)
     processor = load(experiment.init_from, grow_embedding=experiment.adapt.grow_embedding)
@@ -33,14 +33,14 @@ def of_experiment(experiment: Experiment) -> Processor:
 
 
 def new(experiment: Experiment) -> Processor:
-    """The processor of a model that begins at random, from the experiment's tokenizer."""
+    """Return the processor of a model that begins at random, from the experiment's tokenizer."""
     tokenizer = load_tokenizer(run_dir.local(experiment.tokenizer, weights=False))
     families.get(experiment.model.family).prepare_tokenizer(tokenizer)
     return Processor(tokenizer, experiment.model, experiment.processor or ProcessorConfig())
 
 
 def adapted(processor: Processor, experiment: Experiment, config: VLMConfig) -> Processor:
-    """The processor of ``init_from`` with what the experiment changes about it or its model, now ``config``."""
+    """Return the processor of ``init_from`` with what the experiment changes about it or its model, now ``config``."""
     if experiment.processor is None and experiment.adapt == AdaptConfig():
         return processor
     settings = experiment.processor or processor.config

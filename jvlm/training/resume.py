@@ -218,7 +218,7 @@ def _digest_of(config: Any) -> str:
 
 
 def _fingerprint(files: Iterable[Path], budget: int) -> dict[str, Any]:
-    """Number of bytes, and a hash of names and contents; of files above ``budget`` bytes of pieces all over them."""
+    """Return the number of bytes, and a hash of names and contents; above ``budget`` bytes, of pieces of the files."""
     digest, size = hashlib.sha256(), 0
     for path in files:
         length = path.stat().st_size

@@ -25,7 +25,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_json(path: Path, fix: str) -> Any:
-    """The JSON value of a file; None if there is no file. Raises UserError naming a damaged one, and the fix."""
+    """Return the JSON value of a file; None if there is no file. Raises UserError naming a damaged one, and the fix."""
     if not path.is_file():
         return None
     try:
@@ -35,7 +35,7 @@ def read_json(path: Path, fix: str) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, up to a line that was cut short."""
+    """Return the objects of a JSONL file, up to a line that was cut short."""
     lines = []
     for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
@@ -49,5 +49,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """A JSONL file, by `write_whole`."""
+    """Write a JSONL file, by `write_whole`."""
     write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -80,7 +80,7 @@ class Throughput(Hook):
         }
 
     def _speed(self, arithmetic: float) -> dict[str, float]:
-        """Useful arithmetic of a device; its share of what the device could do, where that is known."""
+        """Return the useful arithmetic of a device; its share of what the device could do, where that is known."""
         if not self._has_arithmetic:
             return {}
         each = arithmetic / (jax.device_count() / jax.process_count())

@@ -19,7 +19,7 @@ Templates = str | dict[str, str]
 
 
 def choose(folder: Path, tokenizer: Any) -> tuple[Templates | None, Path]:
-    """A folder's templates, one or by name, and the file they come from; None where there are none.
+    """Return a folder's templates, one or by name, and the file they come from; None where there are none.
 
     Raises:
       UserError: files that transformers refuses together; templates none of which is the default one.
@@ -39,7 +39,7 @@ def choose(folder: Path, tokenizer: Any) -> tuple[Templates | None, Path]:
 
 
 def _separate(folder: Path) -> tuple[Templates | None, Path]:
-    """The template with a file of its own, and those beside it."""
+    """Return the template with a file of its own, and those beside it."""
     named = {path.stem: path.read_text(encoding="utf-8") for path in sorted((folder / ADDITIONAL).glob("*.jinja"))}
     if (folder / LEGACY).is_file():
         if named:

@@ -51,7 +51,7 @@ class Source(Protocol):
         ...
 
     def read(self, entry: Entry) -> np.ndarray:
-        """The tensor in the checkpoint's layout. Calls come in the order of ``entries``."""
+        """Return the tensor in the checkpoint's layout. Calls come in the order of ``entries``."""
         ...
 
     def write_sidecars(self, target: Path, dtype: str | None) -> None:
@@ -137,7 +137,7 @@ def open_source(source: Path, step: int | None = None, grow_embedding: bool = Fa
 
 
 def _entries_of(config: VLMConfig) -> tuple[list[Entry], dict[str, tuple[int, ...]]]:
-    """The tensors of a model in table order, and the shapes of its parameters by path."""
+    """Return the tensors of a model in table order, and the shapes of its parameters by path."""
     shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(config)).items()}
     return table.entries(config, shapes), shapes
 

@@ -112,7 +112,7 @@ class _Header:
         return self.fields.get(f"llama.{name}", default)
 
     def number(self, name: str, kind: Callable[[Any], Any] = int) -> Any:
-        """A number that must be there."""
+        """Return a number that must be there."""
         value = self.value(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise WeightError(f"{self.source}: llama.{name} is {value!r}; a positive number is needed")

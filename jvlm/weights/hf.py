@@ -42,7 +42,7 @@ def default_precision() -> Precision:
 
 
 def read_config(folder: Path, precision: Precision | None = None) -> VLMConfig:
-    """The model configuration of a Hugging Face folder."""
+    """Return the model configuration of a Hugging Face folder."""
     path = folder / "config.json"
     values = json_files.read_object(path)
     try:
@@ -60,7 +60,7 @@ def read_config(folder: Path, precision: Precision | None = None) -> VLMConfig:
 
 
 def _typed(config: VLMConfig) -> VLMConfig:
-    """The configuration. Raises ValueError for a field of the wrong type, naming it."""
+    """Return the configuration. Raises ValueError for a field of the wrong type, naming it."""
     return config_tree.from_dict(VLMConfig, config_tree.to_dict(config))
 
 
@@ -72,7 +72,7 @@ def load_weights(
     stored_rows: int | None = None,
     quantize: QuantizationConfig | None = None,
 ) -> VLM:
-    """The model of a Hugging Face folder; see `load`.
+    """Return the model of a Hugging Face folder; see `load`.
 
     Args:
       stored_rows: rows of the folder's embedding table and head, which grow to the configuration's; None: as many.
@@ -151,7 +151,7 @@ def match(
 
 
 def _check_tied_head(tensors: safetensors_files.Tensors, head: str, embedding: str) -> None:
-    """A stored copy of the embedding is harmless; transformers 4 drops another head, transformers 5 uses it."""
+    """Refuse a stored head that is no copy of the tied embedding: transformers 4 drops it, transformers 5 uses it."""
     if not np.array_equal(tensors.read(head), tensors.read(embedding)):
         raise table.WeightError(
             f"{tensors.folder}: tie_word_embeddings is true, yet {head} differs from {embedding}; set it to false in "
@@ -185,7 +185,7 @@ class _Reader:
 
 
 def load_processor(folder: Path, config: VLMConfig, *, grow_embedding: bool = False) -> Processor:
-    """The processor of a Hugging Face folder: its tokenizer, template, image settings and generation defaults.
+    """Return the processor of a Hugging Face folder: its tokenizer, template, image settings and generation defaults.
 
     Args:
       grow_embedding: the processor's model has a larger embedding table where the tokenizer needs one; the tokens that
@@ -281,7 +281,7 @@ def save(
 
 
 def stored_dtype(variable: nnx.Variable, layer: int | None) -> str:
-    """The dtype a parameter had in the checkpoint it came from, or has now."""
+    """Return the dtype a parameter had in the checkpoint it came from, or has now."""
     stored = variable.get_metadata().get("stored")
     if stored is None:
         return str(variable.get_value().dtype)

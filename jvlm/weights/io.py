@@ -28,7 +28,7 @@ def load(
     quantize: QuantizationConfig | None = None,
     adapter: str | Path | None = None,
 ) -> tuple[VLM, Processor]:
-    """A model and its processor from a Hugging Face folder, a jvlm run folder, or an id on the Hub.
+    """Return a model and its processor from a Hugging Face folder, a jvlm run folder, or an id on the Hub.
 
     Every parameter is read tensor by tensor into its (sharded) array; no second copy of the model exists.
 
@@ -81,7 +81,7 @@ def load(
 
 
 def read_config(path: str | Path, precision: Precision | None = None) -> VLMConfig:
-    """The model that a folder of either kind holds, without its weights. Raises UserError as `load` does."""
+    """Return the model that a folder of either kind holds, without its weights. Raises UserError as `load` does."""
     folder, best = run_dir.split_best(Path(path))
     folder = run_dir.local(folder if best else path, weights=False)
     if not folder.is_dir():

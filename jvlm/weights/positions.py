@@ -41,7 +41,7 @@ def resize_positions(
 
 
 def _cubic(old: int, new: int, scale: float) -> np.ndarray:
-    """[new, old]: how much of each old vector is in each new one; beyond the edge the last is repeated."""
+    """Return [new, old]: how much of each old vector is in each new one; beyond the edge the last is repeated."""
     at = (np.arange(new) + 0.5) / scale - 0.5
     first = np.floor(at).astype(int) - 1
     taps = first[:, None] + np.arange(4)
@@ -54,7 +54,7 @@ def _cubic(old: int, new: int, scale: float) -> np.ndarray:
 
 
 def with_grid(model: VLM, grid: int, scale: float | None = None) -> VLM:
-    """The same model for images of ``grid`` x ``grid`` patches: position tables interpolated, all else shared.
+    """Return the same model for images of ``grid`` x ``grid`` patches: position tables interpolated, all else shared.
 
     Args:
       scale: see `resize_positions`.
@@ -73,7 +73,7 @@ def with_grid(model: VLM, grid: int, scale: float | None = None) -> VLM:
 
 
 def config_with_grid(config: VLMConfig, grid: int) -> VLMConfig:
-    """The configuration of `with_grid`'s model. Raises UserError if the encoder has no position table."""
+    """Return the configuration of `with_grid`'s model. Raises UserError if the encoder has no position table."""
     if not hasattr(config.encoder, "grid"):
         raise UserError(f"{type(config.encoder).__name__} has no position table: it takes images of any size")
     parts = {name: getattr(config, name) for name in ("encoder", "connector")}

@@ -85,7 +85,7 @@ class ProcessorFiles:
 
 
 def read(folder: Path) -> ProcessorFiles:
-    """The settings in force, as the installed transformers chooses them among a folder's files."""
+    """Return the settings in force, as the installed transformers chooses them among a folder's files."""
     nested = read_object_if_there(folder / PROCESSOR)
 
     def choose(part: str, *files: str) -> Settings | None:
@@ -121,7 +121,7 @@ class Pixels:
 
 
 def read_pixels(settings: Settings | None, default: Pixels) -> Pixels:
-    """``settings`` over what a processor's class has by itself; rescaling becomes part of mean and std.
+    """Return ``settings`` over what a processor's class has by itself; rescaling becomes part of mean and std.
 
     do_convert_rgb does nothing here: without it transformers takes images in RGB only, and these are the same.
 
@@ -148,7 +148,7 @@ def read_pixels(settings: Settings | None, default: Pixels) -> Pixels:
 
 
 def write_pixels(pixels: Pixels) -> dict[str, Any]:
-    """The inverse of `read_pixels`."""
+    """Return the inverse of `read_pixels`."""
     return {
         "do_convert_rgb": True,
         "do_normalize": True,

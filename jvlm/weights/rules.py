@@ -9,25 +9,25 @@ TRANSPOSED = "o i -> i o"
 
 
 def linear(name: str, path: str, *, bias: bool, first: int = 0, step: int = 1) -> list[Rule]:
-    """A torch ``Linear`` as our `jvlm.models.layers.Linear`."""
+    """Return a torch ``Linear`` as our `jvlm.models.layers.Linear`."""
     rules = [Rule(f"{name}.weight", f"{path}.kernel", TRANSPOSED, first, step)]
     return [*rules, Rule(f"{name}.bias", f"{path}.bias", None, first, step)] if bias else rules
 
 
 def norm(name: str, path: str, *, bias: bool = False, first: int = 0, step: int = 1) -> list[Rule]:
-    """An RMSNorm, or with ``bias`` a LayerNorm."""
+    """Return an RMSNorm, or with ``bias`` a LayerNorm."""
     rules = [Rule(f"{name}.weight", f"{path}.scale", None, first, step)]
     return [*rules, Rule(f"{name}.bias", f"{path}.bias", None, first, step)] if bias else rules
 
 
 def swiglu(name: str, path: str, *, bias: bool, first: int = 0, step: int = 1) -> list[Rule]:
-    """The three maps of a gated MLP, under Llama's names."""
+    """Return the three maps of a gated MLP, under Llama's names."""
     parts = ("gate", "up", "down")
     return [r for p in parts for r in linear(f"{name}.{p}_proj", f"{path}.{p}", bias=bias, first=first, step=step)]
 
 
 def transformer(config: TransformerConfig, name: str = "model", head: str = "lm_head") -> list[Rule]:
-    """A language model under Llama's names, which Mistral and Qwen use too; layers with another MLP lack its rules."""
+    """Return a language model under Llama's names, which Mistral and Qwen use too; other MLPs have no rules here."""
     rules = [Rule(f"{name}.embed_tokens.weight", "decoder.embedding")]
     for index in range(config.pattern_length):
         layer, path = f"{name}.layers.{{i}}", "decoder.blocks.layer"

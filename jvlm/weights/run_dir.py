@@ -55,7 +55,7 @@ _ELSEWHERE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_E
 
 
 def local(source: str | Path, *, weights: bool = True) -> Path:
-    """The folder of a run or of a Hugging Face model on disk: itself, or a local copy of a remote one.
+    """Return the folder of a run or of a Hugging Face model on disk: itself, or a local copy of a remote one.
 
     The arrays of a run stay in the store, and the copy says where. An id of the Hub is downloaded (`jvlm.hub`).
 
@@ -76,7 +76,7 @@ def is_run(folder: Path) -> bool:
 
 
 def model_config(folder: Path, precision: Precision | None = None) -> VLMConfig:
-    """The model configuration of a run."""
+    """Return the model configuration of a run."""
     path = folder / EXPERIMENT
     values = json_files.read_object(path)
     config = table.read_values(path, lambda v: config_tree.from_dict(VLMConfig, v["model"], "model."), values)
@@ -90,7 +90,7 @@ def checkpoints(folder: Path) -> epath.Path:
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps whose checkpoints are complete, ascending."""
+    """Return the steps whose checkpoints are complete, ascending."""
     folders = [p.parent for p in checkpoints(folder).glob("*/params") if p.parent.name.isdigit()]
     # on disk a step is given its name when it is whole; in a store, a file more
     return sorted(int(p.name) for p in folders if ocp.utils.is_checkpoint_finalized(p))
@@ -154,7 +154,7 @@ def load(
     grow_embedding: bool = False,
     quantize: QuantizationConfig | None = None,
 ) -> tuple[VLM, Processor]:
-    """The model of a run at a step (None: the latest), and its processor; see `jvlm.weights.io.load`."""
+    """Return the model of a run at a step (None: the latest), and its processor; see `jvlm.weights.io.load`."""
     from jvlm.adapters import attach  # which reads weight tables
     from jvlm.weights import frozen  # which reads the folders that this one refers to, runs among them
 
@@ -226,7 +226,7 @@ class Arrays:
         return self._arrays[path].dtype.numpy_dtype
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
-        """A parameter, or one layer of a stacked one; layers asked for in order are read once.
+        """Return a parameter, or one layer of a stacked one; layers asked for in order are read once.
 
         Raises:
           WeightError: files that cannot be read, or that are not what was saved.
@@ -244,7 +244,7 @@ class Arrays:
         return self._block[layer - self._rows.start]
 
     def read_slice(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of a parameter, unchecked."""
+        """Return a part of a parameter, unchecked."""
         with readable(self.params.parent, path):
             return self._arrays[path][index].read().result()
 
@@ -284,7 +284,7 @@ def _stored_paths(metadata: dict[str, Any]) -> set[str]:
 
 
 def saved_fingerprints(step: epath.Path) -> dict[str, int] | None:
-    """The fingerprint of each parameter when the checkpoint was saved, by dotted path.
+    """Return the fingerprint of each parameter when the checkpoint was saved, by dotted path.
 
     None, with a note, where Orbax alone wrote parameters: then a changed bit cannot be noticed.
 
@@ -304,7 +304,7 @@ def _of_parameters(values: dict[str, Any]) -> dict[str, int]:
 
 
 def damaged(step: epath.Path, paths: Iterable[str]) -> WeightError:
-    """The error of arrays that are not what was saved."""
+    """Return the error of arrays that are not what was saved."""
     paths = sorted(paths)
     more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
     return WeightError(
@@ -342,7 +342,7 @@ def lies_elsewhere(error: BaseException) -> bool:
 
 
 def cause(error: BaseException) -> str:
-    """What tensorstore says beneath Orbax, which says where it happened."""
+    """Return what tensorstore says beneath Orbax, which says where it happened."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -120,7 +120,7 @@ class Tensors:
 
 
 def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """The files to read, and where the index says each tensor is. A single file comes first, as in transformers."""
+    """Return files to read, and where the index says each tensor is. A single file comes first, as in transformers."""
     index = folder / INDEX
     if (folder / SINGLE).is_file():
         if index.is_file():

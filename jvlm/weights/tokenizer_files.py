@@ -84,7 +84,7 @@ def is_portable(folder: Path) -> bool:
 
 
 def _special_tokens(values: dict[str, Any]) -> None:
-    """A list under the older name, and tokens with names of their own as keys beside it."""
+    """Write a list under the older name, and tokens with names of their own as keys beside it."""
     extra = values.pop("extra_special_tokens", None) or []
     if isinstance(extra, dict):
         values.update(extra)

@@ -18,7 +18,7 @@ _EXPERT_PARTS = ("gate", "up", "down")
 
 
 def upcycle(model: VLM, experts: MoEConfig, *, seed: int = 0, sharding: hf.ShardingOf | None = None) -> VLM:
-    """A dense model with the MLP of every ``experts.every``-th decoder layer as each of its experts' start.
+    """Return a dense model with the MLP of every ``experts.every``-th decoder layer as each of its experts' start.
 
     All experts are equal and the router is new, so the model computes what it did before, and training tells the
     experts apart.

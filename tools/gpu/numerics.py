@@ -149,7 +149,7 @@ def decode_with(implementation: str | None, tables: np.ndarray | None) -> Callab
 
 
 def grouped_checks(rows: int) -> list[Check]:
-    """The product of sorted rows with a matrix for each group, and its gradients."""
+    """Return the product of sorted rows with a matrix for each group, and its gradients."""
     sizes = np.array([rows // 2, 0, rows // 8, rows - rows // 2 - rows // 8], np.int32)
 
     def call(x, matrices, weight):
@@ -207,7 +207,7 @@ def loss_checks(tokens: int) -> list[Check]:
 
 
 def in_full_precision(function: Callable) -> Callable:
-    """The same with products of float32 as such, which GPUs do not give by themselves."""
+    """Return the same with products of float32 as such, which GPUs do not give by themselves."""
 
     def call(*operands):
         with jax.default_matmul_precision("highest"):
@@ -217,7 +217,7 @@ def in_full_precision(function: Callable) -> Callable:
 
 
 def upcast(tree: Any) -> Any:
-    """The same values, floats as float32."""
+    """Return the same values, floats as float32."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 

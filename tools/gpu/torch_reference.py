@@ -34,7 +34,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def torch_model(config: VLMConfig, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
-    """A random model of the same shape, made on the device."""
+    """Return a random model of the same shape, made on the device."""
     decoder, encoder = config.decoder, config.encoder
     settings = Qwen2_5_VLConfig(
         text_config={

@@ -46,7 +46,7 @@ def workload(arguments: argparse.Namespace, precision: Precision) -> tuple[VLMCo
 
 
 def model_config(preset: str, layers: int | None, precision: Precision, small: bool) -> VLMConfig:
-    """A published shape with so many decoder layers (None: all); ``small`` shrinks it for a rehearsal on CPU."""
+    """Return a published shape with so many decoder layers (None: all); ``small`` shrinks it for a rehearsal on CPU."""
     config = families.preset(preset)
     tokenizer = AutoTokenizer.from_pretrained(str(TOKENIZER), local_files_only=True)
     ids = {
@@ -77,12 +77,12 @@ def model_config(preset: str, layers: int | None, precision: Precision, small: b
 
 
 def processor_of(config: VLMConfig) -> Processor:
-    """The processor of such a model."""
+    """Return the processor of such a model."""
     return Processor(AutoTokenizer.from_pretrained(str(TOKENIZER), local_files_only=True), config)
 
 
 def conversation(rng: np.random.Generator, largest: int) -> dict[str, Any]:
-    """A question about one or two images of up to ``largest`` pixels a side, and about as long an answer."""
+    """Return a question about one or two images of up to ``largest`` pixels a side, and about as long an answer."""
     sizes = [28 * rng.integers(largest // 56, largest // 28 + 1, 2) for _ in range(rng.integers(1, 3))]
     images = [Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)) for size in sizes]
     question = "<image>" * len(images) + "what is in the image? " * int(rng.integers(2, 12))

@@ -83,7 +83,7 @@ def _is_anthropic(block: Any) -> bool:
 
 
 def _of_blocks(message: dict[str, Any], blocks: list[Any], origin: Origin, field: str) -> list[dict[str, Any]]:
-    """An Anthropic message: results of tools are turns of their own, before the rest of the user's."""
+    """Return an Anthropic message: results of tools are turns of their own, before the rest of the user's."""
     content, calls, results = [], [], []
     for block in blocks:
         kind = block.get("type") if isinstance(block, dict) else None

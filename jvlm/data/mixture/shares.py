@@ -127,5 +127,5 @@ def _part(path: str, mixture: Mixture, unit: Unit, weight: Fraction, node: _Node
 
 
 def _exact(value: float) -> Fraction:
-    """The decimal number that a float is written as: 0.1 is a tenth."""
+    """Return the decimal number that a float is written as: 0.1 is a tenth."""
     return Fraction(str(value))

@@ -117,7 +117,7 @@ def near(
 
 
 def _chunks(counts: np.ndarray) -> Iterator[np.ndarray]:
-    """Queries with candidates, so many at a time that their pairs fill no more than a chunk (or one query's alone)."""
+    """Yield queries with candidates, as many at a time as have no more pairs than a chunk (or one query)."""
     asked = np.flatnonzero(counts)
     ends = np.cumsum(counts[asked])
     start = 0

@@ -99,7 +99,7 @@ def _damaged(origin: Origin, error: Exception) -> ExampleError:
 
 
 def _why(reader: array_record_module.ArrayRecordReader) -> str:
-    """What is wrong with a file whose index could not be read; reading from it says so."""
+    """Return what is wrong with a file whose index could not be read; reading from it says so."""
     try:
         reader.read([0])
     except (RuntimeError, ValueError, IndexError) as error:

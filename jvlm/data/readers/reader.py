@@ -54,7 +54,7 @@ def parse_json(content: bytes, origin: Origin, fix: str, note: str = "") -> Any:
 
 
 def _object(origin: Origin, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ExampleError for a key that it has twice: nothing says which value is meant."""
+    """Return a JSON object. Raises ExampleError for a key that it has twice: nothing says which value is meant."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)

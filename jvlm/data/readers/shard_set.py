@@ -40,7 +40,7 @@ class Mark:
 
     @classmethod
     def of(cls, example: Any) -> Mark | None:
-        """The mark of a shard's first example; None if it has none, or one that this version cannot read."""
+        """Return the mark of a shard's first example; None if it has none, or one that this version cannot read."""
         values = example.get(MARK) if isinstance(example, dict) else None
         names = {f.name for f in dataclasses.fields(cls)}
         return cls(**values) if isinstance(values, dict) and set(values) == names else None
@@ -52,7 +52,7 @@ def shard_name(stem: str, number: int, count: int, suffix: str) -> str:
 
 
 def problems_of_names(folder: epath.Path, chosen: Iterable[str], present: Iterable[str]) -> list[str]:
-    """What is wrong with the sets that files belong to, going by their names: one line each.
+    """Return what is wrong with the sets that files belong to, going by their names: one line each.
 
     Args:
       chosen: names of the files to be read. A part of a set may be chosen on purpose, so a number is missing only if
@@ -109,7 +109,7 @@ def _problems_of_set(
 
 
 def problems_of_marks(shards: Sequence[tuple[str, int, Mark]]) -> list[str]:
-    """What is wrong with shards, each (path, records, mark), going by their marks: one line each."""
+    """Return what is wrong with shards, each (path, records, mark), going by their marks: one line each."""
     problems = []
     first: dict[tuple[str, int], str] = {}
     sets: dict[tuple[Path, str, str], tuple[str, str]] = {}

@@ -113,7 +113,7 @@ class Tar:
         return record
 
     def _mapped(self, index: int, origin: Origin) -> dict[str, Any]:
-        """The fields of Energon's ``field_map``: extensions of members, or keys inside their JSON."""
+        """Return the fields of Energon's ``field_map``: extensions of members, or keys inside their JSON."""
         members = {member.extension: member for member in self._groups[index]}
         record: dict[str, Any] = {"id": self._keys[index]}
         for field, source in self._map.items():
@@ -153,7 +153,7 @@ class Tar:
         return {"bytes": self._bytes(member), "path": PurePosixPath(member.name).name}
 
     def _member_named(self, name: str, index: int) -> dict[str, Any] | None:
-        """A member by its whole name, its last part, or its extension."""
+        """Return a member by its whole name, its last part, or its extension."""
         for member in self._groups[index]:
             if name.removeprefix("./") in (member.name, PurePosixPath(member.name).name, member.extension):
                 return self._file_of(member)
@@ -202,7 +202,7 @@ _MEDIA = ("images", "image", "videos", "video", "rejected_images", "rejected_vid
 
 
 def _resolved(value: Any, member_of: Callable[[str], Any], origin: Origin, field: str = "") -> Any:
-    """A record whose media are members of the tar. In messages and documents only blocks hold media."""
+    """Return a record whose media are members of the tar. In messages and documents only blocks hold media."""
     if isinstance(value, dict):
         if isinstance(value.get("bytes"), bytes):
             return value

@@ -160,7 +160,7 @@ def _video(source: Path | bytes) -> Iterator[tuple]:
 
 
 def _timeline(pts: list[int], length: int, base, error: str = "", header_seconds: float = 0.0) -> Timeline:
-    """A timeline of times in units of ``base``; ``length`` is that of the last frame, 0 where it is unknown."""
+    """Return a timeline of times in units of ``base``; ``length`` is that of the last frame, 0 where it is unknown."""
     pts = sorted(pts)
     if not pts:
         return Timeline((), 0.0, error, header_seconds)
@@ -178,7 +178,7 @@ def _is_at(pts: int | None, first: int | None, base, times: Timeline, number: in
 
 
 def _rising(pts: list[int | None]) -> list[int]:
-    """The times of frames, where one is unknown or not after the last one a unit after it."""
+    """Return the times of frames, where one is unknown or not after the last one a unit after it."""
     rising: list[int] = []
     for time in pts:
         least = rising[-1] + 1 if rising else None
@@ -187,7 +187,7 @@ def _rising(pts: list[int | None]) -> list[int]:
 
 
 def _upright(frame) -> Image.Image:
-    """A frame in RGB, rotated as its file says."""
+    """Return a frame in RGB, rotated as its file says."""
     try:
         pixels = frame.to_ndarray(format="rgb24")
     except ValueError as error:

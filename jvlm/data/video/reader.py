@@ -150,7 +150,7 @@ class VideoReader(KillablePool):
         raise UserError(error or "its decoder gives another number of frames each time")
 
     def _share(self, duration: float, whole: float, error: str) -> float:
-        """The share of a damaged video that can be read. Raises UserError if it is not to be used."""
+        """Return the share of a damaged video that can be read. Raises UserError if it is not to be used."""
         read = f"{duration:.2f} of {whole:.2f} s can be read, then: {error}"
         if self.on_damaged == "error":
             raise UserError(read)
@@ -160,7 +160,7 @@ class VideoReader(KillablePool):
         return share
 
     def _call(self, seconds: float, task: Callable, *arguments: Any) -> Any:
-        """The result of a task in a process. Raises UserError where it does not come to an end."""
+        """Return the result of a task in a process. Raises UserError where it does not come to an end."""
         try:
             return self._pool.schedule(task, args=arguments, timeout=seconds).result()
         except BrokenProcessPool as error:
@@ -175,7 +175,7 @@ class VideoReader(KillablePool):
 
 
 def _before(times: Timeline, count: int) -> Timeline:
-    """The timeline of the frames before an error."""
+    """Return the timeline of the frames before an error."""
     duration = times.times[count] if count < len(times.times) else times.duration
     return Timeline(times.times[:count], duration)
 

@@ -188,7 +188,7 @@ def _checks(name: str, config: DataConfig) -> Iterator[tuple[str, dict[str, str]
 
 
 def _shares(config: DataConfig, processor: Processor) -> dict[str, float]:
-    """The share of the run's examples of each source of a mixture."""
+    """Return the share of the run's examples of each source of a mixture."""
     from jvlm.data import lengths
     from jvlm.data.mixture.examples import Examples
     from jvlm.data.mixture.shares import measured_unit
@@ -251,7 +251,7 @@ def _histograms(views: Sequence[SourceView], configs: Sequence[DataConfig]) -> t
 
 
 def _grouped(faults: Sequence[tuple[str, Rejected, int, list[RejectedExample]]]) -> Iterator[Fault]:
-    """The faults of all sources, the most frequent first."""
+    """Yield the faults of all sources, the most frequent first."""
 
     def key(one: tuple[str, Rejected, int, list[RejectedExample]]) -> tuple[str, ...]:
         return one[1].fault
@@ -292,7 +292,7 @@ def _rejected(record: Any, error: Rejected) -> RejectedExample:
 
 
 def _short(value: Any) -> Any:
-    """A record without long texts and bytes."""
+    """Return a record without long texts and bytes."""
     if isinstance(value, dict):
         return {str(key): _short(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

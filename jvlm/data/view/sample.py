@@ -106,7 +106,7 @@ def thumbnail(image: PIL.Image.Image) -> str:
 
 
 def _shown_tokens(example: Example) -> int:
-    """The length of the beginning with so many tokens of text as are shown."""
+    """Return the length of the beginning with so many tokens of text as are shown."""
     return int(np.searchsorted(np.cumsum(example.media == 0), _TOKENS, side="right"))
 
 

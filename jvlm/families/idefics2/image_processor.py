@@ -144,7 +144,7 @@ class Idefics2ImageProcessor:
         return functools.partial(_frame_size, config.shortest_edge, config.longest_edge) if config.resize else None
 
     def max_image_patches(self, config: Idefics2ImageConfig) -> int | None:
-        """A square of the longest edge has the most."""
+        """Return a square of the longest edge has the most."""
         if not config.resize:
             return None
         return (config.longest_edge // self.patch_size) ** 2

@@ -69,6 +69,6 @@ PRESETS: dict[str, VLMConfig] = {
 
 
 def at_grid(model: VLMConfig, grid: int) -> VLMConfig:
-    """A model for tiles of ``grid`` x ``grid`` patches: 27 while pre-training, 48 after it."""
+    """Return a model for tiles of ``grid`` x ``grid`` patches: 27 while pre-training, 48 after it."""
     parts = {name: dataclasses.replace(getattr(model, name), grid=grid) for name in ("encoder", "connector")}
     return dataclasses.replace(model, **parts)

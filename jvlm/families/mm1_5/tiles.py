@@ -30,13 +30,13 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
 
 
 def scale_to(size: tuple[int, int], grid: Grid, side: int, max_upscale: float | None = None) -> Fraction:
-    """What an image is multiplied by to fit a grid with its aspect kept, at most ``max_upscale``."""
+    """Return what an image is multiplied by to fit a grid with its aspect kept, at most ``max_upscale``."""
     scale = min(Fraction(n * side, length) for n, length in zip(grid, size, strict=True))
     return scale if max_upscale is None else min(scale, max(Fraction(max_upscale), Fraction(1)))
 
 
 def choose_grid(size: tuple[int, int], side: int, grids: Sequence[Grid], max_upscale: float | None = None) -> Grid:
-    """The grid of an image.
+    """Return the grid of an image.
 
     Among the grids that hold the image without shrinking it, the one with the least padding; if none does, the one
     that shrinks it least. Ties go to less padding, then to fewer tiles, then to the earlier grid.
@@ -71,7 +71,7 @@ def split(
     placement: Placement = "corner",
     colour: Colour = (0, 0, 0),
 ) -> list[Image.Image]:
-    """The tiles of an image in rows from the top, each side x side, the rest of the grid filled with ``colour``.
+    """Return the tiles of an image in rows from the top, each side x side, the rest of the grid filled with ``colour``.
 
     Args:
       placement: the image's own: in the top left corner, or centred.

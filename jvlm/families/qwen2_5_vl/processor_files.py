@@ -23,7 +23,7 @@ _PATCHES = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
 
 
 def _patches(vit: QwenViTConfig) -> dict[str, int]:
-    """The processor's names of the tower's measures."""
+    """Return the processor's names of the tower's measures."""
     sizes = (vit.patch_size, vit.temporal_patch_size, vit.spatial_merge_size)
     return dict(zip(_PATCHES, sizes, strict=True))
 
@@ -54,7 +54,7 @@ def read_image_config(files: ProcessorFiles, config: VLMConfig, stored: ImagePro
 
 
 def _why_no_videos(video: Settings, vit: QwenViTConfig, image: QwenImageConfig) -> str:
-    """What keeps videos from being made as these settings say; one pixel rule serves images and videos here."""
+    """Return what keeps videos from being made as these settings say; one pixel rule serves images and videos here."""
     wanted = dataclasses.asdict(processor_files.read_pixels(video, PIXELS))
     here = {"mean": vit.image_mean, "std": vit.image_std, "resample": image.resample, "resize": image.resize}
     wanted |= {key: video.get(key, size) for key, size in _PATCHES.items()}

@@ -23,7 +23,7 @@ _IMAGE_TYPE, _VIDEO_TYPE = "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"
 
 
 def _patches(vit: Qwen3ViTConfig) -> dict[str, int]:
-    """The processor's names of the tower's measures."""
+    """Return the processor's names of the tower's measures."""
     sizes = (vit.patch_size, vit.temporal_patch_size, vit.spatial_merge_size)
     return dict(zip(_IMAGE_PATCHES, sizes, strict=True))
 
@@ -61,7 +61,7 @@ def read_image_config(
 
 
 def _why_no_videos(video: Settings, vit: Qwen3ViTConfig, image: Qwen3ImageConfig) -> str:
-    """What keeps videos from being made as these settings say; one pixel rule serves images and videos here."""
+    """Return what keeps videos from being made as these settings say; one pixel rule serves images and videos here."""
     wanted = dataclasses.asdict(processor_files.read_pixels(video, PIXELS))
     here = {"mean": vit.image_mean, "std": vit.image_std, "resample": image.resample, "resize": image.resize}
     wanted |= {key: video.get(key, size) for key, size in _VIDEO_PATCHES.items()}

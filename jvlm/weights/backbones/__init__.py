@@ -53,7 +53,7 @@ class Backbone:
 
 
 def read_config(folder: str | Path) -> TowerConfig:
-    """The encoder or decoder configuration of a folder's config.json.
+    """Return the encoder or decoder configuration of a folder's config.json.
 
     Raises:
       UserError: no config.json.
@@ -87,7 +87,7 @@ def load(
 def _expected(
     backbone: Backbone, config: TowerConfig, precision: Precision
 ) -> tuple[dict[str, nnx.Variable], list[table.Entry]]:
-    """The abstract parameters of a tower, by their path in the whole model, and the tensors that they come from."""
+    """Return abstract parameters of a tower, by their path in the whole model, and the tensors that they come from."""
     build = functools.partial(registry.build, config, precision=precision)
     module = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
     state = nnx.to_flat_state(nnx.state(module, nnx.Param))
@@ -107,7 +107,7 @@ def check_tensors(source: Path, values: dict[str, Any], shapes: dict[str, tuple[
 
 
 def fill(model: VLM, folders: Iterable[str | Path], sharding: hf.ShardingOf | None = None) -> VLM:
-    """The model with the towers that the folders hold in place of its own; see `load`."""
+    """Return the model with the towers that the folders hold in place of its own; see `load`."""
     values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
     for folder in folders:
         backbone, _ = _open(Path(folder))

@@ -22,7 +22,7 @@ _EPS = {"qwen2": 1e-6, "qwen3": 1e-6, "llama": 1e-6, "mistral": 1e-6, "mimo": 1e
 
 
 def read_config(values: dict[str, Any]) -> TransformerConfig:
-    """A config.json, or the ``text_config`` of one.
+    """Return a config.json, or the ``text_config`` of one.
 
     Raises:
       WeightError: an option that the decoder does not have.
@@ -58,7 +58,7 @@ def read_config(values: dict[str, Any]) -> TransformerConfig:
 
 
 def read_rope_scaling(rope: dict[str, Any]) -> layers.RopeScaling | None:
-    """The scaling of ``rope_scaling`` or ``rope_parameters``."""
+    """Return the scaling of ``rope_scaling`` or ``rope_parameters``."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None

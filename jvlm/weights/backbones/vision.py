@@ -75,7 +75,7 @@ def clip_config(
 
 
 def vit_rules(config: ViTConfig, names: ViTNames, path: str) -> list[Rule]:
-    """The table of a ViT whose parameters lie under ``path``."""
+    """Return the table of a ViT whose parameters lie under ``path``."""
     layer, to = names.layer, f"{path}blocks.layer"
     rules = [
         Rule(f"{names.patch}.weight", f"{path}patch_embed.kernel", "d c y x -> (c y x) d"),
@@ -117,7 +117,7 @@ def grid_of(values: dict[str, Any], image_size: int, patch_size: int) -> int:
 
 
 def activation_of(values: dict[str, Any], default: str) -> layers.Activation:
-    """The activation that ``hidden_act`` names."""
+    """Return the activation that ``hidden_act`` names."""
     name = values.get("hidden_act", default)
     if name not in _ACTIVATIONS:
         raise WeightError(f"hidden_act {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
@@ -130,7 +130,7 @@ def vit_backbone(
     canonical: Callable[[str], str | None],
     read_config: Callable[[dict[str, Any]], ViTConfig],
 ) -> Backbone:
-    """The entry of a family."""
+    """Return the entry of a family."""
     return Backbone(
         model_types, "encoder", lambda c: vit_rules(c, names, "encoder."), canonical, read_config, vit_sizes
     )

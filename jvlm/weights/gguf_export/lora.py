@@ -63,7 +63,7 @@ def write_lora(weights: AdapterWeights, config: VLMConfig, path: Path, *, text_o
 
 
 def _common_alpha(low_rank: dict[Target, LowRank]) -> float | None:
-    """The alpha for which alpha / rank is the scale of each; None if there is no such alpha."""
+    """Return the alpha for which alpha / rank is the scale of each; None if there is no such alpha."""
     first = next(iter(low_rank.values()))
     alpha = first.scale * first.rank
     same = all(math.isclose(low.scale * low.rank, alpha, rel_tol=1e-6) for low in low_rank.values())
