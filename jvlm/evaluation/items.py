@@ -120,6 +120,7 @@ def choice_item(
     group: Sequence[str] = (),
     hint: str = "",
     listed: bool = True,
+    numbered: bool = False,
     where: Mapping[str, Any] | None = None,
 ) -> Callable[[Row], Item | None]:
     """Return a reader of multiple choice; ``gold`` is a letter, ``facts["options"]`` are the texts.
@@ -130,13 +131,15 @@ def choice_item(
     Args:
       hint: field of what is said before the question.
       listed: whether options are to be listed; False where the question does so itself.
+      numbered: whether answers are numbers of options, from 0, even where an option is that number.
     """
 
     def read(row: Row) -> Item | None:
         if not holds(row, where):
             return None
         texts = options_of(row, options)
-        gold = letter_of(row, row.need(*answer), texts)
+        right = row.need(*answer)
+        gold = letter_of(row, int(right) if numbered else right, texts)
         text = row.text(*question)
         if hint and row.get(hint):
             text = f"{row.text(hint)}\n{text}"

@@ -11,7 +11,7 @@ from jvlm.errors import UserError
 from jvlm.evaluation.metrics import METRICS
 from jvlm.evaluation.summaries import SUMMARIES
 from jvlm.evaluation.task import Task
-from jvlm.evaluation.tasks import TASKS
+from jvlm.evaluation.tasks import SUITES, TASKS
 
 
 def tasks(include: Sequence[str] = ()) -> dict[str, Task]:
@@ -56,10 +56,10 @@ def _check(task: Task) -> None:
 
 
 def choose(names: Sequence[str], known: Mapping[str, Task]) -> list[Task]:
-    """Return tasks by name, or all of a group by the group's. Raises UserError for a name that is neither."""
+    """Return tasks by name, or all of a group or suite by its name. Raises UserError for a name that is none."""
     chosen: dict[str, Task] = {}
     for name in (part for word in names for part in word.split(",") if part):
-        group = {task.name: task for task in known.values() if task.group == name}
+        group = {task.name: task for task in known.values() if task.group == name or task.name in SUITES.get(name, ())}
         if name not in known and not group:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "jvlm evaluate --list names them all"
@@ -80,4 +80,5 @@ def listing(known: Mapping[str, Task]) -> str:
             lines.append(f"  {task.name:<28} {task.metric} (version {task.version}{judge})")
             lines += [f"      {one}" for one in task.files]
             lines += [f"      note: {task.note}"] if task.note else []
+    lines += ["suites:", *(f"  {name:<28} {', '.join(parts)}" for name, parts in SUITES.items())]
     return "\n".join(lines)

@@ -92,16 +92,17 @@ def items(task: Task, rows: Rows, limit: int | None, rejected: list[Rejected]) -
         if limit is not None and len(seen) >= limit:
             return
         try:
-            item = task.item(rows[int(index)])
+            found = task.items(rows[int(index)])
         except ExampleError as error:
             rejected.append(Rejected.of(error, "bad"))
             continue
-        if item is None:
-            continue
-        if item.id in seen:
-            raise UserError(f"task {task.name}: two questions are named {item.id!r}; its item needs fields that differ")
-        seen.add(item.id)
-        yield item
+        for item in found[: None if limit is None else limit - len(seen)]:
+            if item.id in seen:
+                raise UserError(
+                    f"task {task.name}: two questions are named {item.id!r}; its item needs fields that differ"
+                )
+            seen.add(item.id)
+            yield item
 
 
 def ask(client: Client, task: Task, rows: Rows, data: Path, folder: Path, settings: Settings) -> float:
@@ -199,9 +200,7 @@ class _Demonstrations:
             return found
         rng = np.random.default_rng(_number(item.id))
         for index in rng.permutation(len(self._rows)):
-            other = self._task.item(self._rows[int(index)])
-            if other is not None and other.id != item.id:
-                found.append(other)
+            found += [other for other in self._task.items(self._rows[int(index)])[:1] if other.id != item.id]
             if len(found) == self._task.shots:
                 return found
         raise UserError(

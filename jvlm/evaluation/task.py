@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from jvlm.data.content import Part
@@ -56,7 +56,7 @@ class Task:
       name: as --tasks names it.
       group: which page of --list it is on: "general", "document", "gui", ...
       files: where its data may lie; the first that is there is read.
-      item: makes a question of a record of these files; None for a record that is no part of the task.
+      item: makes a question of a record of these files, or several; None for a record that is no part of the task.
       metric: a name of `jvlm.evaluation.metrics.METRICS`.
       version: goes up with every change that changes scores.
       instruction: what is said after the question.
@@ -79,7 +79,7 @@ class Task:
     name: str
     group: str
     files: tuple[Files, ...]
-    item: Callable[[Row], Item | None]
+    item: Callable[[Row], Item | Sequence[Item] | None]
     metric: str
     version: int = 1
     instruction: str = ""
@@ -96,3 +96,8 @@ class Task:
     published: Mapping[str, float] = dataclasses.field(default_factory=dict)
     paper: str = ""
     note: str = ""
+
+    def items(self, row: Row) -> Sequence[Item]:
+        """Return the questions of a record, none for one that is no part of the task. Raises ExampleError."""
+        found = self.item(row)
+        return [] if found is None else [found] if isinstance(found, Item) else found

@@ -2,28 +2,229 @@
 
 from __future__ import annotations
 
-from jvlm.evaluation.files import hub, official, tsv
-from jvlm.evaluation.items import open_item
-from jvlm.evaluation.task import Decoding, Task
+import base64
+from typing import Any
 
-SHORT = "Answer the question using a single word or phrase."
-_SHORT = Decoding(max_new_tokens=256)
+from jvlm.evaluation.files import Files, Row, hub, official, tsv
+from jvlm.evaluation.items import choice_item, content, key, letter_of, open_item
+from jvlm.evaluation.task import Item, Task
+from jvlm.evaluation.tasks.words import BOXED_LETTER, BRIEF, LETTER, LONG, SHORT, mimo
 
-docvqa_val = Task(
-    name="docvqa_val",
-    group="document",
-    files=(
-        hub("lmms-lab/DocVQA", "DocVQA/validation-*.parquet"),
-        tsv("DocVQA_VAL"),
-        official("val_v1.0*.json", records="data", media="spdocvqa_images"),
+_PAGE = open_item(group=("docId", "ucsf_document_id", "image_local_name"))
+
+
+def _pages(name: str, files: tuple[Files, ...], paper: str, published: dict[str, float], **changed: Any) -> Task:
+    settings = {"instruction": SHORT, "decoding": BRIEF, "judge": "document", **changed}
+    return Task(name, "document", files, _PAGE, "anls", published=published, paper=paper, **settings)
+
+
+def _page_answer(row: Row) -> Item | None:
+    """Return a question of VisualWebBench, one of seven kinds."""
+    kind = row.text("task_type")
+    box, answer = row.get("bbox"), row.need("answer")
+    region = f" The red rectangle is at {box} as shares of the image." if box is not None else ""
+    options = [str(one) for one in row.list("options", "choices")]
+    listed = "\n".join(f"{chr(65 + n)}. {one}" for n, one in enumerate(options))
+    asked = {
+        "web_caption": "Write the description of this web page, as the content of its meta element of that name.",
+        "heading_ocr": "Write the main text of this screenshot, which may be taken as its heading, and nothing else.",
+        "webqa": f"{row.get('question')}\nAnswer in the fewest words possible.",
+        "element_ocr": f"Write the text inside of the red rectangle of this screenshot.{region}",
+        "element_ground": f"Which of the labelled elements is this: {row.get('elem_desc')}? Answer with its letter.",
+        "action_prediction": f"What does the page show after a click into the red rectangle?{region}\n"
+        f"{listed}\n{LETTER}",
+        "action_ground": f"Which of the labelled elements is to be clicked for this: {row.get('instruction')}? "
+        "Answer with its letter.",
+    }
+    if kind not in asked:
+        return None
+    gold: Any = [str(one) for one in row.list("answer")]
+    if kind in ("element_ground", "action_prediction", "action_ground"):
+        gold = letter_of(row, answer, options)
+    facts = {"task_type": kind, "options": options}
+    shown = content(row, asked[kind], images=("image",))
+    return Item(f"{kind}:{key(row, 'id')}", shown, gold, facts, answer=str(gold), categories={"task_type": kind})
+
+
+def _web_page(row: Row) -> Item | None:
+    """Return a question of WebSRC; its images are base64."""
+    image = row.need("image")
+    data = base64.b64decode(image) if isinstance(image, str) else image
+    read = open_item(ids=("id", "question_id"), parts=("domain",), group=("page_id",))
+    return read(Row({**row.values, "image": data}, row.origin, row.form, row.media))
+
+
+def _ocr(row: Row) -> Item:
+    """Return a question of OCRBench."""
+    golds = [str(one) for one in row.list("answer")]
+    kind = row.text("question_type", "category")
+    facts = {"formula": row.get("dataset") == "HME100k" or "handwritten mathematical" in kind.lower()}
+    shown = content(row, row.text("question"))
+    return Item(key(row, "index", ""), shown, golds, facts, golds[0], categories={"question_type": kind})
+
+
+def _figure(row: Row) -> Item | None:
+    """Return CharXiv's question that needs reasoning about a figure."""
+    read = open_item(
+        question=("reasoning_q", "question"),
+        answers=("reasoning_a", "answer"),
+        ids=("figure_path", "index", ""),
+        parts={"kind": "reasoning_q_source", "field": "category"},
+    )
+    return read(row)
+
+
+TASKS = (
+    _pages(
+        "docvqa_val",
+        (
+            hub("lmms-lab/DocVQA", "DocVQA/validation-*.parquet"),
+            tsv("DocVQA_VAL"),
+            official("val_v1.0*.json", records="data"),
+        ),
+        "arXiv 2007.00398",
+        {**mimo(95.7, 95.2, 95.5), "MM1.5-30B (test)": 91.4, "MM1.5-3B (test)": 87.7, "MM1.5-1B (test)": 81.0},
     ),
-    item=open_item(group=("docId", "ucsf_document_id")),
-    metric="anls",
-    instruction=SHORT,
-    decoding=_SHORT,
-    judge="document",
-    published={"MiMo-VL-7B-RL": 95.7, "MiMo-VL-7B-SFT": 95.2, "Qwen2.5-VL-7B": 95.5},
-    paper="arXiv 2007.00398",
+    _pages(
+        "infovqa_val",
+        (
+            hub("lmms-lab/DocVQA", "InfographicVQA/validation-*.parquet"),
+            tsv("InfoVQA_VAL"),
+            official("infographicsVQA_val_v1.0*.json", records="data", media="infographicsvqa_images"),
+        ),
+        "arXiv 2104.12756",
+        {**mimo(88.0, 87.2, 81.4), "MM1.5-30B (test)": 67.3, "MM1.5-3B (test)": 58.5},
+    ),
+    Task(
+        "chartqa",
+        "document",
+        (
+            hub("lmms-lab/ChartQA", "data/test-*.parquet"),
+            tsv("ChartQA_TEST"),
+            official("test/test_human.json", media="test/png"),
+        ),
+        lambda row: open_item(
+            question=("question", "query"),
+            answers=("answer", "label"),
+            images=("image", "imgname"),
+            ids=("index", ""),
+            parts={"kind": "type" if row.form == "hub" else "split"},
+        )(row),
+        "relaxed",
+        instruction=SHORT,
+        decoding=BRIEF,
+        judge="document",
+        published={**mimo(91.7, 92.9, 90.2), "MM1.5-30B": 83.6, "MM1.5-3B": 74.2, "MM1-30B": 76.9},
+        paper="arXiv 2203.10244",
+    ),
+    Task(
+        "charxiv_reasoning",
+        "document",
+        (hub("princeton-nlp/CharXiv", "val*.parquet"), tsv("CharXiv_reasoning_val")),
+        _figure,
+        "exact_document",
+        instruction=SHORT,
+        decoding=LONG,
+        judge="document",
+        published=mimo(56.5, 54.4, 42.5),
+        paper="arXiv 2406.18521",
+        note="without a judge only the same words count, and published scores do not compare with that",
+    ),
+    Task(
+        "charxiv_descriptive",
+        "document",
+        (tsv("CharXiv_descriptive_val"),),
+        open_item(parts=("category", "qid")),
+        "exact_document",
+        decoding=LONG,
+        judge="document",
+        published=mimo(86.8, 87.0, 73.9),
+        paper="arXiv 2406.18521",
+        note="without a judge only the same words count, and published scores do not compare with that",
+    ),
+    Task(
+        "seedbench_2_plus",
+        "document",
+        (hub("doolayer/SEED-Bench-2-Plus", "data/test-*.parquet"), tsv("SEEDBench2_Plus")),
+        choice_item(parts={"kind": "question_image_type"}),
+        "choice",
+        instruction=LETTER,
+        boxed=BOXED_LETTER,
+        decoding=LONG,
+        published=mimo(72.4, 71.9, 70.7),
+        paper="arXiv 2404.16790",
+    ),
+    Task(
+        "ocrbench",
+        "document",
+        (hub("echo840/OCRBench", "data/test-*.parquet"), tsv("OCRBench")),
+        _ocr,
+        "ocrbench",
+        decoding=BRIEF,
+        judge="document",
+        published={**mimo(86.6, 87.6, 89.7), "MM1.5-30B": 65.8, "MM1.5-3B": 65.7, "MM1-30B": 60.6},
+        paper="arXiv 2305.07895",
+    ),
+    Task(
+        "visualwebbench",
+        "gui",
+        (hub("visualwebbench/VisualWebBench", "*/test-*.parquet"), hub("lmms-lab/VisualWebBench", "*/test-*.parquet")),
+        _page_answer,
+        "visualwebbench",
+        decoding=BRIEF,
+        summary="macro_task_type",
+        published=mimo(80.2, 80.2, 72.9),
+        paper="arXiv 2404.05955",
+        note="the questions are in our words, not in those of its authors",
+    ),
+    Task(
+        "websrc_val",
+        "gui",
+        (hub("rootsautomation/websrc", "data/dev-*.parquet"),),
+        _web_page,
+        "squad_f1",
+        instruction=SHORT,
+        decoding=BRIEF,
+        published=mimo(95.3, 96.5, 94.6),
+        paper="arXiv 2101.09465",
+    ),
+    Task(
+        "textvqa",
+        "document",
+        (
+            hub("lmms-lab/textvqa", "data/validation-*.parquet"),
+            tsv("TextVQA_VAL"),
+            official("TextVQA_0.5.1_val.json", records="data", media="train_images"),
+        ),
+        open_item(group=("image_id",)),
+        "vqa",
+        instruction=SHORT,
+        decoding=BRIEF,
+        published={"MM1.5-30B": 79.2, "MM1.5-3B": 76.5, "MM1.5-1B": 72.5, "Idefics2-8B": 73.0},
+        paper="arXiv 1904.08920",
+    ),
+    Task(
+        "tabfact",
+        "document",
+        (official("tabfact_test.jsonl", media="images"),),
+        open_item(question=("statement", "question"), answers=("label", "answer")),
+        "exact",
+        instruction="Does the table say so? Answer with yes or no.",
+        decoding=BRIEF,
+        published={"MM1.5-30B": 84.0},
+        paper="arXiv 1909.02164",
+        note="tables as pictures are everybody's own: give them with statement, label (yes or no) and image",
+    ),
+    Task(
+        "wtq",
+        "document",
+        (official("wtq_test.jsonl", media="images"),),
+        open_item(),
+        "exact",
+        instruction=SHORT,
+        decoding=BRIEF,
+        published={"MM1.5-30B": 54.1},
+        paper="arXiv 1508.00305",
+        note="tables as pictures are everybody's own: give them with question, answers and image",
+    ),
 )
-
-TASKS = (docvqa_val,)

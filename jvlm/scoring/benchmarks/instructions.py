@@ -10,7 +10,7 @@ from typing import Any
 from jvlm.scoring.extras import require
 from jvlm.scoring.score import Score
 
-_ANSWERS = ("my answer is yes.", "my answer is no.", "my answer is maybe.")
+_ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 Check = Callable[[str, Mapping[str, Any]], bool]
 
 
@@ -112,7 +112,7 @@ def _bullets(text: str, given: Mapping[str, Any]) -> bool:
 
 
 def _constrained(text: str, given: Mapping[str, Any]) -> bool:
-    return any(one in text.strip().lower() for one in _ANSWERS)
+    return any(one in text.strip() for one in _ANSWERS)
 
 
 def _highlights(text: str, given: Mapping[str, Any]) -> bool:

@@ -1,0 +1,93 @@
+"""Defects of published scorers, each pinned by answers that they get wrong (lmms-eval 0.7, VLMEvalKit, VLM-R1)."""
+
+from __future__ import annotations
+
+import pytest
+
+from jvlm.data.boxes import Sizes
+from jvlm.evaluation.metrics import METRICS, Answered
+from jvlm.evaluation.task import Item
+
+SIZES = (Sizes((640, 480), (640, 480)),)
+
+
+def _score(metric, text, gold, *, space=None, **facts):
+    return METRICS[metric].scores([Answered(Item("1", (), gold, facts), text, sizes=SIZES, space=space)])[0]
+
+
+def test_many_boxes_are_no_way_to_hit_one():
+    box = [100, 100, 200, 200]
+    spam = " ".join(f"[{x}, 100, {x + 100}, 200]" for x in range(0, 500, 100))
+    assert _score("box_iou50", spam, box).reason == "several_answers"
+    assert _score("point_in_box", "[10, 10] [150, 150]", box).reason == "several_answers"
+
+
+def test_numbers_below_a_thousand_are_pixels_where_pixels_are_declared():
+    box = [100, 100, 200, 200]
+    assert _score("box_iou50", "[100, 100, 200, 200]", box).value == 1
+    assert _score("box_iou50", "[156, 208, 312, 417]", box).value == 0
+    assert _score("box_iou50", "[156, 208, 312, 417]", box, space="norm1000").value == 1
+
+
+def test_a_box_of_the_thinking_is_no_answer():
+    score = _score("box_iou50", "<think>[100, 100, 200, 200]</think> I cannot see it.", [100, 100, 200, 200])
+    assert (score.value, score.reason) == (0, "unparsed")
+
+
+def test_points_are_never_rescaled_by_what_they_look_like():
+    assert _score("point_in_box", "[0.5, 0.5]", [300, 200, 340, 280]).value == 0
+    assert _score("point_in_box", "[0.5, 0.5]", [300, 200, 340, 280], space="norm1").value == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "value"),
+    [
+        ("The best answer is A because Dogs are not Cats", "A", 1),
+        ("The best answer is A because Dogs are not Cats", "D", 0),
+        ("A cat sits here, so the answer is B.", "B", 1),
+        ("I see a dog. The answer is C", "C", 1),
+        ("It could be A or B", "A", 0),
+        ("<think>A, no, B</think>C", "C", 1),
+        ("\\boxed{A} no wait \\boxed{B}", "B", 1),
+    ],
+)
+def test_letters_of_words_are_no_options(text, gold, value):
+    assert _score("choice", text, gold, options=["red", "blue", "green", "black"]).value == value
+
+
+def test_words_and_stray_numbers_are_no_moments():
+    assert _score("temporal_iou", "He goes to the door at 3, 5 people tomorrow", [3, 5]).reason == "unparsed"
+    assert _score("temporal_iou", "\\boxed{[00:03, 00:05]}", [3.0, 5.0]).value == 1
+    assert _score("temporal_iou", "[00:00, 00:01] [00:03, 00:05]", [3, 5]).reason == "several_answers"
+
+
+def test_two_scorings_in_one_process_do_not_add_up():
+    many = [Answered(Item("1", (), ["cat"]), "a cat")] * 3
+    first, second = (METRICS["ocrbench"].scores(many) for _ in range(2))
+    assert [one.value for one in first] == [one.value for one in second] == [1, 1, 1]
+
+
+def test_open_answers_are_not_taken_apart_into_letters():
+    assert _score("mmmu", "So the answer is 4.2 m", ["4.2"], options=[]).value == 1
+    assert _score("mmmu", "So the answer is 24", ["4"], options=[]).value == 0
+
+
+@pytest.mark.parametrize("metric", ["mathvista", "dynamath", "exact", "count", "relaxed", "drop_f1", "choice"])
+def test_code_in_an_answer_is_text(metric, tmp_path):
+    mark = tmp_path / "mark"
+    facts = {"answer_type": "float"} if metric in ("mathvista", "dynamath") else {}
+    gold = [["1"]] if metric == "drop_f1" else "A" if metric == "choice" else ["1"]
+    assert _score(metric, f"__import__('pathlib').Path({str(mark)!r}).touch() or 1+0", gold, **facts).value == 0
+    assert not mark.exists()
+
+
+def test_floats_with_spaces_are_boxes_and_further_boxes_are_not_ignored():
+    box = [100, 100, 200, 200]
+    assert _score("box_iou50", "<answer>[100.5, 100.0, 199.5, 200.0]</answer>", box).value == 1
+    assert _score("box_iou50", "[100, 100, 200, 200], [0, 0, 1, 1]", box).value == 0
+
+
+def test_a_judgment_for_both_is_none():
+    both = "Answer 1 is better at colour, but Answer 2 is better. Overall Judgment: Answer 1 is better."
+    assert _score("judgment", both, 1).reason == "several_answers"
+    assert _score("judgment", "Overall Judgment: Answer 2 is slightly better", 2).value == 1
