@@ -47,7 +47,7 @@ class Product:
 
     Attributes:
       entry: it reads what comes into its tower, where no gradient is needed unless something before it is trained.
-      grouped: it is an expert's.
+      grouped: it is an expert's, and computed by `jvlm_kernels.grouped_matmul`.
     """
 
     uses: float | int

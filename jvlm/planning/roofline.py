@@ -105,9 +105,9 @@ def roofline(experiment: Experiment, compiled: Compiled, topology: Topology, len
     passes = 4.5 if experiment.model.precision.remat == "full" else 3.5
     work = flops.forward(template, counts)
     kernels = sum((passes if has_backward[part] else 1) * work[part].attention for part in work)
-    if topology.switched:  # experts' products are kernels there: forward, again, and by rows and matrices
-        passes = 1 + has_backward["decoder"] * (1 + trained["decoder"] + (experiment.model.precision.remat != "none"))
-        kernels += passes * flops.experts(template, counts.tokens)
+    # so are experts' products: forward, again, and by rows and matrices
+    passes = 1 + has_backward["decoder"] * (1 + trained["decoder"] + (experiment.model.precision.remat != "none"))
+    kernels += passes * flops.experts(template, counts.tokens)
     parts = flops.training(template, counts, trained, ranks)
     return assess(parts, kernels, counts.tokens, len(counts.images), compiled, topology)
 

@@ -147,7 +147,7 @@ def decoding(template: VLM, sequences: int, cache_len: int) -> tuple[Parts, floa
 
 
 def experts(template: VLM, tokens: int) -> float:
-    """Return what the decoder's experts compute of the forward pass of so many tokens."""
+    """Return what grouped products compute of the decoder's forward pass over so many tokens."""
     model = template.config
     work = model.decoder.decode_work(tokens, 1, model.connector.tokens_per_image)
     return sum(product.flops for product in work.products if product.grouped)

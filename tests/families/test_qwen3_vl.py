@@ -14,14 +14,21 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 
 import jvlm
 from jvlm import families
+from jvlm.adapters.attach import attach, extract
+from jvlm.adapters.config import AdapterConfig
+from jvlm.adapters.peft_write import write_peft
+from jvlm.adapters.targets import resolve
+from jvlm.data.boxes import Box, Sizes
+from jvlm.data.content import Conversation, Message, Text, Video
 from jvlm.data.video.sampling import by_number
+from jvlm.families.qwen3_vl.chat_format import TEMPLATE
 from jvlm.families.qwen3_vl.image_processor import Qwen3ImageConfig, video_size
 from jvlm.models import vlm
 from jvlm.weights import table
 from jvlm.weights.convert import convert
 from jvlm.weights.safetensors_files import joined
 from tests.families.qwen3_vl import CLASSES, Tiny, frames, inputs_of, user
-from tests.support import picture, raw_tensors
+from tests.support import GOLDEN, picture, raw_tensors
 
 SHAPE = {"seq_len": 256, "max_patches": 384}
 CASES = {
@@ -233,3 +240,87 @@ def test_the_frames_that_transformers_takes_are_taken(total, rate):
     metadata = types.SimpleNamespace(total_num_frames=total, fps=rate)
     expected = Qwen3VLVideoProcessor.sample_frames(settings, metadata)
     assert list(by_number(total, rate, Qwen3ImageConfig().sampling()).indices) == expected.tolist()
+
+
+def prompt_of(example):
+    """The example up to its last answer."""
+    return {**example, "messages": example["messages"][:-1]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_greedy_answers_equal_transformers(kind, request):
+    tiny = request.getfixturevalue(kind)
+    examples = [prompt_of(example) for example in CASES.values()]
+    found = [[] for _ in examples]
+    options = {"max_new_tokens": 10, "batch_size": 4}
+    jvlm.generate(tiny.model, tiny.processor, examples, on_token=lambda i, t: found[i].append(t), **options)
+    never = [*tiny.model.config.media_token_ids, *range(len(tiny.processor.tokenizer), 352)]
+    for example, tokens in zip(examples, found, strict=True):
+        inputs = inputs_of(tiny, example, generation_prompt=True)
+        plain = {"do_sample": False, "max_new_tokens": 10, "suppress_tokens": never}
+        expected = tiny.torch_model.generate(**inputs, **plain)[0, inputs["input_ids"].shape[1] :]
+        assert tokens == expected.tolist()
+
+
+def test_times_are_those_of_the_frames_and_boxes_are_thousandths(dense, tmp_path):
+    processor = dense.processor
+    video = Video(tuple(frames(4)), fps=30.0, times=(0.0, 1.02, 2.04, 9.4))
+    example = processor.encode(Conversation((Message("user", (Text("see:"), video)), Message("assistant", "yes"))))
+    text = processor.tokenizer.decode(example.tokens)
+    once = "<|vision_start|>" + "<|video_pad|>" * 6 + "<|vision_end|>"
+    assert f"see:<0.5 seconds>{once}<5.7 seconds>{once}<|im_end|>" in text
+    # each pair of frames is an image of its own to M-RoPE
+    starts = np.flatnonzero(np.diff(example.vision_index >= 0, prepend=0) == 1)
+    first, second = (example.positions[start : start + 6] for start in starts)
+    np.testing.assert_array_equal(first - first[0], [[0, h, w] for h in range(2) for w in range(3)])
+    np.testing.assert_array_equal(second - second[0], first - first[0])
+    sizes = Sizes((640, 480), (640, 480))
+    assert processor.write_region(Box(64, 0, 640, 360, "original"), sizes) == "[100, 0, 1000, 750]"
+    (found,) = processor.read_regions('```json\n[{"bbox_2d": [100, 0, 1000, 750], "label": "cat"}]\n```')
+    assert found.region.to("original", sizes).values == (64, 0, 640, 360)
+
+
+def test_the_template_for_tokenizers_without_one_writes_tools_as_qwen3_does(dense):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "I ask.", "tool_calls": [call, call]},
+        {"role": "tool", "content": "22"},
+        {"role": "tool", "content": "23"},
+    ]
+    tokenizer = dense.processor.tokenizer
+    qwen3 = (GOLDEN / "chat_templates/qwen3.jinja").read_text()
+    for length in (2, 5):
+        for given in (tools, None):
+            options = {"tools": given, "tokenize": False, "add_generation_prompt": True}
+            ours, theirs = (
+                tokenizer.apply_chat_template(chat[:length], chat_template=template, **options)
+                for template in (TEMPLATE, qwen3)
+            )
+            # the fixture describes tools in other words, and opens answers after the last question with a thought
+            ours, theirs = (text.partition("<|im_end|>\n") if given else ("", "", text) for text in (ours, theirs))
+            assert ours[2] == theirs[2].replace("<think>\n\n</think>\n\n", "")
+            assert '<tools>\n{"type": "function", "function": {"name": "weather"' in ours[0] or not given
+
+
+def test_adapters_are_put_on_every_tower_and_written_under_the_names_of_peft(dense, tmp_path):
+    targets = ("encoder", "connector", "decoder")
+    plan = resolve(AdapterConfig(rank=2, targets=targets), dense.model.config)
+    model = attach(dense.model, AdapterConfig(rank=2, targets=targets))
+    assert model.adapters == plan
+    write_peft(extract(model), model.config, tmp_path, base_name="org/base")
+    modules = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        for name in raw_tensors(tmp_path)
+        if name.endswith("lora_A.weight")
+    }
+    # linear layers of all blocks and mergers; not the patch embedding, and not the head
+    expected = {
+        name
+        for name, module in dense.torch_model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    assert modules == expected

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jvlm_kernels import Unavailable, grouped_matmul
+from jvlm_kernels.grouped import tpu
+from jvlm_kernels.grouped.api import GroupedSpec
 
 # rows, values of a row and of a result, sizes of groups: within a block, across blocks, empty, and rows of no group
 CASES = {
@@ -36,10 +38,13 @@ def one_after_the_other(x, matrices, d_y, sizes):
     return y, d_x, d_matrices
 
 
-@pytest.mark.parametrize("implementation", ["pallas_gpu", "xla"])
+@pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_tpu", "xla"])
 @pytest.mark.parametrize("case", CASES)
 def test_result_and_gradients_equal_one_product_after_the_other(case, implementation):
-    x, matrices, d_y, sizes = operands(*CASES[case])
+    rows, into, out, groups = CASES[case]
+    if implementation == "pallas_tpu":  # which takes whole lanes
+        into, out = (-(-size // 128) * 128 for size in (into, out))
+    x, matrices, d_y, sizes = operands(rows, into, out, groups)
     used = int(sizes.sum())
     x = x.at[used:].set(jnp.nan)  # nobody's rows get nowhere, whatever they hold
 
@@ -47,10 +52,19 @@ def test_result_and_gradients_equal_one_product_after_the_other(case, implementa
         how = {"implementation": implementation, "interpret": implementation != "xla"}
         return grouped_matmul(x, matrices, sizes, **how)[:used]
 
-    y, pull = jax.vjp(product, x if implementation != "xla" else x.at[used:].set(0), matrices)
+    y, pull = jax.vjp(product, x if implementation == "pallas_gpu" else x.at[used:].set(0), matrices)
     d_x, d_matrices = pull(d_y[:used])
     for found, expected in zip((y, d_x[:used], d_matrices), one_after_the_other(x, matrices, d_y, sizes), strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_the_gradient_on_tpu_is_summed_over_many_blocks_and_nobodys_rows_get_nowhere():
+    x, matrices, d_y, sizes = operands(1500, 384, 1536, [700, 0, 300, 1, 0, 299])
+    used = int(sizes.sum())
+    x, d_y = x.at[used:].set(jnp.nan), d_y.at[used:].set(jnp.nan)
+    found = tpu._outer(GroupedSpec(interpret=True), x, d_y, sizes, matrices)
+    expected = one_after_the_other(x, matrices, d_y, sizes)[2]
+    np.testing.assert_allclose(found, expected, atol=5e-4)
 
 
 def test_bfloat16_is_summed_in_float32():

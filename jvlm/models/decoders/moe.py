@@ -65,7 +65,7 @@ class MoEConfig(MLPConfig, tag="moe"):
         chosen = tokens * self.top_k
         return (
             Product(tokens, width, self.experts),
-            *swiglu_products(chosen, width, self.intermediate_size, grouped=True),
+            *swiglu_products(chosen, width, self.intermediate_size, grouped=self.capacity_factor is None),
         )
 
     def capacity(self, tokens: int) -> int:

@@ -31,7 +31,11 @@ class GroupedSpec:
 # ``backward(spec, x, matrices, sizes, d_y) -> (dx, d_matrices)``.
 _OPERATION = Operation(
     "grouped_matmul",
-    {"pallas_gpu": "jvlm_kernels.grouped.gpu", "xla": "jvlm_kernels.grouped.xla"},
+    {
+        "pallas_gpu": "jvlm_kernels.grouped.gpu",
+        "pallas_tpu": "jvlm_kernels.grouped.tpu",
+        "xla": "jvlm_kernels.grouped.xla",
+    },
     batched=False,
 )
 

@@ -1,4 +1,4 @@
-"""Grouped matrix multiplication by XLA: its own kernels on TPU, every row times every matrix on other devices."""
+"""Grouped matrix multiplication by XLA: every row times every matrix, but for two of the three products on TPU."""
 
 from __future__ import annotations
 

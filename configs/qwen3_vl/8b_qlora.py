@@ -1,0 +1,15 @@
+"""Fine-tune Qwen3-VL-8B on your own conversations: LoRA adapters beside a base in 4 bits.
+
+    jvlm train qwen3_vl/8b_qlora --init_from DIR --data.train examples.jsonl
+
+DIR is the folder of Qwen3-VL-8B-Instruct.
+Each chip takes a sequence at a time; on N chips give `--data.batch_size N --gradient_accumulation_steps 16/N`.
+"""
+
+from jvlm.training.config import Experiment
+from jvlm.training.recipes import finetune
+
+
+def get_config() -> Experiment:
+    """Sequences of 2,048 tokens, 16 a step."""
+    return finetune("qwen3_vl_8b", "qlora", "Qwen3-VL-8B-Instruct", ())
