@@ -34,6 +34,9 @@ COMMANDS = {
     "data check": ("jvlm.cli.data_check", "count examples that can and cannot be used, and say why"),
     "data view": ("jvlm.cli.data_view", "write a page to look at data: numbers, rejected examples, samples"),
     "data convert": ("jvlm.cli.data_convert", "write examples of any format, and their media, as ArrayRecord shards"),
+    "data dedup": ("jvlm.cli.data_dedup", "find duplicates by words and images, and leave them out"),
+    "data decontaminate": ("jvlm.cli.data_decontaminate", "find examples of evaluation sets, and leave them out"),
+    "data filter": ("jvlm.cli.data_filter", "measure examples, show histograms, and leave out what is beyond limits"),
     "data shard": ("jvlm.cli.data_convert", "another name of data convert"),
 }
 _GROUPS = {
@@ -42,6 +45,7 @@ _GROUPS = {
     "Answers": ("generate", "chat"),
     "Scores": ("evaluate",),
     "Files": ("convert", "data check", "data view", "data convert", "data shard"),
+    "Preparing data": ("data dedup", "data decontaminate", "data filter"),
 }
 
 # commands of ms-swift, and the nearest thing

@@ -10,14 +10,14 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgpack
 
 from jvlm.data import stores
 from jvlm.data.embedding import embed
 from jvlm.data.errors import ExampleError, Origin, Rejected
-from jvlm.data.example_source import ExampleSource
+from jvlm.data.example_source import ExampleSource, Read
 from jvlm.data.formats.example_format import FormatOptions
 from jvlm.data.readers import shard_set
 from jvlm.data.readers.array_record import SHARD_SUFFIX, write_records
@@ -88,14 +88,57 @@ def convert(
       UserError: the folder holds shards already; none of the examples of a shard can be used.
       UserError: a wrong argument, files that cannot be read, or a folder that cannot be written.
     """
+    source = ExampleSource(files, options, to_convert=True)
+    return write_shards(
+        source,
+        output,
+        examples_per_shard,
+        identity=source_identity(source),
+        media_root=media_root,
+        on_bad_example=on_bad_example,
+        on_rejected=on_rejected,
+    )
+
+
+class ShardSource(Protocol):
+    """Examples by their index, the same each time: read from files, chosen of others, or made."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Read:
+        """Return an example, or the ExampleError of one that cannot be used."""
+
+    def formats(self) -> list[str]:
+        """Return lines that say what the examples are taken for."""
+
+
+def write_shards(
+    source: ShardSource,
+    output: str | Path,
+    examples_per_shard: int = 10_000,
+    *,
+    identity: str,
+    media_root: str | None = None,
+    on_bad_example: Literal["error", "skip"] = "error",
+    on_rejected: Callable[[Rejected], None] | None = None,
+    verb: str = "converting",
+) -> Conversion:
+    """Write the examples of a source as shards, as `convert` does.
+
+    Args:
+      identity: the same for the same examples, and for no others: what an interrupted call may go on with.
+      verb: for the progress bar.
+
+    Raises:
+      ExampleError, UserError: as `convert`.
+    """
     if examples_per_shard < 1:
         raise UserError(f"examples_per_shard is {examples_per_shard}; it must be at least 1")
     if stores.is_remote(output):
         raise UserError(f"{output}: shards are written to this machine's disk. Give a folder on it, and copy that")
     output = Path(output)
-    source = ExampleSource(files, options, to_convert=True)
-    work = _Work(source, examples_per_shard, media_root, on_bad_example == "skip", on_rejected)
-    with _unfinished(output) as folder, Progress(total=len(source), desc="converting", unit="example") as bar:
+    work = _Work(source, identity, examples_per_shard, media_root, on_bad_example == "skip", on_rejected)
+    with _unfinished(output) as folder, Progress(total=len(source), desc=verb, unit="example") as bar:
         for name in folder.iterdir():  # of other files or settings, or begun by a process that was killed
             if name.name != _LOCK and name.name not in work.names | {f"{n}{_COUNTS}" for n in work.names}:
                 name.unlink()
@@ -130,7 +173,8 @@ class _Work:
 
     def __init__(
         self,
-        source: ExampleSource,
+        source: ShardSource,
+        identity: str,
         examples_per_shard: int,
         media_root: str | None,
         skip: bool,
@@ -139,7 +183,8 @@ class _Work:
         self.source, self.size, self.media_root, self.skip = source, examples_per_shard, media_root, skip
         self.on_rejected = on_rejected
         self.count = -(-len(source) // examples_per_shard)
-        self.set = _identity(source, (examples_per_shard, dataclasses.astuple(source.options), media_root, skip))
+        settings = repr((identity, examples_per_shard, media_root, skip))
+        self.set = hashlib.sha256(settings.encode()).hexdigest()[:16]
         self.names = {self._name(number) for number in range(self.count)}
 
     def _name(self, number: int) -> str:
@@ -236,14 +281,14 @@ def _packed(origin: Origin, example: dict[str, Any]) -> bytes:
         ) from error
 
 
-def _identity(source: ExampleSource, settings: tuple) -> str:
-    """Return what tells sets of other examples, or of other settings, from this one."""
-    value = hashlib.sha256(repr(settings).encode())
+def source_identity(source: ExampleSource) -> str:
+    """Return what tells the examples of files from those of others: a digest of what they hold and how it is read."""
+    value = hashlib.sha256(repr(dataclasses.astuple(source.options)).encode())
     value.update(repr(source).encode())
     for path in source.files:
         with open(path, "rb") as file:
             value.update(hashlib.file_digest(file, "sha256").digest())
-    return value.hexdigest()[:16]
+    return value.hexdigest()
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def test_near_finds_what_comparing_all_finds(words, distance, count):
 
 def test_equal_hashes_are_all_found_though_they_fill_more_than_one_chunk():
     stored = np.zeros((3000, 1), np.uint64)
-    assert sum(len(q) for q, _, _ in near(stored[:1000], stored, 8)) == 3_000_000
+    assert sum(len(q) for q, _, _ in near(stored[:800], stored, 8)) == 2_400_000
 
 
 @pytest.mark.parametrize("count", [10, 10**4, 10**6, 10**9])
