@@ -126,7 +126,7 @@ def _of(source: ExampleSource, index: int) -> dict[str, Any]:
 def _measure(
     examples: Examples, output: Path, identity: str, likeness: Likeness, skip: bool, threads: int
 ) -> tuple[list[Facts | None], dict[int, Rejected]]:
-    """The facts of every example, None for one that cannot be used."""
+    """Return the facts of every example, None for one that cannot be used."""
 
     def one(index: int) -> list[Any]:
         try:
@@ -200,7 +200,7 @@ class Table:
 def _compare(
     examples: Examples, table: Table, pairs: Pairs, output: Path, identity: str, likeness: Likeness
 ) -> Iterator[Found]:
-    """What each later example is a duplicate of, by comparing the examples themselves."""
+    """Yield what each later example is a duplicate of, by comparing the examples themselves."""
     asked = list(pairs.by_later())
 
     def one(number: int) -> list[Any] | None:

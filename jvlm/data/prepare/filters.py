@@ -241,7 +241,7 @@ def _languages() -> Any:
 
 
 def _resolved(limits: Limits, measured: Sequence[dict[str, Any]]) -> Limits:
-    """The limits with a share of the perplexity as a number."""
+    """Return the limits with a share of the perplexity as a number."""
     values = sorted(one["perplexity"] for one in measured if "perplexity" in one)
     if limits.max_perplexity_share is None or not values:
         return limits

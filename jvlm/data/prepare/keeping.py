@@ -168,7 +168,7 @@ def keep(
 
 
 def _ordered(found: Iterable[Found], bad: dict[int, Rejected]) -> Iterator[Found]:
-    """What was found, then what cannot be used."""
+    """Yield what was found, then what cannot be used."""
     yield from found
     for index, rejected in bad.items():
         yield Found(index, "bad", {"field": rejected.field, "problem": rejected.reason, "fix": rejected.fix})
