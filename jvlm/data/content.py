@@ -219,6 +219,9 @@ class Conversation(_OfParts):
       extra: fields carried along, unknown ones included.
       loss: what has a loss, where the example says so for all of its turns together.
       prompt_weight: of the loss of all text that is no assistant turn.
+      template_values: what the chat template is given beside messages and tools, as (name, value): enable_thinking.
+      is_literal: a media token that its text spells is text like any other. Otherwise it is refused: in data it is
+        mostly meant as an image.
     """
 
     messages: tuple[Message, ...]
@@ -229,6 +232,8 @@ class Conversation(_OfParts):
     origin: Origin = Origin()
     loss: LossChoice | None = None
     prompt_weight: float = 0.0
+    template_values: tuple[tuple[str, Any], ...] = ()
+    is_literal: bool = False
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -147,7 +147,12 @@ class Processor:
         return self.encode(conversation)
 
     def encode(
-        self, example: Any, *, generation_prompt: bool = False, image_config: ImageProcessorConfig | None = None
+        self,
+        example: Any,
+        *,
+        generation_prompt: bool = False,
+        image_config: ImageProcessorConfig | None = None,
+        continues: bool = False,
     ) -> Example:
         """One example as arrays.
 
@@ -156,6 +161,7 @@ class Processor:
           generation_prompt: end with the opening of an assistant turn; a final assistant turn is then dropped. Of a
             document: do not end it.
           image_config: settings of its images, instead of the processor's with what the example changes.
+          continues: of a prompt that ends with an assistant turn, keep its text as the beginning of the answer.
 
         Raises:
           ExampleError: what can be wrong with data: the form of the example; an image that is not there or cannot be
@@ -167,13 +173,16 @@ class Processor:
         Every other exception is a fault of the program, and leaves this function as it is.
         """
         parsed = parse_example(example)
+        begun = ""
         if generation_prompt and isinstance(parsed, Conversation):
             with_prompt = parsed
+            last = parsed.messages[-1]
+            begun = last.text if continues and last.role == "assistant" else ""
             parsed = self._checked(parsed.origin, lambda: _prompt(with_prompt))
 
         def encoded() -> Example:
             media = self._media(parsed, image_config or self.image_config_of(parsed))
-            return self._laid_out(parsed, media, generation_prompt)
+            return self._laid_out(parsed, media, generation_prompt, begun)
 
         return self._checked(parsed.origin, encoded)
 
@@ -208,8 +217,10 @@ class Processor:
 
         return self._checked(first.origin, encoded)
 
-    def _laid_out(self, parsed: Conversation | Document, media: list[MediaPatches], generation_prompt: bool) -> Example:
-        tokens = self._tokenize(self._fill(parsed, media), generation_prompt)
+    def _laid_out(
+        self, parsed: Conversation | Document, media: list[MediaPatches], generation_prompt: bool, begun: str = ""
+    ) -> Example:
+        tokens = self._tokenize(self._fill(parsed, media), generation_prompt, begun)
         problem = vocabulary.outside_problem(self.tokenizer, tokens.ids, self.model.decoder.vocab_size)
         if problem:
             fix = f"Leave the token out, or let the table grow: {vocabulary.GROW}"
@@ -226,6 +237,23 @@ class Processor:
             raise ExampleError(origin, "messages", str(error), "Correct the example") from error
         except StopIteration as error:  # whoever iterates over examples would take it for the end of the data (PEP 479)
             raise RuntimeError("encoding an example raised StopIteration") from error
+
+    def encode_ids(self, ids: Sequence[int]) -> Example:
+        """Return a prompt that is given as token ids, without media.
+
+        Raises:
+          ExampleError: none at all, one without a row in the embedding table, or a media token.
+        """
+        document, size = Document(()), self.model.decoder.vocab_size
+        fix = "Give ids of this model's tokenizer, without media tokens"
+        if not len(ids):
+            raise ExampleError(document.origin, "prompt", "no token ids", fix)
+        outside = next((i for i in ids if not 0 <= i < size or i in self.model.media_token_ids), None)
+        if outside is not None:
+            problem = f"the id {outside} is a media token, or not below {size}"
+            raise ExampleError(document.origin, "prompt", problem, fix)
+        given, count = np.asarray(ids, np.int32), len(ids)
+        return self._expand(Tokens(given, np.zeros(count, np.float32), np.zeros(count, np.int32)), [], document)
 
     def pack(
         self,
@@ -269,7 +297,7 @@ class Processor:
         """Return the boxes and points of this model's answer, in the space that it was taught."""
         return box_formats.parse(text, self.config.box_format, space=self.config.box_space)
 
-    def _tokenize(self, example: Conversation | Document, generation_prompt: bool) -> Tokens:
+    def _tokenize(self, example: Conversation | Document, generation_prompt: bool, begun: str = "") -> Tokens:
         """Return the tokens of an example whose boxes are written."""
         if isinstance(example, Document):
             return self.documents.tokenize(example, prompt=generation_prompt)
@@ -282,6 +310,9 @@ class Processor:
             origin=example.origin,
             tools=example.tools,
             prompt_weight=example.prompt_weight,
+            values=dict(example.template_values),
+            begun=begun,
+            is_literal=example.is_literal,
         )
         return Tokens(ids, weights, turns)
 

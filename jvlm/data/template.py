@@ -22,7 +22,10 @@ from jvlm.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class _Chat:
-    """What is rendered: ``stand_ins`` are those of guarded text, ``template`` replaces the tokenizer's."""
+    """What is rendered: ``stand_ins`` are those of guarded text, ``template`` replaces the tokenizer's.
+
+    ``values`` are given to the template, ``begun`` is the beginning of the answer, behind the prompt.
+    """
 
     messages: tuple[Message, ...]
     generation_prompt: bool = False
@@ -30,6 +33,9 @@ class _Chat:
     origin: Origin = Origin()
     stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
     template: str | None = None
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    begun: str = ""
+    is_literal: bool = False
 
     def texts(self) -> Iterator[str]:
         """All text from outside."""
@@ -38,6 +44,9 @@ class _Chat:
             if message.fields:
                 yield from _strings(message.fields)
         yield from _strings(self.tools)
+        yield from _strings(dict(self.values))
+        if self.begun:
+            yield self.begun
 
     def changed(self, change: Callable[[str], str]) -> _Chat:
         """With all text from outside changed."""
@@ -48,7 +57,13 @@ class _Chat:
             )
             for m in self.messages
         )
-        return dataclasses.replace(self, messages=messages, tools=tuple(change_strings(self.tools, change)))
+        return dataclasses.replace(
+            self,
+            messages=messages,
+            tools=tuple(change_strings(self.tools, change)),
+            values=change_strings(dict(self.values), change),
+            begun=change(self.begun),
+        )
 
     def with_text(self, index: int, text: str) -> _Chat:
         changed = dataclasses.replace(self.messages[index], content=(Text(text),))
@@ -116,6 +131,9 @@ class ChatTemplate:
         origin: Origin,
         tools: tuple[Any, ...] = (),
         prompt_weight: float = 0.0,
+        values: Mapping[str, Any] = {},
+        begun: str = "",
+        is_literal: bool = False,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids int32 [n], loss weights float32 [n], turn int32 [n]) before media placeholders are expanded.
 
@@ -126,12 +144,15 @@ class ChatTemplate:
 
         Args:
           prompt_weight: loss weight of all that is no assistant turn.
+          values: what the template is given beside messages and tools.
+          begun: of a prompt, the beginning of the answer, which is to be continued.
+          is_literal: spellings of media tokens in text are text; otherwise they are refused.
 
         Raises:
           ExampleError: text that cannot be encoded, media tokens in it, a conversation that the template refuses or
             part of which it leaves out, or an assistant turn that is not found in the rendering.
         """
-        chat = _Chat(messages, generation_prompt, tools, origin)
+        chat = _Chat(messages, generation_prompt, tools, origin, values=values, begun=begun, is_literal=is_literal)
         texts = list(chat.texts())
         self._check_texts(chat, texts)
         text = self._render(chat)
@@ -170,8 +191,12 @@ class ChatTemplate:
                 f"{error.object[begin : error.start + 20]!r}",
                 "Write the whole character, or U+FFFD in its place",
             ) from error
-        if any(map(self._media.search, texts)):
+        if any(map(self._media.search, texts)) and not (chat.is_literal and self._guards_media(chat)):
             self._check_media(chat)
+
+    def _guards_media(self, chat: _Chat) -> bool:
+        """Whether media tokens are control tokens, which text cannot spell."""
+        return {self.chat_format.image, self.chat_format.video} - {None} <= self._facts_of(chat.tools).control.names
 
     def _check_media(self, chat: _Chat) -> None:
         """Raise ExampleError for media tokens in text, but for a prompt's earlier answers, which stop nothing."""
@@ -325,7 +350,9 @@ class ChatTemplate:
                 chat_template=chat.template or self._default,
                 tokenize=False,
                 add_generation_prompt=chat.generation_prompt,
+                **chat.values,
             )
+            text += chat.begun
         except MemoryError:
             raise
         except Exception as error:  # a template is a program, which fails in as many ways

@@ -71,6 +71,7 @@ class VideoReader(KillablePool):
         frame where they are fewer. Afterwards its process is killed and another started.
       on_damaged: "error" refuses a video with an error in it, "keep" takes what comes before the error if that is
         90 % of the duration.
+      begin: called in each process as it begins; it ends by calling `decoding.begin`, or does what that does.
 
     Raises:
       VideoSupportError: PyAV or pebble is not installed; this process may start no others.
@@ -83,6 +84,7 @@ class VideoReader(KillablePool):
         seconds: float = 30.0,
         seconds_per_second: float = 2.0,
         on_damaged: OnDamaged = "error",
+        begin: Callable[[], None] = decoding.begin,
     ):
         if on_damaged not in get_args(OnDamaged):
             raise UserError(f"on_damaged {on_damaged!r} is unknown. Use one of {', '.join(get_args(OnDamaged))}")
@@ -92,7 +94,7 @@ class VideoReader(KillablePool):
             )
         pebble = _required("pebble")
         _required("av")
-        super().__init__(pebble, workers, _TASKS, decoding.begin)
+        super().__init__(pebble, workers, _TASKS, begin)
         self.seconds, self.seconds_per_second, self.on_damaged = seconds, seconds_per_second, on_damaged
 
     def read(
