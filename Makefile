@@ -17,6 +17,9 @@ EXPORTS_PEFT_0_15 := peft==0.15.2 accelerate==1.6.0 transformers==4.51.3 tokeniz
 EXPORTS_PIXELS := torchvision==0.28.0
 # what quantises checkpoints, beside the environment's torch and transformers
 EXPORTS_QUANTISED := bitsandbytes==0.50.2 compressed-tensors==0.20.0 accelerate==1.15.0 loguru==0.7.3
+# TRL's trainers, whose losses ours are held against, and what they need beside the environment's torch and transformers
+EXPORTS_TRL := trl==1.16.0 accelerate==1.15.0 datasets==4.4.1 dill==0.4.0 multiprocess==0.70.18 xxhash==3.6.0 \
+	pandas==2.3.3 python-dateutil==2.9.0.post0 six==1.17.0 pytz==2025.2 tzdata==2025.2 httpx==0.28.1 httpcore==1.0.9
 EXPORTS_LLAMA := llama_cpp_python-0.3.36
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_vl/72b
@@ -75,6 +78,7 @@ $(VENV)/.exports: $(VENV)/.peft
 	$(PIP) --no-deps --target $(VENV)/export-pixels $(EXPORTS_PIXELS)
 	$(PIP) --no-deps --target $(VENV)/export-peft-0.15 $(EXPORTS_PEFT_0_15)
 	$(PIP) --no-deps --target $(VENV)/export-quantised $(EXPORTS_QUANTISED)
+	$(PIP) --no-deps --target $(VENV)/export-trl $(EXPORTS_TRL)
 	$(PIP) --no-deps --target $(VENV)/export-llama.cpp sentencepiece==0.2.3
 	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
 		--dest $(VENV) $(subst -,==,$(EXPORTS_LLAMA))
@@ -83,9 +87,9 @@ $(VENV)/.exports: $(VENV)/.peft
 	rm $(VENV)/$(EXPORTS_LLAMA).tar.gz
 	touch $@
 
-test-exports: $(VENV)/.exports  ## exported folders in transformers 4.49, 4.57 and 5, PEFT 0.15 and 0.21, and llama.cpp's converter; minutes
+test-exports: $(VENV)/.exports  ## exported folders in transformers 4.49, 4.57 and 5, PEFT 0.15 and 0.21, TRL, and llama.cpp's converter; minutes
 	$(RUN) pytest tests/weights/every_transformers.py tests/adapters/every_peft.py tests/quantization/every_library.py \
-		tests/training/every_bitsandbytes.py $(ARGS)
+		tests/training/every_bitsandbytes.py tests/preference/every_trl.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(RUN) ruff check .

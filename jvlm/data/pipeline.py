@@ -92,6 +92,8 @@ class Encode(grain.transforms.RandomMap):
         example = self.processor.encode_together(judged.conversations, judged.values)
         for number in range(1, example.num_segments + 1):
             check_learnable(example.origin, example.loss_weights[example.segments == number])
+        if self.config.preference == "pairs":
+            example = preferences.with_answer_numbers(example)
         return judged.conversations[0], example
 
     def _parts(self, document: Document, rng: np.random.Generator) -> list[tuple[Document, Example]]:

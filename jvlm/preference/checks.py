@@ -26,6 +26,8 @@ def check_data(experiment: Experiment, kind: Literal["pairs", "labels"]) -> None
 
 def check_reference(reference: Reference, experiment: Experiment, template: VLM) -> None:
     """Raise UserError where a model without its adapters is not what it was before the first step."""
+    if reference == "precomputed" and not getattr(experiment.task, "reference_file", None):
+        raise UserError("task.reference 'precomputed' needs task.reference_file: a name for the file")
     if reference != "adapter_off":
         return
     fix = "take task.reference = 'copy', which holds a frozen copy of what is trained"

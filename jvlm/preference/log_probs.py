@@ -17,7 +17,7 @@ from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
 from jvlm.training.supervised import next_tokens, token_log_probs
 
-Reference = Literal["copy", "adapter_off"]
+Reference = Literal["copy", "adapter_off", "precomputed"]
 
 
 class TokenLogProbs(NamedTuple):
@@ -50,8 +50,8 @@ def of_both(model: VLM, batch: PackedBatch, reference: VLM | None = None) -> Tok
     return TokenLogProbs(policy, other, output.aux)
 
 
-def reference_of(kind: Reference, model: VLM, copy: VLM | None) -> VLM:
-    """Return the reference of a model: its frozen copy, or the model without its adapters."""
+def reference_of(kind: Reference, model: VLM, copy: VLM | None) -> VLM | None:
+    """Return the reference of a model: its frozen copy, or the model without its adapters; None of one in a file."""
     return detach(model) if kind == "adapter_off" else copy
 
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jvlm.errors import UserError
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
-from jvlm.preference import log_probs
+from jvlm.preference import log_probs, precomputed
 from jvlm.preference.checks import check_data, check_reference
 from jvlm.preference.log_probs import Reference
 from jvlm.preference.losses import REFERENCE_FREE, Answers, PairLoss, PairLossSettings, pair_loss, sorted_answers
@@ -26,7 +27,19 @@ from jvlm.training.task import Loss, Mean, Task
 from jvlm.validation import check_fields
 
 if TYPE_CHECKING:
+    from jvlm.data.packing import PackedSequences
+    from jvlm.data.processor import Processor
     from jvlm.training.config import Experiment
+    from jvlm.training.trainer import Trainer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReferencedBatch:
+    """A packed batch, and the log-probability of each segment's answer under the reference."""
+
+    packed: PackedBatch
+    reference: Float[Array | np.ndarray, "*A B N"]
 
 
 class StepTotals(NamedTuple):
@@ -55,7 +68,9 @@ class PreferenceTask(Task):
       ld_alpha: weight of the tokens of an answer beyond the length of the shorter one of its pair (LD-DPO); 1 is DPO.
       discopop_tau: of "discopop": temperature of its modulation.
       reference: what the model is compared with, where a loss needs that: "copy", what is trained as it was before the
-        first step, beside the frozen rest; or "adapter_off", the base of new adapters, without any copy.
+        first step, beside the frozen rest; "adapter_off", the base of new adapters, without any copy; or "precomputed",
+        log-probabilities of all answers that are computed once, before the first step.
+      reference_file: the file for them, an npz (`jvlm.preference.precomputed`). One that is there is used again.
     """
 
     losses: tuple[PairLoss, ...] = ("sigmoid",)
@@ -67,6 +82,7 @@ class PreferenceTask(Task):
     ld_alpha: float = 1.0
     discopop_tau: float = 0.05
     reference: Reference = "copy"
+    reference_file: str | None = None
 
     uses_dropout = False
 
@@ -79,6 +95,8 @@ class PreferenceTask(Task):
             raise UserError(
                 f"task.loss_weights has {len(self.loss_weights)} numbers for the {len(self.losses)} of task.losses"
             )
+        if self.reference == "precomputed" and self.ld_alpha != 1.0:
+            raise UserError("task.ld_alpha weighs single tokens, and a precomputed reference has sums: take 'copy'")
 
     @property
     def compares(self) -> bool:
@@ -94,25 +112,42 @@ class PreferenceTask(Task):
         if self.compares:
             check_reference(self.reference, experiment, template)
 
-    def denominators(self, batches: PackedBatch) -> StepTotals:
+    @property
+    def _looks_up(self) -> bool:
+        return self.compares and self.reference == "precomputed"
+
+    def before_training(self, trainer: Trainer, processor: Processor, experiment: Experiment) -> None:
+        if self._looks_up:
+            precomputed.compute(trainer, processor, experiment, self.reference_file)
+
+    def batch_of(self, packed: PackedSequences) -> PackedBatch | ReferencedBatch:
+        if not self._looks_up:
+            return packed.batch
+        return ReferencedBatch(packed.batch, precomputed.lookup(packed, self.reference_file))
+
+    def denominators(self, batches: PackedBatch | ReferencedBatch) -> StepTotals:
         def one(batch: PackedBatch) -> StepTotals:
             tokens = log_probs.by_segment(log_probs.answer_mask(batch), batch)
             return StepTotals(_is_pair(tokens).sum().astype(jnp.float32), tokens[:, ::2].sum())
 
-        return jax.tree.map(lambda x: x.sum(0), jax.vmap(one)(batches))
+        packed = batches.packed if isinstance(batches, ReferencedBatch) else batches
+        return jax.tree.map(lambda x: x.sum(0), jax.vmap(one)(packed))
 
     def loss(
         self,
         model: VLM,
-        batch: PackedBatch,
+        batch: PackedBatch | ReferencedBatch,
         *,
         reference: VLM | None = None,
         rng: jax.Array | None = None,
         denominators: StepTotals | None = None,
     ) -> Loss:
+        sums = None
+        if isinstance(batch, ReferencedBatch):
+            batch, sums = batch.packed, jnp.asarray(batch.reference)
         other = log_probs.reference_of(self.reference, model, reference) if self.compares else None
         tokens = log_probs.of_both(model, batch, other)
-        chosen, rejected, is_pair = self._answers(tokens, batch)
+        chosen, rejected, is_pair = self._answers(tokens, batch, sums)
         settings = PairLossSettings(self.beta, self.label_smoothing, self.gamma, discopop_tau=self.discopop_tau)
         total = jnp.zeros(())
         for kind, weight in zip(self.losses, self.loss_weights or (1.0,) * len(self.losses), strict=True):
@@ -132,7 +167,7 @@ class PreferenceTask(Task):
         return Loss(total, pairs, metrics)
 
     def _answers(
-        self, tokens: log_probs.TokenLogProbs, batch: PackedBatch
+        self, tokens: log_probs.TokenLogProbs, batch: PackedBatch, reference: Float[Array, "B N"] | None
     ) -> tuple[Answers, Answers, Bool[Array, " P"]]:
         """Return chosen and rejected answers, and which of them are there; others have harmless numbers."""
         mask = log_probs.answer_mask(batch)
@@ -142,7 +177,7 @@ class PreferenceTask(Task):
             beyond = log_probs.answer_token_number(mask, batch) > log_probs.at_segments(shorter, batch)
             mask = mask * jnp.where(beyond, self.ld_alpha, 1.0)
         policy = log_probs.by_segment(tokens.policy * mask, batch)
-        reference = jnp.zeros_like(policy)
+        reference = jnp.zeros_like(policy) if reference is None else reference
         if tokens.reference is not None:
             reference = log_probs.by_segment(tokens.reference * mask, batch)
         is_pair = _is_pair(counts).reshape(-1)

@@ -295,6 +295,8 @@ class PreferenceArguments:
       desirable_weight: of kto: weight of the loss of good answers.
       undesirable_weight: of kto: weight of the loss of bad answers.
       ref_model: what the model is compared with: None, or the folder of --model, is the model before training.
+      precompute_ref_log_probs: of dpo: compute the reference's log-probabilities once, before training, into the run's
+        folder: no second pass in each step.
       ref_adapters: the adapter of the reference: none, or that of --adapters.
     """
 
@@ -313,6 +315,7 @@ class PreferenceArguments:
     undesirable_weight: float = 1.0
     ref_model: str | None = None
     ref_adapters: tuple[str, ...] = ()
+    precompute_ref_log_probs: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -227,10 +227,10 @@ def push_config(hub: TrainingHubArguments) -> PushConfig:
     return PushConfig(hub_model_id=hub.hub_model_id, private=hub.hub_private_repo, every=every)
 
 
-def task_of(arguments: TrainingArguments, given: frozenset[str] = frozenset()) -> Task:
-    """Return what is minimised. Raises UserError for arguments that exclude one another."""
+def task_of(arguments: TrainingArguments, given: frozenset[str] = frozenset(), folder: str = "") -> Task:
+    """Return what is minimised by a run in a folder. Raises UserError for arguments that exclude one another."""
     if isinstance(arguments, RlhfArguments):
-        return preference.task_of(arguments, given)
+        return preference.task_of(arguments, given, folder)
     return SupervisedTask(neftune_alpha=arguments.optimization.neftune_noise_alpha)
 
 
@@ -275,7 +275,7 @@ def experiment_of(arguments: TrainingArguments, facts: Facts, given: frozenset[s
         evaluation=EvaluationConfig(),
         export=ExportConfig(enabled=False),
         push=push_config(arguments.hub),
-        task=task_of(arguments, given),
+        task=task_of(arguments, given, f"{facts.root}/{facts.name}"),
         hooks=(CheckpointFolders(limit=output.save_total_limit, links=output.create_checkpoint_symlink),),
         steps=optimization.max_steps if optimization.max_steps > 0 else None,
         epochs=optimization.num_train_epochs,

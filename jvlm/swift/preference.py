@@ -15,12 +15,14 @@ from jvlm.swift.arguments import PreferenceArguments, RlhfArguments
 from jvlm.training.task import Task
 
 _OF_DPO = tuple(kind for kind in typing.get_args(PairLoss) if kind not in REFERENCE_FREE)
+REFERENCE = "reference_log_probs.npz"
 # arguments of one type of training that change nothing in the others
 _OWN = {
     "loss_type": ("dpo", "kto"),
     "loss_weights": ("dpo",),
     "rpo_alpha": ("dpo",),
     "ld_alpha": ("dpo",),
+    "precompute_ref_log_probs": ("dpo",),
     "discopop_tau": ("dpo",),
     "cpo_alpha": ("cpo", "simpo"),
     "simpo_gamma": ("simpo",),
@@ -37,10 +39,11 @@ def data_kind(arguments: PreferenceArguments) -> Literal["pairs", "labels"]:
     return "labels" if arguments.rlhf_type == "kto" else "pairs"
 
 
-def task_of(arguments: RlhfArguments, given: frozenset[str] = frozenset()) -> Task:
+def task_of(arguments: RlhfArguments, given: frozenset[str] = frozenset(), folder: str = "") -> Task:
     """Return the task of the arguments.
 
     Args:
+      folder: of the run.
       given: names of the arguments that were typed.
 
     Raises:
@@ -66,6 +69,9 @@ def task_of(arguments: RlhfArguments, given: frozenset[str] = frozenset()) -> Ta
     if own.rlhf_type == "dpo":
         losses, weights, sft = _losses(own)
         extra = {"ld_alpha": 1.0 if own.ld_alpha is None else own.ld_alpha, "discopop_tau": own.discopop_tau}
+        if own.precompute_ref_log_probs:
+            common |= {"reference_file": str(Path(folder, REFERENCE))}
+            reference = "precomputed"
         return PreferenceTask(losses, weights, sft, **common, **extra, reference=reference)
     sft = 1.0 if own.rlhf_type == "orpo" else own.cpo_alpha
     return PreferenceTask((own.rlhf_type,), (), sft, **common, gamma=own.simpo_gamma)

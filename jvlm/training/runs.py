@@ -215,6 +215,7 @@ def _train_one(
         *pushes,
         *experiment.hooks,
     )
+    experiment.task.before_training(trainer, processor, experiment)
     trainer.fit(batches, steps=experiment.steps)
     if trainer.step < experiment.steps and not trainer.finished:
         raise Interrupted(

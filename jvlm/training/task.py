@@ -19,7 +19,9 @@ from jvlm.models.vlm import VLM
 
 if TYPE_CHECKING:
     from jvlm.data.packing import PackedSequences
+    from jvlm.data.processor import Processor
     from jvlm.training.config import Experiment
+    from jvlm.training.trainer import Trainer
 
 
 # What `Loss.sources` adds up for each data source: weighted losses and their weights, right answers among so many
@@ -72,6 +74,11 @@ class Task(abc.ABC):
 
         Args:
           template: the model, with its adapters, without arrays.
+        """
+
+    def before_training(self, trainer: Trainer, processor: Processor, experiment: Experiment) -> None:  # noqa: B027
+        """Do what takes a pass over the data with the model to start from. Called before the first step of each start,
+        by every process, when the trainer's state is that model's and no checkpoint is restored yet.
         """
 
     def denominators(self, batches: Any) -> Any:

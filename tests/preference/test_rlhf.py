@@ -181,3 +181,31 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(line, tiny, tmp_path, mo
         assert logs[0][0] == pytest.approx(0.5, abs=1e-4)
     elif "full" in line:
         assert logs[0][0] == pytest.approx(np.log(2), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_precomputed_reference_gives_the_losses_of_the_reference_itself(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = write_pairs(tmp_path)
+    assert run(tmp_path, tiny, "--dataset", "pairs.jsonl", "--split_dataset_ratio", "0.2", "--eval_steps", "2") == 0
+    words = ("--dataset", "pairs.jsonl", "--split_dataset_ratio", "0.2", "--eval_steps", "2", "--output_dir", "pre")
+    base = ["--model", str(tiny.folder), "--max_length", "256", "--max_steps", "4", "--save_steps", "2"]
+    base += ["--learning_rate", "1e-2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    base += ["--logging_steps", "1", "--torch_dtype", "float32", "--add_version", "false"]
+    assert cli.main(["rlhf", *base, *words, "--precompute_ref_log_probs", "true"]) == 0
+    (first,) = (tmp_path / "out").iterdir()
+    for one, other in zip(log_of(first), log_of(tmp_path / "pre"), strict=True):
+        names = [name for name in one[0] if "reward" in name or "loss" in name]
+        for before, after in zip(one, other, strict=True):
+            for name in names:
+                assert after[name] == pytest.approx(before[name], abs=2e-4), name
+    file = tmp_path / "pre" / "reference_log_probs.npz"
+    with np.load(file) as stored:
+        assert len(stored["numbers"]) == len({*stored["numbers"].tolist()}) <= 2 * len(path.read_text().splitlines())
+        arrays = {**stored, "fingerprint": np.asarray("another")}
+    np.savez(file, **arrays)
+    changed = ["--output_dir", "pre2", *base]
+    assert cli.main(["rlhf", *changed, *words[:-2], "--write_config", "run.py", "--precompute_ref_log_probs"]) == 0
+    overrides = ["--task.reference_file", str(file)]
+    assert cli.main(["train", "run.py", *overrides]) == 2
+    assert "was written by another model" in capsys.readouterr().err

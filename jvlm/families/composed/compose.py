@@ -44,7 +44,7 @@ def compose_text(decoder: str | Path, *, precision: Precision = Precision()) -> 
     A model has an encoder: this one has the smallest that there is, which text never reaches.
     """
     vision = ViTConfig(depth=1, hidden_size=8, num_heads=1, intermediate_size=8, grid=1)
-    return _composed(vision, PooledMLPConfig(depth=1), decoder, precision)
+    return _composed(vision, PooledMLPConfig(grid=1, class_token=False, out_grid=1, depth=1), decoder, precision)
 
 
 def _composed(

@@ -1,0 +1,23 @@
+"""Preference training on meshes: the loss, its metrics and its gradient are those of one device."""
+
+import json
+
+import pytest
+
+from tests.parallel import models
+from tests.support import cpu_devices, run_python
+
+MESHES = ("data", "fsdp context tensor")
+
+
+@pytest.mark.slow
+def test_a_step_on_a_mesh_is_that_of_one_device():
+    assert set(MESHES) <= set(models.MESHES)
+    code = f"from tests.preference.pairs_on_meshes import main; main('qwen2_5_vl', *{MESHES!r})"
+    said = [json.loads(line) for line in run_python(code, timeout=600, **cpu_devices(8)).splitlines()]
+    alone = said[0]["metrics"]
+    assert alone["rewards/accuracies"] > 0 or alone["logps/chosen"] < -1
+    for line in said[1:]:
+        for name in ("loss", "nll_loss", "logps/chosen", "logps/rejected", "rewards/margins", "rewards/accuracies"):
+            assert line["metrics"][name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5), (line["mesh"], name)
+        assert line["difference"] < 2e-4 * max(line["largest"], 0.1), line
