@@ -45,9 +45,9 @@ TASKS = {
     "aot_unpaired": PreferenceTask(("aot_unpaired",)),
     "mpo": PreferenceTask(("sigmoid", "bco_pair"), (0.8, 0.2), 1.0),
 }
-# Renders prompts that are beginnings of conversations, which TRL cuts them at; spans are those of jvlm's own.
+# Without the usual line break after a turn: TRL counts it as a token of the answer, and here answers end before it.
 TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
