@@ -105,7 +105,7 @@ def pair_loss(
     if kind == "sigmoid_norm":
         return -log_sigmoid(beta * (a / chosen.tokens - b / rejected.tokens))
     if kind == "discopop":
-        share = sigmoid((a - b) / settings.discopop_tau)
+        share = sigmoid(margin / settings.discopop_tau)
         return -log_sigmoid(margin) * (1 - share) + jnp.exp(-margin) * share
     if kind == "cpo":
         return -log_sigmoid(beta * (chosen.policy - rejected.policy))

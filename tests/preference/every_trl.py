@@ -30,7 +30,7 @@ from jvlm.reward_model.text import save_text, text_model
 from jvlm.training.starting_model import random_model
 from jvlm.weights import backbones
 from jvlm.weights.labels import with_labels
-from tests import support
+from tests.preference.support import write_text_model
 
 PAIRS = [
     ("what color is the circle?", "it is red.", "it is a blue triangle, or a red circle."),
@@ -45,30 +45,6 @@ TASKS = {
     "aot_unpaired": PreferenceTask(("aot_unpaired",)),
     "mpo": PreferenceTask(("sigmoid", "bco_pair"), (0.8, 0.2), 1.0),
 }
-# Without the usual line break after a turn: TRL counts it as a token of the answer, and here answers end before it.
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def write_model(folder: Path, tokenizer: Path, seed: int) -> Path:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-    )
-    support.make_tokenizer(folder, chat_template=TEMPLATE)
-    Qwen2ForCausalLM(config).save_pretrained(str(folder))
-    return folder
 
 
 def load(folder: Path):
@@ -81,7 +57,7 @@ def both(tmp_path_factory):
     """(what TRL found, policy, reference, processor, our batch)."""
     folder = tmp_path_factory.mktemp("trl")
     for seed, name in enumerate(("policy", "reference")):
-        write_model(folder / name, folder, seed)
+        write_text_model(folder / name, seed)
     rows = [
         {
             "prompt": [{"role": "user", "content": question}],

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvlm.models import vlm
+from tests.support import make_tokenizer
 from tests.training.support import COLOURS, write_examples
 
 
@@ -47,3 +48,31 @@ def moved(model, scale=0.02):
         path: value + scale * jnp.asarray(rng.standard_normal(value.shape), value.dtype)
         for path, value in values.items()
     }
+
+
+# Without the usual line break after a turn: TRL counts it as a token of the answer, and here answers end before it.
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def write_text_model(folder: Path, seed: int) -> Path:
+    """A small Qwen2 with random weights, as transformers writes it."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+    )
+    make_tokenizer(folder, chat_template=TEMPLATE)
+    Qwen2ForCausalLM(config).save_pretrained(str(folder))
+    return folder

@@ -1,14 +1,16 @@
 """Reward models: their scores beside transformers', their loss, their folders, their scale and what a check says."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import jvlm
-from jvlm import cli
+from jvlm import cli, configs
 from jvlm.data import packing
 from jvlm.data.config import DataConfig
 from jvlm.data.example_source import ExampleSource
@@ -20,8 +22,10 @@ from jvlm.reward_model import check
 from jvlm.reward_model.scale import RewardScale
 from jvlm.reward_model.scoring import RewardModel
 from jvlm.reward_model.task import RewardTask
+from jvlm.reward_model.text import save_text
+from jvlm.training import runs
 from jvlm.weights.labels import with_labels
-from tests.preference.support import write_pairs
+from tests.preference.support import write_pairs, write_text_model
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +138,32 @@ def test_a_scale_is_monotonic_between_0_and_1():
     assert (values[0], values[2], values[-1]) == (0.0, 0.5, 1.0)
     with pytest.raises(UserError, match="do not differ"):
         RewardScale.fit([1.0, 1.0])
+
+
+@pytest.mark.slow
+def test_the_config_of_text_trains_a_language_model_s_folder_to_a_reward_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs = [
+        {"prompt": f"is {n} even?", "chosen": ("yes", "no")[n % 2], "rejected": ("no", "yes")[n % 2]} for n in range(16)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in pairs))
+    module = configs.module("align/mimo_7b_reward_model")
+    module.FOLDER = str(write_text_model(tmp_path / "language_model", 0))
+    made = module.get_config()
+    data = dataclasses.replace(made.data, train=("pairs.jsonl",), batch_size=2, seq_len=128, pack_window=8)
+    optimizer = dataclasses.replace(made.optimizer, learning_rate=3e-3, schedule="constant", warmup_ratio=0.0)
+    changes = {"gradient_accumulation_steps": 1, "steps": 30, "log_interval_steps": 1, "output_root": "runs"}
+    result = runs.train(dataclasses.replace(made, data=data, optimizer=optimizer, **changes))
+    lines = [json.loads(line) for line in (result.folder / "logging.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=0.3)
+    assert np.mean([line["loss"] for line in lines[-5:]]) < lines[0]["loss"] - 0.1
+    loaded = RewardModel.load(result.folder)
+    question = {"role": "user", "content": "is 2 even?"}
+    answers = [{"messages": [question, {"role": "assistant", "content": answer}]} for answer in ("yes", "no")]
+    scores = loaded.scores(answers)
+    assert scores[0] != scores[1]
+    save_text(loaded.model, loaded.processor, tmp_path / "hf", base=tmp_path / "language_model")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    matrix = vlm.parameters(loaded.model)["decoder.score.kernel"].get_value()
+    np.testing.assert_array_equal(tensors["score.weight"], np.asarray(matrix).T)
+    assert "lm_head.weight" not in tensors
