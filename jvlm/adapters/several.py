@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -214,3 +215,33 @@ def names_of(text: Sequence[str]) -> dict[str, str]:
 def load(model: VLM, folders_by_name: Mapping[str, Any]) -> VLM:
     """Return `stacked` of the adapters in folders, as `jvlm.adapters.folders.read` reads them."""
     return stacked(model, {name: folders.read(folder, model.config) for name, folder in folders_by_name.items()})
+
+
+def content_keys(model: VLM) -> dict[str, tuple[bytes, bytes]]:
+    """Return, for each adapter of a model, hashes of its tensors, and of those that change the vision tower.
+
+    What was computed with an adapter is the same wherever these are, whatever the adapter is called. The second is
+    empty where the adapter leaves encoder and connector alone.
+    """
+    if not isinstance(model.adapters, AdapterNames):
+        return {}
+    choices = [(".".join(map(str, path)), part) for path, part in nnx.iter_modules(model)]
+    choices = sorted((c for c in choices if isinstance(c[1], AdapterChoice)), key=lambda c: c[0])
+    keys = {}
+    for name in model.adapters.names:
+        number, everything, vision = model.adapters.number(name), hashlib.sha256(), hashlib.sha256()
+        sees = False
+        for path, part in choices:
+            own = {"a": 3, "b": 3, "factor": 2, "bias": 2}
+            arrays = [(field, getattr(part, field), axes) for field, axes in own.items()]
+            digest = hashlib.sha256(path.encode())
+            for field, value, axes in arrays:
+                if value is not None:
+                    held = np.ascontiguousarray(np.take(np.asarray(value[...]), number, axis=value[...].ndim - axes))
+                    digest.update(f"{field}{held.dtype.str}{held.shape}".encode() + held.tobytes())
+            everything.update(digest.digest())
+            if not path.startswith("decoder"):
+                vision.update(digest.digest())
+                sees = True
+        keys[name] = everything.digest(), vision.digest() if sees else b""
+    return keys

@@ -16,7 +16,7 @@ from jvlm.errors import UserError
 from jvlm.options import FLAT, parse, parse_with
 
 if TYPE_CHECKING:
-    from jvlm.inference.compiled import BatchShape
+    from jvlm.inference.abstract import BatchShape
     from jvlm.planning.report import Plan
     from jvlm.planning.roofline import SegmentLengths
     from jvlm.training.config import Experiment

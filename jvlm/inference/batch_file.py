@@ -13,12 +13,13 @@ from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.inference.answer_file import HASH, AnswerFile, Run, check_paths, copied
-from jvlm.inference.engine import Completion, Engine
+from jvlm.inference.engine import Engine
 from jvlm.inference.generate import (
+    Completion,
     adapter_name,
     answer_text,
     check_batch_size,
-    complete,
+    complete_each,
     cut_note,
     encode_prompt,
     engine_for,
@@ -76,7 +77,7 @@ def generate_file(
         raise UserError(f"on_bad_example is {on_bad_example!r}; it must be 'error' or 'skip'")
     files = check_paths(data, output)
     source = ExampleSource([str(data)])
-    engine = engine_for(model, processor, layout)
+    engine = engine_for(model, processor, layout, batch_size)
     settings = answer_settings(model, engine, sampling)
     mark, folder = settings_hash(settings), str(processor.tokenizer.name_or_path)
     run = Run(mark, settings, files_hash(files), len(source), folder)
@@ -155,17 +156,19 @@ def _complete(
     chosen: list[int],
     adapters: Sequence[str | None],
 ) -> list[Completion | ExampleError]:
-    """Answers to the chosen examples; where a batch has none, as for one that overflows, each is asked by itself."""
-    try:
-        batch, own = [examples[i] for i in chosen], [request_ids[i] for i in chosen]
-        names = [adapters[i] for i in chosen]
-        return complete(engine, batch, sampling, request_ids=own, batch_size=max(len(chosen), 1), adapters=names)
-    except BrokenWeights:
-        raise
-    except UserError as error:
-        if len(chosen) == 1:
-            return [ExampleError(batch[0].origin, "messages", f"no answer: {error}", "Leave the example out")]
-        return [answer for i in chosen for answer in _complete(engine, examples, sampling, request_ids, [i], adapters)]
+    """Answers to the chosen examples, or why there is none."""
+    own, names = [request_ids[i] for i in chosen], [adapters[i] for i in chosen]
+    prompts = [examples[i] for i in chosen]
+    found: list[Completion | ExampleError] = []
+    for prompt, one in zip(
+        prompts, complete_each(engine, prompts, sampling, request_ids=own, adapters=names), strict=True
+    ):
+        if isinstance(one, BrokenWeights):
+            raise one
+        if isinstance(one, UserError):
+            one = ExampleError(prompt.origin, "messages", f"no answer: {one}", "Leave the example out")
+        found.append(one)
+    return found
 
 
 def _encode(engine: Engine, origin: Origin, example: Any) -> Example | ExampleError:

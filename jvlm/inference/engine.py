@@ -1,13 +1,17 @@
-"""The engine: one compiled prefill and one compiled decode step for each bucket of shapes.
+"""The engine: continuous batching of requests over slots and a paged cache.
 
-Axes: B sequences, S tokens of the longest prompt (rounded up), P patches, T positions of the cache, V vocabulary.
+`Engine.submit` takes requests, `Engine.step` runs what the scheduler plans next and returns what became of it. Requests
+begin and end at any time beside others; what one gets does not depend on the others, but for the rounding of matrix
+products of other shapes.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,62 +25,113 @@ from jvlm.data.errors import ExampleError
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
-from jvlm.inference import sharding
-from jvlm.inference.compiled import CompiledSteps, ModuleDef
-from jvlm.inference.sampling import NOT_FINITE, SamplingArrays, SamplingConfig
-from jvlm.inference.token_rules import FILE, token_rules
+from jvlm.inference import not_finite, shapes, sharding, token_rules
+from jvlm.inference.answer import Answer
+from jvlm.inference.device_state import DeviceState, Sampled
+from jvlm.inference.programs import ModuleDef, Programs
+from jvlm.inference.requests import EngineConfig, EngineStats, Event, Request, SamplingParams, TokenLogprob
+from jvlm.inference.sampling import NOT_FINITE, SamplingConfig
+from jvlm.inference.scheduling.config import SchedulerConfig
+from jvlm.inference.scheduling.plans import Encode, Plan, Prefill, Result, Row
+from jvlm.inference.scheduling.scheduler import Scheduler
+from jvlm.inference.scheduling.sequence_spec import SequenceSpec
+from jvlm.inference.shapes import Need, Shapes
 from jvlm.inference.weights import decoding_state
-from jvlm.models import contracts
-from jvlm.models.batch import PackedBatch
-from jvlm.models.token_ids import token_ids
-from jvlm.models.vlm import VLM, VLMConfig
+from jvlm.models import contracts, vlm
+from jvlm.models.vlm import VLM
 from jvlm.parallel.layout import MeshLayout
-from jvlm.weights.finite import BrokenWeights, not_finite
+from jvlm.weights.finite import BrokenWeights
 
-# Shapes are rounded up to 1, 2, 3, 4, 6, 8, 12, ... of these, so that few are ever compiled.
-TOKEN_STEP = 16
-LANES = 128  # a TPU's kernel for decoding takes caches of whole lanes
 PATCH_STEP = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """An answer: its tokens, with the stop token if that is what ended it."""
+@dataclasses.dataclass
+class _Active:
+    """A request in the engine.
 
-    tokens: tuple[int, ...]
-    stopped: bool
+    Attributes:
+      group: whose scheduler has it; -1 while it waits for larger shapes.
+      answers: one for each of its ``n``.
+    """
+
+    request: Request
+    spec: SequenceSpec
+    need: Need
+    adapter: int
+    ends: frozenset[int]
+    answers: list[Answer]
+    group: int = -1
+    cached: int = 0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    reported: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Launched:
+    """A plan of each group that was given to the device, and the tokens that it draws."""
+
+    plans: Mapping[int, Plan]
+    sampled: Sequence[Sampled]
+    began: float
 
 
 class Engine:
-    """Generates for one model. Parameters are prepared once; call `update` after they have changed.
+    """Generates for one model. Programs are compiled at their first use, or all of them by `warm_up`.
 
     Args:
       layout: the devices that share the work, all of this process, as `sharding.inference_layout` returns it; None is
         one device.
-      ahead: start each step before the tokens of the last are read, so that an accelerator never waits for the
-        host; costs one step too many at the end. None: wherever the backend is not CPU.
 
     Raises:
-      ValueError: a layout that cannot generate, or that the model does not divide by.
+      UserError: a layout that cannot generate, or that the model does not divide by; a generation_config.json that
+        forbids every token.
     """
 
     def __init__(
-        self, model: VLM, processor: Processor, layout: MeshLayout | None = None, *, ahead: bool | None = None
+        self,
+        model: VLM,
+        processor: Processor,
+        config: EngineConfig = EngineConfig(),
+        layout: MeshLayout | None = None,
     ):
         contracts.check_generates(model.decoder)
-        self.config, self.processor = model.config, processor
-        self.ahead = jax.default_backend() != "cpu" if ahead is None else ahead
+        self.config, self.processor, self.sizes = model.config, processor, config
+        self.ahead = jax.default_backend() != "cpu" if config.ahead is None else config.ahead
         self.layout = sharding.check_layout(layout, model.config)
-        self.banned, self.banned_first = self._banned()
-        self._steps: CompiledSteps | None = None
+        self.banned, self.banned_first = token_rules.never_given(model.config, processor)
+        self.groups = 1 if self.layout is None else self.layout.num_shards(self.layout.mesh_axes("batch"))
+        self.shapes: Shapes | None = None
+        self._device: DeviceState | None = None
+        self._schedulers: list[Scheduler] = []
         self._given: list[Any] = []
-        self.update(model)
+        self._active: dict[str, _Active] = {}
+        self._held: deque[str] = deque()  # requests that need larger shapes
+        self._launched: deque[_Launched] = deque()
+        self._early: list[Event] = []
+        self._mail: dict[str, deque[Event]] = {}
+        self._success: collections.Counter[str] = collections.Counter()
+        self._retired: dict[str, int] = {}
+        self._ready_at: int | None = None
+        self._idle_since: float | None = None
+        self._host_gap = 0.0
+        self._structures: tuple[ModuleDef, ModuleDef] | None = None
+        self.load(model)
 
-    def update(self, model: VLM) -> None:
-        """Take the parameters that the model holds now; free if they are the same arrays as before.
+    # -- parameters
 
-        On a layout, those that are not where they will be used are copied there.
+    def load(self, params: VLM | Mapping[str, Any]) -> None:
+        """Take other parameters of the same model, without compiling; free if they are the same arrays as before.
+
+        Answers that run go on with them; cached pages and features of the old ones are used no more. On a layout,
+        arrays that are not where they will be used are copied there.
+
+        Args:
+          params: the model, or dotted path -> array as `vlm.parameters` names them.
+
+        Raises:
+          UserError: paths or shapes of another model.
         """
+        model = params if isinstance(params, VLM) else self._with(params)
         given = jax.tree.leaves(nnx.state(model))
         if len(given) == len(self._given) and all(a is b for a, b in zip(given, self._given, strict=True)):
             return
@@ -85,47 +140,47 @@ class Engine:
         placed = adapter_steps.with_norms(placed)
         whole, self._leaves = ModuleDef.of(placed, nnx.state(placed))
         decoder, self._decoder_leaves = ModuleDef.of(placed.decoder, decoding_state(placed.decoder))
-        if self._steps is None or (self._steps.model, self._steps.decoder) != (whole, decoder):
-            self._steps = CompiledSteps(whole, decoder, self.banned, self.layout, self.banned_first)
+        if self._structures is not None and self._structures != (whole, decoder):
+            if self._active:
+                raise UserError("the parameters are of another form than those of the answers that run; wait for them")
+            self._drop_programs()
+        self._structures = (whole, decoder)
+        self._adapter_keys = several.content_keys(placed)
+        for scheduler in self._schedulers:
+            scheduler.forget()
+
+    def _with(self, params: Mapping[str, Any]) -> VLM:
+        if not self._given:
+            raise UserError("the engine has let go of its parameters; load a model")
+        model = self._structures[0].bind(self._leaves)
+        wanted = vlm.parameters(model)
+        wrong = sorted(set(params) ^ set(wanted))
+        wrong += [p for p in params if p in wanted and params[p].shape != wanted[p].get_value().shape]
+        if wrong:
+            raise UserError(f"the parameters are not those of this model: {wrong[0]} and {len(wrong) - 1} more differ")
+        return vlm.bind(model, params)
 
     def release(self) -> None:
-        """Let go of the parameters, not of what is compiled; `update` takes them again.
+        """Let go of the parameters and the cache, not of what is compiled; `load` takes them again.
 
         Training wants this after generating: on CPU the engine's views keep old parameters alive.
         """
+        if self._active:
+            raise RuntimeError("answers still run")
         self._given, self._leaves, self._decoder_leaves = [], [], []
+        if self._device is not None:
+            self._device.release()
+            self._schedulers = self._new_schedulers()
 
-    @property
-    def compilations(self) -> dict[str, int]:
-        """How many times each step has been compiled."""
-        return {"prefill": self._steps.prefill._cache_size(), "decode": self._steps.decode._cache_size()}
+    # -- requests
 
-    def stop_tokens(self, sampling: SamplingConfig) -> frozenset[int]:
-        """The tokens that end a sequence."""
+    def stop_tokens(self, sampling: SamplingConfig | SamplingParams) -> frozenset[int]:
+        """The tokens that end an answer."""
         if sampling.stop_token_ids is not None:
             return frozenset(sampling.stop_token_ids)
-        return self._ends()
-
-    def _ends(self) -> frozenset[int]:
-        """The checkpoint's end tokens: those of either configuration file, and of its chat template."""
-        own = token_ids(self.processor.generation.get("eos_token_id"), f"{FILE}: eos_token_id")
-        return frozenset((*own, *self.config.end_token_ids, *self.processor.stop_ids))
-
-    def _banned(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Tokens that are never given, and those that are not given first (None: the same)."""
-        ids = self.processor.tokenizer.get_vocab().values()
-        rules = token_rules(self.processor.generation, self._ends())
-        banned = banned_tokens(self.config, ids, self.processor.delimiter_ids)
-        _mark(banned, rules.suppressed)
-        if banned.all():
-            raise UserError(f"{FILE} forbids every token that may be generated; see suppress_tokens and bad_words_ids")
-        if rules.unsupported:
-            print(f"{FILE} asks for what is not done here: {'; '.join(rules.unsupported)}", file=sys.stderr)
-        if not rules.suppressed_first:
-            return banned, None
-        first = banned.copy()
-        _mark(first, rules.suppressed_first)
-        return banned, first
+        if isinstance(sampling, SamplingParams) and sampling.ignore_eos:
+            return frozenset()
+        return token_rules.end_tokens(self.config, self.processor)
 
     def answer_limit(self, example: Example) -> int:
         """Return how many tokens may follow a prompt: the model's positions that are left.
@@ -144,118 +199,401 @@ class Engine:
             )
         return limit - positions
 
-    def steps(
-        self,
-        examples: Sequence[Example],
-        sampling: SamplingConfig,
-        request_ids: Sequence[int] | None = None,
-        adapters: Sequence[str | None] | None = None,
-    ) -> Iterator[list[int | None]]:
-        """Yields the next token of every example, None for those that have finished.
-
-        The token that ends a sequence is yielded too. A sequence also ends at the model's last position.
-
-        Args:
-          examples: prompts, ended with the opening of an assistant turn.
-          request_ids: of the conversations, for the random draws; 0, 1, ... if not given.
-          adapters: name of each example's adapter, in a model that has several by name; None is the base.
+    def submit(self, request: Request) -> None:
+        """Take a request. Its events come from `step`.
 
         Raises:
           ExampleError: a prompt that leaves no position for an answer.
-          UserError: scores that are not finite, naming the prompts, and the weights that are not finite either.
+          UserError: a request that this model or these shapes cannot serve; an id that is there already.
         """
-        answer_limit = np.array([self.answer_limit(example) for example in examples])
-        most = min(sampling.max_new_tokens, int(answer_limit.max()))
-        count, B = len(examples), self._batch_size(len(examples))
-        batch, lengths = self._batch(examples, B)
-        request = np.zeros(B, np.int32)
-        request[:count] = range(count) if request_ids is None else request_ids
-        arrays, adapted = SamplingArrays.of(sampling, request), self._adapters(adapters, count, B)
-        if self.layout is not None:
-            batch, lengths, arrays = sharding.shard_batch(self.layout, batch, lengths, arrays)
-            adapted = jax.device_put(adapted, (arrays.request_ids.sharding,) * len(adapted))
-        on_cpu = jax.default_backend() == "cpu"
-        cache_len = packing.bucket(int(lengths.max()) + most, TOKEN_STEP if on_cpu else LANES)
-        flags, stop, leaves = sampling.flags, list(self.stop_tokens(sampling)), self._decoder_leaves
-        logits, cache = self._steps.prefill(self._leaves, batch, lengths, *adapted)
-        token, state = self._steps.first_token(flags, cache_len, leaves, logits, cache, batch, lengths, arrays)
-        del logits, cache
-        running = np.ones(count, bool)
-        for left in reversed(range(most)):
-            if left and self.ahead:
-                upcoming, state = self._steps.decode(flags, leaves, state, token, arrays, *adapted)
-            chosen = np.asarray(token)[:count]
-            broken = np.flatnonzero(running & (chosen == NOT_FINITE))
-            if broken.size:
-                raise self._not_finite([examples[slot] for slot in broken], most - left)
-            yield [int(t) if r else None for t, r in zip(chosen, running, strict=True)]
-            running &= ~np.isin(chosen, stop) & (most - left < answer_limit)
-            if not left or not running.any():
-                return
-            if not self.ahead:
-                upcoming, state = self._steps.decode(flags, leaves, state, token, arrays, *adapted)
-            token = upcoming
+        if request.id in self._active:
+            raise UserError(f"a request {request.id!r} is there already; its answers have not ended")
+        sampling, example = request.sampling, request.example
+        limit = min(sampling.max_tokens, self.answer_limit(example))
+        self._check_ids(sampling)
+        if sampling.grammar is not None:
+            raise UserError("sampling.grammar: answers under a grammar are not served by this engine")
+        chosen = several.numbers(self._adapter_names, [request.adapter])
+        adapter = 0 if chosen is None else int(chosen[0])
+        key = self._adapter_keys.get(request.adapter, (b"", b""))
+        spec = SequenceSpec.of(
+            request.id,
+            example,
+            max_tokens=limit,
+            n=sampling.n,
+            priority=request.priority,
+            adapter=key[0],
+            encoder_adapter=key[1],
+            salt=request.cache_salt,
+            whole_prompt=sampling.prompt_logprobs is not None,
+            needs_last_token=sampling.grammar is not None,
+        )
+        ends = self.stop_tokens(sampling)
+        answers = [Answer(request, self.processor, ends, limit) for _ in range(sampling.n)]
+        active = _Active(request, spec, self._need(spec, example, limit), adapter, ends, answers)
+        if sampling.prompt_logprobs is not None:
+            active.prompt_logprobs = [None] * example.length
+        if self.shapes is not None and self._ready_at is not None and not self.shapes.holds(active.need):
+            if active.need.prompt < self.shapes.capacity < active.need.tokens:
+                active.need = dataclasses.replace(active.need, tokens=self.shapes.capacity)
+            if not self.shapes.holds(active.need):
+                raise shapes.refuse(active.need, self.shapes)
+        self._active[request.id] = active
+        if self.shapes is None or not self.shapes.holds(active.need):
+            self._held.append(request.id)
+        else:
+            self._begin(active)
 
-    def _adapters(self, names: Sequence[str | None] | None, count: int, size: int) -> tuple[np.ndarray, ...]:
-        """The numbers of the adapters, none for padding, as further arguments of the steps; () without a choice."""
-        indices = several.numbers(self._adapter_names, [None] * count if names is None else names)
-        return () if indices is None else (np.pad(indices, (0, size - count)),)
+    def _begin(self, active: _Active) -> None:
+        loads = [sum(a.group == g for a in self._active.values()) for g in range(self.groups)]
+        group = min(range(self.groups), key=loads.__getitem__)
+        limit = self._schedulers[group].add(active.spec)
+        active.group = group
+        for answer in active.answers:
+            answer.limit = limit
 
-    def _not_finite(self, examples: Sequence[Example], token: int) -> UserError:
-        """Why the scores of these prompts are not finite; only now are the weights looked through."""
-        model = self._steps.model.bind(self._leaves)
-        asked = ", ".join(str(e.origin) for e in examples[:3] if e.origin is not None and e.origin.number is not None)
-        asked = f" for {asked}" if asked else ""
-        problem = f"the model's scores{asked} are not finite numbers (token {token} of the answer): "
-        tensors = not_finite(model)
-        if tensors:
-            shown = "\n  ".join(tensors[:5])
-            more = f"\n  and {len(tensors) - 5} more" if len(tensors) > 5 else ""
-            return BrokenWeights(
-                f"{problem}{len(tensors)} tensors hold NaN or infinity. Take an earlier checkpoint, or copy the folder "
-                f"again:\n  {shown}{more}"
-            )
-        dtype = model.config.precision.compute_dtype
-        return UserError(
-            f"{problem}all weights are, so this input overflows {dtype}; try another precision.compute_dtype"
+    def _check_ids(self, sampling: SamplingParams) -> None:
+        vocabulary = self.config.decoder.vocab_size
+        for field in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+            wrong = [i for i in getattr(sampling, field) or () if i >= vocabulary or i < 0]
+            if wrong and field != "stop_token_ids":
+                raise UserError(f"sampling.{field} has the id {wrong[0]}; the vocabulary ends at {vocabulary - 1}")
+        allowed = sampling.allowed_token_ids
+        if allowed is not None and self.banned[list(allowed)].all():
+            raise UserError("sampling.allowed_token_ids has only tokens that this model must not give")
+
+    def _need(self, spec: SequenceSpec, example: Example, limit: int) -> Need:
+        connector, per_image = self.config.connector, self.config.connector.tokens_per_image
+        beside = self.config.decoder.vision_memory
+        segments = example.vision_segment_ids
+        images = [len(np.unique(segments[m.first : m.first + m.tokens])) for m in spec.media]
+        unit = max(connector.min_image_patches, per_image or 1)
+        memory = 0
+        if beside is not None and images:
+            memory = per_image * (sum(images) if beside == "all" else 1)
+        return Need(
+            prompt=len(spec.tokens),
+            tokens=len(spec.tokens) + limit,
+            answers=spec.n,
+            vision_tokens=sum({m.content: m.tokens for m in spec.media}.values()),
+            patches=max((max(m.patches, n * unit) for m, n in zip(spec.media, images, strict=True)), default=0),
+            memory=memory,
         )
 
-    def completion(self, tokens: Sequence[int], sampling: SamplingConfig) -> Completion:
-        """The tokens that `steps` gave for one example, and how they ended."""
-        return Completion(tuple(tokens), bool(tokens) and tokens[-1] in self.stop_tokens(sampling))
+    def abort(self, request_id: str) -> None:
+        """End a request's answers; those that had not ended get an event. One that is not there is no error."""
+        active = self._active.pop(request_id, None)
+        if active is None:
+            return
+        if active.group >= 0:
+            self._schedulers[active.group].abort(request_id)
+        else:
+            self._held.remove(request_id)
+        for index, answer in enumerate(active.answers):
+            if not answer.ended:
+                answer.ended = True
+                self._success["abort"] += 1
+                self._early.append(Event(request_id, index, finish_reason="abort"))
 
-    def _batch_size(self, count: int) -> int:
-        """Slots of a batch of so many prompts: few sizes, and as many for each device."""
-        slots = 1 << (count - 1).bit_length()
-        parts = 1 if self.layout is None else self.layout.num_shards(self.layout.mesh_axes("batch"))
-        return -(-slots // parts) * parts
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to tell."""
+        return bool(self._active or self._launched or self._early)
 
-    def _batch(self, examples: Sequence[Example], slots: int) -> tuple[PackedBatch, np.ndarray]:
-        step = packing.patch_step(self.processor.image_processor.patch_group, PATCH_STEP)
-        most = max(e.num_patches for e in examples)
-        patches = packing.bucket(most, step) if most else 0
-        tokens = packing.bucket(max(e.length for e in examples), TOKEN_STEP)
-        empty = [[] for _ in range(slots - len(examples))]
-        batch = packing.assemble([*([e] for e in examples), *empty], tokens, patches)
-        lengths = np.zeros(slots, np.int32)
-        lengths[: len(examples)] = [e.length for e in examples]
-        return batch, lengths
+    def run(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Submit requests, and yield their events until all have ended; abort those left when the caller stops.
+
+        Requests of other callers go on meanwhile; their events are kept for them.
+        """
+        own: set[str] = set()
+        left: dict[str, int] = {}
+        try:
+            for request in requests:
+                self.submit(request)
+                own.add(request.id)
+                left[request.id] = request.sampling.n
+                self._mail[request.id] = deque()
+            while left:
+                if not any(self._mail[i] for i in left):
+                    for event in self.step():
+                        if event.request_id in self._mail:
+                            self._mail[event.request_id].append(event)
+                for request_id in list(left):
+                    mail = self._mail[request_id]
+                    while mail:
+                        event = mail.popleft()
+                        if event.finish_reason is not None:
+                            left[request_id] -= 1
+                            if not left[request_id] or event.finish_reason == "error":
+                                left.pop(request_id, None)
+                        yield event
+        finally:
+            for request_id in own:
+                self._mail.pop(request_id, None)
+                self.abort(request_id)
+
+    # -- steps
+
+    def step(self) -> list[Event]:
+        """Run what is to be run next, and return what became of earlier steps."""
+        events, self._early = self._early, []
+        self._begin_held()
+        launched = self._launch()
+        waiting = 1 if self.ahead and launched else 0
+        while len(self._launched) > waiting:
+            events += self._read(self._launched.popleft())
+        return events
+
+    def _begin_held(self) -> None:
+        """Make larger shapes for requests that need them, once nothing runs, and begin these."""
+        if not self._held or self._launched or any(a.group >= 0 for a in self._active.values()):
+            return
+        held = [self._active[request_id] for request_id in self._held]
+        self._held.clear()
+        self._make_shapes([active.need for active in held])
+        for active in held:
+            self._begin(active)
+
+    def _launch(self) -> bool:
+        """Give the device the next plan of every group. Returns whether there was one."""
+        by_kind: dict[type, dict[int, Plan]] = {}
+        for group, scheduler in enumerate(self._schedulers):
+            plan = scheduler.next()
+            if plan is not None:
+                by_kind.setdefault(type(plan), {})[group] = plan
+        if by_kind and self._idle_since is not None:
+            self._host_gap += time.perf_counter() - self._idle_since
+        for kind, plans in by_kind.items():
+            began = time.perf_counter()
+            if kind is Encode:
+                self._device.encode(plans, self._active)
+                sampled: Sequence[Sampled] = ()
+            elif kind is Prefill:
+                sampled = self._device.prefill(plans, self._active)
+            else:
+                sampled = self._device.decode(plans, self._active)
+            self._launched.append(_Launched(plans, sampled, began))
+        return bool(by_kind)
+
+    def _read(self, launched: _Launched) -> list[Event]:
+        events: list[Event] = []
+        results: dict[int, dict[int, Result]] = {group: {} for group in launched.plans}
+        broken: list[tuple[int, Row]] = []
+        for sampled in launched.sampled:
+            tokens = np.asarray(sampled.tokens)
+            values = None if sampled.logprobs is None else jax.device_get(sampled.logprobs)
+            for place, group, row in sampled.rows:
+                scheduler = self._schedulers[group]
+                if not scheduler.is_current(row):
+                    if tokens[place] == NOT_FINITE:
+                        broken.append((group, row))
+                    continue
+                token = int(tokens[place])
+                if token == NOT_FINITE:
+                    broken.append((group, row))
+                    results[group][row.sequence] = Result((0,), True)  # no token, and no other result
+                    continue
+                event, ended = self._event(row, token, None if values is None else (values, place))
+                events.append(event)
+                results[group][row.sequence] = Result((token,), ended)
+        self._take_prompt_logprobs(launched, events)
+        self._idle_since = None if self._launched or not self._active else time.perf_counter()
+        seconds = time.perf_counter() - launched.began
+        for group, plan in launched.plans.items():
+            self._schedulers[group].finish(plan, results[group], None if self.ahead else seconds)
+        if broken:
+            events += self._broken(broken, launched)
+        self._forget_ended(launched)
+        return events
+
+    def _event(self, row: Row, token: int, values: tuple[Any, int] | None) -> tuple[Event, bool]:
+        active = self._active[row.request_id]
+        answer, sampling = active.answers[row.index], active.request.sampling
+        step = answer.add(token)
+        logprob = None
+        if values is not None and sampling.logprobs is not None:
+            logprob = _logprob(values[0], values[1], token, sampling.logprobs)
+        if step.finish_reason is not None:
+            self._success[step.finish_reason] += 1
+        event = Event(
+            row.request_id,
+            row.index,
+            token,
+            step.text,
+            logprob,
+            step.finish_reason,
+            step.stop_reason,
+            prompt_tokens=len(active.spec.tokens),
+            cached_tokens=active.cached,
+        )
+        return event, step.finish_reason is not None
+
+    def _take_prompt_logprobs(self, launched: _Launched, events: list[Event]) -> None:
+        """Keep those of a chunk; the first event of a request tells them."""
+        for plan in launched.plans.values():
+            for chunk in plan.chunks if isinstance(plan, Prefill) else ():
+                active = self._active.get(chunk.row.request_id)
+                if active is not None:
+                    active.cached = chunk.cached
+        for request_id, start, tokens, values in self._device.take_prompt_logprobs(launched):
+            active = self._active.get(request_id)
+            if active is None or active.prompt_logprobs is None:
+                continue
+            count = active.request.sampling.prompt_logprobs
+            found = jax.device_get(values)
+            for i, token in enumerate(tokens):
+                active.prompt_logprobs[start + i] = _logprob(found, i, int(token), count, entropy=False)
+        for i, event in enumerate(events):
+            active = self._active.get(event.request_id)
+            if active is None or active.reported:
+                continue
+            active.reported = True
+            given = None if active.prompt_logprobs is None else tuple(active.prompt_logprobs)
+            events[i] = dataclasses.replace(event, cached_tokens=active.cached, prompt_logprobs=given)
+
+    def _broken(self, rows: Sequence[tuple[int, Row]], launched: _Launched) -> list[Event]:
+        """End requests whose scores are not finite, and leave nothing of them in pages that others will get."""
+        events = []
+        for group, row in rows:
+            self._device.scrub(group, _pages_of(row, launched.plans[group]))
+            self._schedulers[group].forget()
+            active = self._active.pop(row.request_id, None)
+            if active is None:
+                continue
+            self._schedulers[group].abort(row.request_id)
+            model = self._structures[0].bind(self._leaves)
+            error = not_finite.error(model, active.request.example.origin, row.draw + 1)
+            self._success["error"] += 1
+            events.append(Event(row.request_id, row.index, finish_reason="error", error=error))
+        return events
+
+    def _forget_ended(self, launched: _Launched) -> None:
+        for sampled in launched.sampled:
+            for _, _, row in sampled.rows:
+                active = self._active.get(row.request_id)
+                if active is not None and all(answer.ended for answer in active.answers):
+                    del self._active[row.request_id]
+
+    # -- programs
+
+    def _make_shapes(self, needs: list[Need]) -> None:
+        """Set the shapes that hold requests; programs and cache are new if they changed."""
+        decoder, images = self.config.decoder, self.processor.image_processor
+        page = self.sizes.page_size or (128 if jax.default_backend() == "tpu" else 16)
+        found = shapes.shapes_for(
+            self.sizes,
+            needs,
+            groups=self.groups,
+            page_size=page,
+            patch_step=packing.patch_step(images.patch_group, PATCH_STEP),
+            tokens_per_image=self.config.connector.tokens_per_image if decoder.vision_memory else None,
+            prefills_whole=decoder.prefills_whole,
+            least=self.shapes,
+        )
+        if found == self.shapes and self._device is not None:
+            return
+        self._drop_programs()
+        self.shapes = found
+        whole, module = self._structures
+        adapted = isinstance(self._adapter_names, several.AdapterNames)
+        features = DeviceState.features(self.config, whole, self._leaves, self.layout, found, adapted)
+        programs = Programs(whole, module, self.layout, found.cache, features, adapted=adapted)
+        banned = np.stack([self.banned, self.banned if self.banned_first is None else self.banned_first])
+        self._device = DeviceState(self, programs, banned)
+        self._schedulers = self._new_schedulers()
+
+    def _drop_programs(self) -> None:
+        if self._device is not None:
+            for name, count in self._device.programs.compiled.items():
+                self._retired[name] = self._retired.get(name, 0) + count
+        self._device = self.shapes = None
+        self._schedulers = []
+
+    def _new_schedulers(self) -> list[Scheduler]:
+        s, whole = self.shapes, self.config.decoder.prefills_whole
+        chunk = s.prefill_tokens[-1]
+        config = SchedulerConfig(
+            num_pages=s.pages,
+            page_size=s.page_size,
+            max_slots=s.slots,
+            max_length=s.capacity,
+            prefill_chunk_tokens=chunk,
+            prefill_chunks=s.prefill_rows,
+            feature_slots=s.feature_slots,
+            encode_patches=s.encode_patches[-1],
+            prefix_cache=self.sizes.prefix_cache and not whole,
+            cuts_prompts=not whole,
+        )
+        return [Scheduler(config) for _ in range(self.groups)]
+
+    @property
+    def compilations(self) -> dict[str, int]:
+        """How many times each program has been compiled."""
+        now = {} if self._device is None else self._device.programs.compiled
+        return {name: now.get(name, 0) + self._retired.get(name, 0) for name in {*now, *self._retired}}
+
+    def warm_up(self, report: Callable[[str, float], None] | None = None) -> None:
+        """Compile every program for every shape. Afterwards nothing is compiled, and what does not fit is refused.
+
+        Args:
+          report: called with the name and the seconds of each.
+        """
+        if self._active:
+            raise RuntimeError("answers run")
+        length = self.sizes.max_model_len or self.config.decoder.max_position_embeddings
+        slots = self.sizes.max_slots
+        patches = max(self.sizes.encode_patches)
+        features = self.sizes.feature_slots or 4 * patches // self.config.connector.patches_per_token
+        memory = self.config.connector.tokens_per_image if self.config.decoder.vision_memory else 0
+        need = Need(length - 1, length, 1, features // 2, patches, memory or 0)
+        self._make_shapes([need] * slots)
+        self._device.warm_up(report or (lambda name, seconds: None))
+        self._ready_at = sum(self.compilations.values())
+
+    def stats(self) -> EngineStats:
+        """Return the counters and gauges of now."""
+        found = [scheduler.stats() for scheduler in self._schedulers]
+        total = sum(self.compilations.values())
+
+        def summed(name: str) -> int:
+            return sum(getattr(one, name) for one in found)
+
+        def mean(name: str) -> float:
+            return summed(name) / len(found) if found else 0.0
+
+        names = (
+            "num_requests_running num_requests_waiting prefix_cache_queries prefix_cache_hits mm_cache_queries "
+            "mm_cache_hits num_preemptions generation_tokens"
+        )
+        computed, cached = summed("prompt_tokens"), summed("prefix_cache_hits")
+        return EngineStats(
+            **{name: summed(name) for name in names.split()},
+            kv_cache_usage_perc=mean("kv_cache_usage_perc"),
+            encoder_cache_usage_perc=mean("encoder_cache_usage_perc"),
+            prompt_tokens=computed + cached,
+            prompt_tokens_cached=cached,
+            request_success=dict(self._success),
+            encoder_patches=0 if self._device is None else self._device.patches,
+            compilations=total,
+            compilations_after_ready=0 if self._ready_at is None else total - self._ready_at,
+            steps={} if self._device is None else dict(self._device.steps),
+            padding_ratio={} if self._device is None else self._device.padding,
+            host_gap_seconds=self._host_gap,
+        )
 
 
-def banned_tokens(config: VLMConfig, tokens: int | Iterable[int], marks: Sequence[int]) -> np.ndarray:
-    """Return which ids [V] have no token, or may be brought by media only, ``marks`` among them.
-
-    Args:
-      tokens: the ids that have a token; or the number of tokens, where their ids have no hole.
-    """
-    banned = np.ones(config.decoder.vocab_size, bool)
-    _mark(banned, range(tokens) if isinstance(tokens, int) else tokens, False)
-    _mark(banned, config.end_token_ids, False)
-    _mark(banned, (*config.media_token_ids, *marks))
-    return banned
+def _pages_of(row: Row, plan: Plan) -> np.ndarray:
+    """Return the pages of a row's sequence when a plan was made."""
+    if isinstance(plan, Prefill):
+        return next(chunk.table for chunk in plan.chunks if row in chunk.samples)
+    return plan.tables[plan.rows.index(row)]
 
 
-def _mark(flags: np.ndarray, ids: Iterable[int], value: bool = True) -> None:
-    """Set the flags of ids; those that the table does not have are passed over."""
-    ids = np.fromiter(ids, np.int64)
-    flags[ids[(ids >= 0) & (ids < len(flags))]] = value
+def _logprob(values: Any, place: int, token: int, count: int, *, entropy: bool = True) -> TokenLogprob:
+    top = tuple(
+        (int(i), float(v)) for i, v in zip(values.top_tokens[place][:count], values.top[place][:count], strict=True)
+    )
+    return TokenLogprob(token, float(values.chosen[place]), top, float(values.entropy[place]) if entropy else None)
+
+
+__all__ = ["BrokenWeights", "Engine"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -18,30 +20,47 @@ from jvlm.data.examples import parse_example
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
-from jvlm.inference.engine import Completion, Engine
+from jvlm.inference.engine import Engine
+from jvlm.inference.requests import EngineConfig, Request
 from jvlm.inference.sampling import SamplingConfig
-from jvlm.inference.text import TextStream
+from jvlm.inference.shapes import next_power
 from jvlm.models.vlm import VLM
 from jvlm.parallel.layout import MeshLayout
 
-# Prompts encoded at a time, in batches: sorted by length within, so that a batch pads little, at bounded memory.
+# Prompts encoded at a time, for each that runs at once: bounds the memory of their pictures.
 _WINDOW = 8
+_LEAST_SLOTS = 8
+_NUMBERS = itertools.count()  # of requests, so that no two have one id
 
 _STACKED: weakref.WeakKeyDictionary[VLM, tuple[Any, list[Any], VLM]] = weakref.WeakKeyDictionary()
 _ENGINES: weakref.WeakKeyDictionary[VLM, Engine] = weakref.WeakKeyDictionary()
 
 
-def engine_for(model: VLM, processor: Processor, layout: MeshLayout | None = None) -> Engine:
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """An answer: its tokens, with the stop token if that is what ended it."""
+
+    tokens: tuple[int, ...]
+    stopped: bool
+
+
+def engine_for(model: VLM, processor: Processor, layout: MeshLayout | None = None, slots: int = 1) -> Engine:
     """The model's engine with its present parameters; made once, so that nothing is compiled twice.
 
     Args:
       layout: the devices to use, as `jvlm.inference.sharding.layout` gives it; None is one device.
+      slots: answers that should run together.
     """
     engine = _ENGINES.get(model)
-    if engine is None or engine.processor is not processor or engine.layout != layout:
-        engine = _ENGINES[model] = Engine(model, processor, layout)
+    if engine is None or engine.processor is not processor or engine.layout != layout or engine.sizes.max_slots < slots:
+        config = EngineConfig(
+            max_slots=max(_LEAST_SLOTS, next_power(slots)),
+            prefill_tokens=(64, 256, 1024, 2048),
+            encode_patches=(256, 1024, 4096, 16384),
+        )
+        engine = _ENGINES[model] = Engine(model, processor, config, layout)
     else:
-        engine.update(model)
+        engine.load(model)
     return engine
 
 
@@ -82,7 +101,7 @@ def generate(
         raise UserError(f"conversations is one {type(conversations).__name__}; give a list of them")
     if adapters:
         model = _with_adapters(model, adapters)
-    engine = engine_for(model, processor, layout)
+    engine = engine_for(model, processor, layout, batch_size)
     names = [adapter] * len(conversations) if adapter is None or isinstance(adapter, str) else list(adapter)
     if len(names) != len(conversations):
         raise UserError(f"adapter names {len(names)} adapters for {len(conversations)} conversations")
@@ -99,7 +118,6 @@ def generate(
             examples,
             config,
             request_ids=request_ids,
-            batch_size=batch_size,
             on_token=on_token,
             adapters=names[start : start + len(window)],
         )
@@ -156,30 +174,60 @@ def complete(
     sampling: SamplingConfig,
     *,
     request_ids: Sequence[int],
-    batch_size: int,
     on_token: Callable[[int, int], None] | None = None,
     adapters: Sequence[str | None] | None = None,
 ) -> list[Completion]:
-    """Completions of prompts, in their order; prompts of like length run together.
+    """Completions of prompts, in their order.
 
     ``request_ids`` are the conversations' own, for random draws and ``on_token``.
+
+    Raises:
+      UserError: of the first prompt that has no answer, as one whose scores are not finite.
     """
-    check_batch_size(batch_size)
-    order = sorted(range(len(examples)), key=lambda i: (examples[i].length, examples[i].num_patches))
-    done: dict[int, Completion] = {}
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        chosen = [request_ids[i] for i in batch]
-        tokens: list[list[int]] = [[] for _ in batch]
-        names = None if adapters is None else [adapters[i] for i in batch]
-        for step in engine.steps([examples[i] for i in batch], sampling, chosen, names):
-            for slot, token in enumerate(step):
-                if token is not None:
-                    tokens[slot].append(token)
-                    if on_token is not None:
-                        on_token(chosen[slot], token)
-        done.update({i: engine.completion(ids, sampling) for i, ids in zip(batch, tokens, strict=True)})
-    return [done[i] for i in range(len(examples))]
+    done = complete_each(
+        engine, examples, sampling, request_ids=request_ids, on_token=on_token, adapters=adapters, ends_at_error=True
+    )
+    for one in done:
+        if isinstance(one, UserError):
+            raise one
+    return done
+
+
+def complete_each(
+    engine: Engine,
+    examples: Sequence[Example],
+    sampling: SamplingConfig,
+    *,
+    request_ids: Sequence[int],
+    on_token: Callable[[int, int], None] | None = None,
+    adapters: Sequence[str | None] | None = None,
+    ends_at_error: bool = False,
+) -> list[Completion | UserError]:
+    """`complete`, with the error of each prompt that has no answer in its place.
+
+    Args:
+      ends_at_error: answer no further ones after an error, which is raised.
+    """
+    names = [None] * len(examples) if adapters is None else adapters
+    requests, place = [], {}
+    for i, (example, number, name) in enumerate(zip(examples, request_ids, names, strict=True)):
+        request = Request(f"generate-{next(_NUMBERS)}", example, sampling.params(number), adapter=name)
+        place[request.id] = i
+        requests.append(request)
+    tokens: list[list[int]] = [[] for _ in examples]
+    stopped, errors = [False] * len(examples), {}
+    for event in engine.run(requests):
+        i = place[event.request_id]
+        if event.error is not None:
+            if ends_at_error:
+                raise event.error
+            errors[i] = event.error
+        if event.token is not None:
+            tokens[i].append(event.token)
+            stopped[i] = event.finish_reason == "stop"
+            if on_token is not None:
+                on_token(request_ids[i], event.token)
+    return [errors.get(i) or Completion(tuple(ids), stopped[i]) for i, ids in enumerate(tokens)]
 
 
 def answer_text(processor: Processor, completion: Completion) -> str:
@@ -223,15 +271,15 @@ def stream_example(
     engine: Engine, example: Example, sampling: SamplingConfig, adapter: str | None = None
 ) -> Generator[str, None, str | None]:
     """`stream` of a prompt that is encoded already. Returns what `cut_note` says of the answer."""
-    stop, text, tokens = engine.stop_tokens(sampling), TextStream(engine.processor), []
-    for (token,) in engine.steps([example], sampling, adapters=[adapter]):
-        tokens.append(token)
-        piece = "" if token in stop else text.add(token)
-        if piece:
-            yield piece
-    if rest := text.finish():
-        yield rest
-    return cut_note(engine, example, len(tokens), tokens[-1] in stop, sampling)
+    request = Request(f"stream-{next(_NUMBERS)}", example, sampling.params(), adapter=adapter)
+    tokens, stopped = 0, False
+    for event in engine.run([request]):
+        if event.error is not None:
+            raise event.error
+        tokens, stopped = tokens + 1, event.finish_reason == "stop"
+        if event.text:
+            yield event.text
+    return cut_note(engine, example, tokens, stopped, sampling)
 
 
 def check_batch_size(batch_size: int) -> None:

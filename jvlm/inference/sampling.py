@@ -1,6 +1,8 @@
 """How the next token is chosen: greedy, or drawn after the filters that transformers calls logits warpers.
 
-Axes: B sequences, V vocabulary.
+Every sequence of a batch has numbers of its own, and what a sequence gets does not depend on the others.
+
+Axes: B sequences, V vocabulary, S slots.
 """
 
 from __future__ import annotations
@@ -8,15 +10,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, Int32, UInt
 
 from jvlm.errors import UserError
+from jvlm.inference.requests import SamplingParams
 
 # In place of a token, of a sequence whose scores are not all finite numbers: the best of these would be no answer.
 NOT_FINITE = -1
@@ -72,108 +75,234 @@ class SamplingConfig:
         if not number or not math.isfinite(value) or not holds(value):
             raise UserError(f"sampling.{field} is {value!r}; it must be {wanted}")
 
-    @property
-    def flags(self) -> SamplingFlags:
-        sampled = self.temperature > 0
-        filtered = sampled and (self.top_k > 0 or self.top_p < 1)
-        return SamplingFlags(sampled, filtered, self.repetition_penalty != 1)
+    def params(self, number: int = 0, **fields: Any) -> SamplingParams:
+        """Return the parameters of the request with a number. ``fields`` are others of `SamplingParams`."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            max_tokens=self.max_new_tokens,
+            stop_token_ids=self.stop_token_ids,
+            number=number,
+            **fields,
+        )
 
 
-class SamplingFlags(NamedTuple):
-    """Static flags of a compiled step: draw instead of taking the best, filter before drawing, penalise repetition."""
+class SamplingKind(NamedTuple):
+    """What a compiled step does at most; a batch gets the least kind that serves all of its rows.
 
-    sampled: bool
-    filtered: bool
-    penalised: bool
+    Attributes:
+      draws: draw instead of taking the best.
+      filters: apply top-k, top-p and min-p before drawing.
+      rules: apply penalties, bias, allowed and end tokens.
+      masks: apply a mask of allowed tokens that the host gives for each step.
+    """
+
+    draws: bool = False
+    filters: bool = False
+    rules: bool = False
+    masks: bool = False
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> SamplingKind:
+        """Return the least kind, of `KINDS`, that serves a request."""
+        draws = params.temperature > 0
+        filters = draws and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+        rules = (
+            params.repetition_penalty != 1
+            or params.presence_penalty != 0
+            or params.frequency_penalty != 0
+            or bool(params.logit_bias)
+            or params.allowed_token_ids is not None
+            or params.min_tokens > 0
+        )
+        return kind_for((cls(draws, filters, rules, params.grammar is not None),))
+
+
+# A closed set, so that all are compiled beforehand; each does all that those before it do.
+KINDS = (
+    SamplingKind(),
+    SamplingKind(draws=True),
+    SamplingKind(draws=True, filters=True),
+    SamplingKind(draws=True, filters=True, rules=True),
+    SamplingKind(draws=True, filters=True, rules=True, masks=True),
+)
+
+
+def kind_for(kinds: Iterable[SamplingKind]) -> SamplingKind:
+    """Return the first of `KINDS` that does what all of these do."""
+    needed = [any(flags) for flags in zip(*kinds, strict=True)]
+    return next(kind for kind in KINDS if all(has or not needs for has, needs in zip(kind, needed, strict=True)))
+
+
+_INTS = ("slot", "number", "seed", "step", "top_k", "min_tokens", "ruled")
+_FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
+STEP = _INTS.index("step")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """The values of a `SamplingConfig` as arrays, so that changing one compiles nothing.
+    """The numbers of each sequence's sampling. Changing one compiles nothing.
 
-    ``request_ids`` [B] is the id of each sequence's request, which makes its draws independent of the batch.
+    Attributes:
+      ints: columns slot, number (of the answer, which makes its draws its own), seed, step (number of the token within
+        the answer), top_k, min_tokens, ruled (whether the slot's `SlotRules` hold).
+      floats: columns temperature, top_p, min_p, and the repetition, presence and frequency penalties.
     """
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    repetition_penalty: Float[Array, ""]
-    seed: UInt[Array, ""]
-    request_ids: Int[Array, " B"]
+    ints: Int32[Array | np.ndarray, "B 7"]
+    floats: Float[Array | np.ndarray, "B 6"]
 
     @classmethod
-    def of(cls, config: SamplingConfig, request_ids: np.ndarray) -> SamplingArrays:
+    def of(
+        cls, params: Sequence[SamplingParams], slots: Sequence[int], numbers: Sequence[int], steps: Sequence[int]
+    ) -> SamplingArrays:
+        """Return the arrays of requests, on the host."""
+        ints = [
+            (slot, number, np.uint32(p.seed).view(np.int32), step, p.top_k, p.min_tokens, SamplingKind.of(p).rules)
+            for p, slot, number, step in zip(params, slots, numbers, steps, strict=True)
+        ]
+        floats = [
+            (p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+            for p in params
+        ]
         return cls(
-            temperature=jnp.float32(config.temperature),
-            top_k=jnp.int32(config.top_k),
-            top_p=jnp.float32(config.top_p),
-            repetition_penalty=jnp.float32(config.repetition_penalty),
-            seed=jnp.uint32(config.seed),
-            request_ids=jnp.asarray(request_ids, jnp.int32),
+            np.array(ints, np.int32).reshape(-1, len(_INTS)), np.array(floats, np.float32).reshape(-1, len(_FLOATS))
         )
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _INTS:
+            return self.ints[:, _INTS.index(name)]
+        if name in _FLOATS:
+            return self.floats[:, _FLOATS.index(name)]
+        raise AttributeError(name)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotRules:
+    """What requests ask of single tokens, by slot; the last row is that of requests that ask nothing.
+
+    Attributes:
+      bias: added to the logits; -inf forbids a token.
+      seen: tokens of the prompt.
+      ends: tokens that end the answer.
+      counts: how often the answer holds each token.
+    """
+
+    bias: Float[Array, "*S V"]
+    seen: Bool[Array, "*S V"]
+    ends: Bool[Array, "*S V"]
+    counts: Int[Array, "*S V"]
+
+    @classmethod
+    def empty(cls, slots: int, vocabulary: int) -> SlotRules:
+        """Return rules for slots that ask nothing."""
+        shape = slots + 1, vocabulary
+        flags = (jnp.zeros(shape, bool) for _ in range(2))
+        return cls(jnp.zeros(shape, jnp.float32), *flags, jnp.zeros(shape, jnp.int32))
+
+    def at_slot(
+        self, slot: Int[Array, ""], bias: Float[Array, " V"], seen: Bool[Array, " V"], ends: Bool[Array, " V"], counts
+    ) -> SlotRules:
+        """Return the rules with those of a slot replaced."""
+        new = SlotRules(bias, seen, ends, counts)
+        return jax.tree.map(lambda old, row: old.at[slot].set(row.astype(old.dtype)), self, new)
 
 
 def sample(
     logits: Float[Array, "B V"],
-    flags: SamplingFlags,
+    kind: SamplingKind,
     arrays: SamplingArrays,
-    step: Int[Array, ""],
     *,
-    banned: Bool[Array | np.ndarray, " V"],
-    seen_tokens: Bool[Array, "B V"] | None = None,
+    banned: Bool[Array | np.ndarray, "2 V"],
+    rules: SlotRules | None = None,
+    mask: Int[Array | np.ndarray, "B _"] | None = None,
 ) -> Int[Array, " B"]:
     """The next token of each sequence: the best of `adjust`'s logits, or one drawn by their softmax.
 
     It is `NOT_FINITE` where a logit is NaN or infinite.
-
-    Args:
-      step: number of the token within its answer; with seed and sequence number it is the random key.
     """
+    arrays = jax.tree.map(jnp.asarray, arrays)
     finite = jnp.isfinite(logits).all(axis=-1)
-    logits = adjust(logits, flags, arrays, banned=banned, seen_tokens=seen_tokens)
-    if flags.sampled:
+    logits = adjust(logits, kind, arrays, banned=banned, rules=rules, mask=mask)
+    if kind.draws:
 
-        def noise(number):
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(arrays.seed), number), step)
+        def noise(seed, number, step):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), step)
             return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
 
-        logits += jax.vmap(noise)(arrays.request_ids)
+        seed = jax.lax.bitcast_convert_type(arrays.seed, jnp.uint32)
+        drawn = logits + jax.vmap(noise)(seed, arrays.number, arrays.step)
+        logits = jnp.where((arrays.temperature > 0)[:, None], drawn, logits)
     return jnp.where(finite, jnp.argmax(logits, axis=-1), NOT_FINITE).astype(jnp.int32)
 
 
 def adjust(
     logits: Float[Array, "B V"],
-    flags: SamplingFlags,
+    kind: SamplingKind,
     arrays: SamplingArrays,
     *,
-    banned: Bool[Array | np.ndarray, " V"],
-    seen_tokens: Bool[Array, "B V"] | None = None,
+    banned: Bool[Array | np.ndarray, "2 V"],
+    rules: SlotRules | None = None,
+    mask: Int[Array | np.ndarray, "B _"] | None = None,
 ) -> Float[Array, "B V"]:
-    """Logits after all filters, in transformers' order: repetition penalty, temperature, top-k, top-p.
+    """Logits after all filters, in transformers' order: penalties and bias, temperature, top-k, top-p, min-p.
 
     Args:
-      banned: tokens that are never chosen.
-      seen_tokens: tokens of prompt and answer so far; needed when ``flags.penalised``.
+      banned: tokens that are never chosen, and those that are not chosen first.
+      rules: needed where ``kind.rules``.
+      mask: a bit for each token that may be chosen, 32 in a number; needed where ``kind.masks``.
     """
-    logits = jnp.where(banned, -jnp.inf, logits)
-    if flags.penalised:
-        logits = penalise_repetition(logits, seen_tokens, arrays.repetition_penalty)
-    if flags.sampled:
-        logits = logits / arrays.temperature
-    if flags.filtered:
-        logits = keep_top_p(keep_top_k(logits, arrays.top_k), arrays.top_p)
+    banned, arrays = jnp.asarray(banned), jax.tree.map(jnp.asarray, arrays)
+    logits = jnp.where(banned[(arrays.step == 0).astype(jnp.int32)], -jnp.inf, logits)
+    if kind.rules:
+        logits = _ruled(logits, arrays, rules)
+    if kind.masks:
+        bits = jnp.asarray(mask)[..., None] >> jnp.arange(32, dtype=jnp.int32) & 1
+        allowed = bits.reshape(len(bits), -1)[:, : logits.shape[1]] > 0
+        logits = jnp.where(allowed, logits, -jnp.inf)
+    if kind.draws:
+        drawn = arrays.temperature > 0
+        logits = logits / jnp.where(drawn, arrays.temperature, 1.0)[:, None]
+    if kind.filters:
+        filtered = keep_top_p(keep_top_k(logits, arrays.top_k), arrays.top_p)
+        # a greedy sequence keeps all of its logits: its best token is kept by every filter
+        logits = keep_min_p(filtered, arrays.min_p)
     return logits
 
 
+def _ruled(logits, arrays: SamplingArrays, rules: SlotRules):
+    ruled = arrays.ruled > 0
+    slot = jnp.where(ruled, arrays.slot, len(rules.bias) - 1)
+    own = jax.tree.map(lambda part: part[slot], rules)
+    held = own.counts > 0
+    logits = penalise_repetition(logits, own.seen | held, arrays.repetition[:, None])
+    presence, frequency = arrays.presence[:, None], arrays.frequency[:, None]
+    logits = logits - jnp.where(held, presence, 0.0) - frequency * own.counts + own.bias
+    early = (arrays.step < arrays.min_tokens)[:, None]
+    return jnp.where(own.ends & early, -jnp.inf, logits)
+
+
+def counted(rules: SlotRules, arrays: SamplingArrays, tokens: Int[Array, " B"]) -> SlotRules:
+    """Return the rules with one more of each sequence's token."""
+    ruled = (arrays.ruled > 0) & (tokens >= 0)
+    slot = jnp.where(ruled, arrays.slot, len(rules.bias) - 1)
+    counts = rules.counts.at[slot, jnp.maximum(tokens, 0)].add(ruled.astype(rules.counts.dtype))
+    return dataclasses.replace(rules, counts=counts)
+
+
 def penalise_repetition(
-    logits: Float[Array, "B V"], seen_tokens: Bool[Array, "B V"], penalty: Float[Array, ""]
+    logits: Float[Array, "B V"], seen_tokens: Bool[Array, "B V"], penalty: Float[Array, "B 1"]
 ) -> Float[Array, "B V"]:
     """Positive logits of seen tokens divided by the penalty, negative ones multiplied (CTRL, arXiv 1909.05858)."""
     return jnp.where(seen_tokens, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, ""]) -> Float[Array, "B V"]:
+def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, " B"]) -> Float[Array, "B V"]:
     """-inf below the k-th largest logit of each sequence; ties with it stay. k = 0 keeps all."""
     k = jnp.where(k <= 0, logits.shape[-1], jnp.minimum(k, logits.shape[-1]))
     keys = _ordered(logits)
@@ -181,12 +310,41 @@ def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, ""]) -> Float[Array, "
     return jnp.where(keys >= least[:, None], logits, -jnp.inf)
 
 
-def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, ""]) -> Float[Array, "B V"]:
+def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, " B"]) -> Float[Array, "B V"]:
     """-inf for tokens outside the smallest set of likeliest ones whose probabilities reach p; ties stay."""
     probabilities = jax.nn.softmax(logits, axis=-1)
     keys = _ordered(logits)
     least = _largest_key(keys, lambda above: jnp.sum(jnp.where(above, probabilities, 0.0), axis=-1) >= p)
-    return jnp.where((keys >= least[:, None]) | (p >= 1), logits, -jnp.inf)
+    return jnp.where((keys >= least[:, None]) | (p >= 1)[:, None], logits, -jnp.inf)
+
+
+def keep_min_p(logits: Float[Array, "B V"], p: Float[Array, " B"]) -> Float[Array, "B V"]:
+    """-inf for tokens less than p times as likely as the likeliest; p = 0 keeps all."""
+    least = logits.max(axis=-1, keepdims=True) + jnp.log(p)[:, None]
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+class Logprobs(NamedTuple):
+    """Of tokens under the raw log-softmax.
+
+    Attributes:
+      chosen: log-probability of the given tokens.
+      top, top_tokens: the largest log-probabilities, best first, and their tokens.
+      entropy: in nats.
+    """
+
+    chosen: Float[Array, " B"]
+    top: Float[Array, "B n"]
+    top_tokens: Int[Array, "B n"]
+    entropy: Float[Array, " B"]
+
+
+def logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"], count: int) -> Logprobs:
+    """Return the log-probabilities of tokens, and of the ``count`` likeliest."""
+    values = jax.nn.log_softmax(logits, axis=-1)
+    top, top_tokens = jax.lax.top_k(values, min(count, values.shape[-1]))
+    chosen = jnp.take_along_axis(values, jnp.maximum(tokens, 0)[:, None], axis=-1)[:, 0]
+    return Logprobs(chosen, top, top_tokens, -jnp.sum(jnp.exp(values) * values, axis=-1))
 
 
 def _ordered(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:

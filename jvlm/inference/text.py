@@ -19,12 +19,16 @@ class TextStream:
     Only the last few ids are decoded again for a new one. What later ids may still change is held back: characters
     that are not whole, runs of byte tokens (one bad byte spoils the whole run), and the last word where the tokenizer
     removes spaces before punctuation.
+
+    Args:
+      special: leave special tokens in the text.
     """
 
-    def __init__(self, processor: Processor):
+    def __init__(self, processor: Processor, *, special: bool = False):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.ids: list[int] = []
-        added = self.tokenizer.added_tokens_decoder.values()
+        self._keeps_special = special
+        added = () if special else self.tokenizer.added_tokens_decoder.values()
         self._special = {token.content for token in added if token.special}
         self._cleans = None if self.tokenizer.clean_up_tokenization_spaces else False
         # ids that are not left out; text of those before `_settled` is final, and decoding begins at `_context`
@@ -53,7 +57,8 @@ class TextStream:
 
     def finish(self) -> str:
         """What is left, broken characters included."""
-        piece = self.processor.decode(self.ids)[self._given :]
+        text = self.tokenizer.decode(self.ids) if self._keeps_special else self.processor.decode(self.ids)
+        piece = text[self._given :]
         self._given += len(piece)
         return piece
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.models.token_ids import token_ids
+from jvlm.models.vlm import VLMConfig
 
 FILE = "generation_config.json"
 # Fields of transformers' GenerationConfig that change greedy answers too, and the values at which they do nothing.
@@ -78,3 +83,51 @@ def token_rules(generation: Mapping[str, Any], ends: Collection[int]) -> TokenRu
         suppressed_first=token_ids(generation.get("begin_suppress_tokens"), f"{FILE}: begin_suppress_tokens"),
         unsupported=tuple(unsupported),
     )
+
+
+def end_tokens(config: VLMConfig, processor: Processor) -> frozenset[int]:
+    """Return the checkpoint's end tokens: those of either configuration file, and of its chat template."""
+    own = token_ids(processor.generation.get("eos_token_id"), f"{FILE}: eos_token_id")
+    return frozenset((*own, *config.end_token_ids, *processor.stop_ids))
+
+
+def never_given(config: VLMConfig, processor: Processor) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return flags [V] of tokens that are never given, and of those that are not given first (None: the same).
+
+    Prints what generation_config.json asks for and is not done.
+
+    Raises:
+      UserError: no token is left.
+    """
+    ids = processor.tokenizer.get_vocab().values()
+    rules = token_rules(processor.generation, end_tokens(config, processor))
+    banned = banned_tokens(config, ids, processor.delimiter_ids)
+    mark(banned, rules.suppressed)
+    if banned.all():
+        raise UserError(f"{FILE} forbids every token that may be generated; see suppress_tokens and bad_words_ids")
+    if rules.unsupported:
+        print(f"{FILE} asks for what is not done here: {'; '.join(rules.unsupported)}", file=sys.stderr)
+    if not rules.suppressed_first:
+        return banned, None
+    first = banned.copy()
+    mark(first, rules.suppressed_first)
+    return banned, first
+
+
+def banned_tokens(config: VLMConfig, tokens: int | Iterable[int], marks: Sequence[int]) -> np.ndarray:
+    """Return which ids [V] have no token, or may be brought by media only, ``marks`` among them.
+
+    Args:
+      tokens: the ids that have a token; or the number of tokens, where their ids have no hole.
+    """
+    banned = np.ones(config.decoder.vocab_size, bool)
+    mark(banned, range(tokens) if isinstance(tokens, int) else tokens, False)
+    mark(banned, config.end_token_ids, False)
+    mark(banned, (*config.media_token_ids, *marks))
+    return banned
+
+
+def mark(flags: np.ndarray, ids: Iterable[int], value: bool = True) -> None:
+    """Set the flags of ids; those that the table does not have are passed over."""
+    ids = np.fromiter(ids, np.int64)
+    flags[ids[(ids >= 0) & (ids < len(flags))]] = value

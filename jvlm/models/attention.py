@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jvlm.models import device_ops, layers
+from jvlm.models.batch import CacheSizes, DecodeStep, PrefillStep
 from jvlm.models.device_ops import KVCache, SequenceAxis
 
 
@@ -137,23 +139,41 @@ class Attention(nnx.Module):
 
     @jax.named_scope("attention")
     def prefill(
-        self, x: Float[Array, "B S D"], segments: Int[Array, "B S"], angles: Float[Array, "B S f"], **mask: Any
-    ) -> tuple[Float[Array, "B S D"], tuple[Float[Array, "B S _ K"], Float[Array, "B S _ K"]]]:
-        """Return self-attention, and the keys and values that a cache begins with."""
-        q, k, v = self.project(x, angles=angles)
-        prompt = tuple(device_ops.current().expand_kv_heads(part, self.num_heads) for part in (k, v))
-        return self.combine(self.attend(q, k, v, segments, segments, **mask)), prompt
-
-    @jax.named_scope("attention")
-    def decode(
         self,
         x: Float[Array, "B S D"],
+        segments: Int[Array, "B S"],
         cache: KVCache,
-        cache_index: Int[Array, " B"],
+        step: PrefillStep,
         angles: Float[Array, "B S f"],
         **mask: Any,
     ) -> tuple[Float[Array, "B S D"], KVCache]:
+        """Return self-attention of chunks of prompts that are written into a cache, and the cache."""
+        q, k, v = self.project(x, angles=angles)
+        mixed, cache = device_ops.current().chunk_attention(
+            q,
+            k,
+            v,
+            segments,
+            cache,
+            step.pages,
+            step.past_pages,
+            step.past_segments,
+            implementation=self.implementation,
+            **mask,
+        )
+        return self.combine(mixed), cache
+
+    @jax.named_scope("attention")
+    def decode(
+        self, x: Float[Array, "B S D"], cache: KVCache, step: DecodeStep, angles: Float[Array, "B S f"], **mask: Any
+    ) -> tuple[Float[Array, "B S D"], KVCache]:
         """Return self-attention of new tokens that are written into a cache, and the cache."""
         q, k, v = self.project(x, angles=angles, decoding=True)
-        mixed, cache = device_ops.current().cached_attention(q, k, v, cache, cache_index, **mask)
+        ops = device_ops.current()
+        mixed, cache = ops.cached_attention(q, k, v, cache, step.cache_index, step.block_tables, **mask)
         return self.combine(mixed), cache
+
+    def init_cache(self, sizes: CacheSizes, dtype: DTypeLike) -> KVCache:
+        """Return an empty cache of pages."""
+        heads = self.num_heads, self.num_kv_heads, self.head_dim
+        return device_ops.current().init_pages(sizes.pages, sizes.page_size, *heads, dtype)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from jvlm.errors import UserError
 from jvlm.models import device_ops
 from jvlm.models.arithmetic import Counts, Product, Work
-from jvlm.models.batch import DecoderOutput, DecodeStep, PackedBatch
+from jvlm.models.batch import CacheSizes, DecoderOutput, DecodeStep, PackedBatch, PrefillStep
 from jvlm.tags import Tagged
 
 
@@ -109,12 +109,14 @@ class Decoder(Protocol):
         ``vision`` is None where the batch has no patches. Must not drop ``vision.deepstack`` silently.
         """
 
-    def __call__(self, inputs: DecoderInputs, *, cache: Any = None, step: DecodeStep | None = None) -> DecoderOutput:
+    def __call__(
+        self, inputs: DecoderInputs, *, cache: Any = None, step: PrefillStep | DecodeStep | None = None
+    ) -> DecoderOutput:
         """Return hidden states and a cache.
 
-        Without ``step``, a whole pass: the cache returned is that of the prompt, for `init_cache`. With it, inputs are
-        one new token for each sequence: it is written into ``cache`` at ``step.cache_index`` and attends to what is
-        before it. A decoder that cannot generate takes neither.
+        Without ``step``, a whole pass without a cache. With a `PrefillStep`, inputs are chunks of prompts, packed; with
+        a `DecodeStep`, new tokens of each sequence. They are written into ``cache`` and attend to what it holds of
+        their sequences. A decoder that cannot generate takes neither.
         """
 
     def logits(self, hidden: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
@@ -128,8 +130,8 @@ class Decoder(Protocol):
 class Generates(Protocol):
     """A `Decoder` that generates with a cache."""
 
-    def init_cache(self, prompt_cache: Any, length: int) -> Any:
-        """Return the cache for decoding, of ``length`` positions, from that of a pass over prompts [B, S]."""
+    def init_cache(self, sizes: CacheSizes) -> Any:
+        """Return an empty cache. Its arrays have pages or slots as their first axis."""
 
 
 _WIDTH = "width of the hidden states that it returns"
@@ -225,6 +227,16 @@ class DecoderConfig(Tagged):
         """Whether positions differ between the axes (t, h, w); otherwise the three ids of a token are equal."""
         return False
 
+    @property
+    def vision_memory(self) -> Literal["last", "all"] | None:
+        """Which images of its conversation a token reads beside the text; None where the text holds vision tokens."""
+        return None
+
+    @property
+    def prefills_whole(self) -> bool:
+        """Whether a prompt must be computed in one pass: a chunk of it could not read what came before."""
+        return self.vision_memory is not None
+
     def placeholders(self, vision_tokens: int) -> int:
         """Return how many tokens of text stand for an image that has so many vision tokens."""
         return vision_tokens
@@ -292,7 +304,7 @@ def problems(config_type: type, module_type: type) -> list[str]:
 def check_generates(decoder: Decoder) -> None:
     """Raise UserError where a decoder has no cache to generate with."""
     if not callable(getattr(decoder, "init_cache", None)):
-        raise UserError(f"{type(decoder).__name__} cannot generate: it lacks init_cache(prompt_cache, length)")
+        raise UserError(f"{type(decoder).__name__} cannot generate: it lacks init_cache(sizes)")
 
 
 def replace_placeholders(

@@ -16,12 +16,19 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
-from jvlm_kernels import CrossEntropySum, cached_attention, init_cache, linear_cross_entropy_sum, segment_attention
+from jvlm_kernels import (
+    CrossEntropySum,
+    cached_attention,
+    chunk_attention,
+    init_pages,
+    linear_cross_entropy_sum,
+    segment_attention,
+)
 
 # Logical axes that a mesh may split together with everything that is indexed by them.
 SequenceAxis = Literal["sequence", "patches", "vision_tokens"]
-# Keys [B, N, D, T] and values [B, N, T, D] of N heads, as `jvlm_kernels.cached_attention` takes them.
-KVCache = tuple[Float[Array, "B _ _ T"], Float[Array, "B _ T _"]]
+# Keys [R, N, D, T] and values [R, N, T, D] of R pages and N heads, as `jvlm_kernels.cached_attention` takes them.
+KVCache = tuple[Float[Array, "R _ _ T"], Float[Array, "R _ T _"]]
 
 
 @runtime_checkable
@@ -65,14 +72,14 @@ class DeviceOps(Protocol):
         For self-attention, pass the same array as ``q_segments`` and ``kv_segments``.
         """
 
-    def expand_kv_heads(self, x: Float[Array, "B T K D"], num_heads: int) -> Float[Array, "B T N D"]:
-        """Return keys or values with the heads that a cache holds for ``num_heads`` query heads.
+    def init_pages(
+        self, num_pages: int, page_size: int, num_heads: int, kv_heads: int, head_dim: int, dtype: DTypeLike
+    ) -> KVCache:
+        """Return an empty cache of pages, for the keys and values that ``num_heads`` query heads read.
 
-        N is K, or the number of devices that split the heads where that is larger.
+        It has ``kv_heads`` heads, or as many as there are devices that split the heads where that is larger. Devices
+        that split sequences have pages of their own, numbered from 0 on each.
         """
-
-    def init_cache(self, k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], length: int) -> KVCache:
-        """Return a cache of ``length`` positions that begins with the keys and values of a prompt."""
 
     def cached_attention(
         self,
@@ -81,9 +88,24 @@ class DeviceOps(Protocol):
         v: Float[Array, "B S K D"],
         cache: KVCache,
         cache_index: Int[Array, " B"],
+        block_tables: Int[Array, "B W"],
         **options: Any,
     ) -> tuple[Float[Array, "B S H D"], KVCache]:
         """`jvlm_kernels.cached_attention` with its ``options``: write k and v at ``cache_index``, then attend."""
+
+    def chunk_attention(
+        self,
+        q: Float[Array, "B S H D"],
+        k: Float[Array, "B S K D"],
+        v: Float[Array, "B S K D"],
+        segments: Int[Array, "B S"],
+        cache: KVCache,
+        pages: Int[Array, "B N"],
+        past_pages: Int[Array, "B M"],
+        past_segments: Int[Array, "B P"],
+        **options: Any,
+    ) -> tuple[Float[Array, "B S H D"], KVCache]:
+        """`jvlm_kernels.chunk_attention` with its ``options``; every device that splits sequences has one row."""
 
     def embedding_lookup(
         self,
@@ -154,14 +176,14 @@ class LocalOps:
     def attention(self, q, k, v, q_segments, kv_segments, *, along: SequenceAxis, **options: Any):
         return segment_attention(q, k, v, q_segments, kv_segments, **options)
 
-    def expand_kv_heads(self, x, num_heads):
-        return x
+    def init_pages(self, num_pages, page_size, num_heads, kv_heads, head_dim, dtype):
+        return init_pages(num_pages, page_size, kv_heads, head_dim, dtype)
 
-    def init_cache(self, k, v, length):
-        return init_cache(k, v, length)
+    def cached_attention(self, q, k, v, cache, cache_index, block_tables, **options: Any):
+        return cached_attention(q, k, v, cache, cache_index, block_tables=block_tables, **options)
 
-    def cached_attention(self, q, k, v, cache, cache_index, **options: Any):
-        return cached_attention(q, k, v, cache, cache_index, **options)
+    def chunk_attention(self, q, k, v, segments, cache, pages, past_pages, past_segments, **options: Any):
+        return chunk_attention(q, k, v, segments, cache, pages, past_pages, past_segments, **options)
 
     def embedding_lookup(self, table, index, dtype, *, axes=("vocab", "embed"), along: SequenceAxis = "sequence"):
         return table[index].astype(dtype)

@@ -7,9 +7,9 @@ import dataclasses
 from jvlm import families
 from jvlm.data import packing
 from jvlm.errors import UserError
-from jvlm.inference import compiled, sharding
-from jvlm.inference.compiled import AbstractSteps, BatchShape
-from jvlm.inference.engine import LANES, PATCH_STEP, TOKEN_STEP
+from jvlm.inference import abstract, sharding
+from jvlm.inference.abstract import PAGE_SIZE, AbstractPrograms, BatchShape
+from jvlm.inference.engine import PATCH_STEP
 from jvlm.models import vlm
 from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.layout import MeshLayout
@@ -35,16 +35,16 @@ def served(experiment: Experiment) -> Experiment:
 
 
 def rounded(config: VLMConfig, sequences: int, prompt: int, patches: int, cache_len: int) -> BatchShape:
-    """Return bucket of shapes that the engine would compile for on a TPU. Raises UserError for a cache too short."""
+    """The sizes that the engine would compile for, in whole pages. Raises UserError for a cache too short."""
     if cache_len < prompt:
         raise UserError(f"--cache_len {cache_len} does not hold a prompt of {prompt} tokens")
     images = families.get(config.family).image_config.build(config)
     step = packing.patch_step(images.patch_group, PATCH_STEP)
     return BatchShape(
         sequences,
-        packing.bucket(prompt, TOKEN_STEP),
+        packing.bucket(prompt, PAGE_SIZE),
         packing.bucket(patches, step) if patches else 0,
-        packing.bucket(cache_len, LANES),
+        packing.bucket(cache_len, PAGE_SIZE),
     )
 
 
@@ -57,57 +57,68 @@ def plan(
         compiled = compile_decode(planned, topology)
         best = roofline_of_decode(planned, compiled, topology) if compiled.fits else None
         return Plan(topology, compiled, best, step)
-    compiled, cache_growth = compile_prefill(planned, topology)
-    best = roofline_of_prefill(planned, compiled, cache_growth, topology, image) if compiled.fits else None
-    return Plan(topology, compiled, best, step, cache_growth)
+    compiled, encode = compile_prefill(planned, topology)
+    fits = compiled.fits and (encode is None or encode.fits)
+    best = roofline_of_prefill(planned, compiled, encode, topology, image) if fits else None
+    return Plan(topology, compiled, best, step, encode)
 
 
-def prepare(config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: BatchShape) -> AbstractSteps:
-    """Return engine's program on a topology; on the mesh that the engine takes by itself, unless one is asked for."""
+def prepare(config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: BatchShape) -> AbstractPrograms:
+    """The engine's programs on a topology; on the mesh that the engine takes by itself, unless one is asked for."""
     devices = devices_of(topology)
-    return compiled.abstract_steps(
-        config, MeshLayout.of(asked or sharding.default_mesh(config, len(devices)), devices), sizes
-    )
+    layout = MeshLayout.of(asked or sharding.default_mesh(config, len(devices)), devices)
+    return abstract.abstract_programs(config, layout, sizes)
 
 
-def compile_prefill(planned: AbstractSteps, topology: Topology) -> tuple[Compiled, Compiled]:
-    """Return the pass over the prompts, and the step after it that makes room for the answers in their cache.
+def compile_prefill(planned: AbstractPrograms, topology: Topology) -> tuple[Compiled, Compiled | None]:
+    """The pass over the prompts, and the vision tower's over their pictures before it; None without pictures.
 
-    Both caches exist together for a moment. Parameters stay.
+    Parameters, cache and features stay.
     """
-    parameters, batch, prompt_cache = (bytes_of(x) for x in (planned.leaves, planned.batch, planned.prompt_cache))
-    sizes, mesh = {"parameters": parameters, "batch": batch}, planned.layout.mesh
-    taken = planned.config.encoder.branch_frequency()
-    first = measure(
-        planned.lower_prefill, mesh, topology, branch_frequency=taken, new_results={"cache": prompt_cache}, **sizes
+    parameters, own = bytes_of(planned.leaves), bytes_of(planned.decoder_leaves)
+    cache, features = bytes_of(planned.cache), bytes_of(planned.features)
+    prefill = measure(
+        planned.lower_prefill,
+        planned.layout.mesh,
+        topology,
+        resident=parameters - own,
+        parameters=parameters,
+        cache=cache,
+        batch=features + bytes_of(planned.chunks),
     )
-    opened = {"cache": bytes_of(planned.decode_arguments()[0].cache)}
-    idle = parameters + batch
-    then = measure(
-        planned.lower_first_token, mesh, topology, new_results=opened, resident=idle, cache=prompt_cache, **sizes
+    if planned.pictures is None:
+        return prefill, None
+    encode = measure(
+        planned.lower_encode,
+        planned.layout.mesh,
+        topology,
+        branch_frequency=planned.config.encoder.branch_frequency(),
+        resident=own + cache,
+        parameters=parameters,
+        cache=cache,
+        batch=features + bytes_of(planned.pictures),
     )
-    return first, then
+    return prefill, encode
 
 
-def compile_decode(planned: AbstractSteps, topology: Topology) -> Compiled:
+def compile_decode(planned: AbstractPrograms, topology: Topology) -> Compiled:
     """One step for all sequences. All parameters stay on the chips, the vision tower's too, which it never reads."""
-    state, token = planned.decode_arguments()
     parameters = bytes_of(planned.leaves)
     return measure(
-        lambda: planned.lower_decode(state, token),
+        planned.lower_decode,
         planned.layout.mesh,
         topology,
         resident=parameters - bytes_of(planned.decoder_leaves),
         parameters=parameters,
-        cache=bytes_of(state.cache),
-        batch=bytes_of((token, state.cache_index, state.position, planned.arrays)),
+        cache=bytes_of(planned.cache),
+        batch=bytes_of((planned.tokens, planned.rows)),
     )
 
 
 def roofline_of_prefill(
-    planned: AbstractSteps, compiled: Compiled, cache_growth: Compiled, topology: Topology, image: int
+    planned: AbstractPrograms, compiled: Compiled, encode: Compiled | None, topology: Topology, image: int
 ) -> Roofline:
-    """Return the roofline of full prompts with images of ``image`` patches, the growth of their cache included."""
+    """Return the roofline of full prompts with images of ``image`` patches, encoded and prefilled."""
     template, sizes = vlm.abstract(planned.config), planned.sizes
     lengths = SegmentLengths(conversation=sizes.prompt_len, image=image)
     counts = lengths.counts(template, sizes.batch_size, sizes.prompt_len, sizes.max_patches)
@@ -115,12 +126,19 @@ def roofline_of_prefill(
     kernels = sum(work.attention for work in flops.forward(template, counts).values())
     if topology.switched:
         kernels += flops.experts(template, counts.tokens)
-    both = dataclasses.replace(compiled, hbm=compiled.hbm + cache_growth.hbm)
+    both = compiled
+    if encode is not None:
+        both = dataclasses.replace(
+            compiled,
+            flops=compiled.flops + encode.flops,
+            hbm=compiled.hbm + encode.hbm,
+            axis_traffic=(*compiled.axis_traffic, *encode.axis_traffic),
+        )
     return assess(flops.inference(template, counts), kernels, counts.tokens, len(counts.images), both, topology)
 
 
-def roofline_of_decode(planned: AbstractSteps, compiled: Compiled, topology: Topology) -> Roofline:
-    """Return the roofline of a step with the whole cache filled."""
+def roofline_of_decode(planned: AbstractPrograms, compiled: Compiled, topology: Topology) -> Roofline:
+    """The roofline of a step with the whole cache filled."""
     template, sizes = vlm.abstract(planned.config), planned.sizes
     parts, kernels = flops.decoding(template, sizes.batch_size, sizes.cache_len)
     if topology.switched:

@@ -21,18 +21,18 @@ class Plan:
 
     Attributes:
       roofline: None where it does not fit.
-      cache_growth: after a prefill, the step that makes room for the answers in its cache.
+      encode: of a prefill, the vision tower's pass over its pictures, which goes before.
     """
 
     topology: Topology
     compiled: Compiled
     roofline: Roofline | None
     step: StepKind = "train"
-    cache_growth: Compiled | None = None
+    encode: Compiled | None = None
 
     @property
     def fits(self) -> bool:
-        return self.compiled.fits and (self.cache_growth is None or self.cache_growth.fits)
+        return self.compiled.fits and (self.encode is None or self.encode.fits)
 
     def values(self) -> dict:
         """For JSON; bytes, FLOP and seconds."""
@@ -48,9 +48,9 @@ class Plan:
             "peak": self.compiled.memory.peak,
             "compile_seconds": self.compiled.seconds,
         }
-        if self.cache_growth:
-            memory = self.cache_growth.memory
-            result["cache_growth"] = {**dataclasses.asdict(memory), "peak": memory.peak, "fits": self.cache_growth.fits}
+        if self.encode:
+            memory = self.encode.memory
+            result["encode"] = {**dataclasses.asdict(memory), "peak": memory.peak, "fits": self.encode.fits}
         if self.roofline:
             names = ("overlapped", "serial", "limited_by")
             result["roofline"] = {**dataclasses.asdict(self.roofline), **{n: getattr(self.roofline, n) for n in names}}
@@ -61,8 +61,8 @@ class Plan:
         compiled, topology = self.compiled, self.topology
         mesh = ", ".join(f"{axis} {size}" for axis, size in compiled.mesh.items()) or "one device"
         lines = [f"## {topology.name}: {topology.chips} chips, {mesh}", "", f"- memory of a chip: {_memory(compiled)}"]
-        if self.cache_growth:
-            lines.append(f"- while the cache grows for the answers: {_memory(self.cache_growth)}")
+        if self.encode:
+            lines.append(f"- while pictures are encoded: {_memory(self.encode)}")
         if self.roofline is None:
             return "\n".join([*lines, f"- compiled in {compiled.seconds:.0f} s", ""])
         lines += [*self._roofline(self.roofline)]

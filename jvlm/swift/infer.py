@@ -50,7 +50,7 @@ def infer(arguments: InferArguments) -> Path | None:
 
         chat(model, processor, sampling, arguments.model.system, layout=layout)
         return None
-    engine = engine_for(model, processor, layout)
+    engine = engine_for(model, processor, layout, answers.max_batch_size)
     answer(engine, examples, file, sampling, batch_size=answers.max_batch_size, stream=bool(answers.stream))
     if answers.metric == "acc":
         right, asked = file.accuracy()
@@ -160,7 +160,7 @@ def _lines(
             texts[number] = _streamed(engine, prompt, sampling)
     elif prompts:
         ids = list(prompts)
-        done = complete(engine, list(prompts.values()), sampling, request_ids=ids, batch_size=len(ids))
+        done = complete(engine, list(prompts.values()), sampling, request_ids=ids)
         texts = {number: answer_text(engine.processor, one) for number, one in zip(ids, done, strict=True)}
     return [
         results.error_line(example, errors[n]) if n in errors else results.line(example, texts[n])

@@ -11,7 +11,17 @@ from jvlm_kernels.cross_entropy.api import (
     linear_cross_entropy,
     linear_cross_entropy_sum,
 )
-from jvlm_kernels.decode.api import cached_attention, decode_attention, decode_implementations, extend_cache, init_cache
+from jvlm_kernels.decode.api import (
+    cached_attention,
+    chunk_attention,
+    decode_attention,
+    decode_implementations,
+    extend_cache,
+    init_cache,
+    init_pages,
+    read_pages,
+    write_pages,
+)
 from jvlm_kernels.errors import Unavailable
 from jvlm_kernels.grouped.api import grouped_matmul
 
@@ -21,14 +31,18 @@ __all__ = [
     "CrossEntropySum",
     "Unavailable",
     "cached_attention",
+    "chunk_attention",
     "decode_attention",
     "decode_implementations",
     "extend_cache",
     "grouped_matmul",
     "implementations",
     "init_cache",
+    "init_pages",
     "linear_cross_entropy",
     "linear_cross_entropy_sum",
+    "read_pages",
     "reference_attention",
     "segment_attention",
+    "write_pages",
 ]

@@ -102,10 +102,14 @@ def test_requests_name_their_adapter_and_all_share_one_program(tiny, weights, tm
     generate_file(model, tiny.processor, tmp_path / "in.jsonl", tmp_path / "out.jsonl", SamplingConfig(6), batch_size=4)
     answers = [json.loads(line)["response"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert answers == found
+
     # other adapters for the same shapes compile nothing
-    before = engine_for(model, tiny.processor).compilations
+    def compiled():
+        return {name: engine_for(model, tiny.processor).compilations[name] for name in ("encode", "decode", "sample")}
+
+    before = compiled()
     jvlm.generate(model, tiny.processor, rows, adapter=["dora", "lora", None, "wide"], **settings)
-    assert engine_for(model, tiny.processor).compilations == before
+    assert compiled() == before
 
 
 def test_an_unknown_name_and_adapters_that_cannot_share_are_refused(tiny, weights):

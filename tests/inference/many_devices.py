@@ -15,7 +15,7 @@ import numpy as np
 from jvlm.data.packing import Example
 from jvlm.inference import sharding
 from jvlm.inference.engine import Engine
-from jvlm.inference.sampling import SamplingConfig
+from jvlm.inference.requests import EngineConfig, Request, SamplingParams
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.parallel.rules import AXES
 from jvlm.training import starting_model
@@ -36,6 +36,7 @@ MODELS = {
     "gated": models.cross_attention(),
 }
 SETTINGS = {"greedy": {}, "sampled": {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2}}
+COMMON = {"max_tokens": NEW, "stop_token_ids": (), "logprobs": 0}
 
 
 def prompts(config, count: int = 3) -> list[Example]:
@@ -60,7 +61,7 @@ def prompts(config, count: int = 3) -> list[Example]:
                 loss_weights=np.zeros(length, np.float32),
                 turns=np.zeros(length, np.int32),
                 vision_index=index,
-                media=np.zeros(length, np.int32),
+                media=(index >= 0).astype(np.int32),
                 vision_segment_ids=np.arange(frames * features, dtype=np.int32) // features + 1,
                 patches=rng.integers(0, 256, (patches, config.encoder.patch_values)).astype(np.uint8),
                 patch_segment_ids=ids // places + 1,
@@ -76,7 +77,14 @@ def prompts(config, count: int = 3) -> list[Example]:
 def processor(config) -> SimpleNamespace:
     """What the engine asks of one."""
     return SimpleNamespace(
-        tokenizer=SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(150)}),
+        tokenizer=SimpleNamespace(
+            get_vocab=lambda: {str(i): i for i in range(150)},
+            added_tokens_decoder={},
+            clean_up_tokenization_spaces=False,
+            convert_ids_to_tokens=str,
+            decode=lambda ids, **_: " ".join(map(str, ids)),
+        ),
+        decode=lambda ids: " ".join(map(str, ids)),
         delimiter_ids=(),
         stop_ids=(),
         generation={},
@@ -85,27 +93,23 @@ def processor(config) -> SimpleNamespace:
 
 
 def run(model, fields: dict | None, kinds: list[str]) -> dict:
-    """Logits after the prompts and tokens, on one device or a mesh; with how often steps were compiled."""
+    """Tokens and their log-probabilities on one device or a mesh; with how often programs were compiled."""
     layout = None
     if fields:
         fields = {"data": 1, "rules": sharding.RULES, **fields}
         count = math.prod(fields.get(axis, 1) for axis in AXES)
         layout = sharding.inference_layout(model.config, ParallelConfig(**fields), jax.devices()[:count])
-    engine, logits = Engine(model, processor(model.config), layout), []
-    prefill = engine._steps.prefill
-
-    def observed(*arguments):
-        found = prefill(*arguments)
-        logits.append(np.asarray(found[0]))
-        return found
-
-    engine._steps.prefill = observed
-    tokens = {}
+    engine = Engine(model, processor(model.config), EngineConfig(max_slots=8), layout)
+    found = {"tokens": {}, "logprobs": {}}
     for kind in kinds:
-        settings = SamplingConfig(max_new_tokens=NEW, stop_token_ids=(), **SETTINGS[kind])
-        tokens[kind] = list(engine.steps(prompts(model.config), settings))
-    engine._steps.prefill = prefill
-    return {"logits": logits[0][:3], "tokens": tokens, "compilations": engine.compilations}
+        requests = [
+            Request(f"{kind} {i}", example, SamplingParams(**SETTINGS[kind], **COMMON, number=i))
+            for i, example in enumerate(prompts(model.config))
+        ]
+        events = list(engine.run(requests))
+        for name, take in (("tokens", lambda e: e.token), ("logprobs", lambda e: e.logprob.logprob)):
+            found[name][kind] = [[take(e) for e in events if e.request_id == r.id] for r in requests]
+    return found | {"compilations": engine.compilations}
 
 
 def main(cases: str) -> None:
@@ -121,10 +125,14 @@ def main(cases: str) -> None:
             line = {
                 "architecture": architecture,
                 "mesh": name,
-                "difference": float(np.abs(found["logits"] - expected["logits"]).max()),
-                "largest": float(np.abs(expected["logits"]).max()),
+                "difference": max(
+                    float(np.abs(np.subtract(found["logprobs"][kind], expected["logprobs"][kind])).max())
+                    for kind in kinds
+                ),
                 "same": {kind: found["tokens"][kind] == expected["tokens"][kind] for kind in kinds},
-                "different_tokens": len({t for steps in expected["tokens"].values() for step in steps for t in step}),
+                "different_tokens": len(
+                    {t for answers in expected["tokens"].values() for answer in answers for t in answer}
+                ),
                 "compilations": found["compilations"],
                 "seconds": round(time.process_time() - began, 1),
             }

@@ -9,6 +9,7 @@ from jvlm.data.errors import ExampleError
 from jvlm.errors import UserError
 from jvlm.inference.batch_file import FileResult, generate_file
 from jvlm.inference.engine import Engine
+from jvlm.inference.requests import Event
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.weights.finite import BrokenWeights
 from tests.inference.support import prompt
@@ -143,14 +144,18 @@ def test_an_example_whose_scores_overflow_is_its_own_error_and_its_neighbours_ar
     tiny, data, tmp_path, monkeypatch
 ):
     (word,) = tiny.processor.tokenizer("Z", add_special_tokens=False)["input_ids"]
-    steps = Engine.steps
+    step = Engine.step
 
-    def overflowing(engine, examples, *arguments):
-        if any(word in example.tokens for example in examples):
-            raise UserError("the scores are not finite numbers")
-        return steps(engine, examples, *arguments)
+    def overflowing(engine):
+        """One in whose scores the word makes an infinity."""
+        asked = {name: one.request for name, one in engine._active.items() if word in one.request.example.tokens}
+        for name in asked:
+            engine.abort(name)
+        error = UserError("the scores are not finite numbers")
+        events = [event for event in step(engine) if event.request_id not in asked]
+        return [*events, *(Event(name, finish_reason="error", error=error) for name in asked)]
 
-    monkeypatch.setattr(Engine, "steps", overflowing)
+    monkeypatch.setattr(Engine, "step", overflowing)
     path, output = data([prompt("good"), prompt("Z"), prompt("good")], "overflow.jsonl"), tmp_path / "out.jsonl"
     with pytest.raises(ExampleError, match=r"overflow\.jsonl, line 2, field 'messages': no answer: .* not finite"):
         answer(tiny, path, output)

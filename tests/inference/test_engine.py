@@ -1,108 +1,263 @@
-"""What is compiled, what is copied, and what is shared."""
+"""Requests beside others get what they get alone; nothing is compiled after the warm-up; nothing is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from jvlm.data import packing
-from jvlm.inference.engine import TOKEN_STEP, Engine
-from jvlm.inference.sampling import SamplingArrays, SamplingConfig
+from jvlm.errors import UserError
+from jvlm.inference.engine import Engine
+from jvlm.inference.requests import EngineConfig, Request, SamplingParams
+from jvlm.models import vlm
 from tests.inference.support import prompt
 from tests.support import picture
 
+SMALL = EngineConfig(
+    max_slots=4,
+    max_model_len=192,
+    num_pages=64,
+    prefill_tokens=(64,),
+    encode_patches=(256,),
+    feature_slots=256,
+    decode_slots=(4,),
+)
+ASKED = {
+    "text": (prompt("what is the answer?"), {}),
+    "long": (prompt("where is the cat on the chair? " * 8), {}),
+    "picture": (prompt("what is in <image> this picture?", images=[picture(140, 84)]), {}),
+    "two pictures": (prompt("<image>is <image>it?", images=[picture(84, 112), picture(140, 56, 1)]), {}),
+    "same picture": (prompt("<image>where?", images=[picture(140, 84)]), {}),
+    "drawn": (prompt("is it red?"), {"temperature": 1.3, "seed": 7}),
+    "filtered": (prompt("a dog?"), {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01}),
+    "ruled": (
+        prompt("no, two"),
+        {
+            "repetition_penalty": 1.3,
+            "presence_penalty": 0.4,
+            "frequency_penalty": 0.2,
+            "logit_bias": {40: 2.0},
+            "min_tokens": 3,
+        },
+    ),
+    "two answers": (prompt("<image>yes?", images=[picture(84, 84)]), {"temperature": 1.0, "n": 2, "seed": 3}),
+    "limited": (prompt("which?"), {"allowed_token_ids": (30, 31, 32, 33), "temperature": 1.0}),
+}
 
-def encode(tiny, text, *images):
-    return tiny.processor.encode(prompt(text, images=list(images)), generation_prompt=True)
+
+def requests(tiny, names=tuple(ASKED), **fields):
+    return [
+        Request(
+            name,
+            tiny.processor.encode(ASKED[name][0], generation_prompt=True),
+            SamplingParams(**{"max_tokens": 8, "stop_token_ids": (), "logprobs": 2} | fields | ASKED[name][1]),
+        )
+        for name in names
+    ]
 
 
-def run(engine, examples, **settings):
-    return list(engine.steps(examples, SamplingConfig(**({"max_new_tokens": 6, "stop_token_ids": ()} | settings))))
+def collect(events):
+    """Tokens, log-probabilities and texts of each answer."""
+    found: dict[tuple[str, int], tuple[list, list, str]] = {}
+    for event in events:
+        tokens, values, text = found.get((event.request_id, event.index), ([], [], ""))
+        if event.token is not None:
+            tokens, values = [*tokens, event.token], [*values, event.logprob.logprob if event.logprob else None]
+        found[event.request_id, event.index] = tokens, values, text + event.text
+    return found
 
 
-@pytest.fixture
-def engine(tiny):
-    """One that has compiled nothing yet."""
-    return Engine(tiny.model, tiny.processor)
+def answers(engine, asked):
+    return collect(engine.run(asked))
 
 
 @pytest.fixture(scope="module")
-def shared_engine(tiny):
-    return Engine(tiny.model, tiny.processor)
+def engine(tiny):
+    """One whose programs are all compiled."""
+    engine = Engine(tiny.model, tiny.processor, SMALL)
+    reported = {}
+    engine.warm_up(reported.__setitem__)
+    assert len(reported) <= 40
+    assert all(seconds >= 0 for seconds in reported.values())
+    return engine
 
 
-def test_prompts_of_one_bucket_share_one_prefill_and_one_decode_step(tiny, engine):
-    first = [encode(tiny, "<image>what is it?", picture(112, 84)), encode(tiny, "the answer is yes")]
-    second = [encode(tiny, "<image>where is it?", picture(84, 112)), encode(tiny, "three"), encode(tiny, "no, two")]
-    run(engine, first * 2)
-    run(engine, second)
-    assert engine.compilations == {"prefill": 1, "decode": 1}
+@pytest.fixture(scope="module")
+def alone(tiny, engine):
+    """What each request gets with nothing beside it, and no page or feature of another."""
+    found = {}
+    for request in requests(tiny):
+        for scheduler in engine._schedulers:
+            scheduler.forget()
+        found |= answers(engine, [request])
+    return found
 
 
-def test_sampling_numbers_compile_nothing(tiny, engine):
-    examples = [encode(tiny, "what is the answer?")]
-    for temperature, top_k, top_p, seed in ((1.0, 5, 1.0, 0), (0.5, 0, 0.9, 1), (2.0, 50, 0.1, 2)):
-        run(engine, examples, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    assert engine.compilations == {"prefill": 1, "decode": 1}
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, (tokens, values, text) in expected.items():
+        assert found[name][0] == tokens, name
+        np.testing.assert_allclose(found[name][1], values, atol=1e-4, err_msg=str(name))
+        assert found[name][2] == text
 
 
-def test_finished_examples_fall_silent_and_the_last_one_ends_the_loop(tiny, shared_engine):
-    examples = [encode(tiny, "what is the answer?"), encode(tiny, "where is the cat?")]
-    free = run(shared_engine, examples, max_new_tokens=12)
-    stop = free[2][0]
-    last = next((i for i, (_, token) in enumerate(free) if token == stop), 11)
-    steps = run(shared_engine, examples, max_new_tokens=12, stop_token_ids=(stop,))
-    first = next(i for i, (token, _) in enumerate(free) if token == stop)
-    assert [a for a, _ in steps[: first + 1]] == [a for a, _ in free[: first + 1]]
-    assert all(a is None for a, _ in steps[first + 1 :])
-    assert len(steps) == max(first, last) + 1
+class Compilations:
+    """Counts what XLA compiles, whoever asks for it."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self)
+
+    def __call__(self, name, seconds, **_):
+        self.count += name == "/jax/core/compile/backend_compile_duration"
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_new_tokens": 1}, {"temperature": 1.0, "repetition_penalty": 1.2}])
-def test_running_ahead_of_the_host_changes_no_token(tiny, shared_engine, monkeypatch, settings):
-    examples = [encode(tiny, "what is the answer?"), encode(tiny, "<image>is it red?", picture(140, 84))]
-    behind = run(shared_engine, examples, **settings)
-    monkeypatch.setattr(shared_engine, "ahead", True)
-    assert run(shared_engine, examples, **settings) == behind
+def test_mixed_requests_get_what_each_gets_alone_and_nothing_is_compiled(tiny, engine, alone):
+    counted = Compilations()
+    for scheduler in engine._schedulers:
+        scheduler.forget()
+    assert_same(answers(engine, requests(tiny)), alone)
+    assert_same(answers(engine, requests(tiny, tuple(ASKED)[::-1])), alone)  # now from cached pages and features
+    stats = engine.stats()
+    assert stats.compilations_after_ready == counted.count == 0
+    assert stats.prefix_cache_hits > 0
+    assert stats.mm_cache_hits > 0
+    assert stats.num_requests_running == stats.num_requests_waiting == 0
+    assert stats.kv_cache_usage_perc == 0
+    assert len({tuple(tokens) for tokens, _, _ in alone.values()}) >= len(alone) - 2
+
+
+def test_steps_that_run_ahead_of_the_host_change_nothing(tiny, engine, alone, monkeypatch):
+    monkeypatch.setattr(engine, "ahead", True)
+    assert_same(answers(engine, requests(tiny)), alone)
+
+
+def test_requests_come_and_go_while_others_run(tiny, engine, alone):
+    asked = requests(tiny)
+    late, events, aborted = asked[5:], [], "long"
+    for request in asked[:5]:
+        engine.submit(request)
+    while engine.has_work:
+        events += engine.step()
+        if late and len(events) > 3:
+            engine.submit(late.pop())
+        if aborted and len([e for e in events if e.request_id == aborted]) == 2:
+            engine.abort(aborted)
+            aborted = None
+    ended = [e.request_id for e in events if e.finish_reason == "abort"]
+    assert ended == ["long"]
+    found = collect([e for e in events if e.finish_reason != "abort"])
+    cut = found.pop(("long", 0))
+    expected = dict(alone)
+    whole = expected.pop(("long", 0))
+    assert cut[0] == whole[0][: len(cut[0])]
+    assert_same(found, expected)
+    assert engine.stats().kv_cache_usage_perc == 0
+
+
+def test_a_stop_ends_an_answer_and_is_not_in_its_text(tiny, engine, alone):
+    tokens, _, text = alone["text", 0]
+    (asked,) = requests(tiny, ("text",), stop_token_ids=(tokens[3],))
+    *_, last = engine.run([asked])
+    assert (last.token, last.finish_reason, last.stop_reason) == (tokens[3], "stop", tokens[3])
+    stop = text[len(text) // 2 :][:3]
+    (asked,) = requests(tiny, ("text",), stop=(stop,))
+    events = list(engine.run([asked]))
+    assert "".join(e.text for e in events) == text[: text.index(stop)]
+    assert (events[-1].finish_reason, events[-1].stop_reason) == ("stop", stop)
+    (asked,) = requests(tiny, ("text",), stop_token_ids=(tokens[0],), min_tokens=4)
+    found = [e.token for e in engine.run([asked])]
+    assert len(found) >= 5
+    assert tokens[0] not in found[:4]
+
+
+def test_log_probabilities_of_a_prompt_are_those_of_a_whole_pass(tiny, engine):
+    (asked,) = requests(tiny, ("picture",), prompt_logprobs=3)
+    first, *_ = engine.run([asked])
+    example = asked.example
+    from jvlm.data import packing
+
+    batch = packing.assemble([[example]], 64, example.num_patches)
+    values = np.asarray(jax.nn.log_softmax(tiny.model(batch)[0]))
+    assert first.prompt_logprobs[0] is None
+    assert len(first.prompt_logprobs) == example.length
+    for place, found in enumerate(first.prompt_logprobs[1:]):
+        assert found.token == example.tokens[place + 1]
+        assert found.logprob == pytest.approx(values[place, found.token], abs=1e-4)
+        np.testing.assert_allclose([v for _, v in found.top], np.sort(values[place])[::-1][:3], atol=1e-4)
+
+
+def test_other_parameters_are_used_at_once_and_compile_nothing(tiny, engine, alone):
+    values = {path: v.get_value() for path, v in vlm.parameters(tiny.model).items()}
+    changed = {**values, "decoder.head.kernel": values["decoder.head.kernel"][:, ::-1]}
+    counted = Compilations()
+    engine.load(changed)
+    assert answers(engine, requests(tiny, ("text",)))["text", 0][0] != alone["text", 0][0]
+    engine.load(tiny.model)
+    assert_same(answers(engine, requests(tiny, ("text",))), {("text", 0): alone["text", 0]})
+    assert engine.stats().compilations_after_ready == 0
+    assert counted.count <= 1  # the reversal itself
+    with pytest.raises(UserError, match="not those of this model"):
+        engine.load({**values, "decoder.other": values["decoder.head.kernel"]})
+
+
+def test_what_does_not_fit_is_refused_and_a_name_is_taken_once(tiny, engine):
+    (asked,) = requests(tiny, ("text",))
+    long = tiny.processor.encode(prompt("where is the cat? " * 60), generation_prompt=True)
+    with pytest.raises(UserError, match="tokens of prompt and answer, and at most 192 fit"):
+        engine.submit(Request("too long", long, asked.sampling))
+    large = tiny.processor.encode(prompt("<image>", images=[picture(560, 560)]), generation_prompt=True)
+    with pytest.raises(UserError, match="patches of one picture, and at most 256 fit"):
+        engine.submit(Request("too large", large, asked.sampling))
+    with pytest.raises(UserError, match="logit_bias has the id 99999"):
+        engine.submit(dataclasses.replace(asked, sampling=SamplingParams(logit_bias={99999: 1.0})))
+    engine.submit(asked)
+    with pytest.raises(UserError, match="'text' is there already"):
+        engine.submit(asked)
+    engine.abort("text")
+    assert [e.finish_reason for e in engine.step()] == ["abort"]
+    assert not engine.has_work
+
+
+def test_few_pages_make_answers_wait_and_change_none(tiny, alone):
+    few = dataclasses.replace(SMALL, num_pages=26, prefix_cache=False)
+    engine = Engine(tiny.model, tiny.processor, few)
+    names = ("long", "picture", "drawn", "text", "two answers")
+    for _ in range(2):
+        found = answers(engine, requests(tiny, names, max_tokens=8))
+    assert_same(found, {key: value for key, value in alone.items() if key[0] in names})
 
 
 def pointers(arrays):
     return {(a.unsafe_buffer_pointer(), a.unsafe_buffer_pointer() + a.nbytes) for a in arrays}
 
 
-def test_decoding_shares_the_memory_of_the_models_parameters(tiny, shared_engine):
-    owned = pointers(shared_engine._given)
-    for begin, end in pointers(shared_engine._decoder_leaves):
+def test_decoding_shares_the_memory_of_the_models_parameters(tiny, engine):
+    owned = pointers(engine._given)
+    for begin, end in pointers(engine._decoder_leaves):
         assert any(low <= begin and end <= high for low, high in owned)
-    assert len(shared_engine._decoder_leaves) > len(jax.tree.leaves(nnx.state(tiny.model.decoder)))
+    assert len(engine._decoder_leaves) > len(jax.tree.leaves(nnx.state(tiny.model.decoder)))
 
 
-def test_parameters_released_are_taken_again_by_update_and_compile_nothing(tiny, shared_engine):
-    examples = [encode(tiny, "what is the answer?")]
-    before, compiled = run(shared_engine, examples), shared_engine.compilations
-    shared_engine.release()
-    shared_engine.update(tiny.model)
-    assert run(shared_engine, examples) == before
-    assert shared_engine.compilations == compiled
+def test_parameters_released_are_taken_again_and_compile_nothing(tiny, engine, alone):
+    engine.release()
+    engine.load(tiny.model)
+    assert_same(answers(engine, requests(tiny, ("picture",))), {("picture", 0): alone["picture", 0]})
+    assert engine.stats().compilations_after_ready == 0
 
 
-@pytest.mark.parametrize(("examples", "settings"), [(1, {}), (4, {"temperature": 1.0})], ids=["greedy", "sampled"])
-def test_a_decode_step_copies_neither_the_cache_nor_a_weight(tiny, shared_engine, examples, settings):
-    config = SamplingConfig(max_new_tokens=2000, **settings)
-    batch, lengths = shared_engine._batch([encode(tiny, "what is the answer?")] * examples, examples)
-    arrays = SamplingArrays.of(config, np.arange(examples))
-    cache_len = packing.bucket(int(lengths.max()) + config.max_new_tokens, TOKEN_STEP)
-    logits, cache = shared_engine._steps.prefill(shared_engine._leaves, batch, lengths)
-    leaves = shared_engine._decoder_leaves
-    token, state = shared_engine._steps.first_token(
-        config.flags, cache_len, leaves, logits, cache, batch, lengths, arrays
+def test_a_decoding_step_updates_the_cache_in_place_and_copies_no_weight(tiny, engine):
+    device = engine._device
+    rows = np.zeros((4, 6 + engine.shapes.tables[0]), np.int32)
+    from jvlm.inference.programs import DecodeRows
+
+    lowered = device.programs.decode.lower(
+        engine._decoder_leaves, device._pages(), device._last_tokens(), DecodeRows(rows)
     )
-    lowered = shared_engine._steps.decode.lower(config.flags, leaves, state, token, arrays)
     memory = lowered.compile().memory_analysis()
-    keys = state.cache[0][0].nbytes
-    assert memory.alias_size_in_bytes >= 2 * keys * len(state.cache)
-    # attention scores of the new token are the largest thing that a step may make
-    scores = 4 * examples * tiny.config["num_attention_heads"] * cache_len
-    largest_weight = 4 * tiny.config["hidden_size"] * tiny.config["intermediate_size"]
-    assert memory.temp_size_in_bytes < 2 * scores + largest_weight
-    assert memory.temp_size_in_bytes < keys
+    cache = sum(x.nbytes for x in jax.tree.leaves(device._pages()))
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.temp_size_in_bytes < cache

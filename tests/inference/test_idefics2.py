@@ -19,7 +19,7 @@ def test_greedy_answers_equal_transformers_together_in_one_batch(tiny):
     assert len(tiny.processor.encode(records[0]).tokens) > tiny.config["text_config"]["sliding_window"]
     engine = engine_for(tiny.model, tiny.processor)
     examples = [tiny.processor.encode(record, generation_prompt=True) for record in records]
-    done = complete(engine, examples, SamplingConfig(max_new_tokens=12), request_ids=range(3), batch_size=3)
+    done = complete(engine, examples, SamplingConfig(max_new_tokens=12), request_ids=range(3))
     # ids without a token, and media, are never given
     never = [tiny.processor.tokenizer.convert_tokens_to_ids(t) for t in (FAKE, IMAGE)]
     never += range(len(tiny.processor.tokenizer), tiny.config["text_config"]["vocab_size"])

@@ -35,12 +35,11 @@ def found():
 
 
 @pytest.mark.slow
-def test_logits_and_tokens_on_every_mesh_equal_those_of_one_device(found):
+def test_tokens_and_their_probabilities_on_every_mesh_equal_those_of_one_device(found):
     expected = [(architecture, mesh) for architecture, meshes in CASES.items() for mesh in meshes]
     assert [(line["architecture"], line["mesh"]) for line in found] == expected
     for line in found:
-        assert line["difference"] < 1e-5, line
-        assert line["largest"] > 1, line
+        assert line["difference"] < 1e-4, line
         assert all(line["same"].values()), line
         assert line["different_tokens"] > 5, line
 
@@ -49,7 +48,7 @@ def test_logits_and_tokens_on_every_mesh_equal_those_of_one_device(found):
 def test_the_state_stays_in_its_place_from_step_to_step(found):
     """One that moved would be compiled for again."""
     for line in found:
-        assert line["compilations"] == {"prefill": 1, "decode": 1}, line
+        assert line["compilations"]["prefill"] == line["compilations"]["decode"] == 1, line
 
 
 def _layout(table=sharding.RULES, **sizes):

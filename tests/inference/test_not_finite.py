@@ -14,8 +14,9 @@ from jvlm.evaluation import score
 from jvlm.inference.batch_file import generate_file
 from jvlm.inference.chat import chat
 from jvlm.inference.engine import Engine
-from jvlm.inference.generate import stream
-from jvlm.inference.sampling import NOT_FINITE, SamplingArrays, SamplingConfig, sample
+from jvlm.inference.generate import complete, stream
+from jvlm.inference.requests import EngineConfig, SamplingParams
+from jvlm.inference.sampling import NOT_FINITE, SamplingArrays, SamplingConfig, SamplingKind, sample
 from jvlm.models import vlm
 from tests import support
 from tests.inference.support import prompt
@@ -75,9 +76,10 @@ def test_a_nan_in_the_weights_ends_every_door_with_the_name_of_its_tensor(broken
 @pytest.mark.parametrize("ahead", [False, True])
 def test_it_is_noticed_as_well_where_steps_are_started_ahead(broken, ahead):
     model, processor = broken
-    engine = Engine(model, processor, ahead=ahead)
+    engine = Engine(model, processor, EngineConfig(ahead=ahead))
+    example = processor.encode(EXAMPLE, generation_prompt=True)
     with pytest.raises(UserError, match="not finite numbers"):
-        list(engine.steps([processor.encode(EXAMPLE, generation_prompt=True)], SamplingConfig(max_new_tokens=4)))
+        complete(engine, [example], SamplingConfig(max_new_tokens=4), request_ids=[0])
 
 
 def test_the_command_line_ends_with_a_status_and_no_answer(folder, capsys):
@@ -113,8 +115,9 @@ def test_an_overflow_of_finite_weights_is_said_to_be_one(tiny):
 def test_one_score_that_is_not_finite_is_enough_and_other_examples_keep_their_token(value, settings):
     logits = np.tile(np.arange(8, dtype=np.float32), (3, 1))
     logits[1, 2] = value
-    config = SamplingConfig(**settings)
-    arrays = SamplingArrays.of(config, np.arange(3))
-    found = np.asarray(sample(jnp.asarray(logits), config.flags, arrays, jnp.int32(0), banned=np.zeros(8, bool)))
+    params = [SamplingParams(**settings)] * 3
+    arrays = SamplingArrays.of(params, range(3), range(3), [0] * 3)
+    kind = SamplingKind.of(params[0])
+    found = np.asarray(sample(jnp.asarray(logits), kind, arrays, banned=np.zeros((2, 8), bool)))
     assert found[1] == NOT_FINITE
     assert (found[[0, 2]] >= 0).all()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -15,10 +16,11 @@ from transformers import (
 
 from jvlm.errors import UserError
 from jvlm.inference import sampling
-from jvlm.inference.sampling import SamplingArrays, SamplingConfig
+from jvlm.inference.requests import SamplingParams
+from jvlm.inference.sampling import KINDS, SamplingArrays, SamplingConfig, SamplingKind, SlotRules, kind_for
 
 B, V = 3, 400
-NONE_BANNED = np.zeros(V, bool)
+NONE_BANNED = np.zeros((2, V), bool)
 
 
 @pytest.fixture
@@ -26,15 +28,25 @@ def logits():
     return np.random.default_rng(0).normal(0, 4, (B, V)).astype(np.float32)
 
 
-def adjusted(logits, prompt=None, **config):
-    config = SamplingConfig(**config)
-    seen = None
-    if prompt is not None:
-        seen = np.zeros(logits.shape, bool)
-        np.put_along_axis(seen, prompt, True, axis=1)
-        seen = jnp.asarray(seen)
-    arrays = SamplingArrays.of(config, np.arange(len(logits)))
-    return np.asarray(sampling.adjust(jnp.asarray(logits), config.flags, arrays, banned=NONE_BANNED, seen_tokens=seen))
+def arrays_of(count, numbers=None, step=0, **params):
+    params = SamplingParams(**params)
+    numbers = range(count) if numbers is None else numbers
+    return SamplingKind.of(params), SamplingArrays.of([params] * count, range(count), numbers, [step] * count)
+
+
+def rules_of(prompt, answers=None):
+    seen, counts = np.zeros((len(prompt) + 1, V), bool), np.zeros((len(prompt) + 1, V), np.int32)
+    np.put_along_axis(seen[:-1], prompt, True, axis=1)
+    for row, answer in enumerate([] if answers is None else answers):
+        counts[row] = np.bincount(answer, minlength=V)
+    flat = jnp.zeros(seen.shape)
+    return SlotRules(flat, jnp.asarray(seen), flat.astype(bool), jnp.asarray(counts))
+
+
+def adjusted(logits, prompt=None, answers=None, **params):
+    kind, arrays = arrays_of(len(logits), **params)
+    rules = None if prompt is None else rules_of(prompt, answers)
+    return np.asarray(sampling.adjust(jnp.asarray(logits), kind, arrays, banned=NONE_BANNED, rules=rules))
 
 
 def processed(logits, *processors, prompt=None):
@@ -80,10 +92,81 @@ def test_top_k_keeps_ties_with_the_last_one_kept_as_transformers_does():
     np.testing.assert_array_equal(adjusted(tied, temperature=1.0, top_k=2), processed(tied, TopKLogitsWarper(2)))
 
 
-def draw(logits, request_ids, step=0, banned=NONE_BANNED, **config):
-    config = SamplingConfig(**({"temperature": 1.0} | config))
-    arrays = SamplingArrays.of(config, np.asarray(request_ids))
-    return np.asarray(sampling.sample(jnp.asarray(logits), config.flags, arrays, jnp.int32(step), banned=banned))
+@pytest.mark.parametrize("p", [0.02, 0.3, 1.0])
+def test_min_p_equals_transformers(logits, p):
+    np.testing.assert_array_equal(adjusted(logits, temperature=1.0, min_p=p), processed(logits, MinPLogitsWarper(p)))
+
+
+def test_presence_and_frequency_count_the_answer_and_not_the_prompt(logits):
+    prompt, answers = np.array([[1], [2], [3]]), [[5, 5, 7], [], [9]]
+    found = adjusted(logits, prompt, answers, presence_penalty=0.5, frequency_penalty=0.25)
+    expected = logits.copy()
+    expected[0, 5] -= 0.5 + 2 * 0.25
+    expected[0, 7] -= 0.75
+    expected[2, 9] -= 0.75
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_bias_end_tokens_and_a_mask_forbid_and_prefer(logits):
+    rules = rules_of(np.zeros((B, 1), np.int64))
+    bias = np.zeros((B + 1, V), np.float32)
+    bias[0], bias[0, 4], bias[1, 6] = -np.inf, 0, 100
+    ends = np.zeros((B + 1, V), bool)
+    ends[:, 8] = True
+    rules = SlotRules(jnp.asarray(bias), rules.seen, jnp.asarray(ends), rules.counts)
+    bits = np.zeros((B, 32 * 13), bool)
+    bits[:2], bits[2, 11] = True, True
+    mask = (bits.reshape(B, 13, 32) << np.arange(32, dtype=np.uint32)).sum(-1, dtype=np.uint32).view(np.int32)
+    logits[:, 8] = 50
+    params = [SamplingParams(min_tokens=n) for n in (2, 2, 2)]
+    arrays = SamplingArrays.of(params, range(B), range(B), [0, 0, 0])
+    chosen = sampling.sample(jnp.asarray(logits), KINDS[-1], arrays, banned=NONE_BANNED, rules=rules, mask=mask)
+    assert np.asarray(chosen).tolist() == [4, 6, 11]
+    later = SamplingArrays.of(params, range(B), range(B), [2, 2, 2])
+    chosen = sampling.sample(jnp.asarray(logits), KINDS[-2], later, banned=NONE_BANNED, rules=rules)
+    assert np.asarray(chosen).tolist() == [4, 6, 8]
+
+
+def test_a_row_that_asks_nothing_gets_the_same_in_every_kind(logits):
+    rules = rules_of(np.zeros((B, 1), np.int64), [[1] * 50] * B)
+    mask = np.full((B, 13), -1, np.int32)
+    for params in (SamplingParams(), SamplingParams(temperature=0.7, seed=5)):
+        arrays = SamplingArrays.of([params] * B, range(B), range(B), [3] * B)
+        least = KINDS.index(SamplingKind.of(params))
+        found = [
+            np.asarray(
+                sampling.sample(jnp.asarray(logits), kind, arrays, banned=NONE_BANNED, rules=rules, mask=mask)
+            ).tolist()
+            for kind in KINDS[least:]
+        ]
+        assert found == [found[0]] * len(found)
+
+
+def test_every_row_of_a_batch_has_numbers_of_its_own(logits):
+    params = [SamplingParams(), SamplingParams(temperature=2.0, top_k=3), SamplingParams(temperature=0.5, top_p=0.6)]
+    kind = kind_for(map(SamplingKind.of, params))
+    together = SamplingArrays.of(params, range(3), range(3), [0, 1, 2])
+    found = np.asarray(sampling.sample(jnp.asarray(logits), kind, together, banned=NONE_BANNED))
+    for i, one in enumerate(params):
+        alone = SamplingArrays.of([one], [0], [i], [i])
+        chosen = sampling.sample(jnp.asarray(logits[i : i + 1]), SamplingKind.of(one), alone, banned=NONE_BANNED)
+        assert int(chosen[0]) == found[i]
+
+
+def test_log_probabilities_and_entropy_are_those_of_the_raw_scores(logits):
+    found = sampling.logprobs(jnp.asarray(logits), jnp.asarray([3, 1, 2]), 5)
+    exact = logits.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
+    np.testing.assert_allclose(found.chosen, exact[[0, 1, 2], [3, 1, 2]], atol=1e-5)
+    order = np.argsort(-exact, axis=-1)[:, :5]
+    np.testing.assert_array_equal(found.top_tokens, order)
+    np.testing.assert_allclose(found.top, np.take_along_axis(exact, order, 1), atol=1e-5)
+    np.testing.assert_allclose(found.entropy, -(np.exp(exact) * exact).sum(-1), atol=1e-4)
+
+
+def draw(logits, request_ids, step=0, banned=NONE_BANNED, **params):
+    kind, arrays = arrays_of(len(logits), request_ids, step, **({"temperature": 1.0} | params))
+    return np.asarray(sampling.sample(jnp.asarray(logits), kind, arrays, banned=banned))
 
 
 def test_draws_follow_the_probabilities():
@@ -108,9 +191,9 @@ def test_a_draw_depends_on_seed_number_and_step_and_not_on_the_batch(logits):
 
 @pytest.mark.parametrize("config", [{"temperature": 0.0}, {"temperature": 100.0}, {"temperature": 100.0, "top_p": 0.9}])
 def test_banned_tokens_are_never_chosen_even_if_likeliest(config):
-    banned = np.zeros(V, bool)
-    banned[5:] = True
-    logits = np.where(banned, 10.0, 0.0).astype(np.float32)
+    banned = np.zeros((2, V), bool)
+    banned[:, 5:] = True
+    logits = np.where(banned[0], 10.0, 0.0).astype(np.float32)
     assert draw(np.broadcast_to(logits, (500, V)), range(500), banned=banned, **config).max() < 5
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from jvlm.errors import UserError
-from jvlm.inference.engine import Engine, banned_tokens
+from jvlm.inference.engine import Engine
 from jvlm.inference.generate import complete
 from jvlm.inference.sampling import SamplingConfig
-from jvlm.inference.token_rules import token_rules
+from jvlm.inference.token_rules import banned_tokens, token_rules
 from tests.inference.support import MEDIA, oracle_tokens, prompt
 
 NEW = 6
@@ -26,7 +26,7 @@ def _tokens(tiny, monkeypatch, generation):
     monkeypatch.setattr(tiny.processor, "generation", generation)
     engine = Engine(tiny.model, tiny.processor)
     example = tiny.processor.encode(EXAMPLE, generation_prompt=True)
-    (found,) = complete(engine, [example], SamplingConfig(max_new_tokens=NEW), request_ids=[0], batch_size=1)
+    (found,) = complete(engine, [example], SamplingConfig(max_new_tokens=NEW), request_ids=[0])
     return list(found.tokens)
 
 

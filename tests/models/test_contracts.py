@@ -16,10 +16,11 @@ from flax import nnx
 from jvlm.data import packing
 from jvlm.errors import UserError
 from jvlm.inference.engine import Engine
+from jvlm.inference.generate import complete
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models import contracts, layers, registry, vlm
 from jvlm.models.attention import Attention
-from jvlm.models.batch import DecoderOutput
+from jvlm.models.batch import DecoderOutput, DecodeStep
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
 from jvlm.models.contracts import ConnectorConfig, DecoderConfig, DecoderInputs, EncoderConfig, VisionTokens
 from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
@@ -39,9 +40,14 @@ class LeakyConfig(DecoderConfig):
     hidden_size: int = 64
     max_position_embeddings: int = 512
 
+    @property
+    def prefills_whole(self) -> bool:
+        """The state at the end of a chunk is not handed on to the next one."""
+        return True
+
 
 class Leaky(nnx.Module):
-    """A recurrent decoder, h_t = 0.8 h_(t-1) + W x_t within the conversation; its cache is h at every position."""
+    """A recurrent decoder, h_t = 0.8 h_(t-1) + W x_t within the conversation; it caches h at each place of a page."""
 
     def __init__(self, config: LeakyConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
         self.config, D = config, config.hidden_size
@@ -58,10 +64,14 @@ class Leaky(nnx.Module):
 
     def __call__(self, inputs: DecoderInputs, *, cache: Any = None, step: Any = None) -> DecoderOutput:
         x, segments = self.into(inputs.embeddings), inputs.segment_ids
-        if step is not None:
-            slots = jnp.arange(len(x))
-            h = 0.8 * cache[slots, step.cache_index - 1] + x[:, 0]
-            return DecoderOutput(self.norm(h)[:, None], cache.at[slots, step.cache_index].set(h), {})
+        if isinstance(step, DecodeStep):
+            size, rows = cache.shape[1], jnp.arange(len(x))
+
+            def place(index):
+                return step.block_tables[rows, index // size], index % size
+
+            h = 0.8 * cache[place(jnp.maximum(step.cache_index - 1, 0))] + x[:, 0]
+            return DecoderOutput(self.norm(h)[:, None], cache.at[place(step.cache_index)].set(h), {})
 
         def advance(h, now):
             x, begins = now
@@ -71,10 +81,12 @@ class Leaky(nnx.Module):
         begins = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
         _, h = jax.lax.scan(advance, jnp.zeros_like(x[:, 0]), (x.swapaxes(0, 1), begins.T))
         h = h.swapaxes(0, 1)
-        return DecoderOutput(self.norm(h), h, {"loss": jnp.full(1, 0.25)})
+        if step is not None:
+            cache = cache.at[step.pages[0]].set(h.reshape(-1, *cache.shape[1:]))
+        return DecoderOutput(self.norm(h), cache, {"loss": jnp.full(1, 0.25)})
 
-    def init_cache(self, prompt_cache, length: int):
-        return jnp.pad(prompt_cache, ((0, 0), (0, length - prompt_cache.shape[1]), (0, 0)))
+    def init_cache(self, sizes):
+        return jnp.zeros((sizes.pages, sizes.page_size, self.config.hidden_size))
 
     def logits(self, hidden):
         return hidden.astype(jnp.float32) @ self.embedding[...].T
@@ -129,7 +141,8 @@ def test_a_decoder_from_outside_generates_with_its_cache_what_whole_passes_say(t
         expected.append(int(scores.argmax()))
         batch.tokens[0, length], batch.segment_ids[0, length] = expected[-1], 1
     sampling = SamplingConfig(max_new_tokens=5, stop_token_ids=())
-    assert [token for (token,) in engine.steps([example], sampling)] == expected
+    (found,) = complete(engine, [example], sampling, request_ids=[0])
+    assert list(found.tokens) == expected
     assert len(set(expected)) > 1
 
 
@@ -142,7 +155,7 @@ def test_a_decoder_without_a_cache_computes_logits_and_is_refused_by_name_where_
     model = VLM(dataclasses.replace(tiny.model.config, decoder=decoder), rngs=nnx.Rngs(0))
     example = tiny.processor.encode(prompt("what is it?"), generation_prompt=True)
     assert np.isfinite(model(packing.assemble([[example]], 64, 0))).all()
-    with pytest.raises(UserError, match=r"Uncached cannot generate: it lacks init_cache\(prompt_cache, length\)"):
+    with pytest.raises(UserError, match=r"Uncached cannot generate: it lacks init_cache\(sizes\)"):
         Engine(model, tiny.processor)
 
 

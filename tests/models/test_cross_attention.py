@@ -166,7 +166,7 @@ def test_packed_conversations_stay_apart_and_answers_continue_what_a_whole_pass_
     for found, expected in zip(logits_of(model, [examples[:2], examples[2:]]), alone, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
     engine = engine_for(model, processor)
-    done = complete(engine, examples, SamplingConfig(max_new_tokens=5), request_ids=range(3), batch_size=3)
+    done = complete(engine, examples, SamplingConfig(max_new_tokens=5), request_ids=range(3))
     for example, completion in zip(examples, done, strict=True):
         longer = grown(example, completion.tokens[:-1])
         logits = logits_of(model, [[longer], []])[0][example.length - 1 :]

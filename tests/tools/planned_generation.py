@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 
-from jvlm.inference.compiled import BatchShape
+from jvlm.inference.abstract import BatchShape
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.layers import Precision

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jvlm_kernels import grouped_matmul
 
-from jvlm.inference.compiled import BatchShape
+from jvlm.inference.abstract import BatchShape
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
 from jvlm.parallel.mesh import ParallelConfig, make_mesh
@@ -97,7 +97,7 @@ def products() -> int:
         BatchShape(batch_size=32, prompt_len=16, max_patches=0, cache_len=128),
     )
     planned = generation.prepare(config, asked, Topology.parse("h200:8"), sizes)
-    return planned.lower_decode(*planned.decode_arguments()).compile().as_text().count(" dot(")
+    return planned.lower_decode().compile().as_text().count(" dot(")
 
 
 def grouped() -> dict:

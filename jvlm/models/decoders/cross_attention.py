@@ -15,13 +15,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jvlm.errors import UserError
 from jvlm.models import device_ops, layers
 from jvlm.models.arithmetic import Counts, Product, Work, attention_flops, attention_products, swiglu_products
 from jvlm.models.attention import Attention
-from jvlm.models.batch import PackedBatch
+from jvlm.models.batch import CacheSizes, DecodeStep, PackedBatch, PrefillStep
 from jvlm.models.contracts import DecoderInputs, VisionTokens
 from jvlm.models.decoders.transformer import (
     Context,
@@ -61,6 +62,10 @@ class CrossAttentionTransformerConfig(TransformerConfig, tag="cross_attention_tr
     @property
     def pattern_length(self) -> int:
         return math.lcm(super().pattern_length, self.cross_attention_every)
+
+    @property
+    def vision_memory(self) -> AttendsTo:
+        return self.attends_to
 
     def has_cross_attention(self, index: int) -> bool:
         """Return whether a cross-attention layer stands before layer ``index`` (from 0)."""
@@ -137,7 +142,7 @@ def readable_images(
 class GatedCrossAttention(nnx.Module):
     """Norm, attention to vision tokens, tanh gate, residual; norm, SwiGLU, tanh gate, residual.
 
-    Its cache: keys and values of the vision tokens of a prompt, and which of them the text to come reads.
+    Its cache: for each slot, keys and values of vision tokens, and 1 for those that the text to come reads.
     """
 
     def __init__(self, config: CrossAttentionTransformerConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
@@ -154,23 +159,27 @@ class GatedCrossAttention(nnx.Module):
         self.mlp_gate = nnx.Param(jnp.zeros((1,), dtype), axes=("norm",))
 
     @jax.named_scope("cross_attention")
-    def __call__(self, x_BSD, memory: VisionMemory | None, cache):
-        """Return (x, cache). ``memory`` is given in a whole pass, ``cache`` while decoding; neither without images."""
+    def __call__(self, x_BSD, memory: VisionMemory | None, cache, step: PrefillStep | DecodeStep | None = None):
+        """Return (x, cache). ``memory`` is None without images, and while decoding, which reads the cache."""
         if memory is not None:
             q = self.attention.queries(self.norm1(x_BSD))
             k, v = self.attention.keys_values(memory.tokens)
-            first, last = (x.max(1, keepdims=True) for x in (memory.first, memory.last))
-            readable = (memory.image_ids >= first) & (memory.image_ids <= last) & (memory.image_ids > 0)
-            kv = (device_ops.current().expand_kv_heads(x, self.attention.num_heads) for x in (k, v))
-            cache = (*kv, readable.astype(jnp.int32))
             x_BSD = self._add(x_BSD, self._read(q, k, v, memory))
-        elif cache is not None:
-            k, v, readable = cache
+            cache = cache if step is None else _remember(k, v, cache, step.memory_index)
+        elif isinstance(step, DecodeStep) and cache[0].shape[1]:
+            k, v, readable = (part[step.slots] for part in cache)
             q = self.attention.queries(self.norm1(x_BSD))
             ones = jnp.ones(x_BSD.shape[:2], jnp.int32)
             x_BSD = self._add(x_BSD, self.attention.attend(q, k, v, ones, readable))
         gate = jnp.tanh(self.mlp_gate[...]).astype(x_BSD.dtype)
         return x_BSD + gate * self.mlp(self.norm2(x_BSD)), cache
+
+    def init_cache(self, sizes: CacheSizes, dtype: DTypeLike):
+        """Return the cache of slots that read nothing."""
+        shape = (sizes.slots, sizes.vision_tokens, self.attention.num_kv_heads, self.attention.head_dim)
+        ops = device_ops.current()
+        k, v = (ops.constrain(jnp.zeros(shape, dtype), ("batch", None, "kv_heads", None)) for _ in range(2))
+        return k, v, ops.constrain(jnp.zeros(shape[:2], jnp.int32), ("batch", None))
 
     def _add(self, x_BSD, mixed_BSHK):
         gate = jnp.tanh(self.attention_gate[...]).astype(x_BSD.dtype)
@@ -180,6 +189,23 @@ class GatedCrossAttention(nnx.Module):
         if self.attends_to == "last":
             return self.attention.attend(q, k, v, memory.last, memory.image_ids)
         return _masked_attention(q, k, v, memory)
+
+
+def _remember(k, v, cache, index: Int[Array, "B s F"]):
+    """Return the cache of slots with those of this pass's vision tokens [B, V, ...] that ``index`` names."""
+    B, slots, F = index.shape
+    ops = device_ops.current()
+    at = jnp.maximum(index, 0).reshape(B, slots * F)
+
+    def put(new, old, axes):
+        found = jnp.take_along_axis(new, at[..., None, None], axis=1).reshape(B * slots, F, *new.shape[2:])
+        kept, none = ((index == value).reshape(B * slots, F, 1, 1) for value in (-1, -2))
+        return ops.constrain(jnp.where(kept, old, jnp.where(none, 0, found.astype(old.dtype))), axes)
+
+    axes = ("batch", None, "kv_heads", None)
+    readable = jnp.where(index == -1, cache[2].reshape(index.shape), (index >= 0).astype(jnp.int32))
+    readable = ops.constrain(readable.reshape(cache[2].shape), axes[:2])
+    return put(k, cache[0], axes), put(v, cache[1], axes), readable
 
 
 def _masked_attention(q, k, v, memory: VisionMemory):
@@ -207,13 +233,12 @@ class CrossAttentionBlock(DecoderBlock):
 
     def __call__(self, x_BSD, context: Context, cache):
         cache, vision_cache = cache or (None, None)
-        x_BSD, vision_cache = self.cross(x_BSD, context.memory, vision_cache)
+        x_BSD, vision_cache = self.cross(x_BSD, context.memory, vision_cache, context.step)
         x_BSD, cache, reports = super().__call__(x_BSD, context, cache)
-        return x_BSD, (cache, vision_cache), reports
+        return x_BSD, None if context.step is None else (cache, vision_cache), reports
 
-    def init_cache(self, prompt_cache, length: int):
-        prompt_cache, vision_cache = prompt_cache
-        return super().init_cache(prompt_cache, length), vision_cache
+    def init_cache(self, sizes: CacheSizes, dtype: DTypeLike):
+        return super().init_cache(sizes, dtype), self.cross.init_cache(sizes, dtype)
 
 
 @register(CrossAttentionTransformerConfig)

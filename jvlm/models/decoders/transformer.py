@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jvlm.errors import UserError
 from jvlm.models import device_ops, layers, registry
 from jvlm.models.arithmetic import Counts, Product, Work, attention_flops, attention_products, swiglu_products
 from jvlm.models.attention import Attention
-from jvlm.models.batch import DecoderOutput, DecodeStep, PackedBatch
+from jvlm.models.batch import CacheSizes, DecoderOutput, DecodeStep, PackedBatch, PrefillStep
 from jvlm.models.contracts import (
     DecoderConfig,
     DecoderInputs,
@@ -118,6 +119,10 @@ class TransformerConfig(DecoderConfig, tag="transformer"):
         return self.mrope_section is not None
 
     @property
+    def prefills_whole(self) -> bool:
+        return self.sliding_window is not None or super().prefills_whole
+
+    @property
     def attention_width(self) -> int:
         """Number of query heads times the size of a head."""
         return self.num_heads * self.head_size
@@ -153,14 +158,14 @@ class Context(NamedTuple):
 
     Attributes:
       angles: of the rotary embedding.
-      step: of decoding; None in a whole pass.
+      step: of prefill or decoding, with a cache; None in a whole pass.
       memory: `DecoderInputs.memory`.
     """
 
     angles: Float[Array, "B S f"]
     segments: Int[Array, "B S"]
     max_segment_length: int | None
-    step: DecodeStep | None
+    step: PrefillStep | DecodeStep | None
     memory: Any
 
 
@@ -169,13 +174,10 @@ class DecoderLayer(Protocol):
     """A layer, or the layers of one repeat of the layer pattern."""
 
     def __call__(self, x_BSD: Array, context: Context, cache: Any) -> tuple[Array, Any, dict[str, Array]]:
-        """Return hidden states, a cache, and reports by name.
+        """Return hidden states, the cache with the new tokens (None in a whole pass), and reports by name."""
 
-        In a whole pass ``cache`` is None and the one returned is that of the prompt; while decoding it is updated.
-        """
-
-    def init_cache(self, prompt_cache: Any, length: int) -> Any:
-        """Return the cache for decoding, of ``length`` positions."""
+    def init_cache(self, sizes: CacheSizes, dtype: DTypeLike) -> Any:
+        """Return an empty cache."""
 
 
 class DecoderBlock(nnx.Module):
@@ -202,13 +204,16 @@ class DecoderBlock(nnx.Module):
             self.mlp = layers.SwiGLU(D, config.intermediate_size, bias=False, **common)
 
     def __call__(self, x_BSD, context: Context, cache):
-        normed = self.norm1(x_BSD)
-        if context.step is None:
+        normed, step = self.norm1(x_BSD), context.step
+        if step is None:
             mask = {"causal": True, "window": self.window, "max_segment_length": context.max_segment_length}
-            mixed, cache = self.attention.prefill(normed, context.segments, context.angles, **mask)
+            mixed = self.attention(normed, context.segments, angles=context.angles, **mask)
+        elif isinstance(step, PrefillStep):
+            mixed, cache = self.attention.prefill(
+                normed, context.segments, cache, step, context.angles, window=self.window
+            )
         else:
-            index = context.step.cache_index
-            mixed, cache = self.attention.decode(normed, cache, index, context.angles, window=self.window)
+            mixed, cache = self.attention.decode(normed, cache, step, context.angles, window=self.window)
         x_BSD = x_BSD + mixed
         y_BSD, reports = self.norm2(x_BSD), {}
         if self.has_reports:
@@ -218,8 +223,8 @@ class DecoderBlock(nnx.Module):
             y_BSD = self.mlp(y_BSD)
         return x_BSD + y_BSD, cache, reports
 
-    def init_cache(self, prompt_cache, length: int):
-        return device_ops.current().init_cache(*prompt_cache, length)
+    def init_cache(self, sizes: CacheSizes, dtype: DTypeLike):
+        return self.attention.init_cache(sizes, dtype)
 
 
 class LayerGroup(nnx.Module):
@@ -237,8 +242,8 @@ class LayerGroup(nnx.Module):
         names = sorted({name for report in reports for name in report})
         return x_BSD, tuple(caches), {n: jnp.stack([r[n] for r in reports if n in r]) for n in names}
 
-    def init_cache(self, prompt_cache, length: int):
-        return tuple(layer.init_cache(c, length) for layer, c in zip(self.pattern, prompt_cache, strict=True))
+    def init_cache(self, sizes: CacheSizes, dtype: DTypeLike):
+        return tuple(layer.init_cache(sizes, dtype) for layer in self.pattern)
 
 
 @register(TransformerConfig)
@@ -299,12 +304,15 @@ class Transformer(nnx.Module):
         return DecoderInputs.of(replace_placeholders(embeddings, vision, batch), batch, deepstack=deepstack)
 
     def __call__(
-        self, inputs: DecoderInputs, *, cache: PerLayer | None = None, step: DecodeStep | None = None
+        self,
+        inputs: DecoderInputs,
+        *,
+        cache: PerLayer | None = None,
+        step: PrefillStep | DecodeStep | None = None,
     ) -> DecoderOutput:
-        """Return hidden states, the cache of every layer, and what layers report.
+        """Return hidden states, the cache of every layer with the new tokens, and what layers report.
 
-        Without ``step`` the cache returned holds keys and values of this pass. With it, the new token of each sequence
-        is written into ``cache``, as `init_cache` made it; ``inputs.segment_ids`` are not used.
+        Without ``step`` there is no cache. With it, the tokens are written into ``cache``, as `init_cache` made it.
         """
         context = self.context(inputs, step)
 
@@ -322,9 +330,10 @@ class Transformer(nnx.Module):
         hidden = self.norm(x_BSD)
         if self.head is not None and self.head.adapter is not None:
             hidden = self.head.adapter.extended_input(hidden)  # what `output_kernel` is then multiplied with
-        return DecoderOutput(hidden, outputs.map(lambda output: output[0]), reports)
+        cache = None if step is None else outputs.map(lambda output: output[0])
+        return DecoderOutput(hidden, cache, reports)
 
-    def context(self, inputs: DecoderInputs, step: DecodeStep | None = None) -> Context:
+    def context(self, inputs: DecoderInputs, step: PrefillStep | DecodeStep | None = None) -> Context:
         """Return what all layers share in a pass."""
         angles = self._angles(inputs.positions)
         return Context(angles, inputs.segment_ids, inputs.max_segment_length, step, inputs.memory)
@@ -340,9 +349,10 @@ class Transformer(nnx.Module):
                 axis_of[axis : 3 * section[axis] : 3] = axis
         return layers.rotary_angles(positions, axis_of, frequencies)
 
-    def init_cache(self, prompt_cache: PerLayer, length: int) -> PerLayer:
-        """Return the cache for decoding, of ``length`` positions. Layers share nothing: each is updated in place."""
-        return PerLayer.of([self.blocks.layer.init_cache(cache, length) for cache in prompt_cache])
+    def init_cache(self, sizes: CacheSizes) -> PerLayer:
+        """Return an empty cache, in the compute dtype. Layers share nothing: each is updated in place."""
+        dtype, layer = self.precision.compute_dtype, self.blocks.layer
+        return PerLayer.of([layer.init_cache(sizes, dtype) for _ in range(self.blocks.depth)])
 
     def logits(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """Return float32 scores over the vocabulary."""

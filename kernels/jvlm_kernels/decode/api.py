@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jvlm_kernels.attention.api import segment_attention
 from jvlm_kernels.platforms import Operation
 
 Cache = tuple[Float[Array, "R K D T"], Float[Array, "R K T D"]]
@@ -158,6 +160,96 @@ def extend_cache(
     at = row[..., None], jnp.arange(v.shape[2]), index[..., None]
     values = values.at[at].set(v.astype(values.dtype), mode="drop")
     return keys, values
+
+
+def init_pages(num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> Cache:
+    """Return an empty cache of pages: zeros, so that what an empty row attends to is a finite number."""
+    shape = num_pages, kv_heads, head_dim, page_size
+    return jnp.zeros(shape, dtype), jnp.zeros((*shape[:2], page_size, head_dim), dtype)
+
+
+def write_pages(
+    cache: Cache, k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], pages: Int[Array, "B N"]
+) -> Cache:
+    """Return the cache with whole pages replaced by the keys and values of S = N * T tokens, in order.
+
+    A page is one block of the arrays, so that on every device this is a copy in place, if the cache is donated.
+    """
+    keys, values = cache
+    T = keys.shape[3]
+
+    def blocks(x):
+        return x.reshape(-1, T, *x.shape[2:])
+
+    at = pages.reshape(-1)
+    k_RKDT, v_RKTD = jnp.transpose(blocks(k), (0, 2, 3, 1)), jnp.transpose(blocks(v), (0, 2, 1, 3))
+    return keys.at[at].set(k_RKDT.astype(keys.dtype)), values.at[at].set(v_RKTD.astype(values.dtype))
+
+
+def read_pages(cache: Cache, pages: Int[Array, "B N"]) -> tuple[Float[Array, "B P K D"], Float[Array, "B P K D"]]:
+    """Return the keys and values in pages, P = N * T of them in order."""
+    keys, values = (x[pages] for x in cache)  # [B, N, K, D, T], [B, N, K, T, D]
+    k, v = jnp.transpose(keys, (0, 1, 4, 2, 3)), jnp.transpose(values, (0, 1, 3, 2, 4))
+    return tuple(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v))
+
+
+def chunk_attention(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    segments: Int[Array, "B S"],
+    cache: Cache,
+    pages: Int[Array, "B N"],
+    past_pages: Int[Array, "B M"],
+    past_segments: Int[Array, "B P"],
+    *,
+    window: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B S H D"], Cache]:
+    """Write chunks of several sequences into pages, and return their attention to themselves and to earlier pages.
+
+    A sequence's tokens are a segment that begins at a whole page of S; what fills its last page is segment 0. A key or
+    value that is not finite makes the outputs of its segment NaN, and leaves those of others as they are.
+
+    Args:
+      segments: of the new tokens; 0 is padding.
+      pages: where the new tokens go, a page for each T of them; page 0 takes padding.
+      past_pages: pages of earlier tokens of these sequences, in any order; with M = 0 there are none.
+      past_segments: the segment whose past each of their entries is; 0 for entries that nothing attends to.
+      window: as in `segment_attention`; only without past pages.
+      implementation: of `segment_attention`.
+
+    Raises:
+      ValueError: a window and past pages.
+    """
+    cache = write_pages(cache, k, v, pages)
+    options = {"implementation": implementation, "return_logsumexp": True}
+    k, v, broken = _without_broken(k, v, segments, segments)
+    out, logsumexp = segment_attention(q, k, v, segments, segments, causal=True, window=window, **options)
+    if not past_pages.shape[1]:
+        return jnp.where(broken[..., None, None], jnp.nan, out), cache
+    if window is not None:
+        raise ValueError("a chunk with a past has no window: compute windowed sequences whole")
+    *past, broken_before = _without_broken(*read_pages(cache, past_pages), past_segments, segments)
+    before, logsumexp_before = segment_attention(q, *past, segments, past_segments, **options)
+    top = jnp.maximum(logsumexp, logsumexp_before)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    own, earlier = (jnp.exp(x - top)[..., None] for x in (logsumexp, logsumexp_before))
+    total = jnp.where(own + earlier > 0, own + earlier, 1.0)
+    joined = (out.astype(jnp.float32) * own + before.astype(jnp.float32) * earlier) / total
+    return jnp.where((broken | broken_before)[..., None, None], jnp.nan, joined).astype(q.dtype), cache
+
+
+def _without_broken(k, v, key_segments, segments):
+    """Return keys and values with zeros for those that are not finite, and whether each query's segment has such ones.
+
+    Attention multiplies what is masked with 0, and 0 times NaN would be NaN for the queries of all segments.
+    """
+    finite = (jnp.isfinite(k) & jnp.isfinite(v)).all((2, 3))
+    flags = jnp.zeros((k.shape[0], segments.shape[1] + 1), bool)
+    flags = flags.at[jnp.arange(k.shape[0])[:, None], key_segments].max(~finite & (key_segments > 0))
+    broken = jnp.take_along_axis(flags, segments, axis=1)
+    return *(jnp.where(finite[..., None, None], x, 0) for x in (k, v)), broken
 
 
 def cached_attention(

@@ -1,0 +1,93 @@
+"""One answer on the host: its text, and where it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+from jvlm.data.processor import Processor
+from jvlm.inference.requests import FinishReason, Request
+from jvlm.inference.text import TextStream
+
+
+class StopTexts:
+    """Ends a text where one of some texts appears in it, and holds back what may be the beginning of one.
+
+    Args:
+      include: leave the text that ended it in.
+    """
+
+    def __init__(self, stops: Sequence[str], include: bool = False):
+        self.stops, self.include = tuple(stops), include
+        self._held = ""
+
+    def add(self, piece: str) -> tuple[str, str | None]:
+        """Return what of the text so far can be given, and the stop that ended it. The first to end is the one."""
+        text = self._held + piece
+        found = [(at + len(stop), at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:
+            end, at, stop = min(found)
+            self._held = ""
+            return text[: end if self.include else at], stop
+        keep = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], None
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a token did to an answer."""
+
+    text: str
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class Answer:
+    """The tokens and the text of one of a request's answers.
+
+    Args:
+      ends: tokens that end it.
+      limit: most tokens.
+
+    Attributes:
+      tokens: so far.
+      ended: whether no further token counts.
+    """
+
+    def __init__(self, request: Request, processor: Processor, ends: Collection[int], limit: int):
+        sampling = request.sampling
+        self.ends, self.limit, self.least = ends, limit, sampling.min_tokens
+        self._own_ends = sampling.stop_token_ids is not None
+        self._text = TextStream(processor, special=not sampling.skip_special_tokens)
+        self._stops = StopTexts(sampling.stop, sampling.include_stop)
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def add(self, token: int) -> Step:
+        """Take the next token."""
+        self.tokens.append(token)
+        if token in self.ends:
+            text, stop = self._stops.add(self._text.finish())
+            self.ended = True
+            if stop is not None:
+                return Step(text, "stop", stop)
+            return Step(text + self._stops.finish(), "stop", token if self._own_ends else None)
+        text, stop = self._text.add(token), None
+        if len(self.tokens) >= self.least:
+            text, stop = self._stops.add(text)
+        if stop is not None:
+            self.ended = True
+            return Step(text, "stop", stop)
+        if len(self.tokens) < self.limit:
+            return Step(text)
+        self.ended = True
+        rest, stop = self._stops.add(self._text.finish())
+        if stop is not None:
+            return Step(text + rest, "stop", stop)
+        return Step(text + rest + self._stops.finish(), "length")

@@ -1,0 +1,485 @@
+"""What the engine keeps on the devices, and how the scheduler's plans are executed there."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jvlm.inference import plan_arrays, programs
+from jvlm.inference.plan_arrays import ImageMemory, PictureArrays
+from jvlm.inference.programs import Chunks, DecodeRows, ModuleDef, Programs
+from jvlm.inference.requests import SamplingParams
+from jvlm.inference.sampling import KINDS, STEP, Logprobs, SamplingArrays, SamplingKind, SlotRules, kind_for
+from jvlm.inference.scheduling.plans import Chunk, Decode, Encode, Prefill, Row
+from jvlm.inference.shapes import Shapes
+from jvlm.models.contracts import VisionTokens
+from jvlm.models.vlm import VLMConfig
+from jvlm.parallel.layout import MeshLayout
+
+if TYPE_CHECKING:
+    from jvlm.inference.engine import Engine
+
+_COPIES = 8  # pages that one program copies or scrubs
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """Tokens that a step draws, still on the device.
+
+    Attributes:
+      tokens: int32 [B].
+      rows: (place, group, row) of the sequences among them.
+      logprobs: of all B, where one of the requests wants them.
+    """
+
+    tokens: Any
+    rows: tuple[tuple[int, int, Row], ...]
+    logprobs: Logprobs | None
+
+
+def image_room(config: VLMConfig, patches: int) -> int:
+    """Return how many images an encode of so many patches takes."""
+    connector = config.connector
+    return max(1, patches // max(connector.min_image_patches, connector.tokens_per_image or 1))
+
+
+def vision_tokens_of(config: VLMConfig, patches: int) -> int:
+    """Return how many vision tokens an encode of so many patches gives."""
+    per_image = config.connector.tokens_per_image
+    if per_image is not None:
+        return image_room(config, patches) * per_image
+    return patches // config.connector.patches_per_token
+
+
+class DeviceState:
+    """Cache, features, last tokens and rules of the slots.
+
+    Args:
+      engine: whose parameters, shapes and requests it uses.
+      banned: tokens that are never given, and those that are not given first, [2, V].
+
+    Attributes:
+      patches: that were encoded.
+      steps: how often each program ran.
+    """
+
+    def __init__(self, engine: Engine, compiled: Programs, banned: np.ndarray):
+        self.engine, self.programs, self.shapes = engine, compiled, engine.shapes
+        self.banned = jnp.asarray(banned) if compiled.ops is None else compiled.put(banned, None, None)
+        config = engine.config
+        reads, per_image = config.decoder.vision_memory, config.connector.tokens_per_image
+        self.memories = [None if reads is None else ImageMemory(reads, per_image, {}) for _ in range(engine.groups)]
+        self.patches, self.steps = 0, collections.Counter()
+        self._held, self._room = collections.Counter(), collections.Counter()
+        self._prompt_logprobs: dict[int, list[tuple[str, int, np.ndarray, Logprobs]]] = {}
+        slots = self.shapes.slots * self.shapes.groups
+        self._params: list[SamplingParams | None] = [None] * slots
+        self._arrays = SamplingArrays(np.zeros((slots + 1, 7), np.int32), np.zeros((slots + 1, 6), np.float32))
+        self._neutral()
+        self.release()
+
+    def _neutral(self) -> None:
+        row = SamplingArrays.of([SamplingParams()], [len(self._params)], [0], [0])
+        self._arrays.ints[:], self._arrays.floats[:] = row.ints, row.floats
+
+    def release(self) -> None:
+        """Let go of the arrays; they are made again when a plan needs them."""
+        self._cache = self._features = self._rules = self._tokens = None
+        slots = len(self._params)
+        self._tags: list[tuple[str, int, int] | None] = [None] * slots
+        self._kinds = [KINDS[0]] * slots
+
+    @staticmethod
+    def features(
+        config: VLMConfig, model: ModuleDef, leaves: Sequence[Any], layout: MeshLayout | None, s: Shapes, adapted: bool
+    ) -> VisionTokens:
+        """Return abstract vision tokens as large as the feature pool."""
+        probe = Programs(model, model, layout, s.cache, None, adapted=adapted)
+        batch = picture_batch(config, s.groups, s.encode_patches[0])
+        adapters = np.zeros(s.groups, np.int32)
+        found = jax.eval_shape(probe._tokens, leaves, batch, adapters)
+
+        def pool(part):
+            return jax.ShapeDtypeStruct((s.groups, s.feature_slots, part.shape[2]), part.dtype)
+
+        return VisionTokens(pool(found.tokens), None, tuple(map(pool, found.deepstack)))
+
+    # -- plans
+
+    def encode(self, plans: Mapping[int, Encode], active: Mapping[str, Any]) -> None:
+        """Run the vision tower over pictures."""
+        left: dict[int, list[tuple[int, PictureArrays]]] = {}
+        for group, plan in plans.items():
+            for picture in plan.pictures:
+                one = active[picture.request_id]
+                arrays = PictureArrays(one.request.example, one.spec.media[picture.number], picture.feature_slots)
+                left.setdefault(group, []).append((one.adapter, arrays))
+                if self.memories[group] is not None:
+                    self.memories[group].remember(picture.feature_slots)
+        while any(left.values()):
+            self._encode({group: self._next_pictures(pictures) for group, pictures in left.items()})
+
+    def _next_pictures(self, left: list[tuple[int, PictureArrays]]) -> tuple[int, list[PictureArrays]]:
+        """Take pictures of one adapter, as many as an encode takes."""
+        if not left:
+            return 0, []
+        most = self.shapes.encode_patches[-1]
+        adapter, taken, patches, images = left[0][0], [], 0, 0
+        while left and left[0][0] == adapter:
+            picture = left[0][1]
+            patches, images = patches + picture.media.patches, images + picture.images
+            if taken and (patches > most or images > image_room(self.engine.config, most)):
+                break
+            taken.append(left.pop(0)[1])
+        return adapter, taken
+
+    def _encode(self, groups: Mapping[int, tuple[int, list[PictureArrays]]]) -> None:
+        config, s = self.engine.config, self.shapes
+        rows = [groups.get(d, (0, []))[1] for d in range(s.groups)]
+        adapters = np.array([groups.get(d, (0, []))[0] for d in range(s.groups)], np.int32)
+        patches = max(sum(p.media.patches for p in row) for row in rows)
+        images = max(sum(p.images for p in row) for row in rows)
+        P = next(
+            (size for size in s.encode_patches if size >= patches and image_room(config, size) >= images),
+            s.encode_patches[-1],
+        )
+        batch, places = plan_arrays.pack_pictures(
+            rows, P, _picture_tokens(config, P), vision_tokens_of(config, P), s.feature_slots
+        )
+        self.patches += sum(p.media.patches for row in rows for p in row)
+        self._count(f"encode {P}", sum(p.media.patches for row in rows for p in row), P * s.groups)
+        self._features = self._run_encode(self._pool(), batch, places, adapters)
+
+    def _run_encode(self, pool, batch, places, adapters):
+        put = self.programs.put
+        if self.programs.ops is not None:
+            batch = jax.device_put(batch, self.programs.ops.layout.batch(batch))
+        return self.programs.encode(
+            self.engine._leaves, pool, batch, put(places, "batch", None), put(adapters, "batch")
+        )
+
+    def prefill(self, plans: Mapping[int, Prefill], active: Mapping[str, Any]) -> list[Sampled]:
+        """Run chunks of prompts, and draw the first token of those that end."""
+        left = {group: list(plan.chunks) for group, plan in plans.items()}
+        sampled: list[Sampled] = []
+        key = id(next(iter(plans.values())))
+        while any(left.values()):
+            chosen = {group: self._next_chunks(chunks, active) for group, chunks in left.items()}
+            rows = [chosen.get(d, (0, []))[1] for d in range(self.shapes.groups)]
+            adapters = np.array([chosen.get(d, (0, []))[0] for d in range(self.shapes.groups)], np.int32)
+            chunks, last = plan_arrays.pack_chunks(rows, self.shapes, self.memories)
+            size = chunks.tokens.shape[1], chunks.past_pages.shape[1]
+            self._count(
+                f"prefill {size[0]} after {size[1]} pages", int((chunks.segment_ids > 0).sum()), chunks.tokens.size
+            )
+            hidden, self._cache = self._run_prefill(chunks, adapters)
+            sampled += self._first_tokens(rows, last, hidden, active)
+            self._score_prompts(key, rows, last, chunks, hidden, active)
+        return sampled
+
+    def _run_prefill(self, chunks: Chunks, adapters: np.ndarray):
+        put = self.programs.put
+        chunks = Chunks(*(put(part, "batch", *[None] * (part.ndim - 1)) for part in chunks))
+        return self.programs.prefill(
+            self.engine._decoder_leaves, self._pages(), self._pool(), chunks, put(adapters, "batch")
+        )
+
+    def _next_chunks(self, left: list[Chunk], active: Mapping[str, Any]) -> tuple[int, list[Chunk]]:
+        """Take chunks of one adapter, as many as a prefill takes."""
+        if not left:
+            return 0, []
+        tokens = past = images = 0
+        s, taken = self.shapes, []
+        adapter = _adapter(active, left[0].row)
+        while left and _adapter(active, left[0].row) == adapter:
+            chunk = left[0]
+            tokens += plan_arrays.whole_pages(chunk, s.page_size)
+            past += chunk.start // s.page_size
+            images += int((chunk.feature_index >= 0).sum()) * (self.engine.config.connector.tokens_per_image or 0)
+            over = tokens > s.prefill_tokens[-1] or past > s.past[-1]
+            over |= bool(s.prefill_features) and images > s.prefill_features[-1]
+            if taken and over:
+                break
+            taken.append(left.pop(0))
+        return adapter, taken
+
+    def _first_tokens(self, rows, last, hidden, active) -> list[Sampled]:
+        """Draw for the last token of every chunk that ends a prompt, for all answers of its request."""
+        wanted = [
+            [(place, row) for chunk, place in zip(chunks, places, strict=True) for row in chunk.samples]
+            for chunks, places in zip(rows, last, strict=True)
+        ]
+        R, found = self.shapes.prefill_rows, []
+        for begin in range(0, max(map(len, wanted)), R):
+            some = [group[begin : begin + R] for group in wanted]
+            places = np.zeros((len(rows), R), np.int32)
+            for d, group in enumerate(some):
+                places[d, : len(group)] = [place for place, _ in group]
+            logits = self.programs.head(self.engine._decoder_leaves, hidden, self.programs.put(places, "batch", None))
+            at = [(d * R + i, d, row) for d, group in enumerate(some) for i, (_, row) in enumerate(group)]
+            found.append(self._draw(logits, at, active))
+        return found
+
+    def decode(self, plans: Mapping[int, Decode], active: Mapping[str, Any]) -> list[Sampled]:
+        """Run the last token of every sequence."""
+        self._copy({group: plan.copies for group, plan in plans.items()})
+        adapters = {group: [_adapter(active, row) for row in plan.rows] for group, plan in plans.items()}
+        rows, per_group = plan_arrays.decode_rows(plans, self.shapes, adapters)
+        B, W = rows.rows.shape[0], rows.rows.shape[1] - programs.TABLE
+        self._count(f"decode {B} of {W} pages", sum(len(plan.rows) for plan in plans.values()), B)
+        logits = self._run_decode(rows)
+        at = [(group * per_group + i, group, row) for group, plan in plans.items() for i, row in enumerate(plan.rows)]
+        return [self._draw(logits, at, active)]
+
+    def _run_decode(self, rows: DecodeRows):
+        rows = DecodeRows(self.programs.put(rows.rows, "batch", None))
+        logits, self._cache = self.programs.decode(
+            self.engine._decoder_leaves, self._pages(), self._last_tokens(), rows
+        )
+        return logits
+
+    # -- drawing
+
+    def _draw(self, logits, at: Sequence[tuple[int, int, Row]], active: Mapping[str, Any]) -> Sampled:
+        """Draw the next token of some rows of logits."""
+        slots = np.full(len(logits), len(self._params), np.int32)
+        steps = np.zeros(len(logits), np.int32)
+        kinds, scores, mask = {KINDS[0]}, False, None
+        for place, group, row in at:
+            slot = group * self.shapes.slots + row.slot
+            request = active[row.request_id].request
+            self._take_slot(slot, row, active)
+            slots[place], steps[place] = slot, row.draw
+            kinds.add(self._kinds[slot])
+            scores |= request.sampling.logprobs is not None
+        kind = kind_for(kinds)
+        arrays = SamplingArrays(self._arrays.ints[slots], self._arrays.floats[slots])
+        arrays.ints[:, STEP] = steps
+        chosen = self._sample(kind, logits, arrays, mask)
+        found = self.programs.logprobs(logits, chosen) if scores else None
+        return Sampled(chosen, tuple(at), found)
+
+    def _sample(self, kind: SamplingKind, logits, arrays: SamplingArrays, mask: np.ndarray | None):
+        rules = self._slot_rules() if kind.rules else None
+        chosen, self._tokens, rules = self.programs.sample(
+            kind, logits, self._last_tokens(), rules, arrays, self.banned, mask if kind.masks else None
+        )
+        self._rules = rules if kind.rules else self._rules
+        return chosen
+
+    def _take_slot(self, slot: int, row: Row, active: Mapping[str, Any]) -> None:
+        """Give a slot's rows of numbers to the answer that has it now."""
+        tag = row.request_id, row.index, row.generation
+        if self._tags[slot] == tag:
+            return
+        one = active[row.request_id]
+        params = one.request.sampling
+        self._tags[slot], self._params[slot] = tag, params
+        new = SamplingArrays.of([params], [slot], [params.number + row.index], [0])
+        self._arrays.ints[slot], self._arrays.floats[slot] = new.ints[0], new.floats[0]
+        self._kinds[slot] = SamplingKind.of(params)
+        if self._kinds[slot].rules:
+            self._set_rules(slot, one, row)
+
+    def _set_rules(self, slot: int, one: Any, row: Row) -> None:
+        params, vocabulary = one.request.sampling, self.engine.config.decoder.vocab_size
+        bias = np.zeros(vocabulary, np.float32)
+        if params.allowed_token_ids is not None:
+            bias[:] = -np.inf
+            bias[list(params.allowed_token_ids)] = 0
+        for token, value in params.logit_bias.items():
+            bias[token] += value
+        seen, ends = (np.zeros(vocabulary, bool) for _ in range(2))
+        seen[one.spec.tokens[(one.spec.tokens >= 0) & (one.spec.tokens < vocabulary)]] = True
+        ends[[i for i in one.ends if 0 <= i < vocabulary]] = True
+        given = one.answers[row.index].tokens
+        counts = np.bincount(np.array(given, np.int64), minlength=vocabulary).astype(np.int32)
+        self._rules = self.programs.set_rules(self._slot_rules(), np.int32(slot), bias, seen, ends, counts)
+
+    # -- prompts' scores
+
+    def _score_prompts(self, key: int, rows, last, chunks: Chunks, hidden, active) -> None:
+        """Compute the log-probabilities of the prompts' tokens where one of the requests wants them."""
+        wanted = [
+            (d, chunk, place)
+            for d, (group, places) in enumerate(zip(rows, last, strict=True))
+            for chunk, place in zip(group, places, strict=True)
+            if active[chunk.row.request_id].prompt_logprobs is not None
+        ]
+        if not wanted:
+            return
+        following = np.zeros(chunks.tokens.shape, np.int32)
+        for d, chunk, place in wanted:
+            prompt = active[chunk.row.request_id].spec.tokens
+            after = prompt[chunk.start + 1 : chunk.stop + 1]
+            begin = place + 1 - len(chunk.tokens)
+            following[d, begin : begin + len(after)] = after
+        found = self.programs.prompt_logprobs(
+            self.engine._decoder_leaves, hidden, self.programs.put(following, "batch", None)
+        )
+        C = chunks.tokens.shape[1]
+        for d, chunk, place in wanted:
+            prompt = active[chunk.row.request_id].spec.tokens
+            after = prompt[chunk.start + 1 : chunk.stop + 1]
+            begin = d * C + place + 1 - len(chunk.tokens)
+            part = jax.tree.map(lambda x, a=begin, n=len(after): x[a : a + n], found)
+            self._prompt_logprobs.setdefault(key, []).append((chunk.row.request_id, chunk.start + 1, after, part))
+
+    def take_prompt_logprobs(self, launched: Any) -> Iterator[tuple[str, int, np.ndarray, Logprobs]]:
+        """Yield (request, first token, tokens, values) of what a launched plan computed."""
+        for plan in launched.plans.values():
+            yield from self._prompt_logprobs.pop(id(plan), ())
+
+    # -- pages
+
+    def _copy(self, copies: Mapping[int, Sequence[tuple[int, int]]]) -> None:
+        most = max((len(pairs) for pairs in copies.values()), default=0)
+        for begin in range(0, most, _COPIES):
+            source, target = (np.zeros((self.shapes.groups, _COPIES), np.int32) for _ in range(2))
+            for group, pairs in copies.items():
+                for i, (old, new) in enumerate(pairs[begin : begin + _COPIES]):
+                    source[group, i], target[group, i] = old, new
+            self._cache = self.programs.copy_pages(self._pages(), source, target)
+
+    def scrub(self, group: int, pages: np.ndarray) -> None:
+        """Replace what is not finite in pages of a group: attention multiplies masked entries with 0."""
+        pages = pages[pages > 0]
+        for begin in range(0, len(pages), _COPIES):
+            some = np.zeros((self.shapes.groups, _COPIES), np.int32)
+            chosen = pages[begin : begin + _COPIES]
+            some[group, : len(chosen)] = chosen
+            self._cache = self.programs.scrub_pages(self._pages(), some)
+
+    def _pages(self):
+        if self._cache is None:
+            self._cache = self._committed(self.programs.init_cache(self.engine._decoder_leaves))
+        return self._cache
+
+    def _pool(self):
+        if self._features is None:
+            self._features = self._committed(self.programs.init_features())
+        return self._features
+
+    def _last_tokens(self):
+        if self._tokens is None:
+            self._tokens = self._committed(self.programs.put(np.zeros(len(self._params) + 1, np.int32), None))
+        return self._tokens
+
+    def _slot_rules(self):
+        if self._rules is None:
+            rules = SlotRules.empty(len(self._params), self.engine.config.decoder.vocab_size)
+            self._rules = self._committed(jax.tree.map(lambda x: self.programs.put(x, None, None), rules))
+        return self._rules
+
+    def _committed(self, state):
+        return self.programs.committed(state, self.engine._decoder_leaves)
+
+    # -- reports
+
+    def _count(self, name: str, held: int, room: int) -> None:
+        self.steps[name] += 1
+        self._held[name] += held
+        self._room[name] += room
+
+    @property
+    def padding(self) -> dict[str, float]:
+        """Share of each program's places that held nothing."""
+        return {name: 1 - self._held[name] / room for name, room in self._room.items()}
+
+    def warm_up(self, report: Callable[[str, float], None]) -> None:
+        """Compile every program for every shape."""
+        s, D, config = self.shapes, self.shapes.groups, self.engine.config
+
+        def timed(name: str, run: Callable[[], Any]) -> Any:
+            began = time.perf_counter()
+            found = jax.block_until_ready(run())
+            report(name, time.perf_counter() - began)
+            return found
+
+        timed("cache", self._pages)
+        timed("features", self._pool)
+        self._last_tokens()
+        timed("rules", self._slot_rules)
+        nobody = np.zeros(D, np.int32)
+        for P in s.encode_patches:
+            batch = picture_batch(config, D, P)
+            places = np.full((D, vision_tokens_of(config, P)), s.feature_slots, np.int32)
+            self._features = timed(
+                f"encode {P}",
+                lambda batch=batch, places=places: self._run_encode(self._pool(), batch, places, nobody),
+            )
+        hidden = None
+        for C in s.prefill_tokens:
+            for M in s.past:
+                for F in s.prefill_features or (C,):
+                    chunks = plan_arrays.no_chunks(s, C, M, F)
+                    name = f"prefill {C} after {M} pages" + (f" with {F} vision tokens" if s.prefill_features else "")
+                    hidden, self._cache = timed(name, lambda chunks=chunks: self._run_prefill(chunks, nobody))
+            following = self.programs.put(np.zeros((D, C), np.int32), "batch", None)
+            timed(
+                f"scores of {C} prompt tokens",
+                lambda hidden=hidden, following=following: self.programs.prompt_logprobs(
+                    self.engine._decoder_leaves, hidden, following
+                ),
+            )
+            places = self.programs.put(np.zeros((D, s.prefill_rows), np.int32), "batch", None)
+            self._warm_sampling(
+                timed,
+                timed(
+                    f"head after {C}",
+                    lambda hidden=hidden, places=places: self.programs.head(
+                        self.engine._decoder_leaves, hidden, places
+                    ),
+                ),
+            )
+        for rows in s.decode_rows:
+            for W in s.tables:
+                empty = np.zeros((rows * D, programs.TABLE + W), np.int32)
+                empty[:, programs.SLOT] = len(self._params)
+                logits = timed(
+                    f"decode {rows * D} of {W} pages", lambda empty=empty: self._run_decode(DecodeRows(empty))
+                )
+            self._warm_sampling(timed, logits)
+        pages = np.zeros((D, _COPIES), np.int32)
+        self._cache = timed("copies", lambda: self.programs.copy_pages(self._pages(), pages, pages))
+        self._cache = timed("scrubbing", lambda: self.programs.scrub_pages(self._pages(), pages))
+        V = config.decoder.vocab_size
+        none = np.zeros(V, bool)
+        self._rules = timed(
+            "rules of a slot",
+            lambda: self.programs.set_rules(
+                self._slot_rules(), np.int32(0), np.zeros(V, np.float32), none, none, np.zeros(V, np.int32)
+            ),
+        )
+
+    def _warm_sampling(self, timed: Callable, logits: Any) -> None:
+        B = len(logits)
+        nobody = np.full(B, len(self._params))
+        arrays = SamplingArrays(self._arrays.ints[nobody], self._arrays.floats[nobody])
+        mask = np.full((B, -(-self.engine.config.decoder.vocab_size // 32)), -1, np.int32)
+        for number, kind in enumerate(KINDS):
+            chosen = timed(f"sample {B}, kind {number}", lambda k=kind: self._sample(k, logits, arrays, mask))
+        timed(f"log-probabilities of {B}", lambda: self.programs.logprobs(logits, chosen))
+
+
+def _adapter(active: Mapping[str, Any], row: Row) -> int:
+    return active[row.request_id].adapter
+
+
+def _picture_tokens(config: VLMConfig, patches: int) -> int:
+    """Return how many tokens of text a batch of pictures must seem to have."""
+    return image_room(config, patches) * (config.placeholders_per_image or 1)
+
+
+def picture_batch(config: VLMConfig, groups: int, patches: int):
+    """Return a batch for an encode, without pictures."""
+    encoder = config.encoder
+    tokens = _picture_tokens(config, patches)
+    return plan_arrays.empty_pictures(groups, patches, tokens, encoder.patch_values, encoder.position_values)
