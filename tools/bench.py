@@ -32,7 +32,7 @@ import jvlm
 from jvlm.data import packing
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
-from jvlm.inference.generate import engine_for
+from jvlm.inference.generate import complete, engine_for
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models import vlm
 from jvlm.models.vlm import VLM
@@ -233,12 +233,12 @@ def train(model: VLM, processor: Processor, oracle, rounds: int) -> dict[str, An
 def decode(model: VLM, processor: Processor, oracle, rounds: int, records: int, new: int = 64) -> dict[str, Any]:
     """Greedy tokens after the first, with a cache; prefill is timed apart and taken off."""
     examples = [processor.encode(record, generation_prompt=True) for record in conversations(records, seed=2)]
-    engine = engine_for(model, processor)
+    engine = engine_for(model, processor, slots=records)
     inputs = {k: v for k, v in torch_inputs(examples, processor).items() if k not in ("labels", "position_ids")}
 
     def ours(count: int):
         settings = SamplingConfig(max_new_tokens=count, stop_token_ids=(-1,))
-        return [list(t) for t in zip(*engine.steps(examples, settings), strict=True)]
+        return [list(one.tokens) for one in complete(engine, examples, settings, request_ids=range(records))]
 
     def theirs(count: int):
         with torch.inference_mode():

@@ -519,6 +519,7 @@ class Engine:
             max_length=s.capacity,
             prefill_chunk_tokens=chunk,
             prefill_chunks=s.prefill_rows,
+            prefill_past_pages=None if whole else s.past[-1],
             feature_slots=s.feature_slots,
             encode_patches=s.encode_patches[-1],
             prefix_cache=self.sizes.prefix_cache and not whole,

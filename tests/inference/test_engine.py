@@ -209,9 +209,8 @@ def test_what_does_not_fit_is_refused_and_a_name_is_taken_once(tiny, engine):
     long = tiny.processor.encode(prompt("where is the cat? " * 60), generation_prompt=True)
     with pytest.raises(UserError, match="tokens of prompt and answer, and at most 192 fit"):
         engine.submit(Request("too long", long, asked.sampling))
-    large = tiny.processor.encode(prompt("<image>", images=[picture(560, 560)]), generation_prompt=True)
-    with pytest.raises(UserError, match="patches of one picture, and at most 256 fit"):
-        engine.submit(Request("too large", large, asked.sampling))
+    with pytest.raises(UserError, match="5 answers, and at most 4 fit"):
+        engine.submit(dataclasses.replace(asked, sampling=SamplingParams(n=5)))
     with pytest.raises(UserError, match="logit_bias has the id 99999"):
         engine.submit(dataclasses.replace(asked, sampling=SamplingParams(logit_bias={99999: 1.0})))
     engine.submit(asked)

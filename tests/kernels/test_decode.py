@@ -7,10 +7,13 @@ import pytest
 from jvlm_kernels import (
     Unavailable,
     cached_attention,
+    chunk_attention,
     decode_attention,
     decode_implementations,
     extend_cache,
     init_cache,
+    init_pages,
+    read_pages,
     reference_attention,
 )
 
@@ -166,13 +169,89 @@ def test_the_kernel_that_writes_keys_changes_one_place_of_each_row(dtype):
     np.testing.assert_array_equal(np.asarray(found), expected)
 
 
-@pytest.mark.parametrize(("new", "pages", "says"), [(2, None, "one new token"), (1, 128, "the same page")])
-def test_the_kernel_that_writes_keys_refuses_what_it_cannot_write(new, pages, says):
-    cache, k = init_cache(*[jnp.zeros((2, 128, 2, D))] * 2, 128), jnp.zeros((2, new, 2, D))
-    tables = jnp.zeros((2, 1), jnp.int32) if pages else None
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("new", "size"), [(1, 128), (3, 128), (5, 256)])
+def test_the_kernel_that_writes_keys_into_pages_equals_the_scatter(dtype, new, size):
+    rng = np.random.default_rng(0)
+    keys, values = rng.normal(size=(9, 2, D, size)), np.zeros((9, 2, size, D))
+    k, v = rng.normal(size=(2, 5, new, 2, D))
+    cache = jnp.asarray(keys, dtype), jnp.asarray(values, dtype)
+    # within a page, at its end and across it, in the last place, and beyond the table
+    tables = jnp.asarray([[1, 2], [3, 4], [5, 6], [7, 8], [2, 2]], jnp.int32)
+    index = jnp.asarray([0, size - 1, size - 2, 2 * size - new, 2 * size], jnp.int32)
+    given = cache, jnp.asarray(k, dtype), jnp.asarray(v, dtype), index
+    found, _ = extend_cache(*given, block_tables=tables, implementation="pallas_tpu", interpret=True)
+    expected, _ = extend_cache(*given, block_tables=tables, implementation="xla")
+    assert (np.asarray(expected) != np.asarray(cache[0])).sum() == 4 * new * 2 * D
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize(("new", "length", "says"), [(17, 128, "up to 16 new tokens"), (1, 64, "a multiple of 128")])
+def test_the_kernel_that_writes_keys_refuses_what_it_cannot_write(new, length, says):
+    cache, k = init_cache(*[jnp.zeros((2, length, 2, D))] * 2, length), jnp.zeros((2, new, 2, D))
     kernel = {"implementation": "pallas_tpu", "interpret": True}
     with pytest.raises(Unavailable, match=says):
-        extend_cache(cache, k, k, jnp.zeros(2, jnp.int32), block_tables=tables, **kernel)
+        extend_cache(cache, k, k, jnp.zeros(2, jnp.int32), **kernel)
+
+
+def chunk(lengths, past, size, seed=0):
+    """Chunks of sequences with a past in pages, and what whole passes over them say."""
+    rng = np.random.default_rng(seed)
+    total = [p * size + n for p, n in zip(past, lengths, strict=True)]
+    whole = [[rng.normal(size=(1, n, h, D)).astype(np.float32) for h in (4, 2, 2)] for n in total]
+    expected = []
+    for q, k, v in whole:
+        ids = jnp.ones((1, q.shape[1]), jnp.int32)
+        expected.append(np.asarray(reference_attention(*map(jnp.asarray, (q, k, v)), ids, ids, causal=True)[0])[0])
+    taken = [-(-n // size) for n in lengths]
+    S = sum(taken) * size
+    keys, values = init_pages(sum(past) + sum(taken) + 1, size, 2, D, jnp.float32)
+    new, segments = [rng.normal(size=(1, S, h, D)).astype(np.float32) for h in (4, 2, 2)], np.zeros((1, S), np.int32)
+    page, offset = 1, 0
+    pages, past_pages, past_segments = [], [], []
+    for number, (p, n, (q, k, v)) in enumerate(zip(past, lengths, whole, strict=True), 1):
+        for i in range(p):
+            part = slice(i * size, (i + 1) * size)
+            keys = keys.at[page].set(k[0, part].transpose(1, 2, 0))
+            values = values.at[page].set(v[0, part].transpose(1, 0, 2))
+            past_pages.append(page)
+            past_segments += [number] * size
+            page += 1
+        for x, part in zip(new, (q, k, v), strict=True):
+            x[0, offset : offset + n] = part[0, p * size :]
+        segments[0, offset : offset + n] = number
+        held = -(-n // size)
+        pages += range(page, page + held)
+        page, offset = page + held, offset + held * size
+    arrays = [jnp.asarray(x) for x in (*new, segments)]
+    tables = [jnp.asarray([x], jnp.int32) for x in (pages, past_pages, past_segments)]
+    return arrays, (keys, values), tables, expected
+
+
+@pytest.mark.parametrize(("lengths", "past"), [((5, 20, 1), (2, 0, 3)), ((9, 8), (0, 0))])
+def test_chunks_see_themselves_and_their_past_and_nothing_else(lengths, past):
+    size = 8
+    arrays, cache, tables, expected = chunk(lengths, past, size)
+    out, after = chunk_attention(*arrays, cache, *tables)
+    offset = 0
+    for p, n, whole in zip(past, lengths, expected, strict=True):
+        np.testing.assert_allclose(out[0, offset : offset + n], whole[p * size :], atol=2e-6)
+        offset += -(-n // size) * size
+    # and the next token of each sequence finds all of them in the pages
+    k, _ = read_pages(after, tables[0])
+    np.testing.assert_array_equal(k[0], arrays[1][0])
+
+
+@pytest.mark.parametrize("where", ["chunk", "past"])
+def test_a_key_that_is_no_number_reaches_its_own_sequence_and_no_other(where):
+    arrays, (keys, values), tables, expected = chunk((5, 6), (2, 1), 8)
+    if where == "chunk":
+        arrays[1] = arrays[1].at[0, 3].set(np.nan)
+    else:
+        values = values.at[1, 0, 3].set(np.inf)
+    out, _ = chunk_attention(*arrays, (keys, values), *tables)
+    assert np.isnan(out[0, :5]).all()
+    np.testing.assert_allclose(out[0, 8:14], expected[1][8:], atol=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import numpy as np
 
 from jvlm.data import packing
 from jvlm.hardware import peak_flops
-from jvlm.inference.generate import engine_for
+from jvlm.inference.generate import complete, engine_for
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
@@ -72,7 +72,7 @@ def main() -> None:
     prompts = f"{len(examples)} prompts, {counts.tokens:,} tokens"
     print(f"| prefill, {prompts}, packed | {1e3 * took:.1f} | {total / took / peak:.1%} |", flush=True)
     del values, template
-    engine = engine_for(model, processor)
+    engine = engine_for(model, processor, slots=max(arguments.batches))
     read = 2.0 * vlm.parameter_counts(model)["decoder"]
     for number in arguments.batches:
         prompts = (examples * number)[:number]
@@ -80,8 +80,7 @@ def main() -> None:
         def run(new: int, prompts=prompts) -> float:
             settings = SamplingConfig(max_new_tokens=new, stop_token_ids=(-1,))
             began = time.perf_counter()
-            for _ in engine.steps(prompts, settings):
-                pass
+            complete(engine, prompts, settings, request_ids=range(len(prompts)))
             return time.perf_counter() - began
 
         for new in (1, arguments.new):
