@@ -45,6 +45,10 @@ class ImageGridConfig(ConnectorConfig):
         return self.grid**2 + self.class_token
 
     @property
+    def min_image_patches(self) -> int:
+        return self.patches_per_image
+
+    @property
     def tokens_per_image(self) -> int:
         """Vision tokens of an image."""
         return self.out_grid**2
