@@ -35,7 +35,7 @@ def served(experiment: Experiment) -> Experiment:
 
 
 def rounded(config: VLMConfig, sequences: int, prompt: int, patches: int, cache_len: int) -> BatchShape:
-    """The sizes that the engine would compile for, in whole pages. Raises UserError for a cache too short."""
+    """Return the sizes that the engine would compile for, in whole pages. Raises UserError for a cache too short."""
     if cache_len < prompt:
         raise UserError(f"--cache_len {cache_len} does not hold a prompt of {prompt} tokens")
     images = families.get(config.family).image_config.build(config)
@@ -64,14 +64,14 @@ def plan(
 
 
 def prepare(config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: BatchShape) -> AbstractPrograms:
-    """The engine's programs on a topology; on the mesh that the engine takes by itself, unless one is asked for."""
+    """Return the engine's programs on a topology; on the mesh that the engine takes by itself, unless one is asked for."""
     devices = devices_of(topology)
     layout = MeshLayout.of(asked or sharding.default_mesh(config, len(devices)), devices)
     return abstract.abstract_programs(config, layout, sizes)
 
 
 def compile_prefill(planned: AbstractPrograms, topology: Topology) -> tuple[Compiled, Compiled | None]:
-    """The pass over the prompts, and the vision tower's over their pictures before it; None without pictures.
+    """Compile the pass over the prompts, and the vision tower's over their pictures before it; None without pictures.
 
     Parameters, cache and features stay.
     """
@@ -138,7 +138,7 @@ def roofline_of_prefill(
 
 
 def roofline_of_decode(planned: AbstractPrograms, compiled: Compiled, topology: Topology) -> Roofline:
-    """The roofline of a step with the whole cache filled."""
+    """Return the roofline of a step with the whole cache filled."""
     template, sizes = vlm.abstract(planned.config), planned.sizes
     parts, kernels = flops.decoding(template, sizes.batch_size, sizes.cache_len)
     if topology.switched:
