@@ -108,7 +108,7 @@ class LocalClient:
 
         check_batch_size(batch_size)
         self._model, self._adapter, self.name = model, adapter, name
-        self._batch_size, self._engine = batch_size, engine_for(model, processor, layout)
+        self._batch_size, self._engine = batch_size, engine_for(model, processor, layout, batch_size)
         self.box_form, self.box_space = processor.config.box_format, processor.config.box_space
 
     def describe(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def plan(
 
 
 def prepare(config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: BatchShape) -> AbstractPrograms:
-    """Return the engine's programs on a topology; on the mesh that the engine takes by itself, unless one is asked for."""
+    """Return the engine's programs on a topology; on the mesh that the engine takes itself, unless one is asked for."""
     devices = devices_of(topology)
     layout = MeshLayout.of(asked or sharding.default_mesh(config, len(devices)), devices)
     return abstract.abstract_programs(config, layout, sizes)
