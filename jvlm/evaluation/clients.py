@@ -163,7 +163,6 @@ class LocalClient:
             [example for _, example in encoded],
             sampling,
             request_ids=[prompt.number for prompt, _ in encoded],
-            batch_size=len(encoded),
             adapters=[self._adapter] * len(encoded),
         )
         seconds = (time.perf_counter() - began) / len(encoded)
