@@ -37,6 +37,8 @@ COMMANDS = {
     "data dedup": ("jvlm.cli.data_dedup", "find duplicates by words and images, and leave them out"),
     "data decontaminate": ("jvlm.cli.data_decontaminate", "find examples of evaluation sets, and leave them out"),
     "data filter": ("jvlm.cli.data_filter", "measure examples, show histograms, and leave out what is beyond limits"),
+    "data render": ("jvlm.cli.data_render", "draw text, formulas, code, tables and web pages as examples"),
+    "data pdf": ("jvlm.cli.data_pdf", "write pages of PDF files, with their text, as examples"),
     "data shard": ("jvlm.cli.data_convert", "another name of data convert"),
 }
 _GROUPS = {
@@ -45,7 +47,7 @@ _GROUPS = {
     "Answers": ("generate", "chat"),
     "Scores": ("evaluate",),
     "Files": ("convert", "data check", "data view", "data convert", "data shard"),
-    "Preparing data": ("data dedup", "data decontaminate", "data filter"),
+    "Preparing data": ("data dedup", "data decontaminate", "data filter", "data render", "data pdf"),
 }
 
 # commands of ms-swift, and the nearest thing
