@@ -23,8 +23,8 @@ class DataPdf:
       dpi: pixels an inch.
       max_side: longest side of a page in pixels; larger ones are drawn smaller.
       unit: what has a box.
-      task: read asks for all text, read_boxes for each line or word with its box, locate for the box of one; document is
-        the image and its text, without turns.
+      task: read asks for all text, read_boxes for each line or word with its box, locate for the box of one;
+        document is the image and its text, without turns.
       seed: for what locate asks.
       seconds: a page may take before its process is killed.
       memory_gb: a process may have.

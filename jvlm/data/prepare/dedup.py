@@ -2,7 +2,7 @@
 
 Three passes: facts of each example (streamed, kept on disk), candidates (in memory, about half a kilobyte an example),
 and a comparison of the candidates themselves. An example is a duplicate if an *earlier* one is like
-it: the rule needs no order of work, so that many machines find the same (`jvlm.data.prepare.beam`).
+it, dropped or not: the rule needs no order of work.
 """
 
 from __future__ import annotations
