@@ -7,11 +7,11 @@ import re
 import pytest
 
 from jvlm import config as config_tree
-from jvlm import configs
+from jvlm import configs, families
 from jvlm.adapters.config import AdapterConfig
 from jvlm.data.image_processor import ImageProcessorConfig
 from jvlm.errors import UserError
-from jvlm.models import contracts
+from jvlm.models import contracts, registry
 from jvlm.models.encoders.vit import ViTConfig
 from jvlm.models.vlm import VLMConfig
 from jvlm.tags import Tagged
@@ -36,7 +36,8 @@ def test_a_value_of_one_of_two_types_comes_back_from_its_file_as_it_was():
 
 
 def _types():
-    configs.load("mm1_5/easy_vqa")
+    families.load_all()
+    registry.load_all()
     bases = (*contracts.KINDS, ImageProcessorConfig)
     # not those of other tests
     return {b: {t: k for t, k in b.types.items() if k.__module__.startswith("jvlm.")} for b in bases}

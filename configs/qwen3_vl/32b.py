@@ -13,7 +13,7 @@ from jvlm.models.layers import Precision
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
 
-BATCH_SIZE, SEQ_LEN = 64, 32768
+BATCH_SIZE, SEQ_LEN = 32, 32768
 
 
 def get_config() -> Experiment:

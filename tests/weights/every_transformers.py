@@ -20,6 +20,7 @@ from jvlm.errors import UserError
 from jvlm.weights import gguf_export
 from jvlm.weights.convert import convert
 from tests import idefics2, support
+from tests.families.qwen3_vl import Tiny
 
 READERS = {"4.49": "export-4.49", "4.57": "export-4.57 export-pixels", "5.": "export-pixels"}
 DEMO = support.ROOT / "configs/mimo_vl/easy_vqa_data/tokenizer"
@@ -86,11 +87,23 @@ def converted_from_transformers_5(folder):
     return folder / "export"
 
 
-@pytest.fixture(
-    scope="module",
-    params=[of_the_hub, of_the_demo, of_idefics2, converted_from_transformers_5],
-    ids=lambda f: f.__name__,
-)
+def of_qwen3_vl(folder, kind="qwen3_vl"):
+    Tiny.create(folder / "source", support.make_tokenizer(folder / "tokenizer"), kind)
+    return exported(folder)
+
+
+def of_qwen3_vl_with_experts(folder):
+    return of_qwen3_vl(folder, "qwen3_vl_moe")
+
+
+# 4.49 has no Qwen3-VL
+MAKERS = {
+    **dict.fromkeys((of_the_hub, of_the_demo, of_idefics2, converted_from_transformers_5), tuple(READERS)),
+    **dict.fromkeys((of_qwen3_vl, of_qwen3_vl_with_experts), ("4.57", "5.")),
+}
+
+
+@pytest.fixture(scope="module")
 def export(request, tmp_path_factory):
     return request.param(tmp_path_factory.mktemp("export"))
 
@@ -115,7 +128,11 @@ def run(command, names):
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-@pytest.mark.parametrize("version", READERS)
+@pytest.mark.parametrize(
+    ("export", "version"),
+    [pytest.param(make, v, id=f"{make.__name__}-{v}") for make, versions in MAKERS.items() for v in versions],
+    indirect=["export"],
+)
 def test_ids_prompts_and_logits_of_an_export_are_ours_in(version, example, export, tmp_path):
     example = EXAMPLES[example]
     model, processor = jvlm.load(export)
