@@ -26,7 +26,7 @@ PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_v
 RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-finetune plan-finetune test test-slow test-exports lint format backbones bench bench-kernels tune gpu-pass plan meshes clean
+.PHONY: demo demo-finetune plan-finetune test test-slow test-exports lint format backbones bench bench-data bench-kernels soak-data tune gpu-pass plan meshes clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -102,6 +102,12 @@ format: $(VENV)/.test
 bench: $(VENV)/.peft  ## speed beside transformers + torch, and of LoRA beside PEFT; ten minutes
 	$(VENV)/bin/python tools/bench.py $(ARGS)
 	PYTHONPATH=$(VENV)/export-peft $(RUN) tools.bench_lora $(ARGS)
+
+bench-data: $(VENV)/.test  ## patches/s of a core and where its time goes, worker processes, how full sequences are; five minutes
+	$(RUN) tools.bench_data $(ARGS)
+
+soak-data: $(VENV)/.test  ## 100,000 examples, 1 % of them damaged, with threads, processes and a kill -9; half an hour
+	$(RUN) tools.soak_data $(ARGS)
 
 bench-kernels: $(VENV)/.test
 	$(RUN) tools.bench_kernels $(ARGS)

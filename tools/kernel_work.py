@@ -44,8 +44,8 @@ from jvlm.models.vlm import VLMConfig
 
 DEMO = Path(__file__).parents[1] / "configs/mimo_vl/easy_vqa.py"
 LENGTHS = (8192, 32768)
-# Conversations packed together: the pipeline's own number at 8,192 tokens, and in proportion.
-WINDOW = pipeline.DataConfig().pack_window / 8192
+# Conversations packed together: 128 at 8,192 tokens, and in proportion.
+WINDOW = 128 / 8192
 
 
 @dataclasses.dataclass(frozen=True)

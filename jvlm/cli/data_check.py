@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tyro.conf import Positional
 
@@ -41,6 +41,8 @@ class DataCheck:
       media_root: folder for relative image paths, after the data file's own.
       verbose: print every example that cannot be used.
       output: JSONL file to write every example to that cannot be used.
+      lengths: also measure how long each example is, from the headers of its images, and keep that in
+        data.lengths_folder, where a mixture whose weights are shares of tokens or patches finds it.
     """
 
     files: Positional[tuple[str, ...]] = ()
@@ -49,6 +51,7 @@ class DataCheck:
     media_root: str | None = None
     verbose: bool = False
     output: str | None = None
+    lengths: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +74,27 @@ def run(words: list[str]) -> int:
 
     status = 0
     runs = _data_to_check(options, fields)
-    files = [pattern for _, data, _, _ in runs for pattern in data.files]
+    if options.lengths and not all(run.processor for run in runs):
+        raise UserError("--lengths counts tokens: give --model, or a --config")
+    files = [pattern for run in runs for pattern in run.data.files]
     with writing(options.output, files, verbose=options.verbose) as on_rejected:
-        for name, data, processor, seed in runs:
+        for name, data, processor, seed, source in runs:
             report = check(data.train, processor, data, seed=seed, on_rejected=on_rejected)
             print(f"{name}:\n{report.text()}" if len(runs) > 1 else report.text(), flush=True)
             status = 1 if report.usable < report.examples else status
+            if options.lengths:
+                _measure(processor, data, source)
     return status
+
+
+def _measure(processor: Processor, data: DataConfig, name: str) -> None:
+    """Measure all examples of a source, and say in which file that is kept."""
+    from jvlm.data import lengths
+    from jvlm.data.example_source import ExampleSource
+
+    found = lengths.of_source(processor, data, name, ExampleSource.of(data), sample=None)
+    good, path = int((found.status == lengths.GOOD).sum()), lengths.path_of(processor, data, name)
+    print(f"{path}: lengths of {found.examples:,} examples, of which {good:,} can be used", flush=True)
 
 
 def config_of_words(words: Sequence[str]) -> str | None:
@@ -91,14 +108,24 @@ def config_of_words(words: Sequence[str]) -> str | None:
     return None
 
 
-def _data_to_check(options: DataCheck, fields) -> list[tuple[str, DataConfig, Processor | None, int]]:
-    """Return (name, data, processor, seed) of the files' data, or of each source of each stage of an experiment."""
+class Checked(NamedTuple):
+    """Data to check: that of files, or of a source of a stage, whose path in its mixture is ``source``."""
+
+    name: str
+    data: DataConfig
+    processor: Processor | None
+    seed: int
+    source: str
+
+
+def _data_to_check(options: DataCheck, fields) -> list[Checked]:
+    """Return the files' data, or that of each source of each stage of an experiment."""
     runs = [
-        (of_source, one, *rest)
+        Checked(f"{name}, {source}" if source else name, one, *rest, source or "train")
         for name, data, *rest in data_of_runs(options, fields)
-        for of_source, one in _sources_of(name, data)
+        for source, one in _sources_of(data)
     ]
-    if not all(data.train for _, data, _, _ in runs):
+    if not all(run.data.train for run in runs):
         raise UserError("no data to check: give files, or a --config that names them as data.train")
     return runs
 
@@ -119,11 +146,11 @@ def data_of_runs(options: DataFiles, fields) -> list[tuple[str, DataConfig, Proc
     return [(name, dataclasses.replace(data, **given), processor, seed) for name, data, seed in runs]
 
 
-def _sources_of(name: str, data: DataConfig) -> list[tuple[str, DataConfig]]:
-    """Return (name, data) of each source of a mixture, read alone."""
+def _sources_of(data: DataConfig) -> list[tuple[str, DataConfig]]:
+    """Return (path, data) of each source of a mixture, read alone; without a mixture the path is empty."""
     from jvlm.data.mixture.examples import config_of
     from jvlm.data.mixture.plan import enters
 
     if data.mixture is None:
-        return [(name, data)]
-    return [(f"{name}, {path}", config_of(data, source)) for path, source in enters(data.mixture).items()]
+        return [("", data)]
+    return [(path, config_of(data, source)) for path, source in enters(data.mixture).items()]

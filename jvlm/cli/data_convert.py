@@ -27,6 +27,10 @@ class DataConvert:
       media_root: folder for relative image paths, after the data file's own.
       on_bad_example: stop at an example that cannot be used, or leave it out; what is left out is counted.
       rejected: JSONL file to write every example to that is left out.
+      frames: store so many frames a second of each video in the place of its file, as JPEGs: training then decodes no
+        video.
+      frame_pixels: most pixels of such a frame.
+      frame_quality: of its JPEG.
     """
 
     files: Positional[tuple[str, ...]]
@@ -39,6 +43,9 @@ class DataConvert:
     media_root: str | None = None
     on_bad_example: Literal["error", "skip"] = "error"
     rejected: str | None = None
+    frames: float | None = None
+    frame_pixels: int = 768 * 784
+    frame_quality: int = 90
 
 
 def run(words: list[str]) -> int:
@@ -49,8 +56,12 @@ def run(words: list[str]) -> int:
     from jvlm.data.conversion import convert
     from jvlm.data.formats.example_format import FormatOptions
     from jvlm.data.rejections import writing
+    from jvlm.data.video.stored_frames import FrameOptions
 
     formats = FormatOptions(options.format, options.columns, options.caption_prompt, options.answer_as_turn)
+    frames = None
+    if options.frames is not None:
+        frames = FrameOptions(options.frames, max_pixels=options.frame_pixels, quality=options.frame_quality)
     with writing(options.rejected, options.files) as on_rejected:
         done = convert(
             options.files,
@@ -60,6 +71,7 @@ def run(words: list[str]) -> int:
             media_root=options.media_root,
             on_bad_example=options.on_bad_example,
             on_rejected=on_rejected if options.rejected else None,
+            frames=frames,
         )
     print(done.text())
     return 0

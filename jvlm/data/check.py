@@ -23,6 +23,7 @@ from jvlm.data.few_shot import FewShotSource
 from jvlm.data.images import content_digest, open_image
 from jvlm.data.packing import Example
 from jvlm.data.pipeline import Encode, check_learnable, check_text
+from jvlm.data.prepare.image_hash import perceptual_hash
 from jvlm.data.processor import Processor
 from jvlm.data.rejections import Rejections
 from jvlm.data.video.reader import shared_reader
@@ -44,6 +45,7 @@ def check(
     on_rejected: Callable[[Rejected], None] | None = None,
     on_checked: Callable[[int, Checked], None] | None = None,
     digests: bool = False,
+    hashed: int = 0,
 ) -> CheckReport:
     """Read every example and its media as training would. Memory does not grow with the size of the files.
 
@@ -54,6 +56,7 @@ def check(
       on_rejected: is given each rejected example, in place of the report.
       on_checked: is given the index of each example, in order, and what it is like.
       digests: whether that holds the digests of its images.
+      hashed: of so many first examples it holds perceptual hashes of the images, too.
 
     Raises:
       FileNotFoundError, UserError: files that are not there, damaged, or of which too little can be used.
@@ -68,7 +71,7 @@ def check(
         for start in range(0, len(source), _TOGETHER):
             numbers = range(start, min(start + _TOGETHER, len(source)))
             bar.update(len(numbers))
-            checks = pool.map(lambda number: look.at(source.read(number)), numbers)
+            checks = pool.map(lambda number: look.at(source.read(number), is_hashed=number < hashed), numbers)
             for number, checked in zip(numbers, checks, strict=True):
                 tally.add(checked)
                 if on_checked is not None:
@@ -142,6 +145,7 @@ class Checked:
     parts_left_out: list[Rejected] = dataclasses.field(default_factory=list)
     untagged: bool = False
     digests: list[bytes] = dataclasses.field(default_factory=list)  # of the images and frames of a usable example
+    hashes: list[np.ndarray] = dataclasses.field(default_factory=list)  # perceptual, of its images
 
 
 class _Look:
@@ -155,7 +159,7 @@ class _Look:
         self.config = _resolved(processor, config, seed) if processor else config
         self.encode = Encode(processor, self.config) if processor else None
 
-    def at(self, read: Read) -> Checked:
+    def at(self, read: Read, *, is_hashed: bool = False) -> Checked:
         origin, example, untagged = read
         checked = Checked(origin.file, untagged=untagged > 0)
         try:
@@ -170,7 +174,11 @@ class _Look:
             else:
                 self._encode(parsed, checked)
             if self.digests and checked.rejected is None:
-                checked.digests = [content_digest(source, **where) for _, source, where in self._places(parsed)]
+                places = list(self._places(parsed))
+                checked.digests = [content_digest(source, **where) for _, source, where in places]
+                if is_hashed:
+                    images = [(source, where) for part, source, where in places if isinstance(part, Image)]
+                    checked.hashes = [perceptual_hash(open_image(source, **where)) for source, where in images]
         except ExampleError as error:
             checked.rejected = Rejected.of(error, "bad")
         return checked
@@ -198,7 +206,7 @@ class _Look:
             check_learnable(parsed.origin, [message.loss_weight for message in parsed.messages])
         for part, source, where in self._places(parsed):
             if isinstance(part, Video) and part.file is not None:
-                shared_reader().read(source, Sampling(**dict(part.sampling)), **where)
+                shared_reader(self.config.video).read(source, Sampling(**dict(part.sampling)), **where)
             else:
                 open_image(source, **where)
 
@@ -218,6 +226,7 @@ class Tally:
         self.faults, self.parts_left_out, self.columns = Rejections(), Rejections(), {}
         self.tokens, self.media_tokens, self.images = array("q"), array("q"), array("q")
         self.patches, self.largest_images, self.turns = array("q"), array("q"), array("q")
+        self.learnt = array("q")  # tokens with a loss of each example
         self.loss_tokens = self.changed = self.documents = self.cut = self.parts = self.untagged = 0
 
     @property
@@ -238,6 +247,7 @@ class Tally:
             self.images.append(checked.images)
         if checked.sizes:
             self.turns.append(checked.turns)
+            self.learnt.append(checked.loss_tokens)
         for size, media_tokens in zip(checked.sizes, checked.media_tokens, strict=True):
             self.tokens.append(size.length)
             self.media_tokens.append(media_tokens)
@@ -285,7 +295,7 @@ def _resolved(processor: Processor, config: DataConfig, seed: int) -> DataConfig
     on_too_long = "drop" if config.on_too_long == "error" else config.on_too_long
     looking = dataclasses.replace(config, on_bad_example="skip", on_too_long=on_too_long)
     try:
-        resolved = survey.take(processor, looking, seed=seed, count=_LOOKED_AT).config
+        resolved = survey.take(processor, looking, seed=seed, count=_LOOKED_AT, decode=False).config
     except UserError:  # every example of the sample is rejected, which the check itself says better
         sizes = {name: getattr(config, name) for name in ("seq_len", "max_patches")}
         return dataclasses.replace(config, **{n: getattr(DataConfig(), n) for n, v in sizes.items() if v == "auto"})

@@ -8,7 +8,9 @@ from typing import Literal
 
 from jvlm.data.choices import LossChoice, Order
 from jvlm.data.document_config import DocumentConfig
+from jvlm.data.few_shot_config import FewShot
 from jvlm.data.mixture.config import Mixture
+from jvlm.data.video.config import VideoConfig
 from jvlm.errors import UserError
 from jvlm.validation import check_fields
 
@@ -35,26 +37,6 @@ class ImageChoice:
 
 
 @dataclasses.dataclass(frozen=True)
-class FewShot:
-    """Other examples as demonstrations before each one.
-
-    Attributes:
-      shots: fewest and most demonstrations; how many an example has is drawn, from the seed and its index alone.
-      same: what they share with the example: its source, or its ``channel`` as well.
-      loss: "last" gives demonstrations no loss; "all" leaves them theirs.
-    """
-
-    shots: tuple[int, int] = (1, 8)
-    same: Literal["source", "channel"] = "channel"
-    loss: Literal["last", "all"] = "last"
-
-    def __post_init__(self):
-        low, high = self.shots
-        if not 1 <= low <= high:
-            raise UserError(f"few_shot.shots is a smaller and a larger number, both from 1 on, got {low}, {high}")
-
-
-@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is read and how it is packed.
 
@@ -69,6 +51,8 @@ class DataConfig:
       caption_prompt: a user's text before captions; None makes a document of image and caption.
       answer_as_turn: whether the answer of an EasyR1 example is an assistant's turn as well, to train on.
       media_root: folder for relative media paths, after the data file's own.
+      media_folders: folders that files of images and videos must lie in, links resolved: for data that others wrote,
+        whose paths may name anything. Empty allows all.
       batch_size: sequences of a batch (of one accumulation step), all processes together.
       seq_len: tokens of a packed sequence, padding included. "auto" chooses it, and ``max_patches``, from a sample of
         the data, so that little of it is padding (`jvlm.data.survey`); the choice is printed, and saved with the run.
@@ -100,6 +84,7 @@ class DataConfig:
         one (DPO and its relatives, reward models); "labels" that an answer is good or bad by itself (KTO). The last
         answer of each conversation counts, unless ``loss`` or the example says otherwise (`jvlm.data.preferences`).
       documents: how documents are read: pages with images, captions, text alone (`jvlm.data.document_config`).
+      video: how video files are decoded.
       shuffle_turns: give the questions of a conversation, with their answers, another order each epoch
         (`jvlm.data.augmentation`); images come first. Examples with ``"ordered": true`` keep theirs.
       max_turns: with ``shuffle_turns``, questions that stay of a conversation in an epoch; None is all.
@@ -117,7 +102,8 @@ class DataConfig:
         or each ``channel`` that examples name; or "off".
       sources: their names; empty takes those of the configuration, or the channels of a sample of the data, and the
         rest as "other".
-      pack_window: conversations considered together for packing.
+      pack_window: examples considered together for packing, from the headers of their images. The frames of their
+        video files are all in memory: with long videos take less.
       read_threads: threads that decode and encode.
       worker_processes: processes instead of threads; 0 is none. For data too heavy for one process.
       prefetch: batches prepared ahead.
@@ -130,6 +116,7 @@ class DataConfig:
     caption_prompt: str | None = None
     answer_as_turn: bool = False
     media_root: str | None = None
+    media_folders: tuple[str, ...] = ()
     batch_size: int = 1
     seq_len: int | Literal["auto"] = 4096
     max_patches: int | Literal["auto"] = 8192
@@ -147,6 +134,7 @@ class DataConfig:
     loss: LossChoice | None = None
     preference: Literal["none", "pairs", "labels"] = "none"
     documents: DocumentConfig = DocumentConfig()
+    video: VideoConfig = VideoConfig()
     shuffle_turns: bool = False
     max_turns: int | None = None
     media_first: bool = False
@@ -158,7 +146,7 @@ class DataConfig:
     upscale_longest_edge: int = 980
     curves: Literal["dataset", "channel", "off"] = "dataset"
     sources: tuple[str, ...] = ()
-    pack_window: int = 128
+    pack_window: int = 512
     read_threads: int = 4
     worker_processes: int = 0
     prefetch: int = 4

@@ -297,3 +297,18 @@ class Document(_OfParts):
 
 
 Parsed = TypeVar("Parsed", Conversation, Document)
+
+
+def joined_text(content: Iterable[Part], written: Callable[[Part], Part]) -> tuple[Part, ...]:
+    """Return the pieces of a document, a box or name of an object being part of the text that it stands in."""
+    pieces: list[Part] = []
+    inside = False
+    for part in content:
+        is_object = isinstance(part, ObjectName | ObjectBox)
+        part = written(part)
+        if pieces and isinstance(part, Text) and isinstance(pieces[-1], Text) and (is_object or inside):
+            pieces[-1] = Text(pieces[-1].text + part.text)
+        else:
+            pieces.append(part)
+        inside = is_object
+    return tuple(pieces)

@@ -16,12 +16,14 @@ import msgpack
 
 from jvlm.data import stores
 from jvlm.data.embedding import embed
-from jvlm.data.errors import ExampleError, Origin, Rejected
+from jvlm.data.errors import ExampleError, Origin, Rejected, grouped
 from jvlm.data.example_source import ExampleSource, Read
 from jvlm.data.formats.example_format import FormatOptions
 from jvlm.data.readers import shard_set
 from jvlm.data.readers.array_record import SHARD_SUFFIX, write_records
 from jvlm.data.readers.registry import open_file
+from jvlm.data.video.reader import shared_reader
+from jvlm.data.video.stored_frames import FrameOptions, with_frames
 from jvlm.errors import UserError
 from jvlm.progress import Progress
 
@@ -71,6 +73,7 @@ def convert(
     media_root: str | None = None,
     on_bad_example: Literal["error", "skip"] = "error",
     on_rejected: Callable[[Rejected], None] | None = None,
+    frames: FrameOptions | None = None,
 ) -> Conversion:
     """Write examples as shards of ``examples_per_shard`` in a folder, media files read into them.
 
@@ -82,10 +85,11 @@ def convert(
       media_root: folder for relative media paths, after the data file's own.
       on_bad_example: "skip" leaves examples out that cannot be used, or whose media cannot be read.
       on_rejected: is given each of those.
+      frames: store videos as frames; None stores their files.
 
     Raises:
       ExampleError: an example that cannot be used, or an image that cannot be read, unless skipped.
-      UserError: the folder holds shards already; none of the examples of a shard can be used.
+      UserError: the folder holds shards already; none of the examples can be used.
       UserError: a wrong argument, files that cannot be read, or a folder that cannot be written.
     """
     source = ExampleSource(files, options, to_convert=True)
@@ -97,6 +101,7 @@ def convert(
         media_root=media_root,
         on_bad_example=on_bad_example,
         on_rejected=on_rejected,
+        frames=frames,
     )
 
 
@@ -121,6 +126,7 @@ def write_shards(
     media_root: str | None = None,
     on_bad_example: Literal["error", "skip"] = "error",
     on_rejected: Callable[[Rejected], None] | None = None,
+    frames: FrameOptions | None = None,
     verb: str = "converting",
 ) -> Conversion:
     """Write the examples of a source as shards, as `convert` does.
@@ -137,12 +143,16 @@ def write_shards(
     if stores.is_remote(output):
         raise UserError(f"{output}: shards are written to this machine's disk. Give a folder on it, and copy that")
     output = Path(output)
-    work = _Work(source, identity, examples_per_shard, media_root, on_bad_example == "skip", on_rejected)
+    work = _Work(source, identity, examples_per_shard, media_root, on_bad_example == "skip", on_rejected, frames)
     with _unfinished(output) as folder, Progress(total=len(source), desc=verb, unit="example") as bar:
         for name in folder.iterdir():  # of other files or settings, or begun by a process that was killed
             if name.name != _LOCK and name.name not in work.names | {f"{n}{_COUNTS}" for n in work.names}:
                 name.unlink()
         parts = [work.shard(folder, number, bar) for number in range(work.count)]
+        rejected = [example for part in parts for example in part.rejected]
+        if not sum(part.written for part in parts):
+            shutil.rmtree(folder)
+            raise UserError(f"none of the {len(source)} examples can be used:\n{grouped(rejected)}")
         for name in sorted(work.names):
             (folder / name).replace(output / name)
         shutil.rmtree(folder)
@@ -153,7 +163,7 @@ def write_shards(
         shards=work.count,
         kept=sum(part.kept for part in parts),
         formats=tuple(source.formats()),
-        rejected=tuple(example for part in parts for example in part.rejected),
+        rejected=tuple(rejected),
         output=str(output),
     )
 
@@ -179,11 +189,13 @@ class _Work:
         media_root: str | None,
         skip: bool,
         on_rejected: Callable[[Rejected], None] | None,
+        frames: FrameOptions | None,
     ):
+        self.frames = frames
         self.source, self.size, self.media_root, self.skip = source, examples_per_shard, media_root, skip
         self.on_rejected = on_rejected
         self.count = -(-len(source) // examples_per_shard)
-        settings = repr((identity, examples_per_shard, media_root, skip))
+        settings = repr((identity, examples_per_shard, media_root, skip, frames))
         self.set = hashlib.sha256(settings.encode()).hexdigest()[:16]
         self.names = {self._name(number) for number in range(self.count)}
 
@@ -228,7 +240,7 @@ class _Work:
         return _Part(found["written"], found["untagged"], rejected, kept=True)
 
     def _records(self, examples: range, number: int, part: _Part, bar: Progress) -> Iterator[bytes]:
-        """Yield the records of a shard; the last one has its mark."""
+        """Yield the records of a shard; the last one has its mark, which is alone where no example can be used."""
         last = None
         for index in examples:
             found = self._example(index, part)
@@ -239,14 +251,9 @@ class _Work:
                 yield last[2]
             last = found
             part.written += 1
-        if last is None:
-            raise UserError(
-                f"none of the examples {examples.start + 1} to {examples.stop} can be used, as "
-                f"{part.rejected[0].file}, example {part.rejected[0].number}: {part.rejected[0].reason}. Correct or "
-                "remove them, or write larger shards"
-            )
         mark = shard_set.Mark(self.set, number, self.count, part.written)
-        yield _packed(last[0], {**last[1], shard_set.MARK: dataclasses.asdict(mark)})
+        origin, example = (Origin(), {}) if last is None else last[:2]
+        yield _packed(origin, {**example, shard_set.MARK: dataclasses.asdict(mark)})
 
     def _example(self, index: int, part: _Part) -> tuple[Origin, dict[str, Any], bytes] | None:
         origin, record, untagged = self.source.read(index)
@@ -255,6 +262,8 @@ class _Work:
                 raise record
             roots = (str(Path(origin.file).parent), *([self.media_root] if self.media_root else []))
             whole = embed(record, origin, roots)
+            if self.frames is not None:
+                whole = with_frames(whole, origin, shared_reader(), self.frames)
             if shard_set.MARK in whole:
                 raise ExampleError(origin, shard_set.MARK, "a name that shards use themselves", "Rename the column")
             packed = _packed(origin, whole)

@@ -79,6 +79,8 @@ class ExampleSource:
             more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise UserError("\n  ".join(problems[:_SHOWN]) + more)
         self._starts = np.cumsum([0, *(len(r) for r in self._readers)])
+        if not self._starts[-1]:
+            raise UserError(f"{', '.join(self.files[:_SHOWN])}: no examples at all. Give other files of the set too")
         self._patterns, self.options = list(patterns), options
         # the files of a pattern end before these; a pattern has one format, decided when it is first needed
         self._ends = np.cumsum([len(pairs) for pairs in by_pattern])

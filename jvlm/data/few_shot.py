@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jvlm.data.config import FewShot
 from jvlm.data.content import Conversation, Image, Message, ObjectBox, Part, Video
 from jvlm.data.errors import MEMORY, ExampleError, Origin
 from jvlm.data.example_source import Read
 from jvlm.data.examples import parse_conversation
+from jvlm.data.few_shot_config import FewShot
 from jvlm.data.sources import channel_of
 
 _TRIES = 64  # examples looked at for each demonstration of the same channel

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import io
+import os
 import re
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,13 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from jvlm.data.errors import ExampleError, Origin
-from jvlm.data.pixels import array_to_rgb, image_to_rgb
+from jvlm.data.pixels import ORIENTATION, array_to_rgb, image_to_rgb
 from jvlm.data.values import without_nulls
 from jvlm.errors import file_errors
 
 _REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_HEADER_FIRST = ("JPEG", "MPO", "WEBP")  # whose size and rotation are read before any pixel
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def open_image(
@@ -35,12 +40,10 @@ def open_image(
     Raises:
       ExampleError: not found (naming the paths tried), not decodable, or not an image.
     """
-    source = unwrap(source)
-    try:
+    source = _found(source, roots, origin, field)
+    with _decoding(source, origin, field):
         if isinstance(source, np.ndarray):
             return array_to_rgb(source)
-        if isinstance(source, str | Path):
-            source = image_source(str(source), roots, origin, field)
         if isinstance(source, bytes | bytearray | memoryview):
             source = io.BytesIO(source)
         if isinstance(source, Image.Image):
@@ -48,17 +51,73 @@ def open_image(
         if isinstance(source, Path | io.BytesIO):
             with Image.open(source) as image:
                 return image_to_rgb(image)
+    raise ExampleError(
+        origin, field, f"a {type(source).__name__} is not an image", "Give a path, bytes, image or array"
+    )
+
+
+def image_size(
+    source: Any, *, origin: Origin = Origin(), field: str = "images", roots: tuple[str, ...] = ()
+) -> tuple[int, int]:
+    """Return (width, height) of what `open_image` returns, from the header of the file where that says it all.
+
+    Raises:
+      ExampleError: as `open_image`, but not for pixels that cannot be decoded, where the header is enough.
+    """
+    source = _found(source, roots, origin, field)
+    if isinstance(source, Path | bytes | bytearray | memoryview):
+        with _decoding(source, origin, field):
+            file = source if isinstance(source, Path) else io.BytesIO(source)
+            with Image.open(file) as image:
+                if 0 not in image.size and (image.format in _HEADER_FIRST or _is_plain_png(image)):
+                    # that of the class itself: a PNG's own decodes it
+                    turned = Image.Image.getexif(image).get(ORIENTATION, 1) in range(5, 9)
+                    return image.size[::-1] if turned else image.size
+    return open_image(source, origin=origin, field=field, roots=roots).size
+
+
+def _is_plain_png(image: Image.Image) -> bool:
+    """Whether a file is a PNG in which nothing that matters comes behind the pixels."""
+    if image.format != "PNG" or "Raw profile type exif" in image.info:
+        return False
+    file = image.fp
+    at = file.tell()
+    try:
+        file.seek(len(_PNG))
+        has_pixels = False
+        while len(head := file.read(8)) == 8:
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if kind == b"IEND":
+                return has_pixels
+            if has_pixels and kind not in (b"IDAT", b"tIME"):
+                return False
+            has_pixels = has_pixels or kind == b"IDAT"
+            file.seek(length + 4, os.SEEK_CUR)
+        return False
+    finally:
+        file.seek(at)
+
+
+def _found(source: Any, roots: tuple[str, ...], origin: Origin, field: str) -> Any:
+    """Return what an image is opened from: a file, bytes, a PIL image or an array."""
+    source = unwrap(source)
+    with _decoding(source, origin, field):
+        return image_source(str(source), roots, origin, field) if isinstance(source, str | Path) else source
+
+
+@contextlib.contextmanager
+def _decoding(source: Any, origin: Origin, field: str) -> Iterator[None]:
+    """Make whatever is raised inside an ExampleError about the image."""
+    try:
+        yield
     except ExampleError:
         raise
     except Exception as error:  # Pillow lets through whatever a damaged file makes its decoders raise
-        shown = "" if isinstance(source, Image.Image | np.ndarray | io.BytesIO) else f" ({str(source)[:200]})"
+        shown = f" ({str(source)[:200]})" if isinstance(source, str | Path) else ""
         kind = "array" if isinstance(source, np.ndarray) else "image"
         raise ExampleError(
             origin, field, f"the {kind}{shown} cannot be decoded ({error})", "Replace or remove the image"
         ) from error
-    raise ExampleError(
-        origin, field, f"a {type(source).__name__} is not an image", "Give a path, bytes, image or array"
-    )
 
 
 def content_digest(
@@ -148,6 +207,23 @@ def find_file(path: str, roots: tuple[str, ...], origin: Origin, field: str) -> 
     raise ExampleError(
         origin, field, f"file not found; tried {', '.join(tried)}", "Correct the path or set data.media_root"
     )
+
+
+def check_within(source: Any, folders: tuple[str, ...], *, origin: Origin, field: str, roots: tuple[str, ...]) -> None:
+    """Raise ExampleError for an image or video in a file outside these folders, links resolved."""
+    source = unwrap(source)
+    file = _existing(str(source), roots) if isinstance(source, str | Path) else None
+    if file is None:
+        return
+    real = file.resolve()
+    if not any(real.is_relative_to(Path(folder).resolve()) for folder in folders):
+        allowed = ", ".join(folders)
+        raise ExampleError(
+            origin,
+            field,
+            f"{real} is outside {allowed}",
+            "Move the file there, or add its folder to data.media_folders",
+        )
 
 
 def _existing(path: str, roots: tuple[str, ...]) -> Path | None:

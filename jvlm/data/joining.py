@@ -9,6 +9,7 @@ import numpy as np
 
 from jvlm.data.cutting import Limits
 from jvlm.data.packing import Example
+from jvlm.data.unread_patches import joined_patches
 
 
 def joined(examples: Sequence[Example], most: int, limits: Limits) -> list[Example]:
@@ -57,11 +58,12 @@ def concatenated(examples: Sequence[Example]) -> Example:
         offsets["vision_segment_ids"] += segments
         offsets["patch_segment_ids"] += segments
         offsets["patch_window_ids"] += windows
-    plain = "tokens loss_weights turns patches patch_positions".split()
+    plain = "tokens loss_weights turns patch_positions".split()
     return dataclasses.replace(
         first,
         **{name: np.concatenate(values) for name, values in arrays.items()},
         **{name: np.concatenate([getattr(one, name) for one in examples]) for name in plain},
+        patches=joined_patches([one.patches for one in examples], first.patches.shape[1]),
         sizes=tuple(size for one in examples for size in one.sizes),
         records=sum(one.records for one in examples),
     )

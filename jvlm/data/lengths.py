@@ -80,7 +80,7 @@ class Lengths:
 
 
 def measure(processor: Processor, config: DataConfig, source: Any, indices: Sequence[int] | None = None) -> Lengths:
-    """Encode examples of a source as training does, and return what they are like.
+    """Encode examples of a source as training does, from the headers of images, and return what they are like.
 
     Args:
       config: of the source alone (`jvlm.data.mixture.examples.config_of`). Nothing is drawn: whole conversations.
@@ -91,7 +91,9 @@ def measure(processor: Processor, config: DataConfig, source: Any, indices: Sequ
 
     still = {"single_turn_ratio": 0.0, "shuffle_turns": False, "max_turns": None, "upscale_probability": 0.0}
     config = dataclasses.replace(config, **still, on_bad_example="skip", on_too_long="drop", curves="off")
-    encode = Encode(processor, config)
+    if config.media_root:
+        processor = processor.replace(media_roots=(config.media_root,))
+    encode = Encode(processor, config, decode=False)
     fits = "auto" not in (config.seq_len, config.max_patches)
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,6 +12,8 @@ import numpy as np
 from jvlm.data.boxes import Sizes
 from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.image_processor import MediaPatches
+from jvlm.data.recycled import recycled
+from jvlm.data.unread_patches import UnreadPatches, joined_patches
 from jvlm.models.packed_batch import PackedBatch
 
 
@@ -44,7 +46,7 @@ class Example:
     vision_index: np.ndarray
     media: np.ndarray
     vision_segment_ids: np.ndarray
-    patches: np.ndarray
+    patches: np.ndarray | UnreadPatches
     patch_segment_ids: np.ndarray
     patch_window_ids: np.ndarray
     patch_positions: np.ndarray
@@ -92,7 +94,7 @@ def join_media(media: Sequence[MediaPatches], patch_values: int, position_values
         segments, windows = int(patch_segment_ids[-1][-1]), int(patch_window_ids[-1][-1])
     none = np.zeros(0, np.int32)
     return {
-        "patches": np.concatenate([np.zeros((0, patch_values), np.uint8), *(m.patches for m in media)]),
+        "patches": joined_patches([m.patches for m in media], patch_values),
         "vision_segment_ids": np.concatenate([none, *vision_segment_ids]),
         "patch_segment_ids": np.concatenate([none, *patch_segment_ids]),
         "patch_window_ids": np.concatenate([none, *patch_window_ids]),
@@ -225,27 +227,49 @@ def first_fit(examples: Sequence[Example], seq_len: int, max_patches: int) -> li
 
 def best_fit_decreasing(examples: Sequence[Example], seq_len: int, max_patches: int) -> list[list[int]]:
     """As `first_fit`, longest first, each into the fullest sequence that still has space."""
+    order = sorted(range(len(examples)), key=lambda i: (-_load(examples[i], seq_len, max_patches), i))
+    return _best_fit(examples, order, seq_len, max_patches)
 
-    def load(example: Example) -> float:
-        return max(example.length / seq_len, example.num_patches / max(max_patches, 1))
 
-    order = sorted(range(len(examples)), key=lambda i: (-load(examples[i]), i))
+def best_fit(examples: Sequence[Example], seq_len: int, max_patches: int) -> list[list[int]]:
+    """As `best_fit_decreasing`, or in the order given where that takes fewer sequences."""
+    decreasing = best_fit_decreasing(examples, seq_len, max_patches)
+    if len(decreasing) <= _fewest(examples, seq_len, max_patches):
+        return decreasing
+    given = _best_fit(examples, range(len(examples)), seq_len, max_patches)
+    return given if len(given) < len(decreasing) else decreasing
+
+
+def _load(example: Example, seq_len: int, max_patches: int) -> float:
+    return max(example.length / seq_len, example.num_patches / max(max_patches, 1))
+
+
+def _fewest(examples: Sequence[Example], seq_len: int, max_patches: int) -> int:
+    """Sequences that any packing takes at least."""
+    tokens, patches = sum(e.length for e in examples), sum(e.num_patches for e in examples)
+    return max(-(-tokens // seq_len), -(-patches // max(max_patches, 1)))
+
+
+def _best_fit(examples: Sequence[Example], order: Iterable[int], seq_len: int, max_patches: int) -> list[list[int]]:
     sequences: list[list[int]] = []
     space: list[list[int]] = []
     for index in order:
         example = examples[index]
-        open_sequences = [
-            (left[0], r) for r, left in enumerate(space) if example.length <= left[0] and example.num_patches <= left[1]
-        ]
+        tokens, patches = example.length, example.num_patches
+        open_sequences = [(left[0], r) for r, left in enumerate(space) if tokens <= left[0] and patches <= left[1]]
         if open_sequences:
             _, r = min(open_sequences)
             sequences[r].append(index)
-            space[r][0] -= example.length
-            space[r][1] -= example.num_patches
+            space[r][0] -= tokens
+            space[r][1] -= patches
         else:
             sequences.append([index])
-            space.append([seq_len - example.length, max_patches - example.num_patches])
+            space.append([seq_len - tokens, max_patches - patches])
     return sequences
+
+
+def _copied(example: Example, out: np.ndarray) -> None:
+    out[:] = example.patches
 
 
 def assemble(
@@ -257,12 +281,18 @@ def assemble(
     position_values: int | None = None,
     max_segment_length: int | None = None,
     max_image_patches: int | None = None,
+    write: Callable[[Example, np.ndarray], None] = _copied,
+    array: Callable[[tuple[int, ...]], np.ndarray] = recycled,
 ) -> PackedBatch:
     """Lay out sequences of examples as one batch. Sequences may be empty.
 
     Args:
       patch_values, position_values: numbers in a flattened patch, and those that say where it is; None takes them
         from the examples, which must not all be missing then.
+
+    Args:
+      write: is given each example that has patches and where in the batch they go.
+      array: makes the array of patches.
 
     Raises:
       ExampleError: an example longer than ``max_segment_length``, or an image of more than ``max_image_patches``.
@@ -279,7 +309,7 @@ def assemble(
         segment_ids=np.zeros((B, seq_len), np.int32),
         positions=np.zeros((B, seq_len, 3), np.int32),
         loss_weights=np.zeros((B, seq_len), np.float32),
-        patches=np.zeros((B, max_patches, patch_values), np.uint8),
+        patches=array((B, max_patches, patch_values)),
         patch_segment_ids=np.zeros((B, max_patches), np.int32),
         patch_window_ids=np.zeros((B, max_patches), np.int32),
         patch_positions=np.zeros((B, max_patches, position_values), np.int32),
@@ -296,15 +326,16 @@ def assemble(
             batch.positions[b, S] = example.positions
             batch.loss_weights[b, S] = example.loss_weights
             batch.vision_index[b, S] = np.where(example.vision_index >= 0, example.vision_index + vision_tokens, -1)
-            batch.patches[b, P] = example.patches
             batch.patch_segment_ids[b, P] = example.patch_segment_ids + images
             batch.patch_window_ids[b, P] = example.patch_window_ids + windows
             batch.patch_positions[b, P] = example.patch_positions
             if example.num_patches:
+                write(example, batch.patches[b, P])
                 vision_tokens += len(example.vision_segment_ids)
                 images += int(example.patch_segment_ids[-1])
                 windows += int(example.patch_window_ids[-1])
             s, p, segments = S.stop, P.stop, segments + example.num_segments
+        batch.patches[b, p:] = 0
     return batch
 
 

@@ -1,4 +1,7 @@
-"""Grain pipeline: examples -> shuffled -> encoded -> packed over tokens and patches -> prefetched batches.
+"""Grain pipeline: examples -> shuffled -> encoded -> packed over tokens and patches -> decoded -> prefetched batches.
+
+Examples are encoded from the headers of their images, and a window of them is packed; images are decoded when their
+sequence is given out. So a window may be long, which fills sequences, and takes little memory.
 
 The iterator's state is a small JSON value (jvlm.data.position), good for any number of processes; restoring it costs
 one packing window, whatever the size of the data.
@@ -7,46 +10,70 @@ one packing window, whatever the size of the data.
 from __future__ import annotations
 
 import dataclasses
-import sys
+import itertools
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
-from jvlm.data import cutting, document_rules, image_choice, packing, preferences
+from jvlm.data import cutting, decoded_batch, document_rules, image_choice, packing, preferences
 from jvlm.data.augmentation import augmented
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document
 from jvlm.data.cutting import Limits
+from jvlm.data.decoded_batch import Write
+from jvlm.data.document_config import DocumentConfig
 from jvlm.data.errors import ExampleError, Origin, Rejected, SkippedError, grouped
 from jvlm.data.examples import parse_example
 from jvlm.data.image_processor import ImageProcessor, ImageProcessorConfig
 from jvlm.data.joining import joined
 from jvlm.data.loss_choice import with_loss_on
-from jvlm.data.mixture.examples import Drawn, Draws, Examples, mixture_of
+from jvlm.data.mixture.config import Source
+from jvlm.data.mixture.examples import Drawn, Draws, Examples, config_of, mixture_of
 from jvlm.data.packing import Example, PackedSequences
 from jvlm.data.position import Progress, Share, go_on
 from jvlm.data.processor import Processor
 from jvlm.data.shrink import shrink
 from jvlm.data.sources import SourceNumbers
 from jvlm.data.turns import single_turns
+from jvlm.data.workers import Result, Workers, workers_of
 from jvlm.errors import UserError
+from jvlm.models.packed_batch import PackedBatch
 
 
 class Encode(grain.transforms.RandomMap):
     """(origin, example) to what is trained on of it, and a `Rejected` where the config allows leaving examples out.
 
     An example of the data is one `Example`, or a `Rejected`; a document may be cut into several.
+
+    Args:
+      decode: as of `Processor.encode`.
     """
 
-    def __init__(self, processor: Processor, config: DataConfig):
-        self.processor, self.config = processor, config
+    def __init__(self, processor: Processor, config: DataConfig, *, decode: bool = True):
+        if (processor.video, processor.media_folders) != (config.video, config.media_folders):
+            processor = processor.replace(video=config.video, media_folders=config.media_folders)
+        self.processor, self.config, self.decode = processor, config, decode
         self.sources = SourceNumbers(config)
-        self._losses = {name: source.loss for name, source in mixture_of(config).sources().items() if source.loss}
+        sources = mixture_of(config).sources()
+        self._losses = {name: source.loss for name, source in sources.items() if source.loss}
+        # of sources with settings of their own
+        self._own = {
+            name: self._of_source(source) for name, source in sources.items() if source.documents or source.media_root
+        }
         check_choices(processor, config)
+
+    def documents_of(self, origin: Origin) -> DocumentConfig:
+        """Return how the documents of an example's source are read."""
+        return self._own.get(origin.source, self).config.documents
+
+    def _of_source(self, source: Source) -> Encode:
+        config, processor = dataclasses.replace(config_of(self.config, source), curves="off"), self.processor
+        if source.media_root:
+            processor = processor.replace(media_roots=(source.media_root,))
+        return Encode(processor, config, decode=self.decode)
 
     def random_map(self, element: tuple[Origin, Any], rng: np.random.Generator) -> tuple[Example | Rejected, ...]:
         try:
@@ -67,6 +94,8 @@ class Encode(grain.transforms.RandomMap):
         It is one example, but for a document with more than ``documents.max_images``.
         """
         origin, record = element
+        if origin.source in self._own:
+            return self._own[origin.source].read(element, rng)
         if isinstance(record, ExampleError):
             raise record
         parsed = parse_example(record, origin)
@@ -81,7 +110,7 @@ class Encode(grain.transforms.RandomMap):
             return self._parts(parsed, rng)
         if single:
             parsed = _one_turn(parsed, rng)
-        example = self.processor.encode(parsed)
+        example = self.processor.encode(parsed, decode=self.decode)
         check_learnable(example.origin, example.loss_weights)
         return [(parsed, example)]
 
@@ -89,7 +118,7 @@ class Encode(grain.transforms.RandomMap):
         """Return a pair, or an answer with a label, as the segments of one example."""
         read = preferences.pair if self.config.preference == "pairs" else preferences.labelled
         judged = read(parsed, self._losses.get(parsed.origin.source, self.config.loss))
-        example = self.processor.encode_together(judged.conversations, judged.values)
+        example = self.processor.encode_together(judged.conversations, judged.values, decode=self.decode)
         for number in range(1, example.num_segments + 1):
             check_learnable(example.origin, example.loss_weights[example.segments == number])
         if self.config.preference == "pairs":
@@ -107,7 +136,8 @@ class Encode(grain.transforms.RandomMap):
         else:
             parts = [document]
         cut = "no" if parts == [document] else "cut"
-        read = [(part, dataclasses.replace(self.processor.encode(part), made_to_fit=cut)) for part in parts]
+        encoded = [self.processor.encode(part, decode=self.decode) for part in parts]
+        read = [(part, dataclasses.replace(one, made_to_fit=cut)) for part, one in zip(parts, encoded, strict=True)]
         document_rules.check_sizes(document, [size for _, example in read for size in example.sizes], config)
         return read
 
@@ -119,7 +149,10 @@ class Encode(grain.transforms.RandomMap):
         Raises:
           ExampleError: one that does not fit, where ``on_too_long`` is "error".
         """
-        if isinstance(read[0][0], Conversation) or self.config.documents.cut == "never":
+        parsed = read[0][0]
+        if parsed.origin.source in self._own:
+            return self._own[parsed.origin.source].fit(read, rng)
+        if isinstance(parsed, Conversation) or self.config.documents.cut == "never":
             return [self._fitted(parsed, dataclasses.replace(example, breaks=None)) for parsed, example in read]
         fitted = [self._fitted_part(one) for document, example in read for one in self._cut(document, example, rng)]
         used = [number for number, one in enumerate(fitted) if isinstance(one, Example)]
@@ -137,7 +170,8 @@ class Encode(grain.transforms.RandomMap):
         """Return a document as parts that fit, but for media that do not fit alone."""
         parts = self._split(example)
         if self.config.on_too_long == "shrink" and not all(map(self._fits, parts)):
-            shrunk = shrink(self.processor, document, lambda one: all(map(self._fits, self._split(one))))
+            fits = lambda one: all(map(self._fits, self._split(one)))  # noqa: E731
+            shrunk = shrink(self.processor, document, fits, decode=self.decode)
             if shrunk is not None:
                 example = dataclasses.replace(shrunk, made_to_fit="cut" if example.made_to_fit == "cut" else "shrunk")
                 parts = self._split(example)
@@ -184,7 +218,7 @@ class Encode(grain.transforms.RandomMap):
             shorter = packing.truncate(example, config.longest, config.max_patches)
             return shorter if shorter is not None and self._fits(shorter) else None
         if config.on_too_long == "shrink" and example.num_patches:
-            return shrink(self.processor, parsed, self._fits)
+            return shrink(self.processor, parsed, self._fits, decode=self.decode)
         return None
 
     def _check(self, example: Example) -> None:
@@ -238,31 +272,6 @@ def check_text(document: Document) -> None:
         raise ExampleError(document.origin, "document", "no text, so nothing has a loss", "Add some, or leave it out")
 
 
-class _Windows(grain.MapDataset):
-    """The examples of a process's windows, from its present one on. Places after the end of the data are None."""
-
-    def __init__(self, parent: grain.MapDataset, window: int, progress: Progress):
-        super().__init__(parent)
-        self.window, self.progress = window, progress
-
-    def __len__(self) -> int:
-        count = len(self._parent)
-        if count >= sys.maxsize // 2:
-            return sys.maxsize
-        position, share = self.progress.position, self.progress.share
-        items = len(position.open) + max(-(-count // self.window) - position.next, 0)
-        mine = -(-(items - share.index) // share.count) - self.progress.done
-        return max(mine, 0) * self.window
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        item, within = divmod(index, self.window)
-        window, _ = dataclasses.replace(self.progress, done=self.progress.done + item).item
-        index = window * self.window + within
-        return self._parent[index] if index < len(self._parent) else None
-
-
 class PackDataset(grain.IterDataset):
     """Packs a process's share of the encoded examples into batches.
 
@@ -276,38 +285,30 @@ class PackDataset(grain.IterDataset):
     def __init__(
         self,
         parent: grain.MapDataset,
+        processor: Processor,
         config: DataConfig,
         sequences: int,
         share: Share,
-        patch_values: int,
-        position_values: int,
-        max_image_patches: int | None,
         epoch: int,
     ):
         super().__init__(parent)
-        self.config, self.sequences, self.share, self.epoch = config, sequences, share, epoch
-        self.patch_values, self.position_values = patch_values, position_values
-        self.max_image_patches = max_image_patches
+        self.processor, self.config, self.sequences, self.share, self.epoch = processor, config, sequences, share, epoch
+        images = processor.image_processor
+        self.max_image_patches = image_patch_limit(images, processor.image_config, config)
         self.by_source = mixture_of(config).unit == "sequences"
 
     def __iter__(self) -> PackIterator:
         return PackIterator(self)
 
-    def stream(self, progress: Progress) -> grain.DatasetIterator:
-        """Examples and rejected examples from the present window on."""
+    def workers(self) -> Workers:
+        """Start what reads examples and decodes images."""
         config = self.config
-        stream = _Windows(self._parent, config.pack_window, progress).to_iter_dataset(
-            grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=4 * config.read_threads)
-        )
-        if config.worker_processes:
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain's processes read absl flags, which only absl programs parse
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.worker_processes))
-        return iter(stream)
+        return workers_of(self._parent, self.processor, config.read_threads, config.worker_processes)
 
-    def window_size(self, window: int) -> int:
-        """Examples of a window; fewer, or none, at the end of the data."""
-        return max(0, min(self.config.pack_window, len(self._parent) - window * self.config.pack_window))
+    def window(self, number: int) -> range:
+        """Draws of a window; fewer, or none, at the end of the data."""
+        start, size = number * self.config.pack_window, self.config.pack_window
+        return range(start, max(start, min(start + size, len(self._parent))))
 
 
 class PackIterator(grain.DatasetIterator):
@@ -319,17 +320,40 @@ class PackIterator(grain.DatasetIterator):
     def __init__(self, dataset: PackDataset):
         super().__init__()
         self.dataset = dataset
-        self._stream: grain.DatasetIterator | None = None
+        self._workers: Workers | None = None
+        self._asked: deque[Result] = deque()
         self._begin(Progress(share=dataset.share))
 
     def _begin(self, progress: Progress) -> None:
-        if self._stream is not None:
-            self._stream.close()
         self._progress = progress
-        self._stream = self.dataset.stream(progress)
+        self._drop()
+        self._draws = self._draws_from(progress)
         self._queue: deque[list[Example]] = deque()
+        self._ahead = 0  # examples of the next window to ask for with each sequence
         self._rejected: list[Rejected] = []
-        self._unusable: list[Rejected] = []  # examples left out since the last that was used
+        # examples left out since the last that could be encoded, and since the last that could be decoded
+        self._unusable: list[Rejected] = []
+        self._undecoded: list[Rejected] = []
+
+    def _drop(self) -> None:
+        for result in self._asked:
+            result.cancel()
+        self._asked.clear()
+
+    def _draws_from(self, progress: Progress) -> Iterator[int]:
+        """Draws of the present window and of all that follow."""
+        for done in itertools.count(progress.done):
+            draws = self.dataset.window(dataclasses.replace(progress, done=done).item[0])
+            if not draws:
+                return
+            yield from draws
+
+    def _ask(self, count: int) -> None:
+        """Let so many more examples be read."""
+        if self._workers is None:
+            self._workers = self.dataset.workers()
+        for draw in itertools.islice(self._draws, max(count, 0)):
+            self._asked.append(self._workers.example(draw))
 
     def __next__(self) -> PackedSequences:
         config, count = self.dataset.config, self.dataset.sequences
@@ -342,35 +366,53 @@ class PackIterator(grain.DatasetIterator):
             self._rejected = []
             while self._queue and len(sequences) < count:
                 sequences.append(self._queue.popleft())
+                self._ask(min(self._ahead, config.pack_window - len(self._asked)))
                 self._progress = dataclasses.replace(self._progress, given=self._progress.given + 1)
             if not self._queue:
                 self._progress = dataclasses.replace(self._progress, done=self._progress.done + 1, given=0)
         if not sequences and not rejected:
             raise StopIteration
-        batch = packing.assemble(
-            sequences + [[]] * (count - len(sequences)),
+        batch, kept, failed = decoded_batch.decoded_batch(sequences, self._assembled, self._workers.patches)
+        if failed and config.on_bad_example == "error":
+            raise failed[0][1]
+        rejected += decoded_batch.rejected(failed)
+        self._undecoded = [] if any(kept) else self._undecoded + [Rejected.of(error, "bad") for _, error in failed]
+        self._check_usable(self._undecoded)
+        return packing.packed_sequences(batch, kept, rejected, config.sources)
+
+    def _assembled(self, sequences: Sequence[Sequence[Example]], write: Write) -> PackedBatch:
+        config = self.dataset.config
+        return packing.assemble(
+            [*sequences, *[[]] * (self.dataset.sequences - len(sequences))],
             config.seq_len,
             config.max_patches,
-            patch_values=self.dataset.patch_values,
-            position_values=self.dataset.position_values,
+            patch_values=self.dataset.processor.image_processor.patch_values,
+            position_values=self.dataset.processor.model.encoder.position_values,
             max_segment_length=config.max_length,
             max_image_patches=self.dataset.max_image_patches,
+            write=write,
+            array=self._workers.array,
         )
-        return packing.packed_sequences(batch, sequences, rejected, config.sources)
+
+    def _check_usable(self, left_out: list[Rejected]) -> None:
+        """Raise UserError after more examples left out, one after the other, than the data can have."""
+        if len(left_out) > 2 * (self.dataset.epoch - 1):  # shuffled, an example comes no later than that
+            unusable = {(r.file, r.number): r for r in left_out}
+            raise UserError(f"none of the {self.dataset.epoch} examples can be used:\n{grouped(unusable.values())}")
 
     def _next_window(self) -> bool:
         """Fill the queue from the present window; False at the end of the data."""
         config = self.dataset.config
         window, before = self._progress.item
-        places = [next(self._stream) for _ in range(self.dataset.window_size(window))]
+        size = len(self.dataset.window(window))
+        self._ask(size - len(self._asked))
+        places = [self._asked.popleft().result() for _ in range(size)]
         places = complete_window(places, config)
         elements = [element for place in places for element in place]
         examples = [e for e in elements if not isinstance(e, Rejected)]
         rejected = [e for e in elements if isinstance(e, Rejected)]
         self._unusable = [] if examples else self._unusable + rejected
-        if len(self._unusable) > 2 * (self.dataset.epoch - 1):  # shuffled, an example comes no later than that
-            unusable = {(r.file, r.number): r for r in self._unusable}
-            raise UserError(f"none of the {self.dataset.epoch} examples can be used:\n{grouped(unusable.values())}")
+        self._check_usable(self._unusable)
         given = max(before, self._progress.given)
         if not given:  # what a window rejects is reported with its first sequence
             self._rejected = rejected
@@ -379,8 +421,15 @@ class PackIterator(grain.DatasetIterator):
         if config.shuffle != "none":  # packed longest first: in that order a batch is of one length, often of one kind
             np.random.default_rng(window).shuffle(packed)
         self._queue.extend([examples[i] for i in sequence] for sequence in packed[given:])
+        self._ahead = -(-config.pack_window // max(len(self._queue), 1))
         self._progress = dataclasses.replace(self._progress, given=given)
         return bool(places)
+
+    def first_window(self) -> list[list[Example]]:
+        """Return the packed sequences of the present window that are left, without giving them out."""
+        if not self._queue:
+            self._next_window()
+        return list(self._queue)
 
     def _joined(self, examples: list[Example]) -> list[Example]:
         """Documents joined as ``documents.join`` says, those of each source of a mixture apart."""
@@ -388,7 +437,8 @@ class PackIterator(grain.DatasetIterator):
         for example in examples:
             groups[example.origin.source].append(example)
         limits = Limits(config.longest, config.max_patches)
-        return [one for name in sorted(groups) for one in joined(groups[name], config.documents.join, limits)]
+        joins = joins_of(config)
+        return [one for name in sorted(groups) for one in joined(groups[name], joins.get(name, 1), limits)]
 
     def _pack(self, examples: Sequence[Example]) -> list[list[int]]:
         """Return the indices of each sequence's examples; with the unit "sequences" each has those of one source."""
@@ -398,7 +448,7 @@ class PackIterator(grain.DatasetIterator):
             groups[example.origin.source if self.dataset.by_source else ""].append(index)
         packed = []
         for _, group in sorted(groups.items()):
-            own = packing.best_fit_decreasing([examples[i] for i in group], config.seq_len, config.max_patches)
+            own = packing.best_fit([examples[i] for i in group], config.seq_len, config.max_patches)
             packed += [[group[i] for i in sequence] for sequence in own]
         return packed
 
@@ -411,7 +461,10 @@ class PackIterator(grain.DatasetIterator):
 
     def close(self) -> None:
         super().close()
-        self._stream.close()
+        self._drop()
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
 
 
 def training_data(
@@ -431,14 +484,43 @@ def training_data(
     Raises:
       ValueError: the sequences of a batch cannot be shared evenly by so many processes.
     """
+    packed, draws = _packed(processor, config, seed, epochs, share, examples)
+    return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.prefetch), draws
+
+
+def _packed(
+    processor: Processor,
+    config: DataConfig,
+    seed: int,
+    epochs: int | None,
+    share: Share,
+    examples: Examples | None,
+) -> tuple[PackDataset, Draws]:
     check_shape(config)
     examples = Examples.open(config) if examples is None else examples
-    draws = Draws(examples.with_few_shot(config.few_shot, seed), config, seed=seed, passes=epochs)
-    encoded = grain.MapDataset.source(draws).map(EncodeDrawn(Encode(processor, config)))
-    values = processor.image_processor.patch_values, processor.model.encoder.position_values
-    most = image_patch_limit(processor.image_processor, processor.image_config, config)
-    packed = PackDataset(encoded, config, share.of(config.batch_size), share, *values, most, len(draws.examples))
-    return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.prefetch), draws
+    draws = Draws(examples.with_few_shot(config, seed), config, seed=seed, passes=epochs)
+    # of documents that are joined, one that cannot be decoded must be known before
+    encode = Encode(processor, config, decode=max(joins_of(config).values()) > 1)
+    encoded = grain.MapDataset.source(draws).map(EncodeDrawn(encode))
+    packed = PackDataset(encoded, processor, config, share.of(config.batch_size), share, len(draws.examples))
+    return packed, draws
+
+
+def joins_of(config: DataConfig) -> dict[str, int]:
+    """Return how many documents of each source share a segment; the one of ``data.train`` has no name."""
+    if config.mixture is None:
+        return {"": config.documents.join}
+    return {name: (source.documents or config.documents).join for name, source in config.mixture.sources().items()}
+
+
+def first_sequences(processor: Processor, config: DataConfig, *, seed: int) -> tuple[list[list[Example]], Draws]:
+    """Return the packed sequences of the first window of a run, whose images are not decoded, and its draws."""
+    packed, draws = _packed(processor, config, seed, None, Share(), None)
+    iterator = iter(packed)
+    try:
+        return iterator.first_window(), draws
+    finally:
+        iterator.close()
 
 
 def image_configs(settings: ImageProcessorConfig, config: DataConfig) -> list[ImageProcessorConfig]:

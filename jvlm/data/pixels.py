@@ -13,15 +13,16 @@ How values become 0..255:
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
 _WHITE_IS_ZERO = 0
+ORIENTATION = ExifTags.Base.Orientation
 _CHANNELS = (1, 2, 3, 4)  # grey or RGB, with or without transparency
 
 
 def image_to_rgb(image: Image.Image) -> Image.Image:
-    """Return a new RGB image: rotated as its EXIF says, transparency on white.
+    """Return an RGB image, the same where nothing has to change: rotated as its EXIF says, transparency on white.
 
     Raises:
       ValueError: no pixels, or values that nothing says how to scale.
@@ -30,7 +31,8 @@ def image_to_rgb(image: Image.Image) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"no pixels: {image.width} x {image.height}")
     tags, white = getattr(image, "tag_v2", {}), _white(image)
-    upright = ImageOps.exif_transpose(image)
+    # without a rotation, it would copy the image
+    upright = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) in range(2, 9) else image
     if upright.mode.startswith(("I", "F")):
         values = np.asarray(upright)
         grey = to_8_bits(values, white)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import PIL.Image
+from jaxtyping import UInt8
 
 from jvlm import config as config_tree
-from jvlm import families, json_files
+from jvlm import families
 from jvlm.data import box_formats, image_choice, mrope, packing, vocabulary
-from jvlm.data.boxes import CoordinateSpace, Region, Sizes
+from jvlm.data.boxes import Region, Sizes
 from jvlm.data.chat_format import ChatFormat
 from jvlm.data.content import (
     Conversation,
@@ -28,6 +29,7 @@ from jvlm.data.content import (
     Part,
     Text,
     Video,
+    joined_text,
     media_sources,
     same_media,
 )
@@ -35,11 +37,14 @@ from jvlm.data.document_text import DocumentText, Tokens
 from jvlm.data.errors import MEMORY, ExampleError, Origin
 from jvlm.data.examples import parse_example
 from jvlm.data.image_processor import ImageProcessorConfig, MediaPatches
-from jvlm.data.images import open_image
+from jvlm.data.images import check_within, image_size, open_image
 from jvlm.data.packing import Example
+from jvlm.data.processor_config import ProcessorConfig
 from jvlm.data.segments import joined_segments
 from jvlm.data.template import ChatTemplate
 from jvlm.data.turns import without_answer
+from jvlm.data.unread_patches import PlansImages, UnreadImage, UnreadPatches
+from jvlm.data.video.config import VideoConfig
 from jvlm.data.video.reader import VideoSupportError, shared_reader
 from jvlm.errors import UserError
 from jvlm.models.packed_batch import PackedBatch
@@ -47,27 +52,8 @@ from jvlm.models.packed_batch import PackedBatch
 if TYPE_CHECKING:
     from jvlm.models.vlm import VLMConfig
 
-SETTINGS = "jvlm_processor.json"
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class ProcessorConfig:
-    """How examples become tokens and pixels; saved with every model so that training and inference agree.
-
-    Attributes:
-      image: settings of the image processor; None takes the family's.
-      box_format: how boxes and points are written, a name of `jvlm.data.box_formats.FORMATS`; None takes the family's.
-      box_space: replaces the space of the format's numbers.
-      default_system: replaces the system turn that the template would insert; None leaves it to the template.
-      document_end: token that ends a document (an example without turns); None takes the tokenizer's end of text.
-    """
-
-    image: ImageProcessorConfig | None = None
-    box_format: box_formats.FormatName | None = None
-    box_space: CoordinateSpace | None = None
-    default_system: str | None = None
-    document_end: str | None = None
+_FIX = "Crop the image, or change its limits"
 
 
 class Processor:
@@ -78,6 +64,8 @@ class Processor:
       model: gives the special token ids and the encoder's geometry.
       config: settings of images, and formats.
       media_roots: folders in which relative media paths are looked up.
+      video: how video files are decoded.
+      media_folders: in which files of images and videos must lie; none of them allows any.
     """
 
     def __init__(
@@ -88,6 +76,8 @@ class Processor:
         *,
         media_roots: tuple[str, ...] = (),
         generation: dict[str, Any] | None = None,
+        video: VideoConfig = VideoConfig(),
+        media_folders: tuple[str, ...] = (),
     ):
         self.tokenizer = tokenizer
         self.model = model
@@ -98,6 +88,7 @@ class Processor:
         self.image_processor = self.image_config.build(model)
         self.media_roots = media_roots
         self.generation = generation or {}
+        self.video, self.media_folders = video, media_folders
         self._tokenized: dict[str, np.ndarray] = {}
         written = box_formats.FORMATS[self.config.box_format]
         self.template = ChatTemplate(tokenizer, self.chat_format, f"{written.box}{written.point}{written.named}")
@@ -121,12 +112,24 @@ class Processor:
         return self.family.chat_format
 
     def replace(
-        self, *, image_config: ImageProcessorConfig | None = None, media_roots: tuple[str, ...] | None = None
+        self,
+        *,
+        image_config: ImageProcessorConfig | None = None,
+        media_roots: tuple[str, ...] | None = None,
+        video: VideoConfig | None = None,
+        media_folders: tuple[str, ...] | None = None,
     ) -> Processor:
-        """Return a processor with other image settings or media folders; the tokenizer is shared."""
+        """Return a processor with other settings of images, media folders or videos; the tokenizer is shared."""
         config = self.config if image_config is None else dataclasses.replace(self.config, image=image_config)
-        roots = self.media_roots if media_roots is None else media_roots
-        return Processor(self.tokenizer, self.model, config, media_roots=roots, generation=self.generation)
+        return Processor(
+            self.tokenizer,
+            self.model,
+            config,
+            media_roots=self.media_roots if media_roots is None else media_roots,
+            generation=self.generation,
+            video=video or self.video,
+            media_folders=self.media_folders if media_folders is None else media_folders,
+        )
 
     def _id_of(self, token: str) -> int:
         """Return the id of a special token. Raises UserError if the tokenizer lacks it."""
@@ -153,6 +156,7 @@ class Processor:
         generation_prompt: bool = False,
         image_config: ImageProcessorConfig | None = None,
         continues: bool = False,
+        decode: bool = True,
     ) -> Example:
         """One example as arrays.
 
@@ -162,6 +166,7 @@ class Processor:
             document: do not end it.
           image_config: settings of its images, instead of the processor's with what the example changes.
           continues: of a prompt that ends with an assistant turn, keep its text as the beginning of the answer.
+          decode: False reads no more than the headers of images where these say enough; `write_patches` does the rest.
 
         Raises:
           ExampleError: what can be wrong with data: the form of the example; an image that is not there or cannot be
@@ -181,7 +186,7 @@ class Processor:
             parsed = self._checked(parsed.origin, lambda: _prompt(with_prompt))
 
         def encoded() -> Example:
-            media = self._media(parsed, image_config or self.image_config_of(parsed))
+            media = self._media(parsed, image_config or self.image_config_of(parsed), decode)
             return self._laid_out(parsed, media, generation_prompt, begun)
 
         return self._checked(parsed.origin, encoded)
@@ -192,12 +197,13 @@ class Processor:
         values: Sequence[Mapping[str, float]],
         *,
         image_config: ImageProcessorConfig | None = None,
+        decode: bool = True,
     ) -> Example:
         """Conversations of one origin as the segments of one example; media that are the first one's are read once.
 
         Args:
           values: numbers that the task wants to know of each conversation.
-          image_config: as of `encode`.
+          image_config, decode: as of `encode`.
 
         Raises:
           ExampleError, VideoSupportError: as `encode`.
@@ -206,10 +212,10 @@ class Processor:
         shares = [same_media(first, conversation) for conversation in conversations]
 
         def encoded() -> Example:
-            media = self._media(first, image_config or self.image_config_of(first))
+            media = self._media(first, image_config or self.image_config_of(first), decode)
             examples = [
                 self._laid_out(
-                    one, media if shared else self._media(one, image_config or self.image_config_of(one)), False
+                    one, media if shared else self._media(one, image_config or self.image_config_of(one), decode), False
                 )
                 for one, shared in zip(conversations, shares, strict=True)
             ]
@@ -316,12 +322,18 @@ class Processor:
         )
         return Tokens(ids, weights, turns)
 
-    def _media(self, conversation: Conversation | Document, config: ImageProcessorConfig) -> list[MediaPatches]:
+    def _media(
+        self, conversation: Conversation | Document, config: ImageProcessorConfig, decode: bool
+    ) -> list[MediaPatches]:
         media, count = [], len(conversation.images)
         positions = itertools.count()  # among these images, which can be some of the example's alone
         for part in conversation.media:
             if isinstance(part, Image):
-                make = functools.partial(self._image, config, next(positions), count)
+                index = next(positions)
+                if not decode and isinstance(self.image_processor, PlansImages) and not _is_decoded(part.source):
+                    media.append(self._unread(part, conversation.origin, config, index, count))
+                    continue
+                make = functools.partial(self._image, config, index, count)
             else:
                 make = functools.partial(self._video, config)
             media.append(self._load(part, conversation.origin, config, make))
@@ -334,39 +346,83 @@ class Processor:
 
     def _image(self, config: ImageProcessorConfig, index: int, count: int, part: Image) -> MediaPatches:
         image = part.source
-        original, size = image.size, part.upscaled_size(image.size)
-        if size != original:
-            image = image.resize(size, PIL.Image.Resampling.BICUBIC)
-        patches = self.image_processor.image(image, config, index=index, count=count)
-        return dataclasses.replace(patches, original=original)  # in whose pixels boxes are
+        patches = self.image_processor.image(_upscaled(part, image), config, index=index, count=count)
+        return dataclasses.replace(patches, original=image.size)  # in whose pixels boxes are
+
+    def _unread(
+        self, part: Image, origin: Origin, config: ImageProcessorConfig, index: int, count: int
+    ) -> MediaPatches:
+        """Return an image of which no more than the header is read."""
+        where = self._where(part, origin)
+        size = image_size(part.source, **where)
+        try:
+            media = self.image_processor.layout(part.upscaled_size(size), config, index=index, count=count)
+        except UserError as error:
+            raise ExampleError(origin, where["field"], str(error), _FIX) from error
+        patches = len(media.patches)
+        unread = UnreadImage(part, size, config, index, count, **where, patches=patches, start=0, stop=patches)
+        patches = UnreadPatches((unread,), self.image_processor.patch_values)
+        return dataclasses.replace(media, patches=patches, original=size)
+
+    def write_patches(self, unread: UnreadImage, out: UInt8[np.ndarray, "n c"]) -> None:
+        """Decode an image and write the patches that are meant.
+
+        Raises:
+          ExampleError: as `encode`; or an image that has another size than its header said.
+        """
+        image = open_image(unread.part.source, origin=unread.origin, field=unread.field, roots=unread.roots)
+        if image.size != unread.size:
+            problem = (
+                f"{image.width} x {image.height} pixels, where its header said {unread.size[0]} x {unread.size[1]}"
+            )
+            raise ExampleError(unread.origin, unread.field, problem, "Replace or remove the image")
+        image = _upscaled(unread.part, image)
+        is_whole = len(out) == unread.patches
+        patches = out if is_whole else np.empty((unread.patches, out.shape[1]), np.uint8)
+        self.image_processor.write(image, unread.config, patches, index=unread.index, count=unread.count)
+        if not is_whole:
+            out[:] = patches[unread.start : unread.stop]
 
     def _video(self, config: ImageProcessorConfig, part: Video) -> MediaPatches:
         if part.fps is not None:
             config = config.for_video(len(part.frames), part.fps, is_resized=part.resized_for == config)
         return self.image_processor.video(part.frames, config, part.times)
 
-    def with_open_media(self, conversation: Parsed) -> Parsed:
-        """Return the example with its images and frames decoded. Raises ExampleError."""
+    def with_open_media(self, conversation: Parsed, *, images: bool = True) -> Parsed:
+        """Return the example with its images and frames decoded. Raises ExampleError.
+
+        Args:
+          images: False leaves images as they are.
+        """
         config = self.image_config_of(conversation)
 
         def opened(part: Part) -> Part:
-            return self._opened(part, conversation.origin, config) if isinstance(part, Image | Video) else part
+            is_meant = isinstance(part, Video) or (images and isinstance(part, Image))
+            return self._opened(part, conversation.origin, config) if is_meant else part
 
         return conversation.map(opened)
 
-    def _opened(self, part: Image | Video, origin: Origin, config: ImageProcessorConfig) -> Image | Video:
-        """Return an image or video, decoded."""
+    def _where(self, part: Image | Video, origin: Origin) -> dict[str, Any]:
+        """Return arguments that say where an image or video is. Raises ExampleError for one that may not be read."""
         roots = self.media_roots
         if part.folder is not None or origin.file != MEMORY:
             roots = (part.folder or str(Path(origin.file).parent), *roots)
         where = {"origin": origin, "field": _field_of(part), "roots": roots}
+        if self.media_folders:
+            for source in media_sources(part):
+                check_within(source, self.media_folders, **where)
+        return where
+
+    def _opened(self, part: Image | Video, origin: Origin, config: ImageProcessorConfig) -> Image | Video:
+        """Return an image or video, decoded."""
+        where = self._where(part, origin)
         if isinstance(part, Image):
             return dataclasses.replace(part, source=open_image(part.source, **where))
         if part.file is None:
             return dataclasses.replace(part, frames=tuple(open_image(frame, **where) for frame in part.frames))
         sampling = dataclasses.replace(config.sampling(), **dict(part.sampling))
         size = self.image_processor.frame_size(config)
-        video = shared_reader().read(part.file, sampling, size=size, **where)
+        video = shared_reader(self.video).read(part.file, sampling, size=size, **where)
         frames = tuple(map(PIL.Image.fromarray, video.frames))
         return dataclasses.replace(
             part,
@@ -392,7 +448,7 @@ class Processor:
         try:
             return make(opened)
         except UserError as error:
-            raise ExampleError(origin, field, str(error), "Crop the image, or change its limits") from error
+            raise ExampleError(origin, field, str(error), _FIX) from error
 
     def _fill(self, conversation: Parsed, media: list[MediaPatches]) -> Parsed:
         """Return the example with its boxes, names of objects, and what comes before images and videos, as text."""
@@ -417,7 +473,7 @@ class Processor:
 
         if isinstance(conversation, Conversation):
             return conversation.map(written)
-        return dataclasses.replace(conversation, content=_joined(conversation.content, written))
+        return dataclasses.replace(conversation, content=joined_text(conversation.content, written))
 
     def _written_box(self, box: ObjectBox, sizes: Sizes | None, origin: Origin, field: str) -> str:
         region = box.region
@@ -517,19 +573,13 @@ class Processor:
         return config_tree.to_dict(self.config)
 
 
-def _joined(content: Iterable[Part], written: Callable[[Part], Part]) -> tuple[Part, ...]:
-    """Return the pieces of a document, a box or name of an object being part of the text that it stands in."""
-    pieces: list[Part] = []
-    inside = False
-    for part in content:
-        is_object = isinstance(part, ObjectName | ObjectBox)
-        part = written(part)
-        if pieces and isinstance(part, Text) and isinstance(pieces[-1], Text) and (is_object or inside):
-            pieces[-1] = Text(pieces[-1].text + part.text)
-        else:
-            pieces.append(part)
-        inside = is_object
-    return tuple(pieces)
+def _upscaled(part: Image, image: PIL.Image.Image) -> PIL.Image.Image:
+    size = part.upscaled_size(image.size)
+    return image if size == image.size else image.resize(size, PIL.Image.Resampling.BICUBIC)
+
+
+def _is_decoded(source: Any) -> bool:
+    return isinstance(source, PIL.Image.Image | np.ndarray)
 
 
 def _field_of(part: Image | Video) -> str:
@@ -542,15 +592,3 @@ def _prompt(conversation: Conversation) -> Conversation:
     if not any(message.role in ("user", "tool") for message in prompt.messages):
         raise ExampleError(conversation.origin, "messages", "nothing to answer", "Give a user turn before the answer")
     return prompt
-
-
-def read_settings(folder: Path) -> ProcessorConfig | None:
-    """Return the `ProcessorConfig` saved in a folder, if there is one."""
-    path = folder / SETTINGS
-    if not path.is_file():
-        return None
-    values = json_files.read_object(path)
-    try:
-        return config_tree.from_dict(ProcessorConfig, values, "processor.")
-    except (UserError, TypeError) as error:
-        raise UserError(f"{path}: {error}; copy the folder again, or correct the value") from error

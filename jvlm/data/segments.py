@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jvlm.data.packing import Example
+from jvlm.data.unread_patches import joined_patches
 
 _BY_TOKEN = ("tokens", "positions", "loss_weights")
 _BY_PATCH = ("patches", "patch_positions")
@@ -54,7 +55,9 @@ def joined_segments(
         media += len(example.sizes)
         sizes += example.sizes
     joined = {name: np.concatenate(parts).astype(getattr(first, name).dtype) for name, parts in arrays.items()}
-    joined |= {name: np.concatenate(parts).astype(getattr(first, name).dtype) for name, parts in patches.items()}
+    own = {name: parts for name, parts in patches.items() if name != "patches"}
+    joined |= {name: np.concatenate(parts).astype(getattr(first, name).dtype) for name, parts in own.items()}
+    joined["patches"] = joined_patches(patches["patches"], first.patches.shape[1])
     lengths = [example.length for example in examples]
     return dataclasses.replace(
         first,

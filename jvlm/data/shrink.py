@@ -14,24 +14,31 @@ from jvlm.data.processor import Processor
 
 
 def shrink(
-    processor: Processor, conversation: Conversation | Document, fits: Callable[[Example], bool]
+    processor: Processor,
+    conversation: Conversation | Document,
+    fits: Callable[[Example], bool],
+    *,
+    decode: bool = True,
 ) -> Example | None:
     """Return the example with its images as large as ``fits`` allows; None where even the smallest do not fit.
 
     The images are decoded once and encoded anew for each size that is tried; boxes and points follow them.
+
+    Args:
+      decode: as of `Processor.encode`.
     """
-    conversation = processor.with_open_media(conversation)
+    conversation = processor.with_open_media(conversation, images=decode)
     settings = processor.image_config_of(conversation)
     for changes in processor.image_processor.reductions(settings):
         if not changes:
             continue
-        best = _encoded(processor, conversation, settings, changes[-1], fits)
+        best = _encoded(processor, conversation, settings, changes[-1], fits, decode)
         if best is None:
             continue
         low, high = 0, len(changes) - 1  # the mildest change that fits lies in low..high
         while low < high:
             middle = (low + high) // 2
-            example = _encoded(processor, conversation, settings, changes[middle], fits)
+            example = _encoded(processor, conversation, settings, changes[middle], fits, decode)
             if example is None:
                 low = middle + 1
             else:
@@ -46,9 +53,11 @@ def _encoded(
     settings: ImageProcessorConfig,
     change: dict[str, Any],
     fits: Callable[[Example], bool],
+    decode: bool,
 ) -> Example | None:
     try:
-        example = processor.encode(conversation, image_config=dataclasses.replace(settings, **change))
+        config = dataclasses.replace(settings, **change)
+        example = processor.encode(conversation, image_config=config, decode=decode)
     except ExampleError:  # as it is, the example can be encoded: a size at which it cannot be is too small for it
         return None
     example = dataclasses.replace(example, made_to_fit="shrunk")

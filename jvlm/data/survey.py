@@ -145,6 +145,7 @@ def take(
     seconds: float | None = None,
     parts: int = 1,
     examples: Examples | None = None,
+    decode: bool = True,
 ) -> Survey:
     """Look at ``count`` examples spread evenly over the data, or at those that are encoded within so many seconds.
 
@@ -153,24 +154,25 @@ def take(
     Args:
       parts: devices that share a packed sequence; sizes that are chosen divide by it.
       examples: some of the files' examples; None is all of them.
+      decode: False takes sizes from the headers of images.
 
     Raises:
       ExampleError: a bad example where ``on_bad_example`` is "error", one that does not fit where ``on_too_long`` is.
       UserError: sizes are to be chosen, and no example can be used.
     """
-    examples = (Examples.open(config) if examples is None else examples).with_few_shot(config.few_shot, seed)
+    examples = (Examples.open(config) if examples is None else examples).with_few_shot(config, seed)
     if measured_unit(mixture_of(config)) and not config.measured:
         config = dataclasses.replace(config, measured=lengths.means(processor, config, examples))
     spread, passes = _spread(examples, config, min(count, len(examples)))
     chosen = [int(i) for i in np.random.default_rng(seed).permutation(spread)]
     known = "auto" not in (config.seq_len, config.max_patches)
-    look = _Look(processor, config, examples, seed, fit=known)
+    look = _Look(processor, config, examples, seed, fit=known, decode=decode)
     results = look.at(chosen, seconds)
     if not known and not _sizes(results):
         Survey(config, len(examples), len(results), (), _left_out(results)).check()  # raises, with what is wrong
     if not known:
         config = choose_sizes(_sizes(results), config, processor, parts)
-        look = _Look(processor, config, examples, seed, fit=True)
+        look = _Look(processor, config, examples, seed, fit=True, decode=decode)
         results |= look.at(
             [i for i in results if not all(_fits(size, config) for size in _sizes({i: results[i]}))], None
         )
@@ -208,7 +210,9 @@ def _left_out(results: Mapping[int, Sequence[Size | Rejected]]) -> tuple[Rejecte
 class _Look:
     """Encodes examples, each with random numbers of its own, in threads."""
 
-    def __init__(self, processor: Processor, config: DataConfig, examples: Examples, seed: int, *, fit: bool):
+    def __init__(
+        self, processor: Processor, config: DataConfig, examples: Examples, seed: int, *, fit: bool, decode: bool
+    ):
         if fit:  # the promise made to attention is raised to what it finds, unless it is the user's
             config = dataclasses.replace(
                 config, max_image_patches=config.max_image_patches or config.max_patches or None
@@ -217,7 +221,8 @@ class _Look:
             sizes = {"seq_len": config.seq_len, "max_patches": config.max_patches}
             default = {name: getattr(DataConfig(), name) for name, size in sizes.items() if size == "auto"}
             config = dataclasses.replace(config, **default)
-        self.encode, self.config, self.examples, self.seed = Encode(processor, config), config, examples, seed
+        self.encode = Encode(processor, config, decode=decode)
+        self.config, self.examples, self.seed = config, examples, seed
         self.fits = fit
 
     def at(self, chosen: Sequence[int], seconds: float | None) -> dict[int, list[Size | Rejected]]:
@@ -248,7 +253,7 @@ class _Look:
         ]
 
     def _is_fitted(self, parsed: Conversation | Document) -> bool:
-        return self.fits or (isinstance(parsed, Document) and self.config.documents.cut != "never")
+        return self.fits or (isinstance(parsed, Document) and self.encode.documents_of(parsed.origin).cut != "never")
 
 
 def _fits(size: Size, config: DataConfig) -> bool:

@@ -16,7 +16,8 @@ from flax import nnx
 from jvlm import config as config_tree
 from jvlm import families, json_files
 from jvlm.data import vocabulary
-from jvlm.data.processor import SETTINGS, Processor, ProcessorConfig, read_settings
+from jvlm.data.processor import Processor, ProcessorConfig
+from jvlm.data.processor_config import SETTINGS, read_settings
 from jvlm.data.tokenizers import load_tokenizer
 from jvlm.errors import UserError
 from jvlm.models import vlm

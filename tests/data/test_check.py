@@ -8,6 +8,7 @@ import re
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -296,3 +297,22 @@ def test_examples_with_nothing_to_learn_are_rejected_with_and_without_a_processo
         assert "0 of 2 examples can be used" in report.text()
         assert ("were not checked" in report.text()) == (processor is None)
     assert _run(path) == 1
+
+
+def test_lengths_are_measured_from_headers_and_kept(tmp_path, capsys):
+    picture = tmp_path / "a.jpg"
+    Image.new("RGB", (60, 40), "red").save(picture)
+    picture.write_bytes(picture.read_bytes()[:-200])  # whole enough for a header
+    records = [_chat("what color? " * 20, "red"), _chat("<image>?", "red") | {"images": ["a.jpg"]}, _chat("only asked")]
+    path = _write(tmp_path / "examples.jsonl", records)
+    config = ["--config", "mimo_vl/easy_vqa", "--data.lengths_folder", str(tmp_path / "lengths")]
+    assert _run(path, *config, "--data.on_bad_example", "skip", "--lengths") == 1
+    (kept,) = (tmp_path / "lengths").iterdir()
+    assert f"{kept}: lengths of 3 examples, of which 2 can be used" in capsys.readouterr().out
+    with np.load(kept) as found:
+        assert found["status"].tolist() == [0, 0, 1]
+        assert found["images"].tolist() == [0, 1, 0]
+        assert found["tokens"][0] > 40
+        assert found["patches"][1] > 0
+    assert _run(path, "--lengths") == 2
+    assert "--lengths counts tokens" in capsys.readouterr().err

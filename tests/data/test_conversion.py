@@ -318,8 +318,16 @@ def test_examples_that_cannot_be_carried_are_left_out_counted_and_listed(tmp_pat
     assert [example["number"] for example in rejected] == [2, 3, 5, 6, 8, 9, 11, 12]
     words[words.index(str(tmp_path / "s"))] = str(tmp_path / "t")
     words[words.index("6")] = "1"
+    assert cli.main(words) == 0  # shards whose one example is bad are empty
+    assert "12 examples read, 4 written, 8 left out: 12 shard(s)" in capsys.readouterr().out
+    assert _contents(tmp_path / "t" / "*") == _contents(tmp_path / "s" / "*")
+    with pytest.raises(UserError, match="no examples at all"):
+        ExampleSource([str(tmp_path / "t" / "examples-00001-of-00012.arrayrecord")])
+    (tmp_path / "e.jsonl").write_text('{"messages": []}\n' * 3)
+    words[words.index(str(tmp_path / "t"))] = str(tmp_path / "u")
     assert cli.main(words) == 2
-    assert "none of the examples 2 to 2 can be used" in capsys.readouterr().err
+    assert "none of the 3 examples can be used" in capsys.readouterr().err
+    assert not any((tmp_path / "u").iterdir())
 
 
 def test_two_conversions_into_one_folder_and_wrong_arguments_are_refused(tmp_path, ten):

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import array_shapes, arrays, scalar_dtypes, unicode_
 from PIL import Image
 
 from jvlm.data.errors import ExampleError, Origin
-from jvlm.data.images import open_image
+from jvlm.data.images import image_size, open_image
 from tests.support import picture
 
 PICTURE = picture(60, 40)
@@ -335,3 +335,28 @@ def test_damaged_files_give_a_picture_or_an_example_error_and_nothing_else(kind)
             damaged[place] = rng.integers(256)
         with contextlib.suppress(ExampleError):
             assert open_image(bytes(damaged)).mode == "RGB"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"",
+        b"Exif",
+        b"Exif\x00\x00",
+        b"Exif\x00\x00II*\x00",
+        b"Exif\x00\x00II*\x00\xff\xff\xff\xff",
+        b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x05\x00\x00\x00\x01\x00\x00\x00\x1a\x00\x00\x00\x00"
+        + bytes(8),  # an orientation of 0/0
+        b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x02\x00\x00\x00\x04\xff\xfe\xfd\x00",  # of bad text
+        b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x01\x12",  # more tags than bytes
+    ],
+)
+def test_odd_exif_data_costs_no_more_than_the_image(kind, block):
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20), "red").save(file, kind, exif=block)
+    sizes = {(30, 20)}
+    for read in (lambda source: open_image(source).size, image_size):
+        with contextlib.suppress(ExampleError):
+            sizes.add(read(file.getvalue()))
+    assert sizes == {(30, 20)}

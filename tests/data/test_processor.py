@@ -327,7 +327,7 @@ def test_media_are_found_beside_their_data_file_and_in_the_roots(tiny, tmp_path)
 
 
 def test_settings_survive_their_file(tmp_path):
-    from jvlm.data.processor import SETTINGS, read_settings
+    from jvlm.data.processor_config import SETTINGS, read_settings
 
     config = ProcessorConfig(QwenImageConfig(max_pixels=50176, fps=1.0), "qwen_tokens", default_system="be brief")
     (tmp_path / SETTINGS).write_text(json.dumps(config_tree.to_dict(config)))

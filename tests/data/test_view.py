@@ -9,16 +9,18 @@ import io
 import json
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from jvlm import cli
+from jvlm.data import pipeline
 from jvlm.data.boxes import Box
 from jvlm.data.check import check
 from jvlm.data.mixture.config import Mixture, Source
 from jvlm.data.processor import Processor
 from jvlm.data.view import page, sample
-from jvlm.data.view.histogram import histogram
+from jvlm.data.view.histogram import WIDTH, histogram
 from jvlm.data.view.run_view import RunView, run_view
 from jvlm.errors import UserError
 from tests.training import support
@@ -300,3 +302,38 @@ def test_the_command_writes_the_page_and_nothing_over_data(data, tmp_path, capsy
     assert (folder / "b.jsonl").read_bytes() == before
     assert cli.main(["data", "view", config.train[1]]) == 2
     assert "--model DIR or --config" in capsys.readouterr().err
+
+
+def test_the_beginning_of_a_run_is_what_training_draws_and_packs(data):
+    folder, processor, config = data
+    members = {"a": Source((str(folder / "a.jsonl"),), weight=0.75), "b": Source((str(folder / "b.jsonl"),))}
+    config = dataclasses.replace(config, train=(), mixture=Mixture(members=members), pack_window=16, batch_size=1)
+    shown = run_view("data", config, processor, seed=3, samples=0).drawn
+    batches, _ = pipeline.training_data(processor, config, seed=3)
+    trained = [next(iterator).origins[0] for iterator in [iter(batches)] for _ in range(shown.count)]
+    labels = [[segment.label for segment in bar] for bar in shown.sequences]
+    expected = [[f"{origin.source}, {origin}: " for origin in origins] for origins in trained]
+    assert [[label.partition(": ")[0] + ": " for label in bar] for bar in labels] == expected
+    assert sum(source.draws for source in shown.sources) == shown.draws
+    assert [source.share for source in shown.sources] == pytest.approx([3 / 7, 4 / 7], abs=1 / shown.draws)
+    assert 0 < shown.tokens <= 1
+    assert all(0 < bar[-1].x + bar[-1].width <= WIDTH for bar in shown.sequences)
+
+
+def test_images_that_look_alike_are_shown_in_pairs(tmp_path, data):
+    _, processor, config = data
+    rng = np.random.default_rng(0)
+    scenes = [Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((160, 120)) for _ in range(3)]
+    scenes[0].save(tmp_path / "0.png")
+    scenes[0].resize((120, 90)).save(tmp_path / "1.jpg", quality=70)
+    scenes[1].save(tmp_path / "2.png")
+    scenes[2].save(tmp_path / "3.png")
+    scenes[1].save(tmp_path / "4.png")  # the same bytes: equal, not alike
+    names = ("0.png", "1.jpg", "2.png", "3.png", "4.png")
+    lines = [json.dumps(_chat("<image>what?", "cells", images=[name])) + "\n" for name in names]
+    (tmp_path / "e.jsonl").write_text("".join(lines))
+    config = dataclasses.replace(config, train=(str(tmp_path / "e.jsonl"),), seq_len="auto", max_patches="auto")
+    shown = run_view("data", config, processor, seed=0, samples=0)
+    assert [pair.origins for pair in shown.near.shown] == [("e.jsonl, line 1", "e.jsonl, line 2")]
+    assert (shown.near.images, shown.equal.images) == (5, 1)
+    assert "Images that look alike" in page.render([shown]).decode()

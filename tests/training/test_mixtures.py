@@ -9,8 +9,11 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from jvlm.data import lengths, pipeline, survey
+from jvlm.data.document_config import DocumentConfig
+from jvlm.data.few_shot_config import FewShot
 from jvlm.data.mixture.config import Mixture, Phase, Source
 from jvlm.data.mixture.examples import Examples, config_of
 from jvlm.data.mixture.table import table
@@ -240,3 +243,29 @@ def test_the_table_tells_what_a_run_draws_from_each_source(setup):
     assert counts[2] <= 35
     assert "warning: single/math is gone through" in table(draws, data)
     assert "text gives 34 examples and not 60: max_epochs is 5" in table(draws, data)
+
+
+def test_a_source_has_a_media_root_documents_and_demonstrations_of_its_own(setup, tmp_path):
+    experiment, processor = setup
+    (tmp_path / "media").mkdir()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "media" / "a.png")
+    pages, asked = tmp_path / "pages.jsonl", tmp_path / "asked.jsonl"
+    pages.write_text('{"text": "<image>a page", "images": ["a.png"]}\n' * 4)
+    asked.write_text("".join(json.dumps(_conversation(f"asked {i}")) + "\n" for i in range(4)))
+    members = {
+        "pages": Source((str(pages),), media_root=str(tmp_path / "media"), documents=DocumentConfig(join=2)),
+        "asked": Source((str(asked),), few_shot=FewShot((1, 1), "source")),
+    }
+    data = dataclasses.replace(
+        experiment.data, mixture=Mixture(members=members), run_examples=None, max_patches=256, batch_size=1
+    )
+    packed = list(pipeline.training_data(processor, data, seed=3, epochs=1)[0])
+    segments = Counter(origin.source for one in packed for sequence in one.origins for origin in sequence)
+    assert segments == {"pages": 2, "asked": 4}
+    assert sum(one.conversations for one in packed) == 8
+    text = "".join(processor.tokenizer.decode(tokens) for one in packed for tokens in one.batch.tokens)
+    assert text.count("<|im_start|>user") == 8  # each question behind another one
+    bare = {**members, "pages": dataclasses.replace(members["pages"], media_root=None)}
+    lacking = dataclasses.replace(data, mixture=Mixture(members=bare))
+    with pytest.raises(UserError, match=r"a\.png"):
+        list(pipeline.training_data(processor, lacking, seed=3, epochs=1)[0])

@@ -70,6 +70,15 @@ def test_the_same_seed_gives_the_same_batches_and_shuffling_changes_the_order(se
     assert _conversations(first) == _conversations(ordered)
 
 
+@pytest.mark.parametrize("epochs", [2, 5])
+def test_the_first_epoch_does_not_depend_on_how_many_follow(setup, epochs):
+    experiment, processor, _ = setup
+    longer = pipeline.training_data(processor, experiment.data, seed=3, epochs=epochs)[0]
+    first = _batches(setup)[:-1]  # the last one is filled from the next epoch
+    assert len(first) > 5
+    assert all(_same(a.batch, b.batch) for a, b in zip(longer, first, strict=False))
+
+
 def test_batches_of_a_window_come_in_no_order_of_length(setup, tmp_path):
     _, processor, _ = setup
     words = [" circle" * (n + 1) for n in range(32)]
@@ -213,3 +222,87 @@ def test_examples_that_processes_cannot_share_evenly_are_refused(setup):
     experiment, processor, _ = setup
     with pytest.raises(UserError, match=r"data.batch_size = 2 cannot be shared evenly by 3 processes"):
         pipeline.training_data(processor, experiment.data, seed=0, share=Share(0, 3))
+
+
+def _rejected(batches):
+    return sorted((one.number, one.kind) for packed in batches for one in packed.rejected)
+
+
+@pytest.fixture(scope="module")
+def with_damage(setup, tmp_path_factory):
+    """The examples, but an image of number 3 cannot be decoded, and the file of one of number 9 is cut off."""
+    _, _, examples = setup
+    folder = tmp_path_factory.mktemp("damage")
+    lines = [json.loads(line) for line in examples.read_text().splitlines()]
+    for number, line in enumerate(lines, 1):
+        line["images"] = [str(examples.parent / name) for name in line["images"]]
+        if number in (3, 9):
+            content = (examples.parent / line["images"][0]).read_bytes()
+            at = content.index(b"IDAT") + 8
+            spoilt = content[:at] + bytes(8) + content[at + 8 :] if number == 3 else content[:at]
+            (folder / f"{number}.png").write_bytes(spoilt)
+            line["images"][0] = str(folder / f"{number}.png")
+    path = folder / "damaged.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("window", [4, 100])
+def test_an_image_that_cannot_be_decoded_is_left_out_alone_and_counted_once(setup, with_damage, window):
+    changes = {"train": (str(with_damage),), "on_bad_example": "skip", "pack_window": window}
+    batches = _batches(setup, **changes)
+    assert _rejected(batches) == [(3, "bad"), (9, "bad")]
+    assert sum(packed.conversations for packed in batches) == 22
+    lines = with_damage.read_text().splitlines()
+    good = with_damage.with_name("good.jsonl")
+    good.write_text("".join(line + "\n" for number, line in enumerate(lines, 1) if number not in (3, 9)))
+    assert _conversations(batches) == _conversations(_batches(setup, train=(str(good),)))
+    with pytest.raises(
+        UserError, match=r"damaged.jsonl, line (3|9), field 'images\[0\]': the image .* cannot be decoded"
+    ):
+        _batches(setup, **changes | {"on_bad_example": "error"})
+
+
+def test_data_of_which_no_image_can_be_decoded_ends(setup, with_damage, tmp_path):
+    experiment, processor, _ = setup
+    lines = [json.loads(line) for line in with_damage.read_text().splitlines()]
+    path = tmp_path / "all.jsonl"
+    path.write_text("".join(json.dumps(lines[number]) + "\n" for number in (2, 8)))
+    config = dataclasses.replace(experiment.data, train=(str(path),), on_bad_example="skip")
+    iterator = iter(pipeline.training_data(processor, config, seed=3)[0])
+    with pytest.raises(UserError, match="none of the 2 examples can be used"):
+        assert sum(next(iterator).conversations for _ in range(20)) == 0
+    iterator.close()
+
+
+@pytest.mark.slow
+def test_batches_and_rejected_examples_do_not_depend_on_who_reads(setup, with_damage):
+    changes = {"train": (str(with_damage),), "on_bad_example": "skip"}
+    threads = _batches(setup, **changes)
+    for processes in (1, 2, 3):
+        found = _batches(setup, **changes, worker_processes=processes)
+        assert all(_same(a.batch, b.batch) for a, b in zip(found, threads, strict=True))
+        assert [p.rejected for p in found] == [p.rejected for p in threads]
+
+
+def test_media_outside_the_folders_that_are_allowed_are_refused_links_and_dots_included(setup, tmp_path):
+    _, _, examples = setup
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "inside.png").write_bytes((examples.parent / "1_0.png").read_bytes())
+    (tmp_path / "outside.png").write_bytes((examples.parent / "1_0.png").read_bytes())
+    (data / "link.png").symlink_to(tmp_path / "outside.png")
+    names = [
+        "inside.png",
+        "../outside.png",
+        "link.png",
+        str(tmp_path / "outside.png"),
+        f"file://{tmp_path}/outside.png",
+    ]
+    turns = [{"role": "user", "content": "<image>what color?"}, {"role": "assistant", "content": "red"}]
+    path = data / "examples.jsonl"
+    path.write_text("".join(json.dumps({"messages": turns, "images": [name]}) + "\n" for name in names))
+    changes = {"train": (str(path),), "on_bad_example": "skip"}
+    assert _rejected(_batches(setup, **changes)) == []
+    for folders in ((str(data),), (str(data / ".." / "data"), str(tmp_path / "other"))):
+        assert _rejected(_batches(setup, **changes, media_folders=folders)) == [(n, "bad") for n in (2, 3, 4, 5)]

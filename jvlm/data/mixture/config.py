@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 from jvlm.data.choices import LossChoice, Order
+from jvlm.data.document_config import DocumentConfig
+from jvlm.data.few_shot_config import FewShot
 from jvlm.errors import UserError
 from jvlm.validation import check_fields
 
@@ -30,6 +32,9 @@ class Source:
       loss: what has a loss, in the place of ``data.loss``.
       shuffle: order of its examples, in the place of ``data.shuffle``.
       max_epochs: most passes over it in the run; what it would give beyond is shared out among the other sources.
+      media_root: folder for its relative media paths, in the place of ``data.media_root``.
+      documents: how its documents are read, in the place of ``data.documents``.
+      few_shot: demonstrations before its examples, in the place of ``data.few_shot``.
     """
 
     files: tuple[str, ...] = ()
@@ -39,6 +44,9 @@ class Source:
     loss: LossChoice | None = None
     shuffle: Order | None = None
     max_epochs: float | None = None
+    media_root: str | None = None
+    documents: DocumentConfig | None = None
+    few_shot: FewShot | None = None
 
     def __post_init__(self):
         check_fields(self, "source.", {"weight": "[0, inf)", "max_epochs": "(0, inf)"})
@@ -120,15 +128,17 @@ class Mixture:
             if isinstance(member, Mixture):
                 yield from member.walk(f"{prefix}{name}/")
 
-    def map_files(self, of: Callable[[str], str]) -> Mixture:
-        """Return the mixture with another name for each file."""
+    def map_sources(self, of: Callable[[Source], Source]) -> Mixture:
+        """Return the mixture with another source for each."""
         members = {
-            name: member.map_files(of)
-            if isinstance(member, Mixture)
-            else dataclasses.replace(member, files=tuple(map(of, member.files)))
+            name: member.map_sources(of) if isinstance(member, Mixture) else of(member)
             for name, member in self.members.items()
         }
         return dataclasses.replace(self, members=members)
+
+    def map_files(self, of: Callable[[str], str]) -> Mixture:
+        """Return the mixture with another name for each file."""
+        return self.map_sources(lambda source: dataclasses.replace(source, files=tuple(map(of, source.files))))
 
     def sources(self) -> dict[str, Source]:
         """Return path -> source of each leaf, in order."""

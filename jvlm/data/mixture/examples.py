@@ -12,7 +12,7 @@ import numpy as np
 from jvlm.data.config import DataConfig
 from jvlm.data.errors import Origin
 from jvlm.data.example_source import ExampleSource
-from jvlm.data.few_shot import FewShot, FewShotSource
+from jvlm.data.few_shot import FewShotSource
 from jvlm.data.mixture.config import Mixture, Source
 from jvlm.data.mixture.order import order_of, source_seed
 from jvlm.data.mixture.plan import Plan, average_shares, enters, plan_of
@@ -39,6 +39,9 @@ def config_of(config: DataConfig, source: Source) -> DataConfig:
         columns=source.columns,
         loss=source.loss or config.loss,
         shuffle=source.shuffle or config.shuffle,
+        media_root=source.media_root or config.media_root,
+        documents=source.documents or config.documents,
+        few_shot=source.few_shot or config.few_shot,
     )
 
 
@@ -108,12 +111,17 @@ class Examples:
         """As indexing, by number of the source and index in it."""
         return self._readers[part][index]
 
-    def with_few_shot(self, config: FewShot | None, seed: int) -> Examples:
-        """Return these examples with demonstrations before each, of its own source; None: without."""
-        if config is None:
+    def with_few_shot(self, config: DataConfig, seed: int) -> Examples:
+        """Return these examples with demonstrations before each, of its own source, where the configuration says so."""
+        sources = mixture_of(config).sources()
+        wanted = [sources[name].few_shot or config.few_shot for name in self.names]
+        if not any(wanted):
             return self
         examples = Examples(dict(self._named()), is_mixture=self.is_mixture)
-        examples._readers = [FewShotSource(reader, config, seed) for reader in examples._readers]
+        examples._readers = [
+            reader if few_shot is None else FewShotSource(reader, few_shot, seed)
+            for reader, few_shot in zip(examples._readers, wanted, strict=True)
+        ]
         return examples
 
     def __repr__(self) -> str:  # Grain's checkpoints compare it

@@ -76,6 +76,8 @@ class Shard(RecordFile):
         # a damaged last record is an error of that example, which reading it gives
         last = self._example(len(self) - 1, Origin(path, len(self))) if len(self) else None
         self.mark = shard_set.Mark.of(last)
+        if self.mark and set(last) == {shard_set.MARK}:  # the mark of a shard without examples
+            self._length -= 1
 
     def read(self, index: int, origin: Origin) -> Any:
         example = self._example(index, origin)

@@ -64,6 +64,6 @@ def open_file(path: str, *, to_convert: bool = False) -> Reader:
         )
     if name in METADATA:
         opened = ImageFolder(opened)
-    if not len(opened):
+    if not len(opened) and getattr(opened, "mark", None) is None:  # a shard of a set may be empty
         raise UserError(f"{path}: holds no examples. Write it again, or leave it out of the list")
     return opened

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import UInt8
@@ -21,15 +21,14 @@ from jaxtyping import UInt8
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.images import find_file
 from jvlm.data.video import decoding
+from jvlm.data.video.config import OnDamaged, VideoConfig
 from jvlm.data.video.decoding import Decoded, Timeline
 from jvlm.data.video.sampling import FRAMES_PER_PATCH, Sampling, SizeRule, sample
 from jvlm.errors import UserError
 from jvlm.killable_pool import KillablePool
 
-OnDamaged = Literal["error", "keep"]
 _LEAST_SHARE = 0.9  # of a damaged video's duration that must be readable
 _TASKS = 200  # of a process, after which it is replaced
-_WORKERS = 4  # processes of the shared reader
 _LOCK = threading.Lock()
 _FIX = "Repair the file, or leave the example out"
 
@@ -183,14 +182,19 @@ def _before(times: Timeline, count: int) -> Timeline:
 
 
 @functools.cache
-def _reader_of(pid: int) -> VideoReader:
-    return VideoReader(min(_WORKERS, os.cpu_count() or 1))
+def _reader_of(pid: int, config: VideoConfig) -> VideoReader:
+    return VideoReader(
+        min(config.processes, os.cpu_count() or 1),
+        seconds=config.seconds,
+        seconds_per_second=config.seconds_per_second,
+        on_damaged=config.on_damaged,
+    )
 
 
-def shared_reader() -> VideoReader:
-    """Return the reader that everything in this process shares. Raises VideoSupportError."""
+def shared_reader(config: VideoConfig = VideoConfig()) -> VideoReader:
+    """Return the reader that everything in this process with these settings shares. Raises VideoSupportError."""
     with _LOCK:
-        return _reader_of(os.getpid())  # a forked process has none of its parent's processes
+        return _reader_of(os.getpid(), config)  # a forked process has none of its parent's processes
 
 
 def _required(name: str) -> ModuleType:

@@ -10,6 +10,7 @@ import numpy as np
 from jvlm.data.check import Checked, Tally
 from jvlm.data.errors import Rejected
 from jvlm.data.view.equal_images import EqualImages
+from jvlm.data.view.near_images import NearImages
 
 _FIRST = 3  # rejected examples shown of each fault
 _FAULTS = 100  # faults of a source of which examples are shown
@@ -80,7 +81,7 @@ class Collection:
       samples: most usable examples to draw of each.
       seed: of the draws.
       distinct: indices of examples whose images are compared; None: of all.
-      equal: takes the digests of their images.
+      equal, near: take the digests and the perceptual hashes of their images.
     """
 
     def __init__(
@@ -91,8 +92,9 @@ class Collection:
         *,
         distinct: Container[int] | None,
         equal: EqualImages,
+        near: NearImages,
     ):
-        self._names, self._distinct, self._equal = names, distinct, equal
+        self._names, self._distinct, self._equal, self._near = names, distinct, equal, near
         self.sources = {
             name: SourceView(name, samples, np.random.default_rng((seed, number)))
             for number, name in enumerate(dict.fromkeys(names.values()))
@@ -104,3 +106,4 @@ class Collection:
         self.sources[name].add(index, checked)
         if self._distinct is None or index in self._distinct:
             self._equal.add(name, index, checked.digests)
+            self._near.add(name, index, checked.hashes, checked.digests)

@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import PIL.Image
+
 from jvlm.data.check import check, source_of
 from jvlm.data.check_report import CheckReport
 from jvlm.data.config import DataConfig
@@ -19,13 +21,17 @@ from jvlm.data.pipeline import Encode
 from jvlm.data.processor import Processor
 from jvlm.data.sources import sources_of
 from jvlm.data.view.collection import Collection, SourceView
-from jvlm.data.view.equal_images import EqualImages
+from jvlm.data.view.drawn import Drawn, drawn
+from jvlm.data.view.equal_images import EqualImages, Place
 from jvlm.data.view.histogram import Histogram, histogram
+from jvlm.data.view.near_images import NearImages
 from jvlm.data.view.sample import Sample, sample_of, thumbnail, title_of
 
 _RECORD = 1000  # characters shown of a rejected example
 _VALUE = 300  # and of one of its texts
 _EQUAL = 12  # images of several examples that are shown
+_HASHED = 2000  # examples of a source whose images are compared by what they show
+_NEAR = 12  # pairs of those that are shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +99,31 @@ class Equal:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShownNearPair:
+    """Two images that look alike, as JPEGs, where they are, and in how many bits their hashes differ."""
+
+    uris: tuple[str, str]
+    origins: tuple[str, str]
+    bits: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Near:
+    """Images that look alike in different examples: how many were compared, and the pairs that are shown."""
+
+    images: int
+    shown: tuple[ShownNearPair, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class RunView:
     """The data of a run, or of a stage.
 
     Attributes:
       total: of all sources; None if there is one.
+      drawn: how the run begins; None where nothing of it can be used.
       equal: images of several examples; None where demonstrations (``few_shot``) repeat them on purpose.
+      near: images that look alike; None likewise.
       samples: by source.
       reports: (name, text) as `jvlm data check` prints them.
     """
@@ -108,7 +133,9 @@ class RunView:
     total: SourceRow | None
     histograms: tuple[Histogram, ...]
     faults: tuple[Fault, ...]
+    drawn: Drawn | None
     equal: Equal | None
+    near: Near | None
     samples: dict[str, list[Sample]]
     reports: tuple[tuple[str, str], ...]
 
@@ -132,12 +159,12 @@ def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, 
     shown: dict[str, list[Sample]] = {}
     faults: list[tuple[str, Rejected, int, list[RejectedExample]]] = []
     reports: list[tuple[str, CheckReport]] = []
-    equal, readers = EqualImages(), {}
+    equal, near, readers = EqualImages(), NearImages(), {}
     for label, names, own in _checks(name, config):
         examples = source_of(own, seed)
         distinct = examples.distinct() if isinstance(examples, ExampleSource) else []
         once = None if len(distinct) == len(examples) else frozenset(distinct)
-        collection = Collection(names, samples, seed, distinct=once, equal=equal)
+        collection = Collection(names, samples, seed, distinct=once, equal=equal, near=near)
         report = check(
             own.train,
             processor,
@@ -146,6 +173,7 @@ def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, 
             on_rejected=lambda _: None,
             on_checked=collection.add,
             digests=own.few_shot is None,
+            hashed=_HASHED if own.few_shot is None else 0,
         )
         reports.append((label, report))
         opened = processor.replace(media_roots=(own.media_root,)) if own.media_root else processor
@@ -166,10 +194,33 @@ def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, 
         total=_total(rows, views) if len(rows) > 1 else None,
         histograms=_histograms(views, [report.config for _, report in reports]),
         faults=tuple(_grouped(faults)),
+        drawn=_drawn(config, processor, [report.config for _, report in reports], seed) if _usable(views) else None,
         equal=_equal(equal, readers) if config.few_shot is None else None,
+        near=_near(near, readers) if config.few_shot is None else None,
         samples=shown,
         reports=tuple((label, report.text()) for label, report in reports),
     )
+
+
+def _usable(views: Sequence[SourceView]) -> bool:
+    """Whether training would find something to learn from in each source."""
+    return all(view.tally.usable for view in views)
+
+
+def _drawn(config: DataConfig, processor: Processor, checked: Sequence[DataConfig], seed: int) -> Drawn:
+    """How the run begins, with the sizes that the checks chose where they depend on the data."""
+    from jvlm.data import lengths
+    from jvlm.data.mixture.examples import Examples, mixture_of
+    from jvlm.data.mixture.shares import measured_unit
+
+    sizes = {name: max(getattr(one, name) for one in checked) for name in ("seq_len", "max_patches")}
+    on_too_long = "drop" if config.on_too_long == "error" else config.on_too_long
+    config = dataclasses.replace(config, **sizes, on_bad_example="skip", on_too_long=on_too_long, worker_processes=0)
+    if config.media_root:
+        processor = processor.replace(media_roots=(config.media_root,))
+    if measured_unit(mixture_of(config)) and not config.measured:
+        config = dataclasses.replace(config, measured=lengths.means(processor, config, Examples.open(config)))
+    return drawn(processor, config, seed=seed)
 
 
 def _checks(name: str, config: DataConfig) -> Iterator[tuple[str, dict[str, str], DataConfig]]:
@@ -233,16 +284,20 @@ def _histograms(views: Sequence[SourceView], configs: Sequence[DataConfig]) -> t
     limits = {
         "tokens": {"seq_len": [config.seq_len for config in configs]},
         "patches": {"max_patches": [config.max_patches for config in configs]},
+        "largest_images": {"max_image_patches": [one.max_image_patches for one in configs if one.max_image_patches]},
         "images": {},
         "turns": {},
+        "learnt": {},
     }
     longest = [config.longest for config in configs if config.longest < config.seq_len]
     limits["tokens"] |= {"max_length": longest} if longest else {}
     titles = {
         "tokens": "Tokens of an example",
         "patches": "Patches of an example",
+        "largest_images": "Patches of the largest image of an example",
         "images": "Images and frames of an example",
         "turns": "Assistant turns of an example",
+        "learnt": "Tokens with a loss of an example",
     }
     return tuple(
         histogram(title, {view.name: getattr(view.tally, key) for view in views}, limits[key])
@@ -283,6 +338,20 @@ def _equal(found: EqualImages, readers: Mapping[str, tuple[Processor, ExampleSou
         uri = thumbnail(frames[image.first[0].number])
         shown.append(ShownEqualImage(uri, dict(image.examples), tuple(title_of(one.origin) for one in read)))
     return Equal(len(images), sum(len(image.examples) > 1 for image in images), tuple(shown))
+
+
+def _near(found: NearImages, readers: Mapping[str, tuple[Processor, ExampleSource | FewShotSource]]) -> Near:
+    def read(place: Place) -> tuple[PIL.Image.Image, Origin]:
+        processor, source = readers[place.source]
+        one = source.read(place.index)
+        parsed = processor.with_open_media(parse_example(one.record, one.origin))
+        return parsed.images[place.number].source, one.origin
+
+    shown = []
+    for pair in found.pairs(lambda place: read(place)[0], _NEAR):
+        (first, a), (second, b) = read(pair.first), read(pair.second)
+        shown.append(ShownNearPair((thumbnail(first), thumbnail(second)), (title_of(a), title_of(b)), pair.bits))
+    return Near(len(found), tuple(shown))
 
 
 def _rejected(record: Any, error: Rejected) -> RejectedExample:

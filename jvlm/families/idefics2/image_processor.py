@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from jvlm.data.image_processor import ImageProcessorConfig, Limit, MediaPatches
@@ -90,14 +91,17 @@ def _frame_size(shortest: int, longest: int, frames: int, width: int, height: in
     return width, height
 
 
-def quarters(image: Image.Image) -> list[Image.Image]:
-    """Top left, top right, bottom left, bottom right. Raises UserError for a side of one pixel, which has no half."""
-    width, height = image.size
+def quarters(size: tuple[int, int]) -> tuple[tuple[int, int, int, int], ...]:
+    """Return the boxes of the quarters of an image of (width, height): top left, top right, bottom left, bottom right.
+
+    Raises:
+      UserError: a side of one pixel, which has no half.
+    """
+    width, height = size
     if min(width, height) < 2:
         raise UserError(f"{width} x {height} pixels cannot be split into quarters")
     x, y = width // 2, height // 2
-    boxes = ((0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height))
-    return [image.crop(box) for box in boxes]
+    return (0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)
 
 
 def table_positions(patches: int, grid: int, rule: PositionRule = "floor") -> np.ndarray:
@@ -131,13 +135,33 @@ class Idefics2ImageProcessor:
 
     def image(self, image: Image.Image, config: Idefics2ImageConfig, *, index: int = 0, count: int = 1) -> MediaPatches:
         """Return one image, or four crops and the image."""
-        return self._media([*quarters(image), image] if config.split else [image], config)
+        media = self.layout(image.size, config, index=index, count=count)
+        return self._written(media, self._crops(image, config), config)
+
+    def layout(
+        self, size: tuple[int, int], config: Idefics2ImageConfig, *, index: int = 0, count: int = 1
+    ) -> MediaPatches:
+        """Return `image` of an image of (width, height), with patches whose values mean nothing."""
+        boxes = quarters(size) if config.split else ()
+        return self._layout([*((right - left, low - top) for left, top, right, low in boxes), size], config)
+
+    def write(
+        self,
+        image: Image.Image,
+        config: Idefics2ImageConfig,
+        out: UInt8[np.ndarray, "n c"],
+        *,
+        index: int = 0,
+        count: int = 1,
+    ) -> None:
+        """Write the patches of `image`."""
+        self._write(self._crops(image, config), config, out)
 
     def video(
         self, frames: Sequence[Image.Image], config: Idefics2ImageConfig, times: Sequence[float] | None = None
     ) -> MediaPatches:
         """Return each frame as an image of its own, never split."""
-        return self._media(frames, config)
+        return self._written(self._layout([frame.size for frame in frames], config), frames, config)
 
     def frame_size(self, config: Idefics2ImageConfig) -> SizeRule | None:
         """Return the resize of images, which leaves what it gave as it is."""
@@ -157,12 +181,23 @@ class Idefics2ImageProcessor:
         whole = [{"split": False, "longest_edge": edge} for edge in edges]
         return [[{"longest_edge": edge} for edge in edges[1:]], whole if config.split else []]
 
-    def _media(self, images: Sequence[Image.Image], config: Idefics2ImageConfig) -> MediaPatches:
-        sizes = [self._size(image, config) for image in images]
-        arrays = [self._patches(image, size, config) for image, size in zip(images, sizes, strict=True)]
-        counts = [len(patches) for patches, _ in arrays]
+    @staticmethod
+    def _crops(image: Image.Image, config: Idefics2ImageConfig) -> list[Image.Image]:
+        return [*(image.crop(box) for box in quarters(image.size)), image] if config.split else [image]
+
+    def _written(self, media: MediaPatches, images: Sequence[Image.Image], config: Idefics2ImageConfig) -> MediaPatches:
+        """Return the layout with its patches."""
+        patches = np.empty(media.patches.shape, np.uint8)
+        self._write(images, config, patches)
+        return dataclasses.replace(media, patches=patches)
+
+    def _layout(self, originals: Sequence[tuple[int, int]], config: Idefics2ImageConfig) -> MediaPatches:
+        """Everything about images of (width, height), but for their pixels."""
+        sizes = [self._size(size, config) for size in originals]
+        positions = [self._positions(size, config) for size in sizes]
+        counts = [len(one) for one in positions]
         features = [self.tokens_per_image or count for count in counts]
-        numbers = np.arange(1, len(arrays) + 1, dtype=np.int32)
+        numbers = np.arange(1, len(counts) + 1, dtype=np.int32)
         segment_ids = np.repeat(numbers, counts)
         if min(counts) < self.min_image_patches:
             raise UserError(f"an image of {min(counts)} patches, less than min_image_patches {self.min_image_patches}")
@@ -172,40 +207,47 @@ class Idefics2ImageProcessor:
         pattern = [part for n in fed for part in (config.delimiter, n, config.delimiter) if part != ""]
         height, width = sizes[-1]
         return MediaPatches(
-            patches=np.concatenate([patches for patches, _ in arrays]),
+            patches=np.broadcast_to(np.uint8(0), (sum(counts), self.patch_values)),
             segment_ids=segment_ids,
             window_ids=segment_ids,
-            positions=np.concatenate([positions for _, positions in arrays]),
+            positions=np.concatenate(positions),
             token_segment_ids=np.repeat(numbers, features),
             vision_index=of_token.astype(np.int32),
             token_pattern=tuple(pattern),
-            original=images[-1].size,
+            original=originals[-1],
             resized=(width, height),
         )
 
-    def _size(self, image: Image.Image, config: Idefics2ImageConfig) -> tuple[int, int]:
-        """Return (height, width) after the resize."""
+    def _size(self, size: tuple[int, int], config: Idefics2ImageConfig) -> tuple[int, int]:
+        """Return (height, width) of an image of (width, height) after the resize."""
+        width, height = size
         if config.resize:
-            return edge_resize(image.height, image.width, config.shortest_edge, config.longest_edge)
-        return image.height, image.width
+            return edge_resize(height, width, config.shortest_edge, config.longest_edge)
+        return height, width
 
-    def _patches(
-        self, image: Image.Image, size: tuple[int, int], config: Idefics2ImageConfig
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return (patches [n, c], positions [n, 2]); pixels that fill no patch at the right and bottom are lost."""
+    def _positions(self, size: tuple[int, int], config: Idefics2ImageConfig) -> np.ndarray:
+        """Return the positions [n, 2] of the patches of an image of (height, width)."""
         p = self.patch_size
         rows, columns = size[0] // p, size[1] // p
         if not rows or not columns:
             raise UserError(f"{size[1]} x {size[0]} pixels hold no patch of {p} x {p}")
-        if config.resize:
-            image = image.resize((size[1], size[0]), Image.Resampling(config.resample))
-        pixels = np.asarray(image, np.uint8)
-        pixels = pixels[: rows * p, : columns * p]
-        # (row, y, column, x, c) -> (row, column, c, y, x)
-        patches = pixels.reshape(rows, p, columns, p, -1).transpose(0, 2, 4, 1, 3)
         at = np.meshgrid(
             table_positions(rows, self.grid, config.positions),
             table_positions(columns, self.grid, config.positions),
             indexing="ij",
         )
-        return patches.reshape(rows * columns, -1), np.stack(at, -1).reshape(-1, 2)
+        return np.stack(at, -1).reshape(-1, 2)
+
+    def _write(self, images: Sequence[Image.Image], config: Idefics2ImageConfig, out: UInt8[np.ndarray, "n c"]) -> None:
+        """Write the patches of images; pixels that fill no patch at the right and bottom are lost."""
+        p, begin = self.patch_size, 0
+        for image in images:
+            height, width = self._size(image.size, config)
+            if config.resize:
+                image = image.resize((width, height), Image.Resampling(config.resample))
+            rows, columns = height // p, width // p
+            pixels = np.asarray(image, np.uint8)[: rows * p, : columns * p]
+            # (row, y, column, x, c) -> (row, column, c, y, x)
+            patches = pixels.reshape(rows, p, columns, p, -1).transpose(0, 2, 4, 1, 3)
+            out[begin : begin + rows * columns].reshape(patches.shape)[:] = patches
+            begin += rows * columns

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from jvlm.data.image_processor import ImageProcessorConfig, Limit, MediaPatches
@@ -116,20 +117,46 @@ class TiledImageProcessor:
 
     def image(self, image: Image.Image, config: TiledImageConfig, *, index: int = 0, count: int = 1) -> MediaPatches:
         """Return the tiles and the overview of an image, or the whole image as one tile."""
-        size = image.height, image.width
-        grid = config.grid_of(size, self.side, count)
+        media = self.layout(image.size, config, index=index, count=count)
+        return self._written(media, self._tiles(image, config, count))
+
+    def layout(
+        self, size: tuple[int, int], config: TiledImageConfig, *, index: int = 0, count: int = 1
+    ) -> MediaPatches:
+        """Return `image` of an image of (width, height), with patches whose values mean nothing."""
+        grid = config.grid_of(size[::-1], self.side, count)
         if grid == (1, 1):
-            return self._media([self._whole(image, config)], (self.features,), image.size, (self.side, self.side))
-        options = {"max_upscale": config.max_upscale, "placement": config.placement, "colour": config.colour}
-        images = tiles.split(image, grid, self.side, **options)
+            return self._layout(1, (self.features,), size, (self.side, self.side))
         cells = [(row, column) for row in range(1, grid[0] + 1) for column in range(1, grid[1] + 1)]
         pieces: list[list[str | int]] = [[*self._before(config, index, cell), self.features] for cell in cells]
         if config.overview != "none":
-            at = len(images) if config.overview == "last" else 0
-            images.insert(at, self._whole(image, config))
-            pieces.insert(at, [*self._before(config, index, (0, 0)), self.features])
-        height, width = tiles.fitted_size(size, grid, self.side, config.max_upscale)
-        return self._media(images, tuple(part for piece in pieces for part in piece), image.size, (width, height))
+            overview = [*self._before(config, index, (0, 0)), self.features]
+            pieces.insert(len(pieces) if config.overview == "last" else 0, overview)
+        height, width = tiles.fitted_size(size[::-1], grid, self.side, config.max_upscale)
+        pattern = tuple(part for piece in pieces for part in piece)
+        return self._layout(len(pieces), pattern, size, (width, height))
+
+    def write(
+        self,
+        image: Image.Image,
+        config: TiledImageConfig,
+        out: UInt8[np.ndarray, "n c"],
+        *,
+        index: int = 0,
+        count: int = 1,
+    ) -> None:
+        """Write the patches of `image`."""
+        self._write(self._tiles(image, config, count), out)
+
+    def _tiles(self, image: Image.Image, config: TiledImageConfig, count: int) -> list[Image.Image]:
+        grid = config.grid_of((image.height, image.width), self.side, count)
+        if grid == (1, 1):
+            return [self._whole(image, config)]
+        options = {"max_upscale": config.max_upscale, "placement": config.placement, "colour": config.colour}
+        images = tiles.split(image, grid, self.side, **options)
+        if config.overview != "none":
+            images.insert(len(images) if config.overview == "last" else 0, self._whole(image, config))
+        return images
 
     def video(
         self, frames: Sequence[Image.Image], config: TiledImageConfig, times: Sequence[float] | None = None
@@ -137,7 +164,8 @@ class TiledImageProcessor:
         """Return frames spread evenly over the video, each as one tile, without an index."""
         chosen = np.linspace(0, len(frames) - 1, min(config.num_frames, len(frames))).round().astype(int)
         images = [self._whole(frames[i], config) for i in chosen]
-        return self._media(images, (self.features * len(images),), frames[0].size, (self.side, self.side))
+        media = self._layout(len(images), (self.features * len(images),), frames[0].size, (self.side, self.side))
+        return self._written(media, images)
 
     def frame_size(self, config: TiledImageConfig) -> None:
         """Frames keep their size."""
@@ -170,20 +198,24 @@ class TiledImageProcessor:
         (tile,) = tiles.split(image, (1, 1), self.side, placement=config.placement, colour=config.colour)
         return tile
 
-    def _media(self, images: list[Image.Image], pattern, original, resized) -> MediaPatches:
-        p, g, first = self.encoder.patch_size, self.encoder.grid, int(self.encoder.class_token)
-        pixels = np.stack([np.asarray(image, np.uint8) for image in images])
-        n, channels = len(images), pixels.shape[-1]
-        # (n, h, y, w, x, c) -> (n, h, w, c, y, x)
-        cells = pixels.reshape(n, g, p, g, p, channels).transpose(0, 1, 3, 5, 2, 4).reshape(n, g * g, self.patch_values)
+    def _written(self, media: MediaPatches, images: Sequence[Image.Image]) -> MediaPatches:
+        """Return the layout with its patches."""
+        patches = np.empty(media.patches.shape, np.uint8)
+        self._write(images, patches)
+        return dataclasses.replace(media, patches=patches)
+
+    def _layout(
+        self, n: int, pattern: tuple[str | int, ...], original: tuple[int, int], resized: tuple[int, int]
+    ) -> MediaPatches:
+        """Everything about n tiles, but for their pixels."""
+        g, first = self.encoder.grid, int(self.encoder.class_token)
         positions = np.stack(np.divmod(np.arange(g * g, dtype=np.int32), g), -1)
         if first:
-            cells = np.concatenate([np.zeros((n, 1, self.patch_values), np.uint8), cells], 1)
             positions = np.concatenate([np.array([CLASS_POSITION], np.int32), positions])
         numbers = np.arange(1, n + 1, dtype=np.int32)
         ids = np.repeat(numbers, self.patch_group)
         return MediaPatches(
-            patches=cells.reshape(-1, self.patch_values),
+            patches=np.broadcast_to(np.uint8(0), (n * self.patch_group, self.patch_values)),
             segment_ids=ids,
             window_ids=ids,
             positions=np.tile(positions, (n, 1)),
@@ -193,3 +225,12 @@ class TiledImageProcessor:
             resized=resized,
             token_pattern=pattern,
         )
+
+    def _write(self, images: Sequence[Image.Image], out: UInt8[np.ndarray, "n c"]) -> None:
+        """Write the patches of tiles, those of a class token as zeros."""
+        p, g, first = self.encoder.patch_size, self.encoder.grid, int(self.encoder.class_token)
+        for tile, image in zip(out.reshape(len(images), self.patch_group, -1), images, strict=True):
+            tile[:first] = 0
+            # (h, y, w, x, c) -> (h, w, c, y, x)
+            patches = np.asarray(image, np.uint8).reshape(g, p, g, p, -1).transpose(0, 2, 4, 1, 3)
+            tile[first:].reshape(patches.shape)[:] = patches

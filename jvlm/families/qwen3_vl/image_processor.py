@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from jvlm.data.image_processor import MAX_PIXELS, ImageProcessorConfig, Limit, MediaPatches
+from jvlm.data.merged_patches import write_merged
 from jvlm.data.video.sampling import Sampling, SizeRule
 from jvlm.errors import UserError
 from jvlm.families.qwen2_5_vl.image_processor import MAX_ASPECT, largest_area, smart_resize
@@ -139,11 +141,29 @@ class Qwen3ImageProcessor:
 
     def image(self, image: Image.Image, limits: Qwen3ImageConfig, *, index: int = 0, count: int = 1) -> MediaPatches:
         """Return an image; its temporal patch is the image repeated."""
-        size = image.size
+        media = self.layout(image.size, limits, index=index, count=count)
+        return self._written(media, [image], limits)
+
+    def layout(
+        self, size: tuple[int, int], limits: Qwen3ImageConfig, *, index: int = 0, count: int = 1
+    ) -> MediaPatches:
+        """Return `image` of an image of (width, height), with patches whose values mean nothing."""
+        width, height = size
         if limits.resize:
-            height, width = smart_resize(image.height, image.width, self.factor, limits.min_pixels, limits.max_pixels)
-            size = width, height
-        return self._media([image], size, limits)
+            height, width = smart_resize(height, width, self.factor, limits.min_pixels, limits.max_pixels)
+        return self._layout(1, size, (width, height))
+
+    def write(
+        self,
+        image: Image.Image,
+        limits: Qwen3ImageConfig,
+        out: UInt8[np.ndarray, "n c"],
+        *,
+        index: int = 0,
+        count: int = 1,
+    ) -> None:
+        """Write the patches of `image`."""
+        self._write([image], self.layout(image.size, limits).resized, limits, out)
 
     def video(
         self, frames: Sequence[Image.Image], limits: Qwen3ImageConfig, times: Sequence[float] | None = None
@@ -157,7 +177,7 @@ class Qwen3ImageProcessor:
         pair, size = self.config.temporal_patch_size, frames[0].size
         if limits.resize:
             size = video_size(limits, self.factor, pair, len(frames), *size)
-        media = self._media(frames, size, limits)
+        media = self._written(self._layout(len(frames), frames[0].size, size), frames, limits)
         if times is None:
             times = [number / limits.fps for number in range(len(frames))]
         padded = [*times, *[times[-1]] * (-len(times) % pair)]
@@ -198,26 +218,33 @@ class Qwen3ImageProcessor:
             steps.append({**change, "video_min_pixels": video_least, "video_max_pixels": video_most})
         return [steps]
 
-    def _media(self, images: Sequence[Image.Image], size: tuple[int, int], limits: Qwen3ImageConfig) -> MediaPatches:
-        original = images[0].size
-        if limits.resize:
-            images = [image.resize(size, Image.Resampling(limits.resample)) for image in images]
-        elif any(side % self.factor for side in size):
+    def _written(self, media: MediaPatches, images: Sequence[Image.Image], limits: Qwen3ImageConfig) -> MediaPatches:
+        """Return the layout with its patches."""
+        patches = np.empty(media.patches.shape, np.uint8)
+        self._write(images, media.resized, limits, patches)
+        return dataclasses.replace(media, patches=patches)
+
+    def _write(
+        self,
+        images: Sequence[Image.Image],
+        size: tuple[int, int],
+        limits: Qwen3ImageConfig,
+        out: UInt8[np.ndarray, "n c"],
+    ) -> None:
+        config = self.config
+        p, m, tp = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+        write_merged(images, size, Image.Resampling(limits.resample), out, patch=p, merge=m, frames=tp)
+
+    def _layout(self, frames: int, original: tuple[int, int], size: tuple[int, int]) -> MediaPatches:
+        """Everything about frames that are resized to a size, but for their pixels: cells in raster order."""
+        config = self.config
+        if any(side % self.factor for side in size):
             raise UserError(
                 f"{size[0]} x {size[1]} pixels are not whole patches of {self.factor}, and do_resize is off for this "
                 "model"
             )
-        pixels = np.stack([np.asarray(image, np.uint8) for image in images])
-        lacking = -len(pixels) % self.config.temporal_patch_size
-        return self._arrange(np.concatenate([pixels, np.repeat(pixels[-1:], lacking, axis=0)]), original)
-
-    def _arrange(self, pixels: np.ndarray, original: tuple[int, int]) -> MediaPatches:
-        config = self.config
-        p, m, tp = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
-        T, H, W, C = pixels.shape
-        t, h, w = T // tp, H // p // m, W // p // m
-        # (t, dt, h, mh, y, w, mw, x, C) -> (t, h, w, mh, mw, C, dt, y, x): merged cells in raster order
-        blocks = pixels.reshape(t, tp, h, m, p, w, m, p, C).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+        m, t = config.spatial_merge_size, -(-frames // config.temporal_patch_size)
+        h, w = size[1] // self.factor, size[0] // self.factor
         row, column = np.divmod(np.arange(h * w), w)
         inner = np.stack(np.divmod(np.arange(m * m), m), -1)
         places = (np.stack([row, column], -1)[:, None] * m + inner).reshape(-1, 2)
@@ -225,13 +252,13 @@ class Qwen3ImageProcessor:
         segments = np.arange(1, t + 1, dtype=np.int32)
         of_patches = np.repeat(segments, h * w * m * m)
         return MediaPatches(
-            patches=blocks.reshape(-1, config.patch_values),
+            patches=np.broadcast_to(np.uint8(0), (len(of_patches), config.patch_values)),
             segment_ids=of_patches,
             window_ids=of_patches,
             positions=np.tile(places, (t, 1)),
             token_segment_ids=np.repeat(segments, h * w),
             vision_index=np.arange(t * h * w, dtype=np.int32),
             original=original,
-            resized=(W, H),
+            resized=size,
             grid=(1, h, w),
         )

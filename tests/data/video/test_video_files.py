@@ -1,5 +1,6 @@
 """Video files in examples: their frames, and the ids that follow from their times."""
 
+import dataclasses
 import json
 import multiprocessing
 import sys
@@ -10,14 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jvlm import cli
 from jvlm.data import embedding
 from jvlm.data.check import check
 from jvlm.data.config import DataConfig
 from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_example
 from jvlm.data.pipeline import training_data
 from jvlm.data.shrink import shrink
 from jvlm.data.video import reader
+from jvlm.data.video.config import VideoConfig
 from jvlm.data.video.reader import VideoReader
 from jvlm.data.video.sampling import Sampling
 from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig
@@ -162,3 +166,42 @@ def test_training_packs_videos_read_by_several_threads(tiny, folder):
     whole = [encode(tiny, folder, *json.loads(line)["videos"]) for line in lines]
     patches = sum(int((batch.batch.patch_segment_ids > 0).sum()) for batch in batches)
     assert patches == sum(one.num_patches for one in whole) > 0
+
+
+def test_frames_are_stored_in_the_place_of_videos_and_train_alike(tiny, folder, tmp_path):
+    settings = {"video": "a.mp4", "fps": 4.0, "start": 0.5}
+    blocks = [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "?"}]
+    answer = {"role": "assistant", "content": "a cat"}
+    records = [
+        example("a.mp4", settings),
+        {"messages": [{"role": "user", "content": blocks}, answer], "chat_template_kwargs": LIMITS},
+    ]
+    path = folder / "stored.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert cli.main(["data", "convert", str(path), "--output", str(tmp_path / "s"), "--frames", "2"]) == 0
+    stored = ExampleSource([str(tmp_path / "s" / "*")])
+    for index, record in enumerate(records):
+        origin, found = stored[index]
+        expected = tiny.processor.encode(parse_example(record, Origin(str(folder / "a.jsonl"), 1)))
+        ours = tiny.processor.encode(parse_example(found, origin))
+        assert np.array_equal(ours.tokens, expected.tokens)
+        assert np.array_equal(ours.positions, expected.positions)
+        assert np.abs(ours.patches.astype(int) - expected.patches).mean() < 3
+    assert isinstance(stored[0][1]["videos"][1]["video"], list)
+
+
+def test_a_video_keeps_to_its_tokens_however_long_it_is(tiny, folder):
+    parsed = parse_example(example("a.mp4", fps=25.0), Origin(str(folder / "a.jsonl"), 1))
+    limited = dataclasses.replace(tiny.processor.image_config, video_max_tokens=30)
+    few = tiny.processor.replace(image_config=limited).encode(parsed)
+    assert 0 < int((few.vision_index >= 0).sum()) <= 30
+    assert int((tiny.processor.encode(parsed).vision_index >= 0).sum()) > 30
+    short = encode(tiny, folder, "a.mp4", fps=25.0, video_max_frames=6)
+    assert len(np.unique(short.patch_segment_ids)) == 3
+
+
+def test_the_settings_of_the_data_decide_how_videos_are_decoded(tiny, folder):
+    example_of_a = parse_example(example("a.mp4"), Origin(str(folder / "a.jsonl"), 1))
+    hasty = tiny.processor.replace(video=VideoConfig(seconds=1e-6, seconds_per_second=0.0))
+    with pytest.raises(ExampleError, match="took longer than 1e-06 s"):
+        hasty.encode(example_of_a)

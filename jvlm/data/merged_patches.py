@@ -1,0 +1,79 @@
+"""Pixels of images as patches of one size in groups that are merged, as encoders of the Qwen2-VL kind take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image, ImageChops
+
+from jvlm.data.recycled import scratch
+
+_PROBE = (32, 32)  # pixels that are looked at first to tell a grey image
+
+
+def write_merged(
+    images: Sequence[Image.Image],
+    size: tuple[int, int],
+    resample: Image.Resampling,
+    out: UInt8[np.ndarray, "n c"],
+    *,
+    patch: int,
+    merge: int,
+    frames: int,
+    order: Int[np.ndarray, " cells"] | None = None,
+) -> None:
+    """Resize frames and write their patches: (time, cell, row and column in the cell), each (channel, frame, y, x).
+
+    Lines of pixels of a patch, and then patches of a channel, are moved as single items, and between arrays that are
+    there already: byte by byte numpy takes three times as long, and new memory as long again.
+
+    Args:
+      size: (width, height) to resize to, whole cells.
+      patch: side of a patch in pixels.
+      merge: side of a cell in patches.
+      frames: of a patch; the last one of the video is repeated where it is incomplete.
+      order: of the cells of a time, by number in raster order; None is raster order.
+    """
+    width, height = size
+    p, m = patch, merge
+    h, w = height // (p * m), width // (p * m)
+    line, square = np.dtype((np.void, p)), np.dtype((np.void, p * p))
+    rows, squares = h * w * m * m, None
+    for number in range(-(-len(images) // frames) * frames):
+        time, place = divmod(number, frames)
+        if number < len(images):
+            bands = _resized_bands(images[number], size, resample)
+            planes = scratch("planes", (len(bands), height, width))
+            for plane, band in zip(planes, bands, strict=True):
+                plane[:] = np.asarray(band, np.uint8)
+            cells = scratch("cells", (h * w, m * m * len(bands) * p * p))
+            # (C, h, mh, y, w, mw) lines -> (h, w, mh, mw, C, y): cells in raster order
+            cells.view(line).reshape(h, w, m, m, len(bands), p)[:] = (
+                planes.view(line).reshape(len(bands), h, m, p, w, m).transpose(1, 4, 2, 5, 0, 3)
+            )
+            if order is not None:
+                cells = np.take(cells, order, axis=0, out=scratch("ordered", cells.shape), mode="clip")
+            squares = cells.view(square).reshape(rows, len(bands))
+        # of a grey image, one band is all its channels
+        out[time * rows : (time + 1) * rows].view(square).reshape(rows, -1, frames)[..., place] = squares
+
+
+def _resized_bands(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> tuple[Image.Image, ...]:
+    """Resize an image and return its channels; one alone where all are equal, which takes a third of the time."""
+    grey = _grey(image)
+    if grey is not None:
+        return (grey if grey.size == size else grey.resize(size, resample),)
+    return (image if image.size == size else image.resize(size, resample)).split()
+
+
+def _grey(image: Image.Image) -> Image.Image | None:
+    """Return the first channel of an image whose channels are equal."""
+    first, *others = image.resize(_PROBE, Image.Resampling.NEAREST).split()
+    if any(first.tobytes() != other.tobytes() for other in others):
+        return None
+    first, *others = image.split()
+    if any(ImageChops.difference(first, other).getbbox() is not None for other in others):
+        return None
+    return first

@@ -1,0 +1,109 @@
+"""The beginning of a run as it will be drawn and packed, from the headers of its images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from jvlm.data import pipeline
+from jvlm.data.config import DataConfig
+from jvlm.data.mixture.examples import Draws
+from jvlm.data.packing import Example
+from jvlm.data.processor import Processor
+from jvlm.data.view.histogram import COLOURS, WIDTH
+
+HEIGHT = 14  # of the bar of a sequence
+_DRAWS = 20_000  # counted of a run
+_SEQUENCES = 24  # shown
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnSource:
+    """A source among the first draws of a run.
+
+    Attributes:
+      examples: that it has.
+      draws: how often it is among the draws.
+      share: of the draws.
+      passes: over the source that these are.
+    """
+
+    name: str
+    examples: int
+    draws: int
+    share: float
+    passes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """An example in the bar of its sequence: left edge and width in pixels, and what it says."""
+
+    x: float
+    width: float
+    colour: str
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """How a run begins.
+
+    Attributes:
+      draws: that are counted.
+      sources: of the mixture; empty if there is none.
+      window: examples that are packed together.
+      sequences: the first ones, with the examples in each.
+      tokens, patches: shares of the window's sequences that are no padding.
+    """
+
+    draws: int
+    sources: tuple[DrawnSource, ...]
+    window: int
+    sequences: tuple[tuple[Segment, ...], ...]
+    count: int
+    tokens: float
+    patches: float
+
+
+def drawn(processor: Processor, config: DataConfig, *, seed: int) -> Drawn:
+    """Return how a run begins.
+
+    Args:
+      config: of the run, with the sizes of sequences as numbers.
+    """
+    sequences, draws = pipeline.first_sequences(processor, config, seed=seed)
+    counted = min(_DRAWS, draws.plan.examples_per_pass)
+    names = list(draws.examples.names)
+    used = [sum(e.length for e in one) for one in sequences], [sum(e.num_patches for e in one) for one in sequences]
+    space = len(sequences) * config.seq_len, len(sequences) * config.max_patches
+    tokens, patches = (sum(some) / whole if whole else 0.0 for some, whole in zip(used, space, strict=True))
+    return Drawn(
+        draws=counted,
+        sources=_sources(draws, counted) if config.mixture is not None else (),
+        window=min(config.pack_window, len(draws)),
+        sequences=tuple(_bar(one, names, config) for one in sequences[:_SEQUENCES]),
+        count=len(sequences),
+        tokens=tokens,
+        patches=patches,
+    )
+
+
+def _sources(draws: Draws, counted: int) -> tuple[DrawnSource, ...]:
+    sizes, numbers = draws.examples.sizes(), draws.plan.drawn(counted).tolist()
+    return tuple(
+        DrawnSource(name, sizes[name], number, number / max(counted, 1), number / sizes[name])
+        for name, number in zip(draws.plan.names, numbers, strict=True)
+    )
+
+
+def _bar(sequence: Sequence[Example], names: Sequence[str], config: DataConfig) -> tuple[Segment, ...]:
+    segments, at = [], 0
+    for example in sequence:
+        source = example.origin.source
+        colour = COLOURS[(names.index(source) if source in names else 0) % len(COLOURS)]
+        label = f"{example.origin}: {example.length:,} tokens, {example.num_patches:,} patches"
+        x, width = WIDTH * at / config.seq_len, WIDTH * example.length / config.seq_len
+        segments.append(Segment(x, width, colour, f"{source}, {label}" if source else label))
+        at += example.length
+    return tuple(segments)

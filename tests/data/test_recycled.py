@@ -1,0 +1,61 @@
+"""Memory that is used again, and only when nothing refers to it."""
+
+import gc
+import multiprocessing
+
+import jax
+import numpy as np
+
+from jvlm.data.recycled import opened, place_of, recycled, scratch
+
+
+def test_memory_is_used_again_only_when_nothing_refers_to_it():
+    shape = (3, 1000)
+    first = recycled(shape)
+    first[:] = 7
+    view = first[1:, 10:20]
+    del first
+    gc.collect()
+    other = recycled(shape)
+    other[:] = 1
+    assert (view == 7).all()
+    address = view.__array_interface__["data"][0] - 1010
+    del view
+    gc.collect()
+    again = recycled(shape)
+    assert again.__array_interface__["data"][0] == address
+    assert (other == 1).all()
+
+
+def test_an_array_of_jax_keeps_its_values():
+    for value in range(20):
+        array = recycled((64, 4096))
+        array[:] = value
+        on_device = jax.device_put(array)
+        del array
+        for _ in range(3):
+            recycled((64, 4096))[:] = 99
+        assert (np.asarray(on_device) == value).all()
+
+
+def test_scratch_is_of_one_name():
+    a, b = scratch("a", (2, 3)), scratch("b", (2, 3))
+    a[:], b[:] = 1, 2
+    assert (a == 1).all()
+    assert scratch("a", (3,)).base is a.base
+
+
+def _fill(place, value):
+    opened(place)[:] = value
+
+
+def test_another_process_writes_to_a_part_of_a_shared_array():
+    array = recycled((4, 1000), is_shared=True)
+    array[:] = 1
+    assert place_of(recycled((4, 1000))) is None
+    process = multiprocessing.get_context("spawn").Process(target=_fill, args=(place_of(array[2, 100:200]), 9))
+    process.start()
+    process.join(60)
+    expected = np.ones((4, 1000), np.uint8)
+    expected[2, 100:200] = 9
+    assert np.array_equal(array, expected)

@@ -1,0 +1,32 @@
+"""Many examples of which some are damaged: each counted once, whoever reads them, and after a kill."""
+
+import pytest
+
+from tools import soak_data
+
+EXAMPLES = 3000
+
+
+@pytest.mark.slow
+def test_damaged_examples_are_counted_exactly_and_batches_are_the_same_for_all_readers(tmp_path):
+    file = soak_data.write_examples(tmp_path, EXAMPLES)
+    runs = {
+        "threads": soak_data.run([file], tmp_path / "threads.log", 0),
+        "processes": soak_data.run([file], tmp_path / "processes.log", 2),
+        "killed": soak_data.run([file], tmp_path / "killed.log", 2, kill_at=6),
+    }
+    expected = [batch["digest"] for batch in runs["threads"]]
+    assert len(expected) > 15
+    assert len(soak_data.damaged(EXAMPLES)) == 30
+    for name, batches in runs.items():
+        assert [name, *soak_data.problems(batches, EXAMPLES, expected)] == [name]
+
+
+@pytest.mark.slow
+def test_a_mixture_with_a_schedule_goes_on_after_a_kill_as_if_unbroken(tmp_path):
+    files = [soak_data.write_examples(tmp_path, 700, "most"), soak_data.write_examples(tmp_path, 90, "few")]
+    unbroken = soak_data.run(files, tmp_path / "threads.log", 0, batches=15)
+    killed = soak_data.run(files, tmp_path / "killed.log", 2, kill_at=7, batches=15)
+    for key in ("digest", "conversations", "rejected"):
+        assert [batch[key] for batch in killed] == [batch[key] for batch in unbroken]
+    assert len({batch["digest"] for batch in unbroken}) == 15
