@@ -294,10 +294,10 @@ def _histograms(views: Sequence[SourceView], configs: Sequence[DataConfig]) -> t
     titles = {
         "tokens": "Tokens of an example",
         "patches": "Patches of an example",
-        "largest_images": "Patches of the largest image of an example",
+        "largest_images": "Largest image of an example, in patches",
         "images": "Images and frames of an example",
         "turns": "Assistant turns of an example",
-        "learnt": "Tokens with a loss of an example",
+        "learnt": "Loss tokens of an example",
     }
     return tuple(
         histogram(title, {view.name: getattr(view.tally, key) for view in views}, limits[key])
