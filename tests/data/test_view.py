@@ -323,9 +323,9 @@ def test_the_beginning_of_a_run_is_what_training_draws_and_packs(data):
 def test_images_that_look_alike_are_shown_in_pairs(tmp_path, data):
     _, processor, config = data
     rng = np.random.default_rng(0)
-    scenes = [Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((160, 120)) for _ in range(3)]
+    scenes = [Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((480, 360)) for _ in range(3)]
     scenes[0].save(tmp_path / "0.png")
-    scenes[0].resize((120, 90)).save(tmp_path / "1.jpg", quality=70)
+    scenes[0].resize((400, 300)).save(tmp_path / "1.jpg", quality=90)
     scenes[1].save(tmp_path / "2.png")
     scenes[2].save(tmp_path / "3.png")
     scenes[1].save(tmp_path / "4.png")  # the same bytes: equal, not alike
