@@ -41,6 +41,10 @@ _STATES = 5  # batches from one saved state to the next
 _FLAT = 1.1  # of the memory of the middle of a run, at its end
 
 
+# worker processes, and whether they are killed
+RUNS = {"threads": (0, False), "1-process": (1, False), "2-processes": (2, False), "2-processes-killed": (2, True)}
+
+
 def damaged(count: int) -> list[int]:
     """Return the indices of the damaged examples among so many."""
     return np.sort(np.random.default_rng(1).permutation(count)[: count // EVERY]).tolist()
@@ -212,6 +216,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=100_000)
     parser.add_argument("--read", nargs="+", help="of the processes that it starts: the files to read")
     parser.add_argument("--batches", type=int)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--log", type=Path)
     parser.add_argument("--workers", type=int, default=0)
     arguments = parser.parse_args()
@@ -226,12 +231,8 @@ def main() -> None:
             f"{count:,} examples, {len(damaged(count)):,} damaged\n\n| run | batches | examples | rejected | s | MiB |"
         )
         print("| --- | --- | --- | --- | --- | --- |")
-        for title, workers, kill in (
-            ("threads", 0, False),
-            ("1 process", 1, False),
-            ("2 processes", 2, False),
-            ("2 processes, killed", 2, True),
-        ):
+        for title in arguments.runs:
+            workers, kill = RUNS[title]
             begin = time.perf_counter()
             kill_at = len(expected) // 3 if kill else None
             batches = run([file], folder / f"{title}.log", workers, kill_at=kill_at)
