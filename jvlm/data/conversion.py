@@ -150,7 +150,7 @@ def write_shards(
                 name.unlink()
         parts = [work.shard(folder, number, bar) for number in range(work.count)]
         rejected = [example for part in parts for example in part.rejected]
-        if not sum(part.written for part in parts):
+        if len(source) and not sum(part.written for part in parts):
             shutil.rmtree(folder)
             raise UserError(f"none of the {len(source)} examples can be used:\n{grouped(rejected)}")
         for name in sorted(work.names):
