@@ -168,6 +168,19 @@ def test_training_packs_videos_read_by_several_threads(tiny, folder):
     assert patches == sum(one.num_patches for one in whole) > 0
 
 
+@pytest.mark.slow
+def test_worker_processes_decode_videos_as_threads_do(tiny, folder):
+    (folder / "workers.jsonl").write_text("".join(json.dumps(example("a.mp4")) + "\n" for _ in range(4)))
+    sizes = {"batch_size": 1, "seq_len": 128, "max_patches": 512, "max_image_patches": 128}
+    data = DataConfig(train=(str(folder / "workers.jsonl"),), **sizes)
+    both = (data, dataclasses.replace(data, worker_processes=2))
+    runs = [[one.batch for one in training_data(tiny.processor, config, seed=0, epochs=1)[0]] for config in both]
+    assert len(runs[0]) == len(runs[1]) > 0
+    for here, there in zip(*runs, strict=True):
+        assert np.array_equal(here.patches, there.patches)
+        assert np.array_equal(here.tokens, there.tokens)
+
+
 def test_frames_are_stored_in_the_place_of_videos_and_train_alike(tiny, folder, tmp_path):
     settings = {"video": "a.mp4", "fps": 4.0, "start": 0.5}
     blocks = [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "?"}]
