@@ -169,7 +169,7 @@ def test_settings_survive_their_files(tiny, tmp_path):
     hf.write_sidecars(tmp_path, processor.model, processor, "float32")
     assert hf.load_processor(tmp_path, processor.model).config == processor.config
     (tmp_path / "jvlm_processor.json").unlink()
-    assert hf.load_processor(tmp_path, processor.model).config == ProcessorConfig(image=processor.image_config)
+    assert hf.load_processor(tmp_path, processor.model).config == ProcessorConfig(processor.image_config, "json")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 60), (60, 1)])
