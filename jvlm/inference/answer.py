@@ -47,6 +47,10 @@ class Step:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
+    def behind(self, first: Step, finish_reason: FinishReason | None = None) -> Step:
+        """Return the step that does what another did and then this one, perhaps for another reason."""
+        return Step(first.text + self.text, finish_reason or self.finish_reason, self.stop_reason)
+
 
 class Answer:
     """The tokens and the text of one of a request's answers.
@@ -68,6 +72,12 @@ class Answer:
         self._stops = StopTexts(sampling.stop, sampling.include_stop)
         self.tokens: list[int] = []
         self.ended = False
+
+    def finish(self) -> Step:
+        """End the answer: nothing may follow its last token."""
+        self.ended = True
+        text, stop = self._stops.add(self._text.finish())
+        return Step(text + self._stops.finish(), "stop", stop)
 
     def add(self, token: int) -> Step:
         """Take the next token."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -93,7 +93,7 @@ class Constraints:
         allowed = ~banned
         allowed[list(self.ends)] = False
         self.free = pack_bits(allowed)
-        self.end_bits = pack_bits(np.isin(np.arange(vocab_size), list(self.ends)))
+        self.end_bits = self.bits(self.ends)
         self._tokenizer: Any = None
         self.blank_bits = np.zeros_like(self.free)
         self._checker: GrammarChecker | None = None
@@ -112,15 +112,19 @@ class Constraints:
                 self._checker = GrammarChecker()
         self._checker.check(text)
 
-    def start(self, grammar: Grammar) -> GrammarConstraint:
-        """Return the constraint of one answer. The grammar has passed `check`."""
+    def start(self, grammar: Grammar, ends: Collection[int] | None = None) -> GrammarConstraint:
+        """Return the constraint of one answer. The grammar has passed `check`.
+
+        Args:
+          ends: tokens that end this answer; None: the model's.
+        """
         self._prepare()
         library = require("llguidance")
         limits = library.LLParserLimits(verbose_errors=False)
         matcher = library.LLMatcher(self._tokenizer, grammar_text(grammar, self.processor), log_level=0, limits=limits)
         if matcher.is_error():
             raise GrammarError(f"the grammar cannot be used: {matcher.get_error()[:500]}")
-        return GrammarConstraint(self, matcher, grammar.after)
+        return GrammarConstraint(self, matcher, grammar.after, self.ends if ends is None else frozenset(ends))
 
     def close(self) -> None:
         """Stop the process that checks grammars."""
@@ -128,6 +132,10 @@ class Constraints:
             if self._checker is not None:
                 self._checker.close()
                 self._checker = None
+
+    def bits(self, tokens: Collection[int]) -> np.ndarray:
+        """Return the bits of some tokens, int32 [W]."""
+        return pack_bits(np.isin(np.arange(self.vocab_size), list(tokens)))
 
     def is_blank(self, token: int) -> bool:
         """Return whether a token is white space."""
@@ -160,10 +168,12 @@ class GrammarConstraint:
 
     Args:
       after: text that must have come before the grammar begins; before it any token but an end may come.
+      ends: tokens that end the answer.
     """
 
-    def __init__(self, constraints: Constraints, matcher: Any, after: str | None):
-        self._all, self._matcher, self._after = constraints, matcher, after
+    def __init__(self, constraints: Constraints, matcher: Any, after: str | None, ends: frozenset[int]):
+        self._all, self._matcher, self._after, self._ends = constraints, matcher, after, ends
+        self._end_bits = constraints.bits(ends)
         self._tokens: list[int] = []
         self._kinds: list[str] = []  # of each token: "free", "blank", "grammar" or "end"
         self._count = dict.fromkeys(("free", "blank", "grammar", "end"), 0)
@@ -179,12 +189,13 @@ class GrammarConstraint:
         """Set the bits of the tokens that may come next, int32 [W]. Raises GrammarError if there are none."""
         words[:] = self._all.free
         if not self._begun:
+            words &= ~self._end_bits
             return
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         self._check()
         words &= self._mask
         if self._matcher.is_accepting():
-            words |= self._all.end_bits
+            words |= self._end_bits
         if self._may_be_blank():
             words |= self._all.blank_bits
         if not words.any():
@@ -218,7 +229,7 @@ class GrammarConstraint:
     def _kind(self, token: int) -> str:
         if not self._begun:
             return "free"
-        if token in self._all.ends and self._matcher.is_accepting():
+        if token in self._ends and self._matcher.is_accepting():
             return "end"
         if self._may_be_blank() and self._all.is_blank(token) and not self._matcher.validate_tokens([token]):
             return "blank"
@@ -275,74 +286,3 @@ def forced(words: np.ndarray, token: int) -> None:
     """Let one token alone come next."""
     words[:] = 0
     words[token // 32] = np.uint32(1 << token % 32).astype(np.int32)
-
-
-class ThinkingBudget:
-    """Ends the thinking of one answer after so many tokens, by the tokens of ``</think>``.
-
-    Args:
-      free: bits of the tokens that may come where nothing else is said, int32 [W].
-      end_bits: of the tokens that end an answer; while it thinks they may not come.
-      closing: tokens that end the thinking.
-      budget: tokens of the thinking.
-      inner: constraint of the answer, which sees the thinking too.
-    """
-
-    def __init__(
-        self,
-        free: np.ndarray,
-        end_bits: np.ndarray,
-        closing: Iterable[int],
-        budget: int,
-        inner: TokenConstraint | None = None,
-    ):
-        self._free, self._end_bits, self._closing = free, end_bits, tuple(closing)
-        self._budget, self._inner = budget, inner
-        self._tokens: list[int] = []
-        self._closed_at: int | None = None
-
-    @property
-    def is_complete(self) -> bool:
-        """Return whether nothing but an end token may follow."""
-        return self._inner is not None and self._inner.is_complete
-
-    @property
-    def is_idle(self) -> bool:
-        """Return whether the thinking has ended."""
-        return self._closed_at is not None
-
-    def fill(self, words: np.ndarray) -> None:
-        """Set the bits of the tokens that may come next, int32 [W]."""
-        if self._closed_at is None and len(self._tokens) >= self._budget:
-            forced(words, self._closing[self._matched()])
-        elif self._closed_at is None:
-            words[:] = self._free
-        elif self._inner is not None:
-            self._inner.fill(words)
-        else:
-            words[:] = self._free | self._end_bits
-
-    def accept(self, token: int) -> None:
-        """Take the token that came."""
-        self._tokens.append(token)
-        if self._inner is not None:
-            self._inner.accept(token)
-        if self._closed_at is None and self._matched() == len(self._closing):
-            self._closed_at = len(self._tokens)
-
-    def rollback(self, count: int) -> None:
-        """Take back the last tokens."""
-        if not count:
-            return
-        del self._tokens[-count:]
-        if self._inner is not None:
-            self._inner.rollback(count)
-        if self._closed_at is not None and len(self._tokens) < self._closed_at:
-            self._closed_at = None
-
-    def _matched(self) -> int:
-        """Return how many tokens of the closing the last ones are."""
-        for count in range(min(len(self._closing), len(self._tokens)), 0, -1):
-            if tuple(self._tokens[-count:]) == self._closing[:count]:
-                return count
-        return 0

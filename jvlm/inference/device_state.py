@@ -37,11 +37,14 @@ class Sampled:
       tokens: int32 [B].
       rows: (place, group, row) of the sequences among them.
       logprobs: of all B, where one of the requests wants them.
+      guesses: for places behind a drafted token: how many are drafted before, and that token. What is drawn there
+        counts if the place before drew it.
     """
 
     tokens: Any
     rows: tuple[tuple[int, int, Row], ...]
     logprobs: Logprobs | None
+    guesses: Mapping[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
 def image_room(config: VLMConfig, patches: int) -> int:
@@ -228,26 +231,45 @@ class DeviceState:
         return found
 
     def decode(self, plans: Mapping[int, Decode], active: Mapping[str, Any]) -> list[Sampled]:
-        """Run the last token of every sequence."""
+        """Run the last token of every sequence, and the drafted ones behind it."""
         self._copy({group: plan.copies for group, plan in plans.items()})
         adapters = {group: [_adapter(active, row) for row in plan.rows] for group, plan in plans.items()}
         rows, per_group = plan_arrays.decode_rows(plans, self.shapes, adapters)
         B, W = rows.rows.shape[0], rows.rows.shape[1] - programs.TABLE
         self._count(f"decode {B} of {W} pages", sum(len(plan.rows) for plan in plans.values()), B)
-        logits = self._run_decode(rows)
-        at = [(group * per_group + i, group, row) for group, plan in plans.items() for i, row in enumerate(plan.rows)]
-        return [self._draw(logits, at, active)]
+        drafts = plan_arrays.drafted(plans, per_group, self.shapes, self.engine.sizes.draft_tokens)
+        logits = self._run_decode(rows, drafts)
+        at: list[tuple[int, int, Row]] = []
+        guesses: dict[int, tuple[int, int]] = {}
+        for group, plan in plans.items():
+            for i, row in enumerate(plan.rows):
+                place = (group * per_group + i) * (1 + drafts.shape[1])
+                for j in range(1 + int(plan.drafted[i])):
+                    at.append((place + j, group, dataclasses.replace(row, draw=row.draw + j) if j else row))
+                    if j:
+                        guesses[place + j] = j, int(plan.tokens[i, j])
+        return [dataclasses.replace(self._draw(logits, at, active, guesses), guesses=guesses)]
 
-    def _run_decode(self, rows: DecodeRows):
+    def _run_decode(self, rows: DecodeRows, drafts: np.ndarray):
         rows = DecodeRows(self.programs.put(rows.rows, "batch", None))
         logits, self._cache = self.programs.decode(
-            self.engine._decoder_leaves, self._pages(), self._last_tokens(), rows
+            self.engine._decoder_leaves,
+            self._pages(),
+            self._last_tokens(),
+            rows,
+            self.programs.put(drafts, "batch", None) if drafts.shape[1] else None,
         )
         return logits
 
     # -- drawing
 
-    def _draw(self, logits, at: Sequence[tuple[int, int, Row]], active: Mapping[str, Any]) -> Sampled:
+    def _draw(
+        self,
+        logits,
+        at: Sequence[tuple[int, int, Row]],
+        active: Mapping[str, Any],
+        guesses: Mapping[int, tuple[int, int]] | None = None,
+    ) -> Sampled:
         """Draw the next token of some rows of logits."""
         slots = np.full(len(logits), len(self._params), np.int32)
         steps = np.zeros(len(logits), np.int32)
@@ -262,6 +284,8 @@ class DeviceState:
         kind = kind_for(kinds)
         arrays = SamplingArrays(self._arrays.ints[slots], self._arrays.floats[slots])
         arrays.ints[:, STEP] = steps
+        if kind.masks:
+            mask = _mask(len(logits), self.engine.constraints.words, at, active, guesses or {})
         chosen = self._sample(kind, logits, arrays, mask)
         found = self.programs.logprobs(logits, chosen) if scores else None
         return Sampled(chosen, tuple(at), found)
@@ -443,10 +467,14 @@ class DeviceState:
             for W in s.tables:
                 empty = np.zeros((rows * D, programs.TABLE + W), np.int32)
                 empty[:, programs.SLOT] = len(self._params)
-                logits = timed(
-                    f"decode {rows * D} of {W} pages", lambda empty=empty: self._run_decode(DecodeRows(empty))
-                )
-            self._warm_sampling(timed, logits)
+                for K in sorted({0, self.engine.sizes.draft_tokens}):
+                    drafts = np.zeros((rows * D, K), np.int32)
+                    logits = timed(
+                        f"decode {rows * D} of {W} pages" + (f" with {K} drafted tokens" if K else ""),
+                        lambda empty=empty, drafts=drafts: self._run_decode(DecodeRows(empty), drafts),
+                    )
+                    if s.tables[-1] == W:
+                        self._warm_sampling(timed, logits)
         pages = np.zeros((D, _COPIES), np.int32)
         self._cache = timed("copies", lambda: self.programs.copy_pages(self._pages(), pages, pages))
         self._cache = timed("scrubbing", lambda: self.programs.scrub_pages(self._pages(), pages))
@@ -467,6 +495,26 @@ class DeviceState:
         for number, kind in enumerate(KINDS):
             chosen = timed(f"sample {B}, kind {number}", lambda k=kind: self._sample(k, logits, arrays, mask))
         timed(f"log-probabilities of {B}", lambda: self.programs.logprobs(logits, chosen))
+
+
+def _mask(
+    count: int,
+    width: int,
+    at: Sequence[tuple[int, int, Row]],
+    active: Mapping[str, Any],
+    guesses: Mapping[int, tuple[int, int]],
+) -> np.ndarray:
+    """Return the bits of the tokens that may come in each row of logits; all of them where nothing is said."""
+    mask = np.full((count, width), -1, np.int32)
+    for place, _, row in at:
+        masks = active[row.request_id].masks
+        if masks is None or place in guesses:
+            continue
+        drafts = []
+        while guesses.get(place + len(drafts) + 1, (0, 0))[0] == len(drafts) + 1:
+            drafts.append(guesses[place + len(drafts) + 1][1])
+        mask[place : place + 1 + len(drafts)] = masks.of_drafts(row.index, drafts) if drafts else masks.words[row.index]
+    return mask
 
 
 def _adapter(active: Mapping[str, Any], row: Row) -> int:

@@ -26,11 +26,14 @@ from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.inference import not_finite, shapes, sharding, token_rules
+from jvlm.inference.active import Active, Launched
 from jvlm.inference.answer import Answer
+from jvlm.inference.answer_masks import AnswerMasks
+from jvlm.inference.constrain import Constraints, GrammarError
 from jvlm.inference.device_state import DeviceState, Sampled
 from jvlm.inference.programs import ModuleDef, Programs
 from jvlm.inference.requests import EngineConfig, EngineStats, Event, Request, SamplingParams, TokenLogprob
-from jvlm.inference.sampling import NOT_FINITE, SamplingConfig
+from jvlm.inference.sampling import NOT_FINITE, SamplingConfig, has_rules
 from jvlm.inference.scheduling.config import SchedulerConfig
 from jvlm.inference.scheduling.plans import Encode, Plan, Prefill, Result, Row
 from jvlm.inference.scheduling.scheduler import Scheduler
@@ -43,36 +46,6 @@ from jvlm.parallel.layout import MeshLayout
 from jvlm.weights.finite import BrokenWeights
 
 PATCH_STEP = 16
-
-
-@dataclasses.dataclass
-class _Active:
-    """A request in the engine.
-
-    Attributes:
-      group: whose scheduler has it; -1 while it waits for larger shapes.
-      answers: one for each of its ``n``.
-    """
-
-    request: Request
-    spec: SequenceSpec
-    need: Need
-    adapter: int
-    ends: frozenset[int]
-    answers: list[Answer]
-    group: int = -1
-    cached: int = 0
-    prompt_logprobs: list[TokenLogprob | None] | None = None
-    reported: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class _Launched:
-    """A plan of each group that was given to the device, and the tokens that it draws."""
-
-    plans: Mapping[int, Plan]
-    sampled: Sequence[Sampled]
-    began: float
 
 
 class Engine:
@@ -99,14 +72,16 @@ class Engine:
         self.ahead = jax.default_backend() != "cpu" if config.ahead is None else config.ahead
         self.layout = sharding.check_layout(layout, model.config)
         self.banned, self.banned_first = token_rules.never_given(model.config, processor)
+        ends = token_rules.end_tokens(model.config, processor)
+        self.constraints = Constraints(processor, model.config.decoder.vocab_size, ends, self.banned)
         self.groups = 1 if self.layout is None else self.layout.num_shards(self.layout.mesh_axes("batch"))
         self.shapes: Shapes | None = None
         self._device: DeviceState | None = None
         self._schedulers: list[Scheduler] = []
         self._given: list[Any] = []
-        self._active: dict[str, _Active] = {}
+        self._active: dict[str, Active] = {}
         self._held: deque[str] = deque()  # requests that need larger shapes
-        self._launched: deque[_Launched] = deque()
+        self._launched: deque[Launched] = deque()
         self._early: list[Event] = []
         self._mail: dict[str, deque[Event]] = {}
         self._success: collections.Counter[str] = collections.Counter()
@@ -211,8 +186,8 @@ class Engine:
         sampling, example = request.sampling, request.example
         limit = min(sampling.max_tokens, self.answer_limit(example))
         self._check_ids(sampling)
-        if sampling.grammar is not None:
-            raise UserError("sampling.grammar: answers under a grammar are not served by this engine")
+        ends = self.stop_tokens(sampling)
+        masks = AnswerMasks.of(self.constraints, sampling, ends, example.tokens)
         chosen = several.numbers(self._adapter_names, [request.adapter])
         adapter = 0 if chosen is None else int(chosen[0])
         key = self._adapter_keys.get(request.adapter, (b"", b""))
@@ -226,11 +201,11 @@ class Engine:
             encoder_adapter=key[1],
             salt=request.cache_salt,
             whole_prompt=sampling.prompt_logprobs is not None,
-            needs_last_token=sampling.grammar is not None,
+            needs_last_token=masks is not None,
+            draft_tokens=0 if has_rules(sampling) else self.sizes.draft_tokens,
         )
-        ends = self.stop_tokens(sampling)
         answers = [Answer(request, self.processor, ends, limit) for _ in range(sampling.n)]
-        active = _Active(request, spec, self._need(spec, example, limit), adapter, ends, answers)
+        active = Active(request, spec, self._need(spec, example, limit), adapter, ends, answers, masks)
         if sampling.prompt_logprobs is not None:
             active.prompt_logprobs = [None] * example.length
         if self.shapes is not None and self._ready_at is not None and not self.shapes.holds(active.need):
@@ -244,7 +219,7 @@ class Engine:
         else:
             self._begin(active)
 
-    def _begin(self, active: _Active) -> None:
+    def _begin(self, active: Active) -> None:
         loads = [sum(a.group == g for a in self._active.values()) for g in range(self.groups)]
         group = min(range(self.groups), key=loads.__getitem__)
         limit = self._schedulers[group].add(active.spec)
@@ -372,10 +347,10 @@ class Engine:
                 sampled = self._device.prefill(plans, self._active)
             else:
                 sampled = self._device.decode(plans, self._active)
-            self._launched.append(_Launched(plans, sampled, began))
+            self._launched.append(Launched(plans, sampled, began))
         return bool(by_kind)
 
-    def _read(self, launched: _Launched) -> list[Event]:
+    def _read(self, launched: Launched) -> list[Event]:
         events: list[Event] = []
         results: dict[int, dict[int, Result]] = {group: {} for group in launched.plans}
         broken: list[tuple[int, Row]] = []
@@ -383,19 +358,22 @@ class Engine:
             tokens = np.asarray(sampled.tokens)
             values = None if sampled.logprobs is None else jax.device_get(sampled.logprobs)
             for place, group, row in sampled.rows:
-                scheduler = self._schedulers[group]
+                scheduler, before = self._schedulers[group], results[group].get(row.sequence)
+                guess = sampled.guesses.get(place)
+                if guess is not None and not _follows(before, *guess):
+                    continue
                 if not scheduler.is_current(row):
                     if tokens[place] == NOT_FINITE:
                         broken.append((group, row))
                     continue
-                token = int(tokens[place])
+                token, given = int(tokens[place]), () if before is None else before.tokens
                 if token == NOT_FINITE:
                     broken.append((group, row))
-                    results[group][row.sequence] = Result((0,), True)  # no token, and no other result
+                    results[group][row.sequence] = Result((*given, 0), True)  # no token, and no other result
                     continue
                 event, ended = self._event(row, token, None if values is None else (values, place))
                 events.append(event)
-                results[group][row.sequence] = Result((token,), ended)
+                results[group][row.sequence] = Result((*given, token), ended)
         self._take_prompt_logprobs(launched, events)
         self._idle_since = None if self._launched or not self._active else time.perf_counter()
         seconds = time.perf_counter() - launched.began
@@ -409,7 +387,13 @@ class Engine:
     def _event(self, row: Row, token: int, values: tuple[Any, int] | None) -> tuple[Event, bool]:
         active = self._active[row.request_id]
         answer, sampling = active.answers[row.index], active.request.sampling
-        step = answer.add(token)
+        step, error = answer.add(token), None
+        if active.masks is not None and step.finish_reason is None:
+            try:
+                if active.masks.accept(row.index, token):
+                    step = answer.finish().behind(step)
+            except GrammarError as problem:
+                step, error = answer.finish().behind(step, "error"), problem
         logprob = None
         if values is not None and sampling.logprobs is not None:
             logprob = _logprob(values[0], values[1], token, sampling.logprobs)
@@ -423,12 +407,13 @@ class Engine:
             logprob,
             step.finish_reason,
             step.stop_reason,
+            error,
             prompt_tokens=len(active.spec.tokens),
             cached_tokens=active.cached,
         )
         return event, step.finish_reason is not None
 
-    def _take_prompt_logprobs(self, launched: _Launched, events: list[Event]) -> None:
+    def _take_prompt_logprobs(self, launched: Launched, events: list[Event]) -> None:
         """Keep those of a chunk; the first event of a request tells them."""
         for plan in launched.plans.values():
             for chunk in plan.chunks if isinstance(plan, Prefill) else ():
@@ -451,7 +436,7 @@ class Engine:
             given = None if active.prompt_logprobs is None else tuple(active.prompt_logprobs)
             events[i] = dataclasses.replace(event, cached_tokens=active.cached, prompt_logprobs=given)
 
-    def _broken(self, rows: Sequence[tuple[int, Row]], launched: _Launched) -> list[Event]:
+    def _broken(self, rows: Sequence[tuple[int, Row]], launched: Launched) -> list[Event]:
         """End requests whose scores are not finite, and leave nothing of them in pages that others will get."""
         events = []
         for group, row in rows:
@@ -467,7 +452,7 @@ class Engine:
             events.append(Event(row.request_id, row.index, finish_reason="error", error=error))
         return events
 
-    def _forget_ended(self, launched: _Launched) -> None:
+    def _forget_ended(self, launched: Launched) -> None:
         for sampled in launched.sampled:
             for _, _, row in sampled.rows:
                 active = self._active.get(row.request_id)
@@ -564,7 +549,8 @@ class Engine:
 
         names = (
             "num_requests_running num_requests_waiting prefix_cache_queries prefix_cache_hits mm_cache_queries "
-            "mm_cache_hits num_preemptions generation_tokens"
+            "mm_cache_hits num_preemptions generation_tokens spec_decode_num_draft_tokens "
+            "spec_decode_num_accepted_tokens"
         )
         computed, cached = summed("prompt_tokens"), summed("prefix_cache_hits")
         return EngineStats(
@@ -581,6 +567,11 @@ class Engine:
             padding_ratio={} if self._device is None else self._device.padding,
             host_gap_seconds=self._host_gap,
         )
+
+
+def _follows(before: Result | None, count: int, guess: int) -> bool:
+    """Return whether a place behind ``count`` drafted tokens counts: all were drawn, the last of them ``guess``."""
+    return before is not None and not before.ended and len(before.tokens) == count and before.tokens[-1] == guess
 
 
 def _pages_of(row: Row, plan: Plan) -> np.ndarray:

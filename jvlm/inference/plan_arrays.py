@@ -127,7 +127,7 @@ def decode_rows(
     """Return the rows of a step, and how many each group has. ``adapters`` are the numbers of each plan's rows."""
     per_group = smallest(shapes.decode_rows, max(len(plan.rows) for plan in plans.values()))
     T = shapes.page_size
-    used = max(int(plan.starts.max()) // T + 1 for plan in plans.values())
+    used = max((int(plan.starts.max()) + plan.tokens.shape[1] - 1) // T + 1 for plan in plans.values())
     W, total = smallest(shapes.tables, used), per_group * shapes.groups
     rows = np.zeros((total, programs.TABLE + W), np.int32)
     rows[:, programs.SLOT] = shapes.slots * shapes.groups
@@ -142,6 +142,16 @@ def decode_rows(
         width = min(W, plan.tables.shape[1])
         rows[span, programs.TABLE : programs.TABLE + width] = plan.tables[:, :width]
     return DecodeRows(rows), per_group
+
+
+def drafted(plans: Mapping[int, Decode], per_group: int, shapes: Shapes, most: int) -> np.ndarray:
+    """Return the drafted tokens of a step, int32 [B, K]: K is 0 if there are none, else ``most``."""
+    K = most if any(plan.tokens.shape[1] > 1 for plan in plans.values()) else 0
+    found = np.zeros((per_group * shapes.groups, K), np.int32)
+    for group, plan in plans.items():
+        rows = slice(group * per_group, group * per_group + len(plan.rows))
+        found[rows, : plan.tokens.shape[1] - 1] = plan.tokens[:, 1:]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,7 +126,8 @@ class Programs:
         ``places`` [D, F] says where in the pool each vision token goes; those beyond the pool are dropped.
       prefill: ``(decoder leaves, cache, pool, chunks, adapters) -> (hidden states [D, C, width], cache)``, donated.
       head: ``(decoder leaves, hidden states, last [D, R]) -> logits`` [D R, V] of some tokens.
-      decode: ``(decoder leaves, cache, tokens, rows) -> (logits [B, V], cache)``, donated.
+      decode: ``(decoder leaves, cache, tokens, rows[, drafts [B, K]]) -> (logits [B (1 + K), V], cache)``, donated:
+        of the last token of each sequence and of K drafted ones behind it.
       sample: ``(kind, logits, tokens, rules, arrays, banned, mask) -> (chosen [B], tokens [S + 1], rules)``, tokens and
         rules donated. The tokens are the last of each slot; the last place is for rows of padding.
       logprobs: ``(logits, chosen) -> Logprobs``.
@@ -228,18 +229,21 @@ class Programs:
             logits = self.decoder.bind(leaves).logits(found)
             return logits.reshape(-1, logits.shape[-1])
 
-    def _decode(self, leaves, cache, tokens, rows: DecodeRows):
+    def _decode(self, leaves, cache, tokens, rows: DecodeRows, drafts: Int[Array, "B K"] | None = None):
         rows = rows.rows
         token = jnp.where(rows[:, TOKEN] < 0, tokens[rows[:, SLOT]], rows[:, TOKEN])
         token = jnp.maximum(token, 0)  # after scores that were not finite there is none
         adapters = rows[:, ADAPTER] if self.adapted else None
         with device_ops.use(self.ops), several.choosing(adapters):
             decoder = self.decoder.bind(leaves)
-            positions = jnp.broadcast_to(rows[:, POSITION, None, None], (len(rows), 1, 3))
-            inputs = DecoderInputs(decoder.embed(token[:, None]), positions, rows[:, VALID, None])
+            new = token[:, None] if drafts is None else jnp.concatenate([token[:, None], drafts], axis=1)
+            positions = rows[:, POSITION, None] + jnp.arange(new.shape[1])
+            positions = jnp.broadcast_to(positions[..., None], (*new.shape, 3))
+            valid = jnp.broadcast_to(rows[:, VALID, None], new.shape)
+            inputs = DecoderInputs(decoder.embed(new), positions, valid)
             step = DecodeStep(rows[:, START], rows[:, TABLE:], rows[:, SLOT])
             hidden, cache, _ = decoder(inputs, cache=cache, step=step)
-            return decoder.logits(hidden[:, 0]), cache
+            return decoder.logits(hidden.reshape(-1, hidden.shape[-1])), cache
 
     def _sample(
         self,

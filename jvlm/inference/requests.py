@@ -67,6 +67,7 @@ class SamplingParams:
       logprobs: give the log-probability of each token and of so many of the likeliest; 0 is the token alone.
       prompt_logprobs: the same for the tokens of the prompt.
       grammar: what the answer must be.
+      thinking_budget: tokens after which thinking is ended by ``</think>``; None lets it go on.
       skip_special_tokens: leave special tokens out of the text.
 
     Raises:
@@ -94,6 +95,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    thinking_budget: int | None = None
     skip_special_tokens: bool = True
 
     def __post_init__(self):
@@ -109,6 +111,8 @@ class SamplingParams:
         self._whole("min_tokens", lambda n: n >= 0, "a whole number, at least 0")
         self._whole("n", lambda n: n >= 1, "a whole number, at least 1")
         self._whole("number", lambda n: 0 <= n < 2**31, "a whole number from 0 to 2**31 - 1")
+        if self.thinking_budget is not None:
+            self._whole("thinking_budget", lambda n: n >= 0, "null or a number of tokens")
         for field in ("logprobs", "prompt_logprobs"):
             if getattr(self, field) is not None:
                 self._whole(
@@ -138,6 +142,11 @@ class SamplingParams:
         value = getattr(self, field)
         if isinstance(value, bool) or not _finite(value) or not holds(value):
             raise UserError(f"sampling.{field} is {value!r}; it must be {wanted}")
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the host says for each token which ones may come."""
+        return self.grammar is not None or self.thinking_budget is not None
 
     @property
     def sampled(self) -> bool:
@@ -243,6 +252,7 @@ class EngineConfig:
         has.
       decode_slots: sizes of the decoding programs, the largest of them ``max_slots``; None chooses.
       prefix_cache: compute no page of a prompt twice.
+      draft_tokens: tokens that are guessed from what stood before, and verified in one step; 0 for none.
       ahead: start each step before the tokens of the last are read. None: wherever the backend is not CPU.
     """
 
@@ -255,6 +265,7 @@ class EngineConfig:
     feature_slots: int | None = None
     decode_slots: tuple[int, ...] | None = None
     prefix_cache: bool = True
+    draft_tokens: int = 0
     ahead: bool | None = None
 
 
@@ -270,6 +281,7 @@ class EngineStats:
       num_preemptions: answers that gave up their pages to others and were computed anew.
       prompt_tokens, prompt_tokens_cached, generation_tokens: since the start.
       request_success: finished answers by ``finish_reason``.
+      spec_decode_num_draft_tokens, spec_decode_num_accepted_tokens: guessed tokens, and those that were right.
       encoder_patches: patches that the vision tower has seen.
       compilations, compilations_after_ready: programs compiled, and those compiled after `Engine.warm_up`.
       steps: device programs run, by name.
@@ -290,6 +302,8 @@ class EngineStats:
     prompt_tokens_cached: int = 0
     generation_tokens: int = 0
     request_success: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    spec_decode_num_draft_tokens: int = 0
+    spec_decode_num_accepted_tokens: int = 0
     encoder_patches: int = 0
     compilations: int = 0
     compilations_after_ready: int = 0

@@ -110,15 +110,19 @@ class SamplingKind(NamedTuple):
         """Return the least kind, of `KINDS`, that serves a request."""
         draws = params.temperature > 0
         filters = draws and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
-        rules = (
-            params.repetition_penalty != 1
-            or params.presence_penalty != 0
-            or params.frequency_penalty != 0
-            or bool(params.logit_bias)
-            or params.allowed_token_ids is not None
-            or params.min_tokens > 0
-        )
-        return kind_for((cls(draws, filters, rules, params.grammar is not None),))
+        return kind_for((cls(draws, filters, has_rules(params), params.is_constrained),))
+
+
+def has_rules(params: SamplingParams) -> bool:
+    """Return whether a request asks anything of single tokens."""
+    return (
+        params.repetition_penalty != 1
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+        or bool(params.logit_bias)
+        or params.allowed_token_ids is not None
+        or params.min_tokens > 0
+    )
 
 
 # A closed set, so that all are compiled beforehand; each does all that those before it do.

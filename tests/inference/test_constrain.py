@@ -16,7 +16,6 @@ from jvlm.inference.constrain import (
     Constraints,
     GrammarChecker,
     GrammarError,
-    ThinkingBudget,
     fill_drafts,
     forced,
     pack_bits,
@@ -24,6 +23,7 @@ from jvlm.inference.constrain import (
 )
 from jvlm.inference.grammar_text import grammar_text
 from jvlm.inference.requests import Grammar
+from jvlm.inference.thinking import ThinkingBudget
 
 WIDTH, HEIGHT = 640, 480
 SCHEMA = {
@@ -265,8 +265,8 @@ def test_thinking_ends_when_its_budget_is_spent_in_one_answer_only(constraints):
         assert allowed(constraints, budget) == [token]
         assert len(allowed(constraints, other)) > 100
         budget.accept(token)
-    assert budget.is_idle
-    assert not other.is_idle
+    assert not budget.is_thinking
+    assert other.is_thinking
     assert ids(constraints, "z")[0] not in allowed(constraints, budget)
     budget.rollback(len(closing))
     assert allowed(constraints, budget) == [closing[0]]
@@ -278,7 +278,7 @@ def test_thinking_that_ends_by_itself_is_left_alone(constraints):
     for token in [*ids(constraints, "a b"), *closing]:
         assert not constraints.ends.intersection(allowed(constraints, budget))
         budget.accept(token)
-    assert budget.is_idle
+    assert not budget.is_thinking
     assert constraints.ends <= set(allowed(constraints, budget))
 
 
