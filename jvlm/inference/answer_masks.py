@@ -6,8 +6,10 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from jvlm.data.packing import Example
 from jvlm.inference.constrain import Constraints, TokenConstraint, fill_drafts
-from jvlm.inference.requests import SamplingParams
+from jvlm.inference.grammar_text import within_pictures
+from jvlm.inference.requests import Grammar, SamplingParams
 from jvlm.inference.thinking import CLOSING, OPENING, ThinkingBudget
 
 
@@ -26,22 +28,26 @@ class AnswerMasks:
 
     @classmethod
     def of(
-        cls, constraints: Constraints, sampling: SamplingParams, ends: Collection[int], prompt: Sequence[int]
+        cls, constraints: Constraints, sampling: SamplingParams, ends: Collection[int], prompt: Example
     ) -> AnswerMasks | None:
         """Return the masks of a request; None for one without constraints.
 
         Args:
           ends: tokens that end its answers.
-          prompt: its tokens, which tell whether they have begun to think.
+          prompt: its tokens tell whether the answer begins by thinking; its pictures, where boxes may be.
 
         Raises:
           UserError: a grammar that may not be used.
         """
         if not sampling.is_constrained:
             return None
-        if sampling.grammar is not None:
-            constraints.check(sampling.grammar)
-        return cls([_constraint(constraints, sampling, ends, prompt) for _ in range(sampling.n)], constraints.words)
+        grammar = sampling.grammar
+        if grammar is not None:
+            grammar = within_pictures(grammar, prompt, constraints.processor)
+            constraints.check(grammar)
+        tokens = prompt.tokens.tolist()
+        found = [_constraint(constraints, sampling, grammar, ends, tokens) for _ in range(sampling.n)]
+        return cls(found, constraints.words)
 
     def accept(self, index: int, token: int) -> bool:
         """Take the token that came in an answer. Returns whether nothing may follow it.
@@ -64,19 +70,23 @@ class AnswerMasks:
 
 
 def _constraint(
-    constraints: Constraints, sampling: SamplingParams, ends: Collection[int], prompt: Sequence[int]
+    constraints: Constraints,
+    sampling: SamplingParams,
+    grammar: Grammar | None,
+    ends: Collection[int],
+    prompt: Sequence[int],
 ) -> TokenConstraint:
-    grammar = None if sampling.grammar is None else constraints.start(sampling.grammar, ends)
+    inner = None if grammar is None else constraints.start(grammar, ends)
     if sampling.thinking_budget is None:
-        return grammar
+        return inner
     encode = constraints.processor.tokenizer.encode
     opening = encode(OPENING, add_special_tokens=False)
-    begun = OPENING in constraints.text([int(i) for i in prompt[-2 - len(opening) :]])
+    begun = OPENING in constraints.text(prompt[-2 - len(opening) :])
     return ThinkingBudget(
         constraints.free,
         constraints.bits(ends),
         encode(CLOSING, add_special_tokens=False),
         sampling.thinking_budget,
-        grammar,
+        inner,
         () if begun else opening,
     )

@@ -187,7 +187,7 @@ class Engine:
         limit = min(sampling.max_tokens, self.answer_limit(example))
         self._check_ids(sampling)
         ends = self.stop_tokens(sampling)
-        masks = AnswerMasks.of(self.constraints, sampling, ends, example.tokens)
+        masks = AnswerMasks.of(self.constraints, sampling, ends, example)
         chosen = several.numbers(self._adapter_names, [request.adapter])
         adapter = 0 if chosen is None else int(chosen[0])
         key = self._adapter_keys.get(request.adapter, (b"", b""))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
 from types import ModuleType
 from typing import Any
 
+from jvlm.data.box_formats import FORMATS
+from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.inference.box_grammar import box_grammar
@@ -63,6 +66,23 @@ def grammar_text(grammar: Grammar, processor: Processor) -> str:
         return matcher.grammar_from_lark(convert.any_to_lark(value))
     except (convert.GbnfToLarkError, ValueError) as error:
         raise UserError(f"the grammar is not EBNF: {error}") from error
+
+
+def within_pictures(grammar: Grammar, example: Example, processor: Processor) -> Grammar:
+    """Return a grammar of boxes that stays within the pictures of a prompt, unless it says itself within what.
+
+    Of several pictures the largest width and height count: the text does not say which one a box is of.
+
+    Raises:
+      UserError: there is no picture.
+    """
+    if grammar.kind != "boxes" or grammar.image_size is not None:
+        return grammar
+    if not example.sizes:
+        raise UserError("a grammar of boxes needs a picture, or image_size")
+    space = processor.config.box_space or FORMATS[processor.config.box_format].space
+    sizes = [sizes.original if space == "original" else sizes.resized for sizes in example.sizes]
+    return dataclasses.replace(grammar, image_size=(max(w for w, _ in sizes), max(h for _, h in sizes)))
 
 
 def _schema(matcher: Any, schema: dict[str, Any]) -> str:

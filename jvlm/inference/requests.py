@@ -31,7 +31,8 @@ class Grammar:
       value: the schema as JSON text, the expression, the grammar; None for "json_object" and "boxes".
       choices: of "choice".
       after: text that must have been generated before the grammar begins, "</think>" say; None begins at once.
-      image_size: (width, height) that coordinates of "boxes" stay within.
+      image_size: (width, height) that coordinates of "boxes" stay within, in the pixels that the model writes; None is
+        the prompt's pictures.
     """
 
     kind: GrammarKind

@@ -159,7 +159,7 @@ def test_answers_follow_their_grammar_and_their_neighbours_are_not_touched(tiny,
                 grammar=Grammar("choice", choices=("yes", "no"), after="</think>"), thinking_budget=4, **constrained
             ),
         ),
-        request(tiny, "second", 3, grammar=Grammar("boxes", image_size=size), **constrained),
+        request(tiny, "second", 3, grammar=Grammar("boxes"), **constrained),
         request(tiny, "first"),
         request(tiny, "swapped"),
     ]
