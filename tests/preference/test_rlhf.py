@@ -119,14 +119,24 @@ def test_dpo_begins_at_the_loss_of_a_coin_and_learns(trained):
     assert (values["command"], values["rlhf_type"]) == ("rlhf", "dpo")
 
 
-def test_the_line_is_written_as_a_config(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("line", "task", "kind"),
+    [
+        ("--dataset pairs.jsonl --rpo_alpha 1", PreferenceTask(sft_weight=1.0, **NEW), "pairs"),
+        ("--dataset labels.jsonl --rlhf_type kto", LabelledTask(**NEW), "labels"),
+        ("--dataset pairs.jsonl --rlhf_type rm", RewardTask(), "pairs"),
+    ],
+)
+def test_the_line_is_written_as_a_config(line, task, kind, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_pairs(tmp_path, 6)
-    line = "--dataset pairs.jsonl --rpo_alpha 1 --write_config dpo.py"
-    assert run(tmp_path, tiny, *line.split()) == 0
-    experiment = configs.load("dpo.py")
-    assert experiment.task == PreferenceTask(sft_weight=1.0, **NEW)
-    assert (experiment.data.preference, experiment.data.loss) == ("pairs", "last_answer")
+    write_labels(tmp_path, 6)
+    assert run(tmp_path, tiny, *line.split(), "--write_config", "made.py") == 0
+    experiment = configs.load("made.py")
+    assert experiment.task == task
+    assert (experiment.data.preference, experiment.data.loss) == (kind, "last_answer")
+    is_reward_model = isinstance(task, RewardTask)
+    assert experiment.adapt.labels == (1 if is_reward_model else None)
+    assert experiment.adapter.train_modules == (("score",) if is_reward_model else ())
 
 
 @pytest.mark.slow
