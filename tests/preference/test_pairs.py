@@ -167,6 +167,7 @@ def test_micro_batches_have_the_loss_of_one_batch(tiny, examples):
     assert abs(apart - together) > 1e-3
 
 
+@pytest.mark.slow
 def test_an_empty_batch_weighs_nothing_and_has_finite_gradients(tiny):
     values = tiny.processor.image_processor.patch_values
     batch = jax.tree.map(jnp.asarray, packing.assemble([[]], 64, 64, patch_values=values, position_values=2))
