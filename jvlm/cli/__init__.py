@@ -22,6 +22,7 @@ COMMANDS = {
     "reward-check": ("jvlm.cli.reward_check", "pair accuracy, length bias and blindness of a reward model"),
     "infer": ("jvlm.cli.infer", "answer with a checkpoint"),
     "export": ("jvlm.cli.export", "merge, quantise, check or upload a checkpoint"),
+    "eval": ("jvlm.cli.eval", "score a model, or a server, on benchmarks"),
     "merge-lora": ("jvlm.cli.merge_lora", "add an adapter to the model that it was trained on"),
     "train": ("jvlm.cli.train", "train, score, export and report an experiment"),
     "configs": ("jvlm.cli.configs", "list the experiments that come with jvlm"),
@@ -42,7 +43,16 @@ COMMANDS = {
     "data shard": ("jvlm.cli.data_convert", "another name of data convert"),
 }
 _GROUPS = {
-    "Fine-tuning, with ms-swift's arguments": ("sft", "pt", "rlhf", "reward-check", "infer", "export", "merge-lora"),
+    "Fine-tuning, with ms-swift's arguments": (
+        "sft",
+        "pt",
+        "rlhf",
+        "reward-check",
+        "infer",
+        "export",
+        "eval",
+        "merge-lora",
+    ),
     "Training from a config": ("train", "configs", "plan", "replay"),
     "Answers": ("generate", "chat"),
     "Scores": ("evaluate",),
@@ -53,7 +63,6 @@ _GROUPS = {
 # commands of ms-swift, and the nearest thing
 _ELSEWHERE = {
     "deploy": "jvlm merge-lora or jvlm export write the folder that vLLM, SGLang or llama.cpp serve",
-    "eval": "jvlm infer --val_dataset FILE --metric acc scores answers; so does evaluation.data of jvlm train",
     "app": "jvlm chat talks in the terminal",
     "web-ui": "jvlm chat talks in the terminal",
 }

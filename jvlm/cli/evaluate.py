@@ -48,6 +48,11 @@ class Evaluate:
       key_variable: environment variable that holds the server's key.
       box_form: how a model behind a server writes boxes.
       box_space: in which space its numbers are; None is that of --box_form.
+      judge: http://HOST:PORT/v1 of a server whose model judges answers, for tasks whose published scores are judged.
+      judge_model: the judge's name there; None is the only model.
+      training: training data in which the tasks' questions are looked for, by words and by pictures.
+      report: output folders of models to write one page about, beside --output.
+      elo: output folders of models that a judge is to compare pair by pair; the page has their ratings.
     """
 
     model: str | None = None
@@ -77,6 +82,11 @@ class Evaluate:
     key_variable: str = "OPENAI_API_KEY"
     box_form: FormatName = "json"
     box_space: CoordinateSpace | None = None
+    judge: str | None = None
+    judge_model: str | None = None
+    training: tuple[str, ...] = ()
+    report: tuple[str, ...] = ()
+    elo: tuple[str, ...] = ()
 
 
 def run(words: list[str]) -> int:
@@ -96,6 +106,8 @@ def evaluate(options: Evaluate) -> int:
         return 0
     if options.output is None:
         raise UserError("give --output DIR, for answers and scores")
+    if options.elo or options.report:
+        return _page(options)
     return _rescore(options, known) if options.rescore else _ask(options, known)
 
 
@@ -117,8 +129,11 @@ def _ask(options: Evaluate, known) -> int:
     given = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p")}
     decoding = {name: value for name, value in given.items() if value is not None}
     settings = Settings(options.limit, options.style, options.runs, options.shots, decoding)
-    records = evaluate(client(options), tasks, data, Path(options.output), settings)
+    output = Path(options.output)
+    judge = judge_of(options)
+    records = evaluate(client(options), tasks, data, output, settings, judge=judge, training=options.training)
     print(table(records))
+    _report(options, [options.output])
     return 0
 
 
@@ -134,9 +149,58 @@ def _rescore(options: Evaluate, known) -> int:
     if not names:
         raise UserError(f"{output} holds no answers to score; ask a model first, with --model")
     with verifier():
-        records = [score_task(task, output / task.name) for task in registry.choose(names, known)]
+        records = [
+            score_task(task, output / task.name, judge=judge_of(options)) for task in registry.choose(names, known)
+        ]
     print(table(records))
+    _report(options, [options.output])
     return 0
+
+
+def _page(options: Evaluate) -> int:
+    """Write a page about several models, with ratings if a judge is to make them."""
+    if not options.elo:
+        _report(options, options.report)
+        return 0
+    from jvlm.evaluation.duels import duels, record
+    from jvlm.evaluation.store import write_json, write_lines
+
+    judge = judge_of(options)
+    if judge is None:
+        raise UserError("--elo needs a judge: --judge http://HOST:PORT/v1")
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    judged = duels({Path(folder).name: Path(folder) for folder in options.elo}, judge)
+    values = record(judged, judge)
+    write_lines(output / "duels.jsonl", map(dataclasses.asdict, judged))
+    write_json(output / "elo.json", values)
+    for name, one in sorted(values["ratings"].items(), key=lambda pair: -pair[1]["value"]):
+        print(f"{name:<26} {one['value']:7.0f}  {one['low']:.0f} - {one['high']:.0f}")
+    _report(options, options.elo, elo=values, duels=judged)
+    return 0
+
+
+def _report(options: Evaluate, folders, **content) -> None:
+    from jvlm.evaluation.page import model_of, render, write_page
+
+    output = Path(options.output)
+    names = [Path(folder).name for folder in folders]
+    if len(set(names)) < len(names):
+        raise UserError(f"two folders have the name {max(names, key=names.count)}; give each model's its own")
+    models = [model_of(name, Path(folder)) for name, folder in zip(names, folders, strict=True)]
+    output.mkdir(parents=True, exist_ok=True)
+    write_page(output / "report.html", render(models, **content))
+    print(f"report: {output / 'report.html'}")
+
+
+def judge_of(options: Evaluate):
+    """Return the judge of the options; None without one."""
+    if options.judge is None:
+        return None
+    from jvlm.evaluation.judges import Judge
+
+    asked = dataclasses.replace(options, model=options.judge, served_model=options.judge_model)
+    return Judge(endpoint(asked), Path(options.output) / "judge.jsonl")
 
 
 def _compare(options: Evaluate) -> int:

@@ -25,6 +25,8 @@ from jvlm.evaluation.prompting import prompt, prompt_hash, shown
 from jvlm.evaluation.store import SCORE, SCORES, AnswerStore, Stored, write_json, write_lines
 from jvlm.evaluation.summaries import Scored
 from jvlm.evaluation.task import Item, Style, Task
+from jvlm.evaluation.thumbnails import Thumbnails
+from jvlm.json_files import read_object
 from jvlm.progress import Progress
 from jvlm.scoring.score import Score
 
@@ -65,8 +67,13 @@ def evaluate(
     settings: Settings = Settings(),
     *,
     judge: Judge | None = None,
+    training: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Ask and score tasks, one after another; what OUTPUT has already is not asked again. Returns their records.
+
+    Args:
+      judge: scores the answers of tasks whose published scores are judged; without one they are scored by rule.
+      training: files of training data in which the questions are looked for.
 
     Raises:
       UserError: files that are not there, of any task, before the first question; answers of other settings.
@@ -77,6 +84,8 @@ def evaluate(
     with verifier():
         for task, own in zip(tasks, rows, strict=True):
             seconds = ask(client, task, own, data, output / task.name, settings)
+            if training:
+                look_for(task, own, training, output / task.name, settings.limit)
             records.append(score_task(task, output / task.name, judge=judge, seconds=seconds, limit=settings.limit))
     return records
 
@@ -130,11 +139,13 @@ def ask(client: Client, task: Task, rows: Rows, data: Path, folder: Path, settin
             )
         shots = _Demonstrations(task, rows, data)
         waiting: dict[str, tuple[Item, int, str, str]] = {}
+        thumbnails = Thumbnails(folder)
 
         def prompts() -> Iterator[Prompt]:
             for item in chosen:
                 example = prompt(task, item, shots.of(item), style=settings.style)
                 mark = prompt_hash(example)
+                thumbnails.add(item)
                 for run in range(task.runs):
                     before = done.get((item.id, run))
                     if before is not None and before.prompt_hash != mark:
@@ -310,12 +321,36 @@ def score_task(
         "seconds": round(sum(one.seconds for one in replies) if seconds is None else seconds, 3),
         "prompt_tokens": sum(one.prompt_tokens or 0 for one in replies),
         "completion_tokens": sum(one.completion_tokens or 0 for one in replies),
+        "contamination": _contamination(folder, scored, task.summary),
         "published": dict(task.published),
         "paper": task.paper,
         "note": task.note,
     }
     write_json(folder / SCORE, record)
     return record
+
+
+CONTAMINATION = "contamination.json"
+
+
+def _contamination(folder: Path, scored: Sequence[Scored], name: str) -> dict[str, Any] | None:
+    """Return how many questions training data holds, and the score without them; None where nobody looked."""
+    if not (folder / CONTAMINATION).exists():
+        return None
+    known = read_object(folder / CONTAMINATION)
+    dirty = set(known["contaminated"])
+    clean = summaries.interval([one for one in scored if one.id not in dirty], name)
+    counted = {key: known[key] for key in ("questions", "by_text", "by_image", "training")}
+    return counted | {"value_without": clean and clean.value, "interval_without": clean and [clean.low, clean.high]}
+
+
+def look_for(task: Task, rows: Rows, files: Sequence[str], folder: Path, limit: int | None = None) -> None:
+    """Look for a task's questions in training data, and write down which are there."""
+    from jvlm.evaluation.contamination import TaskIndex, summary
+
+    index = TaskIndex(items(task, rows, limit, []))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONTAMINATION, {**summary(index, index.find(files)), "training": list(files)})
 
 
 def _fallback(task: Task) -> str | None:
@@ -349,6 +384,13 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         )
         if one["limit"]:
             lines.append(f"{'':<26} a random part of the task (--limit {one['limit']})")
+        if known := one.get("contamination"):
+            without = known["value_without"]
+            lines.append(
+                f"{'':<26} training data holds {known['by_text']} of {known['questions']} questions by their words, "
+                f"{known['by_image']} by their pictures; without these "
+                + ("nothing is left" if without is None else f"{unit * without:.1f}")
+            )
         if isinstance(one["judge"], str):
             lines.append(f"{'':<26} judge: {one['judge']}")
     return "\n".join(lines)

@@ -115,6 +115,10 @@ class EvaluationConfig:
       aim: percent of the questions with answers in words that must be right; where fewer are, `jvlm train` ends with
         status 3 after all files are written. None: any share will do.
       aim_iou: the same for the mean IoU of boxes, from 0 to 1.
+      tasks: benchmarks, by the names of jvlm evaluate --list, that the model is scored on during training.
+      tasks_data: folder with their files.
+      tasks_interval_steps: steps between these scores.
+      tasks_limit: questions of each that are asked, the same every time.
     """
 
     data: tuple[str, ...] = ()
@@ -126,10 +130,17 @@ class EvaluationConfig:
     before_training: bool = False
     aim: float | None = None
     aim_iou: float | None = None
+    tasks: tuple[str, ...] = ()
+    tasks_data: str | None = None
+    tasks_interval_steps: int = 500
+    tasks_limit: int = 100
 
     def __post_init__(self):
-        counts = dict.fromkeys(("max_new_tokens", "batch_size", "max_examples"), "[1, inf)")
+        names = ("max_new_tokens", "batch_size", "max_examples", "tasks_interval_steps", "tasks_limit")
+        counts = dict.fromkeys(names, "[1, inf)")
         check_fields(self, "evaluation.", {**counts, "aim": "[0, 100]", "aim_iou": "[0, 1]"})
+        if self.tasks and self.tasks_data is None:
+            raise UserError("evaluation.tasks needs evaluation.tasks_data, the folder with their files")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,7 @@ from jvlm.training.resume import CHANGES, prepare_folder
 from jvlm.training.run_storage import RunStorage
 from jvlm.training.source_curves import SourceCurves
 from jvlm.training.starting_model import base_of, start_model
+from jvlm.training.task_scores import TaskScores
 from jvlm.training.throughput import LearningRates, Throughput
 from jvlm.training.trainer import Trainer
 from jvlm.training.validation import Validation
@@ -198,11 +199,15 @@ def _train_one(
     pushes = ()
     if experiment.push.hub_model_id and experiment.push.every == "all":
         pushes = (push.PushCheckpoints(experiment, processor, storage.folder),)
+    tasks = ()
+    if experiment.evaluation.tasks:
+        tasks = (TaskScores(experiment.evaluation, processor, storage.folder),)
     trainer.hooks = (
         checkpointing,
         StorageSync(storage),
         StopRequests(),
         *validation,
+        *tasks,
         counters,
         DataRecord(draws, experiment, accepted=accepted),
         log,

@@ -1,0 +1,82 @@
+"""A model for lmms-eval, which imports this module through `jvlm.evaluation.lmms_eval_plugin`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lmms_eval.api.model import lmms
+
+from jvlm.cli.evaluate import Evaluate, client
+from jvlm.data.content import Conversation, Image, Message, Part, Text, Video
+from jvlm.evaluation.clients import FAILED, Prompt
+from jvlm.evaluation.task import Decoding
+
+
+class JVLM(lmms):
+    """Answers lmms-eval's requests with a model folder.
+
+    Args:
+      model: as of ``jvlm evaluate``.
+      batch_size: questions answered together.
+      options: further options of ``jvlm evaluate``: adapters, param_dtype, ...
+    """
+
+    is_simple = False
+
+    def __init__(self, model: str, batch_size: int | str = 8, **options: Any):
+        super().__init__()
+        known = {field.name for field in dataclasses.fields(Evaluate)}
+        own = {name: value for name, value in options.items() if name in known}
+        self._client = client(Evaluate(model=model, batch_size=int(batch_size), **own))
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Return the answers, in the order of the requests; a failed one as lmms-eval marks it."""
+        answers: dict[str, str] = {}
+        by_decoding: dict[Decoding, list[Prompt]] = {}
+        for number, request in enumerate(requests):
+            _, doc_to_messages, sampling, doc_id, task, split = request.args
+            messages = doc_to_messages(self.task_dict[task][split][doc_id])
+            prompt = Prompt(str(number), conversation(messages), number)
+            by_decoding.setdefault(decoding_of(sampling), []).append(prompt)
+        for decoding, prompts in by_decoding.items():
+            for reply in self._client.replies(prompts, decoding):
+                answers[reply.id] = f"{FAILED} {reply.error}]" if reply.error else reply.text
+        return [answers[str(number)] for number in range(len(requests))]
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Refuse: no task of ours is scored by likelihoods."""
+        raise NotImplementedError("jvlm answers; it gives lmms-eval no likelihoods")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Refuse."""
+        raise NotImplementedError("jvlm answers one turn at a time for lmms-eval")
+
+
+def conversation(messages: Sequence[Mapping[str, Any]]) -> Conversation:
+    """Return lmms-eval's messages as a conversation."""
+    counts = {Image: 0, Video: 0}
+    turns = []
+    for message in messages:
+        given = message["content"]
+        parts: list[Part] = []
+        for part in [{"type": "text", "text": given}] if isinstance(given, str) else given:
+            if part["type"] == "text":
+                parts.append(Text(part["text"]))
+                continue
+            source = part.get("url", part.get(part["type"]))
+            kind = Image if part["type"] == "image" else Video
+            number, counts[kind] = counts[kind], counts[kind] + 1
+            parts.append(Image(source, number) if kind is Image else Video(index=number, file=source))
+        turns.append(Message(message["role"], tuple(parts)))
+    return Conversation(tuple(turns))
+
+
+def decoding_of(sampling: Mapping[str, Any]) -> Decoding:
+    """Return lmms-eval's generation settings as ours; those that are not known there are left at their defaults."""
+    values = {"max_new_tokens": int(sampling.get("max_new_tokens", 1024)), "seed": 0}
+    if sampling.get("do_sample", True) and sampling.get("temperature"):
+        values["temperature"] = float(sampling["temperature"])
+        values |= {"top_p": float(sampling["top_p"])} if sampling.get("top_p") else {}
+    return Decoding(**values)

@@ -1,0 +1,63 @@
+"""Scores on benchmarks during training, on a part of each that stays the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+
+from jvlm.data.processor import Processor
+from jvlm.errors import UserError
+from jvlm.evaluation import registry
+from jvlm.evaluation.clients import LocalClient
+from jvlm.evaluation.files import Rows
+from jvlm.evaluation.run import Settings, evaluate
+from jvlm.inference import sharding
+from jvlm.models import vlm
+from jvlm.training.config import EvaluationConfig
+from jvlm.training.hooks import Hook, StepResult
+
+if TYPE_CHECKING:
+    from jvlm.training.trainer import Trainer
+
+FOLDER = "tasks"
+
+
+class TaskScores(Hook):
+    """Asks questions of benchmarks every so many steps, and writes the scores with their intervals into the log.
+
+    Answers and scores are in ``<run>/tasks/step-N``, as `jvlm evaluate` writes them.
+
+    Raises:
+      UserError: a task that is not known, or whose files are not there; several processes, of which each would ask.
+    """
+
+    def __init__(self, config: EvaluationConfig, processor: Processor, folder: Path):
+        if jax.process_count() > 1:
+            raise UserError("evaluation.tasks is for one process; score checkpoints with jvlm evaluate instead")
+        self._config, self._processor, self._folder = config, processor, folder / FOLDER
+        self._tasks = registry.choose(config.tasks, registry.tasks())
+        for task in self._tasks:
+            Rows(task.files, Path(config.tasks_data), task.name)
+
+    def is_due(self, trainer: Trainer, step: int) -> bool:
+        """Return whether the model after a step is scored."""
+        return step % self._config.tasks_interval_steps == 0
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Score the model, if it is time."""
+        if not self.is_due(trainer, trainer.step):
+            return
+        model = vlm.bind(trainer.template, {**trainer.state.params, **trainer.evaluated_params()})
+        layout = sharding.inference_layout(model.config, devices=jax.local_devices())
+        client = LocalClient(
+            model, self._processor, batch_size=self._config.batch_size, layout=layout, name=f"step {trainer.step}"
+        )
+        output, data = self._folder / f"step-{trainer.step}", Path(self._config.tasks_data)
+        values = {}
+        for record in evaluate(client, self._tasks, data, output, Settings(limit=self._config.tasks_limit)):
+            if record["value"] is not None:
+                values[record["task"]] = record["value"]
+                values[f"{record['task']}_low"], values[f"{record['task']}_high"] = record["interval"]
+        trainer.evaluated(values)
