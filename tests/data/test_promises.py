@@ -17,6 +17,7 @@ from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.families.idefics2.image_processor import Idefics2ImageConfig, edge_resize
 from jvlm.families.mm1_5.image_processor import TiledImageConfig
 from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig, largest_area, smart_resize, window_order
+from jvlm.families.qwen3_vl.image_processor import Qwen3ImageConfig
 from jvlm.training import resolve, starting_model
 from jvlm.training.supervised import supervised_loss
 from tests.parallel import models
@@ -170,6 +171,7 @@ def test_text_that_is_too_long_is_left_out_whatever_its_pictures_do(small):
         ("idefics2", Idefics2ImageConfig(980, 28, split=False), (900, 600)),
         ("mm1_5", TiledImageConfig(), (900, 600)),
         ("qwen2_5_vl", QwenImageConfig(), (900, 600)),
+        ("qwen3_vl", Qwen3ImageConfig(), (900, 600)),
     ],
 )
 def test_every_family_can_make_its_pictures_smaller_and_never_larger_on_the_way(architecture, limits, size):
