@@ -147,14 +147,26 @@ class Served:
     """A server on a port of this machine, in a thread. Use it as a context manager."""
 
     def __init__(
-        self, engine: Any, processor: Processor, *, loader: MediaLoader | None = None, slots: int = 32, **settings: Any
+        self,
+        engine: Any,
+        processor: Processor,
+        *,
+        loader: MediaLoader | None = None,
+        slots: int = 32,
+        vocabulary: int | None = None,
+        max_model_len: int = 4096,
+        **settings: Any,
     ):
         self.engine = engine
-        self.settings = ServerSettings(MODEL, max_model_len=4096, **settings)
-        self.async_engine = AsyncEngine(engine, hung_seconds=1.0)
+        self.settings = ServerSettings(MODEL, max_model_len=max_model_len, **settings)
+        self.async_engine = AsyncEngine(engine, hung_seconds=1.0 if isinstance(engine, ScriptedEngine) else 60.0)
         ends = frozenset({processor.tokenizer.eos_token_id})
         facts = ModelFacts(
-            default_values(processor.generation), len(processor.tokenizer), ends, 4096, self.settings.max_n
+            default_values(processor.generation),
+            vocabulary or len(processor.tokenizer),
+            ends,
+            max_model_len,
+            self.settings.max_n,
         )
         metrics = Metrics(MODEL, self.async_engine.stats, log=self.log)
         self.lines: list[str] = []
@@ -186,7 +198,8 @@ class Served:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.engine.hold.set()
+        if isinstance(self.engine, ScriptedEngine):
+            self.engine.hold.set()
         self._server.should_exit = True
         self._thread.join(20)
 

@@ -1,0 +1,55 @@
+"""``jvlm deploy``: the server, with ms-swift's arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Annotated
+
+from jvlm.cli.serve import check_installed, start
+from jvlm.errors import UserError
+from jvlm.options import FLAT
+from jvlm.swift import words as swift_words
+from jvlm.swift.arguments import ModelArguments
+
+
+def run(words: list[str]) -> int:
+    check_installed()
+    from jvlm.cli.model import ImageOptions, ModelOptions
+    from jvlm.server.arguments import ServerArguments
+
+    @dataclasses.dataclass(frozen=True)
+    class Deploy:
+        """Serve a model, with ms-swift's arguments.
+
+        Attributes:
+          model: the model, and how it reads conversations.
+          adapters: NAME=FOLDER of each adapter; requests name one as their model.
+          api_key: a key that callers must send; a file (--api_key_file) keeps it out of the list of processes.
+          server: where the server listens, who may ask, and how much.
+        """
+
+        model: Annotated[ModelArguments, FLAT] = ModelArguments()
+        adapters: tuple[str, ...] = ()
+        api_key: str | None = None
+        server: Annotated[ServerArguments, FLAT] = ServerArguments()
+
+    parsed = swift_words.parse(Deploy, words, "jvlm deploy")
+    for note in parsed.notes:
+        print(f"jvlm: {note}", file=sys.stderr)
+    options = parsed.arguments
+    if options.model.model is None:
+        raise UserError("jvlm deploy: give --model DIR")
+    unnamed = [word for word in options.adapters if "=" not in word]
+    if unnamed:
+        raise UserError(f"--adapters {unnamed[0]}: give NAME=FOLDER, requests name NAME as their model")
+    limits = {name: getattr(options.model, name, None) for name in ("min_pixels", "max_pixels")}
+    model = ModelOptions(
+        options.model.model,
+        options.adapters,
+        options.model.torch_dtype,
+        images=ImageOptions(**{name: value for name, value in limits.items() if value is not None}),
+        parallel=None,
+    )
+    keys = () if options.api_key is None else (("api_key", options.api_key),)
+    return start(model, options.server, keys)

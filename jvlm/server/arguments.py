@@ -1,0 +1,134 @@
+"""The arguments of ``jvlm serve`` and ``jvlm deploy``, with vLLM's names where there is one, and what they mean."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from jvlm.errors import UserError
+from jvlm.server.keys import read_keys
+from jvlm.server.settings import MIB, HTTPLimits, MediaRules, ServerSettings
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerArguments:
+    """Where the server listens, who may ask, and how much.
+
+    Attributes:
+      host: address to listen at; other machines reach none but this one's own by default.
+      port: port to listen at.
+      served_model_name: names of the model; the first is the one that answers carry. None is its folder's name.
+      api_key_file: file with a key on each line, "KEY" or "NAME KEY"; callers send one as a bearer token.
+      insecure: listen at an address that other machines reach, without keys.
+      max_num_seqs: answers that are decoded together.
+      max_num_batched_tokens: tokens of a prefill step at most; None leaves it to the engine.
+      max_model_len: tokens of a prompt and its answer; None is the model's positions.
+      max_queue: requests that may wait; more are sent away with status 429.
+      max_n: most answers to a request.
+      max_logprobs: most alternatives of a token.
+      max_body_mb: largest body of a request, in MiB.
+      allowed_media_domains: hosts from which requests may name images and videos, exact names.
+      allowed_local_media_path: folder below which requests may name files; None allows no file.
+      limit_media: most images and videos of a request.
+      cors_origin: origins of pages in browsers that may ask.
+      reasoning_parser: "auto" tells thinking apart where the template or the tokenizer know <think>; "on"; "off".
+      tool_parser: "auto" reads calls of tools where the template writes them; "on"; "off".
+      no_page: do not serve the chat page.
+      no_log_requests: do not print a line for each request.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: tuple[str, ...] = ()
+    api_key_file: str | None = None
+    insecure: bool = False
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int | None = None
+    max_model_len: int | None = None
+    max_queue: int = 256
+    max_n: int = 8
+    max_logprobs: int = 20
+    max_body_mb: int = 32
+    allowed_media_domains: tuple[str, ...] = ()
+    allowed_local_media_path: str | None = None
+    limit_media: str = "image=16,video=1"
+    cors_origin: tuple[str, ...] = ()
+    reasoning_parser: Literal["auto", "on", "off"] = "auto"
+    tool_parser: Literal["auto", "on", "off"] = "auto"
+    no_page: bool = False
+    no_log_requests: bool = False
+
+
+def settings_of(
+    arguments: ServerArguments,
+    *,
+    name: str,
+    adapters: tuple[str, ...],
+    max_model_len: int,
+    keys: tuple[tuple[str, str], ...] = (),
+    no_think: str | None = None,
+) -> ServerSettings:
+    """Return the settings that arguments mean.
+
+    Args:
+      name: of the model where none is given.
+      adapters: their names.
+      keys: beside those of a file.
+
+    Raises:
+      UserError: an address that other machines reach, without keys; a limit that is none; a file of keys that cannot
+        be read.
+    """
+    if arguments.api_key_file is not None:
+        keys = (*keys, *read_keys(arguments.api_key_file))
+    is_local = arguments.host in _LOOPBACK
+    if not (is_local or keys or arguments.insecure):
+        raise UserError(
+            f"--host {arguments.host} can be reached by other machines, and there are no keys: give --api-key-file "
+            "FILE, or --insecure to let everybody ask"
+        )
+    for option in ("max_num_seqs", "max_queue", "max_n", "max_body_mb"):
+        if getattr(arguments, option) < 1:
+            raise UserError(f"--{option} is {getattr(arguments, option)}; it must be at least 1")
+    first, *aliases = arguments.served_model_name or (name,)
+    twice = {first, *aliases} & set(adapters)
+    if twice:
+        raise UserError(f"{twice.pop()!r} is the name of the model and of an adapter; give one of them another name")
+    images, videos = _limit_media(arguments.limit_media)
+    return ServerSettings(
+        first,
+        aliases=tuple(aliases),
+        adapters=adapters,
+        max_model_len=max_model_len,
+        keys=keys,
+        max_n=arguments.max_n,
+        max_logprobs=arguments.max_logprobs,
+        max_queue=arguments.max_queue,
+        hosts=("127.0.0.1", "localhost", "[::1]") if is_local else (),
+        cors_origins=arguments.cors_origin,
+        media=MediaRules(
+            domains=arguments.allowed_media_domains,
+            local_path=arguments.allowed_local_media_path,
+            images=images,
+            videos=videos,
+            fetch_bytes=arguments.max_body_mb * MIB,
+        ),
+        limits=HTTPLimits(body_bytes=arguments.max_body_mb * MIB),
+        reasoning=arguments.reasoning_parser,
+        tools=arguments.tool_parser,
+        no_think=no_think,
+        page=not arguments.no_page,
+    )
+
+
+def _limit_media(text: str) -> tuple[int, int]:
+    """Return the most images and the most videos of "image=16,video=1"."""
+    counts = {"image": MediaRules.images, "video": MediaRules.videos}
+    for item in text.split(","):
+        kind, _, number = item.strip().partition("=")
+        if kind not in counts or not number.isdigit():
+            raise UserError(f"--limit-media {text!r} is not of the form image=16,video=1")
+        counts[kind] = int(number)
+    return counts["image"], counts["video"]
