@@ -6,33 +6,34 @@ import dataclasses
 import sys
 from typing import Annotated
 
+from jvlm.cli.model import ImageOptions, ModelOptions
 from jvlm.cli.serve import check_installed, start
 from jvlm.errors import UserError
 from jvlm.options import FLAT
+from jvlm.server.arguments import ServerArguments
 from jvlm.swift import words as swift_words
 from jvlm.swift.arguments import ModelArguments
 
 
+@dataclasses.dataclass(frozen=True)
+class Deploy:
+    """Serve a model, with ms-swift's arguments.
+
+    Attributes:
+      model: the model, and how it reads conversations.
+      adapters: NAME=FOLDER of each adapter; requests name one as their model.
+      api_key: a key that callers must send; a file (--api_key_file) keeps it out of the list of processes.
+      server: where the server listens, who may ask, and how much.
+    """
+
+    model: Annotated[ModelArguments, FLAT] = ModelArguments()
+    adapters: tuple[str, ...] = ()
+    api_key: str | None = None
+    server: Annotated[ServerArguments, FLAT] = ServerArguments()
+
+
 def run(words: list[str]) -> int:
     check_installed()
-    from jvlm.cli.model import ImageOptions, ModelOptions
-    from jvlm.server.arguments import ServerArguments
-
-    @dataclasses.dataclass(frozen=True)
-    class Deploy:
-        """Serve a model, with ms-swift's arguments.
-
-        Attributes:
-          model: the model, and how it reads conversations.
-          adapters: NAME=FOLDER of each adapter; requests name one as their model.
-          api_key: a key that callers must send; a file (--api_key_file) keeps it out of the list of processes.
-          server: where the server listens, who may ask, and how much.
-        """
-
-        model: Annotated[ModelArguments, FLAT] = ModelArguments()
-        adapters: tuple[str, ...] = ()
-        api_key: str | None = None
-        server: Annotated[ServerArguments, FLAT] = ServerArguments()
 
     parsed = swift_words.parse(Deploy, words, "jvlm deploy")
     for note in parsed.notes:

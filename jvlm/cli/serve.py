@@ -9,11 +9,30 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
+from jvlm.cli.model import ModelOptions
 from jvlm.errors import UserError
 from jvlm.options import FLAT
+from jvlm.server.arguments import ServerArguments, settings_of
 from jvlm.swift import words as swift_words
 
 _MODULES = ("fastapi", "uvicorn", "httptools", "prometheus_client", "pebble")
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve:
+    """Serve a model: jvlm serve MODEL [options].
+
+    Attributes:
+      model: a Hugging Face folder, a jvlm run folder, or an id on the Hub.
+      lora: NAME=FOLDER of each adapter; requests name one as their model.
+      dtype: dtype of the parameters; None is float32.
+      server: where the server listens, who may ask, and how much.
+    """
+
+    model: str
+    lora: tuple[str, ...] = ()
+    dtype: Literal["float32", "bfloat16"] | None = None
+    server: Annotated[ServerArguments, FLAT] = ServerArguments()
 
 
 def check_installed() -> None:
@@ -25,24 +44,6 @@ def check_installed() -> None:
 
 def run(words: list[str]) -> int:
     check_installed()
-    from jvlm.cli.model import ModelOptions
-    from jvlm.server.arguments import ServerArguments
-
-    @dataclasses.dataclass(frozen=True)
-    class Serve:
-        """Serve a model: jvlm serve MODEL [options].
-
-        Attributes:
-          model: a Hugging Face folder, a jvlm run folder, or an id on the Hub.
-          lora: NAME=FOLDER of each adapter; requests name one as their model.
-          dtype: dtype of the parameters; None is float32.
-          server: where the server listens, who may ask, and how much.
-        """
-
-        model: str
-        lora: tuple[str, ...] = ()
-        dtype: Literal["float32", "bfloat16"] | None = None
-        server: Annotated[ServerArguments, FLAT] = ServerArguments()
 
     if words and not words[0].startswith("-"):
         words = ["--model", *words]
@@ -57,7 +58,7 @@ def run(words: list[str]) -> int:
     return start(model, options.server)
 
 
-def start(options, arguments, keys: tuple[tuple[str, str], ...] = ()) -> int:
+def start(options: ModelOptions, arguments: ServerArguments, keys: tuple[tuple[str, str], ...] = ()) -> int:
     """Load a model and serve it until the process is asked to stop.
 
     Args:
@@ -65,8 +66,6 @@ def start(options, arguments, keys: tuple[tuple[str, str], ...] = ()) -> int:
       arguments: `jvlm.server.arguments.ServerArguments`.
       keys: (name, key) pairs beside those of a file.
     """
-    from jvlm.server.arguments import settings_of
-
     adapters = tuple(word.partition("=")[0] for word in options.adapters if "=" in word)
     name = Path(options.model).name or options.model
     told = functools.partial(settings_of, arguments, name=name, adapters=adapters, keys=keys)

@@ -155,7 +155,10 @@ class Fetcher:
         timer.daemon = True
         timer.start()
         try:
-            return self._exchange(target, plain, left)
+            found = self._exchange(target, plain, left)
+            if expired.is_set():  # the end of what was cut looks like the end of the content
+                raise SlowHost("too slow")
+            return found
         except TimeoutError as error:
             raise SlowHost("too slow") from error
         except (OSError, http.client.HTTPException, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 import time
 import traceback
@@ -72,7 +73,7 @@ class Guard:
     def _admit(self, scope: Scope, request: _Request) -> str | None:
         """Return the owner of the request's key; None for a browser's question whether it may ask. Raises APIError."""
         host = request.headers.get(b"host", b"").decode("latin-1").lower()
-        if self._hosts and host.rpartition(":")[0 if ":" in host and not host.endswith("]") else 2] not in self._hosts:
+        if self._hosts and re.sub(r":[0-9]{1,5}$", "", host) not in self._hosts:
             raise APIError(403, "this Host is not served")
         origin = request.headers.get(b"origin")
         if scope["method"] == "OPTIONS" and origin is not None and b"access-control-request-method" in request.headers:
