@@ -26,6 +26,10 @@ PAGE_ROUTES = frozenset({"/"})
 _SAFE_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 
 
+class ClientGone(Exception):
+    """Nobody reads the answer."""
+
+
 class Guard:
     """Wraps the application.
 
@@ -61,6 +65,8 @@ class Guard:
             await request.fail(error)
         except asyncio.CancelledError:
             raise
+        except ClientGone:
+            return  # uvicorn closes a connection whose answer is not whole
         except Exception:  # noqa: BLE001  (a bug ends this request alone; the log has where it is)
             traceback.print_exc()
             await request.fail(APIError(500, f"internal error, id {request.id}"))
@@ -141,7 +147,7 @@ class _Request:
         return message
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
-        """Send a part of the answer. Raises OSError where nobody reads it for too long."""
+        """Send a part of the answer. Raises ClientGone where nobody reads it for too long."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             names = {name for name, _ in message["headers"]}
@@ -151,7 +157,7 @@ class _Request:
             async with asyncio.timeout(self._limits.write_seconds):
                 await self._send(message)
         except TimeoutError:
-            raise OSError("the client reads nothing") from None
+            raise ClientGone from None
 
     async def fail(self, error: APIError) -> None:
         """Answer with an error, unless the answer has begun."""

@@ -64,6 +64,7 @@ _COUNTERS = {
 }
 _REASONS = ("stop", "length", "abort", "error")
 _LOGGED_NAMES = 64
+_MOST_ANSWERS = 10_000
 
 
 class Metrics:
@@ -122,6 +123,8 @@ class Metrics:
         if events:
             self._step_tokens.observe(len(events))
         now = time.monotonic()
+        if len(self._last_event) > _MOST_ANSWERS:  # of answers that were given up in the middle of a step
+            self._last_event.clear()
         for event in events:
             key = event.request_id, event.index
             before = self._last_event.pop(key, None)

@@ -25,10 +25,6 @@ def event(value: Any, name: str | None = None) -> bytes:
     return head + b"data: " + json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"
 
 
-class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
-
-
 class EventStream(Response):
     """A response that sends events as they come, and stops their source when the client has gone.
 
