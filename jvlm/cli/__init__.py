@@ -31,6 +31,8 @@ COMMANDS = {
     "generate": ("jvlm.cli.generate", "answer one prompt, or every line of a JSONL file"),
     "chat": ("jvlm.cli.chat", "talk with a model in the terminal"),
     "evaluate": ("jvlm.cli.evaluate", "score a model, or a server, on benchmarks"),
+    "serve": ("jvlm.cli.serve", "answer over HTTP, as OpenAI's API does"),
+    "deploy": ("jvlm.cli.deploy", "the same with ms-swift's arguments"),
     "convert": ("jvlm.cli.convert", "write a checkpoint as a Hugging Face folder, in another dtype or layout"),
     "data check": ("jvlm.cli.data_check", "count examples that can and cannot be used, and say why"),
     "data view": ("jvlm.cli.data_view", "write a page to look at data: numbers, rejected examples, samples"),
@@ -54,7 +56,7 @@ _GROUPS = {
         "merge-lora",
     ),
     "Training from a config": ("train", "configs", "plan", "replay"),
-    "Answers": ("generate", "chat"),
+    "Answers": ("generate", "chat", "serve", "deploy"),
     "Scores": ("evaluate",),
     "Files": ("convert", "data check", "data view", "data convert", "data shard"),
     "Preparing data": ("data dedup", "data decontaminate", "data filter", "data render", "data pdf"),
@@ -62,7 +64,6 @@ _GROUPS = {
 
 # commands of ms-swift, and the nearest thing
 _ELSEWHERE = {
-    "deploy": "jvlm merge-lora or jvlm export write the folder that vLLM, SGLang or llama.cpp serve",
     "app": "jvlm chat talks in the terminal",
     "web-ui": "jvlm chat talks in the terminal",
 }

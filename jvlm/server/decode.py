@@ -68,6 +68,8 @@ def decode_image(content: bytes, most_pixels: int, side: int, shrink_to: int | N
             if width * height > most_pixels or max(width, height) > side:
                 return Decoded((width, height), b"", f"{width} x {height} pixels are more than allowed")
             rgb = image_to_rgb(image)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        return Decoded((0, 0), b"", "it has more pixels than allowed")
     except MemoryError:
         return Decoded((0, 0), b"", "it takes too much memory")
     except Exception:  # noqa: BLE001  (Pillow lets through whatever a damaged file makes its decoders raise)

@@ -107,7 +107,7 @@ def test_kinds_of_images(served, kind):
 
 
 def test_a_low_detail_is_a_small_image(served):
-    url = data_url(encoded(picture(900, 900)))
+    url = data_url(encoded(picture(900, 900), "JPEG"))
     assert example_of(served, messages=asked(url, detail="low")).sizes[0].original == (512, 512)
 
 
