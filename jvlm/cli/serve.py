@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from jvlm.cli.model import ModelOptions
 from jvlm.errors import UserError
 from jvlm.options import FLAT
-from jvlm.server.arguments import ServerArguments, settings_of
+from jvlm.server.arguments import ServerArguments, draft_tokens, settings_of
 from jvlm.swift import words as swift_words
 
 _MODULES = ("fastapi", "uvicorn", "httptools", "prometheus_client", "pebble")
@@ -69,6 +69,7 @@ def start(options: ModelOptions, arguments: ServerArguments, keys: tuple[tuple[s
     adapters = tuple(word.partition("=")[0] for word in options.adapters if "=" in word)
     name = Path(options.model).name or options.model
     told = functools.partial(settings_of, arguments, name=name, adapters=adapters, keys=keys)
+    drafts = draft_tokens(arguments.speculative)
     told(max_model_len=1)  # mistakes are told before the model is loaded, which takes long
     from jvlm.cli.model import load
     from jvlm.inference.engine import Engine
@@ -76,7 +77,7 @@ def start(options: ModelOptions, arguments: ServerArguments, keys: tuple[tuple[s
     from jvlm.server import start as server
 
     model, processor, layout = load(options)
-    sizes = {"max_slots": arguments.max_num_seqs, "max_model_len": arguments.max_model_len}
+    sizes = {"draft_tokens": drafts, "max_slots": arguments.max_num_seqs, "max_model_len": arguments.max_model_len}
     if arguments.max_num_batched_tokens is not None:
         most = arguments.max_num_batched_tokens
         kept = tuple(size for size in EngineConfig.prefill_tokens if size < most)

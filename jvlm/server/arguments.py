@@ -25,6 +25,7 @@ class ServerArguments:
       max_num_seqs: answers that are decoded together.
       max_num_batched_tokens: tokens of a prefill step at most; None leaves it to the engine.
       max_model_len: tokens of a prompt and its answer; None is the model's positions.
+      speculative: "ngram:4" guesses 4 tokens from what stood before, and verifies them in one step; None guesses none.
       max_queue: requests that may wait; more are sent away with status 429.
       max_n: most answers to a request.
       max_logprobs: most alternatives of a token.
@@ -35,6 +36,8 @@ class ServerArguments:
       cors_origin: origins of pages in browsers that may ask.
       reasoning_parser: "auto" tells thinking apart where the template or the tokenizer know <think>; "on"; "off".
       tool_parser: "auto" reads calls of tools where the template writes them; "on"; "off".
+      no_think_text: what is written behind the last question where a request turns thinking off and the chat template
+        knows no enable_thinking: " /no_think" for MiMo-VL of August 2025. None writes nothing.
       no_page: do not serve the chat page.
       no_log_requests: do not print a line for each request.
     """
@@ -47,6 +50,7 @@ class ServerArguments:
     max_num_seqs: int = 32
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
+    speculative: str | None = None
     max_queue: int = 256
     max_n: int = 8
     max_logprobs: int = 20
@@ -57,6 +61,7 @@ class ServerArguments:
     cors_origin: tuple[str, ...] = ()
     reasoning_parser: Literal["auto", "on", "off"] = "auto"
     tool_parser: Literal["auto", "on", "off"] = "auto"
+    no_think_text: str | None = None
     no_page: bool = False
     no_log_requests: bool = False
 
@@ -68,7 +73,6 @@ def settings_of(
     adapters: tuple[str, ...],
     max_model_len: int,
     keys: tuple[tuple[str, str], ...] = (),
-    no_think: str | None = None,
 ) -> ServerSettings:
     """Return the settings that arguments mean.
 
@@ -118,9 +122,19 @@ def settings_of(
         limits=HTTPLimits(body_bytes=arguments.max_body_mb * MIB),
         reasoning=arguments.reasoning_parser,
         tools=arguments.tool_parser,
-        no_think=no_think,
+        no_think=arguments.no_think_text,
         page=not arguments.no_page,
     )
+
+
+def draft_tokens(speculative: str | None) -> int:
+    """Return how many tokens are guessed. Raises UserError for another form than "ngram:4"."""
+    if speculative is None:
+        return 0
+    kind, _, number = speculative.partition(":")
+    if kind != "ngram" or number not in map(str, range(1, 17)):
+        raise UserError(f"--speculative {speculative!r} is not of the form ngram:4, of 1 to 16 tokens")
+    return int(number)
 
 
 def _limit_media(text: str) -> tuple[int, int]:

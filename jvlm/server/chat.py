@@ -17,7 +17,7 @@ from jvlm.server.errors import APIError, bad, of_user_error
 from jvlm.server.protocol import ChatRequest, Sampling
 from jvlm.server.reasoning import CLOSE, ReasoningSplitter
 from jvlm.server.sampling import grammar_of, sampling_params
-from jvlm.server.service import Prompt, Service
+from jvlm.server.service import Service
 
 FINGERPRINT = "jvlm"
 
@@ -45,8 +45,6 @@ class ChatRun:
         """Read the conversation and hand it to the engine. Raises APIError."""
         request, service = self.request, self.service
         check_stream(request)
-        if request.thinking_token_budget is not None:
-            raise bad("thinking_token_budget is not supported", "thinking_token_budget")
         if request.modalities not in (None, ["text"]):
             raise bad("only text is generated", "modalities")
         given = tools.check_tools(request.tools or ())
@@ -58,7 +56,7 @@ class ChatRun:
         grammar = grammar_of(
             request,
             after=CLOSE if prompt.begins_inside else None,
-            image_size=image_size(service, prompt),
+            has_image=bool(prompt.example.sizes),
             tool_call=None if forced is None else tools.call_grammar(forced),
         )
         sampling = sampling_params(request, service.facts, prompt.example.length, grammar=grammar)
@@ -251,14 +249,3 @@ def check_stream(request: Sampling) -> None:
     """Raise APIError for options of a stream where none is asked for."""
     if request.stream_options is not None and not request.stream:
         raise bad("stream_options needs stream: true", "stream_options")
-
-
-def image_size(service: Service, prompt: Prompt) -> tuple[int, int] | None:
-    """Return the size of the last image in the space in which boxes are written; None without an image,
-    and where boxes are not whole numbers.
-    """
-    if not prompt.example.sizes:
-        return None
-    space = service.box_space
-    sizes = prompt.example.sizes[-1]
-    return {"original": sizes.original, "resized": sizes.resized, "norm1000": (1000, 1000)}.get(space)

@@ -59,7 +59,7 @@ class CompletionRun:
         given = request.prompt
         prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
         encoded = [await service.completion_prompt(prompt) for prompt in prompts]
-        grammar = grammar_of(request, after=None, image_size=None)
+        grammar = grammar_of(request, after=None, has_image=False)
         sampling = sampling_params(request, service.facts, max(p.example.length for p in encoded), grammar=grammar)
         if request.echo and request.logprobs is not None and sampling.prompt_logprobs is None:
             sampling = dataclasses.replace(sampling, prompt_logprobs=request.logprobs)

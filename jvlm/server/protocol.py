@@ -108,7 +108,7 @@ class ChatRequest(Sampling, ChatMessages):
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     include_reasoning: bool = True
-    thinking_token_budget: int | None = None
+    thinking_token_budget: Annotated[int, Field(ge=0)] | None = None
     modalities: list[str] | None = None
     echo: bool = False
 

@@ -103,6 +103,7 @@ def sampling_params(
             prompt_logprobs=request.prompt_logprobs,
             grammar=grammar,
             skip_special_tokens=request.skip_special_tokens,
+            thinking_budget=getattr(request, "thinking_token_budget", None),
         )
     except UserError as error:
         raise of_user_error(error) from error
@@ -180,19 +181,19 @@ def _bias(given: Mapping[str, float] | None, vocabulary: int) -> dict[int, float
 
 
 def grammar_of(
-    request: Sampling, *, after: str | None, image_size: tuple[int, int] | None, tool_call: str | None = None
+    request: Sampling, *, after: str | None, has_image: bool, tool_call: str | None = None
 ) -> Grammar | None:
     """Return what an answer must be; None for free text.
 
     Args:
       after: text before which nothing is forced.
-      image_size: of the last image, in the space of boxes; None without an image.
+      has_image: whether the prompt has an image, within which boxes stay.
       tool_call: a grammar of llguidance that forces a call.
 
     Raises:
       APIError: several at once, or what cannot be enforced.
     """
-    found = [*_of_format(request.response_format), *_of_outputs(request.structured_outputs, image_size)]
+    found = [*_of_format(request.response_format), *_of_outputs(request.structured_outputs, has_image)]
     if request.guided_json is not None:
         found.append(("guided_json", "json_schema", request.guided_json))
     if request.guided_choice is not None:
@@ -213,7 +214,7 @@ def grammar_of(
             raise bad("a list of texts, none of them empty", field)
         return Grammar("choice", choices=tuple(value), after=after)
     if kind in ("json_object", "boxes"):
-        return Grammar(kind, after=after, image_size=image_size if kind == "boxes" else None)
+        return Grammar(kind, after=after)
     if kind == "json_schema":
         value = _schema(value, field)
     if not isinstance(value, str) or not value:
@@ -238,7 +239,7 @@ def _of_format(value: Mapping[str, Any] | None) -> list[tuple[str, str, Any]]:
     raise bad("use text, json_object or json_schema", "response_format.type")
 
 
-def _of_outputs(value: Mapping[str, Any] | None, image_size: tuple[int, int] | None) -> list[tuple[str, str, Any]]:
+def _of_outputs(value: Mapping[str, Any] | None, has_image: bool) -> list[tuple[str, str, Any]]:
     kinds = {
         "json": "json_schema",
         "regex": "regex",
@@ -252,7 +253,7 @@ def _of_outputs(value: Mapping[str, Any] | None, image_size: tuple[int, int] | N
         if given is None or given is False:
             continue
         if name == "boxes":
-            if image_size is None:
+            if not has_image:
                 raise bad("boxes need an image", field)
             found.append((field, "boxes", None))
         elif name in kinds:

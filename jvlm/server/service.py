@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from jvlm.data import box_formats
 from jvlm.data.content import Conversation, Document, Text
 from jvlm.data.errors import ExampleError
 from jvlm.data.packing import Example
@@ -100,12 +99,6 @@ class Service:
         """Stop threads and processes."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.loader.close()
-
-    @property
-    def box_space(self) -> str:
-        """Return the space in which the model writes boxes."""
-        config = self.processor.config
-        return config.box_space or box_formats.FORMATS[config.box_format].space
 
     @property
     def names(self) -> tuple[str, ...]:
