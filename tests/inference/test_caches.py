@@ -114,6 +114,7 @@ def test_a_prefix_may_end_inside_a_picture_and_the_picture_is_encoded_once(tiny,
     assert engine.stats().encoder_patches == encoded
 
 
+@pytest.mark.slow
 def test_drafted_answers_are_the_undrafted_ones(tiny, engine):
     parts = ["the cat the cat the cat the", "one, two, one, two, one,"]
     asked = [
