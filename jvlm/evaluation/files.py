@@ -215,7 +215,27 @@ def _first(files: Sequence[Files], data: Path, task: str) -> tuple[Files, list[s
 
 
 def _open(path: str, files: Files) -> Reader:
+    if path.endswith(".txt"):
+        return _Lines(path)
     return _Records(path, files.records) if files.records else open_file(path)
+
+
+class _Lines:
+    """The lines of a text file, each a record with the field "text"; empty ones are left out."""
+
+    def __init__(self, path: str):
+        self.path = path
+        with file_errors(path, "read"), open(path, encoding="utf-8-sig") as file:
+            self._lines = [(number, line.strip()) for number, line in enumerate(file, 1) if line.strip()]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def number(self, index: int) -> int:
+        return self._lines[index][0]
+
+    def read(self, index: int, origin: Origin) -> Any:
+        return {"text": self._lines[index][1]}
 
 
 class _Records:

@@ -14,6 +14,9 @@ from jvlm.training import starting_model
 from tests.evaluation import benchmarks
 from tests.training import support
 
+# what the fast tier has of it is in tests/test_job.py: questions of examples are asked through the same client
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -14,7 +14,7 @@ from jvlm.data.boxes import Sizes
 from jvlm.data.content import Image, Video
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.evaluation import registry
-from jvlm.evaluation.files import Row
+from jvlm.evaluation.files import Row, Rows
 from jvlm.evaluation.metrics import METRICS, Answered, verifier
 from jvlm.evaluation.prompting import shown
 from jvlm.evaluation.tasks import SUITES
@@ -456,3 +456,18 @@ def test_captions_are_scored_over_all_that_was_asked():
         [Answered(i, f"{t}\nmore", "first_line") for i, t in zip(items, captions, strict=True)]
     )
     assert all(score.value > 0.5 for score in scores)
+
+
+def test_the_authors_lines_of_charades_sta(tmp_path):
+    (tmp_path / "charades_sta_test.txt").write_text(
+        "3MSZA 24.3 30.4##person turn a light on.\n\nAB 0.0 5.5##a person sits.\n"
+    )
+    task = TASKS["charades_sta"]
+    rows = Rows(task.files, tmp_path, task.name)
+    items = [task.items(rows[n])[0] for n in range(len(rows))]
+    assert [(item.group, item.gold, item.answer) for item in items] == [
+        ("3MSZA", [24.3, 30.4], "[00:24, 00:30]"),
+        ("AB", [0.0, 5.5], "[00:00, 00:05]"),
+    ]
+    assert "description: person turn a light on." in shown(items[0].content)
+    assert items[0].content[0].file == "3MSZA.mp4"

@@ -25,7 +25,7 @@ def _clock(seconds: float) -> str:
 
 def _line(row: Row) -> Item | None:
     """Return a record of Charades-STA's own text: "VIDEO START END##SENTENCE."."""
-    head, _, sentence = row.text("text", "value").partition("##")
+    head, _, sentence = row.text("text").partition("##")
     video, start, end = head.split()
     values = {"video": video, "timestamp": [float(start), float(end)], "caption": sentence.rstrip(".")}
     return _moment(Row(values, row.origin, row.form, row.media))
@@ -74,7 +74,7 @@ TASKS = (
         "video",
         (
             hub("lmms-lab/charades_sta", "data/test-*.parquet", media="Charades_v1_480"),
-            official("charades_sta_test.jsonl", media="Charades_v1_480"),
+            official("charades_sta_test.txt", media="Charades_v1_480"),
         ),
         lambda row: _line(row) if row.get("text") else _moment(row),
         "temporal_iou",
