@@ -167,7 +167,7 @@ def shapes_for(
         tables=tables,
         prefill_tokens=prefill,
         past=(0,) if prefills_whole else (0, *tables[-2:]),
-        prefill_rows=min(8, slots),
+        prefill_rows=min(32, slots),
         encode_patches=patches,
         prefill_features=tuple(count * tokens_per_image for count in images) if tokens_per_image else (),
     )

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jvlm.errors import UserError
 from jvlm.inference.engine import Engine
-from jvlm.inference.requests import EngineConfig, Request, SamplingParams
+from jvlm.inference.requests import EngineConfig, Grammar, Request, SamplingParams
 from jvlm.models import vlm
 from tests.inference.support import prompt
 from tests.support import picture
@@ -218,6 +218,19 @@ def test_what_does_not_fit_is_refused_and_a_name_is_taken_once(tiny, engine):
         engine.submit(asked)
     engine.abort("text")
     assert [e.finish_reason for e in engine.step()] == ["abort"]
+    assert not engine.has_work
+
+
+def test_an_answer_under_a_grammar_is_one_of_its_texts_beside_free_ones(tiny, engine, alone):
+    grammar = Grammar("choice", choices=("red circle", "a blue dog"))
+    constrained = requests(tiny, ("drawn",), grammar=grammar, max_tokens=40, stop_token_ids=None)
+    free = requests(tiny, ("text", "picture"))
+    found = answers(engine, [*constrained, *free])
+    assert found.pop(("drawn", 0))[2] in grammar.choices
+    assert_same(found, {key: alone[key] for key in found})
+    assert engine.stats().compilations_after_ready == 0
+    with pytest.raises(UserError, match="grammar"):
+        engine.submit(requests(tiny, ("text",), grammar=Grammar("regex", value="(("))[0])
     assert not engine.has_work
 
 

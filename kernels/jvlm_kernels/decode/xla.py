@@ -40,7 +40,9 @@ def attend(spec, q, keys, values, lengths, tables):
 
 def _gather_pages(keys, values, tables):
     """Return the pages of each sequence side by side: keys [B, K, D, N * Z], values [B, K, N * Z, D]."""
-    k_BNKDZ, v_BNKZD = keys[tables], values[tables]
-    B, N, K, D, Z = k_BNKDZ.shape
-    k = jnp.moveaxis(k_BNKDZ, 1, 3).reshape(B, K, D, N * Z)
-    return k, jnp.moveaxis(v_BNKZD, 1, 2).reshape(B, K, N * Z, D)
+    K, D, Z = keys.shape[1:]
+    B, N = tables.shape
+    # one gather index for each head, so that values come in their order and are not copied once more
+    at = tables[:, None, :], jnp.arange(K)[None, :, None]
+    k_BKNDZ, v_BKNZD = keys[at], values[at]
+    return jnp.moveaxis(k_BKNDZ, 2, 3).reshape(B, K, D, N * Z), v_BKNZD.reshape(B, K, N * Z, D)
