@@ -184,7 +184,7 @@ def _factor(one: LowRank, kernel: np.ndarray) -> np.ndarray:
     return one.magnitude / np.sqrt(np.square(total).sum(0))
 
 
-def numbers(known: Any, names: Sequence[str | None]) -> np.ndarray | None:
+def numbers(known: Any, names: Sequence[str | None]) -> Int[np.ndarray, " B"] | None:
     """Return the number of each request's adapter; None for a model that has no choice of them.
 
     Args:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,7 @@ class MediaSpan:
     temporal_step: float
 
 
-def mrope_positions(length: int, spans: Sequence[MediaSpan]) -> np.ndarray:
+def mrope_positions(length: int, spans: Sequence[MediaSpan]) -> Int[np.ndarray, "S 3"]:
     """(t, h, w) ids of every token, int32 [length, 3].
 
     Text advances all three ids together. Media start at the next id: t grows by ``floor(frame x temporal_step)``

@@ -17,6 +17,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from jaxtyping import Float
 
 from jvlm.data import cutting, decoded_batch, document_rules, image_choice, packing, preferences
 from jvlm.data.augmentation import augmented
@@ -260,7 +261,7 @@ def _one_turn(conversation: Conversation, rng: np.random.Generator) -> Conversat
     return turns[rng.choice(len(turns), p=weights / weights.sum())]
 
 
-def check_learnable(origin: Origin, weights: Sequence[float] | np.ndarray) -> None:
+def check_learnable(origin: Origin, weights: Sequence[float] | Float[np.ndarray, " n"]) -> None:
     """Raise ExampleError if no turn, or no token, has a loss weight above 0."""
     if not np.any(np.asarray(weights) > 0):
         raise ExampleError(origin, "messages", "no assistant turn to learn from", "Add one, or set its loss true")

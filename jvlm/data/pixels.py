@@ -13,6 +13,7 @@ How values become 0..255:
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Shaped, UInt8
 from PIL import ExifTags, Image, ImageOps
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
@@ -44,7 +45,7 @@ def image_to_rgb(image: Image.Image) -> Image.Image:
     return _on_white(upright)
 
 
-def array_to_rgb(array: np.ndarray) -> Image.Image:
+def array_to_rgb(array: Shaped[np.ndarray, "..."]) -> Image.Image:
     """Return an RGB image of [height, width], [height, width, 1 to 4 channels], or [1 or 3 channels, height, width].
 
     Raises:
@@ -66,7 +67,7 @@ def array_to_rgb(array: np.ndarray) -> Image.Image:
     return _on_white(Image.fromarray(np.ascontiguousarray(pixels)))
 
 
-def to_8_bits(values: np.ndarray, white: int | None = None) -> np.ndarray:
+def to_8_bits(values: Shaped[np.ndarray, "*L"], white: int | None = None) -> UInt8[np.ndarray, "*L"]:
     """uint8 values by the rules of this module.
 
     Args:

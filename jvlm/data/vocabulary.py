@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from jvlm.errors import UserError
 
@@ -41,7 +42,7 @@ def add_tokens(tokenizer: Any, tokens: Iterable[str]) -> None:
         tokenizer.add_tokens(lacking, special_tokens=True)
 
 
-def outside_problem(tokenizer: Any, ids: np.ndarray, rows: int) -> str | None:
+def outside_problem(tokenizer: Any, ids: Int[np.ndarray, " S"], rows: int) -> str | None:
     """Return what is wrong with the ids of a prompt, if some have no row."""
     if not len(ids) or ids.max() < rows:
         return None

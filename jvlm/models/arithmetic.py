@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Num
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def attention_flops(pairs: float | int, width: int) -> float:
     return 4.0 * pairs * width
 
 
-def squares(lengths: np.ndarray) -> float:
+def squares(lengths: Num[np.ndarray, "..."]) -> float:
     """Return the pairs of queries and keys where segments of these lengths attend to all of themselves."""
     return float(np.square(lengths.astype(np.float64)).sum())
 

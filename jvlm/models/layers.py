@@ -309,14 +309,14 @@ class RopeScaling:
         return (frequencies * (unchanged + (1 - unchanged) / self.factor)).astype(np.float32)
 
 
-def rotary_frequencies(size: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+def rotary_frequencies(size: int, theta: float, scaling: RopeScaling | None = None) -> Float[np.ndarray, " f"]:
     """Return ``theta ** -(2i / size)`` for i < size / 2, scaled, in float32."""
     plain = (1.0 / theta ** (np.arange(0, size, 2, dtype=np.float32) / size)).astype(np.float32)
     return plain if scaling is None else scaling(plain)
 
 
 def rotary_angles(
-    positions: Int[Array | np.ndarray, "*L a"], axis_of: np.ndarray, frequencies: np.ndarray
+    positions: Int[Array | np.ndarray, "*L a"], axis_of: Int[np.ndarray, " f"], frequencies: Float[np.ndarray, " f"]
 ) -> Float[Array, "*L f"]:
     """Return the angle of each frequency. ``axis_of`` [f] is the axis of ``positions`` that it turns with."""
     return jnp.asarray(positions)[..., axis_of].astype(jnp.float32) * frequencies

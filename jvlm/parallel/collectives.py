@@ -9,6 +9,7 @@ from collections import Counter
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 KINDS = (
     "all-gather",
@@ -40,7 +41,7 @@ def listing(program: str, mesh: Mesh) -> list[str]:
     return [f"{name}: {count}" for name, count in sorted(counts.items())]
 
 
-def axes(groups: np.ndarray | None, mesh: Mesh, *, whole: bool) -> str:
+def axes(groups: Int[np.ndarray, "g d"] | None, mesh: Mesh, *, whole: bool) -> str:
     """Return the mesh axes along which the devices of each group lie, as "fsdp context"; "none" for single devices.
 
     Args:
@@ -69,7 +70,7 @@ def axes(groups: np.ndarray | None, mesh: Mesh, *, whole: bool) -> str:
     raise ValueError(f"no axes of {dict(mesh.shape)} join these devices: {shown}")
 
 
-def groups(line: str) -> np.ndarray | None:
+def groups(line: str) -> Int[np.ndarray, "g d"] | None:
     """Return the devices of each group, or pair, of an instruction; None for one group of all devices.
 
     Raises:

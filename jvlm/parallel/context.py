@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 from jvlm_kernels import segment_attention
 
 
@@ -67,7 +67,7 @@ def _reach(window: int | None, max_segment_length: int | None) -> int | None:
     return -(-min(bounds) // 8) * 8 if bounds else None
 
 
-def all_gather_sequence(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def all_gather_sequence(x: Shaped[Array, "B T *L"], axes: tuple[str, ...]) -> Shaped[Array, "B S *L"]:
     """Return whole sequences from the shards that devices hold.
 
     Shards are gathered along the first dimension: XLA for TPU then reduce-scatters the gradient. Along any other

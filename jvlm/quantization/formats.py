@@ -103,7 +103,7 @@ def _normalised(blocks: np.ndarray, absmax: np.ndarray) -> np.ndarray:
     return np.clip(blocks * inverse[..., None], -1, 1)
 
 
-def nearest(values: np.ndarray, table: np.ndarray) -> np.ndarray:
+def nearest(values: Float[np.ndarray, "*L"], table: Float[np.ndarray, " n"]) -> UInt8[np.ndarray, "*L"]:
     """Return the index of the entry of an ascending table that is nearest to each value."""
     midpoints = (table[1:] + table[:-1]) / np.float32(2)
     return np.searchsorted(midpoints, values, side="left").astype(np.uint8)
@@ -128,7 +128,7 @@ def unarranged(packed: UInt8[np.ndarray, "h o"]) -> UInt8[np.ndarray, "o i"]:
 
 
 @functools.cache
-def dynamic_map() -> np.ndarray:
+def dynamic_map() -> Float[np.ndarray, "256"]:
     """Return bitsandbytes' 256 signed values for quantities of any size (arXiv 1511.04561), ascending."""
     values = [0.0, 1.0]
     for exponent in range(7):
@@ -147,7 +147,7 @@ def _linspace(count: int) -> np.ndarray:
 
 def double_quantized(
     absmax: Float[np.ndarray, "o b"],
-) -> tuple[UInt8[np.ndarray, "o b"], Float[np.ndarray, " n"], np.ndarray]:
+) -> tuple[UInt8[np.ndarray, "o b"], Float[np.ndarray, " n"], Float[np.ndarray, ""]]:
     """Return scales as 8-bit codes, the largest magnitude of each block of them, and their mean (taken off)."""
     offset = np.float32(absmax.mean(dtype=np.float32))
     flat = (absmax - offset).reshape(-1)
@@ -161,8 +161,8 @@ def double_quantized(
 def double_dequantized(
     codes: UInt8[np.ndarray, "*b"],
     largest: Float[np.ndarray, " n"],
-    offset: np.ndarray,
-    table: np.ndarray | None = None,
+    offset: Float[np.ndarray, ""],
+    table: Float[np.ndarray, "256"] | None = None,
 ) -> Float[np.ndarray, "*b"]:
     """Return the scales that `double_quantized` took; ``table`` is another map of codes to values."""
     table = dynamic_map() if table is None else table

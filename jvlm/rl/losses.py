@@ -15,7 +15,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jvlm.errors import UserError
 from jvlm.validation import check_fields
@@ -75,7 +75,7 @@ def token_weights(
     groups: Int[np.ndarray, " A"],
     settings: PolicyLoss,
     *,
-    left_out: np.ndarray | None = None,
+    left_out: Bool[np.ndarray, " A"] | None = None,
 ) -> Float[np.ndarray, " A"]:
     """Return the weight of each token of an answer; over a step the weights of all tokens sum to 1 unless "constant".
 

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import scipy.fft
 import scipy.ndimage
-from jaxtyping import Float, UInt64
+from jaxtyping import Float, Int, UInt64
 from PIL import Image
 
 HashBits = Literal[64, 256]
@@ -40,7 +40,7 @@ def perceptual_hash(image: Image.Image, bits: HashBits = 256) -> UInt64[np.ndarr
     return np.packbits((low > np.median(low)).ravel()).view(">u8").astype(np.uint64)
 
 
-def distance(a: UInt64[np.ndarray, "*n w"], b: UInt64[np.ndarray, "*n w"]) -> np.ndarray:
+def distance(a: UInt64[np.ndarray, "*n w"], b: UInt64[np.ndarray, "*m w"]) -> Int[np.ndarray, "..."]:
     """Return in how many bits hashes differ."""
     return np.bitwise_count(a ^ b).sum(axis=-1, dtype=np.int64)
 

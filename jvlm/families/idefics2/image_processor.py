@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 
 from jvlm.data.image_processor import ImageProcessorConfig, Limit, MediaPatches
@@ -104,7 +104,7 @@ def quarters(size: tuple[int, int]) -> tuple[tuple[int, int, int, int], ...]:
     return (0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)
 
 
-def table_positions(patches: int, grid: int, rule: PositionRule = "floor") -> np.ndarray:
+def table_positions(patches: int, grid: int, rule: PositionRule = "floor") -> Int[np.ndarray, " n"]:
     """Return the position, 0 to grid - 1, of each patch along a side: its share of the side, in steps of the table.
 
     Raises:

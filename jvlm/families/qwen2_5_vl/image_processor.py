@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 
 from jvlm.data.image_processor import MAX_PIXELS, ImageProcessorConfig, Limit, MediaPatches
@@ -128,7 +128,7 @@ def _frame_size(limits: QwenImageConfig, factor: int, frames: int, width: int, h
     return width, height
 
 
-def window_order(grid: tuple[int, int, int], window: int) -> tuple[np.ndarray, np.ndarray]:
+def window_order(grid: tuple[int, int, int], window: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """Order of merged cells by attention window, and the window number (from 1) of each.
 
     Args:

@@ -73,7 +73,7 @@ def project_grids(
     return vision._replace(tokens=tokens, image_ids=image_ids_of(vision.image_ids, t * t, N))
 
 
-def pool_matrix(size: int, target: int) -> np.ndarray:
+def pool_matrix(size: int, target: int) -> Float[np.ndarray, "t s"]:
     """Return [target, size] float32: the means of adaptive average pooling along one side, cut as in torch."""
     matrix = np.zeros((target, size), np.float32)
     for i in range(target):

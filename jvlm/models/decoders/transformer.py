@@ -379,7 +379,7 @@ class Transformer(nnx.Module):
         return kernel if self.head.adapter is None else self.head.adapter.extended_kernel(kernel), False
 
 
-def with_zeros(deepstack_nBSD: Array | None) -> Array | None:
+def with_zeros(deepstack_nBSD: Float[Array, "n B S d"] | None) -> Float[Array, "m B S d"] | None:
     """Return what `deepstack_added` takes: zeros are added after all layers behind the first n."""
     if deepstack_nBSD is None:
         return None
@@ -387,7 +387,9 @@ def with_zeros(deepstack_nBSD: Array | None) -> Array | None:
     return device_ops.current().constrain(stack, (None, "batch", "sequence", None))
 
 
-def deepstack_added(x_BSD: Array, stack_mBSD: Array | None, number: Any) -> tuple[Array, Array | None]:
+def deepstack_added(
+    x_BSD: Float[Array, "B S d"], stack_mBSD: Float[Array, "m B S d"] | None, number: Any
+) -> tuple[Float[Array, "B S d"], Float[Array, "m B S d"] | None]:
     """Return the hidden states after layer ``number`` with what is added to them, and the stack.
 
     The stack goes through all layers of a scan: so its gradient is written one layer at a time, into one array.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from jvlm import families
 from jvlm.errors import UserError
@@ -153,7 +154,7 @@ def rotary_heads(config: VLMConfig, path: str) -> int | None:
     return config.decoder.num_heads if ".q." in path else config.decoder.num_kv_heads
 
 
-def side_by_side(weight: np.ndarray, heads: int) -> np.ndarray:
+def side_by_side(weight: Shaped[np.ndarray, "o i"], heads: int) -> Shaped[np.ndarray, "o i"]:
     """Reorder rows from the two halves of each head to rotary pairs side by side. [heads * size, columns]"""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
