@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Bool, Int32
 
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
@@ -33,7 +34,7 @@ class GrammarError(UserError):
 class TokenConstraint(Protocol):
     """Decides which tokens may come next in one answer."""
 
-    def fill(self, words: np.ndarray) -> None:
+    def fill(self, words: Int32[np.ndarray, " W"]) -> None:
         """Set the bits of the tokens that may come next, int32 [W]. Raises GrammarError if there are none."""
 
     def accept(self, token: int) -> None:
@@ -185,7 +186,7 @@ class GrammarConstraint:
         """Return whether nothing but an end token may follow."""
         return self._begun and self._matcher.is_stopped()
 
-    def fill(self, words: np.ndarray) -> None:
+    def fill(self, words: Int32[np.ndarray, " W"]) -> None:
         """Set the bits of the tokens that may come next, int32 [W]. Raises GrammarError if there are none."""
         words[:] = self._all.free
         if not self._begun:
@@ -247,7 +248,7 @@ class GrammarConstraint:
             raise GrammarError(f"the grammar cannot be followed: {self._matcher.get_error()[:500]}")
 
 
-def fill_drafts(constraint: TokenConstraint, words: np.ndarray, drafts: Sequence[int]) -> int:
+def fill_drafts(constraint: TokenConstraint, words: Int32[np.ndarray, "K W"], drafts: Sequence[int]) -> int:
     """Set the masks of a verifying step, int32 [1 + K, W]: of the next token, and after each of K drafted ones.
 
     Returns:
@@ -270,19 +271,19 @@ def fill_drafts(constraint: TokenConstraint, words: np.ndarray, drafts: Sequence
     return allowed
 
 
-def pack_bits(flags: np.ndarray) -> np.ndarray:
+def pack_bits(flags: Bool[np.ndarray, " V"]) -> Int32[np.ndarray, " W"]:
     """Return bool [V] as int32 [ceil(V / 32)], the first flag in the lowest bit of the first word."""
     padded = np.zeros(-(-len(flags) // 32) * 32, bool)
     padded[: len(flags)] = flags
     return np.packbits(padded, bitorder="little").view("<i4").astype(np.int32)
 
 
-def unpack_bits(words: np.ndarray, count: int) -> np.ndarray:
+def unpack_bits(words: Int32[np.ndarray, " W"], count: int) -> Bool[np.ndarray, " V"]:
     """Return the first flags of int32 words, bool [count]."""
     return np.unpackbits(words.astype("<i4").view(np.uint8), bitorder="little")[:count].astype(bool)
 
 
-def forced(words: np.ndarray, token: int) -> None:
+def forced(words: Int32[np.ndarray, " W"], token: int) -> None:
     """Let one token alone come next."""
     words[:] = 0
     words[token // 32] = np.uint32(1 << token % 32).astype(np.int32)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Array, Int
 
 from jvlm.errors import UserError
 from jvlm.inference.sampling import SamplingArrays
@@ -82,8 +83,8 @@ def shard_params(model: VLM, layout: MeshLayout) -> VLM:
 
 
 def shard_batch(
-    layout: MeshLayout, batch: PackedBatch, lengths: np.ndarray, arrays: SamplingArrays
-) -> tuple[PackedBatch, jax.Array, SamplingArrays]:
+    layout: MeshLayout, batch: PackedBatch, lengths: Int[np.ndarray, " B"], arrays: SamplingArrays
+) -> tuple[PackedBatch, Int[Array, " B"], SamplingArrays]:
     """Return prompts on the devices of their sequences."""
     shardings = sampling_shardings(layout, arrays)
     values = (batch, lengths, arrays)

@@ -161,7 +161,7 @@ def double_quantized(
 def double_dequantized(
     codes: UInt8[np.ndarray, "*b"],
     largest: Float[np.ndarray, " n"],
-    offset: Float[np.ndarray, ""],
+    offset: Float[np.ndarray | np.float32, ""],
     table: Float[np.ndarray, "256"] | None = None,
 ) -> Float[np.ndarray, "*b"]:
     """Return the scales that `double_quantized` took; ``table`` is another map of codes to values."""

@@ -40,7 +40,7 @@ def perceptual_hash(image: Image.Image, bits: HashBits = 256) -> UInt64[np.ndarr
     return np.packbits((low > np.median(low)).ravel()).view(">u8").astype(np.uint64)
 
 
-def distance(a: UInt64[np.ndarray, "*n w"], b: UInt64[np.ndarray, "*m w"]) -> Int[np.ndarray, "..."]:
+def distance(a: UInt64[np.ndarray, "*n w"], b: UInt64[np.ndarray, "*m w"]) -> Int[np.ndarray | np.integer, "..."]:
     """Return in how many bits hashes differ."""
     return np.bitwise_count(a ^ b).sum(axis=-1, dtype=np.int64)
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from jvlm.inference.scheduling.sequence_spec import Media, SequenceSpec
 
@@ -19,7 +20,11 @@ def root_key(spec: SequenceSpec) -> bytes:
 
 
 def page_key(
-    parent: bytes, tokens: np.ndarray, positions: np.ndarray, vision_index: np.ndarray, media: Sequence[Media]
+    parent: bytes,
+    tokens: Int[np.ndarray, " T"],
+    positions: Int[np.ndarray, "T a"],
+    vision_index: Int[np.ndarray, " T"],
+    media: Sequence[Media],
 ) -> bytes:
     """Return the key of a page: SHA-256 over the page before, and what stands in this one.
 
