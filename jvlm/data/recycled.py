@@ -12,6 +12,7 @@ import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Shaped, UInt8
 
 _KEPT = 4  # buffers of one size
 _OPENED = 8  # buffers of another process that stay mapped
@@ -19,7 +20,7 @@ _LOCK = threading.Lock()
 _FREE: dict[tuple[int, bool], list[Any]] = collections.defaultdict(list)
 
 
-def recycled(shape: tuple[int, ...], *, is_shared: bool = False) -> np.ndarray:
+def recycled(shape: tuple[int, ...], *, is_shared: bool = False) -> UInt8[np.ndarray, "..."]:
     """Return a uint8 array whose values mean nothing.
 
     Its memory is used again once nothing refers to it any more: neither the array, nor a view, nor JAX, which on a CPU
@@ -72,7 +73,7 @@ def _shared_buffer(size: int) -> mmap.mmap:
     return buffer
 
 
-def place_of(array: np.ndarray) -> Place | None:
+def place_of(array: Shaped[np.ndarray, "..."]) -> Place | None:
     """Return where a contiguous array is, for `opened` in another process; None if its memory is not shared."""
     base: Any = array
     while isinstance(base, np.ndarray):
@@ -87,7 +88,7 @@ def place_of(array: np.ndarray) -> Place | None:
 _MAPPED: collections.OrderedDict[tuple[str, int], mmap.mmap] = collections.OrderedDict()
 
 
-def opened(place: Place) -> np.ndarray:
+def opened(place: Place) -> Shaped[np.ndarray, "..."]:
     """Return an array of a process that lives and holds it."""
     key = place.path, place.serial
     if key not in _MAPPED:
@@ -105,7 +106,7 @@ def opened(place: Place) -> np.ndarray:
 _SCRATCH = threading.local()
 
 
-def scratch(name: str, shape: tuple[int, ...]) -> np.ndarray:
+def scratch(name: str, shape: tuple[int, ...]) -> UInt8[np.ndarray, "..."]:
     """Return a uint8 array of this thread, whose values mean nothing, until the thread asks for the same name again."""
     size = math.prod(shape)
     held = _SCRATCH.__dict__.get(name)

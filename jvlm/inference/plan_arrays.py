@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Int
 
 from jvlm.data.packing import Example
 from jvlm.inference import programs
@@ -144,7 +145,7 @@ def decode_rows(
     return DecodeRows(rows), per_group
 
 
-def drafted(plans: Mapping[int, Decode], per_group: int, shapes: Shapes, most: int) -> np.ndarray:
+def drafted(plans: Mapping[int, Decode], per_group: int, shapes: Shapes, most: int) -> Int[np.ndarray, "B K"]:
     """Return the drafted tokens of a step, int32 [B, K]: K is 0 if there are none, else ``most``."""
     K = most if any(plan.tokens.shape[1] > 1 for plan in plans.values()) else 0
     found = np.zeros((per_group * shapes.groups, K), np.int32)
@@ -176,7 +177,7 @@ class PictureArrays:
 
 def pack_pictures(
     groups: Sequence[Sequence[PictureArrays]], patches: int, tokens: int, vision_tokens: int, feature_slots: int
-) -> tuple[PackedBatch, np.ndarray]:
+) -> tuple[PackedBatch, Int[np.ndarray, "..."]]:
     """Return a batch with the patches of pictures and no text, and the place of each vision token.
 
     Args:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
@@ -91,7 +92,9 @@ def end_tokens(config: VLMConfig, processor: Processor) -> frozenset[int]:
     return frozenset((*own, *config.end_token_ids, *processor.stop_ids))
 
 
-def never_given(config: VLMConfig, processor: Processor) -> tuple[np.ndarray, np.ndarray | None]:
+def never_given(
+    config: VLMConfig, processor: Processor
+) -> tuple[Bool[np.ndarray, " V"], Bool[np.ndarray, " V"] | None]:
     """Return flags [V] of tokens that are never given, and of those that are not given first (None: the same).
 
     Prints what generation_config.json asks for and is not done.
@@ -114,7 +117,7 @@ def never_given(config: VLMConfig, processor: Processor) -> tuple[np.ndarray, np
     return banned, first
 
 
-def banned_tokens(config: VLMConfig, tokens: int | Iterable[int], marks: Sequence[int]) -> np.ndarray:
+def banned_tokens(config: VLMConfig, tokens: int | Iterable[int], marks: Sequence[int]) -> Bool[np.ndarray, " V"]:
     """Return which ids [V] have no token, or may be brought by media only, ``marks`` among them.
 
     Args:
@@ -127,7 +130,7 @@ def banned_tokens(config: VLMConfig, tokens: int | Iterable[int], marks: Sequenc
     return banned
 
 
-def mark(flags: np.ndarray, ids: Iterable[int], value: bool = True) -> None:
+def mark(flags: Bool[np.ndarray, " V"], ids: Iterable[int], value: bool = True) -> None:
     """Set the flags of ids; those that the table does not have are passed over."""
     ids = np.fromiter(ids, np.int64)
     flags[ids[(ids >= 0) & (ids < len(flags))]] = value
