@@ -116,7 +116,9 @@ def _count(piece: UnreadImage | np.ndarray) -> int:
     return len(piece) if isinstance(piece, np.ndarray) else piece.stop - piece.start
 
 
-def joined_patches(parts: Sequence[np.ndarray | UnreadPatches], values: int) -> np.ndarray | UnreadPatches:
+def joined_patches(
+    parts: Sequence[UInt8[np.ndarray, "p v"] | UnreadPatches], values: int
+) -> UInt8[np.ndarray, "p v"] | UnreadPatches:
     """Return patches one after the other; a single array as it is."""
     if any(isinstance(part, UnreadPatches) for part in parts):
         pieces: list[Any] = []
