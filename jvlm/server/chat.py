@@ -223,6 +223,10 @@ def _of_event(
     """Return the chunks of one event."""
     choice, request, index = run.choices[event.index], run.request, event.index
     continuous = request.stream_options is not None and request.stream_options.continuous_usage_stats
+    plain = not (continuous or request.logprobs or request.return_token_ids)
+    if plain and event.finish_reason is None and index in begun and all(d.keys() == {"content"} for d in deltas):
+        text = "".join(delta["content"] for delta in deltas)
+        return [writer.words(index, text)] if text else []
     usage = run.usage.body if continuous else None
     entries: list[dict[str, Any]] = []
     if index not in begun:

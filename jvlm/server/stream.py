@@ -88,6 +88,14 @@ class ChunkWriter:
             tail += f',"usage":{json.dumps(usage, separators=(",", ":"))}'
         return self._head + body.encode() + tail.encode() + b"}\n\n"
 
+    def words(self, index: int, text: str) -> bytes:
+        """Return a chunk with words of a choice and nothing else: most are."""
+        return b'%s{"index":%d,"delta":{"content":%s},"logprobs":null,"finish_reason":null}]}\n\n' % (
+            self._head,
+            index,
+            json.dumps(text).encode(),
+        )
+
     def deltas(self, index: int, deltas: list[dict[str, Any]], logprobs: Any = None) -> Iterator[bytes]:
         """Yield a chunk for each delta of a choice, neighbouring words in one; log-probabilities go with the first."""
         for delta in merged(deltas):
