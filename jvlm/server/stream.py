@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.responses import Response
@@ -95,12 +95,6 @@ class ChunkWriter:
             index,
             json.dumps(text).encode(),
         )
-
-    def deltas(self, index: int, deltas: list[dict[str, Any]], logprobs: Any = None) -> Iterator[bytes]:
-        """Yield a chunk for each delta of a choice, neighbouring words in one; log-probabilities go with the first."""
-        for delta in merged(deltas):
-            yield self.chunk([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}])
-            logprobs = None
 
 
 def merged(deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
