@@ -27,8 +27,8 @@ def recycled(shape: tuple[int, ...], *, is_shared: bool = False) -> UInt8[np.nda
     may compute on the very memory and holds the array meanwhile.
 
     Args:
-      is_shared: whether processes that know its `place_of` can write to it; where the system has no such memory, it is
-        as any other.
+      is_shared: whether processes that know its `shared_location` can write to it; where the system has no such memory, it
+        is as any other.
     """
     key = math.prod(shape), is_shared
     with _LOCK:
@@ -49,7 +49,7 @@ def _give_back(buffer: Any, key: tuple[int, bool]) -> None:
         _FREE[key].append(buffer)
 
 
-class Place(NamedTuple):
+class SharedLocation(NamedTuple):
     """Where an array is in memory that processes share: ``serial`` is another one for each buffer."""
 
     path: str
@@ -60,7 +60,7 @@ class Place(NamedTuple):
 
 
 _SERIALS = itertools.count()
-_SHARED: weakref.WeakKeyDictionary[mmap.mmap, Place] = weakref.WeakKeyDictionary()
+_SHARED: weakref.WeakKeyDictionary[mmap.mmap, SharedLocation] = weakref.WeakKeyDictionary()
 
 
 def _shared_buffer(size: int) -> mmap.mmap:
@@ -68,12 +68,12 @@ def _shared_buffer(size: int) -> mmap.mmap:
     file = os.memfd_create("jvlm-batch")
     os.ftruncate(file, size)
     buffer = mmap.mmap(file, size)
-    _SHARED[buffer] = Place(f"/proc/{os.getpid()}/fd/{file}", next(_SERIALS), size, 0, ())
+    _SHARED[buffer] = SharedLocation(f"/proc/{os.getpid()}/fd/{file}", next(_SERIALS), size, 0, ())
     weakref.finalize(buffer, os.close, file)
     return buffer
 
 
-def place_of(array: Shaped[np.ndarray, "..."]) -> Place | None:
+def shared_location(array: Shaped[np.ndarray, "..."]) -> SharedLocation | None:
     """Return where a contiguous array is, for `opened` in another process; None if its memory is not shared."""
     base: Any = array
     while isinstance(base, np.ndarray):
@@ -88,7 +88,7 @@ def place_of(array: Shaped[np.ndarray, "..."]) -> Place | None:
 _MAPPED: collections.OrderedDict[tuple[str, int], mmap.mmap] = collections.OrderedDict()
 
 
-def opened(place: Place) -> Shaped[np.ndarray, "..."]:
+def opened(place: SharedLocation) -> Shaped[np.ndarray, "..."]:
     """Return an array of a process that lives and holds it."""
     key = place.path, place.serial
     if key not in _MAPPED:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import cloudpickle
 import numpy as np
 
-from jvlm.data.recycled import Place, opened, place_of, recycled
+from jvlm.data.recycled import SharedLocation, opened, recycled, shared_location
 from jvlm.data.unread_patches import UnreadImage
 from jvlm.errors import UserError
 
@@ -106,7 +106,7 @@ class Processes:
 
     def patches(self, unread: UnreadImage, out: np.ndarray) -> Result:
         """Write the patches of an image, in the process itself where it can reach the array."""
-        place = place_of(out)
+        place = shared_location(out)
         if place is not None:
             return _Sent(self._pool.submit(_write, unread, place))
         return _Sent(self._pool.submit(_patches, unread, out.shape), lambda patches: np.copyto(out, patches))
@@ -154,7 +154,7 @@ def _example(number: int) -> Any:
     return _TASK[0][number]
 
 
-def _write(unread: UnreadImage, place: Place) -> None:
+def _write(unread: UnreadImage, place: SharedLocation) -> None:
     _TASK[1].write_patches(unread, opened(place))
 
 

@@ -6,7 +6,7 @@ import multiprocessing
 import jax
 import numpy as np
 
-from jvlm.data.recycled import opened, place_of, recycled, scratch
+from jvlm.data.recycled import opened, recycled, scratch, shared_location
 
 
 def test_memory_is_used_again_only_when_nothing_refers_to_it():
@@ -52,8 +52,8 @@ def _fill(place, value):
 def test_another_process_writes_to_a_part_of_a_shared_array():
     array = recycled((4, 1000), is_shared=True)
     array[:] = 1
-    assert place_of(recycled((4, 1000))) is None
-    process = multiprocessing.get_context("spawn").Process(target=_fill, args=(place_of(array[2, 100:200]), 9))
+    assert shared_location(recycled((4, 1000))) is None
+    process = multiprocessing.get_context("spawn").Process(target=_fill, args=(shared_location(array[2, 100:200]), 9))
     process.start()
     process.join(60)
     expected = np.ones((4, 1000), np.uint8)

@@ -10,7 +10,7 @@ _FIRST = 3  # examples remembered of an image
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ImageLocation:
     """Where an image is: its source, the index of the example in it, and its number among the example's images."""
 
     source: str
@@ -28,9 +28,9 @@ class EqualImage:
     """
 
     examples: Counter[str]
-    first: list[Place]
+    first: list[ImageLocation]
 
-    def add(self, place: Place) -> None:
+    def add(self, place: ImageLocation) -> None:
         """Count an example."""
         self.examples[place.source] += 1
         self.first += [place] if len(self.first) < _FIRST else []
@@ -40,7 +40,7 @@ class EqualImages:
     """Finds the images of several examples by their digests; an image that an example holds twice counts once."""
 
     def __init__(self):
-        self._once: dict[bytes, Place] = {}
+        self._once: dict[bytes, ImageLocation] = {}
         self._several: dict[bytes, EqualImage] = {}
 
     def add(self, source: str, index: int, digests: Iterable[bytes]) -> None:
@@ -50,7 +50,7 @@ class EqualImages:
             if digest in seen:
                 continue
             seen.add(digest)
-            place = Place(source, index, number)
+            place = ImageLocation(source, index, number)
             if digest in self._several:
                 self._several[digest].add(place)
             elif digest in self._once:

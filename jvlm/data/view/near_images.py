@@ -10,7 +10,7 @@ import PIL.Image
 
 from jvlm.data.prepare.hamming import near
 from jvlm.data.prepare.image_hash import MAX_DISTANCE, Thumbnail, second_look
-from jvlm.data.view.equal_images import Place
+from jvlm.data.view.equal_images import ImageLocation
 
 BITS = 256
 _LOOKED_AT = 60  # pairs that get a second look
@@ -20,8 +20,8 @@ _LOOKED_AT = 60  # pairs that get a second look
 class NearPair:
     """Two images that look alike, and in how many bits their hashes differ."""
 
-    first: Place
-    second: Place
+    first: ImageLocation
+    second: ImageLocation
     bits: int
 
 
@@ -29,17 +29,17 @@ class NearImages:
     """Finds images that look alike by their hashes; files with the same bytes are `EqualImages`."""
 
     def __init__(self):
-        self._places: list[Place] = []
+        self._locations: list[ImageLocation] = []
         self._hashes: list[np.ndarray] = []
         self._digests: list[bytes] = []
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def add(self, source: str, index: int, hashes: Sequence[np.ndarray], digests: Sequence[bytes]) -> None:
         """Take the hashes of an example's images, and the digests of their files."""
         for number, (found, digest) in enumerate(zip(hashes, digests, strict=False)):
-            self._places.append(Place(source, index, number))
+            self._locations.append(ImageLocation(source, index, number))
             self._hashes.append(found)
             self._digests.append(digest)
 
@@ -50,13 +50,13 @@ class NearImages:
         hashes, pairs = np.stack(self._hashes), []
         for first, second, bits in near(hashes, hashes, MAX_DISTANCE[BITS]):
             for a, b, different in zip(first.tolist(), second.tolist(), bits.tolist(), strict=True):
-                one, other = self._places[a], self._places[b]
+                one, other = self._locations[a], self._locations[b]
                 is_same = (one.source, one.index) == (other.source, other.index)
                 if a < b and not is_same and self._digests[a] != self._digests[b]:
                     pairs.append((different, a, b))
-        return [NearPair(self._places[a], self._places[b], bits) for bits, a, b in sorted(pairs)]
+        return [NearPair(self._locations[a], self._locations[b], bits) for bits, a, b in sorted(pairs)]
 
-    def pairs(self, open_image: Callable[[Place], PIL.Image.Image], most: int) -> list[NearPair]:
+    def pairs(self, open_image: Callable[[ImageLocation], PIL.Image.Image], most: int) -> list[NearPair]:
         """Return up to ``most`` pairs that show the same in a second look, the nearest first."""
         found = []
         for pair in self.candidates()[:_LOOKED_AT]:

@@ -22,7 +22,7 @@ from jvlm.data.processor import Processor
 from jvlm.data.sources import sources_of
 from jvlm.data.view.collection import Collection, SourceView
 from jvlm.data.view.drawn import Drawn, drawn
-from jvlm.data.view.equal_images import EqualImages, Place
+from jvlm.data.view.equal_images import EqualImages, ImageLocation
 from jvlm.data.view.histogram import Histogram, histogram
 from jvlm.data.view.near_images import NearImages
 from jvlm.data.view.sample import Sample, sample_of, thumbnail, title_of
@@ -341,7 +341,7 @@ def _equal(found: EqualImages, readers: Mapping[str, tuple[Processor, ExampleSou
 
 
 def _near(found: NearImages, readers: Mapping[str, tuple[Processor, ExampleSource | FewShotSource]]) -> Near:
-    def read(place: Place) -> tuple[PIL.Image.Image, Origin]:
+    def read(place: ImageLocation) -> tuple[PIL.Image.Image, Origin]:
         processor, source = readers[place.source]
         one = source.read(place.index)
         parsed = processor.with_open_media(parse_example(one.record, one.origin))
