@@ -27,8 +27,8 @@ def recycled(shape: tuple[int, ...], *, is_shared: bool = False) -> UInt8[np.nda
     may compute on the very memory and holds the array meanwhile.
 
     Args:
-      is_shared: whether processes that know its `shared_location` can write to it; where the system has no such memory, it
-        is as any other.
+      is_shared: whether processes that know its `shared_location` can write to it; where the system lacks such memory,
+        it is as any other.
     """
     key = math.prod(shape), is_shared
     with _LOCK:
