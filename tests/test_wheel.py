@@ -71,3 +71,8 @@ def test_the_demo_s_data_and_tokenizer_are_shipped(jvlm, installed):
     files = {str(path.relative_to(installed / "jvlm" / "_configs")) for path in shipped.parent.rglob("*")}
     wanted = {str(path.relative_to(ROOT / "configs")) for path in Path(ROOT / "configs").rglob("*")}
     assert {name for name in wanted if "__pycache__" not in name} == {n for n in files if "__pycache__" not in n}
+
+
+def test_the_chat_page_is_shipped(installed):
+    names = {path.name for path in (ROOT / "jvlm" / "server" / "page").iterdir() if path.name != "__pycache__"}
+    assert {path.name for path in (installed / "jvlm" / "server" / "page").iterdir()} - {"__pycache__"} == names

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.resources
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import HTTPException
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 import jvlm
 from jvlm.server import metrics, responses
@@ -19,6 +18,7 @@ from jvlm.server.chat import chat
 from jvlm.server.completions import completions
 from jvlm.server.errors import APIError, bad
 from jvlm.server.guard import App, Guard
+from jvlm.server.page import chat_page
 from jvlm.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -160,9 +160,8 @@ def _tokens(app: FastAPI, service: Service) -> None:
             prompt = await service.prompt_of(body, check_tools(body.tools or ()), owner)
         ids = prompt.example.tokens.tolist()
         strings = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
-        return JSONResponse(
-            {"count": len(ids), "max_model_len": service.facts.max_model_len, "tokens": ids, "token_strs": strings}
-        )
+        body = {"count": len(ids), "max_model_len": service.facts.max_model_len, "tokens": ids, "token_strs": strings}
+        return JSONResponse({**body, **service.sizes_body(prompt)})
 
     @app.post("/detokenize", **_body(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
@@ -194,18 +193,9 @@ def _state(app: FastAPI, service: Service) -> None:
 
 
 def _page(app: FastAPI) -> None:
-    """Add the chat page, where this installation has it."""
-    files = importlib.resources.files("jvlm.server") / "page"
-    index = files / "index.html"
-    if not index.is_file():
-        return
-    text, headers = index.read_text(encoding="utf-8"), page_headers()
+    """Add the chat page."""
+    text, headers = chat_page()
 
     @app.get("/")
     async def page() -> Response:
-        return PlainTextResponse(text, media_type="text/html; charset=utf-8", headers=headers)
-
-
-def page_headers() -> Mapping[str, str]:
-    """Return the headers of the chat page, which says what it may load by a policy of its own."""
-    return {"x-content-type-options": "nosniff", "x-frame-options": "DENY", "referrer-policy": "no-referrer"}
+        return HTMLResponse(text, headers=dict(headers))

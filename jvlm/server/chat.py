@@ -127,11 +127,7 @@ class ChatRun:
 
     def extra(self) -> dict[str, Any]:
         """Return what only the whole answer tells: sizes of images, tokens of the prompt."""
-        sizes = self.prompt.example.sizes
-        found: dict[str, Any] = {}
-        if sizes:
-            found["images_size"] = [list(size.original) for size in sizes]
-            found["jvlm_processed_size"] = [list(size.resized) for size in sizes]
+        found = self.service.sizes_body(self.prompt)
         if self.request.return_token_ids:
             found["prompt_token_ids"] = self.prompt.example.tokens.tolist()
         if self.request.prompt_logprobs is not None:

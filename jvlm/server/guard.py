@@ -87,7 +87,7 @@ class Guard:
                 raise APIError(403, "this origin is not allowed")
             return None
         path = scope["path"]
-        if path in OPEN_ROUTES or path in PAGE_ROUTES or path.startswith("/page/"):
+        if path in OPEN_ROUTES or path in PAGE_ROUTES:
             return "-"
         owner = self._ring.owner(request.headers.get(b"authorization"))
         if owner is None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from jvlm.data.box_formats import FORMATS
 from jvlm.data.content import Conversation, Document, Text
 from jvlm.data.errors import ExampleError
 from jvlm.data.packing import Example
@@ -76,6 +77,7 @@ class Service:
         self.facts, self.metrics = facts, metrics
         self.ring = KeyRing(settings.keys, settings.key_limits)
         self.loader = loader or MediaLoader(settings.media, processor)
+        self.box_space = processor.config.box_space or FORMATS[processor.config.box_format].space
         self.created, self._most, self._active = int(time.time()), slots + settings.max_queue, 0
         self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="jvlm-encode")
         templates = str(processor.template.templates)
@@ -199,6 +201,21 @@ class Service:
             begun.rfind(OPEN) > begun.rfind(CLOSE) if OPEN in begun or CLOSE in begun else tail.rstrip().endswith(OPEN)
         )
         return Prompt(example, inside)
+
+    def sizes_body(self, prompt: Prompt) -> dict[str, Any]:
+        """Return what an answer tells of its images: (width, height) of each as it came and as the model sees it.
+
+        ``jvlm_box_space`` says in which of them, or in which units, this model writes boxes and points, with the words
+        of `jvlm.data.boxes`.
+        """
+        sizes = prompt.example.sizes
+        if not sizes:
+            return {}
+        return {
+            "images_size": [list(size.original) for size in sizes],
+            "jvlm_processed_size": [list(size.resized) for size in sizes],
+            "jvlm_box_space": self.box_space,
+        }
 
     async def completion_prompt(self, prompt: str | list[int]) -> Prompt:
         """Return the prompt of a raw text, or of token ids. Raises APIError."""

@@ -17,7 +17,7 @@ from jvlm.errors import UserError
 
 VIEWPORTS = ((1280, 800), (1024, 768), (820, 1180), (390, 844))
 SCALES = (1.0, 1.5, 2.0)
-_NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+EXECUTABLES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 _SECONDS = 20
 # Elements with words of their own, or a label, whose centre is on the screen and not covered by another.
 _ELEMENTS = """() => {
@@ -52,7 +52,7 @@ class Browser:
 
     def __init__(self, executable: str | None = None):
         self._library = required("playwright.sync_api")
-        found = executable or next((path for name in _NAMES if (path := shutil.which(name))), None)
+        found = executable or next((path for name in EXECUTABLES if (path := shutil.which(name))), None)
         if found is None:
             raise UserError("pages need Chromium: install chromium-headless-shell, or give --browser FILE")
         self._running = self._library.sync_playwright().start()
