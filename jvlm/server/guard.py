@@ -111,7 +111,7 @@ def _route(scope: Scope) -> str:
     """Return the method and route of the log, without what a caller could write into it."""
     route = scope.get("route")
     path = getattr(route, "path", "unknown route")
-    method = scope["method"] if scope["method"] in ("GET", "POST", "OPTIONS", "HEAD") else "?"
+    method = scope["method"] if scope["method"] in ("GET", "POST", "PUT", "OPTIONS", "HEAD") else "?"
     return f"{method} {path}"
 
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
-
-import uvicorn
 
 from jvlm.data.processor import Processor
 from jvlm.inference.async_engine import AsyncEngine, StepEngine
 from jvlm.server import app
-from jvlm.server.connections import protocol
+from jvlm.server.listen import listen, print_line
 from jvlm.server.metrics import Metrics
 from jvlm.server.sampling import ModelFacts, default_values
 from jvlm.server.service import Service
 from jvlm.server.settings import ServerSettings
-
-_KEEP_ALIVE_SECONDS = 10
-_SHUTDOWN_SECONDS = 30
 
 
 def service_of(
@@ -56,24 +50,8 @@ def service_of(
 
 def run(service: Service, host: str, port: int, *, log_requests: bool = True) -> None:
     """Serve until SIGINT or SIGTERM; answers that run then have half a minute to end."""
-    limits = service.settings.limits
-    config = uvicorn.Config(
-        app.build(service, log=_print if log_requests else None),
-        host=host,
-        port=port,
-        http=protocol(limits.header_seconds),
-        limit_concurrency=limits.connections,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
-        access_log=False,
-        server_header=False,
-        log_level="warning",
-    )
-    uvicorn.Server(config).run()
-
-
-def _print(line: str) -> None:
-    print(line, file=sys.stderr)
+    log = print_line if log_requests else None
+    listen(app.build(service, log=log), service.settings.limits, host, port)
 
 
 def describe(service: Service, host: str, port: int) -> list[str]:
