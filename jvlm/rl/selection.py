@@ -77,8 +77,10 @@ class Selection:
         """
         if self.capped or waiting_for_rewards >= 2 * self.config.groups:
             return False
-        running = self.started - len(self._useful)
-        likely = sum(self._useful.values()) + self.expected_share * running
+        useful, running = sum(self._useful.values()), self.started - len(self._useful)
+        if useful >= self.config.groups:
+            return False  # those selected are among them, or were started before one of them
+        likely = useful + self.expected_share * running
         return likely < (1 + self.config.margin) * self.config.groups
 
     def start(self) -> int:
