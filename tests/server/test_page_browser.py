@@ -179,6 +179,45 @@ def test_boxes_are_drawn_in_pixels_of_the_original(serve, open_page, text):
     assert 20 < page.locator("canvas.regions").evaluate(read, points)[5] < 80
 
 
+def test_a_box_is_drawn_while_the_answer_still_comes_and_words_are_streamed(serve, open_page, processor):
+    begin = '[{"point_2d": [56, 56], "label": "nose"}, {"bbox_2d": [28, 28, 112, 84], "label": "cat"}'
+    served = serve(f"{begin}]\n\nThe end.")
+    engine, steps = served.engine, []
+    most = len(processor.tokenizer(begin, add_special_tokens=False)["input_ids"])
+
+    def step(step=engine.step):
+        steps.append(1)
+        if len(steps) == most + 1:
+            engine.hold.clear()
+        return step()
+
+    engine.step = step
+    page = open_page(served.url)
+    page.set_input_files("#files", [PNG])
+    ask(page, "Where?")
+    expect(page.locator(".region-list li")).to_have_count(2)
+    expect(page.locator(".region-list li").first).to_contain_text("nose")
+    expect(page.locator("#halt")).to_be_visible()
+    expect(answers(page)).not_to_contain_text("The end")
+    engine.hold.set()
+    expect(answers(page)).to_contain_text("The end.")
+    expect(page.locator("#send")).to_be_visible()
+
+
+def test_boxes_are_on_the_picture_that_is_chosen_and_in_the_units_that_are_chosen(serve, open_page):
+    served = serve('{"bbox_2d": [500, 500, 1000, 1000]}')
+    page = open_page(served.url)
+    other = {**PNG, "name": "other.png", "buffer": picture((120, 240))}
+    page.set_input_files("#files", [PNG, other])
+    page.click("#open-settings")
+    page.select_option("#space", "norm1000")
+    page.click("text=Done")
+    ask(page, "Where?")
+    expect(page.locator(".region-list li")).to_have_text(["box (60, 120, 120, 240)"])
+    page.select_option("figcaption select", index=0)
+    expect(page.locator(".region-list li")).to_have_text(["box (150, 100, 300, 200)"])
+
+
 def test_stop_ends_the_answer_here_and_in_the_engine(serve, open_page):
     served = serve("word " * 400)
     served.engine.hold.clear()

@@ -54,9 +54,12 @@ function showMessages() {
   toEnd(true);
 }
 
+let follows = true; // whether the end of the conversation stays in sight
+
 function toEnd(always) {
   const thread = $("thread");
-  if (always || thread.scrollHeight - thread.scrollTop - thread.clientHeight < 160) thread.scrollTop = thread.scrollHeight;
+  follows ||= always;
+  if (follows) thread.scrollTop = thread.scrollHeight;
 }
 
 function showConversations() {
@@ -249,7 +252,7 @@ async function showModels() {
     if (data.some(({ id }) => id === before)) $("model").value = before;
     say("");
   } catch (error) {
-    say(error.status === 401 ? "The server wants a key: Settings, Key of the server." : error.message);
+    say(error.status === 401 ? "The server wants a key: Settings, API key." : error.message);
   }
 }
 
@@ -304,6 +307,14 @@ function listen() {
     shade(false);
     attach([...event.dataTransfer.files]);
   };
+  const thread = $("thread");
+  let height = 0;
+  thread.onscroll = () => {
+    // growth is no wish of the reader's
+    if (thread.scrollHeight === height) follows = thread.scrollHeight - thread.scrollTop - thread.clientHeight < 60;
+    height = thread.scrollHeight;
+  };
+  new ResizeObserver(() => toEnd(false)).observe($("messages"));
   $("halt").onclick = () => running?.abort();
   $("new").onclick = newConversation;
   $("clear").onclick = () => removeConversation(conversation);

@@ -56,7 +56,7 @@ class MessageView {
       this.details.hidden = !reasoning;
       if (reasoning) {
         if (this.thinking.textContent !== reasoning) this.thinking.textContent = reasoning;
-        const seconds = message.thought ? ` for ${message.thought.toFixed(1)} s` : "";
+        const seconds = message.thought >= 0.05 ? ` for ${message.thought.toFixed(1)} s` : "";
         this.summary.textContent = message.running && !text ? "Thinking…" : `Thought${seconds}`;
       }
       renderMarkdown(this.body, text);
