@@ -149,6 +149,8 @@ def test_pictures_come_by_button_drop_and_paste_and_can_be_removed(serve, open_p
         "<ref>2 cats</ref><box>(28,28),(112,84)</box>",
         "<box>[[28, 28, 112, 84]]</box>",
         "They are at [28, 28, 112, 84].",
+        "<|object_ref_start|>2 cats<|object_ref_end|><|box_start|>(28,28),(112,84)<|box_end|>",
+        "2 cats <28,28,112,84>",
     ],
 )
 def test_boxes_are_drawn_in_pixels_of_the_original(serve, open_page, text):
@@ -243,6 +245,10 @@ def test_regenerate_and_edit_make_versions_that_can_be_gone_through(serve, open_
     expect(answers(page)).to_have_text("first.")
     page.click("text=Edit")
     expect(page.locator("#prompt")).to_have_value("One?")
+    page.click("#cancel-edit")
+    expect(answers(page)).to_have_text("first.")
+    expect(page.locator("#prompt")).to_have_value("")
+    page.click("text=Edit")
     ask(page, "Two?")
     expect(answers(page)).to_have_text("third.")
     expect(page.locator("article.user .text")).to_have_text("Two?")
@@ -328,13 +334,21 @@ def test_conversations_stay_are_exported_and_imported_and_the_key_is_not_kept_wi
     expect(answers(page)).to_have_text("kept.")
 
 
-def test_an_error_of_the_server_is_told_in_the_conversation(serve, open_page):
-    page = open_page(serve("never.").url, allowed=("400",))
+def test_an_error_of_the_server_is_told_in_the_conversation_and_is_not_sent_back(serve, open_page):
+    served = serve("at last.")
+    page = open_page(served.url, allowed=("400",))
     page.click("#open-settings")
     page.fill("#max_tokens", "100000")
     page.click("text=Done")
     ask(page, "Hi")
     expect(page.locator("article.assistant .error")).to_contain_text("max_tokens is 100000")
+    page.click("#open-settings")
+    page.fill("#max_tokens", "")
+    page.click("text=Done")
+    with page.expect_request("**/v1/chat/completions") as request:
+        ask(page, "Hi again")
+    assert [message["role"] for message in request.value.post_data_json["messages"]] == ["user", "user"]
+    expect(answers(page).last).to_have_text("at last.")
 
 
 def test_the_page_works_below_a_prefix(serve, open_page):

@@ -5,6 +5,7 @@ let conversation = null;
 let attached = [];
 let running = null; // AbortController of the answer that is coming
 let views = new Map();
+let edited = null; // the last message that was shown before one is edited
 
 const byId = (id) => conversation.messages.find((message) => message.id === id);
 
@@ -35,6 +36,8 @@ const actions = {
   },
   edit(message) {
     if (running) return;
+    cancelEdit();
+    setEdited(conversation.leaf);
     conversation.leaf = message.parent;
     attached = [...message.media];
     $("prompt").value = message.text;
@@ -44,6 +47,27 @@ const actions = {
     $("prompt").focus();
   },
 };
+
+function setEdited(leaf) {
+  edited = leaf;
+  $("cancel-edit").hidden = leaf === null;
+}
+
+/** Go back to what was shown before a message was edited. */
+function cancelEdit() {
+  if (edited === null) return;
+  conversation.leaf = edited;
+  setEdited(null);
+  clearPrompt();
+  showMessages();
+}
+
+function clearPrompt() {
+  attached = [];
+  $("prompt").value = "";
+  grow();
+  showAttached();
+}
 
 function showMessages() {
   const shown = path();
@@ -74,6 +98,7 @@ function showConversations() {
 
 function openConversation(one) {
   if (running) running.abort();
+  cancelEdit();
   conversation = one;
   views = new Map();
   attached = [];
@@ -115,7 +140,8 @@ function requestFields() {
 
 /** Return the messages of a request: those up to one of the conversation. */
 function requestMessages(leaf) {
-  const messages = path(leaf).map((message) =>
+  const said = path(leaf).filter((message) => message.role === "user" || apart(message).text);
+  const messages = said.map((message) =>
     message.role === "user"
       ? { role: "user", content: [...message.media.map(mediaPart), ...(message.text ? [{ type: "text", text: message.text }] : [])] }
       : { role: "assistant", content: apart(message).text },
@@ -130,10 +156,8 @@ function send() {
   conversation.messages.push(message);
   if (!conversation.title) conversation.title = (text || attached[0].name || "Picture").slice(0, 60);
   conversation.leaf = message.id;
-  attached = [];
-  $("prompt").value = "";
-  grow();
-  showAttached();
+  setEdited(null);
+  clearPrompt();
   showConversations();
   answer(message.id);
 }
@@ -316,6 +340,7 @@ function listen() {
   };
   new ResizeObserver(() => toEnd(false)).observe($("messages"));
   $("halt").onclick = () => running?.abort();
+  $("cancel-edit").onclick = cancelEdit;
   $("new").onclick = newConversation;
   $("clear").onclick = () => removeConversation(conversation);
   $("menu").onclick = () => showSidebar(!document.body.classList.contains("with-sidebar"));

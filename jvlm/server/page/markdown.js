@@ -42,7 +42,7 @@ function blocksOf(text) {
     } else if (LIST.test(lines[i])) {
       for (i++; i < lines.length && (LIST.test(lines[i]) || /^\s{2,}\S/.test(lines[i]) || (!lines[i].trim() && LIST.test(lines[i + 1] ?? ""))); i++);
       push("list", from, i);
-    } else if (lines[i].includes("|") && TABLE_RULE.test(lines[i + 1] ?? "") && (lines[i + 1] ?? "").includes("-")) {
+    } else if (lines[i].includes("|") && (lines[i + 1] ?? "").includes("-") && lines[i + 1].length < 500 && TABLE_RULE.test(lines[i + 1])) {
       for (i += 2; i < lines.length && lines[i].includes("|"); i++);
       push("table", from, i);
     } else {
@@ -53,8 +53,9 @@ function blocksOf(text) {
   return blocks;
 }
 
-/** Return the nodes of a line's markup. */
+/** Return the nodes of a line's markup; a line that is very long is text alone, since looking for ends takes time. */
 function inline(text, depth = 0) {
+  if (text.length > 5000) return [text];
   const nodes = [];
   let last = 0;
   for (const found of text.matchAll(INLINE)) {

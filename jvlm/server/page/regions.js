@@ -1,14 +1,14 @@
 // Boxes and points in an answer, in the forms that models write, and their pixels in the original picture.
 
 const NUMBER = "(-?\\d{1,6}(?:\\.\\d{1,8})?)";
-const listed = (count) => Array(count).fill(NUMBER).join("\\s*[,\\s]\\s*");
+const BETWEEN = "(?:\\s{0,20},\\s{0,20}|\\s{1,20})";
 const COLOURS = ["#e6194b", "#0a84ff", "#2fb344", "#f58231", "#a855f7", "#00a3a3", "#d6289f", "#b8860b"];
 const FORMS = [
   // {"bbox_2d": [x1, y1, x2, y2], "label": "cat"}, the label before or behind, or not there
   { pattern: new RegExp(`\\{[^{}]{0,500}?"(?:bbox_2d|bbox|box_2d|point_2d|point)"\\s*:\\s*\\[\\s*${NUMBER}\\s*,\\s*${NUMBER}(?:\\s*,\\s*${NUMBER}\\s*,\\s*${NUMBER})?\\s*\\][^{}]{0,500}?\\}`, "g"), label: labelInside },
   // <ref>cat</ref><box>(x1,y1),(x2,y2)</box>, [[x1, y1, x2, y2]], or with Qwen's tokens
-  { pattern: new RegExp(`(?:<ref>|<\\|object_ref_start\\|>)?(?:(?<name>[^<>\\n]{1,200})(?:</ref>|<\\|object_ref_end\\|>)\\s*)?(?:<box>|<\\|box_start\\|>)[\\s(\\[]*${NUMBER}\\s*[,\\s]\\s*${NUMBER}(?:[)\\s,(]+${NUMBER}\\s*[,\\s]\\s*${NUMBER})?[\\s)\\]]*(?:</box>|<\\|box_end\\|>)`, "g"), label: (found) => found.groups.name ?? "", first: 2 },
-  { pattern: new RegExp(`<point>[\\s(\\[]*${listed(2)}[\\s)\\]]*</point>`, "g"), label: () => "" },
+  { pattern: new RegExp(`(?:(?:<ref>|<\\|object_ref_start\\|>)(?<name>[^<>\\n]{1,200})(?:</ref>|<\\|object_ref_end\\|>)\\s{0,20})?(?:<box>|<\\|box_start\\|>)[\\s(\\[]{0,20}${NUMBER}${BETWEEN}${NUMBER}(?:[)\\s,(]{1,20}${NUMBER}${BETWEEN}${NUMBER})?[\\s)\\]]{0,20}(?:</box>|<\\|box_end\\|>)`, "g"), label: (found) => found.groups.name ?? "", first: 2 },
+  { pattern: new RegExp(`<point>[\\s(\\[]{0,20}${NUMBER}${BETWEEN}${NUMBER}[\\s)\\]]{0,20}</point>`, "g"), label: () => "" },
   { pattern: new RegExp(`<point[^<>]{0,80}?\\sx="${NUMBER}"\\s+y="${NUMBER}"[^<>]{0,200}>(?<name>[^<>]{0,200})</point>`, "g"), label: (found) => found.groups.name, most: 2 },
   // MM1.5: <x1,y1,x2,y2>
   { pattern: new RegExp(`<${NUMBER},${NUMBER}(?:,${NUMBER},${NUMBER})?>`, "g"), label: labelBefore },
