@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from jvlm.reward_model.scale import RewardScale
 from jvlm.reward_model.scoring import RewardModel
 from jvlm.reward_model.task import RewardTask
 from jvlm.reward_model.text import save_text
+from jvlm.rl.rewards.models import ModelReward
+from jvlm.rl.rewards.source import RewardItem
 from jvlm.training import runs
 from jvlm.weights.labels import with_labels
 from tests.preference.support import write_pairs, write_text_model
@@ -112,8 +115,32 @@ def test_a_check_sees_length_and_blindness_and_its_scale_stays_with_the_model(ti
     question = json.loads(pairs.read_text().splitlines()[0])
     (reward,), (score,) = loaded.rewards([question]), loaded.scores([question])
     assert reward == pytest.approx(1 / (1 + np.exp(-(score - loaded.scale.mean) / loaded.scale.std)), abs=1e-6)
+    _check_as_a_source(loaded, pairs)
     with pytest.raises(UserError, match="has no scale"):
         RewardModel(loaded.model, loaded.processor).rewards([question])
+    with pytest.raises(UserError, match="saved has no scale"):
+        ModelReward(RewardModel(loaded.model, loaded.processor), "saved")
+
+
+def _check_as_a_source(loaded, pairs):
+    """Rewards by task are the model's; thinking is not shown to it, and what cannot be read has no reward."""
+    lines = map(json.loads, pairs.read_text().splitlines())
+    question = next(line for line in lines if len(line.get("images", ())) == 1)
+    (file,) = (str(pairs.parent / image) for image in question["images"])
+    (expected,) = loaded.rewards([{**question, "images": [file]}])
+    *asked, answered = question["messages"]
+    item = RewardItem("a", "say", answered["content"], messages=tuple(asked), images=(Path(file).read_bytes(),))
+    parts = [{"type": "image"}, {"type": "text", "text": asked[-1]["content"].removeprefix("<image>")}]
+    items = [
+        item,
+        dataclasses.replace(item, answer=f"<think>hm</think>{item.answer}"),
+        dataclasses.replace(item, messages=(*asked[:-1], {"role": "user", "content": parts})),
+        dataclasses.replace(item, answer="<think>hm"),
+        dataclasses.replace(item, images=(b"no picture",)),
+    ]
+    scores = ModelReward(loaded, "saved").scores(items)
+    assert [score.value for score in scores[:3]] == pytest.approx([expected] * 3, abs=1e-5)
+    assert [(score.value, score.reason) for score in scores[3:]] == [(0, "thinking_only"), (None, "service_error")]
 
 
 class ByLength(RewardModel):

@@ -32,9 +32,9 @@ class _Unusable(ValueError):
 
 def _choice(item: RewardItem, options: Options) -> Score:
     gold, texts = item.gold, item.columns.get("options", ())
-    texts = list(texts.values()) if isinstance(texts, Mapping) else list(texts)
-    if not all(isinstance(text, str) for text in texts):
-        raise _Unusable("options must be texts")
+    texts = list(texts.values()) if isinstance(texts, Mapping) else texts
+    if not isinstance(texts, list | tuple) or len(texts) > 26 or not all(isinstance(text, str) for text in texts):
+        raise _Unusable("write options: at most 26 texts")
     last = chr(ord("A") + (len(texts) or 10) - 1)
     if not isinstance(gold, str) or not gold or any(not "A" <= letter <= last for letter in gold):
         raise _Unusable(f"write the letter of the right option, A to {last}, or several as AC")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jvlm.data.values import number
+from jvlm.errors import UserError
 from jvlm.rl.rewards.source import RewardItem
 from jvlm.scoring.score import Score
 
@@ -25,11 +26,15 @@ def blob_name(content: bytes) -> str:
 
 
 def item_values(item: RewardItem) -> dict[str, Any]:
-    """Return the JSON of an item. Pictures are named by their hash; their places in messages name no file."""
+    """Return the JSON of an item. Pictures are named by their hash; their places in messages name no file.
+
+    Raises:
+      UserError: a message with a video.
+    """
     return {
         "id": item.id,
         "task": item.task,
-        "messages": [_message(message) for message in item.messages],
+        "messages": [_message(message, item.id) for message in item.messages],
         "answer": item.answer,
         "truncated": item.truncated,
         "thinking_opened": item.thinking_opened,
@@ -40,13 +45,20 @@ def item_values(item: RewardItem) -> dict[str, Any]:
     }
 
 
-def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    content = message["content"]
+def _message(message: Mapping[str, Any], item: str) -> dict[str, Any]:
+    content = message.get("content") or ""
     if isinstance(content, list):
-        content = [
-            {"type": "text", "text": part["text"]} if part["type"] == "text" else {"type": "image"} for part in content
-        ]
-    return {"role": message["role"], "content": content}
+        content = [_part(part, item) for part in content]
+    return {"role": message.get("role", ""), "content": content}
+
+
+def _part(part: Mapping[str, Any], item: str) -> dict[str, Any]:
+    kind = part.get("type")
+    if kind == "text":
+        return {"type": "text", "text": part.get("text") or ""}
+    if kind not in ("image", "image_url"):
+        raise UserError(f"item {item}, messages: a service of rewards takes text and images, not {kind!r}")
+    return {"type": "image"}
 
 
 def result_values(item: RewardItem, score: Score, milliseconds: float) -> dict[str, Any]:

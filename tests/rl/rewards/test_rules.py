@@ -172,6 +172,22 @@ def test_several_guesses_never_beat_the_mean_of_each(data, task):
         assert _value(router, task, join.join(guesses)).value <= sum(alone) / len(alone) + 1e-9
 
 
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text("AB[],0:. ", max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["action", "box", "label"]), inner),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@settings(max_examples=60, deadline=None)
+@given(gold=_JSON, column=_JSON)
+def test_no_reference_raises(router, task, gold, column):
+    item = RewardItem("a", task, TASKS[task][2], gold=gold, columns={"options": column, "size": column})
+    score = router.scores([item])[0]
+    assert score.value is not None or score.reason == "gold_unusable"
+
+
 def test_the_format_is_a_gate_and_no_bonus():
     with Router({"count": Route(RuleReward("count"), format_gate=True)}) as router:
         good = "<think>one, two</think>7"

@@ -20,6 +20,7 @@ from jvlm.errors import UserError
 from jvlm.rl.rewards.client import ClientConfig, RewardClient
 from jvlm.rl.rewards.shortage import Shortage
 from jvlm.rl.rewards.source import RewardItem
+from jvlm.rl.rewards.wire import item_values
 from tests.support import ROOT
 
 KEY = "a-key-of-sixteen-letters"
@@ -142,6 +143,15 @@ def test_pictures_are_sent_once(server):
         for _ in range(2):
             assert [score.value for score in client.scores(items)] == [0.5] * 3
     assert sent == ["POST", "PUT", "POST", "POST"]
+
+
+def test_messages_name_no_file_to_the_server_and_videos_are_refused():
+    image, video = {"type": "image", "image": "/home/me/x.png"}, {"type": "video", "video": "x.mp4"}
+    asked = {"role": "user", "content": [image, {"type": "text", "text": "How many?"}]}
+    values = item_values(RewardItem("a", "count", "7", messages=(asked,), images=(b"x",)))
+    assert values["messages"][0]["content"] == [{"type": "image"}, {"type": "text", "text": "How many?"}]
+    with pytest.raises(UserError, match=r"item a, messages: .* not 'video'"):
+        item_values(RewardItem("a", "count", "7", messages=({"role": "user", "content": [video]},)))
 
 
 def test_a_wrong_key_is_an_error_and_no_reward(server):
