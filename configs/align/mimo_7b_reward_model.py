@@ -6,10 +6,10 @@
 """
 
 from jvlm.data.config import DataConfig
+from jvlm.families.composed.reward_text import text_model
 from jvlm.models.layers import Precision
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.reward_model.task import RewardTask
-from jvlm.reward_model.text import text_model
 from jvlm.training.config import AdaptConfig, Experiment, ExportConfig, OptimizerConfig
 
 FOLDER = "MiMo-7B-RL"

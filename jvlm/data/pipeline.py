@@ -119,7 +119,9 @@ class Encode(grain.transforms.RandomMap):
         """Return a pair, or an answer with a label, as the segments of one example."""
         read = preferences.pair if self.config.preference == "pairs" else preferences.labelled
         judged = read(parsed, self._losses.get(parsed.origin.source, self.config.loss))
-        example = self.processor.encode_together(judged.conversations, judged.values, decode=self.decode)
+        # the numbers of answers are taken of their pixels
+        decode = self.decode or self.config.preference == "pairs"
+        example = self.processor.encode_together(judged.conversations, judged.values, decode=decode)
         for number in range(1, example.num_segments + 1):
             check_learnable(example.origin, example.loss_weights[example.segments == number])
         if self.config.preference == "pairs":

@@ -118,7 +118,7 @@ def _count(piece: UnreadImage | np.ndarray) -> int:
 
 def joined_patches(
     parts: Sequence[UInt8[np.ndarray, "_ v"] | UnreadPatches], values: int
-) -> UInt8[np.ndarray, "p v"] | UnreadPatches:
+) -> UInt8[np.ndarray, "_ v"] | UnreadPatches:
     """Return patches one after the other; a single array as it is."""
     if any(isinstance(part, UnreadPatches) for part in parts):
         pieces: list[Any] = []

@@ -18,6 +18,7 @@ from jvlm.data.boxes import CoordinateSpace, Sizes
 from jvlm.data.content import Conversation, Document, Image, Text, Video
 from jvlm.data.errors import MEMORY, ExampleError, Origin
 from jvlm.data.images import open_image
+from jvlm.data.smart_resize import smart_resize
 from jvlm.errors import UserError
 from jvlm.evaluation.endpoint import Endpoint, EndpointError
 from jvlm.evaluation.task import Decoding
@@ -201,8 +202,6 @@ class Boxes:
         """Return the sizes of an image."""
         if (self.space or FORMATS[self.form].space) != "resized":
             return Sizes(image.size, image.size)
-        from jvlm.families.qwen2_5_vl.image_processor import smart_resize
-
         height, width = smart_resize(image.height, image.width, self.factor, self.min_pixels, self.max_pixels)
         return Sizes(image.size, (width, height))
 

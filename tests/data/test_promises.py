@@ -14,9 +14,10 @@ from jvlm.data import packing, pipeline
 from jvlm.data.boxes import Box, Sizes
 from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.processor import Processor, ProcessorConfig
+from jvlm.data.smart_resize import largest_area, smart_resize
 from jvlm.families.idefics2.image_processor import Idefics2ImageConfig, edge_resize
 from jvlm.families.mm1_5.image_processor import TiledImageConfig
-from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig, largest_area, smart_resize, window_order
+from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig, window_order
 from jvlm.families.qwen3_vl.image_processor import Qwen3ImageConfig
 from jvlm.training import resolve, starting_model
 from jvlm.training.supervised import supervised_loss

@@ -22,11 +22,11 @@ from jvlm.data.example_source import ExampleSource
 from jvlm.data.pipeline import Encode
 from jvlm.data.processor import Processor
 from jvlm.data.tokenizers import load_tokenizer
+from jvlm.families.composed.reward_text import save_text, text_model
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
 from jvlm.preference.pairs import PreferenceTask
 from jvlm.reward_model.scoring import RewardModel
-from jvlm.reward_model.text import save_text, text_model
 from jvlm.training.starting_model import random_model
 from jvlm.weights import backbones
 from jvlm.weights.labels import with_labels

@@ -18,12 +18,12 @@ from jvlm.data.example_source import ExampleSource
 from jvlm.data.pipeline import Encode
 from jvlm.data.segments import segment_of
 from jvlm.errors import UserError
+from jvlm.families.composed.reward_text import save_text
 from jvlm.models import vlm
 from jvlm.reward_model import check
 from jvlm.reward_model.scale import RewardScale
 from jvlm.reward_model.scoring import RewardModel
 from jvlm.reward_model.task import RewardTask
-from jvlm.reward_model.text import save_text
 from jvlm.rl.rewards.models import ModelReward
 from jvlm.rl.rewards.source import RewardItem
 from jvlm.training import runs

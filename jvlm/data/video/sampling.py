@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from jvlm.data.smart_resize import MAX_ASPECT
 from jvlm.errors import UserError
 
 Rule = Literal["auto", "numbers", "times"]
@@ -21,7 +22,6 @@ SizeRule = Callable[[int, int, int], tuple[int, int]]
 FRAMES_PER_PATCH = 2  # frames of a temporal patch
 PATCH_AREA = 28 * 28  # pixels that one token stands for
 _UNEVEN = 1.5  # the largest distance between frames over the median one, above which "auto" goes by times
-_MAX_ASPECT = 200  # width over height, or the reverse, that Qwen's image processors take
 _SAME_TIME = 1e-6  # s; times are exact fractions until they become floats
 
 
@@ -236,5 +236,5 @@ class FramePixels:
 
 def _largest_enlarged(pixels: int) -> float:
     """Most pixels of a frame enlarged to ``pixels``, each side then rounded up to whole patches."""
-    sides = math.sqrt(pixels) * (math.sqrt(_MAX_ASPECT) + 1 / math.sqrt(_MAX_ASPECT))
+    sides = math.sqrt(pixels) * (math.sqrt(MAX_ASPECT) + 1 / math.sqrt(MAX_ASPECT))
     return pixels + sides * math.sqrt(PATCH_AREA) + PATCH_AREA

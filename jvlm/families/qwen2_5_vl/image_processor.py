@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +16,7 @@ from PIL import Image
 
 from jvlm.data.image_processor import MAX_PIXELS, ImageProcessorConfig, Limit, MediaPatches
 from jvlm.data.merged_patches import write_merged
+from jvlm.data.smart_resize import largest_area, smart_resize
 from jvlm.data.video.sampling import PATCH_AREA, FramePixels, Sampling, SizeRule
 from jvlm.errors import UserError
 from jvlm.validation import check_fields
@@ -24,7 +24,6 @@ from jvlm.validation import check_fields
 if TYPE_CHECKING:
     from jvlm.models.vlm import VLMConfig
 
-MAX_ASPECT = 200  # of an image that `smart_resize` takes
 _SHRINK = 0.9  # of the pixels, a step of `QwenImageProcessor.reductions`
 
 
@@ -97,30 +96,6 @@ class QwenImageConfig(ImageProcessorConfig, tag="qwen2_5_vl"):
         return QwenImageProcessor(model, self)
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: float) -> tuple[int, int]:
-    """(height, width) as multiples of ``factor`` with min_pixels <= area <= max_pixels, keeping the aspect.
-
-    As in transformers >= 4.53: Python's rounding, and sides clamped to ``factor`` when shrinking.
-
-    Raises:
-      UserError: an aspect ratio above 200, or limits that contradict each other.
-    """
-    if min_pixels > max_pixels:
-        raise UserError(f"min_pixels {min_pixels} exceeds max_pixels {max_pixels}")
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise UserError(f"aspect ratio of {width} x {height} exceeds {MAX_ASPECT}")
-    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    if new_height * new_width > max_pixels:
-        beta = math.sqrt(height * width / max_pixels)
-        new_height = max(factor, math.floor(height / beta / factor) * factor)
-        new_width = max(factor, math.floor(width / beta / factor) * factor)
-    elif new_height * new_width < min_pixels:
-        beta = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * beta / factor) * factor
-        new_width = math.ceil(width * beta / factor) * factor
-    return new_height, new_width
-
-
 def _frame_size(limits: QwenImageConfig, factor: int, frames: int, width: int, height: int) -> tuple[int, int]:
     """(width, height) of each of so many frames after the resize."""
     limits = limits.for_video(frames, limits.fps, is_resized=False)
@@ -146,23 +121,6 @@ def window_order(grid: tuple[int, int, int], window: int) -> tuple[Int[np.ndarra
     _, number = np.unique(number[order], return_inverse=True)
     times = np.arange(t, dtype=np.int32)[:, None]
     return (times * (h * w) + order).ravel(), (times * (number.max() + 1) + number + 1).ravel().astype(np.int32)
-
-
-def largest_area(factor: int, min_pixels: int, max_pixels: int) -> int:
-    """Most pixels that `smart_resize` gives any image.
-
-    That is more than ``max_pixels`` where a thin image, brought down, keeps a side of ``factor``, and where a small
-    one, brought up, has both its sides rounded up past limits that are close to each other.
-    """
-    most = int(max_pixels)
-    thin = int(math.sqrt(MAX_ASPECT * max_pixels) / factor)
-    cells = max(most // factor**2, thin)
-    longest = int(math.sqrt(MAX_ASPECT * min_pixels) / factor) + 1
-    for short in range(1, int(math.sqrt(min_pixels) / factor) + 2):
-        # one more than the exact quotient: the sides are computed in float64 before they are rounded up
-        long = longest if short == 1 else min(longest, int(min_pixels / ((short - 1) * factor**2)) + 1)
-        cells = max(cells, short * long)
-    return max(most, cells * factor**2)
 
 
 class QwenImageProcessor:

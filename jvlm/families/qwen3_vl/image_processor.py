@@ -17,9 +17,9 @@ from PIL import Image
 
 from jvlm.data.image_processor import MAX_PIXELS, ImageProcessorConfig, Limit, MediaPatches
 from jvlm.data.merged_patches import write_merged
+from jvlm.data.smart_resize import MAX_ASPECT, largest_area, smart_resize
 from jvlm.data.video.sampling import Sampling, SizeRule
 from jvlm.errors import UserError
-from jvlm.families.qwen2_5_vl.image_processor import MAX_ASPECT, largest_area, smart_resize
 from jvlm.families.qwen3_vl.chat_format import VISION_END, VISION_START
 from jvlm.validation import check_fields
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from jvlm.data.smart_resize import smart_resize
 from jvlm.data.video.sampling import (
     PATCH_AREA,
     FramePixels,
@@ -17,7 +18,6 @@ from jvlm.data.video.sampling import (
     sample,
 )
 from jvlm.errors import UserError
-from jvlm.families.qwen2_5_vl.image_processor import smart_resize
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "video"
 # width, height as in the files
