@@ -166,8 +166,8 @@ def test_a_wrong_key_is_an_error_and_no_reward(server):
 def test_a_slow_server_makes_rewards_missing_at_the_deadline(server):
     with server.client(deadline=0.4) as client:
         began = time.monotonic()
-        score = client.scores([_wait("slow", 1.5)])[0]
-        assert time.monotonic() - began < 1.2
+        score = client.scores([_wait("slow", 3.0)])[0]
+        assert time.monotonic() - began < 2.5
         assert (score.value, score.reason) == (None, "service_error")
         assert list(client.missing_ids) == ["slow"]
 
@@ -198,7 +198,7 @@ def test_a_server_that_is_killed_while_it_judges_is_asked_again_when_it_is_back(
     server = Server(tmp_path).wait()
     try:
         with server.client(deadline=90) as client:
-            future = client.submit([_wait("a", 1.0), _count("b", "8")])
+            future = client.submit([_wait("a", 1.5), _count("b", "8")])
             time.sleep(0.4)
             assert not future.done()
             server.kill()
