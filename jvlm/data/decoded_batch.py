@@ -28,14 +28,14 @@ def decoded_batch(
       patches: begins to write the patches of an image.
     """
     begun: list[tuple[Example, Result]] = []
-    places: dict[int, np.ndarray] = {}
+    arrays: dict[int, np.ndarray] = {}
 
     def write(example: Example, out: np.ndarray) -> None:
-        places[id(example)] = out
+        arrays[id(example)] = out
         if isinstance(example.patches, np.ndarray):
             out[:] = example.patches
             return
-        for piece, first in example.patches.places():
+        for piece, first in example.patches.pieces_from():
             if isinstance(piece, np.ndarray):
                 out[first : first + len(piece)] = piece
             else:
@@ -53,7 +53,7 @@ def decoded_batch(
         return batch, [list(sequence) for sequence in sequences], []
     kept = [
         [
-            dataclasses.replace(one, patches=places[id(one)]) if one.num_patches else one
+            dataclasses.replace(one, patches=arrays[id(one)]) if one.num_patches else one
             for one in sequence
             if id(one) not in failed
         ]

@@ -247,11 +247,11 @@ class EncodeDrawn(grain.transforms.Map):
         return self.encode.random_map((drawn.origin, drawn.record), np.random.default_rng(drawn.seed))
 
 
-def complete_window(places: Sequence[Sequence[Example | Rejected]], config: DataConfig) -> Sequence[Sequence]:
+def complete_window(results: Sequence[Sequence[Example | Rejected]], config: DataConfig) -> Sequence[Sequence]:
     """Return what the examples of a packing window gave, with what depends on their neighbours."""
     if config.preference != "labels":
-        return places
-    return preferences.with_other_answers(places, config.seq_len, config.longest)
+        return results
+    return preferences.with_other_answers(results, config.seq_len, config.longest)
 
 
 def _one_turn(conversation: Conversation, rng: np.random.Generator) -> Conversation:
@@ -409,9 +409,9 @@ class PackIterator(grain.DatasetIterator):
         window, before = self._progress.item
         size = len(self.dataset.window(window))
         self._ask(size - len(self._asked))
-        places = [self._asked.popleft().result() for _ in range(size)]
-        places = complete_window(places, config)
-        elements = [element for place in places for element in place]
+        results = [self._asked.popleft().result() for _ in range(size)]
+        results = complete_window(results, config)
+        elements = [element for place in results for element in place]
         examples = [e for e in elements if not isinstance(e, Rejected)]
         rejected = [e for e in elements if isinstance(e, Rejected)]
         self._unusable = [] if examples else self._unusable + rejected
@@ -426,7 +426,7 @@ class PackIterator(grain.DatasetIterator):
         self._queue.extend([examples[i] for i in sequence] for sequence in packed[given:])
         self._ahead = -(-config.pack_window // max(len(self._queue), 1))
         self._progress = dataclasses.replace(self._progress, given=given)
-        return bool(places)
+        return bool(results)
 
     def first_window(self) -> list[list[Example]]:
         """Return the packed sequences of the present window that are left, without giving them out."""

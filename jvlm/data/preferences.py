@@ -104,7 +104,7 @@ def with_answer_numbers(example: Example) -> Example:
     return dataclasses.replace(example, values=tuple(numbered))
 
 
-def with_other_answers(places: Sequence[Sequence[Example | Rejected]], seq_len: int, longest: int) -> list[list]:
+def with_other_answers(results: Sequence[Sequence[Example | Rejected]], seq_len: int, longest: int) -> list[list]:
     """Return examples of `labelled` of which each has, as second segment, its prompt with its neighbour's answer.
 
     Their log-probabilities estimate how far the model has gone from its reference (KTO, arXiv 2402.01306). As in TRL,
@@ -112,15 +112,15 @@ def with_other_answers(places: Sequence[Sequence[Example | Rejected]], seq_len: 
     an example without a neighbour has no such answer.
 
     Args:
-      places: what each example of a packing window gave.
+      results: what each example of a packing window gave.
       seq_len: tokens of a packed sequence.
       longest: tokens of a conversation.
     """
-    usable = [one for place in places for one in place if isinstance(one, Example)]
+    usable = [one for result in results for one in result if isinstance(one, Example)]
     others = iter([usable[-1], *usable[:-1]] if usable else [])
     return [
-        [_with_answer(one, next(others), seq_len, longest) if isinstance(one, Example) else one for one in place]
-        for place in places
+        [_with_answer(one, next(others), seq_len, longest) if isinstance(one, Example) else one for one in result]
+        for result in results
     ]
 
 

@@ -88,19 +88,19 @@ def shared_location(array: Shaped[np.ndarray, "..."]) -> SharedLocation | None:
 _MAPPED: collections.OrderedDict[tuple[str, int], mmap.mmap] = collections.OrderedDict()
 
 
-def opened(place: SharedLocation) -> Shaped[np.ndarray, "..."]:
+def opened(location: SharedLocation) -> Shaped[np.ndarray, "..."]:
     """Return an array of a process that lives and holds it."""
-    key = place.path, place.serial
+    key = location.path, location.serial
     if key not in _MAPPED:
-        file = os.open(place.path, os.O_RDWR)
+        file = os.open(location.path, os.O_RDWR)
         try:
-            _MAPPED[key] = mmap.mmap(file, place.size)
+            _MAPPED[key] = mmap.mmap(file, location.size)
         finally:
             os.close(file)
         if len(_MAPPED) > _OPENED:
             _MAPPED.popitem(last=False)
     _MAPPED.move_to_end(key)
-    return np.ndarray(place.shape, np.uint8, _MAPPED[key], place.offset)
+    return np.ndarray(location.shape, np.uint8, _MAPPED[key], location.offset)
 
 
 _SCRATCH = threading.local()

@@ -94,7 +94,7 @@ class UnreadPatches:
         if step != 1:
             raise ValueError(f"patches in steps of {step}")
         kept: list[Any] = []
-        for piece, begin in self.places():
+        for piece, begin in self.pieces_from():
             a, b = max(start - begin, 0), min(stop - begin, _count(piece))
             if a < b:
                 kept.append(
@@ -104,8 +104,8 @@ class UnreadPatches:
                 )
         return UnreadPatches(tuple(kept), self.values)
 
-    def places(self) -> Iterator[tuple[UnreadImage | np.ndarray, int]]:
-        """(piece, number of its first patch) in order."""
+    def pieces_from(self) -> Iterator[tuple[UnreadImage | np.ndarray, int]]:
+        """Yield (piece, number of its first patch) in order."""
         begin = 0
         for piece in self.pieces:
             yield piece, begin

@@ -106,9 +106,9 @@ class Processes:
 
     def patches(self, unread: UnreadImage, out: np.ndarray) -> Result:
         """Write the patches of an image, in the process itself where it can reach the array."""
-        place = shared_location(out)
-        if place is not None:
-            return _Sent(self._pool.submit(_write, unread, place))
+        location = shared_location(out)
+        if location is not None:
+            return _Sent(self._pool.submit(_write, unread, location))
         return _Sent(self._pool.submit(_patches, unread, out.shape), lambda patches: np.copyto(out, patches))
 
     def array(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -154,8 +154,8 @@ def _example(number: int) -> Any:
     return _TASK[0][number]
 
 
-def _write(unread: UnreadImage, place: SharedLocation) -> None:
-    _TASK[1].write_patches(unread, opened(place))
+def _write(unread: UnreadImage, location: SharedLocation) -> None:
+    _TASK[1].write_patches(unread, opened(location))
 
 
 def _patches(unread: UnreadImage, shape: tuple[int, int]) -> np.ndarray:

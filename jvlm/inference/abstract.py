@@ -39,7 +39,7 @@ class AbstractPrograms:
 
     Attributes:
       leaves, decoder_leaves: parameters as `encode`, and as `prefill` and `decode`, take them.
-      pictures, places: of `encode`; None without patches.
+      pictures, destinations: of `encode`; None without patches.
       features: the feature pool.
       tokens: the last token of each slot.
     """
@@ -51,7 +51,7 @@ class AbstractPrograms:
     leaves: list[jax.ShapeDtypeStruct]
     decoder_leaves: list[jax.ShapeDtypeStruct]
     pictures: PackedBatch | None
-    places: jax.ShapeDtypeStruct | None
+    destinations: jax.ShapeDtypeStruct | None
     adapters: jax.ShapeDtypeStruct
     features: Any
     cache: Any
@@ -61,7 +61,7 @@ class AbstractPrograms:
 
     def lower_encode(self) -> jax.stages.Lowered:
         """The vision tower over all pictures of the prompts, lowered from shapes."""
-        return self.programs.encode.lower(self.leaves, self.features, self.pictures, self.places, self.adapters)
+        return self.programs.encode.lower(self.leaves, self.features, self.pictures, self.destinations, self.adapters)
 
     def lower_prefill(self) -> jax.stages.Lowered:
         """The pass over the prompts, lowered from shapes."""
@@ -129,7 +129,7 @@ def abstract_programs(config: VLMConfig, layout: MeshLayout, sizes: BatchShape) 
         leaves=leaves,
         decoder_leaves=decoder_leaves,
         pictures=None if pictures is None else jax.tree.map(_at, pictures, layout.batch(pictures)),
-        places=split(np.zeros((D, vision), np.int32), "batch") if P else None,
+        destinations=split(np.zeros((D, vision), np.int32), "batch") if P else None,
         adapters=split(np.zeros(D, np.int32), "batch"),
         features=None if pool is None else jax.tree.map(lambda x: split(x, "batch"), (pool.tokens, pool.deepstack)),
         cache=jax.tree.map(

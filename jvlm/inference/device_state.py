@@ -35,10 +35,10 @@ class Sampled:
 
     Attributes:
       tokens: int32 [B].
-      rows: (place, group, row) of the sequences among them.
+      rows: (index, group, row) of the sequences among them.
       logprobs: of all B, where one of the requests wants them.
-      guesses: for places behind a drafted token: how many are drafted before, and that token. What is drawn there
-        counts if the place before drew it.
+      guesses: for indices behind a drafted token: how many are drafted before, and that token. What is drawn there
+        counts if the index before drew it.
     """
 
     tokens: Any
@@ -153,19 +153,19 @@ class DeviceState:
             (size for size in s.encode_patches if size >= patches and image_room(config, size) >= images),
             s.encode_patches[-1],
         )
-        batch, places = plan_arrays.pack_pictures(
+        batch, destinations = plan_arrays.pack_pictures(
             rows, P, _picture_tokens(config, P), vision_tokens_of(config, P), s.feature_slots
         )
         self.patches += sum(p.media.patches for row in rows for p in row)
         self._count(f"encode {P}", sum(p.media.patches for row in rows for p in row), P * s.groups)
-        self._features = self._run_encode(self._pool(), batch, places, adapters)
+        self._features = self._run_encode(self._pool(), batch, destinations, adapters)
 
-    def _run_encode(self, pool, batch, places, adapters):
+    def _run_encode(self, pool, batch, destinations, adapters):
         put = self.programs.put
         if self.programs.ops is not None:
             batch = jax.device_put(batch, self.programs.ops.layout.batch(batch))
         return self.programs.encode(
-            self.engine._leaves, pool, batch, put(places, "batch", None), put(adapters, "batch")
+            self.engine._leaves, pool, batch, put(destinations, "batch", None), put(adapters, "batch")
         )
 
     def prefill(self, plans: Mapping[int, Prefill], active: Mapping[str, Any]) -> list[Sampled]:
@@ -216,16 +216,16 @@ class DeviceState:
     def _first_tokens(self, rows, last, hidden, active) -> list[Sampled]:
         """Draw for the last token of every chunk that ends a prompt, for all answers of its request."""
         wanted = [
-            [(place, row) for chunk, place in zip(chunks, places, strict=True) for row in chunk.samples]
-            for chunks, places in zip(rows, last, strict=True)
+            [(index, row) for chunk, index in zip(chunks, indices, strict=True) for row in chunk.samples]
+            for chunks, indices in zip(rows, last, strict=True)
         ]
         R, found = self.shapes.prefill_rows, []
         for begin in range(0, max(map(len, wanted)), R):
             some = [group[begin : begin + R] for group in wanted]
-            places = np.zeros((len(rows), R), np.int32)
+            indices = np.zeros((len(rows), R), np.int32)
             for d, group in enumerate(some):
-                places[d, : len(group)] = [place for place, _ in group]
-            logits = self.programs.head(self.engine._decoder_leaves, hidden, self.programs.put(places, "batch", None))
+                indices[d, : len(group)] = [index for index, _ in group]
+            logits = self.programs.head(self.engine._decoder_leaves, hidden, self.programs.put(indices, "batch", None))
             at = [(d * R + i, d, row) for d, group in enumerate(some) for i, (_, row) in enumerate(group)]
             found.append(self._draw(logits, at, active))
         return found
@@ -243,11 +243,11 @@ class DeviceState:
         guesses: dict[int, tuple[int, int]] = {}
         for group, plan in plans.items():
             for i, row in enumerate(plan.rows):
-                place = (group * per_group + i) * (1 + drafts.shape[1])
+                index = (group * per_group + i) * (1 + drafts.shape[1])
                 for j in range(1 + int(plan.drafted[i])):
-                    at.append((place + j, group, dataclasses.replace(row, draw=row.draw + j) if j else row))
+                    at.append((index + j, group, dataclasses.replace(row, draw=row.draw + j) if j else row))
                     if j:
-                        guesses[place + j] = j, int(plan.tokens[i, j])
+                        guesses[index + j] = j, int(plan.tokens[i, j])
         return [dataclasses.replace(self._draw(logits, at, active, guesses), guesses=guesses)]
 
     def _run_decode(self, rows: DecodeRows, drafts: np.ndarray):
@@ -274,11 +274,11 @@ class DeviceState:
         slots = np.full(len(logits), len(self._params), np.int32)
         steps = np.zeros(len(logits), np.int32)
         kinds, scores, mask = {KINDS[0]}, False, None
-        for place, group, row in at:
+        for index, group, row in at:
             slot = group * self.shapes.slots + row.slot
             request = active[row.request_id].request
             self._take_slot(slot, row, active)
-            slots[place], steps[place] = slot, row.draw
+            slots[index], steps[index] = slot, row.draw
             kinds.add(self._kinds[slot])
             scores |= request.sampling.logprobs is not None
         kind = kind_for(kinds)
@@ -332,27 +332,27 @@ class DeviceState:
     def _score_prompts(self, key: int, rows, last, chunks: Chunks, hidden, active) -> None:
         """Compute the log-probabilities of the prompts' tokens where one of the requests wants them."""
         wanted = [
-            (d, chunk, place)
-            for d, (group, places) in enumerate(zip(rows, last, strict=True))
-            for chunk, place in zip(group, places, strict=True)
+            (d, chunk, index)
+            for d, (group, indices) in enumerate(zip(rows, last, strict=True))
+            for chunk, index in zip(group, indices, strict=True)
             if active[chunk.row.request_id].prompt_logprobs is not None
         ]
         if not wanted:
             return
         following = np.zeros(chunks.tokens.shape, np.int32)
-        for d, chunk, place in wanted:
+        for d, chunk, index in wanted:
             prompt = active[chunk.row.request_id].spec.tokens
             after = prompt[chunk.start + 1 : chunk.stop + 1]
-            begin = place + 1 - len(chunk.tokens)
+            begin = index + 1 - len(chunk.tokens)
             following[d, begin : begin + len(after)] = after
         found = self.programs.prompt_logprobs(
             self.engine._decoder_leaves, hidden, self.programs.put(following, "batch", None)
         )
         C = chunks.tokens.shape[1]
-        for d, chunk, place in wanted:
+        for d, chunk, index in wanted:
             prompt = active[chunk.row.request_id].spec.tokens
             after = prompt[chunk.start + 1 : chunk.stop + 1]
-            begin = d * C + place + 1 - len(chunk.tokens)
+            begin = d * C + index + 1 - len(chunk.tokens)
             part = jax.tree.map(lambda x, a=begin, n=len(after): x[a : a + n], found)
             self._prompt_logprobs.setdefault(key, []).append((chunk.row.request_id, chunk.start + 1, after, part))
 
@@ -414,7 +414,7 @@ class DeviceState:
 
     @property
     def padding(self) -> dict[str, float]:
-        """Share of each program's places that held nothing."""
+        """Share of each program's entries that held nothing."""
         return {name: 1 - self._held[name] / room for name, room in self._room.items()}
 
     def warm_up(self, report: Callable[[str, float], None]) -> None:
@@ -434,10 +434,12 @@ class DeviceState:
         nobody = np.zeros(D, np.int32)
         for P in s.encode_patches:
             batch = picture_batch(config, D, P)
-            places = np.full((D, vision_tokens_of(config, P)), s.feature_slots, np.int32)
+            destinations = np.full((D, vision_tokens_of(config, P)), s.feature_slots, np.int32)
             self._features = timed(
                 f"encode {P}",
-                lambda batch=batch, places=places: self._run_encode(self._pool(), batch, places, nobody),
+                lambda batch=batch, destinations=destinations: self._run_encode(
+                    self._pool(), batch, destinations, nobody
+                ),
             )
         hidden = None
         for C in s.prefill_tokens:
@@ -453,13 +455,13 @@ class DeviceState:
                     self.engine._decoder_leaves, hidden, following
                 ),
             )
-            places = self.programs.put(np.zeros((D, s.prefill_rows), np.int32), "batch", None)
+            indices = self.programs.put(np.zeros((D, s.prefill_rows), np.int32), "batch", None)
             self._warm_sampling(
                 timed,
                 timed(
                     f"head after {C}",
-                    lambda hidden=hidden, places=places: self.programs.head(
-                        self.engine._decoder_leaves, hidden, places
+                    lambda hidden=hidden, indices=indices: self.programs.head(
+                        self.engine._decoder_leaves, hidden, indices
                     ),
                 ),
             )
@@ -506,14 +508,14 @@ def _mask(
 ) -> np.ndarray:
     """Return the bits of the tokens that may come in each row of logits; all of them where nothing is said."""
     mask = np.full((count, width), -1, np.int32)
-    for place, _, row in at:
+    for index, _, row in at:
         masks = active[row.request_id].masks
-        if masks is None or place in guesses:
+        if masks is None or index in guesses:
             continue
         drafts = []
-        while guesses.get(place + len(drafts) + 1, (0, 0))[0] == len(drafts) + 1:
-            drafts.append(guesses[place + len(drafts) + 1][1])
-        mask[place : place + 1 + len(drafts)] = masks.of_drafts(row.index, drafts) if drafts else masks.words[row.index]
+        while guesses.get(index + len(drafts) + 1, (0, 0))[0] == len(drafts) + 1:
+            drafts.append(guesses[index + len(drafts) + 1][1])
+        mask[index : index + 1 + len(drafts)] = masks.of_drafts(row.index, drafts) if drafts else masks.words[row.index]
     return mask
 
 

@@ -12,7 +12,7 @@ LEAST_ACCEPTED = 0.3
 class NGramDrafts:
     """Proposes what followed the last 4, 3 or 2 tokens where they stood last (prompt lookup decoding, Saxena 2023).
 
-    It proposes nothing while fewer than `LEAST_ACCEPTED` of its recent proposals were right: each costs a place in the
+    It proposes nothing while fewer than `LEAST_ACCEPTED` of its recent proposals were right: each costs a token in the
     verifying step.
 
     Args:
@@ -27,7 +27,7 @@ class NGramDrafts:
         self._recent: deque[bool] = deque(maxlen=window)
         self._silent_until = 0
         self._seen = 0
-        self._after: dict[tuple[int, ...], int] = {}  # the place after the last occurrence of some tokens
+        self._after: dict[tuple[int, ...], int] = {}  # the index after the last occurrence of some tokens
 
     def active(self, length: int) -> bool:
         """Return whether a sequence of so many tokens may be given a proposal."""

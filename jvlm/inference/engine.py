@@ -357,21 +357,21 @@ class Engine:
         for sampled in launched.sampled:
             tokens = np.asarray(sampled.tokens)
             values = None if sampled.logprobs is None else jax.device_get(sampled.logprobs)
-            for place, group, row in sampled.rows:
+            for index, group, row in sampled.rows:
                 scheduler, before = self._schedulers[group], results[group].get(row.sequence)
-                guess = sampled.guesses.get(place)
+                guess = sampled.guesses.get(index)
                 if guess is not None and not _follows(before, *guess):
                     continue
                 if not scheduler.is_current(row):
-                    if tokens[place] == NOT_FINITE:
+                    if tokens[index] == NOT_FINITE:
                         broken.append((group, row))
                     continue
-                token, given = int(tokens[place]), () if before is None else before.tokens
+                token, given = int(tokens[index]), () if before is None else before.tokens
                 if token == NOT_FINITE:
                     broken.append((group, row))
                     results[group][row.sequence] = Result((*given, 0), True)  # no token, and no other result
                     continue
-                event, ended = self._event(row, token, None if values is None else (values, place))
+                event, ended = self._event(row, token, None if values is None else (values, index))
                 events.append(event)
                 results[group][row.sequence] = Result((*given, token), ended)
         self._take_prompt_logprobs(launched, events)
@@ -570,7 +570,7 @@ class Engine:
 
 
 def _follows(before: Result | None, count: int, guess: int) -> bool:
-    """Return whether a place behind ``count`` drafted tokens counts: all were drawn, the last of them ``guess``."""
+    """Return whether a position behind ``count`` drafted tokens counts: all were drawn, the last of them ``guess``."""
     return before is not None and not before.ended and len(before.tokens) == count and before.tokens[-1] == guess
 
 
@@ -581,11 +581,11 @@ def _pages_of(row: Row, plan: Plan) -> np.ndarray:
     return plan.tables[plan.rows.index(row)]
 
 
-def _logprob(values: Any, place: int, token: int, count: int, *, entropy: bool = True) -> TokenLogprob:
+def _logprob(values: Any, index: int, token: int, count: int, *, entropy: bool = True) -> TokenLogprob:
     top = tuple(
-        (int(i), float(v)) for i, v in zip(values.top_tokens[place][:count], values.top[place][:count], strict=True)
+        (int(i), float(v)) for i, v in zip(values.top_tokens[index][:count], values.top[index][:count], strict=True)
     )
-    return TokenLogprob(token, float(values.chosen[place]), top, float(values.entropy[place]) if entropy else None)
+    return TokenLogprob(token, float(values.chosen[index]), top, float(values.entropy[index]) if entropy else None)
 
 
 __all__ = ["BrokenWeights", "Engine"]

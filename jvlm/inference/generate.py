@@ -209,15 +209,15 @@ def complete_each(
       ends_at_error: answer no further ones after an error, which is raised.
     """
     names = [None] * len(examples) if adapters is None else adapters
-    requests, place = [], {}
+    requests, order = [], {}
     for i, (example, number, name) in enumerate(zip(examples, request_ids, names, strict=True)):
         request = Request(f"generate-{next(_NUMBERS)}", example, sampling.params(number), adapter=name)
-        place[request.id] = i
+        order[request.id] = i
         requests.append(request)
     tokens: list[list[int]] = [[] for _ in examples]
     stopped, errors = [False] * len(examples), {}
     for event in engine.run(requests):
-        i = place[event.request_id]
+        i = order[event.request_id]
         if event.error is not None:
             if ends_at_error:
                 raise event.error

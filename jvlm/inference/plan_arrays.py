@@ -28,18 +28,18 @@ class ImageMemory:
     Attributes:
       reads: the images of its conversation that a token reads.
       tokens_per_image: vision tokens of each.
-      places: for each place of the group's feature pool, the places of the whole image that it belongs to.
+      slots: for each slot of the group's feature pool, the slots of the whole image that it belongs to.
     """
 
     reads: Literal["last", "all"]
     tokens_per_image: int
-    places: dict[int, np.ndarray]
+    slots: dict[int, np.ndarray]
 
     def remember(self, slots: np.ndarray) -> None:
-        """Take the places of a picture, which may be several images, as a video's frames are."""
+        """Take the slots of a picture, which may be several images, as a video's frames are."""
         for first in range(0, len(slots), self.tokens_per_image):
             image = slots[first : first + self.tokens_per_image]
-            self.places.update(dict.fromkeys(image.tolist(), image))
+            self.slots.update(dict.fromkeys(image.tolist(), image))
 
 
 def whole_pages(chunk: Chunk, page_size: int) -> int:
@@ -50,7 +50,7 @@ def whole_pages(chunk: Chunk, page_size: int) -> int:
 def pack_chunks(
     groups: Sequence[Sequence[Chunk]], shapes: Shapes, memories: Sequence[ImageMemory | None]
 ) -> tuple[Chunks, list[list[int]]]:
-    """Return chunks, those of each group side by side, and the place of the last token of each."""
+    """Return chunks, those of each group side by side, and the index of the last token of each."""
     T = shapes.page_size
     longest = max(sum(whole_pages(chunk, T) for chunk in chunks) for chunks in groups)
     past = max(sum(chunk.start // T for chunk in chunks) for chunks in groups)
@@ -109,7 +109,7 @@ def _beside(chosen: Chunks, d: int, offset: int, chunk: Chunk, memory: ImageMemo
     per, first = memory.tokens_per_image, image
     for at in np.flatnonzero(chunk.feature_index >= 0):
         begin = image * per
-        chosen.features[d, begin : begin + per] = memory.places[int(chunk.feature_index[at])]
+        chosen.features[d, begin : begin + per] = memory.slots[int(chunk.feature_index[at])]
         chosen.feature_images[d, begin : begin + per] = image + 1
         chosen.vision_index[d, offset + at] = begin
         image += 1
@@ -161,7 +161,7 @@ class PictureArrays:
 
     example: Example
     media: Media
-    places: np.ndarray
+    destinations: np.ndarray
 
     @property
     def images(self) -> int:
@@ -178,7 +178,7 @@ class PictureArrays:
 def pack_pictures(
     groups: Sequence[Sequence[PictureArrays]], patches: int, tokens: int, vision_tokens: int, feature_slots: int
 ) -> tuple[PackedBatch, Int[np.ndarray, "..."]]:
-    """Return a batch with the patches of pictures and no text, and the place of each vision token.
+    """Return a batch with the patches of pictures and no text, and the slot of each vision token.
 
     Args:
       patches: of each group.
@@ -188,7 +188,7 @@ def pack_pictures(
     values = next(p.example.patches.shape[1] for pictures in groups for p in pictures)
     positions = next(p.example.patch_positions.shape[1] for pictures in groups for p in pictures)
     batch = empty_pictures(D, patches, tokens, values, positions)
-    places = np.full((D, vision_tokens), feature_slots, np.int32)
+    destinations = np.full((D, vision_tokens), feature_slots, np.int32)
     for d, pictures in enumerate(groups):
         p = images = windows = f = 0
         for picture in pictures:
@@ -199,10 +199,10 @@ def pack_pictures(
             batch.patch_positions[d, to] = example.patch_positions[span]
             batch.patch_segment_ids[d, to] = segments - segments[0] + 1 + images
             batch.patch_window_ids[d, to] = window - window[0] + 1 + windows
-            places[d, f : f + picture.media.tokens] = picture.places
+            destinations[d, f : f + picture.media.tokens] = picture.destinations
             images, windows = int(batch.patch_segment_ids[d, to.stop - 1]), int(batch.patch_window_ids[d, to.stop - 1])
             p, f = to.stop, f + picture.media.tokens
-    return batch, places
+    return batch, destinations
 
 
 def empty_pictures(groups: int, patches: int, tokens: int, values: int, positions: int) -> PackedBatch:

@@ -75,7 +75,7 @@ class Chunks(NamedTuple):
     """Chunks of prompts, packed as `PrefillStep` says; fields without a comment are those of `PackedBatch`.
 
     Attributes:
-      features: places in the feature pool of the vision tokens that ``vision_index`` counts.
+      features: slots in the feature pool of the vision tokens that ``vision_index`` counts.
       feature_images: the image of each, from 1, ascending; 0 for none.
       pages, past_pages, past_segments, memory_index: of `PrefillStep`.
     """
@@ -122,8 +122,8 @@ class Programs:
     Attributes:
       init_cache: ``(decoder leaves) -> cache``.
       init_features: ``() -> feature pool``: (tokens [D, slots, width], deepstack).
-      encode: ``(model leaves, pool, batch, places, adapters) -> pool``, donated. ``batch`` has the patches of pictures,
-        ``places`` [D, F] says where in the pool each vision token goes; those beyond the pool are dropped.
+      encode: ``(model leaves, pool, batch, destinations, adapters) -> pool``, donated. ``batch`` has the patches of
+        pictures, ``destinations`` [D, F] says where in the pool each goes; those beyond it are dropped.
       prefill: ``(decoder leaves, cache, pool, chunks, adapters) -> (hidden states [D, C, width], cache)``, donated.
       head: ``(decoder leaves, hidden states, last [D, R]) -> logits`` [D R, V] of some tokens.
       decode: ``(decoder leaves, cache, tokens, rows[, drafts [B, K]]) -> (logits [B (1 + K), V], cache)``, donated:
@@ -186,13 +186,13 @@ class Programs:
             pool = self.features.tokens, self.features.deepstack
             return jax.tree.map(lambda x: self._constrain(jnp.zeros(x.shape, x.dtype), "batch", None, None), pool)
 
-    def _encode(self, leaves, pool, batch: PackedBatch, places, adapters):
+    def _encode(self, leaves, pool, batch: PackedBatch, destinations, adapters):
         vision = self._tokens(leaves, batch, adapters)
         with device_ops.use(self.ops):
 
             def put(slots, new):
-                rows = jnp.arange(len(places))[:, None]
-                return self._constrain(slots.at[rows, places].set(new, mode="drop"), "batch", None, None)
+                rows = jnp.arange(len(destinations))[:, None]
+                return self._constrain(slots.at[rows, destinations].set(new, mode="drop"), "batch", None, None)
 
             return jax.tree.map(put, pool, (vision.tokens, vision.deepstack))
 

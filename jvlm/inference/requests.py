@@ -286,7 +286,7 @@ class EngineStats:
       encoder_patches: patches that the vision tower has seen.
       compilations, compilations_after_ready: programs compiled, and those compiled after `Engine.warm_up`.
       steps: device programs run, by name.
-      padding_ratio: share of a program's places that held nothing, by name.
+      padding_ratio: share of a program's entries that held nothing, by name.
       host_gap_seconds: time during which no program was queued on the device though there was work.
     """
 

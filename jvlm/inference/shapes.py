@@ -58,7 +58,7 @@ class Shapes:
       page_size: tokens of a page.
       pages: pages of each group.
       slots: slots of each group.
-      feature_slots: places of each group's feature pool.
+      feature_slots: slots of each group's feature pool.
       vision_memory: vision tokens that a sequence may read beside the text.
       decode_rows: rows of each group in a decoding step.
       tables: pages of a sequence in a decoding step.

@@ -88,7 +88,7 @@ def example_of(images):
 
 def decoded(processor, patches):
     out = np.zeros(patches.shape, np.uint8)
-    for piece, first in patches.places():
+    for piece, first in patches.pieces_from():
         if isinstance(piece, np.ndarray):
             out[first : first + len(piece)] = piece
         else:

@@ -30,10 +30,10 @@ class EqualImage:
     examples: Counter[str]
     first: list[ImageLocation]
 
-    def add(self, place: ImageLocation) -> None:
+    def add(self, location: ImageLocation) -> None:
         """Count an example."""
-        self.examples[place.source] += 1
-        self.first += [place] if len(self.first) < _FIRST else []
+        self.examples[location.source] += 1
+        self.first += [location] if len(self.first) < _FIRST else []
 
 
 class EqualImages:
@@ -50,15 +50,15 @@ class EqualImages:
             if digest in seen:
                 continue
             seen.add(digest)
-            place = ImageLocation(source, index, number)
+            location = ImageLocation(source, index, number)
             if digest in self._several:
-                self._several[digest].add(place)
+                self._several[digest].add(location)
             elif digest in self._once:
                 first = self._once.pop(digest)
                 equal = self._several[digest] = EqualImage(Counter({first.source: 1}), [first])
-                equal.add(place)
+                equal.add(location)
             else:
-                self._once[digest] = place
+                self._once[digest] = location
 
     def images(self) -> list[EqualImage]:
         """Return the images, those of several sources first, then those of most examples."""

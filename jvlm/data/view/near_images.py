@@ -60,7 +60,7 @@ class NearImages:
         """Return up to ``most`` pairs that show the same in a second look, the nearest first."""
         found = []
         for pair in self.candidates()[:_LOOKED_AT]:
-            looks = (Thumbnail.of(open_image(place)) for place in (pair.first, pair.second))
+            looks = (Thumbnail.of(open_image(location)) for location in (pair.first, pair.second))
             if second_look(*looks).same:
                 found.append(pair)
             if len(found) == most:

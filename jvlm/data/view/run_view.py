@@ -327,7 +327,7 @@ def _grouped(faults: Sequence[tuple[str, Rejected, int, list[RejectedExample]]])
 def _equal(found: EqualImages, readers: Mapping[str, tuple[Processor, ExampleSource | FewShotSource]]) -> Equal:
     images, shown = found.images(), []
     for image in images[:_EQUAL]:
-        read = [readers[place.source][1].read(place.index) for place in image.first]
+        read = [readers[location.source][1].read(location.index) for location in image.first]
         processor, _ = readers[image.first[0].source]
         parsed = parse_example(read[0].record, read[0].origin)
         opened = processor.with_open_media(parsed)
@@ -341,14 +341,14 @@ def _equal(found: EqualImages, readers: Mapping[str, tuple[Processor, ExampleSou
 
 
 def _near(found: NearImages, readers: Mapping[str, tuple[Processor, ExampleSource | FewShotSource]]) -> Near:
-    def read(place: ImageLocation) -> tuple[PIL.Image.Image, Origin]:
-        processor, source = readers[place.source]
-        one = source.read(place.index)
+    def read(location: ImageLocation) -> tuple[PIL.Image.Image, Origin]:
+        processor, source = readers[location.source]
+        one = source.read(location.index)
         parsed = processor.with_open_media(parse_example(one.record, one.origin))
-        return parsed.images[place.number].source, one.origin
+        return parsed.images[location.number].source, one.origin
 
     shown = []
-    for pair in found.pairs(lambda place: read(place)[0], _NEAR):
+    for pair in found.pairs(lambda location: read(location)[0], _NEAR):
         (first, a), (second, b) = read(pair.first), read(pair.second)
         shown.append(ShownNearPair((thumbnail(first), thumbnail(second)), (title_of(a), title_of(b)), pair.bits))
     return Near(len(found), tuple(shown))

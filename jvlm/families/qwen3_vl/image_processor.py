@@ -247,15 +247,15 @@ class Qwen3ImageProcessor:
         h, w = size[1] // self.factor, size[0] // self.factor
         row, column = np.divmod(np.arange(h * w), w)
         inner = np.stack(np.divmod(np.arange(m * m), m), -1)
-        places = (np.stack([row, column], -1)[:, None] * m + inner).reshape(-1, 2)
-        places = np.concatenate([places, np.full_like(places, (h * m, w * m))], 1).astype(np.int32)
+        positions = (np.stack([row, column], -1)[:, None] * m + inner).reshape(-1, 2)
+        positions = np.concatenate([positions, np.full_like(positions, (h * m, w * m))], 1).astype(np.int32)
         segments = np.arange(1, t + 1, dtype=np.int32)
         of_patches = np.repeat(segments, h * w * m * m)
         return MediaPatches(
             patches=np.broadcast_to(np.uint8(0), (len(of_patches), config.patch_values)),
             segment_ids=of_patches,
             window_ids=of_patches,
-            positions=np.tile(places, (t, 1)),
+            positions=np.tile(positions, (t, 1)),
             token_segment_ids=np.repeat(segments, h * w),
             vision_index=np.arange(t * h * w, dtype=np.int32),
             original=original,

@@ -128,12 +128,12 @@ class Qwen3ViT(nnx.Module):
 
     def __call__(self, batch: PackedBatch) -> VisionTokens:
         """Return a token for each patch, in the order of the batch, and as many of each DeepStack level."""
-        config, places = self.config, jnp.asarray(batch.patch_positions)
+        config, positions = self.config, jnp.asarray(batch.patch_positions)
         x_BPD = self.patch_embed(layers.normalise_pixels(batch.patches, config.image_mean, config.image_std))
-        x_BPD = x_BPD + self._learned_positions(places).astype(x_BPD.dtype)
+        x_BPD = x_BPD + self._learned_positions(positions).astype(x_BPD.dtype)
         frequencies = layers.rotary_frequencies(config.head_dim // 2, 10000.0)
         axis_of = np.repeat([0, 1], len(frequencies))
-        angles = layers.rotary_angles(places[..., :2], axis_of, np.tile(frequencies, 2))
+        angles = layers.rotary_angles(positions[..., :2], axis_of, np.tile(frequencies, 2))
         # each layer writes into a slot: its level's, or else the last one, which nobody reads
         n = len(config.deepstack_layers)
         slots = np.full(config.depth, n, np.int32)
@@ -149,11 +149,11 @@ class Qwen3ViT(nnx.Module):
         (x_BPD, levels), _ = self.blocks(body, (x_BPD, levels), slots, remat=self.precision.remat)
         return VisionTokens(x_BPD, jnp.asarray(batch.patch_segment_ids), tuple(levels[i] for i in range(n)))
 
-    def _learned_positions(self, places: Int[Array, "B P 4"]) -> Float[Array, "B P D"]:
+    def _learned_positions(self, positions: Int[Array, "B P 4"]) -> Float[Array, "B P D"]:
         """Return the table, interpolated bilinearly so that its corners are those of the image, at each patch."""
         g = self.config.position_grid
-        steps = jnp.maximum(places[..., 2:] - 1, 1).astype(jnp.float32)
-        at = places[..., :2].astype(jnp.float32) * ((g - 1) / steps)
+        steps = jnp.maximum(positions[..., 2:] - 1, 1).astype(jnp.float32)
+        at = positions[..., :2].astype(jnp.float32) * ((g - 1) / steps)
         # weight of each row and of each column of the table
         rows, columns = (jnp.maximum(0, 1 - jnp.abs(at[..., axis, None] - np.arange(g))) for axis in (0, 1))
         weights = (rows[..., :, None] * columns[..., None, :]).reshape(*at.shape[:2], g * g)

@@ -1,4 +1,4 @@
-"""Which requests are refused, and what those that begin are given: a slot, pages, and places for their features."""
+"""Which requests are refused, and what those that begin are given: a slot, pages, and slots for their features."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Admission:
         return self.pages.match_length(sequence.keys[: self._usable(sequence)])
 
     def admit(self, sequences: list[Sequence], running: list[Sequence], epoch: int) -> bool:
-        """Give sequences that start together slots, and the first of them pages and places for features.
+        """Give sequences that start together slots, and the first of them pages and slots for features.
 
         Pages are given for the tokens that are known; there must be room for what the answers of all are expected to
         need besides, unless nothing else runs.

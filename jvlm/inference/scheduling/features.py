@@ -11,12 +11,12 @@ import numpy as np
 
 @dataclasses.dataclass
 class Features:
-    """The place of a picture in the pool.
+    """The slots of a picture in the pool.
 
     Attributes:
       slots: of each vision token, int32.
       users: prompts that need it.
-      encoded: whether the encode that fills the place was planned.
+      encoded: whether the encode that fills them was planned.
     """
 
     slots: np.ndarray
@@ -25,7 +25,7 @@ class Features:
 
 
 class FeatureTable:
-    """Places of pictures by their key. Pictures that no prompt needs stay until their place is needed.
+    """Slots of pictures by their key. Pictures that no prompt needs stay until their slots are needed.
 
     This is the only record of what the pool holds: whoever needs a picture acquires it here, and whoever finds it
     not encoded encodes it.
@@ -63,7 +63,7 @@ class FeatureTable:
         return len(self._entries)
 
     def acquire(self, wanted: Mapping[bytes, int]) -> int | None:
-        """Hold a place for every picture, each given with its number of vision tokens.
+        """Hold slots for every picture, each given with its number of vision tokens.
 
         Returns:
           how many of them are there already; None if there is no room for the others, and then none is held.

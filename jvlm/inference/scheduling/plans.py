@@ -46,7 +46,7 @@ class Picture:
       request_id: of a request that holds it.
       number: which of the request's media, from 0.
       key: content hash, under which the features are kept.
-      feature_slots: place in the feature pool of each of its vision tokens, int32.
+      feature_slots: slot in the feature pool of each of its vision tokens, int32.
       patches: number of its patches.
     """
 
@@ -63,7 +63,7 @@ class Chunk:
 
     Attributes:
       row: the sequence whose pages are written.
-      start: place of the first token in the sequence: the length of what is in its pages already; whole pages.
+      start: index of the first token in the sequence: the length of what is in its pages already; whole pages.
       tokens: int32 [T].
       positions: rotary positions, int32 [T, 3]; taken from those of the whole sequence.
       feature_index: slot in the feature pool that feeds each token, int32 [T]; -1 for text.
@@ -84,7 +84,7 @@ class Chunk:
 
     @property
     def stop(self) -> int:
-        """Return the place after the last token."""
+        """Return the index after the last token."""
         return self.start + len(self.tokens)
 
 
@@ -121,7 +121,7 @@ class Decode:
       slots: of each, int32 [R].
       tokens: input tokens, int32 [R, 1 + K]: the last one, or `ON_DEVICE`; then the drafted ones.
       drafted: how many drafted tokens each row has, int32 [R]; the others are 0 and do not count.
-      starts: place in the sequence of the first input token, int32 [R].
+      starts: index in the sequence of the first input token, int32 [R].
       positions: rotary position of the first input token, on all axes, int32 [R]; the next ones follow by 1.
       tables: pages, int32 [R, W], padded with 0.
       copies: (from, to) pages to copy before, all at once: a page may be read by one and written by another.

@@ -228,7 +228,7 @@ class Scheduler:
         return Prefill(tuple(chunks)) if chunks else None
 
     def _first_without_features(self, sequence: Sequence) -> int:
-        """Return the first place that is fed by a picture that is not encoded."""
+        """Return the first index that is fed by a picture that is not encoded."""
         index = sequence.spec.vision_index[sequence.computed :]
         missing = np.zeros(len(index), bool)
         for key, media in zip(sequence.feature_keys, sequence.spec.media, strict=True):
@@ -244,8 +244,8 @@ class Scheduler:
         for key, media in zip(sequence.feature_keys, sequence.spec.media, strict=True):
             here = np.flatnonzero((index >= media.first) & (index < media.first + media.tokens))
             if here.size:
-                places = self.admission.features[key].slots
-                feature_index[here] = places[index[here] - media.first]
+                slots = self.admission.features[key].slots
+                feature_index[here] = slots[index[here] - media.first]
         sequence.computed = stop
         samples: list[Sequence] = []
         if stop == sequence.target:

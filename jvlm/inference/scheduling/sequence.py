@@ -112,7 +112,7 @@ class Sequence:
         return Row(self.number, self.spec.request_id, self.index, self.slot, self.generation, draw)
 
     def positions(self, start: int, stop: int) -> np.ndarray:
-        """Return the rotary positions of some places, int32 [stop - start, 3].
+        """Return the rotary positions of some tokens, int32 [stop - start, 3].
 
         Those of the prompt are slices of the whole prompt's; answer tokens follow its largest one, on all axes.
         """
@@ -141,7 +141,7 @@ class Sequence:
             self.keys.append(prefix.page_key(parent, tokens, positions, index, self.spec.media))
 
     def media_from(self, start: int) -> list[int]:
-        """Return the numbers of the pictures that feed a token of the prompt from a place on."""
+        """Return the numbers of the pictures that feed a token of the prompt from an index on."""
         index = self.spec.vision_index[start:]
         index, media = index[index >= 0], self.spec.media
         return [i for i, m in enumerate(media) if ((index >= m.first) & (index < m.first + m.tokens)).any()]

@@ -1,4 +1,4 @@
-"""The places in which sequences decode."""
+"""The slots in which sequences decode."""
 
 from __future__ import annotations
 
