@@ -35,6 +35,10 @@ from jvlm.training.task import Loss, Task
 from jvlm.training.trainable import IsTrainable
 from jvlm.weights import labels
 
+# An internal check of this pass fails on sums of gradients over micro-batches (libtpu 0.0.42); it would move their
+# reductions behind the loop, where what is sharded is reduced to its shards within it anyway.
+_ACCUMULATION_ON_TPU = {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"}
+
 MakeOptimizer = Callable[[Mapping[str, nnx.Variable]], optax.GradientTransformation]
 
 
@@ -119,12 +123,17 @@ def build_step(
     ops = ShardedOps(layout) if layout.mesh.size > 1 else None
     changing, constant = jax.tree.map(lambda x: x.sharding, state.split())
     shardings = jax.tree.map(lambda x: x.sharding, (batches, batch))
+    options = {}
+    accumulation = jax.tree.leaves(batches)[0].shape[0]
+    if accumulation > 1 and layout.mesh.devices.flat[0].platform == "tpu":
+        options["compiler_options"] = _ACCUMULATION_ON_TPU
     step = train_step.TrainStep(
         template,
         task,
         tx,
         seed=seed,
         ops=ops,
+        **options,
         in_shardings=(changing, constant, shardings[0]),
         out_shardings=(changing, layout.replicated()),
     )

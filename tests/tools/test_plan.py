@@ -244,3 +244,10 @@ def test_a_search_for_better_steps_of_decoding_is_refused_by_name():
     done = with_compiler("tools/plan.py", "mimo_vl/stage4", "--what", "decode", "--suggest", "1")
     assert done.returncode == 2
     assert "--suggest looks for better training steps; it cannot be given with --what decode" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_step_of_micro_batches_compiles_on_several_chips():
+    done = with_compiler("-m", "tests.tools.planned_accumulation")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == ["True"]
