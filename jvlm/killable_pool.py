@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.util
 from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import Any, Self
@@ -29,6 +30,8 @@ class KillablePool:
             initargs=arguments,
             context=multiprocessing.get_context("spawn"),
         )
+        # Python waits for all its child processes when it ends, and these would wait for tasks
+        self._stop = multiprocessing.util.Finalize(None, _stop, (self._pool,), exitpriority=10)
 
     def __enter__(self) -> Self:
         return self
@@ -38,5 +41,9 @@ class KillablePool:
 
     def close(self) -> None:
         """Stop the processes."""
-        self._pool.stop()
-        self._pool.join()
+        self._stop()
+
+
+def _stop(pool: Any) -> None:
+    pool.stop()
+    pool.join()

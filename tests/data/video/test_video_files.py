@@ -174,7 +174,11 @@ def test_worker_processes_decode_videos_as_threads_do(tiny, folder):
     sizes = {"batch_size": 1, "seq_len": 128, "max_patches": 512, "max_image_patches": 128}
     data = DataConfig(train=(str(folder / "workers.jsonl"),), **sizes)
     both = (data, dataclasses.replace(data, worker_processes=2))
-    runs = [[one.batch for one in training_data(tiny.processor, config, seed=0, epochs=1)[0]] for config in both]
+    runs = []
+    for config in both:
+        batches = iter(training_data(tiny.processor, config, seed=0, epochs=1)[0])
+        runs.append([one.batch for one in batches])
+        batches.close()  # ends the processes, and those in which they decode
     assert len(runs[0]) == len(runs[1]) > 0
     for here, there in zip(*runs, strict=True):
         assert np.array_equal(here.patches, there.patches)
