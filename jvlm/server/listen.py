@@ -11,7 +11,7 @@ from jvlm.server.guard import App
 from jvlm.server.settings import HTTPLimits
 
 _KEEP_ALIVE_SECONDS = 10
-_SHUTDOWN_SECONDS = 30
+SHUTDOWN_SECONDS = 30
 
 
 def listen(app: App, limits: HTTPLimits, host: str, port: int) -> None:
@@ -23,7 +23,7 @@ def listen(app: App, limits: HTTPLimits, host: str, port: int) -> None:
         http=protocol(limits.header_seconds),
         limit_concurrency=limits.connections,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         access_log=False,
         server_header=False,
         log_level="warning",

@@ -12,7 +12,7 @@ import yaml
 from jvlm.cli.serve import Serve
 from jvlm.server.arguments import settings_of
 from jvlm.server.guard import OPEN_ROUTES
-from jvlm.server.start import _SHUTDOWN_SECONDS
+from jvlm.server.listen import SHUTDOWN_SECONDS
 from jvlm.swift import words
 from tests.support import ROOT
 
@@ -52,7 +52,7 @@ def test_the_pod_starts_the_server_with_keys_and_as_no_root(objects):
     assert spec["securityContext"]["runAsNonRoot"]
     assert container["securityContext"]["readOnlyRootFilesystem"]
     assert not container["securityContext"]["allowPrivilegeEscalation"]
-    assert spec["terminationGracePeriodSeconds"] > _SHUTDOWN_SECONDS
+    assert spec["terminationGracePeriodSeconds"] > SHUTDOWN_SECONDS
     chips = {name: container["resources"][name]["google.com/tpu"] for name in ("requests", "limits")}
     assert chips == {"requests": 1, "limits": 1}
 
@@ -100,7 +100,7 @@ def test_the_unit_starts_the_server_with_keys_and_gives_answers_time_to_end():
     assert (program, command) == ("/opt/jvlm/bin/jvlm", "serve")
     options = served(arguments)
     assert options.server.api_key_file == "/etc/jvlm/keys.txt"
-    assert int(service["TimeoutStopSec"]) > _SHUTDOWN_SECONDS
+    assert int(service["TimeoutStopSec"]) > SHUTDOWN_SECONDS
     assert service["User"] != "root"
     assert service["NoNewPrivileges"] == service["ProtectHome"] == "yes"
     cache = f"/var/cache/{service['CacheDirectory']}/"
