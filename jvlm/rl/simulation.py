@@ -354,11 +354,11 @@ def _over(rows: Sequence[Row], function: Callable[[Sequence[float]], float]) -> 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description="Simulated rollouts beside MiMo-VL's table.")
+    parser = argparse.ArgumentParser(description="Simulated rollouts beside the published table (arXiv 2505.07608).")
     parser.add_argument("--seeds", type=int, default=8, help="how many to average over")
     given = parser.parse_args(words)
     columns = [field.name for field in dataclasses.fields(Row)]
-    print("| schedule | " + " | ".join(f"{name}: MiMo / here" for name in columns) + " |")
+    print("| schedule | " + " | ".join(f"{name}: published / here" for name in columns) + " |")
     print("| --- " * (1 + len(columns)) + "|")
     for schedule, (mean, deviation) in table(seeds=range(given.seeds)).items():
         cells = [
