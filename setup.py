@@ -8,6 +8,7 @@ setup(
     package_data={
         "jvlm.data.view": ["*.jinja"],
         "jvlm.evaluation": ["*.jinja"],
+        "jvlm.sweep": ["*.jinja"],
         "jvlm.server.page": ["*.html", "*.css", "*.js"],
         # experiments, the demo's data and its tokenizer, licences
         "jvlm._configs": ["**/*.py", "**/*.arrayrecord", "**/*.json", "**/*.jinja", "**/*.md", "**/*LICENSE"],

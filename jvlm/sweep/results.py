@@ -1,0 +1,165 @@
+"""What the runs of a sweep reached: their scores question by question, and their losses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from scipy import stats
+
+from jvlm.errors import UserError
+from jvlm.scoring.statistics import Comparison, Interval, compare, mean_interval
+from jvlm.sweep.trials import Trial
+
+ANSWERS, LOG = "answers.jsonl", "logging.jsonl"
+# metric -> whether more is better
+METRICS = {"accuracy": True, "mean_iou": True, "eval_loss": False, "eval_token_acc": True, "loss": False}
+_LAST = 0.1  # share of the log lines, at its end, whose mean is the training loss
+
+Question = tuple[str, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What one run reached.
+
+    Attributes:
+      values: metric -> value.
+      questions: metric -> question (file, number, turn) -> score, of the metrics that are means over questions.
+    """
+
+    values: Mapping[str, float]
+    questions: Mapping[str, Mapping[Question, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Runs that differ in their seed only, and one metric of theirs.
+
+    Attributes:
+      settings: the varied fields and values that the runs share.
+      runs: how many have the metric.
+      interval: the mean over runs. With several runs the 95 % interval is Student's over runs; with one, it is over
+        the questions, and says nothing of what another seed would give; None where there is neither.
+      change: difference to the first setting over the questions that both answered, scores averaged over runs.
+    """
+
+    settings: tuple[tuple[str, str], ...]
+    runs: int
+    mean: float
+    interval: Interval | None
+    change: Comparison | None = None
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{field}={value}" for field, value in self.settings) or "as configured"
+
+
+def read_run(folder: epath.Path) -> RunResult:
+    """Return what a finished run's folder holds. Raises UserError if it holds neither scores nor a log."""
+    answers, log = _lines(folder / ANSWERS), _lines(folder / LOG)
+    if not answers and not log:
+        raise UserError(f"{folder} holds neither {ANSWERS} nor {LOG}: the trial has not run there")
+    questions: dict[str, dict[Question, float]] = {}
+    for answer in answers:
+        metric = "mean_iou" if "boxes" in answer else "accuracy"
+        questions.setdefault(metric, {})[answer["file"], answer["number"], answer["turn"]] = answer["score"]
+    values = {metric: float(np.mean(list(scores.values()))) for metric, scores in questions.items()}
+    for name in ("eval_loss", "eval_token_acc"):
+        measured = [line[name] for line in log if line.get(name) is not None]
+        if measured:
+            values[name] = measured[-1]
+    losses = [line["loss"] for line in log if line.get("loss") is not None]
+    if losses:
+        values["loss"] = float(np.mean(losses[-max(1, round(_LAST * len(losses))) :]))
+    return RunResult(values, questions)
+
+
+def _lines(path: epath.Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSONL file, on disk or in a store; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def settings_of(found: Mapping[str, RunResult], trials: Sequence[Trial], metric: str) -> list[Setting]:
+    """Return one `Setting` for each group of finished trials that have a metric, in the trials' order.
+
+    Args:
+      found: slug -> result, of the trials that are finished.
+    """
+    groups: dict[tuple, list[RunResult]] = {}
+    for trial in trials:
+        result = found.get(trial.slug)
+        if result is not None and metric in result.values:
+            groups.setdefault(trial.settings, []).append(result)
+    settings = [_setting(shared, results, metric) for shared, results in groups.items()]
+    scores = [_mean_scores(results, metric) for results in groups.values()]
+    return [
+        setting if number == 0 else dataclasses.replace(setting, change=_change(scores[0], own))
+        for number, (setting, own) in enumerate(zip(settings, scores, strict=True))
+    ]
+
+
+def _setting(shared: tuple[tuple[str, str], ...], results: Sequence[RunResult], metric: str) -> Setting:
+    values = np.array([result.values[metric] for result in results])
+    interval = None
+    if len(values) > 1:
+        half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+        interval = Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
+    elif metric in results[0].questions:
+        interval = mean_interval(np.array(list(results[0].questions[metric].values())))
+    return Setting(shared, len(values), float(values.mean()), interval)
+
+
+def _mean_scores(results: Sequence[RunResult], metric: str) -> dict[Question, float]:
+    """Return question -> mean score over the runs that all answered it."""
+    tables = [result.questions.get(metric, {}) for result in results]
+    return {question: float(np.mean([t[question] for t in tables])) for question in _shared(tables)}
+
+
+def _change(first: Mapping[Question, float], second: Mapping[Question, float]) -> Comparison | None:
+    both = _shared([first, second])
+    if len(both) < 2:
+        return None
+    return compare(np.array([first[q] for q in both]), np.array([second[q] for q in both]))
+
+
+def _shared(tables: Sequence[Mapping[Question, float]]) -> list[Question]:
+    common = set(tables[0]).intersection(*tables[1:])
+    return [question for question in tables[0] if question in common]
+
+
+def verdict(setting: Setting, metric: str) -> str:
+    """Return what the comparison with the first setting shows, in a few words."""
+    if setting.change is None:
+        return ""
+    difference = setting.change.difference
+    if difference.low <= 0 <= difference.high:
+        return f"no difference seen (one of {setting.change.detectable:.3f} would show)"
+    better = (difference.value > 0) == METRICS[metric]
+    return f"{'better' if better else 'worse'} by {abs(difference.value):.3f}"
+
+
+def table(found: Mapping[str, RunResult], trials: Sequence[Trial]) -> str:
+    """Return the comparison as lines for the terminal, metric by metric."""
+    lines: list[str] = []
+    for metric, more in METRICS.items():
+        settings = settings_of(found, trials, metric)
+        if not settings:
+            continue
+        width = max(len(setting.name) for setting in settings)
+        lines.append(f"{metric} ({'more' if more else 'less'} is better)")
+        for setting in settings:
+            between = f"{setting.interval.low:.3f} .. {setting.interval.high:.3f}" if setting.interval else ""
+            runs = f"{setting.runs} run{'s' if setting.runs > 1 else ''}"
+            line = (
+                f"  {setting.name:<{width}}  {setting.mean:8.4f}  {between:<16}  {runs:<7}  {verdict(setting, metric)}"
+            )
+            lines.append(line.rstrip())
+    return "\n".join(lines)
