@@ -185,6 +185,7 @@ def test_other_settings_under_the_same_name_are_refused(swept):
         sweep_command.run([*sweep_words(swept)[1:], "--steps", "7"])
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_the_trial_that_runs_and_no_other_is_started(tmp_path):
     words = sweep_words(tmp_path, "0.3,0.6")
     words[words.index("--submit") + 1] += " --slow 1"

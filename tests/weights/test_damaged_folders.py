@@ -166,7 +166,7 @@ def test_a_flipped_bit_in_the_arrays_is_an_error_that_names_checkpoint_and_array
     shutil.copytree(sound / "run", tmp_path / "run")
     file = _data_files(tmp_path / "run")[0]
     data = bytearray(file.read_bytes())
-    assert len(data) > 300_000
+    assert len(data) > 100_000  # arrays, not an index of them; how many files they are in depends on timing
     data[int(len(data) * where)] ^= 4
     file.write_bytes(bytes(data))
     with pytest.raises(WeightError, match="is damaged: ") as caught:
