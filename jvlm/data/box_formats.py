@@ -12,7 +12,7 @@ from typing import Literal
 from jvlm.data.boxes import CoordinateSpace, Point, Region, Sizes, region
 from jvlm.data.values import number
 
-FormatName = Literal["json", "json_1000", "qwen_tokens", "ferret", "mm1_5"]
+FormatName = Literal["json", "json_1000", "qwen_tokens", "qwen_tokens_1000", "ferret", "mm1_5"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,20 +35,19 @@ class BoxFormat:
     largest: int = 999
 
 
+_TOKENS = (
+    "<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>",
+    "<|box_start|>({x},{y})<|box_end|>",
+    "<|object_ref_start|>{label}<|object_ref_end|>{region}",
+)
 # Literal forms: MiMo-VL and Qwen2.5-VL (absolute pixels of the resized image), Qwen3-VL (the same, but thousandths from
-# 0 to 1000), Qwen-VL's own tokens (the same pixels
-# for Qwen2.5-VL; Qwen2-VL uses them with norm1000), Ferret (vocabulary 1000, truncated, plain digits), and what
-# readers of the MM1.5 paper report, which does not publish its own.
+# 0 to 1000), Qwen-VL's own tokens (the same pixels for Qwen2.5-VL, thousandths below 1000 for Qwen2-VL), Ferret
+# (vocabulary 1000, truncated, plain digits), and what readers of the MM1.5 paper report, which publishes no form.
 FORMATS: dict[FormatName, BoxFormat] = {
     "json": BoxFormat("resized", False, "[{x1}, {y1}, {x2}, {y2}]", "[{x}, {y}]", None),
     "json_1000": BoxFormat("norm1000", False, "[{x1}, {y1}, {x2}, {y2}]", "[{x}, {y}]", None, largest=1000),
-    "qwen_tokens": BoxFormat(
-        "resized",
-        False,
-        "<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>",
-        "<|box_start|>({x},{y})<|box_end|>",
-        "<|object_ref_start|>{label}<|object_ref_end|>{region}",
-    ),
+    "qwen_tokens": BoxFormat("resized", False, *_TOKENS),
+    "qwen_tokens_1000": BoxFormat("norm1000", True, *_TOKENS),
     "ferret": BoxFormat("norm1000", True, "[{x1}, {y1}, {x2}, {y2}]", "[{x}, {y}]", "{label} {region}"),
     "mm1_5": BoxFormat("norm1000", True, "<{x1},{y1},{x2},{y2}>", "<{x},{y}>", "{label} {region}"),
 }

@@ -32,6 +32,7 @@ _LAYER = r"blocks\.layer\.(pattern\.\d+\.)?"
 
 # Targets of the shared towers, for the records of families that use them.
 VIT = (rf"encoder\.{_LAYER}attention\.(q|k|v|out)", rf"encoder\.{_LAYER}mlp\.(up|down)")
+FUSED_VIT = (rf"encoder\.{_LAYER}attention\.(qkv_by_head|out)", rf"encoder\.{_LAYER}mlp\.(gate|up|down)")
 PERCEIVER = (
     r"connector\.projection\.(gate|up|down)",
     rf"connector\.{_LAYER}attention\.(q|k|v|out)",

@@ -116,3 +116,15 @@ def swiglu_products(
     for _ in range(2):
         yield Product(uses, width, hidden, grouped=grouped)
     yield Product(uses, hidden, width if d_out is None else d_out, grouped=grouped)
+
+
+def plain_vit_work(counts: Counts, *, depth: int, width: int, hidden: int, patch_values: int) -> Work:
+    """Return the arithmetic of a ViT whose layers attend to the whole image and have MLPs of two maps."""
+    uses = counts.patches * depth
+    products = (
+        Product(counts.patches, patch_values, width, entry=True),
+        *attention_products(uses, width, width, width),
+        Product(uses, width, hidden),
+        Product(uses, hidden, width),
+    )
+    return Work(products, attention_flops(depth * squares(counts.images), width))

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 from jvlm.adapters import peft_config
 from jvlm.adapters.peft_read import TENSORS, read_peft
 from jvlm.adapters.weights import AdapterWeights
+from jvlm.data.merged_images import window_order
 from jvlm.families.idefics2.image_processor import table_positions
-from jvlm.families.qwen2_5_vl.image_processor import window_order
 from jvlm.models.batch import PackedBatch
 from jvlm.weights import hf
 from tests.support import GOLDEN

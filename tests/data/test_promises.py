@@ -13,11 +13,13 @@ from PIL import Image
 from jvlm.data import packing, pipeline
 from jvlm.data.boxes import Box, Sizes
 from jvlm.data.errors import ExampleError, Origin, Rejected
+from jvlm.data.merged_images import window_order
 from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.data.smart_resize import largest_area, smart_resize
 from jvlm.families.idefics2.image_processor import Idefics2ImageConfig, edge_resize
 from jvlm.families.mm1_5.image_processor import TiledImageConfig
-from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig, window_order
+from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig
+from jvlm.families.qwen2_vl.image_processor import Qwen2ImageConfig
 from jvlm.families.qwen3_vl.image_processor import Qwen3ImageConfig
 from jvlm.training import resolve, starting_model
 from jvlm.training.supervised import supervised_loss
@@ -172,6 +174,7 @@ def test_text_that_is_too_long_is_left_out_whatever_its_pictures_do(small):
         ("idefics2", Idefics2ImageConfig(980, 28, split=False), (900, 600)),
         ("mm1_5", TiledImageConfig(), (900, 600)),
         ("qwen2_5_vl", QwenImageConfig(), (900, 600)),
+        ("qwen2_vl", Qwen2ImageConfig(), (900, 600)),
         ("qwen3_vl", Qwen3ImageConfig(), (900, 600)),
     ],
 )

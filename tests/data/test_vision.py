@@ -9,10 +9,11 @@ from PIL import Image
 
 from jvlm import families
 from jvlm.data.images import open_image
+from jvlm.data.merged_images import window_order
 from jvlm.data.mrope import MediaSpan, mrope_positions
 from jvlm.data.smart_resize import smart_resize
 from jvlm.errors import UserError
-from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig, QwenImageProcessor, window_order
+from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig, QwenImageProcessor
 from jvlm.models import layers
 from tests import support
 

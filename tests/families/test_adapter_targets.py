@@ -13,6 +13,7 @@ from tests.parallel import models
 
 MODELS = {
     "qwen2_5_vl": (models.qwen2_5_vl(),),
+    "qwen2_vl": (models.qwen2_vl(),),
     "qwen3_vl": (dataclasses.replace(models.qwen3_vl(), decoder=models.qwen2_5_vl().decoder),),
     "idefics2": (models.idefics2(), models.cross_attention()),
     "mm1_5": (models.mm1_5(),),

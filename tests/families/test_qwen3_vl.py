@@ -22,7 +22,7 @@ from jvlm.data.boxes import Box, Sizes
 from jvlm.data.content import Conversation, Message, Text, Video
 from jvlm.data.video.sampling import by_number
 from jvlm.families.qwen3_vl.chat_format import TEMPLATE
-from jvlm.families.qwen3_vl.image_processor import Qwen3ImageConfig, video_size
+from jvlm.families.qwen3_vl.image_processor import Qwen3ImageConfig
 from jvlm.models import vlm
 from jvlm.weights import table
 from jvlm.weights.convert import convert
@@ -233,7 +233,7 @@ def test_frames_have_the_size_that_transformers_gives_them(size, count, cap):
         most = max(min(768 * 1024, most // count), int(settings.video_min_pixels * 1.05)) * count
     width, height = size
     wanted = smart_resize(count, height, width, 2, 32, settings.video_min_pixels, most)
-    assert video_size(settings, 32, 2, count, width, height)[::-1] == wanted
+    assert settings.video_size(32, 2, count, width, height)[::-1] == wanted
 
 
 @pytest.mark.parametrize(("total", "rate"), [(90, 30.0), (300, 29.97), (7, 25.0), (3000, 24.0), (61, 12.5)])

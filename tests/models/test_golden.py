@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jvlm.families.qwen2_5_vl.image_processor import window_order
+from jvlm.data.merged_images import window_order
 from jvlm.models.batch import PackedBatch
 from jvlm.weights import hf
 from tests.support import GOLDEN

@@ -8,6 +8,7 @@ import numpy as np
 
 from jvlm.data.config import DataConfig
 from jvlm.data.processor import ProcessorConfig
+from jvlm.families.qwen2_vl.vision import Qwen2ViTConfig
 from jvlm.families.qwen3_vl.vision import DeepStackMergerConfig, Qwen3ViTConfig
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
@@ -24,9 +25,9 @@ from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, OptimizerConfig
 
 SEQUENCES, TOKENS = 8, 128
-PATCHES = {"qwen2_5_vl": 256, "qwen3_vl": 256, "idefics2": 256, "mm1_5": 17 * 8}
+PATCHES = {"qwen2_5_vl": 256, "qwen2_vl": 256, "qwen3_vl": 256, "idefics2": 256, "mm1_5": 17 * 8}
 # places of a frame in these batches, and its features
-FRAMES = {"qwen2_5_vl": (48, 12), "qwen3_vl": (48, 12), "idefics2": (48, 4), "mm1_5": (17, 4)}
+FRAMES = {"qwen2_5_vl": (48, 12), "qwen2_vl": (48, 12), "qwen3_vl": (48, 12), "idefics2": (48, 4), "mm1_5": (17, 4)}
 # each axis alone, then together; "one" is what the others are compared with
 MESHES = {
     "one": {"data": 1},
@@ -73,6 +74,16 @@ def qwen2_5_vl() -> VLMConfig:
         image_token_id=150,
         video_token_id=151,
         precision=PRECISION,
+    )
+
+
+def qwen2_vl() -> VLMConfig:
+    """Attention to whole images, and LayerNorms."""
+    encoder = Qwen2ViTConfig(
+        depth=2, hidden_size=64, num_heads=8, intermediate_size=128, patch_size=4, temporal_patch_size=1
+    )
+    return dataclasses.replace(
+        qwen2_5_vl(), family="qwen2_vl", encoder=encoder, connector=PatchMergerConfig(norm="layer")
     )
 
 
@@ -151,7 +162,13 @@ def with_precision(config: VLMConfig, **changes) -> VLMConfig:
     return dataclasses.replace(config, precision=dataclasses.replace(config.precision, **changes))
 
 
-ARCHITECTURES = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "idefics2": idefics2, "mm1_5": mm1_5}
+ARCHITECTURES = {
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen2_vl": qwen2_vl,
+    "qwen3_vl": qwen3_vl,
+    "idefics2": idefics2,
+    "mm1_5": mm1_5,
+}
 
 
 def experiment(architecture: str, parallel: ParallelConfig = ParallelConfig(), **changes) -> Experiment:

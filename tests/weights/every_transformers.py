@@ -20,6 +20,7 @@ from jvlm.errors import UserError
 from jvlm.weights import gguf_export
 from jvlm.weights.convert import convert
 from tests import idefics2, support
+from tests.families import qwen2_vl
 from tests.families.qwen3_vl import Tiny
 
 READERS = {"4.49": "export-4.49", "4.57": "export-4.57 export-pixels", "5.": "export-pixels"}
@@ -96,9 +97,14 @@ def of_qwen3_vl_with_experts(folder):
     return of_qwen3_vl(folder, "qwen3_vl_moe")
 
 
+def of_qwen2_vl(folder):
+    qwen2_vl.create(folder / "source", support.make_tokenizer(folder / "tokenizer"))
+    return exported(folder)
+
+
 # 4.49 has no Qwen3-VL
 MAKERS = {
-    **dict.fromkeys((of_the_hub, of_the_demo, of_idefics2, converted_from_transformers_5), tuple(READERS)),
+    **dict.fromkeys((of_the_hub, of_the_demo, of_idefics2, of_qwen2_vl, converted_from_transformers_5), tuple(READERS)),
     **dict.fromkeys((of_qwen3_vl, of_qwen3_vl_with_experts), ("4.57", "5.")),
 }
 

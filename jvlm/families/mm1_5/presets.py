@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jvlm.families.qwen2_5_vl.presets import TOKEN_IDS
+from jvlm.families.qwen import TOKEN_IDS
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig

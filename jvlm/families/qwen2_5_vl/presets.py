@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
+from jvlm.families.qwen import TOKEN_IDS
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.vlm import VLMConfig
-
-# In every released tokenizer.
-TOKEN_IDS = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "vision_pad_token_id": 151654,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-}
 
 
 def _model(vit_width: int, **decoder) -> VLMConfig:

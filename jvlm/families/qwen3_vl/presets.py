@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from jvlm.families.qwen import TOKEN_IDS
 from jvlm.families.qwen3_vl.vision import DeepStackMergerConfig, Qwen3ViTConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.vlm import VLMConfig
 
-# In every released tokenizer.
-TOKEN_IDS = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "vision_pad_token_id": 151654,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-}
 SMALL_VIT = Qwen3ViTConfig(depth=24, hidden_size=1024, intermediate_size=4096, deepstack_layers=(5, 11, 17))
 # The models were trained with the router's balance loss alone.
 BALANCE_WEIGHT = 0.001

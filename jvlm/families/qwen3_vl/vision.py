@@ -17,99 +17,43 @@ from jaxtyping import Array, Float, Int
 
 from jvlm.errors import UserError
 from jvlm.models import device_ops, layers
-from jvlm.models.arithmetic import Counts, Product, Work, attention_flops, attention_products, squares
-from jvlm.models.attention import Attention
+from jvlm.models.arithmetic import Counts, Product, Work
 from jvlm.models.batch import PackedBatch
-from jvlm.models.contracts import ConnectorConfig, EncoderConfig, VisionTokens
+from jvlm.models.connectors.patch_merger import Merger
+from jvlm.models.contracts import ConnectorConfig, VisionTokens
+from jvlm.models.encoders.native_vit import NativeViTBlock, NativeViTConfig, patch_angles
 from jvlm.models.layer_stack import LayerStack, PerLayer
 from jvlm.models.registry import register
 
-_EPS = 1e-6
-
 
 @dataclasses.dataclass(frozen=True)
-class Qwen3ViTConfig(EncoderConfig, tag="qwen3_vit"):
+class Qwen3ViTConfig(NativeViTConfig, tag="qwen3_vit"):
     """Fields as in Hugging Face's ``vision_config``; the defaults are those of Qwen3-VL-8B and the larger models.
 
     Attributes:
-      depth: number of layers.
-      hidden_size: width of the hidden states.
-      num_heads: attention heads of a layer.
-      intermediate_size: width inside the MLPs.
-      in_channels: colours of a pixel.
-      patch_size: pixels along the side of a patch.
-      temporal_patch_size: video frames in a patch; an image is repeated.
-      spatial_merge_size: patches along the side of the square that becomes one vision token.
       position_grid: side of the table of learned positions, which is interpolated to the size of each image.
       deepstack_layers: layers, from 0, whose hidden states enter the decoder's first layers.
-      image_mean: of each colour, subtracted from pixels between 0 and 1.
-      image_std: of each colour, which pixels are then divided by.
     """
 
     depth: int = 27
     hidden_size: int = 1152
-    num_heads: int = 16
     intermediate_size: int = 4304
-    in_channels: int = 3
     patch_size: int = 16
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
     position_grid: int = 48
     deepstack_layers: tuple[int, ...] = (8, 16, 24)
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
-        if self.hidden_size % (4 * self.num_heads):
-            raise UserError(f"hidden_size {self.hidden_size} must be a multiple of 4 x num_heads {self.num_heads}")
+        super().__post_init__()
         levels = self.deepstack_layers
         if list(levels) != sorted(set(levels)) or any(not 0 <= i < self.depth for i in levels):
             raise UserError(f"deepstack_layers {levels} must be ascending layers of a depth of {self.depth}")
 
     @property
-    def head_dim(self) -> int:
-        """Size of an attention head."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def patch_values(self) -> int:
-        """Numbers in a flattened patch, in the order channel, frame, y, x."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
     def position_values(self) -> int:
         """Row and column of a patch, and height and width of its image, in patches."""
         return 4
-
-    def work(self, counts: Counts) -> Work:
-        """Return the arithmetic of a forward pass."""
-        D, uses = self.hidden_size, counts.patches * self.depth
-        products = (
-            Product(counts.patches, self.patch_values, D, entry=True),
-            *attention_products(uses, D, D, D),
-            Product(uses, D, self.intermediate_size),
-            Product(uses, self.intermediate_size, D),
-        )
-        return Work(products, attention_flops(self.depth * squares(counts.images), D))
-
-
-class Qwen3ViTBlock(nnx.Module):
-    """Pre-norm block: attention within the image, then an MLP."""
-
-    def __init__(self, config: Qwen3ViTConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
-        D, common = config.hidden_size, {"precision": precision, "rngs": rngs}
-        self.norm1 = layers.LayerNorm(D, _EPS, precision=precision)
-        self.attention = Attention(
-            D, config.num_heads, qkv_bias=True, out_bias=True, fused_qkv=True, along="patches", **common
-        )
-        self.norm2 = layers.LayerNorm(D, _EPS, precision=precision)
-        self.mlp = layers.MLP(D, config.intermediate_size, "gelu_tanh", **common)
-
-    def __call__(self, x_BPD, angles, batch: PackedBatch):
-        segments = jnp.asarray(batch.patch_segment_ids)
-        normed, most = self.norm1(x_BPD), batch.max_image_patches
-        x_BPD = x_BPD + self.attention(normed, segments, angles=angles, max_segment_length=most)
-        return x_BPD + self.mlp(self.norm2(x_BPD))
 
 
 @register(Qwen3ViTConfig)
@@ -124,22 +68,22 @@ class Qwen3ViT(nnx.Module):
         )
         table = precision.init_weight(rngs.params(), (config.position_grid**2, D), D)
         self.positions = nnx.Param(table, axes=("position", "embed"))
-        self.blocks = LayerStack(lambda r: Qwen3ViTBlock(config, precision=precision, rngs=r), config.depth, rngs=rngs)
+        self.blocks = LayerStack(
+            lambda r: NativeViTBlock(config, "gelu_tanh", precision=precision, rngs=r), config.depth, rngs=rngs
+        )
 
     def __call__(self, batch: PackedBatch) -> VisionTokens:
         """Return a token for each patch, in the order of the batch, and as many of each DeepStack level."""
         config, positions = self.config, jnp.asarray(batch.patch_positions)
         x_BPD = self.patch_embed(layers.normalise_pixels(batch.patches, config.image_mean, config.image_std))
         x_BPD = x_BPD + self._learned_positions(positions).astype(x_BPD.dtype)
-        frequencies = layers.rotary_frequencies(config.head_dim // 2, 10000.0)
-        axis_of = np.repeat([0, 1], len(frequencies))
-        angles = layers.rotary_angles(positions[..., :2], axis_of, np.tile(frequencies, 2))
+        angles = patch_angles(config, positions[..., :2])
         # each layer writes into a slot: its level's, or else the last one, which nobody reads
         n = len(config.deepstack_layers)
         slots = np.full(config.depth, n, np.int32)
         slots[list(config.deepstack_layers)] = np.arange(n)
 
-        def body(block: Qwen3ViTBlock, carry, slot):
+        def body(block: NativeViTBlock, carry, slot):
             x, levels = carry
             x = block(x, angles, batch)
             return (x, jax.lax.dynamic_update_index_in_dim(levels, x, slot, 0)), None
@@ -184,25 +128,6 @@ class DeepStackMergerConfig(ConnectorConfig, tag="deepstack_merger"):
         return Work((Product(uses, width, width), Product(uses, width, d_out)))
 
 
-class Merger(nnx.Module):
-    """LayerNorm of each patch or of the joined neighbours, Linear, exact GELU, Linear."""
-
-    def __init__(
-        self, group: int, d_in: int, d_out: int, *, norm_joined: bool, precision: layers.Precision, rngs: nnx.Rngs
-    ):
-        width = d_in * group
-        self.group, self.norm_joined = group, norm_joined
-        self.norm = layers.LayerNorm(width if norm_joined else d_in, _EPS, precision=precision)
-        self.hidden = layers.Linear(width, width, ("embed", "mlp"), bias=True, precision=precision, rngs=rngs)
-        self.out = layers.Linear(width, d_out, ("mlp", "embed"), bias=True, precision=precision, rngs=rngs)
-
-    def __call__(self, x_BPD):
-        B, P, D = x_BPD.shape
-        joined = (B, P // self.group, D * self.group)
-        x = self.norm(x_BPD.reshape(joined)) if self.norm_joined else self.norm(x_BPD).reshape(joined)
-        return self.out(jax.nn.gelu(self.hidden(x), approximate=False))
-
-
 @register(DeepStackMergerConfig)
 class DeepStackMerger(nnx.Module):
     """A merger of the last hidden states, and one of each DeepStack level."""
@@ -218,22 +143,18 @@ class DeepStackMerger(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        sizes = (config.merge**2, d_in, d_out)
-        self.merger = Merger(*sizes, norm_joined=False, precision=precision, rngs=rngs)
+        sizes, same = (config.merge**2, d_in, d_out), {"norm": "layer", "precision": precision}
+        self.merger = Merger(*sizes, **same, rngs=rngs)
         self.deepstack = LayerStack(
-            lambda r: Merger(*sizes, norm_joined=True, precision=precision, rngs=r), config.levels, rngs=rngs
+            lambda r: Merger(*sizes, **same, norm_joined=True, rngs=r), config.levels, rngs=rngs
         )
 
     def __call__(self, vision: VisionTokens, batch: PackedBatch) -> VisionTokens:
         """Return one token for each group of neighbouring patches, which the batch holds side by side."""
-        patches, group = vision.tokens.shape[1], self.config.merge**2
-        if patches % group:
-            raise UserError(
-                f"{patches} patches in a sequence are no multiple of {group}, which are merged: change max_patches"
-            )
         if len(vision.deepstack) != self.config.levels:
             raise ValueError(f"{len(vision.deepstack)} DeepStack levels for {self.config.levels} mergers")
         _, merged = self.deepstack(
-            lambda merger, carry, x: (carry, merger(x)), None, PerLayer.of(vision.deepstack), remat="none"
+            lambda merger, carry, x: (carry, merger.joined(x)), None, PerLayer.of(vision.deepstack), remat="none"
         )
-        return VisionTokens(self.merger(vision.tokens), vision.image_ids[:, ::group], tuple(merged))
+        ids = vision.image_ids[:, :: self.merger.group]
+        return VisionTokens(self.merger.joined(vision.tokens), ids, tuple(merged))

@@ -17,7 +17,7 @@ from flax import nnx
 
 from jvlm.errors import UserError
 from jvlm.models import device_ops, layers
-from jvlm.models.arithmetic import Counts, Product, Work, attention_flops, attention_products, squares
+from jvlm.models.arithmetic import Counts, Work, plain_vit_work
 from jvlm.models.attention import Attention
 from jvlm.models.batch import PackedBatch
 from jvlm.models.contracts import EncoderConfig, VisionTokens
@@ -79,14 +79,13 @@ class ViTConfig(EncoderConfig, tag="vit"):
 
     def work(self, counts: Counts) -> Work:
         """Return the arithmetic of a forward pass."""
-        D, uses = self.hidden_size, counts.patches * self.depth
-        products = (
-            Product(counts.patches, self.patch_values, D, entry=True),
-            *attention_products(uses, D, D, D),
-            Product(uses, D, self.intermediate_size),
-            Product(uses, self.intermediate_size, D),
+        return plain_vit_work(
+            counts,
+            depth=self.depth,
+            width=self.hidden_size,
+            hidden=self.intermediate_size,
+            patch_values=self.patch_values,
         )
-        return Work(products, attention_flops(self.depth * squares(counts.images), D))
 
 
 def clip_vit(**fields: Any) -> ViTConfig:

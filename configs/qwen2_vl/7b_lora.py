@@ -1,0 +1,15 @@
+"""Fine-tune Qwen2-VL-7B on your own conversations: LoRA adapters on the language model.
+
+    jvlm train qwen2_vl/7b_lora --init_from DIR --data.train examples.jsonl
+
+DIR is the folder of Qwen2-VL-7B-Instruct.
+Each chip takes a sequence at a time; on N chips give `--data.batch_size N --gradient_accumulation_steps 16/N`.
+"""
+
+from jvlm.training.config import Experiment
+from jvlm.training.recipes import finetune
+
+
+def get_config() -> Experiment:
+    """Sequences of 2,048 tokens, 16 a step."""
+    return finetune("qwen2_vl_7b", "lora", "Qwen2-VL-7B-Instruct", ())
