@@ -1,4 +1,4 @@
-"""Training other families: one compilation whatever the images and videos, a loss that falls, an export for transformers."""
+"""Training other families: one compilation whatever the media, a loss that falls, a folder that transformers reads."""
 
 import functools
 import json
