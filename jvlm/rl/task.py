@@ -1,0 +1,168 @@
+"""Policy optimisation as a task of the trainer: groups of sampled answers, packed, with their advantages."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jvlm.data.packing import PackedSequences
+from jvlm.errors import UserError
+from jvlm.models.batch import PackedBatch
+from jvlm.models.vlm import VLM
+from jvlm.rl.config import AdvantageConfig, RewardConfig, RolloutConfig
+from jvlm.rl.log_probs import MOST_BANNED, sampled_log_probs
+from jvlm.rl.losses import PolicyLoss, SampledTokens, policy_loss
+from jvlm.rl.prompt_stream import PromptStreamConfig
+from jvlm.rl.selection import SelectionConfig
+from jvlm.training.task import Loss, Mean, Task
+
+if TYPE_CHECKING:
+    from jvlm.training.config import Experiment
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PolicyBatch:
+    """A packed batch of sampled answers. Values of a token stand where it is predicted, one position before it.
+
+    Attributes:
+      advantages, weights: of `SampledTokens`.
+      rollout: log-probability in the engine.
+      old: log-probability before the first update with these answers; the present one where there is one update.
+      is_first: whether the token is the first of its answer.
+      banned: of `banned_ids`.
+      share: of the step's weight; all sum to 1.
+    """
+
+    packed: PackedBatch
+    advantages: Float[Array | np.ndarray, "*A B S"]
+    weights: Float[Array | np.ndarray, "*A B S"]
+    rollout: Float[Array | np.ndarray, "*A B S"]
+    old: Float[Array | np.ndarray, "*A B S"]
+    is_first: Bool[Array | np.ndarray, "*A B S"]
+    banned: Int[Array | np.ndarray, "*A B 2 K"]
+    share: Float[Array | np.ndarray, "*A B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerSequences(PackedSequences):
+    """Packed sequences of sampled answers; the fields are those of `PolicyBatch`."""
+
+    policy: PolicyBatch | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyTask(Task):
+    """Reinforcement learning from rewards of sampled answers. The defaults are MiMo-VL's (arXiv 2506.03569): on-policy,
+    one update for each rollout, no clipping, no divergence from a reference.
+
+    Beside the loss are logged "rollout/kl1" and "rollout/kl3", estimates of how far the engine's distribution is from
+    the trainer's; "rollout/difference", the mean absolute difference of log-probabilities between both;
+    "rollout/equal", the share of tokens where it is 0; "clip_low", "clip_high".
+
+    Attributes:
+      policy_loss: what is minimised, see `jvlm.rl.losses`.
+      advantage: how rewards become advantages.
+      rollout: how answers are sampled.
+      rewards: how they are judged.
+      prompts: which prompts are asked.
+      selection: how many groups are started, and how many a step trains on.
+    """
+
+    policy_loss: PolicyLoss = PolicyLoss()
+    advantage: AdvantageConfig = AdvantageConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardConfig = RewardConfig()
+    prompts: PromptStreamConfig = PromptStreamConfig()
+    selection: SelectionConfig = SelectionConfig(groups=32)
+
+    uses_dropout = False
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.policy_loss.kl_weight > 0
+
+    def check(self, experiment: Experiment, template: VLM) -> None:
+        if experiment.steps is None:
+            raise UserError("steps: give the number of optimizer steps; there is no data whose passes could be counted")
+        if experiment.validation.enabled:
+            raise UserError(
+                "validation measures a loss on answers that are given, and there are none; score with "
+                "evaluation.tasks or evaluation.data"
+            )
+        if experiment.data.preference != "none":
+            raise UserError(f"data.preference {experiment.data.preference!r} is for preference tasks: leave it out")
+
+    def batch_of(self, packed: PackedSequences) -> PolicyBatch:
+        if isinstance(packed, AnswerSequences) and packed.policy is not None:
+            return packed.policy
+        if packed.conversations:
+            raise UserError("a PolicyTask trains on answers that it samples: run the experiment with jvlm rl")
+        return empty_batch(packed.batch)
+
+    def log_probs(self, model: VLM, batch: PolicyBatch) -> tuple[Float[Array, "B S"], dict[str, Array]]:
+        """Return the log-probability of each sampled token, and what the model's layers report."""
+        hidden, _, aux = model.hidden(batch.packed)
+        values = sampled_log_probs(
+            model,
+            batch.packed,
+            hidden,
+            jnp.asarray(batch.banned),
+            jnp.asarray(batch.is_first),
+            self.rollout.temperature,
+        )
+        return values, aux
+
+    def loss(
+        self,
+        model: VLM,
+        batch: PolicyBatch,
+        *,
+        reference: VLM | None = None,
+        rng: jax.Array | None = None,
+        denominators: Any = None,
+    ) -> Loss:
+        batch = jax.tree.map(jnp.asarray, batch)
+        log_probs, aux = self.log_probs(model, batch)
+        other = None if reference is None else jax.lax.stop_gradient(self.log_probs(reference, batch)[0])
+        B, S = batch.packed.tokens.shape
+        room = S + 1  # numbers of segments, padding included
+        answers = jnp.arange(B)[:, None] * room + batch.packed.segment_ids
+        on_policy = self.policy_loss.kind == "on_policy"
+        tokens = SampledTokens(
+            batch.advantages.reshape(-1),
+            batch.weights.reshape(-1),
+            answers.reshape(-1),
+            None if on_policy else batch.old.reshape(-1),
+            batch.rollout.reshape(-1),
+            None if other is None else other.reshape(-1),
+            B * room,
+        )
+        total, sums = policy_loss(self.policy_loss, log_probs.reshape(-1), tokens)
+        weight, count = batch.share.sum(), sums["tokens"]
+        names = {"clip_low": "clip_low", "clip_high": "clip_high", "kl": "kl", "correction": "correction"}
+        names |= {"rollout_kl1": "rollout/kl1", "rollout_kl3": "rollout/kl3"}
+        metrics = {logged: Mean(sums[name], count) for name, logged in names.items() if name in sums}
+        mask = batch.weights > 0
+        difference = jnp.where(mask, jnp.abs(jax.lax.stop_gradient(log_probs) - batch.rollout), 0.0)
+        metrics["rollout/difference"] = Mean(difference.sum(), count)
+        metrics["rollout/equal"] = Mean((mask & (difference == 0)).sum().astype(jnp.float32), count)
+        metrics["loss"] = Mean(jax.lax.stop_gradient(total), weight)
+        if "loss" in aux:  # of a mixture of experts
+            balance = aux["loss"].mean() * weight
+            metrics["aux_loss"] = Mean(balance, weight)
+            total += balance
+        return Loss(total, weight, metrics)
+
+
+def empty_batch(packed: PackedBatch) -> PolicyBatch:
+    """Return a packed batch in which nothing was sampled."""
+    shape = packed.tokens.shape
+    numbers = [np.zeros(shape, np.float32) for _ in range(4)]
+    banned = np.full((shape[0], 2, MOST_BANNED), -1, np.int32)
+    return PolicyBatch(packed, *numbers, np.zeros(shape, bool), banned, np.zeros(shape[:1], np.float32))
