@@ -62,7 +62,7 @@ class TextOnlyScores:
     other: float
 
 
-def run(experiment: Experiment) -> Path:
+def run(experiment: Experiment, train: Callable[[Experiment], Result] = train) -> Path:
     """Train, score, export, read the export back, and write the report. Returns the run folder.
 
     Of several processes all train; the first does the rest by itself, from the last checkpoint, while the others wait:

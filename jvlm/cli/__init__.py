@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": ("jvlm.cli.eval", "score a model, or a server, on benchmarks"),
     "merge-lora": ("jvlm.cli.merge_lora", "add an adapter to the model that it was trained on"),
     "train": ("jvlm.cli.train", "train, score, export and report an experiment"),
+    "rl": ("jvlm.cli.rl", "train on rewards of sampled answers, from an experiment's config"),
     "sweep": ("jvlm.cli.sweep", "train an experiment with every combination of some values, and compare"),
     "configs": ("jvlm.cli.configs", "list the experiments that come with jvlm"),
     "plan": ("jvlm.cli.plan", "compile a step for TPUs or GPUs that are not here: memory, traffic, bounds on speed"),
@@ -58,7 +59,7 @@ _GROUPS = {
         "eval",
         "merge-lora",
     ),
-    "Training from a config": ("train", "sweep", "configs", "plan", "replay"),
+    "Training from a config": ("train", "rl", "sweep", "configs", "plan", "replay"),
     "Answers": ("generate", "chat", "serve", "deploy"),
     "Scores": ("evaluate",),
     "Files": ("convert", "data check", "data view", "data convert", "data shard"),
@@ -70,7 +71,7 @@ _ELSEWHERE = {
     "app": "jvlm chat talks in the terminal",
     "web-ui": "jvlm chat talks in the terminal",
 }
-_TRAINING = ("train", "sft", "pt", "rlhf")
+_TRAINING = ("train", "rl", "sft", "pt", "rlhf")
 
 
 def main(argv: list[str] | None = None) -> int:

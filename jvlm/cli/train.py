@@ -60,11 +60,18 @@ def run(words: list[str], *, show_traceback: bool = False) -> int:
     return run_job(experiment, processes, show_traceback=show_traceback)
 
 
-def run_job(make_experiment: Callable[[], Experiment], processes: Processes, *, show_traceback: bool) -> int:
+def run_job(
+    make_experiment: Callable[[], Experiment],
+    processes: Processes,
+    *,
+    show_traceback: bool,
+    run: Callable[[Experiment], object] | None = None,
+) -> int:
     """Run an experiment, together with other processes where there are any. Returns the exit status.
 
     Args:
       make_experiment: called once the processes have met.
+      run: what runs it; None is `jvlm.job.run`.
     """
     host_memory.keep_freed_memory()
     import jax
@@ -78,7 +85,7 @@ def run_job(make_experiment: Callable[[], Experiment], processes: Processes, *, 
     if processes.distributed or processes.coordinator:
         hosts.initialise(processes.coordinator, processes.num_processes, processes.process_id)
     try:
-        job.run(make_experiment())
+        (run or job.run)(make_experiment())
     except Interrupted as stopped:
         print(f"jvlm: {stopped}", file=sys.stderr)
         return EXIT_STATUS

@@ -287,8 +287,14 @@ class DeviceState:
         if kind.masks:
             mask = _mask(len(logits), self.engine.constraints.words, at, active, guesses or {})
         chosen = self._sample(kind, logits, arrays, mask)
-        found = self.programs.logprobs(logits, chosen) if scores else None
+        found = self._logprobs(kind, logits, chosen, arrays, mask) if scores else None
         return Sampled(chosen, tuple(at), found)
+
+    def _logprobs(self, kind: SamplingKind, logits, chosen, arrays: SamplingArrays, mask: np.ndarray | None):
+        if self.engine.sizes.logprobs == "raw":
+            return self.programs.logprobs(logits, chosen)
+        kind = kind._replace(rules=False)  # which the engine has refused
+        return self.programs.sampled_logprobs(kind, logits, chosen, arrays, self.banned, mask if kind.masks else None)
 
     def _sample(self, kind: SamplingKind, logits, arrays: SamplingArrays, mask: np.ndarray | None):
         rules = self._slot_rules() if kind.rules else None

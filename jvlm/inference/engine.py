@@ -184,6 +184,11 @@ class Engine:
         if request.id in self._active:
             raise UserError(f"a request {request.id!r} is there already; its answers have not ended")
         sampling, example = request.sampling, request.example
+        if self.sizes.logprobs == "sampled" and sampling.logprobs is not None and has_rules(sampling):
+            raise UserError(
+                "this engine gives log-probabilities in the distribution that is drawn from (logprobs sampled), which "
+                "goes without penalties, bias, allowed and least tokens: leave those out of the request"
+            )
         limit = min(sampling.max_tokens, self.answer_limit(example))
         self._check_ids(sampling)
         ends = self.stop_tokens(sampling)

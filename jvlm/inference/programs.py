@@ -25,6 +25,7 @@ from jvlm.inference.sampling import (
     SamplingArrays,
     SamplingKind,
     SlotRules,
+    adjust,
     counted,
     logprobs,
     sample,
@@ -53,6 +54,7 @@ _NAMES = (
     "decode",
     "sample",
     "logprobs",
+    "sampled_logprobs",
     "prompt_logprobs",
     "set_rules",
     "copy_pages",
@@ -130,7 +132,8 @@ class Programs:
         of the last token of each sequence and of K drafted ones behind it.
       sample: ``(kind, logits, tokens, rules, arrays, banned, mask) -> (chosen [B], tokens [S + 1], rules)``, tokens and
         rules donated. The tokens are the last of each slot; the last place is for rows of padding.
-      logprobs: ``(logits, chosen) -> Logprobs``.
+      logprobs: ``(logits, chosen) -> Logprobs`` of the model's own distribution.
+      sampled_logprobs: ``(kind, logits, chosen, arrays, banned, mask) -> Logprobs`` of the one that was drawn from.
       prompt_logprobs: ``(decoder leaves, hidden states, next tokens [D, C]) -> Logprobs`` of D C tokens.
       set_rules: ``(rules, slot, ...) -> rules``, donated: see `SlotRules.at_slot`.
       copy_pages: ``(cache, from, to) -> cache``, donated; [D, n] pages each.
@@ -160,6 +163,7 @@ class Programs:
         self.decode = jax.jit(self._decode, donate_argnums=1, compiler_options=_DECODING)
         self.sample = jax.jit(self._sample, static_argnums=0, donate_argnums=(2, 3))
         self.logprobs = jax.jit(self._logprobs)
+        self.sampled_logprobs = jax.jit(self._sampled_logprobs, static_argnums=0)
         self.prompt_logprobs = jax.jit(self._prompt_logprobs)
         self.set_rules = jax.jit(SlotRules.at_slot, donate_argnums=0)
         self.copy_pages = jax.jit(self._copy_pages, donate_argnums=0)
@@ -263,6 +267,19 @@ class Programs:
 
     def _logprobs(self, logits: Float[Array, "B V"], chosen: Int[Array, " B"]) -> Logprobs:
         return logprobs(logits, chosen, self.top)
+
+    def _sampled_logprobs(
+        self,
+        kind: SamplingKind,
+        logits: Float[Array, "B V"],
+        chosen: Int[Array, " B"],
+        arrays: SamplingArrays,
+        banned: Bool[Array, "2 V"],
+        mask: Int[Array, "B words"] | None,
+    ) -> Logprobs:
+        with device_ops.use(self.ops):
+            drawn_from = adjust(logits, kind, arrays, banned=banned, mask=mask)
+            return logprobs(drawn_from, chosen, self.top)
 
     def _prompt_logprobs(self, leaves, hidden: Float[Array, "D C width"], following: Int[Array, "D C"]) -> Logprobs:
         with device_ops.use(self.ops):

@@ -193,7 +193,8 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """The log-probability of a token under the model's scores, before bias, penalties, temperature and filters.
+    """The log-probability of a token under the model's scores, before bias, penalties, temperature and filters; or in
+    the distribution that it was drawn from, as `EngineConfig.logprobs` says.
 
     Attributes:
       top: (token, log-probability) of the likeliest tokens, best first.
@@ -254,6 +255,9 @@ class EngineConfig:
       decode_slots: sizes of the decoding programs, the largest of them ``max_slots``; None chooses.
       prefix_cache: compute no page of a prompt twice.
       draft_tokens: tokens that are guessed from what stood before, and verified in one step; 0 for none.
+      logprobs: which distribution `TokenLogprob` is of: "raw" is the model's own; "sampled" is the one that is drawn
+        from, after banned tokens, temperature and filters, which policy optimisation wants. Requests with penalties or
+        bias are then refused.
       ahead: start each step before the tokens of the last are read. None: wherever the backend is not CPU.
     """
 
@@ -267,6 +271,7 @@ class EngineConfig:
     decode_slots: tuple[int, ...] | None = None
     prefix_cache: bool = True
     draft_tokens: int = 0
+    logprobs: Literal["raw", "sampled"] = "raw"
     ahead: bool | None = None
 
 

@@ -329,7 +329,7 @@ def keep_min_p(logits: Float[Array, "B V"], p: Float[Array, " B"]) -> Float[Arra
 
 
 class Logprobs(NamedTuple):
-    """Of tokens under the raw log-softmax.
+    """Of tokens under a log-softmax.
 
     Attributes:
       chosen: log-probability of the given tokens.
@@ -348,7 +348,8 @@ def logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"], count: int) 
     values = jax.nn.log_softmax(logits, axis=-1)
     top, top_tokens = jax.lax.top_k(values, min(count, values.shape[-1]))
     chosen = jnp.take_along_axis(values, jnp.maximum(tokens, 0)[:, None], axis=-1)[:, 0]
-    return Logprobs(chosen, top, top_tokens, -jnp.sum(jnp.exp(values) * values, axis=-1))
+    # a token that cannot be drawn has no share in the entropy
+    return Logprobs(chosen, top, top_tokens, -jnp.sum(jnp.where(values == -jnp.inf, 0.0, jnp.exp(values) * values), -1))
 
 
 def _ordered(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:

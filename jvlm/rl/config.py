@@ -82,9 +82,9 @@ class AdvantageConfig:
       eps: added to standard deviations; TRL has 1e-4.
       truncated: what an answer is that was cut at its longest length: "zero" earns nothing and is learnt from; "mask"
         counts in its group and is not learnt from (DAPO's filter).
-      overlong_margin: answers of the last so many tokens below the longest length lose up to 1 (DAPO's soft punishment);
-        None takes nothing off.
-      repetition_weight: what an answer loses that is nothing but repetition, as a share of repeated 3-grams; 0 is off.
+      overlong_margin: answers within so many tokens of the longest length lose up to 1 (DAPO's soft punishment); None
+        takes nothing off.
+      repetition_weight: what an answer loses for its share of 3-grams that are there before; 0 is off.
     """
 
     estimator: Estimator = "group"

@@ -91,7 +91,9 @@ class GroupRecord:
             answers = tuple(_answer(one) for one in values.pop("answers"))
             return cls(**values, answers=answers)
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"a record of a group of answers cannot be read: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"a record of a group of answers cannot be read: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _answer(values: Mapping[str, Any]) -> AnswerRecord:
@@ -106,9 +108,7 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def with_training(
-    group: GroupRecord, shaped: Sequence[float | None], advantages: Sequence[float]
-) -> GroupRecord:
+def with_training(group: GroupRecord, shaped: Sequence[float | None], advantages: Sequence[float]) -> GroupRecord:
     """Return a group that a step trains on, with the shaped rewards and the advantages of its answers."""
     answers = tuple(
         dataclasses.replace(answer, shaped=reward, advantage=advantage)

@@ -52,6 +52,7 @@ class Trainer:
       step: steps run, those before a restart included.
       start: steps run before this start.
       steps: how many there are to be.
+      accumulation: micro-batches of a step. A hook may change it before a step; each number is compiled once.
       stop_reason: why it stops before that; None while it does not.
       finished: whether stopping early is its end, and not an interruption that a restart goes on from.
       save_requested: a hook wants this step saved.
@@ -143,7 +144,7 @@ class Trainer:
         for hook in self.hooks:
             hook.on_batch(self, packed)
         local = train_step.stack([self.task.batch_of(one) for one in packed])
-        batch, began = make_global_batch(local, self.shard, self.compiled.batches), time.perf_counter()
+        batch, began = make_global_batch(local, self.shard, self._shapes(len(packed))), time.perf_counter()
         with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
             self.state, metrics = self.compiled.step(self.state, batch)
         self.step += 1
@@ -151,6 +152,14 @@ class Trainer:
         result = StepResult(self.step, packed, metrics, began)
         for hook in reversed(self.hooks):
             hook.on_step_end(self, result)
+
+    def _shapes(self, accumulation: int) -> Any:
+        """Return the shapes of the global batch of a step of so many micro-batches."""
+
+        def of(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((accumulation, *x.shape[1:]), x.dtype, sharding=x.sharding)
+
+        return jax.tree.map(of, self.compiled.batches)
 
     def stop(self, reason: str, *, finished: bool = False) -> None:
         """Stop after this step. ``finished``: the run is complete, and a restart does not go on."""

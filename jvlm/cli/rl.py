@@ -1,0 +1,50 @@
+"""``jvlm rl``: an experiment that learns from rewards of the answers that it samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional
+
+from jvlm import configs
+from jvlm.cli.experiment import split_words
+from jvlm.cli.train import Processes, run_job
+from jvlm.options import FLAT, parse, parse_with
+
+if TYPE_CHECKING:
+    from jvlm.training.config import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Rl:
+    """Train on rewards of sampled answers, score, export and report. The experiment's fields are options too: `jvlm rl
+    CONFIG --help` lists them.
+
+    Attributes:
+      config: a Python file with get_config(), or the name of a shipped one, as `jvlm configs` lists them. Its task is a
+        `jvlm.rl.task.PolicyTask`.
+      processes: which processes train together.
+    """
+
+    config: Positional[str]
+    processes: Annotated[Processes, FLAT] = Processes()
+
+
+def run(words: list[str], *, show_traceback: bool = False) -> int:
+    processes, config, fields = split_words(Processes, words, "jvlm rl")
+    if config is None:
+        parse(Rl, words, "jvlm rl")  # prints the help
+
+    def experiment() -> Experiment:
+        return parse_with(Rl(config, processes), configs.load(config), fields, f"jvlm rl {config}")[1]
+
+    return run_job(experiment, processes, show_traceback=show_traceback, run=_run)
+
+
+def _run(experiment: Experiment) -> Path:
+    from jvlm import job
+    from jvlm.rl.run import train
+
+    return job.run(experiment, train)

@@ -1,0 +1,216 @@
+"""The hook that feeds the trainer with rollouts of its own weights, and remembers where they are."""
+
+from __future__ import annotations
+
+import collections
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from jvlm.errors import UserError
+from jvlm.inference.engine import Engine
+from jvlm.rl import shaping
+from jvlm.rl.advantages import advantages
+from jvlm.rl.log_probs import banned_ids
+from jvlm.rl.losses import token_weights
+from jvlm.rl.packing import SampledAnswer, SampledGroup, Shape, packed_answers
+from jvlm.rl.prompt_stream import PromptStream
+from jvlm.rl.prompts import EncodedPrompt
+from jvlm.rl.records import GroupRecord, with_training
+from jvlm.rl.rewards.shortage import Shortage
+from jvlm.rl.rollouts import Rollout, Rollouts, is_useful
+from jvlm.rl.task import AnswerSequences, PolicyTask
+from jvlm.training.hooks import Hook, StepResult
+from jvlm.weights.fingerprints import fingerprints
+
+if TYPE_CHECKING:
+    from jvlm.training.trainer import Trainer
+
+
+class PolicyLoop(Hook):
+    """Before each step: rolls out with the trainer's weights, without a copy, and hands it the packed answers.
+
+    It is also the iterator of the trainer's batches, so that the state of prompts and rates is the position in the data
+    which checkpoints keep.
+
+    Args:
+      prompts: how many there are.
+      shape: of a micro-batch.
+      settings: what decides answers and rewards beside the weights, for the journal.
+      keep: steps before the present one whose journal is kept.
+
+    Attributes:
+      groups: of the present step, those that it trains on first; for whoever writes them down.
+    """
+
+    def __init__(
+        self,
+        task: PolicyTask,
+        engine: Engine,
+        rollouts: Rollouts,
+        prompts: int,
+        shape: Shape,
+        *,
+        seed: int,
+        settings: Mapping[str, Any],
+        keep: int,
+    ):
+        self.task, self.engine, self.rollouts, self.shape = task, engine, rollouts, shape
+        self.stream = PromptStream(prompts, seed, task.prompts)
+        self.rate = 0, 0
+        self.groups: list[GroupRecord] = []
+        self._prompts, self._seed, self._settings, self._keep = prompts, seed, dict(settings), keep
+        first = engine.banned if engine.banned_first is None else engine.banned_first
+        self._banned = banned_ids(np.stack([engine.banned, first]))
+        self._queue: collections.deque[AnswerSequences] = collections.deque()
+        self._shortage = Shortage()
+        self._values: dict[str, float] = {}
+        self._ended: float | None = None
+
+    # -- the batches of the trainer
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> AnswerSequences:
+        return self._queue.popleft()
+
+    def get_state(self) -> list[dict[str, Any]]:
+        """Return what the next rollout goes on from; one value, as of one process."""
+        return [{"prompts": self.stream.state(), "rate": list(self.rate)}]
+
+    def set_state(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from a `get_state`."""
+        self.stream = PromptStream(self._prompts, self._seed, self.task.prompts, state[0]["prompts"])
+        judged, useful = state[0]["rate"]
+        self.rate = judged, useful
+
+    # -- steps
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        """Roll out and pack."""
+        began = time.perf_counter()
+        trained = 0.0 if self._ended is None else began - self._ended
+        self.engine.load(trainer.model)
+        weights = sum(n * i for i, n in enumerate(fingerprints(trainer.state.trainable).values(), 1))
+        made_with = {**self._settings, "weights": weights}
+        rollout = self.rollouts.run(self.stream, self.task.selection, self.rate, trainer.step, made_with)
+        self.engine.release()  # the step takes the parameters' memory
+        self._take(rollout)
+        packing_began = time.perf_counter()
+        self._queue.extend(self._packed(rollout))
+        trainer.accumulation = len(self._queue)
+        self._values["seconds/pack"] = time.perf_counter() - packing_began
+        self._values["seconds/train"] = trained
+        self._values["trainer_idle"] = rollout.timing.seconds / max(trained + rollout.timing.seconds, 1e-9)
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        self._ended = time.perf_counter()
+
+    def on_save(self, trainer: Trainer) -> None:
+        self.rollouts.journal.forget(trainer.step - self._keep)
+
+    def on_stop(self, trainer: Trainer, error: BaseException | None) -> None:
+        self.rollouts.close()
+
+    def log_values(self, trainer: Trainer) -> dict[str, float]:
+        return dict(self._values)
+
+    def _take(self, rollout: Rollout) -> None:
+        """Note what became of the prompts."""
+        self._shortage.note(len(rollout.judged), rollout.lacking, _why(rollout.judged))
+        self.stream.finish_step(rollout.last, rollout.outcomes)
+        useful = sum(is_useful(group) for group in rollout.judged)
+        self.rate = self.rate[0] + len(rollout.judged), self.rate[1] + useful
+        self._values = {**_values(rollout), "easy_pool": float(len(self.stream.easy))}
+
+    def _packed(self, rollout: Rollout) -> list[AnswerSequences]:
+        """Return the micro-batches of a step."""
+        task, groups = self.task, [group for group, _ in rollout.selected]
+        shaped = [[self._shaped(answer) for answer in group.answers] for group in groups]
+        lengths = np.array([len(answer.tokens) for group in groups for answer in group.answers])
+        numbers = np.repeat(np.arange(len(groups)), [len(group.answers) for group in groups])
+        rewards = np.array([np.nan if value is None else value for row in shaped for value in row])
+        truncated = np.array([answer.truncated for group in groups for answer in group.answers])
+        values = advantages(rewards, numbers, lengths, task.advantage.estimator, eps=task.advantage.eps)
+        left_out = np.isnan(rewards) | (truncated & (task.advantage.truncated == "mask"))
+        weights = token_weights(lengths, numbers, task.policy_loss, left_out=left_out)
+        sampled, done, first = [], [], 0
+        for (group, prompt), row in zip(rollout.selected, shaped, strict=True):
+            span = range(first, first + len(row))
+            first = span.stop
+            done.append(with_training(group, row, [float(values[n]) for n in span]))
+            sampled.append(_sampled(group, prompt, [float(values[n]) for n in span], [float(weights[n]) for n in span]))
+        chosen = {group.serial for group in done}
+        self.groups = [*done, *(group for group in rollout.judged if group.serial not in chosen)]
+        if left_out.all():
+            raise UserError("every selected answer was cut at its longest length, and task.advantage.truncated is mask")
+        self._values["advantage_mean"] = float(np.abs(values[~left_out]).mean())
+        return packed_answers(sampled, self.shape, self._banned)
+
+    def _shaped(self, answer: Any) -> float | None:
+        """Return the reward with what is added for the length of the answer."""
+        config, longest = self.task.advantage, self.task.rollout.max_tokens
+        if answer.reward is None:
+            return None
+        value = answer.reward
+        if config.overlong_margin is not None:
+            value += shaping.soft_overlong(len(answer.tokens), longest, config.overlong_margin)
+        if config.repetition_weight:
+            value += shaping.repetition(answer.tokens, weight=config.repetition_weight)
+        return value
+
+
+def _sampled(
+    group: GroupRecord, prompt: EncodedPrompt, values: Sequence[float], weights: Sequence[float]
+) -> SampledGroup:
+    """Return the answers of a group that have tokens."""
+    answers = [
+        SampledAnswer(answer.tokens, answer.log_probs, value, weight)
+        for answer, value, weight in zip(group.answers, values, weights, strict=True)
+        if answer.tokens and weight > 0
+    ]
+    return SampledGroup(prompt.example, answers)
+
+
+def _why(groups: Sequence[GroupRecord]) -> str:
+    """Return why rewards are missing most often."""
+    reasons = collections.Counter(a.reason for group in groups for a in group.answers if a.reward is None)
+    return reasons.most_common(1)[0][0] if reasons else ""
+
+
+def _values(rollout: Rollout) -> dict[str, float]:
+    """Return what the log says about a rollout."""
+    timing, groups = rollout.timing, rollout.judged
+    answers = [answer for group in groups for answer in group.answers]
+    values: dict[str, float] = {}
+    for task in sorted({group.task for group in groups if group.task}):
+        own = [answer for group in groups if group.task == task for answer in group.answers]
+        rewards = [answer.reward for answer in own if answer.reward is not None]
+        if rewards:
+            values[f"reward/{task}"] = statistics.fmean(rewards)
+            values[f"reward/{task}/std"] = statistics.pstdev(rewards)
+    rewards = [answer.reward for answer in answers if answer.reward is not None]
+    lengths = [len(answer.tokens) for answer in answers]
+    entropies = [value for answer in answers for value in answer.entropies]
+    values |= {
+        "reward": statistics.fmean(rewards) if rewards else math.nan,
+        "valid_share": len(rollout.selected) / max(len(groups), 1),
+        "started": float(timing.started),
+        "judged": float(timing.judged),
+        "reused": float(timing.reused),
+        "answer_tokens": statistics.fmean(lengths) if lengths else 0.0,
+        "truncated_share": statistics.fmean(answer.truncated for answer in answers) if answers else 0.0,
+        "entropy": statistics.fmean(entropies) if entropies else 0.0,
+        "rollout_idle": 1 - timing.busy / max(timing.seconds, 1e-9),
+        "slot_use": timing.live_steps / max(timing.slot_steps, 1),
+        "reward_wait": timing.reward_wait / max(timing.seconds, 1e-9),
+        "waste": 1 - timing.needed / max(timing.started, 1),
+        "seconds/rollout": timing.seconds,
+        "decode_tokens_per_s": timing.tokens / max(timing.seconds, 1e-9),
+    }
+    return values

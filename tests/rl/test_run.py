@@ -1,0 +1,61 @@
+"""Whole runs of a small policy: the reward rises, and a run that was stopped goes on bit by bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from jvlm.errors import UserError
+from jvlm.rl import run
+from jvlm.training.config import CheckpointConfig
+from jvlm.training.hooks import Hook
+from jvlm.training.runs import train as train_supervised
+from tests.rl.support import policy_experiment
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "run" / "logging.jsonl").read_text().splitlines()]
+
+
+def trained(folder):
+    """What decides a run: (step, loss, reward) of each line."""
+    return [(line["step_number"], line["loss"], line["grad_norm"], line["reward"]) for line in log_of(folder)]
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DiesAfter(Hook):
+    """Ends the process behind a step, before it is saved."""
+
+    step: int
+
+    def on_batch(self, trainer, packed):
+        if trainer.step == self.step:
+            raise Killed
+
+
+@pytest.mark.slow
+def test_the_reward_rises_and_a_restart_repeats_the_run(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run.train(policy_experiment(whole, steps=24))
+    lines = log_of(whole)
+    early, late = (sum(line["reward"] for line in some) / 4 for some in (lines[:4], lines[-4:]))
+    assert late > early + 0.1
+    assert max(line["rollout/difference"] for line in lines) < 2e-6
+    assert lines[0]["rollout/equal"] > 0.2
+    checkpoint = CheckpointConfig(save_interval_steps=4)
+    with pytest.raises(Killed):
+        run.train(policy_experiment(parts, steps=24, checkpoint=checkpoint, hooks=(DiesAfter(9),)))
+    run.train(policy_experiment(parts, steps=24, checkpoint=checkpoint))
+    assert next(line["reused"] for line in log_of(parts) if line["step_number"] == 9) > 0  # of the journal
+    assert trained(parts) == trained(whole)
+
+
+def test_supervised_training_of_a_policy_task_names_the_command(tmp_path):
+    with pytest.raises(UserError, match="jvlm rl"):
+        train_supervised(policy_experiment(tmp_path, steps=1))
