@@ -124,7 +124,7 @@ def joined(examples: Sequence[Conversation], config: FewShot) -> Conversation:
         def moved(part: Part, images: int = images, videos: int = videos, folder: str | None = folder) -> Part:
             if isinstance(part, Image | Video):
                 offset = images if isinstance(part, Image) else videos
-                return dataclasses.replace(part, index=part.index + offset, folder=folder)
+                return dataclasses.replace(part, index=part.index + offset, folder=part.folder or folder)
             return dataclasses.replace(part, image=part.image + images) if isinstance(part, ObjectBox) else part
 
         for message in example.messages:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import io
-import itertools
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import PIL.Image
 
-from jvlm.data.box_formats import FORMATS, FormatName
-from jvlm.data.boxes import CoordinateSpace, Sizes
-from jvlm.data.content import Conversation, Document, Image, Text, Video
+from jvlm.data.box_formats import FORMATS, FormatName, render
+from jvlm.data.boxes import CoordinateSpace, Region, Sizes
+from jvlm.data.content import Conversation, Document, Image, ObjectBox, Text, Video
 from jvlm.data.errors import MEMORY, ExampleError, Origin
 from jvlm.data.images import open_image
 from jvlm.data.smart_resize import smart_resize
@@ -24,13 +24,12 @@ from jvlm.evaluation.endpoint import Endpoint, EndpointError
 from jvlm.evaluation.task import Decoding
 
 if TYPE_CHECKING:
-    from jvlm.data.packing import Example
     from jvlm.data.processor import Processor
+    from jvlm.inference.feed import Outcome
     from jvlm.inference.sampling import SamplingConfig
     from jvlm.models.vlm import VLM
     from jvlm.parallel.layout import MeshLayout
 
-_WINDOW = 8  # batches encoded at a time and sorted by length, so that a batch pads little, at bounded memory
 FAILED = "[LMMS_EVAL_REQUEST_FAILED"  # what lmms-eval writes in place of an answer
 
 
@@ -54,9 +53,9 @@ class Reply:
 
     Attributes:
       finish: "length" for one that the limit on tokens cut; "error" for none at all.
-      seconds: from the request to the reply; of a batch its share.
+      seconds: from the request to the reply; on this machine from the reply before it, as many run at once.
       sizes: of each image, as given and as the model saw it; empty where the client does not know.
-      cause: what is wrong with the example, of an error that is not the model's.
+      cause: the error, of a model on this machine.
     """
 
     id: str
@@ -67,7 +66,7 @@ class Reply:
     seconds: float = 0.0
     error: str = ""
     sizes: tuple[Sizes, ...] = ()
-    cause: ExampleError | None = None
+    cause: UserError | None = None
 
 
 class Client(Protocol):
@@ -91,7 +90,7 @@ class LocalClient:
     """A model on this machine.
 
     Args:
-      batch_size: prompts answered together.
+      batch_size: prompts that run at once.
       adapter: name of the adapter that answers, of those on the model.
     """
 
@@ -105,11 +104,13 @@ class LocalClient:
         adapter: str | None = None,
         name: str = "",
     ):
+        from jvlm.adapters import several
         from jvlm.inference.generate import check_batch_size, engine_for
 
         check_batch_size(batch_size)
+        several.numbers(model.adapters, [adapter])  # a name that is not known is an error now
         self._model, self._adapter, self.name = model, adapter, name
-        self._batch_size, self._engine = batch_size, engine_for(model, processor, layout, batch_size)
+        self._batch_size, self.engine = batch_size, engine_for(model, processor, layout, batch_size)
         self.box_form, self.box_space = processor.config.box_format, processor.config.box_space
 
     def describe(self) -> dict[str, Any]:
@@ -117,7 +118,7 @@ class LocalClient:
         from jvlm.inference.sampling import SamplingConfig
         from jvlm.inference.settings import answer_settings
 
-        settings = answer_settings(self._model, self._engine, SamplingConfig())
+        settings = answer_settings(self._model, self.engine, SamplingConfig())
         model = settings["model"]
         return {
             "kind": "local",
@@ -129,57 +130,51 @@ class LocalClient:
         }
 
     def replies(self, prompts: Iterable[Prompt], decoding: Decoding) -> Iterator[Reply]:
-        """Yield replies batch by batch, prompts of like length together.
+        """Yield replies as they end; the next prompt begins as soon as there is room.
 
-        A prompt that cannot be read has a reply with the error.
+        A prompt that cannot be read or answered has a reply with the error.
+
+        Raises:
+          BrokenWeights: the model's weights are not finite.
 
         Warns:
           UserWarning: answers that ended before ``max_new_tokens`` at the model's last position.
         """
+        from jvlm.inference.feed import Asked, answer_each
         from jvlm.inference.sampling import SamplingConfig
+        from jvlm.weights.finite import BrokenWeights
 
-        source, sampling = iter(prompts), SamplingConfig(**dataclasses.asdict(decoding))
-        while window := list(itertools.islice(source, self._batch_size * _WINDOW)):
-            yield from self._window(window, sampling)
+        sampling = SamplingConfig(**dataclasses.asdict(decoding))
+        asked = (Asked(one.number, one.example, one.example.origin, self._adapter, one.id) for one in prompts)
+        outcomes = answer_each(self.engine, asked, sampling, batch_size=self._batch_size)
+        before = time.perf_counter()
+        with contextlib.closing(outcomes):
+            for outcome in outcomes:
+                if isinstance(outcome.error, BrokenWeights):
+                    raise outcome.error
+                now = time.perf_counter()
+                yield self._reply(outcome, sampling, now - before)
+                before = now
 
-    def _window(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> Iterator[Reply]:
-        from jvlm.inference.generate import encode_prompt
+    def _reply(self, outcome: Outcome, sampling: SamplingConfig, seconds: float) -> Reply:
+        from jvlm.inference.feed import answer_text
+        from jvlm.inference.generate import cut_note
 
-        encoded: list[tuple[Prompt, Example]] = []
-        for prompt in prompts:
-            try:
-                encoded.append((prompt, encode_prompt(self._engine, prompt.example, prompt.example.origin)))
-            except ExampleError as error:
-                yield Reply(prompt.id, finish="error", error=str(error), cause=error)
-        encoded.sort(key=lambda pair: (pair[1].length, pair[1].num_patches))
-        for start in range(0, len(encoded), self._batch_size):
-            yield from self._batch(encoded[start : start + self._batch_size], sampling)
-
-    def _batch(self, encoded: Sequence[tuple[Prompt, Example]], sampling: SamplingConfig) -> Iterator[Reply]:
-        from jvlm.inference.generate import answer_text, complete, cut_note
-
-        began = time.perf_counter()
-        done = complete(
-            self._engine,
-            [example for _, example in encoded],
-            sampling,
-            request_ids=[prompt.number for prompt, _ in encoded],
-            adapters=[self._adapter] * len(encoded),
+        name, example, completion = outcome.asked.key, outcome.example, outcome.completion
+        if outcome.error is not None:
+            return Reply(name, finish="error", error=str(outcome.error), cause=outcome.error, seconds=seconds)
+        tokens, stopped = len(completion.tokens), completion.stopped
+        if note := cut_note(self.engine, example, tokens, stopped, sampling):
+            warnings.warn(f"{example.origin}: {note}", stacklevel=2)
+        return Reply(
+            name,
+            answer_text(self.engine.processor, completion),
+            "stop" if stopped else "length",
+            example.length,
+            tokens,
+            seconds,
+            sizes=example.sizes,
         )
-        seconds = (time.perf_counter() - began) / len(encoded)
-        for (prompt, example), completion in zip(encoded, done, strict=True):
-            tokens, stopped = len(completion.tokens), completion.stopped
-            if note := cut_note(self._engine, example, tokens, stopped, sampling):
-                warnings.warn(f"{example.origin}: {note}", stacklevel=2)
-            yield Reply(
-                prompt.id,
-                answer_text(self._engine.processor, completion),
-                "stop" if stopped else "length",
-                example.length,
-                tokens,
-                seconds,
-                sizes=example.sizes,
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +199,10 @@ class Boxes:
             return Sizes(image.size, image.size)
         height, width = smart_resize(image.height, image.width, self.factor, self.min_pixels, self.max_pixels)
         return Sizes(image.size, (width, height))
+
+    def written(self, region: Region, sizes: Sizes) -> str:
+        """Return a region as the model writes it."""
+        return render(region, self.form, sizes, space=self.space)
 
 
 class EndpointClient:
@@ -255,7 +254,7 @@ class EndpointClient:
         sizes: list[Sizes] = []
         messages = []
         for message in example.messages:
-            content = [part for piece in message.content for part in self._parts(piece, example.origin, sizes)]
+            content = joined(part for piece in message.content for part in self._parts(piece, example.origin, sizes))
             text_only = all(part["type"] == "text" for part in content)
             whole = "".join(part["text"] for part in content) if text_only else content
             messages.append({"role": message.role, "content": whole})
@@ -271,6 +270,10 @@ class EndpointClient:
         elif isinstance(part, Video):
             for frame in self._sampled(part, origin):
                 yield {"type": "image_url", "image_url": {"url": data_uri(frame)}}
+        elif isinstance(part, ObjectBox):
+            if part.image >= len(sizes):
+                raise ExampleError(origin, "messages", "a box stands before its image", "Put the image first")
+            yield {"type": "text", "text": self._boxes.written(part.region, sizes[part.image])}
         else:
             raise ExampleError(origin, "messages", f"a {type(part).__name__} cannot be sent", "Write it as text")
 
@@ -291,6 +294,17 @@ def _roots(part: Image | Video, origin: Origin) -> tuple[str, ...]:
     if part.folder:
         return (part.folder,)
     return () if origin.file == MEMORY else (origin.file.rpartition("/")[0],)
+
+
+def joined(parts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return parts of a message, texts beside each other made one."""
+    found: list[dict[str, Any]] = []
+    for part in parts:
+        if part["type"] == "text" and found and found[-1]["type"] == "text":
+            found[-1] = {"type": "text", "text": found[-1]["text"] + part["text"]}
+        else:
+            found.append(part)
+    return found
 
 
 def data_uri(image: PIL.Image.Image, *, kind: str = "PNG") -> str:

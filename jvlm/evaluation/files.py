@@ -32,6 +32,8 @@ class Files:
       pattern: glob of the files, in the folder of the dataset.
       repo: the dataset's name on the Hub, ORG/NAME.
       records: of a JSON object: under which key the list of records is; "*" for the values of the object itself.
+      attach: of a JSON object: another list in it, of records that name one of the first by "image_id"; each of the
+        first has its own of them as a field.
       media: folder, beside the files, of images and videos.
     """
 
@@ -40,6 +42,7 @@ class Files:
     repo: str = ""
     records: str = ""
     media: str = ""
+    attach: str = ""
 
     def __str__(self) -> str:
         if self.form == "hub":
@@ -74,9 +77,9 @@ def tsv(name: str, *, media: str = "") -> Files:
     return Files("tsv", f"{name}.tsv", media=media)
 
 
-def official(pattern: str, *, records: str = "", media: str = "") -> Files:
+def official(pattern: str, *, records: str = "", media: str = "", attach: str = "") -> Files:
     """Return files as the authors of a benchmark give them out."""
-    return Files("json", pattern, records=records, media=media)
+    return Files("json", pattern, records=records, media=media, attach=attach)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +220,7 @@ def _first(files: Sequence[Files], data: Path, task: str) -> tuple[Files, list[s
 def _open(path: str, files: Files) -> Reader:
     if path.endswith(".txt"):
         return _Lines(path)
-    return _Records(path, files.records) if files.records else open_file(path)
+    return _Records(path, files.records, files.attach) if files.records else open_file(path)
 
 
 class _Lines:
@@ -239,9 +242,9 @@ class _Lines:
 
 
 class _Records:
-    """The records of a list in a JSON object."""
+    """The records of a list in a JSON object, each with those of another list that name it."""
 
-    def __init__(self, path: str, key: str):
+    def __init__(self, path: str, key: str, attach: str = ""):
         self.path = path
         with file_errors(path, "read"), open(path, encoding="utf-8-sig") as file:
             try:
@@ -256,6 +259,11 @@ class _Records:
             self._records = values.get(key) if isinstance(values, Mapping) else values
         if not isinstance(self._records, list):
             raise UserError(f"{path} holds no list of records under {key!r}; give the file as its authors publish it")
+        if attach:
+            own: dict[Any, list[Any]] = {}
+            for one in values.get(attach) or ():
+                own.setdefault(one.get("image_id"), []).append(one)
+            self._records = [{**one, attach: own.get(one.get("id"), [])} for one in self._records]
 
     def __len__(self) -> int:
         return len(self._records)

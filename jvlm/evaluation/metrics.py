@@ -161,7 +161,10 @@ def _box(text: str, given: Answered) -> Score:
         return Score(None, "no_image_size")
     gold = Box(*given.item.gold, "original")
     threshold = float(given.item.facts.get("threshold", 0.5))
-    return grounding.box_at_iou(text, gold, given.sizes[0], threshold=threshold, form=given.form, space=given.space)
+    union = bool(given.item.facts.get("union"))
+    return grounding.box_at_iou(
+        text, gold, given.sizes[0], threshold=threshold, form=given.form, space=given.space, union=union
+    )
 
 
 def _point(text: str, given: Answered) -> Score:
@@ -173,6 +176,19 @@ def _point(text: str, given: Answered) -> Score:
         return grounding.point_in_box(text, box, sizes, form=given.form, space=given.space)
     corners = list(zip(gold[::2], gold[1::2], strict=True))
     return grounding.point_in_polygon(text, corners, sizes, form=given.form, space=given.space)
+
+
+def _names_one(text: str, given: Answered) -> Score:
+    """Ferret's questions which of two things something is: the right name is there, and the wrong one is not."""
+    content = f" {re.sub(r'[^a-z0-9]+', ' ', text.lower())} "
+
+    def named(names: Sequence[str]) -> bool:
+        return any(f" {re.sub(r'[^a-z0-9]+', ' ', name.lower()).strip()} " in content for name in names)
+
+    right, wrong = named(_golds(given)), named(given.item.facts["wrong"])
+    if right == wrong:
+        return Score(0.0, "several_answers" if right else "unparsed", text[:200])
+    return Score.of(right, text[:200])
 
 
 def _cider(many: Sequence[Answered]) -> list[Score]:
@@ -255,6 +271,7 @@ METRICS: Mapping[str, Metric] = {
     "judgment": Metric(_each(_judgment), "names the better one of two answers"),
     "ifeval": Metric(_each(_ifeval), "every instruction of the prompt is followed, strict"),
     "visualwebbench": Metric(_each(_web), "ROUGE of texts, letters of choices"),
+    "names_one": Metric(_each(_names_one), "names the right one of two things, and not the other"),
     "cider": Metric(_cider, "CIDEr-D over the asked images' references", corpus=True),
     "rouge_l": Metric(_each(lambda t, g: captions.rouge_l(t, _golds(g))), "ROUGE-L F measure"),
 }

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 
 from jvlm.data.config import FewShot
-from jvlm.data.content import Conversation, Document, Message, Part, Text
+from jvlm.data.content import Conversation, Document, Message, ObjectBox, Part, Text
 from jvlm.data.errors import Origin
 from jvlm.data.few_shot import joined
 from jvlm.evaluation.task import Item, Style, Task
@@ -56,8 +56,16 @@ def with_instruction(content: Sequence[Part], instruction: str) -> tuple[Part, .
 
 
 def shown(parts: Sequence[Part]) -> str:
-    """Return a content as text, <image> and <video> for media."""
-    return "".join(part.text if isinstance(part, Text) else f"<{type(part).__name__.lower()}>" for part in parts)
+    """Return a content as text, <image> and <video> for media, regions in the space that they are given in."""
+    return "".join(map(_shown, parts))
+
+
+def _shown(part: Part) -> str:
+    if isinstance(part, Text):
+        return part.text
+    if isinstance(part, ObjectBox):
+        return str([round(value, 3) for value in part.region.values])
+    return f"<{type(part).__name__.lower()}>"
 
 
 def prompt_hash(example: Conversation | Document) -> str:

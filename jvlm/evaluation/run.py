@@ -210,6 +210,8 @@ class _Demonstrations:
         if not self._task.shots:
             return found
         rng = np.random.default_rng(_number(item.id))
+        if self._task.demonstrate is not None:
+            return self._task.demonstrate(item, self._rows, rng, self._task.shots)
         for index in rng.permutation(len(self._rows)):
             found += [other for other in self._task.items(self._rows[int(index)])[:1] if other.id != item.id]
             if len(found) == self._task.shots:

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from jvlm.data.content import Part
 from jvlm.evaluation.files import Files, Row
 
@@ -67,6 +69,8 @@ class Task:
       runs: how often each question is asked; the score is the mean (pass@1).
       shots: demonstrations before each question.
       demonstrations: where they are drawn from; empty for the task's own questions.
+      demonstrate: makes those of a question of these records, with a generator of random numbers and their number;
+        None draws records at random.
       turns: whether questions are turns of a conversation; else one text, as base models continue it.
       summary: a name of `jvlm.evaluation.summaries.SUMMARIES`: how scores of questions become the task's.
       judge: a name of `jvlm.evaluation.judges.PROMPTS`, if published scores are judged by a model.
@@ -89,6 +93,7 @@ class Task:
     runs: int = 1
     shots: int = 0
     demonstrations: tuple[Files, ...] = ()
+    demonstrate: Callable[[Item, Sequence[Row], np.random.Generator, int], list[Item]] | None = None
     turns: bool = True
     summary: str = "mean"
     judge: str | None = None

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.errors import ExampleError
 from jvlm.data.example_source import ExampleSource
-from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.inference.answer_file import HASH, AnswerFile, Run, check_paths, copied
 from jvlm.inference.engine import Engine
-from jvlm.inference.generate import (
-    Completion,
-    adapter_name,
-    answer_text,
-    check_batch_size,
-    complete_each,
-    cut_note,
-    encode_prompt,
-    engine_for,
-)
+from jvlm.inference.feed import Asked, Outcome, answer_each, answer_text, in_order
+from jvlm.inference.generate import adapter_name, check_batch_size, cut_note, engine_for
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.inference.settings import answer_settings, files_hash, settings_hash
 from jvlm.models.vlm import VLM
@@ -56,7 +48,8 @@ def generate_file(
 
     Output line n is input example n with ``response``, ``prompt_tokens``, ``response_tokens`` (a stop token included)
     and ``finish`` ("stop" or "length") added; or with ``error`` for a bad example, if ``on_bad_example`` is "skip"; and
-    with ``settings_hash``. Fields of the example that have these names are replaced. Each batch is written when done.
+    with ``settings_hash``. Fields of the example that have these names are replaced. An answer
+    is written once those before it are.
 
     If the output exists, its lines are kept, a half-written last one is cut, and the examples after them are answered;
     random draws depend on the example, not on where a restart fell. A file beside it, ``<output>.meta.json``, holds the
@@ -82,21 +75,29 @@ def generate_file(
     mark, folder = settings_hash(settings), str(processor.tokenizer.name_or_path)
     run = Run(mark, settings, files_hash(files), len(source), folder)
     answered = bad = cut = 0
+
+    def asked(first: int) -> Iterator[Asked]:
+        for number in range(first, len(source)):
+            origin, record = source[number]
+            yield Asked(number, record, origin, adapter_name(record))
+
     with AnswerFile.opened(Path(output)) as file:
         done = file.resume(source, data, run, accept_changes=accept_changes)
-        with Progress(total=len(source), initial=done.lines, desc="answering", unit="example") as bar:
-            for start in range(done.lines, len(source), batch_size):
-                request_ids = range(start, min(start + batch_size, len(source)))
-                examples = [source[n] for n in request_ids]
-                batch = _answer(engine, examples, request_ids, sampling, on_bad_example)
-                file.append([line | {HASH: mark} for line in batch.lines])
-                if batch.error is not None:
-                    raise batch.error
-                skipped = sum("error" in line for line in batch.lines)
-                answered, bad, cut = answered + len(batch.lines) - skipped, bad + skipped, cut + batch.cut
-                bar.update(len(batch.lines))
-    wrong = f" ({done.errors} of them with an error)" if done.errors else ""
-    existing = f"{done.lines} examples already done{wrong}"
+        stops = on_bad_example == "error"
+        outcomes = answer_each(engine, asked(done.lines), sampling, batch_size=batch_size, ends_at_error=stops)
+        bar = Progress(total=len(source), initial=done.lines, desc="answering", unit="example")
+        with bar, contextlib.closing(outcomes):
+            for outcome in in_order(outcomes, done.lines):
+                line = _line(engine, outcome, stops=stops)
+                file.append([line | {HASH: mark}])
+                wrong = outcome.error is not None
+                answered, bad = answered + (not wrong), bad + wrong
+                if not wrong:
+                    tokens, stopped = line["response_tokens"], outcome.completion.stopped
+                    cut += cut_note(engine, outcome.example, tokens, stopped, sampling) is not None
+                bar.update()
+    with_error = f" ({done.errors} of them with an error)" if done.errors else ""
+    existing = f"{done.lines} examples already done{with_error}"
     print(f"{output}: {answered} examples answered, {bad} bad examples, {existing}; {len(source)} in {data}")
     if cut:
         limit = model.config.decoder.max_position_embeddings
@@ -104,77 +105,24 @@ def generate_file(
     return FileResult(answered, bad, done.lines)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-    """Output lines, the error of a bad example that ends them early, and how many answers the model's positions cut."""
+def _line(engine: Engine, outcome: Outcome, *, stops: bool) -> dict[str, Any]:
+    """Return the output line of an example, without its settings.
 
-    lines: list[dict[str, Any]]
-    error: ExampleError | None
-    cut: int
-
-
-def _answer(
-    engine: Engine,
-    records: Sequence[tuple[Origin, Any]],
-    request_ids: Sequence[int],
-    sampling: SamplingConfig,
-    on_bad_example: Literal["error", "skip"],
-) -> _Batch:
-    examples = [_encode(engine, origin, record) for origin, record in records]
-    if on_bad_example == "error":
-        # those behind a bad example are not answered in vain
-        first = next((i for i, e in enumerate(examples) if isinstance(e, ExampleError)), len(examples))
-        examples = examples[: first + 1]
-    good = [i for i, e in enumerate(examples) if not isinstance(e, ExampleError)]
-    names = [adapter_name(record) for _, record in records]
-    answers = dict(zip(good, _complete(engine, examples, sampling, request_ids, good, names), strict=True))
-    lines, cut = [], 0
-    for i, example in enumerate(examples):
-        answer, line = answers.get(i, example), copied(records[i][1])
-        if isinstance(answer, ExampleError):
-            if on_bad_example == "error":
-                return _Batch(lines, answer, cut)
-            lines.append(line | {"error": str(answer)})
-            continue
-        tokens, stopped = len(answer.tokens), answer.stopped
-        cut += cut_note(engine, example, tokens, stopped, sampling) is not None
-        line |= {
-            "response": answer_text(engine.processor, answer),
-            "prompt_tokens": example.length,
-            "response_tokens": tokens,
-            "finish": "stop" if stopped else "length",
-        }
-        lines.append(line)
-    return _Batch(lines, None, cut)
-
-
-def _complete(
-    engine: Engine,
-    examples: list[Example],
-    sampling: SamplingConfig,
-    request_ids: Sequence[int],
-    chosen: list[int],
-    adapters: Sequence[str | None],
-) -> list[Completion | ExampleError]:
-    """Answers to the chosen examples, or why there is none."""
-    own, names = [request_ids[i] for i in chosen], [adapters[i] for i in chosen]
-    prompts = [examples[i] for i in chosen]
-    found: list[Completion | ExampleError] = []
-    for prompt, one in zip(
-        prompts, complete_each(engine, prompts, sampling, request_ids=own, adapters=names), strict=True
-    ):
-        if isinstance(one, BrokenWeights):
-            raise one
-        if isinstance(one, UserError):
-            one = ExampleError(prompt.origin, "messages", f"no answer: {one}", "Leave the example out")
-        found.append(one)
-    return found
-
-
-def _encode(engine: Engine, origin: Origin, example: Any) -> Example | ExampleError:
-    if isinstance(example, ExampleError):
-        return example
-    try:
-        return encode_prompt(engine, example, origin)
-    except ExampleError as error:
-        return error
+    Raises:
+      ExampleError: a bad example, where one stops. BrokenWeights: the model's fault.
+    """
+    error, record = outcome.error, copied(outcome.asked.conversation)
+    if isinstance(error, BrokenWeights):
+        raise error
+    if error is not None and not isinstance(error, ExampleError):
+        error = ExampleError(outcome.asked.origin, "messages", f"no answer: {error}", "Leave the example out")
+    if error is not None:
+        if stops:
+            raise error
+        return record | {"error": str(error)}
+    return record | {
+        "response": answer_text(engine.processor, outcome.completion),
+        "prompt_tokens": outcome.example.length,
+        "response_tokens": len(outcome.completion.tokens),
+        "finish": "stop" if outcome.completion.stopped else "length",
+    }

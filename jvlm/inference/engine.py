@@ -25,7 +25,7 @@ from jvlm.data.errors import ExampleError
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
-from jvlm.inference import not_finite, shapes, sharding, token_rules
+from jvlm.inference import event_loop, not_finite, shapes, sharding, token_rules
 from jvlm.inference.active import Active, Launched
 from jvlm.inference.answer import Answer
 from jvlm.inference.answer_masks import AnswerMasks
@@ -280,37 +280,21 @@ class Engine:
         """Whether `step` has anything to do or to tell."""
         return bool(self._active or self._launched or self._early)
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Event]:
+    def run(self, requests: Iterable[Request], *, most: int | None = None) -> Iterator[Event]:
         """Submit requests, and yield their events until all have ended; abort those left when the caller stops.
 
-        Requests of other callers go on meanwhile; their events are kept for them.
+        One that this model or these shapes cannot serve has an event with the error. Requests of other callers go on
+        meanwhile; their events are kept for them.
+
+        Args:
+          most: take further requests only while fewer than so many have not ended; None takes all at once.
         """
-        own: set[str] = set()
-        left: dict[str, int] = {}
-        try:
-            for request in requests:
-                self.submit(request)
-                own.add(request.id)
-                left[request.id] = request.sampling.n
-                self._mail[request.id] = deque()
-            while left:
-                if not any(self._mail[i] for i in left):
-                    for event in self.step():
-                        if event.request_id in self._mail:
-                            self._mail[event.request_id].append(event)
-                for request_id in list(left):
-                    mail = self._mail[request_id]
-                    while mail:
-                        event = mail.popleft()
-                        if event.finish_reason is not None:
-                            left[request_id] -= 1
-                            if not left[request_id] or event.finish_reason == "error":
-                                left.pop(request_id, None)
-                        yield event
-        finally:
-            for request_id in own:
-                self._mail.pop(request_id, None)
-                self.abort(request_id)
+        return event_loop.run(self, self._mail, requests, most)
+
+    @property
+    def drains(self) -> bool:
+        """Whether requests wait for larger shapes, which are made once what runs has ended."""
+        return bool(self._held) and self.shapes is not None
 
     # -- steps
 

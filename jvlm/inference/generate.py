@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import itertools
 import warnings
 import weakref
@@ -15,33 +15,23 @@ from flax import nnx
 
 from jvlm.adapters import several
 from jvlm.data.content import Conversation
-from jvlm.data.errors import ExampleError, Origin
-from jvlm.data.examples import parse_example
+from jvlm.data.errors import Origin
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.inference.engine import Engine
+from jvlm.inference.feed import Asked, Completion, answer_each, answer_text, encode_prompt
 from jvlm.inference.requests import EngineConfig, Request
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.inference.shapes import next_power
 from jvlm.models.vlm import VLM
 from jvlm.parallel.layout import MeshLayout
 
-# Prompts encoded at a time, for each that runs at once: bounds the memory of their pictures.
-_WINDOW = 8
 _LEAST_SLOTS = 8
 _NUMBERS = itertools.count()  # of requests, so that no two have one id
 
 _STACKED: weakref.WeakKeyDictionary[VLM, tuple[Any, list[Any], VLM]] = weakref.WeakKeyDictionary()
 _ENGINES: weakref.WeakKeyDictionary[VLM, Engine] = weakref.WeakKeyDictionary()
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """An answer: its tokens, with the stop token if that is what ended it."""
-
-    tokens: tuple[int, ...]
-    stopped: bool
 
 
 def engine_for(model: VLM, processor: Processor, layout: MeshLayout | None = None, slots: int = 1) -> Engine:
@@ -106,26 +96,21 @@ def generate(
     if len(names) != len(conversations):
         raise UserError(f"adapter names {len(names)} adapters for {len(conversations)} conversations")
     names = [adapter_name(one) if name is None else name for one, name in zip(conversations, names, strict=True)]
-    texts: list[str] = []
-    for start in range(0, len(conversations), batch_size * _WINDOW):
-        window = conversations[start : start + batch_size * _WINDOW]
-        examples = [
-            encode_prompt(engine, conversation, Origin(number=start + i)) for i, conversation in enumerate(window)
-        ]
-        request_ids = range(start, start + len(window))
-        done = complete(
-            engine,
-            examples,
-            config,
-            request_ids=request_ids,
-            on_token=on_token,
-            adapters=names[start : start + len(window)],
-        )
-        texts += [answer_text(processor, completion) for completion in done]
-        for example, completion in zip(examples, done, strict=True):
+    asked = (
+        Asked(number, conversation, Origin(number=number), name)
+        for number, (conversation, name) in enumerate(zip(conversations, names, strict=True))
+    )
+    texts: dict[int, str] = {}
+    outcomes = answer_each(engine, asked, config, batch_size=batch_size, ends_at_error=True, on_token=on_token)
+    with contextlib.closing(outcomes):
+        for outcome in outcomes:
+            if outcome.error is not None:
+                raise outcome.error
+            number, example, completion = outcome.asked.number, outcome.example, outcome.completion
+            texts[number] = answer_text(processor, completion)
             if note := cut_note(engine, example, len(completion.tokens), completion.stopped, config):
                 warnings.warn(f"{example.origin}: {note}", stacklevel=2)
-    return texts
+    return [texts[number] for number in range(len(texts))]
 
 
 def adapter_name(example: Any) -> str | None:
@@ -142,19 +127,6 @@ def _with_adapters(model: VLM, adapters: Mapping[str, str | Path]) -> VLM:
     if known is None or known[0] != key or any(a is not b for a, b in zip(leaves, known[1], strict=True)):
         known = _STACKED[model] = key, leaves, several.load(model, adapters)
     return known[2]
-
-
-def encode_prompt(engine: Engine, conversation: Any, origin: Origin = Origin()) -> Example:
-    """The prompt of a conversation, with room for an answer.
-
-    Raises:
-      ExampleError: whatever is wrong with the conversation, and a prompt as long as the model has positions.
-    """
-    example = engine.processor.encode(parse_example(conversation, origin), generation_prompt=True)
-    if not example.length:
-        raise ExampleError(example.origin, "messages", "the prompt is empty", "Ask something")
-    engine.answer_limit(example)
-    return example
 
 
 def cut_note(engine: Engine, example: Example, tokens: int, stopped: bool, sampling: SamplingConfig) -> str | None:
@@ -228,11 +200,6 @@ def complete_each(
             if on_token is not None:
                 on_token(request_ids[i], event.token)
     return [errors.get(i) or Completion(tuple(ids), stopped[i]) for i, ids in enumerate(tokens)]
-
-
-def answer_text(processor: Processor, completion: Completion) -> str:
-    """The text of an answer, without the token that stopped it."""
-    return processor.decode(completion.tokens[:-1] if completion.stopped else completion.tokens)
 
 
 def stream(

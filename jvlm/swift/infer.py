@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from jvlm.data.processor import Processor
 from jvlm.data.subset import Subset
 from jvlm.errors import UserError
 from jvlm.inference.engine import Engine
-from jvlm.inference.generate import answer_text, complete, encode_prompt, engine_for, stream_example
+from jvlm.inference.feed import Asked, answer_each, answer_text, encode_prompt, in_order
+from jvlm.inference.generate import engine_for, stream_example
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.progress import Progress
 from jvlm.swift import checkpoint_model, results, saved
@@ -126,55 +128,51 @@ def answer(
         print(f"{file.path}: {begun} of {len(examples)} answers are there already")
     if batch_size < 1:
         raise UserError(f"--max_batch_size must be at least 1, got {batch_size}")
-    size = 1 if stream else batch_size
     with Progress(total=len(examples), initial=begun, desc="answering", unit="example") as bar:
-        for start in range(begun, len(examples), size):
-            numbers = range(start, min(start + size, len(examples)))
-            for written in _lines(engine, [examples[n] for n in numbers], numbers, sampling, stream=stream):
+        if stream:
+            for number in range(begun, len(examples)):
+                file.append(_streamed(engine, *examples[number], sampling))
+                bar.update()
+        else:
+            for written in _lines(engine, examples, begun, sampling, batch_size):
                 file.append(written)
-            bar.update(len(numbers))
+                bar.update()
     wrong = sum("error" in found for found in file.lines)
     if wrong:
         print(f"{wrong} examples could not be answered; their lines have the field error", file=sys.stderr)
 
 
 def _lines(
-    engine: Engine,
-    examples: Sequence[tuple[Origin, Any]],
-    numbers: Sequence[int],
-    sampling: SamplingConfig,
-    *,
-    stream: bool,
-) -> list[dict[str, Any]]:
-    prompts, errors = {}, {}
-    for number, (origin, example) in zip(numbers, examples, strict=True):
-        try:
-            if isinstance(example, ExampleError):
-                raise example
-            prompts[number] = encode_prompt(engine, example, origin)
-        except ExampleError as error:
-            errors[number] = str(error)
-    texts: dict[int, str] = {}
-    if stream:
-        for number, prompt in prompts.items():
-            texts[number] = _streamed(engine, prompt, sampling)
-    elif prompts:
-        ids = list(prompts)
-        done = complete(engine, list(prompts.values()), sampling, request_ids=ids)
-        texts = {number: answer_text(engine.processor, one) for number, one in zip(ids, done, strict=True)}
-    return [
-        results.error_line(example, errors[n]) if n in errors else results.line(example, texts[n])
-        for n, (_, example) in zip(numbers, examples, strict=True)
-    ]
+    engine: Engine, examples: Sequence[tuple[Origin, Any]], begun: int, sampling: SamplingConfig, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the lines of the examples from a number on, in order."""
+    asked = (Asked(number, examples[number][1], examples[number][0]) for number in range(begun, len(examples)))
+    outcomes = answer_each(engine, asked, sampling, batch_size=batch_size)
+    with contextlib.closing(outcomes):
+        for outcome in in_order(outcomes, begun):
+            record, error = outcome.asked.conversation, outcome.error
+            if isinstance(error, ExampleError):
+                yield results.error_line(record, str(error))
+            elif error is not None:
+                raise error
+            else:
+                yield results.line(record, answer_text(engine.processor, outcome.completion))
 
 
-def _streamed(engine: Engine, prompt: Any, sampling: SamplingConfig) -> str:
+def _streamed(engine: Engine, origin: Origin, example: Any, sampling: SamplingConfig) -> dict[str, Any]:
+    """Print an answer as it comes. Returns its line."""
+    try:
+        if isinstance(example, ExampleError):
+            raise example
+        prompt = encode_prompt(engine, example, origin)
+    except ExampleError as error:
+        return results.error_line(example, str(error))
     pieces = []
     for piece in stream_example(engine, prompt, sampling):
         print(piece, end="", flush=True)
         pieces.append(piece)
     print()
-    return "".join(pieces)
+    return results.line(example, "".join(pieces))
 
 
 def _processor(arguments: InferArguments, processor: Processor, checkpoint: Checkpoint) -> Processor:

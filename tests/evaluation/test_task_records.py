@@ -6,18 +6,23 @@ Fields are those that the tasks' own code, lmms-eval 0.7 or VLMEvalKit read.
 from __future__ import annotations
 
 import base64
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jvlm.data.boxes import Sizes
-from jvlm.data.content import Image, Video
+from jvlm.data.content import Image, ObjectBox, Text, Video
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.evaluation import registry
+from jvlm.evaluation.clients import Boxes, EndpointClient
+from jvlm.evaluation.endpoint import Endpoint
 from jvlm.evaluation.files import Row, Rows
 from jvlm.evaluation.metrics import METRICS, Answered, verifier
-from jvlm.evaluation.prompting import shown
+from jvlm.evaluation.prompting import prompt, shown
 from jvlm.evaluation.tasks import SUITES
+from jvlm.evaluation.tasks.referring import with_regions
 from tests.evaluation.benchmarks import picture, png
 
 TASKS = registry.tasks()
@@ -357,11 +362,69 @@ RECORDS: dict[str, tuple[dict[str, Any], str, str, str]] = {
     ),
     "textvqa_8shot": ({"question_id": 1, "question": "What?", "answers": ["cat"] * 10, **IMAGE}, "cat", "x", "hub"),
     "okvqa_8shot": ({"question_id": 1, "question": "What?", "answers": ["cat"] * 10, **IMAGE}, "cat", "x", "hub"),
+    "qbench2": (
+        {"id": "1", "question": "Which is sharper?", "option0": "The first", "option1": "The second", "option2": "N/A"}
+        | {"option3": "N/A", "correct_choice": "B", "image1": picture(), "image2": picture(1)},
+        "B",
+        "A",
+        "hub",
+    ),
+    "intentqa": (
+        {"video_id": "12", "question": "why?", "answer": "1", "qid": "3", "type": "CW"}
+        | {f"a{n}": f"reason {n}" for n in range(5)},
+        "B",
+        "A",
+        "json",
+    ),
+    "flickr30k_test": (
+        {"id": 7, "file_name": "a.png", "caption": "Two men near a bus.", "original_img_id": 5, "sentence_id": 1}
+        | {"annotations": [{"bbox": [28, 0, 28, 14], "tokens_positive": [[0, 7]]}]},
+        "[28, 0, 40, 14] [40, 0, 56, 14]",
+        FAR,
+        "json",
+    ),
+    "lvis_ref_box": (
+        {"id": 1, "image_path": "coco/val2017/a.png", "name": "bow_(ribbons)", "neg_class": "traffic_light"}
+        | {"synonyms": ["bow_(ribbons)", "knot"], "width": 56, "height": 28, "bbox_norm": [0.5, 0, 1, 0.5]}
+        | {"sample_point": [40, 6]},
+        "It is a Bow.",
+        "A bow, not a traffic light",
+        "json",
+    ),
+    "ferret_bench": (
+        {"question_id": 0, "category": "refer_desc", "question": "What is at [0.500, 0.000, 1.000, 0.500]?", **IMAGE}
+        | {"gpt_answer": "a red cat"},
+        "a red cat",
+        "x",
+        "hub",
+    ),
+    "vl_icl_open_mi": (
+        {"id": "q1", "image": ["a.png"], "question": "This is a", "answer": "dax", "classes": ["dax", "blicket"]}
+        | {"support": {"dax": {"images": ["a.png"]}, "blicket": {"images": ["a.png"]}}},
+        "Dax.",
+        "blicket",
+        "hub",
+    ),
+    "vl_icl_operator_induction": (
+        {"id": "q1", "image": ["a.png"], "question": "What is the result?", "answer": 12, "operator": "x"},
+        "12",
+        "7",
+        "hub",
+    ),
+    "vl_icl_matching_mi": (
+        {"id": "q1", "image": ["a.png", "a.png"], "question": "", "answer": "yes"},
+        "Yes",
+        "no",
+        "hub",
+    ),
 }
 SAME = {
     "mmbench_en_test": ("mmbench_cn_test", "mmbench_en_dev", "mmbench_cn_dev"),
     "mme_realworld": ("mme_realworld_cn",),
     "screenspot_pro": ("screenspot_pro_cn",),
+    "flickr30k_test": ("flickr30k_val",),
+    "lvis_ref_box": ("lvis_ref_point",),
+    "vl_icl_operator_induction": ("vl_icl_operator_induction_interleaved", "vl_icl_clevr", "vl_icl_textocr"),
     "refcoco_val": tuple(n for n in TASKS if n.startswith("refcoco") and n != "refcoco_val"),
 }
 ALL = {**RECORDS, **{name: RECORDS[like] for like, names in SAME.items() for name in names}}
@@ -381,7 +444,7 @@ def folder(tmp_path_factory):
 
 
 def test_every_task_but_captions_has_a_record_here():
-    assert set(TASKS) - set(ALL) == {"coco_8shot"}
+    assert set(TASKS) - set(ALL) == {"coco_8shot", "screen2words", "widgetcap"}
     assert {name for names in SUITES.values() for name in names} <= set(TASKS)
 
 
@@ -445,11 +508,18 @@ def test_an_answer_that_is_no_option_is_named():
         TASKS["mmlu_pro"].items(Row({"question": "Which?", "options": ["x", "y"], "answer": "Z"}, Origin("x", 1)))
 
 
-def test_captions_are_scored_over_all_that_was_asked():
-    task = TASKS["coco_8shot"]
+@pytest.mark.parametrize("name", ["coco_8shot", "screen2words", "widgetcap"])
+def test_captions_are_scored_over_all_that_was_asked(name):
+    task = TASKS[name]
     captions = ["a red cat sits on a mat", "two dogs run on the beach", "a man rides a horse"]
     items = [
-        task.items(Row({"id": n, "answer": [text, f"{text} today"], **IMAGE}, Origin("x", n)))[0]
+        task.items(
+            Row(
+                {"id": n, "answer": [text, f"{text} today"], "captions": [text, f"{text} today"], **IMAGE}
+                | {"screenId": n, "bbox": [0.1, 0.1, 0.5, 0.5]},
+                Origin("x", n),
+            )
+        )[0]
         for n, text in enumerate(captions)
     ]
     scores = METRICS["cider"].scores(
@@ -471,3 +541,64 @@ def test_the_authors_lines_of_charades_sta(tmp_path):
     ]
     assert "description: person turn a light on." in shown(items[0].content)
     assert items[0].content[0].file == "3MSZA.mp4"
+
+
+def test_a_region_of_a_question_is_told_in_the_form_of_the_model(folder):
+    row = Row(ALL["lvis_ref_box"][0], Origin(str(folder / "data.json"), 1), "json", str(folder))
+    (item,) = TASKS["lvis_ref_box"].items(row)
+    assert (
+        shown(item.content)
+        == "<image>Is the object [0.5, 0.0, 1.0, 0.5] of the image a bow (ribbons) or a traffic light?"
+    )
+    (flipped,) = TASKS["lvis_ref_box"].items(Row(row.values, Origin(row.origin.file, 2), "json", str(folder)))
+    assert "a traffic light or a bow" in shown(flipped.content)
+    (point,) = TASKS["lvis_ref_point"].items(row)
+    assert "object [0.714, 0.214] of" in shown(point.content)
+    example = prompt(TASKS["lvis_ref_box"], item)
+    for form, words in (("json", "object [28, 0, 56, 14] of"), ("ferret", "object [500, 0, 999, 500] of")):
+        client = EndpointClient(Endpoint("http://127.0.0.1:1/v1", "x"), boxes=Boxes(form, factor=28, min_pixels=784))
+        (message,), _ = client._messages(example)
+        assert [part["type"] for part in message["content"]] == ["image_url", "text"]
+        assert words in message["content"][1]["text"]
+    assert [type(part) for part in with_regions("Is [0.1, 0.2, 0.3, 0.4] it?")] == [Text, ObjectBox, Text]
+
+
+def test_captions_of_flickr_and_their_boxes_are_joined(tmp_path):
+    images = [{"id": n, "file_name": f"{n}.jpg", "caption": "Two men near a bus.", "sentence_id": n} for n in (1, 2)]
+    boxes = [
+        {"image_id": 2, "bbox": [0, 0, 10, 10], "tokens_positive": [[0, 7]]},
+        {"image_id": 2, "bbox": [20, 5, 10, 10], "tokens_positive": [[0, 7]]},
+        {"image_id": 2, "bbox": [1, 2, 3, 4], "tokens_positive": [[13, 18]]},
+    ]
+    values = {"images": images, "annotations": boxes}
+    (tmp_path / "final_flickr_mergedGT_test.json").write_text(json.dumps(values))
+    task = TASKS["flickr30k_test"]
+    rows = Rows(task.files, tmp_path, task.name)
+    assert [len(task.items(rows[n])) for n in range(len(rows))] == [0, 2]
+    first, second = task.items(rows[1])
+    assert (first.gold, second.gold) == ([0, 0, 30, 15], [1, 2, 4, 6])
+    assert shown(second.content).endswith('Where in the image is "a bus"?')
+    assert first.group == second.group
+
+
+def test_demonstrations_in_context_are_those_of_the_question():
+    rng = np.random.default_rng(0)
+    rows = [
+        Row({"id": n, "image": ["a.png"], "question": "?", "answer": [n + 1, n - 1, n]}, Origin("x", n))
+        for n in range(6)
+    ]
+    (item,) = TASKS["vl_icl_operator_induction"].items(Row(ALL["vl_icl_operator_induction"][0], Origin("x", 1)))
+    found = TASKS["vl_icl_operator_induction"].demonstrate(item, rows, rng, 4)
+    assert len({one.id for one in found}) == 4
+    assert all(one.answer == one.id for one in found), "of an x, the third of the answers"
+    (item,) = TASKS["vl_icl_open_mi"].items(Row(ALL["vl_icl_open_mi"][0], Origin("x", 1)))
+    found = TASKS["vl_icl_open_mi"].demonstrate(item, rows, rng, 1)
+    assert sorted(one.answer for one in found) == ["blicket", "dax"]
+    pair = {"image": ["a.png", "a.png"], "question": ""}
+    both = {"id": 1, "same": {**pair, "answer": "yes"}, "diff": {**pair, "answer": "no"}}
+    pairs = [Row(both, Origin("x", 1), media="there")]
+    found = TASKS["vl_icl_matching_mi"].demonstrate(item, pairs, rng, 1)
+    assert [one.answer for one in found] == ["yes", "no"]
+    conversation = prompt(TASKS["vl_icl_matching_mi"], item, found)
+    images = list(conversation.images)
+    assert [(part.index, part.folder) for part in images] == [(n, "there" if n < 4 else None) for n in range(5)]

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from jvlm.evaluation.task import Task
-from jvlm.evaluation.tasks import base_models, documents, general, gui, reasoning, text, video
+from jvlm.evaluation.tasks import base_models, documents, general, gui, in_context, reasoning, referring, text, video
 
 TASKS: tuple[Task, ...] = (
     *general.TASKS,
     *documents.TASKS,
     *gui.TASKS,
+    *referring.TASKS,
     *video.TASKS,
     *reasoning.TASKS,
     *text.TASKS,
     *base_models.TASKS,
+    *in_context.TASKS,
 )
 
 _MIMO = """
@@ -34,7 +36,12 @@ SUITES: Mapping[str, tuple[str, ...]] = {
     "mm1_5_general": ("mme", "seedbench_img", "pope", "llava_wild", "mmvet", "realworldqa"),
     "mm1_5_text_rich": ("wtq", "tabfact", "ocrbench", "chartqa", "textvqa", "docvqa_val", "infovqa_val"),
     "mm1_5_knowledge": ("ai2d", "scienceqa_img", "mathvista_testmini", "mmmu_val"),
-    "mm1_5_grounding": tuple(task.name for task in gui.TASKS if task.group == "grounding"),
-    "mm1_5_multi_image": ("mantis", "nlvr2", "blink_val", "mvbench", "muirbench"),
-    "mm1_5_video": ("nextqa_mc", "activitynetqa", "videomme", "egoschema"),
+    "mm1_5_grounding": (
+        *(task.name for task in gui.TASKS if task.group == "grounding"),
+        *("flickr30k_test", "lvis_ref_box", "lvis_ref_point", "ferret_bench"),
+    ),
+    "mm1_5_multi_image": ("qbench2", "mantis", "nlvr2", "blink_val", "mvbench", "muirbench"),
+    "mm1_5_in_context": tuple(task.name for task in in_context.TASKS),
+    "mm1_5_video": ("nextqa_mc", "intentqa", "activitynetqa", "videomme", "egoschema"),
+    "mm1_5_ui": ("screen2words", "widgetcap"),
 }

@@ -69,6 +69,15 @@ def _mantis(row: Row) -> Item | None:
     return read(row)
 
 
+def _compared(row: Row) -> Item | None:
+    """Return a question of Q-Bench2 about two images; options that are not used are "N/A"."""
+    options = [
+        str(row.get(f"option{number}")) for number in range(4) if row.get(f"option{number}") not in (None, "N/A")
+    ]
+    values = {**row.values, "options": options}
+    return choice_item(images=("image1", "image2"), ids=("id", ""))(Row(values, row.origin, row.form, row.media))
+
+
 def _choice(name, files, paper, published, *, item=None, group="general", **changed) -> Task:
     settings = {"instruction": LETTER, "boxed": BOXED_LETTER, "decoding": LONG, **changed}
     item = item or choice_item()
@@ -316,6 +325,14 @@ TASKS = (
         "arXiv 2406.09411",
         {"MM1.5-30B": 58.2},
         item=choice_item(images=("image_list", "image"), parts=("task", "image_relation")),
+        group="multi-image",
+    ),
+    _choice(
+        "qbench2",
+        (hub("q-future/Q-Bench2-HF", "data/dev-*.parquet"),),
+        "arXiv 2402.07116",
+        {"MM1.5-30B": 79.3},
+        item=_compared,
         group="multi-image",
     ),
     Task(

@@ -100,6 +100,20 @@ TASKS = (
         "arXiv 2105.08276",
         {"MM1.5-3B": 72.8},
     ),
+    _choice(
+        "intentqa",
+        (official("intentqa_test.csv", media="videos"), official("IntentQA/test.csv", media="videos")),
+        lambda row: choice_item(
+            options=("options",),
+            video=("video_id",),
+            ids=("qid", ""),
+            parts=("type",),
+            group=("video_id",),
+            numbered=True,
+        )(Row({**row.values, "options": [row.need(f"a{n}") for n in range(5)]}, row.origin, row.form, row.media)),
+        "openaccess.thecvf.com ICCV 2023, IntentQA",
+        {"MM1.5-3B": 72.7},
+    ),
     Task(
         "activitynetqa",
         "video",

@@ -18,6 +18,7 @@ def box_at_iou(
     threshold: float = 0.5,
     form: FormatName = "json",
     space: CoordinateSpace | None = None,
+    union: bool = False,
 ) -> Score:
     """Return 1 if the only box of the answer and ``gold`` have at least this IoU.
 
@@ -27,14 +28,23 @@ def box_at_iou(
     Args:
       sizes: of the image.
       space: of the numbers; None is that of ``form``.
+      union: of several boxes take the one around all, as Flickr30k Entities' merged boxes are; many that are spread
+        over the image are none but the whole of it.
     """
     content = spoken(text)
     if isinstance(content, Score):
         return content
     found = [one.region for one in parse(content, form, space=space) if isinstance(one.region, Box)]
-    if len(found) != 1:
+    if not found or (len(found) > 1 and not union):
         return Score(0.0, "several_answers" if found else "unparsed")
-    given = found[0].to(gold.space, sizes)
+    moved = [one.to(gold.space, sizes) for one in found]
+    given = Box(
+        min(one.x1 for one in moved),
+        min(one.y1 for one in moved),
+        max(one.x2 for one in moved),
+        max(one.y2 for one in moved),
+        gold.space,
+    )
     return Score(float(iou(given, gold) >= threshold), "ok", list(given.values))
 
 

@@ -1,0 +1,150 @@
+"""The scores of lmms-eval beside those of jvlm evaluate, in an environment of its own: `make test-harnesses`.
+
+The model is small and random, so right answers are made from what it says: the same, nearly the same, another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from jvlm import cli
+from jvlm.evaluation.store import AnswerStore
+from jvlm.json_files import read_object
+from tests.evaluation.benchmarks import parquet, picture
+from tests.support import ROOT
+
+ENVIRONMENT = ROOT / ".venv" / "harness-lmms-eval"
+TOKENS, COUNT = 12, 9
+PARQUET = "lmms-lab/DocVQA/DocVQA/validation-00000-of-00001.parquet"
+
+TASK = """
+task: docvqa_here
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{validation: "{file}"}}}}
+test_split: validation
+output_type: generate_until
+doc_to_visual: !function utils.pictures
+doc_to_text: !function utils.question
+doc_to_target: answers
+generation_kwargs: {{max_new_tokens: {tokens}, temperature: 0, do_sample: false}}
+metric_list: [{{metric: anls, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 0}}
+"""
+UTILS = """
+import io
+from PIL import Image
+
+def pictures(doc):
+    return [Image.open(io.BytesIO(doc["image"]["bytes"])).convert("RGB")]
+
+def question(doc, *_):
+    return doc["question"] + "\\nAnswer the question using a single word or phrase."
+"""
+
+
+def rows(answers: list[str]) -> list[dict]:
+    golds = [(text, f"{text[:-2]}qz", "something else entirely")[n % 3] for n, text in enumerate(answers)]
+    return [
+        {"questionId": str(n), "question": f"what is the number {n}?", "docId": n, "image": picture(n)}
+        | {"answers": [gold, "zzzz"]}
+        for n, gold in enumerate(golds)
+    ]
+
+
+@pytest.fixture(scope="module")
+def served(tiny):
+    """The address of `jvlm serve`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "jvlm.cli", "serve", str(tiny.folder), "--port", str(port)]
+    sizes = ["--max-model-len", "256", "--max-num-seqs", "4", "--served-model-name", "toy"]
+    process = subprocess.Popen([*command, *sizes], cwd=ROOT, start_new_session=True)
+    try:
+        while True:
+            assert process.poll() is None, "the server has ended"
+            try:
+                if httpx2.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                    break
+            except httpx2.HTTPError:
+                pass
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def ours(model: str, data: Path, output: Path) -> tuple[float, dict[str, str]]:
+    """The score of jvlm evaluate, and the answers by question."""
+    words = ["evaluate", "--model", model, "--tasks", "docvqa_val", "--data", str(data), "--output", str(output)]
+    assert cli.main([*words, "--max_new_tokens", str(TOKENS)]) == 0
+    replies = AnswerStore(output / "docvqa_val").read()
+    assert not any(one.error for one in replies.values())
+    return read_object(output / "docvqa_val" / "score.json")["value"], {
+        name: r.text for (name, _), r in replies.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory, served):
+    """A folder with DocVQA's file, whose answers the model gives in part, and the same as a task of lmms-eval's."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    parquet(folder / "first" / PARQUET, rows(["?"] * COUNT))
+    _, said = ours(served, folder / "first", folder / "asked")
+    parquet(folder / "data" / PARQUET, rows([said[str(n)] for n in range(COUNT)]))
+    (folder / "task").mkdir()
+    (folder / "task" / "docvqa_here.yaml").write_text(TASK.format(file=folder / "data" / PARQUET, tokens=TOKENS))
+    (folder / "task" / "utils.py").write_text(UTILS)
+    return folder
+
+
+def theirs(benchmark: Path, output: Path, model: str, arguments: str) -> tuple[float, dict[str, str]]:
+    """The score of lmms-eval, and the answers by question."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (ENVIRONMENT, ROOT, ROOT / "kernels"))),
+        "HF_HOME": str(output / "hf"),
+        "HF_DATASETS_OFFLINE": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    words = ["--model", model, "--model_args", arguments, "--tasks", "docvqa_here", "--batch_size", "1"]
+    words += ["--include_path", str(benchmark / "task"), "--log_samples", "--output_path", str(output / "out")]
+    command = [sys.executable, "-m", "lmms_eval", *words]
+    done = subprocess.run(command, cwd=output, env=environment, capture_output=True, text=True, timeout=900)
+    found = list(output.rglob("*_results.json"))
+    assert found, done.stderr[-6000:] + done.stdout[-2000:]
+    scores = read_object(found[0])["results"]["docvqa_here"]
+    (samples,) = output.rglob("*_samples_docvqa_here.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    said = {str(line["doc_id"]): _text(line["filtered_resps"]) for line in lines}
+    return next(value for name, value in scores.items() if name.startswith("anls,")), said
+
+
+def _text(given) -> str:
+    return _text(given[0]) if isinstance(given, list) else given
+
+
+def test_lmms_eval_asks_a_server_of_ours_and_finds_the_same_score(benchmark, served, tmp_path):
+    value, said = ours(served, benchmark / "data", tmp_path / "ours")
+    assert 0.3 < value < 0.7
+    arguments = f"model=toy,base_url={served},api_key=EMPTY,num_concurrent=4,timeout=600"
+    their_value, their_said = theirs(benchmark, tmp_path, "openai", arguments)
+    assert their_said == said
+    assert their_value == pytest.approx(value, abs=1e-9)
+
+
+def test_lmms_eval_finds_our_model_by_its_entry_point(benchmark, tiny, tmp_path):
+    value, said = ours(str(tiny.folder), benchmark / "data", tmp_path / "ours")
+    their_value, their_said = theirs(benchmark, tmp_path, "jvlm", f"model={tiny.folder},batch_size=4")
+    assert their_said == said
+    assert their_value == pytest.approx(value, abs=1e-9)
