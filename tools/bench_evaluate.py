@@ -112,6 +112,7 @@ def main() -> None:
                 engine.step()
             return (engine.stats().generation_tokens - before) / (time.perf_counter() - began)
 
+        alone("warm")
         print("| tokens/s | engine alone | asking | ratio | asking and scoring | ratio |")
         print("| --- | ---: | ---: | ---: | ---: | ---: |")
         found = []

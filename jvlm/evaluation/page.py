@@ -24,6 +24,7 @@ from jvlm.scoring.answers import spoken
 _SAMPLES = 12  # of each task and model
 _LONGEST = 600  # characters of a shown answer
 _DUELS = 60
+MM_BASE = ("mm1_5_general", "mm1_5_text_rich", "mm1_5_knowledge")  # MM1.5's MMBase is the mean of these categories
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,8 @@ def _sample(name: str, folder: Path, record: Mapping[str, Any], stored: Stored, 
 
 
 def suites(models: Sequence[Model]) -> dict[str, list[float | None]]:
-    """Return the plain mean of each suite whose tasks some model has all of, as MM1.5's category averages are."""
+    """Return the plain mean of each suite whose tasks some model has all of, as MM1.5's category averages are, and of
+    three of these."""
     found: dict[str, list[float | None]] = {}
     for name, tasks in SUITES.items():
         means = []
@@ -131,6 +133,34 @@ def suites(models: Sequence[Model]) -> dict[str, list[float | None]]:
             means.append(sum(100 * one["value"] for one in own) / len(own) if whole else None)
         if any(mean is not None for mean in means):
             found[name] = means
+    parts = [found[name] for name in MM_BASE if name in found]
+    if len(parts) == len(MM_BASE):
+        found["mm1_5_base"] = [
+            None if None in column else sum(column) / len(column) for column in zip(*parts, strict=True)
+        ]
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Categories:
+    """The scores of a task by one kind of category: (name, score of each model or None), in order of name."""
+
+    task: str
+    kind: str
+    unit: float
+    rows: Sequence[tuple[str, Sequence[Mapping[str, Any] | None]]]
+
+
+def categories(models: Sequence[Model], tasks: Sequence[str]) -> list[Categories]:
+    """Return the scores by category, those of all models side by side."""
+    found = []
+    for task in tasks:
+        records = [model.records.get(task, {}) for model in models]
+        unit = next(float(record["unit"]) for record in records if record)
+        for kind in dict.fromkeys(kind for record in records for kind in record.get("categories", {})):
+            parts = [record.get("categories", {}).get(kind, {}) for record in records]
+            names = sorted({name for part in parts for name in part})
+            found.append(Categories(task, kind, unit, [(name, [part.get(name) for part in parts]) for name in names]))
     return found
 
 
@@ -162,6 +192,7 @@ def render(
         tasks=tasks,
         groups=list(dict.fromkeys(one["group"] for model in models for one in model.records.values())),
         suites=suites(models),
+        categories=categories(models, tasks),
         reasons=reasons,
         about={name: metric.about for name, metric in METRICS.items()},
         samples=[sample for model in models for sample in model.samples],

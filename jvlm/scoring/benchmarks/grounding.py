@@ -45,7 +45,7 @@ def box_at_iou(
         max(one.y2 for one in moved),
         gold.space,
     )
-    return Score(float(iou(given, gold) >= threshold), "ok", list(given.values))
+    return Score.of(iou(given, gold) >= threshold, list(given.values))
 
 
 def point_in_box(
@@ -65,7 +65,7 @@ def point_in_box(
     point = (
         given if isinstance(given, Point) else Point((given.x1 + given.x2) / 2, (given.y1 + given.y2) / 2, given.space)
     )
-    return Score(float(gold.holds(point)), "ok", list(given.values))
+    return Score.of(gold.holds(point), list(given.values))
 
 
 def point_in_polygon(
