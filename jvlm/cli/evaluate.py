@@ -28,7 +28,8 @@ class Evaluate:
       list: print all tasks and the files that each wants.
       include: Python files with tasks of your own, in a list TASKS.
       limit: ask so many questions of each task, drawn at random.
-      style: "boxed" asks for answers in \\boxed{}, MiMo-VL's protocol, in place of the tasks' own instructions.
+      style: "boxed" asks for answers in \\boxed{} of up to 32,768 tokens, MiMo-VL's protocol, in place of the tasks'
+        own instructions and lengths.
       runs: how often each question is asked; None is the task's own number.
       shots: demonstrations before each question; None is the task's own number.
       max_new_tokens: longest answer; None is the task's own.

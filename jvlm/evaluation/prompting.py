@@ -20,9 +20,11 @@ def prompt(
     if not task.turns:
         pieces = [piece for shot in shots for piece in (*shot.content, Text(f" {shot.answer}\n\n"))]
         return Document((*_numbered(pieces), *_numbered(item.content, _images(pieces))), ends=False, origin=origin)
-    instruction = task.boxed if style == "boxed" else task.instruction
     turns = []
     for one in (*shots, item):
+        instruction = task.instruction
+        if style == "boxed":
+            instruction = task.boxed if one.boxed is None else one.boxed
         messages = [Message("user", with_instruction(one.content, instruction))]
         if one is not item:
             answer = f"\\boxed{{{one.answer}}}" if style == "boxed" else one.answer

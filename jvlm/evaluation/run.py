@@ -24,7 +24,7 @@ from jvlm.evaluation.metrics import METRICS, Answered, verifier
 from jvlm.evaluation.prompting import prompt, prompt_hash, shown
 from jvlm.evaluation.store import SCORE, SCORES, AnswerStore, Stored, write_json, write_lines
 from jvlm.evaluation.summaries import Scored
-from jvlm.evaluation.task import Item, Style, Task
+from jvlm.evaluation.task import BOXED_TOKENS, Item, Style, Task
 from jvlm.evaluation.thumbnails import Thumbnails
 from jvlm.json_files import read_object
 from jvlm.progress import Progress
@@ -42,7 +42,8 @@ class Settings:
 
     Attributes:
       limit: ask so many questions of each task, drawn at random; a larger limit adds to those of a smaller one.
-      style: "boxed" has answers in \\boxed{}, MiMo-VL's protocol, in place of the tasks' own instructions.
+      style: "boxed" has answers in \\boxed{} of up to 32,768 tokens, MiMo-VL's protocol, in place of the tasks' own
+        instructions and lengths.
       runs, shots: replace the tasks' own.
       decoding: fields of `jvlm.evaluation.task.Decoding` that replace the tasks' own.
     """
@@ -56,7 +57,10 @@ class Settings:
     def applied(self, task: Task) -> Task:
         """Return a task with what is changed about it."""
         changed = {name: value for name, value in (("runs", self.runs), ("shots", self.shots)) if value is not None}
-        return dataclasses.replace(task, decoding=dataclasses.replace(task.decoding, **self.decoding), **changed)
+        longest = {"max_new_tokens": BOXED_TOKENS} if self.style == "boxed" and task.turns else {}
+        return dataclasses.replace(
+            task, decoding=dataclasses.replace(task.decoding, **longest | self.decoding), **changed
+        )
 
 
 def evaluate(
@@ -213,13 +217,18 @@ class _Demonstrations:
         if self._task.demonstrate is not None:
             return self._task.demonstrate(item, self._rows, rng, self._task.shots)
         for index in rng.permutation(len(self._rows)):
-            found += [other for other in self._task.items(self._rows[int(index)])[:1] if other.id != item.id]
+            found += [other for other in self._task.items(self._rows[int(index)])[:1] if not _same(other, item)]
             if len(found) == self._task.shots:
                 return found
         raise UserError(
             f"task {self._task.name}: {len(found)} demonstrations are there, {self._task.shots} are wanted; "
             "give more records, or --shots"
         )
+
+
+def _same(one: Item, other: Item) -> bool:
+    """Whether two are one question, or two about one image."""
+    return one.id == other.id or (bool(one.group) and one.group == other.group)
 
 
 class _Running:

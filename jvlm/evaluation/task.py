@@ -14,6 +14,7 @@ from jvlm.evaluation.files import Files, Row
 Parser = Literal["answer", "spoken", "first_line"]
 Style = Literal["task", "boxed"]
 BOXED = "Put your final answer in \\boxed{}."
+BOXED_TOKENS = 32768  # of MiMo-VL's protocol (arXiv 2506.03569, section 4.1), in which models think before they answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Item:
       answer: the reference answer as a model would write it: for demonstrations and for reports.
       group: what belongs together: questions about one image, variants of one question. Intervals are over groups.
       categories: names of parts of the task that it is counted in, by kind ("subject": "Physics").
+      boxed: what --style boxed says after this question, where that is not what it says after the task's others.
     """
 
     id: str
@@ -37,6 +39,7 @@ class Item:
     answer: str = ""
     group: str = ""
     categories: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    boxed: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

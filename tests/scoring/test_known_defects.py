@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 
 from jvlm.data.boxes import Sizes
+from jvlm.data.content import Image, Text
+from jvlm.data.examples import parse_example
+from jvlm.evaluation import registry
+from jvlm.evaluation.clients import EndpointClient
+from jvlm.evaluation.endpoint import Endpoint
 from jvlm.evaluation.metrics import METRICS, Answered
+from jvlm.evaluation.prompting import prompt
 from jvlm.evaluation.task import Item
+from tests.evaluation.benchmarks import png
 
 SIZES = (Sizes((640, 480), (640, 480)),)
 
@@ -91,3 +98,41 @@ def test_a_judgment_for_both_is_none():
     both = "Answer 1 is better at colour, but Answer 2 is better. Overall Judgment: Answer 1 is better."
     assert _score("judgment", both, 1).reason == "several_answers"
     assert _score("judgment", "Overall Judgment: Answer 2 is slightly better", 2).value == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "value"),
+    [
+        ("16", "6", 0),
+        ("The answer is 0.6", "6", 0),
+        ("It is 6.0 metres", "6", 1),
+        ("therefore 1,500", "1500", 1),
+        ("I would guess a hexagon or a square", "pentagon", 0),
+    ],
+)
+def test_an_open_answer_that_holds_the_reference_as_a_part_of_a_number_is_not_right(text, gold, value):
+    """Half of what two harnesses scored differently on MMMU, of the same answers, was this kind of right answer."""
+    assert _score("mmmu", text, [gold], options=[]).value == value
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("I cannot tell.", "unparsed"), ("All of them seem likely to me", "unparsed")]
+)
+def test_an_option_is_never_drawn_at_random(text, reason):
+    scores = [_score("mmmu", text, gold, options=["red", "blue", "green", "black"]) for gold in "ABCD"]
+    assert [(score.value, score.reason) for score in scores] == [(0, "unparsed")] * 4
+
+
+def test_one_picture_takes_no_turn_away():
+    """With one image VLMEvalKit's ScreenSpot begins its messages anew, and the system turn is gone."""
+    turns = [{"role": "system", "content": "You click."}, {"role": "user", "content": "<image>Press it."}]
+    example = parse_example({"messages": turns, "images": [png()]})
+    messages, sizes = EndpointClient(Endpoint("http://127.0.0.1:1/v1", "x"))._messages(example)
+    assert [message["role"] for message in messages] == ["system", "user"]
+    assert messages[0]["content"] == "You click."
+    assert ([part["type"] for part in messages[1]["content"]], len(sizes)) == (["image_url", "text"], 1)
+    task = registry.tasks()["screenspot"]
+    item = Item("1", (Image(png()), Text("Locate it.")), [0, 0, 1, 1])
+    for style in ("task", "boxed"):
+        (turn,) = prompt(task, item, style=style).messages
+        assert turn.text == f"Locate it.\n{task.instruction}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from jvlm.data.content import Text
 from jvlm.evaluation.files import Row, as_list, hub
 from jvlm.evaluation.items import key, open_item
@@ -9,7 +11,13 @@ from jvlm.evaluation.task import Decoding, Item, Task
 
 SHOTS = 8
 _SHORT = Decoding(max_new_tokens=32)
-_ASKED = open_item(template="Question: {question} Answer:", group=("image_id",))
+_READ = open_item(template="Question: {question} Answer:", group=("image_id",))
+
+
+def _asked(row: Row) -> Item | None:
+    """Return a question; as a demonstration it has the answer that most annotators gave, of equals the first."""
+    item = _READ(row)
+    return item and dataclasses.replace(item, answer=max(item.gold, key=item.gold.count))
 
 
 def _caption(row: Row) -> Item:
@@ -24,7 +32,7 @@ def _base(name: str, repo: str, evaluated: str, trained: str, published: dict[st
         name,
         "base",
         (hub(repo, evaluated),),
-        _ASKED,
+        _asked,
         "vqa",
         parser="first_line",
         decoding=_SHORT,

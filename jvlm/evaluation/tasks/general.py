@@ -5,7 +5,7 @@ from __future__ import annotations
 from jvlm.data.content import Text
 from jvlm.evaluation.files import Row, hub, tsv
 from jvlm.evaluation.items import LETTERS, choice_item, content, key, letter_of, open_item, options_of
-from jvlm.evaluation.task import Item, Task
+from jvlm.evaluation.task import BOXED, Item, Task
 from jvlm.evaluation.tasks.words import BOXED_COUNT, BOXED_LETTER, BRIEF, COUNT, LETTER, LONG, SHORT, mimo
 
 _PICTURES = tuple(f"image_{number}" for number in range(1, 8))
@@ -30,6 +30,7 @@ def mmmu_item(row: Row) -> Item | None:
         {"options": [] if is_open else options},
         gold[0] if isinstance(gold, list) else gold,
         categories={"subject": str(subject), "kind": "open" if is_open else "choice"},
+        boxed=BOXED if is_open else None,
     )
 
 

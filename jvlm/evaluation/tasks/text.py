@@ -12,7 +12,7 @@ from jvlm.data.content import Text
 from jvlm.evaluation.files import Row, as_list, hub, official
 from jvlm.evaluation.items import LETTERS, choice_item, key, open_item
 from jvlm.evaluation.task import BOXED, Item, Task
-from jvlm.evaluation.tasks.words import BOXED_LETTER, BRIEF, SAMPLED, mimo
+from jvlm.evaluation.tasks.words import BOXED_LETTER, SAMPLED, mimo
 
 _MATHS = f"Please reason step by step. {BOXED}"
 
@@ -119,8 +119,9 @@ TASKS = (
         ),
         _passage,
         "drop_f1",
+        version=2,
         instruction="Answer with the shortest possible words or number.",
-        decoding=BRIEF,
+        decoding=SAMPLED,
         shots=3,
         demonstrations=(
             official("drop_dataset_train.json", records="*"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from jvlm.data.content import Text
 from jvlm.evaluation.files import Row, as_list, hub, official
 from jvlm.evaluation.items import choice_item, key, open_item
-from jvlm.evaluation.task import Item, Task
+from jvlm.evaluation.task import BOXED, Item, Task
 from jvlm.evaluation.tasks.words import BOXED_LETTER, LETTER, LONG, SHORT, mimo
 
 
@@ -31,6 +33,14 @@ def _line(row: Row) -> Item | None:
     return _moment(Row(values, row.origin, row.form, row.media))
 
 
+def _lecture(row: Row) -> Item | None:
+    """Return a question of Video-MMMU, with options or open."""
+    if row.get("question_type") != "open":
+        return choice_item(video=("id",), ids=("id",), parts=("question_type",))(row)
+    item = open_item(video=("id",), ids=("id",))(row)
+    return item and dataclasses.replace(item, boxed=BOXED)
+
+
 def _choice(name, files, item, paper, published, **changed) -> Task:
     settings = {"instruction": LETTER, "boxed": BOXED_LETTER, "decoding": LONG, **changed}
     return Task(name, "video", files, item, "choice", published=published, paper=paper, **settings)
@@ -50,11 +60,7 @@ TASKS = (
         "video_mmmu",
         "video",
         (hub("lmms-lab/VideoMMMU", "*/test-*.parquet", media="videos"),),
-        lambda row: (
-            open_item(video=("id",), ids=("id",))(row)
-            if row.get("question_type") == "open"
-            else choice_item(video=("id",), ids=("id",), parts=("question_type",))(row)
-        ),
+        _lecture,
         "mmmu",
         instruction=LETTER,
         boxed=BOXED_LETTER,
