@@ -21,12 +21,18 @@ EXPORTS_QUANTISED := bitsandbytes==0.50.2 compressed-tensors==0.20.0 accelerate=
 EXPORTS_TRL := trl==1.16.0 accelerate==1.15.0 datasets==4.4.1 dill==0.4.0 multiprocess==0.70.18 xxhash==3.6.0 \
 	pandas==2.3.3 python-dateutil==2.9.0.post0 six==1.17.0 pytz==2025.2 tzdata==2025.2 httpx==0.28.1 httpcore==1.0.9
 EXPORTS_LLAMA := llama_cpp_python-0.3.36
+# lmms-eval with what it imports beside the environment's torch, transformers and openai
+HARNESS_LMMS_EVAL := lmms-eval==0.7.3 accelerate==1.15.0 datasets==4.4.1 dill==0.4.0 multiprocess==0.70.18 xxhash==3.6.0 \
+	pandas==2.3.3 python-dateutil==2.9.0.post0 six==1.17.0 pytz==2025.2 tzdata==2025.2 httpx==0.28.1 httpcore==1.0.9 \
+	evaluate==0.4.6 sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6 tabulate==0.10.0 lxml==6.1.3 loguru==0.7.3 \
+	tenacity==9.2.1 distro==1.9.0 python-dotenv==1.2.4 pytablewriter==1.2.1 DataProperty==1.1.1 mbstrdecoder==1.1.5 \
+	pathvalidate==3.3.1 tabledata==1.3.5 tcolorpy==0.1.7 typepy==2.0.0
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_vl/72b
 RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-finetune plan-finetune test test-slow test-exports lint format backbones bench bench-data bench-kernels soak-data tune gpu-pass plan meshes clean
+.PHONY: demo demo-finetune plan-finetune test test-slow test-exports test-harnesses bench-evaluate lint format backbones bench bench-data bench-kernels soak-data tune gpu-pass plan meshes clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -91,6 +97,13 @@ test-exports: $(VENV)/.exports  ## exported folders in transformers 4.49, 4.57 a
 	$(RUN) pytest tests/weights/every_transformers.py tests/adapters/every_peft.py tests/quantization/every_library.py \
 		tests/training/every_bitsandbytes.py tests/preference/every_trl.py $(ARGS)
 
+$(VENV)/.harnesses: $(VENV)/.test
+	$(PIP) --no-deps --target $(VENV)/harness-lmms-eval $(HARNESS_LMMS_EVAL)
+	touch $@
+
+test-harnesses: $(VENV)/.harnesses  ## lmms-eval itself on a model of ours, served and by its entry point, beside jvlm evaluate; minutes
+	$(RUN) pytest tests/evaluation/every_harness.py $(ARGS)
+
 lint: $(VENV)/.test
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
@@ -102,6 +115,9 @@ format: $(VENV)/.test
 bench: $(VENV)/.peft  ## speed beside transformers + torch, and of LoRA beside PEFT; ten minutes
 	$(VENV)/bin/python tools/bench.py $(ARGS)
 	PYTHONPATH=$(VENV)/export-peft $(RUN) tools.bench_lora $(ARGS)
+
+bench-evaluate: $(VENV)/.test  ## tokens/s of jvlm evaluate on mixed questions beside the engine's own; ten minutes
+	$(RUN) tools.bench_evaluate --questions 5000 $(ARGS)
 
 bench-data: $(VENV)/.test  ## patches/s of a core and where its time goes, worker processes, how full sequences are; five minutes
 	$(RUN) tools.bench_data $(ARGS)

@@ -8,7 +8,7 @@ from typing import Any
 from jvlm.evaluation.files import Files, Row, hub, official, tsv
 from jvlm.evaluation.items import choice_item, content, key, letter_of, open_item
 from jvlm.evaluation.task import Item, Task
-from jvlm.evaluation.tasks.words import BOXED_LETTER, BRIEF, LETTER, LONG, SHORT, mimo
+from jvlm.evaluation.tasks.kinds import BRIEF, LETTER, LONG, SHORT, WITHOUT_JUDGE, choice, mimo
 
 _PAGE = open_item(group=("docId", "ucsf_document_id", "image_local_name"))
 
@@ -74,6 +74,37 @@ def _figure(row: Row) -> Item | None:
     return read(row)
 
 
+def _charxiv(name: str, files: tuple[Files, ...], item: Any, instruction: str, published: dict[str, float]) -> Task:
+    return Task(
+        name,
+        "document",
+        files,
+        item,
+        "exact_document",
+        instruction=instruction,
+        decoding=LONG,
+        judge="document",
+        published=published,
+        paper="arXiv 2406.18521",
+        note=WITHOUT_JUDGE,
+    )
+
+
+def _tables(name: str, item: Any, instruction: str, published: dict[str, float], paper: str, fields: str) -> Task:
+    return Task(
+        name,
+        "document",
+        (official(f"{name}_test.jsonl", media="images"),),
+        item,
+        "exact",
+        instruction=instruction,
+        decoding=BRIEF,
+        published=published,
+        paper=paper,
+        note=f"tables as pictures are everybody's own: give them with {fields} and image",
+    )
+
+
 TASKS = (
     _pages(
         "docvqa_val",
@@ -117,42 +148,27 @@ TASKS = (
         published={**mimo(91.7, 92.9, 90.2), "MM1.5-30B": 83.6, "MM1.5-3B": 74.2, "MM1-30B": 76.9},
         paper="arXiv 2203.10244",
     ),
-    Task(
+    _charxiv(
         "charxiv_reasoning",
-        "document",
         (hub("princeton-nlp/CharXiv", "val*.parquet"), tsv("CharXiv_reasoning_val")),
         _figure,
-        "exact_document",
-        instruction=SHORT,
-        decoding=LONG,
-        judge="document",
-        published=mimo(56.5, 54.4, 42.5),
-        paper="arXiv 2406.18521",
-        note="without a judge only the same words count, and published scores do not compare with that",
+        SHORT,
+        mimo(56.5, 54.4, 42.5),
     ),
-    Task(
+    _charxiv(
         "charxiv_descriptive",
-        "document",
         (tsv("CharXiv_descriptive_val"),),
         open_item(parts=("category", "qid")),
-        "exact_document",
-        decoding=LONG,
-        judge="document",
-        published=mimo(86.8, 87.0, 73.9),
-        paper="arXiv 2406.18521",
-        note="without a judge only the same words count, and published scores do not compare with that",
+        "",
+        mimo(86.8, 87.0, 73.9),
     ),
-    Task(
+    choice(
         "seedbench_2_plus",
         "document",
         (hub("doolayer/SEED-Bench-2-Plus", "data/test-*.parquet"), tsv("SEEDBench2_Plus")),
+        "arXiv 2404.16790",
+        mimo(72.4, 71.9, 70.7),
         choice_item(parts={"kind": "question_image_type"}),
-        "choice",
-        instruction=LETTER,
-        boxed=BOXED_LETTER,
-        decoding=LONG,
-        published=mimo(72.4, 71.9, 70.7),
-        paper="arXiv 2404.16790",
     ),
     Task(
         "ocrbench",
@@ -203,28 +219,13 @@ TASKS = (
         published={"MM1.5-30B": 79.2, "MM1.5-3B": 76.5, "MM1.5-1B": 72.5, "Idefics2-8B": 73.0},
         paper="arXiv 1904.08920",
     ),
-    Task(
+    _tables(
         "tabfact",
-        "document",
-        (official("tabfact_test.jsonl", media="images"),),
         open_item(question=("statement", "question"), answers=("label", "answer")),
-        "exact",
-        instruction="Does the table say so? Answer with yes or no.",
-        decoding=BRIEF,
-        published={"MM1.5-30B": 84.0},
-        paper="arXiv 1909.02164",
-        note="tables as pictures are everybody's own: give them with statement, label (yes or no) and image",
+        "Does the table say so? Answer with yes or no.",
+        {"MM1.5-30B": 84.0},
+        "arXiv 1909.02164",
+        "statement, label (yes or no)",
     ),
-    Task(
-        "wtq",
-        "document",
-        (official("wtq_test.jsonl", media="images"),),
-        open_item(),
-        "exact",
-        instruction=SHORT,
-        decoding=BRIEF,
-        published={"MM1.5-30B": 54.1},
-        paper="arXiv 1508.00305",
-        note="tables as pictures are everybody's own: give them with question, answers and image",
-    ),
+    _tables("wtq", open_item(), SHORT, {"MM1.5-30B": 54.1}, "arXiv 1508.00305", "question, answers"),
 )

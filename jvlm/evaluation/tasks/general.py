@@ -6,7 +6,7 @@ from jvlm.data.content import Text
 from jvlm.evaluation.files import Row, hub, tsv
 from jvlm.evaluation.items import LETTERS, choice_item, content, key, letter_of, open_item, options_of
 from jvlm.evaluation.task import BOXED, Item, Task
-from jvlm.evaluation.tasks.words import BOXED_COUNT, BOXED_LETTER, BRIEF, COUNT, LETTER, LONG, SHORT, mimo
+from jvlm.evaluation.tasks.kinds import BOXED_COUNT, BOXED_LETTER, BRIEF, COUNT, LONG, SHORT, choice, mimo, rated
 
 _PICTURES = tuple(f"image_{number}" for number in range(1, 8))
 
@@ -79,10 +79,23 @@ def _compared(row: Row) -> Item | None:
     return choice_item(images=("image1", "image2"), ids=("id", ""))(Row(values, row.origin, row.form, row.media))
 
 
-def _choice(name, files, paper, published, *, item=None, group="general", **changed) -> Task:
-    settings = {"instruction": LETTER, "boxed": BOXED_LETTER, "decoding": LONG, **changed}
-    item = item or choice_item()
-    return Task(name, group, files, item, "choice", published=published, paper=paper, **settings)
+def _choice(name, files, paper, published, *, group="general", **changed) -> Task:
+    return choice(name, group, files, paper, published, **changed)
+
+
+def _count(name: str, repo: str, answers: tuple[str, ...], published: dict[str, float], paper: str) -> Task:
+    return Task(
+        name,
+        "general",
+        (hub(repo, "data/test-*.parquet"),),
+        open_item(answers=answers, ids=("",)),
+        "count",
+        instruction=COUNT,
+        boxed=BOXED_COUNT,
+        decoding=LONG,
+        published=published,
+        paper=paper,
+    )
 
 
 _MMBENCH = choice_item(hint="hint", parts=("category", "l2-category"))
@@ -193,21 +206,15 @@ TASKS = (
         mimo(82.3, 81.8, 75.4),
         item=choice_item(parts=("type", "task", "source")),
     ),
-    Task(
+    rated(
         "vibe_eval",
         "general",
         (hub("RekaAI/VibeEval", "data/test-*.parquet"),),
         open_item(
             question=("prompt",), answers=("reference",), ids=("example_id",), parts=("category",), images=("image",)
         ),
-        "rouge_l",
-        boxed="",
-        parser="spoken",
-        decoding=LONG,
-        judge="rating",
-        published=mimo(54.7, 47.2, 47.7),
-        paper="arXiv 2405.02287",
-        note="without a judge the score is ROUGE-L with the reference, which published ratings do not compare with",
+        "arXiv 2405.02287",
+        mimo(54.7, 47.2, 47.7),
     ),
     Task(
         "vl_rewardbench",
@@ -245,30 +252,8 @@ TASKS = (
         published=mimo(79.4, 78.0, 37.4),
         paper="arXiv 2407.06581",
     ),
-    Task(
-        "pixmo_count",
-        "general",
-        (hub("kcz358/pixmo-count", "data/test-*.parquet"),),
-        open_item(ids=("",)),
-        "count",
-        instruction=COUNT,
-        boxed=BOXED_COUNT,
-        decoding=LONG,
-        published=mimo(79.4, 79.4, 60.7),
-        paper="arXiv 2409.17146",
-    ),
-    Task(
-        "countbench",
-        "general",
-        (hub("vikhyatk/CountBenchQA", "data/test-*.parquet"),),
-        open_item(answers=("number",), ids=("",)),
-        "count",
-        instruction=COUNT,
-        boxed=BOXED_COUNT,
-        decoding=LONG,
-        published=mimo(90.4, 87.0, 74.1),
-        paper="arXiv 2302.12066",
-    ),
+    _count("pixmo_count", "kcz358/pixmo-count", ("answers", "answer"), mimo(79.4, 79.4, 60.7), "arXiv 2409.17146"),
+    _count("countbench", "vikhyatk/CountBenchQA", ("number",), mimo(90.4, 87.0, 74.1), "arXiv 2302.12066"),
     Task(
         "mme",
         "general",
@@ -349,29 +334,20 @@ TASKS = (
         published={"MM1.5-30B": 90.6},
         paper="arXiv 1811.00491",
     ),
-    Task(
+    rated(
         "mmvet",
         "general",
         (hub("lmms-lab/MMVet", "data/test-*.parquet"), tsv("MMVet")),
         open_item(parts=("capability",)),
-        "rouge_l",
-        parser="spoken",
-        decoding=LONG,
-        judge="rating",
-        published={"MM1.5-30B": 52.0, "MM1.5-7B": 42.2, "MM1.5-3B": 41.0, "MM1.5-1B": 37.4},
-        paper="arXiv 2308.02490",
-        note="without a judge the score is ROUGE-L with the reference, which published ratings do not compare with",
+        "arXiv 2308.02490",
+        {"MM1.5-30B": 52.0, "MM1.5-7B": 42.2, "MM1.5-3B": 41.0, "MM1.5-1B": 37.4},
     ),
-    Task(
+    rated(
         "llava_wild",
         "general",
         (hub("lmms-lab/llava-bench-in-the-wild", "data/train-*.parquet"), tsv("LLaVABench")),
         open_item(answers=("gpt_answer", "answer"), parts=("category",)),
-        "rouge_l",
-        parser="spoken",
-        decoding=LONG,
-        judge="rating",
-        paper="arXiv 2304.08485",
-        note="without a judge the score is ROUGE-L with the reference, which published ratings do not compare with",
+        "arXiv 2304.08485",
+        {},
     ),
 )

@@ -9,8 +9,8 @@ from jvlm.data.errors import ExampleError
 from jvlm.data.images import open_image
 from jvlm.evaluation.files import Row, as_list, hub, official
 from jvlm.evaluation.items import categories, content, key
-from jvlm.evaluation.task import Decoding, Item, Task
-from jvlm.evaluation.tasks.words import mimo
+from jvlm.evaluation.task import Item, Task
+from jvlm.evaluation.tasks.kinds import located, mimo
 
 _COMMAND = 'Locate UI components that match the command: "{}".'
 _COMMAND_FORM = 'Output a JSON in the format [{"bbox_2d": [...], "label": "{the_whole_command}"}, ...].'
@@ -91,36 +91,14 @@ def refcoco_item(row: Row) -> list[Item]:
 
 
 def _click(name, files, item, paper, published, note="") -> Task:
-    return Task(
-        name,
-        "gui",
-        files,
-        item,
-        "point_in_box",
-        instruction=_COMMAND_FORM,
-        boxed=_COMMAND_FORM,
-        parser="spoken",
-        decoding=Decoding(max_new_tokens=1024),
-        published=published,
-        paper=paper,
-        note=note,
-    )
+    return located(name, "gui", files, item, "point_in_box", _COMMAND_FORM, paper, published, note)
 
 
 def _refer(name: str, repo: str, part: str, published: dict[str, float]) -> Task:
-    return Task(
-        name,
-        "grounding",
-        (hub(f"lmms-lab/{repo}", f"data/{part}-*.parquet"),),
-        refcoco_item,
-        "box_iou50",
-        instruction=_DESCRIPTION_FORM,
-        boxed=_DESCRIPTION_FORM,
-        parser="spoken",
-        decoding=Decoding(max_new_tokens=1024),
-        published=published,
-        paper="arXiv 1608.00272",
-        note="published scores of MiMo-VL and MM1.5 are averages over parts",
+    files = (hub(f"lmms-lab/{repo}", f"data/{part}-*.parquet"),)
+    note = "published scores of MiMo-VL and MM1.5 are averages over parts"
+    return located(
+        name, "grounding", files, refcoco_item, "box_iou50", _DESCRIPTION_FORM, "arXiv 1608.00272", published, note
     )
 
 

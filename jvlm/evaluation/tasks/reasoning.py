@@ -7,7 +7,7 @@ from typing import Any
 from jvlm.evaluation.files import Files, Row, as_list, hub, official, tsv
 from jvlm.evaluation.items import choice_item, content, key, letter_of, open_item, options_of
 from jvlm.evaluation.task import Item, Task
-from jvlm.evaluation.tasks.words import BOXED_LETTER, REASONING, mimo
+from jvlm.evaluation.tasks.kinds import BOXED_LETTER, REASONING, mimo
 
 _SOLVE = "Solve the problem, and put your final answer in \\boxed{}."
 

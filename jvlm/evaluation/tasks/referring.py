@@ -11,7 +11,7 @@ from jvlm.data.errors import ExampleError
 from jvlm.evaluation.files import Row, as_list, hub, official
 from jvlm.evaluation.items import key
 from jvlm.evaluation.task import Decoding, Item, Task
-from jvlm.evaluation.tasks.words import BRIEF, LONG
+from jvlm.evaluation.tasks.kinds import BRIEF, located, rated
 
 _SHARES = re.compile(r"\[\s*([01]?\.\d+(?:\s*,\s*[01]?\.\d+){3})\s*\]")
 
@@ -119,23 +119,17 @@ def _widget(row: Row) -> Item:
 
 
 def _flickr(part: str) -> Task:
-    return Task(
+    file = f"final_flickr_mergedGT_{part}.json"
+    return located(
         f"flickr30k_{part}",
         "grounding",
-        (
-            official(
-                f"final_flickr_mergedGT_{part}.json", records="images", attach="annotations", media="flickr30k-images"
-            ),
-        ),
+        (official(file, records="images", attach="annotations", media="flickr30k-images"),),
         _phrases,
         "box_iou50",
-        instruction='Output a JSON in the format [{"bbox_2d": [...], "label": "{the_phrase}"}, ...].',
-        boxed='Output a JSON in the format [{"bbox_2d": [...], "label": "{the_phrase}"}, ...].',
-        parser="spoken",
-        decoding=LONG,
-        published={"MM1.5-3B (test)": 85.9},
-        paper="arXiv 1505.04870",
-        note="boxes of a phrase are joined to one, of the reference and of the answer; the question is in our words",
+        'Output a JSON in the format [{"bbox_2d": [...], "label": "{the_phrase}"}, ...].',
+        "arXiv 1505.04870",
+        {"MM1.5-3B (test)": 85.9},
+        "boxes of a phrase are joined to one, of the reference and of the answer; the question is in our words",
     )
 
 
@@ -173,19 +167,14 @@ TASKS = (
     _flickr("test"),
     _lvis("box", 84.9),
     _lvis("point", 61.4),
-    Task(
+    rated(
         "ferret_bench",
         "grounding",
         (hub("lmms-lab/Ferret-Bench", "data/test-*.parquet"), official("ferret_bench.jsonl", media="val2017")),
         _described,
-        "rouge_l",
-        parser="spoken",
-        decoding=LONG,
-        judge="rating",
+        "arXiv 2310.07704",
+        {"MM1.5-30B": 77.1},
         summary="macro_category",
-        published={"MM1.5-30B": 77.1},
-        paper="arXiv 2310.07704",
-        note="without a judge the score is ROUGE-L with the reference, which published ratings do not compare with",
     ),
     _ui("screen2words", "rootsautomation/RICO-Screen2Words", _screen, 103.3, "arXiv 2108.03353"),
     _ui("widgetcap", "rootsautomation/RICO-WidgetCaptioning", _widget, 145.0, "arXiv 2010.04295"),

@@ -12,7 +12,7 @@ from jvlm.data.content import Text
 from jvlm.evaluation.files import Row, as_list, hub, official
 from jvlm.evaluation.items import LETTERS, choice_item, key, open_item
 from jvlm.evaluation.task import BOXED, Item, Task
-from jvlm.evaluation.tasks.words import BOXED_LETTER, SAMPLED, mimo
+from jvlm.evaluation.tasks.kinds import BOXED_LETTER, SAMPLED, mimo
 
 _MATHS = f"Please reason step by step. {BOXED}"
 

@@ -8,7 +8,7 @@ from jvlm.data.content import Text
 from jvlm.evaluation.files import Row, as_list, hub, official
 from jvlm.evaluation.items import choice_item, key, open_item
 from jvlm.evaluation.task import BOXED, Item, Task
-from jvlm.evaluation.tasks.words import BOXED_LETTER, LETTER, LONG, SHORT, mimo
+from jvlm.evaluation.tasks.kinds import BOXED_LETTER, LETTER, LONG, SHORT, WITHOUT_JUDGE, choice, mimo
 
 
 def _moment(row: Row) -> Item:
@@ -42,8 +42,7 @@ def _lecture(row: Row) -> Item | None:
 
 
 def _choice(name, files, item, paper, published, **changed) -> Task:
-    settings = {"instruction": LETTER, "boxed": BOXED_LETTER, "decoding": LONG, **changed}
-    return Task(name, "video", files, item, "choice", published=published, paper=paper, **settings)
+    return choice(name, "video", files, paper, published, item, **changed)
 
 
 TASKS = (
@@ -131,6 +130,6 @@ TASKS = (
         judge="answer",
         published={"MM1.5-7B (SFT)": 60.9},
         paper="arXiv 1906.02467",
-        note="without a judge only the same words count, and published scores do not compare with that",
+        note=WITHOUT_JUDGE,
     ),
 )
