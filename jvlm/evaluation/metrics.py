@@ -12,7 +12,17 @@ from jvlm.data.box_formats import FormatName
 from jvlm.data.boxes import Box, CoordinateSpace, Sizes
 from jvlm.evaluation.task import Item, Parser
 from jvlm.scoring.answers import answer, normalise, spoken
-from jvlm.scoring.benchmarks import captions, documents, grounding, instructions, mathvista, mmmu, reading, vqa
+from jvlm.scoring.benchmarks import (
+    captions,
+    documents,
+    grounding,
+    instructions,
+    mathvista,
+    mmmu,
+    ocrbench_v2,
+    reading,
+    vqa,
+)
 from jvlm.scoring.choice import choice
 from jvlm.scoring.counts import count
 from jvlm.scoring.maths import MathVerifier
@@ -107,6 +117,10 @@ def _drop(text: str, given: Answered) -> float:
 
 def _ocrbench(text: str, given: Answered) -> float:
     return documents.ocrbench(text, _golds(given), formula=bool(given.item.facts.get("formula")))
+
+
+def _ocrbench_v2(text: str, given: Answered) -> Score:
+    return ocrbench_v2.score(text, str(given.item.facts["kind"]), given.item.facts, given.item.gold)
 
 
 def _exact(text: str, given: Answered) -> Score:
@@ -261,6 +275,7 @@ METRICS: Mapping[str, Metric] = {
     "squad_f1": Metric(_each(lambda t, g: reading.squad_f1(t, _golds(g))), "token F1 of SQuAD"),
     "drop_f1": Metric(_each(_drop), "F1 of DROP, numbers must agree"),
     "ocrbench": Metric(_each(_ocrbench), "a reference is part of the answer"),
+    "ocrbench_v2": Metric(_each(_ocrbench_v2), "by kind of question: parts of texts, trees of tables, boxes"),
     "box_iou50": Metric(_each(_box), "the only box has an IoU of 0.5 or more; in the declared space alone"),
     "point_in_box": Metric(_each(_point), "the only point, or centre of the only box, lies in the box"),
     "temporal_iou": Metric(_each(_span), "IoU of the only [mm:ss, mm:ss] with the span"),

@@ -190,6 +190,13 @@ RECORDS: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "X^2",
         "hub",
     ),
+    "ocrbench_v2": (
+        {"id": 1, "dataset_name": "d", "type": "key information extraction en", "question": "Give JSON.", **IMAGE}
+        | {"answers": ["{'total': ['12.50', '$12.50'], 'date': ['May 1']}"], "eval": "None"},
+        '{"total": "$ 12.50", "date": "may 1"}',
+        '{"total": "13", "other": "x"}',
+        "hub",
+    ),
     "visualwebbench": (
         {"id": "1", "task_type": "action_ground", "instruction": "go", "options": ["a", "b"], "answer": 1, **IMAGE},
         "B",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from jvlm.evaluation.files import Files, Row, hub, official, tsv
+from jvlm.evaluation.files import Files, Row, as_list, hub, official, tsv
 from jvlm.evaluation.items import choice_item, content, key, letter_of, open_item
 from jvlm.evaluation.task import Item, Task
 from jvlm.evaluation.tasks.kinds import BRIEF, LETTER, LONG, SHORT, WITHOUT_JUDGE, choice, mimo
@@ -61,6 +61,46 @@ def _ocr(row: Row) -> Item:
     facts = {"formula": row.get("dataset") == "HME100k" or "handwritten mathematical" in kind.lower()}
     shown = content(row, row.text("question"))
     return Item(key(row, "index", ""), shown, golds, facts, golds[0], categories={"question_type": kind})
+
+
+_V2_PARTS = {
+    "text recognition": "recognition",
+    "fine-grained text recognition": "recognition",
+    "full-page OCR": "recognition",
+    "text grounding": "detection",
+    "VQA with position": "detection",
+    "text spotting": "spotting",
+    "key information extraction": "relations",
+    "key information mapping": "relations",
+    "handwritten answer extraction": "relations",
+    "document parsing": "parsing",
+    "chart parsing": "parsing",
+    "table parsing": "parsing",
+    "formula recognition": "parsing",
+    "math QA": "calculation",
+    "text counting": "calculation",
+    "document classification": "understanding",
+    "cognition VQA": "understanding",
+    "diagram QA": "understanding",
+    "reasoning VQA": "knowledge",
+    "science QA": "knowledge",
+    "APP agent": "knowledge",
+    "ASCII art classification": "knowledge",
+    "text translation": "knowledge",
+}
+
+
+def _ocr_v2(row: Row) -> Item:
+    """Return a question of OCRBench v2; regions in it and in its answers are thousandths of the image."""
+    kind, golds = row.text("type"), row.list("answers", "answer")
+    name, _, language = kind.rpartition(" ")
+    question = row.text("question")
+    kept = {field: row.get(field) for field in ("eval", "bbox", "bbox_list", "content") if row.get(field) is not None}
+    kept = {field: as_list(value) if field != "eval" else value for field, value in kept.items()}
+    parts = {"part": f"{_V2_PARTS.get(name, name)} {language}", "type": kind, "language": language}
+    shown = content(row, question, images=("image",))
+    facts = {"kind": kind, "question": question, **kept}
+    return Item(key(row, "id", "index", ""), shown, golds, facts, str(golds[0]) if golds else "", categories=parts)
 
 
 def _figure(row: Row) -> Item | None:
@@ -180,6 +220,18 @@ TASKS = (
         judge="document",
         published={**mimo(86.6, 87.6, 89.7), "MM1.5-30B": 65.8, "MM1.5-3B": 65.7, "MM1-30B": 60.6},
         paper="arXiv 2305.07895",
+    ),
+    Task(
+        "ocrbench_v2",
+        "document",
+        (hub("ling99/OCRBench_v2", "data/test-*.parquet"), tsv("OCRBench_v2")),
+        _ocr_v2,
+        "ocrbench_v2",
+        boxed="",
+        parser="spoken",
+        decoding=LONG,
+        paper="arXiv 2501.00321",
+        note="METEOR, a fourth of the score of pages, is without synonyms; Chinese is cut into characters",
     ),
     Task(
         "visualwebbench",
