@@ -11,16 +11,18 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.examples import parse_example
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
-from jvlm.inference.engine import Engine
 from jvlm.inference.requests import Request
-from jvlm.inference.sampling import SamplingConfig
+
+if TYPE_CHECKING:
+    from jvlm.inference.engine import Engine
+    from jvlm.inference.sampling import SamplingConfig
 
 # Prompts in the engine for each that runs at once: bounds the memory of their pictures. The first so many decide the
 # shapes that programs are compiled for, so more of them means fewer compilations.

@@ -11,8 +11,9 @@ from jvlm.data.errors import ExampleError, Origin
 from jvlm.errors import UserError
 from jvlm.inference import event_loop
 from jvlm.inference.feed import Asked, answer_each, in_order
-from jvlm.inference.requests import Event
-from jvlm.inference.sampling import SamplingConfig
+from jvlm.inference.requests import Event, SamplingParams
+
+GREEDY = types.SimpleNamespace(params=lambda number: SamplingParams(number=number))
 
 
 class Engine:
@@ -83,7 +84,7 @@ def conversations(texts):
 
 
 def answers(engine, texts, **options):
-    return list(answer_each(engine, conversations(texts), SamplingConfig(), batch_size=1, **options))
+    return list(answer_each(engine, conversations(texts), GREEDY, batch_size=1, **options))
 
 
 def test_the_next_begins_when_one_ends_and_none_waits_for_the_slowest():
@@ -126,9 +127,7 @@ def test_larger_shapes_are_made_as_soon_as_what_runs_has_ended_and_not_at_the_en
 
 def test_giving_up_ends_what_runs_and_leaves_nothing():
     engine = Engine()
-    with contextlib.closing(
-        answer_each(engine, conversations(["01", *["50"] * 20]), SamplingConfig(), batch_size=1)
-    ) as found:
+    with contextlib.closing(answer_each(engine, conversations(["01", *["50"] * 20]), GREEDY, batch_size=1)) as found:
         assert next(found).asked.number == 0
     assert len(engine.aborted) == 7
     assert not engine.running
@@ -142,5 +141,5 @@ def test_an_error_of_the_source_ends_all(tmp_path):
 
     engine = Engine()
     with pytest.raises(UserError, match="other words"):
-        list(answer_each(engine, source(), SamplingConfig(), batch_size=1))
+        list(answer_each(engine, source(), GREEDY, batch_size=1))
     assert not engine.running
