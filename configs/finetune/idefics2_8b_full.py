@@ -3,7 +3,8 @@
     jvlm train finetune/idefics2_8b_full --init_from DIR --data.train examples.jsonl
 
 DIR is the folder of idefics2-8b.
-Not compiled for any chip yet: `jvlm plan finetune/idefics2_8b_full --topology CHIP:N` says what it needs.
+Planned for four H100 of 80 GB.
+What it needs there is in docs/results/finetune_memory.md.
 """
 
 from jvlm.training.config import Experiment
@@ -12,4 +13,4 @@ from jvlm.training.recipes import finetune
 
 def get_config() -> Experiment:
     """Sequences of 2,048 tokens, 16 a step."""
-    return finetune("idefics2_8b", "full", "idefics2-8b", ())
+    return finetune("idefics2_8b", "full", "idefics2-8b", ("h100:4",))

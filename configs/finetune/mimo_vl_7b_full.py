@@ -3,7 +3,8 @@
     jvlm train finetune/mimo_vl_7b_full --init_from DIR --data.train examples.jsonl
 
 DIR is the folder of MiMo-VL-7B-RL.
-Not compiled for any chip yet: `jvlm plan finetune/mimo_vl_7b_full --topology CHIP:N` says what it needs.
+Planned for four H100 of 80 GB.
+What it needs there is in docs/results/finetune_memory.md.
 """
 
 from jvlm.training.config import Experiment
@@ -12,4 +13,4 @@ from jvlm.training.recipes import finetune
 
 def get_config() -> Experiment:
     """Sequences of 2,048 tokens, 16 a step."""
-    return finetune("mimo_vl_7b", "full", "MiMo-VL-7B-RL", ())
+    return finetune("mimo_vl_7b", "full", "MiMo-VL-7B-RL", ("h100:4",))
