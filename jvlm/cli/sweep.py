@@ -83,9 +83,7 @@ def run(words: list[str]) -> int:
         state.check(where, chosen)
         done = sum(state.status(trial) in runner.DONE for trial in chosen)
         print(f"{len(chosen)} trials" + (f", {done} of them done before" if done else ""), flush=True)
-        for one in runner.run(where, chosen, state):
-            ended.append(one)
-            print(_end_line(one), flush=True)
+        ended = runner.run(where, chosen, state, lambda one: print(_end_line(one), flush=True))
     found = _found(where, chosen, state, everything=options.compare)
     _report(where, config, chosen, state, found)
     return runner.exit_status(ended)

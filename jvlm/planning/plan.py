@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
 from flax import nnx
 
 from jvlm.adapters.layers import is_adapter_path
 from jvlm.errors import UserError
 from jvlm.models import vlm
+from jvlm.models.packed_batch import PackedBatch
 from jvlm.quantization.model import size_report
 from jvlm.training import compiled_step, trainable
 from jvlm.training.compiled_step import abstract_batches
@@ -33,7 +35,10 @@ def assumed_lengths(
 ) -> SegmentLengths:
     """Return the lengths that are given; in place of others, the longest conversation or largest image there may be."""
     data = experiment.data
-    largest = abstract_batches(experiment).max_image_patches or data.max_patches
+    # a task's batch may hold the packed one beside fields of its own
+    inside = jax.tree.leaves(abstract_batches(experiment), is_leaf=lambda node: isinstance(node, PackedBatch))
+    packed = next(node for node in inside if isinstance(node, PackedBatch))
+    largest = packed.max_image_patches or data.max_patches
     return SegmentLengths(conversation or data.max_length or data.seq_len, image or largest)
 
 

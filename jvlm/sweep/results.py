@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
+from jaxtyping import Float
 from scipy import stats
 
 from jvlm.errors import UserError
-from jvlm.scoring.statistics import Comparison, Interval, compare, mean_interval
-from jvlm.sweep.trials import Trial
+from jvlm.scoring.statistics import Interval, compare, mean_interval
+from jvlm.sweep.trials import SEED, Trial
 
 ANSWERS, LOG = "answers.jsonl", "logging.jsonl"
 # metric -> whether more is better
@@ -37,6 +38,22 @@ class RunResult:
 
 
 @dataclasses.dataclass(frozen=True)
+class Change:
+    """The difference of a setting to the first one.
+
+    Attributes:
+      interval: 95 % interval of the difference.
+      detectable: smallest true difference that would show in 80 % of cases.
+      over: what it is over. "runs": differences of runs with the same seed, Student's. "questions": scores of the same
+        questions, where there is one run of each; it says nothing of what another seed would give.
+    """
+
+    interval: Interval
+    detectable: float
+    over: Literal["runs", "questions"]
+
+
+@dataclasses.dataclass(frozen=True)
 class Setting:
     """Runs that differ in their seed only, and one metric of theirs.
 
@@ -44,15 +61,15 @@ class Setting:
       settings: the varied fields and values that the runs share.
       runs: how many have the metric.
       interval: the mean over runs. With several runs the 95 % interval is Student's over runs; with one, it is over
-        the questions, and says nothing of what another seed would give; None where there is neither.
-      change: difference to the first setting over the questions that both answered, scores averaged over runs.
+        the questions; None where there is neither.
+      change: None for the first setting, and where there is nothing to compare by.
     """
 
     settings: tuple[tuple[str, str], ...]
     runs: int
     mean: float
     interval: Interval | None
-    change: Comparison | None = None
+    change: Change | None = None
 
     @property
     def name(self) -> str:
@@ -93,16 +110,16 @@ def settings_of(found: Mapping[str, RunResult], trials: Sequence[Trial], metric:
     Args:
       found: slug -> result, of the trials that are finished.
     """
-    groups: dict[tuple, list[RunResult]] = {}
+    groups: dict[tuple, dict[str, RunResult]] = {}
     for trial in trials:
         result = found.get(trial.slug)
         if result is not None and metric in result.values:
-            groups.setdefault(trial.settings, []).append(result)
-    settings = [_setting(shared, results, metric) for shared, results in groups.items()]
-    scores = [_mean_scores(results, metric) for results in groups.values()]
+            groups.setdefault(trial.settings, {})[trial.values.get(SEED, "")] = result
+    settings = [_setting(shared, list(results.values()), metric) for shared, results in groups.items()]
+    every = list(groups.values())
     return [
-        setting if number == 0 else dataclasses.replace(setting, change=_change(scores[0], own))
-        for number, (setting, own) in enumerate(zip(settings, scores, strict=True))
+        setting if number == 0 else dataclasses.replace(setting, change=_change(every[0], every[number], metric))
+        for number, setting in enumerate(settings)
     ]
 
 
@@ -110,40 +127,44 @@ def _setting(shared: tuple[tuple[str, str], ...], results: Sequence[RunResult], 
     values = np.array([result.values[metric] for result in results])
     interval = None
     if len(values) > 1:
-        half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-        interval = Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
+        interval = _student(values)
     elif metric in results[0].questions:
         interval = mean_interval(np.array(list(results[0].questions[metric].values())))
     return Setting(shared, len(values), float(values.mean()), interval)
 
 
-def _mean_scores(results: Sequence[RunResult], metric: str) -> dict[Question, float]:
-    """Return question -> mean score over the runs that all answered it."""
-    tables = [result.questions.get(metric, {}) for result in results]
-    return {question: float(np.mean([t[question] for t in tables])) for question in _shared(tables)}
+def _student(values: Float[np.ndarray, " N"]) -> Interval:
+    """Return the mean of several values with Student's 95 % interval."""
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
 
 
-def _change(first: Mapping[Question, float], second: Mapping[Question, float]) -> Comparison | None:
-    both = _shared([first, second])
+def _change(first: Mapping[str, RunResult], second: Mapping[str, RunResult], metric: str) -> Change | None:
+    """Return how two settings differ, given as seed -> run."""
+    seeds = [seed for seed in first if seed in second]
+    if len(seeds) > 1:
+        differences = np.array([second[seed].values[metric] - first[seed].values[metric] for seed in seeds])
+        deviation, free = differences.std(ddof=1) / np.sqrt(len(seeds)), len(seeds) - 1
+        detectable = float((stats.t.ppf(0.975, free) + stats.t.ppf(0.8, free)) * deviation)
+        return Change(_student(differences), detectable, "runs")
+    one, other = (next(iter(runs.values())).questions.get(metric, {}) for runs in (first, second))
+    both = [question for question in one if question in other]
     if len(both) < 2:
         return None
-    return compare(np.array([first[q] for q in both]), np.array([second[q] for q in both]))
-
-
-def _shared(tables: Sequence[Mapping[Question, float]]) -> list[Question]:
-    common = set(tables[0]).intersection(*tables[1:])
-    return [question for question in tables[0] if question in common]
+    found = compare(np.array([one[q] for q in both]), np.array([other[q] for q in both]))
+    return Change(found.difference, found.detectable, "questions")
 
 
 def verdict(setting: Setting, metric: str) -> str:
     """Return what the comparison with the first setting shows, in a few words."""
-    if setting.change is None:
+    change = setting.change
+    if change is None:
         return ""
-    difference = setting.change.difference
+    difference = change.interval
     if difference.low <= 0 <= difference.high:
-        return f"no difference seen (one of {setting.change.detectable:.3f} would show)"
+        return f"no difference seen over {change.over} (one of {change.detectable:.3g} would show)"
     better = (difference.value > 0) == METRICS[metric]
-    return f"{'better' if better else 'worse'} by {abs(difference.value):.3f}"
+    return f"{'better' if better else 'worse'} by {abs(difference.value):.3g} over {change.over}"
 
 
 def table(found: Mapping[str, RunResult], trials: Sequence[Trial]) -> str:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -131,21 +131,23 @@ class Ended:
     log: Path
 
 
-def run(sweep: SweepConfig, trials: Sequence[Trial], state: State) -> Iterator[Ended]:
-    """Run the trials that are not done, and yield each as it ends. A trial that was cut short goes on where it was.
+def run(sweep: SweepConfig, trials: Sequence[Trial], state: State, on_end: Callable[[Ended], None]) -> list[Ended]:
+    """Run the trials that are not done; those that were cut short go on where they were. Returns how each ended.
 
     A signal to stop is passed to the trials that run, which save and end; no other is started.
+
+    Args:
+      on_end: called as each ends, from the thread that ran it.
     """
     waiting = [trial for trial in trials if state.status(trial) not in DONE]
     with _Processes() as processes, ThreadPoolExecutor(sweep.parallel) as pool:
-        ended = [pool.submit(_run_one, sweep, trial, state, processes) for trial in waiting]
-        for future in ended:
-            result = future.result()
-            if result is not None:
-                yield result
+        futures = [pool.submit(_run_one, sweep, trial, state, processes, on_end) for trial in waiting]
+        return [ended for future in futures if (ended := future.result()) is not None]
 
 
-def _run_one(sweep: SweepConfig, trial: Trial, state: State, processes: _Processes) -> Ended | None:
+def _run_one(
+    sweep: SweepConfig, trial: Trial, state: State, processes: _Processes, on_end: Callable[[Ended], None]
+) -> Ended | None:
     if processes.stopping:
         return None
     log = sweep.folder / "logs" / f"{trial.slug}.txt"
@@ -160,7 +162,9 @@ def _run_one(sweep: SweepConfig, trial: Trial, state: State, processes: _Process
             raise UserError(f"--submit: there is no program {sweep.command(trial)[0]}") from error
         status = process.wait()
     state.record(sweep, trial, status, time.monotonic() - began)
-    return Ended(trial, status, log)
+    ended = Ended(trial, status, log)
+    on_end(ended)
+    return ended
 
 
 class _Processes:

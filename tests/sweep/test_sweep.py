@@ -132,7 +132,7 @@ def test_the_table_gives_means_over_seeds_with_students_interval(swept, capsys):
         means.append(np.mean(runs))
     rows = re.findall(r"optimizer.learning_rate=(\S+) +(\S+) +(\S+) \.\. (\S+) +(\d) runs(.*)", printed)
     assert [float(row[1]) for row in rows[:2]] == pytest.approx(means, abs=1e-4)
-    assert rows[1][5].strip() == "better by 0.300"
+    assert rows[1][5].strip() == "better by 0.3 over runs"
     # less is better of the loss, the mean of the last tenth of ten lines: the last one
     losses = [float(row[1]) for row in rows[2:]]
     assert losses == pytest.approx([2.0 - 0.3 - 0.9, 2.0 - 0.6 - 0.9], abs=1e-4)
@@ -159,13 +159,26 @@ def test_a_difference_that_chance_explains_is_not_called_one():
         trial.slug: results.RunResult({"accuracy": np.mean(list(own.values()))}, {"accuracy": own})
         for trial, own in zip(pair, (both, other), strict=True)
     }
-    assert results.verdict(results.settings_of(found, pair, "accuracy")[1], "accuracy").startswith("no difference seen")
+    said = results.verdict(results.settings_of(found, pair, "accuracy")[1], "accuracy")
+    assert said.startswith("no difference seen over questions")
+
+
+def test_runs_with_the_same_seed_are_compared_pair_by_pair():
+    trials_of_both = chosen("optimizer.learning_rate=1,2", "seed=1,2,3")
+    losses = [2.0, 2.4, 2.9, 1.9, 2.35, 2.7]
+    found = {
+        trial.slug: results.RunResult({"loss": loss}, {}) for trial, loss in zip(trials_of_both, losses, strict=True)
+    }
+    change = results.settings_of(found, trials_of_both, "loss")[1].change
+    low, high = stats.ttest_rel(losses[3:], losses[:3]).confidence_interval(0.95)
+    assert (change.interval.low, change.interval.high) == pytest.approx((low, high))
+    assert change.over == "runs"
 
 
 def test_the_page_shows_both_settings_and_needs_nothing_else(swept):
     page = (swept / "runs" / "rates" / "sweep.html").read_text()
     assert page.count('class="axis"') == 2 * 2  # accuracy and loss, two settings each
-    assert "better by 0.300" in page
+    assert "better by 0.3 over runs" in page
     assert "http" not in page
 
 

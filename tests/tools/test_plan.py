@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jvlm import configs
 from jvlm.errors import UserError
 from jvlm.planning import chart, hlo
 from jvlm.planning.chips import Topology, smaller
 from jvlm.planning.measure import Compiled, Memory
+from jvlm.planning.plan import assumed_lengths
 from jvlm.units import GIB
 from tests import support
 
@@ -251,3 +253,11 @@ def test_a_step_of_micro_batches_compiles_on_several_chips():
     done = with_compiler("-m", "tests.tools.planned_accumulation")
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split() == ["True"]
+
+
+@pytest.mark.parametrize("config", ["align/mimo_vl_7b_reward_model", "align/mimo_vl_7b_dpo"])
+def test_lengths_are_assumed_for_tasks_whose_batches_hold_more_than_the_packed_one(config):
+    experiment = configs.load(config)
+    lengths = assumed_lengths(experiment)
+    assert lengths.conversation == experiment.data.seq_len
+    assert 0 < lengths.image <= experiment.data.max_patches
