@@ -161,6 +161,8 @@ def verdict(setting: Setting, metric: str) -> str:
     if change is None:
         return ""
     difference = change.interval
+    if difference.low == difference.high == 0:
+        return "the same"
     if difference.low <= 0 <= difference.high:
         return f"no difference seen over {change.over} (one of {change.detectable:.3g} would show)"
     better = (difference.value > 0) == METRICS[metric]
