@@ -23,6 +23,8 @@ class TaskComparison:
       first, second: means over the questions that both answered.
       questions: how many these are.
       left_out: questions with a score in one of them only.
+      groups: what is drawn for the interval: questions, or what belongs together (those about one image).
+      summary: how the task's own score is made, which is not these means where it is not "mean".
       differing: settings of scoring that differ, which may explain what the models do not.
     """
 
@@ -33,6 +35,8 @@ class TaskComparison:
     questions: int
     left_out: int
     comparison: Comparison
+    groups: int = 0
+    summary: str = "mean"
     differing: tuple[str, ...] = ()
 
 
@@ -53,6 +57,8 @@ def _compared(first: Path, second: Path) -> TaskComparison:
     if not both:
         raise UserError(f"{first} and {second} have no question in common that both answered")
     one, other = (np.array([own[name] for name in both]) for own in values)
+    groups = _groups(first)
+    units = [groups[name] for name in both]
     differing = tuple(
         f"{field}: {records[0][field]} and {records[1][field]}"
         for field in ("version", "metric", "prompt_hash", "code")
@@ -65,7 +71,9 @@ def _compared(first: Path, second: Path) -> TaskComparison:
         float(other.mean()),
         len(both),
         len(values[0].keys() ^ values[1].keys()),
-        compare(one, other),
+        compare(one, other, groups=units if len(set(units)) < len(units) else None),
+        len(set(units)),
+        records[0]["summary"],
         differing,
     )
 
@@ -79,6 +87,11 @@ def _means(folder: Path) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
+def _groups(folder: Path) -> dict[str, str]:
+    """Return what each question belongs to."""
+    return {line["id"]: line["group"] or line["id"] for line in read_lines(folder / SCORES)}
+
+
 def table(compared: Sequence[TaskComparison]) -> str:
     """Return comparisons as lines for the terminal."""
     lines = [f"{'task':<26} {'first':>7} {'second':>7}  {'difference':>10}  {'95 % interval':<16} {'p':>6}  detectable"]
@@ -90,6 +103,10 @@ def table(compared: Sequence[TaskComparison]) -> str:
             f"{one.unit * change.difference.value:+10.1f}  {f'{low:+.1f} .. {high:+.1f}':<16} {change.p_value:6.3f}  "
             f"{one.unit * change.detectable:.1f} with {one.questions} questions"
         )
+        if one.groups < one.questions:
+            lines.append(f"{'':<26} in {one.groups} groups of questions that belong together, which are drawn as one")
+        if one.summary != "mean":
+            lines.append(f"{'':<26} means over questions; the task's own score is made otherwise ({one.summary})")
         if one.left_out:
             lines.append(f"{'':<26} {one.left_out} questions have a score in one of them only, and are left out")
         lines += [f"{'':<26} not the same {text}" for text in one.differing]

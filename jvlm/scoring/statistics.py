@@ -77,19 +77,32 @@ class Comparison:
 
 
 def compare(
-    first: Float[np.ndarray, " N"], second: Float[np.ndarray, " N"], *, confidence: float = 0.95, draws: int = 10_000
+    first: Float[np.ndarray, " N"],
+    second: Float[np.ndarray, " N"],
+    *,
+    confidence: float = 0.95,
+    groups: Sequence | None = None,
+    draws: int = 10_000,
 ) -> Comparison:
-    """Return how two runs differ, question by question."""
+    """Return how two runs differ, question by question.
+
+    Args:
+      groups: what questions belong together (those about one image); then groups are drawn, not questions.
+    """
     change = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     rng = np.random.default_rng(0)
-    n = change.size
-    means = np.concatenate([change[rng.integers(0, n, (1000, n))].mean(1) for _ in range(max(draws // 1000, 1))])
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    moved = np.abs(change[change != 0])
+    sums, counts = _by_group(change, groups)
+    n = sums.size
+    means = []
+    for _ in range(max(draws // 1000, 1)):
+        drawn = rng.integers(0, n, (1000, n))
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+    moved = np.abs(sums[sums != 0])
     signs = [(rng.integers(0, 2, (1000, moved.size)) * 2 - 1) @ moved for _ in range(max(draws // 1000, 1))]
     extreme = np.abs(np.concatenate(signs)) >= abs(change.sum()) - 1e-12
-    deviation = float(change.std(ddof=1)) if n > 1 else math.nan
-    detectable = (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * deviation / math.sqrt(n)
+    deviation = float((sums - change.mean() * counts).std(ddof=1)) if n > 1 else math.nan
+    detectable = (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * deviation * math.sqrt(n) / change.size
     p_value = (extreme.sum() + 1) / (extreme.size + 1)
     return Comparison(Interval(float(change.mean()), float(low), float(high)), float(p_value), float(detectable))
 

@@ -87,3 +87,18 @@ def test_style_is_taken_out():
 def test_models_that_never_met_are_not_compared():
     with pytest.raises(UserError, match="never met"):
         elo([Duel("a", "b", 1.0), Duel("c", "d", 1.0)])
+
+
+def test_questions_about_one_image_are_drawn_together():
+    rng = np.random.default_rng(0)
+    by_image = np.repeat(rng.integers(-1, 2, 40), 10).astype(float)
+    first, second = np.zeros(400), by_image
+    groups = np.repeat(np.arange(40), 10)
+    alone, together = compare(first, second), compare(first, second, groups=groups)
+    assert together.difference.value == alone.difference.value
+    width = [one.difference.high - one.difference.low for one in (alone, together)]
+    assert width[1] == pytest.approx(width[0] * 10**0.5, rel=0.1), "forty things are seen, and not four hundred"
+    assert together.detectable == pytest.approx(alone.detectable * 10**0.5, rel=0.05)
+    assert together.p_value > alone.p_value
+    of_images = compare(np.zeros(40), by_image[::10])
+    assert together.detectable == pytest.approx(of_images.detectable)
