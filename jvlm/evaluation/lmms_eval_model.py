@@ -37,15 +37,17 @@ class JVLM(lmms):
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return the answers, in the order of the requests; a failed one as lmms-eval marks it."""
         answers: dict[str, str] = {}
+        ends: dict[str, Sequence[str]] = {}
         by_decoding: dict[Decoding, list[Prompt]] = {}
         for number, request in enumerate(requests):
             _, doc_to_messages, sampling, doc_id, task, split = request.args
             messages = doc_to_messages(self.task_dict[task][split][doc_id])
             prompt = Prompt(str(number), conversation(messages), number)
+            ends[prompt.id] = _ends(sampling)
             by_decoding.setdefault(decoding_of(sampling), []).append(prompt)
         for decoding, prompts in by_decoding.items():
             for reply in self._client.replies(prompts, decoding):
-                answers[reply.id] = f"{FAILED} {reply.error}]" if reply.error else reply.text
+                answers[reply.id] = f"{FAILED} {reply.error}]" if reply.error else _cut(reply.text, ends[reply.id])
         return [answers[str(number)] for number in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -55,6 +57,16 @@ class JVLM(lmms):
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Refuse."""
         raise NotImplementedError("jvlm answers one turn at a time for lmms-eval")
+
+
+def _ends(sampling: Mapping[str, Any]) -> Sequence[str]:
+    """Return the texts that end an answer, which tasks give as one or several."""
+    given = sampling.get("until") or ()
+    return [given] if isinstance(given, str) else [one for one in given if one]
+
+
+def _cut(text: str, ends: Sequence[str]) -> str:
+    return text[: min((place for end in ends if (place := text.find(end)) >= 0), default=len(text))]
 
 
 def conversation(messages: Sequence[Mapping[str, Any]]) -> Conversation:

@@ -69,10 +69,10 @@ def test_lmms_eval_finds_a_model_that_answers_its_requests_in_order(lmms_eval, m
         picture = {"type": "image", "url": Image.new("RGB", (28, 28))}
         return [{"role": "user", "content": [picture, {"type": "text", "text": f"number {doc['n']}"}]}]
 
-    settings = [{"max_new_tokens": 4 + n % 2, "temperature": 0} for n in range(3)]
+    settings = [{"max_new_tokens": 4 + n % 2, "temperature": 0, "until": ["ber 1", "\n\n"]} for n in range(3)]
     requests = [types.SimpleNamespace(args=("", messages, settings[n], n, "task", "test")) for n in range(3)]
     answers = model.generate_until(requests)
-    assert answers[:2] == ["said <image>number 0", "said <image>number 1"]
+    assert answers[:2] == ["said <image>number 0", "said <image>num"]
     assert answers[2].startswith(FAILED)
     assert getattr(module, attribute).is_simple is False
 
