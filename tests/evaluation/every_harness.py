@@ -53,7 +53,8 @@ def question(doc, *_):
 
 
 def rows(answers: list[str]) -> list[dict]:
-    golds = [(text, f"{text[:-2]}qz", "something else entirely")[n % 3] for n, text in enumerate(answers)]
+    said = [text.strip() for text in answers]
+    golds = [(text, f"{text[:-2]}qz", "something else entirely")[n % 3] for n, text in enumerate(said)]
     return [
         {"questionId": str(n), "question": f"what is the number {n}?", "docId": n, "image": picture(n)}
         | {"answers": [gold, "zzzz"]}
@@ -131,7 +132,7 @@ def theirs(benchmark: Path, output: Path, model: str, arguments: str) -> tuple[f
 
 
 def _text(given) -> str:
-    return _text(given[0]) if isinstance(given, list) else given
+    return _text(given[0]) if isinstance(given, list) else given.strip()
 
 
 def test_lmms_eval_asks_a_server_of_ours_and_finds_the_same_score(benchmark, served, tmp_path):
