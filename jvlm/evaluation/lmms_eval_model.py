@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jvlm.cli.evaluate import Evaluate, client
 from jvlm.data.content import Conversation, Image, Message, Part, Text, Video
+from jvlm.errors import UserError
 from jvlm.evaluation.clients import FAILED, Prompt
 from jvlm.evaluation.task import Decoding
 
@@ -16,6 +16,9 @@ try:
 except ImportError:  # only lmms-eval makes a JVLM; without it the module can still be looked at
     lmms = object
 
+_OPTIONS = frozenset(("adapters", "adapter", "param_dtype"))
+_THEIRS = frozenset(("device", "max_batch_size"))  # which lmms-eval gives every model
+
 
 class JVLM(lmms):
     """Answers lmms-eval's requests with a model folder.
@@ -23,15 +26,22 @@ class JVLM(lmms):
     Args:
       model: as of ``jvlm evaluate``.
       batch_size: questions answered together.
-      options: further options of ``jvlm evaluate``: adapters, param_dtype, ...
+      options: adapters (one), adapter and param_dtype of ``jvlm evaluate``; lmms-eval's own are not for it.
+
+    Raises:
+      UserError: another option.
     """
 
     is_simple = False
 
     def __init__(self, model: str, batch_size: int | str = 8, **options: Any):
         super().__init__()
-        known = {field.name for field in dataclasses.fields(Evaluate)}
-        own = {name: value for name, value in options.items() if name in known}
+        own = {name: value for name, value in options.items() if name not in _THEIRS}
+        unknown = sorted(own.keys() - _OPTIONS)
+        if unknown:
+            raise UserError(f"--model_args {unknown[0]}: known are model, {', '.join(sorted(_OPTIONS))}")
+        if "adapters" in own:
+            own["adapters"] = (str(own["adapters"]),)
         self._client = client(Evaluate(model=model, batch_size=int(batch_size), **own))
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

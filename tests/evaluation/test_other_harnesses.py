@@ -62,6 +62,8 @@ def test_lmms_eval_finds_a_model_that_answers_its_requests_in_order(lmms_eval, m
     client = Scripted(lambda text: None if "2" in text else f"said {text}")
     monkeypatch.setattr(module, "client", lambda options: client)
     model = getattr(module, attribute)(model="folder", batch_size="4", device="cuda")
+    with pytest.raises(UserError, match=r"--model_args quantize: known are model, adapter"):
+        getattr(module, attribute)(model="folder", quantize="int4")
     docs = [{"n": n} for n in range(3)]
     model.task_dict = {"task": {"test": docs}}
 
