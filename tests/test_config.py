@@ -168,3 +168,10 @@ def test_fields_of_a_task_are_options_those_of_one_s_own_too(tmp_path, first):
     assert (shipped.task.neftune_alpha, shipped.task.neftune_where) == (5.0, "merged")
     with pytest.raises(UserError, match=r"task\.neftune_alpha must be at least 0, got -1"):
         configs.load("mimo_vl/easy_vqa", ["--task.neftune_alpha", "-1"])
+
+
+def test_every_shipped_config_holds_its_model_so_that_it_can_be_planned():
+    # composed of towers on disk, or for what a run of the demo exports
+    from_folders = {"align/mimo_7b_reward_model", "backbones/smollm2_dinov2", "finetune/white_cells"}
+    without = [name for name in set(configs.shipped()) - from_folders if configs.load(name).model is None]
+    assert without == []

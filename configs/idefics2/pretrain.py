@@ -18,6 +18,8 @@ from jvlm.data.config import DataConfig
 from jvlm.data.document_config import DocumentConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.families.idefics2.image_processor import Idefics2ImageConfig
+from jvlm.models.layers import Precision
+from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, OptimizerConfig
 
 GRID = 27
@@ -31,6 +33,7 @@ def get_config() -> Experiment:
         model,
         encoder=dataclasses.replace(model.encoder, grid=GRID),
         connector=dataclasses.replace(model.connector, min_image_patches=GRID**2),
+        precision=Precision(remat="attention"),
     )
     return Experiment(
         name="idefics2_pretrain",
@@ -41,6 +44,8 @@ def get_config() -> Experiment:
             batch_size=16, seq_len=2048, max_patches=31 * GRID**2, max_image_patches=GRID**2, documents=PAGES
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=0.1, beta2=0.999),
+        parallel=ParallelConfig(data=1, fsdp=-1),
+        topologies=("v5p:2x2x4",),
         steps=80_000,
         gradient_accumulation_steps=16,
         log_interval_steps=20,

@@ -18,4 +18,4 @@ def get_config() -> Experiment:
     experiment = configs.load("idefics2/pretrain")
     decoder = CrossAttentionTransformerConfig.of(experiment.model.decoder, cross_attention_every=4)
     model = dataclasses.replace(experiment.model, decoder=decoder)
-    return dataclasses.replace(experiment, name="idefics2_pretrain_cross_attention", model=model)
+    return dataclasses.replace(experiment, name="idefics2_pretrain_cross_attention", model=model, topologies=())

@@ -9,9 +9,14 @@ published. Its authors found that training all of the language model diverges, a
 is trained, and the towers only where you give them a rate.
 """
 
+import dataclasses
+
+from jvlm import families
 from jvlm.data.config import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.families.idefics2.image_processor import Idefics2ImageConfig
+from jvlm.models.layers import Precision
+from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, OptimizerConfig
 
 
@@ -19,6 +24,7 @@ def get_config() -> Experiment:
     """Return the experiment; a sequence of 2,048 tokens has room for six split images, or 24,000 patches of any."""
     return Experiment(
         name="idefics2_sft",
+        model=dataclasses.replace(families.preset("idefics2_8b"), precision=Precision(remat="attention")),
         init_from="idefics2-8b",
         processor=ProcessorConfig(image=Idefics2ImageConfig()),
         data=DataConfig(
@@ -30,6 +36,7 @@ def get_config() -> Experiment:
             on_too_long="truncate",
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4, encoder_lr=0.0, decoder_lr=0.0, beta2=0.999),
+        parallel=ParallelConfig(data=1, fsdp=-1),
         epochs=1.0,
         gradient_accumulation_steps=4,
     )

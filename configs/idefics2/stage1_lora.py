@@ -46,6 +46,7 @@ def get_config() -> Experiment:
     return dataclasses.replace(
         experiment,
         name="idefics2_stage1_lora",
+        topologies=(),
         encoder_from="siglip-so400m-patch14-384",
         decoder_from="Mistral-7B-v0.1",
         adapter=ADAPTER,

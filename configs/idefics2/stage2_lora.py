@@ -22,7 +22,8 @@ def get_config() -> Experiment:
     return dataclasses.replace(
         first,
         name="idefics2_stage2_lora",
-        model=families.preset("idefics2_8b"),
+        model=dataclasses.replace(families.preset("idefics2_8b"), precision=first.model.precision),
+        topologies=(),
         tokenizer=None,
         encoder_from=None,
         decoder_from=None,

@@ -7,10 +7,13 @@ cosine decay to 0, every tower trained. Pages of text are documents: an image an
 position tables go from 27 x 27 to 48 x 48 positions as the stage begins.
 """
 
+import dataclasses
+
 from jvlm.data.config import DataConfig
 from jvlm.data.processor import ProcessorConfig
 from jvlm.families.mm1_5.image_processor import TiledImageConfig
-from jvlm.families.mm1_5.presets import GRID_672
+from jvlm.families.mm1_5.presets import GRID_672, PRESETS, at_grid
+from jvlm.models.layers import Precision
 from jvlm.training.config import AdaptConfig, Experiment, ExportConfig, OptimizerConfig
 
 
@@ -18,6 +21,7 @@ def get_config() -> Experiment:
     """Four images of five tiles each fill a sequence."""
     return Experiment(
         name="mm1_5_continual",
+        model=dataclasses.replace(at_grid(PRESETS["mm1_5_3b"], GRID_672), precision=Precision(remat="attention")),
         init_from="runs/mm1_5_pretrain",
         adapt=AdaptConfig(grid=GRID_672),
         processor=ProcessorConfig(image=TiledImageConfig(splitting="static"), box_format="mm1_5"),

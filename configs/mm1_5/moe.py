@@ -16,5 +16,6 @@ from jvlm.training.config import Experiment
 def get_config() -> Experiment:
     """Return the experiment; the router's losses and loads are in the log, as router/..."""
     base = configs.load("mm1_5/continual")
-    experts = PRESETS["mm1_5_3b_moe"].decoder.mlp
-    return dataclasses.replace(base, name="mm1_5_moe", adapt=dataclasses.replace(base.adapt, experts=experts))
+    model = dataclasses.replace(PRESETS["mm1_5_3b_moe"], precision=base.model.precision)
+    adapt = dataclasses.replace(base.adapt, experts=model.decoder.mlp)
+    return dataclasses.replace(base, name="mm1_5_moe", model=model, adapt=adapt)

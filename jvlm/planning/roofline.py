@@ -97,7 +97,7 @@ def roofline(experiment: Experiment, compiled: Compiled, topology: Topology, len
         template, data.batch_size * experiment.gradient_accumulation_steps, data.seq_len, data.max_patches
     )
     is_trainable = trainable.from_config(experiment.optimizer, template.adapters)
-    trained = flops.trained_towers(trainable.select(is_trainable, vlm.variables(template)))
+    trained = flops.Trained.of(template, trainable.select(is_trainable, vlm.variables(template)))
     ranks = flops.adapter_ranks(template)
     has_backward = flops.has_backward(trained, ranks)
     # A kernel's products are not in the program's text. Its backward pass makes five products for the forward's two,
@@ -106,7 +106,9 @@ def roofline(experiment: Experiment, compiled: Compiled, topology: Topology, len
     work = flops.forward(template, counts)
     kernels = sum((passes if has_backward[part] else 1) * work[part].attention for part in work)
     # so are experts' products: forward, again, and by rows and matrices
-    passes = 1 + has_backward["decoder"] * (1 + trained["decoder"] + (experiment.model.precision.remat != "none"))
+    passes = 1 + has_backward["decoder"] * (
+        1 + trained.shares["decoder"] + (experiment.model.precision.remat != "none")
+    )
     kernels += passes * flops.experts(template, counts.tokens)
     parts = flops.training(template, counts, trained, ranks)
     return assess(parts, kernels, counts.tokens, len(counts.images), compiled, topology)

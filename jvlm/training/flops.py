@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -20,11 +21,13 @@ from jvlm.adapters.base_matrices import matrices
 from jvlm.adapters.layers import is_adapter_path
 from jvlm.models.arithmetic import Counts, Product, Work
 from jvlm.models.batch import PackedBatch
+from jvlm.models.contracts import DecoderConfig
 from jvlm.models.vlm import TOWERS, VLM
 from jvlm.training import optimizer
-from jvlm.weights.vocabulary import HEAD
+from jvlm.weights.vocabulary import EMBEDDING, HEAD
 
 PARTS = (*TOWERS, "head")
+SCORE = "decoder.score.kernel"
 _MATRIX = re.compile(r"(\.kernel|\.mlp\.(gate|up|down))$")
 
 
@@ -68,6 +71,49 @@ class Parts:
         return self.encoder + self.connector + self.decoder + self.head
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What of a model is trained; adapters are counted by themselves (`adapter_ranks`).
+
+    Attributes:
+      shares: part -> share of the weights of its matrices that are trained, each of which has a gradient.
+      moving: the towers of which anything is trained, if it is only norms or the embedding.
+      embedding: whether the embedding table is, or rows of it.
+    """
+
+    shares: Mapping[str, float]
+    moving: frozenset[str]
+    embedding: bool
+
+    @classmethod
+    def towers(cls, *names: str) -> Trained:
+        """Return these towers as a whole, the head with the decoder."""
+        shares = {part: float(("decoder" if part == "head" else part) in names) for part in PARTS}
+        return cls(shares, frozenset(names), "decoder" in names)
+
+    @classmethod
+    def of(cls, template: VLM, trainable: Iterable[str]) -> Trained:
+        """Return what is at these paths of a model; adapters among them are left out."""
+        every = set(trainable)
+        paths = {path for path in every if not is_adapter_path(path)}
+        known = {path: (_part(path, template), math.prod(m.shape)) for path, m in matrices(template).items()}
+        sizes, own = Counter(), Counter()
+        for path, (part, size) in known.items():
+            sizes[part] += size
+            own[part] += size * (path in paths)
+        moving = frozenset(optimizer.tower_of(path) for path in paths)
+        # a tower of another package may name its matrices otherwise
+        shares = {part: own[part] / sizes[part] if sizes[part] else float(part in moving) for part in PARTS}
+        return cls(shares, moving, EMBEDDING in paths or any(".token_rows." in path for path in every))
+
+
+def _part(path: str, template: VLM) -> str | None:
+    """Return the part whose products a parameter is in; None for one that is in none (norms, an embedding table)."""
+    if path in (HEAD, SCORE) or (path == EMBEDDING and getattr(template.config.decoder, "tie_word_embeddings", False)):
+        return "head"
+    return optimizer.tower_of(path) if _MATRIX.search(path) else None
+
+
 def forward(template: VLM, counts: Counts) -> dict[str, Work]:
     """Return what each part computes in a forward pass, as the configurations declare it.
 
@@ -80,54 +126,48 @@ def forward(template: VLM, counts: Counts) -> dict[str, Work]:
         "encoder": encoder.work(counts),
         "connector": connector.work(counts, encoder.hidden_size, decoder.hidden_size),
         "decoder": decoder.work(counts, connector.tokens_per_image),
-        "head": Work((Product(counts.targets, decoder.hidden_size, decoder.vocab_size),)),
+        "head": Work((Product(counts.targets, decoder.hidden_size, _outputs(decoder)),)),
     }
 
 
-def training(
-    template: VLM, counts: Counts, trained: Mapping[str, bool], adapter_rank: Mapping[str, float] | None = None
-) -> Parts:
+def _outputs(decoder: DecoderConfig) -> int:
+    """Return what the head gives for each token: logits of all words, or the scores of a model with ``labels``."""
+    return getattr(decoder, "labels", None) or decoder.vocab_size
+
+
+def training(template: VLM, counts: Counts, trained: Trained, adapter_rank: Mapping[str, float] | None = None) -> Parts:
     """One forward and backward pass.
 
     Args:
-      trained: whether the weights of each tower are trained. A gradient goes back through a frozen tower only if
-        something before it is trained, and never to its weights.
+      trained: a gradient goes back through a frozen tower only if something before it is trained, and never to its
+        weights.
       adapter_rank: of low-rank adapters on all weights of a tower; they are trained, and their own products count.
     """
     ranks, work = adapter_rank or {}, forward(template, counts)
     before, parts = _gradient_before(trained, ranks), {}
     for part in PARTS:
-        tower = "decoder" if part == "head" else part
-        rank = 0 if part == "head" else ranks.get(tower, 0)
-        parts[part] = _both_ways(work[part], before[part], trained[tower], rank)
+        rank = 0 if part == "head" else ranks.get(part, 0)
+        inside = part in trained.moving or trained.shares[part] > 0
+        parts[part] = _both_ways(work[part], before[part], inside, trained.shares[part], rank)
     return Parts(**parts)
 
 
-def _gradient_before(trained: Mapping[str, bool], ranks: Mapping[str, float]) -> dict[str, bool]:
+def _gradient_before(trained: Trained, ranks: Mapping[str, float]) -> dict[str, bool]:
     """Return for each part whether what comes into it needs a gradient."""
-    moves = {tower: trained[tower] or ranks.get(tower, 0) > 0 for tower in TOWERS}
+    moves = {tower: tower in trained.moving or ranks.get(tower, 0) > 0 for tower in TOWERS}
     return {
         "encoder": False,
         "connector": moves["encoder"],
-        "decoder": moves["encoder"] or moves["connector"] or trained["decoder"],  # its embedding is trained with it
+        "decoder": moves["encoder"] or moves["connector"] or trained.embedding,
         "head": any(moves.values()),
     }
 
 
-def has_backward(trained: Mapping[str, bool], adapter_rank: Mapping[str, float]) -> dict[str, bool]:
+def has_backward(trained: Trained, adapter_rank: Mapping[str, float]) -> dict[str, bool]:
     """Return for each part whether a gradient goes through it, or into it; arguments as in `training`."""
     before = _gradient_before(trained, adapter_rank)
-    own = {part: trained.get(part, False) or adapter_rank.get(part, 0) > 0 for part in PARTS}
+    own = {part: part in trained.moving or trained.shares[part] > 0 or adapter_rank.get(part, 0) > 0 for part in PARTS}
     return {part: before[part] or own[part] for part in PARTS}
-
-
-def trained_towers(trainable: Iterable[str]) -> dict[str, bool]:
-    """Return for each tower whether any of its own parameters are among the paths of those that are trained.
-
-    Adapters are counted by themselves, since frozen kernels beside them need no gradient of their own.
-    """
-    towers = {optimizer.tower_of(path) for path in trainable if not is_adapter_path(path)}
-    return {tower: tower in towers for tower in TOWERS}
 
 
 def inference(template: VLM, counts: Counts) -> Parts:
@@ -142,7 +182,7 @@ def decoding(template: VLM, sequences: int, cache_len: int) -> tuple[Parts, floa
     """
     model = template.config
     work = model.decoder.decode_work(sequences, cache_len, model.connector.tokens_per_image)
-    head = Product(sequences, model.decoder.hidden_size, model.decoder.vocab_size)
+    head = Product(sequences, model.decoder.hidden_size, _outputs(model.decoder))
     return Parts(0.0, 0.0, work.total, head.flops), work.attention
 
 
@@ -153,23 +193,29 @@ def experts(template: VLM, tokens: int) -> float:
     return sum(product.flops for product in work.products if product.grouped)
 
 
-def _both_ways(work: Work, gradient_wanted: bool, trained: bool, rank: float) -> float:
-    """Forward and backward FLOP of a part; ``gradient_wanted`` says that what comes into it needs a gradient."""
+def _both_ways(work: Work, gradient_wanted: bool, inside: bool, share: float, rank: float) -> float:
+    """Forward and backward FLOP of a part.
+
+    Args:
+      gradient_wanted: what comes into the part needs a gradient.
+      inside: something of the part is trained, if it is a norm.
+      share: of its matrices' weights that are trained.
+    """
     flops = work.total
     if rank:
         flops += sum(2.0 * p.uses * rank * (p.d_in + p.d_out) for p in work.products)
-    if not (gradient_wanted or trained or rank):
+    if not (gradient_wanted or inside or rank):
         return flops
     flops += 2 * work.attention
     for product in work.products:
         inputs = gradient_wanted or not product.entry
         adapter = 2.0 * product.uses * rank
-        flops += inputs * product.flops + trained * product.flops
+        flops += inputs * product.flops + share * product.flops
         flops += adapter * (product.d_in + product.d_out) + adapter * (product.d_out + inputs * product.d_in)
     return flops
 
 
-def of_batch(template: VLM, batches: Iterable[PackedBatch], trained: Mapping[str, bool]) -> Parts:
+def of_batch(template: VLM, batches: Iterable[PackedBatch], trained: Trained) -> Parts:
     """`training` of one or more batches of host arrays, with the adapters that the template has."""
     return training(template, counts_of(batches), trained, adapter_ranks(template))
 

@@ -28,13 +28,12 @@ class Throughput(Hook):
 
     Args:
       tokens: in a batch of all processes, padding included.
-      trainable: path -> variable of the trainable parameters; a tower with any is counted as trained;
-        adapters are counted by themselves, since frozen kernels beside them need no gradient.
+      trainable: path -> variable of the trainable parameters.
     """
 
     def __init__(self, template: VLM, trainable: dict[str, nnx.Variable], tokens: int):
         self.template, self.tokens = template, tokens
-        self._trained = flops.trained_towers(trainable)
+        self._trained = flops.Trained.of(template, trainable)
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self._has_arithmetic = True
         try:

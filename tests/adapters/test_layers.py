@@ -211,9 +211,9 @@ def test_adapters_are_counted_as_arithmetic_and_frozen_kernels_beside_them_need_
     assert flops.adapter_ranks(model) == {"decoder": 4.0}
     half = attach(base, AdapterConfig(rank=4, targets=("re:.*text_model.layers.1.*",)))
     assert flops.adapter_ranks(half) == {"decoder": 2.0}
-    batches, frozen = [golden.batch("idefics2")], dict.fromkeys(vlm.TOWERS, False)
+    batches, frozen = [golden.batch("idefics2")], flops.Trained.towers()
     counts = flops.counts_of(batches)
     forward = flops.inference(base, counts)
     found = flops.of_batch(model, batches, frozen)
     assert found.encoder == forward.encoder
-    assert forward.decoder < found.decoder < flops.training(base, counts, dict.fromkeys(vlm.TOWERS, True)).decoder
+    assert forward.decoder < found.decoder < flops.training(base, counts, flops.Trained.towers(*vlm.TOWERS)).decoder

@@ -148,8 +148,7 @@ def test_its_arithmetic_is_declared(loaded):
     from jvlm.training import flops
 
     model, processor = loaded
-    trained = {"encoder": False, "connector": False, "decoder": True}
-    parts = flops.of_batch(model, [processor.pack([conversation()])], trained)
+    parts = flops.of_batch(model, [processor.pack([conversation()])], flops.Trained.towers("decoder"))
     assert parts.encoder == 2 * 9 * (3 * 14**2 * E + E * E)
 
 

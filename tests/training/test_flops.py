@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jvlm import families
+from jvlm import configs, families
 from jvlm.adapters.attach import structure
 from jvlm.adapters.config import AdapterConfig
 from jvlm.adapters.targets import resolve
@@ -28,7 +28,7 @@ from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
-from jvlm.training import flops, trainable
+from jvlm.training import compiled_step, flops, trainable
 from jvlm.training.optimizer.config import OptimizerConfig
 
 TOKENS, PATCHES = 256, 512
@@ -102,15 +102,16 @@ def _by_xla(template: vlm.VLM, trained: Iterable[str]) -> float:
 
 @pytest.mark.parametrize("learnt", ["encoder connector decoder", "connector decoder", "connector", "decoder", ""])
 def test_it_is_what_xla_counts_within_3_percent_whatever_is_frozen(learnt):
-    learnt = {tower: tower in learnt.split() for tower in vlm.TOWERS}
+    towers = learnt.split()
+    learnt = flops.Trained.towers(*towers)
     template = vlm.abstract(CONFIG)
     counts = flops.counts_of([_full_batch()])
     counted = flops.training(template, counts, learnt)
     # XLA counts what the reference attention and the logits of all tokens compute: no half, and one token more
     attention = flops.forward(template, counts)["decoder"].attention
-    passes = 3 if any(learnt.values()) else 1
+    passes = 3 if towers else 1
     expected = counted.total + passes * attention + counted.head / counts.targets
-    trained = [path for path in vlm.parameters(template) if learnt[path.partition(".")[0]]]
+    trained = [path for path in vlm.parameters(template) if path.partition(".")[0] in towers]
     assert _by_xla(template, trained) == pytest.approx(expected, rel=0.03)
 
 
@@ -120,8 +121,8 @@ def test_adapters_on_a_frozen_base_are_what_xla_counts_within_3_percent(targets)
     adapter = AdapterConfig(rank=32, targets=(targets,))
     template = structure(vlm.abstract(CONFIG), resolve(adapter, CONFIG))
     trained = trainable.select(trainable.from_config(OptimizerConfig(), template.adapters), vlm.variables(template))
-    learnt, ranks = flops.trained_towers(trained), flops.adapter_ranks(template)
-    assert not any(learnt.values())
+    learnt, ranks = flops.Trained.of(template, trained), flops.adapter_ranks(template)
+    assert learnt == flops.Trained.towers()
     counts = flops.counts_of([_full_batch()])
     counted, work = flops.training(template, counts, learnt, ranks), flops.forward(template, counts)
     backward = flops.has_backward(learnt, ranks)
@@ -132,14 +133,39 @@ def test_adapters_on_a_frozen_base_are_what_xla_counts_within_3_percent(targets)
     per_layer = {"decoder": TOKENS, "connector": PATCHES // 4}
     expected -= sum(2 * per_layer[targets] * product.d_in * product.d_out for product in first)
     assert _by_xla(template, trained) == pytest.approx(expected, rel=0.03)
-    as_if_trained = flops.training(template, counts, dict.fromkeys(vlm.TOWERS, True)).total
+    as_if_trained = flops.training(template, counts, flops.Trained.towers(*vlm.TOWERS)).total
     assert _by_xla(template, trained) < 0.8 * as_if_trained
+
+
+@pytest.mark.parametrize("modules", [("input_layernorm", "post_attention_layernorm"), ("lm_head",), ("connector",)])
+def test_what_is_trained_whole_beside_adapters_is_what_xla_counts_within_3_percent(modules):
+    """A trained norm takes gradients through its tower and none to the tower's matrices; a trained matrix its own."""
+    adapter = AdapterConfig(rank=8, targets=("decoder.attention",), train_modules=modules)
+    template = structure(vlm.abstract(CONFIG), resolve(adapter, CONFIG))
+    trained = trainable.select(trainable.from_config(OptimizerConfig(), template.adapters), vlm.variables(template))
+    learnt, ranks = flops.Trained.of(template, trained), flops.adapter_ranks(template)
+    counts = flops.counts_of([_full_batch()])
+    counted, work = flops.training(template, counts, learnt, ranks), flops.forward(template, counts)
+    expected = counted.total + 3 * work["decoder"].attention + counted.head / counts.targets
+    assert _by_xla(template, trained) == pytest.approx(expected, rel=0.03)
+    assert learnt.shares["encoder"] == learnt.shares["decoder"] == 0
+    assert learnt.shares["head"] == (modules == ("lm_head",))
+
+
+def test_a_reward_model_has_a_matrix_of_one_score_in_the_place_of_a_head():
+    experiment = configs.load("align/mimo_vl_7b_reward_model")
+    template = compiled_step.template_of(experiment)
+    trained = trainable.select(trainable.from_config(experiment.optimizer, template.adapters), vlm.variables(template))
+    learnt = flops.Trained.of(template, trained)
+    assert learnt.shares == {"encoder": 0, "connector": 0, "decoder": 0, "head": 1}
+    counts = flops.Counts(np.asarray([64]), np.zeros(0, int), np.zeros(0, int), 0, 64)
+    assert flops.forward(template, counts)["head"].total == 2 * 64 * template.config.decoder.hidden_size
 
 
 def test_a_packed_batch_costs_the_sum_of_its_conversations_and_padding_nothing():
     template = vlm.abstract(CONFIG)
     batch = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), _full_batch())
-    learnt = dict.fromkeys(vlm.TOWERS, True)
+    learnt = flops.Trained.towers(*vlm.TOWERS)
     segments, patches = np.zeros((2, TOKENS), np.int32), np.zeros((2, PATCHES), np.int32)
     lengths, sizes = {(0, 1): 100, (0, 2): 30, (1, 1): 7}, {(0, 1): 64, (0, 2): 16, (1, 1): 4}
     for (row, number), length in lengths.items():
@@ -173,7 +199,7 @@ def test_windows_and_full_attention_of_the_vision_tower_are_counted_by_pairs():
 
 def test_adapters_cost_their_own_products_and_no_gradient_of_the_frozen_weights():
     template, counts = vlm.abstract(CONFIG), flops.counts_of([_full_batch()])
-    frozen = dict.fromkeys(vlm.TOWERS, False)
+    frozen = flops.Trained.towers()
     work = flops.forward(template, counts)["decoder"]
     found = flops.training(template, counts, frozen, {"decoder": 8}).decoder
     own = sum(3 * 2 * p.uses * 8 * (p.d_in + p.d_out) for p in work.products)
@@ -183,7 +209,7 @@ def test_adapters_cost_their_own_products_and_no_gradient_of_the_frozen_weights(
 def test_a_7b_model_needs_about_six_flop_for_each_parameter_and_token():
     template = vlm.abstract(families.preset("qwen2_5_vl_7b"))
     counts = flops.Counts(np.asarray([64]), np.zeros(0, int), np.zeros(0, int), 0, 64)
-    learnt = dict.fromkeys(vlm.TOWERS, True)
+    learnt = flops.Trained.towers(*vlm.TOWERS)
     parameters = vlm.parameter_counts(template)["decoder"] - 152064 * 3584  # the embedding is looked up
     assert flops.training(template, counts, learnt).total == pytest.approx(6 * 64 * parameters, rel=0.001)
 

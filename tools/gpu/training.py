@@ -56,7 +56,7 @@ def other_counters(experiment: Experiment, template: vlm.VLM, counts: flops.Coun
         images=np.append(counts.images, max(data.batch_size * data.max_patches - counts.patches, 0)),
         targets=positions,
     )
-    everything = flops.training(template, padded, dict.fromkeys(TOWERS, True)).total
+    everything = flops.training(template, padded, flops.Trained.towers(*TOWERS)).total
     return {"lmms-engine (text only)": text_only, "VLR-CVC (padding is work)": everything}
 
 
@@ -103,7 +103,7 @@ def main() -> None:
         taken.append(time.perf_counter() - began)
     seconds = statistics.median(taken[1:])
     counts = flops.counts_of([batch])
-    parts = flops.training(template, counts, dict.fromkeys(TOWERS, True))
+    parts = flops.training(template, counts, flops.Trained.towers(*TOWERS))
     peak = peak_flops(jax.devices()[0].device_kind) or float("nan")
     memory = compiled.memory_analysis()
     resident = memory.argument_size_in_bytes + memory.temp_size_in_bytes
