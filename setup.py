@@ -9,6 +9,7 @@ setup(
         "jvlm.data.view": ["*.jinja"],
         "jvlm.evaluation": ["*.jinja"],
         "jvlm.sweep": ["*.jinja"],
+        "jvlm.rl": ["*.jinja"],
         "jvlm.server.page": ["*.html", "*.css", "*.js"],
         # experiments, the demo's data and its tokenizer, licences
         "jvlm._configs": ["**/*.py", "**/*.arrayrecord", "**/*.json", "**/*.jinja", "**/*.md", "**/*LICENSE"],

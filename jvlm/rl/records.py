@@ -87,13 +87,16 @@ class GroupRecord:
     def of_line(cls, line: str) -> GroupRecord:
         """Return the group of a `line`. Raises UserError for one of another form."""
         try:
-            values = json.loads(line)
-            answers = tuple(_answer(one) for one in values.pop("answers"))
-            return cls(**values, answers=answers)
+            return cls.of_values(json.loads(line))
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"a record of a group of answers cannot be read: {type(error).__name__}: {error}"
             ) from error
+
+    @classmethod
+    def of_values(cls, values: Mapping[str, Any]) -> GroupRecord:
+        """Return the group of a `line` as JSON. Raises TypeError, KeyError for one of another form."""
+        return cls(**{**values, "answers": tuple(_answer(one) for one in values["answers"])})
 
 
 def _answer(values: Mapping[str, Any]) -> AnswerRecord:

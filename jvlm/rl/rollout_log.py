@@ -1,0 +1,154 @@
+"""The hook that writes down what a run of policy optimisation samples: files, log, alarms, and a page to look at."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from jvlm.data.view.page import write
+from jvlm.rl import samples, step_log
+from jvlm.rl.alarms import Alarm, AlarmConfig, Alarms, stopped
+from jvlm.rl.records import GroupRecord
+from jvlm.rl.rewards.source import RewardItem
+from jvlm.rl.rollout_files import ROLLOUTS, RolloutWriter, StoredGroup
+from jvlm.training.hooks import Hook, StepResult
+from jvlm.training.side_files import read_lines, write_lines
+from jvlm.training.train_step import SOURCES
+from jvlm.validation import check_fields
+
+if TYPE_CHECKING:
+    from jvlm.training.trainer import Trainer
+
+ALARMS = "alarms.jsonl"  # in the folder of a run
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutLogConfig:
+    """What a run writes down of its rollouts.
+
+    Attributes:
+      store: keep every answer with its tokens, log-probabilities, reward and advantage in ``<run>/rollouts``, a
+        compressed file for each step: rewards can be computed again, and steps replayed.
+      samples_interval_steps: steps between two versions of ``<run>/samples.html``, the groups of a step with pictures,
+        boxes, rewards and reasons; the first and the last step have one too.
+      held_out_prompts: of ``validation.data``, spread over it, that are answered greedily and judged every
+        ``validation.interval_steps``.
+      alarms: what is looked at, and what ends the run.
+    """
+
+    store: bool = True
+    samples_interval_steps: int = 25
+    held_out_prompts: int = 256
+    alarms: AlarmConfig = AlarmConfig()
+
+    def __post_init__(self):
+        check_fields(self, "task.log.", dict.fromkeys(("samples_interval_steps", "held_out_prompts"), "[1, inf)"))
+
+
+class StepGroups(Protocol):
+    """What of the loop is written down."""
+
+    groups: list[GroupRecord]
+    items: Mapping[int, RewardItem]
+
+
+class RolloutLog(Hook):
+    """Writes the groups of each step down, and watches them.
+
+    Args:
+      loop: has the groups of the present step, and their prompts by serial number.
+      folder: of the run.
+      images_of: contents of the image files of a prompt, by the number of its example.
+      perfect: least reward of an answer that cannot be better, by task.
+    """
+
+    def __init__(
+        self,
+        loop: StepGroups,
+        folder: Path,
+        config: RolloutLogConfig,
+        images_of: Callable[[int], Sequence[bytes]],
+        perfect: Mapping[str, float],
+    ):
+        self._loop, self._folder, self._config = loop, folder, config
+        self._images_of, self._perfect = images_of, dict(perfect)
+        self._alarms = Alarms(config.alarms)
+        self._values: dict[str, float] = {}
+        self._writer: RolloutWriter | None = None
+
+    def state(self) -> Any:
+        return self._alarms.state()
+
+    def restore(self, state: Any, step: int) -> None:
+        self._alarms = Alarms(self._config.alarms, state)
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        if self._config.store:
+            self._writer = RolloutWriter(self._folder / ROLLOUTS, trainer.step)
+        told = [line for line in read_lines(self._folder / ALARMS) if line["step_number"] <= trainer.step]
+        write_lines(self._folder / ALARMS, told)
+
+    def is_due(self, trainer: Trainer, step: int) -> bool:
+        """Return whether a step is written down: every one is, as the next rollout waits for its weights."""
+        return True
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        groups, step = self._loop.groups, result.step
+        metrics = {name: float(value) for name, value in result.metrics.items() if name != SOURCES}
+        golds = {serial: item.gold for serial, item in self._loop.items.items()}
+        self._values = {
+            **step_log.values_of(groups, self._perfect, golds),
+            **step_log.ages_of(groups, step - 1),
+        }
+        summary = _plain({**metrics, **self._values})
+        if self._writer is not None:
+            for group in groups:
+                if group.serial in self._loop.items:
+                    item = self._loop.items[group.serial]
+                    self._writer.append(step, group, item, item.images or self._images_of(group.example))
+            self._writer.finish_step(step, summary)
+        interval = self._config.samples_interval_steps
+        if step % interval == 0 or step in (trainer.start + 1, trainer.steps):
+            self._draw(step, groups, summary)
+        self._tell(trainer, self._alarms.check({**metrics, **self._values}))
+
+    def _draw(self, step: int, groups: Sequence[GroupRecord], values: Mapping[str, Any]) -> None:
+        stored = [
+            StoredGroup(step, group, self._loop.items[group.serial])
+            for group in groups
+            if group.serial in self._loop.items
+        ]
+        page = samples.render(step, stored, lambda one: one.prompt.images or self._images_of(one.group.example), values)
+        write(self._folder / samples.SAMPLES, page)
+
+    def on_evaluation(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        self._tell(trainer, self._alarms.evaluated(values))
+
+    def _tell(self, trainer: Trainer, alarms: Sequence[Alarm]) -> None:
+        """Print alarms and write them down; end the run where one says so.
+
+        Raises:
+          UserError: an alarm ends the run.
+        """
+        if not alarms:
+            return
+        for alarm in alarms:
+            print(f"ALARM {alarm.name}, step {trainer.step}: {alarm.text}", flush=True)
+        lines = [{"step_number": trainer.step, **dataclasses.asdict(alarm)} for alarm in alarms]
+        write_lines(self._folder / ALARMS, [*read_lines(self._folder / ALARMS), *lines])
+        stopped(alarms)
+
+    def log_values(self, trainer: Trainer) -> dict[str, float]:
+        return dict(self._values)
+
+    def on_stop(self, trainer: Trainer, error: BaseException | None) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Return values as JSON has them."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
