@@ -174,10 +174,10 @@ class DataConfig:
         drawn = [name for name in _DRAWN if getattr(self, name)]
         if drawn:
             raise UserError(f"data.{drawn[0]} does not go with data.preference {self.preference!r}: leave it out")
-        if self.on_too_long in ("truncate", "shrink"):
+        if self.on_too_long == "truncate":
             raise UserError(
-                f"data.on_too_long {self.on_too_long!r} does not go with data.preference {self.preference!r}: an "
-                "answer that was cut is another one; take drop or error, or limit the images' pixels"
+                f"data.on_too_long 'truncate' does not go with data.preference {self.preference!r}: an answer that was "
+                "cut is another one; take drop, error, or shrink, which makes the images smaller"
             )
         if self.loss == "all":
             raise UserError(

@@ -10,6 +10,7 @@ one packing window, whatever the size of the data.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -89,7 +90,7 @@ class Encode(grain.transforms.RandomMap):
 
     def read(
         self, element: tuple[Origin, Any], rng: np.random.Generator
-    ) -> list[tuple[Conversation | Document, Example]]:
+    ) -> list[tuple[Conversation | Document | preferences.Judged, Example]]:
         """Return an example with what has a loss, whatever its length. Raises ExampleError.
 
         It is one example, but for a document with more than ``documents.max_images``.
@@ -115,18 +116,21 @@ class Encode(grain.transforms.RandomMap):
         check_learnable(example.origin, example.loss_weights)
         return [(parsed, example)]
 
-    def _judged(self, parsed: Conversation | Document) -> tuple[Conversation, Example]:
+    def _judged(self, parsed: Conversation | Document) -> tuple[preferences.Judged, Example]:
         """Return a pair, or an answer with a label, as the segments of one example."""
         read = preferences.pair if self.config.preference == "pairs" else preferences.labelled
         judged = read(parsed, self._losses.get(parsed.origin.source, self.config.loss))
+        return judged, self._together(judged)
+
+    def _together(self, judged: preferences.Judged, image_config: ImageProcessorConfig | None = None) -> Example:
         # the numbers of answers are taken of their pixels
         decode = self.decode or self.config.preference == "pairs"
-        example = self.processor.encode_together(judged.conversations, judged.values, decode=decode)
+        example = self.processor.encode_together(
+            judged.conversations, judged.values, image_config=image_config, decode=decode
+        )
         for number in range(1, example.num_segments + 1):
             check_learnable(example.origin, example.loss_weights[example.segments == number])
-        if self.config.preference == "pairs":
-            example = preferences.with_answer_numbers(example)
-        return judged.conversations[0], example
+        return preferences.with_answer_numbers(example) if self.config.preference == "pairs" else example
 
     def _parts(self, document: Document, rng: np.random.Generator) -> list[tuple[Document, Example]]:
         """Return a document, with no more media than it may have."""
@@ -145,7 +149,7 @@ class Encode(grain.transforms.RandomMap):
         return read
 
     def fit(
-        self, read: Sequence[tuple[Conversation | Document, Example]], rng: np.random.Generator
+        self, read: Sequence[tuple[Conversation | Document | preferences.Judged, Example]], rng: np.random.Generator
     ) -> list[Example | Rejected]:
         """Return what was read of an example, made to fit sequences as ``on_too_long`` and ``documents.cut`` say.
 
@@ -155,7 +159,7 @@ class Encode(grain.transforms.RandomMap):
         parsed = read[0][0]
         if parsed.origin.source in self._own:
             return self._own[parsed.origin.source].fit(read, rng)
-        if isinstance(parsed, Conversation) or self.config.documents.cut == "never":
+        if not isinstance(parsed, Document) or self.config.documents.cut == "never":
             return [self._fitted(parsed, dataclasses.replace(example, breaks=None)) for parsed, example in read]
         fitted = [self._fitted_part(one) for document, example in read for one in self._cut(document, example, rng)]
         used = [number for number, one in enumerate(fitted) if isinstance(one, Example)]
@@ -206,7 +210,7 @@ class Encode(grain.transforms.RandomMap):
             return Rejected.of(ExampleError(example.origin, "document", problem, fix), "too_long")
         return example
 
-    def _fitted(self, parsed: Conversation | Document, example: Example) -> Example | Rejected:
+    def _fitted(self, parsed: Conversation | Document | preferences.Judged, example: Example) -> Example | Rejected:
         try:
             self._check(example)
         except ExampleError as error:
@@ -215,12 +219,15 @@ class Encode(grain.transforms.RandomMap):
             return self._made_to_fit(parsed, example) or Rejected.of(error, "too_long")
         return example
 
-    def _made_to_fit(self, parsed: Conversation | Document, example: Example) -> Example | None:
+    def _made_to_fit(self, parsed: Conversation | Document | preferences.Judged, example: Example) -> Example | None:
         config = self.config
         if config.on_too_long == "truncate":
             shorter = packing.truncate(example, config.longest, config.max_patches)
             return shorter if shorter is not None and self._fits(shorter) else None
         if config.on_too_long == "shrink" and example.num_patches:
+            if isinstance(parsed, preferences.Judged):
+                together = functools.partial(self._together, parsed)
+                return shrink(self.processor, parsed.conversations[0], self._fits, encode=together)
             return shrink(self.processor, parsed, self._fits, decode=self.decode)
         return None
 

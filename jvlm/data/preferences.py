@@ -15,7 +15,7 @@ import numpy as np
 from jvlm.data import values
 from jvlm.data.choices import LossChoice
 from jvlm.data.content import Conversation, Document, Message, Part, Text, Video
-from jvlm.data.errors import ExampleError, Rejected
+from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.examples import parse_conversation
 from jvlm.data.loss_choice import with_loss_on
 from jvlm.data.packing import Example
@@ -40,6 +40,11 @@ class Judged:
 
     conversations: tuple[Conversation, ...]
     values: tuple[Mapping[str, float], ...]
+
+    @property
+    def origin(self) -> Origin:
+        """Where the example is from."""
+        return self.conversations[0].origin
 
 
 def pair(example: Conversation | Document, loss: LossChoice | None = None) -> Judged:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from jvlm.data.content import Conversation, Document
 from jvlm.data.errors import ExampleError
@@ -19,6 +18,7 @@ def shrink(
     fits: Callable[[Example], bool],
     *,
     decode: bool = True,
+    encode: Callable[[ImageProcessorConfig], Example] | None = None,
 ) -> Example | None:
     """Return the example with its images as large as ``fits`` allows; None where even the smallest do not fit.
 
@@ -26,19 +26,22 @@ def shrink(
 
     Args:
       decode: as of `Processor.encode`.
+      encode: makes the example with other settings of its images, where it is more than the conversation.
     """
-    conversation = processor.with_open_media(conversation, images=decode)
     settings = processor.image_config_of(conversation)
+    if encode is None:
+        opened = processor.with_open_media(conversation, images=decode)
+        encode = lambda config: processor.encode(opened, image_config=config, decode=decode)  # noqa: E731
     for changes in processor.image_processor.reductions(settings):
         if not changes:
             continue
-        best = _encoded(processor, conversation, settings, changes[-1], fits, decode)
+        best = _encoded(encode, dataclasses.replace(settings, **changes[-1]), fits)
         if best is None:
             continue
         low, high = 0, len(changes) - 1  # the mildest change that fits lies in low..high
         while low < high:
             middle = (low + high) // 2
-            example = _encoded(processor, conversation, settings, changes[middle], fits, decode)
+            example = _encoded(encode, dataclasses.replace(settings, **changes[middle]), fits)
             if example is None:
                 low = middle + 1
             else:
@@ -48,16 +51,10 @@ def shrink(
 
 
 def _encoded(
-    processor: Processor,
-    conversation: Conversation | Document,
-    settings: ImageProcessorConfig,
-    change: dict[str, Any],
-    fits: Callable[[Example], bool],
-    decode: bool,
+    encode: Callable[[ImageProcessorConfig], Example], config: ImageProcessorConfig, fits: Callable[[Example], bool]
 ) -> Example | None:
     try:
-        config = dataclasses.replace(settings, **change)
-        example = processor.encode(conversation, image_config=config, decode=decode)
+        example = encode(config)
     except ExampleError:  # as it is, the example can be encoded: a size at which it cannot be is too small for it
         return None
     example = dataclasses.replace(example, made_to_fit="shrunk")

@@ -10,12 +10,14 @@ import jax
 import numpy as np
 
 import jvlm
+from jvlm.adapters.merge import merge
 from jvlm.data import packing
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.vlm import VLM
+from jvlm.quantization.kernels import quantized_kernels
 from jvlm.reward_model.scale import RewardScale
 from jvlm.reward_model.task import segment_scores
 
@@ -43,8 +45,13 @@ class RewardModel:
 
     @classmethod
     def load(cls, folder: str | Path, *, batch_size: int = 1) -> RewardModel:
-        """Return the reward model of a run or a Hugging Face folder, with its scale if it has one."""
+        """Return the reward model of a run or a Hugging Face folder, with its scale if it has one.
+
+        Adapters are merged, unless their base is quantised: every conversation would be computed through both.
+        """
         model, processor = jvlm.load(folder)
+        if model.adapters is not None and not any(quantized_kernels(model)):
+            model = merge(model)
         return cls(model, processor, RewardScale.read(Path(folder)), batch_size=batch_size)
 
     def scores(self, conversations: Sequence[Any]) -> list[float]:

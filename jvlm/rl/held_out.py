@@ -1,4 +1,4 @@
-"""Held-out prompts, answered greedily every so many steps: whether a policy gets better at the task, not at the noise."""
+"""Held-out prompts, answered greedily every so many steps: whether a policy gets better at its tasks."""
 
 from __future__ import annotations
 

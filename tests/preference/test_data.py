@@ -153,6 +153,33 @@ def test_a_pair_that_does_not_fit_goes_as_a_whole(tiny, tmp_path):
     assert "of 2 answers with their prompts do not fit 256 together" in left.reason
 
 
+@pytest.mark.parametrize("kind", ["pairs", "labels"])
+def test_pictures_of_a_pair_that_does_not_fit_are_made_smaller_for_both_answers_alike(tiny, tmp_path, kind):
+    def large(folder):
+        Image.effect_noise((224, 160), 60).convert("RGB").save(folder / "large.png")
+        return {**FORMATS["ms-swift"], "images": ["large.png"], "label": True}
+
+    record = large(tmp_path)
+    (whole,) = encode(tiny, [record], tmp_path, kind)
+    assert whole.num_patches > 64
+    config = {"max_image_patches": 64}
+    (left,) = encode(tiny, [record], tmp_path, kind, **config)
+    assert left.kind == "too_long"
+    (shrunk,) = encode(tiny, [record], tmp_path, kind, on_too_long="shrink", **config)
+    assert (shrunk.made_to_fit, shrunk.num_segments) == ("shrunk", 2)
+    assert 32 <= shrunk.num_patches <= 64
+    shares = [shrunk.vision_index[shrunk.segments == number] for number in (1, 2)]
+    assert shares[0].max() >= 0
+    assert set(shares[0]) == set(shares[1])  # one copy of the picture, which both answers see
+    if kind == "pairs":
+        numbers = [[values["answer"] for values in example.values] for example in (whole, shrunk)]
+        assert len({*numbers[0], *numbers[1]}) == 4  # other pixels are other answers to a reference that is stored
+    for number, text in ((1, GOOD), (2, BAD)):
+        if kind == "pairs":
+            inside = (shrunk.segments == number) & (shrunk.loss_weights > 0)
+            assert text in tiny.processor.decode(shrunk.tokens[inside])
+
+
 def test_an_answer_with_a_label_comes_with_its_neighbours_answer_to_its_own_prompt(tiny, tmp_path):
     records = [
         {"messages": ASKED + answer(text), "label": good, **IMAGES}

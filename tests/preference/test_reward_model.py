@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 
 import jvlm
 from jvlm import cli, configs
+from jvlm.adapters import attach
+from jvlm.adapters.config import AdapterConfig
 from jvlm.data import packing
 from jvlm.data.config import DataConfig
 from jvlm.data.example_source import ExampleSource
@@ -27,6 +29,7 @@ from jvlm.reward_model.task import RewardTask
 from jvlm.rl.rewards.models import ModelReward
 from jvlm.rl.rewards.source import RewardItem
 from jvlm.training import runs
+from jvlm.weights import run_dir
 from jvlm.weights.labels import with_labels
 from tests.preference.support import write_pairs, write_text_model
 
@@ -100,6 +103,27 @@ def test_a_folder_holds_the_scores_in_transformers_layout(tiny, model, tmp_path)
     assert all(np.array_equal(before[path].get_value(), after[path].get_value()) for path in before)
     with pytest.raises(UserError, match="no next token"):
         loaded.decoder.output_kernel()
+
+
+def test_adapters_of_a_reward_model_are_merged_when_it_is_read(tiny, model, pairs, tmp_path):
+    config = AdapterConfig(rank=4, alpha=8.0, targets=("all-linear",), exclude=("encoder",), train_modules=("score",))
+    adapted = attach.attach(model, config, seed=1)
+    draw = np.random.default_rng(2)
+    values = {
+        path: v.get_value() + 0.05 * draw.standard_normal(v.get_value().shape, np.float32) * (".adapter." in path)
+        for path, v in vlm.variables(adapted).items()
+    }
+    adapted = vlm.bind(adapted, values)
+    run_dir.save(adapted, tiny.processor, tmp_path / "run")
+    loaded = RewardModel.load(tmp_path / "run")
+    assert loaded.model.adapters is None
+    conversations = [json.loads(line) for line in pairs.read_text().splitlines()[:3]]
+    for one in conversations:
+        one["images"] = [str(pairs.parent / image) for image in one["images"]]
+    expected = RewardModel(adapted, tiny.processor).scores(conversations)
+    assert loaded.scores(conversations) == pytest.approx(expected, abs=2e-4)
+    plain = RewardModel(model, tiny.processor).scores(conversations)
+    assert not np.allclose(plain, expected, atol=1e-2)
 
 
 def test_a_check_sees_length_and_blindness_and_its_scale_stays_with_the_model(tiny, model, pairs, tmp_path, capsys):

@@ -49,7 +49,7 @@ def test_every_figure_of_a_step():
         "pass_rate/boxes/0.75": 1, "pass_rate/text/0": 2 / 3, "pass_rate/text/1": 1 / 3,
         "valid_share": 1 / 5, "perfect_share": 1 / 4, "zero_share": 1 / 4, "easy_share": 1 / 5,
         "length/mean": (6 + 2 + 2 + 4 + 2 + 2 + 2 + 2) / 8, "length/p50": 2, "length/right": 12 / 4,
-        "length/wrong": 8 / 3, "truncated_share": 1 / 8, "repetition_share": (2 / 4 + 1 / 2) / 8,
+        "length/wrong": 8 / 3, "truncated_share": 1 / 8, "repetition_share": (1 / 4 + 1 / 2) / 8,
         "distinct_share": (1 + 1 + 0.5 + 0.5) / 4, "stop_token/2": 5 / 8, "stop_token/3": 2 / 8,
         "entropy": 0.25, "advantage_abs": 1, "gradient/groups/boxes": 1, "gradient/tokens/boxes": 8, "boxes/boxes": 2,
     }  # fmt: skip

@@ -1,0 +1,44 @@
+"""Reinforcement learning of the demo's model: boxes and words, rewarded where they are right. `make demo-rl`."""
+
+import dataclasses
+from pathlib import Path
+
+from jvlm import configs
+from jvlm.data.config import DataConfig
+from jvlm.rl.config import RewardConfig, RolloutConfig
+from jvlm.rl.prompt_stream import PromptStreamConfig
+from jvlm.rl.selection import SelectionConfig
+from jvlm.rl.task import PolicyTask
+from jvlm.training.config import CheckpointConfig, Experiment
+from jvlm.training.optimizer.config import OptimizerConfig
+
+HERE = Path(__file__).parent
+
+
+def get_config() -> Experiment:
+    """Start from the short supervised run; the answers to one prompt fill a sequence and share its picture."""
+    start = configs.load("align/easy_vqa_start")
+    questions = HERE.parent / "mimo_vl" / "easy_vqa_data"
+    return Experiment(
+        name="easy_vqa_rl",
+        init_from="runs/easy_vqa_start/hf",
+        data=DataConfig(
+            train=(str(questions / "where.arrayrecord"), str(questions / "shapes.arrayrecord")),
+            batch_size=16,
+            seq_len=448,
+            max_patches=128,
+        ),
+        task=PolicyTask(
+            rollout=RolloutConfig(answers=8, max_tokens=32, temperature=0.5, slots=256),
+            rewards=RewardConfig(file=str(HERE / "easy_vqa_rl_data" / "rewards.json")),
+            prompts=PromptStreamConfig(easy_share=0.1),
+            selection=SelectionConfig(groups=64),
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-4, warmup_steps=5, min_lr_ratio=0.05, weight_decay=0.0, beta2=0.99
+        ),
+        checkpoint=CheckpointConfig(save_interval_steps=50),
+        evaluation=dataclasses.replace(start.evaluation, before_training=True),
+        steps=80,
+        log_interval_steps=5,
+    )
