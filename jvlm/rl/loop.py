@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import collections
-import math
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
@@ -22,6 +20,7 @@ from jvlm.rl.prompt_stream import PromptStream
 from jvlm.rl.prompts import EncodedPrompt
 from jvlm.rl.records import GroupRecord, with_training
 from jvlm.rl.rewards.shortage import Shortage
+from jvlm.rl.rewards.source import RewardItem
 from jvlm.rl.rollouts import Rollout, Rollouts, is_useful
 from jvlm.rl.task import AnswerSequences, PolicyTask
 from jvlm.training.hooks import Hook, StepResult
@@ -45,6 +44,7 @@ class PolicyLoop(Hook):
 
     Attributes:
       groups: of the present step, those that it trains on first; for whoever writes them down.
+      items: what was asked in them, without an answer, by serial number.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class PolicyLoop(Hook):
         self.stream = PromptStream(prompts, seed, task.prompts)
         self.rate = 0, 0
         self.groups: list[GroupRecord] = []
+        self.items: dict[int, RewardItem] = {}
         self._prompts, self._seed, self._settings, self._keep = prompts, seed, dict(settings), keep
         first = engine.banned if engine.banned_first is None else engine.banned_first
         self._banned = banned_ids(np.stack([engine.banned, first]))
@@ -100,6 +101,7 @@ class PolicyLoop(Hook):
         made_with = {**self._settings, "weights": weights}
         rollout = self.rollouts.run(self.stream, self.task.selection, self.rate, trainer.step, made_with)
         self.engine.release()  # the step takes the parameters' memory
+        self.items = rollout.items
         self._take(rollout)
         packing_began = time.perf_counter()
         self._queue.extend(self._packed(rollout))
@@ -126,7 +128,11 @@ class PolicyLoop(Hook):
         self.stream.finish_step(rollout.last, rollout.outcomes)
         useful = sum(is_useful(group) for group in rollout.judged)
         self.rate = self.rate[0] + len(rollout.judged), self.rate[1] + useful
-        self._values = {**_values(rollout), "easy_pool": float(len(self.stream.easy))}
+        self._values = {
+            **_values(rollout),
+            "easy_pool": float(len(self.stream.easy)),
+            "epoch": float(self.stream.epoch),
+        }
 
     def _packed(self, rollout: Rollout) -> list[AnswerSequences]:
         """Return the micro-batches of a step."""
@@ -149,7 +155,6 @@ class PolicyLoop(Hook):
         self.groups = [*done, *(group for group in rollout.judged if group.serial not in chosen)]
         if left_out.all():
             raise UserError("every selected answer was cut at its longest length, and task.advantage.truncated is mask")
-        self._values["advantage_mean"] = float(np.abs(values[~left_out]).mean())
         return packed_answers(sampled, self.shape, self._banned)
 
     def _shaped(self, answer: Any) -> float | None:
@@ -184,28 +189,13 @@ def _why(groups: Sequence[GroupRecord]) -> str:
 
 
 def _values(rollout: Rollout) -> dict[str, float]:
-    """Return what the log says about a rollout."""
-    timing, groups = rollout.timing, rollout.judged
-    answers = [answer for group in groups for answer in group.answers]
-    values: dict[str, float] = {}
-    for task in sorted({group.task for group in groups if group.task}):
-        own = [answer for group in groups if group.task == task for answer in group.answers]
-        rewards = [answer.reward for answer in own if answer.reward is not None]
-        if rewards:
-            values[f"reward/{task}"] = statistics.fmean(rewards)
-            values[f"reward/{task}/std"] = statistics.pstdev(rewards)
-    rewards = [answer.reward for answer in answers if answer.reward is not None]
-    lengths = [len(answer.tokens) for answer in answers]
-    entropies = [value for answer in answers for value in answer.entropies]
-    values |= {
-        "reward": statistics.fmean(rewards) if rewards else math.nan,
-        "valid_share": len(rollout.selected) / max(len(groups), 1),
+    """Return what the log says about the time of a rollout."""
+    timing = rollout.timing
+    return {
         "started": float(timing.started),
         "judged": float(timing.judged),
+        "aborted": float(timing.started - timing.judged),
         "reused": float(timing.reused),
-        "answer_tokens": statistics.fmean(lengths) if lengths else 0.0,
-        "truncated_share": statistics.fmean(answer.truncated for answer in answers) if answers else 0.0,
-        "entropy": statistics.fmean(entropies) if entropies else 0.0,
         "rollout_idle": 1 - timing.busy / max(timing.seconds, 1e-9),
         "slot_use": timing.live_steps / max(timing.slot_steps, 1),
         "reward_wait": timing.reward_wait / max(timing.seconds, 1e-9),
@@ -213,4 +203,3 @@ def _values(rollout: Rollout) -> dict[str, float]:
         "seconds/rollout": timing.seconds,
         "decode_tokens_per_s": timing.tokens / max(timing.seconds, 1e-9),
     }
-    return values

@@ -107,6 +107,11 @@ class PromptStream:
         hard = {str(example): count for example, count in sorted(self._hard.items())}
         return {**state, "easy": list(self.easy), "gone": sorted(self.gone), "hard": hard}
 
+    @property
+    def epoch(self) -> int:
+        """Passes over the examples that are behind, after the last `finish_step`."""
+        return self._start[0]
+
     def prompt(self, serial: int) -> Prompt:
         """Return the prompt of a serial number of the present step. Raises UserError if no example is left to ask."""
         while len(self._drawn) <= serial - self.serial:

@@ -122,6 +122,17 @@ class Prompts:
         index, turn = self._places[number]
         return self._questions(index)[turn]
 
+    def images(self, number: int) -> list[bytes]:
+        """Return the images of a prompt as image files, which are its own where it holds files.
+
+        Raises:
+          ExampleError: one that cannot be read.
+        """
+        question = self.question(number)
+        opened = self.processor.with_open_media(question.conversation)
+        pairs = zip(question.conversation.images, opened.images, strict=True)
+        return [content if (content := _file(image)) is not None else _png(shown) for image, shown in pairs]
+
     def _questions(self, index: int) -> list[Question]:
         origin, record = self.examples[index]
         if isinstance(record, ExampleError):
@@ -196,6 +207,14 @@ class Prompts:
                 return 1.0, 1.0
             case _:
                 return 1000.0, 1000.0
+
+
+def _file(image: Image) -> bytes | None:
+    """Return the content of an image that is held as a file; None of others."""
+    source = image.source
+    if isinstance(source, dict):
+        source = source.get("bytes")
+    return bytes(source) if isinstance(source, bytes | bytearray) else None
 
 
 def _png(image: Image) -> bytes:

@@ -10,42 +10,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from jvlm.data.view.page import write
 from jvlm.rl import samples, step_log
-from jvlm.rl.alarms import Alarm, AlarmConfig, Alarms, stopped
+from jvlm.rl.alarms import Alarm, Alarms, stopped
+from jvlm.rl.log_config import RolloutLogConfig
 from jvlm.rl.records import GroupRecord
 from jvlm.rl.rewards.source import RewardItem
 from jvlm.rl.rollout_files import ROLLOUTS, RolloutWriter, StoredGroup
 from jvlm.training.hooks import Hook, StepResult
 from jvlm.training.side_files import read_lines, write_lines
 from jvlm.training.train_step import SOURCES
-from jvlm.validation import check_fields
 
 if TYPE_CHECKING:
     from jvlm.training.trainer import Trainer
 
 ALARMS = "alarms.jsonl"  # in the folder of a run
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutLogConfig:
-    """What a run writes down of its rollouts.
-
-    Attributes:
-      store: keep every answer with its tokens, log-probabilities, reward and advantage in ``<run>/rollouts``, a
-        compressed file for each step: rewards can be computed again, and steps replayed.
-      samples_interval_steps: steps between two versions of ``<run>/samples.html``, the groups of a step with pictures,
-        boxes, rewards and reasons; the first and the last step have one too.
-      held_out_prompts: of ``validation.data``, spread over it, that are answered greedily and judged every
-        ``validation.interval_steps``.
-      alarms: what is looked at, and what ends the run.
-    """
-
-    store: bool = True
-    samples_interval_steps: int = 25
-    held_out_prompts: int = 256
-    alarms: AlarmConfig = AlarmConfig()
-
-    def __post_init__(self):
-        check_fields(self, "task.log.", dict.fromkeys(("samples_interval_steps", "held_out_prompts"), "[1, inf)"))
 
 
 class StepGroups(Protocol):

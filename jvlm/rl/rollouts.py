@@ -80,6 +80,7 @@ class Rollout(NamedTuple):
       selected: groups to train on, by serial number, each with its prompt.
       judged: all groups up to the last of them.
       outcomes: of these, for `PromptStream.finish_step`.
+      items: what was asked in these, without an answer, by serial number.
       last: serial number of the last of them.
       lacking: of these, how many had a missing reward.
     """
@@ -87,6 +88,7 @@ class Rollout(NamedTuple):
     selected: list[tuple[GroupRecord, EncodedPrompt]]
     judged: list[GroupRecord]
     outcomes: dict[int, Outcome]
+    items: dict[int, RewardItem]
     last: int
     lacking: int
     timing: Timing
@@ -354,7 +356,8 @@ class _Step:
         outcomes = {group.serial: outcome_of(group, perfect.get(group.task, 1.0)) for group in judged}
         selected = [(self.judged[serial], self.prompts[serial]) for serial in chosen]
         lacking = sum(any(reward is None for reward in group.rewards) for group in judged)
-        return Rollout(selected, judged, outcomes, last, lacking, self.timing)
+        items = {serial: self.prompts[serial].item for serial in range(first, last + 1) if serial in self.prompts}
+        return Rollout(selected, judged, outcomes, items, last, lacking, self.timing)
 
 
 def is_useful(group: GroupRecord) -> bool:

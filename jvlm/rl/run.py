@@ -25,6 +25,7 @@ from jvlm.inference.requests import EngineConfig
 from jvlm.models.vlm import VLM
 from jvlm.parallel import hosts
 from jvlm.parallel.layout import MeshLayout
+from jvlm.rl.held_out import HeldOutRewards
 from jvlm.rl.journal import Journal
 from jvlm.rl.loop import PolicyLoop
 from jvlm.rl.packing import Shape
@@ -33,6 +34,7 @@ from jvlm.rl.rewards import config as reward_config
 from jvlm.rl.rewards.client import ClientConfig, RewardClient
 from jvlm.rl.rewards.router import Router
 from jvlm.rl.rewards.rules import RuleReward
+from jvlm.rl.rollout_log import RolloutLog
 from jvlm.rl.rollouts import Rollouts
 from jvlm.rl.task import PolicyTask
 from jvlm.training import hub_pins, push, resume
@@ -142,6 +144,11 @@ def _train(experiment: Experiment, task: PolicyTask, rewards: Router | RewardCli
     tasks = ()
     if experiment.evaluation.tasks:
         tasks = (TaskScores(experiment.evaluation, processor, storage.folder),)
+    perfect = task.rewards.perfect
+    written = RolloutLog(loop, storage.folder, task.log, prompts.images, perfect)
+    held_out = ()
+    if experiment.validation.data:
+        held_out = (_held_out(experiment, task, engine, processor, rewards),)
     pushes = ()
     if experiment.push.hub_model_id and experiment.push.every == "all":
         pushes = (push.PushCheckpoints(experiment, processor, storage.folder),)
@@ -150,8 +157,10 @@ def _train(experiment: Experiment, task: PolicyTask, rewards: Router | RewardCli
         StorageSync(storage),
         StopRequests(),
         *tasks,
+        *held_out,
         loop,
         log,
+        written,
         monitor,
         LearningRates(experiment.optimizer, experiment.steps, lambda: monitor.skipped),
         Goodput(storage.folder),
@@ -181,6 +190,25 @@ def _train(experiment: Experiment, task: PolicyTask, rewards: Router | RewardCli
         len(prompts.rejected),
         failed,
     )
+
+
+def _held_out(
+    experiment: Experiment, task: PolicyTask, engine: Engine, processor: Processor, rewards: Router | RewardClient
+) -> HeldOutRewards:
+    """Return the hook that answers the prompts of ``validation.data``."""
+    data = dataclasses.replace(experiment.data, train=experiment.validation.data, mixture=None)
+    prompts = Prompts(processor, data, rewards, task=task.rewards.task, with_images=_looks_at_images(rewards))
+    limits = _limits(experiment, task, processor)
+    count = min(task.log.held_out_prompts, len(prompts))
+    chosen = [prompts.encode(n * len(prompts) // count, limits) for n in range(count)]
+    return HeldOutRewards(engine, chosen, rewards, experiment.validation.interval_steps, task.rollout.max_tokens)
+
+
+def _limits(experiment: Experiment, task: PolicyTask, processor: Processor) -> Limits:
+    """Return what a prompt may have."""
+    data = experiment.data
+    most = image_patch_limit(processor.image_processor, processor.image_config, data)
+    return Limits(data.longest - task.rollout.max_tokens, data.max_patches, most)
 
 
 def _resolved(
@@ -255,14 +283,13 @@ def _loop(
 ) -> PolicyLoop:
     data, processor = experiment.data, prompts.processor
     images = processor.image_processor
-    limit = image_patch_limit(images, processor.image_config, data)
-    limits = Limits(data.longest - task.rollout.max_tokens, data.max_patches, limit)
+    limits = _limits(experiment, task, processor)
     shape = Shape(
         data.batch_size,
         data.seq_len,
         data.max_patches,
         data.max_length,
-        limit,
+        limits.image_patches,
         images.patch_values,
         processor.model.encoder.position_values,
     )

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from jvlm.rl import shaping
-from jvlm.rl.advantages import EQUAL
 from jvlm.rl.records import AnswerRecord, GroupRecord
+from jvlm.rl.rollouts import is_useful
 
 RIGHT = 0.5  # least reward of an answer that counts as right, where lengths of right and wrong ones are told apart
 # upper ends of the pass rate's bars; a bar holds its upper end, and the first is 0 alone
@@ -57,12 +57,6 @@ def values_of(
         "easy_share": _share(group.from_pool for group in groups),
     }
     return values | _lengths(asked, answers) | _policy(asked, golds)
-
-
-def is_useful(group: GroupRecord) -> bool:
-    """Return whether a group's raw rewards, those that are there, differ."""
-    rewards = [reward for reward in group.rewards if reward is not None]
-    return len(rewards) >= 2 and max(rewards) - min(rewards) > EQUAL
 
 
 def _of_task(task: str, groups: Sequence[GroupRecord]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from jvlm.errors import UserError
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
 from jvlm.rl.config import AdvantageConfig, RewardConfig, RolloutConfig
+from jvlm.rl.log_config import RolloutLogConfig
 from jvlm.rl.log_probs import MOST_BANNED, sampled_log_probs
 from jvlm.rl.losses import PolicyLoss, SampledTokens, policy_loss
 from jvlm.rl.prompt_stream import PromptStreamConfig
@@ -72,6 +73,7 @@ class PolicyTask(Task):
       rewards: how they are judged.
       prompts: which prompts are asked.
       selection: how many groups are started, and how many a step trains on.
+      log: what is written down of rollouts, and what raises an alarm.
     """
 
     policy_loss: PolicyLoss = PolicyLoss()
@@ -80,6 +82,7 @@ class PolicyTask(Task):
     rewards: RewardConfig = RewardConfig()
     prompts: PromptStreamConfig = PromptStreamConfig()
     selection: SelectionConfig = SelectionConfig(groups=32)
+    log: RolloutLogConfig = RolloutLogConfig()
 
     uses_dropout = False
 
@@ -90,10 +93,11 @@ class PolicyTask(Task):
     def check(self, experiment: Experiment, template: VLM) -> None:
         if experiment.steps is None:
             raise UserError("steps: give the number of optimizer steps; there is no data whose passes could be counted")
-        if experiment.validation.enabled:
+        validation = experiment.validation
+        if validation.split or validation.patience is not None or validation.use_best:
             raise UserError(
-                "validation measures a loss on answers that are given, and there are none; score with "
-                "evaluation.tasks or evaluation.data"
+                "prompts of validation.data are answered and judged every validation.interval_steps; there is no loss "
+                "of them by which to stop or to choose a checkpoint: leave validation.split, patience and use_best out"
             )
         if experiment.data.preference != "none":
             raise UserError(f"data.preference {experiment.data.preference!r} is for preference tasks: leave it out")

@@ -31,6 +31,12 @@ _FILE_ONLY = (
     "tokens/",
     "epoch/",
     "rejected/",
+    "pass_rate/",
+    "length/",
+    "stop_token/",
+    "gradient/",
+    "seconds/",
+    "boxes/",
 )  # too many for a line on the terminal
 
 
@@ -126,7 +132,7 @@ class TrainingLog(Hook):
             "memory(GiB)": round(memory_gib(), 2),
             "train_speed(s/it)": round(pace, 4),
         }
-        self._show({k: v for k, v in line.items() if not k.startswith(_FILE_ONLY)})
+        self._show({k: v for k, v in line.items() if not k.startswith(_FILE_ONLY) and k.count("/") < 2})
         short = {"loss": values["loss"], **({"acc": values["token_acc"]} if "token_acc" in values else {})}
         self._bar.set_postfix({name: _short(value) for name, value in short.items()}, refresh=False)
         notes = {"accepted_changes": self.changes} if self.changes else {}

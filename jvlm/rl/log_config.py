@@ -1,0 +1,31 @@
+"""What a run of policy optimisation writes down."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jvlm.rl.alarms import AlarmConfig
+from jvlm.validation import check_fields
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutLogConfig:
+    """What a run writes down of its rollouts.
+
+    Attributes:
+      store: keep every answer with its tokens, log-probabilities, reward and advantage in ``<run>/rollouts``, a
+        compressed file for each step: rewards can be computed again, and steps replayed.
+      samples_interval_steps: steps between two versions of ``<run>/samples.html``, the groups of a step with pictures,
+        boxes, rewards and reasons; the first and the last step have one too.
+      held_out_prompts: of ``validation.data``, spread over it, that are answered greedily and judged every
+        ``validation.interval_steps``.
+      alarms: what is looked at, and what ends the run.
+    """
+
+    store: bool = True
+    samples_interval_steps: int = 25
+    held_out_prompts: int = 256
+    alarms: AlarmConfig = AlarmConfig()
+
+    def __post_init__(self):
+        check_fields(self, "task.log.", dict.fromkeys(("samples_interval_steps", "held_out_prompts"), "[1, inf)"))
