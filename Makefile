@@ -32,7 +32,7 @@ PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_v
 RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-finetune plan-finetune test test-slow test-exports test-harnesses bench-evaluate lint format backbones bench bench-data bench-kernels soak-data tune gpu-pass plan meshes clean
+.PHONY: demo demo-finetune demo-rl plan-finetune test test-slow test-exports test-harnesses bench-evaluate lint format backbones bench bench-data bench-kernels soak-data tune gpu-pass plan meshes clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +67,12 @@ runs/easy_vqa/hf: | $(VENV)/.core
 
 demo-finetune: $(VENV)/.core | runs/easy_vqa/hf  ## LoRA on the demo's model (trained first if need be): white cells in photos
 	$(VENV)/bin/jvlm train finetune/white_cells $(ARGS)
+
+runs/easy_vqa_start/hf: | $(VENV)/.core
+	$(VENV)/bin/jvlm train align/easy_vqa_start
+
+demo-rl: $(VENV)/.core | runs/easy_vqa_start/hf  ## reinforcement learning on a short supervised run (trained first if need be): boxes and words
+	$(VENV)/bin/jvlm rl align/easy_vqa_rl $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.backbones
 	$(PYTEST) -m "not slow" $(ARGS)

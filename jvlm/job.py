@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -374,6 +374,29 @@ def _adapter_facts(experiment: Experiment, result: Result) -> dict[str, str]:
     }
 
 
+def _speed_facts(last: Mapping[str, Any]) -> dict[str, str]:
+    """Return how a run spent its time, from its last line: in training, or in training and rollouts."""
+    facts = {}
+    if "padding_text" in last:
+        facts["padding"] = f"text {100 * last['padding_text']:.1f} %, patches {100 * last['padding_patches']:.1f} %"
+        facts["waiting for data"] = f"{100 * last['data_wait']:.1f} % of the time"
+        facts["speed"] = f"{last['tokens_per_s']:,.0f} tokens a second"
+    if "decode_tokens_per_s" in last:
+        facts["last rollout"] = (
+            f"{last['decode_tokens_per_s']:,.0f} tokens a second; {100 * last['rollout_idle']:.1f} % idle; "
+            f"{100 * last['waste']:.1f} % of the groups not needed"
+        )
+    return facts
+
+
+def _reward_curves(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return title and key of each task's rewards, of sampled answers and of greedy ones to held-out prompts."""
+    keys = sorted({key for line in lines for key in line if key.startswith(("reward/", "eval_reward/"))})
+    titles = {"reward": "reward of sampled answers", "eval_reward": "held-out reward, greedy"}
+    plain = [key.split("/") for key in keys if key.count("/") == 1]
+    return [(f"{titles[kind]}: {task}", f"{kind}/{task}") for kind, task in plain]
+
+
 def write_report(
     experiment: Experiment,
     result: Result,
@@ -394,10 +417,8 @@ def write_report(
         **_adapter_facts(experiment, result),
         "training": f"{result.steps} steps in {clock(result.seconds)}, {result.compilations} compilation(s)",
         "time in all": clock(seconds),
-        "data": f"{', '.join(experiment.data.files)}; {last['epoch']} epochs; {result.rejected} examples left out",
-        "padding": f"text {100 * last['padding_text']:.1f} %, patches {100 * last['padding_patches']:.1f} %",
-        "waiting for data": f"{100 * last['data_wait']:.1f} % of the time",
-        "speed": f"{last['tokens_per_s']:,.0f} tokens a second",
+        "data": f"{', '.join(experiment.data.files)}; {last['epoch']:g} epochs; {result.rejected} examples left out",
+        **_speed_facts(last),
         "export": exported,
         "jvlm": jvlm.__version__,
     }
@@ -429,7 +450,7 @@ def write_report(
         bars=bars,
         curves=[
             report.curve(title, every, key)
-            for title, key in _CURVES
+            for title, key in (*_CURVES, *_reward_curves(every))
             if any(line.get(key) is not None for line in every)
         ],
         images=report.shown_images(evaluated.answers, result.processor.media_roots, before=evaluated.before),

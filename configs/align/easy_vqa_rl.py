@@ -6,10 +6,11 @@ from pathlib import Path
 from jvlm import configs
 from jvlm.data.config import DataConfig
 from jvlm.rl.config import RewardConfig, RolloutConfig
+from jvlm.rl.log_config import RolloutLogConfig
 from jvlm.rl.prompt_stream import PromptStreamConfig
 from jvlm.rl.selection import SelectionConfig
 from jvlm.rl.task import PolicyTask
-from jvlm.training.config import CheckpointConfig, Experiment
+from jvlm.training.config import CheckpointConfig, Experiment, ValidationConfig
 from jvlm.training.optimizer.config import OptimizerConfig
 
 HERE = Path(__file__).parent
@@ -33,11 +34,11 @@ def get_config() -> Experiment:
             rewards=RewardConfig(file=str(HERE / "easy_vqa_rl_data" / "rewards.json")),
             prompts=PromptStreamConfig(easy_share=0.1),
             selection=SelectionConfig(groups=64),
+            log=RolloutLogConfig(samples_interval_steps=20, held_out_prompts=600),
         ),
-        optimizer=OptimizerConfig(
-            learning_rate=2e-4, warmup_steps=5, min_lr_ratio=0.05, weight_decay=0.0, beta2=0.99
-        ),
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=5, min_lr_ratio=0.05, weight_decay=0.0, beta2=0.99),
         checkpoint=CheckpointConfig(save_interval_steps=50),
+        validation=ValidationConfig(data=(str(questions / "test.arrayrecord"),), interval_steps=20),
         evaluation=dataclasses.replace(start.evaluation, before_training=True),
         steps=80,
         log_interval_steps=5,
