@@ -32,7 +32,7 @@ COMMANDS = {
     "rl-rescore": ("jvlm.cli.rl_rescore", "compute the rewards of a run's stored answers again"),
     "configs": ("jvlm.cli.configs", "list the experiments that come with jvlm"),
     "plan": ("jvlm.cli.plan", "compile a step for TPUs or GPUs that are not here: memory, traffic, bounds on speed"),
-    "replay": ("jvlm.cli.replay", "find the tower and the conversation of a stopped run that are not finite"),
+    "replay": ("jvlm.cli.replay", "find what is not finite in a stopped run; repeat a step of jvlm rl"),
     "generate": ("jvlm.cli.generate", "answer one prompt, or every line of a JSONL file"),
     "chat": ("jvlm.cli.chat", "talk with a model in the terminal"),
     "evaluate": ("jvlm.cli.evaluate", "score a model, or a server, on benchmarks"),

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from jaxtyping import Int
 
+from jvlm.data.packing import Example
 from jvlm.errors import UserError
 from jvlm.inference.engine import Engine
-from jvlm.rl import shaping
-from jvlm.rl.advantages import advantages
 from jvlm.rl.log_probs import banned_ids
-from jvlm.rl.losses import token_weights
 from jvlm.rl.packing import SampledAnswer, SampledGroup, Shape, packed_answers
 from jvlm.rl.prompt_stream import PromptStream
-from jvlm.rl.prompts import EncodedPrompt
 from jvlm.rl.records import GroupRecord, with_training
 from jvlm.rl.rewards.shortage import Shortage
 from jvlm.rl.rewards.source import RewardItem
 from jvlm.rl.rollouts import Rollout, Rollouts, is_useful
 from jvlm.rl.task import AnswerSequences, PolicyTask
+from jvlm.rl.weighing import Weighed, weigh
 from jvlm.training.hooks import Hook, StepResult
 from jvlm.weights.fingerprints import fingerprints
 
@@ -65,8 +65,7 @@ class PolicyLoop(Hook):
         self.groups: list[GroupRecord] = []
         self.items: dict[int, RewardItem] = {}
         self._prompts, self._seed, self._settings, self._keep = prompts, seed, dict(settings), keep
-        first = engine.banned if engine.banned_first is None else engine.banned_first
-        self._banned = banned_ids(np.stack([engine.banned, first]))
+        self._banned = banned_of(engine)
         self._queue: collections.deque[AnswerSequences] = collections.deque()
         self._shortage = Shortage()
         self._values: dict[str, float] = {}
@@ -137,49 +136,47 @@ class PolicyLoop(Hook):
     def _packed(self, rollout: Rollout) -> list[AnswerSequences]:
         """Return the micro-batches of a step."""
         task, groups = self.task, [group for group, _ in rollout.selected]
-        shaped = [[self._shaped(answer) for answer in group.answers] for group in groups]
-        lengths = np.array([len(answer.tokens) for group in groups for answer in group.answers])
-        numbers = np.repeat(np.arange(len(groups)), [len(group.answers) for group in groups])
-        rewards = np.array([np.nan if value is None else value for row in shaped for value in row])
-        truncated = np.array([answer.truncated for group in groups for answer in group.answers])
-        values = advantages(rewards, numbers, lengths, task.advantage.estimator, eps=task.advantage.eps)
-        left_out = np.isnan(rewards) | (truncated & (task.advantage.truncated == "mask"))
-        weights = token_weights(lengths, numbers, task.policy_loss, left_out=left_out)
-        sampled, done, first = [], [], 0
-        for (group, prompt), row in zip(rollout.selected, shaped, strict=True):
-            span = range(first, first + len(row))
-            first = span.stop
-            done.append(with_training(group, row, [float(values[n]) for n in span]))
-            sampled.append(_sampled(group, prompt, [float(values[n]) for n in span], [float(weights[n]) for n in span]))
+        weighed = weigh(groups, task.advantage, task.policy_loss, task.rollout.max_tokens)
+        done = []
+        for group, span in zip(groups, spans(groups), strict=True):
+            done.append(with_training(group, weighed.shaped[span], weighed.advantages[span].tolist()))
         chosen = {group.serial for group in done}
         self.groups = [*done, *(group for group in rollout.judged if group.serial not in chosen)]
-        if left_out.all():
+        if weighed.left_out.all():
             raise UserError("every selected answer was cut at its longest length, and task.advantage.truncated is mask")
+        prompts = [prompt.example for _, prompt in rollout.selected]
+        sampled = sampled_groups(groups, prompts, weighed)
         return packed_answers(sampled, self.shape, self._banned)
 
-    def _shaped(self, answer: Any) -> float | None:
-        """Return the reward with what is added for the length of the answer."""
-        config, longest = self.task.advantage, self.task.rollout.max_tokens
-        if answer.reward is None:
-            return None
-        value = answer.reward
-        if config.overlong_margin is not None:
-            value += shaping.soft_overlong(len(answer.tokens), longest, config.overlong_margin)
-        if config.repetition_weight:
-            value += shaping.repetition(answer.tokens, weight=config.repetition_weight)
-        return value
+
+def banned_of(engine: Engine) -> Int[np.ndarray, "2 K"]:
+    """Return the ids that an engine never gives, and never gives first, as `banned_ids`."""
+    first = engine.banned if engine.banned_first is None else engine.banned_first
+    return banned_ids(np.stack([engine.banned, first]))
 
 
-def _sampled(
-    group: GroupRecord, prompt: EncodedPrompt, values: Sequence[float], weights: Sequence[float]
-) -> SampledGroup:
-    """Return the answers of a group that have tokens."""
-    answers = [
-        SampledAnswer(answer.tokens, answer.log_probs, value, weight)
-        for answer, value, weight in zip(group.answers, values, weights, strict=True)
-        if answer.tokens and weight > 0
-    ]
-    return SampledGroup(prompt.example, answers)
+def spans(groups: Sequence[GroupRecord]) -> list[slice]:
+    """Return where the answers of each group stand among those of all."""
+    ends = list(itertools.accumulate(len(group.answers) for group in groups))
+    return [slice(end - len(group.answers), end) for group, end in zip(groups, ends, strict=True)]
+
+
+def sampled_groups(groups: Sequence[GroupRecord], prompts: Sequence[Example], weighed: Weighed) -> list[SampledGroup]:
+    """Return the answers that have tokens in the loss, with their prompts."""
+    found = []
+    for group, prompt, span in zip(groups, prompts, spans(groups), strict=True):
+        rows = zip(group.answers, weighed.advantages[span].tolist(), weighed.weights[span].tolist(), strict=True)
+        found.append(
+            SampledGroup(
+                prompt,
+                [
+                    SampledAnswer(answer.tokens, answer.log_probs, value, weight)
+                    for answer, value, weight in rows
+                    if answer.tokens and weight > 0
+                ],
+            )
+        )
+    return found
 
 
 def _why(groups: Sequence[GroupRecord]) -> str:

@@ -273,6 +273,20 @@ def engine_of(experiment: Experiment, task: PolicyTask, model: VLM, processor: P
     return Engine(model, processor, config, layout)
 
 
+def shape_of(experiment: Experiment, processor: Processor) -> Shape:
+    """Return the shape of a micro-batch."""
+    data, images = experiment.data, processor.image_processor
+    return Shape(
+        data.batch_size,
+        data.seq_len,
+        data.max_patches,
+        data.max_length,
+        image_patch_limit(images, processor.image_config, data),
+        images.patch_values,
+        processor.model.encoder.position_values,
+    )
+
+
 def _loop(
     experiment: Experiment,
     task: PolicyTask,
@@ -282,17 +296,8 @@ def _loop(
     folder: Path,
 ) -> PolicyLoop:
     data, processor = experiment.data, prompts.processor
-    images = processor.image_processor
     limits = _limits(experiment, task, processor)
-    shape = Shape(
-        data.batch_size,
-        data.seq_len,
-        data.max_patches,
-        data.max_length,
-        limits.image_patches,
-        images.patch_values,
-        processor.model.encoder.position_values,
-    )
+    shape = shape_of(experiment, processor)
     settings = {
         "jvlm": jvlm.__version__,
         "seed": experiment.seed,

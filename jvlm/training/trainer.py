@@ -144,7 +144,7 @@ class Trainer:
         for hook in self.hooks:
             hook.on_batch(self, packed)
         local = train_step.stack([self.task.batch_of(one) for one in packed])
-        batch, began = make_global_batch(local, self.shard, self._shapes(len(packed))), time.perf_counter()
+        batch, began = make_global_batch(local, self.shard, self.shapes_of(len(packed))), time.perf_counter()
         with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
             self.state, metrics = self.compiled.step(self.state, batch)
         self.step += 1
@@ -153,7 +153,7 @@ class Trainer:
         for hook in reversed(self.hooks):
             hook.on_step_end(self, result)
 
-    def _shapes(self, accumulation: int) -> Any:
+    def shapes_of(self, accumulation: int) -> Any:
         """Return the shapes of the global batch of a step of so many micro-batches."""
 
         def of(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
