@@ -40,6 +40,7 @@ class RolloutLog(Hook):
       folder: of the run.
       images_of: contents of the image files of a prompt, by the number of its example.
       perfect: least reward of an answer that cannot be better, by task.
+      rewards: what decides the rewards, as `RewardSource.describe` has it; stored with each step.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class RolloutLog(Hook):
         config: RolloutLogConfig,
         images_of: Callable[[int], Sequence[bytes]],
         perfect: Mapping[str, float],
+        rewards: Mapping[str, Any],
     ):
         self._loop, self._folder, self._config = loop, folder, config
-        self._images_of, self._perfect = images_of, dict(perfect)
+        self._images_of, self._perfect, self._rewards = images_of, dict(perfect), dict(rewards)
         self._alarms = Alarms(config.alarms)
         self._values: dict[str, float] = {}
         self._writer: RolloutWriter | None = None
@@ -86,7 +88,7 @@ class RolloutLog(Hook):
                 if group.serial in self._loop.items:
                     item = self._loop.items[group.serial]
                     self._writer.append(step, group, item, item.images or self._images_of(group.example))
-            self._writer.finish_step(step, summary)
+            self._writer.finish_step(step, {**summary, "rewards": self._rewards})
         interval = self._config.samples_interval_steps
         if step % interval == 0 or step in (trainer.start + 1, trainer.steps):
             self._draw(step, groups, summary)

@@ -144,8 +144,8 @@ def _train(experiment: Experiment, task: PolicyTask, rewards: Router | RewardCli
     tasks = ()
     if experiment.evaluation.tasks:
         tasks = (TaskScores(experiment.evaluation, processor, storage.folder),)
-    perfect = task.rewards.perfect
-    written = RolloutLog(loop, storage.folder, task.log, prompts.images, perfect)
+    perfect, decides = task.rewards.perfect, rewards.describe()
+    written = RolloutLog(loop, storage.folder, task.log, prompts.images, perfect, decides)
     held_out = ()
     if experiment.validation.data:
         held_out = (_held_out(experiment, task, engine, processor, rewards),)

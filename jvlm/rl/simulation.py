@@ -287,6 +287,65 @@ def continuous(workload: Workload, prompts: Prompts, *, reward_servers: int | No
             selection.judge(judged, prompts(judged)[0])
 
 
+@dataclasses.dataclass(frozen=True)
+class Stale:
+    """What rollouts of several steps took whose groups may begin before the step that trains on them.
+
+    Attributes:
+      seconds: of a step's rollout, on average.
+      idle: share of the devices' time without a row.
+      age, oldest: steps between the start of a group and the training on it, on average and at most.
+    """
+
+    seconds: float
+    idle: float
+    age: float
+    oldest: int
+
+
+def stale(workload: Workload, prompts: Prompts, staleness: float, steps: int = 6) -> Stale:
+    """Return what rollouts of several steps take if groups that are not trained on yet are kept, and more are started.
+
+    As many are on the way as ``1 + staleness`` steps are likely to need. Each step trains on the useful groups with the
+    lowest numbers; while it does, nothing is decoded. Rewards are judged any number at a time.
+
+    Args:
+      staleness: steps by which the weights of an answer may be behind, beside those of a group that takes long.
+    """
+    w, clock = workload, _Clock(workload, prompts, None)
+    judged: set[int] = set()
+    begun: list[int] = []  # the step in which each group was started
+    useful = behind = busy = oldest = 0
+    ages: list[float] = []
+    for step in range(steps):
+        while (chosen := _lowest(prompts, judged, behind, w.groups)) is None:
+            share = (w.prior_share * w.prior_groups + useful) / (w.prior_groups + len(judged))
+            most = (1 + staleness) * (1 + w.margin) * w.groups / share
+            while clock.has_room and len(begun) - behind < most:
+                clock.start(len(begun))
+                begun.append(step)
+            done = clock.step()
+            if done is not None:
+                judged.add(done)
+                useful += prompts(done)[0]
+        own = [step - begun[serial] for serial in chosen]
+        ages.append(statistics.fmean(own))
+        oldest, behind, busy = max(oldest, *own), chosen[-1] + 1, clock.busy()
+    return Stale(clock.now / steps, 1 - busy / (w.devices * clock.now), statistics.fmean(ages), oldest)
+
+
+def _lowest(prompts: Prompts, judged: set[int], first: int, count: int) -> list[int] | None:
+    """Return the useful groups with the lowest numbers; None while a lower one is not judged."""
+    found, serial = [], first
+    while len(found) < count:
+        if serial not in judged:
+            return None
+        if prompts(serial)[0]:
+            found.append(serial)
+        serial += 1
+    return found
+
+
 def _phase(clock: _Clock, started: int, needed: int) -> Phase:
     share = clock.busy() / (clock.workload.devices * clock.now)
     return Phase(clock.now, 1 - share, 1 - needed / started, started, clock.reward_wait)
@@ -368,7 +427,33 @@ def main(words: Sequence[str] | None = None) -> int:
             )
         ]
         print(f"| {schedule} | " + " | ".join(cells) + " |")
+    print("\n| steps behind | overall | rollout | idle | age | oldest |\n| --- | --- | --- | --- | --- | --- |")
+    for staleness, row in stale_table(seeds=range(given.seeds)).items():
+        print(f"| {staleness:g} | " + " | ".join(f"{value:.3g}" for value in row) + " |")
     return 0
+
+
+def stale_table(workload: Workload = Workload(), seeds: Sequence[int] = range(8)) -> dict[float, tuple[float, ...]]:
+    """Return (speed of a step, of its rollout, idle share, mean age, oldest) for steps that answers may be behind.
+
+    Speeds are relative to the naive schedule; the mean over seeds, of the oldest the most.
+    """
+    found: dict[float, list[tuple[float, ...]]] = {staleness: [] for staleness in (0.0, 0.5, 1.0, 2.0)}
+    for seed in seeds:
+        prompts = Prompts(workload, seed)
+        naive = rounds(workload, prompts).seconds
+        train = workload.train_share * naive
+        for staleness, rows in found.items():
+            one = stale(workload, prompts, staleness)
+            overall = (naive + train) / (one.seconds + train)
+            rows.append((overall, naive / one.seconds, one.idle, one.age, one.oldest))
+    return {
+        staleness: (
+            *(statistics.fmean(column) for column in list(zip(*rows, strict=True))[:-1]),
+            max(r[-1] for r in rows),
+        )
+        for staleness, rows in found.items()
+    }
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+import jvlm
 from jvlm import cli
 from jvlm.errors import UserError
 from jvlm.rl import replay, run
@@ -38,6 +39,8 @@ def finished(tmp_path_factory):
 
 def test_every_step_is_stored_with_what_the_log_says_of_it(finished):
     folder = finished / ROLLOUTS
+    _, processor = jvlm.load(finished)
+    stops = set(processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
     assert steps(folder) == [1, 2, 3, 4]
     lines = {line["step_number"]: line for line in map(json.loads, (finished / "logging.jsonl").open())}
     for step in (1, 2, 3, 4):
@@ -51,7 +54,10 @@ def test_every_step_is_stored_with_what_the_log_says_of_it(finished):
             assert {len(a.tokens) == len(a.log_probs) == len(a.versions) for a in one.group.answers} == {True}
             assert {version for a in one.group.answers for version in a.versions} == {step - 1}
             assert [read_image(folder, name) for name in one.images] or "<image>" not in str(one.prompt.messages)
-        assert summary["age_max"] == 1 - 1
+            ends = {token for a in one.group.answers if a.finish == "stop" for token in a.tokens[-1:]}
+            assert ends <= stops
+        assert summary["age_max"] == 0
+        assert summary["rewards"]["letters"]["plugin"]
         assert summary["loss"] == lines[step]["loss"] if "loss" in lines[step] else True
     held_out = [line for line in lines.values() if "eval_reward/letters" in line]
     assert len(held_out) >= 1

@@ -112,6 +112,28 @@ def test_mimo_s_speed_up_of_2_29_on_one_seed():
     assert (naive.seconds + train) / (early.seconds + train) == pytest.approx(2.29, rel=0.05)
 
 
+def test_a_step_by_which_answers_may_be_behind_leaves_devices_busy():
+    kept, ahead = (simulation.stale(SMALL, Prompts(SMALL, 2), staleness) for staleness in (0.0, 2.0))
+    assert ahead.seconds < kept.seconds
+    assert ahead.idle < kept.idle
+    assert kept.age < 1 < ahead.age <= ahead.oldest
+    judged = {1, 2, 3, 5}
+    useful = lambda serial: (serial != 2, [])  # noqa: E731
+    assert simulation._lowest(useful, judged, 1, 2) == [1, 3]
+    assert simulation._lowest(useful, judged, 1, 3) is None  # 4 is not judged
+    assert simulation._lowest(useful, judged, 0, 1) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("staleness", ["0.5", "1", "2"])
+def test_rows_of_stale_answers_are_those_of_the_other_simulation(staleness):
+    given = GIVEN["carry"][staleness]
+    overall, rollout, idle, age, oldest = simulation.stale_table(seeds=range(2))[float(staleness)]
+    assert (overall, rollout, age) == pytest.approx((given["overall"], given["rollout"], given["age"]), rel=0.15)
+    assert idle == pytest.approx(given["idle"], abs=0.05)
+    assert oldest == given["age_max"]
+
+
 @pytest.mark.slow
 def test_all_five_rows_are_those_of_the_other_simulation_and_speeds_those_of_mimo(capsys):
     for schedule, (mean, _) in simulation.table().items():
