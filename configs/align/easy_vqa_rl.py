@@ -25,12 +25,13 @@ def get_config() -> Experiment:
         init_from="runs/easy_vqa_start/hf",
         data=DataConfig(
             train=(str(questions / "where.arrayrecord"), str(questions / "shapes.arrayrecord")),
-            batch_size=16,
+            batch_size=68,
             seq_len=448,
             max_patches=128,
+            max_length=96,
         ),
         task=PolicyTask(
-            rollout=RolloutConfig(answers=8, max_tokens=32, temperature=0.5, slots=256),
+            rollout=RolloutConfig(answers=8, max_tokens=32, temperature=0.5, slots=512, prefill_tokens=512),
             rewards=RewardConfig(file=str(HERE / "easy_vqa_rl_data" / "rewards.json")),
             prompts=PromptStreamConfig(easy_share=0.1),
             selection=SelectionConfig(groups=64),

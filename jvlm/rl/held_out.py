@@ -39,7 +39,7 @@ class HeldOutRewards(Hook):
         """Return whether the model after a step is judged."""
         return step % self._interval == 0 or step == trainer.steps
 
-    def on_train_start(self, trainer: Trainer) -> None:
+    def on_step_start(self, trainer: Trainer) -> None:
         if trainer.step == 0:
             self._evaluate(trainer)
 

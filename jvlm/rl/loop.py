@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -69,7 +70,6 @@ class PolicyLoop(Hook):
         self._queue: collections.deque[AnswerSequences] = collections.deque()
         self._shortage = Shortage()
         self._values: dict[str, float] = {}
-        self._ended: float | None = None
 
     # -- the batches of the trainer
 
@@ -93,8 +93,6 @@ class PolicyLoop(Hook):
 
     def on_step_start(self, trainer: Trainer) -> None:
         """Roll out and pack."""
-        began = time.perf_counter()
-        trained = 0.0 if self._ended is None else began - self._ended
         self.engine.load(trainer.model)
         weights = sum(n * i for i, n in enumerate(fingerprints(trainer.state.trainable).values(), 1))
         made_with = {**self._settings, "weights": weights}
@@ -106,11 +104,13 @@ class PolicyLoop(Hook):
         self._queue.extend(self._packed(rollout))
         trainer.accumulation = len(self._queue)
         self._values["seconds/pack"] = time.perf_counter() - packing_began
-        self._values["seconds/train"] = trained
-        self._values["trainer_idle"] = rollout.timing.seconds / max(trained + rollout.timing.seconds, 1e-9)
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        self._ended = time.perf_counter()
+        """Measure the step; what follows waits for it anyway."""
+        jax.block_until_ready(result.metrics)
+        trained, sampled = time.perf_counter() - result.began, self._values["seconds/rollout"]
+        self._values["seconds/train"] = trained
+        self._values["trainer_idle"] = sampled / max(trained + sampled, 1e-9)
 
     def on_save(self, trainer: Trainer) -> None:
         self.rollouts.journal.forget(trainer.step - self._keep)

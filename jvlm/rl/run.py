@@ -158,9 +158,9 @@ def _train(experiment: Experiment, task: PolicyTask, rewards: Router | RewardCli
         StopRequests(),
         *tasks,
         *held_out,
-        loop,
         log,
         written,
+        loop,  # behind these, which it so comes before when a step ends: it measures the step
         monitor,
         LearningRates(experiment.optimizer, experiment.steps, lambda: monitor.skipped),
         Goodput(storage.folder),

@@ -303,7 +303,7 @@ class Stale:
     oldest: int
 
 
-def stale(workload: Workload, prompts: Prompts, staleness: float, steps: int = 6) -> Stale:
+def stale(workload: Workload, prompts: Prompts, staleness: float, steps: int = 10, warm_up: int = 3) -> Stale:
     """Return what rollouts of several steps take if groups that are not trained on yet are kept, and more are started.
 
     As many are on the way as ``1 + staleness`` steps are likely to need. Each step trains on the useful groups with the
@@ -311,13 +311,17 @@ def stale(workload: Workload, prompts: Prompts, staleness: float, steps: int = 6
 
     Args:
       staleness: steps by which the weights of an answer may be behind, beside those of a group that takes long.
+      warm_up: steps that are not counted, until as many groups are on the way as may.
     """
     w, clock = workload, _Clock(workload, prompts, None)
     judged: set[int] = set()
     begun: list[int] = []  # the step in which each group was started
-    useful = behind = busy = oldest = 0
-    ages: list[float] = []
+    useful = behind = 0
+    ages: list[int] = []
+    began = busy = 0.0
     for step in range(steps):
+        if step == warm_up:
+            ages, began, busy = [], clock.now, clock.busy()
         while (chosen := _lowest(prompts, judged, behind, w.groups)) is None:
             share = (w.prior_share * w.prior_groups + useful) / (w.prior_groups + len(judged))
             most = (1 + staleness) * (1 + w.margin) * w.groups / share
@@ -328,10 +332,11 @@ def stale(workload: Workload, prompts: Prompts, staleness: float, steps: int = 6
             if done is not None:
                 judged.add(done)
                 useful += prompts(done)[0]
-        own = [step - begun[serial] for serial in chosen]
-        ages.append(statistics.fmean(own))
-        oldest, behind, busy = max(oldest, *own), chosen[-1] + 1, clock.busy()
-    return Stale(clock.now / steps, 1 - busy / (w.devices * clock.now), statistics.fmean(ages), oldest)
+        ages += [step - begun[serial] for serial in chosen]
+        behind = chosen[-1] + 1
+    seconds = clock.now - began
+    idle = 1 - (clock.busy() - busy) / (w.devices * seconds)
+    return Stale(seconds / (steps - warm_up), idle, statistics.fmean(ages), max(ages))
 
 
 def _lowest(prompts: Prompts, judged: set[int], first: int, count: int) -> list[int] | None:
@@ -433,12 +438,14 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def stale_table(workload: Workload = Workload(), seeds: Sequence[int] = range(8)) -> dict[float, tuple[float, ...]]:
+def stale_table(
+    workload: Workload = Workload(), seeds: Sequence[int] = range(8), behind: Sequence[float] = (0.0, 0.5, 1.0, 2.0)
+) -> dict[float, tuple[float, ...]]:
     """Return (speed of a step, of its rollout, idle share, mean age, oldest) for steps that answers may be behind.
 
     Speeds are relative to the naive schedule; the mean over seeds, of the oldest the most.
     """
-    found: dict[float, list[tuple[float, ...]]] = {staleness: [] for staleness in (0.0, 0.5, 1.0, 2.0)}
+    found: dict[float, list[tuple[float, ...]]] = {staleness: [] for staleness in behind}
     for seed in seeds:
         prompts = Prompts(workload, seed)
         naive = rounds(workload, prompts).seconds
