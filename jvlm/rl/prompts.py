@@ -129,9 +129,11 @@ class Prompts:
           ExampleError: one that cannot be read.
         """
         question = self.question(number)
-        opened = self.processor.with_open_media(question.conversation)
-        pairs = zip(question.conversation.images, opened.images, strict=True)
-        return [content if (content := _file(image)) is not None else _png(shown) for image, shown in pairs]
+        files = [_file(image) for image in question.conversation.images]
+        if None not in files:
+            return [content for content in files if content is not None]
+        opened = self.processor.with_open_media(question.conversation).images
+        return [_png(shown) if content is None else content for content, shown in zip(files, opened, strict=True)]
 
     def _questions(self, index: int) -> list[Question]:
         origin, record = self.examples[index]
