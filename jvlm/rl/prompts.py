@@ -12,7 +12,8 @@ import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jvlm.data.boxes import Sizes
+from jvlm.data.box_formats import FORMATS
+from jvlm.data.boxes import CoordinateSpace, Sizes
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Image, ObjectBox
 from jvlm.data.errors import ExampleError, Origin, Rejected, grouped
@@ -191,16 +192,22 @@ class Prompts:
             columns.setdefault("size", list(self._extent(sizes[0])))
         if question.boxes and sizes is not None:
             shown = {image.index: size for image, size in zip(question.conversation.images, sizes, strict=True)}
-            space = self.processor.config.box_space
+            space = self._space
             gold = [list(box.region.to(space, shown[box.image]).values) for box in question.boxes]
         messages = tuple(
             {"role": message.role, "content": tagged(message.content)} for message in question.conversation.messages
         )
         return RewardItem(str(question.origin), question.task, "", gold, messages, tuple(images), columns)
 
+    @property
+    def _space(self) -> CoordinateSpace:
+        """The space of the numbers that the model writes."""
+        config = self.processor.config
+        return config.box_space or FORMATS[config.box_format].space
+
     def _extent(self, sizes: Sizes) -> tuple[float, float]:
         """Return the width and height of an image in the numbers that the model writes."""
-        match self.processor.config.box_space:
+        match self._space:
             case "original":
                 return sizes.original
             case "resized":

@@ -45,7 +45,7 @@ def test_every_step_is_stored_with_what_the_log_says_of_it(finished):
     lines = {line["step_number"]: line for line in map(json.loads, (finished / "logging.jsonl").open())}
     for step in (1, 2, 3, 4):
         stored = list(read_groups(folder, [step]))
-        assert sum(one.group.selected for one in stored) == 4
+        assert 1 <= sum(one.group.selected for one in stored) <= 4
         assert all(len(one.group.answers) == 4 for one in stored)
         again = values_of([one.group for one in stored])
         summary = read_summary(folder, step)
@@ -85,10 +85,11 @@ def test_what_was_changed_is_found(finished, tmp_path, capsys):
             group = dataclasses.replace(group, answers=(first, *group.answers[1:]))
         writer.append(3, group, one.prompt)
     writer.finish_step(3, read_summary(finished / ROLLOUTS, 3))
+    groups = sum(one.group.selected for one in read_groups(finished / ROLLOUTS, [3]))
     assert path_of(copy / ROLLOUTS, 3).exists()
     assert cli.main(["replay", str(copy), "--step", "3"]) == 1
     told = capsys.readouterr().out
-    assert "shaped rewards: 16 of 16 stored, 12 of 16 now" in told
+    assert f"shaped rewards: {4 * groups} of {4 * groups} stored, {3 * groups} of {4 * groups} now" in told
     assert "loss:" not in told
     assert "the model before step 3 is not stored" in told
     with pytest.raises(UserError, match="no step 9"):

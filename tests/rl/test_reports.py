@@ -42,6 +42,7 @@ from jvlm.data.config import DataConfig
 from jvlm.data.errors import ExampleError
 from jvlm.rl import run
 from jvlm.rl.config import AdvantageConfig, RolloutConfig
+from jvlm.rl.log_probs import MOST_BANNED
 from jvlm.rl.losses import PolicyLoss
 from jvlm.rl.packing import SampledAnswer, SampledGroup, Shape, packed_answers
 from jvlm.rl.prompts import Limits, Prompts
@@ -54,7 +55,7 @@ from jvlm.training.hooks import Hook
 from tests.rl.support import policy_experiment, write_prompts
 from tests.rl.test_step_log import answer
 
-NOTHING_BANNED = np.full((2, 4), -1, np.int32)
+NOTHING_BANNED = np.full((2, MOST_BANNED), -1, np.int32)
 
 
 def lines_of(folder):
@@ -216,3 +217,23 @@ def test_ages_are_0_before_and_after_a_restart(tmp_path):
     lines = lines_of(tmp_path)
     assert [line["step_number"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["age_max"] for line in lines] == [0] * 6
+
+
+def test_boxes_are_rewarded_in_the_numbers_that_the_model_writes(tiny, tmp_path):
+    """Pixels of the picture as the model sees it, which is larger here than it was given."""
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    turn = [{"role": "user", "content": "<image>where?"}, {"role": "assistant", "content": "<bbox>"}]
+    record = {"messages": turn, "images": ["a.png"], "objects": {"bbox": [[10, 6, 30, 24]]}}
+    (tmp_path / "boxes.jsonl").write_text(json.dumps(record) + "\n")
+    with reward_config.rules() as router:
+        prompts = Prompts(tiny.processor, DataConfig(train=(str(tmp_path / "boxes.jsonl"),)), router)
+        encoded = prompts.encode(0, Limits(10**6, 10**6, None))
+        width, height = encoded.example.sizes[0].resized
+        assert (width, height) != (40, 30)
+        assert encoded.item.columns["size"] == [width, height]
+        expected = [10 * width / 40, 6 * height / 30, 30 * width / 40, 24 * height / 30]
+        np.testing.assert_allclose(encoded.item.gold, [expected])
+        answers = [str([round(x) for x in expected]), str([2 * width, 0, 3 * width, height])]
+        scores = router.scores([dataclasses.replace(encoded.item, answer=text) for text in answers])
+    assert scores[0].value > 0.9
+    assert scores[1].value == 0  # outside of the picture
