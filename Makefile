@@ -118,9 +118,8 @@ format: $(VENV)/.test
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
 
-bench: $(VENV)/.peft  ## speed beside transformers + torch, and of LoRA beside PEFT; ten minutes
-	$(VENV)/bin/python tools/bench.py $(ARGS)
-	PYTHONPATH=$(VENV)/export-peft $(RUN) tools.bench_lora $(ARGS)
+bench: $(VENV)/.peft  ## speed beside transformers + torch, and of LoRA beside PEFT, with earlier runs; ten minutes
+	PYTHONPATH=$(VENV)/export-peft $(RUN) tools.bench $(ARGS)
 
 bench-evaluate: $(VENV)/.test  ## tokens/s of jvlm evaluate on mixed questions beside the engine's own; ten minutes
 	$(RUN) tools.bench_evaluate --questions 5000 $(ARGS)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
+from jvlm_kernels import platforms
 
 from jvlm.models import device_ops, layers
 
@@ -85,6 +86,23 @@ class LowRankAdapter(nnx.Module):
         if self.magnitude is not None:
             y = (y.astype(jnp.float32) * self.factor(kernel)).astype(y.dtype)
         return y if self.bias is None else y + (scale * self.bias[...]).astype(y.dtype)
+
+    def pair_to_add(self, x: Float[Array, "*L i"]) -> tuple[Float[Array, "i r"], Float[Array, "r o"]] | None:
+        """Return a and scale * b if it pays to add their product to the kernel of the product with ``x``; else None.
+
+        That is so for plain LoRA on CPU in float32, where a sum with the kernel loses no more than any product does,
+        from as many vectors on as there are inputs.
+        """
+        dropped = self.key is not None and self.dropout
+        if dropped or not (self.start_a is None and self.magnitude is None and self.bias is None):
+            return None
+        few = x.size < x.shape[-1] ** 2
+        if few or x.dtype != jnp.float32 or platforms.target_platform() != "cpu":
+            return None
+        gather = device_ops.current().all_gather_param
+        a = gather(self.a[...].astype(x.dtype), (self.axes[0], RANK))
+        b = gather(self.b[...].astype(x.dtype), (RANK, self.axes[1]))
+        return a, self.scale[...].astype(x.dtype) * b
 
     def _product(self, x, a: AdapterParam, b: AdapterParam, scale):
         gather, dtype = device_ops.current().all_gather_param, x.dtype

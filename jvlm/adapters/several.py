@@ -87,6 +87,9 @@ class AdapterChoice(nnx.Module):
         hidden = jnp.einsum("b...i,bir->b...r", x, a)
         return self._finished(y + jnp.einsum("b...r,bro->b...o", hidden, b), index)
 
+    def pair_to_add(self, x: Float[Array, "B *L i"]) -> None:
+        """Return None: the sequences of a batch have different adapters, so nothing can be added to the kernel."""
+
     def looked_up(
         self, tokens: Int[Array, "B S"], y: Float[Array, "B S o"], table: Callable[[], Array]
     ) -> Float[Array, "B S o"]:

@@ -79,15 +79,42 @@ def _matmul_forward(x, kernel):
 
 def _matmul_backward(saved, d_y):
     x, kernel = saved
+    return d_y @ kernel.T, _kernel_gradient(x, d_y)
+
+
+def _kernel_gradient(x, d_y):
     if d_y.shape[-1] < x.shape[-1] and platforms.target_platform() == "cpu":
         # behind the barrier, XLA cannot turn the product around again
-        d_kernel = jax.lax.optimization_barrier(jnp.einsum("...o,...i->oi", d_y, x)).T
-    else:
-        d_kernel = jnp.einsum("...i,...o->io", x, d_y)
-    return d_y @ kernel.T, d_kernel
+        return jax.lax.optimization_barrier(jnp.einsum("...o,...i->oi", d_y, x)).T
+    return jnp.einsum("...i,...o->io", x, d_y)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def adapted_matmul(
+    x: Float[Array, "*L i"], kernel: Float[Array, "i o"], a: Float[Array, "i r"], b: Float[Array, "r o"]
+) -> Float[Array, "*L o"]:
+    """Return ``x @ (kernel + a @ b)``, with gradients of ``a`` and ``b`` that never form one of the kernel's size.
+
+    The sum of the kernels is cheap where there are more vectors than inputs; ``x @ kernel + (x @ a) @ b`` writes and
+    reads a result of that many vectors once more, forward and backward.
+    """
+    return x @ (kernel + a @ b)
+
+
+def _adapted_forward(x, kernel, a, b):
+    return x @ (kernel + a @ b), (x, kernel, a, b)
+
+
+def _adapted_backward(saved, d_y):
+    x, kernel, a, b = saved
+    d_x = d_y @ (kernel + a @ b).T
+    return d_x, _kernel_gradient(x, d_y), _kernel_gradient(x, d_y @ b.T), _kernel_gradient(x @ a, d_y)
+
+
+adapted_matmul.defvjp(_adapted_forward, _adapted_backward)
 
 
 @jax.custom_vjp
@@ -161,6 +188,10 @@ class Linear(nnx.Module):
             y = self.kernel.product(x.astype(dtype), pad_in=pad_in, pad_out=pad_out)
         else:
             kernel = self.weight(dtype)
+            pair = None if self.adapter is None else self.adapter.pair_to_add(x.astype(dtype))
+            if pair is not None:
+                y = adapted_matmul(x.astype(dtype), kernel, *pair)
+                return y if self.bias is None else y + self.bias[...].astype(dtype)
             if pad_in or pad_out:
                 kernel = jnp.pad(kernel, ((0, pad_in), (0, pad_out)))
             y = matmul(x.astype(dtype), kernel)

@@ -1,6 +1,7 @@
 """`segment_attention` against a brute force in float64 that knows nothing of blocks or masks."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import jvlm_kernels
 import numpy as np
 import pytest
 from jvlm_kernels import Unavailable, implementations, platforms, segment_attention
-from jvlm_kernels.attention import api, tuning, xla
+from jvlm_kernels.attention import api, block_pairs, tuning, xla
 
 from tests.support import ROOT, run_python
 
@@ -77,7 +78,7 @@ def with_segments(args, ids):
     return *args[:3], jnp.asarray(ids, jnp.int32), jnp.asarray(ids, jnp.int32)
 
 
-STRATEGIES = ("dense", "local", "blocked")
+STRATEGIES = ("dense", "blocked")
 BLOCK = 16
 
 # strategy of xla, and what is special -> inputs, options
@@ -97,14 +98,20 @@ CASES = {
     ),
     "one query": (inputs(1, T=30), {}),
     "all padding": (with_segments(inputs(16), np.zeros((2, 16))), {}),
-    "local": (inputs(60, lengths=([10, 4, 10, 9, 10], [1, 2, 3, 10, 10, 10, 10, 10])), {"max_segment_length": 10}),
-    "local, causal": (inputs(60, lengths=([10, 4, 10, 9], [10] * 6)), {"max_segment_length": 10, "causal": True}),
-    "local, not a multiple": (inputs(61, lengths=([7] * 8, [3, 7, 5] * 4)), {"max_segment_length": 7}),
-    "local, causal window": (
+    "blocked, short promise": (
+        inputs(60, lengths=([10, 4, 10, 9, 10], [1, 2, 3, 10, 10, 10, 10, 10])),
+        {"max_segment_length": 10},
+    ),
+    "blocked, short causal promise": (
+        inputs(60, lengths=([10, 4, 10, 9], [10] * 6)),
+        {"max_segment_length": 10, "causal": True},
+    ),
+    "blocked, promise, not a multiple": (inputs(61, lengths=([7] * 8, [3, 7, 5] * 4)), {"max_segment_length": 7}),
+    "blocked, promise, causal window": (
         inputs(60, lengths=([10] * 5, [9] * 6)),
         {"max_segment_length": 10, "causal": True, "window": 4},
     ),
-    "local, window": (inputs(60, lengths=([10] * 5, [9] * 6)), {"max_segment_length": 10, "window": 4}),
+    "blocked, promise, window": (inputs(60, lengths=([10] * 5, [9] * 6)), {"max_segment_length": 10, "window": 4}),
     "promise longer than the row": (inputs(40), {"max_segment_length": 64, "causal": True}),
     "blocked": (inputs(50), {}),
     "blocked, causal": (inputs(50), {"causal": True}),
@@ -180,8 +187,7 @@ def found_of(case, implementation):
         block_sizes=settings.get("block_sizes"),
     )
     if implementation == "xla" and wanted in STRATEGIES:
-        chosen = xla._strategy(spec, args[0].shape[1], args[1].shape[1])
-        assert chosen is getattr(xla, f"_{wanted}") if wanted != "blocked" else chosen is None
+        assert xla._is_dense(spec, *args[:2]) == (wanted == "dense")
     return attend(args, implementation, **options, **settings)
 
 
@@ -193,11 +199,7 @@ def small_blocks(args):
 # the rest takes no float32: test_hopper.py
 IMPLEMENTATIONS = tuple(name for name in implementations() if name != "mosaic_gpu")
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-# tiles are xla's own; the Pallas kernels and the reference know only one way
-every_case = pytest.mark.parametrize(
-    ("case", "implementation"),
-    [(c, i) for c in CASES for i in IMPLEMENTATIONS if i == "xla" or c.split(",")[0] != "local"],
-)
+every_case = pytest.mark.parametrize(("case", "implementation"), [(c, i) for c in CASES for i in IMPLEMENTATIONS])
 
 
 @every_case
@@ -227,7 +229,7 @@ def test_queries_that_see_nothing_give_zeros_and_neither_take_nor_give_a_gradien
 
 
 @every_implementation
-@pytest.mark.parametrize("case", ["dense, causal", "local"])
+@pytest.mark.parametrize("case", ["dense, causal", "blocked, short promise"])
 def test_bfloat16_inputs_are_summed_in_float32(case, implementation):
     args, options = CASES[case]
     halves = [x.astype(jnp.bfloat16) for x in args[:3]]
@@ -263,16 +265,53 @@ def test_the_memory_of_long_rows_follows_their_length_not_its_square():
     assert temporary(8192) < 2.5 * temporary(4096)
 
 
-def test_the_cost_of_windows_follows_the_promised_length():
-    def flops(S, **options):
-        shapes = [jax.ShapeDtypeStruct((1, S, 2, 16), jnp.float32)] * 3
-        ids = jax.ShapeDtypeStruct((1, S), jnp.int32)
-        call = jax.jit(lambda q, k, v, s: segment_attention(q, k, v, s, s, **options))
-        return call.lower(*shapes, ids).compile().cost_analysis()["flops"]
+def chosen_block(ids, **promise):
+    """The size of the blocks that a call with these segments gets on CPU."""
+    spec = api.AttentionSpec(True, None, 1.0, promise.get("max_segment_length"))
 
-    assert flops(2048, max_segment_length=64) < 2.5 * flops(1024, max_segment_length=64)
-    all_pairs = 2 * 2 * 2048 * 2048 * 2 * 16  # two products of every query with every key
-    assert flops(2048, max_segment_length=64) < all_pairs / 4
+    def size(plan, spec, *operands):
+        return jnp.asarray(plan.block_q)
+
+    q = jnp.zeros((*ids.shape, 4, HEAD))
+    return int(xla._in_blocks(size, spec, q, q, q, ids, ids, jnp.zeros(len(ids), jnp.int32)))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size"), [([100] * 10, 64), ([1000], 256), ([1000, 24], 256), ([180] * 5, 64)], ids=str
+)
+def test_blocks_are_small_where_segments_are_short(lengths, size):
+    assert chosen_block(rows_of(lengths, 1024)[None]) == size
+
+
+def windows_of(rows, columns):
+    """Patches of each 8 x 8 window of an image of so many patches; those at its edges are smaller."""
+    sides = ([min(8, n - at) for at in range(0, n, 8)] for n in (rows, columns))
+    return [h * w for h, w in itertools.product(*sides)]
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["windows of images", "conversations"])
+def test_blocks_on_cpu_hold_at_most_two_and_a_half_times_the_pairs_that_are_visible(causal):
+    rng = np.random.default_rng(0)
+    if causal:  # of 40 to 360 tokens
+        lengths, promise = rng.integers(40, 360, 30).tolist(), {}
+        visible = sum(n * (n + 1) // 2 for n in lengths)
+    else:  # images of 84 to 336 pixels a side
+        images = 2 * rng.integers(3, 13, (30, 2))
+        lengths, promise = [n for h, w in images for n in windows_of(h, w)], {"max_segment_length": 64}
+        visible = sum(n * n for n in lengths)
+    ids = rows_of(lengths, -(-sum(lengths) // 128) * 128)[None]
+    size = chosen_block(ids, **promise)
+    spec = api.AttentionSpec(causal, None, 1.0, None)
+    needed, _ = block_pairs.block_mask(spec, ids, ids, jnp.zeros(1, jnp.int32), size, size)
+    assert int(needed.sum()) * size**2 < 2.5 * visible
+
+
+def test_blocks_of_either_size_give_the_same():
+    args = inputs(1024, lengths=([90] * 11, [1000]))
+    small, large = (attend(args, "xla", causal=True, block_sizes=tuning.BlockSizes(n, n)) for n in (64, 256))
+    chosen = attend(args, "xla", causal=True)
+    for one in (small, large):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, chosen)
 
 
 GOOD = [np.zeros((1, 8, h, HEAD), np.float32) for h in (4, 2, 2)] + [np.ones((1, 8), np.int32)] * 2

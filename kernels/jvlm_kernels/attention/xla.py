@@ -1,14 +1,14 @@
 """Segment attention in plain XLA operations, on every device.
 
-`_strategy` chooses one of three strategies. Two compute dense tiles:
+There are two strategies:
 
 - dense: all S x T scores at once, for short sequences and for decoding;
-- local: with a promised segment length M, blocks of M queries meet the neighbouring blocks of keys only, so time and
-  memory follow S * M. The attention windows of a ViT use it.
+- blocked: a loop over the pairs of blocks that segments need (`jvlm_kernels.attention.block_pairs`), so memory follows
+  S and time follows the segments. On CPU it is faster than the dense strategy from sequences of 256 on, because its
+  blocks stay in the cache.
 
-The third, blocked, is for everything longer: a loop over the pairs of blocks that segments need
-(`jvlm_kernels.attention.block_pairs`), so memory follows S and time follows the segments. On CPU it is faster than the
-dense strategy from sequences of 256 on, because its blocks stay in the cache.
+Blocks are small where segments are short and large where they are long: each call counts what its own segments cost in
+blocks of either size.
 
 No backward pass stores scores; all recompute them (FlashAttention, arXiv 2205.14135): on CPU that is faster than
 reading them back from memory.
@@ -19,10 +19,8 @@ M key blocks.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -34,8 +32,14 @@ from jvlm_kernels.constants import MASK_VALUE, NEG_INF
 
 PLATFORM = None
 _MAX_DENSE_SCORES = 256 * 256  # S * T
-# Block size of the blocked strategy: in sequences up to a length, and in longer ones.
-_SHORT, _SHORT_BLOCK, _LONG_BLOCK = 768, 128, 256
+# Sizes of blocks. In sequences up to _SHORT, and where segments are promised to be short, only the smaller is compiled.
+_SMALL, _LARGE, _SHORT = 64, 256, 768
+# Where segments are promised to be at most as long as a small block, such as the windows of a ViT.
+_WINDOWS = 32
+# What a pair of blocks costs beside its scores, in scores: measured on CPU with 4 and 8 heads of 64.
+_PAIR_COST = 512
+# No more pairs of small blocks than this are listed for a batch row.
+_MOST_PAIRS = 1 << 18
 
 
 def check(spec, q, k, v) -> None:
@@ -44,90 +48,66 @@ def check(spec, q, k, v) -> None:
 
 def forward(spec, q, k, v, q_segments, kv_segments, offsets):
     """Return (out [B, S, H, D], logsumexp [B, S, H])."""
-    strategy = _strategy(spec, q.shape[1], k.shape[1])
-    if strategy is None:
-        return _blocked_forward(spec, q, k, v, q_segments, kv_segments, offsets)
-    tiling = strategy(spec, q_segments, kv_segments, offsets)
-    tiles = zip(tiling.queries(q), tiling.keys(k), tiling.keys(v), tiling.mask_inputs, strict=True)
-    outs, logsumexps = zip(*(_tile_forward(spec, *tile) for tile in tiles), strict=True)
-    return tiling.join(outs), tiling.join(logsumexps)
+    if _is_dense(spec, q, k):
+        return _dense_forward(spec, q, k, v, _mask_inputs(spec, q_segments, kv_segments, offsets))
+    return _in_blocks(_blocked_forward, spec, q, k, v, q_segments, kv_segments, offsets)
 
 
 def backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_out, d_logsumexp):
     """Return (dq, dk, dv) from the residuals of the forward pass."""
-    strategy = _strategy(spec, q.shape[1], k.shape[1])
-    if strategy is None:
-        return _blocked_backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_out, d_logsumexp)
-    tiling = strategy(spec, q_segments, kv_segments, offsets)
-    (q_tiles, k_tiles, v_tiles), pull = jax.vjp(
-        lambda q, k, v: (tiling.queries(q), tiling.keys(k), tiling.keys(v)), q, k, v
-    )
-    residuals = (tiling.queries(x) for x in (out, logsumexp, d_out, d_logsumexp))
-    tiles = zip(q_tiles, k_tiles, v_tiles, tiling.mask_inputs, *residuals, strict=True)
-    d_q, d_k, d_v = zip(*(_tile_backward(spec, *tile) for tile in tiles), strict=True)
-    return pull((list(d_q), list(d_k), list(d_v)))
+    residuals = out, logsumexp, d_out, d_logsumexp
+    if _is_dense(spec, q, k):
+        return _dense_backward(spec, q, k, v, _mask_inputs(spec, q_segments, kv_segments, offsets), *residuals)
+    return _in_blocks(_blocked_backward, spec, q, k, v, q_segments, kv_segments, offsets, *residuals)
 
 
-def _strategy(spec, S: int, T: int) -> Callable | None:
-    """Return the tiling of a call, or None for the blocked strategy, which a call with block sizes also gets."""
-    M = spec.max_segment_length
+def _is_dense(spec, q, k) -> bool:
+    """Whether a call gets the dense strategy; one with block sizes never does."""
+    S, T = q.shape[1], k.shape[1]
+    return spec.block_sizes is None and (S == 1 or S * T <= _MAX_DENSE_SCORES)
+
+
+def _in_blocks(function, spec, *operands):
+    """Return ``function(plan, spec, *operands)`` with the plan that costs least for the operands' segments."""
+    q, k, _, q_segments, kv_segments, offsets = operands[:6]
+    plans = [_BlockedPlan.of(spec, q, k, sizes) for sizes in _block_sizes(spec, q, k)]
+    calls = [functools.partial(function, plan, spec) for plan in plans]
+    if len(calls) == 1:
+        return calls[0](*operands)
+
+    def cost(plan: _BlockedPlan):
+        needed, _ = plan.block_mask(spec, q_segments, kv_segments, offsets)
+        return needed.sum(dtype=jnp.float32) * (plan.block_q * plan.block_kv + _PAIR_COST)
+
+    cheapest = jnp.argmin(jnp.stack([cost(plan) for plan in plans]))
+    return lax.switch(cheapest, calls, *operands)
+
+
+def _block_sizes(spec, q, k) -> list[BlockSizes]:
+    """Return the sizes to choose from: as the call asks, or the small and the large one as far as they may pay."""
     if spec.block_sizes is not None:
-        return None
-    if M is not None and (2 if spec.causal else 3) * M < T:
-        return _local
-    return _dense if S == 1 or S * T <= _MAX_DENSE_SCORES else None
+        return [spec.block_sizes]
+    B, S, T = q.shape[0], q.shape[1], k.shape[1]
+    promised = spec.max_segment_length or max(S, T)
+    size = _WINDOWS if promised <= _SMALL else _SMALL
+    small, large = BlockSizes(size, size), BlockSizes(_LARGE, _LARGE)
+    if max(S, T) <= _SHORT:
+        return [small]
+    few = block_pairs.max_pairs(spec, S, T, size, size) <= _MOST_PAIRS
+    if not few or not block_pairs.fits(B, -(-S // size), -(-T // size)):
+        return [large]
+    return [small] if promised <= _LARGE else [small, large]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tiling:
-    """Linear functions that cut operands into dense tiles and join the outputs.
-
-    Attributes:
-      mask_inputs: for each tile (query ids, key ids, query indices, key indices).
-    """
-
-    queries: Callable
-    keys: Callable
-    mask_inputs: list[tuple]
-    join: Callable
-
-
-def _dense(spec, q_segments, kv_segments, offsets) -> _Tiling:
+def _mask_inputs(spec, q_segments, kv_segments, offsets):
+    """Return (query ids, key ids, query indices, key indices) of the dense strategy."""
     q_index, kv_index = jnp.arange(q_segments.shape[1]), jnp.arange(kv_segments.shape[1])
     if spec.has_offset:
         q_index = q_index + offsets[:, None]
-    mask_inputs = [(q_segments, kv_segments, q_index, kv_index)]
-    return _Tiling(lambda x: [x], lambda x: [x], mask_inputs, lambda tiles: tiles[0])
+    return q_segments, kv_segments, q_index, kv_index
 
 
-def _local(spec, q_segments, kv_segments, offsets) -> _Tiling:
-    S, M = q_segments.shape[1], spec.max_segment_length
-    count = -(-S // M)
-
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, count * M - S)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(x.shape[0], count, M, *x.shape[2:])
-
-    def neighbours(x):
-        x = split(x)
-        edge = jnp.zeros_like(x[:, :1])
-        shifted = [jnp.concatenate([edge, x[:, :-1]], 1), x]
-        if not spec.causal:
-            shifted.append(jnp.concatenate([x[:, 1:], edge], 1))
-        return jnp.concatenate(shifted, 2)
-
-    index = jnp.arange(count * M).reshape(count, M)
-    around = jnp.arange(-M, M if spec.causal else 2 * M)
-    return _Tiling(
-        lambda x: [split(x)],
-        lambda x: [neighbours(x)],
-        [(split(q_segments), neighbours(kv_segments), index, index[:, :1] + around)],
-        lambda tiles: tiles[0].reshape(tiles[0].shape[0], count * M, *tiles[0].shape[3:])[:, :S],
-    )
-
-
-def _tile_forward(spec, q, k, v, mask_inputs):
-    """Compute one dense tile, with any leading axes."""
+def _dense_forward(spec, q, k, v, mask_inputs):
     scores = _scores(spec, q, k, *mask_inputs)
     maximum = scores.max(-1, keepdims=True)
     attends = maximum > 0.1 * MASK_VALUE
@@ -139,7 +119,7 @@ def _tile_forward(spec, q, k, v, mask_inputs):
     return out.astype(q.dtype).reshape(q.shape), logsumexp.reshape(q.shape[:-1])
 
 
-def _tile_backward(spec, q, k, v, mask_inputs, out, logsumexp, d_out, d_logsumexp):
+def _dense_backward(spec, q, k, v, mask_inputs, out, logsumexp, d_out, d_logsumexp):
     scores = _scores(spec, q, k, *mask_inputs)
     logsumexp, delta = logsumexp_and_delta(out, logsumexp, d_out, d_logsumexp, 0.0)
     weights = jnp.exp(scores - _queries_last(_grouped(logsumexp, k))[..., None])
@@ -215,11 +195,6 @@ class _BlockedPlan(BlockPlan):
         return jnp.moveaxis(x, 2, 1).reshape(self.B, self.M * self.block_kv, self.K, self.D)[:, : self.T]
 
 
-def _blocked_plan(spec, q, k) -> _BlockedPlan:
-    block = _SHORT_BLOCK if max(q.shape[1], k.shape[1]) <= _SHORT else _LONG_BLOCK
-    return _BlockedPlan.of(spec, q, k, spec.block_sizes or BlockSizes(block, block))
-
-
 class _BlockLoop:
     """The loop over the needed pairs of blocks, and their scores."""
 
@@ -254,8 +229,7 @@ class _BlockLoop:
         return lax.fori_loop(self.pairs.starts[block_row], self.pairs.starts[block_row + 1], body, carry)
 
 
-def _blocked_forward(spec, q, k, v, q_segments, kv_segments, offsets):
-    plan = _blocked_plan(spec, q, k)
+def _blocked_forward(plan: _BlockedPlan, spec, q, k, v, q_segments, kv_segments, offsets):
     loop = _BlockLoop(spec, plan, q_segments, kv_segments, offsets)
     operands = q, k, v, q_segments, kv_segments, offsets
     k, v, dtype = plan.keys(k), plan.keys(v), q.dtype
@@ -282,8 +256,9 @@ def _blocked_forward(spec, q, k, v, q_segments, kv_segments, offsets):
     return plan.from_queries(out), plan.from_queries(logsumexp)
 
 
-def _blocked_backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_out, d_logsumexp):
-    plan = _blocked_plan(spec, q, k)
+def _blocked_backward(
+    plan: _BlockedPlan, spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_out, d_logsumexp
+):
     loop = _BlockLoop(spec, plan, q_segments, kv_segments, offsets)
     operands = q, k, v, q_segments, kv_segments, offsets, d_out, d_logsumexp
     logsumexp, delta = logsumexp_and_delta(out, logsumexp, d_out, d_logsumexp, 0.0)
