@@ -47,10 +47,17 @@ def test_tags_are_what_saved_files_have():
     """A tag that changes breaks every saved run: this list only grows."""
     assert {kind.__name__: sorted(types) for kind, types in _types().items()} == {
         "EncoderConfig": ["qwen2_vit", "qwen3_vit", "qwen_vit", "vit"],
-        "ConnectorConfig": ["c_abstractor", "deepstack_merger", "patch_merger", "perceiver", "pooled_mlp"],
+        "ConnectorConfig": [
+            "c_abstractor",
+            "deepstack_merger",
+            "patch_merger",
+            "perceiver",
+            "pixel_shuffle",
+            "pooled_mlp",
+        ],
         "DecoderConfig": ["cross_attention_transformer", "transformer"],
         "MLPConfig": ["moe"],
-        "ImageProcessorConfig": ["idefics2", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "tiled"],
+        "ImageProcessorConfig": ["idefics2", "idefics3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm", "tiled"],
     }
 
 

@@ -146,6 +146,7 @@ class MediaPatches:
         numbers, for so many of the t tokens; empty is all of them in one run.
       leading_text: words that belong to the text before the placeholder, and are tokenized with it: the time of the
         first frames of a video.
+      trailing_text: the same behind the placeholder.
       grid: (t, h, w) of each run of tokens, for M-RoPE; None has text's positions.
       temporal_step: M-RoPE distance between temporal patches (seconds x tokens per second); 0 for an image.
       original, resized: (width, height) in pixels; boxes are converted from one to the other.
@@ -161,6 +162,7 @@ class MediaPatches:
     resized: tuple[int, int]
     token_pattern: tuple[str | int, ...] = ()
     leading_text: str = ""
+    trailing_text: str = ""
     grid: tuple[int, int, int] | None = None
     temporal_step: float = 0.0
 

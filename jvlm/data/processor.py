@@ -451,18 +451,23 @@ class Processor:
             raise ExampleError(origin, field, str(error), _FIX) from error
 
     def _fill(self, conversation: Parsed, media: list[MediaPatches]) -> Parsed:
-        """Return the example with its boxes, names of objects, and what comes before images and videos, as text."""
+        """Return the example with its boxes, names of objects, and what stands around images and videos, as text."""
         sizes = {
             part.index: Sizes(patches.original, patches.resized)
             for part, patches in zip(conversation.media, media, strict=True)
             if isinstance(part, Image)
         }
         fields = (f"objects.bbox[{index}]" for index in itertools.count())
-        if any(patches.leading_text for patches in media):
-            leading = iter([Text(patches.leading_text) for patches in media])
-            conversation = conversation.expanded(
-                lambda part: (next(leading), part) if isinstance(part, Image | Video) else (part,)
-            )
+        if any(patches.leading_text or patches.trailing_text for patches in media):
+            around = iter([(Text(patches.leading_text), Text(patches.trailing_text)) for patches in media])
+
+            def with_texts(part: Part) -> tuple[Part, ...]:
+                if not isinstance(part, Image | Video):
+                    return (part,)
+                leading, trailing = next(around)
+                return tuple(piece for piece in (leading, part, trailing) if piece != Text(""))
+
+            conversation = conversation.expanded(with_texts)
 
         def written(part: Part) -> Part:
             if isinstance(part, ObjectName):

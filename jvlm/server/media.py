@@ -199,7 +199,8 @@ class MediaLoader:
         size = int(video.frames[..., 0].size)
         if size > left:
             raise bad(f"the media have more than {self.rules.request_pixels} pixels together", source.field)
-        return Video(frames, index, fps=video.fps, resized_for=config if resized else None), size
+        resized_for = config if resized else None
+        return Video(frames, index, fps=video.fps, times=tuple(video.times), resized_for=resized_for), size
 
     async def _image(self, source: MediaSource, content: bytes, own: bool, most: int) -> PIL.Image.Image:
         if self._decoders is None:

@@ -17,6 +17,7 @@ from jvlm.data.merged_images import window_order
 from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.data.smart_resize import largest_area, smart_resize
 from jvlm.families.idefics2.image_processor import Idefics2ImageConfig, edge_resize
+from jvlm.families.idefics3.image_processor import Idefics3ImageConfig
 from jvlm.families.mm1_5.image_processor import TiledImageConfig
 from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig
 from jvlm.families.qwen2_vl.image_processor import Qwen2ImageConfig
@@ -172,6 +173,7 @@ def test_text_that_is_too_long_is_left_out_whatever_its_pictures_do(small):
     [
         ("idefics2", Idefics2ImageConfig(980, 28, split=True), (900, 600)),
         ("idefics2", Idefics2ImageConfig(980, 28, split=False), (900, 600)),
+        ("idefics3", Idefics3ImageConfig(), (900, 600)),
         ("mm1_5", TiledImageConfig(), (900, 600)),
         ("qwen2_5_vl", QwenImageConfig(), (900, 600)),
         ("qwen2_vl", Qwen2ImageConfig(), (900, 600)),

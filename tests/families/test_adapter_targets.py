@@ -16,6 +16,8 @@ MODELS = {
     "qwen2_vl": (models.qwen2_vl(),),
     "qwen3_vl": (dataclasses.replace(models.qwen3_vl(), decoder=models.qwen2_5_vl().decoder),),
     "idefics2": (models.idefics2(), models.cross_attention()),
+    "idefics3": (models.idefics3(),),
+    "smolvlm": (models.idefics3(),),
     "mm1_5": (models.mm1_5(),),
     "composed": (
         models.idefics2(),

@@ -102,7 +102,17 @@ def answers(model, processor):
 
 
 def test_it_is_found_beside_those_of_jvlm(site):
-    assert set(families.names()) == {"composed", "idefics2", "mm1_5", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "toy_vlm"}
+    assert set(families.names()) == {
+        "composed",
+        "idefics2",
+        "idefics3",
+        "mm1_5",
+        "qwen2_5_vl",
+        "qwen2_vl",
+        "qwen3_vl",
+        "smolvlm",
+        "toy_vlm",
+    }
     assert "toy_vlm" in families.model_types()
     assert families.image_limits()["grid"][1] == ("toy_vlm",)
 

@@ -283,29 +283,46 @@ def test_times_are_those_of_the_frames_and_boxes_are_thousandths(dense, tmp_path
     assert found.region.to("original", sizes).values == (64, 0, 640, 360)
 
 
-def test_the_template_for_tokenizers_without_one_writes_tools_as_qwen3_does(dense):
-    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+def test_the_template_for_tokenizers_without_one_writes_what_the_published_one_does(dense):
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    written = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Bergen"}'}}
+    media = [{"type": "image"}, {"type": "text", "text": "weather?"}, {"type": "video"}]
     chat = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "weather?"},
-        {"role": "assistant", "content": "I ask.", "tool_calls": [call, call]},
+        {"role": "user", "content": media},
+        {"role": "assistant", "content": "I ask.", "tool_calls": [call, written]},
         {"role": "tool", "content": "22"},
-        {"role": "tool", "content": "23"},
+        {"role": "tool", "content": [{"type": "text", "text": "23"}, {"type": "image"}]},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "24"},
+        {"role": "assistant", "content": [{"type": "text", "text": "It is warm."}]},
+        {"role": "user", "content": "Thanks"},
     ]
+    published = (GOLDEN / "chat_templates/qwen3_vl.jinja").read_text()
     tokenizer = dense.processor.tokenizer
-    qwen3 = (GOLDEN / "chat_templates/qwen3.jinja").read_text()
-    for length in (2, 5):
+    for begin, end in ((0, 2), (1, 2), (0, 3), (1, 5), (0, 7), (0, 8), (0, 9)):
         for given in (tools, None):
-            options = {"tools": given, "tokenize": False, "add_generation_prompt": True}
+            options = {"tools": given, "tokenize": False, "add_generation_prompt": chat[end - 1]["role"] != "assistant"}
             ours, theirs = (
-                tokenizer.apply_chat_template(chat[:length], chat_template=template, **options)
-                for template in (TEMPLATE, qwen3)
+                tokenizer.apply_chat_template(chat[begin:end], chat_template=template, **options)
+                for template in (TEMPLATE, published)
             )
-            # the fixture describes tools in other words, and opens answers after the last question with a thought
-            ours, theirs = (text.partition("<|im_end|>\n") if given else ("", "", text) for text in (ours, theirs))
-            assert ours[2] == theirs[2].replace("<think>\n\n</think>\n\n", "")
-            assert '<tools>\n{"type": "function", "function": {"name": "weather"' in ours[0] or not given
+            assert ours == theirs
+
+
+def test_pixels_of_videos_are_laid_out_as_transformers_does_after_the_resize(dense):
+    images = frames(5, 200, 150)
+    settings = dataclasses.replace(dense.processor.image_config, video_max_pixels=60_000)
+    media = dense.processor.image_processor.video(images, settings)
+    width, height = media.resized
+    assert (height, width) == smart_resize(5, 150, 200, 2, 32, settings.video_min_pixels, 60_000)
+    pixels = np.stack([np.asarray(image.resize((width, height), 3)) for image in images])
+    values = torch.from_numpy(pixels).permute(0, 3, 1, 2)[None]
+    patches, *grid = Qwen3VLVideoProcessor.patchify(None, values, 16, 2, 2)
+    np.testing.assert_array_equal(media.patches, patches[0].numpy())
+    assert grid == [3, height // 16, width // 16]
 
 
 def test_adapters_are_put_on_every_tower_and_written_under_the_names_of_peft(dense, tmp_path):

@@ -16,7 +16,7 @@ from jvlm.models.vlm import VLMConfig
 from tests.parallel import models
 from tests.support import ROOT
 
-NAMES = re.compile(r"qwen|idefics|mimo|mm1", re.IGNORECASE)
+NAMES = re.compile(r"qwen|idefics|smol|mimo|mm1", re.IGNORECASE)
 # Building blocks that families share, called after the model that they come from; they do not import families.
 BLOCKS = ("jvlm/models/", "jvlm/weights/backbones/", "jvlm/data/box_formats.py")
 # what other programs call things, whichever model is meant: an environment variable that ms-swift reads
@@ -80,6 +80,8 @@ def _small(name):
         yield models.ARCHITECTURES[name]()
     if name == "qwen3_vl":
         yield dataclasses.replace(models.qwen3_vl(), decoder=models.qwen2_5_vl().decoder)
+    if name == "smolvlm":
+        yield models.idefics3()
     if name == "idefics2":
         model = models.idefics2()
         decoder = CrossAttentionTransformerConfig.of(model.decoder, cross_attention_every=2)

@@ -14,6 +14,7 @@ from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
 from jvlm.models.connectors.perceiver import PerceiverConfig
+from jvlm.models.connectors.pixel_shuffle import PixelShuffleConfig
 from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
@@ -25,9 +26,16 @@ from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, OptimizerConfig
 
 SEQUENCES, TOKENS = 8, 128
-PATCHES = {"qwen2_5_vl": 256, "qwen2_vl": 256, "qwen3_vl": 256, "idefics2": 256, "mm1_5": 17 * 8}
-# places of a frame in these batches, and its features
-FRAMES = {"qwen2_5_vl": (48, 12), "qwen2_vl": (48, 12), "qwen3_vl": (48, 12), "idefics2": (48, 4), "mm1_5": (17, 4)}
+# patches of a sequence; places of a frame in these batches, and its features
+PATCHES = {"qwen2_5_vl": 256, "qwen2_vl": 256, "qwen3_vl": 256, "idefics2": 256, "idefics3": 16 * 8, "mm1_5": 17 * 8}
+FRAMES = {
+    "qwen2_5_vl": (48, 12),
+    "qwen2_vl": (48, 12),
+    "qwen3_vl": (48, 12),
+    "idefics2": (48, 4),
+    "idefics3": (16, 4),
+    "mm1_5": (17, 4),
+}
 # each axis alone, then together; "one" is what the others are compared with
 MESHES = {
     "one": {"data": 1},
@@ -133,6 +141,18 @@ def idefics2() -> VLMConfig:
     )
 
 
+def idefics3() -> VLMConfig:
+    """Tiles of 4 x 4 patches become 2 x 2 features."""
+    base = idefics2()
+    return dataclasses.replace(
+        base,
+        family="idefics3",
+        encoder=dataclasses.replace(base.encoder, grid=4),
+        connector=PixelShuffleConfig(grid=4, out_grid=2),
+        decoder=dataclasses.replace(base.decoder, sliding_window=None),
+    )
+
+
 def mm1_5() -> VLMConfig:
     """Frames of 4 x 4 patches and a class token; experts in every second layer."""
     encoder = ViTConfig(
@@ -167,6 +187,7 @@ ARCHITECTURES = {
     "qwen2_vl": qwen2_vl,
     "qwen3_vl": qwen3_vl,
     "idefics2": idefics2,
+    "idefics3": idefics3,
     "mm1_5": mm1_5,
 }
 

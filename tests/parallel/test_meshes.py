@@ -19,6 +19,7 @@ LISTINGS = Path(__file__).parent / "collectives"
 CASES = {
     "qwen2_5_vl": ("fsdp context tensor",),
     "idefics2": ("data context",),
+    "idefics3": ("data fsdp tensor",),
     "mm1_5": ("expert context tensor",),
     "qwen2_vl": ("fsdp context tensor",),
     "qwen3_vl": ("expert context tensor",),

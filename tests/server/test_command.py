@@ -1,5 +1,9 @@
 """``jvlm serve`` as a process, and its options."""
 
+import base64
+import contextlib
+import io
+import json
 import os
 import signal
 import socket
@@ -10,10 +14,13 @@ import time
 import httpx2
 import pytest
 
+import jvlm
 from jvlm.cli import deploy, serve
 from jvlm.errors import UserError
 from jvlm.server.arguments import settings_of
-from tests.support import ROOT
+from tests.data.video.test_reader import clip
+from tests.families import qwen3_vl
+from tests.support import GOLDEN, ROOT, picture
 
 
 @pytest.fixture
@@ -66,13 +73,14 @@ def test_mistakes_are_told_before_the_model_is_loaded(started, words, said):
     assert started == []
 
 
-@pytest.mark.slow
-def test_a_server_starts_answers_and_stops(tiny):
+@contextlib.contextmanager
+def server(folder, *options):
+    """A process that serves the model "toy" of a folder; gives its address, and checks how it ended."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "jvlm.cli", "serve", str(tiny.folder), "--port", str(port)]
-    sizes = ["--max-model-len", "256", "--max-num-seqs", "2", "--served-model-name", "toy"]
+    command = [sys.executable, "-m", "jvlm.cli", "serve", str(folder), "--port", str(port)]
+    sizes = ["--max-num-seqs", "2", "--served-model-name", "toy", *options]
     process = subprocess.Popen(
         [*command, *sizes], cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -87,14 +95,60 @@ def test_a_server_starts_answers_and_stops(tiny):
             except httpx2.HTTPError:
                 pass
             time.sleep(0.2)
-        body = {"model": "toy", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-        answer = httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=60)
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["usage"]["completion_tokens"] <= 4
-        metrics = httpx2.get(f"{url}/metrics").text
-        assert 'jvlm:compilations_total{after_ready="true",engine="0",model_name="toy"} 0.0' in metrics
+        yield url
     finally:
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert "jvlm serves toy" in errors
     assert "Traceback" not in errors
+
+
+def ask(url, content, **fields):
+    """Return the answer to one question."""
+    body = {"model": "toy", "messages": [{"role": "user", "content": content}], "temperature": 0, **fields}
+    answer = httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+@pytest.mark.slow
+def test_a_server_starts_answers_and_stops(tiny):
+    with server(tiny.folder, "--max-model-len", "256") as url:
+        assert ask(url, "hi", max_tokens=4)["usage"]["completion_tokens"] <= 4
+        metrics = httpx2.get(f"{url}/metrics").text
+        assert 'jvlm:compilations_total{after_ready="true",engine="0",model_name="toy"} 0.0' in metrics
+
+
+def _data(kind, content):
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+@pytest.mark.slow
+def test_images_videos_and_tools_of_qwen3_vl_are_answered_as_without_a_server(tmp_path, tokenizer_folder):
+    tiny = qwen3_vl.Tiny.create(tmp_path / "model", tokenizer_folder, "qwen3_vl")
+    settings = json.loads((tiny.folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (GOLDEN / "chat_templates/qwen3_vl.jinja").read_text()
+    (tiny.folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    model, processor = jvlm.load(tiny.folder)
+    image, film = io.BytesIO(), clip(tmp_path / "film.mp4")
+    picture(96, 64).save(image, "PNG")
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+    parts = {
+        "image": {"type": "image_url", "image_url": {"url": _data("image/png", image.getvalue())}},
+        "video": {"type": "video_url", "video_url": {"url": _data("video/mp4", film.read_bytes())}},
+    }
+    examples = {
+        "image": {"messages": [{"role": "user", "content": "<image>what is it?"}], "images": [picture(96, 64)]},
+        "video": {"messages": [{"role": "user", "content": "<video>what is it?"}], "videos": [str(film)]},
+        "tools": {"messages": [{"role": "user", "content": "what is it?"}], "tools": json.dumps(tools)},
+    }
+    prompts = {name: processor.encode(example, generation_prompt=True) for name, example in examples.items()}
+    expected = jvlm.generate(model, processor, list(examples.values()), max_new_tokens=8, temperature=0.0)
+    words = {"type": "text", "text": "what is it?"}
+    with server(tiny.folder, "--max-model-len", "512") as url:
+        for (name, prompt), text in zip(prompts.items(), expected, strict=True):
+            fields = {"tools": tools} if name == "tools" else {}
+            content = [parts[name], words] if name in parts else "what is it?"
+            answer = ask(url, content, max_tokens=8, **fields)
+            assert answer["usage"]["prompt_tokens"] == prompt.length, name
+            assert (answer["choices"][0]["message"]["content"] or "").strip() == text.strip(), name

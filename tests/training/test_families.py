@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    Idefics3ForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeForConditionalGeneration,
+    SmolVLMForConditionalGeneration,
 )
 
 import jvlm
 from jvlm import configs
 from jvlm.training import runs
-from tests.families import qwen2_vl, qwen3_vl
+from tests.families import idefics3, qwen2_vl, qwen3_vl
 from tests.families.oracle import user
 from tests.support import hf_inputs, picture, raw_tensors
 from tests.training import support
@@ -25,7 +27,7 @@ STEPS = 8
 FIELDS = {
     "--name": "run",
     "--data.batch_size": "2",
-    "--data.seq_len": "256",
+    "--data.seq_len": "384",
     "--data.max_patches": "256",
     "--data.max_image_patches": "128",
     "--data.pack_window": "6",
@@ -42,8 +44,17 @@ def _qwen3_vl(folder, tokenizer, kind="qwen3_vl"):
     return qwen3_vl.Tiny.create(folder, tokenizer, kind)
 
 
+def _idefics3(folder, _, kind="idefics3"):
+    return idefics3.create(folder, kind)
+
+
+_smolvlm = functools.partial(_idefics3, kind="smolvlm")
+
+
 # a checkpoint, the recipe, transformers' model, what its processor gives
 KINDS = {
+    "idefics3": (_idefics3, "smolvlm/256m_full", Idefics3ForConditionalGeneration, idefics3.inputs_of),
+    "smolvlm": (_smolvlm, "smolvlm/256m_full", SmolVLMForConditionalGeneration, idefics3.inputs_of),
     "qwen2_vl": (qwen2_vl.create, "qwen2_vl/7b_full", Qwen2VLForConditionalGeneration, hf_inputs),
     "qwen3_vl": (_qwen3_vl, "qwen3_vl/8b_full", Qwen3VLForConditionalGeneration, qwen3_vl.inputs_of),
     "qwen3_vl_moe": (

@@ -20,7 +20,7 @@ from jvlm.errors import UserError
 from jvlm.weights import gguf_export
 from jvlm.weights.convert import convert
 from tests import idefics2, support
-from tests.families import qwen2_vl
+from tests.families import idefics3, qwen2_vl
 from tests.families.qwen3_vl import Tiny
 
 READERS = {"4.49": "export-4.49", "4.57": "export-4.57 export-pixels", "5.": "export-pixels"}
@@ -102,10 +102,20 @@ def of_qwen2_vl(folder):
     return exported(folder)
 
 
-# 4.49 has no Qwen3-VL
+def of_idefics3(folder, kind="idefics3"):
+    idefics3.create(folder / "source", kind)
+    return exported(folder)
+
+
+def of_smolvlm(folder):
+    return of_idefics3(folder, "smolvlm")
+
+
+# 4.49 has no Qwen3-VL and no SmolVLM
+EVERYWHERE = (of_the_hub, of_the_demo, of_idefics2, of_qwen2_vl, of_idefics3, converted_from_transformers_5)
 MAKERS = {
-    **dict.fromkeys((of_the_hub, of_the_demo, of_idefics2, of_qwen2_vl, converted_from_transformers_5), tuple(READERS)),
-    **dict.fromkeys((of_qwen3_vl, of_qwen3_vl_with_experts), ("4.57", "5.")),
+    **dict.fromkeys(EVERYWHERE, tuple(READERS)),
+    **dict.fromkeys((of_qwen3_vl, of_qwen3_vl_with_experts, of_smolvlm), ("4.57", "5.")),
 }
 
 

@@ -66,6 +66,10 @@ class Sampling:
         if self.rule not in get_args(Rule):
             raise UserError(f"video sampling: rule {self.rule!r} is unknown. Use one of {', '.join(get_args(Rule))}")
 
+    def by_number(self, total: int, fps: float) -> SampledIndices:
+        """Return `by_number` of these settings; a family whose models see other frames has its own."""
+        return by_number(total, fps, self)
+
 
 @dataclasses.dataclass(frozen=True)
 class SampledIndices:
@@ -103,7 +107,7 @@ def sample(times: Sequence[float], duration: float, sampling: Sampling) -> Sampl
         rule = "times" if is_uneven(times) else "numbers"
     if rule == "times":
         return by_times(times, duration, sampling)
-    return by_number(len(times), len(times) / duration, sampling)
+    return sampling.by_number(len(times), len(times) / duration)
 
 
 def is_uneven(times: Sequence[float]) -> bool:

@@ -9,7 +9,6 @@ from jvlm.families.idefics2 import processor_files
 from jvlm.families.idefics2.presets import TOKEN_IDS
 from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
-from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.token_ids import end_token_id, first_set
 from jvlm.models.vlm import VLMConfig
 from jvlm.weights.backbones import siglip
@@ -89,37 +88,6 @@ def read_config(values: dict[str, Any]) -> VLMConfig:
     )
 
 
-def _write_mistral(config: TransformerConfig) -> dict[str, Any]:
-    plain = TransformerConfig(
-        qkv_bias=False,
-        **{
-            name: getattr(config, name)
-            for name in "vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size "
-            "rms_norm_eps rope_theta sliding_window tie_word_embeddings max_position_embeddings".split()
-        },
-    )
-    if plain != config:
-        raise WeightError(f"config.json cannot say what this decoder has beside a Mistral's parts: {config}")
-    return {
-        "model_type": "mistral",
-        "attention_dropout": 0.0,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "num_attention_heads": config.num_heads,
-        "num_hidden_layers": config.num_layers,
-        "num_key_value_heads": config.num_kv_heads,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "sliding_window": config.sliding_window,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "use_cache": True,
-        "vocab_size": config.vocab_size,
-    }
-
-
 def write_config(config: VLMConfig) -> dict[str, Any]:
     """Return the content of config.json. Raises WeightError for what it cannot express."""
     vit, perceiver, llm = config.encoder, config.connector, config.decoder
@@ -146,7 +114,7 @@ def write_config(config: VLMConfig) -> dict[str, Any]:
             "rms_norm_eps": perceiver.norm_eps,
         },
         "text_config": {
-            **_write_mistral(llm),
+            **language.write_config(llm, "mistral"),
             "bos_token_id": config.bos_token_id,
             "eos_token_id": config.eos_token_id,
             "pad_token_id": 0,
@@ -154,15 +122,7 @@ def write_config(config: VLMConfig) -> dict[str, Any]:
         },
         "vision_config": {
             "model_type": "idefics2_vision",
-            "hidden_act": "gelu_pytorch_tanh",
-            "hidden_size": vit.hidden_size,
-            "image_size": vit.grid * vit.patch_size,
-            "intermediate_size": vit.intermediate_size,
-            "layer_norm_eps": vit.norm_eps,
-            "num_attention_heads": vit.num_heads,
-            "num_channels": vit.in_channels,
-            "num_hidden_layers": vit.depth,
-            "patch_size": vit.patch_size,
+            **siglip.write_config(vit),
         },
     }
 

@@ -17,7 +17,7 @@ from jvlm.data.image_processor import ImageProcessorConfig, Limit, MediaPatches
 from jvlm.data.video.sampling import Sampling
 from jvlm.errors import UserError
 from jvlm.families.mm1_5 import tiles
-from jvlm.models.encoders.vit import CLASS_POSITION
+from jvlm.families.tile_images import TileProcessor
 from jvlm.validation import check_fields
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class TiledImageConfig(ImageProcessorConfig, tag="tiled"):
 
     def build(self, model: VLMConfig) -> TiledImageProcessor:
         """Return the image processor of a model."""
-        return TiledImageProcessor(model, self)
+        return TiledImageProcessor(model)
 
     def grid_of(self, size: tuple[int, int], side: int, count: int) -> tiles.Grid:
         """(rows, columns) of one of ``count`` images, of (height, width) pixels, in tiles of ``side`` pixels."""
@@ -92,28 +92,8 @@ class TiledImageConfig(ImageProcessorConfig, tag="tiled"):
         return tiles.choose_grid(size, side, grids, self.max_upscale)
 
 
-class TiledImageProcessor:
-    """Turns images and frame lists into tiles of the encoder's size.
-
-    Raises:
-      UserError: encoder and connector that do not agree about the patches of a tile.
-    """
-
-    delimiter_tokens = ()
-    merged_delimiter = None
-
-    def __init__(self, model: VLMConfig, config: TiledImageConfig = TiledImageConfig()):
-        encoder, connector = model.encoder, model.connector
-        for name in ("grid", "class_token"):
-            theirs = getattr(connector, name, getattr(encoder, name))
-            if theirs != getattr(encoder, name):
-                raise UserError(
-                    f"connector.{name} is {theirs}, encoder.{name} {getattr(encoder, name)}: make them equal"
-                )
-        self.encoder, self.features = encoder, connector.tokens_per_image
-        self.side = encoder.grid * encoder.patch_size
-        self.patch_values = encoder.patch_values
-        self.patch_group = encoder.grid**2 + encoder.class_token
+class TiledImageProcessor(TileProcessor):
+    """Turns images and frame lists into tiles of the encoder's size."""
 
     def image(self, image: Image.Image, config: TiledImageConfig, *, index: int = 0, count: int = 1) -> MediaPatches:
         """Return the tiles and the overview of an image, or the whole image as one tile."""
@@ -167,14 +147,6 @@ class TiledImageProcessor:
         media = self._layout(len(images), (self.features * len(images),), frames[0].size, (self.side, self.side))
         return self._written(media, images)
 
-    def frame_size(self, config: TiledImageConfig) -> None:
-        """Frames keep their size."""
-        return None
-
-    def max_image_patches(self, config: TiledImageConfig) -> int:
-        """Return the patches of a tile."""
-        return self.patch_group
-
     def reductions(self, config: TiledImageConfig) -> list[list[dict[str, Any]]]:
         """Fewer tiles of an image, then whole images only and fewer frames of a video."""
         fewer = range(config.max_tiles - 1, 0, -1) if config.splitting == "dynamic" else ()
@@ -197,40 +169,3 @@ class TiledImageProcessor:
             return image.resize((self.side, self.side), Image.Resampling.BICUBIC)
         (tile,) = tiles.split(image, (1, 1), self.side, placement=config.placement, colour=config.colour)
         return tile
-
-    def _written(self, media: MediaPatches, images: Sequence[Image.Image]) -> MediaPatches:
-        """Return the layout with its patches."""
-        patches = np.empty(media.patches.shape, np.uint8)
-        self._write(images, patches)
-        return dataclasses.replace(media, patches=patches)
-
-    def _layout(
-        self, n: int, pattern: tuple[str | int, ...], original: tuple[int, int], resized: tuple[int, int]
-    ) -> MediaPatches:
-        """Everything about n tiles, but for their pixels."""
-        g, first = self.encoder.grid, int(self.encoder.class_token)
-        positions = np.stack(np.divmod(np.arange(g * g, dtype=np.int32), g), -1)
-        if first:
-            positions = np.concatenate([np.array([CLASS_POSITION], np.int32), positions])
-        numbers = np.arange(1, n + 1, dtype=np.int32)
-        ids = np.repeat(numbers, self.patch_group)
-        return MediaPatches(
-            patches=np.broadcast_to(np.uint8(0), (n * self.patch_group, self.patch_values)),
-            segment_ids=ids,
-            window_ids=ids,
-            positions=np.tile(positions, (n, 1)),
-            token_segment_ids=np.repeat(numbers, self.features),
-            vision_index=np.arange(n * self.features, dtype=np.int32),
-            original=original,
-            resized=resized,
-            token_pattern=pattern,
-        )
-
-    def _write(self, images: Sequence[Image.Image], out: UInt8[np.ndarray, "n c"]) -> None:
-        """Write the patches of tiles, those of a class token as zeros."""
-        p, g, first = self.encoder.patch_size, self.encoder.grid, int(self.encoder.class_token)
-        for tile, image in zip(out.reshape(len(images), self.patch_group, -1), images, strict=True):
-            tile[:first] = 0
-            # (h, y, w, x, c) -> (h, w, c, y, x)
-            patches = np.asarray(image, np.uint8).reshape(g, p, g, p, -1).transpose(0, 2, 4, 1, 3)
-            tile[first:].reshape(patches.shape)[:] = patches

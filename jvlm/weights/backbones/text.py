@@ -6,7 +6,8 @@ embedding is one-dimensional here, as it is for text.
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 from jvlm.models import layers
 from jvlm.models.decoders.transformer import TransformerConfig
@@ -55,6 +56,54 @@ def read_config(values: dict[str, Any]) -> TransformerConfig:
         max_position_embeddings=values.get("max_position_embeddings", 32768),
         labels=count_of(values),
     )
+
+
+def write_config(config: TransformerConfig, kind: Literal["llama", "mistral"]) -> dict[str, Any]:
+    """Return the inverse of `read_config`, without token ids.
+
+    Raises:
+      WeightError: a decoder that has more than models of this kind.
+    """
+    names = (
+        "vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size rms_norm_eps rope_theta "
+        "tie_word_embeddings max_position_embeddings"
+    ).split()
+    own = "rope_scaling" if kind == "llama" else "sliding_window"
+    plain = TransformerConfig(qkv_bias=False, **{name: getattr(config, name) for name in (*names, own)})
+    if plain != config:
+        raise WeightError(
+            f"config.json cannot say what this decoder has beside a {kind.capitalize()}'s parts: {config}"
+        )
+    scaling = config.rope_scaling
+    of_kind = {"sliding_window": config.sliding_window}
+    if kind == "llama":
+        fields = {} if scaling is None else dataclasses.asdict(scaling)
+        fields = {"factor": fields["factor"]} if fields.get("kind") == "linear" else fields
+        of_kind = {
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rope_scaling": None
+            if scaling is None
+            else {"rope_type": scaling.kind, **{k: v for k, v in fields.items() if k != "kind"}},
+        }
+    return {
+        "model_type": kind,
+        "attention_dropout": 0.0,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+        **of_kind,
+    }
 
 
 def read_rope_scaling(rope: dict[str, Any]) -> layers.RopeScaling | None:
