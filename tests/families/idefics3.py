@@ -95,7 +95,7 @@ def create(folder: Path, kind: str) -> support.Tiny:
     oracle.randomise(model)
     model.save_pretrained(str(folder))
     (folder / "config.json").write_text(json.dumps(values))
-    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").unlink(missing_ok=True)
     name = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}[kind]
     preprocessor = {
         "do_image_splitting": True,
