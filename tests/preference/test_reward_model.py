@@ -110,7 +110,8 @@ def test_adapters_of_a_reward_model_are_merged_when_it_is_read(tiny, model, pair
     adapted = attach.attach(model, config, seed=1)
     draw = np.random.default_rng(2)
     values = {
-        path: v.get_value() + 0.05 * draw.standard_normal(v.get_value().shape, np.float32) * (".adapter." in path)
+        path: v.get_value()
+        + 0.05 * draw.standard_normal(v.get_value().shape, np.float32) * path.endswith((".adapter.a", ".adapter.b"))
         for path, v in vlm.variables(adapted).items()
     }
     adapted = vlm.bind(adapted, values)
