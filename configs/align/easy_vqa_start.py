@@ -7,7 +7,7 @@ from jvlm.training.config import Experiment
 
 
 def get_config() -> Experiment:
-    """A quarter of the demo's steps, in the same order."""
+    """Take a fifth of the demo's steps, in the same order."""
     demo = configs.load("mimo_vl/easy_vqa")
     steps = {"where": 120, "shapes": 100}
     return dataclasses.replace(
