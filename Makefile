@@ -27,12 +27,14 @@ HARNESS_LMMS_EVAL := lmms-eval==0.7.3 accelerate==1.15.0 datasets==4.4.1 dill==0
 	evaluate==0.4.6 sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6 tabulate==0.10.0 lxml==6.1.3 loguru==0.7.3 \
 	tenacity==9.2.1 distro==1.9.0 python-dotenv==1.2.4 pytablewriter==1.2.1 DataProperty==1.1.1 mbstrdecoder==1.1.5 \
 	pathvalidate==3.3.1 tabledata==1.3.5 tcolorpy==0.1.7 typepy==2.0.0
+# Clients of OpenAI's API and a load generator, each in an environment of its own, for `make test-clients`
+CLIENTS := openai==3.57.0 langchain-openai==1.7.4 litellm==1.110.2 aiperf==0.13.0
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_vl/72b
 RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-finetune demo-rl plan-finetune test test-slow test-exports test-harnesses bench-evaluate lint format backbones bench bench-data bench-kernels soak-data tune gpu-pass plan meshes clean
+.PHONY: demo demo-finetune demo-rl plan-finetune test test-slow test-exports test-harnesses bench-evaluate lint format backbones bench bench-data bench-kernels soak-data tune gpu-pass plan meshes test-clients bench-serve clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -110,6 +112,16 @@ $(VENV)/.harnesses: $(VENV)/.test
 test-harnesses: $(VENV)/.harnesses  ## lmms-eval itself on a model of ours, served and by its entry point, beside jvlm evaluate; minutes
 	$(RUN) pytest tests/evaluation/every_harness.py $(ARGS)
 
+$(VENV)/.clients: $(VENV)/.test
+	for client in $(CLIENTS); do \
+		$(PYTHON) -m venv $(VENV)/clients/$${client%%=*} && \
+		$(VENV)/clients/$${client%%=*}/bin/pip install --quiet --disable-pip-version-check $$client || exit 1; \
+	done
+	touch $@
+
+test-clients: $(VENV)/.clients $(VENV)/.harnesses  ## published clients against jvlm serve: openai, langchain, litellm, lmms-eval, aiperf; minutes
+	$(RUN) pytest tests/server/every_client.py $(ARGS)
+
 lint: $(VENV)/.test
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
@@ -123,6 +135,9 @@ bench: $(VENV)/.peft  ## speed beside transformers + torch, and of LoRA beside P
 
 bench-evaluate: $(VENV)/.test  ## tokens/s of jvlm evaluate on mixed questions beside the engine's own; ten minutes
 	$(RUN) tools.bench_evaluate --questions 5000 $(ARGS)
+
+bench-serve: $(VENV)/.test  ## the server beside its engine and transformers, pictures asked twice, a soak; ten minutes
+	$(RUN) tools.bench_serve $(ARGS)
 
 bench-data: $(VENV)/.test  ## patches/s of a core and where its time goes, worker processes, how full sequences are; five minutes
 	$(RUN) tools.bench_data $(ARGS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import fnmatch
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -44,16 +45,19 @@ def choosing(index: Int[Array, " B"] | None) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterNames:
-    """What `VLM.adapters` is in a model with several adapters: their names, from number 1 on."""
+    """What `VLM.adapters` is in a model with several adapters: their names, from number 1 on; None where room is left.
 
-    names: tuple[str, ...]
+    Programs do not depend on names: those of one set of adapters serve another of the same shapes.
+    """
+
+    names: tuple[str | None, ...] = dataclasses.field(compare=False)
 
     def number(self, name: str | None) -> int:
         """Return the number of an adapter; 0 for None. Raises UserError naming the known ones."""
         if name is None:
             return 0
         if name not in self.names:
-            raise UserError(f"no adapter {name!r}; there are {', '.join(self.names)}")
+            raise UserError(f"no adapter {name!r}; there are {', '.join(filter(None, self.names))}")
         return self.names.index(name) + 1
 
 
@@ -114,29 +118,70 @@ class AdapterChoice(nnx.Module):
         return y if self.bias is None else y + of_sequence(self.bias).astype(y.dtype)
 
 
-def stacked(model: VLM, adapters: Mapping[str, AdapterWeights]) -> VLM:
+@dataclasses.dataclass(frozen=True)
+class AdapterRoom:
+    """Arrays for adapters that are not there yet: what is loaded into them needs no new program.
+
+    Attributes:
+      rank: largest rank.
+      paths: patterns of the matrices that may have an adapter.
+    """
+
+    rank: int
+    paths: tuple[str, ...] = ("decoder.blocks.*.kernel",)
+
+    def of(self, matrices: Mapping[str, base_matrices.Matrix]) -> frozenset[str]:
+        """Return the paths of a model that the patterns match."""
+        return frozenset(p for p in matrices if any(fnmatch.fnmatchcase(p, pattern) for pattern in self.paths))
+
+
+def stacked(
+    model: VLM,
+    adapters: Mapping[str, AdapterWeights] | Sequence[tuple[str, AdapterWeights] | None],
+    room: AdapterRoom | None = None,
+) -> VLM:
     """Return a model of which each sequence takes one of several adapters; it shares the arrays of the base.
 
     Args:
       model: the base, without adapters.
-      adapters: by the names that requests give.
+      adapters: by the names that requests give; with ``room``, (name, adapter) of each place, and None of an empty one.
+      room: gives all matrices that it names arrays of its rank, whatever the adapters have.
 
     Raises:
-      UserError: adapters with what no sequence can have for itself: whole modules, rows of tokens, experts, a head.
+      UserError: adapters with what no sequence can have for itself: whole modules, rows of tokens, experts, a head;
+        with ``room``, one that it does not hold.
     """
     if model.adapters is not None:
         raise UserError("the model has adapters already; give its base, and all adapters by name")
-    for name, weights in adapters.items():
+    entries = list(adapters.items()) if isinstance(adapters, Mapping) else list(adapters)
+    matrices = base_matrices.matrices(model)
+    reserved = frozenset() if room is None else room.of(matrices)
+    for name, weights in filter(None, entries):
         _check(name, weights)
-    matrices, names = base_matrices.matrices(model), tuple(adapters)
+        if room is not None:
+            _check_room(name, weights, room, reserved)
+    given = [None if entry is None else entry[1] for entry in entries]
     result = nnx.merge(*nnx.split(model))
-    for path in sorted({target.path for weights in adapters.values() for target in weights.low_rank}):
+    paths = {target.path for weights in given if weights is not None for target in weights.low_rank}
+    for path in sorted(paths | reserved):
         if path not in matrices:
             raise UserError(f"an adapter has a target {path}, which the model does not have")
-        chosen = _choice(path, matrices[path], [adapters[name] for name in names])
+        chosen = _choice(path, matrices[path], given, None if room is None else room.rank)
         base_matrices.module_of(result, path).adapter = nnx.data(chosen)
-    result.adapters = AdapterNames(names)
+    result.adapters = AdapterNames(tuple(None if entry is None else entry[0] for entry in entries))
     return result
+
+
+def _check_room(name: str, weights: AdapterWeights, room: AdapterRoom, reserved: frozenset[str]) -> None:
+    for target, one in weights.low_rank.items():
+        if target.path not in reserved:
+            raise UserError(
+                f"adapter {name!r} has a target {target.path}, and room is kept for {', '.join(room.paths)}"
+            )
+        if one.rank > room.rank:
+            raise UserError(f"adapter {name!r} has rank {one.rank}, and room is kept for rank {room.rank}")
+        if one.magnitude is not None or one.bias is not None:
+            raise UserError(f"adapter {name!r} has magnitudes or biases (DoRA, lora_bias), for which no room is kept")
 
 
 def _check(name: str, weights: AdapterWeights) -> None:
@@ -151,10 +196,14 @@ def _check(name: str, weights: AdapterWeights) -> None:
         raise UserError(f"adapter {name!r} is on {odd[0]}; several adapters at once take none on a head or on experts")
 
 
-def _choice(path: str, base: base_matrices.Matrix, adapters: Sequence[AdapterWeights]) -> AdapterChoice:
+def _choice(
+    path: str, base: base_matrices.Matrix, adapters: Sequence[AdapterWeights | None], rank: int | None
+) -> AdapterChoice:
+    """Return the adapters of a matrix; ``rank`` None is the largest of theirs."""
     *lead, d_in, d_out = base.shape
-    present = [one for weights in adapters for target, one in weights.low_rank.items() if target.path == path]
-    rank, n = max(one.rank for one in present), len(adapters) + 1
+    there = [weights for weights in adapters if weights is not None]
+    present = [one for weights in there for target, one in weights.low_rank.items() if target.path == path]
+    rank, n = rank or max(one.rank for one in present), len(adapters) + 1
     arrays = {
         "a": np.zeros((*lead, n, d_in, rank), np.float32),
         "b": np.zeros((*lead, n, rank, d_out), np.float32),
@@ -162,6 +211,8 @@ def _choice(path: str, base: base_matrices.Matrix, adapters: Sequence[AdapterWei
         "bias": np.zeros((*lead, n, d_out), np.float32) if any(o.bias is not None for o in present) else None,
     }
     for number, weights in enumerate(adapters, 1):
+        if weights is None:
+            continue
         for index in np.ndindex(tuple(lead)):
             one = weights.low_rank.get(Target(path, index))
             if one is not None:
@@ -231,7 +282,7 @@ def content_keys(model: VLM) -> dict[str, tuple[bytes, bytes]]:
     choices = [(".".join(map(str, path)), part) for path, part in nnx.iter_modules(model)]
     choices = sorted((c for c in choices if isinstance(c[1], AdapterChoice)), key=lambda c: c[0])
     keys = {}
-    for name in model.adapters.names:
+    for name in filter(None, model.adapters.names):
         number, everything, vision = model.adapters.number(name), hashlib.sha256(), hashlib.sha256()
         sees = False
         for path, part in choices:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 from jvlm.cli.model import ImageOptions, ModelOptions
 from jvlm.cli.serve import check_installed, start
@@ -22,13 +22,13 @@ class Deploy:
     Attributes:
       model: the model, and how it reads conversations.
       adapters: NAME=FOLDER of each adapter; requests name one as their model.
-      api_key: a key that callers must send; a file (--api_key_file) keeps it out of the list of processes.
+      quantization: hold the matrices of the language model in 8 bits (int8, fp8) or 4 (nf4); None leaves them.
       server: where the server listens, who may ask, and how much.
     """
 
     model: Annotated[ModelArguments, FLAT] = ModelArguments()
     adapters: tuple[str, ...] = ()
-    api_key: str | None = None
+    quantization: Literal["int8", "fp8", "nf4"] | None = None
     server: Annotated[ServerArguments, FLAT] = ServerArguments()
 
 
@@ -49,8 +49,8 @@ def run(words: list[str]) -> int:
         options.model.model,
         options.adapters,
         options.model.torch_dtype,
+        options.quantization,
         images=ImageOptions(**{name: value for name, value in limits.items() if value is not None}),
         parallel=None,
     )
-    keys = () if options.api_key is None else (("api_key", options.api_key),)
-    return start(model, options.server, keys)
+    return start(model, options.server, "deploy", words)

@@ -13,6 +13,7 @@ from jvlm.inference.sampling import SamplingConfig
 from jvlm.inference.sharding import RULES
 from jvlm.options import FLAT, parse
 from jvlm.parallel.mesh import ParallelConfig
+from jvlm.quantization.config import QuantizationConfig
 
 if TYPE_CHECKING:
     from jvlm.data.processor import Processor
@@ -42,6 +43,7 @@ class ModelOptions:
       model: a Hugging Face folder, a jvlm run folder, or an id on the Hub (ORG/NAME, ORG/NAME@REVISION).
       adapters: NAME=FOLDER of each adapter, of which a request names one or none; or one FOLDER, for all requests.
       param_dtype: dtype of the parameters; None is float32.
+      quantization: hold the matrices of the language model in 8 bits (int8, fp8) or 4 (nf4); None leaves them.
       images: what to change about the image processor.
       sampling: how answers are made.
       parallel: how devices share the work. Without any of these options all devices do, by the model's heads.
@@ -50,6 +52,7 @@ class ModelOptions:
     model: str
     adapters: tuple[str, ...] = ()
     param_dtype: Literal["float32", "bfloat16"] | None = None
+    quantization: Literal["int8", "fp8", "nf4"] | None = None
     images: Annotated[ImageOptions, FLAT] = ImageOptions()
     sampling: Annotated[SamplingConfig, FLAT] = SamplingConfig()
     parallel: ParallelConfig | None = ParallelConfig(rules=RULES)
@@ -82,7 +85,10 @@ def load(options: ModelOptions) -> tuple[VLM, Processor, MeshLayout | None]:
         config = dataclasses.replace(config, precision=precision)
     layout = sharding.inference_layout(config, options.parallel)
     parameter_sharding = layout.parameter if layout else None
-    model, processor = weights_io.load(folder, precision=config.precision, sharding=parameter_sharding)
+    quantize = None if options.quantization is None else QuantizationConfig(options.quantization)
+    model, processor = weights_io.load(
+        folder, precision=config.precision, sharding=parameter_sharding, quantize=quantize
+    )
     model = _with_adapters(model, options.adapters, parameter_sharding)
     return model, processor.replace(image_config=_image_config(options, processor.image_config)), layout
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from jvlm.cli.model import ModelOptions
 from jvlm.errors import UserError
@@ -15,7 +16,11 @@ from jvlm.options import FLAT
 from jvlm.server.arguments import ServerArguments, draft_tokens, settings_of
 from jvlm.swift import words as swift_words
 
+if TYPE_CHECKING:
+    from jvlm.inference.requests import EngineConfig
+
 _MODULES = ("fastapi", "uvicorn", "httptools", "prometheus_client", "pebble")
+_OF_FRONT = ("host", "port", "data_parallel_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +28,17 @@ class Serve:
     """Serve a model: jvlm serve MODEL [options].
 
     Attributes:
-      model: a Hugging Face folder, a jvlm run folder, or an id on the Hub.
+      model: a Hugging Face folder, a jvlm run folder, or an id on the Hub; None with --backends alone.
       lora: NAME=FOLDER of each adapter; requests name one as their model.
       dtype: dtype of the parameters; None is float32.
+      quantization: hold the matrices of the language model in 8 bits (int8, fp8) or 4 (nf4); None leaves them.
       server: where the server listens, who may ask, and how much.
     """
 
-    model: str
+    model: str | None = None
     lora: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16"] | None = None
+    quantization: Literal["int8", "fp8", "nf4"] | None = None
     server: Annotated[ServerArguments, FLAT] = ServerArguments()
 
 
@@ -51,50 +58,96 @@ def run(words: list[str]) -> int:
     for note in parsed.notes:
         print(f"jvlm: {note}", file=sys.stderr)
     options = parsed.arguments
+    if options.server.backends:
+        if options.model is not None:
+            raise UserError("--backends are servers with models of their own: give them, or a model")
+        return start_front(options.server, list(options.server.backends))
+    if options.model is None:
+        raise UserError("jvlm serve: give a model, as jvlm serve DIR, or --backends")
     unnamed = [word for word in options.lora if "=" not in word]
     if unnamed:
         raise UserError(f"--lora {unnamed[0]}: give NAME=FOLDER, requests name NAME as their model")
-    model = ModelOptions(options.model, options.lora, options.dtype, parallel=None)
-    return start(model, options.server)
+    model = ModelOptions(options.model, options.lora, options.dtype, options.quantization, parallel=None)
+    return start(model, options.server, "serve", words)
 
 
-def start(options: ModelOptions, arguments: ServerArguments, keys: tuple[tuple[str, str], ...] = ()) -> int:
+def start(options: ModelOptions, arguments: ServerArguments, verb: str, words: list[str]) -> int:
     """Load a model and serve it until the process is asked to stop.
 
     Args:
-      options: `jvlm.cli.model.ModelOptions`.
-      arguments: `jvlm.server.arguments.ServerArguments`.
-      keys: (name, key) pairs beside those of a file.
+      verb, words: of the command line, for the processes of several engines.
     """
     adapters = tuple(word.partition("=")[0] for word in options.adapters if "=" in word)
     name = Path(options.model).name or options.model
-    told = functools.partial(settings_of, arguments, name=name, adapters=adapters, keys=keys)
+    told = functools.partial(settings_of, arguments, name=name, adapters=adapters)
     drafts = draft_tokens(arguments.speculative)
     told(max_model_len=1)  # mistakes are told before the model is loaded, which takes long
+    if arguments.data_parallel_size > 1:
+        return _start_replicas(arguments, verb, words)
+    if arguments.compile_cache is not None:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = arguments.compile_cache
     from jvlm.cli.model import load
+    from jvlm.inference.adapter_slots import AdapterSlots
+    from jvlm.inference.cache_room import pages_within
     from jvlm.inference.engine import Engine
     from jvlm.inference.requests import EngineConfig, SamplingParams
     from jvlm.server import start as server
 
-    model, processor, layout = load(options)
-    sizes = {"draft_tokens": drafts, "max_slots": arguments.max_num_seqs, "max_model_len": arguments.max_model_len}
-    if arguments.max_num_batched_tokens is not None:
-        most = arguments.max_num_batched_tokens
-        kept = tuple(size for size in EngineConfig.prefill_tokens if size < most)
-        sizes["prefill_tokens"] = (*kept, most)
-    engine = Engine(model, processor, EngineConfig(**sizes), layout)
-    context = arguments.max_model_len or model.config.decoder.max_position_embeddings
+    from_start = dict(word.split("=", 1) for word in options.adapters if "=" in word)
+    kept = dataclasses.replace(options, adapters=()) if arguments.max_loras else options
+    model, processor, layout = load(kept)
+    slots = None
+    if arguments.max_loras:
+        slots = AdapterSlots(model, from_start, places=arguments.max_loras, rank=arguments.max_lora_rank)
+        model = slots.model
+    config = _engine_config(EngineConfig, arguments, drafts)
+    if arguments.memory_fraction is not None:
+        pages = pages_within(model, config, arguments.memory_fraction, layout)
+        print(f"jvlm: {pages} pages of cache within {arguments.memory_fraction:g} of the memory", file=sys.stderr)
+        config = dataclasses.replace(config, num_pages=pages)
+    engine = Engine(model, processor, config, layout)
     service = server.service_of(
         engine,
         processor,
-        told(max_model_len=context),
+        told(max_model_len=arguments.max_model_len or model.config.decoder.max_position_embeddings),
         end_ids=frozenset(engine.stop_tokens(SamplingParams())),
         slots=arguments.max_num_seqs,
         warm_up=functools.partial(engine.warm_up, _report),
     )
+    admin = None if slots is None or arguments.adapter_root is None else server.admin_of(service, slots, engine.load)
     for line in server.describe(service, arguments.host, arguments.port):
         print(line, file=sys.stderr)
-    server.run(service, arguments.host, arguments.port, log_requests=not arguments.no_log_requests)
+    server.run(service, arguments.host, arguments.port, log_requests=not arguments.no_log_requests, admin=admin)
+    return 0
+
+
+def _engine_config(kind: type[EngineConfig], arguments: ServerArguments, drafts: int) -> EngineConfig:
+    sizes = {"draft_tokens": drafts, "max_slots": arguments.max_num_seqs, "max_model_len": arguments.max_model_len}
+    if arguments.max_num_batched_tokens is not None:
+        most = arguments.max_num_batched_tokens
+        sizes["prefill_tokens"] = (*(size for size in kind.prefill_tokens if size < most), most)
+    return kind(**sizes)
+
+
+def _start_replicas(arguments: ServerArguments, verb: str, words: list[str]) -> int:
+    """Start a process for each engine, and answer before them."""
+    from jvlm.server.replicas import Replicas, command_of, device_shares
+
+    shares = device_shares(arguments.data_parallel_size, os.environ)
+    own = swift_words.without(words, _OF_FRONT)
+    with Replicas(command_of([*own, "--no_log_requests"], verb), shares) as replicas:
+        return start_front(arguments, replicas.urls)
+
+
+def start_front(arguments: ServerArguments, urls: list[str]) -> int:
+    """Answer before servers that run already, until the process is asked to stop."""
+    from jvlm.server import front
+    from jvlm.server.listen import listen, print_line
+
+    settings = settings_of(arguments, name="front", adapters=(), max_model_len=1)
+    print_line(f"jvlm answers at http://{arguments.host}:{arguments.port}/v1 for {', '.join(urls)}")
+    log = None if arguments.no_log_requests else print_line
+    listen(front.build(urls, settings, log=log), settings.limits, arguments.host, arguments.port)
     return 0
 
 

@@ -6,24 +6,34 @@ Health means progress: a thread that is inside a step for too long, or that has 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import functools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from jvlm.errors import UserError
 from jvlm.inference.requests import EngineStats, Event, Request
 
+T = TypeVar("T")
 HUNG_SECONDS = 10.0
 _STATS_SECONDS = 0.2
+# Events of steps that are shorter are given together: waking up for each of them would cost more than the step.
+_GATHER_SECONDS = 0.004
 
 
 class StepEngine(Protocol):
-    """What is asked of an engine; all of it is called from one thread."""
+    """What is asked of an engine; all of it but `prepare` is called from one thread."""
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do something."""
+        ...
+
+    def prepare(self, request: Request) -> None:
+        """Do what takes long before `submit`, in any thread. Raises UserError."""
         ...
 
     def submit(self, request: Request) -> None:
@@ -61,6 +71,8 @@ class Answer:
         self._events: list[Event] = []
         self._left = request.sampling.n
         self._waiter: asyncio.Future | None = None
+        self._waiting_since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._error: BaseException | None = None
         self.aborted = False
 
@@ -76,16 +88,14 @@ class Answer:
           UserError: the request cannot be answered. EngineDead: nothing can.
         """
         if not self._events and self._error is None and not self.done:
-            self._waiter = asyncio.get_running_loop().create_future()
-            timer = None
-            if seconds is not None:
-                timer = asyncio.get_running_loop().call_later(seconds, self._wake)
+            loop = asyncio.get_running_loop()
+            self._waiter, self._waiting_since = loop.create_future(), loop.time()
+            if seconds is not None and self._timer is None:  # one for many events
+                self._timer = loop.call_later(seconds, self._wake_after, seconds)
             try:
                 await self._waiter
             finally:
                 self._waiter = None
-                if timer is not None:
-                    timer.cancel()
         if self._events:
             events, self._events = self._events, []
             return events
@@ -100,9 +110,9 @@ class Answer:
             self._owner.abort(self.request.id)
             self._wake()
 
-    def _put(self, event: Event) -> None:
-        self.last = time.monotonic()
-        self.first = self.first or self.last
+    def _put(self, event: Event, now: float) -> None:
+        self.last = now
+        self.first = self.first or now
         if event.finish_reason == "error":
             self._fail(event.error or UserError("the request could not be answered"))
         else:
@@ -115,8 +125,23 @@ class Answer:
         self._wake()
 
     def _wake(self) -> None:
+        if self._timer is not None and (self._left <= 0 or self.aborted):
+            self._timer.cancel()
+            self._timer = None
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def _wake_after(self, seconds: float) -> None:
+        """Wake up who has waited for so long; the timer goes on where the wait began later than it."""
+        self._timer = None
+        if self._waiter is None:
+            return
+        loop = asyncio.get_running_loop()
+        left = self._waiting_since + seconds - loop.time()
+        if left > 0:
+            self._timer = loop.call_later(left, self._wake_after, seconds)
+        else:
+            self._wake()
 
 
 class AsyncEngine:
@@ -139,6 +164,10 @@ class AsyncEngine:
         self._busy_since: float | None = None
         self._stats, self._stats_at = EngineStats(), 0.0
         self._answers: dict[str, Answer] = {}
+        self._events: deque[Event] = deque()  # of the engine's thread, before the event loop has them
+        self._is_told = False
+        self._delivered_at = 0.0
+        self._calls: set[concurrent.futures.Future] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="jvlm-engine", daemon=True)
         self.observe: Callable[[list[Event], float], None] | None = None
@@ -169,6 +198,10 @@ class AsyncEngine:
         """Whether nothing will ever be answered."""
         return self._dead or self._stopping
 
+    def answers_with(self, adapter: str) -> int:
+        """Return how many requests of an adapter have not ended."""
+        return sum(answer.request.adapter == adapter for answer in self._answers.values())
+
     @property
     def in_flight(self) -> int:
         """Requests that have not ended."""
@@ -182,6 +215,18 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """Return the statistics after one of the last steps; never waits for the engine."""
         return self._stats
+
+    async def call(self, task: Callable[[], T]) -> T:
+        """Return what a task returns that the engine's thread runs between two steps. Raises EngineDead."""
+        if self.dead:
+            raise EngineDead("the engine has stopped")
+        result: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._calls.add(result)
+        self._tell(functools.partial(_run_into, task, result))
+        try:
+            return await asyncio.wrap_future(result)
+        finally:
+            self._calls.discard(result)
 
     def submit(self, request: Request) -> Answer:
         """Hand a request to the engine; called in the event loop. Raises EngineDead."""
@@ -255,18 +300,48 @@ class AsyncEngine:
         self._stats, self._stats_at = self.engine.stats(), now
 
     def _publish(self, events: Iterable[Event]) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, events)
+        """Hand events to the event loop, which is woken once for all that come before it looks."""
+        self._events.extend(events)
+        if self._loop is None or self._loop.is_closed():
+            return
+        if any(event.finish_reason is not None for event in events):
+            self._is_told = True
+            self._loop.call_soon_threadsafe(self._deliver)
+        elif not self._is_told:
+            self._is_told = True
+            self._loop.call_soon_threadsafe(self._gather)
 
-    def _deliver(self, events: Iterable[Event]) -> None:
-        for event in events:
+    def _gather(self) -> None:
+        """Deliver, or do so a moment later where the last delivery was just now."""
+        left = self._delivered_at + _GATHER_SECONDS - time.monotonic()
+        if left > 0:
+            self._loop.call_later(left, self._deliver)
+        else:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        self._is_told = False  # before the events are taken: what comes from now on tells again
+        now = self._delivered_at = time.monotonic()
+        while self._events:
+            event = self._events.popleft()
             answer = self._answers.get(event.request_id)
             if answer is not None and not answer.aborted:
-                answer._put(event)
+                answer._put(event, now)
                 if answer._left <= 0:
                     del self._answers[event.request_id]
 
     def _fail_all(self, error: Exception) -> None:
+        self._deliver()
+        for result in self._calls:
+            if not result.done():
+                result.set_exception(error)
         answers, self._answers = list(self._answers.values()), {}
         for answer in answers:
             answer._fail(error)
+
+
+def _run_into(task: Callable[[], Any], result: concurrent.futures.Future) -> None:
+    try:
+        result.set_result(task())
+    except Exception as error:  # noqa: BLE001  (whoever asked for the task is told)
+        result.set_exception(error)

@@ -5,6 +5,7 @@ Axes: W words of 32 bits, ceil(V / 32) for a vocabulary of V.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import copy
 import threading
@@ -22,6 +23,7 @@ from jvlm.inference.requests import Grammar
 from jvlm.killable_pool import KillablePool
 from jvlm.units import GIB
 
+_PASSED = 256  # grammars that are known to be fine
 _TASKS = 1000  # of the checking process, after which it is replaced
 _TAIL = 16  # tokens in whose text the beginning of the grammar is looked for
 _BLANKS = 2  # tokens of white space between that text and the grammar
@@ -98,6 +100,7 @@ class Constraints:
         self._tokenizer: Any = None
         self.blank_bits = np.zeros_like(self.free)
         self._checker: GrammarChecker | None = None
+        self._passed: collections.OrderedDict[str, None] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -106,12 +109,27 @@ class Constraints:
         return len(self.free)
 
     def check(self, grammar: Grammar) -> None:
-        """Raise UserError for a grammar that may not be used, or not be compiled within the limits."""
+        """Raise UserError for a grammar that may not be used, or not be compiled within the limits.
+
+        Those that passed of late are not compiled again. Any thread may call it.
+        """
         text = grammar_text(grammar, self.processor)
         with self._lock:
+            if text in self._passed:
+                self._passed.move_to_end(text)
+                return
             if self._checker is None:
                 self._checker = GrammarChecker()
         self._checker.check(text)
+        with self._lock:
+            self._passed[text] = None
+            if len(self._passed) > _PASSED:
+                self._passed.popitem(last=False)
+
+    def prepare(self, grammar: Grammar) -> None:
+        """Do what takes long for a grammar, so that `start` does not: any thread may call it. Raises UserError."""
+        self.check(grammar)
+        self._prepare()
 
     def start(self, grammar: Grammar, ends: Collection[int] | None = None) -> GrammarConstraint:
         """Return the constraint of one answer. The grammar has passed `check`.

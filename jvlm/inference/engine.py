@@ -31,6 +31,7 @@ from jvlm.inference.answer import Answer
 from jvlm.inference.answer_masks import AnswerMasks
 from jvlm.inference.constrain import Constraints, GrammarError
 from jvlm.inference.device_state import DeviceState, Sampled
+from jvlm.inference.grammar_text import within_pictures
 from jvlm.inference.programs import ModuleDef, Programs
 from jvlm.inference.requests import EngineConfig, EngineStats, Event, Request, SamplingParams, TokenLogprob
 from jvlm.inference.sampling import NOT_FINITE, SamplingConfig, has_rules
@@ -173,6 +174,11 @@ class Engine:
                 "Shorten it, or lower max_pixels",
             )
         return limit - positions
+
+    def prepare(self, request: Request) -> None:
+        """Do what takes long before `submit`: compile a grammar. Any thread may call it. Raises UserError."""
+        if request.sampling.grammar is not None:
+            self.constraints.prepare(within_pictures(request.sampling.grammar, request.example, self.processor))
 
     def submit(self, request: Request) -> None:
         """Take a request. Its events come from `step`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
@@ -10,21 +11,25 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import HTTPException
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 import jvlm
 from jvlm.server import metrics, responses
+from jvlm.server.adapters import AdapterAdmin
 from jvlm.server.chat import chat
 from jvlm.server.completions import completions
 from jvlm.server.errors import APIError, bad
 from jvlm.server.guard import App, Guard
 from jvlm.server.page import chat_page
+from jvlm.server.progress import tell_progress
 from jvlm.server.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    LoadAdapterRequest,
     ResponsesRequest,
     TokenizeRequest,
+    UnloadAdapterRequest,
 )
 from jvlm.server.reading import json_only, parse_json, validated
 from jvlm.server.service import Service
@@ -34,19 +39,22 @@ T = TypeVar("T", bound=BaseModel)
 _WITH_IDS = ("/v1/completions", "/detokenize")
 
 
-def build(service: Service, *, log: Callable[[str], None] | None = None) -> App:
+def build(service: Service, *, log: Callable[[str], None] | None = None, admin: AdapterAdmin | None = None) -> App:
     """Return the application of a service, whose engine starts and stops with it.
 
     Args:
       log: takes a line for each request.
+      admin: loads adapters; None has no routes for that.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.engine.start()
+        telling = asyncio.ensure_future(tell_progress(service.engine, service.settings.log_interval))
         try:
             yield
         finally:
+            telling.cancel()
             await service.engine.close()
             service.close()
 
@@ -56,6 +64,8 @@ def build(service: Service, *, log: Callable[[str], None] | None = None) -> App:
     _models(app, service)
     _tokens(app, service)
     _state(app, service)
+    if admin is not None:
+        _adapters(app, service, admin)
     if service.settings.page:
         _page(app)
 
@@ -132,17 +142,15 @@ def _models(app: FastAPI, service: Service) -> None:
             "max_model_len": settings.max_model_len,
         }
 
-    cards = {name: card(name, None) for name in (settings.model_name, *settings.aliases)}
-    cards |= {name: card(name, settings.model_name) for name in settings.adapters}
-
     @app.get("/v1/models")
     async def list_models() -> Response:
-        return JSONResponse({"object": "list", "data": list(cards.values())})
+        cards = [card(name, None) for name in (settings.model_name, *settings.aliases)]
+        cards += [card(name, settings.model_name) for name in service.adapters]
+        return JSONResponse({"object": "list", "data": cards})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        service.adapter_of(name)
-        return JSONResponse(cards[name])
+        return JSONResponse(card(name, None if service.adapter_of(name) is None else settings.model_name))
 
 
 def _tokens(app: FastAPI, service: Service) -> None:
@@ -171,6 +179,18 @@ def _tokens(app: FastAPI, service: Service) -> None:
             raise bad(f"a token id is not below {service.facts.vocabulary}", "tokens")
         text = await service.in_thread(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))
         return JSONResponse({"prompt": text})
+
+
+def _adapters(app: FastAPI, service: Service, admin: AdapterAdmin) -> None:
+    @app.post("/v1/load_lora_adapter", **_body(LoadAdapterRequest))
+    async def load(request: Request) -> Response:
+        body, owner = await _read(service, request, LoadAdapterRequest), request.scope["state"]["owner"]
+        return PlainTextResponse(await admin.load(owner, body.lora_name, body.lora_path))
+
+    @app.post("/v1/unload_lora_adapter", **_body(UnloadAdapterRequest))
+    async def unload(request: Request) -> Response:
+        body, owner = await _read(service, request, UnloadAdapterRequest), request.scope["state"]["owner"]
+        return PlainTextResponse(await admin.unload(owner, body.lora_name))
 
 
 def _state(app: FastAPI, service: Service) -> None:

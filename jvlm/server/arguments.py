@@ -7,7 +7,7 @@ from typing import Literal
 
 from jvlm.errors import UserError
 from jvlm.server.keys import read_keys
-from jvlm.server.settings import MIB, HTTPLimits, MediaRules, ServerSettings
+from jvlm.server.settings import MIB, HTTPLimits, KeyLimits, MediaRules, ServerSettings
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -20,11 +20,18 @@ class ServerArguments:
       host: address to listen at; other machines reach none but this one's own by default.
       port: port to listen at.
       served_model_name: names of the model; the first is the one that answers carry. None is its folder's name.
+      api_key: a key that callers must send; a file keeps it out of the list of processes.
       api_key_file: file with a key on each line, "KEY" or "NAME KEY"; callers send one as a bearer token.
+      key_max_requests: requests of one key at once; 0 is no limit. Without keys, these limit all callers together.
+      key_tokens_per_minute: tokens of prompts, and n x max_tokens, of one key; 0 is no limit.
+      key_media_mb_per_minute: MiB of images and videos of one key; 0 is no limit.
       insecure: listen at an address that other machines reach, without keys.
       max_num_seqs: answers that are decoded together.
       max_num_batched_tokens: tokens of a prefill step at most; None leaves it to the engine.
       max_model_len: tokens of a prompt and its answer; None is the model's positions.
+      memory_fraction: share of the memory that parameters and cache may take (also --gpu_memory_utilization); None is a
+        cache for max_num_seqs answers of max_model_len tokens, whatever it takes.
+      compile_cache: folder of compiled programs, which the next start reads; None is JAX_COMPILATION_CACHE_DIR's.
       speculative: "ngram:4" guesses 4 tokens from what stood before, and verifies them in one step; None guesses none.
       max_queue: requests that may wait; more are sent away with status 429.
       max_n: most answers to a request.
@@ -33,11 +40,18 @@ class ServerArguments:
       allowed_media_domains: hosts from which requests may name images and videos, exact names.
       allowed_local_media_path: folder below which requests may name files; None allows no file.
       limit_media: most images and videos of a request.
+      max_loras: most adapters at once; above 0, room for them is kept, so that one can be loaded while the server runs.
+      max_lora_rank: largest rank of adapters where room is kept.
+      adapter_root: folder below which /v1/load_lora_adapter reads; None loads none.
+      admin: names of the keys that may load and unload adapters.
+      data_parallel_size: engines, each a process with its share of the devices, behind this one address.
+      backends: addresses of servers that run already, http://HOST:PORT, to answer in the place of a model of its own.
       cors_origin: origins of pages in browsers that may ask.
       reasoning_parser: "auto" tells thinking apart where the template or the tokenizer know <think>; "on"; "off".
       tool_parser: "auto" reads calls of tools where the template writes them; "on"; "off".
       no_think_text: what is written behind the last question where a request turns thinking off and the chat template
         knows no enable_thinking: " /no_think" for MiMo-VL of August 2025. None writes nothing.
+      log_interval: seconds between lines with tokens/s, while there is work; 0 prints none.
       no_page: do not serve the chat page.
       no_log_requests: do not print a line for each request.
     """
@@ -45,11 +59,17 @@ class ServerArguments:
     host: str = "127.0.0.1"
     port: int = 8000
     served_model_name: tuple[str, ...] = ()
+    api_key: str | None = None
     api_key_file: str | None = None
+    key_max_requests: int = 0
+    key_tokens_per_minute: int = 0
+    key_media_mb_per_minute: int = 0
     insecure: bool = False
     max_num_seqs: int = 32
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
+    memory_fraction: float | None = None
+    compile_cache: str | None = None
     speculative: str | None = None
     max_queue: int = 256
     max_n: int = 8
@@ -58,10 +78,17 @@ class ServerArguments:
     allowed_media_domains: tuple[str, ...] = ()
     allowed_local_media_path: str | None = None
     limit_media: str = "image=16,video=1"
+    max_loras: int = 0
+    max_lora_rank: int = 16
+    adapter_root: str | None = None
+    admin: tuple[str, ...] = ()
+    data_parallel_size: int = 1
+    backends: tuple[str, ...] = ()
     cors_origin: tuple[str, ...] = ()
     reasoning_parser: Literal["auto", "on", "off"] = "auto"
     tool_parser: Literal["auto", "on", "off"] = "auto"
     no_think_text: str | None = None
+    log_interval: float = 20.0
     no_page: bool = False
     no_log_requests: bool = False
 
@@ -72,19 +99,18 @@ def settings_of(
     name: str,
     adapters: tuple[str, ...],
     max_model_len: int,
-    keys: tuple[tuple[str, str], ...] = (),
 ) -> ServerSettings:
     """Return the settings that arguments mean.
 
     Args:
       name: of the model where none is given.
       adapters: their names.
-      keys: beside those of a file.
 
     Raises:
       UserError: an address that other machines reach, without keys; a limit that is none; a file of keys that cannot
-        be read.
+        be read; options that do not go together.
     """
+    keys = () if arguments.api_key is None else (("api_key", arguments.api_key),)
     if arguments.api_key_file is not None:
         keys = (*keys, *read_keys(arguments.api_key_file))
     is_local = arguments.host in _LOOPBACK
@@ -93,9 +119,8 @@ def settings_of(
             f"--host {arguments.host} can be reached by other machines, and there are no keys: give --api-key-file "
             "FILE, or --insecure to let everybody ask"
         )
-    for option in ("max_num_seqs", "max_queue", "max_n", "max_body_mb"):
-        if getattr(arguments, option) < 1:
-            raise UserError(f"--{option} is {getattr(arguments, option)}; it must be at least 1")
+    _check_least(arguments)
+    _check_adapters(arguments, frozenset(name for name, _ in keys))
     first, *aliases = arguments.served_model_name or (name,)
     twice = {first, *aliases} & set(adapters)
     if twice:
@@ -120,11 +145,36 @@ def settings_of(
             fetch_bytes=arguments.max_body_mb * MIB,
         ),
         limits=HTTPLimits(body_bytes=arguments.max_body_mb * MIB),
+        key_limits=KeyLimits(
+            arguments.key_max_requests, arguments.key_tokens_per_minute, arguments.key_media_mb_per_minute * MIB
+        ),
+        adapter_root=arguments.adapter_root,
+        admins=arguments.admin,
+        log_interval=arguments.log_interval,
         reasoning=arguments.reasoning_parser,
         tools=arguments.tool_parser,
         no_think=arguments.no_think_text,
         page=not arguments.no_page,
     )
+
+
+def _check_least(arguments: ServerArguments) -> None:
+    ones = ("max_num_seqs", "max_queue", "max_n", "max_body_mb", "max_lora_rank", "data_parallel_size")
+    noughts = ("max_loras", "key_max_requests", "key_tokens_per_minute", "key_media_mb_per_minute", "log_interval")
+    for least, options in ((1, ones), (0, noughts)):
+        for option in options:
+            if getattr(arguments, option) < least:
+                raise UserError(f"--{option} is {getattr(arguments, option)}; it must be at least {least}")
+
+
+def _check_adapters(arguments: ServerArguments, keys: frozenset[str]) -> None:
+    if arguments.adapter_root is not None and not arguments.max_loras:
+        raise UserError("--adapter_root loads adapters, for which --max_loras N keeps room: give both")
+    unknown = sorted(set(arguments.admin) - keys)
+    if unknown:
+        raise UserError(f"--admin {unknown[0]}: no key has this name; --api_key_file has lines NAME KEY")
+    if arguments.adapter_root is not None and keys and not arguments.admin:
+        raise UserError("--adapter_root with keys needs --admin NAME of the keys that may load adapters")
 
 
 def draft_tokens(speculative: str | None) -> int:

@@ -62,7 +62,7 @@ class ChatRun:
         sampling = sampling_params(request, service.facts, prompt.example.length, grammar=grammar)
         self.choices = [self._choice(index, shown) for index in range(sampling.n)]
         self.names = TokenNames(service.processor.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
-        self._answer = service.submit(prompt, sampling, request, self.id, self.owner, self.adapter)
+        self._answer = await service.submit(prompt, sampling, request, self.id, self.owner, self.adapter)
 
     def _choice(self, index: int, shown: Sequence[dict[str, Any]]) -> ChatChoice:
         service, request = self.service, self.request
@@ -184,18 +184,27 @@ async def _chunks(run: ChatRun, events: list[Event]) -> AsyncIterator[bytes]:
     """Yield the stream of an answer, errors included; an error after the first event is an event of its own."""
     writer, request = stream.ChunkWriter(run.head), run.request
     options = request.stream_options
+    is_plain = not (_tells_usage(request) or request.logprobs or request.return_token_ids)
     begun: set[int] = set()
     told: dict[int, int] = {}
     first = True
     try:
         while True:
             pieces: list[bytes] = [] if events else [stream.PING]
+            words: dict[int, str] = {}  # of choices, not written yet: those of several steps share a chunk
             for event in events:
                 deltas = run.note(event, first)
+                if is_plain and event.finish_reason is None and event.index in begun and _are_words(deltas):
+                    words[event.index] = words.get(event.index, "") + "".join(delta["content"] for delta in deltas)
+                    continue
+                pieces += [writer.words(*item) for item in words.items() if item[1]]
+                words = {}
                 more = run.extra() if first else {}
                 first = False
                 pieces += _of_event(run, writer, event, deltas, begun, told, more)
-            yield b"".join(pieces)
+            pieces += [writer.words(*item) for item in words.items() if item[1]]
+            if pieces:
+                yield b"".join(pieces)
             if run.done:
                 break
             events = await run.events()
@@ -218,12 +227,7 @@ def _of_event(
 ) -> list[bytes]:
     """Return the chunks of one event."""
     choice, request, index = run.choices[event.index], run.request, event.index
-    continuous = request.stream_options is not None and request.stream_options.continuous_usage_stats
-    plain = not (continuous or request.logprobs or request.return_token_ids)
-    if plain and event.finish_reason is None and index in begun and all(d.keys() == {"content"} for d in deltas):
-        text = "".join(delta["content"] for delta in deltas)
-        return [writer.words(index, text)] if text else []
-    usage = run.usage.body if continuous else None
+    usage = run.usage.body if _tells_usage(request) else None
     entries: list[dict[str, Any]] = []
     if index not in begun:
         begun.add(index)
@@ -243,6 +247,15 @@ def _of_event(
         entries[-1]["token_ids"] = [event.token]
     bodies = [{"index": index, "logprobs": None, "finish_reason": None, **entry} for entry in entries]
     return [writer.chunk([body], usage=usage, **(more if number == 0 else {})) for number, body in enumerate(bodies)]
+
+
+def _tells_usage(request: ChatRequest) -> bool:
+    """Whether every chunk tells the usage so far."""
+    return request.stream_options is not None and request.stream_options.continuous_usage_stats
+
+
+def _are_words(deltas: list[dict[str, Any]]) -> bool:
+    return all(len(delta) == 1 and "content" in delta for delta in deltas)
 
 
 def check_stream(request: Sampling) -> None:

@@ -66,7 +66,7 @@ class CompletionRun:
         for number, (prompt, encoding) in enumerate(zip(prompts, encoded, strict=True)):
             text = prompt if isinstance(prompt, str) else service.processor.tokenizer.decode(prompt)
             own = f"{self.id}-{number}"
-            answer = service.submit(encoding, sampling, request, own, self.owner, self.adapter)
+            answer = await service.submit(encoding, sampling, request, own, self.owner, self.adapter)
             choices = [ChoiceState(number * sampling.n + k) for k in range(sampling.n)]
             self.asked.append(_Asked(encoding, text, answer, choices))
         self.sampling: SamplingParams = sampling

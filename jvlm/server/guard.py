@@ -26,8 +26,8 @@ PAGE_ROUTES = frozenset({"/"})
 _SAFE_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 
 
-class ClientGone(Exception):
-    """Nobody reads the answer."""
+class AnswerCut(Exception):
+    """An answer cannot go on: nobody reads it, or nobody writes it any more."""
 
 
 class Guard:
@@ -58,19 +58,20 @@ class Guard:
             owner = self._admit(scope, request)
             if owner is None:
                 return await request.answer(204, b"", self._preflight(request))
-            scope["state"] = {**scope.get("state", {}), "owner": owner, "id": request.id}
+            scope["state"] = {**scope.get("state", {}), "owner": owner, "id": request.id, "send": request.send}
             request.extra += self._cors(request)
             await self._app(scope, request.receive, request.send)
         except APIError as error:
             await request.fail(error)
         except asyncio.CancelledError:
             raise
-        except ClientGone:
+        except AnswerCut:
             return  # uvicorn closes a connection whose answer is not whole
         except Exception:  # noqa: BLE001  (a bug ends this request alone; the log has where it is)
             traceback.print_exc()
             await request.fail(APIError(500, f"internal error, id {request.id}"))
         finally:
+            request.end()
             if self._logs:
                 owner = scope.get("state", {}).get("owner", "-")
                 seconds = time.monotonic() - began
@@ -126,6 +127,10 @@ class _Request:
         self._receive, self._send, self._limits = receive, send, settings.limits
         self._deadline = time.monotonic() + settings.limits.body_seconds
         self._size, self._whole = 0, False
+        self._task = asyncio.current_task()
+        self._timer: asyncio.TimerHandle | None = None
+        self._sending_since: float | None = None
+        self._gone = False
         length = self.headers.get(b"content-length", b"0")
         self._announced = int(length) if length.isdigit() and len(length) < 20 else 0
 
@@ -147,17 +152,38 @@ class _Request:
         return message
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
-        """Send a part of the answer. Raises ClientGone where nobody reads it for too long."""
+        """Send a part of the answer. Raises AnswerCut where nobody reads it for too long."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             names = {name for name, _ in message["headers"]}
             safe = [header for header in _SAFE_HEADERS if header[0] not in names]
             message = {**message, "headers": [*message["headers"], *self.extra, *safe]}
+            if self._timer is None:
+                self._watch()
+        self._sending_since = time.monotonic()
         try:
-            async with asyncio.timeout(self._limits.write_seconds):
-                await self._send(message)
-        except TimeoutError:
-            raise ClientGone from None
+            await self._send(message)
+        except asyncio.CancelledError:
+            if not self._gone:
+                raise
+            self._task.uncancel()
+            raise AnswerCut from None
+        finally:
+            self._sending_since = None
+
+    def _watch(self) -> None:
+        """Look now and then whether a part of the answer waits for too long: cheaper than a timeout for each part."""
+        since, most = self._sending_since, self._limits.write_seconds
+        if since is not None and time.monotonic() - since >= most:
+            self._gone = True
+            self._task.cancel()
+        else:
+            self._timer = asyncio.get_running_loop().call_later(most, self._watch)
+
+    def end(self) -> None:
+        """Stop looking."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     async def fail(self, error: APIError) -> None:
         """Answer with an error, unless the answer has begun."""

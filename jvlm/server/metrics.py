@@ -5,14 +5,16 @@ Labels are from closed sets: nothing that a caller writes becomes one.
 
 from __future__ import annotations
 
+import bisect
 import collections
+import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from jvlm.inference.async_engine import Answer
@@ -75,7 +77,6 @@ class Metrics:
     Args:
       model: label of everything.
       stats: gives the engine's statistics, at once.
-      adapters: names for lora_requests_info.
       cache: facts for cache_config_info.
       log: takes a line for the first use of each ignored field.
     """
@@ -85,16 +86,14 @@ class Metrics:
         model: str,
         stats: Callable[[], EngineStats],
         *,
-        adapters: tuple[str, ...] = (),
         cache: Mapping[str, str] = MappingProxyType({}),
         log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ):
         self.registry = CollectorRegistry(auto_describe=False)
         self._labels = {"model_name": model, "engine": "0"}
         self._log, self._ignored_names = log, set()
-        self.registry.register(_EngineCollector(self._labels, stats, adapters, dict(cache)))
         self._first = self._histogram("vllm:time_to_first_token_seconds", "From a request to its first token", _FIRST)
-        self._between = self._histogram("vllm:inter_token_latency_seconds", "Between tokens of an answer", _TOKEN)
+        self._between = StepHistogram("vllm:inter_token_latency_seconds", "Between tokens of an answer", _TOKEN)
         self._per_token = self._histogram(
             "vllm:request_time_per_output_token_seconds", "Time for a token after the first, on average", _TOKEN
         )
@@ -107,13 +106,16 @@ class Metrics:
         self._generated = self._histogram("vllm:request_generation_tokens", "Tokens of an answer", _COUNTS)
         self._n = self._histogram("vllm:request_params_n", "n", _ONES)
         self._max_tokens = self._histogram("vllm:request_params_max_tokens", "max_tokens", _COUNTS)
-        self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of a step", _COUNTS)
+        self._step_tokens = StepHistogram("vllm:iteration_tokens_total", "Tokens of a step", _COUNTS)
         self._fetch = self._histogram("jvlm:media_fetch_seconds", "Reading a request's media", _FIRST)
         self._decoding = self._histogram("jvlm:media_decode_seconds", "Decoding a request's media", _FIRST)
         self._rejections = self._counter("vllm:admission_rejections", "Requests sent away because too many wait")
         self._ignored = self._counter("jvlm:ignored_fields", "Fields of requests that are not read")
         self._broken_calls = self._counter("jvlm:broken_tool_calls", "Calls of tools that are none, given as text")
         self._last_event: dict[tuple[str, int], float] = {}
+        self.adapters: list[str] = []  # names for lora_requests_info
+        of_steps = (self._between, self._step_tokens)
+        self.registry.register(_EngineCollector(self._labels, stats, lambda: self.adapters, dict(cache), of_steps))
 
     def render(self) -> bytes:
         """Return everything in Prometheus' text form."""
@@ -121,19 +123,24 @@ class Metrics:
 
     def step(self, events: Iterable[Event], seconds: float) -> None:
         """Note the events of one step of the engine; called in its thread."""
-        events = [event for event in events if event.token is not None]
-        if events:
-            self._step_tokens.observe(len(events))
-        now = time.monotonic()
-        if len(self._last_event) > _MOST_ANSWERS:  # of answers that were given up in the middle of a step
-            self._last_event.clear()
+        now, last, gaps, count = time.monotonic(), self._last_event, [], 0
+        if len(last) > _MOST_ANSWERS:  # of answers that were given up in the middle of a step
+            last.clear()
         for event in events:
+            if event.token is None:
+                continue
+            count += 1
             key = event.request_id, event.index
-            before = self._last_event.pop(key, None)
+            before = last.get(key)
             if before is not None:
-                self._between.observe(now - before)
+                gaps.append(now - before)
             if event.finish_reason is None:
-                self._last_event[key] = now
+                last[key] = now
+            elif before is not None:
+                del last[key]
+        if count:
+            self._step_tokens.add([count])
+            self._between.add(gaps)
 
     def ended(self, answer: Answer, began: float, prompt: int, generated: int) -> None:
         """Note a request at its end.
@@ -187,6 +194,31 @@ class Metrics:
         return Counter(name, text, self._labels.keys(), registry=self.registry).labels(**self._labels)
 
 
+class StepHistogram:
+    """A histogram that takes what a step of the engine gives at once: one thread adds, others read.
+
+    prometheus_client's own takes a lock for each value, which is too much for each token.
+    """
+
+    def __init__(self, name: str, text: str, buckets: tuple[float, ...]):
+        self.name, self.text, self.buckets = name, text, (*buckets, float("inf"))
+        self._counts, self._sum = [0] * len(self.buckets), 0.0
+
+    def add(self, values: Sequence[float]) -> None:
+        """Note values."""
+        for value in values:
+            self._counts[bisect.bisect_left(self.buckets, value)] += 1
+        self._sum += sum(values)
+
+    def metric(self, labels: Mapping[str, str]) -> Metric:
+        """Return it as Prometheus has it: each bucket counts what is in those before, too."""
+        names = ["+Inf" if limit == float("inf") else str(float(limit)) for limit in self.buckets]
+        totals = list(zip(names, itertools.accumulate(self._counts), strict=True))
+        family = HistogramMetricFamily(self.name, self.text, labels=list(labels))
+        family.add_metric(list(labels.values()), totals, self._sum)
+        return family
+
+
 class _EngineCollector(Collector):
     """The engine's own numbers."""
 
@@ -194,12 +226,15 @@ class _EngineCollector(Collector):
         self,
         labels: dict[str, str],
         stats: Callable[[], EngineStats],
-        adapters: tuple[str, ...],
+        adapters: Callable[[], list[str]],
         cache: dict[str, str],
+        of_steps: tuple[StepHistogram, ...],
     ):
         self._labels, self._stats, self._adapters, self._cache = labels, stats, adapters, cache
+        self._of_steps = of_steps
 
     def collect(self) -> Iterable[Metric]:
+        yield from (histogram.metric(self._labels) for histogram in self._of_steps)
         stats, values = self._stats(), list(self._labels.values())
         for name, text in _GAUGES.items():
             yield self._one(GaugeMetricFamily, f"vllm:{name}", text, {(): getattr(stats, name)})
@@ -212,7 +247,7 @@ class _EngineCollector(Collector):
         for reason in _REASONS:
             success.add_metric([*values, reason], reasons[reason])
         yield success
-        yield self._info("vllm:lora_requests_info", "Adapters", {"adapters": ",".join(self._adapters)})
+        yield self._info("vllm:lora_requests_info", "Adapters", {"adapters": ",".join(self._adapters())})
         yield self._info("vllm:cache_config_info", "The cache", self._cache)
         own = {
             "encoder_cache_usage_perc": (GaugeMetricFamily, stats.encoder_cache_usage_perc),

@@ -183,3 +183,16 @@ class ResponsesRequest(Body):
     include: list[str] | None = None
     truncation: str | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = None
+
+
+class LoadAdapterRequest(Body):
+    """POST /v1/load_lora_adapter."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=128)]
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class UnloadAdapterRequest(Body):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=128)]

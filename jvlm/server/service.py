@@ -75,11 +75,13 @@ class Service:
     ):
         self.settings, self.engine, self.processor = settings, engine, processor
         self.facts, self.metrics = facts, metrics
+        self.adapters = metrics.adapters = list(settings.adapters)
         self.ring = KeyRing(settings.keys, settings.key_limits)
         self.loader = loader or MediaLoader(settings.media, processor)
         self.box_space = processor.config.box_space or FORMATS[processor.config.box_format].space
         self.created, self._most, self._active = int(time.time()), slots + settings.max_queue, 0
         self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="jvlm-encode")
+        self._grammars = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="jvlm-grammar")
         templates = str(processor.template.templates)
         names = {token.content for token in processor.tokenizer.added_tokens_decoder.values()}
         self.tells_reasoning = settings.reasoning == "on" or (
@@ -99,19 +101,20 @@ class Service:
 
     def close(self) -> None:
         """Stop threads and processes."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._grammars):
+            threads.shutdown(wait=False, cancel_futures=True)
         self.loader.close()
 
     @property
     def names(self) -> tuple[str, ...]:
         """Return every name that a request may give as its model."""
-        return (self.settings.model_name, *self.settings.aliases, *self.settings.adapters)
+        return (self.settings.model_name, *self.settings.aliases, *self.adapters)
 
     def adapter_of(self, name: str | None) -> str | None:
         """Return the adapter that a model's name stands for, None for the base. Raises APIError for no name."""
         if not name or name in (self.settings.model_name, *self.settings.aliases):
             return None
-        if name in self.settings.adapters:
+        if name in self.adapters:
             return name
         raise APIError(404, f"the model {name[:64]!a} does not exist", "model")
 
@@ -142,8 +145,11 @@ class Service:
 
     async def in_thread(self, task: Callable[[], T]) -> T:
         """Return what a task returns, run beside the event loop. Raises APIError for a UserError."""
+        return await self._in(self._threads, task)
+
+    async def _in(self, threads: concurrent.futures.Executor, task: Callable[[], T]) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, task)
+            return await asyncio.get_running_loop().run_in_executor(threads, task)
         except UserError as error:
             raise of_user_error(error) from error
 
@@ -227,7 +233,7 @@ class Service:
             encode = functools.partial(self.processor.encode_ids, prompt)
         return Prompt(await self.in_thread(encode))
 
-    def submit(
+    async def submit(
         self,
         prompt: Prompt,
         sampling: SamplingParams,
@@ -238,10 +244,11 @@ class Service:
     ) -> Answer:
         """Hand a prompt to the engine. Raises APIError."""
         self.ring.take(owner, tokens=prompt.example.length + sampling.n * sampling.max_tokens)
+        asked = Request(identity, prompt.example, sampling, adapter, request.priority, request.cache_salt or "")
+        if sampling.grammar is not None:  # in threads of their own: strangers' grammars take seconds
+            await self._in(self._grammars, functools.partial(self.engine.engine.prepare, asked))
         try:
-            return self.engine.submit(
-                Request(identity, prompt.example, sampling, adapter, request.priority, request.cache_salt or "")
-            )
+            return self.engine.submit(asked)
         except EngineDead as error:
             raise APIError(503, "the engine has stopped") from error
 

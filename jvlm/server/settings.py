@@ -98,6 +98,9 @@ class ServerSettings:
       reasoning: "auto" tells `<think>` apart where the chat template or the tokenizer know it; "on"; "off".
       tools: "auto" reads calls of tools where the chat template writes them; "on"; "off".
       no_think: appended to the last user text where a request turns thinking off and the template cannot.
+      adapter_root: folder below which adapters are loaded from; None loads none.
+      admins: names of the keys that may do so; empty is everybody, where there are no keys.
+      log_interval: seconds between lines with tokens/s; 0 prints none.
       ping_seconds: between signs of life in a stream that waits.
       page: whether the chat page is served.
     """
@@ -119,5 +122,8 @@ class ServerSettings:
     reasoning: str = "auto"
     tools: str = "auto"
     no_think: str | None = None
+    adapter_root: str | None = None
+    admins: tuple[str, ...] = ()
+    log_interval: float = 0.0
     ping_seconds: float = 15.0
     page: bool = True

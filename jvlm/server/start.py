@@ -8,6 +8,7 @@ from typing import Any
 from jvlm.data.processor import Processor
 from jvlm.inference.async_engine import AsyncEngine, StepEngine
 from jvlm.server import app
+from jvlm.server.adapters import AdapterAdmin, Adapters
 from jvlm.server.listen import listen, print_line
 from jvlm.server.metrics import Metrics
 from jvlm.server.sampling import ModelFacts, default_values
@@ -43,15 +44,22 @@ def service_of(
         settings.max_logprobs,
     )
     more: dict[str, Any] = {} if log is None else {"log": log}
-    metrics = Metrics(settings.model_name, threads.stats, adapters=settings.adapters, **more)
+    metrics = Metrics(settings.model_name, threads.stats, **more)
     threads.observe = metrics.step
     return Service(settings, threads, processor, facts, metrics, slots=slots)
 
 
-def run(service: Service, host: str, port: int, *, log_requests: bool = True) -> None:
+def admin_of(service: Service, adapters: Adapters, take: Callable[[Any], None]) -> AdapterAdmin:
+    """Return what loads adapters; ``take`` gives the engine another model, in the engine's thread."""
+    return AdapterAdmin(service, adapters, take)
+
+
+def run(
+    service: Service, host: str, port: int, *, log_requests: bool = True, admin: AdapterAdmin | None = None
+) -> None:
     """Serve until SIGINT or SIGTERM; answers that run then have half a minute to end."""
     log = print_line if log_requests else None
-    listen(app.build(service, log=log), service.settings.limits, host, port)
+    listen(app.build(service, log=log, admin=admin), service.settings.limits, host, port)
 
 
 def describe(service: Service, host: str, port: int) -> list[str]:

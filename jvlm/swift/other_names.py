@@ -18,6 +18,14 @@ ALIASES: Mapping[str, str] = {
     "model_id_or_path": "model",
     "resume_from_ckpt": "resume_from_checkpoint",
     "push_hub_strategy": "hub_strategy",
+    # of servers; where a command has no such option, what IGNORED says of the name holds
+    "gpu_memory_utilization": "memory_fraction",
+    "vllm_gpu_memory_utilization": "memory_fraction",
+    "vllm_max_model_len": "max_model_len",
+    "vllm_max_num_seqs": "max_num_seqs",
+    "vllm_data_parallel_size": "data_parallel_size",
+    "data_parallel": "data_parallel_size",
+    "max_batch_size": "max_num_seqs",
 }
 
 _PACKED = "jvlm packs conversations into sequences without padding between them, always"
@@ -137,6 +145,7 @@ REFUSED: Mapping[str, Refusal] = {
     "cached_dataset": Refusal("jvlm data convert writes examples as shards, which --dataset takes", _OFF),
     "model_name": Refusal("put who the model is into the data or --system", _OFF),
     "model_author": Refusal("put who the model is into the data or --system", _OFF),
+    "kv_cache_dtype": Refusal("the cache is kept in the dtype that the model computes in; leave it out", ("auto",)),
     "use_chat_template": Refusal("jvlm pt trains on all of a conversation", ("true",)),
     "response_prefix": Refusal("put it into the data", _OFF),
     "agent_template": Refusal("jvlm uses the tools part of the model's own chat template", _OFF),

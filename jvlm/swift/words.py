@@ -7,7 +7,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 from jvlm import options
@@ -51,7 +51,9 @@ def parse(kind: type[T], words: Sequence[str], program: str) -> Parsed[T]:
     found, notes = {}, []
     for typed, values in _grouped(words, program):
         name = typed.replace("-", "_")
-        name = name if name in hints else ALIASES.get(name, name)
+        meant = ALIASES.get(name, name)
+        if name not in hints and (meant in hints or not (name in IGNORED or name.startswith(ENGINES))):
+            name = meant
         if name in found:
             raise UserError(f"{program}: --{typed} is given twice; give it once")
         if name in hints:
@@ -67,6 +69,19 @@ def parse(kind: type[T], words: Sequence[str], program: str) -> Parsed[T]:
             raise _unknown(typed, (*hints, *spelled), program)
     clean = [word for name, values in found.items() for word in (f"--{name}", *values)]
     return Parsed(options.parse(kind, clean, program, boolean_values=True), frozenset(found), tuple(notes))
+
+
+def without(words: Sequence[str], names: Collection[str]) -> list[str]:
+    """Return the words of a command line but for some options, in whatever spelling, and their values."""
+    kept: list[str] = []
+    keeps = True
+    for word in words:
+        if word.startswith("-") and not _NUMBER.match(word) and word != "-":
+            name = word.lstrip("-").partition("=")[0].replace("-", "_")
+            keeps = name not in names and ALIASES.get(name, name) not in names
+        if keeps:
+            kept.append(word)
+    return kept
 
 
 def _unknown(typed: str, known: Sequence[str], program: str) -> UserError:

@@ -9,6 +9,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ from tests import support
 MODEL = "toy-vlm"
 
 
-def processor_of(folder: Path, tokenizer: Path, **settings: Any) -> Processor:
-    """The processor of a small model, without its weights."""
+def processor_of(folder: Path, tokenizer: Path | None, **settings: Any) -> Processor:
+    """The processor of a small model, without its weights; ``settings`` make a tokenizer of its own."""
     from jvlm.weights import hf, io
 
     if settings:
@@ -66,6 +67,9 @@ class ScriptedEngine:
     @property
     def has_work(self) -> bool:
         return bool(self._running)
+
+    def prepare(self, request: Request) -> None:
+        pass
 
     def submit(self, request: Request) -> None:
         if self.refuses is not None:
@@ -155,6 +159,7 @@ class Served:
         slots: int = 32,
         vocabulary: int | None = None,
         max_model_len: int = 4096,
+        admin: Callable[[Service], Any] | None = None,
         **settings: Any,
     ):
         self.engine = engine
@@ -171,7 +176,7 @@ class Served:
         metrics = Metrics(MODEL, self.async_engine.stats, log=self.log)
         self.lines: list[str] = []
         self.service = Service(self.settings, self.async_engine, processor, facts, metrics, slots=slots, loader=loader)
-        app = server_app.build(self.service, log=self.log)
+        app = server_app.build(self.service, log=self.log, admin=None if admin is None else admin(self.service))
         config = uvicorn.Config(
             app,
             http=protocol(self.settings.limits.header_seconds),

@@ -17,10 +17,14 @@ import pytest
 import jvlm
 from jvlm.cli import deploy, serve
 from jvlm.errors import UserError
+from jvlm.inference.requests import EngineStats
 from jvlm.server.arguments import settings_of
 from tests.data.video.test_reader import clip
 from tests.families import qwen3_vl
 from tests.support import GOLDEN, ROOT, picture
+from jvlm.server.progress import progress_line
+from jvlm.server.settings import KeyLimits
+from jvlm.swift import words as swift_words
 
 
 @pytest.fixture
@@ -28,8 +32,8 @@ def started(monkeypatch):
     """(options of the model, settings) of each command that would start."""
     found = []
 
-    def start(options, arguments, keys=()):
-        settings = settings_of(arguments, name="dir", adapters=(), max_model_len=1, keys=keys)
+    def start(options, arguments, verb, words):
+        settings = settings_of(arguments, name="dir", adapters=(), max_model_len=1)
         found.append((options, arguments, settings))
         return 0
 
@@ -57,9 +61,59 @@ def test_deploy_has_those_of_ms_swift(started):
     assert settings.hosts == ()
 
 
+def test_memory_keys_and_adapters_have_their_limits(started, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("ann a-key-of-twenty-letters\nroot another-key-of-letters\n")
+    words = f"DIR --gpu-memory-utilization 0.8 --quantization int8 --compile_cache {tmp_path} --log-interval 5"
+    more = f"--adapter-root {tmp_path} --admin root --api-key-file {keys} --api-key a-third-key-of-letters"
+    limits = "--key-max-requests 2 --key-tokens-per-minute 1000 --key-media-mb-per-minute 3"
+    serve.run(f"{words} {more} {limits} --max-loras 3 --data-parallel 1 --kv-cache-dtype auto".split())
+    ((options, arguments, settings),) = started
+    assert (options.quantization, arguments.memory_fraction, arguments.max_loras) == ("int8", 0.8, 3)
+    assert (settings.admins, settings.adapter_root, settings.log_interval) == (("root",), str(tmp_path), 5)
+    assert [name for name, _ in settings.keys] == ["api_key", "ann", "root"]
+    assert settings.key_limits == KeyLimits(2, 1000, 3 * 2**20)
+
+
+def test_deploy_takes_the_names_that_ms_swift_gives_vllm(started, capsys):
+    words = "--model DIR --infer_backend vllm --vllm_gpu_memory_utilization 0.7 --vllm_max_model_len 4096"
+    deploy.run(
+        f"{words} --vllm_max_num_seqs 8 --vllm_enforce_eager true --log_interval 20 --torch_dtype bfloat16".split()
+    )
+    ((options, arguments, _),) = started
+    assert (arguments.memory_fraction, arguments.max_model_len, arguments.max_num_seqs) == (0.7, 4096, 8)
+    assert options.param_dtype == "bfloat16"
+    notes = capsys.readouterr().err
+    assert "--vllm_enforce_eager has no use here" in notes
+    assert "max_model_len" not in notes
+
+
+def test_the_processes_of_several_engines_have_the_options_of_the_first():
+    words = (
+        "--model DIR --port 9 --host=0.0.0.0 --data-parallel 2 --served-model-name a b --limit-media image=3".split()
+    )
+    kept = swift_words.without(words, ("host", "port", "data_parallel_size"))
+    assert kept == "--model DIR --served-model-name a b --limit-media image=3".split()
+
+
+def test_the_line_of_the_log_has_what_was_done_meanwhile():
+    before = EngineStats(generation_tokens=100, prompt_tokens=50, prefix_cache_queries=40, prefix_cache_hits=10)
+    after = EngineStats(
+        generation_tokens=2100, prompt_tokens=550, prefix_cache_queries=80, prefix_cache_hits=30, num_requests_running=3
+    )
+    line = progress_line(before, after, 2.0)
+    assert "250 tokens/s of prompts (50% cached), 1,000 tokens/s generated; 3 running, 0 waiting" in line
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("DIR --kv-cache-dtype fp8", "the dtype that the model computes in"),
+        ("DIR --adapter-root DIR", "--max_loras"),
+        ("DIR --admin nobody", "no key has this name"),
+        ("DIR --adapter-root DIR --max-loras 1 --api-key a-key-of-twenty-letters", "--admin NAME"),
+        ("DIR --backends http://127.0.0.1:1", "models of their own"),
+        ("DIR --data-parallel 0", "--data_parallel_size"),
         ("DIR --host 0.0.0.0", "--api-key-file"),
         ("DIR --limit-media x", "image=16"),
         ("DIR --lora x", "NAME=FOLDER"),
