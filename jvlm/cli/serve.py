@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jvlm.inference.requests import EngineConfig
 
 _MODULES = ("fastapi", "uvicorn", "httptools", "prometheus_client", "pebble")
-_OF_FRONT = ("host", "port", "data_parallel_size")
+_OF_FRONT = ("host", "port", "data_parallel_size", "no_log_requests")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,8 @@ def _start_replicas(arguments: ServerArguments, verb: str, words: list[str]) -> 
     shares = device_shares(arguments.data_parallel_size, os.environ)
     own = swift_words.without(words, _OF_FRONT)
     with Replicas(command_of([*own, "--no_log_requests"], verb), shares) as replicas:
-        return start_front(arguments, replicas.urls)
+        start_front(arguments, replicas.urls)
+        return int(replicas.has_failed)
 
 
 def start_front(arguments: ServerArguments, urls: list[str]) -> int:

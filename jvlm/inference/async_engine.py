@@ -321,7 +321,9 @@ class AsyncEngine:
 
     def _deliver(self) -> None:
         self._is_told = False  # before the events are taken: what comes from now on tells again
-        now = self._delivered_at = time.monotonic()
+        now = time.monotonic()
+        if self._events:
+            self._delivered_at = now
         while self._events:
             event = self._events.popleft()
             answer = self._answers.get(event.request_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import uvicorn
@@ -15,7 +16,11 @@ SHUTDOWN_SECONDS = 30
 
 
 def listen(app: App, limits: HTTPLimits, host: str, port: int) -> None:
-    """Serve until SIGINT or SIGTERM; answers that run then have half a minute to end."""
+    """Serve until SIGINT or SIGTERM; answers that run then have half a minute to end.
+
+    Called in the main thread. It returns after SIGTERM, so that the process ends with status 0.
+    """
+    signal.signal(signal.SIGTERM, _nothing)  # uvicorn raises the signal again when it has ended
     config = uvicorn.Config(
         app,
         host=host,
@@ -29,6 +34,10 @@ def listen(app: App, limits: HTTPLimits, host: str, port: int) -> None:
         log_level="warning",
     )
     uvicorn.Server(config).run()
+
+
+def _nothing(number: int, frame: object) -> None:
+    """Do nothing about a signal."""
 
 
 def print_line(line: str) -> None:

@@ -91,6 +91,7 @@ class Replicas:
 
     Attributes:
       urls: where they listen.
+      has_failed: whether one ended so soon that the server was asked to stop.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Replicas:
         self._processes: list[subprocess.Popen] = []
         self._began: list[float] = []
         self._stopping = threading.Event()
+        self.has_failed = False
         self._watcher = threading.Thread(target=self._watch, name="jvlm-replicas", daemon=True)
 
     def __enter__(self) -> Self:
@@ -137,6 +139,7 @@ class Replicas:
                     continue
                 if time.monotonic() - self._began[number] < _LEAST_LIFE:
                     self._log(f"jvlm: engine {number} ended with status {process.returncode}; the server stops")
+                    self.has_failed = True
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
                 self._log(f"jvlm: engine {number} ended with status {process.returncode}; it is started again")

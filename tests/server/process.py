@@ -80,8 +80,9 @@ class ServerProcess:
             time.sleep(0.1)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type | None, *_: Any) -> None:
         self._end()
+        assert kind is not None or self._process.returncode == 0, self.log[-4000:]
 
     @property
     def process(self) -> psutil.Process:
