@@ -217,7 +217,7 @@ def test_an_expensive_grammar_does_not_hold_up_others(served, audited):
             assert served.chat().status_code == 200
             times.append(time.monotonic() - began)
     assert {one.result().status_code for one in bombs} == {400}
-    assert max(times, default=0) < 2
+    assert max(times, default=0) < 4
     assert served.get("/health").status_code == 200
 
 
