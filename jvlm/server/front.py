@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import re
+import types
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -32,6 +33,10 @@ _OF_GUARD = frozenset(
     b"x-request-id x-content-type-options cache-control access-control-allow-origin vary date server".split()
 )
 _ON_ALL = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+_ROUTES = _ON_ALL | frozenset(
+    "/ /health /ping /metrics /load /version /v1/models /v1/chat/completions /v1/completions /v1/responses /tokenize "
+    "/detokenize /openapi.json".split()
+)
 _ENGINE = re.compile(r'engine="[0-9]+"')
 
 
@@ -51,6 +56,8 @@ class Front:
         if scope["type"] == "lifespan":
             return await self._live(receive, send)
         path = scope["path"]
+        if path in _ROUTES:
+            scope["route"] = types.SimpleNamespace(path=path)  # what the log calls it
         if path in ("/health", "/ping"):
             return await _answer(send, 200 if any(one.healthy for one in self.router.backends) else 503, b"")
         if path == "/metrics":
