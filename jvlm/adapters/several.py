@@ -130,9 +130,18 @@ class AdapterRoom:
     rank: int
     paths: tuple[str, ...] = ("decoder.blocks.*.kernel",)
 
+    @classmethod
+    def of_model(cls, rank: int, *, towers: bool) -> AdapterRoom:
+        """Return room beside the matrices of the language model's layers; with ``towers`` of all towers."""
+        return cls(rank, (*cls.paths, "encoder.*.kernel", "connector.*.kernel") if towers else cls.paths)
+
     def of(self, matrices: Mapping[str, base_matrices.Matrix]) -> frozenset[str]:
-        """Return the paths of a model that the patterns match."""
-        return frozenset(p for p in matrices if any(fnmatch.fnmatchcase(p, pattern) for pattern in self.paths))
+        """Return the paths of a model that the patterns match, but for layers of experts, which have none here."""
+        return frozenset(
+            path
+            for path, matrix in matrices.items()
+            if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.paths) and len(matrix.shape) <= 3
+        )
 
 
 def stacked(

@@ -63,7 +63,7 @@ def run(words: list[str]) -> int:
             raise UserError("--backends are servers with models of their own: give them, or a model")
         return start_front(options.server, list(options.server.backends))
     if options.model is None:
-        raise UserError("jvlm serve: give a model, as jvlm serve DIR, or --backends")
+        raise UserError("jvlm serve: give a model, as jvlm serve DIR or --model DIR; or --backends")
     unnamed = [word for word in options.lora if "=" not in word]
     if unnamed:
         raise UserError(f"--lora {unnamed[0]}: give NAME=FOLDER, requests name NAME as their model")
@@ -86,6 +86,7 @@ def start(options: ModelOptions, arguments: ServerArguments, verb: str, words: l
         return _start_replicas(arguments, verb, words)
     if arguments.compile_cache is not None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = arguments.compile_cache
+    from jvlm.adapters.several import AdapterRoom
     from jvlm.cli.model import load
     from jvlm.inference.adapter_slots import AdapterSlots
     from jvlm.inference.cache_room import pages_within
@@ -98,7 +99,8 @@ def start(options: ModelOptions, arguments: ServerArguments, verb: str, words: l
     model, processor, layout = load(kept)
     slots = None
     if arguments.max_loras:
-        slots = AdapterSlots(model, from_start, places=arguments.max_loras, rank=arguments.max_lora_rank)
+        room = AdapterRoom.of_model(arguments.max_lora_rank, towers=arguments.enable_tower_connector_lora)
+        slots = AdapterSlots(model, from_start, places=arguments.max_loras, room=room)
         model = slots.model
     config = _engine_config(EngineConfig, arguments, drafts)
     if arguments.memory_fraction is not None:

@@ -17,7 +17,7 @@ class AdapterSlots:
       base: the model without adapters.
       adapters: name -> folder of those that are there at the beginning.
       places: most adapters at once.
-      rank: largest rank.
+      room: which matrices may have adapters, and of which rank.
 
     Attributes:
       model: with the adapters of now.
@@ -26,10 +26,10 @@ class AdapterSlots:
       UserError: more adapters than places, or one that there is no room for.
     """
 
-    def __init__(self, base: VLM, adapters: Mapping[str, str], *, places: int, rank: int):
+    def __init__(self, base: VLM, adapters: Mapping[str, str], *, places: int, room: several.AdapterRoom):
         if len(adapters) > places:
             raise UserError(f"{len(adapters)} adapters are given and --max_loras is {places}; raise it")
-        self._base, self._room = base, several.AdapterRoom(rank)
+        self._base, self._room = base, room
         self._entries: list[tuple[str, AdapterWeights] | None] = [None] * places
         for number, (name, folder) in enumerate(adapters.items()):
             self._entries[number] = name, folders.read(folder, base.config)

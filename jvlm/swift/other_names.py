@@ -18,14 +18,16 @@ ALIASES: Mapping[str, str] = {
     "model_id_or_path": "model",
     "resume_from_ckpt": "resume_from_checkpoint",
     "push_hub_strategy": "hub_strategy",
-    # of servers; where a command has no such option, what IGNORED says of the name holds
+}
+
+# Other spellings of a server's options, and what ms-swift hands to vLLM. Other commands say of them what is below.
+SERVER_ALIASES: Mapping[str, str] = {
     "gpu_memory_utilization": "memory_fraction",
     "vllm_gpu_memory_utilization": "memory_fraction",
     "vllm_max_model_len": "max_model_len",
     "vllm_max_num_seqs": "max_num_seqs",
     "vllm_data_parallel_size": "data_parallel_size",
     "data_parallel": "data_parallel_size",
-    "max_batch_size": "max_num_seqs",
 }
 
 _PACKED = "jvlm packs conversations into sequences without padding between them, always"

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from jvlm import options
 from jvlm.errors import UserError
 from jvlm.swift.arguments import TrainingArguments
-from jvlm.swift.other_names import ALIASES, ENGINES, IGNORED, OTHER_VALUES, OWN_ENGINE, REFUSED
+from jvlm.swift.other_names import ALIASES, ENGINES, IGNORED, OTHER_VALUES, OWN_ENGINE, REFUSED, SERVER_ALIASES
 
 T = TypeVar("T")
 # What transformers' HfArgumentParser takes as a boolean.
@@ -51,9 +51,8 @@ def parse(kind: type[T], words: Sequence[str], program: str) -> Parsed[T]:
     found, notes = {}, []
     for typed, values in _grouped(words, program):
         name = typed.replace("-", "_")
-        meant = ALIASES.get(name, name)
-        if name not in hints and (meant in hints or not (name in IGNORED or name.startswith(ENGINES))):
-            name = meant
+        of_server = SERVER_ALIASES.get(name)
+        name = of_server if of_server in hints else name if name in hints else ALIASES.get(name, name)
         if name in found:
             raise UserError(f"{program}: --{typed} is given twice; give it once")
         if name in hints:
@@ -78,7 +77,7 @@ def without(words: Sequence[str], names: Collection[str]) -> list[str]:
     for word in words:
         if word.startswith("-") and not _NUMBER.match(word) and word != "-":
             name = word.lstrip("-").partition("=")[0].replace("-", "_")
-            keeps = name not in names and ALIASES.get(name, name) not in names
+            keeps = name not in names and SERVER_ALIASES.get(name) not in names
         if keeps:
             kept.append(word)
     return kept

@@ -8,6 +8,7 @@ import jvlm
 from jvlm.adapters.attach import attach, extract
 from jvlm.adapters.config import AdapterConfig
 from jvlm.adapters.peft_write import write_peft
+from jvlm.adapters.several import AdapterRoom
 from jvlm.errors import UserError
 from jvlm.inference.adapter_slots import AdapterSlots
 from jvlm.inference.engine import Engine
@@ -22,8 +23,8 @@ SIZES = EngineConfig(max_slots=2, max_model_len=128, prefill_tokens=(64,), encod
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 
-def adapter(model, seed, **config):
-    attached = attach(model, AdapterConfig(targets=("all-linear",), **config), seed=seed)
+def adapter(model, seed, targets=("decoder",), **config):
+    attached = attach(model, AdapterConfig(targets=targets, **config), seed=seed)
     rng = np.random.default_rng(seed)
     values = {path: variable.get_value() for path, variable in vlm.variables(attached).items()}
     for path, value in values.items():
@@ -50,7 +51,7 @@ def root(tiny, weights, tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(tiny, root):
     """A server with a place for two adapters, of which one is there from the beginning."""
-    slots = AdapterSlots(tiny.model, {"cats": str(root / "some/cats")}, places=2, rank=8)
+    slots = AdapterSlots(tiny.model, {"cats": str(root / "some/cats")}, places=2, room=AdapterRoom(8))
     engine = Engine(slots.model, tiny.processor, SIZES)
     engine.warm_up()
     options = {"adapters": ("cats",), "keys": KEYS, "admins": ("root",), "adapter_root": str(root / "some")}
@@ -122,9 +123,14 @@ def test_without_the_operator_there_is_no_such_route(serve):
 def test_more_adapters_than_places_and_those_that_do_not_fit_are_refused(tiny, root, tmp_path):
     two = {name: str(root / "some" / name) for name in ("cats", "dogs")}
     with pytest.raises(UserError, match="2 adapters are given and --max_loras is 1"):
-        AdapterSlots(tiny.model, two, places=1, rank=8)
+        AdapterSlots(tiny.model, two, places=1, room=AdapterRoom(8))
     with pytest.raises(UserError, match="rank 8, and room is kept for rank 4"):
-        AdapterSlots(tiny.model, two, places=2, rank=4)
+        AdapterSlots(tiny.model, two, places=2, room=AdapterRoom(4))
     write_peft(adapter(tiny.model, 4, rank=4, use_dora=True), tiny.model.config, tmp_path / "dora")
+    write_peft(adapter(tiny.model, 5, ("qkv",), rank=4), tiny.model.config, tmp_path / "tower")
+    tower = {"tower": str(tmp_path / "tower")}
+    with pytest.raises(UserError, match=r"a target encoder\..*, and room is kept for decoder"):
+        AdapterSlots(tiny.model, tower, places=1, room=AdapterRoom(8))
+    AdapterSlots(tiny.model, tower, places=1, room=AdapterRoom.of_model(8, towers=True))
     with pytest.raises(UserError, match="for which no room is kept"):
-        AdapterSlots(tiny.model, {"dora": str(tmp_path / "dora")}, places=1, rank=8)
+        AdapterSlots(tiny.model, {"dora": str(tmp_path / "dora")}, places=1, room=AdapterRoom(8))
