@@ -9,7 +9,7 @@ import pytest
 
 import jvlm
 from jvlm.adapters.peft_write import write_peft
-from tests.server.process import MODEL, SIZES, ServerProcess, write_model
+from tests.server.process import MODEL, ServerProcess, write_model
 from tests.server.test_adapters import adapter
 from tests.server.test_media import PICTURE, data_url
 
@@ -159,7 +159,7 @@ def test_quantised_matrices_answer_nearly_as_whole_ones(served, tmp_path):
         ]
 
     whole = logprobs(served)
-    with ServerProcess(served.folder, "--quantization", "int8", sizes=(*SIZES[:2], "--max-num-seqs", "1")) as server:
+    with ServerProcess(served.folder, "--quantization", "int8") as server:
         quantised = logprobs(server)
     assert whole != quantised
     assert np.abs(np.array(whole) - quantised).max() < 0.1
