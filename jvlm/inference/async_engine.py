@@ -78,8 +78,8 @@ class Answer:
 
     @property
     def done(self) -> bool:
-        """Whether every event has been given to `events`' caller."""
-        return not self._events and (self._left <= 0 or self.aborted)
+        """Whether every event has been given to `events`' caller; not where it must be told of an error yet."""
+        return not self._events and (self.aborted or (self._left <= 0 and self._error is None))
 
     async def events(self, seconds: float | None = None) -> list[Event]:
         """Return the events since the last call, at least one; [] after so many seconds without one, or at the end.
