@@ -83,7 +83,7 @@ def test_litellm(served, plain):
 def test_lmms_eval(served, plain):
     """With torch, transformers and the like of this environment: they take gigabytes."""
     command = [sys.executable, str(CLIENTS / "lmms_client.py"), f"{served.url}/v1", MODEL, data_url(PICTURE)]
-    environment = {**os.environ, "PYTHONPATH": str(ENVIRONMENTS / "lmms-eval"), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(support.ROOT / ".venv/harness-lmms-eval"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second, third = json.loads(done.stdout.splitlines()[-1])["answers"]
