@@ -19,12 +19,12 @@ from jvlm.cli import deploy, serve
 from jvlm.errors import UserError
 from jvlm.inference.requests import EngineStats
 from jvlm.server.arguments import settings_of
-from tests.data.video.test_reader import clip
-from tests.families import qwen3_vl
-from tests.support import GOLDEN, ROOT, picture
 from jvlm.server.progress import progress_line
 from jvlm.server.settings import KeyLimits
 from jvlm.swift import words as swift_words
+from tests.data.video.test_reader import clip
+from tests.families import qwen3_vl
+from tests.support import GOLDEN, ROOT, picture
 
 
 @pytest.fixture
