@@ -84,8 +84,10 @@ def start(options: ModelOptions, arguments: ServerArguments, verb: str, words: l
     told(max_model_len=1)  # mistakes are told before the model is loaded, which takes long
     if arguments.data_parallel_size > 1:
         return _start_replicas(arguments, verb, words)
+    import jax
+
     if arguments.compile_cache is not None:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = arguments.compile_cache
+        jax.config.update("jax_compilation_cache_dir", arguments.compile_cache)
     from jvlm.adapters.several import AdapterRoom
     from jvlm.cli.model import load
     from jvlm.inference.adapter_slots import AdapterSlots

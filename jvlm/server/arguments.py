@@ -31,7 +31,7 @@ class ServerArguments:
       max_model_len: tokens of a prompt and its answer; None is the model's positions.
       memory_fraction: share of the memory that parameters and cache may take (also --gpu_memory_utilization); None is a
         cache for max_num_seqs answers of max_model_len tokens, whatever it takes.
-      compile_cache: folder of compiled programs, which the next start reads; None is JAX_COMPILATION_CACHE_DIR's.
+      compile_cache: folder of compiled programs, which the next start reads; None is one in the user's cache.
       speculative: "ngram:4" guesses 4 tokens from what stood before, and verifies them in one step; None guesses none.
       max_queue: requests that may wait; more are sent away with status 429.
       max_n: most answers to a request.
