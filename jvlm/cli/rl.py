@@ -40,10 +40,11 @@ def run(words: list[str], *, show_traceback: bool = False) -> int:
     def experiment() -> Experiment:
         return parse_with(Rl(config, processes), configs.load(config), fields, f"jvlm rl {config}")[1]
 
-    return run_job(experiment, processes, show_traceback=show_traceback, run=_run)
+    return run_job(experiment, processes, show_traceback=show_traceback, run=run_experiment)
 
 
-def _run(experiment: Experiment) -> Path:
+def run_experiment(experiment: Experiment) -> Path:
+    """Train a policy, score, export and report it. Returns the run folder."""
     from jvlm import job
     from jvlm.rl.run import train
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,15 +47,26 @@ def run(words: list[str], *, show_traceback: bool = False) -> int:
     return train(Sft, "sft", words, show_traceback=show_traceback)
 
 
-def train(kind: type[Sft], command: str, words: Sequence[str], *, show_traceback: bool) -> int:
-    """Run a training command. Returns the exit status."""
+def train(
+    kind: type[Sft],
+    command: str,
+    words: Sequence[str],
+    *,
+    show_traceback: bool,
+    run_of: Callable[[Sft], Callable[[Experiment], object] | None] = lambda _: None,
+) -> int:
+    """Run a training command. Returns the exit status.
+
+    Args:
+      run_of: returns what runs the experiment of some arguments; None is `jvlm.job.run`.
+    """
     parsed = swift_words.parse(kind, words, f"jvlm {command}")
     for note in (*environment_notes(os.environ), *parsed.notes):
         print(f"jvlm: {note}", file=sys.stderr)
     if parsed.arguments.hub.hub_token is not None:
         os.environ["HF_TOKEN"] = parsed.arguments.hub.hub_token  # where the hub's own library looks for it
     if parsed.arguments.write_config is not None:
-        return _write_config(parsed, command, words)
+        return _write_config(parsed, command, "train" if run_of(parsed.arguments) is None else "rl")
 
     def experiment() -> Experiment:
         from jvlm.parallel import hosts
@@ -71,20 +82,21 @@ def train(kind: type[Sft], command: str, words: Sequence[str], *, show_traceback
         return made
 
     made_of: list[Experiment] = []
-    status = run_job(experiment, parsed.arguments.processes, show_traceback=show_traceback)
+    run = run_of(parsed.arguments)
+    status = run_job(experiment, parsed.arguments.processes, show_traceback=show_traceback, run=run)
     if status == 0:
         _report(made_of[0])
     return status
 
 
-def _write_config(parsed: swift_words.Parsed[Sft], command: str, words: Sequence[str]) -> int:
+def _write_config(parsed: swift_words.Parsed[Sft], command: str, runner: str) -> int:
     from jvlm.swift import config_file
     from jvlm.swift.train import prepare, resumed
 
     arguments, given = resumed(parsed.arguments, parsed.given)
     path = Path(arguments.write_config)
-    config_file.write(prepare(arguments, given), path, f"Written by jvlm {command}; runs with: jvlm train {path}")
-    print(f"wrote {path}; jvlm train {path} runs it")
+    config_file.write(prepare(arguments, given), path, f"Written by jvlm {command}; runs with: jvlm {runner} {path}")
+    print(f"wrote {path}; jvlm {runner} {path} runs it")
     return 0
 
 

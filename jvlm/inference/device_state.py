@@ -502,7 +502,11 @@ class DeviceState:
         mask = np.full((B, -(-self.engine.config.decoder.vocab_size // 32)), -1, np.int32)
         for number, kind in enumerate(KINDS):
             chosen = timed(f"sample {B}, kind {number}", lambda k=kind: self._sample(k, logits, arrays, mask))
-        timed(f"log-probabilities of {B}", lambda: self.programs.logprobs(logits, chosen))
+            if number == len(KINDS) - 1 or self.engine.sizes.logprobs == "sampled":
+                timed(
+                    f"log-probabilities of {B}, kind {number}",
+                    lambda k=kind, chosen=chosen: self._logprobs(k, logits, chosen, arrays, mask),
+                )
 
 
 def _mask(

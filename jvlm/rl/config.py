@@ -52,6 +52,9 @@ class RewardConfig:
     Attributes:
       file: JSON file that says which reward judges which task (docs/alignment.md); None takes the verifiable reward of
         the task's name: "maths", "boxes", "count" and so on.
+      rule: a verifiable reward that judges all answers, whatever their task, in place of ``file``.
+      plugin: "FILE.py:NAME", a reward of your own that judges all answers, in place of ``file``.
+      format_gate: with ``rule`` or ``plugin``: an answer without one closed <think> part earns nothing.
       service: address of a server of rewards (`jvlm reward-serve`), in place of ``file``.
       service_key_variable: environment variable with the service's key.
       task: of examples that name none, in "task", "data_source" or "ability".
@@ -61,6 +64,9 @@ class RewardConfig:
     """
 
     file: str | None = None
+    rule: str | None = None
+    plugin: str | None = None
+    format_gate: bool = False
     service: str | None = None
     service_key_variable: str | None = None
     task: str | None = None
@@ -69,8 +75,16 @@ class RewardConfig:
 
     def __post_init__(self):
         check_fields(self, "task.rewards.", {"workers": "[1, inf)"})
-        if self.file and self.service:
-            raise UserError("task.rewards.file and task.rewards.service are two ways of the same: give one of them")
+        given = [name for name in ("file", "rule", "plugin", "service") if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(f"task.rewards.{' and task.rewards.'.join(given)} are ways of the same: give one of them")
+        if self.format_gate and not self.judges_all:
+            raise UserError("task.rewards.format_gate goes with rule or plugin; in a file each task has its own")
+
+    @property
+    def judges_all(self) -> str | None:
+        """The name of the one reward that judges all answers; None where tasks have theirs."""
+        return self.rule or self.plugin
 
 
 @dataclasses.dataclass(frozen=True)

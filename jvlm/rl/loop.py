@@ -15,6 +15,7 @@ from jaxtyping import Int
 from jvlm.data.packing import Example
 from jvlm.errors import UserError
 from jvlm.inference.engine import Engine
+from jvlm.parallel import hosts
 from jvlm.rl.log_probs import banned_ids
 from jvlm.rl.packing import SampledAnswer, SampledGroup, Shape, packed_answers
 from jvlm.rl.prompt_stream import PromptStream
@@ -29,6 +30,9 @@ from jvlm.weights.fingerprints import fingerprints
 
 if TYPE_CHECKING:
     from jvlm.training.trainer import Trainer
+
+
+_MOST_VAIN = 10  # rollouts in a row without a useful group
 
 
 class PolicyLoop(Hook):
@@ -68,6 +72,11 @@ class PolicyLoop(Hook):
         self._prompts, self._seed, self._settings, self._keep = prompts, seed, dict(settings), keep
         self._banned = banned_of(engine)
         self._queue: collections.deque[AnswerSequences] = collections.deque()
+        self._updates: collections.deque[list[AnswerSequences]] = collections.deque()  # to come of this rollout
+        self._groups: list[list[GroupRecord]] = []  # of these updates
+        self._vain: list[GroupRecord] = []  # of rollouts that had nothing to train on
+        self._begun: dict[str, Any] = {}  # the state that this rollout began with
+        self._behind = 0  # updates of it that were done
         self._shortage = Shortage()
         self._values: dict[str, float] = {}
 
@@ -81,29 +90,71 @@ class PolicyLoop(Hook):
 
     def get_state(self) -> list[dict[str, Any]]:
         """Return what the next rollout goes on from; one value, as of one process."""
+        if self._updates:
+            return [{**self._begun, "updates": self._behind}]
         return [{"prompts": self.stream.state(), "rate": list(self.rate)}]
 
     def set_state(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Go on from a `get_state`."""
         self.stream = PromptStream(self._prompts, self._seed, self.task.prompts, state[0]["prompts"])
         judged, useful = state[0]["rate"]
-        self.rate = judged, useful
+        self.rate, self._behind = (judged, useful), state[0].get("updates", 0)
+        self._begun = dict(state[0])
+        self._updates.clear()
 
     # -- steps
 
     def on_step_start(self, trainer: Trainer) -> None:
-        """Roll out and pack."""
-        self.engine.load(trainer.model)
-        weights = sum(n * i for i, n in enumerate(fingerprints(trainer.state.trainable).values(), 1))
-        made_with = {**self._settings, "weights": weights}
-        rollout = self.rollouts.run(self.stream, self.task.selection, self.rate, trainer.step, made_with)
-        self.engine.release()  # the step takes the parameters' memory
-        self.items = rollout.items
-        self._take(rollout)
-        packing_began = time.perf_counter()
-        self._queue.extend(self._packed(rollout))
+        """Roll out and pack, or take the next update of the present rollout."""
+        if not self._updates:
+            self._roll_out(trainer)
+        self._queue.extend(self._updates.popleft())
+        self.groups = self._groups.pop(0)
+        self._behind += 1
         trainer.accumulation = len(self._queue)
-        self._values["seconds/pack"] = time.perf_counter() - packing_began
+
+    def _roll_out(self, trainer: Trainer) -> None:
+        """Fill the updates. After a restart between two of them the rollout is that of the journal."""
+        done, self._behind = self._behind if self._begun.get("updates") else 0, 0
+        self.engine.load(trainer.model)
+        made_with = self._begun.get("made_with") if done else None
+        if made_with is None:
+            weights = sum(n * i for i, n in enumerate(fingerprints(trainer.state.trainable).values(), 1))
+            made_with = {**self._settings, "weights": weights}
+        self._begun = {**self.get_state()[0], "made_with": made_with}
+        rollout = self._rollout(trainer.step - done, made_with)
+        if done and rollout.fresh:
+            raise UserError(
+                f"{self.rollouts.journal.folder} has not all answers of the rollout of step {trainer.step - done}, of "
+                f"which {done} updates are done: go on from an earlier checkpoint, or begin anew"
+            )
+        if not self.rollouts.goes_on:
+            self.engine.release()  # the step takes the memory of parameters and cache
+        began = time.perf_counter()
+        self._updates.extend(self._packed(rollout)[done:])
+        self._groups = self._groups[done:]
+        self._behind = done
+        self._values["seconds/pack"] = time.perf_counter() - began
+
+    def _rollout(self, version: int, made_with: Mapping[str, Any]) -> Rollout:
+        """Return groups to train on; where all answers of each group earn the same, further prompts are asked.
+
+        Raises:
+          UserError: so it is again and again.
+        """
+        self.items, self._vain = {}, []
+        for _ in range(_MOST_VAIN):
+            rollout = self.rollouts.run(self.stream, self.task.selection, self.rate, version, made_with)
+            self._take(rollout)
+            self.items |= rollout.items
+            if rollout.selected:
+                return rollout
+            self._vain += rollout.judged
+            hosts.log_rank0(f"all of {len(rollout.judged)} groups of answers earned the same reward: asking others")
+        raise UserError(
+            f"{_MOST_VAIN} times in a row the answers of all groups earned the same reward, and gave no gradient: look "
+            "at the rewards, the temperature, and whether the prompts are too easy or too hard"
+        )
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Measure the step; what follows waits for it anyway."""
@@ -117,6 +168,8 @@ class PolicyLoop(Hook):
 
     def on_stop(self, trainer: Trainer, error: BaseException | None) -> None:
         self.rollouts.close()
+        if error is None:
+            self.engine.release()
 
     def log_values(self, trainer: Trainer) -> dict[str, float]:
         return dict(self._values)
@@ -124,7 +177,7 @@ class PolicyLoop(Hook):
     def _take(self, rollout: Rollout) -> None:
         """Note what became of the prompts."""
         self._shortage.note(len(rollout.judged), rollout.lacking, _why(rollout.judged))
-        self.stream.finish_step(rollout.last, rollout.outcomes)
+        self.stream.finish_step(rollout.last, rollout.outcomes, rollout.kept)
         useful = sum(is_useful(group) for group in rollout.judged)
         self.rate = self.rate[0] + len(rollout.judged), self.rate[1] + useful
         self._values = {
@@ -133,20 +186,31 @@ class PolicyLoop(Hook):
             "epoch": float(self.stream.epoch),
         }
 
-    def _packed(self, rollout: Rollout) -> list[AnswerSequences]:
-        """Return the micro-batches of a step."""
+    def _packed(self, rollout: Rollout) -> list[list[AnswerSequences]]:
+        """Return the micro-batches of each update."""
         task, groups = self.task, [group for group, _ in rollout.selected]
         weighed = weigh(groups, task.advantage, task.policy_loss, task.rollout.max_tokens)
         done = []
         for group, span in zip(groups, spans(groups), strict=True):
             done.append(with_training(group, weighed.shaped[span], weighed.advantages[span].tolist()))
         chosen = {group.serial for group in done}
-        self.groups = [*done, *(group for group in rollout.judged if group.serial not in chosen)]
+        others = [*self._vain, *(group for group in rollout.judged if group.serial not in chosen)]
+        self._groups = []
         if weighed.left_out.all():
             raise UserError("every selected answer was cut at its longest length, and task.advantage.truncated is mask")
-        prompts = [prompt.example for _, prompt in rollout.selected]
-        sampled = sampled_groups(groups, prompts, weighed)
-        return packed_answers(sampled, self.shape, self._banned)
+        places = spans(groups)
+        updates = []
+        for part in np.array_split(np.arange(len(groups)), min(task.updates, len(groups))):
+            own = [groups[n] for n in part]
+            self._groups.append([done[n] for n in part] + others)
+            others = []
+            # advantages of all answers, and denominators of those of the update
+            weights = weigh(own, task.advantage, task.policy_loss, task.rollout.max_tokens)
+            advantages = weighed.advantages[places[part[0]].start : places[part[-1]].stop]
+            prompts = [rollout.selected[n][1].example for n in part]
+            sampled = sampled_groups(own, prompts, weights._replace(advantages=advantages))
+            updates.append(packed_answers(sampled, self.shape, self._banned))
+        return updates
 
 
 def banned_of(engine: Engine) -> Int[np.ndarray, "2 K"]:
@@ -196,7 +260,7 @@ def _values(rollout: Rollout) -> dict[str, float]:
         "rollout_idle": 1 - timing.busy / max(timing.seconds, 1e-9),
         "slot_use": timing.live_steps / max(timing.slot_steps, 1),
         "reward_wait": timing.reward_wait / max(timing.seconds, 1e-9),
-        "waste": 1 - timing.needed / max(timing.started, 1),
+        "waste": max(1 - timing.needed / max(timing.started, 1), 0.0),
         "seconds/rollout": timing.seconds,
         "decode_tokens_per_s": timing.tokens / max(timing.seconds, 1e-9),
     }

@@ -92,20 +92,19 @@ class PromptStream:
         self.easy: list[int] = list(state["easy"])
         self.gone: set[int] = set(state["gone"])
         self._hard = {int(example): count for example, count in state["hard"].items()}
-        self._begin(state["epoch"], state["position"])
+        self._start = state["epoch"], state["position"]
+        # with the epoch and position behind it
+        self._drawn = [(Prompt(*prompt), epoch, position) for prompt, epoch, position in state.get("drawn", ())]
+        self._kept = len(self._drawn)  # of those, that were drawn in earlier steps
         self._order: tuple[int, np.ndarray] | None = None
-
-    def _begin(self, epoch: int, position: int) -> None:
-        """Freeze what the draws of a step depend on."""
-        self._start = epoch, position
-        self._drawn: list[tuple[Prompt, int, int]] = []  # with the epoch and position behind it
 
     def state(self) -> dict[str, Any]:
         """Return what `PromptStream` goes on from, as JSON values: after the last `finish_step`."""
         epoch, position = self._start
         state = {"size": self.size, "serial": self.serial, "epoch": epoch, "position": position}
         hard = {str(example): count for example, count in sorted(self._hard.items())}
-        return {**state, "easy": list(self.easy), "gone": sorted(self.gone), "hard": hard}
+        drawn = [[list(dataclasses.astuple(prompt)), *behind] for prompt, *behind in self._drawn[: self._kept]]
+        return {**state, "easy": list(self.easy), "gone": sorted(self.gone), "hard": hard, "drawn": drawn}
 
     @property
     def epoch(self) -> int:
@@ -144,12 +143,13 @@ class PromptStream:
             self._order = epoch, np.random.default_rng([self.seed, _ORDER, epoch]).permutation(self.size)
         return self._order[1]
 
-    def finish_step(self, last: int, outcomes: Mapping[int, Outcome]) -> None:
+    def finish_step(self, last: int, outcomes: Mapping[int, Outcome], keep: int = 0) -> None:
         """End a step that used the groups up to ``last``: perfect ones move to the pool, others back to the stream.
 
         Args:
           last: serial of the last group that was selected; later ones are forgotten, and their prompts asked again.
           outcomes: of the groups up to it.
+          keep: groups behind it that go on, with the prompts that they have.
 
         Raises:
           ValueError: a group up to ``last`` has no outcome.
@@ -160,9 +160,9 @@ class PromptStream:
                 raise ValueError(f"group {serial} was not judged, but {last} was selected")
             self._note(prompt, outcome)
         if last >= self.serial:
-            epoch, position = self._drawn[last - self.serial][1:]
-            self.serial = last + 1
-            self._begin(epoch, position)
+            self._start = self._drawn[last - self.serial][1:]
+            behind = self._drawn[last - self.serial + 1 :]
+            self.serial, self._drawn, self._kept = last + 1, behind[:keep], min(keep, len(behind))
 
     def _note(self, prompt: Prompt, outcome: Outcome) -> None:
         example = prompt.example

@@ -24,6 +24,7 @@ from jvlm.data.processor import Processor
 from jvlm.data.turns import without_answer
 from jvlm.errors import UserError
 from jvlm.evaluation.questions import questions_of
+from jvlm.rl.rewards.router import Router
 from jvlm.rl.rewards.source import RewardItem, RewardSource
 
 GOLDS = ("gold", "solution", "ground_truth", "answer")
@@ -75,6 +76,7 @@ class Prompts:
 
     Args:
       rewards: by which the references are checked.
+      task: of examples that name none.
       with_images: give the rewards the pictures.
 
     Attributes:
@@ -94,6 +96,7 @@ class Prompts:
         with_images: bool = False,
     ):
         self.processor, self._rewards, self._task, self._with_images = processor, rewards, task, with_images
+        self._judges_all = isinstance(rewards, Router) and rewards.otherwise is not None
         self.examples = Examples.open(config)
         self.rejected: list[Rejected] = []
         self._places: list[tuple[int, int]] = []  # (example, which of its questions)
@@ -145,10 +148,10 @@ class Prompts:
         named = next((extra[name] for name in TASKS if extra.get(name) is not None), self._task)
         golds = [extra[name] for name in GOLDS if extra.get(name) is not None]
         if golds:
-            if named is None:
+            if named is None and not self._judges_all:
                 problem = "no task, by which the reward is chosen"
                 raise ExampleError(origin, "task", problem, "Write a task, or give --task.rewards.task")
-            return [Question(without_answer(conversation), str(named), golds[0], (), extra)]
+            return [Question(without_answer(conversation), _TEXT if named is None else str(named), golds[0], (), extra)]
         questions = questions_of(conversation)
         if not questions:
             fix = f"Write the right answer as {GOLDS[0]!r}, or as an assistant turn"

@@ -79,10 +79,12 @@ class Rollout(NamedTuple):
     Attributes:
       selected: groups to train on, by serial number, each with its prompt.
       judged: all groups up to the last of them.
+      kept: groups behind it that go on in the next step.
       outcomes: of these, for `PromptStream.finish_step`.
       items: what was asked in these, without an answer, by serial number.
       last: serial number of the last of them.
       lacking: of these, how many had a missing reward.
+      fresh: of these, how many had to be drawn, and were not in the journal.
     """
 
     selected: list[tuple[GroupRecord, EncodedPrompt]]
@@ -91,6 +93,8 @@ class Rollout(NamedTuple):
     items: dict[int, RewardItem]
     last: int
     lacking: int
+    kept: int
+    fresh: int
     timing: Timing
 
 
@@ -116,8 +120,32 @@ class _Running:
         return tuple(AnswerRecord(*one) for one in zip(*lists, self.texts, self.finished, strict=True))
 
 
+@dataclasses.dataclass
+class _Going:
+    """Groups that are not trained on yet: drawn, judged beside, judged; and their prompts."""
+
+    running: dict[int, _Running] = dataclasses.field(default_factory=dict)
+    judging: dict[Future[list[Score]], tuple[_Running, float]] = dataclasses.field(default_factory=dict)
+    judged: dict[int, GroupRecord] = dataclasses.field(default_factory=dict)
+    prompts: dict[int, EncodedPrompt] = dataclasses.field(default_factory=dict)
+
+    def behind(self, last: int) -> _Going:
+        """Return the groups behind one."""
+
+        def later(values: dict) -> dict:
+            return {serial: value for serial, value in values.items() if serial > last}
+
+        return _Going(later(self.running), dict(self.judging), later(self.judged), later(self.prompts))
+
+    @property
+    def serials(self) -> list[int]:
+        """Their numbers, in order."""
+        asked = (group.prompt.serial for group, _ in self.judging.values())
+        return sorted({*self.running, *self.judged, *asked})
+
+
 class Rollouts:
-    """Makes the groups of steps.
+    """Makes the groups of steps. With `SelectionConfig.ahead` groups of later steps go on from one to the next.
 
     Args:
       engine: draws answers; its log-probabilities must be those of the distribution drawn from.
@@ -141,9 +169,18 @@ class Rollouts:
         self.config, self._rewards, self._seed = rollout, rewards, seed
         self._judges = ThreadPoolExecutor(rewards.workers, "rewards")
         self._readers = ThreadPoolExecutor(2, "prompts")
+        self._going = _Going()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether answers of later steps are in the engine, which must keep its cache."""
+        return bool(self._going.running)
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Give up what goes on, and stop the threads."""
+        for serial in self._going.running:
+            self.engine.abort(str(serial))
+        self._going = _Going()
         self._judges.shutdown(wait=False, cancel_futures=True)
         self._readers.shutdown(wait=False, cancel_futures=True)
 
@@ -165,11 +202,15 @@ class Rollouts:
         Raises:
           UserError: no group is useful; the rewards may not be used at all; weights that are not finite.
         """
-        step = _Step(self, stream, Selection(selection, stream.serial, rate), version, made_with)
+        going, self._going = self._going, _Going()
+        step = _Step(self, stream, Selection(selection, stream.serial, rate), version, made_with, going)
         try:
-            return step.run()
+            rollout = step.run()
+            if selection.ahead:
+                self._going = step.keep(rollout.last)
+            return rollout
         finally:
-            step.abort()
+            step.end()
 
     def sampling(self, serial: int) -> SamplingParams:
         """Return how the answers of a group are drawn: each token by run, group, answer and its number alone."""
@@ -187,16 +228,26 @@ class Rollouts:
 
 class _Step:
     def __init__(
-        self, owner: Rollouts, stream: PromptStream, selection: Selection, version: int, made_with: Mapping[str, Any]
+        self,
+        owner: Rollouts,
+        stream: PromptStream,
+        selection: Selection,
+        version: int,
+        made_with: Mapping[str, Any],
+        going: _Going,
     ):
         self.owner, self.stream, self.selection, self.version = owner, stream, selection, version
         self.known = owner.journal.begin(version, made_with)
-        self.running: dict[int, _Running] = {}
+        self.running, self.judging, self.prompts = going.running, going.judging, going.prompts
         self.reading: dict[int, Future[EncodedPrompt]] = {}
-        self.judging: dict[Future[list[Score]], tuple[_Running, float]] = {}
         self.judged: dict[int, GroupRecord] = {}
-        self.prompts: dict[int, EncodedPrompt] = {}
         self.timing = Timing()
+        # an engine that runs ahead tells in its next step what the weights before have drawn
+        self.behind = bool(self.running) and bool(getattr(owner.engine, "ahead", False))
+        for _ in going.serials:
+            self.selection.start()
+        for serial in sorted(going.judged):
+            self._note(going.judged[serial], is_new=serial not in self.known)
 
     # -- the loop
 
@@ -210,11 +261,17 @@ class _Step:
         self.timing.seconds = time.perf_counter() - began
         return self._result(chosen)
 
-    def abort(self) -> None:
+    def keep(self, last: int) -> _Going:
+        """Return the groups behind one, which are not given up."""
+        going = _Going(self.running, self.judging, self.judged, self.prompts).behind(last)
+        self.running, self.judging = {}, {}
+        return going
+
+    def end(self) -> None:
         """Give up what is not needed any more."""
         for serial in self.running:
             self.owner.engine.abort(str(serial))
-        while self.owner.engine.has_work:
+        while self.owner.engine.has_work and not self.owner.goes_on:
             self.owner.engine.step()
         for future in (*self.judging, *self.reading.values()):
             future.cancel()
@@ -258,13 +315,14 @@ class _Step:
 
     def _decode(self) -> None:
         began, live = time.perf_counter(), self._live()
+        version, self.behind = self.version - self.behind, False
         for event in self.owner.engine.step():
-            self._take(event)
+            self._take(event, version)
         self.timing.busy += time.perf_counter() - began
         self.timing.slot_steps += self.owner.config.slots
         self.timing.live_steps += min(live, self.owner.config.slots)
 
-    def _take(self, event: Event) -> None:
+    def _take(self, event: Event, version: int) -> None:
         group = self.running.get(int(event.request_id))
         if group is None or event.finish_reason == "abort":
             return
@@ -275,7 +333,7 @@ class _Step:
             group.tokens[event.index].append(event.token)
             group.log_probs[event.index].append(event.logprob.logprob)
             group.entropies[event.index].append(event.logprob.entropy or 0.0)
-            group.versions[event.index].append(self.version)
+            group.versions[event.index].append(version)
             self.timing.tokens += 1
         group.texts[event.index] += event.text
         group.finished[event.index] = event.finish_reason or ""
@@ -357,7 +415,9 @@ class _Step:
         selected = [(self.judged[serial], self.prompts[serial]) for serial in chosen]
         lacking = sum(any(reward is None for reward in group.rewards) for group in judged)
         items = {serial: self.prompts[serial].item for serial in range(first, last + 1) if serial in self.prompts}
-        return Rollout(selected, judged, outcomes, items, last, lacking, self.timing)
+        kept = first + self.selection.started - 1 - last if self.selection.config.ahead else 0
+        fresh = sum(bool(group.answers) and group.serial not in self.known for group in judged)
+        return Rollout(selected, judged, outcomes, items, last, lacking, kept, fresh, self.timing)
 
 
 def is_useful(group: GroupRecord) -> bool:

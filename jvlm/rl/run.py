@@ -25,6 +25,7 @@ from jvlm.inference.requests import EngineConfig
 from jvlm.models.vlm import VLM
 from jvlm.parallel import hosts
 from jvlm.parallel.layout import MeshLayout
+from jvlm.rl.config import RewardConfig
 from jvlm.rl.held_out import HeldOutRewards
 from jvlm.rl.journal import Journal
 from jvlm.rl.loop import PolicyLoop
@@ -32,7 +33,8 @@ from jvlm.rl.packing import Shape
 from jvlm.rl.prompts import Limits, Prompts
 from jvlm.rl.rewards import config as reward_config
 from jvlm.rl.rewards.client import ClientConfig, RewardClient
-from jvlm.rl.rewards.router import Router
+from jvlm.rl.rewards.plugins import PluginReward
+from jvlm.rl.rewards.router import Route, Router
 from jvlm.rl.rewards.rules import RuleReward
 from jvlm.rl.rollout_log import RolloutLog
 from jvlm.rl.rollouts import Rollouts
@@ -82,14 +84,21 @@ def rewards_of(task: PolicyTask) -> Iterator[Router | RewardClient]:
             client.describe()  # a service that is not there is told now
             yield client
         return
-    with reward_config.read(Path(config.file)) if config.file else reward_config.rules() as router:
+    with _router(config) as router:
         yield router
+
+
+def _router(config: RewardConfig) -> Router:
+    if config.judges_all is None:
+        return reward_config.read(Path(config.file)) if config.file else reward_config.rules()
+    source = PluginReward(config.plugin) if config.plugin else RuleReward(config.rule)
+    return Router({}, Route(source, config.format_gate))
 
 
 def _looks_at_images(rewards: Router | RewardClient) -> bool:
     if isinstance(rewards, RewardClient):
         return True
-    return any(not isinstance(route.source, RuleReward) for route in rewards.routes.values())
+    return any(not isinstance(source, RuleReward) for source in rewards.sources)
 
 
 def train(experiment: Experiment) -> Result:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jvlm.errors import UserError
 from jvlm.validation import check_fields
 
 
@@ -21,6 +20,8 @@ class SelectionConfig:
       groups: that a step trains on.
       margin: more groups are started than are likely to be needed, by this share.
       most_started: groups that a step starts at most, in multiples of ``groups``; it then trains on what is useful.
+      ahead: groups that are started for later steps, in multiples of those of one step, and go on while a step trains:
+        the staleness of what is trained on. 0 is on-policy.
       prior_share: share of useful groups that is expected at first.
       prior_groups: so many judged groups weigh as much as that expectation.
     """
@@ -28,12 +29,13 @@ class SelectionConfig:
     groups: int
     margin: float = 0.15
     most_started: float = 8.0
+    ahead: float = 0.0
     prior_share: float = 0.5
     prior_groups: float = 64.0
 
     def __post_init__(self):
         bounds = {"groups": "[1, inf)", "margin": "[0, inf)", "most_started": "[1, inf)", "prior_share": "(0, 1]"}
-        check_fields(self, "selection.", {**bounds, "prior_groups": "(0, inf)"})
+        check_fields(self, "selection.", {**bounds, "ahead": "[0, inf)", "prior_groups": "(0, inf)"})
 
 
 class Selection:
@@ -67,7 +69,8 @@ class Selection:
     @property
     def capped(self) -> bool:
         """Whether as many groups were started as a step may."""
-        return self.started >= math.ceil(self.config.most_started * self.config.groups)
+        most = self.config.most_started * (1 + self.config.ahead) * self.config.groups
+        return self.started >= math.ceil(most)
 
     def wants_more(self, waiting_for_rewards: int = 0) -> bool:
         """Return whether another group should be started now, if an engine has room.
@@ -78,10 +81,11 @@ class Selection:
         if self.capped or waiting_for_rewards >= 2 * self.config.groups:
             return False
         useful, running = sum(self._useful.values()), self.started - len(self._useful)
-        if useful >= self.config.groups:
+        wanted = (1 + self.config.ahead) * self.config.groups
+        if useful >= wanted:
             return False  # those selected are among them, or were started before one of them
         likely = useful + self.expected_share * running
-        return likely < (1 + self.config.margin) * self.config.groups
+        return likely < (1 + self.config.margin) * wanted
 
     def start(self) -> int:
         """Return the serial number of a group that is started."""
@@ -101,17 +105,11 @@ class Selection:
     def selected(self) -> list[int] | None:
         """Return the serial numbers that the step trains on; None while that is not decided.
 
-        Raises:
-          UserError: as many groups as a step may start are judged, and none of them is useful.
+        They are fewer than wanted, or none, where as many groups were started as a step may.
         """
         count = self.config.groups
         if len(self._selected) >= count:
             return self._selected[:count]
         if self.capped and self._next_unjudged == self.first + self.started:
-            if not self._selected:
-                raise UserError(
-                    f"all of {self.started} groups of answers earned the same reward: they give no gradient; "
-                    "look at the rewards, the temperature, and whether the prompts are too easy or too hard"
-                )
             return list(self._selected)
         return None

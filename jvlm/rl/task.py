@@ -21,6 +21,7 @@ from jvlm.rl.losses import PolicyLoss, SampledTokens, policy_loss
 from jvlm.rl.prompt_stream import PromptStreamConfig
 from jvlm.rl.selection import SelectionConfig
 from jvlm.training.task import Loss, Mean, Task
+from jvlm.validation import check_fields
 
 if TYPE_CHECKING:
     from jvlm.training.config import Experiment
@@ -72,7 +73,10 @@ class PolicyTask(Task):
       rollout: how answers are sampled.
       rewards: how they are judged.
       prompts: which prompts are asked.
-      selection: how many groups are started, and how many a step trains on.
+      selection: how many groups are started, and how many are trained on together.
+      updates: optimizer steps for each rollout, among which its groups are divided. From the second on the policy is
+        another one than that which sampled: a loss with a ratio clips it ("ppo", "gspo", "cispo"; the ratio is to the
+        log-probabilities of the engine), MiMo-VL's own needs a correction.
       log: what is written down of rollouts, and what raises an alarm.
     """
 
@@ -82,9 +86,30 @@ class PolicyTask(Task):
     rewards: RewardConfig = RewardConfig()
     prompts: PromptStreamConfig = PromptStreamConfig()
     selection: SelectionConfig = SelectionConfig(groups=32)
+    updates: int = 1
     log: RolloutLogConfig = RolloutLogConfig()
 
     uses_dropout = False
+
+    def __post_init__(self):
+        check_fields(self, "task.", {"updates": "[1, inf)"})
+        corrected = self.policy_loss.correction != "none"
+        if self.selection.ahead and not corrected:
+            raise UserError(
+                "task.selection.ahead trains on answers of earlier weights: set task.policy_loss.correction, "
+                "token_truncate say"
+            )
+        if self.updates > 1 and self.policy_loss.kind == "on_policy" and not corrected:
+            raise UserError(
+                f"task.updates = {self.updates}: the second update is off-policy; set task.policy_loss.kind to ppo, "
+                "gspo or cispo, or a task.policy_loss.correction"
+            )
+        if self.updates > self.selection.groups:
+            raise UserError(
+                f"task.updates = {self.updates} have no group each of task.selection.groups = {self.selection.groups}"
+            )
+        if self.updates > 1 and self.selection.ahead:
+            raise UserError("task.updates and task.selection.ahead do not go together: one of them is enough")
 
     @property
     def needs_reference(self) -> bool:
@@ -98,6 +123,11 @@ class PolicyTask(Task):
             raise UserError(
                 "prompts of validation.data are answered and judged every validation.interval_steps; there is no loss "
                 "of them by which to stop or to choose a checkpoint: leave validation.split, patience and use_best out"
+            )
+        if self.selection.ahead and experiment.validation.data:
+            raise UserError(
+                "task.selection.ahead keeps answers in the engine, and validation.data would be answered between them: "
+                "leave one of them out"
             )
         if experiment.data.preference != "none":
             raise UserError(f"data.preference {experiment.data.preference!r} is for preference tasks: leave it out")

@@ -268,7 +268,7 @@ class TrainingArguments:
     hub: Annotated[TrainingHubArguments, FLAT] = TrainingHubArguments()
 
 
-RlhfType = Literal["dpo", "orpo", "simpo", "cpo", "kto", "rm"]
+RlhfType = Literal["dpo", "orpo", "simpo", "cpo", "kto", "rm", "grpo"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,13 +277,13 @@ class PreferenceArguments:
 
     Attributes:
       rlhf_type: "dpo" and its variants (--loss_type), "cpo", "simpo", "orpo"; "kto" of answers with a label; "rm" a
-        reward model.
+        reward model; "grpo" of rewards of answers that the model samples.
       loss_type: of dpo: one or several of sigmoid, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard,
         apo_zero, apo_down, aot, aot_unpaired, discopop, sigmoid_norm, and sft, the supervised loss of the chosen
         answers; None is sigmoid. MPO is "sigmoid bco_pair sft" with --loss_weights 0.8 0.2 1. Of kto: kto, the
-        default, or apo_zero_unpaired.
+        default, or apo_zero_unpaired. Of grpo: grpo, the default, bnpo, dr_grpo, dapo or cispo.
       loss_weights: factor of each of these; empty is 1 each.
-      beta: strength of the pull towards the reference; None is 0.1, of simpo 2.
+      beta: strength of the pull towards the reference; None is 0.1, of simpo 2, of grpo 0.04.
       label_smoothing: share of pairs whose order is taken to be wrong.
       rpo_alpha: of dpo: factor of the supervised loss of the chosen answers (RPO); None is 0.
       ld_alpha: of dpo: weight of tokens beyond the length of a pair's shorter answer (LD-DPO); None is 1.
@@ -319,13 +319,72 @@ class PreferenceArguments:
 
 
 @dataclasses.dataclass(frozen=True)
+class GrpoArguments:
+    """How answers are sampled, judged and weighed, of --rlhf_type grpo.
+
+    Attributes:
+      num_generations: answers to each prompt: a group.
+      max_completion_length: longest answer in tokens.
+      temperature: of the sampling, and of the loss.
+      top_p: 1 alone is taken: the loss is that of the whole distribution.
+      top_k: 0 alone is taken, likewise.
+      reward_funcs: how answers are judged: "accuracy", by Math-Verify against the example's solution; a rule of jvlm
+        ("boxes", "count", "choice" and so on); or the name of a reward in --external_plugins. Beside one of these:
+        "format", without which an answer earns nothing, "repetition" and "soft_overlong", which are taken off.
+      external_plugins: Python file with rewards of your own, in the forms of ms-swift, TRL, verl and others.
+      epsilon: ratios of probabilities below 1 - epsilon have no gradient.
+      epsilon_high: nor those above 1 + epsilon_high; None is epsilon. Of loss_type cispo: the largest weight.
+      delta: largest ratio of the branch that is not clipped; None sets no bound.
+      importance_sampling_level: "sequence" takes the ratio of whole answers (GSPO).
+      advantage_estimator: how rewards become advantages.
+      scale_rewards: what they are divided by: the deviation of the group, of the batch, or nothing; auto, ms-swift's
+        default, is group of grpo, batch of reinforce_plus_plus and none of rloo.
+      dynamic_sample: sample other prompts in the place of groups whose answers all earn the same. Without it a step is
+        smaller by these.
+      max_resample_times: how often, at most.
+      overlong_filter: learn nothing of answers that were cut.
+      soft_max_length: of soft_overlong: the longest answer; None is max_completion_length, and only that is taken.
+      soft_cache_length: of soft_overlong: tokens below it in which the punishment rises.
+      repetition_max_penalty: of repetition: what an answer loses that is nothing but repetition.
+      rollout_importance_sampling_mode: weight of tokens whose probability was another one in the engine.
+      rollout_importance_sampling_threshold: largest weight.
+    """
+
+    num_generations: int = 8
+    max_completion_length: int = 512
+    temperature: float = 0.9
+    top_p: float = 1.0
+    top_k: int = 0
+    reward_funcs: tuple[str, ...] = ()
+    external_plugins: str | None = None
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus"] = "grpo"
+    scale_rewards: Literal["auto", "group", "batch", "none"] = "auto"
+    dynamic_sample: bool = False
+    max_resample_times: int = 3
+    overlong_filter: bool = False
+    soft_max_length: int | None = None
+    soft_cache_length: int | None = None
+    repetition_max_penalty: float = -1.0
+    rollout_importance_sampling_mode: (
+        Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
+    ) = None
+    rollout_importance_sampling_threshold: float = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
 class RlhfArguments(TrainingArguments):
     """All of ``jvlm rlhf``.
 
     Attributes:
       preference: what is learnt of answers that were preferred.
+      grpo: how answers are sampled, judged and weighed.
       optimization: batches, optimizer and schedule.
     """
 
     preference: Annotated[PreferenceArguments, FLAT] = PreferenceArguments()
+    grpo: Annotated[GrpoArguments, FLAT] = GrpoArguments()
     optimization: Annotated[OptimizationArguments, FLAT] = OptimizationArguments(loss_scale="last_round")

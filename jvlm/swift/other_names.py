@@ -50,6 +50,8 @@ IGNORED: Mapping[str, str] = {
     "group_by_length": _PACKED,
     "attn_impl": _OWN_ATTENTION,
     "use_liger_kernel": "jvlm's loss never holds all logits, which is what that kernel is for",
+    "use_vllm": "answers are sampled by jvlm's own engine",
+    "log_completions": "all answers are stored in any case",
     "max_completion_length": "--max_length is the longest conversation, answer included",
     "use_logits_to_keep": "jvlm computes logits of supervised tokens only",
     "lazy_tokenize": _LAZY,
@@ -139,6 +141,9 @@ REFUSED: Mapping[str, Refusal] = {
     "sequence_parallel_size": Refusal(
         "--write_config FILE.py, then jvlm train FILE.py --parallel.context N splits sequences over devices", ("1",)
     ),
+    "num_iterations": Refusal("there is one update for each rollout; leave it out", ("1",)),
+    "async_generate": Refusal("answers are of the present weights; leave it out", _OFF),
+    "reward_model": Refusal("give it in a file of rewards, to a config: --write_config FILE.py, then jvlm rl", _OFF),
     "interleave_prob": Refusal("FILE#N sets how many examples each file gives", _OFF),
     "stopping_strategy": Refusal("FILE#N sets how many examples each file gives", ("first_exhausted",)),
     "external_plugins": Refusal(_PLUGIN, _OFF),
@@ -196,7 +201,10 @@ OTHER_VALUES: Mapping[str, Mapping[str, str]] = {
         "push_last": "take end",
         "push_best": "take best",
     },
-    "rlhf_type": dict.fromkeys(("ppo", "grpo", "gkd"), "jvlm rlhf trains on answers that are there already"),
+    "rlhf_type": {
+        "ppo": "take grpo, which needs no value model",
+        "gkd": "jvlm rlhf learns from preferences and rewards, and from no teacher",
+    },
     "save_strategy": {"best": "take steps: with --load_best_model_at_end true the best stays"},
 }
 

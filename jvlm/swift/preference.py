@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from pathlib import Path
 from typing import Literal
@@ -11,14 +12,15 @@ from jvlm.preference.labels import LabelledTask
 from jvlm.preference.losses import REFERENCE_FREE, PairLoss
 from jvlm.preference.pairs import PreferenceTask
 from jvlm.reward_model.task import RewardTask
-from jvlm.swift.arguments import PreferenceArguments, RlhfArguments
+from jvlm.swift import grpo
+from jvlm.swift.arguments import GrpoArguments, PreferenceArguments, RlhfArguments
 from jvlm.training.task import Task
 
 _OF_DPO = tuple(kind for kind in typing.get_args(PairLoss) if kind not in REFERENCE_FREE)
 REFERENCE = "reference_log_probs.npz"
 # arguments of one type of training that change nothing in the others
 _OWN = {
-    "loss_type": ("dpo", "kto"),
+    "loss_type": ("dpo", "kto", "grpo"),
     "loss_weights": ("dpo",),
     "rpo_alpha": ("dpo",),
     "ld_alpha": ("dpo",),
@@ -28,9 +30,10 @@ _OWN = {
     "simpo_gamma": ("simpo",),
     "label_smoothing": ("dpo",),
     "center_rewards_coefficient": ("rm",),
-    "beta": ("dpo", "cpo", "simpo", "orpo", "kto"),
+    "beta": ("dpo", "cpo", "simpo", "orpo", "kto", "grpo"),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
+    **{field.name: ("grpo",) for field in dataclasses.fields(GrpoArguments)},
 }
 
 
@@ -40,7 +43,7 @@ def data_kind(arguments: PreferenceArguments) -> Literal["pairs", "labels"]:
 
 
 def task_of(arguments: RlhfArguments, given: frozenset[str] = frozenset(), folder: str = "") -> Task:
-    """Return the task of the arguments.
+    """Return the task of the arguments; that of grpo with one group a step, which `jvlm.swift.grpo` replaces.
 
     Args:
       folder: of the run.
@@ -58,6 +61,8 @@ def task_of(arguments: RlhfArguments, given: frozenset[str] = frozenset(), folde
             )
     if optimization.neftune_noise_alpha:
         raise UserError("--neftune_noise_alpha: noise would make a model differ from its reference; leave it out")
+    if own.rlhf_type == "grpo":
+        return grpo.task_of(arguments, 1)
     if own.rlhf_type == "rm":
         return RewardTask(own.center_rewards_coefficient or 0.0)
     reference = _reference(arguments)

@@ -15,8 +15,8 @@ from jvlm.data.mixture.examples import Examples
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
-from jvlm.swift import batches, checkpoints, saved
-from jvlm.swift.arguments import TrainingArguments
+from jvlm.swift import batches, checkpoints, grpo, saved
+from jvlm.swift.arguments import RlhfArguments, TrainingArguments
 from jvlm.swift.experiment import Facts, data_config, experiment_of, processor_config
 from jvlm.training import processors
 from jvlm.training.config import Experiment
@@ -85,6 +85,8 @@ def prepare(arguments: TrainingArguments, given: frozenset[str] = frozenset()) -
         raise UserError("--model is missing: give the folder of a model")
     if not arguments.data.dataset:
         raise UserError("--dataset is missing: give a JSONL file of conversations")
+    if isinstance(arguments, RlhfArguments) and arguments.preference.rlhf_type == "grpo":
+        return grpo.prepare(arguments, given, data_config(arguments), run_folder)
     folder = run_dir.local(arguments.model.model)
     processor = processors.load(folder)
     found = processor.config

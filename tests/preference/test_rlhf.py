@@ -66,7 +66,8 @@ def test_arguments_are_a_task(line, expected):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--rlhf_type grpo", "trains on answers that are there already"),
+        ("--rlhf_type ppo", "take grpo"),
+        ("--num_generations 4", "--num_generations is an argument of --rlhf_type grpo"),
         ("--loss_type sigmoid hing", "it is one or several of sigmoid, hinge"),
         ("--loss_type sigmoid sft --loss_weights 1", "1 numbers for 2"),
         ("--loss_type sft", "learns nothing of rejected answers"),

@@ -32,12 +32,23 @@ class Router:
 
     Args:
       routes: by name of the task.
+      otherwise: of all other tasks; None refuses them.
     """
 
-    def __init__(self, routes: Mapping[str, Route]):
-        if not routes:
+    def __init__(self, routes: Mapping[str, Route], otherwise: Route | None = None):
+        if not routes and otherwise is None:
             raise UserError("there is no reward; name at least one task with its reward")
-        self.routes = dict(routes)
+        self.routes, self.otherwise = dict(routes), otherwise
+
+    @property
+    def _named(self) -> dict[str, Route]:
+        """All routes, that of other tasks as "*"."""
+        return self.routes if self.otherwise is None else {**self.routes, "*": self.otherwise}
+
+    @property
+    def sources(self) -> list[RewardSource]:
+        """What judges."""
+        return [route.source for route in self._named.values()]
 
     def __enter__(self) -> Self:
         return self
@@ -48,14 +59,15 @@ class Router:
     def describe(self) -> dict[str, Any]:
         """Return what decides the rewards of each task."""
         return {
-            task: {**route.source.describe(), "format_gate": route.format_gate} for task, route in self.routes.items()
+            task: {**route.source.describe(), "format_gate": route.format_gate} for task, route in self._named.items()
         }
 
     def route(self, item: RewardItem) -> Route:
         """Return the route of an item. Raises UserError for a task without one."""
-        if item.task not in self.routes:
+        route = self.routes.get(item.task, self.otherwise)
+        if route is None:
             raise UserError(f"item {item.id}, task: {item.task!r} has no reward; there are {', '.join(self.routes)}")
-        return self.routes[item.task]
+        return route
 
     def check(self, item: RewardItem) -> None:
         """Raise UserError where an item's task has no reward, or its reference cannot be used."""
@@ -79,14 +91,15 @@ class Router:
                 found[number] = Score(0.0, "wrong_format")
             else:
                 asked.setdefault(item.task, []).append(number)
-        for task, numbers in asked.items():
-            for number, score in zip(numbers, self._ask(task, [items[n] for n in numbers]), strict=True):
+        for numbers in asked.values():
+            for number, score in zip(numbers, self._ask([items[n] for n in numbers]), strict=True):
                 found[number] = score
         return [score for score in found if score is not None]
 
-    def _ask(self, task: str, items: list[RewardItem]) -> list[Score]:
+    def _ask(self, items: list[RewardItem]) -> list[Score]:
+        """Return the rewards of items of one task."""
         try:
-            return self.routes[task].source.scores(items)
+            return self.route(items[0]).source.scores(items)
         except UnfitReward:
             raise
         except UserError as error:
@@ -95,5 +108,5 @@ class Router:
     def close(self) -> None:
         """Close the sources."""
         with contextlib.ExitStack() as stack:
-            for route in self.routes.values():
-                stack.callback(route.source.close)
+            for source in self.sources:
+                stack.callback(source.close)
