@@ -5,8 +5,10 @@ The model is small and random, so right answers are made from what it says: the 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,6 +22,7 @@ import pytest
 from jvlm import cli
 from jvlm.evaluation.store import AnswerStore
 from jvlm.json_files import read_object
+from jvlm.scoring.benchmarks import ocrbench_v2
 from tests.evaluation.benchmarks import parquet, picture
 from tests.support import ROOT
 
@@ -149,3 +152,34 @@ def test_lmms_eval_finds_our_model_by_its_entry_point(benchmark, tiny, tmp_path)
     their_value, their_said = theirs(benchmark, tmp_path, "jvlm", f"model={tiny.folder}")
     assert their_said == said
     assert their_value == pytest.approx(value, abs=1e-9)
+
+
+def test_short_answers_of_ocrbench_v2_score_as_its_authors_code_scores_them():
+    path = ENVIRONMENT / "lmms_eval" / "tasks" / "ocrbench_v2" / "vqa_metric.py"
+    spec = importlib.util.spec_from_file_location("vqa_metric", path)
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    kinds = [
+        ("diagram QA en", "", theirs.vqa_evaluation),
+        ("diagram QA en", "case sensitive", theirs.vqa_evaluation_case_sensitive),
+        ("cognition VQA cn", "", theirs.cn_vqa_evaluation),
+        ("formula recognition en", "", theirs.math_expression_evaluation),
+    ]
+    draw = random.Random(0)
+    words = "the cat sat on a mat 12 $4.50 Total, \u5317\u4eac \u5e02 due 7 x".split()
+
+    def text(most):
+        return draw.choice(" \n").join(draw.choice(words) for _ in range(draw.randint(1, most)))
+
+    partly = 0
+    for _ in range(500):
+        golds = [text(7) for _ in range(draw.randint(1, 3))]
+        said = text(9) if draw.random() < 0.5 else f"{golds[0].replace('a', 'b', 1)} {text(2)}"
+        for kind, method, score in kinds:
+            value = ocrbench_v2.score(said, kind, {"eval": method}, golds).value
+            assert value == pytest.approx(score(said, list(golds)))
+            partly += 0 < value < 1
+        number, said = draw.randint(1, 30), f"{draw.choice(['about', 'there are'])} {draw.randint(0, 60)} or 3"
+        value = ocrbench_v2.score(said, "text counting en", {"eval": "regression"}, [number]).value
+        assert value == pytest.approx(theirs.counting_evaluation(said, [number], "regression"))
+    assert partly > 50
