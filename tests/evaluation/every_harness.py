@@ -5,7 +5,9 @@ The model is small and random, so right answers are made from what it says: the 
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import json
 import os
 import random
@@ -18,12 +20,13 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from PIL import Image
 
 from jvlm import cli
 from jvlm.evaluation.store import AnswerStore
 from jvlm.json_files import read_object
 from jvlm.scoring.benchmarks import ocrbench_v2
-from tests.evaluation.benchmarks import parquet, picture
+from tests.evaluation.benchmarks import parquet, picture, png
 from tests.support import ROOT
 
 ENVIRONMENT = ROOT / ".venv" / "harness-lmms-eval"
@@ -152,6 +155,21 @@ def test_lmms_eval_finds_our_model_by_its_entry_point(benchmark, tiny, tmp_path)
     their_value, their_said = theirs(benchmark, tmp_path, "jvlm", f"model={tiny.folder}")
     assert their_said == said
     assert their_value == pytest.approx(value, abs=1e-9)
+
+
+def test_a_request_as_vlmevalkit_makes_it_is_answered(served):
+    """The body of its wrapper for --base-url, whose package is not on PyPI."""
+    image = Image.open(io.BytesIO(png()))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG")
+    picture = {"url": f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
+    content = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": "what is it?"}]
+    sampling = {"n": 1, "max_tokens": TOKENS, "temperature": 0.0, "top_k": 1, "top_p": 1.0, "repetition_penalty": 1.0}
+    body = {"model": "toy", "messages": [{"role": "user", "content": content}], **sampling}
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer EMPTY"}
+    answer = httpx2.post(f"{served}/chat/completions", content=json.dumps(body), headers=headers, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert isinstance(answer.json()["choices"][0]["message"]["content"].strip(), str)
 
 
 def test_short_answers_of_ocrbench_v2_score_as_its_authors_code_scores_them():
