@@ -44,6 +44,13 @@ def test_importing_the_package_loads_nothing_heavy():
     run_python("import sys, jvlm\nassert not {'jax', 'flax', 'numpy', 'orbax', 'grain'} & set(sys.modules)")
 
 
+def test_the_list_of_commands_loads_nothing_heavy():
+    heavy = "{'jax', 'flax', 'numpy', 'tyro', 'transformers'}"
+    run_python(
+        f"import sys\nfrom jvlm import cli\nassert cli.main(['--help']) == 0\nassert not {heavy} & set(sys.modules)"
+    )
+
+
 def test_the_public_surface_is_what_the_design_says_and_nothing_else_resolves():
     run_python(
         """
