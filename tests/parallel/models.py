@@ -15,6 +15,7 @@ from jvlm.models.connectors.c_abstractor import CAbstractorConfig
 from jvlm.models.connectors.patch_merger import PatchMergerConfig
 from jvlm.models.connectors.perceiver import PerceiverConfig
 from jvlm.models.connectors.pixel_shuffle import PixelShuffleConfig
+from jvlm.models.connectors.pooled_mlp import ImageGridConfig
 from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
@@ -239,6 +240,6 @@ def batch(config: VLMConfig, seed: int = 0, text_only: int = 1) -> PackedBatch:
         patch_segment_ids=frames,
         patch_window_ids=windows,
         patch_positions=at,
-        max_image_patches=places if getattr(config.encoder, "class_token", False) else None,
+        max_image_patches=places if isinstance(config.connector, ImageGridConfig) else None,
         **arrays,
     )
