@@ -11,6 +11,7 @@ from jvlm_kernels import __all__ as kernel_names
 
 from jvlm import cli, configs, options
 from jvlm.parallel import hosts
+from jvlm.sweep import runner
 from tests.support import ROOT
 from tools import make_config_reference
 
@@ -102,8 +103,13 @@ def test_commands_parse(page, monkeypatch):
             raise Parsed
         return value, rest
 
+    def parsed():
+        raise Parsed
+
     monkeypatch.setattr(options, "_parse", parse)
     monkeypatch.setattr(hosts, "initialise", lambda *_: None)
+    # a sweep hands the fields of its experiment on, and would train
+    monkeypatch.setattr(runner, "State", lambda *_: parsed())
     # the fields of an experiment are the same in every config
     monkeypatch.setattr(configs, "load", lambda name, *_: real_load(name if name in configs.shipped() else demo))
     for words in shell_lines(text_of(page)):
