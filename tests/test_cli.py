@@ -16,6 +16,7 @@ from tests.support import run_python
 # what has to be typed for all options of a command to be known
 ARGUMENTS = {
     "train": ("mimo_vl/easy_vqa",),
+    "rl": ("mimo_vl/morl",),
     "plan": ("idefics2/pretrain",),
     "data check": ("--config", "mm1_5/easy_vqa"),
 }
