@@ -6,7 +6,7 @@ The public surface is loaded on first use, so that ``import jvlm`` starts no dev
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "PackedBatch": "jvlm.models.batch",
