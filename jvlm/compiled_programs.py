@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 
 # Seconds of compilation from which on a program is kept, and bytes of all of them: those not used longest go first.
-_LEAST_SECONDS, _MOST_BYTES = 0.3, 4 * 2**30
+_LEAST_SECONDS, _MOST_BYTES = 0.05, 4 * 2**30
 
 
 def folder() -> Path:
