@@ -121,8 +121,7 @@ def start(options: ModelOptions, arguments: ServerArguments, verb: str, words: l
     admin = None if slots is None or arguments.adapter_root is None else server.admin_of(service, slots, engine.load)
     for line in server.describe(service, arguments.host, arguments.port):
         print(line, file=sys.stderr)
-    server.run(service, arguments.host, arguments.port, log_requests=not arguments.no_log_requests, admin=admin)
-    return 0
+    return server.run(service, arguments.host, arguments.port, log_requests=not arguments.no_log_requests, admin=admin)
 
 
 def _engine_config(kind: type[EngineConfig], arguments: ServerArguments, drafts: int) -> EngineConfig:

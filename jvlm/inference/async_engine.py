@@ -171,6 +171,7 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="jvlm-engine", daemon=True)
         self.observe: Callable[[list[Event], float], None] | None = None
+        self.on_failure: Callable[[], None] | None = None
 
     def start(self) -> None:
         """Begin; called in the event loop that will await the events."""
@@ -192,6 +193,11 @@ class AsyncEngine:
         since = self._busy_since
         stuck = since is not None and time.monotonic() - since > self._hung
         return self.ready.is_set() and not self._dead and not self._stopping and not stuck
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine's thread ended by an error."""
+        return self._dead
 
     @property
     def dead(self) -> bool:
@@ -251,6 +257,13 @@ class AsyncEngine:
             self.engine.submit(request)
         except UserError as error:
             self._publish([Event(request.id, finish_reason="error", error=error)])
+        except Exception as error:  # noqa: BLE001  (a bug ends this request alone, whose caller raises it)
+            self._loop.call_soon_threadsafe(self._fail_one, request.id, error)
+
+    def _fail_one(self, request_id: str, error: Exception) -> None:
+        answer = self._answers.pop(request_id, None)
+        if answer is not None:
+            answer._fail(error)
 
     def _run(self) -> None:
         try:
@@ -264,6 +277,8 @@ class AsyncEngine:
                 self._busy_since = None
         except BaseException as error:  # whatever it is, nothing is answered any more, and everybody is told
             self._dead = True
+            if self.on_failure is not None:
+                self.on_failure()
             if self._loop is not None and not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(
                     self._fail_all, EngineDead(f"the engine failed: {type(error).__name__}")

@@ -106,7 +106,7 @@ class SamplingParams:
         self._check("repetition_penalty", lambda r: r > 0, "positive; 1 is off")
         for field in ("presence_penalty", "frequency_penalty"):
             self._check(field, lambda p: True, "a finite number; 0 is off")
-        self._whole("top_k", lambda k: k >= 0, "0 (off) or a number of tokens")
+        self._whole("top_k", lambda k: 0 <= k < 2**31, "0 (off) or a number of tokens below 2**31")
         self._whole("seed", lambda s: 0 <= s < 2**32, "a whole number from 0 to 2**32 - 1")
         self._whole("max_tokens", lambda n: n >= 1, "a whole number, at least 1")
         self._whole("min_tokens", lambda n: n >= 0, "a whole number, at least 0")

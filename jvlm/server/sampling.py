@@ -77,7 +77,7 @@ def sampling_params(
     values = {name: _given(request, name, facts.defaults) for name in _DEFAULTS}
     if values["temperature"] < _GREEDY:
         values["temperature"] = 0.0
-    values["top_k"] = max(int(values["top_k"]), 0)
+    values["top_k"] = min(max(int(values["top_k"]), 0), facts.vocabulary)
     n = request.n or 1
     if n > facts.max_n:
         raise bad(f"n is {n}; at most {facts.max_n} answers are given to a request", "n")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -54,12 +57,18 @@ def admin_of(service: Service, adapters: Adapters, take: Callable[[Any], None]) 
     return AdapterAdmin(service, adapters, take)
 
 
-def run(
-    service: Service, host: str, port: int, *, log_requests: bool = True, admin: AdapterAdmin | None = None
-) -> None:
-    """Serve until SIGINT or SIGTERM; answers that run then have half a minute to end."""
+def run(service: Service, host: str, port: int, *, log_requests: bool = True, admin: AdapterAdmin | None = None) -> int:
+    """Serve until SIGINT or SIGTERM; answers that run then have half a minute to end.
+
+    An engine that fails ends the server, for whoever starts it again.
+
+    Returns:
+      the status of the process: 1 where the engine has failed.
+    """
+    service.engine.on_failure = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
     log = print_line if log_requests else None
     listen(app.build(service, log=log, admin=admin), service.settings.limits, host, port)
+    return int(service.engine.failed)
 
 
 def describe(service: Service, host: str, port: int) -> list[str]:

@@ -60,6 +60,8 @@ def nested(depth: int) -> Any:
     return value
 
 
+# patterns of which all must hold: what compiles it is stopped after two seconds
+SLOW_SCHEMA = {"allOf": [{"type": "string", "pattern": "^(a|b)*a(a|b){%d}$" % k} for k in range(300, 340)]}
 FILES = (
     "/etc/passwd",
     "file:///etc/passwd",
@@ -200,7 +202,7 @@ def cases() -> list[tuple[str, str, dict[str, Any], tuple[int, ...]]]:
         ("guided_json", {"$ref": "file:///etc/passwd"}),
         ("guided_json", nested(40)),
         ("guided_regex", "(" * 500),
-        ("guided_regex", "((a{1,900}){1,900}){1,900}"),
+        ("guided_json", SLOW_SCHEMA),
         ("guided_grammar", "start: start start | start"),
         ("guided_grammar", "start: " + "|".join(f'"{i}"' for i in range(20_000))),
         ("structured_outputs", {"boxes": True}),
@@ -211,6 +213,8 @@ def cases() -> list[tuple[str, str, dict[str, Any], tuple[int, ...]]]:
         found.append(
             (f"{name} {shown}", CHAT, said("hi", **{name: value}), (200, 404, 400) if name == "model" else WRONG)
         )
+    for name, value in (("top_k", 2**63), ("seed", -(2**63)), ("thinking_token_budget", 2**63)):
+        found.append((f"{name} {value}", CHAT, said("hi", **{name: value}, temperature=1), (200, 400)))
     found.append(("ids that are none", TEXT, {"prompt": [10**6], "max_tokens": 1}, WRONG))
     found.append(("no ids", TEXT, {"prompt": [], "max_tokens": 1}, WRONG))
     found.append(("ids to text", "/detokenize", {"tokens": [10**9]}, WRONG))

@@ -1,6 +1,7 @@
 """The engine's thread and the event loop: who is woken when, and what runs between steps."""
 
 import asyncio
+import threading
 import time
 import types
 
@@ -26,6 +27,8 @@ class Steps:
         pass
 
     def submit(self, request):
+        if request.id == "bug":
+            raise KeyError("a bug")
         self.left[request.id] = request.sampling.max_tokens
 
     def abort(self, request_id):
@@ -134,3 +137,33 @@ def test_after_the_end_nothing_is_taken_and_what_waits_is_told():
             await engine.call(lambda: None)
 
     run(0.001, use)
+
+
+def test_an_error_of_one_request_ends_it_alone():
+    async def use(engine):
+        other = asyncio.ensure_future(read(engine.submit(request("a", 50))))
+        with pytest.raises(KeyError):
+            await read(engine.submit(request("bug", 5)))
+        assert sum(len(events) for events, _ in await other) == 50
+        assert engine.healthy
+        assert not engine.failed
+
+    run(0.001, use)
+
+
+def test_an_engine_that_fails_says_so_once():
+    told = []
+
+    async def use(engine):
+        engine.on_failure = lambda: told.append(engine.failed)
+        engine.engine.step = lambda: 1 / 0
+        with pytest.raises(EngineDead):
+            await read(engine.submit(request("a", 5)))
+        assert engine.failed
+
+    excepthook, threading.excepthook = threading.excepthook, lambda _: None
+    try:
+        run(0.001, use)
+    finally:
+        threading.excepthook = excepthook
+    assert told == [True]

@@ -317,6 +317,11 @@ def test_tokens_there_and_back(served):
     assert served.post("/detokenize", {"tokens": [10**6]}).status_code == 400
 
 
+def test_more_likeliest_tokens_than_there_are_is_all_of_them(served):
+    assert served.chat(top_k=2**63).status_code == 200
+    assert served.engine.requests[0].sampling.top_k == served.service.facts.vocabulary
+
+
 def test_grammars_reach_the_engine(served):
     schema = {"type": "object", "properties": {"answer": {"type": "string"}}}
     asked = {

@@ -62,7 +62,7 @@ def content(answer):
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_a_forced_call_is_one_of_the_tools_whatever_the_model_would_say(served, choice):
-    answer = served.chat("hi", tools=[TOOL, TIME], tool_choice=choice, max_tokens=80)
+    answer = served.chat("hi", tools=[TOOL, TIME], tool_choice=choice, max_tokens=300)
     assert answer.status_code == 200, answer.text
     chosen = answer.json()["choices"][0]
     (call,) = chosen["message"]["tool_calls"]

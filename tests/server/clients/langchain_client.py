@@ -26,7 +26,7 @@ def weather(city: Literal["Oslo", "Rome"]) -> str:
 
 
 chat = ChatOpenAI(model=model, base_url=base, api_key="none", max_retries=0, max_tokens=6, temperature=0)
-longer = chat.model_copy(update={"max_tokens": 64})
+longer = chat.model_copy(update={"max_tokens": 300})
 question = HumanMessage(content=content)
 asked = longer.bind_tools([weather], tool_choice="weather").invoke([question])
 (call,) = asked.tool_calls

@@ -19,7 +19,7 @@ def ask(kind, **more):
     return litellm.completion(model=f"{kind}/{model}", **{**options, "max_tokens": 6, **more})
 
 
-called = ask("openai", tools=[tool], tool_choice="required", max_tokens=64).choices[0].message.tool_calls[0].function
+called = ask("openai", tools=[tool], tool_choice="required", max_tokens=300).choices[0].message.tool_calls[0].function
 try:
     litellm.completion(model="hosted_vllm/no", **options)
     failed = None

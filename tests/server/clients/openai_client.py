@@ -25,13 +25,13 @@ options = {"model": model, "messages": messages, "temperature": 0, "max_tokens":
 whole = create(**options)
 usage = {"stream": True, "stream_options": {"include_usage": True}}
 chunks = list(create(**options, **usage))
-forced = create(**{**options, "max_tokens": 64}, tools=[tool], tool_choice="required")
+forced = create(**{**options, "max_tokens": 300}, tools=[tool], tool_choice="required")
 named = {"type": "function", "function": {"name": "weather"}}
-with client.chat.completions.stream(**{**options, "max_tokens": 64}, tools=[tool], tool_choice=named) as stream:
+with client.chat.completions.stream(**{**options, "max_tokens": 300}, tools=[tool], tool_choice=named) as stream:
     for _ in stream:
         pass
     streamed_call = stream.get_final_completion().choices[0].message.tool_calls[0].function.parsed_arguments
-parsed = client.chat.completions.parse(**{**options, "max_tokens": 32}, response_format=Choice)
+parsed = client.chat.completions.parse(**{**options, "max_tokens": 100}, response_format=Choice)
 completion = client.completions.create(model=model, prompt="the cat", max_tokens=3, logprobs=1, echo=True)
 items = [
     {"role": "user", "content": [{"type": "input_image", "image_url": picture}, {"type": "input_text", "text": "a"}]}
@@ -39,7 +39,7 @@ items = [
 response = client.responses.create(model=model, input=items, max_output_tokens=6, temperature=0, store=False)
 function = {"type": "function", "name": "weather", "parameters": parameters, "strict": True}
 called = client.responses.create(model=model, input="hi", tools=[function], tool_choice="required", store=False)
-shaped = client.responses.parse(model=model, input="hi", text_format=Choice, max_output_tokens=32, store=False)
+shaped = client.responses.parse(model=model, input="hi", text_format=Choice, max_output_tokens=100, store=False)
 with client.responses.stream(model=model, input="hi", max_output_tokens=6, temperature=0) as stream:
     kinds = [event.type for event in stream]
     streamed_response = stream.get_final_response().output_text
