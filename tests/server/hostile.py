@@ -61,7 +61,7 @@ def nested(depth: int) -> Any:
 
 
 # patterns of which all must hold: what compiles it is stopped after two seconds
-SLOW_SCHEMA = {"allOf": [{"type": "string", "pattern": "^(a|b)*a(a|b){%d}$" % k} for k in range(300, 340)]}
+SLOW_SCHEMA = {"allOf": [{"type": "string", "pattern": f"^(a|b)*a(a|b){{{k}}}$"} for k in range(300, 340)]}
 FILES = (
     "/etc/passwd",
     "file:///etc/passwd",
