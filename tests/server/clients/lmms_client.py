@@ -22,8 +22,9 @@ def messages(question):
 
 
 def instance(number):
+    told = {"task": "questions", "doc_id": number, "repeats": 1}
     arguments = ("", messages, {"max_new_tokens": 6, "temperature": 0}, number, "questions", "test")
-    return Instance("generate_until", arguments=arguments, idx=0, metadata={"task": "questions", "doc_id": number})
+    return Instance("generate_until", arguments=arguments, idx=0, metadata=told)
 
 
 answers = model.generate_until([instance(number) for number in range(3)])
