@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from starlette.requests import ClientDisconnect
+
 from jvlm.server.errors import APIError
 from jvlm.server.keys import KeyRing
 from jvlm.server.settings import ServerSettings
@@ -65,7 +67,7 @@ class Guard:
             await request.fail(error)
         except asyncio.CancelledError:
             raise
-        except AnswerCut:
+        except (AnswerCut, ClientDisconnect):
             return  # uvicorn closes a connection whose answer is not whole
         except Exception:  # noqa: BLE001  (a bug ends this request alone; the log has where it is)
             traceback.print_exc()

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jvlm.inference.grammar_text import WHITESPACE
 from jvlm.server.errors import bad
 from jvlm.server.reasoning import held_back
 
@@ -79,6 +80,7 @@ def call_grammar(tools: Sequence[Mapping[str, Any]]) -> str:
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
+            "x-guidance": {"whitespace_pattern": WHITESPACE},
         }
         for tool in tools
     ]

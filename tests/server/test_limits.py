@@ -166,6 +166,15 @@ def test_slow_senders_are_cut_off(serve):
     assert served.chat().status_code == 200
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(serve, capfd):
+    served = serve()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", served.port), 5) as connection:
+        connection.sendall(head + b"Content-Length: 100\r\n\r\n{")
+    assert served.chat().status_code == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_client_that_reads_nothing_is_given_up(serve):
     served = serve("word " * 30_000, limits=HTTPLimits(write_seconds=0.3))
     served.engine.max_model_len = 10**6

@@ -2,8 +2,10 @@
 
 import json
 
+import llguidance
 import pytest
 
+from jvlm.server.tools import call_grammar
 from tests.server.process import TOOLS_TEMPLATE
 from tests.server.scripted import ScriptedEngine, Served, processor_of
 
@@ -100,6 +102,25 @@ def test_a_choice_of_tools_becomes_a_grammar(serve, choice, names):
         assert grammar is None
     else:
         assert {name for name in ("weather", "time") if f'"{name}"' in grammar.value} == names
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ('<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>', True),
+        ('<tool_call>\n{"name":"weather","arguments":{"city":"Oslo","days":2}}\n</tool_call>', True),
+        ('<tool_call>\n{\n    "name": "weather",\n    "arguments": {}\n}\n</tool_call>', True),
+        ("<tool_call>\n{" + " " * 20 + '"name"', False),  # models write blanks without end where they may
+        ('<tool_call>\n{"name": "weather", "arguments": {' + "\n" * 20, False),
+        ('<tool_call>\n{"name": "other"', False),
+        ("hi", False),
+    ],
+)
+def test_the_grammar_of_a_call_takes_calls_and_few_blanks(text, fits):
+    tokenizer = llguidance.LLTokenizer("byte")
+    matcher = llguidance.LLMatcher(tokenizer, call_grammar([TOOL]), log_level=0)
+    tokens = list(text.encode())
+    assert (matcher.validate_tokens(tokens) == len(tokens)) == fits
 
 
 @pytest.mark.parametrize(

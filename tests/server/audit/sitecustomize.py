@@ -32,6 +32,8 @@ if "AUDIT_LOG" in os.environ:
         place = _NOTED.get(event)
         if place is not None:
             what = arguments[place] if len(arguments) > place else None
+            if event == "open" and arguments[2] & os.O_NOFOLLOW:
+                event = "open-below"  # a name in a folder that was opened before, if it is no path
             os.write(_LOG, f"{os.getpid()} {event} {what!a}\n".encode())
 
     sys.addaudithook(_note)
