@@ -41,8 +41,7 @@ function = {"type": "function", "name": "weather", "parameters": parameters, "st
 called = client.responses.create(model=model, input="hi", tools=[function], tool_choice="required", store=False)
 shaped = client.responses.parse(model=model, input="hi", text_format=Choice, max_output_tokens=100, store=False)
 with client.responses.stream(model=model, input="hi", max_output_tokens=6, temperature=0) as stream:
-    kinds = [event.type for event in stream]
-    streamed_response = stream.get_final_response().output_text
+    events = list(stream)
 call = called.output[-1]
 turns = [{"role": "user", "content": "hi"}, call.model_dump()]
 turns.append({"type": "function_call_output", "call_id": call.call_id, "output": "rain"})
@@ -69,8 +68,8 @@ print(
             "response": response.output_text,
             "response_call": json.loads(call.arguments),
             "response_parsed": shaped.output_parsed.answer,
-            "response_streamed": streamed_response,
-            "response_kinds": [kinds[0], kinds[-1]],
+            "response_streamed": events[-1].response.output_text,
+            "response_kinds": [events[0].type, events[-1].type],
             "response_after_call": answered.status,
             "failed": failed,
         }
