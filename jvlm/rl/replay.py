@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import jvlm
 from jvlm import config as config_tree
 from jvlm.data.packing import Example
@@ -74,7 +76,10 @@ def replay(run: Path, step: int) -> Iterator[Comparison]:
     weighed = weigh(groups, task.advantage, task.policy_loss, task.rollout.max_tokens)
     answers = [answer for group in groups for answer in group.answers]
     yield _all("shaped rewards", [answer.shaped for answer in answers], weighed.shaped)
-    yield _all("advantages", [answer.advantage for answer in answers], weighed.advantages.tolist())
+    stored_values = [answer.advantage for answer in answers]
+    if getattr(task, "updates", 1) == 1:  # else they are of all answers of the rollout, of which this step has a part
+        yield _all("advantages", stored_values, weighed.advantages.tolist())
+    weighed = weighed._replace(advantages=np.array(stored_values, np.float64))
     if step > 1 and step - 1 not in run_dir.steps(run):
         return
     model, processor = _model_before(run, experiment, step)
