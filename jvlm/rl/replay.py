@@ -77,7 +77,7 @@ def replay(run: Path, step: int) -> Iterator[Comparison]:
     answers = [answer for group in groups for answer in group.answers]
     yield _all("shaped rewards", [answer.shaped for answer in answers], weighed.shaped)
     stored_values = [answer.advantage for answer in answers]
-    if getattr(task, "updates", 1) == 1:  # else they are of all answers of the rollout, of which this step has a part
+    if task.updates == 1:  # else they are of all answers of the rollout, of which this step has a part
         yield _all("advantages", stored_values, weighed.advantages.tolist())
     weighed = weighed._replace(advantages=np.array(stored_values, np.float64))
     if step > 1 and step - 1 not in run_dir.steps(run):

@@ -325,7 +325,7 @@ def stale(workload: Workload, prompts: Prompts, staleness: float, steps: int = 1
         while (chosen := _lowest(prompts, judged, behind, w.groups)) is None:
             share = (w.prior_share * w.prior_groups + useful) / (w.prior_groups + len(judged))
             most = (1 + staleness) * (1 + w.margin) * w.groups / share
-            while clock.has_room and len(begun) - behind < most:
+            while clock.has_room and (len(begun) - behind < most or not clock.has_events):
                 clock.start(len(begun))
                 begun.append(step)
             done = clock.step()
