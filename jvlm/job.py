@@ -18,6 +18,7 @@ from jvlm.adapters.merge import merge
 from jvlm.adapters.peft_write import write_peft
 from jvlm.data.content import Conversation
 from jvlm.data.errors import ExampleError, Rejected, grouped
+from jvlm.data.formats.example_format import FormatOptions
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.evaluation import report, score, usable
@@ -214,7 +215,8 @@ def _asked(
 
     def answered(read: Callable[[tuple], Conversation]) -> tuple[list[Answer], list[Rejected]]:
         rejected: list[Rejected] = []
-        examples = list(usable.examples_of(config.data, read, max_examples=config.max_examples, rejected=rejected))
+        reading = {"options": config.options(), "max_examples": config.max_examples}
+        examples = list(usable.examples_of(config.data, read, **reading, rejected=rejected))
         if not examples:
             raise UserError(f"none of the examples of {', '.join(config.data)} can be asked:\n{grouped(rejected)}")
         return score.ask(model, processor, examples, **settings), rejected
@@ -238,7 +240,8 @@ def text_only_baseline(experiment: Experiment, answers: Sequence[Answer]) -> Tex
     """
     rejected: list[Rejected] = []
     skip = experiment.data.on_bad_example == "skip"
-    examples = usable.training_conversations(experiment.data.files, rejected=rejected if skip else None)
+    options = FormatOptions.of(experiment.data)
+    examples = usable.training_conversations(experiment.data.files, options, rejected=rejected if skip else None)
     asked = [a.question for a in answers if not a.question.boxes]
     baseline = TextOnlyBaseline(examples, asked)
     if rejected:
@@ -338,9 +341,9 @@ def verify(experiment: Experiment, result: Result, answers: Sequence[Answer]) ->
         texts = generate(model, processor, prompts, batch_size=experiment.evaluation.batch_size, **settings)
     else:
         compared = {a.question.origin for a in again}
-        readable = usable.examples_of(
-            experiment.evaluation.data, max_examples=experiment.evaluation.max_examples, rejected=[]
-        )
+        config = experiment.evaluation
+        reading = {"options": config.options(), "max_examples": config.max_examples}
+        readable = usable.examples_of(config.data, **reading, rejected=[])
         examples = [example for example in readable if example.origin in compared]
         again = [a for a in answers if a.question.origin in compared]
         texts = [a.response for a in score.ask(model, processor, examples, ask="multi_turn", layout=layout)]

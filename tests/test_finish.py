@@ -48,6 +48,17 @@ def test_bad_evaluation_examples_are_named_before_the_first_step(tmp_path, data,
     assert not list(tmp_path.glob("run/logging.jsonl")), "nothing was trained"
 
 
+def test_columns_of_evaluation_data_are_renamed(tmp_path, data):
+    rows = [{"frage": "is there a red shape?", "antwort": "no"}, {"frage": "?", "antwort": "yes"}, {"frage": "?"}]
+    options = _options(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
+    options += ["--evaluation.columns", "frage=query", "antwort=response"]
+    with pytest.raises(UserError, match=r"(?s)evaluation.data: 1 of 3 examples.*test.jsonl, line 3"):
+        job.run(support.experiment(tmp_path, data, *options))
+    config = support.experiment(tmp_path, data, *options).evaluation
+    read = list(usable.examples_of(config.data, options=config.options(), rejected=[]))
+    assert [one.messages[1].text for one in read] == ["no", "yes"]
+
+
 def test_examples_behind_max_examples_are_not_asked_and_so_not_checked(tmp_path):
     path = tmp_path / "test.jsonl"
     path.write_text(f"{_example()}\n{_example()}\nnot json\n")

@@ -31,6 +31,10 @@ def test_the_run_leaves_scores_answers_an_export_and_a_report(finished):
     assert scores["accuracy"] == pytest.approx(sum(a["score"] for a in answers) / len(answers), abs=1e-4)
     assert 0 < scores["text_only_baseline"]["accuracy"] <= 1
     page = (folder / "report.html").read_text()
+    # scores say little without how full sequences were: packing changes what a step learns from
+    last = [json.loads(line) for line in (folder / "logging.jsonl").read_text().splitlines()]
+    last = [line for line in last if "padding_text" in line][-1]
+    assert f"text {100 * last['padding_text']:.1f} %, patches {100 * last['padding_patches']:.1f} %" in page
     assert "data:image/png;base64," in page
     assert "http" not in page.replace("http://www.w3.org", "")
 

@@ -30,7 +30,10 @@ import psutil
 from jvlm import configs
 from jvlm.data import pipeline
 from jvlm.data.config import DataConfig
+from jvlm.data.example_source import ExampleSource
 from jvlm.data.mixture.config import Mixture, Phase, Source
+from jvlm.data.packing import PackedSequences
+from jvlm.data.position import Share
 from jvlm.data.readers.array_record import write_shard
 from jvlm.training import processors
 from tools import drawn_data
@@ -86,12 +89,16 @@ def _bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
 
 
-def read(files: list[str], log: Path, workers: int, batches: int | None = None) -> None:
+def read(
+    files: list[str], log: Path, workers: int, batches: int | None = None, share: Share = Share(), state: str = ""
+) -> None:
     """Read from the last saved state on; write a line for each batch.
 
     Args:
       files: one, of which an epoch is read; or two, a mixture of them whose weights change in the course of the run.
       batches: to end after; None ends with the epoch.
+      share: of the data, where this is one of several hosts.
+      state: of all hosts when they stopped, as JSON, to begin with where this one has saved none.
     """
     processor = processors.new(configs.load("mimo_vl/easy_vqa", ["--processor.image.min_pixels", "784"]))
     config = DataConfig(
@@ -103,11 +110,16 @@ def read(files: list[str], log: Path, workers: int, batches: int | None = None) 
         on_bad_example="skip",
         worker_processes=workers,
         read_threads=2,
+        # so that several hosts have windows of a small set
+        pack_window=128 if len(ExampleSource(files)) < 10_000 else "auto",
     )
-    dataset, _ = pipeline.training_data(processor, config, seed=3, epochs=1 if len(files) == 1 else None)
-    iterator, state, number = iter(dataset), log.with_suffix(".state"), 0
-    if state.is_file():
-        saved = json.loads(state.read_text())
+    epochs = 1 if len(files) == 1 else None
+    dataset, _ = pipeline.training_data(processor, config, seed=3, epochs=epochs, share=share)
+    iterator, path, number = iter(dataset), log.with_suffix(".state"), 0
+    if state:
+        iterator.set_state(json.loads(state))
+    if path.is_file():
+        saved = json.loads(path.read_text())
         number = saved["batches"]
         iterator.set_state(saved["state"])
         log.write_text("".join(log.read_text().splitlines(keepends=True)[:number]))
@@ -118,6 +130,7 @@ def read(files: list[str], log: Path, workers: int, batches: int | None = None) 
                 digest.update(np.ascontiguousarray(leaf))
             line = {
                 "digest": digest.hexdigest(),
+                "sequences": _sequences(packed),
                 "conversations": packed.conversations,
                 "rejected": sorted(one.number for one in packed.rejected),
                 "memory": _memory(),
@@ -126,10 +139,22 @@ def read(files: list[str], log: Path, workers: int, batches: int | None = None) 
             out.flush()
             number += 1
             if number % _STATES == 0:
-                part = state.with_suffix(".part")
-                part.write_text(json.dumps({"batches": number, "state": iterator.get_state()}))
-                os.replace(part, state)
+                saved = json.dumps({"batches": number, "state": iterator.get_state()})
+                for target in (
+                    path,
+                    log.with_suffix(f".{number}.state"),
+                ):  # the last, and all: a checkpoint's is chosen
+                    part = target.with_suffix(".part")
+                    part.write_text(saved)
+                    os.replace(part, target)
     iterator.close()
+
+
+def _sequences(packed: PackedSequences) -> list[str]:
+    """Return a digest of each packed sequence with examples."""
+    leaves = jax.tree.leaves(packed.batch)
+    used = np.flatnonzero(packed.batch.segment_ids.any(axis=1))
+    return [hashlib.sha256(b"".join(leaf[row].tobytes() for leaf in leaves)).hexdigest() for row in used]
 
 
 def _sources(files: list[str]) -> dict[str, Any]:
@@ -146,10 +171,51 @@ def _memory() -> float:
     return sum(one.memory_info().rss for one in (process, *process.children(recursive=True))) / 2**20
 
 
-def start(files: list[str], log: Path, workers: int, batches: int | None = None) -> subprocess.Popen:
-    """Start a process that reads."""
+def start(
+    files: list[str], log: Path, workers: int, batches: int | None = None, share: Share = Share(), state: str = ""
+) -> subprocess.Popen:
+    """Start a process that reads. Arguments as of `read`."""
     command = [sys.executable, "-m", "tools.soak_data", "--read", *files, "--log", str(log), "--workers", str(workers)]
+    command += ["--share", str(share.index), str(share.count), "--state", state]
     return subprocess.Popen([*command, *([] if batches is None else ["--batches", str(batches)])])
+
+
+def run_hosts(
+    files: list[str], folder: Path, counts: list[int], kill_at: int, batches: int | None = None
+) -> list[dict[str, Any]]:
+    """Return what so many hosts read, one number of them after the other; each but the last is killed with -9.
+
+    Each host gives a batch before any gives the next, as training does; the hosts that follow go on from the states
+    that all of those before saved last. Lines of batches after these states do not count.
+
+    Args:
+      counts: of hosts, each of which divides the sequences of a batch.
+      kill_at: batches after which they are killed.
+      batches: of each of the last ones; None ends with the epoch.
+    """
+    found, state = [], ""
+    for turn, count in enumerate(counts):
+        logs = [folder / f"hosts-{turn}-{index}.log" for index in range(count)]
+        is_last = turn == len(counts) - 1
+        most = batches if is_last else None
+        hosts = [start(files, log, 0, most, Share(i, count), state) for i, log in enumerate(logs)]
+        if is_last:
+            if any(tuple(host.wait() for host in hosts)):
+                raise RuntimeError(f"one of {count} hosts failed")
+            found += [json.loads(line) for log in logs for line in _lines(log)]
+            break
+        while min(len(_lines(log)) for log in logs) < kill_at:
+            if any(host.poll() is not None for host in hosts):
+                raise RuntimeError(f"one of {count} hosts ended before {kill_at} batches")
+            time.sleep(0.02)
+        for host in hosts:
+            host.send_signal(signal.SIGKILL)
+            host.wait()
+        at = kill_at // _STATES * _STATES
+        states = [json.loads(log.with_suffix(f".{at}.state").read_text())["state"] for log in logs]
+        state = json.dumps([one for some in states for one in some])
+        found += [json.loads(line) for log in logs for line in _lines(log)[:at]]
+    return found
 
 
 def run(
@@ -219,9 +285,12 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--log", type=Path)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1))
+    parser.add_argument("--state", default="")
     arguments = parser.parse_args()
     if arguments.read:
-        read(arguments.read, arguments.log, arguments.workers, arguments.batches)
+        share = Share(*arguments.share)
+        read(arguments.read, arguments.log, arguments.workers, arguments.batches, share, arguments.state)
         return
     count, expected, failed = arguments.examples, None, []
     with tempfile.TemporaryDirectory() as name:

@@ -9,6 +9,8 @@ import dataclasses
 
 from jvlm import families
 from jvlm.data.config import DataConfig
+from jvlm.data.processor_config import ProcessorConfig
+from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig
 from jvlm.models.layers import Precision
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training.config import Experiment, ExportConfig, OptimizerConfig
@@ -23,6 +25,8 @@ def get_config() -> Experiment:
         topologies=("v5p:4x4x4", "v6e:16x16", "h200:8x8"),
         model=dataclasses.replace(families.preset("mimo_vl_7b"), precision=Precision(remat="attention")),
         init_from="mimo_vl_stage2",
+        # a video: 2 frames a second, 256 of them, and 16,384 tokens at most
+        processor=ProcessorConfig(image=QwenImageConfig(video_max_frames=256, video_max_tokens=16384)),
         data=DataConfig(
             batch_size=BATCH_SIZE,
             seq_len=SEQ_LEN,

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 from tyro.conf import Positional
 
+from jvlm.cli.data_prepare import Shards
 from jvlm.errors import UserError
 from jvlm.options import parse
 
 
-@dataclasses.dataclass(frozen=True)
-class DataConvert:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConvert(Shards):
     """Write examples and their media as ArrayRecord shards, which training reads faster and from object stores.
 
     Attributes:
       files: data files of any kind that is read, globs of them, folders of datasets, or datasets on the Hub.
       output: folder to write; it must not hold shards. The same command goes on with an interrupted conversion.
-      examples_per_shard: examples in a file.
       format: format of the examples; "auto" decides for each file or glob, on its first 100 examples.
       columns: FROM=TO gives a column another name, FROM=_ hides it.
       caption_prompt: a user's text before captions; without one they are documents.
       answer_as_turn: whether the answer of an EasyR1 example is an assistant's turn as well.
       media_root: folder for relative image paths, after the data file's own.
-      on_bad_example: stop at an example that cannot be used, or leave it out; what is left out is counted.
       rejected: JSONL file to write every example to that is left out.
       frames: store so many frames a second of each video in the place of its file, as JPEGs: training then decodes no
         video.
@@ -33,15 +31,13 @@ class DataConvert:
       frame_quality: of its JPEG.
     """
 
-    files: Positional[tuple[str, ...]]
+    files: Positional[tuple[str, ...]] = ()
     output: Path
-    examples_per_shard: int = 10_000
     format: str = "auto"
     columns: tuple[str, ...] = ()
     caption_prompt: str | None = None
     answer_as_turn: bool = False
     media_root: str | None = None
-    on_bad_example: Literal["error", "skip"] = "error"
     rejected: str | None = None
     frames: float | None = None
     frame_pixels: int = 768 * 784
@@ -72,6 +68,7 @@ def run(words: list[str]) -> int:
             on_bad_example=options.on_bad_example,
             on_rejected=on_rejected if options.rejected else None,
             frames=frames,
+            engine=options.engine_of(),
         )
     print(done.text())
     return 0

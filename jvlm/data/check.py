@@ -86,24 +86,19 @@ def check(
     return CheckReport(
         examples=len(source),
         rejected=tuple(rejected),
-        faults=tally.faults,
         config=look.config,
         encoded=processor is not None,
-        tokens=tally.tokens,
-        media_tokens=tally.media_tokens,
-        images=tally.images,
-        patches=tally.patches,
-        loss_tokens=tally.loss_tokens,
-        changed=tally.changed,
-        documents=tally.documents,
-        cut=tally.cut,
-        parts=tally.parts,
-        parts_left_out=tally.parts_left_out,
         columns=tuple(tally.column_lines()),
         suggestion=_suggestion(tally, look),
         formats=tuple(source.formats()),
-        untagged=tally.untagged,
+        **{name: getattr(tally, name) for name in _TALLIED},
     )
+
+
+# of a report, what is counted one example after the other
+_TALLIED = (
+    "faults tokens media_tokens images patches loss_tokens changed documents cut parts parts_left_out untagged".split()
+)
 
 
 def source_of(config: DataConfig, seed: int) -> ExampleSource | FewShotSource:

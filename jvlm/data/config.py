@@ -18,6 +18,7 @@ from jvlm.validation import check_fields
 _DRAWN = (
     "single_turn_ratio shuffle_turns media_first newline_probability image_choices few_shot upscale_probability".split()
 )
+_LEAST_WINDOW, _MOST_WINDOW, _WINDOWS = 512, 2048, 16  # examples of a packing window, and windows of the data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +103,9 @@ class DataConfig:
         or each ``channel`` that examples name; or "off".
       sources: their names; empty takes those of the configuration, or the channels of a sample of the data, and the
         rest as "other".
-      pack_window: examples considered together for packing, from the headers of their images. The frames of their
-        video files are all in memory: with long videos take less.
+      pack_window: examples considered together for packing, from the headers of their images; "auto" is a sixteenth of
+        the data, but at least 512 and at most 2,048. The frames of their video files are all in memory: with long
+        videos take less.
       read_threads: threads that decode and encode.
       worker_processes: processes instead of threads; 0 is none. For data too heavy for one process.
       prefetch: batches prepared ahead.
@@ -146,7 +148,7 @@ class DataConfig:
     upscale_longest_edge: int = 980
     curves: Literal["dataset", "channel", "off"] = "dataset"
     sources: tuple[str, ...] = ()
-    pack_window: int = 512
+    pack_window: int | Literal["auto"] = "auto"
     read_threads: int = 4
     worker_processes: int = 0
     prefetch: int = 4
@@ -192,6 +194,12 @@ class DataConfig:
         if self.mixture is None:
             return self.train
         return tuple(dict.fromkeys(file for source in enters(self.mixture).values() for file in source.files))
+
+    def window(self, examples: int) -> int:
+        """Return the examples that are packed together of data that has so many."""
+        if self.pack_window != "auto":
+            return self.pack_window
+        return max(_LEAST_WINDOW, min(_MOST_WINDOW, examples // _WINDOWS))
 
     @property
     def longest(self) -> int:

@@ -15,7 +15,9 @@ from typing import Any, Literal, Protocol
 import msgpack
 
 from jvlm.data import stores
+from jvlm.data.chosen import Chosen
 from jvlm.data.embedding import embed
+from jvlm.data.engines.engine import Engine, InProcess, in_order
 from jvlm.data.errors import ExampleError, Origin, Rejected, grouped
 from jvlm.data.example_source import ExampleSource, Read
 from jvlm.data.formats.example_format import FormatOptions
@@ -74,6 +76,7 @@ def convert(
     on_bad_example: Literal["error", "skip"] = "error",
     on_rejected: Callable[[Rejected], None] | None = None,
     frames: FrameOptions | None = None,
+    engine: Engine = InProcess(),
 ) -> Conversion:
     """Write examples as shards of ``examples_per_shard`` in a folder, media files read into them.
 
@@ -86,6 +89,7 @@ def convert(
       on_bad_example: "skip" leaves examples out that cannot be used, or whose media cannot be read.
       on_rejected: is given each of those.
       frames: store videos as frames; None stores their files.
+      engine: what writes the shards.
 
     Raises:
       ExampleError: an example that cannot be used, or an image that cannot be read, unless skipped.
@@ -94,7 +98,7 @@ def convert(
     """
     source = ExampleSource(files, options, to_convert=True)
     return write_shards(
-        source,
+        Chosen(source),
         output,
         examples_per_shard,
         identity=source_identity(source),
@@ -102,11 +106,15 @@ def convert(
         on_bad_example=on_bad_example,
         on_rejected=on_rejected,
         frames=frames,
+        engine=engine,
     )
 
 
 class ShardSource(Protocol):
-    """Examples by their index, the same each time: read from files, chosen of others, or made."""
+    """Examples by their index, the same each time: read from files, chosen of others, or made.
+
+    Where an engine of other processes writes shards, it is pickled, and opens its files there.
+    """
 
     def __len__(self) -> int: ...
 
@@ -128,12 +136,14 @@ def write_shards(
     on_rejected: Callable[[Rejected], None] | None = None,
     frames: FrameOptions | None = None,
     verb: str = "converting",
+    engine: Engine = InProcess(),
 ) -> Conversion:
     """Write the examples of a source as shards, as `convert` does.
 
     Args:
       identity: the same for the same examples, and for no others: what an interrupted call may go on with.
       verb: for the progress bar.
+      engine: what writes the shards, into a folder that is there under the same name wherever that is done.
 
     Raises:
       ExampleError, UserError: as `convert`.
@@ -143,12 +153,17 @@ def write_shards(
     if stores.is_remote(output):
         raise UserError(f"{output}: shards are written to this machine's disk. Give a folder on it, and copy that")
     output = Path(output)
-    work = _Work(source, identity, examples_per_shard, media_root, on_bad_example == "skip", on_rejected, frames)
     with _unfinished(output) as folder, Progress(total=len(source), desc=verb, unit="example") as bar:
+        work = _Work(source, folder, identity, examples_per_shard, media_root, on_bad_example == "skip", frames, bar)
         for name in folder.iterdir():  # of other files or settings, or begun by a process that was killed
             if name.name != _LOCK and name.name not in work.names | {f"{n}{_COUNTS}" for n in work.names}:
                 name.unlink()
-        parts = [work.shard(folder, number, bar) for number in range(work.count)]
+        parts = []
+        for part in _written(work, engine):
+            parts.append(part)
+            for example in part.rejected if on_rejected is not None else ():
+                on_rejected(example)
+            bar.update(min(len(parts) * examples_per_shard, len(source)) - bar.n)  # where it is not done by itself
         rejected = [example for part in parts for example in part.rejected]
         if len(source) and not sum(part.written for part in parts):
             shutil.rmtree(folder)
@@ -178,54 +193,67 @@ class _Part:
     kept: bool = False
 
 
+def _written(work: _Work, engine: Engine) -> Iterator[_Part]:
+    """Yield the counts of each shard in order, those that are whole already and those that are written now."""
+    kept = [work.kept(number) for number in range(work.count)]
+    made = in_order(engine, work, [range(n, n + 1) for n, part in enumerate(kept) if part is None])
+    for part in kept:
+        if part is None:
+            (counts,) = next(made)
+            yield _Part(counts["written"], counts["untagged"], [Rejected(**one) for one in counts["rejected"]])
+        else:
+            yield part
+
+
 class _Work:
-    """Shards of a source, one after the other."""
+    """Shards of a source by their number, written into a folder: a `jvlm.data.engines.engine.Task`."""
 
     def __init__(
         self,
         source: ShardSource,
+        folder: Path,
         identity: str,
         examples_per_shard: int,
         media_root: str | None,
         skip: bool,
-        on_rejected: Callable[[Rejected], None] | None,
         frames: FrameOptions | None,
+        bar: Progress | None,
     ):
-        self.frames = frames
+        self.frames, self.folder, self.bar = frames, folder, bar
         self.source, self.size, self.media_root, self.skip = source, examples_per_shard, media_root, skip
-        self.on_rejected = on_rejected
         self.count = -(-len(source) // examples_per_shard)
         settings = repr((identity, examples_per_shard, media_root, skip, frames))
         self.set = hashlib.sha256(settings.encode()).hexdigest()[:16]
         self.names = {self._name(number) for number in range(self.count)}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "bar": None}
+
     def _name(self, number: int) -> str:
         return shard_set.shard_name("examples", number, self.count, SHARD_SUFFIX)
 
-    def shard(self, folder: Path, number: int, bar: Progress) -> _Part:
-        """Write a shard, unless it is whole already. Returns its counts."""
-        path = folder / self._name(number)
-        examples = range(number * self.size, min((number + 1) * self.size, len(self.source)))
-        part = self._kept(path, number)
-        if part is None:
-            path.unlink(missing_ok=True)
-            part = _Part()
-            write_records(path, self._records(examples, number, part, bar))
-            counts = {
-                "set": self.set,
-                "written": part.written,
-                "untagged": part.untagged,
-                "rejected": [dataclasses.asdict(example) for example in part.rejected],
-            }
-            Path(f"{path}{_COUNTS}").write_text(json.dumps(counts))
-        else:
-            bar.update(len(examples))
-            for example in part.rejected if self.on_rejected is not None else ():
-                self.on_rejected(example)
-        return part
+    def __call__(self, some: range) -> list[dict[str, Any]]:
+        """Write shards, and return the counts of each."""
+        return [self._shard(number) for number in some]
 
-    def _kept(self, path: Path, number: int) -> _Part | None:
+    def _shard(self, number: int) -> dict[str, Any]:
+        path = self.folder / self._name(number)
+        examples = range(number * self.size, min((number + 1) * self.size, len(self.source)))
+        path.unlink(missing_ok=True)
+        part = _Part()
+        write_records(path, self._records(examples, number, part))
+        counts = {
+            "set": self.set,
+            "written": part.written,
+            "untagged": part.untagged,
+            "rejected": [dataclasses.asdict(example) for example in part.rejected],
+        }
+        Path(f"{path}{_COUNTS}").write_text(json.dumps(counts))
+        return counts
+
+    def kept(self, number: int) -> _Part | None:
         """Return the counts of a shard that an interrupted conversion of the same examples has finished."""
+        path = self.folder / self._name(number)
         counts = Path(f"{path}{_COUNTS}")
         try:
             found = json.loads(counts.read_text())
@@ -239,12 +267,13 @@ class _Work:
         rejected = [Rejected(**example) for example in found["rejected"]]
         return _Part(found["written"], found["untagged"], rejected, kept=True)
 
-    def _records(self, examples: range, number: int, part: _Part, bar: Progress) -> Iterator[bytes]:
+    def _records(self, examples: range, number: int, part: _Part) -> Iterator[bytes]:
         """Yield the records of a shard; the last one has its mark, which is alone where no example can be used."""
         last = None
         for index in examples:
             found = self._example(index, part)
-            bar.update(1)
+            if self.bar is not None:
+                self.bar.update(1)
             if found is None:
                 continue
             if last is not None:
@@ -271,8 +300,6 @@ class _Work:
             if not self.skip:
                 raise
             part.rejected.append(Rejected.of(error, "bad"))
-            if self.on_rejected is not None:
-                self.on_rejected(part.rejected[-1])
             return None
         part.untagged += untagged > 0
         return origin, whole, packed

@@ -43,6 +43,18 @@ class Read(NamedTuple):
     untagged: int = 0
 
 
+class Opening(NamedTuple):
+    """What an `ExampleSource` is opened with."""
+
+    patterns: tuple[str, ...]
+    options: FormatOptions
+    to_convert: bool
+
+    def source(self) -> ExampleSource:
+        """Return the source, its files opened here, and those of an object store fetched."""
+        return ExampleSource(self.patterns, self.options, to_convert=self.to_convert)
+
+
 class ExampleSource:
     """Random access to the examples of several files, as Grain's data sources want it.
 
@@ -81,7 +93,7 @@ class ExampleSource:
         self._starts = np.cumsum([0, *(len(r) for r in self._readers)])
         if not self._starts[-1]:
             raise UserError(f"{', '.join(self.files[:_SHOWN])}: no examples at all. Give other files of the set too")
-        self._patterns, self.options = list(patterns), options
+        self._patterns, self.options, self._to_convert = list(patterns), options, to_convert
         # the files of a pattern end before these; a pattern has one format, decided when it is first needed
         self._ends = np.cumsum([len(pairs) for pairs in by_pattern])
         self._detected: dict[int, Detected] = {}
@@ -91,6 +103,11 @@ class ExampleSource:
     def of(cls, config: DataConfig) -> ExampleSource:
         """Return the examples that a configuration trains on. Raises as the class does."""
         return cls(config.train, FormatOptions.of(config))
+
+    @property
+    def opening(self) -> Opening:
+        """Return how the source is opened again, in another process or on another machine."""
+        return Opening(tuple(self._patterns), self.options, self._to_convert)
 
     def _choose(self, patterns: Sequence[str]) -> np.ndarray | None:
         """Return the examples that the numbers of ``FILE#N`` leave, file by file; None if there are none."""

@@ -232,12 +232,49 @@ def best_fit_decreasing(examples: Sequence[Example], seq_len: int, max_patches: 
 
 
 def best_fit(examples: Sequence[Example], seq_len: int, max_patches: int) -> list[list[int]]:
-    """As `best_fit_decreasing`, or in the order given where that takes fewer sequences."""
-    decreasing = best_fit_decreasing(examples, seq_len, max_patches)
-    if len(decreasing) <= _fewest(examples, seq_len, max_patches):
-        return decreasing
-    given = _best_fit(examples, range(len(examples)), seq_len, max_patches)
-    return given if len(given) < len(decreasing) else decreasing
+    """Return the packing with the fewest sequences of `best_fit_decreasing`, the order given, and `one_by_one`."""
+    fewest = _fewest(examples, seq_len, max_patches)
+    best = best_fit_decreasing(examples, seq_len, max_patches)
+    for pack in (_as_given, one_by_one):
+        if len(best) <= fewest:
+            break
+        best = min(best, pack(examples, seq_len, max_patches), key=len)
+    return best
+
+
+def one_by_one(examples: Sequence[Example], seq_len: int, max_patches: int) -> list[list[int]]:
+    """Fill a sequence at a time, each time with the example that leaves the least of tokens and patches.
+
+    What is left counts squared, and in proportion to how scarce it is in all examples: so sequences get tokens and
+    patches as the examples have them, and those without images do not end up among themselves (norm-based greedy of
+    Panigrahy et al., Heuristics for Vector Bin Packing, 2011).
+    """
+    sizes = np.array([(e.length, e.num_patches) for e in examples], np.int64).reshape(-1, 2)
+    space = np.array([seq_len, max(max_patches, 1)], np.int64)
+    # whole numbers until the last division: the same on every machine
+    tokens, patches = (int(total) * int(other) for total, other in zip(sizes.sum(0), space[::-1], strict=True))
+    weights = np.array([tokens, patches]) / max(tokens, patches, 1)
+    waiting = np.arange(len(sizes))
+    sequences: list[list[int]] = []
+    while len(waiting):
+        sequence: list[int] = []
+        left, able = space.copy(), np.arange(len(waiting))
+        while True:
+            able = able[(sizes[waiting[able]] <= left).all(axis=1)]
+            if not len(able):
+                break
+            after = (left - sizes[waiting[able]]) / space
+            chosen = int(np.argmin(after[:, 0] ** 2 * weights[0] + after[:, 1] ** 2 * weights[1]))
+            sequence.append(int(waiting[able[chosen]]))
+            left -= sizes[sequence[-1]]
+            able = np.delete(able, chosen)
+        sequences.append(sequence)
+        waiting = np.setdiff1d(waiting, sequence, assume_unique=True)
+    return sequences
+
+
+def _as_given(examples: Sequence[Example], seq_len: int, max_patches: int) -> list[list[int]]:
+    return _best_fit(examples, range(len(examples)), seq_len, max_patches)
 
 
 def _load(example: Example, seq_len: int, max_patches: int) -> float:

@@ -40,6 +40,7 @@ from jvlm.data.processor import Processor
 from jvlm.data.shrink import shrink
 from jvlm.data.sources import SourceNumbers
 from jvlm.data.turns import single_turns
+from jvlm.data.waiting import Waiting
 from jvlm.data.workers import Result, Workers, workers_of
 from jvlm.errors import UserError
 from jvlm.models.packed_batch import PackedBatch
@@ -286,8 +287,8 @@ class PackDataset(grain.IterDataset):
     """Packs a process's share of the encoded examples into batches.
 
     Args:
+      draws: what the elements are encoded from.
       sequences: packed sequences of a batch.
-      epoch: examples of the data.
 
     Iterating raises UserError where none of the examples gives anything to learn from.
     """
@@ -295,14 +296,16 @@ class PackDataset(grain.IterDataset):
     def __init__(
         self,
         parent: grain.MapDataset,
+        draws: Draws,
         processor: Processor,
         config: DataConfig,
         sequences: int,
         share: Share,
-        epoch: int,
     ):
         super().__init__(parent)
-        self.processor, self.config, self.sequences, self.share, self.epoch = processor, config, sequences, share, epoch
+        self.processor, self.config, self.sequences, self.share = processor, config, sequences, share
+        self.draws, self.epoch = draws, len(draws.examples)  # examples of the data
+        self.window_size = config.window(self.epoch)
         images = processor.image_processor
         self.max_image_patches = image_patch_limit(images, processor.image_config, config)
         self.by_source = mixture_of(config).unit == "sequences"
@@ -315,9 +318,13 @@ class PackDataset(grain.IterDataset):
         config = self.config
         return workers_of(self._parent, self.processor, config.read_threads, config.worker_processes)
 
+    def described(self, draw: int) -> str:
+        """Return which example a draw is."""
+        return str(self.draws[draw].origin)
+
     def window(self, number: int) -> range:
         """Draws of a window; fewer, or none, at the end of the data."""
-        start, size = number * self.config.pack_window, self.config.pack_window
+        start, size = number * self.window_size, self.window_size
         return range(start, max(start, min(start + size, len(self._parent))))
 
 
@@ -376,7 +383,7 @@ class PackIterator(grain.DatasetIterator):
             self._rejected = []
             while self._queue and len(sequences) < count:
                 sequences.append(self._queue.popleft())
-                self._ask(min(self._ahead, config.pack_window - len(self._asked)))
+                self._ask(min(self._ahead, self.dataset.window_size - len(self._asked)))
                 self._progress = dataclasses.replace(self._progress, given=self._progress.given + 1)
             if not self._queue:
                 self._progress = dataclasses.replace(self._progress, done=self._progress.done + 1, given=0)
@@ -416,7 +423,11 @@ class PackIterator(grain.DatasetIterator):
         window, before = self._progress.item
         size = len(self.dataset.window(window))
         self._ask(size - len(self._asked))
-        results = [self._asked.popleft().result() for _ in range(size)]
+        results = []
+        with Waiting(self.dataset.described) as waiting:
+            for draw in self.dataset.window(window):
+                waiting.now(draw)
+                results.append(self._asked.popleft().result())
         results = complete_window(results, config)
         elements = [element for place in results for element in place]
         examples = [e for e in elements if not isinstance(e, Rejected)]
@@ -431,7 +442,7 @@ class PackIterator(grain.DatasetIterator):
         if config.shuffle != "none":  # packed longest first: in that order a batch is of one length, often of one kind
             np.random.default_rng(window).shuffle(packed)
         self._queue.extend([examples[i] for i in sequence] for sequence in packed[given:])
-        self._ahead = -(-config.pack_window // max(len(self._queue), 1))
+        self._ahead = -(-self.dataset.window_size // max(len(self._queue), 1))
         self._progress = dataclasses.replace(self._progress, given=given)
         return bool(results)
 
@@ -512,7 +523,7 @@ def _packed(
     # of documents that are joined, one that cannot be decoded must be known before
     encode = Encode(processor, config, decode=max(joins_of(config).values()) > 1)
     encoded = grain.MapDataset.source(draws).map(EncodeDrawn(encode))
-    packed = PackDataset(encoded, processor, config, share.of(config.batch_size), share, len(draws.examples))
+    packed = PackDataset(encoded, draws, processor, config, share.of(config.batch_size), share)
     return packed, draws
 
 

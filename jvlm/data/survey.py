@@ -77,7 +77,7 @@ class Survey:
 
     def padding(self) -> tuple[float, float]:
         """Shares of the tokens and of the patches of sequences that are padding in the packed sample."""
-        return _padding(self.sizes[:_PACKED], self.config.seq_len, self.config.max_patches, self.config.pack_window)
+        return _padding(self.sizes[:_PACKED], self.config)
 
     def steps(self, epochs: float, batch_size: int) -> int:
         """Return the steps of ``batch_size`` packed sequences that so many epochs take."""
@@ -89,7 +89,7 @@ class Survey:
         return max(1, math.ceil(sequences * self._draws_per_sequence()))
 
     def _draws_per_sequence(self) -> float:
-        packed = packing.best_fit_decreasing(self.sizes, self.config.seq_len, self.config.max_patches)
+        packed = packing.best_fit(self.sizes, self.config.seq_len, self.config.max_patches)
         return self.sampled / max(len(packed), 1)
 
     def text(self) -> str:
@@ -287,7 +287,8 @@ def choose_sizes(sizes: Sequence[Size], config: DataConfig, processor: Processor
     for tokens in _token_sizes(config.seq_len, longest, math.lcm(64, parts)):
         held = [size for size in usable if size.length <= tokens]
         for patches in _patch_sizes(config.max_patches, held, tokens, most, step):
-            padding = sum(_padding([s for s in held if s.num_patches <= patches], tokens, patches, config.pack_window))
+            tried = dataclasses.replace(config, seq_len=tokens, max_patches=patches)
+            padding = sum(_padding([s for s in held if s.num_patches <= patches], tried))
             if best is None or padding < best[0] - _CLOSE:
                 best = padding, tokens, patches
     return dataclasses.replace(config, seq_len=best[1], max_patches=best[2])
@@ -308,9 +309,10 @@ def _patch_sizes(asked: int | Literal["auto"], sizes: Sequence[Size], tokens: in
     return sorted({-(-max(int(share * tokens * more), most) // step) * step for more in (0.9, 1.0, 1.1, 1.25, 1.5, 2)})
 
 
-def _padding(sizes: Sequence[Size], seq_len: int, max_patches: int, window: int) -> tuple[float, float]:
+def _padding(sizes: Sequence[Size], config: DataConfig) -> tuple[float, float]:
+    window = config.window(len(sizes))
     windows = [sizes[start : start + window] for start in range(0, len(sizes), window)]
-    sequences = sum(len(packing.best_fit_decreasing(part, seq_len, max_patches)) for part in windows)
+    sequences = sum(len(packing.best_fit(part, config.seq_len, config.max_patches)) for part in windows)
     used = sum(size.length for size in sizes), sum(size.num_patches for size in sizes)
-    capacity = sequences * seq_len, sequences * max_patches
+    capacity = sequences * config.seq_len, sequences * config.max_patches
     return tuple(1 - part / whole if whole else 0.0 for part, whole in zip(used, capacity, strict=True))

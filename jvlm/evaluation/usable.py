@@ -12,6 +12,7 @@ from jvlm.data.content import Conversation
 from jvlm.data.errors import ExampleError, Rejected, grouped
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_conversation, parse_example
+from jvlm.data.formats.example_format import FormatOptions
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.evaluation.questions import questions_of
@@ -20,14 +21,19 @@ _PARSED = 5000  # examples of larger files are looked at in a sample of so many
 
 
 def check(
-    patterns: Sequence[str], processor: Processor, *, max_examples: int | None = None, seconds: float = 20.0
+    patterns: Sequence[str],
+    processor: Processor,
+    *,
+    options: FormatOptions = FormatOptions(),
+    max_examples: int | None = None,
+    seconds: float = 20.0,
 ) -> None:
     """Look at the examples as scoring will, images included: all of a small set, else those that the time allows.
 
     Raises:
       UserError: examples that cannot be asked, by reason, with the first files and lines.
     """
-    source = ExampleSource(patterns)
+    source = ExampleSource(patterns, options)
     count = min(len(source), max_examples or len(source))
     spread = np.unique(np.linspace(0, count - 1, min(count, _PARSED)).astype(int))
     order = [int(i) for i in np.random.default_rng(0).permutation(spread)]
@@ -79,11 +85,12 @@ def examples_of(
     patterns: Sequence[str],
     read: Callable[[tuple], Conversation] = parsed,
     *,
+    options: FormatOptions = FormatOptions(),
     max_examples: int | None = None,
     rejected: list[Rejected],
 ) -> Iterator[Conversation]:
     """The examples that can be read, one at a time; the others are appended to ``rejected``."""
-    source = ExampleSource(patterns)
+    source = ExampleSource(patterns, options)
     for index in range(min(len(source), max_examples or len(source))):
         try:
             yield read(source[index])
@@ -91,13 +98,15 @@ def examples_of(
             rejected.append(Rejected.of(error, "bad"))
 
 
-def training_conversations(patterns: Sequence[str], *, rejected: list[Rejected] | None) -> Iterator[Conversation]:
+def training_conversations(
+    patterns: Sequence[str], options: FormatOptions = FormatOptions(), *, rejected: list[Rejected] | None
+) -> Iterator[Conversation]:
     """The conversations of training data, one at a time; documents, which ask nothing, are passed over.
 
     Args:
       rejected: gets the examples that cannot be read; without it, the ExampleError of the first is raised.
     """
-    source = ExampleSource(patterns)
+    source = ExampleSource(patterns, options)
     for index in range(len(source)):
         origin, record = source[index]
         try:

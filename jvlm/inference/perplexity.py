@@ -50,7 +50,7 @@ class TextPerplexity:
     def __init__(self, path: str | Path, max_tokens: int = 1024):
         if max_tokens < 2:
             raise UserError(f"max_tokens is {max_tokens}; it must be at least 2")
-        self.max_tokens = max_tokens
+        self.path, self.max_tokens = path, max_tokens
         files = sorted(file for file in Path(path).rglob("*") if file.is_file()) if Path(path).is_dir() else []
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         self.identity = hashlib.sha256(repr((str(path), stats, max_tokens)).encode()).hexdigest()
@@ -65,6 +65,9 @@ class TextPerplexity:
             model, processor = jvlm.load(path)
             self._tokenizer, decoder = processor.tokenizer, model.decoder
         self._graph, self._state = nnx.split(decoder)
+
+    def __reduce__(self):  # loaded where it is unpickled
+        return type(self), (self.path, self.max_tokens)
 
     def __call__(self, texts: Sequence[str]) -> list[float]:
         """Return the perplexity of each text."""

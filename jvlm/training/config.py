@@ -9,6 +9,7 @@ import tyro
 
 from jvlm.adapters.config import AdapterConfig
 from jvlm.data.config import DataConfig
+from jvlm.data.formats.example_format import FormatOptions
 from jvlm.data.processor import ProcessorConfig
 from jvlm.errors import UserError
 from jvlm.models.decoders.moe import MoEConfig
@@ -105,6 +106,8 @@ class EvaluationConfig:
 
     Attributes:
       data: files of examples whose assistant turns are the expected answers; empty skips scoring.
+      format, columns: of `data`, as those of the training data. Of formats without an assistant's turn the answer is
+        taken as one.
       ask: "independent" asks each question in a conversation of its own; "multi_turn" in order, after the model's own
         answers.
       max_new_tokens: longest answer in tokens.
@@ -122,6 +125,8 @@ class EvaluationConfig:
     """
 
     data: tuple[str, ...] = ()
+    format: str = "auto"
+    columns: tuple[str, ...] = ()
     ask: Literal["independent", "multi_turn"] = "independent"
     max_new_tokens: int = 64
     batch_size: int = 64
@@ -141,6 +146,10 @@ class EvaluationConfig:
         check_fields(self, "evaluation.", {**counts, "aim": "[0, 100]", "aim_iou": "[0, 1]"})
         if self.tasks and self.tasks_data is None:
             raise UserError("evaluation.tasks needs evaluation.tasks_data, the folder with their files")
+
+    def options(self) -> FormatOptions:
+        """Return the format of `data`."""
+        return FormatOptions(self.format, self.columns, answer_as_turn=True)
 
 
 @dataclasses.dataclass(frozen=True)

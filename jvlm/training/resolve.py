@@ -74,7 +74,9 @@ def check_ahead(job: Experiment, later: Sequence[Experiment], processor: Process
         sample.check()
     config = job.evaluation
     if config.data:
-        usable.check(config.data, _reading(processor, job.data), max_examples=config.max_examples)
+        usable.check(
+            config.data, _reading(processor, job.data), options=config.options(), max_examples=config.max_examples
+        )
 
 
 def _reading(processor: Processor, data: pipeline.DataConfig) -> Processor:

@@ -77,7 +77,8 @@ class ValidationData:
             workers.close()
 
     def _windows(self) -> Iterable[range]:
-        size, count = self.config.pack_window, len(self.source)
+        count = len(self.source)
+        size = self.config.window(count)
         for start in range(self.share.index * size, count, self.share.count * size):
             yield range(start, min(start + size, count))
 

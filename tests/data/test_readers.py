@@ -428,6 +428,24 @@ def test_a_dataset_of_tfds_is_read_without_tensorflow(prepared, tmp_path):
         _records(folder)
 
 
+def test_a_dataset_of_tfds_in_parquet_gives_what_its_own_library_reads(prepared, tmp_path):
+    folder, records = prepared
+    for number, part in enumerate((records[:3], records[3:])):
+        table = pa.table({"data": pa.array(part, pa.binary())})
+        pq.write_table(table, tmp_path / f"my-train.parquet-{number:05d}-of-00002")
+    (tmp_path / "features.json").write_bytes((folder / "features.json").read_bytes())
+    found = _records(tmp_path)
+    assert [record["messages"][0]["content"][1]["text"] for record in found] == [f"q{n} ü" for n in range(5)]
+    assert [_pixel(record["messages"][0]["content"][0]["image"]) for record in found] == [0, 1, 2, 3, 4]
+    source = ExampleSource([str(tmp_path)])
+    again = pickle.loads(pickle.dumps(source))
+    assert repr(again[4]) == repr(source[4])
+    pq.write_table(
+        pa.table({"data": pa.array([b"no record"], pa.binary())}), tmp_path / "my-test.parquet-00000-of-00001"
+    )
+    assert isinstance(ExampleSource([f"{tmp_path}:test"])[0][1], ExampleError)
+
+
 def _tf_record(path, records):
     with open(path, "wb") as file:
         for record in records:

@@ -2,11 +2,16 @@
 
 import gc
 import multiprocessing
+from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
+from jvlm.data import pipeline
+from jvlm.data.config import DataConfig
 from jvlm.data.recycled import opened, recycled, scratch, shared_location
+from tools import drawn_data
 
 
 def test_memory_is_used_again_only_when_nothing_refers_to_it():
@@ -59,3 +64,20 @@ def test_another_process_writes_to_a_part_of_a_shared_array():
     expected = np.ones((4, 1000), np.uint8)
     expected[2, 100:200] = 9
     assert np.array_equal(array, expected)
+
+
+@pytest.mark.slow
+def test_processes_share_one_array_for_each_batch_however_many_there_are(tmp_path, tiny):
+    """Each shared block costs the system calls of its own: one for all patches of a batch, used again."""
+    path = drawn_data.write(tmp_path, "tiny", drawn_data.tiny, 300)
+    config = DataConfig(
+        train=(path,), batch_size=2, seq_len=256, max_patches=1024, worker_processes=1, prefetch=2, curves="off"
+    )
+    dataset, _ = pipeline.training_data(tiny.processor, config, seed=0)
+    iterator, found = iter(dataset), []
+    for _ in range(30):
+        next(iterator)
+        found.append(sum("jvlm-batch" in str(path.readlink()) for path in Path("/proc/self/fd").glob("[0-9]*")))
+    iterator.close()
+    assert max(found[10:]) <= max(found[:10])
+    assert 1 <= max(found) <= 8

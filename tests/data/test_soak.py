@@ -30,3 +30,31 @@ def test_a_mixture_with_a_schedule_goes_on_after_a_kill_as_if_unbroken(tmp_path)
     for key in ("digest", "conversations", "rejected"):
         assert [batch[key] for batch in killed] == [batch[key] for batch in unbroken]
     assert len({batch["digest"] for batch in unbroken}) == 15
+
+
+@pytest.mark.slow
+def test_hosts_that_are_killed_and_come_back_in_other_numbers_read_each_sequence_once(tmp_path):
+    """Two hosts, then four, then one; 1 % of the examples are damaged."""
+    file = soak_data.write_examples(tmp_path, 1500)
+    alone = soak_data.run([file], tmp_path / "alone.log", 0)
+    found = soak_data.run_hosts([file], tmp_path, [2, 4, 1], kill_at=5)
+    expected = sorted(one for batch in alone for one in batch["sequences"])
+    assert len(set(expected)) == len(expected) > 30
+    assert sorted(one for batch in found for one in batch["sequences"]) == expected
+    assert sum(batch["conversations"] for batch in found) == 1500 - 15
+    rejected = sorted(number for batch in found for number in batch["rejected"])
+    assert rejected == [index + 1 for index in soak_data.damaged(1500)]
+
+
+@pytest.mark.slow
+def test_a_mixture_read_by_hosts_that_are_killed_draws_what_one_host_draws(tmp_path):
+    files = [soak_data.write_examples(tmp_path, 700, "most"), soak_data.write_examples(tmp_path, 90, "few")]
+    folder = tmp_path / "hosts"
+    folder.mkdir()
+    found = soak_data.run_hosts(files, folder, [2, 4, 2], kill_at=5, batches=6)
+    # one host alone reads further than all of them together
+    alone = soak_data.run(files, tmp_path / "alone.log", 0, batches=60)
+    expected = {one for batch in alone for one in batch["sequences"]}
+    sequences = [one for batch in found for one in batch["sequences"]]
+    assert len(set(sequences)) == len(sequences) > 60
+    assert set(sequences) <= expected

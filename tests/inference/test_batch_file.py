@@ -126,6 +126,16 @@ def test_bad_examples_are_skipped_counted_and_not_tried_again(tiny, examples, da
     assert answer(tiny, path, output, on_bad_example="skip") == FileResult(answered=0, bad=0, existing=4)
 
 
+def test_a_video_that_cannot_be_decoded_says_why_and_ends_nothing(tiny, examples, data, tmp_path):
+    (examples[0] / "cut.mp4").write_bytes(b"\x00\x00\x00\x18ftypmp42" + bytes(64))
+    bad = {**prompt("<video>what?"), "videos": ["cut.mp4"]}
+    path, output = data([examples[1][1], bad, examples[1][3]], "videos.jsonl"), tmp_path / "out.jsonl"
+    assert answer(tiny, path, output, on_bad_example="skip") == FileResult(answered=2, bad=1, existing=0)
+    said = read(output)[1]["error"]
+    assert "videos.jsonl, line 2, field 'videos[0]'" in said
+    assert "moov atom not found" in said or "Invalid data" in said  # what FFmpeg said first
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jvlm.data.conversion import source_identity
+from jvlm.data.engines.engine import Engine, InProcess
 from jvlm.data.errors import ExampleError, Rejected
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.formats.example_format import FormatOptions
@@ -72,8 +73,7 @@ class EvaluationSet:
         self, name: str, files: Sequence[str], rule: Contamination, options: FormatOptions, media_root: str | None
     ):
         self.name, self.rule = name, rule
-        self.source = ExampleSource(files, options)
-        self.examples = Examples(self.source, media_root)
+        self.examples = Examples(ExampleSource(files, options), media_root)
         self.index = NgramIndex(rule.ngram_words, least_words=rule.least_words, most_items=rule.most_items)
         hashes, owners = [], []
         with Progress(total=len(self.source), desc=f"reading {name}", unit="example") as bar:
@@ -87,6 +87,11 @@ class EvaluationSet:
                 bar.update(1)
         self.hashes = np.stack(hashes) if hashes else np.zeros((0, rule.hash_bits // 64), np.uint64)
         self.owners = owners
+
+    @property
+    def source(self) -> ExampleSource:
+        """Its examples as they are read."""
+        return self.examples.source
 
     def identity(self) -> str:
         """Return what tells the set from others."""
@@ -105,6 +110,7 @@ def decontaminate(
     on_bad_example: Literal["error", "skip"] = "error",
     examples_per_shard: int = 10_000,
     threads: int = 4,
+    engine: Engine = InProcess(),
 ) -> Kept:
     """Find examples of evaluation sets in training data, list them in ``found.jsonl`` of a folder, and with ``drop``
     write the other examples as shards.
@@ -115,6 +121,7 @@ def decontaminate(
     Args:
       evaluation: name -> files of each evaluation set.
       drop: kinds that are left out; empty only looks.
+      engine: what searches, and writes shards.
 
     Raises:
       ExampleError: an example that cannot be used, unless skipped; one of an evaluation set, always.
@@ -137,7 +144,8 @@ def decontaminate(
     hits: dict[str, dict[Kind, set[int]]] = {one.name: defaultdict(set) for one in sets}
 
     def found() -> Iterator[Found]:
-        for index, shared, rejected in _search(examples, sets, rule, output, identity, on_bad_example, threads):
+        task = _Search(examples, sets, rule, on_bad_example == "skip", threads)
+        for index, shared, rejected in _searched(task, output, identity, engine):
             if rejected is not None:
                 bad[index] = rejected
             for name, kind, item, _ in shared:
@@ -174,6 +182,7 @@ def decontaminate(
         media_root=media_root,
         notes=tuple(_line(name, count) for name, count in counts.items()),
         more={"evaluation": counts},
+        engine=engine,
     )
 
 
@@ -188,41 +197,45 @@ def _line(name: str, count: Mapping[str, int]) -> str:
 Shared = tuple[str, Kind, int, dict[str, Any]]
 
 
-def _search(
-    examples: Examples,
-    sets: Sequence[EvaluationSet],
-    rule: Contamination,
-    output: Path,
-    identity: str,
-    on_bad_example: str,
-    threads: int,
-) -> Iterator[tuple[int, list[Shared], Rejected | None]]:
-    """(index, what it shares, why it cannot be used) of every example."""
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """(what it shares, why it cannot be used) of examples: a `jvlm.data.engines.engine.Task`."""
 
-    def measured(index: int) -> tuple[list[str], tuple[bytes, ...], Rejected | None]:
+    examples: Examples
+    sets: Sequence[EvaluationSet]
+    rule: Contamination
+    skip: bool
+    threads: int
+
+    def __call__(self, some: range) -> list[Any]:
+        with ThreadPoolExecutor(self.threads) as pool:
+            read = list(pool.map(self._read, some))
+        shared: list[list[Shared]] = [[] for _ in some]
+        for one in self.sets:
+            for row, (texts, _, _) in enumerate(read):
+                shared[row] += [(one.name, "text", o.item, {"text": o.text}) for o in _overlaps(one, texts)]
+            _images(self.examples, one, some, [images for _, images, _ in read], self.rule, shared)
+        return [
+            [list(map(list, row)), None if rejected is None else dataclasses.asdict(rejected)]
+            for row, (_, _, rejected) in zip(shared, read, strict=True)
+        ]
+
+    def _read(self, index: int) -> tuple[list[str], tuple[bytes, ...], Rejected | None]:
         try:
-            return texts_of(examples.parsed(index)), examples.facts(index, rule.hash_bits).images, None
+            return texts_of(self.examples.parsed(index)), self.examples.facts(index, self.rule.hash_bits).images, None
         except ExampleError as error:
-            if on_bad_example == "error":
+            if not self.skip:
                 raise
             return [], (), Rejected.of(error, "bad")
 
-    with ThreadPoolExecutor(threads) as pool, Progress(total=len(examples), desc="searching", unit="example") as bar:
 
-        def piece(some: range) -> list[Any]:
-            read = list(pool.map(measured, some))
-            shared: list[list[Shared]] = [[] for _ in some]
-            for one in sets:
-                for row, (texts, _, _) in enumerate(read):
-                    shared[row] += [(one.name, "text", o.item, {"text": o.text}) for o in _overlaps(one, texts)]
-                _images(examples, one, some, [images for _, images, _ in read], rule, shared)
-            return [
-                [list(map(list, row)), None if rejected is None else dataclasses.asdict(rejected)]
-                for row, (_, _, rejected) in zip(shared, read, strict=True)
-            ]
-
-        index = 0
-        for values in Pieces(output / WORK, "shared", identity, len(examples)).run(piece):
+def _searched(
+    task: _Search, output: Path, identity: str, engine: Engine
+) -> Iterator[tuple[int, list[Shared], Rejected | None]]:
+    """(index, what it shares, why it cannot be used) of every example."""
+    count, index = len(task.examples), 0
+    with Progress(total=count, desc="searching", unit="example") as bar:
+        for values in Pieces(output / WORK, "shared", identity, count).run(task, engine):
             for shared, rejected in values:
                 yield index, [tuple(one) for one in shared], None if rejected is None else Rejected(**rejected)
                 index += 1

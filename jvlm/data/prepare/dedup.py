@@ -1,22 +1,25 @@
 """Duplicates within a set of examples, and of one set in another.
 
-Three passes: facts of each example (streamed, kept on disk), candidates (in memory, about half a kilobyte an example),
-and a comparison of the candidates themselves. An example is a duplicate if an *earlier* one is like
-it, dropped or not: the rule needs no order of work.
+Three passes: facts of each example (streamed, kept on disk), candidates (from arrays in memory: some 400 bytes of a
+text, some 150 of an image), and a comparison of the candidates themselves. An example is a duplicate if an *earlier*
+one is like it, dropped or not: the rule needs no order of work.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Int, UInt64
 
 from jvlm.data.conversion import source_identity
+from jvlm.data.engines.engine import Engine, InProcess
 from jvlm.data.errors import ExampleError, Rejected
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.formats.example_format import FormatOptions
@@ -24,13 +27,14 @@ from jvlm.data.prepare.candidates import Pairs, near_hashes, shared_keys
 from jvlm.data.prepare.facts import Examples, Facts, text_of
 from jvlm.data.prepare.image_hash import MAX_DISTANCE, HashBits, second_look
 from jvlm.data.prepare.keeping import WORK, Found, Kept, keep, prepared_folder
-from jvlm.data.prepare.ngrams import jaccard, shingles
+from jvlm.data.prepare.ngrams import KEYS, jaccard, shingles
 from jvlm.data.prepare.pieces import Pieces
 from jvlm.errors import UserError
 from jvlm.progress import Progress
 
 Kind = Literal["equal", "near", "near_text", "near_images"]
 KINDS: tuple[Kind, ...] = ("equal", "near", "near_text", "near_images")
+_BLOCK = 4096  # examples whose facts become arrays together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,7 @@ def dedup(
     on_bad_example: Literal["error", "skip"] = "error",
     examples_per_shard: int = 10_000,
     threads: int = 4,
+    engine: Engine = InProcess(),
 ) -> Kept:
     """Find duplicates, list them in ``found.jsonl`` of a folder, and with ``drop`` write the other examples as shards.
 
@@ -78,6 +83,7 @@ def dedup(
     Args:
       against: files whose examples come before all others: duplicates of them are found, they are not written.
       drop: kinds that are left out; empty only looks. The same folder then goes on with what was measured.
+      engine: what measures, compares, and writes shards. Candidates are found in this process.
 
     Raises:
       ExampleError: an example that cannot be used, unless skipped.
@@ -91,15 +97,15 @@ def dedup(
     first = sum(ExampleSource([pattern], options).__len__() for pattern in against)
     examples = Examples(source, media_root)
     identity = hashlib.sha256(repr((source_identity(source), media_root, likeness, first)).encode()).hexdigest()
-    measured, bad = _measure(examples, output, identity, likeness, on_bad_example == "skip", threads)
-    table = Table.of(measured, likeness.hash_bits)
+    task = _Measure(examples, likeness.hash_bits, on_bad_example == "skip", threads)
+    table, bad = _measured(task, output, identity, engine)
     pairs = table.candidates(first, likeness)
     found = [
         Found(int(j), "equal", _of(source, int(table.equal_of[j])))
         for j in np.flatnonzero(table.equal_of < np.arange(len(source)))
         if j >= first
     ]
-    found += _compare(examples, table, pairs, output, identity, likeness)
+    found += _compared(_Compare(examples, table, list(pairs.by_later()), likeness), output, identity, engine)
     found.sort(key=lambda one: one.index)
     bad = {index: one for index, one in bad.items() if index >= first}
     notes = [f"{pairs.cut:,} more pairs of candidates were not compared (most_compared)"] if pairs.cut else []
@@ -115,6 +121,7 @@ def dedup(
         media_root=media_root,
         notes=tuple(notes),
         more={"not_compared": pairs.cut},
+        engine=engine,
     )
 
 
@@ -123,105 +130,162 @@ def _of(source: ExampleSource, index: int) -> dict[str, Any]:
     return {"of_file": origin.file, "of_number": origin.number}
 
 
-def _measure(
-    examples: Examples, output: Path, identity: str, likeness: Likeness, skip: bool, threads: int
-) -> tuple[list[Facts | None], dict[int, Rejected]]:
-    """Return the facts of every example, None for one that cannot be used."""
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+    """(facts, why it cannot be used) of examples: a `jvlm.data.engines.engine.Task`."""
 
-    def one(index: int) -> list[Any]:
+    examples: Examples
+    bits: HashBits
+    skip: bool
+    threads: int
+
+    def __call__(self, some: range) -> list[Any]:
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(self._one, some))
+
+    def _one(self, index: int) -> list[Any]:
         try:
-            return [dataclasses.astuple(examples.facts(index, likeness.hash_bits)), None]
+            return [dataclasses.astuple(self.examples.facts(index, self.bits)), None]
         except ExampleError as error:
-            if not skip:
+            if not self.skip:
                 raise
             return [None, dataclasses.asdict(Rejected.of(error, "bad"))]
 
-    measured: list[Facts | None] = []
-    bad: dict[int, Rejected] = {}
-    pieces = Pieces(output / WORK, "facts", f"{identity} {skip}", len(examples))
-    with ThreadPoolExecutor(threads) as pool, Progress(total=len(examples), desc="hashing", unit="example") as bar:
-        for values in pieces.run(lambda some: list(pool.map(one, some))):
+
+def _measured(task: _Measure, output: Path, identity: str, engine: Engine) -> tuple[Table, dict[int, Rejected]]:
+    """Return the facts of all examples, and those that cannot be used."""
+    count, bad, index = len(task.examples), {}, 0
+    pieces = Pieces(output / WORK, "facts", f"{identity} {task.skip}", count)
+
+    def facts() -> Iterator[Facts | None]:
+        nonlocal index
+        for values in pieces.run(task, engine):
             for found, rejected in values:
                 if rejected is not None:
-                    bad[len(measured)] = Rejected(**rejected)
-                measured.append(None if found is None else Facts(*found))
+                    bad[index] = Rejected(**rejected)
+                index += 1
+                yield None if found is None else Facts(*found)
             bar.update(len(values))
-    return measured, bad
+
+    with Progress(total=count, desc="hashing", unit="example") as bar:
+        return Table.of(facts(), task.bits), bad
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The facts of all examples as arrays.
+    """The facts of n examples as arrays.
 
     Attributes:
       equal_of: the first example with the same content; itself for most.
-      text: a number for each normalized text.
-      hashes: of each image of each example.
-      keys: example -> keys of its text.
+      text_of: the first example with the same normalized text; -1 for one that cannot be used.
+      hashes: of all images, in the order of the examples.
+      starts: the first hash of each example, and the number of hashes.
+      keys: of the texts that have some.
+      keyed: examples that these are of, ascending.
     """
 
-    equal_of: np.ndarray
-    text: np.ndarray
-    hashes: list[np.ndarray]
-    keys: list[np.ndarray]
+    equal_of: Int[np.ndarray, " n"]
+    text_of: Int[np.ndarray, " n"]
+    hashes: UInt64[np.ndarray, "m w"]
+    starts: Int[np.ndarray, " n+1"]
+    keys: UInt64[np.ndarray, "k bands"]
+    keyed: Int[np.ndarray, " k"]
 
     @classmethod
-    def of(cls, measured: Sequence[Facts | None], bits: int) -> Table:
+    def of(cls, measured: Iterable[Facts | None], bits: HashBits) -> Table:
         """Return the table; an example that cannot be used is like no other."""
-        seen: dict[bytes, int] = {}
-        texts: dict[bytes, int] = {}
-        equal_of = np.arange(len(measured))
-        text = np.full(len(measured), -1)
-        hashes, keys = [], []
-        for index, one in enumerate(measured):
-            if one is not None:
-                equal_of[index] = seen.setdefault(one.equal, index)
-                text[index] = texts.setdefault(one.text, index)
-            hashes.append(np.frombuffer(b"".join(one.images) if one else b"", ">u8").reshape(-1, bits // 64))
-            keys.append(np.frombuffer(one.keys if one else b"", ">u8"))
-        return cls(equal_of, text, hashes, keys)
+        blocks = []
+        measured = iter(measured)
+        while some := list(itertools.islice(measured, _BLOCK)):
+            keyed = [i for i, one in enumerate(some) if one is not None and one.keys]
+            blocks.append(
+                (
+                    _digests([None if one is None else one.equal for one in some]),
+                    _digests([None if one is None else one.text for one in some]),
+                    _words([image for one in some if one is not None for image in one.images], bits // 64),
+                    np.array([0 if one is None else len(one.images) for one in some], np.int32),
+                    _words([some[i].keys for i in keyed], KEYS),
+                    np.array(keyed, np.int64) + _BLOCK * len(blocks),
+                )
+            )
+        equal, text, hashes, images, keys, keyed = (np.concatenate(one) for one in zip(*blocks, strict=True))
+        starts = np.concatenate([[0], np.cumsum(images)])
+        return cls(_firsts(equal), np.where(_usable(text), _firsts(text), -1), hashes, starts, keys, keyed)
+
+    def images(self, example: int) -> UInt64[np.ndarray, "i w"]:
+        """Return the hashes of an example's images."""
+        return self.hashes[self.starts[example] : self.starts[example + 1]]
 
     def candidates(self, first: int, likeness: Likeness) -> Pairs:
         """Return the pairs to compare: near hashes of their first images, or a key in common."""
         pairs = Pairs(likeness.most_compared)
         distinct = self.equal_of == np.arange(len(self.equal_of))
-        counts = np.array([len(one) for one in self.hashes])
+        counts = np.diff(self.starts)
         # examples are compared with those of as many images alone
         for count in np.unique(counts[counts > 0]):
             some = np.flatnonzero(distinct & (counts == count))
-            stacked = np.stack([self.hashes[index][0] for index in some]).astype(np.uint64)
-            near_hashes(some, stacked, likeness.max_distance, first, pairs)
-        some = np.array([index for index in np.flatnonzero(distinct) if len(self.keys[index])], np.int64)
-        if len(some):
-            shared_keys(some, np.stack([self.keys[index] for index in some]).astype(np.uint64), first, pairs)
+            near_hashes(some, self.hashes[self.starts[some]], likeness.max_distance, first, pairs)
+        some = distinct[self.keyed]
+        if some.any():
+            shared_keys(self.keyed[some], self.keys[some], first, pairs)
         return pairs
 
 
-def _compare(
-    examples: Examples, table: Table, pairs: Pairs, output: Path, identity: str, likeness: Likeness
-) -> Iterator[Found]:
-    """Yield what each later example is a duplicate of, by comparing the examples themselves."""
-    asked = list(pairs.by_later())
+def _digests(found: Sequence[bytes | None]) -> np.ndarray:
+    """Return digests as pairs of numbers; zeros where there is none."""
+    return np.frombuffer(b"".join(one or bytes(16) for one in found), np.uint64).reshape(-1, 2)
 
-    def one(number: int) -> list[Any] | None:
-        later, earlier = asked[number]
+
+def _words(found: Sequence[bytes], count: int) -> np.ndarray:
+    return np.frombuffer(b"".join(found), ">u8").reshape(-1, count).astype(np.uint64)
+
+
+def _usable(digests: np.ndarray) -> np.ndarray:
+    return digests.any(axis=1)
+
+
+def _firsts(digests: np.ndarray) -> np.ndarray:
+    """Return the first example with each one's digest; of those without one, itself."""
+    order = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
+    ordered = digests[order]
+    begins = np.concatenate([[True], (ordered[1:] != ordered[:-1]).any(axis=1)])
+    firsts = np.empty(len(digests), np.int64)
+    firsts[order] = order[np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))]
+    return np.where(_usable(digests), firsts, np.arange(len(digests)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compare:
+    """What later examples are duplicates of, by comparing the examples: a `jvlm.data.engines.engine.Task`."""
+
+    examples: Examples
+    table: Table
+    asked: Sequence[tuple[int, list[int]]]
+    likeness: Likeness
+
+    def __call__(self, some: range) -> list[Any]:
+        return [self._one(*self.asked[number]) for number in some]
+
+    def _one(self, later: int, earlier: Sequence[int]) -> list[Any] | None:
         best: tuple[int, int, dict[str, Any]] | None = None
         for index in earlier:
-            found = compared(examples, table, later, index, likeness)
+            found = compared(self.examples, self.table, later, index, self.likeness)
             if found is not None and (best is None or KINDS.index(found[0]) < best[0]):
                 best = (KINDS.index(found[0]), index, found[1])
             if best is not None and best[0] <= KINDS.index("near_text") and best[1] == index:
                 break
         return None if best is None else list(best)
 
-    pieces = Pieces(output / WORK, "compared", identity, len(asked), 32)
-    at = 0
-    with Progress(total=len(asked), desc="comparing", unit="example") as bar:
-        for values in pieces.run(lambda some: [one(number) for number in some]):
+
+def _compared(task: _Compare, output: Path, identity: str, engine: Engine) -> Iterator[Found]:
+    """Yield what each later example is a duplicate of."""
+    pieces, at = Pieces(output / WORK, "compared", identity, len(task.asked), 32), 0
+    with Progress(total=len(task.asked), desc="comparing", unit="example") as bar:
+        for values in pieces.run(task, engine):
             for value in values:
                 if value is not None:
                     kind, index, detail = value
-                    yield Found(asked[at][0], KINDS[kind], {**_of(examples.source, index), **detail})
+                    yield Found(task.asked[at][0], KINDS[kind], {**_of(task.examples.source, index), **detail})
                 at += 1
             bar.update(len(values))
 
@@ -230,7 +294,7 @@ def compared(
     examples: Examples, table: Table, later: int, earlier: int, likeness: Likeness
 ) -> tuple[Kind, dict[str, Any]] | None:
     """Return which kind of duplicates two examples are, and how near; None if they are none."""
-    a, b = table.hashes[later], table.hashes[earlier]
+    a, b = table.images(later), table.images(earlier)
     if len(a) != len(b):
         return None
     if not len(a):
@@ -242,5 +306,5 @@ def compared(
     looks = [second_look(*two) for two in zip(examples.thumbnails(later), examples.thumbnails(earlier), strict=True)]
     if not all(look.same for look in looks):
         return None
-    kind: Kind = "near" if table.text[later] == table.text[earlier] else "near_images"
+    kind: Kind = "near" if table.text_of[later] == table.text_of[earlier] else "near_images"
     return kind, {"bits": bits, "correlation": round(min(look.correlation for look in looks), 3)}

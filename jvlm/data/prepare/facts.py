@@ -14,7 +14,7 @@ from PIL import Image as PillowImage
 
 from jvlm.data.content import Conversation, Document, Image, ObjectBox, ObjectName, Part, Text, media_sources
 from jvlm.data.errors import ExampleError, Origin
-from jvlm.data.example_source import ExampleSource
+from jvlm.data.example_source import ExampleSource, Opening
 from jvlm.data.examples import parse_example
 from jvlm.data.images import content_digest, open_image
 from jvlm.data.prepare.image_hash import HashBits, Thumbnail, perceptual_hash
@@ -95,7 +95,7 @@ def _content(example: Conversation | Document, roots: tuple[str, ...]) -> Any:
 
 
 class Examples:
-    """Parsed examples of files, by index.
+    """Parsed examples of files, by index. The files are opened again where it is unpickled.
 
     Args:
       media_root: folder for relative media paths, after the data file's own.
@@ -104,6 +104,9 @@ class Examples:
     def __init__(self, source: ExampleSource, media_root: str | None = None):
         self.source, self.media_root = source, media_root
         self.thumbnails = functools.lru_cache(maxsize=48)(self._thumbnails)
+
+    def __reduce__(self):
+        return _opened, (self.source.opening, self.media_root)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -127,3 +130,7 @@ class Examples:
     def _thumbnails(self, index: int) -> tuple[Thumbnail, ...]:
         example = self.parsed(index)
         return thumbnails(example, self.roots(example.origin))
+
+
+def _opened(opening: Opening, media_root: str | None) -> Examples:
+    return Examples(opening.source(), media_root)

@@ -21,6 +21,7 @@ import numpy as np
 
 from jvlm.data.content import Conversation, Document
 from jvlm.data.conversion import source_identity
+from jvlm.data.engines.engine import Engine, InProcess
 from jvlm.data.errors import ExampleError, Rejected
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.formats.example_format import FormatOptions
@@ -117,6 +118,7 @@ def filter_examples(
     on_bad_example: Literal["error", "skip"] = "error",
     examples_per_shard: int = 10_000,
     threads: int = 4,
+    engine: Engine = InProcess(),
 ) -> Kept:
     """Measure examples, list those beyond a limit in ``found.jsonl`` of a folder, and with ``drop`` write the others.
 
@@ -124,9 +126,10 @@ def filter_examples(
 
     Args:
       language: whether to find the language, which limits of it do by themselves.
-      perplexity: gives that of each of some texts; needed for limits of it.
+      perplexity: gives that of each of some texts; needed for limits of it. An engine of other processes pickles it.
       perplexity_of: what tells its model from others.
       on_histograms: is given the histograms, before anything is dropped.
+      engine: what measures, and writes shards.
 
     Raises:
       ExampleError: an example that cannot be used, unless skipped.
@@ -146,7 +149,8 @@ def filter_examples(
     identity = hashlib.sha256(repr(settings).encode()).hexdigest()
     measured: list[dict[str, Any]] = []
     bad: dict[int, Rejected] = {}
-    for values, rejected in _measure(examples, output, identity, on_bad_example, finds_language, perplexity, threads):
+    task = _Measure(examples, on_bad_example == "skip", finds_language, perplexity, threads)
+    for values, rejected in _measured(task, output, identity, engine):
         if rejected is not None:
             bad[len(measured)] = Rejected(**rejected)
         measured.append(values)
@@ -163,37 +167,47 @@ def filter_examples(
         examples_per_shard=examples_per_shard,
         media_root=media_root,
         more={"limits": {k: v for k, v in dataclasses.asdict(limits).items() if v not in (None, ())}},
+        engine=engine,
     )
 
 
-def _measure(
-    examples: Examples,
-    output: Path,
-    identity: str,
-    on_bad_example: str,
-    language: bool,
-    perplexity: Perplexity | None,
-    threads: int,
-) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
-    def one(index: int) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
-        try:
-            example = examples.parsed(index)
-            text = text_of(example)
-            return text, measures(example, examples.roots(example.origin), text, language=language), None
-        except ExampleError as error:
-            if on_bad_example == "error":
-                raise
-            return "", {}, dataclasses.asdict(Rejected.of(error, "bad"))
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+    """(measures, why it cannot be used) of examples: a `jvlm.data.engines.engine.Task`."""
 
-    def piece(some: range) -> list[Any]:
-        rows = list(pool.map(one, some))
-        scored = [row for row in rows if row[0].strip()] if perplexity is not None else []
-        for row, value in zip(scored, perplexity([text for text, _, _ in scored]) if scored else (), strict=True):
+    examples: Examples
+    skip: bool
+    language: bool
+    perplexity: Perplexity | None
+    threads: int
+
+    def __call__(self, some: range) -> list[Any]:
+        with ThreadPoolExecutor(self.threads) as pool:
+            rows = list(pool.map(self._one, some))
+        scored = [row for row in rows if row[0].strip()] if self.perplexity is not None else []
+        perplexities = self.perplexity([text for text, _, _ in scored]) if scored else ()
+        for row, value in zip(scored, perplexities, strict=True):
             row[1]["perplexity"] = value
         return [list(row[1:]) for row in rows]
 
-    with ThreadPoolExecutor(threads) as pool, Progress(total=len(examples), desc="measuring", unit="example") as bar:
-        for values in Pieces(output / WORK, "measures", identity, len(examples)).run(piece):
+    def _one(self, index: int) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
+        try:
+            example = self.examples.parsed(index)
+            text = text_of(example)
+            roots = self.examples.roots(example.origin)
+            return text, measures(example, roots, text, language=self.language), None
+        except ExampleError as error:
+            if not self.skip:
+                raise
+            return "", {}, dataclasses.asdict(Rejected.of(error, "bad"))
+
+
+def _measured(
+    task: _Measure, output: Path, identity: str, engine: Engine
+) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    count = len(task.examples)
+    with Progress(total=count, desc="measuring", unit="example") as bar:
+        for values in Pieces(output / WORK, "measures", identity, count).run(task, engine):
             yield from map(tuple, values)
             bar.update(len(values))
 

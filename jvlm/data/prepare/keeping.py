@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,9 +14,11 @@ from typing import Any, Literal
 import numpy as np
 
 from jvlm.data import stores
+from jvlm.data.chosen import Chosen
 from jvlm.data.conversion import write_shards
+from jvlm.data.engines.engine import Engine, InProcess
 from jvlm.data.errors import Rejected
-from jvlm.data.example_source import ExampleSource, Read
+from jvlm.data.example_source import ExampleSource
 from jvlm.errors import UserError, file_errors
 
 WORK = ".measured"
@@ -77,24 +78,6 @@ class Kept:
         return "\n".join(lines)
 
 
-class Chosen:
-    """Some examples of a source, as `write_shards` reads them."""
-
-    def __init__(self, source: ExampleSource, indices: np.ndarray):
-        self.source, self.indices = source, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, index: int) -> Read:
-        """Return an example."""
-        return self.source.read(int(self.indices[index]))
-
-    def formats(self) -> list[str]:
-        """Return what the examples are taken for."""
-        return self.source.formats()
-
-
 def prepared_folder(output: str | Path) -> Path:
     """Return the folder of a step. Raises UserError for one that holds shards, or is no folder of this machine."""
     if stores.is_remote(output):
@@ -118,6 +101,7 @@ def keep(
     media_root: str | None = None,
     notes: tuple[str, ...] = (),
     more: dict[str, Any] | None = None,
+    engine: Engine = InProcess(),
 ) -> Kept:
     """List what was found, and write the examples that are not dropped, if any reason is one to drop for.
 
@@ -126,6 +110,7 @@ def keep(
       bad: examples that cannot be used, which are left out with any.
       first: index of the first example to be kept or dropped; those before are only compared with.
       more: for the report beside the counts.
+      engine: what writes the shards.
 
     Raises:
       UserError: nothing is left.
@@ -156,6 +141,7 @@ def keep(
             identity=chosen,
             media_root=media_root,
             verb="writing",
+            engine=engine,
         )
         written, shards = done.written, done.shards
         shutil.rmtree(output / WORK)
@@ -178,7 +164,7 @@ class _replaced:
     """A file of JSON lines that takes its name when the block ends; gives a function that writes a line."""
 
     def __init__(self, path: Path):
-        self.path, self.part = path, path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self.path, self.part = path, path.with_name(f"{path.name}.partial")
 
     def __enter__(self):
         with file_errors(self.path, "written"):

@@ -25,7 +25,7 @@ _WORD = re.compile(
 )
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _SEED = 20
-_BANDS, _ROWS = 32, 4
+KEYS, _ROWS = 32, 4
 
 
 def normalized(text: str) -> str:
@@ -178,7 +178,7 @@ def jaccard(a: UInt64[np.ndarray, " a"], b: UInt64[np.ndarray, " b"]) -> float:
 
 @functools.cache
 def _permutations() -> tuple[np.ndarray, np.ndarray]:
-    drawn = np.random.Generator(np.random.PCG64(_SEED)).integers(0, 1 << 63, (2, _BANDS * _ROWS), np.uint64)
+    drawn = np.random.Generator(np.random.PCG64(_SEED)).integers(0, 1 << 63, (2, KEYS * _ROWS), np.uint64)
     return drawn[0] * np.uint64(2) + np.uint64(1), drawn[1]
 
 
@@ -195,7 +195,7 @@ def minhash_keys(of: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " bands"]:
     lowest = np.full(len(odd), np.iinfo(np.uint64).max, np.uint64)
     for start in range(0, len(of), 512):
         lowest = np.minimum(lowest, _mixed(of[start : start + 512, None] * odd + added).min(axis=0))
-    keys = np.arange(_BANDS, dtype=np.uint64)
-    for column in lowest.reshape(_BANDS, _ROWS).T:
+    keys = np.arange(KEYS, dtype=np.uint64)
+    for column in lowest.reshape(KEYS, _ROWS).T:
         keys = _mixed(keys * _MULTIPLIER + column)
     return keys

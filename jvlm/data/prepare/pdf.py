@@ -23,6 +23,7 @@ import numpy as np
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.example_source import Read
 from jvlm.data.prepare.regions import Region, Scene, Task, record
+from jvlm.data.prepare.render.degrading import degraded
 from jvlm.errors import UserError, file_errors
 from jvlm.killable_pool import KillablePool
 
@@ -41,6 +42,7 @@ class PdfSettings:
       max_side: longest side of a page in pixels; larger ones are drawn smaller.
       unit: what a region is.
       task, seed: as of `jvlm.data.prepare.regions.record`.
+      degrade: share of the pages that are turned, blurred, noisy or compressed.
       seconds: a page may take.
       memory_gb: a process may have.
     """
@@ -51,10 +53,13 @@ class PdfSettings:
     unit: Unit = "line"
     task: Task = "read"
     seed: int = 0
+    degrade: float = 0.0
     seconds: float = 30.0
     memory_gb: float = 4.0
 
     def __post_init__(self):
+        if not 0 <= self.degrade <= 1:
+            raise UserError(f"degrade is {self.degrade}; it is a share of the pages, from 0 to 1")
         for one in self.pages:
             _range(one)
         for name in ("dpi", "max_side", "seconds", "memory_gb"):
@@ -93,15 +98,17 @@ class PdfPages:
         self.files = [file for pattern in patterns for file in _matching(pattern)]
         self.settings = settings
         _required("pypdfium2")
-        self._pebble = _required("pebble")
+        _required("pebble")
         self._pool: _Pool | None = None
         self._places: list[tuple[str, int | ExampleError]] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}
+
     def __enter__(self) -> Self:
-        self._pool = _Pool(self._pebble, 1, _TASKS, _limit, (self.settings.memory_gb,))
         for file in self.files:
             try:
-                count = self._pool.call(_count, (file,), self.settings.seconds)
+                count = self._call(_count, (file,))
                 self._places += [(file, page) for page in self.settings.chosen(count)]
             except UserError as error:
                 self._places.append((file, ExampleError(Origin(file, 1), "pdf", f"cannot be opened: {error}", _FIX)))
@@ -111,7 +118,13 @@ class PdfPages:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()
+
+    def _call(self, task: Any, arguments: tuple) -> Any:
+        if self._pool is None:
+            self._pool = _Pool(_required("pebble"), 1, _TASKS, _limit, (self.settings.memory_gb,))
+        return self._pool.call(task, arguments, self.settings.seconds)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -125,8 +138,10 @@ class PdfPages:
         settings = self.settings
         try:
             task = (file, page, settings.dpi, settings.max_side, settings.unit)
-            scene = self._pool.call(page_scene, task, settings.seconds)
+            scene = self._call(page_scene, task)
             drawn = np.random.default_rng((settings.seed, index))
+            if drawn.random() < settings.degrade:
+                scene = degraded(scene, drawn)
             example = record(scene, settings.task, drawn, origin)
         except ExampleError as error:
             return Read(origin, error)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
+from jvlm.data.engines.engine import Engine, InProcess, Task
 from jvlm.errors import file_errors
 
 SIZE = 256  # examples of a piece
@@ -33,17 +34,19 @@ class Pieces:
         self.folder, self.name, self.identity, self.count, self.size = folder, name, identity, count, size
         self.kept = 0
 
-    def run(self, work: Callable[[range], list[Any]]) -> Iterator[list[Any]]:
-        """Yield the values of each piece in order; ``work`` returns those of a range as msgpack can hold them."""
-        for number, start in enumerate(range(0, self.count, self.size)):
-            some = range(start, min(start + self.size, self.count))
-            values = self._read(number, len(some))
-            if values is None:
-                values = work(some)
-                self._write(number, values)
-            else:
-                self.kept += 1
-            yield values
+    def run(self, task: Task, engine: Engine = InProcess()) -> Iterator[list[Any]]:
+        """Yield the values of each piece in order. Those of pieces that are done early wait on the disk."""
+        parts = [range(start, min(start + self.size, self.count)) for start in range(0, self.count, self.size)]
+        missing = [number for number, some in enumerate(parts) if self._read(number, len(some)) is None]
+        self.kept = len(parts) - len(missing)
+        found, waiting = engine.run(task, [parts[number] for number in missing]), set(missing)
+        for number, some in enumerate(parts):
+            values = None
+            while number in waiting:  # until it is this one's values that came
+                index, values = next(found)
+                self._write(missing[index], values)
+                waiting.remove(missing[index])
+            yield self._read(number, len(some)) if values is None else values
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{self.name}-{number:07d}.msgpack"

@@ -84,7 +84,7 @@ def _expanded(name: str) -> list[str]:
 
 
 def _of_tfds(folder: Path, split: str) -> list[str]:
-    pattern = re.compile(r".+-(?P<split>[^-.]+)\.(array_record|tfrecord)-(?P<number>\d+)-of-(?P<count>\d+)")
+    pattern = re.compile(r".+-(?P<split>[^-.]+)\.(array_record|parquet|tfrecord)-(?P<number>\d+)-of-(?P<count>\d+)")
     found: dict[str, list[re.Match]] = {}
     for name in sorted(path.name for path in folder.iterdir()):
         match = pattern.fullmatch(name)

@@ -25,6 +25,9 @@ _LARGE_BYTES = 256 * MIB
 class Parquet:
     """Rows of a Parquet file. A row is read with its whole row group, of which the last ones stay in memory.
 
+    Attributes:
+      columns: their names.
+
     Raises:
       UserError: pyarrow is not installed; a file that is damaged, or of which one row group is too large to be read.
     """
@@ -35,6 +38,7 @@ class Parquet:
         self._reset()
         with table_errors(path, "Parquet"):
             metadata = self._open().metadata
+        self.columns = list(metadata.schema.to_arrow_schema().names)
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
         self._bytes = [group.total_byte_size for group in groups]

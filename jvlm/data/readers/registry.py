@@ -18,7 +18,7 @@ from jvlm.data.readers.parquet import Parquet
 from jvlm.data.readers.reader import Reader
 from jvlm.data.readers.tar import Tar
 from jvlm.data.readers.tf_record import TfRecords
-from jvlm.data.readers.tfds import TfdsRecords
+from jvlm.data.readers.tfds import TfdsParquet, TfdsRecords, is_prepared
 from jvlm.errors import UserError
 
 
@@ -27,12 +27,17 @@ def _json(path: str) -> Reader:
     return JsonArray(path) if is_array(path) else JsonLines(path)
 
 
+def _parquet(path: str) -> Reader:
+    found = Parquet(path)
+    return TfdsParquet(path) if is_prepared(found) else found
+
+
 READERS: dict[str, Callable[[str], Reader]] = {
     ".jsonl": JsonLines,
     ".json": _json,
     ".csv": Csv,
     ".tsv": Csv,
-    ".parquet": Parquet,
+    ".parquet": _parquet,
     ".arrow": Arrow,
     ".tar": Tar,
     SHARD_SUFFIX: Shard,

@@ -1,4 +1,4 @@
-"""Datasets that TensorFlow Datasets prepared, without TensorFlow: ArrayRecord files beside their ``features.json``."""
+"""Datasets that TensorFlow Datasets prepared, without TensorFlow: ArrayRecord or Parquet beside ``features.json``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import numpy as np
 
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.readers.array_record import RecordFile
+from jvlm.data.readers.parquet import Parquet
 from jvlm.data.readers.reader import missing_package
 from jvlm.errors import UserError
 
 FEATURES = "features.json"
+COLUMN = "data"  # of records as bytes, in Parquet
 
 
 class Features:
@@ -71,20 +73,52 @@ class Features:
         return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-class TfdsRecords(RecordFile):
-    """Examples of an ArrayRecord file of a prepared dataset."""
+class _Prepared:
+    """Beside a reader of records as bytes, what decodes them. It is made again where it is unpickled."""
 
-    def __init__(self, path: str):
-        super().__init__(path)
-        self._features: Features | None = Features(path)
+    path: str
+    _features: Features | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_features": None}
 
-    def read(self, index: int, origin: Origin) -> Any:
+    def decoded(self, record: bytes, origin: Origin) -> Any:
+        """Return a record, or the ExampleError of a damaged one."""
         if self._features is None:
             self._features = Features(self.path)
         try:
-            return self._features.decode(self.content(index, origin), origin)
+            return self._features.decode(record, origin)
         except ExampleError as error:
             return error
+
+
+class TfdsRecords(_Prepared, RecordFile):
+    """Examples of an ArrayRecord file of a prepared dataset."""
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        self._features = Features(path)
+
+    def read(self, index: int, origin: Origin) -> Any:
+        try:
+            record = self.content(index, origin)
+        except ExampleError as error:
+            return error
+        return self.decoded(record, origin)
+
+
+class TfdsParquet(_Prepared, Parquet):
+    """Examples of a Parquet file of a prepared dataset: each is the bytes of one column."""
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        self._features = Features(path)
+
+    def read(self, index: int, origin: Origin) -> Any:
+        row = super().read(index, origin)
+        return row if isinstance(row, ExampleError) else self.decoded(row[COLUMN], origin)
+
+
+def is_prepared(parquet: Parquet) -> bool:
+    """Return whether a Parquet file is one of a prepared dataset, which has but one column."""
+    return parquet.columns == [COLUMN] and (Path(parquet.path).parent / FEATURES).is_file()

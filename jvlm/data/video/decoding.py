@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from jvlm.data.pixels import image_to_rgb
+from jvlm.data.video import seeking
 from jvlm.data.video.sampling import SizeRule
 from jvlm.errors import UserError
 
@@ -31,12 +32,16 @@ class Timeline:
       duration: seconds from the first frame to the end of the last one.
       error: why no more could be read; empty where all was.
       header_seconds: duration that the file says it has; 0 where it says none. It only tells how much an error cut off.
+      pts: the times in units of the stream, by which a frame is found after a seek; empty where none can be.
+      keyframes: numbers of the frames at which decoding can begin.
     """
 
     times: tuple[float, ...]
     duration: float
     error: str = ""
     header_seconds: float = 0.0
+    pts: tuple[int, ...] = ()
+    keyframes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +75,19 @@ def timeline(source: Path | bytes) -> Timeline:
     import av
 
     with _video(source) as (container, stream):
-        pts, last, length, error = [], None, 0, ""
+        pts, keys, last, length, error, is_plain = [], [], None, 0, "", True
         try:
             for packet in container.demux(stream):
                 time = packet.dts if packet.pts is None else packet.pts
                 if packet.is_corrupt:
                     error = "the file ends within a frame, or a frame is damaged"
                     break
+                # what is not shown, or has no time of its own, cannot be found again after a seek
+                is_plain = is_plain and not (packet.size and (packet.is_discard or packet.pts is None))
                 if not packet.size or packet.is_discard or time is None:
                     continue
+                if packet.is_keyframe:
+                    keys.append(time)
                 if last is None or time > last:
                     last, length = time, packet.duration or 0
                 pts.append(time)
@@ -89,6 +98,10 @@ def timeline(source: Path | bytes) -> Timeline:
         else:
             seconds = (container.duration or 0) / av.time_base
         found = _timeline(pts, length, stream.time_base, error, seconds)
+        if is_plain and not error and len(set(pts)) == len(pts):
+            ordered = sorted(pts)
+            numbers = np.searchsorted(ordered, sorted(keys))
+            found = dataclasses.replace(found, pts=tuple(ordered), keyframes=tuple(numbers.tolist()))
     if not found.times:
         raise UserError(error or "it has no frames with times")
     return found
@@ -97,7 +110,7 @@ def timeline(source: Path | bytes) -> Timeline:
 def decode(
     source: Path | bytes, times: Timeline, indices: tuple[int, ...], size: SizeRule | None, is_damaged: bool = False
 ) -> Decoded:
-    """Return frames of a file; of the others none is kept.
+    """Return frames of a file; of the others none is kept, and those are not decoded that keyframes let it skip.
 
     Args:
       source: a file, or its contents.
@@ -113,6 +126,13 @@ def decode(
         return _decode_animation(source, indices, size)
     import av
 
+    stretches = [] if is_damaged else seeking.stretches(indices, times.keyframes)
+    if stretches:
+        keep = lambda frame: _resized(_upright(frame), len(indices), size)  # noqa: E731
+        with _video(source) as (container, stream):
+            found = seeking.frames(container, stream, times.pts, stretches, keep)
+        if found is not None:
+            return Decoded(_stacked([found[i] for i in indices]), None, len(found))
     wanted, kept, pts = set(indices), {}, []
     error, is_expected, is_whole = "", True, True
     with _video(source) as (container, stream):

@@ -81,7 +81,7 @@ def drawn(processor: Processor, config: DataConfig, *, seed: int) -> Drawn:
     return Drawn(
         draws=counted,
         sources=_sources(draws, counted) if config.mixture is not None else (),
-        window=min(config.pack_window, len(draws)),
+        window=min(config.window(len(draws.examples)), len(draws)),
         sequences=tuple(_bar(one, names, config) for one in sequences[:_SEQUENCES]),
         count=len(sequences),
         tokens=tokens,

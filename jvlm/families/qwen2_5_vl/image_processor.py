@@ -10,7 +10,9 @@ from PIL import Image
 
 from jvlm.data.image_processor import Limit, MediaPatches
 from jvlm.data.merged_images import MergedImageConfig, MergedImageProcessor
+from jvlm.data.video.frame_times import with_times
 from jvlm.data.video.sampling import PATCH_AREA, FramePixels, Sampling
+from jvlm.families.qwen2_5_vl.chat_format import CHAT_FORMAT
 
 if TYPE_CHECKING:
     from jvlm.models.vlm import VLMConfig
@@ -26,6 +28,8 @@ class QwenImageConfig(MergedImageConfig, tag="qwen2_5_vl"):
       video_max_frames: most frames of a video file.
       video_max_tokens: most tokens of a video, kept however long it is; None has qwen-vl-utils' limit, which long
         videos exceed, since each frame gets ``video_min_pixels`` at least. MiMo-VL has 16,384, with 256 frames.
+      video_times: write the time of each temporal patch of a video before it, as Qwen3-VL does: "<1.2 seconds>". Each
+        is then an image by itself, and M-RoPE does not know its time.
     """
 
     limits: ClassVar[dict[str, Limit]] = {
@@ -40,6 +44,7 @@ class QwenImageConfig(MergedImageConfig, tag="qwen2_5_vl"):
 
     video_max_frames: int = 768
     video_max_tokens: int | None = None
+    video_times: bool = False
 
     def sampling(self) -> Sampling:
         """Return the rule of qwen-vl-utils at ``fps``."""
@@ -72,6 +77,9 @@ class QwenImageProcessor(MergedImageProcessor):
         self, frames: Sequence[Image.Image], limits: QwenImageConfig, times: Sequence[float] | None = None
     ) -> MediaPatches:
         """Return a video of frames at ``limits.fps``, whose temporal position ids count time."""
-        media = super().video(frames, limits, times)
-        seconds = self.config.temporal_patch_size / limits.fps
+        media, pair = super().video(frames, limits, times), self.config.temporal_patch_size
+        if limits.video_times:
+            given = {"frames": len(frames), "fps": limits.fps, "pair": pair}
+            return with_times(media, times, **given, start=CHAT_FORMAT.media_prefix, end=CHAT_FORMAT.media_suffix)
+        seconds = pair / limits.fps
         return dataclasses.replace(media, temporal_step=seconds * self.config.tokens_per_second)

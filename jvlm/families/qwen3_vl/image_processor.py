@@ -13,6 +13,7 @@ from PIL import Image
 from jvlm.data.image_processor import MediaPatches
 from jvlm.data.merged_images import MergedImageConfig, MergedImageProcessor
 from jvlm.data.smart_resize import MAX_ASPECT
+from jvlm.data.video.frame_times import with_times
 from jvlm.data.video.sampling import Sampling
 from jvlm.errors import UserError
 from jvlm.families.qwen3_vl.chat_format import VISION_END, VISION_START
@@ -107,13 +108,8 @@ class Qwen3ImageProcessor(MergedImageProcessor):
     ) -> MediaPatches:
         """Return a video, each temporal patch behind the mean time of its first and last frame."""
         media, pair = super().video(frames, limits, times), self.config.temporal_patch_size
-        if times is None:
-            times = [number / limits.fps for number in range(len(frames))]
-        padded = [*times, *[times[-1]] * (-len(times) % pair)]
-        shown = [f"<{(padded[i] + padded[i + pair - 1]) / 2:.1f} seconds>" for i in range(0, len(padded), pair)]
-        run = media.vision_index.size // len(shown)
-        between = (piece for time in shown[1:] for piece in (f"{VISION_END}{time}{VISION_START}", run))
-        return dataclasses.replace(media, token_pattern=(run, *between), leading_text=shown[0])
+        given = {"frames": len(frames), "fps": limits.fps, "pair": pair}
+        return with_times(media, times, **given, start=VISION_START, end=VISION_END)
 
     def _layout(self, frames: int, original: tuple[int, int], size: tuple[int, int]) -> MediaPatches:
         media = super()._layout(frames, original, size)

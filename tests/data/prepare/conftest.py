@@ -40,6 +40,18 @@ def text(seed: int, count: int = 120) -> str:
     return " ".join(random.Random(seed).choices(_WORDS, k=count))
 
 
+def write_pages(path: Path, count: int) -> None:
+    """A PDF file of so many pages, each with its number."""
+    from matplotlib.backends.backend_pdf import PdfPages
+    from matplotlib.figure import Figure
+
+    with PdfPages(path) as writer:
+        for page in range(count):
+            figure = Figure(figsize=(3, 3))
+            figure.text(0.1, 0.5, f"page {page + 1}")
+            writer.savefig(figure)
+
+
 @pytest.fixture(scope="package")
 def examples(tmp_path_factory) -> Path:
     """A JSONL file; the tests know which lines are duplicates of which."""

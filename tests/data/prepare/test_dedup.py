@@ -1,26 +1,22 @@
-"""Duplicates are found as they were made; counts add up; a killed command goes on; a second look tells pages apart."""
+"""Duplicates are found as they were made; counts add up; a second look tells pages apart."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jvlm import cli
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.prepare import dedup as dedup_module
-from jvlm.data.prepare.dedup import dedup
-from jvlm.data.prepare.facts import Examples
+from jvlm.data.prepare.dedup import Table, dedup
+from jvlm.data.prepare.facts import Examples, Facts
 from jvlm.data.prepare.ngrams import words
 from jvlm.errors import UserError
 from tests.data.prepare.conftest import chat, text
-from tests.support import ROOT
 
 # line -> (kind, line of the first that it is like), from 1
 EXPECTED = {
@@ -151,30 +147,23 @@ def test_wrong_options_are_named(words, message, examples, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_command_killed_anywhere_goes_on_and_gives_the_same(examples, tmp_path):
-    rows = examples.read_text().splitlines() + [json.dumps(chat("?", text(100 + i))) for i in range(3000)]
-    path = examples.parent / "many.jsonl"
-    path.write_text("\n".join(rows) + "\n")
-    command = [sys.executable, "-m", "jvlm.cli", "data", "dedup", str(path), "--drop", "equal", "near", "near_text"]
-    command += ["--examples_per_shard", "300", "--threads", "1", "--output"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*command, whole], cwd=ROOT, check=True, capture_output=True)
-    kills = 0
-    for wait in (2.0, 2.5, 3.0, 3.5, 4.0, 5.0):
-        process = subprocess.Popen([*command, killed], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(wait)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-        if (killed / "report.json").exists():
-            break
-    if not (killed / "report.json").exists():
-        subprocess.run([*command, killed], cwd=ROOT, check=True, capture_output=True)
-    assert kills
-    assert (killed / "found.jsonl").read_text() == (whole / "found.jsonl").read_text()
-    names = sorted(file.name for file in whole.glob("*.arrayrecord"))
-    assert len(names) > 5
-    for name in names:
-        one, other = (ExampleSource([str(folder / name)]) for folder in (whole, killed))
-        assert [one[i][1] for i in range(len(one))] == [other[i][1] for i in range(len(other))]
+def test_the_table_of_facts_takes_some_hundred_bytes_of_an_example():
+    """Half of them texts, half images; of which every tenth is a copy."""
+    count, rng = 200_000, np.random.default_rng(0)
+
+    def facts(index: int) -> Facts:
+        made = rng.bytes(320) if index % 10 else facts.last
+        facts.last = made
+        if index % 2:
+            return Facts(made[:16], made[16:32], (), made[32:288])
+        return Facts(made[:16], made[16:32], (made[288:],), b"")
+
+    facts.last = rng.bytes(320)
+    tracemalloc.start()
+    table = Table.of((facts(index) for index in range(count)), 256)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (table.equal_of != np.arange(count)).sum() == count // 10 - 1
+    assert (table.equal_of[10::10] == np.arange(9, count - 1, 10)).all()
+    assert kept / count < 250
+    assert peak / count < 600

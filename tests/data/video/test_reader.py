@@ -1,5 +1,6 @@
 """Frames of clips that are made here: the grey of frame n is 20 + 4 n, so that a frame says which one it is."""
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from jvlm.data.errors import ExampleError, Origin
+from jvlm.data.video import decoding, seeking
 from jvlm.data.video.reader import VideoReader
 from jvlm.data.video.sampling import Sampling
 from jvlm.errors import UserError
@@ -121,6 +123,49 @@ def test_frames_are_resized_at_once(tmp_path, monkeypatch, plain):
         with pytest.raises(ExampleError, match="crashed"):
             reader.read(plain, size=size_rules.crash)
         assert numbers(reader.read(plain).frames) == [0, 16, 33, 49]
+
+
+def moving(path: Path, codec: str, frames: int, options: dict[str, str], gop: int = 12) -> Path:
+    """A clip of noise that moves, in which a frame made of the wrong one before shows."""
+    noise = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.codec_context.gop_size = gop
+        stream.options = options
+        for number in range(frames):
+            picture = np.roll(noise, (number, 2 * number), (0, 1)) // 2 + number % 100
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+CODECS = {
+    "closed groups": ("libx264", "mp4", {"bf": "3"}, True),
+    "open groups": ("libx264", "mkv", {"bf": "3", "x264-params": "open-gop=1"}, True),
+    "intra refresh": ("libx264", "mp4", {"x264-params": "intra-refresh=1"}, False),
+    "one keyframe": ("libx264", "mp4", {"x264-params": "keyint=1000:scenecut=0"}, False),
+    "hevc": ("libx265", "mp4", {"x265-params": "open-gop=1:keyint=12:log-level=none"}, True),
+    "mpeg4": ("mpeg4", "mkv", {"bf": "2"}, True),
+    "vp9": ("libvpx-vp9", "webm", {"deadline": "realtime", "cpu-used": "8"}, True),
+    "lossless": ("ffv1", "mkv", {}, True),
+}
+
+
+@pytest.mark.parametrize("kind", CODECS)
+def test_frames_far_apart_are_those_of_decoding_everything(tmp_path, monkeypatch, kind):
+    codec, container, options, seeks = CODECS[kind]
+    path = moving(tmp_path / f"clip.{container}", codec, 150, options)
+    timeline = decoding.timeline(path)
+    used = []
+    monkeypatch.setattr(seeking, "frames", lambda *a, f=seeking.frames: used.append(f(*a)) or used[-1])
+    for indices in ((0, 50, 100, 149), (30, 31, 77, 77, 140), (11, 12, 13, 36, 148), (149,)):
+        found = decoding.decode(path, timeline, indices, None)
+        through = decoding.decode(path, dataclasses.replace(timeline, keyframes=()), indices, None)
+        np.testing.assert_array_equal(found.frames, through.frames)
+        assert len(found.frames) == len(indices)
+        assert found.timeline is None
+    assert any(one is not None for one in used) == seeks
 
 
 @pytest.mark.parametrize("rotation", [90, 180, -90])

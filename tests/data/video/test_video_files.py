@@ -70,6 +70,28 @@ def test_a_file_is_the_same_as_its_frames(tiny, folder):
     np.testing.assert_array_equal(contents.patches, by_file.patches)
 
 
+def test_times_as_text_make_an_image_of_each_pair_of_frames(tiny):
+    """A temporal patch of one frame twice is what an image is."""
+    first, second = (Image.fromarray(np.full((HEIGHT, WIDTH, 3), grey, np.uint8)) for grey in (60, 180))
+    limits = {"min_pixels": 784, "max_pixels": 8 * 784, "video_min_pixels": 784, "video_max_pixels": 8 * 784}
+    processor = tiny.processor.replace(
+        image_config=dataclasses.replace(tiny.processor.image_config, video_times=True, **limits)
+    )
+    asked = {"role": "assistant", "content": "a cat"}
+    video = {"video": [first, first, second, second], "fps": 4.0}
+    by_video = processor.encode(
+        parse_example({"messages": [{"role": "user", "content": "look <video>?"}, asked], "videos": [video]})
+    )
+    words = "look <0.1 seconds><image><0.6 seconds><image>?"
+    by_images = processor.encode(
+        parse_example({"messages": [{"role": "user", "content": words}, asked], "images": [first, second]})
+    )
+    ids = {tiny.processor.video_token_id: tiny.processor.model.image_token_id}
+    assert [ids.get(int(one), int(one)) for one in by_video.tokens] == by_images.tokens.tolist()
+    for name in ("positions", "patches", "vision_index", "loss_weights", "patch_segment_ids", "patch_window_ids"):
+        np.testing.assert_array_equal(getattr(by_video, name), getattr(by_images, name))
+
+
 def test_each_video_has_the_times_of_its_own(tiny, folder):
     # two tokens a second: a patch of two frames at 1 a second is two seconds
     assert steps(encode(tiny, folder, "a.mp4")) == [2]

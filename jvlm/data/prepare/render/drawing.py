@@ -30,6 +30,33 @@ def text_scene(text: str, fonts: Fonts, rng: np.random.Generator, origin: Origin
     return _scene(image, "\n".join(lines), regions)
 
 
+def columns_scene(paragraphs: Sequence[str], fonts: Fonts, rng: np.random.Generator, origin: Origin) -> Scene:
+    """Return a page of two or three columns of consecutive paragraphs, from one of them on; read column by column."""
+    columns, rows = int(rng.integers(2, 4)), int(rng.integers(12, 41))
+    first = int(rng.integers(len(paragraphs)))
+    shown = [*paragraphs[first:], *paragraphs[:first]]
+    face = font(fonts.draw_from(rng, "".join(shown), origin), int(rng.integers(12, 21)))
+    width, gap, margin = int(rng.integers(200, 361)), int(rng.integers(16, 41)), int(rng.integers(16, 49))
+    lines: list[str] = []
+    for paragraph in shown:
+        lines += [*_wrapped(_broken(paragraph.split(), width, face), width, face), ""]
+    lines = lines[: columns * rows]
+    height = _height(face)
+    size = (2 * margin + columns * width + (columns - 1) * gap, 2 * margin + rows * height)
+    image, ink = _paper(rng, size)
+    draw, regions, ruled = ImageDraw.Draw(image), [], bool(rng.integers(2))
+    for number, line in enumerate(lines):
+        column, row = divmod(number, rows)
+        place = (margin + column * (width + gap), margin + row * height)
+        if line:
+            draw.text(place, line, fill=ink, font=face)
+            regions.append(Region(line, draw.textbbox(place, line, font=face), "line"))
+    for column in range(1, columns) if ruled else ():
+        x = margin + column * (width + gap) - gap // 2
+        draw.line((x, margin, x, size[1] - margin), fill=ink)
+    return _scene(image, "\n".join(lines).strip(), regions)
+
+
 def code_scene(code: str, name: str, fonts: Fonts, rng: np.random.Generator, origin: Origin) -> Scene:
     """Return consecutive lines of a file of code, coloured by pygments as one of its styles does.
 
@@ -139,6 +166,18 @@ def _wrapped(words: Sequence[str], width: float, face) -> list[str]:
         else:
             lines.append(word)
     return lines
+
+
+def _broken(words: Sequence[str], width: float, face) -> list[str]:
+    """Words of which none is wider than a column."""
+    parts: list[str] = []
+    for word in words:
+        parts.append("")
+        for character in word:
+            if parts[-1] and face.getlength(parts[-1] + character) > width:
+                parts.append("")
+            parts[-1] += character
+    return parts
 
 
 def _height(face) -> int:

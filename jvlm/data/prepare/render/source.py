@@ -8,7 +8,7 @@ import glob
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
@@ -16,11 +16,12 @@ from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.example_source import Read
 from jvlm.data.prepare.regions import Scene, Task, record
 from jvlm.data.prepare.render import drawing
+from jvlm.data.prepare.render.degrading import degraded
 from jvlm.data.prepare.render.fonts import Fonts, required
 from jvlm.data.prepare.render.page import Browser
 from jvlm.errors import UserError, file_errors
 
-Kind = Literal["text", "formula", "code", "table", "page"]
+Kind = Literal["text", "columns", "formula", "code", "table", "page"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -29,10 +30,12 @@ class Rendering:
     """What is drawn.
 
     Attributes:
-      kind: "text" draws paragraphs of text files, parted by empty lines; "formula" lines of files, as LaTeX; "code"
-        parts of files of code; "table" parts of CSV files, whose first row is the head; "page" HTML files.
+      kind: "text" draws paragraphs of text files, parted by empty lines; "columns" pages of two or three columns of
+        them; "formula" lines of files, as LaTeX; "code" parts of files of code; "table" parts of CSV files, whose first
+        row is the head; "page" HTML files.
       count: examples; inputs come in turn, each time drawn otherwise.
       seed, task: as of `jvlm.data.prepare.regions.record`.
+      degrade: share of the examples that are turned, blurred, noisy or compressed (`degrading.degraded`).
       fonts: files or globs; none for DejaVu's.
       browser: Chromium's file; None looks for one on the path.
     """
@@ -41,12 +44,15 @@ class Rendering:
     count: int
     seed: int = 0
     task: Task = "read"
+    degrade: float = 0.0
     fonts: tuple[str, ...] = ()
     browser: str | None = None
 
     def __post_init__(self):
         if self.count < 1:
             raise UserError(f"count is {self.count}; it must be at least 1")
+        if not 0 <= self.degrade <= 1:
+            raise UserError(f"degrade is {self.degrade}; it is a share of the examples, from 0 to 1")
 
 
 class RenderedExamples:
@@ -60,18 +66,25 @@ class RenderedExamples:
         self.settings = settings
         self.files = [Path(file) for pattern in patterns for file in _matching(pattern)]
         self._inputs = [one for file in self.files for one in _inputs(file, settings.kind)]
-        drawn = settings.kind in ("text", "code", "table")
+        drawn = settings.kind in ("text", "columns", "code", "table")
         self._fonts = Fonts(settings.fonts) if drawn else None
-        self._browser: Browser | None = None
+        self._opened: Browser | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+    @property
+    def _browser(self) -> Browser:
+        if self._opened is None:
+            self._opened = Browser(self.settings.browser)
+        return self._opened
 
     def __enter__(self) -> Self:
-        if self.settings.kind == "page":
-            self._browser = Browser(self.settings.browser)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._browser is not None:
-            self._browser.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def __len__(self) -> int:
         return self.settings.count
@@ -87,6 +100,8 @@ class RenderedExamples:
         rng = np.random.default_rng((self.settings.seed, index))
         try:
             scene = self._scene(file, content, rng, origin)
+            if rng.random() < self.settings.degrade:
+                scene = degraded(scene, rng)
             return Read(origin, record(scene, self.settings.task, rng, origin) | {"rendered": self.settings.kind})
         except ExampleError as error:
             return Read(origin, error)
@@ -95,6 +110,8 @@ class RenderedExamples:
         match self.settings.kind:
             case "text":
                 return drawing.text_scene(content, self._fonts, rng, origin)
+            case "columns":
+                return drawing.columns_scene(content, self._fonts, rng, origin)
             case "formula":
                 return drawing.formula_scene(content, rng, origin)
             case "code":
@@ -111,7 +128,7 @@ class RenderedExamples:
             value.update(file.read_bytes())
         if self._fonts is not None:
             value.update(self._fonts.identity().encode())
-        if self._browser is not None:
+        if self.settings.kind == "page":
             value.update(self._browser.version.encode())
         for name in ("PIL", "matplotlib", "pygments"):
             value.update(required(name).__version__.encode())
@@ -138,8 +155,9 @@ def _inputs(file: Path, kind: Kind) -> list[tuple[Path, int, object]]:
         found: list[object] = [text]
     elif kind == "formula":
         found = [line for line in text.splitlines() if line.strip()]
-    elif kind == "text":
-        found = [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
+    elif kind in ("text", "columns"):
+        parts = [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
+        found = parts if kind == "text" else [parts]
     else:
         rows = [row for row in csv.reader(text.splitlines()) if row]
         if len(rows) < 2 or any(len(row) != len(rows[0]) for row in rows):

@@ -1,0 +1,1 @@
+"""Where the work on many examples is done: in this process, or by the machines of a cluster."""
