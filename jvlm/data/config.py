@@ -18,7 +18,7 @@ from jvlm.validation import check_fields
 _DRAWN = (
     "single_turn_ratio shuffle_turns media_first newline_probability image_choices few_shot upscale_probability".split()
 )
-_LEAST_WINDOW, _MOST_WINDOW, _WINDOWS = 512, 2048, 16  # examples of a packing window, and windows of the data
+_LEAST_WINDOW, _MOST_WINDOW = 512, 2048  # examples of a packing window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +103,8 @@ class DataConfig:
         or each ``channel`` that examples name; or "off".
       sources: their names; empty takes those of the configuration, or the channels of a sample of the data, and the
         rest as "other".
-      pack_window: examples considered together for packing, from the headers of their images; "auto" is a sixteenth of
-        the data, but at least 512 and at most 2,048. The frames of their video files are all in memory: with long
+      pack_window: examples considered together for packing, from the headers of their images; "auto" is 2,048, or half
+        of the data if that is less, and at least 512. The frames of their video files are all in memory: with long
         videos take less.
       read_threads: threads that decode and encode.
       worker_processes: processes instead of threads; 0 is none. For data too heavy for one process.
@@ -195,11 +195,11 @@ class DataConfig:
             return self.train
         return tuple(dict.fromkeys(file for source in enters(self.mixture).values() for file in source.files))
 
-    def window(self, examples: int) -> int:
-        """Return the examples that are packed together of data that has so many."""
+    def window(self, examples: int = 0) -> int:
+        """Return the examples that are packed together of data that has so many; "auto" is the least without them."""
         if self.pack_window != "auto":
             return self.pack_window
-        return max(_LEAST_WINDOW, min(_MOST_WINDOW, examples // _WINDOWS))
+        return max(_LEAST_WINDOW, min(_MOST_WINDOW, examples // 2))
 
     @property
     def longest(self) -> int:

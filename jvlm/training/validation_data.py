@@ -77,8 +77,8 @@ class ValidationData:
             workers.close()
 
     def _windows(self) -> Iterable[range]:
-        count = len(self.source)
-        size = self.config.window(count)
+        # small windows, so that every process has some
+        size, count = self.config.window(), len(self.source)
         for start in range(self.share.index * size, count, self.share.count * size):
             yield range(start, min(start + size, count))
 
