@@ -225,3 +225,17 @@ def test_a_page_has_the_boxes_of_what_can_be_seen_as_chromium_lays_it_out(inputs
         size = Image.open(io.BytesIO(example["images"][0]["bytes"])).size
         assert (size[0] / scale, size[1] / scale) in ((1280, 800), (1024, 768), (820, 1180), (390, 844))
     assert len(scales) > 1
+
+
+@pytest.mark.slow
+def test_an_action_on_a_page_is_in_the_middle_of_its_button(inputs):
+    with RenderedExamples([str(inputs / "page.html")], Rendering("page", 4, task="act")) as drawn:
+        examples = [drawn.read(i).record for i in range(4)]
+    for example in examples:
+        assert example["objects"]["ref"] == ["Buy now"]
+        x, y = example["objects"]["bbox"][0]
+        assert x / y == pytest.approx(2.0, abs=0.05)
+        assert x / 100 in (1.0, 1.5, 2.0)
+        assert json.loads(example["messages"][1]["content"].replace("<bbox>", "0")) == [
+            {"action": "click", "start_point": 0}
+        ]
