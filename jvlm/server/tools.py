@@ -76,7 +76,7 @@ def call_grammar(tools: Sequence[Mapping[str, Any]]) -> str:
             "type": "object",
             "properties": {
                 "name": {"const": tool["function"]["name"]},
-                "arguments": tool["function"].get("parameters") or {"type": "object"},
+                "arguments": _closed(tool["function"].get("parameters")),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
@@ -88,6 +88,16 @@ def call_grammar(tools: Sequence[Mapping[str, Any]]) -> str:
     rules = "\n".join(f"call{index}: %json {json.dumps(schema)}" for index, schema in enumerate(calls))
     choices = " | ".join(f"call{index}" for index in range(len(calls)))
     return f'start: "{OPEN}\\n" call "\\n{CLOSE}"\ncall: {choices}\n{rules}\n'
+
+
+def _closed(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the schema of arguments without others than it names, where it does not say whether there may be any."""
+    if not parameters:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    says = ("additionalProperties", "unevaluatedProperties", "patternProperties")
+    if "properties" not in parameters or any(name in parameters for name in says):
+        return dict(parameters)
+    return {**parameters, "additionalProperties": False}
 
 
 def parse_call(text: str, tools: Sequence[Mapping[str, Any]] = ()) -> Call | None:

@@ -112,13 +112,17 @@ def test_a_choice_of_tools_becomes_a_grammar(serve, choice, names):
         ('<tool_call>\n{\n    "name": "weather",\n    "arguments": {}\n}\n</tool_call>', True),
         ("<tool_call>\n{" + " " * 20 + '"name"', False),  # models write blanks without end where they may
         ('<tool_call>\n{"name": "weather", "arguments": {' + "\n" * 20, False),
+        ('<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "more"', False),
         ('<tool_call>\n{"name": "other"', False),
+        ('<tool_call>\n{"name": "nothing", "arguments": {}}\n</tool_call>', True),
+        ('<tool_call>\n{"name": "nothing", "arguments": {"a"', False),
         ("hi", False),
     ],
 )
 def test_the_grammar_of_a_call_takes_calls_and_few_blanks(text, fits):
     tokenizer = llguidance.LLTokenizer("byte")
-    matcher = llguidance.LLMatcher(tokenizer, call_grammar([TOOL]), log_level=0)
+    nothing = {"type": "function", "function": {"name": "nothing"}}
+    matcher = llguidance.LLMatcher(tokenizer, call_grammar([TOOL, nothing]), log_level=0)
     tokens = list(text.encode())
     assert (matcher.validate_tokens(tokens) == len(tokens)) == fits
 
