@@ -220,7 +220,9 @@ def client(options: Evaluate) -> Client:
     if options.model.startswith(("http://", "https://")):
         boxes = Boxes(options.box_form, options.box_space)
         return EndpointClient(endpoint(options), boxes=boxes)
-    chosen = ModelOptions(options.model, options.adapters, options.param_dtype, options.images, parallel=None)
+    chosen = ModelOptions(
+        options.model, options.adapters, options.param_dtype, quantization=None, images=options.images, parallel=None
+    )
     model, processor, layout = load(chosen)
     return LocalClient(
         model,

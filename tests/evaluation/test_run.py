@@ -12,6 +12,7 @@ from typing import ClassVar
 import pytest
 
 from jvlm import cli
+from jvlm.cli import evaluate as evaluate_command
 from jvlm.errors import UserError
 from jvlm.evaluation import registry
 from jvlm.evaluation.clients import Boxes, EndpointClient
@@ -21,6 +22,7 @@ from jvlm.evaluation.metrics import METRICS
 from jvlm.evaluation.run import Settings, evaluate, score_task
 from jvlm.evaluation.store import AnswerStore
 from jvlm.json_files import read_object
+from jvlm.options import parse
 from tests.evaluation import benchmarks
 from tests.evaluation.benchmarks import Scripted
 
@@ -266,3 +268,19 @@ def test_sizes_of_boxes_are_declared_for_a_server_and_never_guessed():
 def test_scoring_needs_answers(tmp_path):
     with pytest.raises(UserError):
         score_task(THREE[0], tmp_path / "docvqa_val")
+
+
+def test_the_command_loads_the_model_with_the_options_that_were_typed(monkeypatch):
+    class Loaded(Exception):
+        """The model is asked for."""
+
+    def load(chosen):
+        raise Loaded(chosen)
+
+    monkeypatch.setattr(evaluate_command, "load", load)
+    words = "--model DIR --adapters a=b --param_dtype bfloat16 --max_pixels 3211264".split()
+    with pytest.raises(Loaded) as caught:
+        evaluate_command.client(parse(evaluate_command.Evaluate, words, "jvlm evaluate"))
+    (chosen,) = caught.value.args
+    assert (chosen.model, chosen.adapters, chosen.param_dtype) == ("DIR", ("a=b",), "bfloat16")
+    assert (chosen.images.max_pixels, chosen.quantization, chosen.parallel) == (3211264, None, None)
