@@ -165,8 +165,9 @@ def test_rollouts_without_a_useful_group_are_made_again_and_end_the_run(tmp_path
     process.step()
     assert process.loop.stream.serial > 40
     assert {group.serial for group in process.loop.groups} >= set(range(40))
+    few = dataclasses.replace(TASK, selection=SelectionConfig(2, most_started=1))
     with pytest.raises(UserError, match="10 times in a row"):
-        Process(tmp_path / "none", judge=Same(10**6)).step()
+        Process(tmp_path / "none", few, judge=Same(10**6)).step()
 
 
 def test_answers_that_were_cut_are_left_out_where_that_is_asked_for(tmp_path):

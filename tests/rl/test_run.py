@@ -9,6 +9,7 @@ import pytest
 
 from jvlm.errors import UserError
 from jvlm.rl import run
+from jvlm.rl.losses import PolicyLoss
 from jvlm.training.config import CheckpointConfig
 from jvlm.training.hooks import Hook
 from jvlm.training.runs import train as train_supervised
@@ -56,6 +57,25 @@ def test_the_reward_rises_and_a_restart_repeats_the_run(tmp_path):
     assert trained(parts) == trained(whole)
 
 
+@pytest.mark.slow
+def test_several_updates_of_a_rollout_go_on_in_their_middle(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    task = {"updates": 2, "policy_loss": PolicyLoss(kind="ppo", normalise="batch")}
+    settings = {"task": task, "steps": 6, "checkpoint": CheckpointConfig(save_interval_steps=1)}
+    run.train(policy_experiment(whole, **settings))
+    lines = log_of(whole)
+    assert [line["started"] > 0 for line in lines] == [True] * 6
+    # the first update is of the policy that sampled, the second is not
+    differences = sorted(line["rollout/difference"] for line in lines)
+    assert differences[1] < 2e-6 < 1e-4 < differences[-2]
+    with pytest.raises(Killed):
+        run.train(policy_experiment(parts, **settings, hooks=(DiesAfter(3),)))
+    run.train(policy_experiment(parts, **settings))
+    assert trained(parts) == trained(whole)
+
+
 def test_supervised_training_of_a_policy_task_names_the_command(tmp_path):
+    experiment = policy_experiment(tmp_path, steps=1)
+    data = dataclasses.replace(experiment.data, train=(str(tmp_path / "examples.jsonl"),))
     with pytest.raises(UserError, match="jvlm rl"):
-        train_supervised(policy_experiment(tmp_path, steps=1))
+        train_supervised(dataclasses.replace(experiment, data=data))
