@@ -65,7 +65,7 @@ def main() -> None:
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     host_memory.keep_freed_memory()  # as `jvlm train` does; torch has it too
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    before, on, results = bench_rounds.read_history(arguments.history), bench_rounds.machine(), []
+    before, on = bench_rounds.read_history(arguments.history), bench_rounds.machine()
     versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +78,6 @@ def main() -> None:
             share = (ends - time.perf_counter()) / (len(arguments.only) - number)
             limits = {"seconds": share, "rounds": arguments.rounds}
             result = PARTS[name](model, processor, oracle, clock=clock, **limits)
-            results.append(result)
             stored = bench_rounds.stored_ratio(before, result.name, on)
             print(bench_rounds.line(result, stored, colour=colour), flush=True)
             bench_rounds.append_history([result], versions, arguments.history)

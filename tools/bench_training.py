@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ def train(model: VLM, processor: Processor, oracle, *, clock: Clock, **limits: A
         first_loss.setdefault("jvlm", float(metrics["loss"]))
         return jax.block_until_ready(state)
 
-    oracle.train()
+    oracle = copy.deepcopy(oracle).train()  # the other parts need it as it is
     adam = torch.optim.AdamW(oracle.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.1)
     together = torch_inputs(examples, processor)
     singly = [torch_inputs([e], processor) for e in examples]
@@ -62,7 +63,6 @@ def train(model: VLM, processor: Processor, oracle, *, clock: Clock, **limits: A
         "singly": timed(lambda: theirs("singly", singly), clock),
     }
     rounds = race(timed(ours, clock), ways, **limits)
-    oracle.eval()
     difference = abs(first_loss["jvlm"] - first_loss["padded"])
     assert difference < 1e-3, f"the losses of the first step differ: {first_loss}"
     tokens = sum(e.length for e in examples)
