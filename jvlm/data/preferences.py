@@ -46,6 +46,11 @@ class Judged:
         """Where the example is from."""
         return self.conversations[0].origin
 
+    @property
+    def extra(self) -> tuple[tuple[str, Any], ...]:
+        """Fields of the example that are carried along."""
+        return self.conversations[0].extra
+
 
 def pair(example: Conversation | Document, loss: LossChoice | None = None) -> Judged:
     """Return the chosen and the rejected conversation of an example.
