@@ -13,6 +13,8 @@ from jvlm.errors import UserError
 from jvlm.inference import plan_arrays, programs, sharding
 from jvlm.inference.device_state import DeviceState, image_room, picture_batch, vision_tokens_of
 from jvlm.inference.programs import Chunks, DecodeRows, ModuleDef, Programs
+from jvlm.inference.requests import EngineConfig
+from jvlm.inference.sampling import SlotRules
 from jvlm.inference.shapes import Shapes
 from jvlm.inference.weights import decoding_state
 from jvlm.models import vlm
@@ -68,8 +70,24 @@ class AbstractPrograms:
         return self.programs.prefill.lower(self.decoder_leaves, self.cache, self.features, self.chunks, self.adapters)
 
     def lower_decode(self) -> jax.stages.Lowered:
-        """A step of decoding, lowered from shapes."""
-        return self.programs.decode.lower(self.decoder_leaves, self.cache, self.tokens, self.rows)
+        """A step of decoding without drawing, lowered from shapes."""
+        return self.programs.step.lower(self.decoder_leaves, self.cache, self.tokens, self.rows)
+
+    def lower_draw(self) -> jax.stages.Lowered:
+        """Steps of decoding as the engine runs them, with drawing, lowered from shapes."""
+        vocabulary, replicated = self.config.decoder.vocab_size, self.layout.replicated()
+        slots = self.tokens.shape[0] - 1
+        rules = jax.eval_shape(lambda: SlotRules.empty(slots, vocabulary))
+        rules = jax.tree.map(lambda x: _at(x, replicated), rules)
+        banned = _at(np.zeros((2, vocabulary), bool), replicated)
+        mask = _at(np.zeros((slots, -(-vocabulary // 32)), np.int32), replicated)
+        arguments = self.decoder_leaves, self.cache, self.tokens, rules, self.rows, banned, mask
+        return self.programs.decode.lower(*arguments)
+
+    def lower_copy(self) -> jax.stages.Lowered:
+        """The copy of pages that answers of one prompt begin with, lowered from shapes."""
+        pages = jax.ShapeDtypeStruct((self.programs.groups, 8), np.int32)
+        return self.programs.copy_pages.lower(self.cache, pages, pages)
 
 
 def abstract_programs(config: VLMConfig, layout: MeshLayout, sizes: BatchShape) -> AbstractPrograms:
@@ -108,7 +126,7 @@ def abstract_programs(config: VLMConfig, layout: MeshLayout, sizes: BatchShape) 
         prefill_features=() if beside is None else (max(vision, 1),),
     )
     pool = DeviceState.features(config, whole, leaves, checked, shapes, False) if P else None
-    compiled = Programs(whole, decoder, checked, shapes.cache, pool)
+    compiled = Programs(whole, decoder, checked, shapes.cache, pool, steps=EngineConfig.decode_steps)
 
     def split(value: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
         return _at(value, layout.sharding((*axes, *[None] * (np.ndim(value) - len(axes))), np.shape(value)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jvlm.inference.answer import Answer
 from jvlm.inference.answer_masks import AnswerMasks
@@ -39,8 +40,15 @@ class Active:
 
 @dataclasses.dataclass(frozen=True)
 class Launched:
-    """A plan of each group that was given to the device, and the tokens that it draws."""
+    """A plan of each group that was given to the device.
+
+    Attributes:
+      sampled: the tokens that they draw.
+      done: an array that is there when they are done; None where nothing runs.
+      began: when they were given to it.
+    """
 
     plans: Mapping[int, Plan]
     sampled: Sequence[Sampled]
+    done: Any
     began: float

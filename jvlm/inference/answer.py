@@ -68,36 +68,50 @@ class Answer:
         sampling = request.sampling
         self.ends, self.limit, self.least = ends, limit, sampling.min_tokens
         self._own_ends = sampling.stop_token_ids is not None
-        self._text = TextStream(processor, special=not sampling.skip_special_tokens)
-        self._stops = StopTexts(sampling.stop, sampling.include_stop)
+        self._text = TextStream(processor, special=not sampling.skip_special_tokens) if sampling.detokenize else None
+        self._stops = StopTexts(sampling.stop, sampling.include_stop) if sampling.stop else None
         self.tokens: list[int] = []
         self.ended = False
 
     def finish(self) -> Step:
         """End the answer: nothing may follow its last token."""
-        self.ended = True
-        text, stop = self._stops.add(self._text.finish())
-        return Step(text + self._stops.finish(), "stop", stop)
+        return self._end("", "stop")
 
-    def add(self, token: int) -> Step:
-        """Take the next token."""
-        self.tokens.append(token)
-        if token in self.ends:
-            text, stop = self._stops.add(self._text.finish())
-            self.ended = True
-            if stop is not None:
-                return Step(text, "stop", stop)
-            return Step(text + self._stops.finish(), "stop", token if self._own_ends else None)
-        text, stop = self._text.add(token), None
-        if len(self.tokens) >= self.least:
+    def extend(self, tokens: Sequence[int]) -> tuple[int, Step]:
+        """Take the next tokens. Returns how many count, up to the one that ends the answer, and what they did."""
+        if self._stops is None:
+            return self._extend(tokens)
+        text, count = "", 0
+        while not self.ended and count < len(tokens):
+            _, step = self._extend(tokens[count : count + 1])
+            text, count = text + step.text, count + 1
+        return count, dataclasses.replace(step, text=text)
+
+    def _extend(self, tokens: Sequence[int]) -> tuple[int, Step]:
+        tokens = tokens[: self.limit - len(self.tokens)]
+        end = next((i for i, token in enumerate(tokens) if token in self.ends), None) if self.ends else None
+        plain = tokens if end is None else tokens[:end]
+        self.tokens += plain
+        text, stop = "" if self._text is None else self._text.extend(plain), None
+        if self._stops is not None and plain and len(self.tokens) >= self.least:
             text, stop = self._stops.add(text)
         if stop is not None:
             self.ended = True
-            return Step(text, "stop", stop)
+            return len(plain), Step(text, "stop", stop)
+        if end is not None:
+            self.tokens.append(tokens[end])
+            return end + 1, self._end(text, "stop", tokens[end] if self._own_ends else None)
         if len(self.tokens) < self.limit:
-            return Step(text)
+            return len(plain), Step(text)
+        return len(plain), self._end(text, "length")
+
+    def _end(self, text: str, finish_reason: FinishReason, stop_reason: int | None = None) -> Step:
+        """Return the last step, after some text that can be given; a stop text may stand in what was held back."""
         self.ended = True
-        rest, stop = self._stops.add(self._text.finish())
+        rest = "" if self._text is None else self._text.finish()
+        if self._stops is None:
+            return Step(text + rest, finish_reason, stop_reason)
+        rest, stop = self._stops.add(rest)
         if stop is not None:
             return Step(text + rest, "stop", stop)
-        return Step(text + rest + self._stops.finish(), "length")
+        return Step(text + rest + self._stops.finish(), finish_reason, stop_reason)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
 from jvlm.errors import UserError
-from jvlm.inference.requests import EngineStats, Event, Request
+from jvlm.inference.requests import EngineStats, Event, Request, StepFailed
 
 T = TypeVar("T")
 HUNG_SECONDS = 10.0
@@ -36,6 +36,11 @@ class StepEngine(Protocol):
         """Do what takes long before `submit`, in any thread. Raises UserError."""
         ...
 
+    @property
+    def failure(self) -> str | None:
+        """Why nothing can be computed any more; None while the engine can go on."""
+        ...
+
     def submit(self, request: Request) -> None:
         """Take a request. Raises UserError for one that can never be answered."""
         ...
@@ -53,7 +58,7 @@ class StepEngine(Protocol):
         ...
 
 
-class EngineDead(Exception):
+class EngineDead(StepFailed):
     """The engine's thread has ended: nothing is answered any more."""
 
 
@@ -85,7 +90,7 @@ class Answer:
         """Return the events since the last call, at least one; [] after so many seconds without one, or at the end.
 
         Raises:
-          UserError: the request cannot be answered. EngineDead: nothing can.
+          UserError: the request cannot be answered. StepFailed: it was not. EngineDead: nothing is any more.
         """
         if not self._events and self._error is None and not self.done:
             loop = asyncio.get_running_loop()
@@ -255,7 +260,7 @@ class AsyncEngine:
     def _submit(self, request: Request) -> None:
         try:
             self.engine.submit(request)
-        except UserError as error:
+        except (UserError, StepFailed) as error:
             self._publish([Event(request.id, finish_reason="error", error=error)])
         except Exception as error:  # noqa: BLE001  (a bug ends this request alone, whose caller raises it)
             self._loop.call_soon_threadsafe(self._fail_one, request.id, error)
@@ -310,6 +315,8 @@ class AsyncEngine:
             self._publish(events)
             if self.observe is not None:
                 self.observe(events, now - began)
+        if self.engine.failure is not None:
+            raise EngineDead(self.engine.failure)
 
     def _refresh(self, now: float) -> None:
         self._stats, self._stats_at = self.engine.stats(), now

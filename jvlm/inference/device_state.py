@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jvlm.inference import plan_arrays, programs
+from jvlm.inference import plan_arrays, programs, sampling
 from jvlm.inference.plan_arrays import ImageMemory, PictureArrays
-from jvlm.inference.programs import Chunks, DecodeRows, ModuleDef, Programs
+from jvlm.inference.programs import Chunks, DecodeRows, Drawn, ModuleDef, Programs
 from jvlm.inference.requests import SamplingParams
-from jvlm.inference.sampling import KINDS, STEP, Logprobs, SamplingArrays, SamplingKind, SlotRules, kind_for
-from jvlm.inference.scheduling.plans import Chunk, Decode, Encode, Prefill, Row
+from jvlm.inference.sampling import Logprobs, SamplingArrays, SlotRules
+from jvlm.inference.scheduling.plans import Chunk, Decode, Encode, Picture, Plan, Prefill, Row
 from jvlm.inference.shapes import Shapes
 from jvlm.models.contracts import VisionTokens
 from jvlm.models.vlm import VLMConfig
@@ -31,20 +31,19 @@ _COPIES = 8  # pages that one program copies or scrubs
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """Tokens that a step draws, still on the device.
+    """Tokens that a plan draws, still on the device.
 
     Attributes:
-      tokens: int32 [B].
-      rows: (index, group, row) of the sequences among them.
-      logprobs: of all B, where one of the requests wants them.
-      guesses: for indices behind a drafted token: how many are drafted before, and that token. What is drawn there
-        counts if the index before drew it.
+      drawn: K tokens of B rows.
+      rows: (index, group, row, count) of the sequences among them: the first ``count`` tokens are theirs.
+      top: most likeliest tokens whose log-probabilities a request wants; -1 where none wants any.
+      drafts: drafted tokens of some indices. What is drawn behind one counts if it was drawn itself.
     """
 
-    tokens: Any
-    rows: tuple[tuple[int, int, Row], ...]
-    logprobs: Logprobs | None
-    guesses: Mapping[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    drawn: Drawn
+    rows: tuple[tuple[int, int, Row, int], ...]
+    top: int = -1
+    drafts: Mapping[int, Sequence[int]] = dataclasses.field(default_factory=dict)
 
 
 def image_room(config: VLMConfig, patches: int) -> int:
@@ -83,21 +82,18 @@ class DeviceState:
         self._held, self._room = collections.Counter(), collections.Counter()
         self._prompt_logprobs: dict[int, list[tuple[str, int, np.ndarray, Logprobs]]] = {}
         slots = self.shapes.slots * self.shapes.groups
-        self._params: list[SamplingParams | None] = [None] * slots
-        self._arrays = SamplingArrays(np.zeros((slots + 1, 7), np.int32), np.zeros((slots + 1, 6), np.float32))
-        self._neutral()
+        self._masks: dict[int, Any] = {}  # by their length, such that allow every token
+        # packed `SamplingArrays` of each slot; the last row is padding
+        nobody = SamplingArrays.of([SamplingParams()], [slots], [0], [0]).packed()
+        self._samplings = np.repeat(nobody, slots + 1, axis=0)
+        self._generations = np.full(slots, -1)
         self.release()
-
-    def _neutral(self) -> None:
-        row = SamplingArrays.of([SamplingParams()], [len(self._params)], [0], [0])
-        self._arrays.ints[:], self._arrays.floats[:] = row.ints, row.floats
 
     def release(self) -> None:
         """Let go of the arrays; they are made again when a plan needs them."""
         self._cache = self._features = self._rules = self._tokens = None
-        slots = len(self._params)
-        self._tags: list[tuple[str, int, int] | None] = [None] * slots
-        self._kinds = [KINDS[0]] * slots
+        self._prompt_logprobs.clear()
+        self._generations[:] = -1
 
     @staticmethod
     def features(
@@ -116,18 +112,29 @@ class DeviceState:
 
     # -- plans
 
-    def encode(self, plans: Mapping[int, Encode], active: Mapping[str, Any]) -> None:
+    def run(self, plans: Mapping[int, Plan], active: Mapping[str, Any]) -> tuple[list[Sampled], Any]:
+        """Begin plans of one kind. Returns the tokens that they draw, and an array that is there when they are done."""
+        kind = type(next(iter(plans.values())))
+        if kind is Encode:
+            return [], self.encode(plans, active)
+        if kind is Prefill:
+            return self.prefill(plans, active)
+        sampled = self.decode(plans, active)
+        return [sampled], sampled.drawn.tokens
+
+    def encode(self, plans: Mapping[int, Encode], active: Mapping[str, Any]) -> Any:
         """Run the vision tower over pictures."""
         left: dict[int, list[tuple[int, PictureArrays]]] = {}
         for group, plan in plans.items():
             for picture in plan.pictures:
-                one = active[picture.request_id]
-                arrays = PictureArrays(one.request.example, one.spec.media[picture.number], picture.feature_slots)
-                left.setdefault(group, []).append((one.adapter, arrays))
+                arrays = self._picture_arrays(picture, active)
+                left.setdefault(group, []).append((active[picture.request_id].adapter, arrays))
                 if self.memories[group] is not None:
                     self.memories[group].remember(picture.feature_slots)
+        done = None
         while any(left.values()):
-            self._encode({group: self._next_pictures(pictures) for group, pictures in left.items()})
+            done = self._encode({group: self._next_pictures(pictures) for group, pictures in left.items()})
+        return done
 
     def _next_pictures(self, left: list[tuple[int, PictureArrays]]) -> tuple[int, list[PictureArrays]]:
         """Take pictures of one adapter, as many as an encode takes."""
@@ -143,22 +150,40 @@ class DeviceState:
             taken.append(left.pop(0)[1])
         return adapter, taken
 
-    def _encode(self, groups: Mapping[int, tuple[int, list[PictureArrays]]]) -> None:
+    def pack(self, group: int, plan: Plan, active: Mapping[str, Any]) -> None:
+        """Make the arrays of a plan and throw them away. Raises whatever is wrong with them."""
+        rows: list[list[Any]] = [[] for _ in range(self.shapes.groups)]
+        if isinstance(plan, Encode):
+            rows[group] = [self._picture_arrays(picture, active) for picture in plan.pictures]
+            self._pack_pictures(rows)
+        elif isinstance(plan, Prefill):
+            rows[group] = list(plan.chunks)
+            plan_arrays.pack_chunks(rows, self.shapes, self.memories)
+
+    def _picture_arrays(self, picture: Picture, active: Mapping[str, Any]) -> PictureArrays:
+        one = active[picture.request_id]
+        return PictureArrays(one.request.example, one.spec.media[picture.number], picture.feature_slots)
+
+    def _encode(self, groups: Mapping[int, tuple[int, list[PictureArrays]]]) -> Any:
+        rows = [groups.get(d, (0, []))[1] for d in range(self.shapes.groups)]
+        adapters = np.array([groups.get(d, (0, []))[0] for d in range(self.shapes.groups)], np.int32)
+        batch, destinations = self._pack_pictures(rows)
+        held, P = sum(p.media.patches for row in rows for p in row), batch.patches.shape[1]
+        self.patches += held
+        self._count(f"encode {P}", held, P * self.shapes.groups)
+        self._features, done = self._run_encode(self._pool(), batch, destinations, adapters)
+        return done
+
+    def _pack_pictures(self, rows: Sequence[Sequence[PictureArrays]]) -> tuple[Any, np.ndarray]:
         config, s = self.engine.config, self.shapes
-        rows = [groups.get(d, (0, []))[1] for d in range(s.groups)]
-        adapters = np.array([groups.get(d, (0, []))[0] for d in range(s.groups)], np.int32)
         patches = max(sum(p.media.patches for p in row) for row in rows)
         images = max(sum(p.images for p in row) for row in rows)
         P = next(
             (size for size in s.encode_patches if size >= patches and image_room(config, size) >= images),
             s.encode_patches[-1],
         )
-        batch, destinations = plan_arrays.pack_pictures(
-            rows, P, _picture_tokens(config, P), vision_tokens_of(config, P), s.feature_slots
-        )
-        self.patches += sum(p.media.patches for row in rows for p in row)
-        self._count(f"encode {P}", sum(p.media.patches for row in rows for p in row), P * s.groups)
-        self._features = self._run_encode(self._pool(), batch, destinations, adapters)
+        batch = picture_batch(config, s.groups, P)
+        return plan_arrays.pack_pictures(rows, batch, vision_tokens_of(config, P), s.feature_slots)
 
     def _run_encode(self, pool, batch, destinations, adapters):
         put = self.programs.put
@@ -168,7 +193,7 @@ class DeviceState:
             self.engine._leaves, pool, batch, put(destinations, "batch", None), put(adapters, "batch")
         )
 
-    def prefill(self, plans: Mapping[int, Prefill], active: Mapping[str, Any]) -> list[Sampled]:
+    def prefill(self, plans: Mapping[int, Prefill], active: Mapping[str, Any]) -> tuple[list[Sampled], Any]:
         """Run chunks of prompts, and draw the first token of those that end."""
         left = {group: list(plan.chunks) for group, plan in plans.items()}
         sampled: list[Sampled] = []
@@ -185,7 +210,7 @@ class DeviceState:
             hidden, self._cache = self._run_prefill(chunks, adapters)
             sampled += self._first_tokens(rows, last, hidden, active)
             self._score_prompts(key, rows, last, chunks, hidden, active)
-        return sampled
+        return sampled, hidden
 
     def _run_prefill(self, chunks: Chunks, adapters: np.ndarray):
         put = self.programs.put
@@ -221,101 +246,111 @@ class DeviceState:
         ]
         R, found = self.shapes.prefill_rows, []
         for begin in range(0, max(map(len, wanted)), R):
-            some = [group[begin : begin + R] for group in wanted]
             indices = np.zeros((len(rows), R), np.int32)
-            for d, group in enumerate(some):
-                indices[d, : len(group)] = [index for index, _ in group]
-            logits = self.programs.head(self.engine._decoder_leaves, hidden, self.programs.put(indices, "batch", None))
-            at = [(d * R + i, d, row) for d, group in enumerate(some) for i, (_, row) in enumerate(group)]
-            found.append(self._draw(logits, at, active))
+            samplings = np.repeat(self._samplings[-1:], len(rows) * R, axis=0)
+            at = []
+            for d, group in enumerate(wanted):
+                for i, (index, row) in enumerate(group[begin : begin + R]):
+                    indices[d, i] = index
+                    self._take_slot(d * self.shapes.slots + row.slot, row, active)
+                    samplings[d * R + i] = self._samplings[d * self.shapes.slots + row.slot]
+                    samplings[d * R + i, sampling.STEP] = row.draw
+                    at.append((d * R + i, d, row, 1))
+            mask = self._mask(len(samplings), 1, at, active, {})
+            drawn = self._run_first(hidden, indices, samplings, mask)
+            found.append(_sampled(drawn, at, samplings))
         return found
 
-    def decode(self, plans: Mapping[int, Decode], active: Mapping[str, Any]) -> list[Sampled]:
-        """Run the last token of every sequence, and the drafted ones behind it."""
-        self._copy({group: plan.copies for group, plan in plans.items()})
-        adapters = {group: [_adapter(active, row) for row in plan.rows] for group, plan in plans.items()}
-        rows, per_group = plan_arrays.decode_rows(plans, self.shapes, adapters)
-        B, W = rows.rows.shape[0], rows.rows.shape[1] - programs.TABLE
-        self._count(f"decode {B} of {W} pages", sum(len(plan.rows) for plan in plans.values()), B)
-        drafts = plan_arrays.drafted(plans, per_group, self.shapes, self.engine.sizes.draft_tokens)
-        logits = self._run_decode(rows, drafts)
-        at: list[tuple[int, int, Row]] = []
-        guesses: dict[int, tuple[int, int]] = {}
-        for group, plan in plans.items():
-            for i, row in enumerate(plan.rows):
-                index = (group * per_group + i) * (1 + drafts.shape[1])
-                for j in range(1 + int(plan.drafted[i])):
-                    at.append((index + j, group, dataclasses.replace(row, draw=row.draw + j) if j else row))
-                    if j:
-                        guesses[index + j] = j, int(plan.tokens[i, j])
-        return [dataclasses.replace(self._draw(logits, at, active, guesses), guesses=guesses)]
+    def _run_first(self, hidden, indices: np.ndarray, samplings: np.ndarray, mask) -> Drawn:
+        put = self.programs.put
+        drawn, self._tokens, self._rules = self.programs.first(
+            self.engine._decoder_leaves,
+            self._last_tokens(),
+            self._slot_rules(),
+            self.programs.last(hidden, put(indices, "batch", None)),
+            put(samplings, "batch", None),
+            self.banned,
+            mask,
+        )
+        return drawn
 
-    def _run_decode(self, rows: DecodeRows, drafts: np.ndarray):
-        rows = DecodeRows(self.programs.put(rows.rows, "batch", None))
-        logits, self._cache = self.programs.decode(
+    def decode(self, plans: Mapping[int, Decode], active: Mapping[str, Any]) -> Sampled:
+        """Run the last token of every sequence, and those that are drawn or drafted behind it."""
+        self._copy({group: plan.copies for group, plan in plans.items()})
+        for group, plan in plans.items():
+            slots = plan.slots + group * self.shapes.slots
+            new = self._generations[slots] != [row.generation for row in plan.rows]
+            for i in np.flatnonzero(new):
+                self._take_slot(slots[i], plan.rows[i], active)
+        adapters = {group: [active[row.request_id].adapter for row in plan.rows] for group, plan in plans.items()}
+        rows, per_group = plan_arrays.decode_rows(plans, self.shapes, adapters, self._samplings)
+        B, W = rows.rows.shape[0], rows.rows.shape[1] - programs.TABLE
+        steps = max(plan.length for plan in plans.values())
+        self._count(f"decode {B} of {W} pages", sum(int(plan.steps.sum()) for plan in plans.values()), B * steps, steps)
+        drafts = plan_arrays.drafted(plans, per_group, self.shapes, self.engine.sizes.draft_tokens)
+        at: list[tuple[int, int, Row, int]] = []
+        guesses: dict[int, list[int]] = {}
+        for group, plan in plans.items():
+            counts = (plan.steps + plan.drafted).tolist()
+            for index, (row, count) in enumerate(zip(plan.rows, counts, strict=True), group * per_group):
+                at.append((index, group, row, count))
+                if drafts is not None and count > 1:
+                    guesses[index] = drafts[index, : count - 1].tolist()
+        mask = self._mask(B, 1 if drafts is None else 1 + drafts.shape[1], at, active, guesses)
+        return _sampled(self._run_decode(rows, drafts, mask), at, rows.rows, guesses)
+
+    def _run_decode(self, rows: DecodeRows, drafts: np.ndarray | None, mask) -> Drawn:
+        put = self.programs.put
+        program = self.programs.decode if drafts is None else self.programs.verify
+        drawn, self._tokens, self._rules, self._cache = program(
             self.engine._decoder_leaves,
             self._pages(),
             self._last_tokens(),
-            rows,
-            self.programs.put(drafts, "batch", None) if drafts.shape[1] else None,
+            self._slot_rules(),
+            DecodeRows(put(rows.rows, "batch", None)),
+            self.banned,
+            mask,
+            *(() if drafts is None else (put(drafts, "batch", None),)),
         )
-        return logits
+        return drawn
 
     # -- drawing
 
-    def _draw(
+    def _mask(
         self,
-        logits,
-        at: Sequence[tuple[int, int, Row]],
+        rows: int,
+        width: int,
+        at: Sequence[tuple[int, int, Row, int]],
         active: Mapping[str, Any],
-        guesses: Mapping[int, tuple[int, int]] | None = None,
-    ) -> Sampled:
-        """Draw the next token of some rows of logits."""
-        slots = np.full(len(logits), len(self._params), np.int32)
-        steps = np.zeros(len(logits), np.int32)
-        kinds, scores, mask = {KINDS[0]}, False, None
-        for index, group, row in at:
-            slot = group * self.shapes.slots + row.slot
-            request = active[row.request_id].request
-            self._take_slot(slot, row, active)
-            slots[index], steps[index] = slot, row.draw
-            kinds.add(self._kinds[slot])
-            scores |= request.sampling.logprobs is not None
-        kind = kind_for(kinds)
-        arrays = SamplingArrays(self._arrays.ints[slots], self._arrays.floats[slots])
-        arrays.ints[:, STEP] = steps
-        if kind.masks:
-            mask = _mask(len(logits), self.engine.constraints.words, at, active, guesses or {})
-        chosen = self._sample(kind, logits, arrays, mask)
-        found = self._logprobs(kind, logits, chosen, arrays, mask) if scores else None
-        return Sampled(chosen, tuple(at), found)
+        drafts: Mapping[int, Sequence[int]],
+    ) -> Any:
+        """Return the bits of the tokens that may come at each of ``width`` tokens of each row."""
+        masked = [(index, row, active[row.request_id].masks) for index, _, row, _ in at]
+        masked = [(index, row, masks) for index, row, masks in masked if masks is not None]
+        if not masked:
+            return self._free_mask(rows * width)
+        mask = np.full((rows * width, self.engine.constraints.words), -1, np.int32)
+        for index, row, masks in masked:
+            guessed = drafts.get(index, ())
+            words = masks.of_drafts(row.index, guessed) if guessed else masks.words[row.index]
+            mask[index * width : index * width + 1 + len(guessed)] = words
+        return self._committed(self.programs.put(mask, None, None))
 
-    def _logprobs(self, kind: SamplingKind, logits, chosen, arrays: SamplingArrays, mask: np.ndarray | None):
-        if self.engine.sizes.logprobs == "raw":
-            return self.programs.logprobs(logits, chosen)
-        kind = kind._replace(rules=False)  # which the engine has refused
-        return self.programs.sampled_logprobs(kind, logits, chosen, arrays, self.banned, mask if kind.masks else None)
-
-    def _sample(self, kind: SamplingKind, logits, arrays: SamplingArrays, mask: np.ndarray | None):
-        rules = self._slot_rules() if kind.rules else None
-        chosen, self._tokens, rules = self.programs.sample(
-            kind, logits, self._last_tokens(), rules, arrays, self.banned, mask if kind.masks else None
-        )
-        self._rules = rules if kind.rules else self._rules
-        return chosen
+    def _free_mask(self, rows: int) -> Any:
+        if rows not in self._masks:
+            mask = np.full((rows, self.engine.constraints.words), -1, np.int32)
+            self._masks[rows] = self._committed(self.programs.put(mask, None, None))
+        return self._masks[rows]
 
     def _take_slot(self, slot: int, row: Row, active: Mapping[str, Any]) -> None:
-        """Give a slot's rows of numbers to the answer that has it now."""
-        tag = row.request_id, row.index, row.generation
-        if self._tags[slot] == tag:
+        """Give a slot's numbers to the answer that has it now."""
+        if self._generations[slot] == row.generation:
             return
         one = active[row.request_id]
         params = one.request.sampling
-        self._tags[slot], self._params[slot] = tag, params
-        new = SamplingArrays.of([params], [slot], [params.number + row.index], [0])
-        self._arrays.ints[slot], self._arrays.floats[slot] = new.ints[0], new.floats[0]
-        self._kinds[slot] = SamplingKind.of(params)
-        if self._kinds[slot].rules:
+        self._generations[slot] = row.generation
+        self._samplings[slot] = SamplingArrays.of([params], [slot], [params.number + row.index], [0]).packed()
+        if sampling.has_rules(params):
             self._set_rules(slot, one, row)
 
     def _set_rules(self, slot: int, one: Any, row: Row) -> None:
@@ -399,12 +434,12 @@ class DeviceState:
 
     def _last_tokens(self):
         if self._tokens is None:
-            self._tokens = self._committed(self.programs.put(np.zeros(len(self._params) + 1, np.int32), None))
+            self._tokens = self._committed(self.programs.put(np.zeros(len(self._samplings), np.int32), None))
         return self._tokens
 
     def _slot_rules(self):
         if self._rules is None:
-            rules = SlotRules.empty(len(self._params), self.engine.config.decoder.vocab_size)
+            rules = SlotRules.empty(len(self._generations), self.engine.config.decoder.vocab_size)
             self._rules = self._committed(jax.tree.map(lambda x: self.programs.put(x, None, None), rules))
         return self._rules
 
@@ -413,8 +448,8 @@ class DeviceState:
 
     # -- reports
 
-    def _count(self, name: str, held: int, room: int) -> None:
-        self.steps[name] += 1
+    def _count(self, name: str, held: int, room: int, steps: int = 1) -> None:
+        self.steps[name] += steps
         self._held[name] += held
         self._room[name] += room
 
@@ -441,13 +476,14 @@ class DeviceState:
         for P in s.encode_patches:
             batch = picture_batch(config, D, P)
             destinations = np.full((D, vision_tokens_of(config, P)), s.feature_slots, np.int32)
-            self._features = timed(
+            self._features, _ = timed(
                 f"encode {P}",
                 lambda batch=batch, destinations=destinations: self._run_encode(
                     self._pool(), batch, destinations, nobody
                 ),
             )
-        hidden = None
+        indices = np.zeros((D, s.prefill_rows), np.int32)
+        samplings = np.repeat(self._samplings[-1:], D * s.prefill_rows, axis=0)
         for C in s.prefill_tokens:
             for M in s.past:
                 for F in s.prefill_features or (C,):
@@ -461,28 +497,19 @@ class DeviceState:
                     self.engine._decoder_leaves, hidden, following
                 ),
             )
-            indices = self.programs.put(np.zeros((D, s.prefill_rows), np.int32), "batch", None)
-            self._warm_sampling(
-                timed,
-                timed(
-                    f"head after {C}",
-                    lambda hidden=hidden, indices=indices: self.programs.head(
-                        self.engine._decoder_leaves, hidden, indices
-                    ),
-                ),
-            )
+            mask = self._free_mask(len(samplings))
+            timed(f"first after {C}", lambda h=hidden, mask=mask: self._run_first(h, indices, samplings, mask))
+        K = self.engine.sizes.draft_tokens
         for rows in s.decode_rows:
             for W in s.tables:
                 empty = np.zeros((rows * D, programs.TABLE + W), np.int32)
-                empty[:, programs.SLOT] = len(self._params)
-                for K in sorted({0, self.engine.sizes.draft_tokens}):
-                    drafts = np.zeros((rows * D, K), np.int32)
-                    logits = timed(
-                        f"decode {rows * D} of {W} pages" + (f" with {K} drafted tokens" if K else ""),
-                        lambda empty=empty, drafts=drafts: self._run_decode(DecodeRows(empty), drafts),
+                empty[:, : sampling.COLUMNS] = self._samplings[-1]
+                for drafts in (None, np.zeros((rows * D, K), np.int32)) if K else (None,):
+                    mask = self._free_mask(len(empty) * (1 if drafts is None else 1 + K))
+                    timed(
+                        f"decode {rows * D} of {W} pages" + ("" if drafts is None else f" with {K} drafted tokens"),
+                        lambda empty=empty, drafts=drafts, mask=mask: self._run_decode(DecodeRows(empty), drafts, mask),
                     )
-                    if s.tables[-1] == W:
-                        self._warm_sampling(timed, logits)
         pages = np.zeros((D, _COPIES), np.int32)
         self._cache = timed("copies", lambda: self.programs.copy_pages(self._pages(), pages, pages))
         self._cache = timed("scrubbing", lambda: self.programs.scrub_pages(self._pages(), pages))
@@ -495,38 +522,16 @@ class DeviceState:
             ),
         )
 
-    def _warm_sampling(self, timed: Callable, logits: Any) -> None:
-        B = len(logits)
-        nobody = np.full(B, len(self._params))
-        arrays = SamplingArrays(self._arrays.ints[nobody], self._arrays.floats[nobody])
-        mask = np.full((B, -(-self.engine.config.decoder.vocab_size // 32)), -1, np.int32)
-        for number, kind in enumerate(KINDS):
-            chosen = timed(f"sample {B}, kind {number}", lambda k=kind: self._sample(k, logits, arrays, mask))
-            if number == len(KINDS) - 1 or self.engine.sizes.logprobs == "sampled":
-                timed(
-                    f"log-probabilities of {B}, kind {number}",
-                    lambda k=kind, chosen=chosen: self._logprobs(k, logits, chosen, arrays, mask),
-                )
 
-
-def _mask(
-    count: int,
-    width: int,
-    at: Sequence[tuple[int, int, Row]],
-    active: Mapping[str, Any],
-    guesses: Mapping[int, tuple[int, int]],
-) -> np.ndarray:
-    """Return the bits of the tokens that may come in each row of logits; all of them where nothing is said."""
-    mask = np.full((count, width), -1, np.int32)
-    for index, _, row in at:
-        masks = active[row.request_id].masks
-        if masks is None or index in guesses:
-            continue
-        drafts = []
-        while guesses.get(index + len(drafts) + 1, (0, 0))[0] == len(drafts) + 1:
-            drafts.append(guesses[index + len(drafts) + 1][1])
-        mask[index : index + 1 + len(drafts)] = masks.of_drafts(row.index, drafts) if drafts else masks.words[row.index]
-    return mask
+def _sampled(
+    drawn: Drawn, at: list[tuple[int, int, Row, int]], samplings: np.ndarray, drafts: Mapping[int, Sequence[int]] = {}
+) -> Sampled:
+    """Return what was drawn, on its way to the host."""
+    top = int(samplings[:, sampling.SCORED].max()) - 1
+    wanted = [drawn.tokens, *drawn.logprobs[: 0 if top < 0 else 2 if top == 0 else 4]]
+    for part in wanted:
+        part.copy_to_host_async()
+    return Sampled(drawn, tuple(at), top, drafts)
 
 
 def _adapter(active: Mapping[str, Any], row: Row) -> int:

@@ -25,18 +25,18 @@ from jvlm.data.errors import ExampleError
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
-from jvlm.inference import event_loop, not_finite, shapes, sharding, token_rules
+from jvlm.inference import event_loop, faults, memory, not_finite, results, shapes, sharding, token_rules
 from jvlm.inference.active import Active, Launched
 from jvlm.inference.answer import Answer
 from jvlm.inference.answer_masks import AnswerMasks
-from jvlm.inference.constrain import Constraints, GrammarError
+from jvlm.inference.constrain import Constraints
 from jvlm.inference.device_state import DeviceState, Sampled
 from jvlm.inference.grammar_text import within_pictures
 from jvlm.inference.programs import ModuleDef, Programs
-from jvlm.inference.requests import EngineConfig, EngineStats, Event, Request, SamplingParams, TokenLogprob
-from jvlm.inference.sampling import NOT_FINITE, SamplingConfig, has_rules
+from jvlm.inference.requests import EngineConfig, EngineStats, Event, Request, SamplingParams, StepFailed
+from jvlm.inference.sampling import SamplingConfig, has_rules
 from jvlm.inference.scheduling.config import SchedulerConfig
-from jvlm.inference.scheduling.plans import Encode, Plan, Prefill, Result, Row
+from jvlm.inference.scheduling.plans import Plan, Prefill, Row
 from jvlm.inference.scheduling.scheduler import Scheduler
 from jvlm.inference.scheduling.sequence_spec import SequenceSpec
 from jvlm.inference.shapes import Need, Shapes
@@ -70,7 +70,7 @@ class Engine:
     ):
         contracts.check_generates(model.decoder)
         self.config, self.processor, self.sizes = model.config, processor, config
-        self.ahead = jax.default_backend() != "cpu" if config.ahead is None else config.ahead
+        self.ahead = config.ahead
         self.layout = sharding.check_layout(layout, model.config)
         self.banned, self.banned_first = token_rules.never_given(model.config, processor)
         ends = token_rules.end_tokens(model.config, processor)
@@ -80,6 +80,7 @@ class Engine:
         self._device: DeviceState | None = None
         self._schedulers: list[Scheduler] = []
         self._given: list[Any] = []
+        self.failure: str | None = None  # why nothing can be computed any more
         self._active: dict[str, Active] = {}
         self._held: deque[str] = deque()  # requests that need larger shapes
         self._launched: deque[Launched] = deque()
@@ -89,6 +90,7 @@ class Engine:
         self._retired: dict[str, int] = {}
         self._ready_at: int | None = None
         self._idle_since: float | None = None
+        self._read_at = 0.0
         self._host_gap = 0.0
         self._structures: tuple[ModuleDef, ModuleDef] | None = None
         self.load(model)
@@ -186,7 +188,10 @@ class Engine:
         Raises:
           ExampleError: a prompt that leaves no position for an answer.
           UserError: a request that this model or these shapes cannot serve; an id that is there already.
+          StepFailed: the device has failed for good.
         """
+        if self.failure is not None:
+            raise StepFailed(f"the engine cannot go on, start it anew: {self.failure}")
         if request.id in self._active:
             raise UserError(f"a request {request.id!r} is there already; its answers have not ended")
         sampling, example = request.sampling, request.example
@@ -231,7 +236,7 @@ class Engine:
             self._begin(active)
 
     def _begin(self, active: Active) -> None:
-        loads = [sum(a.group == g for a in self._active.values()) for g in range(self.groups)]
+        loads = [scheduler.size for scheduler in self._schedulers]
         group = min(range(self.groups), key=loads.__getitem__)
         limit = self._schedulers[group].add(active.spec)
         active.group = group
@@ -254,16 +259,16 @@ class Engine:
         segments = example.vision_segment_ids
         images = [len(np.unique(segments[m.first : m.first + m.tokens])) for m in spec.media]
         unit = max(connector.min_image_patches, per_image or 1)
-        memory = 0
+        read = 0
         if beside is not None and images:
-            memory = per_image * (sum(images) if beside == "all" else 1)
+            read = per_image * (sum(images) if beside == "all" else 1)
         return Need(
             prompt=len(spec.tokens),
             tokens=len(spec.tokens) + limit,
             answers=spec.n,
             vision_tokens=sum({m.content: m.tokens for m in spec.media}.values()),
             patches=max((max(m.patches, n * unit) for m, n in zip(spec.media, images, strict=True)), default=0),
-            memory=memory,
+            memory=read,
         )
 
     def abort(self, request_id: str) -> None:
@@ -305,14 +310,41 @@ class Engine:
     # -- steps
 
     def step(self) -> list[Event]:
-        """Run what is to be run next, and return what became of earlier steps."""
+        """Run what is to be run next, and return what became of earlier steps.
+
+        A request that cannot be computed ends with an error. After an error of the device all end with it; the engine
+        goes on with an empty cache, unless `failure` says why it cannot.
+        """
         events, self._early = self._early, []
-        self._begin_held()
-        launched = self._launch()
-        waiting = 1 if self.ahead and launched else 0
-        while len(self._launched) > waiting:
-            events += self._read(self._launched.popleft())
+        try:
+            self._begin_held()
+            launched = self._launch()
+            events, self._early = events + self._early, []
+            waiting = 1 if self.ahead and launched else 0
+            while len(self._launched) > waiting:
+                events += self._read(self._launched.popleft())
+        except jax.errors.JaxRuntimeError as error:
+            events += self._fail_all(error)
         return events
+
+    def _fail_all(self, error: Exception) -> list[Event]:
+        """End all requests after an error of the device, and let go of what it keeps."""
+        self.failure = faults.lasting_failure(self._leaves)
+        problem = StepFailed(f"the device failed: {error}")
+        problem.__cause__ = error
+        names = list(self._active)
+        self._active.clear()
+        self._held.clear()
+        self._launched.clear()
+        self._idle_since = None
+        if self._device is not None:
+            self._device.release()
+            self._schedulers = self._new_schedulers()
+        return [self._error(name, problem) for name in names]
+
+    def _error(self, request_id: str, problem: Exception) -> Event:
+        self._success["error"] += 1
+        return Event(request_id, finish_reason="error", error=faults.error_of(problem))
 
     def _begin_held(self) -> None:
         """Make larger shapes for requests that need them, once nothing runs, and begin these."""
@@ -333,82 +365,54 @@ class Engine:
                 by_kind.setdefault(type(plan), {})[group] = plan
         if by_kind and self._idle_since is not None:
             self._host_gap += time.perf_counter() - self._idle_since
-        for kind, plans in by_kind.items():
+        for plans in by_kind.values():
             began = time.perf_counter()
-            if kind is Encode:
-                self._device.encode(plans, self._active)
-                sampled: Sequence[Sampled] = ()
-            elif kind is Prefill:
-                sampled = self._device.prefill(plans, self._active)
-            else:
-                sampled = self._device.decode(plans, self._active)
-            self._launched.append(Launched(plans, sampled, began))
+            try:
+                sampled, done = self._device.run(plans, self._active)
+            except faults.HOST_ERRORS as error:
+                sampled, done = self._run_without_faulty(plans, error)
+            self._launched.append(Launched(plans, sampled, done, began))
         return bool(by_kind)
 
+    def _run_without_faulty(self, plans: Mapping[int, Plan], error: Exception) -> tuple[Sequence[Sampled], Any]:
+        """End the requests that make a step fail, and run the rest; all of them end if it is none of them alone."""
+        faulty = faults.faulty_requests(self._device, plans, self._active)
+        left = faults.without(plans, faulty) if faulty else {}
+        self._drop(faults.without(plans, faults.request_ids(left)) if left else plans, error, faulty)
+        left = faults.without(left, set(faults.request_ids(left)) - set(self._active))
+        try:
+            return self._device.run(left, self._active) if left else ((), None)
+        except faults.HOST_ERRORS as again:
+            self._drop(left, again, {})
+            return (), None
+
+    def _drop(self, plans: Mapping[int, Plan], error: Exception, own: Mapping[str, Exception]) -> None:
+        """End all requests of plans that are not run, each with its own error or the one of all."""
+        for group, plan in plans.items():
+            for name in self._schedulers[group].drop(plan):
+                self._active.pop(name, None)
+                self._early.append(self._error(name, own.get(name, error)))
+
     def _read(self, launched: Launched) -> list[Event]:
-        events: list[Event] = []
-        results: dict[int, dict[int, Result]] = {group: {} for group in launched.plans}
-        broken: list[tuple[int, Row]] = []
-        for sampled in launched.sampled:
-            tokens = np.asarray(sampled.tokens)
-            values = None if sampled.logprobs is None else jax.device_get(sampled.logprobs)
-            for index, group, row in sampled.rows:
-                scheduler, before = self._schedulers[group], results[group].get(row.sequence)
-                guess = sampled.guesses.get(index)
-                if guess is not None and not _follows(before, *guess):
-                    continue
-                if not scheduler.is_current(row):
-                    if tokens[index] == NOT_FINITE:
-                        broken.append((group, row))
-                    continue
-                token, given = int(tokens[index]), () if before is None else before.tokens
-                if token == NOT_FINITE:
-                    broken.append((group, row))
-                    results[group][row.sequence] = Result((*given, 0), True)  # no token, and no other result
-                    continue
-                event, ended = self._event(row, token, None if values is None else (values, index))
-                events.append(event)
-                results[group][row.sequence] = Result((*given, token), ended)
-        self._take_prompt_logprobs(launched, events)
-        self._idle_since = None if self._launched or not self._active else time.perf_counter()
-        seconds = time.perf_counter() - launched.began
+        """Return what became of a plan, once it is done."""
+        jax.block_until_ready(launched.done)
+        now = time.perf_counter()
+        seconds, self._read_at = now - max(launched.began, self._read_at), now
+        self._idle_since = None if self._launched or not self._active else now
+        self._take_prompt_logprobs(launched)
+        read = results.read(launched, self._schedulers, self._active)
         for group, plan in launched.plans.items():
-            self._schedulers[group].finish(plan, results[group], None if self.ahead else seconds)
-        if broken:
-            events += self._broken(broken, launched)
-        self._forget_ended(launched)
-        return events
+            self._schedulers[group].finish(plan, read.results[group], seconds)
+        for event in read.events:
+            if event.finish_reason is not None:
+                self._success[event.finish_reason] += 1
+        for request_id in read.ended:
+            active = self._active.get(request_id)
+            if active is not None and all(answer.ended for answer in active.answers):
+                del self._active[request_id]
+        return read.events + (self._broken(read.broken, launched) if read.broken else [])
 
-    def _event(self, row: Row, token: int, values: tuple[Any, int] | None) -> tuple[Event, bool]:
-        active = self._active[row.request_id]
-        answer, sampling = active.answers[row.index], active.request.sampling
-        step, error = answer.add(token), None
-        if active.masks is not None and step.finish_reason is None:
-            try:
-                if active.masks.accept(row.index, token):
-                    step = answer.finish().behind(step)
-            except GrammarError as problem:
-                step, error = answer.finish().behind(step, "error"), problem
-        logprob = None
-        if values is not None and sampling.logprobs is not None:
-            logprob = _logprob(values[0], values[1], token, sampling.logprobs)
-        if step.finish_reason is not None:
-            self._success[step.finish_reason] += 1
-        event = Event(
-            row.request_id,
-            row.index,
-            token,
-            step.text,
-            logprob,
-            step.finish_reason,
-            step.stop_reason,
-            error,
-            prompt_tokens=len(active.spec.tokens),
-            cached_tokens=active.cached,
-        )
-        return event, step.finish_reason is not None
-
-    def _take_prompt_logprobs(self, launched: Launched, events: list[Event]) -> None:
+    def _take_prompt_logprobs(self, launched: Launched) -> None:
         """Keep those of a chunk; the first event of a request tells them."""
         for plan in launched.plans.values():
             for chunk in plan.chunks if isinstance(plan, Prefill) else ():
@@ -420,21 +424,13 @@ class Engine:
             if active is None or active.prompt_logprobs is None:
                 continue
             count = active.request.sampling.prompt_logprobs
-            found = jax.device_get(values)
-            for i, token in enumerate(tokens):
-                active.prompt_logprobs[start + i] = _logprob(found, i, int(token), count, entropy=False)
-        for i, event in enumerate(events):
-            active = self._active.get(event.request_id)
-            if active is None or active.reported:
-                continue
-            active.reported = True
-            given = None if active.prompt_logprobs is None else tuple(active.prompt_logprobs)
-            events[i] = dataclasses.replace(event, cached_tokens=active.cached, prompt_logprobs=given)
+            found = results.token_logprobs(jax.device_get(values), tokens.tolist(), count, entropy=False)
+            active.prompt_logprobs[start : start + len(found)] = found
 
-    def _broken(self, rows: Sequence[tuple[int, Row]], launched: Launched) -> list[Event]:
+    def _broken(self, rows: Sequence[tuple[int, Row, int]], launched: Launched) -> list[Event]:
         """End requests whose scores are not finite, and leave nothing of them in pages that others will get."""
         events = []
-        for group, row in rows:
+        for group, row, draw in rows:
             self._device.scrub(group, _pages_of(row, launched.plans[group]))
             self._schedulers[group].forget()
             active = self._active.pop(row.request_id, None)
@@ -442,34 +438,28 @@ class Engine:
                 continue
             self._schedulers[group].abort(row.request_id)
             model = self._structures[0].bind(self._leaves)
-            error = not_finite.error(model, active.request.example.origin, row.draw + 1)
+            error = not_finite.error(model, active.request.example.origin, draw + 1)
             self._success["error"] += 1
             events.append(Event(row.request_id, row.index, finish_reason="error", error=error))
         return events
-
-    def _forget_ended(self, launched: Launched) -> None:
-        for sampled in launched.sampled:
-            for _, _, row in sampled.rows:
-                active = self._active.get(row.request_id)
-                if active is not None and all(answer.ended for answer in active.answers):
-                    del self._active[row.request_id]
 
     # -- programs
 
     def _make_shapes(self, needs: list[Need]) -> None:
         """Set the shapes that hold requests; programs and cache are new if they changed."""
         decoder, images = self.config.decoder, self.processor.image_processor
-        page = self.sizes.page_size or (128 if jax.default_backend() == "tpu" else 16)
         found = shapes.shapes_for(
             self.sizes,
             needs,
             groups=self.groups,
-            page_size=page,
+            page_size=self._page_size(),
             patch_step=packing.patch_step(images.patch_group, PATCH_STEP),
             tokens_per_image=self.config.connector.tokens_per_image if decoder.vision_memory else None,
             prefills_whole=decoder.prefills_whole,
             least=self.shapes,
         )
+        if self.sizes.deterministic:
+            found = shapes.one_of_each(found)
         if found == self.shapes and self._device is not None:
             return
         self._drop_programs()
@@ -477,7 +467,8 @@ class Engine:
         whole, module = self._structures
         adapted = isinstance(self._adapter_names, several.AdapterNames)
         features = DeviceState.features(self.config, whole, self._leaves, self.layout, found, adapted)
-        programs = Programs(whole, module, self.layout, found.cache, features, adapted=adapted)
+        options = {"steps": self.sizes.decode_steps, "sampled": self.sizes.logprobs == "sampled"}
+        programs = Programs(whole, module, self.layout, found.cache, features, adapted=adapted, **options)
         banned = np.stack([self.banned, self.banned if self.banned_first is None else self.banned_first])
         self._device = DeviceState(self, programs, banned)
         self._schedulers = self._new_schedulers()
@@ -502,16 +493,30 @@ class Engine:
             prefill_past_pages=None if whole else s.past[-1],
             feature_slots=s.feature_slots,
             encode_patches=s.encode_patches[-1],
-            prefix_cache=self.sizes.prefix_cache and not whole,
+            singly=self.sizes.deterministic,
+            max_preemptions=0 if self.sizes.deterministic else 3,  # answers would go on from recomputed tokens
+            decode_steps=self.sizes.decode_steps,
+            decode_seconds=self.sizes.decode_seconds,
+            prefix_cache=self.sizes.prefix_cache and not whole and not self.sizes.deterministic,
             cuts_prompts=not whole,
         )
-        return [Scheduler(config) for _ in range(self.groups)]
+        counted = [scheduler.counters for scheduler in self._schedulers] or [None] * self.groups
+        return [Scheduler(config, counters) for counters in counted]
 
     @property
     def compilations(self) -> dict[str, int]:
         """How many times each program has been compiled."""
         now = {} if self._device is None else self._device.programs.compiled
         return {name: now.get(name, 0) + self._retired.get(name, 0) for name in {*now, *self._retired}}
+
+    def _devices(self) -> list[Any]:
+        return sorted({device for leaf in self._leaves for device in leaf.devices()}, key=lambda device: device.id)
+
+    def _page_size(self) -> int:
+        return self.sizes.page_size or (128 if jax.default_backend() == "tpu" else 16)
+
+    def _width(self, tokens: int) -> int:
+        return -(-tokens // self._page_size())
 
     def warm_up(self, report: Callable[[str, float], None] | None = None) -> None:
         """Compile every program for every shape. Afterwards nothing is compiled, and what does not fit is refused.
@@ -525,9 +530,19 @@ class Engine:
         slots = self.sizes.max_slots
         patches = max(self.sizes.encode_patches)
         features = self.sizes.feature_slots or 4 * patches // self.config.connector.patches_per_token
-        memory = self.config.connector.tokens_per_image if self.config.decoder.vision_memory else 0
-        need = Need(length - 1, length, 1, features // 2, patches, memory or 0)
+        read = self.config.connector.tokens_per_image if self.config.decoder.vision_memory else 0
+        need = Need(length - 1, length, 1, features // 2, patches, read or 0)
+        sizes = self.sizes
+        if sizes.num_pages is None and memory.free_bytes(self._devices(), 1) is not None:
+            # without a cache first: how many pages fit is seen when everything else is there
+            self.sizes = dataclasses.replace(sizes, num_pages=(self._width(length) + 2) * self.groups)
+            self._make_shapes([need] * slots)
+            most = memory.pages_that_fit(self._device, sizes.memory_fraction) * self.groups
+            self._drop_programs()
+            wanted = slots * (self._width(length) + 1) + self._width(length) + 2 * self.groups
+            self.sizes = dataclasses.replace(sizes, num_pages=min(wanted, most))
         self._make_shapes([need] * slots)
+        self.sizes = sizes
         self._device.warm_up(report or (lambda name, seconds: None))
         self._ready_at = sum(self.compilations.values())
 
@@ -564,23 +579,11 @@ class Engine:
         )
 
 
-def _follows(before: Result | None, count: int, guess: int) -> bool:
-    """Return whether a position behind ``count`` drafted tokens counts: all were drawn, the last of them ``guess``."""
-    return before is not None and not before.ended and len(before.tokens) == count and before.tokens[-1] == guess
-
-
 def _pages_of(row: Row, plan: Plan) -> np.ndarray:
     """Return the pages of a row's sequence when a plan was made."""
     if isinstance(plan, Prefill):
         return next(chunk.table for chunk in plan.chunks if row in chunk.samples)
     return plan.tables[plan.rows.index(row)]
-
-
-def _logprob(values: Any, index: int, token: int, count: int, *, entropy: bool = True) -> TokenLogprob:
-    top = tuple(
-        (int(i), float(v)) for i, v in zip(values.top_tokens[index][:count], values.top[index][:count], strict=True)
-    )
-    return TokenLogprob(token, float(values.chosen[index]), top, float(values.entropy[index]) if entropy else None)
 
 
 __all__ = ["BrokenWeights", "Engine"]

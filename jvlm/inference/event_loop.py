@@ -41,7 +41,7 @@ def run(
                 for event in engine.step():
                     if event.request_id in mail:
                         mail[event.request_id].append(event)
-            for name in list(own):
+            for name in [name for name in own if mail[name]]:
                 yield from _events_of(engine, mail, own, name)
     finally:
         for name in own:

@@ -117,7 +117,8 @@ def answer_each(
                 if ends_at_error:
                     return
                 continue
-            request = Request(f"feed-{next(_NUMBERS)}", example, sampling.params(one.number), adapter=one.adapter)
+            params = sampling.params(one.number, detokenize=False)
+            request = Request(f"feed-{next(_NUMBERS)}", example, params, adapter=one.adapter)
             running[request.id] = (one, example, [])
             yield request
 

@@ -183,7 +183,8 @@ def complete_each(
     names = [None] * len(examples) if adapters is None else adapters
     requests, order = [], {}
     for i, (example, number, name) in enumerate(zip(examples, request_ids, names, strict=True)):
-        request = Request(f"generate-{next(_NUMBERS)}", example, sampling.params(number), adapter=name)
+        params = sampling.params(number, detokenize=False)
+        request = Request(f"generate-{next(_NUMBERS)}", example, params, adapter=name)
         order[request.id] = i
         requests.append(request)
     tokens: list[list[int]] = [[] for _ in examples]

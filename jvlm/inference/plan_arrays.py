@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jvlm.data.packing import Example
-from jvlm.inference import programs
+from jvlm.inference import programs, sampling
 from jvlm.inference.programs import Chunks, DecodeRows
 from jvlm.inference.scheduling.plans import Chunk, Decode
 from jvlm.inference.scheduling.sequence_spec import Media
@@ -123,32 +123,39 @@ def _beside(chosen: Chunks, d: int, offset: int, chunk: Chunk, memory: ImageMemo
 
 
 def decode_rows(
-    plans: Mapping[int, Decode], shapes: Shapes, adapters: Mapping[int, Sequence[int]]
+    plans: Mapping[int, Decode], shapes: Shapes, adapters: Mapping[int, Sequence[int]], samplings: np.ndarray
 ) -> tuple[DecodeRows, int]:
-    """Return the rows of a step, and how many each group has. ``adapters`` are the numbers of each plan's rows."""
+    """Return the rows of a plan, and how many each group has.
+
+    Args:
+      adapters: numbers of the adapters of each plan's rows.
+      samplings: packed `SamplingArrays` of all slots, and of padding.
+    """
     per_group = smallest(shapes.decode_rows, max(len(plan.rows) for plan in plans.values()))
     T = shapes.page_size
-    used = max((int(plan.starts.max()) + plan.tokens.shape[1] - 1) // T + 1 for plan in plans.values())
-    W, total = smallest(shapes.tables, used), per_group * shapes.groups
+    used = max(int((plan.starts + np.maximum(plan.steps, 1 + plan.drafted)).max()) for plan in plans.values())
+    W, total = smallest(shapes.tables, -(-used // T)), per_group * shapes.groups
     rows = np.zeros((total, programs.TABLE + W), np.int32)
-    rows[:, programs.SLOT] = shapes.slots * shapes.groups
+    rows[:, : sampling.COLUMNS] = samplings[-1]
     for group, plan in plans.items():
         span = slice(group * per_group, group * per_group + len(plan.rows))
+        rows[span, : sampling.COLUMNS] = samplings[plan.slots + group * shapes.slots]
+        rows[span, sampling.STEP] = plan.draws
         rows[span, programs.TOKEN] = plan.tokens[:, 0]
-        rows[span, programs.SLOT] = plan.slots + group * shapes.slots
         rows[span, programs.START] = plan.starts
         rows[span, programs.POSITION] = plan.positions
-        rows[span, programs.VALID] = 1
+        rows[span, programs.STEPS] = plan.steps + plan.drafted
         rows[span, programs.ADAPTER] = adapters[group]
         width = min(W, plan.tables.shape[1])
         rows[span, programs.TABLE : programs.TABLE + width] = plan.tables[:, :width]
     return DecodeRows(rows), per_group
 
 
-def drafted(plans: Mapping[int, Decode], per_group: int, shapes: Shapes, most: int) -> Int[np.ndarray, "B K"]:
-    """Return the drafted tokens of a step, int32 [B, K]: K is 0 if there are none, else ``most``."""
-    K = most if any(plan.tokens.shape[1] > 1 for plan in plans.values()) else 0
-    found = np.zeros((per_group * shapes.groups, K), np.int32)
+def drafted(plans: Mapping[int, Decode], per_group: int, shapes: Shapes, most: int) -> Int[np.ndarray, "B K"] | None:
+    """Return the drafted tokens of a plan, int32 [B, most]; None if there are none."""
+    if all(plan.tokens.shape[1] == 1 for plan in plans.values()):
+        return None
+    found = np.zeros((per_group * shapes.groups, most), np.int32)
     for group, plan in plans.items():
         rows = slice(group * per_group, group * per_group + len(plan.rows))
         found[rows, : plan.tokens.shape[1] - 1] = plan.tokens[:, 1:]
@@ -176,19 +183,14 @@ class PictureArrays:
 
 
 def pack_pictures(
-    groups: Sequence[Sequence[PictureArrays]], patches: int, tokens: int, vision_tokens: int, feature_slots: int
+    groups: Sequence[Sequence[PictureArrays]], batch: PackedBatch, vision_tokens: int, feature_slots: int
 ) -> tuple[PackedBatch, Int[np.ndarray, "..."]]:
     """Return a batch with the patches of pictures and no text, and the slot of each vision token.
 
     Args:
-      patches: of each group.
-      tokens: that the batch seems to have, from which connectors tell how many images there may be.
+      batch: of `empty_pictures`, which is filled.
     """
-    D = len(groups)
-    values = next(p.example.patches.shape[1] for pictures in groups for p in pictures)
-    positions = next(p.example.patch_positions.shape[1] for pictures in groups for p in pictures)
-    batch = empty_pictures(D, patches, tokens, values, positions)
-    destinations = np.full((D, vision_tokens), feature_slots, np.int32)
+    destinations = np.full((len(groups), vision_tokens), feature_slots, np.int32)
     for d, pictures in enumerate(groups):
         p = images = windows = f = 0
         for picture in pictures:

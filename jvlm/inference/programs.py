@@ -16,16 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jvlm.adapters import several
+from jvlm.inference import sampling
 from jvlm.inference.requests import MAX_TOP_LOGPROBS
 from jvlm.inference.sampling import (
     Logprobs,
     SamplingArrays,
-    SamplingKind,
     SlotRules,
     adjust,
+    asked_logprobs,
     counted,
     logprobs,
     sample,
@@ -41,8 +42,8 @@ from jvlm.parallel.sharded_ops import ShardedOps
 _DECODING = {"xla_gpu_dot_merger_threshold_mb": 0}
 _PROMPT_BLOCK = 128  # tokens of a prompt whose scores are in memory together
 
-# Columns of `DecodeRows` before those of the table.
-TOKEN, SLOT, START, POSITION, VALID, ADAPTER, TABLE = range(7)
+# Columns of `DecodeRows`: those of `SamplingArrays`, these, and the table.
+TOKEN, START, POSITION, STEPS, ADAPTER, TABLE = range(sampling.COLUMNS, sampling.COLUMNS + 6)
 
 
 _NAMES = (
@@ -50,11 +51,10 @@ _NAMES = (
     "init_features",
     "encode",
     "prefill",
-    "head",
+    "last",
+    "first",
     "decode",
-    "sample",
-    "logprobs",
-    "sampled_logprobs",
+    "verify",
     "prompt_logprobs",
     "set_rules",
     "copy_pages",
@@ -63,14 +63,27 @@ _NAMES = (
 
 
 class DecodeRows(NamedTuple):
-    """Rows of a decoding step, in one array: one transfer for each step.
+    """Rows of decoding, in one array: one transfer for each call.
 
     Attributes:
-      rows: columns: token (-1: the one that the device drew last for the slot), slot, tokens that are cached already,
-        rotary position, 1 for a sequence and 0 for padding, number of the adapter; then the pages of the sequence.
+      rows: the columns of `SamplingArrays.packed`, of the first token that is drawn; then token (-1: the one that the
+        device drew last for the slot), tokens that are cached already, rotary position, number of tokens to draw (0 for
+        padding), number of the adapter; then the pages of the sequence.
     """
 
     rows: Int[Any, "B _"]
+
+
+class Drawn(NamedTuple):
+    """Tokens that were drawn, K for each sequence; those that a sequence did not ask for are 0.
+
+    Attributes:
+      tokens: as `jvlm.inference.sampling.sample` gives them.
+      logprobs: of each, with another axis K in front; zeros where nobody asks.
+    """
+
+    tokens: Int[Array, "K B"]
+    logprobs: Logprobs
 
 
 class Chunks(NamedTuple):
@@ -120,20 +133,25 @@ class Programs:
       sizes: of the cache, over all groups.
       features: abstract vision tokens [D, slots, width] as large as the feature pool; None without pictures.
       adapted: whether the model has several adapters, of which rows name one.
+      steps: most tokens that a call of ``decode`` draws for a sequence.
+      sampled: give log-probabilities in the distribution that is drawn from, and not in the model's own.
 
     Attributes:
       init_cache: ``(decoder leaves) -> cache``.
       init_features: ``() -> feature pool``: (tokens [D, slots, width], deepstack).
-      encode: ``(model leaves, pool, batch, destinations, adapters) -> pool``, donated. ``batch`` has the patches of
-        pictures, ``destinations`` [D, F] says where in the pool each goes; those beyond it are dropped.
+      encode: ``(model leaves, pool, batch, destinations, adapters) -> (pool, number)``, donated. ``batch`` has the
+        patches of pictures, ``destinations`` [D, F] says where in the pool each goes; those beyond it are dropped. The
+        number is there for who waits for the end.
       prefill: ``(decoder leaves, cache, pool, chunks, adapters) -> (hidden states [D, C, width], cache)``, donated.
-      head: ``(decoder leaves, hidden states, last [D, R]) -> logits`` [D R, V] of some tokens.
-      decode: ``(decoder leaves, cache, tokens, rows[, drafts [B, K]]) -> (logits [B (1 + K), V], cache)``, donated:
-        of the last token of each sequence and of K drafted ones behind it.
-      sample: ``(kind, logits, tokens, rules, arrays, banned, mask) -> (chosen [B], tokens [S + 1], rules)``, tokens and
-        rules donated. The tokens are the last of each slot; the last place is for rows of padding.
-      logprobs: ``(logits, chosen) -> Logprobs`` of the model's own distribution.
-      sampled_logprobs: ``(kind, logits, chosen, arrays, banned, mask) -> Logprobs`` of the one that was drawn from.
+      last: ``(hidden states, indices [D, R]) -> hidden states [D, R, width]`` of some tokens.
+      first: ``(decoder leaves, tokens, rules, hidden states [D, R, width], rows [D R, columns of SamplingArrays],
+        banned, mask) -> (Drawn, tokens, rules)``: one token after each hidden state. ``tokens`` [S + 1] are the last of
+        each slot, the last entry is for padding; ``rules`` are a `SlotRules`; both are donated.
+      decode: ``(decoder leaves, cache, tokens, rules, rows, banned, mask) -> (Drawn, tokens, rules, cache)``, donated:
+        up to ``steps`` tokens of each sequence, one after the other.
+      verify: ``(decoder leaves, cache, tokens, rules, rows, banned, mask, drafts [B, K]) -> (Drawn, tokens, rules,
+        cache)``, donated: a token behind the last one of each sequence, and behind each of its drafted ones.
+      step: ``(decoder leaves, cache, tokens, rows) -> (logits [B, V], cache)``: a step of ``decode`` without drawing.
       prompt_logprobs: ``(decoder leaves, hidden states, next tokens [D, C]) -> Logprobs`` of D C tokens.
       set_rules: ``(rules, slot, ...) -> rules``, donated: see `SlotRules.at_slot`.
       copy_pages: ``(cache, from, to) -> cache``, donated; [D, n] pages each.
@@ -150,20 +168,22 @@ class Programs:
         *,
         adapted: bool = False,
         top_logprobs: int = MAX_TOP_LOGPROBS,
+        steps: int = 1,
+        sampled: bool = False,
     ):
         self.model, self.decoder, self.sizes, self.features = model, decoder, sizes, features
-        self.adapted, self.top = adapted, top_logprobs
+        self.adapted, self.top, self.steps, self.sampled = adapted, top_logprobs, steps, sampled
         self.ops = ShardedOps(layout) if layout is not None else None
         self.groups = 1 if layout is None else layout.num_shards(layout.mesh_axes("batch"))
         self.init_cache = jax.jit(self._init_cache)
         self.init_features = jax.jit(self._init_features)
         self.encode = jax.jit(self._encode, donate_argnums=1)
         self.prefill = jax.jit(self._prefill, donate_argnums=1)
-        self.head = jax.jit(self._head)
-        self.decode = jax.jit(self._decode, donate_argnums=1, compiler_options=_DECODING)
-        self.sample = jax.jit(self._sample, static_argnums=0, donate_argnums=(2, 3))
-        self.logprobs = jax.jit(self._logprobs)
-        self.sampled_logprobs = jax.jit(self._sampled_logprobs, static_argnums=0)
+        self.last = jax.jit(self._last)
+        self.first = jax.jit(self._first, donate_argnums=(1, 2))
+        self.decode = jax.jit(self._decode, donate_argnums=(1, 2, 3), compiler_options=_DECODING)
+        self.verify = jax.jit(self._verify, donate_argnums=(1, 2, 3), compiler_options=_DECODING)
+        self.step = jax.jit(self._step, donate_argnums=1, compiler_options=_DECODING)
         self.prompt_logprobs = jax.jit(self._prompt_logprobs)
         self.set_rules = jax.jit(SlotRules.at_slot, donate_argnums=0)
         self.copy_pages = jax.jit(self._copy_pages, donate_argnums=0)
@@ -198,7 +218,7 @@ class Programs:
                 rows = jnp.arange(len(destinations))[:, None]
                 return self._constrain(slots.at[rows, destinations].set(new, mode="drop"), "batch", None, None)
 
-            return jax.tree.map(put, pool, (vision.tokens, vision.deepstack))
+            return jax.tree.map(put, pool, (vision.tokens, vision.deepstack)), vision.tokens[0, 0, 0]
 
     def _prefill(self, leaves, cache, pool, chunks: Chunks, adapters):
         with device_ops.use(self.ops), several.choosing(adapters if self.adapted else None):
@@ -227,59 +247,80 @@ class Programs:
             hidden, cache, _ = decoder(inputs, cache=cache, step=step)
             return self._constrain(hidden, "batch", None, None), cache
 
-    def _head(self, leaves, hidden: Float[Array, "D C width"], last: Int[Array, "D R"]) -> Float[Array, "B V"]:
+    def _last(self, hidden: Float[Array, "D C width"], last: Int[Array, "D R"]) -> Float[Array, "D R width"]:
         with device_ops.use(self.ops):
-            found = device_ops.current().gather_vision_tokens(hidden, last)
-            logits = self.decoder.bind(leaves).logits(found)
-            return logits.reshape(-1, logits.shape[-1])
+            return device_ops.current().gather_vision_tokens(hidden, last)
 
-    def _decode(self, leaves, cache, tokens, rows: DecodeRows, drafts: Int[Array, "B K"] | None = None):
+    def _first(self, leaves, tokens, rules: SlotRules, hidden: Float[Array, "D R width"], rows, banned, mask):
+        with device_ops.use(self.ops):
+            logits = self.decoder.bind(leaves).logits(hidden).reshape(len(rows), -1)
+            arrays = SamplingArrays.unpacked(rows)
+            chosen, found, rules = self._draw(logits, arrays, rules, banned, mask)
+            tokens = self._constrain(tokens.at[arrays.slot].set(chosen), None)
+            return Drawn(chosen[None], jax.tree.map(lambda x: x[None], found)), tokens, rules
+
+    def _decode(self, leaves, cache, tokens, rules: SlotRules, rows: DecodeRows, banned, mask):
         rows = rows.rows
-        token = jnp.where(rows[:, TOKEN] < 0, tokens[rows[:, SLOT]], rows[:, TOKEN])
-        token = jnp.maximum(token, 0)  # after scores that were not finite there is none
-        adapters = rows[:, ADAPTER] if self.adapted else None
-        with device_ops.use(self.ops), several.choosing(adapters):
+        arrays, steps = SamplingArrays.unpacked(rows[:, : sampling.COLUMNS]), rows[:, STEPS]
+        B, token = len(rows), _first_tokens(rows, tokens)
+
+        def one(i, carry):
+            cache, token, rules, drawn = carry
+            logits, cache = self._logits(leaves, cache, token[:, None], _at_step(rows, i))
+            chosen, found, rules = self._draw(logits, arrays.at_step(arrays.step + i), rules, banned, mask, i < steps)
+            drawn = jax.tree.map(lambda all_of_them, new: all_of_them.at[i].set(new), drawn, Drawn(chosen, found))
+            return cache, jnp.where(i < steps, chosen, token), rules, drawn
+
+        with device_ops.use(self.ops):
+            shapes = jax.eval_shape(lambda: asked_logprobs(jnp.zeros((B, rules.bias.shape[1])), token, self.top, steps))
+            drawn = Drawn(token, shapes)
+            drawn = jax.tree.map(lambda x: jnp.zeros((self.steps, *x.shape), x.dtype), drawn)
+            carry = cache, token, rules, drawn
+            cache, token, rules, drawn = jax.lax.fori_loop(0, steps.max(), one, carry)
+            tokens = self._constrain(tokens.at[arrays.slot].set(token), None)
+            return jax.tree.map(lambda x: self._constrain(x, *[None] * x.ndim), drawn), tokens, rules, cache
+
+    def _verify(self, leaves, cache, tokens, rules: SlotRules, rows: DecodeRows, banned, mask, drafts):
+        rows, width = rows.rows, 1 + drafts.shape[1]
+        with device_ops.use(self.ops):
+            arrays = SamplingArrays.unpacked(jnp.repeat(rows[:, : sampling.COLUMNS], width, axis=0))
+            number = jnp.tile(jnp.arange(width), len(rows))
+            wanted = number < jnp.repeat(rows[:, STEPS], width)
+            new = jnp.concatenate([_first_tokens(rows, tokens)[:, None], drafts], axis=1)
+            logits, cache = self._logits(leaves, cache, new, rows)
+            chosen, found, rules = self._draw(logits, arrays.at_step(arrays.step + number), rules, banned, mask, wanted)
+            # where tokens are drafted, the host says what comes next
+            last = self._constrain(tokens.at[rows[:, sampling.SLOT]].set(chosen[::width]), None)
+            drawn = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, width, *x.shape[1:]), 0, 1), Drawn(chosen, found))
+            return jax.tree.map(lambda x: self._constrain(x, *[None] * x.ndim), drawn), last, rules, cache
+
+    def _step(self, leaves, cache, tokens, rows: DecodeRows):
+        with device_ops.use(self.ops):
+            return self._logits(leaves, cache, _first_tokens(rows.rows, tokens)[:, None], rows.rows)
+
+    def _logits(self, leaves, cache, new: Int[Array, "B K"], rows: Int[Array, "B _"]):
+        """Return the logits [B K, V] behind new tokens of each sequence, and the cache."""
+        with several.choosing(rows[:, ADAPTER] if self.adapted else None):
             decoder = self.decoder.bind(leaves)
-            new = token[:, None] if drafts is None else jnp.concatenate([token[:, None], drafts], axis=1)
+            new = jnp.maximum(new, 0)  # after scores that were not finite there is no token
             positions = rows[:, POSITION, None] + jnp.arange(new.shape[1])
             positions = jnp.broadcast_to(positions[..., None], (*new.shape, 3))
-            valid = jnp.broadcast_to(rows[:, VALID, None], new.shape)
+            valid = jnp.broadcast_to((rows[:, STEPS, None] > 0).astype(jnp.int32), new.shape)
             inputs = DecoderInputs(decoder.embed(new), positions, valid)
-            step = DecodeStep(rows[:, START], rows[:, TABLE:], rows[:, SLOT])
+            step = DecodeStep(rows[:, START], rows[:, TABLE:], rows[:, sampling.SLOT])
             hidden, cache, _ = decoder(inputs, cache=cache, step=step)
             return decoder.logits(hidden.reshape(-1, hidden.shape[-1])), cache
 
-    def _sample(
-        self,
-        kind: SamplingKind,
-        logits: Float[Array, "B V"],
-        tokens: Int[Array, " slots"],
-        rules: SlotRules | None,
-        arrays: SamplingArrays,
-        banned: Bool[Array, "2 V"],
-        mask: Int[Array, "B words"] | None,
-    ):
-        with device_ops.use(self.ops):
-            chosen = sample(logits, kind, arrays, banned=banned, rules=rules, mask=mask)
-            rules = counted(rules, arrays, chosen) if kind.rules else rules
-            tokens = tokens.at[arrays.slot].set(chosen)
-            return self._constrain(chosen, None), self._constrain(tokens, None), rules
+    def _draw(self, logits, arrays: SamplingArrays, rules: SlotRules, banned, mask, wanted=True):
+        """Return a token for each row of logits, its log-probabilities, and the rules, which count it."""
+        chosen = sample(logits, arrays, banned=banned, rules=rules, mask=mask)
 
-    def _logprobs(self, logits: Float[Array, "B V"], chosen: Int[Array, " B"]) -> Logprobs:
-        return logprobs(logits, chosen, self.top)
+        def scores(logits):  # the engine refuses requests that want these of tokens with rules
+            return adjust(logits, arrays, banned=banned, mask=mask) if self.sampled else logits
 
-    def _sampled_logprobs(
-        self,
-        kind: SamplingKind,
-        logits: Float[Array, "B V"],
-        chosen: Int[Array, " B"],
-        arrays: SamplingArrays,
-        banned: Bool[Array, "2 V"],
-        mask: Int[Array, "B words"] | None,
-    ) -> Logprobs:
-        with device_ops.use(self.ops):
-            drawn_from = adjust(logits, kind, arrays, banned=banned, mask=mask)
-            return logprobs(drawn_from, chosen, self.top)
+        found = asked_logprobs(logits, chosen, self.top, jnp.where(wanted, arrays.scored, 0), scores)
+        rules = counted(rules, arrays, chosen, wanted)
+        return chosen, found, jax.tree.map(lambda x: self._constrain(x, None, None), rules)
 
     def _prompt_logprobs(self, leaves, hidden: Float[Array, "D C width"], following: Int[Array, "D C"]) -> Logprobs:
         with device_ops.use(self.ops):
@@ -324,3 +365,16 @@ class Programs:
         if self.ops is not None:
             return state
         return jax.device_put(state, next(iter(leaves[0].devices())))
+
+
+def _first_tokens(rows: Int[Array, "B _"], tokens: Int[Array, " slots"]) -> Int[Array, " B"]:
+    """Return the last token of each sequence: the host's, or the one that was drawn last."""
+    return jnp.where(rows[:, TOKEN] < 0, tokens[rows[:, sampling.SLOT]], rows[:, TOKEN])
+
+
+def _at_step(rows: Int[Array, "B _"], i: Int[Array, ""]) -> Int[Array, "B _"]:
+    """Return the rows ``i`` tokens later: a sequence that asks for fewer is padding from then on."""
+    left = rows[:, STEPS] - i
+    later = rows.at[:, START].add(i).at[:, POSITION].add(i).at[:, STEPS].set(jnp.maximum(left, 0))
+    padding = jnp.zeros_like(rows).at[:, sampling.SLOT].set(rows[:, sampling.SLOT])
+    return jnp.where((left > 0)[:, None], later, padding)

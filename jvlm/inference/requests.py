@@ -19,6 +19,7 @@ GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark", "
 
 MAX_LISTED_IDS = 1024  # of logit_bias and of allowed_token_ids: a server must not be made to move more for a request
 MAX_TOP_LOGPROBS = 20
+CACHE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ class SamplingParams:
       grammar: what the answer must be.
       thinking_budget: tokens after which thinking is ended by ``</think>``; None lets it go on.
       skip_special_tokens: leave special tokens out of the text.
+      detokenize: give the text of an answer besides its tokens.
 
     Raises:
       UserError: a value outside its range or of another type, naming the field.
@@ -98,6 +100,7 @@ class SamplingParams:
     grammar: Grammar | None = None
     thinking_budget: int | None = None
     skip_special_tokens: bool = True
+    detokenize: bool = True
 
     def __post_init__(self):
         self._check("temperature", lambda t: t >= 0, "0 (greedy) or a positive number")
@@ -125,6 +128,8 @@ class SamplingParams:
         if isinstance(self.stop, str) or any(not isinstance(s, str) or not s for s in self.stop):
             raise UserError(f"sampling.stop is {self.stop!r}; it must be a list of texts, none of them empty")
         object.__setattr__(self, "stop", tuple(self.stop))
+        if self.stop and not self.detokenize:
+            raise UserError("sampling.stop needs the text of the answer; leave detokenize = False out")
         bias = self.logit_bias
         if not isinstance(bias, Mapping) or any(isinstance(v, bool) or not _finite(v) for v in bias.values()):
             raise UserError(f"sampling.logit_bias is {bias!r}; it must map token ids to finite numbers")
@@ -191,7 +196,7 @@ class Request:
     cache_salt: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class TokenLogprob:
     """The log-probability of a token under the model's scores, before bias, penalties, temperature and filters; or in
     the distribution that it was drawn from, as `EngineConfig.logprobs` says.
@@ -207,20 +212,25 @@ class TokenLogprob:
     entropy: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+class StepFailed(Exception):
+    """A step of the engine failed, by no fault of the input as far as is known; the same request may be given again."""
+
+
+@dataclasses.dataclass(slots=True)  # not frozen: that would make it four times as dear, and there is one for each token
 class Event:
-    """What one step did for one answer of a request.
+    """What one token did to one answer of a request.
 
     Attributes:
       request_id: of the request.
       index: which of the request's ``n`` answers.
       token: the token that was given, the one that ends an answer included; None where there is none, as in an abort.
       text: what became readable. Pieces join up to the text of the answer; the text of an end token is never in it.
+        Where a step draws several tokens, the last of them has the text of all, unless log-probabilities are asked for.
       logprob: of the token, where asked for.
       finish_reason: None while the answer goes on.
       stop_reason: the text or the token id that ended it, where that was one of the request's; None for the
         checkpoint's own end tokens.
-      error: why there is no answer, where ``finish_reason`` is "error".
+      error: why there is no answer, where ``finish_reason`` is "error": a `UserError`, or a `StepFailed`.
       prompt_tokens, cached_tokens: tokens of the prompt, and how many of them were not computed anew.
       prompt_logprobs: for each token of the prompt, in the first event of a request that asked for them; None for the
         first token.
@@ -233,7 +243,7 @@ class Event:
     logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    error: UserError | None = None
+    error: Exception | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
@@ -247,7 +257,13 @@ class EngineConfig:
       max_slots: answers that are decoded together.
       max_model_len: tokens of a prompt and its answer together; None is the model's positions.
       page_size: tokens of a page of the cache; None is 128 on a TPU and 16 elsewhere.
-      num_pages: pages of the cache; None is as many as ``max_slots`` answers of ``max_model_len`` tokens need.
+      num_pages: pages of the cache; None is as many as ``max_slots`` answers of ``max_model_len`` tokens need, or as
+        fit where `Engine.warm_up` finds that a device has no memory for so many.
+      memory_fraction: share of a device's memory that parameters, cache and programs may take together.
+      kv_cache_dtype: of the cache, "float8_e4m3fn" say; None is the dtype that the model computes in. A narrower one
+        holds more tokens and rounds keys and values; kernels that do not read it leave the work to XLA.
+      deterministic: an answer depends on nothing that runs beside it, not even by rounding: each program has one size,
+        prompts and pictures are computed one at a time, and no page of a prompt is shared. Slower.
       prefill_tokens: lengths of the prefill programs; a step computes at most the longest.
       encode_patches: sizes of the vision tower's programs; a picture of more patches than the largest is refused.
       feature_slots: vision tokens whose features are kept on the device; None is four times what the largest picture
@@ -258,13 +274,19 @@ class EngineConfig:
       logprobs: which distribution `TokenLogprob` is of: "raw" is the model's own; "sampled" is the one that is drawn
         from, after banned tokens, temperature and filters, which policy optimisation wants. Requests with penalties or
         bias are then refused.
-      ahead: start each step before the tokens of the last are read. None: wherever the backend is not CPU.
+      decode_steps: most tokens of each answer that the device draws before the host looks at them. Fewer where they
+        take longer than ``decode_seconds``, and one where the host has to choose: under grammars and with drafts.
+      decode_seconds: how long a new request, or a token on its way out, may wait for such steps.
+      ahead: start each step before the tokens of the last are read.
     """
 
     max_slots: int = 32
     max_model_len: int | None = None
     page_size: int | None = None
     num_pages: int | None = None
+    memory_fraction: float = 0.9
+    kv_cache_dtype: str | None = None
+    deterministic: bool = False
     prefill_tokens: tuple[int, ...] = (256, 1024, 2048)
     encode_patches: tuple[int, ...] = (1024, 4096, 16384)
     feature_slots: int | None = None
@@ -272,7 +294,17 @@ class EngineConfig:
     prefix_cache: bool = True
     draft_tokens: int = 0
     logprobs: Literal["raw", "sampled"] = "raw"
-    ahead: bool | None = None
+    decode_steps: int = 16
+    decode_seconds: float = 0.01
+    ahead: bool = True
+
+    def __post_init__(self):
+        if not 0 < self.memory_fraction <= 1:
+            raise UserError(f"memory_fraction is {self.memory_fraction}; it must be above 0 and at most 1")
+        if self.kv_cache_dtype not in (None, *CACHE_DTYPES):
+            raise UserError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; take one of {', '.join(CACHE_DTYPES)}")
+        if self.deterministic and self.draft_tokens:
+            raise UserError("deterministic and draft_tokens exclude each other: drafts are computed in other programs")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,29 +90,6 @@ class SamplingConfig:
         )
 
 
-class SamplingKind(NamedTuple):
-    """What a compiled step does at most; a batch gets the least kind that serves all of its rows.
-
-    Attributes:
-      draws: draw instead of taking the best.
-      filters: apply top-k, top-p and min-p before drawing.
-      rules: apply penalties, bias, allowed and end tokens.
-      masks: apply a mask of allowed tokens that the host gives for each step.
-    """
-
-    draws: bool = False
-    filters: bool = False
-    rules: bool = False
-    masks: bool = False
-
-    @classmethod
-    def of(cls, params: SamplingParams) -> SamplingKind:
-        """Return the least kind, of `KINDS`, that serves a request."""
-        draws = params.temperature > 0
-        filters = draws and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
-        return kind_for((cls(draws, filters, has_rules(params), params.is_constrained),))
-
-
 def has_rules(params: SamplingParams) -> bool:
     """Return whether a request asks anything of single tokens."""
     return (
@@ -125,25 +102,10 @@ def has_rules(params: SamplingParams) -> bool:
     )
 
 
-# A closed set, so that all are compiled beforehand; each does all that those before it do.
-KINDS = (
-    SamplingKind(),
-    SamplingKind(draws=True),
-    SamplingKind(draws=True, filters=True),
-    SamplingKind(draws=True, filters=True, rules=True),
-    SamplingKind(draws=True, filters=True, rules=True, masks=True),
-)
-
-
-def kind_for(kinds: Iterable[SamplingKind]) -> SamplingKind:
-    """Return the first of `KINDS` that does what all of these do."""
-    needed = [any(flags) for flags in zip(*kinds, strict=True)]
-    return next(kind for kind in KINDS if all(has or not needs for has, needs in zip(kind, needed, strict=True)))
-
-
-_INTS = ("slot", "number", "seed", "step", "top_k", "min_tokens", "ruled")
+_INTS = ("slot", "number", "seed", "step", "top_k", "min_tokens", "ruled", "masked", "scored")
 _FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
-STEP = _INTS.index("step")
+SLOT, STEP, SCORED = (_INTS.index(name) for name in ("slot", "step", "scored"))
+COLUMNS = len(_INTS) + len(_FLOATS)
 
 
 @jax.tree_util.register_dataclass
@@ -153,11 +115,12 @@ class SamplingArrays:
 
     Attributes:
       ints: columns slot, number (of the answer, which makes its draws its own), seed, step (number of the token within
-        the answer), top_k, min_tokens, ruled (whether the slot's `SlotRules` hold).
+        the answer), top_k, min_tokens, ruled (whether the slot's `SlotRules` hold), masked (whether the host says which
+        tokens may come), scored (0: no log-probabilities; otherwise one more than the likeliest tokens to report).
       floats: columns temperature, top_p, min_p, and the repetition, presence and frequency penalties.
     """
 
-    ints: Int32[Array | np.ndarray, "B 7"]
+    ints: Int32[Array | np.ndarray, "B 9"]
     floats: Float[Array | np.ndarray, "B 6"]
 
     @classmethod
@@ -166,7 +129,17 @@ class SamplingArrays:
     ) -> SamplingArrays:
         """Return the arrays of requests, on the host."""
         ints = [
-            (slot, number, np.uint32(p.seed).view(np.int32), step, p.top_k, p.min_tokens, SamplingKind.of(p).rules)
+            (
+                slot,
+                number,
+                np.uint32(p.seed).view(np.int32),
+                step,
+                p.top_k,
+                p.min_tokens,
+                has_rules(p),
+                p.is_constrained,
+                0 if p.logprobs is None else 1 + p.logprobs,
+            )
             for p, slot, number, step in zip(params, slots, numbers, steps, strict=True)
         ]
         floats = [
@@ -176,6 +149,19 @@ class SamplingArrays:
         return cls(
             np.array(ints, np.int32).reshape(-1, len(_INTS)), np.array(floats, np.float32).reshape(-1, len(_FLOATS))
         )
+
+    def packed(self) -> Int32[np.ndarray, "B 15"]:
+        """Return all numbers in one array of the host, which is one transfer."""
+        return np.concatenate([self.ints, np.asarray(self.floats).view(np.int32)], axis=1)
+
+    @classmethod
+    def unpacked(cls, rows: Int[Array, "B 15"]) -> SamplingArrays:
+        """Return the arrays that `packed` made one of, on the device."""
+        return cls(rows[:, : len(_INTS)], jax.lax.bitcast_convert_type(rows[:, len(_INTS) :], jnp.float32))
+
+    def at_step(self, step: Int[Array, " B"]) -> SamplingArrays:
+        """Return the same for other tokens of the answers."""
+        return dataclasses.replace(self, ints=self.ints.at[:, STEP].set(step))
 
     def __getattr__(self, name: str) -> Any:
         if name in _INTS:
@@ -219,7 +205,6 @@ class SlotRules:
 
 def sample(
     logits: Float[Array, "B V"],
-    kind: SamplingKind,
     arrays: SamplingArrays,
     *,
     banned: Bool[Array | np.ndarray, "2 V"],
@@ -228,26 +213,36 @@ def sample(
 ) -> Int[Array, " B"]:
     """The next token of each sequence: the best of `adjust`'s logits, or one drawn by their softmax.
 
-    It is `NOT_FINITE` where a logit is NaN or infinite.
+    It is `NOT_FINITE` where a logit is NaN or infinite. The device does no more than the most demanding sequence asks:
+    the best token alone, a draw, or everything. Arguments as of `adjust`.
     """
-    arrays = jax.tree.map(jnp.asarray, arrays)
-    finite = jnp.isfinite(logits).all(axis=-1)
-    logits = adjust(logits, kind, arrays, banned=banned, rules=rules, mask=mask)
-    if kind.draws:
+    banned, arrays = jnp.asarray(banned), jax.tree.map(jnp.asarray, arrays)
 
-        def noise(seed, number, step):
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), step)
-            return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
+    def noise(seed, number, step):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), step)
+        return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
 
+    def greedy(logits):
+        return jnp.argmax(_without(logits, banned, arrays), axis=-1)
+
+    def draw(logits):
         seed = jax.lax.bitcast_convert_type(arrays.seed, jnp.uint32)
         drawn = logits + jax.vmap(noise)(seed, arrays.number, arrays.step)
-        logits = jnp.where((arrays.temperature > 0)[:, None], drawn, logits)
-    return jnp.where(finite, jnp.argmax(logits, axis=-1), NOT_FINITE).astype(jnp.int32)
+        return jnp.argmax(jnp.where((arrays.temperature > 0)[:, None], drawn, logits), axis=-1)
+
+    kinds = (
+        greedy,
+        lambda logits: draw(_tempered(_without(logits, banned, arrays), arrays)),
+        lambda logits: draw(adjust(logits, arrays, banned=banned, rules=rules, mask=mask)),
+    )
+    all_of_it = jnp.any(_filtered(arrays) | (arrays.ruled > 0) | (arrays.masked > 0))
+    kind = jnp.where(all_of_it, 2, jnp.any(arrays.temperature > 0))
+    chosen = jax.lax.switch(kind, kinds, logits)
+    return jnp.where(jnp.isfinite(logits).all(axis=-1), chosen, NOT_FINITE).astype(jnp.int32)
 
 
 def adjust(
     logits: Float[Array, "B V"],
-    kind: SamplingKind,
     arrays: SamplingArrays,
     *,
     banned: Bool[Array | np.ndarray, "2 V"],
@@ -258,25 +253,37 @@ def adjust(
 
     Args:
       banned: tokens that are never chosen, and those that are not chosen first.
-      rules: needed where ``kind.rules``.
-      mask: a bit for each token that may be chosen, 32 in a number; needed where ``kind.masks``.
+      rules: needed where a sequence is ruled.
+      mask: a bit for each token that may be chosen, 32 in a number; needed where a sequence is masked.
     """
     banned, arrays = jnp.asarray(banned), jax.tree.map(jnp.asarray, arrays)
-    logits = jnp.where(banned[(arrays.step == 0).astype(jnp.int32)], -jnp.inf, logits)
-    if kind.rules:
+    logits = _without(logits, banned, arrays)
+    if rules is not None:
         logits = _ruled(logits, arrays, rules)
-    if kind.masks:
+    if mask is not None:
         bits = jnp.asarray(mask)[..., None] >> jnp.arange(32, dtype=jnp.int32) & 1
         allowed = bits.reshape(len(bits), -1)[:, : logits.shape[1]] > 0
-        logits = jnp.where(allowed, logits, -jnp.inf)
-    if kind.draws:
-        drawn = arrays.temperature > 0
-        logits = logits / jnp.where(drawn, arrays.temperature, 1.0)[:, None]
-    if kind.filters:
-        filtered = keep_top_p(keep_top_k(logits, arrays.top_k), arrays.top_p)
+        logits = jnp.where(allowed | (arrays.masked <= 0)[:, None], logits, -jnp.inf)
+
+    def filtered(logits):
         # a greedy sequence keeps all of its logits: its best token is kept by every filter
-        logits = keep_min_p(filtered, arrays.min_p)
-    return logits
+        return keep_min_p(keep_top_p(keep_top_k(logits, arrays.top_k), arrays.top_p), arrays.min_p)
+
+    logits = _tempered(logits, arrays)
+    return jax.lax.cond(jnp.any(_filtered(arrays)), filtered, lambda logits: logits, logits)
+
+
+def _without(logits, banned, arrays: SamplingArrays):
+    return jnp.where(banned[(arrays.step == 0).astype(jnp.int32)], -jnp.inf, logits)
+
+
+def _tempered(logits, arrays: SamplingArrays):
+    return logits / jnp.where(arrays.temperature > 0, arrays.temperature, 1.0)[:, None]
+
+
+def _filtered(arrays: SamplingArrays):
+    """Return which sequences draw from a part of the tokens."""
+    return (arrays.temperature > 0) & ((arrays.top_k > 0) | (arrays.top_p < 1) | (arrays.min_p > 0))
 
 
 def _ruled(logits, arrays: SamplingArrays, rules: SlotRules):
@@ -291,9 +298,11 @@ def _ruled(logits, arrays: SamplingArrays, rules: SlotRules):
     return jnp.where(own.ends & early, -jnp.inf, logits)
 
 
-def counted(rules: SlotRules, arrays: SamplingArrays, tokens: Int[Array, " B"]) -> SlotRules:
-    """Return the rules with one more of each sequence's token."""
-    ruled = (arrays.ruled > 0) & (tokens >= 0)
+def counted(
+    rules: SlotRules, arrays: SamplingArrays, tokens: Int[Array, " B"], wanted: Bool[Array, " B"] | bool = True
+) -> SlotRules:
+    """Return the rules with one more of each sequence's token, where it is wanted."""
+    ruled = (arrays.ruled > 0) & (tokens >= 0) & wanted
     slot = jnp.where(ruled, arrays.slot, len(rules.bias) - 1)
     counts = rules.counts.at[slot, jnp.maximum(tokens, 0)].add(ruled.astype(rules.counts.dtype))
     return dataclasses.replace(rules, counts=counts)
@@ -333,23 +342,50 @@ class Logprobs(NamedTuple):
 
     Attributes:
       chosen: log-probability of the given tokens.
-      top, top_tokens: the largest log-probabilities, best first, and their tokens.
       entropy: in nats.
+      top, top_tokens: the largest log-probabilities, best first, and their tokens.
     """
 
     chosen: Float[Array, " B"]
+    entropy: Float[Array, " B"]
     top: Float[Array, "B n"]
     top_tokens: Int[Array, "B n"]
-    entropy: Float[Array, " B"]
 
 
 def logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"], count: int) -> Logprobs:
     """Return the log-probabilities of tokens, and of the ``count`` likeliest."""
     values = jax.nn.log_softmax(logits, axis=-1)
     top, top_tokens = jax.lax.top_k(values, min(count, values.shape[-1]))
+    return Logprobs(*_scores(values, tokens), top, top_tokens)
+
+
+def asked_logprobs(
+    logits: Float[Array, "B V"],
+    tokens: Int[Array, " B"],
+    count: int,
+    scored: Int[Array, " B"],
+    scores: Callable[[Array], Array] = lambda logits: logits,
+) -> Logprobs:
+    """Return `logprobs` as far as sequences ask for them by `SamplingArrays.scored`; zeros for what nobody asks.
+
+    Args:
+      scores: returns the logits whose distribution is meant, from those of the model.
+    """
+    n = min(count, logits.shape[-1])
+    empty = Logprobs(*jnp.zeros((2, len(logits))), jnp.zeros((len(logits), n)), jnp.zeros((len(logits), n), jnp.int32))
+
+    def of_tokens(logits):
+        return Logprobs(*_scores(jax.nn.log_softmax(scores(logits), axis=-1), tokens), *empty[2:])
+
+    kinds = (lambda logits: empty, of_tokens, lambda logits: logprobs(scores(logits), tokens, n))
+    return jax.lax.switch(jnp.clip(scored.max(), 0, 2), kinds, logits)
+
+
+def _scores(values, tokens):
+    """Return the log-probabilities of tokens, and the entropies."""
     chosen = jnp.take_along_axis(values, jnp.maximum(tokens, 0)[:, None], axis=-1)[:, 0]
     # a token that cannot be drawn has no share in the entropy
-    return Logprobs(chosen, top, top_tokens, -jnp.sum(jnp.where(values == -jnp.inf, 0.0, jnp.exp(values) * values), -1))
+    return chosen, -jnp.sum(jnp.where(values == -jnp.inf, 0.0, jnp.exp(values) * values), axis=-1)
 
 
 def _ordered(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:

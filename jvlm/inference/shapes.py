@@ -67,6 +67,7 @@ class Shapes:
       prefill_rows: tokens that each group samples after a prefill.
       encode_patches: patches of each group in an encode.
       prefill_features: vision tokens of a prefill that are not as many as its tokens; empty where they are.
+      cache_dtype: of the cache; None is the dtype that the model computes in.
     """
 
     groups: int
@@ -82,11 +83,13 @@ class Shapes:
     prefill_rows: int
     encode_patches: tuple[int, ...]
     prefill_features: tuple[int, ...] = ()
+    cache_dtype: str | None = None
 
     @property
     def cache(self) -> CacheSizes:
         """Sizes of the cache of all groups."""
-        return CacheSizes(self.pages * self.groups, self.page_size, self.slots * self.groups, self.vision_memory)
+        pages, slots = self.pages * self.groups, self.slots * self.groups
+        return CacheSizes(pages, self.page_size, slots, self.vision_memory, self.cache_dtype)
 
     @property
     def capacity(self) -> int:
@@ -170,7 +173,14 @@ def shapes_for(
         prefill_rows=min(32, slots),
         encode_patches=patches,
         prefill_features=tuple(count * tokens_per_image for count in images) if tokens_per_image else (),
+        cache_dtype=config.kv_cache_dtype,
     )
+
+
+def one_of_each(shapes: Shapes) -> Shapes:
+    """Return shapes with the largest size of each program alone."""
+    fields = ("decode_rows", "tables", "prefill_tokens", "past", "encode_patches", "prefill_features")
+    return dataclasses.replace(shapes, **{field: getattr(shapes, field)[-1:] for field in fields})
 
 
 def _rounded(sizes: tuple[int, ...], needed: int, step: int) -> tuple[int, ...]:

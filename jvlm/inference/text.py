@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from jvlm.data.processor import Processor
 
@@ -38,12 +39,18 @@ class TextStream:
 
     def add(self, token: int) -> str:
         """The text that the token completes; empty while it may still change."""
-        self.ids.append(token)
-        name = self.tokenizer.convert_ids_to_tokens(token)
-        if name is None or name in self._special:
-            return ""
-        self._written.append(token)
-        if _BYTE.fullmatch(name):
+        return self.extend((token,))
+
+    def extend(self, tokens: Iterable[int]) -> str:
+        """The text that tokens complete, which costs as much as that of one."""
+        name = None
+        for token in tokens:
+            self.ids.append(token)
+            found = self.tokenizer.convert_ids_to_tokens(token)
+            if found is not None and found not in self._special:
+                self._written.append(token)
+                name = found
+        if name is None or _BYTE.fullmatch(name):
             return ""
         before = self._decode(self._context, self._settled)
         text = self._decode(self._context, len(self._written))

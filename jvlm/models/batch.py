@@ -31,12 +31,14 @@ class CacheSizes(NamedTuple):
       page_size: tokens of a page.
       slots: sequences that decode together.
       vision_tokens: vision tokens that a sequence may read while it decodes; 0 where the text holds them.
+      dtype: of keys and values; None is the dtype that the decoder computes in.
     """
 
     pages: int
     page_size: int
     slots: int
     vision_tokens: int = 0
+    dtype: str | None = None
 
 
 @jax.tree_util.register_dataclass

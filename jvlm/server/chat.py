@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from jvlm.errors import UserError
 from jvlm.inference.async_engine import Answer, EngineDead
-from jvlm.inference.requests import Event, TokenLogprob
+from jvlm.inference.requests import Event, StepFailed, TokenLogprob
 from jvlm.server import stream, tools
 from jvlm.server.answers import ChatChoice, TokenNames, Usage, add_usage, prompt_logprobs_body
 from jvlm.server.errors import APIError, bad, of_user_error
@@ -94,6 +94,8 @@ class ChatRun:
             raise of_user_error(error) from error
         except EngineDead as error:
             raise APIError(503, "the engine has stopped") from error
+        except StepFailed as error:
+            raise APIError(503, "the device failed while it computed this; ask again") from error
 
     @property
     def done(self) -> bool:

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from jvlm.errors import UserError
 from jvlm.inference.async_engine import Answer, EngineDead
-from jvlm.inference.requests import Event, SamplingParams, TokenLogprob
+from jvlm.inference.requests import Event, SamplingParams, StepFailed, TokenLogprob
 from jvlm.server import stream
 from jvlm.server.answers import LEAST_LOGPROB, ChoiceState, TokenNames, Usage, add_usage, prompt_logprobs_body
 from jvlm.server.chat import FINGERPRINT, check_stream
@@ -184,6 +184,8 @@ async def _next(run: CompletionRun, asked: _Asked) -> list[Event]:
         raise of_user_error(error) from error
     except EngineDead as error:
         raise APIError(503, "the engine has stopped") from error
+    except StepFailed as error:
+        raise APIError(503, "the device failed while it computed this; ask again") from error
 
 
 async def _whole(run: CompletionRun) -> Response:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from jvlm.errors import UserError
 from jvlm.inference.engine import Engine
+from jvlm.inference.programs import TABLE, DecodeRows
 from jvlm.inference.requests import EngineConfig, Grammar, Request, SamplingParams
 from jvlm.models import vlm
 from tests.inference.support import prompt
@@ -130,8 +131,8 @@ def test_mixed_requests_get_what_each_gets_alone_and_nothing_is_compiled(tiny, e
     assert len({tuple(tokens) for tokens, _, _ in alone.values()}) >= len(alone) - 2
 
 
-def test_steps_that_run_ahead_of_the_host_change_nothing(tiny, engine, alone, monkeypatch):
-    monkeypatch.setattr(engine, "ahead", True)
+def test_steps_that_wait_for_the_host_change_nothing(tiny, engine, alone, monkeypatch):
+    monkeypatch.setattr(engine, "ahead", False)
     assert_same(answers(engine, requests(tiny)), alone)
 
 
@@ -263,12 +264,9 @@ def test_parameters_released_are_taken_again_and_compile_nothing(tiny, engine, a
 
 def test_a_decoding_step_updates_the_cache_in_place_and_copies_no_weight(tiny, engine):
     device = engine._device
-    rows = np.zeros((4, 6 + engine.shapes.tables[0]), np.int32)
-    from jvlm.inference.programs import DecodeRows
-
-    lowered = device.programs.decode.lower(
-        engine._decoder_leaves, device._pages(), device._last_tokens(), DecodeRows(rows)
-    )
+    rows = DecodeRows(np.zeros((4, TABLE + engine.shapes.tables[0]), np.int32))
+    state = device._pages(), device._last_tokens(), device._slot_rules()
+    lowered = device.programs.decode.lower(engine._decoder_leaves, *state, rows, device.banned, device._free_mask(4))
     memory = lowered.compile().memory_analysis()
     cache = sum(x.nbytes for x in jax.tree.leaves(device._pages()))
     assert memory.alias_size_in_bytes >= cache

@@ -126,7 +126,7 @@ def test_streamed_pieces_join_up_to_the_answer(tiny):
     example = EXAMPLES["text"]
     pieces = list(stream(tiny.model, tiny.processor, example, max_new_tokens=NEW))
     assert "".join(pieces) == jvlm.generate(tiny.model, tiny.processor, [example], max_new_tokens=NEW)[0]
-    assert len(pieces) > 2
+    assert len(pieces) > 1
 
 
 def test_a_bad_example_is_named_by_its_place_in_the_list(tiny):

@@ -16,7 +16,7 @@ from jvlm.inference.chat import chat
 from jvlm.inference.engine import Engine
 from jvlm.inference.generate import complete, stream
 from jvlm.inference.requests import EngineConfig, SamplingParams
-from jvlm.inference.sampling import NOT_FINITE, SamplingArrays, SamplingConfig, SamplingKind, sample
+from jvlm.inference.sampling import NOT_FINITE, SamplingArrays, SamplingConfig, sample
 from jvlm.models import vlm
 from tests import support
 from tests.inference.support import prompt
@@ -117,7 +117,6 @@ def test_one_score_that_is_not_finite_is_enough_and_other_examples_keep_their_to
     logits[1, 2] = value
     params = [SamplingParams(**settings)] * 3
     arrays = SamplingArrays.of(params, range(3), range(3), [0] * 3)
-    kind = SamplingKind.of(params[0])
-    found = np.asarray(sample(jnp.asarray(logits), kind, arrays, banned=np.zeros((2, 8), bool)))
+    found = np.asarray(sample(jnp.asarray(logits), arrays, banned=np.zeros((2, 8), bool)))
     assert found[1] == NOT_FINITE
     assert (found[[0, 2]] >= 0).all()

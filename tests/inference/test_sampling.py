@@ -16,8 +16,8 @@ from transformers import (
 
 from jvlm.errors import UserError
 from jvlm.inference import sampling
-from jvlm.inference.requests import SamplingParams
-from jvlm.inference.sampling import KINDS, SamplingArrays, SamplingConfig, SamplingKind, SlotRules, kind_for
+from jvlm.inference.requests import Grammar, SamplingParams
+from jvlm.inference.sampling import SamplingArrays, SamplingConfig, SlotRules
 
 B, V = 3, 400
 NONE_BANNED = np.zeros((2, V), bool)
@@ -31,7 +31,7 @@ def logits():
 def arrays_of(count, numbers=None, step=0, **params):
     params = SamplingParams(**params)
     numbers = range(count) if numbers is None else numbers
-    return SamplingKind.of(params), SamplingArrays.of([params] * count, range(count), numbers, [step] * count)
+    return SamplingArrays.of([params] * count, range(count), numbers, [step] * count)
 
 
 def rules_of(prompt, answers=None):
@@ -44,9 +44,9 @@ def rules_of(prompt, answers=None):
 
 
 def adjusted(logits, prompt=None, answers=None, **params):
-    kind, arrays = arrays_of(len(logits), **params)
+    arrays = arrays_of(len(logits), **params)
     rules = None if prompt is None else rules_of(prompt, answers)
-    return np.asarray(sampling.adjust(jnp.asarray(logits), kind, arrays, banned=NONE_BANNED, rules=rules))
+    return np.asarray(sampling.adjust(jnp.asarray(logits), arrays, banned=NONE_BANNED, rules=rules))
 
 
 def processed(logits, *processors, prompt=None):
@@ -118,39 +118,52 @@ def test_bias_end_tokens_and_a_mask_forbid_and_prefer(logits):
     bits[:2], bits[2, 11] = True, True
     mask = (bits.reshape(B, 13, 32) << np.arange(32, dtype=np.uint32)).sum(-1, dtype=np.uint32).view(np.int32)
     logits[:, 8] = 50
-    params = [SamplingParams(min_tokens=n) for n in (2, 2, 2)]
+    params = [SamplingParams(min_tokens=2)] * 2 + [SamplingParams(min_tokens=2, thinking_budget=1)]
     arrays = SamplingArrays.of(params, range(B), range(B), [0, 0, 0])
-    chosen = sampling.sample(jnp.asarray(logits), KINDS[-1], arrays, banned=NONE_BANNED, rules=rules, mask=mask)
+    chosen = sampling.sample(jnp.asarray(logits), arrays, banned=NONE_BANNED, rules=rules, mask=mask)
     assert np.asarray(chosen).tolist() == [4, 6, 11]
-    later = SamplingArrays.of(params, range(B), range(B), [2, 2, 2])
-    chosen = sampling.sample(jnp.asarray(logits), KINDS[-2], later, banned=NONE_BANNED, rules=rules)
+    later = SamplingArrays.of([SamplingParams(min_tokens=2)] * B, range(B), range(B), [2, 2, 2])
+    chosen = sampling.sample(jnp.asarray(logits), later, banned=NONE_BANNED, rules=rules, mask=mask)
     assert np.asarray(chosen).tolist() == [4, 6, 8]
 
 
-def test_a_row_that_asks_nothing_gets_the_same_in_every_kind(logits):
-    rules = rules_of(np.zeros((B, 1), np.int64), [[1] * 50] * B)
-    mask = np.full((B, 13), -1, np.int32)
-    for params in (SamplingParams(), SamplingParams(temperature=0.7, seed=5)):
-        arrays = SamplingArrays.of([params] * B, range(B), range(B), [3] * B)
-        least = KINDS.index(SamplingKind.of(params))
-        found = [
-            np.asarray(
-                sampling.sample(jnp.asarray(logits), kind, arrays, banned=NONE_BANNED, rules=rules, mask=mask)
-            ).tolist()
-            for kind in KINDS[least:]
-        ]
-        assert found == [found[0]] * len(found)
-
-
-def test_every_row_of_a_batch_has_numbers_of_its_own(logits):
-    params = [SamplingParams(), SamplingParams(temperature=2.0, top_k=3), SamplingParams(temperature=0.5, top_p=0.6)]
-    kind = kind_for(map(SamplingKind.of, params))
-    together = SamplingArrays.of(params, range(3), range(3), [0, 1, 2])
-    found = np.asarray(sampling.sample(jnp.asarray(logits), kind, together, banned=NONE_BANNED))
+def test_every_row_gets_beside_others_what_it_gets_alone(logits):
+    many = np.concatenate([logits, logits + 1])
+    params = [
+        SamplingParams(),
+        SamplingParams(temperature=0.7, seed=5),
+        SamplingParams(temperature=2.0, top_k=3),
+        SamplingParams(temperature=0.5, top_p=0.6),
+        SamplingParams(temperature=0.9, min_tokens=4),
+        SamplingParams(grammar=Grammar("json_object")),
+    ]
+    rules, mask = rules_of(np.zeros((6, 1), np.int64)), np.full((6, 13), -1, np.int32)
+    together = SamplingArrays.of(params, range(6), range(6), range(6))
+    options = {"banned": NONE_BANNED, "rules": rules}
+    found = np.asarray(sampling.sample(jnp.asarray(many), together, mask=mask, **options))
     for i, one in enumerate(params):
-        alone = SamplingArrays.of([one], [0], [i], [i])
-        chosen = sampling.sample(jnp.asarray(logits[i : i + 1]), SamplingKind.of(one), alone, banned=NONE_BANNED)
+        alone = SamplingArrays.of([one], [i], [i], [i])
+        chosen = sampling.sample(jnp.asarray(many[i : i + 1]), alone, mask=mask[:1], **options)
         assert int(chosen[0]) == found[i]
+
+
+def test_numbers_packed_into_one_array_are_the_same_behind_it():
+    params = [SamplingParams(temperature=0.3, seed=2**32 - 1, top_p=0.25, logprobs=3), SamplingParams()]
+    arrays = SamplingArrays.of(params, [4, 5], [6, 7], [8, 9])
+    found = SamplingArrays.unpacked(jnp.asarray(arrays.packed()))
+    np.testing.assert_array_equal(found.ints, arrays.ints)
+    np.testing.assert_array_equal(found.floats, arrays.floats)
+    assert np.asarray(found.scored).tolist() == [4, 0]
+
+
+@pytest.mark.parametrize(("most", "chosen", "top"), [(0, False, False), (1, True, False), (3, True, True)])
+def test_log_probabilities_are_computed_as_far_as_somebody_asks(logits, most, chosen, top):
+    tokens = jnp.asarray([3, 1, 2])
+    every = sampling.logprobs(jnp.asarray(logits), tokens, 2)
+    found = sampling.asked_logprobs(jnp.asarray(logits), tokens, 2, jnp.asarray([0, most, 0]))
+    for field, wanted in (("chosen", chosen), ("entropy", chosen), ("top", top), ("top_tokens", top)):
+        expected = np.asarray(getattr(every, field))
+        np.testing.assert_array_equal(getattr(found, field), expected if wanted else 0 * expected)
 
 
 def test_log_probabilities_and_entropy_are_those_of_the_raw_scores(logits):
@@ -165,8 +178,8 @@ def test_log_probabilities_and_entropy_are_those_of_the_raw_scores(logits):
 
 
 def draw(logits, request_ids, step=0, banned=NONE_BANNED, **params):
-    kind, arrays = arrays_of(len(logits), request_ids, step, **({"temperature": 1.0} | params))
-    return np.asarray(sampling.sample(jnp.asarray(logits), kind, arrays, banned=banned))
+    arrays = arrays_of(len(logits), request_ids, step, **({"temperature": 1.0} | params))
+    return np.asarray(sampling.sample(jnp.asarray(logits), arrays, banned=banned))
 
 
 def test_draws_follow_the_probabilities():

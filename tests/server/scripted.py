@@ -64,6 +64,8 @@ class ScriptedEngine:
         self._running: dict[str, list[Any]] = {}
         self._tokens = 0
 
+    failure = None
+
     @property
     def has_work(self) -> bool:
         return bool(self._running)

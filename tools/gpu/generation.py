@@ -78,7 +78,7 @@ def main() -> None:
         prompts = (examples * number)[:number]
 
         def run(new: int, prompts=prompts) -> float:
-            settings = SamplingConfig(max_new_tokens=new, stop_token_ids=(-1,))
+            settings = SamplingConfig(max_new_tokens=new, stop_token_ids=())
             began = time.perf_counter()
             complete(engine, prompts, settings, request_ids=range(len(prompts)))
             return time.perf_counter() - began

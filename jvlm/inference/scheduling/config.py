@@ -22,11 +22,15 @@ class SchedulerConfig:
       prefill_past_pages: most pages of earlier tokens that all chunks of a prefill read together; None: any number.
       feature_slots: vision tokens of the feature pool; 0 for a model without a vision tower.
       encode_patches: most patches of an encode.
+      singly: one picture in an encode, one prompt in a prefill and not before all of its pictures are encoded, so that
+        what else runs does not change the shapes that a request is computed in.
       encode_tokens: most vision tokens of an encode; None: ``feature_slots``.
       prefix_cache: keep the pages of past sequences, and share them by content.
       feature_cache: keep features after their prompts; without it each is forgotten when no prompt needs it.
       cuts_prompts: prefill prompts in pieces where that is better; without it each is one chunk, and none may be longer
         than ``prefill_chunk_tokens``.
+      decode_steps: most tokens that one decoding plan draws for a sequence.
+      decode_seconds: how long such a plan may take: as long may a new request wait, and a token on its way out.
       tpot_goal: seconds between tokens that decoding sequences should see while others prefill.
       max_decode_run: most decode steps between two prefills, however late the goal is.
       reserve_tokens: most answer tokens that admission counts with.
@@ -48,10 +52,13 @@ class SchedulerConfig:
     prefill_past_pages: int | None = None
     feature_slots: int = 0
     encode_patches: int = 0
+    singly: bool = False
     encode_tokens: int | None = None
     prefix_cache: bool = True
     feature_cache: bool = True
     cuts_prompts: bool = True
+    decode_steps: int = 1
+    decode_seconds: float = 0.01
     tpot_goal: float = 0.05
     max_decode_run: int = 8
     reserve_tokens: int = 4096
@@ -63,7 +70,7 @@ class SchedulerConfig:
     def __post_init__(self):
         for name, least in (("num_pages", 2), ("page_size", 1), ("max_slots", 1), ("max_length", 2)):
             self._at_least(name, least)
-        for name in ("prefill_chunk_tokens", "prefill_chunks", "max_decode_run", "reserve_tokens"):
+        for name in ("prefill_chunk_tokens", "prefill_chunks", "max_decode_run", "reserve_tokens", "decode_steps"):
             self._at_least(name, 1)
         if self.prefill_chunk_tokens % self.page_size:
             raise UserError(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from typing import Literal
 
 from jvlm.inference.scheduling.config import SchedulerConfig
 
 _WEIGHT = 0.1  # of the newest observation
+_REMEMBERED = 5  # times of a kind of step; their median counts, which a compilation among them does not change
 _LEAST_RATIO = 0.1
 
 Kind = Literal["encode", "prefill", "decode"]
@@ -22,7 +25,8 @@ class Pace:
 
     def __init__(self, config: SchedulerConfig):
         self.goal, self.most = config.tpot_goal, config.max_decode_run
-        self._seconds: dict[Kind, float] = {}
+        self.steps, self.seconds = config.decode_steps, config.decode_seconds
+        self._times: dict[Kind, deque[float]] = {}
         self._run = self.most
 
     def prefill_is_due(self) -> bool:
@@ -31,22 +35,39 @@ class Pace:
 
     def decode_run(self) -> int:
         """Return the number of decode steps that keep the goal; one while nothing was measured."""
-        decode = self._seconds.get("decode")
-        others = [self._seconds[kind] for kind in ("encode", "prefill") if kind in self._seconds]
+        decode = self._seconds("decode")
+        others = [self._seconds(kind) for kind in ("encode", "prefill") if kind in self._times]
         if decode is None or not others:
             return 1
         if decode >= self.goal:
             return self.most
         return min(max(math.ceil(max(others) / (self.goal - decode)), 1), self.most)
 
-    def planned(self, kind: Kind) -> None:
-        """Count a step that was given out."""
-        self._run = self._run + 1 if kind == "decode" else 0
+    def plan_steps(self, waits: bool) -> int:
+        """Return how many steps a decoding plan takes.
+
+        Args:
+          waits: a prefill or encode follows as soon as enough decode steps have run.
+        """
+        decode = self._seconds("decode")
+        if decode is None:
+            return 1
+        most = self.steps if decode * self.steps <= self.seconds else int(self.seconds / decode)
+        if waits:
+            most = min(most, self.decode_run() - self._run)
+        return max(most, 1)
+
+    def planned(self, kind: Kind, steps: int = 1) -> None:
+        """Count steps that were given out."""
+        self._run = self._run + steps if kind == "decode" else 0
 
     def took(self, kind: Kind, seconds: float) -> None:
         """Learn how long a step took."""
-        before = self._seconds.get(kind, seconds)
-        self._seconds[kind] = before + _WEIGHT * (seconds - before)
+        self._times.setdefault(kind, deque(maxlen=_REMEMBERED)).append(seconds)
+
+    def _seconds(self, kind: Kind) -> float | None:
+        times = self._times.get(kind)
+        return None if times is None else statistics.median(times)
 
 
 class AnswerLengths:

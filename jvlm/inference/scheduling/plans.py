@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +18,7 @@ import numpy as np
 ON_DEVICE = -1
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A sequence in a plan.
 
     Attributes:
@@ -27,7 +27,7 @@ class Row:
       index: which of the request's ``n`` answers.
       slot, generation: where it decodes. The generation changes whenever a slot is given anew, so that a late token
         cannot reach another sequence.
-      draw: answer tokens before the one that this row draws: with the request's seed it decides the draw.
+      draw: answer tokens before the first one that this row draws: with the request's seed it decides the draw.
     """
 
     sequence: int
@@ -114,11 +114,13 @@ class Prefill:
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """Run the last token of each sequence, and the drafted ones behind it.
+    """Run the last token of each sequence, and then the tokens that are drawn; or the last and the drafted ones.
 
     Attributes:
       rows: the sequences.
       slots: of each, int32 [R].
+      draws: answer tokens before the first one that is drawn, int32 [R].
+      steps: how many tokens to draw, one after the other, int32 [R]; 1 if any token of the plan is drafted.
       tokens: input tokens, int32 [R, 1 + K]: the last one, or `ON_DEVICE`; then the drafted ones.
       drafted: how many drafted tokens each row has, int32 [R]; the others are 0 and do not count.
       starts: index in the sequence of the first input token, int32 [R].
@@ -129,12 +131,19 @@ class Decode:
 
     rows: tuple[Row, ...]
     slots: np.ndarray
+    draws: np.ndarray
+    steps: np.ndarray
     tokens: np.ndarray
     drafted: np.ndarray
     starts: np.ndarray
     positions: np.ndarray
     tables: np.ndarray
     copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Return how many times the model runs."""
+        return int(self.steps.max())
 
 
 Plan = Encode | Prefill | Decode
@@ -145,7 +154,8 @@ class Result:
     """What became of a row.
 
     Attributes:
-      tokens: those drawn: one, or with accepted drafts several; all count, also one that ends the sequence.
+      tokens: those drawn, as many as were planned unless one ends the sequence; with accepted drafts more than one. All
+        count, also one that ends the sequence.
       ended: nothing more is wanted of the sequence.
     """
 

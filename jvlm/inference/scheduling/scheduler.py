@@ -37,8 +37,8 @@ class Scheduler:
     that comes too late reaches nobody.
     """
 
-    def __init__(self, config: SchedulerConfig):
-        self.config, self._stats = config, SchedulerStats()
+    def __init__(self, config: SchedulerConfig, stats: SchedulerStats | None = None):
+        self.config, self._stats = config, SchedulerStats() if stats is None else stats
         self.admission = Admission(config, self._stats)
         self.waiting = WaitingQueue(config.prefix_order_below, config.max_passed)
         self.running: list[Sequence] = []  # in the order of their admission
@@ -53,6 +53,16 @@ class Scheduler:
     def has_work(self) -> bool:
         """Return whether a sequence waits or runs."""
         return bool(self._sequences)
+
+    @property
+    def counters(self) -> SchedulerStats:
+        """The counters that go on, for a scheduler that takes the place of this one."""
+        return self._stats
+
+    @property
+    def size(self) -> int:
+        """Return how many answers wait or run."""
+        return len(self._sequences)
 
     def add(self, spec: SequenceSpec) -> int:
         """Let a request wait. Returns the most answer tokens that it can have.
@@ -102,11 +112,11 @@ class Scheduler:
             if self.has_work and not self._unread:
                 raise RuntimeError("the scheduler has work and no plan")
             return None
-        self._pace.planned(_kind(plan))
+        self._pace.planned(_kind(plan), _length(plan))
         self._encoded_last = isinstance(plan, Encode)
         self._unread += 1
-        for row in plan.rows:
-            self._sequences[row.sequence].in_flight += 1
+        for row, steps in zip(plan.rows, _steps(plan), strict=True):
+            self._sequences[row.sequence].in_flight += steps
             self.admission.slots.planned(row.slot)
         return plan
 
@@ -115,17 +125,18 @@ class Scheduler:
 
         Args:
           results: of each row that `is_current`, by the number of its sequence; others are dropped.
-          seconds: that the step took.
+          seconds: that the plan took.
         """
         self._unread -= 1
         if seconds is not None:
-            self._pace.took(_kind(plan), seconds)
+            self._pace.took(_kind(plan), seconds / _length(plan))
         if isinstance(plan, Prefill):
             for chunk in plan.chunks:
                 if self.is_current(chunk.row):
                     sequence = self._sequences[chunk.row.sequence]
                     self.admission.register(sequence, min(chunk.stop, len(sequence.tokens)), self._epoch)
-        for i, row in enumerate(plan.rows):
+        drafted = plan.drafted.tolist() if isinstance(plan, Decode) else [0] * len(plan.rows)
+        for row, steps, guessed in zip(plan.rows, _steps(plan), drafted, strict=True):
             current = self.is_current(row)
             self.admission.slots.read(row.slot)
             if not current:
@@ -133,22 +144,29 @@ class Scheduler:
                 continue
             if results is None or row.sequence not in results:
                 raise KeyError(f"no result for answer {row.index} of request {row.request_id!r}")
-            drafted = int(plan.drafted[i]) if isinstance(plan, Decode) else 0
-            self._take(self._sequences[row.sequence], results[row.sequence], drafted)
+            self._take(self._sequences[row.sequence], results[row.sequence], steps, guessed)
 
     def fail(self, plan: Plan) -> list[str]:
         """Abort every request in a plan that could not be executed. Returns their names."""
         self._unread -= 1
         for row in plan.rows:
             self.admission.slots.read(row.slot)
-        if isinstance(plan, Encode):
-            lost = {picture.key for picture in plan.pictures}
+        return self.drop(plan)
+
+    def drop(self, part: Plan) -> list[str]:
+        """Abort every request in a part of a plan that is not executed; its results are read without it.
+
+        Returns:
+          their names: also those that wait for a picture of the part.
+        """
+        if isinstance(part, Encode):
+            lost = {picture.key for picture in part.pictures}
             hit = [s.spec.request_id for s in self.running if lost.intersection(s.held)]
             self.admission.features.lose(lost)
-        elif isinstance(plan, Prefill):
-            hit = [chunk.row.request_id for chunk in plan.chunks if self.is_current(chunk.row)]
+        elif isinstance(part, Prefill):
+            hit = [chunk.row.request_id for chunk in part.chunks if self.is_current(chunk.row)]
         else:
-            hit = [row.request_id for row in plan.rows if self.is_current(row)]
+            hit = [row.request_id for row in part.rows if self.is_current(row)]
         names = list(dict.fromkeys(hit))
         for name in names:
             self.abort(name)
@@ -202,6 +220,8 @@ class Scheduler:
                     continue
                 if patches + media.patches > config.encode_patches or tokens < media.tokens:
                     continue
+                if config.singly and pictures:
+                    continue
                 patches, tokens = patches + media.patches, tokens - media.tokens
                 features[key].encoded = True
                 slots = features[key].slots
@@ -213,9 +233,12 @@ class Scheduler:
         left, chunks, page_size = self.config.prefill_chunk_tokens, [], self.config.page_size
         past = math.inf if self.config.prefill_past_pages is None else self.config.prefill_past_pages
         for sequence in [s for s in self.running if s.state == "prefilling"]:
-            if not left or len(chunks) == self.config.prefill_chunks:
+            if not left or len(chunks) == (1 if self.config.singly else self.config.prefill_chunks):
                 break
-            stop = min(sequence.computed + left, sequence.target, self._first_without_features(sequence))
+            encoded = self._first_without_features(sequence)
+            if self.config.singly and encoded < sequence.target:
+                continue
+            stop = min(sequence.computed + left, sequence.target, encoded)
             if stop < sequence.target:
                 if not self.config.cuts_prompts:
                     continue
@@ -267,27 +290,34 @@ class Scheduler:
         )
 
     def _decode(self) -> Decode | None:
-        """Return a step of every sequence that has a token to go on from."""
+        """Return steps of every sequence that has a token to go on from."""
         ready = [s for s in self.running if s.state == "decoding" and s.planned < s.limit]
-        if any(s.in_flight and s.needs_last_token for s in ready):
+        singly = [s for s in ready if s.needs_last_token]
+        if any(s.in_flight for s in singly):
             return None
+        most = 1
+        if not singly:
+            most = self._pace.plan_steps(any(s.state == "prefilling" for s in self.running))
         copies: dict[int, tuple[tuple[int, int], ...]] = {}
         drafts: dict[int, tuple[int, ...]] = {}
+        steps: dict[int, int] = {}
         for sequence in sorted(ready, key=_age):
             if sequence.state != "decoding":  # an older one took its pages
                 continue
             guessed = ()
             if sequence.drafts is not None and not sequence.in_flight:
                 guessed = sequence.drafts.propose(sequence.tokens, sequence.limit - sequence.answered - 1)
-            grown = self.admission.grow(sequence, 1 + len(guessed)) if guessed else None
+            count = min(most, sequence.limit - sequence.planned)
+            grown = self.admission.grow(sequence, max(count, 1 + len(guessed)))
             if grown is None:
-                guessed = ()
+                guessed, count = (), 1
             while grown is None and sequence.state == "decoding":
                 grown = self.admission.grow(sequence, 1)
                 if grown is None:
                     self._preempt(self._youngest() or sequence)
             if grown is not None:
-                copies[sequence.number], drafts[sequence.number] = grown, guessed
+                number = sequence.number
+                copies[number], drafts[number], steps[number] = grown, guessed, count
         rows = [s for s in ready if s.state == "decoding" and s.number in copies]
         if not rows:
             return None
@@ -301,6 +331,8 @@ class Scheduler:
         plan = Decode(
             rows=tuple(s.row(s.planned) for s in rows),
             slots=slots,
+            draws=np.array([s.planned for s in rows], np.int32),
+            steps=np.array([steps[s.number] for s in rows], np.int32),
             tokens=tokens,
             drafted=np.array([len(drafts[s.number]) for s in rows], np.int32),
             starts=np.array([s.computed for s in rows], np.int32),
@@ -309,7 +341,7 @@ class Scheduler:
             copies=tuple(copy for s in rows for copy in copies[s.number]),
         )
         for sequence in rows:
-            sequence.computed += 1
+            sequence.computed += steps[sequence.number]
         return plan
 
     def _youngest(self) -> Sequence | None:
@@ -331,14 +363,15 @@ class Scheduler:
         self.admission.lengths.preempted()
         self._stats.num_preemptions += 1
 
-    def _take(self, sequence: Sequence, result: Result, drafted: int) -> None:
+    def _take(self, sequence: Sequence, result: Result, steps: int, drafted: int) -> None:
         """Add the tokens that were drawn for a sequence."""
         count = len(result.tokens)
-        if not 1 <= count <= 1 + drafted:
-            raise ValueError(f"{count} tokens for a row with {drafted} drafted ones")
-        sequence.in_flight -= 1
+        if not 1 <= count <= steps + drafted or (count < steps and not result.ended):
+            raise ValueError(f"{count} tokens for a row that draws {steps}, with {drafted} drafted ones")
+        sequence.in_flight -= steps
         sequence.tokens.extend(result.tokens)
-        sequence.computed += count - 1
+        if drafted:
+            sequence.computed += count - 1
         self._stats.generation_tokens += count
         if drafted and sequence.drafts is not None:
             sequence.drafts.observe(len(sequence.tokens), drafted, count - 1)
@@ -373,3 +406,12 @@ def _kind(plan: Plan) -> Kind:
     if isinstance(plan, Encode):
         return "encode"
     return "prefill" if isinstance(plan, Prefill) else "decode"
+
+
+def _steps(plan: Plan) -> list[int]:
+    """Return how many tokens each row draws, drafts that turn out to be right not counted."""
+    return plan.steps.tolist() if isinstance(plan, Decode) else [1] * len(plan.rows)
+
+
+def _length(plan: Plan) -> int:
+    return plan.length if isinstance(plan, Decode) else 1

@@ -35,7 +35,7 @@ class Sequence:
       pages: that it holds, in order.
       registered: how many of them were registered under their content.
       cached: tokens that were found in the cache at its last admission.
-      in_flight: plans that draw a token for it, and whose results are not known.
+      in_flight: tokens that plans draw for it, and that are not known.
       held: keys of the pictures whose features it holds.
       epoch: of the weights that it began with.
     """
@@ -108,7 +108,7 @@ class Sequence:
         return self.spec.needs_last_token or (self.drafts is not None and self.drafts.active(len(self.tokens)))
 
     def row(self, draw: int) -> Row:
-        """Return the sequence as a row of a plan that draws the ``draw``-th answer token, from 0."""
+        """Return the sequence as a row of a plan that draws answer tokens from the ``draw``-th on, counted from 0."""
         return Row(self.number, self.spec.request_id, self.index, self.slot, self.generation, draw)
 
     def positions(self, start: int, stop: int) -> np.ndarray:

@@ -147,7 +147,7 @@ class GatedCrossAttention(nnx.Module):
 
     def __init__(self, config: CrossAttentionTransformerConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
         D, common = config.hidden_size, {"precision": precision, "rngs": rngs}
-        self.attends_to = config.attends_to
+        self.attends_to, self.compute_dtype = config.attends_to, precision.compute_dtype
         self.norm1 = layers.RMSNorm(D, config.rms_norm_eps, precision=precision)
         self.attention = Attention(
             D, config.num_heads, head_dim=config.head_size, num_kv_heads=config.num_kv_heads, **common
@@ -174,11 +174,12 @@ class GatedCrossAttention(nnx.Module):
         gate = jnp.tanh(self.mlp_gate[...]).astype(x_BSD.dtype)
         return x_BSD + gate * self.mlp(self.norm2(x_BSD)), cache
 
-    def init_cache(self, sizes: CacheSizes, dtype: DTypeLike):
+    def init_cache(self, sizes: CacheSizes):
         """Return the cache of slots that read nothing."""
         shape = (sizes.slots, sizes.vision_tokens, self.attention.num_kv_heads, self.attention.head_dim)
         ops = device_ops.current()
-        k, v = (ops.constrain(jnp.zeros(shape, dtype), ("batch", None, "kv_heads", None)) for _ in range(2))
+        empty = jnp.zeros(shape, self.compute_dtype)
+        k, v = (ops.constrain(empty, ("batch", None, "kv_heads", None)) for _ in range(2))
         return k, v, ops.constrain(jnp.zeros(shape[:2], jnp.int32), ("batch", None))
 
     def _add(self, x_BSD, mixed_BSHK):
@@ -238,7 +239,7 @@ class CrossAttentionBlock(DecoderBlock):
         return x_BSD, None if context.step is None else (cache, vision_cache), reports
 
     def init_cache(self, sizes: CacheSizes, dtype: DTypeLike):
-        return super().init_cache(sizes, dtype), self.cross.init_cache(sizes, dtype)
+        return super().init_cache(sizes, dtype), self.cross.init_cache(sizes)
 
 
 @register(CrossAttentionTransformerConfig)

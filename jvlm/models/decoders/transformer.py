@@ -350,8 +350,8 @@ class Transformer(nnx.Module):
         return layers.rotary_angles(positions, axis_of, frequencies)
 
     def init_cache(self, sizes: CacheSizes) -> PerLayer:
-        """Return an empty cache, in the compute dtype. Layers share nothing: each is updated in place."""
-        dtype, layer = self.precision.compute_dtype, self.blocks.layer
+        """Return an empty cache. Layers share nothing: each is updated in place."""
+        dtype, layer = sizes.dtype or self.precision.compute_dtype, self.blocks.layer
         return PerLayer.of([layer.init_cache(sizes, dtype) for _ in range(self.blocks.depth)])
 
     def logits(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:

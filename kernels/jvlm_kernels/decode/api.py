@@ -230,7 +230,8 @@ def chunk_attention(
         return jnp.where(broken[..., None, None], jnp.nan, out), cache
     if window is not None:
         raise ValueError("a chunk with a past has no window: compute windowed sequences whole")
-    *past, broken_before = _without_broken(*read_pages(cache, past_pages), past_segments, segments)
+    read = (x.astype(q.dtype) for x in read_pages(cache, past_pages))  # a cache may be narrower than the queries
+    *past, broken_before = _without_broken(*read, past_segments, segments)
     before, logsumexp_before = segment_attention(q, *past, segments, past_segments, **options)
     top = jnp.maximum(logsumexp, logsumexp_before)
     top = jnp.where(jnp.isfinite(top), top, 0.0)

@@ -22,6 +22,7 @@ def attend(spec, q, keys, values, lengths, tables):
     B, S, H, D = q.shape
     if spec.paged:
         keys, values = _gather_pages(keys, values, tables)
+    keys, values = keys.astype(q.dtype), values.astype(q.dtype)  # a cache may be narrower than the queries
     K, T = keys.shape[1], keys.shape[3]
     position_BS = lengths[:, None] - S + jnp.arange(S)
     distance_BST = position_BS[:, :, None] - jnp.arange(T)

@@ -98,7 +98,7 @@ class Device:
         self.sent: dict[tuple[str, int], Sent] = {}
         self.limits: dict[str, int] = {}
         self.waiting: list[tuple[Plan, dict[int, list[int]]]] = []
-        self.encoded = self.computed = 0
+        self.encoded = self.computed = self.steps = 0
         self.plans: list[Plan] = []
 
     def add(self, prompt: SequenceSpec) -> None:
@@ -168,6 +168,9 @@ class Device:
             tokens, start = plan.tokens[i, : 1 + plan.drafted[i]].tolist(), int(plan.starts[i])
             if tokens[0] == ON_DEVICE:
                 tokens[0] = self.last[row.slot]
+            assert row.draw == plan.draws[i]
+            assert plan.steps[i] == 1 or not plan.drafted.any()
+            self.steps = max(self.steps, int(plan.steps[i]))
             for k, token in enumerate(tokens):
                 self._write(plan.tables[i], start + k, (token, (int(plan.positions[i]) + k,) * 3, b""))
             drawn[row.sequence] = []
@@ -178,6 +181,11 @@ class Device:
                 drawn[row.sequence].append(self._draw(row, places, row.draw + k))
                 if drawn[row.sequence][-1] == END or k + 1 == len(tokens) or drawn[row.sequence][-1] != tokens[k + 1]:
                     break
+            for k in range(1, int(plan.steps[i])):  # on after an end too: the device does not know of it
+                token = drawn[row.sequence][-1]
+                self._write(plan.tables[i], start + k, (token, (int(plan.positions[i]) + k,) * 3, b""))
+                places = self._places(plan.tables[i], start + k + 1)
+                drawn[row.sequence].append(self._draw(row, places, row.draw + k))
             self.last[row.slot] = drawn[row.sequence][-1]
         return drawn
 
@@ -187,13 +195,14 @@ class Device:
             if not self.scheduler.is_current(row):
                 continue
             tokens = drawn[row.sequence]
+            tokens = tokens[: tokens.index(END) + 1] if END in tokens else tokens
             sent = self.sent[row.request_id, row.index]
             assert not sent.ended
             assert row.draw == len(sent.tokens), "a token is sent twice, or one is left out"
             sent.tokens += tokens
             sent.ended = tokens[-1] == END or len(sent.tokens) == self.limits[row.request_id]
             results[row.sequence] = Result(tuple(tokens), tokens[-1] == END)
-        self.scheduler.finish(plan, results)
+        self.scheduler.finish(plan, results, 0.001)
 
     def _draw(self, row: Row, places: list[Place], number: int) -> int:
         return draw(places, f"{row.request_id}/{row.index}", number)

@@ -8,6 +8,7 @@ import pytest
 
 from jvlm.errors import UserError
 from jvlm.inference.scheduling.config import SchedulerConfig
+from jvlm.inference.scheduling.estimates import Pace
 from jvlm.inference.scheduling.plans import Decode, Encode, Prefill
 from tests.inference.scheduling.device import END, Device, alone, audit, picture, spec
 
@@ -122,6 +123,32 @@ def test_random_events_conserve_everything_and_answers_are_those_of_each_request
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_hundred_thousand_random_events(lag):
     random_events(100 + lag, 50_000, lag)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_several_tokens_in_one_plan_change_no_answer(lag):
+    run = random_events(20 + lag, 1200, lag, num_pages=26, answer_ratio=0.05, decode_steps=6)
+    assert run.steps == 6
+    assert run.scheduler.stats().num_preemptions > 0
+
+
+def test_a_plan_draws_as_many_tokens_as_its_seconds_allow_and_one_where_the_host_decides():
+    pace = Pace(SchedulerConfig(**SMALL, decode_steps=16, decode_seconds=0.01))
+    assert pace.plan_steps(False) == 1
+    for seconds, steps in ((0.0001, 16), (0.002, 5), (0.05, 1)):
+        for _ in range(5):
+            pace.took("decode", seconds)
+        assert pace.plan_steps(False) == steps
+    run = device(decode_steps=6)
+    run.add(spec("free", [1, 2], max_tokens=40))
+    run.run()
+    assert run.steps == 6
+    run = device(decode_steps=6)
+    run.add(spec("free", [1, 2], max_tokens=40))
+    run.add(spec("masked", [1, 3], max_tokens=40, needs_last_token=True))
+    while run.scheduler.stats().num_requests_running == 2 or not run.plans:
+        run.step()
+    assert run.steps <= 1
 
 
 @pytest.mark.parametrize("changes", [{"prefix_cache": False}, {"feature_cache": False}, {"num_pages": 60}])

@@ -1,0 +1,85 @@
+"""How many pages of the cache fit into the memory that a device has left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jvlm.errors import UserError
+from jvlm.inference import plan_arrays
+from jvlm.inference.device_state import picture_batch, vision_tokens_of
+
+if TYPE_CHECKING:
+    from jvlm.inference.device_state import DeviceState
+
+
+def free_bytes(devices: Sequence[Any], fraction: float) -> int | None:
+    """Return the least bytes of a device that are left below a fraction of its memory; None where it does not say."""
+    found = []
+    for device in devices:
+        stats = device.memory_stats() or {}
+        if "bytes_limit" not in stats:
+            return None
+        found.append(int(fraction * stats["bytes_limit"]) - stats["bytes_in_use"])
+    return min(found)
+
+
+def bytes_of_a_page(state: DeviceState) -> int:
+    """Return the bytes that a page of every layer takes on one device."""
+    cache = jax.eval_shape(state.programs.init_cache, state.engine._decoder_leaves)
+    pages = state.programs.sizes.pages
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache) if x.shape[0] == pages)
+    devices = 1 if state.programs.ops is None else state.programs.ops.layout.mesh.size
+    return -(-whole * state.shapes.groups // (pages * devices))
+
+
+def temporary_bytes(state: DeviceState) -> int:
+    """Return the most bytes that a program takes beside what stays: of the longest prefill and the largest encode."""
+    s, config, programs = state.shapes, state.engine.config, state.programs
+    nobody = programs.put(np.zeros(s.groups, np.int32), "batch")
+    chunks = plan_arrays.no_chunks(
+        s, s.prefill_tokens[-1], s.past[-1], (s.prefill_features or (s.prefill_tokens[-1],))[-1]
+    )
+    chunks = type(chunks)(*(programs.put(part, "batch", *[None] * (part.ndim - 1)) for part in chunks))
+    lowered = [programs.prefill.lower(state.engine._decoder_leaves, state._pages(), state._pool(), chunks, nobody)]
+    if s.encode_patches[-1] and s.feature_slots:
+        P = s.encode_patches[-1]
+        batch = picture_batch(config, s.groups, P)
+        if programs.ops is not None:
+            batch = jax.device_put(batch, programs.ops.layout.batch(batch))
+        slots = np.full((s.groups, vision_tokens_of(config, P)), s.feature_slots, np.int32)
+        slots = programs.put(slots, "batch", None)
+        lowered.append(programs.encode.lower(state.engine._leaves, state._pool(), batch, slots, nobody))
+    found = [one.compile().memory_analysis() for one in lowered]
+    return max(one.temp_size_in_bytes + one.output_size_in_bytes - one.alias_size_in_bytes for one in found)
+
+
+def pages_that_fit(state: DeviceState, fraction: float) -> int | None:
+    """Return the most pages of each group, with everything but pages on the device; None where it does not say.
+
+    Args:
+      state: with few pages.
+
+    Raises:
+      UserError: there is no room for one answer.
+    """
+    leaves = state.engine._leaves
+    devices = sorted({device for leaf in leaves for device in leaf.devices()}, key=lambda device: device.id)
+    if free_bytes(devices, fraction) is None:
+        return None
+    temporary, page = temporary_bytes(state), bytes_of_a_page(state)
+    state._last_tokens(), state._slot_rules()
+    jax.block_until_ready((state._pages(), state._pool()))
+    left = free_bytes(devices, fraction) - temporary
+    pages = left // page + state.shapes.pages
+    least = state.shapes.tables[-1] + 1
+    if pages < least:
+        raise UserError(
+            f"{pages} pages of {page:,} bytes fit beside the parameters and {temporary:,} bytes of the largest "
+            f"program, and one answer may need {least}: lower max_model_len, prefill_tokens or encode_patches, raise "
+            "memory_fraction, or take a narrower kv_cache_dtype"
+        )
+    return pages
