@@ -73,7 +73,7 @@ def now(rounds: int) -> dict[str, float]:
     )
     engine, found = Engine(model, processor, config), {}
     sampling = SamplingConfig(max_new_tokens=NEW, stop_token_ids=())
-    for count in COUNTS:
+    for count in reversed(COUNTS):  # the first requests decide how many pages there are
         prompts = examples[:count]
         seconds = timed(lambda p=prompts: complete(engine, p, sampling, request_ids=range(len(p))), rounds)
         found[str(count)] = count * NEW / seconds

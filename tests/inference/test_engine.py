@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 from jvlm.errors import UserError
+from jvlm.inference import faults
 from jvlm.inference.engine import Engine
 from jvlm.inference.programs import TABLE, DecodeRows
-from jvlm.inference.requests import EngineConfig, Grammar, Request, SamplingParams
+from jvlm.inference.requests import EngineConfig, Grammar, Request, SamplingParams, StepFailed
 from jvlm.models import vlm
 from tests.inference.support import prompt
 from tests.support import picture
@@ -271,3 +272,54 @@ def test_a_decoding_step_updates_the_cache_in_place_and_copies_no_weight(tiny, e
     cache = sum(x.nbytes for x in jax.tree.leaves(device._pages()))
     assert memory.alias_size_in_bytes >= cache
     assert memory.temp_size_in_bytes < cache
+
+
+def test_a_picture_that_cannot_be_computed_ends_its_request_alone(tiny, engine, alone):
+    bad, *others = requests(tiny, ("same picture", "picture", "text", "two pictures"))
+    example = bad.example
+    bad = dataclasses.replace(bad, id="bad", example=dataclasses.replace(example, patches=example.patches[:, :-1]))
+    events = list(engine.run([*others, bad]))
+    (failed,) = [event for event in events if event.request_id == "bad"]
+    assert failed.finish_reason == "error"
+    assert isinstance(failed.error, StepFailed)
+    found = collect([event for event in events if event is not failed])
+    assert_same(found, {key: alone[key] for key in found})
+    assert len(found) == 3
+    stats = engine.stats()
+    assert stats.kv_cache_usage_perc == stats.encoder_cache_usage_perc == stats.compilations_after_ready == 0
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_an_error_of_the_device_ends_all_requests_and_the_engine_says_whether_it_goes_on(
+    tiny, engine, alone, monkeypatch, lasting
+):
+    asked = requests(tiny, ("text", "picture", "two answers"))
+    decode, calls = engine._device.programs.decode, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise jax.errors.JaxRuntimeError("INTERNAL: an uncorrectable error")
+        return decode(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._device.programs, "decode", failing)
+        if lasting:
+            patch.setattr(faults, "lasting_failure", lambda leaves: "the parameters are lost")
+        for request in asked:
+            engine.submit(request)
+        events = []
+        while engine.has_work:
+            events += engine.step()
+    ended = {event.request_id: event for event in events if event.finish_reason == "error"}
+    assert len(calls) == 1
+    assert ended.keys() == {request.id for request in asked}
+    assert all("uncorrectable" in str(event.error) for event in ended.values())
+    if lasting:
+        assert "lost" in engine.failure
+        with pytest.raises(StepFailed, match="start it anew"):
+            engine.submit(asked[0])
+        engine.failure = None
+    assert engine.failure is None
+    assert_same(answers(engine, requests(tiny)), alone)
+    assert engine.stats().compilations_after_ready == 0
