@@ -19,6 +19,8 @@ class Steps:
     def __init__(self, seconds):
         self.seconds, self.left, self.called = seconds, {}, []
 
+    failure = None
+
     @property
     def has_work(self):
         return bool(self.left)
