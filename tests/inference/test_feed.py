@@ -13,7 +13,7 @@ from jvlm.inference import event_loop
 from jvlm.inference.feed import Asked, answer_each, in_order
 from jvlm.inference.requests import Event, SamplingParams
 
-GREEDY = types.SimpleNamespace(params=lambda number: SamplingParams(number=number))
+GREEDY = types.SimpleNamespace(params=lambda number, **fields: SamplingParams(number=number, **fields))
 
 
 class Engine:
