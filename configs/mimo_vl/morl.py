@@ -38,7 +38,6 @@ def get_config() -> Experiment:
     )
     return Experiment(
         name="mimo_vl_morl",
-        topologies=("v5p:2x2x1",),
         model=dataclasses.replace(families.preset("mimo_vl_7b"), precision=Precision(remat="full")),
         init_from="MiMo-VL-7B-SFT",
         data=DataConfig(
