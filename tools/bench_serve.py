@@ -10,7 +10,7 @@
 - soak: many requests of mixed kinds; memory, and pages that are used afterwards.
 
 Every answer must have as many tokens as were asked for. streams and soak take a toy, of which the server shows most;
-arrivals and picture the model of 40 M parameters of tools/bench.py. Both are random and of float32.
+arrivals and picture the model of 40 M parameters of tools/bench_model.py. Both are random and of float32.
 """
 
 from __future__ import annotations

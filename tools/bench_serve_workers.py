@@ -41,11 +41,11 @@ def make_toy(folder: Path) -> None:
 
 
 def make_small(folder: Path) -> None:
-    """Write the random model of tools/bench.py."""
-    from tools import bench
+    """Write the random model of tools/bench_model.py."""
+    from tools import bench_model
 
     folder.mkdir()
-    bench.make_checkpoint(folder)
+    bench_model.make_checkpoint(folder)
 
 
 def engine(folder: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -87,7 +87,7 @@ def transformers(folder: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     import jvlm
-    from tools.bench import torch_inputs
+    from tools.bench_model import torch_inputs
 
     torch.set_num_threads(os.cpu_count())
     processor = jvlm.load(folder)[1]
