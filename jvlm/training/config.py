@@ -106,7 +106,8 @@ class EvaluationConfig:
 
     Attributes:
       data: files of examples whose assistant turns are the expected answers; empty skips scoring.
-      format: of `data`, as that of the training data. Of formats without an assistant's turn the answer is taken as one.
+      format: of `data`, as that of the training data. Of formats without an assistant's turn the answer is taken as
+        one.
       columns: of `data`, renamed as those of the training data.
       ask: "independent" asks each question in a conversation of its own; "multi_turn" in order, after the model's own
         answers.
