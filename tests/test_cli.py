@@ -17,6 +17,7 @@ from tests.support import run_python
 ARGUMENTS = {
     "train": ("mimo_vl/easy_vqa",),
     "rl": ("mimo_vl/morl",),
+    "sweep": ("mimo_vl/easy_vqa", "--vary", "seed=1"),
     "plan": ("idefics2/pretrain",),
     "data check": ("--config", "mm1_5/easy_vqa"),
 }

@@ -179,6 +179,11 @@ def test_fields_of_a_task_are_options_those_of_one_s_own_too(tmp_path, first):
 
 def test_every_shipped_config_holds_its_model_so_that_it_can_be_planned():
     # composed of towers on disk, or for what a run of the demo exports
-    from_folders = {"align/mimo_7b_reward_model", "backbones/smollm2_dinov2", "finetune/white_cells"}
+    from_folders = {
+        "align/mimo_7b_reward_model",
+        "backbones/smollm2_dinov2",
+        "finetune/white_cells",
+        "align/easy_vqa_rl",
+    }
     without = [name for name in set(configs.shipped()) - from_folders if configs.load(name).model is None]
     assert without == []

@@ -75,19 +75,23 @@ class ImageProcessorConfig(Tagged):
         Raises:
           FieldError: a field that may not be changed, or a value outside its limits.
         """
-        new = {}
+        new: dict[str, Any] = {}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, value in fields.items():
             if name not in self.limits:
                 known = ", ".join(sorted(self.limits))
                 raise FieldError(name, "not a setting of this model's images", f"Use {known}")
             limit = self.limits[name]
+            if value is None and defaults[name] is None:
+                new[name] = None
+                continue
             problem = limit.problem(value)
             if problem:
                 raise FieldError(name, problem, "Correct or remove it")
             new[name] = values.whole(value) if limit.whole else values.number(value)
         for name, value in new.items():
             most = self.limits[name].at_most
-            if most in new and value > new[most]:
+            if value is not None and new.get(most) is not None and value > new[most]:
                 raise FieldError(name, f"{name} {value} exceeds {most} {new[most]}", "Lower the one or raise the other")
         try:
             return dataclasses.replace(self, **new)

@@ -16,7 +16,7 @@ from jvlm.errors import UserError
 from jvlm.evaluation.duels import JudgedDuel
 from jvlm.evaluation.metrics import METRICS
 from jvlm.evaluation.store import SCORE, SCORES, AnswerStore, Stored, read_lines
-from jvlm.evaluation.tasks import SUITES
+from jvlm.evaluation.tasks import MEANS_OF_SUITES, SUITES
 from jvlm.evaluation.thumbnails import path_of
 from jvlm.json_files import read_object
 from jvlm.scoring.answers import spoken
@@ -24,7 +24,6 @@ from jvlm.scoring.answers import spoken
 _SAMPLES = 12  # of each task and model
 _LONGEST = 600  # characters of a shown answer
 _DUELS = 60
-MM_BASE = ("mm1_5_general", "mm1_5_text_rich", "mm1_5_knowledge")  # MM1.5's MMBase is the mean of these categories
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +121,7 @@ def _sample(name: str, folder: Path, record: Mapping[str, Any], stored: Stored, 
 
 
 def suites(models: Sequence[Model]) -> dict[str, list[float | None]]:
-    """Return the plain mean of each suite whose tasks some model has all of, as MM1.5's category averages are, and of
-    three of these."""
+    """Return the plain mean of each suite whose tasks some model has all of, and the means of several suites."""
     found: dict[str, list[float | None]] = {}
     for name, tasks in SUITES.items():
         means = []
@@ -133,11 +131,10 @@ def suites(models: Sequence[Model]) -> dict[str, list[float | None]]:
             means.append(sum(100 * one["value"] for one in own) / len(own) if whole else None)
         if any(mean is not None for mean in means):
             found[name] = means
-    parts = [found[name] for name in MM_BASE if name in found]
-    if len(parts) == len(MM_BASE):
-        found["mm1_5_base"] = [
-            None if None in column else sum(column) / len(column) for column in zip(*parts, strict=True)
-        ]
+    for name, members in MEANS_OF_SUITES.items():
+        parts = [found[member] for member in members if member in found]
+        if len(parts) == len(members):
+            found[name] = [None if None in column else sum(column) / len(column) for column in zip(*parts, strict=True)]
     return found
 
 

@@ -123,7 +123,10 @@ def _beside(chosen: Chunks, d: int, offset: int, chunk: Chunk, memory: ImageMemo
 
 
 def decode_rows(
-    plans: Mapping[int, Decode], shapes: Shapes, adapters: Mapping[int, Sequence[int]], samplings: np.ndarray
+    plans: Mapping[int, Decode],
+    shapes: Shapes,
+    adapters: Mapping[int, Sequence[int]],
+    samplings: Int[np.ndarray, "_ columns"],
 ) -> tuple[DecodeRows, int]:
     """Return the rows of a plan, and how many each group has.
 

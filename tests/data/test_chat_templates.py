@@ -83,11 +83,12 @@ def test_the_end_token_is_learnt_behind_white_space(tokenizers, kind):
 
 @pytest.mark.parametrize("family", families.names())
 def test_the_built_in_templates_teach_an_end(tokenizer_folder, tmp_path, family):
-    folder = write_tokenizer(tmp_path, template=False) if family == "idefics2" else tokenizer_folder
+    tiles = ("idefics2", "idefics3", "smolvlm")
+    folder = write_tokenizer(tmp_path, template=False) if family in tiles else tokenizer_folder
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     tokenizer.chat_template = None
     ids, weights, _ = tokenize(tokenizer, turns("hi", "red", "and", "blue"), style=families.get(family).chat_format)
-    end = "<end_of_utterance>" if family == "idefics2" else "<|im_end|>"
+    end = "<end_of_utterance>" if family in tiles else "<|im_end|>"
     assert tokenizer.decode(ids[weights > 0]).replace(" ", "") == f"red{end}blue{end}"
 
 

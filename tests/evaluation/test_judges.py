@@ -18,9 +18,9 @@ from jvlm.evaluation import registry
 from jvlm.evaluation.duels import duels, ratings, record, style_of
 from jvlm.evaluation.endpoint import ChatAnswer, Endpoint, EndpointError
 from jvlm.evaluation.judges import Judge
-from jvlm.evaluation.page import MM_BASE, model_of, render, suites
+from jvlm.evaluation.page import model_of, render, suites
 from jvlm.evaluation.run import evaluate, score_task
-from jvlm.evaluation.tasks import SUITES
+from jvlm.evaluation.tasks import MEANS_OF_SUITES, SUITES
 from tests.evaluation import benchmarks
 from tests.evaluation.benchmarks import Scripted
 
@@ -201,7 +201,7 @@ def test_the_mean_of_a_suite_needs_all_of_its_tasks(data, tmp_path):
     half = {"value": 0.5}
     whole = dataclasses.replace(model, records=dict.fromkeys(SUITES["mm1_5_multi_image"], half))
     assert suites([whole, model]) == {"mm1_5_multi_image": [50.0, None]}
-    base = {task: half for name in MM_BASE for task in SUITES[name]}
+    base = {task: half for name in MEANS_OF_SUITES["mm1_5_base"] for task in SUITES[name]}
     assert suites([dataclasses.replace(model, records=base)])["mm1_5_base"] == [50.0]
 
 

@@ -45,3 +45,7 @@ SUITES: Mapping[str, tuple[str, ...]] = {
     "mm1_5_video": ("nextqa_mc", "intentqa", "activitynetqa", "videomme", "egoschema"),
     "mm1_5_ui": ("screen2words", "widgetcap"),
 }
+# what a paper averages over suites: MM1.5's MMBase
+MEANS_OF_SUITES: Mapping[str, tuple[str, ...]] = {
+    "mm1_5_base": ("mm1_5_general", "mm1_5_text_rich", "mm1_5_knowledge"),
+}

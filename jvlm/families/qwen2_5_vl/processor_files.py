@@ -9,10 +9,11 @@ from typing import Any
 from PIL import Image
 
 from jvlm.data.image_processor import ImageProcessorConfig
+from jvlm.families import merged_processor_files
 from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig
 from jvlm.models import layers
 from jvlm.models.vlm import VLMConfig
-from jvlm.weights import merged_processor_files, processor_files
+from jvlm.weights import processor_files
 from jvlm.weights.processor_files import Pixels, ProcessorFiles
 
 PIXELS = Pixels(layers.CLIP_MEAN, layers.CLIP_STD, Image.Resampling.BICUBIC)

@@ -8,9 +8,10 @@ from typing import Any
 from PIL import Image
 
 from jvlm.data.image_processor import ImageProcessorConfig
+from jvlm.families import merged_processor_files
 from jvlm.families.qwen3_vl.image_processor import Qwen3ImageConfig
 from jvlm.models.vlm import VLMConfig
-from jvlm.weights import merged_processor_files, processor_files
+from jvlm.weights import processor_files
 from jvlm.weights.processor_files import Pixels, ProcessorFiles
 
 # What the released files say, and transformers' video processor where they are silent.

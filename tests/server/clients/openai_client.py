@@ -34,7 +34,10 @@ with client.chat.completions.stream(**{**options, "max_tokens": 300}, tools=[too
 parsed = client.chat.completions.parse(**{**options, "max_tokens": 100}, response_format=Choice)
 completion = client.completions.create(model=model, prompt="the cat", max_tokens=3, logprobs=1, echo=True)
 items = [
-    {"role": "user", "content": [{"type": "input_image", "image_url": picture}, {"type": "input_text", "text": "what?"}]}
+    {
+        "role": "user",
+        "content": [{"type": "input_image", "image_url": picture}, {"type": "input_text", "text": "what?"}],
+    }
 ]
 response = client.responses.create(model=model, input=items, max_output_tokens=6, temperature=0, store=False)
 function = {"type": "function", "name": "weather", "parameters": parameters, "strict": True}
