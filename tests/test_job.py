@@ -120,6 +120,7 @@ def test_a_run_that_misses_its_aim_writes_everything_and_ends_with_status_3(
     assert ">aim<" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_training_continues_from_an_export_and_from_a_run(finished, tmp_path):
     folder, examples = finished
     for name, source in (("from_run", folder), ("from_hf", folder / "hf")):

@@ -93,6 +93,7 @@ def test_a_checkpoint_holds_the_adapters_alone_and_the_run_loads(trained):
     assert all(np.array_equal(after[path], value) for path, value in values_of(loaded).items())
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(trained, tmp_path):
     folder, examples, _, result = trained
     begun = experiment(tmp_path, folder / "base", examples)

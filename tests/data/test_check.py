@@ -275,6 +275,7 @@ def test_every_rejected_example_is_written_to_the_output_and_nothing_else_is_ove
     assert _run(examples, "--output", tmp_path) == 2
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_rejected_examples(tmp_path):
     def peak(count: int) -> int:
         path = _write(tmp_path / f"{count}.jsonl", [_chat("x" * 1000, id=n) for n in range(count)])

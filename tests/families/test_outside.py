@@ -139,6 +139,7 @@ def test_an_export_is_byte_identical_and_answers_alike(loaded, folder, tmp_path)
     assert answers(*jvlm.load(tmp_path)) == answers(*loaded)
 
 
+@pytest.mark.slow
 def test_a_new_process_reads_its_run_folder_and_knows_its_options(loaded, site, tmp_path):
     """Nothing there has imported the package before the run folder names its types."""
     jvlm.save(*loaded, tmp_path / "run", format="jvlm")

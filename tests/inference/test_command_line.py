@@ -197,6 +197,7 @@ def test_a_stopped_run_leaves_a_file_that_goes_on_to_the_same_bytes(tiny, folder
     assert (folder / "out.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_neither_bad_bytes_nor_an_ascii_terminal_end_a_chat(tiny, folder):
     questions = b"what?\n\xff\xfe\nwhat?\nquit\n"
     settings = {"PYTHONIOENCODING": "ascii"}

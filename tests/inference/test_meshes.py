@@ -82,6 +82,7 @@ def test_the_mesh_that_nobody_asked_for_gives_each_device_key_heads_of_its_own(n
     assert sharding.default_mesh(families.preset(name), 3).sizes(3) == {**found.sizes(devices), "data": 3, "tensor": 1}
 
 
+@pytest.mark.slow
 def test_the_command_line_generates_on_all_devices_and_on_those_asked_for(tiny):
     """The checkpoint has 2 key heads: two devices split them."""
     arguments = ["generate", "--model", str(tiny.folder), "--prompt", "what is the answer?", "--max_new_tokens", "6"]

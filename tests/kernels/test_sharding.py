@@ -36,6 +36,7 @@ def errors():
     return {(case, implementation): error for case, implementation, error in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "implementation"), CASES)
 def test_parts_equal_the_whole(errors, case, implementation):
     assert errors[case, implementation] is None, errors[case, implementation]

@@ -90,6 +90,7 @@ def test_the_log_is_read_on_from_where_the_last_look_ended(worker):
     assert run("log", "900") == "JVLM-LOG 8\none\ntwo\n"  # a log that began anew
 
 
+@pytest.mark.slow
 def test_stop_lets_the_job_save_and_a_new_start_ends_the_old_job(worker):
     run = worker('trap "echo saved; exit 75" TERM; echo up; while true; do sleep 0.05; done')
     run("start", "jvlm")

@@ -196,6 +196,7 @@ def test_a_saved_model_is_the_same_after_loading_and_has_no_hugging_face_form(fo
         jvlm.save(model, processor, tmp_path / "hf")
 
 
+@pytest.mark.slow
 def test_it_learns_and_the_gates_open(folder):
     model, processor = build(folder, 2)
     batch = packing.assemble([[processor.encode(CASES[n]) for n in NAMES]], *SHAPE)

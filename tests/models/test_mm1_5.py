@@ -96,6 +96,7 @@ def test_conversations_of_an_example_do_not_see_one_another(run):
         np.testing.assert_allclose(found, logits[packed.segment_ids[0] == number], atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "connector",
     [
@@ -127,6 +128,7 @@ def test_tiles_and_frames_become_the_right_number_of_tokens(run):
     assert all(text.count(f"({k},{i},{j})") == 1 for k in (0, 1) for i, j in ((0, 0), (1, 1), (1, 2), (2, 1), (2, 2)))
 
 
+@pytest.mark.slow
 def test_a_run_folder_and_a_saved_model_answer_as_the_model_does(run, tmp_path):
     result, folder = run
     settings = {"max_new_tokens": 6}

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from tests.support import cpu_devices, run_python
 
 
+@pytest.mark.slow
 def test_experts_on_every_mesh_equal_those_on_one_device():
     code = "from tests.parallel.experts_on_meshes import main; main()"
     lines = run_python(code, timeout=400, **cpu_devices(8))

@@ -173,6 +173,7 @@ def test_two_processes_validate_each_held_out_example_once(tmp_path):
     assert lines[-1]["eval_token_acc"] == pytest.approx(right / weight)
 
 
+@pytest.mark.slow
 def test_processes_agree_on_what_is_damaged_even_if_only_one_can_see_it(tmp_path):
     """A part of one process cut short, a bit of another turned; then a process that is not let at the files.
 

@@ -25,6 +25,7 @@ def lines(request):
     return mesh, kinds, {(line["mesh"], line["kind"]): line for line in found}
 
 
+@pytest.mark.slow
 def test_updates_and_averages_are_those_of_one_device_and_the_state_is_split(lines):
     mesh, kinds, said = lines
     # the axes that parameters are split over; the others split activations

@@ -145,6 +145,7 @@ def test_the_first_loss_is_that_of_a_coin_and_the_pictures_are_encoded_once(tiny
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_micro_batches_have_the_loss_of_one_batch(tiny, examples):
     """Pairs and tokens have denominators of their own, and the parts are of unequal size."""
     task, values = KINDS["mpo"], moved(tiny.model)

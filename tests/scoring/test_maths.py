@@ -36,6 +36,7 @@ def test_math_verify_alone_accepts_more_than_may_be_rewarded():
     assert all(math_worker.equal(c["gold"], said) for c, said in zip(accepted, inner, strict=True))
 
 
+@pytest.mark.slow
 def test_an_answer_that_never_ends_is_a_timeout_and_the_pool_goes_on():
     with MathVerifier(1, seconds=4.0) as verifier:
         scores = verifier.scores([("\\boxed{9^{9^{9^{9}}}}", "7"), ("\\boxed{\\frac{2}{4}}", "0.5")])

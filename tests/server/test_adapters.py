@@ -74,6 +74,7 @@ def names(served):
     return [card["id"] for card in served.get("/v1/models", headers=ROOT).json()["data"]]
 
 
+@pytest.mark.slow
 def test_adapters_come_and_go_without_a_compilation_and_answer_as_alone(served, tiny, weights):
     example = {"messages": [{"role": "user", "content": "what?"}]}
     alone = {

@@ -12,6 +12,7 @@ from tools.gpu import device_trace
 SLEEP = ("timeit", "-n", "1", "-r", "1", "import time; print('began', flush=True); time.sleep(60)")
 
 
+@pytest.mark.slow
 def test_each_part_leaves_its_output_and_how_it_ended(tmp_path, monkeypatch, capsys):
     parts = [
         gpu_pass.Part("good", ("platform",), 60),

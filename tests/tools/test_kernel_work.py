@@ -8,6 +8,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from tools import kernel_work
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("causal", "blocks", "pairs"), [(True, 4, 9), (False, 5, 13)])
 def test_ideal_counts_of_a_tiny_row_are_those_counted_by_hand(causal, blocks, pairs):
     row = np.array([1, 1, 2, 2, 2, 0])
@@ -15,6 +16,7 @@ def test_ideal_counts_of_a_tiny_row_are_those_counted_by_hand(causal, blocks, pa
     assert kernel_work.visible_scores(row, causal=causal) == pairs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("block_q", "block_kv"), [(8, 8), (4, 16), (16, 4)])
 def test_ideal_blocks_are_those_of_the_whole_mask(causal, block_q, block_kv):
@@ -29,6 +31,7 @@ def test_ideal_blocks_are_those_of_the_whole_mask(causal, block_q, block_kv):
         assert kernel_work.visible_scores(row, causal=causal) == mask.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("block_q", "block_kv"), [(128, 128), (128, 256), (256, 128)])
 def test_splash_blocks_are_those_that_its_own_mask_keeps(causal, block_q, block_kv):
@@ -41,11 +44,13 @@ def test_splash_blocks_are_those_that_its_own_mask_keeps(causal, block_q, block_
     assert ours == kept
 
 
+@pytest.mark.slow
 def test_a_segment_in_two_parts_is_refused():
     with pytest.raises(ValueError, match="two parts"):
         kernel_work.visible_scores(np.array([1, 2, 1]), causal=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_on_the_demos_sequences_computed_blocks_are_at_most_15_percent_above_ideal(demo, platform):
     works = list(kernel_work.measure(demo, platform))

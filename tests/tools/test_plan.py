@@ -205,6 +205,7 @@ ROWS, PLACES, LAYERS, WIDTH, HEADS, HEAD, HIDDEN = 32, 16384, 2, 1024, 8, 128, 2
 DENSE = 3 * WIDTH * HIDDEN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "kv_heads", "vocabulary", "mlps"),
     [
@@ -231,6 +232,7 @@ def test_a_step_of_decoding_reads_parameters_and_cache_once_and_copies_neither(
     assert plan["roofline"]["tokens"] == ROWS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "kv_heads", "vocabulary"), [("even", 8, 4096), ("odd", 4, 4097)])
 def test_a_step_of_decoding_gathers_no_parameter(decoding, case, kv_heads, vocabulary):
     (one,) = decoding[case]["axis_traffic"]
@@ -242,6 +244,7 @@ def test_a_step_of_decoding_gathers_no_parameter(decoding, case, kv_heads, vocab
     assert sum(size for kind, size in one["kinds"].items() if kind != "all-reduce") < key_matrix
 
 
+@pytest.mark.slow
 def test_a_search_for_better_steps_of_decoding_is_refused_by_name():
     done = with_compiler("tools/plan.py", "mimo_vl/stage4", "--what", "decode", "--suggest", "1")
     assert done.returncode == 2

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
@@ -22,6 +23,7 @@ from tests.training import support
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
+@pytest.mark.slow
 def test_a_composed_model_trains_its_connector_and_answers_from_its_run_folder(tmp_path):
     torch.manual_seed(0)
     CLIPVisionModel(CLIPVisionConfig(**SIZES, image_size=56, patch_size=14)).save_pretrained(tmp_path / "clip")

@@ -75,6 +75,7 @@ def _written(folder: Path, steps, **config) -> None:
             checkpoints.save(step, state_of(step), {"position": step})
 
 
+@pytest.mark.slow
 def test_kill_9_while_saving_never_loses_the_last_checkpoint_even_if_one_is_kept(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     saved, draw = 0, random.Random(0)
@@ -229,6 +230,7 @@ def across_meshes(folder: Path) -> None:
             checkpoints.save(step + 1, state, {"position": step + 1})
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_device_is_restored_on_a_mesh_of_eight_and_back_to_the_bit(tmp_path):
     env = {**os.environ, **cpu_devices(8), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", MESHES, str(tmp_path)], env=env, capture_output=True, text=True)

@@ -157,6 +157,7 @@ def test_every_token_is_counted_once_for_each_source_and_the_best_checkpoint_sta
 EARLY = "--validation.split 0.25 --validation.interval_steps 2 --validation.patience 2 --validation.min_delta 10"
 
 
+@pytest.mark.slow
 def test_a_run_without_gain_stops_returns_its_best_and_a_restart_does_not_go_on(tmp_path, examples, capsys):
     experiment = support.experiment(tmp_path, examples, *EARLY.split(), "--steps", "20")
     result = runs.train(experiment)

@@ -56,6 +56,7 @@ def test_mixed_counts_of_pictures_need_one_compilation_and_the_loss_falls(run):
     assert np.mean(losses[-2:]) < 0.8 * np.mean(losses[:2])
 
 
+@pytest.mark.slow
 def test_the_frozen_tower_keeps_every_bit_and_the_export_answers_the_same(run, tmp_path):
     result, folder = run
     before, _ = jvlm.load(folder / "start")

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROCESS = """
 import sys, time
 import jax
@@ -30,6 +32,7 @@ requests.on_stop(None, None)
 """
 
 
+@pytest.mark.slow
 def test_all_processes_stop_after_the_same_step_when_one_gets_a_signal():
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -95,6 +95,7 @@ def test_a_restart_goes_on_as_if_there_had_been_none_across_the_phases_of_a_sche
     assert sum(sum(one.by_source.values()) for one in first) == sum(one.conversations for one in first)
 
 
+@pytest.mark.slow
 def test_other_numbers_of_processes_pack_the_same_sequences_each_once(setup):
     expected: Counter = Counter()
     alone = _iterator(setup, batch_size=1)
@@ -114,6 +115,7 @@ def test_other_numbers_of_processes_pack_the_same_sequences_each_once(setup):
     assert not seen - expected  # none that one process would not have packed, none twice
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(setup):
     here, there = _iterator(setup), _iterator(setup, worker_processes=1)
     for _ in range(4):

@@ -23,6 +23,7 @@ def examples(tmp_path_factory):
     return support.write_examples(tmp_path_factory.mktemp("examples"), 6)
 
 
+@pytest.mark.slow
 def test_a_trace_of_the_steps_asked_for_lies_in_the_run_folder(tmp_path, examples):
     result = runs.train(support.experiment(tmp_path, examples, "--profile", "2:3", "--steps", "8"))
     (space,) = (result.folder / "profile").rglob("*.xplane.pb")

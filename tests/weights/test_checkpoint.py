@@ -358,6 +358,7 @@ def test_saving_over_its_own_source_keeps_every_byte(make, tensors):
     assert support.raw_tensors(folder) == before
 
 
+@pytest.mark.slow
 def test_loading_needs_little_more_memory_than_the_model(tokenizer_folder, tmp_path):
     support.write_big_checkpoint(tmp_path, tokenizer_folder, shards=2)
     # The bound is the model and one stacked parameter (24 % of this one); two copies would be 2.

@@ -202,6 +202,7 @@ def test_a_run_with_wrong_parameters_or_steps_lists_them(tiny, parameters, tmp_p
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_memory_follows_the_largest_tensor_not_the_checkpoint(tiny, tokenizer_folder, tmp_path):
     """~300 MB of bfloat16 in ~150 tensors, written as float32; the largest is 17 MB then."""
     largest = support.write_big_checkpoint(tmp_path / "big", tokenizer_folder, shards=3)

@@ -194,6 +194,7 @@ def test_no_more_requests_are_on_their_way_than_allowed(server):
         assert all(future.result()[0].value == 1 for future in futures)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_while_it_judges_is_asked_again_when_it_is_back(tmp_path):
     server = Server(tmp_path).wait()
     try:
