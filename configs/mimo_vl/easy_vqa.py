@@ -60,7 +60,9 @@ def get_config() -> Experiment:
     )
 
     def data(name: str) -> DataConfig:
-        return DataConfig(train=(str(DATA / f"{name}.arrayrecord"),), batch_size=8, seq_len=160, max_patches=192)
+        return DataConfig(
+            train=(str(DATA / f"{name}.arrayrecord"),), batch_size=8, seq_len=160, max_patches=192, pack_window=512
+        )
 
     # Where a shape lies, and whether it is a circle, a rectangle or a triangle, is learned in a minute each where
     # little else is asked, and not in all of the time where everything is.
@@ -83,6 +85,6 @@ def get_config() -> Experiment:
             aim=92.0,
             aim_iou=0.8,
         ),
-        steps=750,
+        steps=950,
         log_interval_steps=50,
     )
