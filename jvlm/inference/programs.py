@@ -185,7 +185,7 @@ class Programs:
         self.verify = jax.jit(self._verify, donate_argnums=(1, 2, 3), compiler_options=_DECODING)
         self.step = jax.jit(self._step, donate_argnums=1, compiler_options=_DECODING)
         self.prompt_logprobs = jax.jit(self._prompt_logprobs)
-        self.set_rules = jax.jit(SlotRules.at_slot, donate_argnums=0)
+        self.set_rules = jax.jit(self._set_rules, donate_argnums=0)
         self.copy_pages = jax.jit(self._copy_pages, donate_argnums=0)
         self.scrub_pages = jax.jit(self._scrub_pages, donate_argnums=0)
 
@@ -278,7 +278,9 @@ class Programs:
             carry = cache, token, rules, drawn
             cache, token, rules, drawn = jax.lax.fori_loop(0, steps.max(), one, carry)
             tokens = self._constrain(tokens.at[arrays.slot].set(token), None)
-            return jax.tree.map(lambda x: self._constrain(x, *[None] * x.ndim), drawn), tokens, rules, cache
+            # behind the loop too, whose results the compiler may lay out otherwise: the next call would compile again
+            drawn, rules = jax.tree.map(lambda x: self._constrain(x, *[None] * x.ndim), (drawn, rules))
+            return drawn, tokens, rules, cache
 
     def _verify(self, leaves, cache, tokens, rules: SlotRules, rows: DecodeRows, banned, mask, drafts):
         rows, width = rows.rows, 1 + drafts.shape[1]
@@ -321,6 +323,10 @@ class Programs:
         found = asked_logprobs(logits, chosen, self.top, jnp.where(wanted, arrays.scored, 0), scores)
         rules = counted(rules, arrays, chosen, wanted)
         return chosen, found, jax.tree.map(lambda x: self._constrain(x, None, None), rules)
+
+    def _set_rules(self, rules: SlotRules, slot, *values) -> SlotRules:
+        with device_ops.use(self.ops):
+            return jax.tree.map(lambda x: self._constrain(x, *[None] * x.ndim), rules.at_slot(slot, *values))
 
     def _prompt_logprobs(self, leaves, hidden: Float[Array, "D C width"], following: Int[Array, "D C"]) -> Logprobs:
         with device_ops.use(self.ops):
