@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional
 
-from jvlm import configs
-from jvlm.cli.experiment import split_words
-from jvlm.cli.train import Processes, run_job
-from jvlm.options import FLAT, parse, parse_with
+from jvlm.cli.train import Processes, parsed, run_job
+from jvlm.options import FLAT
 
 if TYPE_CHECKING:
     from jvlm.training.config import Experiment
@@ -33,14 +31,8 @@ class Rl:
 
 
 def run(words: list[str], *, show_traceback: bool = False) -> int:
-    processes, config, fields = split_words(Processes, words, "jvlm rl")
-    if config is None:
-        parse(Rl, words, "jvlm rl")  # prints the help
-
-    def experiment() -> Experiment:
-        return parse_with(Rl(config, processes), configs.load(config), fields, f"jvlm rl {config}")[1]
-
-    return run_job(experiment, processes, show_traceback=show_traceback, run=run_experiment)
+    make_experiment, processes = parsed(Rl, words, "jvlm rl")
+    return run_job(make_experiment, processes, show_traceback=show_traceback, run=run_experiment)
 
 
 def run_experiment(experiment: Experiment) -> Path:

@@ -50,14 +50,24 @@ class Train:
 
 
 def run(words: list[str], *, show_traceback: bool = False) -> int:
-    processes, config, fields = split_words(Processes, words, "jvlm train")
+    make_experiment, processes = parsed(Train, words, "jvlm train")
+    return run_job(make_experiment, processes, show_traceback=show_traceback)
+
+
+def parsed(command: type, words: list[str], program: str) -> tuple[Callable[[], Experiment], Processes]:
+    """Return what makes the experiment of a command's words, once the processes have met, and which these are.
+
+    Args:
+      command: a dataclass of a config and `Processes`, whose help is printed where no config is given.
+    """
+    processes, config, fields = split_words(Processes, words, program)
     if config is None:
-        parse(Train, words, "jvlm train")  # prints the help
+        parse(command, words, program)
 
     def experiment() -> Experiment:
-        return parse_with(Train(config, processes), configs.load(config), fields, f"jvlm train {config}")[1]
+        return parse_with(command(config, processes), configs.load(config), fields, f"{program} {config}")[1]
 
-    return run_job(experiment, processes, show_traceback=show_traceback)
+    return experiment, processes
 
 
 def run_job(

@@ -13,6 +13,7 @@ import torch
 from flax import nnx
 
 import jvlm
+from jvlm.models.batch import PackedBatch
 from jvlm.weights import table
 from tests.support import Tiny
 
@@ -23,6 +24,18 @@ Inputs = Callable[[Tiny, Example], dict[str, Any]]
 def user(text: str, answer: str = "it is the red circle.", **media: Any) -> Example:
     """An example of one question and one answer."""
     return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}], **media}
+
+
+def several_turns(first: Any, second: Any) -> Example:
+    """A system prompt, and a question about each of two images."""
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "<image>what is it?"},
+        {"role": "assistant", "content": "a dog"},
+        {"role": "user", "content": "and <image> this?"},
+        {"role": "assistant", "content": "a cat"},
+    ]
+    return {"messages": messages, "images": [first, second]}
 
 
 def prompt_of(example: Example) -> Example:
@@ -66,11 +79,27 @@ def check_packed_equals_alone(tiny: Tiny, examples: Sequence[Example], shape: di
         np.testing.assert_allclose(logits[inside], alone[: inside.sum()], atol=1e-4)
 
 
-def _cross_entropy(logits, batch):
+def cross_entropy(logits, batch):
+    """Return the weighted sum over the supervised tokens of a packed batch."""
     targets = jnp.roll(jnp.asarray(batch.tokens), -1, 1)
     weights = jnp.roll(jnp.asarray(batch.loss_weights), -1, 1)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
     return -(picked * weights).sum()
+
+
+def torch_loss(tiny: Tiny, examples: Sequence[Example], batch: PackedBatch, inputs_of: Inputs) -> float:
+    """Return transformers' loss of a packed sequence's examples, each alone; its gradients stay in the model."""
+    tiny.torch_model.zero_grad()
+    total = 0.0
+    for number, example in enumerate(examples, 1):
+        inside, inputs = batch.segment_ids[0] == number, inputs_of(tiny, example)
+        weights = torch.from_numpy(batch.loss_weights[0, inside])[1:]
+        logits = tiny.torch_model(**inputs).logits[0]
+        each = torch.nn.functional.cross_entropy(logits[:-1], inputs["input_ids"][0, 1:], reduction="none")
+        part = (each * weights).sum()
+        part.backward()
+        total += float(part.detach())
+    return total
 
 
 def check_gradients(
@@ -87,18 +116,8 @@ def check_gradients(
     """
     batch = tiny.processor.pack(examples, **shape)
     assert batch.tokens.shape[0] == 1
-    loss, grads = nnx.jit(nnx.value_and_grad(lambda model, b: _cross_entropy(model(b), b)))(tiny.model, batch)
-    tiny.torch_model.zero_grad()
-    total = 0.0
-    for number, example in enumerate(examples, 1):
-        inside, inputs = batch.segment_ids[0] == number, inputs_of(tiny, example)
-        weights = torch.from_numpy(batch.loss_weights[0, inside])[1:]
-        logits = tiny.torch_model(**inputs).logits[0]
-        each = torch.nn.functional.cross_entropy(logits[:-1], inputs["input_ids"][0, 1:], reduction="none")
-        part = (each * weights).sum()
-        part.backward()
-        total += float(part.detach())
-    assert float(loss) == pytest.approx(total, rel=1e-5)
+    loss, grads = nnx.jit(nnx.value_and_grad(lambda model, b: cross_entropy(model(b), b)))(tiny.model, batch)
+    assert float(loss) == pytest.approx(torch_loss(tiny, examples, batch, inputs_of), rel=1e-5)
     flat = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(grads)}
     entries = table.entries(tiny.model.config, {p: tuple(v.shape) for p, v in flat.items()})
     expected = {name: parameter.grad.numpy() for name, parameter in tiny.torch_model.named_parameters()}

@@ -146,11 +146,6 @@ def write_processor(folder: Path, tokenizer: Path) -> None:
     (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
 
 
-def user(text: str, answer: str = "it is the red circle.", **media: Any) -> dict[str, Any]:
-    """An example of one question and one answer."""
-    return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}], **media}
-
-
 def frames(count: int, width: int = 96, height: int = 64, seed: int = 7) -> list[Any]:
     """The frames of a video whose size needs no resize."""
     return [support.picture(width, height, seed + i) for i in range(count)]

@@ -20,7 +20,7 @@ from jvlm.models import vlm
 from jvlm.weights import table
 from tests import support
 from tests.families import oracle
-from tests.families.oracle import user
+from tests.families.oracle import several_turns, user
 from tests.families.qwen2_vl import create
 from tests.support import hf_positions, new_layout, picture
 
@@ -38,16 +38,7 @@ CASES = {
     "images of different sizes": user(
         "<image>is the <image>cat in both?<image>", images=[picture(84, 112), picture(140, 56, 1), picture(112, 112, 2)]
     ),
-    "several turns and a system prompt": {
-        "messages": [
-            {"role": "system", "content": "You are a helpful assistant."},
-            {"role": "user", "content": "<image>what is it?"},
-            {"role": "assistant", "content": "a dog"},
-            {"role": "user", "content": "and <image> this?"},
-            {"role": "assistant", "content": "a cat"},
-        ],
-        "images": [picture(112, 84), picture(84, 140, 3)],
-    },
+    "several turns and a system prompt": several_turns(picture(112, 84), picture(84, 140, 3)),
     "a video": user("<video>describe this video", videos=[frames(4)], chat_template_kwargs=VIDEO),
     "a video with an incomplete pair, then an image": user(
         "<video>and <image> is?",

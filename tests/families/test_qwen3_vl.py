@@ -4,8 +4,6 @@ import dataclasses
 import json
 import types
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -27,7 +25,8 @@ from jvlm.models import vlm
 from jvlm.weights import table
 from jvlm.weights.convert import convert
 from jvlm.weights.safetensors_files import joined
-from tests.families.qwen3_vl import CLASSES, Tiny, frames, inputs_of, user
+from tests.families.oracle import check_packed_equals_alone, cross_entropy, prompt_of, several_turns, torch_loss, user
+from tests.families.qwen3_vl import CLASSES, Tiny, frames, inputs_of
 from tests.support import GOLDEN, picture, raw_tensors
 
 SHAPE = {"seq_len": 256, "max_patches": 384}
@@ -37,16 +36,7 @@ CASES = {
     "images of different sizes": user(
         "<image>is the <image>cat in both?<image>", images=[picture(64, 96), picture(160, 32, 1), picture(96, 96, 2)]
     ),
-    "several turns and a system prompt": {
-        "messages": [
-            {"role": "system", "content": "You are a helpful assistant."},
-            {"role": "user", "content": "<image>what is it?"},
-            {"role": "assistant", "content": "a dog"},
-            {"role": "user", "content": "and <image> this?"},
-            {"role": "assistant", "content": "a cat"},
-        ],
-        "images": [picture(96, 64), picture(64, 128, 3)],
-    },
+    "several turns and a system prompt": several_turns(picture(96, 64), picture(64, 128, 3)),
     "a video behind words": user("where is the cat:<video>describe this video", videos=[frames(4)]),
     "a video with an incomplete pair, then an image": user(
         "<video>and <image> is?", videos=[frames(5)], images=[picture(128, 64)]
@@ -102,19 +92,7 @@ def test_pixels_and_every_deepstack_level_equal_transformers(dense):
 
 def test_conversations_in_one_sequence_have_the_logits_that_each_has_alone(dense):
     examples = [CASES[name] for name in ("text alone", "an image that is resized", "a video behind words")]
-    together = dense.processor.pack(examples, **SHAPE)
-    logits = np.asarray(dense.model(together))[0]
-    for number, example in enumerate(examples, 1):
-        alone = np.asarray(dense.model(dense.processor.pack([example], **SHAPE)))[0]
-        inside = together.segment_ids[0] == number
-        np.testing.assert_allclose(logits[inside], alone[: inside.sum()], atol=1e-4)
-
-
-def cross_entropy(logits, batch):
-    targets = jnp.roll(jnp.asarray(batch.tokens), -1, 1)
-    weights = jnp.roll(jnp.asarray(batch.loss_weights), -1, 1)
-    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
-    return -(picked * weights).sum()
+    check_packed_equals_alone(dense, examples, SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -131,17 +109,7 @@ def test_gradients_of_every_tensor_equal_torch(kind, request):
     examples = [CASES[name] for name in names]
     batch = tiny.processor.pack(examples, **SHAPE)
     loss, grads = nnx.jit(nnx.value_and_grad(lambda model, b: cross_entropy(model(b), b)))(model, batch)
-    tiny.torch_model.zero_grad()
-    total = 0.0
-    for number, example in enumerate(examples, 1):
-        inside, inputs = batch.segment_ids[0] == number, inputs_of(tiny, example)
-        logits = tiny.torch_model(**inputs).logits[0]
-        weights = torch.from_numpy(batch.loss_weights[0, inside])[1:]
-        each = torch.nn.functional.cross_entropy(logits[:-1], inputs["input_ids"][0, 1:], reduction="none")
-        part = (each * weights).sum()
-        part.backward()
-        total += float(part.detach())
-    assert float(loss) == pytest.approx(total, rel=1e-5)
+    assert float(loss) == pytest.approx(torch_loss(tiny, examples, batch, inputs_of), rel=1e-5)
     flat = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(grads)}
     entries = table.entries(tiny.model.config, {p: tuple(v.shape) for p, v in flat.items()})
     ours = {}
@@ -242,11 +210,6 @@ def test_the_frames_that_transformers_takes_are_taken(total, rate):
     metadata = types.SimpleNamespace(total_num_frames=total, fps=rate)
     expected = Qwen3VLVideoProcessor.sample_frames(settings, metadata)
     assert list(by_number(total, rate, Qwen3ImageConfig().sampling()).indices) == expected.tolist()
-
-
-def prompt_of(example):
-    """The example up to its last answer."""
-    return {**example, "messages": example["messages"][:-1]}
 
 
 @pytest.mark.slow
