@@ -143,6 +143,8 @@ def _plans(options: PlanOptions, experiment: Experiment, config: str, mesh_given
             plan = generation.plan(experiment.model, mesh, topology, sizes, options.what, lengths.image)
         plans.append(plan)
         print(plan.text(experiment, options.price), flush=True)
+        if options.collectives and plan.compiled.unread:
+            raise UserError(f"--collectives: {plan.compiled.compiler} makes programs that cannot be read")
         if options.collectives and plan.compiled.fits:
             step = experiment.name if options.what == "train" else f"{experiment.name}_{options.what}"
             changed |= _collectives(plan, step, options.collectives, options.update)

@@ -55,11 +55,11 @@ def plan(
     planned = prepare(config, asked, topology, sizes)
     if step == "decode":
         compiled = compile_decode(planned, topology)
-        best = roofline_of_decode(planned, compiled, topology) if compiled.fits else None
+        best = roofline_of_decode(planned, compiled, topology) if compiled.readable else None
         return Plan(topology, compiled, best, step)
     compiled, encode = compile_prefill(planned, topology)
-    fits = compiled.fits and (encode is None or encode.fits)
-    best = roofline_of_prefill(planned, compiled, encode, topology, image) if fits else None
+    readable = compiled.readable and (encode is None or encode.readable)
+    best = roofline_of_prefill(planned, compiled, encode, topology, image) if readable else None
     return Plan(topology, compiled, best, step, encode)
 
 

@@ -25,7 +25,7 @@ from jvlm.parallel.collectives import axes as axes_of
 from jvlm.training import compiled_step
 from jvlm.training.config import Experiment
 
-from . import gpus, hlo
+from . import compilers, gpus, hlo
 from .chips import Topology
 
 GIGA = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -99,6 +99,8 @@ class Compiled:
       limit: bytes of HBM that a program may use.
       flops, hbm: see `hlo.Traffic`.
       seconds: to lower, compile and read it.
+      compiler: see `compilers.describe`.
+      unread: why the program's text could not be had, so that its memory is known and its traffic is not; else empty.
     """
 
     mesh: Mapping[str, int]
@@ -109,6 +111,13 @@ class Compiled:
     hbm: float
     axis_traffic: tuple[AxisTraffic, ...]
     seconds: float
+    compiler: str = ""
+    unread: str = ""
+
+    @property
+    def readable(self) -> bool:
+        """Whether it fits and its traffic is known."""
+        return self.fits and not self.unread
 
 
 def devices_of(topology: Topology) -> Sequence[jax.Device]:
@@ -163,7 +172,7 @@ def measure(
       resident: bytes of ``sizes`` that are no arguments of it, but in memory all the same.
       sizes: the parts of its arguments, and of what is resident, in bytes of a device.
     """
-    began = time.perf_counter()
+    began, compiler = time.perf_counter(), compilers.describe(topology)
     cores = mesh.size // topology.chips
     shape = {axis: size for axis, size in mesh.shape.items() if size > 1}
     limit = available_memory(topology, mesh.devices.flat[0])
@@ -172,7 +181,8 @@ def measure(
         n: cores * (sizes.get(n, 0.0) + new_results.get(n, 0.0)) for n in (*sizes, *(set(new_results) - set(sizes)))
     }
     if sum(sizes.values()) > cores * limit:  # the compiler would find out too, minutes later
-        return Compiled(shape, Memory(**sizes), False, cores * limit, 0.0, 0.0, (), time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return Compiled(shape, Memory(**sizes), False, cores * limit, 0.0, 0.0, (), seconds, compiler)
     # on TPUs the compiler's topology says all that is asked
     context = gpus.compiling(mesh.devices.flat[0]) if topology.switched else contextlib.nullcontext()
     with context:
@@ -181,9 +191,13 @@ def measure(
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         memory = Memory(**sizes, temporary=cores * _temporaries(str(error), known))
-        return Compiled(shape, memory, False, cores * limit, 0.0, 0.0, (), time.perf_counter() - began)
+        return Compiled(shape, memory, False, cores * limit, 0.0, 0.0, (), time.perf_counter() - began, compiler)
     analysis = compiled.memory_analysis()
-    traffic = hlo.read(compiled.as_text(), branch_frequency)
+    traffic, unread = hlo.Traffic((), 0.0, 0.0, 0.0), ""
+    try:
+        traffic = hlo.read(compiled.as_text(), branch_frequency)
+    except jax.errors.JaxRuntimeError as error:  # jaxlib cannot print instructions that a newer compiler invented
+        unread = str(error).splitlines()[0]
     # Two figures, each of which may be too high. The most that lives at a time, which the compiler holds against its
     # limit, has in it what is fetched ahead into memory of the core. `temp_size_in_bytes` counts memory that is used
     # one after the other as if they were used together.
@@ -207,6 +221,8 @@ def measure(
         hbm=cores * traffic.hbm,
         axis_traffic=_by_axes(traffic, mesh, topology),
         seconds=time.perf_counter() - began,
+        compiler=compiler,
+        unread=unread,
     )
 
 

@@ -77,4 +77,4 @@ def _size(variable: nnx.Variable) -> int:
 def plan_training(experiment: Experiment, topology: Topology, lengths: SegmentLengths) -> Plan:
     """Compile the training step for a topology, and bound its speed."""
     compiled = compile_step(experiment, topology)
-    return Plan(topology, compiled, roofline(experiment, compiled, topology, lengths) if compiled.fits else None)
+    return Plan(topology, compiled, roofline(experiment, compiled, topology, lengths) if compiled.readable else None)

@@ -20,7 +20,7 @@ class Plan:
     """One step of an experiment on one topology.
 
     Attributes:
-      roofline: None where it does not fit.
+      roofline: None where it does not fit, or a program's text could not be read.
       encode: of a prefill, the vision tower's pass over its pictures, which goes before.
     """
 
@@ -64,10 +64,21 @@ class Plan:
         if self.encode:
             lines.append(f"- while pictures are encoded: {_memory(self.encode)}")
         if self.roofline is None:
-            return "\n".join([*lines, f"- compiled in {compiled.seconds:.0f} s", ""])
+            lines += [f"- {line}" for line in self._unread()]
+            return "\n".join([*lines, f"- compiled in {compiled.seconds:.0f} s by {compiled.compiler}", ""])
         lines += [*self._roofline(self.roofline)]
         lines += self._budget(experiment, price) if self.step == "train" else self._cost(price)
-        return "\n".join([*lines, *self._traffic_table(), "", f"Compiled and read in {compiled.seconds:.0f} s.", ""])
+        done = f"Compiled and read in {compiled.seconds:.0f} s by {compiled.compiler}."
+        return "\n".join([*lines, *self._traffic_table(), "", done, ""])
+
+    def _unread(self) -> list[str]:
+        """Return why nothing but memory is told, for a plan that fits."""
+        reasons = dict.fromkeys(one.unread for one in (self.compiled, self.encode) if one is not None and one.unread)
+        return [
+            f"no bound of its speed, no traffic, and activations counted as temporary: jaxlib cannot print what this "
+            f"compiler made ({reason[:200]}); use the compiler that jax asks for"
+            for reason in reasons
+        ]
 
     def _roofline(self, best: Roofline) -> list[str]:
         total = sum(best.arithmetic.values())

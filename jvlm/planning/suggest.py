@@ -25,7 +25,12 @@ def search(plan: Callable, experiment: Experiment, first: Any, lengths: Any, sec
     Args:
       plan: (experiment, topology, lengths) -> a plan with ``topology``, ``compiled`` and ``bound``.
       seconds: no new compilation begins after; at least one is tried.
+
+    Raises:
+      UserError: the first plan's program could not be read, so that nothing can be compared with it.
     """
+    if first.compiled.unread:
+        raise UserError(f"--suggest compares bounds, and {first.compiled.compiler} makes programs that cannot be read")
     ends = time.monotonic() + seconds
     tried = [("as it is", experiment, first)]
     lines = [_row("as it is", first)]
@@ -40,7 +45,7 @@ def search(plan: Callable, experiment: Experiment, first: Any, lengths: Any, sec
             continue
         tried.append((what, changed, candidate))
         lines.append(_row(what, candidate))
-    fitting = [t for t in tried if t[2].compiled.fits]
+    fitting = [t for t in tried if t[2].compiled.readable]
     head = ["| tried | GiB of a chip | MFU at most | tokens/s at most |", "| --- | ---: | ---: | ---: |"]
     return "\n".join([*head, *lines, "", *_verdicts(first, fitting), ""])
 
@@ -86,8 +91,8 @@ def _effective(parallel: ParallelConfig, mesh: Mapping[str, int]) -> dict[str, t
 
 def _row(what: str, plan: Any) -> str:
     size = f"{plan.compiled.memory.peak / GIB:.1f} of {plan.compiled.limit / GIB:.1f}"
-    if not plan.compiled.fits:
-        return f"| {what} | {size}, does not fit | | |"
+    if not plan.compiled.readable:
+        return f"| {what} | {size}, {'cannot be read' if plan.compiled.fits else 'does not fit'} | | |"
     return f"| {what} | {size} | {100 * plan.roofline.mfu:.1f} % | {plan.roofline.tokens_per_second:,.0f} |"
 
 

@@ -49,6 +49,9 @@ def main() -> None:
         "flops": found.flops,
         "hbm": found.hbm,
         "fits": found.fits,
+        "compiler": found.compiler,
+        "unread": found.unread,
+        "peak": found.memory.peak,
         "axis_traffic": axis_traffic,
         "mesh": dict(found.mesh),
     }

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,11 @@ from PIL import Image
 
 from jvlm import configs
 from jvlm.errors import UserError
-from jvlm.planning import chart, hlo
+from jvlm.planning import chart, compilers, hlo, measure
 from jvlm.planning.chips import Topology, smaller
 from jvlm.planning.measure import Compiled, Memory
 from jvlm.planning.plan import assumed_lengths
+from jvlm.planning.report import Plan
 from jvlm.units import GIB
 from tests import support
 
@@ -63,6 +65,48 @@ def test_a_program_that_is_too_large_is_measured_against_what_the_compiler_gives
     fits, needed = known["refused"]
     assert not fits
     assert needed >= 256 * GIB  # the product of 2^18 x 2^18 in float32
+
+
+def test_a_plan_names_its_compiler(known):
+    assert re.fullmatch(rf"libtpu 0\.0\.\d+(\.\d+)?, jax {re.escape(jax.__version__)}", known["compiler"])
+    assert known["unread"] == ""
+
+
+@pytest.mark.parametrize(("version", "warned"), [("0.0.42.1", False), ("0.0.42", False), ("0.0.52", True)])
+def test_a_compiler_that_jax_does_not_ask_for_is_warned_of(monkeypatch, version, warned):
+    monkeypatch.setattr(compilers.importlib.metadata, "version", lambda name: {"libtpu": version}[name])
+    asked = ['libtpu==0.0.42.*; extra == "tpu"', 'requests; extra == "tpu"']
+    monkeypatch.setattr(compilers.importlib.metadata, "requires", lambda name: {"jax": asked}[name])
+    said = compilers.describe(Topology.parse("v5e:4x4"))
+    assert said.startswith(f"libtpu {version}, jax {jax.__version__}")
+    assert ("asks for libtpu==0.0.42.*" in said) == warned
+
+
+def test_a_program_that_cannot_be_printed_has_memory_and_no_bound(monkeypatch):
+    """As with libtpu 0.0.52 and jaxlib 0.10.2, whose printer refuses an instruction of more operands than it knows."""
+
+    class Unprintable:
+        def __init__(self, compiled):
+            self.memory_analysis = compiled.memory_analysis
+
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: async-update expects 1 operand; sees 3")
+
+    argument = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    lowered = jax.jit(lambda x: x @ x).lower(argument)
+    lower = lambda: types.SimpleNamespace(compile=lambda: Unprintable(lowered.compile()))  # noqa: E731
+    monkeypatch.setattr(measure, "available_memory", lambda topology, device: 16 * GIB)
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    found = measure.measure(lower, mesh, Topology.parse("v5e:1"), parameters=64 * 64 * 4.0)
+    assert found.fits
+    assert not found.readable
+    assert found.memory.peak >= 64 * 64 * 4
+    plan = Plan(Topology.parse("v5e:1"), found, None)
+    said = plan.text(configs.load("mimo_vl/stage1"), None)
+    assert "async-update expects 1 operand; sees 3" in said
+    assert "use the compiler that jax asks for" in said
+    assert "MFU" not in said
+    assert plan.values()["unread"] == found.unread
 
 
 @pytest.mark.parametrize(

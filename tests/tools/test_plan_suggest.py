@@ -19,7 +19,8 @@ def plan(experiment, topology, lengths):
     size = WEIGHTS[experiment.model.precision.remat] * experiment.data.batch_size / topology.chips * GIB
     mesh = {"fsdp": 16, "context": 4} if experiment.parallel.context > 1 else {"fsdp": 64}
     memory = types.SimpleNamespace(peak=size)
-    compiled = types.SimpleNamespace(mesh=mesh, memory=memory, limit=10 * GIB, fits=size <= 10 * GIB)
+    fits = size <= 10 * GIB
+    compiled = types.SimpleNamespace(mesh=mesh, memory=memory, limit=10 * GIB, fits=fits, readable=fits, unread="")
     speed = WEIGHTS[experiment.model.precision.remat] * topology.chips
     return types.SimpleNamespace(
         topology=topology, compiled=compiled, roofline=types.SimpleNamespace(mfu=0.5, tokens_per_second=speed)
