@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jvlm_kernels import platforms
 
 from jvlm.models import device_ops, layers
@@ -34,6 +34,19 @@ def is_adapter_path(path: str) -> bool:
 
 class StepValue(nnx.Variable):
     """What one step derives from the parameters or draws, and no checkpoint holds: see `prepare` in `steps`."""
+
+
+def kept(key: PRNGKeyArray, share: float, shape: tuple[int, ...]) -> Bool[Array, "*L"]:
+    """Return a mask of which a share is true: each element follows from the key and its place alone, on every mesh.
+
+    Random numbers are drawn for rows and columns, and the sum of both is hashed (the finaliser of MurmurHash3): six
+    operations for an element where threefry needs a hundred, which take compilers for TPUs minutes.
+    """
+    of_rows, of_columns = jax.random.split(key)
+    bits = jax.random.bits(of_rows, shape[:-1])[..., None] + jax.random.bits(of_columns, shape[-1:])
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return (bits ^ (bits >> 16)) < jnp.uint32(round(share * 2**32))
 
 
 class LowRankAdapter(nnx.Module):
@@ -113,7 +126,7 @@ class LowRankAdapter(nnx.Module):
     def _dropped(self, x):
         if self.key is None or not self.dropout:
             return x
-        keep = jax.random.bernoulli(jax.random.wrap_key_data(self.key[...]), 1 - self.dropout, x.shape)
+        keep = kept(jax.random.wrap_key_data(self.key[...]), 1 - self.dropout, x.shape)
         return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
 
     def looked_up(

@@ -1,7 +1,7 @@
 """How adapters begin, what they drop, and stacks whose layers differ."""
 
-import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jvlm.adapters import initial, targets
 from jvlm.adapters.attach import attach, extract
 from jvlm.adapters.base_matrices import adapter_of
 from jvlm.adapters.config import AdapterConfig
-from jvlm.adapters.layers import AdapterConstant, AdapterParam, LowRankAdapter, column_norm
+from jvlm.adapters.layers import AdapterConstant, AdapterParam, LowRankAdapter, column_norm, kept
 from jvlm.adapters.steps import prepare
 from jvlm.errors import UserError
 from jvlm.models import vlm
@@ -141,6 +141,26 @@ def test_layers_of_a_stack_may_differ_in_rank_or_have_no_adapter():
     assert not gradient[2:].any()
 
 
+def test_what_dropout_keeps_is_the_share_asked_for_and_independent_of_neighbours_and_keys():
+    share, shape = 0.9, (3, 500, 640)
+    masks = [np.asarray(kept(jax.random.key(seed), share, shape)).astype(np.float64) - share for seed in (0, 1)]
+    deviation = math.sqrt(share * (1 - share))
+
+    def close_to_zero(product, spread):
+        assert abs(product.mean()) < 5 * spread / math.sqrt(product.size)
+
+    for mask in masks:
+        close_to_zero(mask, deviation)
+        for shift in ((0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1), (0, 7, 64)):
+            close_to_zero(mask * np.roll(mask, shift, (0, 1, 2)), deviation**2)
+        rows, columns = mask.sum(-1), mask.sum((0, 1))
+        assert rows.std() == pytest.approx(deviation * math.sqrt(640), rel=0.1)
+        assert columns.std() == pytest.approx(deviation * math.sqrt(1500), rel=0.1)
+        # the four corners of rectangles
+        close_to_zero(mask[:, :-3, :-5] * mask[:, 3:, :-5] * mask[:, :-3, 5:] * mask[:, 3:, 5:], deviation**4)
+    close_to_zero(masks[0] * masks[1], deviation**2)
+
+
 def test_dropout_follows_from_the_key_alone_and_touches_the_branch_alone():
     base = golden.base("qwen2_5_vl")
     model = attach(base, AdapterConfig(rank=2, dropout=0.5, targets=("decoder",)))
@@ -191,7 +211,6 @@ def test_targets_pick_what_peft_picks(preset, picks, use_dora, count):
     assert int(text.splitlines()[-1].split()[-1].replace(",", "")) == count
 
 
-@functools.cache
 def golden_template(model):
     return vlm.abstract(model)
 
