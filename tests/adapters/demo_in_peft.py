@@ -14,10 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from jvlm.data.shards import ExampleSource
 from PIL import Image
 
 import jvlm
+from jvlm.data.example_source import ExampleSource
 from tests.support import ROOT
 from tests.weights.every_transformers import packages
 

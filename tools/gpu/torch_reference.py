@@ -27,7 +27,7 @@ from jvlm.units import GIB
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, Python looks beside it only
 
-from tools.bench import torch_inputs
+from tools.bench_model import torch_inputs
 from tools.gpu import workload
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
