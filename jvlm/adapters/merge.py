@@ -85,6 +85,10 @@ class Merged:
         if both:
             raise UserError(f"an adapter has both matrices for a parameter and the whole of it: {', '.join(both)}")
 
+        self._low_rank: dict[tuple[str, int | None], list[tuple[tuple[int, ...], LowRank]]] = {}
+        for target, low in weights.low_rank.items():
+            layer = target.index[0] if target.index else None
+            self._low_rank.setdefault((target.path, layer), []).append((target.index[1:], low))
         self._layers: dict[str, set[int | None]] = {path: {None} for path in weights.token_rows}
         for target in [*weights.low_rank, *weights.parameters, *self._biases]:
             self._layers.setdefault(target.path, set()).add(target.index[0] if target.index else None)
@@ -106,8 +110,14 @@ class Merged:
         target = _target(path, layer)
         whole = self._weights.parameters.get(target)
         value = self._read_base(path, layer) if whole is None else whole
-        if target in self._weights.low_rank:
-            value = merge_matrix(value, self._weights.low_rank[target])
+        adapters = self._low_rank.get((path, layer), [])
+        if any(expert for expert, _ in adapters):
+            value = np.array(value, np.float32)
+        for expert, low in adapters:
+            if expert:
+                value[expert] = merge_matrix(value[expert], low)
+            else:
+                value = merge_matrix(value, low)
         if target in self._biases:
             low = self._biases[target]
             value = (value.astype(np.float64) + low.scale * low.bias.astype(np.float64)).astype(np.float32)

@@ -24,7 +24,7 @@ _WITHOUT_EFFECT = frozenset(
 _READ = frozenset(
     "peft_type base_model_name_or_path r lora_alpha target_modules exclude_modules rank_pattern alpha_pattern "
     "use_rslora use_dora lora_bias bias modules_to_save layers_to_transform layers_pattern "
-    "trainable_token_indices".split()
+    "target_parameters trainable_token_indices".split()
 )
 
 
@@ -37,6 +37,7 @@ class PeftConfig:
     lora_alpha: float
     target_modules: str | tuple[str, ...]
     exclude_modules: str | tuple[str, ...]
+    target_parameters: tuple[str, ...]
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
@@ -73,6 +74,10 @@ class PeftConfig:
             return True
         return _is_listed(self.target_modules, name) and self._is_in_layers(name)
 
+    def is_target_parameter(self, name: str) -> bool:
+        """Return whether a parameter, under its name in the file's layout, gets an adapter of its own."""
+        return _is_listed(self.target_parameters, name)
+
     def is_saved(self, name: str) -> bool:
         """Return whether a module, or one that it is a part of, is saved whole."""
         words = name.split(".")
@@ -95,7 +100,7 @@ class PeftConfig:
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             init="gaussian" if self.init_lora_weights == "gaussian" else "default",
-            targets=_entries(self.target_modules),
+            targets=(*_entries(self.target_modules), *self.target_parameters),
             exclude=_entries(self.exclude_modules),
             rank_pattern=tuple(self.rank_pattern.items()),
             alpha_pattern=tuple((key, float(alpha)) for key, alpha in self.alpha_pattern.items()),
@@ -132,6 +137,7 @@ def read(path: Path) -> PeftConfig:
             lora_alpha=_number(float, values["lora_alpha"]),
             target_modules=_names(values["target_modules"]),
             exclude_modules=_names(values.get("exclude_modules")),
+            target_parameters=_tuple(values.get("target_parameters")),
             rank_pattern={key: _number(int, n) for key, n in (values.get("rank_pattern") or {}).items()},
             alpha_pattern={key: _number(float, n) for key, n in (values.get("alpha_pattern") or {}).items()},
             use_rslora=bool(values.get("use_rslora")),

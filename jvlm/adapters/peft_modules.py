@@ -134,7 +134,7 @@ def entries(config: VLMConfig) -> tuple[Entry, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _entries(config: VLMConfig) -> tuple[Entry, ...]:
-    shapes = vlm.parameter_shapes(config)
+    shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(config)).items()}
     return tuple(table.entries(config, shapes))
 
 

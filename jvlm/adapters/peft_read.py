@@ -14,8 +14,9 @@ import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jvlm.adapters import neutral, peft_config, peft_modules
+from jvlm.adapters import neutral, peft_config, peft_experts, peft_modules
 from jvlm.adapters.peft_config import PeftConfig
+from jvlm.adapters.peft_experts import ExpertParameter
 from jvlm.adapters.peft_modules import Layout, target_of
 from jvlm.adapters.weights import AdapterWeights, LowRank, Target, TokenRows
 from jvlm.errors import UserError
@@ -105,6 +106,10 @@ class _Reader:
         self.entries = {e.name: e for e in peft_modules.entries(peft_modules.untied(config))}
         self.problems: list[str] = []
         self.parts: dict[str, dict[str, str]] = {}
+        self.experts = peft_experts.parameters(config)
+        self.expert_modules = {parameter.module for parameter in self.experts.values()}
+        # of a module of experts, or of a wrapper inside its adapter
+        self.expert_parts: dict[str, dict[str, str]] = {}
         self.whole: dict[str, str] = {}
         self.layout: Layout = "new"
         for key in tensors.keys():  # noqa: SIM118  (not a dict)
@@ -118,6 +123,9 @@ class _Reader:
         name = key.removeprefix(PREFIX)
         match = _PART.fullmatch(name)
         stored = match["module"] if match else name
+        if match and self._is_wrapper(stored):
+            self.expert_parts.setdefault(stored, {})[match["part"]] = key
+            return
         tensor = self.form.canonical(f"{stored}.weight" if match else stored)
         if tensor not in self.entries:
             self.problems.append(f"the model has no such module: {key}")
@@ -135,10 +143,16 @@ class _Reader:
         elif not part.endswith("base_layer"):  # the base's own matrix, which PEFT repeats
             self.parts.setdefault(module, {})[part] = key
 
+    def _is_wrapper(self, stored: str) -> bool:
+        """Return whether a module holds the adapter of a parameter of experts."""
+        module = re.sub(r"(\.base_layer)+$", "", stored)
+        return (self.form.canonical(f"{module}.weight") or "").removesuffix(".weight") in self.expert_modules
+
     def weights(self) -> AdapterWeights:
         adapted = {name for name, parts in self.parts.items() if set(parts) - {TOKEN_ROWS}}
         self._check_targets(adapted)
         low_rank = {self.modules[n].target: pair for n in sorted(adapted) if (pair := self._low_rank(n)) is not None}
+        low_rank |= self._expert_low_rank()
         parameters = self._parameters(adapted)
         token_rows = self._token_rows(adapted)
         if self.problems:
@@ -215,6 +229,51 @@ class _Reader:
             magnitude,
             bias,
         )
+
+    def _expert_low_rank(self) -> dict[Target, LowRank]:
+        """Return the adapters of experts' parameters; what is wrong with them is noted."""
+        names = {name: self._written_tensor(name) for name in self.experts}
+        for entry in self.settings.target_parameters:
+            if not any(f".{name}".endswith(f".{entry}") for name in names.values()):
+                self.problems.append(
+                    f"target_parameters {entry!r} names no parameter of experts, and those of other modules are not "
+                    "read: merge the adapter in PEFT (merge_and_unload)"
+                )
+        adapted = [p for name, p in self.experts.items() if self.settings.is_target_parameter(names[name])]
+        parts, found = dict(self.expert_parts), []
+        for name, wrapper in peft_experts.wrappers(adapted).items():
+            keys, parameter, rank = parts.pop(wrapper, {}), self.experts[name], self.settings.rank(names[name])
+            lacking = [part for part in ("lora_A.weight", "lora_B.weight") if part not in keys]
+            self.problems += [f"missing: {names[name]}, {PREFIX}{wrapper}.{part}" for part in lacking]
+            self.problems += [f"unexpected beside experts: {key}" for part, key in keys.items() if "lora_m" in part]
+            if not lacking:
+                a, b = keys["lora_A.weight"], keys["lora_B.weight"]
+                found.append((parameter, rank, a, b))
+        self.problems += [f"tensors without a target: {key}" for keys in parts.values() for key in keys.values()]
+        shapes = [(p, rank, *(tuple(self.tensors.get_slice(k).get_shape()) for k in keys)) for p, rank, *keys in found]
+        orders = peft_experts.orders(shapes)
+        if len(orders) != 1:
+            self.problems += [self._wrong_order(*shape, ambiguous=bool(orders)) for shape in shapes]
+            return {}
+        result: dict[Target, LowRank] = {}
+        for parameter, rank, *keys in found:
+            name = names[parameter.name]
+            a, b = (self.tensors.get_tensor(key) for key in keys)
+            packed = peft_experts.Packed(a, b, rank, self.settings.scale(name))
+            result |= peft_experts.unpack(parameter, packed, swapped=orders[0], use_rslora=self.settings.use_rslora)
+        return result
+
+    def _wrong_order(
+        self, parameter: ExpertParameter, rank: int, a: tuple[int, ...], b: tuple[int, ...], *, ambiguous: bool
+    ) -> str:
+        name = self._written_tensor(parameter.name)
+        if ambiguous:
+            return (
+                f"{name} has as many inputs as outputs ({parameter.d_in}), so that the file does not say which of its "
+                "matrices meets the inputs: merge the adapter in PEFT (merge_and_unload)"
+            )
+        expected = " or ".join(str(parameter.shapes(rank, swapped=swapped)) for swapped in (False, True))
+        return f"wrong shape: lora_A and lora_B of {name} are {(a, b)}, expected {expected}"
 
     def _have_shapes(self, name: str, shapes: dict[str, tuple[int, ...]]) -> bool:
         parts = {part: key for part, key in self.parts[name].items() if part != TOKEN_ROWS}

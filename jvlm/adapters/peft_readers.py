@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Literal, get_args
 
-from jvlm.adapters import merge
+from jvlm.adapters import merge, peft_experts
 from jvlm.adapters.weights import AdapterWeights
 from jvlm.errors import UserError
 from jvlm.models.vlm import VLMConfig
@@ -52,7 +52,11 @@ class _Facts:
         self.tables = sorted(paths & {EMBEDDING, HEAD})
         self.head = HEAD in paths
         self.vision = [target for target in weights.low_rank if not target.path.startswith("decoder.")]
+        self.experts = _adapted_experts(weights, config)
         self.rank = max((low.rank for low in weights.low_rank.values()), default=0)
+        self.rank = max([self.rank, *(rank for rank, _ in self.experts.values())])
+        modules = [name.rpartition(".")[0] for name in self.experts]
+        self.one_of_two = sorted({module for module in modules if modules.count(module) < 2})
         self.rslora = weights.config.use_rslora
         lows = list(weights.low_rank.values())
         self.scales_differ = any(not math.isclose(low.scale, lows[0].scale, rel_tol=1e-6) for low in lows)
@@ -61,6 +65,18 @@ class _Facts:
         text = (path for path in paths if path.startswith("decoder.") and ".attention." in path)
         names = {path.rpartition(".attention.")[2].removesuffix(".kernel") for path in text}
         self.v_without_q = {"v"} <= names and "q" not in names
+
+
+def _adapted_experts(weights: AdapterWeights, config: VLMConfig) -> dict[str, tuple[int, float]]:
+    """Return rank and scale of each parameter of experts in a PEFT folder, by name."""
+    if not any(len(target.index) > 1 for target in weights.low_rank):
+        return {}
+    result = {}
+    for name, parameter in peft_experts.parameters(config).items():
+        if any(target in weights.low_rank for row in parameter.targets() for target in row):
+            packed = peft_experts.pack(parameter, weights.low_rank)
+            result[name] = packed.rank, packed.scale
+    return result
 
 
 def _vllm(facts: _Facts) -> Iterable[str]:
@@ -76,6 +92,8 @@ def _vllm(facts: _Facts) -> Iterable[str]:
         yield f"refused: adapters of the embedding or head: {', '.join(facts.tables)}; {_MERGE}"
     if facts.rank > _VLLM_RANK:
         yield f"refused: rank {facts.rank} is above {_VLLM_RANK}; start vLLM with a larger --max-lora-rank"
+    if facts.one_of_two:
+        yield f"refused: experts with an adapter for gate_up_proj or down_proj alone: {facts.one_of_two[0]}; {_MERGE}"
     if facts.scales_differ:
         yield f"dropped in silence: ranks and alphas by pattern, r and lora_alpha count for all modules; {_PLAIN}"
     if facts.vision:
@@ -101,6 +119,8 @@ def _sglang(facts: _Facts) -> Iterable[str]:
         yield f"dropped in silence: rsLoRA, ranks and alphas by pattern, the scale is lora_alpha / r always; {_PLAIN}"
     if facts.vision:
         yield f"dropped in silence: {_vision(facts)}; {_MERGE}"
+    if facts.experts:
+        yield f"not known to be read: adapters of experts ({next(iter(facts.experts))}, ...); {_MERGE}"
     if facts.v_without_q:
         yield f"refused: v_proj has an adapter where q_proj has none; {_MERGE}, or train both"
 
@@ -108,6 +128,8 @@ def _sglang(facts: _Facts) -> Iterable[str]:
 def _llama_cpp(facts: _Facts) -> Iterable[str]:
     if facts.dora:
         yield f"refused: DoRA's magnitudes; {_MERGE}"
+    if facts.experts:
+        yield f"refused: adapters of experts ({next(iter(facts.experts))}, ...); {_MERGE}"
     if facts.head and facts.config.decoder.tie_word_embeddings:
         yield f"refused: an adapter of the head of a tied model; {_MERGE}"
     if facts.rslora or facts.alphas_differ:
@@ -120,6 +142,11 @@ def _llama_cpp(facts: _Facts) -> Iterable[str]:
 
 
 def _transformers(facts: _Facts) -> Iterable[str]:
+    if facts.experts:
+        yield (
+            "refused by a PEFT and a transformers of different age: adapters of experts fit PEFT >= 0.20 with "
+            f"transformers 5; elsewhere {_MERGE}"
+        )
     if facts.dora:
         yield (
             "dropped: load_adapter of transformers 5 loses DoRA's magnitudes; load with peft's "

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jvlm.adapters import peft_card, peft_config, peft_modules
+from jvlm.adapters import peft_card, peft_config, peft_experts, peft_modules
+from jvlm.adapters.peft_experts import ExpertParameter
 from jvlm.adapters.peft_modules import LAYOUTS, Layout, Module, target_of
 from jvlm.adapters.peft_read import MAGNITUDE, PREFIX, TENSORS, TOKEN_ROWS
 from jvlm.adapters.weights import AdapterWeights, LowRank, Target
@@ -24,6 +25,8 @@ from jvlm.weights.vocabulary import EMBEDDING, HEAD
 
 # The keys written are those of this version, which later ones read too; an earlier one warns of keys it does not know.
 PEFT_VERSION = "0.15.2"
+# That of a file with adapters of experts' parameters, which 0.15 does not have.
+PEFT_VERSION_OF_EXPERTS = "0.21.2"
 _SUFFIX = {"lora_A.weight": "a", "lora_embedding_A": "a", "lora_B.weight": "b", "lora_embedding_B": "b"}
 
 
@@ -88,16 +91,46 @@ class _Writer:
         tensors = peft_modules.entries(peft_modules.untied(config))
         self.entries: dict[str, Entry] = {rename(entry.name): entry for entry in tensors}
         names = {target_of(entry): name for name, entry in self.entries.items()}
-        unknown = [t for t in weights.low_rank if t not in by_target or self.modules[by_target[t]].kind == "other"]
+        experts = self._adapted_experts()
+        of_experts = {target for parameter in experts for row in parameter.targets() for target in row}
+        plain = [target for target in weights.low_rank if target not in of_experts]
+        unknown = [t for t in plain if t not in by_target or self.modules[by_target[t]].kind == "other"]
         unknown += [t for t in weights.parameters if t not in names]
         self.problems += [f"no module for {target.path} {list(target.index)}" for target in unknown]
-        self.low_rank = {by_target[t]: low for t, low in weights.low_rank.items() if t not in unknown}
+        self.low_rank = {by_target[t]: weights.low_rank[t] for t in plain if t not in unknown}
+        self.experts = {rename(p.name): peft_experts.pack(p, weights.low_rank) for p in experts}
+        self.wrappers = {rename(name): rename(wrapper) for name, wrapper in peft_experts.wrappers(experts).items()}
         self.whole = {names[t]: value for t, value in weights.parameters.items() if t not in unknown}
         if config.decoder.tie_word_embeddings and Target(EMBEDDING) in weights.parameters:
             # alone, PEFT would take it as the embedding's only
             self.whole.setdefault(names[Target(HEAD)], weights.parameters[Target(EMBEDDING)].T)
         self.biases = self._biases()
         self.rows = {by_target[target_of(self._of_path(path))]: rows for path, rows in weights.token_rows.items()}
+
+    def _adapted_experts(self) -> list[ExpertParameter]:
+        """Return the parameters of experts that have adapters, after noting what PEFT does not have beside them."""
+        targets = self.weights.low_rank.keys()
+        every = peft_experts.parameters(self.config).values()
+        whole = [p.name for p in every if any(target_of(part) in self.weights.parameters for part in p.parts)]
+        self.problems += [
+            f"{name} is trained whole, and versions of transformers keep it in different orders: merge the adapter"
+            for name in whole
+        ]
+        adapted = [p for p in every if any(target in targets for row in p.targets() for target in row)]
+        if not adapted:
+            return []
+        if self.layout == "old":
+            self.problems.append(
+                "layout 'old' is for PEFT before 0.17, which has no adapters of experts: write the layout 'new', or "
+                "merge the adapter"
+            )
+        if self.weights.config.dropout:
+            self.problems.append("PEFT has no dropout in an adapter that has experts: set dropout to 0")
+        if self._any("magnitude") or self._any("bias"):
+            self.problems.append(
+                "PEFT has neither use_dora nor lora_bias in an adapter that has experts: merge the adapter instead"
+            )
+        return adapted
 
     def _of_path(self, path: str) -> Entry:
         return next(entry for entry in self.entries.values() if entry.path == path)
@@ -115,6 +148,9 @@ class _Writer:
         for name, low in self.low_rank.items():
             for part, value in self._parts(name, self.modules[name], low).items():
                 result[f"{PREFIX}{name}.{part}"] = value
+        for name, packed in self.experts.items():
+            result[f"{PREFIX}{self.wrappers[name]}.lora_A.weight"] = packed.lora_a
+            result[f"{PREFIX}{self.wrappers[name]}.lora_B.weight"] = packed.lora_b
         for name, value in self.whole.items():
             module, _, part = name.rpartition(".")
             key = f"{module}.base_layer.{part}" if module in self.low_rank else name
@@ -146,11 +182,12 @@ class _Writer:
         return parts
 
     def _any(self, part: str) -> bool:
-        return any(getattr(low, part) is not None for low in self.low_rank.values())
+        return any(getattr(low, part) is not None for low in self.weights.low_rank.values())
 
     def settings(self, base_name: str | None) -> dict[str, Any]:
         """adapter_config.json."""
         rank, alpha = self._usual()
+        version = PEFT_VERSION_OF_EXPERTS if self.experts else PEFT_VERSION
         patterns = self._patterns(rank, alpha)
         form = table.export_format(self.config).write_config(self.config)
         architecture, kind = form["architectures"][0], form["model_type"]
@@ -180,11 +217,12 @@ class _Writer:
             "modules_to_save": self._modules_to_save() or None,
             "peft_type": "LORA",
             # 0.15, which reads the old layout, does not know the key
-            **({"peft_version": PEFT_VERSION} if self.layout == "new" else {}),
+            **({"peft_version": version} if self.layout == "new" else {}),
             "r": rank,
             "rank_pattern": {key: r for key, (r, _) in patterns.items() if r != rank},
             "revision": None,
             "target_modules": self._target_modules(),
+            **({"target_parameters": self._target_parameters()} if self.experts else {}),
             "task_type": None,
             "trainable_token_indices": self._token_indices() or None,
             "use_dora": self._any("magnitude"),
@@ -192,11 +230,17 @@ class _Writer:
         }
 
     def _sizes(self) -> dict[str, tuple[int, float]]:
-        """Rank and alpha of each module."""
-        return {name: (low.rank, self._alpha(low)) for name, low in self.low_rank.items()}
+        """Rank and alpha of each module and parameter."""
+        sizes = {name: (low.rank, self._alpha(low)) for name, low in self.low_rank.items()}
+        # of rsLoRA, roots come and go: 5 / sqrt(2) * sqrt(2) is 5
+        alphas = {name: round(p.scale * self._divisor(p.rank), 12) for name, p in self.experts.items()}
+        return sizes | {name: (p.rank, alphas[name]) for name, p in self.experts.items()}
+
+    def _divisor(self, rank: int) -> float:
+        return math.sqrt(rank) if self.weights.config.use_rslora else rank
 
     def _alpha(self, low: LowRank) -> float:
-        divisor = math.sqrt(low.rank) if self.weights.config.use_rslora else low.rank
+        divisor = self._divisor(low.rank)
         return low.alpha if math.isclose(low.alpha / divisor, low.scale, rel_tol=1e-12) else low.scale * divisor
 
     def _usual(self) -> tuple[int, float]:
@@ -218,6 +262,12 @@ class _Writer:
     def _target_modules(self) -> list[str]:
         others = (self.modules.keys() | peft_modules.containers(set(self.entries))) - self.low_rank.keys()
         return peft_modules.shortest_suffixes(set(self.low_rank), others)
+
+    def _target_parameters(self) -> list[str]:
+        rename = table.export_format(self.config).layouts[LAYOUTS[self.layout]]
+        every = {rename(name) for name in peft_experts.parameters(self.config)}
+        others = (self.entries.keys() | every) - self.experts.keys()
+        return peft_modules.shortest_suffixes(set(self.experts), others)
 
     def _modules_to_save(self) -> list[str]:
         """Names of modules, of which PEFT saves all tensors; none of others, which it finds by the end of the name."""

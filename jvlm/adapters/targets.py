@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from jvlm import families
+from jvlm.adapters import peft_experts
 from jvlm.adapters.config import AdapterConfig
 from jvlm.adapters.plan import AdapterPlan, Group, scale_of
 from jvlm.adapters.weights import Target
@@ -38,7 +39,7 @@ class Module:
     """A matrix that may get an adapter.
 
     Attributes:
-      names: of its module, in each layout of a checkpoint.
+      names: of its module, in each layout of a checkpoint; of an expert, also that of the parameter of all experts.
       d_in, d_out: of the matrix as jvlm stores it.
     """
 
@@ -80,7 +81,7 @@ def parameters_of(config: VLMConfig) -> list[Parameter]:
 
     What no checkpoint has a tensor for (experts made from a dense model, whole families) is named by its path.
     """
-    shapes = vlm.parameter_shapes(config)
+    shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(config)).items()}
     form = families.get(config.family).hf
     rules = () if form is None else form.rules(config)
     named = {rule.path for rule in rules}
@@ -103,8 +104,10 @@ def _by_path(path: str, shape: tuple[int, ...]) -> Iterable[Parameter]:
 
 def modules_of(config: VLMConfig) -> list[Module]:
     """Return every matrix that may get an adapter: what the family names, patch embedding, embedding table and head."""
-    shapes = vlm.parameter_shapes(config)
-    allowed = families.get(config.family).adapter_targets
+    shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(config)).items()}
+    family = families.get(config.family)
+    fused = {} if family.hf is None else {part: whole for whole, parts in family.hf.fused.items() for part in parts}
+    allowed = family.adapter_targets
     result = []
     for parameter in parameters_of(config):
         path, index = parameter.target.path, parameter.target.index
@@ -112,11 +115,14 @@ def modules_of(config: VLMConfig) -> list[Module]:
         if kind is None:
             continue
         names = tuple(re.sub(r"\.(weight|kernel)$", "", name) for name in parameter.names)
+        # PEFT names the parameter that has the matrices of all experts, and gate beside up (target_parameters)
+        stacked = tuple(peft_experts.fused_name(name, fused) for name in names) if kind == "expert" else ()
         shape = shapes[path]
         for rest in np.ndindex(shape[len(index) : -2]):
             full = (*index, *rest)
             suffix = "".join(f".{i}" for i in rest)
-            result.append(Module(Target(path, full), tuple(n + suffix for n in names), kind, *shape[-2:]))
+            own = tuple(n + suffix for n in names)
+            result.append(Module(Target(path, full), tuple(dict.fromkeys((*own, *stacked))), kind, *shape[-2:]))
     return result
 
 
@@ -160,7 +166,7 @@ def resolve(config: AdapterConfig, model: VLMConfig, token_ids: tuple[int, ...] 
         rank = _first(config.rank_pattern, module.names, config.rank)
         alpha = float(_first(config.alpha_pattern, module.names, config.alpha))
         groups.setdefault(module.target.path, {})[module.target.index] = rank, alpha
-    shapes = vlm.parameter_shapes(model)
+    shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(model)).items()}
     plan = AdapterPlan(
         config,
         tuple(_group(config, path, shapes[path][:-2], chosen) for path, chosen in sorted(groups.items())),
@@ -274,8 +280,8 @@ def _check(config: AdapterConfig, model: VLMConfig, picked: list[Module], token_
         raise UserError("adapter.train_tokens and an adapter on embed or head replace the same rows: choose one")
     if "expert" in kinds and (config.use_dora or config.dropout or config.lora_bias):
         raise UserError(
-            "adapter: experts take plain LoRA, without use_dora, dropout and lora_bias; leave these out, or exclude "
-            "the experts (as PEFT does for expert parameters)"
+            "adapter: experts take plain LoRA, without use_dora, dropout (--lora_dropout 0) and lora_bias, as in PEFT; "
+            "leave these out, or exclude the experts"
         )
     if config.init in ("pissa", "olora") and kinds & {"embed", "head", "expert"}:
         raise UserError(f"adapter.init {config.init!r} is for linear maps; exclude embed, head and experts")

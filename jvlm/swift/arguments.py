@@ -55,6 +55,8 @@ class TunerArguments:
       lora_dropout: share of the adapter branch's inputs that is dropped.
       target_modules: what gets an adapter: "all-linear", last parts of module names ("q_proj"), or towers and roles
         ("decoder.attention"). The three freeze flags leave towers out of it.
+      target_parameters: parameters of experts that get adapters too, by the ends of their names, as in PEFT:
+        "mlp.experts.gate_up_proj", "mlp.experts.down_proj". They take no dropout.
       target_regex: regular expression over whole module names, in place of target_modules and of the freeze flags.
       modules_to_save: modules that are trained whole beside the adapters.
       lora_bias: biases of the base that are trained too.
@@ -76,6 +78,7 @@ class TunerArguments:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.05
     target_modules: tuple[str, ...] = ("all-linear",)
+    target_parameters: tuple[str, ...] = ()
     target_regex: str | None = None
     modules_to_save: tuple[str, ...] = ()
     lora_bias: Literal["none", "all", "lora_only"] = "none"

@@ -136,7 +136,7 @@ def adapter_config(tuner: TunerArguments, modules: tuple[str, ...] = ()) -> Adap
         use_rslora=tuner.use_rslora,
         use_dora=tuner.use_dora,
         init="default" if tuner.init_weights == "true" else tuner.init_weights,
-        targets=(f"re:{tuner.target_regex}",) if by_regex else tuner.target_modules,
+        targets=(*((f"re:{tuner.target_regex}",) if by_regex else tuner.target_modules), *tuner.target_parameters),
         exclude=() if by_regex else tuple(tower for tower, is_frozen in frozen.items() if is_frozen),
         bias=tuner.lora_bias,
         train_modules=(*tuner.modules_to_save, *modules),

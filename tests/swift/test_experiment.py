@@ -45,6 +45,11 @@ def at(value, path):
         ("--freeze_vit false --freeze_llm true", "adapter.exclude", ("decoder", "connector")),
         ("--target_modules q_proj v_proj", "adapter.targets", ("q_proj", "v_proj")),
         ("--target_regex '.*_proj'", "adapter.targets", ("re:.*_proj",)),
+        (
+            "--target_modules q_proj --target_parameters experts.down_proj",
+            "adapter.targets",
+            ("q_proj", "experts.down_proj"),
+        ),
         ("--target_regex '.*_proj'", "adapter.exclude", ()),
         ("--modules_to_save connector", "adapter.train_modules", ("connector",)),
         ("--lora_alpha 16", "adapter.alpha", 16.0),
