@@ -134,7 +134,7 @@ def entries(config: VLMConfig) -> tuple[Entry, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _entries(config: VLMConfig) -> tuple[Entry, ...]:
-    shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(config)).items()}
+    shapes = vlm.parameter_shapes(config)
     return tuple(table.entries(config, shapes))
 
 

@@ -81,7 +81,7 @@ def parameters_of(config: VLMConfig) -> list[Parameter]:
 
     What no checkpoint has a tensor for (experts made from a dense model, whole families) is named by its path.
     """
-    shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(config)).items()}
+    shapes = vlm.parameter_shapes(config)
     form = families.get(config.family).hf
     rules = () if form is None else form.rules(config)
     named = {rule.path for rule in rules}
@@ -104,7 +104,7 @@ def _by_path(path: str, shape: tuple[int, ...]) -> Iterable[Parameter]:
 
 def modules_of(config: VLMConfig) -> list[Module]:
     """Return every matrix that may get an adapter: what the family names, patch embedding, embedding table and head."""
-    shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(config)).items()}
+    shapes = vlm.parameter_shapes(config)
     family = families.get(config.family)
     fused = {} if family.hf is None else {part: whole for whole, parts in family.hf.fused.items() for part in parts}
     allowed = family.adapter_targets
@@ -166,7 +166,7 @@ def resolve(config: AdapterConfig, model: VLMConfig, token_ids: tuple[int, ...] 
         rank = _first(config.rank_pattern, module.names, config.rank)
         alpha = float(_first(config.alpha_pattern, module.names, config.alpha))
         groups.setdefault(module.target.path, {})[module.target.index] = rank, alpha
-    shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(model)).items()}
+    shapes = vlm.parameter_shapes(model)
     plan = AdapterPlan(
         config,
         tuple(_group(config, path, shapes[path][:-2], chosen) for path, chosen in sorted(groups.items())),

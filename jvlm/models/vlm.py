@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -160,6 +161,17 @@ def abstract(config: VLMConfig) -> VLM:
 def parameters(model: VLM) -> dict[str, nnx.Variable]:
     """Return dotted path -> variable, for every parameter of a model; those of adapters are not among them."""
     return {path: variable for path, variable in variables(model).items() if not isinstance(variable, AdapterParam)}
+
+
+def parameter_shapes(config: VLMConfig) -> Mapping[str, tuple[int, ...]]:
+    """Return dotted path -> shape, for every parameter of a configuration's model."""
+    return _shapes(dataclasses.replace(config, precision=Precision()))  # on which no shape depends
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(config: VLMConfig) -> Mapping[str, tuple[int, ...]]:
+    found = {path: tuple(v.get_value().shape) for path, v in parameters(abstract(config)).items()}
+    return MappingProxyType(found)
 
 
 def variables(model: VLM) -> dict[str, nnx.Variable]:

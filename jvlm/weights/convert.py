@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -136,9 +136,9 @@ def open_source(source: Path, step: int | None = None, grow_embedding: bool = Fa
     return _Snapshot(source, grow_embedding)
 
 
-def _entries_of(config: VLMConfig) -> tuple[list[Entry], dict[str, tuple[int, ...]]]:
+def _entries_of(config: VLMConfig) -> tuple[list[Entry], Mapping[str, tuple[int, ...]]]:
     """Return the tensors of a model in table order, and the shapes of its parameters by path."""
-    shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(config)).items()}
+    shapes = vlm.parameter_shapes(config)
     return table.entries(config, shapes), shapes
 
 

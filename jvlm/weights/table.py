@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,7 +77,7 @@ class Entry:
         return {axis: size for axis, size in self.sizes if axis in wanted}
 
 
-def entries(config: VLMConfig, shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
+def entries(config: VLMConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
     """Every tensor that a checkpoint of this configuration holds, in table order.
 
     Args:
@@ -90,7 +90,7 @@ def entries(config: VLMConfig, shapes: dict[str, tuple[int, ...]]) -> list[Entry
     return expand(form.rules(config), form.axis_sizes(config), shapes)
 
 
-def expand(rules: Iterable[Rule], sizes: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
+def expand(rules: Iterable[Rule], sizes: dict[str, int], shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
     """Every tensor of a table, a line each layer; see `entries`."""
     rules = list(rules)
     if {r.path for r in rules} != set(shapes):

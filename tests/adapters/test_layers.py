@@ -1,5 +1,6 @@
 """How adapters begin, what they drop, and stacks whose layers differ."""
 
+import functools
 import json
 import math
 
@@ -211,6 +212,7 @@ def test_targets_pick_what_peft_picks(preset, picks, use_dora, count):
     assert int(text.splitlines()[-1].split()[-1].replace(",", "")) == count
 
 
+@functools.cache
 def golden_template(model):
     return vlm.abstract(model)
 

@@ -157,10 +157,18 @@ def test_any_packing_gives_what_the_reference_gives(implementation, causal):
 
 @pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize(
-    ("head_size", "heads", "kv_heads"),
-    [(64, 2, 2), (72, 2, 2), (80, 4, 2), (96, 4, 1), (128, 8, 2), (24, 3, 3), (160, 2, 1)],
+    ("head_size", "heads", "kv_heads", "dtype"),
+    [
+        (64, 2, 2, "bfloat16"),
+        (72, 2, 2, "float32"),
+        (80, 4, 2, "bfloat16"),
+        (96, 4, 1, "float32"),
+        (128, 8, 2, "bfloat16"),
+        (128, 8, 2, "float32"),
+        (24, 3, 3, "bfloat16"),
+        (160, 2, 1, "float32"),
+    ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_head_size_and_group(head_size, heads, kv_heads, dtype, implementation):
     length = 40
     call = operands(heads, kv_heads, head_size, dtype, length=length)

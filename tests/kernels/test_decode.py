@@ -73,9 +73,15 @@ CASES = {
 }
 
 
+CONTIGUOUS = ("rows of different lengths", "new tokens before the beginning", "window, a few new tokens")
+
+
 @every_implementation
-@pytest.mark.parametrize("pages", [None, 32], ids=["contiguous", "paged"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "pages"),
+    [*((case, 32) for case in CASES), *((case, None) for case in CONTIGUOUS)],
+    ids=lambda value: value if isinstance(value, str) else "paged" if value else "contiguous",
+)
 def test_new_tokens_see_their_past_and_nothing_else(case, pages, implementation):
     settings = dict(CASES[case])
     lengths, S, window = np.array(settings.pop("lengths")), settings.pop("S", 1), settings.pop("window", None)

@@ -101,24 +101,27 @@ def test_the_sum_and_its_gradients_equal_plain_logits(block, supervised, z_loss,
         weights = weights.at[np.random.default_rng(2).permutation(N)[supervised:]].set(0)
     # unsupervised tokens may hold anything
     unread = jnp.where(((weights == 0) | (targets == -100))[:, None], jnp.nan, hidden)
-
-    @jax.jit
-    def total(hidden, kernel, weights):
-        found = linear_cross_entropy_sum(
-            hidden, kernel, targets, weights, vocabulary_first=vocabulary_first, z_loss=z_loss, block=block
-        )
-        return 3.0 * found.loss, found
-
-    gradients, found = jax.grad(total, (0, 1, 2), has_aux=True)(unread, kernel, weights)
+    value, gradient = summed_of(block, z_loss, vocabulary_first)
+    (_, found), gradients = gradient(unread, kernel, weights, targets)
     outputs, expected = plain(hidden, kernel, targets, weights, vocabulary_first, z_loss, 3 * np.ones(N), np.zeros(N))
     np.testing.assert_allclose(found.loss, outputs[0].sum(), rtol=2e-5)
     assert found.correct == outputs[2].sum()
     for ours, theirs in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    value = linear_cross_entropy_sum(
-        unread, kernel, targets, weights, vocabulary_first=vocabulary_first, z_loss=z_loss, block=block
-    )
-    np.testing.assert_allclose(value.loss, found.loss, rtol=1e-6)
+    np.testing.assert_allclose(value(unread, kernel, weights, targets)[1].loss, found.loss, rtol=1e-6)
+
+
+@functools.cache
+def summed_of(block, z_loss, vocabulary_first):
+    """Three times the sum, alone and with its gradients, each compiled once for all inputs."""
+
+    def total(hidden, kernel, weights, targets):
+        found = linear_cross_entropy_sum(
+            hidden, kernel, targets, weights, vocabulary_first=vocabulary_first, z_loss=z_loss, block=block
+        )
+        return 3.0 * found.loss, found
+
+    return jax.jit(total), jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))
 
 
 def test_groups_of_tokens_have_sums_of_their_own_and_change_neither_loss_nor_gradient():

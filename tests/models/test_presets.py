@@ -24,7 +24,7 @@ PUBLISHED = {
 def shapes_of(name):
     """Tensor name -> shape of a preset, in the released layout."""
     config = families.preset(name)
-    shapes = {path: tuple(v.get_value().shape) for path, v in vlm.parameters(vlm.abstract(config)).items()}
+    shapes = vlm.parameter_shapes(config)
     return {e.name: e.shape for e in table.entries(config, shapes)}
 
 
