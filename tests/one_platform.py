@@ -15,9 +15,10 @@ _run_all = platforms.Operation.run
 
 def _run_here(operation, spec, names, function, *arrays):
     """Call the implementation for every device, unless the program is compiled for another device or by name."""
-    here = tuple(name for name in names if platforms.load(operation.modules[name]).PLATFORM is None)
-    if jax.default_backend() == "cpu" and platforms.target_platform() == "cpu" and here:
-        names = here
+    if jax.default_backend() == "cpu" and platforms.target_platform() == "cpu":
+        named = {platforms.load(operation.modules[name]).PLATFORM: name for name in names}
+        here = named.get("cpu", named.get(None))
+        names = names if here is None else (here,)
     return _run_all(operation, spec, names, function, *arrays)
 
 

@@ -25,8 +25,9 @@ class Operation:
     """An operation and the modules that implement it, in order of preference.
 
     A module has ``check(spec, *operands)``, which raises `Unavailable` with the reason; functions ``f(spec, *arrays)``
-    that return a tuple of arrays; and ``PLATFORM``, where it runs: "tpu", "cuda", or None for every device. It may also
-    have ``check_automatic(spec, *operands)``, which raises `Unavailable` for calls that should get it only by name.
+    that return a tuple of arrays; and ``PLATFORM``, where it runs: "tpu", "cuda", "cpu", or None for every device. It
+    may also have ``check_automatic(spec, *operands)``, which raises `Unavailable` for calls that should get it only by
+    name.
 
     Attributes:
       name: of the operation, in error messages and profiles.

@@ -76,11 +76,12 @@ CASES = {
 CONTIGUOUS = ("rows of different lengths", "new tokens before the beginning", "window, a few new tokens")
 
 
-@every_implementation
 @pytest.mark.parametrize(
-    ("case", "pages"),
-    [*((case, 32) for case in CASES), *((case, None) for case in CONTIGUOUS)],
-    ids=lambda value: value if isinstance(value, str) else "paged" if value else "contiguous",
+    ("case", "pages", "implementation"),
+    [
+        *((case, 32, name) for case in CASES for name in decode_implementations()),
+        *((case, None, name) for case in CONTIGUOUS for name in decode_implementations() if name != "xla_pages"),
+    ],
 )
 def test_new_tokens_see_their_past_and_nothing_else(case, pages, implementation):
     settings = dict(CASES[case])
@@ -105,7 +106,9 @@ def test_new_tokens_see_their_past_and_nothing_else(case, pages, implementation)
 @every_implementation
 def test_bfloat16_is_summed_in_float32(implementation):
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in random_call(2, 1, 4, 2, 256))
-    found = decode_attention(q, init_cache(k, v, 256), jnp.asarray([256, 100]), **options_of(implementation))
+    pages, tables = paged(np.asarray(k, np.float32), np.asarray(v, np.float32), 64)
+    cache = tuple(x.astype(jnp.bfloat16) for x in pages)
+    found = decode_attention(q, cache, jnp.asarray([256, 100]), block_tables=tables, **options_of(implementation))
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float32), brute_force(q, k, v, [256, 100]), atol=2e-2)
 
@@ -286,3 +289,16 @@ def test_a_kernel_asked_for_on_the_wrong_device_says_so():
     cache = init_cache(jnp.zeros((1, 128, 2, D)), jnp.zeros((1, 128, 2, D)), 128)
     with pytest.raises(Unavailable, match=rf"pallas_{wrong}: runs on \w+, the device here is"):
         decode_attention(jnp.zeros((1, 1, 4, D)), cache, jnp.ones(1, jnp.int32), implementation=f"pallas_{wrong}")
+
+
+def test_on_cpu_a_sequence_gets_the_same_bits_whatever_is_beside_it_and_however_wide_its_table_is():
+    q, k, v = random_call(4, 2, 4, 2, 128)
+    cache, tables = paged(k, v, 16)
+    lengths = jnp.asarray([128, 17, 60, 0])
+    options = options_of("xla_pages")
+    together = decode_attention(jnp.asarray(q), cache, lengths, block_tables=tables, **options)
+    for b in range(4):
+        part = slice(b, b + 1)
+        own = tables[part, : -(-int(lengths[b]) // 16) or 1]
+        alone = decode_attention(jnp.asarray(q[part]), cache, lengths[part], block_tables=own, **options)
+        np.testing.assert_array_equal(alone, together[part])

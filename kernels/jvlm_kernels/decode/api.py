@@ -50,6 +50,7 @@ _OPERATION = Operation(
     {
         "pallas_tpu": "jvlm_kernels.decode.tpu",
         "pallas_gpu": "jvlm_kernels.decode.gpu",
+        "xla_pages": "jvlm_kernels.decode.cpu",
         "xla": "jvlm_kernels.decode.xla",
     },
     batched=False,
