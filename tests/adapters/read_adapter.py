@@ -4,6 +4,7 @@ python read_adapter.py REQUEST: a JSON list of {"base": folder, "adapter": folde
 safetensors for the the logits}.
 """
 
+import inspect
 import json
 import sys
 import warnings
@@ -26,6 +27,8 @@ def main(request: str) -> None:
             warnings.filterwarnings("error", message=".*(missing|unexpected|not found).*")
             adapted = peft.PeftModel.from_pretrained(model, case["adapter"]).eval()
         inputs = {name: v if v.is_floating_point() else v.long() for name, v in load_file(case["inputs"]).items()}
+        if "mm_token_type_ids" not in inspect.signature(architecture.forward).parameters:  # transformers before 5
+            inputs.pop("mm_token_type_ids", None)
         with torch.no_grad():
             save_file({"logits": adapted(**inputs).logits.float().contiguous()}, case["out"])
     print(json.dumps({"peft": peft.__version__, "transformers": transformers.__version__}))
