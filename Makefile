@@ -34,7 +34,7 @@ PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_v
 RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-finetune demo-rl plan-finetune test test-slow test-exports test-harnesses bench-evaluate lint format backbones bench bench-data bench-kernels soak-data tune gpu-pass plan meshes test-clients bench-serve clean
+.PHONY: demo demo-finetune demo-rl plan-finetune test test-slow test-exports test-harnesses bench-evaluate lint format backbones bench bench-data bench-kernels soak-data tune gpu-pass plan meshes test-clients bench-serve soak-serve clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -136,8 +136,12 @@ bench: $(VENV)/.peft  ## speed beside transformers + torch, and of LoRA beside P
 bench-evaluate: $(VENV)/.test  ## tokens/s of jvlm evaluate on mixed questions beside the engine's own; ten minutes
 	$(RUN) tools.bench_evaluate --questions 5000 $(ARGS)
 
-bench-serve: $(VENV)/.test  ## the server beside its engine and transformers, pictures asked twice, a soak; ten minutes
+bench-serve: $(VENV)/.test  ## the server beside its engine and transformers, pictures asked twice; ten minutes
 	$(RUN) tools.bench_serve $(ARGS)
+
+soak-serve: $(VENV)/.test  ## 10,000 requests to a server, memory and pages; 200 random mixes of requests of each family; half an hour
+	$(RUN) tools.bench_serve --only soak $(ARGS)
+	$(RUN) tests.inference.random_mixes --mixes 200
 
 bench-data: $(VENV)/.test  ## patches/s of a core and where its time goes, worker processes, how full sequences are; five minutes
 	$(RUN) tools.bench_data $(ARGS)

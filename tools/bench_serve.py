@@ -1,16 +1,17 @@
 """The server beside its own engine and beside transformers, on this machine, in one run.
 
     make bench-serve                              # or: python -m tools.bench_serve --rounds 5
-    python -m tools.bench_serve --only soak --soak 10000
+    make soak-serve                               # or: python -m tools.bench_serve --only soak --soak 10000
 
 - streams: tokens a second through HTTP at 1, 8 and 32 requests at a time, over those of the engine alone, by turns.
 - arrivals: requests with and without pictures that arrive at random times, and transformers' `generate` on the same
   at the same times: one after another, and in batches of all that wait.
 - picture: the time to the first token of a second question about a picture, over that of the first.
-- soak: many requests of mixed kinds; memory, and pages that are used afterwards.
+- soak, where asked for: many requests of mixed kinds; memory, and pages that are used afterwards.
 
-Every answer must have as many tokens as were asked for. streams and soak take a toy, of which the server shows most;
-arrivals and picture the model of 40 M parameters of tools/bench_model.py. Both are random and of float32.
+The last table has what each part aims at. Every answer must have as many tokens as were asked for. streams and soak
+take a toy, of which the server shows most; arrivals and picture the model of 40 M parameters of tools/bench_model.py.
+Both are random and of float32.
 """
 
 from __future__ import annotations
@@ -43,6 +44,12 @@ ROOT = Path(__file__).parents[1]
 STREAMS, WORDS, NEW = (1, 8, 32), 12, 128
 ARRIVALS, MEAN_SECONDS = 48, 0.1
 CONTEXT, SLOTS = 1024, 32
+# of each part: what is compared, how it is written, and what is aimed at
+AIMS = {
+    "streams": (f"tokens/s through HTTP over the engine's, {STREAMS[-1]} requests at a time", "{:.0%}", "at least 60%"),
+    "arrivals": ("tokens/s over generate's, one after another, arrivals at random times", "{:.1f} x", "at least 5 x"),
+    "picture": ("time to the first token, second question about a picture over the first", "{:.0%}", "at most 20%"),
+}
 
 
 def body(text: str, new: int, *pictures: bytes) -> dict[str, Any]:
@@ -143,8 +150,8 @@ def metrics(port: int) -> dict[str, float]:
     return found
 
 
-def measure_streams(folder: Path, rounds: int) -> None:
-    """Print tokens a second through HTTP and without."""
+def measure_streams(folder: Path, rounds: int) -> float:
+    """Print tokens a second through HTTP and without; returns their ratio with the most requests at a time."""
     options = ("--max-num-batched-tokens", "256")
     print(
         "\n| requests at a time | HTTP, tokens/s | engine alone | ratio | TTFT ms p50/p90/p99 | TPOT ms p50/p90/p99 |"
@@ -165,10 +172,15 @@ def measure_streams(folder: Path, rounds: int) -> None:
             speeds = f"{max(through):,.0f} | {max(alone):,.0f} | {max(through) / max(alone):.0%}"
             print(f"| {streams} | {speeds} | {' | '.join(shown)} |", flush=True)
         _check_compilations(port)
+    return max(through) / max(alone)
 
 
-def measure_arrivals(folder: Path, rounds: int) -> None:
-    """Print the throughput of requests that arrive at random times, and transformers' on the same."""
+def measure_arrivals(folder: Path, rounds: int) -> float:
+    """Print the throughput of requests that arrive at random times, and transformers' on the same.
+
+    Returns:
+      the ratio to transformers one after another, which is what a program that calls `generate` for each does.
+    """
     bodies = mixed(ARRIVALS)
     times = np.cumsum(np.random.default_rng(2).exponential(MEAN_SECONDS, ARRIVALS)).tolist()
     with served(folder, "--max-num-batched-tokens", "1024") as (port, _):
@@ -191,6 +203,7 @@ def measure_arrivals(folder: Path, rounds: int) -> None:
     for way, name in (("singly", "one after another"), ("batched", "all that wait, as a batch")):
         speed = theirs[way]["tokens_per_second"]
         print(f"| transformers' generate, {name} | {speed:,.0f} | {ours / speed:.1f} x | |", flush=True)
+    return ours / theirs["singly"]["tokens_per_second"]
 
 
 def _with_beginning(request: dict[str, Any], text: str) -> dict[str, Any]:
@@ -198,8 +211,8 @@ def _with_beginning(request: dict[str, Any], text: str) -> dict[str, Any]:
     return {**request, "messages": [{**message, "content": [{"type": "text", "text": text}, *message["content"]]}]}
 
 
-def measure_picture(folder: Path, rounds: int) -> None:
-    """Print the times to the first token of a first and of a second question about a picture."""
+def measure_picture(folder: Path, rounds: int) -> float:
+    """Print the times to the first token of a first and of a second question about a picture; returns their ratio."""
     first, second = [], []
     with served(folder, "--max-num-batched-tokens", "1024") as (port, _):
         for number in range(rounds + 1):  # the first time, files are read and processes begin
@@ -211,6 +224,7 @@ def measure_picture(folder: Path, rounds: int) -> None:
     a, b = float(np.median(first[1:])), float(np.median(second[1:]))
     print("\n| a picture of 784 x 588, TTFT | ms |\n| --- | ---: |")
     print(f"| first question | {a:,.0f} |\n| second question | {b:,.0f} |\n| share | {b / a:.0%} |", flush=True)
+    return b / a
 
 
 def measure_soak(folder: Path, count: int) -> None:
@@ -229,7 +243,9 @@ def measure_soak(folder: Path, count: int) -> None:
         _check_compilations(port)
     settled = sizes[len(sizes) // 5]  # the caches are full
     growth = sizes[-1] / settled - 1
-    left = {name: counts[f"vllm:num_requests_{name}"] for name in ("running", "waiting")}
+    left = {
+        name: counts[f"vllm:{name}"] for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    }
     print(
         f"\nsoak: {count:,} requests in {seconds:,.0f} s, memory {settled:,.0f} to {sizes[-1]:,.0f} MiB ({growth:+.1%})"
     )
@@ -251,12 +267,14 @@ def _check_compilations(port: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=("streams", "arrivals", "picture", "soak"))
-    parser.add_argument("--soak", type=int, default=2000, metavar="N", help="requests of the soak")
+    parser.add_argument("--only", nargs="+", choices=(*AIMS, "soak"), default=tuple(AIMS))
+    parser.add_argument("--soak", type=int, default=10_000, metavar="N", help="requests of the soak")
     arguments = parser.parse_args()
-    only = arguments.only or ("streams", "arrivals", "picture", "soak")
+    only, reached = arguments.only, {}
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    print(f"{os.cpu_count()} cores, {platform.machine()}, float32, {time.strftime('%d %B %Y')}", flush=True)
+    load = f"{os.getloadavg()[0]:.1f} processes busy before"
+    print(f"{os.cpu_count()} cores, {platform.machine()}, {load}, float32, {time.strftime('%d %B %Y')}", flush=True)
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as top:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(top) / "programs"))
         folders = {}
@@ -265,13 +283,19 @@ def main() -> None:
             make = [sys.executable, "-m", "tools.bench_serve_workers", size, str(folders[size])]
             subprocess.run(make, cwd=ROOT, check=True)
         if "streams" in only:
-            measure_streams(folders["toy"], arguments.rounds)
+            reached["streams"] = measure_streams(folders["toy"], arguments.rounds)
         if "arrivals" in only:
-            measure_arrivals(folders["small"], arguments.rounds)
+            reached["arrivals"] = measure_arrivals(folders["small"], arguments.rounds)
         if "picture" in only:
-            measure_picture(folders["small"], arguments.rounds)
+            reached["picture"] = measure_picture(folders["small"], arguments.rounds)
         if "soak" in only:
             measure_soak(folders["toy"], arguments.soak)
+    if reached:
+        print("\n| | reached | aim |\n| --- | ---: | ---: |")
+    for part, value in reached.items():
+        what, form, aim = AIMS[part]
+        print(f"| {what} | {form.format(value)} | {aim} |")
+    print(f"\n{time.perf_counter() - began:,.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CONTEXT, SLOTS, PREFILL = 1024, 32, (256,)
+CONTEXT, SLOTS, PREFILL = 1024, 32, 256
 
 
 def example(body: dict[str, Any]) -> dict[str, Any]:
@@ -52,10 +52,12 @@ def engine(folder: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Return what answers with the engine alone, so many requests at a time."""
     import jvlm
     from jvlm.inference.engine import Engine
-    from jvlm.inference.requests import EngineConfig, Request, SamplingParams
+    from jvlm.inference.requests import Request, SamplingParams
+    from jvlm.server.arguments import ServerArguments, engine_config
 
     model, processor = jvlm.load(folder)
-    made = Engine(model, processor, EngineConfig(max_slots=SLOTS, max_model_len=CONTEXT, prefill_tokens=PREFILL))
+    as_served = ServerArguments(max_num_seqs=SLOTS, max_model_len=CONTEXT, max_num_batched_tokens=PREFILL)
+    made = Engine(model, processor, engine_config(as_served, on_cpu=True))
     made.warm_up()
     count = 0
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jvlm.inference.abstract import BatchShape
     from jvlm.planning.report import Plan
     from jvlm.planning.roofline import SegmentLengths
+    from jvlm.planning.serving import Load
     from jvlm.training.config import Experiment
 
 
@@ -34,9 +35,11 @@ class PlanOptions:
       conversation: tokens of a conversation; None takes the longest there may be.
       image: patches of an image; None takes the most there may be.
       batch_size: prefill and decode: sequences that run together.
-      prompt: prefill: tokens of a prompt; None takes a packed sequence of the config.
-      patches: prefill: patches of a prompt; None takes those of a packed sequence of the config.
+      prompt: prefill and serve: tokens of a prompt; None takes a packed sequence of the config.
+      patches: prefill and serve: patches of a prompt; None takes those of a packed sequence of the config.
       cache_len: prefill and decode: tokens that the cache has room for; None takes the prompt's.
+      answer: serve: tokens of an answer.
+      slots: serve: most answers that are decoded together, on all chips.
       price: of a chip-hour; the plan then tells what the run costs.
       suggest: minutes in which to try other topologies, settings and batches of the training step.
       collectives: folder of earlier lists of collectives, to compare this program's with.
@@ -45,7 +48,7 @@ class PlanOptions:
       chart: PNG file to write.
     """
 
-    what: Literal["train", "prefill", "decode"] = "train"
+    what: Literal["train", "prefill", "decode", "serve"] = "train"
     topology: tuple[str, ...] = ()
     network: float | None = None
     conversation: int | None = None
@@ -54,6 +57,8 @@ class PlanOptions:
     prompt: int | None = None
     patches: int | None = None
     cache_len: int | None = None
+    answer: int = 256
+    slots: int = 256
     price: float | None = None
     suggest: float | None = None
     collectives: Path | None = None
@@ -71,6 +76,7 @@ class PlanCommand:
         jvlm plan mimo_vl/stage4 --topology v5p:4x4x4 --suggest 20 --data.batch_size 64
         jvlm plan mimo_vl/stage4 --what decode --topology v5e:2x4 --batch_size 64 --cache_len 8192
         jvlm plan mimo_vl/stage4 --what prefill --topology v5e:2x4 --batch_size 1 --prompt 32768 --patches 65536
+        jvlm plan mimo_vl/stage4 --what serve --topology v6e:1 --prompt 5120 --patches 16384 --answer 256
 
     It needs their compilers and no TPU or GPU (pip install libtpu, or jax-cuda13-pjrt and jax-cuda13-plugin of jax's
     version). Memory is the compiler's. Times are bounds from the chips' data sheets: nothing was measured, and
@@ -116,30 +122,37 @@ def run(words: list[str]) -> int:
 
 def _plans(options: PlanOptions, experiment: Experiment, config: str, mesh_given: bool) -> tuple[list[Plan], bool]:
     """Print the plan of each topology; returns them, and whether collectives differ from what is written down."""
-    from jvlm.planning import generation, suggest
+    from jvlm.planning import generation, serving, suggest
     from jvlm.planning.chips import Topology
     from jvlm.planning.plan import assumed_lengths, plan_training, trained_and_frozen
 
     if options.suggest and options.what != "train":
         raise UserError(f"--suggest looks for better training steps; it cannot be given with --what {options.what}")
+    if options.what == "serve" and (options.collectives or options.chart):
+        raise UserError("--collectives and --chart are of one step: give --what prefill or --what decode")
     names = options.topology or experiment.topologies
     if not names:
         raise UserError(f"{config} names no topologies; give --topology v5p:4x4x4")
     topologies = [Topology.parse(n, None if options.network is None else 1e9 * options.network) for n in names]
     lengths = assumed_lengths(experiment, options.conversation, options.image)
-    sizes = None
+    sizes = load = None
     if options.what == "train":
         print(_training_header(experiment, lengths))
         print(trained_and_frozen(experiment))
+    elif options.what == "serve":
+        load = _load(options, experiment, lengths)
+        print(_serving_header(experiment, load))
     else:
         sizes = _sizes(options, experiment)
         print(_generation_header(experiment, options.what, sizes, lengths))
     plans, changed = [], False
     for topology in topologies:
+        mesh = experiment.parallel if mesh_given else None
         if options.what == "train":
             plan = plan_training(experiment, topology, lengths)
+        elif load is not None:
+            plan = serving.plan(experiment.model, mesh, topology, load)
         else:
-            mesh = experiment.parallel if mesh_given else None
             plan = generation.plan(experiment.model, mesh, topology, sizes, options.what, lengths.image)
         plans.append(plan)
         print(plan.text(experiment, options.price), flush=True)
@@ -178,6 +191,24 @@ def _sizes(options: PlanOptions, experiment: Experiment) -> BatchShape:
     patches = data.max_patches if options.patches is None else options.patches
     cache_len = options.cache_len or options.prompt or data.seq_len
     return generation.rounded(experiment.model, options.batch_size, prompt, patches, cache_len)
+
+
+def _load(options: PlanOptions, experiment: Experiment, lengths: SegmentLengths) -> Load:
+    from jvlm.planning.serving import Load
+
+    data = experiment.data
+    prompt = data.seq_len if options.prompt is None else options.prompt
+    patches = data.max_patches if options.patches is None else options.patches
+    return Load(prompt, patches, options.answer, lengths.image, options.slots)
+
+
+def _serving_header(experiment: Experiment, load: Load) -> str:
+    precision = experiment.model.precision
+    return (
+        f"# {experiment.name}: requests of {load.prompt} tokens and {load.patches} patches, answers of {load.answer} "
+        f"tokens\n\nAssumed: nothing is cached, images of {load.image} patches, every slot is taken at all times; "
+        f"parameters in {precision.param_dtype}, products in {precision.compute_dtype}.\n"
+    )
 
 
 def _training_header(experiment: Experiment, lengths: SegmentLengths) -> str:

@@ -8,16 +8,13 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from jvlm.cli.model import ModelOptions
 from jvlm.errors import UserError
 from jvlm.options import FLAT
-from jvlm.server.arguments import ServerArguments, draft_tokens, settings_of
+from jvlm.server.arguments import ServerArguments, engine_config, settings_of
 from jvlm.swift import words as swift_words
-
-if TYPE_CHECKING:
-    from jvlm.inference.requests import EngineConfig
 
 _MODULES = ("fastapi", "uvicorn", "httptools", "prometheus_client", "pebble")
 _OF_FRONT = ("host", "port", "data_parallel_size", "no_log_requests")
@@ -80,8 +77,8 @@ def start(options: ModelOptions, arguments: ServerArguments, verb: str, words: l
     adapters = tuple(word.partition("=")[0] for word in options.adapters if "=" in word)
     name = Path(options.model).name or options.model
     told = functools.partial(settings_of, arguments, name=name, adapters=adapters)
-    drafts = draft_tokens(arguments.speculative)
     told(max_model_len=1)  # mistakes are told before the model is loaded, which takes long
+    engine_config(arguments, on_cpu=False)
     if arguments.data_parallel_size > 1:
         return _start_replicas(arguments, verb, words)
     import jax
@@ -91,9 +88,8 @@ def start(options: ModelOptions, arguments: ServerArguments, verb: str, words: l
     from jvlm.adapters.several import AdapterRoom
     from jvlm.cli.model import load
     from jvlm.inference.adapter_slots import AdapterSlots
-    from jvlm.inference.cache_room import pages_within
     from jvlm.inference.engine import Engine
-    from jvlm.inference.requests import EngineConfig, SamplingParams
+    from jvlm.inference.requests import SamplingParams
     from jvlm.server import start as server
 
     from_start = dict(word.split("=", 1) for word in options.adapters if "=" in word)
@@ -104,12 +100,13 @@ def start(options: ModelOptions, arguments: ServerArguments, verb: str, words: l
         room = AdapterRoom.of_model(arguments.max_lora_rank, towers=arguments.enable_tower_connector_lora)
         slots = AdapterSlots(model, from_start, places=arguments.max_loras, room=room)
         model = slots.model
-    config = _engine_config(EngineConfig, arguments, drafts)
-    if arguments.memory_fraction is not None:
-        pages = pages_within(model, config, arguments.memory_fraction, layout)
-        print(f"jvlm: {pages} pages of cache within {arguments.memory_fraction:g} of the memory", file=sys.stderr)
-        config = dataclasses.replace(config, num_pages=pages)
-    engine = Engine(model, processor, config, layout)
+    engine = Engine(model, processor, engine_config(arguments, on_cpu=jax.default_backend() == "cpu"), layout)
+    if layout is not None:
+        axes = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items() if size > 1)
+        print(f"jvlm: the model is on {layout.mesh.size} devices: {axes}", file=sys.stderr)
+    pages = engine.size_cache()  # too little memory is told before anybody can ask
+    if pages is not None:
+        print(f"jvlm: {pages} pages of cache within the memory", file=sys.stderr)
     service = server.service_of(
         engine,
         processor,
@@ -122,14 +119,6 @@ def start(options: ModelOptions, arguments: ServerArguments, verb: str, words: l
     for line in server.describe(service, arguments.host, arguments.port):
         print(line, file=sys.stderr)
     return server.run(service, arguments.host, arguments.port, log_requests=not arguments.no_log_requests, admin=admin)
-
-
-def _engine_config(kind: type[EngineConfig], arguments: ServerArguments, drafts: int) -> EngineConfig:
-    sizes = {"draft_tokens": drafts, "max_slots": arguments.max_num_seqs, "max_model_len": arguments.max_model_len}
-    if arguments.max_num_batched_tokens is not None:
-        most = arguments.max_num_batched_tokens
-        sizes["prefill_tokens"] = (*(size for size in kind.prefill_tokens if size < most), most)
-    return kind(**sizes)
 
 
 def _start_replicas(arguments: ServerArguments, verb: str, words: list[str]) -> int:

@@ -90,6 +90,7 @@ class Engine:
         self._retired: dict[str, int] = {}
         self._ready_at: int | None = None
         self._idle_since: float | None = None
+        self._fitting: tuple[int | None] | None = None  # what `size_cache` has found
         self._read_at = 0.0
         self._host_gap = 0.0
         self._structures: tuple[ModuleDef, ModuleDef] | None = None
@@ -122,6 +123,7 @@ class Engine:
             if self._active:
                 raise UserError("the parameters are of another form than those of the answers that run; wait for them")
             self._drop_programs()
+            self._fitting = None
         self._structures = (whole, decoder)
         self._adapter_keys = several.content_keys(placed)
         for scheduler in self._schedulers:
@@ -221,7 +223,8 @@ class Engine:
             draft_tokens=0 if has_rules(sampling) else self.sizes.draft_tokens,
         )
         answers = [Answer(request, self.processor, ends, limit) for _ in range(sampling.n)]
-        active = Active(request, spec, self._need(spec, example, limit), adapter, ends, answers, masks)
+        need = shapes.need_of(self.config, spec, example, limit)
+        active = Active(request, spec, need, adapter, ends, answers, masks)
         if sampling.prompt_logprobs is not None:
             active.prompt_logprobs = [None] * example.length
         if self.shapes is not None and self._ready_at is not None and not self.shapes.holds(active.need):
@@ -252,24 +255,6 @@ class Engine:
         allowed = sampling.allowed_token_ids
         if allowed is not None and self.banned[list(allowed)].all():
             raise UserError("sampling.allowed_token_ids has only tokens that this model must not give")
-
-    def _need(self, spec: SequenceSpec, example: Example, limit: int) -> Need:
-        connector, per_image = self.config.connector, self.config.connector.tokens_per_image
-        beside = self.config.decoder.vision_memory
-        segments = example.vision_segment_ids
-        images = [len(np.unique(segments[m.first : m.first + m.tokens])) for m in spec.media]
-        unit = max(connector.min_image_patches, per_image or 1)
-        read = 0
-        if beside is not None and images:
-            read = per_image * (sum(images) if beside == "all" else 1)
-        return Need(
-            prompt=len(spec.tokens),
-            tokens=len(spec.tokens) + limit,
-            answers=spec.n,
-            vision_tokens=sum({m.content: m.tokens for m in spec.media}.values()),
-            patches=max((max(m.patches, n * unit) for m, n in zip(spec.media, images, strict=True)), default=0),
-            memory=read,
-        )
 
     def abort(self, request_id: str) -> None:
         """End a request's answers; those that had not ended get an event. One that is not there is no error."""
@@ -445,11 +430,12 @@ class Engine:
 
     # -- programs
 
-    def _make_shapes(self, needs: list[Need]) -> None:
+    def _make_shapes(self, needs: list[Need], num_pages: int | None = None) -> None:
         """Set the shapes that hold requests; programs and cache are new if they changed."""
+        sizes = self.sizes if num_pages is None else dataclasses.replace(self.sizes, num_pages=num_pages)
         decoder, images = self.config.decoder, self.processor.image_processor
         found = shapes.shapes_for(
-            self.sizes,
+            sizes,
             needs,
             groups=self.groups,
             page_size=self._page_size(),
@@ -509,40 +495,51 @@ class Engine:
         now = {} if self._device is None else self._device.programs.compiled
         return {name: now.get(name, 0) + self._retired.get(name, 0) for name in {*now, *self._retired}}
 
-    def _devices(self) -> list[Any]:
-        return sorted({device for leaf in self._leaves for device in leaf.devices()}, key=lambda device: device.id)
-
     def _page_size(self) -> int:
         return self.sizes.page_size or (128 if jax.default_backend() == "tpu" else 16)
 
     def _width(self, tokens: int) -> int:
         return -(-tokens // self._page_size())
 
+    def size_cache(self) -> int | None:
+        """Return how many pages the memory gives the cache at most; None where no share of it is set.
+
+        No more than ``max_slots`` answers of ``max_model_len`` tokens need. `warm_up` takes so many. The largest
+        programs are compiled for it.
+
+        Raises:
+          UserError: there is no room for one answer.
+        """
+        if self._fitting is None:
+            devices = sorted({d for leaf in self._leaves for d in leaf.devices()}, key=lambda device: device.id)
+            fraction = None if self.sizes.num_pages else memory.share(devices, self.sizes.memory_fraction)
+            self._fitting = (None if fraction is None else self._pages_within(devices, fraction),)
+        return self._fitting[0]
+
+    def _pages_within(self, devices: Sequence[Any], fraction: float) -> int:
+        if self._active:
+            raise RuntimeError("answers run")
+        need, slots = shapes.largest_need(self.config, self.sizes), self.sizes.max_slots
+        width = self._width(need.tokens)
+        # without a cache first: how many pages fit is seen when everything else is there
+        self._make_shapes([need] * slots, (width + 2) * self.groups)
+        most = memory.pages_that_fit(self._device, devices, fraction) * self.groups
+        self._drop_programs()
+        return min(slots * (width + 1) + width + 2 * self.groups, most)
+
     def warm_up(self, report: Callable[[str, float], None] | None = None) -> None:
         """Compile every program for every shape. Afterwards nothing is compiled, and what does not fit is refused.
 
         Args:
           report: called with the name and the seconds of each.
+
+        Raises:
+          UserError: as `size_cache`.
         """
         if self._active:
             raise RuntimeError("answers run")
-        length = self.sizes.max_model_len or self.config.decoder.max_position_embeddings
-        slots = self.sizes.max_slots
-        patches = max(self.sizes.encode_patches)
-        features = self.sizes.feature_slots or 4 * patches // self.config.connector.patches_per_token
-        read = self.config.connector.tokens_per_image if self.config.decoder.vision_memory else 0
-        need = Need(length - 1, length, 1, features // 2, patches, read or 0)
-        sizes = self.sizes
-        if sizes.num_pages is None and memory.free_bytes(self._devices(), 1) is not None:
-            # without a cache first: how many pages fit is seen when everything else is there
-            self.sizes = dataclasses.replace(sizes, num_pages=(self._width(length) + 2) * self.groups)
-            self._make_shapes([need] * slots)
-            most = memory.pages_that_fit(self._device, sizes.memory_fraction) * self.groups
-            self._drop_programs()
-            wanted = slots * (self._width(length) + 1) + self._width(length) + 2 * self.groups
-            self.sizes = dataclasses.replace(sizes, num_pages=min(wanted, most))
-        self._make_shapes([need] * slots)
-        self.sizes = sizes
+        need = shapes.largest_need(self.config, self.sizes)
+        self._make_shapes([need] * self.sizes.max_slots, self.size_cache())
         self._device.warm_up(report or (lambda name, seconds: None))
         self._ready_at = sum(self.compilations.values())
 
@@ -559,7 +556,7 @@ class Engine:
 
         names = (
             "num_requests_running num_requests_waiting prefix_cache_queries prefix_cache_hits mm_cache_queries "
-            "mm_cache_hits num_preemptions generation_tokens spec_decode_num_draft_tokens "
+            "mm_cache_hits num_preemptions generation_tokens spec_decode_num_drafts spec_decode_num_draft_tokens "
             "spec_decode_num_accepted_tokens"
         )
         computed, cached = summed("prompt_tokens"), summed("prefix_cache_hits")

@@ -1,4 +1,4 @@
-"""How many pages of the cache fit into the memory that a device has left."""
+"""How many pages of the cache fit into a share of the memory: of a device, or of the machine on a CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+import psutil
 
 from jvlm.errors import UserError
 from jvlm.inference import plan_arrays
@@ -15,9 +16,38 @@ from jvlm.inference.device_state import picture_batch, vision_tokens_of
 if TYPE_CHECKING:
     from jvlm.inference.device_state import DeviceState
 
+OF_ACCELERATORS = 0.9  # of a GPU's or a TPU's memory, where the configuration names no share
+
+
+def share(devices: Sequence[Any], fraction: float | None) -> float | None:
+    """Return the share of the memory that an engine may take; None where nothing limits it.
+
+    Args:
+      fraction: `EngineConfig.memory_fraction`.
+
+    Raises:
+      UserError: a share was given of devices that do not say how much memory they have.
+    """
+    asked = OF_ACCELERATORS if fraction is None else fraction
+    limited = fraction is not None or devices[0].platform != "cpu"
+    if not limited or free_bytes(devices, asked) is not None:
+        return asked if limited else None
+    if fraction is not None:
+        raise UserError(
+            f"memory_fraction is {fraction}, and {devices[0]} does not say how much memory it has: leave it out, and "
+            "lower max_slots or max_model_len where the cache is too large"
+        )
+    return None
+
 
 def free_bytes(devices: Sequence[Any], fraction: float) -> int | None:
-    """Return the least bytes of a device that are left below a fraction of its memory; None where it does not say."""
+    """Return the least bytes of a device that are left below a fraction of its memory; None where it does not say.
+
+    The devices of a CPU share the machine's memory and what this process takes of it.
+    """
+    if devices[0].platform == "cpu":
+        total, used = psutil.virtual_memory().total, psutil.Process().memory_info().rss
+        return int(fraction * total - used) // len(devices)
     found = []
     for device in devices:
         stats = device.memory_stats() or {}
@@ -57,19 +87,16 @@ def temporary_bytes(state: DeviceState) -> int:
     return max(one.temp_size_in_bytes + one.output_size_in_bytes - one.alias_size_in_bytes for one in found)
 
 
-def pages_that_fit(state: DeviceState, fraction: float) -> int | None:
-    """Return the most pages of each group, with everything but pages on the device; None where it does not say.
+def pages_that_fit(state: DeviceState, devices: Sequence[Any], fraction: float) -> int:
+    """Return the most pages of each group, with everything but pages on the devices.
 
     Args:
       state: with few pages.
+      fraction: of the memory, as `share` returns it.
 
     Raises:
       UserError: there is no room for one answer.
     """
-    leaves = state.engine._leaves
-    devices = sorted({device for leaf in leaves for device in leaf.devices()}, key=lambda device: device.id)
-    if free_bytes(devices, fraction) is None:
-        return None
     temporary, page = temporary_bytes(state), bytes_of_a_page(state)
     state._last_tokens(), state._slot_rules()
     jax.block_until_ready((state._pages(), state._pool()))
@@ -78,8 +105,8 @@ def pages_that_fit(state: DeviceState, fraction: float) -> int | None:
     least = state.shapes.tables[-1] + 1
     if pages < least:
         raise UserError(
-            f"{pages} pages of {page:,} bytes fit beside the parameters and {temporary:,} bytes of the largest "
-            f"program, and one answer may need {least}: lower max_model_len, prefill_tokens or encode_patches, raise "
-            "memory_fraction, or take a narrower kv_cache_dtype"
+            f"{max(pages, 0)} pages of {page:,} bytes fit into memory_fraction {fraction:g} beside the parameters and "
+            f"{temporary:,} bytes of the largest program, and one answer may need {least}: raise memory_fraction, "
+            "lower max_model_len, prefill_tokens or encode_patches, or take a narrower kv_cache_dtype"
         )
     return pages

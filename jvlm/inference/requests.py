@@ -258,8 +258,10 @@ class EngineConfig:
       max_model_len: tokens of a prompt and its answer together; None is the model's positions.
       page_size: tokens of a page of the cache; None is 128 on a TPU and 16 elsewhere.
       num_pages: pages of the cache; None is as many as ``max_slots`` answers of ``max_model_len`` tokens need, or as
-        fit where `Engine.warm_up` finds that a device has no memory for so many.
-      memory_fraction: share of a device's memory that parameters, cache and programs may take together.
+        fit where `Engine.size_cache` finds that there is no memory for so many. Where neither that length is given nor
+        `Engine.warm_up` called, as many as the first requests need, and more when one needs more alone.
+      memory_fraction: share of a device's memory, or of the machine's on a CPU, that parameters, cache and programs may
+        take together; None is 0.9 of a GPU's or TPU's, and no limit on a CPU.
       kv_cache_dtype: of the cache, "float8_e4m3fn" say; None is the dtype that the model computes in. A narrower one
         holds more tokens and rounds keys and values; kernels that do not read it leave the work to XLA.
       deterministic: an answer depends on nothing that runs beside it, not even by rounding: each program has one size,
@@ -284,7 +286,7 @@ class EngineConfig:
     max_model_len: int | None = None
     page_size: int | None = None
     num_pages: int | None = None
-    memory_fraction: float = 0.9
+    memory_fraction: float | None = None
     kv_cache_dtype: str | None = None
     deterministic: bool = False
     prefill_tokens: tuple[int, ...] = (256, 1024, 2048)
@@ -299,7 +301,7 @@ class EngineConfig:
     ahead: bool = True
 
     def __post_init__(self):
-        if not 0 < self.memory_fraction <= 1:
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             raise UserError(f"memory_fraction is {self.memory_fraction}; it must be above 0 and at most 1")
         if self.kv_cache_dtype not in (None, *CACHE_DTYPES):
             raise UserError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; take one of {', '.join(CACHE_DTYPES)}")
@@ -319,7 +321,8 @@ class EngineStats:
       num_preemptions: answers that gave up their pages to others and were computed anew.
       prompt_tokens, prompt_tokens_cached, generation_tokens: since the start.
       request_success: finished answers by ``finish_reason``.
-      spec_decode_num_draft_tokens, spec_decode_num_accepted_tokens: guessed tokens, and those that were right.
+      spec_decode_num_drafts, spec_decode_num_draft_tokens, spec_decode_num_accepted_tokens: guesses, their tokens, and
+        those that were right.
       encoder_patches: patches that the vision tower has seen.
       compilations, compilations_after_ready: programs compiled, and those compiled after `Engine.warm_up`.
       steps: device programs run, by name.
@@ -340,6 +343,7 @@ class EngineStats:
     prompt_tokens_cached: int = 0
     generation_tokens: int = 0
     request_success: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    spec_decode_num_drafts: int = 0
     spec_decode_num_draft_tokens: int = 0
     spec_decode_num_accepted_tokens: int = 0
     encoder_patches: int = 0

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from jvlm.data.packing import Example
 from jvlm.errors import UserError
 from jvlm.inference.requests import EngineConfig
+from jvlm.inference.scheduling.sequence_spec import SequenceSpec
 from jvlm.models.batch import CacheSizes
+
+if TYPE_CHECKING:
+    from jvlm.models.vlm import VLMConfig
 
 # Pages of a sequence, and of the past of a prefill, of the smallest program; each further one has four times as many.
 _PAGES, _FACTOR = 8, 4
@@ -47,6 +55,34 @@ class Need:
     vision_tokens: int
     patches: int
     memory: int
+
+
+def need_of(model: VLMConfig, spec: SequenceSpec, example: Example, limit: int) -> Need:
+    """Return the need of a request whose answers have at most ``limit`` tokens."""
+    per_image, beside = model.connector.tokens_per_image, model.decoder.vision_memory
+    segments = example.vision_segment_ids
+    images = [len(np.unique(segments[m.first : m.first + m.tokens])) for m in spec.media]
+    unit = max(model.connector.min_image_patches, per_image or 1)
+    read = 0
+    if beside is not None and images:
+        read = per_image * (sum(images) if beside == "all" else 1)
+    return Need(
+        prompt=len(spec.tokens),
+        tokens=len(spec.tokens) + limit,
+        answers=spec.n,
+        vision_tokens=sum({m.content: m.tokens for m in spec.media}.values()),
+        patches=max((max(m.patches, n * unit) for m, n in zip(spec.media, images, strict=True)), default=0),
+        memory=read,
+    )
+
+
+def largest_need(model: VLMConfig, config: EngineConfig) -> Need:
+    """Return the need of an answer that fills the model's context, to a prompt with the largest picture."""
+    length = config.max_model_len or model.decoder.max_position_embeddings
+    patches = max(config.encode_patches)
+    features = config.feature_slots or 4 * patches // model.connector.patches_per_token
+    read = model.connector.tokens_per_image if model.decoder.vision_memory else 0
+    return Need(length - 1, length, 1, features // 2, patches, read or 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +166,8 @@ def shapes_for(
     longest = max((need.tokens for need in needs), default=1)
     width = -(-longest // page_size) + 1
     together = sorted((-(-need.tokens // page_size) + 1 for need in needs), reverse=True)[: slots * groups]
+    if config.max_model_len is not None:  # later requests may be longer, and more
+        together = [-(-config.max_model_len // page_size) + 1] * slots * groups
     wanted = -(-sum(together) // groups) + max(together, default=1) + 1
     fixed_pages = config.num_pages is not None
     pages = config.num_pages // groups if fixed_pages else max(_LEAST_PAGES, next_power(wanted))

@@ -6,10 +6,13 @@ import dataclasses
 from typing import Literal
 
 from jvlm.errors import UserError
+from jvlm.inference.requests import EngineConfig
 from jvlm.server.keys import read_keys
 from jvlm.server.settings import MIB, HTTPLimits, KeyLimits, MediaRules, ServerSettings
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_CPU_TOKENS, _CPU_SLOTS, _CPU_PATCHES = (64, 128, 256, 512, 1024, 2048), (1, 8, 16, 32, 64, 128), 256
+_CACHE_DTYPES = {"auto": None, "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +32,12 @@ class ServerArguments:
       max_num_seqs: answers that are decoded together.
       max_num_batched_tokens: tokens of a prefill step at most; None leaves it to the engine.
       max_model_len: tokens of a prompt and its answer; None is the model's positions.
-      memory_fraction: share of the memory that parameters and cache may take (also --gpu_memory_utilization); None is a
-        cache for max_num_seqs answers of max_model_len tokens, whatever it takes.
+      memory_fraction: share of the memory that parameters, cache and programs may take (also
+        --gpu_memory_utilization); None is 0.9 of a GPU's or TPU's, and on a CPU a cache for max_num_seqs answers of
+        max_model_len tokens, whatever it takes.
+      kv_cache_dtype: dtype of the cache, by vLLM's names; "auto" is the one that the model computes in. "fp8" is
+        float8_e4m3fn: it holds twice as many tokens as bfloat16, and rounds keys and values.
+      deterministic: an answer depends on nothing that runs beside it, not even by rounding; slower.
       compile_cache: folder of compiled programs, which the next start reads; None is one in the user's cache.
       speculative: "ngram:4" guesses 4 tokens from what stood before, and verifies them in one step; None guesses none.
       max_queue: requests that may wait; more are sent away with status 429.
@@ -70,6 +77,8 @@ class ServerArguments:
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     memory_fraction: float | None = None
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    deterministic: bool = False
     compile_cache: str | None = None
     speculative: str | None = None
     max_queue: int = 256
@@ -177,6 +186,31 @@ def _check_adapters(arguments: ServerArguments, keys: frozenset[str]) -> None:
         raise UserError(f"--admin {unknown[0]}: no key has this name; --api_key_file has lines NAME KEY")
     if arguments.adapter_root is not None and keys and not arguments.admin:
         raise UserError("--adapter_root with keys needs --admin NAME of the keys that may load adapters")
+
+
+def engine_config(arguments: ServerArguments, *, on_cpu: bool) -> EngineConfig:
+    """Return the sizes of the engine that arguments mean.
+
+    Args:
+      on_cpu: programs of more sizes, since what is computed for padding there takes as long as what is asked for.
+
+    Raises:
+      UserError: a value out of range.
+    """
+    tokens = _CPU_TOKENS if on_cpu else EngineConfig.prefill_tokens
+    most = tokens[-1] if arguments.max_num_batched_tokens is None else arguments.max_num_batched_tokens
+    rows = tuple(size for size in _CPU_SLOTS if size < arguments.max_num_seqs)
+    return EngineConfig(
+        prefill_tokens=(*(size for size in tokens if size < most), most),
+        encode_patches=(_CPU_PATCHES, *EngineConfig.encode_patches) if on_cpu else EngineConfig.encode_patches,
+        decode_slots=(*rows, arguments.max_num_seqs) if on_cpu else None,
+        draft_tokens=draft_tokens(arguments.speculative),
+        max_slots=arguments.max_num_seqs,
+        max_model_len=arguments.max_model_len,
+        memory_fraction=arguments.memory_fraction,
+        kv_cache_dtype=_CACHE_DTYPES.get(arguments.kv_cache_dtype, arguments.kv_cache_dtype),
+        deterministic=arguments.deterministic,
+    )
 
 
 def draft_tokens(speculative: str | None) -> int:

@@ -63,6 +63,7 @@ _COUNTERS = {
     "prompt_tokens": "Tokens of prompts",
     "prompt_tokens_cached": "Tokens of prompts that were not computed anew",
     "generation_tokens": "Generated tokens",
+    "spec_decode_num_drafts": "Guesses of some tokens",
     "spec_decode_num_draft_tokens": "Guessed tokens",
     "spec_decode_num_accepted_tokens": "Guessed tokens that were right",
 }

@@ -132,6 +132,7 @@ def test_drafted_answers_are_the_undrafted_ones(tiny, engine):
     assert run(engine, asked) == plain
     stats = engine.stats()
     assert 0 < stats.spec_decode_num_accepted_tokens <= stats.spec_decode_num_draft_tokens
+    assert stats.spec_decode_num_drafts <= stats.spec_decode_num_draft_tokens <= 3 * stats.spec_decode_num_drafts
     assert sum(len(tokens) for tokens in plain.values()) == 160
 
 

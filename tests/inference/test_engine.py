@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jvlm.data import packing
 from jvlm.errors import UserError
 from jvlm.inference import faults
 from jvlm.inference.engine import Engine
 from jvlm.inference.programs import TABLE, DecodeRows
 from jvlm.inference.requests import EngineConfig, Grammar, Request, SamplingParams, StepFailed
 from jvlm.models import vlm
+from jvlm.training.supervised import token_log_probs
 from tests.inference.support import prompt
 from tests.support import picture
 
@@ -176,14 +178,19 @@ def test_a_stop_ends_an_answer_and_is_not_in_its_text(tiny, engine, alone):
     assert tokens[0] not in found[:4]
 
 
-def test_log_probabilities_of_a_prompt_are_those_of_a_whole_pass(tiny, engine):
-    (asked,) = requests(tiny, ("picture",), prompt_logprobs=3)
+@pytest.mark.parametrize("name", ["picture", "long"])
+def test_log_probabilities_of_a_prompt_are_those_of_a_whole_pass_and_of_the_trainer(tiny, engine, name):
+    (asked,) = requests(tiny, (name,), prompt_logprobs=3)
     first, *_ = engine.run([asked])
     example = asked.example
-    from jvlm.data import packing
-
-    batch = packing.assemble([[example]], 64, example.num_patches)
+    assert (example.length > SMALL.prefill_tokens[-1]) == (name == "long")  # in several chunks
+    batch = packing.assemble([[example]], 192, example.num_patches)
     values = np.asarray(jax.nn.log_softmax(tiny.model(batch)[0]))
+    trained = np.asarray(
+        token_log_probs(tiny.model, dataclasses.replace(batch, loss_weights=np.ones_like(batch.loss_weights)))
+    )
+    given = [one.logprob for one in first.prompt_logprobs[1:]]
+    np.testing.assert_allclose(given, trained[0, : example.length - 1], atol=1e-4)
     assert first.prompt_logprobs[0] is None
     assert len(first.prompt_logprobs) == example.length
     for place, found in enumerate(first.prompt_logprobs[1:]):

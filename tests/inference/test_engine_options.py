@@ -8,10 +8,11 @@ import random
 
 import jax
 import numpy as np
+import psutil
 import pytest
 
 from jvlm.errors import UserError
-from jvlm.inference import memory
+from jvlm.inference import memory, shapes
 from jvlm.inference.async_engine import AsyncEngine, EngineDead
 from jvlm.inference.engine import Engine
 from jvlm.inference.requests import EngineConfig, Event, Request, SamplingParams, StepFailed
@@ -41,12 +42,24 @@ def asked(config, **sampling):
     return [Request(str(i), example, params) for i, example in enumerate(many_devices.prompts(config, 3))]
 
 
+def test_the_pool_holds_the_longest_answers_in_all_slots_whatever_comes_first():
+    sizes = dataclasses.replace(SIZES, max_slots=32, max_model_len=400)
+    options = {"groups": 1, "page_size": 16, "patch_step": 16, "tokens_per_image": None, "prefills_whole": False}
+    few, many = (
+        shapes.shapes_for(sizes, [shapes.Need(9, tokens, 1, 0, 0, 0)] * count, least=None, **options)
+        for tokens, count in ((12, 1), (400, 64))
+    )
+    assert few == many
+    assert few.pages > 32 * 400 // 16
+
+
 @dataclasses.dataclass
 class Chip:
     """A device that says how much memory it has."""
 
     limit: int | None
     used: int
+    platform: str = "gpu"
 
     def memory_stats(self):
         return None if self.limit is None else {"bytes_limit": self.limit, "bytes_in_use": self.used}
@@ -55,6 +68,16 @@ class Chip:
 def test_free_memory_is_that_of_the_fullest_device_and_unknown_where_one_does_not_say():
     assert memory.free_bytes([Chip(1000, 100), Chip(1000, 300)], 0.8) == 500
     assert memory.free_bytes([Chip(1000, 100), Chip(None, 0)], 0.8) is None
+
+
+def test_a_share_of_memory_is_that_of_the_configuration_or_of_accelerators():
+    cpu, says, silent = [Chip(None, 0, "cpu")], [Chip(1000, 0)], [Chip(None, 0)]
+    assert [memory.share(devices, None) for devices in (cpu, says, silent)] == [None, 0.9, None]
+    assert [memory.share(devices, 0.5) for devices in (cpu, says)] == [0.5, 0.5]
+    with pytest.raises(UserError, match=r"0\.5, and .* does not say"):
+        memory.share(silent, 0.5)
+    half = memory.free_bytes(2 * cpu, 1)
+    assert half == pytest.approx((psutil.virtual_memory().total - psutil.Process().memory_info().rss) / 2, rel=0.01)
 
 
 @pytest.mark.slow
@@ -79,8 +102,11 @@ def test_as_many_pages_as_fit_and_no_more_than_the_slots_need(monkeypatch, spare
     monkeypatch.setattr(memory, "temporary_bytes", measured)
     # what is free beside the temporary memory of the largest program, and the pages that are there already
     monkeypatch.setattr(memory, "free_bytes", lambda devices, fraction: free + (temporary[-1] if temporary else 0))
-    engine = Engine(model, many_devices.processor(config), SIZES)
+    sizes = dataclasses.replace(SIZES, memory_fraction=0.9)
+    engine = Engine(model, many_devices.processor(config), sizes)
+    assert engine.size_cache() <= needed
     engine.warm_up()
+    assert len(temporary) == 1
     assert temporary[0] > 0
     assert engine.shapes.pages <= min(needed, width + 2 + free // page)
     assert (engine.shapes.pages < needed) == (spare < 1)

@@ -77,6 +77,21 @@ def test_losses_compile_at_real_shapes_without_all_logits(device, compiler):
         assert found[loss]["temporary memory, MiB"] < most, found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("device", "compiler"), [("v5e:2x4", "tpu-compiler"), ("v6e:1", "tpu-compiler"), ("h200:1", "gpu-compiler")]
+)
+def test_programs_of_the_engine_compile_and_update_the_cache_in_place(device, compiler):
+    """Prefill, decoding of several tokens with their draws, copies of pages; 64 sequences of 4,096 tokens."""
+    result = with_compiler(compiler, "-m", "tests.kernels.engine_programs", device)
+    assert result.returncode == 0, result.stderr[-4000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found.keys() == {"prefill", "draw", "copy"}
+    for name, one in found.items():
+        assert one["fits"], (name, one)
+        assert one["temporary"] < one["cache"] / 2, (name, one)
+
+
 def _shapes(S, heads, kv_heads, head_size, dtype=jnp.bfloat16):
     operands = [jax.ShapeDtypeStruct((1, S, h, head_size), dtype) for h in (heads, kv_heads, kv_heads)]
     return [*operands, jax.ShapeDtypeStruct((1, S), jnp.int32)]

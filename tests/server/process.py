@@ -18,7 +18,7 @@ import psutil
 from tests import support
 
 MODEL = "toy"
-SIZES = ("--max-model-len", "1024", "--max-num-seqs", "4", "--max-num-batched-tokens", "256")
+SIZES = ("--max-model-len", "1024", "--max-num-seqs", "4", "--max-num-batched-tokens", "64")
 TOOLS_TEMPLATE = """{% if tools %}<|im_start|>system
 {% for tool in tools %}{{ tool | tojson }}
 {% endfor %}call them as <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>
@@ -53,6 +53,7 @@ class ServerProcess:
     """A server, from the moment that it is ready to the end of a ``with`` block.
 
     Args:
+      folder: of the model; None for a server before others.
       options: of the command, behind the model and its sizes.
       module: what is run in the place of ``jvlm.cli``, with the same arguments.
 
@@ -61,11 +62,11 @@ class ServerProcess:
       log: what it printed, after the end.
     """
 
-    def __init__(self, folder: Path, *options: str, sizes: tuple[str, ...] = SIZES, module: str = "jvlm.cli"):
+    def __init__(self, folder: Path | None, *options: str, sizes: tuple[str, ...] = SIZES, module: str = "jvlm.cli"):
         self.port, self.folder, self.log = free_port(), folder, ""
         self.url = f"http://127.0.0.1:{self.port}"
-        where = ["--port", str(self.port), "--served-model-name", MODEL]
-        self._command = [sys.executable, "-m", module, "serve", str(folder), *where, *sizes, *options]
+        model = [] if folder is None else [str(folder), "--served-model-name", MODEL, *sizes]
+        self._command = [sys.executable, "-m", module, "serve", *model, "--port", str(self.port), *options]
 
     def __enter__(self) -> ServerProcess:
         self._file = tempfile.TemporaryFile()

@@ -18,7 +18,7 @@ import jvlm
 from jvlm.cli import deploy, serve
 from jvlm.errors import UserError
 from jvlm.inference.requests import EngineStats
-from jvlm.server.arguments import settings_of
+from jvlm.server.arguments import ServerArguments, engine_config, settings_of
 from jvlm.server.progress import progress_line
 from jvlm.server.settings import KeyLimits
 from jvlm.swift import words as swift_words
@@ -67,12 +67,21 @@ def test_memory_keys_and_adapters_have_their_limits(started, tmp_path):
     words = f"DIR --gpu-memory-utilization 0.8 --quantization int8 --compile_cache {tmp_path} --log-interval 5"
     more = f"--adapter-root {tmp_path} --admin root --api-key-file {keys} --api-key a-third-key-of-letters"
     limits = "--key-max-requests 2 --key-tokens-per-minute 1000 --key-media-mb-per-minute 3"
-    serve.run(f"{words} {more} {limits} --max-loras 3 --data-parallel 1 --kv-cache-dtype auto".split())
+    serve.run(f"{words} {more} {limits} --max-loras 3 --data-parallel 1 --kv-cache-dtype fp8 --deterministic".split())
     ((options, arguments, settings),) = started
-    assert (options.quantization, arguments.memory_fraction, arguments.max_loras) == ("int8", 0.8, 3)
+    assert (options.quantization, arguments.max_loras) == ("int8", 3)
+    sizes = engine_config(arguments, on_cpu=False)
+    assert (sizes.memory_fraction, sizes.kv_cache_dtype, sizes.deterministic) == (0.8, "float8_e4m3fn", True)
     assert (settings.admins, settings.adapter_root, settings.log_interval) == (("root",), str(tmp_path), 5)
     assert [name for name, _ in settings.keys] == ["api_key", "ann", "root"]
     assert settings.key_limits == KeyLimits(2, 1000, 3 * 2**20)
+
+
+def test_a_cpu_has_programs_of_more_sizes_up_to_those_of_the_options():
+    arguments = ServerArguments(max_num_batched_tokens=600, max_num_seqs=12)
+    sizes = engine_config(arguments, on_cpu=True)
+    assert (sizes.prefill_tokens, sizes.decode_slots) == ((64, 128, 256, 512, 600), (1, 8, 12))
+    assert engine_config(arguments, on_cpu=False).prefill_tokens == (256, 600)
 
 
 def test_deploy_takes_the_names_that_ms_swift_gives_vllm(started, capsys):
@@ -108,7 +117,7 @@ def test_the_line_of_the_log_has_what_was_done_meanwhile():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("DIR --kv-cache-dtype fp8", "the dtype that the model computes in"),
+        ("DIR --kv-cache-dtype int3", "fp8_e5m2"),
         ("DIR --adapter-root DIR", "--max_loras"),
         ("DIR --admin nobody", "no key has this name"),
         ("DIR --adapter-root DIR --max-loras 1 --api-key a-key-of-twenty-letters", "--admin NAME"),

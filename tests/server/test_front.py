@@ -205,6 +205,11 @@ def test_two_engines_of_one_command_answer_alike_and_one_that_dies_is_started_ag
         assert len(texts) == 1
         children = server.process.children()
         assert len(children) == 2
+        ports = [child.cmdline()[child.cmdline().index("--port") + 1] for child in children]
+        backends = [f"http://127.0.0.1:{port}" for port in ports]
+        with ServerProcess(None, "--backends", *backends) as before:  # as before servers of other hosts
+            assert {before.chat("hi", max_tokens=8).json()["choices"][0]["message"]["content"]} == texts
+            assert before.get("/metrics").text.count("vllm:num_requests_running{") == 2
         time.sleep(max(0, 61 - (time.time() - children[0].create_time())))
         children[0].kill()
         assert [server.chat(f"again {k}").status_code for k in range(6)] == [200] * 6

@@ -308,3 +308,29 @@ def test_lengths_are_assumed_for_tasks_whose_batches_hold_more_than_the_packed_o
     lengths = assumed_lengths(experiment)
     assert lengths.conversation == experiment.data.seq_len
     assert 0 < lengths.image <= experiment.data.max_patches
+
+
+@pytest.mark.slow
+def test_an_engine_is_sized_by_memory_and_slots_and_its_bound_is_named():
+    done = with_compiler("-m", "tests.tools.planned_serving")
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    few, long = found["few slots"], found["long prompts"]
+    # keys and values of 2 layers, 8 heads of 128, 128 tokens, bfloat16; all heads of a page on the chips of its group
+    chips = 8 // few["groups"]
+    assert few["page_bytes"] == pytest.approx(2 * 2 * 8 * 128 * 128 * 2 / chips, rel=0.02)
+    assert few["slots"] == 64
+    assert "limited by --slots" in few["text"]
+    assert long["slots"] < 10_000
+    assert "limited by pages" in long["text"]
+    for one in (few, long):
+        used = one["pages"] * one["page_bytes"] + one["prefill"]["memory"]["parameters"]
+        assert 0.8 * one["limit"] < used < one["limit"]
+        answer = one["load"]["answer"]
+        rate = 1 / sum(one["parts"].values())
+        assert one["requests_per_second"] == pytest.approx(rate)
+        assert one["time_per_token"] == pytest.approx(one["slots"] / rate / answer)
+        assert one["bound"] == max(one["parts"], key=one["parts"].get)
+        assert f"bound by {one['bound']}" in one["text"]
+    assert few["bound"].endswith("of decoding")
+    assert long["bound"].endswith("of prefill")

@@ -375,6 +375,7 @@ class Scheduler:
         self._stats.generation_tokens += count
         if drafted and sequence.drafts is not None:
             sequence.drafts.observe(len(sequence.tokens), drafted, count - 1)
+            self._stats.spec_decode_num_drafts += 1
             self._stats.spec_decode_num_draft_tokens += drafted
             self._stats.spec_decode_num_accepted_tokens += count - 1
         self.admission.register(sequence, len(sequence.tokens) - 1, self._epoch)

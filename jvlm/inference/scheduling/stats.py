@@ -16,7 +16,8 @@ class SchedulerStats:
       mm_cache_queries, mm_cache_hits: pictures whose features were needed, and found.
       num_preemptions: sequences that gave their pages to others.
       prompt_tokens, generation_tokens: computed tokens of prompts (cached ones not among them), and answer tokens.
-      spec_decode_num_draft_tokens, spec_decode_num_accepted_tokens: drafted tokens, and those that were right.
+      spec_decode_num_drafts, spec_decode_num_draft_tokens, spec_decode_num_accepted_tokens: drafts, their tokens, and
+        those that were right.
       late_results: results that came when their sequence had left its slot, and were dropped.
     """
 
@@ -31,6 +32,7 @@ class SchedulerStats:
     num_preemptions: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    spec_decode_num_drafts: int = 0
     spec_decode_num_draft_tokens: int = 0
     spec_decode_num_accepted_tokens: int = 0
     late_results: int = 0
