@@ -63,6 +63,11 @@ class ServingPlan:
         return self.decode is not None and self.decode.fits
 
     @property
+    def is_bounded(self) -> bool:
+        """Return whether its speed is known: it fits, and the text of both programs could be read."""
+        return self.fits and self.prefill.roofline is not None and self.decode.roofline is not None
+
+    @property
     def _shares(self) -> list[tuple[str, Roofline, float]]:
         """Return each program with how often one request needs it."""
         decode = self.load.answer / self.slots
@@ -111,9 +116,10 @@ class ServingPlan:
             "slots": self.slots,
             "prefill": self.prefill.values(),
         }
-        if self.fits:
+        if self.decode is not None:
+            found["decode"] = self.decode.values()
+        if self.is_bounded:
             found |= {
-                "decode": self.decode.values(),
                 "parts": self.parts,
                 "bound": self.bound,
                 "requests_per_second": self.requests_per_second,
@@ -136,13 +142,18 @@ class ServingPlan:
         needed = -(-(load.prompt + load.answer) // PAGE_SIZE)
         room = self.groups * ((self.pages - 1) // needed)
         held = "pages" if room < load.slots else "--slots"
+        sized = [
+            f"- {self.groups} x {self.pages:,} pages of {PAGE_SIZE} tokens ({self.page_bytes / 2**20:.2f} MiB of a "
+            f"chip each): {room:,} requests of {needed} pages",
+            f"- **{self.slots:,} answers together** (limited by {held})",
+        ]
+        if not self.is_bounded:
+            return "\n".join([*lines, *sized, "- no bound on speed: the compiler's program could not be read", ""])
         seconds = self.requests_per_second
         shares = ", ".join(f"{100 * part * seconds:.0f} % {name}" for name, part in self.parts.items())
         lines += [
-            f"- {self.groups} x {self.pages:,} pages of {PAGE_SIZE} tokens ({self.page_bytes / 2**20:.2f} MiB of a "
-            f"chip each): {room:,} requests of {needed} pages",
-            f"- **{self.slots:,} answers together** (limited by {held}), a token of each every "
-            f"{1e3 * self.time_per_token:.1f} ms at least",
+            *sized,
+            f"- a token of each every {1e3 * self.time_per_token:.1f} ms at least",
             f"- **at most {seconds:,.2f} requests and {seconds * load.answer:,.0f} tokens a second, bound by "
             f"{self.bound}** (time of the chips: {shares}); {self.without_overlap:,.2f} requests without overlap",
             f"- {seconds / self.of_arithmetic:.0%} of the {self.of_arithmetic:,.2f} requests a second that the chips "
