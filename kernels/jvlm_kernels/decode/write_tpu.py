@@ -64,7 +64,8 @@ def write(spec, keys, k, row, index):
 
     def lanes(b, u, visited, at, used):
         block = visited[b * visits + u]
-        return block // blocks, 0, 0, block % blocks
+        # neither is negative: // would ask for the sign, and which TPU this is, and a planner has none
+        return lax.div(block, blocks), 0, 0, lax.rem(block, blocks)
 
     operands = (new, keys)
     out = pl.pallas_call(
