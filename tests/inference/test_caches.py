@@ -71,6 +71,7 @@ def start(engine, tiny, **changes):
     """Give the engine a scheduler of other settings, with nothing cached; programs stay."""
     if engine.shapes is None:
         run(engine, [request(tiny, "text")])
+    engine._device.release()  # it knows the answers in slots by the numbers that a scheduler counts
     config = dataclasses.replace(engine._new_schedulers()[0].config, **changes)
     engine._schedulers = [Scheduler(config)]
     return engine._schedulers[0]
