@@ -1,6 +1,7 @@
 # Everything below builds .venv by itself; PYTHON chooses the interpreter (3.11 to 3.13).
 PYTHON ?= $(firstword $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p; done))
 CONFIG ?= configs/mimo_vl/easy_vqa.py
+SEEDS ?= 42
 VENV := .venv
 LIBTPU := libtpu==0.0.42.1
 # XLA's compiler for NVIDIA GPUs, of the version of jax in constraints.txt, and their assembler
@@ -73,8 +74,11 @@ demo-finetune: $(VENV)/.core | runs/easy_vqa/hf  ## LoRA on the demo's model (tr
 runs/easy_vqa_start/hf: | $(VENV)/.core
 	$(VENV)/bin/jvlm train align/easy_vqa_start
 
-demo-rl: $(VENV)/.core | runs/easy_vqa_start/hf  ## reinforcement learning on a short supervised run (trained first if need be): boxes and words
-	$(VENV)/bin/jvlm rl align/easy_vqa_rl $(ARGS)
+demo-rl: $(VENV)/.core | runs/easy_vqa_start/hf  ## reinforcement learning on a short supervised run (trained first if need be): boxes and words (or SEEDS="42 43 44")
+	for seed in $(SEEDS); do \
+		$(VENV)/bin/jvlm rl align/easy_vqa_rl --seed $$seed --name easy_vqa_rl_$$seed $(ARGS) || [ $$? = 3 ] || exit 1; \
+	done
+	$(VENV)/bin/python -m tools.gains_over_seeds $(SEEDS:%=runs/easy_vqa_rl_%)
 
 test: $(VENV)/.test $(VENV)/.backbones
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -21,8 +21,9 @@ from jvlm.data.errors import ExampleError, Rejected, grouped
 from jvlm.data.formats.example_format import FormatOptions
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
-from jvlm.evaluation import report, score, usable
-from jvlm.evaluation.aim import AimMissed, missed_aims
+from jvlm.evaluation import gains, report, score, usable
+from jvlm.evaluation.aim import AimMissed, aims_of, missed_aims
+from jvlm.evaluation.gains import Gain
 from jvlm.evaluation.questions import TextOnlyBaseline, normalise
 from jvlm.evaluation.score import YES_NO, Answer, Scores
 from jvlm.inference import sharding
@@ -95,12 +96,14 @@ class Evaluated:
 
     Attributes:
       before: answers of the model before training, to the same questions in the same order.
+      changes: what training changed, where both are there.
     """
 
     answers: Sequence[Answer] = ()
     scores: Scores | None = None
     text_only: TextOnlyScores | None = None
     before: Sequence[Answer] = ()
+    changes: Sequence[Gain] = ()
 
 
 class _Finish:
@@ -157,7 +160,7 @@ def _finish(experiment: Experiment, result: Result, began: float) -> list[str]:
     if written:
         print(f"report: {written}")
     finish.end(result.folder)
-    return missed_aims(experiment.evaluation, evaluated.scores)
+    return missed_aims(experiment.evaluation, evaluated.scores, evaluated.changes)
 
 
 def evaluate(experiment: Experiment, result: Result, finish: _Finish) -> Evaluated:
@@ -192,9 +195,15 @@ def evaluate(experiment: Experiment, result: Result, finish: _Finish) -> Evaluat
     values = {**dataclasses.asdict(scores), "examples_left_out": len(rejected), "seconds": seconds}
     values["text_only_baseline"] = dataclasses.asdict(baseline) if baseline else None
     values["before_training"] = dataclasses.asdict(scores_before) if before else None
+    changes = gains.gains(before, answers) if before else []
+    values["changes"] = [dataclasses.asdict(change) for change in changes]
+    values["training_seconds"] = result.seconds
+    values["missed_aims"] = missed_aims(config, scores, changes)
     write_json(result.folder / SCORES, values)
-    print(summary(scores, baseline, seconds, before=scores_before))
-    return Evaluated(answers, scores, baseline, before)
+    print(summary(scores, baseline, seconds))
+    if changes:
+        print(gains.table(changes))
+    return Evaluated(answers, scores, baseline, before, changes)
 
 
 def answers_before(experiment: Experiment, result: Result) -> list[Answer]:
@@ -251,13 +260,11 @@ def text_only_baseline(experiment: Experiment, answers: Sequence[Answer]) -> Tex
     return TextOnlyScores(baseline.accuracy(asked), baseline.accuracy(yes_no), baseline.accuracy(other))
 
 
-def summary(scores: Scores, baseline: TextOnlyScores | None, seconds: float, *, before: Scores | None = None) -> str:
+def summary(scores: Scores, baseline: TextOnlyScores | None, seconds: float) -> str:
     """Return the result as lines for the terminal."""
     lines = []
     if scores.questions:
         blind = f"   text-only baseline {100 * baseline.accuracy:.1f} %" if baseline else ""
-        if before:
-            blind += f"   before training {100 * before.accuracy:.1f} %"
         lines.append(f"accuracy   {100 * scores.accuracy:5.1f} %  on {scores.questions} questions{blind}")
         parts = {
             "yes/no": (scores.yes_no, baseline and baseline.yes_no),
@@ -271,7 +278,6 @@ def summary(scores: Scores, baseline: TextOnlyScores | None, seconds: float, *, 
         lines.append(
             f"mean IoU   {scores.mean_iou:7.3f}  on {scores.boxes} boxes; "
             f"IoU >= 0.5: {100 * scores.iou_at_half:.1f} %; answers without a box: {scores.unparsed_boxes}"
-            + (f"   before training {before.mean_iou:.3f}" if before else "")
         )
     return "\n".join([*lines, f"asked in {clock(seconds)}"])
 
@@ -392,6 +398,16 @@ def _speed_facts(last: Mapping[str, Any]) -> dict[str, str]:
     return facts
 
 
+def _curves(lines: Sequence[Mapping[str, Any]]) -> list[report.Curve]:
+    """Return the curves of a run: of one that learns from rewards those, whose loss says nothing; else loss and
+    accuracy, without the untrained model, which would flatten the rest."""
+    rewards = _reward_curves(lines)
+    if rewards:
+        return [report.curve(title, lines, key) for title, key in rewards]
+    known = [(title, key) for title, key in _CURVES if any(line.get(key) is not None for line in lines)]
+    return [report.curve(title, lines, key, skip_first=True) for title, key in known]
+
+
 def _reward_curves(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Return title and key of each task's rewards, of sampled answers and of greedy ones to held-out prompts."""
     keys = sorted({key for line in lines for key in line if key.startswith(("reward/", "eval_reward/"))})
@@ -425,8 +441,9 @@ def write_report(
         "export": exported,
         "jvlm": jvlm.__version__,
     }
-    if experiment.evaluation.aim is not None or experiment.evaluation.aim_iou is not None:
-        facts["aim"] = "; ".join(missed_aims(experiment.evaluation, scores)) or "reached"
+    if aims := aims_of(experiment.evaluation):
+        missed = missed_aims(experiment.evaluation, scores, evaluated.changes)
+        facts["aim"] = f"{', '.join(aims)}: {'; '.join(missed) or 'reached'}"
     headline, bars = [], []
     if scores and scores.questions:
         note = f"text-only baseline {100 * baseline.accuracy:.1f} %" if baseline else f"{scores.questions} questions"
@@ -451,11 +468,8 @@ def write_report(
         title=experiment.name,
         headline=headline,
         bars=bars,
-        curves=[
-            report.curve(title, every, key)
-            for title, key in (*_CURVES, *_reward_curves(every))
-            if any(line.get(key) is not None for line in every)
-        ],
+        curves=_curves(every),
+        changes=evaluated.changes,
         images=report.shown_images(evaluated.answers, result.processor.media_roots, before=evaluated.before),
         facts=facts,
     )

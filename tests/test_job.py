@@ -53,9 +53,13 @@ def test_the_model_before_training_is_scored_on_the_same_questions_and_shown_bes
         prompt["messages"] = prompt["messages"][:1]
     texts = jvlm.generate(model, processor, prompts, max_new_tokens=6)
     assert [a["response"] for a in before if a["turn"] == before[0]["turn"]] == texts
-    scores = json.loads((folder / "scores.json").read_text())["before_training"]
+    written = json.loads((folder / "scores.json").read_text())
+    scores = written["before_training"]
     assert scores["accuracy"] == pytest.approx(sum(a["score"] for a in before) / len(before), abs=1e-4)
-    assert "before training" in (folder / "report.html").read_text()
+    change = next(change for change in written["changes"] if change["name"] == "words")["change"]
+    assert change["value"] == pytest.approx(written["accuracy"] - scores["accuracy"])
+    assert change["low"] <= change["value"] <= change["high"]
+    assert "Before and after training" in (folder / "report.html").read_text()
 
 
 def test_run_folder_and_export_answer_alike(finished):

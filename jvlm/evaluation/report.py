@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,15 @@ class Curve:
     steps: int
 
 
-def curve(title: str, lines: Sequence[dict[str, Any]], key: str) -> Curve:
-    """A curve of one logged number over the steps."""
+def curve(title: str, lines: Sequence[Mapping[str, Any]], key: str, *, skip_first: bool = False) -> Curve:
+    """Return the curve of one logged number over the steps.
+
+    Args:
+      skip_first: leave out the first of more than five values.
+    """
     values = [(line["step_number"], line[key]) for line in lines if line.get(key) is not None]
-    if len(values) > 5:
-        values = values[1:]  # the untrained model would flatten the rest
+    if skip_first and len(values) > 5:
+        values = values[1:]
     lowest, highest = min(v for _, v in values), max(v for _, v in values)
     span, last = (highest - lowest) or 1.0, values[-1][0]
     points = " ".join(f"{_WIDTH * s / last:.1f},{_HEIGHT - _HEIGHT * (v - lowest) / span:.1f}" for s, v in values)
@@ -112,7 +116,8 @@ def write(path: Path, *, title: str, headline: Sequence[tuple[str, str, str]], *
 
     Args:
       headline: (number, label, note) of the large figures on top.
-      content: "curves", "images", "facts" (label -> text), "bars" ((label, share, baseline or None) each).
+      content: "curves", "images", "facts" (label -> text), "bars" ((label, share, baseline or None) each), "changes"
+        (of `jvlm.evaluation.gains`).
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jvlm.evaluation", "."), autoescape=True, undefined=jinja2.StrictUndefined

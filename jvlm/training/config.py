@@ -115,10 +115,14 @@ class EvaluationConfig:
       batch_size: questions answered together.
       max_examples: of the files; None takes all.
       text_only_baseline: also score the most frequent training answer to the same words, blind to the image.
-      before_training: also score the model as it was before training; the report shows the boxes of both.
+      before_training: also score the model as it was before training: a table of both with 95 % intervals, and the
+        boxes of both in the report.
       aim: percent of the questions with answers in words that must be right; where fewer are, `jvlm train` ends with
         status 3 after all files are written. None: any share will do.
       aim_iou: the same for the mean IoU of boxes, from 0 to 1.
+      aim_gain: points of percent that training must add to the share of questions with answers in words that are right;
+        0 lets it lose nothing. Needs ``before_training``.
+      aim_iou_gain: the same for the mean IoU of boxes, from -1 to 1.
       tasks: benchmarks, by the names of jvlm evaluate --list, that the model is scored on during training.
       tasks_data: folder with their files.
       tasks_interval_steps: steps between these scores.
@@ -136,6 +140,8 @@ class EvaluationConfig:
     before_training: bool = False
     aim: float | None = None
     aim_iou: float | None = None
+    aim_gain: float | None = None
+    aim_iou_gain: float | None = None
     tasks: tuple[str, ...] = ()
     tasks_data: str | None = None
     tasks_interval_steps: int = 500
@@ -144,7 +150,13 @@ class EvaluationConfig:
     def __post_init__(self):
         names = ("max_new_tokens", "batch_size", "max_examples", "tasks_interval_steps", "tasks_limit")
         counts = dict.fromkeys(names, "[1, inf)")
-        check_fields(self, "evaluation.", {**counts, "aim": "[0, 100]", "aim_iou": "[0, 1]"})
+        aims = {"aim": "[0, 100]", "aim_iou": "[0, 1]", "aim_gain": "[-100, 100]", "aim_iou_gain": "[-1, 1]"}
+        check_fields(self, "evaluation.", {**counts, **aims})
+        if not self.before_training and (self.aim_gain is not None or self.aim_iou_gain is not None):
+            raise UserError(
+                "evaluation.aim_gain and aim_iou_gain compare with the model before training: set "
+                "evaluation.before_training, or leave them out"
+            )
         if self.tasks and self.tasks_data is None:
             raise UserError("evaluation.tasks needs evaluation.tasks_data, the folder with their files")
 

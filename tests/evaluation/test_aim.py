@@ -3,8 +3,10 @@
 import pytest
 
 from jvlm.errors import UserError
-from jvlm.evaluation.aim import missed_aims
+from jvlm.evaluation.aim import aims_of, missed_aims
+from jvlm.evaluation.gains import Gain
 from jvlm.evaluation.score import Scores
+from jvlm.scoring.statistics import Interval
 from jvlm.training.config import EvaluationConfig
 
 
@@ -42,3 +44,37 @@ def test_nothing_is_missed_where_nothing_was_scored():
 def test_an_aim_that_nothing_can_reach_is_refused(field, value):
     with pytest.raises(UserError, match=f"evaluation.{field} must be from 0 to"):
         EvaluationConfig(**{field: value})
+
+
+def change(name: str, unit: float, value: float) -> Gain:
+    return Gain(name, unit, 10, Interval(0.5, 0, 1), Interval(0.5 + value, 0, 1), Interval(value, value - 1, value + 1))
+
+
+@pytest.mark.parametrize(
+    ("words", "boxes", "said"),
+    [
+        (0.0, 0.05, []),
+        (0.02, 0.2, []),
+        (-0.001, 0.05, ["words changed by -0.1 [-100.1, +99.9], evaluation.aim_gain is 0"]),
+        (0.0, 0.049, ["mean IoU of boxes changed by +0.049 [-0.951, +1.049], evaluation.aim_iou_gain is 0.05"]),
+    ],
+)
+def test_a_gain_below_its_aim_is_said_with_both_numbers(words, boxes, said):
+    config = EvaluationConfig(before_training=True, aim_gain=0, aim_iou_gain=0.05)
+    changes = [change("words", 100.0, words), change("mean IoU of boxes", 1.0, boxes)]
+    assert missed_aims(config, scores(5, 10, 0.5), changes) == said
+    assert aims_of(config) == ["aim_gain 0", "aim_iou_gain 0.05"]
+
+
+def test_a_gain_of_what_was_not_asked_is_missed():
+    config = EvaluationConfig(before_training=True, aim_iou_gain=0.05)
+    (line,) = missed_aims(config, scores(5, 10, None), [change("words", 100.0, 0.1)])
+    assert (
+        line
+        == "evaluation.aim_iou_gain is 0.05, but there are no scores of mean IoU of boxes before and after training"
+    )
+
+
+def test_an_aim_at_a_gain_needs_the_scores_before_training():
+    with pytest.raises(UserError, match=r"set evaluation\.before_training"):
+        EvaluationConfig(aim_gain=0)
