@@ -35,7 +35,7 @@ PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_v
 RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-finetune demo-rl plan-finetune test test-slow test-exports test-harnesses bench-evaluate lint format backbones bench bench-data bench-kernels soak-data tune gpu-pass plan meshes test-clients bench-serve soak-serve clean
+.PHONY: demo demo-finetune demo-rl plan-finetune test test-slow test-exports test-harnesses bench-evaluate lint format backbones bench bench-data bench-kernels soak-data soak-rl tune gpu-pass plan meshes test-clients bench-serve soak-serve clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -107,7 +107,7 @@ $(VENV)/.exports: $(VENV)/.peft
 
 test-exports: $(VENV)/.exports  ## exported folders in transformers 4.49, 4.57 and 5, PEFT 0.15 and 0.21, TRL, and llama.cpp's converter; minutes
 	$(RUN) pytest tests/weights/every_transformers.py tests/adapters/every_peft.py tests/quantization/every_library.py \
-		tests/training/every_bitsandbytes.py tests/preference/every_trl.py $(ARGS)
+		tests/training/every_bitsandbytes.py tests/preference/every_trl.py tests/rl/every_trl.py $(ARGS)
 
 $(VENV)/.harnesses: $(VENV)/.test
 	$(PIP) --no-deps --target $(VENV)/harness-lmms-eval $(HARNESS_LMMS_EVAL)
@@ -152,6 +152,9 @@ bench-data: $(VENV)/.test  ## patches/s of a core and where its time goes, worke
 
 soak-data: $(VENV)/.test  ## 100,000 examples, 1 % of them damaged, with threads, processes and a kill -9; half an hour
 	$(RUN) tools.soak_data $(ARGS)
+
+soak-rl: $(VENV)/.test  ## a run of policy optimisation that is killed 20 times at random moments; ten minutes
+	$(RUN) pytest tests/rl/every_kill.py $(ARGS)
 
 bench-kernels: $(VENV)/.test
 	$(RUN) tools.bench_kernels $(ARGS)

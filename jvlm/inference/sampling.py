@@ -218,16 +218,12 @@ def sample(
     """
     banned, arrays = jnp.asarray(banned), jax.tree.map(jnp.asarray, arrays)
 
-    def noise(seed, number, step):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), step)
-        return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
-
     def greedy(logits):
         return jnp.argmax(_without(logits, banned, arrays), axis=-1)
 
     def draw(logits):
         seed = jax.lax.bitcast_convert_type(arrays.seed, jnp.uint32)
-        drawn = logits + jax.vmap(noise)(seed, arrays.number, arrays.step)
+        drawn = logits + gumbel_noise(seed, arrays.number, arrays.step, logits.shape[-1])
         return jnp.argmax(jnp.where((arrays.temperature > 0)[:, None], drawn, logits), axis=-1)
 
     kinds = (
@@ -239,6 +235,22 @@ def sample(
     kind = jnp.where(all_of_it, 2, jnp.any(arrays.temperature > 0))
     chosen = jax.lax.switch(kind, kinds, logits)
     return jnp.where(jnp.isfinite(logits).all(axis=-1), chosen, NOT_FINITE).astype(jnp.int32)
+
+
+def gumbel_noise(
+    seeds: UInt[Array, " B"], numbers: Int[Array, " B"], steps: Int[Array, " B"], vocabulary: int
+) -> Float[Array, "B V"]:
+    """Return what is added to the logits of a token, whose largest sum is then drawn by their softmax.
+
+    Args:
+      seeds, numbers, steps: of `SamplingArrays`; they alone decide the numbers.
+    """
+
+    def one(seed, number, step):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), step)
+        return jax.random.gumbel(key, (vocabulary,), jnp.float32)
+
+    return jax.vmap(one)(seeds, numbers, steps)
 
 
 def adjust(

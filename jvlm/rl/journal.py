@@ -28,6 +28,7 @@ class Journal:
     def __init__(self, folder: Path):
         self.folder = folder / FOLDER
         self._file: TextIO | None = None
+        self._current: Path | None = None
 
     def begin(self, version: int, made_with: Mapping[str, Any]) -> dict[int, GroupRecord]:
         """Open the file of a step; return its groups by serial number, as far as they are whole.
@@ -55,12 +56,14 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
+        self._current = path
         return groups
 
     def add(self, group: GroupRecord) -> None:
-        """Write a group down; it is on the disk when this returns."""
-        assert self._file is not None
+        """Write a group of the step down, in place of what is there of it; it is on the disk when this returns."""
+        assert self._current is not None
+        if self._file is None:
+            self._file = open(self._current, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
         self._file.write(group.line() + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())

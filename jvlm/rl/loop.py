@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
@@ -15,8 +15,10 @@ from jaxtyping import Int
 from jvlm.data.packing import Example
 from jvlm.errors import UserError
 from jvlm.inference.engine import Engine
+from jvlm.inference.requests import SamplingParams
 from jvlm.parallel import hosts
 from jvlm.rl.log_probs import banned_ids
+from jvlm.rl.old_log_probs import OldLogProbs, answers_of
 from jvlm.rl.packing import SampledAnswer, SampledGroup, Shape, packed_answers
 from jvlm.rl.prompt_stream import PromptStream
 from jvlm.rl.records import GroupRecord, with_training
@@ -71,6 +73,7 @@ class PolicyLoop(Hook):
         self.items: dict[int, RewardItem] = {}
         self._prompts, self._seed, self._settings, self._keep = prompts, seed, dict(settings), keep
         self._banned = banned_of(engine)
+        self._old = OldLogProbs(task) if task.old_log_probs == "trainer" else None
         self._queue: collections.deque[AnswerSequences] = collections.deque()
         self._updates: collections.deque[list[AnswerSequences]] = collections.deque()  # to come of this rollout
         self._groups: list[list[GroupRecord]] = []  # of these updates
@@ -123,18 +126,34 @@ class PolicyLoop(Hook):
             made_with = {**self._settings, "weights": weights}
         self._begun = {**self.get_state()[0], "made_with": made_with}
         rollout = self._rollout(trainer.step - done, made_with)
-        if done and rollout.fresh:
+        if not self.rollouts.goes_on:
+            self.engine.release()  # the step takes the memory of parameters and cache
+        began = time.perf_counter()
+        updates = self._packed(rollout)
+        self._values["seconds/pack"] = time.perf_counter() - began
+        unscored = self._old is not None and any(answer.old is None for answer in answers_of(updates))
+        if done and (rollout.fresh or unscored):
             raise UserError(
                 f"{self.rollouts.journal.folder} has not all answers of the rollout of step {trainer.step - done}, of "
                 f"which {done} updates are done: go on from an earlier checkpoint, or begin anew"
             )
-        if not self.rollouts.goes_on:
-            self.engine.release()  # the step takes the memory of parameters and cache
-        began = time.perf_counter()
-        self._updates.extend(self._packed(rollout)[done:])
+        if unscored:
+            self._score(trainer, rollout, updates)
+        self._updates.extend(updates[done:])
         self._groups = self._groups[done:]
         self._behind = done
-        self._values["seconds/pack"] = time.perf_counter() - began
+
+    def _score(self, trainer: Trainer, rollout: Rollout, updates: Sequence[Sequence[AnswerSequences]]) -> None:
+        """Compute the log-probabilities before the first update, and write them down."""
+        began, sampling = time.perf_counter(), self.rollouts.sampling
+        self._old.fill(trainer, [batch for update in updates for batch in update])
+        for group, _ in rollout.selected:
+            self.rollouts.journal.add(self._old.noted(group, sampling(group.serial)))
+        self.rollouts.journal.close()
+        self._groups = [[self._old.noted(group, sampling(group.serial)) for group in own] for own in self._groups]
+        self._values["seconds/score"] = time.perf_counter() - began
+        if not self.task.selection.ahead:  # else tokens of earlier weights are drawn otherwise
+            self._values["rollout/drawn_again"] = self._old.drawn_again
 
     def _rollout(self, version: int, made_with: Mapping[str, Any]) -> Rollout:
         """Return groups to train on; where all answers of each group earn the same, further prompts are asked.
@@ -208,7 +227,9 @@ class PolicyLoop(Hook):
             weights = weigh(own, task.advantage, task.policy_loss, task.rollout.max_tokens)
             advantages = weighed.advantages[places[part[0]].start : places[part[-1]].stop]
             prompts = [rollout.selected[n][1].example for n in part]
-            sampled = sampled_groups(own, prompts, weights._replace(advantages=advantages))
+            sampled = sampled_groups(
+                own, prompts, weights._replace(advantages=advantages), sampling=self.rollouts.sampling
+            )
             updates.append(packed_answers(sampled, self.shape, self._banned))
         return updates
 
@@ -225,21 +246,29 @@ def spans(groups: Sequence[GroupRecord]) -> list[slice]:
     return [slice(end - len(group.answers), end) for group, end in zip(groups, ends, strict=True)]
 
 
-def sampled_groups(groups: Sequence[GroupRecord], prompts: Sequence[Example], weighed: Weighed) -> list[SampledGroup]:
-    """Return the answers that have tokens in the loss, with their prompts."""
+def sampled_groups(
+    groups: Sequence[GroupRecord],
+    prompts: Sequence[Example],
+    weighed: Weighed,
+    *,
+    sampling: Callable[[int], SamplingParams] | None = None,
+) -> list[SampledGroup]:
+    """Return the answers that have tokens in the loss, with their prompts.
+
+    Args:
+      sampling: how the answers of a group were drawn, where that is asked for.
+    """
     found = []
     for group, prompt, span in zip(groups, prompts, spans(groups), strict=True):
-        rows = zip(group.answers, weighed.advantages[span].tolist(), weighed.weights[span].tolist(), strict=True)
-        found.append(
-            SampledGroup(
-                prompt,
-                [
-                    SampledAnswer(answer.tokens, answer.log_probs, value, weight)
-                    for answer, value, weight in rows
-                    if answer.tokens and weight > 0
-                ],
-            )
-        )
+        params = SamplingParams() if sampling is None else sampling(group.serial)
+        answers = []
+        for number, (answer, advantage, weight) in enumerate(
+            zip(group.answers, weighed.advantages[span].tolist(), weighed.weights[span].tolist(), strict=True)
+        ):
+            if answer.tokens and weight > 0:
+                old, draw = answer.old_log_probs or None, (params.seed, params.number + number)
+                answers.append(SampledAnswer(answer.tokens, answer.log_probs, advantage, weight, old, *draw))
+        found.append(SampledGroup(prompt, answers))
     return found
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from jvlm.data import packing
 from jvlm.data.packing import Example
 from jvlm.data.segments import joined_segments
+from jvlm.rl.log_probs import Draws
 from jvlm.rl.task import AnswerSequences, PolicyBatch, empty_batch
 
 
@@ -25,12 +26,25 @@ class SampledAnswer(NamedTuple):
       tokens: with the one that ended it.
       log_probs: in the engine.
       advantage, weight: of each token.
+      old: log-probabilities before the first update; None takes those of the engine.
+      seed, number: of the draw.
     """
 
     tokens: Sequence[int]
     log_probs: Sequence[float]
     advantage: float
     weight: float
+    old: Sequence[float] | None = None
+    seed: int = 0
+    number: int = 0
+
+
+class Place(NamedTuple):
+    """Where an answer stands in a micro-batch: values of its tokens are at ``[row, span]``."""
+
+    answer: SampledAnswer
+    row: int
+    span: slice
 
 
 class SampledGroup(NamedTuple):
@@ -144,7 +158,7 @@ def _batch(rows: Sequence[Sequence[_Part]], shape: Shape, banned: Int[np.ndarray
         max_image_patches=shape.max_image_patches,
         array=lambda size: np.zeros(size, np.uint8),  # kept until the step: not an array that is used again
     )
-    policy = empty_batch(packed)
+    policy, places = empty_batch(packed), []
     for b, row in enumerate(rows):
         start = 0
         for part in row:
@@ -153,12 +167,24 @@ def _batch(rows: Sequence[Sequence[_Part]], shape: Shape, banned: Int[np.ndarray
                 span = slice(first, first + len(answer.tokens))
                 policy.advantages[b, span] = answer.advantage
                 policy.weights[b, span] = answer.weight
-                policy.rollout[b, span] = policy.old[b, span] = answer.log_probs
+                policy.rollout[b, span] = answer.log_probs
+                policy.old[b, span] = answer.log_probs if answer.old is None else answer.old
                 policy.is_first[b, first] = True
+                places.append(Place(answer, b, span))
                 start = span.stop + 1
     policy.banned[:] = banned
     known = packing.packed_sequences(packed, sequences, (), ())
-    return AnswerSequences(**_fields(known), policy=policy)
+    return AnswerSequences(**_fields(known), policy=policy, places=tuple(places))
+
+
+def draws_of(batch: AnswerSequences) -> Draws:
+    """Return what the tokens of a micro-batch were drawn with."""
+    shape = batch.policy.weights.shape
+    draws = Draws(np.zeros(shape, np.uint32), np.zeros(shape, np.int32), np.zeros(shape, np.int32))
+    for answer, row, span in batch.places:
+        draws.seeds[row, span], draws.numbers[row, span] = answer.seed, answer.number
+        draws.steps[row, span] = np.arange(len(answer.tokens))
+    return draws
 
 
 def _fields(packed: packing.PackedSequences) -> dict:

@@ -23,6 +23,7 @@ class AnswerRecord:
       finish: "stop", or "length" for an answer that was cut.
       reward: raw, from 0 to 1; None where it is missing.
       reason, parsed: why, and what was read from the answer.
+      old_log_probs: of each token before the first update, in the trainer; empty where the engine's are taken.
       shaped: the reward with what is added for its length; None for a group that was not trained on, as ``advantage``.
     """
 
@@ -35,6 +36,7 @@ class AnswerRecord:
     reward: float | None = None
     reason: str = ""
     parsed: Any = None
+    old_log_probs: tuple[float, ...] = ()
     shaped: float | None = None
     advantage: float | None = None
 
@@ -100,7 +102,7 @@ class GroupRecord:
 
 
 def _answer(values: Mapping[str, Any]) -> AnswerRecord:
-    lists = {name: tuple(values[name]) for name in ("tokens", "log_probs", "entropies", "versions")}
+    lists = {name: tuple(values[name]) for name in ("tokens", "log_probs", "entropies", "versions", "old_log_probs")}
     return AnswerRecord(**{**values, **lists})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,11 @@ from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM
 from jvlm.rl.config import AdvantageConfig, RewardConfig, RolloutConfig
 from jvlm.rl.log_config import RolloutLogConfig
-from jvlm.rl.log_probs import MOST_BANNED, sampled_log_probs
+from jvlm.rl.log_probs import MOST_BANNED, Draws, drawn_tokens, sampled_log_probs
 from jvlm.rl.losses import PolicyLoss, SampledTokens, policy_loss
 from jvlm.rl.prompt_stream import PromptStreamConfig
 from jvlm.rl.selection import SelectionConfig
+from jvlm.training.supervised import next_tokens
 from jvlm.training.task import Loss, Mean, Task
 from jvlm.validation import check_fields
 
@@ -35,7 +36,7 @@ class PolicyBatch:
     Attributes:
       advantages, weights: of `SampledTokens`.
       rollout: log-probability in the engine.
-      old: log-probability before the first update with these answers; the present one where there is one update.
+      old: log-probability before the first update with these answers, see `PolicyTask.old_log_probs`.
       is_first: whether the token is the first of its answer.
       banned: of `banned_ids`.
       share: of the step's weight; all sum to 1.
@@ -53,9 +54,15 @@ class PolicyBatch:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerSequences(PackedSequences):
-    """Packed sequences of sampled answers; the fields are those of `PolicyBatch`."""
+    """Packed sequences of sampled answers.
+
+    Attributes:
+      policy: what the step reads.
+      places: where which answer stands, `jvlm.rl.packing.Place`.
+    """
 
     policy: PolicyBatch | None = None
+    places: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +72,9 @@ class PolicyTask(Task):
 
     Beside the loss are logged "rollout/kl1" and "rollout/kl3", estimates of how far the engine's distribution is from
     the trainer's; "rollout/difference", the mean absolute difference of log-probabilities between both;
-    "rollout/equal", the share of tokens where it is 0; "clip_low", "clip_high".
+    "rollout/equal", the share of tokens where it is 0; "clip_low", "clip_high". Where ``old_log_probs`` are the
+    trainer's also "old/difference" and "old/equal", of the step's log-probabilities to these: 0 and 1 at the first
+    update; and "rollout/drawn_again", the share of tokens that the trainer draws too with the engine's random numbers.
 
     Attributes:
       policy_loss: what is minimised, see `jvlm.rl.losses`.
@@ -75,8 +84,12 @@ class PolicyTask(Task):
       prompts: which prompts are asked.
       selection: how many groups are started, and how many are trained on together.
       updates: optimizer steps for each rollout, among which its groups are divided. From the second on the policy is
-        another one than that which sampled: a loss with a ratio clips it ("ppo", "gspo", "cispo"; the ratio is to the
-        log-probabilities of the engine), MiMo-VL's own needs a correction.
+        another one than that which sampled: a loss with a ratio clips it ("ppo", "gspo", "cispo"), MiMo-VL's own needs
+        a correction.
+      old_log_probs: what the ratio is to, and what a correction compares with the engine. "engine": the
+        log-probabilities that tokens were drawn with, which are the trainer's but for rounding. "trainer": those that
+        the weights before the first update have in the trainer's packed sequences, by one more pass without a gradient;
+        the first update's are the same to the last bit.
       log: what is written down of rollouts, and what raises an alarm.
     """
 
@@ -87,6 +100,7 @@ class PolicyTask(Task):
     prompts: PromptStreamConfig = PromptStreamConfig()
     selection: SelectionConfig = SelectionConfig(groups=32)
     updates: int = 1
+    old_log_probs: Literal["engine", "trainer"] = "engine"
     log: RolloutLogConfig = RolloutLogConfig()
 
     uses_dropout = False
@@ -103,6 +117,11 @@ class PolicyTask(Task):
             raise UserError(
                 f"task.updates = {self.updates}: the second update is off-policy; set task.policy_loss.kind to ppo, "
                 "gspo or cispo, or a task.policy_loss.correction"
+            )
+        if corrected and self.policy_loss.kind != "on_policy" and self.old_log_probs == "engine":
+            raise UserError(
+                f"task.policy_loss.correction {self.policy_loss.correction} compares the engine with itself: set "
+                "task.old_log_probs to trainer"
             )
         if self.updates > self.selection.groups:
             raise UserError(
@@ -152,6 +171,15 @@ class PolicyTask(Task):
         )
         return values, aux
 
+    def score(self, model: VLM, batch: PolicyBatch, draws: Draws) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
+        """Return the log-probability of each sampled token, as `log_probs`, and whether the model draws it again with
+        the random numbers that the engine drew it with."""
+        batch = jax.tree.map(jnp.asarray, batch)
+        hidden, _, _ = model.hidden(batch.packed)
+        known = (model, batch.packed, hidden, batch.banned, batch.is_first, self.rollout.temperature)
+        targets, weights = next_tokens(batch.packed)
+        return sampled_log_probs(*known), (drawn_tokens(*known, draws) == targets) & (weights > 0)
+
     def loss(
         self,
         model: VLM,
@@ -186,6 +214,10 @@ class PolicyTask(Task):
         difference = jnp.where(mask, jnp.abs(jax.lax.stop_gradient(log_probs) - batch.rollout), 0.0)
         metrics["rollout/difference"] = Mean(difference.sum(), count)
         metrics["rollout/equal"] = Mean((mask & (difference == 0)).sum().astype(jnp.float32), count)
+        if self.old_log_probs == "trainer":
+            difference = jnp.where(mask, jnp.abs(jax.lax.stop_gradient(log_probs) - batch.old), 0.0)
+            metrics["old/difference"] = Mean(difference.sum(), count)
+            metrics["old/equal"] = Mean((mask & (difference == 0)).sum().astype(jnp.float32), count)
         metrics["loss"] = Mean(jax.lax.stop_gradient(total), weight)
         if "loss" in aux:  # of a mixture of experts
             balance = aux["loss"].mean() * weight

@@ -53,6 +53,7 @@ class CompiledStep:
       evaluate: ``(trainable, constant state, batch) -> Loss``, of one micro-batch.
       state, batches: `jax.ShapeDtypeStruct` leaves. Batches have a leading accumulation axis.
       batch: one micro-batch, its accumulation axis of length 1.
+      ops: operations of the mesh that splits the model; None is one device.
     """
 
     layout: MeshLayout
@@ -64,6 +65,24 @@ class CompiledStep:
     state: TrainState
     batches: Any
     batch: Any
+    ops: ShardedOps | None
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+        """Return the compiled ``(trainable, constant state, *arguments) -> function(model, *arguments)``, whose result
+        every process has whole.
+
+        Args:
+          arguments: abstract, with shardings; their accumulation axes have length 1.
+        """
+        changing, constant = jax.tree.map(lambda x: x.sharding, self.state.split())
+        given = (x for x in jax.tree.map(lambda x: x.sharding, arguments))
+        return train_step.make_forward(
+            self.template,
+            function,
+            ops=self.ops,
+            in_shardings=(changing.trainable, constant, *given),
+            out_shardings=self.layout.replicated(),
+        )
 
     def lower(self) -> jax.stages.Lowered:
         """Lower the step from shapes."""
@@ -144,7 +163,7 @@ def build_step(
         in_shardings=(changing.trainable, constant, shardings[1]),
         out_shardings=layout.replicated(),
     )
-    return CompiledStep(layout, template, chosen, tx, step, evaluate, state, batches, batch)
+    return CompiledStep(layout, template, chosen, tx, step, evaluate, state, batches, batch, ops)
 
 
 def compile_step(experiment: Experiment, devices: Sequence[jax.Device] | None = None) -> CompiledStep:

@@ -83,6 +83,25 @@ def make_eval_step(
     return jax.jit(evaluate, **options)
 
 
+def make_forward(
+    template: VLM, function: Callable[..., Any], *, ops: device_ops.DeviceOps | None = None, **options: Any
+) -> Callable[..., Any]:
+    """Return the compiled ``(trainable, constant state, *arguments) -> function(model, *arguments)``.
+
+    Arguments have an axis of gradient accumulation, of length 1, which the function does not see. ``options`` are those
+    of `jax.jit`.
+    """
+    norms_of = _norms_of(template, ops)
+
+    def forward(trainable: Params, constant: dict[str, Any], *arguments: Any) -> Any:
+        norms = norms_of(trainable, constant)
+        with device_ops.use(ops):
+            model = adapter_steps.prepare(vlm.bind(template, {**constant["frozen"], **trainable}), norms, None)
+            return function(model, *jax.tree.map(lambda x: x[0], arguments))
+
+    return jax.jit(forward, **options)
+
+
 def _loss_of(
     template: VLM, task: Task, ops: device_ops.DeviceOps | None
 ) -> Callable[[Params, dict[str, Any], adapter_steps.Norms, Any, jax.Array | None, Any], Loss]:

@@ -9,14 +9,12 @@ from jvlm.rl.run import train
 from jvlm.training.config import CheckpointConfig
 from tests.rl.support import policy_experiment
 
-STEPS = 6
 
-
-def main(folder: str) -> None:
+def main(folder: str, steps: int) -> None:
     """Train; every other step is saved, and the journal is kept."""
-    checkpoint = CheckpointConfig(save_interval_steps=2, max_to_keep=STEPS)
-    train(policy_experiment(Path(folder), steps=STEPS, checkpoint=checkpoint))
+    checkpoint = CheckpointConfig(save_interval_steps=2, max_to_keep=steps)
+    train(policy_experiment(Path(folder), steps=steps, checkpoint=checkpoint))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

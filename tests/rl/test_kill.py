@@ -13,18 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.rl.killed import STEPS
 from tests.rl.support import write_prompts
 from tests.support import ROOT
 
-KILLS = 4
 
-
-def start(folder: Path) -> subprocess.Popen:
+def start(folder: Path, steps: int) -> subprocess.Popen:
+    """Start the run of a folder; starts of all folders share what they compile."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled")}
     with open(folder / "output.txt", "a") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.rl.killed", str(folder)],
+            [sys.executable, "-m", "tests.rl.killed", str(folder), str(steps)],
             cwd=ROOT,
+            env={**os.environ, **cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -57,33 +57,51 @@ def log_of(folder: Path) -> list[tuple]:
     return [(line["step_number"], line["loss"], line["grad_norm"]) for line in lines]
 
 
-@pytest.mark.slow
-def test_kills_at_random_moments_change_nothing(tmp_path):
-    whole = write(tmp_path / "whole", delays=False)
-    assert start(whole).wait(600) == 0, (whole / "output.txt").read_text()[-4000:]
-    broken = write(tmp_path / "broken", delays=True)
-    chance, killed = random.Random(1), 0
-    while killed < KILLS:
-        process = start(broken)
-        began, journal = time.time(), broken / "run" / "journal"
-        known = sum(path.stat().st_size for path in journal.glob("*.jsonl"))
-        # once it has judged a group, or trained, in this start
-        while process.poll() is None and sum(path.stat().st_size for path in journal.glob("*.jsonl")) <= known:
-            assert time.time() - began < 300
-            time.sleep(0.05)
-        time.sleep(chance.random() * 3)
+def journal_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in (folder / "run" / "journal").glob("*.jsonl"))
+
+
+def kill_at_random(folder: Path, steps: int, kills: int, seed: int) -> int:
+    """Start the run again and again, and kill each at a random moment; return how often one was killed.
+
+    Three starts of four live until they have judged a group, so that the run comes to its end; the others end at once,
+    reading, compiling or restoring.
+    """
+    chance, killed = random.Random(seed), 0
+    while killed < kills:
+        process, began, known = start(folder, steps), time.time(), journal_size(folder)
+        if killed % 4 == 3:
+            time.sleep(chance.random() * 8)
+        else:
+            while process.poll() is None and journal_size(folder) <= known:
+                assert time.time() - began < 300
+                time.sleep(0.05)
+            time.sleep(chance.random() * 3)
         if process.poll() is not None:
             break
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         killed += 1
-    assert start(broken).wait(600) == 0, (broken / "output.txt").read_text()[-4000:]
-    assert killed >= 2
+    return killed
+
+
+def check_kills(tmp_path: Path, steps: int, kills: int, seed: int) -> int:
+    """Compare a run that is killed so often, with rewards that take any time, to one that is not."""
+    whole, broken = write(tmp_path / "whole", delays=False), write(tmp_path / "broken", delays=True)
+    assert start(whole, steps).wait(900) == 0, (whole / "output.txt").read_text()[-4000:]
+    killed = kill_at_random(broken, steps, kills, seed)
+    assert start(broken, steps).wait(900) == 0, (broken / "output.txt").read_text()[-4000:]
     assert log_of(broken) == log_of(whole)
     expected, found = groups_of(whole), groups_of(broken)
-    assert list(expected) == list(found) == list(range(STEPS))
+    assert list(expected) == list(found) == list(range(steps))
     for step, groups in expected.items():
         common = groups.keys() & found[step].keys()
         assert len(common) >= 4, step  # those that it was trained on, at least
         for serial in common:
             assert found[step][serial] == groups[serial], (step, serial)
+    return killed
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_change_nothing(tmp_path):
+    assert check_kills(tmp_path, steps=6, kills=3, seed=1) >= 2

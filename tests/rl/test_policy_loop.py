@@ -194,6 +194,7 @@ def test_answers_that_were_cut_are_left_out_where_that_is_asked_for(tmp_path):
             {"selection": SelectionConfig(5, ahead=1.0), "policy_loss": PolicyLoss(correction="token_mask")},
             "one of them is enough",
         ),
+        ({"policy_loss": PolicyLoss(kind="ppo", correction="token_mask")}, "compares the engine with itself"),
     ],
 )
 def test_settings_that_need_one_another(changes, message):

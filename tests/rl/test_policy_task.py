@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jvlm.inference.engine import Engine
@@ -16,8 +17,11 @@ from jvlm.rl.advantages import advantages
 from jvlm.rl.config import RolloutConfig
 from jvlm.rl.log_probs import banned_ids
 from jvlm.rl.losses import PolicyLoss, token_weights
-from jvlm.rl.packing import SampledAnswer, SampledGroup, Shape, packed_answers, with_answer
+from jvlm.rl.old_log_probs import OldLogProbs
+from jvlm.rl.packing import SampledAnswer, SampledGroup, Shape, draws_of, packed_answers, with_answer
 from jvlm.rl.task import PolicyTask
+from jvlm.training.hooks import Hook
+from jvlm.training.trainer import Trainer
 from tests.support import hf_inputs, picture
 
 ANSWERS, TEMPERATURE = 3, 0.7
@@ -56,7 +60,7 @@ def sampled(tiny):
     requests = [
         Request(str(number), prompt, dataclasses.replace(params, number=number * ANSWERS))
         for number, prompt in enumerate(prompts)
-    ]
+    ]  # the numbers of answers are those of `SampledAnswer` below
     drawn = {(n, j): ([], []) for n in range(len(prompts)) for j in range(ANSWERS)}
     for event in engine.run(requests):
         tokens, log_probs = drawn[int(event.request_id), event.index]
@@ -70,7 +74,10 @@ def sampled(tiny):
     groups = [
         SampledGroup(
             prompt,
-            [SampledAnswer(*drawn[n, j], values[n * ANSWERS + j], weights[n * ANSWERS + j]) for j in range(ANSWERS)],
+            [
+                SampledAnswer(*drawn[n, j], values[number], weights[number], None, params.seed, number)
+                for j, number in enumerate(range(n * ANSWERS, (n + 1) * ANSWERS))
+            ],
         )
         for n, prompt in enumerate(prompts)
     ]
@@ -152,6 +159,46 @@ def gradient_of(task, model, batches):
     value, weight, gradient = jax.tree.map(lambda *xs: sum(np.asarray(x, np.float64) for x in xs), *parts)
     assert float(weight) == 1
     return float(value), gradient
+
+
+def test_the_trainer_draws_the_same_tokens_with_the_same_random_numbers(tiny, sampled):
+    score = jax.jit(lambda batch, draws: TASK.score(tiny.model, batch, draws)[1])
+    batches = packed_answers(sampled.groups, SHAPE, sampled.banned)
+    for batch in batches:
+        sampled_there = batch.policy.weights > 0
+        draws = draws_of(batch)
+        np.testing.assert_array_equal(np.asarray(score(batch.policy, draws)), sampled_there)
+        other = np.asarray(score(batch.policy, dataclasses.replace(draws, seeds=draws.seeds + 1)))
+        assert other[sampled_there].mean() < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_old_log_probs_are_those_of_the_step_to_the_last_bit(tiny, sampled, accumulation):
+    """With pictures and a video, in float32: what the trainer computes before the step, and the step itself."""
+    task = dataclasses.replace(TASK, old_log_probs="trainer", policy_loss=PolicyLoss(kind="ppo"))
+    batches = packed_answers(sampled.groups, dataclasses.replace(SHAPE, sequences=4 // accumulation), sampled.banned)
+    assert len(batches) == accumulation
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((accumulation, *x.shape), x.dtype), task.batch_of(batches[0]))
+    model = vlm.bind(tiny.model, {p: jnp.copy(v.get_value()) for p, v in vlm.variables(tiny.model).items()})
+    trainer = Trainer(model, task, optax.adamw(1e-3), batches=shapes)
+    old = OldLogProbs(task)
+    old.fill(trainer, batches)
+    assert old.drawn_again == 1
+    found = []
+
+    class Notes(Hook):
+        def on_step_end(self, trainer, result):
+            found.append({name: float(value) for name, value in result.metrics.items() if value.ndim == 0})
+
+    trainer.hooks = (Notes(),)
+    trainer.fit(iter([*batches, *batches]), steps=2)
+    first, second = found
+    assert first["old/difference"] == 0
+    assert first["old/equal"] == 1
+    assert first["clip_low"] == first["clip_high"] == 0
+    assert 0 < first["rollout/difference"] < 2e-6
+    assert second["old/difference"] > 1e-4
 
 
 @pytest.mark.slow

@@ -60,7 +60,8 @@ def test_the_reward_rises_and_a_restart_repeats_the_run(tmp_path):
 @pytest.mark.slow
 def test_several_updates_of_a_rollout_go_on_in_their_middle(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    task = {"updates": 2, "policy_loss": PolicyLoss(kind="ppo", normalise="batch")}
+    loss = PolicyLoss(kind="ppo", normalise="batch", correction="token_truncate")
+    task = {"updates": 2, "policy_loss": loss, "old_log_probs": "trainer"}
     settings = {"task": task, "steps": 6, "checkpoint": CheckpointConfig(save_interval_steps=1)}
     run.train(policy_experiment(whole, **settings))
     lines = log_of(whole)
@@ -68,6 +69,11 @@ def test_several_updates_of_a_rollout_go_on_in_their_middle(tmp_path):
     # the first update is of the policy that sampled, the second is not
     differences = sorted(line["rollout/difference"] for line in lines)
     assert differences[1] < 2e-6 < 1e-4 < differences[-2]
+    # which is, to the last bit, the one whose log-probabilities were computed before
+    assert [line["old/difference"] for line in lines[::2]] == [0] * 3
+    assert [line["old/equal"] for line in lines[::2]] == [1] * 3
+    assert min(line["old/difference"] for line in lines[1::2]) > 1e-4
+    assert min(line["rollout/drawn_again"] for line in lines) > 0.99
     with pytest.raises(Killed):
         run.train(policy_experiment(parts, **settings, hooks=(DiesAfter(3),)))
     run.train(policy_experiment(parts, **settings))
