@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from jvlm.errors import UserError
@@ -80,6 +82,32 @@ def shard_params(model: VLM, layout: MeshLayout) -> VLM:
     variables = vlm.variables(model)
     values = {path: jax.device_put(v.get_value(), layout.parameter(path, v)) for path, v in variables.items()}
     return vlm.bind(model, values)
+
+
+def local_copy(model: VLM, layout: MeshLayout | None) -> VLM:
+    """Return a model of several processes with a copy of its parameters on the devices of this one.
+
+    One parameter after the other, so that no more than one is there whole. A model of this process alone is returned as
+    it is. Every process must call it.
+
+    Args:
+      layout: of the copy; None is one device.
+    """
+    variables = vlm.variables(model)
+    if all(v.get_value().is_fully_addressable for v in variables.values()):
+        return model
+    values = {}
+    for path, variable in variables.items():
+        value = variable.get_value()
+        whole = _replicate(value.sharding.mesh)(value).addressable_data(0)
+        place = jax.local_devices()[0] if layout is None else layout.parameter(path, variable)
+        values[path] = jax.device_put(whole, place)
+    return vlm.bind(model, values)
+
+
+@functools.cache
+def _replicate(mesh: Mesh) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def shard_batch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,6 +48,11 @@ def data_shard_for(tokens: jax.ShapeDtypeStruct) -> DataShard:
     sequences = shards[jax.process_index()]
     primary = next(process for process, others in shards.items() if others == sequences)
     return DataShard(sequences, distinct.index(sequences), len(distinct), primary == jax.process_index())
+
+
+def local_sequences(batch: Any, shard: DataShard) -> Any:
+    """Return the sequences of a process, of host arrays [sequences, ...] that every process has whole."""
+    return jax.tree.map(lambda x: x[np.asarray(shard.sequences)], batch)
 
 
 def make_global_batch(batches: PackedBatch, shard: DataShard, shapes: PackedBatch) -> PackedBatch:

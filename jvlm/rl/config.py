@@ -20,7 +20,7 @@ class RolloutConfig:
       answers: to each prompt: a group.
       max_tokens: longest answer; a longer one is cut there.
       temperature: divides the logits, in the engine and in the loss.
-      slots: answers that are decoded together; a group must fit. Other answers wait.
+      slots: answers that are decoded together, by each process; a group must fit. Other answers wait.
       page_size: tokens of a page of the cache; None is the engine's choice. With at most 8 pages for the longest
         conversation there is one decoding program, and what an answer gets depends on no other to the last bit.
       pages: pages of the cache; None is as many as ``slots`` of the longest conversations need.

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jvlm.errors import UserError
+from jvlm.inference import sharding
 from jvlm.inference.engine import Engine
 from jvlm.inference.requests import Request, SamplingParams
+from jvlm.parallel import hosts
 from jvlm.rl.prompts import EncodedPrompt
 from jvlm.rl.rewards.source import RewardItem
 from jvlm.rl.rollouts import Judge
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 class HeldOutRewards(Hook):
     """Judges greedy answers to the same prompts before the first step, every so many, and after the last.
 
-    The means are "reward/TASK" of an evaluation: lines of their own in the log, as "eval_reward/TASK".
+    Of several processes the first one answers them. The means are "reward/TASK" of an evaluation: lines of their own in
+    the log, as "eval_reward/TASK".
 
     Args:
       prompts: to be asked.
@@ -48,15 +51,19 @@ class HeldOutRewards(Hook):
             self._evaluate(trainer)
 
     def _evaluate(self, trainer: Trainer) -> None:
-        self._engine.load(trainer.model)
-        answered = answers(self._engine, self._prompts, self._sampling)
+        self._engine.load(sharding.local_copy(trainer.model, self._engine.layout))
+        values = hosts.run_on_all(lambda: self._values() if hosts.is_rank0() else {})
         self._engine.release()
+        trainer.evaluated(hosts.broadcast_from_0(values))
+
+    def _values(self) -> dict[str, float]:
+        answered = answers(self._engine, self._prompts, self._sampling)
         scores = self._judge.scores(answered)
         by_task: dict[str, list[float]] = {}
         for item, score in zip(answered, scores, strict=True):
             if score.value is not None:
                 by_task.setdefault(item.task, []).append(score.value)
-        trainer.evaluated({f"reward/{task}": statistics.fmean(own) for task, own in sorted(by_task.items())})
+        return {f"reward/{task}": statistics.fmean(own) for task, own in sorted(by_task.items())}
 
 
 def answers(engine: Engine, prompts: Sequence[EncodedPrompt], sampling: SamplingParams) -> list[RewardItem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,11 @@ from jaxtyping import Int
 
 from jvlm.data.packing import Example
 from jvlm.errors import UserError
+from jvlm.inference import sharding
 from jvlm.inference.engine import Engine
 from jvlm.inference.requests import SamplingParams
 from jvlm.parallel import hosts
+from jvlm.parallel.data_shards import local_sequences
 from jvlm.rl.log_probs import banned_ids
 from jvlm.rl.old_log_probs import OldLogProbs, answers_of
 from jvlm.rl.packing import SampledAnswer, SampledGroup, Shape, packed_answers
@@ -25,6 +28,7 @@ from jvlm.rl.records import GroupRecord, with_training
 from jvlm.rl.rewards.shortage import Shortage
 from jvlm.rl.rewards.source import RewardItem
 from jvlm.rl.rollouts import Rollout, Rollouts, is_useful
+from jvlm.rl.shared_engine import RemoteEngine, SharedEngine, roll_out
 from jvlm.rl.task import AnswerSequences, PolicyTask
 from jvlm.rl.weighing import Weighed, weigh
 from jvlm.training.hooks import Hook, StepResult
@@ -48,6 +52,7 @@ class PolicyLoop(Hook):
       shape: of a micro-batch.
       settings: what decides answers and rewards beside the weights, for the journal.
       keep: steps before the present one whose journal is kept.
+      engines: of several processes, of which ``engine`` is this one's.
 
     Attributes:
       groups: of the present step, those that it trains on first; for whoever writes them down.
@@ -65,6 +70,7 @@ class PolicyLoop(Hook):
         seed: int,
         settings: Mapping[str, Any],
         keep: int,
+        engines: SharedEngine | RemoteEngine | None = None,
     ):
         self.task, self.engine, self.rollouts, self.shape = task, engine, rollouts, shape
         self.stream = PromptStream(prompts, seed, task.prompts)
@@ -73,7 +79,8 @@ class PolicyLoop(Hook):
         self.items: dict[int, RewardItem] = {}
         self._prompts, self._seed, self._settings, self._keep = prompts, seed, dict(settings), keep
         self._banned = banned_of(engine)
-        self._old = OldLogProbs(task) if task.old_log_probs == "trainer" else None
+        self._old = OldLogProbs(task)
+        self._engines = engines
         self._queue: collections.deque[AnswerSequences] = collections.deque()
         self._updates: collections.deque[list[AnswerSequences]] = collections.deque()  # to come of this rollout
         self._groups: list[list[GroupRecord]] = []  # of these updates
@@ -111,7 +118,7 @@ class PolicyLoop(Hook):
         """Roll out and pack, or take the next update of the present rollout."""
         if not self._updates:
             self._roll_out(trainer)
-        self._queue.extend(self._updates.popleft())
+        self._queue.extend(_of_process(batch, trainer) for batch in self._updates.popleft())
         self.groups = self._groups.pop(0)
         self._behind += 1
         trainer.accumulation = len(self._queue)
@@ -119,7 +126,7 @@ class PolicyLoop(Hook):
     def _roll_out(self, trainer: Trainer) -> None:
         """Fill the updates. After a restart between two of them the rollout is that of the journal."""
         done, self._behind = self._behind if self._begun.get("updates") else 0, 0
-        self.engine.load(trainer.model)
+        self.engine.load(sharding.local_copy(trainer.model, self.engine.layout))
         made_with = self._begun.get("made_with") if done else None
         if made_with is None:
             weights = sum(n * i for i, n in enumerate(fingerprints(trainer.state.trainable).values(), 1))
@@ -131,7 +138,8 @@ class PolicyLoop(Hook):
         began = time.perf_counter()
         updates = self._packed(rollout)
         self._values["seconds/pack"] = time.perf_counter() - began
-        unscored = self._old is not None and any(answer.old is None for answer in answers_of(updates))
+        scores = self.task.old_log_probs == "trainer"
+        unscored = scores and any(answer.old is None for answer in answers_of(updates))
         if done and (rollout.fresh or unscored):
             raise UserError(
                 f"{self.rollouts.journal.folder} has not all answers of the rollout of step {trainer.step - done}, of "
@@ -139,6 +147,10 @@ class PolicyLoop(Hook):
             )
         if unscored:
             self._score(trainer, rollout, updates)
+        interval = self.task.log.start_interval_steps
+        if interval is not None and not done and trainer.step % interval == 0:
+            everything = [batch for update in updates for batch in update]
+            self._values["start/kl3"] = self._old.distance_from_start(trainer, everything)
         self._updates.extend(updates[done:])
         self._groups = self._groups[done:]
         self._behind = done
@@ -147,7 +159,7 @@ class PolicyLoop(Hook):
         """Compute the log-probabilities before the first update, and write them down."""
         began, sampling = time.perf_counter(), self.rollouts.sampling
         self._old.fill(trainer, [batch for update in updates for batch in update])
-        for group, _ in rollout.selected:
+        for group, _ in rollout.selected if hosts.is_rank0() else ():
             self.rollouts.journal.add(self._old.noted(group, sampling(group.serial)))
         self.rollouts.journal.close()
         self._groups = [[self._old.noted(group, sampling(group.serial)) for group in own] for own in self._groups]
@@ -163,7 +175,7 @@ class PolicyLoop(Hook):
         """
         self.items, self._vain = {}, []
         for _ in range(_MOST_VAIN):
-            rollout = self.rollouts.run(self.stream, self.task.selection, self.rate, version, made_with)
+            rollout = self._run(version, made_with)
             self._take(rollout)
             self.items |= rollout.items
             if rollout.selected:
@@ -175,6 +187,12 @@ class PolicyLoop(Hook):
             "at the rewards, the temperature, and whether the prompts are too easy or too hard"
         )
 
+    def _run(self, version: int, made_with: Mapping[str, Any]) -> Rollout:
+        def run() -> Rollout:
+            return self.rollouts.run(self.stream, self.task.selection, self.rate, version, made_with)
+
+        return run() if self._engines is None else roll_out(self._engines, run, self.rollouts.encode)
+
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Measure the step; what follows waits for it anyway."""
         jax.block_until_ready(result.metrics)
@@ -183,10 +201,13 @@ class PolicyLoop(Hook):
         self._values["trainer_idle"] = sampled / max(trained + sampled, 1e-9)
 
     def on_save(self, trainer: Trainer) -> None:
-        self.rollouts.journal.forget(trainer.step - self._keep)
+        if hosts.is_rank0():
+            self.rollouts.journal.forget(trainer.step - self._keep)
 
     def on_stop(self, trainer: Trainer, error: BaseException | None) -> None:
         self.rollouts.close()
+        if self._engines is not None:
+            self._engines.close()
         if error is None:
             self.engine.release()
 
@@ -232,6 +253,13 @@ class PolicyLoop(Hook):
             )
             updates.append(packed_answers(sampled, self.shape, self._banned))
         return updates
+
+
+def _of_process(batch: AnswerSequences, trainer: Trainer) -> AnswerSequences:
+    """Return the sequences of a micro-batch that this process gives to the step."""
+    if jax.process_count() == 1:
+        return batch
+    return dataclasses.replace(batch, policy=local_sequences(batch.policy, trainer.shard))
 
 
 def banned_of(engine: Engine) -> Int[np.ndarray, "2 K"]:

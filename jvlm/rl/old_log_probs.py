@@ -1,4 +1,5 @@
-"""Log-probabilities of a rollout before its first update, by the trainer's own program in its packed sequences."""
+"""Log-probabilities of a rollout by the trainer's own program, in its packed sequences: before the first update, and
+those of the model that the run started from."""
 
 from __future__ import annotations
 
@@ -11,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvlm.inference.requests import SamplingParams
-from jvlm.parallel.data_shards import make_global_batch
+from jvlm.parallel.data_shards import local_sequences, make_global_batch
 from jvlm.rl.log_probs import Draws
 from jvlm.rl.packing import SampledAnswer, draws_of
 from jvlm.rl.records import GroupRecord
 from jvlm.rl.task import AnswerSequences, PolicyTask
 from jvlm.training import train_step
+from jvlm.training.state import Params
 
 if TYPE_CHECKING:
     from jvlm.training.trainer import Trainer
@@ -60,12 +62,28 @@ class OldLogProbs:
         )
         return dataclasses.replace(group, answers=tuple(answers))
 
-    def _score(self, trainer: Trainer, batch: AnswerSequences) -> tuple[np.ndarray, np.ndarray]:
-        forward, shapes = self._compiled(trainer)
-        policy = make_global_batch(train_step.stack([batch.policy]), trainer.shard, trainer.shapes_of(1))
-        draws = make_global_batch(train_step.stack([draws_of(batch)]), trainer.shard, shapes)
+    def distance_from_start(self, trainer: Trainer, batches: Sequence[AnswerSequences]) -> float:
+        """Return how far the engine's distribution is from that of the model before the first step: the mean over
+        tokens of ``exp(d) - d - 1``, with d the log ratio."""
+        total, count = 0.0, 0
+        for batch in batches:
+            log_probs, _ = self._score(trainer, batch, trainer.state.reference)
+            for answer, row, span in batch.places:
+                away = np.clip(log_probs[row, span].astype(np.float64) - np.asarray(answer.log_probs), -20, 20)
+                total, count = total + float((np.exp(away) - away - 1).sum()), count + len(away)
+        return total / max(count, 1)
+
+    def _score(self, trainer: Trainer, batch: AnswerSequences, params: Params | None = None) -> tuple[np.ndarray, ...]:
+        """Return log-probabilities and whether the same tokens are drawn, with the trainer's parameters or others."""
+        (forward, shapes), shard = self._compiled(trainer), trainer.shard
+        policy, draws = ([local_sequences(one, shard)] for one in (batch.policy, draws_of(batch)))
+        arguments = (
+            make_global_batch(train_step.stack(policy), shard, trainer.shapes_of(1)),
+            make_global_batch(train_step.stack(draws), shard, shapes),
+        )
         changing, constant = trainer.state.split()
-        return jax.device_get(forward(changing.trainable, constant, policy, draws))
+        found = forward(changing.trainable if params is None else params, constant, *arguments)
+        return tuple(np.asarray(x.addressable_data(0)) for x in found)
 
     def _compiled(self, trainer: Trainer) -> tuple[Callable[..., Any], Draws]:
         if self._forward is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jvlm.data.view.page import write
+from jvlm.parallel import hosts
 from jvlm.rl import samples, step_log
 from jvlm.rl.alarms import Alarm, Alarms, stopped
 from jvlm.rl.log_config import RolloutLogConfig
@@ -65,6 +66,8 @@ class RolloutLog(Hook):
         self._alarms = Alarms(self._config.alarms, state)
 
     def on_train_start(self, trainer: Trainer) -> None:
+        if not hosts.is_rank0():
+            return
         if self._config.store:
             self._writer = RolloutWriter(self._folder / ROLLOUTS, trainer.step)
         told = [line for line in read_lines(self._folder / ALARMS) if line["step_number"] <= trainer.step]
@@ -90,7 +93,7 @@ class RolloutLog(Hook):
                     self._writer.append(step, group, item, item.images or self._images_of(group.example))
             self._writer.finish_step(step, {**summary, "rewards": self._rewards})
         interval = self._config.samples_interval_steps
-        if step % interval == 0 or step in (trainer.start + 1, trainer.steps):
+        if hosts.is_rank0() and (step % interval == 0 or step in (trainer.start + 1, trainer.steps)):
             self._draw(step, groups, summary)
         self._tell(trainer, self._alarms.check({**metrics, **self._values}))
 
@@ -112,13 +115,20 @@ class RolloutLog(Hook):
         Raises:
           UserError: an alarm ends the run.
         """
+        # process 0 knows the prompts of all groups
+        told = hosts.broadcast_from_0([dataclasses.asdict(alarm) for alarm in alarms])
+        alarms = [Alarm(**alarm) for alarm in told]
         if not alarms:
             return
+        if hosts.is_rank0():
+            self._write(trainer, alarms)
+        stopped(alarms)
+
+    def _write(self, trainer: Trainer, alarms: Sequence[Alarm]) -> None:
         for alarm in alarms:
             print(f"ALARM {alarm.name}, step {trainer.step}: {alarm.text}", flush=True)
         lines = [{"step_number": trainer.step, **dataclasses.asdict(alarm)} for alarm in alarms]
         write_lines(self._folder / ALARMS, [*read_lines(self._folder / ALARMS), *lines])
-        stopped(alarms)
 
     def log_values(self, trainer: Trainer) -> dict[str, float]:
         return dict(self._values)

@@ -152,6 +152,7 @@ class Rollouts:
       encode: returns the prompt of an example by its number; raises ExampleError for one that cannot be asked.
       judge: gives the rewards, called in threads.
       seed: of all draws of the run.
+      slots: answers that are drawn together; None is those of one engine.
     """
 
     def __init__(
@@ -164,8 +165,10 @@ class Rollouts:
         rewards: RewardConfig,
         *,
         seed: int,
+        slots: int | None = None,
     ):
-        self.engine, self._encode, self._judge, self.journal = engine, encode, judge, journal
+        self.engine, self.encode, self._judge, self.journal = engine, encode, judge, journal
+        self.slots = slots or rollout.slots
         self.config, self._rewards, self._seed = rollout, rewards, seed
         self._judges = ThreadPoolExecutor(rewards.workers, "rewards")
         self._readers = ThreadPoolExecutor(2, "prompts")
@@ -280,7 +283,7 @@ class _Step:
     def _start(self) -> None:
         """Start groups while they are wanted and slots are free."""
         config = self.owner.config
-        while self._live() < config.slots and self.selection.wants_more(len(self.judging)):
+        while self._live() < self.owner.slots and self.selection.wants_more(len(self.judging)):
             serial = self.selection.start()
             self.timing.started += 1
             prompt = self.stream.prompt(serial)
@@ -307,7 +310,7 @@ class _Step:
                     if ahead == serial:
                         raise
                     break  # told when it is asked for
-                self.reading[ahead] = self.owner._readers.submit(self.owner._encode, example)
+                self.reading[ahead] = self.owner._readers.submit(self.owner.encode, example)
         return self.reading.pop(serial)
 
     def _live(self) -> int:
@@ -319,8 +322,8 @@ class _Step:
         for event in self.owner.engine.step():
             self._take(event, version)
         self.timing.busy += time.perf_counter() - began
-        self.timing.slot_steps += self.owner.config.slots
-        self.timing.live_steps += min(live, self.owner.config.slots)
+        self.timing.slot_steps += self.owner.slots
+        self.timing.live_steps += min(live, self.owner.slots)
 
     def _take(self, event: Event, version: int) -> None:
         group = self.running.get(int(event.request_id))

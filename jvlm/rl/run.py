@@ -25,6 +25,7 @@ from jvlm.inference.requests import EngineConfig
 from jvlm.models.vlm import VLM
 from jvlm.parallel import hosts
 from jvlm.parallel.layout import MeshLayout
+from jvlm.rl import shared_engine
 from jvlm.rl.config import RewardConfig
 from jvlm.rl.held_out import HeldOutRewards
 from jvlm.rl.journal import Journal
@@ -114,8 +115,11 @@ def train(experiment: Experiment) -> Result:
         raise UserError(
             f"the task of {experiment.name} is {type(task).__name__}: jvlm train trains it; jvlm rl is for PolicyTask"
         )
-    if jax.process_count() > 1:
-        raise UserError(f"jvlm rl runs in one process, and there are {jax.process_count()}")
+    if jax.process_count() > 1 and task.selection.ahead:
+        raise UserError(
+            f"task.selection.ahead keeps answers in the engine of one process, and there are {jax.process_count()}: "
+            "leave it out"
+        )
     if experiment.stages:
         raise UserError("stages are supervised: train them with jvlm train, and give the result as init_from")
     with rewards_of(task) as rewards:
@@ -127,6 +131,8 @@ def _train(experiment: Experiment, task: PolicyTask, rewards: Router | RewardCli
     experiment, pins = hub_pins.pin(experiment, [])
     layout = MeshLayout.of(experiment.parallel)
     model, processor = start_model(experiment, layout.parameter)
+    # processes that meet for the first time must do so within seconds
+    hosts.barrier("made the model")
     storage = RunStorage(experiment.output_root, experiment.name)
     storage.pull()
     prompts = Prompts(
@@ -135,8 +141,9 @@ def _train(experiment: Experiment, task: PolicyTask, rewards: Router | RewardCli
     experiment = _resolved(experiment, task, model, processor, prompts, storage.folder)
     arguments = step_arguments(experiment, model)
     changes = resume.prepare_folder(storage.folder, experiment, processor)
-    write_lines(storage.folder / REJECTED, map(dataclasses.asdict, prompts.rejected))
-    if model.adapters is not None:
+    if hosts.is_rank0():
+        write_lines(storage.folder / REJECTED, map(dataclasses.asdict, prompts.rejected))
+    if model.adapters is not None and hosts.is_rank0():
         model.adapters.write(storage.folder)
     hub_pins.write(storage.folder, pins)
     storage.share()
@@ -279,7 +286,7 @@ def engine_of(experiment: Experiment, task: PolicyTask, model: VLM, processor: P
         **sizes,
     )
     layout = sharding.inference_layout(model.config, devices=jax.local_devices())
-    return Engine(model, processor, config, layout)
+    return Engine(sharding.local_copy(model, layout), processor, config, layout)
 
 
 def shape_of(experiment: Experiment, processor: Processor) -> Shape:
@@ -314,14 +321,27 @@ def _loop(
         "rewards": rewards.describe(),
         "seq_len": data.seq_len,
     }
+    slots = task.rollout.slots
+    engines = shared_engine.join(engine, slots)
     rollouts = Rollouts(
-        engine,
+        engines if isinstance(engines, shared_engine.SharedEngine) else engine,
         lambda number: prompts.encode(number, limits),
         rewards,
         Journal(folder),
         task.rollout,
         task.rewards,
         seed=experiment.seed,
+        slots=slots * jax.process_count(),
     )
     keep = experiment.checkpoint.max_to_keep * experiment.checkpoint.save_interval_steps
-    return PolicyLoop(task, engine, rollouts, len(prompts), shape, seed=experiment.seed, settings=settings, keep=keep)
+    return PolicyLoop(
+        task,
+        engine,
+        rollouts,
+        len(prompts),
+        shape,
+        seed=experiment.seed,
+        settings=settings,
+        keep=keep,
+        engines=engines,
+    )

@@ -104,6 +104,7 @@ class PolicyTask(Task):
     log: RolloutLogConfig = RolloutLogConfig()
 
     uses_dropout = False
+    measures_update = True
 
     def __post_init__(self):
         check_fields(self, "task.", {"updates": "[1, inf)"})
@@ -132,7 +133,7 @@ class PolicyTask(Task):
 
     @property
     def needs_reference(self) -> bool:
-        return self.policy_loss.kl_weight > 0
+        return self.policy_loss.kl_weight > 0 or self.log.start_interval_steps is not None
 
     def check(self, experiment: Experiment, template: VLM) -> None:
         if experiment.steps is None:
@@ -191,7 +192,7 @@ class PolicyTask(Task):
     ) -> Loss:
         batch = jax.tree.map(jnp.asarray, batch)
         log_probs, aux = self.log_probs(model, batch)
-        other = None if reference is None else jax.lax.stop_gradient(self.log_probs(reference, batch)[0])
+        other = None if not self.policy_loss.kl_weight else jax.lax.stop_gradient(self.log_probs(reference, batch)[0])
         B, S = batch.packed.tokens.shape
         room = S + 1  # numbers of segments, padding included
         answers = jnp.arange(B)[:, None] * room + batch.packed.segment_ids

@@ -62,12 +62,15 @@ class Task(abc.ABC):
     Attributes:
       needs_reference: whether `loss` gets the model as it was before the first step, for a KL penalty or a preference
         loss. Frozen parameters are shared with it; of the trainable ones a second copy is held.
+      measures_update: whether "update_norm" and "parameter_norm", of the update and of the parameters before it, are
+        among the metrics.
       uses_dropout: whether adapters drop inputs in training. A loss that compares log-probabilities with those of a
         reference must not: they would differ from the first step on.
     """
 
     needs_reference: bool = False
     uses_dropout: bool = True
+    measures_update: bool = False
 
     def check(self, experiment: Experiment, template: VLM) -> None:  # noqa: B027  (most tasks go with all)
         """Raise UserError for an experiment that the task does not go with.

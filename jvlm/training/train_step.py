@@ -48,7 +48,7 @@ class TrainStep:
         **options: Any,
     ):
         loss_of, norms_of = _loss_of(template, task, ops), _norms_of(template, ops)
-        update = functools.partial(_update, loss_of, norms_of, task.denominators, tx, seed)
+        update = functools.partial(_update, loss_of, norms_of, task.denominators, tx, seed, task.measures_update)
         self._jitted = jax.jit(update, donate_argnums=0, **options)
 
     def __call__(self, state: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
@@ -144,6 +144,7 @@ def _update(
     denominators_of: Callable[[Any], Any],
     tx: optax.GradientTransformation,
     seed: int,
+    measures_update: bool,
     state: TrainState,
     constant: dict[str, Any],
     batches: Any,
@@ -174,6 +175,9 @@ def _update(
     with jax.named_scope("update"):
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         new = (optax.apply_updates(state.trainable, updates), opt_state)
+        if measures_update:
+            metrics["update_norm"] = optax.tree.norm(updates)
+            metrics["parameter_norm"] = optax.tree.norm(state.trainable)
         # the norm is finite only if every gradient is
         finite = jnp.isfinite(mean_loss) & jnp.isfinite(metrics["grad_norm"])
         choose = functools.partial(jnp.where, finite)

@@ -1,0 +1,68 @@
+"""Two processes on one machine, each with an engine, that train one policy: whoever draws, the answers are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.rl.test_kill import groups_of, log_of, write
+from tests.support import ROOT
+
+STEPS = 3
+
+
+def run(folder: Path, processes: int) -> None:
+    """Train in so many processes, and print what they printed where they fail."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled")}
+    environment = {**os.environ, **cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05", "JAX_PLATFORMS": "cpu"}
+    environment.pop("XLA_FLAGS", None)  # one device each
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.rl.killed", str(folder), str(STEPS)]
+            + ([address, str(processes), str(n)] if processes > 1 else []),
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for n in range(processes)
+    ]
+    try:
+        said = [process.communicate(timeout=600)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, text in zip(started, said, strict=True):
+        assert process.returncode == 0, text[-4000:]
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_the_groups_of_one(tmp_path):
+    folders = {name: write(tmp_path / name, delays=name == "late") for name in ("one", "two", "late")}
+    for name, folder in folders.items():
+        run(folder, 1 if name == "one" else 2)
+    groups = {name: groups_of(folder) for name, folder in folders.items()}
+    lines = {name: log_of(folder) for name, folder in folders.items()}
+    # which process draws what depends on time, and changes nothing
+    assert lines["late"] == lines["two"]
+    for step in range(STEPS):
+        common = groups["two"][step].keys() & groups["late"][step].keys()
+        assert len(common) >= 4
+        assert all(groups["two"][step][serial] == groups["late"][step][serial] for serial in common)
+    # the first rollout is that of one process; then gradients are summed in another order
+    common = groups["one"][0].keys() & groups["two"][0].keys()
+    assert len(common) >= 4
+    assert all(groups["one"][0][serial] == groups["two"][0][serial] for serial in common)
+    assert lines["two"][0] == pytest.approx(lines["one"][0], rel=1e-4, abs=1e-5)
+    stored = [json.loads(line) for line in (folders["two"] / "run" / "logging.jsonl").read_text().splitlines()]
+    assert max(line["rollout/difference"] for line in stored) < 2e-6
