@@ -46,8 +46,9 @@ def task_of(arguments: RlhfArguments, groups: int, devices: int = 1) -> PolicyTa
             "drawn from it: leave both out, and lower --temperature instead"
         )
     rounds = 1 + own.max_resample_times if own.dynamic_sample else 1
+    loss = _loss(own, preference.loss_type, _BETA if preference.beta is None else preference.beta)
     return PolicyTask(
-        policy_loss=_loss(own, preference.loss_type, _BETA if preference.beta is None else preference.beta),
+        policy_loss=loss,
         advantage=_advantage(own),
         rollout=RolloutConfig(
             answers=own.num_generations,
@@ -57,6 +58,7 @@ def task_of(arguments: RlhfArguments, groups: int, devices: int = 1) -> PolicyTa
         ),
         rewards=_rewards(own),
         selection=SelectionConfig(groups=groups, most_started=float(rounds)),
+        old_log_probs="engine" if loss.correction == "none" else "trainer",
     )
 
 

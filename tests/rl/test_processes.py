@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import compilation
 from tests.rl.test_kill import groups_of, log_of, write
 from tests.support import ROOT
 
@@ -24,7 +25,7 @@ def run(folder: Path, processes: int) -> None:
         address = f"localhost:{probe.getsockname()[1]}"
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled")}
     environment = {**os.environ, **cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05", "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)  # one device each
+    environment["XLA_FLAGS"] = compilation.FAST  # one device each
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.rl.killed", str(folder), str(STEPS)]
