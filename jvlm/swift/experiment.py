@@ -55,6 +55,7 @@ class Facts:
       examples: of the training data.
       epoch_steps: steps of a pass over them.
       root, name: the run's folder is ROOT/NAME.
+      language_model: folder of a language model alone that is trained; None for a whole model.
     """
 
     model: VLMConfig
@@ -64,6 +65,7 @@ class Facts:
     epoch_steps: int
     root: str
     name: str
+    language_model: str | None = None
 
 
 def model_config(arguments: TrainingArguments, config: VLMConfig) -> VLMConfig:
@@ -243,6 +245,10 @@ def experiment_of(arguments: TrainingArguments, facts: Facts, given: frozenset[s
     Raises:
       UserError: arguments that exclude one another, or values outside their range.
     """
+    text = facts.language_model
+    if text is not None:  # which has neither
+        frozen = dataclasses.replace(arguments.tuner, freeze_vit=True, freeze_aligner=True)
+        arguments = dataclasses.replace(arguments, tuner=frozen)
     output, optimization, tuner = arguments.output, arguments.optimization, arguments.tuner
     if optimization.max_steps == 0 or optimization.max_steps < -1:
         raise UserError(f"--max_steps is a number of steps, or -1 for none, got {optimization.max_steps}")
@@ -256,11 +262,17 @@ def experiment_of(arguments: TrainingArguments, facts: Facts, given: frozenset[s
     save = {"steps": output.save_steps, "epoch": facts.epoch_steps, "no": _NEVER}[output.save_strategy]
     processor = processor_config(arguments.model, facts.processor)
     is_reward_model = isinstance(arguments, RlhfArguments) and arguments.preference.rlhf_type == "rm"
+    init_from = arguments.model.model if text is None else None
+    if output.resume_only_model and not lora:
+        init_from = output.resume_from_checkpoint
+    folders = CheckpointFolders(limit=output.save_total_limit, links=output.create_checkpoint_symlink)
     return Experiment(
         name=facts.name,
         output_root=facts.root,
         model=model_config(arguments, facts.model),
-        init_from=output.resume_from_checkpoint if output.resume_only_model and not lora else arguments.model.model,
+        init_from=init_from,
+        decoder_from=text,
+        tokenizer=text,
         adapt=AdaptConfig(labels=1) if is_reward_model else AdaptConfig(),
         adapter=adapter_config(tuner, ("score",) if is_reward_model else ()) if lora and not goes_on else None,
         adapters_from=adapters[0] if goes_on else None,
@@ -276,7 +288,7 @@ def experiment_of(arguments: TrainingArguments, facts: Facts, given: frozenset[s
         export=ExportConfig(enabled=False),
         push=push_config(arguments.hub),
         task=task_of(arguments, given, f"{facts.root}/{facts.name}"),
-        hooks=(CheckpointFolders(limit=output.save_total_limit, links=output.create_checkpoint_symlink),),
+        hooks=(folders,) if text is None else (),
         steps=optimization.max_steps if optimization.max_steps > 0 else None,
         epochs=optimization.num_train_epochs,
         gradient_accumulation_steps=facts.batches.accumulation,

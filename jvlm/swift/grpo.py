@@ -19,10 +19,9 @@ from jvlm.rl.losses import PolicyLoss
 from jvlm.rl.rewards.rules import RULES
 from jvlm.rl.selection import SelectionConfig
 from jvlm.rl.task import PolicyTask
+from jvlm.swift import language_model
 from jvlm.swift.arguments import GrpoArguments, RlhfArguments
-from jvlm.training import processors
 from jvlm.training.config import Experiment
-from jvlm.weights import run_dir
 
 _BETA = 0.04
 _SHAPING = ("format", "repetition", "soft_overlong")
@@ -169,8 +168,7 @@ def prepare(
     from jvlm.swift.experiment import Facts, experiment_of
 
     optimization, own = arguments.optimization, arguments.grpo
-    folder = run_dir.local(arguments.model.model)
-    processor = processors.load(folder)
+    processor, text = language_model.source_of(arguments.model.model)
     count, devices = len(Examples.open(data)), jax.device_count()
     per_step = optimization.per_device_train_batch_size * devices
     accumulation = optimization.gradient_accumulation_steps or math.ceil(max(16, own.num_generations) / per_step)
@@ -188,6 +186,6 @@ def prepare(
     data = dataclasses.replace(data, batch_size=devices, curves="off", preference="none", on_too_long="drop")
     root, name = hosts.broadcast_from_0(folder_of(arguments, time.localtime()))
     batches = Batches(data, 1, completions)
-    facts = Facts(processor.model, processor.config, batches, count, math.ceil(count / groups), root, name)
+    facts = Facts(processor.model, processor.config, batches, count, math.ceil(count / groups), root, name, text)
     made = experiment_of(arguments, facts, given)
     return dataclasses.replace(made, steps=steps, task=task_of(arguments, groups, devices))

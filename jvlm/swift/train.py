@@ -15,7 +15,7 @@ from jvlm.data.mixture.examples import Examples
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.parallel import hosts
-from jvlm.swift import batches, checkpoints, grpo, saved
+from jvlm.swift import batches, checkpoints, grpo, language_model, saved
 from jvlm.swift.arguments import RlhfArguments, TrainingArguments
 from jvlm.swift.experiment import Facts, data_config, experiment_of, processor_config
 from jvlm.training import processors
@@ -87,8 +87,7 @@ def prepare(arguments: TrainingArguments, given: frozenset[str] = frozenset()) -
         raise UserError("--dataset is missing: give a JSONL file of conversations")
     if isinstance(arguments, RlhfArguments) and arguments.preference.rlhf_type == "grpo":
         return grpo.prepare(arguments, given, data_config(arguments), run_folder)
-    folder = run_dir.local(arguments.model.model)
-    processor = processors.load(folder)
+    processor, text = _source(arguments)
     found = processor.config
     config = processor_config(arguments.model, found)
     data = data_config(arguments)
@@ -108,8 +107,14 @@ def prepare(arguments: TrainingArguments, given: frozenset[str] = frozenset()) -
     sample = dataclasses.replace(sample, config=chosen.data)
     epoch = sample.steps(1.0, chosen.data.batch_size * chosen.accumulation)
     root, name = hosts.broadcast_from_0(run_folder(arguments, time.localtime()))
-    facts = Facts(processor.model, found, chosen, len(examples.distinct()), epoch, root, name)
+    facts = Facts(processor.model, found, chosen, len(examples.distinct()), epoch, root, name, text)
     return experiment_of(arguments, facts, given)
+
+
+def _source(arguments: TrainingArguments) -> language_model.Source:
+    if isinstance(arguments, RlhfArguments):
+        return language_model.source_of(arguments.model.model)
+    return language_model.Source(processors.load(run_dir.local(arguments.model.model)), None)
 
 
 def last_checkpoint(experiment: Experiment) -> Path | None:

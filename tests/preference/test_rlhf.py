@@ -15,7 +15,7 @@ from jvlm.reward_model.task import RewardTask
 from jvlm.swift import preference, saved
 from jvlm.swift.arguments import RlhfArguments
 from jvlm.swift.words import parse
-from tests.preference.support import write_labels, write_pairs
+from tests.preference.support import write_labels, write_pairs, write_text_model
 
 NEW = {"reference": "adapter_off"}
 
@@ -143,6 +143,30 @@ def test_the_line_is_written_as_a_config(line, task, kind, tiny, tmp_path, monke
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
+    ["--rlhf_type dpo --train_type full --learning_rate 1e-3", "--rlhf_type rm --train_type lora --learning_rate 1e-2"],
+)
+def test_a_language_model_s_folder_is_trained_on_text(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs = [
+        {"prompt": f"is {n} even?", "chosen": ("yes", "no")[n % 2], "rejected": ("no", "yes")[n % 2]} for n in range(16)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in pairs))
+    write_text_model(tmp_path / "qwen2", 0)
+    words = f"rlhf --model qwen2 --dataset pairs.jsonl --max_steps 8 --per_device_train_batch_size 4 {line} "
+    words += "--gradient_accumulation_steps 1 --logging_steps 1 --output_dir out --torch_dtype float32 "
+    assert cli.main(shlex.split(words)) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    steps, _ = log_of(folder)
+    assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-5 if "dpo" in line else 0.3)
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.01
+    model, _ = jvlm.load(folder)
+    assert model.config.family == "composed"
+    assert (model.adapters is not None) == ("lora" in line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line",
     [
         "--train_type full --freeze_vit false --freeze_aligner false --learning_rate 1e-4",
         "--rlhf_type orpo",
@@ -182,7 +206,6 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(line, tiny, tmp_path, mo
     again = subprocess.run([*start, *commands["killed"]], env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-3000:]
     models = [jvlm.load(tmp_path / "out" / name)[0] for name in commands]
-    from jvlm.models import vlm
 
     one, other = ({p: np.asarray(v.get_value()) for p, v in vlm.variables(m).items()} for m in models)
     assert all(np.array_equal(one[path], other[path]) for path in one)
