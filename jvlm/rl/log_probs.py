@@ -91,7 +91,8 @@ def sampled_log_probs(
     targets, weights = next_tokens(batch)
 
     def of_block(hidden_BTD: Array, targets_BT: Array, first_BT: Array, flags: Array) -> Array:
-        return _chosen(_log_probs(model, hidden_BTD, first_BT, flags, temperature), targets_BT)
+        values = jax.nn.log_softmax(_logits(model, hidden_BTD, first_BT, flags, temperature), axis=-1)
+        return jnp.take_along_axis(values, targets_BT[..., None], -1)[..., 0]
 
     return _by_block(model, of_block, (hidden, targets, jnp.asarray(is_first)), weights, banned, block)
 
@@ -112,7 +113,7 @@ def drawn_tokens(
     draws = jax.tree.map(jnp.asarray, draws)
 
     def of_block(hidden_BTD: Array, first_BT: Array, draws_BT: Draws, flags: Array) -> Array:
-        values = _log_probs(model, hidden_BTD, first_BT, flags, temperature)
+        values = _logits(model, hidden_BTD, first_BT, flags, temperature)
         rows = (x.reshape(-1) for x in (draws_BT.seeds, draws_BT.numbers, draws_BT.steps))
         noise = gumbel_noise(*rows, values.shape[-1])
         return jnp.argmax(values + noise.reshape(values.shape), axis=-1).astype(jnp.int32)
@@ -120,15 +121,11 @@ def drawn_tokens(
     return _by_block(model, of_block, (hidden, jnp.asarray(is_first), draws), weights, banned, block)
 
 
-def _log_probs(model: VLM, hidden_BTD: Array, first_BT: Array, flags: Array, temperature: float) -> Array:
-    """Return the log-probabilities [B, T, V] of the distribution that is drawn from."""
+def _logits(model: VLM, hidden_BTD: Array, first_BT: Array, flags: Array, temperature: float) -> Array:
+    """Return the logits [B, T, V] whose softmax is drawn from."""
     logits = model.decoder.logits(hidden_BTD).astype(jnp.float32)
     out = jnp.where(first_BT[..., None], flags[:, 1, None], flags[:, 0, None])
-    return jax.nn.log_softmax(jnp.where(out, -jnp.inf, logits) / temperature, axis=-1)
-
-
-def _chosen(values: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    return jnp.take_along_axis(values, targets[..., None], -1)[..., 0]
+    return jnp.where(out, -jnp.inf, logits) / temperature
 
 
 def _by_block(

@@ -206,6 +206,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(line, tiny, tmp_path, mo
     again = subprocess.run([*start, *commands["killed"]], env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-3000:]
     models = [jvlm.load(tmp_path / "out" / name)[0] for name in commands]
+    from jvlm.models import vlm
 
     one, other = ({p: np.asarray(v.get_value()) for p, v in vlm.variables(m).items()} for m in models)
     assert all(np.array_equal(one[path], other[path]) for path in one)
