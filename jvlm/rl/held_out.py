@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import jax
+
 from jvlm.errors import UserError
 from jvlm.inference import sharding
 from jvlm.inference.engine import Engine
@@ -51,7 +53,8 @@ class HeldOutRewards(Hook):
             self._evaluate(trainer)
 
     def _evaluate(self, trainer: Trainer) -> None:
-        self._engine.load(sharding.local_copy(trainer.model, self._engine.layout))
+        model = trainer.model
+        self._engine.load(model if jax.process_count() == 1 else sharding.local_copy(model, self._engine.layout))
         values = hosts.run_on_all(lambda: self._values() if hosts.is_rank0() else {})
         self._engine.release()
         trainer.evaluated(hosts.broadcast_from_0(values))

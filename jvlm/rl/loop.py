@@ -18,6 +18,7 @@ from jvlm.errors import UserError
 from jvlm.inference import sharding
 from jvlm.inference.engine import Engine
 from jvlm.inference.requests import SamplingParams
+from jvlm.models import vlm
 from jvlm.parallel import hosts
 from jvlm.parallel.data_shards import local_sequences
 from jvlm.rl.log_probs import banned_ids
@@ -126,7 +127,7 @@ class PolicyLoop(Hook):
     def _roll_out(self, trainer: Trainer) -> None:
         """Fill the updates. After a restart between two of them the rollout is that of the journal."""
         done, self._behind = self._behind if self._begun.get("updates") else 0, 0
-        self.engine.load(sharding.local_copy(trainer.model, self.engine.layout))
+        self._load(trainer)
         made_with = self._begun.get("made_with") if done else None
         if made_with is None:
             weights = sum(n * i for i, n in enumerate(fingerprints(trainer.state.trainable).values(), 1))
@@ -154,6 +155,21 @@ class PolicyLoop(Hook):
         self._updates.extend(updates[done:])
         self._groups = self._groups[done:]
         self._behind = done
+
+    def _load(self, trainer: Trainer) -> None:
+        """Give the engine the trainer's weights: the arrays themselves, or a copy on the devices of this process.
+
+        Raises:
+          RuntimeError: the copy is another one.
+        """
+        if jax.process_count() == 1:
+            self.engine.load(trainer.model)
+            return
+        copy, trainable = sharding.local_copy(trainer.model, self.engine.layout), trainer.state.trainable
+        values = vlm.variables(copy)
+        if fingerprints({path: values[path].get_value() for path in trainable}) != fingerprints(trainable):
+            raise RuntimeError("the engine's copy of the weights is not what the trainer has")
+        self.engine.load(copy)
 
     def _score(self, trainer: Trainer, rollout: Rollout, updates: Sequence[Sequence[AnswerSequences]]) -> None:
         """Compute the log-probabilities before the first update, and write them down."""

@@ -16,6 +16,7 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+LONGEST = 12  # tokens of an answer, by which dr_grpo divides
 CASES = {
     "grpo": {"loss_type": "grpo"},
     "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
@@ -28,7 +29,6 @@ CASES = {
 def main(folder: Path, rollouts: Path, output: Path) -> None:
     given = json.loads(rollouts.read_text())
     count = len(given[0]["answers"])
-    longest = max(len(answer["ids"]) for group in given for answer in group["answers"])
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     tokenizer.pad_token = "<|endoftext|>"
     found = {"trl": trl.__version__}
@@ -57,7 +57,7 @@ def main(folder: Path, rollouts: Path, output: Path) -> None:
             num_iterations=2,
             steps_per_generation=1,
             max_steps=2,
-            max_completion_length=longest,
+            max_completion_length=LONGEST,
             learning_rate=0.02,
             lr_scheduler_type="constant",
             optim="sgd",
