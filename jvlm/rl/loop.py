@@ -127,7 +127,9 @@ class PolicyLoop(Hook):
     def _roll_out(self, trainer: Trainer) -> None:
         """Fill the updates. After a restart between two of them the rollout is that of the journal."""
         done, self._behind = self._behind if self._begun.get("updates") else 0, 0
+        began = time.perf_counter()
         self._load(trainer)
+        loading = time.perf_counter() - began
         made_with = self._begun.get("made_with") if done else None
         if made_with is None:
             weights = sum(n * i for i, n in enumerate(fingerprints(trainer.state.trainable).values(), 1))
@@ -138,7 +140,7 @@ class PolicyLoop(Hook):
             self.engine.release()  # the step takes the memory of parameters and cache
         began = time.perf_counter()
         updates = self._packed(rollout)
-        self._values["seconds/pack"] = time.perf_counter() - began
+        self._values |= {"seconds/pack": time.perf_counter() - began, "seconds/load": loading}
         scores = self.task.old_log_probs == "trainer"
         unscored = scores and any(answer.old is None for answer in answers_of(updates))
         if done and (rollout.fresh or unscored):
