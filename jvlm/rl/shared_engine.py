@@ -83,7 +83,7 @@ class SharedEngine:
     def listen(self) -> Address:
         """Wait for the other processes in the background; return where they find this one."""
         key = secrets.token_hex(32)
-        self._listener = Listener(("", 0), authkey=key.encode())
+        self._listener = Listener(("", 0), backlog=64, authkey=key.encode())
         threading.Thread(target=self._accept, daemon=True, name="engines").start()
         return Address(_own_hosts(), self._listener.address[1], key)
 
@@ -327,12 +327,10 @@ def join(engine: SamplingEngine, slots: int) -> SharedEngine | RemoteEngine | No
 
 def _own_hosts() -> tuple[str, ...]:
     """Return addresses of this machine, as others may know it; the loopback last."""
-    names = [socket.getfqdn(), socket.gethostname()]
-    found: list[str] = []
-    for name in names:
-        with contextlib.suppress(OSError):
-            found += [str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET)]
-    return tuple(dict.fromkeys([*found, *names, "127.0.0.1"]))
+    name, found = socket.gethostname(), []
+    with contextlib.suppress(OSError):  # a name that means nothing here may mean something elsewhere
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET)]
+    return tuple(dict.fromkeys([*found, name, "127.0.0.1"]))
 
 
 def _connect(address: Address) -> Connection:
