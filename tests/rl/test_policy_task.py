@@ -173,12 +173,13 @@ def test_the_trainer_draws_the_same_tokens_with_the_same_random_numbers(tiny, sa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_old_log_probs_are_those_of_the_step_to_the_last_bit(tiny, sampled, accumulation):
+@pytest.mark.parametrize("sequences", [4, 1])
+def test_old_log_probs_are_those_of_the_step_to_the_last_bit(tiny, sampled, sequences):
     """With pictures and a video, in float32: what the trainer computes before the step, and the step itself."""
     task = dataclasses.replace(TASK, old_log_probs="trainer", policy_loss=PolicyLoss(kind="ppo"))
-    batches = packed_answers(sampled.groups, dataclasses.replace(SHAPE, sequences=4 // accumulation), sampled.banned)
-    assert len(batches) == accumulation
+    batches = packed_answers(sampled.groups, dataclasses.replace(SHAPE, sequences=sequences), sampled.banned)
+    accumulation = len(batches)
+    assert (accumulation > 1) == (sequences == 1)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((accumulation, *x.shape), x.dtype), task.batch_of(batches[0]))
     model = vlm.bind(tiny.model, {p: jnp.copy(v.get_value()) for p, v in vlm.variables(tiny.model).items()})
     trainer = Trainer(model, task, optax.adamw(1e-3), batches=shapes)
