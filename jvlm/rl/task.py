@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -88,8 +89,8 @@ class PolicyTask(Task):
         a correction.
       old_log_probs: what the ratio is to, and what a correction compares with the engine. "engine": the
         log-probabilities that tokens were drawn with, which are the trainer's but for rounding. "trainer": those that
-        the weights before the first update have in the trainer's packed sequences, by one more pass without a gradient;
-        the first update's are the same to the last bit.
+        the weights before the first update have in the trainer's packed sequences, to the last bit those of the first
+        update. Costs two more passes without a gradient: before the update, and again in it.
       log: what is written down of rollouts, and what raises an alarm.
     """
 
@@ -191,7 +192,11 @@ class PolicyTask(Task):
         denominators: Any = None,
     ) -> Loss:
         batch = jax.tree.map(jnp.asarray, batch)
-        log_probs, aux = self.log_probs(model, batch)
+        forward = functools.partial(self.log_probs, model)
+        if self.old_log_probs == "trainer":
+            # a forward pass that keeps nothing for the gradient is compiled as one without a gradient: to the same bits
+            forward = jax.checkpoint(forward)
+        log_probs, aux = forward(batch)
         other = None if not self.policy_loss.kl_weight else jax.lax.stop_gradient(self.log_probs(reference, batch)[0])
         B, S = batch.packed.tokens.shape
         room = S + 1  # numbers of segments, padding included
