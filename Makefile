@@ -153,7 +153,7 @@ bench-data: $(VENV)/.test  ## patches/s of a core and where its time goes, worke
 soak-data: $(VENV)/.test  ## 100,000 examples, 1 % of them damaged, with threads, processes and a kill -9; half an hour
 	$(RUN) tools.soak_data $(ARGS)
 
-soak-rl: $(VENV)/.test  ## a run of policy optimisation that is killed 20 times at random moments; ten minutes
+soak-rl: $(VENV)/.test  ## policy optimisation that is killed 20 times at random moments, and in two processes; ten minutes
 	$(RUN) pytest tests/rl/every_kill.py $(ARGS)
 
 bench-kernels: $(VENV)/.test

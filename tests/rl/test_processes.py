@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,8 @@ from tests import compilation
 from tests.rl.test_kill import groups_of, log_of, write
 from tests.support import ROOT
 
-STEPS = 3
 
-
-def run(folder: Path, processes: int) -> None:
+def run(folder: Path, processes: int, steps: int) -> None:
     """Train in so many processes, and print what they printed where they fail."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -28,7 +27,7 @@ def run(folder: Path, processes: int) -> None:
     environment["XLA_FLAGS"] = compilation.FAST  # one device each
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.rl.killed", str(folder), str(STEPS)]
+            [sys.executable, "-m", "tests.rl.killed", str(folder), str(steps)]
             + ([address, str(processes), str(n)] if processes > 1 else []),
             cwd=ROOT,
             env=environment,
@@ -47,23 +46,29 @@ def run(folder: Path, processes: int) -> None:
         assert process.returncode == 0, text[-4000:]
 
 
-@pytest.mark.slow
-def test_two_processes_train_on_the_groups_of_one(tmp_path):
-    folders = {name: write(tmp_path / name, delays=name == "late") for name in ("one", "two", "late")}
+def check_two(tmp_path: Path, steps: int, names: Sequence[str]) -> None:
+    """Compare runs in two processes, of which "late" has rewards that take any time, with that of one process."""
+    folders = {name: write(tmp_path / name, delays=name == "late") for name in ("one", *names)}
     for name, folder in folders.items():
-        run(folder, 1 if name == "one" else 2)
+        run(folder, 1 if name == "one" else 2, steps)
     groups = {name: groups_of(folder) for name, folder in folders.items()}
     lines = {name: log_of(folder) for name, folder in folders.items()}
-    # which process draws what depends on time, and changes nothing
-    assert lines["late"] == lines["two"]
-    for step in range(STEPS):
-        common = groups["two"][step].keys() & groups["late"][step].keys()
-        assert len(common) >= 4
-        assert all(groups["two"][step][serial] == groups["late"][step][serial] for serial in common)
+    first, *others = names
+    for other in others:  # which process draws what depends on time, and changes nothing
+        assert lines[other] == lines[first]
+        assert all(same_groups(groups[other][step], groups[first][step]) for step in range(steps))
     # the first rollout is that of one process; then gradients are summed in another order
-    common = groups["one"][0].keys() & groups["two"][0].keys()
-    assert len(common) >= 4
-    assert all(groups["one"][0][serial] == groups["two"][0][serial] for serial in common)
-    assert lines["two"][0] == pytest.approx(lines["one"][0], rel=1e-4, abs=1e-5)
-    stored = [json.loads(line) for line in (folders["two"] / "run" / "logging.jsonl").read_text().splitlines()]
+    assert same_groups(groups["one"][0], groups[first][0])
+    assert lines[first][0] == pytest.approx(lines["one"][0], rel=1e-4, abs=1e-5)
+    stored = [json.loads(line) for line in (folders[first] / "run" / "logging.jsonl").read_text().splitlines()]
     assert max(line["rollout/difference"] for line in stored) < 2e-6
+
+
+def same_groups(one: dict[int, list], other: dict[int, list]) -> bool:
+    common = one.keys() & other.keys()
+    return len(common) >= 4 and all(one[serial] == other[serial] for serial in common)
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_the_groups_of_one(tmp_path):
+    check_two(tmp_path, 1, ["late"])
