@@ -99,7 +99,9 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("part", FAILURES)
+@pytest.mark.parametrize(
+    "part", [one if one in ("scoring", "export") else pytest.param(one, marks=pytest.mark.slow) for one in FAILURES]
+)
 def test_a_part_that_fails_is_named_and_all_others_are_written(finished, monkeypatch, capsys, part):
     folder, experiment = finished
     owner, name, error, expected = FAILURES[part]

@@ -175,7 +175,8 @@ def start(tiny, *arguments, command="generate", **environment):
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_leaves_a_file_that_goes_on_to_the_same_bytes(tiny, folder, number):
     write("many.jsonl", [prompt(f"question {i}") for i in range(2000)])
     options = ("--data", "many.jsonl", "--max_new_tokens", "8", "--batch_size", "2", "--output")

@@ -76,7 +76,13 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if "a letter" in name or name == "a setting" else pytest.param(name, marks=pytest.mark.slow)
+        for name in CHANGES
+    ],
+)
 def test_a_change_is_refused_with_both_values_and_accepted_when_asked_to(run, name, capsys):
     change, options, said = CHANGES[name]
     options = [option for option in options if option != "data"]
