@@ -67,6 +67,17 @@ def test_a_program_that_is_too_large_is_measured_against_what_the_compiler_gives
     assert needed >= 256 * GIB  # the product of 2^18 x 2^18 in float32
 
 
+@pytest.mark.slow
+def test_the_newest_compiler_makes_what_can_be_counted_of_the_same_program(known):
+    done = support.with_compiler("tpu-compiler-newest", "-m", "tests.tools.planned_program")
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["compiler"] != known["compiler"]
+    assert "asks for libtpu" in found["compiler"]
+    for name in ("flops", "axis_traffic", "limit", "slices"):
+        assert found[name] == known[name], name
+
+
 def test_a_plan_names_its_compiler(known):
     assert re.fullmatch(rf"libtpu 0\.0\.\d+(\.\d+)?, jax {re.escape(jax.__version__)}", known["compiler"])
     assert known["unread"] == ""
