@@ -14,19 +14,33 @@ from tests.support import ROOT
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A folder with the wheel installed in it, and nothing else."""
+    """A folder with the wheel installed in it, which was built from the source distribution, and nothing else."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     for name in ("jvlm", "kernels", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    pip = ["-m", "pip", "--disable-pip-version-check", "-q"]
     offline = ["--no-deps", "--no-index"]
     for command in (
-        ["wheel", *offline, "--no-build-isolation", "-w", source / "dist", source],
-        ["install", *offline, "--target", target, "--find-links", source / "dist", "jvlm"],
+        ["-c", "from setuptools.build_meta import build_sdist; build_sdist('dist')"],
+        [
+            *pip,
+            "wheel",
+            *offline,
+            "--no-build-isolation",
+            "-w",
+            "dist",
+            "--find-links",
+            "dist",
+            "--no-binary",
+            "jvlm",
+            "jvlm",
+        ],
+        [*pip, "install", *offline, "--target", target, "--find-links", "dist", "--only-binary", "jvlm", "jvlm"],
     ):
-        done = subprocess.run([*pip, *map(str, command)], capture_output=True, text=True, check=False)
+        command = [sys.executable, *map(str, command)]
+        done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-4000:]
     return target
 
