@@ -142,7 +142,8 @@ def _step(
     local = train_step.stack([task.batch_of(one) for one in batches])
     batch = make_global_batch(local, trainer.shard, trainer.shapes_of(len(batches)))
     _, metrics = trainer.compiled.step(trainer.state, batch)
-    return {name: float(value) for name, value in metrics.items() if name != train_step.SOURCES}
+    left_out = (train_step.SOURCES, "update_norm")  # the optimizer begins anew here
+    return {name: float(value) for name, value in metrics.items() if name not in left_out}
 
 
 def _prompt(one: StoredGroup, processor: Processor, folder: Path) -> Example:
