@@ -2,6 +2,7 @@
 
     make soak-data                                  # 100,000 examples
     python -m tools.soak_data --examples 2000
+    python -m tools.soak_data --runs threads 2-processes-killed
 
 Each run must give the same batches, every good example once, and every damaged one once among the rejected; memory must
 stay flat. Fails with what differs.
@@ -297,9 +298,10 @@ def main() -> None:
         folder = Path(name)
         file = write_examples(folder, count)
         print(
-            f"{count:,} examples, {len(damaged(count)):,} damaged\n\n| run | batches | examples | rejected | s | MiB |"
+            f"{count:,} examples, {len(damaged(count)):,} damaged\n\n"
+            "| run | batches | their digest | examples | rejected | s | MiB |"
         )
-        print("| --- | --- | --- | --- | --- | --- |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
         for title in arguments.runs:
             workers, kill = RUNS[title]
             begin = time.perf_counter()
@@ -308,9 +310,14 @@ def main() -> None:
             seconds, memory = time.perf_counter() - begin, [batch["memory"] for batch in batches]
             used, rejected = (sum(b["conversations"] for b in batches), sum(len(b["rejected"]) for b in batches))
             quarters = "/".join(f"{memory[len(memory) * q // 4 - 1]:,.0f}" for q in (1, 2, 3, 4))
-            print(f"| {title} | {len(batches)} | {used:,} | {rejected:,} | {seconds:.0f} | {quarters} |", flush=True)
+            digests = [batch["digest"] for batch in batches]
+            whole = hashlib.sha256("".join(digests).encode()).hexdigest()[:8]
+            print(
+                f"| {title} | {len(batches)} | {whole} | {used:,} | {rejected:,} | {seconds:.0f} | {quarters} |",
+                flush=True,
+            )
             failed += [f"{title}: {one}" for one in problems(batches, count, expected)]
-            expected = expected or [batch["digest"] for batch in batches]
+            expected = expected or digests
     if failed:
         raise SystemExit("\n".join(failed))
 

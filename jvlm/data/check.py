@@ -23,9 +23,10 @@ from jvlm.data.few_shot import FewShotSource
 from jvlm.data.images import content_digest, open_image
 from jvlm.data.packing import Example
 from jvlm.data.pipeline import Encode, check_learnable, check_text
-from jvlm.data.prepare.image_hash import perceptual_hash
+from jvlm.data.prepare.image_hash import ImageHash
 from jvlm.data.processor import Processor
 from jvlm.data.rejections import Rejections
+from jvlm.data.unread_patches import UnreadImage, UnreadPatches
 from jvlm.data.video.reader import shared_reader
 from jvlm.data.video.sampling import Sampling
 from jvlm.errors import UserError
@@ -140,7 +141,7 @@ class Checked:
     parts_left_out: list[Rejected] = dataclasses.field(default_factory=list)
     untagged: bool = False
     digests: list[bytes] = dataclasses.field(default_factory=list)  # of the images and frames of a usable example
-    hashes: list[np.ndarray] = dataclasses.field(default_factory=list)  # perceptual, of its images
+    hashes: list[ImageHash] = dataclasses.field(default_factory=list)  # of its images
 
 
 class _Look:
@@ -152,7 +153,8 @@ class _Look:
             processor = processor.replace(media_roots=(config.media_root,))
         self.processor = processor
         self.config = _resolved(processor, config, seed) if processor else config
-        self.encode = Encode(processor, self.config) if processor else None
+        # images are decoded, and not resized: nobody asks for their patches
+        self.encode = Encode(processor, self.config, decode=False) if processor else None
 
     def at(self, read: Read, *, is_hashed: bool = False) -> Checked:
         origin, example, untagged = read
@@ -164,22 +166,31 @@ class _Look:
             checked.images = sum(1 for _ in _image_sources(parsed))
             checked.columns = unknown_columns(parsed.extra)
             checked.is_document = isinstance(parsed, Document)
+            hashes: dict[str, ImageHash] = {}  # by field
             if self.encode is None:
                 self._open(parsed)
             else:
-                self._encode(parsed, checked)
+                self._encode(parsed, checked, hashes if is_hashed else None)
             if self.digests and checked.rejected is None:
                 places = list(self._places(parsed))
                 checked.digests = [content_digest(source, **where) for _, source, where in places]
                 if is_hashed:
                     images = [(source, where) for part, source, where in places if isinstance(part, Image)]
-                    checked.hashes = [perceptual_hash(open_image(source, **where)) for source, where in images]
+                    checked.hashes = [
+                        hashes.get(where["field"]) or ImageHash.of(open_image(source, **where))
+                        for source, where in images
+                    ]
         except ExampleError as error:
             checked.rejected = Rejected.of(error, "bad")
         return checked
 
-    def _encode(self, parsed: Conversation | Document, checked: Checked) -> None:
+    def _encode(self, parsed: Conversation | Document, checked: Checked, hashes: dict[str, ImageHash] | None) -> None:
+        """Encode an example and decode its images, whose hashes are added to ``hashes``."""
         read, fitted = encoded(self.encode, parsed)
+        for unread in _unread_images(read):
+            image = unread.open()
+            if hashes is not None:
+                hashes[unread.field] = ImageHash.of(image)
         checked.turns = sum(int(one.turns.max(initial=0)) for _, one in read)
         used = [one for one in fitted if isinstance(one, Example)]
         left_out = [one for one in fitted if isinstance(one, Rejected)]
@@ -296,6 +307,16 @@ def _resolved(processor: Processor, config: DataConfig, seed: int) -> DataConfig
         return dataclasses.replace(config, **{n: getattr(DataConfig(), n) for n, v in sizes.items() if v == "auto"})
     names = ("seq_len", "max_patches", "max_image_patches")
     return dataclasses.replace(config, **{name: getattr(resolved, name) for name in names})
+
+
+def _unread_images(read: Sequence[tuple[Conversation | Document, Example]]) -> Iterator[UnreadImage]:
+    """Yield each image of an example that was read by its header alone, once."""
+    fields = set()
+    for _, example in read:
+        for piece in example.patches.pieces if isinstance(example.patches, UnreadPatches) else ():
+            if isinstance(piece, UnreadImage) and piece.field not in fields:
+                fields.add(piece.field)
+                yield piece
 
 
 def _image_sources(conversation: Conversation | Document) -> Iterator[tuple[str, Image | Video, Any]]:

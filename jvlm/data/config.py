@@ -202,6 +202,11 @@ class DataConfig:
         return max(_LEAST_WINDOW, min(_MOST_WINDOW, examples // 2))
 
     @property
+    def decoded_ahead(self) -> int:
+        """Batches of ``prefetch`` that are decoded beside the next one, so that all workers always have images."""
+        return self.prefetch // 2
+
+    @property
     def longest(self) -> int:
         """Most tokens of a conversation."""
         return min(self.seq_len, self.max_length or self.seq_len)

@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import re
+import unicodedata
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -231,13 +232,21 @@ def _existing(path: str, roots: tuple[str, ...]) -> Path | None:
 
 
 def _candidates(path: str, roots: tuple[str, ...]) -> list[Path]:
-    """Places to look at. The path of a URL is unescaped, but for names that hold a % of their own."""
+    """Places to look at. The path of a URL is unescaped, but for names that hold a % of their own.
+
+    After the name as it is come its other forms in Unicode, since macOS writes letters and their accents apart, and
+    those with slashes in the place of Windows' backslashes.
+    """
     names = [path]
     if path[:7].lower() == "file://":
         plain = path[7:].removeprefix("localhost")
         names = [urllib.parse.unquote(plain), plain]
+    if not path.isascii():
+        names += [unicodedata.normalize(form, name) for name in tuple(names) for form in ("NFC", "NFD")]
+    if "\\" in path:
+        names += [name.replace("\\", "/") for name in tuple(names)]
     candidates = []
-    for name in map(Path, names):
+    for name in map(Path, dict.fromkeys(names)):
         candidates += [name] if name.is_absolute() else [Path(root) / name for root in (*roots, ".")]
     return candidates
 

@@ -25,7 +25,7 @@ from jvlm.data.augmentation import augmented
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document
 from jvlm.data.cutting import Limits
-from jvlm.data.decoded_batch import Write
+from jvlm.data.decoded_batch import Begun, Write
 from jvlm.data.document_config import DocumentConfig
 from jvlm.data.errors import ExampleError, Origin, Rejected, SkippedError, grouped
 from jvlm.data.examples import parse_example
@@ -339,10 +339,11 @@ class PackIterator(grain.DatasetIterator):
         self.dataset = dataset
         self._workers: Workers | None = None
         self._asked: deque[Result] = deque()
+        self._begun: deque[Begun] = deque()
         self._begin(Progress(share=dataset.share))
 
     def _begin(self, progress: Progress) -> None:
-        self._progress = progress
+        self._progress = self._given = progress  # of the batches that are begun, and of those that were given out
         self._drop()
         self._draws = self._draws_from(progress)
         self._queue: deque[list[Example]] = deque()
@@ -356,6 +357,9 @@ class PackIterator(grain.DatasetIterator):
         for result in self._asked:
             result.cancel()
         self._asked.clear()
+        for begun in self._begun:
+            begun.batch.drop()
+        self._begun.clear()
 
     def _draws_from(self, progress: Progress) -> Iterator[int]:
         """Draws of the present window and of all that follow."""
@@ -374,6 +378,24 @@ class PackIterator(grain.DatasetIterator):
 
     def __next__(self) -> PackedSequences:
         config, count = self.dataset.config, self.dataset.sequences
+        if not self._begun:
+            self._begin_batch()
+        # of the same window: the next one may take long to read
+        while len(self._begun) <= config.decoded_ahead and len(self._queue) >= count:
+            self._begin_batch()
+        begun = self._begun.popleft()
+        batch, kept, failed = begun.batch.finish()
+        self._given = begun.progress
+        if failed and config.on_bad_example == "error":
+            raise failed[0][1]
+        rejected = begun.rejected + decoded_batch.rejected(failed)
+        self._undecoded = [] if any(kept) else self._undecoded + [Rejected.of(error, "bad") for _, error in failed]
+        self._check_usable(self._undecoded)
+        return packing.packed_sequences(batch, kept, rejected, config.sources)
+
+    def _begin_batch(self) -> None:
+        """Let the images of a further batch be decoded. Raises StopIteration at the end of the data."""
+        count = self.dataset.sequences
         sequences: list[list[Example]] = []
         rejected: list[Rejected] = []
         while len(sequences) < count:
@@ -389,13 +411,8 @@ class PackIterator(grain.DatasetIterator):
                 self._progress = dataclasses.replace(self._progress, done=self._progress.done + 1, given=0)
         if not sequences and not rejected:
             raise StopIteration
-        batch, kept, failed = decoded_batch.decoded_batch(sequences, self._assembled, self._workers.patches)
-        if failed and config.on_bad_example == "error":
-            raise failed[0][1]
-        rejected += decoded_batch.rejected(failed)
-        self._undecoded = [] if any(kept) else self._undecoded + [Rejected.of(error, "bad") for _, error in failed]
-        self._check_usable(self._undecoded)
-        return packing.packed_sequences(batch, kept, rejected, config.sources)
+        batch = decoded_batch.DecodingBatch(sequences, self._assembled, self._workers.patches)
+        self._begun.append(Begun(batch, rejected, self._progress))
 
     def _assembled(self, sequences: Sequence[Sequence[Example]], write: Write) -> PackedBatch:
         config = self.dataset.config
@@ -475,7 +492,7 @@ class PackIterator(grain.DatasetIterator):
 
     def get_state(self) -> list[dict[str, Any]]:
         """Of this process. A checkpoint gathers those of all, in any order."""
-        return [self._progress.state()]
+        return [self._given.state()]
 
     def set_state(self, state: Sequence[dict[str, Any]]) -> None:
         self._begin(go_on(state, self.dataset.share))
@@ -506,7 +523,9 @@ def training_data(
       ValueError: the sequences of a batch cannot be shared evenly by so many processes.
     """
     packed, draws = _packed(processor, config, seed, epochs, share, examples)
-    return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.prefetch), draws
+    return grain.experimental.ThreadPrefetchIterDataset(
+        packed, prefetch_buffer_size=config.prefetch - config.decoded_ahead
+    ), draws
 
 
 def _packed(

@@ -368,15 +368,9 @@ class Processor:
         """Decode an image and write the patches that are meant.
 
         Raises:
-          ExampleError: as `encode`; or an image that has another size than its header said.
+          ExampleError: as `UnreadImage.open`.
         """
-        image = open_image(unread.part.source, origin=unread.origin, field=unread.field, roots=unread.roots)
-        if image.size != unread.size:
-            problem = (
-                f"{image.width} x {image.height} pixels, where its header said {unread.size[0]} x {unread.size[1]}"
-            )
-            raise ExampleError(unread.origin, unread.field, problem, "Replace or remove the image")
-        image = _upscaled(unread.part, image)
+        image = _upscaled(unread.part, unread.open())
         is_whole = len(out) == unread.patches
         patches = out if is_whole else np.empty((unread.patches, out.shape[1]), np.uint8)
         self.image_processor.write(image, unread.config, patches, index=unread.index, count=unread.count)

@@ -15,8 +15,9 @@ import PIL.Image
 from jaxtyping import UInt8
 
 from jvlm.data.content import Image
-from jvlm.data.errors import Origin
+from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.image_processor import ImageProcessorConfig, MediaPatches
+from jvlm.data.images import open_image
 
 
 @runtime_checkable
@@ -67,6 +68,18 @@ class UnreadImage:
     patches: int
     start: int
     stop: int
+
+    def open(self) -> PIL.Image.Image:
+        """Return the whole image, decoded.
+
+        Raises:
+          ExampleError: it cannot be decoded, or has another size than its header said.
+        """
+        image = open_image(self.part.source, origin=self.origin, field=self.field, roots=self.roots)
+        if image.size != self.size:
+            problem = f"{image.width} x {image.height} pixels, where its header said {self.size[0]} x {self.size[1]}"
+            raise ExampleError(self.origin, self.field, problem, "Replace or remove the image")
+        return image
 
 
 @dataclasses.dataclass(frozen=True)

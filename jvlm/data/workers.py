@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +35,10 @@ class Result(Protocol):
 
     def cancel(self) -> bool:
         """Leave it undone if it has not begun."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until it is done, left undone or failed."""
         ...
 
 
@@ -70,13 +74,13 @@ class Threads:
         self._dataset, self._processor = dataset, processor
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="jvlm-data")
 
-    def example(self, number: int) -> Future:
+    def example(self, number: int) -> Result:
         """Return an element of the dataset."""
-        return self._pool.submit(self._dataset.__getitem__, number)
+        return _Submitted(self._pool.submit(self._dataset.__getitem__, number))
 
-    def patches(self, unread: UnreadImage, out: np.ndarray) -> Future:
+    def patches(self, unread: UnreadImage, out: np.ndarray) -> Result:
         """Write the patches of an image."""
-        return self._pool.submit(self._processor.write_patches, unread, out)
+        return _Submitted(self._pool.submit(self._processor.write_patches, unread, out))
 
     def array(self, shape: tuple[int, ...]) -> np.ndarray:
         """Return an array for patches, whose values mean nothing."""
@@ -102,14 +106,14 @@ class Processes:
 
     def example(self, number: int) -> Result:
         """Return an element of the dataset."""
-        return _Sent(self._pool.submit(_example, number))
+        return _Submitted(self._pool.submit(_example, number))
 
     def patches(self, unread: UnreadImage, out: np.ndarray) -> Result:
         """Write the patches of an image, in the process itself where it can reach the array."""
         location = shared_location(out)
         if location is not None:
-            return _Sent(self._pool.submit(_write, unread, location))
-        return _Sent(self._pool.submit(_patches, unread, out.shape), lambda patches: np.copyto(out, patches))
+            return _Submitted(self._pool.submit(_write, unread, location))
+        return _Submitted(self._pool.submit(_patches, unread, out.shape), lambda patches: np.copyto(out, patches))
 
     def array(self, shape: tuple[int, ...]) -> np.ndarray:
         """Return an array for patches, whose values mean nothing."""
@@ -120,8 +124,8 @@ class Processes:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Sent:
-    """What a process sends back, and what is done with it here."""
+class _Submitted:
+    """What a thread or process gives back, and what is done with it here."""
 
     def __init__(self, future: Future, take: Callable[[Any], Any] = lambda result: result):
         self._future, self._take = future, take
@@ -135,6 +139,9 @@ class _Sent:
 
     def cancel(self) -> bool:
         return self._future.cancel()
+
+    def wait(self) -> None:
+        wait([self._future])
 
 
 _TASK: list[Any] = []  # of a worker process: the dataset and the processor

@@ -89,7 +89,7 @@ class ValidationData:
     def _batch(
         self, sequences: Sequence[Sequence[Example]], rejected: Sequence[Rejected], workers: Threads
     ) -> PackedSequences:
-        batch, kept, failed = decoded_batch.decoded_batch(sequences, self._assembled, workers.patches)
+        batch, kept, failed = decoded_batch.DecodingBatch(sequences, self._assembled, workers.patches).finish()
         rejected = [*rejected, *decoded_batch.rejected(failed)]
         return packing.packed_sequences(batch, kept, rejected, self.config.sources)
 

@@ -230,6 +230,40 @@ def test_what_a_format_does_not_use_is_carried_along(folder):
     assert found["rejected_messages"][:-1] == _ASKED
 
 
+def test_keys_of_turns_that_a_format_does_not_use_are_carried_along_and_listed(folder, capsys):
+    turns = [{"from": "human", "value": PROMPT, "id": 1}, {"from": "gpt", "value": ANSWER, "model": "x", "id": 2}]
+    (_, found) = _source(folder, {"conversations": turns})[0]
+    assert (found["conversations[].id"], found["conversations[].model"]) == ([1, 2], ["x"])
+    texts = [{"user": PROMPT, "assistant": ANSWER, "rating": 3}]
+    path = folder / "rated.jsonl"
+    path.write_text(json.dumps({"images": ["r.png"], "texts": texts}) + "\n")
+    assert cli.main(["data", "check", str(path)]) == 0
+    assert "column 'texts[].rating' is not used, in 1 example" in capsys.readouterr().out
+
+
+def test_the_weight_of_a_turn_is_that_of_the_loss_of_an_answer(folder):
+    def loss_weights(record):
+        (origin, found) = _source(folder, record)[0]
+        return [message.loss_weight for message in parse_example(found, origin).messages]
+
+    roles = ("user", "assistant", "user", "assistant")
+    turns = [{"role": role, "content": "x", "weight": n % 2 and n // 2} for n, role in enumerate(roles)]
+    assert loss_weights({"messages": turns}) == [0, 0, 0, 1]
+    names, weights = ("human", "gpt", "human", "gpt"), (1.0, None, 0.0, 0.5)
+    turns = [{"from": name, "value": "x", "weight": weight} for name, weight in zip(names, weights, strict=True)]
+    assert loss_weights({"conversations": turns}) == [0, 1, 0, 0.5]
+
+
+def test_image_tags_of_llava_video_stand_for_its_videos(folder):
+    def asked(**media):
+        turns = [{"from": "human", "value": "<image>\nWhat moves?"}, {"from": "gpt", "value": "A car."}]
+        return _source(folder, {"conversations": turns, **media})[0][1]["messages"][0]["content"]
+
+    assert asked(video="a.mp4") == "<video>\nWhat moves?"
+    assert asked(image="r.png") == "<image>\nWhat moves?"
+    assert asked(videos=["a.mp4", "b.mp4"]).count("<video>") == 2  # not for each a tag: before the first user text
+
+
 def test_a_prompt_for_reinforcement_learning_has_no_answer_to_train_on(folder):
     record = {"images": ["r.png"], "problem": "<image>" + PROMPT, "answer": 12}
     source = _source(folder, record)

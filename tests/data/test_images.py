@@ -322,6 +322,20 @@ def test_a_missing_file_names_every_place_tried(tmp_path):
         assert str(place) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("named", "stored"),
+    [("caf\u00e9/a.png", "cafe\u0301/a.png"), ("cafe\u0301/a.png", "caf\u00e9/a.png"), ("b\\a.png", "b/a.png")],
+)
+def test_files_are_found_in_the_unicode_of_another_system_and_under_windows_slashes(tmp_path, named, stored):
+    (tmp_path / stored).parent.mkdir()
+    (tmp_path / stored).write_bytes(encoded())
+    for source in (named, f"file://{tmp_path}/{named}"):
+        assert open_image(source, roots=(str(tmp_path),)).size == (60, 40)
+    (tmp_path / named).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (3, 3)).save(tmp_path / named)  # what has the very name comes first
+    assert open_image(named, roots=(str(tmp_path),)).size == (3, 3)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"])
 def test_damaged_files_give_a_picture_or_an_example_error_and_nothing_else(kind):

@@ -20,7 +20,7 @@ from PIL import Image
 from jvlm import cli
 from jvlm.data.conversion import convert
 from jvlm.data.embedding import embed
-from jvlm.data.errors import ExampleError
+from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.formats.example_format import FormatOptions
 from jvlm.data.images import open_image
@@ -180,6 +180,41 @@ def test_rows_of_csv_have_lists_as_json_and_errors_of_their_own(tmp_path):
     (tmp_path / "c.csv").write_bytes(b"a\n\xff\n")
     with pytest.raises(UserError, match=r"c\.csv: row 2 cannot be read as CSV"):
         ExampleSource([str(tmp_path / "c.csv")])
+
+
+def test_tables_as_pandas_writes_them_are_read(tmp_path):
+    """With its index in a column without a name, and lists as Python writes them."""
+    images, turns = ["a.png", "b.png"], [{"from": "human", "value": 'it\'s "q"'}, {"from": "gpt", "value": None}]
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        rows = [["", "conversations", "images "], [0, repr(turns), repr(images)], [1, "[1, 2, ..., 9]", ""]]
+        csv.writer(file).writerows(rows)
+    (reader,) = ExampleSource([str(tmp_path / "a.csv")])._readers
+    assert reader.read(0, Origin()) == {"Unnamed: 0": "0", "conversations": turns, "images": images}
+    assert "cut short with ..." in str(reader.read(1, Origin()))
+    (tmp_path / "b.csv").write_text('question,images\n"q","[{""path"": 1, ""path"": 2}]"\n')
+    (reader,) = ExampleSource([str(tmp_path / "b.csv")])._readers
+    assert "the same key twice" in str(reader.read(0, Origin()))
+    (tmp_path / "c.csv").write_text("question;answer\n1;2\n")
+    with pytest.raises(UserError, match=r"one column, 'question;answer', whose name holds ';'. Write it with commas"):
+        ExampleSource([str(tmp_path / "c.csv")])
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_objects_over_several_lines_are_named_as_such(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_text("".join(json.dumps(row, indent=2) + "\n" for row in TEXTS))
+    with pytest.raises(UserError, match=r"JSON objects over several lines each. Write one a line: jq -c"):
+        ExampleSource([str(path)])
+
+
+@pytest.mark.parametrize(("encoding", "name"), [("latin-1", "a.jsonl"), ("cp1252", "a.csv"), ("utf-16", "a.tsv")])
+def test_text_in_another_encoding_is_named(tmp_path, encoding, name):
+    text = (
+        json.dumps({"question": "où?", "answer": "là"}, ensure_ascii=False) if name == "a.jsonl" else "question\noù?\n"
+    )
+    (tmp_path / name).write_text(text + "\n", encoding)
+    with pytest.raises((UserError, ExampleError), match=r"Write (it|the file) in UTF-8"):
+        raise _records(tmp_path / name)[0]
 
 
 def test_parquet_keeps_three_row_groups_and_no_more(tmp_path):

@@ -18,6 +18,7 @@ RESPONSE = tuple(
 )
 SYSTEM = ("system", "system_prompt")
 IMAGES = ("images", "image")
+VIDEOS = ("videos", "video")
 
 
 class Fields:
@@ -78,6 +79,14 @@ class Fields:
 def images_of(record: dict[str, Any]) -> list[Any]:
     """Return the images of a record, in a list whatever field holds them."""
     value = next((record[name] for name in IMAGES if not is_null(record.get(name))), None)
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def videos_of(record: dict[str, Any]) -> list[Any]:
+    """Return the videos of a record, in a list whatever field holds them."""
+    value = next((record[name] for name in VIDEOS if not is_null(record.get(name))), None)
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

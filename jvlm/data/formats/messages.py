@@ -68,6 +68,8 @@ def convert_messages(messages: list[Any], origin: Origin, field: str = "messages
         role = message.get("role")
         if isinstance(role, str) and role in _TOOL_ROLES:
             message = {**message, "role": turns.ROLES[role]}
+        if turns.WEIGHT in message:
+            message = turns.with_weight(message)
         blocks = message.get("content")
         if isinstance(blocks, list | tuple) and any(_is_anthropic(block) for block in blocks):
             found += _of_blocks(message, list(blocks), origin, f"{field}[{index}]")

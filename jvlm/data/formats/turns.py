@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Container
 from typing import Any
 
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.values import is_null, shown
 
 CALL = "tool_call"
+LOSSES = ("loss", "loss_scale")
+WEIGHT = "weight"
 ROLES = {
     "system": "system",
     **dict.fromkeys(("human", "user"), "user"),
@@ -29,6 +32,29 @@ def role_of(name: Any, origin: Origin, field: str) -> str:
     return role
 
 
+def with_weight(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message whose ``weight``, as OpenAI's and OpenHermes' have it, is that of the loss of an answer."""
+    weight = message.get(WEIGHT)
+    message = {key: value for key, value in message.items() if key != WEIGHT}
+    if (
+        is_null(weight)
+        or message.get("role") not in ("assistant", CALL)
+        or any(not is_null(message.get(key)) for key in LOSSES)
+    ):
+        return message
+    return {**message, "loss_scale": weight}
+
+
+def unused(items: list[Any], used: Container[str], field: str) -> dict[str, list[Any]]:
+    """Return the values of keys of turns that a format does not use, by "FIELD[].KEY", to be carried along."""
+    found: dict[str, list[Any]] = {}
+    for item in items:
+        for key, value in item.items() if isinstance(item, dict) else ():
+            if key not in used and not is_null(value):
+                found.setdefault(f"{field}[].{key}", []).append(value)
+    return found
+
+
 def with_calls(messages: list[Any], origin: Origin, field: str = "messages") -> list[Any]:
     """Return messages in which turns of the role "tool_call" are the calls of an assistant's turn.
 
@@ -40,13 +66,13 @@ def with_calls(messages: list[Any], origin: Origin, field: str = "messages") -> 
             found.append(message)
             continue
         calls = _calls(message.get("content"), origin, f"{field}[{index}]")
-        losses = {key: message[key] for key in ("loss", "loss_scale") if not is_null(message.get(key))}
+        losses = {key: message[key] for key in LOSSES if not is_null(message.get(key))}
         last = found[-1] if found else None
         joins = (
             isinstance(last, dict)
             and last.get("role") == "assistant"
             and isinstance(last.get("tool_calls", []), list)
-            and {key: last[key] for key in ("loss", "loss_scale") if not is_null(last.get(key))} == losses
+            and {key: last[key] for key in LOSSES if not is_null(last.get(key))} == losses
         )
         if joins:
             found[-1] = {**last, "tool_calls": [*last.get("tool_calls", []), *calls]}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from jvlm.data.formats.fields import images_of
+from jvlm.data.formats.fields import IMAGES, VIDEOS, images_of, videos_of
 from jvlm.data.values import is_null
 
 _IMAGE_BLOCKS = ("image", "image_url")
 _REJECTED = "rejected_messages"
-_MEDIA = ("images", "image", "videos", "video")
+_MEDIA = (*IMAGES, *VIDEOS)
 
 
 def with_tags(record: dict[str, Any]) -> tuple[dict[str, Any], int]:
@@ -27,7 +27,7 @@ def with_tags(record: dict[str, Any]) -> tuple[dict[str, Any], int]:
 
 def _tagged(record: dict[str, Any]) -> tuple[dict[str, Any], int]:
     messages = record.get("messages")
-    media = (("<image>", "image", len(images_of(record))), ("<video>", "video", _videos(record)))
+    media = (("<image>", "image", len(images_of(record))), ("<video>", "video", len(videos_of(record))))
     lacking = [(tag, kind, count) for tag, kind, count in media if count and not _is_tagged(messages, tag, kind)]
     user = _first_user(messages)
     if not lacking or user is None:
@@ -38,13 +38,6 @@ def _tagged(record: dict[str, Any]) -> tuple[dict[str, Any], int]:
     changed = [*messages]
     changed[user] = {**messages[user], "content": content}
     return {**record, "messages": changed}, sum(count for *_, count in lacking)
-
-
-def _videos(record: dict[str, Any]) -> int:
-    value = next((record[name] for name in ("videos", "video") if not is_null(record.get(name))), None)
-    if value is None:
-        return 0
-    return len(value) if isinstance(value, list | tuple) else 1
 
 
 def _is_tagged(messages: Any, tag: str, kind: str) -> bool:

@@ -46,6 +46,19 @@ def distance(a: UInt64[np.ndarray, "*n w"], b: UInt64[np.ndarray, "*m w"]) -> In
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageHash:
+    """The perceptual hash of an image, and its (width, height)."""
+
+    words: UInt64[np.ndarray, " words"]
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, image: Image.Image) -> ImageHash:
+        """Return the hash of an image, of 256 bits."""
+        return cls(perceptual_hash(image), image.size)
+
+
+@dataclasses.dataclass(frozen=True)
 class Thumbnail:
     """What the second look sees of an image.
 
@@ -83,6 +96,12 @@ class Look:
     why: str = ""
 
 
+def same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether images of these (width, height) can show the same: their aspect ratios are within 3 %."""
+    aspects = sorted((a[0] * b[1], a[1] * b[0]))
+    return aspects[1] <= _MOST_ASPECT * aspects[0]
+
+
 def second_look(a: Thumbnail, b: Thumbnail) -> Look:
     """Compare two images: shape, colour, and in every place with any detail the pattern of the pixels.
 
@@ -90,8 +109,7 @@ def second_look(a: Thumbnail, b: Thumbnail) -> Look:
     compressed; other words in the same place correlate no more than chance. What differs only in less than a letter of
     a page that is 512 pixels high is not told apart.
     """
-    aspects = sorted((a.size[0] * b.size[1], a.size[1] * b.size[0]))
-    if aspects[1] > _MOST_ASPECT * aspects[0]:
+    if not same_shape(a.size, b.size):
         return Look(False, 0.0, f"{a.size[0]}x{a.size[1]} and {b.size[0]}x{b.size[1]} have other shapes")
     colour = float(np.abs(a.colour - b.colour).mean())
     if colour > _MOST_COLOUR:

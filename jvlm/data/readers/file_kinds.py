@@ -77,10 +77,15 @@ def check_lines(path: str) -> None:
     """Check that a file can be JSON lines in UTF-8.
 
     Raises:
-      UserError: it is of another kind, or one JSON array.
+      UserError: it is of another kind, one JSON array, or objects each of which takes several lines.
     """
     check_text(path)
-    words = _start(path).removeprefix(b"\xef\xbb\xbf").split(None, 1)
+    start = _start(path).removeprefix(b"\xef\xbb\xbf")
+    if re.match(rb"\s*\{[ \t\r]*\n", start):
+        raise UserError(
+            f"{path}: JSON objects over several lines each. Write one a line: jq -c . {path} > examples.jsonl"
+        )
+    words = start.split(None, 1)
     if words and (words[0] == b"[" or words[0].startswith(b"[{")):
         raise UserError(f"{path}: one JSON array, not JSON lines. Name it *.json")
 

@@ -44,16 +44,18 @@ def parse_json(content: bytes, origin: Origin, fix: str, note: str = "") -> Any:
       note: what more there is to say about it.
     """
     try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=lambda pairs: _object(origin, pairs))
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=lambda pairs: unique_object(origin, pairs))
     except ExampleError as error:
         return error
     except RecursionError:
         return ExampleError(origin, "example", "lists or objects nested too deep", "Make the example flatter")
+    except UnicodeDecodeError as error:
+        return ExampleError(origin, "example", f"not UTF-8 ({error}){note}", "Write the file in UTF-8")
     except ValueError as error:
         return ExampleError(origin, "example", f"not JSON ({error}){note}", fix)
 
 
-def _object(origin: Origin, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_object(origin: Origin, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object. Raises ExampleError for a key that it has twice: nothing says which value is meant."""
     found = dict(pairs)
     if len(found) < len(pairs):

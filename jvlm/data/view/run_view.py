@@ -177,7 +177,7 @@ def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, 
         )
         reports.append((label, report))
         opened = processor.replace(media_roots=(own.media_root,)) if own.media_root else processor
-        encode = Encode(opened, report.config)
+        encode = Encode(opened, report.config, decode=False)
         readers |= dict.fromkeys(collection.sources, (opened, examples))
         for view in collection.sources.values():
             views.append(view)
