@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from jvlm.data import survey
+from jvlm.data.boxes import Sizes
 from jvlm.data.check_report import CheckReport
 from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document, Image, Video, media_sources
+from jvlm.data.contents import Contents, contents_of
 from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.example_source import ExampleSource, Read
 from jvlm.data.examples import parse_example, unknown_columns
@@ -56,7 +58,7 @@ def check(
       seed: of the training, which draws the sample that unknown sizes are chosen from.
       on_rejected: is given each rejected example, in place of the report.
       on_checked: is given the index of each example, in order, and what it is like.
-      digests: whether that holds the digests of its images.
+      digests: whether that holds the digests of its images, and its contents.
       hashed: of so many first examples it holds perceptual hashes of the images, too.
 
     Raises:
@@ -142,6 +144,7 @@ class Checked:
     untagged: bool = False
     digests: list[bytes] = dataclasses.field(default_factory=list)  # of the images and frames of a usable example
     hashes: list[ImageHash] = dataclasses.field(default_factory=list)  # of its images
+    contents: Contents | None = None  # of a usable example
 
 
 class _Look:
@@ -167,13 +170,17 @@ class _Look:
             checked.columns = unknown_columns(parsed.extra)
             checked.is_document = isinstance(parsed, Document)
             hashes: dict[str, ImageHash] = {}  # by field
+            sizes: tuple[Sizes, ...] = ()
             if self.encode is None:
                 self._open(parsed)
             else:
-                self._encode(parsed, checked, hashes if is_hashed else None)
+                sizes = self._encode(parsed, checked, hashes if is_hashed else None)
             if self.digests and checked.rejected is None:
                 places = list(self._places(parsed))
                 checked.digests = [content_digest(source, **where) for _, source, where in places]
+                if self.processor is not None:
+                    control = self.processor.template.facts.control.pattern
+                    checked.contents = contents_of(parsed, sizes, checked.digests, control)
                 if is_hashed:
                     images = [(source, where) for part, source, where in places if isinstance(part, Image)]
                     checked.hashes = [
@@ -184,8 +191,10 @@ class _Look:
             checked.rejected = Rejected.of(error, "bad")
         return checked
 
-    def _encode(self, parsed: Conversation | Document, checked: Checked, hashes: dict[str, ImageHash] | None) -> None:
-        """Encode an example and decode its images, whose hashes are added to ``hashes``."""
+    def _encode(
+        self, parsed: Conversation | Document, checked: Checked, hashes: dict[str, ImageHash] | None
+    ) -> tuple[Sizes, ...]:
+        """Encode an example, decode its images, whose hashes are added to ``hashes``, and return their sizes."""
         read, fitted = encoded(self.encode, parsed)
         for unread in _unread_images(read):
             image = unread.open()
@@ -203,6 +212,7 @@ class _Look:
             checked.sizes.append(survey.Size(one.length, one.num_patches, one.largest_image, changed))
             checked.media_tokens.append(int((one.vision_index >= 0).sum()))
             checked.loss_tokens += int((one.loss_weights > 0).sum())
+        return tuple(size for _, example in read for size in example.sizes)
 
     def _open(self, parsed: Conversation | Document) -> None:
         """Without a processor: decode the images, and see that something has a loss."""

@@ -245,6 +245,39 @@ def test_equal_images_are_found_by_their_bytes_over_all_sources(data, view):
     assert (found.rows[0].examples, found.equal.shown[0].sources) == (16, {"a.jsonl#16": 3})
 
 
+def test_what_is_worth_a_look_is_said_with_the_examples(tmp_path, data):
+    _, processor, config = data
+    Image.new("RGB", (100, 50)).save(tmp_path / "a.png")
+    Image.new("RGB", (100, 50), "red").save(tmp_path / "b.png")
+    lines = [_chat(f"is it {n}?", "yes" if n % 3 else f"no, {n}") for n in range(30)]
+    lines += [
+        _chat("<image>color?", "black", images=["a.png"]),
+        _chat("<image>color?", "red", images=["b.png"]),  # of another image
+        _chat("<image>color?", "white", images=["a.png"]),
+        _chat("<image>color?", "red", images=["b.png"]),
+        _chat("say <|im_end|>", "so"),
+        _chat("where?<image>", "<bbox>", images=["a.png"], objects={"bbox": [[5, 5, 5, 9]]}),
+        _chat("there?<image>", "<bbox>", images=["a.png"], objects={"bbox": [[0, 0, 96, 50]]}),
+        _chat("here?<image>", "<bbox><bbox>", images=["a.png"], objects={"bbox": [[0, 0, 7, 7], [0, 0, 50, 20]]}),
+    ]
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = dataclasses.replace(config, train=(str(tmp_path / "e.jsonl"),), seq_len="auto", max_patches="auto")
+    shown = run_view("data", config, processor, seed=0, samples=0)
+    prior, *others = shown.remarks
+    assert prior.text.startswith("20 of 38 answers (53 %) are 'yes'")
+    assert [(one.text.partition(" examples ")[0], one.examples) for one in others[:3]] == [
+        ("1", ("e.jsonl, line 31 and e.jsonl, line 33",)),
+        ("1", ("e.jsonl, line 32 and e.jsonl, line 34",)),
+        ("1", ("e.jsonl, line 35",)),
+    ]
+    assert "answer otherwise" in others[0].text
+    assert "with the same images and answer" in others[1].text
+    assert "'<|im_end|>'" in others[2].text
+    expected = "of 4 boxes 1 have no area, 1 cover less than 1 % of their image and 1 more than 90 %"
+    assert (others[3].text, len(others)) == (expected, 4)
+    assert "Worth a look" in page.render([shown]).decode()
+
+
 def test_the_page_parses_loads_nothing_and_runs_nothing(text):
     parsed = _Page(text)
     assert not {"script", "iframe", "object", "link", "form"} & set(parsed.tags)

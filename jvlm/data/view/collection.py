@@ -11,6 +11,7 @@ from jvlm.data.check import Checked, Tally
 from jvlm.data.errors import Rejected
 from jvlm.data.view.equal_images import EqualImages
 from jvlm.data.view.near_images import NearImages
+from jvlm.data.view.remarks import Remarks
 
 _FIRST = 3  # rejected examples shown of each fault
 _FAULTS = 100  # faults of a source of which examples are shown
@@ -34,6 +35,7 @@ class SourceView:
       tally: its counts.
       drawn: indices of usable examples, each with the same probability.
       rejected: (index, error) of the first examples of each fault.
+      remarks: on its usable examples.
     """
 
     name: str
@@ -42,10 +44,15 @@ class SourceView:
     tally: Tally = dataclasses.field(default_factory=Tally)
     drawn: list[int] = dataclasses.field(default_factory=list)
     rejected: dict[Fault, list[tuple[int, Rejected]]] = dataclasses.field(default_factory=dict)
+    remarks: Remarks = dataclasses.field(default_factory=Remarks)
     _extremes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
-    def add(self, index: int, checked: Checked) -> None:
-        """Count an example, and keep its index where it is to be shown."""
+    def add(self, index: int, checked: Checked, *, is_distinct: bool) -> None:
+        """Count an example, and keep its index where it is to be shown.
+
+        Args:
+          is_distinct: whether it is the first time that the source gives it.
+        """
         self.tally.add(checked)
         fault = checked.rejected
         if fault is not None:
@@ -53,6 +60,8 @@ class SourceView:
                 first = self.rejected.setdefault(fault.fault, [])
                 first += [(index, fault)] if len(first) < _FIRST else []
             return
+        if checked.contents is not None and is_distinct:
+            self.remarks.add(index, checked.contents)
         # reservoir sampling (Vitter's algorithm R)
         if len(self.drawn) < self.samples:
             self.drawn.append(index)
@@ -103,7 +112,8 @@ class Collection:
     def add(self, index: int, checked: Checked) -> None:
         """Count an example with its source."""
         name = self._names[checked.file]
-        self.sources[name].add(index, checked)
-        if self._distinct is None or index in self._distinct:
+        is_distinct = self._distinct is None or index in self._distinct
+        self.sources[name].add(index, checked, is_distinct=is_distinct)
+        if is_distinct:
             self._equal.add(name, index, checked.digests)
             self._near.add(name, index, checked.hashes, checked.digests)

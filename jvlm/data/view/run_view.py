@@ -116,11 +116,21 @@ class Near:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShownRemark:
+    """What is worth a look in a source, and the examples that it is about, pairs joined."""
+
+    source: str
+    text: str
+    examples: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class RunView:
     """The data of a run, or of a stage.
 
     Attributes:
       total: of all sources; None if there is one.
+      remarks: on usable examples, by source.
       drawn: how the run begins; None where nothing of it can be used.
       equal: images of several examples; None where demonstrations (``few_shot``) repeat them on purpose.
       near: images that look alike; None likewise.
@@ -133,6 +143,7 @@ class RunView:
     total: SourceRow | None
     histograms: tuple[Histogram, ...]
     faults: tuple[Fault, ...]
+    remarks: tuple[ShownRemark, ...]
     drawn: Drawn | None
     equal: Equal | None
     near: Near | None
@@ -158,6 +169,7 @@ def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, 
     views: list[SourceView] = []
     shown: dict[str, list[Sample]] = {}
     faults: list[tuple[str, Rejected, int, list[RejectedExample]]] = []
+    remarks: list[ShownRemark] = []
     reports: list[tuple[str, CheckReport]] = []
     equal, near, readers = EqualImages(), NearImages(), {}
     for label, names, own in _checks(name, config):
@@ -181,6 +193,7 @@ def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, 
         readers |= dict.fromkeys(collection.sources, (opened, examples))
         for view in collection.sources.values():
             views.append(view)
+            remarks += _remarks(view, examples)
             chosen = view.chosen().items()
             shown[view.name] = [sample_of(encode, examples.read(index), why) for index, why in chosen]
             for key, group in view.tally.faults.groups.items():
@@ -194,12 +207,19 @@ def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, 
         total=_total(rows, views) if len(rows) > 1 else None,
         histograms=_histograms(views, [report.config for _, report in reports]),
         faults=tuple(_grouped(faults)),
+        remarks=tuple(remarks),
         drawn=_drawn(config, processor, [report.config for _, report in reports], seed) if _usable(views) else None,
         equal=_equal(equal, readers) if config.few_shot is None else None,
         near=_near(near, readers) if config.few_shot is None else None,
         samples=shown,
         reports=tuple((label, report.text()) for label, report in reports),
     )
+
+
+def _remarks(view: SourceView, examples: ExampleSource | FewShotSource) -> Iterator[ShownRemark]:
+    for remark in view.remarks.found():
+        groups = (" and ".join(title_of(examples.read(i).origin) for i in group) for group in remark.examples)
+        yield ShownRemark(view.name, remark.text, tuple(groups))
 
 
 def _usable(views: Sequence[SourceView]) -> bool:
