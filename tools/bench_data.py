@@ -4,8 +4,9 @@
     python -m tools.bench_data --data receipts=receipts.jsonl photos=photos.jsonl --model DIR
 
 Without ``--data`` the examples are drawn (tools/drawn_data.py): receipts of 0.8 megapixels, photos of 0.3, lines of
-text and plain text. Images are resized as Qwen2.5-VL does, to 1,280 tokens at most. Times are those of the processor,
-of all threads, so that other work on the machine changes them little.
+text and plain text. Images are resized as Qwen2.5-VL does, to 1,280 tokens at most. Times of stages are those of the
+processor, of all threads, so that other work on the machine changes them little; how two cores compare with one is
+wall time, of a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -138,14 +139,15 @@ def speed(processor: Processor, file: str, count: int) -> tuple[dict[str, float]
     return table, patches / seconds, examples / seconds
 
 
-def processes(processor: Processor, file: str, count: int, workers: int) -> tuple[float, float, float]:
+def readers(processor: Processor, file: str, count: int, **config: int) -> tuple[float, float, float]:
     """Return (examples a second, processor milliseconds of the main process and of all for an example).
 
-    The last says how far more processes go: where it is the same for two as for one, two cores do twice as much.
+    The last says how far more readers can go: where it is the same for two as for one, two cores do twice as much.
     """
-    dataset, _ = pipeline.training_data(processor, config_of([file], worker_processes=workers), seed=0)
+    dataset, _ = pipeline.training_data(processor, config_of([file], **config), seed=0)
     iterator = iter(dataset)
-    done = sum(next(iterator).conversations for _ in range(6))
+    for _ in range(8):  # what is made once, and all that was prepared meanwhile
+        next(iterator)
     begin, own, others, done = time.perf_counter(), time.process_time(), _of_children(), 0
     while done < count:
         done += next(iterator).conversations
@@ -211,7 +213,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="*", default=[], metavar="NAME=FILE", help="examples instead of drawn ones")
     parser.add_argument("--model", help="folder of a Qwen2.5-VL or MiMo-VL model, for its tokenizer")
     parser.add_argument("--rounds", type=int, default=2, help="of which the fastest counts")
-    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2], help="worker processes to try")
+    parser.add_argument("--readers", type=int, nargs="*", default=[1, 2], help="threads and worker processes to try")
     parser.add_argument("--soak", type=int, default=0, help="tiny examples over which memory is measured")
     arguments = parser.parse_args()
     processor = make_processor(arguments.model)
@@ -231,14 +233,21 @@ def main() -> None:
             best = max(best, patches)
             times = " | ".join(f"{table.get(stage, 0):.2f}" for stage in stages)
             print(f"| {name} | {examples:.1f} | {patches:,.0f} | {times} |", flush=True)
-        if arguments.processes:
+        if arguments.readers:
             name, file = next(iter(files.items()))
-            print(f"\nworker processes on {name}\n")
-            print("| processes | examples/s | main process, ms of a core an example | all processes |")
-            print("| --- | --- | --- | --- |")
-            for count in arguments.processes:
-                rate, own, everything = processes(processor, file, 240, count)
-                print(f"| {count} | {rate:.1f} | {own:.2f} | {everything:.2f} |", flush=True)
+            print(f"\nthreads and worker processes on {name}\n")
+            print("| readers | examples/s | times the first | main process, ms of a core an example | all processes |")
+            print("| --- | --- | --- | --- | --- |")
+            for kind, field in (("threads", "read_threads"), ("processes", "worker_processes")):
+                first = None
+                for count in arguments.readers:
+                    found = [readers(processor, file, 160 * count, **{field: count}) for _ in range(arguments.rounds)]
+                    rate, own, everything = max(found)
+                    first = first or rate
+                    print(
+                        f"| {count} {kind} | {rate:.1f} | {rate / first:.2f} | {own:.2f} | {everything:.2f} |",
+                        flush=True,
+                    )
         print("\nhow full packed sequences of 8,192 tokens are\n\n| set | window | tokens | patches |")
         print("| --- | --- | --- | --- |")
         for name, window, tokens, patches in fills(processor, files, 4096):
