@@ -224,7 +224,7 @@ class _Look:
             if isinstance(part, Video) and part.file is not None:
                 shared_reader(self.config.video).read(source, Sampling(**dict(part.sampling)), **where)
             else:
-                open_image(source, **where)
+                open_image(source, **where, still=self.config.animated_images == "error")
 
     def _places(self, parsed: Conversation | Document) -> Iterator[tuple[Image | Video, Any, dict[str, Any]]]:
         """(image or video, source, arguments that say where it is) of each image, frame and video file."""

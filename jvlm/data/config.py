@@ -54,6 +54,8 @@ class DataConfig:
       media_root: folder for relative media paths, after the data file's own.
       media_folders: folders that files of images and videos must lie in, links resolved: for data that others wrote,
         whose paths may name anything. Empty allows all.
+      animated_images: whether a GIF, WebP, PNG or AVIF that moves is an error among the images, or its first frame is
+        taken. As a video all of it is seen.
       batch_size: sequences of a batch (of one accumulation step), all processes together.
       seq_len: tokens of a packed sequence, padding included. "auto" chooses it, and ``max_patches``, from a sample of
         the data, so that little of it is padding (`jvlm.data.survey`); the choice is printed, and saved with the run.
@@ -119,6 +121,7 @@ class DataConfig:
     answer_as_turn: bool = False
     media_root: str | None = None
     media_folders: tuple[str, ...] = ()
+    animated_images: Literal["error", "first_frame"] = "error"
     batch_size: int = 1
     seq_len: int | Literal["auto"] = 4096
     max_patches: int | Literal["auto"] = 8192

@@ -19,6 +19,7 @@ from jvlm.data.formats.detection import Detected, detect
 from jvlm.data.formats.example_format import FormatOptions
 from jvlm.data.readers import folder, shard_set
 from jvlm.data.readers.array_record import Shard
+from jvlm.data.readers.json_lines import JsonLines
 from jvlm.data.readers.parquet import Parquet
 from jvlm.data.readers.reader import MediaReader
 from jvlm.data.readers.registry import open_file
@@ -167,7 +168,7 @@ class ExampleSource:
         """Return one line for each pattern: what its records are taken for, and why; and what is slow to read."""
         firsts = [0, *map(int, self._ends[:-1])]
         lines = [f"{name}: {self._format_of(file)}" for name, file in zip(self._patterns, firsts, strict=True)]
-        notes = (reader.note() for reader in self._readers if isinstance(reader, Parquet))
+        notes = (reader.note() for reader in self._readers if isinstance(reader, Parquet | JsonLines))
         return [*lines, *[note for note in notes if note is not None][:_SHOWN]]
 
     def counts(self) -> dict[str, int]:

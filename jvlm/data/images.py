@@ -25,18 +25,24 @@ from jvlm.errors import file_errors
 
 _REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _HEADER_FIRST = ("JPEG", "MPO", "WEBP")  # whose size and rotation are read before any pixel
+_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def open_image(
-    source: Any, *, origin: Origin = Origin(), field: str = "images", roots: tuple[str, ...] = ()
+    source: Any,
+    *,
+    origin: Origin = Origin(),
+    field: str = "images",
+    roots: tuple[str, ...] = (),
+    still: bool = False,
 ) -> Image.Image:
     """Return an RGB image from a path, ``file://`` URL, bytes, base64 (``data:`` URI or not), a dict with one of these,
     a PIL image or an array.
 
     Relative paths are looked up in ``roots`` (the data file's folder first). Transparency is laid on white, as
-    qwen-vl-utils does, and EXIF rotation is applied, as transformers does. Of animations it is the first frame. How
-    other than 8-bit values are scaled: `jvlm.data.pixels`.
+    qwen-vl-utils does, and EXIF rotation is applied, as transformers does. Of animations it is the first frame, unless
+    ``still`` refuses them. How other than 8-bit values are scaled: `jvlm.data.pixels`.
 
     Raises:
       ExampleError: not found (naming the paths tried), not decodable, or not an image.
@@ -51,6 +57,8 @@ def open_image(
             return image_to_rgb(source)
         if isinstance(source, Path | io.BytesIO):
             with Image.open(source) as image:
+                if still:
+                    _check_still(image, origin, field)
                 return image_to_rgb(image)
     raise ExampleError(
         origin, field, f"a {type(source).__name__} is not an image", "Give a path, bytes, image or array"
@@ -58,7 +66,12 @@ def open_image(
 
 
 def image_size(
-    source: Any, *, origin: Origin = Origin(), field: str = "images", roots: tuple[str, ...] = ()
+    source: Any,
+    *,
+    origin: Origin = Origin(),
+    field: str = "images",
+    roots: tuple[str, ...] = (),
+    still: bool = False,
 ) -> tuple[int, int]:
     """Return (width, height) of what `open_image` returns, from the header of the file where that says it all.
 
@@ -70,11 +83,20 @@ def image_size(
         with _decoding(source, origin, field):
             file = source if isinstance(source, Path) else io.BytesIO(source)
             with Image.open(file) as image:
+                if still:
+                    _check_still(image, origin, field)
                 if 0 not in image.size and (image.format in _HEADER_FIRST or _is_plain_png(image)):
                     # that of the class itself: a PNG's own decodes it
                     turned = Image.Image.getexif(image).get(ORIENTATION, 1) in range(5, 9)
                     return image.size[::-1] if turned else image.size
-    return open_image(source, origin=origin, field=field, roots=roots).size
+    return open_image(source, origin=origin, field=field, roots=roots, still=still).size
+
+
+def _check_still(image: Image.Image, origin: Origin, field: str) -> None:
+    """Raise ExampleError for an animation: of it no more than the first frame would be seen."""
+    if image.format in _ANIMATED and getattr(image, "is_animated", False):
+        fix = "List it under videos, or set data.animated_images first_frame"
+        raise ExampleError(origin, field, f"an animation ({image.format})", fix)
 
 
 def _is_plain_png(image: Image.Image) -> bool:

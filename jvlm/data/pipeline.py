@@ -56,8 +56,13 @@ class Encode(grain.transforms.RandomMap):
     """
 
     def __init__(self, processor: Processor, config: DataConfig, *, decode: bool = True):
-        if (processor.video, processor.media_folders) != (config.video, config.media_folders):
-            processor = processor.replace(video=config.video, media_folders=config.media_folders)
+        given = {
+            "video": config.video,
+            "media_folders": config.media_folders,
+            "still_images": config.animated_images == "error",
+        }
+        if any(getattr(processor, name) != value for name, value in given.items()):
+            processor = processor.replace(**given)
         self.processor, self.config, self.decode = processor, config, decode
         self.sources = SourceNumbers(config)
         sources = mixture_of(config).sources()

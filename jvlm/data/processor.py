@@ -66,6 +66,7 @@ class Processor:
       media_roots: folders in which relative media paths are looked up.
       video: how video files are decoded.
       media_folders: in which files of images and videos must lie; none of them allows any.
+      still_images: whether animations among the images are refused; else their first frame is taken.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Processor:
         generation: dict[str, Any] | None = None,
         video: VideoConfig = VideoConfig(),
         media_folders: tuple[str, ...] = (),
+        still_images: bool = False,
     ):
         self.tokenizer = tokenizer
         self.model = model
@@ -88,7 +90,7 @@ class Processor:
         self.image_processor = self.image_config.build(model)
         self.media_roots = media_roots
         self.generation = generation or {}
-        self.video, self.media_folders = video, media_folders
+        self.video, self.media_folders, self.still_images = video, media_folders, still_images
         self._tokenized: dict[str, np.ndarray] = {}
         written = box_formats.FORMATS[self.config.box_format]
         self.template = ChatTemplate(tokenizer, self.chat_format, f"{written.box}{written.point}{written.named}")
@@ -118,6 +120,7 @@ class Processor:
         media_roots: tuple[str, ...] | None = None,
         video: VideoConfig | None = None,
         media_folders: tuple[str, ...] | None = None,
+        still_images: bool | None = None,
     ) -> Processor:
         """Return a processor with other settings of images, media folders or videos; the tokenizer is shared."""
         config = self.config if image_config is None else dataclasses.replace(self.config, image=image_config)
@@ -129,6 +132,7 @@ class Processor:
             generation=self.generation,
             video=video or self.video,
             media_folders=self.media_folders if media_folders is None else media_folders,
+            still_images=self.still_images if still_images is None else still_images,
         )
 
     def _id_of(self, token: str) -> int:
@@ -353,7 +357,7 @@ class Processor:
         self, part: Image, origin: Origin, config: ImageProcessorConfig, index: int, count: int
     ) -> MediaPatches:
         """Return an image of which no more than the header is read."""
-        where = self._where(part, origin)
+        where = {**self._where(part, origin), "still": self.still_images}
         size = image_size(part.source, **where)
         try:
             media = self.image_processor.layout(part.upscaled_size(size), config, index=index, count=count)
@@ -411,9 +415,10 @@ class Processor:
         """Return an image or video, decoded."""
         where = self._where(part, origin)
         if isinstance(part, Image):
-            return dataclasses.replace(part, source=open_image(part.source, **where))
+            return dataclasses.replace(part, source=open_image(part.source, **where, still=self.still_images))
         if part.file is None:
-            return dataclasses.replace(part, frames=tuple(open_image(frame, **where) for frame in part.frames))
+            frames = tuple(open_image(frame, **where, still=self.still_images) for frame in part.frames)
+            return dataclasses.replace(part, frames=frames)
         sampling = dataclasses.replace(config.sampling(), **dict(part.sampling))
         size = self.image_processor.frame_size(config)
         video = shared_reader(self.video).read(part.file, sampling, size=size, **where)

@@ -52,7 +52,7 @@ class UnreadImage:
       size: (width, height), as its header says.
       config: settings that it is processed with.
       index, count: which it is of how many images of its example.
-      origin, field, roots: as of `jvlm.data.images.open_image`.
+      origin, field, roots, still: as of `jvlm.data.images.open_image`.
       patches: of the whole image.
       start, stop: of them, those that are meant.
     """
@@ -65,6 +65,7 @@ class UnreadImage:
     origin: Origin
     field: str
     roots: tuple[str, ...]
+    still: bool
     patches: int
     start: int
     stop: int
@@ -75,7 +76,7 @@ class UnreadImage:
         Raises:
           ExampleError: it cannot be decoded, or has another size than its header said.
         """
-        image = open_image(self.part.source, origin=self.origin, field=self.field, roots=self.roots)
+        image = open_image(self.part.source, origin=self.origin, field=self.field, roots=self.roots, still=self.still)
         if image.size != self.size:
             problem = f"{image.width} x {image.height} pixels, where its header said {self.size[0]} x {self.size[1]}"
             raise ExampleError(self.origin, self.field, problem, "Replace or remove the image")

@@ -232,6 +232,16 @@ def test_an_animation_gives_its_first_frame(kind):
     assert open_image(moving).getpixel((3, 3)) == RED
 
 
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "AVIF"])
+def test_what_moves_is_refused_where_still_images_are_asked_for(kind):
+    first, second = Image.new("RGB", (16, 16), RED), Image.new("RGB", (16, 16), BLUE)
+    moving, still = encoded(kind, first, save_all=True, append_images=[second]), encoded(kind, first)
+    for read in (open_image, image_size):
+        read(still, still=True)
+        with pytest.raises(ExampleError, match=rf"an animation \({kind}\). List it under videos"):
+            read(moving, still=True)
+
+
 def test_a_decompression_bomb_is_refused():
     pixels = zlib.compress(b"")
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)

@@ -11,6 +11,10 @@ import numpy as np
 from jvlm.data.errors import Origin
 from jvlm.data.readers import file_kinds
 from jvlm.data.readers.reader import parse_json
+from jvlm.units import MIB
+
+
+_MANY = 10_000_000
 
 
 class JsonLines:
@@ -26,6 +30,15 @@ class JsonLines:
                     offsets.extend((at, len(line), number))
                 at += len(line)
         self._offsets = np.asarray(offsets).reshape(-1, 3)
+
+    def note(self) -> str | None:
+        """Return what there is to know about very many lines."""
+        if len(self) <= _MANY:
+            return None
+        return (
+            f"{self.path}: the places of {len(self):,} lines take {self._offsets.nbytes / MIB:,.0f} MiB in each process; "
+            "shards of jvlm data convert take none"
+        )
 
     def __len__(self) -> int:
         return len(self._offsets)
