@@ -249,7 +249,7 @@ def test_very_many_lines_are_told_of(tmp_path, monkeypatch):
     source = ExampleSource([str(tmp_path / "a.jsonl")])
     assert len(source.formats()) == 1
     monkeypatch.setattr("jvlm.data.readers.json_lines._MANY", 24)
-    assert "a.jsonl: the places of 25 lines take 0 MiB in each process" in source.formats()[1]
+    assert "a.jsonl: where its 25 lines begin takes 0 MiB of each process" in source.formats()[1]
 
 
 def test_a_row_group_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):

@@ -13,8 +13,7 @@ from jvlm.data.readers import file_kinds
 from jvlm.data.readers.reader import parse_json
 from jvlm.units import MIB
 
-
-_MANY = 10_000_000
+_MANY = 10_000_000  # lines
 
 
 class JsonLines:
@@ -35,9 +34,10 @@ class JsonLines:
         """Return what there is to know about very many lines."""
         if len(self) <= _MANY:
             return None
+        mib = self._offsets.nbytes / MIB
         return (
-            f"{self.path}: the places of {len(self):,} lines take {self._offsets.nbytes / MIB:,.0f} MiB in each process; "
-            "shards of jvlm data convert take none"
+            f"{self.path}: where its {len(self):,} lines begin takes {mib:,.0f} MiB of each process; shards of "
+            "jvlm data convert take none"
         )
 
     def __len__(self) -> int:
