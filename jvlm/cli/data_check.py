@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tyro.conf import Positional
@@ -15,6 +15,8 @@ from jvlm.errors import UserError
 from jvlm.options import parse_with
 
 if TYPE_CHECKING:
+    from jvlm.data.check_report import CheckReport
+    from jvlm.data.errors import Rejected
     from jvlm.data.processor import Processor
 
 PROGRAM = "jvlm data check"
@@ -69,22 +71,63 @@ def run(words: list[str]) -> int:
     config = config_of_words(words)
     base = DataFields() if config is None else configs.load(config)
     options, fields = parse_with(DataCheck(), base, words, PROGRAM)
-    from jvlm.data.check import check
     from jvlm.data.rejections import writing
 
-    status = 0
     runs = _data_to_check(options, fields)
-    if options.lengths and not all(run.processor for run in runs):
+    checks = [check for _, checks in runs for check in checks]
+    if options.lengths and not all(one.processor for one in checks):
         raise UserError("--lengths counts tokens: give --model, or a --config")
-    files = [pattern for run in runs for pattern in run.data.files]
+    files = [pattern for one in checks for pattern in one.data.files]
+    status = 0
     with writing(options.output, files, verbose=options.verbose) as on_rejected:
-        for name, data, processor, seed, source in runs:
-            report = check(data.train, processor, data, seed=seed, on_rejected=on_rejected)
-            print(f"{name}:\n{report.text()}" if len(runs) > 1 else report.text(), flush=True)
-            status = 1 if report.usable < report.examples else status
-            if options.lengths:
-                _measure(processor, data, source)
+        for run, own in runs:
+            reports = []
+            for one in own:
+                if len(checks) > 1:
+                    print(f"{one.name}:")
+                reports.append(_check(one, on_rejected))
+                if options.lengths:
+                    _measure(one.processor, one.data, one.source)
+            status = 1 if any(report.usable < report.examples for report in reports) else status
+            if run.data.mixture is not None and run.processor is not None:
+                print(_table(run, [report.config for report in reports]), flush=True)
     return status
+
+
+def _check(one: Checked, on_rejected: Callable[[Rejected], None] | None) -> CheckReport:
+    """Check data and print what was found."""
+    from jvlm.data.check import check
+    from jvlm.data.view.looked import Looked
+
+    # demonstrations repeat examples on purpose
+    looked = None if one.processor is None or one.data.few_shot is not None else Looked(one.data)
+    report = check(
+        one.data.train,
+        one.processor,
+        one.data,
+        seed=one.seed,
+        on_rejected=on_rejected,
+        on_checked=None if looked is None else looked.add,
+        digests=looked is not None,
+    )
+    lines = [] if looked is None else list(looked.lines())
+    print("\n".join([report.text(), *lines]), flush=True)
+    return report
+
+
+def _table(run: Checked, checked: Sequence[DataConfig]) -> str:
+    """Return what a run will draw of each source of its mixture."""
+    from jvlm.data.mixture.examples import Draws, Examples
+    from jvlm.data.mixture.table import table
+    from jvlm.data.view.drawn import planned
+
+    config = planned(run.processor, run.data, checked)
+    length = ""
+    if run.data.run_examples is None and config.run_examples is not None:
+        length = f" of one pass, {config.run_examples:,} examples (data.run_examples sets it)"
+    return (
+        f"{run.name}, as a run{length} draws it:\n{table(Draws(Examples.open(config), config, seed=run.seed), config)}"
+    )
 
 
 def _measure(processor: Processor, data: DataConfig, name: str) -> None:
@@ -118,14 +161,16 @@ class Checked(NamedTuple):
     source: str
 
 
-def _data_to_check(options: DataCheck, fields) -> list[Checked]:
-    """Return the files' data, or that of each source of each stage of an experiment."""
-    runs = [
-        Checked(f"{name}, {source}" if source else name, one, *rest, source or "train")
-        for name, data, *rest in data_of_runs(options, fields)
-        for source, one in _sources_of(data)
-    ]
-    if not all(run.data.train for run in runs):
+def _data_to_check(options: DataCheck, fields) -> list[tuple[Checked, list[Checked]]]:
+    """Return the files' data, or that of each stage of an experiment, and the same source by source."""
+    runs = []
+    for name, data, *rest in data_of_runs(options, fields):
+        checks = [
+            Checked(f"{name}, {source}" if source else name, one, *rest, source or "train")
+            for source, one in _sources_of(data)
+        ]
+        runs.append((Checked(name, data, *rest, ""), checks))
+    if not all(check.data.train for _, checks in runs for check in checks):
         raise UserError("no data to check: give files, or a --config that names them as data.train")
     return runs
 

@@ -17,7 +17,7 @@ from jvlm import cli
 from jvlm.data import pipeline
 from jvlm.data.boxes import Box
 from jvlm.data.check import check
-from jvlm.data.mixture.config import Mixture, Source
+from jvlm.data.mixture.config import Mixture, Phase, Source
 from jvlm.data.processor import Processor
 from jvlm.data.view import page, sample
 from jvlm.data.view.histogram import WIDTH, histogram
@@ -351,6 +351,22 @@ def test_the_beginning_of_a_run_is_what_training_draws_and_packs(data):
     assert [source.share for source in shown.sources] == pytest.approx([3 / 7, 4 / 7], abs=1 / shown.draws)
     assert 0 < shown.tokens <= 1
     assert all(0 < bar[-1].x + bar[-1].width <= WIDTH for bar in shown.sequences)
+
+
+def test_a_mixture_with_a_schedule_is_shown_for_a_run_of_one_pass(data, capsys):
+    folder, processor, config = data
+    members = {
+        "a": Source((str(folder / "a.jsonl"),)),
+        "b": Source((str(folder / "b.jsonl"),), weight=0.5, max_epochs=1),
+    }
+    mixture = Mixture(members=members, schedule=(Phase(0.5, {"b": 2.0}),))
+    config = dataclasses.replace(config, train=(), mixture=mixture)
+    shown = run_view("data", config, processor, seed=3, samples=0)
+    assert shown.drawn.assumed == shown.drawn.draws
+    assert shown.drawn.sources[1].passes <= 1
+    assert f"A run of {shown.drawn.assumed:,} examples, one pass, is assumed" in page.render([shown]).decode()
+    known = run_view("data", dataclasses.replace(config, run_examples=40), processor, seed=3, samples=0)
+    assert known.drawn.assumed is None
 
 
 def test_images_that_look_alike_are_shown_in_pairs(tmp_path, data):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from jvlm.data import pipeline
+from jvlm.data import lengths, pipeline
 from jvlm.data.config import DataConfig
-from jvlm.data.mixture.examples import Draws
+from jvlm.data.mixture.examples import Draws, Examples
+from jvlm.data.mixture.shares import measured_unit
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.data.view.histogram import COLOURS, WIDTH
@@ -51,6 +52,8 @@ class Drawn:
 
     Attributes:
       draws: that are counted.
+      assumed: draws of a run that were assumed, since a schedule or ``max_epochs`` counts in shares of it; None where
+        nothing had to be.
       sources: of the mixture; empty if there is none.
       window: examples that are packed together.
       sequences: the first ones, with the examples in each.
@@ -58,6 +61,7 @@ class Drawn:
     """
 
     draws: int
+    assumed: int | None
     sources: tuple[DrawnSource, ...]
     window: int
     sequences: tuple[tuple[Segment, ...], ...]
@@ -66,11 +70,34 @@ class Drawn:
     patches: float
 
 
-def drawn(processor: Processor, config: DataConfig, *, seed: int) -> Drawn:
+def planned(processor: Processor, config: DataConfig, checked: Sequence[DataConfig]) -> DataConfig:
+    """Return the configuration with what the plan of a run wants to know.
+
+    Sizes of sequences are the largest that the checks of its sources chose, means of the mixture's unit are measured,
+    and a run whose length nobody gave, and its mixture wants, is one pass.
+
+    Args:
+      checked: configurations of the sources, with sizes.
+    """
+    sizes = {name: max(getattr(one, name) for one in checked) for name in ("seq_len", "max_patches")}
+    config = dataclasses.replace(config, **sizes)
+    if config.mixture is None:
+        return config
+    examples = Examples.open(config)
+    if measured_unit(config.mixture) and not config.measured:
+        config = dataclasses.replace(config, measured=lengths.means(processor, config, examples))
+    sources = config.mixture.sources().values()
+    if config.run_examples is None and (config.mixture.schedule or any(one.max_epochs for one in sources)):
+        config = dataclasses.replace(config, run_examples=max(1, round(examples.shares(config).examples_per_pass)))
+    return config
+
+
+def drawn(processor: Processor, config: DataConfig, *, seed: int, assumed: int | None = None) -> Drawn:
     """Return how a run begins.
 
     Args:
-      config: of the run, with the sizes of sequences as numbers.
+      config: of the run, as `planned` returns it.
+      assumed: see `Drawn`.
     """
     sequences, draws = pipeline.first_sequences(processor, config, seed=seed)
     counted = min(_DRAWS, draws.plan.examples_per_pass)
@@ -80,6 +107,7 @@ def drawn(processor: Processor, config: DataConfig, *, seed: int) -> Drawn:
     tokens, patches = (sum(some) / whole if whole else 0.0 for some, whole in zip(used, space, strict=True))
     return Drawn(
         draws=counted,
+        assumed=assumed,
         sources=_sources(draws, counted) if config.mixture is not None else (),
         window=min(config.window(len(draws.examples)), len(draws)),
         sequences=tuple(_bar(one, names, config) for one in sequences[:_SEQUENCES]),

@@ -17,11 +17,12 @@ from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_example
 from jvlm.data.few_shot import FewShotSource
+from jvlm.data.mixture.examples import Examples
 from jvlm.data.pipeline import Encode
 from jvlm.data.processor import Processor
 from jvlm.data.sources import sources_of
 from jvlm.data.view.collection import Collection, SourceView
-from jvlm.data.view.drawn import Drawn, drawn
+from jvlm.data.view.drawn import Drawn, drawn, planned
 from jvlm.data.view.equal_images import EqualImages, ImageLocation
 from jvlm.data.view.histogram import Histogram, histogram
 from jvlm.data.view.near_images import NearImages
@@ -199,7 +200,9 @@ def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, 
             for key, group in view.tally.faults.groups.items():
                 first = [_rejected(examples.read(i).record, error) for i, error in view.rejected.get(key, [])]
                 faults.append((view.name, group.first, group.count, first))
-    shares = _shares(config, processor)
+    known = planned(processor, config, [report.config for _, report in reports])
+    assumed = known.run_examples if config.run_examples is None else None
+    shares = _shares(known)
     rows = [_row(view, shares.get(view.name, 0.0) if config.mixture is not None else None) for view in views]
     return RunView(
         name=name,
@@ -208,7 +211,7 @@ def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, 
         histograms=_histograms(views, [report.config for _, report in reports]),
         faults=tuple(_grouped(faults)),
         remarks=tuple(remarks),
-        drawn=_drawn(config, processor, [report.config for _, report in reports], seed) if _usable(views) else None,
+        drawn=_drawn(known, processor, seed, assumed) if _usable(views) else None,
         equal=_equal(equal, readers) if config.few_shot is None else None,
         near=_near(near, readers) if config.few_shot is None else None,
         samples=shown,
@@ -227,20 +230,12 @@ def _usable(views: Sequence[SourceView]) -> bool:
     return all(view.tally.usable for view in views)
 
 
-def _drawn(config: DataConfig, processor: Processor, checked: Sequence[DataConfig], seed: int) -> Drawn:
-    """How the run begins, with the sizes that the checks chose where they depend on the data."""
-    from jvlm.data import lengths
-    from jvlm.data.mixture.examples import Examples, mixture_of
-    from jvlm.data.mixture.shares import measured_unit
-
-    sizes = {name: max(getattr(one, name) for one in checked) for name in ("seq_len", "max_patches")}
+def _drawn(config: DataConfig, processor: Processor, seed: int, assumed: int | None) -> Drawn:
     on_too_long = "drop" if config.on_too_long == "error" else config.on_too_long
-    config = dataclasses.replace(config, **sizes, on_bad_example="skip", on_too_long=on_too_long, worker_processes=0)
+    known = dataclasses.replace(config, on_bad_example="skip", on_too_long=on_too_long, worker_processes=0)
     if config.media_root:
         processor = processor.replace(media_roots=(config.media_root,))
-    if measured_unit(mixture_of(config)) and not config.measured:
-        config = dataclasses.replace(config, measured=lengths.means(processor, config, Examples.open(config)))
-    return drawn(processor, config, seed=seed)
+    return drawn(processor, known, seed=seed, assumed=assumed)
 
 
 def _checks(name: str, config: DataConfig) -> Iterator[tuple[str, dict[str, str], DataConfig]]:
@@ -258,18 +253,11 @@ def _checks(name: str, config: DataConfig) -> Iterator[tuple[str, dict[str, str]
         yield f"{name}, {path}", {file: path for paths in files.values() for file in paths}, own
 
 
-def _shares(config: DataConfig, processor: Processor) -> dict[str, float]:
+def _shares(config: DataConfig) -> dict[str, float]:
     """Return the share of the run's examples of each source of a mixture."""
-    from jvlm.data import lengths
-    from jvlm.data.mixture.examples import Examples
-    from jvlm.data.mixture.shares import measured_unit
-
     if config.mixture is None:
         return {}
-    examples = Examples.open(config)
-    if measured_unit(config.mixture) and not config.measured:
-        config = dataclasses.replace(config, measured=lengths.means(processor, config, examples))
-    return {name: float(share) for name, share in examples.shares(config).of.items()}
+    return {name: float(share) for name, share in Examples.open(config).shares(config).of.items()}
 
 
 def _row(view: SourceView, share: float | None) -> SourceRow:
