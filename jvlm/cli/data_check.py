@@ -178,7 +178,6 @@ def _data_to_check(options: DataCheck, fields) -> list[tuple[Checked, list[Check
 def data_of_runs(options: DataFiles, fields) -> list[tuple[str, DataConfig, Processor | None, int]]:
     """Return (name, data, processor, seed) of the files' data, or of each stage of an experiment."""
     from jvlm.training import processors
-    from jvlm.training.runs import runs_of
 
     given = {"train": options.files, "mixture": None} if options.files else {}
     given |= {"media_root": options.media_root} if options.media_root else {}
@@ -186,6 +185,8 @@ def data_of_runs(options: DataFiles, fields) -> list[tuple[str, DataConfig, Proc
     if options.config is None:
         runs = [("data", fields.data, 0)]
     else:
+        from jvlm.training.runs import runs_of  # and with it all of training
+
         runs = [(run.name, run.data, run.seed) for run in ([fields] if options.files else runs_of(fields))]
         processor = processor or processors.of_experiment(fields)
     return [(name, dataclasses.replace(data, **given), processor, seed) for name, data, seed in runs]
