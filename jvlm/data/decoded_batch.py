@@ -87,9 +87,8 @@ class DecodingBatch:
 
     def drop(self) -> None:
         """End: nothing is written to the batch any more, whose memory others may use."""
-        for _, result in self._begun:
-            result.cancel()
-        for _, result in self._begun:
+        running = [result for _, result in self._begun if not result.cancel()]
+        for result in running:
             result.wait()
 
 

@@ -38,7 +38,7 @@ class Result(Protocol):
         ...
 
     def wait(self) -> None:
-        """Wait until it is done, left undone or failed."""
+        """Wait until it is done or has failed; not for what was cancelled."""
         ...
 
 
