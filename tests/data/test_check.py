@@ -251,6 +251,35 @@ def test_the_command_checks_with_fields_and_configs(place, tmp_path, capsys):
     assert "no data to check" in capsys.readouterr().err
 
 
+MIXTURE = """
+import dataclasses
+
+from jvlm import configs
+from jvlm.data.mixture.config import Mixture, Source
+
+
+def get_config():
+    config = configs.load("mimo_vl/easy_vqa")
+    members = {{"a": Source(({file!r},)), "b": Source(({file!r},), weight=3.0, max_epochs=2.0)}}
+    data = dataclasses.replace(config.data, train=(), mixture=Mixture(members=members))
+    return dataclasses.replace(config, data=data, stages=())
+"""
+
+
+def test_the_command_says_what_is_worth_a_look_and_what_a_mixture_draws(place, tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    lines = [_chat("<image>what color?", answer, images=["a.png"]) for answer in ("black", "white")]
+    file = _write(tmp_path / "e.jsonl", lines)
+    config = tmp_path / "mixed.py"
+    config.write_text(MIXTURE.format(file=str(file)))
+    assert _run("--config", config) == 0
+    output = capsys.readouterr().out
+    assert output.count("worth a look: 1 examples ask what an earlier one asks") == 2
+    assert output.count("1 images are in several examples, as in e.jsonl, line 1; e.jsonl, line 2") == 2
+    assert "as a run of one pass, 4 examples (data.run_examples sets it) draws it:" in output
+    assert re.search(r"\nb +2 +75\.00 % +1\.50 +1\b", output)
+
+
 def test_every_rejected_example_is_written_to_the_output_and_nothing_else_is_overwritten(place, tmp_path, capsys):
     examples, _, _ = place
     output = tmp_path / "new" / "rejected.jsonl"
