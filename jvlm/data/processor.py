@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -123,17 +124,20 @@ class Processor:
         still_images: bool | None = None,
     ) -> Processor:
         """Return a processor with other settings of images, media folders or videos; the tokenizer is shared."""
-        config = self.config if image_config is None else dataclasses.replace(self.config, image=image_config)
-        return Processor(
-            self.tokenizer,
-            self.model,
-            config,
-            media_roots=self.media_roots if media_roots is None else media_roots,
-            generation=self.generation,
-            video=video or self.video,
-            media_folders=self.media_folders if media_folders is None else media_folders,
-            still_images=self.still_images if still_images is None else still_images,
-        )
+        given = {
+            "media_roots": media_roots,
+            "video": video,
+            "media_folders": media_folders,
+            "still_images": still_images,
+        }
+        given = {name: getattr(self, name) if value is None else value for name, value in given.items()}
+        if image_config is not None:
+            config = dataclasses.replace(self.config, image=image_config)
+            return Processor(self.tokenizer, self.model, config, generation=self.generation, **given)
+        # nothing else depends on these; the template, which takes long to look into, is shared
+        replaced = copy.copy(self)
+        replaced.__dict__.update(given)
+        return replaced
 
     def _id_of(self, token: str) -> int:
         """Return the id of a special token. Raises UserError if the tokenizer lacks it."""
