@@ -124,12 +124,8 @@ class Processor:
         still_images: bool | None = None,
     ) -> Processor:
         """Return a processor with other settings of images, media folders or videos; the tokenizer is shared."""
-        given = {
-            "media_roots": media_roots,
-            "video": video,
-            "media_folders": media_folders,
-            "still_images": still_images,
-        }
+        given = {"video": video, "media_folders": media_folders, "still_images": still_images}
+        given |= {"media_roots": media_roots}
         given = {name: getattr(self, name) if value is None else value for name, value in given.items()}
         if image_config is not None:
             config = dataclasses.replace(self.config, image=image_config)
