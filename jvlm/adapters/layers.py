@@ -39,8 +39,8 @@ class StepValue(nnx.Variable):
 def kept(key: PRNGKeyArray, share: float, shape: tuple[int, ...]) -> Bool[Array, "*L"]:
     """Return a mask of which a share is true: each element follows from the key and its place alone, on every mesh.
 
-    Random numbers are drawn for rows and columns, and the sum of both is hashed (the finaliser of MurmurHash3): six
-    operations for an element where threefry needs a hundred, which take compilers for TPUs minutes.
+    Random numbers are drawn for rows and columns, and the sum of both is hashed (the finaliser of MurmurHash3): eight
+    operations for an element, where threefry needs about a hundred.
     """
     of_rows, of_columns = jax.random.split(key)
     bits = jax.random.bits(of_rows, shape[:-1])[..., None] + jax.random.bits(of_columns, shape[-1:])

@@ -16,6 +16,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -178,6 +179,24 @@ def stacked(
         chosen = _choice(path, matrices[path], given, None if room is None else room.rank)
         base_matrices.module_of(result, path).adapter = nnx.data(chosen)
     result.adapters = AdapterNames(tuple(None if entry is None else entry[0] for entry in entries))
+    return result
+
+
+def structure(model: VLM, places: int, room: AdapterRoom) -> VLM:
+    """Return a model of shapes with room for adapters: what `stacked` gives for empty places, without arrays."""
+    matrices, result = base_matrices.matrices(model), nnx.merge(*nnx.split(model))
+    for path in sorted(room.of(matrices)):
+        *lead, d_in, d_out = matrices[path].shape
+        *first, i, o = matrices[path].axes
+        shapes = {"a": ((d_in, room.rank), (i, RANK)), "b": ((room.rank, d_out), (RANK, o))}
+        made = {
+            name: AdapterConstant(jax.ShapeDtypeStruct((*lead, places + 1, *shape), jnp.float32), axes=(*first, *axes))
+            for name, (shape, axes) in shapes.items()
+        }
+        base_matrices.module_of(result, path).adapter = nnx.data(
+            AdapterChoice(**made, factor=None, bias=None, axes=(i, o))
+        )
+    result.adapters = AdapterNames((None,) * places)
     return result
 
 

@@ -17,6 +17,7 @@ from jvlm.options import FLAT, parse, parse_with
 
 if TYPE_CHECKING:
     from jvlm.inference.abstract import BatchShape
+    from jvlm.models.vlm import VLM
     from jvlm.planning.report import Plan
     from jvlm.planning.roofline import SegmentLengths
     from jvlm.planning.serving import Load
@@ -40,6 +41,11 @@ class PlanOptions:
       cache_len: prefill and decode: tokens that the cache has room for; None takes the prompt's.
       answer: serve: tokens of an answer.
       slots: serve: most answers that are decoded together, on all chips.
+      quantization: not of training: hold the matrices of the language model in 8 bits (int8, fp8) or 4 (nf4), as
+        `jvlm serve` does; None leaves them.
+      max_loras: not of training: adapters at once for which there is room, beside the base.
+      max_lora_rank: largest rank of adapters where room is kept.
+      enable_tower_connector_lora: room for adapters in the vision tower and the connector too.
       price: of a chip-hour; the plan then tells what the run costs.
       suggest: minutes in which to try other topologies, settings and batches of the training step.
       collectives: folder of earlier lists of collectives, to compare this program's with.
@@ -59,6 +65,10 @@ class PlanOptions:
     cache_len: int | None = None
     answer: int = 256
     slots: int = 256
+    quantization: Literal["int8", "fp8", "nf4"] | None = None
+    max_loras: int = 0
+    max_lora_rank: int = 16
+    enable_tower_connector_lora: bool = False
     price: float | None = None
     suggest: float | None = None
     collectives: Path | None = None
@@ -75,6 +85,7 @@ class PlanCommand:
         jvlm plan mimo_vl/stage4 --topology h200:8x8 --network 25
         jvlm plan mimo_vl/stage4 --topology v5p:4x4x4 --suggest 20 --data.batch_size 64
         jvlm plan mimo_vl/stage4 --what decode --topology v5e:2x4 --batch_size 64 --cache_len 8192
+        jvlm plan mimo_vl/stage4 --what decode --topology h100:1 --quantization nf4 --max_loras 8 --cache_len 8192
         jvlm plan mimo_vl/stage4 --what prefill --topology v5e:2x4 --batch_size 1 --prompt 32768 --patches 65536
         jvlm plan mimo_vl/stage4 --what serve --topology v6e:1 --prompt 5120 --patches 16384 --answer 256
 
@@ -135,25 +146,27 @@ def _plans(options: PlanOptions, experiment: Experiment, config: str, mesh_given
         raise UserError(f"{config} names no topologies; give --topology v5p:4x4x4")
     topologies = [Topology.parse(n, None if options.network is None else 1e9 * options.network) for n in names]
     lengths = assumed_lengths(experiment, options.conversation, options.image)
-    sizes = load = None
+    sizes = load = template = None
     if options.what == "train":
+        _check_training(options)
         print(_training_header(experiment, lengths))
         print(trained_and_frozen(experiment))
     elif options.what == "serve":
-        load = _load(options, experiment, lengths)
-        print(_serving_header(experiment, load))
+        load, template = _load(options, experiment, lengths), _template(options, experiment)
+        print(_serving_header(experiment, options, load))
     else:
         sizes = _sizes(options, experiment)
-        print(_generation_header(experiment, options.what, sizes, lengths))
+        template = _template(options, experiment)
+        print(_generation_header(experiment, options, sizes, lengths))
     plans, changed = [], False
     for topology in topologies:
         mesh = experiment.parallel if mesh_given else None
         if options.what == "train":
             plan = plan_training(experiment, topology, lengths)
         elif load is not None:
-            plan = serving.plan(experiment.model, mesh, topology, load)
+            plan = serving.plan(experiment.model, mesh, topology, load, template)
         else:
-            plan = generation.plan(experiment.model, mesh, topology, sizes, options.what, lengths.image)
+            plan = generation.plan(experiment.model, mesh, topology, sizes, options.what, lengths.image, template)
         plans.append(plan)
         print(plan.text(experiment, options.price), flush=True)
         if options.collectives and plan.compiled.unread:
@@ -181,6 +194,30 @@ def _collectives(plan: Plan, name: str, folder: Path, update: bool) -> bool:
     return bool(difference)
 
 
+def _check_training(options: PlanOptions) -> None:
+    """Raise UserError for options of serving: what a training step holds is in its config."""
+    if options.quantization or options.max_loras:
+        raise UserError(
+            "--quantization and --max_loras are of models that are served; a training step takes quantize and "
+            "adapter of the config (--quantize.kind nf4)"
+        )
+
+
+def _template(options: PlanOptions, experiment: Experiment) -> VLM:
+    """Return the shapes of the model that is served."""
+    from jvlm.adapters.several import AdapterRoom
+    from jvlm.planning import generation
+    from jvlm.quantization.config import QuantizationConfig
+
+    if options.max_loras < 0 or options.max_lora_rank < 1:
+        raise UserError(
+            f"--max_loras {options.max_loras} must be at least 0 and --max_lora_rank {options.max_lora_rank} at least 1"
+        )
+    quantize = None if options.quantization is None else QuantizationConfig(options.quantization)
+    room = AdapterRoom.of_model(options.max_lora_rank, towers=options.enable_tower_connector_lora)
+    return generation.template_of(experiment.model, quantize, options.max_loras, room)
+
+
 def _sizes(options: PlanOptions, experiment: Experiment) -> BatchShape:
     from jvlm.planning import generation
 
@@ -202,12 +239,12 @@ def _load(options: PlanOptions, experiment: Experiment, lengths: SegmentLengths)
     return Load(prompt, patches, options.answer, lengths.image, options.slots)
 
 
-def _serving_header(experiment: Experiment, load: Load) -> str:
+def _serving_header(experiment: Experiment, options: PlanOptions, load: Load) -> str:
     precision = experiment.model.precision
     return (
         f"# {experiment.name}: requests of {load.prompt} tokens and {load.patches} patches, answers of {load.answer} "
         f"tokens\n\nAssumed: nothing is cached, images of {load.image} patches, every slot is taken at all times; "
-        f"parameters in {precision.param_dtype}, products in {precision.compute_dtype}.\n"
+        f"parameters in {precision.param_dtype}, products in {precision.compute_dtype}{_held(options)}.\n"
     )
 
 
@@ -220,10 +257,19 @@ def _training_header(experiment: Experiment, lengths: SegmentLengths) -> str:
     )
 
 
-def _generation_header(experiment: Experiment, step: str, sizes: BatchShape, lengths: SegmentLengths) -> str:
+def _held(options: PlanOptions) -> str:
+    """Return what of a served model is not as its config says."""
+    held = f", matrices of the language model in {options.quantization}" if options.quantization else ""
+    if options.max_loras:
+        held += f", room for {options.max_loras} adapters of rank {options.max_lora_rank}"
+    return held
+
+
+def _generation_header(experiment: Experiment, options: PlanOptions, sizes: BatchShape, lengths: SegmentLengths) -> str:
     precision = experiment.model.precision
     dtypes = f"parameters in {precision.param_dtype}, products in {precision.compute_dtype}"
-    if step == "decode":
+    dtypes += _held(options)
+    if options.what == "decode":
         return (
             f"# {experiment.name}: one token for each of {sizes.batch_size} sequences, a cache of "
             f"{sizes.cache_len} tokens each\n\nAssumed: the cache is full; {dtypes}.\n"

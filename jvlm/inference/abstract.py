@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jvlm.adapters.layers import is_adapter_path
 from jvlm.errors import UserError
 from jvlm.inference import plan_arrays, programs, sharding
 from jvlm.inference.device_state import DeviceState, image_room, picture_batch, vision_tokens_of
@@ -19,7 +20,7 @@ from jvlm.inference.shapes import Shapes
 from jvlm.inference.weights import decoding_state
 from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
-from jvlm.models.vlm import VLMConfig
+from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.parallel.layout import MeshLayout
 
 PAGE_SIZE = 128  # of an accelerator's cache
@@ -41,6 +42,7 @@ class AbstractPrograms:
 
     Attributes:
       leaves, decoder_leaves: parameters as `encode`, and as `prefill` and `decode`, take them.
+      adapter_leaves: those of them that are room for adapters.
       pictures, destinations: of `encode`; None without patches.
       features: the feature pool.
       tokens: the last token of each slot.
@@ -52,6 +54,7 @@ class AbstractPrograms:
     sizes: BatchShape
     leaves: list[jax.ShapeDtypeStruct]
     decoder_leaves: list[jax.ShapeDtypeStruct]
+    adapter_leaves: list[jax.ShapeDtypeStruct]
     pictures: PackedBatch | None
     destinations: jax.ShapeDtypeStruct | None
     adapters: jax.ShapeDtypeStruct
@@ -90,14 +93,17 @@ class AbstractPrograms:
         return self.programs.copy_pages.lower(self.cache, pages, pages)
 
 
-def abstract_programs(config: VLMConfig, layout: MeshLayout, sizes: BatchShape) -> AbstractPrograms:
+def abstract_programs(template: VLM, layout: MeshLayout, sizes: BatchShape) -> AbstractPrograms:
     """The programs of a model on a layout, whose devices may be described and not present.
+
+    Args:
+      template: the model's shapes; quantised, or with room for adapters, as it would serve.
 
     Raises:
       UserError: a layout that cannot generate, or sequences or parameters that it does not divide.
     """
-    template = vlm.abstract(config)
-    placed = {p: _at(v.get_value(), layout.parameter(p, v)) for p, v in vlm.parameters(template).items()}
+    config = template.config
+    placed = {p: _at(v.get_value(), layout.parameter(p, v)) for p, v in vlm.variables(template).items()}
     model = vlm.bind(template, placed)
     whole, leaves = ModuleDef.of(model, nnx.state(model))
     decoder, decoder_leaves = ModuleDef.of(model.decoder, decoding_state(model.decoder))
@@ -146,6 +152,7 @@ def abstract_programs(config: VLMConfig, layout: MeshLayout, sizes: BatchShape) 
         sizes=sizes,
         leaves=leaves,
         decoder_leaves=decoder_leaves,
+        adapter_leaves=[value for path, value in placed.items() if is_adapter_path(path)],
         pictures=None if pictures is None else jax.tree.map(_at, pictures, layout.batch(pictures)),
         destinations=split(np.zeros((D, vision), np.int32), "batch") if P else None,
         adapters=split(np.zeros(D, np.int32), "batch"),

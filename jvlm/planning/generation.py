@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 
 from jvlm import families
+from jvlm.adapters import several
+from jvlm.adapters.several import AdapterRoom
 from jvlm.data import packing
 from jvlm.errors import UserError
 from jvlm.inference import abstract, sharding
 from jvlm.inference.abstract import PAGE_SIZE, AbstractPrograms, BatchShape
 from jvlm.inference.engine import PATCH_STEP
 from jvlm.models import vlm
-from jvlm.models.vlm import VLMConfig
+from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.mesh import ParallelConfig
+from jvlm.quantization.config import QuantizationConfig
+from jvlm.quantization.model import quantized_template
 from jvlm.training import flops
 from jvlm.training.config import Experiment
 
@@ -49,10 +53,20 @@ def rounded(config: VLMConfig, sequences: int, prompt: int, patches: int, cache_
 
 
 def plan(
-    config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: BatchShape, step: StepKind, image: int
+    config: VLMConfig,
+    asked: ParallelConfig | None,
+    topology: Topology,
+    sizes: BatchShape,
+    step: StepKind,
+    image: int,
+    template: VLM | None = None,
 ) -> Plan:
-    """Compile a step of the engine, and bound its speed; images have ``image`` patches."""
-    planned = prepare(config, asked, topology, sizes)
+    """Compile a step of the engine, and bound its speed; images have ``image`` patches.
+
+    Args:
+      template: the shapes of a model that is quantised or has adapters (`template_of`); None is a plain one.
+    """
+    planned = prepare(config, asked, topology, sizes, template)
     if step == "decode":
         compiled = compile_decode(planned, topology)
         best = roofline_of_decode(planned, compiled, topology) if compiled.readable else None
@@ -63,11 +77,25 @@ def plan(
     return Plan(topology, compiled, best, step, encode)
 
 
-def prepare(config: VLMConfig, asked: ParallelConfig | None, topology: Topology, sizes: BatchShape) -> AbstractPrograms:
+def template_of(config: VLMConfig, quantize: QuantizationConfig | None, places: int, room: AdapterRoom) -> VLM:
+    """Return the shapes of a model as `jvlm serve` holds it: quantised, and with room for so many adapters."""
+    template = vlm.abstract(config)
+    if quantize is not None:
+        template = quantized_template(template, quantize)
+    return several.structure(template, places, room) if places else template
+
+
+def prepare(
+    config: VLMConfig,
+    asked: ParallelConfig | None,
+    topology: Topology,
+    sizes: BatchShape,
+    template: VLM | None = None,
+) -> AbstractPrograms:
     """Return the engine's programs on a topology; on the mesh that the engine takes itself, unless one is asked for."""
     devices = devices_of(topology)
     layout = MeshLayout.of(asked or sharding.default_mesh(config, len(devices)), devices)
-    return abstract.abstract_programs(config, layout, sizes)
+    return abstract.abstract_programs(vlm.abstract(config) if template is None else template, layout, sizes)
 
 
 def compile_prefill(planned: AbstractPrograms, topology: Topology) -> tuple[Compiled, Compiled | None]:
@@ -76,13 +104,15 @@ def compile_prefill(planned: AbstractPrograms, topology: Topology) -> tuple[Comp
     Parameters, cache and features stay.
     """
     parameters, own = bytes_of(planned.leaves), bytes_of(planned.decoder_leaves)
+    adapters = bytes_of(planned.adapter_leaves)
     cache, features = bytes_of(planned.cache), bytes_of(planned.features)
     prefill = measure(
         planned.lower_prefill,
         planned.layout.mesh,
         topology,
         resident=parameters - own,
-        parameters=parameters,
+        parameters=parameters - adapters,
+        adapters=adapters,
         cache=cache,
         batch=features + bytes_of(planned.chunks),
     )
@@ -94,7 +124,8 @@ def compile_prefill(planned: AbstractPrograms, topology: Topology) -> tuple[Comp
         topology,
         branch_frequency=planned.config.encoder.branch_frequency(),
         resident=own + cache,
-        parameters=parameters,
+        parameters=parameters - adapters,
+        adapters=adapters,
         cache=cache,
         batch=features + bytes_of(planned.pictures),
     )
@@ -103,13 +134,14 @@ def compile_prefill(planned: AbstractPrograms, topology: Topology) -> tuple[Comp
 
 def compile_decode(planned: AbstractPrograms, topology: Topology) -> Compiled:
     """One step for all sequences. All parameters stay on the chips, the vision tower's too, which it never reads."""
-    parameters = bytes_of(planned.leaves)
+    parameters, adapters = bytes_of(planned.leaves), bytes_of(planned.adapter_leaves)
     return measure(
         planned.lower_decode,
         planned.layout.mesh,
         topology,
         resident=parameters - bytes_of(planned.decoder_leaves),
-        parameters=parameters,
+        parameters=parameters - adapters,
+        adapters=adapters,
         cache=bytes_of(planned.cache),
         batch=bytes_of((planned.tokens, planned.rows)),
     )

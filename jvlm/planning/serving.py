@@ -7,7 +7,7 @@ import dataclasses
 from jvlm.errors import UserError
 from jvlm.inference import sharding
 from jvlm.inference.abstract import PAGE_SIZE
-from jvlm.models.vlm import VLMConfig
+from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.mesh import ParallelConfig
 
@@ -166,8 +166,13 @@ class ServingPlan:
         return "\n".join([*lines, ""])
 
 
-def plan(config: VLMConfig, asked: ParallelConfig | None, topology: Topology, load: Load) -> ServingPlan:
+def plan(
+    config: VLMConfig, asked: ParallelConfig | None, topology: Topology, load: Load, template: VLM | None = None
+) -> ServingPlan:
     """Compile a prefill of one prompt for each group, then a step of as many answers as fit beside it.
+
+    Args:
+      template: the shapes of a model that is quantised or has adapters; None is a plain one.
 
     Raises:
       UserError: a load without tokens, or a layout that cannot generate.
@@ -180,7 +185,7 @@ def plan(config: VLMConfig, asked: ParallelConfig | None, topology: Topology, lo
     groups = layout.num_shards(layout.mesh_axes("batch"))
     length = load.prompt + load.answer
     sizes = generation.rounded(config, groups, load.prompt, load.patches, length)
-    prefill = generation.plan(config, asked, topology, sizes, "prefill", load.image)
+    prefill = generation.plan(config, asked, topology, sizes, "prefill", load.image, template)
     width = -(-length // PAGE_SIZE)
     page_bytes = prefill.compiled.memory.cache / (width + 1)
     pages = min(_room(one, page_bytes) for one in (prefill.compiled, prefill.encode) if one) if prefill.fits else 0
@@ -188,7 +193,7 @@ def plan(config: VLMConfig, asked: ParallelConfig | None, topology: Topology, lo
     decode = None
     if slots:
         half = generation.rounded(config, slots, 1, 0, load.prompt + load.answer // 2)
-        decode = generation.plan(config, asked, topology, half, "decode", load.image)
+        decode = generation.plan(config, asked, topology, half, "decode", load.image, template)
     return ServingPlan(topology, load, groups, prefill, decode, page_bytes, pages, slots)
 
 

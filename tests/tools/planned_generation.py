@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 
+from jvlm.adapters.several import AdapterRoom
 from jvlm.inference.abstract import BatchShape
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
@@ -11,9 +12,11 @@ from jvlm.models.layers import Precision
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.planning import generation
 from jvlm.planning.chips import Topology
+from jvlm.quantization.config import QuantizationConfig
 from tests.parallel import models
 
 SIZES = BatchShape(batch_size=32, prompt_len=16, max_patches=0, cache_len=16384)
+PLACES, RANK = 2, 16  # adapters beside a quantised base
 DECODER = TransformerConfig(
     vocab_size=4096, hidden_size=1024, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=128, intermediate_size=2048
 )
@@ -33,6 +36,9 @@ def main() -> None:
         precision = Precision(param_dtype="bfloat16", compute_dtype="bfloat16")
         config = dataclasses.replace(models.qwen2_5_vl(), decoder=decoder, precision=precision)
         found[name] = generation.plan(config, asked, topology, SIZES, "decode", 0).values()
+    config = dataclasses.replace(models.qwen2_5_vl(), decoder=DECODER, precision=precision)
+    served = generation.template_of(config, QuantizationConfig("nf4"), PLACES, AdapterRoom(RANK))
+    found["served"] = generation.plan(config, asked, topology, SIZES, "decode", 0, served).values()
     json.dump(found, sys.stdout)
 
 

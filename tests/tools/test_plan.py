@@ -300,6 +300,19 @@ def test_a_step_of_decoding_gathers_no_parameter(decoding, case, kv_heads, vocab
 
 
 @pytest.mark.slow
+def test_a_quantised_base_and_room_for_adapters_are_counted_as_they_are_stored(decoding):
+    memory, plain = (decoding[case]["memory"] for case in ("served", "even"))
+    heads = HEADS * HEAD
+    ends = 4 * (WIDTH + heads) + 3 * (WIDTH + HIDDEN)  # inputs and outputs of q, k, v, out, gate, up and down
+    places, rank = 2 + 1, 16  # with an empty one
+    assert memory["adapters"] == LAYERS * places * rank * ends * FLOAT32 / CHIPS
+    matrices = LAYERS * (4 * WIDTH * heads + DENSE) / CHIPS
+    others = plain["parameters"] - matrices * BFLOAT16
+    assert 0.5 * matrices < memory["parameters"] - others < 0.6 * matrices  # four bits, and scales
+    assert memory["cache"] == plain["cache"]
+
+
+@pytest.mark.slow
 def test_a_search_for_better_steps_of_decoding_is_refused_by_name():
     done = with_compiler("tools/plan.py", "mimo_vl/stage4", "--what", "decode", "--suggest", "1")
     assert done.returncode == 2
