@@ -2,6 +2,7 @@
 PYTHON ?= $(firstword $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p; done))
 CONFIG ?= configs/mimo_vl/easy_vqa.py
 SEEDS ?= 42
+QUESTIONS ?= 5000
 VENV := .venv
 LIBTPU := libtpu==0.0.42.1
 # what `pip install libtpu` brings today, which jax does not ask for; the slow tier asks it for what can be counted by hand
@@ -30,6 +31,14 @@ HARNESS_LMMS_EVAL := lmms-eval==0.7.3 accelerate==1.15.0 datasets==4.4.1 dill==0
 	evaluate==0.4.6 sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6 tabulate==0.10.0 lxml==6.1.3 loguru==0.7.3 \
 	tenacity==9.2.1 distro==1.9.0 python-dotenv==1.2.4 pytablewriter==1.2.1 DataProperty==1.1.1 mbstrdecoder==1.1.5 \
 	pathvalidate==3.3.1 tabledata==1.3.5 tcolorpy==0.1.7 typepy==2.0.0
+# VLMEvalKit, as EvalScope's authors publish it, with what it imports beside the environment's own and torchvision
+HARNESS_VLMEVALKIT := ms-vlmeval==0.0.20 Levenshtein==0.27.3 accelerate==1.15.0 opencv-python-headless datasets==4.4.1 \
+	dill==0.4.0 multiprocess==0.70.18 xxhash==3.6.0 decord==0.6.0 imageio jieba==0.42.1 json_repair num2words docopt \
+	portalocker==4.4.2 pylatexenc==2.10 qwen_vl_utils==0.0.14 av rouge==1.0.1 six==1.17.0 scikit-learn threadpoolctl \
+	sty==1.0.6 tabulate==0.10.0 timeout-decorator==0.5.0 validators pandas==2.3.3 python-dateutil==2.9.0.post0 \
+	pytz==2025.2 tzdata==2025.2 python-dotenv==1.2.4 xlsxwriter openpyxl et_xmlfile matplotlib cycler contourpy \
+	kiwisolver fonttools pyparsing httpx==0.28.1 httpcore==1.0.9 distro==1.9.0 $(EXPORTS_PIXELS)
+HARNESS_EVALSCOPE := evalscope==1.14.1
 # Clients of OpenAI's API and a load generator, each in an environment of its own, for `make test-clients`
 CLIENTS := openai==3.57.0 langchain-openai==1.7.4 litellm==1.110.2 aiperf==0.13.0
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
@@ -119,7 +128,13 @@ $(VENV)/.harnesses: $(VENV)/.test
 	$(PIP) --no-deps --target $(VENV)/harness-lmms-eval $(HARNESS_LMMS_EVAL)
 	touch $@
 
-test-harnesses: $(VENV)/.harnesses  ## lmms-eval itself on a model of ours, served and by its entry point, beside jvlm evaluate; minutes
+$(VENV)/.other-harnesses: $(VENV)/.harnesses
+	$(PIP) --no-deps --target $(VENV)/harness-vlmevalkit $(HARNESS_VLMEVALKIT)
+	$(PYTHON) -m venv $(VENV)/harness-evalscope
+	$(VENV)/harness-evalscope/bin/pip install --quiet --disable-pip-version-check $(HARNESS_EVALSCOPE)
+	touch $@
+
+test-harnesses: $(VENV)/.other-harnesses  ## lmms-eval, VLMEvalKit and EvalScope on a model of ours, beside jvlm evaluate; minutes
 	$(RUN) pytest tests/evaluation/every_harness.py $(ARGS)
 
 $(VENV)/.clients: $(VENV)/.test
@@ -143,8 +158,8 @@ format: $(VENV)/.test
 bench: $(VENV)/.peft  ## speed beside transformers + torch, and of LoRA beside PEFT, with earlier runs; ten minutes
 	PYTHONPATH=$(VENV)/export-peft $(RUN) tools.bench $(ARGS)
 
-bench-evaluate: $(VENV)/.test  ## tokens/s of jvlm evaluate on mixed questions beside the engine's own; ten minutes
-	$(RUN) tools.bench_evaluate --questions 5000 $(ARGS)
+bench-evaluate: $(VENV)/.test  ## tokens/s of jvlm evaluate on QUESTIONS mixed questions beside the engine's own; ten minutes
+	$(RUN) tools.bench_evaluate --questions $(QUESTIONS) --rounds 1 --least 0.9 $(ARGS)
 
 bench-serve: $(VENV)/.test  ## the server beside its engine and transformers, pictures asked twice; ten minutes
 	$(RUN) tools.bench_serve $(ARGS)

@@ -1,11 +1,12 @@
 """Tokens a second of `jvlm evaluate` on mixed questions, beside the engine's own on the same prompts, encoded before.
 
-    python -m tools.bench_evaluate
-    python -m tools.bench_evaluate --model runs/easy_vqa/hf --questions 5000
+    python -m tools.bench_evaluate --questions 200
+    python -m tools.bench_evaluate --model runs/easy_vqa/hf --questions 5000 --rounds 1
 
 The model is the demo's, with random weights unless a folder is given; questions have no picture, one or two, and a
 sentence or a page, and answers are drawn, so that they end after one token or after forty. Both are timed in turns in
-one process, by one engine whose programs are compiled and whose caches are emptied before. The rows of evaluation hold
+one process, by one engine whose programs are compiled and whose caches are emptied before; the last line is the ratio
+of the medians, and the command fails where it is below --least. The rows of evaluation hold
 all that it does: reading files, encoding, asking, writing each answer, the running score; and scoring at the end apart.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -37,6 +39,7 @@ from jvlm.training import starting_model
 from jvlm.weights.io import load
 
 FILE = "questions.jsonl"
+WARM = 300  # questions asked before the rounds
 TASK = Task(
     "mixed",
     "own",
@@ -64,12 +67,13 @@ def write_questions(folder: Path, count: int) -> None:
     (folder / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a model; the demo's shapes with random weights without one")
-    parser.add_argument("--questions", type=int, default=1000)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--questions", type=int, default=1000, help="how many are asked in each round")
+    parser.add_argument("--batch_size", type=int, default=32, help="questions that run at once")
+    parser.add_argument("--rounds", type=int, default=3, help="times that both are timed, in turns")
+    parser.add_argument("--least", type=float, default=0.0, help="ratio that asking must reach")
     arguments = parser.parse_args()
     if arguments.model:
         model, processor = load(arguments.model)
@@ -81,6 +85,7 @@ def main() -> None:
         folder = Path(name)
         write_questions(folder / "data", arguments.questions)
         rows = Rows(TASK.files, folder / "data", TASK.name)
+        began = time.perf_counter()
 
         def empty() -> int:
             """Forget what prompts and pictures have left; returns the tokens so far."""
@@ -88,14 +93,16 @@ def main() -> None:
                 scheduler.forget()
             return engine.stats().generation_tokens
 
-        def evaluate(label: str) -> tuple[float, float]:
+        def evaluate(label: str, limit: int | None = None) -> tuple[float, float]:
             before = empty()
-            seconds = ask(client, TASK, rows, folder / "data", folder / label, Settings())
+            seconds = ask(client, TASK, rows, folder / "data", folder / label, Settings(limit=limit))
             tokens, began = engine.stats().generation_tokens - before, time.perf_counter()
             score_task(TASK, folder / label, seconds=seconds)
             return tokens / seconds, tokens / (seconds + time.perf_counter() - began)
 
-        evaluate("warm")
+        # every shape of prompt, so that no program is compiled in a round
+        warm = min(len(rows), WARM)
+        evaluate("warm", warm)
         sampling = SamplingConfig(**dataclasses.asdict(TASK.decoding))
         examples = []
         for index in range(len(rows)):
@@ -104,15 +111,15 @@ def main() -> None:
         lengths = [example.length for example in examples]
         print(f"{len(examples)} questions, prompts of {min(lengths)} to {max(lengths)} tokens")
 
-        def alone(label: str) -> float:
+        def alone(label: str, count: int | None = None) -> float:
             before, began = empty(), time.perf_counter()
-            for number, example in enumerate(examples):
+            for number, example in enumerate(examples[:count]):
                 engine.submit(Request(f"{label}-{number}", example, sampling.params(number)))
             while engine.has_work:
                 engine.step()
             return (engine.stats().generation_tokens - before) / (time.perf_counter() - began)
 
-        alone("warm")
+        alone("warm", warm)
         print("| tokens/s | engine alone | asking | ratio | asking and scoring | ratio |")
         print("| --- | ---: | ---: | ---: | ---: | ---: |")
         found = []
@@ -120,7 +127,12 @@ def main() -> None:
             own, (asking, whole) = alone(str(turn)), evaluate(f"round {turn}")
             found.append((own, asking, asking / own, whole, whole / own))
             print(_row(f"round {turn + 1}", found[-1]), flush=True)
-        print(_row("median", [statistics.median(column) for column in zip(*found, strict=True)]))
+        medians = [statistics.median(column) for column in zip(*found, strict=True)]
+        print(_row("median", medians))
+        ratio = medians[1] / medians[0]
+        took = time.perf_counter() - began
+        print(f"{len(examples)} questions: jvlm evaluate at {ratio:.2f} of the engine's own tokens/s, in {took:.0f} s")
+    return 0 if ratio >= arguments.least else 1
 
 
 def _row(name: str, values) -> str:
@@ -129,4 +141,4 @@ def _row(name: str, values) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,6 +19,8 @@ from jvlm.data.readers.registry import open_file
 from jvlm.errors import UserError, file_errors
 
 Form = Literal["hub", "tsv", "json"]
+_VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".MP4")
+_FRAMES = (".jpg", ".jpeg", ".png", ".webp")
 _REFERENCE = 64  # characters below which an image of a TSV is the index of the row that holds it
 
 
@@ -129,12 +131,28 @@ class Row:
         return [] if value is None or value == "" else [value]
 
     def video(self, *names: str, suffix: str = "") -> Video:
-        """Return the video of a field: a path in the media folder. Raises ExampleError if it is not there."""
+        """Return the video of a field, in the media folder: a file, or a folder of frames in the order of their names.
+
+        Args:
+          suffix: of names without one, unless the media folder has the video in another form of file.
+
+        Raises:
+          ExampleError: the field is not there, or its folder holds no frames.
+        """
         value = self.need(*names)
         if isinstance(value, Mapping):
             value = value.get("bytes") or value.get("path")
-        if isinstance(value, str) and suffix and not Path(value).suffix:
-            value += suffix
+        if not isinstance(value, str):
+            return Video(file=value, folder=self.media)
+        folder = Path(self.media or ".") / value
+        if folder.is_dir():
+            frames = sorted(str(one) for one in folder.iterdir() if one.suffix.lower() in _FRAMES)
+            if not frames:
+                raise ExampleError(self.origin, names[0], f"{folder} holds no frames", "Unpack the videos there again")
+            return Video(tuple(frames), folder=self.media)
+        if suffix and Path(value).suffix.lower() not in _VIDEOS:
+            there = (form for form in (suffix, *_VIDEOS) if folder.with_name(folder.name + form).is_file())
+            value += next(there, suffix)
         return Video(file=value, folder=self.media)
 
 

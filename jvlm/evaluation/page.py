@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-from collections import defaultdict
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,49 +14,21 @@ from jvlm.data.view.page import check_target, write
 from jvlm.errors import UserError
 from jvlm.evaluation.duels import JudgedDuel
 from jvlm.evaluation.metrics import METRICS
-from jvlm.evaluation.store import SCORE, SCORES, AnswerStore, Stored, read_lines
+from jvlm.evaluation.samples import Sample, samples
+from jvlm.evaluation.store import SCORE
 from jvlm.evaluation.tasks import MEANS_OF_SUITES, SUITES
-from jvlm.evaluation.thumbnails import path_of
 from jvlm.json_files import read_object
-from jvlm.scoring.answers import spoken
 
-_SAMPLES = 12  # of each task and model
-_LONGEST = 600  # characters of a shown answer
 _DUELS = 60
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
-    """An answer as the page shows it.
-
-    Attributes:
-      state: "right", "partly", "wrong", or "unscored".
-      boxes: of the reference and of the answer, in shares of the picture.
-      points: the same of points.
-    """
-
-    id: str
-    task: str
-    model: str
-    question: str
-    answer: str
-    gold: str
-    value: float | None
-    reason: str
-    state: str
-    picture: str = ""
-    size: tuple[int, int] = (1, 1)
-    boxes: tuple[tuple[str, tuple[float, float, float, float]], ...] = ()
-    points: tuple[tuple[str, tuple[float, float]], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
 class Model:
-    """The scores of a model: records of tasks, by name."""
+    """The scores of a model: records of tasks, by name, and the folder that has them."""
 
     name: str
     records: Mapping[str, Mapping[str, Any]]
-    samples: Sequence[Sample]
+    folder: Path
 
 
 def model_of(name: str, folder: Path) -> Model:
@@ -65,59 +36,16 @@ def model_of(name: str, folder: Path) -> Model:
     records = {path.parent.name: read_object(path) for path in sorted(folder.glob(f"*/{SCORE}"))}
     if not records:
         raise UserError(f"{folder} holds no scores; make them with jvlm evaluate --output {folder}")
-    samples = [sample for task, record in records.items() for sample in _samples(name, folder / task, record)]
-    return Model(name, records, samples)
+    return Model(name, records, folder)
 
 
-def _samples(name: str, folder: Path, record: Mapping[str, Any]) -> list[Sample]:
-    replies = AnswerStore(folder).read()
-    lines = [line for line in read_lines(folder / SCORES) if (line["id"], line["run"]) in replies and line["run"] == 0]
-    chosen: list[dict[str, Any]] = []
-    by_reason: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    lines.sort(key=lambda line: not path_of(folder, line["id"]).exists())  # those with pictures first
-    for line in lines:
-        by_reason[line["reason"]].append(line)
-    while len(chosen) < _SAMPLES and any(by_reason.values()):  # some of every reason
-        chosen += [own.pop(0) for own in by_reason.values() if own]
-    return [_sample(name, folder, record, replies[line["id"], 0], line) for line in chosen[:_SAMPLES]]
-
-
-def _sample(name: str, folder: Path, record: Mapping[str, Any], stored: Stored, line: Mapping[str, Any]) -> Sample:
-    value = line["value"]
-    state = "unscored" if value is None else "right" if value >= 1 else "wrong" if value <= 0 else "partly"
-    text = spoken(stored.text)
-    answer = stored.error or (text if isinstance(text, str) else stored.text)
-    picture = path_of(folder, stored.item.id)
-    uri, size = "", (1, 1)
-    if picture.exists():
-        uri = f"data:image/jpeg;base64,{base64.b64encode(picture.read_bytes()).decode()}"
-    boxes: list[tuple[str, tuple[float, float, float, float]]] = []
-    points: list[tuple[str, tuple[float, float]]] = []
-    if stored.sizes and record["metric"] in ("box_iou50", "point_in_box"):
-        size = stored.sizes[0].original
-        for kind, values in (("gold", stored.item.gold), ("answer", line["parsed"])):
-            values = [float(number) for number in values] if isinstance(values, list) else []
-            if len(values) == 4:
-                boxes.append((kind, (values[0], values[1], values[2] - values[0], values[3] - values[1])))
-            elif len(values) == 2:
-                points.append((kind, (values[0], values[1])))
-    elif uri:
-        size = stored.sizes[0].original if stored.sizes else (4, 3)
-    return Sample(
-        stored.item.id,
-        record["task"],
-        name,
-        stored.question,
-        answer[:_LONGEST] + ("…" if len(answer) > _LONGEST else ""),
-        str(stored.item.answer or stored.item.gold)[:_LONGEST],
-        value,
-        line["reason"],
-        state,
-        uri,
-        size,
-        tuple(boxes),
-        tuple(points),
-    )
+def _samples(models: Sequence[Model], tasks: Sequence[str]) -> list[Sample]:
+    found = []
+    for task in tasks:
+        own = [model for model in models if task in model.records]
+        folders = {model.name: model.folder / task for model in own}
+        found += samples(task, folders, {model.name: model.records[task]["metric"] for model in own})
+    return found
 
 
 def suites(models: Sequence[Model]) -> dict[str, list[float | None]]:
@@ -128,7 +56,7 @@ def suites(models: Sequence[Model]) -> dict[str, list[float | None]]:
         for model in models:
             own = [model.records[task] for task in tasks if task in model.records]
             whole = len(own) == len(tasks) and all(one["value"] is not None for one in own)
-            means.append(sum(100 * one["value"] for one in own) / len(own) if whole else None)
+            means.append(sum(one["unit"] * one["value"] for one in own) / len(own) if whole else None)
         if any(mean is not None for mean in means):
             found[name] = means
     for name, members in MEANS_OF_SUITES.items():
@@ -136,6 +64,75 @@ def suites(models: Sequence[Model]) -> dict[str, list[float | None]]:
         if len(parts) == len(members):
             found[name] = [None if None in column else sum(column) / len(column) for column in zip(*parts, strict=True)]
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The mean of a group's tasks whose scores are percentages: (mean, low, high, tasks) of each model, or None."""
+
+    name: str
+    bars: Sequence[tuple[float, float, float, Sequence[str]] | None]
+
+
+def groups(models: Sequence[Model]) -> list[Group]:
+    """Return the means of groups of tasks, over the tasks that all models have, with intervals."""
+    found = []
+    for name in dict.fromkeys(one["group"] for model in models for one in model.records.values()):
+        own = [
+            {task: one for task, one in model.records.items() if one["group"] == name and _percentage(one)}
+            for model in models
+        ]
+        having = [one for one in own if one]
+        if having:
+            shared = [task for task in having[0] if all(task in one for one in having)]
+            bars = [_mean([one[task] for task in shared], shared) if one and shared else None for one in own]
+            found.append(Group(name, bars))
+    return found
+
+
+def _percentage(record: Mapping[str, Any]) -> bool:
+    return record["unit"] == 100 and record["value"] is not None
+
+
+def _mean(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> tuple[float, float, float, Sequence[str]]:
+    """Return a mean of independent scores, and an interval out of theirs."""
+    mean = sum(one["value"] for one in records) / len(records)
+    low = math.sqrt(sum((one["value"] - one["interval"][0]) ** 2 for one in records)) / len(records)
+    high = math.sqrt(sum((one["interval"][1] - one["value"]) ** 2 for one in records)) / len(records)
+    return mean, max(mean - low, 0.0), min(mean + high, 1.0), tasks
+
+
+def notes(models: Sequence[Model], task: str) -> list[str]:
+    """Return what is to be known of a task's scores, each thing once."""
+    records = [model.records[task] for model in models if task in model.records]
+    judged = [one["judge"] for one in records if isinstance(one["judge"], str)]
+    return [note for note in dict.fromkeys([*(one["note"] for one in records), *judged]) if note]
+
+
+def measured(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return how a score was made, as (what, value)."""
+    settings, judge = record["settings"], record["judge"]
+    client = settings.get("client", {})
+    made = {
+        "model": client.get("model") or client.get("url"),
+        "weights": client.get("weights"),
+        "image processor": client.get("processor") or client.get("boxes"),
+        "task": f"{record['task']}, version {record['version']}, summary {record['summary']}, {record['runs']} runs",
+        "prompts": f"hash {record['prompt_hash']}, style {settings.get('style')}, {settings.get('shots')} examples",
+        "decoding": settings.get("decoding"),
+        "parser": settings.get("parser"),
+        "judge": f"{judge['model']}, prompt {judge['prompt_hash']}" if isinstance(judge, Mapping) else judge,
+        "code": f"jvlm {record['jvlm']}, hash {record['code']}",
+        "time": f"{record['seconds']:.0f} s",
+        "tokens": f"{record['prompt_tokens']} of prompts, {record['completion_tokens']} of answers",
+    }
+    return [(name, _words(value)) for name, value in made.items() if value not in (None, "", {})]
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_words(one)}" for name, one in value.items() if one is not None)
+    return str(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,11 +185,14 @@ def render(
         models=models,
         tasks=tasks,
         groups=list(dict.fromkeys(one["group"] for model in models for one in model.records.values())),
+        means=groups(models),
+        notes={task: notes(models, task) for task in tasks},
+        measured=[(task, m.name, measured(m.records[task])) for task in tasks for m in models if task in m.records],
         suites=suites(models),
         categories=categories(models, tasks),
         reasons=reasons,
         about={name: metric.about for name, metric in METRICS.items()},
-        samples=[sample for model in models for sample in model.samples],
+        samples=_samples(models, tasks),
         elo=elo,
         duels=duels[:_DUELS],
         duels_in_all=len(duels),

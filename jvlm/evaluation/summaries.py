@@ -89,6 +89,13 @@ def mme(scored: Sequence[Scored]) -> float:
     return float(np.mean(both))
 
 
+def f1(scored: Sequence[Scored]) -> float:
+    """Return F1 of the questions whose answer is yes (``facts["positive"]``); an answer that is not read is wrong."""
+    right = sum(float(one.value or 0) for one in scored if one.facts["positive"])
+    wrong = sum(1 - float(one.value or 0) for one in scored)
+    return 2 * right / (2 * right + wrong) if right else 0.0
+
+
 SUMMARIES: Mapping[str, Summary] = {
     "mean": mean,
     "macro_group": macro("group"),
@@ -97,6 +104,7 @@ SUMMARIES: Mapping[str, Summary] = {
     "worst_case": worst_case,
     "wemath": wemath,
     "mme": mme,
+    "f1": f1,
 }
 
 

@@ -1,11 +1,13 @@
-"""The scores of lmms-eval beside those of jvlm evaluate, in an environment of its own: `make test-harnesses`.
+"""The scores of lmms-eval, VLMEvalKit and EvalScope beside those of jvlm evaluate: `make test-harnesses`.
 
-The model is small and random, so right answers are made from what it says: the same, nearly the same, another.
+Each is in an environment of its own. The model is small and random, so right answers are made from what it says: the
+same, nearly the same, another. Pictures are of one grey, which VLMEvalKit's JPEG leaves as it is.
 """
 
 from __future__ import annotations
 
 import base64
+import csv
 import importlib.util
 import io
 import json
@@ -19,6 +21,7 @@ import time
 from pathlib import Path
 
 import httpx2
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -26,10 +29,12 @@ from jvlm import cli
 from jvlm.evaluation.store import AnswerStore
 from jvlm.json_files import read_object
 from jvlm.scoring.benchmarks import ocrbench_v2
-from tests.evaluation.benchmarks import parquet, picture, png
+from tests.evaluation.benchmarks import parquet
 from tests.support import ROOT
 
 ENVIRONMENT = ROOT / ".venv" / "harness-lmms-eval"
+VLMEVALKIT = ROOT / ".venv" / "harness-vlmevalkit"
+EVALSCOPE = ROOT / ".venv" / "harness-evalscope" / "bin" / "evalscope"
 TOKENS, COUNT = 12, 9
 PARQUET = "lmms-lab/DocVQA/DocVQA/validation-00000-of-00001.parquet"
 
@@ -58,11 +63,55 @@ def question(doc, *_):
 """
 
 
+# VLMEvalKit takes the tables that it knows only as they are published
+KIT = """
+from vlmeval.dataset import ImageVQADataset
+
+ImageVQADataset.DATASET_MD5.clear()
+if __name__ == "__main__":
+    from vlmeval.run import main
+
+    main()
+"""
+# EvalScope's words, and its text before the picture, as a task of a user's own
+OWN = """
+from jvlm.data.content import Text
+from jvlm.evaluation.files import hub
+from jvlm.evaluation.task import Item, Task
+
+PROMPT = {prompt!r}
+
+
+def item(row):
+    shown = (Text(PROMPT.format(question=row.text("question"))), *row.images("image"))
+    return Item(row.text("questionId"), shown, row.list("answers"))
+
+
+TASKS = [Task("docvqa_as_evalscope", "own", (hub("lmms-lab/DocVQA", "DocVQA/validation-*.parquet"),), item, "anls")]
+"""
+# what the snapshot's card says of its files
+CARD = """---
+configs:
+- config_name: DocVQA
+  data_files:
+  - split: validation
+    path: DocVQA/validation-*
+---
+"""
+
+
+def grey(number: int) -> dict:
+    """A picture of one grey, a hundred pixels wide at least."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (112, 112), (10 + 20 * number,) * 3).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": f"{number}.png"}
+
+
 def rows(answers: list[str]) -> list[dict]:
     said = [text.strip() for text in answers]
     golds = [(text, f"{text[:-2]}qz", "something else entirely")[n % 3] for n, text in enumerate(said)]
     return [
-        {"questionId": str(n), "question": f"what is the number {n}?", "docId": n, "image": picture(n)}
+        {"questionId": str(n), "question": f"what is the number {n}?", "docId": n, "image": grey(n)}
         | {"answers": [gold, "zzzz"]}
         for n, gold in enumerate(golds)
     ]
@@ -92,15 +141,13 @@ def served(tiny):
         process.wait(60)
 
 
-def ours(model: str, data: Path, output: Path) -> tuple[float, dict[str, str]]:
+def ours(model: str, data: Path, output: Path, task: str = "docvqa_val", *more: str) -> tuple[float, dict[str, str]]:
     """The score of jvlm evaluate, and the answers by question."""
-    words = ["evaluate", "--model", model, "--tasks", "docvqa_val", "--data", str(data), "--output", str(output)]
-    assert cli.main([*words, "--max_new_tokens", str(TOKENS)]) == 0
-    replies = AnswerStore(output / "docvqa_val").read()
+    words = ["evaluate", "--model", model, "--tasks", task, "--data", str(data), "--output", str(output)]
+    assert cli.main([*words, "--max_new_tokens", str(TOKENS), *more]) == 0
+    replies = AnswerStore(output / task).read()
     assert not any(one.error for one in replies.values())
-    return read_object(output / "docvqa_val" / "score.json")["value"], {
-        name: r.text for (name, _), r in replies.items()
-    }
+    return read_object(output / task / "score.json")["value"], {name: r.text for (name, _), r in replies.items()}
 
 
 @pytest.fixture(scope="module")
@@ -157,19 +204,68 @@ def test_lmms_eval_finds_our_model_by_its_entry_point(benchmark, tiny, tmp_path)
     assert their_value == pytest.approx(value, abs=1e-9)
 
 
-def test_a_request_as_vlmevalkit_makes_it_is_answered(served):
-    """The body of its wrapper for --base-url, whose package is not on PyPI."""
-    image = Image.open(io.BytesIO(png()))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG")
-    picture = {"url": f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
-    content = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": "what is it?"}]
-    sampling = {"n": 1, "max_tokens": TOKENS, "temperature": 0.0, "top_k": 1, "top_p": 1.0, "repetition_penalty": 1.0}
-    body = {"model": "toy", "messages": [{"role": "user", "content": content}], **sampling}
-    headers = {"Content-Type": "application/json", "Authorization": "Bearer EMPTY"}
-    answer = httpx2.post(f"{served}/chat/completions", content=json.dumps(body), headers=headers, timeout=60)
-    assert answer.status_code == 200, answer.text
-    assert isinstance(answer.json()["choices"][0]["message"]["content"].strip(), str)
+def test_vlmevalkit_asks_a_server_of_ours_and_finds_the_same_score_of_the_same_table(benchmark, served, tmp_path):
+    lines = ["index\timage\tquestion\tanswer"]
+    for row in pyarrow.parquet.read_table(benchmark / "data" / PARQUET).to_pylist():
+        image = base64.b64encode(row["image"]["bytes"]).decode()
+        lines.append(f"{row['questionId']}\t{image}\t{row['question']}\t{row['answers']}")
+    (tmp_path / "DocVQA_VAL.tsv").write_text("\n".join(lines) + "\n")
+    value, said = ours(served, tmp_path, tmp_path / "ours")
+    assert 0.3 < value < 0.7
+    (tmp_path / "kit.py").write_text(KIT)
+    environment = os.environ | {
+        "PYTHONPATH": str(VLMEVALKIT),
+        "LMUData": str(tmp_path),
+        "PRED_FORMAT": "tsv",
+        "JAX_PLATFORMS": "cpu",
+    }
+    words = ["--model", "toy", "--base-url", served, "--key", "EMPTY", "--data", "DocVQA_VAL", "--api-nproc", "4"]
+    words += ["--max-tokens", str(TOKENS), "--timeout", "600", "--work-dir", str(tmp_path / "out")]
+    command = [sys.executable, str(tmp_path / "kit.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+    found = list((tmp_path / "out").rglob("*_acc.csv"))
+    assert found, done.stderr[-6000:] + done.stdout[-2000:]
+    with open(found[0], newline="") as file:
+        (scores,) = csv.DictReader(file)
+    (predictions,) = (tmp_path / "out").rglob("toy_DocVQA_VAL.tsv")
+    with open(predictions, newline="") as file:
+        their_said = {line["index"]: line["prediction"].strip() for line in csv.DictReader(file, delimiter="\t")}
+    assert their_said == said
+    assert float(scores["Overall"]) == pytest.approx(100 * value, abs=1e-6)
+
+
+def test_evalscope_asks_a_server_of_ours_and_finds_the_same_score(benchmark, served, tmp_path):
+    python = EVALSCOPE.parent / "python"
+    asks = "from evalscope.benchmarks.docvqa.docvqa_adapter import PROMPT; import json; print(json.dumps(PROMPT))"
+    prompt = subprocess.run([python, "-c", asks], capture_output=True, text=True, check=True, timeout=300).stdout
+    (tmp_path / "own.py").write_text(OWN.format(prompt=json.loads(prompt.splitlines()[-1])))
+    more = ("docvqa_as_evalscope", "--include", str(tmp_path / "own.py"))
+    _, first = ours(served, benchmark / "data", tmp_path / "asked", *more)
+    snapshot = tmp_path / "data" / "lmms-lab" / "DocVQA"
+    parquet(tmp_path / "data" / PARQUET, rows([first[str(n)] for n in range(COUNT)]))
+    (snapshot / "README.md").write_text(CARD)
+    value, said = ours(served, tmp_path / "data", tmp_path / "ours", *more)
+    assert 0.3 < value < 0.7
+    words = ["eval", "--model", "toy", "--api-url", served, "--api-key", "EMPTY", "--eval-type", "openai_api"]
+    words += ["--datasets", "docvqa", "--dataset-args", json.dumps({"docvqa": {"local_path": str(snapshot)}})]
+    words += ["--generation-config", json.dumps({"max_tokens": TOKENS, "temperature": 0}), "--eval-batch-size", "4"]
+    words += ["--work-dir", str(tmp_path / "out"), "--no-timestamp"]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [EVALSCOPE, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
+    )
+    found = list((tmp_path / "out" / "reports").rglob("docvqa.json"))
+    assert found, done.stderr[-6000:] + done.stdout[-2000:]
+    (predictions,) = (tmp_path / "out" / "predictions").rglob("docvqa*.jsonl")
+    texts = [json.loads(line) for line in predictions.read_text().splitlines()]
+    their_said = {str(one["metadata"]["questionId"]): _said(one) for one in texts}
+    assert their_said == said
+    assert read_object(found[0])["score"] == pytest.approx(value, abs=1e-4)
+
+
+def _said(prediction: dict) -> str:
+    """The text of an answer that EvalScope has kept."""
+    return prediction["model_output"]["choices"][0]["message"]["content"].strip()
 
 
 def test_short_answers_of_ocrbench_v2_score_as_its_authors_code_scores_them():

@@ -391,6 +391,62 @@ RECORDS: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "x",
         "hub",
     ),
+    "vqav2_val": (
+        {"question_id": 1, "question": "What?", "answers": TEN, "image_id": 1, "answer_type": "other", **IMAGE},
+        "Cat.",
+        "dog",
+        "hub",
+    ),
+    "taperception": (
+        {"img_id": "7", "object_id": "baf602f", "label": "0", "raters_marked_tappable": "5", "split": "test"},
+        "Yes.",
+        "No",
+        "json",
+    ),
+    "ferret_ui_ref_iphone": (
+        {"id": 0, "image": "a.png", "image_h": 28, "image_w": 56, "box_x1y1x2y2": [[[28, 0, 56, 14]], []]}
+        | {"conversations": [{"from": "human", "value": "<image>\nWhat's the UI type of the widget <bbox_location0>?"}]}
+        | {"label": "Button"},
+        "button.",
+        "a button or a tab",
+        "json",
+    ),
+    "ferret_ui_grd_iphone": (
+        {"id": 0, "image": "a.png", "image_h": 28, "image_w": 56, "box_x1y1x2y2": [[], [[28, 0, 56, 14]]]}
+        | {
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhere is the Games Tab located?"},
+                {"from": "gpt", "value": "<bbox_location0>"},
+            ]
+        },
+        "[30, 2, 50, 14]",
+        FAR,
+        "json",
+    ),
+    "vcgbench_correctness": (
+        {"video_name": "v_a", "question_id": "1", "question": "What happens?", "answer": "a red cat sits"},
+        "a red cat sits",
+        "x",
+        "hub",
+    ),
+    "vcgbench_consistency": (
+        {"video_name": "v_a", "question_1": "None", "question_2": "What sits?", "answer": "a red cat"},
+        "a red cat",
+        "x",
+        "hub",
+    ),
+    "llava_hound_msvd": (
+        {"id": "8467_2_0", "video": "/elsewhere/frames/v1", "caption": "A red cat sits."}
+        | {
+            "conversations": [
+                {"from": "human", "value": "<video>\nWhat sits?"},
+                {"from": "gpt", "value": "A red cat sits."},
+            ]
+        },
+        "a red cat sits",
+        "x",
+        "hub",
+    ),
     "vl_icl_open_mi": (
         {"id": "q1", "image": ["a.png"], "question": "This is a", "answer": "dax", "classes": ["dax", "blicket"]}
         | {"support": {"dax": {"images": ["a.png"]}, "blicket": {"images": ["a.png"]}}},
@@ -417,7 +473,13 @@ SAME = {
     "screenspot_pro": ("screenspot_pro_cn",),
     "flickr30k_test": ("flickr30k_val",),
     "lvis_ref_box": ("lvis_ref_point",),
+    "ferret_ui_ref_iphone": ("ferret_ui_ref_android",),
+    "ferret_ui_grd_iphone": ("ferret_ui_grd_android",),
+    "vcgbench_correctness": ("vcgbench_detail", "vcgbench_context", "vcgbench_temporal"),
+    "llava_hound_msvd": tuple(n for n in TASKS if n.startswith("llava_hound") and n != "llava_hound_msvd"),
     "vl_icl_operator_induction": ("vl_icl_operator_induction_interleaved", "vl_icl_clevr", "vl_icl_textocr"),
     "refcoco_val": tuple(n for n in TASKS if n.startswith("refcoco") and n != "refcoco_val"),
 }
+# tasks whose files' names say what is in them
+FILES = {"ferret_ui_ref": "ocr_test.json", "ferret_ui_grd": "find_text.json"}
 ALL = {**RECORDS, **{name: RECORDS[like] for like, names in SAME.items() for name in names}}

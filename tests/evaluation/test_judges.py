@@ -18,9 +18,12 @@ from jvlm.evaluation import registry
 from jvlm.evaluation.duels import duels, ratings, record, style_of
 from jvlm.evaluation.endpoint import ChatAnswer, Endpoint, EndpointError
 from jvlm.evaluation.judges import Judge
+from jvlm.evaluation.metrics import Answered
 from jvlm.evaluation.page import model_of, render, suites
 from jvlm.evaluation.run import evaluate, score_task
+from jvlm.evaluation.task import Item
 from jvlm.evaluation.tasks import MEANS_OF_SUITES, SUITES
+from jvlm.scoring.score import Score
 from tests.evaluation import benchmarks
 from tests.evaluation.benchmarks import Scripted
 
@@ -81,6 +84,42 @@ def test_a_judge_scores_what_the_rule_does_not_take_and_its_failures_are_no_scor
     plain = score_task(DOCVQA, tmp_path / "out" / "docvqa_val")
     assert plain["metric"] == "anls"
     assert plain["judge"].startswith("none")
+
+
+def _judged(name: str, items, texts, says, folder: Path):
+    judge = _judge(says, folder)
+    given = [Answered(item, text, "spoken") for item, text in zip(items, texts, strict=True)]
+    scores = judge.scores(TASKS[name], given, [f"Q{n}" for n in range(len(given))], [Score(0.0)] * len(given))
+    return judge.endpoint.seen, scores
+
+
+def test_two_answers_are_judged_as_a_pair_and_one_alone_has_no_score(tmp_path):
+    items = [Item(f"{group}{n}", (), ["a cat"], group=group) for n in (2, 1) for group in "ab"]
+    items.append(Item("c1", (), ["a dog"], group="c"))
+    texts = ["two a", "", "one a", "one b", "one c"]
+    seen, scores = _judged("vcgbench_consistency", items, texts, lambda values: "\\boxed{4}", tmp_path)
+    assert seen == [
+        {"Question 1": "Q2", "Question 2": "Q0", "Answer": ["a cat"]}
+        | {"Prediction 1": "one a", "Prediction 2": "two a"}
+    ]
+    assert [(score.value, score.reason) for score in scores] == [
+        (0.8, "wrong"),
+        (0.0, "empty"),
+        (0.8, "wrong"),
+        (0.0, "empty"),
+        (None, "unpaired"),
+    ]
+
+
+def test_a_judge_is_told_the_caption_and_its_three_of_five_is_right(tmp_path):
+    items = [Item(str(n), (), ["a cat"], {"caption": f"A cat, {n}."}) for n in range(4)]
+
+    def says(values):
+        return f"\\boxed{{{2 + int(values['Caption'][-2])}}}"
+
+    seen, scores = _judged("llava_hound_msvd", items, ["a cat"] * 4, says, tmp_path)
+    assert {values["Caption"] for values in seen} == {f"A cat, {n}." for n in range(4)}
+    assert [score.value for score in scores] == [0, 1, 1, 1]
 
 
 def test_duels_in_both_orders_give_ratings_and_a_preference_for_the_first_place_gives_ties(data, tmp_path):
@@ -198,11 +237,14 @@ def test_the_mean_of_a_suite_needs_all_of_its_tasks(data, tmp_path):
     evaluate(Scripted(_said), [DOCVQA], data, tmp_path / "one")
     model = model_of("one", tmp_path / "one")
     assert suites([model]) == {}
-    half = {"value": 0.5}
+    half = {"value": 0.5, "unit": 100.0}
     whole = dataclasses.replace(model, records=dict.fromkeys(SUITES["mm1_5_multi_image"], half))
     assert suites([whole, model]) == {"mm1_5_multi_image": [50.0, None]}
     base = {task: half for name in MEANS_OF_SUITES["mm1_5_base"] for task in SUITES[name]}
     assert suites([dataclasses.replace(model, records=base)])["mm1_5_base"] == [50.0]
+    captions = {"value": 0.116, "unit": 1000.0}  # CIDEr of 116, as papers write it and take means of
+    four = dict.fromkeys(SUITES["idefics2_base"], half) | {"coco_8shot": captions}
+    assert suites([dataclasses.replace(model, records=four)]) == {"idefics2_base": [pytest.approx((150 + 116) / 4)]}
 
 
 def test_the_commands_write_pages(data, tmp_path, capsys):

@@ -64,7 +64,7 @@ def page(report):
 @pytest.fixture(autouse=True)
 def everything(page):
     yield
-    for name in ("state", "task", "model"):
+    for name in ("state", "task", "reason", "model"):
         page.check(f"#{name}-all")
 
 
@@ -92,7 +92,7 @@ def test_filters_hide_and_show_samples_without_a_script(page):
     expect(shown).to_have_count(9)
     page.check("#model-1")
     expect(shown).to_have_count(1)
-    expect(shown).to_contain_text("docvqa_val · 5 · good")
+    expect(shown).to_contain_text("good · docvqa_val · 5")
     expect(shown.locator("p b")).to_have_text("<b>no</b>")
     page.check("#model-2")
     page.check("#task-2")
@@ -100,6 +100,30 @@ def test_filters_hide_and_show_samples_without_a_script(page):
     expect(shown.filter(has_text="unparsed")).to_have_count(1)
     page.check("#state-right")
     expect(shown).to_have_count(0)
+
+
+def test_answers_of_both_models_to_a_question_stand_beside_each_other_and_can_be_shown_where_they_differ(page):
+    shown = page.locator(".sample:visible")
+    titles = [text.split(" · ") for text in shown.locator("small").all_inner_texts()]
+    assert [title[0] for title in titles] == ["good", "poor"] * 9
+    assert all(first[1:3] == second[1:3] for first, second in zip(titles[::2], titles[1::2], strict=True))
+    page.check("#state-differ")
+    expect(shown).to_have_count(14)  # both are wrong about number 5, and right about number 1
+    page.check("#task-2")
+    page.locator(".filters label", has_text="unparsed").locator("input").check()
+    expect(shown).to_have_count(1)
+
+
+def test_means_of_groups_and_how_scores_were_made_are_on_the_page(page):
+    means = page.locator("#means .row")
+    expect(means.filter(has_text="document").locator(".value")).to_have_text(["83.3 of 1", "16.7 of 1"])
+    made = page.locator("#measured tr")
+    expect(made.nth(1)).to_be_hidden()
+    page.locator("summary").click()
+    expect(made).to_have_count(5)
+    for words in ("version 1", "max_new_tokens 256", "hash "):
+        expect(made.nth(1)).to_contain_text(words)
+    expect(page.locator("#scores .note", has_text="published scores are judged by a model")).to_have_count(1)
 
 
 def test_boxes_of_answer_and_reference_lie_on_the_picture_where_they_are(page):

@@ -6,6 +6,8 @@ Tables 2 and 3 and section 4.1 of arXiv 2506.03569, and the prompts of its autho
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from jvlm.data.content import Image, Text
@@ -16,6 +18,7 @@ from jvlm.evaluation.run import Settings, _Demonstrations
 from jvlm.evaluation.task import Item
 from jvlm.evaluation.tasks import SUITES
 from tests.evaluation.benchmarks import parquet, picture
+from tests.support import ROOT
 
 TASKS = registry.tasks()
 # task, metric, judged, SFT, RL, Qwen2.5-VL of 7B or, of reasoning, 72B
@@ -145,3 +148,37 @@ def test_idefics2_is_asked_after_eight_examples_of_other_images_as_one_text(tmp_
     assert text.endswith("<image>Question: What is 4? Answer:")
     assert [part.index for part in document.images] == list(range(9))
     assert [one.id for one in _Demonstrations(task, read, tmp_path).of(item)] == [shot.id for shot in shots]
+
+
+# the sets of the tables of MM1.5 (arXiv 2409.20566) and of Idefics2 beside those of MiMo-VL
+MM1_5 = """MME; SEED-IMG; POPE; LLaVA-W; MM-Vet; RealWorldQA; WTQ; TabFact; OCRBench; ChartQA; TextVQA; DocVQA test;
+InfoVQA test; AI2D; ScienceQA; MathVista; MMMU; RefCOCO; RefCOCO+; RefCOCOg; Flickr30k; LVIS-Ref; Ferret-Bench; QBench2;
+Mantis; NLVR2; BLINK; MVBench; MuirBench; VL-ICL; NExTQA; IntentQA; ActivityNet-QA; VCGBench; LLaVA-Hound in domain;
+LLaVA-Hound out of domain; VideoMME; EgoSchema; Screen2Words; WidgetCap; Taperception; Ref-i; Ref-A; Grd-i; Grd-A"""
+IDEFICS2 = """VQAv2, 8 examples; TextVQA, 8 examples; OKVQA, 8 examples; COCO, 8 examples; MMMU; MathVista; TextVQA;
+MMBench; DocVQA test; VQAv2 test-dev"""
+
+
+def _table(section: str) -> dict[str, list[str]]:
+    """Set -> tasks, of a table of the page."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.split("\n") if line[:1] == "|"]
+    head, rows = rows[0], rows[2:]
+    named, task = head.index("set"), head.index("task")
+    assert len({row[named] for row in rows}) == len(rows)
+    return {row[named]: re.findall(r"`(\w+)`", row[task]) for row in rows}
+
+
+def test_every_set_of_the_papers_has_its_task_or_a_reason_on_the_page(capsys):
+    from jvlm import cli
+
+    assert cli.main(["evaluate", "--list"]) == 0
+    listed = set(re.findall(r"^  (\w+) ", capsys.readouterr().out, re.M))
+    _, mimo, mm1_5, idefics2 = (ROOT / "docs" / "benchmarks_of_papers.md").read_text().split("\n## ")
+    tables = [_table(section) for section in (mimo, mm1_5, idefics2)]
+    assert all(tasks and set(tasks) <= listed for table in tables for tasks in table.values())
+    assert len(tables[0]) == 50
+    assert {task for tasks in tables[0].values() for task in tasks} == set(SUITES["mimo_vl"])
+    for table, sets, prefix in ((tables[1], MM1_5, "mm1_5"), (tables[2], IDEFICS2, "idefics2")):
+        assert set(table) == {one.strip() for one in sets.replace("\n", " ").split(";")}
+        suites = {task for name, tasks in SUITES.items() if name.startswith(prefix) for task in tasks}
+        assert {task for tasks in table.values() for task in tasks} == suites - {"flickr30k_val"}

@@ -15,10 +15,21 @@ from jvlm.evaluation.endpoint import Endpoint
 from jvlm.evaluation.files import Row, Rows
 from jvlm.evaluation.metrics import METRICS, Answered, verifier
 from jvlm.evaluation.prompting import prompt, shown
+from jvlm.evaluation.summaries import SUMMARIES, Scored
 from jvlm.evaluation.tasks import SUITES
 from jvlm.evaluation.tasks.referring import with_regions
 from tests.evaluation.benchmarks import png
-from tests.evaluation.task_records import ALL, CLICK, IMAGE, RECORDS, REFER, TASKS
+from tests.evaluation.task_records import ALL, CLICK, FILES, IMAGE, RECORDS, REFER, TASKS
+
+HIERARCHY = {
+    "activity": {
+        "root": {
+            "pointer": "1",
+            "bounds": [0, 0, 1440, 2560],
+            "children": [None, {"pointer": "baf602f", "bounds": [720, 0, 1500, 1280]}],
+        }
+    }
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,6 +42,13 @@ def mathematics():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("media")
     (folder / "a.png").write_bytes(png())
+    (folder / "7.jpg").write_bytes(png())
+    (folder / "7.json").write_text(json.dumps(HIERARCHY))
+    for part in ("actnet", "vidal", "webvid", "msrvtt", "msvd", "tgif", "ssv2"):
+        frames = folder / "test" / part / "v1"
+        frames.mkdir(parents=True)
+        for number in (10, 2, 1):
+            (frames / f"c01_{number:04d}.jpeg").write_bytes(png())
     return folder
 
 
@@ -42,7 +60,8 @@ def test_every_task_but_captions_has_a_record_here():
 @pytest.mark.parametrize("name", ALL)
 def test_a_record_of_the_true_form_is_read_and_scored(name, folder):
     task, (record, right, wrong, form) = TASKS[name], ALL[name]
-    row = Row(record, Origin(str(folder / "data.json"), 1), form, str(folder))
+    file = next((file for start, file in FILES.items() if name.startswith(start)), "data.json")
+    row = Row(record, Origin(str(folder / file), 1), form, str(folder))
     first = task.items(row)[0]
     assert first.id
     given = [Answered(first, text, task.parser, (Sizes((56, 28), (56, 28)),)) for text in (right, wrong)]
@@ -81,6 +100,9 @@ def test_several_questions_of_one_record(folder):
         ("osworld_g", {"box_type": "refusal"}),
         ("wemath", {"key": "1steps_1"}),
         ("seedbench_img", {"data_type": "video"}),
+        ("taperception", {"split": "train"}),
+        ("vcgbench_consistency", {"question_2": "None"}),
+        ("ferret_ui_ref_iphone", {}),  # of a file whose name says no kind
     ],
 )
 def test_records_of_other_parts_are_no_questions(name, change):
@@ -193,3 +215,83 @@ def test_demonstrations_in_context_are_those_of_the_question():
     conversation = prompt(TASKS["vl_icl_matching_mi"], item, found)
     images = list(conversation.images)
     assert [(part.index, part.folder) for part in images] == [(n, "there" if n < 4 else None) for n in range(5)]
+
+
+def test_an_element_is_told_where_the_view_hierarchy_has_it(folder):
+    row = Row(ALL["taperception"][0], Origin(str(folder / "x.csv"), 1), "json", str(folder))
+    (item,) = TASKS["taperception"].items(row)
+    text = shown(item.content)
+    assert text == "<image>Can the element [0.5, 0.0, 1.0, 0.5] of this screen of a mobile app be tapped?"
+    assert (item.gold, item.facts, item.group) == (["yes"], {"positive": True}, "7")
+    for change, problem in (({"object_id": "ffff"}, "has no element ffff"), ({"img_id": "8"}, r"8\.json is not there")):
+        with pytest.raises(ExampleError, match=problem):
+            TASKS["taperception"].items(Row({**row.values, **change}, row.origin, "json", str(folder)))
+
+
+def test_f1_is_that_of_the_elements_that_can_be_tapped():
+    def answers(pairs):
+        return [
+            Scored(str(n), 0, value, "ok", "stop", "", {}, {"positive": positive})
+            for n, (positive, value) in enumerate(pairs)
+        ]
+
+    mixed = [(True, 1.0)] * 6 + [(True, 0.0)] * 2 + [(False, 0.0)] + [(False, 1.0)] * 5
+    precision, recall = 6 / 7, 6 / 8
+    assert SUMMARIES["f1"](answers(mixed)) == pytest.approx(2 * precision * recall / (precision + recall))
+    assert SUMMARIES["f1"](answers([(False, 1.0)])) == 0
+
+
+def test_a_screen_of_ferret_ui_asks_and_answers_with_boxes_in_pixels(folder):
+    record = ALL["ferret_ui_ref_iphone"][0]
+    (item,) = TASKS["ferret_ui_ref_iphone"].items(Row(record, Origin(str(folder / "OCR.json"), 1), "json", str(folder)))
+    assert shown(item.content) == "<image>What's the UI type of the widget [0.5, 0.0, 1.0, 0.5]?"
+    assert item.categories == {"category": "ocr"}
+    unlabelled = {name: value for name, value in record.items() if name != "label"}
+    with pytest.raises(ExampleError, match="no answer"):
+        TASKS["ferret_ui_ref_iphone"].items(Row(unlabelled, Origin("ocr.json", 1), "json", str(folder)))
+    with pytest.raises(ExampleError, match="0 boxes of the answer, not one"):
+        TASKS["ferret_ui_grd_iphone"].items(Row(record, Origin("find_icons.json", 1), "json", str(folder)))
+
+
+def test_files_of_ferret_ui_lie_beside_their_pictures(tmp_path, folder):
+    phone = tmp_path / "ferretui" / "iphone"
+    (phone / "images").mkdir(parents=True)
+    (phone / "images" / "a.png").write_bytes(png())
+    for name in ("ocr", "find_text"):
+        record = ALL["ferret_ui_ref_iphone" if name == "ocr" else "ferret_ui_grd_iphone"][0]
+        (phone / f"{name}.json").write_text(json.dumps([record]))
+    for task in (TASKS["ferret_ui_ref_iphone"], TASKS["ferret_ui_grd_iphone"]):
+        rows = Rows(task.files, tmp_path, task.name)
+        (item,) = [item for n in range(len(rows)) for item in task.items(rows[n])]
+        assert item.content[0].folder == str(phone / "images")
+
+
+def test_frames_of_a_folder_are_a_video_and_files_are_found_in_the_form_that_is_there(folder, tmp_path):
+    row = Row(ALL["llava_hound_msvd"][0], Origin(str(folder / "x.jsonl"), 1), "hub", str(folder))
+    (item,) = TASKS["llava_hound_msvd"].items(row)
+    assert [frame.rpartition("_")[2] for frame in item.content[0].frames] == ["0001.jpeg", "0002.jpeg", "0010.jpeg"]
+    assert item.content[0].file is None
+    assert item.facts["caption"] == "A red cat sits."
+    (tmp_path / "v_a.mkv").touch()
+    given = Row({"video_name": "v_a", "other": "v_b.c"}, Origin("x", 1), "hub", str(tmp_path))
+    assert given.video("video_name", suffix=".mp4").file == "v_a.mkv"
+    assert given.video("other", suffix=".mp4").file == "v_b.c.mp4"
+    (tmp_path / "v_c").mkdir()
+    with pytest.raises(ExampleError, match="holds no frames"):
+        Row({"video": "v_c"}, Origin("x", 1), "hub", str(tmp_path)).video("video")
+
+
+def test_two_questions_with_one_answer_are_a_pair_in_both_forms_of_their_files():
+    task = TASKS["vcgbench_consistency"]
+    official = {"video_name": "v_a", "Q1": "What sits?", "Q2": "Who is sitting?", "A": "a cat"}
+    pair = task.items(Row(official, Origin("consistency_qa.json", 1), "json", "x"))
+    halves = [
+        task.items(Row({"video_name": "v_a", "answer": "a cat", "question_1": "None", "question_2": "None", **own}, o))[
+            0
+        ]
+        for own, o in (({"question_1": "What sits?"}, Origin("x", 1)), ({"question_2": "Who sits?"}, Origin("x", 2)))
+    ]
+    for items in (pair, halves):
+        assert len({item.group for item in items}) == 1
+        assert len({item.id for item in items}) == 2
+        assert all(item.content[0].file == "v_a.mp4" for item in items)

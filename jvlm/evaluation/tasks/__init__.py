@@ -5,14 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from jvlm.evaluation.task import Task
-from jvlm.evaluation.tasks import base_models, documents, general, gui, in_context, reasoning, referring, text, video
+from jvlm.evaluation.tasks import (
+    base_models,
+    conversations,
+    documents,
+    general,
+    gui,
+    in_context,
+    reasoning,
+    referring,
+    screens,
+    text,
+    video,
+)
 
 TASKS: tuple[Task, ...] = (
     *general.TASKS,
     *documents.TASKS,
     *gui.TASKS,
     *referring.TASKS,
+    *screens.TASKS,
     *video.TASKS,
+    *conversations.TASKS,
     *reasoning.TASKS,
     *text.TASKS,
     *base_models.TASKS,
@@ -32,7 +46,7 @@ dynamath wemath logicvista mathvista_testmini math500 aime24 aime25
 SUITES: Mapping[str, tuple[str, ...]] = {
     "mimo_vl": tuple(_MIMO.split()),
     "idefics2_base": ("vqav2_8shot", "textvqa_8shot", "okvqa_8shot", "coco_8shot"),
-    "idefics2_instruct": ("mmmu_val", "mathvista_testmini", "textvqa", "mmbench_en_dev"),
+    "idefics2_instruct": ("mmmu_val", "mathvista_testmini", "textvqa", "mmbench_en_dev", "docvqa_val", "vqav2_val"),
     "mm1_5_general": ("mme", "seedbench_img", "pope", "llava_wild", "mmvet", "realworldqa"),
     "mm1_5_text_rich": ("wtq", "tabfact", "ocrbench", "chartqa", "textvqa", "docvqa_val", "infovqa_val"),
     "mm1_5_knowledge": ("ai2d", "scienceqa_img", "mathvista_testmini", "mmmu_val"),
@@ -43,7 +57,9 @@ SUITES: Mapping[str, tuple[str, ...]] = {
     "mm1_5_multi_image": ("qbench2", "mantis", "nlvr2", "blink_val", "mvbench", "muirbench"),
     "mm1_5_in_context": tuple(task.name for task in in_context.TASKS),
     "mm1_5_video": ("nextqa_mc", "intentqa", "activitynetqa", "videomme", "egoschema"),
-    "mm1_5_ui": ("screen2words", "widgetcap"),
+    "mm1_5_vcgbench": tuple(task.name for task in conversations.TASKS if task.name.startswith("vcgbench")),
+    "mm1_5_llava_hound": tuple(task.name for task in conversations.TASKS if task.name.startswith("llava_hound")),
+    "mm1_5_ui": ("screen2words", "widgetcap", *(task.name for task in screens.TASKS)),
 }
 # what a paper averages over suites: MM1.5's MMBase
 MEANS_OF_SUITES: Mapping[str, tuple[str, ...]] = {

@@ -115,7 +115,7 @@ TASKS = (
         boxed=BOXED_LETTER,
         decoding=LONG,
         judge="answer",
-        published={**mimo(66.7, 64.6, 58.6), "MM1.5-30B": 47.4, "MM1.5-3B": 37.1},
+        published={**mimo(66.7, 64.6, 58.6), "MM1.5-30B": 47.4, "MM1.5-3B": 37.1, "Idefics2-8B": 43.0},
         paper="arXiv 2311.16502",
     ),
     _choice(
@@ -274,6 +274,17 @@ TASKS = (
         "arXiv 2307.16125",
         {"MM1.5-30B": 75.0, "MM1.5-3B": 72.4, "MM1-30B": 72.1},
         item=lambda row: choice_item()(row) if row.get("data_type", default="image") == "image" else None,
+    ),
+    Task(
+        "vqav2_val",
+        "general",
+        (hub("lmms-lab/VQAv2", "data/validation-*.parquet"),),
+        open_item(group=("image_id",), parts={"type": "answer_type"}),
+        "vqa",
+        instruction=SHORT,
+        decoding=BRIEF,
+        published={"Idefics2-8B (test-dev)": 81.2},
+        paper="arXiv 1612.00837",
     ),
     Task(
         "pope",

@@ -83,6 +83,7 @@ def located(
     paper: str,
     published: Mapping[str, float],
     note: str = "",
+    summary: str = "mean",
 ) -> Task:
     """Return a task of boxes and points.
 
@@ -99,6 +100,7 @@ def located(
         boxed=form,
         parser="spoken",
         decoding=LONG,
+        summary=summary,
         published=published,
         paper=paper,
         note=note,

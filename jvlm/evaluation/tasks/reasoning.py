@@ -200,6 +200,12 @@ TASKS = (
         "mathvista",
         "arXiv 2310.02255",
         judge="answer",
-        published={**mimo(81.5, 81.8, 74.8, size="72B"), "MM1.5-30B": 55.6, "MM1.5-3B": 44.4, "MM1-30B": 39.4},
+        published={
+            **mimo(81.5, 81.8, 74.8, size="72B"),
+            "MM1.5-30B": 55.6,
+            "MM1.5-3B": 44.4,
+            "MM1-30B": 39.4,
+            "Idefics2-8B": 51.4,
+        },
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jvlm.data.box_formats import FormatName, parse
-from jvlm.data.boxes import Box, CoordinateSpace, Point, Sizes, iou
+from jvlm.data.boxes import Box, CoordinateSpace, Point, Region, Sizes, iou
 from jvlm.scoring.answers import spoken
 from jvlm.scoring.score import Score
 
@@ -35,9 +35,9 @@ def box_at_iou(
     if isinstance(content, Score):
         return content
     found = [one.region for one in parse(content, form, space=space) if isinstance(one.region, Box)]
-    if not found or (len(found) > 1 and not union):
-        return Score(0.0, "several_answers" if found else "unparsed")
     moved = [one.to(gold.space, sizes) for one in found]
+    if not moved or (len(moved) > 1 and not union):
+        return _none(moved)
     given = Box(
         min(one.x1 for one in moved),
         min(one.y1 for one in moved),
@@ -46,6 +46,13 @@ def box_at_iou(
         gold.space,
     )
     return Score.of(iou(given, gold) >= threshold, list(given.values))
+
+
+def _none(found: Sequence[Region]) -> Score:
+    """Return the score of no region, or of several: 0, with what was read."""
+    if not found:
+        return Score(0.0, "unparsed")
+    return Score(0.0, "several_answers", [list(one.values) for one in found])
 
 
 def point_in_box(
@@ -58,10 +65,10 @@ def point_in_box(
     content = spoken(text)
     if isinstance(content, Score):
         return content
-    found = [one.region for one in parse(content, form, space=space)]
+    found = [one.region.to(gold.space, sizes) for one in parse(content, form, space=space)]
     if len(found) != 1:
-        return Score(0.0, "several_answers" if found else "unparsed")
-    given = found[0].to(gold.space, sizes)
+        return _none(found)
+    given = found[0]
     point = (
         given if isinstance(given, Point) else Point((given.x1 + given.x2) / 2, (given.y1 + given.y2) / 2, given.space)
     )
@@ -84,10 +91,10 @@ def point_in_polygon(
     content = spoken(text)
     if isinstance(content, Score):
         return content
-    found = [one.region for one in parse(content, form, space=space)]
+    found = [one.region.to("original", sizes) for one in parse(content, form, space=space)]
     if len(found) != 1:
-        return Score(0.0, "several_answers" if found else "unparsed")
-    values = found[0].to("original", sizes).values
+        return _none(found)
+    values = found[0].values
     point = values if len(values) == 2 else ((values[0] + values[2]) / 2, (values[1] + values[3]) / 2)
     return Score.of(polygon_holds(gold, (point[0], point[1])), list(values))
 
