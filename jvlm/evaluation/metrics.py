@@ -53,12 +53,13 @@ class Answered:
         """The texts of the options."""
         return list(self.item.facts.get("options", ()))
 
-    def read(self) -> str | Score:
-        """Return the answer in the reply, or the score of a reply without one."""
+    def read(self, *, as_written: bool = False) -> str | Score:
+        """Return the answer in the reply, or the score of a reply without one; ``as_written`` as of `spoken`."""
         if self.parser == "first_line":
             line = self.text.strip().split("\n")[0].strip()
             return line or Score(0.0, "empty")
-        return spoken(self.text) if self.parser == "spoken" else answer(self.text)
+        reader = spoken if self.parser == "spoken" else answer
+        return reader(self.text, as_written=as_written)
 
 
 Many = Callable[[Sequence[Answered]], list[Score]]
@@ -79,11 +80,11 @@ class Metric:
     corpus: bool = False
 
 
-def _each(one: Callable[[str, Answered], Score | float]) -> Many:
+def _each(one: Callable[[str, Answered], Score | float], *, as_written: bool = False) -> Many:
     """Return a metric of single answers; what has none is scored before."""
 
     def score(answered: Answered) -> Score:
-        text = answered.read()
+        text = answered.read(as_written=as_written)
         if isinstance(text, Score):
             return text
         value = one(text, answered)
@@ -92,13 +93,17 @@ def _each(one: Callable[[str, Answered], Score | float]) -> Many:
     return lambda many: [score(one) for one in many]
 
 
+# metrics of texts whose reference is taken as it is written
+_literal = functools.partial(_each, as_written=True)
+
+
 def _golds(given: Answered) -> list[str]:
     gold = given.item.gold
     return [str(one) for one in gold] if isinstance(gold, list) else [str(gold)]
 
 
 def _choice(text: str, given: Answered) -> Score:
-    return choice(text, given.item.gold, given.options)
+    return choice(text, given.item.gold, given.options, prose=True)
 
 
 def _mmmu(text: str, given: Answered) -> Score:
@@ -167,7 +172,7 @@ def _web(text: str, given: Answered) -> Score | float:
         found = re.search(r'content="([^"]*)"', text)
         bare = found[1] if found and kind == "web_caption" else text.rpartition("rectangle bounding box is:")[2].strip()
         return captions.rouge_l(bare, _golds(given))
-    return choice(text, given.item.gold, given.options or [""] * 8)
+    return choice(text, given.item.gold, given.options or [""] * 8, prose=True)
 
 
 def _box(text: str, given: Answered) -> Score:
@@ -207,7 +212,7 @@ def _names_one(text: str, given: Answered) -> Score:
 
 def _cider(many: Sequence[Answered]) -> list[Score]:
     """CIDEr-D over 10, so that it is from 0 to 1; the unit of these tasks is 1000."""
-    texts = [one.read() for one in many]
+    texts = [one.read(as_written=True) for one in many]
     given = ["" if isinstance(text, Score) else text for text in texts]
     values = captions.cider(given, [_golds(one) for one in many]) if many else []
     return [
@@ -264,18 +269,21 @@ def _yes_no(text: str, given: Answered) -> Score:
 METRICS: Mapping[str, Metric] = {
     "choice": Metric(_each(_choice), "the only option that the answer names is the right one"),
     "mmmu": Metric(_each(_mmmu), "MMMU's own reading of options and open answers, nothing drawn at random"),
-    "anls": Metric(_each(lambda t, g: documents.anls(t, _golds(g))), "ANLS, threshold 0.5"),
-    "relaxed": Metric(_each(lambda t, g: documents.relaxed(t, _golds(g))), "relaxed accuracy: within 5 %"),
-    "exact_document": Metric(_each(_document), "the same text but for case and a full stop"),
-    "vqa": Metric(_each(functools.partial(_vqa, always=False)), "VQA accuracy over annotators, official code"),
-    "vqa_normalised": Metric(_each(functools.partial(_vqa, always=True)), "VQA accuracy, answers always normalised"),
+    "anls": Metric(_literal(lambda t, g: documents.anls(t, _golds(g))), "ANLS, threshold 0.5"),
+    "relaxed": Metric(_literal(lambda t, g: documents.relaxed(t, _golds(g))), "relaxed accuracy: within 5 %"),
+    "exact_document": Metric(_literal(_document), "the same text but for case and a full stop"),
+    "vqa": Metric(_literal(functools.partial(_vqa, always=False)), "VQA accuracy over annotators, official code"),
+    "vqa_normalised": Metric(_literal(functools.partial(_vqa, always=True)), "VQA accuracy, answers always normalised"),
     "exact": Metric(_each(_exact), "the same words but for case and outer punctuation"),
+    "table_answer": Metric(
+        _literal(lambda t, g: documents.table_answer(t, _golds(g))), "all values of the reference and no other"
+    ),
     "yes_no": Metric(_each(_yes_no), "begins with the right one of yes and no"),
     "count": Metric(_each(_count), "the only number is the right one"),
-    "squad_f1": Metric(_each(lambda t, g: reading.squad_f1(t, _golds(g))), "token F1 of SQuAD"),
-    "drop_f1": Metric(_each(_drop), "F1 of DROP, numbers must agree"),
-    "ocrbench": Metric(_each(_ocrbench), "a reference is part of the answer"),
-    "ocrbench_v2": Metric(_each(_ocrbench_v2), "by kind of question: parts of texts, trees of tables, boxes"),
+    "squad_f1": Metric(_literal(lambda t, g: reading.squad_f1(t, _golds(g))), "token F1 of SQuAD"),
+    "drop_f1": Metric(_literal(_drop), "F1 of DROP, numbers must agree"),
+    "ocrbench": Metric(_literal(_ocrbench), "a reference is part of the answer"),
+    "ocrbench_v2": Metric(_literal(_ocrbench_v2), "by kind of question: parts of texts, trees of tables, boxes"),
     "box_iou50": Metric(_each(_box), "the only box has an IoU of 0.5 or more; in the declared space alone"),
     "point_in_box": Metric(_each(_point), "the only point, or centre of the only box, lies in the box"),
     "temporal_iou": Metric(_each(_span), "IoU of the only [mm:ss, mm:ss] with the span"),
@@ -284,9 +292,9 @@ METRICS: Mapping[str, Metric] = {
     "mathvista": Metric(_each(_mathvista), "MathVista's comparison after a rule-based reading"),
     "dynamath": Metric(_each(_dynamath), "letter, or number within 0.001"),
     "judgment": Metric(_each(_judgment), "names the better one of two answers"),
-    "ifeval": Metric(_each(_ifeval), "every instruction of the prompt is followed, strict"),
-    "visualwebbench": Metric(_each(_web), "ROUGE of texts, letters of choices"),
+    "ifeval": Metric(_literal(_ifeval), "every instruction of the prompt is followed, strict"),
+    "visualwebbench": Metric(_literal(_web), "ROUGE of texts, letters of choices"),
     "names_one": Metric(_each(_names_one), "names the right one of two things, and not the other"),
     "cider": Metric(_cider, "CIDEr-D over the asked images' references", corpus=True),
-    "rouge_l": Metric(_each(lambda t, g: captions.rouge_l(t, _golds(g))), "ROUGE-L F measure"),
+    "rouge_l": Metric(_literal(lambda t, g: captions.rouge_l(t, _golds(g))), "ROUGE-L F measure"),
 }

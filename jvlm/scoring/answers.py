@@ -12,25 +12,28 @@ _OPEN, _CLOSE = "<think>", "</think>"
 _BOX = re.compile(r"\\boxed\s*\{")
 
 
-def spoken(text: str, *, thinking_opened: bool = False) -> str | Score:
+def spoken(text: str, *, thinking_opened: bool = False, as_written: bool = False) -> str | Score:
     """Return what stands after the thinking part, or a `Score` of 0 if there is nothing but thinking.
 
     Args:
       thinking_opened: whether the prompt ended with an opened ``<think>``.
+      as_written: keep the characters that NFKC has plainer ones for, for what compares texts letter by letter: "m²" is
+        not "m2" then, and full-width signs stay.
     """
     _, closed, after = text.rpartition(_CLOSE)
     if _OPEN in after or (thinking_opened and not closed):
         return Score(0.0, "thinking_only")
-    after = unicodedata.normalize("NFKC", after[-LONGEST:]).strip()
+    after = after[-LONGEST:]
+    after = (after if as_written else unicodedata.normalize("NFKC", after)).strip()
     return after or Score(0.0, "empty")
 
 
-def answer(text: str, *, thinking_opened: bool = False) -> str | Score:
+def answer(text: str, *, thinking_opened: bool = False, as_written: bool = False) -> str | Score:
     """Return the contents of the last ``\\boxed{}`` after the thinking part, or all of it if there is none.
 
-    Of nested boxes it is the innermost; one that is never closed is none.
+    Of nested boxes it is the innermost; one that is never closed is none. Arguments are those of `spoken`.
     """
-    content = spoken(text, thinking_opened=thinking_opened)
+    content = spoken(text, thinking_opened=thinking_opened, as_written=as_written)
     if isinstance(content, Score):
         return content
     boxed = last_boxed(content)

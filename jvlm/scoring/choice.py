@@ -12,15 +12,27 @@ from jvlm.scoring.score import Score
 _LEAD = re.compile(r".*\b(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*(.+)", re.DOTALL | re.IGNORECASE)
 # "A cat sits here" and "I see" begin with a word, not with a letter of an option
 _WORD = re.compile(r"(?<!\w)[AI](?=\s+(?!(?:and|or|because|since)\b)[a-z])")
+# words that say which letter is the answer, where others stand beside it
+_CONCLUDES = re.compile(
+    r"\b(?:answer|option|choice)\s*(?:(?:is|would be|must be|should be)\b\s*:?|:)\s*(?:option\b|choice\b)?[\s*_(\[\"']*"
+    r"(?-i:([A-Z]))(?![\w'\u2019])(?![\s*_)\].,]*(?:or|and|nor|/|&)\W*(?-i:[A-Z])(?!\w))",
+    re.IGNORECASE,
+)
+_NEGATED = re.compile(r"\b(?:not|no|nor|neither|never|none|except|cannot)\b|n['\u2019]t\b", re.IGNORECASE)
 _BEFORE = re.compile(r"(?:\bis|\bchoose|\bpick|\boption|\banswer|\bchoice|:)\s*$", re.IGNORECASE)
 
 
-def choice(text: str, gold: str, options: Sequence[str] = (), *, thinking_opened: bool = False) -> Score:
+def choice(
+    text: str, gold: str, options: Sequence[str] = (), *, thinking_opened: bool = False, prose: bool = False
+) -> Score:
     """Return 1 if the answer is ``gold``: its letter, its option's text, or both.
 
     Args:
       gold: a letter, or several for questions with several right options ("AC"), which then must all be given.
       options: their texts, of A, B, ...; without texts only letters are understood, up to J.
+      prose: whether sentences are understood too, as those who evaluate models do and rewards must not: of several
+        letters the one that "the answer is", or that the last line is; without letters the only option whose text a
+        short answer holds, unless it denies something.
     """
     content = answer(text, thinking_opened=thinking_opened)
     if isinstance(content, Score):
@@ -31,8 +43,12 @@ def choice(text: str, gold: str, options: Sequence[str] = (), *, thinking_opened
     several = len(gold) > 1
     if given and named is not None and letters[named] not in given:
         return Score(0.0, "contradiction", sorted(given))
+    if not given and named is None and prose:
+        named = _held(content, options)
     if not given and named is not None:
         given = {letters[named]}
+    if len(given) > 1 and not several and prose:
+        given = _concluded(content, letters) or given
     if not given or (len(given) > 1 and not several):
         return Score(0.0, "unparsed", sorted(given) or None)
     return Score.of(given == set(gold), "".join(sorted(given)))
@@ -47,6 +63,30 @@ def _letters(content: str, letters: str) -> set[str]:
     words = {match.start() for match in _WORD.finditer(content) if not _BEFORE.search(content[: match.start()])}
     alone = re.finditer(r"(?<![\w'\u2019])[A-Z](?![\w'\u2019])", content)
     return {match[0] for match in alone if match.start() not in words and match[0] in letters}
+
+
+def _concluded(content: str, letters: str) -> set[str]:
+    """Return the one letter that the answer is said to be, else the one that the last line is; else none."""
+    said = {letter for letter in _CONCLUDES.findall(content) if letter in letters}
+    if said:
+        return said if len(said) == 1 else set()
+    bare = normalise(content.rpartition("\n")[2])
+    return {bare.upper()} & set(letters) if len(bare) == 1 and "\n" in content else set()
+
+
+def _held(content: str, options: Sequence[str]) -> int | None:
+    """Return the one option that a short answer has in its words; None for several, and for what is denied."""
+    if _NEGATED.search(content) or len(content) > 2 * sum(map(len, options)):
+        return None
+    words = f" {_words(content)} "
+    found = {number: _words(option) for number, option in enumerate(options)}
+    found = {number: option for number, option in found.items() if option and f" {option} " in words}
+    longest = [n for n, one in found.items() if not any(f" {one} " in f" {o} " for k, o in found.items() if k != n)]
+    return longest[0] if len(longest) == 1 else None
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"[\w.%+-]*\w[\w%]*|[\w%]+", normalise(text)))
 
 
 def _option(content: str, options: Sequence[str]) -> int | None:

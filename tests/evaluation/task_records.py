@@ -201,8 +201,8 @@ RECORDS: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "x",
         "hub",
     ),
-    "tabfact": ({"id": 1, "statement": "so", "label": "yes", "image": "a.png"}, "Yes", "no", "json"),
-    "wtq": ({"id": 1, "question": "What?", "answers": ["cat"], "image": "a.png"}, "cat", "x", "json"),
+    "tabfact": ({"id": 1, "statement": "so", "label": 1, "image": "a.png"}, "Yes", "no", "json"),
+    "wtq": ({"id": 1, "question": "What?", "answers": ["cat", "1,200"], "image": "a.png"}, "1200, Cat", "cat", "json"),
     "screenspot": ({**CLICK, "bbox": [0.5, 0.0, 1.0, 0.5], "data_type": "icon", "data_source": "ios"}, BOX, FAR, "hub"),
     "screenspot_v2": (
         {"img_filename": "a.png", "bbox": [28, 0, 28, 14], "instruction": "press", "data_type": "icon"},

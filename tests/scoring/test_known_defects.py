@@ -62,6 +62,64 @@ def test_letters_of_words_are_no_options(text, gold, value):
     assert _score("choice", text, gold, options=["red", "blue", "green", "black"]).value == value
 
 
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("The answer is B, not A.", "B"),
+        ("Option A shows a cat and C a dog, so the correct answer is: **(D)**.", "D"),
+        ("Comparing A with B and C:\n- A is blue\n- B is red\n\nAnswer: C", "C"),
+        ("A is too small, B is too large.\n\nC", "C"),
+        ("The best answer is A because B is wrong", "A"),
+        ("It must be the red one", "A"),
+        ("The car is dark blue.", "B"),
+        ("The answer is A or B", None),
+        ("The answer is A. But the answer is B.", None),
+        ("Is the answer A, B or C? I cannot say.", None),
+        ("The answer is not A but B", None),
+        ("It is not the red one", None),
+        ("red or green", None),
+        ("I looked at the whole picture for a long time, and what I make of it in the end is that it is red", None),
+    ],
+)
+def test_sentences_conclude_with_one_option_or_with_none(text, letter):
+    options = ["red", "dark blue", "green", "blue"]
+    for gold in "ABCD":
+        score = _score("choice", text, gold, options=options)
+        assert (score.value, score.reason) == (
+            (0, "unparsed") if letter is None else (1, "ok") if gold == letter else (0, "wrong")
+        )
+
+
+LITERAL = "anls relaxed exact_document vqa vqa_normalised squad_f1 drop_f1 ocrbench".split()
+
+
+@pytest.mark.parametrize(
+    "gold", ["25 m\u00b2", "\u2116 5", "\uff08\u4e00\uff09\u5317\u4eac\uff0c", "Acme\u2122 \u2026"]
+)
+def test_what_is_written_letter_by_letter_as_the_reference_is_right(gold):
+    for metric in LITERAL:
+        golds = [[gold]] if metric == "drop_f1" else [gold] * 10
+        assert _score(metric, f"<think>m2</think>{gold}", golds).value == 1, metric
+
+
+@pytest.mark.parametrize(
+    ("text", "golds", "value"),
+    [
+        ("Beyonc\u00e9, 1,200 and Oslo", ["Oslo", "1200", "Beyonce"], 1),
+        ("Oslo\n1200", ["1,200", "oslo"], 1),
+        ("Oslo", ["Oslo", "Bergen"], 0),
+        ("Oslo, Bergen, Paris", ["Oslo", "Bergen"], 0),
+        ("Oslo, Norway", ["Oslo, Norway"], 1),
+        ("Oslo", ["Oslo, Norway"], 0),
+        ("$1,200.0", ["1200"], 1),
+        ("12", ["12.5"], 0),
+        ("Oslo, Norway | Bonn, Germany", ["Bonn, Germany", "Oslo, Norway"], 1),
+    ],
+)
+def test_a_table_has_all_values_of_an_answer_or_it_is_wrong(text, golds, value):
+    assert _score("table_answer", text, golds).value == value
+
+
 def test_words_and_stray_numbers_are_no_moments():
     assert _score("temporal_iou", "He goes to the door at 3, 5 people tomorrow", [3, 5]).reason == "unparsed"
     assert _score("temporal_iou", "\\boxed{[00:03, 00:05]}", [3.0, 5.0]).value == 1

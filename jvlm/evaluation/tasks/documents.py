@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
+from jvlm.data.errors import ExampleError
 from jvlm.evaluation.files import Files, Row, as_list, hub, official, tsv
 from jvlm.evaluation.items import choice_item, content, key, letter_of, open_item
 from jvlm.evaluation.task import Item, Task
@@ -130,13 +131,27 @@ def _charxiv(name: str, files: tuple[Files, ...], item: Any, instruction: str, p
     )
 
 
-def _tables(name: str, item: Any, instruction: str, published: dict[str, float], paper: str, fields: str) -> Task:
+def _statement(row: Row) -> Item | None:
+    """Return a statement of TabFact, which a table entails (1, as its authors write it, or yes) or refutes."""
+    label = row.text("label", "answer").lower()
+    values = {"1": "yes", "entailed": "yes", "true": "yes", "0": "no", "refuted": "no", "false": "no"}
+    answer = values.get(label, label)
+    if answer not in ("yes", "no"):
+        raise ExampleError(row.origin, "label", f"{label!r} is none of 1, 0, yes and no", "Copy the file again")
+    return open_item(question=("statement", "question"))(
+        Row({**row.values, "answer": answer, "answers": None}, row.origin, row.form, row.media)
+    )
+
+
+def _tables(
+    name: str, metric: str, item: Any, instruction: str, published: dict[str, float], paper: str, fields: str
+) -> Task:
     return Task(
         name,
         "document",
         (official(f"{name}_test.jsonl", media="images"),),
         item,
-        "exact",
+        metric,
         instruction=instruction,
         decoding=BRIEF,
         published=published,
@@ -273,11 +288,12 @@ TASKS = (
     ),
     _tables(
         "tabfact",
-        open_item(question=("statement", "question"), answers=("label", "answer")),
+        "yes_no",
+        _statement,
         "Does the table say so? Answer with yes or no.",
         {"MM1.5-30B": 84.0},
         "arXiv 1909.02164",
-        "statement, label (yes or no)",
+        "statement, label (1 or 0)",
     ),
-    _tables("wtq", open_item(), SHORT, {"MM1.5-30B": 54.1}, "arXiv 1508.00305", "question, answers"),
+    _tables("wtq", "table_answer", open_item(), SHORT, {"MM1.5-30B": 54.1}, "arXiv 1508.00305", "question, answers"),
 )

@@ -295,6 +295,7 @@ TASKS = (
         instruction=SHORT,
         decoding=BRIEF,
         paper="arXiv 2305.10355",
+        note="accuracy over the three parts; papers also give F1, or the mean of the parts",
     ),
     Task(
         "realworldqa",

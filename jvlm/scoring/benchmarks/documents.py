@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 
+from jvlm.scoring.answers import normalise
 from jvlm.scoring.extras import require
 
 
@@ -46,6 +49,27 @@ def _float(text: str) -> float | None:
         return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
+
+
+def table_answer(answer: str, golds: Sequence[str]) -> float:
+    """Return 1 if the answer has all values of ``golds`` and no other, in any order (WikiTableQuestions, 1508.00305).
+
+    Values are divided by commas, semicolons, bars, "and" or new lines where the reference has several; numbers are
+    compared as numbers, texts but for case, outer punctuation and accents.
+    """
+    expected = sorted(map(_value, golds))
+    if len(golds) == 1:
+        return float(_value(answer) == expected[0])
+    forms = (r"\n", r"\s*\|\s*", r";", r",(?!\d{3}\b)|\band\b|\n|;|\|")
+    given = (sorted(_value(part) for part in re.split(form, answer) if part.strip()) for form in forms)
+    return float(expected in list(given))
+
+
+def _value(text: str) -> str:
+    bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    bare = normalise(bare)
+    number = re.fullmatch(r"[$\u20ac\u00a3]?\s*([-+]?\d[\d,]*(?:\.\d+)?)", bare)
+    return f"{float(number[1].replace(',', '')):.6g}" if number else bare
 
 
 def ocrbench(answer: str, golds: Sequence[str], *, formula: bool = False) -> float:
