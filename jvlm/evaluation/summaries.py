@@ -115,7 +115,7 @@ def interval(scored: Sequence[Scored], name: str = "mean") -> Interval | None:
         return None
     units = [one.unit for one in counted]
     values = {one.value for one in counted}
-    if len(values) == 1 and values <= {0.0, 1.0} and name in ("mean", "worst_case"):
+    if len(values) == 1 and SUMMARIES[name](counted) in values & {0.0, 1.0}:
         # no draw differs from another: what is sure is how many groups were seen
         return wilson(len(set(units)) if values == {1.0} else 0, len(set(units)))
     if name == "mean":

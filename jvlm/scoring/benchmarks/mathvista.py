@@ -40,7 +40,7 @@ def mathvista(
     if question_type == "multi_choice" and options:
         letters = string.ascii_uppercase
         right = letters[list(options).index(gold)] if gold in options else gold
-        score = choice(text, right, options)
+        score = choice(text, right, options, prose=True)
         if score.reason != "unparsed" or score.parsed is not None or len(text) > 60:
             return score
         nearest = _nearest(text, options)
@@ -63,7 +63,7 @@ def mathvista(
 def dynamath(text: str, gold: str, answer_type: str) -> Score:
     """Return 1 if a number is within 0.001 of the right one, or a letter or text is the right one."""
     if answer_type == "multiple choice":
-        return choice(text, gold.strip("() ").upper())
+        return choice(text, gold.strip("() ").upper(), prose=True)
     if answer_type != "float":
         return Score.of(normalise(text) == normalise(gold), normalise(text))
     number = only_number(text)
