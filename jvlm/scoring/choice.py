@@ -12,10 +12,12 @@ from jvlm.scoring.score import Score
 _LEAD = re.compile(r".*\b(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*(.+)", re.DOTALL | re.IGNORECASE)
 # "A cat sits here" and "I see" begin with a word, not with a letter of an option
 _WORD = re.compile(r"(?<!\w)[AI](?=\s+(?!(?:and|or|because|since)\b)[a-z])")
-# words that say which letter is the answer, where others stand beside it
+# words that say which letter is the answer, where others stand beside it, but not as one of a list
 _CONCLUDES = re.compile(
     r"\b(?:answer|option|choice)\s*(?:(?:is|would be|must be|should be)\b\s*:?|:)\s*(?:option\b|choice\b)?[\s*_(\[\"']*"
-    r"(?-i:([A-Z]))(?![\w'\u2019])(?![\s*_)\].,]*(?:or|and|nor|/|&)\W*(?-i:[A-Z])(?!\w))",
+    r"(?-i:([A-Z]))(?![\w'\u2019])"
+    r"(?![\s*_)\].,]*(?:\bor\b|\band\b|\bnor\b|[/&])\W*(?-i:[A-HJ-Z])(?!\w))"
+    r"(?!\)?,\s*\(?(?-i:[A-HJ-Z])(?!\w))",
     re.IGNORECASE,
 )
 _NEGATED = re.compile(r"\b(?:not|no|nor|neither|never|none|except|cannot)\b|n['\u2019]t\b", re.IGNORECASE)
