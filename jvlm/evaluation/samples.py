@@ -98,9 +98,9 @@ def _sample(task: str, name: str, folder: Path, metric: str, stored: Stored, lin
     uri, size = "", stored.sizes[0].original if stored.sizes else (4, 3)
     if picture.exists():
         uri = f"data:image/jpeg;base64,{base64.b64encode(picture.read_bytes()).decode()}"
-    regions = [*_regions("gold", stored.item.gold), *_regions("answer", line["parsed"])]
-    if metric not in _REGIONS or not stored.sizes:
-        regions = []
+    regions = []
+    if metric in _REGIONS and stored.sizes:
+        regions = [*_regions("gold", stored.item.gold), *_regions("answer", line["parsed"])]
     return Sample(
         stored.item.id,
         task,

@@ -393,7 +393,7 @@ RECORDS: dict[str, tuple[dict[str, Any], str, str, str]] = {
     ),
     "vqav2_val": (
         {"question_id": 1, "question": "What?", "answers": TEN, "image_id": 1, "answer_type": "other", **IMAGE},
-        "Cat.",
+        "cat",
         "dog",
         "hub",
     ),
