@@ -39,7 +39,7 @@ from jvlm.training import starting_model
 from jvlm.weights.io import load
 
 FILE = "questions.jsonl"
-WARM = 300  # questions asked before the rounds
+WARM = 1500  # questions asked before the rounds
 TASK = Task(
     "mixed",
     "own",

@@ -40,7 +40,9 @@ def _asked_twice(row: Row) -> list[Item]:
     return found
 
 
-def _generic(aspect: str, file: str, folder: str, item: Callable[[Row], Item | Sequence[Item] | None], note: str = ""):
+def _generic(
+    aspect: str, file: str, folder: str, item: Callable[[Row], Item | Sequence[Item] | None], note: str = ""
+) -> Task:
     files = (
         hub("lmms-lab/VideoChatGPT", f"{folder}/test-*.parquet", media=_VIDEOS),
         official(file, media=_VIDEOS),
