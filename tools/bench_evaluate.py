@@ -6,8 +6,8 @@
 The model is the demo's, with random weights unless a folder is given; questions have no picture, one or two, and a
 sentence or a page, and answers are drawn, so that they end after one token or after forty. Both are timed in turns in
 one process, by one engine whose programs are compiled and whose caches are emptied before; the last line is the ratio
-of the medians, and the command fails where it is below --least. The rows of evaluation hold
-all that it does: reading files, encoding, asking, writing each answer, the running score; and scoring at the end apart.
+of the medians, and the command fails where it is below --least. The rows of evaluation hold all that it does: reading
+files, encoding, asking, writing each answer, the running score; and scoring at the end apart.
 """
 
 from __future__ import annotations
