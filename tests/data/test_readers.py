@@ -327,6 +327,16 @@ def test_members_of_a_tar_are_found_by_name_and_extension(tmp_path):
     assert "is not an object" in str(error)
 
 
+def test_what_img2dataset_wrote_is_captions(tmp_path):
+    """Its JSON has the URL and the path that an image came from, which are no members."""
+    about = {"caption": "a cat", "url": "https://example.com/a.jpg", "key": "000", "status": "success", "path": "x/y"}
+    members = [("000.jpg", _png(3)), ("000.txt", b"a cat"), ("000.json", json.dumps(about).encode())]
+    (record,) = _records(_tar(tmp_path / "00000.tar", members))
+    image, text = record["document"]
+    assert (text["text"], _pixel(image["image"])) == ("a cat", 3)
+    assert record["url"] == "https://example.com/a.jpg"
+
+
 def test_captions_beside_images_are_documents(tmp_path):
     members = [(f"{n}.{kind}", content) for n in range(3) for kind, content in (("jpg", _png(n)), ("txt", b"A cat."))]
     found = _records(_tar(tmp_path / "a.tar", members))

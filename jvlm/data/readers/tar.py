@@ -198,17 +198,21 @@ def _inside(value: Any, key: str, origin: Origin, field: str) -> Any:
     raise ExampleError(origin, field, f"no {key!r} inside {shown(value)}", "Correct dataset.yaml")
 
 
-_MEDIA = ("images", "image", "videos", "video", "rejected_images", "rejected_videos", "image_url", "url", "path")
+_FIELDS = ("images", "image", "videos", "video", "rejected_images", "rejected_videos")
+_MEDIA = (*_FIELDS, "image_url", "url", "path")
 
 
 def _resolved(value: Any, member_of: Callable[[str], Any], origin: Origin, field: str = "") -> Any:
-    """Return a record whose media are members of the tar. In messages and documents only blocks hold media."""
+    """Return a record whose media are members of the tar. In messages and documents only blocks hold media.
+
+    The ``url`` of a record itself is where an image came from, as img2dataset writes it.
+    """
     if isinstance(value, dict):
         if isinstance(value.get("bytes"), bytes):
             return value
         found = {}
         for key, inner in value.items():
-            if key in _MEDIA:
+            if key in (_MEDIA if field else _FIELDS):
                 found[key] = _source(inner, member_of, origin, key)
             elif key in ("messages", "rejected_messages", "document", "content") and isinstance(inner, list):
                 found[key] = [_resolved(item, member_of, origin, key) for item in inner]
