@@ -31,15 +31,6 @@ HARNESS_LMMS_EVAL := lmms-eval==0.7.3 accelerate==1.15.0 datasets==4.4.1 dill==0
 	evaluate==0.4.6 sacrebleu==2.6.0 portalocker==4.4.2 colorama==0.4.6 tabulate==0.10.0 lxml==6.1.3 loguru==0.7.3 \
 	tenacity==9.2.1 distro==1.9.0 python-dotenv==1.2.4 pytablewriter==1.2.1 DataProperty==1.1.1 mbstrdecoder==1.1.5 \
 	pathvalidate==3.3.1 tabledata==1.3.5 tcolorpy==0.1.7 typepy==2.0.0
-# VLMEvalKit, as EvalScope's authors publish it, with what it imports beside the environment's own and torchvision
-HARNESS_VLMEVALKIT := ms-vlmeval==0.0.20 levenshtein==0.27.5 accelerate==1.15.0 opencv-python-headless==5.0.0.93 \
-	datasets==4.4.1 dill==0.4.0 multiprocess==0.70.18 xxhash==3.6.0 decord==0.6.0 imageio==2.38.1 jieba==0.42.1 \
-	json_repair==0.64.6 num2words==0.5.14 docopt==0.6.2 portalocker==4.4.2 pylatexenc==2.10 qwen_vl_utils==0.0.14 \
-	av==18.1.0 rouge==1.0.1 six==1.17.0 scikit-learn==1.9.1 threadpoolctl==3.8.0 sty==1.0.6 tabulate==0.10.0 \
-	timeout-decorator==0.5.0 validators==0.36.0 pandas==2.3.3 python-dateutil==2.9.0.post0 pytz==2025.2 \
-	tzdata==2025.2 python-dotenv==1.2.4 xlsxwriter==3.3.1 openpyxl==3.1.5 et_xmlfile==2.0.0 matplotlib==3.11.2 \
-	cycler==0.12.1 contourpy==1.3.3 kiwisolver==1.5.1 fonttools==4.68.0 pyparsing==3.3.3 httpx==0.28.1 \
-	httpcore==1.0.9 distro==1.9.0 $(EXPORTS_PIXELS)
 HARNESS_EVALSCOPE := evalscope==1.14.1
 # Clients of OpenAI's API and a load generator, each in an environment of its own, for `make test-clients`
 CLIENTS := openai==3.57.0 langchain-openai==1.7.4 litellm==1.110.2 aiperf==0.13.0
@@ -131,12 +122,11 @@ $(VENV)/.harnesses: $(VENV)/.test
 	touch $@
 
 $(VENV)/.other-harnesses: $(VENV)/.harnesses
-	$(PIP) --no-deps --target $(VENV)/harness-vlmevalkit $(HARNESS_VLMEVALKIT)
 	$(PYTHON) -m venv $(VENV)/harness-evalscope
 	$(VENV)/harness-evalscope/bin/pip install --quiet --disable-pip-version-check $(HARNESS_EVALSCOPE)
 	touch $@
 
-test-harnesses: $(VENV)/.other-harnesses  ## lmms-eval, VLMEvalKit and EvalScope on a model of ours, beside jvlm evaluate; minutes
+test-harnesses: $(VENV)/.other-harnesses  ## lmms-eval and EvalScope on a model of ours, beside jvlm evaluate; minutes
 	$(RUN) pytest tests/evaluation/every_harness.py $(ARGS)
 
 $(VENV)/.clients: $(VENV)/.test

@@ -1,13 +1,12 @@
-"""The scores of lmms-eval, VLMEvalKit and EvalScope beside those of jvlm evaluate: `make test-harnesses`.
+"""The scores of lmms-eval and EvalScope beside those of jvlm evaluate: `make test-harnesses`.
 
 Each is in an environment of its own. The model is small and random, so right answers are made from what it says: the
-same, nearly the same, another. Pictures are of one grey, which VLMEvalKit's JPEG leaves as it is.
+same, nearly the same, another.
 """
 
 from __future__ import annotations
 
 import base64
-import csv
 import importlib.util
 import io
 import json
@@ -21,7 +20,6 @@ import time
 from pathlib import Path
 
 import httpx2
-import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -29,11 +27,10 @@ from jvlm import cli
 from jvlm.evaluation.store import AnswerStore
 from jvlm.json_files import read_object
 from jvlm.scoring.benchmarks import ocrbench_v2
-from tests.evaluation.benchmarks import parquet
+from tests.evaluation.benchmarks import parquet, png
 from tests.support import ROOT
 
 ENVIRONMENT = ROOT / ".venv" / "harness-lmms-eval"
-VLMEVALKIT = ROOT / ".venv" / "harness-vlmevalkit"
 EVALSCOPE = ROOT / ".venv" / "harness-evalscope" / "bin" / "evalscope"
 TOKENS, COUNT = 12, 9
 PARQUET = "lmms-lab/DocVQA/DocVQA/validation-00000-of-00001.parquet"
@@ -63,16 +60,6 @@ def question(doc, *_):
 """
 
 
-# VLMEvalKit takes the tables that it knows only as they are published
-KIT = """
-from vlmeval.dataset import ImageVQADataset
-
-ImageVQADataset.DATASET_MD5.clear()
-if __name__ == "__main__":
-    from vlmeval.run import main
-
-    main()
-"""
 # EvalScope's words, and its text before the picture, as a task of a user's own
 OWN = """
 from jvlm.data.content import Text
@@ -204,34 +191,19 @@ def test_lmms_eval_finds_our_model_by_its_entry_point(benchmark, tiny, tmp_path)
     assert their_value == pytest.approx(value, abs=1e-9)
 
 
-def test_vlmevalkit_asks_a_server_of_ours_and_finds_the_same_score_of_the_same_table(benchmark, served, tmp_path):
-    lines = ["index\timage\tquestion\tanswer"]
-    for row in pyarrow.parquet.read_table(benchmark / "data" / PARQUET).to_pylist():
-        image = base64.b64encode(row["image"]["bytes"]).decode()
-        lines.append(f"{row['questionId']}\t{image}\t{row['question']}\t{row['answers']}")
-    (tmp_path / "DocVQA_VAL.tsv").write_text("\n".join(lines) + "\n")
-    value, said = ours(served, tmp_path, tmp_path / "ours")
-    assert 0.3 < value < 0.7
-    (tmp_path / "kit.py").write_text(KIT)
-    environment = os.environ | {
-        "PYTHONPATH": str(VLMEVALKIT),
-        "LMUData": str(tmp_path),
-        "PRED_FORMAT": "tsv",
-        "JAX_PLATFORMS": "cpu",
-    }
-    words = ["--model", "toy", "--base-url", served, "--key", "EMPTY", "--data", "DocVQA_VAL", "--api-nproc", "4"]
-    words += ["--max-tokens", str(TOKENS), "--timeout", "600", "--work-dir", str(tmp_path / "out")]
-    command = [sys.executable, str(tmp_path / "kit.py"), *words]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
-    found = list((tmp_path / "out").rglob("*_acc.csv"))
-    assert found, done.stderr[-6000:] + done.stdout[-2000:]
-    with open(found[0], newline="") as file:
-        (scores,) = csv.DictReader(file)
-    (predictions,) = (tmp_path / "out").rglob("toy_DocVQA_VAL.tsv")
-    with open(predictions, newline="") as file:
-        their_said = {line["index"]: line["prediction"].strip() for line in csv.DictReader(file, delimiter="\t")}
-    assert their_said == said
-    assert float(scores["Overall"]) == pytest.approx(100 * value, abs=1e-6)
+def test_a_request_as_vlmevalkit_makes_it_is_answered(served):
+    """The body of its wrapper for --base-url; itself it wants a torchvision that is built for the torch beside it."""
+    image = Image.open(io.BytesIO(png()))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG")
+    picture = {"url": f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
+    content = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": "what is it?"}]
+    sampling = {"n": 1, "max_tokens": TOKENS, "temperature": 0.0, "top_k": 1, "top_p": 1.0, "repetition_penalty": 1.0}
+    body = {"model": "toy", "messages": [{"role": "user", "content": content}], **sampling}
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer EMPTY"}
+    answer = httpx2.post(f"{served}/chat/completions", content=json.dumps(body), headers=headers, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert isinstance(answer.json()["choices"][0]["message"]["content"].strip(), str)
 
 
 def test_evalscope_asks_a_server_of_ours_and_finds_the_same_score(benchmark, served, tmp_path):
