@@ -29,7 +29,7 @@ CONFIGS = {
     DataConfig: ({}, "data."),
     OptimizerConfig: ({}, "optimizer."),
     CheckpointConfig: ({}, "checkpoint."),
-    EvaluationConfig: ({}, "evaluation."),
+    EvaluationConfig: ({"before_training": True}, "evaluation."),
     ExportConfig: ({}, "export."),
     AdaptConfig: ({}, "adapt."),
     ParallelConfig: ({}, "parallel."),

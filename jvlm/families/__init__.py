@@ -15,6 +15,7 @@ from jvlm.families.registry import (
     load_all,
     model_types,
     names,
+    of_language_models,
     preset,
     presets,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "load_all",
     "model_types",
     "names",
+    "of_language_models",
     "preset",
     "presets",
 ]

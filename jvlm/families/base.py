@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jvlm.families.adapters import AdapterTargets
@@ -72,6 +73,8 @@ class Family:
       hf: its Hugging Face form; None where no public checkpoint of the family exists.
       gguf: its form in llama.cpp's GGUF files; None where llama.cpp has none.
       prepare_tokenizer: called with a tokenizer that is new to the family, to add the tokens that it needs.
+      text_config: returns the configuration of a model of text alone on a language model's folder; of the one family
+        that is made from such folders.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Family:
     hf: HFFormat | None = None
     gguf: GGUFFormat | None = None
     prepare_tokenizer: Callable[[Any], None] = lambda tokenizer: None
+    text_config: Callable[[Path], VLMConfig] | None = None
 
     def new_config(
         self, *, encoder: EncoderConfig, connector: ConnectorConfig, decoder: DecoderConfig, **fields: Any

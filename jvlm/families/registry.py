@@ -55,6 +55,14 @@ def for_model_type(model_type: str | None) -> Family:
     return known
 
 
+def of_language_models() -> Family:
+    """Return the family of models of text alone, which are made from a language model's folder."""
+    found = _first(family for family in _all() if family.text_config is not None)
+    if found is None:
+        raise RuntimeError("no family has a text_config")
+    return found
+
+
 def model_types() -> tuple[str, ...]:
     """Return every ``model_type`` that a family reads."""
     return tuple(sorted(kind for family in _all() if family.hf is not None for kind in family.hf.model_types))

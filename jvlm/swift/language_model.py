@@ -8,8 +8,6 @@ from typing import NamedTuple
 from jvlm import families, json_files
 from jvlm.data.processor import Processor, ProcessorConfig
 from jvlm.data.tokenizers import load_tokenizer
-from jvlm.families.composed import FAMILY
-from jvlm.families.composed.reward_text import text_model
 from jvlm.training import processors
 from jvlm.weights import backbones, run_dir
 
@@ -32,8 +30,9 @@ def source_of(place: str) -> Source:
     if not is_language_model(folder):
         return Source(processors.load(folder), None)
     tokenizer = load_tokenizer(folder)
-    FAMILY.prepare_tokenizer(tokenizer)
-    return Source(Processor(tokenizer, text_model(folder), ProcessorConfig()), str(folder))
+    family = families.of_language_models()
+    family.prepare_tokenizer(tokenizer)
+    return Source(Processor(tokenizer, family.text_config(folder), ProcessorConfig()), str(folder))
 
 
 def is_language_model(folder: Path) -> bool:

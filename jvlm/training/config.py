@@ -122,7 +122,7 @@ class EvaluationConfig:
       aim_iou: the same for the mean IoU of boxes, from 0 to 1.
       aim_gain: points of percent that training must add to the share of questions with answers in words that are right;
         0 lets it lose nothing. Needs ``before_training``.
-      aim_iou_gain: the same for the mean IoU of boxes, from -1 to 1.
+      aim_iou_gain: the same for the mean IoU of boxes, from 0 to 1.
       tasks: benchmarks, by the names of jvlm evaluate --list, that the model is scored on during training.
       tasks_data: folder with their files.
       tasks_interval_steps: steps between these scores.
@@ -150,7 +150,7 @@ class EvaluationConfig:
     def __post_init__(self):
         names = ("max_new_tokens", "batch_size", "max_examples", "tasks_interval_steps", "tasks_limit")
         counts = dict.fromkeys(names, "[1, inf)")
-        aims = {"aim": "[0, 100]", "aim_iou": "[0, 1]", "aim_gain": "[-100, 100]", "aim_iou_gain": "[-1, 1]"}
+        aims = {"aim": "[0, 100]", "aim_iou": "[0, 1]", "aim_gain": "[0, 100]", "aim_iou_gain": "[0, 1]"}
         check_fields(self, "evaluation.", {**counts, **aims})
         if not self.before_training and (self.aim_gain is not None or self.aim_iou_gain is not None):
             raise UserError(

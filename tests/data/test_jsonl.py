@@ -43,7 +43,7 @@ def test_examples_have_the_numbers_of_their_lines(tmp_path, kind):
 BAD = {
     "no JSON": (b"{", "example", "not JSON"),
     "two objects": (EXAMPLE + EXAMPLE, "example", "not JSON"),
-    "no UTF-8": (b'{"messages": "\xff"}', "example", "not JSON .*utf-8"),
+    "no UTF-8": (b'{"messages": "\xff"}', "example", "not UTF-8 .*utf-8"),
     "a number of 5000 digits": (b'{"messages": ' + b"1" * 5000 + b"}", "example", "not JSON"),
     "deep lists": (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "example", "too deep"),
     "deep objects": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "example", "too deep"),
