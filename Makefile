@@ -187,7 +187,7 @@ plan: $(VENV)/.test  ## what the large configs need on the pods they name, and w
 plan-finetune: $(VENV)/.test  ## what fine-tuning recipes need on the chips they name; rows that are there are kept
 	$(RUN) tools.plan_finetune $(ARGS)
 
-meshes: $(VENV)/.test  ## loss and gradients of every architecture on every shape of mesh against one device; ten minutes
+meshes: $(VENV)/.test  ## loss and gradients of every architecture, and of adapters, on every shape of mesh against one device; a quarter of an hour
 	$(RUN) tests.parallel.every_mesh
 
 clean:

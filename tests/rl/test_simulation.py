@@ -124,24 +124,40 @@ def test_a_step_by_which_answers_may_be_behind_leaves_devices_busy():
     assert simulation._lowest(useful, judged, 0, 1) is None
 
 
+@pytest.fixture(scope="module")
+def stale_rows():
+    return simulation.stale_table(seeds=range(1), behind=(0.5, 1.0, 2.0))
+
+
+@pytest.fixture(scope="module")
+def five_rows():
+    return simulation.table()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("staleness", ["0.5", "1", "2"])
-def test_rows_of_stale_answers_are_those_of_the_other_simulation(staleness):
+def test_rows_of_stale_answers_are_those_of_the_other_simulation(stale_rows, staleness):
     given = GIVEN["carry"][staleness]
-    overall, rollout, idle, age, oldest = simulation.stale_table(seeds=range(1), behind=(float(staleness),))[
-        float(staleness)
-    ]
+    overall, rollout, idle, age, oldest = stale_rows[float(staleness)]
     assert (overall, rollout, age) == pytest.approx((given["overall"], given["rollout"], given["age"]), rel=0.15)
     assert idle == pytest.approx(given["idle"], abs=0.05)
     assert oldest == given["age_max"]
 
 
 @pytest.mark.slow
-def test_all_five_rows_are_those_of_the_other_simulation_and_speeds_those_of_mimo(capsys):
-    for schedule, (mean, _) in simulation.table().items():
+def test_all_five_rows_are_those_of_the_other_simulation_and_speeds_those_of_mimo(five_rows):
+    for schedule, (mean, _) in five_rows.items():
         _check(mean, schedule)
         assert isinstance(mean, Row)
         for here, paper in zip((mean.overall, mean.rollout), PAPER[schedule][:2], strict=True):
             assert here == pytest.approx(paper, rel=0.10), schedule
-    assert simulation.main(["--seeds", "1"]) == 0
-    assert "| early | 2.29 / 2." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_rows_beside_the_published_ones(five_rows, stale_rows, monkeypatch, capsys):
+    monkeypatch.setattr(simulation, "table", lambda seeds: five_rows if seeds == range(3) else {})
+    monkeypatch.setattr(simulation, "stale_table", lambda seeds: stale_rows if seeds == range(3) else {})
+    assert simulation.main(["--seeds", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| early | 2.29 / 2.") for line in lines) == 1
+    assert [line.split(" | ")[0] for line in lines[-3:]] == ["| 0.5", "| 1", "| 2"]
