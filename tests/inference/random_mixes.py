@@ -12,20 +12,18 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jvlm.adapters import several
-from jvlm.adapters.attach import attach, extract
-from jvlm.adapters.config import AdapterConfig
-from jvlm.adapters.weights import AdapterWeights
 from jvlm.inference.engine import Engine
 from jvlm.inference.requests import EngineConfig, Event, Request, SamplingParams
-from jvlm.models import vlm
-from jvlm.models.vlm import VLM, VLMConfig
+from jvlm.models.vlm import VLMConfig
 from jvlm.training import starting_model
+from tests.adapters.random_adapter import random_adapter
 from tests.inference import many_devices
 from tests.parallel import models
+
+TARGETS = ("decoder", "encoder", "connector")  # of adapters
 
 FAMILIES = {**many_devices.MODELS, "qwen3_vl": models.qwen3_vl()}
 ADAPTED = ("qwen2_5_vl",)  # has two adapters of the language model and of the towers
@@ -62,17 +60,6 @@ class Mixes:
     hits: Mapping[str, int]
     preemptions: Mapping[str, int]
     drafts: Mapping[str, int]
-
-
-def adapter(model: VLM, seed: int) -> AdapterWeights:
-    """Return a random adapter that changes what is answered."""
-    attached = attach(model, AdapterConfig(rank=4, targets=("decoder", "encoder", "connector")), seed=seed)
-    rng = np.random.default_rng(seed)
-    values = {path: variable.get_value() for path, variable in vlm.variables(attached).items()}
-    for path, value in values.items():
-        if path.endswith(".adapter.b"):
-            values[path] = jnp.asarray(0.3 * rng.standard_normal(value.shape, np.float32))
-    return extract(vlm.bind(attached, values))
 
 
 def asked(config: VLMConfig, adapters: tuple[str | None, ...]) -> list[Request]:
@@ -120,7 +107,10 @@ def check(family: str, mixes: int, seed: int = 1) -> Mixes:
     config = FAMILIES[family]
     model, names = starting_model.random_model(config, 0, None), (None,)
     if family in ADAPTED:
-        model = several.stacked(model, {"cats": adapter(model, 1), "dogs": adapter(model, 2)})
+        model = several.stacked(
+            model,
+            {"cats": random_adapter(model, 1, TARGETS, rank=4), "dogs": random_adapter(model, 2, TARGETS, rank=4)},
+        )
         names = (None, "cats", "dogs", "cats", None)
     requests = asked(config, names)
     plain = dataclasses.replace(SIZES, prefix_cache=False, decode_steps=1, ahead=False)

@@ -1,20 +1,17 @@
 """Adapters by the names of models, and those that come and go while the server runs."""
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jvlm
-from jvlm.adapters.attach import attach, extract
-from jvlm.adapters.config import AdapterConfig
+from jvlm.adapters.attach import attach
 from jvlm.adapters.peft_write import write_peft
 from jvlm.adapters.several import AdapterRoom
 from jvlm.errors import UserError
 from jvlm.inference.adapter_slots import AdapterSlots
 from jvlm.inference.engine import Engine
 from jvlm.inference.requests import EngineConfig
-from jvlm.models import vlm
 from jvlm.server.adapters import AdapterAdmin
+from tests.adapters.random_adapter import random_adapter
 from tests.server.scripted import MODEL, Served
 
 KEYS = (("ann", "a-key-of-twenty-letters"), ("root", "another-key-of-letters"))
@@ -23,26 +20,16 @@ SIZES = EngineConfig(max_slots=2, max_model_len=128, prefill_tokens=(64,), encod
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 
-def adapter(model, seed, targets=("decoder",), **config):
-    attached = attach(model, AdapterConfig(targets=targets, **config), seed=seed)
-    rng = np.random.default_rng(seed)
-    values = {path: variable.get_value() for path, variable in vlm.variables(attached).items()}
-    for path, value in values.items():
-        if path.endswith(".adapter.b"):
-            values[path] = jnp.asarray(0.3 * rng.standard_normal(value.shape, np.float32))
-    return extract(vlm.bind(attached, values))
-
-
 @pytest.fixture(scope="module")
 def weights(tiny):
-    return {"cats": adapter(tiny.model, 1, rank=4), "dogs": adapter(tiny.model, 2, rank=8)}
+    return {"cats": random_adapter(tiny.model, 1, rank=4), "dogs": random_adapter(tiny.model, 2, rank=8)}
 
 
 @pytest.fixture(scope="module")
 def root(tiny, weights, tmp_path_factory):
     """A folder with adapters below it, and one that is wider than there is room for."""
     top = tmp_path_factory.mktemp("adapters")
-    for name, one in {**weights, "wide": adapter(tiny.model, 3, rank=16)}.items():
+    for name, one in {**weights, "wide": random_adapter(tiny.model, 3, rank=16)}.items():
         write_peft(one, tiny.model.config, top / "some" / name)
     (top / "outside").mkdir()
     return top
@@ -127,8 +114,8 @@ def test_more_adapters_than_places_and_those_that_do_not_fit_are_refused(tiny, r
         AdapterSlots(tiny.model, two, places=1, room=AdapterRoom(8))
     with pytest.raises(UserError, match="rank 8, and room is kept for rank 4"):
         AdapterSlots(tiny.model, two, places=2, room=AdapterRoom(4))
-    write_peft(adapter(tiny.model, 4, rank=4, use_dora=True), tiny.model.config, tmp_path / "dora")
-    write_peft(adapter(tiny.model, 5, ("qkv",), rank=4), tiny.model.config, tmp_path / "tower")
+    write_peft(random_adapter(tiny.model, 4, rank=4, use_dora=True), tiny.model.config, tmp_path / "dora")
+    write_peft(random_adapter(tiny.model, 5, ("qkv",), rank=4), tiny.model.config, tmp_path / "tower")
     tower = {"tower": str(tmp_path / "tower")}
     with pytest.raises(UserError, match=r"a target encoder\..*, and room is kept for decoder"):
         AdapterSlots(tiny.model, tower, places=1, room=AdapterRoom(8))

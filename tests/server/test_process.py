@@ -11,8 +11,8 @@ import pytest
 import jvlm
 from jvlm.adapters.peft_write import write_peft
 from tests import support
+from tests.adapters.random_adapter import random_adapter
 from tests.server.process import MODEL, ServerProcess, write_model
-from tests.server.test_adapters import adapter
 from tests.server.test_media import PICTURE, data_url
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,7 @@ def served(tmp_path_factory):
     model = write_model(top)
     base = jvlm.load(model)[0]
     for seed, name in enumerate(("cats", "dogs"), 1):
-        write_peft(adapter(base, seed, rank=4), base.config, top / "adapters" / name)
+        write_peft(random_adapter(base, seed, rank=4), base.config, top / "adapters" / name)
     options = ["--lora", f"cats={top / 'adapters/cats'}", "--max-loras", "2", "--adapter-root", str(top / "adapters")]
     options += ["--memory-fraction", "0.5", "--compile-cache", str(top / "programs"), "--log-interval", "0.5"]
     with ServerProcess(model, *options) as server:
