@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from jvlm import families
+from jvlm.data import packing
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.models.layers import Precision
@@ -42,7 +43,7 @@ def workload(arguments: argparse.Namespace, precision: Precision) -> tuple[VLMCo
     config = model_config(arguments.preset, arguments.layers, precision, arguments.small)
     processor = processor_of(config)
     sizes = arguments.tokens, arguments.patches, arguments.largest
-    return config, processor, [fill_sequence(processor, *sizes, seed) for seed in range(arguments.rows)]
+    return config, processor, fill_sequences(processor, arguments.rows, *sizes)
 
 
 def model_config(preset: str, layers: int | None, precision: Precision, small: bool) -> VLMConfig:
@@ -94,14 +95,13 @@ def conversation(rng: np.random.Generator, largest: int) -> dict[str, Any]:
     }
 
 
-def fill_sequence(processor: Processor, tokens: int, patches: int, largest: int, seed: int = 0) -> list[Example]:
-    """Conversations that fill one packed sequence: those that still fit, until 30 in a row do not."""
-    rng, examples, missed = np.random.default_rng(seed), [], 0
-    while missed < 30:
-        example = processor.encode(conversation(rng, largest))
-        length = sum(e.length for e in examples) + example.length
-        if length > tokens or sum(e.num_patches for e in examples) + example.num_patches > patches:
-            missed += 1
-            continue
-        examples.append(example)
-    return examples
+def fill_sequences(processor: Processor, rows: int, tokens: int, patches: int, largest: int) -> list[list[Example]]:
+    """Return the conversations of packed sequences, packed as training packs a window of its data.
+
+    They are the fullest ``rows`` of a window eight times as large, since the last of a window are those left over.
+    """
+    rng, examples, windows = np.random.default_rng(0), [], 8 * rows
+    while sum(e.length for e in examples) < windows * tokens and sum(e.num_patches for e in examples) < windows * patches:
+        examples.append(processor.encode(conversation(rng, largest)))
+    sequences = [[examples[i] for i in packed] for packed in packing.best_fit(examples, tokens, patches)]
+    return sorted(sequences, key=lambda sequence: -sum(e.length for e in sequence))[:rows]

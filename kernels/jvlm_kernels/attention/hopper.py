@@ -166,6 +166,12 @@ def _load_resident(parts, buffers, barrier) -> None:
     plgpu.barrier_wait(barrier)
 
 
+def _block_row(spec, plan: _HopperPlan):
+    """Return the block row of queries of a thread block: the longest rows first, so that none is left at the end."""
+    row = lax.axis_index("block_rows")
+    return plan.N - 1 - row if spec.causal else row
+
+
 def _arrivals(copies: int) -> plgpu.Barrier:
     """Return one barrier for each computing warpgroup, passed when this many copies have arrived."""
     return plgpu.Barrier(num_arrivals=copies, num_barriers=_COMPUTE_GROUPS)
@@ -228,7 +234,8 @@ def _mask_scores(spec, item, scores, row_ids, column_ids, first, rows_are_querie
 
 def _forward_kernel(spec, plan: _HopperPlan, items, starts, offsets, q, k, v, q_ids, kv_ids, out, lse, *scratch):
     resident, arrived, keys, values, turn = scratch
-    batch_row, i, head, group = (lax.axis_index(name) for name in ("batch_rows", "block_rows", "heads", "warpgroups"))
+    batch_row, head, group = (lax.axis_index(name) for name in ("batch_rows", "heads", "warpgroups"))
+    i = _block_row(spec, plan)
     first, last = starts[batch_row * plan.N + i], starts[batch_row * plan.N + i + 1]
 
     @pl.when(group == _COMPUTE_GROUPS)
@@ -331,7 +338,8 @@ def _both_products(scores, d_weights, a, b, c, d):
 
 def _d_queries_kernel(spec, plan: _HopperPlan, items, starts, offsets, *operands):
     q, k, v, d_out, lse, delta, q_ids, kv_ids, d_q, resident, arrived, keys = operands
-    batch_row, i, head, group = (lax.axis_index(name) for name in ("batch_rows", "block_rows", "heads", "warpgroups"))
+    batch_row, head, group = (lax.axis_index(name) for name in ("batch_rows", "heads", "warpgroups"))
+    i = _block_row(spec, plan)
     first, last = starts[batch_row * plan.N + i], starts[batch_row * plan.N + i + 1]
 
     @pl.when(group == _COMPUTE_GROUPS)
@@ -452,14 +460,18 @@ def _d_keys_kernel(spec, plan: _HopperPlan, items, starts, offsets, *operands):
 
 
 def _call(kernel, spec, plan: _HopperPlan, name: str, grid, pairs, offsets, operands, outputs, scratch):
-    """Launch over ``grid`` (batch rows, heads, block rows), the last the fastest; ``outputs`` are (shape, dtype)."""
+    """Launch over ``grid`` (batch rows, block rows, heads), the last the fastest; ``outputs`` are (shape, dtype).
+
+    All heads of a block row start before the next row does. Causal rows are of unequal length: with a head after the
+    other, the long rows of the last head would start when the rest is about to end.
+    """
     operands = pairs.items, pairs.starts, offsets, *operands
     launch = plgpu.kernel(
         functools.partial(kernel, spec, plan),
         out_type=[shapes.result_type(shape, dtype, operands) for shape, dtype in outputs],
         scratch_types=scratch,
         grid=grid,
-        grid_names=("batch_rows", "heads", "block_rows"),
+        grid_names=("batch_rows", "block_rows", "heads"),
         num_threads=_COMPUTE_GROUPS + 1,
         thread_name="warpgroups",
         kernel_name=name,
@@ -501,7 +513,7 @@ def forward(spec, q, k, v, q_segments, kv_segments, offsets):
         spec,
         plan,
         "segment_attention_forward",
-        (plan.B, plan.H, plan.N),
+        (plan.B, plan.N, plan.H),
         block_pairs.list_pairs(*mask, plan.max_pairs, cover_empty_rows=True),
         offsets,
         (plan.queries(q), plan.keys(k), plan.keys(v), q_ids, kv_ids),
@@ -543,7 +555,7 @@ def _d_queries(spec, q, k, v, q_segments, kv_segments, offsets, d_out, statistic
         spec,
         plan,
         "segment_attention_d_queries",
-        (plan.B, plan.H, plan.N),
+        (plan.B, plan.N, plan.H),
         block_pairs.list_pairs(*mask, plan.max_pairs, cover_empty_rows=False),
         offsets,
         _operands(plan, q, k, v, d_out, statistics, ids),
@@ -568,7 +580,7 @@ def _d_keys(spec, q, k, v, q_segments, kv_segments, offsets, d_out, statistics):
         spec,
         plan,
         "segment_attention_d_keys",
-        (plan.B, plan.K, plan.M),
+        (plan.B, plan.M, plan.K),
         block_pairs.list_pairs(*block_pairs.transpose(mask), plan.max_pairs, cover_empty_rows=False),
         offsets,
         _operands(plan, q, k, v, d_out, statistics, ids),
