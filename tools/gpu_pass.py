@@ -38,11 +38,10 @@ class Part:
     environment: tuple[tuple[str, str], ...] = ()
 
 
-# gigabytes of a GPU -> how much of MiMo-VL-7B is trained there: as many decoder layers and sequences as fit
-_SEVEN = {
-    80: ("--preset", "mimo_vl_7b", "--layers", "8", "--rows", "1", "--remat", "dots"),
-    141: ("--preset", "mimo_vl_7b", "--layers", "14", "--rows", "2", "--remat", "dots"),
-}
+# gigabytes of a GPU -> (packed sequences, decoder layers of MiMo-VL-7B that fit in full training); LoRA trains all
+_SEVEN = {80: (1, 8), 141: (2, 14)}
+# as many patches as the images of 8,192 tokens have, so that both fill
+_SHAPE = ("--preset", "mimo_vl_7b", "--patches", "12800", "--remat", "dots")
 _THREE = ("--preset", "qwen2_5_vl_3b")
 # torch and JAX in one process: JAX must not reserve the memory
 _SHARED = (("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),)
@@ -59,18 +58,24 @@ def parts_of(output: Path, small: bool) -> list[Part]:
     size = ("--small", "--steps", "2") if small else ()
     new = ("--new", "4") if small else ()
     lengths = ("256",) if small else ("8192",)
-    seven = _SEVEN[141 if gigabytes() > 100 else 80]
+    rows, layers = map(str, _SEVEN[141 if gigabytes() > 100 else 80])
+    seven = (*_SHAPE, "--rows", rows, "--layers", layers)
+    lora = (*_SHAPE, "--rows", rows, "--layers", "36", "--params", "bfloat16", "--lora", "16")
     parts = [
         Part("numerics", ("tools.gpu.numerics",), 90, _PLAIN),
-        Part("train-7b", ("tools.gpu.training", *seven, *size), 110, _ALL),
+        Part("train-7b", ("tools.gpu.training", *seven, *size, "--profile"), 100, _TRACED),
+        Part("train-7b-lora", ("tools.gpu.training", *lora, *size, "--profile"), 90, _TRACED),
         Part("kernels", ("tools.bench_kernels", "--lengths", *lengths, "--rounds", "5"), 110, _SHARED),
+        Part("generate-3b", ("tools.gpu.generation", *_THREE, *size, *new), 150, _ALL),
+        Part("serve-7b", ("tools.gpu.serving", "--preset", "qwen2_5_vl_7b", *size[:1]), 240, _ALL),
         Part("train-7b-torch", ("tools.gpu.torch_reference", "train", *seven, *size), 110, _TORCH),
-        Part("generate-3b", ("tools.gpu.generation", *_THREE, *size, *new), 80, _ALL),
         Part("generate-3b-torch", ("tools.gpu.torch_reference", "generate", *_THREE, *size, *new), 80, _TORCH),
         Part("tune", ("tools.tune_kernels", "--output", str(output / "tuned_cuda.json")), 110, _ALL),
-        Part("profile-7b", ("tools.gpu.training", *seven, "--profile", *size), 80, _TRACED),
         Part(
-            "profile-decode", ("tools.gpu.generation", *_THREE, "--profile", "--batches", "1", *size, *new), 80, _TRACED
+            "profile-decode",
+            ("tools.gpu.generation", *_THREE, "--profile", "--batches", "1", *size, *new),
+            120,
+            _TRACED,
         ),
         Part("train-3b", ("tools.gpu.training", *_THREE, "--layers", "28", *size), 100, _ALL),
     ]

@@ -22,12 +22,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jvlm.adapters import attach
+from jvlm.adapters.config import AdapterConfig
 from jvlm.data import packing
 from jvlm.data.config import DataConfig
 from jvlm.hardware import peak_flops
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
-from jvlm.models.vlm import TOWERS
 from jvlm.training import compiled_step, flops, train_step
 from jvlm.training.config import Experiment, OptimizerConfig
 from jvlm.training.starting_model import random_model
@@ -42,8 +43,10 @@ from tools.gpu.device_trace import device_seconds
 PROFILED = 2  # steps under the profiler
 
 
-def other_counters(experiment: Experiment, template: vlm.VLM, counts: flops.Counts) -> dict[str, float]:
-    """FLOP of a step as two public trainers count them; see the top of this file."""
+def other_counters(
+    experiment: Experiment, template: vlm.VLM, counts: flops.Counts, trained: flops.Trained
+) -> dict[str, float]:
+    """FLOP of a step as two public trainers count them; see the top of this file. The first is of full training."""
     decoder, data = experiment.model.decoder, experiment.data
     positions, S = data.batch_size * data.seq_len, data.seq_len
     parameters = vlm.parameter_counts(template)["decoder"]
@@ -56,7 +59,7 @@ def other_counters(experiment: Experiment, template: vlm.VLM, counts: flops.Coun
         images=np.append(counts.images, max(data.batch_size * data.max_patches - counts.patches, 0)),
         targets=positions,
     )
-    everything = flops.training(template, padded, flops.Trained.towers(*TOWERS)).total
+    everything = flops.training(template, padded, trained, flops.adapter_ranks(template)).total
     return {"lmms-engine (text only)": text_only, "VLR-CVC (padding is work)": everything}
 
 
@@ -64,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     workload.add_arguments(parser)
     parser.add_argument("--attention", help="implementation of segment_attention")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of the decoder, nothing else")
     parser.add_argument("--profile", action="store_true", help="also print the step by parts and its longest kernels")
     arguments = parser.parse_args()
     precision = Precision(param_dtype=arguments.params, remat=arguments.remat, attention=arguments.attention)
@@ -74,6 +78,7 @@ def main() -> None:
         model=config,
         tokenizer=str(workload.TOKENIZER),
         data=data,
+        adapter=None if arguments.lora is None else AdapterConfig(rank=arguments.lora, targets=("decoder",)),
         optimizer=OptimizerConfig(learning_rate=1e-6),
         steps=1000,
     )
@@ -87,7 +92,12 @@ def main() -> None:
         patch_values=processor.image_processor.patch_values,
         max_image_patches=abstract.max_image_patches,
     )
-    template, values = split(random_model(config, 0, planned.layout.parameter))
+    model = random_model(config, 0, planned.layout.parameter)
+    if experiment.adapter is not None:
+        tokenizer, sharding = processor.tokenizer, planned.layout.parameter
+        model = attach.attach(model, experiment.adapter, seed=0, tokenizer=tokenizer, sharding=sharding)
+    template, values = split(model)
+    del model
     state = planned.init_state(values)
     del values
     lowered = planned.step.lower(state, train_step.stack([batch]))
@@ -103,7 +113,8 @@ def main() -> None:
         taken.append(time.perf_counter() - began)
     seconds = statistics.median(taken[1:])
     counts = flops.counts_of([batch])
-    parts = flops.training(template, counts, flops.Trained.towers(*TOWERS))
+    trained = flops.Trained.of(template, planned.trainable)
+    parts = flops.training(template, counts, trained, flops.adapter_ranks(template))
     peak = peak_flops(jax.devices()[0].device_kind) or float("nan")
     memory = compiled.memory_analysis()
     resident = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -111,7 +122,11 @@ def main() -> None:
     stats = jax.devices()[0].memory_stats() or {}
     count = sum(vlm.parameter_counts(template).values())
     layers = config.decoder.num_layers
-    print(f"{arguments.preset}, {layers} decoder layers, {count / 1e9:.2f} G parameters ({arguments.params}), AdamW, ")
+    what = "" if arguments.lora is None else f"LoRA of rank {arguments.lora} on the decoder, "
+    print(
+        f"{arguments.preset}, {layers} decoder layers, {count / 1e9:.2f} G parameters ({arguments.params}), "
+        f"{what}AdamW, "
+    )
     print(
         f"remat {arguments.remat}, {arguments.rows} x {arguments.tokens:,} tokens and {arguments.patches:,} patches, "
     )
@@ -122,7 +137,7 @@ def main() -> None:
     print(f"| tokens a second, padding aside | {counts.tokens / seconds:,.0f} |")
     print(f"| TFLOP of a step, declared | {parts.total / 1e12:.1f} |")
     print(f"| declared MFU of {peak / 1e12:.0f} TFLOP/s | {parts.total / seconds / peak:.1%} |")
-    for name, work in other_counters(experiment, template, counts).items():
+    for name, work in other_counters(experiment, template, counts, trained).items():
         print(f"| MFU by the counter of {name} | {work / seconds / peak:.1%} |")
     print(f"| memory by the compiler, GiB | {resident / GIB:.1f} |")
     print(f"| peak memory in use, GiB | {stats.get('peak_bytes_in_use', float('nan')) / GIB:.1f} |")

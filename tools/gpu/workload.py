@@ -101,7 +101,9 @@ def fill_sequences(processor: Processor, rows: int, tokens: int, patches: int, l
     They are the fullest ``rows`` of a window eight times as large, since the last of a window are those left over.
     """
     rng, examples, windows = np.random.default_rng(0), [], 8 * rows
-    while sum(e.length for e in examples) < windows * tokens and sum(e.num_patches for e in examples) < windows * patches:
+    while (
+        sum(e.length for e in examples) < windows * tokens and sum(e.num_patches for e in examples) < windows * patches
+    ):
         examples.append(processor.encode(conversation(rng, largest)))
     sequences = [[examples[i] for i in packed] for packed in packing.best_fit(examples, tokens, patches)]
     return sorted(sequences, key=lambda sequence: -sum(e.length for e in sequence))[:rows]
