@@ -35,11 +35,19 @@ HARNESS_EVALSCOPE := evalscope==1.14.1
 # Clients of OpenAI's API and a load generator, each in an environment of its own, for `make test-clients`
 CLIENTS := openai==3.57.0 langchain-openai==1.7.4 litellm==1.110.2 aiperf==0.13.0
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
+# a folder with openclipart and nlvr_dev beside what the repository has, for the papers in miniature
+DATA ?=
+ONLY ?=
+MIMO_MINI := stage1 stage2 stage3 stage4
+MIMO_RUNS := $(addprefix runs/mimo_mini_,$(MIMO_MINI) rl)
+# a rehearsal: a few steps, a few examples
+MINI_SHARE := $(if $(SMALL),0.03,1)
+MINI_STEPS := $(if $(SMALL),--steps 4)
 PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_vl/72b
 RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-finetune demo-rl plan-finetune test test-slow test-exports test-harnesses bench-evaluate lint format backbones bench bench-data bench-kernels soak-data soak-rl tune gpu-pass plan meshes test-clients bench-serve soak-serve clean
+.PHONY: demo demo-finetune demo-rl mini-data mimo-mini mm15-mini idefics2-mini test-mini compose plan-finetune test test-slow test-exports test-harnesses bench-evaluate lint format backbones bench bench-data bench-kernels soak-data soak-rl tune gpu-pass plan meshes test-clients bench-serve soak-serve clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -83,6 +91,29 @@ demo-rl: $(VENV)/.core | runs/easy_vqa_start/hf  ## reinforcement learning on a 
 		$(VENV)/bin/jvlm rl align/easy_vqa_rl --seed $$seed --name easy_vqa_rl_$$seed $(ARGS) || [ $$? = 3 ] || exit 1; \
 	done
 	$(VENV)/bin/python -m tools.gains_over_seeds $(SEEDS:%=runs/easy_vqa_rl_%)
+
+mini-data: mini_data/made.json  ## pictures, words and films for the papers in miniature (DATA=folder: more of them)
+
+mini_data/made.json: | $(VENV)/.core
+	$(RUN) tools.mini.make_data mini_data --share $(MINI_SHARE) $(if $(DATA),--data $(DATA))
+
+mimo-mini: mini_data/made.json  ## MiMo-VL in miniature: four stages and reinforcement learning, with one report (SMALL=1 rehearses it)
+	$(VENV)/bin/jvlm train mini/mimo_start $(MINI_STEPS) $(ARGS)
+	for stage in $(MIMO_MINI); do $(VENV)/bin/jvlm train mini/mimo_$$stage $(MINI_STEPS) $(ARGS) || exit 1; done
+	$(VENV)/bin/jvlm rl mini/mimo_rl $(if $(SMALL),--steps 1) $(ARGS)
+	$(VENV)/bin/jvlm report $(MIMO_RUNS) --output runs/mimo_mini.html
+
+mm15-mini: mini_data/made.json  ## MM1.5 in miniature: three stages, and each of the paper's ablations as a sweep (ONLY="tiles kinds")
+	for stage in pretrain continual sft; do $(VENV)/bin/jvlm train mini/mm1_5_$$stage $(MINI_STEPS) $(ARGS) || exit 1; done
+	$(RUN) tools.mini.papers mm1_5 $(if $(ONLY),--only $(ONLY)) $(MINI_STEPS) $(ARGS)
+
+idefics2-mini: mini_data/made.json  ## Idefics2 in miniature, in the same form
+	for stage in stage1 stage2 sft; do $(VENV)/bin/jvlm train mini/idefics2_$$stage $(MINI_STEPS) $(ARGS) || exit 1; done
+	$(RUN) tools.mini.papers idefics2 $(if $(ONLY),--only $(ONLY)) $(MINI_STEPS) $(ARGS)
+
+compose: backbones mini_data/made.json  ## a VLM of SmolLM2-135M and a small ViT: projector, projector and tower, LoRA; an hour and more
+	for stage in stage1 stage2 lora; do $(VENV)/bin/jvlm train backbones/compose_$$stage $(MINI_STEPS) $(ARGS) || exit 1; done
+	$(VENV)/bin/jvlm report runs/compose_stage2 runs/compose_lora --output runs/compose.html
 
 test: $(VENV)/.test $(VENV)/.backbones
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -135,6 +166,9 @@ $(VENV)/.clients: $(VENV)/.test
 		$(VENV)/clients/$${client%%=*}/bin/pip install --quiet --disable-pip-version-check $$client || exit 1; \
 	done
 	touch $@
+
+test-mini: $(VENV)/.test  ## the papers in miniature, rehearsed from their data to their reports; a quarter of an hour
+	$(RUN) pytest tests/tools/every_mini.py $(ARGS)
 
 test-clients: $(VENV)/.clients $(VENV)/.harnesses  ## published clients against jvlm serve: openai, langchain, litellm, lmms-eval, aiperf; minutes
 	$(RUN) pytest tests/server/every_client.py $(ARGS)

@@ -14,6 +14,7 @@ import json
 import random
 import tarfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +177,7 @@ def chat_texts(example) -> list[str]:
     return ["system\nYou are a helpful assistant.", "\n", *contents, *roles]
 
 
-def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
+def train_tokenizer(texts: list[str], vocabulary: int, special: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
     """Return a byte-level BPE of Qwen's kind (any text encodable), with numbers to 99, small enough for the demo."""
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(r"\p{N}{1,2}|[^\p{N}]+")
@@ -188,7 +189,7 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
         vocab_size=vocabulary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     return tokenizer
 
 

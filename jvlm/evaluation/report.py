@@ -15,7 +15,7 @@ from jvlm.data.boxes import Box
 from jvlm.data.images import open_image
 from jvlm.evaluation.score import Answer
 
-_WIDTH, _HEIGHT = 560, 220
+WIDTH, HEIGHT = 560, 220  # of a plot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def curve(title: str, lines: Sequence[Mapping[str, Any]], key: str, *, skip_firs
         values = values[1:]
     lowest, highest = min(v for _, v in values), max(v for _, v in values)
     span, last = (highest - lowest) or 1.0, values[-1][0]
-    points = " ".join(f"{_WIDTH * s / last:.1f},{_HEIGHT - _HEIGHT * (v - lowest) / span:.1f}" for s, v in values)
+    points = " ".join(f"{WIDTH * s / last:.1f},{HEIGHT - HEIGHT * (v - lowest) / span:.1f}" for s, v in values)
     return Curve(title, points, f"{values[0][1]:.3g}", f"{values[-1][1]:.3g}", f"{highest:.3g}", f"{lowest:.3g}", last)
 
 
@@ -123,6 +123,6 @@ def write(path: Path, *, title: str, headline: Sequence[tuple[str, str, str]], *
         loader=jinja2.PackageLoader("jvlm.evaluation", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("report.html.jinja").render(
-        title=title, headline=headline, width=_WIDTH, height=_HEIGHT, **content
+        title=title, headline=headline, width=WIDTH, height=HEIGHT, **content
     )
     path.write_text(page)

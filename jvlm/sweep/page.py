@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 
 from jvlm.scoring.statistics import Interval
-from jvlm.sweep.results import METRICS, RunResult, Setting, settings_of, verdict
+from jvlm.sweep.results import RunResult, Setting, metrics_of, more_is_better, settings_of, verdict
 from jvlm.sweep.runner import SweepConfig
 from jvlm.sweep.trials import Trial
 
@@ -72,7 +72,7 @@ def plot(metric: str, settings: Sequence[Setting]) -> Plot:
         )
         for s in settings
     )
-    return Plot(metric, METRICS[metric], bars, lowest, highest)
+    return Plot(metric, more_is_better(metric), bars, lowest, highest)
 
 
 def write(
@@ -89,7 +89,7 @@ def write(
       found: slug -> result, of the trials that are finished.
       states: slug -> how a trial stands ("done", "failed", ...).
     """
-    plots = [plot(metric, own) for metric in METRICS if (own := settings_of(found, trials, metric))]
+    plots = [plot(metric, own) for metric in metrics_of(found) if (own := settings_of(found, trials, metric))]
     rows = [
         Row(
             trial,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from jvlm.sweep.trials import SEED, Trial
 ANSWERS, LOG = "answers.jsonl", "logging.jsonl"
 # metric -> whether more is better
 METRICS = {"accuracy": True, "mean_iou": True, "eval_loss": False, "eval_token_acc": True, "loss": False}
+SCORE = "score/"  # before a task's name: its mean score, where questions are of several tasks
 _LAST = 0.1  # share of the log lines, at its end, whose mean is the training loss
 
 Question = tuple[str, int, int]
@@ -82,9 +84,11 @@ def read_run(folder: epath.Path) -> RunResult:
     if not answers and not log:
         raise UserError(f"{folder} holds neither {ANSWERS} nor {LOG}: the trial has not run there")
     questions: dict[str, dict[Question, float]] = {}
+    several = len({answer["file"] for answer in answers}) > 1
     for answer in answers:
-        metric = "mean_iou" if "boxes" in answer else "accuracy"
-        questions.setdefault(metric, {})[answer["file"], answer["number"], answer["turn"]] = answer["score"]
+        kind = "mean_iou" if "boxes" in answer else "accuracy"
+        for metric in (kind, SCORE + task_of(answer["file"])) if several else (kind,):
+            questions.setdefault(metric, {})[answer["file"], answer["number"], answer["turn"]] = answer["score"]
     values = {metric: float(np.mean(list(scores.values()))) for metric, scores in questions.items()}
     for name in ("eval_loss", "eval_token_acc"):
         measured = [line[name] for line in log if line.get(name) is not None]
@@ -94,6 +98,22 @@ def read_run(folder: epath.Path) -> RunResult:
     if losses:
         values["loss"] = float(np.mean(losses[-max(1, round(_LAST * len(losses))) :]))
     return RunResult(values, questions)
+
+
+def task_of(file: str) -> str:
+    """Return the name of a file's task: "data/test_ocr.arrayrecord" is "ocr"."""
+    return Path(file).name.partition(".")[0].removeprefix("test_")
+
+
+def metrics_of(found: Mapping[str, RunResult]) -> list[str]:
+    """Return the metrics that some run has: those of all questions and of losses, then of each task."""
+    names = dict.fromkeys(name for result in found.values() for name in result.values)
+    return [name for name in METRICS if name in names] + sorted(name for name in names if name not in METRICS)
+
+
+def more_is_better(metric: str) -> bool:
+    """Return whether more of a metric is better."""
+    return METRICS.get(metric, True)
 
 
 def _lines(path: epath.Path) -> list[dict[str, Any]]:
@@ -165,19 +185,19 @@ def verdict(setting: Setting, metric: str) -> str:
         return "the same"
     if difference.low <= 0 <= difference.high:
         return f"no difference seen over {change.over} (one of {change.detectable:.3g} would show)"
-    better = (difference.value > 0) == METRICS[metric]
+    better = (difference.value > 0) == more_is_better(metric)
     return f"{'better' if better else 'worse'} by {abs(difference.value):.3g} over {change.over}"
 
 
 def table(found: Mapping[str, RunResult], trials: Sequence[Trial]) -> str:
     """Return the comparison as lines for the terminal, metric by metric."""
     lines: list[str] = []
-    for metric, more in METRICS.items():
+    for metric in metrics_of(found):
         settings = settings_of(found, trials, metric)
         if not settings:
             continue
         width = max(len(setting.name) for setting in settings)
-        lines.append(f"{metric} ({'more' if more else 'less'} is better)")
+        lines.append(f"{metric} ({'more' if more_is_better(metric) else 'less'} is better)")
         for setting in settings:
             between = f"{setting.interval.low:.3f} .. {setting.interval.high:.3f}" if setting.interval else ""
             runs = f"{setting.runs} run{'s' if setting.runs > 1 else ''}"

@@ -72,14 +72,19 @@ class Browser:
         self._browser.close()
         self._running.stop()
 
-    def scene(self, file: Path, rng: np.random.Generator, origin: Origin) -> Scene:
+    def scene(
+        self, file: Path, rng: np.random.Generator, origin: Origin, *, viewport: tuple[int, int] | None = None
+    ) -> Scene:
         """Return what is on the screen of a page; its size, scale and colour scheme are drawn.
+
+        Args:
+          viewport: width and height of the screen, at scale 1, in place of drawn ones.
 
         Raises:
           ExampleError: a page that does not load in time.
         """
-        width, height = VIEWPORTS[int(rng.integers(len(VIEWPORTS)))]
-        scale = SCALES[int(rng.integers(len(SCALES)))]
+        width, height = viewport or VIEWPORTS[int(rng.integers(len(VIEWPORTS)))]
+        scale = 1.0 if viewport else SCALES[int(rng.integers(len(SCALES)))]
         context = self._browser.new_context(
             viewport={"width": width, "height": height},
             device_scale_factor=scale,

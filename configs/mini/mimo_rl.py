@@ -1,0 +1,50 @@
+"""MiMo-VL in miniature, the last stage: reinforcement learning from several rewards at once, as in mimo_vl/morl.
+
+`make mimo-mini`. Each kind of question has its reward (mimo_rl_data/rewards.json): overlap of boxes, points in the
+element that is to be clicked, the number counted, the word read, the answer behind the reasoning.
+"""
+
+from pathlib import Path
+
+from jvlm import configs
+from jvlm.data.config import DataConfig
+from jvlm.rl.config import RewardConfig, RolloutConfig
+from jvlm.rl.log_config import RolloutLogConfig
+from jvlm.rl.prompt_stream import PromptStreamConfig
+from jvlm.rl.selection import SelectionConfig
+from jvlm.rl.task import PolicyTask
+from jvlm.training.config import CheckpointConfig, Experiment, OptimizerConfig, ValidationConfig
+
+REWARDS = Path(__file__).parent / "mimo_rl_data" / "rewards.json"
+FILES = ("grounding", "counting", "ocr", "gui", "qa", "reasoning")
+
+
+def get_config() -> Experiment:
+    """Fill a sequence with the answers to one prompt, which share its picture."""
+    mini = configs.module("mixtures/mini")
+    return Experiment(
+        name="mimo_mini_rl",
+        model=mini.MODEL,
+        init_from="runs/mimo_mini_stage4",
+        data=DataConfig(
+            train=tuple(f"{mini.DATA}/train_{name}.arrayrecord#1500" for name in FILES),
+            batch_size=52,
+            seq_len=448,
+            max_patches=64,
+            max_length=112,
+        ),
+        task=PolicyTask(
+            rollout=RolloutConfig(answers=8, max_tokens=48, temperature=0.7, slots=416, prefill_tokens=448),
+            rewards=RewardConfig(file=str(REWARDS), perfect={"grounding": 0.9}),
+            prompts=PromptStreamConfig(easy_share=0.1),
+            selection=SelectionConfig(groups=48),
+            log=RolloutLogConfig(samples_interval_steps=8, held_out_prompts=300),
+        ),
+        optimizer=OptimizerConfig(learning_rate=1.5e-4, warmup_steps=3, min_lr_ratio=0.1, weight_decay=0.0, beta2=0.99),
+        checkpoint=CheckpointConfig(save_interval_steps=10),
+        validation=ValidationConfig(data=mini.test(*FILES), interval_steps=8),
+        evaluation=mini.evaluation(*mini.SHORT, *mini.LONG),
+        export=mini.EXPORT,
+        steps=16,
+        log_interval_steps=5,
+    )

@@ -1,0 +1,173 @@
+"""The papers in miniature: what is drawn is what is asked for, splits share nothing, ablations are experiments."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from jvlm import configs
+from jvlm.data.readers.array_record import SHARD_SUFFIX
+from jvlm.models import vlm
+from jvlm.scoring.statistics import Interval
+from jvlm.sweep import trials
+from jvlm.sweep.results import Change, Setting
+from tools.make_easy_vqa import find_shape
+from tools.mini import examples, make_data, papers
+from tools.mini.drawing import DIRECTIONS
+
+
+def pixels(file: dict) -> np.ndarray:
+    with Image.open(io.BytesIO(file["bytes"])) as opened:
+        return np.asarray(opened.convert("RGB")).astype(int)
+
+
+def of_ground(image: np.ndarray) -> np.ndarray:
+    """Where a picture is not its ground, which is the colour of its first corner."""
+    return np.abs(image - image[0, 0]).max(-1) > 25
+
+
+def answers(example: dict) -> list[str]:
+    return [message["content"] for message in example["messages"][1::2]]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_number_is_that_of_the_separate_parts_of_the_picture(seed):
+    example = examples.counting(np.random.default_rng(seed))
+    image = pixels(example["images"][0])
+    found = ndimage.label(of_ground(image))[1]
+    if example["messages"][0]["content"].endswith("how many shapes are there?"):
+        assert answers(example) == [str(found)]
+    else:
+        assert int(answers(example)[0]) <= found
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_box_holds_the_shape_of_its_colour_and_kind(seed):
+    example = examples.grounding(np.random.default_rng(seed), count=1)
+    with Image.open(io.BytesIO(example["images"][0]["bytes"])) as opened:
+        (colour, kind), box = find_shape(opened)
+    assert re.search(r"where is the (.*)\?", example["messages"][0]["content"])[1] == f"{colour} {kind}"
+    assert np.abs(np.subtract(example["objects"]["bbox"][0], box)).max() <= 2
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_film_goes_the_ways_that_are_its_answer(seed):
+    example = examples.long_video(np.random.default_rng(seed))
+    middles = np.array(
+        [ndimage.center_of_mass(of_ground(pixels(frame)))[::-1] for frame in example["videos"][0]["video"]]
+    )
+    ways = []
+    for part in np.split(middles, 3):
+        step = part[-1] - part[0]
+        ways.append(max(DIRECTIONS, key=lambda name: step @ np.asarray(DIRECTIONS[name])))
+    assert answers(example) == [", then ".join(ways)]
+
+
+@pytest.mark.parametrize("make", [examples.sums, examples.reasoning, examples.long_reasoning])
+def test_a_sum_and_each_of_its_steps_are_right(make):
+    for seed in range(50):
+        example = make(np.random.default_rng(seed))
+        question, reply = (message["content"] for message in example["messages"])
+        thought, said = re.fullmatch(r"<think>(.*)</think>(\d+)", reply).groups()
+        assert int(said) == sum(map(int, re.findall(r"\d+", question))) < 100
+        assert all(int(a) + int(b) == int(c) for a, b, c in re.findall(r"(\d+) \+ (\d+) = (\d+)\.", thought))
+
+
+def test_a_list_gives_the_number_of_the_word_that_is_asked_for():
+    for seed in range(50):
+        example = examples.long_text(np.random.default_rng(seed))
+        shown, word = re.fullmatch(r"(.*)\. what is (\w+)\?", example["messages"][0]["content"]).groups()
+        assert answers(example) == [dict(pair.split() for pair in shown.split(", "))[word]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make_data.make(folder, share=0.01)
+    return folder
+
+
+def test_the_same_seed_makes_the_same_shards(made, tmp_path):
+    for kind in ("grounding", "long_documents", "video"):
+        again = make_data.drawn(0, kind, "test", 5, set())
+        assert list(make_data.shard(made / f"test_{kind}{SHARD_SUFFIX}")) == list(again)
+
+
+def test_no_picture_film_or_question_of_a_test_is_trained_on(made):
+    files = {
+        split: [make_data.identity(one) for path in made.glob(f"{split}_*") for one in make_data.shard(path)]
+        for split in ("train", "test")
+    }
+    assert min(map(len, files.values())) > 100
+    assert not set().union(*files["train"]) & set().union(*files["test"])
+
+
+def test_a_folder_of_data_is_split_by_picture(tmp_path):
+    folder = tmp_path / "openclipart" / "images"
+    folder.mkdir(parents=True)
+    rows = []
+    for number in range(20):
+        pixels = np.random.default_rng(number).integers(0, 256, (90, 120, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        rows.append(f'{{"image": "images/{number}.png", "title": "Drawing {number}"}}')
+    (folder.parent / "data.jsonl").write_text("\n".join(rows) + "\n")
+    found = make_data.of_folder(tmp_path, 1.0)
+    assert {name: len(own) for name, own in found.items()} == {"train_openclipart": 18, "test_openclipart": 2}
+    assert found["test_openclipart"][1]["text"] == "<image>drawing 10."
+
+
+CONFIGS = [path.stem for path in sorted((configs.FOLDER / "mini").glob("*.py"))]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_starts_from_the_stage_before_and_trains_on_what_is_made(name, made):
+    experiment = configs.load(f"mini/{name}")
+    names = {path.name for path in made.glob(f"*{SHARD_SUFFIX}")}
+    files = [*experiment.data.files, *experiment.evaluation.data, *experiment.validation.data]
+    assert {file.partition("#")[0].rpartition("/")[2] for file in files} <= names
+    if experiment.init_from is not None:
+        before = experiment.init_from.removeprefix("runs/")
+        assert before in {configs.load(f"mini/{other}").name for other in CONFIGS}
+    else:
+        assert experiment.model is not None
+
+
+def test_the_two_architectures_of_idefics2_have_equal_parameters():
+    counts = [
+        sum(vlm.parameter_counts(vlm.abstract(configs.load(f"mini/idefics2_{name}").model)).values())
+        for name in ("from_start", "cross_attention")
+    ]
+    assert counts[1] == pytest.approx(counts[0], rel=1e-3)
+
+
+ABLATIONS = [(paper, one) for paper, (_, every) in papers.PAPERS.items() for one in every]
+
+
+@pytest.mark.parametrize(("paper", "ablation"), ABLATIONS, ids=[f"{p}-{a.name}" for p, a in ABLATIONS])
+def test_every_trial_of_an_ablation_is_an_experiment(paper, ablation):
+    _, chosen = papers.sweep_of(paper, ablation, [1, 2], ())
+    trials.check(chosen, ())
+    assert max(finding.other for finding in ablation.findings) < len({trial.settings for trial in chosen})
+
+
+@pytest.mark.parametrize(
+    ("expected", "low", "high", "said"),
+    [
+        ("better", 0.02, 0.2, "seen"),
+        ("better", -0.2, -0.02, "the opposite is seen"),
+        ("better", -0.1, 0.1, "not seen at this size"),
+        ("worse", -0.2, -0.02, "seen"),
+        ("equal", -0.1, 0.1, "no difference is seen, as in the paper"),
+        ("equal", 0.02, 0.2, "not seen: better"),
+    ],
+)
+def test_a_finding_is_seen_where_the_interval_of_the_difference_says_so(expected, low, high, said):
+    change = Change(Interval((low + high) / 2, low, high), 0.05, "runs")
+    settings = [Setting((), 3, 0.5, None), Setting((), 3, 0.6, None, change)]
+    assert papers.Finding("", "score/ocr", 1, expected).verdict(settings).startswith(said)
+    assert papers.Finding("", "score/ocr", 2, expected).verdict(settings) == "not run"

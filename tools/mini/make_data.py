@@ -1,0 +1,213 @@
+"""Make the data of the papers in miniature: shards of small pictures, words and films, the same from the same seed.
+
+    python -m tools.mini.make_data mini_data
+    python -m tools.mini.make_data mini_data --data FOLDER --share 0.05
+
+For each kind of example `train_KIND.arrayrecord` and `test_KIND.arrayrecord`, which share no picture and no film, nor
+question without one. Questions of easy-VQA, white cells of BCCD and web pages come from the shards that the repository
+has; with ``--data`` drawings of openclipart and sentences of NLVR are taken from that folder too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jvlm import configs
+from jvlm.data.example_source import ExampleSource
+from jvlm.data.readers.array_record import SHARD_SUFFIX, write_shard
+from jvlm.errors import UserError
+from tools.mini import examples
+from tools.mini.examples import Example, Maker, asked
+
+EASY_VQA = configs.FOLDER / "mimo_vl" / "easy_vqa_data"
+WHITE_CELLS = configs.FOLDER / "finetune" / "white_cells_data"
+PAGES = configs.FOLDER / "mini" / "data"
+# kind -> (what makes one, how many to train on, how many to ask)
+DRAWN: dict[str, tuple[Maker, int, int]] = {
+    "captions": (examples.caption, 4000, 100),
+    "interleaved": (examples.page, 1500, 100),
+    "language": (examples.spoken, 6000, 100),
+    "grounding": (examples.grounding, 8000, 150),
+    "counting": (examples.counting, 6000, 150),
+    "ocr": (examples.ocr, 6000, 150),
+    "video": (examples.video, 3000, 150),
+    "text": (examples.text, 4000, 150),
+    "reasoning": (examples.reasoning, 4000, 150),
+    "instruction": (examples.instruction, 4000, 80),
+    "lines": (examples.lines, 4000, 150),
+    "math": (examples.math, 2000, 100),
+    "code": (examples.code, 2000, 100),
+    "science": (examples.science, 2000, 100),
+    "multi": (examples.multi, 2000, 100),
+    "high_resolution": (examples.high_resolution, 2000, 100),
+    "long_documents": (examples.long_document, 2000, 100),
+    "long_text": (examples.long_text, 2000, 100),
+    "long_video": (examples.long_video, 2000, 100),
+    "long_reasoning": (examples.long_reasoning, 2000, 100),
+}
+_TRIES = 200  # for one that is like none before
+
+
+def generator(seed: int, kind: str, split: str, number: int) -> np.random.Generator:
+    """Return the random numbers of one example, whatever else is made."""
+    return np.random.default_rng((seed, zlib.crc32(f"{kind} {split}".encode()), number))
+
+
+def identity(example: Example) -> set[str]:
+    """Return what no other split may have: hashes of the pictures and of the film, or else of the words."""
+    files = [image["bytes"] for image in example.get("images", ())]
+    files += [block["image"]["bytes"] for block in example.get("document", ()) if block["type"] == "image"]
+    films = [b"".join(frame["bytes"] for frame in video["video"]) for video in example.get("videos", ())]
+    said = [block["text"] for block in example.get("document", ()) if block["type"] == "text"]
+    words = json.dumps(example.get("messages") or said or example.get("text")).encode()
+    return {hashlib.sha256(content).hexdigest() for content in [*files, *films] or [words]}
+
+
+def drawn(seed: int, kind: str, split: str, count: int, taken: set[str]) -> Iterator[Example]:
+    """Yield examples with nothing in common with ``taken``, to which those of a test split are added."""
+    maker = DRAWN[kind][0]
+    number = 0
+    for _ in range(count):
+        for _ in range(_TRIES):
+            example = maker(generator(seed, kind, split, number))
+            number += 1
+            marks = identity(example)
+            if split == "train" and not marks & taken:
+                break
+            if split == "test" and not marks & taken:
+                taken |= marks
+                break
+        else:
+            raise UserError(f"{_TRIES} examples of {kind} in a row were like others: ask for fewer than {count}")
+        yield example | {"id": f"{kind}-{split}-{number}"}
+
+
+def shard(path: Path) -> Iterator[Example]:
+    """Yield the records of a shard as they are."""
+    source = ExampleSource([str(path)])
+    for index in range(len(source)):
+        yield source[index][1]
+
+
+def questions(share: float) -> dict[str, Iterable[Example]]:
+    """Return easy-VQA's questions: those of training as the demo asks them, of each test picture its first four."""
+    train = list(shard(EASY_VQA / f"questions{SHARD_SUFFIX}"))
+    train = [one for one in train if "objects" not in one]
+    step = max(round(1 / share), 1)
+    asked_of = [
+        {**one, "messages": _without_box(one["messages"])[:8], "objects": None}
+        for one in shard(EASY_VQA / "test.arrayrecord")
+    ]
+    return {"train_qa": train[::step], "test_qa": asked_of[: max(round(40 * share), 5)]}
+
+
+def _without_box(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    pairs = [pair for pair in zip(messages[::2], messages[1::2], strict=True) if "<bbox>" not in pair[1]["content"]]
+    flat = [dict(message) for pair in pairs for message in pair]
+    flat[0]["content"] = "<image>" + flat[0]["content"].removeprefix("<image>")
+    for message in flat[1:]:
+        message["content"] = message["content"].removeprefix("<image>")
+    return flat
+
+
+def places(share: float) -> dict[str, Iterable[Example]]:
+    """Return easy-VQA's places and the white cells of BCCD, for grounding."""
+    step = max(round(1 / share), 1)
+    where = list(shard(EASY_VQA / f"where{SHARD_SUFFIX}"))
+    held_out = []
+    for one in list(shard(EASY_VQA / "test.arrayrecord"))[: max(round(100 * share), 5)]:
+        pairs = zip(one["messages"][::2], one["messages"][1::2], strict=True)
+        question, reply = next(pair for pair in pairs if "<bbox>" in pair[1]["content"])
+        question = {**question, "content": "<image>" + question["content"].removeprefix("<image>")}
+        held_out.append({**one, "messages": [question, reply]})
+    return {
+        "train_where": where[::step],
+        "test_where": held_out,
+        "train_cells": list(shard(WHITE_CELLS / "train.arrayrecord"))[::step],
+        "test_cells": list(shard(WHITE_CELLS / "test.arrayrecord"))[::step],
+    }
+
+
+def web_pages(share: float) -> dict[str, Iterable[Example]]:
+    """Return the shards of web pages, made by `tools.mini.make_pages`."""
+    step = max(round(1 / share), 1)
+    return {f"{split}_gui": list(shard(PAGES / f"{split}_gui{SHARD_SUFFIX}"))[::step] for split in ("train", "test")}
+
+
+def of_folder(folder: Path, share: float) -> dict[str, Iterable[Example]]:
+    """Return what a folder of data has: titled drawings, sentences about pictures. One in ten is held out."""
+    found: dict[str, list[Example]] = {}
+    for name in ("openclipart", "nlvr_dev"):
+        file = folder / name / "data.jsonl"
+        if not file.exists():
+            continue
+        with open(file, encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        for number, row in enumerate(rows[:: max(round(1 / share), 1)]):
+            split = "test" if number % 10 == 0 else "train"
+            image = _small(file.parent / row["image"])
+            if name == "openclipart":
+                example = {"text": f"<image>{row['title'].lower()}.", "images": [{"bytes": image, "path": None}]}
+            else:
+                judged = "yes" if row["label"] == "true" else "no"
+                example = asked([image], (f"true? {row['sentence'].lower()}", judged), task="text")
+            found.setdefault(f"{split}_{name.removesuffix('_dev')}", []).append(example)
+    if not found:
+        raise UserError(f"{folder} has neither openclipart/data.jsonl nor nlvr_dev/data.jsonl: leave --data out")
+    return found
+
+
+def _small(path: Path) -> bytes:
+    """Return a picture of about 64 x 64 pixels, with its aspect, as a file."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    scale = (64 * 64 / (image.width * image.height)) ** 0.5
+    image = image.resize((max(round(image.width * scale), 16), max(round(image.height * scale), 16)))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=90)
+    return file.getvalue()
+
+
+def make(target: Path, *, seed: int = 0, share: float = 1.0, data: Path | None = None) -> dict[str, int]:
+    """Write all shards. Returns file -> number of examples."""
+    target.mkdir(parents=True, exist_ok=True)
+    written: dict[str, int] = {}
+
+    def write(name: str, content: Iterable[Example]) -> None:
+        written[name] = write_shard(target / f"{name}{SHARD_SUFFIX}", content)
+
+    taken: set[str] = set()
+    for kind, (_, _, test) in DRAWN.items():
+        write(f"test_{kind}", drawn(seed, kind, "test", max(round(share * test), 5), taken))
+    for kind, (_, train, _) in DRAWN.items():
+        write(f"train_{kind}", drawn(seed, kind, "train", max(round(share * train), 40), taken))
+    others = questions(share) | places(share) | web_pages(share) | (of_folder(data, share) if data else {})
+    for name, content in others.items():
+        write(name, content)
+    (target / "made.json").write_text(json.dumps({"seed": seed, "share": share, "examples": written}, indent=1))
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", type=float, default=1.0, help="of the examples of each kind; 0.05 for a rehearsal")
+    parser.add_argument("--data", type=Path, help="folder with openclipart and nlvr_dev")
+    options = parser.parse_args()
+    for name, count in make(options.target, seed=options.seed, share=options.share, data=options.data).items():
+        print(f"{name}: {count:,}")
+
+
+if __name__ == "__main__":
+    main()
