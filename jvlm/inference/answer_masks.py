@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from jvlm.data.packing import Example
+from jvlm.inference.bad_words import BadWords, word_tokens
 from jvlm.inference.constrain import Constraints, TokenConstraint, fill_drafts
 from jvlm.inference.grammar_text import within_pictures
 from jvlm.inference.requests import Grammar, SamplingParams
@@ -37,7 +38,7 @@ class AnswerMasks:
           prompt: its tokens tell whether the answer begins by thinking; its pictures, where boxes may be.
 
         Raises:
-          UserError: a grammar that may not be used.
+          UserError: a grammar that may not be used; a bad word without tokens.
         """
         if not sampling.is_constrained:
             return None
@@ -76,6 +77,20 @@ def _constraint(
     ends: Collection[int],
     prompt: Sequence[int],
 ) -> TokenConstraint:
+    inner = _without_bad_words(constraints, sampling, grammar, ends, prompt)
+    if not sampling.bad_words:
+        return inner
+    words = word_tokens(sampling.bad_words, constraints.processor.tokenizer)
+    return BadWords(words, constraints.free | constraints.end_bits | constraints.bits(ends), inner)
+
+
+def _without_bad_words(
+    constraints: Constraints,
+    sampling: SamplingParams,
+    grammar: Grammar | None,
+    ends: Collection[int],
+    prompt: Sequence[int],
+) -> TokenConstraint | None:
     inner = None if grammar is None else constraints.start(grammar, ends)
     if sampling.thinking_budget is None:
         return inner

@@ -70,6 +70,7 @@ class SamplingParams:
       prompt_logprobs: the same for the tokens of the prompt.
       grammar: what the answer must be.
       thinking_budget: tokens after which thinking is ended by ``</think>``; None lets it go on.
+      bad_words: texts whose tokens do not follow one another in the answer, at its beginning or after a space.
       skip_special_tokens: leave special tokens out of the text.
       detokenize: give the text of an answer besides its tokens.
 
@@ -99,6 +100,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     thinking_budget: int | None = None
+    bad_words: tuple[str, ...] = ()
     skip_special_tokens: bool = True
     detokenize: bool = True
 
@@ -125,9 +127,11 @@ class SamplingParams:
         for field in ("stop_token_ids", "allowed_token_ids"):
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, _ids(field, getattr(self, field)))
-        if isinstance(self.stop, str) or any(not isinstance(s, str) or not s for s in self.stop):
-            raise UserError(f"sampling.stop is {self.stop!r}; it must be a list of texts, none of them empty")
-        object.__setattr__(self, "stop", tuple(self.stop))
+        for field in ("stop", "bad_words"):
+            texts = getattr(self, field)
+            if isinstance(texts, str) or any(not isinstance(text, str) or not text for text in texts):
+                raise UserError(f"sampling.{field} is {texts!r}; it must be a list of texts, none of them empty")
+            object.__setattr__(self, field, tuple(texts))
         if self.stop and not self.detokenize:
             raise UserError("sampling.stop needs the text of the answer; leave detokenize = False out")
         bias = self.logit_bias
@@ -152,7 +156,7 @@ class SamplingParams:
     @property
     def is_constrained(self) -> bool:
         """Whether the host says for each token which ones may come."""
-        return self.grammar is not None or self.thinking_budget is not None
+        return self.grammar is not None or self.thinking_budget is not None or bool(self.bad_words)
 
     @property
     def sampled(self) -> bool:

@@ -10,7 +10,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 # fields that change what is answered and that are not done here: ignoring them would be wrong
 REFUSED = frozenset(
     "functions function_call best_of suffix use_beam_search prompt_embeds image_embeds audio chat_template tokenize "
-    "documents bad_words logits_processors truncate_prompt_tokens web_search_options prediction".split()
+    "documents logits_processors truncate_prompt_tokens web_search_options prediction".split()
 )
 # values of them that mean nothing
 _NOTHING = (None, False, [], {}, "")
@@ -54,6 +54,7 @@ class Sampling(Body):
     n: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Annotated[str, Field(max_length=128)] | list[Annotated[str, Field(max_length=128)]] | None = None
+    bad_words: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=256)] | None = None
     include_stop_str_in_output: bool = False
     stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
     ignore_eos: bool = False

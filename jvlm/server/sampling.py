@@ -104,6 +104,7 @@ def sampling_params(
             grammar=grammar,
             skip_special_tokens=request.skip_special_tokens,
             thinking_budget=getattr(request, "thinking_token_budget", None),
+            bad_words=tuple(request.bad_words or ()),
         )
     except UserError as error:
         raise of_user_error(error) from error

@@ -68,3 +68,11 @@ def test_prompts_that_are_none_are_refused(served, prompt):
 def test_a_media_token_among_ids_is_refused(served):
     image = served.service.processor.model.image_token_id
     assert complete(served, [1, image]).status_code == 400
+
+
+def test_bad_words_reach_the_engine_and_empty_ones_are_refused(served):
+    assert complete(served, "the cat", bad_words=["dog", "red cat"]).status_code == 200
+    assert served.engine.requests[-1].sampling.bad_words == ("dog", "red cat")
+    refused = complete(served, "the cat", bad_words=[""])
+    assert refused.status_code == 400
+    assert "bad_words" in refused.json()["error"]["message"]
