@@ -31,8 +31,7 @@ def word_tokens(words: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> tup
 class BadWords:
     """Forbids the last token of a word where the tokens before it have just come in the answer.
 
-    What is forbidden are the tokens that the tokenizer makes of a word, as in vLLM: the same letters by other tokens are
-    not.
+    What is forbidden are the tokens that the tokenizer makes of a word, as in vLLM, and not the same letters by others.
 
     Args:
       words: tokens of each.

@@ -78,5 +78,5 @@ def test_it_is_told_where_nothing_is_left():
 
 @pytest.mark.parametrize("words", ["red", [""], [3]])
 def test_what_is_no_list_of_texts_is_refused(words):
-    with pytest.raises(UserError, match="sampling.bad_words"):
+    with pytest.raises(UserError, match=r"sampling\.bad_words"):
         SamplingParams(bad_words=words)
