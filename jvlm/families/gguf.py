@@ -29,12 +29,13 @@ class GGUFVision:
 
     Attributes:
       add_keys: adds the keys to a `gguf.GGUFWriter`. Raises UserError for a tower that llama.cpp computes otherwise.
-      tensors: yields the GGUF tensors made of a tensor in the family's checkpoints, given its name: a name, and the
-        function that takes the one from the other. Nothing for tensors of the language model.
+      tensors: yields the GGUF tensors made of a tensor in the family's checkpoints, given its name and the model's
+        configuration: a name, and the function that takes the one from the other. Nothing for tensors of the language
+        model.
     """
 
     add_keys: Callable[[Any, VLMConfig], None]
-    tensors: Callable[[str], Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]]
+    tensors: Callable[[str, VLMConfig], Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +46,13 @@ class GGUFFormat:
       architecture: llama.cpp's name of the language model.
       pre_tokenizers: expressions by which the family's tokenizers split text, each with llama.cpp's name of it.
       vision: the vision tower and connector; None where llama.cpp has no form of them.
+      add_keys: adds keys of the language model that only this family has to a `gguf.GGUFWriter`; None adds none.
     """
 
     architecture: Callable[[VLMConfig], str]
     pre_tokenizers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     vision: GGUFVision | None = None
+    add_keys: Callable[[Any, VLMConfig], None] | None = None
 
 
 def language_model(config: VLMConfig) -> str:

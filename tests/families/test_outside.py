@@ -196,7 +196,7 @@ def test_its_gguf_record_is_what_gguf_files_are_written_by(site, folder, tmp_pat
     family = families.get("toy_vlm")
     vision = GGUFVision(
         lambda writer, config: writer.add_clip_projector_type("toy"),
-        lambda name: iter([("v.mix.weight", lambda value: value[:2])] if name == "vision.mix.weight" else []),
+        lambda name, _: iter([("v.mix.weight", lambda value: value[:2])] if name == "vision.mix.weight" else []),
     )
     monkeypatch.setattr(registry, "get", lambda name: dataclasses.replace(family, gguf=form))
     monkeypatch.setattr(families, "get", registry.get)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor, smart_resize
 
 import jvlm
@@ -19,11 +21,13 @@ from jvlm.adapters.targets import resolve
 from jvlm.data.boxes import Box, Sizes
 from jvlm.data.content import Conversation, Message, Text, Video
 from jvlm.data.video.sampling import by_number
+from jvlm.errors import UserError
 from jvlm.families.qwen3_vl.chat_format import TEMPLATE
 from jvlm.families.qwen3_vl.image_processor import Qwen3ImageConfig
 from jvlm.models import vlm
 from jvlm.weights import table
 from jvlm.weights.convert import convert
+from jvlm.weights.gguf_export import write_lora, write_text, write_vision
 from jvlm.weights.safetensors_files import joined
 from tests.families.oracle import check_packed_equals_alone, cross_entropy, prompt_of, several_turns, torch_loss, user
 from tests.families.qwen3_vl import CLASSES, Tiny, frames, inputs_of
@@ -306,3 +310,43 @@ def test_adapters_are_put_on_every_tower_and_written_under_the_names_of_peft(den
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     }
     assert modules == expected
+
+
+def test_gguf_files_hold_every_expert_and_every_deepstack_merger(experts, tmp_path):
+    """Names are those of llama.cpp's converter, which `every_transformers` runs itself; values are those of torch."""
+    write_text(experts.model, tmp_path / "text.gguf", format="q8_0")
+    write_vision(experts.model, tmp_path / "vision.gguf", format="f32")
+    text, vision = GGUFReader(tmp_path / "text.gguf"), GGUFReader(tmp_path / "vision.gguf")
+    fields = {name: field.contents() for name, field in text.fields.items()}
+    assert fields["general.architecture"] == "qwen3vlmoe"
+    sizes = [fields[f"qwen3vlmoe.{name}"] for name in ("expert_count", "expert_used_count", "expert_feed_forward_length")]
+    assert (sizes, fields["qwen3vlmoe.n_deepstack_layers"]) == ([6, 2, 24], 2)
+    values = {name: value.detach().numpy() for name, value in experts.torch_model.state_dict().items()}
+    tensors, matrices = {tensor.name: tensor for tensor in text.tensors}, GGMLQuantizationType
+    for layer in range(4):
+        mlp = f"model.language_model.layers.{layer}.mlp"
+        joint = values[f"{mlp}.experts.gate_up_proj"]
+        wanted = {
+            "ffn_gate_exps": (matrices.Q8_0, joint[:, :24]),
+            "ffn_up_exps": (matrices.Q8_0, joint[:, 24:]),
+            "ffn_down_exps": (matrices.F16, values[f"{mlp}.experts.down_proj"]),  # rows of 24 are no block of 32
+            "ffn_gate_inp": (matrices.F32, values[f"{mlp}.gate.weight"]),
+        }
+        for name, (kind, expected) in wanted.items():
+            found = tensors[f"blk.{layer}.{name}.weight"]
+            assert found.tensor_type == kind
+            value = dequantize(found.data, kind).reshape(expected.shape)
+            assert np.linalg.norm(value - expected) < 0.0065 * np.linalg.norm(expected)
+    held = {tensor.name: tensor.data for tensor in vision.tensors}
+    assert vision.fields["clip.vision.is_deepstack_layers"].contents() == [True, False, True, False]
+    for level, layer in enumerate((0, 2)):
+        for ours, theirs in (("norm", "norm"), ("fc1", "linear_fc1"), ("fc2", "linear_fc2")):
+            expected = values[f"model.visual.deepstack_merger_list.{level}.{theirs}.weight"]
+            np.testing.assert_array_equal(held[f"v.deepstack.{layer}.{ours}.weight"], expected)
+    np.testing.assert_array_equal(held["v.position_embd.weight"], values["model.visual.pos_embed.weight"])
+
+
+def test_an_adapter_of_experts_is_refused_as_a_gguf_file(experts, tmp_path):
+    weights = extract(attach(experts.model, AdapterConfig(rank=2, targets=("decoder.mlp",))))
+    with pytest.raises(UserError, match=r"(?s)cannot load this adapter; merge it.*of experts: 72"):
+        write_lora(weights, experts.model.config, tmp_path / "a.gguf")

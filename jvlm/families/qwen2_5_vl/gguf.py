@@ -65,7 +65,7 @@ def _full_attention_interval(vit: QwenViTConfig) -> int:
     return every
 
 
-def tensors(name: str) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+def tensors(name: str, config: VLMConfig) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
     """Yield what becomes of a checkpoint's tensor; see `GGUFVision`."""
     module, _, part = name.rpartition(".")
     layer = re.fullmatch(r"visual\.blocks\.(\d+)\.(.+)", module)

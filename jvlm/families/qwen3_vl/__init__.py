@@ -6,6 +6,7 @@ from jvlm.families import adapters, qwen
 from jvlm.families.base import Family
 from jvlm.families.qwen3_vl.chat_format import CHAT_FORMAT
 from jvlm.families.qwen3_vl.checkpoint import HF
+from jvlm.families.qwen3_vl.gguf import GGUF
 from jvlm.families.qwen3_vl.image_processor import Qwen3ImageConfig
 from jvlm.families.qwen3_vl.presets import PRESETS
 
@@ -21,4 +22,5 @@ FAMILY = Family(
     ),
     presets=PRESETS,
     hf=HF,
+    gguf=GGUF,
 )

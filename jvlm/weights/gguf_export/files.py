@@ -22,6 +22,8 @@ FORMATS = get_args(Format)
 _FILE_TYPES = {"f32": "ALL_F32", **{name: f"MOSTLY_{name.upper()}" for name in FORMATS[1:]}}
 # Embedding table and head suffer most from few bits (llama-quantize keeps the head in 6).
 _FINE = ("token_embd.weight", "output.weight")
+# Routers and tables of positions, as in llama.cpp's converter.
+_ALWAYS_F32 = (".ffn_gate_inp.weight", "v.position_embd.weight")
 ReadLayer = Callable[[str, int | None], np.ndarray]
 
 
@@ -146,8 +148,9 @@ def write_model(
 
 def _kind(gguf: Any, tensor: Tensor, format: str) -> Any:
     kinds = gguf.GGMLQuantizationType
-    # llama.cpp adds vectors in f32, and convolves with f32 kernels whatever the rest is in
-    if format == "f32" or len(tensor.shape) != 2:
+    # llama.cpp adds vectors in f32, and convolves with f32 kernels whatever the rest is in; experts are [experts, o, i]
+    is_matrix = len(tensor.shape) in (2, 3) and not tensor.name.endswith(_ALWAYS_F32)
+    if format == "f32" or not is_matrix:
         return kinds.F32
     kind = kinds.Q8_0 if tensor.name in _FINE and format.startswith(("q4", "q5")) else kinds[format.upper()]
     block, _ = gguf.GGML_QUANT_SIZES[kind]

@@ -14,6 +14,7 @@ from jvlm.errors import UserError
 from jvlm.models.vlm import VLMConfig
 from jvlm.weights.gguf_export import files, text
 from jvlm.weights.gguf_export.files import Tensor, Written
+from jvlm.weights.vocabulary import EMBEDDING
 
 
 def write_lora(weights: AdapterWeights, config: VLMConfig, path: Path, *, text_only: bool = False) -> Written:
@@ -34,7 +35,8 @@ def write_lora(weights: AdapterWeights, config: VLMConfig, path: Path, *, text_o
     inside = {target: low for target, low in sorted(weights.low_rank.items()) if target not in outside}
     problems = {
         "not of the language model": [] if text_only else [target.path for target in outside],
-        "an embedding table": [target.path for target in inside if not target.path.endswith(".kernel")],
+        "of experts": [target.path for target in inside if len(target.index) > 1],
+        "an embedding table": [target.path for target in inside if target.path == EMBEDDING],
         "DoRA's magnitude": [target.path for target, low in inside.items() if low.magnitude is not None],
         "a bias of the adapter": [target.path for target, low in inside.items() if low.bias is not None],
         "trained whole": [target.path for target in sorted(weights.parameters)],

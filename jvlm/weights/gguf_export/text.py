@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
@@ -14,6 +14,7 @@ from jaxtyping import Shaped
 from jvlm import families
 from jvlm.errors import UserError
 from jvlm.families.gguf import GGUFFormat
+from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.weights.gguf_export import files, tokenizer
@@ -36,6 +37,27 @@ _LAYER = {
 }
 _ENDINGS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 _PATH = re.compile(r"decoder\.blocks\.layer\.(.+)\.(kernel|scale|bias)")
+_EXPERTS = {f"decoder.blocks.layer.mlp.{name}": f"ffn_{name}_exps" for name in ("gate", "up", "down")}
+_OF_LAYER = {**_EXPERTS, "decoder.blocks.layer.mlp.router": "ffn_gate_inp"}
+
+
+class _Layers(NamedTuple):
+    """What a decoder's layers have in one of llama.cpp's architectures."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    mrope: str = "none"
+    experts: bool = False
+
+
+_ARCHITECTURES = {
+    "llama": _Layers(),
+    "qwen2": _Layers(qkv_bias=True),
+    "qwen3": _Layers(qk_norm=True),
+    "qwen2vl": _Layers(qkv_bias=True, mrope="in sections"),
+    "qwen3vl": _Layers(qk_norm=True, mrope="interleaved"),
+    "qwen3vlmoe": _Layers(qk_norm=True, mrope="interleaved", experts=True),
+}
 
 
 def write_text(
@@ -63,6 +85,8 @@ def write_text(
 
     def keys(writer: Any) -> None:
         _keys(writer, decoder)
+        if form.add_keys is not None:
+            form.add_keys(writer, model.config)
         if processor_tokenizer is None:
             writer.add_tokenizer_model("none")
             writer.add_vocab_size(decoder.vocab_size)
@@ -89,6 +113,10 @@ def _keys(writer: Any, decoder: TransformerConfig) -> None:
         writer.add_rope_dimension_sections([*decoder.mrope_section, 0])
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
         add(decoder.head_size)
+    if isinstance(decoder.mlp, MoEConfig):
+        writer.add_expert_count(decoder.mlp.experts)
+        writer.add_expert_used_count(decoder.mlp.top_k)
+        writer.add_expert_feed_forward_length(decoder.mlp.intermediate_size)
 
 
 def _tensors(model: VLM, read: ReadLayer) -> Iterator[Tensor]:
@@ -99,6 +127,9 @@ def _tensors(model: VLM, read: ReadLayer) -> Iterator[Tensor]:
         heads = rotary_heads(model.config, entry.path)
         if heads:
             tensor = dataclasses.replace(tensor, read=lambda t=tensor, n=heads: side_by_side(t.read(), n))
+        if entry.path in _EXPERTS:  # [experts, in, out], which llama.cpp has turned around
+            count, d_in, d_out = tensor.shape
+            tensor = Tensor(tensor.name, (count, d_out, d_in), lambda t=tensor: t.read().swapaxes(1, 2))
         yield tensor
 
 
@@ -106,6 +137,8 @@ def tensor_name(path: str, layer: int | None) -> str:
     """Return the GGUF name of a parameter of the decoder."""
     if layer is None:
         return (_WHOLE | _HEAD)[path]
+    if path in _OF_LAYER:
+        return f"blk.{layer}.{_OF_LAYER[path]}.weight"
     match = _PATH.fullmatch(path)
     return f"blk.{layer}.{_LAYER[match[1]]}.{_ENDINGS[match[2]]}"
 
@@ -127,15 +160,21 @@ def checked(config: VLMConfig) -> TransformerConfig:
     decoder = config.decoder
     if not isinstance(decoder, TransformerConfig):
         raise UserError(f"GGUF files of a {type(decoder).__name__} decoder cannot be written: llama.cpp has none")
-    odd = {
-        "mlp": decoder.mlp is not None,
-        "rope_scaling": decoder.rope_scaling is not None,
-        "qkv_bias = false": decoder.mrope_section is not None and not decoder.qkv_bias,
-        "qk_norm": decoder.qk_norm and (decoder.mrope_section is not None or decoder.qkv_bias),
-    }
-    for field, is_odd in odd.items():
-        if is_odd:
-            raise UserError(f"GGUF files of a decoder with {field} are not written; keep the Hugging Face folder")
+    name, mlp = architecture(config), decoder.mlp
+    mrope = "none" if decoder.mrope_section is None else "interleaved" if decoder.mrope_interleaved else "in sections"
+    found = _Layers(decoder.qkv_bias, decoder.qk_norm, mrope, mlp is not None)
+    odd = [
+        f"{field} = {value}"
+        for field, value, expected in zip(_Layers._fields, found, _ARCHITECTURES[name], strict=True)
+        if value != expected
+    ]
+    odd += ["rope_scaling"] if decoder.rope_scaling is not None else []
+    odd += [f"experts in every layer number {mlp.every} alone"] if mlp is not None and mlp.every != 1 else []
+    if odd:
+        raise UserError(
+            f"llama.cpp's {name!r} computes no decoder with {', '.join(odd)}: GGUF files of it are not written; keep "
+            "the Hugging Face folder"
+        )
     return decoder
 
 

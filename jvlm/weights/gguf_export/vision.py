@@ -14,7 +14,6 @@ from jvlm.families.gguf import GGUFVision
 from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.weights.gguf_export import files
 from jvlm.weights.gguf_export.files import ReadLayer, Tensor, Written
-from jvlm.weights.table import Entry
 
 
 def vision_form(config: VLMConfig) -> GGUFVision | None:
@@ -46,14 +45,14 @@ def write_vision(
         writer.add_clip_has_vision_encoder(True)
         form.add_keys(writer, model.config)
 
-    tensors = _tensors(form, files.entries(model), read or files.values_of(model))
+    tensors = _tensors(form, model, read or files.values_of(model))
     return files.write_model(model, path, "clip", "mmproj", keys, tensors, format=format, name=name)
 
 
-def _tensors(form: GGUFVision, entries: list[Entry], read: ReadLayer) -> Iterator[Tensor]:
-    for entry in entries:
+def _tensors(form: GGUFVision, model: VLM, read: ReadLayer) -> Iterator[Tensor]:
+    for entry in files.entries(model):
         stored = np.broadcast_to(np.zeros((), np.float32), entry.shape)  # its shape, without its memory
-        for name, part in form.tensors(entry.name):
+        for name, part in form.tensors(entry.name, model.config):
             yield Tensor(
                 name,
                 part(stored).shape,
