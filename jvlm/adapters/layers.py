@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jvlm_kernels import platforms
 
 from jvlm.models import device_ops, layers
+from jvlm.models.decoders.moe import ExpertPairs
 
 RANK = "rank"  # logical axis, which no mesh splits
 
@@ -161,6 +162,11 @@ class LowRankAdapter(nnx.Module):
         norm = column_norm(kernel(), self) if self.norm is None else self.norm[...]
         ratio = self.magnitude[...] / jnp.where(norm > 0, norm, 1)
         return jnp.where(self.scale[...] > 0, ratio, 1)
+
+    def of_experts(self) -> ExpertPairs:
+        """Return what is added to the matrices of experts, which all arrays are stacked as."""
+        a, b = self.pairs
+        return ExpertPairs(a, b * self.scale[...][:, None, None])
 
     @property
     def pairs(self) -> tuple[Float[Array, "*L i R"], Float[Array, "*L R o"]]:

@@ -27,6 +27,7 @@ from jvlm.adapters.layers import RANK, AdapterConstant
 from jvlm.adapters.weights import AdapterWeights, LowRank, Target
 from jvlm.errors import UserError
 from jvlm.models import device_ops
+from jvlm.models.decoders.moe import ExpertPairs
 from jvlm.models.vlm import VLM
 from jvlm.weights.vocabulary import HEAD
 
@@ -66,7 +67,7 @@ class AdapterChoice(nnx.Module):
     """Stands where a `LowRankAdapter` stands, and takes for each sequence the adapter that it asks for.
 
     Attributes:
-      a, b: [*, n, i, r] and [*, n, r, o]; scales are in b.
+      a, b: [*, n, i, r] and [*, n, r, o]; scales are in b. Of experts [*, E, n, i, r] and [*, E, n, r, o].
       factor: of the columns, [*, n, o]: DoRA's magnitude / norm; None where no adapter has one.
       bias: [*, n, o]; None where no adapter has one.
     """
@@ -91,6 +92,16 @@ class AdapterChoice(nnx.Module):
         a, b = (part[...].astype(x.dtype)[index] for part in (self.a, self.b))
         hidden = jnp.einsum("b...i,bir->b...r", x, a)
         return self._finished(y + jnp.einsum("b...r,bro->b...o", hidden, b), index)
+
+    def of_experts(self) -> ExpertPairs | None:
+        """Return the adapters of experts one behind the other along the ranks, and which of them a sequence has."""
+        index = _NUMBERS.get()
+        if index is None:
+            return None
+        a, b = self.a[...], self.b[...]
+        (E, n, i, r), o = a.shape, b.shape[-1]
+        chosen = jax.nn.one_hot(index, n, dtype=jnp.float32)
+        return ExpertPairs(a.swapaxes(1, 2).reshape(E, i, n * r), b.reshape(E, n * r, o), chosen)
 
     def pair_to_add(self, x: Float[Array, "B *L i"]) -> None:
         """Return None: the sequences of a batch have different adapters, so nothing can be added to the kernel."""
@@ -158,7 +169,7 @@ def stacked(
       room: gives all matrices that it names arrays of its rank, whatever the adapters have.
 
     Raises:
-      UserError: adapters with what no sequence can have for itself: whole modules, rows of tokens, experts, a head;
+      UserError: adapters with what no sequence can have for itself: whole modules, rows of tokens, a head;
         with ``room``, one that it does not hold.
     """
     if model.adapters is not None:
@@ -219,9 +230,8 @@ def _check(name: str, weights: AdapterWeights) -> None:
             f"adapter {name!r} brings whole parameters ({whole[0]}, ...), which sequences side by side cannot "
             "have each for itself: merge it into its base and serve that"
         )
-    odd = [t.path for t in weights.low_rank if t.path == HEAD or len(t.index) > 1]
-    if odd:
-        raise UserError(f"adapter {name!r} is on {odd[0]}; several adapters at once take none on a head or on experts")
+    if any(target.path == HEAD for target in weights.low_rank):
+        raise UserError(f"adapter {name!r} is on {HEAD}; several adapters at once take none on a head")
 
 
 def _choice(
@@ -253,8 +263,9 @@ def _choice(
                     arrays["bias"][at] = one.scale * one.bias
     *first, i, o = base.axes
     axes = {"a": (i, RANK), "b": (RANK, o), "factor": (o,), "bias": (o,)}
+    before = (*first, None) if first else ()  # of experts, then of adapters
     made = {
-        name: None if value is None else AdapterConstant(jnp.asarray(value), axes=(*first, *axes[name]))
+        name: None if value is None else AdapterConstant(jnp.asarray(value), axes=(*before, *axes[name]))
         for name, value in arrays.items()
     }
     return AdapterChoice(**made, axes=(i, o))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jvlm
-from jvlm.adapters import targets
+from jvlm.adapters import several, targets
 from jvlm.adapters.attach import attach, extract
 from jvlm.adapters.base_matrices import adapter_path
 from jvlm.adapters.config import AdapterConfig
@@ -92,6 +92,34 @@ def test_loss_and_gradients_are_those_of_experts_with_the_products_added(adapted
         assert not of_a[:, low.rank :].any()
         largest = max(largest, abs(G).max())
     assert largest > 1e-4
+
+
+@pytest.mark.parametrize("capacity", [None, 8.0])
+def test_each_sequence_has_the_experts_of_its_adapter_and_the_bits_of_the_base_without_one(adapted, capacity):
+    base, model = adapted
+    mlp = dataclasses.replace(CONFIG.decoder.mlp, capacity_factor=capacity)  # 8 drops nothing
+    config = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, mlp=mlp))
+    base = vlm.bind(vlm.abstract(config), {p: v.get_value() for p, v in vlm.parameters(base).items()})
+    one, rng = extract(model), np.random.default_rng(1)
+    fewer = {t: low for t, low in one.low_rank.items() if t.path != EXPERTS[2] and t.index != (0, 1)}
+    other = {t: dataclasses.replace(low, b=rng.standard_normal(low.b.shape) / 4) for t, low in fewer.items()}
+    given = {"one": one, "two": dataclasses.replace(one, low_rank=other)}
+    both, batch = several.stacked(base, given), models.batch(CONFIG)
+    names = [(None, "two", "one")[row % 3] for row in range(len(batch.tokens))]
+
+    def logits(model):
+        return np.asarray(model.decoder.logits(model.hidden(batch).hidden))
+
+    with several.choosing(jnp.asarray(several.numbers(both.adapters, names))):
+        found = logits(both)
+    alone = {None: logits(base), **{name: logits(attach(base, weights)) for name, weights in given.items()}}
+    for row, name in enumerate(names):
+        if name is None:
+            np.testing.assert_array_equal(found[row], alone[None][row])
+        else:
+            np.testing.assert_allclose(found[row], alone[name][row], atol=2e-5)
+            assert np.abs(found[row] - alone[None][row]).max() > 0.1
+    np.testing.assert_array_equal(logits(both), alone[None])
 
 
 def test_what_experts_cannot_have_is_refused():

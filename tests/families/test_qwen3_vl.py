@@ -319,7 +319,9 @@ def test_gguf_files_hold_every_expert_and_every_deepstack_merger(experts, tmp_pa
     text, vision = GGUFReader(tmp_path / "text.gguf"), GGUFReader(tmp_path / "vision.gguf")
     fields = {name: field.contents() for name, field in text.fields.items()}
     assert fields["general.architecture"] == "qwen3vlmoe"
-    sizes = [fields[f"qwen3vlmoe.{name}"] for name in ("expert_count", "expert_used_count", "expert_feed_forward_length")]
+    sizes = [
+        fields[f"qwen3vlmoe.{name}"] for name in ("expert_count", "expert_used_count", "expert_feed_forward_length")
+    ]
     assert (sizes, fields["qwen3vlmoe.n_deepstack_layers"]) == ([6, 2, 24], 2)
     values = {name: value.detach().numpy() for name, value in experts.torch_model.state_dict().items()}
     tensors, matrices = {tensor.name: tensor for tensor in text.tensors}, GGMLQuantizationType

@@ -134,15 +134,19 @@ def test_a_token_is_answered_alone_as_in_its_row(inputs):
     np.testing.assert_array_equal(other[SEGMENTS == 1], whole[SEGMENTS == 1])
 
 
-def test_on_tpu_a_step_of_decoding_by_all_experts_gives_what_the_chosen_ones_give():
+@pytest.mark.parametrize("adapters", [0, 3])
+def test_on_tpu_a_step_of_decoding_by_all_experts_gives_what_the_chosen_ones_give(adapters):
     """Among the choices are those of other devices' experts, which have numbers outside."""
     rng = np.random.default_rng(0)
     expert = jnp.asarray(rng.integers(-2, 7, (9, 1, 2)))
     x, share = (rng.normal(size=shape).astype(np.float32) for shape in ((9, 1, D), (9, 1, 2)))
-    weights = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, D, 7), (5, D, 7), (5, 7, D))]
-    found, expected = (
-        f(x, expert, share, *((w,) for w in weights)) for f in (moe._by_all_experts, moe._by_chosen_experts)
-    )
+    shapes = [
+        ((5, i, o), *((5, i, 2 * adapters), (5, 2 * adapters, o)) * bool(adapters)) for i, o in ((D, 7), (D, 7), (7, D))
+    ]
+    weights = [tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in part) for part in shapes]
+    chosen = np.eye(3, dtype=np.float32)[np.arange(9) % 3][:, None, :adapters]
+    x = np.concatenate([x, chosen], -1)
+    found, expected = (f(x, expert, share, *weights) for f in (moe._by_all_experts, moe._by_chosen_experts))
     assert np.abs(expected[0]).max() > 1
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -93,11 +93,29 @@ _MATRICES = {
 }
 
 
+class ExpertPairs(NamedTuple):
+    """What an adapter adds to the experts' matrices: of each expert the product of two small ones.
+
+    Attributes:
+      a, b: with ranks R; scales are in b.
+      chosen: which of n equal parts of the ranks a sequence has, as ones and zeros; None has all.
+    """
+
+    a: Float[Array, "E i R"]
+    b: Float[Array, "E R o"]
+    chosen: Float[Array, "B n"] | None = None
+
+
 class AdapterSlot(nnx.Module):
     """Where the adapter of one of the experts' matrices stands, or None."""
 
     def __init__(self):
         self.adapter = None
+
+    @property
+    def pairs(self) -> ExpertPairs | None:
+        """What the adapter adds; None without one, and where no sequence has chosen any."""
+        return None if self.adapter is None else self.adapter.of_experts()
 
 
 @register(MoEConfig)
@@ -132,39 +150,39 @@ class MoE(nnx.Module):
         valid_BS = segments > 0
         x_BSD = jnp.where(valid_BS[..., None], x_BSD, 0)
         routing = self.route(x_BSD, valid_BS)
-        weights, axes = self._weights(jnp.dtype(self.precision.compute_dtype))
+        dtype = jnp.dtype(self.precision.compute_dtype)
+        pairs = {name: slot.pairs for name, slot in self._slots().items()}
+        weights, axes = self._weights(pairs, dtype)
+        x = x_BSD.astype(dtype)
+        chosen = next((pair.chosen for pair in pairs.values() if pair is not None and pair.chosen is not None), None)
+        if chosen is not None:  # travels with each token, in columns behind its own
+            columns = jnp.broadcast_to(chosen.astype(dtype)[:, None], (*x.shape[:2], chosen.shape[-1]))
+            x = jnp.concatenate([x, columns], -1)
+        function = _without_capacity if self.config.capacity_factor is None else self._with_capacity
+        counts = tuple(1 if pair is None else 3 for pair in pairs.values())
         y_BSD, taken_BSk = device_ops.current().apply_experts(
-            self._without_capacity if self.config.capacity_factor is None else self._with_capacity,
-            x_BSD.astype(jnp.dtype(self.precision.compute_dtype)),
-            routing.expert,
-            routing.gate,
-            weights,
-            axes,
+            functools.partial(function, counts), x, routing.expert, routing.gate, weights, axes
         )
         choices = jnp.maximum(valid_BS.sum() * self.config.top_k, 1)
         dropped = (choices - taken_BSk.sum()) / choices * valid_BS.any()
         return y_BSD.astype(x_BSD.dtype), {**routing.reports, "router/dropped": dropped}
 
-    def _weights(self, dtype: jnp.dtype) -> tuple[tuple[Array, ...], tuple[tuple[str, ...], ...]]:
+    def _slots(self) -> dict[str, AdapterSlot]:
+        return {name: getattr(self, f"{name}_slot") for name in _MATRICES}
+
+    def _weights(
+        self, pairs: dict[str, ExpertPairs | None], dtype: jnp.dtype
+    ) -> tuple[tuple[Array, ...], tuple[tuple[str, ...], ...]]:
         """Return the experts' matrices, behind each the two of its adapter if it has one, and their logical axes."""
         weights, axes = [], []
         for name, names in _MATRICES.items():
             weights.append(getattr(self, name)[...].astype(dtype))
             axes.append(names)
-            adapter = getattr(self, f"{name}_slot").adapter
-            if adapter is not None:
-                a, b = adapter.pairs
-                weights += [a.astype(dtype), (b * adapter.scale[...][:, None, None]).astype(dtype)]
+            pair = pairs[name]
+            if pair is not None:
+                weights += [pair.a.astype(dtype), pair.b.astype(dtype)]
                 axes += [(names[0], names[1], "rank"), (names[0], "rank", names[2])]
         return tuple(weights), tuple(axes)
-
-    def _grouped(self, weights: tuple[Array, ...]) -> Iterator[tuple[Array, ...]]:
-        """Yield for gate, up and down the matrix, and the two of its adapter if it has one."""
-        rest = list(weights)
-        for name in _MATRICES:
-            count = 1 if getattr(self, f"{name}_slot").adapter is None else 3
-            yield tuple(rest[:count])
-            del rest[:count]
 
     def route(self, x_BSD: Float[Array, "B S D"], valid_BS: Bool[Array, "B S"]) -> Routing:
         """Return the ``top_k`` most likely experts of a softmax over all, in float32."""
@@ -197,16 +215,9 @@ class MoE(nnx.Module):
         expert_BSk = jnp.where(valid_BS[..., None], expert_BSk, E)
         return Routing(expert_BSk, jnp.where(valid_BS[..., None], gate_BSk, 0.0), reports)
 
-    def _without_capacity(self, x_BSD, expert_BSk, gate_BSk, *weights):
-        """Compute every choice."""
-        arguments = (x_BSD, expert_BSk, gate_BSk, *self._grouped(weights))
-        if x_BSD.shape[1] > 1:
-            return _by_chosen_experts(*arguments)
-        return jax.lax.platform_dependent(*arguments, tpu=_by_all_experts, default=_by_chosen_experts)
-
-    def _with_capacity(self, x_BSD, expert_BSk, gate_BSk, *weights):
+    def _with_capacity(self, counts, x_BSD, expert_BSk, gate_BSk, *weights):
         """Compute the first C choices of each expert."""
-        gate, up, down = self._grouped(weights)
+        gate, up, down = _grouped(weights, counts)
         (B, S, k), E = expert_BSk.shape, len(gate[0])
         T, C = B * S, self.config.capacity(B * S)
         # all first choices, then all second ones: experts take them in this order
@@ -217,18 +228,45 @@ class MoE(nnx.Module):
         index = jnp.where(taken, chosen * C + rank, E * C)
         x = jnp.zeros((E * C, x_BSD.shape[-1]), x_BSD.dtype)
         x = x.at[index].set(jnp.tile(x_BSD.reshape(T, -1), (k, 1)), mode="drop").reshape(E, C, -1)
-        product = functools.partial(jnp.einsum, "ecd,edf->ecf")
-        hidden = jax.nn.silu(_adapted(product, x, gate)) * _adapted(product, x, up)
-        y = _adapted(product, hidden, down).reshape(E * C, -1)
+        y = _swiglu(functools.partial(jnp.einsum, "ecd,edf->ecf"), x, gate, up, down).reshape(E * C, -1)
         outputs = jnp.where(taken[:, None], y[jnp.minimum(index, E * C - 1)], 0)
         by_token = outputs.reshape(k, T, -1).swapaxes(0, 1)
         return _combine(by_token, gate_BSk, x_BSD.dtype), taken.astype(jnp.float32).reshape(k, T).T.reshape(B, S, k)
 
 
-def _adapted(product: Callable[[Array, Array], Array], x: Array, weights: tuple[Array, ...]) -> Array:
+def _grouped(weights: tuple[Array, ...], counts: tuple[int, ...]) -> Iterator[tuple[Array, ...]]:
+    """Yield for gate, up and down the matrix, and the two of its adapter if it has one."""
+    rest = list(weights)
+    for count in counts:
+        yield tuple(rest[:count])
+        del rest[:count]
+
+
+def _without_capacity(counts, x_BSD, expert_BSk, gate_BSk, *weights):
+    """Compute every choice."""
+    arguments = (x_BSD, expert_BSk, gate_BSk, *_grouped(weights, counts))
+    if x_BSD.shape[1] > 1:
+        return _by_chosen_experts(*arguments)
+    return jax.lax.platform_dependent(*arguments, tpu=_by_all_experts, default=_by_chosen_experts)
+
+
+def _swiglu(product: Callable[[Array, Array], Array], x: Array, gate, up, down) -> Array:
+    """Return the experts' outputs; what is in ``x`` behind their inputs says which adapter a row has."""
+    width = gate[0].shape[1]
+    x, chosen = x[..., :width], x[..., width:]
+    hidden = jax.nn.silu(_adapted(product, x, gate, chosen)) * _adapted(product, x, up, chosen)
+    return _adapted(product, hidden, down, chosen)
+
+
+def _adapted(
+    product: Callable[[Array, Array], Array], x: Array, weights: tuple[Array, ...], chosen: Float[Array, "*L n"]
+) -> Array:
     """Return the product with a matrix, and with the two of its adapter if there are three."""
     y = product(x, weights[0])
-    return y if len(weights) == 1 else y + product(product(x, weights[1]), weights[2])
+    if len(weights) == 1:
+        return y
+    hidden, n = product(x, weights[1]), chosen.shape[-1]
+    return y + product(hidden * jnp.repeat(chosen, hidden.shape[-1] // n, -1) if n else hidden, weights[2])
 
 
 def _numbered(expert, count: int):
@@ -254,8 +292,7 @@ def _by_chosen_experts(x_BSD, expert_BSk, gate_BSk, gate, up, down):
     def product(x, matrices):
         return grouped_matmul(x, matrices, sizes)
 
-    hidden = jax.nn.silu(_adapted(product, x, gate)) * _adapted(product, x, up)
-    y = jnp.where(grouped, _adapted(product, hidden, down), 0)[jnp.argsort(order)]
+    y = jnp.where(grouped, _swiglu(product, x, gate, up, down), 0)[jnp.argsort(order)]
     return _combine(y, gate_BSk, x_BSD.dtype), (expert_N < E).astype(jnp.float32).reshape(expert_BSk.shape)
 
 
@@ -268,9 +305,7 @@ def _by_all_experts(x_BSD, expert_BSk, gate_BSk, gate, up, down):
     E = len(gate[0])
     expert_Bk, x_BD = _numbered(expert_BSk[:, 0], E), x_BSD[:, 0]
     weight_BE = (jax.nn.one_hot(expert_Bk, E) * gate_BSk[:, 0, :, None].astype(jnp.float32)).sum(1)
-    product = functools.partial(jnp.einsum, "ebd,edf->ebf")
     x_EBD = jnp.broadcast_to(x_BD, (E, *x_BD.shape))
-    hidden = jax.nn.silu(_adapted(product, x_EBD, gate)) * _adapted(product, x_EBD, up)
-    y = _adapted(product, hidden, down)
+    y = _swiglu(functools.partial(jnp.einsum, "ebd,edf->ebf"), x_EBD, gate, up, down)
     added = jnp.einsum("ebd,be->bd", y.astype(jnp.float32), weight_BE).astype(x_BSD.dtype)
     return added[:, None], (expert_Bk < E).astype(jnp.float32)[:, None]
