@@ -68,6 +68,14 @@ def quantize(kernel: Float[np.ndarray, "i o"], format: str) -> dict[str, np.ndar
     return {**parts, **dict(zip(PARTS["nf4x2"][1:], double_quantized(absmax), strict=True))}
 
 
+def quantize_all(kernels: Float[np.ndarray, "*E i o"], format: str) -> dict[str, np.ndarray]:
+    """Return the parts of a kernel, or of each kernel of a stack, stacked. Raises as `quantize`."""
+    if kernels.ndim == 2:
+        return quantize(kernels, format)
+    each = [quantize_all(kernel, format) for kernel in kernels]
+    return {name: np.stack([parts[name] for parts in each]) for name in PARTS[format]}
+
+
 def dequantize(parts: Parts, format: str) -> Float[np.ndarray, "i o"]:
     """Return the kernel that parts stand for, in float32."""
     if format in ("int8", "fp8"):

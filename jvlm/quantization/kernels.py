@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,8 +18,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from jvlm.models import device_ops
+from jvlm.models.decoders.moe import EXPERT_AXES
 from jvlm.models.layers import StoredKernel
 from jvlm.quantization import formats
+
+# of a linear layer, or of a layer's experts
+_PART = re.compile(rf"\.(kernel|{'|'.join(EXPERT_AXES)})\.({'|'.join(sorted(set().union(*formats.PARTS.values())))})$")
 
 
 class QuantizedParam(nnx.Param):
@@ -30,11 +35,11 @@ class QuantizedKernel(StoredKernel):
 
     Args:
       parts: by name, as `formats.PARTS` has them; arrays or their shapes, with the leading axes of stacked layers.
-      shape: of the kernel of one layer, (inputs, outputs).
-      axes: logical axes of the kernel.
+      shape: of the kernel of one layer, or of one expert of a layer: (inputs, outputs).
+      axes: logical axes of the kernel: those of ``shape``, behind that of a layer's experts if it has any.
     """
 
-    def __init__(self, format: str, parts: Mapping[str, Any], shape: tuple[int, int], axes: tuple[str, str]):
+    def __init__(self, format: str, parts: Mapping[str, Any], shape: tuple[int, int], axes: tuple[str, ...]):
         self.format, self.shape, self.axes = format, shape, axes
         for name in formats.PARTS[format]:
             setattr(self, name, QuantizedParam(parts[name], axes=_axes_of(name, format, axes)))
@@ -47,7 +52,7 @@ class QuantizedKernel(StoredKernel):
     def stacked_shape(self) -> tuple[int, ...]:
         return (*self.codes.get_value().shape[:-2], *self.shape)
 
-    def weight(self, dtype: DTypeLike) -> Float[Array, "i o"]:
+    def weight(self, dtype: DTypeLike) -> Float[Array, "*E i o"]:
         return jax.lax.stop_gradient(self._read(dtype)(self.parts))
 
     def product(self, x: Float[Array, "*L i"], *, pad_in: int = 0, pad_out: int = 0) -> Float[Array, "*L o"]:
@@ -58,11 +63,12 @@ class QuantizedKernel(StoredKernel):
         return _Read(self.format, self.axes, jnp.dtype(dtype).name, ops, (pad_in, pad_out))
 
 
-def _axes_of(part: str, format: str, axes: tuple[str, str]) -> tuple[str | None, ...]:
+def _axes_of(part: str, format: str, axes: tuple[str, ...]) -> tuple[str | None, ...]:
     """Return the logical axes of a part. Scales are split where the kernel is; what counts them is small."""
+    *experts, i, o = axes
     if part == "codes" or (part == "scale" and format == "nf4"):
         return axes
-    return {"scale": axes[1:], "scale_codes": axes[::-1], "scale_scale": (None,), "scale_offset": ()}[part]
+    return (*experts, *{"scale": (o,), "scale_codes": (o, i), "scale_scale": (None,), "scale_offset": ()}[part])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +76,20 @@ class _Read:
     """From parts to the dequantised kernel in a dtype; hashable. The operations are those of the forward pass."""
 
     format: str
-    axes: tuple[str, str]
+    axes: tuple[str, ...]
     dtype: str
     ops: device_ops.DeviceOps
     padding: tuple[int, int]
 
-    def __call__(self, parts: Mapping[str, Array]) -> Float[Array, "i o"]:
+    def __call__(self, parts: Mapping[str, Array]) -> Float[Array, "*E i o"]:
+        experts = parts["codes"].ndim - 2  # 1, or 0 where one of them was taken out
+        axes = self.axes[len(self.axes) - 2 - experts :]
         # gathered as codes: a quarter, or half, of the bytes
-        axes = {name: _axes_of(name, self.format, self.axes) for name in parts}
-        parts = {name: self.ops.all_gather_param(value, axes[name]) for name, value in parts.items()}
-        kernel = dequantize(parts, self.format, self.dtype)
+        parts = {
+            name: self.ops.all_gather_param(value, _axes_of(name, self.format, axes)) for name, value in parts.items()
+        }
+        read = functools.partial(dequantize, format=self.format, dtype=self.dtype)
+        kernel = jax.vmap(read)(parts) if experts else read(parts)
         pad_in, pad_out = self.padding
         return jnp.pad(kernel, ((0, pad_in), (0, pad_out))) if pad_in or pad_out else kernel
 
@@ -138,7 +148,7 @@ def _double_dequantized(parts: Mapping[str, Array]) -> Float[Array, "o b"]:
 
 def is_part(path: str) -> bool:
     """Return whether the dotted path of a parameter is that of a part of a quantised kernel."""
-    return path.rpartition(".")[0].endswith(".kernel")
+    return _PART.search(path) is not None
 
 
 def quantized_kernels(model: nnx.Module) -> Iterator[tuple[str, QuantizedKernel]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from jvlm.errors import UserError
+from jvlm.models.decoders.moe import EXPERT_AXES, MoE
 from jvlm.models.layers import Linear
 from jvlm.models.vlm import VLM
 from jvlm.quantization import formats
@@ -21,7 +21,7 @@ from jvlm.quantization.config import QuantizationConfig
 from jvlm.quantization.kernels import QuantizedKernel, quantized_kernels
 
 ShardingOf = Callable[[str, nnx.Variable], Sharding]
-# A kernel's leading axes (layers) -> its parts there.
+# A kernel's leading axes (layers, and not experts) -> its parts there.
 ReadParts = Callable[[tuple[int, ...]], Mapping[str, np.ndarray]]
 WORKERS = 4  # matrices that are quantised at a time: each needs its float32 values for that long
 
@@ -31,29 +31,39 @@ def format_of(config: QuantizationConfig) -> str:
     return "nf4x2" if config.kind == "nf4" and config.double else config.kind
 
 
-def targets(model: VLM, config: QuantizationConfig) -> Iterator[tuple[str, Linear]]:
-    """Yield the linear layers that are quantised, with the dotted path of each; the head is not among them.
+def _matrices(model: VLM) -> Iterator[tuple[str, nnx.Module, str]]:
+    """Yield (dotted path, module, name in it) of every kernel of a linear layer or of experts, but for the head's."""
+    for parts, module in nnx.iter_modules(model):
+        path = ".".join(map(str, parts))
+        if isinstance(module, Linear) and path != "decoder.head":
+            yield f"{path}.kernel", module, "kernel"
+        elif isinstance(module, MoE):
+            yield from ((f"{path}.{name}", module, name) for name in EXPERT_AXES)
+
+
+def targets(model: VLM, config: QuantizationConfig) -> list[tuple[str, nnx.Module, str]]:
+    """Return the matrices that are quantised, ordered by path: (dotted path, module, name in it).
 
     Raises:
-      UserError: patterns that match no linear layer.
+      UserError: patterns that match none.
     """
-    linears = {".".join(map(str, path)): part for path, part in nnx.iter_modules(model) if isinstance(part, Linear)}
-    linears.pop("decoder.head", None)
-    chosen = {path: part for path, part in linears.items() if config.matches(path)}
+    found = sorted(_matrices(model), key=lambda matrix: matrix[0])
+    chosen = [matrix for matrix in found if config.matches(matrix[0].removesuffix(".kernel"))]
     if not chosen:
-        some = ", ".join(itertools.islice(linears, 3))
+        some = ", ".join(path.removesuffix(".kernel") for path, *_ in found[:3])
         raise UserError(f"quantize.targets {', '.join(config.targets)} match no linear layer; there are {some}, ...")
-    yield from sorted(chosen.items())
+    return chosen
 
 
 def quantized_template(model: VLM, config: QuantizationConfig) -> VLM:
     """Return an abstract model with quantised kernels in place of those that a configuration targets."""
     graph, state = nnx.split(model)
     model, format = nnx.merge(graph, state), format_of(config)
-    for path, linear in list(targets(model, config)):
-        value = linear.kernel.get_value()
-        parts = abstract_parts(value.shape, format, path)
-        linear.kernel = QuantizedKernel(format, parts, value.shape[-2:], linear.axes)
+    for path, module, name in targets(model, config):
+        variable = getattr(module, name)
+        shape, axes = variable.get_value().shape, tuple(variable.get_metadata()["axes"])
+        parts = abstract_parts(shape, format, path.removesuffix(".kernel"))
+        setattr(module, name, QuantizedKernel(format, parts, shape[-2:], axes))
     return model
 
 
@@ -80,11 +90,11 @@ def fill(path: str, kernel: QuantizedKernel, read: ReadParts, sharding: Sharding
     """Give an abstract kernel its values, layer by layer; only its parts are held, and only they reach devices.
 
     Args:
-      read: parts of one layer's kernel, called by several threads.
+      read: parts of one layer's kernel, or of all of its experts, called by several threads.
     """
     variables = {name: getattr(kernel, name) for name in formats.PARTS[kernel.format]}
     avals = {name: variable.get_value() for name, variable in variables.items()}
-    leading = avals["codes"].shape[:-2]
+    leading = avals["codes"].shape[: -len(kernel.axes)]
     held = {name: np.empty(aval.shape, aval.dtype) for name, aval in avals.items()}
 
     def one(index: tuple[int, ...]) -> None:
@@ -105,13 +115,13 @@ def _put(value: np.ndarray, sharding: Sharding) -> jax.Array:
 def quantized(model: VLM, config: QuantizationConfig, sharding: ShardingOf | None = None) -> VLM:
     """Return a model whose targets are quantised; its other parameters are shared with ``model``."""
     graph, state = nnx.split(model)
-    plain = {path: linear.kernel for path, linear in targets(nnx.merge(graph, state), config)}
+    plain = {path: getattr(module, name) for path, module, name in targets(nnx.merge(graph, state), config)}
     result = quantized_template(model, config)
     for path, kernel in quantized_kernels(result):
-        value = plain[path.removesuffix(".kernel")].get_value()
+        value = plain[path].get_value()
 
         def read(index: tuple[int, ...], value: Any = value, format: str = kernel.format) -> dict[str, np.ndarray]:
-            return formats.quantize(np.asarray(value[index]), format)
+            return formats.quantize_all(np.asarray(value[index]), format)
 
         fill(path, kernel, read, sharding)
     return result
@@ -121,9 +131,10 @@ def dequantized(model: VLM, dtype: str) -> VLM:
     """Return a model with plain kernels in a dtype: what its quantised ones stand for."""
     graph, state = nnx.split(model)
     model = nnx.merge(graph, state)
-    for _, module in list(nnx.iter_modules(model)):
-        if isinstance(module, Linear) and isinstance(module.kernel, QuantizedKernel):
-            module.kernel = nnx.Param(_dequantized(module.kernel, dtype), axes=module.axes)
+    for _, module, name in list(_matrices(model)):
+        kernel = getattr(module, name)
+        if isinstance(kernel, QuantizedKernel):
+            setattr(module, name, nnx.Param(_dequantized(kernel, dtype), axes=kernel.axes))
     return model
 
 

@@ -24,7 +24,7 @@ from jvlm.models import vlm
 from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLM, VLMConfig, parameters
 from jvlm.quantization.config import QuantizationConfig
-from jvlm.quantization.formats import quantize as quantize_kernel
+from jvlm.quantization.formats import quantize_all
 from jvlm.quantization.kernels import is_part, quantized_kernels
 from jvlm.quantization.model import fill, quantized_template
 from jvlm.quantization.stored import open_tensors, report, stored_parts
@@ -99,7 +99,7 @@ def load_weights(
                 entry = entries[index]
                 if (codes := stored_parts(tensors, stored[entry.name], entry.pattern, format)) is not None:
                     return codes
-                return quantize_kernel(entry.to_param(tensors.read(stored[entry.name])), format)
+                return quantize_all(entry.to_param(tensors.read(stored[entry.name])), format)
 
             fill(path, kernel, parts, sharding)
         report(tensors, config.precision.param_dtype)

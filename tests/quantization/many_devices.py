@@ -16,9 +16,12 @@ from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.parallel.sharded_ops import ShardedOps
 from jvlm.quantization.config import QuantizationConfig
+from jvlm.quantization.model import quantized
+from jvlm.training.starting_model import random_model
 from jvlm.training.supervised import supervised_loss
 from jvlm.weights import hf
-from tests.quantization.support import FOLDER, text_batch
+from tests.parallel import models
+from tests.quantization.support import FOLDER, text_batch, with_experts
 
 CONFIGS = {"nf4x2": QuantizationConfig("nf4"), "int8": QuantizationConfig("int8")}
 
@@ -38,6 +41,30 @@ def _compiled(model, batch, ops):
     table = values.pop(path)
     compiled = jax.jit(jax.value_and_grad(loss)).lower(table, values).compile()
     return compiled, compiled(table, values)
+
+
+def experts() -> None:
+    """The same of quantised experts, two on each of two devices along `expert`, stored over `fsdp`; prints JSON."""
+    layout = MeshLayout.of(ParallelConfig(data=1, fsdp=2, expert=2))
+    config = with_experts(4)
+    plain = random_model(config, 0, None)
+    batch = models.batch(config)
+    found = {}
+    for format, quantize in CONFIGS.items():
+        _, (expected, table) = _compiled(quantized(plain, quantize), batch, None)
+        model = quantized(plain, quantize, layout.parameter)
+        _, (loss, gradient) = _compiled(model, batch, ShardedOps(layout))
+        codes = vlm.parameters(model)["decoder.blocks.layer.mlp.gate.codes"].get_value()
+        found[format] = {
+            "loss": float(loss),
+            "expected": float(expected),
+            "gradient_difference": float(jnp.abs(np.asarray(gradient) - np.asarray(table)).max()),
+            "largest": float(jnp.abs(table).max()),
+            "shards": [
+                whole // part for whole, part in zip(codes.shape, codes.addressable_shards[0].data.shape, strict=True)
+            ],
+        }
+    print(json.dumps(found))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +12,21 @@ import numpy as np
 from flax import nnx
 
 from jvlm.models.batch import PackedBatch
-from jvlm.models.vlm import VLM
+from jvlm.models.decoders.moe import MoEConfig
+from jvlm.models.vlm import VLM, VLMConfig
 from jvlm.training.supervised import supervised_loss
+from tests.parallel import models
 from tests.support import GOLDEN
 
 FOLDER = GOLDEN / "qwen2_5_vl_tiny"
+
+
+def with_experts(count: int) -> VLMConfig:
+    """A small Qwen3-VL with experts, whose matrices blocks of 64 divide."""
+    config = models.qwen3_vl()
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "mrope_section": (4, 2, 2)}
+    experts = MoEConfig(every=1, experts=count, top_k=2, intermediate_size=64)
+    return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **sizes, mlp=experts))
 
 
 def text_batch(model: VLM, *, rows: int = 2, tokens: int = 24, seed: int = 0) -> PackedBatch:

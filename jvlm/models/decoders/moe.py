@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 from jvlm_kernels import grouped_matmul
 
@@ -86,11 +87,14 @@ class Routing(NamedTuple):
     reports: dict[str, Array]
 
 
-_MATRICES = {
+EXPERT_AXES = {
     "gate": ("experts", "embed", "mlp"),
     "up": ("experts", "embed", "mlp"),
     "down": ("experts", "mlp", "embed"),
 }
+
+
+_STORED = "expert_matrices"  # name of matrices that were computed from another form
 
 
 class ExpertPairs(NamedTuple):
@@ -120,7 +124,11 @@ class AdapterSlot(nnx.Module):
 
 @register(MoEConfig)
 class MoE(nnx.Module):
-    """Router and SwiGLU experts."""
+    """Router and SwiGLU experts.
+
+    Attributes:
+      gate, up, down: matrices of all experts, parameters or a `StoredKernel` that took the place of one.
+    """
 
     def __init__(self, config: MoEConfig, *, width: int, precision: layers.Precision, rngs: nnx.Rngs):
         self.config, self.precision = config, precision
@@ -129,7 +137,7 @@ class MoE(nnx.Module):
         def weight(name: str, d_in: int, d_out: int) -> nnx.Param:
             keys = jax.random.split(rngs.params(), E)
             value = jax.vmap(lambda key: precision.init_weight(key, (d_in, d_out), d_in))(keys)
-            return nnx.Param(value, axes=_MATRICES[name])
+            return nnx.Param(value, axes=EXPERT_AXES[name])
 
         self.router = nnx.Param(precision.init_weight(rngs.params(), (D, E), D), axes=("embed", "experts"))
         self.gate = weight("gate", D, F)
@@ -152,7 +160,6 @@ class MoE(nnx.Module):
         routing = self.route(x_BSD, valid_BS)
         dtype = jnp.dtype(self.precision.compute_dtype)
         pairs = {name: slot.pairs for name, slot in self._slots().items()}
-        weights, axes = self._weights(pairs, dtype)
         x = x_BSD.astype(dtype)
         chosen = next((pair.chosen for pair in pairs.values() if pair is not None and pair.chosen is not None), None)
         if chosen is not None:  # travels with each token, in columns behind its own
@@ -160,23 +167,37 @@ class MoE(nnx.Module):
             x = jnp.concatenate([x, columns], -1)
         function = _without_capacity if self.config.capacity_factor is None else self._with_capacity
         counts = tuple(1 if pair is None else 3 for pair in pairs.values())
-        y_BSD, taken_BSk = device_ops.current().apply_experts(
-            functools.partial(function, counts), x, routing.expert, routing.gate, weights, axes
-        )
+
+        def apply(x, expert, gate, pairs):
+            weights, axes = self._weights(pairs, dtype)
+            return device_ops.current().apply_experts(
+                functools.partial(function, counts), x, expert, gate, weights, axes
+            )
+
+        if any(isinstance(getattr(self, name), layers.StoredKernel) for name in EXPERT_AXES):
+            # the backward pass computes them once more from what is stored
+            apply = jax.checkpoint(apply, policy=jax.checkpoint_policies.save_anything_except_these_names(_STORED))
+        y_BSD, taken_BSk = apply(x, routing.expert, routing.gate, pairs)
         choices = jnp.maximum(valid_BS.sum() * self.config.top_k, 1)
         dropped = (choices - taken_BSk.sum()) / choices * valid_BS.any()
         return y_BSD.astype(x_BSD.dtype), {**routing.reports, "router/dropped": dropped}
 
     def _slots(self) -> dict[str, AdapterSlot]:
-        return {name: getattr(self, f"{name}_slot") for name in _MATRICES}
+        return {name: getattr(self, f"{name}_slot") for name in EXPERT_AXES}
+
+    def _matrix(self, name: str, dtype: jnp.dtype) -> Float[Array, "E _ _"]:
+        value = getattr(self, name)
+        if isinstance(value, layers.StoredKernel):
+            return checkpoint_name(value.weight(dtype), _STORED)
+        return value[...].astype(dtype)
 
     def _weights(
         self, pairs: dict[str, ExpertPairs | None], dtype: jnp.dtype
     ) -> tuple[tuple[Array, ...], tuple[tuple[str, ...], ...]]:
         """Return the experts' matrices, behind each the two of its adapter if it has one, and their logical axes."""
         weights, axes = [], []
-        for name, names in _MATRICES.items():
-            weights.append(getattr(self, name)[...].astype(dtype))
+        for name, names in EXPERT_AXES.items():
+            weights.append(self._matrix(name, dtype))
             axes.append(names)
             pair = pairs[name]
             if pair is not None:
