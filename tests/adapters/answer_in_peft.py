@@ -1,8 +1,8 @@
 """What PEFT and transformers answer, token by token: a program. See `demo_in_peft`.
 
 python -m tests.adapters.answer_in_peft REQUEST: JSON, {"cases": [{"base": folder, "adapter": folder or null}],
-"messages": as templates take them, "images": a path for each conversation, "max_new_tokens": ...}. It prints the ids of
-the prompts and of each case's answers.
+"messages": as templates take them, "images": a path for each conversation, "max_new_tokens": ..., "never": tokens that
+no answer has}. It prints the ids of the prompts and of each case's answers.
 """
 
 import json
@@ -19,7 +19,7 @@ import transformers
 from PIL import Image
 
 
-def answers(case, prompts, limit):
+def answers(case, prompts, limit, never):
     model = transformers.AutoModelForImageTextToText.from_pretrained(case["base"], dtype=torch.float32).eval()
     if case["adapter"]:
         with warnings.catch_warnings():
@@ -27,7 +27,8 @@ def answers(case, prompts, limit):
             warnings.filterwarnings("error", message=".*(missing|unexpected|not found).*")
             model = peft.PeftModel.from_pretrained(model, case["adapter"]).eval()
     with torch.no_grad():
-        outs = [model.generate(**inputs, do_sample=False, max_new_tokens=limit) for inputs in prompts]
+        settings = {"do_sample": False, "max_new_tokens": limit, "suppress_tokens": never}
+        outs = [model.generate(**inputs, **settings) for inputs in prompts]
     return [out[0, len(inputs["input_ids"][0]) :].tolist() for out, inputs in zip(outs, prompts, strict=True)]
 
 
@@ -42,7 +43,7 @@ def main(path):
     result = {
         "versions": [peft.__version__, transformers.__version__],
         "prompts": [inputs["input_ids"][0].tolist() for inputs in prompts],
-        "answers": [answers(case, prompts, request["max_new_tokens"]) for case in request["cases"]],
+        "answers": [answers(case, prompts, request["max_new_tokens"], request["never"]) for case in request["cases"]],
     }
     print(json.dumps(result))
 
