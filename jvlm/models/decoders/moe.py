@@ -94,7 +94,7 @@ EXPERT_AXES = {
 }
 
 
-_STORED = "expert_matrices"  # name of matrices that were computed from another form
+_PRODUCTS = "expert_products"  # name of what the backward pass keeps beside matrices that are stored in another form
 
 
 class ExpertPairs(NamedTuple):
@@ -175,8 +175,8 @@ class MoE(nnx.Module):
             )
 
         if any(isinstance(getattr(self, name), layers.StoredKernel) for name in EXPERT_AXES):
-            # the backward pass computes them once more from what is stored
-            apply = jax.checkpoint(apply, policy=jax.checkpoint_policies.save_anything_except_these_names(_STORED))
+            # the backward pass computes the matrices once more from what is stored
+            apply = jax.checkpoint(apply, policy=jax.checkpoint_policies.save_only_these_names(_PRODUCTS))
         y_BSD, taken_BSk = apply(x, routing.expert, routing.gate, pairs)
         choices = jnp.maximum(valid_BS.sum() * self.config.top_k, 1)
         dropped = (choices - taken_BSk.sum()) / choices * valid_BS.any()
@@ -188,7 +188,7 @@ class MoE(nnx.Module):
     def _matrix(self, name: str, dtype: jnp.dtype) -> Float[Array, "E _ _"]:
         value = getattr(self, name)
         if isinstance(value, layers.StoredKernel):
-            return checkpoint_name(value.weight(dtype), _STORED)
+            return value.weight(dtype)
         return value[...].astype(dtype)
 
     def _weights(
@@ -284,10 +284,10 @@ def _adapted(
 ) -> Array:
     """Return the product with a matrix, and with the two of its adapter if there are three."""
     y = product(x, weights[0])
-    if len(weights) == 1:
-        return y
-    hidden, n = product(x, weights[1]), chosen.shape[-1]
-    return y + product(hidden * jnp.repeat(chosen, hidden.shape[-1] // n, -1) if n else hidden, weights[2])
+    if len(weights) > 1:
+        hidden, n = product(x, weights[1]), chosen.shape[-1]
+        y = y + product(hidden * jnp.repeat(chosen, hidden.shape[-1] // n, -1) if n else hidden, weights[2])
+    return checkpoint_name(y, _PRODUCTS)
 
 
 def _numbered(expert, count: int):
