@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,26 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = {_CONTRACTIONS + r"\p{N}" + _REST: "qwen2"}
 LLAMA3 = {_CONTRACTIONS + r"\p{N}{1,3}" + _REST: "llama-bpe"}
+
+
+class DecoderLayers(NamedTuple):
+    """What the layers of a decoder have; fields as in `TransformerConfig`."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    mrope: str = "none"
+    experts: bool = False
+
+
+# What llama.cpp computes for each of its architectures.
+ARCHITECTURES = {
+    "llama": DecoderLayers(),
+    "qwen2": DecoderLayers(qkv_bias=True),
+    "qwen3": DecoderLayers(qk_norm=True),
+    "qwen2vl": DecoderLayers(qkv_bias=True, mrope="in sections"),
+    "qwen3vl": DecoderLayers(qk_norm=True, mrope="interleaved"),
+    "qwen3vlmoe": DecoderLayers(qk_norm=True, mrope="interleaved", experts=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)

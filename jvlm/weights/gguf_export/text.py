@@ -6,14 +6,14 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
 
 from jvlm import families
 from jvlm.errors import UserError
-from jvlm.families.gguf import GGUFFormat
+from jvlm.families.gguf import ARCHITECTURES, DecoderLayers, GGUFFormat
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import TransformerConfig
 from jvlm.models.vlm import VLM, VLMConfig
@@ -39,25 +39,6 @@ _ENDINGS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 _PATH = re.compile(r"decoder\.blocks\.layer\.(.+)\.(kernel|scale|bias)")
 _EXPERTS = {f"decoder.blocks.layer.mlp.{name}": f"ffn_{name}_exps" for name in ("gate", "up", "down")}
 _OF_LAYER = {**_EXPERTS, "decoder.blocks.layer.mlp.router": "ffn_gate_inp"}
-
-
-class _Layers(NamedTuple):
-    """What a decoder's layers have in one of llama.cpp's architectures."""
-
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    mrope: str = "none"
-    experts: bool = False
-
-
-_ARCHITECTURES = {
-    "llama": _Layers(),
-    "qwen2": _Layers(qkv_bias=True),
-    "qwen3": _Layers(qk_norm=True),
-    "qwen2vl": _Layers(qkv_bias=True, mrope="in sections"),
-    "qwen3vl": _Layers(qk_norm=True, mrope="interleaved"),
-    "qwen3vlmoe": _Layers(qk_norm=True, mrope="interleaved", experts=True),
-}
 
 
 def write_text(
@@ -162,10 +143,10 @@ def checked(config: VLMConfig) -> TransformerConfig:
         raise UserError(f"GGUF files of a {type(decoder).__name__} decoder cannot be written: llama.cpp has none")
     name, mlp = architecture(config), decoder.mlp
     mrope = "none" if decoder.mrope_section is None else "interleaved" if decoder.mrope_interleaved else "in sections"
-    found = _Layers(decoder.qkv_bias, decoder.qk_norm, mrope, mlp is not None)
+    found = DecoderLayers(decoder.qkv_bias, decoder.qk_norm, mrope, mlp is not None)
     odd = [
         f"{field} = {value}"
-        for field, value, expected in zip(_Layers._fields, found, _ARCHITECTURES[name], strict=True)
+        for field, value, expected in zip(DecoderLayers._fields, found, ARCHITECTURES[name], strict=True)
         if value != expected
     ]
     odd += ["rope_scaling"] if decoder.rope_scaling is not None else []
