@@ -43,6 +43,8 @@ class Point:
 
     def to(self, space: CoordinateSpace, sizes: Sizes | None = None) -> Point:
         """Return the same point in another space; ``sizes`` of its image are needed wherever pixels are involved."""
+        if self.space == space:
+            return self
         return Point(*_move(self, space, sizes), space)
 
 
@@ -75,6 +77,8 @@ class Box:
 
     def to(self, space: CoordinateSpace, sizes: Sizes | None = None) -> Box:
         """Return the same box in another space; ``sizes`` of its image are needed wherever pixels are involved."""
+        if self.space == space:
+            return self
         return Box(*_move(self, space, sizes), space)
 
     def holds(self, point: Point) -> bool:
@@ -151,7 +155,5 @@ def _extent(space: CoordinateSpace, sizes: Sizes | None) -> tuple[float, float]:
 
 
 def _move(region: Region, space: CoordinateSpace, sizes: Sizes | None) -> tuple[float, ...]:
-    if region.space == space:
-        return region.values
     source, target = _extent(region.space, sizes), _extent(space, sizes)
     return tuple(value / source[i % 2] * target[i % 2] for i, value in enumerate(region.values))

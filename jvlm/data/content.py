@@ -93,6 +93,17 @@ class ObjectBox:
     image: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class ObjectTime:
+    """A moment or a span of a video, <time> in files; written as the model's time format has it.
+
+    Attributes:
+      seconds: of the moment, or of the beginning and the end, counted from the beginning of the file.
+    """
+
+    seconds: tuple[float, ...]
+
+
 # fields that hold files or pixels, which `==` cannot compare
 _BARE: dict[type, dict[str, Any]] = {Image: {"source": None}, Video: {"frames": (), "file": None}}
 
@@ -121,7 +132,7 @@ def _is_same(a: Image | Video, b: Image | Video) -> bool:
     )
 
 
-Part = Text | Image | Video | ObjectName | ObjectBox
+Part = Text | Image | Video | ObjectName | ObjectBox | ObjectTime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,11 +311,11 @@ Parsed = TypeVar("Parsed", Conversation, Document)
 
 
 def joined_text(content: Iterable[Part], written: Callable[[Part], Part]) -> tuple[Part, ...]:
-    """Return the pieces of a document, a box or name of an object being part of the text that it stands in."""
+    """Return the pieces of a document, a box, name or time of an object being part of the text that it stands in."""
     pieces: list[Part] = []
     inside = False
     for part in content:
-        is_object = isinstance(part, ObjectName | ObjectBox)
+        is_object = isinstance(part, ObjectName | ObjectBox | ObjectTime)
         part = written(part)
         if pieces and isinstance(part, Text) and isinstance(pieces[-1], Text) and (is_object or inside):
             pieces[-1] = Text(pieces[-1].text + part.text)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from jvlm.data.boxes import Box, Sizes
-from jvlm.data.content import Conversation, Document, Image, ObjectBox, ObjectName, Part, Text
+from jvlm.data.content import Conversation, Document, Image, ObjectBox, ObjectName, ObjectTime, Part, Text
 
 _SHOWN = 60  # characters of an answer
 _DIGEST = 8  # bytes
@@ -87,4 +87,6 @@ def _shown(part: Part) -> str:
         return part.name
     if isinstance(part, ObjectBox):
         return str([round(value, 3) for value in part.region.values])
+    if isinstance(part, ObjectTime):
+        return str(list(part.seconds))
     return ""

@@ -11,10 +11,21 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from jvlm.data import tool_calls, values
+from jvlm.data import time_formats, tool_calls, values
 from jvlm.data.boxes import Region, region
 from jvlm.data.choices import LossChoice
-from jvlm.data.content import Conversation, Document, Image, Message, ObjectBox, ObjectName, Part, Text, Video
+from jvlm.data.content import (
+    Conversation,
+    Document,
+    Image,
+    Message,
+    ObjectBox,
+    ObjectName,
+    ObjectTime,
+    Part,
+    Text,
+    Video,
+)
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.image_processor import EXAMPLE_FIELD
 from jvlm.data.images import unwrap
@@ -37,10 +48,10 @@ _MOST_WEIGHT = float(np.finfo(np.float32).max)
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
 _SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 _NO_SETTINGS = frozenset((*IMAGE_KEYS, "video", "index", "id"))
-_TAGS = {Image: "<image>", Video: "<video>", ObjectName: "<ref-object>", ObjectBox: "<bbox>"}
+_TAGS = {Image: "<image>", Video: "<video>", ObjectName: "<ref-object>", ObjectBox: "<bbox>", ObjectTime: "<time>"}
 _TAG = re.compile(f"({'|'.join(_TAGS.values())})")
 # in a text block, media have blocks of their own
-_OBJECT_TAG = re.compile(f"({_TAGS[ObjectName]}|{_TAGS[ObjectBox]})")
+_OBJECT_TAG = re.compile(f"({'|'.join(_TAGS[kind] for kind in (ObjectName, ObjectBox, ObjectTime))})")
 _KINDS = {tag: kind for kind, tag in _TAGS.items()}
 
 
@@ -99,14 +110,13 @@ def _parse(example: dict, origin: Origin) -> Conversation | Document:
             raise ExampleError(
                 origin, field, "given both here and inside messages", "Keep one of them, so the order is clear"
             )
-    refs, boxes = _objects(example.get("objects"), len(images), origin)
+    objects = _objects(example.get("objects"), len(images), len(videos), origin)
     used = _FIELDS | {DOCUMENT, TEXT} if is_document else _FIELDS
     extra = tuple((k, example[k]) for k in example if k in _CARRIED or k not in used)
     parts = {
         Image: [Image(source, index) for index, source in enumerate(images)],
         Video: [_video(video, index, origin) for index, video in enumerate(videos)],
-        ObjectName: refs,
-        ObjectBox: boxes,
+        **objects,
     }
     contents = _with_parts(messages, parts, unknown_columns(extra), origin)
     common = {
@@ -304,13 +314,14 @@ def _block(block: Any, images: list, videos: list, origin: Origin, field: str) -
     raise ExampleError(origin, field, problem, fix)
 
 
-def _objects(value: Any, images: int, origin: Origin) -> tuple[list[ObjectName], list[ObjectBox]]:
+def _objects(value: Any, images: int, videos: int, origin: Origin) -> dict[type, list]:
+    """Return what the tags of objects stand for, by kind."""
     if is_null(value):
-        return [], []
-    if not isinstance(value, dict) or not set(without_nulls(value)) <= {"ref", "bbox", "bbox_type", "image_id"}:
-        raise ExampleError(origin, "objects", "not of the known form", "Use ref, bbox, bbox_type and image_id")
+        return {ObjectName: [], ObjectBox: [], ObjectTime: []}
+    if not isinstance(value, dict) or not set(without_nulls(value)) <= {"ref", "bbox", "bbox_type", "image_id", "time"}:
+        raise ExampleError(origin, "objects", "not of the known form", "Use ref, bbox, bbox_type, image_id and time")
     value = without_nulls(value)
-    lists = {key: _as_list(value.get(key, []), origin, f"objects.{key}") for key in ("ref", "bbox", "image_id")}
+    lists = {key: _as_list(value.get(key, []), origin, f"objects.{key}") for key in ("ref", "bbox", "image_id", "time")}
     refs = [ObjectName(values.text(ref, origin, f"objects.ref[{i}]")) for i, ref in enumerate(lists["ref"])]
     box_type = value.get("bbox_type", "real")
     if box_type not in ("real", "norm1"):
@@ -323,7 +334,25 @@ def _objects(value: Any, images: int, origin: Origin) -> tuple[list[ObjectName],
     for image_id, raw in zip(box_images, given, strict=True):
         if image_id is None or not 0 <= image_id < max(images, 1):
             raise ExampleError(origin, "objects.image_id", f"{shown(raw)} with {images} images", "Count from 0")
-    return refs, [ObjectBox(box, image) for box, image in zip(boxes, box_images, strict=True)]
+    if lists["time"] and not videos:
+        raise ExampleError(origin, "objects.time", "times without a video", "Add the video")
+    return {
+        ObjectName: refs,
+        ObjectBox: [ObjectBox(box, image) for box, image in zip(boxes, box_images, strict=True)],
+        ObjectTime: [_time(time, origin, f"objects.time[{i}]") for i, time in enumerate(lists["time"])],
+    }
+
+
+def _time(value: Any, origin: Origin, field: str) -> ObjectTime:
+    given = value.tolist() if isinstance(value, np.ndarray) else value
+    seconds = [values.number(one) for one in (given if isinstance(given, list | tuple) else [given])]
+    try:
+        if None in seconds:
+            raise ValueError(f"{shown(value)} is no time: give one number of seconds, or a beginning and an end")
+        time_formats.check(seconds)
+    except ValueError as error:
+        raise ExampleError(origin, field, str(error), "Write 12.5 or [12.5, 31.0]") from error
+    return ObjectTime(tuple(map(float, seconds)))
 
 
 def _as_list(value: Any, origin: Origin, field: str) -> list:
@@ -359,14 +388,20 @@ def _with_parts(
     messages: list[_Tagged], parts: dict[type, list], unknown: Sequence[str], origin: Origin
 ) -> list[tuple[Part, ...]]:
     """Return contents in which each tag is the next part of its kind. Raises ExampleError if the numbers differ."""
-    fields = {Image: "images", Video: "videos", ObjectBox: "objects.bbox", ObjectName: "objects.ref"}
+    fields = {
+        Image: "images",
+        Video: "videos",
+        ObjectBox: "objects.bbox",
+        ObjectName: "objects.ref",
+        ObjectTime: "objects.time",
+    }
     left = {}
     for kind, field in fields.items():
         tag, count = _TAGS[kind], len(parts[kind])
         tags = sum(message.content.count(kind) for message in messages)
         if tags != count:
             meant = None if count else near_miss(field.partition(".")[0], unknown)
-            # without any objects <bbox> and <ref-object> are words
+            # without any objects <bbox>, <ref-object> and <time> are words
             if count or meant or kind in (Image, Video):
                 fix = meant or "Give one entry for each tag"
                 raise ExampleError(origin, field, f"{tags} {tag} tags but {count} entries", fix)

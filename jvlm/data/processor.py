@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 
 from jvlm import config as config_tree
 from jvlm import families
-from jvlm.data import box_formats, image_choice, mrope, packing, vocabulary
+from jvlm.data import box_formats, image_choice, mrope, packing, time_formats, vocabulary
 from jvlm.data.boxes import Region, Sizes
 from jvlm.data.chat_format import ChatFormat
 from jvlm.data.content import (
@@ -26,6 +26,7 @@ from jvlm.data.content import (
     Message,
     ObjectBox,
     ObjectName,
+    ObjectTime,
     Parsed,
     Part,
     Text,
@@ -450,7 +451,7 @@ class Processor:
             raise ExampleError(origin, field, str(error), _FIX) from error
 
     def _fill(self, conversation: Parsed, media: list[MediaPatches]) -> Parsed:
-        """Return the example with its boxes, names of objects, and what stands around images and videos, as text."""
+        """Return the example with its boxes, times, names, and what stands around images and videos, as text."""
         sizes = {
             part.index: Sizes(patches.original, patches.resized)
             for part, patches in zip(conversation.media, media, strict=True)
@@ -471,6 +472,8 @@ class Processor:
         def written(part: Part) -> Part:
             if isinstance(part, ObjectName):
                 return Text(part.name)
+            if isinstance(part, ObjectTime):
+                return Text(time_formats.render(part.seconds, self.config.time_format))
             if isinstance(part, ObjectBox):
                 return Text(self._written_box(part, sizes.get(part.image), conversation.origin, next(fields)))
             return part
@@ -484,12 +487,8 @@ class Processor:
         if sizes is None:
             raise ExampleError(origin, field, "a box without an image", "Add the image")
         if any(not 0 <= v <= sizes.original[i % 2] for i, v in enumerate(region.to("original", sizes).values)):
-            raise ExampleError(
-                origin,
-                field,
-                f"{list(region.values)} is outside the image of {sizes.original[0]} x {sizes.original[1]}",
-                "Give pixels of the original image, or bbox_type 'norm1'",
-            )
+            problem = f"{list(region.values)} is outside the image of {sizes.original[0]} x {sizes.original[1]}"
+            raise ExampleError(origin, field, problem, "Give pixels of the original image, or bbox_type 'norm1'")
         return self.write_region(region, sizes)
 
     def _expand(self, given: Tokens, media: list[MediaPatches], conversation: Conversation | Document) -> Example:

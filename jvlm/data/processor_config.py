@@ -10,6 +10,7 @@ from jvlm import json_files
 from jvlm.data import box_formats
 from jvlm.data.boxes import CoordinateSpace
 from jvlm.data.image_processor import ImageProcessorConfig
+from jvlm.data.time_formats import TimeFormat
 from jvlm.errors import UserError
 
 SETTINGS = "jvlm_processor.json"
@@ -23,6 +24,8 @@ class ProcessorConfig:
       image: settings of the image processor; None takes the family's.
       box_format: how boxes and points are written, a name of `jvlm.data.box_formats.FORMATS`; None takes the family's.
       box_space: replaces the space of the format's numbers.
+      time_format: how moments and spans of videos are written: "clock" is [mm:ss, mm:ss], "seconds" [12.4s, 31.0s],
+        "qwen3" [<12.4 seconds>, <31.0 seconds>].
       default_system: replaces the system turn that the template would insert; None leaves it to the template.
       document_end: token that ends a document (an example without turns); None takes the tokenizer's end of text.
     """
@@ -30,6 +33,7 @@ class ProcessorConfig:
     image: ImageProcessorConfig | None = None
     box_format: box_formats.FormatName | None = None
     box_space: CoordinateSpace | None = None
+    time_format: TimeFormat = "clock"
     default_system: str | None = None
     document_end: str | None = None
 

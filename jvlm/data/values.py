@@ -32,6 +32,8 @@ def without_inner_nulls(value: Any) -> Any:
 
 def number(value: Any) -> int | float | None:
     """Return a finite number as Python's own, numpy's included; None for anything else: true, "1", NaN, 10**400."""
+    if type(value) is float:  # what nearly all are
+        return value if math.isfinite(value) else None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     plain = int(value) if isinstance(value, numbers.Integral) else float(value)

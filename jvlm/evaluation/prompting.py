@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 
 from jvlm.data.config import FewShot
-from jvlm.data.content import Conversation, Document, Message, ObjectBox, Part, Text
+from jvlm.data.content import Conversation, Document, Message, ObjectBox, ObjectTime, Part, Text
 from jvlm.data.errors import Origin
 from jvlm.data.few_shot import joined
 from jvlm.evaluation.task import Item, Style, Task
@@ -67,6 +67,8 @@ def _shown(part: Part) -> str:
         return part.text
     if isinstance(part, ObjectBox):
         return str([round(value, 3) for value in part.region.values])
+    if isinstance(part, ObjectTime):
+        return str(list(part.seconds))
     return f"<{type(part).__name__.lower()}>"
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, Text, Video
+from jvlm.data.content import Conversation, Image, Message, ObjectBox, ObjectName, ObjectTime, Text, Video
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.examples import tagged
 from jvlm.data.turns import calls_tools, next_turn, single_turns, without_answer
@@ -20,15 +20,17 @@ class Question:
 
     Attributes:
       conversation: what the model is given; ends with a turn of the user or a tool.
-      expected: the words of the reference answer, in which <bbox> stands for each box.
+      expected: the words of the reference answer, in which <bbox> stands for each box and <time> for each time.
       boxes: reference boxes and points; empty for an answer in words.
       turn: which question of its example, from 0.
+      times: reference moments and spans of videos.
     """
 
     conversation: Conversation
     expected: str
     boxes: tuple[ObjectBox, ...]
     turn: int
+    times: tuple[ObjectTime, ...] = ()
 
     @property
     def text(self) -> str:
@@ -75,7 +77,8 @@ def _question(asked: Conversation, turn: int) -> Question:
             asked.origin, "objects.image_id", "a box on an image that the question does not show", "Correct image_id"
         )
     named = answer.map(lambda part: Text(part.name) if isinstance(part, ObjectName) else part)
-    return Question(conversation=conversation, expected=tagged(named.content), boxes=answer.boxes, turn=turn)
+    times = tuple(part for part in answer.content if isinstance(part, ObjectTime))
+    return Question(conversation, tagged(named.content), answer.boxes, turn, times)
 
 
 def normalise(answer: str) -> str:

@@ -17,6 +17,7 @@ from jvlm.data.errors import ExampleError
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_conversation
 from jvlm.data.processor import Processor
+from jvlm.data.time_formats import parse, temporal_iou
 from jvlm.evaluation.clients import LocalClient, Prompt
 from jvlm.evaluation.questions import Question, next_question, normalise, questions_of
 from jvlm.evaluation.task import Decoding
@@ -25,6 +26,8 @@ from jvlm.parallel.layout import MeshLayout
 from jvlm.progress import Progress
 
 YES_NO = frozenset(("yes", "no"))
+# when an answered time is right: overlap of a span with its reference, seconds of a moment from its reference
+_OVERLAP, _SECONDS = 0.5, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,10 +152,15 @@ def _multi_turn(examples: Sequence[Conversation], run) -> list[tuple[Question, s
 
 
 def score(question: Question, response: str, processor: Processor) -> Answer:
-    """Exact match for words; for boxes and points the mean match_score (`jvlm.data.boxes`) of the best one-to-one
+    """Exact match for words; of an answer with times whether each is found (spans with an IoU of 0.5 or more, moments
+    within a second); for boxes and points the mean match_score (`jvlm.data.boxes`) of the best one-to-one
     assignment, in which one that is missing counts 0. Points in an answer count only where points are expected."""
     if not question.boxes:
-        return Answer(question, response, float(normalise(response) == normalise(question.expected)))
+        if question.times:
+            right = _finds([time.seconds for time in question.times], parse(response))
+        else:
+            right = normalise(response) == normalise(question.expected)
+        return Answer(question, response, float(right))
     regions = [item.region for item in processor.read_regions(response)]
     if all(isinstance(box.region, Box) for box in question.boxes):
         regions = [region for region in regions if isinstance(region, Box)]
@@ -171,6 +179,22 @@ def score(question: Question, response: str, processor: Processor) -> Answer:
         predicted=tuple(region.to("original", expected[0][1]) for region in regions),
         parsed=bool(regions),
     )
+
+
+def _finds(expected: Sequence[tuple[float, ...]], found: Sequence[tuple[float, ...]]) -> bool:
+    """Whether there is an answered time of its own for each expected one, and no other."""
+    if len(expected) != len(found):
+        return False
+    table = np.array([[_is_found(one, other) for other in found] for one in expected])
+    return bool(table[linear_sum_assignment(~table)].all())
+
+
+def _is_found(expected: tuple[float, ...], found: tuple[float, ...]) -> bool:
+    if len(expected) != len(found):
+        return False
+    if len(expected) == 1:
+        return abs(expected[0] - found[0]) <= _SECONDS
+    return temporal_iou(expected, found) >= _OVERLAP
 
 
 def write(answers: Sequence[Answer], path: Path) -> None:

@@ -29,7 +29,8 @@ from jvlm.rl.rewards.source import RewardItem, RewardSource
 
 GOLDS = ("gold", "solution", "ground_truth", "answer")
 TASKS = ("task", "data_source", "ability")
-_BOXES, _TEXT = "boxes", "text"  # tasks of examples that name none: with boxes in their answer, and without
+# tasks of examples that name none: with boxes in their answer, with a span of a video, and without either
+_BOXES, _SPAN, _TEXT = "boxes", "span", "text"
 _TAIL = 16  # tokens of a prompt in which an opened <think> is looked for
 
 
@@ -158,8 +159,12 @@ class Prompts:
             raise ExampleError(origin, GOLDS[0], "missing, and there is no answer", fix)
         found = []
         for question in questions:
-            task = str(named) if named is not None else _BOXES if question.boxes else _TEXT
-            found.append(Question(question.conversation, task, question.expected, question.boxes, extra))
+            spans = [time.seconds for time in question.times if len(time.seconds) == 2]
+            is_span = named is None and not question.boxes and len(spans) == len(question.times) == 1
+            task = _BOXES if question.boxes else _SPAN if is_span else _TEXT
+            gold = list(spans[0]) if is_span else question.expected
+            task = task if named is None else str(named)
+            found.append(Question(question.conversation, task, gold, question.boxes, extra))
         return found
 
     def _check(self, question: Question) -> None:

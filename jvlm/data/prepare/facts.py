@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 from PIL import Image as PillowImage
 
-from jvlm.data.content import Conversation, Document, Image, ObjectBox, ObjectName, Part, Text, media_sources
+from jvlm.data.content import (
+    Conversation,
+    Document,
+    Image,
+    ObjectBox,
+    ObjectName,
+    ObjectTime,
+    Part,
+    Text,
+    media_sources,
+)
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.example_source import ExampleSource, Opening
 from jvlm.data.examples import parse_example
@@ -83,6 +93,8 @@ def _content(example: Conversation | Document, roots: tuple[str, ...]) -> Any:
                 return {"ref": name}
             case ObjectBox(region, image):
                 return {"box": [*region.values, region.space, image]}
+            case ObjectTime(seconds):
+                return {"time": [*seconds]}
             case _:
                 folders = (one.folder, *roots) if one.folder else roots
                 digests = [content_digest(s, origin=example.origin, roots=folders).hex() for s in media_sources(one)]
