@@ -274,7 +274,8 @@ def test_the_command_says_what_is_worth_a_look_and_what_a_mixture_draws(place, t
     config.write_text(MIXTURE.format(file=str(file)))
     assert _run("--config", config) == 0
     output = capsys.readouterr().out
-    assert output.count("worth a look: 1 examples ask what an earlier one asks") == 2
+    said = "a question that an earlier one asks of the same images, and another answer: 1"
+    assert output.count(f"worth a look: examples with {said}") == 2
     assert output.count("1 images are in several examples, as in e.jsonl, line 1; e.jsonl, line 2") == 2
     assert "as a run of one pass, 4 examples (data.run_examples sets it) draws it:" in output
     assert re.search(r"\nb +2 +75\.00 % +1\.50 +1\b", output)

@@ -161,6 +161,8 @@ def test_histograms_hold_every_value_and_the_limits(view):
     assert (drawn.counts["one"][0], sum(drawn.counts["one"]), drawn.highest) == (3, 4, 4)
     assert drawn.marks[0][1] == "limit 1,000, beyond the axis"
     assert histogram("x", {"one": []}, {"limit": [8]}).highest == 0
+    assert [text for _, text in histogram("x", {"one": [0, 1]}).ticks] == ["0", "1", "2", "3", "4", "5", "6", "7"]
+    assert [text for _, text in histogram("x", {"one": [279]}).ticks] == ["0", "50", "100", "150", "200", "250"]
 
 
 def test_rejected_examples_are_grouped_with_their_text_and_fix(view):
@@ -265,15 +267,15 @@ def test_what_is_worth_a_look_is_said_with_the_examples(tmp_path, data):
     shown = run_view("data", config, processor, seed=0, samples=0)
     prior, *others = shown.remarks
     assert prior.text.startswith("20 of 38 answers (53 %) are 'yes'")
-    assert [(one.text.partition(" examples ")[0], one.examples) for one in others[:3]] == [
+    assert [(one.text.rpartition(": ")[2], one.examples) for one in others[:3]] == [
         ("1", ("e.jsonl, line 31 and e.jsonl, line 33",)),
         ("1", ("e.jsonl, line 32 and e.jsonl, line 34",)),
         ("1", ("e.jsonl, line 35",)),
     ]
-    assert "answer otherwise" in others[0].text
+    assert "and another answer" in others[0].text
     assert "with the same images and answer" in others[1].text
     assert "'<|im_end|>'" in others[2].text
-    expected = "of 4 boxes 1 have no area, 1 cover less than 1 % of their image and 1 more than 90 %"
+    expected = "of 4 boxes 1 without area, 1 of less than 1 % of their image, 1 of more than 90 % of it"
     assert (others[3].text, len(others)) == (expected, 4)
     assert "Worth a look" in page.render([shown]).decode()
 

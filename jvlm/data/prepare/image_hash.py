@@ -25,6 +25,7 @@ _CONTRAST = 15.0  # standard deviation, of 255, from which on a place has someth
 _LEAST_CORRELATION = 0.7
 _MOST_ASPECT = 1.03
 _MOST_GREY, _MOST_COLOUR = 12.0, 10.0
+_MOST_COLOUR_OF_A_PLACE = 40.0  # of 16 by 16: a thing of another colour, which the mean of all hides
 
 
 def perceptual_hash(image: Image.Image, bits: HashBits = 256) -> UInt64[np.ndarray, " words"]:
@@ -114,6 +115,9 @@ def second_look(a: Thumbnail, b: Thumbnail) -> Look:
     colour = float(np.abs(a.colour - b.colour).mean())
     if colour > _MOST_COLOUR:
         return Look(False, 0.0, f"colours differ by {colour:.1f} of 255")
+    place = float(np.abs(a.colour - b.colour).mean(axis=-1).max())
+    if place > _MOST_COLOUR_OF_A_PLACE:
+        return Look(False, 0.0, f"the colour of one place differs by {place:.1f} of 255")
     size = min(a.grey.size, b.grey.size, key=lambda size: size[0] * size[1])
     x, y = (
         scipy.ndimage.gaussian_filter(np.asarray(one.grey.resize(size, Image.Resampling.BOX), np.float64), _BLUR)

@@ -68,19 +68,19 @@ class Remarks:
                     f"{count:,} of {answered:,} answers ({100 * count / answered:.0f} %) are {self._shown[answer]!r}: "
                     "so many are right without a look at the image"
                 )
-        if counts["other"]:
-            text = (
-                f"{counts['other']:,} examples ask what an earlier one asks, of the same images, and answer otherwise"
-            )
-            yield Remark(text, tuple(self._pairs["other"]))
-        if counts["equal"]:
-            text = f"{counts['equal']:,} examples are an earlier one again, with the same images and answer"
-            yield Remark(text, tuple(self._pairs["equal"]))
-        if counts["control"]:
-            text = f"{counts['control']:,} examples spell a control token, as {self._control!r}, which is read as words"
-            yield Remark(text, tuple(self._pairs["control"]))
-        if counts["flat"] or counts["small"] or counts["large"]:
-            yield Remark(
-                f"of {counts['boxes']:,} boxes {counts['flat']:,} have no area, {counts['small']:,} cover less than "
-                f"{100 * _SMALL:.0f} % of their image and {counts['large']:,} more than {100 * _LARGE:.0f} %"
-            )
+        said = {
+            "other": "with a question that an earlier one asks of the same images, and another answer",
+            "equal": "that repeat an earlier one, with the same images and answer",
+            "control": f"that spell a control token, as {self._control!r}, which is read as words",
+        }
+        for kind, text in said.items():
+            if counts[kind]:
+                yield Remark(f"examples {text}: {counts[kind]:,}", tuple(self._pairs[kind]))
+        odd = {
+            "flat": "without area",
+            "small": f"of less than {100 * _SMALL:.0f} % of their image",
+            "large": f"of more than {100 * _LARGE:.0f} % of it",
+        }
+        found = [f"{counts[kind]:,} {text}" for kind, text in odd.items() if counts[kind]]
+        if found:
+            yield Remark(f"of {counts['boxes']:,} boxes {', '.join(found)}")

@@ -88,6 +88,10 @@ def test_other_colours_shapes_and_greys_are_told_apart():
     for a in range(4):
         for b in range(4):
             assert second_look(Thumbnail.of(flat[a]), Thumbnail.of(flat[b])).same == (a == b)
+    circles = [Image.new("RGB", (64, 64), "white") for _ in range(2)]
+    for circle, colour in zip(circles, ("teal", "blue"), strict=True):
+        ImageDraw.Draw(circle).ellipse((10, 10, 26, 26), fill=colour)
+    assert "the colour of one place" in second_look(*map(Thumbnail.of, circles)).why
     page = _page(RECEIPT)
     assert "shapes" in second_look(Thumbnail.of(page), Thumbnail.of(page.resize((877, 877)))).why
 
