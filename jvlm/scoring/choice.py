@@ -40,7 +40,8 @@ def choice(
     if isinstance(content, Score):
         return content
     letters = string.ascii_uppercase[: len(options) or 10]
-    given = _letters(content, letters)
+    outside = _outside(content, options)
+    given = _letters(outside, letters)
     named = _option(content, options)
     several = len(gold) > 1
     if given and named is not None and letters[named] not in given:
@@ -50,10 +51,18 @@ def choice(
     if not given and named is not None:
         given = {letters[named]}
     if len(given) > 1 and not several and prose:
-        given = _concluded(content, letters) or given
+        given = _concluded(outside, letters) or given
     if not given or (len(given) > 1 and not several):
         return Score(0.0, "unparsed", sorted(given) or None)
     return Score.of(given == set(gold), "".join(sorted(given)))
+
+
+def _outside(content: str, options: Sequence[str]) -> str:
+    """Return an answer without the texts of options and the hours of clocks: a letter in them ("8:45 A.M.") is none."""
+    texts = sorted((one.strip() for one in options if len(normalise(one)) > 1), key=len, reverse=True)
+    for one in (*map(re.escape, texts), r"[AP]\.\s?M\.?"):
+        content = re.sub(rf"(?<!\w){one}(?!\w)", " ", content, flags=re.IGNORECASE)
+    return content
 
 
 def _letters(content: str, letters: str) -> set[str]:

@@ -115,3 +115,24 @@ def test_counts_of_random_numbers():
         number = draw.randrange(10**6)
         for text in (f"{number}", f"{number:,}", f"There are {number}.", f"\\boxed{{{number}}}", f"{number}.00"):
             assert count(text, number).value == 1, text
+
+
+TIMES = ["7:30 A.M.", "2:55 P.M.", "8:45 A.M.", "8:05 A.M."]
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "options", "value"),
+    [
+        ("8:45 A.M.", "C", TIMES, 1),
+        ("C. 8:45 A.M.", "C", TIMES, 1),
+        ("The train leaves at 8:45 A.M.", "C", TIMES, 1),
+        ("The train leaves at 8:45 a.m., so D", "D", TIMES, 1),
+        ("7:30 P.M.", "A", TIMES, 0),
+        ("vitamin A", "B", ["vitamin C", "vitamin A", "vitamin K"], 1),
+        ("The answer is vitamin A.", "B", ["vitamin C", "vitamin A", "vitamin K"], 1),
+        ("Both A and B", "D", ["red", "blue", "green", "Both A and B"], 1),
+        ("B", "B", ["A", "B"], 1),
+    ],
+)
+def test_letters_in_the_texts_of_options_and_in_hours_are_no_answers(text, gold, options, value):
+    assert choice(text, gold, options, prose=True).value == value
