@@ -105,7 +105,7 @@ def _mean(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> tuple[f
 def notes(models: Sequence[Model], task: str) -> list[str]:
     """Return what is to be known of a task's scores, each thing once."""
     records = [model.records[task] for model in models if task in model.records]
-    judged = [one["judge"] for one in records if isinstance(one["judge"], str)]
+    judged = [one["judge"].removeprefix("none: ") for one in records if isinstance(one["judge"], str)]
     return [note for note in dict.fromkeys([*(one["note"] for one in records), *judged]) if note]
 
 
