@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,10 +196,19 @@ def render(
         about={name: metric.about for name, metric in METRICS.items()},
         samples=_samples(models, tasks),
         elo=elo,
-        duels=duels[:_DUELS],
+        duels=_shown_duels(duels),
         duels_in_all=len(duels),
     )
     return page.encode("utf-8", "backslashreplace")
+
+
+def _shown_duels(duels: Sequence[JudgedDuel]) -> list[JudgedDuel]:
+    """Return the duels to show: in turns one of each task, pair of models and result."""
+    groups: dict[tuple[Any, ...], list[JudgedDuel]] = defaultdict(list)
+    for duel in duels:
+        groups[duel.task, duel.first, duel.second, duel.result].append(duel)
+    turns = itertools.zip_longest(*groups.values())
+    return [duel for turn in turns for duel in turn if duel is not None][:_DUELS]
 
 
 def write_page(target: Path, page: bytes) -> None:

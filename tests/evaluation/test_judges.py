@@ -146,6 +146,13 @@ def test_duels_in_both_orders_give_ratings_and_a_preference_for_the_first_place_
         duels=judged,
     )
     assert "18 duels judged by wise in both orders" in page.decode()
+    assert page.decode().count("preferred: good") == 12
+    many = [dataclasses.replace(judged[0], task=task, id=str(n)) for task in ("a", "b") for n in range(70)]
+    page = render(
+        [model_of("good", folders["good"])], elo=record(judged, _judge(better, tmp_path), draws=5), duels=many
+    )
+    assert "(60 of 140, some of every task and result)" in page.decode()
+    assert page.decode().count("<small>b · ") == 30
     with pytest.raises(UserError, match="at least two models"):
         duels({"good": tmp_path / "good"}, _judge(better, tmp_path))
 
