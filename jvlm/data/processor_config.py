@@ -25,7 +25,7 @@ class ProcessorConfig:
       box_format: how boxes and points are written, a name of `jvlm.data.box_formats.FORMATS`; None takes the family's.
       box_space: replaces the space of the format's numbers.
       time_format: how moments and spans of videos are written: "clock" is [mm:ss, mm:ss], "seconds" [12.4s, 31.0s],
-        "qwen3" [<12.4 seconds>, <31.0 seconds>].
+        "frames" [<12.4 seconds>, <31.0 seconds>].
       default_system: replaces the system turn that the template would insert; None leaves it to the template.
       document_end: token that ends a document (an example without turns); None takes the tokenizer's end of text.
     """

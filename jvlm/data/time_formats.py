@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-TimeFormat = Literal["clock", "seconds", "qwen3"]
+TimeFormat = Literal["clock", "seconds", "frames"]
 
 CLOCK = r"(?:\d{1,2}:)?\d{1,2}:\d{2}(?:\.\d+)?"
 SECONDS = r"\d{1,6}(?:\.\d+)?"
@@ -33,11 +33,11 @@ def _clock(seconds: int) -> str:
 
 
 # MiMo-VL's [mm:ss, mm:ss] in whole seconds, of which none of a span is lost at its beginning; tenths of a second; and
-# tenths as Qwen3-VL has them before its frames.
+# tenths as some families have them before frames.
 _FORMS: dict[TimeFormat, _Form] = {
     "clock": _Form(lambda t: _clock(math.floor(t)), lambda t: _clock(math.floor(t + 0.5))),
     "seconds": _Form(lambda t: f"{t:.1f}s", lambda t: f"{t:.1f}s"),
-    "qwen3": _Form(lambda t: f"<{t:.1f} seconds>", lambda t: f"<{t:.1f} seconds>"),
+    "frames": _Form(lambda t: f"<{t:.1f} seconds>", lambda t: f"<{t:.1f} seconds>"),
 }
 
 
