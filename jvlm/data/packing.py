@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
@@ -15,6 +16,9 @@ from jvlm.data.image_processor import MediaPatches
 from jvlm.data.recycled import recycled
 from jvlm.data.unread_patches import UnreadPatches, joined_patches
 from jvlm.models.packed_batch import PackedBatch
+
+_SMALL = 50  # an example of less than this part of a sequence is small
+_MANY, _SEEDS = 512, 4  # examples from which on, and seeds with which, orders are drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,14 +236,56 @@ def best_fit_decreasing(examples: Sequence[Example], seq_len: int, max_patches: 
 
 
 def best_fit(examples: Sequence[Example], seq_len: int, max_patches: int) -> list[list[int]]:
-    """Return the packing with the fewest sequences of `best_fit_decreasing`, the order given, and `one_by_one`."""
+    """Return the packing with the fewest sequences of several that are tried until one has as few as can be.
+
+    They are `best_fit_decreasing`, the order given, `one_by_one`, and of many examples `in_drawn_order` for some seeds.
+    """
     fewest = _fewest(examples, seq_len, max_patches)
     best = best_fit_decreasing(examples, seq_len, max_patches)
-    for pack in (_as_given, one_by_one):
+    tries = [_as_given, one_by_one]
+    if len(examples) >= _MANY:
+        tries += [
+            functools.partial(in_drawn_order, seed=seed, small_last=small_last)
+            for seed in range(_SEEDS)
+            for small_last in (False, True)
+        ]
+    for pack in tries:
         if len(best) <= fewest:
             break
         best = min(best, pack(examples, seq_len, max_patches), key=len)
     return best
+
+
+def in_drawn_order(
+    examples: Sequence[Example], seq_len: int, max_patches: int, seed: int, *, small_last: bool = False
+) -> list[list[int]]:
+    """Place examples in an order drawn from a seed, each where the scarcer of tokens and patches is nearly used up.
+
+    Every sequence gets some of all kinds so, and neither its tokens nor its patches run out long before the others.
+
+    Args:
+      small_last: those below 2 % of a sequence come last, the longest first, and fill what is left.
+    """
+    sizes = np.array([(e.length, e.num_patches) for e in examples], np.int64).reshape(-1, 2)
+    space = np.array([seq_len, max(max_patches, 1)], np.int64)
+    unit = space[::-1]  # which makes both the same, in whole numbers: the same on every machine
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    if small_last:
+        load = (sizes * unit).max(axis=1, initial=0)[order]
+        is_small = load * _SMALL < int(space.prod())
+        order = np.concatenate([order[~is_small], order[is_small][np.argsort(-load[is_small], kind="stable")]])
+    sequences: list[list[int]] = []
+    left = np.empty((len(sizes), 2), np.int64)
+    for index in order.tolist():
+        able = np.flatnonzero((left[: len(sequences)] >= sizes[index]).all(axis=1))
+        if len(able):
+            chosen = int(able[np.argmin(((left[able] - sizes[index]) * unit).max(axis=1))])
+            sequences[chosen].append(index)
+            left[chosen] -= sizes[index]
+        else:
+            left[len(sequences)] = space - sizes[index]
+            sequences.append([index])
+    return sequences
 
 
 def one_by_one(examples: Sequence[Example], seq_len: int, max_patches: int) -> list[list[int]]:
