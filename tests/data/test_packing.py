@@ -86,8 +86,8 @@ def test_a_mixed_set_fills_98_percent_of_the_tokens_though_images_and_texts_comp
     assert tokens < 0.9 * 8192 * len(packing.best_fit_decreasing(sizes, 8192, 7680))  # what it is measured against
 
 
-# (share, tokens from, to, patches of a token), as of real receipts, photos, lines, sentences; and of images that have no
-# small examples beside them, screenshots, cells and tables too
+# (share, tokens from, to, patches of a token), as of real receipts, photos, lines, sentences; and of images without
+# small examples beside them: screenshots, cells and tables too
 REAL = {
     0.98: [(1, 1300, 3700, 1.6), (2, 130, 1280, 3.8), (6, 30, 77, 0.8), (3, 37, 48, 0.0)],
     0.97: [(1, 1300, 3700, 1.6), (1, 1036, 1079, 3.8), (1, 130, 1280, 3.8), (1, 440, 1058, 2.2), (2, 50, 640, 2.3)],
