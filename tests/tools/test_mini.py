@@ -150,7 +150,7 @@ ABLATIONS = [(paper, one) for paper, (_, every) in papers.PAPERS.items() for one
 
 @pytest.mark.parametrize(("paper", "ablation"), ABLATIONS, ids=[f"{p}-{a.name}" for p, a in ABLATIONS])
 def test_every_trial_of_an_ablation_is_an_experiment(paper, ablation):
-    _, chosen = papers.sweep_of(paper, ablation, [1, 2], ())
+    _, chosen = papers.sweep_of(paper, ablation, [1], ())
     trials.check(chosen, ())
     assert max(finding.other for finding in ablation.findings) < len({trial.settings for trial in chosen})
 

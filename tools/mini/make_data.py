@@ -92,23 +92,30 @@ def drawn(seed: int, kind: str, split: str, count: int, taken: set[str]) -> Iter
         yield example | {"id": f"{kind}-{split}-{number}"}
 
 
-def shard(path: Path) -> Iterator[Example]:
-    """Yield the records of a shard as they are."""
+def shard(path: Path, step: int = 1, most: int | None = None) -> Iterator[Example]:
+    """Yield every ``step``-th record of a shard as it is, of the first ``most``."""
     source = ExampleSource([str(path)])
-    for index in range(len(source)):
+    for index in range(0, min(len(source), most or len(source)), step):
         yield source[index][1]
+
+
+def _step(share: float) -> int:
+    return max(round(1 / share), 1)
+
+
+def _asked(share: float, count: int) -> int:
+    """Return how many are asked of a kind that has so many."""
+    return max(round(count * share), 5)
 
 
 def questions(share: float) -> dict[str, Iterable[Example]]:
     """Return easy-VQA's questions: those of training as the demo asks them, of each test picture its first four."""
-    train = list(shard(EASY_VQA / f"questions{SHARD_SUFFIX}"))
-    train = [one for one in train if "objects" not in one]
-    step = max(round(1 / share), 1)
-    asked_of = [
-        {**one, "messages": _without_box(one["messages"])[:8], "objects": None}
-        for one in shard(EASY_VQA / "test.arrayrecord")
-    ]
-    return {"train_qa": train[::step], "test_qa": asked_of[: max(round(40 * share), 5)]}
+    train = shard(EASY_VQA / f"questions{SHARD_SUFFIX}", _step(share))
+    test = shard(EASY_VQA / f"test{SHARD_SUFFIX}", most=_asked(share, 40))
+    return {
+        "train_qa": [one for one in train if "objects" not in one],
+        "test_qa": [{**one, "messages": _without_box(one["messages"])[:8], "objects": None} for one in test],
+    }
 
 
 def _without_box(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -122,26 +129,23 @@ def _without_box(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def places(share: float) -> dict[str, Iterable[Example]]:
     """Return easy-VQA's places and the white cells of BCCD, for grounding."""
-    step = max(round(1 / share), 1)
-    where = list(shard(EASY_VQA / f"where{SHARD_SUFFIX}"))
     held_out = []
-    for one in list(shard(EASY_VQA / "test.arrayrecord"))[: max(round(100 * share), 5)]:
+    for one in shard(EASY_VQA / f"test{SHARD_SUFFIX}", most=_asked(share, 100)):
         pairs = zip(one["messages"][::2], one["messages"][1::2], strict=True)
         question, reply = next(pair for pair in pairs if "<bbox>" in pair[1]["content"])
         question = {**question, "content": "<image>" + question["content"].removeprefix("<image>")}
         held_out.append({**one, "messages": [question, reply]})
     return {
-        "train_where": where[::step],
+        "train_where": shard(EASY_VQA / f"where{SHARD_SUFFIX}", _step(share)),
         "test_where": held_out,
-        "train_cells": list(shard(WHITE_CELLS / "train.arrayrecord"))[::step],
-        "test_cells": list(shard(WHITE_CELLS / "test.arrayrecord"))[::step],
+        "train_cells": shard(WHITE_CELLS / f"train{SHARD_SUFFIX}", _step(share)),
+        "test_cells": shard(WHITE_CELLS / f"test{SHARD_SUFFIX}", _step(share)),
     }
 
 
 def web_pages(share: float) -> dict[str, Iterable[Example]]:
     """Return the shards of web pages, made by `tools.mini.make_pages`."""
-    step = max(round(1 / share), 1)
-    return {f"{split}_gui": list(shard(PAGES / f"{split}_gui{SHARD_SUFFIX}"))[::step] for split in ("train", "test")}
+    return {f"{split}_gui": shard(PAGES / f"{split}_gui{SHARD_SUFFIX}", _step(share)) for split in ("train", "test")}
 
 
 def of_folder(folder: Path, share: float) -> dict[str, Iterable[Example]]:
@@ -153,7 +157,7 @@ def of_folder(folder: Path, share: float) -> dict[str, Iterable[Example]]:
             continue
         with open(file, encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines]
-        for number, row in enumerate(rows[:: max(round(1 / share), 1)]):
+        for number, row in enumerate(rows[:: _step(share)]):
             split = "test" if number % 10 == 0 else "train"
             image = _small(file.parent / row["image"])
             if name == "openclipart":
@@ -188,7 +192,7 @@ def make(target: Path, *, seed: int = 0, share: float = 1.0, data: Path | None =
 
     taken: set[str] = set()
     for kind, (_, _, test) in DRAWN.items():
-        write(f"test_{kind}", drawn(seed, kind, "test", max(round(share * test), 5), taken))
+        write(f"test_{kind}", drawn(seed, kind, "test", _asked(share, test), taken))
     for kind, (_, train, _) in DRAWN.items():
         write(f"train_{kind}", drawn(seed, kind, "train", max(round(share * train), 40), taken))
     others = questions(share) | places(share) | web_pages(share) | (of_folder(data, share) if data else {})

@@ -280,7 +280,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paper", choices=PAPERS)
     parser.add_argument("--only", nargs="*", default=[], help="names of ablations; all without it")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
     parser.add_argument("--compare", action="store_true", help="run nothing; write the page of what is finished")
     options, fields = parser.parse_known_args(words)
     title, ablations = PAPERS[options.paper]
