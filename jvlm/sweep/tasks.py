@@ -147,9 +147,9 @@ def markdown(runs: Sequence[TaskRun]) -> str:
         lines.append(f"| {task} | {count} | {' | '.join(percent(score(run, task)) for run in runs)} |")
     if len(runs) > 1:
         before, after = runs[-2:]
-        lines += ["", f"| task | {after.name} against {before.name} | |", "| --- | ---: | --- |"]
-        for task in tasks:
-            found = change(before, after, task)
-            if found is not None:
-                lines.append(f"| {task} | {percent(found.difference, sign=True)} | {verdict(found)} |")
+        changes = [(task, found) for task in tasks if (found := change(before, after, task)) is not None]
+        if changes:
+            lines += ["", f"| task | {after.name} against {before.name} | |", "| --- | ---: | --- |"]
+        for task, found in changes:
+            lines.append(f"| {task} | {percent(found.difference, sign=True)} | {verdict(found)} |")
     return "\n".join(lines)
