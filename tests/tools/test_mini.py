@@ -150,8 +150,8 @@ ABLATIONS = [(paper, one) for paper, (_, every) in papers.PAPERS.items() for one
 
 @pytest.mark.parametrize(("paper", "ablation"), ABLATIONS, ids=[f"{p}-{a.name}" for p, a in ABLATIONS])
 def test_every_trial_of_an_ablation_is_an_experiment(paper, ablation):
-    _, chosen = papers.sweep_of(paper, ablation, [1], ())
-    trials.check(chosen, ())
+    sweep, chosen = papers.sweep_of(paper, ablation, [1], ())
+    trials.check(chosen, sweep.fields)
     assert max(finding.other for finding in ablation.findings) < len({trial.settings for trial in chosen})
 
 
@@ -171,3 +171,9 @@ def test_a_finding_is_seen_where_the_interval_of_the_difference_says_so(expected
     settings = [Setting((), 3, 0.5, None), Setting((), 3, 0.6, None, change)]
     assert papers.Finding("", "score/ocr", 1, expected).verdict(settings).startswith(said)
     assert papers.Finding("", "score/ocr", 2, expected).verdict(settings) == "not run"
+
+
+def test_nothing_is_said_of_what_no_setting_has_learnt():
+    change = Change(Interval(0.02, 0.01, 0.03), 0.01, "questions")
+    settings = [Setting((), 1, 0.01, None), Setting((), 1, 0.03, None, change)]
+    assert papers.Finding("", "score/ocr", 1, "better").verdict(settings).startswith("cannot be told")
