@@ -248,9 +248,8 @@ def _without_broken(k, v, key_segments, segments):
     Attention multiplies what is masked with 0, and 0 times NaN would be NaN for the queries of all segments.
     """
     finite = (jnp.isfinite(k) & jnp.isfinite(v)).all((2, 3))
-    flags = jnp.zeros((k.shape[0], segments.shape[1] + 1), bool)
-    flags = flags.at[jnp.arange(k.shape[0])[:, None], key_segments].max(~finite & (key_segments > 0))
-    broken = jnp.take_along_axis(flags, segments, axis=1)
+    bad = ~finite & (key_segments > 0)
+    broken = (bad[:, None] & (key_segments[:, None] == segments[:, :, None])).any(2)
     return *(jnp.where(finite[..., None, None], x, 0) for x in (k, v)), broken
 
 
