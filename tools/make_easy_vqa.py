@@ -169,6 +169,16 @@ def stage_conversations(example) -> dict[str, list[dict]]:
     }
 
 
+def held_out_parts(examples: list[dict]) -> dict[str, list[dict]]:
+    """Return the conversations of "shapes" of the official test images, in two parts without a common image: every
+    third image to choose settings of a run by, the others to report it with."""
+    parts: dict[str, list[dict]] = {"shapes_validation": [], "shapes_test": []}
+    for number, example in enumerate(examples):
+        part = "shapes_test" if number % 3 else "shapes_validation"
+        parts[part] += stage_conversations(example)["shapes"]
+    return parts
+
+
 def chat_texts(example) -> list[str]:
     """Return what lies between the special tokens when an example is rendered, roles included."""
     box = str(example["objects"]["bbox"][0])
@@ -207,10 +217,10 @@ def main() -> None:
     for split, content in splits.items():
         print(split, write_shard(arguments.target / f"{split}{SHARD_SUFFIX}", content), "images")
     stages = [stage_conversations(example) for example in splits["train"]]
-    for stage in stages[0]:
-        # in order of the images: those that come again then take hardly any space
-        conversations = [c for image in stages for c in image[stage]]
-        print(stage, write_shard(arguments.target / f"{stage}{SHARD_SUFFIX}", conversations), "conversations")
+    # in order of the images: those that come again then take hardly any space
+    parts = {stage: [c for image in stages for c in image[stage]] for stage in stages[0]}
+    for name, conversations in (parts | held_out_parts(splits["test"])).items():
+        print(name, write_shard(arguments.target / f"{name}{SHARD_SUFFIX}", conversations), "conversations")
     texts = [text for example in splits["train"] for text in chat_texts(example)]
     texts += [str(n) for n in range(10, 100)] * 5000  # often enough for each to be one token
     tokenizer = train_tokenizer(texts, VOCABULARY)
