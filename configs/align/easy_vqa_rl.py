@@ -35,7 +35,7 @@ def get_config() -> Experiment:
             rewards=RewardConfig(file=str(HERE / "easy_vqa_rl_data" / "rewards.json")),
             prompts=PromptStreamConfig(easy_share=0.1),
             selection=SelectionConfig(groups=64),
-            log=RolloutLogConfig(samples_interval_steps=10, held_out_prompts=400),
+            log=RolloutLogConfig(samples_interval_steps=10, held_out_prompts=1135),
         ),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=3, min_lr_ratio=0.05, weight_decay=0.0, beta2=0.99),
         checkpoint=CheckpointConfig(save_interval_steps=20),

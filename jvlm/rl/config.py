@@ -25,6 +25,9 @@ class RolloutConfig:
         conversation there is one decoding program, and what an answer gets depends on no other to the last bit.
       pages: pages of the cache; None is as many as ``slots`` of the longest conversations need.
       prefill_tokens: tokens of prompts that are computed together; None is the longest prompt.
+      devices: the last so many devices of each process draw answers and do not train; the weights are copied to them
+        before each rollout, and ``parallel`` is the mesh of the others. None: all devices draw and train in turn, and
+        nothing is copied where they lie in one process.
     """
 
     answers: int = 8
@@ -34,9 +37,10 @@ class RolloutConfig:
     page_size: int | None = None
     pages: int | None = None
     prefill_tokens: int | None = None
+    devices: int | None = None
 
     def __post_init__(self):
-        names = ("max_tokens", "slots", "page_size", "pages", "prefill_tokens")
+        names = ("max_tokens", "slots", "page_size", "pages", "prefill_tokens", "devices")
         bounds = {**dict.fromkeys(names, "[1, inf)"), "answers": "[2, inf)", "temperature": "(0, inf)"}
         check_fields(self, "task.rollout.", bounds)
         if self.slots < self.answers:

@@ -7,13 +7,11 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import jax
-
 from jvlm.errors import UserError
-from jvlm.inference import sharding
 from jvlm.inference.engine import Engine
 from jvlm.inference.requests import Request, SamplingParams
 from jvlm.parallel import hosts
+from jvlm.rl.meshes import EnginePlace
 from jvlm.rl.prompts import EncodedPrompt
 from jvlm.rl.rewards.source import RewardItem
 from jvlm.rl.rollouts import Judge
@@ -30,14 +28,21 @@ class HeldOutRewards(Hook):
     the log, as "eval_reward/TASK".
 
     Args:
+      place: of the engine's parameters.
       prompts: to be asked.
       max_tokens: longest answer.
     """
 
     def __init__(
-        self, engine: Engine, prompts: Sequence[EncodedPrompt], judge: Judge, interval_steps: int, max_tokens: int
+        self,
+        engine: Engine,
+        place: EnginePlace,
+        prompts: Sequence[EncodedPrompt],
+        judge: Judge,
+        interval_steps: int,
+        max_tokens: int,
     ):
-        self._engine, self._prompts, self._judge = engine, prompts, judge
+        self._engine, self._place, self._prompts, self._judge = engine, place, prompts, judge
         self._interval, self._sampling = interval_steps, SamplingParams(max_tokens=max_tokens)
 
     def is_due(self, trainer: Trainer, step: int) -> bool:
@@ -53,8 +58,7 @@ class HeldOutRewards(Hook):
             self._evaluate(trainer)
 
     def _evaluate(self, trainer: Trainer) -> None:
-        model = trainer.model
-        self._engine.load(model if jax.process_count() == 1 else sharding.local_copy(model, self._engine.layout))
+        self._engine.load(self._place.model(trainer.model))
         values = hosts.run_on_all(lambda: self._values() if hosts.is_rank0() else {})
         self._engine.release()
         trainer.evaluated(hosts.broadcast_from_0(values))

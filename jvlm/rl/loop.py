@@ -15,13 +15,13 @@ from jaxtyping import Int
 
 from jvlm.data.packing import Example
 from jvlm.errors import UserError
-from jvlm.inference import sharding
 from jvlm.inference.engine import Engine
 from jvlm.inference.requests import SamplingParams
 from jvlm.models import vlm
 from jvlm.parallel import hosts
 from jvlm.parallel.data_shards import local_sequences
 from jvlm.rl.log_probs import banned_ids
+from jvlm.rl.meshes import EnginePlace
 from jvlm.rl.old_log_probs import OldLogProbs, answers_of
 from jvlm.rl.packing import SampledAnswer, SampledGroup, Shape, packed_answers
 from jvlm.rl.prompt_stream import PromptStream
@@ -49,6 +49,7 @@ class PolicyLoop(Hook):
     which checkpoints keep.
 
     Args:
+      place: of the engine's parameters.
       prompts: how many there are.
       shape: of a micro-batch.
       settings: what decides answers and rewards beside the weights, for the journal.
@@ -64,6 +65,7 @@ class PolicyLoop(Hook):
         self,
         task: PolicyTask,
         engine: Engine,
+        place: EnginePlace,
         rollouts: Rollouts,
         prompts: int,
         shape: Shape,
@@ -73,7 +75,7 @@ class PolicyLoop(Hook):
         keep: int,
         engines: SharedEngine | RemoteEngine | None = None,
     ):
-        self.task, self.engine, self.rollouts, self.shape = task, engine, rollouts, shape
+        self.task, self.engine, self.place, self.rollouts, self.shape = task, engine, place, rollouts, shape
         self.stream = PromptStream(prompts, seed, task.prompts)
         self.rate = 0, 0
         self.groups: list[GroupRecord] = []
@@ -159,18 +161,17 @@ class PolicyLoop(Hook):
         self._behind = done
 
     def _load(self, trainer: Trainer) -> None:
-        """Give the engine the trainer's weights: the arrays themselves, or a copy on the devices of this process.
+        """Give the engine the trainer's weights: the arrays themselves, or a copy on the engine's devices.
 
         Raises:
           RuntimeError: the copy is another one.
         """
-        if jax.process_count() == 1:
-            self.engine.load(trainer.model)
-            return
-        copy, trainable = sharding.local_copy(trainer.model, self.engine.layout), trainer.state.trainable
-        values = vlm.variables(copy)
-        if fingerprints({path: values[path].get_value() for path in trainable}) != fingerprints(trainable):
-            raise RuntimeError("the engine's copy of the weights is not what the trainer has")
+        model = trainer.model
+        copy = self.place.model(model)
+        if copy is not model:
+            values, trainable = vlm.variables(copy), trainer.state.trainable
+            if fingerprints({path: values[path].get_value() for path in trainable}) != fingerprints(trainable):
+                raise RuntimeError("the engine's copy of the weights is not what the trainer has")
         self.engine.load(copy)
 
     def _score(self, trainer: Trainer, rollout: Rollout, updates: Sequence[Sequence[AnswerSequences]]) -> None:
@@ -212,7 +213,9 @@ class PolicyLoop(Hook):
         return run() if self._engines is None else roll_out(self._engines, run, self.rollouts.encode)
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """Measure the step; what follows waits for it anyway."""
+        """Measure the step; what follows waits for it anyway. An engine on devices of its own goes on meanwhile."""
+        if self.place.is_apart:
+            self.rollouts.go_on_until(lambda: all(value.is_ready() for value in jax.tree.leaves(result.metrics)))
         jax.block_until_ready(result.metrics)
         trained, sampled = time.perf_counter() - result.began, self._values["seconds/rollout"]
         self._values["seconds/train"] = trained

@@ -20,6 +20,7 @@ from jvlm.json_files import read_object
 from jvlm.models.vlm import VLM
 from jvlm.parallel.data_shards import make_global_batch
 from jvlm.parallel.layout import MeshLayout
+from jvlm.rl import meshes
 from jvlm.rl.loop import banned_of, sampled_groups
 from jvlm.rl.packing import packed_answers
 from jvlm.rl.rollout_files import ROLLOUTS, StoredGroup, read_groups, read_image, read_summary
@@ -82,8 +83,9 @@ def replay(run: Path, step: int) -> Iterator[Comparison]:
     weighed = weighed._replace(advantages=np.array(stored_values, np.float64))
     if step > 1 and step - 1 not in run_dir.steps(run):
         return
-    model, processor = _model_before(run, experiment, step)
-    metrics = _step(experiment, task, model, processor, selected, weighed, folder)
+    layout = meshes.training_layout(experiment.parallel, task.rollout)
+    model, processor = _model_before(run, experiment, layout, step)
+    metrics = _step(experiment, task, layout, model, processor, selected, weighed, folder)
     for name, value in metrics.items():
         if name in summary:
             yield Comparison(name, summary[name], value if math.isfinite(value) else None)
@@ -113,17 +115,18 @@ def read_experiment(run: Path) -> tuple[Experiment, PolicyTask]:
     return Experiment(**fields, task=task), task
 
 
-def _model_before(run: Path, experiment: Experiment, step: int) -> tuple[VLM, Processor]:
+def _model_before(run: Path, experiment: Experiment, layout: MeshLayout, step: int) -> tuple[VLM, Processor]:
     """Return the model that a step began with."""
+    sharding = layout.parameter
     if step == 1:
-        return start_model(experiment, MeshLayout.of(experiment.parallel).parameter)
-    sharding = MeshLayout.of(experiment.parallel).parameter
+        return start_model(experiment, sharding)
     return jvlm.load(run, precision=experiment.model.precision, step=step - 1, sharding=sharding)
 
 
 def _step(
     experiment: Experiment,
     task: PolicyTask,
+    layout: MeshLayout,
     model: VLM,
     processor: Processor,
     selected: Sequence[StoredGroup],
@@ -131,13 +134,12 @@ def _step(
     folder: Path,
 ) -> Mapping[str, float]:
     """Return the metrics of the compiled step on stored answers."""
-    engine = engine_of(experiment, task, model, processor)
+    engine = engine_of(experiment, task, model, processor, meshes.engine_place(model.config, task.rollout))
     banned = banned_of(engine)
     engine.release()
     prompts = [_prompt(one, processor, folder) for one in selected]
     sampled = sampled_groups([one.group for one in selected], prompts, weighed)
     batches = packed_answers(sampled, shape_of(experiment, processor), banned)
-    layout = MeshLayout.of(experiment.parallel)
     trainer = Trainer(model, **step_arguments(experiment, model), layout=layout)
     local = train_step.stack([task.batch_of(one) for one in batches])
     batch = make_global_batch(local, trainer.shard, trainer.shapes_of(len(batches)))

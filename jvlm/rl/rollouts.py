@@ -173,6 +173,8 @@ class Rollouts:
         self._judges = ThreadPoolExecutor(rewards.workers, "rewards")
         self._readers = ThreadPoolExecutor(2, "prompts")
         self._going = _Going()
+        self._meanwhile: list[tuple[int, Event]] = []  # between two steps: version of the weights, and what was drawn
+        self._version, self._behind = 0, False
 
     @property
     def goes_on(self) -> bool:
@@ -183,7 +185,7 @@ class Rollouts:
         """Give up what goes on, and stop the threads."""
         for serial in self._going.running:
             self.engine.abort(str(serial))
-        self._going = _Going()
+        self._going, self._meanwhile = _Going(), []
         self._judges.shutdown(wait=False, cancel_futures=True)
         self._readers.shutdown(wait=False, cancel_futures=True)
 
@@ -207,13 +209,28 @@ class Rollouts:
         """
         going, self._going = self._going, _Going()
         step = _Step(self, stream, Selection(selection, stream.serial, rate), version, made_with, going)
+        meanwhile, self._meanwhile = self._meanwhile, []
         try:
+            for drawn_by, event in meanwhile:
+                step.take(event, drawn_by)
+            step.behind &= bool(step.running)
             rollout = step.run()
+            self._version, self._behind = version, step.behind
             if selection.ahead:
                 self._going = step.keep(rollout.last)
             return rollout
         finally:
             step.end()
+
+    def go_on_until(self, is_done: Callable[[], bool]) -> None:
+        """Draw further tokens of the groups of later steps, while a step trains that leaves the engine its parameters.
+
+        Args:
+          is_done: whether that step has ended.
+        """
+        while self.goes_on and self.engine.has_work and not is_done():
+            version, self._behind = self._version - self._behind, False
+            self._meanwhile += [(version, event) for event in self.engine.step()]
 
     def sampling(self, serial: int) -> SamplingParams:
         """Return how the answers of a group are drawn: each token by run, group, answer and its number alone."""
@@ -320,12 +337,13 @@ class _Step:
         began, live = time.perf_counter(), self._live()
         version, self.behind = self.version - self.behind, False
         for event in self.owner.engine.step():
-            self._take(event, version)
+            self.take(event, version)
         self.timing.busy += time.perf_counter() - began
         self.timing.slot_steps += self.owner.slots
         self.timing.live_steps += min(live, self.owner.slots)
 
-    def _take(self, event: Event, version: int) -> None:
+    def take(self, event: Event, version: int) -> None:
+        """Note what the weights of a version have drawn."""
         group = self.running.get(int(event.request_id))
         if group is None or event.finish_reason == "abort":
             return

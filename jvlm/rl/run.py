@@ -19,13 +19,11 @@ from jvlm.data.packing import Example
 from jvlm.data.pipeline import image_patch_limit
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
-from jvlm.inference import sharding
 from jvlm.inference.engine import PATCH_STEP, Engine
 from jvlm.inference.requests import EngineConfig
 from jvlm.models.vlm import VLM
 from jvlm.parallel import hosts
-from jvlm.parallel.layout import MeshLayout
-from jvlm.rl import shared_engine
+from jvlm.rl import meshes, shared_engine
 from jvlm.rl.config import RewardConfig
 from jvlm.rl.held_out import HeldOutRewards
 from jvlm.rl.journal import Journal
@@ -129,7 +127,7 @@ def train(experiment: Experiment) -> Result:
 def _train(experiment: Experiment, task: PolicyTask, rewards: Router | RewardClient) -> Result:
     push.check(experiment)
     experiment, pins = hub_pins.pin(experiment, [])
-    layout = MeshLayout.of(experiment.parallel)
+    layout = meshes.training_layout(experiment.parallel, task.rollout)
     model, processor = start_model(experiment, layout.parameter)
     # processes that meet for the first time must do so within seconds
     hosts.barrier("made the model")
@@ -148,13 +146,14 @@ def _train(experiment: Experiment, task: PolicyTask, rewards: Router | RewardCli
     hub_pins.write(storage.folder, pins)
     storage.share()
     checkpointing = Checkpointing(storage, experiment.checkpoint, base_of(experiment))
-    engine = engine_of(experiment, task, model, processor)
+    place = meshes.engine_place(model.config, task.rollout)
+    engine = engine_of(experiment, task, model, processor, place)
     trainer = Trainer(model, **arguments, layout=layout, use_ema=experiment.optimizer.use_ema)
     del model
     engine.release()
     hosts.log_rank0(describe(experiment, trainer.template, layout))
     hosts.log_rank0(f"{len(prompts)} prompts of {len(prompts.examples)} examples, {len(prompts.rejected)} left out")
-    loop = _loop(experiment, task, engine, prompts, rewards, storage.folder)
+    loop = _loop(experiment, task, engine, place, prompts, rewards, storage.folder)
     monitor = NonFiniteMonitor(storage.folder, storage.store, experiment.stop_after_skips)
     log = TrainingLog(storage.folder, experiment.log_interval_steps, changes)
     tasks = ()
@@ -164,7 +163,7 @@ def _train(experiment: Experiment, task: PolicyTask, rewards: Router | RewardCli
     written = RolloutLog(loop, storage.folder, task.log, prompts.images, perfect, decides)
     held_out = ()
     if experiment.validation.data:
-        held_out = (_held_out(experiment, task, engine, processor, rewards),)
+        held_out = (_held_out(experiment, task, engine, place, processor, rewards),)
     pushes = ()
     if experiment.push.hub_model_id and experiment.push.every == "all":
         pushes = (push.PushCheckpoints(experiment, processor, storage.folder),)
@@ -176,8 +175,8 @@ def _train(experiment: Experiment, task: PolicyTask, rewards: Router | RewardCli
         *held_out,
         log,
         written,
-        loop,  # behind these, which it so comes before when a step ends: it measures the step
         monitor,
+        loop,  # behind these, which it so comes before when a step ends: it measures the step
         LearningRates(experiment.optimizer, experiment.steps, lambda: monitor.skipped),
         Goodput(storage.folder),
         Profile(storage.folder, experiment.profile),
@@ -209,7 +208,12 @@ def _train(experiment: Experiment, task: PolicyTask, rewards: Router | RewardCli
 
 
 def _held_out(
-    experiment: Experiment, task: PolicyTask, engine: Engine, processor: Processor, rewards: Router | RewardClient
+    experiment: Experiment,
+    task: PolicyTask,
+    engine: Engine,
+    place: meshes.EnginePlace,
+    processor: Processor,
+    rewards: Router | RewardClient,
 ) -> HeldOutRewards:
     """Return the hook that answers the prompts of ``validation.data``."""
     data = dataclasses.replace(experiment.data, train=experiment.validation.data, mixture=None)
@@ -217,7 +221,8 @@ def _held_out(
     limits = _limits(experiment, task, processor)
     count = min(task.log.held_out_prompts, len(prompts))
     chosen = [prompts.encode(n * len(prompts) // count, limits) for n in range(count)]
-    return HeldOutRewards(engine, chosen, rewards, experiment.validation.interval_steps, task.rollout.max_tokens)
+    interval = experiment.validation.interval_steps
+    return HeldOutRewards(engine, place, chosen, rewards, interval, task.rollout.max_tokens)
 
 
 def _limits(experiment: Experiment, task: PolicyTask, processor: Processor) -> Limits:
@@ -265,8 +270,10 @@ def _encoded(prompts: Prompts, count: int) -> Iterator[Example]:
             continue
 
 
-def engine_of(experiment: Experiment, task: PolicyTask, model: VLM, processor: Processor) -> Engine:
-    """Return the engine that draws a task's answers, on the devices of this process."""
+def engine_of(
+    experiment: Experiment, task: PolicyTask, model: VLM, processor: Processor, place: meshes.EnginePlace
+) -> Engine:
+    """Return the engine that draws a task's answers, in a place of this process."""
     rollout, longest = task.rollout, experiment.data.longest
     images = processor.image_processor
     most = image_patch_limit(images, processor.image_config, experiment.data) or experiment.data.max_patches
@@ -285,8 +292,7 @@ def engine_of(experiment: Experiment, task: PolicyTask, model: VLM, processor: P
         logprobs="sampled",
         **sizes,
     )
-    layout = sharding.inference_layout(model.config, devices=jax.local_devices())
-    return Engine(sharding.local_copy(model, layout), processor, config, layout)
+    return Engine(place.model(model), processor, config, place.layout)
 
 
 def shape_of(experiment: Experiment, processor: Processor) -> Shape:
@@ -307,6 +313,7 @@ def _loop(
     experiment: Experiment,
     task: PolicyTask,
     engine: Engine,
+    place: meshes.EnginePlace,
     prompts: Prompts,
     rewards: Router | RewardClient,
     folder: Path,
@@ -337,6 +344,7 @@ def _loop(
     return PolicyLoop(
         task,
         engine,
+        place,
         rollouts,
         len(prompts),
         shape,

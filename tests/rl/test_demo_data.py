@@ -32,4 +32,5 @@ def test_held_out_parts_are_those_of_the_official_test_images():
     for name, conversations in held_out_parts(records((str(folder / "test.arrayrecord"),))).items():
         assert records((str(folder / f"{name}.arrayrecord"),)) == conversations
         turns = [len(conversation["messages"]) for conversation in conversations]
-        assert set(turns) == {2} and len({c["id"] for c in conversations}) == len(conversations)
+        assert set(turns) == {2}
+        assert len({c["id"] for c in conversations}) == len(conversations)

@@ -2,9 +2,16 @@
 
 import json
 
+import jax
 import pytest
 
+from jvlm.errors import UserError
+from jvlm.parallel.mesh import ParallelConfig
+from jvlm.rl import meshes
+from jvlm.rl.config import RolloutConfig
 from tests.parallel import models
+from tests.rl.test_kill import groups_of, log_of, write
+from tests.rl.test_processes import same_groups
 from tests.support import cpu_devices, run_python
 
 MESHES = ("data", "fsdp context tensor")
@@ -23,3 +30,25 @@ def test_a_step_on_a_mesh_is_that_of_one_device(architecture, kind):
         for name in ("loss", "rollout/kl1", "rollout/kl3", "rollout/difference", "clip_low", "clip_high"):
             assert line["metrics"][name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5), (line["mesh"], name)
         assert line["difference"] < 2e-4 * line["largest"], line
+
+
+@pytest.mark.slow
+def test_an_engine_on_other_devices_gives_the_answers_and_losses_of_one_on_the_same(tmp_path):
+    found = {}
+    for name, devices, drawing in (("same", 4, None), ("apart", 8, 4), ("alone", 5, 1)):
+        folder = write(tmp_path / name, delays=False)
+        code = f"from tests.rl.apart import main; main({str(folder)!r}, {drawing})"
+        assert "trained on [0, 1, 2, 3]" in run_python(code, timeout=600, **cpu_devices(devices))
+        found[name] = groups_of(folder), log_of(folder)
+    groups, lines = found["same"]
+    assert len(lines) == 2
+    for name in ("apart", "alone"):
+        assert found[name][1] == lines, name
+        assert all(same_groups(found[name][0][step], groups[step]) for step in range(2)), name
+
+
+def test_devices_that_draw_leave_some_to_train():
+    count = jax.local_device_count()
+    for problem in (count, count + 1):
+        with pytest.raises(UserError, match=rf"devices = {problem} of the {count} device.* none is left to train"):
+            meshes.training_layout(ParallelConfig(), RolloutConfig(devices=problem))

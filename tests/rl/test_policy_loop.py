@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from jvlm.rl.config import AdvantageConfig, RewardConfig, RolloutConfig
 from jvlm.rl.journal import Journal
 from jvlm.rl.loop import PolicyLoop
 from jvlm.rl.losses import PolicyLoss
+from jvlm.rl.meshes import EnginePlace
 from jvlm.rl.packing import Shape
 from jvlm.rl.prompts import EncodedPrompt
 from jvlm.rl.rewards.source import RewardItem
@@ -74,7 +76,8 @@ class Process:
         self.engine = Engine()
         parts = (self.engine, encode, judge or SlowJudge(), Journal(folder), task.rollout, RewardConfig())
         rollouts = Rollouts(*parts, seed=7)
-        self.loop = PolicyLoop(task, self.engine, rollouts, PROMPTS, SHAPE, seed=5, settings={}, keep=100)
+        place = EnginePlace(None, jax.local_devices()[0], is_apart=False)
+        self.loop = PolicyLoop(task, self.engine, place, rollouts, PROMPTS, SHAPE, seed=5, settings={}, keep=100)
         self.trainer = SimpleNamespace(step=step, model=None, accumulation=1)
         if state is not None:
             self.loop.set_state(state)

@@ -136,17 +136,23 @@ def test_missing_rewards_are_no_zeros(tmp_path):
         assert set(group.rewards[1:]) == {0.0, 1.0}
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_groups_of_later_steps_go_on_with_the_weights_of_their_time(tmp_path, seed):
-    """Each is trained on once, in order; each token has the version that drew it; ages are bounded."""
+@pytest.mark.parametrize(("seed", "meanwhile"), [(0, 0), (1, 0), (2, 0), (0, 1), (1, 2), (2, 9)])
+def test_groups_of_later_steps_go_on_with_the_weights_of_their_time(tmp_path, seed, meanwhile):
+    """Each is trained on once, in order; each token has the version that drew it; ages are bounded.
+
+    ``meanwhile``: steps of the engine while a step trains.
+    """
     chance, run, engine = random.Random(seed), Run(tmp_path), FakeEngine(random.Random(seed))
     config, selection = RolloutConfig(answers=ANSWERS, max_tokens=8, slots=12), SelectionConfig(3, ahead=1.0)
     rollouts = Rollouts(engine, encode, SlowJudge(chance), Journal(tmp_path), config, RewardConfig(), seed=7)
-    stream, serials, mixed, ages = PromptStream(PROMPTS, 5), [], 0, []
+    stream, serials, mixed, ages, went_on = PromptStream(PROMPTS, 5), [], 0, [], 0
     for version in range(8):
         rollout = rollouts.run(stream, selection, run.rate, version, {"weights": version})
         before = {serial: stream.prompt(serial) for serial in range(rollout.last + 1, rollout.last + 1 + rollout.kept)}
         run.take(stream, rollout)
+        left, drawn = [meanwhile], engine.drawn
+        rollouts.go_on_until(lambda left=left: left.append(left.pop() - 1) or left[0] < 0)
+        went_on += engine.drawn - drawn
         assert {serial: stream.prompt(serial) for serial in before} == before
         again = PromptStream(PROMPTS, 5, state=stream.state())
         assert {serial: again.prompt(serial) for serial in before} == before
@@ -159,7 +165,8 @@ def test_groups_of_later_steps_go_on_with_the_weights_of_their_time(tmp_path, se
                 ages.append(version - answer.versions[0])
     rollouts.close()
     assert serials == list(range(len(serials)))
-    assert mixed > 0
+    assert mixed > 0 or meanwhile == 9  # then all answers have ended before the weights are others
+    assert (went_on > 0) == (meanwhile > 0)
     assert 0 < max(ages) <= 3
     tokens = {serial: answers for step in run.trained for serial, _, answers in step}
     for serial, answers in tokens.items():  # they are what the engine draws for these numbers, whole
