@@ -273,8 +273,18 @@ def _encoded(prompts: Prompts, count: int) -> Iterator[Example]:
 def engine_of(
     experiment: Experiment, task: PolicyTask, model: VLM, processor: Processor, place: meshes.EnginePlace
 ) -> Engine:
-    """Return the engine that draws a task's answers, in a place of this process."""
+    """Return the engine that draws a task's answers, in a place of this process.
+
+    Raises:
+      UserError: slots that hold no group on each of the devices that have sequences of their own.
+    """
     rollout, longest = task.rollout, experiment.data.longest
+    parts = 1 if place.layout is None else place.layout.num_shards(place.layout.mesh_axes("batch"))
+    if rollout.slots < parts * rollout.answers:
+        raise UserError(
+            f"task.rollout.slots = {rollout.slots} are shared by {parts} parts of the devices, and each must hold a "
+            f"group of task.rollout.answers = {rollout.answers}: give at least {parts * rollout.answers}"
+        )
     images = processor.image_processor
     most = image_patch_limit(images, processor.image_config, experiment.data) or experiment.data.max_patches
     sizes: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from tests.rl.support import policy_experiment
 def main(folder: str, drawing: int | None) -> None:
     """Train, and print on which devices the parameters are in the end."""
     experiment = policy_experiment(Path(folder), steps=2)
-    rollout = dataclasses.replace(experiment.task.rollout, devices=drawing)
+    rollout = dataclasses.replace(experiment.task.rollout, devices=drawing, slots=16)
     task = dataclasses.replace(experiment.task, rollout=rollout)
     data = dataclasses.replace(experiment.data, batch_size=4)
     result = train(dataclasses.replace(experiment, task=task, data=data))
