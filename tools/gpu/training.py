@@ -46,7 +46,7 @@ PROFILED = 2  # steps under the profiler
 def other_counters(
     experiment: Experiment, template: vlm.VLM, counts: flops.Counts, trained: flops.Trained
 ) -> dict[str, float]:
-    """FLOP of a step as two public trainers count them; see the top of this file. The first is of full training."""
+    """FLOP of a step as two public trainers count them; see the top of this file. The first knows full training alone."""
     decoder, data = experiment.model.decoder, experiment.data
     positions, S = data.batch_size * data.seq_len, data.seq_len
     parameters = vlm.parameter_counts(template)["decoder"]
@@ -60,7 +60,8 @@ def other_counters(
         targets=positions,
     )
     everything = flops.training(template, padded, trained, flops.adapter_ranks(template)).total
-    return {"lmms-engine (text only)": text_only, "VLR-CVC (padding is work)": everything}
+    full = {} if experiment.adapter is not None else {"lmms-engine (text only)": text_only}
+    return full | {"VLR-CVC (padding is work)": everything}
 
 
 def main() -> None:
