@@ -46,7 +46,7 @@ PROFILED = 2  # steps under the profiler
 def other_counters(
     experiment: Experiment, template: vlm.VLM, counts: flops.Counts, trained: flops.Trained
 ) -> dict[str, float]:
-    """FLOP of a step as two public trainers count them; see the top of this file. The first knows full training alone."""
+    """FLOP of a step as two public trainers count them; see above. The first knows full training alone."""
     decoder, data = experiment.model.decoder, experiment.data
     positions, S = data.batch_size * data.seq_len, data.seq_len
     parameters = vlm.parameter_counts(template)["decoder"]
