@@ -36,6 +36,7 @@ from jvlm.data.mixture.config import Source
 from jvlm.data.mixture.examples import Drawn, Draws, Examples, config_of, mixture_of
 from jvlm.data.packing import Example, PackedSequences
 from jvlm.data.position import Progress, Share, go_on
+from jvlm.data.prefetch import PrefetchedBatches
 from jvlm.data.processor import Processor
 from jvlm.data.shrink import shrink
 from jvlm.data.sources import SourceNumbers
@@ -518,7 +519,7 @@ def training_data(
     epochs: int | None = None,
     share: Share = Share(),
     examples: Examples | None = None,
-) -> tuple[grain.IterDataset, Draws]:
+) -> tuple[PrefetchedBatches, Draws]:
     """Return a process's share of a run's batches (endless unless ``epochs`` is given), and the draws they come from.
 
     Args:
@@ -528,9 +529,7 @@ def training_data(
       ValueError: the sequences of a batch cannot be shared evenly by so many processes.
     """
     packed, draws = _packed(processor, config, seed, epochs, share, examples)
-    return grain.experimental.ThreadPrefetchIterDataset(
-        packed, prefetch_buffer_size=config.prefetch - config.decoded_ahead
-    ), draws
+    return PrefetchedBatches(packed, config.prefetch - config.decoded_ahead), draws
 
 
 def _packed(

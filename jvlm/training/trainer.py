@@ -119,11 +119,14 @@ class Trainer:
         names = [hook.name for hook in self.hooks]
         if len(set(names)) < len(names):
             raise UserError(f"hooks need a name each, got {', '.join(names)}: override Hook.name")
-        if self.compiled is None:
-            self._peeked = [next(self._batches)]
-            first = self.task.batch_of(self._peeked[0])
-            self._prepare(jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.accumulation, *x.shape), x.dtype), first))
         with contextlib.ExitStack() as stack:
+            if self._batches is not batches and hasattr(self._batches, "close"):
+                stack.callback(self._batches.close)
+            if self.compiled is None:
+                self._peeked = [next(self._batches)]
+                first = self.task.batch_of(self._peeked[0])
+                shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.accumulation, *x.shape), x.dtype), first)
+                self._prepare(shapes)
             for hook in self.hooks:
                 hook.on_train_start(self)
                 stack.push(lambda kind, error, trace, hook=hook: hook.on_stop(self, error))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 
 import pytest
 from PIL import Image, ImageDraw
 
-from jvlm.data.prepare.render.page import EXECUTABLES
 from jvlm.data.processor import Processor
 from jvlm.data.view import page as page_of
 from jvlm.data.view.run_view import run_view
+from tests import browser
 from tests.training import support
 
 pytestmark = pytest.mark.slow
@@ -56,21 +55,8 @@ def report(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(report):
-    """The page as a reader opens it, without scripts; nothing may be asked of a network."""
-    from playwright.sync_api import sync_playwright
-
-    found = next(path for name in EXECUTABLES if (path := shutil.which(name)))
-    asked, errors = [], []
-    with sync_playwright() as library:
-        browser = library.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        shown = browser.new_context(viewport={"width": 1300, "height": 900}, java_script_enabled=False).new_page()
-        shown.on("request", lambda request: asked.append(request.url))
-        shown.on("console", lambda message: errors.append(message.text))
-        shown.goto(report.as_uri())
-        yield shown
-        browser.close()
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-    assert errors == []
+    with browser.opened(report) as page:
+        yield page
 
 
 def test_boxes_and_points_lie_within_a_pixel_of_where_they_are(opened):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from jvlm import cli
-from jvlm.data.prepare.render.page import EXECUTABLES
 from jvlm.evaluation import registry
 from jvlm.evaluation.run import Settings, evaluate
+from tests import browser
 from tests.evaluation import benchmarks
 from tests.evaluation.benchmarks import Scripted
 
@@ -44,21 +42,8 @@ def report(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(report):
-    """The page as a reader opens it, without scripts; nothing may be asked of a network."""
-    from playwright.sync_api import sync_playwright
-
-    found = next(path for name in EXECUTABLES if (path := shutil.which(name)))
-    asked, errors = [], []
-    with sync_playwright() as library:
-        browser = library.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        opened = browser.new_context(viewport={"width": 1300, "height": 900}, java_script_enabled=False).new_page()
-        opened.on("request", lambda request: asked.append(request.url))
-        opened.on("console", lambda message: errors.append(message.text))
-        opened.goto(report.as_uri())
+    with browser.opened(report) as opened:
         yield opened
-        browser.close()
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-    assert errors == []
 
 
 @pytest.fixture(autouse=True)

@@ -12,23 +12,26 @@ from pathlib import Path
 
 import pytest
 
-from tests import compilation
 from tests.rl.test_kill import groups_of, log_of, write
-from tests.support import ROOT
+from tests.support import ROOT, cpu_devices
 
 
-def run(folder: Path, processes: int, steps: int) -> None:
-    """Train in so many processes, and print what they printed where they fail."""
+def run(folder: Path, processes: int, steps: int, *, drawing: int | None = None) -> None:
+    """Train in so many processes, and print what they printed where they fail.
+
+    Each has one device that trains, which also draws the answers, or ``drawing`` others that do.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled")}
-    environment = {**os.environ, **cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05", "JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = compilation.FAST  # one device each
+    environment = {**os.environ, **cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
+    environment |= cpu_devices(1 + (drawing or 0))
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.rl.killed", str(folder), str(steps)]
-            + ([address, str(processes), str(n)] if processes > 1 else []),
+            + ([address, str(processes), str(n)] if processes > 1 else [])
+            + ([] if drawing is None else [str(drawing)]),
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -72,3 +75,13 @@ def same_groups(one: dict[int, list], other: dict[int, list]) -> bool:
 @pytest.mark.slow
 def test_two_processes_train_on_the_groups_of_one(tmp_path):
     check_two(tmp_path, 1, ["late"])
+
+
+@pytest.mark.slow
+def test_engines_on_devices_that_do_not_train_give_two_processes_the_answers_and_losses_of_those_that_do(tmp_path):
+    folders = [write(tmp_path / name, delays=False) for name in ("same", "apart")]
+    run(folders[0], 2, 2)
+    run(folders[1], 2, 2, drawing=1)
+    assert log_of(folders[1]) == log_of(folders[0])
+    groups = [groups_of(folder) for folder in folders]
+    assert all(same_groups(groups[1][step], groups[0][step]) for step in range(2))

@@ -6,18 +6,17 @@ import dataclasses
 import html.parser
 import io
 import re
-import shutil
 
 import pytest
 from PIL import Image
 
 from jvlm import cli
-from jvlm.data.prepare.render.page import EXECUTABLES
 from jvlm.rl import samples, step_log
 from jvlm.rl.records import AnswerRecord, GroupRecord
 from jvlm.rl.rewards.config import rules
 from jvlm.rl.rewards.source import RewardItem
 from jvlm.rl.rollout_files import ROLLOUTS, RolloutWriter
+from tests import browser
 from tests.rl.test_rollout_files import PROMPT
 
 HOSTILE = '<script src="http://evil.example/x.js">alert(1)</script>"><img src=http://evil.example/y>'
@@ -160,13 +159,9 @@ def test_rewards_of_a_run_are_computed_again(run, capsys):
 
 @pytest.mark.slow
 def test_chromium_draws_the_page_and_its_filter_without_an_error(run):
-    from playwright.sync_api import sync_playwright
-
     cli.main(["rl-samples", str(run), "--step", "1"])
-    found = next(path for name in EXECUTABLES if (path := shutil.which(name)))
-    with sync_playwright() as library:
-        browser = library.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        page = browser.new_context(viewport={"width": 1200, "height": 900}, offline=True).new_page()
+    with browser.chromium() as started:
+        page = started.new_context(viewport={"width": 1200, "height": 900}, offline=True).new_page()
         errors = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: message.type == "error" and errors.append(message.text))
@@ -184,5 +179,4 @@ def test_chromium_draws_the_page_and_its_filter_without_an_error(run):
         page.locator("summary").first.click()
         assert page.get_by_text("evil.example").first.is_visible()
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-        browser.close()
     assert errors == []

@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shutil
 
 import httpx2
 import pytest
 from PIL import Image, ImageDraw
 
-from jvlm.data.prepare.render.page import EXECUTABLES
 from jvlm.server.page import chat_page
+from tests import browser
 from tests.server.scripted import until
 
 pytestmark = pytest.mark.slow
@@ -41,13 +40,8 @@ transfer.items.add(new File([bytes], 'dropped.png', {type: 'image/png'})); retur
 
 @pytest.fixture(scope="module")
 def chromium():
-    from playwright.sync_api import sync_playwright
-
-    found = next(path for name in EXECUTABLES if (path := shutil.which(name)))
-    with sync_playwright() as library:
-        browser = library.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    with browser.chromium() as started:
+        yield started
 
 
 @pytest.fixture
