@@ -18,12 +18,8 @@ from jvlm.families.idefics2.image_processor import Idefics2ImageConfig
 from jvlm.families.mm1_5.image_processor import TiledImageConfig
 from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig
 from jvlm.models.connectors.c_abstractor import CAbstractorConfig
-from jvlm.models.connectors.patch_merger import PatchMergerConfig
 from jvlm.models.connectors.perceiver import PerceiverConfig
-from jvlm.models.decoders.transformer import TransformerConfig
-from jvlm.models.encoders.qwen_vit import QwenViTConfig
 from jvlm.models.encoders.vit import ViTConfig, clip_vit
-from jvlm.models.layers import Precision
 from jvlm.models.vlm import VLMConfig
 from jvlm.training.config import EvaluationConfig, ExportConfig, OptimizerConfig, ValidationConfig
 
@@ -76,32 +72,11 @@ def special(number: int) -> int:
     return FIRST_SPECIAL + number
 
 
-DECODER = TransformerConfig(
-    vocab_size=VOCABULARY,
-    hidden_size=128,
-    num_layers=3,
-    num_heads=2,
-    num_kv_heads=1,
-    intermediate_size=384,
-    # rows and columns of a 4 x 4 grid must differ in angle: the high frequencies are theirs
-    rope_theta=500.0,
-    mrope_section=(1, 3, 28),
-    tie_word_embeddings=True,
-    max_position_embeddings=4096,
-)
-MODEL = VLMConfig(
-    family="qwen2_5_vl",
-    encoder=QwenViTConfig(
-        depth=2,
-        hidden_size=96,
-        num_heads=4,
-        intermediate_size=256,
-        patch_size=8,
-        temporal_patch_size=2,
-        window_size=64,
-        fullatt_block_indexes=(1,),
-    ),
-    connector=PatchMergerConfig(),
+# the demo's model with more words and one more layer
+DEMO = configs.load("mimo_vl/easy_vqa").model
+DECODER = dataclasses.replace(DEMO.decoder, vocab_size=VOCABULARY, num_layers=3)
+MODEL = dataclasses.replace(
+    DEMO,
     decoder=DECODER,
     image_token_id=special(12),
     video_token_id=special(13),
@@ -110,7 +85,6 @@ MODEL = VLMConfig(
     vision_pad_token_id=special(11),
     bos_token_id=special(0),
     eos_token_id=special(2),
-    precision=Precision(compute_dtype="float32", initializer_range=None),
 )
 # Pictures stay as they are drawn: 64 x 64 pixels are 16 tokens, 128 x 128 are 64; a pair of frames is 4.
 PROCESSOR = ProcessorConfig(image=QwenImageConfig(PIXELS // 4, 4 * PIXELS, FRAME, FRAME))
