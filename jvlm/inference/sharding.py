@@ -84,14 +84,14 @@ def shard_params(model: VLM, layout: MeshLayout) -> VLM:
     return vlm.bind(model, values)
 
 
-def local_copy(model: VLM, layout: MeshLayout | None) -> VLM:
+def local_copy(model: VLM, layout: MeshLayout | None, device: jax.Device) -> VLM:
     """Return a model of several processes with a copy of its parameters on the devices of this one.
 
     One parameter after the other, so that no more than one is there whole. A model of this process alone is returned as
     it is. Every process must call it.
 
     Args:
-      layout: of the copy; None is one device.
+      layout: of the copy; None is ``device`` alone.
     """
     variables = vlm.variables(model)
     if all(v.get_value().is_fully_addressable for v in variables.values()):
@@ -100,7 +100,7 @@ def local_copy(model: VLM, layout: MeshLayout | None) -> VLM:
     for path, variable in variables.items():
         value = variable.get_value()
         whole = _replicate(value.sharding.mesh)(value).addressable_data(0)
-        place = jax.local_devices()[0] if layout is None else layout.parameter(path, variable)
+        place = device if layout is None else layout.parameter(path, variable)
         values[path] = jax.device_put(whole, place)
     return vlm.bind(model, values)
 

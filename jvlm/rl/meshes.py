@@ -35,7 +35,7 @@ class EnginePlace:
         """Return the trainer's model for the engine: as it is where the devices are the trainer's, and those of this
         process; else a copy. Every process must call it."""
         if jax.process_count() > 1:
-            model = sharding.local_copy(model, self.layout)
+            model = sharding.local_copy(model, self.layout, self.device)
         if not self.is_apart:
             return model
         values = {}
