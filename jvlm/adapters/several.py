@@ -137,23 +137,28 @@ class AdapterRoom:
     Attributes:
       rank: largest rank.
       paths: patterns of the matrices that may have an adapter.
+      experts: whether the matrices of all experts may have one too. Their room is that of one layer's MLP for each
+        expert.
     """
 
     rank: int
     paths: tuple[str, ...] = ("decoder.blocks.*.kernel",)
+    experts: bool = False
 
     @classmethod
-    def of_model(cls, rank: int, *, towers: bool) -> AdapterRoom:
+    def of_model(cls, rank: int, *, towers: bool, experts: bool = False) -> AdapterRoom:
         """Return room beside the matrices of the language model's layers; with ``towers`` of all towers."""
-        return cls(rank, (*cls.paths, "encoder.*.kernel", "connector.*.kernel") if towers else cls.paths)
+        return cls(rank, (*cls.paths, "encoder.*.kernel", "connector.*.kernel") if towers else cls.paths, experts)
 
     def of(self, matrices: Mapping[str, base_matrices.Matrix]) -> frozenset[str]:
-        """Return the paths of a model that the patterns match, but for layers of experts, which have none here."""
-        return frozenset(
-            path
-            for path, matrix in matrices.items()
-            if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.paths) and len(matrix.shape) <= 3
-        )
+        """Return the paths of a model beside which room is kept."""
+
+        def has_room(path: str, matrix: base_matrices.Matrix) -> bool:
+            if matrix.is_of_experts:
+                return self.experts
+            return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.paths)
+
+        return frozenset(path for path, matrix in matrices.items() if has_room(path, matrix))
 
 
 def stacked(
@@ -198,24 +203,32 @@ def structure(model: VLM, places: int, room: AdapterRoom) -> VLM:
     matrices, result = base_matrices.matrices(model), nnx.merge(*nnx.split(model))
     for path in sorted(room.of(matrices)):
         *lead, d_in, d_out = matrices[path].shape
-        *first, i, o = matrices[path].axes
-        shapes = {"a": ((d_in, room.rank), (i, RANK)), "b": ((room.rank, d_out), (RANK, o))}
+        shapes, axes = {"a": (d_in, room.rank), "b": (room.rank, d_out)}, _axes_of(matrices[path])
         made = {
-            name: AdapterConstant(jax.ShapeDtypeStruct((*lead, places + 1, *shape), jnp.float32), axes=(*first, *axes))
-            for name, (shape, axes) in shapes.items()
+            name: AdapterConstant(jax.ShapeDtypeStruct((*lead, places + 1, *shape), jnp.float32), axes=axes[name])
+            for name, shape in shapes.items()
         }
         base_matrices.module_of(result, path).adapter = nnx.data(
-            AdapterChoice(**made, factor=None, bias=None, axes=(i, o))
+            AdapterChoice(**made, factor=None, bias=None, axes=matrices[path].axes[-2:])
         )
     result.adapters = AdapterNames((None,) * places)
     return result
 
 
+def _axes_of(base: base_matrices.Matrix) -> dict[str, tuple[str | None, ...]]:
+    """Return the logical axes of the parts of an `AdapterChoice`."""
+    *experts, i, o = base.axes
+    before = (*experts, None) if experts else ()  # of experts, then of adapters
+    return {"a": (*before, i, RANK), "b": (*before, RANK, o), "factor": (*before, o), "bias": (*before, o)}
+
+
 def _check_room(name: str, weights: AdapterWeights, room: AdapterRoom, reserved: frozenset[str]) -> None:
     for target, one in weights.low_rank.items():
         if target.path not in reserved:
+            kept = ", ".join((*room.paths, *["all experts"] * room.experts))
             raise UserError(
-                f"adapter {name!r} has a target {target.path}, and room is kept for {', '.join(room.paths)}"
+                f"adapter {name!r} has a target {target.path}, and room is kept for {kept}; --enable_expert_lora keeps "
+                "it for experts, --enable_tower_connector_lora for the vision tower and the connector"
             )
         if one.rank > room.rank:
             raise UserError(f"adapter {name!r} has rank {one.rank}, and room is kept for rank {room.rank}")
@@ -261,14 +274,12 @@ def _choice(
                     arrays["factor"][at] = _factor(one, base.read(index))
                 if one.bias is not None:
                     arrays["bias"][at] = one.scale * one.bias
-    *first, i, o = base.axes
-    axes = {"a": (i, RANK), "b": (RANK, o), "factor": (o,), "bias": (o,)}
-    before = (*first, None) if first else ()  # of experts, then of adapters
+    axes = _axes_of(base)
     made = {
-        name: None if value is None else AdapterConstant(jnp.asarray(value), axes=(*before, *axes[name]))
+        name: None if value is None else AdapterConstant(jnp.asarray(value), axes=axes[name])
         for name, value in arrays.items()
     }
-    return AdapterChoice(**made, axes=(i, o))
+    return AdapterChoice(**made, axes=base.axes[-2:])
 
 
 def _factor(one: LowRank, kernel: np.ndarray) -> np.ndarray:

@@ -46,6 +46,7 @@ class PlanOptions:
       max_loras: not of training: adapters at once for which there is room, beside the base.
       max_lora_rank: largest rank of adapters where room is kept.
       enable_tower_connector_lora: room for adapters in the vision tower and the connector too.
+      enable_expert_lora: room for adapters on all experts too.
       price: of a chip-hour; the plan then tells what the run costs.
       suggest: minutes in which to try other topologies, settings and batches of the training step.
       collectives: folder of earlier lists of collectives, to compare this program's with.
@@ -69,6 +70,7 @@ class PlanOptions:
     max_loras: int = 0
     max_lora_rank: int = 16
     enable_tower_connector_lora: bool = False
+    enable_expert_lora: bool = False
     price: float | None = None
     suggest: float | None = None
     collectives: Path | None = None
@@ -214,7 +216,9 @@ def _template(options: PlanOptions, experiment: Experiment) -> VLM:
             f"--max_loras {options.max_loras} must be at least 0 and --max_lora_rank {options.max_lora_rank} at least 1"
         )
     quantize = None if options.quantization is None else QuantizationConfig(options.quantization)
-    room = AdapterRoom.of_model(options.max_lora_rank, towers=options.enable_tower_connector_lora)
+    room = AdapterRoom.of_model(
+        options.max_lora_rank, towers=options.enable_tower_connector_lora, experts=options.enable_expert_lora
+    )
     return generation.template_of(experiment.model, quantize, options.max_loras, room)
 
 

@@ -97,7 +97,11 @@ def start(options: ModelOptions, arguments: ServerArguments, verb: str, words: l
     model, processor, layout = load(kept)
     slots = None
     if arguments.max_loras:
-        room = AdapterRoom.of_model(arguments.max_lora_rank, towers=arguments.enable_tower_connector_lora)
+        room = AdapterRoom.of_model(
+            arguments.max_lora_rank,
+            towers=arguments.enable_tower_connector_lora,
+            experts=arguments.enable_expert_lora,
+        )
         slots = AdapterSlots(model, from_start, places=arguments.max_loras, room=room)
         model = slots.model
     engine = Engine(model, processor, engine_config(arguments, on_cpu=jax.default_backend() == "cpu"), layout)

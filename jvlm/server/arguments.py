@@ -50,6 +50,7 @@ class ServerArguments:
       max_loras: most adapters at once; above 0, room for them is kept, so that one can be loaded while the server runs.
       max_lora_rank: largest rank of adapters where room is kept.
       enable_tower_connector_lora: keep room beside the matrices of the vision tower and the connector, too.
+      enable_expert_lora: keep room beside the matrices of all experts, too, which takes as much for each expert.
       adapter_root: folder below which /v1/load_lora_adapter reads; None loads none.
       admin: names of the keys that may load and unload adapters.
       data_parallel_size: engines, each a process with its share of the devices, behind this one address.
@@ -91,6 +92,7 @@ class ServerArguments:
     max_loras: int = 0
     max_lora_rank: int = 16
     enable_tower_connector_lora: bool = False
+    enable_expert_lora: bool = False
     adapter_root: str | None = None
     admin: tuple[str, ...] = ()
     data_parallel_size: int = 1

@@ -122,6 +122,31 @@ def test_each_sequence_has_the_experts_of_its_adapter_and_the_bits_of_the_base_w
     np.testing.assert_array_equal(logits(both), alone[None])
 
 
+def test_room_for_experts_takes_what_is_loaded_later_and_a_plan_counts_it(adapted):
+    base, model = adapted
+    weights, batch = extract(model), models.batch(CONFIG)
+    room = several.AdapterRoom.of_model(6, towers=False, experts=True)
+    empty, full = (several.stacked(base, entries, room) for entries in ([None] * 2, [None, ("one", weights)]))
+
+    def shapes(model):
+        return {path: (v.get_value().shape, v.get_metadata()["axes"]) for path, v in vlm.variables(model).items()}
+
+    # what compiled for empty places runs on full ones, and is what was planned from shapes
+    assert shapes(empty) == shapes(full) == shapes(several.structure(vlm.abstract(CONFIG), 2, room))
+    index = jnp.asarray(several.numbers(full.adapters, [(None, "one")[row % 2] for row in range(len(batch.tokens))]))
+    with several.choosing(index):
+        found = [np.asarray(one.decoder.logits(one.hidden(batch).hidden)) for one in (empty, full)]
+    alone = [np.asarray(one.decoder.logits(one.hidden(batch).hidden)) for one in (base, model)]
+    for row in range(len(index)):
+        np.testing.assert_array_equal(found[0][row], alone[0][row])
+        np.testing.assert_allclose(found[1][row], alone[row % 2][row], atol=2e-5)
+        assert row % 2 == 0 or np.abs(found[1][row] - alone[0][row]).max() > 0.1
+    with pytest.raises(UserError, match=r"mlp\.(gate|up|down), and room is kept for decoder.*--enable_expert_lora"):
+        several.stacked(base, {"one": weights}, several.AdapterRoom.of_model(6, towers=True))
+    with pytest.raises(UserError, match="rank 5, and room is kept for rank 4"):
+        several.stacked(base, {"one": weights}, several.AdapterRoom.of_model(4, towers=True, experts=True))
+
+
 def test_what_experts_cannot_have_is_refused():
     for changes in ({"use_dora": True}, {"dropout": 0.1}, {"lora_bias": True}, {"init": "pissa"}):
         with pytest.raises(UserError, match="experts"):
