@@ -193,3 +193,11 @@ def test_the_report_shows_answers_on_their_picture_only(processor):
         example = parse_example(_messages(*fields.pop("turns")) | fields, Origin(name, number))
         answers += [score.score(question, "no", processor) for question in questions_of(example)]
     assert [(p.name, len(p.answers)) for p in report.shown_images(answers, ())] == [("one picture #1", 2)]
+
+
+def test_a_page_explains_the_mark_of_a_baseline_where_there_is_one(tmp_path):
+    content = {"curves": [], "images": [], "facts": {}, "changes": []}
+    for baseline in (None, 0.5):
+        path = tmp_path / "report.html"
+        report.write(path, title="", headline=[], bars=[("all", 0.8, None), ("yes/no", 0.7, baseline)], **content)
+        assert ("The dark mark" in path.read_text()) == (baseline is not None)
