@@ -172,11 +172,13 @@ def _page(options: Evaluate) -> int:
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     judged = duels({Path(folder).name: Path(folder) for folder in options.elo}, judge)
-    values = record(judged, judge)
     write_lines(output / "duels.jsonl", map(dataclasses.asdict, judged))
+    values = record(judged, judge)
     write_json(output / "elo.json", values)
     for name, one in sorted(values["ratings"].items(), key=lambda pair: -pair[1]["value"]):
         print(f"{name:<26} {one['value']:7.0f}  {one['low']:.0f} - {one['high']:.0f}")
+    if values["without_result"]:
+        print(f"{values['without_result']} of {values['duels']} duels have no result: {output / 'duels.jsonl'}")
     _report(options, options.elo, elo=values, duels=judged)
     return 0
 

@@ -122,12 +122,21 @@ def ratings(judged: Sequence[JudgedDuel], *, control_style: bool = True, draws: 
     Args:
       control_style: estimate the effect of style beside, and take it out.
       draws: of the bootstrap.
+
+    Raises:
+      UserError: no duel with a result; with a reply of the judge.
     """
     known = [
         Duel(duel.first, duel.second, duel.result, style_of(*duel.answers) if control_style else ())
         for duel in judged
         if duel.result is not None
     ]
+    if judged and not known:
+        reply = next((text for duel in judged for text in duel.replies if _read(text) is None), "")
+        raise UserError(
+            f"the judge's replies to {len(judged)} duels say in no case which answer is better in both orders; "
+            f"one is {reply[:200]!r}"
+        )
     return elo(known, draws=draws)
 
 

@@ -23,7 +23,7 @@ from jvlm.evaluation.files import Rows
 from jvlm.evaluation.metrics import METRICS, Answered, verifier
 from jvlm.evaluation.prompting import prompt, prompt_hash, shown
 from jvlm.evaluation.store import SCORE, SCORES, AnswerStore, Stored, write_json, write_lines
-from jvlm.evaluation.summaries import Scored
+from jvlm.evaluation.summaries import NO_JUDGMENT, Scored
 from jvlm.evaluation.task import BOXED_TOKENS, Item, Style, Task
 from jvlm.evaluation.thumbnails import Thumbnails
 from jvlm.json_files import read_object
@@ -402,6 +402,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
                 f"{known['by_image']} by their pictures; without these "
                 + ("nothing is left" if without is None else f"{unit * without:.1f}")
             )
+        if unjudged := [f"{count} {name}" for name, count in one["reasons"].items() if name in NO_JUDGMENT]:
+            lines.append(f"{'':<26} the judge gave no score to {' and '.join(unjudged)}: left out of the mean")
         if isinstance(one["judge"], str):
             lines.append(f"{'':<26} judge: {one['judge']}")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from jvlm.scoring.statistics import Interval, mean_interval, wilson
 
 _DRAWS = 500
 UNREAD = frozenset(("unparsed", "empty", "thinking_only", "several_answers", "contradiction", "wrong_format"))
+NO_JUDGMENT = frozenset(("judge_failed", "judge_unparsed"))  # reasons of a judge; such answers have no score
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,11 +69,16 @@ class Comparison:
       difference: mean of the second minus mean of the first, with its interval over questions.
       p_value: of a permutation test of signs, two-sided.
       detectable: smallest true difference that so many questions would show in 80 % of cases, at 5 %.
+      changed: questions whose scores differ.
+
+    Where every question changed alike (or none did), the spread of changes is unknown. It is then taken from the upper
+    end of Wilson's interval of no exception in so many: that share may have changed by a whole point of a 0 to 1 score.
     """
 
     difference: Interval
     p_value: float
     detectable: float
+    changed: int
 
 
 def compare(
@@ -102,9 +107,14 @@ def compare(
     signs = [(rng.integers(0, 2, (1000, moved.size)) * 2 - 1) @ moved for _ in range(max(draws // 1000, 1))]
     extreme = np.abs(np.concatenate(signs)) >= abs(change.sum()) - 1e-12
     deviation = float((sums - change.mean() * counts).std(ddof=1)) if n > 1 else math.nan
+    if np.ptp(change) < 1e-12:
+        exceptions, most = wilson(0, n, confidence=confidence).high, max(abs(change.mean()), 1.0)
+        low, high = max(change.mean() - exceptions, -most), min(change.mean() + exceptions, most)
+        deviation = math.sqrt(exceptions) * change.size / n
     detectable = (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * deviation * math.sqrt(n) / change.size
     p_value = (extreme.sum() + 1) / (extreme.size + 1)
-    return Comparison(Interval(float(change.mean()), float(low), float(high)), float(p_value), float(detectable))
+    interval = Interval(float(change.mean()), float(low), float(high))
+    return Comparison(interval, float(p_value), float(detectable), int((change != 0).sum()))
 
 
 @dataclasses.dataclass(frozen=True)

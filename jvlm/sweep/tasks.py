@@ -123,7 +123,7 @@ def change(before: TaskRun, after: TaskRun, task: str) -> Comparison | None:
 def verdict(found: Comparison) -> str:
     """Return what a change shows, in a few words."""
     difference = found.difference
-    if difference.low == difference.high == 0:
+    if not found.changed:
         return "the same"
     if difference.low <= 0 <= difference.high:
         return f"no change seen (one of {100 * found.detectable:.1f} would show)"

@@ -20,7 +20,7 @@ from jvlm.evaluation.endpoint import ChatAnswer, Endpoint, EndpointError
 from jvlm.evaluation.judges import Judge
 from jvlm.evaluation.metrics import Answered
 from jvlm.evaluation.page import model_of, render, suites
-from jvlm.evaluation.run import evaluate, score_task
+from jvlm.evaluation.run import evaluate, score_task, table
 from jvlm.evaluation.task import Item
 from jvlm.evaluation.tasks import MEANS_OF_SUITES, SUITES
 from jvlm.scoring.score import Score
@@ -76,6 +76,7 @@ def test_a_judge_scores_what_the_rule_does_not_take_and_its_failures_are_no_scor
     assert first["metric"] == "judge:wise"
     assert first["reasons"] == {"judge_failed": 1, "judge_unparsed": 2, "ok": 2, "wrong": 1}
     assert first["value"] == pytest.approx(2 / 3)
+    assert "gave no score to 1 judge_failed and 2 judge_unparsed: left out of the mean" in table([first])
     assert first["judge"]["prompt_hash"]
     seen = judge.endpoint.seen
     assert len(seen) == 5, "what equals the reference needs no judge"
@@ -136,6 +137,9 @@ def test_duels_in_both_orders_give_ratings_and_a_preference_for_the_first_place_
     rated = ratings(judged, draws=10)
     assert len(judged) == 18
     assert rated["good"].value > rated["bad"].value > rated["ugly"].value
+    mute = duels(folders, _judge(lambda values: "hm", tmp_path / "z"))
+    with pytest.raises(UserError, match=r"replies to 18 duels say in no case .* one is 'hm'"):
+        record(mute, _judge(better, tmp_path))
     biased = duels(folders, _judge(lambda values: "\\boxed{A}", tmp_path / "y"))
     assert {duel.result for duel in biased} == {0.5}
     unread = duels(folders, _judge(lambda values: "both", tmp_path / "z"))

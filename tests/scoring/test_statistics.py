@@ -102,3 +102,19 @@ def test_questions_about_one_image_are_drawn_together():
     assert together.p_value > alone.p_value
     of_images = compare(np.zeros(40), by_image[::10])
     assert together.detectable == pytest.approx(of_images.detectable)
+
+
+@pytest.mark.parametrize("change", [0.0, 1.0, -1.0, 0.25])
+def test_questions_that_all_changed_alike_do_not_show_every_difference(change):
+    """The truth behind them may be another: of a true share of changes just inside the interval, none is often seen."""
+    n = 24
+    found = compare(np.full(n, max(-change, 0.0)), np.full(n, max(-change, 0.0) + change))
+    interval = found.difference
+    assert found.changed == n * (change != 0)
+    assert interval.value == pytest.approx(change)
+    assert -1 <= interval.low <= change <= interval.high <= 1
+    width = max(interval.high - change, change - interval.low)
+    assert stats.binom.pmf(0, n, width) > 0.025 > stats.binom.pmf(0, n, 1.5 * width)
+    assert 0.15 < found.detectable < 0.35
+    many = compare(np.zeros(2400), np.full(2400, change), groups=np.repeat(np.arange(n), 100))
+    assert many.detectable == pytest.approx(found.detectable), "groups count, and not questions"

@@ -80,7 +80,7 @@ def test_a_change_is_that_of_the_questions_that_both_runs_were_asked(runs):
     same = tasks.change(two, three, "where")
     assert same.difference.value == 0
     assert tasks.verdict(same) == "the same"
-    unsure = Comparison(Interval(0.01, -0.02, 0.04), 0.5, 0.043)
+    unsure = Comparison(Interval(0.01, -0.02, 0.04), 0.5, 0.043, 3)
     assert tasks.verdict(unsure) == "no change seen (one of 4.3 would show)"
     both = np.arange(40)
     expected = (both % 6 < 3).mean() - (both % 6 < 2).mean()
