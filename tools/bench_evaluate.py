@@ -6,8 +6,9 @@
 The model is the demo's, with random weights unless a folder is given; questions have no picture, one or two, and a
 sentence or a page, and answers are drawn, so that they end after one token or after forty. Both are timed in turns in
 one process, by one engine whose programs are compiled and whose caches are emptied before; the last line is the ratio
-of the medians, and the command fails where it is below --least. The rows of evaluation hold all that it does: reading
-files, encoding, asking, writing each answer, the running score; and scoring at the end apart.
+of the medians, and the command fails where it is below --least, or so far above 1 that something else was measured. The
+rows of evaluation hold all that it does: reading files, encoding, asking, writing each answer, the running score; and
+scoring at the end apart.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from jvlm.weights.io import load
 
 FILE = "questions.jsonl"
 WARM = 1500  # questions asked before the rounds
+MOST = 1.1  # ratio that is still taken for a measurement
 TASK = Task(
     "mixed",
     "own",
@@ -132,7 +134,9 @@ def main() -> int:
         ratio = medians[1] / medians[0]
         took = time.perf_counter() - began
         print(f"{len(examples)} questions: jvlm evaluate at {ratio:.2f} of the engine's own tokens/s, in {took:.0f} s")
-    return 0 if ratio >= arguments.least else 1
+    if ratio > MOST:
+        print(f"asking cannot be faster than the engine: a ratio above {MOST} measures something else. Run it again")
+    return 0 if arguments.least <= ratio <= MOST else 1
 
 
 def _row(name: str, values) -> str:
