@@ -138,9 +138,9 @@ def abstract_programs(template: VLM, layout: MeshLayout, sizes: BatchShape) -> A
         return _at(value, layout.sharding((*axes, *[None] * (np.ndim(value) - len(axes))), np.shape(value)))
 
     def placed_cache(part: Any) -> jax.ShapeDtypeStruct:
-        if part.shape[0] == shapes.cache.pages:
-            return split(part, "batch", "kv_heads")
-        return split(part, "batch", None, "kv_heads") if part.ndim > 2 else split(part, "batch")
+        if part.shape[1] == shapes.cache.pages:
+            return split(part, None, "batch", "kv_heads")
+        return split(part, None, "batch", *((None, "kv_heads") if part.ndim > 3 else ()))
 
     cache = jax.eval_shape(compiled.init_cache, decoder_leaves)
     chunks = plan_arrays.no_chunks(shapes, C, 0, shapes.prefill_features[0] if beside else C)
@@ -157,9 +157,7 @@ def abstract_programs(template: VLM, layout: MeshLayout, sizes: BatchShape) -> A
         destinations=split(np.zeros((D, vision), np.int32), "batch") if P else None,
         adapters=split(np.zeros(D, np.int32), "batch"),
         features=None if pool is None else jax.tree.map(lambda x: split(x, "batch"), (pool.tokens, pool.deepstack)),
-        cache=jax.tree.map(
-            lambda x: split(x, "batch", *(("kv_heads",) if x.shape[0] == shapes.cache.pages else ())), cache
-        ),
+        cache=jax.tree.map(placed_cache, cache),
         chunks=Chunks(*(split(part, "batch") for part in chunks)),
         tokens=_at(np.zeros(sizes.batch_size + 1, np.int32), layout.replicated()),
         rows=DecodeRows(split(np.zeros((sizes.batch_size, programs.TABLE + width), np.int32), "batch")),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,6 +18,7 @@ from jvlm.inference.requests import SamplingParams
 from jvlm.inference.sampling import Logprobs, SamplingArrays, SlotRules
 from jvlm.inference.scheduling.plans import Chunk, Decode, Encode, Picture, Plan, Prefill, Row
 from jvlm.inference.shapes import Shapes
+from jvlm.models.batch import PackedBatch
 from jvlm.models.contracts import VisionTokens
 from jvlm.models.vlm import VLMConfig
 from jvlm.parallel.layout import MeshLayout
@@ -26,7 +26,7 @@ from jvlm.parallel.layout import MeshLayout
 if TYPE_CHECKING:
     from jvlm.inference.engine import Engine
 
-_COPIES = 8  # pages that one program copies or scrubs
+COPIES = 8  # pages that one program copies or scrubs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,11 @@ class DeviceState:
         self._samplings = np.repeat(nobody, slots + 1, axis=0)
         self._generations = np.full(slots, -1)
         self.release()
+
+    @property
+    def no_sampling(self) -> np.ndarray:
+        """Columns of `SamplingArrays` of a row without a sequence."""
+        return self._samplings[-1]
 
     def release(self) -> None:
         """Let go of the arrays; they are made again when a plan needs them."""
@@ -171,8 +176,7 @@ class DeviceState:
         held, P = sum(p.media.patches for row in rows for p in row), batch.patches.shape[1]
         self.patches += held
         self._count(f"encode {P}", held, P * self.shapes.groups)
-        self._features, done = self._run_encode(self._pool(), batch, destinations, adapters)
-        return done
+        return self.run_encode(batch, destinations, adapters)
 
     def _pack_pictures(self, rows: Sequence[Sequence[PictureArrays]]) -> tuple[Any, np.ndarray]:
         config, s = self.engine.config, self.shapes
@@ -185,13 +189,17 @@ class DeviceState:
         batch = picture_batch(config, s.groups, P)
         return plan_arrays.pack_pictures(rows, batch, vision_tokens_of(config, P), s.feature_slots)
 
-    def _run_encode(self, pool, batch, destinations, adapters):
+    def encode_arguments(self, batch: PackedBatch, destinations: np.ndarray, adapters: np.ndarray) -> tuple[Any, ...]:
+        """Return the arguments of `Programs.encode`, on the devices."""
         put = self.programs.put
         if self.programs.ops is not None:
             batch = jax.device_put(batch, self.programs.ops.layout.batch(batch))
-        return self.programs.encode(
-            self.engine._leaves, pool, batch, put(destinations, "batch", None), put(adapters, "batch")
-        )
+        return self.engine._leaves, self.pool(), batch, put(destinations, "batch", None), put(adapters, "batch")
+
+    def run_encode(self, batch: PackedBatch, destinations: np.ndarray, adapters: np.ndarray) -> Any:
+        """Run the vision tower. Returns an array that is there when it is done."""
+        self._features, done = self.programs.encode(*self.encode_arguments(batch, destinations, adapters))
+        return done
 
     def prefill(self, plans: Mapping[int, Prefill], active: Mapping[str, Any]) -> tuple[list[Sampled], Any]:
         """Run chunks of prompts, and draw the first token of those that end."""
@@ -207,17 +215,21 @@ class DeviceState:
             self._count(
                 f"prefill {size[0]} after {size[1]} pages", int((chunks.segment_ids > 0).sum()), chunks.tokens.size
             )
-            hidden, self._cache = self._run_prefill(chunks, adapters)
+            hidden = self.run_prefill(chunks, adapters)
             sampled += self._first_tokens(rows, last, hidden, active)
             self._score_prompts(key, rows, last, chunks, hidden, active)
         return sampled, hidden
 
-    def _run_prefill(self, chunks: Chunks, adapters: np.ndarray):
+    def prefill_arguments(self, chunks: Chunks, adapters: np.ndarray) -> tuple[Any, ...]:
+        """Return the arguments of `Programs.prefill`, on the devices."""
         put = self.programs.put
         chunks = Chunks(*(put(part, "batch", *[None] * (part.ndim - 1)) for part in chunks))
-        return self.programs.prefill(
-            self.engine._decoder_leaves, self._pages(), self._pool(), chunks, put(adapters, "batch")
-        )
+        return self.engine._decoder_leaves, self.pages(), self.pool(), chunks, put(adapters, "batch")
+
+    def run_prefill(self, chunks: Chunks, adapters: np.ndarray) -> Any:
+        """Run chunks of prompts. Returns the hidden states [D, C, width]."""
+        hidden, self._cache = self.programs.prefill(*self.prefill_arguments(chunks, adapters))
+        return hidden
 
     def _next_chunks(self, left: list[Chunk], active: Mapping[str, Any]) -> tuple[int, list[Chunk]]:
         """Take chunks of one adapter, as many as a prefill takes."""
@@ -247,7 +259,7 @@ class DeviceState:
         R, found = self.shapes.prefill_rows, []
         for begin in range(0, max(map(len, wanted)), R):
             indices = np.zeros((len(rows), R), np.int32)
-            samplings = np.repeat(self._samplings[-1:], len(rows) * R, axis=0)
+            samplings = np.repeat(self.no_sampling[None], len(rows) * R, axis=0)
             at = []
             for d, group in enumerate(wanted):
                 for i, (index, row) in enumerate(group[begin : begin + R]):
@@ -257,16 +269,17 @@ class DeviceState:
                     samplings[d * R + i, sampling.STEP] = row.draw
                     at.append((d * R + i, d, row, 1))
             mask = self._mask(len(samplings), 1, at, active, {})
-            drawn = self._run_first(hidden, indices, samplings, mask)
+            drawn = self.run_first(hidden, indices, samplings, mask)
             found.append(_sampled(drawn, at, samplings))
         return found
 
-    def _run_first(self, hidden, indices: np.ndarray, samplings: np.ndarray, mask) -> Drawn:
+    def run_first(self, hidden, indices: np.ndarray, samplings: np.ndarray, mask) -> Drawn:
+        """Draw a token behind each of some tokens of a prefill."""
         put = self.programs.put
         drawn, self._tokens, self._rules = self.programs.first(
             self.engine._decoder_leaves,
-            self._last_tokens(),
-            self._slot_rules(),
+            self.last_tokens(),
+            self.slot_rules(),
             self.programs.last(hidden, put(indices, "batch", None)),
             put(samplings, "batch", None),
             self.banned,
@@ -297,21 +310,19 @@ class DeviceState:
                 if drafts is not None and count > 1:
                     guesses[index] = drafts[index, : count - 1].tolist()
         mask = self._mask(B, 1 if drafts is None else 1 + drafts.shape[1], at, active, guesses)
-        return _sampled(self._run_decode(rows, drafts, mask), at, rows.rows, guesses)
+        return _sampled(self.run_decode(rows, drafts, mask), at, rows.rows, guesses)
 
-    def _run_decode(self, rows: DecodeRows, drafts: np.ndarray | None, mask) -> Drawn:
+    def decode_arguments(self, rows: DecodeRows, drafts: np.ndarray | None, mask: Any) -> tuple[Any, ...]:
+        """Return the arguments of `Programs.decode`, or of `Programs.verify` where tokens are drafted."""
         put = self.programs.put
+        more = () if drafts is None else (put(drafts, "batch", None),)
+        state = self.engine._decoder_leaves, self.pages(), self.last_tokens(), self.slot_rules()
+        return (*state, DecodeRows(put(rows.rows, "batch", None)), self.banned, mask, *more)
+
+    def run_decode(self, rows: DecodeRows, drafts: np.ndarray | None, mask: Any) -> Drawn:
+        """Run rows of decoding, and draw their tokens."""
         program = self.programs.decode if drafts is None else self.programs.verify
-        drawn, self._tokens, self._rules, self._cache = program(
-            self.engine._decoder_leaves,
-            self._pages(),
-            self._last_tokens(),
-            self._slot_rules(),
-            DecodeRows(put(rows.rows, "batch", None)),
-            self.banned,
-            mask,
-            *(() if drafts is None else (put(drafts, "batch", None),)),
-        )
+        drawn, self._tokens, self._rules, self._cache = program(*self.decode_arguments(rows, drafts, mask))
         return drawn
 
     # -- drawing
@@ -328,7 +339,7 @@ class DeviceState:
         masked = [(index, row, active[row.request_id].masks) for index, _, row, _ in at]
         masked = [(index, row, masks) for index, row, masks in masked if masks is not None]
         if not masked:
-            return self._free_mask(rows * width)
+            return self.free_mask(rows * width)
         mask = np.full((rows * width, self.engine.constraints.words), -1, np.int32)
         for index, row, masks in masked:
             guessed = drafts.get(index, ())
@@ -336,7 +347,8 @@ class DeviceState:
             mask[index * width : index * width + 1 + len(guessed)] = words
         return self._committed(self.programs.put(mask, None, None))
 
-    def _free_mask(self, rows: int) -> Any:
+    def free_mask(self, rows: int) -> Any:
+        """Return bits that allow every token."""
         if rows not in self._masks:
             mask = np.full((rows, self.engine.constraints.words), -1, np.int32)
             self._masks[rows] = self._committed(self.programs.put(mask, None, None))
@@ -366,7 +378,12 @@ class DeviceState:
         ends[[i for i in one.ends if 0 <= i < vocabulary]] = True
         given = one.answers[row.index].tokens
         counts = np.bincount(np.array(given, np.int64), minlength=vocabulary).astype(np.int32)
-        self._rules = self.programs.set_rules(self._slot_rules(), np.int32(slot), bias, seen, ends, counts)
+        self.run_set_rules(slot, bias, seen, ends, counts)
+
+    def run_set_rules(self, slot: int, *values: np.ndarray) -> Any:
+        """Give a slot its rules (`SlotRules.at_slot`). Returns those of all slots."""
+        self._rules = self.programs.set_rules(self.slot_rules(), np.int32(slot), *values)
+        return self._rules
 
     # -- prompts' scores
 
@@ -386,9 +403,7 @@ class DeviceState:
             after = prompt[chunk.start + 1 : chunk.stop + 1]
             begin = index + 1 - len(chunk.tokens)
             following[d, begin : begin + len(after)] = after
-        found = self.programs.prompt_logprobs(
-            self.engine._decoder_leaves, hidden, self.programs.put(following, "batch", None)
-        )
+        found = self.run_prompt_logprobs(hidden, following)
         C = chunks.tokens.shape[1]
         for d, chunk, index in wanted:
             prompt = active[chunk.row.request_id].spec.tokens
@@ -396,6 +411,11 @@ class DeviceState:
             begin = d * C + index + 1 - len(chunk.tokens)
             part = jax.tree.map(lambda x, a=begin, n=len(after): x[a : a + n], found)
             self._prompt_logprobs.setdefault(key, []).append((chunk.row.request_id, chunk.start + 1, after, part))
+
+    def run_prompt_logprobs(self, hidden: Any, following: np.ndarray) -> Logprobs:
+        """Score what follows each token of a prefill."""
+        following = self.programs.put(following, "batch", None)
+        return self.programs.prompt_logprobs(self.engine._decoder_leaves, hidden, following)
 
     def take_prompt_logprobs(self, launched: Any) -> Iterator[tuple[str, int, np.ndarray, Logprobs]]:
         """Yield (request, first token, tokens, values) of what a launched plan computed."""
@@ -406,38 +426,52 @@ class DeviceState:
 
     def _copy(self, copies: Mapping[int, Sequence[tuple[int, int]]]) -> None:
         most = max((len(pairs) for pairs in copies.values()), default=0)
-        for begin in range(0, most, _COPIES):
-            source, target = (np.zeros((self.shapes.groups, _COPIES), np.int32) for _ in range(2))
+        for begin in range(0, most, COPIES):
+            source, target = (np.zeros((self.shapes.groups, COPIES), np.int32) for _ in range(2))
             for group, pairs in copies.items():
-                for i, (old, new) in enumerate(pairs[begin : begin + _COPIES]):
+                for i, (old, new) in enumerate(pairs[begin : begin + COPIES]):
                     source[group, i], target[group, i] = old, new
-            self._cache = self.programs.copy_pages(self._pages(), source, target)
+            self.run_copy(source, target)
+
+    def run_copy(self, source: np.ndarray, target: np.ndarray) -> Any:
+        """Copy pages [D, `COPIES`] of every layer. Returns the cache."""
+        self._cache = self.programs.copy_pages(self.pages(), source, target)
+        return self._cache
 
     def scrub(self, group: int, pages: np.ndarray) -> None:
         """Replace what is not finite in pages of a group: attention multiplies masked entries with 0."""
         pages = pages[pages > 0]
-        for begin in range(0, len(pages), _COPIES):
-            some = np.zeros((self.shapes.groups, _COPIES), np.int32)
-            chosen = pages[begin : begin + _COPIES]
+        for begin in range(0, len(pages), COPIES):
+            some = np.zeros((self.shapes.groups, COPIES), np.int32)
+            chosen = pages[begin : begin + COPIES]
             some[group, : len(chosen)] = chosen
-            self._cache = self.programs.scrub_pages(self._pages(), some)
+            self.run_scrub(some)
 
-    def _pages(self):
+    def run_scrub(self, pages: np.ndarray) -> Any:
+        """Scrub pages [D, `COPIES`] of every layer. Returns the cache."""
+        self._cache = self.programs.scrub_pages(self.pages(), pages)
+        return self._cache
+
+    def pages(self) -> Any:
+        """Return the cache, empty where there was none."""
         if self._cache is None:
             self._cache = self._committed(self.programs.init_cache(self.engine._decoder_leaves))
         return self._cache
 
-    def _pool(self):
+    def pool(self) -> Any:
+        """Return the feature pool, empty where there was none."""
         if self._features is None:
             self._features = self._committed(self.programs.init_features())
         return self._features
 
-    def _last_tokens(self):
+    def last_tokens(self) -> Any:
+        """Return the last token of each slot."""
         if self._tokens is None:
             self._tokens = self._committed(self.programs.put(np.zeros(len(self._samplings), np.int32), None))
         return self._tokens
 
-    def _slot_rules(self):
+    def slot_rules(self) -> Any:
+        """Return the `SlotRules` of the slots."""
         if self._rules is None:
             rules = SlotRules.empty(len(self._generations), self.engine.config.decoder.vocab_size)
             self._rules = self._committed(jax.tree.map(lambda x: self.programs.put(x, None, None), rules))
@@ -457,70 +491,6 @@ class DeviceState:
     def padding(self) -> dict[str, float]:
         """Share of each program's entries that held nothing."""
         return {name: 1 - self._held[name] / room for name, room in self._room.items()}
-
-    def warm_up(self, report: Callable[[str, float], None]) -> None:
-        """Compile every program for every shape."""
-        s, D, config = self.shapes, self.shapes.groups, self.engine.config
-
-        def timed(name: str, run: Callable[[], Any]) -> Any:
-            began = time.perf_counter()
-            found = jax.block_until_ready(run())
-            report(name, time.perf_counter() - began)
-            return found
-
-        timed("cache", self._pages)
-        timed("features", self._pool)
-        self._last_tokens()
-        timed("rules", self._slot_rules)
-        nobody = np.zeros(D, np.int32)
-        for P in s.encode_patches:
-            batch = picture_batch(config, D, P)
-            destinations = np.full((D, vision_tokens_of(config, P)), s.feature_slots, np.int32)
-            self._features, _ = timed(
-                f"encode {P}",
-                lambda batch=batch, destinations=destinations: self._run_encode(
-                    self._pool(), batch, destinations, nobody
-                ),
-            )
-        indices = np.zeros((D, s.prefill_rows), np.int32)
-        samplings = np.repeat(self._samplings[-1:], D * s.prefill_rows, axis=0)
-        for C in s.prefill_tokens:
-            for M in s.past:
-                for F in s.prefill_features or (C,):
-                    chunks = plan_arrays.no_chunks(s, C, M, F)
-                    name = f"prefill {C} after {M} pages" + (f" with {F} vision tokens" if s.prefill_features else "")
-                    hidden, self._cache = timed(name, lambda chunks=chunks: self._run_prefill(chunks, nobody))
-            following = self.programs.put(np.zeros((D, C), np.int32), "batch", None)
-            timed(
-                f"scores of {C} prompt tokens",
-                lambda hidden=hidden, following=following: self.programs.prompt_logprobs(
-                    self.engine._decoder_leaves, hidden, following
-                ),
-            )
-            mask = self._free_mask(len(samplings))
-            timed(f"first after {C}", lambda h=hidden, mask=mask: self._run_first(h, indices, samplings, mask))
-        K = self.engine.sizes.draft_tokens
-        for rows in s.decode_rows:
-            for W in s.tables:
-                empty = np.zeros((rows * D, programs.TABLE + W), np.int32)
-                empty[:, : sampling.COLUMNS] = self._samplings[-1]
-                for drafts in (None, np.zeros((rows * D, K), np.int32)) if K else (None,):
-                    mask = self._free_mask(len(empty) * (1 if drafts is None else 1 + K))
-                    timed(
-                        f"decode {rows * D} of {W} pages" + ("" if drafts is None else f" with {K} drafted tokens"),
-                        lambda empty=empty, drafts=drafts, mask=mask: self._run_decode(DecodeRows(empty), drafts, mask),
-                    )
-        pages = np.zeros((D, _COPIES), np.int32)
-        self._cache = timed("copies", lambda: self.programs.copy_pages(self._pages(), pages, pages))
-        self._cache = timed("scrubbing", lambda: self.programs.scrub_pages(self._pages(), pages))
-        V = config.decoder.vocab_size
-        none = np.zeros(V, bool)
-        self._rules = timed(
-            "rules of a slot",
-            lambda: self.programs.set_rules(
-                self._slot_rules(), np.int32(0), np.zeros(V, np.float32), none, none, np.zeros(V, np.int32)
-            ),
-        )
 
 
 def _sampled(

@@ -25,7 +25,7 @@ from jvlm.data.errors import ExampleError
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
-from jvlm.inference import event_loop, faults, memory, not_finite, results, shapes, sharding, token_rules
+from jvlm.inference import event_loop, faults, memory, not_finite, results, shapes, sharding, token_rules, warm_up
 from jvlm.inference.active import Active, Launched
 from jvlm.inference.answer import Answer
 from jvlm.inference.answer_masks import AnswerMasks
@@ -540,7 +540,7 @@ class Engine:
             raise RuntimeError("answers run")
         need = shapes.largest_need(self.config, self.sizes)
         self._make_shapes([need] * self.sizes.max_slots, self.size_cache())
-        self._device.warm_up(report or (lambda name, seconds: None))
+        warm_up.warm_up(self._device, report or (lambda name, seconds: None))
         self._ready_at = sum(self.compilations.values())
 
     def stats(self) -> EngineStats:

@@ -61,7 +61,7 @@ def bytes_of_a_page(state: DeviceState) -> int:
     """Return the bytes that a page of every layer takes on one device."""
     cache = jax.eval_shape(state.programs.init_cache, state.engine._decoder_leaves)
     pages = state.programs.sizes.pages
-    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache) if x.shape[0] == pages)
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache) if x.shape[1] == pages)
     devices = 1 if state.programs.ops is None else state.programs.ops.layout.mesh.size
     return -(-whole * state.shapes.groups // (pages * devices))
 
@@ -74,7 +74,7 @@ def temporary_bytes(state: DeviceState) -> int:
         s, s.prefill_tokens[-1], s.past[-1], (s.prefill_features or (s.prefill_tokens[-1],))[-1]
     )
     chunks = type(chunks)(*(programs.put(part, "batch", *[None] * (part.ndim - 1)) for part in chunks))
-    lowered = [programs.prefill.lower(state.engine._decoder_leaves, state._pages(), state._pool(), chunks, nobody)]
+    lowered = [programs.prefill.lower(state.engine._decoder_leaves, state.pages(), state.pool(), chunks, nobody)]
     if s.encode_patches[-1] and s.feature_slots:
         P = s.encode_patches[-1]
         batch = picture_batch(config, s.groups, P)
@@ -82,7 +82,7 @@ def temporary_bytes(state: DeviceState) -> int:
             batch = jax.device_put(batch, programs.ops.layout.batch(batch))
         slots = np.full((s.groups, vision_tokens_of(config, P)), s.feature_slots, np.int32)
         slots = programs.put(slots, "batch", None)
-        lowered.append(programs.encode.lower(state.engine._leaves, state._pool(), batch, slots, nobody))
+        lowered.append(programs.encode.lower(state.engine._leaves, state.pool(), batch, slots, nobody))
     found = [one.compile().memory_analysis() for one in lowered]
     return max(one.temp_size_in_bytes + one.output_size_in_bytes - one.alias_size_in_bytes for one in found)
 
@@ -98,8 +98,8 @@ def pages_that_fit(state: DeviceState, devices: Sequence[Any], fraction: float) 
       UserError: there is no room for one answer.
     """
     temporary, page = temporary_bytes(state), bytes_of_a_page(state)
-    state._last_tokens(), state._slot_rules()
-    jax.block_until_ready((state._pages(), state._pool()))
+    state.last_tokens(), state.slot_rules()
+    jax.block_until_ready((state.pages(), state.pool()))
     left = free_bytes(devices, fraction) - temporary
     pages = left // page + state.shapes.pages
     least = state.shapes.tables[-1] + 1

@@ -342,19 +342,24 @@ class Programs:
 
     def _copy_pages(self, cache, source: Int[Array, "D n"], target: Int[Array, "D n"]):
         at, to = self._numbered(source), self._numbered(target)
-        return self._of_pages(cache, lambda part: part.at[to].set(part[at]))
+        return self._of_pages(cache, lambda part: part.at[:, to].set(part[:, at]))
 
     def _scrub_pages(self, cache, pages: Int[Array, "D n"]):
         at = self._numbered(pages)
-        return self._of_pages(cache, lambda part: part.at[at].set(jnp.where(jnp.isfinite(part[at]), part[at], 0)))
+
+        def scrubbed(part):
+            held = part[:, at]
+            return part.at[:, at].set(jnp.where(jnp.isfinite(held), held, 0))
+
+        return self._of_pages(cache, scrubbed)
 
     def _numbered(self, pages: Int[Array, "D n"]):
         """Return the pages of groups by their numbers among those of all groups."""
         return (pages + jnp.arange(self.groups)[:, None] * (self.sizes.pages // self.groups)).reshape(-1)
 
     def _of_pages(self, cache, change):
-        with device_ops.use(self.ops):  # what has another first axis belongs to slots
-            return jax.tree.map(lambda part: change(part) if part.shape[0] == self.sizes.pages else part, cache)
+        with device_ops.use(self.ops):  # what has another second axis belongs to slots
+            return jax.tree.map(lambda part: change(part) if part.shape[1] == self.sizes.pages else part, cache)
 
     def put(self, value: Any, *axes: str | None) -> Any:
         """Return an array of the host where the programs want it."""

@@ -174,7 +174,7 @@ def shapes_for(
     if not fixed_pages and least is not None:
         pages = max(pages, least.pages)
     if pages * groups == slots * groups:
-        pages += 1  # so that arrays of pages and of slots are told apart by their first axis
+        pages += 1  # so that arrays of pages and of slots are told apart by their second axis
     if config.max_model_len is not None:
         width = -(-config.max_model_len // page_size)
     width = max(width, 0 if least is None else least.tables[-1])

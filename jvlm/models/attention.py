@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jvlm.models import device_ops, layers
 from jvlm.models.batch import CacheSizes, DecodeStep, PrefillStep
-from jvlm.models.device_ops import KVCache, SequenceAxis
+from jvlm.models.device_ops import KVCache, Layer, SequenceAxis
 
 
 class Attention(nnx.Module):
@@ -143,6 +143,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B S D"],
         segments: Int[Array, "B S"],
         cache: KVCache,
+        layer: Layer,
         step: PrefillStep,
         angles: Float[Array, "B S f"],
         **mask: Any,
@@ -155,6 +156,7 @@ class Attention(nnx.Module):
             v,
             segments,
             cache,
+            layer,
             step.pages,
             step.past_pages,
             step.past_segments,
@@ -165,15 +167,21 @@ class Attention(nnx.Module):
 
     @jax.named_scope("attention")
     def decode(
-        self, x: Float[Array, "B S D"], cache: KVCache, step: DecodeStep, angles: Float[Array, "B S f"], **mask: Any
+        self,
+        x: Float[Array, "B S D"],
+        cache: KVCache,
+        layer: Layer,
+        step: DecodeStep,
+        angles: Float[Array, "B S f"],
+        **mask: Any,
     ) -> tuple[Float[Array, "B S D"], KVCache]:
         """Return self-attention of new tokens that are written into a cache, and the cache."""
         q, k, v = self.project(x, angles=angles, decoding=True)
         ops = device_ops.current()
-        mixed, cache = ops.cached_attention(q, k, v, cache, step.cache_index, step.block_tables, **mask)
+        mixed, cache = ops.cached_attention(q, k, v, cache, layer, step.cache_index, step.block_tables, **mask)
         return self.combine(mixed), cache
 
-    def init_cache(self, sizes: CacheSizes, dtype: DTypeLike) -> KVCache:
-        """Return an empty cache of pages."""
+    def init_cache(self, layers: int, sizes: CacheSizes, dtype: DTypeLike) -> KVCache:
+        """Return an empty cache of pages, of so many layers with this attention."""
         heads = self.num_heads, self.num_kv_heads, self.head_dim
-        return device_ops.current().init_pages(sizes.pages, sizes.page_size, *heads, dtype)
+        return device_ops.current().init_pages(layers, sizes.pages, sizes.page_size, *heads, dtype)

@@ -131,7 +131,7 @@ class Generates(Protocol):
     """A `Decoder` that generates with a cache."""
 
     def init_cache(self, sizes: CacheSizes) -> Any:
-        """Return an empty cache. Its arrays have pages or slots as their first axis."""
+        """Return an empty cache. Its arrays have layers as their first axis, and pages or slots as their second."""
 
 
 _WIDTH = "width of the hidden states that it returns"

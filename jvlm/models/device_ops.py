@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 from jvlm_kernels import (
@@ -27,8 +28,11 @@ from jvlm_kernels import (
 
 # Logical axes that a mesh may split together with everything that is indexed by them.
 SequenceAxis = Literal["sequence", "patches", "vision_tokens"]
-# Keys [R, N, D, T] and values [R, N, T, D] of R pages and N heads, as `jvlm_kernels.cached_attention` takes them.
-KVCache = tuple[Float[Array, "R _ _ T"], Float[Array, "R _ T _"]]
+# Keys [L, R, N, D, T] and values [L, R, N, T, D] of L layers, R pages and N heads, as `jvlm_kernels.cached_attention`
+# takes them.
+KVCache = tuple[Float[Array, "L R _ _ T"], Float[Array, "L R _ T _"]]
+# The number of a layer, from 0: of numpy where layers are unrolled.
+Layer = Int[Array, ""] | np.integer
 
 
 @runtime_checkable
@@ -73,9 +77,16 @@ class DeviceOps(Protocol):
         """
 
     def init_pages(
-        self, num_pages: int, page_size: int, num_heads: int, kv_heads: int, head_dim: int, dtype: DTypeLike
+        self,
+        layers: int,
+        num_pages: int,
+        page_size: int,
+        num_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: DTypeLike,
     ) -> KVCache:
-        """Return an empty cache of pages, for the keys and values that ``num_heads`` query heads read.
+        """Return an empty cache of pages of each layer, for the keys and values that ``num_heads`` query heads read.
 
         It has ``kv_heads`` heads, or as many as there are devices that split the heads where that is larger. Devices
         that split sequences have pages of their own, numbered from 0 on each.
@@ -87,11 +98,12 @@ class DeviceOps(Protocol):
         k: Float[Array, "B S K D"],
         v: Float[Array, "B S K D"],
         cache: KVCache,
+        layer: Layer,
         cache_index: Int[Array, " B"],
         block_tables: Int[Array, "B W"],
         **options: Any,
     ) -> tuple[Float[Array, "B S H D"], KVCache]:
-        """`jvlm_kernels.cached_attention` with its ``options``: write k and v at ``cache_index``, then attend."""
+        """`jvlm_kernels.cached_attention` of a layer with its ``options``: write k and v, then attend."""
 
     def chunk_attention(
         self,
@@ -100,12 +112,13 @@ class DeviceOps(Protocol):
         v: Float[Array, "B S K D"],
         segments: Int[Array, "B S"],
         cache: KVCache,
+        layer: Layer,
         pages: Int[Array, "B N"],
         past_pages: Int[Array, "B M"],
         past_segments: Int[Array, "B P"],
         **options: Any,
     ) -> tuple[Float[Array, "B S H D"], KVCache]:
-        """`jvlm_kernels.chunk_attention` with its ``options``; every device that splits sequences has one row."""
+        """`jvlm_kernels.chunk_attention` of a layer with its ``options``; each device that splits rows has one."""
 
     def embedding_lookup(
         self,
@@ -176,14 +189,14 @@ class LocalOps:
     def attention(self, q, k, v, q_segments, kv_segments, *, along: SequenceAxis, **options: Any):
         return segment_attention(q, k, v, q_segments, kv_segments, **options)
 
-    def init_pages(self, num_pages, page_size, num_heads, kv_heads, head_dim, dtype):
-        return init_pages(num_pages, page_size, kv_heads, head_dim, dtype)
+    def init_pages(self, layers, num_pages, page_size, num_heads, kv_heads, head_dim, dtype):
+        return init_pages(num_pages, page_size, kv_heads, head_dim, dtype, layers=layers)
 
-    def cached_attention(self, q, k, v, cache, cache_index, block_tables, **options: Any):
-        return cached_attention(q, k, v, cache, cache_index, block_tables=block_tables, **options)
+    def cached_attention(self, q, k, v, cache, layer, cache_index, block_tables, **options: Any):
+        return cached_attention(q, k, v, cache, cache_index, block_tables=block_tables, layer=layer, **options)
 
-    def chunk_attention(self, q, k, v, segments, cache, pages, past_pages, past_segments, **options: Any):
-        return chunk_attention(q, k, v, segments, cache, pages, past_pages, past_segments, **options)
+    def chunk_attention(self, q, k, v, segments, cache, layer, pages, past_pages, past_segments, **options: Any):
+        return chunk_attention(q, k, v, segments, cache, pages, past_pages, past_segments, layer=layer, **options)
 
     def embedding_lookup(self, table, index, dtype, *, axes=("vocab", "embed"), along: SequenceAxis = "sequence"):
         return table[index].astype(dtype)

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jvlm_kernels import RESIDUAL_NAMES
 
@@ -18,7 +17,7 @@ from jvlm.models.layers import RematPolicy
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PerLayer:
-    """A value for each layer of a stack, such as its cache: a pytree.
+    """A value for each layer of a stack: a pytree.
 
     Attributes:
       values: arrays with a leading axis of layers where ``is_stacked``, else a tuple with the value of each layer.
@@ -31,16 +30,8 @@ class PerLayer:
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> PerLayer:
-        """Return separate values, which a step that donates them can update in place."""
+        """Return separate values."""
         return cls(tuple(values), len(values), False)
-
-    @classmethod
-    def numbered(cls, values: PerLayer | None, depth: int) -> PerLayer:
-        """Return (number from 0, value) of each layer. Where layers are unrolled, the number is one of numpy."""
-        numbers = np.arange(depth, dtype=np.int32)
-        if values is None or values.is_stacked:
-            return cls((numbers, None if values is None else values.values), depth, True)
-        return cls.of(tuple(zip(numbers, values, strict=True)))
 
     def __len__(self) -> int:
         return self.depth
@@ -80,15 +71,17 @@ class LayerStack(nnx.Module):
         per_layer: Any = None,
         *,
         remat: RematPolicy,
+        unroll: bool = False,
     ) -> tuple[Any, PerLayer]:
         """Return the last carry and the outputs of all layers of ``carry, output = body(layer, carry, value)``.
 
-        One scan runs the layers, rematerialised as ``remat`` says. Where parameters or ``per_layer`` are separate, the
-        layers are unrolled instead: a step of decoding then updates each cache in place and reads each weight without
-        copying it out of the stack. Outputs are then separate too.
+        One scan runs the layers, rematerialised as ``remat`` says. Where parameters or ``per_layer`` are separate, or
+        ``unroll`` asks for it, the layers are unrolled instead: a step of decoding then reads each weight without
+        copying it out of the stack, and compiles layer by layer. Outputs are then separate too.
 
         Args:
-          per_layer: a `PerLayer`, numpy or jax arrays with a leading axis of layers, or None.
+          per_layer: a `PerLayer`, numpy or jax arrays with a leading axis of layers, or None. Where layers are
+            unrolled, entries of numpy arrays are numbers and arrays of numpy.
         """
         if not isinstance(per_layer, PerLayer):
             per_layer = PerLayer(per_layer, self.depth, True)
@@ -100,7 +93,7 @@ class LayerStack(nnx.Module):
             layer_state, value = inputs
             return body(nnx.merge(graph, layer_state), carry, value)
 
-        if per_layer.is_stacked and not _is_separate(state):
+        if per_layer.is_stacked and not unroll and not _is_separate(state):
             carry, outputs = jax.lax.scan(_rematerialise(step, remat), carry, (state, per_layer.values))
             return carry, PerLayer(outputs, self.depth, True)
         outputs = []

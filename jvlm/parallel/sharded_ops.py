@@ -86,36 +86,40 @@ class ShardedOps:
             raise UserError(f"{K} key heads and {' x '.join(axes)} = {shards} do not divide one another")
         return jnp.repeat(x, shards // K, axis=2)
 
-    def init_pages(self, num_pages, page_size, num_heads, kv_heads, head_dim, dtype):
+    def init_pages(self, layers, num_pages, page_size, num_heads, kv_heads, head_dim, dtype):
         batch, heads = (self.layout.mesh_axes(axis) for axis in ("batch", "heads"))
         _check_divides(self.layout, "pages", num_pages, batch)
         stored = kv_heads if kv_heads % self.layout.num_shards(heads) == 0 else self.layout.num_shards(heads)
-        cache = init_pages(num_pages, page_size, stored, head_dim, dtype)
-        return tuple(self._constrain_to(x, P(batch, heads)) for x in cache)
+        cache = init_pages(num_pages, page_size, stored, head_dim, dtype, layers=layers)
+        return tuple(self._constrain_to(x, P(None, batch, heads)) for x in cache)
 
     def _constrain_to(self, x, spec: P):
         return lax.with_sharding_constraint(x, NamedSharding(self.layout.mesh, spec))
 
-    def cached_attention(self, q, k, v, cache, cache_index, block_tables, **options: Any):
+    def cached_attention(self, q, k, v, cache, layer, cache_index, block_tables, **options: Any):
         batch, heads = (self.layout.mesh_axes(axis) for axis in ("batch", "heads"))
         _check_divides(self.layout, "sequences", q.shape[0], batch)
         k, v = (self._repeat_kv_heads(x, q.shape[2]) for x in (k, v))
 
-        def local(q, k, v, cache, cache_index, block_tables):
-            return cached_attention(q, k, v, cache, cache_index, block_tables=block_tables, **options)
+        def local(q, k, v, cache, layer, cache_index, block_tables):
+            return cached_attention(q, k, v, cache, cache_index, block_tables=block_tables, layer=layer, **options)
 
-        new, cached = P(batch, None, heads), (P(batch, heads),) * 2
-        mapped = self._shard_map(local, (new, new, new, cached, P(batch), P(batch)), (new, cached))
-        return mapped(q, k, v, cache, cache_index, block_tables)
+        new, cached = P(batch, None, heads), (P(None, batch, heads),) * 2
+        mapped = self._shard_map(local, (new, new, new, cached, P(), P(batch), P(batch)), (new, cached))
+        return mapped(q, k, v, cache, layer, cache_index, block_tables)
 
-    def chunk_attention(self, q, k, v, segments, cache, pages, past_pages, past_segments, **options: Any):
+    def chunk_attention(self, q, k, v, segments, cache, layer, pages, past_pages, past_segments, **options: Any):
         batch, heads = (self.layout.mesh_axes(axis) for axis in ("batch", "heads"))
         _check_divides(self.layout, "rows", q.shape[0], batch)
         k, v = (self._repeat_kv_heads(x, q.shape[2]) for x in (k, v))
-        new, cached = P(batch, None, heads), (P(batch, heads),) * 2
-        specs = (new, new, new, P(batch), cached, P(batch), P(batch), P(batch))
-        mapped = self._shard_map(functools.partial(chunk_attention, **options), specs, (new, cached))
-        return mapped(q, k, v, segments, cache, pages, past_pages, past_segments)
+
+        def local(q, k, v, segments, cache, layer, *pages):
+            return chunk_attention(q, k, v, segments, cache, *pages, layer=layer, **options)
+
+        new, cached = P(batch, None, heads), (P(None, batch, heads),) * 2
+        specs = (new, new, new, P(batch), cached, P(), P(batch), P(batch), P(batch))
+        mapped = self._shard_map(local, specs, (new, cached))
+        return mapped(q, k, v, segments, cache, layer, pages, past_pages, past_segments)
 
     def embedding_lookup(self, table, index, dtype, *, axes=("vocab", "embed"), along: SequenceAxis = "sequence"):
         batch, sequence = self.layout.mesh_axes("batch"), self.layout.mesh_axes(along)

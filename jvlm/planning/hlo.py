@@ -25,6 +25,8 @@ _ARRAY = re.compile(r"\b([a-z]+\d+[a-z0-9]*|pred)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
+# A kernel's operands that are larger than its results hold what so many layers read part of.
+_OF_LAYERS = re.compile(r'op_name="[^"]*\bone_of_(\d+)_layers')
 _AT_MOST = re.compile(r'op_name="[^"]*\bat_most_(\d+)_times')
 _OPCODE = re.compile(r"^([a-z][\w\-]*)\(")
 # Slices talk through their hosts: XLA writes what is sent there, and what it is for, as an attribute.
@@ -368,6 +370,10 @@ def _moved(one: Instruction, inside: dict[str, Instruction], program: _Program) 
             return 0.0
         if cost := _COST.search(one.rest):  # by the kernel itself: one that works in place touches little
             return float(cost[1])
+        if layers := _OF_LAYERS.search(one.rest):
+            results = _in_hbm(one)
+            read = [_in_hbm(inside[name]) for name in one.operands if name in inside]
+            return results + sum(size / int(layers[1]) if size > results else size for size in read)
     body = _body(one, program)
     total = 0.0
     for index, name in enumerate(one.operands):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import math
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
+from jvlm_kernels.platforms import compiling_for
 
 from jvlm.adapters.layers import is_adapter_path
 from jvlm.errors import UserError
@@ -183,8 +183,7 @@ def measure(
     if sum(sizes.values()) > cores * limit:  # the compiler would find out too, minutes later
         seconds = time.perf_counter() - began
         return Compiled(shape, Memory(**sizes), False, cores * limit, 0.0, 0.0, (), seconds, compiler)
-    # on TPUs the compiler's topology says all that is asked
-    context = gpus.compiling(mesh.devices.flat[0]) if topology.switched else contextlib.nullcontext()
+    context = gpus.compiling(mesh.devices.flat[0]) if topology.switched else compiling_for("tpu")
     with context:
         lowered = lower()
     try:

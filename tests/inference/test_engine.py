@@ -273,10 +273,10 @@ def test_parameters_released_are_taken_again_and_compile_nothing(tiny, engine, a
 def test_a_decoding_step_updates_the_cache_in_place_and_copies_no_weight(tiny, engine):
     device = engine._device
     rows = DecodeRows(np.zeros((4, TABLE + engine.shapes.tables[0]), np.int32))
-    state = device._pages(), device._last_tokens(), device._slot_rules()
-    lowered = device.programs.decode.lower(engine._decoder_leaves, *state, rows, device.banned, device._free_mask(4))
+    state = device.pages(), device.last_tokens(), device.slot_rules()
+    lowered = device.programs.decode.lower(engine._decoder_leaves, *state, rows, device.banned, device.free_mask(4))
     memory = lowered.compile().memory_analysis()
-    cache = sum(x.nbytes for x in jax.tree.leaves(device._pages()))
+    cache = sum(x.nbytes for x in jax.tree.leaves(device.pages()))
     assert memory.alias_size_in_bytes >= cache
     assert memory.temp_size_in_bytes < cache
 

@@ -87,7 +87,7 @@ def test_as_many_pages_as_fit_and_no_more_than_the_slots_need(monkeypatch, spare
     model = starting_model.random_model(config, 0, None)
     whole = Engine(model, many_devices.processor(config), SIZES)
     whole.warm_up()
-    cache = jax.tree.leaves(whole._device._pages())
+    cache = jax.tree.leaves(whole._device.pages())
     page = sum(x.nbytes for x in cache) // whole.shapes.pages
     width = -(-SIZES.max_model_len // 16)
     needed = SIZES.max_slots * (width + 1) + width + 2  # by answers of the greatest length in all slots
@@ -121,7 +121,7 @@ def test_a_narrow_cache_takes_a_quarter_of_the_memory_and_few_answers_change():
     for dtype in (None, "bfloat16", "float8_e4m3fn"):
         engine = Engine(model, many_devices.processor(config), dataclasses.replace(SIZES, kv_cache_dtype=dtype))
         found[dtype] = tokens_of(engine, asked(config))
-        bytes_of[dtype] = sum(x.nbytes for x in jax.tree.leaves(engine._device._pages()))
+        bytes_of[dtype] = sum(x.nbytes for x in jax.tree.leaves(engine._device.pages()))
     assert bytes_of[None] == 2 * bytes_of["bfloat16"] == 4 * bytes_of["float8_e4m3fn"]
     same = np.mean([a == b for n in found[None] for a, b in zip(found[None][n], found["bfloat16"][n], strict=True)])
     assert same > 0.9

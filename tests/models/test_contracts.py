@@ -65,10 +65,10 @@ class Leaky(nnx.Module):
     def __call__(self, inputs: DecoderInputs, *, cache: Any = None, step: Any = None) -> DecoderOutput:
         x, segments = self.into(inputs.embeddings), inputs.segment_ids
         if isinstance(step, DecodeStep):
-            size, rows = cache.shape[1], jnp.arange(len(x))
+            size, rows = cache.shape[2], jnp.arange(len(x))
 
             def place(index):
-                return step.block_tables[rows, index // size], index % size
+                return 0, step.block_tables[rows, index // size], index % size
 
             h = 0.8 * cache[place(jnp.maximum(step.cache_index - 1, 0))] + x[:, 0]
             return DecoderOutput(self.norm(h)[:, None], cache.at[place(step.cache_index)].set(h), {})
@@ -82,11 +82,11 @@ class Leaky(nnx.Module):
         _, h = jax.lax.scan(advance, jnp.zeros_like(x[:, 0]), (x.swapaxes(0, 1), begins.T))
         h = h.swapaxes(0, 1)
         if step is not None:
-            cache = cache.at[step.pages[0]].set(h.reshape(-1, *cache.shape[1:]))
+            cache = cache.at[0, step.pages[0]].set(h.reshape(-1, *cache.shape[2:]))
         return DecoderOutput(self.norm(h), cache, {"loss": jnp.full(1, 0.25)})
 
     def init_cache(self, sizes):
-        return jnp.zeros((sizes.pages, sizes.page_size, self.config.hidden_size))
+        return jnp.zeros((1, sizes.pages, sizes.page_size, self.config.hidden_size))
 
     def logits(self, hidden):
         return hidden.astype(jnp.float32) @ self.embedding[...].T

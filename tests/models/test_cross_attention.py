@@ -129,7 +129,9 @@ def test_the_layer_is_what_the_definition_says_in_float64(folder, attends_to):
     frames = np.repeat([[1, 2, 3, 0]], 3, axis=1).astype(np.int32)
     last = np.asarray([[0, 0, 1, 1, 2, 2, 0, 3, 3, 0]], np.int32)
     first = last if attends_to == "last" else np.where(last == 2, 1, last)
-    found, _ = layer(jnp.asarray(x), VisionMemory(*map(jnp.asarray, (features, frames, first, last))), None)
+    found, _ = layer(
+        jnp.asarray(x), VisionMemory(*map(jnp.asarray, (features, frames, first, last))), None, np.int32(0)
+    )
 
     def norm(v, module):
         v = v.astype(np.float64)

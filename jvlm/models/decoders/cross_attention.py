@@ -32,6 +32,7 @@ from jvlm.models.decoders.transformer import (
     TransformerConfig,
     refuse_deepstack,
 )
+from jvlm.models.device_ops import Layer
 from jvlm.models.registry import register
 
 AttendsTo = Literal["last", "all"]
@@ -142,7 +143,7 @@ def readable_images(
 class GatedCrossAttention(nnx.Module):
     """Norm, attention to vision tokens, tanh gate, residual; norm, SwiGLU, tanh gate, residual.
 
-    Its cache: for each slot, keys and values of vision tokens, and 1 for those that the text to come reads.
+    Its cache: for each layer and slot, keys and values of vision tokens, and 1 for those that the text to come reads.
     """
 
     def __init__(self, config: CrossAttentionTransformerConfig, *, precision: layers.Precision, rngs: nnx.Rngs):
@@ -159,28 +160,30 @@ class GatedCrossAttention(nnx.Module):
         self.mlp_gate = nnx.Param(jnp.zeros((1,), dtype), axes=("norm",))
 
     @jax.named_scope("cross_attention")
-    def __call__(self, x_BSD, memory: VisionMemory | None, cache, step: PrefillStep | DecodeStep | None = None):
+    def __call__(
+        self, x_BSD, memory: VisionMemory | None, cache, number: Layer, step: PrefillStep | DecodeStep | None = None
+    ):
         """Return (x, cache). ``memory`` is None without images, and while decoding, which reads the cache."""
         if memory is not None:
             q = self.attention.queries(self.norm1(x_BSD))
             k, v = self.attention.keys_values(memory.tokens)
             x_BSD = self._add(x_BSD, self._read(q, k, v, memory))
-            cache = cache if step is None else _remember(k, v, cache, step.memory_index)
-        elif isinstance(step, DecodeStep) and cache[0].shape[1]:
-            k, v, readable = (part[step.slots] for part in cache)
+            cache = cache if step is None else _remember(k, v, cache, number, step.memory_index)
+        elif isinstance(step, DecodeStep) and cache[0].shape[2]:
+            k, v, readable = (part[number, step.slots] for part in cache)
             q = self.attention.queries(self.norm1(x_BSD))
             ones = jnp.ones(x_BSD.shape[:2], jnp.int32)
             x_BSD = self._add(x_BSD, self.attention.attend(q, k, v, ones, readable))
         gate = jnp.tanh(self.mlp_gate[...]).astype(x_BSD.dtype)
         return x_BSD + gate * self.mlp(self.norm2(x_BSD)), cache
 
-    def init_cache(self, sizes: CacheSizes):
+    def init_cache(self, depth: int, sizes: CacheSizes):
         """Return the cache of slots that read nothing."""
-        shape = (sizes.slots, sizes.vision_tokens, self.attention.num_kv_heads, self.attention.head_dim)
+        shape = (depth, sizes.slots, sizes.vision_tokens, self.attention.num_kv_heads, self.attention.head_dim)
         ops = device_ops.current()
         empty = jnp.zeros(shape, self.compute_dtype)
-        k, v = (ops.constrain(empty, ("batch", None, "kv_heads", None)) for _ in range(2))
-        return k, v, ops.constrain(jnp.zeros(shape[:2], jnp.int32), ("batch", None))
+        k, v = (ops.constrain(empty, (None, "batch", None, "kv_heads", None)) for _ in range(2))
+        return k, v, ops.constrain(jnp.zeros(shape[:3], jnp.int32), (None, "batch", None))
 
     def _add(self, x_BSD, mixed_BSHK):
         gate = jnp.tanh(self.attention_gate[...]).astype(x_BSD.dtype)
@@ -192,21 +195,24 @@ class GatedCrossAttention(nnx.Module):
         return _masked_attention(q, k, v, memory)
 
 
-def _remember(k, v, cache, index: Int[Array, "B s F"]):
-    """Return the cache of slots with those of this pass's vision tokens [B, V, ...] that ``index`` names."""
+def _remember(k, v, cache, number: Layer, index: Int[Array, "B s F"]):
+    """Return the cache with those of this pass's vision tokens [B, V, ...] that ``index`` names for a layer's slots."""
     B, slots, F = index.shape
     ops = device_ops.current()
     at = jnp.maximum(index, 0).reshape(B, slots * F)
 
-    def put(new, old, axes):
+    def put(new, cached, axes):
+        old = cached[number]
         found = jnp.take_along_axis(new, at[..., None, None], axis=1).reshape(B * slots, F, *new.shape[2:])
         kept, none = ((index == value).reshape(B * slots, F, 1, 1) for value in (-1, -2))
-        return ops.constrain(jnp.where(kept, old, jnp.where(none, 0, found.astype(old.dtype))), axes)
+        changed = ops.constrain(jnp.where(kept, old, jnp.where(none, 0, found.astype(old.dtype))), axes)
+        return cached.at[number].set(changed)
 
     axes = ("batch", None, "kv_heads", None)
-    readable = jnp.where(index == -1, cache[2].reshape(index.shape), (index >= 0).astype(jnp.int32))
-    readable = ops.constrain(readable.reshape(cache[2].shape), axes[:2])
-    return put(k, cache[0], axes), put(v, cache[1], axes), readable
+    old = cache[2][number]
+    readable = jnp.where(index == -1, old.reshape(index.shape), (index >= 0).astype(jnp.int32))
+    readable = ops.constrain(readable.reshape(old.shape), axes[:2])
+    return put(k, cache[0], axes), put(v, cache[1], axes), cache[2].at[number].set(readable)
 
 
 def _masked_attention(q, k, v, memory: VisionMemory):
@@ -232,14 +238,14 @@ class CrossAttentionBlock(DecoderBlock):
         self.cross = GatedCrossAttention(config, precision=precision, rngs=rngs)
         super().__init__(config, index, precision=precision, rngs=rngs)
 
-    def __call__(self, x_BSD, context: Context, cache):
+    def __call__(self, x_BSD, context: Context, cache, number):
         cache, vision_cache = cache or (None, None)
-        x_BSD, vision_cache = self.cross(x_BSD, context.memory, vision_cache, context.step)
-        x_BSD, cache, reports = super().__call__(x_BSD, context, cache)
+        x_BSD, vision_cache = self.cross(x_BSD, context.memory, vision_cache, number, context.step)
+        x_BSD, cache, reports = super().__call__(x_BSD, context, cache, number)
         return x_BSD, None if context.step is None else (cache, vision_cache), reports
 
-    def init_cache(self, sizes: CacheSizes, dtype: DTypeLike):
-        return super().init_cache(sizes, dtype), self.cross.init_cache(sizes)
+    def init_cache(self, depth: int, sizes: CacheSizes, dtype: DTypeLike):
+        return super().init_cache(depth, sizes, dtype), self.cross.init_cache(depth, sizes)
 
 
 @register(CrossAttentionTransformerConfig)

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+from jvlm_kernels.platforms import target_platform
 
 from jvlm.errors import UserError
 from jvlm.models import device_ops, layers, registry
@@ -29,7 +30,8 @@ from jvlm.models.contracts import (
     deepstack_at_tokens,
     replace_placeholders,
 )
-from jvlm.models.layer_stack import LayerStack, PerLayer
+from jvlm.models.device_ops import Layer
+from jvlm.models.layer_stack import LayerStack
 from jvlm.models.registry import register
 
 
@@ -173,11 +175,18 @@ class Context(NamedTuple):
 class DecoderLayer(Protocol):
     """A layer, or the layers of one repeat of the layer pattern."""
 
-    def __call__(self, x_BSD: Array, context: Context, cache: Any) -> tuple[Array, Any, dict[str, Array]]:
-        """Return hidden states, the cache with the new tokens (None in a whole pass), and reports by name."""
+    def __call__(
+        self, x_BSD: Array, context: Context, cache: Any, number: Layer
+    ) -> tuple[Array, Any, dict[str, Array]]:
+        """Return hidden states, the cache of all layers with the new tokens of this one, and reports by name.
 
-    def init_cache(self, sizes: CacheSizes, dtype: DTypeLike) -> Any:
-        """Return an empty cache."""
+        Args:
+          cache: None in a whole pass.
+          number: of the layer, or of the repeat.
+        """
+
+    def init_cache(self, depth: int, sizes: CacheSizes, dtype: DTypeLike) -> Any:
+        """Return an empty cache of ``depth`` layers such as this, or repeats. Arrays begin with an axis of them."""
 
 
 class DecoderBlock(nnx.Module):
@@ -203,17 +212,17 @@ class DecoderBlock(nnx.Module):
         else:
             self.mlp = layers.SwiGLU(D, config.intermediate_size, bias=False, **common)
 
-    def __call__(self, x_BSD, context: Context, cache):
+    def __call__(self, x_BSD, context: Context, cache, number):
         normed, step = self.norm1(x_BSD), context.step
         if step is None:
             mask = {"causal": True, "window": self.window, "max_segment_length": context.max_segment_length}
             mixed = self.attention(normed, context.segments, angles=context.angles, **mask)
         elif isinstance(step, PrefillStep):
             mixed, cache = self.attention.prefill(
-                normed, context.segments, cache, step, context.angles, window=self.window
+                normed, context.segments, cache, number, step, context.angles, window=self.window
             )
         else:
-            mixed, cache = self.attention.decode(normed, cache, step, context.angles, window=self.window)
+            mixed, cache = self.attention.decode(normed, cache, number, step, context.angles, window=self.window)
         x_BSD = x_BSD + mixed
         y_BSD, reports = self.norm2(x_BSD), {}
         if self.has_reports:
@@ -223,8 +232,8 @@ class DecoderBlock(nnx.Module):
             y_BSD = self.mlp(y_BSD)
         return x_BSD + y_BSD, cache, reports
 
-    def init_cache(self, sizes: CacheSizes, dtype: DTypeLike):
-        return self.attention.init_cache(sizes, dtype)
+    def init_cache(self, depth: int, sizes: CacheSizes, dtype: DTypeLike):
+        return self.attention.init_cache(depth, sizes, dtype)
 
 
 class LayerGroup(nnx.Module):
@@ -233,17 +242,17 @@ class LayerGroup(nnx.Module):
     def __init__(self, pattern: Iterable[DecoderLayer]):
         self.pattern = nnx.List(pattern)
 
-    def __call__(self, x_BSD, context: Context, cache):
+    def __call__(self, x_BSD, context: Context, cache, number):
         caches, reports = [], []
         for layer, layer_cache in zip(self.pattern, cache or [None] * len(self.pattern), strict=True):
-            x_BSD, layer_cache, report = layer(x_BSD, context, layer_cache)
+            x_BSD, layer_cache, report = layer(x_BSD, context, layer_cache, number)
             caches.append(layer_cache)
             reports.append(report)
         names = sorted({name for report in reports for name in report})
         return x_BSD, tuple(caches), {n: jnp.stack([r[n] for r in reports if n in r]) for n in names}
 
-    def init_cache(self, sizes: CacheSizes, dtype: DTypeLike):
-        return tuple(layer.init_cache(sizes, dtype) for layer in self.pattern)
+    def init_cache(self, depth: int, sizes: CacheSizes, dtype: DTypeLike):
+        return tuple(layer.init_cache(depth, sizes, dtype) for layer in self.pattern)
 
 
 @register(TransformerConfig)
@@ -307,30 +316,35 @@ class Transformer(nnx.Module):
         self,
         inputs: DecoderInputs,
         *,
-        cache: PerLayer | None = None,
+        cache: Any = None,
         step: PrefillStep | DecodeStep | None = None,
     ) -> DecoderOutput:
-        """Return hidden states, the cache of every layer with the new tokens, and what layers report.
+        """Return hidden states, the cache with the new tokens, and what layers report.
 
         Without ``step`` there is no cache. With it, the tokens are written into ``cache``, as `init_cache` made it.
         """
         context = self.context(inputs, step)
 
-        def body(layer: DecoderLayer, carry, numbered):
-            (x, rest), (number, layer_cache) = carry, numbered
-            x, layer_cache, reports = layer(x, context, layer_cache)
-            return deepstack_added(x, rest, number), (layer_cache, reports)
+        def body(layer: DecoderLayer, carry, number):
+            x, rest, cache = carry
+            x, cache, reports = layer(x, context, cache, number)
+            return (*deepstack_added(x, rest, number), None if step is None else cache), reports
 
-        per_layer = PerLayer.numbered(cache, self.blocks.depth)
-        carry = inputs.embeddings, with_zeros(inputs.deepstack)
-        (x_BSD, _), outputs = self.blocks(body, carry, per_layer, remat=self.precision.remat)
-        reports = outputs.map(lambda output: output[1]).stacked()
+        numbers = np.arange(self.blocks.depth, dtype=np.int32)
+        carry = inputs.embeddings, with_zeros(inputs.deepstack), cache
+        (x_BSD, _, cache), outputs = self.blocks(
+            body,
+            carry,
+            numbers,
+            remat=self.precision.remat if step is None else "none",
+            unroll=step is not None and not scans(step),
+        )
+        reports = outputs.stacked()
         if self.config.pattern_length > 1:  # those of a group have an axis for the layers of the pattern that report
             reports = {name: value.reshape(-1, *value.shape[2:]) for name, value in reports.items()}
         hidden = self.norm(x_BSD)
         if self.head is not None and self.head.adapter is not None:
             hidden = self.head.adapter.extended_input(hidden)  # what `output_kernel` is then multiplied with
-        cache = None if step is None else outputs.map(lambda output: output[0])
         return DecoderOutput(hidden, cache, reports)
 
     def context(self, inputs: DecoderInputs, step: PrefillStep | DecodeStep | None = None) -> Context:
@@ -349,10 +363,10 @@ class Transformer(nnx.Module):
                 axis_of[axis : 3 * section[axis] : 3] = axis
         return layers.rotary_angles(positions, axis_of, frequencies)
 
-    def init_cache(self, sizes: CacheSizes) -> PerLayer:
-        """Return an empty cache. Layers share nothing: each is updated in place."""
-        dtype, layer = sizes.dtype or self.precision.compute_dtype, self.blocks.layer
-        return PerLayer.of([layer.init_cache(sizes, dtype) for _ in range(self.blocks.depth)])
+    def init_cache(self, sizes: CacheSizes) -> Any:
+        """Return an empty cache: pages of all layers in one array, so that a scan over layers updates it in place."""
+        dtype = sizes.dtype or self.precision.compute_dtype
+        return self.blocks.layer.init_cache(self.blocks.depth, sizes, dtype)
 
     def logits(self, x: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """Return float32 scores over the vocabulary."""
@@ -377,6 +391,15 @@ class Transformer(nnx.Module):
         if self.head_rows is not None:
             kernel = self.head_rows.in_table(kernel, 1)
         return kernel if self.head.adapter is None else self.head.adapter.extended_kernel(kernel), False
+
+
+def scans(step: PrefillStep | DecodeStep) -> bool:
+    """Return whether a step with a cache scans over the layers of a stack, which is compiled once and not for each.
+
+    A TPU reads the weights of long chunks out of the stack within the products. A GPU would copy them first, and to
+    prefetch weights across layers, as decoding wants it, XLA must see all of them.
+    """
+    return isinstance(step, PrefillStep) and target_platform() == "tpu"
 
 
 def with_zeros(deepstack_nBSD: Float[Array, "n B S d"] | None) -> Float[Array, "m B S d"] | None:

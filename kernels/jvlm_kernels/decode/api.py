@@ -3,20 +3,25 @@
 Shapes: B sequences, S new tokens each, H query heads, K key/value heads (H a multiple of K), D head size. A cache has R
 rows of T entries: one row for each sequence, or, paged, one row for each page, of which a sequence has at most N. Keys
 are [R, K, D, T] and values [R, K, T, D]: the layouts that the two matrix products read, so no step transposes them.
+The pages of L layers may lie in one array, with an axis L in front.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jvlm_kernels.attention.api import segment_attention
 from jvlm_kernels.platforms import Operation
 
-Cache = tuple[Float[Array, "R K D T"], Float[Array, "R K T D"]]
+Cache = tuple[Float[Array, "*L R K D T"], Float[Array, "*L R K T D"]]
+# The number of a layer, from 0.
+Layer = int | np.integer | Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,10 +168,27 @@ def extend_cache(
     return keys, values
 
 
-def init_pages(num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> Cache:
-    """Return an empty cache of pages: zeros, so that what an empty row attends to is a finite number."""
-    shape = num_pages, kv_heads, head_dim, page_size
-    return jnp.zeros(shape, dtype), jnp.zeros((*shape[:2], page_size, head_dim), dtype)
+def init_pages(
+    num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike, *, layers: int | None = None
+) -> Cache:
+    """Return an empty cache of pages: zeros, so that what an empty row attends to is a finite number.
+
+    Args:
+      layers: of an axis in front; None has none.
+    """
+    shape = *(() if layers is None else (layers,)), num_pages, kv_heads
+    return jnp.zeros((*shape, head_dim, page_size), dtype), jnp.zeros((*shape, page_size, head_dim), dtype)
+
+
+def _of_all_layers(cache: Cache, layer: Layer | None) -> tuple[tuple[Array, Array], Layer]:
+    """Return the pages of all layers one behind the other, which moves nothing, and the number of the layer's first."""
+    if layer is None:
+        return cache, 0
+    return tuple(x.reshape(-1, *x.shape[2:]) for x in cache), layer * cache[0].shape[1]
+
+
+def _shaped_like(pages: tuple[Array, Array], cache: Cache) -> tuple[Array, Array]:
+    return tuple(new.reshape(old.shape) for new, old in zip(pages, cache, strict=True))
 
 
 def write_pages(
@@ -204,6 +226,7 @@ def chunk_attention(
     past_pages: Int[Array, "B M"],
     past_segments: Int[Array, "B P"],
     *,
+    layer: Layer | None = None,
     window: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B S H D"], Cache]:
@@ -217,13 +240,16 @@ def chunk_attention(
       pages: where the new tokens go, a page for each T of them; page 0 takes padding.
       past_pages: pages of earlier tokens of these sequences, in any order; with M = 0 there are none.
       past_segments: the segment whose past each of their entries is; 0 for entries that nothing attends to.
+      layer: whose pages these are, of a cache with an axis of layers.
       window: as in `segment_attention`; only without past pages.
       implementation: of `segment_attention`.
 
     Raises:
       ValueError: a window and past pages.
     """
-    cache = write_pages(cache, k, v, pages)
+    stored, first = _of_all_layers(cache, layer)
+    stored = write_pages(stored, k, v, pages + first)
+    cache = _shaped_like(stored, cache)
     options = {"implementation": implementation, "return_logsumexp": True}
     k, v, broken = _without_broken(k, v, segments, segments)
     out, logsumexp = segment_attention(q, k, v, segments, segments, causal=True, window=window, **options)
@@ -231,7 +257,9 @@ def chunk_attention(
         return jnp.where(broken[..., None, None], jnp.nan, out), cache
     if window is not None:
         raise ValueError("a chunk with a past has no window: compute windowed sequences whole")
-    read = (x.astype(q.dtype) for x in read_pages(cache, past_pages))  # a cache may be narrower than the queries
+    read = (
+        x.astype(q.dtype) for x in read_pages(stored, past_pages + first)
+    )  # a cache may be narrower than the queries
     *past, broken_before = _without_broken(*read, past_segments, segments)
     before, logsumexp_before = segment_attention(q, *past, segments, past_segments, **options)
     top = jnp.maximum(logsumexp, logsumexp_before)
@@ -261,12 +289,19 @@ def cached_attention(
     cache_index: Int[Array, " B"],
     *,
     block_tables: Int[Array, "B N"] | None = None,
+    layer: Layer | None = None,
     **options,
 ) -> tuple[Float[Array, "B S H D"], Cache]:
     """Write new tokens into the cache from ``cache_index`` on, and return their attention and the new cache.
 
     Args:
+      layer: whose pages ``block_tables`` names, of a cache with an axis of layers.
       options: of `decode_attention`.
     """
-    cache = extend_cache(cache, k, v, cache_index, block_tables=block_tables)
-    return decode_attention(q, cache, cache_index + q.shape[1], block_tables=block_tables, **options), cache
+    stored, first = _of_all_layers(cache, layer)
+    tables = block_tables if layer is None else block_tables + first
+    stored = extend_cache(stored, k, v, cache_index, block_tables=tables)
+    # a planner reads the name: where a kernel cannot say what it reads, the cache of all layers would count
+    with jax.named_scope("" if layer is None else f"one_of_{len(cache[0])}_layers"):
+        out = decode_attention(q, stored, cache_index + q.shape[1], block_tables=tables, **options)
+    return out, _shaped_like(stored, cache)

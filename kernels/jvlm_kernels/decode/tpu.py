@@ -80,11 +80,22 @@ def _step(spec, S: int, K: int, block: int, item, length, q, keys, values, softm
         softmax.update(h, jnp.where(visible, dot(q[h], keys[h]) * spec.scale, MASK_VALUE), values[h])
 
 
+def _cost(q, keys, blocks: int, block: int) -> pl.CostEstimate:
+    """Return the work of full sequences. Else XLA counts the pages of all layers, of which a call reads one layer's."""
+    (_, S, H, D), K = q.shape, keys.shape[1]
+    return pl.CostEstimate(
+        flops=4 * blocks * block * S * H * D,
+        transcendentals=blocks * block * S * H,
+        bytes_accessed=2 * blocks * block * K * D * keys.dtype.itemsize + 2 * q.size * q.dtype.itemsize,
+    )
+
+
 def attend(spec, q, keys, values, lengths, tables):
     """Return (out [B, S, H, D],)."""
     B, S, H, D = q.shape
     K, block = keys.shape[1], block_size(spec, keys)
     count = tables.shape[1] if spec.paged else keys.shape[3] // block
+    reach = count if spec.window is None else min(count, (spec.window + S - 2) // block + 2)
     G, Q = H // K, -(-(H // K * S) // _SUBLANES) * _SUBLANES
     queries = jnp.moveaxis(q.reshape(B, S, K, G, D), 1, 3).reshape(B, K, G * S, D)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, Q - G * S), (0, 0)))
@@ -123,6 +134,7 @@ def attend(spec, q, keys, values, lengths, tables):
             ],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
+        cost_estimate=_cost(q, keys, B * reach, block),
         interpret=spec.interpret,
         name="decode_attention",
     )(pairs.items, lengths, tables.reshape(-1), *operands)
