@@ -132,7 +132,8 @@ def _run(words: list[str], show_traceback: bool) -> int:
         near = difflib.get_close_matches(typed, group or COMMANDS, n=1)
         hint = f"did you mean jvlm {near[0]}?" if near else f"there are {', '.join(group or COMMANDS)}"
         raise UserError(f"no command {typed!r}; {hint}")
-    compiled_programs.keep()
+    if name != "plan":  # JAX could not read programs again that are for devices of another machine, and would warn
+        compiled_programs.keep()
     module, _ = COMMANDS[name]
     run, words = importlib.import_module(module).run, words[len(name.split()) :]
     # of several processes each ends by itself, and so shows its own error

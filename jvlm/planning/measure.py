@@ -203,7 +203,8 @@ def measure(
     fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes - sum(new_results.values())
     beside = analysis.temp_size_in_bytes + fresh
     if not topology.switched:  # a GPU's program takes its temporary memory in one piece
-        beside = min(beside, analysis.peak_memory_in_bytes - known)
+        # an argument that nothing reads, as the head in a prefill, is no argument of the compiled program
+        beside = min(beside, analysis.peak_memory_in_bytes - min(known, analysis.argument_size_in_bytes))
     saved = max(traffic.saved_activations - sum(new_results.values()), 0.0)  # results may be filled layer by layer too
     memory = Memory(
         **sizes,

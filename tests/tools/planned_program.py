@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jvlm_kernels import platforms
 
 from jvlm.parallel.mesh import ParallelConfig, make_mesh
 from jvlm.planning.chips import Topology
@@ -41,6 +42,16 @@ def main() -> None:
     found = measure(lambda: jax.jit(split).lower(*arguments), mesh, topology)
     huge = jax.ShapeDtypeStruct((1 << 18, 1 << 16), jnp.float32, sharding=NamedSharding(mesh, P()))
     refused = measure(lambda: jax.jit(lambda x: jnp.sin(x) @ x.T).lower(huge), mesh, topology)
+    x = jax.ShapeDtypeStruct((1 << 11, 1 << 11), jnp.float32, sharding=NamedSharding(mesh, P()))
+    unread = jax.ShapeDtypeStruct((1 << 12, 1 << 12), jnp.float32, sharding=NamedSharding(mesh, P()))
+    targets = []
+
+    def lower():
+        targets.append(platforms.target_platform())
+        return jax.jit(lambda x, unread: jnp.sin(jnp.sin(x) @ x) @ x).lower(x, unread)
+
+    size = {name: float(4 * one.size) for name, one in (("x", x), ("unread", unread))}
+    partly = measure(lower, mesh, topology, parameters=sum(size.values()))
     axis_traffic = {
         one.axes: {"kinds": dict(one.kinds), "bandwidth": one.bandwidth, "network": one.network}
         for one in found.axis_traffic
@@ -56,6 +67,7 @@ def main() -> None:
         "mesh": dict(found.mesh),
     }
     limit = available_memory(topology, devices[0])
+    answer |= {"targets": targets, "unread argument": [partly.memory.temporary, size["x"]]}
     answer |= {"limit": limit, "refused": [refused.fits, refused.memory.peak], "slices": two_slices()}
     json.dump(answer, sys.stdout)
 

@@ -37,6 +37,15 @@ def test_products_count_as_often_as_their_loop_runs(known):
     assert known["mesh"] == {"outer": 4, "inner": 4}
 
 
+def test_a_program_is_lowered_as_on_the_chip_and_not_as_on_this_machine(known):
+    assert known["targets"] == ["tpu"]
+
+
+def test_an_argument_that_nothing_reads_hides_no_temporary_memory(known):
+    temporary, matrix = known["unread argument"]
+    assert temporary >= matrix  # the result is one, and another is between the products
+
+
 def test_bytes_are_counted_by_kind_and_mesh_axis(known):
     bfloat16, float32 = 2, 4  # XLA casts the weight to what the product wants before it sends it
     gathered = 7 * (512 * 512 * bfloat16) * 3 / 4
