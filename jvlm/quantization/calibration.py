@@ -107,7 +107,7 @@ class _Layers:
         return jax.tree.map(lambda value: value[layer], self.state)
 
     def _run(self, state: nnx.State, x: Array, context: Context) -> Array:
-        return nnx.merge(self.graph, state)(x, context, None)[0]
+        return nnx.merge(self.graph, state)(x, context)[0]
 
     def _measure(self, state: nnx.State, x: Array, context: Context) -> dict[str, tuple[Array, Array, Array]]:
         """Return, by path of a linear layer, the sums over tokens of outer products and magnitudes, and their count."""
@@ -124,7 +124,7 @@ class _Layers:
         for path, linear in list(nnx.iter_modules(layer)):
             if isinstance(linear, Linear):
                 linear.kernel = _Measured(linear.weight(linear.compute_dtype), noting(".".join(map(str, path))))
-        layer(x, context, None)
+        layer(x, context)
         return measured
 
 

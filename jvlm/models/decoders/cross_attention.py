@@ -238,7 +238,7 @@ class CrossAttentionBlock(DecoderBlock):
         self.cross = GatedCrossAttention(config, precision=precision, rngs=rngs)
         super().__init__(config, index, precision=precision, rngs=rngs)
 
-    def __call__(self, x_BSD, context: Context, cache, number):
+    def __call__(self, x_BSD, context: Context, cache=None, number=None):
         cache, vision_cache = cache or (None, None)
         x_BSD, vision_cache = self.cross(x_BSD, context.memory, vision_cache, number, context.step)
         x_BSD, cache, reports = super().__call__(x_BSD, context, cache, number)

@@ -176,13 +176,13 @@ class DecoderLayer(Protocol):
     """A layer, or the layers of one repeat of the layer pattern."""
 
     def __call__(
-        self, x_BSD: Array, context: Context, cache: Any, number: Layer
+        self, x_BSD: Array, context: Context, cache: Any = None, number: Layer | None = None
     ) -> tuple[Array, Any, dict[str, Array]]:
         """Return hidden states, the cache of all layers with the new tokens of this one, and reports by name.
 
         Args:
-          cache: None in a whole pass.
-          number: of the layer, or of the repeat.
+          cache: of all layers; None in a whole pass.
+          number: of the layer, or of the repeat; a whole pass needs none.
         """
 
     def init_cache(self, depth: int, sizes: CacheSizes, dtype: DTypeLike) -> Any:
@@ -212,7 +212,7 @@ class DecoderBlock(nnx.Module):
         else:
             self.mlp = layers.SwiGLU(D, config.intermediate_size, bias=False, **common)
 
-    def __call__(self, x_BSD, context: Context, cache, number):
+    def __call__(self, x_BSD, context: Context, cache=None, number=None):
         normed, step = self.norm1(x_BSD), context.step
         if step is None:
             mask = {"causal": True, "window": self.window, "max_segment_length": context.max_segment_length}
@@ -242,7 +242,7 @@ class LayerGroup(nnx.Module):
     def __init__(self, pattern: Iterable[DecoderLayer]):
         self.pattern = nnx.List(pattern)
 
-    def __call__(self, x_BSD, context: Context, cache, number):
+    def __call__(self, x_BSD, context: Context, cache=None, number=None):
         caches, reports = [], []
         for layer, layer_cache in zip(self.pattern, cache or [None] * len(self.pattern), strict=True):
             x_BSD, layer_cache, report = layer(x_BSD, context, layer_cache, number)
