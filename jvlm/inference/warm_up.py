@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -73,14 +74,21 @@ def _compile_side_by_side(state: DeviceState, report: Report) -> None:
     """Compile the programs that take longest: whoever calls them afterwards finds them compiled."""
     # the main thread traces the next ones meanwhile
     with ThreadPoolExecutor(min(_MOST_TOGETHER, os.cpu_count() or 1), "jvlm-compile") as threads:
-        compiling: list[tuple[str, Future[float]]] = []
+        compiling: collections.deque[tuple[str, Future[float]]] = collections.deque()
+
+        def report_first() -> None:
+            name, one = compiling.popleft()
+            report(name, one.result())
+
         try:
             for name, program, arguments in _large(state):
                 compiling.append((name, threads.submit(_seconds_to_compile, program.lower(*arguments))))
-            for name, one in compiling:
-                report(name, one.result())
+                while compiling and compiling[0][1].done():
+                    report_first()
+            while compiling:
+                report_first()
         except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.shutdown(wait=False, cancel_futures=True)  # those that have begun cannot be stopped
             raise
 
 

@@ -48,11 +48,6 @@ class PerLayer:
         """Return the values with a leading axis of layers."""
         return self.values if self.is_stacked else jax.tree.map(lambda *values: jnp.stack(values), *self.values)
 
-    def map(self, select: Callable[[Any], Any]) -> PerLayer:
-        """Return a part of every layer's value, or another arrangement of its arrays."""
-        values = select(self.values) if self.is_stacked else tuple(map(select, self.values))
-        return PerLayer(values, self.depth, self.is_stacked)
-
 
 class LayerStack(nnx.Module):
     """``depth`` layers of equal shape; their parameters have a leading axis of layers.

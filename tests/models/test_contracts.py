@@ -284,7 +284,7 @@ def test_a_layer_stack_gives_the_same_however_parameters_and_values_are_stored(v
     for i in range(3):
         x = np.tanh(x @ kernels[i]) * (scales[i] if values else 1) + (biases[i] if values else 0)
         np.testing.assert_allclose(outputs[i]["sum"], x.sum(), rtol=1e-5)
-        np.testing.assert_allclose(outputs.map(lambda o: o["sum"]).stacked()[i], x.sum(), rtol=1e-5)
+        np.testing.assert_allclose(outputs.stacked()["sum"][i], x.sum(), rtol=1e-5)
     np.testing.assert_allclose(found, x, rtol=1e-5)
     assert outputs.stacked()["bias"].shape == (3, 4)
     assert len(list(outputs)) == len(outputs) == 3

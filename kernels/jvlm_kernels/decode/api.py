@@ -302,6 +302,7 @@ def cached_attention(
     tables = block_tables if layer is None else block_tables + first
     stored = extend_cache(stored, k, v, cache_index, block_tables=tables)
     # a planner reads the name: where a kernel cannot say what it reads, the cache of all layers would count
-    with jax.named_scope("" if layer is None else f"one_of_{len(cache[0])}_layers"):
+    layers = 1 if layer is None else len(cache[0])
+    with jax.named_scope(f"one_of_{layers}_layers"):
         out = decode_attention(q, stored, cache_index + q.shape[1], block_tables=tables, **options)
     return out, _shaped_like(stored, cache)
