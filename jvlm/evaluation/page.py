@@ -41,12 +41,46 @@ def model_of(name: str, folder: Path) -> Model:
     return Model(name, records, folder)
 
 
-def _samples(models: Sequence[Model], tasks: Sequence[str]) -> list[Sample]:
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question of the page, and each model's answer to it; None of a model that was not asked it."""
+
+    task: str
+    id: str
+    text: str
+    gold: str
+    answers: Sequence[Sample | None]
+
+
+def questions(models: Sequence[Model], tasks: Sequence[str]) -> list[Question]:
+    """Return some questions of each task, with the answers of all models."""
     found = []
     for task in tasks:
         own = [model for model in models if task in model.records]
         folders = {model.name: model.folder / task for model in own}
-        found += samples(task, folders, {model.name: model.records[task]["metric"] for model in own})
+        together: dict[str, dict[str, Sample]] = defaultdict(dict)
+        for sample in samples(task, folders, {model.name: model.records[task]["metric"] for model in own}):
+            together[sample.id][sample.model] = sample
+        for id, answers in together.items():
+            first = next(iter(answers.values()))
+            found.append(Question(task, id, first.question, first.gold, [answers.get(m.name) for m in models]))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A choice of a filter: the id of its button, the class of the answers that it shows, and the filter's number."""
+
+    id: str
+    css: str
+    group: int
+
+
+def kinds(tasks: int, reasons: int, models: int) -> list[Kind]:
+    """Return the choices of all filters."""
+    found = [Kind(f"state-{name}", name, 0) for name in ("right", "partly", "wrong", "unscored", "differ")]
+    for group, (name, count) in enumerate((("task", tasks), ("reason", reasons), ("model", models)), 1):
+        found += [Kind(f"{name}-{number}", f"{name}-{number}", group) for number in range(1, count + 1)]
     return found
 
 
@@ -148,7 +182,7 @@ class Categories:
 
 
 def categories(models: Sequence[Model], tasks: Sequence[str]) -> list[Categories]:
-    """Return the scores by category, those of all models side by side."""
+    """Return the scores by category, those of all models side by side; of kinds that have several categories."""
     found = []
     for task in tasks:
         records = [model.records.get(task, {}) for model in models]
@@ -156,7 +190,9 @@ def categories(models: Sequence[Model], tasks: Sequence[str]) -> list[Categories
         for kind in dict.fromkeys(kind for record in records for kind in record.get("categories", {})):
             parts = [record.get("categories", {}).get(kind, {}) for record in records]
             names = sorted({name for part in parts for name in part})
-            found.append(Categories(task, kind, unit, [(name, [part.get(name) for part in parts]) for name in names]))
+            if len(names) > 1:  # else it says what the table says
+                rows = [(name, [part.get(name) for part in parts]) for name in names]
+                found.append(Categories(task, kind, unit, rows))
     return found
 
 
@@ -182,6 +218,8 @@ def render(
     )
     tasks = list(dict.fromkeys(task for model in models for task in model.records))
     reasons = sorted({reason for model in models for one in model.records.values() for reason in one["reasons"]})
+    asked = questions(models, tasks)
+    answers = [answer for question in asked for answer in question.answers if answer is not None]
     page = environment.get_template("page.html.jinja").render(
         title=title,
         models=models,
@@ -194,7 +232,9 @@ def render(
         categories=categories(models, tasks),
         reasons=reasons,
         about={name: metric.about for name, metric in METRICS.items()},
-        samples=_samples(models, tasks),
+        questions=asked,
+        has_regions=any(answer.boxes or answer.points or answer.polygons for answer in answers),
+        kinds=kinds(len(tasks), len(reasons), len(models)),
         elo=elo,
         duels=_shown_duels(duels),
         duels_in_all=len(duels),

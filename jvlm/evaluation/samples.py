@@ -105,7 +105,7 @@ def _sample(task: str, name: str, folder: Path, metric: str, stored: Stored, lin
         stored.item.id,
         task,
         name,
-        stored.question,
+        stored.question.removeprefix("<image>") if uri and stored.question.count("<image>") == 1 else stored.question,
         _short(answer),
         _short(str(stored.item.answer or stored.item.gold)),
         value,
