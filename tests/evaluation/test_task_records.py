@@ -75,6 +75,27 @@ def test_a_record_of_the_true_form_is_read_and_scored(name, folder):
     assert "None" not in shown(first.content)
 
 
+@pytest.mark.parametrize(
+    ("name", "changed", "field"),
+    [
+        ("mathvista_testmini", {"answer": "1/5"}, "answer"),
+        ("mathvista_testmini", {"precision": "two"}, "precision"),
+        ("dynamath", {"ground_truth": "x + 1", "answer_type": "float"}, "ground_truth"),
+    ],
+)
+def test_a_reference_that_no_scorer_can_read_is_refused_with_its_record(name, changed, field):
+    record = {**ALL[name][0], **changed}
+    with pytest.raises(ExampleError, match=rf"data\.json.*{field}.*no number"):
+        TASKS[name].items(Row(record, Origin("data.json", 7), "hub"))
+
+
+def test_numbers_of_a_table_of_vlmevalkit_are_texts():
+    record, right, wrong, _ = ALL["mathvista_testmini"]
+    item = TASKS["mathvista_testmini"].items(Row({**record, "precision": "1.0"}, Origin("x.tsv", 1), "tsv"))[0]
+    given = [Answered(item, text, "boxed") for text in (right, wrong)]
+    assert [score.value for score in METRICS["mathvista"].scores(given)] == [1, 0]
+
+
 def test_several_questions_of_one_record(folder):
     items = TASKS["refcoco_val"].items(Row(REFER, Origin("x", 1)))
     assert [item.id for item in items] == ["1:0", "1:1"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from jvlm.data.errors import ExampleError
 from jvlm.evaluation.files import Files, Row, as_list, hub, official, tsv
 from jvlm.evaluation.items import choice_item, content, key, letter_of, open_item, options_of
 from jvlm.evaluation.task import Item, Task
@@ -55,6 +57,8 @@ def _dynamath(row: Row) -> Item:
     kind = row.text("answer_type")
     facts = {"answer_type": "multiple choice" if kind == "multiple choice" else kind}
     gold = row.text("ground_truth", "answer")
+    if kind == "float":
+        _number(row, "ground_truth", gold)
     variant = row.get("varid", "variant", default=key(row, "").split(":")[0])
     shown = content(row, row.text("question"), images=_picture(row))
     group = number if row.form == "hub" else str(row.get("id", "qid", default=number))
@@ -92,16 +96,30 @@ def _mathvista(row: Row) -> Item:
     """Return a question of MathVista."""
     metadata = row.get("metadata", default={})
     metadata = metadata if isinstance(metadata, dict) else {}
+    precision, options = row.get("precision"), [str(one) for one in row.list("choices")]
     facts = {
         "question_type": row.text("question_type"),
         "answer_type": row.text("answer_type"),
-        "precision": row.get("precision"),
-        "options": [str(one) for one in row.list("choices")],
+        "precision": None if str(precision) in ("None", "nan") else int(_number(row, "precision", precision)),
+        "options": options,
     }
     parts = {name: str(metadata[name]) for name in ("task", "category", "grade") if metadata.get(name)}
     shown = content(row, row.text("query", "question"), images=_picture(row))
     answer = row.text("answer")
+    if facts["answer_type"] in ("integer", "float") and not (facts["question_type"] == "multi_choice" and options):
+        _number(row, "answer", answer.replace(",", ""))
     return Item(key(row, "pid", "index"), shown, [answer], facts, answer, categories=parts)
+
+
+def _number(row: Row, field: str, value: Any) -> float:
+    """Return a field's value as a number. Raises ExampleError for one that is none."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ExampleError(row.origin, field, f"{value!r} is no number", "Copy the file again, or mend the record")
+    return found
 
 
 def _olympiad(row: Row) -> Item | None:
