@@ -33,6 +33,8 @@ HARNESS_LMMS_EVAL := lmms-eval==0.7.3 accelerate==1.15.0 datasets==4.4.1 dill==0
 	tenacity==9.2.1 distro==1.9.0 python-dotenv==1.2.4 pytablewriter==1.2.1 DataProperty==1.1.1 mbstrdecoder==1.1.5 \
 	pathvalidate==3.3.1 tabledata==1.3.5 tcolorpy==0.1.7 typepy==2.0.0
 HARNESS_EVALSCOPE := evalscope==1.14.1
+# VLMEvalKit, as EvalScope's authors publish it
+HARNESS_VLMEVALKIT := ms-vlmeval==0.0.20 torch==2.13.0 torchvision==0.28.0
 # Clients of OpenAI's API and a load generator, each in an environment of its own, for `make test-clients`
 CLIENTS := openai==3.57.0 langchain-openai==1.7.4 litellm==1.110.2 aiperf==0.13.0
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
@@ -156,9 +158,11 @@ $(VENV)/.harnesses: $(VENV)/.test
 $(VENV)/.other-harnesses: $(VENV)/.harnesses
 	$(PYTHON) -m venv $(VENV)/harness-evalscope
 	$(VENV)/harness-evalscope/bin/pip install --quiet --disable-pip-version-check $(HARNESS_EVALSCOPE)
+	$(PYTHON) -m venv $(VENV)/harness-vlmevalkit
+	$(VENV)/harness-vlmevalkit/bin/pip install --quiet --disable-pip-version-check $(HARNESS_VLMEVALKIT)
 	touch $@
 
-test-harnesses: $(VENV)/.other-harnesses  ## lmms-eval and EvalScope on a model of ours, beside jvlm evaluate; minutes
+test-harnesses: $(VENV)/.other-harnesses  ## lmms-eval, VLMEvalKit and EvalScope on a model of ours, beside jvlm evaluate; minutes
 	$(RUN) pytest tests/evaluation/every_harness.py $(ARGS)
 
 $(VENV)/.clients: $(VENV)/.test

@@ -1,4 +1,4 @@
-"""The scores of lmms-eval and EvalScope beside those of jvlm evaluate: `make test-harnesses`.
+"""The scores of lmms-eval, VLMEvalKit and EvalScope beside those of jvlm evaluate: `make test-harnesses`.
 
 Each is in an environment of its own. The model is small and random, so right answers are made from what it says: the
 same, nearly the same, another.
@@ -7,6 +7,7 @@ same, nearly the same, another.
 from __future__ import annotations
 
 import base64
+import csv
 import importlib.util
 import io
 import json
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 import httpx2
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -27,11 +29,13 @@ from jvlm import cli
 from jvlm.evaluation.store import AnswerStore
 from jvlm.json_files import read_object
 from jvlm.scoring.benchmarks import ocrbench_v2
-from tests.evaluation.benchmarks import parquet, png
+from tests.evaluation.benchmarks import parquet
 from tests.support import ROOT
 
 ENVIRONMENT = ROOT / ".venv" / "harness-lmms-eval"
 EVALSCOPE = ROOT / ".venv" / "harness-evalscope" / "bin" / "evalscope"
+VLMEVALKIT = ROOT / ".venv" / "harness-vlmevalkit" / "bin" / "python"
+PROGRAM = ROOT / "tests" / "evaluation" / "run_vlmevalkit.py"
 TOKENS, COUNT = 12, 9
 PARQUET = "lmms-lab/DocVQA/DocVQA/validation-00000-of-00001.parquet"
 
@@ -191,19 +195,55 @@ def test_lmms_eval_finds_our_model_by_its_entry_point(benchmark, tiny, tmp_path)
     assert their_value == pytest.approx(value, abs=1e-9)
 
 
-def test_a_request_as_vlmevalkit_makes_it_is_answered(served):
-    """The body of its wrapper for --base-url; itself it wants a torchvision that is built for the torch beside it."""
-    image = Image.open(io.BytesIO(png()))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG")
-    picture = {"url": f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
-    content = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": "what is it?"}]
-    sampling = {"n": 1, "max_tokens": TOKENS, "temperature": 0.0, "top_k": 1, "top_p": 1.0, "repetition_penalty": 1.0}
-    body = {"model": "toy", "messages": [{"role": "user", "content": content}], **sampling}
-    headers = {"Content-Type": "application/json", "Authorization": "Bearer EMPTY"}
-    answer = httpx2.post(f"{served}/chat/completions", content=json.dumps(body), headers=headers, timeout=60)
-    assert answer.status_code == 200, answer.text
-    assert isinstance(answer.json()["choices"][0]["message"]["content"].strip(), str)
+def unchanged_greys(count: int) -> list[int]:
+    """Greys that JPEG leaves as they are: VLMEvalKit sends pictures as JPEG."""
+    found = []
+    for value in range(8, 248, 4):
+        buffer = io.BytesIO()
+        Image.new("RGB", (112, 112), (value,) * 3).save(buffer, "JPEG")
+        if np.all(np.asarray(Image.open(buffer)) == value):
+            found.append(value)
+    return found[:: len(found) // count][:count]
+
+
+def table(path: Path, answers: list[str]) -> None:
+    """DocVQA as VLMEvalKit's table."""
+    lines = ["index\tquestion\tanswer\timage"]
+    for row, value in zip(rows(answers), unchanged_greys(COUNT), strict=True):
+        buffer = io.BytesIO()
+        Image.new("RGB", (112, 112), (value,) * 3).save(buffer, "PNG")
+        golds = repr(row["answers"]).replace("\t", " ")
+        lines.append(f"{row['questionId']}\t{row['question']}\t{golds}\t{base64.b64encode(buffer.getvalue()).decode()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_vlmevalkit_asks_a_server_of_ours_and_finds_the_same_score(served, tmp_path):
+    table(tmp_path / "first" / "DocVQA_VAL.tsv", ["?"] * COUNT)
+    _, first = ours(served, tmp_path / "first", tmp_path / "asked")
+    answers = [first[str(n)] for n in range(COUNT)]
+    table(tmp_path / "data" / "DocVQA_VAL.tsv", answers)
+    value, said = ours(served, tmp_path / "data", tmp_path / "ours")
+    assert 0.3 < value < 0.7
+    # another name, because it takes only the published file for DocVQA_VAL
+    table(tmp_path / "theirs" / "DocVQA_here.tsv", answers)
+    address = {"api_base": f"{served}/chat/completions", "key": "EMPTY", "retry": 1}
+    model = {"class": "LMDeployAPI", "model": "toy", **address, "max_tokens": TOKENS, "temperature": 0}
+    data = {"class": "ImageVQADataset", "dataset": "DocVQA_here"}
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"toy": model}, "data": {"DocVQA_here": data}}))
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LMUData": str(tmp_path / "theirs")}
+    environment |= {"PRED_FORMAT": "tsv", "HF_HUB_OFFLINE": "1", "no_proxy": "127.0.0.1"}
+    command = [VLMEVALKIT, PROGRAM, "--config", "config.json", "--work-dir", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+    found = list((tmp_path / "out").rglob("toy_DocVQA_here_acc.csv"))
+    assert found, done.stderr[-6000:] + done.stdout[-2000:]
+    (predictions,) = (tmp_path / "out").rglob("toy_DocVQA_here.tsv")
+    with open(predictions, newline="") as file:
+        their_said = {row["index"]: row["prediction"].strip() for row in csv.DictReader(file, delimiter="\t")}
+    assert their_said == said
+    with open(found[0], newline="") as file:
+        (scores,) = csv.DictReader(file)
+    assert float(scores["Overall"]) == pytest.approx(100 * value, abs=0.01)
 
 
 def test_evalscope_asks_a_server_of_ours_and_finds_the_same_score(benchmark, served, tmp_path):
