@@ -50,10 +50,14 @@ class CheckpointFolders(Hook):
                 "parameters; jvlm convert RUN FOLDER writes one afterwards"
             )
 
+    def goes_on(self, trainer: Trainer) -> str:
+        place = _keeper(trainer).storage.folder / f"checkpoint-{trainer.step}"
+        return f"--resume_from_checkpoint {place} goes on from there"
+
     def on_save(self, trainer: Trainer) -> None:
         if jax.process_count() > 1:
             return
-        keeper = next(hook for hook in trainer.hooks if isinstance(hook, Checkpointing))
+        keeper = _keeper(trainer)
         if not is_scheduled(trainer, keeper.config.save_interval_steps):
             return
         run = keeper.storage.folder
@@ -64,6 +68,10 @@ class CheckpointFolders(Hook):
             shutil.rmtree(run / f"checkpoint-{step}")
         if self.links:
             _link(run, best)
+
+
+def _keeper(trainer: Trainer) -> Checkpointing:
+    return next(hook for hook in trainer.hooks if isinstance(hook, Checkpointing))
 
 
 def write(model: VLM, processor: Processor, folder: Path, base: str | None) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jvlm.errors import UserError, file_errors
+from jvlm.models.layers import Precision
 from jvlm.training.config import Experiment
+from jvlm.weights.hf import default_precision
 
 _INDENT = "    "
 _LINE = 120
@@ -34,18 +36,15 @@ def write(experiment: Experiment, path: Path, doc: str) -> None:
 def source(experiment: Experiment, doc: str) -> str:
     """Return the Python source of a file whose ``get_config()`` returns the experiment.
 
-    Only what differs from the defaults is written. The architecture is that of ``init_from``, with its precision.
+    Only what differs from the defaults is written. The architecture is that of ``init_from``. What was written on a CPU
+    computes in bfloat16 on a GPU or TPU, as the command would there.
     """
     writer = _Writer()
     parts = {}
     if experiment.init_from is not None and experiment.model is not None:
-        writer.imports.add("import dataclasses")
         writer.use("jvlm.weights.io", "read_config")
-        precision = writer.value(experiment.model.precision, 3)
-        parts["model"] = (
-            f"dataclasses.replace(\n{_INDENT * 3}read_config({experiment.init_from!r}),\n"
-            f"{_INDENT * 3}precision={precision},\n{_INDENT * 2})"
-        )
+        precision = writer.precision(experiment.model.precision)
+        parts["model"] = _call("read_config", [repr(experiment.init_from), precision], 2)
         experiment = dataclasses.replace(experiment, model=None)
     body = writer.value(experiment, 1, extra=parts)
     return f'"""{doc}"""\n\n{writer.header()}\n\n\ndef get_config() -> Experiment:\n{_INDENT}return {body}\n'
@@ -67,6 +66,18 @@ class _Writer:
     def header(self) -> str:
         lines = [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(self._names.items())]
         return "\n".join([*sorted(self.imports), *([""] if self.imports else []), *lines])
+
+    def precision(self, value: Precision) -> str:
+        """Return the source of a precision: what the machine that runs it computes in, unless this one has another."""
+        default = default_precision()
+        self.use("jvlm.weights.hf", "default_precision")
+        fields = dataclasses.fields(value)
+        changed = {f.name: getattr(value, f.name) for f in fields if getattr(value, f.name) != getattr(default, f.name)}
+        if not changed:
+            return "default_precision()"
+        self.imports.add("import dataclasses")
+        words = ", ".join(f"{name}={one!r}" for name, one in changed.items())
+        return f"dataclasses.replace(default_precision(), {words})"
 
     def value(self, value: Any, depth: int, extra: dict[str, str] | None = None) -> str:
         """Return the source of a value that begins on a line of so many indents."""

@@ -57,6 +57,10 @@ class Hook:
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Step ``trainer.step`` was handed to the device, and ``trainer.state`` is the state after it."""
 
+    def goes_on(self, trainer: Trainer) -> str:
+        """Return what goes on from the step that a stopped run has saved; "" where the same command does."""
+        return ""
+
     def on_evaluation(self, trainer: Trainer, values: Mapping[str, float]) -> None:
         """Act when the model after step ``trainer.step`` was evaluated."""
 

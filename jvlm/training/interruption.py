@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,6 +22,15 @@ EXIT_STATUS = 75
 
 class Interrupted(Exception):
     """The run stopped as it was asked to; its last step is saved."""
+
+
+def stopped(trainer: Trainer, steps: int, saved: str | Path) -> Interrupted:
+    """Return the error of a run that was stopped: where its last step is saved, and what goes on from there."""
+    ways = (hook.goes_on(trainer) for hook in trainer.hooks)
+    way = next(filter(None, ways), "the same command goes on from there")
+    return Interrupted(
+        f"stopped by {trainer.stop_reason} after step {trainer.step} of {steps}, which is saved in {saved}; {way}"
+    )
 
 
 class StopRequests(Hook):

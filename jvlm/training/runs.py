@@ -26,7 +26,7 @@ from jvlm.training.config import AdaptConfig, EvaluationConfig, Experiment, Push
 from jvlm.training.data_counters import DataCounters
 from jvlm.training.data_record import DataRecord
 from jvlm.training.goodput import Goodput
-from jvlm.training.interruption import Interrupted, StopRequests
+from jvlm.training.interruption import StopRequests, stopped
 from jvlm.training.log import TrainingLog, clock
 from jvlm.training.nonfinite import NonFiniteMonitor
 from jvlm.training.profile import Profile
@@ -223,10 +223,7 @@ def _train_one(
     experiment.task.before_training(trainer, processor, experiment)
     trainer.fit(batches, steps=experiment.steps)
     if trainer.step < experiment.steps and not trainer.finished:
-        raise Interrupted(
-            f"stopped by {trainer.stop_reason} after step {trainer.step} of {experiment.steps}, which is saved in "
-            f"{storage.store / CHECKPOINTS}; the same command goes on from there"
-        )
+        raise stopped(trainer, experiment.steps, storage.store / CHECKPOINTS)
     last = trainer.step
     if experiment.validation.returns_best and checkpointing.best is not None:
         last = checkpointing.best["step"]

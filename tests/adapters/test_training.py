@@ -16,6 +16,7 @@ from jvlm.models import vlm
 from jvlm.training import runs
 from jvlm.training.config import ExportConfig, Stage
 from jvlm.training.hooks import Hook
+from jvlm.training.interruption import Interrupted
 from jvlm.weights import run_dir
 from tests.training import support
 
@@ -97,7 +98,7 @@ def test_a_checkpoint_holds_the_adapters_alone_and_the_run_loads(trained):
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(trained, tmp_path):
     folder, examples, _, result = trained
     begun = experiment(tmp_path, folder / "base", examples)
-    with pytest.raises(runs.Interrupted):
+    with pytest.raises(Interrupted):
         runs.train(dataclasses.replace(begun, hooks=(StopAfter(2),)))
     again = values_of(runs.train(begun).model)
     assert all(np.array_equal(again[path], value) for path, value in values_of(result.model).items())

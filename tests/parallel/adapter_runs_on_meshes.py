@@ -13,6 +13,7 @@ from jvlm.models import vlm
 from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training import runs
+from jvlm.training.interruption import Interrupted
 from jvlm.training.starting_model import start_model
 from tests.adapters.test_training import OPTIONS, StopAfter, experiment, values_of
 from tests.training import support
@@ -51,7 +52,7 @@ def main(folder: str) -> None:
         models = {"run": loaded, "peft": from_peft, "adapters_from": start_model(goes_on, place)[0]}
         try:
             runs.train(of(name, FIRST, hooks=(StopAfter(2),)))
-        except runs.Interrupted:
+        except Interrupted:
             runs.train(of(name, parallel))
         found = support.losses(folder / name)
         line = {

@@ -1,6 +1,9 @@
 """Arguments as experiments, without reading a model or data."""
 
+import dataclasses
 import shlex
+import types
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +16,10 @@ from jvlm.swift.arguments import TrainingArguments
 from jvlm.swift.batches import Batches
 from jvlm.swift.experiment import Facts, data_config, experiment_of
 from jvlm.swift.words import parse
-from jvlm.weights import io
+from jvlm.training import interruption
+from jvlm.training.checkpointing import Checkpointing
+from jvlm.training.hooks import Hook
+from jvlm.weights import hf, io
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +177,14 @@ def test_arguments_that_make_no_experiment(facts, line, message):
 )
 def test_the_config_file_is_the_experiment(facts, line, tmp_path, monkeypatch):
     """Its model is that of the folder: the test's reads a preset in its place."""
-    monkeypatch.setattr(io, "read_config", lambda place: facts.model)
-    made = experiment(facts, line)
+    monkeypatch.setattr(io, "read_config", lambda place, given: dataclasses.replace(facts.model, precision=given))
+    here = dataclasses.replace(facts.model, precision=hf.default_precision())
+    made = experiment(dataclasses.replace(facts, model=here), line)
     config_file.write(made, tmp_path / "run.py", "A test.")
     assert configs.load(str(tmp_path / "run.py")) == made
+    monkeypatch.setattr(hf.jax, "default_backend", lambda: "gpu")
+    elsewhere = configs.load(str(tmp_path / "run.py")).model.precision
+    assert elsewhere == dataclasses.replace(made.model.precision, compute_dtype="bfloat16") != made.model.precision
     with pytest.raises(UserError, match="is there already"):
         config_file.write(made, tmp_path / "run.py", "A test.")
 
@@ -194,3 +204,19 @@ def test_the_config_file_is_the_experiment(facts, line, tmp_path, monkeypatch):
 )
 def test_the_last_and_the_best_checkpoint_stay(steps, best, limit, gone):
     assert checkpoints.stale(steps, best, limit) == gone
+
+
+def test_a_run_that_was_stopped_names_what_goes_on_with_it():
+    """The same command of ms-swift begins a new run, in a folder of its own."""
+    keeper = Checkpointing.__new__(Checkpointing)
+    keeper.storage = types.SimpleNamespace(folder=Path("output/v0-1"))
+    for hooks, way in (
+        ((keeper, Hook()), "the same command goes on from there"),
+        (
+            (keeper, checkpoints.CheckpointFolders()),
+            "--resume_from_checkpoint output/v0-1/checkpoint-3 goes on from there",
+        ),
+    ):
+        trainer = types.SimpleNamespace(step=3, stop_reason="SIGTERM", hooks=hooks)
+        said = str(interruption.stopped(trainer, 9, "output/v0-1/checkpoints"))
+        assert said == f"stopped by SIGTERM after step 3 of 9, which is saved in output/v0-1/checkpoints; {way}"

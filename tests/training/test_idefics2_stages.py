@@ -14,6 +14,7 @@ from jvlm.models import vlm
 from jvlm.training import runs, trainable
 from jvlm.training.config import ExportConfig
 from jvlm.training.hooks import Hook
+from jvlm.training.interruption import Interrupted
 from jvlm.training.optimizer.config import matches
 from tests.idefics2 import write_folder
 from tests.training import support
@@ -106,7 +107,7 @@ def test_a_stage_runs_and_one_that_was_stopped_goes_on_to_the_same_bits_with_its
     at = lambda name, **changes: dataclasses.replace(plain, output_root=str(tmp_path / name), **changes)  # noqa: E731
     whole = runs.train(at("whole"))
     raw = runs.train(at("raw", optimizer=dataclasses.replace(plain.optimizer, use_ema=False)))
-    with pytest.raises(runs.Interrupted):
+    with pytest.raises(Interrupted):
         runs.train(at("stopped", hooks=(Stop(),)))
     again = runs.train(at("stopped"))
     assert support.losses(tmp_path / "stopped") == support.losses(tmp_path / "whole")
