@@ -203,7 +203,7 @@ def judge_of(options: Evaluate):
     from jvlm.evaluation.judges import Judge
 
     asked = dataclasses.replace(options, model=options.judge, served_model=options.judge_model)
-    return Judge(endpoint(asked), Path(options.output) / "judge.jsonl")
+    return Judge(endpoint(asked, "--judge_model"), Path(options.output) / "judge.jsonl")
 
 
 def _compare(options: Evaluate) -> int:
@@ -236,8 +236,12 @@ def client(options: Evaluate) -> Client:
     )
 
 
-def endpoint(options: Evaluate):
-    """Return the server of --model. Raises UserError where it cannot be reached, or has several models."""
+def endpoint(options: Evaluate, named_with: str = "--served_model"):
+    """Return the server of --model. Raises UserError where it cannot be reached, or has several models.
+
+    Args:
+      named_with: the option that names its model.
+    """
     from jvlm.evaluation.endpoint import Endpoint, EndpointError
 
     chosen = Endpoint(
@@ -253,7 +257,7 @@ def endpoint(options: Evaluate):
     try:
         names = dataclasses.replace(chosen, tries=1).models()
     except EndpointError as error:
-        raise UserError(f"{error}. Is the server there? Its model can be named with --served_model") from error
+        raise UserError(f"{error}. Is the server there? Its model can be named with {named_with}") from error
     if len(names) != 1:
-        raise UserError(f"{options.model} has {len(names)} models ({', '.join(names[:8])}); name one: --served_model")
+        raise UserError(f"{options.model} has {len(names)} models ({', '.join(names[:8])}); name one: {named_with}")
     return dataclasses.replace(chosen, model=names[0])
