@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,9 @@ from jvlm.evaluation import registry
 from jvlm.evaluation.clients import LocalClient
 from jvlm.evaluation.files import Rows
 from jvlm.evaluation.run import Settings, evaluate
+from jvlm.evaluation.store import SETTINGS
 from jvlm.inference import sharding
+from jvlm.json_files import read_object
 from jvlm.models import vlm
 from jvlm.training.config import EvaluationConfig
 from jvlm.training.hooks import Hook, StepResult
@@ -55,9 +59,21 @@ class TaskScores(Hook):
             model, self._processor, batch_size=self._config.batch_size, layout=layout, name=f"step {trainer.step}"
         )
         output, data = self._folder / f"step-{trainer.step}", Path(self._config.tasks_data)
+        self._put_aside(output, client)
         values = {}
         for record in evaluate(client, self._tasks, data, output, Settings(limit=self._config.tasks_limit)):
             if record["value"] is not None:
                 values[record["task"]] = record["value"]
                 values[f"{record['task']}_low"], values[f"{record['task']}_high"] = record["interval"]
         trainer.evaluated(values)
+
+    def _put_aside(self, output: Path, client: LocalClient) -> None:
+        """Rename a step's answers of other weights: a run that goes on from an earlier checkpoint may reach others."""
+        there = sorted(output.glob(f"*/{SETTINGS}"))
+        described = json.loads(json.dumps(client.describe()))
+        if all(read_object(path)["client"] == described for path in there):
+            return
+        number = next(n for n in itertools.count(1) if not output.with_name(f"{output.name}.before-{n}").exists())
+        aside = output.with_name(f"{output.name}.before-{number}")
+        output.rename(aside)
+        print(f"jvlm: {output.name} was scored before with other weights; those answers are now in {aside}")

@@ -107,3 +107,39 @@ def test_tasks_are_scored_every_few_steps_with_their_interval_in_the_log(tmp_pat
     (line,) = [line for line in lines if "eval_docvqa_val" in line]
     assert line["eval_docvqa_val_low"] <= line["eval_docvqa_val"] <= line["eval_docvqa_val_high"]
     assert (result.folder / "tasks" / "step-2" / "docvqa_val" / "score.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_step_that_is_scored_again_with_other_weights_keeps_both_and_asks_nothing_twice(tiny, tmp_path, capsys):
+    """A run that was killed behind its last checkpoint scores steps again, with other weights where devices differ."""
+    from jvlm.training.task_scores import TaskScores
+    from jvlm.training.trainer import split
+
+    benchmarks.docvqa(tmp_path / "data")
+    config = EvaluationConfig(
+        tasks=("docvqa_val",), tasks_data=str(tmp_path / "data"), tasks_interval_steps=2, tasks_limit=2, batch_size=2
+    )
+    hook = TaskScores(config, tiny.processor, tmp_path)
+    template, params = split(tiny.model)
+    others = {**params, "decoder.norm.scale": 3 * params["decoder.norm.scale"]}
+    logged = []
+
+    def score(step, values):
+        state = types.SimpleNamespace(params=values)
+        trainer = types.SimpleNamespace(step=step, template=template, state=state, evaluated=logged.append)
+        trainer.evaluated_params = dict
+        hook.on_step_end(trainer, None)
+
+    score(1, params)
+    assert logged == []
+    score(2, params)
+    answers = tmp_path / "tasks" / "step-2" / "docvqa_val" / "answers.jsonl"
+    first = answers.read_bytes()
+    score(2, params)
+    assert answers.read_bytes() == first
+    assert logged[0] == logged[1]
+    score(2, others)
+    assert "scored before with other weights" in capsys.readouterr().out
+    assert (tmp_path / "tasks" / "step-2.before-1" / "docvqa_val" / "answers.jsonl").read_bytes() == first
+    assert len(answers.read_bytes().splitlines()) == 2
+    assert set(logged[2]) == {"docvqa_val", "docvqa_val_low", "docvqa_val_high"}
