@@ -70,6 +70,7 @@ class Answer:
         self._own_ends = sampling.stop_token_ids is not None
         self._text = TextStream(processor, special=not sampling.skip_special_tokens) if sampling.detokenize else None
         self._stops = StopTexts(sampling.stop, sampling.include_stop) if sampling.stop else None
+        self._streams = sampling.stream or self._stops is not None
         self.tokens: list[int] = []
         self.ended = False
 
@@ -92,7 +93,9 @@ class Answer:
         end = next((i for i, token in enumerate(tokens) if token in self.ends), None) if self.ends else None
         plain = tokens if end is None else tokens[:end]
         self.tokens += plain
-        text, stop = "" if self._text is None else self._text.extend(plain), None
+        text, stop = "", None
+        if self._text is not None:
+            text = self._text.extend(plain) if self._streams else self._text.hold(plain)
         if self._stops is not None and plain and len(self.tokens) >= self.least:
             text, stop = self._stops.add(text)
         if stop is not None:

@@ -468,13 +468,13 @@ class Engine:
 
     def _new_schedulers(self) -> list[Scheduler]:
         s, whole = self.shapes, self.config.decoder.prefills_whole
-        chunk = s.prefill_tokens[-1]
         config = SchedulerConfig(
             num_pages=s.pages,
             page_size=s.page_size,
             max_slots=s.slots,
             max_length=s.capacity,
-            prefill_chunk_tokens=chunk,
+            prefill_tokens=s.prefill_tokens,
+            tpot_goal=self.sizes.tpot_goal,
             prefill_chunks=s.prefill_rows,
             prefill_past_pages=None if whole else s.past[-1],
             feature_slots=s.feature_slots,

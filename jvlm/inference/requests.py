@@ -73,6 +73,7 @@ class SamplingParams:
       bad_words: texts whose tokens do not follow one another in the answer, at its beginning or after a space.
       skip_special_tokens: leave special tokens out of the text.
       detokenize: give the text of an answer besides its tokens.
+      stream: give text as soon as it is known; without it, the last event of an answer has all of it, which costs less.
 
     Raises:
       UserError: a value outside its range or of another type, naming the field.
@@ -103,6 +104,7 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     skip_special_tokens: bool = True
     detokenize: bool = True
+    stream: bool = True
 
     def __post_init__(self):
         self._check("temperature", lambda t: t >= 0, "0 (greedy) or a positive number")
@@ -283,6 +285,8 @@ class EngineConfig:
       decode_steps: most tokens of each answer that the device draws before the host looks at them. Fewer where they
         take longer than ``decode_seconds``, and one where the host has to choose: under grammars and with drafts.
       decode_seconds: how long a new request, or a token on its way out, may wait for such steps.
+      tpot_goal: seconds between two tokens of an answer that are kept, where that is possible, while prompts of others
+        are computed. None gives most tokens a second instead: answers may stand still while prompts come first.
       ahead: start each step before the tokens of the last are read.
     """
 
@@ -302,6 +306,7 @@ class EngineConfig:
     logprobs: Literal["raw", "sampled"] = "raw"
     decode_steps: int = 16
     decode_seconds: float = 0.01
+    tpot_goal: float | None = None
     ahead: bool = True
 
     def __post_init__(self):
@@ -309,6 +314,8 @@ class EngineConfig:
             raise UserError(f"memory_fraction is {self.memory_fraction}; it must be above 0 and at most 1")
         if self.kv_cache_dtype not in (None, *CACHE_DTYPES):
             raise UserError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; take one of {', '.join(CACHE_DTYPES)}")
+        if self.tpot_goal is not None and not 0 < self.tpot_goal < math.inf:
+            raise UserError(f"tpot_goal is {self.tpot_goal}; it must be a positive number of seconds")
         if self.deterministic and self.draft_tokens:
             raise UserError("deterministic and draft_tokens exclude each other: drafts are computed in other programs")
 

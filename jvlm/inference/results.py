@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jvlm.inference.active import Active, Launched
@@ -78,7 +77,7 @@ def _give(
     texts, step, error = _extend(active, row.index, tokens)
     count = len(texts)
     if values is not None and sampling.logprobs is not None:
-        own = jax.tree.map(lambda x: x[:count, index], values)
+        own = Logprobs(*(x[:count, index] for x in values))
         scores = token_logprobs(own, tokens[:count], sampling.logprobs)
     prompt = len(active.spec.tokens)
     for i, text in enumerate(texts):

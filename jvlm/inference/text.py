@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from jvlm.data.processor import Processor
 
@@ -61,6 +61,11 @@ class TextStream:
             self._context = self._settled
         self._settled = len(self._written)
         return self._give(text[len(before) :])
+
+    def hold(self, tokens: Sequence[int]) -> str:
+        """Nothing yet: `finish` gives the text. Nothing but such tokens and the end may follow."""
+        self.ids += tokens
+        return ""
 
     def finish(self) -> str:
         """What is left, broken characters included."""

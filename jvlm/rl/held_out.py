@@ -43,7 +43,7 @@ class HeldOutRewards(Hook):
         max_tokens: int,
     ):
         self._engine, self._place, self._prompts, self._judge = engine, place, prompts, judge
-        self._interval, self._sampling = interval_steps, SamplingParams(max_tokens=max_tokens)
+        self._interval, self._sampling = interval_steps, SamplingParams(max_tokens=max_tokens, stream=False)
 
     def is_due(self, trainer: Trainer, step: int) -> bool:
         """Return whether the model after a step is judged."""

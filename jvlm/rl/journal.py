@@ -1,7 +1,8 @@
 """Judged groups of answers on disk, as they come: a run that is killed makes none of them again.
 
-One file for each optimizer step, ``<run>/journal/STEP.jsonl``. Its first line names what the groups were made with; a
-line is on the disk before anything is decided by it.
+One file for each optimizer step, ``<run>/journal/STEP.jsonl``. Its first line names what the groups were made with. A
+line is with the system before anything is decided by it, so that a killed process loses none, and on the disk before
+the step's update.
 """
 
 from __future__ import annotations
@@ -59,14 +60,15 @@ class Journal:
         self._current = path
         return groups
 
-    def add(self, group: GroupRecord) -> None:
-        """Write a group of the step down, in place of what is there of it; it is on the disk when this returns."""
+    def add(self, group: GroupRecord) -> str:
+        """Write a group of the step down, in place of what is there of it; see `close`. Returns its line."""
         assert self._current is not None
         if self._file is None:
             self._file = open(self._current, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
-        self._file.write(group.line() + "\n")
+        line = group.line()
+        self._file.write(line + "\n")
         self._file.flush()
-        os.fsync(self._file.fileno())
+        return line
 
     def forget(self, before: int) -> None:
         """Remove the files of steps before one that will never be run again."""
@@ -75,8 +77,10 @@ class Journal:
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, whose groups are on the disk then."""
         if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
 

@@ -83,7 +83,8 @@ class GroupRecord:
 
     def line(self) -> str:
         """Return the group as one line of JSON, without a line break."""
-        return json.dumps(dataclasses.asdict(self), default=_plain, ensure_ascii=False)
+        values = vars(self) | {"answers": [vars(answer) for answer in self.answers]}
+        return json.dumps(values, default=_plain, ensure_ascii=False)
 
     @classmethod
     def of_line(cls, line: str) -> GroupRecord:

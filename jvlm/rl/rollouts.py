@@ -55,7 +55,8 @@ class Timing:
       seconds: from the first prompt to the selection.
       busy: with an answer in the engine.
       reward_wait: in which nothing but rewards was waited for.
-      slot_steps, live_steps: slots that were there, and that had an answer, over all engine steps.
+      slot_steps, live_steps: slots that were there, and that had an answer with a first token, over all steps that
+        gave tokens.
       started, judged, reused: groups; the last are from the journal.
       needed: groups up to the last that was selected.
       tokens: drawn.
@@ -243,6 +244,7 @@ class Rollouts:
             n=config.answers,
             max_tokens=config.max_tokens,
             logprobs=0,
+            stream=False,
         )
 
 
@@ -334,13 +336,15 @@ class _Step:
         return sum(group.left for group in self.running.values())
 
     def _decode(self) -> None:
-        began, live = time.perf_counter(), self._live()
+        began, drawn = time.perf_counter(), self.timing.tokens
+        live = sum(group.left for group in self.running.values() if any(group.tokens))
         version, self.behind = self.version - self.behind, False
         for event in self.owner.engine.step():
             self.take(event, version)
         self.timing.busy += time.perf_counter() - began
-        self.timing.slot_steps += self.owner.slots
-        self.timing.live_steps += min(live, self.owner.slots)
+        if self.timing.tokens > drawn:
+            self.timing.slot_steps += self.owner.slots
+            self.timing.live_steps += min(live, self.owner.slots)
 
     def take(self, event: Event, version: int) -> None:
         """Note what the weights of a version have drawn."""
@@ -418,9 +422,8 @@ class _Step:
 
     def _note(self, group: GroupRecord, *, is_new: bool = True) -> None:
         if is_new:
-            self.owner.journal.add(group)
             # as it is read again after a restart
-            group = GroupRecord.of_line(group.line())
+            group = GroupRecord.of_line(self.owner.journal.add(group))
         self.judged[group.serial] = group
         self.timing.judged += 1
         self.selection.judge(group.serial, is_useful(group))

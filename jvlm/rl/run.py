@@ -287,10 +287,14 @@ def engine_of(
         )
     images = processor.image_processor
     most = image_patch_limit(images, processor.image_config, experiment.data) or experiment.data.max_patches
+    longest_prompt = longest - rollout.max_tokens
+    prompt = rollout.prefill_tokens or longest_prompt
     sizes: dict[str, Any] = {}
     if most:
-        sizes["encode_patches"] = (packing.bucket(most, packing.patch_step(images.patch_group, PATCH_STEP)),)
-    prompt = rollout.prefill_tokens or longest - rollout.max_tokens
+        # of the largest picture, and of one for each of the longest prompts that a prefill takes
+        step = packing.patch_step(images.patch_group, PATCH_STEP)
+        together = max(prompt // longest_prompt, 1)
+        sizes["encode_patches"] = tuple(sorted({packing.bucket(count * most, step) for count in (1, together)}))
     config = EngineConfig(
         max_slots=rollout.slots,
         max_model_len=longest,

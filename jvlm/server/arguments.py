@@ -37,6 +37,8 @@ class ServerArguments:
         max_model_len tokens, whatever it takes.
       kv_cache_dtype: dtype of the cache, by vLLM's names; "auto" is the one that the model computes in. "fp8" is
         float8_e4m3fn: it holds twice as many tokens as bfloat16, and rounds keys and values.
+      tpot_goal: seconds between two tokens of an answer that are kept, where that is possible, while prompts of others
+        are computed; 0 gives most tokens a second, and answers may stand still meanwhile.
       deterministic: an answer depends on nothing that runs beside it, not even by rounding; slower.
       compile_cache: folder of compiled programs, which the next start reads; None is one in the user's cache.
       speculative: "ngram:4" guesses 4 tokens from what stood before, and verifies them in one step; None guesses none.
@@ -79,6 +81,7 @@ class ServerArguments:
     max_model_len: int | None = None
     memory_fraction: float | None = None
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    tpot_goal: float = 0.05
     deterministic: bool = False
     compile_cache: str | None = None
     speculative: str | None = None
@@ -173,7 +176,14 @@ def settings_of(
 
 def _check_least(arguments: ServerArguments) -> None:
     ones = ("max_num_seqs", "max_queue", "max_n", "max_body_mb", "max_lora_rank", "data_parallel_size")
-    noughts = ("max_loras", "key_max_requests", "key_tokens_per_minute", "key_media_mb_per_minute", "log_interval")
+    noughts = (
+        "max_loras",
+        "key_max_requests",
+        "key_tokens_per_minute",
+        "key_media_mb_per_minute",
+        "log_interval",
+        "tpot_goal",
+    )
     for least, options in ((1, ones), (0, noughts)):
         for option in options:
             if getattr(arguments, option) < least:
@@ -211,6 +221,7 @@ def engine_config(arguments: ServerArguments, *, on_cpu: bool) -> EngineConfig:
         max_model_len=arguments.max_model_len,
         memory_fraction=arguments.memory_fraction,
         kv_cache_dtype=_CACHE_DTYPES.get(arguments.kv_cache_dtype, arguments.kv_cache_dtype),
+        tpot_goal=arguments.tpot_goal or None,
         deterministic=arguments.deterministic,
     )
 

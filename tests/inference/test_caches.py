@@ -83,7 +83,7 @@ def start(engine, tiny, **changes):
         {},
         {"prefix_cache": False},
         {"feature_cache": False},
-        {"prefill_chunk_tokens": 16},
+        {"prefill_tokens": (16,)},
         {"num_pages": 13, "answer_ratio": 0.01, "max_length": 128},
     ],
     ids=["caches", "no prefixes", "no features", "cut inside pictures", "few pages"],

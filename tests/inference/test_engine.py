@@ -148,7 +148,7 @@ def test_requests_come_and_go_while_others_run(tiny, engine, alone):
         events += engine.step()
         if late and len(events) > 3:
             engine.submit(late.pop())
-        if aborted and len([e for e in events if e.request_id == aborted]) == 2:
+        if aborted and any(e.request_id == aborted for e in events):
             engine.abort(aborted)
             aborted = None
     ended = [e.request_id for e in events if e.finish_reason == "abort"]
@@ -160,6 +160,17 @@ def test_requests_come_and_go_while_others_run(tiny, engine, alone):
     assert cut[0] == whole[0][: len(cut[0])]
     assert_same(found, expected)
     assert engine.stats().kv_cache_usage_perc == 0
+
+
+def test_text_that_is_not_streamed_comes_with_the_last_token(tiny, engine, alone):
+    texts: dict[tuple[str, int], list[str]] = {}
+    for event in engine.run(requests(tiny, stream=False)):
+        texts.setdefault((event.request_id, event.index), []).append(event.text)
+    assert {name: text[-1] for name, text in texts.items()} == {name: text for name, (_, _, text) in alone.items()}
+    assert not any(text for pieces in texts.values() for text in pieces[:-1])
+    ended = alone["text", 0][2][:2]
+    stopped = requests(tiny, ("text",), stream=False, stop=(ended,))
+    assert answers(engine, stopped)["text", 0][2] == ""
 
 
 def test_a_stop_ends_an_answer_and_is_not_in_its_text(tiny, engine, alone):

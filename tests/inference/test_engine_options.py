@@ -154,6 +154,7 @@ def test_a_deterministic_engine_answers_in_every_mix_as_alone_in_bfloat16():
         ({"memory_fraction": 0}, "memory_fraction is 0"),
         ({"kv_cache_dtype": "int3"}, "kv_cache_dtype is 'int3'"),
         ({"deterministic": True, "draft_tokens": 2}, "exclude each other"),
+        ({"tpot_goal": 0}, "tpot_goal is 0"),
     ],
 )
 def test_an_option_out_of_range_is_refused_by_name(fields, message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from jvlm.errors import UserError
@@ -73,11 +75,14 @@ class Admission:
         """Return how many pages of a sequence are in the cache, and may be used."""
         return self.pages.match_length(sequence.keys[: self._usable(sequence)])
 
-    def admit(self, sequences: list[Sequence], running: list[Sequence], epoch: int) -> bool:
+    def admit(self, sequences: list[Sequence], reserved: int | None, epoch: int) -> bool:
         """Give sequences that start together slots, and the first of them pages and slots for features.
 
         Pages are given for the tokens that are known; there must be room for what the answers of all are expected to
         need besides, unless nothing else runs.
+
+        Args:
+          reserved: `growth` of what runs; None if nothing does.
         """
         if self.slots.free < len(sequences):
             return False
@@ -90,7 +95,7 @@ class Admission:
         total = config.pages(first.prompt_length + first.limit if taken_whole else length)
         need = total - len(found)
         spare = self.pages.available - need - sum(self.pages.references(page) == 0 for page in found)
-        if spare < 0 or (running and spare < sum(map(self._growth, (*running, *sequences)))):
+        if spare < 0 or (reserved is not None and spare < reserved + self.growth(sequences)):
             return False
         start = len(found) * config.page_size
         wanted = {first.feature_keys[i]: first.spec.media[i].tokens for i in first.media_from(start)}
@@ -191,8 +196,11 @@ class Admission:
         """Return how many pages may be taken from the cache: at least one token is always computed."""
         return 0 if sequence.spec.whole_prompt else (len(sequence.tokens) - 1) // self.config.page_size
 
+    def growth(self, sequences: Iterable[Sequence]) -> int:
+        """Return the number of pages that the rest of answers is expected to need."""
+        return sum(map(self._growth, sequences))
+
     def _growth(self, sequence: Sequence) -> int:
-        """Return the number of pages that the rest of an answer is expected to need."""
         if self.is_reserved(sequence):
             return 0
         left = self.lengths.expected(sequence.limit - sequence.answered)

@@ -17,7 +17,7 @@ class SchedulerConfig:
       page_size: tokens of a page.
       max_slots: sequences that decode together.
       max_length: tokens of a sequence, prompt and answer together: the model's positions, or what a page table holds.
-      prefill_chunk_tokens: most tokens of a prefill, of all its chunks together; whole pages.
+      prefill_tokens: sizes of prefills, of all chunks together, ascending; whole pages.
       prefill_chunks: most chunks, each of another sequence, in a prefill.
       prefill_past_pages: most pages of earlier tokens that all chunks of a prefill read together; None: any number.
       feature_slots: vision tokens of the feature pool; 0 for a model without a vision tower.
@@ -28,11 +28,11 @@ class SchedulerConfig:
       prefix_cache: keep the pages of past sequences, and share them by content.
       feature_cache: keep features after their prompts; without it each is forgotten when no prompt needs it.
       cuts_prompts: prefill prompts in pieces where that is better; without it each is one chunk, and none may be longer
-        than ``prefill_chunk_tokens``.
+        than the largest of ``prefill_tokens``.
       decode_steps: most tokens that one decoding plan draws for a sequence.
       decode_seconds: how long such a plan may take: as long may a new request wait, and a token on its way out.
-      tpot_goal: seconds between tokens that decoding sequences should see while others prefill.
-      max_decode_run: most decode steps between two prefills, however late the goal is.
+      tpot_goal: seconds between tokens that decoding sequences should see while others prefill; None: whatever gives
+        most tokens a second (`jvlm.inference.scheduling.estimates.Pace`).
       reserve_tokens: most answer tokens that admission counts with.
       answer_ratio: share of max_tokens that answers are expected to take, before any has ended.
       prefix_order_below: waiting sequences below which the longest prefix goes first.
@@ -47,7 +47,7 @@ class SchedulerConfig:
     page_size: int
     max_slots: int
     max_length: int
-    prefill_chunk_tokens: int = 1024
+    prefill_tokens: tuple[int, ...] = (1024,)
     prefill_chunks: int = 8
     prefill_past_pages: int | None = None
     feature_slots: int = 0
@@ -59,8 +59,7 @@ class SchedulerConfig:
     cuts_prompts: bool = True
     decode_steps: int = 1
     decode_seconds: float = 0.01
-    tpot_goal: float = 0.05
-    max_decode_run: int = 8
+    tpot_goal: float | None = None
     reserve_tokens: int = 4096
     answer_ratio: float = 0.4
     prefix_order_below: int = 128
@@ -70,17 +69,19 @@ class SchedulerConfig:
     def __post_init__(self):
         for name, least in (("num_pages", 2), ("page_size", 1), ("max_slots", 1), ("max_length", 2)):
             self._at_least(name, least)
-        for name in ("prefill_chunk_tokens", "prefill_chunks", "max_decode_run", "reserve_tokens", "decode_steps"):
+        for name in ("prefill_chunks", "reserve_tokens", "decode_steps"):
             self._at_least(name, 1)
-        if self.prefill_chunk_tokens % self.page_size:
+        sizes = self.prefill_tokens
+        if not sizes or sorted(sizes) != list(sizes) or sizes[0] < 1 or any(size % self.page_size for size in sizes):
             raise UserError(
-                f"prefill_chunk_tokens is {self.prefill_chunk_tokens}; it must be whole pages of {self.page_size}"
+                f"prefill_tokens is {sizes}; it must be whole pages of {self.page_size}, the smallest first"
             )
         if not 0 < self.answer_ratio <= 1:
             raise UserError(f"answer_ratio is {self.answer_ratio}; it must be above 0 and at most 1")
-        if not 0 < self.tpot_goal < math.inf:
-            raise UserError(f"tpot_goal is {self.tpot_goal}; it must be a positive number of seconds")
-
+        if self.tpot_goal is not None and not 0 < self.tpot_goal < math.inf:
+            raise UserError(
+                f"tpot_goal is {self.tpot_goal}; it must be a positive number of seconds, or None for most tokens/s"
+            )
         if self.prefill_past_pages is not None and self.cuts_prompts and self.prefill_past_pages < self.table_width():
             raise UserError(
                 f"prefill_past_pages is {self.prefill_past_pages}, and one chunk may have {self.table_width()} pages "
@@ -90,6 +91,11 @@ class SchedulerConfig:
     def _at_least(self, name: str, least: int) -> None:
         if getattr(self, name) < least:
             raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+    @property
+    def most_prefill_tokens(self) -> int:
+        """Return the most tokens of a prefill."""
+        return self.prefill_tokens[-1]
 
     @property
     def capacity(self) -> int:

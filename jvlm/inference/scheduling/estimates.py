@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections import deque
@@ -16,54 +17,94 @@ _LEAST_RATIO = 0.1
 Kind = Literal["encode", "prefill", "decode"]
 
 
-class Pace:
-    """How many decode steps run between two steps of prefill (or encode), so that decoding keeps its goal.
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """What waits for its first token, and has its place already.
 
-    With times p of such a step and d of a decode step, a token takes (p + k d) / k seconds when k decode steps follow:
-    at most the goal from k = p / (goal - d) on.
+    Attributes:
+      tokens: of prompts that are not computed.
+      waiting: answers to these.
+      decoding: answers that are drawn meanwhile.
+    """
+
+    tokens: int
+    waiting: int
+    decoding: int
+
+    @property
+    def share(self) -> float:
+        """The share of all these answers that a decode step leaves out."""
+        return self.waiting / (self.waiting + self.decoding)
+
+
+class Pace:
+    """Whether prompts are computed next, or tokens of answers.
+
+    Times are p of an encode and a prefill together, and d of a decode step; w answers wait for their prompts and r are
+    drawn.
+
+    With a goal of seconds between tokens, k decode steps run between two steps of prompts. A token then takes
+    (p + k d) / k seconds: at most the goal from k = p / (goal - d) on. k is no larger than p / d, from where on a token
+    takes at most twice as long as without prompts, and than p r / (d w), where the answers that wait lose as much time
+    as those that are drawn.
+
+    Without a goal, as many tokens as possible: a decode step that w of w + r answers miss wastes the share w / (w + r)
+    of it, and a prefill wastes what it could have computed besides. Prompts come first as soon as the former is as much
+    as the latter, which wastes at most twice as much as knowing beforehand when new prompts come (ski rental).
     """
 
     def __init__(self, config: SchedulerConfig):
-        self.goal, self.most = config.tpot_goal, config.max_decode_run
+        self.goal, self.sizes = config.tpot_goal, config.prefill_tokens
         self.steps, self.seconds = config.decode_steps, config.decode_seconds
         self._times: dict[Kind, deque[float]] = {}
-        self._run = self.most
+        self._run = 0  # decode steps since the last step of prompts
+        self._wasted = 0.0  # seconds of those steps that waiting answers missed
 
-    def prefill_is_due(self) -> bool:
-        """Return whether enough decode steps have run since the last other step."""
-        return self._run >= self.decode_run()
+    def prompts_are_due(self, prompts: Prompts) -> bool:
+        """Return whether a step of prompts comes before a decode step."""
+        return self._steps_until(prompts) <= 0
 
-    def decode_run(self) -> int:
-        """Return the number of decode steps that keep the goal; one while nothing was measured."""
-        decode = self._seconds("decode")
-        others = [self._seconds(kind) for kind in ("encode", "prefill") if kind in self._times]
-        if decode is None or not others:
-            return 1
-        if decode >= self.goal:
-            return self.most
-        return min(max(math.ceil(max(others) / (self.goal - decode)), 1), self.most)
-
-    def plan_steps(self, waits: bool) -> int:
+    def plan_steps(self, prompts: Prompts | None) -> int:
         """Return how many steps a decoding plan takes.
 
         Args:
-          waits: a prefill or encode follows as soon as enough decode steps have run.
+          prompts: that follow as soon as they are due.
         """
         decode = self._seconds("decode")
         if decode is None:
             return 1
         most = self.steps if decode * self.steps <= self.seconds else int(self.seconds / decode)
-        if waits:
-            most = min(most, self.decode_run() - self._run)
+        if prompts is not None:
+            most = min(most, self._steps_until(prompts))
         return max(most, 1)
 
-    def planned(self, kind: Kind, steps: int = 1) -> None:
-        """Count steps that were given out."""
-        self._run = self._run + steps if kind == "decode" else 0
+    def planned(self, kind: Kind, steps: int = 1, prompts: Prompts | None = None) -> None:
+        """Count steps that were given out, while prompts waited."""
+        if kind == "decode":
+            self._run += steps
+            if prompts is not None:
+                self._wasted += steps * (self._seconds("decode") or 0.0) * prompts.share
+        elif kind == "prefill":
+            self._run, self._wasted = 0, 0.0
 
     def took(self, kind: Kind, seconds: float) -> None:
         """Learn how long a step took."""
         self._times.setdefault(kind, deque(maxlen=_REMEMBERED)).append(seconds)
+
+    def _steps_until(self, prompts: Prompts) -> int:
+        """Return how many decode steps run before prompts are due."""
+        decode = self._seconds("decode")
+        if decode is None or "prefill" not in self._times:
+            return 1 - self._run
+        prefill = sum(self._seconds(kind) or 0.0 for kind in ("encode", "prefill"))
+        if self.goal is None:
+            size = next((size for size in self.sizes if size >= prompts.tokens), self.sizes[-1])
+            left = prefill * (1 - min(prompts.tokens / size, 1.0)) - self._wasted
+            return math.ceil(left / (decode * prompts.share))
+        least = prefill / decode * min(1.0, prompts.decoding / prompts.waiting)
+        if decode < self.goal:
+            least = min(least, prefill / (self.goal - decode))
+        return max(math.ceil(least), 1) - self._run
 
     def _seconds(self, kind: Kind) -> float | None:
         times = self._times.get(kind)

@@ -10,7 +10,7 @@ import numpy as np
 from jvlm.inference.scheduling import admission
 from jvlm.inference.scheduling.admission import Admission
 from jvlm.inference.scheduling.config import SchedulerConfig
-from jvlm.inference.scheduling.estimates import Kind, Pace
+from jvlm.inference.scheduling.estimates import Kind, Pace, Prompts
 from jvlm.inference.scheduling.plans import (
     ON_DEVICE,
     Chunk,
@@ -101,18 +101,19 @@ class Scheduler:
         """Return what runs next; None if nothing does before the results of earlier plans are known, or at all."""
         self._admit()
         decoding = any(s.state == "decoding" and s.planned < s.limit for s in self.running)
+        prompts = self._prompts()
         plan: Plan | None = None
-        if not decoding or self._pace.prefill_is_due():
+        if not decoding or (prompts is not None and self._pace.prompts_are_due(prompts)):
             plan = self._encode_or_prefill()
         if plan is None and decoding:
-            plan = self._decode()
+            plan = self._decode(prompts)
             if plan is None:  # it waits for tokens, or was preempted
                 plan = self._encode_or_prefill()
         if plan is None:
             if self.has_work and not self._unread:
                 raise RuntimeError("the scheduler has work and no plan")
             return None
-        self._pace.planned(_kind(plan), _length(plan))
+        self._pace.planned(_kind(plan), _length(plan), prompts)
         self._encoded_last = isinstance(plan, Encode)
         self._unread += 1
         for row, steps in zip(plan.rows, _steps(plan), strict=True):
@@ -190,21 +191,50 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Begin waiting requests while there is room."""
+        if not len(self.waiting) or not self.admission.slots.free:
+            return
+        reserved = self.admission.growth(self.running) if self.running else None
         while len(self.waiting) and self.admission.slots.free:
             for item in self.waiting.candidates(self.admission.prefix_length):
-                if self.admission.admit(item.sequences, self.running, self._epoch):
+                if self.admission.admit(item.sequences, reserved, self._epoch):
                     break
             else:
                 return
             self.waiting.remove(item, admitted=True)
             self.running += item.sequences
+            reserved = (reserved or 0) + self.admission.growth(item.sequences)
             self._deadlines |= {sequence.number: item.deadline for sequence in item.sequences}
 
+    def _prompts(self) -> Prompts | None:
+        """Return what waits for a prefill; None if nothing does."""
+        tokens = sum(s.target - s.computed for s in self.running if s.state == "prefilling")
+        if not tokens:
+            return None
+        waiting = sum(s.state in ("prefilling", "forking") for s in self.running)
+        return Prompts(tokens, waiting, len(self.running) - waiting)
+
     def _encode_or_prefill(self) -> Encode | Prefill | None:
-        """Return a step towards the next first tokens; encodes and prefills take turns where both can run."""
-        if self._encoded_last:
+        """Return a step towards the next first tokens.
+
+        Where both can run, encodes and prefills take turns; without a goal, pictures are encoded until a prefill is
+        full.
+        """
+        if self._encoded_last if self.config.tpot_goal is not None else self._fills_a_prefill():
             return self._prefill() or self._encode()
         return self._encode() or self._prefill()
+
+    def _fills_a_prefill(self) -> bool:
+        """Return whether the first prompts, up to one that lacks features, are as many tokens as a prefill takes."""
+        ready = 0
+        for sequence in self.running:
+            if sequence.state == "prefilling":
+                encoded = self._first_without_features(sequence)
+                ready += encoded - sequence.computed
+                if ready >= self.config.most_prefill_tokens:
+                    return True
+                if encoded < sequence.target:
+                    return False
+        return False
 
     def _encode(self) -> Encode | None:
         """Return the pictures of admitted sequences that are not encoded, as many as one pass takes."""
@@ -230,7 +260,7 @@ class Scheduler:
 
     def _prefill(self) -> Prefill | None:
         """Return chunks of admitted sequences, as many tokens as one prefill takes."""
-        left, chunks, page_size = self.config.prefill_chunk_tokens, [], self.config.page_size
+        left, chunks, page_size = self.config.most_prefill_tokens, [], self.config.page_size
         past = math.inf if self.config.prefill_past_pages is None else self.config.prefill_past_pages
         for sequence in [s for s in self.running if s.state == "prefilling"]:
             if not left or len(chunks) == (1 if self.config.singly else self.config.prefill_chunks):
@@ -289,15 +319,15 @@ class Scheduler:
             cached=sequence.cached,
         )
 
-    def _decode(self) -> Decode | None:
-        """Return steps of every sequence that has a token to go on from."""
+    def _decode(self, prompts: Prompts | None) -> Decode | None:
+        """Return steps of every sequence that has a token to go on from, while prompts wait."""
         ready = [s for s in self.running if s.state == "decoding" and s.planned < s.limit]
         singly = [s for s in ready if s.needs_last_token]
         if any(s.in_flight for s in singly):
             return None
         most = 1
         if not singly:
-            most = self._pace.plan_steps(any(s.state == "prefilling" for s in self.running))
+            most = self._pace.plan_steps(prompts)
         copies: dict[int, tuple[tuple[int, int], ...]] = {}
         drafts: dict[int, tuple[int, ...]] = {}
         steps: dict[int, int] = {}

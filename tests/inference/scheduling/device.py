@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -87,10 +88,15 @@ class Sent:
 
 
 class Device:
-    """Executes plans at once, and hands their results to the scheduler ``lag`` plans later."""
+    """Executes plans at once, and hands their results to the scheduler ``lag`` plans later.
 
-    def __init__(self, config: SchedulerConfig, lag: int = 0):
+    Args:
+      seconds: that a plan takes; ``clock`` is the sum of them.
+    """
+
+    def __init__(self, config: SchedulerConfig, lag: int = 0, seconds: Callable[[Plan], float] = lambda plan: 0.001):
         self.config, self.lag, self.scheduler = config, lag, Scheduler(config)
+        self.seconds, self.clock = seconds, 0.0
         self.cache: list[list[Place | None]] = [[None] * config.page_size for _ in range(config.num_pages)]
         self.pool: list[bytes | None] = [None] * config.feature_slots
         self.last = [0] * config.max_slots
@@ -140,7 +146,7 @@ class Device:
 
     def _prefill(self, plan: Prefill) -> dict[int, list[int]]:
         drawn = {}
-        assert sum(len(c.tokens) for c in plan.chunks) <= self.config.prefill_chunk_tokens
+        assert sum(len(c.tokens) for c in plan.chunks) <= self.config.most_prefill_tokens
         past = self.config.prefill_past_pages
         assert past is None or sum(c.start // self.config.page_size for c in plan.chunks) <= past
         for chunk in plan.chunks:
@@ -202,7 +208,8 @@ class Device:
             sent.tokens += tokens
             sent.ended = tokens[-1] == END or len(sent.tokens) == self.limits[row.request_id]
             results[row.sequence] = Result(tuple(tokens), tokens[-1] == END)
-        self.scheduler.finish(plan, results, 0.001)
+        self.clock += self.seconds(plan)
+        self.scheduler.finish(plan, results, self.seconds(plan))
 
     def _draw(self, row: Row, places: list[Place], number: int) -> int:
         return draw(places, f"{row.request_id}/{row.index}", number)
