@@ -134,6 +134,7 @@ def main() -> None:
         prefill_tokens=(2048,),
         encode_patches=(6144,),
         feature_slots=16384,
+        tpot_goal=0.05,  # as `jvlm serve`
     )
     engine = Engine(random_model(config, 0, None), processor, sizes)
     began = time.perf_counter()
