@@ -36,6 +36,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jvlm import families
 from jvlm.data import packing, pipeline
+from jvlm.data.encode import image_patch_limit
 from jvlm.data.errors import Origin
 from jvlm.data.examples import parse_example
 from jvlm.data.packing import Example
@@ -303,7 +304,7 @@ def pack(name: str, examples: list[Example], seq_len: int, processor: Processor)
         images=batch.patch_segment_ids,
         windows=batch.patch_window_ids,
         max_segment_length=None,
-        max_image_patches=pipeline.image_patch_limit(processor.image_processor, processor.image_config, config),
+        max_image_patches=image_patch_limit(processor.image_processor, processor.image_config, config),
     )
 
 

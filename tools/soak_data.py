@@ -235,7 +235,7 @@ def run(
         while len(_lines(log)) < kill_at:
             if process.poll() is not None:
                 raise RuntimeError(f"it ended before {kill_at} batches")
-            time.sleep(0.02)
+            time.sleep(0.2)
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -305,7 +305,7 @@ def main() -> None:
         for title in arguments.runs:
             workers, kill = RUNS[title]
             begin = time.perf_counter()
-            kill_at = len(expected) // 3 if kill else None
+            kill_at = (len(expected) // 3 if expected else 4 * _STATES) if kill else None
             batches = run([file], folder / f"{title}.log", workers, kill_at=kill_at)
             seconds, memory = time.perf_counter() - begin, [batch["memory"] for batch in batches]
             used, rejected = (sum(b["conversations"] for b in batches), sum(len(b["rejected"]) for b in batches))

@@ -18,13 +18,13 @@ from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document, Image, Video, media_sources
 from jvlm.data.contents import Contents, contents_of
+from jvlm.data.encode import Encode, check_learnable, check_text
 from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.example_source import ExampleSource, Read
 from jvlm.data.examples import parse_example, unknown_columns
 from jvlm.data.few_shot import FewShotSource
 from jvlm.data.images import content_digest, open_image
 from jvlm.data.packing import Example
-from jvlm.data.pipeline import Encode, check_learnable, check_text
 from jvlm.data.prepare.image_hash import ImageHash
 from jvlm.data.processor import Processor
 from jvlm.data.rejections import Rejections

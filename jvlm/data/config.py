@@ -176,9 +176,8 @@ class DataConfig:
 
     def _check_preference(self) -> None:
         """Raise UserError for what would change one answer of a pair and not the other."""
-        drawn = [name for name in _DRAWN if getattr(self, name)]
-        if drawn:
-            raise UserError(f"data.{drawn[0]} does not go with data.preference {self.preference!r}: leave it out")
+        if self.drawn:
+            raise UserError(f"data.{self.drawn[0]} does not go with data.preference {self.preference!r}: leave it out")
         if self.on_too_long == "truncate":
             raise UserError(
                 f"data.on_too_long 'truncate' does not go with data.preference {self.preference!r}: an answer that was "
@@ -188,6 +187,11 @@ class DataConfig:
             raise UserError(
                 f"data.loss 'all' does not go with data.preference {self.preference!r}: prompts say nothing"
             )
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """Return the settings in use that change examples, most of them as is drawn for each."""
+        return tuple(name for name in _DRAWN if getattr(self, name))
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ from jvlm.data.config import DataConfig
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.formats.detection import Detected, detect
 from jvlm.data.formats.example_format import FormatOptions
-from jvlm.data.readers import folder, shard_set
-from jvlm.data.readers.array_record import Shard
+from jvlm.data.readers import copied, folder, shard_set
+from jvlm.data.readers.copied import CopiedReader
 from jvlm.data.readers.json_lines import JsonLines
 from jvlm.data.readers.parquet import Parquet
 from jvlm.data.readers.reader import MediaReader
@@ -61,7 +61,8 @@ class ExampleSource:
 
     Args:
       patterns: paths or globs of data files (`jvlm.data.readers.registry`); order matters, globs are sorted. Those in
-        an object store are copied to this machine (`jvlm.data.stores`); "ORG/NAME:SUBSET:SPLIT" is a dataset on the
+        an object store are copied to this machine, shards and Parquet as they are read (`jvlm.data.readers.copied`);
+        "ORG/NAME:SUBSET:SPLIT" is a dataset on the
         Hub (`jvlm.hub.datasets`). ``PATTERN#N`` takes N of their examples (`jvlm.data.take`).
       options: the format of the records, and what is read as what. The format of each pattern is decided on its first
         100 records, when an example is first asked for.
@@ -81,13 +82,17 @@ class ExampleSource:
         self.files = [path for path, _ in found]
         problems = _problems_of_names(found)
         self._readers = []
-        for path in self.files:
+        remote: list[str] = []  # files that are copied as they are read
+        for path, original in found:
             try:
-                self._readers.append(open_file(path, to_convert=to_convert))
+                is_copied = copied.is_outline(path)
+                self._readers.append(
+                    CopiedReader(original, path, remote) if is_copied else open_file(path, to_convert=to_convert)
+                )
             except UserError as error:
                 problems.append(str(error))
-        shards = [(reader.path, len(reader), reader.mark) for reader in self._readers if isinstance(reader, Shard)]
-        problems += shard_set.problems_of_marks([shard for shard in shards if shard[2] is not None])
+        shards = [reader for reader in self._readers if getattr(reader, "mark", None) is not None]
+        problems += shard_set.problems_of_marks([(reader.path, len(reader), reader.mark) for reader in shards])
         if problems:
             more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise UserError("\n  ".join(problems[:_SHOWN]) + more)
@@ -168,7 +173,8 @@ class ExampleSource:
         """Return one line for each pattern: what its records are taken for, and why; and what is slow to read."""
         firsts = [0, *map(int, self._ends[:-1])]
         lines = [f"{name}: {self._format_of(file)}" for name, file in zip(self._patterns, firsts, strict=True)]
-        notes = (reader.note() for reader in self._readers if isinstance(reader, Parquet | JsonLines))
+        readers = (reader.outlined if isinstance(reader, CopiedReader) else reader for reader in self._readers)
+        notes = (reader.note() for reader in readers if isinstance(reader, Parquet | JsonLines))
         return [*lines, *[note for note in notes if note is not None][:_SHOWN]]
 
     def counts(self) -> dict[str, int]:
@@ -197,6 +203,11 @@ class ExampleSource:
         ]
         return np.append(np.concatenate(starts), self._starts[-1])
 
+    def file_starts(self) -> np.ndarray | None:
+        """Return the first example of each file and the number of examples, where files are copied as they are read."""
+        is_copied = any(isinstance(reader, CopiedReader) for reader in self._readers)
+        return self._starts if is_copied and self._chosen is None else None
+
     def __repr__(self) -> str:
         return f"ExampleSource({self.files if self._chosen is None else self._patterns})"
 
@@ -215,7 +226,12 @@ def _find(pattern: str) -> list[tuple[str, epath.Path]]:
         originals = stores.find(pattern)
         if not originals:
             raise UserError(f"no data file matches {pattern!r}")
-        return [(str(path), original) for path, original in zip(stores.fetch(originals), originals, strict=True)]
+        paths = copied.outlined(originals)
+        others = [original for original in originals if original not in paths]
+        paths |= zip(
+            others, stores.fetch(others, "whole: their ends do not say how many examples they have"), strict=True
+        )
+        return [(str(paths[original]), original) for original in originals]
     named = folder.split_name(pattern)
     if named is not None:
         return [(path, epath.Path(path)) for path in folder.files_of(*named)]

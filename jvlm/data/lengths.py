@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from jvlm.data.config import DataConfig
 from jvlm.data.errors import ExampleError
 from jvlm.data.mixture.config import Unit
+from jvlm.data.mixture.order import spread_over
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError, file_errors
@@ -87,7 +88,7 @@ def measure(processor: Processor, config: DataConfig, source: Any, indices: Sequ
       source: (origin, record) by index.
       indices: of the examples to measure; None measures all.
     """
-    from jvlm.data.pipeline import Encode  # which reads mixtures, whose shares are of what is measured here
+    from jvlm.data.encode import Encode  # which reads mixtures, whose shares are of what is measured here
 
     still = {"single_turn_ratio": 0.0, "shuffle_turns": False, "max_turns": None, "upscale_probability": 0.0}
     config = dataclasses.replace(config, **still, on_bad_example="skip", on_too_long="drop", curves="off")
@@ -205,8 +206,7 @@ def of_source(
         found = measure(processor, config, source)
         save(path, found, source.files)
         return found
-    indices = np.unique(np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int))
-    return measure(processor, config, source, indices)
+    return measure(processor, config, source, spread_over(source, sample))
 
 
 def means(processor: Processor, config: DataConfig, examples: Examples) -> tuple[float, ...]:

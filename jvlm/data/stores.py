@@ -6,11 +6,15 @@ want files on a disk: these are copied once, under ``copies/``, and again only w
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -18,6 +22,7 @@ from jvlm.errors import UserError
 from jvlm.units import GIB
 
 COPIES = Path("copies")
+CONNECTIONS = 32  # at a time, of requests about many files
 # what etils reaches a store through, unless TensorFlow is installed
 _THROUGH = {"gs": ("gcsfs", "jvlm[gcs]"), "s3": ("s3fs", "s3fs")}
 # kinds of weights that are not read; every other file of a model's folder is copied
@@ -53,8 +58,34 @@ def place_of(remote: str | os.PathLike) -> Path:
     return COPIES / str(remote).replace("://", "/")
 
 
-def fetch(files: Iterable[epath.Path]) -> list[Path]:
-    """Local copies of remote files, each as new as its source; says what it copies, and where to.
+def is_current(target: Path, stat: Any) -> bool:
+    """Whether a local file has the size and the time of a remote one."""
+    there = target.stat() if target.is_file() else None
+    return there is not None and (there.st_size, int(there.st_mtime)) == (stat.length, int(stat.mtime))
+
+
+@contextlib.contextmanager
+def written(target: Path, stat: Any) -> Iterator[Path]:
+    """Give the name of a file to be written, which becomes ``target``, with a remote file's time, once it is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # processes of one machine may copy the same file; each renames a whole one
+    part = target.with_name(f"{target.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    try:
+        yield part
+        os.utime(part, (stat.mtime, stat.mtime))
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def fetch_one(file: epath.Path, target: Path) -> None:
+    """Copy a remote file."""
+    with written(target, file.stat()) as part:
+        copy(file, part)
+
+
+def fetch(files: Iterable[epath.Path], why: str = "") -> list[Path]:
+    """Local copies of remote files, each as new as its source; says what it copies, where to, and ``why``.
 
     Raises:
       UserError: too little space on the disk, with both numbers.
@@ -63,20 +94,17 @@ def fetch(files: Iterable[epath.Path]) -> list[Path]:
     for file in files:
         target, stat = place_of(file), file.stat()
         targets.append(target)
-        there = target.stat() if target.is_file() else None
-        if there is None or (there.st_size, int(there.st_mtime)) != (stat.length, stat.mtime):
+        if not is_current(target, stat):
             missing.append((file, target, stat))
     if missing:
         _check_space(missing)
         size = sum(stat.length for _, _, stat in missing)
-        print(f"copying {len(missing)} files, {size / GIB:.2f} GiB, to {COPIES.absolute()}: {missing[0][0]} ...")
-    for file, target, stat in missing:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # processes of one machine may copy the same file; each renames a whole one
-        part = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        copy(file, part)
-        os.utime(part, (stat.mtime, stat.mtime))
-        part.replace(target)
+        reason = f" ({why})" if why else ""
+        print(
+            f"copying {len(missing)} files, {size / GIB:.2f} GiB, to {COPIES.absolute()}: {missing[0][0]} ...{reason}"
+        )
+    for file, target, _ in missing:
+        fetch_one(file, target)
     return targets
 
 
@@ -95,7 +123,10 @@ def find(pattern: str) -> list[epath.Path]:
     folder, _, name = pattern.rpartition("/")
     parent = at(folder)
     paths = parent.glob(name) if any(c in pattern for c in "*?[") else [parent / name]
-    return sorted(path for path in paths if path.exists() and not path.is_dir())
+    paths = list(paths)
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        are_files = list(pool.map(lambda path: path.exists() and not path.is_dir(), paths))
+    return sorted(path for path, is_file in zip(paths, are_files, strict=True) if is_file)
 
 
 def model_folder(path: str | os.PathLike, inside: tuple[str, ...] = ()) -> Path:

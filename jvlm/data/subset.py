@@ -35,7 +35,13 @@ class Subset:
 
     def block_starts(self) -> np.ndarray | None:
         """As of the source, where the indices ascend; what is left of its blocks. None if it has none."""
-        starts = self.source.block_starts()
+        return self._left_of(self.source.block_starts())
+
+    def file_starts(self) -> np.ndarray | None:
+        """As of the source, likewise."""
+        return self._left_of(self.source.file_starts())
+
+    def _left_of(self, starts: np.ndarray | None) -> np.ndarray | None:
         if starts is None or (np.diff(self.indices) < 0).any():
             return None
         return np.unique(np.searchsorted(self.indices, starts))

@@ -15,13 +15,14 @@ from jvlm.data import lengths, packing
 from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document
+from jvlm.data.encode import Encode, image_patch_limit
 from jvlm.data.errors import ExampleError, Rejected, SkippedError, grouped
 from jvlm.data.examples import unknown_columns
 from jvlm.data.mixture.examples import Examples, mixture_of
+from jvlm.data.mixture.order import spread_over
 from jvlm.data.mixture.shares import measured_unit
 from jvlm.data.mixture.spread import spread_of
 from jvlm.data.packing import Example
-from jvlm.data.pipeline import Encode, image_patch_limit
 from jvlm.data.processor import Processor
 from jvlm.data.sources import channel_of, names
 from jvlm.errors import UserError
@@ -187,12 +188,12 @@ def take(
 def _spread(examples: Examples, config: DataConfig, count: int) -> tuple[np.ndarray, int]:
     """Return (indices spread evenly over each source, by its share of ``count``; examples of a pass over all)."""
     if not examples.is_mixture:
-        return np.unique(np.linspace(0, len(examples) - 1, count).astype(int)), len(examples)
+        return spread_over(examples.parts[0], count), len(examples)
     shares = examples.shares(config)
     counts = spread_of([shares.of[name] for name in examples.names]).drawn(count)
     chosen, start = [], 0
     for part, own in zip(examples.parts, counts, strict=True):
-        chosen.append(start + np.linspace(0, len(part) - 1, min(int(own), len(part))).astype(int))
+        chosen.append(start + spread_over(part, int(own)))
         start += len(part)
     return np.unique(np.concatenate(chosen)), round(shares.examples_per_pass)
 

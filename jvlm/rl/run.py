@@ -14,9 +14,9 @@ import jax
 import jvlm
 from jvlm import config as config_tree
 from jvlm.data import packing
+from jvlm.data.encode import image_patch_limit
 from jvlm.data.errors import ExampleError
 from jvlm.data.packing import Example
-from jvlm.data.pipeline import image_patch_limit
 from jvlm.data.processor import Processor
 from jvlm.errors import UserError
 from jvlm.inference.engine import PATCH_STEP, Engine

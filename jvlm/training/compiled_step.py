@@ -20,8 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jvlm import families
 from jvlm.adapters import targets
 from jvlm.adapters.attach import structure
+from jvlm.data.encode import image_patch_limit
 from jvlm.data.packing import PackedSequences, assemble
-from jvlm.data.pipeline import check_shape, image_patch_limit
+from jvlm.data.pipeline import check_shape
 from jvlm.models import vlm
 from jvlm.models.batch import PackedBatch
 from jvlm.models.vlm import VLM

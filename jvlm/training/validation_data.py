@@ -10,11 +10,12 @@ import numpy as np
 from jvlm.data import decoded_batch, packing
 from jvlm.data.config import DataConfig
 from jvlm.data.document_rules import without_drawing
+from jvlm.data.encode import Encode, image_patch_limit
 from jvlm.data.errors import Rejected
 from jvlm.data.mixture.config import Source
 from jvlm.data.mixture.examples import Examples
 from jvlm.data.packing import Example, PackedSequences
-from jvlm.data.pipeline import Encode, complete_window, image_patch_limit
+from jvlm.data.pipeline import complete_window
 from jvlm.data.position import Share
 from jvlm.data.processor import Processor
 from jvlm.data.subset import Subset

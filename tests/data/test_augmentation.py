@@ -14,6 +14,7 @@ from jvlm.data import pipeline
 from jvlm.data.augmentation import augmented, shuffle_turns, upscale
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Image, Text
+from jvlm.data.encode import Encode
 from jvlm.data.errors import ExampleError
 from jvlm.data.examples import parse_example
 from jvlm.errors import UserError
@@ -191,7 +192,7 @@ def test_a_run_that_goes_on_draws_what_an_unbroken_one_does_and_each_epoch_is_an
 
 def test_without_them_nothing_more_is_drawn(tiny, data):
     plain = dataclasses.replace(data, shuffle_turns=False, upscale_probability=0.0, single_turn_ratio=0.5)
-    encode = pipeline.Encode(tiny.processor, plain)
+    encode = Encode(tiny.processor, plain)
     record = json.loads(Path(data.train[0]).read_text().partition("\n")[0])
     used = np.random.default_rng(0)
     encode.read((pipeline.Origin(data.train[0], 1), record), used)

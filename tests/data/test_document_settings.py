@@ -14,6 +14,7 @@ from jvlm.data import pipeline
 from jvlm.data.config import DataConfig, ImageChoice
 from jvlm.data.cutting import Limits
 from jvlm.data.document_config import DocumentConfig
+from jvlm.data.encode import Encode, image_patch_limit
 from jvlm.data.errors import Origin, Rejected
 from jvlm.data.joining import joined
 from jvlm.errors import UserError
@@ -24,7 +25,7 @@ from tests.support import Tiny, picture
 
 
 def encoded(tiny, record, rng=None, **fields):
-    encode = pipeline.Encode(tiny.processor, DataConfig(**{"seq_len": 512, "max_patches": 512, **fields}))
+    encode = Encode(tiny.processor, DataConfig(**{"seq_len": 512, "max_patches": 512, **fields}))
     return encode.random_map((Origin("pages.jsonl", 7), record), rng or np.random.default_rng(0))
 
 
@@ -158,7 +159,7 @@ def test_what_an_example_sets_itself_comes_after_the_choice(fake_tokens):
 )
 def test_a_choice_that_the_model_does_not_know_is_refused_before_any_example(fake_tokens, setting, said):
     with pytest.raises(UserError, match=said):
-        pipeline.Encode(fake_tokens.processor, DataConfig(image_choices=(ImageChoice((setting,)),)))
+        Encode(fake_tokens.processor, DataConfig(image_choices=(ImageChoice((setting,)),)))
 
 
 def test_the_promise_made_to_attention_is_that_of_the_largest_choice(fake_tokens):
@@ -166,7 +167,7 @@ def test_the_promise_made_to_attention_is_that_of_the_largest_choice(fake_tokens
     config = DataConfig(
         max_patches=10**6, image_choices=(ImageChoice(("longest_edge=56",)), ImageChoice(("longest_edge=98",)))
     )
-    assert pipeline.image_patch_limit(processor.image_processor, processor.image_config, config) == 49
+    assert image_patch_limit(processor.image_processor, processor.image_config, config) == 49
 
 
 def test_the_papers_configs_read_documents_as_the_papers_say():
@@ -189,7 +190,7 @@ def test_the_papers_configs_read_documents_as_the_papers_say():
 @pytest.mark.parametrize("stage", ["mimo_vl/stage1", "mimo_vl/stage2"])
 def test_mimos_first_stages_take_captions_pages_and_text(tiny, stage):
     data = dataclasses.replace(configs.load(stage).data, seq_len=64, max_patches=192, max_image_patches=None)
-    encode = pipeline.Encode(tiny.processor, data)
+    encode = Encode(tiny.processor, data)
     records = [page(image(), words("a cat")), page(words("the cat. " * 40), image(), words("end")), {"text": "alone"}]
     found = [encode.random_map((Origin("a.jsonl", 1), record), np.random.default_rng(0)) for record in records]
     assert [len(parts) > 1 for parts in found] == [False, True, False]

@@ -16,6 +16,7 @@ from jvlm.data import cutting, pipeline
 from jvlm.data.config import DataConfig
 from jvlm.data.cutting import Beginning, Limits
 from jvlm.data.document_config import DocumentConfig
+from jvlm.data.encode import Encode
 from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.examples import parse_example
 from jvlm.data.processor import Processor, ProcessorConfig
@@ -199,7 +200,7 @@ def test_a_bad_document_is_refused_with_its_field(name):
 
 def encoded(tiny, record, rng=None, **fields):
     config = DataConfig(**{"seq_len": 512, "max_patches": 512, "on_bad_example": "error", **fields})
-    encode = pipeline.Encode(tiny.processor, config)
+    encode = Encode(tiny.processor, config)
     return encode.random_map((Origin("pages.jsonl", 7), record), rng or np.random.default_rng(0))
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from jvlm.data import packing
 from jvlm.data.config import DataConfig
+from jvlm.data.encode import Encode
 from jvlm.data.errors import Origin
-from jvlm.data.pipeline import Encode
 from tests.support import picture
 
 CHAT = [

@@ -9,6 +9,7 @@ from tests.support import ROOT
 SCRIPT = """
 import dataclasses, gc, itertools, os, sys, threading, time
 from pathlib import Path
+from jvlm.data.encode import Encode
 from jvlm.data import pipeline
 from jvlm.training import processors
 from tests.training import support
@@ -16,7 +17,7 @@ from tests.training import support
 folder = Path(sys.argv[1])
 experiment = support.experiment(folder, support.write_examples(folder))
 data = dataclasses.replace(experiment.data, read_threads=1, prefetch=1)
-known, begun, read, numbers = [], threading.Event(), pipeline.Encode.read, itertools.count(1)
+known, begun, read, numbers = [], threading.Event(), Encode.read, itertools.count(1)
 
 def collecting(self, element, rng):
     if next(numbers) == 13:  # of the third window
@@ -25,7 +26,7 @@ def collecting(self, element, rng):
         gc.collect()
     return read(self, element, rng)
 
-pipeline.Encode.read = collecting
+Encode.read = collecting
 dataset, _ = pipeline.training_data(processors.new(experiment), data, seed=0)
 iterator = iter(dataset)
 next(iterator)

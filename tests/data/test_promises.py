@@ -12,6 +12,7 @@ from PIL import Image
 
 from jvlm.data import packing, pipeline
 from jvlm.data.boxes import Box, Sizes
+from jvlm.data.encode import Encode, image_patch_limit
 from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.merged_images import window_order
 from jvlm.data.processor import Processor, ProcessorConfig
@@ -110,8 +111,8 @@ def _losses(model, examples, shape, **promises):
 def test_a_picture_gives_the_loss_it_has_without_a_bound_or_its_example_is_refused_with_both_numbers(small, name):
     experiment, model, processor = small
     config = dataclasses.replace(experiment.data, seq_len=512, max_patches=2048, on_too_long="error")
-    encode, rng = pipeline.Encode(processor, config), np.random.default_rng(0)
-    bound = pipeline.image_patch_limit(processor.image_processor, processor.image_config, config)
+    encode, rng = Encode(processor, config), np.random.default_rng(0)
+    bound = image_patch_limit(processor.image_processor, processor.image_config, config)
     assert bound is not None
     example = processor.encode(ODD[name])
     own = example.largest_image
@@ -133,13 +134,11 @@ def test_shrinking_keeps_each_picture_as_large_as_fits_and_boxes_follow(small):
     example = _example((256, 128), max_pixels=256 * 128)
     example["messages"][1]["content"] = "<bbox>"
     example["objects"] = {"bbox": [[64, 32, 192, 96]]}
-    (dropped,) = pipeline.Encode(processor, config).random_map(
-        (Origin("examples.jsonl", 4), example), np.random.default_rng(0)
-    )
+    (dropped,) = Encode(processor, config).random_map((Origin("examples.jsonl", 4), example), np.random.default_rng(0))
     assert isinstance(dropped, Rejected)
     assert (dropped.file, dropped.number, dropped.kind) == ("examples.jsonl", 4, "too_long")
     assert "512 patches do not fit 256" in dropped.reason
-    (shrunk,) = pipeline.Encode(processor, dataclasses.replace(config, on_too_long="shrink")).random_map(
+    (shrunk,) = Encode(processor, dataclasses.replace(config, on_too_long="shrink")).random_map(
         (Origin("examples.jsonl", 4), example), np.random.default_rng(0)
     )
     assert 60 <= shrunk.largest_image <= 100
@@ -163,7 +162,7 @@ def test_text_that_is_too_long_is_left_out_whatever_its_pictures_do(small):
     example = _example((64, 64))
     example["messages"][0]["content"] += "is there a red shape? " * 60
     config = dataclasses.replace(experiment.data, seq_len=128, on_too_long="shrink")
-    (left,) = pipeline.Encode(processor, config).random_map((Origin(), example), np.random.default_rng(0))
+    (left,) = Encode(processor, config).random_map((Origin(), example), np.random.default_rng(0))
     assert isinstance(left, Rejected)
     assert left.kind == "too_long"
 
@@ -236,4 +235,4 @@ def test_processors_of_other_limits_promise_what_theirs_allow(small):
         processor.tokenizer, model.config, ProcessorConfig(image=QwenImageConfig(784, 784 * 100, 784, 784))
     )
     data = dataclasses.replace(experiment.data, max_patches=10**6)
-    assert pipeline.image_patch_limit(wide.image_processor, wide.image_config, data) >= 784 * 100 // 64
+    assert image_patch_limit(wide.image_processor, wide.image_config, data) >= 784 * 100 // 64

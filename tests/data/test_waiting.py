@@ -6,6 +6,7 @@ import time
 
 from jvlm.data import pipeline, waiting
 from jvlm.data.config import DataConfig
+from jvlm.data.encode import Encode
 from jvlm.data.waiting import Waiting
 
 
@@ -36,14 +37,14 @@ def test_the_file_and_line_of_an_example_that_does_not_come_are_in_the_log(tmp_p
     path.write_text((json.dumps({"messages": turns}) + "\n") * 6)
     config = DataConfig(train=(str(path),), batch_size=1, seq_len=128, max_patches=0, shuffle="none", curves="off")
     monkeypatch.setattr(waiting, "SECONDS", 0.1)
-    read = pipeline.Encode.read
+    read = Encode.read
 
     def slow(self, element, rng):
         if element[0].number == 4:
             time.sleep(0.6)
         return read(self, element, rng)
 
-    monkeypatch.setattr(pipeline.Encode, "read", slow)
+    monkeypatch.setattr(Encode, "read", slow)
     dataset, _ = pipeline.training_data(tiny.processor, config, seed=0, epochs=1)
     assert sum(batch.conversations for batch in dataset) == 6
     assert f"s: {path}, line 4" in capfd.readouterr().out

@@ -18,8 +18,8 @@ import torch
 
 from jvlm.data import packing
 from jvlm.data.config import DataConfig
+from jvlm.data.encode import Encode
 from jvlm.data.example_source import ExampleSource
-from jvlm.data.pipeline import Encode
 from jvlm.data.processor import Processor
 from jvlm.data.tokenizers import load_tokenizer
 from jvlm.families.composed.reward_text import save_text, text_model

@@ -8,10 +8,11 @@ from PIL import Image
 
 from jvlm.data import packing
 from jvlm.data.config import DataConfig
+from jvlm.data.encode import Encode
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_example
-from jvlm.data.pipeline import Encode, complete_window
+from jvlm.data.pipeline import complete_window
 from jvlm.data.preferences import labelled, pair
 from jvlm.errors import UserError
 

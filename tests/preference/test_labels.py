@@ -7,8 +7,9 @@ import pytest
 
 from jvlm.data import packing
 from jvlm.data.config import DataConfig
+from jvlm.data.encode import Encode
 from jvlm.data.example_source import ExampleSource
-from jvlm.data.pipeline import Encode, complete_window
+from jvlm.data.pipeline import complete_window
 from jvlm.data.segments import segment_of
 from jvlm.models import vlm
 from jvlm.preference import log_probs

@@ -11,9 +11,9 @@ from jvlm.adapters import attach
 from jvlm.adapters.config import AdapterConfig
 from jvlm.data import packing
 from jvlm.data.config import DataConfig
+from jvlm.data.encode import Encode
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.packing import PackedSequences
-from jvlm.data.pipeline import Encode
 from jvlm.data.segments import segment_of
 from jvlm.models import vlm
 from jvlm.preference import log_probs

@@ -14,7 +14,7 @@ from jvlm.data.errors import Origin
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.few_shot import FewShotSource
 from jvlm.data.mixture.config import Mixture, Source
-from jvlm.data.mixture.order import order_of, source_seed
+from jvlm.data.mixture.order import BlockOrder, order_of, source_seed
 from jvlm.data.mixture.plan import Plan, average_shares, enters, plan_of
 from jvlm.data.mixture.shares import Shares, SourceSize, measured_unit
 from jvlm.data.sources import sources_of
@@ -242,6 +242,20 @@ class Draws:
     def __getitem__(self, draw: int) -> Drawn:
         source, key = self.plan[draw]
         return Drawn(*self.examples.of_source(source, self._orders[source][key]), (self.seeds[source], key))
+
+    def windows_in_a_row(self, window: int, processes: int) -> int:
+        """Return how many packing windows a process takes before others have their turn.
+
+        It is 1, but where files are copied as they are read, and in an order in which neighbouring draws are of the
+        same files: then the processes divide a pass. A schedule of weights wants its draws in their order.
+
+        Args:
+          window: draws in it.
+        """
+        is_copied = any(isinstance(order, BlockOrder) and order.files is not None for order in self._orders)
+        if not is_copied or len(self.plan.phases) > 1:
+            return 1
+        return max(1, self.plan.examples_per_pass // (window * processes))
 
     def __repr__(self) -> str:  # Grain's checkpoints compare it
         return f"Draws({self.examples}, {self.plan})"

@@ -14,7 +14,7 @@ RIEGELI_SIGNATURE = bytes.fromhex(
     "83af70d10d884a3f0000000000000000400000000000000091bac23c9287e1a9"
     "0000000000000000e19f13c0e9b1c37273000000000000000000000000000000"
 )
-_BLOCK = 64 * 1024
+BLOCK = 64 * 1024
 # the last block's record, written three times: where the index is
 _POSITION = re.compile(rb"\x00\x03.{3}\x08([\x80-\xff]*[\x00-\x7f])", re.DOTALL)
 _COMPRESSED = {
@@ -127,14 +127,20 @@ def check_padding(path: str) -> None:
       UserError: padding that is not zeros.
     """
     size = os.path.getsize(path)
-    last = size - _BLOCK
+    last = size - BLOCK
     with open(path, "rb") as file:
-        _, data, position = _chunk(file, last)
-        _check_zeros(path, file, position, size)
-        index = _POSITION.match(data)
-        if index:
-            number = sum((byte & 0x7F) << 7 * position for position, byte in enumerate(index[1]))
-            _check_zeros(path, file, _chunk(file, number)[2], last)
+        _check_zeros(path, file, _chunk(file, last)[2], size)
+        index = index_position(file, size)
+        if index is not None:
+            _check_zeros(path, file, _chunk(file, index)[2], last)
+
+
+def index_position(file: BinaryIO, size: int) -> int | None:
+    """Return where the index of an ArrayRecord file of so many bytes begins; None where its last block is damaged."""
+    if size < BLOCK:
+        return None
+    index = _POSITION.match(_chunk(file, size - BLOCK)[1])
+    return index and sum((byte & 0x7F) << 7 * position for position, byte in enumerate(index[1]))
 
 
 def _check_zeros(path: str, file: BinaryIO, start: int, end: int) -> None:
@@ -152,8 +158,8 @@ def _chunk(file: BinaryIO, begin: int) -> tuple[bytes, bytes, int]:
     data, position = _across_blocks(file, position, int.from_bytes(header[8:16], "little"))
     # a chunk is as long as it has records, so that each has a position of its own; no chunk begins in a block's header
     least = begin + int.from_bytes(header[25:32], "little")
-    if least % _BLOCK:
-        least += max(0, 24 - least % _BLOCK)
+    if least % BLOCK:
+        least += max(0, 24 - least % BLOCK)
     return header, data, max(position, least)
 
 
@@ -161,9 +167,9 @@ def _across_blocks(file: BinaryIO, position: int, size: int) -> tuple[bytes, int
     """(``size`` bytes, position after them), without the headers of 24 bytes that each block begins with."""
     data = bytearray()
     while len(data) < size:
-        position += 24 * (position % _BLOCK == 0)
+        position += 24 * (position % BLOCK == 0)
         file.seek(position)
-        piece = file.read(min(size - len(data), _BLOCK - position % _BLOCK))
+        piece = file.read(min(size - len(data), BLOCK - position % BLOCK))
         if not piece:
             break
         data += piece

@@ -13,12 +13,12 @@ import PIL.Image
 from jvlm.data.check import check, source_of
 from jvlm.data.check_report import CheckReport
 from jvlm.data.config import DataConfig
+from jvlm.data.encode import Encode
 from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_example
 from jvlm.data.few_shot import FewShotSource
 from jvlm.data.mixture.examples import Examples
-from jvlm.data.pipeline import Encode
 from jvlm.data.processor import Processor
 from jvlm.data.sources import sources_of
 from jvlm.data.view.collection import Collection, SourceView

@@ -15,11 +15,11 @@ import PIL.Image
 from jvlm.data.boxes import Box, Point, Region, Sizes
 from jvlm.data.check import encoded
 from jvlm.data.content import Conversation, Document, Image, Video, media_sources
+from jvlm.data.encode import Encode
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.example_source import Read
 from jvlm.data.examples import parse_example
 from jvlm.data.packing import Example
-from jvlm.data.pipeline import Encode
 from jvlm.data.processor import Processor
 
 THUMBNAIL = 200  # pixels of the longer side

@@ -15,10 +15,11 @@ from jvlm import cli
 from jvlm.data import embedding
 from jvlm.data.check import check
 from jvlm.data.config import DataConfig
+from jvlm.data.encode import Encode
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_example
-from jvlm.data.pipeline import Encode, training_data
+from jvlm.data.pipeline import training_data
 from jvlm.data.shrink import shrink
 from jvlm.data.video import reader
 from jvlm.data.video.config import VideoConfig
