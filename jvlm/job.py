@@ -198,6 +198,8 @@ def evaluate(experiment: Experiment, result: Result, finish: _Finish) -> Evaluat
     changes = gains.gains(before, answers) if before else []
     values["changes"] = [dataclasses.asdict(change) for change in changes]
     values["training_seconds"] = result.seconds
+    fill = log.fill(log.read(result.folder))  # packing changes scores a little
+    values["fill"] = fill._asdict() if fill else None
     values["missed_aims"] = missed_aims(config, scores, changes)
     write_json(result.folder / SCORES, values)
     print(summary(scores, baseline, seconds))
@@ -383,11 +385,12 @@ def _adapter_facts(experiment: Experiment, result: Result) -> dict[str, str]:
     }
 
 
-def _speed_facts(last: Mapping[str, Any]) -> dict[str, str]:
-    """Return how a run spent its time, from its last line: in training, or in training and rollouts."""
-    facts = {}
-    if "padding_text" in last:
-        facts["padding"] = f"text {100 * last['padding_text']:.1f} %, patches {100 * last['padding_patches']:.1f} %"
+def _speed_facts(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return how full sequences were, and how a run spent its time at its end: in training, or also in rollouts."""
+    facts, last = {}, lines[-1]
+    if fill := log.fill(lines):
+        facts["sequences filled"] = str(fill)
+    if "data_wait" in last:
         facts["waiting for data"] = f"{100 * last['data_wait']:.1f} % of the time"
         facts["speed"] = f"{last['tokens_per_s']:,.0f} tokens a second"
     if "decode_tokens_per_s" in last:
@@ -437,7 +440,7 @@ def write_report(
         "training": f"{result.steps} steps in {clock(result.seconds)}, {result.compilations} compilation(s)",
         "time in all": clock(seconds),
         "data": f"{', '.join(experiment.data.files)}; {last['epoch']:g} epochs; {result.rejected} examples left out",
-        **_speed_facts(last),
+        **_speed_facts(lines),
         "export": exported,
         "jvlm": jvlm.__version__,
     }

@@ -18,6 +18,8 @@ from jvlm.training import log
 SCORES = "scores.json"
 Key = tuple[int, int]  # number of an example in its file, and turn
 _LOSS = "eval_loss/"
+# beside the scores, since packing changes them a little
+FILL = "% of the tokens, patches of sequences that were no padding"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +147,10 @@ def markdown(runs: Sequence[TaskRun]) -> str:
     for task in tasks:
         count = max(len(run.answers.get(task, ())) for run in runs)
         lines.append(f"| {task} | {count} | {' | '.join(percent(score(run, task)) for run in runs)} |")
+    fills = [log.fill(run.log) for run in runs]
+    if any(fills):
+        cells = (f"{100 * fill.tokens:.1f}, {100 * fill.patches:.1f}" if fill else "" for fill in fills)
+        lines.append(f"| {FILL} | | {' | '.join(cells)} |")
     if len(runs) > 1:
         before, after = runs[-2:]
         changes = [(task, found) for task in tasks if (found := change(before, after, task)) is not None]

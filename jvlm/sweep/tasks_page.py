@@ -21,6 +21,7 @@ from jvlm.evaluation.report import Curve
 from jvlm.scoring.statistics import Comparison, Interval
 from jvlm.sweep import tasks
 from jvlm.sweep.tasks import Answered, Key, TaskRun
+from jvlm.training import log
 from jvlm.training.log import clock
 
 _SIDE = 160  # pixels of a picture's longer side on the page, at least
@@ -161,6 +162,8 @@ def render(runs: Sequence[TaskRun], title: str) -> bytes:
         title=title,
         runs=runs,
         times=[None if run.seconds is None else clock(run.seconds) for run in runs],
+        fills=[log.fill(run.log) for run in runs],
+        fill=tasks.FILL,
         rows=rows(runs),
         losses=losses(runs),
         curves=[(run.name, curves(run)) for run in runs],

@@ -7,9 +7,10 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 import psutil
 from tqdm import tqdm
 
@@ -163,6 +164,28 @@ class TrainingLog(Hook):
 
 def _short(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+class Fill(NamedTuple):
+    """Shares of the tokens, and of the patches, of a run's packed sequences that were no padding."""
+
+    tokens: float
+    patches: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.tokens:.1f} % of the tokens, {100 * self.patches:.1f} % of the patches"
+
+
+def fill(lines: Sequence[Mapping[str, Any]]) -> Fill | None:
+    """Return how full the sequences of a run were, over all steps of its log; None where it does not say."""
+    before, steps, full = 0, 0, np.zeros(2)
+    for line in lines:
+        if line.get("padding_text") is None:
+            continue
+        count, before = line["step_number"] - before, line["step_number"]
+        full += count * (1 - np.asarray([line["padding_text"], line["padding_patches"]]))
+        steps += count
+    return Fill(*(full / steps).tolist()) if steps else None
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ file of the same size, in which only those bytes are filled in that readers look
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import shutil
 import threading
@@ -31,7 +32,7 @@ from jvlm.units import GIB, MIB
 
 OUTLINES = stores.COPIES / "outlines"
 PARQUET_SUFFIX = ".parquet"
-_FREE = 0.1  # of a disk, below which copies make room for further ones
+_FREE = 2 * GIB  # of a disk, below which copies make room for further ones
 _OPEN = 64  # copies that a process keeps open
 _LAST = MIB  # bytes before the index of a shard: its last records, and so its mark, are there
 
@@ -108,6 +109,7 @@ class CopiedReader:
     Attributes:
       outlined: the reader of the outline, which reads no records.
       mark: which set of shards the file is of, if it says so.
+      state: size and time of the file as it was listed.
 
     Raises:
       UserError: a damaged file, or one without records.
@@ -116,6 +118,7 @@ class CopiedReader:
     def __init__(self, original: epath.Path, outline: str, others: list[str]):
         self.path, self.original, self._others = outline, str(original), others
         self.outlined: Reader = open_file(self.path)
+        self.state = _state(os.stat(outline))  # the file's own, as it was listed
         self._length = len(self.outlined)
         self.mark = getattr(self.outlined, "mark", None)
         others.append(self.original)
@@ -143,16 +146,15 @@ class CopiedReader:
           UserError: the file has changed since it was listed, or the disk has no room for it.
         """
         original, target = epath.Path(self.original), stores.place_of(self.original)
-        stat = os.stat(self.path)  # the outline has the size and time of the file as it was listed
         target.parent.mkdir(parents=True, exist_ok=True)
         # threads and processes of a machine that want the same file wait for the first of them
         with open(f"{self.path}.lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.is_file() or _state(target.stat()) != _state(stat):
-                self._make_room(stat.st_size)
+            if not target.is_file() or _state(target.stat()) != self.state:
+                self._make_room(self.state[0])
                 stores.fetch_one(original, target)
             copy = target.stat()
-            if _state(copy) != _state(stat):
+            if _state(copy) != self.state:
                 raise UserError(f"{self.original} has changed since this run began. Put it back, or begin another run")
             os.utime(target, (time.time(), copy.st_mtime))  # read now, which many disks do not note by themselves
             reader = open_file(str(target))
@@ -164,8 +166,9 @@ class CopiedReader:
         folder = stores.COPIES
         folder.mkdir(parents=True, exist_ok=True)
         copies = None
-        while (disk := shutil.disk_usage(folder)).free < size + _FREE * disk.total:
+        while (disk := shutil.disk_usage(folder)).free < size + _FREE:
             if copies is None:
+                _say_once(f"copies under {folder.absolute()} that were read longest ago make room for others")
                 here = [path for path in map(stores.place_of, self._others) if path.is_file()]
                 copies = iter(sorted(here, key=lambda path: path.stat().st_atime))
             oldest = next(copies, None)
@@ -179,6 +182,11 @@ class CopiedReader:
             )
 
 
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, flush=True)
+
+
 def _state(stat: os.stat_result) -> tuple[int, int]:
     """(size, time in seconds), which a copy has from its source."""
     return stat.st_size, int(stat.st_mtime)
@@ -188,12 +196,12 @@ class _Opened:
     """The copies that a process has open: the latest ones."""
 
     def __init__(self):
-        self._readers: OrderedDict[str, Reader] = OrderedDict()
+        self._readers: OrderedDict[tuple[Any, ...], Reader] = OrderedDict()
         self._lock = threading.Lock()
 
     def reader(self, file: CopiedReader) -> Reader:
         """Return the reader of a file's copy."""
-        key = os.path.abspath(file.path)
+        key = os.path.abspath(file.path), file.state
         with self._lock:
             if key in self._readers:
                 self._readers.move_to_end(key)
