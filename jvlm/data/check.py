@@ -18,7 +18,7 @@ from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document, Image, Video, media_sources
 from jvlm.data.contents import Contents, contents_of
-from jvlm.data.encode import Encode, check_learnable, check_text
+from jvlm.data.encode import Encode, Known, check_learnable, check_text
 from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.example_source import ExampleSource, Read
 from jvlm.data.examples import parse_example, unknown_columns
@@ -49,6 +49,7 @@ def check(
     on_checked: Callable[[int, Checked], None] | None = None,
     digests: bool = False,
     hashed: int = 0,
+    known: Known | None = None,
 ) -> CheckReport:
     """Read every example and its media as training would. Memory does not grow with the size of the files.
 
@@ -59,6 +60,7 @@ def check(
       on_rejected: is given each rejected example, in place of the report.
       on_checked: is given the index of each example, in order, and what it is like.
       digests: whether that holds the digests of its images, and its contents.
+      known: as of `Encode`.
       hashed: of so many first examples it holds perceptual hashes of the images, too.
 
     Raises:
@@ -66,7 +68,8 @@ def check(
     """
     config = dataclasses.replace(config, train=tuple(files), single_turn_ratio=0.0)
     source = source_of(config, seed)
-    look, tally, rejected = _Look(processor, config, seed, digests=digests), Tally(), []
+    look = _Look(processor, config, seed, digests=digests, known=known or Known())
+    tally, rejected = Tally(), []
     with (
         ThreadPoolExecutor(config.read_threads) as pool,
         Progress(total=len(source), desc="checking", unit="example") as bar,
@@ -150,14 +153,14 @@ class Checked:
 class _Look:
     """Looks at an example as training would."""
 
-    def __init__(self, processor: Processor | None, config: DataConfig, seed: int, *, digests: bool):
+    def __init__(self, processor: Processor | None, config: DataConfig, seed: int, *, digests: bool, known: Known):
         self.digests = digests
         if processor is not None and config.media_root:
             processor = processor.replace(media_roots=(config.media_root,))
         self.processor = processor
-        self.config = _resolved(processor, config, seed) if processor else config
+        self.config = _resolved(processor, config, seed, known) if processor else config
         # images are decoded, and not resized: nobody asks for their patches
-        self.encode = Encode(processor, self.config, decode=False) if processor else None
+        self.encode = Encode(processor, self.config, decode=False, known=known) if processor else None
 
     def at(self, read: Read, *, is_hashed: bool = False) -> Checked:
         origin, example, untagged = read
@@ -306,12 +309,12 @@ def _padding(sizes: Sequence[survey.Size], config: DataConfig) -> str:
     return f"{100 * text:.0f} % of the tokens and {100 * patches:.0f} % of the patches"
 
 
-def _resolved(processor: Processor, config: DataConfig, seed: int) -> DataConfig:
+def _resolved(processor: Processor, config: DataConfig, seed: int, known: Known) -> DataConfig:
     """Return configuration with sizes that depend on the data chosen, from the sample that training would look at."""
     on_too_long = "drop" if config.on_too_long == "error" else config.on_too_long
     looking = dataclasses.replace(config, on_bad_example="skip", on_too_long=on_too_long)
     try:
-        resolved = survey.take(processor, looking, seed=seed, count=_LOOKED_AT, decode=False).config
+        resolved = survey.take(processor, looking, seed=seed, count=_LOOKED_AT, decode=False, known=known).config
     except UserError:  # every example of the sample is rejected, which the check itself says better
         sizes = {name: getattr(config, name) for name in ("seq_len", "max_patches")}
         return dataclasses.replace(config, **{n: getattr(DataConfig(), n) for n, v in sizes.items() if v == "auto"})

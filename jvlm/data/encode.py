@@ -27,6 +27,28 @@ from jvlm.data.processor import Processor
 from jvlm.data.shrink import shrink
 from jvlm.data.sources import SourceNumbers
 from jvlm.data.turns import single_turns
+from jvlm.data.unread_patches import UnreadImage, UnreadPatches
+
+_KNOWN = 1024  # examples that are kept
+
+
+Read = list[tuple[Conversation | Document | preferences.Judged, Example]]
+
+
+class Known:
+    """What the first examples of a source gave when they were read, for those who look at them more than once."""
+
+    def __init__(self):
+        self._read: dict[Origin, Read] = {}
+
+    def get(self, origin: Origin) -> Read | None:
+        """Return what an example gave; None if it was not kept."""
+        return self._read.get(origin)
+
+    def keep(self, origin: Origin, read: Read) -> None:
+        """Keep what an example gave, but for pixels, which take much memory."""
+        if len(self._read) < _KNOWN and not any(_has_pixels(example) for _, example in read):
+            self._read[origin] = read
 
 
 class Encode(grain.transforms.RandomMap):
@@ -36,9 +58,11 @@ class Encode(grain.transforms.RandomMap):
 
     Args:
       decode: as of `Processor.encode`.
+      known: keeps what examples give, and gives it again, if nothing is drawn for them. Who shares it reads the same
+        examples with the same settings, but for those of sequences.
     """
 
-    def __init__(self, processor: Processor, config: DataConfig, *, decode: bool = True):
+    def __init__(self, processor: Processor, config: DataConfig, *, decode: bool = True, known: Known | None = None):
         given = {
             "video": config.video,
             "media_folders": config.media_folders,
@@ -55,12 +79,12 @@ class Encode(grain.transforms.RandomMap):
             name: self._of_source(source) for name, source in sources.items() if source.documents or source.media_root
         }
         check_choices(processor, config)
+        self._known = None if self._draws() else known
 
-    @property
-    def draws(self) -> bool:
+    def _draws(self) -> bool:
         """Whether anything is drawn for an example, so that each pass gives another one."""
         config = self.config
-        own = any(one.draws for one in self._own.values())
+        own = any(one._draws() for one in self._own.values())
         return own or bool(config.drawn) or config.documents.cut == "sample_window"
 
     def documents_of(self, origin: Origin) -> DocumentConfig:
@@ -84,13 +108,20 @@ class Encode(grain.transforms.RandomMap):
         fitted = self.fit(read, rng)
         return tuple(one if isinstance(one, Rejected) else dataclasses.replace(one, source=source) for one in fitted)
 
-    def read(
-        self, element: tuple[Origin, Any], rng: np.random.Generator
-    ) -> list[tuple[Conversation | Document | preferences.Judged, Example]]:
+    def read(self, element: tuple[Origin, Any], rng: np.random.Generator) -> Read:
         """Return an example with what has a loss, whatever its length. Raises ExampleError.
 
         It is one example, but for a document with more than ``documents.max_images``.
         """
+        if self._known is None:
+            return self._read(element, rng)
+        read = self._known.get(element[0])
+        if read is None:
+            read = self._read(element, rng)
+            self._known.keep(element[0], read)
+        return read
+
+    def _read(self, element: tuple[Origin, Any], rng: np.random.Generator) -> Read:
         origin, record = element
         if origin.source in self._own:
             return self._own[origin.source].read(element, rng)
@@ -250,17 +281,11 @@ class EncodeDrawn(grain.transforms.Map):
         return self.encode.random_map((drawn.origin, drawn.record), np.random.default_rng(drawn.seed))
 
 
-class EncodeOnce(EncodeDrawn):
-    """As `EncodeDrawn`, and keeps what examples give, for data of which nothing is drawn: each pass is alike."""
-
-    def __init__(self, encode: Encode):
-        super().__init__(encode)
-        self._known: dict[Origin, tuple[Example | Rejected, ...]] = {}
-
-    def map(self, drawn: Drawn) -> tuple[Example | Rejected, ...]:
-        if drawn.origin not in self._known:
-            self._known[drawn.origin] = super().map(drawn)
-        return self._known[drawn.origin]
+def _has_pixels(example: Example) -> bool:
+    patches = example.patches
+    if not isinstance(patches, UnreadPatches):
+        return len(patches) > 0
+    return not all(isinstance(piece, UnreadImage) for piece in patches.pieces)
 
 
 def _one_turn(conversation: Conversation, rng: np.random.Generator) -> Conversation:

@@ -228,9 +228,8 @@ def _find(pattern: str) -> list[tuple[str, epath.Path]]:
             raise UserError(f"no data file matches {pattern!r}")
         paths = copied.outlined(originals)
         others = [original for original in originals if original not in paths]
-        paths |= zip(
-            others, stores.fetch(others, "whole: their ends do not say how many examples they have"), strict=True
-        )
+        why = "all of them: only the whole of such a file says how many examples it has"
+        paths |= zip(others, stores.fetch(others, why), strict=True)
         return [(str(paths[original]), original) for original in originals]
     named = folder.split_name(pattern)
     if named is not None:

@@ -22,7 +22,7 @@ from jvlm.data import decoded_batch, packing, preferences
 from jvlm.data.config import DataConfig
 from jvlm.data.cutting import Limits
 from jvlm.data.decoded_batch import Begun, Write
-from jvlm.data.encode import Encode, EncodeDrawn, EncodeOnce, image_patch_limit
+from jvlm.data.encode import Encode, EncodeDrawn, Known, image_patch_limit
 from jvlm.data.errors import Rejected, grouped
 from jvlm.data.joining import joined
 from jvlm.data.mixture.examples import Draws, Examples, mixture_of
@@ -294,16 +294,14 @@ def _packed(
     share: Share,
     examples: Examples | None,
     *,
-    is_look: bool = False,
+    known: Known | None = None,
 ) -> tuple[PackDataset, Draws]:
     check_shape(config)
     examples = Examples.open(config) if examples is None else examples
     draws = Draws(examples.with_few_shot(config, seed), config, seed=seed, passes=epochs)
     # of documents that are joined, one that cannot be decoded must be known before
-    encode = Encode(processor, config, decode=max(joins_of(config).values()) > 1)
-    # a look at a window of several passes over few examples reads each of them once
-    once = is_look and not encode.draws
-    encoded = grain.MapDataset.source(draws).map(EncodeOnce(encode) if once else EncodeDrawn(encode))
+    encode = Encode(processor, config, decode=max(joins_of(config).values()) > 1, known=known)
+    encoded = grain.MapDataset.source(draws).map(EncodeDrawn(encode))
     run = draws.windows_in_a_row(config.window(len(draws.examples)), share.count)
     share = dataclasses.replace(share, run=run)
     packed = PackDataset(encoded, draws, processor, config, share.of(config.batch_size), share)
@@ -317,9 +315,15 @@ def joins_of(config: DataConfig) -> dict[str, int]:
     return {name: (source.documents or config.documents).join for name, source in config.mixture.sources().items()}
 
 
-def first_sequences(processor: Processor, config: DataConfig, *, seed: int) -> tuple[list[list[Example]], Draws]:
-    """Return the packed sequences of the first window of a run, whose images are not decoded, and its draws."""
-    packed, draws = _packed(processor, config, seed, None, Share(), None, is_look=True)
+def first_sequences(
+    processor: Processor, config: DataConfig, *, seed: int, known: Known | None = None
+) -> tuple[list[list[Example]], Draws]:
+    """Return the packed sequences of the first window of a run, whose images are not decoded, and its draws.
+
+    Args:
+      known: as of `Encode`. The window can be several passes over few examples.
+    """
+    packed, draws = _packed(processor, config, seed, None, Share(), None, known=known or Known())
     iterator = iter(packed)
     try:
         return iterator.first_window(), draws

@@ -15,7 +15,7 @@ from jvlm.data import lengths, packing
 from jvlm.data.columns import UnknownColumns
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Conversation, Document
-from jvlm.data.encode import Encode, image_patch_limit
+from jvlm.data.encode import Encode, Known, image_patch_limit
 from jvlm.data.errors import ExampleError, Rejected, SkippedError, grouped
 from jvlm.data.examples import unknown_columns
 from jvlm.data.mixture.examples import Examples, mixture_of
@@ -147,6 +147,7 @@ def take(
     parts: int = 1,
     examples: Examples | None = None,
     decode: bool = True,
+    known: Known | None = None,
 ) -> Survey:
     """Look at ``count`` examples spread evenly over the data, or at those that are encoded within so many seconds.
 
@@ -156,6 +157,7 @@ def take(
       parts: devices that share a packed sequence; sizes that are chosen divide by it.
       examples: some of the files' examples; None is all of them.
       decode: False takes sizes from the headers of images.
+      known: as of `Encode`.
 
     Raises:
       ExampleError: a bad example where ``on_bad_example`` is "error", one that does not fit where ``on_too_long`` is.
@@ -166,14 +168,15 @@ def take(
         config = dataclasses.replace(config, measured=lengths.means(processor, config, examples))
     spread, passes = _spread(examples, config, min(count, len(examples)))
     chosen = [int(i) for i in np.random.default_rng(seed).permutation(spread)]
-    known = "auto" not in (config.seq_len, config.max_patches)
-    look = _Look(processor, config, examples, seed, fit=known, decode=decode)
+    are_sizes_known = "auto" not in (config.seq_len, config.max_patches)
+    reading = {"decode": decode, "known": known}
+    look = _Look(processor, config, examples, seed, fit=are_sizes_known, **reading)
     results = look.at(chosen, seconds)
-    if not known and not _sizes(results):
+    if not are_sizes_known and not _sizes(results):
         Survey(config, len(examples), len(results), (), _left_out(results)).check()  # raises, with what is wrong
-    if not known:
+    if not are_sizes_known:
         config = choose_sizes(_sizes(results), config, processor, parts)
-        look = _Look(processor, config, examples, seed, fit=True, decode=decode)
+        look = _Look(processor, config, examples, seed, fit=True, **reading)
         results |= look.at(
             [i for i in results if not all(_fits(size, config) for size in _sizes({i: results[i]}))], None
         )
@@ -212,7 +215,15 @@ class _Look:
     """Encodes examples, each with random numbers of its own, in threads."""
 
     def __init__(
-        self, processor: Processor, config: DataConfig, examples: Examples, seed: int, *, fit: bool, decode: bool
+        self,
+        processor: Processor,
+        config: DataConfig,
+        examples: Examples,
+        seed: int,
+        *,
+        fit: bool,
+        decode: bool,
+        known: Known | None,
     ):
         if fit:  # the promise made to attention is raised to what it finds, unless it is the user's
             config = dataclasses.replace(
@@ -222,7 +233,7 @@ class _Look:
             sizes = {"seq_len": config.seq_len, "max_patches": config.max_patches}
             default = {name: getattr(DataConfig(), name) for name, size in sizes.items() if size == "auto"}
             config = dataclasses.replace(config, **default)
-        self.encode = Encode(processor, config, decode=decode)
+        self.encode = Encode(processor, config, decode=decode, known=known)
         self.config, self.examples, self.seed = config, examples, seed
         self.fits = fit
 

@@ -10,7 +10,9 @@ from jvlm.errors import UserError
 
 # One of these holds the vocabulary.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt", "tekken.json")
-_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+# which takes a third of a second to read, and which transformers refuses if it is damaged
+_LARGE = "tokenizer.json"
+_JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -29,8 +31,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
+        json_files.read_object_if_there(folder / _LARGE)
         message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        files = ", ".join(name for name in (*_VOCABULARIES, *_JSON[1:]) if (folder / name).is_file())
+        files = ", ".join(name for name in dict.fromkeys((*_VOCABULARIES, *_JSON)) if (folder / name).is_file())
         raise UserError(
             f"{folder}: transformers cannot read the tokenizer ({message}); one of {files} is damaged: copy them again"
         ) from error

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jvlm.data import pipeline, stores
+from jvlm.data import example_source, pipeline, stores
 from jvlm.data.config import DataConfig
 from jvlm.data.errors import Origin
 from jvlm.data.example_source import ExampleSource
@@ -39,6 +39,7 @@ def here(tmp_path, monkeypatch, bucket):
         write_shard(path, [example(shard * EACH + number) for number in range(EACH)])
         bucket.put(f"data/s-{shard:05d}-of-{SHARDS:05d}.arrayrecord", path.read_bytes())
     monkeypatch.setattr(copied, "_OPENED", copied._Opened())
+    monkeypatch.setattr(example_source, "_SAMPLE", EACH)  # examples that say what the format is: those of one file
     (tmp_path / "0").mkdir()
     monkeypatch.chdir(tmp_path / "0")
     return bucket

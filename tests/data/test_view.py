@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from jvlm import cli
-from jvlm.data import pipeline
+from jvlm.data import encode, pipeline
 from jvlm.data.boxes import Box
 from jvlm.data.check import check
 from jvlm.data.mixture.config import Mixture, Phase, Source
@@ -353,6 +353,29 @@ def test_the_beginning_of_a_run_is_what_training_draws_and_packs(data):
     assert [source.share for source in shown.sources] == pytest.approx([3 / 7, 4 / 7], abs=1 / shown.draws)
     assert 0 < shown.tokens <= 1
     assert all(0 < bar[-1].x + bar[-1].width <= WIDTH for bar in shown.sequences)
+
+
+@pytest.mark.parametrize("drawn", [0.0, 0.5])
+def test_the_page_does_not_depend_on_whether_examples_are_kept_and_most_are_read_once(data, monkeypatch, drawn):
+    _, processor, config = data
+    config = dataclasses.replace(config, train=config.train[:1], single_turn_ratio=drawn, pack_window=100)
+    read, pages, counts, numbers = encode.Encode._read, {}, {}, []
+
+    def counted(self, element, rng):
+        numbers.append(element[0].number)
+        return read(self, element, rng)
+
+    monkeypatch.setattr(encode.Encode, "_read", counted)
+    for kept in (encode._KNOWN, 0):
+        monkeypatch.setattr(encode, "_KNOWN", kept)
+        pages[kept] = page.render([run_view("data", config, processor, seed=0, samples=3)])
+        counts[kept] = numbers.count(1)
+        numbers.clear()
+    once, each_time = counts.values()
+    assert len(set(pages.values())) == 1
+    # two threads may read the same at once; what a run draws of an example is another one each time
+    assert once <= 4 if not drawn else once > 12
+    assert each_time > 12
 
 
 def test_a_mixture_with_a_schedule_is_shown_for_a_run_of_one_pass(data, capsys):

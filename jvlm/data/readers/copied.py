@@ -42,14 +42,14 @@ def outlined(files: Sequence[epath.Path]) -> dict[epath.Path, Path]:
     known = [file for file in files if file.suffix in (SHARD_SUFFIX, PARQUET_SUFFIX)]
     with ThreadPoolExecutor(stores.CONNECTIONS) as pool:
         made = list(pool.map(_outline, known))
-    new = sum(size for _, size in made)
+    new = [file for file, (_, size) in zip(known, made, strict=True) if size]
     if new:
         stores.COPIES.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(stores.COPIES).free
+        size, free = sum(size for _, size in made), shutil.disk_usage(stores.COPIES).free
         print(
-            f"{known[0]} and {len(known) - 1} more files, {new / GIB:.2f} GiB, are copied to "
+            f"{new[0]} and {len(new) - 1} more files, {size / GIB:.2f} GiB, are copied to "
             f"{stores.COPIES.absolute()} as they are read"
-            + (f"; of {free / GIB:.2f} GiB free, so copies that are not read any more make room" if new > free else "")
+            + (f"; of {free / GIB:.2f} GiB free, so copies that are not read any more make room" if size > free else "")
         )
     return {file: outline for file, (outline, _) in zip(known, made, strict=True)}
 

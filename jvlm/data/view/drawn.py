@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from jvlm.data import lengths, pipeline
 from jvlm.data.config import DataConfig
+from jvlm.data.encode import Known
 from jvlm.data.mixture.examples import Draws, Examples
 from jvlm.data.mixture.shares import measured_unit
 from jvlm.data.packing import Example
@@ -92,14 +93,17 @@ def planned(processor: Processor, config: DataConfig, checked: Sequence[DataConf
     return config
 
 
-def drawn(processor: Processor, config: DataConfig, *, seed: int, assumed: int | None = None) -> Drawn:
+def drawn(
+    processor: Processor, config: DataConfig, *, seed: int, assumed: int | None = None, known: Known | None = None
+) -> Drawn:
     """Return how a run begins.
 
     Args:
       config: of the run, as `planned` returns it.
       assumed: see `Drawn`.
+      known: as of `Encode`.
     """
-    sequences, draws = pipeline.first_sequences(processor, config, seed=seed)
+    sequences, draws = pipeline.first_sequences(processor, config, seed=seed, known=known)
     counted = min(_DRAWS, draws.plan.examples_per_pass)
     names = list(draws.examples.names)
     used = [sum(e.length for e in one) for one in sequences], [sum(e.num_patches for e in one) for one in sequences]

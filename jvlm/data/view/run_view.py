@@ -13,7 +13,7 @@ import PIL.Image
 from jvlm.data.check import check, source_of
 from jvlm.data.check_report import CheckReport
 from jvlm.data.config import DataConfig
-from jvlm.data.encode import Encode
+from jvlm.data.encode import Encode, Known
 from jvlm.data.errors import ExampleError, Origin, Rejected
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_example
@@ -178,6 +178,7 @@ def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, 
         distinct = examples.distinct() if isinstance(examples, ExampleSource) else []
         once = None if len(distinct) == len(examples) else frozenset(distinct)
         collection = Collection(names, samples, seed, distinct=once, equal=equal, near=near)
+        known = Known()
         report = check(
             own.train,
             processor,
@@ -187,10 +188,11 @@ def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, 
             on_checked=collection.add,
             digests=own.few_shot is None,
             hashed=_HASHED if own.few_shot is None else 0,
+            known=known,
         )
         reports.append((label, report))
         opened = processor.replace(media_roots=(own.media_root,)) if own.media_root else processor
-        encode = Encode(opened, report.config, decode=False)
+        encode = Encode(opened, report.config, decode=False, known=known)
         readers |= dict.fromkeys(collection.sources, (opened, examples))
         for view in collection.sources.values():
             views.append(view)
@@ -200,9 +202,10 @@ def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, 
             for key, group in view.tally.faults.groups.items():
                 first = [_rejected(examples.read(i).record, error) for i, error in view.rejected.get(key, [])]
                 faults.append((view.name, group.first, group.count, first))
-    known = planned(processor, config, [report.config for _, report in reports])
-    assumed = known.run_examples if config.run_examples is None else None
-    shares = _shares(known)
+    run = planned(processor, config, [report.config for _, report in reports])
+    assumed = run.run_examples if config.run_examples is None else None
+    shared = known if config.mixture is None else None  # sources are read with settings of their own
+    shares = _shares(run)
     rows = [_row(view, shares.get(view.name, 0.0) if config.mixture is not None else None) for view in views]
     return RunView(
         name=name,
@@ -211,7 +214,7 @@ def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, 
         histograms=_histograms(views, [report.config for _, report in reports]),
         faults=tuple(_grouped(faults)),
         remarks=tuple(remarks),
-        drawn=_drawn(known, processor, seed, assumed) if _usable(views) else None,
+        drawn=_drawn(run, processor, seed, assumed, shared) if _usable(views) else None,
         equal=_equal(equal, readers) if config.few_shot is None else None,
         near=_near(near, readers) if config.few_shot is None else None,
         samples=shown,
@@ -230,12 +233,12 @@ def _usable(views: Sequence[SourceView]) -> bool:
     return all(view.tally.usable for view in views)
 
 
-def _drawn(config: DataConfig, processor: Processor, seed: int, assumed: int | None) -> Drawn:
+def _drawn(config: DataConfig, processor: Processor, seed: int, assumed: int | None, known: Known | None) -> Drawn:
     on_too_long = "drop" if config.on_too_long == "error" else config.on_too_long
-    known = dataclasses.replace(config, on_bad_example="skip", on_too_long=on_too_long, worker_processes=0)
+    config = dataclasses.replace(config, on_bad_example="skip", on_too_long=on_too_long, worker_processes=0)
     if config.media_root:
         processor = processor.replace(media_roots=(config.media_root,))
-    return drawn(processor, known, seed=seed, assumed=assumed)
+    return drawn(processor, config, seed=seed, assumed=assumed, known=known)
 
 
 def _checks(name: str, config: DataConfig) -> Iterator[tuple[str, dict[str, str], DataConfig]]:
