@@ -19,6 +19,7 @@ from jvlm.data.document_config import DocumentConfig
 from jvlm.data.errors import ExampleError, Origin, Rejected, SkippedError
 from jvlm.data.examples import parse_example
 from jvlm.data.image_processor import ImageProcessor, ImageProcessorConfig
+from jvlm.data.images import unwrap
 from jvlm.data.loss_choice import with_loss_on
 from jvlm.data.mixture.config import Source
 from jvlm.data.mixture.examples import Drawn, config_of, mixture_of
@@ -28,8 +29,10 @@ from jvlm.data.shrink import shrink
 from jvlm.data.sources import SourceNumbers
 from jvlm.data.turns import single_turns
 from jvlm.data.unread_patches import UnreadImage, UnreadPatches
+from jvlm.units import MIB
 
-_KNOWN = 1024  # examples that are kept
+_KNOWN_BYTES = 128 * MIB  # of the examples that are kept
+_TOKEN_BYTES = 64  # of a token, about: ids, weights, positions
 
 
 Read = list[tuple[Conversation | Document | preferences.Judged, Example]]
@@ -40,14 +43,17 @@ class Known:
 
     def __init__(self):
         self._read: dict[Origin, Read] = {}
+        self._bytes = 0
 
     def get(self, origin: Origin) -> Read | None:
         """Return what an example gave; None if it was not kept."""
         return self._read.get(origin)
 
     def keep(self, origin: Origin, read: Read) -> None:
-        """Keep what an example gave, but for pixels, which take much memory."""
-        if len(self._read) < _KNOWN and not any(_has_pixels(example) for _, example in read):
+        """Keep what an example gave, but for pixels, while there is room."""
+        size = sum(_bytes(example) for _, example in read)
+        if self._bytes + size <= _KNOWN_BYTES and not any(_has_pixels(example) for _, example in read):
+            self._bytes += size
             self._read[origin] = read
 
 
@@ -279,6 +285,13 @@ class EncodeDrawn(grain.transforms.Map):
 
     def map(self, drawn: Drawn) -> tuple[Example | Rejected, ...]:
         return self.encode.random_map((drawn.origin, drawn.record), np.random.default_rng(drawn.seed))
+
+
+def _bytes(example: Example) -> int:
+    """Return about how much memory an example takes whose images are not decoded, those that it holds included."""
+    pieces = example.patches.pieces if isinstance(example.patches, UnreadPatches) else ()
+    sources = (unwrap(piece.part.source) for piece in pieces if isinstance(piece, UnreadImage))
+    return _TOKEN_BYTES * example.length + sum(len(source) for source in sources if isinstance(source, bytes))
 
 
 def _has_pixels(example: Example) -> bool:

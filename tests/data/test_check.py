@@ -276,7 +276,7 @@ def test_the_command_says_what_is_worth_a_look_and_what_a_mixture_draws(place, t
     output = capsys.readouterr().out
     said = "a question that an earlier one asks of the same images, and another answer: 1"
     assert output.count(f"worth a look: examples with {said}") == 2
-    assert output.count("1 images are in several examples, as in e.jsonl, line 1; e.jsonl, line 2") == 2
+    assert output.count("1 image is in several examples, as in e.jsonl, line 1; e.jsonl, line 2") == 2
     assert "as a run of one pass, 4 examples (data.run_examples sets it) draws it:" in output
     assert re.search(r"\nb +2 +75\.00 % +1\.50 +1\b", output)
 

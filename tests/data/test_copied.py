@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -215,6 +216,16 @@ def test_parquet_is_copied_as_it_is_read_and_other_kinds_at_the_start(here, tmp_
     assert answers(ExampleSource(["gs://bucket/lines/a.jsonl"])) == ["7"]
     assert "copying 1 files" in (said := capsys.readouterr().out)
     assert "only the whole of such a file says how many examples it has" in said
+
+
+def test_files_are_open_only_while_they_are_read(here, tmp_path):
+    """A process may open some thousand files, and a set can have more shards."""
+    for number in range(30):
+        write_shard(tmp_path / f"{number:02}.arrayrecord", [example(number)])
+    before = psutil.Process().num_fds()
+    sources = [ExampleSource([pattern]) for pattern in (f"{tmp_path}/??.arrayrecord", "gs://bucket/data/*.arrayrecord")]
+    assert list(map(len, sources)) == [30, SHARDS * EACH]
+    assert psutil.Process().num_fds() < before + 10
 
 
 def test_a_shard_that_is_cut_is_named_before_it_is_read(here):

@@ -366,8 +366,8 @@ def test_the_page_does_not_depend_on_whether_examples_are_kept_and_most_are_read
         return read(self, element, rng)
 
     monkeypatch.setattr(encode.Encode, "_read", counted)
-    for kept in (encode._KNOWN, 0):
-        monkeypatch.setattr(encode, "_KNOWN", kept)
+    for kept in (encode._KNOWN_BYTES, 0):
+        monkeypatch.setattr(encode, "_KNOWN_BYTES", kept)
         pages[kept] = page.render([run_view("data", config, processor, seed=0, samples=3)])
         counts[kept] = numbers.count(1)
         numbers.clear()

@@ -39,6 +39,11 @@ class RecordFile:
                 "write it again"
             )
         file_kinds.check_padding(path)
+        self._close()
+
+    def _close(self) -> None:
+        """Close the file until it is read again: a process may open only so many."""
+        self._reader = None
 
     def _open(self):
         if self._reader is None:
@@ -78,6 +83,7 @@ class Shard(RecordFile):
         self.mark = shard_set.Mark.of(last)
         if self.mark and set(last) == {shard_set.MARK}:  # the mark of a shard without examples
             self._length -= 1
+        self._close()
 
     def read(self, index: int, origin: Origin) -> Any:
         example = self._example(index, origin)

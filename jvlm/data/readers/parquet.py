@@ -38,6 +38,7 @@ class Parquet:
         self._reset()
         with table_errors(path, "Parquet"):
             metadata = self._open().metadata
+        self._reset()  # closed until it is read: a process may open only so many files
         self.columns = list(metadata.schema.to_arrow_schema().names)
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         self._starts = np.cumsum([0, *(group.num_rows for group in groups)])

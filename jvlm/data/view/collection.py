@@ -22,7 +22,7 @@ _EXTREMES: dict[str, Callable[[Checked], int]] = {
     "most tokens": lambda checked: sum(size.length for size in checked.sizes),
     "fewest tokens": lambda checked: -sum(size.length for size in checked.sizes),
     "most patches": lambda checked: sum(size.num_patches for size in checked.sizes),
-    "most images": lambda checked: checked.images,
+    "most images": lambda checked: checked.images if checked.images > 1 else 0,
 }
 
 

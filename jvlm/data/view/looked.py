@@ -43,7 +43,8 @@ class Looked:
         images = self._equal.images()
         if images:
             first = ["; ".join(self._title(one.index) for one in image.first) for image in images[:_IMAGES]]
-            yield f"{len(images):,} images are in several examples, as in {'; and in '.join(first)}"
+            count = "1 image is" if len(images) == 1 else f"{len(images):,} images are"
+            yield f"{count} in several examples, as in {'; and in '.join(first)}"
 
     def _title(self, index: int) -> str:
         return title_of(self._source.read(index).origin)
