@@ -4,12 +4,14 @@ docs/results/data.md names the reports and the tests of all of them.
 """
 
 import json
+import re
 from collections import Counter
 
 import pytest
 
 from jvlm.data.config import DataConfig
 from jvlm.data.mixture.examples import Draws, Examples
+from tests.support import ROOT
 
 PASSES = 4
 
@@ -53,3 +55,13 @@ def test_files_are_mixed_from_the_start_and_none_is_repeated_or_cut(files):
         assert Counter(name for name, _ in one) == {"a": 40, "b": 20}
         assert len(set(one)) == 60
         assert 3 <= sum(name == "b" for name, _ in one[:30]) <= 17
+
+
+def test_each_report_of_the_table_names_files_of_tests_that_are_there():
+    page = (ROOT / "docs/results/data.md").read_text().partition("## Faults that users")[2]
+    rows = [line.split("|")[1:4] for line in page.splitlines() if "#" in line.partition("|")[2].partition("|")[0]]
+    assert len(rows) >= 22
+    for report, _, tests in rows:
+        files = re.findall(r"`([\w/]+\.py)`", tests)
+        assert files, report
+        assert all("\ndef test_" in (ROOT / "tests" / file).read_text() for file in files), report
