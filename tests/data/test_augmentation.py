@@ -15,7 +15,7 @@ from jvlm.data.augmentation import augmented, shuffle_turns, upscale
 from jvlm.data.config import DataConfig
 from jvlm.data.content import Image, Text
 from jvlm.data.encode import Encode
-from jvlm.data.errors import ExampleError
+from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.examples import parse_example
 from jvlm.errors import UserError
 from tests.support import picture
@@ -195,7 +195,7 @@ def test_without_them_nothing_more_is_drawn(tiny, data):
     encode = Encode(tiny.processor, plain)
     record = json.loads(Path(data.train[0]).read_text().partition("\n")[0])
     used = np.random.default_rng(0)
-    encode.read((pipeline.Origin(data.train[0], 1), record), used)
+    encode.read((Origin(data.train[0], 1), record), used)
     alone = np.random.default_rng(0)
     if alone.random() < 0.5:
         alone.choice(3, p=np.ones(3) / 3)

@@ -13,7 +13,9 @@ import pytest
 from jvlm.data import pipeline
 from jvlm.data.check import check
 from jvlm.data.conversion import convert
+from jvlm.data.errors import Origin
 from jvlm.data.example_source import ExampleSource
+from jvlm.data.examples import parse_example
 from jvlm.data.position import Share
 from jvlm.errors import UserError
 from jvlm.training import starting_model
@@ -57,7 +59,7 @@ def test_an_epoch_holds_every_conversation_once(setup):
     _, processor, examples = setup
     expected = []
     for line in examples.read_text().splitlines():
-        example = processor.encode(pipeline.parse_example(json.loads(line), pipeline.Origin(str(examples), 1)))
+        example = processor.encode(parse_example(json.loads(line), Origin(str(examples), 1)))
         count = int((example.vision_index >= 0).sum())
         expected.append((tuple(example.tokens), count, int(example.patches.sum(dtype=np.int64))))
     assert _conversations(_batches(setup)) == sorted(expected)
@@ -85,7 +87,7 @@ def test_batches_of_a_window_come_in_no_order_of_length(setup, tmp_path):
     messages = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": text}] for text in words]
     examples = tmp_path / "examples.jsonl"
     examples.write_text("".join(json.dumps({"messages": m}) + "\n" for m in messages))
-    longest = processor.encode(pipeline.parse_example({"messages": messages[-1]}, pipeline.Origin("", 1))).length
+    longest = processor.encode(parse_example({"messages": messages[-1]}, Origin("", 1))).length
     changes = {"train": (str(examples),), "batch_size": 2, "seq_len": longest, "max_patches": 0, "pack_window": 32}
 
     def lengths(**more):
