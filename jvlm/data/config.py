@@ -71,7 +71,8 @@ class DataConfig:
       max_bad_fraction: with "skip", stop when more than this share of the examples read was bad.
       shuffle: order of the examples of a source, a new one each epoch, from the seed: "global" over all of them;
         "blocks" mixes those of some blocks at a time, for files that are slow to read out of order; "auto" does so for
-        files that are read in blocks, and for shards in an object store, and shuffles others globally; "none" is that of the files.
+        files that are read in blocks, and for shards in an object store, and shuffles others globally; "none" is that
+        of the files.
       run_examples: examples drawn in the run, of which a schedule of ``mixture`` and ``max_epochs`` count in shares;
         None estimates them at the start.
       lengths_folder: where files of examples' lengths are (`jvlm.data.lengths`).
