@@ -127,6 +127,8 @@ class EvaluationConfig:
       tasks_data: folder with their files.
       tasks_interval_steps: steps between these scores.
       tasks_limit: questions of each that are asked, the same every time.
+      tasks_max_new_tokens: longest answer to them; None is each task's own, thousands of tokens where it is to reason,
+        which a model that does not end its answers yet takes every time.
     """
 
     data: tuple[str, ...] = ()
@@ -146,9 +148,11 @@ class EvaluationConfig:
     tasks_data: str | None = None
     tasks_interval_steps: int = 500
     tasks_limit: int = 100
+    tasks_max_new_tokens: int | None = None
 
     def __post_init__(self):
         names = ("max_new_tokens", "batch_size", "max_examples", "tasks_interval_steps", "tasks_limit")
+        names += ("tasks_max_new_tokens",)
         counts = dict.fromkeys(names, "[1, inf)")
         aims = {"aim": "[0, 100]", "aim_iou": "[0, 1]", "aim_gain": "[0, 100]", "aim_iou_gain": "[0, 1]"}
         check_fields(self, "evaluation.", {**counts, **aims})

@@ -31,7 +31,8 @@ FOLDER = "tasks"
 class TaskScores(Hook):
     """Asks questions of benchmarks every so many steps, and writes the scores with their intervals into the log.
 
-    Answers and scores are in ``<run>/tasks/step-N``, as `jvlm evaluate` writes them.
+    Answers and scores are in ``<run>/tasks/step-N``, as `jvlm evaluate` writes them. A task that cannot be scored any
+    more, because its files went away say, is told and counted, and does not end the training.
 
     Raises:
       UserError: a task that is not known, or whose files are not there; several processes, of which each would ask.
@@ -60,11 +61,21 @@ class TaskScores(Hook):
         )
         output, data = self._folder / f"step-{trainer.step}", Path(self._config.tasks_data)
         self._put_aside(output, client)
-        values = {}
-        for record in evaluate(client, self._tasks, data, output, Settings(limit=self._config.tasks_limit)):
+        longest = self._config.tasks_max_new_tokens
+        decoding = {} if longest is None else {"max_new_tokens": longest}
+        settings, values = Settings(limit=self._config.tasks_limit, decoding=decoding), {}
+        for task in self._tasks:
+            try:
+                (record,) = evaluate(client, [task], data, output, settings)
+            except (UserError, OSError) as error:  # a score that cannot be had is no reason to lose the steps
+                print(f"jvlm: {task.name} is not scored after step {trainer.step}: {error}")
+                values[f"{task.name}_unscored"] = 1.0
+                continue
             if record["value"] is not None:
-                values[record["task"]] = record["value"]
-                values[f"{record['task']}_low"], values[f"{record['task']}_high"] = record["interval"]
+                values[task.name] = record["value"]
+                values[f"{task.name}_low"], values[f"{task.name}_high"] = record["interval"]
+            for name, field in (("unread", "unparsed"), ("cut", "truncated"), ("failed", "failed")):
+                values[f"{task.name}_{name}"] = float(record[field])
         trainer.evaluated(values)
 
     def _put_aside(self, output: Path, client: LocalClient) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 import types
 from importlib.metadata import entry_points
@@ -117,7 +118,12 @@ def test_a_step_that_is_scored_again_with_other_weights_keeps_both_and_asks_noth
 
     benchmarks.docvqa(tmp_path / "data")
     config = EvaluationConfig(
-        tasks=("docvqa_val",), tasks_data=str(tmp_path / "data"), tasks_interval_steps=2, tasks_limit=2, batch_size=2
+        tasks=("docvqa_val",),
+        tasks_data=str(tmp_path / "data"),
+        tasks_interval_steps=2,
+        tasks_limit=2,
+        tasks_max_new_tokens=3,
+        batch_size=2,
     )
     hook = TaskScores(config, tiny.processor, tmp_path)
     template, params = split(tiny.model)
@@ -135,6 +141,8 @@ def test_a_step_that_is_scored_again_with_other_weights_keeps_both_and_asks_noth
     score(2, params)
     answers = tmp_path / "tasks" / "step-2" / "docvqa_val" / "answers.jsonl"
     first = answers.read_bytes()
+    assert all(json.loads(line)["completion_tokens"] <= 3 for line in first.splitlines())
+    assert json.loads((answers.parent / "settings.json").read_text())["decoding"]["max_new_tokens"] == 3
     score(2, params)
     assert answers.read_bytes() == first
     assert logged[0] == logged[1]
@@ -142,4 +150,9 @@ def test_a_step_that_is_scored_again_with_other_weights_keeps_both_and_asks_noth
     assert "scored before with other weights" in capsys.readouterr().out
     assert (tmp_path / "tasks" / "step-2.before-1" / "docvqa_val" / "answers.jsonl").read_bytes() == first
     assert len(answers.read_bytes().splitlines()) == 2
-    assert set(logged[2]) == {"docvqa_val", "docvqa_val_low", "docvqa_val_high"}
+    parts = ("", "_low", "_high", "_unread", "_cut", "_failed")
+    assert set(logged[2]) == {f"docvqa_val{part}" for part in parts}
+    shutil.rmtree(tmp_path / "data")
+    score(4, params)
+    assert "docvqa_val is not scored after step 4: --data" in capsys.readouterr().out
+    assert logged[3] == {"docvqa_val_unscored": 1.0}
