@@ -32,7 +32,8 @@ def merge(arguments: MergeArguments) -> Path:
     base = run_dir.local(checkpoint.base)
     dtype = arguments.torch_dtype or "keep"
     report = merge_folder(base, checkpoint.adapter, target, dtype=dtype, force=arguments.exist_ok)
-    print(f"merged into {target}: {len(report.changed)} tensors changed, {len(report.unchanged)} as they were")
+    kept = f"; to {len(report.unchanged)} more it adds less than rounding takes" if report.unchanged else ""
+    print(f"merged into {target}: {len(report.changed)} tensors changed{kept}")
     return target
 
 
