@@ -50,8 +50,8 @@ def check(folder: Path, files: Iterable[str], token: str | None = None, replaced
         raise UserError(
             f"nothing was sent: files of {folder} hold what is of this machine or of you alone:\n  "
             + "\n  ".join(problems[:10])
-            + f"{more}\nTake it out of these files. A base model is named by its id: train from ORG/NAME, or write the id "
-            "into adapter_config.json, as base_model_name_or_path"
+            + f"{more}\nTake it out of these files. A base model is named by its id: train from ORG/NAME, or write "
+            "the id into adapter_config.json, as base_model_name_or_path"
         )
 
 
