@@ -285,7 +285,7 @@ class Tally:
 
 
 def _suggestion(tally: Tally, look: _Look) -> str:
-    if not tally.tokens:
+    if not tally.tokens or tally.parts_left_out.count():  # sizes that hold what is left would say nothing
         return ""
     measured = np.stack([tally.tokens, tally.patches, tally.largest_images], axis=1)
     spread = np.linspace(0, len(measured) - 1, min(_SAMPLE, len(measured))).astype(int)

@@ -31,6 +31,8 @@ from jvlm.data.turns import single_turns
 from jvlm.data.unread_patches import UnreadImage, UnreadPatches
 from jvlm.units import MIB
 
+# a document's images are what cannot be cut
+_TOO_LONG = "Raise data.seq_len, make the images smaller, or set data.on_too_long to shrink (images are resized)"
 _KNOWN_BYTES = 128 * MIB  # of the examples that are kept
 _TOKEN_BYTES = 64  # of a token, about: ids, weights, positions
 
@@ -235,8 +237,10 @@ class Encode(grain.transforms.RandomMap):
         try:
             self._check(example)
         except ExampleError as error:
+            if error.field == "messages":
+                error = ExampleError(error.origin, "document", error.problem, _TOO_LONG)
             if self.config.on_too_long == "error":
-                raise
+                raise error from None
             return Rejected.of(error, "too_long")
         if not example.loss_weights.any():
             problem, fix = "a part without text, in which nothing has a loss", "Make the images smaller"

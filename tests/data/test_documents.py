@@ -358,6 +358,9 @@ def test_pictures_too_large_for_any_part_are_shrunk_or_left_out_and_the_text_sta
     before, left, after = encoded(tiny, record, seq_len=64, max_patches=32)
     assert isinstance(left, Rejected)
     assert "64 patches do not fit 32" in left.reason
+    _, left, _ = encoded(tiny, record, seq_len=12, max_patches=128)
+    assert (left.field, "turns" in left.fix) == ("document", False)  # it has none that could be left out
+    assert "tokens do not fit 12" in left.reason
     assert tiny.processor.decode(np.concatenate([before.tokens, after.tokens])).split() == ["before", "after"]
     found = encoded(tiny, record, seq_len=64, max_patches=32, on_too_long="shrink")
     assert sum(example.num_patches for example in found) <= 32
