@@ -20,7 +20,7 @@ from jvlm.data.check import check
 from jvlm.data.mixture.config import Mixture, Phase, Source
 from jvlm.data.processor import Processor
 from jvlm.data.view import page, sample
-from jvlm.data.view.histogram import WIDTH, histogram
+from jvlm.data.view.histogram import COLOURS, WIDTH, histogram
 from jvlm.data.view.run_view import RunView, run_view
 from jvlm.errors import UserError
 from tests.training import support
@@ -337,6 +337,15 @@ def test_the_command_writes_the_page_and_nothing_over_data(data, tmp_path, capsy
     assert (folder / "b.jsonl").read_bytes() == before
     assert cli.main(["data", "view", config.train[1]]) == 2
     assert "--model DIR or --config" in capsys.readouterr().err
+
+
+def test_examples_of_a_sequence_have_the_colour_of_their_source(view, data):
+    """Of files without a mixture too, as the table above has them."""
+    _, _, config = data
+    segments = [segment for bar in view.drawn.sequences for segment in bar]
+    colours = {segment.label.partition(", ")[0]: segment.colour for segment in segments}
+    assert colours == dict(zip(config.train, COLOURS, strict=False))
+    assert [row.name for row in view.rows] == ["a.jsonl", "b.jsonl"]
 
 
 def test_the_beginning_of_a_run_is_what_training_draws_and_packs(data):

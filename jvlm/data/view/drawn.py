@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jvlm.data import lengths, pipeline
 from jvlm.data.config import DataConfig
@@ -12,6 +12,7 @@ from jvlm.data.mixture.examples import Draws, Examples
 from jvlm.data.mixture.shares import measured_unit
 from jvlm.data.packing import Example
 from jvlm.data.processor import Processor
+from jvlm.data.sources import sources_of
 from jvlm.data.view.histogram import COLOURS, WIDTH
 
 HEIGHT = 14  # of the bar of a sequence
@@ -105,16 +106,16 @@ def drawn(
     """
     sequences, draws = pipeline.first_sequences(processor, config, seed=seed, known=known)
     counted = min(_DRAWS, draws.plan.examples_per_pass)
-    names = list(draws.examples.names)
     used = [sum(e.length for e in one) for one in sequences], [sum(e.num_patches for e in one) for one in sequences]
     space = len(sequences) * config.seq_len, len(sequences) * config.max_patches
     tokens, patches = (sum(some) / whole if whole else 0.0 for some, whole in zip(used, space, strict=True))
+    numbers = _numbers(draws, config)
     return Drawn(
         draws=counted,
         assumed=assumed,
         sources=_sources(draws, counted) if config.mixture is not None else (),
         window=min(config.window(len(draws.examples)), len(draws)),
-        sequences=tuple(_bar(one, names, config) for one in sequences[:_SEQUENCES]),
+        sequences=tuple(_bar(one, numbers, config) for one in sequences[:_SEQUENCES]),
         count=len(sequences),
         tokens=tokens,
         patches=patches,
@@ -129,11 +130,19 @@ def _sources(draws: Draws, counted: int) -> tuple[DrawnSource, ...]:
     )
 
 
-def _bar(sequence: Sequence[Example], names: Sequence[str], config: DataConfig) -> tuple[Segment, ...]:
+def _numbers(draws: Draws, config: DataConfig) -> dict[str, int]:
+    """Return the number of each source, as the page has them: by its path in the mixture, or by each of its files."""
+    if config.mixture is not None:
+        return {name: number for number, name in enumerate(draws.examples.names)}
+    files = sources_of(config.train).values()
+    return {path: number for number, paths in enumerate(files) for path in paths}
+
+
+def _bar(sequence: Sequence[Example], numbers: Mapping[str, int], config: DataConfig) -> tuple[Segment, ...]:
     segments, at = [], 0
     for example in sequence:
         source = example.origin.source
-        colour = COLOURS[(names.index(source) if source in names else 0) % len(COLOURS)]
+        colour = COLOURS[numbers[source or example.origin.file] % len(COLOURS)]
         label = f"{example.origin}: {example.length:,} tokens, {example.num_patches:,} patches"
         x, width = WIDTH * at / config.seq_len, WIDTH * example.length / config.seq_len
         segments.append(Segment(x, width, colour, f"{source}, {label}" if source else label))
