@@ -58,6 +58,23 @@ def place_of(remote: str | os.PathLike) -> Path:
     return COPIES / str(remote).replace("://", "/")
 
 
+def read_range(file: epath.Path, start: int, end: int) -> bytes:
+    """Return the bytes of a remote file from ``start`` to ``end``; no others are fetched, as an open file would ahead.
+
+    Where TensorFlow is what reaches the store, it is.
+    """
+    scheme, _, _ = str(file).partition("://")
+    package, _ = _THROUGH.get(scheme, ("", ""))
+    if package and importlib.util.find_spec(package):
+        import fsspec  # which these packages bring
+
+        store, path = fsspec.core.url_to_fs(str(file))
+        return store.cat_file(path, start=start, end=end) if end > start else b""
+    with file.open("rb") as reader:
+        reader.seek(start)
+        return reader.read(max(end - start, 0))
+
+
 def is_current(target: Path, stat: Any) -> bool:
     """Whether a local file has the size and the time of a remote one."""
     there = target.stat() if target.is_file() else None

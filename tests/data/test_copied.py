@@ -24,6 +24,7 @@ from jvlm.data.position import Share
 from jvlm.data.readers import copied
 from jvlm.data.readers.array_record import write_shard
 from jvlm.errors import UserError
+from tests import bucket as bucket_module
 
 SHARDS, EACH = 96, 4
 
@@ -216,6 +217,22 @@ def test_parquet_is_copied_as_it_is_read_and_other_kinds_at_the_start(here, tmp_
     assert answers(ExampleSource(["gs://bucket/lines/a.jsonl"])) == ["7"]
     assert "copying 1 files" in (said := capsys.readouterr().out)
     assert "only the whole of such a file says how many examples it has" in said
+
+
+def test_of_a_large_file_no_more_than_its_ends_are_fetched_at_the_start(here, tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).bytes(2**20)
+    record = {**example(0), "images": [{"bytes": noise}]}
+    write_shard(tmp_path / "x.arrayrecord", [record] * 12)
+    here.put("large/x.arrayrecord", (tmp_path / "x.arrayrecord").read_bytes())
+    sent, answer = [], bucket_module._Handler._answer
+
+    def counted(self, status, body=b"", **headers):
+        sent.append(len(body))
+        answer(self, status, body, **headers)
+
+    monkeypatch.setattr(bucket_module._Handler, "_answer", counted)
+    assert len(ExampleSource(["gs://bucket/large/x.arrayrecord"])) == 12
+    assert 2**20 < sum(sent) < 1.5 * 2**20
 
 
 def test_files_are_open_only_while_they_are_read(here, tmp_path):

@@ -64,9 +64,9 @@ def _outline(file: epath.Path) -> tuple[Path, int]:
     target, stat = OUTLINES / stores.place_of(file).relative_to(stores.COPIES), file.stat()
     if stores.is_current(target, stat):
         return target, 0
-    with stores.written(target, stat) as part, file.open("rb") as remote, open(part, "wb+") as local:
+    with stores.written(target, stat) as part, open(part, "wb+") as local:
         local.truncate(stat.length)
-        copy = _Ranges(remote, local, stat.length)
+        copy = _Ranges(file, local, stat.length)
         copy.range(0, len(file_kinds.RIEGELI_SIGNATURE))
         if file.suffix == PARQUET_SUFFIX:
             footer = int.from_bytes(copy.range(stat.length - 8, stat.length)[:4], "little")
@@ -82,14 +82,13 @@ def _outline(file: epath.Path) -> tuple[Path, int]:
 class _Ranges:
     """Copies ranges of bytes to where they are in the source."""
 
-    def __init__(self, source: BinaryIO, target: BinaryIO, size: int):
+    def __init__(self, source: epath.Path, target: BinaryIO, size: int):
         self._source, self._target, self._size = source, target, size
 
     def range(self, start: int, end: int) -> bytes:
         """Copy, as far as the file goes, and return the bytes."""
         start, end = max(start, 0), min(end, self._size)
-        self._source.seek(start)
-        content = self._source.read(max(end - start, 0))
+        content = stores.read_range(self._source, start, end)
         self._target.seek(start)
         self._target.write(content)
         self._target.flush()
