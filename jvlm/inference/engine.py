@@ -442,6 +442,7 @@ class Engine:
             patch_step=packing.patch_step(images.patch_group, PATCH_STEP),
             tokens_per_image=self.config.connector.tokens_per_image if decoder.vision_memory else None,
             prefills_whole=decoder.prefills_whole,
+            reads_used_pages=jax.default_backend() == "cpu",
             least=self.shapes,
         )
         if self.sizes.deterministic:

@@ -54,7 +54,8 @@ def pack_chunks(
     T = shapes.page_size
     longest = max(sum(whole_pages(chunk, T) for chunk in chunks) for chunks in groups)
     past = max(sum(chunk.start // T for chunk in chunks) for chunks in groups)
-    C, M = smallest(shapes.prefill_tokens, longest), smallest(shapes.past, past)
+    M = smallest(shapes.past, past)
+    C = smallest(shapes.prefill_tokens_with_past if M else shapes.prefill_tokens, longest)
     if longest > C or past > M:
         raise RuntimeError(f"chunks of {longest} tokens after {past} pages, for programs of {C} and {M}")
     images = max(sum(int((c.feature_index >= 0).sum()) for c in chunks) for chunks in groups)

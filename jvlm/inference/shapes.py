@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _PAGES, _FACTOR = 8, 4
 # Images in the smallest prefill of a decoder that reads them beside the text; each further one has four times as many.
 _IMAGES = 4
+_MANY_SIZES = 3  # of prefills, above which not every one of them is compiled for earlier pages
 _LEAST_PAGES, _LEAST_FEATURES = 128, 1024
 
 
@@ -122,6 +123,16 @@ class Shapes:
     cache_dtype: str | None = None
 
     @property
+    def prefill_tokens_with_past(self) -> tuple[int, ...]:
+        """Tokens of each group in a prefill after earlier pages: of many sizes every second one, the largest included.
+
+        What is behind such pages is the rest of a prompt, or a full chunk, and each size is a program for each of
+        ``past``.
+        """
+        sizes = self.prefill_tokens
+        return sizes if len(sizes) <= _MANY_SIZES else sizes[::-2][::-1]
+
+    @property
     def cache(self) -> CacheSizes:
         """Sizes of the cache of all groups."""
         pages, slots = self.pages * self.groups, self.slots * self.groups
@@ -150,6 +161,7 @@ def shapes_for(
     patch_step: int,
     tokens_per_image: int | None,
     prefills_whole: bool,
+    reads_used_pages: bool,
     least: Shapes | None,
 ) -> Shapes:
     """Return shapes that hold requests, and all that ``least`` holds.
@@ -158,6 +170,7 @@ def shapes_for(
       patch_step: a number of patches that every encode is a multiple of.
       tokens_per_image: vision tokens of an image in a decoder that reads them beside the text; None for others.
       prefills_whole: no prompt may be cut.
+      reads_used_pages: decoding reads no page behind the end of a sequence: one length of page tables is enough.
 
     Raises:
       UserError: a request that sizes of the configuration do not hold.
@@ -205,7 +218,7 @@ def shapes_for(
         feature_slots=features,
         vision_memory=max(memory, 0 if least is None else least.vision_memory),
         decode_rows=decode_rows,
-        tables=tables,
+        tables=tables[-1:] if reads_used_pages else tables,
         prefill_tokens=prefill,
         past=(0,) if prefills_whole else (0, *tables[-2:]),
         prefill_rows=min(32, slots),

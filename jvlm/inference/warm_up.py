@@ -128,6 +128,8 @@ def _prefills(state: DeviceState, tokens: int) -> Iterator[tuple[str, Chunks]]:
     """Yield (name, chunks) of each size of so many tokens, without prompts."""
     s = state.shapes
     for M in s.past:
+        if M and tokens not in s.prefill_tokens_with_past:
+            continue
         for F in s.prefill_features or (tokens,):
             images = f" with {F} vision tokens" if s.prefill_features else ""
             yield f"prefill {tokens} after {M} pages{images}", plan_arrays.no_chunks(s, tokens, M, F)

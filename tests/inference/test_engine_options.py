@@ -45,6 +45,7 @@ def asked(config, **sampling):
 def test_the_pool_holds_the_longest_answers_in_all_slots_whatever_comes_first():
     sizes = dataclasses.replace(SIZES, max_slots=32, max_model_len=400)
     options = {"groups": 1, "page_size": 16, "patch_step": 16, "tokens_per_image": None, "prefills_whole": False}
+    options["reads_used_pages"] = True
     few, many = (
         shapes.shapes_for(sizes, [shapes.Need(9, tokens, 1, 0, 0, 0)] * count, least=None, **options)
         for tokens, count in ((12, 1), (400, 64))
