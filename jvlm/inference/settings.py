@@ -88,13 +88,19 @@ def _sample(value: jax.Array, most: int) -> jax.Array:
 
 
 def _checksum(value: jax.Array) -> jax.Array:
-    """The sum of the values' bits, each times an odd number of its index, modulo 2**32."""
+    """The sum of the values' bits, each mixed with its index as MurmurHash3 ends (`fmix32`), modulo 2**32.
+
+    Without mixing, a change of high bits everywhere cancels: the sums of x, 2 x and -x were equal.
+    """
     bits = jax.lax.bitcast_convert_type(value, jnp.dtype(f"uint{8 * value.dtype.itemsize}")).astype(jnp.uint32)
-    index, stride = jnp.uint32(1), 2
+    index, stride = jnp.uint32(1), 1
     for axis in reversed(range(value.ndim)):
         index = index + jax.lax.broadcasted_iota(jnp.uint32, value.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= value.shape[axis]
-    return jnp.sum(bits * index, dtype=jnp.uint32)
+    mixed = bits + index * jnp.uint32(0x9E3779B1)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return jnp.sum(mixed, dtype=jnp.uint32)
 
 
 def _flags(flags: np.ndarray | None) -> str | None:

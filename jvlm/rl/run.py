@@ -43,7 +43,7 @@ from jvlm.training.checkpointing import Checkpointing, StorageSync
 from jvlm.training.compiled_step import step_arguments
 from jvlm.training.config import Experiment
 from jvlm.training.goodput import Goodput
-from jvlm.training.interruption import Interrupted, StopRequests
+from jvlm.training.interruption import StopRequests, stopped
 from jvlm.training.log import TrainingLog, clock
 from jvlm.training.nonfinite import NonFiniteMonitor
 from jvlm.training.profile import Profile
@@ -185,10 +185,7 @@ def _train(experiment: Experiment, task: PolicyTask, rewards: Router | RewardCli
     )
     trainer.fit(loop, steps=experiment.steps)
     if trainer.step < experiment.steps and not trainer.finished:
-        raise Interrupted(
-            f"stopped by {trainer.stop_reason} after step {trainer.step} of {experiment.steps}, which is saved in "
-            f"{storage.store / CHECKPOINTS}; the same command goes on from there"
-        )
+        raise stopped(trainer, experiment.steps, storage.store / CHECKPOINTS)
     compilations = trainer.compiled.step.compilations
     hosts.log_rank0(f"{trainer.step} steps in {clock(log.seconds)}, {compilations} compilation(s)" + monitor.summary())
     storage.push()

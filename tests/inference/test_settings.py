@@ -13,7 +13,7 @@ from jvlm.inference import settings as module
 from jvlm.inference.batch_file import FileResult, generate_file
 from jvlm.inference.engine import Engine
 from jvlm.inference.sampling import SamplingConfig
-from jvlm.inference.settings import answer_settings, files_hash, settings_hash, weights_hash
+from jvlm.inference.settings import _checksums, answer_settings, files_hash, settings_hash, weights_hash
 from tests.inference.support import prompt
 from tests.support import cpu_devices, random_tensors, run_python, tensor_shapes, write_tensors
 
@@ -27,7 +27,17 @@ def brute_force(values):
     """The checksum in integers of Python's own size."""
     bits = np.asarray(values).reshape(-1)
     bits = bits.view(f"uint{8 * bits.dtype.itemsize}")
-    return sum(int(b) * (2 * i + 1) for i, b in enumerate(bits)) % 2**32
+    return sum(fmix32(int(b) + (i + 1) * 0x9E3779B1) for i, b in enumerate(bits)) % 2**32
+
+
+def fmix32(h):
+    """The end of MurmurHash3, as Austin Appleby wrote it down."""
+    h &= 0xFFFFFFFF
+    h ^= h >> 16
+    h = h * 0x85EBCA6B & 0xFFFFFFFF
+    h ^= h >> 13
+    h = h * 0xC2B2AE35 & 0xFFFFFFFF
+    return h ^ h >> 16
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -137,3 +147,9 @@ for most in (10**6, 50):
     print(len({int(_checksums([jax.device_put(x, place)], most)[0]) for place in places}))
 """
     assert run_python(code, **cpu_devices(4)) == "1\n1\n"
+
+
+def test_arrays_that_differ_everywhere_alike_have_other_checksums():
+    x = np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32)
+    others = [x, 2 * x, 4 * x, -x, np.abs(x), x[::-1], x.T.reshape(x.shape), np.roll(x, 1), x + 0.0 * x[::-1] + 1]
+    assert len({int(n) for n in _checksums([jnp.asarray(other) for other in others], 10**6)}) == len(others)
