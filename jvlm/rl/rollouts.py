@@ -276,10 +276,15 @@ class _Step:
     def run(self) -> Rollout:
         began = time.perf_counter()
         while (chosen := self.selection.selected()) is None:
+            turn = time.perf_counter()
             self._start()
             if self.owner.engine.has_work:
                 self._decode()
-            self._take_rewards(must_wait=not self.owner.engine.has_work)
+                self.timing.busy += time.perf_counter() - turn
+            turn, goes_on = time.perf_counter(), self.owner.engine.has_work
+            self._take_rewards(must_wait=not goes_on)
+            if goes_on:
+                self.timing.busy += time.perf_counter() - turn
         self.timing.seconds = time.perf_counter() - began
         return self._result(chosen)
 
@@ -336,12 +341,11 @@ class _Step:
         return sum(group.left for group in self.running.values())
 
     def _decode(self) -> None:
-        began, drawn = time.perf_counter(), self.timing.tokens
+        drawn = self.timing.tokens
         live = sum(group.left for group in self.running.values() if any(group.tokens))
         version, self.behind = self.version - self.behind, False
         for event in self.owner.engine.step():
             self.take(event, version)
-        self.timing.busy += time.perf_counter() - began
         if self.timing.tokens > drawn:
             self.timing.slot_steps += self.owner.slots
             self.timing.live_steps += min(live, self.owner.slots)
