@@ -464,3 +464,13 @@ def raw_tensors(folder: Path) -> dict[str, tuple[Any, tuple[int, ...], bytes]]:
                 value = tensors.get_tensor(name)
                 found[name] = (value.dtype, tuple(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes())
     return found
+
+
+def fmix32(h):
+    """The end of MurmurHash3, as Austin Appleby wrote it down."""
+    h &= 0xFFFFFFFF
+    h ^= h >> 16
+    h = h * 0x85EBCA6B & 0xFFFFFFFF
+    h ^= h >> 13
+    h = h * 0xC2B2AE35 & 0xFFFFFFFF
+    return h ^ h >> 16

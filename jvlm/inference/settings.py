@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jvlm import config as config_tree
@@ -20,6 +19,7 @@ from jvlm.inference.engine import Engine
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models import vlm
 from jvlm.models.vlm import VLM
+from jvlm.weights.fingerprints import mixed_sum
 
 _DIGITS = 16
 # Values of a parameter in the hash of a model: all of billions would be read for minutes on a CPU.
@@ -73,7 +73,7 @@ def weights_hash(model: VLM, most: int = SAMPLED) -> str:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _checksums(values: list[jax.Array], most: int) -> list[jax.Array]:
-    return [_checksum(_sample(value, most)) for value in values]
+    return [mixed_sum(_sample(value, most)) for value in values]
 
 
 def _sample(value: jax.Array, most: int) -> jax.Array:
@@ -85,22 +85,6 @@ def _sample(value: jax.Array, most: int) -> jax.Array:
         steps[axis] *= 2
         left[axis] = -(-value.shape[axis] // steps[axis])
     return value[tuple(slice(None, None, step) for step in steps)]
-
-
-def _checksum(value: jax.Array) -> jax.Array:
-    """The sum of the values' bits, each mixed with its index as MurmurHash3 ends (`fmix32`), modulo 2**32.
-
-    Without mixing, a change of high bits everywhere cancels: the sums of x, 2 x and -x were equal.
-    """
-    bits = jax.lax.bitcast_convert_type(value, jnp.dtype(f"uint{8 * value.dtype.itemsize}")).astype(jnp.uint32)
-    index, stride = jnp.uint32(1), 1
-    for axis in reversed(range(value.ndim)):
-        index = index + jax.lax.broadcasted_iota(jnp.uint32, value.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= value.shape[axis]
-    mixed = bits + index * jnp.uint32(0x9E3779B1)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
-    return jnp.sum(mixed, dtype=jnp.uint32)
 
 
 def _flags(flags: np.ndarray | None) -> str | None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,7 +30,7 @@ from jvlm.parallel.sharded_ops import ShardedOps
 from jvlm.preference import log_probs
 from jvlm.training.supervised import token_log_probs
 from jvlm.training.validation_data import ValidationData
-from jvlm.weights.fingerprints import fingerprints
+from jvlm.weights.fingerprints import digest, fingerprints
 
 if TYPE_CHECKING:
     from jvlm.training.config import Experiment
@@ -86,10 +84,10 @@ def compute(trainer: Trainer, processor: Processor, experiment: Experiment, path
     Raises:
       UserError: a file that another model gave.
     """
-    fingerprint = _fingerprint(trainer)
+    fingerprint = digest(fingerprints(trainer.state.params))
     if hosts.broadcast_from_0(Path(path).is_file()):
         there = hosts.broadcast_from_0(hosts.run_on_all(lambda: _read(path, Path(path).stat().st_mtime_ns).fingerprint))
-        if there != fingerprint:
+        if there != fingerprint and there != digest(fingerprints(trainer.state.params, version=1)):
             raise UserError(
                 f"{path} was written by another model: fingerprint {there}, and this one's is {fingerprint}. Give "
                 "task.reference_file another name, or remove the file"
@@ -110,11 +108,6 @@ def compute(trainer: Trainer, processor: Processor, experiment: Experiment, path
                 np.savez(file, numbers=numbers, sums=sums, fingerprint=np.asarray(fingerprint))
             beside.replace(path)
     hosts.barrier("wrote the reference's log-probabilities")
-
-
-def _fingerprint(trainer: Trainer) -> str:
-    values = fingerprints(trainer.state.params)
-    return hashlib.sha256(json.dumps(sorted(values.items())).encode()).hexdigest()[:16]
 
 
 def _data_of(trainer: Trainer, processor: Processor, experiment: Experiment) -> Iterable[ValidationData]:

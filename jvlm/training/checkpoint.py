@@ -30,7 +30,7 @@ from jvlm.training.config import CheckpointConfig
 from jvlm.training.optimizer import ema_of
 from jvlm.training.state import TrainState
 from jvlm.units import GIB
-from jvlm.weights.fingerprints import fingerprints
+from jvlm.weights.fingerprints import fingerprints, version_of
 from jvlm.weights.run_dir import CHECKPOINTS, by_itself, cause, lies_elsewhere
 
 DAMAGED = "damaged"
@@ -182,7 +182,7 @@ class Checkpoints:
     def restore(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """As `restore_latest`, of one step. Raises Damaged: on every process, whichever found it so."""
         data, params, rest = _agreed(lambda: self._read(step, state))
-        now = fingerprints((params, rest))
+        now = fingerprints((params, rest), version=version_of(data["fingerprints"].values()))
         _agreed(lambda: _compare(data["fingerprints"], now))
         averaged = self.use_ema and ema_of(state.opt_state, state.trainable) is not None
         opt_state, trained = (rest["optimizer"], rest["trained"]) if averaged else (rest, params)

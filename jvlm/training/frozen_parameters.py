@@ -17,7 +17,7 @@ from jvlm.quantization.kernels import is_part
 from jvlm.training.run_storage import RunStorage
 from jvlm.training.state import Params, TrainState
 from jvlm.weights import frozen, run_dir
-from jvlm.weights.fingerprints import fingerprints
+from jvlm.weights.fingerprints import NEWEST, fingerprints
 from jvlm.weights.frozen import FrozenRecord
 
 
@@ -51,7 +51,7 @@ class FrozenParameters:
             }
             params = self.storage.store / frozen.STORED / "params"
             return dataclasses.replace(state, frozen={**state.frozen, **run_dir.read_arrays(params, wanted)})
-        record.check(_fingerprints(state.frozen_base), self.storage.folder)
+        record.check(_fingerprints(state.frozen_base, record.version), self.storage.folder)
         return state
 
     def check(self, digest: str | None) -> None:
@@ -74,7 +74,10 @@ class FrozenParameters:
         if known is not None and {name: known[name] for name in base} == base:
             return
         dtype = str(next(v for p, v in state.frozen_base.items() if not is_part(p)).dtype)
-        record = FrozenRecord(**base, param_dtype=dtype, fingerprints=_fingerprints(state.frozen_base))
+        # checkpoints name the digest of the record: one that is written anew has numbers of the same version
+        version = NEWEST if known is None else FrozenRecord(**known).version
+        prints = _fingerprints(state.frozen_base, version)
+        record = FrozenRecord(**base, param_dtype=dtype, fingerprints=prints)
         if self.base is None:
             self._store(state.frozen_base)
         self.digest = record.digest
@@ -113,5 +116,5 @@ def _values(folder: Path) -> dict | None:
     return None if record is None else dataclasses.asdict(record)
 
 
-def _fingerprints(values: Params) -> dict[str, int]:
-    return dict(zip(values, fingerprints(list(values.values())).values(), strict=True))
+def _fingerprints(values: Params, version: int) -> dict[str, int]:
+    return dict(zip(values, fingerprints(list(values.values()), version=version).values(), strict=True))

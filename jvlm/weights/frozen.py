@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.vlm import VLMConfig
 from jvlm.weights import hf, run_dir, safetensors_files, table
-from jvlm.weights.fingerprints import Running, fingerprints
+from jvlm.weights.fingerprints import Running, digest, fingerprints, version_of
 
 RECORD, STORED = "frozen.json", "frozen"
 
@@ -45,6 +44,11 @@ class FrozenRecord:
     step: int | None
     param_dtype: str
     fingerprints: dict[str, int]
+
+    @property
+    def version(self) -> int:
+        """Which the fingerprints are of."""
+        return version_of(self.fingerprints.values())
 
     @property
     def digest(self) -> str:
@@ -68,11 +72,6 @@ class FrozenRecord:
             f"{self.digest} when the run began, {digest(now)} now ({len(changed)} parameters, first {changed[0]}). Put "
             "that folder back as it was, or train another run; checkpoint.full stores them with each checkpoint"
         )
-
-
-def digest(values: Mapping[str, int]) -> str:
-    """Return one fingerprint of the fingerprints of several arrays."""
-    return hashlib.sha256(json.dumps(sorted(values.items())).encode()).hexdigest()[:16]
 
 
 def read(folder: Path) -> FrozenRecord | None:
@@ -136,7 +135,7 @@ def _from_base(
             quantize=run_dir.quantization(folder),
         )
     base_values = {path: v.get_value() for path, v in vlm.parameters(model).items() if path in wanted}
-    now = fingerprints(list(base_values.values())).values()
+    now = fingerprints(list(base_values.values()), version=record.version).values()
     record.check(dict(zip(base_values, now, strict=True)), folder)
     return {path: value.astype(wanted[path].dtype) for path, value in base_values.items()}
 
@@ -246,7 +245,9 @@ class _BaseReader:
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
         value = self._read(path, layer)
         count = self._shapes[path][0] if layer is not None else 1
-        done, running = self._running.pop(path, (0, Running())) if layer else (0, Running())
+        done, running = self._running.pop(path, (0, None))
+        if running is None or not layer:
+            done, running = 0, Running(self.record.version)
         if layer is None or layer == done:  # in order; a parameter read otherwise is not compared
             running.add(value)
             if done + 1 < count:

@@ -41,7 +41,7 @@ from jvlm.parallel import hosts
 from jvlm.quantization.config import QuantizationConfig
 from jvlm.quantization.model import quantized, quantized_template
 from jvlm.weights import hf, table, vocabulary
-from jvlm.weights.fingerprints import Running, fingerprints
+from jvlm.weights.fingerprints import Running, fingerprints, version_of
 from jvlm.weights.table import WeightError
 
 EXPERIMENT, CHECKPOINTS, PROCESSOR, POINTER = "experiment.json", "checkpoints", "processor", "checkpoints.at"
@@ -200,6 +200,7 @@ class Arrays:
         self, params: epath.Path, shapes: Mapping[str, tuple[int, ...]], fingerprints: Mapping[str, int] | None = None
     ):
         self.params, self._fingerprints = params, fingerprints
+        self._version = version_of((fingerprints or {}).values())
         metadata = json_files.read_object(params / "_METADATA")
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
         stored = table.read_values(params / "_METADATA", _stored_paths, metadata)
@@ -256,9 +257,9 @@ class Arrays:
             value = (array[rows] if array.ndim else array).read().result()
         if self._fingerprints is None:
             return value
-        done, running = self._running.pop(path, (0, Running()))
-        if rows.start == 0:
-            done, running = 0, Running()
+        done, running = self._running.pop(path, (0, None))
+        if running is None or rows.start == 0:
+            done, running = 0, Running(self._version)
         if rows.start != done:  # out of order: begun again at the first
             return value
         running.add(value)
@@ -389,7 +390,7 @@ def read_arrays(
     )
 
     def compare(restored: dict[str, jax.Array]) -> None:
-        now = {} if saved is None else fingerprints(restored)
+        now = {} if saved is None else fingerprints(restored, version=version_of(saved.values()))
         changed = [path for path in restored if saved is not None and now[f"[{path!r}]"] != saved.get(path)]
         if changed:
             raise damaged(source.parent, changed)

@@ -14,8 +14,9 @@ from jvlm.inference.batch_file import FileResult, generate_file
 from jvlm.inference.engine import Engine
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.inference.settings import _checksums, answer_settings, files_hash, settings_hash, weights_hash
+from jvlm.weights.fingerprints import mixed_sum
 from tests.inference.support import prompt
-from tests.support import cpu_devices, random_tensors, run_python, tensor_shapes, write_tensors
+from tests.support import cpu_devices, fmix32, random_tensors, run_python, tensor_shapes, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +31,11 @@ def brute_force(values):
     return sum(fmix32(int(b) + (i + 1) * 0x9E3779B1) for i, b in enumerate(bits)) % 2**32
 
 
-def fmix32(h):
-    """The end of MurmurHash3, as Austin Appleby wrote it down."""
-    h &= 0xFFFFFFFF
-    h ^= h >> 16
-    h = h * 0x85EBCA6B & 0xFFFFFFFF
-    h ^= h >> 13
-    h = h * 0xC2B2AE35 & 0xFFFFFFFF
-    return h ^ h >> 16
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [(), (7,), (5, 3), (4, 3, 2), (0, 4)])
 def test_checksums_equal_a_sum_in_plain_integers(shape, dtype):
     values = jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
-    assert int(module._checksum(values)) == brute_force(values)
+    assert int(mixed_sum(values)) == brute_force(values)
 
 
 @pytest.mark.parametrize("most", [1, 3, 10, 60, 100])

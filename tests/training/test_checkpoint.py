@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,9 +22,10 @@ import pytest
 from jvlm.errors import UserError
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training import compiled_step, resolve, starting_model, trainer
-from jvlm.training.checkpoint import Checkpoints, fingerprints
+from jvlm.training.checkpoint import Checkpoints
 from jvlm.training.config import CheckpointConfig
 from jvlm.training.state import TrainState
+from jvlm.weights.fingerprints import fingerprints
 from tests.support import ROOT, cpu_devices
 from tests.training import support
 
@@ -138,6 +141,21 @@ def test_a_damaged_step_is_named_put_aside_and_passed_over(tmp_path, capsys, dam
         assert checkpoints.save(3, state_of(3), {"position": 3})
     with Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1, max_to_keep=5)) as checkpoints:
         check(*checkpoints.restore_latest(state_of(0)))
+
+
+def test_checkpoints_of_an_earlier_version_are_gone_on_from_and_their_damage_is_noticed(tmp_path, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr("jvlm.training.checkpoint.fingerprints", functools.partial(fingerprints, version=1))
+        _written(tmp_path, (1, 2))
+    with Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1)) as checkpoints:
+        check(*checkpoints.restore_latest(state_of(0)))
+    path = tmp_path / "checkpoints" / "2" / "data" / "metadata"
+    text = path.read_text()
+    (number,) = re.findall(r"decoder\.a'\]\W+(\d+)", text)[:1]
+    assert int(number) < 2**32
+    path.write_text(text.replace(number, str(int(number) ^ 1)))
+    with Checkpoints(tmp_path, CheckpointConfig(save_interval_steps=1)) as checkpoints:
+        assert checkpoints.restore_latest(state_of(0))[0] == 1
 
 
 def test_if_every_step_is_damaged_the_run_does_not_start_over_by_itself(tmp_path):

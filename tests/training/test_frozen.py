@@ -91,6 +91,28 @@ def test_a_base_that_is_gone_is_named_with_the_way_out_and_one_that_changed_with
         runs.train(support.experiment(tmp_path, examples, *options))
 
 
+def test_a_record_of_an_earlier_version_is_compared_and_kept_when_the_base_has_moved(begun, tmp_path, monkeypatch):
+    folder, examples, values = begun
+    shutil.copytree(folder / "base", tmp_path / "base")
+    options = ("--name", "second", "--init_from", str(tmp_path / "base"), *FROZEN)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("jvlm.training.frozen_parameters.NEWEST", 1)
+        runs.train(support.experiment(tmp_path, examples, *options))
+    old = frozen.read(tmp_path / "second")
+    assert all(number < 2**32 for number in old.fingerprints.values())
+    assert _same(_values(jvlm.load(tmp_path / "second")[0]), values["second"])
+    (tmp_path / "base").rename(tmp_path / "moved")
+    moved = [str(tmp_path / "moved") if word == str(tmp_path / "base") else word for word in options]
+    runs.train(support.experiment(tmp_path, examples, *moved, "--accept_changes", "true"))
+    new = frozen.read(tmp_path / "second")
+    assert new.base != old.base
+    assert new.digest == old.digest
+    for _ in range(2):  # the checkpoints name that digest
+        runs.train(support.experiment(tmp_path, examples, *moved, "--accept_changes", "true"))
+    convert.convert(tmp_path / "second", tmp_path / "hf")
+    assert _same(_values(jvlm.load(tmp_path / "hf")[0]), values["second"])
+
+
 def test_on_request_every_checkpoint_holds_everything(begun, tmp_path):
     folder, examples, _ = begun
     options = ("--init_from", str(folder / "base"), "--checkpoint.full", "True", *FROZEN)

@@ -13,10 +13,9 @@ from jvlm import cli
 from jvlm.errors import UserError
 from jvlm.models import vlm
 from jvlm.models.layers import Precision
-from jvlm.training.checkpoint import fingerprints
 from jvlm.weights import run_dir
 from jvlm.weights.convert import convert
-from jvlm.weights.fingerprints import Running, _sums
+from jvlm.weights.fingerprints import Running, _sums, fingerprints, version_of
 from jvlm.weights.table import WeightError
 from tests import support
 
@@ -212,12 +211,40 @@ def test_fingerprints_on_the_host_in_parts_and_on_a_device_are_one_number(dtype)
     with jax.enable_x64(dtype == "float64"):
         rng = np.random.default_rng(1)
         x = jnp.asarray(rng.normal(size=(5, 7, 11)) * 9).astype(dtype)
-        (whole,) = fingerprints({"x": x}).values()
-        assert int(_sums({"x": x})["x"]) == whole
-        running = Running()
-        for first, last in ((0, 1), (1, 4), (4, 5)):
-            running.add(np.asarray(x)[first:last])
-        assert running.value == whole
-        # by hand, element by element
         bits = np.asarray(x).reshape(-1).view({1: np.uint8, 2: np.uint16}.get(x.dtype.itemsize, np.uint32))
-        assert whole == sum(int(b) * (2 * n + 1) for n, b in enumerate(bits)) % 2**32
+        by_hand = {
+            1: sum(int(b) * (2 * n + 1) for n, b in enumerate(bits)) % 2**32,
+            2: sum(support.fmix32(int(b) + (n + 1) * 0x9E3779B1) for n, b in enumerate(bits)) % 2**32 + 2**32,
+        }
+        for version, expected in by_hand.items():
+            assert fingerprints({"x": x}, version=version) == {"['x']": expected}
+            assert int(_sums({"x": x}, version)["x"]) == expected % 2**32
+            running = Running(version)
+            for first, last in ((0, 1), (1, 4), (4, 5)):
+                running.add(np.asarray(x)[first:last])
+            assert running.value == expected
+            assert version_of([expected]) == version
+
+
+def test_an_array_of_the_other_sign_or_twice_as_large_has_another_fingerprint():
+    x = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    numbers = [fingerprints({"x": jnp.asarray(factor * x)})["['x']"] for factor in (1, 2, -1, 4, -2)]
+    assert len(set(numbers)) == 5
+    old = [fingerprints({"x": jnp.asarray(factor * x)}, version=1)["['x']"] for factor in (1, 2, -1, 4, -2)]
+    assert len(set(old)) == 1  # why there is a second version
+
+
+def test_a_run_of_an_earlier_version_loads_and_its_damage_is_noticed(sound, tiny, tmp_path):
+    folder = shutil.copytree(sound / "run", tmp_path / "run")
+    values = {path: v.get_value() for path, v in vlm.variables(tiny.model).items()}
+    saved = folder / "checkpoints" / "0" / run_dir.FINGERPRINTS
+    old = fingerprints((values,), version=1)
+    saved.write_text(json.dumps({"fingerprints": old}))
+    convert(folder, tmp_path / "new")
+    assert support.raw_tensors(tmp_path / "new") == support.raw_tensors(sound / "hf")
+    jvlm.load(folder)
+    path = next(path for path in old if "patch_embed" in path)
+    saved.write_text(json.dumps({"fingerprints": {**old, path: old[path] ^ 1}}))
+    for read in (jvlm.load, lambda folder: convert(folder, tmp_path / "again")):
+        with pytest.raises(WeightError, match="patch_embed"):
+            read(folder)
