@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,6 +15,8 @@ from jvlm.options import FLAT, parse
 
 if TYPE_CHECKING:
     from jvlm.evaluation.clients import Client
+
+SERVERS = ("http://", "https://")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,28 +117,49 @@ def evaluate(options: Evaluate) -> int:
 
 def _ask(options: Evaluate, known) -> int:
     from jvlm.evaluation import registry
-    from jvlm.evaluation.files import Rows
-    from jvlm.evaluation.run import Settings, evaluate, table
+    from jvlm.evaluation.run import Settings, check, evaluate, table
 
     tasks = registry.choose(options.tasks, known)
     if options.model is None or options.data is None:
         raise UserError("give --model and --data; or --rescore for answers that are there")
-    for name in ("limit", "runs", "shots", "max_new_tokens", "concurrency", "tries"):
-        value, least = getattr(options, name), 0 if name == "shots" else 1
-        if value is not None and value < least:
-            raise UserError(f"--{name} is {value}; it must be at least {least}")
-    data = Path(options.data)
-    for task in tasks:  # before a model is loaded, which takes long
-        Rows(task.files, data, task.name)
+    _check_options(options)
     given = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p")}
     decoding = {name: value for name, value in given.items() if value is not None}
     settings = Settings(options.limit, options.style, options.runs, options.shots, decoding)
-    output = Path(options.output)
+    data, output = Path(options.data), Path(options.output)
+    # before a model is loaded, which takes long
+    try:
+        check(tasks, data, output, settings, training=options.training)
+    except UserError as error:
+        raise UserError(str(error).replace("sampling.", "--", 1)) from error
     judge = judge_of(options)
     records = evaluate(client(options), tasks, data, output, settings, judge=judge, training=options.training)
     print(table(records))
     _report(options, [options.output])
     return 0
+
+
+_OF_SERVERS = ("served_model", "box_form", "box_space")
+_OF_MODELS = ("adapters", "adapter", "param_dtype", "images")
+
+
+def _check_options(options: Evaluate) -> None:
+    """Raise UserError for numbers out of range, and for options that the kind of model does not take."""
+    for name in ("limit", "runs", "shots", "max_new_tokens", "batch_size", "concurrency", "tries"):
+        value, least = getattr(options, name), 0 if name == "shots" else 1
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}; it must be at least {least}")
+    if not 0 < options.timeout < math.inf:
+        raise UserError(f"--timeout is {options.timeout}; it must be a positive number of seconds")
+    defaults, is_server = Evaluate(), options.model.startswith(SERVERS)
+    for name in _OF_MODELS if is_server else _OF_SERVERS:
+        if getattr(options, name) != getattr(defaults, name):
+            wanted = "a model on this machine" if is_server else "a server"
+            shown = "max_pixels and other limits of images are" if name == "images" else f"--{name} is"
+            raise UserError(f"{shown} for {wanted}, and --model is {options.model}; leave it out")
+    names = [word.partition("=")[0] for word in options.adapters if "=" in word]
+    if options.adapter is not None and options.adapter not in names:
+        raise UserError(f"--adapter {options.adapter}: none of --adapters has that name; there are {names}")
 
 
 def _rescore(options: Evaluate, known) -> int:
@@ -219,7 +243,7 @@ def client(options: Evaluate) -> Client:
     """Return who answers."""
     from jvlm.evaluation.clients import Boxes, EndpointClient, LocalClient
 
-    if options.model.startswith(("http://", "https://")):
+    if options.model.startswith(SERVERS):
         boxes = Boxes(options.box_form, options.box_space)
         return EndpointClient(endpoint(options), boxes=boxes)
     chosen = ModelOptions(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from jvlm import families
-from jvlm.data.image_processor import FieldError, ImageProcessorConfig
+from jvlm.data.image_processor import FieldError
 from jvlm.errors import UserError
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.inference.sharding import RULES
@@ -80,6 +80,7 @@ def load(options: ModelOptions) -> tuple[VLM, Processor, MeshLayout | None]:
 
     folder = run_dir.local(options.model)
     config = weights_io.read_config(folder)
+    _with_image_settings(options, families.get(config.family).image_config.checked)  # before the weights are read
     if options.param_dtype:
         precision = dataclasses.replace(config.precision, param_dtype=options.param_dtype)
         config = dataclasses.replace(config, precision=precision)
@@ -90,7 +91,7 @@ def load(options: ModelOptions) -> tuple[VLM, Processor, MeshLayout | None]:
         folder, precision=config.precision, sharding=parameter_sharding, quantize=quantize
     )
     model = _with_adapters(model, options.adapters, parameter_sharding)
-    return model, processor.replace(image_config=_image_config(options, processor.image_config)), layout
+    return model, processor.replace(image_config=_with_image_settings(options, processor.image_config.changed)), layout
 
 
 def _with_adapters(model: VLM, words: tuple[str, ...], sharding: Any) -> VLM:
@@ -103,10 +104,10 @@ def _with_adapters(model: VLM, words: tuple[str, ...], sharding: Any) -> VLM:
     return several.load(model, several.names_of(words))
 
 
-def _image_config(options: ModelOptions, config: ImageProcessorConfig) -> ImageProcessorConfig:
-    """Return the image settings with what was typed. Raises UserError naming the option."""
+def _with_image_settings(options: ModelOptions, use: Callable[[dict[str, Any]], T]) -> T:
+    """Return what is made of the image settings that were typed. Raises UserError naming the option."""
     typed = {name: value for name, value in dataclasses.asdict(options.images).items() if value is not None}
     try:
-        return config.changed(typed)
+        return use(typed)
     except FieldError as error:
         raise UserError(f"--{error.field}: {error.problem}. {error.fix}") from error

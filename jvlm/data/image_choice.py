@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import typing
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,9 @@ def changed(config: Config, settings: Mapping[str, Any]) -> Config:
     Raises:
       UserError: a field that it does not have, or a value that is none of the field.
     """
-    hints = typing.get_type_hints(type(config))
+    if not settings:
+        return config
+    hints = _hints(type(config))
     known = {field.name for field in dataclasses.fields(config)}
     for name in settings:
         if name not in known:
@@ -50,6 +53,10 @@ def changed(config: Config, settings: Mapping[str, Any]) -> Config:
         for name, value in settings.items()
     }
     return dataclasses.replace(config, **values)
+
+
+# their reading takes longer than the example's picture
+_hints = functools.cache(typing.get_type_hints)
 
 
 def with_choice(example: Parsed, choices: Sequence[ImageChoice], rng: np.random.Generator) -> Parsed:

@@ -69,19 +69,20 @@ class ImageProcessorConfig(Tagged):
         """Return the image processor of a model."""
         raise NotImplementedError(f"{type(self).__name__} defines no build()")
 
-    def changed(self, fields: Mapping[str, Any]) -> ImageProcessorConfig:
-        """Return the settings with some of `limits` changed.
+    @classmethod
+    def checked(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values for some of `limits`, each of its type.
 
         Raises:
           FieldError: a field that may not be changed, or a value outside its limits.
         """
         new: dict[str, Any] = {}
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         for name, value in fields.items():
-            if name not in self.limits:
-                known = ", ".join(sorted(self.limits))
+            if name not in cls.limits:
+                known = ", ".join(sorted(cls.limits))
                 raise FieldError(name, "not a setting of this model's images", f"Use {known}")
-            limit = self.limits[name]
+            limit = cls.limits[name]
             if value is None and defaults[name] is None:
                 new[name] = None
                 continue
@@ -90,9 +91,14 @@ class ImageProcessorConfig(Tagged):
                 raise FieldError(name, problem, "Correct or remove it")
             new[name] = values.whole(value) if limit.whole else values.number(value)
         for name, value in new.items():
-            most = self.limits[name].at_most
+            most = cls.limits[name].at_most
             if value is not None and new.get(most) is not None and value > new[most]:
                 raise FieldError(name, f"{name} {value} exceeds {most} {new[most]}", "Lower the one or raise the other")
+        return new
+
+    def changed(self, fields: Mapping[str, Any]) -> ImageProcessorConfig:
+        """Return the settings with some of `limits` changed. Raises FieldError as `checked`, or as the settings do."""
+        new = self.checked(fields)
         try:
             return dataclasses.replace(self, **new)
         except UserError as error:

@@ -253,8 +253,8 @@ def _existing(path: str, roots: tuple[str, ...]) -> Path | None:
     return next((candidate for candidate in _candidates(path, roots) if _is_file(candidate)), None)
 
 
-def _candidates(path: str, roots: tuple[str, ...]) -> list[Path]:
-    """Places to look at. The path of a URL is unescaped, but for names that hold a % of their own.
+def _candidates(path: str, roots: tuple[str, ...]) -> Iterator[Path]:
+    """Yield places to look at. The path of a URL is unescaped, but for names that hold a % of their own.
 
     After the name as it is come its other forms in Unicode, since macOS writes letters and their accents apart, and
     those with slashes in the place of Windows' backslashes.
@@ -267,10 +267,11 @@ def _candidates(path: str, roots: tuple[str, ...]) -> list[Path]:
         names += [unicodedata.normalize(form, name) for name in tuple(names) for form in ("NFC", "NFD")]
     if "\\" in path:
         names += [name.replace("\\", "/") for name in tuple(names)]
-    candidates = []
     for name in map(Path, dict.fromkeys(names)):
-        candidates += [name] if name.is_absolute() else [Path(root) / name for root in (*roots, ".")]
-    return candidates
+        if name.is_absolute():
+            yield name
+        else:
+            yield from (Path(root, name) for root in (*roots, "."))
 
 
 def _is_file(path: Path) -> bool:

@@ -70,8 +70,8 @@ def _resized_bands(image: Image.Image, size: tuple[int, int], resample: Image.Re
 
 def _grey(image: Image.Image) -> Image.Image | None:
     """Return the first channel of an image whose channels are equal."""
-    first, *others = image.resize(_PROBE, Image.Resampling.NEAREST).split()
-    if any(first.tobytes() != other.tobytes() for other in others):
+    probe = np.asarray(image.resize(_PROBE, Image.Resampling.NEAREST)).reshape(_PROBE[0] * _PROBE[1], -1)
+    if (probe[:, 1:] != probe[:, :1]).any():
         return None
     first, *others = image.split()
     if any(ImageChops.difference(first, other).getbbox() is not None for other in others):

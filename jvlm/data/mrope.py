@@ -6,6 +6,7 @@ Later versions of transformers compute other ids for videos; see docs/mrope.md.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,12 +37,19 @@ def mrope_positions(length: int, spans: Sequence[MediaSpan]) -> Int[np.ndarray, 
         text = span.start - at
         ids[at : span.start] = (following + np.arange(text))[:, None]
         following += text
-        t, h, w = span.grid
-        # float32 as in the reference: the floor of a product is sensitive to it
-        times = np.floor(np.arange(t, dtype=np.float32) * np.float32(span.temporal_step)).astype(np.int32)
-        grid = np.stack(np.meshgrid(times, np.arange(h), np.arange(w), indexing="ij"), -1).reshape(-1, 3)
-        ids[span.start : span.start + len(grid)] = grid + following
+        grid = _grid(*span.grid, span.temporal_step)
+        np.add(grid, following, out=ids[span.start : span.start + len(grid)])
         following += int(grid.max()) + 1
         at = span.start + len(grid)
     ids[at:] = (following + np.arange(length - at))[:, None]
     return ids
+
+
+@functools.lru_cache(maxsize=128)
+def _grid(t: int, h: int, w: int, temporal_step: float) -> Int[np.ndarray, "n 3"]:
+    """Return the ids of an image or video, from 0. The array cannot be written."""
+    # float32 as in the reference: the floor of a product is sensitive to it
+    times = np.floor(np.arange(t, dtype=np.float32) * np.float32(temporal_step)).astype(np.int32)
+    grid = np.stack(np.meshgrid(times, np.arange(h), np.arange(w), indexing="ij"), -1).reshape(-1, 3).astype(np.int32)
+    grid.setflags(write=False)
+    return grid

@@ -496,8 +496,8 @@ class Processor:
         ids = given.ids
         kinds = {Image: self.model.image_token_id, Video: self.video_token_id}
         expected = [kinds[type(part)] for part in conversation.media]
-        placeholders = np.flatnonzero(np.isin(ids, list(kinds.values())))
-        if [int(i) for i in ids[placeholders]] != expected:
+        placeholders = np.flatnonzero((ids == kinds[Image]) | (ids == kinds[Video]))
+        if ids[placeholders].tolist() != expected:
             raise ExampleError(
                 conversation.origin,
                 "messages",

@@ -166,11 +166,7 @@ class ChatTemplate:
         if suspects and facts.control.differ(plain, text):
             ids, starts, ends = self._encode_guarded(chat, text, facts, suspects[0])
         else:
-            encoded = self.tokenizer(
-                plain, add_special_tokens=self.chat_format.special_tokens, return_offsets_mapping=True
-            )
-            ids = np.asarray(encoded["input_ids"], np.int32)
-            starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+            ids, starts, ends = self._encode(plain)
         weights = np.full(len(ids), 0.0 if generation_prompt else prompt_weight, np.float32)
         turn = np.zeros(len(ids), np.int32)
         # a token that begins with the space before an answer is part of it
@@ -260,6 +256,21 @@ class ChatTemplate:
         if rendered.translate({ord(s): letter for letter, s in stand_ins.items()}) != text:
             raise self._not_text(chat, suspect, "the chat template takes it for its own")
         return guarded, rendered
+
+    def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids int32, first and last character of each token) of a rendering.
+
+        As a call of the tokenizer gives them, which spends as long again on its other arguments.
+        """
+        backend = self.tokenizer.backend_tokenizer
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        if backend.encode_special_tokens != self.tokenizer.split_special_tokens:
+            backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        encoded = backend.encode(text, add_special_tokens=self.chat_format.special_tokens)
+        return np.asarray(encoded.ids, np.int32), *np.asarray(encoded.offsets, np.int64).reshape(-1, 2).T
 
     def _encode_guarded(self, chat: _Chat, text: str, facts: TemplateFacts, suspect: str):
         try:

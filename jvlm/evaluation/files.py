@@ -183,6 +183,7 @@ class Rows:
     def __init__(self, files: Sequence[Files], data: Path, task: str):
         self.files, self.paths = _first(files, data, task)
         self._readers: list[Reader] = [_open(path, self.files) for path in self.paths]
+        self._media = [self._media_of(path) for path in self.paths]
         self._starts = [0]
         for reader in self._readers:
             self._starts.append(self._starts[-1] + len(reader))
@@ -201,12 +202,11 @@ class Rows:
             raise ExampleError(origin, "example", f"a {type(record).__name__}, not named values", "Copy the file again")
         if self.files.form == "tsv":
             record = {**record, **self._referred(record)}
-        folder = os.path.dirname(reader.path)
-        media = self._media(folder)
-        return Row(record, origin, self.files.form, media)
+        return Row(record, origin, self.files.form, self._media[number])
 
-    def _media(self, folder: str) -> str:
-        """Return the folder of the media: beside the files, or as many folders up as the pattern goes down."""
+    def _media_of(self, path: str) -> str:
+        """Return the folder of a file's media: beside it, or as many folders up as the pattern goes down."""
+        folder = os.path.dirname(path)
         depth = self.files.pattern.count("/")
         up = Path(folder).parents[depth - 1] if depth else Path(folder)
         roots = [Path(folder) / self.files.media, up / self.files.media]

@@ -16,7 +16,8 @@ import jvlm
 from jvlm.data.box_formats import FormatName
 from jvlm.data.boxes import CoordinateSpace
 from jvlm.data.errors import ExampleError, Rejected, grouped
-from jvlm.errors import UserError
+from jvlm.data.example_source import ExampleSource
+from jvlm.errors import UserError, file_errors
 from jvlm.evaluation import summaries
 from jvlm.evaluation.clients import FAILED, Client, Prompt, Reply
 from jvlm.evaluation.files import Rows
@@ -26,6 +27,7 @@ from jvlm.evaluation.store import SCORE, SCORES, AnswerStore, Stored, write_json
 from jvlm.evaluation.summaries import NO_JUDGMENT, Scored
 from jvlm.evaluation.task import BOXED_TOKENS, Item, Style, Task
 from jvlm.evaluation.thumbnails import Thumbnails
+from jvlm.inference.requests import SamplingParams
 from jvlm.json_files import read_object
 from jvlm.progress import Progress
 from jvlm.scoring.score import Score
@@ -80,10 +82,10 @@ def evaluate(
       training: files of training data in which the questions are looked for.
 
     Raises:
-      UserError: files that are not there, of any task, before the first question; answers of other settings.
+      UserError: as `check`, before the first question.
     """
+    rows = check(tasks, data, output, settings, training=training)
     tasks = [settings.applied(task) for task in tasks]
-    rows = [Rows(task.files, data, task.name) for task in tasks]
     records = []
     with verifier():
         for task, own in zip(tasks, rows, strict=True):
@@ -92,6 +94,43 @@ def evaluate(
                 look_for(task, own, training, output / task.name, settings.limit)
             records.append(score_task(task, output / task.name, judge=judge, seconds=seconds, limit=settings.limit))
     return records
+
+
+def check(
+    tasks: Sequence[Task], data: Path, output: Path, settings: Settings = Settings(), *, training: Sequence[str] = ()
+) -> list[Rows]:
+    """Check all that can be checked without a model, which takes long to load. Returns the records of each task.
+
+    Raises:
+      UserError: decoding outside its range; files that are not there, of any task, its demonstrations or the training
+        data; an output that cannot be written, or that holds answers of other settings.
+    """
+    tasks, rows = [settings.applied(task) for task in tasks], []
+    for task in tasks:
+        given = dataclasses.asdict(task.decoding)
+        SamplingParams(max_tokens=given.pop("max_new_tokens"), **given)
+        rows.append(Rows(task.files, data, task.name))
+        if task.shots and task.demonstrations:
+            Rows(task.demonstrations, data, task.name)
+    if training:
+        ExampleSource(list(training))
+    with file_errors(output, "written"):
+        output.mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        AnswerStore(output / task.name).check(_described(task, settings), partly=True)
+    return rows
+
+
+def _described(task: Task, settings: Settings) -> dict[str, Any]:
+    """Return what decides the answers to a task, beside who gives them."""
+    return {
+        "task": task.name,
+        "version": task.version,
+        "style": settings.style,
+        "shots": task.shots,
+        "parser": task.parser,
+        "decoding": dataclasses.asdict(task.decoding),
+    }
 
 
 def items(task: Task, rows: Rows, limit: int | None, rejected: list[Rejected]) -> Iterator[Item]:
@@ -124,12 +163,7 @@ def ask(client: Client, task: Task, rows: Rows, data: Path, folder: Path, settin
     rejected: list[Rejected] = []
     store = AnswerStore(folder)
     described = {
-        "task": task.name,
-        "version": task.version,
-        "style": settings.style,
-        "shots": task.shots,
-        "parser": task.parser,
-        "decoding": dataclasses.asdict(task.decoding),
+        **_described(task, settings),
         "client": dict(client.describe()),
         "box_form": client.box_form,
         "box_space": client.box_space,

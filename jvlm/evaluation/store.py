@@ -81,7 +81,8 @@ class AnswerStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / ANSWERS
         with locked(path):
-            self._check(settings)
+            self.check(settings)
+            write_json(self.folder / SETTINGS, json.loads(json.dumps(settings)))
             if path.exists():
                 whole = path.read_bytes()
                 end = whole.rfind(b"\n") + 1
@@ -91,17 +92,24 @@ class AnswerStore:
             with open(path, "ab") as self._file:
                 yield self
 
-    def _check(self, settings: Mapping[str, Any]) -> None:
+    def check(self, settings: Mapping[str, Any], *, partly: bool = False) -> None:
+        """Raise UserError if answers are there that were made with other settings.
+
+        Args:
+          partly: these are some of the settings; the others are not known yet.
+        """
         target = self.folder / SETTINGS
-        values = json.loads(json.dumps(settings))
-        if target.exists():
-            changes = list(config_tree.differences(read_object(target), values))
-            if changes:
-                raise UserError(
-                    f"{self.folder} holds answers made with other settings: {'; '.join(changes[:8])}. "
-                    "Give another --output, or the settings of before"
-                )
-        write_json(target, values)
+        if not target.exists():
+            return
+        there, values = read_object(target), json.loads(json.dumps(settings))
+        if partly:
+            there = {name: there.get(name) for name in values}
+        changes = list(config_tree.differences(there, values))
+        if changes:
+            raise UserError(
+                f"{self.folder} holds answers made with other settings: {'; '.join(changes[:8])}. "
+                "Give another --output, or the settings of before"
+            )
 
     def add(self, stored: Stored) -> None:
         """Append one reply; it is on the disk when this returns."""

@@ -19,9 +19,10 @@ def run(
     """Do what `Engine.run` says.
 
     Args:
-      mail: events that are kept for whoever runs a request, by its id.
+      mail: where events of a request are kept for whoever runs it, by its id.
     """
     own: dict[str, int] = {}  # id -> answers that have not ended
+    come: deque[Event] = deque()  # events of all of them: nothing is looked for request by request
     source, more = iter(requests), True
     try:
         while more or own:
@@ -36,29 +37,28 @@ def run(
                 except UserError as error:
                     yield Event(request.id, finish_reason="error", error=error)
                     continue
-                own[request.id], mail[request.id] = request.sampling.n, deque()
-            if not any(mail[name] for name in own):
+                own[request.id], mail[request.id] = request.sampling.n, come
+            if not come:
                 for event in engine.step():
                     if event.request_id in mail:
                         mail[event.request_id].append(event)
-            for name in [name for name in own if mail[name]]:
-                yield from _events_of(engine, mail, own, name)
+            while come:
+                event = come.popleft()
+                if event.request_id not in own:
+                    continue  # of an answer beside one with an error
+                if event.finish_reason is not None:
+                    _count_end(engine, mail, own, event)
+                yield event
     finally:
         for name in own:
             mail.pop(name, None)
             engine.abort(name)
 
 
-def _events_of(
-    engine: Engine, mail: MutableMapping[str, deque[Event]], own: dict[str, int], name: str
-) -> Iterator[Event]:
-    """Yield the events of a request that have come, and forget it with its last."""
-    while mail[name]:
-        event = mail[name].popleft()
-        own[name] -= event.finish_reason is not None
-        if not own[name] or event.finish_reason == "error":
-            engine.abort(name)  # answers beside one with an error
-            del own[name], mail[name]
-            yield event
-            return
-        yield event
+def _count_end(engine: Engine, mail: MutableMapping[str, deque[Event]], own: dict[str, int], event: Event) -> None:
+    """Count the end of an answer, and forget its request with the last, or with an error."""
+    name = event.request_id
+    own[name] -= 1
+    if not own[name] or event.finish_reason == "error":
+        engine.abort(name)  # answers beside one with an error
+        del own[name], mail[name]

@@ -103,7 +103,7 @@ def answer_each(
 
     Args:
       asked: read only as far as there is room, from the caller's thread.
-      batch_size: conversations that run at once; eight times as many are held.
+      batch_size: conversations that run at once; nine times as many are held.
       ends_at_error: begin none behind one that cannot be encoded.
       on_token: called with (number of the conversation, token id) as tokens arrive.
     """
@@ -111,7 +111,7 @@ def answer_each(
     running: dict[str, tuple[Asked, Example, list[int]]] = {}
 
     def requests() -> Iterator[Request]:
-        for one, example in _encoded(engine, asked):
+        for one, example in _encoded(engine, asked, batch_size):
             if isinstance(example, ExampleError):
                 unencoded.append(Outcome(one, error=example))
                 if ends_at_error:
@@ -151,8 +151,12 @@ def in_order(outcomes: Iterable[Outcome], first: int = 0) -> Iterator[Outcome]:
             first += 1
 
 
-def _encoded(engine: Engine, asked: Iterable[Asked]) -> Iterator[tuple[Asked, Example | ExampleError]]:
-    """Yield conversations with their prompts, in order, a few of them encoded ahead."""
+def _encoded(engine: Engine, asked: Iterable[Asked], count: int) -> Iterator[tuple[Asked, Example | ExampleError]]:
+    """Yield conversations with their prompts, in order.
+
+    Args:
+      count: of prompts that are encoded ahead: as many as answers may end in one step, lest the device wait for them.
+    """
 
     def encode(one: Asked) -> Example | ExampleError:
         if isinstance(one.conversation, ExampleError):
@@ -163,10 +167,11 @@ def _encoded(engine: Engine, asked: Iterable[Asked]) -> Iterator[tuple[Asked, Ex
             return error
 
     source, ahead = iter(asked), deque[tuple[Asked, Future[Example | ExampleError]]]()
+    count = max(count, 2 * _THREADS)
     with ThreadPoolExecutor(_THREADS, "jvlm-encode") as pool:
         try:
             while True:
-                for one in itertools.islice(source, 2 * _THREADS - len(ahead)):
+                for one in itertools.islice(source, count - len(ahead)):
                     ahead.append((one, pool.submit(encode, one)))
                 if not ahead:
                     return

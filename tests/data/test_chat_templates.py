@@ -182,6 +182,20 @@ def test_an_end_only_after_the_last_answer_is_enough(tiny):
     assert words.split() == ["red", "blue", "<|im_end|>"]
 
 
+@pytest.mark.parametrize("splits", [False, True])
+def test_ids_are_those_that_a_call_of_the_tokenizer_gives_whatever_its_backend_was_left_to_do(tiny, splits):
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny.folder), split_special_tokens=splits)
+    template = ChatTemplate(tokenizer, TEXT)
+    messages = parse_example({"messages": turns("a red square?")}).messages
+    called = tokenizer(template.render(messages, generation_prompt=True), add_special_tokens=False)["input_ids"]
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    tokenizer.backend_tokenizer.encode_special_tokens = not splits
+    ids, _, _ = template.tokenize(messages, generation_prompt=True, origin=ORIGIN)
+    assert ids.tolist() == called
+    assert (tokenizer.convert_tokens_to_ids("<|im_start|>") in called) != splits
+
+
 REFUSED = {
     "words of its own": ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
     "a type error": ("{{ messages[0].content + 3 }}", "TypeError"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from jvlm import configs
-from jvlm.data import pipeline
+from jvlm.data import image_choice, pipeline
 from jvlm.data.config import DataConfig, ImageChoice
 from jvlm.data.cutting import Limits
 from jvlm.data.document_config import DocumentConfig
@@ -146,6 +147,18 @@ def test_what_an_example_sets_itself_comes_after_the_choice(fake_tokens):
     choice = (ImageChoice(("longest_edge=98",)),)
     (found,) = encoded(fake_tokens, record, image_choices=choice, seq_len=4096, max_patches=4096)
     assert found.sizes[0].resized == (56, 42)
+
+
+def test_settings_are_looked_into_once_and_not_for_each_example(fake_tokens, monkeypatch):
+    config = fake_tokens.processor.image_config
+    image_choice.changed(config, {"split": False})
+
+    def look(kind):
+        raise AssertionError("the types of the settings were read again")
+
+    monkeypatch.setattr(typing, "get_type_hints", look)
+    assert image_choice.changed(config, {}) is config
+    assert not image_choice.changed(config, {"split": False}).split
 
 
 @pytest.mark.parametrize(

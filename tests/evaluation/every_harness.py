@@ -35,7 +35,7 @@ from tests.support import ROOT
 ENVIRONMENT = ROOT / ".venv" / "harness-lmms-eval"
 EVALSCOPE = ROOT / ".venv" / "harness-evalscope" / "bin" / "evalscope"
 VLMEVALKIT = ROOT / ".venv" / "harness-vlmevalkit" / "bin" / "python"
-PROGRAM = ROOT / "tests" / "evaluation" / "run_vlmevalkit.py"
+PROGRAM = "tests.evaluation.run_vlmevalkit"
 TOKENS, COUNT = 12, 9
 PARQUET = "lmms-lab/DocVQA/DocVQA/validation-00000-of-00001.parquet"
 
@@ -232,8 +232,8 @@ def test_vlmevalkit_asks_a_server_of_ours_and_finds_the_same_score(served, tmp_p
     data = {"class": "ImageVQADataset", "dataset": "DocVQA_here"}
     (tmp_path / "config.json").write_text(json.dumps({"model": {"toy": model}, "data": {"DocVQA_here": data}}))
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LMUData": str(tmp_path / "theirs")}
-    environment |= {"PRED_FORMAT": "tsv", "HF_HUB_OFFLINE": "1", "no_proxy": "127.0.0.1"}
-    command = [VLMEVALKIT, PROGRAM, "--config", "config.json", "--work-dir", "out"]
+    environment |= {"PYTHONPATH": str(ROOT), "PRED_FORMAT": "tsv", "HF_HUB_OFFLINE": "1", "no_proxy": "127.0.0.1"}
+    command = [VLMEVALKIT, "-m", PROGRAM, "--config", "config.json", "--work-dir", "out"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     found = list((tmp_path / "out").rglob("toy_DocVQA_here_acc.csv"))
     assert found, done.stderr[-6000:] + done.stdout[-2000:]

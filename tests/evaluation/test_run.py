@@ -144,16 +144,68 @@ def test_two_runs_are_compared_question_by_question(data, tmp_path, capsys):
     assert "docvqa_val                   100.0    83.3" in capsys.readouterr().out
 
 
-def test_files_that_are_not_there_are_all_named_before_a_model_is_loaded(tmp_path):
-    words = ["evaluate", "--model", str(tmp_path / "none"), "--tasks", "mmmu_val", "--data", str(tmp_path)]
-    with pytest.raises(UserError, match=r"(?s)none of its files.*MMMU/MMMU.*MMMU_DEV_VAL\.tsv"):
-        registry_error(words, tmp_path)
+WRONG = {
+    "--tasks docvqa_vall": "no task 'docvqa_vall'; did you mean docvqa_val",
+    "--data {empty}": r"(?s)none of its files.*lmms-lab/DocVQA.*DocVQA_VAL\.tsv",
+    "--data {empty}/gone": "gone is no folder",
+    "--include {empty}/mine.py": "no such file; give a Python file",
+    "--output {data}/MMMU_DEV_VAL.tsv": "MMMU_DEV_VAL.tsv cannot be written",
+    "--output {before}": "answers made with other settings: decoding.max_new_tokens: 32 -> 7",
+    "--training {empty}/*.jsonl": "jsonl",
+    "--judge nowhere --judge_model judge": "no address of a server",
+    "--judge http://127.0.0.1:9/v1": "Its model can be named with --judge_model",
+    "--limit 0": "--limit is 0; it must be at least 1",
+    "--batch_size 0": "--batch_size is 0; it must be at least 1",
+    "--timeout 0": "--timeout is 0.0; it must be a positive number of seconds",
+    "--temperature -1": "--temperature is -1.0; it must be 0",
+    "--top_p 2": "--top_p is 2.0; it must be above 0 and at most 1",
+    "--box_space norm1": "--box_space is for a server, and --model is MODEL; leave it out",
+    "--adapters a=A --adapter b": "--adapter b: none of --adapters has that name",
+    "--model http://127.0.0.1:9/v1 --adapters a=A": "--adapters is for a model on this machine",
+    "--model http://127.0.0.1:9/v1 --max_pixels 9": "limits of images are for a model on this machine",
+}
 
 
-def registry_error(words, folder):
-    from jvlm.cli.evaluate import run
+@pytest.mark.parametrize("typed", WRONG)
+def test_what_is_wrong_is_told_before_a_model_is_loaded(typed, data, tmp_path, monkeypatch):
+    def load(chosen):
+        raise AssertionError("a model was loaded")
 
-    run([*words[1:], "--output", str(folder / "out")])
+    monkeypatch.setattr(evaluate_command, "load", load)
+    settings = Settings(decoding={"max_new_tokens": 32})
+    evaluate(Scripted(_right), THREE[:1], data, tmp_path / "before", settings)
+    (tmp_path / "empty").mkdir()
+    typed_words = typed.format(empty=tmp_path / "empty", data=data, before=tmp_path / "before").split()
+    words = {"--model": "MODEL", "--tasks": "docvqa_val", "--data": str(data), "--output": str(tmp_path / "out")}
+    words |= {"--max_new_tokens": "7"}
+    words |= dict(zip(typed_words[::2], typed_words[1::2], strict=True))
+    line = [word for pair in words.items() for word in pair]
+    with pytest.raises(UserError, match=WRONG[typed]):
+        evaluate_command.run(line)
+
+
+def test_limits_of_images_are_checked_before_weights_are_read(tiny, data, tmp_path, monkeypatch):
+    def load(*arguments, **options):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("jvlm.weights.io.load", load)
+    words = ["--model", str(tiny.folder), "--tasks", "docvqa_val", "--data", str(data), "--output", str(tmp_path)]
+    with pytest.raises(UserError, match="--max_pixels: 0 is not a positive whole number"):
+        evaluate_command.run([*words, "--max_pixels", "0"])
+
+
+def test_a_command_with_nothing_wrong_in_it_loads_its_model(data, tmp_path, monkeypatch):
+    class Loaded(Exception):
+        """The model is asked for."""
+
+    def load(chosen):
+        raise Loaded
+
+    monkeypatch.setattr(evaluate_command, "load", load)
+    with pytest.raises(Loaded):
+        evaluate_command.run(
+            ["--model", "MODEL", "--tasks", "docvqa_val", "--data", str(data), "--output", str(tmp_path)]
+        )
 
 
 def test_unknown_tasks_and_own_tasks(tmp_path):

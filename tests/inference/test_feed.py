@@ -99,6 +99,20 @@ def test_the_next_begins_when_one_ends_and_none_waits_for_the_slowest():
     assert not engine.mail
 
 
+def test_prompts_are_ready_for_as_many_as_end_in_one_step():
+    engine, read = Engine(), []
+
+    def source():
+        for one in conversations(["02"] * 400):
+            read.append(one)
+            yield one
+
+    with contextlib.closing(answer_each(engine, source(), GREEDY, batch_size=32)) as found:
+        next(found)
+    assert len(engine.begun) == 8 * 32
+    assert len(read) == 9 * 32 - 1, "the one that would begin next is taken, the others are encoded"
+
+
 def test_what_cannot_be_answered_is_told_beside_what_can():
     engine = Engine()
     found = {one.asked.number: one for one in answers(engine, ["bad", "01", "refused", "broken", "02", "bad"])}

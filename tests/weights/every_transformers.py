@@ -133,6 +133,7 @@ def packages(names):
 def run(command, names):
     result = subprocess.run(
         [sys.executable, *map(str, command)],
+        cwd=support.ROOT,
         env=packages(names),
         capture_output=True,
         text=True,
@@ -159,8 +160,8 @@ def test_ids_prompts_and_logits_of_an_export_are_ours_in(version, example, expor
         picture.save(path)
     request = {"messages": support.chat_messages(example), "images": list(map(str, paths)), "texts": TEXTS}
     (tmp_path / "request.json").write_text(json.dumps(request))
-    reader = support.ROOT / "tests/weights/read_export.py"
-    theirs = json.loads(run([reader, export, tmp_path / "request.json"], READERS[version]).splitlines()[-1])
+    reader = ("-m", "tests.weights.read_export")
+    theirs = json.loads(run([*reader, export, tmp_path / "request.json"], READERS[version]).splitlines()[-1])
     assert theirs["version"].startswith(version)
     tokenizer = processor.tokenizer
     assert theirs["tokenizer"] == [tokenizer(text)["input_ids"] for text in TEXTS]

@@ -1,21 +1,17 @@
 """What one version of transformers makes of an exported folder: a program that prints JSON. See `every_transformers`.
 
-python read_export.py FOLDER REQUEST: a request is JSON, {"messages": as templates take them, "images": paths,
-"texts": for the tokenizer alone}.
+python -m tests.weights.read_export FOLDER REQUEST: a request is JSON, {"messages": as templates take them, "images":
+paths, "texts": for the tokenizer alone}.
 """
 
-import importlib.util
 import json
 import sys
 
+# first: transformers imports torchvision, for its functions of pixels
+import tests.torchvision_operators  # noqa: F401
+
+# isort: split
 import torch
-
-if importlib.util.find_spec("torchvision"):
-    # the package's own kernels need another torch; transformers uses its functions for pixels, which need none of them
-    LIBRARY = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
