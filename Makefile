@@ -42,10 +42,13 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 DATA ?=
 ONLY ?=
 MIMO_MINI := stage1 stage2 stage3 stage4
+MM15_MINI := pretrain continual sft
+IDEFICS2_MINI := start stage1 stage2 sft chatty
 MIMO_RUNS := $(addprefix runs/mimo_mini_,$(MIMO_MINI) rl)
 # a rehearsal: a few steps, a few examples
 MINI_SHARE := $(if $(SMALL),0.03,1)
 MINI_STEPS := $(if $(SMALL),--steps 4)
+MINI_SEEDS := $(if $(SMALL),--seeds 1)
 PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_vl/72b
 RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -107,12 +110,19 @@ mimo-mini: mini_data/made.json  ## MiMo-VL in miniature: four stages and reinfor
 	$(VENV)/bin/jvlm report $(MIMO_RUNS) --output runs/mimo_mini.html
 
 mm15-mini: mini_data/made.json  ## MM1.5 in miniature: three stages, and each of the paper's ablations as a sweep (ONLY="tiles kinds")
-	for stage in pretrain continual sft; do $(VENV)/bin/jvlm train mini/mm1_5_$$stage $(MINI_STEPS) $(ARGS) || exit 1; done
-	$(RUN) tools.mini.papers mm1_5 $(if $(ONLY),--only $(ONLY)) $(MINI_STEPS) $(ARGS)
+	for stage in $(MM15_MINI); do $(VENV)/bin/jvlm train mini/mm1_5_$$stage $(MINI_STEPS) $(ARGS) || exit 1; done
+	$(VENV)/bin/jvlm report $(MM15_MINI:%=runs/mm1_5_mini_%) --output runs/mm1_5_mini_stages.html
+	$(RUN) tools.mini.papers mm1_5 $(if $(ONLY),--only $(ONLY)) $(MINI_SEEDS) $(MINI_STEPS) $(ARGS)
 
 idefics2-mini: mini_data/made.json  ## Idefics2 in miniature, in the same form
-	for stage in stage1 stage2 sft; do $(VENV)/bin/jvlm train mini/idefics2_$$stage $(MINI_STEPS) $(ARGS) || exit 1; done
-	$(RUN) tools.mini.papers idefics2 $(if $(ONLY),--only $(ONLY)) $(MINI_STEPS) $(ARGS)
+	for stage in $(IDEFICS2_MINI); do $(VENV)/bin/jvlm train mini/idefics2_$$stage $(MINI_STEPS) $(ARGS) || exit 1; done
+	for adapter in lora dora; do \
+		run=runs/idefics2_mini_stage1_$$adapter; \
+		$(VENV)/bin/jvlm train mini/idefics2_stage1_$$adapter $(MINI_STEPS) $(ARGS) && \
+		$(VENV)/bin/jvlm merge-lora --adapters $$run/hf --output_dir $$run/merged --exist_ok true || exit 1; \
+	done
+	$(VENV)/bin/jvlm report $(IDEFICS2_MINI:%=runs/idefics2_mini_%) --output runs/idefics2_mini_stages.html
+	$(RUN) tools.mini.papers idefics2 $(if $(ONLY),--only $(ONLY)) $(MINI_SEEDS) $(MINI_STEPS) $(ARGS)
 
 compose: backbones mini_data/made.json  ## a VLM of SmolLM2-135M and a small ViT: projector, projector and tower, LoRA; an hour and more
 	for stage in stage1 stage2 lora; do $(VENV)/bin/jvlm train backbones/compose_$$stage $(MINI_STEPS) $(ARGS) || exit 1; done

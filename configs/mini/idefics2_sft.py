@@ -27,6 +27,7 @@ def get_config() -> Experiment:
         optimizer=mini.optimizer(),
         task=SupervisedTask(neftune_alpha=5.0, neftune_where="merged"),
         evaluation=mini.evaluation(*TASKS),
+        checkpoint=mini.CHECKPOINT,
         export=mini.EXPORT,
         steps=200,
         log_interval_steps=20,

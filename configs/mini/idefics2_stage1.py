@@ -1,6 +1,6 @@
 """Idefics2 in miniature, stage 1: pages and pairs, 70 : 30, at low resolution, as in idefics2/pretrain.
 
-`make idefics2-mini`. Both towers begin at random and are trained whole, as there is nothing to put adapters on yet.
+`make idefics2-mini`. All parameters learn; mini/idefics2_stage1_lora and mini/idefics2_stage1_dora are the paper's way.
 """
 
 from jvlm import configs
@@ -15,11 +15,12 @@ def get_config() -> Experiment:
     return Experiment(
         name="idefics2_mini_stage1",
         model=mini.IDEFICS2_MODEL,
-        tokenizer=mini.IDEFICS2_TOKENIZER,
+        init_from="runs/idefics2_mini_start",
         processor=mini.crops(32),
         data=mini.data(mixture, max_patches=192),
         optimizer=mini.optimizer(),
         validation=mini.validation("captions", "interleaved"),
+        checkpoint=mini.CHECKPOINT,
         export=mini.EXPORT,
         steps=100,
         log_interval_steps=20,

@@ -21,6 +21,7 @@ def get_config() -> Experiment:
         data=mini.data(Mixture(members), max_patches=384),
         optimizer=mini.optimizer(),
         validation=mini.validation("captions", "interleaved"),
+        checkpoint=mini.CHECKPOINT,
         export=mini.EXPORT,
         steps=100,
         log_interval_steps=20,

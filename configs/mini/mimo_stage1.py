@@ -15,6 +15,7 @@ def get_config() -> Experiment:
         data=mini.data(mixture),
         optimizer=mini.optimizer(encoder_lr=0.0, decoder_lr=0.0),
         validation=mini.validation("captions", "interleaved", *mini.SHORT),
+        checkpoint=mini.CHECKPOINT,
         export=mini.EXPORT,
         steps=100,
         log_interval_steps=20,

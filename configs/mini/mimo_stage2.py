@@ -15,6 +15,7 @@ def get_config() -> Experiment:
         data=mini.data(mixture),
         optimizer=mini.optimizer(decoder_lr=0.0),
         validation=mini.validation("captions", "interleaved", *mini.SHORT),
+        checkpoint=mini.CHECKPOINT,
         export=mini.EXPORT,
         steps=150,
         log_interval_steps=20,

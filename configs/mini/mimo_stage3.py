@@ -42,6 +42,7 @@ def get_config() -> Experiment:
         optimizer=mini.optimizer(learning_rate=2.5e-3),
         validation=mini.validation("captions", "interleaved", *mini.SHORT),
         evaluation=mini.evaluation(*mini.SHORT, *mini.LONG),
+        checkpoint=mini.CHECKPOINT,
         export=mini.EXPORT,
         steps=700,
         log_interval_steps=40,

@@ -20,6 +20,7 @@ def get_config() -> Experiment:
         data=mini.data(Mixture({"language": Source(mini.train("language"))}), max_patches=0),
         optimizer=mini.optimizer(encoder_lr=0.0, connector_lr=0.0),
         validation=mini.validation("language"),
+        checkpoint=mini.CHECKPOINT,
         export=mini.EXPORT,
         steps=200,
         log_interval_steps=20,

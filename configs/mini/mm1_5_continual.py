@@ -17,6 +17,7 @@ def get_config() -> Experiment:
         data=mini.data(Mixture({kind: Source(mini.train(kind)) for kind in kinds}), max_patches=340),
         optimizer=mini.optimizer(),
         validation=mini.validation("captions", *kinds),
+        checkpoint=mini.CHECKPOINT,
         export=mini.EXPORT,
         steps=100,
         log_interval_steps=20,

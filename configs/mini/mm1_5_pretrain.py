@@ -23,6 +23,7 @@ def get_config() -> Experiment:
         data=mini.data(mixture, max_patches=204),
         optimizer=mini.optimizer(),
         validation=mini.validation("captions", "interleaved", "language"),
+        checkpoint=mini.CHECKPOINT,
         export=mini.EXPORT,
         steps=100,
         log_interval_steps=20,

@@ -30,6 +30,7 @@ def get_config() -> Experiment:
         data=mini.data(paper.mixture(files), max_patches=340),
         optimizer=mini.optimizer(),
         evaluation=mini.evaluation(*TASKS),
+        checkpoint=mini.CHECKPOINT,
         export=mini.EXPORT,
         steps=200,
         log_interval_steps=20,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,14 +61,83 @@ def test_mimo_goes_from_its_first_stage_to_rewards_and_one_report(folder):
     ("paper", "stages", "ablation", "others"),
     [
         ("mm1_5", ("pretrain", "continual", "sft"), "tiles", ("moe",)),
-        ("idefics2", ("stage1", "stage2", "sft"), "splitting", ("sft_lora", "sft_dora", "cross_attention")),
+        (
+            "idefics2",
+            ("start", "stage1", "stage2", "sft", "chatty"),
+            "chatty",
+            ("sft_lora", "sft_dora", "cross_attention"),
+        ),
     ],
 )
 def test_a_paper_goes_from_its_first_stage_to_the_page_of_an_ablation(folder, paper, stages, ablation, others):
     for stage in (*stages, *others):
         jvlm(folder, "train", f"mini/{paper}_{stage}", "--steps", "2")
     printed = run(folder, "tools.mini.papers", paper, "--only", ablation, "--seeds", "1", "2", "--steps", "2")
-    assert "| setting | score/lines |" in printed
+    assert f"| setting | score/{'lines' if paper == 'mm1_5' else 'dialogue'} |" in printed
     page = (folder / "runs" / f"{paper}_mini.html").read_text()
     assert page.count("<h2>") == 1
     assert "95 % interval" in page
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_idefics2_is_pretrained_with_adapters_on_the_merged_ones_of_the_stage_before(folder, adapter):
+    if not (folder / "runs" / "idefics2_mini_start").exists():
+        jvlm(folder, "train", "mini/idefics2_start", "--steps", "2")
+    first = f"runs/idefics2_mini_stage1_{adapter}"
+    jvlm(folder, "train", f"mini/idefics2_stage1_{adapter}", "--steps", "2")
+    merged = jvlm(folder, "merge-lora", "--adapters", f"{first}/hf", "--output_dir", f"{first}/merged")
+    assert "tensors changed" in merged
+    jvlm(folder, "train", f"mini/idefics2_stage2_{adapter}", "--steps", "2")
+    assert logged(folder, f"idefics2_mini_stage2_{adapter}")[-1]["eval_loss"] > 0
+
+
+ONE_TASK = ("--evaluation.data", "mini_data/test_counting.arrayrecord")
+KILLED = {
+    "train": ("mini/mimo_stage1", *ONE_TASK, "--steps", "6", "--checkpoint.save_interval_steps", "2"),
+    "rl": (
+        *("mini/mimo_rl", *ONE_TASK, "--steps", "4", "--checkpoint.save_interval_steps", "2"),
+        *("--task.selection.groups", "6", "--task.rollout.max_tokens", "12"),
+    ),
+}
+
+
+@pytest.mark.parametrize("command", KILLED)
+def test_a_stage_that_is_killed_and_started_again_ends_with_the_same_numbers(folder, command):
+    start = folder / "runs" / "killed_start"
+    if not start.exists():
+        jvlm(folder, "train", "mini/mimo_start", "--steps", "2", "--name", start.name)
+    words = (command, *KILLED[command], "--init_from", f"runs/{start.name}", "--log_interval_steps", "1")
+    whole, broken = f"{command}_whole", f"{command}_broken"
+    jvlm(folder, *words, "--name", whole)
+    kill_behind_step(folder, 3, words, broken)
+    jvlm(folder, *words, "--name", broken)
+    numbers = [
+        [
+            (line["step_number"], line["loss"], line["grad_norm"], line.get("reward"))
+            for line in logged(folder, name)
+            if "loss" in line
+        ]
+        for name in (whole, broken)
+    ]
+    assert len(numbers[0]) == int(words[words.index("--steps") + 1])
+    assert numbers[1] == numbers[0]
+    answers = [(folder / "runs" / name / "answers.jsonl").read_bytes() for name in (whole, broken)]
+    assert answers[1] == answers[0] != b""
+
+
+def kill_behind_step(folder: Path, step: int, words: tuple[str, ...], name: str) -> None:
+    """Start a command and kill it with all its processes as soon as it has logged a step."""
+    command = [sys.executable, "-m", "jvlm.cli", *words, "--name", name]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    log = folder / "runs" / name / "logging.jsonl"
+    with open(folder / f"{name}.txt", "w") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    began = time.monotonic()
+    while not log.exists() or f'"step_number": {step}' not in log.read_text():
+        assert process.poll() is None, (folder / f"{name}.txt").read_text()[-4000:]
+        assert time.monotonic() - began < 600
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL

@@ -98,13 +98,31 @@ def test_the_same_seed_makes_the_same_shards(made, tmp_path):
         assert list(make_data.shard(made / f"test_{kind}{SHARD_SUFFIX}")) == list(again)
 
 
-def test_no_picture_film_or_question_of_a_test_is_trained_on(made):
+def test_no_picture_film_or_question_of_a_test_is_trained_on_or_chosen_by(made):
     files = {
         split: [make_data.identity(one) for path in made.glob(f"{split}_*") for one in make_data.shard(path)]
-        for split in ("train", "test")
+        for split in ("train", "validation", "test")
     }
     assert min(map(len, files.values())) > 100
-    assert not set().union(*files["train"]) & set().union(*files["test"])
+    train, validation, test = (set().union(*marks) for marks in files.values())
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_a_dialogue_says_of_a_picture_is_so(seed):
+    example = examples.description(np.random.default_rng(seed))
+    ((reply,), image) = answers(example), pixels(example["images"][0])
+    parts = ndimage.find_objects(ndimage.label(of_ground(image))[0])
+    assert reply.startswith(f"there are {len(parts)} shapes in the picture. from left to right, the first is a ")
+    names = re.findall(r"is a (\w+ \w+)[,.]", reply)
+    parts.sort(key=lambda part: part[1].start)
+    tops = [part[0].start for part in parts]
+    sides = [(part[0].stop - part[0].start) * (part[1].stop - part[1].start) for part in parts]
+    highest, largest = (re.search(rf"the (\w+ \w+) is the {word}", reply)[1] for word in ("highest", "largest"))
+    assert tops[names.index(highest)] <= min(tops) + 1  # edges are soft
+    assert sides[names.index(largest)] >= 0.85 * max(sides)
 
 
 def test_a_folder_of_data_is_split_by_picture(tmp_path):
@@ -131,7 +149,7 @@ def test_every_config_starts_from_the_stage_before_and_trains_on_what_is_made(na
     files = [*experiment.data.files, *experiment.evaluation.data, *experiment.validation.data]
     assert {file.partition("#")[0].rpartition("/")[2] for file in files} <= names
     if experiment.init_from is not None:
-        before = experiment.init_from.removeprefix("runs/")
+        before = experiment.init_from.removeprefix("runs/").removesuffix("/merged")
         assert before in {configs.load(f"mini/{other}").name for other in CONFIGS}
     else:
         assert experiment.model is not None

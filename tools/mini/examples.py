@@ -183,6 +183,52 @@ def instruction(rng) -> Example:
     return asked([scene(drawn, paper(rng))], *chosen, task="instruction")
 
 
+_ORDER = ("first", "second", "third")
+_LONG_WEIGHT = 1.0  # of each token of an answer of whole sentences
+
+
+def _told(rng) -> tuple[list[drawing.Shape], dict[str, str]]:
+    """Return two or three shapes from left to right, and what can be said of them in a sentence each."""
+    drawn = sorted(shapes(rng, int(rng.integers(2, 4))), key=lambda one: one.box[0])
+    highest = min(drawn, key=lambda one: (one.box[1], one.box[0]))
+    largest = max(drawn, key=lambda one: ((one.box[2] - one.box[0]) * (one.box[3] - one.box[1]), -one.box[0]))
+    places = [f"the {number} is a {one.name}" for number, one in zip(_ORDER, drawn, strict=False)]
+    others = listed([one.name for one in drawn if one is not highest]).replace("a ", "the ", 1).replace(" a ", " the ")
+    return drawn, {
+        "count": f"there are {len(drawn)} shapes in the picture.",
+        "places": f"from left to right, {', '.join(places)}.",
+        "highest": f"the {highest.name} is the highest: it is above {others}.",
+        "largest": f"the {largest.name} is the largest.",
+    }
+
+
+def description(rng) -> Example:
+    """Return a picture told in whole sentences, as in ShareGPT4V."""
+    drawn, told = _told(rng)
+    turn = "describe the picture in detail.", " ".join(told.values())
+    return asked([scene(drawn, paper(rng))], turn, weight=_LONG_WEIGHT, task="descriptions")
+
+
+def dialogue(rng) -> Example:
+    """Return a conversation of three turns about one picture, each answer whole sentences, as in LLaVA's."""
+    drawn, told = _told(rng)
+    shown = f"from left to right there is {listed([one.name for one in drawn])}."
+    one = drawn[int(rng.integers(len(drawn)))]
+    name = one.name if rng.random() < 0.5 else f"{one.colour} {SHAPES[(SHAPES.index(one.kind) + 1) % 3]}"
+    there = any(other.name == name for other in drawn)
+    turns = [
+        ("what do you see?", f"{told['count']} {told['places']}"),
+        ("which of the shapes is the highest?", told["highest"]),
+        ("which of the shapes is the largest?", f"{told['largest']} {shown}"),
+        (
+            f"is there a {name}, and what else?",
+            f"{'yes' if there else 'no'}, there is {'a' if there else 'no'} {name}. {shown}",
+        ),
+    ]
+    chosen = [turns[i] for i in rng.permutation(len(turns))[:3]]
+    return asked([scene(drawn, paper(rng))], *chosen, weight=_LONG_WEIGHT, task="dialogue")
+
+
 def lines(rng) -> Example:
     """Return a wide strip with two words: too small to be read where a picture is made square."""
     words = [WORDS[int(rng.integers(len(WORDS)))], str(int(rng.integers(10, 100)))]

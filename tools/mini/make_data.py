@@ -3,9 +3,10 @@
     python -m tools.mini.make_data mini_data
     python -m tools.mini.make_data mini_data --data FOLDER --share 0.05
 
-For each kind of example `train_KIND.arrayrecord` and `test_KIND.arrayrecord`, which share no picture and no film, nor
-question without one. Questions of easy-VQA, white cells of BCCD and web pages come from the shards that the repository
-has; with ``--data`` drawings of openclipart and sentences of NLVR are taken from that folder too.
+For each kind of example `train_KIND.arrayrecord`, `validation_KIND.arrayrecord`, by which settings are chosen, and
+`test_KIND.arrayrecord`, which is asked at the end; they share no picture and no film, nor question without one.
+Questions of easy-VQA, white cells of BCCD and web pages come from the shards that the repository has; with ``--data``
+drawings of openclipart and sentences of NLVR are taken from that folder too, in two parts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from tools.mini.examples import Example, Maker, asked
 EASY_VQA = configs.FOLDER / "mimo_vl" / "easy_vqa_data"
 WHITE_CELLS = configs.FOLDER / "finetune" / "white_cells_data"
 PAGES = configs.FOLDER / "mini" / "data"
-# kind -> (what makes one, how many to train on, how many to ask)
+# kind -> (what makes one, how many to train on, how many of each part that is held out)
 DRAWN: dict[str, tuple[Maker, int, int]] = {
     "captions": (examples.caption, 4000, 100),
     "interleaved": (examples.page, 1500, 100),
@@ -54,7 +55,11 @@ DRAWN: dict[str, tuple[Maker, int, int]] = {
     "long_text": (examples.long_text, 2000, 100),
     "long_video": (examples.long_video, 2000, 100),
     "long_reasoning": (examples.long_reasoning, 2000, 100),
+    "dialogue": (examples.dialogue, 3000, 50),
+    "descriptions": (examples.description, 3000, 100),
 }
+HELD_OUT = ("test", "validation")
+_MOST_TESTED = 100  # pictures of easy-VQA's official test part that a kind is tested with
 _TRIES = 200  # for one that is like none before
 
 
@@ -74,7 +79,7 @@ def identity(example: Example) -> set[str]:
 
 
 def drawn(seed: int, kind: str, split: str, count: int, taken: set[str]) -> Iterator[Example]:
-    """Yield examples with nothing in common with ``taken``, to which those of a test split are added."""
+    """Yield examples with nothing in common with ``taken``, to which those that are held out are added."""
     maker = DRAWN[kind][0]
     number = 0
     for _ in range(count):
@@ -82,10 +87,8 @@ def drawn(seed: int, kind: str, split: str, count: int, taken: set[str]) -> Iter
             example = maker(generator(seed, kind, split, number))
             number += 1
             marks = identity(example)
-            if split == "train" and not marks & taken:
-                break
-            if split == "test" and not marks & taken:
-                taken |= marks
+            if not marks & taken:
+                taken |= marks if split in HELD_OUT else set()
                 break
         else:
             raise UserError(f"{_TRIES} examples of {kind} in a row were like others: ask for fewer than {count}")
@@ -109,43 +112,61 @@ def _asked(share: float, count: int) -> int:
 
 
 def questions(share: float) -> dict[str, Iterable[Example]]:
-    """Return easy-VQA's questions: those of training as the demo asks them, of each test picture its first four."""
+    """Return easy-VQA's questions: those of training as the demo asks them, of each picture held out its first four."""
     train = shard(EASY_VQA / f"questions{SHARD_SUFFIX}", _step(share))
-    test = shard(EASY_VQA / f"test{SHARD_SUFFIX}", most=_asked(share, 40))
-    return {
-        "train_qa": [one for one in train if "objects" not in one],
-        "test_qa": [{**one, "messages": _without_box(one["messages"])[:8], "objects": None} for one in test],
-    }
+    found: dict[str, Iterable[Example]] = {"train_qa": [one for one in train if "objects" not in one]}
+    for split, pictures in _pictures(_asked(share, 40)).items():
+        asked_of = [_without_box(one["messages"])[:8] for one in pictures]
+        rows = zip(pictures, asked_of, strict=True)
+        found[f"{split}_qa"] = [{**one, "messages": messages, "objects": None} for one, messages in rows]
+    return found
+
+
+def _pictures(count: int) -> dict[str, list[Example]]:
+    """Return, of easy-VQA's official test pictures, the first ``count`` to test with and others to choose by."""
+    every = list(shard(EASY_VQA / f"test{SHARD_SUFFIX}", most=_MOST_TESTED + count))
+    return {"test": every[:count], "validation": every[_MOST_TESTED:]}
 
 
 def _without_box(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     pairs = [pair for pair in zip(messages[::2], messages[1::2], strict=True) if "<bbox>" not in pair[1]["content"]]
-    flat = [dict(message) for pair in pairs for message in pair]
-    flat[0]["content"] = "<image>" + flat[0]["content"].removeprefix("<image>")
-    for message in flat[1:]:
-        message["content"] = message["content"].removeprefix("<image>")
-    return flat
+    return _with_image_first([dict(message) for pair in pairs for message in pair])
+
+
+def _with_image_first(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with the picture before the first of them."""
+    plain = [{**message, "content": message["content"].removeprefix("<image>")} for message in messages]
+    return [{**plain[0], "content": "<image>" + plain[0]["content"]}, *plain[1:]]
 
 
 def places(share: float) -> dict[str, Iterable[Example]]:
     """Return easy-VQA's places and the white cells of BCCD, for grounding."""
-    held_out = []
-    for one in shard(EASY_VQA / f"test{SHARD_SUFFIX}", most=_asked(share, 100)):
-        pairs = zip(one["messages"][::2], one["messages"][1::2], strict=True)
-        question, reply = next(pair for pair in pairs if "<bbox>" in pair[1]["content"])
-        question = {**question, "content": "<image>" + question["content"].removeprefix("<image>")}
-        held_out.append({**one, "messages": [question, reply]})
-    return {
-        "train_where": shard(EASY_VQA / f"where{SHARD_SUFFIX}", _step(share)),
-        "test_where": held_out,
-        "train_cells": shard(WHITE_CELLS / f"train{SHARD_SUFFIX}", _step(share)),
-        "test_cells": shard(WHITE_CELLS / f"test{SHARD_SUFFIX}", _step(share)),
-    }
+    found: dict[str, Iterable[Example]] = {"train_where": shard(EASY_VQA / f"where{SHARD_SUFFIX}", _step(share))}
+    for split, pictures in _pictures(_asked(share, 100)).items():
+        rows = []
+        for one in pictures:
+            pairs = zip(one["messages"][::2], one["messages"][1::2], strict=True)
+            pair = next(pair for pair in pairs if "<bbox>" in pair[1]["content"])
+            rows.append({**one, "messages": _with_image_first(list(pair))})
+        found[f"{split}_where"] = rows
+    return found | _in_three("cells", WHITE_CELLS, "", share, 40)
 
 
 def web_pages(share: float) -> dict[str, Iterable[Example]]:
     """Return the shards of web pages, made by `tools.mini.make_pages`."""
-    return {f"{split}_gui": shard(PAGES / f"{split}_gui{SHARD_SUFFIX}", _step(share)) for split in ("train", "test")}
+    return _in_three("gui", PAGES, "_gui", share, 100)
+
+
+def _in_three(kind: str, folder: Path, suffix: str, share: float, validation: int) -> dict[str, Iterable[Example]]:
+    """Return two shards in three parts: the first examples of that of training are held out to choose settings by."""
+    rows = list(shard(folder / f"train{suffix}{SHARD_SUFFIX}", _step(share)))
+    held_out = rows[: _asked(share, validation)]
+    marks = set().union(*map(identity, held_out))
+    return {
+        f"train_{kind}": [one for one in rows[len(held_out) :] if not identity(one) & marks],
+        f"validation_{kind}": held_out,
+        f"test_{kind}": shard(folder / f"test{suffix}{SHARD_SUFFIX}", _step(share)),
+    }
 
 
 def of_folder(folder: Path, share: float) -> dict[str, Iterable[Example]]:
@@ -182,17 +203,26 @@ def _small(path: Path) -> bytes:
     return file.getvalue()
 
 
-def make(target: Path, *, seed: int = 0, share: float = 1.0, data: Path | None = None) -> dict[str, int]:
-    """Write all shards. Returns file -> number of examples."""
+def make(
+    target: Path,
+    *,
+    seed: int = 0,
+    share: float = 1.0,
+    data: Path | None = None,
+    on_written: Callable[[str, int], None] = lambda name, count: None,
+) -> dict[str, int]:
+    """Write all shards. Returns file -> number of examples, which ``on_written`` is told as each is written."""
     target.mkdir(parents=True, exist_ok=True)
     written: dict[str, int] = {}
 
     def write(name: str, content: Iterable[Example]) -> None:
         written[name] = write_shard(target / f"{name}{SHARD_SUFFIX}", content)
+        on_written(name, written[name])
 
     taken: set[str] = set()
-    for kind, (_, _, test) in DRAWN.items():
-        write(f"test_{kind}", drawn(seed, kind, "test", _asked(share, test), taken))
+    for split in HELD_OUT:
+        for kind, (_, _, held_out) in DRAWN.items():
+            write(f"{split}_{kind}", drawn(seed, kind, split, _asked(share, held_out), taken))
     for kind, (_, train, _) in DRAWN.items():
         write(f"train_{kind}", drawn(seed, kind, "train", max(round(share * train), 40), taken))
     others = questions(share) | places(share) | web_pages(share) | (of_folder(data, share) if data else {})
@@ -209,8 +239,11 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the examples of each kind; 0.05 for a rehearsal")
     parser.add_argument("--data", type=Path, help="folder with openclipart and nlvr_dev")
     options = parser.parse_args()
-    for name, count in make(options.target, seed=options.seed, share=options.share, data=options.data).items():
-        print(f"{name}: {count:,}")
+
+    def tell(name: str, count: int) -> None:
+        print(f"{name}: {count:,}", flush=True)
+
+    make(options.target, seed=options.seed, share=options.share, data=options.data, on_written=tell)
 
 
 if __name__ == "__main__":

@@ -189,6 +189,21 @@ MM1_5 = (
 )
 IDEFICS2 = (
     Ablation(
+        "pretraining",
+        "Stage 2 of pre-training: all parameters, LoRA, DoRA",
+        "mini/idefics2_stage2",
+        ("config=mini/idefics2_stage2,mini/idefics2_stage2_lora,mini/idefics2_stage2_dora",),
+        (
+            Finding(
+                "LoRA is no worse than training all, which diverged in the paper (section 3.2).",
+                "eval_loss",
+                1,
+                "equal",
+            ),
+            Finding("Nor is DoRA.", "eval_loss", 2, "equal"),
+        ),
+    ),
+    Ablation(
         "adapters",
         "All parameters, LoRA, DoRA",
         "mini/idefics2_sft",
@@ -235,6 +250,28 @@ IDEFICS2 = (
         ("processor.image.split=False,True",),
         (Finding("Splitting makes reading better (TextVQA 70.4 to 73.0).", "score/lines", 1, "better"),),
         fields=(*_without("", "qa", "grounding", "counting", "instruction"), *_asking("ocr", "lines", "math")),
+    ),
+    Ablation(
+        "chatty",
+        "Instruction tuning alone, and the chatty stage after it",
+        "mini/idefics2_sft",
+        ("config=mini/idefics2_sft,mini/idefics2_chatty",),
+        (
+            Finding(
+                "People prefer the model after it: here, more answers of dialogues are right.",
+                "score/dialogue",
+                1,
+                "better",
+            ),
+            Finding(
+                "Benchmarks, which want short answers, do not: questions are answered worse.", "score/qa", 1, "worse"
+            ),
+        ),
+        fields=(
+            *_asking("qa", "ocr", "counting", "math", "dialogue", "descriptions"),
+            "--evaluation.max_new_tokens",
+            "96",
+        ),
     ),
 )
 PAPERS = {"mm1_5": ("MM1.5 in miniature", MM1_5), "idefics2": ("Idefics2 in miniature", IDEFICS2)}
