@@ -53,7 +53,7 @@ def test_mimo_goes_from_its_first_stage_to_rewards_and_one_report(folder):
     tasks = {line.split(" | ")[0].removeprefix("| ") for line in printed.splitlines() if line.startswith("| ")}
     assert {"grounding", "counting", "ocr", "gui", "video", "reasoning", "long_documents"} <= tasks
     rewards = {key for line in logged(folder, "mimo_mini_rl") for key in line if key.startswith("eval_reward/")}
-    assert {f"eval_reward/{task}" for task in ("grounding", "counting", "ocr", "gui", "text", "reasoning")} <= rewards
+    assert {f"eval_reward/{task}" for task in ("grounding", "counting", "ocr", "gui", "reasoning")} <= rewards
     assert (folder / "runs" / "mimo_mini.html").stat().st_size > 50_000
 
 
