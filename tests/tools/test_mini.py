@@ -110,33 +110,24 @@ def test_no_picture_film_or_question_of_a_test_is_trained_on_or_chosen_by(made):
     assert not validation & test
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_what_a_dialogue_says_of_a_picture_is_so(seed):
-    example = examples.description(np.random.default_rng(seed))
-    ((reply,), image) = answers(example), pixels(example["images"][0])
-    parts = ndimage.find_objects(ndimage.label(of_ground(image))[0])
-    assert reply.startswith(f"there are {len(parts)} shapes in the picture. from left to right, the first is a ")
-    names = re.findall(r"is a (\w+ \w+)[,.]", reply)
-    parts.sort(key=lambda part: part[1].start)
-    tops = [part[0].start for part in parts]
-    sides = [(part[0].stop - part[0].start) * (part[1].stop - part[1].start) for part in parts]
-    highest, largest = (re.search(rf"the (\w+ \w+) is the {word}", reply)[1] for word in ("highest", "largest"))
-    assert tops[names.index(highest)] <= min(tops) + 1  # edges are soft
-    assert sides[names.index(largest)] >= 0.85 * max(sides)
-
-
-def test_a_folder_of_data_is_split_by_picture(tmp_path):
-    folder = tmp_path / "openclipart" / "images"
-    folder.mkdir(parents=True)
-    rows = []
-    for number in range(20):
-        pixels = np.random.default_rng(number).integers(0, 256, (90, 120, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-        rows.append(f'{{"image": "images/{number}.png", "title": "Drawing {number}"}}')
-    (folder.parent / "data.jsonl").write_text("\n".join(rows) + "\n")
-    found = make_data.of_folder(tmp_path, 1.0)
-    assert {name: len(own) for name, own in found.items()} == {"train_openclipart": 18, "test_openclipart": 2}
-    assert found["test_openclipart"][1]["text"] == "<image>drawing 10."
+def test_what_is_described_is_so():
+    checked = 0
+    for seed in range(40):
+        example = examples.description(np.random.default_rng(seed))
+        ((reply,), image) = answers(example), pixels(example["images"][0])
+        parts = ndimage.find_objects(ndimage.label(of_ground(image))[0])
+        assert reply.startswith(f"there are {len(parts)} shapes in the picture. from left to right, the first is a ")
+        parts.sort(key=lambda part: part[1].start)
+        tops, lefts = ([part[axis].start for part in parts] for axis in (0, 1))
+        areas = [(part[0].stop - part[0].start) * (part[1].stop - part[1].start) for part in parts]
+        if min(np.diff(lefts)) <= 3 or min(np.diff(sorted(tops))) <= 3 or sorted(areas)[-2] > 0.8 * max(areas):
+            continue  # edges are soft, and corners of triangles hardly seen
+        names = re.findall(r"is a (\w+ \w+)[,.]", reply)
+        highest, largest = (re.search(rf"the (\w+ \w+) is the {word}", reply)[1] for word in ("highest", "largest"))
+        assert names.index(highest) == np.argmin(tops)
+        assert names.index(largest) == np.argmax(areas)
+        checked += 1
+    assert checked >= 10
 
 
 CONFIGS = [path.stem for path in sorted((configs.FOLDER / "mini").glob("*.py"))]
