@@ -4,6 +4,8 @@ CONFIG ?= configs/mimo_vl/easy_vqa.py
 SEEDS ?= 42
 QUESTIONS ?= 5000
 VENV := .venv
+# transformers would say at every start that PyTorch is not there, which nothing here needs
+export TRANSFORMERS_NO_ADVISORY_WARNINGS := 1
 LIBTPU := libtpu==0.0.42.1
 # what `pip install libtpu` brings today, which jax does not ask for; the slow tier asks it for what can be counted by hand
 LIBTPU_NEWEST := libtpu==0.0.52
