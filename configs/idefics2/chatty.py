@@ -1,4 +1,4 @@
-"""Idefics2-8B's last stage, after which it is "chatty": dialogues and descriptions, with the adapters of idefics2/sft_dora.
+"""Idefics2-8B's last stage, after which it is "chatty": dialogues and descriptions, adapters as in idefics2/sft_dora.
 
     jvlm train idefics2/chatty --init_from IDEFICS2_8B --data.train llava_conv.jsonl sharegpt4v.jsonl
 

@@ -16,7 +16,7 @@ KINDS = ("dialogue", "descriptions")
 
 
 def get_config() -> Experiment:
-    """Take twice the batch and the length of mini/idefics2_sft; the same questions with short answers, and those of the stage."""
+    """Take twice the batch and the length of mini/idefics2_sft; ask what it is asked, and what this stage adds."""
     mini, sft = configs.module("mixtures/mini"), configs.load("mini/idefics2_sft")
     mixture = Mixture({kind: Source(mini.train(kind)) for kind in KINDS})
     evaluation = mini.evaluation(*configs.module("mini/idefics2_sft").TASKS, *KINDS)
