@@ -122,7 +122,13 @@ IDEFICS2_MODEL = VLMConfig(
     family="idefics2",
     encoder=ViTConfig(depth=2, hidden_size=96, num_heads=4, intermediate_size=256, patch_size=8, grid=GRID),
     connector=PerceiverConfig(
-        projection_size=256, latents=LATENTS, depth=1, num_heads=4, num_kv_heads=2, head_dim=32, min_image_patches=16
+        projection_size=DECODER.intermediate_size,  # Hugging Face's config.json has one width for both
+        latents=LATENTS,
+        depth=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        min_image_patches=16,
     ),
     decoder=dataclasses.replace(DECODER, num_layers=3, mrope_section=None, qkv_bias=False),
     image_token_id=special(4),
