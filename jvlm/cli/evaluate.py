@@ -170,9 +170,12 @@ def _rescore(options: Evaluate, known) -> int:
 
     output = Path(options.output)
     there = sorted(path.parent.name for path in output.glob(f"*/{SETTINGS}"))
-    names = options.tasks or tuple(name for name in there if name in known)
-    if not names:
+    if not there:
         raise UserError(f"{output} holds no answers to score; ask a model first, with --model")
+    names, unknown = options.tasks or tuple(there), [name for name in there if name not in known]
+    if unknown and not options.tasks:
+        fix = "give their file with --include, or name those to score with --tasks"
+        raise UserError(f"{output} holds answers to {', '.join(unknown)}, which are no tasks here; {fix}")
     with verifier():
         records = [
             score_task(task, output / task.name, judge=judge_of(options)) for task in registry.choose(names, known)

@@ -16,14 +16,13 @@ import jvlm
 from jvlm.data.box_formats import FormatName
 from jvlm.data.boxes import CoordinateSpace
 from jvlm.data.errors import ExampleError, Rejected, grouped
-from jvlm.data.example_source import ExampleSource
 from jvlm.errors import UserError, file_errors
 from jvlm.evaluation import summaries
 from jvlm.evaluation.clients import FAILED, Client, Prompt, Reply
 from jvlm.evaluation.files import Rows
 from jvlm.evaluation.metrics import METRICS, Answered, verifier
 from jvlm.evaluation.prompting import prompt, prompt_hash, shown
-from jvlm.evaluation.store import SCORE, SCORES, AnswerStore, Stored, write_json, write_lines
+from jvlm.evaluation.store import LIMIT, SCORE, SCORES, AnswerStore, Stored, write_json, write_lines
 from jvlm.evaluation.summaries import NO_JUDGMENT, Scored
 from jvlm.evaluation.task import BOXED_TOKENS, Item, Style, Task
 from jvlm.evaluation.thumbnails import Thumbnails
@@ -92,7 +91,7 @@ def evaluate(
             seconds = ask(client, task, own, data, output / task.name, settings)
             if training:
                 look_for(task, own, training, output / task.name, settings.limit)
-            records.append(score_task(task, output / task.name, judge=judge, seconds=seconds, limit=settings.limit))
+            records.append(score_task(task, output / task.name, judge=judge, seconds=seconds))
     return records
 
 
@@ -113,6 +112,8 @@ def check(
         if task.shots and task.demonstrations:
             Rows(task.demonstrations, data, task.name)
     if training:
+        from jvlm.data.example_source import ExampleSource
+
         ExampleSource(list(training))
     with file_errors(output, "written"):
         output.mkdir(parents=True, exist_ok=True)
@@ -168,13 +169,13 @@ def ask(client: Client, task: Task, rows: Rows, data: Path, folder: Path, settin
         "box_form": client.box_form,
         "box_space": client.box_space,
     }
-    with store.writing(described):
+    chosen = list(items(task, rows, None if settings.limit is None else settings.limit + 1, rejected))
+    if not chosen:
+        raise UserError(f"task {task.name}: no question can be read of {', '.join(rows.paths)}\n{grouped(rejected)}")
+    is_part = settings.limit is not None and len(chosen) > settings.limit
+    chosen = chosen[: settings.limit]
+    with store.writing(described, limit=settings.limit if is_part else None):
         done = store.read()
-        chosen = list(items(task, rows, settings.limit, rejected))
-        if not chosen:
-            raise UserError(
-                f"task {task.name}: no question can be read of {', '.join(rows.paths)}\n{grouped(rejected)}"
-            )
         shots = _Demonstrations(task, rows, data)
         waiting: dict[str, tuple[Item, int, str, str]] = {}
         thumbnails = Thumbnails(folder)
@@ -328,7 +329,6 @@ def score_task(
     *,
     judge: Judge | None = None,
     seconds: float | None = None,
-    limit: int | None = None,
 ) -> dict[str, Any]:
     """Score the answers of a folder, and write and return the task's record.
 
@@ -336,9 +336,11 @@ def score_task(
       UserError: no answers there, or answers of another task.
     """
     store = AnswerStore(folder)
-    settings, replies = store.settings(), list(store.read().values())
-    if settings.get("task") != task.name or not replies:
+    replies = list(store.read().values())
+    settings = store.settings() if replies else {}
+    if settings.get("task") != task.name:
         raise UserError(f"{folder} holds no answers to {task.name}; ask a model first, with --model")
+    limit = settings.pop(LIMIT, None)
     scored = scores_of(task, replies, settings["box_form"], settings["box_space"], judge)
     write_lines(folder / SCORES, map(dataclasses.asdict, scored))
     whole = summaries.interval(scored, task.summary)
@@ -357,6 +359,7 @@ def score_task(
         "questions": len({one.id for one in scored}),
         "runs": task.runs,
         "limit": limit,
+        "error": next((one.error for one in replies if one.error), None),
         "categories": summaries.by_category(scored),
         "prompt_hash": _hash(sorted(f"{one.item.id}:{one.prompt_hash}" for one in replies)),
         "judge": judge.describe(task) if judged and judge else _fallback(task),
@@ -438,6 +441,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
             )
         if unjudged := [f"{count} {name}" for name, count in one["reasons"].items() if name in NO_JUDGMENT]:
             lines.append(f"{'':<26} the judge gave no score to {' and '.join(unjudged)}: left out of the mean")
+        if one["failed"]:
+            lines.append(f"{'':<26} failed, to be asked again by the same command; the first: {one['error']}")
         if isinstance(one["judge"], str):
             lines.append(f"{'':<26} judge: {one['judge']}")
     return "\n".join(lines)

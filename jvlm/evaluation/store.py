@@ -24,6 +24,7 @@ from jvlm.inference.file_lock import locked
 from jvlm.json_files import read_object
 
 SETTINGS, ANSWERS, SCORES, SCORE = "settings.json", "answers.jsonl", "scores.jsonl", "score.json"
+LIMIT = "limit"  # of the settings what may change from run to run: how many questions are asked, of a part of a task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,11 @@ class AnswerStore:
         self._file: Any = None
 
     @contextlib.contextmanager
-    def writing(self, settings: Mapping[str, Any]) -> Iterator[AnswerStore]:
+    def writing(self, settings: Mapping[str, Any], *, limit: int | None = None) -> Iterator[AnswerStore]:
         """Hold the answers for writing; a last line that a crash cut is cut off.
+
+        Args:
+          limit: questions that are asked; None where it is all of the task.
 
         Raises:
           UserError: answers that were made with other settings are there, or another run writes them.
@@ -82,7 +86,7 @@ class AnswerStore:
         path = self.folder / ANSWERS
         with locked(path):
             self.check(settings)
-            write_json(self.folder / SETTINGS, json.loads(json.dumps(settings)))
+            write_json(self.folder / SETTINGS, {**settings, LIMIT: limit})
             if path.exists():
                 whole = path.read_bytes()
                 end = whole.rfind(b"\n") + 1
@@ -102,6 +106,7 @@ class AnswerStore:
         if not target.exists():
             return
         there, values = read_object(target), json.loads(json.dumps(settings))
+        there.pop(LIMIT, None)
         if partly:
             there = {name: there.get(name) for name in values}
         changes = list(config_tree.differences(there, values))

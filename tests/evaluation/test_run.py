@@ -113,6 +113,34 @@ def test_a_larger_limit_adds_to_the_questions_of_a_smaller_one(data, tmp_path):
     assert (len(first.asked), len(second.asked), record["questions"]) == (2, 3, 5)
 
 
+def test_a_part_of_a_task_is_said_to_be_one_also_when_it_is_scored_again(data, tmp_path, capsys):
+    said = []
+    for limit in (5, 6):
+        (record,) = evaluate(Scripted(_right), THREE[:1], data, tmp_path, Settings(limit=limit))
+        assert cli.main(["evaluate", "--rescore", "--output", str(tmp_path)]) == 0
+        said.append(("a random part of the task (--limit 5)" in capsys.readouterr().out, record["limit"]))
+    assert said == [(True, 5), (False, None)], "six are all of its questions"
+
+
+def test_failures_are_told_with_the_first_reason_and_what_to_do(data, tmp_path, capsys):
+    evaluate(Scripted(lambda text: None if "number 2?" in text else _right(text)), THREE[:1], data, tmp_path)
+    assert cli.main(["evaluate", "--rescore", "--output", str(tmp_path)]) == 0
+    assert "failed, to be asked again by the same command; the first: 503 from the server" in capsys.readouterr().out
+
+
+def test_answers_that_cannot_be_scored_again_are_named(data, tmp_path):
+    evaluate(Scripted(_right), THREE[:1], data, tmp_path)
+    with pytest.raises(UserError, match=r"holds no answers to mmmu_val; ask a model first"):
+        cli_rescore(tmp_path, "--tasks", "mmmu_val")
+    (tmp_path / "docvqa_val").rename(tmp_path / "receipts")
+    with pytest.raises(UserError, match=r"holds answers to receipts, which are no tasks here; give their file with"):
+        cli_rescore(tmp_path)
+
+
+def cli_rescore(folder: Path, *more: str) -> None:
+    evaluate_command.run(["--rescore", "--output", str(folder), *more])
+
+
 def test_boxed_answers_and_demonstrations(data, tmp_path):
     client = Scripted(lambda text: f"It is \\boxed{{{_right(text)}}}, I think.")
     settings = Settings(style="boxed", shots=2, runs=3)
