@@ -8,7 +8,7 @@ sentence or a page, and answers are drawn, so that they end after one token or a
 one process, by one engine whose programs are compiled and whose caches are emptied before; the last line is the ratio
 of the medians, and the command fails where it is below --least, or so far above 1 that something else was measured. The
 rows of evaluation hold all that it does: reading files, encoding, asking, writing each answer, the running score; and
-scoring at the end apart.
+scoring at the end apart. The processor time of both is told too, which other jobs of the machine change less.
 """
 
 from __future__ import annotations
@@ -95,12 +95,13 @@ def main() -> int:
                 scheduler.forget()
             return engine.stats().generation_tokens
 
-        def evaluate(label: str, limit: int | None = None) -> tuple[float, float]:
-            before = empty()
+        def evaluate(label: str, limit: int | None = None) -> tuple[float, float, float]:
+            before, worked = empty(), time.process_time()
             seconds = ask(client, TASK, rows, folder / "data", folder / label, Settings(limit=limit))
+            worked = time.process_time() - worked
             tokens, began = engine.stats().generation_tokens - before, time.perf_counter()
             score_task(TASK, folder / label, seconds=seconds)
-            return tokens / seconds, tokens / (seconds + time.perf_counter() - began)
+            return tokens / seconds, tokens / (seconds + time.perf_counter() - began), worked / tokens
 
         # every shape of prompt, so that no program is compiled in a round
         warm = min(len(rows), WARM)
@@ -113,25 +114,29 @@ def main() -> int:
         lengths = [example.length for example in examples]
         print(f"{len(examples)} questions, prompts of {min(lengths)} to {max(lengths)} tokens")
 
-        def alone(label: str, count: int | None = None) -> float:
-            before, began = empty(), time.perf_counter()
+        def alone(label: str, count: int | None = None) -> tuple[float, float]:
+            before, began, worked = empty(), time.perf_counter(), time.process_time()
             for number, example in enumerate(examples[:count]):
                 engine.submit(Request(f"{label}-{number}", example, sampling.params(number)))
             while engine.has_work:
                 engine.step()
-            return (engine.stats().generation_tokens - before) / (time.perf_counter() - began)
+            tokens = engine.stats().generation_tokens - before
+            return tokens / (time.perf_counter() - began), (time.process_time() - worked) / tokens
 
         alone("warm", warm)
         print("| tokens/s | engine alone | asking | ratio | asking and scoring | ratio |")
         print("| --- | ---: | ---: | ---: | ---: | ---: |")
-        found = []
+        found, work = [], []
         for turn in range(arguments.rounds):
-            own, (asking, whole) = alone(str(turn)), evaluate(f"round {turn}")
+            (own, own_work), (asking, whole, asking_work) = alone(str(turn)), evaluate(f"round {turn}")
             found.append((own, asking, asking / own, whole, whole / own))
+            work.append((1e6 * own_work, 1e6 * asking_work, own_work / asking_work))
             print(_row(f"round {turn + 1}", found[-1]), flush=True)
         medians = [statistics.median(column) for column in zip(*found, strict=True)]
         print(_row("median", medians))
         ratio = medians[1] / medians[0]
+        own, asking, share = (statistics.median(column) for column in zip(*work, strict=True))
+        print(f"processor time of a token: {own:.0f} us alone, {asking:.0f} us asking ({share:.2f})")
         took = time.perf_counter() - began
         print(f"{len(examples)} questions: jvlm evaluate at {ratio:.2f} of the engine's own tokens/s, in {took:.0f} s")
     if ratio > MOST:
