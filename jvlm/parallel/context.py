@@ -49,9 +49,9 @@ def attention(
             **options,
         )
     length = q.shape[1]
-    reach = _reach(window, max_segment_length) if is_self_attention else None
-    if reach is not None and reach <= length:
-        behind, ahead = reach, 0 if causal else reach
+    bound = reach(window, max_segment_length) if is_self_attention else None
+    if bound is not None and bound <= length:
+        behind, ahead = bound, 0 if causal else bound
         k, v, kv_segments = (_with_neighbours(x, axes, behind, ahead) for x in (k, v, kv_segments))
         offset = behind
     else:
@@ -61,7 +61,7 @@ def attention(
     return segment_attention(q, k, v, q_segments, kv_segments, causal=causal, window=window, **offsets, **options)
 
 
-def _reach(window: int | None, max_segment_length: int | None) -> int | None:
+def reach(window: int | None, max_segment_length: int | None) -> int | None:
     """Return how many positions away a key can be, in whole vector registers; None where there is no bound."""
     bounds = [bound - 1 for bound in (window, max_segment_length) if bound is not None]
     return -(-min(bounds) // 8) * 8 if bounds else None

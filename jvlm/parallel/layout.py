@@ -25,18 +25,19 @@ class MeshLayout:
     """A mesh and the rules that map logical axes to its axes. Hashable.
 
     Attributes:
-      max_replicated_mib: as in `ParallelConfig`.
+      max_replicated_mib, ring_attention: as in `ParallelConfig`.
     """
 
     mesh: Mesh
     rules: rules.Rules
     max_replicated_mib: float = ParallelConfig.max_replicated_mib
+    ring_attention: bool = ParallelConfig.ring_attention
 
     @classmethod
     def of(cls, config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> MeshLayout:
         """Return the layout of a configuration over devices (None: all)."""
         table = rules.table(config.rules, config.override)
-        return cls(make_mesh(config, devices), table, config.max_replicated_mib)
+        return cls(make_mesh(config, devices), table, config.max_replicated_mib, config.ring_attention)
 
     def num_shards(self, axes: Sequence[str]) -> int:
         """Return the number of shards that mesh axes split a dimension into."""

@@ -33,6 +33,8 @@ class ParallelConfig:
       fsdp_slices: how many of ``fsdp`` cross the slow network between slices.
       rules: name of the table from logical axes to mesh axes (jvlm.parallel.rules).
       override: rules that replace some of the table, as "heads=" or "embed=fsdp+context".
+      ring_attention: with ``context``, keys and values travel from device to device, a shard at a time and no further
+        than segments reach, while those that are there are attended to; otherwise each device gathers all of them.
       max_replicated_mib: on a mesh that splits parameters, a parameter of more MiB that stays replicated is an error.
     """
 
@@ -45,6 +47,7 @@ class ParallelConfig:
     fsdp_slices: int = 1
     rules: str = "standard"
     override: tuple[str, ...] = ()
+    ring_attention: bool = False
     max_replicated_mib: float = 4.0
 
     def __post_init__(self):

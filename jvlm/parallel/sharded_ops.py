@@ -27,6 +27,7 @@ from jvlm.errors import UserError
 from jvlm.models.device_ops import SequenceAxis, take_along_sequence
 from jvlm.parallel import context
 from jvlm.parallel.layout import MeshLayout
+from jvlm.parallel.ring_attention import Ring, reach, ring_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,21 @@ class ShardedOps:
         q, q_segments = _padded(q, shards), _padded(q_segments, shards)
         k, v, kv_segments = (_padded(x, shards) for x in (k, v, kv_segments))
         k, v = (self._repeat_kv_heads(x, q.shape[2]) for x in (k, v))
-        local = functools.partial(context.attention, axes=sequence, is_self_attention=is_self_attention, **options)
         qkv, ids = P(batch, sequence, heads), P(batch, sequence)
+        length = q.shape[1] // shards
+        bound = context.reach(options.get("window"), options.get("max_segment_length")) if is_self_attention else None
+        if layout.ring_attention and sequence and is_self_attention and (bound is None or bound > length):
+            options.pop("max_segment_length", None)
+            causal, window = options.pop("causal", False), options.pop("window", None)
+            limit = shards - 1 if bound is None else min(shards - 1, -(-bound // length))
+            ring = Ring(sequence, causal, window, limit, tuple(sorted(options.items())))
+
+            def around(q, k, v, segments):
+                reached = jnp.minimum(reach(segments, sequence, batch), limit)
+                return ring_attention(ring, q, k, v, segments, reached)
+
+            return self._shard_map(around, (qkv, qkv, qkv, ids), qkv)(q, k, v, q_segments)[:, :S]
+        local = functools.partial(context.attention, axes=sequence, is_self_attention=is_self_attention, **options)
         return self._shard_map(local, (qkv, qkv, qkv, ids, ids), qkv)(q, k, v, q_segments, kv_segments)[:, :S]
 
     def _repeat_kv_heads(self, x, num_heads: int):

@@ -3,7 +3,7 @@
 The import name is ``jvlm_kernels`` because the PyPI package ``kernels`` is probed for by transformers.
 """
 
-from jvlm_kernels.attention.api import RESIDUAL_NAMES, implementations, segment_attention
+from jvlm_kernels.attention.api import RESIDUAL_NAMES, implementations, segment_attention, segment_attention_gradients
 from jvlm_kernels.attention.reference import reference_attention
 from jvlm_kernels.cross_entropy.api import (
     CrossEntropy,
@@ -44,5 +44,6 @@ __all__ = [
     "read_pages",
     "reference_attention",
     "segment_attention",
+    "segment_attention_gradients",
     "write_pages",
 ]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jvlm_kernels
 import numpy as np
 import pytest
-from jvlm_kernels import Unavailable, implementations, platforms, segment_attention
+from jvlm_kernels import Unavailable, implementations, platforms, segment_attention, segment_attention_gradients
 from jvlm_kernels.attention import api, block_pairs, tuning, xla
 
 from tests.support import ROOT, run_python
@@ -138,6 +138,13 @@ CASES = {
 }
 
 
+PARTED = {
+    "dense, causal": (inputs(24), {"causal": True}),
+    "blocked, causal window": (inputs(62), {"causal": True, "window": 40}),
+    "blocked, window": (inputs(62), {"window": 40}),
+}
+
+
 def weights_of(args):
     """What the gradient tests multiply the outputs with."""
     return np.random.default_rng(1).standard_normal(args[0].shape).astype(np.float32)
@@ -234,6 +241,35 @@ def test_queries_that_see_nothing_give_zeros_and_neither_take_nor_give_a_gradien
     assert not dq[blind].any()
     assert not dk[unseen].any()
     assert not dv[unseen].any()
+
+
+@every_implementation
+@pytest.mark.parametrize("case", PARTED)
+def test_gradients_of_two_parts_of_the_keys_are_those_of_all(case, implementation):
+    (q, k, v, q_segments, kv_segments), options = PARTED[case]
+    pallas = implementation.startswith("pallas")
+    blocks = {"block_sizes": small_blocks((q, k))} if case.startswith("blocked") else {}
+    d_out = jnp.asarray(weights_of((q,)))
+
+    def whole(q, k, v):
+        out = segment_attention(q, k, v, q_segments, kv_segments, **options, return_logsumexp=True)
+        return (out[0] * d_out).sum(), out
+
+    whole = jax.jit(jax.grad(whole, (0, 1, 2), has_aux=True), compiler_options=_QUICK)
+    expected, (out, logsumexp) = whole(q, k, v)
+
+    @functools.partial(jax.jit, compiler_options=_QUICK)
+    def of_part(k, v, kv_segments, q_offset):
+        chosen = {**options, **blocks, "q_offset": q_offset, "implementation": implementation, "interpret": pallas}
+        return segment_attention_gradients(q, k, v, q_segments, kv_segments, out, logsumexp, d_out, **chosen)
+
+    # parts of one length, so that one program is for both
+    half = k.shape[1] // 2
+    found = [of_part(k[:, a:b], v[:, a:b], kv_segments[:, a:b], -a) for a, b in ((0, half), (half, 2 * half))]
+    np.testing.assert_allclose(found[0][0] + found[1][0], expected[0], atol=1e-5)
+    for number in (1, 2):
+        joined = jnp.concatenate([found[0][number], found[1][number]], axis=1)
+        np.testing.assert_allclose(joined, expected[number], atol=1e-5)
 
 
 @every_implementation

@@ -46,6 +46,7 @@ MESHES = {
     "context": {"context": 8},
     "expert": {"expert": 4},
     "data context": {"data": 2, "context": 4},
+    "data context, ring": {"data": 2, "context": 4, "ring_attention": True},
     "data fsdp tensor": {"data": 2, "fsdp": 2, "tensor": 2},
     "fsdp context tensor": {"fsdp": 2, "context": 2, "tensor": 2},
     "expert context tensor": {"expert": 2, "context": 2, "tensor": 2},

@@ -113,17 +113,63 @@ def segment_attention(
       ValueError: shapes that do not fit together, or an unknown implementation.
       Unavailable: the requested implementation, or every one, cannot run this call; the message says why for each.
     """
-    _check_shapes(q, k, v, q_segments, kv_segments, causal, window, q_offset)
     if max_segment_length is not None and max_segment_length < 1:
         raise ValueError(f"max_segment_length must be positive, got {max_segment_length}")
     if max_segment_length is not None and (q.shape[1] != k.shape[1] or q_offset is not None):
         raise ValueError("max_segment_length needs queries and keys of the same sequence, without q_offset")
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     spec = AttentionSpec(causal, window, scale, max_segment_length, q_offset is not None, interpret, block_sizes)
-    names = _OPERATION.runnable(implementation, interpret, spec, q, k, v)
-    offsets = jnp.broadcast_to(jnp.asarray(0 if q_offset is None else q_offset, jnp.int32), q.shape[:1])
-    out, logsumexp = _attend(spec, names, q, k, v, q_segments, kv_segments, offsets)
+    names, arrays = _checked(spec, implementation, q, k, v, q_segments, kv_segments, q_offset)
+    out, logsumexp = _attend(spec, names, *arrays)
     return (out, logsumexp) if return_logsumexp else out
+
+
+def segment_attention_gradients(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    q_segments: Int[Array, "B S"],
+    kv_segments: Int[Array, "B T"],
+    out: Float[Array, "B S H D"],
+    logsumexp: Float[Array, "B S H"],
+    d_out: Float[Array, "B S H D"],
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    q_offset: int | Int[Array, ""] | Int[Array, " B"] | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+    block_sizes: BlockSizes | None = None,
+) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+    """Return what these keys and values add to the gradients, where queries attend to others too.
+
+    With ``out`` and ``logsumexp`` of attention to all keys, in whatever parts it was computed, the gradients by the
+    queries are the sum over the parts, and those by keys and values are each part's own. For ring attention.
+
+    Args:
+      out, logsumexp: of attention to all keys.
+      d_out: gradient by ``out``.
+      The others are those of `segment_attention`, for these keys.
+
+    Returns:
+      The gradients by q, k and v, in their dtypes.
+
+    Raises:
+      ValueError, Unavailable: as `segment_attention`.
+    """
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    spec = AttentionSpec(causal, window, scale, None, q_offset is not None, interpret, block_sizes)
+    names, arrays = _checked(spec, implementation, q, k, v, q_segments, kv_segments, q_offset)
+    return _OPERATION.run(spec, names, "backward", *arrays, out, logsumexp, d_out, jnp.zeros_like(logsumexp))
+
+
+def _checked(spec: AttentionSpec, implementation, q, k, v, q_segments, kv_segments, q_offset):
+    """Return (names of the implementations to compile, their arrays)."""
+    _check_shapes(q, k, v, q_segments, kv_segments, spec.causal, spec.window, q_offset)
+    names = _OPERATION.runnable(implementation, spec.interpret, spec, q, k, v)
+    offsets = jnp.broadcast_to(jnp.asarray(0 if q_offset is None else q_offset, jnp.int32), q.shape[:1])
+    return names, (q, k, v, q_segments, kv_segments, offsets)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

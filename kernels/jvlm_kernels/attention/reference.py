@@ -19,9 +19,16 @@ def forward(spec, q, k, v, q_segments, kv_segments, offsets):
 
 
 def backward(spec, q, k, v, q_segments, kv_segments, offsets, out, logsumexp, d_out, d_logsumexp):
-    """Return (dq, dk, dv), by differentiating the forward pass."""
-    _, pull = jax.vjp(lambda q, k, v: forward(spec, q, k, v, q_segments, kv_segments, offsets), q, k, v)
-    return pull((d_out, d_logsumexp))
+    """Return (dq, dk, dv), by differentiating the forward pass; ``out`` may be of more keys than these."""
+
+    def of_these_keys(q, k, v):
+        return forward(spec, q, k, v, q_segments, kv_segments, offsets)
+
+    (own, own_logsumexp), pull = jax.vjp(of_these_keys, q, k, v)
+    total = jnp.where(jnp.isfinite(logsumexp), logsumexp, 0.0)
+    share = jnp.where(jnp.isfinite(own_logsumexp), jnp.exp(own_logsumexp - total), 0.0)
+    by_share = ((own - out).astype(jnp.float32) * d_out).sum(-1) + d_logsumexp
+    return pull(((share[..., None] * d_out).astype(own.dtype), share * by_share))
 
 
 def reference_attention(q, k, v, q_segments, kv_segments, *, causal=False, window=None, scale=None, q_offset=0):
