@@ -17,6 +17,8 @@ import pytest
 import jvlm
 from jvlm.cli import deploy, serve
 from jvlm.errors import UserError
+from jvlm.inference import warm_up
+from jvlm.inference.engine import Engine
 from jvlm.inference.requests import EngineStats
 from jvlm.server.arguments import ServerArguments, engine_config, settings_of
 from jvlm.server.progress import progress_line
@@ -82,6 +84,20 @@ def test_a_cpu_has_programs_of_more_sizes_up_to_those_of_the_options():
     sizes = engine_config(arguments, on_cpu=True)
     assert (sizes.prefill_tokens, sizes.decode_slots) == ((64, 128, 256, 512, 600), (1, 8, 12))
     assert engine_config(arguments, on_cpu=False).prefill_tokens == (256, 600)
+
+
+@pytest.mark.parametrize("length", [1024, 4096, 32768])
+def test_a_cpu_compiles_at_most_forty_large_programs_whatever_the_context(tiny, monkeypatch, length):
+    engine, found = (
+        Engine(tiny.model, tiny.processor, engine_config(ServerArguments(max_model_len=length), on_cpu=True)),
+        [],
+    )
+    monkeypatch.setattr(
+        warm_up, "warm_up", lambda state, report: found.extend(name for name, *_ in warm_up._large(state))
+    )
+    engine.warm_up()
+    assert len(found) == len(set(found)) <= 40
+    assert {name.split()[0] for name in found} == {"encode", "prefill", "decode"}
 
 
 def test_deploy_takes_the_names_that_ms_swift_gives_vllm(started, capsys):
