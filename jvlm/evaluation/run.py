@@ -359,7 +359,7 @@ def score_task(
         "questions": len({one.id for one in scored}),
         "runs": task.runs,
         "limit": limit,
-        "error": next((one.error for one in replies if one.error), None),
+        "error": next((f"question {one.item.id}: {one.error}" for one in replies if one.error), None),
         "categories": summaries.by_category(scored),
         "prompt_hash": _hash(sorted(f"{one.item.id}:{one.prompt_hash}" for one in replies)),
         "judge": judge.describe(task) if judged and judge else _fallback(task),

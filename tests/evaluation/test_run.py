@@ -125,7 +125,8 @@ def test_a_part_of_a_task_is_said_to_be_one_also_when_it_is_scored_again(data, t
 def test_failures_are_told_with_the_first_reason_and_what_to_do(data, tmp_path, capsys):
     evaluate(Scripted(lambda text: None if "number 2?" in text else _right(text)), THREE[:1], data, tmp_path)
     assert cli.main(["evaluate", "--rescore", "--output", str(tmp_path)]) == 0
-    assert "failed, to be asked again by the same command; the first: 503 from the server" in capsys.readouterr().out
+    said = "failed, to be asked again by the same command; the first: question 2: 503 from the server"
+    assert said in capsys.readouterr().out
 
 
 def test_answers_that_cannot_be_scored_again_are_named(data, tmp_path):
