@@ -53,7 +53,7 @@ def last_boxed(text: str) -> str | None:
 
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit)\s*\{([^{}]*)\}")
 _MARKS = re.compile(r"\*\*|__|`|\$")
-_OUTER = " \t\n\r.,;:!?\"'\u201c\u201d\u2018\u2019«»()[]{}*_`"
+_OUTER = " \t\n\r.,;:!?\"'\u201c\u201d\u2018\u2019«»()[]{}*_`\u3001\u3002\u300c\u300d\u3010\u3011"
 
 
 def normalise(text: str) -> str:

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from jvlm.scoring.answers import answer, normalise
 from jvlm.scoring.score import Score
 
-_LEAD = re.compile(r".*\b(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*(.+)", re.DOTALL | re.IGNORECASE)
+_LEAD = re.compile(
+    r".*(?:\b(?:answer|option|choice)\b(?:\s+is)?|\u7b54\u6848[\u662f\u4e3a]?)\s*[:\uff1a]?\s*(.+)",
+    re.DOTALL | re.IGNORECASE,
+)
 # "A cat sits here" and "I see" begin with a word, not with a letter of an option
 _WORD = re.compile(r"(?<!\w)[AI](?=\s+(?!(?:and|or|because|since)\b)[a-z])")
 # words that say which letter is the answer, where others stand beside it, but not as one of a list
@@ -18,6 +21,17 @@ _CONCLUDES = re.compile(
     r"(?-i:([A-Z]))(?![\w'\u2019])"
     r"(?![\s*_)\].,]*(?:\bor\b|\band\b|\bnor\b|[/&])\W*(?-i:[A-HJ-Z])(?!\w))"
     r"(?!\)?,\s*\(?(?-i:[A-HJ-Z])(?!\w))",
+    re.IGNORECASE,
+)
+# the same in Chinese, whose letters stand between characters without spaces
+_HAN = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_BEGINS, _ENDS = rf"(?<![^\W{_HAN}])", rf"(?![^\W{_HAN}])"
+_CONCLUDES_IN_CHINESE = re.compile(
+    rf"\u7b54\u6848\s*(?:\u5e94\u8be5|\u5e94)?[\u662f\u4e3a\u9009]?\s*[:\uff1a]?[\s*_(\uff08\[\"']*([A-Z]){_ENDS}"
+    r"(?![\s*_)\uff09\]]*[\u3001,\uff0c/&\u6216\u548c\u4e0e]\s*[(\uff08]?[A-Z](?![A-Za-z]))"
+)
+_DENIED = re.compile(
+    r"(?:\bnot|n['\u2019]t(?:\s+be)?|\u4e0d\u662f|\u4e0d\u9009)[\s*_(\[\"']*(?:(?:option|choice)[\s*_(\[\"']*)?$",
     re.IGNORECASE,
 )
 _NEGATED = re.compile(r"\b(?:not|no|nor|neither|never|none|except|cannot)\b|n['\u2019]t\b", re.IGNORECASE)
@@ -33,8 +47,8 @@ def choice(
       gold: a letter, or several for questions with several right options ("AC"), which then must all be given.
       options: their texts, of A, B, ...; without texts only letters are understood, up to J.
       prose: whether sentences are understood too, as those who evaluate models do and rewards must not: of several
-        letters the one that "the answer is", or that the last line is; without letters the only option whose text a
-        short answer holds, unless it denies something.
+        letters the one that "the answer is", or that is all of the last or first line; a single one unless it is
+        denied ("not B"); without letters the only option whose text a short answer holds, unless it denies something.
     """
     content = answer(text, thinking_opened=thinking_opened)
     if isinstance(content, Score):
@@ -42,6 +56,8 @@ def choice(
     letters = string.ascii_uppercase[: len(options) or 10]
     outside = _outside(content, options)
     given = _letters(outside, letters)
+    if prose and len(given) == 1 and _denies(outside, *given):
+        return Score(0.0, "unparsed", sorted(given))
     named = _option(content, options)
     several = len(gold) > 1
     if given and named is not None and letters[named] not in given:
@@ -61,7 +77,7 @@ def _outside(content: str, options: Sequence[str]) -> str:
     """Return an answer without the texts of options and the hours of clocks: a letter in them ("8:45 A.M.") is none."""
     texts = sorted((one.strip() for one in options if len(normalise(one)) > 1), key=len, reverse=True)
     for one in (*map(re.escape, texts), r"[AP]\.\s?M\.?"):
-        content = re.sub(rf"(?<!\w){one}(?!\w)", " ", content, flags=re.IGNORECASE)
+        content = re.sub(rf"{_BEGINS}{one}{_ENDS}", " ", content, flags=re.IGNORECASE)
     return content
 
 
@@ -72,17 +88,25 @@ def _letters(content: str, letters: str) -> set[str]:
         return {bare.upper()} & set(letters)
     content = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", content)
     words = {match.start() for match in _WORD.finditer(content) if not _BEFORE.search(content[: match.start()])}
-    alone = re.finditer(r"(?<![\w'\u2019])[A-Z](?![\w'\u2019])", content)
+    alone = re.finditer(rf"{_BEGINS}(?<!['\u2019])[A-Z](?!['\u2019]){_ENDS}", content)
     return {match[0] for match in alone if match.start() not in words and match[0] in letters}
 
 
+def _denies(content: str, letter: str) -> bool:
+    """Return whether a letter stands behind "not" wherever it stands alone."""
+    alone = [match.start() for match in re.finditer(rf"{_BEGINS}{letter}{_ENDS}", content)]
+    return bool(alone) and all(_DENIED.search(content[:start]) for start in alone)
+
+
 def _concluded(content: str, letters: str) -> set[str]:
-    """Return the one letter that the answer is said to be, else the one that the last line is; else none."""
-    said = {letter for letter in _CONCLUDES.findall(content) if letter in letters}
+    """Return the letter that the answer is said to be, else the one that is all of the last or the first line."""
+    found = (*_CONCLUDES.findall(content), *_CONCLUDES_IN_CHINESE.findall(content))
+    said = {letter for letter in found if letter in letters}
     if said:
         return said if len(said) == 1 else set()
-    bare = normalise(content.rpartition("\n")[2])
-    return {bare.upper()} & set(letters) if len(bare) == 1 and "\n" in content else set()
+    lines = content.strip().split("\n") if "\n" in content else []
+    bare = (normalise(line).upper() for line in (*lines[-1:], *lines[:1]))
+    return next(({letter} for letter in bare if len(letter) == 1 and letter in letters), set())
 
 
 def _held(content: str, options: Sequence[str]) -> int | None:

@@ -79,6 +79,18 @@ def test_letters_of_words_are_no_options(text, gold, value):
         ("The answer is A, B or both", None),
         ("It is not the red one", None),
         ("red or green", None),
+        ("A\n\nExplanation: B is too light, and D has another shade.", "A"),
+        ("B. dark blue\n\nOption A is red, option C green.", "B"),
+        ("A\n\nNo, wait: C is too dark. The answer is D.", "D"),
+        ("Not A", None),
+        ("It isn't option (B).", None),
+        ("It is not A. It is A, but for the colour", "A"),
+        ("\u7b54\u6848\u662fA", "A"),
+        ("\u7b54\u6848\uff1aC\u3002", "C"),
+        ("\u6b63\u786e\u7b54\u6848\u662f B\uff0c\u4e0d\u662fA\u3002", "B"),
+        ("\u9009\u9879A\u548cC\u90fd\u4e0d\u5bf9\uff0c\u7b54\u6848\u4e3a\uff08D\uff09", "D"),
+        ("\u7b54\u6848\u662fA\u6216B", None),
+        ("\u4e0d\u662fA", None),
         ("I looked at the whole picture for a long time, and what I make of it in the end is that it is red", None),
     ],
 )
@@ -89,6 +101,13 @@ def test_sentences_conclude_with_one_option_or_with_none(text, letter):
         assert (score.value, score.reason) == (
             (0, "unparsed") if letter is None else (1, "ok") if gold == letter else (0, "wrong")
         )
+
+
+def test_an_option_in_chinese_that_ends_with_a_letter_is_no_letter():
+    options = ["\u7ef4\u751f\u7d20C", "\u7ef4\u751f\u7d20A", "\u7ef4\u751f\u7d20K"]
+    for gold, value in zip("ABC", (0, 1, 0), strict=True):
+        for text in ("\u7ef4\u751f\u7d20A", "\u7b54\u6848\u662f\u7ef4\u751f\u7d20A\u3002", "B. \u7ef4\u751f\u7d20A"):
+            assert (text, _score("choice", text, gold, options=options).value) == (text, value)
 
 
 LITERAL = "anls relaxed exact_document vqa vqa_normalised squad_f1 drop_f1 ocrbench".split()
