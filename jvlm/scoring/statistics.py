@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import optimize, stats
+from scipy import optimize
 
 from jvlm.errors import UserError
+
+_NORMAL = NormalDist()  # scipy.stats takes a second to import
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ def _by_group(scores: np.ndarray, groups: Sequence | None) -> tuple[np.ndarray, 
 
 def wilson(right: int, total: int, *, confidence: float = 0.95) -> Interval:
     """Return a share with Wilson's score interval."""
-    z = stats.norm.ppf((1 + confidence) / 2)
+    z = _NORMAL.inv_cdf((1 + confidence) / 2)
     share = right / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
@@ -111,7 +114,7 @@ def compare(
         exceptions, most = wilson(0, n, confidence=confidence).high, max(abs(change.mean()), 1.0)
         low, high = max(change.mean() - exceptions, -most), min(change.mean() + exceptions, most)
         deviation = math.sqrt(exceptions) * change.size / n
-    detectable = (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * deviation * math.sqrt(n) / change.size
+    detectable = (_NORMAL.inv_cdf(0.975) + _NORMAL.inv_cdf(0.8)) * deviation * math.sqrt(n) / change.size
     p_value = (extreme.sum() + 1) / (extreme.size + 1)
     interval = Interval(float(change.mean()), float(low), float(high))
     return Comparison(interval, float(p_value), float(detectable), int((change != 0).sum()))
