@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Shaped, UInt32
 
 NEWEST = 2
 _BLOCK = 1 << 16  # elements that `Running` takes at a time: what it works on stays in a core's cache
@@ -78,7 +79,7 @@ def _sums(arrays: dict[str, jax.Array], version: int) -> dict[str, jax.Array]:
     return {path: mixed_sum(x) if version > 1 else _sum_of_products(x) for path, x in arrays.items()}
 
 
-def mixed_sum(x: jax.Array) -> jax.Array:
+def mixed_sum(x: Shaped[Array, "*L"]) -> UInt32[Array, ""]:
     """Return the sum of the elements' bits, each mixed with its place (`fmix32`), modulo 2**32.
 
     It is a uint32, the same on every device. A change of any one element changes it; other changes leave it with a
