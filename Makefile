@@ -118,11 +118,7 @@ mm15-mini: mini_data/made.json  ## MM1.5 in miniature: three stages, and each of
 
 idefics2-mini: mini_data/made.json  ## Idefics2 in miniature, in the same form
 	for stage in $(IDEFICS2_MINI); do $(VENV)/bin/jvlm train mini/idefics2_$$stage $(MINI_STEPS) $(ARGS) || exit 1; done
-	for adapter in lora dora; do \
-		run=runs/idefics2_mini_stage1_$$adapter; \
-		$(VENV)/bin/jvlm train mini/idefics2_stage1_$$adapter $(MINI_STEPS) $(ARGS) && \
-		$(VENV)/bin/jvlm merge-lora --adapters $$run/hf --output_dir $$run/merged --exist_ok true || exit 1; \
-	done
+	for adapter in lora dora; do $(VENV)/bin/jvlm train mini/idefics2_stage1_$$adapter $(MINI_STEPS) $(ARGS) || exit 1; done
 	$(VENV)/bin/jvlm report $(IDEFICS2_MINI:%=runs/idefics2_mini_%) --output runs/idefics2_mini_stages.html
 	$(RUN) tools.mini.papers idefics2 $(if $(ONLY),--only $(ONLY)) $(MINI_SEEDS) $(MINI_STEPS) $(ARGS)
 

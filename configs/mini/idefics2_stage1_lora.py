@@ -1,6 +1,6 @@
 """As mini/idefics2_stage1, with LoRA on both towers, and the connector trained whole, as in idefics2/stage1_lora.
 
-The adapter is merged into its base before stage 2 (`jvlm merge-lora`, in `make idefics2-mini`).
+Stage 2 starts from the exported model, in which the adapter is merged into its base.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from jvlm.training.config import Experiment, ExportConfig
 
 
 def get_config() -> Experiment:
-    """Write the adapter as a PEFT folder too, for merging."""
+    """Export the model, which merges the adapter."""
     mini, full = configs.module("mixtures/mini"), configs.load("mini/idefics2_stage1")
     return dataclasses.replace(
         full,

@@ -12,7 +12,7 @@ def get_config() -> Experiment:
     return dataclasses.replace(
         full,
         name="idefics2_mini_stage2_lora",
-        init_from="runs/idefics2_mini_stage1_lora/merged",
+        init_from="runs/idefics2_mini_stage1_lora/hf",
         adapter=first.adapter,
         optimizer=first.optimizer,
     )

@@ -83,10 +83,7 @@ def test_a_paper_goes_from_its_first_stage_to_the_page_of_an_ablation(folder, pa
 def test_idefics2_is_pretrained_with_adapters_on_the_merged_ones_of_the_stage_before(folder, adapter):
     if not (folder / "runs" / "idefics2_mini_start").exists():
         jvlm(folder, "train", "mini/idefics2_start", "--steps", "2")
-    first = f"runs/idefics2_mini_stage1_{adapter}"
     jvlm(folder, "train", f"mini/idefics2_stage1_{adapter}", "--steps", "2")
-    merged = jvlm(folder, "merge-lora", "--adapters", f"{first}/hf", "--output_dir", f"{first}/merged")
-    assert "tensors changed" in merged
     jvlm(folder, "train", f"mini/idefics2_stage2_{adapter}", "--steps", "2")
     assert logged(folder, f"idefics2_mini_stage2_{adapter}")[-1]["eval_loss"] > 0
 

@@ -140,7 +140,7 @@ def test_every_config_starts_from_the_stage_before_and_trains_on_what_is_made(na
     files = [*experiment.data.files, *experiment.evaluation.data, *experiment.validation.data]
     assert {file.partition("#")[0].rpartition("/")[2] for file in files} <= names
     if experiment.init_from is not None:
-        before = experiment.init_from.removeprefix("runs/").removesuffix("/merged")
+        before = experiment.init_from.removeprefix("runs/").removesuffix("/hf")
         assert before in {configs.load(f"mini/{other}").name for other in CONFIGS}
     else:
         assert experiment.model is not None
