@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from tyro.conf import Positional
 
@@ -18,7 +17,8 @@ class DataConvert(Shards):
 
     Attributes:
       files: data files of any kind that is read, globs of them, folders of datasets, or datasets on the Hub.
-      output: folder to write; it must not hold shards. The same command goes on with an interrupted conversion.
+      output: folder to write, on this machine or in a bucket (gs://, s3://); it must not hold shards. The same command
+        goes on with an interrupted conversion.
       format: format of the examples; "auto" decides for each file or glob, on its first 100 examples.
       columns: FROM=TO gives a column another name, FROM=_ hides it.
       caption_prompt: a user's text before captions; without one they are documents.
@@ -32,7 +32,7 @@ class DataConvert(Shards):
     """
 
     files: Positional[tuple[str, ...]] = ()
-    output: Path
+    output: str
     format: str = "auto"
     columns: tuple[str, ...] = ()
     caption_prompt: str | None = None

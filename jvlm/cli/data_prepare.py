@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
@@ -33,7 +32,7 @@ class Shards:
       ray_address: of a Ray cluster; without it that of RAY_ADDRESS, or Ray on this machine alone.
     """
 
-    output: Path
+    output: str
     examples_per_shard: int = 10_000
     on_bad_example: Literal["error", "skip"] = "error"
     engine: Literal["process", "ray"] = "process"
@@ -101,7 +100,7 @@ class Prepared(Shards):
     """
 
     files: Positional[tuple[str, ...]] = ()
-    output: Path
+    output: str
     format: str = "auto"
     columns: tuple[str, ...] = ()
     media_root: str | None = None

@@ -24,6 +24,7 @@ from jvlm.data.formats.example_format import FormatOptions
 from jvlm.data.readers import shard_set
 from jvlm.data.readers.array_record import SHARD_SUFFIX, write_records
 from jvlm.data.readers.registry import open_file
+from jvlm.data.sent_shards import SentShards
 from jvlm.data.video.reader import shared_reader
 from jvlm.data.video.stored_frames import FrameOptions, with_frames
 from jvlm.errors import UserError
@@ -32,6 +33,7 @@ from jvlm.progress import Progress
 _UNFINISHED = ".unfinished"
 _LOCK = "lock"
 _COUNTS = ".json"
+_SENT = "sent"  # bytes in the store; 0 while they are being sent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +143,7 @@ def write_shards(
     """Write the examples of a source as shards, as `convert` does.
 
     Args:
+      output: a folder on this machine, or one of an object store, to which each shard is sent when it is whole.
       identity: the same for the same examples, and for no others: what an interrupted call may go on with.
       verb: for the progress bar.
       engine: what writes the shards, into a folder that is there under the same name wherever that is done.
@@ -150,16 +153,23 @@ def write_shards(
     """
     if examples_per_shard < 1:
         raise UserError(f"examples_per_shard is {examples_per_shard}; it must be at least 1")
+    sent = None
     if stores.is_remote(output):
-        raise UserError(f"{output}: shards are written to this machine's disk. Give a folder on it, and copy that")
-    output = Path(output)
-    with _unfinished(output) as folder, Progress(total=len(source), desc=verb, unit="example") as bar:
-        work = _Work(source, folder, identity, examples_per_shard, media_root, on_bad_example == "skip", frames, bar)
+        if not isinstance(engine, InProcess):
+            raise UserError(f"{output}: one process writes to a store. Leave --engine out, or give a shared folder")
+        sent = SentShards(str(output))
+    place = Path(output) if sent is None else sent.place
+    with _unfinished(place) as folder, Progress(total=len(source), desc=verb, unit="example") as bar:
+        skip = on_bad_example == "skip"
+        work = _Work(source, folder, identity, examples_per_shard, media_root, skip, frames, bar, sent)
+        if sent is not None:
+            sent.check(work.begun())
         for name in folder.iterdir():  # of other files or settings, or begun by a process that was killed
             if name.name != _LOCK and name.name not in work.names | {f"{n}{_COUNTS}" for n in work.names}:
                 name.unlink()
         parts = []
         for part in _written(work, engine):
+            work.send(len(parts))
             parts.append(part)
             for example in part.rejected if on_rejected is not None else ():
                 on_rejected(example)
@@ -167,10 +177,13 @@ def write_shards(
         rejected = [example for part in parts for example in part.rejected]
         if len(source) and not sum(part.written for part in parts):
             shutil.rmtree(folder)
+            if sent is not None:
+                sent.remove(work.names)
             raise UserError(f"none of the {len(source)} examples can be used:\n{grouped(rejected)}")
-        for name in sorted(work.names):
-            (folder / name).replace(output / name)
-        shutil.rmtree(folder)
+        if sent is None:
+            for name in sorted(work.names):
+                (folder / name).replace(place / name)
+        shutil.rmtree(folder if sent is None else place)
     return Conversion(
         read=len(source),
         written=sum(part.written for part in parts),
@@ -218,8 +231,9 @@ class _Work:
         skip: bool,
         frames: FrameOptions | None,
         bar: Progress | None,
+        sent: SentShards | None = None,
     ):
-        self.frames, self.folder, self.bar = frames, folder, bar
+        self.frames, self.folder, self.bar, self.sent = frames, folder, bar, sent
         self.source, self.size, self.media_root, self.skip = source, examples_per_shard, media_root, skip
         self.count = -(-len(source) // examples_per_shard)
         settings = repr((identity, examples_per_shard, media_root, skip, frames))
@@ -257,6 +271,8 @@ class _Work:
         counts = Path(f"{path}{_COUNTS}")
         try:
             found = json.loads(counts.read_text())
+            if self.sent is not None and found["set"] == self.set and self.sent.has(path.name, found.get(_SENT)):
+                return _Part(found["written"], found["untagged"], [Rejected(**e) for e in found["rejected"]], kept=True)
             reader = open_file(str(path))
         except (OSError, ValueError, UserError):  # not finished: written again
             return None
@@ -266,6 +282,31 @@ class _Work:
             return None
         rejected = [Rejected(**example) for example in found["rejected"]]
         return _Part(found["written"], found["untagged"], rejected, kept=True)
+
+    def begun(self) -> set[str]:
+        """Return the names of shards of the same examples that an interrupted conversion has begun to send."""
+        found = {name: Path(f"{self.folder / name}{_COUNTS}") for name in self.names}
+        return {name for name, counts in found.items() if self._is_begun(counts)}
+
+    def _is_begun(self, counts: Path) -> bool:
+        try:
+            found = json.loads(counts.read_text())
+        except (OSError, ValueError):  # not written, or not to its end
+            return False
+        return found["set"] == self.set and _SENT in found
+
+    def send(self, number: int) -> None:
+        """Send a shard that is whole on to its store, if it belongs there, and remove it here."""
+        path = self.folder / self._name(number)
+        if self.sent is None or not path.is_file():
+            return
+        file = Path(f"{path}{_COUNTS}")
+        counts = json.loads(file.read_text())
+        size = path.stat().st_size
+        file.write_text(json.dumps({**counts, _SENT: 0}))  # begun
+        self.sent.send(path)
+        file.write_text(json.dumps({**counts, _SENT: size}))
+        path.unlink()
 
     def _records(self, examples: range, number: int, part: _Part) -> Iterator[bytes]:
         """Yield the records of a shard; the last one has its mark, which is alone where no example can be used."""

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from jvlm.data import remote_media, stores
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.pixels import ORIENTATION, array_to_rgb, image_to_rgb
 from jvlm.data.values import without_nulls
-from jvlm.errors import file_errors
+from jvlm.errors import UserError, file_errors
 
 _REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _HEADER_FIRST = ("JPEG", "MPO", "WEBP")  # whose size and rotation are read before any pixel
@@ -133,7 +134,7 @@ def _decoding(source: Any, origin: Origin, field: str) -> Iterator[None]:
     """Make whatever is raised inside an ExampleError about the image."""
     try:
         yield
-    except ExampleError:
+    except UserError:  # ExampleErrors; and of a store or a disk that ends the run
         raise
     except Exception as error:  # Pillow lets through whatever a damaged file makes its decoders raise
         shown = f" ({str(source)[:200]})" if isinstance(source, str | Path) else ""
@@ -220,13 +221,15 @@ def _is_image(content: bytes) -> bool:
 def find_file(path: str, roots: tuple[str, ...], origin: Origin, field: str) -> Path:
     """Return the media file: absolute, or relative to one of ``roots``. Raises ExampleError naming the paths tried."""
     if _REMOTE.match(path):
-        raise ExampleError(
-            origin, field, f"{path[:200]} is a URL", "jvlm reads no network at run time: download it first"
-        )
+        fix = "jvlm reads no network at run time: download it first"
+        if stores.is_known(path):
+            fix = "Name it relative to the data file, or to data.media_root, which may be a folder of the bucket"
+        raise ExampleError(origin, field, f"{path[:200]} is a URL", fix)
     file = _existing(path, roots)
     if file is not None:
         return file
-    tried = list(dict.fromkeys(str(candidate)[:200] for candidate in _candidates(path, roots)))
+    candidates = _candidates(path, roots)
+    tried = list(dict.fromkeys(str(stores.remote_of(place) or place)[:200] for place in candidates))
     raise ExampleError(
         origin, field, f"file not found; tried {', '.join(tried)}", "Correct the path or set data.media_root"
     )
@@ -239,7 +242,7 @@ def check_within(source: Any, folders: tuple[str, ...], *, origin: Origin, field
     if file is None:
         return
     real = file.resolve()
-    if not any(real.is_relative_to(Path(folder).resolve()) for folder in folders):
+    if not any(real.is_relative_to(remote_media.root_of(folder).resolve()) for folder in folders):
         allowed = ", ".join(folders)
         raise ExampleError(
             origin,
@@ -250,7 +253,7 @@ def check_within(source: Any, folders: tuple[str, ...], *, origin: Origin, field
 
 
 def _existing(path: str, roots: tuple[str, ...]) -> Path | None:
-    return next((candidate for candidate in _candidates(path, roots) if _is_file(candidate)), None)
+    return next((file for file in _candidates(path, roots) if remote_media.fetched(file) or _is_file(file)), None)
 
 
 def _candidates(path: str, roots: tuple[str, ...]) -> Iterator[Path]:
@@ -271,7 +274,7 @@ def _candidates(path: str, roots: tuple[str, ...]) -> Iterator[Path]:
         if name.is_absolute():
             yield name
         else:
-            yield from (Path(root, name) for root in (*roots, "."))
+            yield from (Path(remote_media.root_of(root), name) for root in (*roots, "."))
 
 
 def _is_file(path: Path) -> bool:

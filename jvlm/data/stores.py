@@ -11,7 +11,7 @@ import importlib.util
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from jvlm.errors import UserError
 from jvlm.units import GIB
 
 COPIES = Path("copies")
+OUTLINES = COPIES / "outlines"  # of files that are copied as they are read (`jvlm.data.readers.copied`)
 CONNECTIONS = 32  # at a time, of requests about many files
 # what etils reaches a store through, unless TensorFlow is installed
 _THROUGH = {"gs": ("gcsfs", "jvlm[gcs]"), "s3": ("s3fs", "s3fs")}
@@ -29,9 +30,18 @@ _THROUGH = {"gs": ("gcsfs", "jvlm[gcs]"), "s3": ("s3fs", "s3fs")}
 _OTHER_WEIGHTS = (".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
+class StoreError(UserError):
+    """An object store does not answer, or does not let this machine read."""
+
+
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path is one of an object store."""
     return "://" in str(path)
+
+
+def is_known(path: str) -> bool:
+    """Whether a path is an address of a kind of object store that jvlm reaches."""
+    return path.partition("://")[0] in _THROUGH and is_remote(path)
 
 
 def at(path: str) -> epath.Path:
@@ -47,6 +57,20 @@ def at(path: str) -> epath.Path:
     return epath.Path(path)
 
 
+@contextlib.contextmanager
+def answering(remote: str) -> Iterator[None]:
+    """Make what a store's client raises inside a `StoreError` that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each client has errors of its own
+        raise StoreError(
+            f"{remote} cannot be reached ({type(error).__name__}: {str(error)[:300]}). Check the network, and that "
+            "this machine may read the bucket; the same command goes on"
+        ) from error
+
+
 def copy(source: epath.PathLike, target: epath.PathLike) -> None:
     """Copy one file, between disk and store either way."""
     with epath.Path(source).open("rb") as reader, epath.Path(target).open("wb") as writer:
@@ -56,6 +80,20 @@ def copy(source: epath.PathLike, target: epath.PathLike) -> None:
 def place_of(remote: str | os.PathLike) -> Path:
     """Where the local copy of a remote file or folder is."""
     return COPIES / str(remote).replace("://", "/")
+
+
+def remote_of(local: str | os.PathLike) -> str | None:
+    """Return the address of the file whose copy belongs at a place on this machine; None for places of no copy.
+
+    ``..`` in it leads no further up than the bucket.
+    """
+    copies, given = os.path.join(os.path.abspath(COPIES), ""), os.path.join(os.getcwd(), local)
+    place = os.path.normpath(given)
+    if not (given.startswith(copies) and place.startswith(copies)):
+        return None
+    named, (scheme, *found) = (path.removeprefix(copies).split(os.sep) for path in (given, place))
+    is_file = len(found) > 1 and named[:2] == [scheme, found[0]]
+    return f"{scheme}://{'/'.join(found)}" if scheme in _THROUGH and is_file else None
 
 
 def read_range(file: epath.Path, start: int, end: int) -> bytes:
@@ -114,7 +152,7 @@ def fetch(files: Iterable[epath.Path], why: str = "") -> list[Path]:
         if not is_current(target, stat):
             missing.append((file, target, stat))
     if missing:
-        _check_space(missing)
+        check_space(missing)
         size = sum(stat.length for _, _, stat in missing)
         reason = f" ({why})" if why else ""
         print(
@@ -125,7 +163,8 @@ def fetch(files: Iterable[epath.Path], why: str = "") -> list[Path]:
     return targets
 
 
-def _check_space(missing: list) -> None:
+def check_space(missing: Sequence[tuple[epath.Path, Path, Any]]) -> None:
+    """Raise UserError if (file, place of its copy, its stat) of some are more than the disk has room for."""
     COPIES.mkdir(parents=True, exist_ok=True)
     size, free = sum(stat.length for *_, stat in missing), shutil.disk_usage(COPIES).free
     if size > free:

@@ -30,7 +30,6 @@ from jvlm.data.readers.registry import open_file
 from jvlm.errors import UserError
 from jvlm.units import GIB, MIB
 
-OUTLINES = stores.COPIES / "outlines"
 PARQUET_SUFFIX = ".parquet"
 _FREE = 2 * GIB  # of a disk, below which copies make room for further ones
 _OPEN = 64  # copies that a process keeps open
@@ -56,12 +55,12 @@ def outlined(files: Sequence[epath.Path]) -> dict[epath.Path, Path]:
 
 def is_outline(path: str) -> bool:
     """Whether a path is that of an outline."""
-    return Path(path).is_relative_to(OUTLINES)
+    return Path(path).is_relative_to(stores.OUTLINES)
 
 
 def _outline(file: epath.Path) -> tuple[Path, int]:
     """Return (outline, bytes of the file if it was made now)."""
-    target, stat = OUTLINES / stores.place_of(file).relative_to(stores.COPIES), file.stat()
+    target, stat = stores.OUTLINES / stores.place_of(file).relative_to(stores.COPIES), file.stat()
     if stores.is_current(target, stat):
         return target, 0
     with stores.written(target, stat) as part, open(part, "wb+") as local:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def timeline(source: Path | bytes) -> Timeline:
                     last, length = time, packet.duration or 0
                 pts.append(time)
         except av.error.FFmpegError as raised:
-            error = str(raised)
+            error = _said(raised)
         if stream.duration is not None:
             seconds = float(stream.duration * stream.time_base)
         else:
@@ -149,7 +150,7 @@ def decode(
                     is_whole = False
                     break
         except av.error.FFmpegError as raised:
-            error = str(raised)
+            error = _said(raised)
     if not kept:
         raise UserError(error or f"{len(times.times)} frames, none of which can be decoded")
     own = None
@@ -167,9 +168,12 @@ def _video(source: Path | bytes) -> Iterator[tuple]:
         try:
             # no protocol: playlists must not make FFmpeg open files and URLs
             file = stack.enter_context(io.BytesIO(source) if isinstance(source, bytes) else source.open("rb"))
+            if not file.seek(0, os.SEEK_END):
+                raise UserError("it is empty, 0 bytes")
+            file.seek(0)
             container = stack.enter_context(av.open(file, options={"protocol_whitelist": "none"}))
         except (av.error.FFmpegError, OSError) as error:
-            raise UserError(str(error)) from error
+            raise UserError(_said(error)) from error
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams:
             raise UserError("it has no video")
@@ -177,6 +181,11 @@ def _video(source: Path | bytes) -> Iterator[tuple]:
             raise UserError("its video is of a kind that the FFmpeg in PyAV does not decode")
         streams[0].codec_context.thread_count = 1  # several can wait for each other for ever
         yield container, streams[0]
+
+
+def _said(error: OSError) -> str:
+    """Return what FFmpeg or the system says, without the number of the error and the name of the file."""
+    return error.strerror or str(error)
 
 
 def _timeline(pts: list[int], length: int, base, error: str = "", header_seconds: float = 0.0) -> Timeline:
@@ -235,7 +244,7 @@ def _is_animation(source: Path | bytes) -> bool:
     try:
         head = source[:12] if isinstance(source, bytes) else _head(source)
     except OSError as error:
-        raise UserError(str(error)) from error
+        raise UserError(_said(error)) from error
     return head.startswith((b"GIF8", b"\x89PNG\r\n")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 

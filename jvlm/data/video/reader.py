@@ -105,6 +105,7 @@ class VideoReader(KillablePool):
         origin: Origin = Origin(),
         field: str = "videos",
         roots: tuple[str, ...] = (),
+        name: str = "",
     ) -> VideoFrames:
         """Return the sampled frames of a video, or of an animated GIF, WebP or PNG.
 
@@ -116,13 +117,14 @@ class VideoReader(KillablePool):
           size: what each frame is resized to at once: a function of (frames, width, height) that can be pickled and
             returns (width, height); None keeps the size.
           origin, field, roots: as of `jvlm.data.images.open_image`.
+          name: of the file whose contents are given, for errors.
 
         Raises:
           ExampleError: not found, not a video, damaged, too short, or too slow to decode.
         """
         if not isinstance(source, bytes):
             source = find_file(str(source), roots, origin, field)
-        shown = "the video" if isinstance(source, bytes) else f"the video {str(source)[:200]}"
+        shown = f"the video {(name if isinstance(source, bytes) else str(source))[:200]}".rstrip()
         try:
             return self._read(source, sampling, size)
         except UserError as error:

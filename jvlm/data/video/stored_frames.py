@@ -92,7 +92,8 @@ class _Frames:
         sampling = {"fps": self.options.fps, "max_frames": self.options.max_frames}
         sampling["min_frames"] = min(4, self.options.max_frames)
         sampling |= {name: given[name] for name in _SETTINGS if name in given}
-        read = self.reader.read(source, Sampling(**sampling), size=self.options.size, origin=self.origin, field=field)
+        where = {"origin": self.origin, "field": field, "name": _name(video)}
+        read = self.reader.read(source, Sampling(**sampling), size=self.options.size, **where)
         frames = [{"bytes": self._jpeg(Image.fromarray(frame))} for frame in read.frames]
         return {"video": frames, "fps": read.fps}
 
@@ -100,3 +101,12 @@ class _Frames:
         file = io.BytesIO()
         image.save(file, "JPEG", quality=self.options.quality)
         return file.getvalue()
+
+
+def _name(video: Any) -> str:
+    """Return the path that came with the contents of a video; empty where none did."""
+    while isinstance(video, dict):
+        if isinstance(video.get("path"), str):
+            return video["path"]
+        video = video.get("video")
+    return ""

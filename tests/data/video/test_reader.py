@@ -266,7 +266,7 @@ def test_what_is_no_video(reader, tmp_path, plain):
     for contents, problem in (
         (image.getvalue(), "still image"),
         (b"hello", "Invalid data"),
-        (b"", "Invalid data"),
+        (b"", "it is empty, 0 bytes"),
         (playlist, "Invalid data"),
         (b"GIF89a", "cannot be used"),
     ):
@@ -274,6 +274,8 @@ def test_what_is_no_video(reader, tmp_path, plain):
             reader.read(contents, origin=Origin("a.jsonl", 7))
         assert str(raised.value).startswith("a.jsonl, line 7, field 'videos': ")
         assert raised.value.__cause__ is not None
+        assert "Errno" not in str(raised.value)
+        assert "<none>" not in str(raised.value)
     with pytest.raises(ExampleError, match="not found"):
         reader.read("nothing.mp4")
     with pytest.raises(ExampleError, match="no two frames"):

@@ -15,6 +15,7 @@ from jvlm import cli
 from jvlm.data import embedding
 from jvlm.data.check import check
 from jvlm.data.config import DataConfig
+from jvlm.data.conversion import convert
 from jvlm.data.encode import Encode
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.example_source import ExampleSource
@@ -25,6 +26,7 @@ from jvlm.data.video import reader
 from jvlm.data.video.config import VideoConfig
 from jvlm.data.video.reader import VideoReader, shared_reader
 from jvlm.data.video.sampling import Sampling
+from jvlm.data.video.stored_frames import FrameOptions
 from jvlm.families.qwen2_5_vl.image_processor import QwenImageConfig
 
 WIDTH, HEIGHT = 84, 56
@@ -228,6 +230,14 @@ def test_frames_are_stored_in_the_place_of_videos_and_train_alike(tiny, folder, 
         assert np.array_equal(ours.positions, expected.positions)
         assert np.abs(ours.patches.astype(int) - expected.patches).mean() < 3
     assert isinstance(stored[0][1]["videos"][1]["video"], list)
+
+
+def test_a_video_of_which_no_frames_can_be_stored_is_named(folder, tmp_path):
+    (folder / "bad.mp4").write_bytes(b"no video")
+    for video in ("bad.mp4", {"video": "bad.mp4", "fps": 2.0}):
+        (folder / "a.jsonl").write_text(json.dumps(example(video)) + "\n")
+        with pytest.raises(ExampleError, match=r"1, field 'videos\[0\]': the video bad.mp4 cannot be used: Invalid"):
+            convert([str(folder / "a.jsonl")], tmp_path / "s", frames=FrameOptions(2.0))
 
 
 def test_a_video_keeps_to_its_tokens_however_long_it_is(tiny, folder):
