@@ -125,6 +125,17 @@ def test_frames_are_resized_at_once(tmp_path, monkeypatch, plain):
         assert numbers(reader.read(plain).frames) == [0, 16, 33, 49]
 
 
+def test_one_thread_decodes_and_ffmpegs_log_is_off(plain, monkeypatch):
+    """Threads of a decoder can wait for each other for ever, and so can its log: vllm#53973, PyAV#1962, #751."""
+    monkeypatch.setattr(av.logging, "set_level", lambda level: levels.append(level))
+    levels = []
+    decoding.begin()
+    assert levels == [None]
+    for source in (Path(plain), Path(plain).read_bytes()):
+        with decoding._video(source) as (_, stream):
+            assert stream.codec_context.thread_count == 1
+
+
 def moving(path: Path, codec: str, frames: int, options: dict[str, str], gop: int = 12) -> Path:
     """A clip of noise that moves, in which a frame made of the wrong one before shows."""
     noise = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
