@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from tyro.conf import Positional
 
@@ -48,10 +47,11 @@ def run(words: list[str]) -> int:
     options, fields = parse_with(DataView(), DataFields() if config is None else configs.load(config), words, PROGRAM)
     if options.model is None and options.config is None:
         raise UserError("jvlm data view shows tokens and patches: give --model DIR or --config")
+    from jvlm.data import stores
     from jvlm.data.view import page
     from jvlm.data.view.run_view import run_view
 
-    target = Path(options.output)
+    target = stores.on_disk(options.output, "a page is")
     page.check_target(target)
     runs = data_of_runs(options, fields)
     if not all(data.files for _, data, _, _ in runs):

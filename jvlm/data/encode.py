@@ -41,7 +41,10 @@ Read = list[tuple[Conversation | Document | preferences.Judged, Example]]
 
 
 class Known:
-    """What the first examples of a source gave when they were read, for those who look at them more than once."""
+    """What the first examples of a source gave when they were read, for those who look at them more than once.
+
+    Pixels are not kept: images are decoded when they are asked for, and frames of videos, which were, are zeros.
+    """
 
     def __init__(self):
         self._read: dict[Origin, Read] = {}
@@ -54,9 +57,9 @@ class Known:
     def keep(self, origin: Origin, read: Read) -> None:
         """Keep what an example gave, but for pixels, while there is room."""
         size = sum(_bytes(example) for _, example in read)
-        if self._bytes + size <= _KNOWN_BYTES and not any(_has_pixels(example) for _, example in read):
+        if self._bytes + size <= _KNOWN_BYTES:
             self._bytes += size
-            self._read[origin] = read
+            self._read[origin] = [(parsed, _without_pixels(example)) for parsed, example in read]
 
 
 class Encode(grain.transforms.RandomMap):
@@ -298,11 +301,17 @@ def _bytes(example: Example) -> int:
     return _TOKEN_BYTES * example.length + sum(len(source) for source in sources if isinstance(source, bytes))
 
 
-def _has_pixels(example: Example) -> bool:
+def _without_pixels(example: Example) -> Example:
     patches = example.patches
-    if not isinstance(patches, UnreadPatches):
-        return len(patches) > 0
-    return not all(isinstance(piece, UnreadImage) for piece in patches.pieces)
+    if isinstance(patches, UnreadPatches):
+        pieces = tuple(piece if isinstance(piece, UnreadImage) else _zeros(piece) for piece in patches.pieces)
+        return dataclasses.replace(example, patches=dataclasses.replace(patches, pieces=pieces))
+    return dataclasses.replace(example, patches=_zeros(patches))
+
+
+def _zeros(patches: np.ndarray) -> np.ndarray:
+    """Return zeros of the same shape that take no memory."""
+    return np.broadcast_to(np.zeros((), patches.dtype), patches.shape)
 
 
 def _one_turn(conversation: Conversation, rng: np.random.Generator) -> Conversation:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from jvlm.data import stores
 from jvlm.data.errors import Origin, Rejected
 from jvlm.data.example_source import matching
 from jvlm.errors import UserError, file_errors
@@ -78,7 +79,7 @@ def writing(output: str | None, files: Sequence[str], *, verbose: bool = False) 
     Raises:
       UserError: ``output`` is one of the files that are read, or holds something else.
     """
-    target = Path(output) if output else None
+    target = stores.on_disk(output, "rejected examples are") if output else None
     if target is not None:
         _check_target(target, files)
     with _replacing(target) as file:

@@ -44,6 +44,13 @@ def is_known(path: str) -> bool:
     return path.partition("://")[0] in _THROUGH and is_remote(path)
 
 
+def on_disk(path: str | os.PathLike, what: str) -> Path:
+    """Return a path to write to. Raises UserError for one of an object store, to which ``what`` is not written."""
+    if is_remote(path):
+        raise UserError(f"{path}: {what} written to this machine's disk. Give a path on it, and copy that")
+    return Path(path)
+
+
 def at(path: str) -> epath.Path:
     """Return a path on disk or in a store.
 

@@ -20,6 +20,7 @@ from jvlm.data.engines.ray_data import RayData
 from jvlm.data.errors import ExampleError
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.images import check_within, open_image
+from jvlm.data.readers import copied
 from jvlm.data.stores import StoreError
 from jvlm.errors import UserError
 from tests import bucket as bucket_module
@@ -44,6 +45,7 @@ def here(tmp_path, monkeypatch, bucket):
     bucket.put("secret.png", (there / "img/0.png").read_bytes())
     monkeypatch.chdir(empty)
     monkeypatch.setattr(remote_media, "_SEEN", {})
+    monkeypatch.setattr(copied, "_OPENED", copied._Opened())
     return bucket
 
 
@@ -191,6 +193,23 @@ def test_a_conversion_to_a_bucket_goes_on_after_the_last_shard_that_was_sent(her
 def test_several_processes_do_not_write_to_a_bucket(here):
     with pytest.raises(UserError, match="gs://bucket/s: one process writes to a store"):
         convert(["gs://bucket/data/a.jsonl"], "gs://bucket/s", 2, engine=RayData(None, 1.0, 0.0, None))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["view", "a.jsonl", "--model", "m", "--output", "gs://bucket/page.html"],
+        ["check", "gs://bucket/data/a.jsonl", "--output", "gs://bucket/bad.jsonl"],
+        ["convert", "gs://bucket/data/a.jsonl", "--output", "s", "--rejected", "gs://bucket/bad.jsonl"],
+        ["dedup", "gs://bucket/data/a.jsonl", "--output", "gs://bucket/unique"],
+        ["filter", "gs://bucket/data/a.jsonl", "--output", "gs://bucket/unique"],
+        ["decontaminate", "gs://bucket/data/a.jsonl", "--evaluation", "b.jsonl", "--output", "gs://bucket/unique"],
+    ],
+)
+def test_what_is_not_written_to_a_bucket_says_so_at_once(here, words, capsys):
+    assert cli.main(["data", *words]) == 2
+    assert "written to this machine's disk" in capsys.readouterr().err
+    assert not list(Path().iterdir())
 
 
 def test_none_of_the_examples_leaves_nothing_in_the_bucket(here):

@@ -80,9 +80,7 @@ class Kept:
 
 def prepared_folder(output: str | Path) -> Path:
     """Return the folder of a step. Raises UserError for one that holds shards, or is no folder of this machine."""
-    if stores.is_remote(output):
-        raise UserError(f"{output}: shards are written to this machine's disk. Give a folder on it, and copy that")
-    output = Path(output)
+    output = stores.on_disk(output, "what is found and kept is")
     if any(output.glob("*.arrayrecord")):
         raise UserError(f"{output} holds shards already; remove them or choose another folder")
     return output

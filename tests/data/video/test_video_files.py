@@ -16,11 +16,11 @@ from jvlm.data import embedding
 from jvlm.data.check import check
 from jvlm.data.config import DataConfig
 from jvlm.data.conversion import convert
-from jvlm.data.encode import Encode
+from jvlm.data.encode import Encode, Known
 from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_example
-from jvlm.data.pipeline import training_data
+from jvlm.data.pipeline import first_sequences, training_data
 from jvlm.data.shrink import shrink
 from jvlm.data.video import reader
 from jvlm.data.video.config import VideoConfig
@@ -191,6 +191,25 @@ def test_training_packs_videos_read_by_several_threads(tiny, folder):
     whole = [encode(tiny, folder, *json.loads(line)["videos"]) for line in lines]
     patches = sum(int((batch.batch.patch_segment_ids > 0).sum()) for batch in batches)
     assert patches == sum(one.num_patches for one in whole) > 0
+
+
+def test_a_look_at_how_a_run_begins_decodes_each_video_once(tiny, folder, monkeypatch):
+    """A window is many passes over few examples."""
+    decoded, read = [], VideoReader.read
+    monkeypatch.setattr(VideoReader, "read", lambda self, *some, **more: decoded.append(1) or read(self, *some, **more))
+    (folder / "data.jsonl").write_text((json.dumps(example("a.mp4")) + "\n") * 2)
+    sizes = {"seq_len": 4096, "max_patches": 4096, "pack_window": 32}
+    config = DataConfig(train=(str(folder / "data.jsonl"),), **sizes, curves="off")
+    known = Known()
+    first, _ = first_sequences(tiny.processor, config, seed=0, known=known)
+    assert sum(map(len, first)) == 32
+    assert len(decoded) == 2
+    plain = Encode(tiny.processor, config, decode=False)
+    element = ExampleSource.of(config)[0]
+    ((_, expected),) = plain.read(element, np.random.default_rng(0))
+    ((_, kept),) = Encode(tiny.processor, config, decode=False, known=known).read(element, np.random.default_rng(0))
+    assert (kept.num_patches, kept.sizes) == (expected.num_patches, expected.sizes)
+    assert np.array_equal(kept.tokens, expected.tokens)
 
 
 @pytest.mark.slow
