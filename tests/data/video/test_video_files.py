@@ -198,7 +198,7 @@ def test_a_look_at_how_a_run_begins_decodes_each_video_once(tiny, folder, monkey
     decoded, read = [], VideoReader.read
     monkeypatch.setattr(VideoReader, "read", lambda self, *some, **more: decoded.append(1) or read(self, *some, **more))
     (folder / "data.jsonl").write_text((json.dumps(example("a.mp4")) + "\n") * 2)
-    sizes = {"seq_len": 4096, "max_patches": 4096, "pack_window": 32}
+    sizes = {"seq_len": 4096, "max_patches": 4096, "pack_window": 32, "read_threads": 1}
     config = DataConfig(train=(str(folder / "data.jsonl"),), **sizes, curves="off")
     known = Known()
     first, _ = first_sequences(tiny.processor, config, seed=0, known=known)
