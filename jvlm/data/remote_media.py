@@ -23,9 +23,12 @@ def root_of(folder: str) -> Path:
     if stores.is_remote(folder):
         return stores.place_of(folder)
     path = Path(folder)
+    if str(stores.OUTLINES) not in folder:  # most are not; they are looked at for every image
+        return path
     # a file that is copied as it is read is known by its outline
-    is_outline = path.absolute().is_relative_to(stores.OUTLINES.absolute())
-    return stores.COPIES / path.absolute().relative_to(stores.OUTLINES.absolute()) if is_outline else path
+    outlines = stores.OUTLINES.absolute()
+    here = path.absolute()
+    return stores.COPIES / here.relative_to(outlines) if here.is_relative_to(outlines) else path
 
 
 def fetched(path: Path) -> bool:
@@ -37,7 +40,7 @@ def fetched(path: Path) -> bool:
       StoreError: the store does not answer.
       UserError: too little space on the disk.
     """
-    remote = stores.remote_of(path)
+    remote = stores.remote_of(path) if str(stores.COPIES) in str(path) else None
     if remote is None or len(remote.encode()) > _LONGEST:
         return False
     key = os.getcwd(), remote

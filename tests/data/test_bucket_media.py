@@ -120,6 +120,13 @@ def test_a_name_leads_no_further_up_than_its_bucket():
         assert stores.remote_of(path) is None
 
 
+def test_media_of_a_file_that_is_copied_as_it_is_read_are_beside_the_file_and_not_its_outline(here, tmp_path):
+    for folder in (Path("copies/outlines/gs/bucket/data"), Path("copies/outlines/gs/bucket/data").absolute()):
+        assert remote_media.root_of(str(folder)) == Path("copies/gs/bucket/data")
+    for folder in (str(tmp_path), ".", "copies/gs/bucket/data", "elsewhere/copies/outlines/gs/bucket"):
+        assert remote_media.root_of(folder) == Path(folder)
+
+
 def test_a_store_that_does_not_answer_ends_the_run_and_is_no_fault_of_an_example(here, monkeypatch, tmp_path):
     source = ExampleSource(["gs://bucket/data/a.jsonl"])
 
