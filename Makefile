@@ -50,6 +50,8 @@ MIMO_RUNS := $(addprefix runs/mimo_mini_,$(MIMO_MINI) rl)
 # a rehearsal: a few steps, a few examples
 MINI_SHARE := $(if $(SMALL),0.03,1)
 MINI_STEPS := $(if $(SMALL),--steps 4)
+# a model of a few steps earns nothing but by a word that it says now and then
+MINI_RL := $(if $(SMALL),--steps 1 --task.rollout.temperature 1 --data.train $(foreach kind,qa counting ocr grounding gui,mini_data/train_$(kind).arrayrecord))
 MINI_SEEDS := $(if $(SMALL),--seeds 1)
 PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_vl/72b
 RUN := $(VENV)/bin/python -m
@@ -108,7 +110,7 @@ mini_data/made.json: | $(VENV)/.core
 mimo-mini: mini_data/made.json  ## MiMo-VL in miniature: four stages and reinforcement learning, with one report (SMALL=1 rehearses it)
 	$(VENV)/bin/jvlm train mini/mimo_start $(MINI_STEPS) $(ARGS)
 	for stage in $(MIMO_MINI); do $(VENV)/bin/jvlm train mini/mimo_$$stage $(MINI_STEPS) $(ARGS) || exit 1; done
-	$(VENV)/bin/jvlm rl mini/mimo_rl $(if $(SMALL),--steps 1) $(ARGS)
+	$(VENV)/bin/jvlm rl mini/mimo_rl $(MINI_RL) $(ARGS)
 	$(VENV)/bin/jvlm report $(MIMO_RUNS) --output runs/mimo_mini.html
 
 mm15-mini: mini_data/made.json  ## MM1.5 in miniature: three stages, and each of the paper's ablations as a sweep (ONLY="tiles kinds")
