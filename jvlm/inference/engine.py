@@ -433,6 +433,10 @@ class Engine:
     def _make_shapes(self, needs: list[Need], num_pages: int | None = None) -> None:
         """Set the shapes that hold requests; programs and cache are new if they changed."""
         sizes = self.sizes if num_pages is None else dataclasses.replace(self.sizes, num_pages=num_pages)
+        on_cpu = jax.default_backend() == "cpu"
+        if on_cpu and sizes.kv_cache_dtype is None:
+            # XLA for CPUs updates no array of 16 bits in place: it would convert the whole cache at each token
+            sizes = dataclasses.replace(sizes, kv_cache_dtype="float32")
         decoder, images = self.config.decoder, self.processor.image_processor
         found = shapes.shapes_for(
             sizes,
@@ -442,7 +446,7 @@ class Engine:
             patch_step=packing.patch_step(images.patch_group, PATCH_STEP),
             tokens_per_image=self.config.connector.tokens_per_image if decoder.vision_memory else None,
             prefills_whole=decoder.prefills_whole,
-            reads_used_pages=jax.default_backend() == "cpu",
+            reads_used_pages=on_cpu,
             least=self.shapes,
         )
         if self.sizes.deterministic:

@@ -268,8 +268,8 @@ class EngineConfig:
         `Engine.warm_up` called, as many as the first requests need, and more when one needs more alone.
       memory_fraction: share of a device's memory, or of the machine's on a CPU, that parameters, cache and programs may
         take together; None is 0.9 of a GPU's or TPU's, and no limit on a CPU.
-      kv_cache_dtype: of the cache, "float8_e4m3fn" say; None is the dtype that the model computes in. A narrower one
-        holds more tokens and rounds keys and values; kernels that do not read it leave the work to XLA.
+      kv_cache_dtype: of the cache, "float8_e4m3fn" say; None is the dtype that the model computes in, float32 on a CPU.
+        A narrower one holds more tokens and rounds keys and values; kernels that do not read it leave the work to XLA.
       deterministic: an answer depends on nothing that runs beside it, not even by rounding: each program has one size,
         prompts and pictures are computed one at a time, and no page of a prompt is shared. Slower.
       prefill_tokens: lengths of the prefill programs; a step computes at most the longest.

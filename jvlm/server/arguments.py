@@ -35,8 +35,8 @@ class ServerArguments:
       memory_fraction: share of the memory that parameters, cache and programs may take (also
         --gpu_memory_utilization); None is 0.9 of a GPU's or TPU's, and on a CPU a cache for max_num_seqs answers of
         max_model_len tokens, whatever it takes.
-      kv_cache_dtype: dtype of the cache, by vLLM's names; "auto" is the one that the model computes in. "fp8" is
-        float8_e4m3fn: it holds twice as many tokens as bfloat16, and rounds keys and values.
+      kv_cache_dtype: dtype of the cache, by vLLM's names; "auto" is the one that the model computes in, float32 on a
+        CPU. "fp8" is float8_e4m3fn: it holds twice as many tokens as bfloat16, and rounds keys and values.
       tpot_goal: seconds between two tokens of an answer that are kept, where that is possible, while prompts of others
         are computed; 0 gives most tokens a second, and answers may stand still meanwhile.
       deterministic: an answer depends on nothing that runs beside it, not even by rounding; slower.
