@@ -50,8 +50,8 @@ MIMO_RUNS := $(addprefix runs/mimo_mini_,$(MIMO_MINI) rl)
 # a rehearsal: a few steps, a few examples
 MINI_SHARE := $(if $(SMALL),0.03,1)
 MINI_STEPS := $(if $(SMALL),--steps 4)
-# a model of a few steps earns nothing but by a word that it says now and then
-MINI_RL := $(if $(SMALL),--steps 1 --task.rollout.temperature 1 --data.train $(foreach kind,qa counting ocr grounding gui,mini_data/train_$(kind).arrayrecord))
+# a model of a few steps says nothing that is right; a rehearsal rewards how alike its answers are to what is
+MINI_RL := $(if $(SMALL),--steps 1 --task.rollout.temperature 1 --task.rewards.file tools/mini/rehearsal.json)
 MINI_SEEDS := $(if $(SMALL),--seeds 1)
 PLANNED := mimo_vl/stage1 mimo_vl/stage2 mimo_vl/stage3 mimo_vl/stage4 qwen2_5_vl/72b
 RUN := $(VENV)/bin/python -m
