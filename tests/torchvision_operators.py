@@ -6,12 +6,12 @@ its modules mention are declared. Importing this module, before anything that im
 
 import importlib.util
 
-import torch
+from torch import library
 
 if importlib.util.find_spec("torchvision") is not None:
     try:
         import torchvision  # noqa: F401
     except RuntimeError:  # operator torchvision::nms does not exist
-        LIBRARY = torch.library.Library("torchvision", "DEF")
+        LIBRARY = library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -117,17 +117,18 @@ def adapted_matmul(
     The sum of the kernels is cheap where there are more vectors than inputs; ``x @ kernel + (x @ a) @ b`` writes and
     reads a result of that many vectors once more, forward and backward.
     """
-    return x @ (kernel + a @ b)
+    return product(x, kernel + product(a, b))
 
 
 def _adapted_forward(x, kernel, a, b):
-    return x @ (kernel + a @ b), (x, kernel, a, b)
+    return product(x, kernel + product(a, b)), (x, kernel, a, b)
 
 
 def _adapted_backward(saved, d_y):
     x, kernel, a, b = saved
-    d_x = d_y @ (kernel + a @ b).T
-    return d_x, _kernel_gradient(x, d_y), _kernel_gradient(x, d_y @ b.T), _kernel_gradient(x @ a, d_y)
+    d_x = product(d_y, (kernel + product(a, b)).T)
+    d_a, d_b = _kernel_gradient(x, product(d_y, b.T)), _kernel_gradient(product(x, a), d_y)
+    return d_x, _kernel_gradient(x, d_y), d_a, d_b
 
 
 adapted_matmul.defvjp(_adapted_forward, _adapted_backward)

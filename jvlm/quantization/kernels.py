@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, UInt8
 
 from jvlm.models import device_ops
 from jvlm.models.decoders.moe import EXPERT_AXES
-from jvlm.models.layers import StoredKernel
+from jvlm.models.layers import StoredKernel, product
 from jvlm.quantization import formats
 
 # of a linear layer, or of a layer's experts
@@ -96,15 +96,15 @@ class _Read:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(read: _Read, x: Array, parts: dict[str, Array]) -> Array:
-    return x @ read(parts)
+    return product(x, read(parts))
 
 
 def _product_forward(read, x, parts):
-    return x @ read(parts), parts
+    return product(x, read(parts)), parts
 
 
 def _product_backward(read, parts, d_y):
-    return d_y @ read(parts).T, None
+    return product(d_y, read(parts).T), None
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -234,8 +234,10 @@ def test_a_conversion_to_a_bucket_that_is_killed_goes_on_to_the_same_shards(here
     command = [sys.executable, "-c", "import sys; from jvlm.cli import main; sys.exit(main(sys.argv[1:]))", *words]
     convert(["gs://bucket/data/a.jsonl"], "gs://bucket/whole", 1)
     with subprocess.Popen([*command, "gs://bucket/broken"]) as process:
+        began = time.monotonic()
         while len(shards(here, "broken/")) < 10:
             assert process.poll() is None
+            assert time.monotonic() - began < 120
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert 10 <= len(shards(here, "broken/")) < 20 * COUNT
