@@ -6,7 +6,8 @@
 Without ``--data`` the examples are drawn (tools/drawn_data.py): receipts of 0.8 megapixels, photos of 0.3, lines of
 text and plain text. Images are resized as Qwen2.5-VL does, to 1,280 tokens at most. Times of stages are those of the
 processor, of all threads, so that other work on the machine changes them little; how two cores compare with one is
-wall time, of a machine that does nothing else.
+wall time, of a machine that does nothing else. Beside it stands what processes do that only decode and resize the same
+images with Pillow and share nothing: no pipeline can go further with two of them than these do.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import tempfile
 import threading
@@ -32,8 +34,10 @@ from jvlm import configs
 from jvlm.data import images, lengths, packing, pipeline
 from jvlm.data.config import DataConfig
 from jvlm.data.example_source import ExampleSource
+from jvlm.data.examples import parse_example
 from jvlm.data.processor import Processor
 from jvlm.data.template import ChatTemplate
+from jvlm.data.unread_patches import UnreadImage
 from jvlm.training import processors
 from tools import drawn_data
 
@@ -50,6 +54,9 @@ WINDOWS = (32, 128, 512, 2048)
 # Packed sequences a second that a host is asked for in MiMo-VL's stage 2: docs/planning.md's steps, 4 chips a host.
 STAGE_2 = {"v5p:4x4x4": 3.5, "v6e:16x16": 6.6}
 SHAPE = {"seq_len": 8192, "max_patches": 24576}
+_BARE_IMAGES = 32
+_BARE_SECONDS = 5
+_LONGEST = 120  # seconds until a process has started and done its work
 
 
 class Stages:
@@ -157,6 +164,38 @@ def readers(processor: Processor, file: str, count: int, **config: int) -> tuple
     return result
 
 
+def bare(processor: Processor, file: str, processes: int, seconds: float) -> tuple[float, float]:
+    """Return (images a second, processor milliseconds of one) of processes that do no more than decode and resize."""
+    source, images_of = ExampleSource([file]), []
+    for number in range(min(len(source), _BARE_IMAGES)):
+        origin, record = source[number]
+        example = processor.encode(parse_example(record, origin), decode=False)
+        unread = example.patches.pieces if example.num_patches else ()
+        images_of += [(one, sizes.resized) for one, sizes in zip(unread, example.sizes, strict=True)]
+    context = multiprocessing.get_context("spawn")
+    start, results = context.Barrier(processes), context.Queue()
+    arguments = images_of, seconds, start, results
+    started = [context.Process(target=_decode_and_resize, args=arguments) for _ in range(processes)]
+    for process in started:
+        process.start()
+    found = [results.get(timeout=_LONGEST) for _ in started]
+    for process in started:
+        process.join()
+    return sum(rate for rate, _ in found), sum(spent for _, spent in found) / processes
+
+
+def _decode_and_resize(
+    images_of: list[tuple[UnreadImage, tuple[int, int]]], seconds: float, start: Any, results: Any
+) -> None:
+    start.wait(_LONGEST)
+    begin, own, done = time.perf_counter(), time.process_time(), 0
+    while (spent := time.perf_counter() - begin) < seconds:
+        unread, size = images_of[done % len(images_of)]
+        unread.open().resize(size, PIL.Image.Resampling.BICUBIC)
+        done += 1
+    results.put((done / spent, 1e3 * (time.process_time() - own) / done))
+
+
 def _of_children() -> float:
     """Processor seconds of the processes that this one started."""
     times = (process.cpu_times() for process in psutil.Process().children(recursive=True))
@@ -207,6 +246,29 @@ def memory(processor: Processor, file: str, count: int) -> list[float]:
     return found
 
 
+def print_readers(processor: Processor, name: str, file: str, counts: list[int], rounds: int) -> None:
+    """Print what threads and processes read, and what processes do that only decode and resize."""
+    print(f"\nthreads and worker processes on {name}\n")
+    print("| readers | examples/s | times the first | main process, ms of a core an example | all processes |")
+    print("| --- | --- | --- | --- | --- |")
+    gains: dict[str, list[float]] = {}
+    for kind in ("threads", "processes", "processes that only decode and resize"):
+        first = None
+        for count in counts:
+            if kind.endswith("resize"):
+                rate, everything = max(bare(processor, file, count, _BARE_SECONDS) for _ in range(rounds))
+                own = 0.0
+            else:
+                field = "read_threads" if kind == "threads" else "worker_processes"
+                found = [readers(processor, file, 160 * count, **{field: count}) for _ in range(rounds)]
+                rate, own, everything = max(found)
+            first = first or rate
+            gains.setdefault(kind, []).append(rate / first)
+            print(f"| {count} {kind} | {rate:.1f} | {rate / first:.2f} | {own:.2f} | {everything:.2f} |", flush=True)
+    _, processes, bound = gains.values()
+    print(f"\n{counts[-1]} worker processes go {processes[-1] / bound[-1]:.0%} of the way that this machine goes.")
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -235,19 +297,7 @@ def main() -> None:
             print(f"| {name} | {examples:.1f} | {patches:,.0f} | {times} |", flush=True)
         if arguments.readers:
             name, file = next(iter(files.items()))
-            print(f"\nthreads and worker processes on {name}\n")
-            print("| readers | examples/s | times the first | main process, ms of a core an example | all processes |")
-            print("| --- | --- | --- | --- | --- |")
-            for kind, field in (("threads", "read_threads"), ("processes", "worker_processes")):
-                first = None
-                for count in arguments.readers:
-                    found = [readers(processor, file, 160 * count, **{field: count}) for _ in range(arguments.rounds)]
-                    rate, own, everything = max(found)
-                    first = first or rate
-                    print(
-                        f"| {count} {kind} | {rate:.1f} | {rate / first:.2f} | {own:.2f} | {everything:.2f} |",
-                        flush=True,
-                    )
+            print_readers(processor, name, file, arguments.readers, arguments.rounds)
         print("\nhow full packed sequences of 8,192 tokens are\n\n| set | window | tokens | patches |")
         print("| --- | --- | --- | --- |")
         for name, window, tokens, patches in fills(processor, files, 4096):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tyro.conf import Positional
 
@@ -17,6 +17,7 @@ from jvlm.options import parse_with
 if TYPE_CHECKING:
     from jvlm.data.check_report import CheckReport
     from jvlm.data.errors import Rejected
+    from jvlm.data.prepare.held_out import HeldOut
     from jvlm.data.processor import Processor
 
 PROGRAM = "jvlm data check"
@@ -78,14 +79,14 @@ def run(words: list[str]) -> int:
     if options.lengths and not all(one.processor for one in checks):
         raise UserError("--lengths counts tokens: give --model, or a --config")
     files = [pattern for one in checks for pattern in one.data.files]
-    status = 0
+    held_out, status = held_out_of(fields), 0
     with writing(options.output, files, verbose=options.verbose) as on_rejected:
         for run, own in runs:
             reports = []
             for one in own:
                 if len(checks) > 1:
                     print(f"{one.name}:")
-                reports.append(_check(one, on_rejected))
+                reports.append(_check(one, on_rejected, held_out))
                 if options.lengths:
                     _measure(one.processor, one.data, one.source)
             status = 1 if any(report.usable < report.examples for report in reports) else status
@@ -94,7 +95,7 @@ def run(words: list[str]) -> int:
     return status
 
 
-def _check(one: Checked, on_rejected: Callable[[Rejected], None] | None) -> CheckReport:
+def _check(one: Checked, on_rejected: Callable[[Rejected], None] | None, held_out: HeldOut | None) -> CheckReport:
     """Check data and print what was found."""
     from jvlm.data.check import check
     from jvlm.data.view.looked import Looked
@@ -109,6 +110,7 @@ def _check(one: Checked, on_rejected: Callable[[Rejected], None] | None) -> Chec
         on_rejected=on_rejected,
         on_checked=None if looked is None else looked.add,
         digests=looked is not None,
+        held_out=held_out,
     )
     lines = [] if looked is None else list(looked.lines())
     print("\n".join([report.text(), *lines]), flush=True)
@@ -190,6 +192,15 @@ def data_of_runs(options: DataFiles, fields) -> list[tuple[str, DataConfig, Proc
         runs = [(run.name, run.data, run.seed) for run in ([fields] if options.files else runs_of(fields))]
         processor = processor or processors.of_experiment(fields)
     return [(name, dataclasses.replace(data, **given), processor, seed) for name, data, seed in runs]
+
+
+def held_out_of(fields: Any) -> HeldOut | None:
+    """Return the evaluation and validation data of an experiment, for what its training data shares with them."""
+    if isinstance(fields, DataFields):
+        return None
+    from jvlm.training.resolve import held_out
+
+    return held_out(fields)
 
 
 def _sources_of(data: DataConfig) -> list[tuple[str, DataConfig]]:

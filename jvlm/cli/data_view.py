@@ -7,7 +7,7 @@ import dataclasses
 from tyro.conf import Positional
 
 from jvlm import configs
-from jvlm.cli.data_check import DataFields, config_of_words, data_of_runs
+from jvlm.cli.data_check import DataFields, config_of_words, data_of_runs, held_out_of
 from jvlm.errors import UserError
 from jvlm.options import parse_with
 
@@ -56,8 +56,10 @@ def run(words: list[str]) -> int:
     runs = data_of_runs(options, fields)
     if not all(data.files for _, data, _, _ in runs):
         raise UserError("no data to view: give files, or a --config that names them as data.train")
+    held_out = held_out_of(fields)
     views = [
-        run_view(name, data, processor, seed=seed, samples=options.samples) for name, data, processor, seed in runs
+        run_view(name, data, processor, seed=seed, samples=options.samples, held_out=held_out)
+        for name, data, processor, seed in runs
     ]
     content = page.render(views)
     page.write(target, content)

@@ -25,6 +25,7 @@ from jvlm.data.examples import parse_example, unknown_columns
 from jvlm.data.few_shot import FewShotSource
 from jvlm.data.images import content_digest, open_image
 from jvlm.data.packing import Example
+from jvlm.data.prepare.held_out import HeldOut, HeldOutCounts, Shared
 from jvlm.data.prepare.image_hash import ImageHash
 from jvlm.data.processor import Processor
 from jvlm.data.rejections import Rejections
@@ -50,6 +51,7 @@ def check(
     digests: bool = False,
     hashed: int = 0,
     known: Known | None = None,
+    held_out: HeldOut | None = None,
 ) -> CheckReport:
     """Read every example and its media as training would. Memory does not grow with the size of the files.
 
@@ -62,13 +64,15 @@ def check(
       digests: whether that holds the digests of its images, and its contents.
       known: as of `Encode`.
       hashed: of so many first examples it holds perceptual hashes of the images, too.
+      held_out: sets of which the report says what the usable examples share with them.
 
     Raises:
       FileNotFoundError, UserError: files that are not there, damaged, or of which too little can be used.
     """
     config = dataclasses.replace(config, train=tuple(files), single_turn_ratio=0.0)
     source = source_of(config, seed)
-    look = _Look(processor, config, seed, digests=digests, known=known or Known())
+    look = _Look(processor, config, seed, digests=digests, known=known or Known(), held_out=held_out)
+    shared = HeldOutCounts(held_out)
     tally, rejected = Tally(), []
     with (
         ThreadPoolExecutor(config.read_threads) as pool,
@@ -80,6 +84,7 @@ def check(
             checks = pool.map(lambda number: look.at(source.read(number), is_hashed=number < hashed), numbers)
             for number, checked in zip(numbers, checks, strict=True):
                 tally.add(checked)
+                shared.add(checked.shared)
                 if on_checked is not None:
                     on_checked(number, checked)
                 example = checked.rejected
@@ -97,6 +102,7 @@ def check(
         columns=tuple(tally.column_lines()),
         suggestion=_suggestion(tally, look),
         formats=tuple(source.formats()),
+        held_out=tuple(shared.lines()),
         **{name: getattr(tally, name) for name in _TALLIED},
     )
 
@@ -148,13 +154,23 @@ class Checked:
     digests: list[bytes] = dataclasses.field(default_factory=list)  # of the images and frames of a usable example
     hashes: list[ImageHash] = dataclasses.field(default_factory=list)  # of its images
     contents: Contents | None = None  # of a usable example
+    shared: tuple[Shared, ...] = ()  # what a usable example gives away of held-out ones
 
 
 class _Look:
     """Looks at an example as training would."""
 
-    def __init__(self, processor: Processor | None, config: DataConfig, seed: int, *, digests: bool, known: Known):
-        self.digests = digests
+    def __init__(
+        self,
+        processor: Processor | None,
+        config: DataConfig,
+        seed: int,
+        *,
+        digests: bool,
+        known: Known,
+        held_out: HeldOut | None,
+    ):
+        self.digests, self.held_out = digests, held_out
         if processor is not None and config.media_root:
             processor = processor.replace(media_roots=(config.media_root,))
         self.processor = processor
@@ -178,21 +194,35 @@ class _Look:
                 self._open(parsed)
             else:
                 sizes = self._encode(parsed, checked, hashes if is_hashed else None)
-            if self.digests and checked.rejected is None:
-                places = list(self._places(parsed))
-                checked.digests = [content_digest(source, **where) for _, source, where in places]
-                if self.processor is not None:
-                    control = self.processor.template.facts.control.pattern
-                    checked.contents = contents_of(parsed, sizes, checked.digests, control)
-                if is_hashed:
-                    images = [(source, where) for part, source, where in places if isinstance(part, Image)]
-                    checked.hashes = [
-                        hashes.get(where["field"]) or ImageHash.of(open_image(source, **where))
-                        for source, where in images
-                    ]
+            if checked.rejected is None and (self.digests or self.held_out is not None):
+                self._compare(parsed, checked, sizes, hashes if is_hashed else None)
         except ExampleError as error:
             checked.rejected = Rejected.of(error, "bad")
         return checked
+
+    def _compare(
+        self,
+        parsed: Conversation | Document,
+        checked: Checked,
+        sizes: tuple[Sizes, ...],
+        hashes: dict[str, ImageHash] | None,
+    ) -> None:
+        """Note what tells a usable example from others; ``hashes`` are known already, by field, and None wants none."""
+        places = list(self._places(parsed))
+        digests = [content_digest(source, **where) for _, source, where in places]
+        if self.held_out is not None:
+            checked.shared = self.held_out.shared(parsed, digests)
+        if not self.digests:
+            return
+        checked.digests = digests
+        if self.processor is not None:
+            control = self.processor.template.facts.control.pattern
+            checked.contents = contents_of(parsed, sizes, digests, control)
+        if hashes is not None:
+            images = [(source, where) for part, source, where in places if isinstance(part, Image)]
+            checked.hashes = [
+                hashes.get(where["field"]) or ImageHash.of(open_image(source, **where)) for source, where in images
+            ]
 
     def _encode(
         self, parsed: Conversation | Document, checked: Checked, hashes: dict[str, ImageHash] | None

@@ -35,6 +35,7 @@ class CheckReport:
       suggestion: sizes of packed sequences that suit the data; empty without a processor.
       formats: what the examples of each file or glob were taken for, one line each.
       untagged: examples with images without a tag, which go before the first user text.
+      held_out: what the examples share with each held-out set, one line each.
     """
 
     examples: int
@@ -56,6 +57,7 @@ class CheckReport:
     suggestion: str
     formats: tuple[str, ...] = ()
     untagged: int = 0
+    held_out: tuple[str, ...] = ()
 
     @property
     def usable(self) -> int:
@@ -71,7 +73,7 @@ class CheckReport:
         lines += self.columns[:_COLUMNS]
         if self.columns[_COLUMNS:]:
             lines.append(f"and {len(self.columns) - _COLUMNS} more lines about columns that are not used")
-        lines += self._sizes()
+        lines += [*self._sizes(), *self.held_out]
         return "\n".join(lines)
 
     def _consequences(self) -> Iterator[str]:

@@ -39,25 +39,30 @@ def write_merged(
     width, height = size
     p, m = patch, merge
     h, w = height // (p * m), width // (p * m)
+    cells, inner = h * w, m * m
+    channels = out.shape[1] // (frames * p * p)
     line, square = np.dtype((np.void, p)), np.dtype((np.void, p * p))
-    rows, squares = h * w * m * m, None
-    for number in range(-(-len(images) // frames) * frames):
-        time, place = divmod(number, frames)
-        if number < len(images):
-            bands = _resized_bands(images[number], size, resample)
-            planes = scratch("planes", (len(bands), height, width))
-            for plane, band in zip(planes, bands, strict=True):
-                plane[:] = np.asarray(band, np.uint8)
-            cells = scratch("cells", (h * w, m * m * len(bands) * p * p))
-            # (C, h, mh, y, w, mw) lines -> (h, w, mh, mw, C, y): cells in raster order
-            cells.view(line).reshape(h, w, m, m, len(bands), p)[:] = (
-                planes.view(line).reshape(len(bands), h, m, p, w, m).transpose(1, 4, 2, 5, 0, 3)
-            )
-            if order is not None:
-                cells = np.take(cells, order, axis=0, out=scratch("ordered", cells.shape), mode="clip")
-            squares = cells.view(square).reshape(rows, len(bands))
-        # of a grey image, one band is all its channels
-        out[time * rows : (time + 1) * rows].view(square).reshape(rows, -1, frames)[..., place] = squares
+    order = np.arange(cells) if order is None else order
+    for time, start in enumerate(range(0, len(images), frames)):
+        given = images[start : start + frames]
+        squares = scratch("squares", (len(given) * cells * inner * channels, p * p))
+        # which square each (cell, row and column in it, channel, frame) of the patches is
+        source = np.empty((cells, inner, channels, frames), np.intp)
+        for place, image in enumerate(given):
+            bands = _resized_bands(image, size, resample)
+            first, count = place * cells * inner * channels, len(bands)
+            # (h, w, mh, mw, C, y): cells in raster order
+            lines = squares[first : first + cells * inner * count].view(line).reshape(h, w, m, m, count, p)
+            for channel, band in enumerate(bands):
+                # from (h, mh, y, w, mw)
+                pixels = np.asarray(band, np.uint8).view(line).reshape(h, m, p, w, m)
+                lines[..., channel, :] = pixels.transpose(0, 3, 1, 4, 2)
+            # of a grey image, one band is all its channels
+            of_cell = np.arange(inner)[:, None] * count + np.arange(channels) % count
+            number = first + order[:, None, None] * (inner * count) + of_cell
+            source[..., place:] = number[..., None]
+        patches = out[time * cells * inner : (time + 1) * cells * inner]
+        np.take(squares.view(square)[:, 0], source, out=patches.view(square).reshape(source.shape), mode="clip")
 
 
 def _resized_bands(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> tuple[Image.Image, ...]:

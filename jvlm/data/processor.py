@@ -90,6 +90,7 @@ class Processor:
         box_format = config.box_format or self.chat_format.box_format
         self.config = dataclasses.replace(config, image=self.image_config, box_format=box_format)
         self.image_processor = self.image_config.build(model)
+        self._plans_images = isinstance(self.image_processor, PlansImages)  # to ask a protocol takes long
         self.media_roots = media_roots
         self.generation = generation or {}
         self.video, self.media_folders, self.still_images = video, media_folders, still_images
@@ -335,7 +336,7 @@ class Processor:
         for part in conversation.media:
             if isinstance(part, Image):
                 index = next(positions)
-                if not decode and isinstance(self.image_processor, PlansImages) and not _is_decoded(part.source):
+                if not decode and self._plans_images and not _is_decoded(part.source):
                     media.append(self._unread(part, conversation.origin, config, index, count))
                     continue
                 make = functools.partial(self._image, config, index, count)

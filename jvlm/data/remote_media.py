@@ -54,9 +54,10 @@ def fetched(path: Path) -> bool:
 def _fetch(remote: str) -> bool:
     with stores.answering(remote):
         file, target = stores.at(remote), stores.place_of(remote)
-        if not file.exists() or file.is_dir():
+        try:
+            stat = stores.stat_of(file)
+        except FileNotFoundError:
             return False
-        stat = file.stat()
         if not stores.is_current(target, stat):
             stores.check_space([(file, target, stat)])
             _say_once(stores.COPIES.absolute())

@@ -40,7 +40,10 @@ class SentShards:
             return False
         file = self._folder / name
         with stores.answering(str(file)):
-            return file.exists() and file.stat().length == size
+            try:
+                return stores.stat_of(file).length == size
+            except FileNotFoundError:
+                return False
 
     def send(self, path: Path) -> None:
         """Copy a shard to the folder."""

@@ -14,15 +14,16 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from jvlm.errors import UserError
-from jvlm.units import GIB
+from jvlm.units import GIB, MIB
 
 COPIES = Path("copies")
 OUTLINES = COPIES / "outlines"  # of files that are copied as they are read (`jvlm.data.readers.copied`)
+_PIECE = 64 * MIB  # of a file that are fetched in one request
 CONNECTIONS = 32  # at a time, of requests about many files
 # what etils reaches a store through, unless TensorFlow is installed
 _THROUGH = {"gs": ("gcsfs", "jvlm[gcs]"), "s3": ("s3fs", "s3fs")}
@@ -108,26 +109,67 @@ def read_range(file: epath.Path, start: int, end: int) -> bytes:
 
     Where TensorFlow is what reaches the store, it is.
     """
-    scheme, _, _ = str(file).partition("://")
-    package, _ = _THROUGH.get(scheme, ("", ""))
-    if package and importlib.util.find_spec(package):
-        import fsspec  # which these packages bring
-
-        store, path = fsspec.core.url_to_fs(str(file))
+    known = _client_of(str(file))
+    if known is not None:
+        store, path = known
         return store.cat_file(path, start=start, end=end) if end > start else b""
     with file.open("rb") as reader:
         reader.seek(start)
         return reader.read(max(end - start, 0))
 
 
-def is_current(target: Path, stat: Any) -> bool:
+class Stat(NamedTuple):
+    """Bytes of a remote file, and the second in which it was written."""
+
+    length: int
+    mtime: int
+
+
+def stat_of(file: epath.Path, *, listed: bool = False) -> Stat:
+    """Return the size and the time of a remote file.
+
+    Args:
+      listed: take what `find` listed, if it did; else the store is asked.
+
+    Raises:
+      FileNotFoundError: there is none; a folder is no file.
+    """
+    known = _client_of(str(file))
+    if known is None:
+        stat = file.stat()
+        if stat.is_directory:
+            raise FileNotFoundError(f"{file} is a folder")
+        return Stat(stat.length, stat.mtime)
+    store, path = known
+    if not listed:
+        store.invalidate_cache(path)
+    info = store.info(path)
+    if info["type"] != "file":
+        raise FileNotFoundError(f"{file} is a folder")
+    # of s3fs the second name; without a time, a file that changed and kept its size would pass as the one before
+    time = next(info[name] for name in ("mtime", "LastModified", "last_modified") if name in info)
+    return Stat(info["size"], int(time.timestamp()))
+
+
+def _client_of(path: str) -> tuple[Any, str] | None:
+    """Return (client of a store, name of a file in it); None where TensorFlow is what reaches it."""
+    scheme, _, _ = path.partition("://")
+    package, _ = _THROUGH.get(scheme, ("", ""))
+    if not package or not importlib.util.find_spec(package):
+        return None
+    import fsspec  # which these packages bring
+
+    return fsspec.core.url_to_fs(path)
+
+
+def is_current(target: Path, stat: Stat) -> bool:
     """Whether a local file has the size and the time of a remote one."""
     there = target.stat() if target.is_file() else None
     return there is not None and (there.st_size, int(there.st_mtime)) == (stat.length, int(stat.mtime))
 
 
 @contextlib.contextmanager
-def written(target: Path, stat: Any) -> Iterator[Path]:
+def written(target: Path, stat: Stat) -> Iterator[Path]:
     """Give the name of a file to be written, which becomes ``target``, with a remote file's time, once it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     # processes of one machine may copy the same file; each renames a whole one
@@ -141,9 +183,15 @@ def written(target: Path, stat: Any) -> Iterator[Path]:
 
 
 def fetch_one(file: epath.Path, target: Path) -> None:
-    """Copy a remote file."""
-    with written(target, file.stat()) as part:
-        copy(file, part)
+    """Copy a remote file. Raises FileNotFoundError where there is none."""
+    stat = stat_of(file)
+    with written(target, stat) as part:
+        if _client_of(str(file)) is None:
+            copy(file, part)
+            return
+        with open(part, "wb") as local:
+            for start in range(0, stat.length, _PIECE):
+                local.write(read_range(file, start, min(start + _PIECE, stat.length)))
 
 
 def fetch(files: Iterable[epath.Path], why: str = "") -> list[Path]:
@@ -154,7 +202,7 @@ def fetch(files: Iterable[epath.Path], why: str = "") -> list[Path]:
     """
     targets, missing = [], []
     for file in files:
-        target, stat = place_of(file), file.stat()
+        target, stat = place_of(file), stat_of(file)
         targets.append(target)
         if not is_current(target, stat):
             missing.append((file, target, stat))
@@ -170,7 +218,7 @@ def fetch(files: Iterable[epath.Path], why: str = "") -> list[Path]:
     return targets
 
 
-def check_space(missing: Sequence[tuple[epath.Path, Path, Any]]) -> None:
+def check_space(missing: Sequence[tuple[epath.Path, Path, Stat]]) -> None:
     """Raise UserError if (file, place of its copy, its stat) of some are more than the disk has room for."""
     COPIES.mkdir(parents=True, exist_ok=True)
     size, free = sum(stat.length for *_, stat in missing), shutil.disk_usage(COPIES).free
@@ -184,7 +232,13 @@ def check_space(missing: Sequence[tuple[epath.Path, Path, Any]]) -> None:
 def find(pattern: str) -> list[epath.Path]:
     """Return the remote files that match a path or glob, sorted; empty if none does."""
     folder, _, name = pattern.rpartition("/")
-    parent = at(folder)
+    parent, known = at(folder), _client_of(pattern)
+    if known is not None:  # one listing says which are files; else each is asked
+        store, path = known
+        store.invalidate_cache()
+        found = store.glob(path, detail=True)
+        scheme = pattern.partition("://")[0]
+        return sorted(at(f"{scheme}://{name}") for name, info in found.items() if info["type"] == "file")
     paths = parent.glob(name) if any(c in pattern for c in "*?[") else [parent / name]
     paths = list(paths)
     with ThreadPoolExecutor(CONNECTIONS) as pool:

@@ -23,6 +23,7 @@ from jvlm.data.mixture.order import spread_over
 from jvlm.data.mixture.shares import measured_unit
 from jvlm.data.mixture.spread import spread_of
 from jvlm.data.packing import Example
+from jvlm.data.prepare.held_out import HeldOut, Shared, sampled_lines
 from jvlm.data.processor import Processor
 from jvlm.data.sources import channel_of, names
 from jvlm.errors import UserError
@@ -36,7 +37,8 @@ class Size(NamedTuple):
     """An encoded example without its arrays; one that was truncated or shrunk has its new size, and is ``changed``.
 
     ``is_part`` is true for a part of a document that was cut, ``unknown`` are the names of columns that jvlm does not
-    know, ``channel`` is what the example names as its own, ``source`` the path of its source in a mixture.
+    know, ``channel`` is what the example names as its own, ``source`` the path of its source in a mixture. ``shared``
+    is what the example gives away of held-out ones, with its first part.
     """
 
     length: int
@@ -47,6 +49,7 @@ class Size(NamedTuple):
     channel: str | None = None
     is_part: bool = False
     source: str = ""
+    shared: tuple[Shared, ...] = ()
 
     @classmethod
     def of(cls, example: Example) -> Size:
@@ -111,6 +114,7 @@ class Survey:
         for size in self.sizes:
             columns.counts.update(size.unknown)
         lines += [f"  {line}" for line in columns.lines()]
+        lines += sampled_lines([size.shared for size in self.sizes], self.sampled)
         if self.sizes:
             text, patches = self.padding()
             lines.append(
@@ -148,6 +152,7 @@ def take(
     examples: Examples | None = None,
     decode: bool = True,
     known: Known | None = None,
+    held_out: HeldOut | None = None,
 ) -> Survey:
     """Look at ``count`` examples spread evenly over the data, or at those that are encoded within so many seconds.
 
@@ -158,6 +163,7 @@ def take(
       examples: some of the files' examples; None is all of them.
       decode: False takes sizes from the headers of images.
       known: as of `Encode`.
+      held_out: sets whose words are looked for.
 
     Raises:
       ExampleError: a bad example where ``on_bad_example`` is "error", one that does not fit where ``on_too_long`` is.
@@ -169,7 +175,7 @@ def take(
     spread, passes = _spread(examples, config, min(count, len(examples)))
     chosen = [int(i) for i in np.random.default_rng(seed).permutation(spread)]
     are_sizes_known = "auto" not in (config.seq_len, config.max_patches)
-    reading = {"decode": decode, "known": known}
+    reading = {"decode": decode, "known": known, "held_out": held_out}
     look = _Look(processor, config, examples, seed, fit=are_sizes_known, **reading)
     results = look.at(chosen, seconds)
     if not are_sizes_known and not _sizes(results):
@@ -224,6 +230,7 @@ class _Look:
         fit: bool,
         decode: bool,
         known: Known | None,
+        held_out: HeldOut | None,
     ):
         if fit:  # the promise made to attention is raised to what it finds, unless it is the user's
             config = dataclasses.replace(
@@ -234,7 +241,7 @@ class _Look:
             default = {name: getattr(DataConfig(), name) for name, size in sizes.items() if size == "auto"}
             config = dataclasses.replace(config, **default)
         self.encode = Encode(processor, config, decode=decode, known=known)
-        self.config, self.examples, self.seed = config, examples, seed
+        self.config, self.examples, self.seed, self.held_out = config, examples, seed, held_out
         self.fits = fit
 
     def at(self, chosen: Sequence[int], seconds: float | None) -> dict[int, list[Size | Rejected]]:
@@ -253,16 +260,21 @@ class _Look:
             read = self.encode.read(self.examples[index], rng)
             parsed, _ = read[0]
             channel = channel_of(parsed) if self.config.curves == "channel" else None
+            shared = () if self.held_out is None else self.held_out.shared(parsed)
         except ExampleError as error:
             if self.config.on_bad_example == "error" and not isinstance(error, SkippedError):
                 raise
             return [Rejected.of(error, "bad")]
         unknown = unknown_columns(parsed.extra)
         fitted = self.encode.fit(read, rng) if self._is_fitted(parsed) else [example for _, example in read]
-        return [
+        sizes = [
             one if isinstance(one, Rejected) else Size.of(one)._replace(unknown=unknown, channel=channel)
             for one in fitted
         ]
+        first = next((at for at, one in enumerate(sizes) if isinstance(one, Size)), None)
+        if first is not None:
+            sizes[first] = sizes[first]._replace(shared=shared)
+        return sizes
 
     def _is_fitted(self, parsed: Conversation | Document) -> bool:
         return self.fits or (isinstance(parsed, Document) and self.encode.documents_of(parsed.origin).cut != "never")

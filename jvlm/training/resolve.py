@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jvlm.data import pipeline, survey
+from jvlm.data.formats.example_format import FormatOptions
 from jvlm.data.mixture.examples import Examples
+from jvlm.data.prepare.held_out import HeldOut, HeldOutFiles
 from jvlm.data.processor import Processor
 from jvlm.evaluation import usable
 from jvlm.models import vlm
@@ -79,6 +81,21 @@ def check_ahead(job: Experiment, later: Sequence[Experiment], processor: Process
         )
 
 
+def held_out(experiment: Experiment, *, sample: bool = False) -> HeldOut | None:
+    """Return what the training data should not hold: the files of ``evaluation.data`` and of ``validation.data``.
+
+    Args:
+      sample: as of `HeldOut`.
+    """
+    evaluation, validation, data = experiment.evaluation, experiment.validation, experiment.data
+    sets = {
+        "evaluation.data": HeldOutFiles(evaluation.data, evaluation.options()),
+        "validation.data": HeldOutFiles(validation.data, FormatOptions.of(data)),
+    }
+    sets = {name: given for name, given in sets.items() if given.files}
+    return HeldOut(sets, data.media_root, sample=sample) if sets else None
+
+
 def _reading(processor: Processor, data: pipeline.DataConfig) -> Processor:
     """Return the processor, looking for images where this data has them."""
     return processor.replace(media_roots=(data.media_root,) if data.media_root else ())
@@ -90,7 +107,15 @@ def _survey(experiment: Experiment, processor: Processor, parts: int, examples: 
     derives = experiment.steps is None or "auto" in (data.seq_len, data.max_patches)
     limit = {"count": _SAMPLE if derives else _SAMPLE // 2, "seconds": None if derives else _SECONDS}
     examples = Examples.open(data) if examples is None else examples
-    sample = survey.take(processor, data, seed=experiment.seed, parts=parts, examples=examples, **limit)
+    sample = survey.take(
+        processor,
+        data,
+        seed=experiment.seed,
+        parts=parts,
+        examples=examples,
+        held_out=held_out(experiment, sample=True),
+        **limit,
+    )
     hosts.log_rank0("\n".join([*examples.formats(), sample.text()]))
     sample.check()
     return sample

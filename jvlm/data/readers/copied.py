@@ -1,7 +1,8 @@
 """Files of an object store that are copied when one of their records is first read.
 
 So a host copies what it reads, and no more. How many records a file has is known before, from its *outline*: a sparse
-file of the same size, in which only those bytes are filled in that readers look at when they open a file.
+file of the same size, in which only those bytes are filled in that readers look at when they open a file; of a file of
+up to a megabyte all are.
 """
 
 from __future__ import annotations
@@ -60,12 +61,16 @@ def is_outline(path: str) -> bool:
 
 def _outline(file: epath.Path) -> tuple[Path, int]:
     """Return (outline, bytes of the file if it was made now)."""
-    target, stat = stores.OUTLINES / stores.place_of(file).relative_to(stores.COPIES), file.stat()
+    target = stores.OUTLINES / stores.place_of(file).relative_to(stores.COPIES)
+    stat = stores.stat_of(file, listed=True)
     if stores.is_current(target, stat):
         return target, 0
     with stores.written(target, stat) as part, open(part, "wb+") as local:
         local.truncate(stat.length)
         copy = _Ranges(file, local, stat.length)
+        if stat.length <= _LAST:  # all of it in one request
+            copy.range(0, stat.length)
+            return target, stat.length
         copy.range(0, len(file_kinds.RIEGELI_SIGNATURE))
         if file.suffix == PARQUET_SUFFIX:
             footer = int.from_bytes(copy.range(stat.length - 8, stat.length)[:4], "little")

@@ -19,6 +19,7 @@ from jvlm.data.example_source import ExampleSource
 from jvlm.data.examples import parse_example
 from jvlm.data.few_shot import FewShotSource
 from jvlm.data.mixture.examples import Examples
+from jvlm.data.prepare.held_out import HeldOut
 from jvlm.data.processor import Processor
 from jvlm.data.sources import sources_of
 from jvlm.data.view.collection import Collection, SourceView
@@ -156,13 +157,22 @@ class RunView:
         return dataclasses.replace(self, samples={name: some[:most] for name, some in self.samples.items()})
 
 
-def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, samples: int) -> RunView:
+def run_view(
+    name: str,
+    config: DataConfig,
+    processor: Processor,
+    *,
+    seed: int,
+    samples: int,
+    held_out: HeldOut | None = None,
+) -> RunView:
     """Check the data of a run, and return what the page shows of it.
 
     Args:
       config: with files or a mixture, each source of which is checked alone.
       seed: of the run; of the samples as well.
       samples: usable examples to draw of each source, beside its extremes.
+      held_out: as of `jvlm.data.check.check`.
 
     Raises:
       UserError, FileNotFoundError: as `jvlm.data.check.check`.
@@ -189,6 +199,7 @@ def run_view(name: str, config: DataConfig, processor: Processor, *, seed: int, 
             digests=own.few_shot is None,
             hashed=_HASHED if own.few_shot is None else 0,
             known=known,
+            held_out=held_out,
         )
         reports.append((label, report))
         opened = processor.replace(media_roots=(own.media_root,)) if own.media_root else processor
