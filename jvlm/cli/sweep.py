@@ -28,7 +28,8 @@ class Options:
     Attributes:
       vary: field=value,value,... of the experiment, any number of them; all combinations are trained. "seed=1,2,3"
         repeats each, and intervals are then over runs. "config=one,other" compares configs.
-      together: the fields change in step, first values with first values, and are not combined.
+      together: the fields change in step, first values with first values, and are not combined; but each such setting
+        is run with every seed.
       name: of the sweep; the same command with the same name goes on where it stopped.
       output_root: folder of runs, or an address in an object store.
       parallel: trials that run at a time.

@@ -85,7 +85,8 @@ def trials_of(config: str, varied: Sequence[Vary], *, together: bool = False) ->
     """Return the trials in the order in which they run: the last field changes fastest.
 
     Args:
-      together: the fields change in step, first values with first values, and are not combined.
+      together: the fields change in step, first values with first values, and are not combined; each such setting is
+        run with every seed.
 
     Raises:
       UserError: nothing is varied, a field twice, or fields together that have different numbers of values.
@@ -96,12 +97,16 @@ def trials_of(config: str, varied: Sequence[Vary], *, together: bool = False) ->
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--vary {name} is given twice; give all of its values at once")
-    if together and len({len(vary.values) for vary in varied}) > 1:
-        counts = ", ".join(f"{vary.field} has {len(vary.values)}" for vary in varied)
+    seeds = [vary for vary in varied if together and vary.field == SEED]
+    fields = [vary for vary in varied if vary not in seeds]
+    if together and len({len(vary.values) for vary in fields}) > 1:
+        counts = ", ".join(f"{vary.field} has {len(vary.values)}" for vary in fields)
         raise UserError(f"--together needs equally many values of every field: {counts}")
-    values = [vary.values for vary in varied]
-    combinations = zip(*values, strict=True) if together else itertools.product(*values)
-    chosen = [dict(zip(names, combination, strict=True)) for combination in combinations]
+    values = [vary.values for vary in fields]
+    settings = zip(*values, strict=True) if together else itertools.product(*values)
+    chosen = [dict(zip((vary.field for vary in fields), setting, strict=True)) for setting in settings]
+    for vary in seeds:
+        chosen = [{**one, SEED: seed} for one in chosen or [{}] for seed in vary.values]
     return [
         Trial(one.get(CONFIG, config), one, slug)
         for one, slug in zip(chosen, _slugs(chosen, _short_names(names)), strict=True)

@@ -66,6 +66,15 @@ def test_fields_change_in_step_where_they_are_asked_to():
         chosen("data.seq_len=128,256", "data.batch_size=8", together=True)
 
 
+def test_fields_that_change_in_step_are_run_with_every_seed():
+    found = chosen("data.seq_len=128,256", "data.batch_size=8,4", "seed=1,2,3", together=True)
+    assert [tuple(trial.values.values()) for trial in found] == [
+        (length, batch, seed) for length, batch in (("128", "8"), ("256", "4")) for seed in "123"
+    ]
+    assert len({trial.settings for trial in found}) == 2
+    assert len(chosen("seed=1,2", together=True)) == 2
+
+
 def test_a_config_can_be_varied_and_values_may_hold_commas():
     found = chosen("config=mm1_5/easy_vqa,mimo_vl/easy_vqa", 'data.train=["a,b.jsonl", "c.jsonl d.jsonl"]')
     assert [trial.config for trial in found] == ["mm1_5/easy_vqa"] * 2 + ["mimo_vl/easy_vqa"] * 2

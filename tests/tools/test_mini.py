@@ -186,3 +186,9 @@ def test_nothing_is_said_of_what_no_setting_has_learnt():
     change = Change(Interval(0.02, 0.01, 0.03), 0.01, "questions")
     settings = [Setting((), 1, 0.01, None), Setting((), 1, 0.03, None, change)]
     assert papers.Finding("", "score/ocr", 1, "better").verdict(settings).startswith("cannot be told")
+
+
+def test_losses_of_one_run_each_are_told_without_a_verdict():
+    settings = [Setting((), 1, 1.5, None), Setting((), 1, 2.0, None)]
+    said = papers.Finding("", "eval_loss", 1, "worse").verdict(settings)
+    assert said == "cannot be told from one run of each: 2.000 against 1.500"

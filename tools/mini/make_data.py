@@ -114,11 +114,11 @@ def _asked(share: float, count: int) -> int:
 def questions(share: float) -> dict[str, Iterable[Example]]:
     """Return easy-VQA's questions: those of training as the demo asks them, of each picture held out its first four."""
     train = shard(EASY_VQA / f"questions{SHARD_SUFFIX}", _step(share))
-    found: dict[str, Iterable[Example]] = {"train_qa": [one for one in train if "objects" not in one]}
+    found: dict[str, Iterable[Example]] = {"train_qa": [{**one, "task": "qa"} for one in train if "objects" not in one]}
     for split, pictures in _pictures(_asked(share, 40)).items():
         asked_of = [_without_box(one["messages"])[:8] for one in pictures]
         rows = zip(pictures, asked_of, strict=True)
-        found[f"{split}_qa"] = [{**one, "messages": messages, "objects": None} for one, messages in rows]
+        found[f"{split}_qa"] = [{**one, "messages": messages, "objects": None, "task": "qa"} for one, messages in rows]
     return found
 
 
@@ -141,15 +141,17 @@ def _with_image_first(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def places(share: float) -> dict[str, Iterable[Example]]:
     """Return easy-VQA's places and the white cells of BCCD, for grounding."""
-    found: dict[str, Iterable[Example]] = {"train_where": shard(EASY_VQA / f"where{SHARD_SUFFIX}", _step(share))}
+    train = shard(EASY_VQA / f"where{SHARD_SUFFIX}", _step(share))
+    found: dict[str, Iterable[Example]] = {"train_where": ({**one, "task": "where"} for one in train)}
     for split, pictures in _pictures(_asked(share, 100)).items():
         rows = []
         for one in pictures:
             pairs = zip(one["messages"][::2], one["messages"][1::2], strict=True)
             pair = next(pair for pair in pairs if "<bbox>" in pair[1]["content"])
-            rows.append({**one, "messages": _with_image_first(list(pair))})
+            rows.append({**one, "messages": _with_image_first(list(pair)), "task": "where"})
         found[f"{split}_where"] = rows
-    return found | _in_three("cells", WHITE_CELLS, "", share, 40)
+    cells = _in_three("cells", WHITE_CELLS, "", share, 40)
+    return found | {name: [{**one, "task": "cells"} for one in rows] for name, rows in cells.items()}
 
 
 def web_pages(share: float) -> dict[str, Iterable[Example]]:
