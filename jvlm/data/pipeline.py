@@ -106,7 +106,7 @@ class PackIterator(grain.DatasetIterator):
         self._progress = self._given = progress  # of the batches that are begun, and of those that were given out
         self._drop()
         self._draws = self._draws_from(progress)
-        self._queue: deque[list[Example]] = deque()
+        self._queue: deque[tuple[list[Example], list[Rejected]]] = deque()  # sequences, with what is reported with each
         self._ahead = 0  # examples of the next window to ask for with each sequence
         self._rejected: list[Rejected] = []
         # examples left out since the last that could be encoded, and since the last that could be decoded
@@ -164,7 +164,9 @@ class PackIterator(grain.DatasetIterator):
             rejected += self._rejected
             self._rejected = []
             while self._queue and len(sequences) < count:
-                sequences.append(self._queue.popleft())
+                sequence, left_out = self._queue.popleft()
+                sequences.append(sequence)
+                rejected += left_out
                 self._ask(min(self._ahead, self.dataset.window_size - len(self._asked)))
                 self._progress = dataclasses.replace(self._progress, given=self._progress.given + 1)
             if not self._queue:
@@ -212,13 +214,16 @@ class PackIterator(grain.DatasetIterator):
         self._unusable = [] if examples else self._unusable + rejected
         self._check_usable(self._unusable)
         given = max(before, self._progress.given)
-        if not given:  # what a window rejects is reported with its first sequence
-            self._rejected = rejected
         examples = self._joined(examples)
         packed = self._pack(examples)
         if config.shuffle != "none":  # packed longest first: in that order a batch is of one length, often of one kind
             np.random.default_rng(window).shuffle(packed)
-        self._queue.extend([examples[i] for i in sequence] for sequence in packed[given:])
+        if not packed:
+            self._rejected = rejected
+        # what a window rejects is reported with its sequences, evenly: the share of what was read is right at any time
+        ends = [len(rejected) * number // max(len(packed), 1) for number in range(len(packed) + 1)]
+        for number, sequence in enumerate(packed[given:], given):
+            self._queue.append(([examples[i] for i in sequence], rejected[ends[number] : ends[number + 1]]))
         self._ahead = -(-self.dataset.window_size // max(len(self._queue), 1))
         self._progress = dataclasses.replace(self._progress, given=given)
         return bool(results)
@@ -227,7 +232,7 @@ class PackIterator(grain.DatasetIterator):
         """Return the packed sequences of the present window that are left, without giving them out."""
         if not self._queue:
             self._next_window()
-        return list(self._queue)
+        return [sequence for sequence, _ in self._queue]
 
     def _joined(self, examples: list[Example]) -> list[Example]:
         """Documents joined as ``documents.join`` says, those of each source of a mixture apart."""

@@ -230,6 +230,32 @@ def _rejected(batches):
     return sorted((one.number, one.kind) for packed in batches for one in packed.rejected)
 
 
+def test_the_share_that_is_left_out_is_right_from_the_first_batch_on(setup, tmp_path):
+    """A run ends where it is more than its limits: a window's rejected examples must not all count at once."""
+    experiment, processor, _ = setup
+    lines = [{"messages": [{"role": "user", "content": "what color?"}, {"role": "assistant", "content": "red"}]}] * 90
+    lines[::10] = [{"messages": []}] * 9
+    path = tmp_path / "examples.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changes = {"train": (str(path),), "on_bad_example": "skip", "pack_window": 90, "batch_size": 1, "max_patches": 0}
+    config = dataclasses.replace(experiment.data, **changes)
+    used = left_out = 0
+    batches, _ = pipeline.training_data(processor, config, seed=0, epochs=1)
+    iterator = iter(batches)
+    for number, packed in enumerate(iterator):
+        if number == 3:
+            states = iterator.get_state()
+        used, left_out = used + packed.conversations, left_out + len(packed.rejected)
+        assert abs(left_out - 0.1 * (used + left_out)) < 2
+        if number == 4:
+            fifth = packed.rejected
+    assert (used, left_out) == (81, 9)
+    again = iter(batches)
+    again.set_state(states)
+    assert next(again).rejected == fifth
+    again.close()
+
+
 @pytest.fixture(scope="module")
 def with_damage(setup, tmp_path_factory):
     """The examples, but an image of number 3 cannot be decoded, and the file of one of number 9 is cut off."""
