@@ -60,7 +60,8 @@ def _fetch(remote: str) -> bool:
             return False
         if not stores.is_current(target, stat):
             stores.check_space([(file, target, stat)])
-            _say_once(stores.COPIES.absolute())
+            with _LOCK:  # of which threads would print one each
+                _say_once(stores.COPIES.absolute())
             stores.fetch_one(file, target)
     return True
 

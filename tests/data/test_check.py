@@ -230,7 +230,7 @@ def _run(*arguments) -> int:
 def test_the_command_checks_with_fields_and_configs(place, tmp_path, capsys):
     examples, _, _ = place
     config = ["--config", "mimo_vl/easy_vqa"]
-    small = ["--data.seq_len", "192", "--data.max_patches", "192"]
+    small = ["--data.seq_len", "192", "--data.max_patches", "192", "--evaluation.data"]
     good = _write(tmp_path / "good.jsonl", [_chat("what color? " * 30, "red")])
     assert _run(good, *config, *small) == 0
     assert "1 of 1 examples can be used" in capsys.readouterr().out
@@ -336,7 +336,8 @@ def test_lengths_are_measured_from_headers_and_kept(tmp_path, capsys):
     picture.write_bytes(picture.read_bytes()[:-10])  # whole enough for a header
     records = [_chat("what color? " * 20, "red"), _chat("<image>?", "red") | {"images": ["a.jpg"]}, _chat("only asked")]
     path = _write(tmp_path / "examples.jsonl", records)
-    config = ["--config", "mimo_vl/easy_vqa", "--data.lengths_folder", str(tmp_path / "lengths")]
+    config = ["--config", "mimo_vl/easy_vqa", "--evaluation.data"]
+    config += ["--data.lengths_folder", str(tmp_path / "lengths")]
     assert _run(path, *config, "--data.on_bad_example", "skip", "--lengths") == 1
     (kept,) = (tmp_path / "lengths").iterdir()
     assert f"{kept}: lengths of 3 examples, of which 2 can be used" in capsys.readouterr().out

@@ -160,7 +160,7 @@ def test_values_of_any_depth_keep_their_brightness(kind):
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(arrays(scalar_dtypes() | unicode_string_dtypes(), array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)))
 def test_any_array_is_a_picture_or_an_example_error(array):
     with contextlib.suppress(ExampleError):

@@ -197,7 +197,7 @@ def test_anything_anywhere_is_encoded_or_is_the_error_of_the_example(tiny, data)
     processor = tiny.processor.replace(media_roots=(str(data.parent),))
     assert processor.encode(ENCODED).num_patches
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=150, deadline=None)
     @given(st.sampled_from(list(places(ENCODED))), JSON)
     def encode(path, value):
         with contextlib.suppress(ExampleError):

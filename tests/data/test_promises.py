@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from jvlm.data import packing, pipeline
@@ -102,9 +103,9 @@ ODD = {
 }
 
 
-def _losses(model, examples, shape, **promises):
-    batch = packing.assemble([examples], *shape, **promises)
-    return float(supervised_loss(model, batch).total)
+@nnx.jit
+def _loss(model, batch):
+    return supervised_loss(model, batch).total
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -123,8 +124,8 @@ def test_a_picture_gives_the_loss_it_has_without_a_bound_or_its_example_is_refus
             packing.assemble([[example]], 512, 2048, max_image_patches=bound)
         return
     (fitted,) = encode.random_map((Origin(), ODD[name]), rng)
-    free = float(supervised_loss(model, packing.assemble([[fitted]], 512, 2048)).total)
-    promised = _losses(model, [fitted], (512, 2048), max_image_patches=bound)
+    free = float(_loss(model, packing.assemble([[fitted]], 512, 2048)))
+    promised = float(_loss(model, packing.assemble([[fitted]], 512, 2048, max_image_patches=bound)))
     assert promised == pytest.approx(free, rel=1e-5)
 
 
@@ -181,12 +182,12 @@ def test_text_that_is_too_long_is_left_out_whatever_its_pictures_do(small):
 )
 def test_every_family_can_make_its_pictures_smaller_and_never_larger_on_the_way(architecture, limits, size):
     model = models.ARCHITECTURES[architecture]()
-    vision, picture = limits.build(model), Image.new("RGB", size)
-    begin = vision.image(picture, limits, index=0, count=1)
+    vision = limits.build(model)
+    begin = vision.layout(size, limits, index=0, count=1)
     ways = [way for way in vision.reductions(limits) if way]
     assert ways
     for way in ways:
-        made = [vision.image(picture, dataclasses.replace(limits, **change), index=0, count=1) for change in way]
+        made = [vision.layout(size, dataclasses.replace(limits, **change), index=0, count=1) for change in way]
         patches = [len(m.patches) for m in made]
         assert patches == sorted(patches, reverse=True)
         assert len(begin.patches) > patches[-1]

@@ -107,13 +107,13 @@ def conversations(draw):
     return Conversation(tuple(messages))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(conversations())
 def test_every_item_goes_to_the_turn_in_whose_message_its_tag_stands(example):
     assert [taken_apart(turn) for turn in single_turns(example)] == alone_by_hand(taken_apart(example))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(conversations())
 def test_a_chain_is_the_example_with_the_models_words_in_place_of_its_answers(example):
     whole, said = taken_apart(example), []
@@ -138,7 +138,7 @@ def test_a_chain_is_the_example_with_the_models_words_in_place_of_its_answers(ex
     assert next_turn(example, said) is None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(conversations())
 def test_a_prompt_leaves_out_the_final_answer_and_what_belongs_to_it(example):
     whole = taken_apart(example)

@@ -324,7 +324,7 @@ def test_a_mixture_shows_the_share_of_each_source(data):
 
 def test_the_command_writes_the_page_and_nothing_over_data(data, tmp_path, capsys):
     folder, _, config = data
-    sizes = ["--config", "mimo_vl/easy_vqa", "--data.seq_len", "192", "--data.max_patches", "192"]
+    sizes = ["--config", "mimo_vl/easy_vqa", "--data.seq_len", "192", "--data.max_patches", "192", "--evaluation.data"]
     output = tmp_path / "new" / "report.html"
     for _ in range(2):  # its own page may be written again
         assert cli.main(["data", "view", config.train[1], *sizes, "--output", str(output)]) == 0
