@@ -18,6 +18,7 @@ from jvlm.data.errors import ExampleError, Origin
 from jvlm.data.formats.detection import Detected, detect
 from jvlm.data.formats.example_format import FormatOptions
 from jvlm.data.readers import copied, folder, shard_set
+from jvlm.data.readers.array_record import SHARD_SUFFIX
 from jvlm.data.readers.copied import CopiedReader
 from jvlm.data.readers.json_lines import JsonLines
 from jvlm.data.readers.parquet import Parquet
@@ -223,9 +224,10 @@ def _find(pattern: str) -> list[tuple[str, epath.Path]]:
     if is_dataset_id(pattern):
         return [(str(path), epath.Path(path)) for path in datasets.fetch(pattern)]
     if stores.is_remote(pattern):
-        originals = stores.find(pattern)
+        inside = f"{pattern.rstrip('/')}/*{SHARD_SUFFIX}"
+        originals = stores.find(pattern) or stores.find(inside)
         if not originals:
-            raise UserError(f"no data file matches {pattern!r}")
+            raise UserError(f"no data file matches {pattern!r}, nor {inside!r}")
         paths = copied.outlined(originals)
         others = [original for original in originals if original not in paths]
         why = "all of them: only the whole of such a file says how many examples it has"

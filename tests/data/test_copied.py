@@ -72,6 +72,7 @@ def test_the_number_of_examples_is_known_before_any_file_is_copied(here, capsys)
     assert copies() == {f"s-{shard:05d}-of-{SHARDS:05d}.arrayrecord" for shard in (0, 5)}
     assert answers(source) == [str(number) for number in range(SHARDS * EACH)]
     assert len(copies()) == SHARDS
+    assert ExampleSource(["gs://bucket/data/"]).files == ExampleSource(["gs://bucket/data"]).files == source.files
 
 
 def test_two_hosts_copy_a_half_each_and_read_what_one_reads(here, tmp_path, monkeypatch, tiny):
