@@ -19,10 +19,10 @@ from jvlm.data.conversion import write_shards
 from jvlm.data.engines.engine import Engine, InProcess
 from jvlm.data.errors import Rejected
 from jvlm.data.example_source import ExampleSource
+from jvlm.data.readers.folder import FOUND, REPORT
 from jvlm.errors import UserError, file_errors
 
 WORK = ".measured"
-LIST, REPORT = "found.jsonl", "report.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +69,11 @@ class Kept:
             for reason, count in self.found.items()
         ]
         if self.written is None:
-            lines.append(f"nothing was dropped: see {Path(self.output) / LIST}, and give --drop to write the others")
+            lines.append(f"nothing was dropped: see {Path(self.output) / FOUND}, and give --drop to write the others")
         else:
             lines.append(
                 f"{self.written:,} written and {self.dropped:,} dropped: {self.shards} shard(s) under {self.output}; "
-                f"what was dropped is in {Path(self.output) / LIST}"
+                f"what was dropped is in {Path(self.output) / FOUND}"
             )
         return "\n".join(lines)
 
@@ -117,7 +117,7 @@ def keep(
     keeps[:first] = False
     counts: Counter[str] = Counter()
     listed = (one for one in _ordered(found, bad))
-    with _replaced(output / LIST) as write:
+    with _replaced(output / FOUND) as write:
         for one in listed:
             counts[one.reason] += 1
             dropped = one.reason in drop or one.reason == "bad"
@@ -130,7 +130,7 @@ def keep(
     if drop:
         indices = np.flatnonzero(keeps)
         if not len(indices):
-            raise UserError(f"none of {read} examples is left; {output / LIST} says why")
+            raise UserError(f"none of {read} examples is left; {output / FOUND} says why")
         chosen = hashlib.sha256(identity.encode() + indices.tobytes()).hexdigest()
         done = write_shards(
             Chosen(source, indices),

@@ -17,6 +17,8 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar", ".
 _PARTS = re.compile(r"(?P<folder>.+?)(?::(?P<subset>[^:/]+))?(?::(?P<split>[^:/]+))?")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_FILES = 1_000_000
+# what jvlm's own commands write beside shards about them: what they found, and counts
+FOUND, REPORT = "found.jsonl", "report.json"
 
 
 def split_name(pattern: str) -> tuple[Path, str | None, str | None] | None:
@@ -32,8 +34,9 @@ def split_name(pattern: str) -> tuple[Path, str | None, str | None] | None:
 def files_of(folder: Path, subset: str | None = None, split: str | None = None) -> list[str]:
     """Return the data files of a dataset's folder, in order.
 
-    What `datasets` saved, Energon and TFDS prepared, a folder of images with metadata, or a snapshot of a dataset's
-    repository. The split of a folder without subsets may be given as the subset.
+    What `datasets` saved, Energon and TFDS prepared, a folder of images with metadata, shards that `jvlm data dedup`
+    and the like wrote, or a snapshot of a dataset's repository. The split of a folder without subsets may be given as
+    the subset.
 
     Raises:
       UserError: no data files, or no such subset or split, listing what there is; a file that is missing.
@@ -53,6 +56,9 @@ def files_of(folder: Path, subset: str | None = None, split: str | None = None) 
     metadata = [folder / name for name in METADATA if (folder / name).is_file()]
     if metadata:
         return [str(metadata[0])]
+    shards = sorted(map(str, folder.glob("*.arrayrecord")))
+    if shards and (folder / FOUND).is_file() and (folder / REPORT).is_file():
+        return shards
     return _of_snapshot(folder, subset, split)
 
 

@@ -49,6 +49,8 @@ def test_dropping_writes_the_others_whole_and_counts_add_up(examples, tmp_path, 
     monkeypatch.setattr(Examples, "facts", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr(dedup_module, "compared", lambda *_: pytest.fail("compared again"))
     done = dedup([str(examples)], tmp_path, drop=("equal", "near"), examples_per_shard=4)
+    # the folder is data as it is: what lies beside the shards is about them
+    assert len(ExampleSource([str(tmp_path)])) == done.written
     assert (done.read, done.written, done.dropped, done.shards) == (15, 10, 5, 3)
     shards = ExampleSource([f"{tmp_path}/*.arrayrecord"])
     kept = [i for i in range(15) if EXPECTED.get(i + 1, ("",))[0] not in ("equal", "near")]
