@@ -26,7 +26,7 @@ from jvlm.data.readers.array_record import write_shard
 from jvlm.errors import UserError
 from tests import bucket as bucket_module
 
-SHARDS, EACH = 64, 4
+SHARDS, EACH = 32, 4
 
 
 def example(number):
@@ -93,7 +93,7 @@ def test_two_hosts_copy_a_half_each_and_read_what_one_reads(here, tmp_path, monk
             files[count, index] = copies()
     assert found[1, 0] == sorted(found[2, 0] + found[2, 1])
     assert sum(map(len, found[1, 0])) == SHARDS * EACH
-    # a window of blocks is 16 files, a half of all is two of these, and the first file says what the format is
+    # a window of blocks is 16 files, a half of all is one of these, and the first file says what the format is
     assert all(SHARDS // 2 <= len(files[2, index]) <= SHARDS // 2 + 1 for index in range(2))
 
 
