@@ -27,7 +27,8 @@ class QwenImageConfig(MergedImageConfig, tag="qwen2_5_vl"):
     Attributes:
       video_max_frames: most frames of a video file.
       video_max_tokens: most tokens of a video, kept however long it is; None has qwen-vl-utils' limit, which long
-        videos exceed, since each frame gets ``video_min_pixels`` at least. MiMo-VL has 16,384, with 256 frames.
+        videos exceed, since each frame gets ``video_min_pixels`` at least. MiMo-VL has 16,384, with 256 frames. A token
+        is 28 x 28 pixels of two frames here, whatever the encoder's patches are.
       video_times: write the time of each temporal patch of a video before it, as Qwen3-VL does: "<1.2 seconds>". Each
         is then an image by itself, and M-RoPE does not know its time.
     """
