@@ -164,14 +164,22 @@ def readers(processor: Processor, file: str, count: int, **config: int) -> tuple
     return result
 
 
-def bare(processor: Processor, file: str, processes: int, seconds: float) -> tuple[float, float]:
-    """Return (images a second, processor milliseconds of one) of processes that do no more than decode and resize."""
+ToResize = list[tuple[UnreadImage, tuple[int, int]]]
+
+
+def to_resize(processor: Processor, file: str) -> ToResize:
+    """Return the first images of a set, each with the size that it is resized to."""
     source, images_of = ExampleSource([file]), []
     for number in range(min(len(source), _BARE_IMAGES)):
         origin, record = source[number]
         example = processor.encode(parse_example(record, origin), decode=False)
         unread = example.patches.pieces if example.num_patches else ()
         images_of += [(one, sizes.resized) for one, sizes in zip(unread, example.sizes, strict=True)]
+    return images_of
+
+
+def bare(images_of: ToResize, processes: int, seconds: float) -> tuple[float, float]:
+    """Return (images a second, processor milliseconds of one) of processes that do no more than decode and resize."""
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(processes), context.Queue()
     arguments = images_of, seconds, start, results
@@ -184,9 +192,7 @@ def bare(processor: Processor, file: str, processes: int, seconds: float) -> tup
     return sum(rate for rate, _ in found), sum(spent for _, spent in found) / processes
 
 
-def _decode_and_resize(
-    images_of: list[tuple[UnreadImage, tuple[int, int]]], seconds: float, start: Any, results: Any
-) -> None:
+def _decode_and_resize(images_of: ToResize, seconds: float, start: Any, results: Any) -> None:
     start.wait(_LONGEST)
     begin, own, done = time.perf_counter(), time.process_time(), 0
     while (spent := time.perf_counter() - begin) < seconds:
@@ -251,22 +257,26 @@ def print_readers(processor: Processor, name: str, file: str, counts: list[int],
     print(f"\nthreads and worker processes on {name}\n")
     print("| readers | examples/s | times the first | main process, ms of a core an example | all processes |")
     print("| --- | --- | --- | --- | --- |")
-    gains: dict[str, list[float]] = {}
-    for kind in ("threads", "processes", "processes that only decode and resize"):
+    images_of = to_resize(processor, file)
+    kinds = {"threads": "read_threads", "processes": "worker_processes"}
+    gains: dict[str, float] = {}
+    for kind in (*kinds, *(["processes that only decode and resize"] if images_of else [])):
         first = None
         for count in counts:
-            if kind.endswith("resize"):
-                rate, everything = max(bare(processor, file, count, _BARE_SECONDS) for _ in range(rounds))
-                own = 0.0
-            else:
-                field = "read_threads" if kind == "threads" else "worker_processes"
-                found = [readers(processor, file, 160 * count, **{field: count}) for _ in range(rounds)]
+            if kind in kinds:
+                found = [readers(processor, file, 160 * count, **{kinds[kind]: count}) for _ in range(rounds)]
                 rate, own, everything = max(found)
+            else:
+                rate, everything = max(bare(images_of, count, _BARE_SECONDS) for _ in range(rounds))
+                own = 0.0
             first = first or rate
-            gains.setdefault(kind, []).append(rate / first)
-            print(f"| {count} {kind} | {rate:.1f} | {rate / first:.2f} | {own:.2f} | {everything:.2f} |", flush=True)
-    _, processes, bound = gains.values()
-    print(f"\n{counts[-1]} worker processes go {processes[-1] / bound[-1]:.0%} of the way that this machine goes.")
+            gains[kind] = rate / first
+            print(f"| {count} {kind} | {rate:.1f} | {gains[kind]:.2f} | {own:.2f} | {everything:.2f} |", flush=True)
+    if images_of:
+        _, own, machine = gains.values()
+        print(
+            f"\n{counts[-1]} worker processes do {own:.2f} times what {counts[0]} does; the machine gives {machine:.2f}"
+        )
 
 
 def main() -> None:
