@@ -2,8 +2,8 @@
 
 `make mimo-mini`. Each kind of question has its reward (mimo_rl_data/rewards.json): overlap of boxes, points in the
 element that is to be clicked, the number counted, the word read, the answer behind the reasoning. Words that are right
-three times in four (qa) are not among them: most of their groups would hold eight answers alike. Examples of easy-VQA's
-places (where) name no task of their own.
+three times in four (qa) are not among them: most of their groups would hold eight answers alike. The tower stays as it
+is, as in mimo_vl/morl: what it sees is then not lost for questions that are not asked here (docs/results/papers.md).
 """
 
 from pathlib import Path
