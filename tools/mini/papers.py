@@ -137,7 +137,7 @@ MM1_5 = (
                 "worse",
             ),
             Finding(
-                "It slightly hurts the rest: without it questions are answered a little better.",
+                "It slightly hurts the rest: in as many steps without it, questions are answered a little better.",
                 "score/qa",
                 1,
                 "better",
