@@ -23,7 +23,7 @@ def get_config() -> Experiment:
         parts,
         name="compose_stage1",
         data=dataclasses.replace(parts.data, mixture=mixture, seq_len=352),
-        validation=ValidationConfig(data=mini.test("captions"), interval_steps=100),
+        validation=ValidationConfig(data=mini.held_out("captions"), interval_steps=100),
         steps=100,
         log_interval_steps=5,
     )

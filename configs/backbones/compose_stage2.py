@@ -25,7 +25,7 @@ def get_config() -> Experiment:
         init_from="runs/compose_stage1",
         data=dataclasses.replace(first.data, mixture=mixture),
         optimizer=OptimizerConfig(encoder_lr=5e-5, connector_lr=5e-4, decoder_lr=0.0, warmup_ratio=0.1),
-        validation=ValidationConfig(data=mini.test("captions", "interleaved"), interval_steps=100),
+        validation=ValidationConfig(data=mini.held_out("captions", "interleaved"), interval_steps=100),
         evaluation=dataclasses.replace(mini.evaluation("qa", "counting", "ocr"), max_new_tokens=8, batch_size=16),
         steps=100,
     )
