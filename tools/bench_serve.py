@@ -74,12 +74,16 @@ def texts(count: int, new: int, seed: int = 0) -> list[dict[str, Any]]:
     return [body(" ".join(map(str, rng.integers(0, 1000, WORDS))), new) for _ in range(count)]
 
 
-def mixed(count: int, seed: int = 1) -> list[dict[str, Any]]:
-    """Return requests of 16 to 128 tokens, two of three of them about a picture of 112 to 336 pixels a side."""
+def mixed(count: int, seed: int = 1, first_picture: int = 0) -> list[dict[str, Any]]:
+    """Return requests of 16 to 128 tokens, two of three of them about a picture of 112 to 336 pixels a side.
+
+    Args:
+      first_picture: with another number, other pictures of the same sizes.
+    """
     rng, found = np.random.default_rng(seed), []
     for number in range(count):
         sizes = [28 * rng.integers(4, 13, 2)] if number % 3 else []
-        pictures = [drawn(*size, seed=number) for size in sizes]
+        pictures = [drawn(*size, seed=first_picture + number) for size in sizes]
         words = f"question {number}: is there a red shape in the image? " * int(rng.integers(1, 6))
         found.append(body(words, int(rng.integers(16, 129)), *pictures))
     return found
@@ -186,8 +190,9 @@ def measure_arrivals(folder: Path, rounds: int) -> float:
     with served(folder, "--max-num-batched-tokens", "1024") as (port, _):
         http_load.ask_at_once(port, mixed(4, seed=3), 4)
         runs = []
-        for number in range(rounds):  # with a text before all others, nothing is found in the caches
-            fresh = [_with_beginning(one, f"round {number}. ") for one in bodies]
+        for number in range(rounds):  # with other pictures, and a text before them, nothing is found in the caches
+            others = mixed(ARRIVALS, first_picture=1000 * number)
+            fresh = [_with_beginning(one, f"round {number}. ") for one in others]
             runs.append(http_load.ask_at_times(port, fresh, times))
         _check_compilations(port)
     ours = max(map(http_load.tokens_per_second, runs))

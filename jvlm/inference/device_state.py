@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jvlm.inference.engine import Engine
 
 COPIES = 8  # pages that one program copies or scrubs
+NEARLY = 0.8  # as full as the fullest encode: then the larger is taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,18 +143,27 @@ class DeviceState:
         return done
 
     def _next_pictures(self, left: list[tuple[int, PictureArrays]]) -> tuple[int, list[PictureArrays]]:
-        """Take pictures of one adapter, as many as an encode takes."""
+        """Take pictures of one adapter for an encode that they fill well: for half a large one, two small ones."""
         if not left:
             return 0, []
-        most = self.shapes.encode_patches[-1]
-        adapter, taken, patches, images = left[0][0], [], 0, 0
-        while left and left[0][0] == adapter:
-            picture = left[0][1]
-            patches, images = patches + picture.media.patches, images + picture.images
-            if taken and (patches > most or images > image_room(self.engine.config, most)):
-                break
-            taken.append(left.pop(0)[1])
+        chosen, fullest = 1, 0.0
+        for size in self.shapes.encode_patches:
+            count, fill = self._fitting(left, size)
+            if count and fill >= NEARLY * fullest:
+                chosen, fullest = count, max(fill, fullest)
+        adapter, taken = left[0][0], [picture for _, picture in left[:chosen]]
+        del left[:chosen]
         return adapter, taken
+
+    def _fitting(self, left: list[tuple[int, PictureArrays]], size: int) -> tuple[int, float]:
+        """Return how many of the next pictures of one adapter an encode takes, and the share of it that they fill."""
+        count, patches, images = 0, 0, 0
+        for adapter, picture in left:
+            more = patches + picture.media.patches, images + picture.images
+            if adapter != left[0][0] or more[0] > size or more[1] > image_room(self.engine.config, size):
+                break
+            count, (patches, images) = count + 1, more
+        return count, patches / size
 
     def pack(self, group: int, plan: Plan, active: Mapping[str, Any]) -> None:
         """Make the arrays of a plan and throw them away. Raises whatever is wrong with them."""

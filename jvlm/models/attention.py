@@ -70,19 +70,19 @@ class Attention(nnx.Module):
         x: Float[Array, "B S D"],
         segments: Int[Array, "B S"],
         *,
-        angles: Float[Array, "B S f"] | None = None,
+        rotary: layers.RotaryEmbedding | None = None,
         context: tuple[Float[Array, "B T D"], Int[Array, "B T"]] | None = None,
         **mask: Any,
     ) -> Float[Array, "B S D"]:
         """Return what each query reads of its segment, after the output projection.
 
         Args:
-          angles: of the rotary embedding; None rotates nothing.
+          rotary: of each token; None rotates nothing.
           context: what keys and values are made of, and its segments; None is ``x`` itself.
           mask: options of `jvlm_kernels.segment_attention`: ``causal``, ``window``, ``max_segment_length``.
         """
         keys, key_segments = context or (None, segments)
-        q, k, v = self.project(x, keys, angles=angles)
+        q, k, v = self.project(x, keys, rotary=rotary)
         return self.combine(self.attend(q, k, v, segments, key_segments, **mask))
 
     def project(
@@ -90,7 +90,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B S D"],
         context: Float[Array, "B T D"] | None = None,
         *,
-        angles: Float[Array, "B S f"] | None = None,
+        rotary: layers.RotaryEmbedding | None = None,
         decoding: bool = False,
     ) -> tuple[Float[Array, "B S H K"], Float[Array, "B T N K"], Float[Array, "B T N K"]]:
         """Return queries of ``x``, and keys and values of the context (None: of ``x``), normed and rotated."""
@@ -102,8 +102,8 @@ class Attention(nnx.Module):
             q, k, v = (qkv[..., part, :] for part in range(3))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = layers.rotate(q, angles), layers.rotate(k, angles)
+        if rotary is not None:
+            q, k = layers.rotate(q, rotary), layers.rotate(k, rotary)
         return q, k, v
 
     def queries(self, x: Float[Array, "B S D"], *, decoding: bool = False) -> Float[Array, "B S H K"]:
@@ -145,11 +145,11 @@ class Attention(nnx.Module):
         cache: KVCache,
         layer: Layer,
         step: PrefillStep,
-        angles: Float[Array, "B S f"],
+        rotary: layers.RotaryEmbedding,
         **mask: Any,
     ) -> tuple[Float[Array, "B S D"], KVCache]:
         """Return self-attention of chunks of prompts that are written into a cache, and the cache."""
-        q, k, v = self.project(x, angles=angles)
+        q, k, v = self.project(x, rotary=rotary)
         mixed, cache = device_ops.current().chunk_attention(
             q,
             k,
@@ -172,11 +172,11 @@ class Attention(nnx.Module):
         cache: KVCache,
         layer: Layer,
         step: DecodeStep,
-        angles: Float[Array, "B S f"],
+        rotary: layers.RotaryEmbedding,
         **mask: Any,
     ) -> tuple[Float[Array, "B S D"], KVCache]:
         """Return self-attention of new tokens that are written into a cache, and the cache."""
-        q, k, v = self.project(x, angles=angles, decoding=True)
+        q, k, v = self.project(x, rotary=rotary, decoding=True)
         ops = device_ops.current()
         mixed, cache = ops.cached_attention(q, k, v, cache, layer, step.cache_index, step.block_tables, **mask)
         return self.combine(mixed), cache

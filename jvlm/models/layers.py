@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -363,15 +363,37 @@ def rotary_frequencies(size: int, theta: float, scaling: RopeScaling | None = No
     return plain if scaling is None else scaling(plain)
 
 
-def rotary_angles(
+class RotaryEmbedding(NamedTuple):
+    """Cosine and sine of each token's angles, in float32."""
+
+    cos: Float[Array, "*L f"]
+    sin: Float[Array, "*L f"]
+
+
+def rotary_embedding(
     positions: Int[Array | np.ndarray, "*L a"], axis_of: Int[np.ndarray, " f"], frequencies: Float[np.ndarray, " f"]
-) -> Float[Array, "*L f"]:
-    """Return the angle of each frequency. ``axis_of`` [f] is the axis of ``positions`` that it turns with."""
-    return jnp.asarray(positions)[..., axis_of].astype(jnp.float32) * frequencies
+) -> RotaryEmbedding:
+    """Return how much each frequency turns. ``axis_of`` [f] is the axis of ``positions`` that it turns with.
+
+    A pass makes it once, before its layers: in a layer XLA fuses cosine and sine into the rotation, where each head
+    computes them anew. On a CPU that takes several times as long as the rotation, and happens across layers too.
+    """
+    angles = jnp.asarray(positions)[..., axis_of].astype(jnp.float32) * frequencies
+
+    def turned(angles):
+        return RotaryEmbedding(jnp.cos(angles), jnp.sin(angles))
+
+    def unturned(angles):
+        return RotaryEmbedding(jnp.ones_like(angles), jnp.zeros_like(angles))
+
+    if platforms.target_platform() != "cpu":
+        return turned(angles)
+    # XLA's CPU compiler fuses through its own optimization barriers, but not through a condition
+    return jax.lax.cond((angles != 0).any(), turned, unturned, angles)
 
 
-def rotate(x: Num[Array, "B S H D"], angles: Float[Array, "B S f"]) -> Num[Array, "B S H D"]:
+def rotate(x: Num[Array, "B S H D"], rotary: RotaryEmbedding) -> Num[Array, "B S H D"]:
     """Return the rotary embedding of ``x``, halves convention (D = 2f), computed in float32."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    cos, sin = (part[:, :, None] for part in rotary)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)

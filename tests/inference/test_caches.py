@@ -205,6 +205,15 @@ def test_drafts_under_a_grammar_change_nothing(tiny, engine):
         assert found[0] == found[1]
 
 
+def test_pictures_that_would_half_fill_a_large_encode_get_small_ones(tiny, expected):
+    engine = Engine(tiny.model, tiny.processor, dataclasses.replace(SIZES, encode_patches=(64, 256)))
+    asked = request(tiny, "swapped")  # two pictures of 36 patches
+    assert run(engine, [asked])[asked.id] == expected["swapped"]
+    assert engine._device.steps["encode 64"] == 2 and not engine._device.steps["encode 256"]
+    run(engine, [request(tiny, "first")])  # one of 120
+    assert engine._device.steps["encode 256"] == 1
+
+
 def test_a_grammar_that_may_not_be_used_is_refused_when_it_is_submitted(tiny, engine):
     with pytest.raises(UserError, match="only references that begin with #"):
         engine.submit(request(tiny, "text", grammar=Grammar("json_schema", '{"$ref": "http://x/y"}')))

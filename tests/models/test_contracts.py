@@ -305,8 +305,8 @@ def test_one_attention_module_is_fused_or_not_with_the_same_result():
     fused.qkv_by_head.kernel[...] = jnp.asarray(np.concatenate(parts, 2).reshape(16, 48))
     fused.out.kernel[...] = apart.out.kernel[...]
     x, segments = rng.normal(size=(1, 10, 16)).astype(np.float32), np.repeat([[1, 2]], 5, axis=1).astype(np.int32)
-    angles = rng.normal(size=(1, 10, 2)).astype(np.float32)
-    found = [module(jnp.asarray(x), jnp.asarray(segments), angles=jnp.asarray(angles)) for module in (apart, fused)]
+    rotary = layers.rotary_embedding(np.arange(10)[None, :, None], np.zeros(2, int), np.float32([1.0, 0.1]))
+    found = [module(jnp.asarray(x), jnp.asarray(segments), rotary=rotary) for module in (apart, fused)]
     np.testing.assert_allclose(*found, atol=1e-6)
     with pytest.raises(ValueError, match="fused_qkv needs as many key heads as query heads"):
         Attention(16, 4, num_kv_heads=2, fused_qkv=True, rngs=nnx.Rngs(0), **common)

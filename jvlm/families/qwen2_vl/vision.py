@@ -14,7 +14,7 @@ from flax import nnx
 from jvlm.models import layers
 from jvlm.models.batch import PackedBatch
 from jvlm.models.contracts import VisionTokens
-from jvlm.models.encoders.native_vit import NativeViTBlock, NativeViTConfig, patch_angles
+from jvlm.models.encoders.native_vit import NativeViTBlock, NativeViTConfig, rotary_of_patches
 from jvlm.models.layer_stack import LayerStack
 from jvlm.models.registry import register
 
@@ -41,6 +41,6 @@ class Qwen2ViT(nnx.Module):
         """Return a token for each patch, in the order of the batch."""
         config = self.config
         x_BPD = self.patch_embed(layers.normalise_pixels(batch.patches, config.image_mean, config.image_std))
-        angles = patch_angles(config, batch.patch_positions)
-        x_BPD, _ = self.blocks(lambda block, x, _: (block(x, angles, batch), None), x_BPD, remat=self.precision.remat)
+        rotary = rotary_of_patches(config, batch.patch_positions)
+        x_BPD, _ = self.blocks(lambda block, x, _: (block(x, rotary, batch), None), x_BPD, remat=self.precision.remat)
         return VisionTokens(x_BPD, jnp.asarray(batch.patch_segment_ids))

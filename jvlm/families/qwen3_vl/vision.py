@@ -21,7 +21,7 @@ from jvlm.models.arithmetic import Counts, Product, Work
 from jvlm.models.batch import PackedBatch
 from jvlm.models.connectors.patch_merger import Merger
 from jvlm.models.contracts import ConnectorConfig, VisionTokens
-from jvlm.models.encoders.native_vit import NativeViTBlock, NativeViTConfig, patch_angles
+from jvlm.models.encoders.native_vit import NativeViTBlock, NativeViTConfig, rotary_of_patches
 from jvlm.models.layer_stack import LayerStack, PerLayer
 from jvlm.models.registry import register
 
@@ -77,7 +77,7 @@ class Qwen3ViT(nnx.Module):
         config, positions = self.config, jnp.asarray(batch.patch_positions)
         x_BPD = self.patch_embed(layers.normalise_pixels(batch.patches, config.image_mean, config.image_std))
         x_BPD = x_BPD + self._learned_positions(positions).astype(x_BPD.dtype)
-        angles = patch_angles(config, positions[..., :2])
+        rotary = rotary_of_patches(config, positions[..., :2])
         # each layer writes into a slot: its level's, or else the last one, which nobody reads
         n = len(config.deepstack_layers)
         slots = np.full(config.depth, n, np.int32)
@@ -85,7 +85,7 @@ class Qwen3ViT(nnx.Module):
 
         def body(block: NativeViTBlock, carry, slot):
             x, levels = carry
-            x = block(x, angles, batch)
+            x = block(x, rotary, batch)
             return (x, jax.lax.dynamic_update_index_in_dim(levels, x, slot, 0)), None
 
         levels = jnp.zeros((n + 1, *x_BPD.shape), x_BPD.dtype)

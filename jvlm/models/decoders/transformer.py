@@ -159,12 +159,12 @@ class Context(NamedTuple):
     """What all layers share in one pass.
 
     Attributes:
-      angles: of the rotary embedding.
+      rotary: of each token.
       step: of prefill or decoding, with a cache; None in a whole pass.
       memory: `DecoderInputs.memory`.
     """
 
-    angles: Float[Array, "B S f"]
+    rotary: layers.RotaryEmbedding
     segments: Int[Array, "B S"]
     max_segment_length: int | None
     step: PrefillStep | DecodeStep | None
@@ -216,13 +216,13 @@ class DecoderBlock(nnx.Module):
         normed, step = self.norm1(x_BSD), context.step
         if step is None:
             mask = {"causal": True, "window": self.window, "max_segment_length": context.max_segment_length}
-            mixed = self.attention(normed, context.segments, angles=context.angles, **mask)
+            mixed = self.attention(normed, context.segments, rotary=context.rotary, **mask)
         elif isinstance(step, PrefillStep):
             mixed, cache = self.attention.prefill(
-                normed, context.segments, cache, number, step, context.angles, window=self.window
+                normed, context.segments, cache, number, step, context.rotary, window=self.window
             )
         else:
-            mixed, cache = self.attention.decode(normed, cache, number, step, context.angles, window=self.window)
+            mixed, cache = self.attention.decode(normed, cache, number, step, context.rotary, window=self.window)
         x_BSD = x_BSD + mixed
         y_BSD, reports = self.norm2(x_BSD), {}
         if self.has_reports:
@@ -349,10 +349,10 @@ class Transformer(nnx.Module):
 
     def context(self, inputs: DecoderInputs, step: PrefillStep | DecodeStep | None = None) -> Context:
         """Return what all layers share in a pass."""
-        angles = self._angles(inputs.positions)
-        return Context(angles, inputs.segment_ids, inputs.max_segment_length, step, inputs.memory)
+        rotary = self._rotary(inputs.positions)
+        return Context(rotary, inputs.segment_ids, inputs.max_segment_length, step, inputs.memory)
 
-    def _angles(self, positions: Int[Array, "B S 3"]) -> Float[Array, "B S f"]:
+    def _rotary(self, positions: Int[Array, "B S 3"]) -> layers.RotaryEmbedding:
         config = self.config
         frequencies = layers.rotary_frequencies(config.head_size, config.rope_theta, config.rope_scaling)
         section = config.mrope_section or (len(frequencies), 0, 0)
@@ -361,7 +361,7 @@ class Transformer(nnx.Module):
             axis_of = np.zeros(len(frequencies), int)
             for axis in (1, 2):
                 axis_of[axis : 3 * section[axis] : 3] = axis
-        return layers.rotary_angles(positions, axis_of, frequencies)
+        return layers.rotary_embedding(positions, axis_of, frequencies)
 
     def init_cache(self, sizes: CacheSizes) -> Any:
         """Return an empty cache: pages of all layers in one array, so that a scan over layers updates it in place."""

@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jvlm.errors import UserError
 from jvlm.models import layers
@@ -77,10 +77,10 @@ class NativeViTConfig(EncoderConfig):
         )
 
 
-def patch_angles(config: NativeViTConfig, positions: Int[Array | np.ndarray, "B P 2"]) -> Float[Array, "B P f"]:
-    """Return the rotary angles of patches: half of the frequencies turn with the row, half with the column."""
+def rotary_of_patches(config: NativeViTConfig, positions: Int[Array | np.ndarray, "B P 2"]) -> layers.RotaryEmbedding:
+    """Return the rotary embedding of patches: half of the frequencies turn with the row, half with the column."""
     frequencies = layers.rotary_frequencies(config.head_dim // 2, _THETA)
-    return layers.rotary_angles(positions, np.repeat([0, 1], len(frequencies)), np.tile(frequencies, 2))
+    return layers.rotary_embedding(positions, np.repeat([0, 1], len(frequencies)), np.tile(frequencies, 2))
 
 
 class NativeViTBlock(nnx.Module):
@@ -97,8 +97,8 @@ class NativeViTBlock(nnx.Module):
         self.norm2 = layers.LayerNorm(D, EPS, precision=precision)
         self.mlp = layers.MLP(D, config.intermediate_size, activation, **common)
 
-    def __call__(self, x_BPD, angles, batch: PackedBatch):
+    def __call__(self, x_BPD, rotary, batch: PackedBatch):
         segments = jnp.asarray(batch.patch_segment_ids)
         normed, most = self.norm1(x_BPD), batch.max_image_patches
-        x_BPD = x_BPD + self.attention(normed, segments, angles=angles, max_segment_length=most)
+        x_BPD = x_BPD + self.attention(normed, segments, rotary=rotary, max_segment_length=most)
         return x_BPD + self.mlp(self.norm2(x_BPD))

@@ -19,7 +19,7 @@ from jvlm.models.arithmetic import Counts, Product, Work, attention_flops, atten
 from jvlm.models.attention import Attention
 from jvlm.models.batch import PackedBatch
 from jvlm.models.contracts import VisionTokens
-from jvlm.models.encoders.native_vit import EPS, NativeViTConfig, patch_angles
+from jvlm.models.encoders.native_vit import EPS, NativeViTConfig, rotary_of_patches
 from jvlm.models.layer_stack import LayerStack
 from jvlm.models.registry import register
 
@@ -83,14 +83,14 @@ class VisionBlock(nnx.Module):
         self.norm2 = layers.RMSNorm(D, EPS, precision=precision)
         self.mlp = layers.SwiGLU(D, config.intermediate_size, bias=True, **common)
 
-    def __call__(self, x_BPD, angles, is_full, batch: PackedBatch):
+    def __call__(self, x_BPD, rotary, is_full, batch: PackedBatch):
         """``is_full``: 1 to attend within the image, 0 within the window; a numpy integer, or traced inside a scan."""
-        x_BPD = x_BPD + self._mix(self.norm1(x_BPD), angles, is_full, batch)
+        x_BPD = x_BPD + self._mix(self.norm1(x_BPD), rotary, is_full, batch)
         return x_BPD + self.mlp(self.norm2(x_BPD))
 
     @jax.named_scope("attention")
-    def _mix(self, x_BPD, angles, is_full, batch: PackedBatch):
-        q, k, v = self.attention.project(x_BPD, angles=angles)
+    def _mix(self, x_BPD, rotary, is_full, batch: PackedBatch):
+        q, k, v = self.attention.project(x_BPD, rotary=rotary)
 
         def within(segments, max_length: int | None):
             segments = jnp.asarray(segments)
@@ -126,10 +126,10 @@ class QwenViT(nnx.Module):
         """Return a token for each patch, in the order of the batch."""
         config = self.config
         x_BPD = self.patch_embed(layers.normalise_pixels(batch.patches, config.image_mean, config.image_std))
-        angles = patch_angles(config, batch.patch_positions)
+        rotary = rotary_of_patches(config, batch.patch_positions)
         is_full = np.array([i in config.fullatt_block_indexes for i in range(config.depth)], np.int32)
         x_BPD, _ = self.blocks(
-            lambda block, x, is_full: (block(x, angles, is_full, batch), None),
+            lambda block, x, is_full: (block(x, rotary, is_full, batch), None),
             x_BPD,
             is_full,
             remat=self.precision.remat,
