@@ -209,7 +209,8 @@ def test_pictures_that_would_half_fill_a_large_encode_get_small_ones(tiny, expec
     engine = Engine(tiny.model, tiny.processor, dataclasses.replace(SIZES, encode_patches=(64, 256)))
     asked = request(tiny, "swapped")  # two pictures of 36 patches
     assert run(engine, [asked])[asked.id] == expected["swapped"]
-    assert engine._device.steps["encode 64"] == 2 and not engine._device.steps["encode 256"]
+    assert engine._device.steps["encode 64"] == 2
+    assert not engine._device.steps["encode 256"]
     run(engine, [request(tiny, "first")])  # one of 120
     assert engine._device.steps["encode 256"] == 1
 
