@@ -386,9 +386,10 @@ def rotary_embedding(
     def unturned(angles):
         return RotaryEmbedding(jnp.ones_like(angles), jnp.zeros_like(angles))
 
-    if platforms.target_platform() != "cpu":
+    if platforms.target_platform() != "cpu" or not isinstance(device_ops.current(), device_ops.LocalOps):
         return turned(angles)
-    # XLA's CPU compiler fuses through its own optimization barriers, but not through a condition
+    # XLA's CPU compiler fuses through its own optimization barriers, but not through a condition, on which several
+    # devices would have to agree
     return jax.lax.cond((angles != 0).any(), turned, unturned, angles)
 
 
