@@ -46,9 +46,11 @@ class Launched:
       sampled: the tokens that they draw.
       done: an array that is there when they are done; None where nothing runs.
       began: when they were given to it.
+      compiled: whether a program was compiled for them, so that their time is not that of others.
     """
 
     plans: Mapping[int, Plan]
     sampled: Sequence[Sampled]
     done: Any
     began: float
+    compiled: bool = False

@@ -351,12 +351,12 @@ class Engine:
         if by_kind and self._idle_since is not None:
             self._host_gap += time.perf_counter() - self._idle_since
         for plans in by_kind.values():
-            began = time.perf_counter()
+            began, known = time.perf_counter(), self.compilations
             try:
                 sampled, done = self._device.run(plans, self._active)
             except faults.HOST_ERRORS as error:
                 sampled, done = self._run_without_faulty(plans, error)
-            self._launched.append(Launched(plans, sampled, done, began))
+            self._launched.append(Launched(plans, sampled, done, began, compiled=self.compilations != known))
         return bool(by_kind)
 
     def _run_without_faulty(self, plans: Mapping[int, Plan], error: Exception) -> tuple[Sequence[Sampled], Any]:
@@ -387,7 +387,7 @@ class Engine:
         self._take_prompt_logprobs(launched)
         read = results.read(launched, self._schedulers, self._active)
         for group, plan in launched.plans.items():
-            self._schedulers[group].finish(plan, read.results[group], seconds)
+            self._schedulers[group].finish(plan, read.results[group], None if launched.compiled else seconds)
         for event in read.events:
             if event.finish_reason is not None:
                 self._success[event.finish_reason] += 1

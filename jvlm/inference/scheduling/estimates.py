@@ -25,11 +25,15 @@ class Prompts:
       tokens: of prompts that are not computed.
       waiting: answers to these.
       decoding: answers that are drawn meanwhile.
+      fullness: what share they are of the chunks, or of the pages of earlier tokens, that one prefill takes.
+      pictures: whether some of them need an encode first.
     """
 
     tokens: int
     waiting: int
     decoding: int
+    fullness: float = 0.0
+    pictures: bool = True
 
     @property
     def share(self) -> float:
@@ -40,8 +44,8 @@ class Prompts:
 class Pace:
     """Whether prompts are computed next, or tokens of answers.
 
-    Times are p of an encode and a prefill together, and d of a decode step; w answers wait for their prompts and r are
-    drawn.
+    Times are p of a prefill, with an encode where one comes before it, and d of a decode step; w answers wait for their
+    prompts and r are drawn.
 
     With a goal of seconds between tokens, k decode steps run between two steps of prompts. A token then takes
     (p + k d) / k seconds: at most the goal from k = p / (goal - d) on. k is no larger than p / d, from where on a token
@@ -96,10 +100,12 @@ class Pace:
         decode = self._seconds("decode")
         if decode is None or "prefill" not in self._times:
             return 1 - self._run
-        prefill = sum(self._seconds(kind) or 0.0 for kind in ("encode", "prefill"))
+        kinds: tuple[Kind, ...] = ("encode", "prefill") if prompts.pictures else ("prefill",)
+        prefill = sum(self._seconds(kind) or 0.0 for kind in kinds)
         if self.goal is None:
             size = next((size for size in self.sizes if size >= prompts.tokens), self.sizes[-1])
-            left = prefill * (1 - min(prompts.tokens / size, 1.0)) - self._wasted
+            unused = 1 - min(max(prompts.tokens / size, prompts.fullness), 1.0)
+            left = prefill * unused - self._wasted
             return math.ceil(left / (decode * prompts.share))
         least = prefill / decode * min(1.0, prompts.decoding / prompts.waiting)
         if decode < self.goal:

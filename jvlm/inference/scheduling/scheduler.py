@@ -207,11 +207,19 @@ class Scheduler:
 
     def _prompts(self) -> Prompts | None:
         """Return what waits for a prefill; None if nothing does."""
-        tokens = sum(s.target - s.computed for s in self.running if s.state == "prefilling")
+        prefilling = [s for s in self.running if s.state == "prefilling"]
+        tokens = sum(s.target - s.computed for s in prefilling)
         if not tokens:
             return None
         waiting = sum(s.state in ("prefilling", "forking") for s in self.running)
-        return Prompts(tokens, waiting, len(self.running) - waiting)
+        config = self.config
+        fullness = len(prefilling) / (1 if config.singly else config.prefill_chunks)
+        if config.prefill_past_pages:
+            past = sum(s.computed // config.page_size for s in prefilling)
+            fullness = max(fullness, past / config.prefill_past_pages)
+        features = self.admission.features
+        pictures = any(not features[key].encoded for s in prefilling for key in s.feature_keys if key in s.held)
+        return Prompts(tokens, waiting, len(self.running) - waiting, fullness, pictures)
 
     def _encode_or_prefill(self) -> Encode | Prefill | None:
         """Return a step towards the next first tokens.

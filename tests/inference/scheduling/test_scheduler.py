@@ -1,5 +1,6 @@
 """The scheduler against a device that notices every wrong place, and against answers computed alone."""
 
+import dataclasses
 import itertools
 import random
 
@@ -8,7 +9,7 @@ import pytest
 
 from jvlm.errors import UserError
 from jvlm.inference.scheduling.config import SchedulerConfig
-from jvlm.inference.scheduling.estimates import Pace
+from jvlm.inference.scheduling.estimates import Pace, Prompts
 from jvlm.inference.scheduling.plans import Decode, Encode, Prefill
 from tests.inference.scheduling.device import END, Device, alone, audit, picture, spec
 
@@ -176,6 +177,38 @@ def test_a_token_takes_as_long_as_the_goal_or_twice_as_long_as_alone(goal):
             between = 0.0
         else:
             between += seconds(plan)
+
+
+def test_prompts_that_are_as_much_as_a_prefill_takes_of_anything_are_due_at_once():
+    pace = Pace(SchedulerConfig(**SMALL))
+    for kind, taken in (("encode", 5.0), ("prefill", 0.1), ("decode", 0.02)):
+        pace.took(kind, taken)
+    few = Prompts(tokens=1, waiting=4, decoding=4, fullness=0.2, pictures=False)
+    # four fifths of a prefill would be wasted, and no encode: as much as 8 decode steps of 0.02 s without half the rows
+    pace.planned("decode", 7, few)
+    assert not pace.prompts_are_due(few)
+    pace.planned("decode", 2, few)
+    assert pace.prompts_are_due(few)
+    assert not pace.prompts_are_due(dataclasses.replace(few, pictures=True))
+    pace.planned("prefill")
+    assert not pace.prompts_are_due(few)
+    assert pace.prompts_are_due(dataclasses.replace(few, fullness=1.0))
+
+
+def test_prompts_of_one_long_beginning_do_not_wait_for_each_other():
+    config = SMALL | WIDE | {"prefill_past_pages": 32, "prefill_tokens": (512,), "prefill_chunks": 64}
+    run = Device(SchedulerConfig(**config), 1, lambda plan: 0.5 if isinstance(plan, Prefill) else 0.02)
+    shared = [1, 2, 3] * 20  # 15 pages, of which a prefill reads those of two prompts
+    run.add(spec("first", shared, max_tokens=12))
+    run.run()
+    for number in range(8):
+        run.add(spec(f"{number}", [*shared, 0, number % 4, number // 4], max_tokens=30))
+    began = len(run.plans)
+    run.run()
+    check_answers(run)
+    prefills = [i for i, plan in enumerate(run.plans[began:]) if isinstance(plan, Prefill)]
+    assert len(prefills) == 4
+    assert prefills[-1] - prefills[0] < 16
 
 
 def test_a_plan_draws_as_many_tokens_as_its_seconds_allow_and_one_where_the_host_decides():
