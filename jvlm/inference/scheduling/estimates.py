@@ -32,8 +32,8 @@ class Prompts:
     tokens: int
     waiting: int
     decoding: int
-    fullness: float = 0.0
-    pictures: bool = True
+    fullness: float
+    pictures: bool
 
     @property
     def share(self) -> float:
