@@ -1,5 +1,7 @@
 """Grouped products against one product after the other in numpy, float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,8 +54,12 @@ def test_result_and_gradients_equal_one_product_after_the_other(case, implementa
         how = {"implementation": implementation, "interpret": implementation != "xla"}
         return grouped_matmul(x, matrices, sizes, **how)[:used]
 
-    y, pull = jax.vjp(product, x if implementation == "pallas_gpu" else x.at[used:].set(0), matrices)
-    d_x, d_matrices = pull(d_y[:used])
+    @jax.jit
+    def pulled(x, matrices, d_y):
+        y, pull = jax.vjp(product, x, matrices)
+        return y, *pull(d_y)
+
+    y, d_x, d_matrices = pulled(x if implementation == "pallas_gpu" else x.at[used:].set(0), matrices, d_y[:used])
     for found, expected in zip((y, d_x[:used], d_matrices), one_after_the_other(x, matrices, d_y, sizes), strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-4)
 
@@ -62,7 +68,7 @@ def test_the_gradient_on_tpu_is_summed_over_many_blocks_and_nobodys_rows_get_now
     x, matrices, d_y, sizes = operands(1500, 384, 1536, [700, 0, 300, 1, 0, 299])
     used = int(sizes.sum())
     x, d_y = x.at[used:].set(jnp.nan), d_y.at[used:].set(jnp.nan)
-    found = tpu._outer(GroupedSpec(interpret=True), x, d_y, sizes, matrices)
+    found = jax.jit(functools.partial(tpu._outer, GroupedSpec(interpret=True)))(x, d_y, sizes, matrices)
     expected = one_after_the_other(x, matrices, d_y, sizes)[2]
     np.testing.assert_allclose(found, expected, atol=5e-4)
 

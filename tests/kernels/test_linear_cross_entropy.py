@@ -52,13 +52,14 @@ def test_loss_and_gradients_equal_plain_logits(block, z_loss, vocabulary_first):
     d_loss, d_logsumexp = rng.standard_normal((2, N)).astype(np.float32)
 
     @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
     def total(hidden, kernel, weights):
         found = linear_cross_entropy(
             hidden, kernel, targets, weights, vocabulary_first=vocabulary_first, z_loss=z_loss, block=block
         )
         return (found.loss * d_loss).sum() + (found.logsumexp * d_logsumexp).sum(), found
 
-    gradients, found = jax.grad(total, (0, 1, 2), has_aux=True)(hidden, kernel, weights)
+    gradients, found = total(hidden, kernel, weights)
     outputs, expected = plain(
         hidden, kernel, targets, weights, vocabulary_first, z_loss, np.float64(d_loss), np.float64(d_logsumexp)
     )
@@ -182,22 +183,21 @@ def test_a_frozen_kernel_costs_no_gradient():
 def test_equal_logits_count_as_argmax_counts_them():
     targets = jnp.array([0, 1, 2, 0])
     hidden, kernel = jnp.ones((4, 2)), jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    sums = linear_cross_entropy_sum(hidden, kernel, targets)
-    each = linear_cross_entropy(hidden, kernel, targets)
+    sums, each = (jax.jit(f)(hidden, kernel, targets) for f in (linear_cross_entropy_sum, linear_cross_entropy))
     assert sums.correct == each.correct.sum() == 2
 
 
 def test_bfloat16_products_are_summed_in_float32_and_the_kernel_keeps_its_dtype():
     hidden, kernel, targets, weights = call()
     narrow = jnp.asarray(hidden, jnp.bfloat16)
-    run = jax.grad(lambda h, k: linear_cross_entropy(h, k, targets, weights).loss.sum(), (0, 1))
+    run = jax.jit(jax.grad(lambda h, k: linear_cross_entropy(h, k, targets, weights).loss.sum(), (0, 1)))
     d_hidden, d_kernel = run(narrow, kernel)
     assert (d_hidden.dtype, d_kernel.dtype) == (jnp.bfloat16, jnp.float32)
     zero = np.zeros(N)
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (hidden, kernel)]
     _, expected = plain(*rounded, targets, weights, d_loss=zero + 1, d_logsumexp=zero)
     np.testing.assert_allclose(d_kernel, expected[1], atol=5e-2)
-    run = jax.grad(lambda h, k: linear_cross_entropy_sum(h, k, targets, weights, block=4).loss, (0, 1))
+    run = jax.jit(jax.grad(lambda h, k: linear_cross_entropy_sum(h, k, targets, weights, block=4).loss, (0, 1)))
     d_hidden, d_kernel = run(narrow, kernel)
     assert (d_hidden.dtype, d_kernel.dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(d_kernel, expected[1], atol=5e-2)
