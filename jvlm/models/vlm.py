@@ -155,7 +155,13 @@ def _logits(graph: nnx.GraphDef, state: nnx.State, batch: PackedBatch):
 
 def abstract(config: VLMConfig) -> VLM:
     """Return a model of shapes without arrays: for counting, loading and planning."""
-    return nnx.eval_shape(lambda: VLM(config, rngs=nnx.Rngs(0)))
+    return nnx.merge(*_structure(config), copy=True)
+
+
+@functools.lru_cache(maxsize=16)
+def _structure(config: VLMConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """Trace the modules once: a load, a plan and a start of a run each ask several times."""
+    return nnx.split(nnx.eval_shape(lambda: VLM(config, rngs=nnx.Rngs(0))))
 
 
 def parameters(model: VLM) -> dict[str, nnx.Variable]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 from flax import nnx
 
@@ -85,9 +88,17 @@ def base_of(experiment: Experiment) -> str | None:
 def random_model(config: VLMConfig, seed: int, sharding: hf.ShardingOf | None) -> VLM:
     """Return a new model, each parameter made on its devices."""
     template = vlm.abstract(config)
-    shardings = {path: sharding(path, v) for path, v in vlm.parameters(template).items()} if sharding else None
+    shardings = tuple((path, sharding(path, v)) for path, v in vlm.parameters(template).items()) if sharding else None
+    return vlm.bind(template, _drawing(config, shardings)(seed))
 
-    def values() -> dict[str, jax.Array]:
+
+@functools.lru_cache(maxsize=8)
+def _drawing(
+    config: VLMConfig, shardings: tuple[tuple[str, jax.sharding.Sharding], ...] | None
+) -> Callable[[int], dict[str, jax.Array]]:
+    """Return seed -> parameters by path; the runs of a process that start alike share one program."""
+
+    def values(seed: int) -> dict[str, jax.Array]:
         return {path: v.get_value() for path, v in vlm.parameters(VLM(config, rngs=nnx.Rngs(seed))).items()}
 
-    return vlm.bind(template, jax.jit(values, out_shardings=shardings)())
+    return jax.jit(values, static_argnums=0, out_shardings=None if shardings is None else dict(shardings))
