@@ -21,6 +21,8 @@ from jvlm.inference.sampling import SamplingArrays, SamplingConfig, SlotRules
 
 B, V = 3, 400
 NONE_BANNED = np.zeros((2, V), bool)
+# as the engine has them, each in one program
+SAMPLE, ADJUST = jax.jit(sampling.sample), jax.jit(sampling.adjust)
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def rules_of(prompt, answers=None):
 def adjusted(logits, prompt=None, answers=None, **params):
     arrays = arrays_of(len(logits), **params)
     rules = None if prompt is None else rules_of(prompt, answers)
-    return np.asarray(sampling.adjust(jnp.asarray(logits), arrays, banned=NONE_BANNED, rules=rules))
+    return np.asarray(ADJUST(jnp.asarray(logits), arrays, banned=NONE_BANNED, rules=rules))
 
 
 def processed(logits, *processors, prompt=None):
@@ -120,10 +122,10 @@ def test_bias_end_tokens_and_a_mask_forbid_and_prefer(logits):
     logits[:, 8] = 50
     params = [SamplingParams(min_tokens=2)] * 2 + [SamplingParams(min_tokens=2, thinking_budget=1)]
     arrays = SamplingArrays.of(params, range(B), range(B), [0, 0, 0])
-    chosen = sampling.sample(jnp.asarray(logits), arrays, banned=NONE_BANNED, rules=rules, mask=mask)
+    chosen = SAMPLE(jnp.asarray(logits), arrays, banned=NONE_BANNED, rules=rules, mask=mask)
     assert np.asarray(chosen).tolist() == [4, 6, 11]
     later = SamplingArrays.of([SamplingParams(min_tokens=2)] * B, range(B), range(B), [2, 2, 2])
-    chosen = sampling.sample(jnp.asarray(logits), later, banned=NONE_BANNED, rules=rules, mask=mask)
+    chosen = SAMPLE(jnp.asarray(logits), later, banned=NONE_BANNED, rules=rules, mask=mask)
     assert np.asarray(chosen).tolist() == [4, 6, 8]
 
 
@@ -140,10 +142,10 @@ def test_every_row_gets_beside_others_what_it_gets_alone(logits):
     rules, mask = rules_of(np.zeros((6, 1), np.int64)), np.full((6, 13), -1, np.int32)
     together = SamplingArrays.of(params, range(6), range(6), range(6))
     options = {"banned": NONE_BANNED, "rules": rules}
-    found = np.asarray(sampling.sample(jnp.asarray(many), together, mask=mask, **options))
+    found = np.asarray(SAMPLE(jnp.asarray(many), together, mask=mask, **options))
     for i, one in enumerate(params):
         alone = SamplingArrays.of([one], [i], [i], [i])
-        chosen = sampling.sample(jnp.asarray(many[i : i + 1]), alone, mask=mask[:1], **options)
+        chosen = SAMPLE(jnp.asarray(many[i : i + 1]), alone, mask=mask[:1], **options)
         assert int(chosen[0]) == found[i]
 
 
@@ -179,17 +181,18 @@ def test_log_probabilities_and_entropy_are_those_of_the_raw_scores(logits):
 
 def draw(logits, request_ids, step=0, banned=NONE_BANNED, **params):
     arrays = arrays_of(len(logits), request_ids, step, **({"temperature": 1.0} | params))
-    return np.asarray(sampling.sample(jnp.asarray(logits), arrays, banned=banned))
+    return np.asarray(SAMPLE(jnp.asarray(logits), arrays, banned=banned))
 
 
 def test_draws_follow_the_probabilities():
-    logits = np.random.default_rng(0).normal(0, 1, V).astype(np.float32)
-    count = 40_000
-    tokens = draw(np.broadcast_to(logits, (count, V)), range(count), temperature=0.8)
+    count, words = 40_000, 100
+    logits = np.random.default_rng(0).normal(0, 1, words).astype(np.float32)
+    banned = NONE_BANNED[:, :words]
+    tokens = draw(np.broadcast_to(logits, (count, words)), range(count), banned=banned, temperature=0.8)
     expected = count * np.asarray(jax.nn.softmax(logits / 0.8))
-    chi_squared = ((np.bincount(tokens, minlength=V) - expected) ** 2 / expected).sum()
-    # V - 1 degrees of freedom: mean V - 1, variance 2 (V - 1); five standard deviations
-    assert chi_squared < V - 1 + 5 * np.sqrt(2 * (V - 1))
+    chi_squared = ((np.bincount(tokens, minlength=words) - expected) ** 2 / expected).sum()
+    # words - 1 degrees of freedom: mean words - 1, variance 2 (words - 1); five standard deviations
+    assert chi_squared < words - 1 + 5 * np.sqrt(2 * (words - 1))
 
 
 def test_a_draw_depends_on_seed_number_and_step_and_not_on_the_batch(logits):

@@ -98,7 +98,7 @@ def of(name):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_pieces_of_any_ids_join_up_to_their_text(name, data):
     processor = of(name)

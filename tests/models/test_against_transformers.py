@@ -9,7 +9,9 @@ import pytest
 import torch
 from flax import nnx
 
+from jvlm.models.vlm import VLM
 from jvlm.weights import table
+from tests import quick
 from tests.support import hf_inputs, hf_positions, new_layout, picture
 
 EXAMPLE = {"seq_len": 256, "max_patches": 640}
@@ -138,7 +140,7 @@ def test_hidden_states_of_the_vision_tower_equal_transformers_after_every_block(
     expected = seen["out"].numpy()
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     if depth == tiny.config["vision_config"]["depth"]:
-        features = np.asarray(tiny.model.encode(batch).tokens)[0]
+        features = np.asarray(quick.call(VLM.encode, tiny.model, batch).tokens)[0]
         index = batch.vision_index[0]
         np.testing.assert_allclose(features[index[index >= 0]], merged.numpy(), atol=1e-4)
 

@@ -56,9 +56,8 @@ def reference(features, params, config):
 
 def build(config, seed=0):
     """A connector with every parameter, norms and biases included, drawn at random; and path -> value."""
-    module = registry.build(
-        config, d_in=D_IN, d_out=D_OUT, precision=Precision(compute_dtype="float32"), rngs=nnx.Rngs(0)
-    )
+    sizes = {"d_in": D_IN, "d_out": D_OUT, "precision": Precision(compute_dtype="float32")}
+    module = nnx.eval_shape(lambda: registry.build(config, **sizes, rngs=nnx.Rngs(0)))
     rng, values, flat = np.random.default_rng(seed), {}, []
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         shape = variable.get_value().shape

@@ -17,6 +17,7 @@ from jvlm.models.decoders.cross_attention import (
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.decoders.transformer import Transformer, TransformerConfig
 from jvlm.models.layers import Precision
+from tests import quick
 
 D, S, PAGE = 32, 24, 8
 SMALL = {"vocab_size": 50, "hidden_size": D, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2}
@@ -53,7 +54,7 @@ def _run(monkeypatch, decoder, inputs, cache, step, scans):
 @pytest.mark.parametrize("name", [*DECODERS, "vectors for later layers"])
 def test_scanned_over_the_layers_a_step_is_what_it_is_unrolled(monkeypatch, name):
     kind, config = DECODERS.get(name, DECODERS["dense"])
-    decoder = kind(config, precision=Precision(compute_dtype="float32"), rngs=nnx.Rngs(0))
+    decoder = quick.random_module(lambda: kind(config, precision=Precision(compute_dtype="float32"), rngs=nnx.Rngs(0)))
     for path, variable in nnx.to_flat_state(nnx.state(decoder)):
         if "gate" in str(path[-1]):  # of cross-attention, which begin at zero
             variable.set_value(variable.get_value() + 0.5)

@@ -16,9 +16,9 @@ from jvlm.inference.generate import complete, engine_for
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models import vlm
 from jvlm.models.decoders.cross_attention import CrossAttentionTransformerConfig, VisionMemory, readable_images
-from jvlm.models.vlm import VLM
 from jvlm.weights import hf
 from jvlm.weights.table import WeightError
+from tests import quick
 from tests.idefics2 import CASES, FAKE, IMAGE, LATENTS, write_folder
 
 NAMES = ("three pictures of different sizes", "text only", "several turns")
@@ -48,8 +48,7 @@ def sizes(folder, every=2, attends_to="last", least=9):
 def drawn(folder, every):
     """Path -> array of random parameters."""
     config = sizes(folder, every)
-    model = nnx.jit(lambda: VLM(config, rngs=nnx.Rngs(3)))()
-    return {path: v.get_value() for path, v in vlm.parameters(model).items()}
+    return {path: v.get_value() for path, v in vlm.parameters(quick.random_model(config)).items()}
 
 
 def build(folder, every=2, attends_to="last", gate=None):

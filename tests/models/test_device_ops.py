@@ -8,15 +8,14 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from jvlm.models import device_ops, vlm
 from jvlm.models.device_ops import DeviceOps, LocalOps
-from jvlm.models.vlm import VLM
 from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.parallel.sharded_ops import ShardedOps
 from jvlm.training.supervised import supervised_loss
+from tests import quick
 from tests.parallel import models
 
 METHODS = [name for name in vars(DeviceOps) if not name.startswith("_")]
@@ -42,7 +41,7 @@ def calls(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    return VLM(models.qwen2_5_vl(), rngs=nnx.Rngs(0))
+    return quick.random_model(models.qwen2_5_vl())
 
 
 def test_a_model_called_on_one_device_and_then_on_a_mesh_is_traced_anew_under_the_mesh_and_back(model, calls):
@@ -70,7 +69,7 @@ def test_a_model_called_on_one_device_and_then_on_a_mesh_is_traced_anew_under_th
 def test_a_compiled_function_of_the_callers_own_is_traced_anew_under_a_mesh(calls, remat):
     """JAX also caches the bodies of scans and checkpoints, apart from the compiled function around them."""
     config = models.with_precision(models.qwen2_5_vl(), remat=remat)
-    model = VLM(config, rngs=nnx.Rngs(0))
+    model = vlm.abstract(config)
     values = {path: variable.get_value() for path, variable in vlm.parameters(model).items()}
 
     @jax.jit

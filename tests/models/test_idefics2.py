@@ -13,7 +13,9 @@ from safetensors.numpy import load_file
 from jvlm.data import packing
 from jvlm.families.idefics2.image_processor import table_positions
 from jvlm.models.batch import PackedBatch
+from jvlm.models.vlm import VLM
 from jvlm.weights import hf, table
+from tests import quick
 from tests.idefics2 import CASES, create, hf_inputs
 from tests.support import GOLDEN
 
@@ -58,7 +60,7 @@ def test_vision_features_and_resampled_ones_equal_transformers_for_each_picture(
         across = size.shape[1] if size.shape[1] * 14 <= inputs["pixel_values"].shape[-1] else size.shape[1] - 1
         grid = theirs.reshape(-1, across, theirs.shape[-1])[:h, :w].reshape(h * w, -1)
         np.testing.assert_allclose(mine, grid.numpy(), atol=1e-4)
-    features = np.asarray(tiny.model.encode(batch).tokens)[0]
+    features = np.asarray(quick.call(VLM.encode, tiny.model, batch).tokens)[0]
     index = batch.vision_index[0]
     np.testing.assert_array_equal(index[index >= 0], np.arange(12))
     np.testing.assert_allclose(features[:12], torch.cat(found.pooler_output).numpy(), atol=1e-4)
@@ -69,7 +71,7 @@ def test_golden_features_and_logits():
     model = hf.load_weights(folder, hf.read_config(folder))
     inputs, outputs = load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors")
     batch = lay_out(inputs, model.config)
-    features = np.asarray(model.encode(batch).tokens)
+    features = np.asarray(quick.call(VLM.encode, model, batch).tokens)
     index = batch.vision_index
     found = np.concatenate([features[b][index[b][index[b] >= 0]] for b in range(len(index))])
     np.testing.assert_allclose(found, outputs["image_features"], atol=1e-4)

@@ -14,12 +14,16 @@ from jvlm.models.layers import matmul
 def test_products_are_rounded_sums_and_so_are_gradients(shape, dtype):
     rng = np.random.default_rng(0)
     x, kernel, weights = (jnp.asarray(rng.standard_normal(s), dtype) for s in (shape, (48, 20), (*shape[:-1], 20)))
-    y, pull = jax.vjp(matmul, x, kernel)
+
+    @jax.jit
+    def pulled(x, kernel, weights):
+        y, pull = jax.vjp(matmul, x, kernel)
+        return y, *pull(weights)
+
     exact = [np.asarray(value, np.float64) for value in (x, kernel, weights)]
-    pulled = pull(weights)
     rows = [value.reshape(-1, value.shape[-1]) for value in (exact[0], exact[2])]
     expected = [exact[0] @ exact[1], exact[2] @ exact[1].T, rows[0].T @ rows[1]]
-    for found, value in zip((y, *pulled), expected, strict=True):
+    for found, value in zip(pulled(x, kernel, weights), expected, strict=True):
         assert found.dtype == jnp.dtype(dtype)
         assert found.shape == value.shape
         rounding = float(jnp.finfo(dtype).eps)

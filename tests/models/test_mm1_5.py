@@ -22,6 +22,7 @@ from jvlm.training import runs, starting_model
 from jvlm.weights.positions import resize_positions, with_grid
 from jvlm.weights.table import WeightError
 from jvlm.weights.upcycling import upcycle
+from tests import quick
 from tests.support import picture
 from tests.training import support
 
@@ -163,7 +164,7 @@ def dense(run):
     """A dense model of four layers, random."""
     config = run[0].model.config
     decoder = dataclasses.replace(config.decoder, mlp=None, num_layers=4)
-    return nnx.jit(lambda: vlm.VLM(dataclasses.replace(config, decoder=decoder), rngs=nnx.Rngs(1)))()
+    return quick.random_model(dataclasses.replace(config, decoder=decoder))
 
 
 def test_an_upcycled_model_computes_what_the_dense_one_did(run, dense):
@@ -175,7 +176,7 @@ def test_an_upcycled_model_computes_what_the_dense_one_did(run, dense):
     assert counts[1] - counts[0] == 2 * (2 * 3 * D * F + 3 * D)
     found, expected = (np.asarray(m(batch))[batch.segment_ids > 0] for m in (sparse, dense))
     np.testing.assert_allclose(found, expected, atol=2e-5)
-    aux = sparse.hidden(batch).aux
+    aux = quick.call(lambda model, batch: model.hidden(batch).aux, sparse, batch)
     assert aux["loss"].shape == (2,)
     assert np.ptp(np.asarray(aux["router/entropy"])) > 0  # each layer has a router of its own
     with pytest.raises(UserError, match="intermediate_size 7 must be that of the dense MLPs, 128"):

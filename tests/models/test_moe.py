@@ -15,6 +15,7 @@ from jvlm.models import registry
 from jvlm.models.decoders import moe
 from jvlm.models.decoders.moe import MoEConfig
 from jvlm.models.layers import Precision
+from tests import quick
 
 D, B, S = 12, 2, 11
 SMALL = MoEConfig(experts=5, top_k=2, intermediate_size=7)
@@ -24,8 +25,8 @@ SEGMENTS = np.array([[1] * 6 + [2] * 3 + [0] * 2, [1] * 4 + [0] * 7], np.int32)
 
 
 def build(config):
-    module = registry.build(config, width=D, precision=Precision(compute_dtype="float32"), rngs=nnx.Rngs(3))
-    rng = np.random.default_rng(0)
+    precision, rng = Precision(compute_dtype="float32"), np.random.default_rng(0)
+    module = quick.random_module(lambda: registry.build(config, width=D, precision=precision, rngs=nnx.Rngs(3)))
     shapes = {name: getattr(module, name)[...].shape for name in ("router", "gate", "up", "down")}
     values = {name: rng.normal(size=shape).astype(np.float32) / 2 for name, shape in shapes.items()}
     for name, value in values.items():
@@ -146,7 +147,8 @@ def test_on_tpu_a_step_of_decoding_by_all_experts_gives_what_the_chosen_ones_giv
     weights = [tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in part) for part in shapes]
     chosen = np.eye(3, dtype=np.float32)[np.arange(9) % 3][:, None, :adapters]
     x = np.concatenate([x, chosen], -1)
-    found, expected = (f(x, expert, share, *weights) for f in (moe._by_all_experts, moe._by_chosen_experts))
+    ways = (moe._by_all_experts, moe._by_chosen_experts)
+    found, expected = (jax.jit(way)(x, expert, share, *weights) for way in ways)
     assert np.abs(expected[0]).max() > 1
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max())
