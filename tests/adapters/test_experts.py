@@ -20,6 +20,7 @@ from jvlm.models.decoders.moe import MoEConfig
 from jvlm.training import runs, starting_model
 from jvlm.training.config import AdaptConfig, ExportConfig
 from jvlm.training.supervised import supervised_loss
+from tests import quick
 from tests.parallel import models
 from tests.training import support
 
@@ -31,7 +32,7 @@ EXPERTS = tuple(f"decoder.blocks.layer.pattern.1.mlp.{name}" for name in ("gate"
 @pytest.fixture(scope="module")
 def adapted():
     """(base, the same with adapters that are not zero)."""
-    base = starting_model.random_model(CONFIG, 0, None)
+    base = quick.random_model(CONFIG)
     weights = extract(attach(base, ADAPTER, seed=1))
     rng = np.random.default_rng(0)
     trained = {
@@ -107,19 +108,17 @@ def test_each_sequence_has_the_experts_of_its_adapter_and_the_bits_of_the_base_w
     both, batch = several.stacked(base, given), models.batch(CONFIG)
     names = [(None, "two", "one")[row % 3] for row in range(len(batch.tokens))]
 
-    def logits(model):
-        return np.asarray(model.decoder.logits(model.hidden(batch).hidden))
-
     with several.choosing(jnp.asarray(several.numbers(both.adapters, names))):
-        found = logits(both)
-    alone = {None: logits(base), **{name: logits(attach(base, weights)) for name, weights in given.items()}}
+        found = quick.logits(both, batch)
+    alone = {name: quick.logits(attach(base, weights), batch) for name, weights in given.items()}
+    alone[None] = quick.logits(base, batch)
     for row, name in enumerate(names):
         if name is None:
             np.testing.assert_array_equal(found[row], alone[None][row])
         else:
             np.testing.assert_allclose(found[row], alone[name][row], atol=2e-5)
             assert np.abs(found[row] - alone[None][row]).max() > 0.1
-    np.testing.assert_array_equal(logits(both), alone[None])
+    np.testing.assert_array_equal(quick.logits(both, batch), alone[None])
 
 
 def test_room_for_experts_takes_what_is_loaded_later_and_a_plan_counts_it(adapted):
@@ -135,8 +134,8 @@ def test_room_for_experts_takes_what_is_loaded_later_and_a_plan_counts_it(adapte
     assert shapes(empty) == shapes(full) == shapes(several.structure(vlm.abstract(CONFIG), 2, room))
     index = jnp.asarray(several.numbers(full.adapters, [(None, "one")[row % 2] for row in range(len(batch.tokens))]))
     with several.choosing(index):
-        found = [np.asarray(one.decoder.logits(one.hidden(batch).hidden)) for one in (empty, full)]
-    alone = [np.asarray(one.decoder.logits(one.hidden(batch).hidden)) for one in (base, model)]
+        found = [quick.logits(one, batch) for one in (empty, full)]
+    alone = [quick.logits(one, batch) for one in (base, model)]
     for row in range(len(index)):
         np.testing.assert_array_equal(found[0][row], alone[0][row])
         np.testing.assert_allclose(found[1][row], alone[row % 2][row], atol=2e-5)

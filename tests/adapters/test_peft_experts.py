@@ -22,9 +22,9 @@ from jvlm.adapters.targets import resolve
 from jvlm.adapters.weights import Target
 from jvlm.errors import UserError
 from jvlm.models import vlm
-from jvlm.training.starting_model import random_model
 from jvlm.weights import hf
 from jvlm.weights.table import WeightError
+from tests import quick
 from tests.adapters import golden
 
 ROOT = golden.ROOT / "qwen3_vl_moe"
@@ -64,7 +64,7 @@ def assert_adds(found, expected):
 
 def trained(config, adapter=ADAPTER):
     """(base, the weights of an adapter that is not zero)."""
-    base = random_model(config, 0, None)
+    base = quick.random_model(config)
     weights, rng = extract(attach(base, adapter)), np.random.default_rng(0)
     low_rank = {
         target: dataclasses.replace(low, b=rng.standard_normal(low.b.shape).astype(np.float32) / 4)

@@ -17,6 +17,7 @@ from jvlm.inference.batch_file import generate_file
 from jvlm.inference.generate import engine_for
 from jvlm.inference.sampling import SamplingConfig
 from jvlm.models import vlm
+from tests import quick
 from tests.adapters import golden
 from tests.support import picture
 
@@ -62,11 +63,10 @@ def test_each_sequence_has_the_logits_of_its_adapter_and_the_bits_of_the_base_wi
     )
     index = jnp.asarray(several.numbers(model.adapters, names))
     with several.choosing(index):
-        found = np.asarray(model.decoder.logits(model.hidden(repeated).hidden))
+        found = quick.logits(model, repeated)
     for logits, name in zip(found, names, strict=True):
         if name is None:
-            alone = np.asarray(base.decoder.logits(base.hidden(repeated).hidden))[1]
-            np.testing.assert_array_equal(logits, alone)
+            np.testing.assert_array_equal(logits, quick.logits(base, repeated)[1])
         else:
             np.testing.assert_allclose(logits, golden.expected(family, name)["logits"][0], atol=5e-5, rtol=0)
 
@@ -94,7 +94,7 @@ def test_requests_name_their_adapter_and_all_share_one_program(tiny, weights, tm
     for number, name in enumerate(names):
         if name is not None:
             alone = attach(tiny.model, weights[name])
-            assert found[number] == jvlm.generate(alone, tiny.processor, rows, **settings)[number]
+            assert [found[number]] == jvlm.generate(alone, tiny.processor, rows[number : number + 1], **settings)
     assert found != base
     model = several.load(tiny.model, folders)
     lines = [{**row, "adapter": name} for row, name in zip(rows, names, strict=True)]

@@ -19,8 +19,8 @@ from jvlm.quantization import formats
 from jvlm.quantization.config import QuantizationConfig
 from jvlm.quantization.kernels import QuantizedKernel, quantized_kernels
 from jvlm.quantization.model import abstract_parts, dequantized, quantized, size_report
-from jvlm.training.starting_model import random_model
 from jvlm.weights import hf, safetensors_files, table
+from tests import quick
 from tests.parallel import models
 from tests.quantization.support import loss_and_gradients, with_experts
 from tests.support import cpu_devices, run_python
@@ -31,7 +31,7 @@ NF4 = QuantizationConfig("nf4")
 
 @pytest.fixture(scope="module")
 def plain():
-    return random_model(with_experts(3), 0, None)
+    return quick.random_model(with_experts(3))
 
 
 def test_experts_are_the_dequantised_ones_each_with_scales_of_its_own(plain):

@@ -38,16 +38,28 @@ def root(tiny, weights, tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(tiny, root):
     """A server with a place for two adapters, of which one is there from the beginning."""
+    with _served(tiny, root) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def warm(tiny, root):
+    """The same with all its programs compiled."""
+    with _served(tiny, root, warm=True) as server:
+        yield server
+
+
+def _served(tiny, root, warm=False):
     slots = AdapterSlots(tiny.model, {"cats": str(root / "some/cats")}, places=2, room=AdapterRoom(8))
     engine = Engine(slots.model, tiny.processor, SIZES)
-    engine.warm_up()
+    if warm:
+        engine.warm_up()
     options = {"adapters": ("cats",), "keys": KEYS, "admins": ("root",), "adapter_root": str(root / "some")}
 
     def admin(service):
         return AdapterAdmin(service, slots, engine.load)
 
-    with Served(engine, tiny.processor, vocabulary=352, max_model_len=128, admin=admin, **options) as server:
-        yield server
+    return Served(engine, tiny.processor, vocabulary=352, max_model_len=128, admin=admin, **options)
 
 
 def text(served, model):
@@ -62,7 +74,8 @@ def names(served):
 
 
 @pytest.mark.slow
-def test_adapters_come_and_go_without_a_compilation_and_answer_as_alone(served, tiny, weights):
+def test_adapters_come_and_go_without_a_compilation_and_answer_as_alone(warm, tiny, weights):
+    served = warm
     example = {"messages": [{"role": "user", "content": "what?"}]}
     alone = {
         name: jvlm.generate(attach(tiny.model, one), tiny.processor, [example], max_new_tokens=8)[0]

@@ -16,10 +16,11 @@ from jvlm.data.config import DataConfig
 from jvlm.data.errors import ExampleError
 from jvlm.data.examples import parse_example
 from jvlm.data.packing import PackedSequences
-from jvlm.training import runs, starting_model
+from jvlm.training import runs
 from jvlm.training.hooks import StepResult
 from jvlm.training.source_curves import SourceCurves
 from jvlm.training.supervised import SupervisedTask
+from tests import quick
 from tests.parallel import models
 from tests.training import support
 
@@ -36,7 +37,7 @@ def packed():
 
 
 def test_sums_of_each_source_are_those_of_its_conversations_and_the_loss_is_as_without_them(packed):
-    model, task, batch = starting_model.random_model(models.qwen2_5_vl(), 0, None), SupervisedTask(), packed.batch
+    model, task, batch = quick.random_model(models.qwen2_5_vl()), SupervisedTask(), packed.batch
 
     @jax.jit
     def both(packed):
