@@ -9,14 +9,16 @@ import pytest
 from tests.parallel import models, recipes_on_meshes
 from tests.support import cpu_devices, run_python
 
-SLOW = [(mesh, recipes_on_meshes.KINDS) for mesh in models.MESHES if mesh not in ("one", "data", "context")]
-CASES = [
-    ("fsdp context tensor", recipes_on_meshes.KINDS[:2]),
-    *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW),
+SLOW = [
+    pytest.param((mesh, recipes_on_meshes.KINDS), id=mesh, marks=pytest.mark.slow)
+    for mesh in models.MESHES
+    if mesh not in ("one", "data", "context")
 ]
+# noise and losses alone, of which the others have more
+FAST = pytest.param(("fsdp context tensor", ()), id="fsdp context tensor, no optimizer")
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case[0])
+@pytest.fixture(scope="module")
 def lines(request):
     """(mesh, (mesh, kind) -> what recipes_on_meshes says)."""
     mesh, kinds = request.param
@@ -25,7 +27,7 @@ def lines(request):
     return mesh, kinds, {(line["mesh"], line["kind"]): line for line in found}
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("lines", SLOW, indirect=True)
 def test_updates_and_averages_are_those_of_one_device_and_the_state_is_split(lines):
     mesh, kinds, said = lines
     # the axes that parameters are split over; the others split activations
@@ -44,6 +46,7 @@ def test_updates_and_averages_are_those_of_one_device_and_the_state_is_split(lin
         assert line["bytes"]["one"] < whole / shards * line["bytes"]["all"], line
 
 
+@pytest.mark.parametrize("lines", [FAST, *SLOW], indirect=True)
 def test_noise_is_bit_equal_and_the_loss_of_groups_of_tokens_the_same_on_every_mesh(lines):
     mesh, _, said = lines
     assert said[mesh, "noise"]["equal"]

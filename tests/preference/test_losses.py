@@ -47,7 +47,7 @@ def test_pairs(case):
                 total += weight * pair_loss(kind, chosen, rejected, settings).mean()
         return total
 
-    value, gradient = jax.value_and_grad(loss)(POLICY)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(POLICY)
     assert float(value) == pytest.approx(case["loss"], rel=2e-6)
     inside = np.asarray(MASK) > 0
     np.testing.assert_allclose(np.asarray(gradient)[inside], np.asarray(case["grad_token_logps"])[inside], atol=2e-6)
@@ -74,7 +74,7 @@ def test_orpo():
         settings = PairLossSettings(beta=case["beta"])
         return pair_loss("orpo", Answers(c, zero, one), Answers(r, zero, one), settings).mean()
 
-    value, gradients = jax.value_and_grad(loss, (0, 1))(chosen.mean, rejected.mean)
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(chosen.mean, rejected.mean)
     assert float(value) == pytest.approx(case["or_term"], rel=1e-5)
     np.testing.assert_allclose(gradients, [case["grad_chosen"], case["grad_rejected"]], atol=2e-6)
 
@@ -90,7 +90,7 @@ def test_cpo_and_simpo(case):
         pair = [Answers(x, jnp.zeros(PAIRS), jnp.ones(PAIRS)) for x in (c, r)]
         return pair_loss("simpo" if simpo else "cpo", *pair, settings).mean()
 
-    value, gradients = jax.value_and_grad(loss, (0, 1))(*given)
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(*given)
     assert float(value) == pytest.approx(case["loss"], rel=2e-6)
     np.testing.assert_allclose(gradients, [case["grad_chosen"], case["grad_rejected"]], atol=2e-6)
 

@@ -71,9 +71,8 @@ def test_golden(name):
     variant, settings = VARIANTS[name], PolicyLoss(**SETTINGS[name])
     left_out = TRUNCATED if "truncated" in name else None
     tokens = _tokens(settings, settings.kind == "on_policy", left_out=left_out)
-    (value, metrics), gradient = jax.value_and_grad(lambda lp: policy_loss(settings, lp, tokens), has_aux=True)(
-        _flat(CASE["logp"])
-    )
+    loss = jax.jit(jax.value_and_grad(lambda lp: policy_loss(settings, lp, tokens), has_aux=True))
+    (value, metrics), gradient = loss(_flat(CASE["logp"]))
     assert float(value) == pytest.approx(variant["loss"], abs=1e-6)
     if "grad_logp" in variant:
         np.testing.assert_allclose(np.asarray(gradient).reshape(B, T), variant["grad_logp"], atol=1e-6)

@@ -10,11 +10,12 @@ from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 from gguf.quants import dequantize, quantize
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from jvlm import cli
 from jvlm.models.layers import Precision
 from jvlm.weights import backbones
 from jvlm.weights.gguf_onnx import unpack
 from jvlm.weights.table import WeightError
-from tests.support import make_tokenizer, run_python
+from tests.support import make_tokenizer
 
 SMALL = {
     "hidden_size": 32,
@@ -278,18 +279,13 @@ def test_a_damaged_file_is_one_error_that_names_it(vocabulary, tmp_path, kind):
     assert not (tmp_path / "new").exists()
 
 
-def test_damaged_onnx_files_and_mistaken_paths_are_one_line_of_the_tool(tmp_path):
+def test_damaged_onnx_files_and_mistaken_paths_are_one_line_of_the_command(tmp_path, capsys):
     (tmp_path / "m.onnx").write_bytes(b"not a model")
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     (tmp_path / "taken").write_text("")
     calls = [["m.onnx", "new"], ["m.gguf", "new"], ["absent.gguf", "new"], ["m.gguf", "taken"]]
-    arguments = [[str(tmp_path / name) for name in call] for call in calls]
-    out = run_python(
-        "import sys; sys.stderr = sys.stdout\n"
-        f"from jvlm.cli import main\nfor call in {arguments!r}: print(main(['convert', *call]))"
-    ).splitlines()
-    assert len(out) == 8
-    assert out[1::2] == ["2"] * 4
-    for line, call in zip(out[::2], calls, strict=True):
+    for call in calls:
+        assert cli.main(["convert", *(str(tmp_path / name) for name in call)]) == 2
+        (line,) = "".join(capsys.readouterr()).splitlines()
         assert line.startswith("jvlm: ")
         assert call[0] in line or call[1] in line
