@@ -101,11 +101,11 @@ def test_matrices_of_any_shape_have_moments_of_two_bytes_a_value_and_step_nearly
     variables = {p: nnx.Param(params[p], axes=axes) for p, (_, axes) in SHAPES.items()}
     gradients = [{p: jnp.asarray(rng.normal(size=s), jnp.float32) for p, (s, _) in SHAPES.items()} for _ in range(4)]
     ours, exact = eight_bit.scale_by_adam_8bit(0.9, 0.95, 1e-8, variables), optax.scale_by_adam(0.9, 0.95, 1e-8)
-    states = [ours.init(params), exact.init(params)]
-    update = jax.jit(ours.update)
+    states = [jax.jit(one.init)(params) for one in (ours, exact)]
+    update, exact_update = jax.jit(ours.update), jax.jit(exact.update)
     for gradient in gradients:
         steps, states[0] = update(gradient, states[0])
-        expected, states[1] = exact.update(gradient, states[1])
+        expected, states[1] = exact_update(gradient, states[1])
     for path, value in params.items():
         error = np.sqrt(np.mean((steps[path] - expected[path]) ** 2))
         size = sum(x.nbytes for x in jax.tree.leaves((states[0].mu[path], states[0].nu[path])))

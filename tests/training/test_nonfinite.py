@@ -51,7 +51,7 @@ def test_a_skipped_step_leaves_parameters_and_optimizer_bit_equal_and_the_next_o
     template, values = trainer.split(model)
     tx = optimizer.make(experiment.optimizer, experiment.steps, vlm.parameters(template))
     step = train_step.TrainStep(template, SupervisedTask(), tx)
-    state = TrainState(jax.numpy.zeros((), int), values, tx.init(values))
+    state = TrainState(jax.numpy.zeros((), int), values, jax.jit(tx.init)(values))
     batches = iter(pipeline.training_data(processor, experiment.data, seed=0)[0])
     seen = []
     for _ in range(3):

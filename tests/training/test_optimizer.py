@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -40,10 +41,15 @@ def moved(config: OptimizerConfig, steps: int) -> dict[str, np.ndarray]:
     params = {path: jnp.asarray(x) for path, x in numbers(0).items()}
     variables = {path: nnx.Param(params[path], axes=axes) for path, (_, axes) in SHAPES.items()}
     tx = optimizer.make(config, 10, variables)
-    state = tx.init(params)
-    for step in range(1, steps + 1):
-        updates, state = tx.update({p: jnp.asarray(g) for p, g in numbers(step).items()}, state, params)
-        params = optax.apply_updates(params, updates)
+
+    @jax.jit
+    def step(gradients, state, params):
+        updates, state = tx.update(gradients, state, params)
+        return state, optax.apply_updates(params, updates)
+
+    state = jax.jit(tx.init)(params)
+    for number in range(1, steps + 1):
+        state, params = step(numbers(number), state, params)
     return {path: np.asarray(x) for path, x in params.items()}
 
 
