@@ -48,8 +48,8 @@ models/test_mm1_5 weights/test_real_backbones kernels/test_block_pairs kernels/t
 kernels/test_decode kernels/test_linear_cross_entropy kernels/test_grouped_matmul models/test_packed_sequences
 models/test_cross_attention adapters/test_training adapters/test_several training/test_checkpoint test_job
 training/test_nonfinite inference/test_command_line test_wheel adapters/test_golden training/test_resume
-training/test_mixtures training/test_held_out training/test_frozen adapters/test_experts data/test_check data/test_copied
-training/test_trainer parallel/test_recipes kernels/test_sharding
+training/test_mixtures training/test_held_out training/test_frozen adapters/test_experts data/test_check
+data/test_copied training/test_trainer parallel/test_recipes kernels/test_sharding
 """.split()
 
 
