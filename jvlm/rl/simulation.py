@@ -322,7 +322,8 @@ def stale(workload: Workload, prompts: Prompts, staleness: float, steps: int = 1
     for step in range(steps):
         if step == warm_up:
             ages, began, busy = [], clock.now, clock.busy()
-        while (chosen := _lowest(prompts, judged, behind, w.groups)) is None:
+        chosen = _lowest(prompts, judged, behind, w.groups)
+        while chosen is None:
             share = (w.prior_share * w.prior_groups + useful) / (w.prior_groups + len(judged))
             most = (1 + staleness) * (1 + w.margin) * w.groups / share
             while clock.has_room and (len(begun) - behind < most or not clock.has_events):
@@ -332,6 +333,7 @@ def stale(workload: Workload, prompts: Prompts, staleness: float, steps: int = 1
             if done is not None:
                 judged.add(done)
                 useful += prompts(done)[0]
+                chosen = _lowest(prompts, judged, behind, w.groups)
         ages += [step - begun[serial] for serial in chosen]
         behind = chosen[-1] + 1
     seconds = clock.now - began
