@@ -16,21 +16,19 @@ from tests.rl.test_kill import groups_of, log_of, write
 from tests.support import ROOT, cpu_devices
 
 
-def run(folder: Path, processes: int, steps: int, *, drawing: int | None = None) -> None:
-    """Train in so many processes, and print what they printed where they fail.
+def run(folder: Path, steps: int, *, drawing: int | None = None) -> None:
+    """Train in two processes, and print what they printed where they fail.
 
     Each has one device that trains, which also draws the answers, or ``drawing`` others that do.
     """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled")}
-    environment = {**os.environ, **cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
+    environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
     environment |= cpu_devices(1 + (drawing or 0))
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.rl.killed", str(folder), str(steps)]
-            + ([address, str(processes), str(n)] if processes > 1 else [])
+            [sys.executable, "-m", "tests.rl.killed", str(folder), str(steps), address, "2", str(n)]
             + ([] if drawing is None else [str(drawing)]),
             cwd=ROOT,
             env=environment,
@@ -38,7 +36,7 @@ def run(folder: Path, processes: int, steps: int, *, drawing: int | None = None)
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for n in range(processes)
+        for n in range(2)
     ]
     try:
         said = [process.communicate(timeout=600)[0] for process in started]
@@ -49,12 +47,13 @@ def run(folder: Path, processes: int, steps: int, *, drawing: int | None = None)
         assert process.returncode == 0, text[-4000:]
 
 
-def check_two(tmp_path: Path, steps: int, names: Sequence[str]) -> None:
+def check_two(one: Path, tmp_path: Path, steps: int, names: Sequence[str]) -> None:
     """Compare runs in two processes, of which "late" has rewards that take any time, and "apart" engines on devices
-    that do not train, with that of one process."""
-    folders = {name: write(tmp_path / name, delays=name == "late") for name in ("one", *names)}
-    for name, folder in folders.items():
-        run(folder, 1 if name == "one" else 2, steps, drawing=1 if name == "apart" else None)
+    that do not train, with that of one process in the folder ``one``."""
+    folders = {"one": one}
+    for name in names:
+        folders[name] = write(tmp_path / name, delays=name == "late")
+        run(folders[name], steps, drawing=1 if name == "apart" else None)
     groups = {name: groups_of(folder) for name, folder in folders.items()}
     lines = {name: log_of(folder) for name, folder in folders.items()}
     first, *others = names
@@ -74,5 +73,5 @@ def same_groups(one: dict[int, list], other: dict[int, list]) -> bool:
 
 
 @pytest.mark.slow
-def test_two_processes_train_on_the_groups_of_one_wherever_their_engines_are(tmp_path):
-    check_two(tmp_path, 2, ["late", "apart"])
+def test_two_processes_train_on_the_groups_of_one_wherever_their_engines_are(whole, tmp_path):
+    check_two(whole, tmp_path, 2, ["late", "apart"])

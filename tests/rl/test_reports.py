@@ -2,7 +2,7 @@
 
 | report | test |
 | --- | --- |
-| trl#4159 temperature of log-probabilities | test_the_trainer_has_the_engines_log_probabilities_at_any_temperature |
+| trl#4159 temperature of log-probabilities | test_the_trainer_has_the_engines_log_probabilities_at_a_temperature |
 | trl#6789, PR 7269 top-p on one side | test_nothing_is_cut_from_the_distribution |
 | trl#6369, PR 6439 masked tokens in the denominator | test_losses.py: test_masked_answers_leave_the_denominator |
 | trl#7206, PR 7249 means of micro-batches | test_losses.py: test_micro_batches_and_other_orders_of_tokens_add_up |
@@ -13,10 +13,10 @@
 | verl PR 5635 a limit that only the main thread may set | scoring/test_maths.py: test_golden |
 | verl PR 5839 no limit at all | scoring/test_maths.py: test_answers_that_never_end_cost... |
 | AReaL PR 1426 workers that never come back | the same |
-| AReaL#1388, PR 1345 ages after a restart | test_ages_are_0_before_and_after_a_restart |
+| AReaL#1388, PR 1345 ages after a restart | test_run.py: test_the_reward_rises_and_a_restart_repeats_the_run |
 | AReaL PR 1569 version read too late | test_replay.py: test_every_step_is_stored_with_what_the_log_says_of_it |
 | AReaL#548 slow rewards are 0 | rewards/test_service.py: test_a_slow_server_makes_rewards_missing_at_the_deadline |
-| verl#6780, #4449 a step behind | test_ages_are_0_before_and_after_a_restart |
+| verl#6780, #4449 a step behind | test_run.py: test_the_reward_rises_and_a_restart_repeats_the_run |
 | verl#6592 sizes of another model's patches | test_prompts_that_do_not_fit_are_refused_and_never_cut |
 | EasyR1#267, #175 prompts cut in an image | the same |
 | ms-swift PR 9060, #9787 weights that change by themselves | test_without_a_learning_rate_nothing_changes |
@@ -50,8 +50,7 @@ from jvlm.rl.records import GroupRecord
 from jvlm.rl.rewards import config as reward_config
 from jvlm.rl.rollouts import Rollouts, is_useful
 from jvlm.rl.weighing import weigh
-from jvlm.training.config import CheckpointConfig, ValidationConfig
-from jvlm.training.hooks import Hook
+from jvlm.training.config import ValidationConfig
 from tests.rl.support import policy_experiment, write_prompts
 from tests.rl.test_step_log import answer
 
@@ -170,9 +169,9 @@ def test_prompts_that_do_not_fit_are_refused_and_never_cut(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature", [0.6, 1.5])
-def test_the_trainer_has_the_engines_log_probabilities_at_any_temperature(tmp_path, temperature):
-    rollout = RolloutConfig(answers=4, max_tokens=8, slots=8, page_size=32, temperature=temperature)
+def test_the_trainer_has_the_engines_log_probabilities_at_a_temperature(tmp_path):
+    """At 1 it has them in test_run.py."""
+    rollout = RolloutConfig(answers=4, max_tokens=8, slots=8, page_size=32, temperature=0.6)
     run.train(policy_experiment(tmp_path, task={"rollout": rollout}, steps=1))
     (line,) = lines_of(tmp_path)
     assert line["rollout/difference"] < 2e-6
@@ -181,42 +180,16 @@ def test_the_trainer_has_the_engines_log_probabilities_at_any_temperature(tmp_pa
 
 @pytest.mark.slow
 def test_without_a_learning_rate_nothing_changes(tmp_path):
-    made = policy_experiment(tmp_path, steps=4)
+    made = policy_experiment(tmp_path, steps=2)
     # 0 would freeze everything, which is refused
     optimizer = dataclasses.replace(made.optimizer, learning_rate=1e-12, encoder_lr=None, weight_decay=0.0)
     validation = ValidationConfig(data=(str(tmp_path / "prompts.jsonl"),), interval_steps=1)
     run.train(dataclasses.replace(made, optimizer=optimizer, validation=validation))
     lines = lines_of(tmp_path)
     held_out = [line["eval_reward/letters"] for line in lines if "eval_reward/letters" in line]
-    assert len(held_out) == 5
+    assert len(held_out) == 3
     assert len(set(held_out)) == 1
     assert all(line["grad_norm"] > 0 for line in lines if "grad_norm" in line)
-
-
-class Killed(BaseException):
-    """The process ends here."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DiesAfter(Hook):
-    """Ends the process behind a step, before it is saved."""
-
-    step: int
-
-    def on_batch(self, trainer, packed):
-        if trainer.step == self.step:
-            raise Killed
-
-
-@pytest.mark.slow
-def test_ages_are_0_before_and_after_a_restart(tmp_path):
-    options = {"steps": 6, "checkpoint": CheckpointConfig(save_interval_steps=2)}
-    with pytest.raises(Killed):
-        run.train(policy_experiment(tmp_path, hooks=(DiesAfter(3),), **options))
-    run.train(policy_experiment(tmp_path, **options))
-    lines = lines_of(tmp_path)
-    assert [line["step_number"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert [line["age_max"] for line in lines] == [0] * 6
 
 
 def test_boxes_are_rewarded_in_the_numbers_that_the_model_writes(tiny, tmp_path):
