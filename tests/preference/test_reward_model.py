@@ -204,7 +204,7 @@ def test_the_config_of_text_trains_a_language_model_s_folder_to_a_reward_model(t
     made = module.get_config()
     data = dataclasses.replace(made.data, train=("pairs.jsonl",), batch_size=2, seq_len=128, pack_window=8)
     optimizer = dataclasses.replace(made.optimizer, learning_rate=3e-3, schedule="constant", warmup_ratio=0.0)
-    changes = {"gradient_accumulation_steps": 1, "steps": 30, "log_interval_steps": 1, "output_root": "runs"}
+    changes = {"gradient_accumulation_steps": 1, "steps": 20, "log_interval_steps": 1, "output_root": "runs"}
     result = runs.train(dataclasses.replace(made, data=data, optimizer=optimizer, **changes))
     lines = [json.loads(line) for line in (result.folder / "logging.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] == pytest.approx(np.log(2), abs=0.3)

@@ -2,7 +2,12 @@
 
 import functools
 import json
+import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +15,7 @@ import pytest
 import jvlm
 from jvlm import cli, configs
 from jvlm.errors import UserError
+from jvlm.models import vlm
 from jvlm.preference import precomputed
 from jvlm.preference.labels import LabelledTask
 from jvlm.preference.pairs import PreferenceTask
@@ -176,38 +182,27 @@ def test_a_language_model_s_folder_is_trained_on_text(line, tmp_path, monkeypatc
     ],
 )
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(line, tiny, tmp_path, monkeypatch):
-    """Stopped by SIGKILL once its first checkpoint is whole, and started again by the same command."""
-    import os
-    import signal
-    import subprocess
-    import sys
-    import time
-
+    """Stopped by SIGKILL once its first checkpoint is whole, and started again by the same command, in this process."""
     monkeypatch.chdir(tmp_path)
     write_pairs(tmp_path)
     words = f"--dataset pairs.jsonl {line}".split()
     if "--learning_rate" not in words:
         words += ["--learning_rate", "1e-3"]
-    base = f"--model {tiny.folder} --max_length 256 --max_steps 6 --save_steps 2 --per_device_train_batch_size 2"
+    base = f"--model {tiny.folder} --max_length 256 --max_steps 4 --save_steps 2 --per_device_train_batch_size 2"
     base += " --gradient_accumulation_steps 2 --logging_steps 1 --torch_dtype float32 --add_version false"
     commands = {name: [*base.split(), *words, "--output_dir", f"out/{name}"] for name in ("whole", "killed")}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    start = [sys.executable, "-m", "jvlm.cli", "rlhf"]
-    done = subprocess.run([*start, *commands["whole"]], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    process = subprocess.Popen(
-        [*start, *commands["killed"]], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    assert cli.main(["rlhf", *commands["whole"]]) == 0
+    start = [sys.executable, "-m", "jvlm.cli", "rlhf", *commands["killed"]]
+    process = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "out/killed/checkpoint-2").is_dir():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    again = subprocess.run([*start, *commands["killed"]], env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr[-3000:]
+    assert not (tmp_path / "out/killed/checkpoint-4").exists()
+    assert cli.main(["rlhf", *commands["killed"]]) == 0
     models = [jvlm.load(tmp_path / "out" / name)[0] for name in commands]
-    from jvlm.models import vlm
-
     one, other = ({p: np.asarray(v.get_value()) for p, v in vlm.variables(m).items()} for m in models)
     assert all(np.array_equal(one[path], other[path]) for path in one)
     logs = [[line["loss"] for line in log_of(tmp_path / "out" / name)[0]] for name in commands]
