@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    Idefics3ForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeForConditionalGeneration,
@@ -44,16 +43,12 @@ def _qwen3_vl(folder, tokenizer, kind="qwen3_vl"):
     return qwen3_vl.Tiny.create(folder, tokenizer, kind)
 
 
-def _idefics3(folder, _, kind="idefics3"):
-    return idefics3.create(folder, kind)
-
-
-_smolvlm = functools.partial(_idefics3, kind="smolvlm")
+def _smolvlm(folder, _):
+    return idefics3.create(folder, "smolvlm")
 
 
 # a checkpoint, the recipe, transformers' model, what its processor gives
 KINDS = {
-    "idefics3": (_idefics3, "smolvlm/256m_full", Idefics3ForConditionalGeneration, idefics3.inputs_of),
     "smolvlm": (_smolvlm, "smolvlm/256m_full", SmolVLMForConditionalGeneration, idefics3.inputs_of),
     "qwen2_vl": (qwen2_vl.create, "qwen2_vl/7b_full", Qwen2VLForConditionalGeneration, hf_inputs),
     "qwen3_vl": (_qwen3_vl, "qwen3_vl/8b_full", Qwen3VLForConditionalGeneration, qwen3_vl.inputs_of),

@@ -120,9 +120,7 @@ def test_one_compilation_serves_examples_of_text_of_one_image_and_of_two(finishe
     assert result.steps == 14
 
 
-@pytest.mark.parametrize(
-    "tower", ["encoder", *(pytest.param(tower, marks=pytest.mark.slow) for tower in ("connector", "decoder"))]
-)
+@pytest.mark.parametrize("tower", ["encoder", pytest.param("decoder", marks=pytest.mark.slow)])
 def test_a_tower_at_learning_rate_0_stays_bit_equal_and_the_others_move(tmp_path, examples, tower, capsys):
     experiment = support.experiment(tmp_path, examples, f"--optimizer.{tower}_lr", "0", "--steps", "2")
     before = _values(starting_model.start_model(experiment)[0])
@@ -135,13 +133,12 @@ def test_a_tower_at_learning_rate_0_stays_bit_equal_and_the_others_move(tmp_path
     assert line.split()[2:] == ["0", "frozen"]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
-def test_a_stage_goes_on_from_the_one_before_it_and_a_restart_repeats_nothing(tmp_path, examples, capsys, kind):
+def test_a_stage_goes_on_from_the_one_before_it_and_a_restart_repeats_nothing(tmp_path, examples, capsys):
     data = support.experiment(tmp_path, examples).data
     stage = Stage(
-        "warm-up", dataclasses.replace(data, batch_size=1), OptimizerConfig(kind=kind, encoder_lr=0.0), steps=3
+        "warm-up", dataclasses.replace(data, batch_size=1), OptimizerConfig(kind="muon", encoder_lr=0.0), steps=3
     )
-    experiment = support.experiment(tmp_path, examples, "--steps", "2", "--optimizer.kind", kind, stages=(stage,))
+    experiment = support.experiment(tmp_path, examples, "--steps", "2", "--optimizer.kind", "muon", stages=(stage,))
     result = runs.train(experiment)
     assert (result.steps, result.compilations) == (5, 2)
     assert "stage 1 of 2: run/stages/warm-up" in capsys.readouterr().out
