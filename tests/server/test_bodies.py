@@ -72,11 +72,11 @@ def changed(value, rng):
 
 
 @pytest.mark.slow
-def test_a_thousand_malformed_requests_crash_nothing_and_keep_no_memory(serve):
+def test_hundreds_of_malformed_requests_crash_nothing_and_keep_no_memory(serve):
     served, rng, process = serve(), random.Random(0), psutil.Process()
     bodies = [(entry["path"], with_media(entry["body"])) for entry in BODIES]
     statuses, before = set(), 0
-    for number in range(1200):
+    for number in range(700):
         path, body = rng.choice(bodies)
         body = changed(body, rng)
         if isinstance(body, dict):

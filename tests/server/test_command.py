@@ -1,17 +1,9 @@
 """``jvlm serve`` as a process, and its options."""
 
 import base64
-import contextlib
 import io
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 
-import httpx2
 import pytest
 
 import jvlm
@@ -26,7 +18,8 @@ from jvlm.server.settings import KeyLimits
 from jvlm.swift import words as swift_words
 from tests.data.video.test_reader import clip
 from tests.families import qwen3_vl
-from tests.support import GOLDEN, ROOT, picture
+from tests.server.process import ServerProcess
+from tests.support import GOLDEN, picture
 
 
 @pytest.fixture
@@ -152,52 +145,6 @@ def test_mistakes_are_told_before_the_model_is_loaded(started, words, said):
     assert started == []
 
 
-@contextlib.contextmanager
-def server(folder, *options):
-    """A process that serves the model "toy" of a folder; gives its address, and checks how it ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "jvlm.cli", "serve", str(folder), "--port", str(port)]
-    sizes = ["--max-num-seqs", "2", "--served-model-name", "toy", *options]
-    process = subprocess.Popen(
-        [*command, *sizes], cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 400
-        while True:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            try:
-                if httpx2.get(f"{url}/health", timeout=5).status_code == 200:
-                    break
-            except httpx2.HTTPError:
-                pass
-            time.sleep(0.2)
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-    assert "jvlm serves toy" in errors
-    assert "Traceback" not in errors
-
-
-def ask(url, content, **fields):
-    """Return the answer to one question."""
-    body = {"model": "toy", "messages": [{"role": "user", "content": content}], "temperature": 0, **fields}
-    answer = httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=120)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
-@pytest.mark.slow
-def test_a_server_starts_answers_and_stops(tiny):
-    with server(tiny.folder, "--max-model-len", "256") as url:
-        assert ask(url, "hi", max_tokens=4)["usage"]["completion_tokens"] <= 4
-        metrics = httpx2.get(f"{url}/metrics").text
-        assert 'jvlm:compilations_total{after_ready="true",engine="0",model_name="toy"} 0.0' in metrics
-
-
 def _data(kind, content):
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
@@ -224,10 +171,11 @@ def test_images_videos_and_tools_of_qwen3_vl_are_answered_as_without_a_server(tm
     prompts = {name: processor.encode(example, generation_prompt=True) for name, example in examples.items()}
     expected = jvlm.generate(model, processor, list(examples.values()), max_new_tokens=8, temperature=0.0)
     words = {"type": "text", "text": "what is it?"}
-    with server(tiny.folder, "--max-model-len", "512") as url:
+    sizes = ("--max-model-len", "512", "--max-num-seqs", "2", "--max-num-batched-tokens", "64")
+    with ServerProcess(tiny.folder, sizes=sizes) as server:
         for (name, prompt), text in zip(prompts.items(), expected, strict=True):
             fields = {"tools": tools} if name == "tools" else {}
             content = [parts[name], words] if name in parts else "what is it?"
-            answer = ask(url, content, max_tokens=8, **fields)
+            answer = server.chat(content, max_tokens=8, **fields).json()
             assert answer["usage"]["prompt_tokens"] == prompt.length, name
             assert (answer["choices"][0]["message"]["content"] or "").strip() == text.strip(), name

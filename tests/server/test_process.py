@@ -51,6 +51,7 @@ def served(tmp_path_factory):
     with ServerProcess(model, *options) as server:
         yield server
         assert server.metric('jvlm:compilations_total{after_ready="true"') == 0
+    assert f"jvlm serves {MODEL}" in server.log
     assert "pages of cache within the memory" in server.log
     assert "tokens/s generated" in server.log
     assert any((top / "programs").iterdir())
@@ -165,14 +166,6 @@ def test_quantised_matrices_answer_nearly_as_whole_ones(served):
     assert 0 < np.abs(logprobs(served) - quantised).max() < 0.1
 
 
-def test_a_server_shares_a_model_among_the_devices_of_its_host(served, monkeypatch):
-    for name, value in support.cpu_devices(2).items():
-        monkeypatch.setenv(name, value)
-    with ServerProcess(served.folder) as server:
-        np.testing.assert_allclose(logprobs(server), logprobs(served), atol=1e-4)
-    assert "the model is on 2 devices: tensor 2" in server.log
-
-
 def test_a_share_of_memory_that_does_not_hold_an_answer_is_refused_before_anybody_can_ask(served):
     with (
         pytest.raises(AssertionError, match=r"0 pages of .* fit into memory_fraction 1e-06") as refused,
@@ -183,9 +176,15 @@ def test_a_share_of_memory_that_does_not_hold_an_answer_is_refused_before_anybod
     assert "jvlm serves" not in str(refused.value)
 
 
-def test_a_deterministic_server_with_a_cache_of_8_bits_answers_as_ever_beside_others(served):
+def test_a_deterministic_server_on_two_devices_with_a_cache_of_8_bits_answers_as_ever_beside_others(
+    served, monkeypatch
+):
+    """It shares the model among the devices of its host, and the first token, which reads no cache, is that of one."""
+    for name, value in support.cpu_devices(2).items():
+        monkeypatch.setenv(name, value)
     options = ("--deterministic", "--kv-cache-dtype", "fp8", "--compile-cache", str(served.folder.parent / "programs"))
     with ServerProcess(served.folder, *options) as server:
+        np.testing.assert_allclose(logprobs(server), logprobs(served), atol=1e-4)
 
         def answer(k):
             return content(server.chat(f"question {k}", max_tokens=12, temperature=1, seed=k))
@@ -194,3 +193,4 @@ def test_a_deterministic_server_with_a_cache_of_8_bits_answers_as_ever_beside_ot
         with concurrent.futures.ThreadPoolExecutor(4) as threads:
             assert list(threads.map(answer, range(4))) == alone
         assert len(set(alone)) == 4
+    assert "the model is on 2 devices: tensor 2" in server.log
