@@ -20,7 +20,7 @@ from pathlib import Path
 
 def main(folder, how):
     experiment = support.experiment(folder, folder / "examples.jsonl")
-    data = dataclasses.replace(experiment.data, worker_processes=2)
+    data = dataclasses.replace(experiment.data, worker_processes=1)  # several are killed in test_soak.py
     dataset, _ = pipeline.training_data(processors.new(experiment), data, seed=0, epochs=1 if how == "end" else None)
     iterator = iter(dataset)
     next(iterator)
