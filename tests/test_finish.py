@@ -100,33 +100,48 @@ FAILURES = {
 
 
 @pytest.mark.parametrize(
-    "part", [one if one in ("scoring", "export") else pytest.param(one, marks=pytest.mark.slow) for one in FAILURES]
+    "parts",
+    [
+        ("scoring",),
+        ("export",),
+        pytest.param(("report", "text-only baseline", "reading the export back"), marks=pytest.mark.slow),
+    ],
 )
-def test_a_part_that_fails_is_named_and_all_others_are_written(finished, monkeypatch, capsys, part):
+def test_parts_that_fail_are_named_and_all_others_are_written(finished, monkeypatch, capsys, parts):
     folder, experiment = finished
-    owner, name, error, expected = FAILURES[part]
     run = folder / "run"
     for file in FILES:
         (run / file).unlink(missing_ok=True)
     for file in (run / "hf").glob("*"):
         file.unlink()
-    monkeypatch.setattr(owner, name, _fail(error))
-    kind = UserError if isinstance(error, UserError) else RuntimeError
-    with pytest.raises(kind, match=rf"(?s)the model is trained.*{part}: {error}.*the same command"):
+    errors = []
+    for part in parts:
+        owner, name, error, _ = FAILURES[part]
+        monkeypatch.setattr(owner, name, _fail(error))
+        errors.append(error)
+    kind = UserError if all(isinstance(error, UserError) for error in errors) else RuntimeError
+    with pytest.raises(kind, match=r"(?s)the model is trained.*the same command") as raised:
         job.run(experiment)
+    printed = capsys.readouterr().err
+    for part, error in zip(parts, errors, strict=True):
+        assert f"{part}: {error}" in str(raised.value)
+        assert f"{part} FAILED" in printed
+    expected = set.intersection(*(FAILURES[part][3] for part in parts))
     assert {file for file in FILES if (run / file).is_file()} == expected
-    assert bool(list((run / "hf").glob("*.safetensors"))) == (part != "export")
-    assert f"{part} FAILED" in capsys.readouterr().err
+    assert bool(list((run / "hf").glob("*.safetensors"))) == ("export" not in parts)
 
 
 def test_the_command_ends_with_a_status_and_no_traceback_where_a_part_failed(finished, monkeypatch, capsys):
-    _, experiment = finished
+    folder, experiment = finished
+    for file in FILES:
+        (folder / "run" / file).unlink(missing_ok=True)
     monkeypatch.setattr(configs, "load", lambda *_: experiment)
     monkeypatch.setattr(job, "text_only_baseline", _fail(UserError("a bad training example")))
     assert cli.main(["train", "any"]) == 2
     said = capsys.readouterr().err
     assert "text-only baseline: a bad training example" in said
     assert "Traceback" not in said
+    assert all((folder / "run" / file).is_file() for file in FILES)
 
 
 def test_evaluation_examples_found_bad_only_then_are_listed_and_the_others_scored(finished, monkeypatch, tmp_path):

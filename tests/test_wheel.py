@@ -78,7 +78,6 @@ def test_a_step_is_planned_and_a_checkpoint_converted(jvlm, tiny, tmp_path):
     assert (tmp_path / "new" / "config.json").is_file()
 
 
-@pytest.mark.slow
 def test_the_demo_s_data_and_tokenizer_are_shipped(jvlm, installed):
     shipped = installed / "jvlm" / "_configs" / "mimo_vl"
     text = jvlm("data", "check", shipped / "easy_vqa_data" / "where.arrayrecord", "--config", "mimo_vl/easy_vqa")

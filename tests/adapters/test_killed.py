@@ -15,34 +15,33 @@ import pytest
 
 import jvlm
 from jvlm.models import vlm
-from jvlm.training import starting_model
+from jvlm.training import runs, starting_model
+from jvlm.training.config import CheckpointConfig
 from tests.adapters import test_training
 from tests.support import ROOT
 from tests.training import support
 
-STEPS, KILLS = 30, 3
+STEPS, KILLS = 20, 2
 CONFIG = """
 from pathlib import Path
-from jvlm.training.config import CheckpointConfig
-from tests.adapters.test_training import experiment
+from tests.adapters.test_killed import experiment
 def get_config():
-    options = dict(steps={steps}, gradient_accumulation_steps=2, checkpoint=CheckpointConfig(save_interval_steps=3))
-    return experiment(Path({folder!r}), Path({base!r}), Path({examples!r}), **options)
+    return experiment(Path({folder!r}), Path({base!r}), Path({examples!r}))
 """
+
+
+def experiment(folder, base, examples):
+    options = {"gradient_accumulation_steps": 2, "checkpoint": CheckpointConfig(save_interval_steps=3)}
+    return test_training.experiment(folder, base, examples, steps=STEPS, **options)
 
 
 def start(folder, base, examples):
     folder.mkdir(exist_ok=True)
     config = folder / "config.py"
-    config.write_text(CONFIG.format(steps=STEPS, folder=str(folder), base=str(base), examples=str(examples)))
+    config.write_text(CONFIG.format(folder=str(folder), base=str(base), examples=str(examples)))
     command = [sys.executable, "-m", "jvlm.cli", "train", str(config)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process):
-    said = process.communicate(timeout=600)[1]
-    assert process.returncode == 0, said[-3000:]
 
 
 def steps_logged(folder):
@@ -69,7 +68,7 @@ def test_kill_9_at_random_moments_leaves_the_bits_of_the_run_that_nothing_broke(
     model = starting_model.start_model(support.experiment(tmp_path, examples, *test_training.OPTIONS))
     jvlm.save(*model, tmp_path / "base")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(start(whole, tmp_path / "base", examples))
+    runs.train(experiment(whole, tmp_path / "base", examples))
     seed = random.SystemRandom().randrange(10**6)
     print(f"moments of seed {seed}")  # shown where the test fails
     draw = random.Random(seed)
@@ -78,7 +77,7 @@ def test_kill_9_at_random_moments_leaves_the_bits_of_the_run_that_nothing_broke(
         kill(process, broken, after=1 + 7 * number + draw.randrange(7), seconds=draw.uniform(0, 0.1))
     killed_at = steps_logged(broken)
     assert 0 < killed_at < STEPS
-    finish(start(broken, tmp_path / "base", examples))
+    runs.train(experiment(broken, tmp_path / "base", examples))  # goes on in this process
     assert support.losses(broken) == support.losses(whole)
     assert list(support.losses(broken)) == list(range(1, STEPS + 1))
     states = [json.loads((f / "run/checkpoints" / str(STEPS) / "data/metadata").read_text()) for f in (whole, broken)]

@@ -157,24 +157,25 @@ def test_the_written_config_is_the_experiment_of_the_run(trained, tiny, monkeypa
 
 
 @pytest.mark.slow
-def test_the_two_lines_and_a_merge_end_to_end(tmp_path, tiny):
-    write_examples(tmp_path, 16)
-    jvlm_in(tmp_path, "sft", *small(CANONICAL, tiny.folder, tmp_path))
-    (run,) = (tmp_path / "out").iterdir()
-    checkpoint = str((run / "checkpoint-4").relative_to(tmp_path))
+def test_the_two_lines_and_a_merge_end_to_end(trained, tiny, monkeypatch, capfd):
+    """The second in a process of its own; what comes of the first is that of this one."""
+    run, folder = trained, trained.parent.parent
+    monkeypatch.chdir(folder)
+    checkpoint = str((run / "checkpoint-4").relative_to(folder))
     line = INFER.replace("2048", "8")
-    jvlm_in(tmp_path, "infer", "--adapters", checkpoint, *line.split(), "--result_path", "result.jsonl")
+    jvlm_in(folder, "infer", "--adapters", checkpoint, *line.split(), "--result_path", "result.jsonl")
     held_out = json.loads((run / "validation_split.json").read_text())["validation"]
-    results = [json.loads(line) for line in (tmp_path / "result.jsonl").read_text().splitlines()]
+    results = [json.loads(line) for line in (folder / "result.jsonl").read_text().splitlines()]
     assert len(results) == len(held_out)
     assert results[0]["labels"] in ("yes", "no")
-    jvlm_in(tmp_path, "merge-lora", "--adapters", checkpoint)
+    assert cli.main(["merge-lora", "--adapters", checkpoint]) == 0
     merged, processor = jvlm.load(f"{run}/checkpoint-4-merged")
-    row = {**results[0], "images": [str(tmp_path / image) for image in results[0].get("images", [])]}
+    row = {**results[0], "images": [str(folder / image) for image in results[0].get("images", [])]}
     row["messages"] = row["messages"][:-1]
     # both in float32: infer rounds the base to bfloat16 under an adapter, and the answers of so small a model with it
-    adapted, _ = jvlm.load(tiny.folder, adapter=tmp_path / checkpoint)
+    adapted, _ = jvlm.load(tiny.folder, adapter=folder / checkpoint)
     answers = [jvlm.generate(model, processor, [row], max_new_tokens=8) for model in (adapted, merged)]
     assert answers[0] == answers[1]
     # the run goes on where it ended, which is at its end
-    assert "resuming after step 4" in jvlm_in(tmp_path, "sft", "--resume_from_checkpoint", checkpoint)
+    assert cli.main(["sft", "--resume_from_checkpoint", checkpoint]) == 0
+    assert "resuming after step 4" in "".join(capfd.readouterr())

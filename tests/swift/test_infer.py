@@ -140,9 +140,10 @@ def test_each_line_of_a_file_is_answered_by_the_adapter_that_it_names(folder, ti
     assert cli.main(line.split()) == 0
     found = answers(folder / "out.jsonl")
     alone = {name: attach(tiny.model, random_adapter(tiny.model, c, n)) for n, (name, c) in enumerate(ADAPTERS.items())}
+    models = {None: tiny.model, **alone}
+    expected = {name: jvlm.generate(one, tiny.processor, rows, max_new_tokens=5) for name, one in models.items()}
     for number, name in enumerate(names):
-        model = tiny.model if name is None else alone[name]
-        assert found[number] == jvlm.generate(model, tiny.processor, rows, max_new_tokens=5)[number]
+        assert found[number] == expected[name][number]
     folders = {name: folder / name for name in ADAPTERS}
     pieces = stream(tiny.model, tiny.processor, lines[0], adapters=folders, max_new_tokens=5)
     assert "".join(pieces) == found[0]
