@@ -65,10 +65,10 @@ def test_several_updates_of_a_rollout_go_on_in_their_middle(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loss = PolicyLoss(kind="ppo", normalise="batch", correction="token_truncate")
     task = {"updates": 2, "policy_loss": loss, "old_log_probs": "trainer"}
-    settings = {"task": task, "steps": 4, "checkpoint": CheckpointConfig(save_interval_steps=1)}
+    settings = {"task": task, "steps": 6, "checkpoint": CheckpointConfig(save_interval_steps=1)}
     run.train(policy_experiment(whole, **settings))
     lines = log_of(whole)
-    assert [line["started"] > 0 for line in lines] == [True] * 4
+    assert [line["started"] > 0 for line in lines] == [True] * 6
     # the first update is of the policy that sampled, the second is not
     differences = sorted(line["rollout/difference"] for line in lines)
     assert differences[1] < 2e-6 < 1e-4 < differences[-2]
