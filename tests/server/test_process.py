@@ -3,16 +3,18 @@
 import concurrent.futures
 import io
 import json
+import re
 
 import av
 import numpy as np
 import pytest
 
 import jvlm
+from jvlm import cli
 from jvlm.adapters.peft_write import write_peft
 from tests import support
 from tests.adapters.random_adapter import random_adapter
-from tests.server.process import MODEL, ServerProcess, write_model
+from tests.server.process import MODEL, SIZES, ServerProcess, free_port, write_model
 from tests.server.test_media import PICTURE, data_url
 
 pytestmark = pytest.mark.slow
@@ -166,14 +168,13 @@ def test_quantised_matrices_answer_nearly_as_whole_ones(served):
     assert 0 < np.abs(logprobs(served) - quantised).max() < 0.1
 
 
-def test_a_share_of_memory_that_does_not_hold_an_answer_is_refused_before_anybody_can_ask(served):
-    with (
-        pytest.raises(AssertionError, match=r"0 pages of .* fit into memory_fraction 1e-06") as refused,
-        ServerProcess(served.folder, "--memory-fraction", "0.000001"),
-    ):
-        pass
-    assert "Traceback" not in str(refused.value)
-    assert "jvlm serves" not in str(refused.value)
+def test_a_share_of_memory_that_does_not_hold_an_answer_is_refused_before_anybody_can_ask(served, capfd):
+    options = ("--port", str(free_port()), "--memory-fraction", "0.000001")
+    assert cli.main(["serve", str(served.folder), *SIZES, *options]) == 2
+    said = capfd.readouterr().err
+    assert re.search(r"0 pages of .* fit into memory_fraction 1e-06", said)
+    assert "Traceback" not in said
+    assert "jvlm serves" not in said
 
 
 def test_a_deterministic_server_on_two_devices_with_a_cache_of_8_bits_answers_as_ever_beside_others(
