@@ -33,7 +33,7 @@ def test_damaged_examples_are_counted_exactly_and_batches_are_the_same_for_all_r
 def test_a_mixture_with_a_schedule_goes_on_after_a_kill_as_if_unbroken(tmp_path):
     files = [soak_data.write_examples(tmp_path, 700, "most"), soak_data.write_examples(tmp_path, 90, "few")]
     unbroken = read_here(files, tmp_path / "threads.log", batches=15)
-    killed = soak_data.run(files, tmp_path / "killed.log", 2, kill_at=7, batches=15)
+    killed = soak_data.run(files, tmp_path / "killed.log", 1, kill_at=7, batches=15)
     for key in ("digest", "conversations", "rejected"):
         assert [batch[key] for batch in killed] == [batch[key] for batch in unbroken]
     assert len({batch["digest"] for batch in unbroken}) == 15

@@ -19,6 +19,7 @@ from tests import support
 
 MODEL = "toy"
 SIZES = ("--max-model-len", "1024", "--max-num-seqs", "4", "--max-num-batched-tokens", "64")
+ONE_AT_A_TIME = ("--max-model-len", "512", "--max-num-seqs", "1", "--max-num-batched-tokens", "64")  # fewer programs
 TOOLS_TEMPLATE = """{% if tools %}<|im_start|>system
 {% for tool in tools %}{{ tool | tojson }}
 {% endfor %}call them as <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>

@@ -18,7 +18,7 @@ from jvlm.server.settings import KeyLimits
 from jvlm.swift import words as swift_words
 from tests.data.video.test_reader import clip
 from tests.families import qwen3_vl
-from tests.server.process import ServerProcess
+from tests.server.process import ONE_AT_A_TIME, ServerProcess
 from tests.support import GOLDEN, picture
 
 
@@ -171,8 +171,7 @@ def test_images_videos_and_tools_of_qwen3_vl_are_answered_as_without_a_server(tm
     prompts = {name: processor.encode(example, generation_prompt=True) for name, example in examples.items()}
     expected = jvlm.generate(model, processor, list(examples.values()), max_new_tokens=8, temperature=0.0)
     words = {"type": "text", "text": "what is it?"}
-    sizes = ("--max-model-len", "512", "--max-num-seqs", "2", "--max-num-batched-tokens", "64")
-    with ServerProcess(tiny.folder, sizes=sizes) as server:
+    with ServerProcess(tiny.folder, sizes=ONE_AT_A_TIME) as server:
         for (name, prompt), text in zip(prompts.items(), expected, strict=True):
             fields = {"tools": tools} if name == "tools" else {}
             content = [parts[name], words] if name in parts else "what is it?"

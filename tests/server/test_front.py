@@ -15,7 +15,7 @@ from jvlm.server import front
 from jvlm.server.replicas import device_shares
 from jvlm.server.routing import Router, keys_of
 from jvlm.server.settings import ServerSettings
-from tests.server.process import ServerProcess, write_model
+from tests.server.process import ONE_AT_A_TIME, ServerProcess, write_model
 from tests.server.scripted import MODEL, until
 from tests.server.test_media import PICTURE, asked, data_url
 
@@ -187,7 +187,7 @@ def test_keys_are_asked_for_before_anything_is_passed_on(serve):
 def test_two_engines_of_one_command_answer_alike_and_one_that_dies_is_started_again(tmp_path):
     model = write_model(tmp_path)
     options = ("--data_parallel", "2", "--compile-cache", str(tmp_path / "programs"))
-    with ServerProcess(model, *options, module="tests.server.short_lived") as server:
+    with ServerProcess(model, *options, sizes=ONE_AT_A_TIME, module="tests.server.short_lived") as server:
         with until(400) as wait:
             wait(lambda: server.get("/metrics").text.count("vllm:num_requests_running{") == 2)
         salts, texts = itertools.count(), set()

@@ -14,7 +14,7 @@ from jvlm import cli
 from jvlm.adapters.peft_write import write_peft
 from tests import support
 from tests.adapters.random_adapter import random_adapter
-from tests.server.process import MODEL, SIZES, ServerProcess, free_port, write_model
+from tests.server.process import MODEL, ONE_AT_A_TIME, SIZES, ServerProcess, free_port, write_model
 from tests.server.test_media import PICTURE, data_url
 
 pytestmark = pytest.mark.slow
@@ -163,7 +163,7 @@ def logprobs(server):
 
 
 def test_quantised_matrices_answer_nearly_as_whole_ones(served):
-    with ServerProcess(served.folder, "--quantization", "int8") as server:
+    with ServerProcess(served.folder, "--quantization", "int8", sizes=ONE_AT_A_TIME) as server:
         quantised = logprobs(server)
     assert 0 < np.abs(logprobs(served) - quantised).max() < 0.1
 
