@@ -103,6 +103,12 @@ def tiny_tied(tmp_path_factory, tokenizer_folder):
     )
 
 
+@pytest.fixture
+def without_torch(monkeypatch):
+    """Processes that the test starts find no torch, and so start in less time."""
+    monkeypatch.setenv("PYTHONPATH", str(support.ROOT / "tests" / "without_torch"), prepend=os.pathsep)
+
+
 @pytest.fixture(scope="session")
 def bucket_server():
     """gs://bucket on this machine, for gcsfs and tensorstore of this process and of those it starts."""

@@ -6,6 +6,7 @@ import pytest
 
 from tools import soak_data
 
+pytestmark = pytest.mark.usefixtures("without_torch")
 EXAMPLES = 3000
 
 
