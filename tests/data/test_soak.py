@@ -56,13 +56,13 @@ def test_hosts_that_are_killed_and_come_back_in_other_numbers_read_each_sequence
 
 @pytest.mark.slow
 def test_a_mixture_read_by_hosts_that_are_killed_draws_what_one_host_draws(tmp_path):
-    """By two hosts, then four."""
+    """By one host, then two; other numbers are in training/test_mixtures.py."""
     files = [soak_data.write_examples(tmp_path, 700, "most"), soak_data.write_examples(tmp_path, 90, "few")]
     folder = tmp_path / "hosts"
     folder.mkdir()
-    found = soak_data.run_hosts(files, folder, [2, 4], kill_at=5, batches=6)
+    found = soak_data.run_hosts(files, folder, [1, 2], kill_at=5, batches=6)
     # one host alone reads further than all of them together
-    alone = read_here(files, tmp_path / "alone.log", batches=60)
+    alone = read_here(files, tmp_path / "alone.log", batches=40)
     expected = {one for batch in alone for one in batch["sequences"]}
     sequences = [one for batch in found for one in batch["sequences"]]
     assert len(set(sequences)) == len(sequences) > 40
