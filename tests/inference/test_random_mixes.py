@@ -8,7 +8,7 @@ from tests.inference import random_mixes
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gated"])
 def test_each_request_of_a_random_mix_gets_what_it_gets_alone(family):
-    found = random_mixes.check(family, 6)
+    found = random_mixes.check(family, 12)
     assert found.answers > 20
     assert {name for name, count in found.preemptions.items() if count} == {"few pages"}
     if not random_mixes.FAMILIES[family].decoder.prefills_whole:
