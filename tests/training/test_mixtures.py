@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 
@@ -131,8 +132,8 @@ def test_what_is_drawn_for_an_example_does_not_depend_on_other_sources(setup):
     found = []
     for tree in (alone, both):
         draws = pipeline.training_data(processor, dataclasses.replace(experiment.data, mixture=tree), seed=3)[1]
-        own = [draws[k] for k in range(400) if draws[k].origin.source == "text"][:30]
-        found.append([(one.origin, one.seed) for one in own])
+        own = (one for one in map(draws.__getitem__, range(400)) if one.origin.source == "text")
+        found.append([(one.origin, one.seed) for one in itertools.islice(own, 30)])
     assert found[0][: len(found[1])] == found[1]
     assert len(found[1]) == 30
 

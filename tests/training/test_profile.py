@@ -40,7 +40,7 @@ def test_the_compiled_step_names_every_part_forwards_and_backwards(tmp_path, exa
     tx = optimizer.make(experiment.optimizer, experiment.steps, vlm.parameters(template))
     step = train_step.TrainStep(template, SupervisedTask(), tx)
     batch = next(iter(pipeline.training_data(processor, experiment.data, seed=0)[0])).batch
-    state = TrainState(jax.numpy.zeros((), int), values, tx.init(values))
+    state = TrainState(jax.numpy.zeros((), int), values, jax.jit(tx.init)(values))
     text = step.lower(state, train_step.stack([batch])).compile().as_text()
     names = set(re.findall(r'op_name="([^"]+)"', text))
     for parts in (
