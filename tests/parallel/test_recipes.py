@@ -46,7 +46,7 @@ def test_updates_and_averages_are_those_of_one_device_and_the_state_is_split(lin
         assert line["bytes"]["one"] < whole / shards * line["bytes"]["all"], line
 
 
-@pytest.mark.parametrize("lines", [FAST, *SLOW], indirect=True)
+@pytest.mark.parametrize("lines", [*SLOW, FAST], indirect=True)
 def test_noise_is_bit_equal_and_the_loss_of_groups_of_tokens_the_same_on_every_mesh(lines):
     mesh, _, said = lines
     assert said[mesh, "noise"]["equal"]
