@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
+from jvlm_kernels import platforms
 
 from jvlm.models import device_ops
 from jvlm.models.decoders.moe import EXPERT_AXES
@@ -132,7 +133,7 @@ def _nf4_values(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
         return values[0]
 
     # TPUs are slow at gathers; selections are elementwise and fuse into what reads them
-    return jax.lax.platform_dependent(codes, tpu=select, default=lambda codes: jnp.asarray(formats.NF4)[codes])
+    return platforms.platform_dependent(codes, tpu=select, default=lambda codes: jnp.asarray(formats.NF4)[codes])
 
 
 def _double_dequantized(parts: Mapping[str, Array]) -> Float[Array, "o b"]:
@@ -141,7 +142,7 @@ def _double_dequantized(parts: Mapping[str, Array]) -> Float[Array, "o b"]:
     def select(codes: Array) -> Array:  # a sum with one term that is not zero: exact
         return jnp.where(codes[..., None] == jnp.arange(len(table), dtype=jnp.uint8), table, 0).sum(-1)
 
-    values = jax.lax.platform_dependent(codes, tpu=select, default=lambda codes: table[codes])
+    values = platforms.platform_dependent(codes, tpu=select, default=lambda codes: table[codes])
     factor = jnp.repeat(parts["scale_scale"], formats.SCALE_BLOCK)[: codes.size].reshape(codes.shape)
     return values * factor + parts["scale_offset"]
 

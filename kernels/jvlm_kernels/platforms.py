@@ -1,13 +1,13 @@
-"""Choice among implementations of an operation, by device, dtype and shape, as late as possible.
+"""Choice among implementations of an operation, by device, dtype and shape.
 
-A program may be compiled for a device that this machine lacks, and one traced program may be compiled for several, so
-the choice falls when XLA lowers the program for its platform.
+A program is traced for one platform: that of the devices at hand, or the one given to `compiling_for`. With an
+accelerator at hand the implementation for every device is traced too, because the program may be run on the machine's
+CPU; the choice falls when XLA lowers it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import importlib
@@ -85,7 +85,7 @@ class Operation:
         if default is None:
             (only,) = choices.values()
             return only(*arrays)
-        return jax.lax.platform_dependent(*arrays, **choices, default=default) if choices else default(*arrays)
+        return platform_dependent(*arrays, default=default, **choices)
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -100,8 +100,8 @@ def _accept(*_) -> None:
     """Accept every call: the default ``check_automatic``."""
 
 
-# (platform, compute capability) given to `compiling_for`
-_target: contextvars.ContextVar[tuple[str, str | None] | None] = contextvars.ContextVar("target", default=None)
+# (platform, compute capability) given to `compiling_for`; what was traced for another is not taken for it
+_target = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
@@ -112,25 +112,34 @@ def compiling_for(platform: str, capability: str | None = None):
       platform: "tpu" or "cuda". Implementations for it can be requested by name.
       capability: compute capability of the NVIDIA GPU, such as "9.0", which some implementations need.
     """
-    token = _target.set((platform, capability))
-    try:
+    with _target((platform, capability)):
         yield
-    finally:
-        _target.reset(token)
 
 
 def target_platform() -> str:
     """Return "cuda", "tpu" or "cpu": the platform given to `compiling_for`, or that of the available devices."""
-    target = _target.get()
+    target = _target.value
     return target[0] if target else {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
 
 
 def compute_capability() -> str | None:
     """Return the compute capability of the NVIDIA GPU compiled for, or available; None if it is not known."""
-    target = _target.get()
+    target = _target.value
     if target is not None:
         return target[1]
     return getattr(jax.devices()[0], "compute_capability", None) if jax.default_backend() == "gpu" else None
+
+
+def platform_dependent(*arrays, default: Callable, **choices: Callable):
+    """As `jax.lax.platform_dependent`, but branches of platforms that are not compiled for are not traced.
+
+    Kernels that are never run would cost a third of the time to trace a training step.
+    """
+    platform = target_platform()
+    own = choices.get(platform, default)
+    if own is default or platform == "cpu" or _target.value is not None:
+        return own(*arrays)
+    return jax.lax.platform_dependent(*arrays, default=default, **{platform: own})
 
 
 def _check_device(platform: str | None) -> None:

@@ -19,7 +19,6 @@ from jvlm.inference.requests import EngineConfig, Request, SamplingParams
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.parallel.rules import AXES
 from jvlm.training import starting_model
-from tests import one_platform  # noqa: F401
 from tests.parallel import models
 
 NEW = 5

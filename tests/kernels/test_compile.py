@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jvlm_kernels import decode_attention, segment_attention
+from jvlm_kernels.platforms import compiling_for
 
 from tests.support import with_compiler
 
@@ -101,7 +102,8 @@ def _kernels_for_cuda(function, *shapes) -> list[str]:
     """Names of the Triton kernels in the program exported for CUDA."""
     call = "__gpu$xla.gpu.triton"
     unstable = [jax.export.DisabledSafetyCheck.custom_call(call)]
-    text = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=unstable)(*shapes).mlir_module()
+    with compiling_for("cuda"):
+        text = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=unstable)(*shapes).mlir_module()
     assert call in text, "no Triton kernel in the program"
     found = ("segment_attention_forward", "segment_attention_d_queries", "segment_attention_d_keys", "decode_attention")
     return [name for name in found if f'name = "{name}"' in text]

@@ -13,7 +13,6 @@ from jvlm.adapters.config import AdapterConfig
 from jvlm.models import vlm
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.training import compiled_step, starting_model, train_step, trainer
-from tests import one_platform  # noqa: F401
 from tests.parallel import models
 
 DORA = AdapterConfig(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 
-from tests import one_platform  # noqa: F401
 from tests.parallel import adapters_on_meshes, models
 from tests.support import cpu_devices, run_python
 

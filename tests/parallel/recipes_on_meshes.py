@@ -18,7 +18,6 @@ from jvlm.parallel.sharded_ops import ShardedOps
 from jvlm.training import optimizer
 from jvlm.training.neftune import EmbeddingNoise
 from jvlm.training.optimizer.config import OptimizerConfig
-from tests import one_platform  # noqa: F401
 from tests.parallel import models
 
 SHAPES = {

@@ -16,7 +16,6 @@ from jvlm.parallel import collectives, ring_attention
 from jvlm.parallel.layout import MeshLayout
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.parallel.sharded_ops import ShardedOps
-from tests import one_platform  # noqa: F401
 
 B, S, H, K, D = 2, 192, 4, 2, 16
 

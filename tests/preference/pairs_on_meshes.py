@@ -12,7 +12,6 @@ import numpy as np
 from jvlm.parallel.mesh import ParallelConfig
 from jvlm.preference.pairs import PreferenceTask
 from jvlm.training import compiled_step, starting_model, train_step, trainer
-from tests import one_platform  # noqa: F401
 from tests.parallel import models
 
 TASK = PreferenceTask(("sigmoid", "simpo"), sft_weight=1.0)

@@ -14,7 +14,6 @@ from jvlm.rl.losses import PolicyLoss
 from jvlm.rl.task import PolicyBatch, PolicyTask, empty_batch
 from jvlm.training import compiled_step, starting_model, train_step, trainer
 from jvlm.training.config import Experiment
-from tests import one_platform  # noqa: F401
 from tests.parallel import models
 
 BANNED = [150, 151, 152]

@@ -208,7 +208,6 @@ def _check_fingerprint(dtype):
 MESHES = """
 import sys
 from pathlib import Path
-from tests import one_platform
 from tests.training import test_checkpoint
 test_checkpoint.across_meshes(Path(sys.argv[1]))
 """

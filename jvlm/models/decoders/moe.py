@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
-from jvlm_kernels import grouped_matmul
+from jvlm_kernels import grouped_matmul, platforms
 
 from jvlm.errors import UserError
 from jvlm.models import device_ops, layers
@@ -268,7 +268,7 @@ def _without_capacity(counts, x_BSD, expert_BSk, gate_BSk, *weights):
     arguments = (x_BSD, expert_BSk, gate_BSk, *_grouped(weights, counts))
     if x_BSD.shape[1] > 1:
         return _by_chosen_experts(*arguments)
-    return jax.lax.platform_dependent(*arguments, tpu=_by_all_experts, default=_by_chosen_experts)
+    return platforms.platform_dependent(*arguments, tpu=_by_all_experts, default=_by_chosen_experts)
 
 
 def _swiglu(product: Callable[[Array, Array], Array], x: Array, gate, up, down) -> Array:
