@@ -64,8 +64,9 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.core
+$(VENV)/.test: $(VENV)/.core tests/without_torch.pth
 	$(PIP) -c constraints.txt -e '.[test]'
+	cp tests/without_torch.pth $$($(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 	# the compilers, beside the packages and not among them: where one is installed, JAX looks for its device
 	$(PIP) --no-deps --target $(VENV)/tpu-compiler $(LIBTPU)
 	$(PIP) --no-deps --target $(VENV)/gpu-compiler $(CUDA)

@@ -35,7 +35,6 @@ import torch
 
 from tests import support
 from tests.bucket import Bucket
-from tests.one_platform import every_platform  # noqa: F401
 
 torch.set_num_threads(1)
 # JAX, torch and transformers hold half a million objects; looking through them for garbage took a tenth of the time.
@@ -77,6 +76,22 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", f"ignore:{left}:pytest.PytestUnraisableExceptionWarning")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _children_without_torch(request):
+    """Processes that tests start have no torch, as users have none: transformers would import it, which takes seconds.
+
+    `make test` puts without_torch.pth among the environment's packages, which reads the variable. Those of `every_*.py`
+    ask other libraries, which need torch.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name.startswith("every_"):
+            yield
+            return
+        patch.setenv("JVLM_TESTS_WITHOUT_TORCH", "1")
+        patch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
     """A folder with a small byte-level BPE tokenizer of the Qwen2 kind."""
@@ -101,12 +116,6 @@ def tiny_tied(tmp_path_factory, tokenizer_folder):
         rope_theta=640000.0,
         vision_config={"depth": 2, "fullatt_block_indexes": [0], "window_size": 56},
     )
-
-
-@pytest.fixture
-def without_torch(monkeypatch):
-    """Processes that the test starts find no torch, and so start in less time."""
-    monkeypatch.setenv("PYTHONPATH", str(support.ROOT / "tests" / "without_torch"), prepend=os.pathsep)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import pytest
 
 from tools import soak_data
 
-pytestmark = pytest.mark.usefixtures("without_torch")
 EXAMPLES = 3000
 
 

@@ -140,7 +140,14 @@ def step(data: str, context: str, folder: str, examples: str, *overrides: str) -
     train(folder, examples, *overrides)
 
 
+def _speak_alone() -> None:
+    """Only what Python prints goes to standard output: Gloo's threads write there too, one message into another."""
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+
 if __name__ == "__main__":
+    _speak_alone()
     name, address, processes, process, *rest = sys.argv[1:]
     if int(processes) > 1:
         hosts.initialise(address, int(processes), int(process), timeout=120)

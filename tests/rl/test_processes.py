@@ -73,5 +73,5 @@ def same_groups(one: dict[int, list], other: dict[int, list]) -> bool:
 
 
 @pytest.mark.slow
-def test_two_processes_train_on_the_groups_of_one_wherever_their_engines_are(whole, tmp_path, without_torch):
+def test_two_processes_train_on_the_groups_of_one_wherever_their_engines_are(whole, tmp_path):
     check_two(whole, tmp_path, 2, ["late", "apart"])

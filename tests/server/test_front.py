@@ -184,7 +184,7 @@ def test_keys_are_asked_for_before_anything_is_passed_on(serve):
 
 
 @pytest.mark.slow
-def test_two_engines_of_one_command_answer_alike_and_one_that_dies_is_started_again(tmp_path, without_torch):
+def test_two_engines_of_one_command_answer_alike_and_one_that_dies_is_started_again(tmp_path):
     model = write_model(tmp_path)
     options = ("--data_parallel", "2", "--compile-cache", str(tmp_path / "programs"))
     with ServerProcess(model, *options, sizes=ONE_AT_A_TIME, module="tests.server.short_lived") as server:

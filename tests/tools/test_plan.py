@@ -13,6 +13,7 @@ from PIL import Image
 
 from jvlm import configs
 from jvlm.errors import UserError
+from jvlm.models import vlm
 from jvlm.planning import chart, compilers, hlo, measure
 from jvlm.planning.chips import Topology, smaller
 from jvlm.planning.measure import Compiled, Memory
@@ -223,18 +224,28 @@ def stages():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+SMALL = """
+--model.decoder.num_layers 2 --model.decoder.hidden_size 256 --model.decoder.intermediate_size 512
+--model.decoder.num_heads 4 --model.decoder.num_kv_heads 2 --model.decoder.head_dim 64
+--model.decoder.mrope_section 8 12 12 --model.encoder.depth 2 --model.encoder.hidden_size 128
+--model.encoder.intermediate_size 256 --model.encoder.num_heads 2 --model.encoder.fullatt_block_indexes 1
+--data.seq_len 512 --data.max_patches 1024 --data.batch_size 8 --gradient_accumulation_steps 2 --steps 10
+""".split()
+
+
 @pytest.mark.slow
-def test_a_stage_fits_its_pod_and_sends_what_is_written_down(tmp_path):
-    """The whole step of MiMo-VL stage 1, compiled for 64 chips of v5p; `make plan` does it for every config and pod."""
-    command = "mimo_vl/stage1 --topology v5p:4x4x4 --collectives tests/parallel/collectives --json".split()
-    done = with_compiler("tools/plan.py", *command, str(tmp_path / "plan.json"), timeout=1200)
+def test_a_step_of_two_micro_batches_compiles_on_several_chips_and_stores_parts_on_each(tmp_path):
+    """A small model; `make plan` compiles every stage of MiMo-VL for the pods it names, minutes each."""
+    config = "finetune/qwen2_5_vl_7b_full"
+    command = [config, *SMALL, "--topology", "v6e:2x4", "--json", str(tmp_path / "plan.json")]
+    done = with_compiler("tools/plan.py", *command)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (found,) = json.loads((tmp_path / "plan.json").read_text())
     assert found["fits"]
-    assert found["peak"] < 0.5 * found["limit"]
-    assert found["memory"]["parameters"] >= 4 * 8_306_217_216 / 64
-    # forward, and backward through a frozen decoder, which is computed once more on the way
-    assert 1.3 < found["roofline"]["executed"] * 64 / sum(found["roofline"]["arithmetic"].values()) < 1.5
+    count = sum(vlm.parameter_counts(vlm.abstract(configs.load(config, SMALL).model)).values())
+    least = 4 * count / 8  # norms and biases are whole on each chip
+    assert least <= found["memory"]["parameters"] < 1.2 * least
+    assert found["memory"]["optimizer"] == pytest.approx(2 * found["memory"]["parameters"], rel=1e-2)
 
 
 def test_every_stage_lies_on_the_pods_it_names_with_room_for_its_activations(stages):
@@ -326,13 +337,6 @@ def test_a_search_for_better_steps_of_decoding_is_refused_by_name():
     done = with_compiler("tools/plan.py", "mimo_vl/stage4", "--what", "decode", "--suggest", "1")
     assert done.returncode == 2
     assert "--suggest looks for better training steps; it cannot be given with --what decode" in done.stderr
-
-
-@pytest.mark.slow
-def test_a_step_of_micro_batches_compiles_on_several_chips():
-    done = with_compiler("-m", "tests.tools.planned_accumulation")
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.split() == ["True"]
 
 
 @pytest.mark.parametrize("config", ["align/mimo_vl_7b_reward_model", "align/mimo_vl_7b_dpo"])

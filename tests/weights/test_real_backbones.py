@@ -64,20 +64,28 @@ def read_by_transformers():
 
 
 def test_greedy_answers_equal_those_of_transformers(composed):
-    """transformers reads the GGUF file itself."""
+    """transformers reads the GGUF file itself; after each token of its answer, its next one has the highest score."""
     model, processor = composed
-    question = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
-    found = jvlm.generate(model, processor, [question], max_new_tokens=8, temperature=0.0)
+    question = {"role": "user", "content": "What is the capital of France?"}
     theirs = read_by_transformers()
     tokenizer = AutoTokenizer.from_pretrained(str(GGUF.parent), gguf_file=GGUF.name)
     inputs = tokenizer.apply_chat_template(
-        question["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [question], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
+    prompt = inputs["input_ids"].shape[1]
     with torch.inference_mode():
-        out = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)
-    expected = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert found == [expected]
-    assert "Paris" in expected
+        answer = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)[0, prompt:].tolist()
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    assert "Paris" in text
+    packed = processor.pack(
+        [{"messages": [question, {"role": "assistant", "content": text}]}], seq_len=64, max_patches=0
+    )
+    length = int(packed.segment_ids.sum())
+    tokens = packed.tokens[0, :length].tolist()
+    assert tokens[:prompt] == inputs["input_ids"][0].tolist()
+    assert tokens[prompt : prompt + len(answer)] == answer
+    best = np.asarray(model(packed)).argmax(-1)[0]
+    assert best[prompt - 1 : prompt - 1 + len(answer)].tolist() == answer
 
 
 def test_a_picture_takes_64_tokens_and_changes_what_follows(composed):

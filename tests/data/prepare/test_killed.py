@@ -68,7 +68,7 @@ def _kill_when_further(command: list[str], output: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["dedup", "decontaminate", "filter", "convert", "render", "pdf"])
-def test_a_killed_command_goes_on_and_gives_the_same_files(verb, examples, folder, tmp_path, without_torch):
+def test_a_killed_command_goes_on_and_gives_the_same_files(verb, examples, folder, tmp_path):
     words = ["data", *commands(examples, folder)[verb], "--output"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert cli.main([*words, str(whole)]) == 0
