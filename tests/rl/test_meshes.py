@@ -36,10 +36,10 @@ def test_a_step_on_a_mesh_is_that_of_one_device(architecture, kind):
 @pytest.mark.slow
 def test_an_engine_on_other_devices_gives_the_answers_and_losses_of_one_on_the_same(tmp_path):
     found = {}
-    for name, devices, drawing in (("same", 4, None), ("apart", 8, 4)):  # one alone draws in test_processes.py
+    for name, devices, drawing in (("same", 2, None), ("apart", 4, 2)):  # one alone draws in test_processes.py
         folder = write(tmp_path / name, delays=False)
         code = f"from tests.rl.apart import main; main({str(folder)!r}, {drawing})"
-        assert "trained on [0, 1, 2, 3]" in run_python(code, timeout=600, **cpu_devices(devices))
+        assert "trained on [0, 1]" in run_python(code, timeout=600, **cpu_devices(devices))
         found[name] = groups_of(folder), log_of(folder)
     groups, lines = found["same"]
     assert len(lines) == 2
