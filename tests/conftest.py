@@ -43,12 +43,14 @@ gc.set_threshold(20_000, 20, 20)
 # Files that take longest, in that order. They begin first, so that no worker is left alone with one of them at the end.
 LONGEST = """
 parallel/test_hosts kernels/test_segment_attention training/test_train parallel/test_meshes tools/test_plan
-models/test_mm1_5 weights/test_real_backbones kernels/test_block_pairs kernels/test_hopper kernels/test_compile
-kernels/test_decode kernels/test_linear_cross_entropy kernels/test_grouped_matmul models/test_packed_sequences
-models/test_cross_attention adapters/test_training adapters/test_several training/test_checkpoint test_job
-training/test_nonfinite inference/test_command_line test_wheel adapters/test_golden training/test_resume
-training/test_mixtures training/test_held_out training/test_frozen adapters/test_experts data/test_check
-data/test_copied training/test_trainer parallel/test_recipes kernels/test_sharding
+parallel/test_adapters server/test_process data/test_soak rl/test_processes rl/test_meshes server/test_hostile
+preference/test_rlhf server/test_front tools/test_plan_adapters models/test_mm1_5 weights/test_real_backbones
+kernels/test_block_pairs kernels/test_hopper kernels/test_compile kernels/test_decode
+kernels/test_linear_cross_entropy kernels/test_grouped_matmul models/test_packed_sequences models/test_cross_attention
+adapters/test_training adapters/test_several training/test_checkpoint test_job training/test_nonfinite
+inference/test_command_line test_wheel adapters/test_golden training/test_resume training/test_mixtures
+training/test_held_out training/test_frozen adapters/test_experts data/test_check data/test_copied
+training/test_trainer parallel/test_recipes kernels/test_sharding
 """.split()
 
 
