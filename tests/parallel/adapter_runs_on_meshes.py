@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,8 @@ def main(folder: str) -> None:
 
     whole = runs.train(of("whole", FIRST))
     expected, losses = values_of(whole.model), support.losses(folder / "whole")
+    with contextlib.suppress(Interrupted):
+        runs.train(of("stopped", FIRST, hooks=(StopAfter(2),)))
     for name, parallel in OTHERS.items():
         place = MeshLayout.of(parallel).parameter
         loaded, _ = jvlm.load(folder / "whole/run", sharding=place)
@@ -50,10 +54,8 @@ def main(folder: str) -> None:
         from_peft, _ = jvlm.load(folder / name / "peft", sharding=place)
         goes_on = of(name, parallel, adapter=None, adapters_from=str(folder / "whole/run"))
         models = {"run": loaded, "peft": from_peft, "adapters_from": start_model(goes_on, place)[0]}
-        try:
-            runs.train(of(name, FIRST, hooks=(StopAfter(2),)))
-        except Interrupted:
-            runs.train(of(name, parallel))
+        shutil.copytree(folder / "stopped", folder / name, dirs_exist_ok=True)
+        runs.train(of(name, parallel))
         found = support.losses(folder / name)
         line = {
             "mesh": name,
