@@ -136,7 +136,7 @@ $(VENV)/.newest: $(VENV)/.test
 	$(PIP) --no-deps --target $(VENV)/tpu-compiler-newest $(LIBTPU_NEWEST)
 	touch $@
 
-test-slow: $(VENV)/.test $(VENV)/.backbones $(VENV)/.newest  ## the rest: compilations for pods, many processes, soaks; half an hour
+test-slow: $(VENV)/.test $(VENV)/.backbones $(VENV)/.newest  ## the rest: compilations for pods, many processes, soaks; three quarters of an hour
 	$(PYTEST) -m slow $(ARGS)
 
 $(VENV)/.peft: $(VENV)/.test

@@ -21,7 +21,7 @@ from tests.adapters import test_training
 from tests.support import ROOT
 from tests.training import support
 
-STEPS = 14
+STEPS = 20
 CONFIG = """
 from pathlib import Path
 from tests.adapters.test_killed import experiment

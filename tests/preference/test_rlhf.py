@@ -188,19 +188,21 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(line, tiny, tmp_path, mo
     words = f"--dataset pairs.jsonl {line}".split()
     if "--learning_rate" not in words:
         words += ["--learning_rate", "1e-3"]
-    base = f"--model {tiny.folder} --max_length 256 --max_steps 4 --save_steps 2 --per_device_train_batch_size 2"
+    base = f"--model {tiny.folder} --max_length 256 --max_steps 8 --save_steps 2 --per_device_train_batch_size 2"
     base += " --gradient_accumulation_steps 2 --logging_steps 1 --torch_dtype float32 --add_version false"
     commands = {name: [*base.split(), *words, "--output_dir", f"out/{name}"] for name in ("whole", "killed")}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert cli.main(["rlhf", *commands["whole"]]) == 0
     start = [sys.executable, "-m", "jvlm.cli", "rlhf", *commands["killed"]]
     process = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
     while not (tmp_path / "out/killed/checkpoint-2").is_dir():
-        assert process.poll() is None
-        time.sleep(0.05)
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "out/killed/checkpoint-4").exists()
+    assert not (tmp_path / "out/killed/checkpoint-8").exists()
     assert cli.main(["rlhf", *commands["killed"]]) == 0
     models = [jvlm.load(tmp_path / "out" / name)[0] for name in commands]
     one, other = ({p: np.asarray(v.get_value()) for p, v in vlm.variables(m).items()} for m in models)

@@ -102,4 +102,4 @@ def check_kills(whole: Path, broken: Path, steps: int, kills: int, seed: int) ->
 
 @pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(whole, tmp_path):
-    assert check_kills(whole, tmp_path / "broken", steps=4, kills=2, seed=1) == 2
+    assert check_kills(whole, tmp_path / "broken", steps=4, kills=2, seed=7) == 2  # a second, then half of one
